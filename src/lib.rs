@@ -1,0 +1,11 @@
+//! nybble runs language models on ordinary CPUs from 4-bit weights.
+
+pub mod engine;
+pub mod error;
+pub mod format;
+pub mod kernels;
+pub mod model;
+pub mod quant;
+pub mod threads;
+
+pub use error::{Error, Place, Result};

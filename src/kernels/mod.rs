@@ -1,1 +1,147 @@
-//! (kernels)
+//! The only place with SIMD intrinsics: one file an instruction set, all behind one trait.
+//!
+//! [`scalar`] defines what every operation computes, to the bit. The other sets compute the same bits because each
+//! output is summed over its inputs in one fixed order with fused multiply-add, integer products cannot overflow or
+//! saturate, and everything elementwise is the same source code ([`portable`]) compiled for the set's registers.
+
+mod activations;
+//mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+mod scalar;
+
+use std::fmt;
+use std::ops::Range;
+
+use half::f16;
+
+pub use activations::{Activations, RowMut, TALLEST, Tile};
+pub use portable::Activation;
+
+use crate::error::{Error, Result};
+use crate::quant::packed::Packed;
+use crate::threads::Columns;
+
+/// Positions in a page of the key/value cache: four panels of 16 keys.
+pub const PAGE: usize = 64;
+
+/// What a forward pass computes, for one instruction set.
+///
+/// Holding an implementation proves that the CPU has the instructions: the witness types have no other constructor than
+/// a run-time check. Every implementation returns the same bits as the scalar one.
+pub trait Kernel: Send + Sync + fmt::Debug {
+    /// The name by which users choose the kernel.
+    fn name(&self) -> &'static str;
+
+    /// Quantizes a row of activations to INT8, a scale every 32 values: `scale = max|x| / 127`, ties to even.
+    fn quantize(&self, x: &[f32], out: RowMut<'_>);
+
+    /// `out = x * panels(w)^T`: an integer layout with quantized activations `(rows, columns)`.
+    ///
+    /// `out` has `x.rows()` rows and the columns of these panels, `16 * panels.start ..` up to at most `w.rows()`.
+    /// Over the blocks of a row in order: `acc = fma(integer dot, weight scale * activation scale, acc)`, then, with
+    /// minimums, `acc = fma(min, activation scale * sum of codes, acc)`.
+    fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>);
+
+    /// `out = x * panels(w)^T`: a float layout with F32 activations, row `r` at `x[r * stride ..]`.
+    ///
+    /// Over the columns in order: `acc = fma(w, x, acc)`.
+    fn product_float(&self, w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>);
+
+    /// Dot products of `queries (n, head_dim)` with a page of keys `(PAGE / 16, head_dim, 16)` into
+    /// `scores[i * stride ..][.. PAGE]`, times `scale`. Over `head_dim` in order with fused multiply-add.
+    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize);
+
+    /// Adds to `out (n, width)` the rows `values (PAGE, width)` weighted by `weights[i * stride ..][.. counts[i]]`, over
+    /// the positions in order with fused multiply-add. `width` is a multiple of 16.
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        counts: &[usize],
+        values: &[f16],
+        width: usize,
+        out: &mut [f32],
+    );
+
+    /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
+    fn exp_segment(&self, scores: &mut [f32]) -> (f32, f32);
+
+    /// `out = a * out + b * other`, elementwise.
+    fn blend(&self, out: &mut [f32], a: f32, other: &[f32], b: f32);
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`.
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+
+    /// `out = (x - mean) / sqrt(variance + eps) * weight + bias`; no bias where it is empty.
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
+
+    /// `x += scale * y`, elementwise.
+    fn add_scaled(&self, x: &mut [f32], y: &[f32], scale: f32);
+
+    /// `x = activation(x)`, elementwise.
+    fn activate(&self, activation: Activation, x: &mut [f32]);
+
+    /// `gate = activation(gate) * up`, elementwise.
+    fn gate(&self, activation: Activation, gate: &mut [f32], up: &[f32]);
+
+    /// Rotates the pairs `(x[i], x[i + n])` with `n = cos.len()`: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
+    fn rope(&self, x: &mut [f32], cos: &[f32], sin: &[f32]);
+
+    /// `x = cap * tanh(x / cap)`, elementwise.
+    fn soft_cap(&self, x: &mut [f32], cap: f32);
+
+    /// Converts to half precision, round to nearest even.
+    fn to_f16(&self, x: &[f32], out: &mut [f16]);
+
+    /// Sum of a buffer read as `u64`: measures read bandwidth.
+    fn read_sum(&self, data: &[u64]) -> u64;
+
+    /// Runs `rounds` rounds of independent integer dot products in registers and returns the number of operations
+    /// (a multiply and an add are two) and a checksum: measures the peak INT8 rate.
+    fn peak_int8(&self, rounds: usize) -> (u64, i32);
+}
+
+/// The kernels that this CPU can run, best first. Never empty: `scalar` is always there.
+pub fn available() -> Vec<&'static dyn Kernel> {
+    let mut kernels: Vec<&'static dyn Kernel> = vec![];
+    #[cfg(target_arch = "x86_64")]
+    {
+        kernels.extend(avx512::Avx512::detect().map(|k| k as &dyn Kernel));
+        //kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
+    }
+    kernels.push(&scalar::Scalar);
+    kernels
+}
+
+/// The fastest kernel that this CPU can run.
+pub fn best() -> &'static dyn Kernel {
+    available().first().copied().unwrap_or(&scalar::Scalar)
+}
+
+/// The kernel of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`] with the available names.
+pub fn by_name(name: &str) -> Result<&'static dyn Kernel> {
+    let kernels = available();
+    kernels.iter().copied().find(|kernel| kernel.name() == name).ok_or_else(|| Error::UnknownKernel {
+        name: name.to_owned(),
+        available: kernels.iter().map(|kernel| kernel.name()).collect(),
+    })
+}
+
+/// The kernel asked for, else the one that `NYBBLE_KERNEL` names, else the best.
+///
+/// # Errors
+/// [`Error::UnknownKernel`] with the available names.
+pub fn choose(name: Option<&str>) -> Result<&'static dyn Kernel> {
+    match name {
+        Some(name) => by_name(name),
+        None => match std::env::var("NYBBLE_KERNEL") {
+            Ok(name) if !name.is_empty() => by_name(&name),
+            _ => Ok(best()),
+        },
+    }
+}

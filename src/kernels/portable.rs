@@ -1,0 +1,319 @@
+//! Elementwise operations and norms, written once.
+//!
+//! Every function is `#[inline(always)]`: an instruction set's file calls it from a `#[target_feature]` function, and the
+//! compiler turns the same source into that set's vectors. Rust never reorders float arithmetic and `mul_add` is exact
+//! everywhere, so the bits are those of the scalar build. Reductions go over [`LANES`] partial sums joined in one fixed
+//! order, whatever the register width.
+
+use half::f16;
+
+use super::activations::RowMut;
+use crate::quant::packed::BLOCK;
+
+/// Partial sums of a reduction.
+const LANES: usize = 32;
+
+/// The activation functions of feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`
+    Silu,
+    /// `x / 2 * (1 + erf(x / sqrt 2))`
+    Gelu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`
+    GeluTanh,
+    /// `max(x, 0)`
+    Relu,
+}
+
+impl Activation {
+    #[inline(always)]
+    fn apply(self, x: f32) -> f32 {
+        match self {
+            Activation::Silu => x / (1.0 + exp(-x)),
+            Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
+            Activation::GeluTanh => {
+                let cubed = x * x * x;
+                0.5 * x * (1.0 + tanh(0.797_884_6 * cubed.mul_add(0.044_715, x)))
+            }
+            Activation::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
+        }
+    }
+}
+
+/// `exp(x)` to about 1 unit in the last place; 0 below -87.3, NaN stays NaN.
+///
+/// Range reduction by `x = n ln 2 + r` with ln 2 in two parts, then the degree-5 polynomial of Cephes' `expf`.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+    let clamped = if x < -87.3 { -87.3 } else { x };
+    let clamped = if clamped > 88.3 { 88.3 } else { clamped };
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_2e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let p = p.mul_add(r * r, r) + 1.0;
+    let power = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
+    if x < -87.3 { 0.0 } else { p * power }
+}
+
+/// `tanh(x)` with an absolute error of about 1e-7.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let t = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
+    t.copysign(x)
+}
+
+/// `erf(x)` with an absolute error below 2e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    let a = x.abs();
+    let t = 1.0 / a.mul_add(0.327_591_1, 1.0);
+    let mut p = 1.061_405_4f32;
+    p = p.mul_add(t, -1.453_152);
+    p = p.mul_add(t, 1.421_413_7);
+    p = p.mul_add(t, -0.284_496_74);
+    p = p.mul_add(t, 0.254_829_6);
+    let e = (-(p * t)).mul_add(exp(-(a * a)), 1.0);
+    e.copysign(x)
+}
+
+/// Sums `f(x)` over [`LANES`] partial sums, then halves them pairwise.
+#[inline(always)]
+fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = f(*x, *lane);
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane = f(*x, *lane);
+    }
+    join(lanes)
+}
+
+#[inline(always)]
+fn join(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
+    let RowMut { height, row, codes, scales, sums, zeros, half_sums, half_zeros } = out;
+    let blocks = codes.len() / height;
+    let mut padded = [0.0f32; BLOCK];
+    for b in 0..blocks {
+        let x = match x.get(b * BLOCK..).and_then(|x| x.first_chunk::<BLOCK>()) {
+            Some(x) => x,
+            None => {
+                let tail = x.get(b * BLOCK..).unwrap_or(&[]);
+                padded[..tail.len()].copy_from_slice(tail);
+                &padded
+            }
+        };
+        // The order of magnitudes is that of their bits, with NaN on top: a NaN becomes the scale and is not lost.
+        let mut top = 0u32;
+        for x in x {
+            top = top.max(x.abs().to_bits());
+        }
+        let top = f32::from_bits(top);
+        let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
+        let scale = if top < 1e-30 { 0.0 } else { top / 127.0 };
+        let mut rounded = [0i8; BLOCK];
+        for (rounded, x) in rounded.iter_mut().zip(x) {
+            // The low bits of x + 1.5 * 2^23 are x rounded to the nearest integer, ties to even.
+            *rounded = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
+        }
+        let half = |codes: &[i8]| codes.iter().map(|code| i32::from(*code)).sum::<i32>();
+        let sum = [half(&rounded[..BLOCK / 2]), half(&rounded[BLOCK / 2..])];
+        let at = b * height + row;
+        codes[at] = rounded;
+        scales[at] = scale;
+        sums[at] = scale * (sum[0] + sum[1]) as f32;
+        zeros[at] = -8 * (sum[0] + sum[1]);
+        for half in 0..2 {
+            half_sums[(2 * b + half) * height + row] = scale * sum[half] as f32;
+            half_zeros[(2 * b + half) * height + row] = -8 * sum[half];
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, tail) = scores.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane = if *x > *lane { *x } else { *lane };
+    }
+    let mut max = f32::NEG_INFINITY;
+    for x in lanes {
+        max = if x > max { x } else { max };
+    }
+    // Everything masked: weights of zero, not NaN.
+    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    for x in scores.iter_mut() {
+        *x = exp(*x - shift);
+    }
+    (max, reduce(scores, |x, sum| sum + x))
+}
+
+#[inline(always)]
+pub(super) fn blend(out: &mut [f32], a: f32, other: &[f32], b: f32) {
+    for (out, other) in out.iter_mut().zip(other) {
+        *out = (*out).mul_add(a, other * b);
+    }
+}
+
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let squares = reduce(x, |x, sum| x.mul_add(x, sum));
+    let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+#[inline(always)]
+pub(super) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let n = x.len() as f32;
+    let mean = reduce(x, |x, sum| sum + x) / n;
+    let squares = reduce(x, |x, sum| (x - mean).mul_add(x - mean, sum));
+    let scale = 1.0 / (squares / n + eps).sqrt();
+    if bias.is_empty() {
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = (x - mean) * scale * weight;
+        }
+    } else {
+        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = ((x - mean) * scale).mul_add(*weight, *bias);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x = y.mul_add(scale, *x);
+    }
+}
+
+#[inline(always)]
+pub(super) fn activate(activation: Activation, x: &mut [f32]) {
+    // The match stands outside the loops so that each of them is straight-line code.
+    match activation {
+        Activation::Silu => x.iter_mut().for_each(|x| *x = Activation::Silu.apply(*x)),
+        Activation::Gelu => x.iter_mut().for_each(|x| *x = Activation::Gelu.apply(*x)),
+        Activation::GeluTanh => x.iter_mut().for_each(|x| *x = Activation::GeluTanh.apply(*x)),
+        Activation::Relu => x.iter_mut().for_each(|x| *x = Activation::Relu.apply(*x)),
+    }
+}
+
+#[inline(always)]
+pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    let pairs = gate.iter_mut().zip(up);
+    match activation {
+        Activation::Silu => pairs.for_each(|(x, up)| *x = Activation::Silu.apply(*x) * up),
+        Activation::Gelu => pairs.for_each(|(x, up)| *x = Activation::Gelu.apply(*x) * up),
+        Activation::GeluTanh => pairs.for_each(|(x, up)| *x = Activation::GeluTanh.apply(*x) * up),
+        Activation::Relu => pairs.for_each(|(x, up)| *x = Activation::Relu.apply(*x) * up),
+    }
+}
+
+#[inline(always)]
+pub(super) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let n = cos.len();
+    let (first, second) = x.split_at_mut(n);
+    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        let (x0, x1) = (*a, *b);
+        *a = x0.mul_add(*cos, -(x1 * sin));
+        *b = x1.mul_add(*cos, x0 * sin);
+    }
+}
+
+#[inline(always)]
+pub(super) fn soft_cap(x: &mut [f32], cap: f32) {
+    for x in x {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
+#[inline(always)]
+pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = f16::from_f32(*x);
+    }
+}
+
+#[inline(always)]
+pub(super) fn read_sum(data: &[u64]) -> u64 {
+    let mut sums = [0u64; 32];
+    let (chunks, tail) = data.as_chunks::<32>();
+    for chunk in chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(*x);
+        }
+    }
+    sums.iter().chain(tail).fold(0, |sum, x| sum.wrapping_add(*x))
+}
+
+/// The trait methods that an instruction set takes from this file, compiled with its features.
+///
+/// One `fn name(args) -> result;` a method; the function of the same name in [`portable`](self) is the body.
+macro_rules! portable_methods {
+    ($features:literal) => {
+        super::portable::portable_methods! { @each $features
+            fn quantize(x: &[f32], out: RowMut<'_>);
+            fn exp_segment(scores: &mut [f32]) -> (f32, f32);
+            fn blend(out: &mut [f32], a: f32, other: &[f32], b: f32);
+            fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+            fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
+            fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);
+            fn activate(activation: Activation, x: &mut [f32]);
+            fn gate(activation: Activation, gate: &mut [f32], up: &[f32]);
+            fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
+            fn soft_cap(x: &mut [f32], cap: f32);
+            fn read_sum(data: &[u64]) -> u64;
+        }
+    };
+    (@each $features:literal $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
+        $(
+            fn $name(&self, $($arg: $type),*) $(-> $result)? {
+                #[target_feature(enable = $features)]
+                fn inner($($arg: $type),*) $(-> $result)? {
+                    portable::$name($($arg),*)
+                }
+                // SAFETY: `self` exists, so the detection has found every feature that `inner` enables.
+                unsafe { inner($($arg),*) }
+            }
+        )*
+    };
+}
+pub(super) use portable_methods;

@@ -1,0 +1,179 @@
+//! The definition of correct: plain loops, no intrinsics. Runs on every CPU.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::activations::{Activations, RowMut};
+use super::portable::{self, Activation};
+use super::{Kernel, PAGE};
+use crate::quant::packed::{BLOCK, Code, PANEL, Packed};
+use crate::threads::Columns;
+
+/// The scalar kernel. Needs no witness: there is nothing to detect.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scalar;
+
+impl Kernel for Scalar {
+    fn name(&self) -> &'static str {
+        "scalar"
+    }
+
+    fn quantize(&self, x: &[f32], out: RowMut<'_>) {
+        portable::quantize(x, out);
+    }
+
+    fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+        let mut row = 0;
+        while row < x.rows() {
+            row += match Activations::height(x.rows() - row) {
+                16 => tile::<16>(w, panels.clone(), x, row, out),
+                8 => tile::<8>(w, panels.clone(), x, row, out),
+                4 => tile::<4>(w, panels.clone(), x, row, out),
+                2 => tile::<2>(w, panels.clone(), x, row, out),
+                _ => tile::<1>(w, panels.clone(), x, row, out),
+            };
+        }
+    }
+
+    fn product_float(&self, w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
+        let code = w.layout().code;
+        for (p, index) in panels.enumerate() {
+            let panel = w.panel(index);
+            for row in 0..out.rows() {
+                let x = &x[row * stride..][..w.columns()];
+                let out = &mut out.row_mut(row)[p * PANEL..];
+                for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
+                    let mut acc = 0.0f32;
+                    for (column, x) in x.iter().enumerate() {
+                        acc = panel.float(code, lane, column).mul_add(*x, acc);
+                    }
+                    *out = acc * w.gain();
+                }
+            }
+        }
+    }
+
+    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize) {
+        for (i, query) in queries.chunks_exact(head_dim).enumerate() {
+            let scores = &mut scores[i * stride..][..PAGE];
+            for (position, score) in scores.iter_mut().enumerate() {
+                let panel = &keys[position / PANEL * head_dim * PANEL..][..head_dim * PANEL];
+                let mut acc = 0.0f32;
+                for (d, q) in query.iter().enumerate() {
+                    acc = panel[d * PANEL + position % PANEL].to_f32().mul_add(*q, acc);
+                }
+                *score = acc * scale;
+            }
+        }
+    }
+
+    fn weighted_sum(
+        &self,
+        weights: &[f32],
+        stride: usize,
+        counts: &[usize],
+        values: &[f16],
+        width: usize,
+        out: &mut [f32],
+    ) {
+        for (i, (out, count)) in out.chunks_exact_mut(width).zip(counts).enumerate() {
+            let weights = &weights[i * stride..][..*count];
+            for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
+                for (out, value) in out.iter_mut().zip(value) {
+                    *out = value.to_f32().mul_add(*weight, *out);
+                }
+            }
+        }
+    }
+
+    fn exp_segment(&self, scores: &mut [f32]) -> (f32, f32) {
+        portable::exp_segment(scores)
+    }
+
+    fn blend(&self, out: &mut [f32], a: f32, other: &[f32], b: f32) {
+        portable::blend(out, a, other, b);
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        portable::rms_norm(x, weight, eps, out);
+    }
+
+    fn layer_norm(&self, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+        portable::layer_norm(x, weight, bias, eps, out);
+    }
+
+    fn add_scaled(&self, x: &mut [f32], y: &[f32], scale: f32) {
+        portable::add_scaled(x, y, scale);
+    }
+
+    fn activate(&self, activation: Activation, x: &mut [f32]) {
+        portable::activate(activation, x);
+    }
+
+    fn gate(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        portable::gate(activation, gate, up);
+    }
+
+    fn rope(&self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        portable::rope(x, cos, sin);
+    }
+
+    fn soft_cap(&self, x: &mut [f32], cap: f32) {
+        portable::soft_cap(x, cap);
+    }
+
+    fn to_f16(&self, x: &[f32], out: &mut [f16]) {
+        portable::to_f16(x, out);
+    }
+
+    fn read_sum(&self, data: &[u64]) -> u64 {
+        portable::read_sum(data)
+    }
+
+    fn peak_int8(&self, rounds: usize) -> (u64, i32) {
+        let mut dots = [1i32; 64];
+        for round in 0..rounds {
+            for (i, dot) in dots.iter_mut().enumerate() {
+                *dot = dot.wrapping_add(i32::from(i as i8) * i32::from(round as i8));
+            }
+        }
+        (rounds as u64 * 64 * 2, dots.iter().fold(0, |sum, x| sum.wrapping_add(*x)))
+    }
+}
+
+/// `R` rows of activations times the panels. Returns `R`.
+fn tile<const R: usize>(w: &Packed, panels: Range<usize>, x: &Activations, row: usize, out: &mut Columns<'_>) -> usize {
+    let (layout, x) = (w.layout(), x.tile::<R>(row));
+    let halves = BLOCK / layout.group;
+    for (p, index) in panels.enumerate() {
+        let panel = w.panel(index);
+        for r in 0..R {
+            let out = &mut out.row_mut(row + r)[p * PANEL..];
+            for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
+                let mut acc = 0.0f32;
+                for group in 0..w.groups() {
+                    let (block, half) = (group / halves, group % halves);
+                    let mut dot = 0i32;
+                    for column in group * layout.group..(group + 1) * layout.group {
+                        dot += panel.integer(layout.code, lane, column) * i32::from(x.code(r, column));
+                    }
+                    let (zero, sum) = match halves {
+                        1 => (x.zeros[block][r], x.sums[block][r]),
+                        _ => (x.half_zeros[block][half][r], x.half_sums[block][half][r]),
+                    };
+                    if layout.code == Code::Int4 && !layout.min {
+                        dot += zero;
+                    }
+                    let scale = panel.scales[group][lane].to_f32() * x.scales[block][r];
+                    acc = (dot as f32).mul_add(scale, acc);
+                    if layout.min {
+                        acc = panel.mins[group][lane].to_f32().mul_add(sum, acc);
+                    }
+                }
+                *out = acc * w.gain();
+            }
+        }
+    }
+    R
+}

@@ -1,0 +1,318 @@
+//! The layouts that kernels read: rows in panels of 16, so that one output row is one SIMD lane.
+//!
+//! A matrix of `rows x columns` weights is cut into panels of [`PANEL`] rows and, along the row, blocks of [`BLOCK`]
+//! columns. Inside a panel's block the codes lie in lines of 64 bytes:
+//!
+//! ```text
+//! 4-bit: line j (0..4), byte 4 * row + i (row 0..16, i 0..4)
+//!          low nibble:  column 8 * j + i        high nibble: column 8 * j + 4 + i
+//! 8-bit: line j (0..8), byte 4 * row + i:       column 4 * j + i
+//! float: line per column (F32) or per two columns (F16, BF16): 16 rows side by side
+//! ```
+//!
+//! One 64-byte load thus gives 16 rows times 4 weights, exactly what a `vpdpbusd` against four broadcast activations
+//! takes, and nothing is ever summed across lanes: AVX-512 takes 16 rows, AVX2 twice 8, NEON four times 4, all over the
+//! same bytes. Scales (and minimums) lie as 16 F16 numbers a group, one a row. The last panel is padded with zero rows,
+//! the last block with zero columns.
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+
+/// Output rows in a panel, one a SIMD lane.
+pub const PANEL: usize = 16;
+/// Columns in a block: the unit in which activations are quantized.
+pub const BLOCK: usize = 32;
+
+/// A cache line. Buffers of these are 64-byte aligned, so every load of one is a full line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub struct Line(pub [u8; 64]);
+
+/// How a weight's code becomes a number.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Code {
+    /// Four bits. Without a minimum `w = scale * (code - 8)`, with one `w = scale * code + min`.
+    Int4,
+    /// Four bits through a table of 16 signed values: `w = scale * table[code]`.
+    Table4([i8; 16]),
+    /// Eight bits, stored as `code + 128`: `w = scale * code (+ min)`, codes -128..=127.
+    Int8,
+    /// IEEE single precision, computed with F32 activations.
+    F32,
+    /// IEEE half precision, computed with F32 activations.
+    F16,
+    /// The upper half of an F32, computed with F32 activations.
+    BF16,
+}
+
+/// The layout of a packed matrix.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Layout {
+    /// What a code means.
+    pub code: Code,
+    /// Columns that share a scale: 16 or 32. Without meaning for floats.
+    pub group: usize,
+    /// Whether each group has a minimum beside its scale.
+    pub min: bool,
+}
+
+impl Layout {
+    /// A float layout.
+    pub const fn float(code: Code) -> Self {
+        Layout { code, group: BLOCK, min: false }
+    }
+
+    /// Whether the weights are integers times scales, multiplied with quantized activations.
+    pub fn is_integer(&self) -> bool {
+        matches!(self.code, Code::Int4 | Code::Table4(_) | Code::Int8)
+    }
+
+    /// Lines of codes a block of a panel.
+    pub fn lines_per_block(&self) -> usize {
+        match self.code {
+            Code::Int4 | Code::Table4(_) => 4,
+            Code::Int8 => 8,
+            Code::F16 | Code::BF16 => 16,
+            Code::F32 => 32,
+        }
+    }
+}
+
+/// A weight matrix in panels. See the [module](self) for the bytes.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    rows: usize,
+    columns: usize,
+    layout: Layout,
+    gain: f32,
+    /// `(panels, blocks, lines_per_block)`
+    codes: Vec<Line>,
+    /// `(panels, scale_lines)`, each panel `(blocks * BLOCK / group, PANEL)` F16 and padding to a line
+    scales: Vec<Line>,
+    /// As `scales`; empty without minimums.
+    mins: Vec<Line>,
+}
+
+/// One panel of a [`Packed`] matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct Panel<'a> {
+    /// `(blocks, lines_per_block)`
+    pub codes: &'a [Line],
+    /// `(groups)`: 16 scales, one a row. Empty for floats.
+    pub scales: &'a [[f16; PANEL]],
+    /// `(groups)`: 16 minimums; empty where the layout has none.
+    pub mins: &'a [[f16; PANEL]],
+}
+
+/// One panel of a [`Packed`] matrix, to be filled.
+#[derive(Debug)]
+pub struct PanelMut<'a> {
+    /// `(blocks, lines_per_block)`
+    pub codes: &'a mut [Line],
+    /// `(groups)`: 16 scales, one a row. Empty for floats.
+    pub scales: &'a mut [[f16; PANEL]],
+    /// `(groups)`: 16 minimums; empty where the layout has none.
+    pub mins: &'a mut [[f16; PANEL]],
+}
+
+impl Packed {
+    /// A matrix whose codes, scales and minimums are all zero bytes.
+    ///
+    /// `gain` multiplies every output; a power of two keeps scales that F16 could not hold in its range.
+    pub fn zeroed(rows: usize, columns: usize, layout: Layout, gain: f32) -> Self {
+        assert!(matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
+        let mut packed = Packed { rows, columns, layout, gain, codes: vec![], scales: vec![], mins: vec![] };
+        let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
+        packed.codes = bytemuck::zeroed_vec(panels * packed.panel_lines());
+        packed.scales = bytemuck::zeroed_vec(panels * scale_lines);
+        packed.mins = bytemuck::zeroed_vec(if layout.min { panels * scale_lines } else { 0 });
+        packed
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// What a code means, groups and minimums.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// What every output is multiplied with at the end, a power of two.
+    pub fn gain(&self) -> f32 {
+        self.gain
+    }
+
+    /// Panels of 16 rows, the last one padded.
+    pub fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// Blocks of 32 columns, the last one padded.
+    pub fn blocks(&self) -> usize {
+        self.columns.div_ceil(BLOCK)
+    }
+
+    /// Scales a row.
+    pub fn groups(&self) -> usize {
+        if self.layout.is_integer() { self.blocks() * (BLOCK / self.layout.group) } else { 0 }
+    }
+
+    /// Bytes that a product reads.
+    pub fn bytes(&self) -> usize {
+        (self.codes.len() + self.scales.len() + self.mins.len()) * size_of::<Line>()
+    }
+
+    fn panel_lines(&self) -> usize {
+        self.blocks() * self.layout.lines_per_block()
+    }
+
+    fn scale_lines(&self) -> usize {
+        self.groups().div_ceil(2)
+    }
+
+    /// The panel of rows `16 * index ..`.
+    ///
+    /// # Panics
+    /// If `index >= self.panels()`.
+    #[inline]
+    pub fn panel(&self, index: usize) -> Panel<'_> {
+        let (lines, scale_lines) = (self.panel_lines(), self.scale_lines());
+        let mins = if self.layout.min { index * scale_lines..(index + 1) * scale_lines } else { 0..0 };
+        Panel {
+            codes: &self.codes[index * lines..][..lines],
+            scales: numbers(&self.scales[index * scale_lines..][..scale_lines], self.groups()),
+            mins: numbers(&self.mins[mins], if self.layout.min { self.groups() } else { 0 }),
+        }
+    }
+
+    /// All panels, to be filled side by side.
+    pub fn panels_mut(&mut self) -> Vec<PanelMut<'_>> {
+        let (lines, scale_lines, groups) = (self.panel_lines(), self.scale_lines(), self.groups());
+        let mut scales = self.scales.chunks_mut(scale_lines.max(1));
+        let mut mins = self.mins.chunks_mut(scale_lines.max(1));
+        self.codes
+            .chunks_mut(lines.max(1))
+            .map(|codes| PanelMut {
+                codes,
+                scales: scales.next().map_or(&mut [], |lines| numbers_mut(lines, groups)),
+                mins: mins.next().map_or(&mut [], |lines| numbers_mut(lines, groups)),
+            })
+            .collect()
+    }
+
+    /// Writes row `row` as F32: what the products compute with, and how embeddings are looked up.
+    ///
+    /// # Panics
+    /// If `row >= self.rows()` or `out.len() != self.columns()`.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert_eq!(out.len(), self.columns, "length of the row");
+        let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
+        for (column, out) in out.iter_mut().enumerate() {
+            *out = panel.weight(self.layout, lane, column) * self.gain;
+        }
+    }
+}
+
+fn numbers(lines: &[Line], groups: usize) -> &[[f16; PANEL]] {
+    &bytemuck::cast_slice(lines)[..groups]
+}
+
+fn numbers_mut(lines: &mut [Line], groups: usize) -> &mut [[f16; PANEL]] {
+    &mut bytemuck::cast_slice_mut(lines)[..groups]
+}
+
+impl Panel<'_> {
+    /// The integer that stands for the weight at (`lane`, `column`), signed; 0..=15 for [`Code::Int4`].
+    #[inline]
+    pub fn integer(&self, code: Code, lane: usize, column: usize) -> i32 {
+        let (block, column) = (column / BLOCK, column % BLOCK);
+        let nibble = || {
+            let byte = self.codes[block * 4 + column / 8].0[4 * lane + column % 4];
+            usize::from(if column % 8 < 4 { byte & 15 } else { byte >> 4 })
+        };
+        match code {
+            Code::Int4 => nibble() as i32,
+            Code::Table4(table) => i32::from(table[nibble()]),
+            Code::Int8 => i32::from(self.codes[block * 8 + column / 4].0[4 * lane + column % 4]) - 128,
+            Code::F32 | Code::F16 | Code::BF16 => unreachable!("floats have no integer codes"),
+        }
+    }
+
+    /// The float weight at (`lane`, `column`).
+    #[inline]
+    pub fn float(&self, code: Code, lane: usize, column: usize) -> f32 {
+        match code {
+            Code::F32 => bytemuck::cast_slice::<Line, f32>(self.codes)[column * PANEL + lane],
+            Code::F16 => bytemuck::cast_slice::<Line, f16>(self.codes)[column * PANEL + lane].to_f32(),
+            Code::BF16 => {
+                f32::from_bits(u32::from(bytemuck::cast_slice::<Line, u16>(self.codes)[column * PANEL + lane]) << 16)
+            }
+            Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
+        }
+    }
+
+    /// The weight at (`lane`, `column`), without the matrix's gain.
+    fn weight(&self, layout: Layout, lane: usize, column: usize) -> f32 {
+        if !layout.is_integer() {
+            return self.float(layout.code, lane, column);
+        }
+        let group = column / layout.group;
+        let scale = self.scales[group][lane].to_f32();
+        let code = self.integer(layout.code, lane, column) as f32;
+        match (layout.code, layout.min) {
+            (Code::Int4, false) => scale * (code - 8.0),
+            (_, false) => scale * code,
+            (_, true) => scale * code + self.mins[group][lane].to_f32(),
+        }
+    }
+}
+
+impl PanelMut<'_> {
+    /// Stores the codes of block `block` of row `lane`: 0..=15 for 4-bit codes, -128..=127 for 8-bit ones.
+    #[inline]
+    pub fn set_codes(&mut self, code: Code, lane: usize, block: usize, codes: &[i8; BLOCK]) {
+        match code {
+            Code::Int4 | Code::Table4(_) => {
+                let lines = &mut self.codes[block * 4..][..4];
+                for (line, codes) in lines.iter_mut().zip(codes.as_chunks::<8>().0) {
+                    let bytes = &mut line.0[4 * lane..][..4];
+                    for i in 0..4 {
+                        bytes[i] = (codes[i] & 15) as u8 | ((codes[i + 4] & 15) as u8) << 4;
+                    }
+                }
+            }
+            Code::Int8 => {
+                let lines = &mut self.codes[block * 8..][..8];
+                for (line, codes) in lines.iter_mut().zip(codes.as_chunks::<4>().0) {
+                    let bytes = &mut line.0[4 * lane..][..4];
+                    for i in 0..4 {
+                        bytes[i] = (codes[i] as u8) ^ 0x80;
+                    }
+                }
+            }
+            Code::F32 | Code::F16 | Code::BF16 => unreachable!("floats have no integer codes"),
+        }
+    }
+
+    /// Stores a float weight, rounded to the layout's type.
+    #[inline]
+    pub fn set_float(&mut self, code: Code, lane: usize, column: usize, value: f32) {
+        let at = column * PANEL + lane;
+        match code {
+            Code::F32 => bytemuck::cast_slice_mut::<Line, f32>(self.codes)[at] = value,
+            Code::F16 => bytemuck::cast_slice_mut::<Line, f16>(self.codes)[at] = f16::from_f32(value),
+            Code::BF16 => {
+                bytemuck::cast_slice_mut::<Line, u16>(self.codes)[at] = half::bf16::from_f32(value).to_bits();
+            }
+            Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
+        }
+    }
+}

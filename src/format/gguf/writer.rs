@@ -37,6 +37,15 @@ impl From<&super::TensorInfo> for NewTensor {
     }
 }
 
+/// A tensor with its place.
+#[derive(Debug)]
+struct Planned {
+    tensor: NewTensor,
+    nbytes: usize,
+    /// From the start of the data.
+    offset: u64,
+}
+
 /// Writes a GGUF file of version 3.
 ///
 /// Everything goes into a temporary file in the same folder. [`Writer::finish`] gives it its name, in place of a file that
@@ -48,8 +57,7 @@ pub struct Writer {
     /// `None` after a failure: how much was written is unknown then.
     file: Option<BufWriter<File>>,
     alignment: u64,
-    /// The tensors with their sizes in bytes.
-    tensors: Vec<(NewTensor, usize)>,
+    tensors: Vec<Planned>,
     /// How many of them were written.
     written: usize,
 }
@@ -69,7 +77,7 @@ impl Writer {
     ) -> Result<Writer> {
         let path = path.as_ref().to_path_buf();
         let alignment = check_metadata(metadata)?;
-        let tensors = sizes(tensors)?;
+        let tensors = plan(tensors, alignment)?;
         let header = header(metadata, &tensors, alignment);
         let (temporary, file) = Temporary::beside(&path)?;
         let file = Some(BufWriter::with_capacity(1 << 20, file));
@@ -84,7 +92,7 @@ impl Writer {
     /// [`Error::InvalidArgument`] when another tensor is next or the bytes are too many or too few: nothing was written
     /// then. [`Error::Io`] when the system refuses to write: the file cannot be finished then.
     pub fn write_tensor(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let nbytes = self.expect(name)?.1;
+        let nbytes = self.expect(name)?.nbytes;
         if bytes.len() != nbytes {
             let expected = format!("{nbytes} bytes for tensor {name:?}");
             return Err(Error::argument("bytes", format_args!("{} bytes", bytes.len()), expected));
@@ -101,9 +109,9 @@ impl Writer {
     /// # Errors
     /// Those of [`Writer::write_tensor`] and of [`BlockType::encode`].
     pub fn write_values(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let (tensor, nbytes) = self.expect(name)?;
-        let mut bytes = Vec::with_capacity(*nbytes);
-        tensor.block_type.encode(values, &mut bytes)?;
+        let next = self.expect(name)?;
+        let mut bytes = Vec::with_capacity(next.nbytes);
+        next.tensor.block_type.encode(values, &mut bytes)?;
         self.write_tensor(name, &bytes)
     }
 
@@ -112,9 +120,9 @@ impl Writer {
     /// # Errors
     /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when the system refuses. No file is left then.
     pub fn finish(mut self) -> Result<()> {
-        if let Some((next, _)) = self.tensors.get(self.written) {
+        if let Some(next) = self.tensors.get(self.written) {
             let found = format!("{} of {} tensors written", self.written, self.tensors.len());
-            return Err(Error::argument("finish", found, format_args!("all of them, {:?} next", next.name)));
+            return Err(Error::argument("finish", found, format_args!("all of them, {:?} next", next.tensor.name)));
         }
         let file = self.file.take().ok_or_else(failed_before)?;
         let file = file.into_inner().map_err(|error| Error::io(&self.path, error.into_error()))?;
@@ -122,11 +130,13 @@ impl Writer {
         self.temporary.rename(&self.path)
     }
 
-    /// The next tensor with its size, if it is called `name`.
-    fn expect(&self, name: &str) -> Result<&(NewTensor, usize)> {
+    /// The next tensor, if it is called `name`.
+    fn expect(&self, name: &str) -> Result<&Planned> {
         match self.tensors.get(self.written) {
-            Some(next) if next.0.name == name => Ok(next),
-            Some(next) => Err(Error::argument("name", format_args!("{name:?}"), format_args!("{:?}", next.0.name))),
+            Some(next) if next.tensor.name == name => Ok(next),
+            Some(next) => {
+                Err(Error::argument("name", format_args!("{name:?}"), format_args!("{:?}", next.tensor.name)))
+            }
             None => Err(Error::argument("name", format_args!("{name:?}"), "no more tensors")),
         }
     }
@@ -173,10 +183,12 @@ fn check_metadata(metadata: &Metadata) -> Result<u64> {
     Ok(alignment.into())
 }
 
-/// Checks what a reader would check of the tensors, and adds their sizes in bytes.
-fn sizes(tensors: impl IntoIterator<Item = NewTensor>) -> Result<Vec<(NewTensor, usize)>> {
+/// Checks what a reader would check of the tensors, and places them one after the other, without more room between them
+/// than the alignment needs: that is what ggml reads.
+fn plan(tensors: impl IntoIterator<Item = NewTensor>, alignment: u64) -> Result<Vec<Planned>> {
     let mut names = HashSet::new();
-    let mut sized = Vec::new();
+    let mut planned = Vec::new();
+    let mut offset = 0u64;
     for tensor in tensors {
         let name = &tensor.name;
         if let Some(fault) = name_fault(name) {
@@ -187,13 +199,18 @@ fn sizes(tensors: impl IntoIterator<Item = NewTensor>) -> Result<Vec<(NewTensor,
         }
         let (_, nbytes) = tensor_size(tensor.block_type, &tensor.dims)
             .map_err(|(found, expected)| Error::argument("tensors", format_args!("{found} of {name:?}"), expected))?;
-        sized.push((tensor, nbytes));
+        let end = offset.checked_add(nbytes as u64).and_then(|end| end.checked_next_multiple_of(alignment));
+        let Some(end) = end.filter(|end| i64::try_from(*end).is_ok()) else {
+            return Err(Error::argument("tensors", format_args!("{name:?} ends beyond 2^63"), "fewer bytes in all"));
+        };
+        planned.push(Planned { tensor, nbytes, offset });
+        offset = end;
     }
-    Ok(sized)
+    Ok(planned)
 }
 
 /// Everything before the data of the first tensor.
-fn header(metadata: &Metadata, tensors: &[(NewTensor, usize)], alignment: u64) -> Vec<u8> {
+fn header(metadata: &Metadata, tensors: &[Planned], alignment: u64) -> Vec<u8> {
     let mut out = Vec::new();
     out.extend(MAGIC);
     out.extend(VERSION.to_le_bytes());
@@ -204,15 +221,12 @@ fn header(metadata: &Metadata, tensors: &[(NewTensor, usize)], alignment: u64) -
         out.extend(value.type_id().to_le_bytes());
         put_value(value, &mut out);
     }
-    let mut offset = 0u64;
-    for (tensor, nbytes) in tensors {
+    for Planned { tensor, offset, .. } in tensors {
         put_string(tensor.name.as_bytes(), &mut out);
         out.extend((tensor.dims.len() as u32).to_le_bytes());
         out.extend(tensor.dims.iter().flat_map(|dim| dim.to_le_bytes()));
         out.extend(tensor.block_type.id().to_le_bytes());
         out.extend(offset.to_le_bytes());
-        // Readers of ggml's kind want no room between tensors but what the alignment needs.
-        offset = offset.saturating_add(*nbytes as u64).next_multiple_of(alignment);
     }
     if !tensors.is_empty() {
         out.resize(out.len().next_multiple_of(alignment as usize), 0);

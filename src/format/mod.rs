@@ -1,1 +1,3 @@
-//! (format)
+//! Files: bytes to metadata and named tensors, and back. Nothing here knows what a model is.
+
+pub mod gguf;

@@ -1,0 +1,323 @@
+//! Writing a file: tensor after tensor, and whole or not at all.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::parse::tensor_size;
+use super::value::{Array, Metadata, Value};
+use super::{
+    ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_LENGTH, VERSION, alignment_is_valid, key_fault,
+    name_fault,
+};
+use crate::error::{Error, Result};
+use crate::quant::block::BlockType;
+
+/// A tensor that is going to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTensor {
+    name: String,
+    block_type: BlockType,
+    dims: Vec<u64>,
+}
+
+impl NewTensor {
+    /// A tensor called `name`, of 1 to 4 dimensions, none of them 0. The first is the one along which values lie side by
+    /// side: `[columns, rows]`.
+    pub fn new(name: impl Into<String>, block_type: BlockType, dims: impl Into<Vec<u64>>) -> Self {
+        NewTensor { name: name.into(), block_type, dims: dims.into() }
+    }
+}
+
+impl From<&super::TensorInfo> for NewTensor {
+    fn from(tensor: &super::TensorInfo) -> Self {
+        NewTensor::new(tensor.name(), tensor.block_type(), tensor.dims())
+    }
+}
+
+/// A tensor with its place.
+#[derive(Debug)]
+struct Planned {
+    tensor: NewTensor,
+    nbytes: usize,
+    /// From the start of the data.
+    offset: u64,
+}
+
+/// Writes a GGUF file of version 3.
+///
+/// Everything goes into a temporary file in the same folder. [`Writer::finish`] gives it its name, in place of a file that
+/// had it before; a writer that is dropped without that, or that failed, leaves nothing behind.
+#[derive(Debug)]
+pub struct Writer {
+    path: PathBuf,
+    temporary: Temporary,
+    /// `None` after a failure: how much was written is unknown then.
+    file: Option<BufWriter<File>>,
+    alignment: u64,
+    tensors: Vec<Planned>,
+    /// How many of them were written.
+    written: usize,
+}
+
+impl Writer {
+    /// Begins a file that will be at `path`, and writes all but the data of the tensors, which follow in this order.
+    ///
+    /// Tensors are aligned as the key `general.alignment` says, or to 32 bytes without it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when a reader would refuse the metadata or the tensors, [`Error::Io`] when the system
+    /// refuses to write.
+    pub fn create(
+        path: impl AsRef<Path>,
+        metadata: &Metadata,
+        tensors: impl IntoIterator<Item = NewTensor>,
+    ) -> Result<Writer> {
+        let path = path.as_ref().to_path_buf();
+        let alignment = check_metadata(metadata)?;
+        let tensors = plan(tensors, alignment)?;
+        let header = header(metadata, &tensors, alignment);
+        let (temporary, file) = Temporary::beside(&path)?;
+        let file = Some(BufWriter::with_capacity(1 << 20, file));
+        let mut writer = Writer { path, temporary, file, alignment, tensors, written: 0 };
+        writer.write(&header)?;
+        Ok(writer)
+    }
+
+    /// Writes the bytes of the next tensor, which must be the one called `name`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when another tensor is next or the bytes are too many or too few: nothing was written
+    /// then. [`Error::Io`] when the system refuses to write: the file cannot be finished then.
+    pub fn write_tensor(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let nbytes = self.expect(name)?.nbytes;
+        if bytes.len() != nbytes {
+            let expected = format!("{nbytes} bytes for tensor {name:?}");
+            return Err(Error::argument("bytes", format_args!("{} bytes", bytes.len()), expected));
+        }
+        self.write(bytes)?;
+        let padding = (nbytes as u64).next_multiple_of(self.alignment) - nbytes as u64;
+        self.write(&vec![0; padding as usize])?;
+        self.written += 1;
+        Ok(())
+    }
+
+    /// Encodes the values of the next tensor, which must be the one called `name`, and writes them.
+    ///
+    /// # Errors
+    /// Those of [`Writer::write_tensor`] and of [`BlockType::encode`].
+    pub fn write_values(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        let next = self.expect(name)?;
+        let mut bytes = Vec::with_capacity(next.nbytes);
+        next.tensor.block_type.encode(values, &mut bytes)?;
+        self.write_tensor(name, &bytes)
+    }
+
+    /// Makes sure that everything is on the disk, then gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when the system refuses. No file is left then.
+    pub fn finish(mut self) -> Result<()> {
+        if let Some(next) = self.tensors.get(self.written) {
+            let found = format!("{} of {} tensors written", self.written, self.tensors.len());
+            return Err(Error::argument("finish", found, format_args!("all of them, {:?} next", next.tensor.name)));
+        }
+        let file = self.file.take().ok_or_else(failed_before)?;
+        let file = file.into_inner().map_err(|error| Error::io(&self.path, error.into_error()))?;
+        file.sync_all().map_err(|source| Error::io(&self.path, source))?;
+        self.temporary.rename(&self.path)
+    }
+
+    /// The next tensor, if it is called `name`.
+    fn expect(&self, name: &str) -> Result<&Planned> {
+        match self.tensors.get(self.written) {
+            Some(next) if next.tensor.name == name => Ok(next),
+            Some(next) => {
+                Err(Error::argument("name", format_args!("{name:?}"), format_args!("{:?}", next.tensor.name)))
+            }
+            None => Err(Error::argument("name", format_args!("{name:?}"), "no more tensors")),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut file = self.file.take().ok_or_else(failed_before)?;
+        file.write_all(bytes).map_err(|source| Error::io(&self.path, source))?;
+        self.file = Some(file);
+        Ok(())
+    }
+}
+
+fn failed_before() -> Error {
+    Error::argument("writer", "a writer that has failed", "a new writer")
+}
+
+/// Checks what a reader would check of the metadata, and returns the alignment.
+fn check_metadata(metadata: &Metadata) -> Result<u64> {
+    let mut alignment = DEFAULT_ALIGNMENT;
+    for (key, value) in metadata.iter() {
+        if let Some(fault) = key_fault(key.as_bytes()) {
+            return Err(Error::argument("metadata", fault, "1 to 65535 bytes of printable ASCII"));
+        }
+        let longest = match value {
+            Value::String(text) => text.len(),
+            Value::Array(Array::String(strings)) => strings.iter().map(<[u8]>::len).fold(strings.len(), usize::max),
+            Value::Array(array) => array.len(),
+            _ => 0,
+        };
+        if longest > MAX_LENGTH {
+            let found = format!("{longest} bytes or elements of {key:?}");
+            return Err(Error::argument("metadata", found, format_args!("at most {MAX_LENGTH}")));
+        }
+        if key == ALIGNMENT_KEY {
+            alignment = match value {
+                Value::U32(alignment) if alignment_is_valid(*alignment) => *alignment,
+                _ => {
+                    let expected = format!("a u32 that is a power of two from 1 to {MAX_ALIGNMENT}");
+                    return Err(Error::argument("general.alignment", value, expected));
+                }
+            };
+        }
+    }
+    Ok(alignment.into())
+}
+
+/// Checks what a reader would check of the tensors, and places them one after the other, without more room between them
+/// than the alignment needs: that is what ggml reads.
+fn plan(tensors: impl IntoIterator<Item = NewTensor>, alignment: u64) -> Result<Vec<Planned>> {
+    let mut names = HashSet::new();
+    let mut planned = Vec::new();
+    let mut offset = 0u64;
+    for tensor in tensors {
+        let name = &tensor.name;
+        if let Some(fault) = name_fault(name) {
+            return Err(Error::argument("tensors", format_args!("{fault}: {name:?}"), "at most 63 bytes without NUL"));
+        }
+        if !names.insert(name.clone()) {
+            return Err(Error::argument("tensors", format_args!("{name:?} a second time"), "each tensor once"));
+        }
+        let (_, nbytes) = tensor_size(tensor.block_type, &tensor.dims)
+            .map_err(|(found, expected)| Error::argument("tensors", format_args!("{found} of {name:?}"), expected))?;
+        let end = offset.checked_add(nbytes as u64).and_then(|end| end.checked_next_multiple_of(alignment));
+        let Some(end) = end.filter(|end| i64::try_from(*end).is_ok()) else {
+            return Err(Error::argument("tensors", format_args!("{name:?} ends beyond 2^63"), "fewer bytes in all"));
+        };
+        planned.push(Planned { tensor, nbytes, offset });
+        offset = end;
+    }
+    Ok(planned)
+}
+
+/// Everything before the data of the first tensor.
+fn header(metadata: &Metadata, tensors: &[Planned], alignment: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend(MAGIC);
+    out.extend(VERSION.to_le_bytes());
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata.iter() {
+        put_string(key.as_bytes(), &mut out);
+        out.extend(value.type_id().to_le_bytes());
+        put_value(value, &mut out);
+    }
+    for Planned { tensor, offset, .. } in tensors {
+        put_string(tensor.name.as_bytes(), &mut out);
+        out.extend((tensor.dims.len() as u32).to_le_bytes());
+        out.extend(tensor.dims.iter().flat_map(|dim| dim.to_le_bytes()));
+        out.extend(tensor.block_type.id().to_le_bytes());
+        out.extend(offset.to_le_bytes());
+    }
+    if !tensors.is_empty() {
+        out.resize(out.len().next_multiple_of(alignment as usize), 0);
+    }
+    out
+}
+
+fn put_string(text: &[u8], out: &mut Vec<u8>) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend_from_slice(text);
+}
+
+fn put_value(value: &Value, out: &mut Vec<u8>) {
+    match value {
+        Value::U8(v) => out.extend(v.to_le_bytes()),
+        Value::I8(v) => out.extend(v.to_le_bytes()),
+        Value::U16(v) => out.extend(v.to_le_bytes()),
+        Value::I16(v) => out.extend(v.to_le_bytes()),
+        Value::U32(v) => out.extend(v.to_le_bytes()),
+        Value::I32(v) => out.extend(v.to_le_bytes()),
+        Value::F32(v) => out.extend(v.to_le_bytes()),
+        Value::Bool(v) => out.push(u8::from(*v)),
+        Value::String(text) => put_string(text, out),
+        Value::Array(array) => put_array(array, out),
+        Value::U64(v) => out.extend(v.to_le_bytes()),
+        Value::I64(v) => out.extend(v.to_le_bytes()),
+        Value::F64(v) => out.extend(v.to_le_bytes()),
+    }
+}
+
+fn put_array(array: &Array, out: &mut Vec<u8>) {
+    out.extend(array.type_id().to_le_bytes());
+    out.extend((array.len() as u64).to_le_bytes());
+    match array {
+        Array::U8(v) => out.extend_from_slice(v),
+        Array::I8(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::U16(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::I16(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::U32(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::I32(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::F32(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::Bool(v) => out.extend(v.iter().map(|v| u8::from(*v))),
+        Array::String(v) => v.iter().for_each(|text| put_string(text, out)),
+        Array::U64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::I64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+        Array::F64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
+    }
+}
+
+/// A file that is removed when it goes out of use without having been renamed.
+#[derive(Debug)]
+struct Temporary {
+    /// `None` once it was renamed.
+    path: Option<PathBuf>,
+}
+
+impl Temporary {
+    /// A new file in the folder of `target`, so that renaming it stays within one file system.
+    fn beside(target: &Path) -> Result<(Temporary, File)> {
+        /// Keeps apart the writers of one process.
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = target.with_file_name(format!(".nybble-{}-{number}.tmp", std::process::id()));
+            match File::create_new(&path) {
+                Ok(file) => return Ok((Temporary { path: Some(path) }, file)),
+                // One that a process of this number left behind when it was killed.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(Error::io(target, source)),
+            }
+        }
+    }
+
+    /// Gives the file its name.
+    fn rename(&mut self, target: &Path) -> Result<()> {
+        if let Some(path) = &self.path {
+            std::fs::rename(path, target).map_err(|source| Error::io(target, source))?;
+            self.path = None;
+        }
+        // The name is on the disk once the folder is. Some file systems refuse this, and the file is whole without it.
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+        Ok(())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // A drop has nobody to tell that this failed.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}

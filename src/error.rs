@@ -112,6 +112,15 @@ pub enum Error {
         expected: String,
     },
 
+    /// There is no memory for what was asked. Nothing was changed.
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What the memory is for.
+        what: &'static str,
+        /// How much of it.
+        bytes: usize,
+    },
+
     /// The caller asked to stop in the middle of a step. The session is as it was before the step.
     #[error("interrupted")]
     Interrupted,

@@ -1,3 +1,76 @@
-//! Files: bytes to metadata and named tensors, and back. Nothing here knows what a model is.
+//! Files: bytes to metadata and named tensors. Nothing here knows of models.
 
 pub mod gguf;
+
+use std::path::Path;
+
+use crate::quant::block::BlockType;
+use crate::quant::pack::Rows;
+use gguf::{Gguf, Metadata};
+
+/// What every source of a model has: metadata under GGUF's keys and tensors under GGUF's names.
+pub trait Checkpoint: Sync {
+    /// The file or folder, for messages.
+    fn path(&self) -> &Path;
+
+    /// All keys and values.
+    fn metadata(&self) -> &Metadata;
+
+    /// The tensor called `name`, as rows.
+    fn tensor(&self, name: &str) -> Option<Tensor<'_>>;
+
+    /// Tells the system that the bytes of a tensor will not be read again.
+    fn release(&self, name: &str);
+}
+
+/// A tensor as rows of blocks.
+pub struct Tensor<'a> {
+    /// Dimensions, the fastest-varying first: `[columns, rows]` for a linear layer.
+    pub dims: Vec<usize>,
+    /// The rows, each of `dims[0]` values.
+    pub rows: Box<dyn Rows + 'a>,
+}
+
+/// Rows that lie one after the other in memory.
+struct Contiguous<'a> {
+    block_type: BlockType,
+    bytes: &'a [u8],
+    row_bytes: usize,
+}
+
+impl Rows for Contiguous<'_> {
+    fn block_type(&self) -> BlockType {
+        self.block_type
+    }
+
+    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        &self.bytes[index * self.row_bytes..][..self.row_bytes]
+    }
+}
+
+impl Checkpoint for Gguf {
+    fn path(&self) -> &Path {
+        self.path()
+    }
+
+    fn metadata(&self) -> &Metadata {
+        self.metadata()
+    }
+
+    fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let tensor = self.tensor(name)?;
+        // The reader has checked that every dimension and the number of bytes fit into the file.
+        let dims = tensor.dims().iter().map(|dim| *dim as usize).collect();
+        let row_bytes = tensor.nbytes() / tensor.rows().max(1);
+        Some(Tensor {
+            dims,
+            rows: Box::new(Contiguous { block_type: tensor.block_type(), bytes: self.data(tensor), row_bytes }),
+        })
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(tensor) = self.tensor(name) {
+            self.release(tensor);
+        }
+    }
+}

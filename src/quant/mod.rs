@@ -3,4 +3,5 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
+pub mod pack;
 pub mod packed;

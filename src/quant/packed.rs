@@ -129,6 +129,21 @@ impl Packed {
         packed
     }
 
+    /// Bytes that a matrix of that shape takes, saturating.
+    pub fn bytes_needed(rows: usize, columns: usize, layout: Layout) -> usize {
+        let (panels, blocks) = (rows.div_ceil(PANEL), columns.div_ceil(BLOCK));
+        let groups = if layout.is_integer() { blocks.saturating_mul(BLOCK / layout.group).div_ceil(2) } else { 0 };
+        let scales = groups.saturating_mul(if layout.min { 2 } else { 1 });
+        let lines = blocks.saturating_mul(layout.lines_per_block()).saturating_add(scales);
+        lines.saturating_mul(panels).saturating_mul(size_of::<Line>())
+    }
+
+    /// Whether that many bytes can be had now. Asked before [`zeroed`](Self::zeroed), which would end the process.
+    #[allow(clippy::result_unit_err)]
+    pub fn try_reserve(bytes: usize) -> Result<(), ()> {
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| ())
+    }
+
     /// Output features.
     pub fn rows(&self) -> usize {
         self.rows

@@ -1,0 +1,121 @@
+//! Attention over the cache, in segments of 256 positions counted from 0.
+//!
+//! Every query reduces each segment in the same way and joins the segments in order (Dao et al. 2022, arXiv 2205.14135),
+//! whether it comes alone or with others, so its result has the same bits in a prompt, in a batch and in decoding.
+
+use super::kv_cache::Session;
+use crate::kernels::{self, Kernel, PAGE};
+
+/// Positions that are reduced together; part of the definition of the result.
+const SEGMENT: usize = 256;
+
+/// What attention needs to know of a layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Attention {
+    pub(super) layer: usize,
+    /// Query heads to a key/value head.
+    pub(super) group: usize,
+    pub(super) scale: f32,
+}
+
+/// Buffers of one task, kept by the thread.
+#[derive(Debug, Default)]
+struct Work {
+    /// `(queries, head_dim)`
+    queries: Vec<f32>,
+    /// `(queries, SEGMENT)`
+    scores: Vec<f32>,
+    /// `(queries, width)`: the segment's weighted values, and those joined so far.
+    part: Vec<f32>,
+    total: Vec<f32>,
+    /// `(queries)`: maximum and sum so far.
+    max: Vec<f32>,
+    sum: Vec<f32>,
+    /// Maximum and sum of the segment.
+    reduced: Vec<(f32, f32)>,
+    counts: Vec<usize>,
+}
+
+thread_local! {
+    static WORK: std::cell::RefCell<Work> = std::cell::RefCell::default();
+}
+
+impl Attention {
+    /// One key/value head for some consecutive rows of one session.
+    ///
+    /// `queries(row)` is the row's `(group * head_dim)` values of this head's queries, row `i` at position `first + i`;
+    /// `out (rows, group * head_dim)` takes the result.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn head<'q>(
+        &self,
+        kernel: &dyn Kernel,
+        session: &Session,
+        head: usize,
+        first: usize,
+        rows: usize,
+        queries: impl Fn(usize) -> &'q [f32],
+        out: &mut [f32],
+    ) {
+        WORK.with_borrow_mut(|work| {
+            let (dim, width, n) = (session.shape.head_dim, session.shape.width, rows * self.group);
+            work.queries.clear();
+            (0..rows).for_each(|row| work.queries.extend_from_slice(queries(row)));
+            work.scores.resize(n * SEGMENT, 0.0);
+            for buffer in [&mut work.part, &mut work.total] {
+                buffer.clear();
+                buffer.resize(n * width, 0.0);
+            }
+            work.max.clear();
+            work.max.resize(n, f32::NEG_INFINITY);
+            work.sum.clear();
+            work.sum.resize(n, 0.0);
+            for start in (0..first + rows).step_by(SEGMENT) {
+                self.segment(kernel, session, head, start, first, work);
+            }
+            for ((out, total), sum) in out.chunks_exact_mut(dim).zip(work.total.chunks_exact(width)).zip(&work.sum) {
+                // A row always sees itself, so the sum is at least 1 unless a NaN came in, which goes on.
+                let inverse = 1.0 / sum;
+                out.iter_mut().zip(total).for_each(|(out, x)| *out = x * inverse);
+            }
+        });
+    }
+
+    /// Adds the segment that starts at `start` to what the work holds.
+    fn segment(&self, kernel: &dyn Kernel, session: &Session, head: usize, start: usize, first: usize, work: &mut Work) {
+        let (dim, width) = (session.shape.head_dim, session.shape.width);
+        let n = work.max.len();
+        let last_position = first + n / self.group - 1;
+        let end = (last_position + 1).min(start + SEGMENT);
+        let pages = &session.pages[start / PAGE..end.div_ceil(PAGE)];
+        // Rows are in order of position, so those that see anything of the segment are the last ones.
+        let skip = start.saturating_sub(first) * self.group;
+        for (i, page) in pages.iter().enumerate() {
+            let (keys, _) = page.head(&session.shape, self.layer, head);
+            let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
+            let scores = &mut work.scores[from * SEGMENT + i * PAGE..];
+            kernel.scores(&work.queries[from * dim..], dim, keys, self.scale, scores, SEGMENT);
+        }
+        work.part[skip * width..].fill(0.0);
+        work.reduced.clear();
+        for q in skip..n {
+            let seen = (first + q / self.group + 1 - start).min(SEGMENT);
+            work.reduced.push(kernel.exp_segment(&mut work.scores[q * SEGMENT..][..seen]));
+        }
+        for (i, page) in pages.iter().enumerate() {
+            let (_, values) = page.head(&session.shape, self.layer, head);
+            let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
+            work.counts.clear();
+            work.counts.extend((from..n).map(|q| (first + q / self.group + 1 - start - i * PAGE).min(PAGE)));
+            let weights = &work.scores[from * SEGMENT + i * PAGE..];
+            kernel.weighted_sum(weights, SEGMENT, &work.counts, values, width, &mut work.part[from * width..]);
+        }
+        for (q, (max, sum)) in (skip..n).zip(&work.reduced) {
+            let joined = if work.max[q] > *max { work.max[q] } else { *max };
+            let (a, b) = (kernels::exp(work.max[q] - joined), kernels::exp(max - joined));
+            let part = &work.part[q * width..][..width];
+            kernel.blend(&mut work.total[q * width..][..width], a, part, b);
+            work.sum[q] = work.sum[q].mul_add(a, sum * b);
+            work.max[q] = joined;
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! The forward pass: rows of tokens from any number of sessions in, logits out.
+
+use std::sync::PoisonError;
+
+use half::f16;
+
+use super::Model;
+use super::attention::Attention;
+use super::kv_cache::Session;
+use super::linear::Rows;
+use super::weights::{Layer, Norm};
+use crate::error::{Error, Result};
+use crate::kernels::{Kernel, PAGE};
+use crate::model::arch::NormKind;
+use crate::quant::packed::PANEL;
+use crate::threads::Scope;
+
+/// Rows that go through the layers together; longer prompts go in pieces.
+const MAX_ROWS: usize = 512;
+/// Rows of one session that a task of attention takes together.
+const ATTENTION_ROWS: usize = 16;
+/// Rows that a task of elementwise work takes together.
+const TASK_ROWS: usize = 8;
+
+/// Which logits a caller wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the tokens only fill the cache.
+    None,
+    /// Those of the last token.
+    Last,
+    /// Those of every token.
+    All,
+}
+
+/// Tokens to be added to a session.
+#[derive(Debug)]
+pub struct Input<'a> {
+    /// The session; each may occur once in a step.
+    pub session: &'a mut Session,
+    /// Token ids, at least one.
+    pub tokens: &'a [u32],
+    /// Which logits are wanted.
+    pub logits: Logits,
+}
+
+/// One row of a pass.
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    input: usize,
+    token: u32,
+    position: usize,
+    /// Index of the span that it belongs to.
+    span: usize,
+    wanted: bool,
+}
+
+/// Consecutive rows of one session: what a task of attention computes for one head.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    input: usize,
+    row: usize,
+    position: usize,
+    len: usize,
+}
+
+/// Buffers of a pass. They grow to the largest pass seen and are kept.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    rows: Vec<Row>,
+    spans: Vec<Span>,
+    /// `(rows, pairs)`
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// The residual stream `(rows, hidden)`.
+    x: Vec<f32>,
+    /// Input of the next linear layer `(rows, its columns)`.
+    input: Rows,
+    /// Query, key and value `(rows, width of qkv)`.
+    qkv: Vec<f32>,
+    /// Attention where a span has several rows `(spans, kv_heads, longest span, heads to a kv_head * head_dim)`.
+    attended: Vec<f32>,
+    /// Gate and up `(rows, width of ffn_up)`.
+    ffn: Vec<f32>,
+    /// What joins the residual stream `(rows, hidden rounded up to panels)`.
+    joining: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Model {
+    /// Computes a step: all tokens of all inputs, in batches, and appends the wanted logits to `logits`, one row of
+    /// [`vocabulary`](Model::vocabulary) numbers a token, in the order of the inputs.
+    ///
+    /// The result of a token has the same bits whatever else is in the step. `interrupted` is asked between layers; when
+    /// it says yes the step ends.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown token, no tokens, or a session of another model;
+    /// [`Error::ContextFull`] when the tokens do not fit; [`Error::Interrupted`]. After an error all sessions hold the
+    /// tokens they held before.
+    pub fn forward(
+        &self,
+        inputs: &mut [Input<'_>],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        for input in inputs.iter() {
+            if input.session.shape != self.shape {
+                return Err(Error::argument("session", "a session of another model", "a session of this model"));
+            }
+            if input.tokens.is_empty() {
+                return Err(Error::argument("tokens", "none", "at least one token"));
+            }
+            if let Some(token) = input.tokens.iter().find(|token| **token as usize >= self.vocabulary()) {
+                return Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())));
+            }
+        }
+        let before: Vec<usize> = inputs.iter().map(|input| input.session.len()).collect();
+        let result = self.run(inputs, logits, interrupted);
+        if result.is_err() {
+            for (input, len) in inputs.iter_mut().zip(before) {
+                input.session.truncate(len);
+            }
+        }
+        result
+    }
+
+    fn run(
+        &self,
+        inputs: &mut [Input<'_>],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        for input in inputs.iter_mut() {
+            input.session.reserve(input.tokens.len())?;
+        }
+        // Each pass has buffers of its own, so that threads that share a model wait for each other's compute only.
+        let take = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut scratch = take().unwrap_or_default();
+        let result = self.team.run(|scope| {
+            let mut done: Vec<usize> = vec![0; inputs.len()];
+            while scratch.gather(inputs, &mut done) {
+                Pass { model: self, kernel: self.kernel, scope }.step(&mut scratch, inputs, logits, interrupted)?;
+            }
+            Ok(())
+        });
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+        result
+    }
+}
+
+impl Scratch {
+    /// Takes the next rows, up to [`MAX_ROWS`], from the inputs of which `done` tokens were taken. False when there are none.
+    fn gather(&mut self, inputs: &[Input<'_>], done: &mut [usize]) -> bool {
+        self.rows.clear();
+        self.spans.clear();
+        for (i, (input, done)) in inputs.iter().zip(done).enumerate() {
+            let take = (input.tokens.len() - *done).min(MAX_ROWS - self.rows.len());
+            // A session counts its tokens as they are computed, so its length is the position of the first one.
+            let position = input.session.len();
+            let spans = self.spans.len();
+            for n in (0..take).step_by(ATTENTION_ROWS) {
+                let len = ATTENTION_ROWS.min(take - n);
+                self.spans.push(Span { input: i, row: self.rows.len() + n, position: position + n, len });
+            }
+            for n in 0..take {
+                let last = *done + n + 1 == input.tokens.len();
+                let wanted = input.logits == Logits::All || input.logits == Logits::Last && last;
+                self.rows.push(Row { input: i, token: input.tokens[*done + n], position: position + n, span: spans + n / ATTENTION_ROWS, wanted });
+            }
+            *done += take;
+        }
+        !self.rows.is_empty()
+    }
+}
+
+/// One pass through the layers.
+struct Pass<'a> {
+    model: &'a Model,
+    kernel: &'static dyn Kernel,
+    scope: &'a Scope<'a>,
+}
+
+impl Pass<'_> {
+    fn step(
+        &self,
+        s: &mut Scratch,
+        inputs: &mut [Input<'_>],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        let (config, weights) = (&self.model.config, &self.model.weights);
+
+        // Token ids to the residual stream, and the angles of every position.
+        self.embed(s);
+        self.rotations(s);
+
+        for (index, layer) in weights.layers.iter().enumerate() {
+            if interrupted() {
+                return Err(Error::Interrupted);
+            }
+            // Attention: norm, query/key/value, rotation, into the cache, over the cache, back to the stream.
+            self.norm(&s.x, &layer.attn_norm, &mut s.input);
+            self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
+            self.rotate(s, layer);
+            self.store(s, layer, index, inputs);
+            self.attend(s, layer, index, inputs);
+            self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
+            self.join(&mut s.x, &s.joining);
+
+            // Feed-forward: norm, gate and up, activation, down, back to the stream.
+            self.norm(&s.x, &layer.ffn_norm, &mut s.input);
+            self.linear(&layer.ffn_up, &mut s.input, &mut s.ffn);
+            self.activate(s, layer);
+            self.linear(&layer.ffn_down, &mut s.input, &mut s.joining);
+            self.join(&mut s.x, &s.joining);
+        }
+        for row in &s.rows {
+            inputs[row.input].session.advance(1);
+        }
+
+        // The last norm and the output matrix, for the rows whose logits are wanted.
+        let hidden = config.hidden;
+        let mut wanted = 0;
+        for r in 0..s.rows.len() {
+            if s.rows[r].wanted {
+                s.x.copy_within(r * hidden..(r + 1) * hidden, wanted * hidden);
+                wanted += 1;
+            }
+        }
+        if wanted > 0 {
+            s.x.truncate(wanted * hidden);
+            self.norm(&s.x, &weights.output_norm, &mut s.input);
+            let output = weights.output();
+            self.linear(output, &mut s.input, &mut s.logits);
+            let vocabulary = self.model.vocabulary();
+            for row in s.logits.chunks(output.width()) {
+                logits.extend_from_slice(&row[..vocabulary]);
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&self, s: &mut Scratch) {
+        let (hidden, embedding) = (self.model.config.hidden, &self.model.weights.embedding.parts()[0]);
+        s.x.resize(s.rows.len() * hidden, 0.0);
+        let rows = &s.rows;
+        self.scope.for_each_chunk(&mut s.x, TASK_ROWS * hidden, |i, chunk| {
+            for (x, row) in chunk.chunks_mut(hidden).zip(&rows[i * TASK_ROWS..]) {
+                embedding.decode_row(row.token as usize, x);
+            }
+        });
+    }
+
+    fn rotations(&self, s: &mut Scratch) {
+        let Some(rope) = &self.model.rope else { return };
+        let pairs = rope.pairs();
+        s.cos.resize(s.rows.len() * pairs, 0.0);
+        s.sin.resize(s.rows.len() * pairs, 0.0);
+        for ((row, cos), sin) in s.rows.iter().zip(s.cos.chunks_mut(pairs)).zip(s.sin.chunks_mut(pairs)) {
+            rope.angles(row.position, cos, sin);
+        }
+    }
+
+    /// `input = norm(x)`, row by row.
+    fn norm(&self, x: &[f32], norm: &Norm, input: &mut Rows) {
+        let config = &self.model.config;
+        let (hidden, eps) = (config.hidden, config.norm_eps);
+        input.resize(x.len() / hidden, hidden);
+        self.scope.for_each_chunk(&mut input.values, TASK_ROWS * hidden, |i, out| {
+            for (x, out) in x[i * TASK_ROWS * hidden..].chunks(hidden).zip(out.chunks_mut(hidden)) {
+                match config.family.norm {
+                    NormKind::Rms => self.kernel.rms_norm(x, &norm.weight, eps, out),
+                    NormKind::Layer => self.kernel.layer_norm(x, &norm.weight, &norm.bias, eps, out),
+                }
+            }
+        });
+    }
+
+    fn linear(&self, layer: &super::linear::Linear, input: &mut Rows, out: &mut Vec<f32>) {
+        let columns = layer.parts().first().map_or(1, |part| part.columns());
+        input.prepare(self.scope, self.kernel, columns, layer);
+        layer.apply(self.scope, self.model.threads(), self.kernel, input, out);
+    }
+
+    /// Rotates queries and keys in place.
+    fn rotate(&self, s: &mut Scratch, layer: &Layer) {
+        let (config, Some(rope)) = (&self.model.config, &self.model.rope) else { return };
+        let (dim, pairs, width) = (config.head_dim, rope.pairs(), layer.qkv.width());
+        let (keys, cos, sin) = (layer.qkv.start(1), &s.cos, &s.sin);
+        self.scope.for_each_chunk(&mut s.qkv, TASK_ROWS * width, |i, chunk| {
+            for (r, row) in chunk.chunks_mut(width).enumerate() {
+                let at = (i * TASK_ROWS + r) * pairs;
+                let (cos, sin) = (&cos[at..][..pairs], &sin[at..][..pairs]);
+                let (queries, keys) = row.split_at_mut(keys);
+                let heads = queries.chunks_exact_mut(dim).take(config.heads);
+                for head in heads.chain(keys.chunks_exact_mut(dim).take(config.kv_heads)) {
+                    self.kernel.rope(&mut head[..2 * pairs], cos, sin);
+                }
+            }
+        });
+    }
+
+    /// Stores keys and values in the pages of their sessions, a page to a task.
+    fn store(&self, s: &Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
+        let (config, shape, width) = (&self.model.config, self.model.shape, layer.qkv.width());
+        let (keys, values, dim) = (layer.qkv.start(1), layer.qkv.start(2), config.head_dim);
+        let write = |page: &mut super::kv_cache::Page, rows: std::ops::Range<usize>| {
+            let mut half = [f16::ZERO; 2 * 256];
+            let mut long = vec![f16::ZERO; if dim > 256 { 2 * dim } else { 0 }];
+            let half = if dim > 256 { &mut long[..] } else { &mut half[..2 * dim] };
+            for row in rows {
+                let qkv = &s.qkv[row * width..][..width];
+                let slot = s.rows[row].position % PAGE;
+                for head in 0..config.kv_heads {
+                    let (key, value) = half.split_at_mut(dim);
+                    self.kernel.to_f16(&qkv[keys + head * dim..][..dim], key);
+                    self.kernel.to_f16(&qkv[values + head * dim..][..dim], value);
+                    page.store(&shape, index, head, slot, key, value);
+                }
+            }
+        };
+        // Consecutive rows of one session, with its pages: cut where a page ends.
+        let mut tasks = Vec::new();
+        let mut row = 0;
+        for (i, input) in inputs.iter_mut().enumerate() {
+            let count = s.rows[row..].iter().take_while(|row| row.input == i).count();
+            if count == 0 {
+                continue;
+            }
+            let first = s.rows[row].position;
+            for (p, page) in input.session.pages.iter_mut().enumerate().skip(first / PAGE) {
+                let from = (p * PAGE).max(first) - first;
+                let to = ((p + 1) * PAGE).min(first + count) - first;
+                tasks.push((page, row + from..row + to));
+                if to == count {
+                    break;
+                }
+            }
+            row += count;
+        }
+        self.scope.for_each_chunk(&mut tasks, 1, |_, task| {
+            for (page, rows) in task {
+                write(page, rows.clone());
+            }
+        });
+    }
+
+    /// Attention of all rows into `input (rows, heads * head_dim)`: a task a span of rows and key/value head.
+    fn attend(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &[Input<'_>]) {
+        let config = &self.model.config;
+        let (dim, kv_heads, group) = (config.head_dim, config.kv_heads, config.heads / config.kv_heads);
+        let (columns, width) = (config.heads * dim, layer.qkv.width());
+        let attention = Attention { layer: index, group, scale: config.attention_scale };
+        let task = |task: usize, chunk: &mut [f32]| {
+            let (span, head) = (s.spans[task / kv_heads], task % kv_heads);
+            let queries = |row: usize| &s.qkv[(span.row + row) * width + head * group * dim..][..group * dim];
+            let session = &*inputs[span.input].session;
+            attention.head(self.kernel, session, head, span.position, span.len, queries, chunk);
+        };
+        s.input.resize(s.rows.len(), columns);
+        let longest = s.spans.iter().map(|span| span.len).max().unwrap_or(0);
+        if longest == 1 {
+            // One row a span: the tasks in order are the output.
+            self.scope.for_each_chunk(&mut s.input.values, group * dim, task);
+            return;
+        }
+        s.attended.resize(s.spans.len() * columns * longest, 0.0);
+        self.scope.for_each_chunk(&mut s.attended, longest * group * dim, task);
+        let (rows, spans, attended) = (&s.rows, &s.spans, &s.attended);
+        self.scope.for_each_chunk(&mut s.input.values, TASK_ROWS * columns, |i, chunk| {
+            for (r, out) in chunk.chunks_mut(columns).enumerate() {
+                let row = i * TASK_ROWS + r;
+                let span = rows[row].span;
+                for (head, out) in out.chunks_mut(group * dim).enumerate() {
+                    let at = ((span * kv_heads + head) * longest + row - spans[span].row) * group * dim;
+                    out.copy_from_slice(&attended[at..][..group * dim]);
+                }
+            }
+        });
+    }
+
+    /// `input = activation(gate) * up`, or `activation(up)` where there is no gate.
+    fn activate(&self, s: &mut Scratch, layer: &Layer) {
+        let (ffn, width) = (layer.ffn, layer.ffn_up.width());
+        let gated = layer.ffn_up.parts().len() == 2;
+        s.input.resize(s.rows.len(), ffn);
+        let source = &s.ffn;
+        self.scope.for_each_chunk(&mut s.input.values, TASK_ROWS * ffn, |i, chunk| {
+            for (source, out) in source[i * TASK_ROWS * width..].chunks(width).zip(chunk.chunks_mut(ffn)) {
+                out.copy_from_slice(&source[..ffn]);
+                if gated {
+                    self.kernel.gate(layer.activation, out, &source[layer.ffn_up.start(1)..][..ffn]);
+                } else {
+                    self.kernel.activate(layer.activation, out);
+                }
+            }
+        });
+    }
+
+    /// `x += joining`.
+    fn join(&self, x: &mut [f32], joining: &[f32]) {
+        let hidden = self.model.config.hidden;
+        let width = hidden.next_multiple_of(PANEL);
+        self.scope.for_each_chunk(x, TASK_ROWS * hidden, |i, chunk| {
+            for (x, joining) in chunk.chunks_mut(hidden).zip(joining[i * TASK_ROWS * width..].chunks(width)) {
+                self.kernel.add_scaled(x, &joining[..hidden], 1.0);
+            }
+        });
+    }
+}

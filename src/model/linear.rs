@@ -1,0 +1,117 @@
+//! A linear layer: packed weights in parts that share an input, and their bias.
+
+use crate::kernels::{Activations, Kernel, TALLEST};
+use crate::quant::packed::{PANEL, Packed};
+use crate::threads::{Columns, Scope};
+
+/// Weights that are multiplied with the same input, such as query, key and value, side by side in one output row.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    parts: Vec<Packed>,
+    /// `(width)`, or empty.
+    bias: Vec<f32>,
+    /// Output column at which each part starts, a multiple of 16.
+    starts: Vec<usize>,
+    width: usize,
+}
+
+/// The input of linear layers: F32, and INT8 for weights that are integers.
+#[derive(Debug, Default)]
+pub(crate) struct Rows {
+    /// `(rows, columns)`
+    pub(crate) values: Vec<f32>,
+    codes: Activations,
+}
+
+impl Rows {
+    /// `(rows, columns)`, of unspecified values.
+    pub(crate) fn resize(&mut self, rows: usize, columns: usize) {
+        // Growing alone would do, but a buffer of the very size catches mistakes.
+        self.values.resize(rows * columns, 0.0);
+    }
+
+    /// Quantizes the values if one of the layers wants them so.
+    pub(crate) fn prepare(&mut self, scope: &Scope<'_>, kernel: &dyn Kernel, columns: usize, layer: &Linear) {
+        if !layer.parts.iter().any(|part| part.layout().is_integer()) {
+            return;
+        }
+        let rows = self.values.len() / columns;
+        self.codes.resize(rows, columns);
+        let (lines, blocks, values) = (self.codes.row_lines(), self.codes.blocks(), &self.values);
+        scope.for_each_chunk(self.codes.lines_mut(), TALLEST * lines, |i, chunk| {
+            let first = i * TALLEST;
+            Activations::fill(kernel, chunk, blocks, TALLEST.min(rows - first), |row| {
+                &values[(first + row) * columns..][..columns]
+            });
+        });
+    }
+}
+
+impl Linear {
+    /// Parts with their biases (empty for none), in the order of the output.
+    pub(crate) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
+        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0 };
+        let biased = parts.iter().any(|(_, bias)| !bias.is_empty());
+        for (part, bias) in parts {
+            linear.starts.push(linear.width);
+            linear.width += part.panels() * PANEL;
+            if biased {
+                linear.bias.extend(bias);
+                linear.bias.resize(linear.width, 0.0);
+            }
+            linear.parts.push(part);
+        }
+        linear
+    }
+
+    /// Width of an output row: every part rounded up to whole panels.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Output column at which part `part` starts.
+    pub(crate) fn start(&self, part: usize) -> usize {
+        self.starts[part]
+    }
+
+    /// The parts.
+    pub(crate) fn parts(&self) -> &[Packed] {
+        &self.parts
+    }
+
+    /// Bytes that a product reads.
+    pub(crate) fn bytes(&self) -> usize {
+        self.parts.iter().map(Packed::bytes).sum()
+    }
+
+    /// `out (rows, width) = x * weights^T + bias`, panels spread over the team.
+    pub(crate) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &dyn Kernel, x: &Rows, out: &mut Vec<f32>) {
+        let columns = self.parts.first().map_or(1, Packed::columns);
+        let rows = x.values.len() / columns;
+        out.resize(rows * self.width, 0.0);
+        // Several pieces a thread, so that one that is held up by a neighbour does not hold up the others.
+        let step = (self.width / PANEL).div_ceil(threads * 4) * PANEL;
+        let mut all = Columns::whole(out, rows, self.width);
+        scope.for_each_columns(&mut all, step, |range, out| {
+            for (part, start) in self.parts.iter().zip(&self.starts) {
+                let first = range.start.max(*start);
+                let last = range.end.min(start + part.panels() * PANEL);
+                if first >= last {
+                    continue;
+                }
+                let panels = (first - start) / PANEL..(last - start) / PANEL;
+                let mut out = out.narrow(first..last);
+                if part.layout().is_integer() {
+                    kernel.product(part, panels, &x.codes, &mut out);
+                } else {
+                    kernel.product_float(part, panels, &x.values, columns, &mut out);
+                }
+            }
+            if !self.bias.is_empty() {
+                for row in 0..rows {
+                    kernel.add_scaled(out.row_mut(row), &self.bias[range.clone()], 1.0);
+                }
+            }
+        });
+    }
+}

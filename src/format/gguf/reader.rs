@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -69,19 +70,31 @@ impl Deref for Bytes {
 
 /// Opens and parses the file that is number `shard` of its model.
 pub(super) fn open_shard(path: &Path, shard: usize, options: &OpenOptions) -> Result<(Shard, Parsed)> {
-    let bytes = if options.mmap { map(path) } else { std::fs::read(path).map(Bytes::Read) };
-    let bytes = bytes.map_err(|source| Error::io(path, source))?;
+    let bytes = load(path, options).map_err(|source| Error::io(path, source))?;
     let parsed = parse(path, &bytes, shard)?;
     Ok((Shard { path: path.to_path_buf(), bytes }, parsed))
 }
 
+fn load(path: &Path, options: &OpenOptions) -> std::io::Result<Bytes> {
+    let mut file = File::open(path)?;
+    if file.metadata()?.is_dir() {
+        // Mapping one would fail too, but with words that help nobody.
+        return Err(ErrorKind::IsADirectory.into());
+    }
+    if options.mmap {
+        return map(&file).map(Bytes::Mapped);
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(Bytes::Read(bytes))
+}
+
 #[allow(unsafe_code, reason = "mapping a file is how a model loads without being read twice")]
-fn map(path: &Path) -> std::io::Result<Bytes> {
-    let file = File::open(path)?;
+fn map(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the map is private and only ever read. What remains is that another process changes the file underneath, which
     // `OpenOptions::mmap` forbids; every length was checked against the map's own, so a change can alter values (or, where
     // the file was cut, end the process) but never lead a read outside the map.
-    unsafe { Mmap::map(&file) }.map(Bytes::Mapped)
+    unsafe { Mmap::map(file) }
 }
 
 impl Gguf {

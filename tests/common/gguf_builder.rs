@@ -1,0 +1,168 @@
+//! Builds GGUF files by hand, byte by byte, right ones and wrong ones: nothing here is checked, and nothing here is shared
+//! with the code under test.
+#![allow(dead_code, reason = "every test file that includes this uses another part")]
+
+use std::path::{Path, PathBuf};
+
+use nybble::format::gguf::Gguf;
+use nybble::{Error, Place};
+
+/// The parts of a file. `bytes` puts them together.
+pub(crate) struct Builder {
+    pub(crate) magic: [u8; 4],
+    pub(crate) version: u32,
+    /// Overrides the number of tensors that the header tells.
+    pub(crate) tensor_count: Option<u64>,
+    /// Overrides the number of keys that the header tells.
+    pub(crate) entry_count: Option<u64>,
+    /// The padding in front of the data goes to a multiple of this.
+    pub(crate) alignment: usize,
+    entries: Vec<Vec<u8>>,
+    tensors: Vec<Vec<u8>>,
+    data: Vec<u8>,
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Builder {
+            magic: *b"GGUF",
+            version: 3,
+            tensor_count: None,
+            entry_count: None,
+            alignment: 32,
+            entries: Vec::new(),
+            tensors: Vec::new(),
+            data: Vec::new(),
+        }
+    }
+
+    /// A key with a value of type `type_id`.
+    pub(crate) fn entry(mut self, key: impl AsRef<[u8]>, type_id: u32, value: impl AsRef<[u8]>) -> Self {
+        self.entries.push([string(key).as_slice(), &type_id.to_le_bytes(), value.as_ref()].concat());
+        self
+    }
+
+    /// Bytes in the place of a key and its value.
+    pub(crate) fn raw_entry(mut self, bytes: impl AsRef<[u8]>) -> Self {
+        self.entries.push(bytes.as_ref().to_vec());
+        self
+    }
+
+    /// A tensor as the header describes it.
+    pub(crate) fn tensor(mut self, name: impl AsRef<[u8]>, dims: &[u64], type_id: u32, offset: u64) -> Self {
+        let mut bytes = string(name);
+        bytes.extend((dims.len() as u32).to_le_bytes());
+        bytes.extend(dims.iter().flat_map(|dim| dim.to_le_bytes()));
+        bytes.extend(type_id.to_le_bytes());
+        bytes.extend(offset.to_le_bytes());
+        self.tensors.push(bytes);
+        self
+    }
+
+    /// Bytes in the place of what describes a tensor.
+    pub(crate) fn raw_tensor(mut self, bytes: impl AsRef<[u8]>) -> Self {
+        self.tensors.push(bytes.as_ref().to_vec());
+        self
+    }
+
+    /// What follows the header and its padding.
+    pub(crate) fn data(mut self, data: impl AsRef<[u8]>) -> Self {
+        self.data = data.as_ref().to_vec();
+        self
+    }
+
+    /// Where the data start.
+    pub(crate) fn data_start(&self) -> usize {
+        self.header().len().next_multiple_of(self.alignment)
+    }
+
+    fn header(&self) -> Vec<u8> {
+        let mut out = self.magic.to_vec();
+        out.extend(self.version.to_le_bytes());
+        out.extend(self.tensor_count.unwrap_or(self.tensors.len() as u64).to_le_bytes());
+        out.extend(self.entry_count.unwrap_or(self.entries.len() as u64).to_le_bytes());
+        out.extend(self.entries.concat());
+        out.extend(self.tensors.concat());
+        out
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut out = self.header();
+        if !self.data.is_empty() {
+            out.resize(self.data_start(), 0);
+            out.extend(&self.data);
+        }
+        out
+    }
+}
+
+/// A length of 64 bits and the bytes.
+pub(crate) fn string(text: impl AsRef<[u8]>) -> Vec<u8> {
+    let text = text.as_ref();
+    [&(text.len() as u64).to_le_bytes(), text].concat()
+}
+
+/// The value of an array: the type of the elements, their number, and their bytes.
+pub(crate) fn array(type_id: u32, count: u64, elements: impl AsRef<[u8]>) -> Vec<u8> {
+    [type_id.to_le_bytes().as_slice(), &count.to_le_bytes(), elements.as_ref()].concat()
+}
+
+/// A file that goes away with the test.
+pub(crate) struct Saved {
+    folder: tempfile::TempDir,
+}
+
+impl Saved {
+    pub(crate) fn new(bytes: &[u8]) -> Self {
+        let saved = Saved { folder: tempfile::tempdir().unwrap() };
+        saved.write(bytes);
+        saved
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join("model.gguf")
+    }
+
+    pub(crate) fn write(&self, bytes: &[u8]) {
+        std::fs::write(self.path(), bytes).unwrap();
+    }
+
+    /// Opens the file mapped and unmapped, which must come out the same.
+    pub(crate) fn open(&self) -> Result<Gguf, Error> {
+        open_both_ways(&self.path())
+    }
+}
+
+pub(crate) fn open_both_ways(path: &Path) -> Result<Gguf, Error> {
+    match (Gguf::open(path), Gguf::open_unmapped(path)) {
+        (Ok(mapped), Ok(read)) => {
+            // As text, because NaN is not equal to itself.
+            let text = |file: &Gguf| format!("{:?} {:?}", file.metadata().iter().collect::<Vec<_>>(), file.tensors());
+            assert_eq!(text(&mapped), text(&read));
+            Ok(mapped)
+        }
+        (Err(mapped), Err(read)) => {
+            assert_eq!(mapped.to_string(), read.to_string());
+            Err(mapped)
+        }
+        (mapped, read) => panic!("mapped and read differ: {mapped:?} {read:?}"),
+    }
+}
+
+/// Where the bytes break the format, what was found there, and what was expected.
+pub(crate) fn fault(bytes: &[u8]) -> (Place, String, String) {
+    let saved = Saved::new(bytes);
+    match saved.open() {
+        Err(Error::Malformed { path, place, found, expected }) => {
+            assert_eq!(path, saved.path());
+            (place, found, expected)
+        }
+        other => panic!("a malformed file was not refused as such: {other:?}"),
+    }
+}
+
+/// Asserts that a file is refused at `place`, with these words.
+#[track_caller]
+pub(crate) fn assert_refused(file: &Builder, place: Place, found: &str, expected: &str) {
+    assert_eq!(fault(&file.bytes()), (place, found.to_owned(), expected.to_owned()));
+}

@@ -1,0 +1,95 @@
+"""`make wheel` and `make test-wheel`: is the wheel in a folder fit to be sent to anyone?
+
+python scripts/check_wheel.py dist             # its tag, size, contents and the libraries it wants
+python scripts/check_wheel.py dist --generate  # and, in an empty environment without a compiler, does it write?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+LARGEST = 15_000_000
+"""Bytes."""
+NEWEST_GLIBC = (2, 28)
+WANTED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed", "LICENSE")
+
+GENERATE = """
+import pathlib, shutil, sys
+for tool in ("cargo", "rustc", "cc", "gcc", "clang", "zig"):
+    assert shutil.which(tool) is None, f"{tool} is in reach: this proves nothing"
+import nybble
+assert pathlib.Path(nybble.__file__).is_relative_to(sys.prefix), nybble.__file__
+with nybble.Model.load() as model:
+    done = model.generate("The capital of France is", max_tokens=16, temperature=0)
+    assert done.usage.completion_tokens > 0 and "Paris" in done.text, done
+    print(f"{model.info.kernel}: {done.text!r}")
+"""
+
+
+def main() -> int:
+    """Checks, and says what was found. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the one wheel is")
+    parser.add_argument("--generate", action="store_true", help="install it and let the default model write")
+    arguments = parser.parse_args()
+    wheels = sorted(arguments.folder.glob("*.whl"))
+    if len(wheels) != 1:
+        print(f"{arguments.folder}: found {len(wheels)} wheels, expected one", file=sys.stderr)
+        return 1
+    (wheel,) = wheels
+    if faults := inspect(wheel):
+        print("\n".join(f"{wheel.name}: {fault}" for fault in faults), file=sys.stderr)
+        return 1
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
+    if arguments.generate:
+        generate(wheel.resolve())
+    return 0
+
+
+def inspect(wheel: Path) -> list[str]:
+    """What is wrong with the file, nothing if it is as it should be."""
+    faults = []
+    if wheel.stat().st_size > LARGEST:
+        faults.append(f"found {wheel.stat().st_size} bytes, expected at most {LARGEST}")
+    if "-cp310-abi3-" not in wheel.name:
+        faults.append("expected a wheel for the stable ABI of Python 3.10 (cp310-abi3)")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    faults += [f"{wanted} is missing" for wanted in WANTED if not any(name.endswith(wanted) for name in names)]
+    if platform.system() == "Linux":
+        shown = subprocess.run(["auditwheel", "show", "--json", str(wheel)], check=True, capture_output=True, text=True)
+        tag = json.loads(shown.stdout)["overall_tag"]
+        glibc = re.match(r"manylinux_(\d+)_(\d+)_", tag)
+        if glibc is None or (int(glibc[1]), int(glibc[2])) > NEWEST_GLIBC:
+            faults.append(f"auditwheel found it to be {tag}, expected manylinux_2_28 or older")
+        if tag not in wheel.name:
+            print(f"{wheel.name}: would even pass as {tag}")
+    return faults
+
+
+def generate(wheel: Path) -> None:
+    """Installs the wheel into an empty environment and generates with nothing else on the path."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True, symlinks=True)
+        commands = Path(folder, "bin")
+        python = str(commands / "python")
+        environment = {**os.environ, "PATH": str(commands)}
+        for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYO3_PYTHON"):
+            environment.pop(name, None)
+        install = [python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", str(wheel)]
+        subprocess.run(install, check=True, env=environment, cwd=folder)
+        subprocess.run([python, "-c", GENERATE], check=True, env=environment, cwd=folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,12 @@ fn main() -> nybble::Result<()> {
 
     let start = Instant::now();
     let model = Model::load(&path, &LoadOptions::default())?;
-    println!("{} threads, kernel {}, loaded in {:.3} s", model.threads(), model.kernel().name(), start.elapsed().as_secs_f64());
+    println!(
+        "{} threads, kernel {}, loaded in {:.3} s",
+        model.threads(),
+        model.kernel().name(),
+        start.elapsed().as_secs_f64()
+    );
     let mut session = model.session();
     let mut next = prompt;
     let mut logits = Vec::new();

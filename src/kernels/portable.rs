@@ -28,6 +28,17 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// The activation of that name: `silu`, `gelu`, `gelu_tanh` or `relu`.
+    pub fn by_name(name: &str) -> Option<Activation> {
+        Some(match name {
+            "silu" => Activation::Silu,
+            "gelu" => Activation::Gelu,
+            "gelu_tanh" => Activation::GeluTanh,
+            "relu" => Activation::Relu,
+            _ => return None,
+        })
+    }
+
     #[inline(always)]
     fn apply(self, x: f32) -> f32 {
         match self {

@@ -11,11 +11,29 @@ const SEGMENT: usize = 256;
 
 /// What attention needs to know of a layer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Attention {
+pub(super) struct Attention<'a> {
     pub(super) layer: usize,
     /// Query heads to a key/value head.
     pub(super) group: usize,
     pub(super) scale: f32,
+    /// Soft bound of scores.
+    pub(super) cap: Option<f32>,
+    /// Positions that a query sees, itself included.
+    pub(super) window: Option<usize>,
+    /// What the distance to a key is multiplied with and taken from the score, a query head `(heads)`; or empty.
+    pub(super) slopes: &'a [f32],
+}
+
+/// Slopes of a bias by distance: powers of `2^(-max / n)`, and for the heads beyond a power of two every second power of
+/// its root (Press et al. 2021, arXiv 2108.12409).
+pub(super) fn slopes(heads: usize, max: f32) -> Vec<f32> {
+    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    let power = |exponent: f64| libm::exp2(-f64::from(max) * exponent / whole as f64) as f32;
+    let slope = |head: usize| match head {
+        head if head < whole => power((head + 1) as f64),
+        head => power((2 * (head - whole) + 1) as f64 / 2.0),
+    };
+    (0..heads).map(slope).collect()
 }
 
 /// Buffers of one task, kept by the thread.
@@ -40,7 +58,7 @@ thread_local! {
     static WORK: std::cell::RefCell<Work> = std::cell::RefCell::default();
 }
 
-impl Attention {
+impl Attention<'_> {
     /// One key/value head for some consecutive rows of one session.
     ///
     /// `queries(row)` is the row's `(group * head_dim)` values of this head's queries, row `i` at position `first + i`;
@@ -69,7 +87,9 @@ impl Attention {
             work.max.resize(n, f32::NEG_INFINITY);
             work.sum.clear();
             work.sum.resize(n, 0.0);
-            for start in (0..first + rows).step_by(SEGMENT) {
+            // Segments that lie before every row's window are not looked at; those before some rows' windows are masked.
+            let oldest = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
+            for start in (oldest / SEGMENT * SEGMENT..first + rows).step_by(SEGMENT) {
                 self.segment(kernel, session, head, start, first, work);
             }
             for ((out, total), sum) in out.chunks_exact_mut(dim).zip(work.total.chunks_exact(width)).zip(&work.sum) {
@@ -81,7 +101,15 @@ impl Attention {
     }
 
     /// Adds the segment that starts at `start` to what the work holds.
-    fn segment(&self, kernel: &dyn Kernel, session: &Session, head: usize, start: usize, first: usize, work: &mut Work) {
+    fn segment(
+        &self,
+        kernel: &dyn Kernel,
+        session: &Session,
+        head: usize,
+        start: usize,
+        first: usize,
+        work: &mut Work,
+    ) {
         let (dim, width) = (session.shape.head_dim, session.shape.width);
         let n = work.max.len();
         let last_position = first + n / self.group - 1;
@@ -98,8 +126,20 @@ impl Attention {
         work.part[skip * width..].fill(0.0);
         work.reduced.clear();
         for q in skip..n {
-            let seen = (first + q / self.group + 1 - start).min(SEGMENT);
-            work.reduced.push(kernel.exp_segment(&mut work.scores[q * SEGMENT..][..seen]));
+            let position = first + q / self.group;
+            let seen = (position + 1 - start).min(SEGMENT);
+            let scores = &mut work.scores[q * SEGMENT..][..seen];
+            if let Some(cap) = self.cap {
+                kernel.soft_cap(scores, cap);
+            }
+            if let Some(slope) = self.slopes.get(head * self.group + q % self.group) {
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = slope.mul_add(-((position - start - i) as f32), *score);
+                }
+            }
+            let hidden = self.window.map_or(0, |window| (position + 1).saturating_sub(start + window).min(seen));
+            scores[..hidden].fill(f32::NEG_INFINITY);
+            work.reduced.push(kernel.exp_segment(scores));
         }
         for (i, page) in pages.iter().enumerate() {
             let (_, values) = page.head(&session.shape, self.layer, head);
@@ -110,6 +150,9 @@ impl Attention {
             kernel.weighted_sum(weights, SEGMENT, &work.counts, values, width, &mut work.part[from * width..]);
         }
         for (q, (max, sum)) in (skip..n).zip(&work.reduced) {
+            if *max == f32::NEG_INFINITY && *sum == 0.0 {
+                continue; // The window hides all of it.
+            }
             let joined = if work.max[q] > *max { work.max[q] } else { *max };
             let (a, b) = (kernels::exp(work.max[q] - joined), kernels::exp(max - joined));
             let part = &work.part[q * width..][..width];

@@ -5,13 +5,15 @@ use std::sync::PoisonError;
 use half::f16;
 
 use super::Model;
+use super::arch::NormKind;
 use super::attention::Attention;
+use super::config::LayerConfig;
+use super::experts::Buffers;
 use super::kv_cache::Session;
-use super::linear::Rows;
-use super::weights::{Layer, Norm};
+use super::linear::{Linear, Rows};
+use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm};
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, PAGE};
-use crate::model::arch::NormKind;
 use crate::quant::packed::PANEL;
 use crate::threads::Scope;
 
@@ -84,6 +86,9 @@ pub(super) struct Scratch {
     ffn: Vec<f32>,
     /// What joins the residual stream `(rows, hidden rounded up to panels)`.
     joining: Vec<f32>,
+    /// As `joining`, of attention where the feed-forward layer runs beside it.
+    joining_later: Vec<f32>,
+    expert: Buffers,
     logits: Vec<f32>,
 }
 
@@ -166,7 +171,13 @@ impl Scratch {
             for n in 0..take {
                 let last = *done + n + 1 == input.tokens.len();
                 let wanted = input.logits == Logits::All || input.logits == Logits::Last && last;
-                self.rows.push(Row { input: i, token: input.tokens[*done + n], position: position + n, span: spans + n / ATTENTION_ROWS, wanted });
+                self.rows.push(Row {
+                    input: i,
+                    token: input.tokens[*done + n],
+                    position: position + n,
+                    span: spans + n / ATTENTION_ROWS,
+                    wanted,
+                });
             }
             *done += take;
         }
@@ -175,9 +186,9 @@ impl Scratch {
 }
 
 /// One pass through the layers.
-struct Pass<'a> {
-    model: &'a Model,
-    kernel: &'static dyn Kernel,
+pub(super) struct Pass<'a> {
+    pub(super) model: &'a Model,
+    pub(super) kernel: &'static dyn Kernel,
     scope: &'a Scope<'a>,
 }
 
@@ -199,20 +210,35 @@ impl Pass<'_> {
             if interrupted() {
                 return Err(Error::Interrupted);
             }
-            // Attention: norm, query/key/value, rotation, into the cache, over the cache, back to the stream.
-            self.norm(&s.x, &layer.attn_norm, &mut s.input);
+            // Attention: norm, query/key/value, rotation, into the cache, over the cache.
+            self.norm(&s.x, layer.attn_norm.as_ref(), &mut s.input);
             self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
-            self.rotate(s, layer);
+            self.heads(s, layer, index);
             self.store(s, layer, index, inputs);
             self.attend(s, layer, index, inputs);
             self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
-            self.join(&mut s.x, &s.joining);
+            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
+            if config.parallel {
+                // The feed-forward layer reads the stream as attention did, so attention joins it later.
+                std::mem::swap(&mut s.joining, &mut s.joining_later);
+            } else {
+                self.join(&mut s.x, &s.joining);
+            }
 
-            // Feed-forward: norm, gate and up, activation, down, back to the stream.
-            self.norm(&s.x, &layer.ffn_norm, &mut s.input);
-            self.linear(&layer.ffn_up, &mut s.input, &mut s.ffn);
-            self.activate(s, layer);
-            self.linear(&layer.ffn_down, &mut s.input, &mut s.joining);
+            // Feed-forward: norm, gate and up, activation, down.
+            let norm = layer.ffn_norm.as_ref().or(if config.parallel { layer.attn_norm.as_ref() } else { None });
+            self.norm(&s.x, norm, &mut s.input);
+            match &layer.ffn {
+                Ffn::Dense(mlp) => self.mlp(mlp, &mut s.input, &mut s.ffn, &mut s.joining),
+                Ffn::Experts { router, experts, shared } => {
+                    let buffers = &mut s.expert;
+                    self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
+                }
+            }
+            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref());
+            if config.parallel {
+                self.join(&mut s.x, &s.joining_later);
+            }
             self.join(&mut s.x, &s.joining);
         }
         for row in &s.rows {
@@ -230,72 +256,128 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.norm(&s.x, &weights.output_norm, &mut s.input);
+            self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
             let output = weights.output();
             self.linear(output, &mut s.input, &mut s.logits);
             let vocabulary = self.model.vocabulary();
             for row in s.logits.chunks(output.width()) {
+                let at = logits.len();
                 logits.extend_from_slice(&row[..vocabulary]);
+                let row = &mut logits[at..];
+                if config.logit_scale != 1.0 {
+                    row.iter_mut().for_each(|x| *x *= config.logit_scale);
+                }
+                if let Some(cap) = config.logit_cap {
+                    self.kernel.soft_cap(row, cap);
+                }
             }
         }
         Ok(())
     }
 
     fn embed(&self, s: &mut Scratch) {
-        let (hidden, embedding) = (self.model.config.hidden, &self.model.weights.embedding.parts()[0]);
+        let (config, weights) = (&self.model.config, &self.model.weights);
+        let (hidden, embedding) = (config.hidden, &weights.embedding.parts()[0]);
         s.x.resize(s.rows.len() * hidden, 0.0);
         let rows = &s.rows;
         self.scope.for_each_chunk(&mut s.x, TASK_ROWS * hidden, |i, chunk| {
+            let mut learned = vec![0.0; if weights.positions.is_some() { hidden } else { 0 }];
             for (x, row) in chunk.chunks_mut(hidden).zip(&rows[i * TASK_ROWS..]) {
                 embedding.decode_row(row.token as usize, x);
+                if config.embedding_scale != 1.0 {
+                    x.iter_mut().for_each(|x| *x *= config.embedding_scale);
+                }
+                if let Some(positions) = &weights.positions {
+                    positions.parts()[0].decode_row(row.position, &mut learned);
+                    self.kernel.add_scaled(x, &learned, 1.0);
+                }
             }
         });
-    }
-
-    fn rotations(&self, s: &mut Scratch) {
-        let Some(rope) = &self.model.rope else { return };
-        let pairs = rope.pairs();
-        s.cos.resize(s.rows.len() * pairs, 0.0);
-        s.sin.resize(s.rows.len() * pairs, 0.0);
-        for ((row, cos), sin) in s.rows.iter().zip(s.cos.chunks_mut(pairs)).zip(s.sin.chunks_mut(pairs)) {
-            rope.angles(row.position, cos, sin);
+        if let Some(norm) = &weights.embedding_norm {
+            self.norm(&s.x, Some(norm), &mut s.input);
+            s.x.copy_from_slice(&s.input.values);
         }
     }
 
-    /// `input = norm(x)`, row by row.
-    fn norm(&self, x: &[f32], norm: &Norm, input: &mut Rows) {
-        let config = &self.model.config;
-        let (hidden, eps) = (config.hidden, config.norm_eps);
+    fn rotations(&self, s: &mut Scratch) {
+        let ropes = &self.model.ropes;
+        let pairs = ropes[0].pairs();
+        s.cos.resize(2 * s.rows.len() * pairs, 0.0);
+        s.sin.resize(2 * s.rows.len() * pairs, 0.0);
+        if pairs == 0 {
+            return;
+        }
+        let angles = s.cos.chunks_mut(pairs).zip(s.sin.chunks_mut(pairs));
+        for (i, (cos, sin)) in angles.enumerate() {
+            let (rope, row) = (i / s.rows.len(), i % s.rows.len());
+            ropes[rope].angles(s.rows[row].position, cos, sin);
+        }
+    }
+
+    /// `input = norm(x)`, row by row, or `x` where there is no norm.
+    fn norm(&self, x: &[f32], norm: Option<&Norm>, input: &mut Rows) {
+        let (model, hidden) = (self.model, self.model.config.hidden);
         input.resize(x.len() / hidden, hidden);
         self.scope.for_each_chunk(&mut input.values, TASK_ROWS * hidden, |i, out| {
             for (x, out) in x[i * TASK_ROWS * hidden..].chunks(hidden).zip(out.chunks_mut(hidden)) {
-                match config.family.norm {
-                    NormKind::Rms => self.kernel.rms_norm(x, &norm.weight, eps, out),
-                    NormKind::Layer => self.kernel.layer_norm(x, &norm.weight, &norm.bias, eps, out),
+                match norm {
+                    Some(norm) => model.norm_row(x, norm, out),
+                    None => out.copy_from_slice(x),
                 }
             }
         });
     }
 
-    fn linear(&self, layer: &super::linear::Linear, input: &mut Rows, out: &mut Vec<f32>) {
+    /// `joining = norm(joining)`, where there is a norm.
+    fn post_norm(&self, joining: &mut [f32], norm: Option<&Norm>) {
+        let Some(norm) = norm else { return };
+        let (model, hidden) = (self.model, self.model.config.hidden);
+        let width = hidden.next_multiple_of(PANEL);
+        self.scope.for_each_chunk(joining, TASK_ROWS * width, |_, chunk| {
+            let mut out = vec![0.0; hidden];
+            for row in chunk.chunks_mut(width) {
+                model.norm_row(&row[..hidden], norm, &mut out);
+                row[..hidden].copy_from_slice(&out);
+            }
+        });
+    }
+
+    pub(super) fn linear(&self, layer: &Linear, input: &mut Rows, out: &mut Vec<f32>) {
         let columns = layer.parts().first().map_or(1, |part| part.columns());
         input.prepare(self.scope, self.kernel, columns, layer);
         layer.apply(self.scope, self.model.threads(), self.kernel, input, out);
     }
 
-    /// Rotates queries and keys in place.
-    fn rotate(&self, s: &mut Scratch, layer: &Layer) {
-        let (config, Some(rope)) = (&self.model.config, &self.model.rope) else { return };
-        let (dim, pairs, width) = (config.head_dim, rope.pairs(), layer.qkv.width());
-        let (keys, cos, sin) = (layer.qkv.start(1), &s.cos, &s.sin);
+    /// Bounds, normalizes and rotates queries and keys in place, as the family does.
+    fn heads(&self, s: &mut Scratch, layer: &Layer, index: usize) {
+        let (model, config) = (self.model, &self.model.config);
+        let (dim, width) = (config.head_dim, layer.qkv.width());
+        let LayerConfig { window, rotated } = config.layers[index];
+        let pairs = if rotated { self.model.ropes[0].pairs() } else { 0 };
+        if pairs == 0 && layer.q_norm.is_none() && layer.k_norm.is_none() && config.clamp_qkv.is_none() {
+            return;
+        }
+        // Layers with a window have angles of their own, which come second.
+        let offset = if window.is_some() { s.rows.len() } else { 0 };
+        let (cos, sin) = (&s.cos, &s.sin);
         self.scope.for_each_chunk(&mut s.qkv, TASK_ROWS * width, |i, chunk| {
             for (r, row) in chunk.chunks_mut(width).enumerate() {
-                let at = (i * TASK_ROWS + r) * pairs;
-                let (cos, sin) = (&cos[at..][..pairs], &sin[at..][..pairs]);
-                let (queries, keys) = row.split_at_mut(keys);
-                let heads = queries.chunks_exact_mut(dim).take(config.heads);
-                for head in heads.chain(keys.chunks_exact_mut(dim).take(config.kv_heads)) {
-                    self.kernel.rope(&mut head[..2 * pairs], cos, sin);
+                if let Some(bound) = config.clamp_qkv {
+                    row.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
+                }
+                let at = (offset + i * TASK_ROWS + r) * pairs;
+                let (queries, keys) = row.split_at_mut(layer.qkv.start(1));
+                let parts = [(queries, config.heads, &layer.q_norm), (keys, config.kv_heads, &layer.k_norm)];
+                for (part, heads, norm) in parts {
+                    let part = &mut part[..heads * dim];
+                    if let Some(norm) = norm {
+                        model.head_norm(part, norm);
+                    }
+                    if pairs > 0 {
+                        for head in part.chunks_exact_mut(dim) {
+                            self.kernel.rope(&mut head[..2 * pairs], &cos[at..][..pairs], &sin[at..][..pairs]);
+                        }
+                    }
                 }
             }
         });
@@ -351,7 +433,14 @@ impl Pass<'_> {
         let config = &self.model.config;
         let (dim, kv_heads, group) = (config.head_dim, config.kv_heads, config.heads / config.kv_heads);
         let (columns, width) = (config.heads * dim, layer.qkv.width());
-        let attention = Attention { layer: index, group, scale: config.attention_scale };
+        let attention = Attention {
+            layer: index,
+            group,
+            scale: config.attention_scale,
+            cap: config.attention_cap,
+            window: config.layers[index].window,
+            slopes: &self.model.slopes,
+        };
         let task = |task: usize, chunk: &mut [f32]| {
             let (span, head) = (s.spans[task / kv_heads], task % kv_heads);
             let queries = |row: usize| &s.qkv[(span.row + row) * width + head * group * dim..][..group * dim];
@@ -380,32 +469,63 @@ impl Pass<'_> {
         });
     }
 
-    /// `input = activation(gate) * up`, or `activation(up)` where there is no gate.
-    fn activate(&self, s: &mut Scratch, layer: &Layer) {
-        let (ffn, width) = (layer.ffn, layer.ffn_up.width());
-        let gated = layer.ffn_up.parts().len() == 2;
-        s.input.resize(s.rows.len(), ffn);
-        let source = &s.ffn;
-        self.scope.for_each_chunk(&mut s.input.values, TASK_ROWS * ffn, |i, chunk| {
+    /// `out = down(activation(gate(input)) * up(input))`, or `down(activation(up(input)))` where there is no gate.
+    pub(super) fn mlp(&self, mlp: &Mlp, input: &mut Rows, buffer: &mut Vec<f32>, out: &mut Vec<f32>) {
+        self.linear(&mlp.up, input, buffer);
+        let (ffn, width, activation) = (mlp.width, mlp.up.width(), self.model.config.activation);
+        let gated = mlp.up.parts().len() == 2;
+        let source = &*buffer;
+        input.resize(source.len() / width, ffn);
+        self.scope.for_each_chunk(&mut input.values, TASK_ROWS * ffn, |i, chunk| {
             for (source, out) in source[i * TASK_ROWS * width..].chunks(width).zip(chunk.chunks_mut(ffn)) {
                 out.copy_from_slice(&source[..ffn]);
                 if gated {
-                    self.kernel.gate(layer.activation, out, &source[layer.ffn_up.start(1)..][..ffn]);
+                    self.kernel.gate(activation, out, &source[mlp.up.start(1)..][..ffn]);
                 } else {
-                    self.kernel.activate(layer.activation, out);
+                    self.kernel.activate(activation, out);
                 }
             }
         });
+        self.linear(&mlp.down, input, out);
     }
 
-    /// `x += joining`.
+    /// `x += scale * joining`.
     fn join(&self, x: &mut [f32], joining: &[f32]) {
-        let hidden = self.model.config.hidden;
+        let (hidden, scale) = (self.model.config.hidden, self.model.config.residual_scale);
         let width = hidden.next_multiple_of(PANEL);
         self.scope.for_each_chunk(x, TASK_ROWS * hidden, |i, chunk| {
             for (x, joining) in chunk.chunks_mut(hidden).zip(joining[i * TASK_ROWS * width..].chunks(width)) {
-                self.kernel.add_scaled(x, &joining[..hidden], 1.0);
+                self.kernel.add_scaled(x, &joining[..hidden], scale);
             }
         });
+    }
+}
+
+impl Model {
+    /// One row through a norm of the family's kind.
+    fn norm_row(&self, x: &[f32], norm: &Norm, out: &mut [f32]) {
+        let config = &self.config;
+        match config.family.norm {
+            NormKind::Rms => self.kernel.rms_norm(x, &norm.weight, config.norm_eps, out),
+            NormKind::Layer => self.kernel.layer_norm(x, &norm.weight, &norm.bias, config.norm_eps, out),
+        }
+    }
+
+    /// Normalizes queries or keys, head by head or all heads as one row.
+    fn head_norm(&self, heads: &mut [f32], norm: &HeadNorm) {
+        let (config, width) = (&self.config, norm.width);
+        let (weight, bias) = (&norm.norm.weight, &norm.norm.bias);
+        let mut out = vec![0.0; width];
+        for (i, head) in heads.chunks_exact_mut(width).enumerate() {
+            let own = if weight.len() == width { 0..width } else { i * width..(i + 1) * width };
+            match config.family.norm {
+                NormKind::Rms => self.kernel.rms_norm(head, &weight[own], config.norm_eps, &mut out),
+                NormKind::Layer => {
+                    let bias = bias.get(own.clone()).unwrap_or(&[]);
+                    self.kernel.layer_norm(head, &weight[own], bias, config.norm_eps, &mut out);
+                }
+            }
+            head.copy_from_slice(&out);
+        }
     }
 }

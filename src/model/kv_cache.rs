@@ -19,7 +19,7 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn of(config: &Config) -> Shape {
-        let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
+        let (layers, kv_heads, head_dim) = (config.layers.len(), config.kv_heads, config.head_dim);
         Shape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL) }
     }
 

@@ -3,6 +3,7 @@
 pub mod arch;
 mod attention;
 pub mod config;
+mod experts;
 mod forward;
 mod kv_cache;
 mod linear;
@@ -20,9 +21,10 @@ use crate::threads::{Team, resolve_threads};
 use config::Config;
 pub use forward::{Input, Logits};
 pub use kv_cache::Session;
-pub use rope::{Rope, Scaling};
-use weights::Weights;
+use rope::Rope;
+pub use rope::{RopeConfig, Scaling};
 pub use weights::Progress;
+use weights::Weights;
 
 /// What a caller may choose when a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -41,7 +43,10 @@ pub struct Model {
     path: PathBuf,
     config: Config,
     weights: Weights,
-    rope: Option<Rope>,
+    /// Angles of ordinary layers and of those with a window.
+    ropes: [Rope; 2],
+    /// Of a bias by distance `(heads)`, or empty.
+    slopes: Vec<f32>,
     shape: kv_cache::Shape,
     context: usize,
     kernel: &'static dyn Kernel,
@@ -77,16 +82,26 @@ impl Model {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = team.run(|scope| Weights::load(scope, checkpoint, &config, progress))?;
-        let rope = matches!(config.family.position, arch::Position::Rope { .. }).then(|| {
-            Rope::new(config.rotary, config.rope_base, config.rope_scaling, weights.rope_factors.as_deref())
-        });
+        let weights = team.run(|scope| Weights::load(scope, checkpoint, &config, context, progress))?;
+        let [rope, window_rope] = &config.ropes;
+        let ropes = [
+            Rope::new(rope, config.rotary, context, weights.rope_factors.as_deref()),
+            // Factors of the file are for the layers that see far.
+            Rope::new(
+                window_rope,
+                config.rotary,
+                context,
+                (rope == window_rope).then_some(weights.rope_factors.as_deref()).flatten(),
+            ),
+        ];
+        let slopes = config.alibi.map_or(Vec::new(), |max| attention::slopes(config.heads, max));
         Ok(Model {
             path: checkpoint.path().to_path_buf(),
             shape: kv_cache::Shape::of(&config),
             config,
             weights,
-            rope,
+            ropes,
+            slopes,
             context,
             kernel,
             team,
@@ -141,11 +156,11 @@ impl Model {
 
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
-        self.weights.bytes().0
+        self.weights.bytes()
     }
 
     /// Bytes of packed weights that one decoded token reads.
     pub fn bytes_per_token(&self) -> usize {
-        self.weights.bytes().1
+        self.weights.bytes_read(self.config.experts.used)
     }
 }

@@ -1,4 +1,4 @@
-//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
+//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and how it is stretched for long contexts.
 
 use super::config::Keys;
 use crate::error::Result;
@@ -9,56 +9,140 @@ pub enum Scaling {
     /// Not at all.
     None,
     /// Positions divided by a factor (Chen et al. 2023, arXiv 2306.15595).
-    Linear(f32),
+    Linear {
+        /// The divisor of positions.
+        factor: f32,
+    },
+    /// The base grows with the context ("dynamic NTK"). It is chosen once, for the context that the model is loaded with,
+    /// so that a token's result does not depend on the tokens after it.
+    Dynamic {
+        /// How far the context may grow.
+        factor: f32,
+        /// Context trained on.
+        original: f32,
+    },
+    /// Fast dimensions as they are, slow ones divided, a ramp between (Peng et al. 2023, arXiv 2309.00071).
+    Yarn {
+        /// The divisor of slow dimensions.
+        factor: f32,
+        /// Context trained on.
+        original: f32,
+        /// Rotations over the original context from which a dimension counts as fast.
+        beta_fast: f32,
+        /// Rotations below which it counts as slow.
+        beta_slow: f32,
+    },
+    /// A factor a dimension from tensors of the file, one set for short contexts and one for long ones (Ding et al. 2024,
+    /// arXiv 2402.13753).
+    Long {
+        /// Context trained on: a model loaded with a longer one uses the long factors.
+        original: f32,
+    },
 }
 
-impl Scaling {
-    pub(super) fn read(keys: &Keys<'_>) -> Result<Scaling> {
-        let kind = keys.optional_text("rope.scaling.type")?.unwrap_or("linear");
-        let factor = keys.float("rope.scaling.factor")?.or(keys.float("rope.scale_linear")?).unwrap_or(1.0);
-        keys.check("rope.scaling.factor", factor, factor.is_finite() && factor > 0.0, "a positive number")?;
-        match kind {
-            "none" => Ok(Scaling::None),
-            "linear" => Ok(if factor == 1.0 { Scaling::None } else { Scaling::Linear(factor) }),
-            other => Err(keys.unsupported("rope.scaling.type", other, "supported: none, linear")),
-        }
+/// The angles of one kind of layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub base: f32,
+    /// How they are stretched.
+    pub scaling: Scaling,
+    /// What cosines and sines are multiplied with.
+    pub magnitude: f32,
+}
+
+impl RopeConfig {
+    /// Without stretching.
+    pub(super) fn plain(base: f32) -> RopeConfig {
+        RopeConfig { base, scaling: Scaling::None, magnitude: 1.0 }
+    }
+
+    pub(super) fn read(keys: &Keys<'_>) -> Result<RopeConfig> {
+        let base = keys.positive("rope.freq_base")?.unwrap_or(10000.0);
+        let kind = keys.optional_text("rope.scaling.type")?;
+        let factor = keys.positive("rope.scaling.factor")?.or(keys.positive("rope.scale_linear")?).unwrap_or(1.0);
+        let original = match keys.optional_count("rope.scaling.original_context_length")? {
+            Some(length) => length,
+            None => keys.optional_count("context_length")?.unwrap_or(1),
+        } as f32;
+        let attention = keys.positive("rope.scaling.attn_factor")?;
+        let (scaling, magnitude) = match kind.unwrap_or("linear") {
+            "none" => (Scaling::None, 1.0),
+            "linear" if factor == 1.0 => (Scaling::None, 1.0),
+            "linear" => (Scaling::Linear { factor }, 1.0),
+            "dynamic" => (Scaling::Dynamic { factor, original }, 1.0),
+            "yarn" => {
+                let beta = |key: &str, usual| Ok(keys.positive(key)?.unwrap_or(usual));
+                let beta_fast = beta("rope.scaling.yarn_beta_fast", 32.0)?;
+                let beta_slow = beta("rope.scaling.yarn_beta_slow", 1.0)?;
+                let usual = if factor > 1.0 { 0.1 * libm::logf(factor) + 1.0 } else { 1.0 };
+                let attention = keys.positive("rope.scaling.yarn_attn_factor")?.or(attention);
+                let scaling = Scaling::Yarn { factor, original, beta_fast, beta_slow };
+                (scaling, usual * attention.unwrap_or(1.0))
+            }
+            "longrope" => (Scaling::Long { original }, attention.unwrap_or(1.0)),
+            other => {
+                let supported = "supported: none, linear, dynamic, yarn, longrope";
+                return Err(keys.unsupported("rope.scaling.type", format_args!("{other:?}"), supported));
+            }
+        };
+        Ok(RopeConfig { base, scaling, magnitude })
     }
 }
 
-/// Angles of one kind of layer.
+/// Frequencies of one kind of layer.
 #[derive(Debug)]
-pub struct Rope {
+pub(super) struct Rope {
     /// `(rotary / 2)`: radians a position.
     frequencies: Vec<f64>,
+    magnitude: f32,
 }
 
 impl Rope {
-    /// `base^(-2 i / rotary)`, divided by the factors of the file where it has them.
-    pub fn new(rotary: usize, base: f32, scaling: Scaling, factors: Option<&[f32]>) -> Rope {
-        let stretch = match scaling {
-            Scaling::None => 1.0,
-            Scaling::Linear(factor) => 1.0 / f64::from(factor),
+    /// `base^(-2 i / rotary)`, stretched as the configuration says for sessions of `context` tokens, divided by `factors
+    /// (rotary / 2)` where the file has them.
+    pub(super) fn new(config: &RopeConfig, rotary: usize, context: usize, factors: Option<&[f32]>) -> Rope {
+        let base = f64::from(config.base);
+        let width = rotary as f64;
+        let plain = |base: f64, i: usize| libm::pow(base, -2.0 * i as f64 / width);
+        let stretched = |i: usize| match config.scaling {
+            Scaling::None | Scaling::Long { .. } => plain(base, i),
+            Scaling::Linear { factor } => plain(base, i) / f64::from(factor),
+            Scaling::Dynamic { factor, original } => {
+                let (factor, original) = (f64::from(factor), f64::from(original));
+                let growth = factor * (context as f64).max(original) / original - (factor - 1.0);
+                plain(if rotary > 2 { base * libm::pow(growth, width / (width - 2.0)) } else { base }, i)
+            }
+            Scaling::Yarn { factor, original, beta_fast, beta_slow } => {
+                // The dimension that turns `beta` times over the original context.
+                let dimension = |beta: f32| {
+                    let turns = f64::from(original) / (f64::from(beta) * std::f64::consts::TAU);
+                    width * libm::log(turns) / (2.0 * libm::log(base))
+                };
+                let low = dimension(beta_fast).floor().max(0.0);
+                let high = dimension(beta_slow).ceil().min(width - 1.0);
+                let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                plain(base, i) * (1.0 - ramp + ramp / f64::from(factor))
+            }
         };
-        let frequency = |i: usize| {
-            let factor = factors.and_then(|factors| factors.get(i)).map_or(1.0, |factor| f64::from(*factor));
-            libm::pow(f64::from(base), -2.0 * i as f64 / rotary as f64) * stretch / factor
-        };
-        Rope { frequencies: (0..rotary / 2).map(frequency).collect() }
+        let factor = |i: usize| factors.and_then(|factors| factors.get(i)).map_or(1.0, |factor| f64::from(*factor));
+        let frequencies = (0..rotary / 2).map(|i| stretched(i) / factor(i)).collect();
+        Rope { frequencies, magnitude: config.magnitude }
     }
 
     /// Pairs that are rotated.
-    pub fn pairs(&self) -> usize {
+    pub(super) fn pairs(&self) -> usize {
         self.frequencies.len()
     }
 
     /// Cosines and sines `(pairs)` of `position`.
     ///
     /// In double precision by the `libm` crate, so that every platform has the same bits.
-    pub fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+    pub(super) fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for ((frequency, cos), sin) in self.frequencies.iter().zip(cos).zip(sin) {
             let (s, c) = libm::sincos(position as f64 * frequency);
-            *cos = c as f32;
-            *sin = s as f32;
+            *cos = c as f32 * self.magnitude;
+            *sin = s as f32 * self.magnitude;
         }
     }
 }

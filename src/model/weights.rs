@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use super::arch::{NormKind, Position};
 use super::config::Config;
 use super::linear::Linear;
+use super::rope::Scaling;
 use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
-use crate::kernels::Activation;
-use crate::model::arch::{NormKind, Position};
 use crate::quant::block::BlockType;
 use crate::quant::pack;
 use crate::quant::packed::Packed;
@@ -22,20 +22,85 @@ pub(super) struct Norm {
     pub(super) bias: Vec<f32>,
 }
 
-/// One transformer block.
+/// A norm of queries or keys.
+#[derive(Debug)]
+pub(super) struct HeadNorm {
+    /// Weights of one width, or of that width a head.
+    pub(super) norm: Norm,
+    /// What is normalized together: a head, or all heads.
+    pub(super) width: usize,
+}
+
+/// Gate, up and down.
+#[derive(Debug)]
+pub(super) struct Mlp {
+    /// Gate and up, or up alone.
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+    /// Width between up and down.
+    pub(super) width: usize,
+}
+
+/// A feed-forward layer.
+#[derive(Debug)]
+pub(super) enum Ffn {
+    Dense(Mlp),
+    Experts {
+        /// `(experts, hidden)`
+        router: Linear,
+        experts: Vec<Mlp>,
+        /// An expert that every token uses, and the gate `(1, hidden)` of its output.
+        shared: Option<(Mlp, Option<Linear>)>,
+    },
+}
+
+/// One transformer block. Norms that a family does not have are `None`.
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub(super) attn_norm: Norm,
+    /// Before attention.
+    pub(super) attn_norm: Option<Norm>,
     /// Query, key and value.
     pub(super) qkv: Linear,
+    pub(super) q_norm: Option<HeadNorm>,
+    pub(super) k_norm: Option<HeadNorm>,
     pub(super) attn_output: Linear,
-    pub(super) ffn_norm: Norm,
-    /// Gate and up, or up alone.
-    pub(super) ffn_up: Linear,
-    pub(super) ffn_down: Linear,
-    /// Width between up and down.
-    pub(super) ffn: usize,
-    pub(super) activation: Activation,
+    /// After attention, before it joins.
+    pub(super) attn_post_norm: Option<Norm>,
+    /// Before the feed-forward layer.
+    pub(super) ffn_norm: Option<Norm>,
+    pub(super) ffn: Ffn,
+    /// After the feed-forward layer, before it joins.
+    pub(super) ffn_post_norm: Option<Norm>,
+}
+
+impl Layer {
+    fn linears(&self) -> Vec<&Linear> {
+        let mut all = vec![&self.qkv, &self.attn_output];
+        match &self.ffn {
+            Ffn::Dense(mlp) => all.extend([&mlp.up, &mlp.down]),
+            Ffn::Experts { router, experts, shared } => {
+                all.push(router);
+                all.extend(experts.iter().flat_map(|mlp| [&mlp.up, &mlp.down]));
+                if let Some((mlp, gate)) = shared {
+                    all.extend([&mlp.up, &mlp.down]);
+                    all.extend(gate);
+                }
+            }
+        }
+        all
+    }
+
+    /// Bytes that one token reads: of experts, those it uses.
+    fn bytes_read(&self, used: usize) -> usize {
+        let all: usize = self.linears().into_iter().map(Linear::bytes).sum();
+        match &self.ffn {
+            Ffn::Dense(_) => all,
+            Ffn::Experts { experts, .. } => {
+                let experts_bytes: usize = experts.iter().map(|mlp| mlp.up.bytes() + mlp.down.bytes()).sum();
+                all - experts_bytes / experts.len().max(1) * experts.len().saturating_sub(used)
+            }
+        }
+    }
 }
 
 /// Everything that a forward pass reads.
@@ -43,8 +108,11 @@ pub(super) struct Layer {
 pub(super) struct Weights {
     /// `(vocabulary, hidden)`
     pub(super) embedding: Linear,
+    pub(super) embedding_norm: Option<Norm>,
+    /// `(positions, hidden)`
+    pub(super) positions: Option<Linear>,
     pub(super) layers: Vec<Layer>,
-    pub(super) output_norm: Norm,
+    pub(super) output_norm: Option<Norm>,
     /// `(vocabulary, hidden)`; the embedding where there is none.
     pub(super) output: Option<Linear>,
     /// Divisors of the rotation's frequencies `(rotary / 2)`.
@@ -59,40 +127,53 @@ impl Weights {
         scope: &Scope<'_>,
         checkpoint: &dyn Checkpoint,
         config: &Config,
+        context: usize,
         progress: Option<Progress<'_>>,
     ) -> Result<Weights> {
         let loader = Loader { scope, checkpoint };
         let done = |layer: usize| {
             if let Some(progress) = progress {
-                progress(layer, config.layers + 1);
+                progress(layer, config.layers.len() + 1);
             }
         };
         done(0);
-        let embedding = loader.linear(&[Part::new("token_embd", None)], config.hidden)?;
-        let vocabulary = embedding.parts()[0].rows();
+        let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
+        let vocabulary = table.dims.get(1).copied().unwrap_or(0);
+        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], config.hidden)?;
         let output = match checkpoint.tensor("output.weight") {
-            Some(_) => Some(loader.linear(&[Part::new("output", Some(vocabulary))], config.hidden)?),
+            Some(_) => Some(loader.linear(&[Part::new("output", vocabulary)], config.hidden)?),
             None => None,
         };
-        let mut layers = Vec::new();
-        for index in 0..config.layers {
-            layers.push(loader.layer(config, index)?);
-            done(index + 1);
-        }
-        let rope_factors = match checkpoint.tensor("rope_freqs.weight") {
-            Some(_) => {
-                let factors = loader.vector("rope_freqs.weight", config.rotary / 2)?;
-                if let Some(bad) = factors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
-                    let place = Place::Tensor("rope_freqs.weight".to_owned());
-                    return Err(Error::malformed(loader.path(), place, bad, "positive factors"));
+        let positions = match checkpoint.tensor("position_embd.weight") {
+            Some(table) => {
+                let rows = table.dims.get(1).copied().unwrap_or(0);
+                if rows < config.context {
+                    let expected = format_args!("rows for the {} positions of the context", config.context);
+                    return Err(loader.shape_error("position_embd.weight", &table.dims, expected));
                 }
-                Some(factors)
+                Some(loader.linear(&[Part::new("position_embd", rows)], config.hidden)?)
             }
             None => None,
         };
-        let output_norm = loader.norm("output_norm", config)?;
-        done(config.layers + 1);
-        Ok(Weights { embedding, layers, output_norm, output, rope_factors })
+        let mut layers = Vec::new();
+        for index in 0..config.layers.len() {
+            layers.push(loader.layer(config, index)?);
+            done(index + 1);
+        }
+        let weights = Weights {
+            embedding,
+            embedding_norm: loader.norm("token_embd_norm", config)?,
+            positions,
+            layers,
+            output_norm: loader.norm("output_norm", config)?,
+            output,
+            rope_factors: loader.rope_factors(config, context)?,
+        };
+        if weights.output_norm.is_none() && !config.family.more.optional_output_norm {
+            return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
+        }
+        done(config.layers.len() + 1);
+        Ok(weights)
     }
 
     /// The matrix that turns the last hidden state into logits.
@@ -100,36 +181,45 @@ impl Weights {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Bytes of all matrices, and those of them that one decoded token reads.
-    pub(super) fn bytes(&self) -> (usize, usize) {
-        let layer = |l: &Layer| l.qkv.bytes() + l.attn_output.bytes() + l.ffn_up.bytes() + l.ffn_down.bytes();
-        let layers: usize = self.layers.iter().map(layer).sum();
-        let read = layers + self.output().bytes();
-        (layers + self.embedding.bytes() + self.output.as_ref().map_or(0, Linear::bytes), read)
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
+        ends.into_iter().flatten().chain(self.layers.iter().flat_map(Layer::linears))
+    }
+
+    /// Bytes of all matrices.
+    pub(super) fn bytes(&self) -> usize {
+        self.linears().map(Linear::bytes).sum()
+    }
+
+    /// Bytes of the matrices that one decoded token reads, `used` experts a layer.
+    pub(super) fn bytes_read(&self, used: usize) -> usize {
+        self.layers.iter().map(|layer| layer.bytes_read(used)).sum::<usize>() + self.output().bytes()
     }
 
     /// Weights of all matrices.
     pub(super) fn parameters(&self) -> usize {
-        let linear = |l: &Linear| l.parts().iter().map(|part| part.rows() * part.columns()).sum::<usize>();
-        let layer = |l: &Layer| linear(&l.qkv) + linear(&l.attn_output) + linear(&l.ffn_up) + linear(&l.ffn_down);
-        let layers: usize = self.layers.iter().map(layer).sum();
-        layers + linear(&self.embedding) + self.output.as_ref().map_or(0, linear)
+        self.linears().flat_map(Linear::parts).map(|part| part.rows() * part.columns()).sum()
     }
 }
 
-/// A tensor that becomes part of a [`Linear`].
+type Order<'a> = &'a (dyn Fn(usize) -> usize + Sync);
+
+/// Rows of a tensor that become part of a [`Linear`].
 struct Part<'a> {
     /// Without `.weight`.
     name: String,
-    /// Rows that it must have; any number if `None`.
-    rows: Option<usize>,
+    rows: usize,
     /// Row `i` of the result is this row of the file.
-    order: &'a (dyn Fn(usize) -> usize + Sync),
+    order: Order<'a>,
+    /// Rows that the tensor has in all: more than `rows` where several parts are fused in one tensor.
+    of: usize,
+    /// Matrices that the tensor holds: experts in three dimensions.
+    stack: Option<usize>,
 }
 
 impl<'a> Part<'a> {
-    fn new(name: impl Into<String>, rows: Option<usize>) -> Part<'a> {
-        Part { name: name.into(), rows, order: &|row| row }
+    fn new(name: impl Into<String>, rows: usize) -> Part<'a> {
+        Part { name: name.into(), rows, order: &|row| row, of: rows, stack: None }
     }
 }
 
@@ -144,11 +234,15 @@ impl Loader<'_> {
     }
 
     fn tensor(&self, name: &str, expected: impl std::fmt::Display) -> Result<Tensor<'_>> {
-        self.checkpoint.tensor(name).ok_or_else(|| Error::Missing {
+        self.checkpoint.tensor(name).ok_or_else(|| self.missing(name, expected))
+    }
+
+    fn missing(&self, name: &str, expected: impl std::fmt::Display) -> Error {
+        Error::Missing {
             path: self.path().to_path_buf(),
             place: Place::Tensor(name.to_owned()),
             expected: expected.to_string(),
-        })
+        }
     }
 
     fn shape_error(&self, name: &str, found: &[usize], expected: impl std::fmt::Display) -> Error {
@@ -161,13 +255,21 @@ impl Loader<'_> {
         if tensor.dims != [width] {
             return Err(self.shape_error(name, &tensor.dims, format_args!("dimensions [{width}]")));
         }
+        self.numbers(name, &tensor, width)
+    }
+
+    /// All `len` numbers of a small tensor, whatever its dimensions.
+    fn numbers(&self, name: &str, tensor: &Tensor<'_>, len: usize) -> Result<Vec<f32>> {
         let block_type = tensor.rows.block_type();
         if !matches!(block_type, BlockType::F32 | BlockType::F16 | BlockType::BF16) {
             let place = Place::Tensor(name.to_owned());
             return Err(Error::malformed(self.path(), place, block_type.name(), "F32, F16 or BF16"));
         }
-        let mut values = vec![0.0; width];
-        block_type.decode(tensor.rows.row(0, &mut Vec::new()), &mut values)?;
+        let mut values = vec![0.0; len];
+        let width = tensor.dims.first().copied().unwrap_or(1);
+        for (index, row) in values.chunks_mut(width.max(1)).enumerate() {
+            block_type.decode(tensor.rows.row(index, &mut Vec::new()), row)?;
+        }
         Ok(values)
     }
 
@@ -178,13 +280,58 @@ impl Loader<'_> {
         }
     }
 
-    fn norm(&self, name: &str, config: &Config) -> Result<Norm> {
-        let weight = self.vector(&format!("{name}.weight"), config.hidden)?;
+    /// The norm of that name, if the file has it.
+    fn norm(&self, name: &str, config: &Config) -> Result<Option<Norm>> {
+        let weight_name = format!("{name}.weight");
+        if self.checkpoint.tensor(&weight_name).is_none() {
+            return Ok(None);
+        }
+        let weight = self.vector(&weight_name, config.hidden)?;
         let bias = match config.family.norm {
             NormKind::Rms => Vec::new(),
             NormKind::Layer => self.optional_vector(&format!("{name}.bias"), config.hidden)?,
         };
-        Ok(Norm { weight, bias })
+        Ok(Some(Norm { weight, bias }))
+    }
+
+    /// The norm of queries or keys: `(head_dim)` shared by the heads, `(heads, head_dim)`, or all heads as one row.
+    fn head_norm(&self, name: &str, config: &Config, heads: usize) -> Result<Option<HeadNorm>> {
+        let Some(tensor) = self.checkpoint.tensor(&format!("{name}.weight")) else { return Ok(None) };
+        let (dim, all) = (config.head_dim, heads * config.head_dim);
+        let (len, width) = match tensor.dims[..] {
+            [width] if width == dim => (dim, dim),
+            [width] if width == all => (all, all),
+            [width, count] if width == dim && count == heads => (all, dim),
+            _ => {
+                let expected = format_args!("dimensions [{dim}], [{dim}, {heads}] or [{all}]");
+                return Err(self.shape_error(&format!("{name}.weight"), &tensor.dims, expected));
+            }
+        };
+        let weight = self.numbers(&format!("{name}.weight"), &tensor, len)?;
+        let bias = match self.checkpoint.tensor(&format!("{name}.bias")) {
+            Some(tensor) if config.family.norm == NormKind::Layer => {
+                self.numbers(&format!("{name}.bias"), &tensor, len)?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Some(HeadNorm { norm: Norm { weight, bias }, width }))
+    }
+
+    /// Divisors of the rotation's frequencies: one set, or one for short and one for long contexts.
+    fn rope_factors(&self, config: &Config, context: usize) -> Result<Option<Vec<f32>>> {
+        let name = match config.ropes[0].scaling {
+            Scaling::Long { original } if context as f32 > original => "rope_factors_long.weight",
+            Scaling::Long { .. } => "rope_factors_short.weight",
+            _ => "rope_freqs.weight",
+        };
+        if config.rotary == 0 || self.checkpoint.tensor(name).is_none() {
+            return Ok(None);
+        }
+        let factors = self.vector(name, config.rotary / 2)?;
+        match factors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+            Some(bad) => Err(Error::malformed(self.path(), Place::Tensor(name.to_owned()), bad, "positive factors")),
+            None => Ok(Some(factors)),
+        }
     }
 
     /// Matrices with `columns` input features, side by side.
@@ -192,33 +339,31 @@ impl Loader<'_> {
         let mut packed = Vec::new();
         for part in parts {
             let name = format!("{}.weight", part.name);
-            let expected = match part.rows {
-                Some(rows) => format!("dimensions [{columns}, {rows}]"),
-                None => format!("dimensions [{columns}, any]"),
-            };
+            let mut wanted = vec![columns, part.of];
+            wanted.extend(part.stack);
+            let expected = format!("dimensions {wanted:?}");
             let tensor = self.tensor(&name, &expected)?;
-            let rows = match tensor.dims[..] {
-                [found, rows] if found == columns && part.rows.is_none_or(|wanted| wanted == rows) => rows,
-                _ => return Err(self.shape_error(&name, &tensor.dims, expected)),
-            };
-            let matrix = self.pack(&name, &tensor, rows, columns, part.order)?;
-            drop(tensor);
-            self.checkpoint.release(&name);
-            let bias = self.optional_vector(&format!("{}.bias", part.name), rows)?;
-            let bias = (0..bias.len()).map(|row| bias[(part.order)(row)]).collect();
-            packed.push((matrix, bias));
+            if tensor.dims != wanted {
+                return Err(self.shape_error(&name, &tensor.dims, expected));
+            }
+            packed.push((self.pack(&name, &tensor, part.rows, columns, part.order)?, self.bias(part)?));
+        }
+        // Parts may share a tensor, so its pages go back when all of them are packed.
+        for part in parts.iter().filter(|part| part.stack.is_none()) {
+            self.checkpoint.release(&format!("{}.weight", part.name));
         }
         Ok(Linear::new(packed))
     }
 
-    fn pack(
-        &self,
-        name: &str,
-        tensor: &Tensor<'_>,
-        rows: usize,
-        columns: usize,
-        order: &(dyn Fn(usize) -> usize + Sync),
-    ) -> Result<Packed> {
+    fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {
+        if part.stack.is_some() {
+            return Ok(Vec::new());
+        }
+        let bias = self.optional_vector(&format!("{}.bias", part.name), part.of)?;
+        Ok(if bias.is_empty() { bias } else { (0..part.rows).map(|row| bias[(part.order)(row)]).collect() })
+    }
+
+    fn pack(&self, name: &str, tensor: &Tensor<'_>, rows: usize, columns: usize, order: Order<'_>) -> Result<Packed> {
         let block_type = tensor.rows.block_type();
         let Some(layout) = pack::layout(block_type) else {
             return Err(Error::Unsupported {
@@ -240,46 +385,138 @@ impl Loader<'_> {
     fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let (dim, rotary) = (config.head_dim, config.rotary);
-        let halves = move |row: usize| {
-            // Pairs (2i, 2i + 1) of the file become pairs (i, i + rotary / 2).
-            let (head, i) = (row / dim * dim, row % dim);
-            if i >= rotary {
-                row
-            } else {
-                head + if i < rotary / 2 { 2 * i } else { 2 * (i - rotary / 2) + 1 }
-            }
+        let attn_norm = self.norm(&name("attn_norm"), config)?;
+        let attn_norm_2 = self.norm(&name("attn_norm_2"), config)?;
+        let ffn_norm = self.norm(&name("ffn_norm"), config)?;
+        // Where there are two, the second one is attention's and the first the feed-forward layer's.
+        let (attn_norm, ffn_norm) = match attn_norm_2 {
+            Some(second) => (Some(second), attn_norm),
+            None => (attn_norm, ffn_norm),
         };
-        let same = |row: usize| row;
-        let order: &(dyn Fn(usize) -> usize + Sync) = match config.family.position {
-            Position::Rope { adjacent: true } => &halves,
-            _ => &same,
+        let layer = Layer {
+            qkv: self.qkv(config, &name)?,
+            q_norm: self.head_norm(&name("attn_q_norm"), config, config.heads)?,
+            k_norm: self.head_norm(&name("attn_k_norm"), config, config.kv_heads)?,
+            attn_output: self.linear(&[Part::new(name("attn_output"), config.hidden)], queries)?,
+            attn_post_norm: self.norm(&name("post_attention_norm"), config)?,
+            ffn: self.ffn(config, &name)?,
+            ffn_post_norm: self.norm(&name("post_ffw_norm"), config)?,
+            attn_norm,
+            ffn_norm,
         };
-        let qkv = self.linear(
-            &[
-                Part { name: name("attn_q"), rows: Some(queries), order },
-                Part { name: name("attn_k"), rows: Some(keys), order },
-                Part::new(name("attn_v"), Some(keys)),
-            ],
-            config.hidden,
-        )?;
-        let attn_output = self.linear(&[Part::new(name("attn_output"), Some(config.hidden))], queries)?;
-        let up = self.tensor(&name("ffn_up.weight"), "the feed-forward layer")?;
-        let ffn = up.dims.get(1).copied().unwrap_or(0);
-        drop(up);
-        let mut parts = vec![Part::new(name("ffn_up"), Some(ffn))];
-        if self.checkpoint.tensor(&name("ffn_gate.weight")).is_some() {
-            parts.insert(0, Part::new(name("ffn_gate"), Some(ffn)));
+        if layer.attn_norm.is_none() && layer.attn_post_norm.is_none() {
+            return Err(self.missing(&name("attn_norm.weight"), format_args!("{} numbers", config.hidden)));
         }
-        Ok(Layer {
-            attn_norm: self.norm(&name("attn_norm"), config)?,
-            qkv,
-            attn_output,
-            ffn_norm: self.norm(&name("ffn_norm"), config)?,
-            ffn_up: self.linear(&parts, config.hidden)?,
-            ffn_down: self.linear(&[Part::new(name("ffn_down"), Some(config.hidden))], ffn)?,
-            ffn,
-            activation: config.family.activation,
+        if layer.ffn_norm.is_none() && layer.ffn_post_norm.is_none() && !config.parallel {
+            return Err(self.missing(&name("ffn_norm.weight"), format_args!("{} numbers", config.hidden)));
+        }
+        debug_assert_eq!(layer.qkv.parts().iter().map(Packed::rows).sum::<usize>(), queries + 2 * keys);
+        Ok(layer)
+    }
+
+    /// Query, key and value from three tensors, or from one with their rows one after the other.
+    fn qkv(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Linear> {
+        let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let (dim, rotary) = (config.head_dim, config.rotary);
+        let adjacent = config.family.position == Position::RopeAdjacent;
+        // Pairs (2i, 2i + 1) of the file become pairs (i, i + rotary / 2).
+        let halves = move |row: usize| match row % dim {
+            i if !adjacent || i >= rotary => row,
+            i if i < rotary / 2 => row - i + 2 * i,
+            i => row - i + 2 * (i - rotary / 2) + 1,
+        };
+        let fused = self.checkpoint.tensor(&name("attn_qkv.weight")).is_some();
+        let (k, v) = if fused { (queries, queries + keys) } else { (0, 0) };
+        let (q_order, k_order, v_order) = (halves, move |row| k + halves(row), move |row| v + row);
+        let part = |suffix: &str, rows: usize, order| Part {
+            name: name(if fused { "attn_qkv" } else { suffix }),
+            rows,
+            order,
+            of: if fused { queries + 2 * keys } else { rows },
+            stack: None,
+        };
+        let parts = [
+            part("attn_q", queries, &q_order as Order<'_>),
+            part("attn_k", keys, &k_order),
+            part("attn_v", keys, &v_order),
+        ];
+        self.linear(&parts, config.hidden)
+    }
+
+    fn ffn(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Ffn> {
+        if self.checkpoint.tensor(&name("ffn_gate_inp.weight")).is_none() {
+            return Ok(Ffn::Dense(self.mlp(config, name, "", None)?));
+        }
+        let count = config.experts.count;
+        let place = Place::Tensor(name("ffn_gate_inp.weight"));
+        if count == 0 {
+            return Err(Error::malformed(self.path(), place, "a router", "expert_count above 0 among the keys"));
+        }
+        let router = self.linear(&[Part::new(name("ffn_gate_inp"), count)], config.hidden)?;
+        let experts = (0..count).map(|expert| self.mlp(config, name, "_exps", Some((expert, count))));
+        let experts = experts.collect::<Result<Vec<_>>>()?;
+        for stack in ["ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"] {
+            self.checkpoint.release(&name(stack));
+        }
+        let shared = match self.checkpoint.tensor(&name("ffn_up_shexp.weight")) {
+            Some(_) => {
+                let gate_name = name("ffn_gate_inp_shexp");
+                let gate = match self.checkpoint.tensor(&format!("{gate_name}.weight")).map(|gate| gate.dims.len()) {
+                    None => None,
+                    // One row, written with one dimension or two.
+                    Some(1) => Some(self.row(&gate_name, config.hidden)?),
+                    Some(_) => Some(self.linear(&[Part::new(gate_name, 1)], config.hidden)?),
+                };
+                Some((self.mlp(config, name, "_shexp", None)?, gate))
+            }
+            None => None,
+        };
+        Ok(Ffn::Experts { router, experts, shared })
+    }
+
+    /// A vector as a matrix of one row.
+    fn row(&self, name: &str, columns: usize) -> Result<Linear> {
+        let name = format!("{name}.weight");
+        let tensor = self.tensor(&name, format_args!("{columns} numbers"))?;
+        if tensor.dims != [columns] {
+            return Err(self.shape_error(&name, &tensor.dims, format_args!("dimensions [{columns}]")));
+        }
+        Ok(Linear::new(vec![(self.pack(&name, &tensor, 1, columns, &|row| row)?, Vec::new())]))
+    }
+
+    /// Gate, up and down, of one expert of a stack if `expert` is its index and their number.
+    fn mlp(
+        &self,
+        config: &Config,
+        name: &dyn Fn(&str) -> String,
+        suffix: &str,
+        expert: Option<(usize, usize)>,
+    ) -> Result<Mlp> {
+        let tensor = |part: &str| name(&format!("ffn_{part}{suffix}"));
+        let dims = |part: &str| self.checkpoint.tensor(&format!("{}.weight", tensor(part))).map(|tensor| tensor.dims);
+        let Some(up) = dims("up") else { return Err(self.missing(&format!("{}.weight", tensor("up")), "a matrix")) };
+        let Some(down) = dims("down") else {
+            return Err(self.missing(&format!("{}.weight", tensor("down")), "a matrix"));
+        };
+        let (width, rows) = (down.first().copied().unwrap_or(0), up.get(1).copied().unwrap_or(0));
+        let stack = expert.map(|(_, count)| count);
+        let first = |rows: usize| expert.map_or(0, |(index, _)| index * rows);
+        let (wide, narrow, second) = (first(width), first(config.hidden), first(2 * width) + width);
+        let (at_wide, at_narrow) = (move |row| wide + row, move |row| narrow + row);
+        let (at_both, at_second) = (move |row| second - width + row, move |row| second + row);
+        let part = |part: &str, rows: usize, of: usize, order| Part { name: tensor(part), rows, order, of, stack };
+        let up = if dims("gate").is_some() {
+            vec![part("gate", width, width, &at_wide as Order<'_>), part("up", width, width, &at_wide)]
+        } else if rows == 2 * width {
+            // Gate and up one after the other in one tensor.
+            vec![part("up", width, rows, &at_both as Order<'_>), part("up", width, rows, &at_second)]
+        } else {
+            vec![part("up", width, width, &at_wide as Order<'_>)]
+        };
+        Ok(Mlp {
+            up: self.linear(&up, config.hidden)?,
+            down: self.linear(&[part("down", config.hidden, config.hidden, &at_narrow)], width)?,
+            width,
         })
     }
 }

@@ -9,3 +9,8 @@ pub mod quant;
 pub mod threads;
 
 pub use error::{Error, Place, Result};
+
+// The examples of the README are compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -52,7 +52,7 @@ impl Pass<'_> {
         for (expert, mlp) in experts.iter().enumerate() {
             own.rows.clear();
             own.rows.extend(
-                choice
+                own.choice
                     .iter()
                     .enumerate()
                     .filter(|(_, (chosen, _))| *chosen == expert)

@@ -1,1 +1,6 @@
-//! (engine)
+//! Sequences of many users over one model: what is fed, what is sampled.
+
+pub mod sampler;
+mod sequence;
+
+pub use sequence::{Sequence, step};

@@ -1,0 +1,104 @@
+//! A sequence: a session, the tokens that it has not seen yet, and how its next token is chosen.
+
+use super::sampler::{Sampled, Sampler, SamplingOptions};
+use crate::error::{Error, Result};
+use crate::model::{Input, Logits, Model, Session};
+
+/// Text in the making: tokens go in, [`step`] computes them and samples the next.
+#[derive(Debug)]
+pub struct Sequence {
+    session: Session,
+    pending: Vec<u32>,
+    sampler: Sampler,
+    vocabulary: usize,
+}
+
+impl Sequence {
+    /// A sequence that starts with `prompt`, which counts for penalties too.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
+    /// [`Error::ContextFull`] when the prompt does not fit.
+    pub fn new(model: &Model, prompt: &[u32], options: SamplingOptions) -> Result<Sequence> {
+        let vocabulary = model.vocabulary();
+        let sampler = Sampler::new(options, vocabulary)?;
+        let mut sequence = Sequence { session: model.session(), pending: Vec::new(), sampler, vocabulary };
+        if prompt.is_empty() {
+            return Err(Error::argument("prompt", "no tokens", "at least one token"));
+        }
+        sequence.push(prompt)?;
+        Ok(sequence)
+    }
+
+    /// Adds tokens to be seen at the next step, as a chat does with the user's next words.
+    ///
+    /// # Errors
+    /// As for [`Sequence::new`]; the sequence is then unchanged.
+    pub fn push(&mut self, tokens: &[u32]) -> Result<()> {
+        let (used, context) = (self.session.len() + self.pending.len(), self.session.context());
+        if tokens.len() > context - used.min(context) {
+            return Err(Error::ContextFull { used, requested: tokens.len(), context });
+        }
+        let vocabulary = self.vocabulary;
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+            return Err(Error::argument("token", token, format_args!("an id below {vocabulary}")));
+        }
+        tokens.iter().for_each(|token| self.sampler.accept(*token));
+        self.pending.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Tokens in the sequence, seen or pending.
+    pub fn len(&self) -> usize {
+        self.session.len() + self.pending.len()
+    }
+
+    /// Whether there is no token at all. Never so after [`Sequence::new`].
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens that are still to be seen. One after a step: the token that was sampled.
+    pub fn pending(&self) -> &[u32] {
+        &self.pending
+    }
+
+    /// The keys and values of the tokens seen.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+}
+
+/// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.
+///
+/// A sequence's result has the same bits alone and among others.
+///
+/// # Errors
+/// Those of [`Model::forward`], with all sequences as they were before; [`Error::BadLogits`] when nothing can be sampled.
+/// [`Error::InvalidArgument`] for a sequence without pending tokens.
+pub fn step(
+    model: &Model,
+    sequences: &mut [&mut Sequence],
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<Vec<Sampled>> {
+    let mut logits = Vec::new();
+    let mut inputs: Vec<Input<'_>> = sequences
+        .iter_mut()
+        .map(|sequence| {
+            let Sequence { session, pending, .. } = &mut **sequence;
+            Input { session, tokens: pending, logits: Logits::Last }
+        })
+        .collect();
+    model.forward(&mut inputs, &mut logits, interrupted)?;
+    let rows = logits.chunks_mut(model.vocabulary());
+    let sample = |(sequence, logits): (&mut &mut Sequence, &mut [f32])| {
+        let sampled = sequence.sampler.sample(logits);
+        sequence.pending.clear();
+        if let Ok(sampled) = &sampled {
+            sequence.sampler.accept(sampled.token);
+            sequence.pending.push(sampled.token);
+        }
+        sampled
+    };
+    sequences.iter_mut().zip(rows).map(sample).collect()
+}

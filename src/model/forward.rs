@@ -102,7 +102,7 @@ impl Model {
     /// # Errors
     /// [`Error::InvalidArgument`] for an unknown token, no tokens, or a session of another model;
     /// [`Error::ContextFull`] when the tokens do not fit; [`Error::Interrupted`]. After an error all sessions hold the
-    /// tokens they held before.
+    /// tokens they held before, and `logits` what it held.
     pub fn forward(
         &self,
         inputs: &mut [Input<'_>],
@@ -110,7 +110,7 @@ impl Model {
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
         for input in inputs.iter() {
-            if input.session.shape != self.shape {
+            if input.session.model != self.id {
                 return Err(Error::argument("session", "a session of another model", "a session of this model"));
             }
             if input.tokens.is_empty() {
@@ -121,8 +121,10 @@ impl Model {
             }
         }
         let before: Vec<usize> = inputs.iter().map(|input| input.session.len()).collect();
+        let rows = logits.len();
         let result = self.run(inputs, logits, interrupted);
         if result.is_err() {
+            logits.truncate(rows);
             for (input, len) in inputs.iter_mut().zip(before) {
                 input.session.truncate(len);
             }

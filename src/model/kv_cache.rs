@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::quant::packed::PANEL;
 
-/// The shape of a cache: which sessions fit which model.
+/// The shape of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
     layers: usize,
@@ -83,11 +83,13 @@ pub struct Session {
     pub(super) pages: Vec<Page>,
     len: usize,
     context: usize,
+    /// Number of the model that it belongs to.
+    pub(super) model: u64,
 }
 
 impl Session {
-    pub(super) fn new(shape: Shape, context: usize) -> Session {
-        Session { shape, pages: Vec::new(), len: 0, context }
+    pub(super) fn new(shape: Shape, context: usize, model: u64) -> Session {
+        Session { shape, pages: Vec::new(), len: 0, context, model }
     }
 
     /// Tokens in the cache.

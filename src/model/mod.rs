@@ -12,6 +12,7 @@ mod weights;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
@@ -40,6 +41,8 @@ pub struct LoadOptions {
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
 pub struct Model {
+    /// Tells the sessions of this model from those of others.
+    id: u64,
     path: PathBuf,
     config: Config,
     weights: Weights,
@@ -95,7 +98,9 @@ impl Model {
             ),
         ];
         let slopes = config.alibi.map_or(Vec::new(), |max| attention::slopes(config.heads, max));
+        static MODELS: AtomicU64 = AtomicU64::new(0);
         Ok(Model {
+            id: MODELS.fetch_add(1, Ordering::Relaxed),
             path: checkpoint.path().to_path_buf(),
             shape: kv_cache::Shape::of(&config),
             config,
@@ -111,7 +116,7 @@ impl Model {
 
     /// An empty session.
     pub fn session(&self) -> Session {
-        Session::new(self.shape, self.context)
+        Session::new(self.shape, self.context, self.id)
     }
 
     /// The file or folder it was loaded from.

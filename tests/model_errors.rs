@@ -1,0 +1,208 @@
+//! Every way in which a model's keys and tensors can be wrong is one clear error.
+
+#[path = "common/tiny_model.rs"]
+mod tiny_model;
+
+use nybble::format::gguf::{Metadata, Value};
+use nybble::model::{Input, LoadOptions, Logits, Model};
+use nybble::quant::block::BlockType;
+use nybble::{Error, Place};
+use tiny_model::{ODD, metadata, tensors, write};
+
+type Tensors = Vec<(String, Vec<u64>)>;
+
+/// Loads a model after `change` was done to its keys and tensors.
+fn load(change: impl FnOnce(&mut Metadata, &mut Tensors)) -> nybble::Result<Model> {
+    load_with(change, &LoadOptions { threads: Some(1), ..LoadOptions::default() })
+}
+
+fn load_with(change: impl FnOnce(&mut Metadata, &mut Tensors), options: &LoadOptions) -> nybble::Result<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut metadata, mut tensors) = (metadata(&ODD), tensors(&ODD));
+    change(&mut metadata, &mut tensors);
+    let path = write(&folder.path().join("model.gguf"), &metadata, &tensors, BlockType::F32);
+    Model::load(path, options)
+}
+
+/// Asserts that setting `key` is refused, naming it and what was found.
+fn refused(key: &str, value: impl Into<Value>, found: &str, expected: &str) {
+    let error = load(|metadata, _| {
+        metadata.set(key, value);
+    })
+    .unwrap_err();
+    let text = error.to_string();
+    match &error {
+        Error::Malformed { place, .. } | Error::Unsupported { place, .. } => {
+            assert_eq!(*place, Place::Key(key.to_owned()), "{text}");
+        }
+        _ => panic!("{text}"),
+    }
+    assert!(text.contains("model.gguf") && text.contains(found) && text.contains(expected), "{text}");
+}
+
+#[test]
+fn the_model_that_the_others_are_spoilt_copies_of_loads() {
+    let model = load(|_, _| ()).unwrap();
+    assert_eq!((model.vocabulary(), model.context()), (101, 700));
+}
+
+#[test]
+fn an_unknown_family_is_refused_with_those_that_are_known() {
+    refused("general.architecture", "perceptron", "\"perceptron\"", "llama");
+}
+
+#[test]
+fn a_missing_key_is_named() {
+    let error = load(|metadata, _| {
+        let kept: Vec<_> = metadata.iter().map(|(key, value)| (key.to_owned(), value.clone())).collect();
+        *metadata = Metadata::new();
+        for (key, value) in kept.into_iter().filter(|(key, _)| key != "llama.block_count") {
+            metadata.set(key, value);
+        }
+    })
+    .unwrap_err();
+    assert!(matches!(&error, Error::Missing { place: Place::Key(key), .. } if key == "llama.block_count"), "{error}");
+}
+
+#[test]
+fn counts_out_of_range_are_refused() {
+    refused("llama.block_count", 0u32, "found 0", "1 to");
+    refused("llama.block_count", 1u32 << 30, "1073741824", "at most 1024");
+    refused("llama.embedding_length", 0u32, "found 0", "1 to");
+    refused("llama.attention.head_count", 0u32, "found 0", "1 to");
+    refused("llama.attention.head_count_kv", 0u32, "found 0", "1 to");
+    refused("llama.attention.head_count_kv", 4u32, "found 4", "a divisor of the 6 heads");
+    refused("llama.attention.head_count_kv", 7u32, "found 7", "a divisor of the 6 heads");
+    refused("llama.attention.key_length", 1u32 << 20, "1048576", "at most 65536");
+    refused("llama.attention.value_length", 11u32, "found 11", "22");
+    refused("llama.context_length", 0u32, "found 0", "1 to");
+    refused("llama.context_length", "long", "string", "an integer");
+    refused("llama.expert_count", -1i32, "i32", "an integer");
+}
+
+#[test]
+fn rotations_that_cannot_be_are_refused() {
+    refused("llama.rope.dimension_count", 21u32, "found 21", "an even number up to 22");
+    refused("llama.rope.dimension_count", 24u32, "found 24", "an even number up to 22");
+    refused("llama.rope.freq_base", f32::NAN, "NaN", "a positive number");
+    refused("llama.rope.freq_base", -1.0f32, "-1", "a positive number");
+    refused("llama.rope.scaling.type", "spiral", "\"spiral\"", "yarn");
+    refused("llama.rope.scaling.factor", f32::INFINITY, "inf", "a positive number");
+}
+
+#[test]
+fn an_epsilon_that_is_no_positive_number_is_refused() {
+    let key = "llama.attention.layer_norm_rms_epsilon";
+    refused(key, f32::NAN, "NaN", "a positive number");
+    refused(key, -1e-5f32, "-0.00001", "a positive number");
+    refused(key, "small", "string", "a float");
+}
+
+#[test]
+fn a_list_a_layer_of_the_wrong_length_is_refused() {
+    refused("llama.attention.head_count", vec![6u32, 6, 6], "3 values", "2, one a layer");
+}
+
+#[test]
+fn heads_that_differ_from_layer_to_layer_are_not_supported() {
+    refused("llama.attention.head_count", vec![6u32, 3], "6 in one layer and 3 in another", "the same number");
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    for name in ["token_embd.weight", "blk.1.attn_k.weight", "blk.0.ffn_norm.weight", "output_norm.weight"] {
+        let error = load(|_, tensors| tensors.retain(|(tensor, _)| tensor != name)).unwrap_err();
+        assert!(matches!(&error, Error::Missing { place: Place::Tensor(found), .. } if found == name), "{error}");
+    }
+}
+
+#[test]
+fn a_tensor_of_the_wrong_shape_is_refused_with_both_shapes() {
+    for (name, wrong, expected) in [
+        ("blk.1.attn_k.weight", vec![96, 65], "[96, 66]"),
+        ("blk.0.attn_output.weight", vec![131, 96], "[132, 96]"),
+        ("blk.0.attn_norm.weight", vec![95], "[96]"),
+        ("output.weight", vec![96, 100], "[96, 101]"),
+        ("blk.0.ffn_down.weight", vec![160, 95], "[160, 96]"),
+        ("token_embd.weight", vec![95, 101], "[96, 101]"),
+    ] {
+        let error = load(|_, tensors| {
+            for (tensor, dims) in tensors.iter_mut().filter(|(tensor, _)| tensor == name) {
+                assert_ne!(*dims, wrong, "{tensor}");
+                dims.clone_from(&wrong);
+            }
+        })
+        .unwrap_err();
+        let text = error.to_string();
+        let at = Place::Tensor(name.to_owned());
+        assert!(matches!(&error, Error::Malformed { place, .. } if *place == at), "{text}");
+        assert!(text.contains(&format!("{wrong:?}")) && text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+fn a_huge_context_allocates_nothing_until_it_is_used() {
+    let model = load(|metadata, _| {
+        metadata.set("llama.context_length", i32::MAX as u32);
+    })
+    .unwrap();
+    let mut session = model.session();
+    assert_eq!((session.context(), session.bytes()), (i32::MAX as usize, 0));
+    let input = Input { session: &mut session, tokens: &[1], logits: Logits::None };
+    model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
+    assert!(session.bytes() < 1 << 20, "{} bytes", session.bytes());
+}
+
+#[test]
+fn a_context_longer_than_the_models_is_refused() {
+    for context in [0, 701] {
+        let options = LoadOptions { context: Some(context), threads: Some(1), ..LoadOptions::default() };
+        let error = load_with(|_, _| (), &options).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { name: "context", .. }), "{error}");
+    }
+}
+
+#[test]
+fn tokens_beyond_the_context_are_refused_and_nothing_is_lost() {
+    let options = LoadOptions { context: Some(70), threads: Some(1), ..LoadOptions::default() };
+    let model = load_with(|_, _| (), &options).unwrap();
+    let mut session = model.session();
+    let mut feed = |count| {
+        let tokens = vec![1; count];
+        let input = Input { session: &mut session, tokens: &tokens, logits: Logits::None };
+        let result = model.forward(&mut [input], &mut Vec::new(), &|| false);
+        (result, session.len())
+    };
+    assert!(feed(60).0.is_ok());
+    let (result, len) = feed(11);
+    assert!(matches!(result, Err(Error::ContextFull { used: 60, requested: 11, context: 70 })));
+    assert_eq!(len, 60);
+    assert!(feed(10).0.is_ok());
+}
+
+#[test]
+fn tokens_and_sessions_that_are_not_the_models_are_refused() {
+    let (model, other) = (load(|_, _| ()).unwrap(), load(|_, _| ()).unwrap());
+    let mut session = model.session();
+    for tokens in [&[101][..], &[u32::MAX], &[]] {
+        let input = Input { session: &mut session, tokens, logits: Logits::Last };
+        let error = model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
+    }
+    let mut strange = load(|metadata, tensors| {
+        metadata.set("llama.block_count", 1u32);
+        tensors.retain(|(name, _)| !name.starts_with("blk.1"));
+    })
+    .unwrap()
+    .session();
+    let input = Input { session: &mut strange, tokens: &[1], logits: Logits::Last };
+    let error = other.forward(&mut [input], &mut Vec::new(), &|| false).unwrap_err();
+    assert!(matches!(error, Error::InvalidArgument { name: "session", .. }), "{error}");
+}
+
+#[test]
+fn an_unknown_kernel_is_refused_with_those_that_are_there() {
+    let options = LoadOptions { kernel: Some("abacus".to_owned()), ..LoadOptions::default() };
+    let error = load_with(|_, _| (), &options).unwrap_err();
+    assert!(error.to_string().contains("abacus") && error.to_string().contains("scalar"), "{error}");
+}

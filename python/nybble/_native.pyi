@@ -18,27 +18,36 @@ def machine_limits(threads: int) -> tuple[float, float]: ...
 
 @final
 class TensorInfo:
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 @final
 class GgufFile:
     def __new__(cls, path: str | os.PathLike[str]) -> GgufFile: ...
-    metadata: dict[str, Any]
-    tensors: list[TensorInfo]
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> list[TensorInfo]: ...
 
 @final
 class Sampled:
-    id: int
-    logprob: float | None
-    top: list[tuple[int, float]]
+    @property
+    def id(self) -> int: ...
+    @property
+    def logprob(self) -> float | None: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
 
 @final
-class Sequence:
-    position: int
+class Sequence: ...
 
 @final
 class Model:

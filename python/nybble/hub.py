@@ -25,6 +25,16 @@ log = logging.getLogger("nybble")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+)
 _HUB_SECONDS = 10.0  # How long the Hub may take to say what a repository holds, before the cache has to do.
 
 
@@ -66,7 +76,11 @@ def cache_dir() -> Path:
 
 
 def resolve(
-    source: str | os.PathLike[str] | None = None, *, filename: str | None = None, revision: str | None = None
+    source: str | os.PathLike[str] | None = None,
+    *,
+    filename: str | None = None,
+    revision: str | None = None,
+    only_tokenizer: bool = False,
 ) -> Path:
     """The local file or folder of a model, fetched when it is not here yet.
 
@@ -76,6 +90,7 @@ def resolve(
         filename: which of several GGUF files in a folder or repository, as a name or a pattern (`*Q4_K_M.gguf`). The
             shards of a split file count as one.
         revision: branch, tag or commit of a repository.
+        only_tokenizer: of a repository with a `tokenizer.json`, fetch the small files only and give their folder.
 
     Returns:
         The file (the first shard of a split one), or a folder that holds no GGUF file.
@@ -93,7 +108,7 @@ def resolve(
     path = Path(source).expanduser()
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None and not path.exists()
     if is_repository:
-        return _from_hub(str(source), filename, revision)
+        return _from_hub(str(source), filename, revision, only_tokenizer)
     if revision is not None:
         raise ValueError(f"revision: {revision!r} was given, but {path} is no repository on the Hub")
     if path.is_dir():
@@ -181,19 +196,21 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         raise _UnreachableError(f"{constants.ENDPOINT} cannot be reached: {_one_line(error)}") from error
 
 
-def _from_hub(repository: str, filename: str | None, revision: str | None) -> Path:
+def _from_hub(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
     """Asks the Hub what `repository` holds now, fetches the chosen file; without the Hub, what is cached serves."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     where = f"repository {repository}"
     if constants.HF_HUB_OFFLINE:
-        return _from_hub_cache(repository, filename, revision, "HF_HUB_OFFLINE is set")
+        return _from_hub_cache(repository, filename, revision, only_tokenizer, "HF_HUB_OFFLINE is set")
     try:
         with _hub_errors(repository, revision):
             info = HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=_HUB_SECONDS)
     except _UnreachableError as error:
-        return _from_hub_cache(repository, filename, revision, str(error))
-    chosen = _choose([file.rfilename for file in info.siblings or ()], filename, where)
+        return _from_hub_cache(repository, filename, revision, only_tokenizer, str(error))
+    names = [file.rfilename for file in info.siblings or ()]
+    for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in names
+    chosen = [name for name in names if name in _TOKENIZER_FILES] if for_tokenizer else _choose(names, filename, where)
     if not chosen:
         raise ModelError(f"{where}: it holds no GGUF file")
     snapshot = _snapshot(repository, info.sha)
@@ -207,18 +224,21 @@ def _from_hub(repository: str, filename: str | None, revision: str | None) -> Pa
         except _UnreachableError as error:
             raise ConnectionError(f"{where}: {chosen[0]} was not fetched: {error}") from error
         snapshot = Path(fetched)
-    return snapshot / chosen[0]
+    return snapshot if for_tokenizer else snapshot / chosen[0]
 
 
-def _from_hub_cache(repository: str, filename: str | None, revision: str | None, reason: str) -> Path:
+def _from_hub_cache(
+    repository: str, filename: str | None, revision: str | None, only_tokenizer: bool, reason: str
+) -> Path:
     from huggingface_hub import constants
 
     snapshot = _snapshot(repository, revision or constants.DEFAULT_REVISION)
     names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
-    if not names:
+    for_tokenizer = only_tokenizer and filename is None and (snapshot / _TOKENIZER).is_file()
+    if not names and not for_tokenizer:
         raise ConnectionError(f"repository {repository}: {reason}, and {constants.HF_HUB_CACHE} holds no copy")
     log.info("%s; taking the cached copy of %s", reason, repository)
-    return snapshot / _choose(names, filename, f"cached repository {repository}")[0]
+    return snapshot if for_tokenizer else snapshot / _choose(names, filename, f"cached repository {repository}")[0]
 
 
 def _snapshot(repository: str, revision: str | None) -> Path:

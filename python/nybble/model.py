@@ -32,9 +32,11 @@ class ModelInfo:
     """What a loaded model is and how it runs."""
 
     file: Path
-    family: str
     name: str
+    """What the file calls the model; may be empty."""
+    family: str
     parameters: int
+    """Weights in matrices."""
     layers: int
     hidden_size: int
     vocabulary: int
@@ -44,6 +46,8 @@ class ModelInfo:
     threads: int
     weight_bytes: int
     """Bytes of weights in memory, as packed."""
+    bytes_per_token: int
+    """Bytes of weights that one more token reads; what memory bandwidth is spent on."""
 
 
 class Model:
@@ -78,7 +82,7 @@ class Model:
             kernel: instruction set to compute with (`kernels()` lists them); the best one if None.
             threads: how many to compute with; as many as there are physical cores for this process if None.
             context: tokens to hold at most; what the model was trained for if None.
-            progress: called with the bytes packed so far and in all while the weights are read.
+            progress: called with how much of the weights is read and how much there is, while they are read.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).

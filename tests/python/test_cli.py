@@ -63,19 +63,30 @@ def test_run_prints_the_text_and_nothing_else(tiny_file: Path) -> None:
 
 
 def test_run_reads_the_prompt_from_standard_input(tiny_file: Path) -> None:
-    done = nybble("run", tiny_file, "-", "--max-tokens", "1", "--json", stdin="twelve bytes")
+    done = nybble("run", "--raw", tiny_file, "-", "--max-tokens", "1", "--json", stdin="twelve bytes")
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 12
 
 
 def test_run_json_is_one_object_with_the_whole_completion(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = json.loads(run(capsys, "run", tiny_file, "abc", "--json", "--max-tokens", "2", "--logit-bias", WRITE_X))
+    done = json.loads(
+        run(capsys, "run", "--raw", tiny_file, "abc", "--json", "--max-tokens", "2", "--logit-bias", WRITE_X)
+    )
     assert (done["text"], done["tokens"], done["finish_reason"]) == ("xx", [120, 120], "length")
     assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
 
 
-def test_run_chat_sends_the_prompt_as_a_message(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = json.loads(run(capsys, "run", tiny_file, "Hello", "--chat", "--json", "--max-tokens", "1"))
-    assert done["usage"]["prompt_tokens"] == len("user\nHello\nassistant\n") + 3
+def test_run_answers_where_the_model_can_chat_and_continues_elsewhere(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_template = tiny.write_model(tmp_path / "base.gguf", tokenizer__chat_template=None)
+
+    def prompt_tokens(*arguments: str | Path) -> int:
+        done = json.loads(run(capsys, "run", *arguments, "Hello", "--json", "--max-tokens", "1"))
+        return int(done["usage"]["prompt_tokens"])
+
+    assert prompt_tokens(tiny_file) == len("user\nHello\nassistant\n") + 3
+    assert prompt_tokens("--raw", tiny_file) == len("Hello")
+    assert prompt_tokens(no_template) == len("Hello")
 
 
 def test_every_option_of_sampling_is_an_option_of_run_and_chat(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +140,7 @@ def test_failure_is_one_line_and_exit_code_1(
     with pytest.raises(FailedError, match=r"^1 nybble: .*kernel.*frob.*scalar"):
         run(capsys, "run", tiny_file, "abc", "--kernel", "frob")
     with pytest.raises(FailedError, match=r"^1 nybble: the prompt has 200 tokens, but the context holds 128"):
-        run(capsys, "run", tiny_file, "a" * 200)
+        run(capsys, "run", "--raw", tiny_file, "a" * 200)
     (tmp_path / "broken.gguf").write_bytes(tiny_file.read_bytes()[:5000])
     with pytest.raises(FailedError, match=r"^1 nybble: .*broken\.gguf: .*found .*expected"):
         run(capsys, "run", tmp_path / "broken.gguf", "abc")

@@ -166,6 +166,22 @@ def test_a_repository_without_gguf_says_so_before_anything_is_fetched(fake_hub: 
     assert not any("resolve" in request for request in fake_hub.requests)
 
 
+def test_for_a_tokenizer_the_small_files_are_enough(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {
+        "model.safetensors": b"much",
+        "model.gguf": b"GGUF, as much",
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+    }
+    folder = hub.resolve(REPOSITORY, only_tokenizer=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    fake_hub.broken = True
+    assert hub.resolve(REPOSITORY, only_tokenizer=True) == folder
+    fake_hub.reset()
+    fake_hub.repositories["maker/other"] = {"model.gguf": b"GGUF"}
+    assert hub.resolve("maker/other", only_tokenizer=True).name == "model.gguf"
+
+
 def test_an_unknown_repository_may_also_have_been_a_path(fake_hub: FakeHub) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder, and no such repository"):
         hub.resolve("no/such")

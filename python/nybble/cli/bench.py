@@ -87,8 +87,8 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
         "weight_bytes": info.weight_bytes,
         "bandwidth_gb_s": bandwidth_gb_s,
         "int8_gops": int8_gops,
-        # Writing a token reads every weight once; reading one multiplies and adds with every weight once.
-        "decode_share_of_bandwidth": info.weight_bytes * decode_rate / (bandwidth_gb_s * 1e9),
+        # Writing a token reads the weights once; reading one multiplies and adds with every weight once.
+        "decode_share_of_bandwidth": info.bytes_per_token * decode_rate / (bandwidth_gb_s * 1e9),
         "prompt_share_of_int8": 2 * info.parameters * prompt_rate / (int8_gops * 1e9),
         "cpu": _cpu(),
         "platform": platform.platform(),

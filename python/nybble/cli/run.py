@@ -21,19 +21,19 @@ def run(
         list[str],
         typer.Argument(
             metavar="PROMPT",
-            help="The text to continue, or - for standard input. A MODEL may stand before it: a GGUF file, a folder or "
+            help="The text to answer, or - for standard input. A MODEL may stand before it: a GGUF file, a folder or "
             "a Hub repository.",
             show_default=False,
         ),
     ],
     load: LoadOptions,
     sampling: SamplingOptions,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Send the prompt as a message instead of continuing it.")
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, even where the model can chat.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
 ) -> None:
-    """Continue a text, or answer it with --chat.
+    """Answer a prompt; or continue it, with --raw and where the model has no chat template.
 
     Without MODEL, the default model is used and fetched if needed.
     """
@@ -47,9 +47,9 @@ def run(
 
     with load.load(source) as model:
         stream = (
-            model.chat([{"role": "user", "content": prompt}], sampling, stream=True)
-            if chat
-            else model.stream(prompt, sampling)
+            model.stream(prompt, sampling)
+            if raw or not model.tokenizer.has_chat_template
+            else model.chat([{"role": "user", "content": prompt}], sampling, stream=True)
         )
         for piece in stream:
             if not as_json:

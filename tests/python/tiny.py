@@ -58,15 +58,15 @@ def metadata(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def write_model(path: Path, **changes: Any) -> Path:
-    """Writes the tiny llama: 2 layers of width 64 in Q4_0, tied Q8_0 embedding. The same weights every time."""
+def write_model(path: Path, layers: int = 2, **changes: Any) -> Path:
+    """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. The same weights every time."""
     dice = np.random.default_rng(7)
     hidden, feed_forward, kv = 64, 96, 32
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
         "token_embd.weight": (Q8_0, (hidden, VOCABULARY), q8_0(dice.normal(0, 1, (VOCABULARY, hidden)))),
         "output_norm.weight": _norm(hidden),
     }
-    for layer in range(2):
+    for layer in range(layers):
         shapes = {
             "attn_q": (hidden, hidden),
             "attn_k": (hidden, kv),
@@ -80,7 +80,7 @@ def write_model(path: Path, **changes: Any) -> Path:
         tensors[f"blk.{layer}.ffn_norm.weight"] = _norm(hidden)
         for name, (columns, rows) in shapes.items():
             tensors[f"blk.{layer}.{name}.weight"] = (Q4_0, (columns, rows), random_q4_0(dice, columns * rows))
-    write_gguf(path, metadata(**changes), tensors)
+    write_gguf(path, metadata(**{"llama__block_count": layers, **changes}), tensors)
     return path
 
 

@@ -5,6 +5,8 @@ pub mod error;
 pub mod format;
 pub mod kernels;
 pub mod model;
+#[cfg(feature = "python")]
+mod python;
 pub mod quant;
 pub mod threads;
 

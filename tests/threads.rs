@@ -158,7 +158,7 @@ fn many_short_runs_end_well() {
                 total.fetch_add(i, Ordering::Relaxed);
             })
         });
-        assert_eq!(total.into_inner(), (0..run % 5).sum());
+        assert_eq!(total.into_inner(), (0..run % 5).sum::<usize>());
     }
 }
 

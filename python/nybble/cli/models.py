@@ -1,0 +1,47 @@
+"""`nybble models`: what loads without a download."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from nybble.cli import terminal
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+    """List the models in the caches of nybble and of the Hugging Face Hub."""
+    from nybble import hub
+
+    found = hub.cached_models()
+    if as_json:
+        rows = [
+            {
+                "source": m.source,
+                "filename": m.filename,
+                "path": str(m.path),
+                "bytes": m.nbytes,
+                "default": m.source is None,
+            }
+            for m in found
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not found:
+        typer.echo("no models here yet: nybble run fetches the default one, nybble run ORG/NAME one from the Hub")
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for model in found:
+        name = f"{hub.DEFAULT_MODEL.name} (default)" if model.source is None else model.source
+        table.add_row(
+            terminal.printable(name),
+            terminal.printable(model.filename or model.path.name),
+            terminal.human_bytes(model.nbytes),
+        )
+    terminal.console().print(table)

@@ -1,0 +1,117 @@
+"""Options of the commands, made from the dataclasses that define them, so that no option is written down twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from nybble.sampling import SamplingOptions
+
+if typing.TYPE_CHECKING:
+    from nybble.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of every command that loads a model."""
+
+    filename: str | None = field(
+        default=None, metadata={"help": 'Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".'}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a repository."})
+    kernel: str | None = field(
+        default=None, metadata={"help": "Instruction set to compute with; the best if not given."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; the physical cores if not given."}
+    )
+    context: int | None = field(default=None, metadata={"help": "Tokens to hold; the model's own limit if not given."})
+
+    def load(self, source: str | None) -> Model:
+        """Loads a model, with a progress bar where that takes long."""
+        from nybble.cli import terminal
+        from nybble.model import Model
+
+        terminal.show_log()
+        with terminal.progress(f"loading {source or 'the default model'}") as advance:
+            return Model.load(source, progress=advance, **dataclasses.asdict(self))
+
+
+_PANELS: dict[type, str] = {LoadOptions: "Model", SamplingOptions: "Sampling"}
+# Log-probabilities are for programs, which have the Python API.
+_HIDDEN = {"logprobs"}
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command one option for each field of its `LoadOptions` and `SamplingOptions` parameters."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if hint in _PANELS}
+    plain = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    options = [option for group in groups.values() for option in _options(group)]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        for name, group in groups.items():
+            values = {f.name: arguments.pop(f.name) for f in dataclasses.fields(group) if f.name not in _HIDDEN}
+            arguments[name] = _build(group, values)
+        command(**arguments)
+
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in plain if p.name not in groups] + options
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group)
+    found = []
+    for option in dataclasses.fields(group):
+        if option.name in _HIDDEN:
+            continue
+        kind, default, metavar = hints[option.name], option.default, None
+        if option.name == "logit_bias":
+            kind, default, metavar = list[str], [], "ID=BIAS"
+        elif option.name == "stop":
+            kind, default, metavar = list[str], [], "TEXT"
+        elif option.name == "max_tokens":
+            kind = int  # "None" has no form on a command line; a number larger than the context does the same.
+        declared = typer.Option(
+            f"--{option.name.replace('_', '-')}",
+            help=option.metadata["help"],
+            metavar=metavar,
+            show_default=default not in (None, []),
+            rich_help_panel=_PANELS[group],
+        )
+        found.append(
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+            )
+        )
+    return found
+
+
+def _build(group: type, values: dict[str, Any]) -> Any:
+    try:
+        if "logit_bias" in values:
+            values["logit_bias"] = _biases(values["logit_bias"])
+        return group(**values)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _biases(texts: list[str]) -> Mapping[int, float]:
+    biases = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise ValueError(f"logit_bias: found {text!r}, expected ID=BIAS, such as 42=-inf") from None
+    return biases

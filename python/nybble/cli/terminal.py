@@ -1,0 +1,103 @@
+"""What the commands show besides their result: one-line notes, a progress bar, tables. All of it plain when piped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR_AFTER_SECONDS = 0.5
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: what a file or a model says must not steer the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def write(text: str) -> None:
+    """Streams a piece of a model's text: as it is into a pipe, without control characters on a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line on standard error, dim on a terminal."""
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    text = printable(text)
+    sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
+    sys.stderr.flush()
+
+
+def complain(text: str) -> None:
+    """The one line that says why a command failed."""
+    sys.stderr.write(f"nybble: {printable(' '.join(text.split()))}\n")
+    sys.stderr.flush()
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"nybble: {self.format(record)}")
+
+
+def show_log() -> None:
+    """Shows what the package logs, such as where a model is fetched from."""
+    logger = logging.getLogger("nybble")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+        logger.setLevel(logging.INFO)
+
+
+def console() -> Console:
+    """Standard output for tables: 80 columns where there is no terminal to ask. Texts are shown as they are."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a callback (done, total) that draws a bar on a terminal once the work turns out to take its time."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        show: Callable[[int, int], None] | None = None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal show
+            if show is None and time.monotonic() - began > _BAR_AFTER_SECONDS:
+                show = stack.enter_context(_bar(what))
+            if show is not None:
+                show(done, total)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def human_bytes(count: int) -> str:
+    """98362432 -> "98.4 MB"."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,41 @@
+"""What can go wrong, as exceptions.
+
+Missing files are `FileNotFoundError`, other trouble with files and networks is `OSError`, an argument out of range is
+`ValueError`; the two classes here are for what only a model runner knows.
+"""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """A model that cannot be used: its file is damaged, contradicts itself, or asks for something not supported.
+
+    The message names the file, the key or tensor, what was found and what was expected.
+    """
+
+
+class ContextFullError(ModelError):
+    """The tokens do not fit into the model's context.
+
+    Attributes:
+        used: tokens that the context held already.
+        requested: tokens that were to be added.
+        context: tokens that fit in all.
+    """
+
+    def __init__(self, used: int, requested: int, context: int) -> None:
+        super().__init__(used, requested, context)
+        self.used = used
+        self.requested = requested
+        self.context = context
+
+    def __str__(self) -> str:
+        if self.used == 0:
+            return (
+                f"the prompt has {self.requested} tokens, but the context holds {self.context}: "
+                "shorten it, or load the model with a larger context"
+            )
+        return (
+            f"the context is full: {self.used} tokens used and {self.requested} more requested, "
+            f"but it holds {self.context}"
+        )

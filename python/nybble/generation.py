@@ -1,0 +1,183 @@
+"""The loop of generation: one native step a token, text as it becomes whole, reasons to stop."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from nybble.errors import ContextFullError
+from nybble.sampling import SamplingOptions
+from nybble.tokenizer import StopMatcher, StreamDecoder
+
+if TYPE_CHECKING:
+    from nybble import _native
+    from nybble.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time went, in seconds. Sequences of one batch share their steps, so each reports the whole time."""
+
+    prompt_seconds: float
+    decode_seconds: float
+    prompt_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, as the model says: before penalties, cuts and temperature."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """The likeliest tokens at this place, likeliest first: id, text, log-probability."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote. `str(completion)` is the text."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """The ids that were written, without the one that ended the text."""
+    finish_reason: FinishReason
+    """"stop": the model or a stop string ended the text. "length": `max_tokens` or the context did."""
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Writer:
+    """One sequence on its way to text: the native state, and what has been written so far."""
+
+    def __init__(
+        self, model: _native.Model, tokenizer: Tokenizer, prompt: Sequence[int], options: SamplingOptions, context: int
+    ) -> None:
+        if len(prompt) > context:
+            raise ContextFullError(0, len(prompt), context)
+        if options.seed is None:
+            options = options.replace(seed=secrets.randbits(64))
+        self.sequence = model.sequence(prompt, options)
+        # The last token needs no place of its own: it is written, but never fed.
+        room = context - len(prompt) + 1
+        self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
+        self._prompt_tokens = len(prompt)
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopMatcher(options.stop)
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []
+        self._began = self._first = self._last = time.perf_counter()
+        self.finish_reason: FinishReason | None = "length" if self._limit == 0 else None
+
+    def push(self, sampled: _native.Sampled) -> str:
+        """Takes the token of a step and returns the text that has become whole by it, which is often none."""
+        self._last = time.perf_counter()
+        if not self._tokens:
+            self._first = self._last
+        if sampled.id in self._tokenizer.eos_ids:
+            self.finish_reason = "stop"
+            return self._keep(self._rest())
+        self._tokens.append(sampled.id)
+        if self._logprobs is not None:
+            self._logprobs.append(self._explain(sampled))
+        text, hit = self._stops.push(self._decoder.push(sampled.id))
+        if hit:
+            self.finish_reason = "stop"
+        elif len(self._tokens) >= self._limit:
+            self.finish_reason = "length"
+            text += self._rest()
+        return self._keep(text)
+
+    def completion(self) -> Completion:
+        """Everything so far."""
+        written = len(self._tokens)
+        prompt_seconds, decode_seconds = self._first - self._began, self._last - self._first
+        return Completion(
+            text="".join(self._pieces),
+            tokens=tuple(self._tokens),
+            finish_reason=self.finish_reason or "length",
+            usage=Usage(self._prompt_tokens, written),
+            timings=Timings(
+                prompt_seconds=prompt_seconds,
+                decode_seconds=decode_seconds,
+                prompt_tokens_per_second=_rate(self._prompt_tokens, prompt_seconds),
+                decode_tokens_per_second=_rate(written - 1, decode_seconds),
+            ),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+        )
+
+    def _rest(self) -> str:
+        """What waited for more bytes of a character or more letters of a stop string, now that nothing more comes."""
+        text, hit = self._stops.push(self._decoder.finish())
+        if hit:
+            self.finish_reason = "stop"
+            return text
+        return text + self._stops.finish()
+
+    def _keep(self, text: str) -> str:
+        if text:
+            self._pieces.append(text)
+        return text
+
+    def _explain(self, sampled: _native.Sampled) -> TokenLogprob:
+        decode = self._tokenizer.decode
+        top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
+        logprob = sampled.logprob if sampled.logprob is not None else float("nan")
+        return TokenLogprob(sampled.id, decode([sampled.id]), logprob, top)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if count > 0 and seconds > 0 else 0.0
+
+
+def run(model: _native.Model, writers: Sequence[Writer]) -> None:
+    """Steps all writers together until each has finished."""
+    while active := [writer for writer in writers if writer.finish_reason is None]:
+        for writer, sampled in zip(active, model.step([writer.sequence for writer in active]), strict=True):
+            writer.push(sampled)
+
+
+class TextStream(Iterator[str]):
+    """The pieces of a text as they are written. `completion` tells the rest: reason to stop, usage, timings."""
+
+    def __init__(self, model: _native.Model, writer: Writer) -> None:
+        self._model = model
+        self._writer = writer
+
+    def __next__(self) -> str:
+        writer = self._writer
+        while writer.finish_reason is None:
+            (sampled,) = self._model.step([writer.sequence])
+            if text := writer.push(sampled):
+                return text
+        raise StopIteration
+
+    @property
+    def completion(self) -> Completion:
+        """What has been written so far; whole once the stream has ended."""
+        return self._writer.completion()

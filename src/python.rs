@@ -1,0 +1,275 @@
+//! The Python module `nybble._native`: converts values, releases the GIL, delegates. No logic lives here; the package
+//! `nybble` makes an API of it, and `_native.pyi` describes it to type checkers.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use numpy::PyArray2;
+use numpy::prelude::*;
+use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+
+use crate::format::gguf::{self, Array, Gguf, Value};
+use crate::model::{self, Input, LoadOptions, Logits};
+use crate::{Error, threads};
+
+/// How often Python is asked for signals while Rust computes. Asking takes the GIL, so not at every opportunity.
+const SIGNALS_EVERY: Duration = Duration::from_millis(20);
+
+mod errors {
+    //! Exceptions that the package defines in Python.
+    #![allow(missing_docs, reason = "the classes are described where they are defined")]
+    pyo3::import_exception!(nybble.errors, ModelError);
+    pyo3::import_exception!(nybble.errors, ContextFullError);
+}
+use errors::{ContextFullError, ModelError};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        let message = error.to_string();
+        match error {
+            // With the number of the error, OSError becomes FileNotFoundError, PermissionError and so on.
+            Error::Io { path, source } => match source.raw_os_error() {
+                Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
+                None => PyOSError::new_err(message),
+            },
+            Error::ContextFull { used, requested, context } => ContextFullError::new_err((used, requested, context)),
+            Error::UnknownKernel { .. } | Error::InvalidArgument { .. } => PyValueError::new_err(message),
+            Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
+            _ => ModelError::new_err(message),
+        }
+    }
+}
+
+/// What the system says, without the number that Python adds itself.
+fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(reason, _)| reason).to_owned()
+}
+
+/// Runs `compute` without the GIL. The function that it gets says whether a signal handler has raised, as Ctrl-C does; the
+/// exception is raised when `compute` returns.
+fn detached<R: Send>(
+    py: Python<'_>,
+    compute: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> crate::Result<R> + Send,
+) -> PyResult<R> {
+    let raised = Mutex::new(None);
+    let asked = Mutex::new(Instant::now());
+    let interrupted = || {
+        let Ok(mut asked) = asked.try_lock() else { return false };
+        if asked.elapsed() < SIGNALS_EVERY {
+            return false;
+        }
+        *asked = Instant::now();
+        let signal = Python::attach(|py| py.check_signals()).err();
+        let is_raised = signal.is_some();
+        if is_raised {
+            *raised.lock().unwrap_or_else(PoisonError::into_inner) = signal;
+        }
+        is_raised
+    };
+    let result = py.detach(|| compute(&interrupted));
+    match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(exception) => Err(exception),
+        None => Ok(result?),
+    }
+}
+
+/// The kernels that this CPU can run, best first.
+#[pyfunction]
+fn kernels() -> Vec<&'static str> {
+    crate::kernels::available().iter().map(|kernel| kernel.name()).collect()
+}
+
+/// How many threads a model computes with unless told otherwise.
+#[pyfunction]
+fn default_threads() -> usize {
+    threads::default_threads()
+}
+
+/// What a file says of a tensor.
+#[pyclass(frozen, get_all, module = "nybble._native")]
+struct TensorInfo {
+    name: String,
+    r#type: &'static str,
+    /// Values that lie side by side first.
+    shape: Py<PyTuple>,
+    offset: u64,
+    nbytes: usize,
+}
+
+/// An open GGUF file, or several that make up one model.
+#[pyclass(frozen, module = "nybble._native")]
+struct GgufFile(Gguf);
+
+#[pymethods]
+impl GgufFile {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<GgufFile> {
+        Ok(GgufFile(py.detach(|| Gguf::open(path))?))
+    }
+
+    /// All keys and values, made anew at each access. Bytes that are no UTF-8 become lone surrogates.
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (key, value) in self.0.metadata().iter() {
+            dict.set_item(key, to_python(py, value)?)?;
+        }
+        Ok(dict)
+    }
+
+    /// The tensors, in the order of the file.
+    #[getter]
+    fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
+        let info = |tensor: &gguf::TensorInfo| {
+            Ok(TensorInfo {
+                name: tensor.name().to_owned(),
+                r#type: tensor.block_type().name(),
+                shape: PyTuple::new(py, tensor.dims())?.unbind(),
+                offset: tensor.offset(),
+                nbytes: tensor.nbytes(),
+            })
+        };
+        self.0.tensors().iter().map(info).collect()
+    }
+}
+
+fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        Value::U8(v) => v.into_bound_py_any(py)?,
+        Value::I8(v) => v.into_bound_py_any(py)?,
+        Value::U16(v) => v.into_bound_py_any(py)?,
+        Value::I16(v) => v.into_bound_py_any(py)?,
+        Value::U32(v) => v.into_bound_py_any(py)?,
+        Value::I32(v) => v.into_bound_py_any(py)?,
+        Value::F32(v) => v.into_bound_py_any(py)?,
+        Value::Bool(v) => v.into_bound_py_any(py)?,
+        Value::U64(v) => v.into_bound_py_any(py)?,
+        Value::I64(v) => v.into_bound_py_any(py)?,
+        Value::F64(v) => v.into_bound_py_any(py)?,
+        Value::String(bytes) => text(py, bytes)?,
+        Value::Array(array) => match array {
+            // A list of bytes must not become a `bytes`.
+            Array::U8(v) => PyList::new(py, v)?.into_any(),
+            Array::I8(v) => PyList::new(py, v)?.into_any(),
+            Array::U16(v) => PyList::new(py, v)?.into_any(),
+            Array::I16(v) => PyList::new(py, v)?.into_any(),
+            Array::U32(v) => PyList::new(py, v)?.into_any(),
+            Array::I32(v) => PyList::new(py, v)?.into_any(),
+            Array::F32(v) => PyList::new(py, v)?.into_any(),
+            Array::Bool(v) => PyList::new(py, v)?.into_any(),
+            Array::U64(v) => PyList::new(py, v)?.into_any(),
+            Array::I64(v) => PyList::new(py, v)?.into_any(),
+            Array::F64(v) => PyList::new(py, v)?.into_any(),
+            Array::String(v) => {
+                let strings: PyResult<Vec<_>> = v.iter().map(|bytes| text(py, bytes)).collect();
+                PyList::new(py, strings?)?.into_any()
+            }
+        },
+    })
+}
+
+/// Token ids, which Python counts with integers of any size.
+fn token_ids(ids: Vec<i64>) -> crate::Result<Vec<u32>> {
+    ids.into_iter()
+        .map(|id| u32::try_from(id).map_err(|_| Error::argument("token", id, "an id of the vocabulary")))
+        .collect()
+}
+
+fn text<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+    match str::from_utf8(bytes) {
+        Ok(text) => Ok(PyString::new(py, text).into_any()),
+        Err(_) => PyBytes::new(py, bytes).call_method1("decode", ("utf-8", "surrogateescape")),
+    }
+}
+
+/// A model in memory.
+#[pyclass(frozen, module = "nybble._native")]
+struct Model {
+    inner: model::Model,
+    /// What the file calls it.
+    name: String,
+}
+
+#[pymethods]
+impl Model {
+    /// Loads a GGUF file; `progress` is called with how much is done and how much there is.
+    #[staticmethod]
+    #[pyo3(signature = (path, kernel=None, threads=None, context=None, progress=None))]
+    fn load(
+        py: Python<'_>,
+        path: PathBuf,
+        kernel: Option<String>,
+        threads: Option<usize>,
+        context: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Model> {
+        let options = LoadOptions { kernel, threads, context };
+        let raised = Mutex::new(None);
+        let report = |done: usize, total: usize| {
+            let Some(progress) = &progress else { return };
+            let called = Python::attach(|py| progress.call1(py, (done, total)).map(drop));
+            if let Err(exception) = called {
+                raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
+            }
+        };
+        let model = py.detach(|| -> crate::Result<_> {
+            let file = Gguf::open(path)?;
+            let name = file.get_str("general.name")?.unwrap_or_default().to_owned();
+            let inner = model::Model::from_checkpoint(&file, &options, Some(&report))?;
+            Ok(Model { inner, name })
+        })?;
+        match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(exception) => Err(exception),
+            None => Ok(model),
+        }
+    }
+
+    /// The logits after each token `(len(ids), vocabulary)`.
+    fn logits<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = token_ids(ids)?;
+        let rows = ids.len();
+        let logits = detached(py, |interrupted| {
+            let mut logits = Vec::new();
+            if !ids.is_empty() {
+                let mut session = self.inner.session();
+                let input = Input { session: &mut session, tokens: &ids, logits: Logits::All };
+                self.inner.forward(&mut [input], &mut logits, interrupted)?;
+            }
+            Ok(logits)
+        })?;
+        logits.into_pyarray(py).reshape([rows, self.inner.vocabulary()])
+    }
+
+    /// What the package's `ModelInfo` holds, by name.
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (model, info) = (&self.inner, PyDict::new(py));
+        info.set_item("name", &self.name)?;
+        info.set_item("family", model.config().family.name)?;
+        info.set_item("parameters", model.parameters())?;
+        info.set_item("layers", model.config().layers)?;
+        info.set_item("hidden_size", model.config().hidden)?;
+        info.set_item("vocabulary", model.vocabulary())?;
+        info.set_item("context", model.context())?;
+        info.set_item("kernel", model.kernel().name())?;
+        info.set_item("threads", model.threads())?;
+        info.set_item("weight_bytes", model.weight_bytes())?;
+        info.set_item("bytes_per_token", model.bytes_per_token())?;
+        Ok(info)
+    }
+}
+
+/// The compiled half of the package `nybble`.
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::{GgufFile, Model, TensorInfo, default_threads, kernels};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "Python's name for it")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

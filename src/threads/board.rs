@@ -5,19 +5,20 @@
 //! ```text
 //! leader:   job = &job; unfinished = n; unclaimed = n; wake the workers; help(); wait until unfinished == 0
 //! worker:   until closed { wait until unclaimed > 0; help() }
-//! help():   while unclaimed > 0 { unclaimed -= 1 (atomically); run job with that index; done += 1 }; unfinished -= done
+//! help():   while unclaimed > 0 { unclaimed -= 1, atomically; run that index; done += 1 }; unfinished -= done
 //! ```
 //!
-//! **Why it is sound.** `job` points to the leader's stack. A thread reads it only after it has claimed an index, and says
-//! that the index is finished only when it has let go of the job. A claimed index that is not finished keeps `unfinished`
-//! above zero, so the leader still waits, so its stack frame is alive and no other job has taken the place. It does
-//! not matter how long a thread slept before its claim or from which job its last look at `unclaimed` stems: a claim that
-//! succeeds is one of the job that hangs there now. Each success lowers `unclaimed` by one, so no index is given twice.
+//! **Why it is sound.** `job` points to the leader's stack. A thread reads it only after it has claimed an index, and
+//! says that the index is finished only when it has let go of the job. A claimed index that is not finished keeps
+//! `unfinished` above zero, so the leader still waits, so its stack frame is alive and no other job has taken the
+//! place. It does not matter how long a thread slept before its claim or from which job its last look at `unclaimed`
+//! stems: a claim that succeeds is one of the job that hangs there now. Each success lowers `unclaimed` by one, so no
+//! index is given twice.
 //!
 //! **Memory orderings.** The leader's `Release` store of `unclaimed` and the `Acquire` claims (all of them, since
-//! read-modify-writes continue the store's release sequence) make `job`, and all that the leader wrote before, visible to
-//! the items. The `Release` subtractions from `unfinished` and the leader's `Acquire` load of zero make everything that
-//! the items wrote visible to the leader. Sleeping is `Bell`'s concern alone.
+//! read-modify-writes continue the store's release sequence) make `job`, and all that the leader wrote before, visible
+//! to the items. The `Release` subtractions from `unfinished` and the leader's `Acquire` load of zero make everything
+//! that the items wrote visible to the leader. Sleeping is `Bell`'s concern alone.
 #![allow(unsafe_code, reason = "a job is borrowed from the leader's stack and run on threads that outlive the borrow")]
 
 use std::any::Any;
@@ -47,7 +48,7 @@ impl Job {
     }
 }
 
-/// On a cache line of its own (and clear of the neighbour that the prefetcher takes along), since all threads pull at it.
+/// On a cache line of its own (and clear of the neighbour that the prefetcher takes along), as all threads use it.
 #[derive(Default)]
 #[repr(align(128))]
 struct OwnLine<T>(T);
@@ -106,8 +107,8 @@ impl Board {
         }
     }
 
-    /// Runs `item` once for each of `0..count`, on this thread and on the workers that come in time, and returns when all
-    /// have run. A panic in `item` goes on here, after that.
+    /// Runs `item` once for each of `0..count`, on this thread and on the workers that come in time, and returns when
+    /// all have run. A panic in `item` goes on here, after that.
     ///
     /// # Safety
     ///
@@ -215,7 +216,7 @@ impl Bell {
     fn ring(&self) {
         fence(Ordering::SeqCst);
         if self.asleep.0.load(Ordering::Relaxed) {
-            // Whoever raised the flag holds the lock until it really sleeps, so holding it once here lets no one slip by.
+            // Whoever raised the flag holds the lock until it really sleeps: after holding it once we miss nobody.
             let guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.asleep.0.store(false, Ordering::Relaxed);
             drop(guard);

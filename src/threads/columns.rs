@@ -10,8 +10,8 @@ pub(super) struct Base<'a, T> {
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a `Base` gives nothing but `&mut [T]`, which may be sent where `T` may be, and `slice_mut` binds its caller to ask
-// for each element on one thread at a time.
+// SAFETY: a `Base` gives nothing but `&mut [T]`, which may be sent where `T` may be, and `slice_mut` binds its caller
+// to ask for each element on one thread at a time.
 unsafe impl<T: Send> Sync for Base<'_, T> {}
 
 impl<'a, T> Base<'a, T> {

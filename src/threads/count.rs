@@ -1,7 +1,7 @@
 //! How many threads: as many as there are cores that this process may really use.
 //!
-//! More threads than that only get in each other's way: the second hardware thread of a core shares its multipliers, and
-//! what a cgroup's quota does not cover is throttled, all threads of a team at a time.
+//! More threads than that only get in each other's way: the second hardware thread of a core shares its multipliers,
+//! and what a cgroup's quota does not cover is throttled, all threads of a team at a time.
 
 use std::ffi::OsStr;
 
@@ -16,8 +16,8 @@ pub const MAX_THREADS: usize = 1024;
 /// Overrides [`default_threads`] where no number is given in code.
 const VARIABLE: &str = "NYBBLE_NUM_THREADS";
 
-/// The number of threads to use when nobody says otherwise: physical cores that the process is allowed to run on, and no
-/// more than its cgroup's CPU quota (rounded down, at least 1) pays for.
+/// The number of threads to use when nobody says otherwise: physical cores that the process is allowed to run on, and
+/// no more than its cgroup's CPU quota (rounded down, at least 1) pays for.
 ///
 /// On systems other than Linux, where the cores are not asked for: what the standard library thinks.
 pub fn default_threads() -> usize {
@@ -28,8 +28,8 @@ pub fn default_threads() -> usize {
     available_cpus().min(MAX_THREADS)
 }
 
-/// The number of threads to use: `requested`, else the environment variable `NYBBLE_NUM_THREADS` unless it is empty, else
-/// [`default_threads`].
+/// The number of threads to use: `requested`, else the environment variable `NYBBLE_NUM_THREADS` unless it is empty,
+/// else [`default_threads`].
 ///
 /// # Errors
 ///

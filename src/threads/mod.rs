@@ -1,9 +1,9 @@
 //! Threads: how many to use, and the [`Team`] that walks through a whole forward pass together.
 //!
-//! Handing each of a model's few hundred matrix products to a thread pool costs 5 to 10 microseconds apiece, which alone
-//! would cap a small model's speed. So a forward pass enters the team once ([`Team::run`]). Its closure is the *leader*:
-//! plain code from top to bottom on the calling thread, which hands out *stages* ([`Scope::for_each`] and its kin) that
-//! the workers, already awake, join within a fraction of a microsecond.
+//! Handing each of a model's few hundred matrix products to a thread pool costs 5 to 10 microseconds apiece, which
+//! alone would cap a small model's speed. So a forward pass enters the team once ([`Team::run`]). Its closure is the
+//! *leader*: plain code from top to bottom on the calling thread, which hands out *stages* ([`Scope::for_each`] and its
+//! kin) that the workers, already awake, join within a fraction of a microsecond.
 //!
 //! ```
 //! use nybble::threads::Team;

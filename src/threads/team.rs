@@ -14,8 +14,8 @@ use super::columns::{Base, Columns};
 use super::count::{available_cpus, check};
 use crate::{Error, Result};
 
-/// How long a thread spins for the others before it sleeps. A wake-up costs the system about as much, so spinning longer
-/// can at best halve the cost and spinning shorter can at worst double it.
+/// How long a thread spins for the others before it sleeps. A wake-up costs the system about as much, so spinning
+/// longer can at best halve the cost and spinning shorter can at worst double it.
 const PATIENCE: Duration = Duration::from_micros(40);
 
 thread_local! {
@@ -25,8 +25,8 @@ thread_local! {
 
 /// A fixed number of threads that run through many short parallel stages together: one fork-join for all of them.
 ///
-/// Shared freely between threads: a second [`run`](Team::run) waits until the first is done. Between runs the workers sleep.
-/// In a process made by `fork`, where only the forking thread lives on, a team finds new workers at its first run.
+/// Shared freely between threads: a second [`run`](Team::run) waits until the first is done. Between runs the workers
+/// sleep. In a process made by `fork`, where only the forking thread lives on, a team starts new workers.
 #[derive(Debug)]
 pub struct Team {
     threads: usize,
@@ -38,8 +38,8 @@ impl Team {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] when `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS) or the system does not
-    /// start that many.
+    /// [`Error::InvalidArgument`] when `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS) or the system does
+    /// not start that many.
     pub fn new(threads: usize) -> Result<Self> {
         check("threads", threads)?;
         let crew = Crew::new(threads, std::process::id())?;
@@ -53,8 +53,8 @@ impl Team {
 
     /// Runs `lead` on this thread. The stages that it hands to its [`Scope`] are run by all threads of the team.
     ///
-    /// A panic in a stage or in `lead` itself goes on in the caller, and the team remains usable. A run from within a run,
-    /// of this team or another, works but has no workers: all threads are busy with the outer one.
+    /// A panic in a stage or in `lead` itself goes on in the caller, and the team remains usable. A run from within a
+    /// run, of this team or another, works but has no workers: all threads are busy with the outer one.
     pub fn run<R>(&self, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         self.run_as(std::process::id(), lead)
     }
@@ -169,10 +169,10 @@ impl std::fmt::Debug for Crew {
 
 /// What the leader of a [`Team::run`] hands its stages to.
 ///
-/// A stage returns when all its items have run; what they wrote is visible then. Items are claimed one by one, so a thread
-/// that is slow or late does fewer of them and delays nobody. Which thread runs an item is left open: results must not
-/// depend on it. When an item panics, the panic goes on in the leader after the stage, and it is not defined which of the
-/// other items have run.
+/// A stage returns when all its items have run; what they wrote is visible then. Items are claimed one by one, so a
+/// thread that is slow or late does fewer of them and delays nobody. Which thread runs an item is left open: results
+/// must not depend on it. When an item panics, the panic goes on in the leader after the stage, and it is not defined
+/// which of the other items have run.
 pub struct Scope<'a> {
     /// `None` for a leader without workers.
     board: Option<&'a Board>,
@@ -189,8 +189,8 @@ impl Scope<'_> {
     pub fn for_each<F: Fn(usize) + Sync>(&self, count: usize, item: F) {
         match self.board {
             #[allow(unsafe_code, reason = "the borrow checker cannot see that there is one leader")]
-            // SAFETY: `run` makes one scope at a time for a board, and lends it to the leader's thread alone: a scope is
-            // not `Sync`, so neither another thread nor an item can hold a reference to it.
+            // SAFETY: `run` makes one scope at a time for a board, and lends it to the leader's thread alone: a scope
+            // is not `Sync`, so neither another thread nor an item can hold a reference to it.
             Some(board) if count > 1 => unsafe { board.lead(count, &item) },
             _ => (0..count).for_each(item),
         }
@@ -215,8 +215,8 @@ impl Scope<'_> {
         });
     }
 
-    /// Cuts the columns of `matrix` into ranges of `step` (the last may be narrower) and runs `item(range, columns)` for
-    /// each, the range counted as in the whole matrix.
+    /// Cuts the columns of `matrix` into ranges of `step` (the last may be narrower) and runs `item(range, columns)`
+    /// for each, the range counted as in the whole matrix.
     ///
     /// # Panics
     ///

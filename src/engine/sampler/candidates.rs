@@ -1,30 +1,55 @@
 //! The tokens that are still in the running.
 
-use std::cmp::Ordering;
+use super::{LANES, exp};
 
-use super::exp;
+/// The mass of the likeliest token. What is rounded off others is far less than anyone could measure, and the sum over
+/// a vocabulary fits.
+const UNIT: f32 = (1_u64 << 40) as f32;
+
+/// The most tokens of a vocabulary. (The largest ones known have some 2^18.)
+pub const MAX_VOCAB_SIZE: usize = 1 << 23;
 
 /// A token that may be chosen.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    id: u32,
+    /// By which a step sorts, smallest first: in the high half a rank, in the low half the id, so that among equals the
+    /// lower id goes first.
+    key: u64,
     /// Finite.
     logit: f32,
-    /// By which a step sorts, smallest first.
-    rank: f32,
-    /// In proportion to the probability; 1 for the likeliest candidate. Valid after `weigh`.
+    /// In proportion to the probability, and 1 for the likeliest candidate. As of the last `weigh`.
     weight: f32,
 }
 
 impl Candidate {
-    /// Among equals the lower id goes first. There is no NaN.
-    fn order(&self, other: &Self) -> Ordering {
-        self.rank.partial_cmp(&other.rank).unwrap_or(Ordering::Equal).then(self.id.cmp(&other.id))
+    fn new(id: u32, logit: f32) -> Self {
+        Candidate { key: u64::from(id), logit, weight: 0.0 }.with_rank(-logit)
+    }
+
+    /// The same with another `rank`, which is not NaN.
+    fn with_rank(self, rank: f32) -> Self {
+        // Floats compare like their bits taken as an integer, once negative ones are turned around. -0 becomes 0
+        // before.
+        let bits = (rank + 0.0).to_bits();
+        let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+        Candidate { key: u64::from(ordered) << 32 | u64::from(self.id()), ..self }
+    }
+
+    fn id(&self) -> u32 {
+        self.key as u32
+    }
+
+    /// The weight as an integer, in units of [`UNIT`].
+    fn mass(&self) -> u64 {
+        (self.weight * UNIT) as i64 as u64
     }
 }
 
-/// The tokens that are still in the running, ordered by id between the steps, so that sums have one order. A vocabulary has
-/// hundreds of thousands of tokens, so no step sorts many more of them than it keeps, and the memory is used again.
+/// The tokens that are still in the running, in no particular order. A vocabulary has hundreds of thousands of tokens,
+/// so no step sorts them all, and the memory is used again for the next token.
+///
+/// Masses are integers because their sums are the same in any order, so that it does not matter how the standard
+/// library arranges what it selects.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Candidates(Vec<Candidate>);
 
@@ -34,7 +59,8 @@ impl Candidates {
         let kept = &mut self.0;
         kept.clear();
         let room = count.saturating_mul(2).max(256);
-        // What is not above the floor is not among the largest: `count` tokens that are as large and come first are kept.
+        // What is not above the floor is not among the largest: `count` tokens that are as large and come first are
+        // kept.
         let mut floor = f32::NEG_INFINITY;
         for (block, start) in logits.chunks(32).zip((0..).step_by(32)) {
             let largest = block.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
@@ -43,26 +69,25 @@ impl Candidates {
             }
             for (&logit, id) in block.iter().zip(start..) {
                 if logit > floor {
-                    kept.push(Candidate { id, logit, rank: -logit, weight: 0.0 });
+                    kept.push(Candidate::new(id, logit));
                 }
             }
             if kept.len() >= room {
-                kept.select_nth_unstable_by(count - 1, Candidate::order);
+                kept.select_nth_unstable_by_key(count - 1, |candidate| candidate.key);
                 kept.truncate(count);
                 floor = kept[count - 1].logit;
             }
         }
         if count < kept.len() {
-            kept.select_nth_unstable_by(count - 1, Candidate::order);
+            kept.select_nth_unstable_by_key(count - 1, |candidate| candidate.key);
             kept.truncate(count);
         }
-        self.order_by_id();
     }
 
     /// Ids and logits by rank, after `keep_largest` and before anything else.
     pub(super) fn sorted(&mut self) -> impl Iterator<Item = (u32, f32)> {
-        self.0.sort_unstable_by(Candidate::order);
-        self.0.iter().map(|candidate| (candidate.id, candidate.logit))
+        self.0.sort_unstable_by_key(|candidate| candidate.key);
+        self.0.iter().map(|candidate| (candidate.id(), candidate.logit))
     }
 
     /// The fewest whose surprise is nearest to the mean one and that together reach the probability `p`.
@@ -73,12 +98,14 @@ impl Candidates {
         let total = self.weigh(1.0);
         let largest = self.largest();
         // Surprise is ln(total) - (logit - largest). The logarithm is in the mean too and cancels out.
-        let height = |candidate: &Candidate| (candidate.logit - largest).max(f32::MIN);
-        let mean = self.0.iter().map(|c| f64::from(c.weight) * f64::from(height(c))).sum::<f64>() / total;
+        let height = |candidate: &Candidate| f64::from(candidate.logit - largest).max(-1e30);
+        // At most UNIT / e each, so that the sum fits; rounded each, so that it is the same in any order.
+        let moment: i64 = self.0.iter().map(|c| (f64::from(c.weight * UNIT) * height(c)) as i64).sum();
+        let mean = moment as f64 / total as f64;
         for candidate in &mut self.0 {
-            candidate.rank = (f64::from(height(candidate)) - mean).abs() as f32;
+            *candidate = candidate.with_rank((height(candidate) - mean).abs() as f32);
         }
-        self.keep_mass(f64::from(p) * total);
+        self.keep_mass(p, total);
     }
 
     /// The fewest of the likeliest that together reach the probability `p`.
@@ -88,9 +115,9 @@ impl Candidates {
         }
         let total = self.weigh(1.0);
         for candidate in &mut self.0 {
-            candidate.rank = -candidate.logit;
+            *candidate = candidate.with_rank(-candidate.logit);
         }
-        self.keep_mass(f64::from(p) * total);
+        self.keep_mass(p, total);
     }
 
     /// Those with at least `p` times the probability of the likeliest.
@@ -99,67 +126,71 @@ impl Candidates {
             return;
         }
         self.weigh(1.0);
-        self.0.retain(|candidate| candidate.weight >= p); // The likeliest has weight 1.
+        self.0.retain(|candidate| candidate.weight >= p);
     }
 
-    /// The token on which `share`, in [0, 1), of the probability falls when the candidates are laid out by id. `None` only
-    /// if there are none.
-    pub(super) fn draw(&mut self, temperature: f32, share: f64) -> Option<u32> {
-        let target = share * self.weigh(temperature);
-        let mut sum = 0.0;
-        let mut last = None;
-        for candidate in &self.0 {
-            sum += f64::from(candidate.weight);
-            if sum > target {
-                return Some(candidate.id);
-            }
-            if candidate.weight > 0.0 {
-                last = Some(candidate.id);
-            }
-        }
-        last // A target rounded up to the very end.
+    /// The token on which `number(total)`, a number below the sum of the masses, falls when the candidates are laid out
+    /// by id, each as wide as its mass. `None` only if there are none.
+    pub(super) fn draw(&mut self, temperature: f32, number: impl FnOnce(u64) -> u64) -> Option<u32> {
+        self.0.sort_unstable_by_key(Candidate::id);
+        let mut left = match self.weigh(temperature) {
+            0 => return None,
+            total => number(total),
+        };
+        let drawn = self.0.iter().find(|candidate| {
+            let hit = left < candidate.mass();
+            left = left.saturating_sub(candidate.mass());
+            hit
+        });
+        drawn.map(|candidate| candidate.id())
     }
 
     fn largest(&self) -> f32 {
         self.0.iter().fold(f32::NEG_INFINITY, |max, candidate| max.max(candidate.logit))
     }
 
-    fn order_by_id(&mut self) {
-        self.0.sort_unstable_by_key(|candidate| candidate.id);
-    }
-
-    /// Sets the weights and returns their sum.
-    fn weigh(&mut self, temperature: f32) -> f64 {
+    /// Sets the weights and returns the sum of the masses.
+    fn weigh(&mut self, temperature: f32) -> u64 {
         let largest = self.largest();
-        let mut total = 0.0;
-        for candidate in &mut self.0 {
-            candidate.weight = exp((candidate.logit - largest) / temperature);
-            total += f64::from(candidate.weight);
+        let mut total = 0;
+        for row in self.0.chunks_mut(LANES) {
+            let mut weights = [0.0; LANES];
+            for (weight, candidate) in weights.iter_mut().zip(&*row) {
+                *weight = (candidate.logit - largest) / temperature;
+            }
+            for weight in &mut weights {
+                *weight = exp(*weight);
+            }
+            for (weight, candidate) in weights.iter().zip(row) {
+                candidate.weight = *weight;
+                total += candidate.mass();
+            }
         }
         total
     }
 
-    /// The fewest, by rank, whose weights reach `mass`; at least one.
-    fn keep_mass(&mut self, mass: f64) {
+    /// The fewest, by rank, whose masses reach the share `p` of `total`; at least one.
+    fn keep_mass(&mut self, p: f32, total: u64) {
+        let mass = (f64::from(p) * total as f64) as u64;
+        // The last one to keep is at `low` or after it and before `high`, and what is before `low` weighs `sum`.
+        // Usually it is among the first, so the search begins there.
         let kept = &mut self.0;
-        let (mut sum, mut sorted, mut end) = (0.0, 0, 64);
-        while sorted < kept.len() {
-            // Usually a few are enough: the rest is only parted from them, not sorted.
-            end = kept.len().min(end);
-            let rest = &mut kept[sorted..];
-            if end - sorted < rest.len() {
-                rest.select_nth_unstable_by(end - sorted, Candidate::order);
+        let (mut low, mut high, mut sum) = (0, kept.len(), 0);
+        while high - low > 32 {
+            let middle = low + ((high - low) / 2).min(64.max(7 * low));
+            kept[low..high].select_nth_unstable_by_key(middle - low, |candidate| candidate.key);
+            let part: u64 = kept[low..middle].iter().map(Candidate::mass).sum();
+            if sum + part >= mass {
+                high = middle;
+            } else {
+                (low, sum) = (middle, sum + part);
             }
-            rest[..end - sorted].sort_unstable_by(Candidate::order);
-            for at in sorted..end {
-                sum += f64::from(kept[at].weight);
-                if sum >= mass {
-                    kept.truncate(at + 1);
-                    return self.order_by_id();
-                }
-            }
-            (sorted, end) = (end, end.saturating_mul(8));
         }
-        self.order_by_id();
+        kept[low..high].sort_unstable_by_key(|candidate| candidate.key);
+        let last = kept[low..high].iter().position(|candidate| {
+            sum += candidate.mass();
+            sum >= mass
+        });
+        kept.truncate(last.map_or(high, |last| low + last + 1));
     }
 }

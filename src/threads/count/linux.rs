@@ -1,7 +1,7 @@
 //! Linux's three answers: the affinity mask, the cgroups' CPU quotas and the topology of cores.
 //!
-//! All functions take the root of the file system, so that tests can build one. Whatever cannot be read or understood does
-//! not limit.
+//! All functions take the root of the file system, so that tests can build one. Whatever cannot be read or understood
+//! does not limit.
 
 use std::collections::BTreeSet;
 use std::fs::read_to_string;
@@ -90,7 +90,7 @@ impl Version {
             .min()
     }
 
-    /// The process's group, from `/proc/self/cgroup`: lines of `id:controllers:path`, where version 2 has no controllers.
+    /// The process's group, from `/proc/self/cgroup`: lines of `id:controllers:path`, without controllers in version 2.
     fn group(self, cgroups: &str) -> Option<PathBuf> {
         cgroups.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
@@ -130,7 +130,7 @@ struct Mount<'a> {
 }
 
 impl<'a> Mount<'a> {
-    /// `36 35 98:0 /root /point rw,noatime master:1 - type device rw,options`, with any number of fields before the dash.
+    /// `36 35 98:0 /root /point rw,noatime master:1 - type device rw,options`, any number of fields before the dash.
     fn parse(line: &'a str) -> Option<Self> {
         let (left, right) = line.split_once(" - ")?;
         let mut left = left.split(' ').skip(3);

@@ -24,7 +24,7 @@ def main() -> int:
     with Model.load() as model:
         seconds = time.perf_counter() - began
         info = model.info
-        console.print(f"{info.name} is ready after {seconds:.1f} s: {info.kernel} kernels, {info.threads} threads")
+        console.print(f"{info.file.name} is ready after {seconds:.1f} s: {info.kernel} kernels, {info.threads} threads")
         console.print(f"\n> {PROMPT}\n", style="bold")
         stream = model.chat([{"role": "user", "content": PROMPT}], stream=True, max_tokens=LONGEST, seed=1)
         try:

@@ -9,7 +9,7 @@ const FLOORS: &[&[&str]] = &[
     &["error"],
     &["threads"],
     &["quant"],
-    &["format"],
+    &["format", "vocab"],
     &["kernels"],
     &["model"],
     &["engine", "quantize"],

@@ -147,8 +147,7 @@ class Writer:
     def _explain(self, sampled: _native.Sampled) -> TokenLogprob:
         decode = self._tokenizer.decode
         top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
-        logprob = sampled.logprob if sampled.logprob is not None else float("nan")
-        return TokenLogprob(sampled.id, decode([sampled.id]), logprob, top)
+        return TokenLogprob(sampled.id, decode([sampled.id]), sampled.logprob, top)
 
 
 def _rate(count: int, seconds: float) -> float:

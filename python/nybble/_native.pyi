@@ -10,6 +10,17 @@ import numpy.typing as npt
 
 from nybble.sampling import SamplingOptions
 
+__all__ = [
+    "GgufFile",
+    "Model",
+    "Sampled",
+    "Sequence",
+    "TensorInfo",
+    "__version__",
+    "default_threads",
+    "kernels",
+    "machine_limits",
+]
 __version__: str
 
 def kernels() -> list[str]: ...

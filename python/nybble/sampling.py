@@ -41,9 +41,7 @@ class SamplingOptions:
     repetition_penalty: float = field(
         default=1.0, metadata=_doc("Divide the logits of tokens seen before by this (multiply negative ones); 1: off.")
     )
-    presence_penalty: float = field(
-        default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before.")
-    )
+    presence_penalty: float = field(default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before."))
     frequency_penalty: float = field(
         default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before, once for each time.")
     )

@@ -66,7 +66,8 @@ def test_text_becomes_ids_and_ids_become_text(tiny_model: Model) -> None:
 
 def test_logits_are_an_array_of_one_row_a_token(tiny_model: Model) -> None:
     logits = tiny_model.logits([1, 2, 3])
-    assert (logits.shape, logits.dtype) == ((3, tiny.VOCABULARY), np.float32)
+    assert logits.shape == (3, tiny.VOCABULARY)
+    assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
     assert np.array_equal(tiny_model.logits([1, 2])[1], logits[1]), "a token does not see the ones after it"
     assert tiny_model.logits([]).shape == (0, tiny.VOCABULARY)

@@ -20,7 +20,7 @@ def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [0, 2**32 - 1, -1, True, False, 0.5, -math.inf, "", "Grüße 🌍", [1, 2, 3], ["a", "", "世"], [True, False], [0.5], []],
+    [0, 2**32 - 1, -1, True, False, 0.5, -math.inf, "", "Grüße 🌍", [1, 2], ["a", "", "世"], [True, False], [0.5], []],
 )
 def test_metadata_comes_as_python_values(tmp_path: Path, value: Any) -> None:
     found = read(tmp_path, {"the.key": value})["the.key"]

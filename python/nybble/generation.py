@@ -86,7 +86,7 @@ class Writer:
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
         self._prompt_tokens = len(prompt)
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
         self._pieces: list[str] = []
         self._tokens: list[int] = []

@@ -1,6 +1,7 @@
 //! The Python module `nybble._native`: converts values, releases the GIL, delegates. No logic lives here; the package
 //! `nybble` makes an API of it, and `_native.pyi` describes it to type checkers.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
+use crate::engine::{self, sampler::SamplingOptions};
 use crate::format::gguf::{self, Array, Gguf, Value};
 use crate::model::{self, Input, LoadOptions, Logits};
 use crate::{Error, threads};
@@ -187,6 +189,63 @@ fn text<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
     }
 }
 
+/// The attributes of the package's `SamplingOptions`, which says what they mean.
+#[derive(FromPyObject)]
+struct Options {
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+    typical_p: f32,
+    repetition_penalty: f32,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    penalty_window: u32,
+    logit_bias: HashMap<u32, f32>,
+    seed: Option<u64>,
+    logprobs: Option<u32>,
+}
+
+impl From<Options> for SamplingOptions {
+    fn from(options: Options) -> SamplingOptions {
+        // Sorted, because a map has no order, and what is computed must not depend on one.
+        let mut logit_bias: Vec<_> = options.logit_bias.into_iter().collect();
+        logit_bias.sort_by_key(|(token, _)| *token);
+        SamplingOptions {
+            temperature: options.temperature,
+            top_k: options.top_k,
+            top_p: options.top_p,
+            min_p: options.min_p,
+            typical_p: options.typical_p,
+            repetition_penalty: options.repetition_penalty,
+            presence_penalty: options.presence_penalty,
+            frequency_penalty: options.frequency_penalty,
+            penalty_window: options.penalty_window,
+            logit_bias,
+            seed: options.seed,
+            logprobs: options.logprobs.unwrap_or(0),
+        }
+    }
+}
+
+/// A sampled token, its log-probability, and the likeliest tokens with theirs.
+#[pyclass(frozen, get_all, module = "nybble._native")]
+struct Sampled {
+    id: u32,
+    logprob: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl From<engine::sampler::Sampled> for Sampled {
+    fn from(sampled: engine::sampler::Sampled) -> Sampled {
+        Sampled { id: sampled.token, logprob: sampled.logprob, top: sampled.top }
+    }
+}
+
+/// Text in the making.
+#[pyclass(frozen, module = "nybble._native")]
+struct Sequence(Mutex<engine::Sequence>);
+
 /// A model in memory.
 #[pyclass(frozen, module = "nybble._native")]
 struct Model {
@@ -229,6 +288,25 @@ impl Model {
         }
     }
 
+    /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
+    fn sequence(&self, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
+        let prompt = token_ids(prompt)?;
+        Ok(Sequence(Mutex::new(engine::Sequence::new(&self.inner, &prompt, options.into())?)))
+    }
+
+    /// Computes what is pending of each sequence and samples a token for each, which is then pending.
+    fn step(&self, py: Python<'_>, sequences: Vec<Py<Sequence>>) -> PyResult<Vec<Sampled>> {
+        let busy = || Error::argument("sequence", "one that is in a step already", "each in one step at a time");
+        // Whoever holds a sequence computes, so waiting for it here would keep the GIL all the while.
+        let mut guards: Vec<_> = sequences
+            .iter()
+            .map(|sequence| sequence.get().0.try_lock().map_err(|_| busy()))
+            .collect::<crate::Result<_>>()?;
+        let mut stepped: Vec<_> = guards.iter_mut().map(|guard| &mut **guard).collect();
+        let sampled = detached(py, |interrupted| engine::step(&self.inner, &mut stepped, interrupted))?;
+        Ok(sampled.into_iter().map(Sampled::from).collect())
+    }
+
     /// The logits after each token `(len(ids), vocabulary)`.
     fn logits<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let ids = token_ids(ids)?;
@@ -267,7 +345,7 @@ impl Model {
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::{GgufFile, Model, TensorInfo, default_threads, kernels};
+    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, default_threads, kernels};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

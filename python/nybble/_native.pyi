@@ -10,6 +10,17 @@ import numpy.typing as npt
 
 from nybble.sampling import SamplingOptions
 
+__all__ = [
+    "GgufFile",
+    "Model",
+    "Sampled",
+    "Sequence",
+    "TensorInfo",
+    "__version__",
+    "default_threads",
+    "kernels",
+    "machine_limits",
+]
 __version__: str
 
 def kernels() -> list[str]: ...
@@ -42,7 +53,7 @@ class Sampled:
     @property
     def id(self) -> int: ...
     @property
-    def logprob(self) -> float | None: ...
+    def logprob(self) -> float: ...
     @property
     def top(self) -> list[tuple[int, float]]: ...
 

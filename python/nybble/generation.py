@@ -86,7 +86,7 @@ class Writer:
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
         self._prompt_tokens = len(prompt)
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
@@ -147,8 +147,7 @@ class Writer:
     def _explain(self, sampled: _native.Sampled) -> TokenLogprob:
         decode = self._tokenizer.decode
         top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
-        logprob = sampled.logprob if sampled.logprob is not None else float("nan")
-        return TokenLogprob(sampled.id, decode([sampled.id]), logprob, top)
+        return TokenLogprob(sampled.id, decode([sampled.id]), sampled.logprob, top)
 
 
 def _rate(count: int, seconds: float) -> float:

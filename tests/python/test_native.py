@@ -20,7 +20,7 @@ def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [0, 2**32 - 1, -1, True, False, 0.5, -math.inf, "", "Grüße 🌍", [1, 2, 3], ["a", "", "世"], [True, False], [0.5], []],
+    [0, 2**32 - 1, -1, True, False, 0.5, -math.inf, "", "Grüße 🌍", [1, 2], ["a", "", "世"], [True, False], [0.5], []],
 )
 def test_metadata_comes_as_python_values(tmp_path: Path, value: Any) -> None:
     found = read(tmp_path, {"the.key": value})["the.key"]
@@ -44,7 +44,7 @@ def test_tensors_are_listed_as_the_file_has_them(tiny_file: Path) -> None:
     assert len(tensors) == 20
     first = tensors[0]
     assert (first.name, first.type, first.shape, first.nbytes) == ("token_embd.weight", "Q8_0", (64, 259), 17_612)
-    weights = np.random.default_rng(7).normal(0, 1, (tiny.VOCABULARY, 64))
+    weights = np.random.default_rng(7).normal(0, 0.2, (tiny.VOCABULARY, 64))
     assert tiny_file.read_bytes()[first.offset :][: first.nbytes] == tiny.q8_0(weights)
 
 

@@ -63,7 +63,7 @@ def write_model(path: Path, layers: int = 2, **changes: Any) -> Path:
     dice = np.random.default_rng(7)
     hidden, feed_forward, kv = 64, 96, 32
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
-        "token_embd.weight": (Q8_0, (hidden, VOCABULARY), q8_0(dice.normal(0, 1, (VOCABULARY, hidden)))),
+        "token_embd.weight": (Q8_0, (hidden, VOCABULARY), q8_0(dice.normal(0, 0.2, (VOCABULARY, hidden)))),
         "output_norm.weight": _norm(hidden),
     }
     for layer in range(layers):

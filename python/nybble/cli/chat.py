@@ -41,7 +41,7 @@ def chat(
         if at_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # Gives input() its line editing and history.
-            terminal.note(f"{model.info.name or model.info.file.name}: {_HELP}")
+            terminal.note(f"{model.info.name or model.info.file.name}\n{_HELP}")
         while True:
             try:
                 text = (input("> ") if at_terminal else input()).strip()

@@ -80,9 +80,10 @@ def _print(path: Path, gguf: _native.GgufFile, every: bool) -> None:
         soft_wrap=True,
     )
 
-    table = Table(box=None, pad_edge=False, header_style="bold", title=None)
-    table.add_column("key", overflow="fold", max_width=44)
-    table.add_column("value", overflow="ellipsis", no_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    # Values may be cut, keys not: they get the width that they need, up to half of what is usual.
+    table.add_column("key", overflow="fold", width=min(40, max(map(len, gguf.metadata), default=0)))
+    table.add_column("value", overflow="ellipsis", no_wrap=True, ratio=1)
     for key, value in gguf.metadata.items():
         table.add_row(terminal.printable(key), _short(value))
     console.print()

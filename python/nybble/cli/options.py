@@ -51,9 +51,9 @@ _HIDDEN = {"logprobs"}
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command one option for each field of its `LoadOptions` and `SamplingOptions` parameters."""
-    hints = typing.get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if hint in _PANELS}
-    plain = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    # typing.get_type_hints would wrap what has None for a default into an Optional before Python 3.11.
+    written = inspect.signature(command, eval_str=True).parameters.values()
+    groups = {p.name: p.annotation for p in written if p.annotation in _PANELS}
     options = [option for group in groups.values() for option in _options(group)]
 
     @functools.wraps(command)
@@ -63,7 +63,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
             arguments[name] = _build(group, values)
         command(**arguments)
 
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in plain if p.name not in groups] + options
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in written if p.name not in groups] + options
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper

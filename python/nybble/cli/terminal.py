@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _BAR_AFTER_SECONDS = 0.5
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_UNPRINTABLE: dict[int, str | None] = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+# Bytes of a file that are no UTF-8 come as lone surrogates, which no terminal takes.
+_UNPRINTABLE.update(dict.fromkeys(range(0xD800, 0xE000), "\ufffd"))
 
 
 def printable(text: str) -> str:
     """`text` without control characters: what a file or a model says must not steer the terminal."""
-    return text.translate(_CONTROLS)
+    return text.translate(_UNPRINTABLE)
 
 
 def write(text: str) -> None:

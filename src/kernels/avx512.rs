@@ -261,7 +261,7 @@ fn float_tile<const R: usize>(
     p: usize,
 ) -> usize {
     let columns = w.columns();
-    let x: [&[f32]; R] = std::array::from_fn(|r| &x[(row + r) * stride..][..columns]);
+    let x: [&[f32]; R] = portable::rows(&x[row * stride..], stride, columns);
     let mut acc = [_mm512_setzero_ps(); R];
     match w.layout().code {
         Code::F16 => {
@@ -323,9 +323,9 @@ fn scores_tile<const Q: usize>(
     stride: usize,
 ) -> usize {
     const PANELS: usize = PAGE / PANEL;
-    let queries: [&[f32]; Q] = std::array::from_fn(|q| &queries[q * head_dim..][..head_dim]);
+    let queries: [&[f32]; Q] = portable::rows(queries, head_dim, head_dim);
     let keys: &[[f16; PANEL]] = bytemuck::cast_slice(keys);
-    let keys: [&[[f16; PANEL]]; PANELS] = std::array::from_fn(|p| &keys[p * head_dim..][..head_dim]);
+    let keys: [&[[f16; PANEL]]; PANELS] = portable::rows(keys, head_dim, head_dim);
     let mut acc = [[_mm512_setzero_ps(); PANELS]; Q];
     for d in 0..head_dim {
         let k: [__m512; PANELS] =
@@ -410,7 +410,7 @@ fn sum_tile<const Q: usize, const V: usize>(
     column: usize,
     out: &mut [f32],
 ) -> usize {
-    let weights: [&[f32]; Q] = std::array::from_fn(|q| &weights[q * stride..][..positions.end]);
+    let weights: [&[f32]; Q] = portable::rows(weights, stride, positions.end);
     let mut acc = [[_mm512_setzero_ps(); V]; Q];
     for q in 0..Q {
         for v in 0..V {

@@ -5,7 +5,8 @@
 //! saturate, and everything elementwise is the same source code ([`portable`]) compiled for the set's registers.
 
 mod activations;
-//mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
@@ -109,7 +110,7 @@ pub fn available() -> Vec<&'static dyn Kernel> {
     #[cfg(target_arch = "x86_64")]
     {
         kernels.extend(avx512::Avx512::detect().map(|k| k as &dyn Kernel));
-        //kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
+        kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
     }
     kernels.push(&scalar::Scalar);
     kernels

@@ -13,6 +13,15 @@ use crate::quant::packed::BLOCK;
 /// Partial sums of a reduction.
 const LANES: usize = 32;
 
+/// `N` rows of `length` values, `stride` apart.
+///
+/// Not a function with target features: `from_fn` could not be inlined with a closure that has more of them than itself,
+/// and then the compiler would not know the lengths and check every index in the loops over a row.
+#[inline(always)]
+pub(super) fn rows<const N: usize, T>(x: &[T], stride: usize, length: usize) -> [&[T]; N] {
+    std::array::from_fn(|i| &x[i * stride..][..length])
+}
+
 /// The activation functions of feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -59,14 +68,15 @@ impl Activation {
     }
 }
 
-/// `exp(x)` to about 1 unit in the last place; 0 below -87.3, NaN stays NaN.
+/// `exp(x)` to within 2 units in the last place; 0 below -87.3, infinite from 88.4 on, NaN stays NaN.
 ///
 /// Range reduction by `x = n ln 2 + r` with ln 2 in two parts, then the degree-5 polynomial of Cephes' `expf`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
     let clamped = if x < -87.3 { -87.3 } else { x };
-    let clamped = if clamped > 88.3 { 88.3 } else { clamped };
+    // The power of two below is then infinity. A large finite number instead would make `silu(-1e38)` one too.
+    let clamped = if clamped > 88.8 { 88.8 } else { clamped };
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-0.693_359_4, clamped);
@@ -89,7 +99,7 @@ fn tanh(x: f32) -> f32 {
     t.copysign(x)
 }
 
-/// `erf(x)` with an absolute error below 2e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+/// `erf(x)` with an absolute error below 6e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 #[inline(always)]
 fn erf(x: f32) -> f32 {
     let a = x.abs();
@@ -135,8 +145,8 @@ fn join(mut lanes: [f32; LANES]) -> f32 {
 pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
     let RowMut { height, row, codes, scales, sums, zeros, half_sums, half_zeros } = out;
     let blocks = codes.len() / height;
-    let mut padded = [0.0f32; BLOCK];
     for b in 0..blocks {
+        let mut padded = [0.0f32; BLOCK];
         let x = match x.get(b * BLOCK..).and_then(|x| x.first_chunk::<BLOCK>()) {
             Some(x) => x,
             None => {

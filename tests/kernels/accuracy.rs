@@ -1,0 +1,104 @@
+//! How close exp, tanh, erf and the activation functions come to their mathematical values, computed in F64.
+
+use nybble::kernels::{Activation, Kernel, available};
+
+use crate::support::*;
+
+/// Evenly spaced numbers from `low` to `high`.
+fn sweep(low: f64, high: f64) -> Vec<f32> {
+    const N: usize = 100_000;
+    (0..=N).map(|i| (low + (high - low) * i as f64 / N as f64) as f32).collect()
+}
+
+/// Distance of two neighbouring F32 numbers at `x`.
+fn ulp(x: f64) -> f64 {
+    let x = x.abs() as f32;
+    f64::from(x.next_up()) - f64::from(x)
+}
+
+/// Computes `f` of all `x` on every kernel and compares it with `exact` within `tolerance(x, exact(x))`.
+fn check(
+    x: &[f32],
+    f: impl Fn(&dyn Kernel, &mut [f32]),
+    exact: impl Fn(f64) -> f64,
+    tolerance: impl Fn(f64, f64) -> f64,
+) {
+    for kernel in available() {
+        let mut found = x.to_vec();
+        f(kernel, &mut found);
+        for (x, found) in x.iter().zip(&found) {
+            let x = f64::from(*x);
+            let expected = exact(x);
+            assert_close(*found, expected, tolerance(x, expected), format!("{}: x = {x:e}", kernel.name()));
+        }
+    }
+}
+
+#[test]
+fn exp_is_within_two_units_in_the_last_place() {
+    // A score of 0 is the largest, so that the others are raised as they are.
+    let exp = |kernel: &dyn Kernel, x: &mut [f32]| {
+        let (max, sum) = kernel.exp_segment(x);
+        let exact: f64 = x.iter().map(|x| f64::from(*x)).sum();
+        assert_eq!(max, 0.0);
+        assert_close(sum, exact, 1e-5 * exact, "sum");
+    };
+    for x in [sweep(-87.0, 0.0), sweep(-1.0, 0.0), sweep(-1e-3, 0.0)] {
+        check(&x, exp, libm::exp, |_, y| 2.0 * ulp(y));
+    }
+    let far = [-87.4, -88.0, -104.0, -1e3, -1e30, f32::MIN, f32::NEG_INFINITY, 0.0];
+    check(&far, exp, |x| if x == 0.0 { 1.0 } else { 0.0 }, |_, _| 0.0);
+}
+
+#[test]
+fn tanh_is_within_two_ten_millionths() {
+    let tanh = |kernel: &dyn Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
+    for x in [sweep(-12.0, 12.0), sweep(-0.01, 0.01)] {
+        check(&x, tanh, libm::tanh, |_, _| 2e-7);
+    }
+    check(&[f32::MAX, f32::INFINITY, 100.0, 44.5], tanh, |_| 1.0, |_, _| 0.0);
+    check(&[f32::MIN, f32::NEG_INFINITY, -100.0, -44.5], tanh, |_| -1.0, |_, _| 0.0);
+    check(&sweep(-500.0, 500.0), |kernel, x| kernel.soft_cap(x, 30.0), |x| 30.0 * libm::tanh(x / 30.0), |_, _| 1e-5);
+}
+
+#[test]
+fn silu_is_within_a_millionth() {
+    let silu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Silu, x);
+    let exact = |x: f64| x / (1.0 + libm::exp(-x));
+    for x in [sweep(-80.0, 80.0), sweep(-1.0, 1.0), sweep(-1e-6, 1e-6)] {
+        check(&x, silu, exact, |_, y| 1e-6 * y.abs());
+    }
+    // Beyond the range of F32's exp the value is too small to matter.
+    check(&[-88.0, -89.0, -100.0, -1e4, -1e30, f32::MIN], silu, |_| 0.0, |_, _| 1e-34);
+    check(&[100.0, 1e4, 1e30, f32::MAX], silu, |x| x, |_, _| 0.0);
+}
+
+#[test]
+fn gelu_is_within_three_ten_millionths_of_its_argument() {
+    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Gelu, x);
+    let exact = |x: f64| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
+    for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
+        // erf has an absolute error below 6e-7, and half of it is multiplied with x.
+        check(&x, gelu, exact, |x, _| 3e-7 * x.abs());
+    }
+    check(&[-20.0, -1e4, f32::MIN], gelu, |_| 0.0, |_, _| 0.0);
+    check(&[20.0, 1e4, 1e30], gelu, |x| x, |_, _| 0.0);
+}
+
+#[test]
+fn gelu_by_tanh_is_within_two_ten_millionths_of_its_argument() {
+    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::GeluTanh, x);
+    let root = (2.0 / std::f64::consts::PI).sqrt();
+    let exact = |x: f64| 0.5 * x * (1.0 + libm::tanh(root * (x + 0.044715 * x * x * x)));
+    for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
+        check(&x, gelu, exact, |x, _| 2e-7 * x.abs());
+    }
+    check(&[-20.0, -1e4, f32::MIN], gelu, |_| 0.0, |_, _| 0.0);
+    check(&[20.0, 1e4, 1e30], gelu, |x| x, |_, _| 0.0);
+}
+
+#[test]
+fn relu_cuts_off_what_is_negative() {
+    let relu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
+    check(&[-1.0, -0.0, 0.0, 1.0, f32::MIN, f32::MAX, f32::NEG_INFINITY], relu, |x| x.max(0.0), |_, _| 0.0);
+}

@@ -1,0 +1,232 @@
+//! Elementwise operations and norms: the same bits on every kernel, and the right ones.
+
+use half::f16;
+use nybble::kernels::{Activation, Kernel, available};
+
+use crate::support::*;
+
+const LENGTHS: [usize; 13] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000];
+const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+
+/// Runs an operation on three buffers of each length and compares what it returns with what the scalar kernel does.
+fn same_on_every_kernel(name: &str, operation: impl Fn(&dyn Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
+    let mut rng = Rng(30);
+    for n in LENGTHS {
+        for wild in [false, true] {
+            let buffers = [(); 3].map(|()| if wild { rng.wild_values(n) } else { rng.values(n) });
+            let expected = operation(scalar(), buffers.clone());
+            for kernel in available() {
+                let what = format!("{name}, {}, {n} values", kernel.name());
+                assert_same(&operation(kernel, buffers.clone()), &expected, what);
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_have_the_bits_of_the_scalar_ones() {
+    same_on_every_kernel("rms_norm", |kernel, [x, weight, mut out]| {
+        out.fill(f32::NAN);
+        kernel.rms_norm(&x, &weight, 1e-5, &mut out);
+        out
+    });
+    same_on_every_kernel("layer_norm with bias", |kernel, [x, weight, bias]| {
+        let mut out = vec![f32::NAN; x.len()];
+        kernel.layer_norm(&x, &weight, &bias, 1e-5, &mut out);
+        out
+    });
+    same_on_every_kernel("layer_norm", |kernel, [x, weight, mut out]| {
+        out.fill(f32::NAN);
+        kernel.layer_norm(&x, &weight, &[], 1e-5, &mut out);
+        out
+    });
+}
+
+#[test]
+fn elementwise_operations_have_the_bits_of_the_scalar_ones() {
+    same_on_every_kernel("blend", |kernel, [mut out, other, _]| {
+        kernel.blend(&mut out, 0.3, &other, -1.7);
+        out
+    });
+    same_on_every_kernel("add_scaled", |kernel, [mut x, y, _]| {
+        kernel.add_scaled(&mut x, &y, 0.7);
+        x
+    });
+    same_on_every_kernel("soft_cap", |kernel, [mut x, ..]| {
+        kernel.soft_cap(&mut x, 3.0);
+        x
+    });
+    same_on_every_kernel("rope", |kernel, [first, second, angles]| {
+        let cos: Vec<f32> = angles.iter().map(|x| x.cos()).collect();
+        let sin: Vec<f32> = angles.iter().map(|x| x.sin()).collect();
+        let mut x = [first, second].concat();
+        kernel.rope(&mut x, &cos, &sin);
+        x
+    });
+    for activation in ACTIVATIONS {
+        same_on_every_kernel(&format!("{activation:?}"), |kernel, [mut x, ..]| {
+            kernel.activate(activation, &mut x);
+            x
+        });
+        same_on_every_kernel(&format!("{activation:?} gate"), |kernel, [mut gate, up, _]| {
+            kernel.gate(activation, &mut gate, &up);
+            gate
+        });
+    }
+}
+
+#[test]
+fn exponentials_of_a_segment_have_the_bits_of_the_scalar_ones() {
+    same_on_every_kernel("exp_segment", |kernel, [mut scores, ..]| {
+        let (max, sum) = kernel.exp_segment(&mut scores);
+        scores.extend([max, sum]);
+        scores
+    });
+}
+
+#[test]
+fn half_precision_has_the_bits_of_the_scalar_one() {
+    same_on_every_kernel("to_f16", |kernel, [x, ..]| {
+        let mut out = vec![f16::NAN; x.len()];
+        kernel.to_f16(&x, &mut out);
+        out.iter().map(|x| x.to_f32()).collect()
+    });
+}
+
+#[test]
+fn half_precision_is_the_nearest_and_ties_go_to_the_even_one() {
+    // Every finite F16, the point between it and the next, and the F32 numbers around that point.
+    let mut cases = vec![];
+    for bits in 0..f16::INFINITY.to_bits() {
+        let (low, high) = (f16::from_bits(bits), f16::from_bits(bits + 1));
+        let upper = if high.is_finite() { f64::from(high.to_f32()) } else { 65536.0 };
+        let middle = ((f64::from(low.to_f32()) + upper) / 2.0) as f32;
+        let even = if bits % 2 == 0 { low } else { high };
+        cases.push((low.to_f32(), low));
+        cases.push((middle, even));
+        cases.push((middle.next_down(), low));
+        cases.push((middle.next_up(), high));
+    }
+    let x: Vec<f32> = cases.iter().flat_map(|(x, _)| [*x, -*x]).collect();
+    let expected: Vec<u16> = cases.iter().flat_map(|(_, y)| [y.to_bits(), y.to_bits() | 0x8000]).collect();
+    for kernel in available() {
+        let mut out = vec![f16::NAN; x.len()];
+        kernel.to_f16(&x, &mut out);
+        let found: Vec<u16> = out.iter().map(|x| x.to_bits()).collect();
+        assert!(found == expected, "{}", kernel.name());
+    }
+}
+
+#[test]
+fn norms_agree_with_their_definitions() {
+    let mut rng = Rng(31);
+    for n in [1, 33, 576] {
+        let (x, weight, bias) = (rng.values(n), rng.values(n), rng.values(n));
+        let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let mean = exact.iter().sum::<f64>() / n as f64;
+        let squares = exact.iter().map(|x| x * x).sum::<f64>() / n as f64;
+        let variance = exact.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n as f64;
+        for kernel in available() {
+            let (mut rms, mut layer, mut plain) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
+            kernel.rms_norm(&x, &weight, 1e-5, &mut rms);
+            kernel.layer_norm(&x, &weight, &bias, 1e-5, &mut layer);
+            kernel.layer_norm(&x, &weight, &[], 1e-5, &mut plain);
+            for i in 0..n {
+                let (w, b) = (f64::from(weight[i]), f64::from(bias[i]));
+                let expected = exact[i] / (squares + 1e-5).sqrt() * w;
+                assert_close(rms[i], expected, 1e-6 * expected.abs(), "rms_norm");
+                let expected = (exact[i] - mean) / (variance + 1e-5).sqrt() * w;
+                let tolerance = 2e-6 * (w.abs() * n as f64).max(1.0);
+                assert_close(plain[i], expected, tolerance, "layer_norm");
+                assert_close(layer[i], expected + b, tolerance + 1e-7 * b.abs(), "layer_norm with bias");
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_turns_pairs_half_a_row_apart() {
+    let mut rng = Rng(32);
+    for n in [1, 16, 33] {
+        let x = rng.values(2 * n);
+        let angles: Vec<f32> = (0..n).map(|_| rng.unit() * 3.0).collect();
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|angle| (angle.cos(), angle.sin())).unzip();
+        for kernel in available() {
+            let mut found = x.clone();
+            kernel.rope(&mut found, &cos, &sin);
+            for i in 0..n {
+                let (a, b) = (f64::from(x[i]), f64::from(x[i + n]));
+                let (cos, sin) = (f64::from(cos[i]), f64::from(sin[i]));
+                let tolerance = 2e-7 * (a.abs() + b.abs());
+                assert_close(found[i], a * cos - b * sin, tolerance, "first");
+                assert_close(found[i + n], a * sin + b * cos, tolerance, "second");
+            }
+        }
+    }
+}
+
+#[test]
+fn blend_and_add_scaled_round_as_their_definitions_say() {
+    let mut rng = Rng(33);
+    let (x, y) = (rng.values(100), rng.values(100));
+    for kernel in available() {
+        let (mut blended, mut added) = (x.clone(), x.clone());
+        kernel.blend(&mut blended, 0.3, &y, -1.7);
+        kernel.add_scaled(&mut added, &y, 0.7);
+        for i in 0..100 {
+            assert_eq!(blended[i], x[i].mul_add(0.3, y[i] * -1.7));
+            assert_eq!(added[i], y[i].mul_add(0.7, x[i]));
+        }
+    }
+}
+
+#[test]
+fn a_segment_of_absent_scores_weighs_nothing() {
+    for kernel in available() {
+        for n in [1, 31, 64] {
+            let mut scores = vec![f32::NEG_INFINITY; n];
+            assert_eq!(kernel.exp_segment(&mut scores), (f32::NEG_INFINITY, 0.0), "{}", kernel.name());
+            assert_eq!(scores, vec![0.0; n], "{}", kernel.name());
+            scores.fill(f32::NEG_INFINITY);
+            scores[n / 2] = 3.5;
+            assert_eq!(kernel.exp_segment(&mut scores), (3.5, 1.0), "{}", kernel.name());
+            assert_eq!(scores[n / 2], 1.0, "{}", kernel.name());
+        }
+        assert_eq!(kernel.exp_segment(&mut []), (f32::NEG_INFINITY, 0.0), "{}", kernel.name());
+    }
+}
+
+#[test]
+fn nan_stays_nan() {
+    for kernel in available() {
+        for activation in ACTIVATIONS {
+            let mut x = vec![1.0, f32::NAN, 2.0];
+            kernel.activate(activation, &mut x);
+            assert!(x[1].is_nan() && x[0].is_finite() && x[2].is_finite(), "{activation:?}, {}", kernel.name());
+        }
+        let mut x = vec![1.0, f32::NAN, 2.0];
+        kernel.soft_cap(&mut x, 30.0);
+        assert!(x[1].is_nan() && x[0].is_finite() && x[2].is_finite(), "soft_cap, {}", kernel.name());
+        let mut x = vec![1.0, f32::NAN, 2.0];
+        let (_, sum) = kernel.exp_segment(&mut x);
+        assert!(x[1].is_nan() && sum.is_nan(), "exp_segment, {}", kernel.name());
+        let mut out = vec![0.0; 3];
+        kernel.rms_norm(&[1.0, f32::NAN, 2.0], &[1.0; 3], 1e-5, &mut out);
+        assert!(out.iter().all(|x| x.is_nan()), "rms_norm, {}", kernel.name());
+    }
+}
+
+#[test]
+fn measuring_sums_what_it_reads_and_counts_what_it_multiplies() {
+    let mut rng = Rng(34);
+    for kernel in available() {
+        for n in LENGTHS {
+            let data: Vec<u64> = (0..n).map(|_| rng.next()).collect();
+            let expected = data.iter().fold(0, |sum: u64, x| sum.wrapping_add(*x));
+            assert_eq!(kernel.read_sum(&data), expected, "{}", kernel.name());
+        }
+        let (one, _) = kernel.peak_int8(1);
+        assert!(one > 0 && kernel.peak_int8(0).0 == 0 && kernel.peak_int8(10).0 == 10 * one, "{}", kernel.name());
+        assert_ne!(kernel.peak_int8(3).1, kernel.peak_int8(4).1, "{}: the work is done", kernel.name());
+    }
+}

@@ -9,6 +9,7 @@ pub mod model;
 mod python;
 pub mod quant;
 pub mod threads;
+pub mod vocab;
 
 pub use error::{Error, Place, Result};
 

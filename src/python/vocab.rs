@@ -1,0 +1,43 @@
+//! `nybble._native.SentencePiece`: the vocabulary of `crate::vocab` for Python.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyString};
+
+use crate::vocab::{Piece, SentencePiece, TokenKind};
+
+/// A SentencePiece vocabulary that turns text into token ids.
+#[pyclass(frozen, name = "SentencePiece", module = "nybble._native")]
+#[derive(Debug)]
+pub struct PySentencePiece(SentencePiece);
+
+#[pymethods]
+impl PySentencePiece {
+    /// `tokens`, `scores` and `kinds` are the arrays of a GGUF file, of equal length; what is over is not looked at.
+    #[new]
+    #[pyo3(signature = (tokens, scores, kinds, *, add_space_prefix, unknown=None, drop_space_after=Vec::new()))]
+    fn new(
+        tokens: &Bound<'_, PyList>,
+        scores: Vec<f32>,
+        kinds: Vec<i64>,
+        add_space_prefix: bool,
+        unknown: Option<u32>,
+        drop_space_after: Vec<u32>,
+    ) -> PyResult<Self> {
+        let tokens = tokens.iter().map(|token| token.cast_into::<PyString>()).collect::<Result<Vec<_>, _>>()?;
+        let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
+            text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.
+            score,
+            kind: TokenKind::from_id(kind),
+        });
+        let vocabulary = SentencePiece::new(pieces)
+            .with_space_prefix(add_space_prefix)
+            .with_unknown(unknown)
+            .with_space_dropped_after(&drop_space_after);
+        Ok(PySentencePiece(vocabulary))
+    }
+
+    /// The ids of `text`; marks spelled out in it become their tokens if `parse_special`. Other threads run meanwhile.
+    fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> Vec<u32> {
+        py.detach(|| self.0.encode(text, parse_special))
+    }
+}

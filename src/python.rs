@@ -223,7 +223,7 @@ impl From<Options> for SamplingOptions {
             penalty_window: options.penalty_window,
             logit_bias,
             seed: options.seed,
-            logprobs: options.logprobs.unwrap_or(0),
+            logprobs: options.logprobs,
         }
     }
 }
@@ -232,7 +232,7 @@ impl From<Options> for SamplingOptions {
 #[pyclass(frozen, get_all, module = "nybble._native")]
 struct Sampled {
     id: u32,
-    logprob: f32,
+    logprob: Option<f32>,
     top: Vec<(u32, f32)>,
 }
 

@@ -49,6 +49,20 @@ class GgufFile:
     def tensors(self) -> list[TensorInfo]: ...
 
 @final
+class SentencePiece:
+    def __new__(
+        cls,
+        tokens: list[str],
+        scores: _Sequence[float],
+        kinds: _Sequence[int],
+        *,
+        add_space_prefix: bool,
+        unknown: int | None = None,
+        drop_space_after: _Sequence[int] = ...,
+    ) -> SentencePiece: ...
+    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+@final
 class Sampled:
     @property
     def id(self) -> int: ...

@@ -21,7 +21,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
-    ("src/format/gguf/reader", "maps a file into memory"),
+    ("src/format/mapped", "maps a file into memory"),
     ("src/threads", "lends the workers a closure and disjoint parts of one buffer, both from the stack of one call"),
 ];
 

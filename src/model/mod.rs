@@ -4,8 +4,10 @@ pub mod arch;
 mod attention;
 pub mod config;
 mod forward;
+pub mod hf;
 mod kv_cache;
 mod linear;
+pub mod requantize;
 mod rope;
 mod weights;
 
@@ -21,8 +23,8 @@ use config::Config;
 pub use forward::{Input, Logits};
 pub use kv_cache::Session;
 pub use rope::{Rope, Scaling};
-use weights::Weights;
 pub use weights::Progress;
+use weights::Weights;
 
 /// What a caller may choose when a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -78,9 +80,8 @@ impl Model {
             return Err(Error::argument("context", context, expected));
         }
         let weights = team.run(|scope| Weights::load(scope, checkpoint, &config, progress))?;
-        let rope = matches!(config.family.position, arch::Position::Rope { .. }).then(|| {
-            Rope::new(config.rotary, config.rope_base, config.rope_scaling, weights.rope_factors.as_deref())
-        });
+        let rope = matches!(config.family.position, arch::Position::Rope { .. })
+            .then(|| Rope::new(config.rotary, config.rope_base, config.rope_scaling, weights.rope_factors.as_deref()));
         Ok(Model {
             path: checkpoint.path().to_path_buf(),
             shape: kv_cache::Shape::of(&config),

@@ -3,6 +3,7 @@
 pub mod arch;
 mod attention;
 pub mod config;
+pub mod convert;
 mod forward;
 pub mod hf;
 mod kv_cache;

@@ -7,9 +7,11 @@
 mod families;
 mod keys;
 mod map;
+mod pretokenizer;
 mod rope;
 mod settings;
 mod sizes;
+mod tokenizer;
 mod transform;
 
 use std::collections::HashMap;
@@ -36,6 +38,8 @@ pub struct HfFolder {
     computed: Vec<ComputedTensor>,
     /// Places of the names: among the tensors, then among the computed ones.
     index: HashMap<String, usize>,
+    /// Rows of the embedding.
+    rows: usize,
 }
 
 impl HfFolder {
@@ -75,7 +79,16 @@ impl HfFolder {
         let (metadata, computed) = Keys::write(family, &settings, &sizes, &name(path))?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
-        Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, index })
+        Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, index, rows: sizes.vocabulary })
+    }
+
+    /// The folder's tokenizer and chat templates under GGUF's keys, which [`Checkpoint::metadata`] lacks: models run without.
+    ///
+    /// # Errors
+    /// [`Missing`](crate::Error::Missing) when there is no `tokenizer.json`, [`Malformed`](crate::Error::Malformed) and
+    /// [`Unsupported`](crate::Error::Unsupported) with its key when it is damaged, or of a kind that GGUF has no name for.
+    pub fn tokenizer(&self) -> Result<Metadata> {
+        tokenizer::metadata(&self.path, self.metadata.get("general.name").and_then(|name| name.as_str()), self.rows)
     }
 }
 

@@ -117,10 +117,11 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
         }
         "dynamic" => {
             let factor = factor(&scaling)?;
-            keys.set("rope.scaling.type", "dynamic");
-            keys.set("rope.scaling.factor", factor as f32);
+            // GGUF has no such type, and llama.cpp ends the process that opens a file with one it does not know. Up to
+            // the original length there is no scaling, so that other readers are right as far as that.
+            keys.set("rope.scaling.type", "none");
+            keys.set("rope.scaling.dynamic_factor", factor as f32);
             keys.set("rope.scaling.original_context_length", context as u32);
-            // The base grows with the text, so that there is no end where quality breaks off.
             keys.set("context_length", (context * factor.max(1.0)) as u32);
         }
         "llama3" => keys.tensors.push(("rope_freqs.weight".to_owned(), llama3(&scaling, base, rotary, before)?)),

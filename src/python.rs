@@ -250,26 +250,23 @@ struct Sequence(Mutex<engine::Sequence>);
 
 /// A model in memory.
 #[pyclass(frozen, module = "nybble._native")]
-struct Model {
-    inner: model::Model,
-    /// What the file calls it.
-    name: String,
-}
+struct Model(model::Model);
 
 #[pymethods]
 impl Model {
-    /// Loads a GGUF file; `progress` is called with how much is done and how much there is.
+    /// Loads a GGUF file or a folder of Hugging Face; `progress` is called with how much is done and how much there is.
     #[staticmethod]
-    #[pyo3(signature = (path, kernel=None, threads=None, context=None, progress=None))]
+    #[pyo3(signature = (path, kernel=None, threads=None, context=None, quantize="auto", progress=None))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
         kernel: Option<String>,
         threads: Option<usize>,
         context: Option<usize>,
+        quantize: &str,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Model> {
-        let options = LoadOptions { kernel, threads, context };
+        let options = LoadOptions { kernel, threads, context, quantize: model::Quantize::by_name(quantize)? };
         let raised = Mutex::new(None);
         let report = |done: usize, total: usize| {
             let Some(progress) = &progress else { return };
@@ -278,22 +275,17 @@ impl Model {
                 raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
             }
         };
-        let model = py.detach(|| -> crate::Result<_> {
-            let file = Gguf::open(path)?;
-            let name = file.get_str("general.name")?.unwrap_or_default().to_owned();
-            let inner = model::Model::from_checkpoint(&file, &options, Some(&report))?;
-            Ok(Model { inner, name })
-        })?;
+        let inner = py.detach(|| model::Model::load_with(path, &options, Some(&report)))?;
         match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(exception) => Err(exception),
-            None => Ok(model),
+            None => Ok(Model(inner)),
         }
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
     fn sequence(&self, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
         let prompt = token_ids(prompt)?;
-        Ok(Sequence(Mutex::new(engine::Sequence::new(&self.inner, &prompt, options.into())?)))
+        Ok(Sequence(Mutex::new(engine::Sequence::new(&self.0, &prompt, options.into())?)))
     }
 
     /// Computes what is pending of each sequence and samples a token for each, which is then pending.
@@ -305,7 +297,7 @@ impl Model {
             .map(|sequence| sequence.get().0.try_lock().map_err(|_| busy()))
             .collect::<crate::Result<_>>()?;
         let mut stepped: Vec<_> = guards.iter_mut().map(|guard| &mut **guard).collect();
-        let sampled = detached(py, |interrupted| engine::step(&self.inner, &mut stepped, interrupted))?;
+        let sampled = detached(py, |interrupted| engine::step(&self.0, &mut stepped, interrupted))?;
         Ok(sampled.into_iter().map(Sampled::from).collect())
     }
 
@@ -316,19 +308,19 @@ impl Model {
         let logits = detached(py, |interrupted| {
             let mut logits = Vec::new();
             if !ids.is_empty() {
-                let mut session = self.inner.session();
+                let mut session = self.0.session();
                 let input = Input { session: &mut session, tokens: &ids, logits: Logits::All };
-                self.inner.forward(&mut [input], &mut logits, interrupted)?;
+                self.0.forward(&mut [input], &mut logits, interrupted)?;
             }
             Ok(logits)
         })?;
-        logits.into_pyarray(py).reshape([rows, self.inner.vocabulary()])
+        logits.into_pyarray(py).reshape([rows, self.0.vocabulary()])
     }
 
     /// What the package's `ModelInfo` holds, by name.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (model, info) = (&self.inner, PyDict::new(py));
-        info.set_item("name", &self.name)?;
+        let (model, info) = (&self.0, PyDict::new(py));
+        info.set_item("name", model.name())?;
         info.set_item("family", model.config().family.name)?;
         info.set_item("parameters", model.parameters())?;
         info.set_item("layers", model.config().layers.len())?;

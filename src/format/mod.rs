@@ -1,6 +1,9 @@
 //! Files: bytes to metadata and named tensors. Nothing here knows of models.
 
 pub mod gguf;
+pub(crate) mod json;
+mod mapped;
+pub mod safetensors;
 
 use std::path::Path;
 
@@ -18,6 +21,9 @@ pub trait Checkpoint: Sync {
 
     /// The tensor called `name`, as rows.
     fn tensor(&self, name: &str) -> Option<Tensor<'_>>;
+
+    /// The names of all tensors, in the order in which the file should be read.
+    fn names(&self) -> Vec<&str>;
 
     /// Tells the system that the bytes of a tensor will not be read again.
     fn release(&self, name: &str);
@@ -66,6 +72,10 @@ impl Checkpoint for Gguf {
             dims,
             rows: Box::new(Contiguous { block_type: tensor.block_type(), bytes: self.data(tensor), row_bytes }),
         })
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors().iter().map(|tensor| tensor.name()).collect()
     }
 
     fn release(&self, name: &str) {

@@ -26,9 +26,9 @@ pub(super) struct Attention<'a> {
 
 /// Slopes of a bias by distance: powers of `2^(-max / n)`, and for the heads beyond a power of two every second power of
 /// its root (Press et al. 2021, arXiv 2108.12409).
-pub(super) fn slopes(heads: usize, max: f32) -> Vec<f32> {
+pub(super) fn slopes(heads: usize, max: f32, scale: f32) -> Vec<f32> {
     let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
-    let power = |exponent: f64| libm::exp2(-f64::from(max) * exponent / whole as f64) as f32;
+    let power = |exponent: f64| libm::exp2(-f64::from(max) * exponent / whole as f64) as f32 * scale;
     let slope = |head: usize| match head {
         head if head < whole => power((head + 1) as f64),
         head => power((2 * (head - whole) + 1) as f64 / 2.0),
@@ -43,6 +43,8 @@ struct Work {
     queries: Vec<f32>,
     /// `(queries, SEGMENT)`
     scores: Vec<f32>,
+    /// As `scores`, of the second plane of keys.
+    low: Vec<f32>,
     /// `(queries, width)`: the segment's weighted values, and those joined so far.
     part: Vec<f32>,
     total: Vec<f32>,
@@ -79,6 +81,7 @@ impl Attention<'_> {
             work.queries.clear();
             (0..rows).for_each(|row| work.queries.extend_from_slice(queries(row)));
             work.scores.resize(n * SEGMENT, 0.0);
+            work.low.resize(if session.shape.planes == 2 { n * SEGMENT } else { 0 }, 0.0);
             for buffer in [&mut work.part, &mut work.total] {
                 buffer.clear();
                 buffer.resize(n * width, 0.0);
@@ -117,11 +120,14 @@ impl Attention<'_> {
         let pages = &session.pages[start / PAGE..end.div_ceil(PAGE)];
         // Rows are in order of position, so those that see anything of the segment are the last ones.
         let skip = start.saturating_sub(first) * self.group;
-        for (i, page) in pages.iter().enumerate() {
-            let (keys, _) = page.head(&session.shape, self.layer, head);
-            let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
-            let scores = &mut work.scores[from * SEGMENT + i * PAGE..];
-            kernel.scores(&work.queries[from * dim..], dim, keys, self.scale, scores, SEGMENT);
+        for plane in 0..session.shape.planes {
+            for (i, page) in pages.iter().enumerate() {
+                let (keys, _) = page.head(&session.shape, self.layer, head, plane);
+                let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
+                let buffer = if plane == 0 { &mut work.scores } else { &mut work.low };
+                let scores = &mut buffer[from * SEGMENT + i * PAGE..];
+                kernel.scores(&work.queries[from * dim..], dim, keys, self.scale, scores, SEGMENT);
+            }
         }
         work.part[skip * width..].fill(0.0);
         work.reduced.clear();
@@ -129,6 +135,9 @@ impl Attention<'_> {
             let position = first + q / self.group;
             let seen = (position + 1 - start).min(SEGMENT);
             let scores = &mut work.scores[q * SEGMENT..][..seen];
+            if session.shape.planes == 2 {
+                kernel.add_scaled(scores, &work.low[q * SEGMENT..][..seen], 1.0);
+            }
             if let Some(cap) = self.cap {
                 kernel.soft_cap(scores, cap);
             }
@@ -142,12 +151,14 @@ impl Attention<'_> {
             work.reduced.push(kernel.exp_segment(scores));
         }
         for (i, page) in pages.iter().enumerate() {
-            let (_, values) = page.head(&session.shape, self.layer, head);
             let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
             work.counts.clear();
             work.counts.extend((from..n).map(|q| (first + q / self.group + 1 - start - i * PAGE).min(PAGE)));
             let weights = &work.scores[from * SEGMENT + i * PAGE..];
-            kernel.weighted_sum(weights, SEGMENT, &work.counts, values, width, &mut work.part[from * width..]);
+            for plane in 0..session.shape.planes {
+                let (_, values) = page.head(&session.shape, self.layer, head, plane);
+                kernel.weighted_sum(weights, SEGMENT, &work.counts, values, width, &mut work.part[from * width..]);
+            }
         }
         for (q, (max, sum)) in (skip..n).zip(&work.reduced) {
             if *max == f32::NEG_INFINITY && *sum == 0.0 {

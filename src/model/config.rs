@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::arch::{self, Family, NormKind, Position, Residual};
-use super::rope::RopeConfig;
+use super::rope::{RopeConfig, Scaling};
 use crate::error::{Error, Place, Result};
 use crate::format::Checkpoint;
 use crate::format::gguf::{Metadata, Value};
@@ -39,8 +39,8 @@ pub struct Config {
     pub ropes: [RopeConfig; 2],
     /// What differs from layer to layer, one entry a transformer block.
     pub layers: Vec<LayerConfig>,
-    /// Largest slope exponent of a bias by distance.
-    pub alibi: Option<f32>,
+    /// Largest slope exponent of a bias by distance, and what the slopes are multiplied with.
+    pub alibi: Option<(f32, f32)>,
     /// What dot products of queries and keys are multiplied with.
     pub attention_scale: f32,
     /// Bound of queries, keys and values.
@@ -124,6 +124,8 @@ impl Config {
 
         let alibi = keys.positive("attention.max_alibi_bias")?;
         let alibi = alibi.or((family.position == Position::Alibi).then_some(8.0));
+        let alibi_scale = keys.positive("attention.alibi_scale")?.unwrap_or(1.0);
+        let alibi = alibi.map(|max| (max, alibi_scale));
         let rotates = matches!(family.position, Position::Rope | Position::RopeAdjacent) && alibi.is_none();
         let rotary = if rotates { keys.optional_count("rope.dimension_count")?.unwrap_or(head_dim) } else { 0 };
         let fits = rotary.is_multiple_of(2) && rotary <= head_dim;
@@ -160,6 +162,17 @@ impl Config {
             logit_scale: if family.more.divided_logits { 1.0 / logit_scale } else { logit_scale },
             experts: keys.experts(family)?,
         })
+    }
+}
+
+impl Config {
+    /// Tokens that a session holds unless told otherwise: up to where the rotation is as it was trained, for kinds of
+    /// stretching that give other results for short texts as soon as long ones are provided for.
+    pub fn usual_context(&self) -> usize {
+        match self.ropes[0].scaling {
+            Scaling::Dynamic { original, .. } | Scaling::Long { original } => self.context.min(original as usize),
+            _ => self.context,
+        }
     }
 }
 
@@ -232,7 +245,7 @@ impl<'a> Keys<'a> {
 
     /// The activation of feed-forward layers where it is not the family's own.
     fn activation(&self) -> Result<Option<Activation>> {
-        let name = "feed_forward.activation";
+        let name = "hidden_activation";
         self.optional_text(name)?
             .map(|found| {
                 Activation::by_name(found).ok_or_else(|| self.malformed(name, found, "silu, gelu, gelu_tanh or relu"))
@@ -246,16 +259,22 @@ impl<'a> Keys<'a> {
             Some(value) if value.as_u64() == Some(0) => None,
             _ => self.optional_count("attention.sliding_window")?,
         };
-        let windowed = self.flags("attention.sliding_window_pattern", layers)?;
-        let unrotated = self.flags("rope.unrotated_layers", layers)?;
+        // Either a list or the period of layers without a window.
+        let pattern = "attention.sliding_window_pattern";
+        let (windowed, window_period) = match self.get(pattern).map(Value::as_u64) {
+            Some(Some(0)) => (None, 0),
+            Some(Some(_)) => (None, self.count(pattern)?),
+            _ => (self.flags(pattern, layers)?, family.more.window_period),
+        };
+        let rotated = self.flags("attention.rope_pattern", layers)?;
         Ok((0..layers)
             .map(|layer| LayerConfig {
                 window: window.filter(|_| match &windowed {
                     Some(flags) => flags[layer],
-                    None => !period(family.more.window_period, layer),
+                    None => !period(window_period, layer),
                 }),
-                rotated: match &unrotated {
-                    Some(flags) => !flags[layer],
+                rotated: match &rotated {
+                    Some(flags) => flags[layer],
                     None => !period(family.more.unrotated_period, layer),
                 },
             })

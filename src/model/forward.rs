@@ -9,7 +9,7 @@ use super::arch::NormKind;
 use super::attention::Attention;
 use super::config::LayerConfig;
 use super::experts::Buffers;
-use super::kv_cache::Session;
+use super::kv_cache::{Page, Place, Session};
 use super::linear::{Linear, Rows};
 use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm};
 use crate::error::{Error, Result};
@@ -389,23 +389,28 @@ impl Pass<'_> {
     fn store(&self, s: &Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
         let (config, shape, width) = (&self.model.config, self.model.shape, layer.qkv.width());
         let (keys, values, dim) = (layer.qkv.start(1), layer.qkv.start(2), config.head_dim);
-        let write = |page: &mut super::kv_cache::Page, rows: std::ops::Range<usize>| {
-            let mut half = [f16::ZERO; 2 * 256];
-            let mut long = vec![f16::ZERO; if dim > 256 { 2 * dim } else { 0 }];
-            let half = if dim > 256 { &mut long[..] } else { &mut half[..2 * dim] };
+        let write = |page: &mut Page, rows: std::ops::Range<usize>| {
+            let (mut half, mut rest) = (vec![f16::ZERO; 2 * dim], vec![0.0f32; 2 * dim]);
             for row in rows {
                 let qkv = &s.qkv[row * width..][..width];
                 let slot = s.rows[row].position % PAGE;
                 for head in 0..config.kv_heads {
-                    let (key, value) = half.split_at_mut(dim);
-                    self.kernel.to_f16(&qkv[keys + head * dim..][..dim], key);
-                    self.kernel.to_f16(&qkv[values + head * dim..][..dim], value);
-                    page.store(&shape, index, head, slot, key, value);
+                    rest[..dim].copy_from_slice(&qkv[keys + head * dim..][..dim]);
+                    rest[dim..].copy_from_slice(&qkv[values + head * dim..][..dim]);
+                    for plane in 0..shape.planes {
+                        self.kernel.to_f16(&rest, &mut half);
+                        let (key, value) = half.split_at(dim);
+                        page.store(&shape, Place { layer: index, head, plane }, slot, key, value);
+                        if plane + 1 < shape.planes {
+                            // What the first plane could not hold goes to the second.
+                            rest.iter_mut().zip(&half).for_each(|(rest, half)| *rest -= half.to_f32());
+                        }
+                    }
                 }
             }
         };
         // Consecutive rows of one session, with its pages: cut where a page ends.
-        let mut tasks = Vec::new();
+        let mut tasks: Vec<(&mut Page, _)> = Vec::new();
         let mut row = 0;
         for (i, input) in inputs.iter_mut().enumerate() {
             let count = s.rows[row..].iter().take_while(|row| row.input == i).count();

@@ -15,29 +15,39 @@ pub(super) struct Shape {
     pub(super) head_dim: usize,
     /// `head_dim` rounded up to whole registers.
     pub(super) width: usize,
+    /// 1, or 2 for models that compute in F32: each number is then the sum of two F16 numbers, 22 bits in all.
+    pub(super) planes: usize,
 }
 
 impl Shape {
-    pub(super) fn of(config: &Config) -> Shape {
+    pub(super) fn of(config: &Config, planes: usize) -> Shape {
         let (layers, kv_heads, head_dim) = (config.layers.len(), config.kv_heads, config.head_dim);
-        Shape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL) }
+        Shape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL), planes }
     }
 
-    /// Numbers of one head's keys, and of keys and values together.
+    /// Numbers of one head's keys in one plane, and of keys and values together.
     fn head(&self) -> (usize, usize) {
         (PAGE * self.head_dim, PAGE * (self.head_dim + self.width))
     }
 
     /// Numbers in a page, if they can be counted.
     fn page(&self) -> Option<usize> {
-        self.head().1.checked_mul(self.kv_heads)?.checked_mul(self.layers)
+        self.head().1.checked_mul(self.planes)?.checked_mul(self.kv_heads)?.checked_mul(self.layers)
     }
+}
+
+/// Which numbers of a page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) layer: usize,
+    pub(super) head: usize,
+    pub(super) plane: usize,
 }
 
 /// 64 positions of every layer and head.
 #[derive(Debug)]
 pub(super) struct Page {
-    /// `(layers, kv_heads, keys and values)`: keys `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of
+    /// `(layers, kv_heads, planes, keys and values)`: keys `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of
     /// 16 positions; values `(PAGE, width)`.
     data: Vec<f16>,
 }
@@ -57,15 +67,17 @@ impl Page {
     }
 
     /// Keys `(PAGE / 16, head_dim, 16)` and values `(PAGE, width)` of one head.
-    pub(super) fn head(&self, shape: &Shape, layer: usize, head: usize) -> (&[f16], &[f16]) {
+    pub(super) fn head(&self, shape: &Shape, layer: usize, head: usize, plane: usize) -> (&[f16], &[f16]) {
         let (keys, both) = shape.head();
-        self.data[(layer * shape.kv_heads + head) * both..][..both].split_at(keys)
+        self.data[((layer * shape.kv_heads + head) * shape.planes + plane) * both..][..both].split_at(keys)
     }
 
-    /// Stores key and value `(head_dim)` of one head at `slot` of the page.
-    pub(super) fn store(&mut self, shape: &Shape, layer: usize, head: usize, slot: usize, key: &[f16], value: &[f16]) {
+    /// Stores key and value `(head_dim)` of one head, given by `place`, at `slot` of the page.
+    pub(super) fn store(&mut self, shape: &Shape, place: Place, slot: usize, key: &[f16], value: &[f16]) {
         let (keys, both) = shape.head();
-        let (keys, values) = self.data[(layer * shape.kv_heads + head) * both..][..both].split_at_mut(keys);
+        let Place { layer, head, plane } = place;
+        let start = ((layer * shape.kv_heads + head) * shape.planes + plane) * both;
+        let (keys, values) = self.data[start..][..both].split_at_mut(keys);
         let panel = &mut keys[slot / PANEL * shape.head_dim * PANEL..][..shape.head_dim * PANEL];
         for (column, key) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(key) {
             column[slot % PANEL] = *key;

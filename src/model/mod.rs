@@ -3,10 +3,13 @@
 pub mod arch;
 mod attention;
 pub mod config;
+pub mod convert;
 mod experts;
 mod forward;
+pub mod hf;
 mod kv_cache;
 mod linear;
+pub mod requantize;
 mod rope;
 mod weights;
 
@@ -16,16 +19,49 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
-use crate::format::gguf::Gguf;
+use crate::format::gguf::{Gguf, Value};
 use crate::kernels::{self, Kernel};
+use crate::quant::block::BlockType;
 use crate::threads::{Team, resolve_threads};
 use config::Config;
 pub use forward::{Input, Logits};
+use hf::HfFolder;
 pub use kv_cache::Session;
+use requantize::Quantized;
 use rope::Rope;
 pub use rope::{RopeConfig, Scaling};
 pub use weights::Progress;
 use weights::Weights;
+
+/// What becomes of weights that a checkpoint holds as F32, F16 or BF16.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Quantize {
+    /// INT4 for a folder of Hugging Face, as stored for a GGUF file.
+    #[default]
+    Auto,
+    /// Nothing: they are computed as they are stored.
+    Stored,
+    /// Layers INT4, a scale every 32 weights; embedding and output INT8.
+    Int4,
+    /// All matrices INT8, a scale every 32 weights.
+    Int8,
+}
+
+impl Quantize {
+    /// The choice called `auto`, `stored`, `int4` or `int8`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for other names.
+    pub fn by_name(name: &str) -> Result<Quantize> {
+        Ok(match name {
+            "auto" => Quantize::Auto,
+            "stored" => Quantize::Stored,
+            "int4" => Quantize::Int4,
+            "int8" => Quantize::Int8,
+            _ => return Err(Error::argument("quantize", format_args!("{name:?}"), "int4, int8, stored or auto")),
+        })
+    }
+}
 
 /// What a caller may choose when a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -34,8 +70,11 @@ pub struct LoadOptions {
     pub kernel: Option<String>,
     /// Threads; otherwise what `NYBBLE_NUM_THREADS` says, otherwise as many as pay off.
     pub threads: Option<usize>,
-    /// Tokens that a session may hold, at most what the model was made for; otherwise that.
+    /// Tokens that a session may hold, at most what the model was made for; otherwise that, or what it was trained on
+    /// before its rotation was stretched.
     pub context: Option<usize>,
+    /// Whether weights that are stored as floats are quantized.
+    pub quantize: Quantize,
 }
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
@@ -44,6 +83,8 @@ pub struct Model {
     /// Tells the sessions of this model from those of others.
     id: u64,
     path: PathBuf,
+    /// What the file calls it, or nothing.
+    name: String,
     config: Config,
     weights: Weights,
     /// Angles of ordinary layers and of those with a window.
@@ -59,28 +100,51 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a GGUF file, or the first of its shards.
+    /// Loads a GGUF file, any of its shards, or a folder of Hugging Face with `config.json` and safetensors files.
     ///
     /// # Errors
-    /// Those of [`Gguf::open`]; [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] for keys and tensors;
-    /// [`Error::UnknownKernel`] and [`Error::InvalidArgument`] for options; [`Error::OutOfMemory`].
+    /// Those of [`Gguf::open`] and [`HfFolder::open`]; [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`]
+    /// for keys and tensors; [`Error::UnknownKernel`] and [`Error::InvalidArgument`] for options; [`Error::OutOfMemory`].
     pub fn load(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Model> {
-        Model::from_checkpoint(&Gguf::open(path)?, options, None)
+        Model::load_with(path, options, None)
     }
 
-    /// Loads a model from an open checkpoint, telling `progress` how far it is.
+    /// As [`Model::load`], telling `progress` how far it is.
     ///
     /// # Errors
     /// Those of [`Model::load`].
-    pub fn from_checkpoint(
+    pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
+        let path = path.as_ref();
+        if path.is_dir() {
+            Model::from_checkpoint(&HfFolder::open(path)?, Quantize::Int4, options, progress)
+        } else {
+            Model::from_checkpoint(&Gguf::open(path)?, Quantize::Stored, options, progress)
+        }
+    }
+
+    /// Loads a model from an open checkpoint, whose floats become what `usual` says unless the options say otherwise.
+    fn from_checkpoint(
         checkpoint: &dyn Checkpoint,
+        usual: Quantize,
         options: &LoadOptions,
         progress: Option<Progress<'_>>,
     ) -> Result<Model> {
+        let wanted = match if options.quantize == Quantize::Auto { usual } else { options.quantize } {
+            Quantize::Auto | Quantize::Stored => return Model::pack(checkpoint, options, progress),
+            Quantize::Int4 => BlockType::Q4_0,
+            Quantize::Int8 => BlockType::Q8_0,
+        };
+        let quantized = Quantized::new(checkpoint, wanted)?;
+        let model = Model::pack(&quantized, options, progress)?;
+        quantized.finish()?;
+        Ok(model)
+    }
+
+    fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
         let team = Team::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
-        let context = options.context.unwrap_or(config.context);
+        let context = options.context.unwrap_or(config.usual_context());
         if context == 0 || context > config.context {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
@@ -97,12 +161,13 @@ impl Model {
                 (rope == window_rope).then_some(weights.rope_factors.as_deref()).flatten(),
             ),
         ];
-        let slopes = config.alibi.map_or(Vec::new(), |max| attention::slopes(config.heads, max));
+        let slopes = config.alibi.map_or(Vec::new(), |(max, scale)| attention::slopes(config.heads, max, scale));
         static MODELS: AtomicU64 = AtomicU64::new(0);
         Ok(Model {
             id: MODELS.fetch_add(1, Ordering::Relaxed),
             path: checkpoint.path().to_path_buf(),
-            shape: kv_cache::Shape::of(&config),
+            name: checkpoint.metadata().get("general.name").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            shape: kv_cache::Shape::of(&config, if weights.is_f32() { 2 } else { 1 }),
             config,
             weights,
             ropes,
@@ -122,6 +187,11 @@ impl Model {
     /// The file or folder it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the file calls the model; empty if it does not.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Hyper-parameters.

@@ -66,12 +66,13 @@ impl RopeConfig {
             None => keys.optional_count("context_length")?.unwrap_or(1),
         } as f32;
         let attention = keys.positive("rope.scaling.attn_factor")?;
-        let (scaling, magnitude) = match kind.unwrap_or("linear") {
-            "none" => (Scaling::None, 1.0),
-            "linear" if factor == 1.0 => (Scaling::None, 1.0),
-            "linear" => (Scaling::Linear { factor }, 1.0),
-            "dynamic" => (Scaling::Dynamic { factor, original }, 1.0),
-            "yarn" => {
+        let dynamic = keys.positive("rope.scaling.dynamic_factor")?;
+        let (scaling, magnitude) = match (kind.unwrap_or("linear"), dynamic) {
+            ("none", Some(factor)) => (Scaling::Dynamic { factor, original }, 1.0),
+            ("none", None) => (Scaling::None, 1.0),
+            ("linear", _) if factor == 1.0 => (Scaling::None, 1.0),
+            ("linear", _) => (Scaling::Linear { factor }, 1.0),
+            ("yarn", _) => {
                 let beta = |key: &str, usual| Ok(keys.positive(key)?.unwrap_or(usual));
                 let beta_fast = beta("rope.scaling.yarn_beta_fast", 32.0)?;
                 let beta_slow = beta("rope.scaling.yarn_beta_slow", 1.0)?;
@@ -80,9 +81,9 @@ impl RopeConfig {
                 let scaling = Scaling::Yarn { factor, original, beta_fast, beta_slow };
                 (scaling, usual * attention.unwrap_or(1.0))
             }
-            "longrope" => (Scaling::Long { original }, attention.unwrap_or(1.0)),
-            other => {
-                let supported = "supported: none, linear, dynamic, yarn, longrope";
+            ("longrope", _) => (Scaling::Long { original }, attention.unwrap_or(1.0)),
+            (other, _) => {
+                let supported = "supported: none, linear, yarn, longrope";
                 return Err(keys.unsupported("rope.scaling.type", format_args!("{other:?}"), supported));
             }
         };

@@ -10,7 +10,7 @@ use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
 use crate::quant::block::BlockType;
 use crate::quant::pack;
-use crate::quant::packed::Packed;
+use crate::quant::packed::{Code, Packed};
 use crate::threads::Scope;
 
 /// Scale and bias of a norm.
@@ -179,6 +179,12 @@ impl Weights {
     /// The matrix that turns the last hidden state into logits.
     pub(super) fn output(&self) -> &Linear {
         self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Whether the model computes in single precision: its layers hold F32.
+    pub(super) fn is_f32(&self) -> bool {
+        let parts = self.layers.iter().flat_map(|layer| layer.qkv.parts());
+        parts.into_iter().all(|part| part.layout().code == Code::F32)
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {

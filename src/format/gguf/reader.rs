@@ -2,18 +2,14 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
-
-use memmap2::Mmap;
 
 use super::parse::{Parsed, parse};
 use super::shards;
 use super::tensor::TensorInfo;
 use super::value::{Array, Metadata, StringArray, Value};
 use crate::error::{Error, Place, Result};
+use crate::format::mapped::Bytes;
 use crate::quant::block::BlockType;
 
 /// How to open a file.
@@ -51,50 +47,11 @@ pub(super) struct Shard {
     bytes: Bytes,
 }
 
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Mmap),
-    Read(Vec<u8>),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Read(bytes) => bytes,
-        }
-    }
-}
-
 /// Opens and parses the file that is number `shard` of its model.
 pub(super) fn open_shard(path: &Path, shard: usize, options: &OpenOptions) -> Result<(Shard, Parsed)> {
-    let bytes = load(path, options).map_err(|source| Error::io(path, source))?;
+    let bytes = Bytes::open(path, options.mmap).map_err(|source| Error::io(path, source))?;
     let parsed = parse(path, &bytes, shard)?;
     Ok((Shard { path: path.to_path_buf(), bytes }, parsed))
-}
-
-fn load(path: &Path, options: &OpenOptions) -> std::io::Result<Bytes> {
-    let mut file = File::open(path)?;
-    if file.metadata()?.is_dir() {
-        // Mapping one would fail too, but with words that help nobody.
-        return Err(ErrorKind::IsADirectory.into());
-    }
-    if options.mmap {
-        return map(&file).map(Bytes::Mapped);
-    }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    Ok(Bytes::Read(bytes))
-}
-
-#[allow(unsafe_code, reason = "mapping a file is how a model loads without being read twice")]
-fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is private and only ever read. What remains is that another process changes the file underneath, which
-    // `OpenOptions::mmap` forbids; every length was checked against the map's own, so a change can alter values (or, where
-    // the file was cut, end the process) but never lead a read outside the map.
-    unsafe { Mmap::map(file) }
 }
 
 impl Gguf {
@@ -317,20 +274,9 @@ impl Gguf {
 
     /// Tells the system that the bytes of `tensor` will not be needed again soon, so that it may have the memory back. They
     /// can still be read, from the disk again. Does nothing when the file is not mapped, or on systems without such a call.
-    #[allow(unsafe_code, reason = "memmap2 guards the advice, because it would lose what was written to a map")]
     pub fn release(&self, tensor: &TensorInfo) {
-        /// The smallest page of the systems we know. Where pages are larger, whole ones are given back all the same, and
-        /// what a neighbour has of them is read again when it is touched.
-        const PAGE: usize = 4096;
-        #[cfg(unix)]
-        if let Some(Shard { bytes: Bytes::Mapped(map), .. }) = self.shards.get(tensor.shard) {
-            let start = tensor.bytes.start.next_multiple_of(PAGE);
-            let end = tensor.bytes.end / PAGE * PAGE;
-            if start < end && end <= map.len() {
-                // SAFETY: nothing was ever written to the map, so pages that are dropped come back from the file with the
-                // same bytes, and slices into them stay valid. A refusal costs memory only, so it may pass in silence.
-                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-            }
+        if let Some(shard) = self.shards.get(tensor.shard) {
+            shard.bytes.release(tensor.bytes.clone());
         }
     }
 }

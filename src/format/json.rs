@@ -1,0 +1,66 @@
+//! JSON files: objects whose keys occur once.
+
+use std::fmt;
+use std::io::Read;
+use std::path::Path;
+
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Place, Result};
+
+/// The entries of an object in their order. A key that occurs twice is an error: readers would not agree on what it means.
+pub(crate) struct Entries(pub(crate) Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Collect;
+
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
+                let (mut entries, mut seen) = (Vec::new(), std::collections::HashSet::new());
+                while let Some((key, value)) = map.next_entry::<String, Value>()? {
+                    if !seen.insert(key.clone()) {
+                        return Err(A::Error::custom(format_args!("{key:?} a second time")));
+                    }
+                    entries.push((key, value));
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
+}
+
+/// The object in `bytes`, a part of the file at `path`. `what` is what the part is called in errors.
+pub(crate) fn entries(path: &Path, bytes: &[u8], place: Place, what: &str) -> Result<Vec<(String, Value)>> {
+    let parsed = serde_json::from_slice::<Entries>(bytes);
+    parsed.map(|entries| entries.0).map_err(|error| Error::malformed(path, place, error, what))
+}
+
+/// The object that the file at `path` holds, which may be `largest` bytes long.
+pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
+    let io = |source| Error::io(path, source);
+    let file = std::fs::File::open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    file.take(largest + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > largest {
+        return Err(Error::malformed(path, Place::File, format_args!("more than {largest} bytes"), "fewer"));
+    }
+    Ok(entries(path, &bytes, Place::File, "a JSON object")?.into_iter().collect())
+}
+
+/// A value for an error message, cut where it is long.
+pub(crate) fn brief(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}

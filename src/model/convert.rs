@@ -1,0 +1,147 @@
+//! From any checkpoint to a GGUF file that llama.cpp reads.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use super::hf::HfFolder;
+use super::requantize::{decode, encode, target, unfit};
+use super::weights::Progress;
+use crate::error::{Error, Place, Result};
+use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use crate::format::{Checkpoint, Tensor};
+use crate::quant::block::BlockType;
+use crate::threads::{Scope, Team, default_threads};
+
+/// Bytes that one thread makes before it takes the next piece.
+const PIECE: usize = 1 << 20;
+
+/// Writes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, as a GGUF file at `out`.
+///
+/// Matrices are stored as [`convert`] says. `progress` is told how many of the tensors are done.
+///
+/// # Errors
+/// Those of [`Gguf::open`], [`HfFolder::open`], [`HfFolder::tokenizer`] and [`convert`].
+pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Option<Progress<'_>>) -> Result<()> {
+    if source.is_dir() {
+        let folder = HfFolder::open(source)?;
+        convert(&folder, &folder.tokenizer()?, out, wanted, progress)
+    } else {
+        convert(&Gguf::open(source)?, &Metadata::new(), out, wanted, progress)
+    }
+}
+
+/// Writes `checkpoint` as a GGUF file at `out`, with the keys of `more` besides its own.
+///
+/// Matrices are stored in the type `wanted`. What [`target`] exempts becomes F32; the embedding and the output get Q8_0 where
+/// Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as llama.cpp's converter does it.
+/// Tensors that are in the right type already are copied.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`].
+pub fn convert(
+    checkpoint: &dyn Checkpoint,
+    more: &Metadata,
+    out: &Path,
+    wanted: BlockType,
+    progress: Option<Progress<'_>>,
+) -> Result<()> {
+    let Some(file_type) = file_type(wanted) else {
+        let known = BlockType::names(|known| file_type(known).is_some());
+        return Err(Error::argument("type", wanted, format_args!("one of {known}")));
+    };
+    let mut metadata = checkpoint.metadata().clone();
+    for (key, value) in more.iter() {
+        metadata.set(key, value.clone());
+    }
+    metadata.set("general.file_type", file_type).set("general.quantization_version", 2u32);
+    let names = checkpoint.names();
+    let mut planned = Vec::with_capacity(names.len());
+    for name in &names {
+        let Some(tensor) = checkpoint.tensor(name) else { continue };
+        let stored = stored(name, &tensor, wanted);
+        let found = tensor.rows.block_type();
+        if found != stored && !found.is_supported() {
+            return Err(Error::Unsupported {
+                path: checkpoint.path().to_path_buf(),
+                place: Place::Tensor((*name).to_owned()),
+                what: format!("the type {found}"),
+                supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
+            });
+        }
+        let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
+        planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
+    }
+    let team = Team::new(default_threads())?;
+    let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
+    for (done, (name, stored, _)) in planned.iter().enumerate() {
+        if let Some(progress) = progress {
+            progress(done, planned.len());
+        }
+        let Some(tensor) = checkpoint.tensor(name) else { continue };
+        let bytes = team.run(|scope| encode_all(scope, &tensor, *stored));
+        writer.write_tensor(name, &bytes.map_err(|error| unfit(checkpoint.path(), name, &error))?)?;
+        drop(tensor);
+        checkpoint.release(name);
+    }
+    writer.finish()?;
+    if let Some(progress) = progress {
+        progress(planned.len(), planned.len());
+    }
+    Ok(())
+}
+
+/// llama.cpp's number for files whose matrices are of that type, and `None` for those that cannot be written.
+fn file_type(wanted: BlockType) -> Option<u32> {
+    Some(match wanted {
+        BlockType::F32 => 0,
+        BlockType::F16 => 1,
+        BlockType::Q4_0 => 2,
+        BlockType::Q4_1 => 3,
+        BlockType::Q8_0 => 7,
+        BlockType::BF16 => 32,
+        _ => return None,
+    })
+}
+
+/// The type in which a tensor is stored.
+fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
+    match target(name, &tensor.dims, wanted) {
+        None => BlockType::F32,
+        Some(wanted) if tensor.dims.first().is_some_and(|columns| columns.is_multiple_of(wanted.block_len())) => wanted,
+        Some(_) => BlockType::F16,
+    }
+}
+
+/// The bytes of a whole tensor, made by all threads.
+fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Result<Vec<u8>> {
+    let columns = tensor.dims.first().copied().unwrap_or(0);
+    let rows: usize = tensor.dims.iter().skip(1).product();
+    // The writer has counted these bytes before.
+    let row_bytes = stored.bytes_for(columns).unwrap_or_default();
+    let mut bytes = vec![0; rows * row_bytes];
+    let fault = Mutex::new(None);
+    let rows_per_piece = (PIECE / row_bytes.max(1)).max(1);
+    scope.for_each_chunk(&mut bytes, (rows_per_piece * row_bytes).max(1), |piece, out| {
+        let (mut scratch, mut values, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, out) in out.chunks_exact_mut(row_bytes).enumerate() {
+            let index = piece * rows_per_piece + i;
+            encoded.clear();
+            let done = if tensor.rows.block_type() == stored {
+                encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
+                Ok(())
+            } else {
+                decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values)
+                    .and_then(|()| encode(stored, &values, &mut encoded))
+            };
+            match done {
+                Ok(()) => out.copy_from_slice(&encoded),
+                Err(error) => {
+                    fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    return;
+                }
+            }
+        }
+    });
+    fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(bytes), Err)
+}

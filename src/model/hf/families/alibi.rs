@@ -1,0 +1,171 @@
+//! Families in which attention fades with the distance, or did in their first members (Press et al. 2021, arXiv 2108.12409).
+
+use super::*;
+use Need::{Always, If, IfSo, Optional};
+use Transform::Ungroup;
+
+/// What the slopes of ALiBi are powers of: 2 to the minus this.
+const MAX_BIAS: f32 = 8.0;
+
+/// BigScience 2022, arXiv 2211.05100.
+pub(super) const BLOOM: Family = Family {
+    model_types: &["bloom"],
+    architecture: "bloom",
+    defaults: &[("layer_norm_epsilon", "1e-5"), ("seq_length", "2048"), ("tie_word_embeddings", "true")],
+    bases: &["transformer.", ""],
+    outside: &[&[
+        tensor("token_embd", "~word_embeddings"),
+        tensor("token_embd_norm", "~word_embeddings_layernorm").bias(Always),
+        tensor("output_norm", "~ln_f").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layers: "~h.",
+    layer: &[&[
+        tensor("attn_norm", "input_layernorm").bias(Always),
+        tensor("attn_qkv", "self_attention.query_key_value").by(Ungroup).bias(Always),
+        tensor("attn_output", "self_attention.dense").bias(Always),
+        tensor("ffn_norm", "post_attention_layernorm").bias(Always),
+        tensor("ffn_up", "mlp.dense_h_to_4h").bias(Always),
+        tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
+    ]],
+    norm: Norm::Layer,
+    activation: Activation::Is("gelu_tanh"),
+    rotation: Rotation::Never,
+    adjust: |_, sizes| {
+        (sizes.kv_heads, sizes.ffn) = (sizes.heads, 4 * sizes.hidden);
+        Ok(())
+    },
+    keys: |keys| {
+        keys.set("attention.max_alibi_bias", MAX_BIAS);
+        keys.require("apply_residual_connection_post_layernorm", false)
+    },
+    ..BASE
+};
+
+/// Almazrouei et al. 2023, arXiv 2311.16867; the RW ones have ALiBi.
+pub(super) const FALCON: Family = Family {
+    model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
+    architecture: "falcon",
+    defaults: &[
+        ("layer_norm_epsilon", "1e-5"),
+        ("activation", "\"gelu\""),
+        ("max_position_embeddings", "2048"),
+        ("tie_word_embeddings", "true"),
+    ],
+    bases: &["transformer.", ""],
+    outside: &[&[
+        tensor("token_embd", "~word_embeddings"),
+        tensor("output_norm", "~ln_f").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layers: "~h.",
+    layer: &[&[
+        tensor("attn_norm", "input_layernorm").when(IfSo(one_norm)).bias(IfSo(one_norm)),
+        tensor("attn_norm", "ln_mlp").when(IfSo(two_norms)).bias(IfSo(two_norms)),
+        tensor("attn_norm_2", "ln_attn").when(IfSo(two_norms)).bias(IfSo(two_norms)),
+        tensor("ffn_norm", "post_attention_layernorm").when(IfSo(serial)).bias(IfSo(serial)),
+        tensor("attn_qkv", "self_attention.query_key_value").by(Ungroup).bias(If("bias")),
+        tensor("attn_output", "self_attention.dense").bias(If("bias")),
+        tensor("ffn_up", "mlp.dense_h_to_4h").bias(If("bias")),
+        tensor("ffn_down", "mlp.dense_4h_to_h").bias(If("bias")),
+    ]],
+    norm: Norm::Layer,
+    activation: Activation::Under(&["activation"]),
+    rotation: Rotation::Unless("alibi"),
+    adjust: |settings, sizes| {
+        sizes.kv_heads = if settings.switch("new_decoder_architecture", false)? {
+            settings.optional_count(&["num_kv_heads", "n_head_kv"])?.unwrap_or(sizes.heads)
+        } else if settings.switch("multi_query", true)? {
+            1
+        } else {
+            sizes.heads
+        };
+        four_times(settings, sizes)
+    },
+    keys: |keys| {
+        keys.set("tensor_data_layout", "jploski");
+        let serial = serial(keys.settings)?;
+        keys.set("use_parallel_residual", !serial);
+        if keys.settings.switch("alibi", false)? {
+            keys.set("attention.max_alibi_bias", MAX_BIAS);
+            // Unlike others it adds the bias before it scales the scores.
+            keys.set("attention.alibi_scale", (keys.sizes.head_dim as f32).sqrt().recip());
+        }
+        Ok(())
+    },
+    ..BASE
+};
+
+fn serial(settings: &Settings) -> Result<bool> {
+    Ok(!settings.switch("parallel_attn", true)?)
+}
+
+fn two_norms(settings: &Settings) -> Result<bool> {
+    let norms = settings.optional_count(&["num_ln_in_parallel_attn"])?;
+    let two = norms.map_or(settings.switch("new_decoder_architecture", false)?, |norms| norms == 2);
+    Ok(two && !serial(settings)?)
+}
+
+fn one_norm(settings: &Settings) -> Result<bool> {
+    two_norms(settings).map(|two| !two)
+}
+
+/// MosaicML 2023.
+pub(super) const MPT: Family = Family {
+    model_types: &["mpt"],
+    architecture: "mpt",
+    defaults: &[("layer_norm_epsilon", "1e-5"), ("max_seq_len", "2048"), ("tie_word_embeddings", "true")],
+    bases: &["transformer.", ""],
+    outside: &[&[
+        tensor("token_embd", "~wte"),
+        tensor("position_embd", "~wpe").when(Optional),
+        tensor("output_norm", "~norm_f").bias(Optional),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layers: "~blocks.",
+    layer: &[&[
+        tensor("attn_norm", "norm_1").bias(Optional),
+        tensor("attn_qkv", "attn.Wqkv").bias(Optional),
+        tensor("attn_output", "attn.out_proj").bias(Optional),
+        tensor("ffn_norm", "norm_2").bias(Optional),
+        tensor("ffn_up", "ffn.up_proj").bias(Optional),
+        tensor("ffn_down", "ffn.down_proj").bias(Optional),
+    ]],
+    norm: Norm::Layer,
+    activation: Activation::Is("gelu"),
+    rotation: Rotation::Never,
+    adjust: |settings, sizes| {
+        // transformers looks at no `expansion_ratio`.
+        sizes.ffn = 4 * sizes.hidden;
+        if let Some(attention) = settings.object("attn_config")? {
+            sizes.kv_heads = attention.optional_count(&["kv_n_heads"])?.unwrap_or(sizes.heads);
+        }
+        Ok(())
+    },
+    keys: |keys| {
+        let settings = keys.settings;
+        if let Some(scale) = settings.get("logit_scale") {
+            return Err(settings.unsupported("logit_scale", scale, "supported: null"));
+        }
+        let mut max_bias = MAX_BIAS;
+        if let Some(attention) = settings.object("attn_config")? {
+            for switch in ["qk_ln", "prefix_lm", "attn_uses_sequence_id"] {
+                if attention.switch(switch, false)? {
+                    return Err(attention.unsupported(switch, "true", "supported: false"));
+                }
+            }
+            max_bias = attention.optional_float(&["alibi_bias_max"])?.map_or(max_bias, |max| max as f32);
+            if !attention.switch("alibi", true)? {
+                max_bias = 0.0;
+            }
+            for (theirs, ours) in [("clip_qkv", "attention.clamp_kqv"), ("softmax_scale", "attention.scale")] {
+                if let Some(number) = attention.optional_float(&[theirs])? {
+                    keys.set(ours, number as f32);
+                }
+            }
+        }
+        keys.set("attention.max_alibi_bias", max_bias);
+        Ok(())
+    },
+    ..BASE
+};

@@ -1,0 +1,119 @@
+//! Google's Gemma: norms multiply with 1 + weight, and the output is always the embedding.
+
+use super::*;
+use Need::{Always, If, Never};
+use Transform::{AddOne, Copy};
+
+/// Gemma Team 2024, arXiv 2403.08295.
+pub(super) const GEMMA: Family = Family {
+    model_types: &["gemma"],
+    architecture: "gemma",
+    defaults: &[("rms_norm_eps", "1e-6"), ("max_position_embeddings", "8192"), ("head_dim", "256")],
+    outside: &[TIED],
+    layer: &[
+        &[tensor("attn_norm", "input_layernorm").by(AddOne), tensor("ffn_norm", "post_attention_layernorm").by(AddOne)],
+        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &gated(Always, Never),
+    ],
+    ignored: &["lm_head."],
+    // Whatever its config.json says: the first ones named another one by mistake.
+    activation: Activation::Is("gelu_tanh"),
+    ..BASE
+};
+
+const TIED: &[Entry] = &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne)];
+
+const FOUR_NORMS: &[Entry] = &[
+    tensor("attn_norm", "input_layernorm").by(AddOne),
+    tensor("post_attention_norm", "post_attention_layernorm").by(AddOne),
+    tensor("ffn_norm", "pre_feedforward_layernorm").by(AddOne),
+    tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
+];
+
+/// Gemma Team 2024, arXiv 2408.00118.
+pub(super) const GEMMA2: Family = Family {
+    model_types: &["gemma2"],
+    architecture: "gemma2",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("max_position_embeddings", "8192"),
+        ("head_dim", "256"),
+        ("hidden_activation", "\"gelu_pytorch_tanh\""),
+        ("query_pre_attn_scalar", "256"),
+        ("attn_logit_softcapping", "50.0"),
+        ("final_logit_softcapping", "30.0"),
+        ("sliding_window", "4096"),
+        ("sliding_window_pattern", "2"),
+    ],
+    layer: &[FOUR_NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
+    activation: Activation::Under(&["hidden_activation"]),
+    window: Window::Period(&["sliding_window_pattern"]),
+    keys: |keys| {
+        scale(keys)?;
+        // Readers assume a cap where there is no key: none is 0.
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            let cap = keys.settings.optional_float(&[key])?.unwrap_or(0.0);
+            keys.set(key, cap as f32);
+        }
+        Ok(())
+    },
+    ..GEMMA
+};
+
+/// Gemma Team 2025, arXiv 2503.19786: the text part.
+pub(super) const GEMMA3: Family = Family {
+    model_types: &["gemma3_text", "gemma3"],
+    architecture: "gemma3",
+    // The files of the larger ones name few sizes.
+    defaults: &[
+        ("vocab_size", "262208"),
+        ("rms_norm_eps", "1e-6"),
+        ("max_position_embeddings", "131072"),
+        ("num_attention_heads", "8"),
+        ("num_key_value_heads", "4"),
+        ("head_dim", "256"),
+        ("hidden_activation", "\"gelu_pytorch_tanh\""),
+        ("query_pre_attn_scalar", "256"),
+        ("rope_theta", "1e6"),
+        ("rope_local_base_freq", "1e4"),
+        ("sliding_window", "4096"),
+        ("sliding_window_pattern", "6"),
+    ],
+    bases: &["language_model.model.", "model.language_model.", "model.", ""],
+    layer: &[
+        FOUR_NORMS,
+        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &head_norms(AddOne),
+        &gated(Always, Never),
+    ],
+    ignored: &[
+        "lm_head.",
+        "language_model.lm_head.",
+        "vision_tower.",
+        "multi_modal_projector.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+    ],
+    activation: Activation::Under(&["hidden_activation"]),
+    window: Window::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
+    keys: |keys| {
+        scale(keys)?;
+        keys.require("use_bidirectional_attention", false)?;
+        if keys.settings.get("attn_logit_softcapping").is_some() {
+            let key = "attn_logit_softcapping";
+            return Err(keys.settings.unsupported(key, "a cap in Gemma 3", "supported: null"));
+        }
+        keys.copy("final_logit_softcapping", "final_logit_softcapping")
+    },
+    ..GEMMA
+};
+
+/// What queries are multiplied with.
+fn scale(keys: &mut Keys<'_>) -> Result<()> {
+    let scalar = keys.settings.float(&["query_pre_attn_scalar"])?;
+    if scalar <= 0.0 {
+        return Err(keys.settings.malformed("query_pre_attn_scalar", scalar, "a positive number"));
+    }
+    keys.set("attention.scale", scalar.sqrt().recip() as f32);
+    Ok(())
+}

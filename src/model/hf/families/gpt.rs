@@ -1,0 +1,209 @@
+//! GPT-2 and the families that are built like it: LayerNorm with biases and a feed-forward layer without a gate.
+
+use super::*;
+use Need::{Always, If};
+use Transform::{Copy, Skip, Transpose, Ungroup};
+
+/// Radford et al. 2019.
+pub(super) const GPT2: Family = Family {
+    model_types: &["gpt2"],
+    architecture: "gpt2",
+    defaults: &[
+        ("layer_norm_epsilon", "1e-5"),
+        ("activation_function", "\"gelu_new\""),
+        ("n_positions", "1024"),
+        ("tie_word_embeddings", "true"),
+    ],
+    bases: &["transformer.", ""],
+    outside: &[OUTSIDE],
+    layers: "~h.",
+    layer: &[&layer(Transpose, Transpose)],
+    norm: Norm::Layer,
+    activation: Activation::Under(&["activation_function"]),
+    rotation: Rotation::Never,
+    adjust: four_times,
+    keys: |keys| {
+        keys.require("scale_attn_weights", true)?;
+        keys.require("scale_attn_by_inverse_layer_idx", false)?;
+        keys.require("add_cross_attention", false)
+    },
+    ..BASE
+};
+
+const OUTSIDE: &[Entry] = &[
+    tensor("token_embd", "~wte"),
+    tensor("position_embd", "~wpe"),
+    tensor("output_norm", "~ln_f").bias(Always),
+    tensor("output", "lm_head").when(Need::Untied),
+];
+
+const fn layer(qkv: Transform, rest: Transform) -> [Entry; 6] {
+    [
+        tensor("attn_norm", "ln_1").bias(Always),
+        tensor("attn_qkv", "attn.c_attn").by(qkv).bias(Always),
+        tensor("attn_output", "attn.c_proj").by(rest).bias(Always),
+        tensor("ffn_norm", "ln_2").bias(Always),
+        tensor("ffn_up", "mlp.c_fc").by(rest).bias(Always),
+        tensor("ffn_down", "mlp.c_proj").by(rest).bias(Always),
+    ]
+}
+
+/// Li et al. 2023, arXiv 2305.06161: StarCoder and SantaCoder.
+pub(super) const GPT_BIGCODE: Family = Family {
+    model_types: &["gpt_bigcode"],
+    architecture: "starcoder",
+    defaults: &[
+        ("layer_norm_epsilon", "1e-5"),
+        ("activation_function", "\"gelu_pytorch_tanh\""),
+        ("n_positions", "1024"),
+        ("tie_word_embeddings", "true"),
+        ("multi_query", "true"),
+    ],
+    layer: &[&layer(Ungroup, Copy)],
+    adjust: |settings, sizes| {
+        sizes.kv_heads = if settings.switch("multi_query", true)? { 1 } else { sizes.heads };
+        four_times(settings, sizes)
+    },
+    ..GPT2
+};
+
+/// Wang and Komatsuzaki 2021.
+pub(super) const GPTJ: Family = Family {
+    model_types: &["gptj"],
+    architecture: "gptj",
+    defaults: &[
+        ("layer_norm_epsilon", "1e-5"),
+        ("activation_function", "\"gelu_new\""),
+        ("n_positions", "2048"),
+        ("rotary_dim", "64"),
+    ],
+    outside: &[&[
+        tensor("token_embd", "~wte"),
+        tensor("output_norm", "~ln_f").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied).bias(Always),
+    ]],
+    layer: &[&[
+        tensor("attn_norm", "ln_1").bias(Always),
+        tensor("attn_q", "attn.q_proj"),
+        tensor("attn_k", "attn.k_proj"),
+        tensor("attn_v", "attn.v_proj"),
+        tensor("attn_output", "attn.out_proj"),
+        tensor("ffn_up", "mlp.fc_in").bias(Always),
+        tensor("ffn_down", "mlp.fc_out").bias(Always),
+    ]],
+    rotation: Rotation::Always,
+    keys: |_| Ok(()),
+    ..GPT2
+};
+
+/// Black et al. 2022, arXiv 2204.06745; also Pythia, Dolly and StableLM-Alpha.
+pub(super) const GPT_NEOX: Family = Family {
+    model_types: &["gpt_neox"],
+    architecture: "gptneox",
+    defaults: &[
+        ("layer_norm_eps", "1e-5"),
+        ("hidden_act", "\"gelu\""),
+        ("max_position_embeddings", "2048"),
+        ("rotary_pct", "0.25"),
+        ("attention_bias", "true"),
+    ],
+    bases: &["gpt_neox.", ""],
+    outside: &[&[
+        tensor("token_embd", "~embed_in"),
+        tensor("output_norm", "~final_layer_norm").bias(Always),
+        tensor("output", "embed_out").when(Need::Untied),
+    ]],
+    layers: "~layers.",
+    layer: &[&[
+        tensor("attn_norm", "input_layernorm").bias(Always),
+        tensor("attn_qkv", "attention.query_key_value").by(Ungroup).bias(If("attention_bias")),
+        tensor("attn_output", "attention.dense").bias(If("attention_bias")),
+        tensor("ffn_norm", "post_attention_layernorm").bias(Always),
+        tensor("ffn_up", "mlp.dense_h_to_4h").bias(Always),
+        tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
+    ]],
+    activation: Activation::Under(&["hidden_act"]),
+    rotation: Rotation::Always,
+    keys: |keys| {
+        let parallel = keys.settings.switch("use_parallel_residual", true)?;
+        keys.set("use_parallel_residual", parallel);
+        Ok(())
+    },
+    ..GPT2
+};
+
+/// Zhang et al. 2022, arXiv 2205.01068. GGUF has no names for it; these are ours.
+pub(super) const OPT: Family = Family {
+    model_types: &["opt"],
+    architecture: "opt",
+    defaults: &[
+        ("layer_norm_eps", "1e-5"),
+        ("activation_function", "\"relu\""),
+        ("max_position_embeddings", "2048"),
+        ("tie_word_embeddings", "true"),
+        ("enable_bias", "true"),
+    ],
+    bases: &["model.decoder.", "decoder.", ""],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        // The first two rows are for padding.
+        tensor("position_embd", "~embed_positions").by(Skip(2)),
+        tensor("output_norm", "~final_layer_norm").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layers: "~layers.",
+    layer: &[&[
+        tensor("attn_norm", "self_attn_layer_norm").bias(Always),
+        tensor("attn_q", "self_attn.q_proj").bias(If("enable_bias")),
+        tensor("attn_k", "self_attn.k_proj").bias(If("enable_bias")),
+        tensor("attn_v", "self_attn.v_proj").bias(If("enable_bias")),
+        tensor("attn_output", "self_attn.out_proj").bias(If("enable_bias")),
+        tensor("ffn_norm", "final_layer_norm").bias(Always),
+        tensor("ffn_up", "fc1").bias(If("enable_bias")),
+        tensor("ffn_down", "fc2").bias(If("enable_bias")),
+    ]],
+    keys: |keys| {
+        keys.require("do_layer_norm_before", true)?;
+        keys.require("layer_norm_elementwise_affine", true)?;
+        keys.require("_remove_final_layer_norm", false)?;
+        let hidden = keys.sizes.hidden;
+        match keys.settings.optional_count(&["word_embed_proj_dim"])? {
+            Some(width) if width != hidden => {
+                let supported = format!("supported: hidden_size, {hidden}");
+                Err(keys.settings.unsupported("word_embed_proj_dim", format_args!("a width of {width}"), &supported))
+            }
+            _ => Ok(()),
+        }
+    },
+    ..GPT2
+};
+
+/// Lozhkov et al. 2024, arXiv 2402.19173.
+pub(super) const STARCODER2: Family = Family {
+    model_types: &["starcoder2"],
+    architecture: "starcoder2",
+    defaults: &[
+        ("norm_epsilon", "1e-5"),
+        ("hidden_act", "\"gelu_pytorch_tanh\""),
+        ("max_position_embeddings", "4096"),
+        ("tie_word_embeddings", "true"),
+        ("use_bias", "true"),
+    ],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        tensor("output_norm", "~norm").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layer: &[
+        &[
+            tensor("attn_norm", "input_layernorm").bias(Always),
+            tensor("ffn_norm", "post_attention_layernorm").bias(Always),
+            tensor("ffn_up", "mlp.c_fc").bias(If("use_bias")),
+            tensor("ffn_down", "mlp.c_proj").bias(If("use_bias")),
+        ],
+        &attention(Copy, If("use_bias"), If("use_bias")),
+    ],
+    norm: Norm::Layer,
+    window: Window::Always,
+    ..BASE
+};

@@ -1,0 +1,171 @@
+//! Llama and its closest relatives.
+
+use super::*;
+use crate::model::hf::sizes::Size;
+use Need::{Always, If, Never, Unless};
+use Transform::{Copy, PairNeighbours, Stack};
+
+/// Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Yi, TinyLlama, SmolLM and many others.
+pub(super) const LLAMA: Family = Family {
+    model_types: &["llama"],
+    architecture: "llama",
+    defaults: &[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
+    outside: &[EMBEDDING],
+    layer: &[
+        NORMS,
+        &attention(PairNeighbours, If("attention_bias"), If("attention_bias")),
+        &gated(Always, If("mlp_bias")),
+    ],
+    ..BASE
+};
+
+/// Jiang et al. 2023, arXiv 2310.06825.
+pub(super) const MISTRAL: Family = Family {
+    model_types: &["mistral"],
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "131072"),
+        ("num_key_value_heads", "8"),
+        ("sliding_window", "4096"),
+    ],
+    window: Window::Always,
+    ..LLAMA
+};
+
+/// Jiang et al. 2024, arXiv 2401.04088.
+pub(super) const MIXTRAL: Family = Family {
+    model_types: &["mixtral"],
+    defaults: &[
+        ("rms_norm_eps", "1e-5"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "131072"),
+        ("num_key_value_heads", "8"),
+        ("num_local_experts", "8"),
+        ("num_experts_per_tok", "2"),
+        ("rope_theta", "1e6"),
+    ],
+    layer: &[
+        NORMS,
+        &attention(PairNeighbours, Never, Never),
+        &[
+            tensor("ffn_gate_inp", "block_sparse_moe.gate"),
+            tensor("ffn_gate_exps", "block_sparse_moe.experts.{e}.w1").by(Stack),
+            tensor("ffn_up_exps", "block_sparse_moe.experts.{e}.w3").by(Stack),
+            tensor("ffn_down_exps", "block_sparse_moe.experts.{e}.w2").by(Stack),
+        ],
+    ],
+    window: Window::Always,
+    adjust: |_, sizes| {
+        sizes.expert_ffn = sizes.ffn;
+        Ok(())
+    },
+    keys: |keys| keys.experts(true),
+    ..LLAMA
+};
+
+/// IBM Granite 3.
+pub(super) const GRANITE: Family = Family {
+    model_types: &["granite"],
+    architecture: "granite",
+    keys: |keys| {
+        keys.copy("attention.scale", "attention_multiplier")?;
+        keys.copy("embedding_scale", "embedding_multiplier")?;
+        keys.copy("residual_scale", "residual_multiplier")?;
+        keys.copy("logit_scale", "logits_scaling")
+    },
+    ..LLAMA
+};
+
+/// SmolLM3: some layers do not rotate.
+pub(super) const SMOLLM3: Family = Family {
+    model_types: &["smollm3"],
+    architecture: "smollm3",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "32768"),
+        ("num_key_value_heads", "4"),
+        ("no_rope_layer_interval", "4"),
+        ("rope_theta", "2e6"),
+        ("tie_word_embeddings", "true"),
+        ("use_sliding_window", "false"),
+    ],
+    window: Window::Listed,
+    keys: |keys| {
+        let layers = keys.sizes.layers;
+        let listed = keys.settings.per_layer("no_rope_layers", layers, "1 to rotate, 0 not to", |rotates| {
+            rotates.as_u64().map(|rotates| rotates != 0)
+        })?;
+        let rotates = match listed {
+            Some(listed) => listed,
+            None => {
+                let period = keys.settings.count(&["no_rope_layer_interval"])?;
+                (0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
+            }
+        };
+        keys.set("attention.rope_pattern", rotates);
+        Ok(())
+    },
+    ..LLAMA
+};
+
+/// Team OLMo 2024, arXiv 2501.00656: norms after instead of before, and over all heads at once.
+pub(super) const OLMO2: Family = Family {
+    model_types: &["olmo2"],
+    architecture: "olmo2",
+    defaults: &[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
+    layer: &[
+        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &[
+            tensor("attn_q_norm", "self_attn.q_norm").dims(&[Size::Queries]),
+            tensor("attn_k_norm", "self_attn.k_norm").dims(&[Size::Keys]),
+            tensor("post_attention_norm", "post_attention_layernorm"),
+            tensor("post_ffw_norm", "post_feedforward_layernorm"),
+        ],
+        &gated(Always, Never),
+    ],
+    ..LLAMA
+};
+
+/// Stability AI 2024, arXiv 2402.17834.
+pub(super) const STABLELM: Family = Family {
+    model_types: &["stablelm"],
+    architecture: "stablelm",
+    defaults: &[
+        ("layer_norm_eps", "1e-5"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "4096"),
+        ("partial_rotary_factor", "0.25"),
+    ],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        tensor("output_norm", "~norm").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied),
+    ]],
+    layer: &[
+        &[
+            tensor("attn_norm", "input_layernorm").bias(Always),
+            tensor("ffn_norm", "post_attention_layernorm")
+                .when(Unless("use_parallel_residual"))
+                .bias(Unless("use_parallel_residual")),
+            tensor("attn_q_norm", "self_attn.q_layernorm.norms.{e}")
+                .by(Stack)
+                .when(If("qk_layernorm"))
+                .dims(&[Size::HeadDim, Size::Heads]),
+            tensor("attn_k_norm", "self_attn.k_layernorm.norms.{e}")
+                .by(Stack)
+                .when(If("qk_layernorm"))
+                .dims(&[Size::HeadDim, Size::KvHeads]),
+        ],
+        &attention(Copy, If("use_qkv_bias"), Never),
+        &gated(Always, Never),
+    ],
+    norm: Norm::Layer,
+    keys: |keys| {
+        let parallel = keys.settings.switch("use_parallel_residual", false)?;
+        keys.set("use_parallel_residual", parallel);
+        Ok(())
+    },
+    ..LLAMA
+};

@@ -1,0 +1,53 @@
+//! Microsoft's Phi.
+
+use super::*;
+use crate::model::hf::sizes::Size;
+use Need::Always;
+
+/// Li et al. 2023, arXiv 2309.05463: Phi 1, 1.5 and 2.
+pub(super) const PHI: Family = Family {
+    model_types: &["phi"],
+    architecture: "phi2",
+    defaults: &[
+        ("layer_norm_eps", "1e-5"),
+        ("hidden_act", "\"gelu_new\""),
+        ("max_position_embeddings", "2048"),
+        ("partial_rotary_factor", "0.5"),
+    ],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        tensor("output_norm", "~final_layernorm").bias(Always),
+        tensor("output", "lm_head").when(Need::Untied).bias(Always),
+    ]],
+    layer: &[&[
+        tensor("attn_norm", "input_layernorm").bias(Always),
+        tensor("attn_q", "self_attn.q_proj").bias(Always),
+        tensor("attn_k", "self_attn.k_proj").bias(Always),
+        tensor("attn_v", "self_attn.v_proj").bias(Always),
+        tensor("attn_output", "self_attn.dense").bias(Always),
+        tensor("ffn_up", "mlp.fc1").bias(Always),
+        tensor("ffn_down", "mlp.fc2").bias(Always),
+    ]],
+    norm: Norm::Layer,
+    keys: |keys| keys.require("qk_layernorm", false),
+    ..BASE
+};
+
+/// Abdin et al. 2024, arXiv 2404.14219; also Phi 4.
+pub(super) const PHI3: Family = Family {
+    model_types: &["phi3"],
+    architecture: "phi3",
+    defaults: &[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "4096")],
+    outside: &[EMBEDDING],
+    layer: &[
+        NORMS,
+        &[
+            tensor("attn_qkv", "self_attn.qkv_proj"),
+            tensor("attn_output", "self_attn.o_proj"),
+            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
+            tensor("ffn_down", "mlp.down_proj"),
+        ],
+    ],
+    window: Window::Always,
+    ..BASE
+};

@@ -1,0 +1,128 @@
+//! Qwen 2 and 3, dense and with experts.
+
+use super::*;
+use Need::{Always, Dense, If, Never, Sparse};
+use Transform::{Copy, Squeeze, Stack};
+
+/// Yang et al. 2024, arXiv 2407.10671; also Qwen 2.5.
+pub(super) const QWEN2: Family = Family {
+    model_types: &["qwen2"],
+    architecture: "qwen2",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "32768"),
+        ("max_window_layers", "28"),
+        ("sliding_window", "4096"),
+        ("use_sliding_window", "false"),
+    ],
+    outside: &[EMBEDDING],
+    layer: &[NORMS, &attention(Copy, Always, Never), &gated(Always, Never)],
+    window: Window::From("max_window_layers"),
+    ..BASE
+};
+
+/// The choice among experts, and the layer of those that have none.
+const EXPERTS: [Entry; 7] = {
+    let [gate, up, down] = gated(Dense, Never);
+    [
+        tensor("ffn_gate_inp", "mlp.gate").when(Sparse),
+        tensor("ffn_gate_exps", "mlp.experts.{e}.gate_proj").by(Stack).when(Sparse),
+        tensor("ffn_up_exps", "mlp.experts.{e}.up_proj").by(Stack).when(Sparse),
+        tensor("ffn_down_exps", "mlp.experts.{e}.down_proj").by(Stack).when(Sparse),
+        gate,
+        up,
+        down,
+    ]
+};
+
+/// Qwen 1.5 and 2 with experts, one of which is always there.
+pub(super) const QWEN2_MOE: Family = Family {
+    model_types: &["qwen2_moe"],
+    architecture: "qwen2moe",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "32768"),
+        ("max_window_layers", "28"),
+        ("sliding_window", "4096"),
+        ("use_sliding_window", "false"),
+        ("qkv_bias", "true"),
+        ("decoder_sparse_step", "1"),
+        ("num_experts", "60"),
+        ("num_experts_per_tok", "4"),
+        ("moe_intermediate_size", "1408"),
+        ("shared_expert_intermediate_size", "5632"),
+    ],
+    layer: &[
+        NORMS,
+        &attention(Copy, If("qkv_bias"), Never),
+        &EXPERTS,
+        &[
+            tensor("ffn_gate_inp_shexp", "mlp.shared_expert_gate").by(Squeeze).when(Sparse),
+            tensor("ffn_gate_shexp", "mlp.shared_expert.gate_proj").when(Sparse),
+            tensor("ffn_up_shexp", "mlp.shared_expert.up_proj").when(Sparse),
+            tensor("ffn_down_shexp", "mlp.shared_expert.down_proj").when(Sparse),
+        ],
+    ],
+    adjust: sparse_layers,
+    keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),
+    ..QWEN2
+};
+
+/// Yang et al. 2025, arXiv 2505.09388.
+pub(super) const QWEN3: Family = Family {
+    model_types: &["qwen3"],
+    architecture: "qwen3",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "32768"),
+        ("head_dim", "128"),
+        ("max_window_layers", "28"),
+        ("sliding_window", "4096"),
+        ("use_sliding_window", "false"),
+    ],
+    layer: &[
+        NORMS,
+        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &head_norms(Copy),
+        &gated(Always, Never),
+    ],
+    ..QWEN2
+};
+
+/// Qwen 3 with experts.
+pub(super) const QWEN3_MOE: Family = Family {
+    model_types: &["qwen3_moe"],
+    architecture: "qwen3moe",
+    defaults: &[
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_act", "\"silu\""),
+        ("max_position_embeddings", "32768"),
+        ("max_window_layers", "28"),
+        ("sliding_window", "4096"),
+        ("use_sliding_window", "false"),
+        ("decoder_sparse_step", "1"),
+        ("num_experts", "128"),
+        ("num_experts_per_tok", "8"),
+        ("moe_intermediate_size", "768"),
+    ],
+    layer: &[NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &head_norms(Copy), &EXPERTS],
+    adjust: sparse_layers,
+    keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),
+    ..QWEN3
+};
+
+/// Every so many layers have experts, without those that are listed as having none.
+fn sparse_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    let step = settings.count(&["decoder_sparse_step"])?;
+    let without: Vec<u64> = match settings.get("mlp_only_layers") {
+        None => Vec::new(),
+        Some(list) => serde_json::from_value(list)
+            .map_err(|error| settings.malformed("mlp_only_layers", error, "a list of layers"))?,
+    };
+    sizes.sparse =
+        (0..sizes.layers).map(|layer| (layer + 1).is_multiple_of(step) && !without.contains(&(layer as u64))).collect();
+    Ok(())
+}

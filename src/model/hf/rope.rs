@@ -1,0 +1,223 @@
+//! Rotary embedding: what config.json says of it, old style and new, under GGUF's keys.
+//!
+//! Before version 5 transformers wrote `rope_theta`, `rope_scaling` and the rotated share of a head at the top level; since
+//! then all of it stands in `rope_parameters`, for some families once for each kind of layer.
+
+use super::keys::Keys;
+use super::settings::Settings;
+use super::sizes::Sizes;
+use crate::error::Result;
+use crate::format::json;
+
+/// What applies to the layers with full attention, and the base of the others where it differs.
+struct Parameters {
+    /// `rope_parameters` or `rope_scaling`; neither need be there.
+    scaling: Option<Settings>,
+    /// The key under which they were found.
+    key: &'static str,
+    base: f64,
+    /// Base in layers with a sliding window.
+    window_base: Option<f64>,
+}
+
+impl Parameters {
+    fn read(settings: &Settings) -> Result<Parameters> {
+        const THETA: &[&str] = &["rope_theta", "rotary_emb_base"];
+        let top = settings.optional_float(THETA)?;
+        let old_window = settings.optional_float(&["rope_local_base_freq"])?;
+        let Some(new) = settings.object("rope_parameters")? else {
+            let scaling = settings.object("rope_scaling")?;
+            return Ok(Parameters {
+                scaling,
+                key: "rope_scaling",
+                base: top.unwrap_or(10000.0),
+                window_base: old_window,
+            });
+        };
+        let (scaling, window_base) = match new.object("full_attention")? {
+            None => (new, old_window),
+            Some(full) => {
+                let window = new.object("sliding_attention")?;
+                if let Some(window) = &window {
+                    let kind = kind(window)?;
+                    if kind != "default" {
+                        return Err(window.unsupported("rope_type", json_text(&kind), "supported: default"));
+                    }
+                }
+                let base = match window {
+                    Some(window) => window.optional_float(THETA)?.or(old_window),
+                    None => old_window,
+                };
+                (full, base)
+            }
+        };
+        let base = scaling.optional_float(THETA)?.or(top).unwrap_or(10000.0);
+        Ok(Parameters { scaling: Some(scaling), key: "rope_parameters", base, window_base })
+    }
+}
+
+fn json_text(text: &str) -> String {
+    json::brief(&serde_json::Value::from(text))
+}
+
+/// The kind of scaling.
+fn kind(scaling: &Settings) -> Result<String> {
+    Ok(scaling.text(&["rope_type", "type"])?.unwrap_or_else(|| "default".to_owned()))
+}
+
+/// Dimensions of a head that are rotated.
+pub(super) fn rotary(settings: &Settings, sizes: &Sizes) -> Result<usize> {
+    let (key, rotary) = match settings.optional_count(&["rotary_dim"])? {
+        Some(rotary) => ("rotary_dim", rotary),
+        None => {
+            const SHARE: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];
+            let new = settings.object("rope_parameters")?;
+            let share = match new.map(|new| new.optional_float(SHARE)).transpose()?.flatten() {
+                Some(share) => share,
+                None => settings.optional_float(SHARE)?.unwrap_or(1.0),
+            };
+            // As transformers rounds. Out of range it saturates, which the check below refuses.
+            ("partial_rotary_factor", (sizes.head_dim as f64 * share) as usize)
+        }
+    };
+    if rotary == 0 || rotary > sizes.head_dim || !rotary.is_multiple_of(2) {
+        let found = format!("{rotary} dimensions to rotate");
+        return Err(settings.malformed(key, found, format_args!("an even number, 2 to {}", sizes.head_dim)));
+    }
+    Ok(rotary)
+}
+
+/// Writes the keys of the rotary embedding, and the tensors of factors that some kinds of scaling have.
+pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
+    let settings = keys.settings;
+    let rotary = keys.sizes.rotary;
+    let Parameters { scaling, key, base, window_base } = Parameters::read(settings)?;
+    if !(base > 0.0 && window_base.is_none_or(|base| base > 0.0)) {
+        return Err(settings.malformed("rope_theta", base, "a positive number"));
+    }
+    keys.set("rope.dimension_count", rotary as u32);
+    keys.set("rope.freq_base", base as f32);
+    if let Some(base) = window_base {
+        keys.set("rope.freq_base_swa", base as f32);
+    }
+    let Some(scaling) = scaling else { return Ok(()) };
+    let kind = kind(&scaling)?;
+    let context = keys.sizes.context as f64;
+    // What the context was before it was stretched.
+    let original = match scaling.optional_count(&["original_max_position_embeddings"])? {
+        Some(original) => Some(original),
+        None => settings.optional_count(&["original_max_position_embeddings"])?,
+    };
+    let before = original.map_or(context, |original| original as f64);
+    match kind.as_str() {
+        "default" => {}
+        "linear" => {
+            keys.set("rope.scaling.type", "linear");
+            keys.set("rope.scaling.factor", factor(&scaling)? as f32);
+        }
+        "dynamic" => {
+            let factor = factor(&scaling)?;
+            // GGUF has no such type, and llama.cpp ends the process that opens a file with one it does not know. Up to
+            // the original length there is no scaling, so that other readers are right as far as that.
+            keys.set("rope.scaling.type", "none");
+            keys.set("rope.scaling.dynamic_factor", factor as f32);
+            keys.set("rope.scaling.original_context_length", context as u32);
+            keys.set("context_length", (context * factor.max(1.0)) as u32);
+        }
+        "llama3" => keys.tensors.push(("rope_freqs.weight".to_owned(), llama3(&scaling, base, rotary, before)?)),
+        "yarn" => {
+            let factor = match scaling.get("factor") {
+                Some(_) => factor(&scaling)?,
+                None => context / before,
+            };
+            keys.set("rope.scaling.type", "yarn");
+            keys.set("rope.scaling.factor", factor as f32);
+            keys.set("rope.scaling.original_context_length", before as u32);
+            for (theirs, ours) in [("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")] {
+                if let Some(beta) = scaling.optional_float(&[theirs])? {
+                    keys.set(&format!("rope.scaling.{ours}"), beta as f32);
+                }
+            }
+            if !scaling.switch("truncate", true)? {
+                return Err(scaling.unsupported("truncate", "false", "supported: true"));
+            }
+            // GGUF's factor is one on top of what the method itself prescribes.
+            let magnitude = yarn_magnitude(&scaling, factor)? / (0.1 * factor.max(1.0).ln() + 1.0);
+            if (magnitude - 1.0).abs() > 1e-6 {
+                keys.set("rope.scaling.attn_factor", magnitude as f32);
+            }
+        }
+        "longrope" | "su" => {
+            let stretch = match original {
+                Some(_) => context / before,
+                None => scaling.optional_float(&["factor"])?.unwrap_or(1.0),
+            };
+            let magnitude = match scaling.optional_float(&["attention_factor"])? {
+                Some(factor) => factor,
+                None if stretch <= 1.0 => 1.0,
+                None => (1.0 + stretch.ln() / before.ln()).sqrt(),
+            };
+            keys.set("rope.scaling.type", "longrope");
+            keys.set("rope.scaling.attn_factor", magnitude as f32);
+            keys.set("rope.scaling.original_context_length", before as u32);
+            for (theirs, ours) in [("long_factor", "rope_factors_long"), ("short_factor", "rope_factors_short")] {
+                let factors = scaling.floats(theirs)?.ok_or_else(|| scaling.missing(theirs, "a list of numbers"))?;
+                if factors.len() != rotary / 2 || factors.iter().any(|factor| *factor <= 0.0) {
+                    let found = format!("{} numbers", factors.len());
+                    return Err(scaling.malformed(theirs, found, format_args!("{} positive ones", rotary / 2)));
+                }
+                keys.tensors.push((format!("{ours}.weight"), factors));
+            }
+        }
+        other => {
+            let supported = "supported: default, linear, dynamic, llama3, yarn, longrope";
+            return Err(settings.unsupported(key, format_args!("scaling of type {}", json_text(other)), supported));
+        }
+    }
+    Ok(())
+}
+
+fn positive(scaling: &Settings, key: &str) -> Result<f64> {
+    let number = scaling.float(&[key])?;
+    if number > 0.0 { Ok(number) } else { Err(scaling.malformed(key, number, "a positive number")) }
+}
+
+fn factor(scaling: &Settings) -> Result<f64> {
+    let factor = positive(scaling, "factor")?;
+    if factor < 1e6 { Ok(factor) } else { Err(scaling.malformed("factor", factor, "less than a million")) }
+}
+
+/// What YaRN multiplies cosines and sines with (Peng et al. 2023, arXiv 2309.00071).
+fn yarn_magnitude(scaling: &Settings, factor: f64) -> Result<f64> {
+    let by = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    if let Some(factor) = scaling.optional_float(&["attention_factor"])? {
+        return Ok(factor);
+    }
+    let (mscale, all) = (scaling.optional_float(&["mscale"])?, scaling.optional_float(&["mscale_all_dim"])?);
+    Ok(match (mscale, all) {
+        (Some(mscale), Some(all)) if mscale != 0.0 && all != 0.0 => by(mscale) / by(all),
+        _ => by(1.0),
+    })
+}
+
+/// Divisors of the frequencies, by which Llama 3.1 reaches further: long wavelengths are stretched by the factor, short ones
+/// not at all, with a smooth change in between.
+fn llama3(scaling: &Settings, base: f64, rotary: usize, before: f64) -> Result<Vec<f32>> {
+    let factor = factor(scaling)?;
+    let (low, high) = (positive(scaling, "low_freq_factor")?, positive(scaling, "high_freq_factor")?);
+    if high <= low {
+        return Err(scaling.malformed("high_freq_factor", high, format_args!("more than low_freq_factor, {low}")));
+    }
+    let divisor = |i: usize| {
+        let wavelength = std::f64::consts::TAU * base.powf(2.0 * i as f64 / rotary as f64);
+        if wavelength < before / high {
+            1.0
+        } else if wavelength > before / low {
+            factor
+        } else {
+            let smooth = (before / wavelength - low) / (high - low);
+            1.0 / ((1.0 - smooth) / factor + smooth)
+        }
+    };
+    Ok((0..rotary / 2).map(|i| divisor(i) as f32).collect())
+}

@@ -1,0 +1,173 @@
+//! `config.json`, with errors that name its keys.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Place, Result};
+use crate::format::json;
+
+/// The most bytes that a configuration may have; known ones have a few thousand.
+const MAX_BYTES: u64 = 16 << 20;
+/// More than any dimension of a known model, vocabularies included: a bound on what can be multiplied.
+const MAX_COUNT: u64 = 1 << 24;
+
+/// The settings of a model: those of its file, over the defaults that transformers has for the family.
+#[derive(Debug)]
+pub(super) struct Settings {
+    path: PathBuf,
+    /// The keys that lead to these settings, each with a dot behind it.
+    prefix: String,
+    values: Map<String, Value>,
+    defaults: Defaults,
+}
+
+/// What transformers assumes where a file does not say: keys, and their values as JSON.
+pub(super) type Defaults = &'static [(&'static str, &'static str)];
+
+impl Settings {
+    /// Reads the file at `path`. What `text_config` says, in models of more than text, counts most.
+    pub(super) fn read(path: &Path) -> Result<Settings> {
+        let mut values = json::read(path, MAX_BYTES)?;
+        if let Some(Value::Object(text)) = values.remove("text_config") {
+            for (key, value) in text {
+                if key != "model_type" {
+                    values.insert(key, value);
+                }
+            }
+        }
+        Ok(Settings { path: path.to_path_buf(), prefix: String::new(), values, defaults: &[] })
+    }
+
+    /// With what transformers assumes for the family.
+    pub(super) fn with_defaults(self, defaults: Defaults) -> Settings {
+        Settings { defaults, ..self }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The value of `key`; none where it is null.
+    pub(super) fn get(&self, key: &str) -> Option<Value> {
+        self.find(&[key]).map(|found| found.1)
+    }
+
+    /// The first of `keys` that has a value, and that: one of the file if it can be, otherwise a default.
+    pub(super) fn find<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, Value)> {
+        let default = |key: &&'k str| {
+            let default = self.defaults.iter().find(|default| default.0 == *key)?.1;
+            // A key that the file sets to null has no default.
+            if self.values.contains_key(*key) { None } else { serde_json::from_str(default).ok() }
+        };
+        let mut known = keys.iter().filter_map(|key| Some((*key, self.values.get(*key)?.clone())));
+        let mut defaults = keys.iter().filter_map(|key| Some((*key, default(key)?)));
+        known.find(|found| !found.1.is_null()).or_else(|| defaults.next())
+    }
+
+    /// The object under `key` as settings of its own, whose errors name both keys. Without defaults.
+    pub(super) fn object(&self, key: &str) -> Result<Option<Settings>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(values)) => {
+                let prefix = format!("{}{key}.", self.prefix);
+                Ok(Some(Settings { path: self.path.clone(), prefix, values, defaults: &[] }))
+            }
+            Some(other) => Err(self.malformed(key, json::brief(&other), "an object")),
+        }
+    }
+
+    fn place(&self, key: &str) -> Place {
+        Place::Key(format!("{}{key}", self.prefix))
+    }
+
+    pub(super) fn malformed(
+        &self,
+        key: &str,
+        found: impl std::fmt::Display,
+        expected: impl std::fmt::Display,
+    ) -> Error {
+        Error::malformed(&self.path, self.place(key), found, expected)
+    }
+
+    pub(super) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
+        Error::Unsupported {
+            path: self.path.clone(),
+            place: self.place(key),
+            what: what.to_string(),
+            supported: supported.to_owned(),
+        }
+    }
+
+    pub(super) fn missing(&self, key: &str, expected: &str) -> Error {
+        Error::Missing { path: self.path.clone(), place: self.place(key), expected: expected.to_owned() }
+    }
+
+    /// A value as `read` takes it, or none where no key has one.
+    fn typed<T>(&self, keys: &[&str], expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        let Some((key, value)) = self.find(keys) else { return Ok(None) };
+        match read(&value) {
+            Some(value) => Ok(Some(value)),
+            None => Err(self.malformed(key, json::brief(&value), expected)),
+        }
+    }
+
+    /// A number of things, 1 to 2^24, under the first of `keys` that has a value.
+    pub(super) fn optional_count(&self, keys: &[&str]) -> Result<Option<usize>> {
+        let expected = format!("an integer from 1 to {MAX_COUNT}");
+        self.typed(keys, &expected, |value| {
+            // The bound fits into every `usize`.
+            value.as_u64().filter(|count| (1..=MAX_COUNT).contains(count)).map(|count| count as usize)
+        })
+    }
+
+    /// As [`Settings::optional_count`], but there must be one.
+    pub(super) fn count(&self, keys: &[&str]) -> Result<usize> {
+        let first = keys.first().copied().unwrap_or_default();
+        self.optional_count(keys)?.ok_or_else(|| self.missing(first, "an integer"))
+    }
+
+    /// A finite number.
+    pub(super) fn optional_float(&self, keys: &[&str]) -> Result<Option<f64>> {
+        self.typed(keys, "a finite number", |value| value.as_f64().filter(|number| (*number as f32).is_finite()))
+    }
+
+    /// As [`Settings::optional_float`], but there must be one.
+    pub(super) fn float(&self, keys: &[&str]) -> Result<f64> {
+        let first = keys.first().copied().unwrap_or_default();
+        self.optional_float(keys)?.ok_or_else(|| self.missing(first, "a number"))
+    }
+
+    /// A switch; `default` where there is none.
+    pub(super) fn switch(&self, key: &str, default: bool) -> Result<bool> {
+        Ok(self.typed(&[key], "true or false", Value::as_bool)?.unwrap_or(default))
+    }
+
+    /// A text.
+    pub(super) fn text(&self, keys: &[&str]) -> Result<Option<String>> {
+        self.typed(keys, "a text", |value| value.as_str().map(str::to_owned))
+    }
+
+    /// A list of numbers.
+    pub(super) fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        self.typed(&[key], "a list of finite numbers", |value| {
+            let numbers = value.as_array()?.iter().map(|number| number.as_f64().map(|number| number as f32));
+            numbers.collect::<Option<Vec<_>>>().filter(|numbers| numbers.iter().all(|number| number.is_finite()))
+        })
+    }
+
+    /// What `read` makes of each entry of the list under `key`, which must have one a layer.
+    pub(super) fn per_layer<T>(
+        &self,
+        key: &str,
+        layers: usize,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let expected = format!("a list of {layers}, one a layer: {expected}");
+        self.typed(&[key], &expected, |value| {
+            let list = value.as_array().filter(|list| list.len() == layers)?;
+            list.iter().map(&read).collect()
+        })
+    }
+}

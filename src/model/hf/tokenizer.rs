@@ -1,0 +1,372 @@
+//! `tokenizer.json` and the small files beside it under GGUF's keys, for files that are written.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::pretokenizer;
+use crate::error::{Error, Place, Result};
+use crate::format::gguf::{Metadata, StringArray};
+use crate::format::json;
+
+/// The most bytes that a file may have; the largest known vocabularies take 35 MB.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// What a token is, by GGUF's numbers.
+mod kind {
+    pub(super) const NORMAL: i32 = 1;
+    pub(super) const UNKNOWN: i32 = 2;
+    pub(super) const CONTROL: i32 = 3;
+    pub(super) const USER_DEFINED: i32 = 4;
+    pub(super) const UNUSED: i32 = 5;
+    pub(super) const BYTE: i32 = 6;
+}
+
+/// The vocabulary of the model in `folder`, called `name`, whose embedding has `rows` rows, with marks and chat templates.
+pub(super) fn metadata(folder: &Path, name: Option<&str>, rows: usize) -> Result<Metadata> {
+    let path = folder.join("tokenizer.json");
+    let description = match json::read(&path, MAX_BYTES) {
+        Err(Error::Io { path, source }) if source.kind() == std::io::ErrorKind::NotFound => {
+            let expected = "it: the vocabulary in the format of the tokenizers library".to_owned();
+            return Err(Error::Missing { path, place: Place::File, expected });
+        }
+        other => other?,
+    };
+    let tokenizer = Tokenizer { path, description };
+    let mut metadata = Metadata::new();
+    let ids = tokenizer.vocabulary(rows, &mut metadata)?;
+    let files = Files {
+        tokenizer: optional(folder, "tokenizer_config.json")?,
+        map: optional(folder, "special_tokens_map.json")?,
+        generation: optional(folder, "generation_config.json")?,
+        model: optional(folder, "config.json")?,
+    };
+    files.marks(&ids, &tokenizer.description, rows, &mut metadata);
+    templates(folder, &files.tokenizer, &mut metadata)?;
+    // llama.cpp looks these up in every model that is called so, and fails without them.
+    let called_phi3 = name.is_some_and(|name| ["phi-3", "phi3"].iter().any(|part| name.to_lowercase().contains(part)));
+    if called_phi3 && !["</s>", "<unk>", "<s>", "<|endoftext|>"].iter().all(|token| ids.contains_key(*token)) {
+        metadata.set("general.name", "model");
+    }
+    Ok(metadata)
+}
+
+fn optional(folder: &Path, name: &str) -> Result<Map<String, Value>> {
+    match json::read(&folder.join(name), MAX_BYTES) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
+        other => other,
+    }
+}
+
+struct Tokenizer {
+    path: PathBuf,
+    description: Map<String, Value>,
+}
+
+/// Every token's text, kind and score.
+struct Tokens {
+    texts: Vec<String>,
+    kinds: Vec<i32>,
+    scores: Vec<f32>,
+}
+
+impl Tokenizer {
+    fn unsupported(&self, key: &str, what: String, supported: &str) -> Error {
+        let (path, place) = (self.path.clone(), Place::Key(key.to_owned()));
+        Error::Unsupported { path, place, what, supported: supported.to_owned() }
+    }
+
+    fn malformed(&self, key: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
+        Error::malformed(&self.path, Place::Key(key.to_owned()), found, expected)
+    }
+
+    /// The steps of a part that may be a sequence.
+    fn steps(&self, part: &str, list: &str) -> Vec<&Value> {
+        match self.description.get(part) {
+            Some(sequence) if sequence.get("type").and_then(Value::as_str) == Some("Sequence") => {
+                sequence.get(list).and_then(Value::as_array).into_iter().flatten().collect()
+            }
+            other => other.into_iter().collect(),
+        }
+    }
+
+    fn has_step(&self, part: &str, list: &str, kind: &str) -> bool {
+        self.steps(part, list).iter().any(|step| step.get("type").and_then(Value::as_str) == Some(kind))
+    }
+
+    /// Writes the vocabulary; returns the ids of the tokens.
+    fn vocabulary(&self, rows: usize, metadata: &mut Metadata) -> Result<HashMap<String, usize>> {
+        let empty = Value::Null;
+        let model = self.description.get("model").unwrap_or(&empty);
+        let kind = model.get("type").and_then(Value::as_str).unwrap_or("BPE");
+        let byte_level = self.has_step("pre_tokenizer", "pretokenizers", "ByteLevel")
+            || self.has_step("decoder", "decoders", "ByteLevel");
+        let pieces = model.get("byte_fallback").and_then(Value::as_bool).unwrap_or(false)
+            || self.has_step("decoder", "decoders", "Metaspace");
+        if kind != "BPE" || !(byte_level || pieces) {
+            let supported = "supported: byte-level BPE, and BPE over pieces with bytes to fall back on";
+            return Err(self.unsupported("model.type", format!("a vocabulary of type {kind:?}"), supported));
+        }
+        let merges = self.merges(model)?;
+        let (tokens, ids) = self.tokens(model, &merges, byte_level, rows)?;
+        metadata.set("tokenizer.ggml.model", if byte_level { "gpt2" } else { "llama" });
+        let ignores = model.get("ignore_merges").and_then(Value::as_bool).unwrap_or(false);
+        let pre = if byte_level {
+            pretokenizer::name(self.description.get("pre_tokenizer"), ignores).map_err(|found| {
+                let supported = "supported: those that GGUF has a name for; the folder itself can be used";
+                self.unsupported("pre_tokenizer", found, supported)
+            })?
+        } else {
+            "default"
+        };
+        metadata.set("tokenizer.ggml.pre", pre);
+        metadata.set("tokenizer.ggml.tokens", tokens.texts.iter().collect::<StringArray>());
+        metadata.set("tokenizer.ggml.token_type", tokens.kinds);
+        if byte_level {
+            let merges = merges.iter().map(|(left, right)| format!("{left} {right}")).collect::<StringArray>();
+            metadata.set("tokenizer.ggml.merges", merges);
+        } else {
+            metadata.set("tokenizer.ggml.scores", tokens.scores);
+            metadata.set("tokenizer.ggml.add_space_prefix", self.adds_space());
+        }
+        Ok(ids)
+    }
+
+    /// The merges, most urgent first.
+    fn merges<'a>(&self, model: &'a Value) -> Result<Vec<(&'a str, &'a str)>> {
+        let Some(Value::Array(merges)) = model.get("merges") else {
+            return Err(self.malformed("model.merges", "no list", "a list of pairs"));
+        };
+        let pair = |merge: &'a Value| match merge {
+            // A space inside a token is impossible in this older style.
+            Value::String(text) => text.split_once(' ').filter(|pair| !pair.1.contains(' ')),
+            Value::Array(pair) => match pair.as_slice() {
+                [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
+                _ => None,
+            },
+            _ => None,
+        };
+        let pairs = merges.iter().map(|merge| {
+            let expected = "two tokens, as a list or with one space between them";
+            pair(merge).ok_or_else(|| self.malformed("model.merges", json::brief(merge), expected))
+        });
+        pairs.collect()
+    }
+
+    /// The tokens by id, and their ids.
+    fn tokens(
+        &self,
+        model: &Value,
+        merges: &[(&str, &str)],
+        byte_level: bool,
+        rows: usize,
+    ) -> Result<(Tokens, HashMap<String, usize>)> {
+        let Some(Value::Object(vocabulary)) = model.get("vocab") else {
+            return Err(self.malformed("model.vocab", "no object", "the id of every token"));
+        };
+        let id = |key: &str, id: Option<&Value>| {
+            let expected = || format!("an id below {rows}, the rows of the embedding");
+            let found = id.unwrap_or(&Value::Null);
+            let id = found.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows);
+            id.ok_or_else(|| self.malformed(key, json::brief(found), expected()))
+        };
+        let mut tokens = Tokens {
+            texts: (0..rows).map(|id| format!("[PAD{id}]")).collect(),
+            kinds: vec![kind::UNUSED; rows],
+            scores: vec![-10000.0; rows],
+        };
+        let mut ids = HashMap::with_capacity(vocabulary.len());
+        // SentencePiece merges by the score of the result. The rank of a merge says the same.
+        let mut ranks = HashMap::new();
+        if !byte_level {
+            for (rank, (left, right)) in merges.iter().enumerate() {
+                ranks.entry(format!("{left}{right}")).or_insert(rank);
+            }
+        }
+        let unknown = model.get("unk_token").and_then(Value::as_str);
+        for (text, number) in vocabulary {
+            let id = id("model.vocab", Some(number))?;
+            tokens.texts[id].clone_from(text);
+            tokens.kinds[id] = match text.as_str() {
+                text if !byte_level && Some(text) == unknown => kind::UNKNOWN,
+                text if !byte_level && is_byte(text) => kind::BYTE,
+                _ => kind::NORMAL,
+            };
+            tokens.scores[id] = ranks.get(text.as_str()).map_or(-1e6, |rank| -(*rank as f32));
+            ids.insert(text.clone(), id);
+        }
+        for token in self.description.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+            let id = id("added_tokens", token.get("id"))?;
+            let Some(content) = token.get("content").and_then(Value::as_str) else {
+                return Err(self.malformed("added_tokens", json::brief(token), "an object with content"));
+            };
+            let special = token.get("special").and_then(Value::as_bool).unwrap_or(false);
+            tokens.kinds[id] = match special || looks_special(content) {
+                _ if tokens.kinds[id] == kind::UNKNOWN => kind::UNKNOWN,
+                true => kind::CONTROL,
+                false => kind::USER_DEFINED,
+            };
+            // Pieces write a space as U+2581; what is looked for in a text before that does not.
+            let is_plain = byte_level || tokens.kinds[id] != kind::USER_DEFINED;
+            tokens.texts[id] = if is_plain { content.to_owned() } else { content.replace('\u{2581}', " ") };
+            tokens.scores[id] = 0.0;
+            ids.insert(content.to_owned(), id);
+        }
+        Ok((tokens, ids))
+    }
+
+    /// Whether a space is put before every text.
+    fn adds_space(&self) -> bool {
+        let metaspace = |step: &&Value| {
+            let is_one = step.get("type").and_then(Value::as_str) == Some("Metaspace");
+            let old = step.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true);
+            let scheme = step.get("prepend_scheme").and_then(Value::as_str);
+            is_one && scheme.map_or(old, |scheme| scheme != "never")
+        };
+        self.has_step("normalizer", "normalizers", "Prepend")
+            || self.steps("pre_tokenizer", "pretokenizers").iter().any(metaspace)
+    }
+}
+
+/// Whether a text is the name of a byte, as in `<0x0A>`.
+fn is_byte(text: &str) -> bool {
+    let digits = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    digits.is_some_and(|digits| digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
+}
+
+/// Whether a token that its file calls ordinary is one that no text should spell: llama.cpp's converter treats them so.
+fn looks_special(text: &str) -> bool {
+    let enclosed = |start: &str, end: &str| text.starts_with(start) && text.ends_with(end);
+    matches!(text, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || enclosed("<|", "|>")
+        || enclosed("<\u{ff5c}", "\u{ff5c}>")
+        || enclosed("<unused", ">")
+}
+
+/// The small files that say which tokens are marks.
+struct Files {
+    tokenizer: Map<String, Value>,
+    map: Map<String, Value>,
+    generation: Map<String, Value>,
+    model: Map<String, Value>,
+}
+
+impl Files {
+    /// Writes which tokens begin and end texts, and the like.
+    fn marks(
+        &self,
+        ids: &HashMap<String, usize>,
+        description: &Map<String, Value>,
+        rows: usize,
+        metadata: &mut Metadata,
+    ) {
+        let content = |name: &str| {
+            let value = [&self.tokenizer, &self.map].into_iter().find_map(|file| file.get(name));
+            value.and_then(|value| value.get("content").unwrap_or(value).as_str())
+        };
+        let numbers = |name: &str| {
+            let values = [&self.generation, &self.model].into_iter().filter_map(|file| file.get(name));
+            let all = values.flat_map(|value| match value {
+                Value::Array(list) => list.as_slice(),
+                one => std::slice::from_ref(one),
+            });
+            let ids = all.filter_map(|id| id.as_u64().and_then(|id| usize::try_from(id).ok()));
+            ids.filter(|id| *id < rows).collect::<Vec<_>>()
+        };
+        let names = [
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+            ("sep", "seperator"),
+            ("mask", "mask"),
+        ];
+        let mut found = HashMap::new();
+        for (theirs, ours) in names {
+            let named = content(&format!("{theirs}_token")).and_then(|content| ids.get(content).copied());
+            if let Some(id) = named.or_else(|| numbers(&format!("{theirs}_token_id")).first().copied()) {
+                metadata.set(format!("tokenizer.ggml.{ours}_token_id"), id as u32);
+                found.insert(theirs, id);
+            }
+        }
+        // Of several ends of a text GGUF has room for a second one.
+        let (bos, eos) = (found.get("bos").copied(), found.get("eos").copied());
+        if let Some(other) = numbers("eos_token_id").into_iter().find(|id| eos.is_some_and(|eos| eos != *id)) {
+            metadata.set("tokenizer.ggml.eot_token_id", other as u32);
+        }
+        let (before, after) = frame(description.get("post_processor"), ids);
+        let adds = |key: &str, mark: Option<usize>, frame: Option<usize>| {
+            let says = self.tokenizer.get(key).and_then(Value::as_bool);
+            mark.is_some() && says.unwrap_or(frame == mark)
+        };
+        metadata.set("tokenizer.ggml.add_bos_token", adds("add_bos_token", bos, before));
+        metadata.set("tokenizer.ggml.add_eos_token", adds("add_eos_token", eos, after));
+    }
+}
+
+/// The marks that a post-processor puts before and after a text.
+fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usize>, Option<usize>) {
+    let Some(processor) = processor else { return (None, None) };
+    match processor.get("type").and_then(Value::as_str) {
+        Some("Sequence") => {
+            let steps = processor.get("processors").and_then(Value::as_array).into_iter().flatten();
+            let frames = steps.map(|step| match step.get("type").and_then(Value::as_str) {
+                // One level deep, as the library writes it; a file could nest without end.
+                Some("Sequence") => (None, None),
+                _ => frame(Some(step), ids),
+            });
+            frames.fold((None, None), |all, one| (all.0.or(one.0), all.1.or(one.1)))
+        }
+        Some("TemplateProcessing") => {
+            let parts = processor.get("single").and_then(Value::as_array);
+            let mark = |part: Option<&Value>| {
+                let name = part?.pointer("/SpecialToken/id")?.as_str()?;
+                ids.get(name).copied()
+            };
+            (mark(parts.and_then(|parts| parts.first())), mark(parts.and_then(|parts| parts.last())))
+        }
+        _ => (None, None),
+    }
+}
+
+/// Writes the chat templates, from wherever a folder may keep them; a file of its own counts most.
+fn templates(folder: &Path, config: &Map<String, Value>, metadata: &mut Metadata) -> Result<()> {
+    let path = folder.join("chat_template.jinja");
+    let mut found: Vec<(String, String)> = Vec::new();
+    match std::fs::read_to_string(&path) {
+        Ok(template) => found.push(("default".to_owned(), template)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(source) => return Err(Error::io(path, source)),
+    }
+    let older = optional(folder, "chat_template.json")?;
+    for value in [config.get("chat_template"), older.get("chat_template")].into_iter().flatten() {
+        match value {
+            Value::String(template) => found.push(("default".to_owned(), template.clone())),
+            Value::Array(list) => found.extend(list.iter().filter_map(|entry| {
+                let (name, template) = (entry.get("name")?.as_str()?, entry.get("template")?.as_str()?);
+                Some((name.to_owned(), template.to_owned()))
+            })),
+            _ => {}
+        }
+    }
+    let mut names = StringArray::new();
+    for (name, template) in found {
+        // A key has no room for other letters.
+        let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let key = match name.as_str() {
+            "default" => "tokenizer.chat_template".to_owned(),
+            _ => format!("tokenizer.chat_template.{name}"),
+        };
+        if !metadata.contains(&key) {
+            if name != "default" {
+                names.push(&name);
+            }
+            metadata.set(key, template);
+        }
+    }
+    if !names.is_empty() {
+        metadata.set("tokenizer.chat_templates", names);
+    }
+    Ok(())
+}

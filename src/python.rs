@@ -29,6 +29,8 @@ mod errors {
 }
 use errors::{ContextFullError, ModelError};
 
+mod vocab;
+
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
         let message = error.to_string();
@@ -344,6 +346,8 @@ impl Model {
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+use super::vocab::SentencePiece;
     #[pymodule_export]
     use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, default_threads, kernels};
 

@@ -14,6 +14,7 @@ __all__ = [
     "GgufFile",
     "Model",
     "Sampled",
+    "SentencePiece",
     "Sequence",
     "TensorInfo",
     "__version__",
@@ -49,11 +50,25 @@ class GgufFile:
     def tensors(self) -> list[TensorInfo]: ...
 
 @final
+class SentencePiece:
+    def __new__(
+        cls,
+        tokens: list[str],
+        scores: _Sequence[float],
+        kinds: _Sequence[int],
+        *,
+        add_space_prefix: bool,
+        unknown: int | None = None,
+        drop_space_after: _Sequence[int] = ...,
+    ) -> SentencePiece: ...
+    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+@final
 class Sampled:
     @property
     def id(self) -> int: ...
     @property
-    def logprob(self) -> float: ...
+    def logprob(self) -> float | None: ...
     @property
     def top(self) -> list[tuple[int, float]]: ...
 

@@ -3,15 +3,14 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
 
-use crate::vocab::{Piece, SentencePiece, TokenKind};
+use crate::vocab::{self, Piece, TokenKind};
 
 /// A SentencePiece vocabulary that turns text into token ids.
-#[pyclass(frozen, name = "SentencePiece", module = "nybble._native")]
-#[derive(Debug)]
-pub struct PySentencePiece(SentencePiece);
+#[pyclass(frozen, module = "nybble._native")]
+pub(super) struct SentencePiece(vocab::SentencePiece);
 
 #[pymethods]
-impl PySentencePiece {
+impl SentencePiece {
     /// `tokens`, `scores` and `kinds` are the arrays of a GGUF file, of equal length; what is over is not looked at.
     #[new]
     #[pyo3(signature = (tokens, scores, kinds, *, add_space_prefix, unknown=None, drop_space_after=Vec::new()))]
@@ -29,11 +28,11 @@ impl PySentencePiece {
             score,
             kind: TokenKind::from_id(kind),
         });
-        let vocabulary = SentencePiece::new(pieces)
+        let vocabulary = vocab::SentencePiece::new(pieces)
             .with_space_prefix(add_space_prefix)
             .with_unknown(unknown)
             .with_space_dropped_after(&drop_space_after);
-        Ok(PySentencePiece(vocabulary))
+        Ok(SentencePiece(vocabulary))
     }
 
     /// The ids of `text`; marks spelled out in it become their tokens if `parse_special`. Other threads run meanwhile.

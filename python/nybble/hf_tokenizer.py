@@ -1,0 +1,202 @@
+"""Tokenizers of Hugging Face folders: `tokenizer.json` and the small files that lie beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nybble.detokenizer import byte_level_bytes, piece_bytes
+from nybble.encoders import PackageEncoder
+from nybble.errors import ModelError
+from nybble.vocabulary import byte_of, end_tokens
+
+_LARGEST_FILE = 256 << 20  # The largest known vocabularies take 35 MB.
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the files of a folder say about its tokenizer."""
+
+    encoder: PackageEncoder
+    token_bytes: Callable[[str], bytes]
+    """The bytes of a token's text; not for added tokens, which are written as they are."""
+    adds_space: bool
+    before: Sequence[int]
+    """Ids that begin every text."""
+    after: Sequence[int]
+    """Ids that end every text."""
+    bos_id: int | None
+    eos_id: int | None
+    end_ids: frozenset[int]
+    special_texts: dict[str, str]
+    """bos_token, eos_token and the like: what templates call them."""
+    chat_templates: dict[str, str]
+
+
+def read(folder: Path) -> Folder:
+    """Reads the tokenizer of a folder.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        ModelError: a file is damaged or asks for something not supported.
+    """
+    path = folder / "tokenizer.json"
+    text = _text(path)
+    if text is None:
+        raise FileNotFoundError(f"{folder}: no tokenizer.json")
+    return parse(text, str(path), folder)
+
+
+def parse(text: str, where: str, folder: Path | None = None) -> Folder:
+    """Reads the text of a `tokenizer.json`, and the files beside it if there is a folder."""
+    description = _parsed(text, where)
+    package = _package(text, where)
+    token_bytes, adds_space = _decoding(description.get("decoder"), where)
+    config = _json(folder, "tokenizer_config.json")
+    special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
+    model_config = {**_json(folder, "config.json"), **_json(folder, "generation_config.json")}
+
+    def token(name: str) -> int | None:
+        content = special_texts.get(f"{name}_token")
+        found = None if content is None else package.token_to_id(content)
+        return next(_ids(model_config.get(f"{name}_token_id")), None) if found is None else found
+
+    bos_id, eos_id = token("bos"), token("eos")
+    before, after = _frame(package)
+    if isinstance(add := config.get("add_bos_token"), bool) and bos_id is not None:
+        before = [bos_id, *(i for i in before if i != bos_id)] if add else [i for i in before if i != bos_id]
+    if isinstance(add := config.get("add_eos_token"), bool) and eos_id is not None:
+        after = [*(i for i in after if i != eos_id), eos_id] if add else [i for i in after if i != eos_id]
+    added = {token.content: i for i, token in package.get_added_tokens_decoder().items()}
+    ends = end_tokens(added) | set(_ids(model_config.get("eos_token_id")))
+    return Folder(
+        encoder=PackageEncoder(package),
+        token_bytes=token_bytes,
+        adds_space=adds_space,
+        before=before,
+        after=after,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        end_ids=frozenset(ends if eos_id is None else ends | {eos_id}),
+        special_texts=special_texts,
+        chat_templates=_chat_templates(folder, config),
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            raise ModelError(f"{path}: found {size} bytes, expected at most {_LARGEST_FILE}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: found bytes that are no UTF-8 at byte {error.start}, expected text") from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: found no JSON ({error}), expected an object") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{where}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _json(folder: Path | None, name: str) -> dict[str, Any]:
+    text = None if folder is None else _text(folder / name)
+    return {} if text is None or folder is None else _parsed(text, str(folder / name))
+
+
+def _package(text: str, where: str) -> tokenizers.Tokenizer:
+    try:
+        package = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        # The package's Rust code panics on some malformed files, and a panic is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{where}: found no tokenizer that can be loaded ({error})") from error
+        raise
+    package.no_truncation()  # Whoever saved the file may have had short texts of equal length in mind.
+    package.no_padding()
+    return package
+
+
+def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:
+    """How the text of a token becomes bytes, and whether a text loses a space at its start."""
+    steps = list(_steps(decoder))
+    kinds = [step.get("type") for step in steps]
+    if "ByteLevel" in kinds:
+        return byte_level_bytes, False
+    if "Metaspace" in kinds:
+        step = steps[kinds.index("Metaspace")]
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        return _piece_or_byte, scheme != "never"
+    if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds:
+        return _piece_or_byte, any(step.get("type") == "Strip" and step.get("start") for step in steps)
+    raise ModelError(
+        f"{where}: decoder: found {', '.join(map(str, kinds)) or 'none'}, expected ByteLevel, Metaspace, or a sequence "
+        "of Replace, ByteFallback, Fuse and Strip"
+    )
+
+
+def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(decoder, dict):
+        if decoder.get("type") == "Sequence":
+            for step in decoder.get("decoders") or ():
+                yield from (_steps(step) if isinstance(step, dict) and step.get("type") != "Sequence" else ())
+        else:
+            yield decoder
+
+
+def _piece_or_byte(token: str) -> bytes:
+    byte = byte_of(token)
+    return piece_bytes(token) if byte is None else byte
+
+
+def _special_texts(config: dict[str, Any]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            texts[key] = content
+    return texts
+
+
+def _ids(value: Any) -> Iterator[int]:
+    for i in value if isinstance(value, list) else [value]:
+        if type(i) is int and i >= 0:
+            yield i
+
+
+def _frame(package: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after every text, found by trying."""
+    plain = package.encode("a", add_special_tokens=False).ids
+    framed = package.encode("a", add_special_tokens=True).ids
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return framed[:start], framed[start + len(plain) :]
+    return [], []
+
+
+def _chat_templates(folder: Path | None, config: dict[str, Any]) -> dict[str, str]:
+    """The templates by name, from wherever a folder may keep them; files of their own count most."""
+    found: dict[str, str] = {}
+    for value in (_json(folder, "chat_template.json").get("chat_template"), config.get("chat_template")):
+        if isinstance(value, str):
+            found.setdefault("default", value)
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                found.setdefault(str(entry.get("name")), entry["template"])
+    if folder is not None:
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            found[path.stem] = _text(path) or ""
+        if (template := _text(folder / "chat_template.jinja")) is not None:
+            found["default"] = template
+    return found

@@ -1,0 +1,310 @@
+"""Text to token ids and back, for the vocabulary of a model file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble import _native, encoders, hf_tokenizer, hub, vocabulary
+from nybble.chat_template import ChatTemplate
+from nybble.detokenizer import StopMatcher, StreamDecoder, byte_level_bytes, piece_bytes, plain_bytes
+from nybble.errors import ModelError
+from nybble.vocabulary import MARKS, TokenKind, places
+
+__all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
+
+
+class Tokenizer:
+    """The vocabulary of a model: text to token ids and back, and the form of its conversations.
+
+    `Tokenizer.load` makes one from a model file, a folder or a repository. Any number of threads may use it.
+    """
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+        self._compiled: dict[str, ChatTemplate] = {}
+
+    # --- Making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+    ) -> Tokenizer:
+        """Loads the tokenizer of a model.
+
+        Args:
+            source: a GGUF file, with weights or without; a folder with a `tokenizer.json` or a GGUF file; a repository
+                on the Hugging Face Hub (`org/name`); or None for the default model.
+            filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
+            revision: branch, tag or commit of a repository.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: the file cannot be had.
+            ModelError: the file is damaged, contradicts itself, or holds a kind of tokenizer that is not supported.
+        """
+        if source is not None and filename is None and (Path(source) / "tokenizer.json").is_file():
+            return cls.from_folder(source)
+        path = hub.resolve(source, filename=filename, revision=revision, only_tokenizer=True)
+        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path)
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer of a GGUF file."""
+        return cls.from_gguf_metadata(_native.GgufFile(path).metadata, where=os.fspath(path))
+
+    @classmethod
+    def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
+        """The tokenizer that the keys of a GGUF file describe; `where` names the file in errors."""
+        whole = metadata.get("tokenizer.huggingface.json")
+        if isinstance(whole, str) and "tokenizer.ggml.tokens" not in metadata:
+            return cls(_from_folder(hf_tokenizer.parse(whole, f"{where}: key 'tokenizer.huggingface.json'"), where))
+        return cls(_from_gguf(metadata, where))
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer of a folder that holds a `tokenizer.json`."""
+        return cls(_from_folder(hf_tokenizer.read(Path(folder)), os.fspath(folder)))
+
+    # --- Text to ids and back -----------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        Args:
+            text: any text. Lone surrogates, which are no characters, become U+FFFD.
+            add_special: begin with the model's start token (and end with its end token) if the model was trained so.
+                A text that spells the start token out at its beginning does not get a second one.
+            parse_special: marks spelled out in the text (`<|im_end|>`) become the tokens that they name, as the text
+                that a chat template gives needs it. Without, they are letters like any other, as text from strangers
+                may need it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: found {type(text).__name__}, expected str")
+        parts = self._parts
+        ids = parts.encoder.encode(_without_lone_surrogates(text), parse_special)
+        if not add_special:
+            return ids
+        before, after = list(parts.before), list(parts.after)
+        if parse_special and ids:
+            if ids[: len(before)] == before:
+                before = []
+            elif ids[0] == parts.bos_id:
+                before = [i for i in before if i != parts.bos_id]
+            if ids[-len(after) :] == after:
+                after = []
+        return [*before, *ids, *after]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without marks. Bytes that are no UTF-8 become U+FFFD.
+
+        Ids that continue a text instead of beginning one belong into a `StreamDecoder` that knows what they continue.
+        """
+        decoder = StreamDecoder(self)
+        return "".join(map(decoder.push, ids)) + decoder.finish()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Writes a conversation as the text that the model was trained on. `encode` turns that into ids.
+
+        Args:
+            messages: the turns, `[{"role": "user", "content": "Hello"}]`.
+            add_generation_prompt: end with the beginning of the model's answer.
+            template: the name of one of `chat_templates`. If None: "tool_use" where there are tools and such a
+                template, else "default".
+            tools: descriptions of functions that the model may call, for templates that know of them.
+            documents: texts to answer from, for templates that know of them.
+            **variables: whatever else a template looks at, such as `enable_thinking=False`.
+
+        Raises:
+            ModelError: there is no such template, it is broken or refuses the messages, or it runs beyond its limits.
+        """
+        if template is None:
+            template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        known = {name: text for name, text in self._parts.special_texts.items() if name not in variables}
+        return self._template(template).render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            **known,
+            **variables,
+        )
+
+    def _template(self, name: str) -> ChatTemplate:
+        if (compiled := self._compiled.get(name)) is None:
+            templates = self._parts.chat_templates
+            if name not in templates:
+                listed = ", ".join(sorted(templates)) or "none"
+                raise ModelError(f"{self._parts.where}: found no chat template {name!r} (there are: {listed})")
+            where = f"{self._parts.where}: chat template {name!r}"
+            compiled = self._compiled[name] = ChatTemplate(templates[name], where)
+        return compiled
+
+    # --- Single tokens ------------------------------------------------------------------------------------------------
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary spells it, where U+2581 or a letter such as U+0120 stands for a space.
+
+        Raises:
+            ValueError: there is no such id.
+        """
+        text = self._parts.text_of(token) if 0 <= token < self.vocab_size else None
+        if text is None:
+            raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, as bytes: one character may come in several tokens.
+
+        Raises:
+            ValueError: there is no such id.
+        """
+        text = self.token_text(token)
+        return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token that the vocabulary spells so; None if there is none."""
+        return self._parts.id_of(text)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return self._parts.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if the model has one."""
+        return self._parts.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if the model has one."""
+        return self._parts.eos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """All tokens that end a generation: the end of a text, of a turn, of a message to a tool."""
+        return self._parts.end_ids
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """All marks: tokens that are no text and that `decode` leaves out."""
+        return self._parts.special_ids
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether a text gets a space at its start, which decoding takes away again."""
+        return self._parts.adds_space
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` works without the name of a template."""
+        return "default" in self._parts.chat_templates
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates by name."""
+        return dict(self._parts.chat_templates)
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.vocab_size} tokens ({self._parts.where})>"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a tokenizer is made of, wherever it comes from."""
+
+    where: str
+    encoder: encoders.Encoder
+    text_of: Callable[[int], str | None]
+    id_of: Callable[[str], int | None]
+    token_bytes: Callable[[str], bytes]
+    plain_ids: frozenset[int]
+    """Tokens whose text is written as it is."""
+    adds_space: bool
+    vocab_size: int
+    before: Sequence[int]
+    after: Sequence[int]
+    bos_id: int | None
+    eos_id: int | None
+    end_ids: frozenset[int]
+    special_ids: frozenset[int]
+    special_texts: Mapping[str, str]
+    chat_templates: Mapping[str, str]
+
+
+def _from_gguf(metadata: Mapping[str, Any], where: str) -> _Parts:
+    known = vocabulary.read(metadata, where)
+    tokens, kinds = known.tokens, known.kinds
+
+    marks = frozenset(places(kinds, *MARKS))
+    ids = {"bos_token": known.bos_id, "eos_token": known.eos_id, "unk_token": known.unknown_id}
+    return _Parts(
+        where=where,
+        encoder=encoders.build(known),
+        text_of=tokens.__getitem__,
+        id_of=known.ids.get,
+        token_bytes=_piece_bytes if known.model == "llama" else byte_level_bytes,
+        plain_ids=marks.union(places(kinds, TokenKind.USER_DEFINED)),
+        adds_space=known.add_space_prefix,
+        vocab_size=len(tokens),
+        before=[known.bos_id] if known.add_bos and known.bos_id is not None else [],
+        after=[known.eos_id] if known.add_eos and known.eos_id is not None else [],
+        bos_id=known.bos_id,
+        eos_id=known.eos_id,
+        end_ids=known.end_ids,
+        special_ids=marks,
+        special_texts={name: tokens[i] for name, i in ids.items() if i is not None},
+        chat_templates=vocabulary.chat_templates(metadata, where),
+    )
+
+
+def _from_folder(folder: hf_tokenizer.Folder, where: str) -> _Parts:
+    package = folder.encoder.package
+    added = package.get_added_tokens_decoder()
+    return _Parts(
+        where=where,
+        encoder=folder.encoder,
+        text_of=package.id_to_token,
+        id_of=package.token_to_id,
+        token_bytes=folder.token_bytes,
+        plain_ids=frozenset(added),
+        adds_space=folder.adds_space,
+        vocab_size=package.get_vocab_size(with_added_tokens=True),
+        before=folder.before,
+        after=folder.after,
+        bos_id=folder.bos_id,
+        eos_id=folder.eos_id,
+        end_ids=folder.end_ids,
+        special_ids=frozenset(i for i, token in added.items() if token.special),
+        special_texts=folder.special_texts,
+        chat_templates=folder.chat_templates,
+    )
+
+
+def _without_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _piece_bytes(token: str) -> bytes:
+    byte = vocabulary.byte_of(token)
+    return piece_bytes(token) if byte is None else byte

@@ -347,7 +347,7 @@ impl Model {
 #[pymodule]
 mod _native {
     #[pymodule_export]
-use super::vocab::SentencePiece;
+    use super::vocab::SentencePiece;
     #[pymodule_export]
     use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, default_threads, kernels};
 

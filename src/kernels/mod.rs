@@ -9,6 +9,7 @@ mod activations;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod limits;
 mod portable;
 mod scalar;
 
@@ -18,6 +19,7 @@ use std::ops::Range;
 use half::f16;
 
 pub use activations::{Activations, RowMut, TALLEST, Tile};
+pub use limits::{Limits, limits};
 pub use portable::Activation;
 
 use crate::error::{Error, Result};

@@ -5,6 +5,8 @@
 //! everywhere, so the bits are those of the scalar build. Reductions go over [`LANES`] partial sums joined in one fixed
 //! order, whatever the register width.
 
+use std::ops::Add;
+
 use half::f16;
 
 use super::activations::RowMut;
@@ -113,10 +115,10 @@ fn erf(x: f32) -> f32 {
     e.copysign(x)
 }
 
-/// Sums `f(x)` over [`LANES`] partial sums, then halves them pairwise.
+/// Goes through `x` with `f(x, lane)` on [`LANES`] partial results from `start` on, then joins those pairwise.
 #[inline(always)]
-fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+fn reduce(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
@@ -126,15 +128,10 @@ fn reduce(x: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     for (lane, x) in lanes.iter_mut().zip(tail) {
         *lane = f(*x, *lane);
     }
-    join(lanes)
-}
-
-#[inline(always)]
-fn join(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            lanes[i] += lanes[i + half];
+            lanes[i] = join(lanes[i], lanes[i + half]);
         }
         half /= 2;
     }
@@ -144,14 +141,14 @@ fn join(mut lanes: [f32; LANES]) -> f32 {
 #[inline(always)]
 pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
     let RowMut { height, row, codes, scales, sums, zeros, half_sums, half_zeros } = out;
+    let (whole, mut tail) = x.as_chunks::<BLOCK>();
     let blocks = codes.len() / height;
     for b in 0..blocks {
-        let mut padded = [0.0f32; BLOCK];
-        let x = match x.get(b * BLOCK..).and_then(|x| x.first_chunk::<BLOCK>()) {
-            Some(x) => x,
+        let padded;
+        let x = match whole.get(b) {
+            Some(block) => block,
             None => {
-                let tail = x.get(b * BLOCK..).unwrap_or(&[]);
-                padded[..tail.len()].copy_from_slice(tail);
+                padded = pad(std::mem::take(&mut tail));
                 &padded
             }
         };
@@ -162,17 +159,19 @@ pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
         }
         let top = f32::from_bits(top);
         let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
-        let scale = if top < 1e-30 { 0.0 } else { top / 127.0 };
         let mut rounded = [0i8; BLOCK];
         for (rounded, x) in rounded.iter_mut().zip(x) {
             // The low bits of x + 1.5 * 2^23 are x rounded to the nearest integer, ties to even.
             *rounded = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
         }
-        let half = |codes: &[i8]| codes.iter().map(|code| i32::from(*code)).sum::<i32>();
-        let sum = [half(&rounded[..BLOCK / 2]), half(&rounded[BLOCK / 2..])];
+        codes[b * height + row] = rounded;
+        scales[b * height + row] = if top < 1e-30 { 0.0 } else { top / 127.0 };
+    }
+    // A loop of its own, as the compiler would take the codes out of the vector in which they were made one by one.
+    for b in 0..blocks {
         let at = b * height + row;
-        codes[at] = rounded;
-        scales[at] = scale;
+        let halves: [[i8; BLOCK / 2]; 2] = bytemuck::cast(codes[at]);
+        let (sum, scale) = ([sum(halves[0]), sum(halves[1])], scales[at]);
         sums[at] = scale * (sum[0] + sum[1]) as f32;
         zeros[at] = -8 * (sum[0] + sum[1]);
         for half in 0..2 {
@@ -182,28 +181,37 @@ pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
     }
 }
 
+/// Sum of half a block, eight codes at a time in a word.
+#[inline(always)]
+fn sum(codes: [i8; BLOCK / 2]) -> i32 {
+    const LOW: u64 = 0x00ff_00ff_00ff_00ff;
+    let mut pairs = 0;
+    for word in bytemuck::cast::<_, [u64; 2]>(codes) {
+        // 128 more than each code, which makes it unsigned.
+        let word = word ^ 0x8080_8080_8080_8080;
+        pairs += (word & LOW) + ((word >> 8) & LOW);
+    }
+    // The upper 16 bits of the product are the sum of the four numbers of 16 bits.
+    (pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48) as i32 - 128 * codes.len() as i32
+}
+
+/// The last block of a row, filled up with zeros.
+#[cold]
+fn pad(x: &[f32]) -> [f32; BLOCK] {
+    std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0))
+}
+
 #[inline(always)]
 pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, tail) = scores.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = if *x > *lane { *x } else { *lane };
-        }
-    }
-    for (lane, x) in lanes.iter_mut().zip(tail) {
-        *lane = if *x > *lane { *x } else { *lane };
-    }
-    let mut max = f32::NEG_INFINITY;
-    for x in lanes {
-        max = if x > max { x } else { max };
-    }
+    // Not `f32::max`, which leaves open which zero is larger. A NaN is passed over here and comes back as a weight.
+    let larger = |x: f32, max: f32| if x > max { x } else { max };
+    let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));
     // Everything masked: weights of zero, not NaN.
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
     for x in scores.iter_mut() {
         *x = exp(*x - shift);
     }
-    (max, reduce(scores, |x, sum| sum + x))
+    (max, reduce(scores, 0.0, |x, sum| sum + x, Add::add))
 }
 
 #[inline(always)]
@@ -215,7 +223,7 @@ pub(super) fn blend(out: &mut [f32], a: f32, other: &[f32], b: f32) {
 
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let squares = reduce(x, |x, sum| x.mul_add(x, sum));
+    let squares = reduce(x, 0.0, |x, sum| x.mul_add(x, sum), Add::add);
     let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = x * scale * weight;
@@ -225,8 +233,8 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 #[inline(always)]
 pub(super) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
     let n = x.len() as f32;
-    let mean = reduce(x, |x, sum| sum + x) / n;
-    let squares = reduce(x, |x, sum| (x - mean).mul_add(x - mean, sum));
+    let mean = reduce(x, 0.0, |x, sum| sum + x, Add::add) / n;
+    let squares = reduce(x, 0.0, |x, sum| (x - mean).mul_add(x - mean, sum), Add::add);
     let scale = 1.0 / (squares / n + eps).sqrt();
     if bias.is_empty() {
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
@@ -295,14 +303,7 @@ pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
 
 #[inline(always)]
 pub(super) fn read_sum(data: &[u64]) -> u64 {
-    let mut sums = [0u64; 32];
-    let (chunks, tail) = data.as_chunks::<32>();
-    for chunk in chunks {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *sum = sum.wrapping_add(*x);
-        }
-    }
-    sums.iter().chain(tail).fold(0, |sum, x| sum.wrapping_add(*x))
+    data.iter().fold(0, |sum, x| sum.wrapping_add(*x))
 }
 
 /// The trait methods that an instruction set takes from this file, compiled with its features.

@@ -1,0 +1,160 @@
+//! What this machine could do at most: what the speed of a model is measured against.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use super::Kernel;
+use crate::threads::Team;
+
+/// The most that a team of threads gets out of this machine.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// Bytes read from memory, in units of 10^9 a second.
+    pub bandwidth_gb_s: f64,
+    /// INT8 operations, in units of 10^9 a second. A multiplication and an addition are two.
+    pub int8_gops: f64,
+}
+
+/// Bytes of the buffer that is read, where there is memory for it: more than the caches of large servers hold.
+const BUFFER_BYTES: u64 = 1 << 30;
+/// Numbers of the buffer that a thread reads at a time: 1 MiB.
+const CHUNK: usize = (1 << 20) / size_of::<u64>();
+/// How often something is measured at most. The best counts: whatever else the machine does only slows it down.
+const ROUNDS: usize = 5;
+/// No further round is begun when the rounds before it took that long, two at least.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// How long a single piece of arithmetic takes at least.
+const PIECE: Duration = Duration::from_millis(1);
+
+/// Measures the limits of all threads of `team` together, in about a second.
+///
+/// - Bandwidth: the threads sum a buffer of 1 GiB (a quarter of the available memory, if that is less) with
+///   [`Kernel::read_sum`], in pieces of 1 MiB from start to end. Single-token decoding has to read all weights once for
+///   each token, so bandwidth over weight bytes bounds its speed. Models that fit into the caches may be faster.
+/// - Arithmetic: the threads run [`Kernel::peak_int8`], integer dot products that never leave the registers. Prompts and
+///   batches are bound by it. Other kernels have other limits: the number says what `kernel`'s instruction set can do.
+///
+/// Both are the best of several rounds. Other work on the machine makes them smaller.
+pub fn limits(team: &Team, kernel: &dyn Kernel) -> Limits {
+    let bytes = buffer_bytes(available_memory());
+    Limits { bandwidth_gb_s: bandwidth(team, kernel, bytes), int8_gops: int8_gops(team, kernel) }
+}
+
+/// Bytes of the buffer when that many are available.
+fn buffer_bytes(available: Option<u64>) -> u64 {
+    // A machine that does not say how much memory it has may not have much.
+    available.map_or(BUFFER_BYTES / 4, |available| available / 4).min(BUFFER_BYTES)
+}
+
+/// 10^9 bytes a second that the team reads out of a buffer of `bytes`.
+fn bandwidth(team: &Team, kernel: &dyn Kernel, bytes: u64) -> f64 {
+    let mut length = (bytes as usize / size_of::<u64>()).max(CHUNK);
+    // Asked before it is made, which would end the process where it cannot be had.
+    while length > CHUNK && Vec::<u64>::new().try_reserve_exact(length).is_err() {
+        length /= 2;
+    }
+    let mut buffer = vec![0u64; length];
+    let seconds = team.run(|scope| {
+        // Pages that were never written all stand for the same page of zeros, which lies in the cache. Each is written by
+        // one of the threads, so that on machines with several memories all of them are used.
+        scope.for_each_chunk(&mut buffer, CHUNK, |i, chunk| chunk.fill(i as u64));
+        best_seconds(|| {
+            scope.for_each(buffer.len().div_ceil(CHUNK), |i| {
+                let start = i * CHUNK;
+                black_box(kernel.read_sum(&buffer[start..buffer.len().min(start + CHUNK)]));
+            });
+        })
+    });
+    (length * size_of::<u64>()) as f64 / seconds * 1e-9
+}
+
+/// 10^9 INT8 operations a second of all threads.
+fn int8_gops(team: &Team, kernel: &dyn Kernel) -> f64 {
+    let mut rounds = 1 << 10;
+    while rounds < 1 << 30 && seconds_of(|| _ = black_box(kernel.peak_int8(rounds))) < PIECE.as_secs_f64() {
+        rounds *= 2;
+    }
+    // Several pieces a thread, so that one that starts late does not make the others wait for long.
+    let pieces = team.threads() * 16;
+    let operations = kernel.peak_int8(1).0 as f64 * rounds as f64 * pieces as f64;
+    let seconds =
+        team.run(|scope| best_seconds(|| scope.for_each(pieces, |_| _ = black_box(kernel.peak_int8(rounds)))));
+    operations / seconds * 1e-9
+}
+
+/// Seconds of the fastest of several runs.
+fn best_seconds(mut run: impl FnMut()) -> f64 {
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    for round in 0..ROUNDS {
+        if round >= 2 && begin.elapsed() > PATIENCE {
+            break;
+        }
+        best = best.min(seconds_of(&mut run));
+    }
+    best
+}
+
+/// Seconds that `run` takes, never zero.
+fn seconds_of(run: impl FnOnce()) -> f64 {
+    let begin = Instant::now();
+    run();
+    begin.elapsed().as_secs_f64().max(1e-9)
+}
+
+/// Bytes that can be had without swapping, as far as the system tells: those of the machine and those of the container.
+fn available_memory() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let machine = read("/proc/meminfo").and_then(|text| parse_available(&text));
+    let number = |path| read(path).and_then(|text| text.trim().parse::<u64>().ok());
+    let container = number("/sys/fs/cgroup/memory.max")
+        .zip(number("/sys/fs/cgroup/memory.current"))
+        .map(|(max, current)| max.saturating_sub(current));
+    machine.into_iter().chain(container).min()
+}
+
+/// The line `MemAvailable: 123 kB` of Linux' `/proc/meminfo`, in bytes.
+fn parse_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kilobytes.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::available;
+
+    #[test]
+    fn limits_are_positive_numbers_for_every_kernel_and_team() {
+        for threads in [1, 2] {
+            let team = Team::new(threads).unwrap();
+            for kernel in available() {
+                for bytes in [0, 1, 3 << 20, (5 << 20) + 1000] {
+                    let bandwidth = bandwidth(&team, kernel, bytes);
+                    assert!(bandwidth.is_finite() && bandwidth > 0.0, "{}: {bandwidth}", kernel.name());
+                }
+                let gops = int8_gops(&team, kernel);
+                assert!(gops.is_finite() && gops > 0.0, "{}: {gops}", kernel.name());
+            }
+        }
+    }
+
+    #[test]
+    fn the_buffer_takes_at_most_a_quarter_of_the_available_memory() {
+        assert_eq!(buffer_bytes(Some(1 << 40)), BUFFER_BYTES);
+        assert_eq!(buffer_bytes(Some(1 << 30)), 1 << 28);
+        assert_eq!(buffer_bytes(Some(0)), 0);
+        assert!(buffer_bytes(None) <= BUFFER_BYTES / 4);
+    }
+
+    #[test]
+    fn available_memory_is_read_off_meminfo() {
+        let text = "MemTotal:       24553188 kB\nMemFree:        1 kB\nMemAvailable:   20155196 kB\nBuffers: 2 kB\n";
+        assert_eq!(parse_available(text), Some(20155196 * 1024));
+        for bad in
+            ["", "MemAvailable:", "MemAvailable: x kB", "MemAvailable: 1 MB", "MemAvailable: 18446744073709551615 kB"]
+        {
+            assert_eq!(parse_available(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -317,6 +317,13 @@ impl Model {
         logits.into_pyarray(py).reshape([rows, self.0.vocabulary()])
     }
 
+    /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
+    /// both in 10^9 a second. Takes about a second and, for that time, a buffer of up to 1 GiB.
+    fn machine_limits(&self, py: Python<'_>) -> (f64, f64) {
+        let limits = py.detach(|| crate::kernels::limits(self.inner.team(), self.inner.kernel()));
+        (limits.bandwidth_gb_s, limits.int8_gops)
+    }
+
     /// What the package's `ModelInfo` holds, by name.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (model, info) = (&self.0, PyDict::new(py));

@@ -103,8 +103,8 @@ class Writer:
             self.finish_reason = "stop"
             return self._keep(self._rest())
         self._tokens.append(sampled.id)
-        if self._logprobs is not None:
-            self._logprobs.append(self._explain(sampled))
+        if self._logprobs is not None and sampled.logprob is not None:
+            self._logprobs.append(self._explain(sampled.id, sampled.logprob, sampled.top))
         text, hit = self._stops.push(self._decoder.push(sampled.id))
         if hit:
             self.finish_reason = "stop"
@@ -144,10 +144,9 @@ class Writer:
             self._pieces.append(text)
         return text
 
-    def _explain(self, sampled: _native.Sampled) -> TokenLogprob:
+    def _explain(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
         decode = self._tokenizer.decode
-        top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
-        return TokenLogprob(sampled.id, decode([sampled.id]), sampled.logprob, top)
+        return TokenLogprob(token, decode([token]), logprob, tuple((other, decode([other]), p) for other, p in top))
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nybble import _native, encoders, hf_tokenizer, hub, vocabulary
-from nybble.chat_template import ChatTemplate
 from nybble.detokenizer import StopMatcher, StreamDecoder, byte_level_bytes, piece_bytes, plain_bytes
 from nybble.errors import ModelError
 from nybble.vocabulary import MARKS, TokenKind, places
+
+if TYPE_CHECKING:
+    from nybble.chat_template import ChatTemplate
 
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
@@ -147,6 +149,8 @@ class Tokenizer:
 
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:
+            from nybble.chat_template import ChatTemplate  # Jinja takes a while to import, and not every run chats.
+
             templates = self._parts.chat_templates
             if name not in templates:
                 listed = ", ".join(sorted(templates)) or "none"

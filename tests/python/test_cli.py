@@ -364,7 +364,7 @@ def test_a_terminal_is_not_steered_by_the_text(tiny_file: Path) -> None:
 def test_a_run_imports_only_what_it_needs(tiny_file: Path) -> None:
     program = (
         "import sys; from nybble.cli import main\n"
-        f"assert main(['run', {str(tiny_file)!r}, 'abc', '--max-tokens', '1']) == 0\n"
+        f"assert main(['run', '--raw', {str(tiny_file)!r}, 'abc', '--max-tokens', '1']) == 0\n"
         "slow = {'numpy', 'rich', 'jinja2', 'huggingface_hub', 'httpx', 'httpx2', 'requests'} & set(sys.modules)\n"
         "assert not slow, slow"
     )

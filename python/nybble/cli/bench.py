@@ -57,7 +57,6 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
     from nybble.sampling import SamplingOptions
 
     info, native = model.info, model._native
-    bandwidth_gb_s, int8_gops = _native.machine_limits(info.threads)
     greedy = SamplingOptions(temperature=0, seed=0)
     ids = [(7919 * i + 13) % info.vocabulary for i in range(prompt)]  # Any ids do: the work does not depend on them.
     prompt_rates, decode_rates = [], []
@@ -74,6 +73,8 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
             if done:
                 prompt_rates.append(prompt / (read - began))
                 decode_rates.append(generate / (written - read))
+    peak_rss_bytes = _peak_rss_bytes()  # Before the limits are measured, which takes a buffer larger than all caches.
+    bandwidth_gb_s, int8_gops = native.machine_limits()
     prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
     return {
         "kernel": info.kernel,
@@ -83,7 +84,7 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
         "rounds": rounds,
         "prompt_tokens_per_second": prompt_rate,
         "decode_tokens_per_second": decode_rate,
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes,
         "weight_bytes": info.weight_bytes,
         "bandwidth_gb_s": bandwidth_gb_s,
         "int8_gops": int8_gops,

@@ -94,7 +94,7 @@ def main() -> int:
         engine.round(prompt, 4)  # Warm up.
     limits = []
     for _ in range(options.rounds):
-        limits.append(_native.machine_limits(options.threads))
+        limits.append(engines[0].model.machine_limits())
         for engine in engines:
             speeds[engine.name].append(engine.round(prompt, options.generate))
 

@@ -320,7 +320,7 @@ impl Model {
     /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
     /// both in 10^9 a second. Takes about a second and, for that time, a buffer of up to 1 GiB.
     fn machine_limits(&self, py: Python<'_>) -> (f64, f64) {
-        let limits = py.detach(|| crate::kernels::limits(self.inner.team(), self.inner.kernel()));
+        let limits = py.detach(|| crate::kernels::limits(self.0.team(), self.0.kernel()));
         (limits.bandwidth_gb_s, limits.int8_gops)
     }
 

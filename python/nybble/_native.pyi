@@ -81,6 +81,7 @@ class Model:
         kernel: str | None = None,
         threads: int | None = None,
         context: int | None = None,
+        quantize: str = "auto",
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(self, prompt: _Sequence[int], options: SamplingOptions) -> Sequence: ...

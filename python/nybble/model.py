@@ -71,17 +71,21 @@ class Model:
         kernel: str | None = None,
         threads: int | None = None,
         context: int | None = None,
+        quantize: Literal["auto", "int4", "int8"] | None = "auto",
         progress: Callable[[int, int], object] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
 
         Args:
-            source: a GGUF file, a folder of its shards, a Hub repository (`org/name`), or None for the default model.
+            source: a GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
+                repository (`org/name`), or None for the default model.
             filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
             revision: branch, tag or commit of a repository.
             kernel: instruction set to compute with (`kernels()` lists them); the best one if None.
             threads: how many to compute with; as many as there are physical cores for this process if None.
             context: tokens to hold at most; what the model was trained for if None.
+            quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
+                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
             progress: called with how much of the weights is read and how much there is, while they are read.
 
         Raises:
@@ -90,9 +94,7 @@ class Model:
             ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
         """
         file = hub.resolve(source, filename=filename, revision=revision)
-        if file.is_dir():
-            raise ModelError(f"{file}: the folder holds no GGUF file")
-        native = _native.Model.load(file, kernel, threads, context, progress)
+        native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress)
         return cls(native, Tokenizer.load(file), file)
 
     @overload

@@ -76,6 +76,11 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
     peak_rss_bytes = _peak_rss_bytes()  # Before the limits are measured, which takes a buffer larger than all caches.
     bandwidth_gb_s, int8_gops = native.machine_limits()
     prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
+    # Each of the weights of a token is multiplied and added once, but only the last token of a prompt needs the output
+    # layer.
+    weights_of_a_prompt_token = (
+        info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
+    )
     return {
         "kernel": info.kernel,
         "threads": info.threads,
@@ -88,9 +93,9 @@ def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str,
         "weight_bytes": info.weight_bytes,
         "bandwidth_gb_s": bandwidth_gb_s,
         "int8_gops": int8_gops,
-        # Writing a token reads the weights once; reading one multiplies and adds with every weight once.
+        # Writing a token reads its weights once.
         "decode_share_of_bandwidth": info.bytes_per_token * decode_rate / (bandwidth_gb_s * 1e9),
-        "prompt_share_of_int8": 2 * info.parameters * prompt_rate / (int8_gops * 1e9),
+        "prompt_share_of_int8": 2 * weights_of_a_prompt_token * prompt_rate / (int8_gops * 1e9),
         "cpu": _cpu(),
         "platform": platform.platform(),
         "nybble": _native.__version__,

@@ -1,8 +1,8 @@
 //! The only place with SIMD intrinsics: one file an instruction set, all behind one trait.
 //!
-//! [`scalar`] defines what every operation computes, to the bit. The other sets compute the same bits because each
+//! `scalar.rs` defines what every operation computes, to the bit. The other sets compute the same bits because each
 //! output is summed over its inputs in one fixed order with fused multiply-add, integer products cannot overflow or
-//! saturate, and everything elementwise is the same source code ([`portable`]) compiled for the set's registers.
+//! saturate, and everything elementwise is the same source code (`portable.rs`) compiled for the set's registers.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]

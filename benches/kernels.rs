@@ -1,0 +1,231 @@
+//! How fast the kernels of this CPU are, on one thread: `cargo bench`, or `cargo bench -- 'int4 2048x5632'` for some.
+//!
+//! Decoding a token multiplies one row, bound by the bytes of the weights, so one row is counted in GB/s. Prompts and
+//! batches multiply many, bound by arithmetic, so those are counted in operations, a multiplication and an addition
+//! being two: `Gelem/s` is GOPS. Matrices that fit into a cache are read from there, as those of small models are; what
+//! the memory and the instruction set could give at most is printed first.
+//!
+//! Every product is compared with the scalar kernel before it is timed. `cargo test --benches` does only that, on small
+//! matrices.
+
+use std::time::Duration;
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::f16;
+use nybble::kernels::{self, Activation, Activations, Kernel, PAGE};
+use nybble::quant::packed::{Code, Layout, Line, PANEL, Packed};
+use nybble::threads::{Columns, Team};
+
+/// The layouts, and whether they are measured in all shapes: those of Q4_0, Q4_K, IQ4_NL, Q8_0, Q6_K and F16.
+const LAYOUTS: [(&str, Layout, bool); 6] = [
+    ("int4", Layout { code: Code::Int4, group: 32, min: false }, true),
+    ("int4+min", Layout { code: Code::Int4, group: 32, min: true }, false),
+    ("table4", Layout { code: Code::Table4(IQ4_NL), group: 32, min: false }, false),
+    ("int8", Layout { code: Code::Int8, group: 32, min: false }, true),
+    ("int8 by 16", Layout { code: Code::Int8, group: 16, min: false }, false),
+    ("f16", Layout::float(Code::F16), false),
+];
+const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Output and input features: feed-forward layers of models with 135 million and 1.1 billion parameters, and the
+/// projections of one with 7 billion. The one in the middle is measured in all layouts.
+const SHAPES: [(usize, usize); 3] = [(1536, 576), (5632, 2048), (4096, 4096)];
+const EVERY_LAYOUT: (usize, usize) = SHAPES[1];
+
+/// Whether this is `cargo bench`, not `cargo test`.
+fn measured() -> bool {
+    std::env::args().any(|argument| argument == "--bench")
+}
+
+fn scalar() -> &'static dyn Kernel {
+    kernels::by_name("scalar").expect("it is always there")
+}
+
+/// All kernels but the scalar one, which is there to be right, unless it is all there is or nothing is measured.
+fn compared() -> Vec<&'static dyn Kernel> {
+    let mut compared = kernels::available();
+    if measured() && compared.len() > 1 {
+        compared.pop();
+    }
+    compared
+}
+
+/// Numbers without order, the same in every run.
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 16
+}
+
+fn matrix((rows, columns): (usize, usize), layout: Layout) -> Packed {
+    let (mut w, mut state) = (Packed::zeroed(rows, columns, layout, 1.0), 1);
+    for panel in w.panels_mut() {
+        for number in bytemuck::cast_slice_mut::<Line, u16>(panel.codes) {
+            let bits = random(&mut state) as u16;
+            // Halves get an exponent that keeps them between 1/8 and 1/4.
+            *number = if layout.is_integer() { bits } else { bits & 0x83ff | 0x3000 };
+        }
+        for scale in panel.scales.iter_mut().chain(panel.mins.iter_mut()).flatten() {
+            *scale = f16::from_f32((random(&mut state) % 2001) as f32 * 1e-5 - 0.01);
+        }
+    }
+    w
+}
+
+fn values(n: usize) -> Vec<f32> {
+    let mut state = 2;
+    (0..n).map(|_| (random(&mut state) % 2001) as f32 * 1e-3 - 1.0).collect()
+}
+
+/// Activations as both kinds of product take them.
+struct Input {
+    x: Vec<f32>,
+    quantized: Activations,
+    columns: usize,
+}
+
+impl Input {
+    fn new(x: &[f32], columns: usize) -> Self {
+        let mut quantized = Activations::default();
+        quantized.quantize(scalar(), x, columns);
+        Input { x: x.to_vec(), quantized, columns }
+    }
+
+    fn times(&self, kernel: &dyn Kernel, w: &Packed, panels: std::ops::Range<usize>, out: &mut [f32]) {
+        let rows = self.x.len() / self.columns;
+        let mut out = Columns::whole(out, rows, out.len() / rows);
+        if w.layout().is_integer() {
+            kernel.product(w, panels, &self.quantized, &mut out);
+        } else {
+            kernel.product_float(w, panels, &self.x, self.columns, &mut out);
+        }
+    }
+}
+
+/// Compares some rows and panels of a product with what the scalar kernel computes. All of them would take minutes.
+fn check(w: &Packed, input: &Input, out: &[f32], what: &str) {
+    let rows = input.x.len() / input.columns;
+    for row in [0, rows / 2, rows - 1] {
+        let alone = Input::new(&input.x[row * input.columns..][..input.columns], input.columns);
+        for panel in [0, w.panels() / 2, w.panels() - 1] {
+            let mut expected = [f32::NAN; PANEL];
+            alone.times(scalar(), w, panel..panel + 1, &mut expected);
+            let found = &out[row * w.rows() + panel * PANEL..][..PANEL];
+            let same = found.iter().zip(&expected).all(|(f, e)| f.to_bits() == e.to_bits());
+            assert!(same, "{what}: row {row}, panel {panel}: {found:?}, expected {expected:?}");
+        }
+    }
+}
+
+/// Something that a kernel does to a row.
+type Operation<'a> = &'a dyn Fn(&dyn Kernel, &mut Activations, &mut [f32]);
+
+fn settings(group: &mut BenchmarkGroup<'_, WallTime>) {
+    group.sample_size(10).warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(300));
+}
+
+fn products(criterion: &mut Criterion) {
+    if measured() {
+        let team = Team::new(1).expect("one thread is always there");
+        for kernel in compared() {
+            let limits = kernels::limits(&team, kernel);
+            println!("{}: memory {:.1} GB/s, {:.0} GOPS", kernel.name(), limits.bandwidth_gb_s, limits.int8_gops);
+        }
+    }
+    for (name, layout, every_shape) in LAYOUTS {
+        for shape in SHAPES {
+            if !every_shape && shape != EVERY_LAYOUT {
+                continue;
+            }
+            let mut group = criterion.benchmark_group(format!("{name} {}x{}", shape.1, shape.0));
+            settings(&mut group);
+            // A test wants to see that it runs: a few rows and panels show that as well.
+            let (shape, rows): (_, &[usize]) =
+                if measured() { (shape, &[1, 8, 64, 512]) } else { ((shape.0 / 32, shape.1 / 8), &[1, 8, 19]) };
+            let w = matrix(shape, layout);
+            for &rows in rows {
+                let input = Input::new(&values(rows * w.columns()), w.columns());
+                let mut out = vec![f32::NAN; rows * w.rows()];
+                group.throughput(match rows {
+                    1 => Throughput::BytesDecimal(w.bytes() as u64),
+                    _ => Throughput::Elements(2 * (rows * w.rows() * w.columns()) as u64),
+                });
+                for kernel in compared() {
+                    let id = BenchmarkId::new(kernel.name(), rows);
+                    input.times(kernel, &w, 0..w.panels(), &mut out);
+                    check(&w, &input, &out, &format!("{name} {}x{}, {}", w.columns(), w.rows(), kernel.name()));
+                    group.bench_function(id, |b| b.iter(|| input.times(kernel, &w, 0..w.panels(), &mut out)));
+                }
+            }
+            group.finish();
+        }
+    }
+}
+
+/// A page of the cache with heads of 64 values, for the queries of one token and of 32.
+fn attention(criterion: &mut Criterion) {
+    const HEAD: usize = 64;
+    let page: Vec<f16> = values(PAGE * HEAD).into_iter().map(f16::from_f32).collect();
+    for queries in [3, 96] {
+        let (q, counts) = (values(queries * HEAD), vec![PAGE; queries]);
+        let mut group = criterion.benchmark_group(format!("attention of {queries} queries"));
+        settings(&mut group);
+        group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
+        let mut expected = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
+        scalar().scores(&q, HEAD, &page, 0.125, &mut expected.0, PAGE);
+        scalar().weighted_sum(&expected.0, PAGE, &counts, &page, HEAD, &mut expected.1);
+        for kernel in compared() {
+            let (mut scores, mut sums) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
+            kernel.scores(&q, HEAD, &page, 0.125, &mut scores, PAGE);
+            kernel.weighted_sum(&scores, PAGE, &counts, &page, HEAD, &mut sums);
+            assert_eq!((&scores, &sums), (&expected.0, &expected.1), "{}", kernel.name());
+            let name = kernel.name();
+            group.bench_function(BenchmarkId::new(name, "scores"), |b| {
+                b.iter(|| kernel.scores(&q, HEAD, &page, 0.125, &mut scores, PAGE));
+            });
+            group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
+                b.iter(|| kernel.weighted_sum(&expected.0, PAGE, &counts, &page, HEAD, &mut sums));
+            });
+        }
+        group.finish();
+    }
+}
+
+/// What a row goes through between products.
+fn rows(criterion: &mut Criterion) {
+    const WIDTH: usize = 1536;
+    let (x, weight) = (values(WIDTH), vec![1.0; WIDTH]);
+    let mut group = criterion.benchmark_group(format!("a row of {WIDTH} values"));
+    settings(&mut group);
+    group.throughput(Throughput::Elements(WIDTH as u64));
+    let mut run = |name: &str, operation: Operation<'_>| {
+        let compute = |kernel: &dyn Kernel| {
+            let (mut activations, mut out) = (Activations::default(), x.clone());
+            activations.resize(1, WIDTH);
+            operation(kernel, &mut activations, &mut out);
+            (activations.lines_mut().to_vec(), out)
+        };
+        let expected = compute(scalar());
+        for kernel in compared() {
+            assert!(compute(kernel) == expected, "{name}, {}", kernel.name());
+            let (mut activations, mut out) = (Activations::default(), x.clone());
+            activations.resize(1, WIDTH);
+            group.bench_function(BenchmarkId::new(kernel.name(), name), |b| {
+                b.iter(|| {
+                    out.copy_from_slice(&x);
+                    operation(kernel, &mut activations, &mut out);
+                });
+            });
+        }
+    };
+    run("quantize", &|kernel, activations, out| {
+        let blocks = activations.blocks();
+        Activations::fill(kernel, activations.lines_mut(), blocks, 1, |_| &*out);
+    });
+    run("rms_norm", &|kernel, _, out| kernel.rms_norm(&x, &weight, 1e-5, out));
+    run("silu gate", &|kernel, _, out| kernel.gate(Activation::Silu, out, &weight));
+    run("exp_segment", &|kernel, _, out| _ = kernel.exp_segment(out));
+}
+
+criterion_group!(benches, products, attention, rows);
+criterion_main!(benches);

@@ -36,9 +36,9 @@ class PackageEncoder:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same tokenizer for text in which marks mean nothing. Both share the model, which is nearly all of it.
+        """The same tokenizer for text in which marks mean nothing: the package's switch for it is one for all threads.
 
-        The package has a switch for this too, but it would switch for all threads at once.
+        Both share the model, which is nearly all of it.
         """
         package = self.package
         literal = tokenizers.Tokenizer(package.model)
@@ -47,7 +47,8 @@ class PackageEncoder:
         if package.pre_tokenizer is not None:
             literal.pre_tokenizer = package.pre_tokenizer
         added: Mapping[int, AddedToken] = package.get_added_tokens_decoder()
-        literal.add_tokens([token for token in added.values() if not token.special])
+        literal.add_tokens([added[i] for i in sorted(added)])  # In this order they get the same ids again.
+        literal.encode_special_tokens = True
         return literal
 
 

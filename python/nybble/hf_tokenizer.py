@@ -56,6 +56,7 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
     """Reads the text of a `tokenizer.json`, and the files beside it if there is a folder."""
     description = _parsed(text, where)
     package = _package(text, where)
+    _check_added_tokens(description.get("added_tokens") or [], package, where)
     token_bytes, adds_space = _decoding(description.get("decoder"), where)
     config = _json(folder, "tokenizer_config.json")
     special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
@@ -126,6 +127,14 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
     package.no_truncation()  # Whoever saved the file may have had short texts of equal length in mind.
     package.no_padding()
     return package
+
+
+def _check_added_tokens(declared: Any, package: tokenizers.Tokenizer, where: str) -> None:
+    """The package gives ids that follow one another, whatever the file says."""
+    for token in declared:
+        content, expected = token.get("content"), token.get("id")
+        if (found := package.token_to_id(content)) != expected:
+            raise ModelError(f"{where}: added token {content!r}: found the id {expected}, expected {found}")
 
 
 def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:

@@ -16,6 +16,7 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 use crate::engine::{self, sampler::SamplingOptions};
 use crate::format::gguf::{self, Array, Gguf, Value};
 use crate::model::{self, Input, LoadOptions, Logits};
+use crate::quant::block::BlockType;
 use crate::{Error, threads};
 
 /// How often Python is asked for signals while Rust computes. Asking takes the GIL, so not at every opportunity.
@@ -80,6 +81,37 @@ fn detached<R: Send>(
         Some(exception) => Err(exception),
         None => Ok(result?),
     }
+}
+
+/// Runs `compute` without the GIL. It reports how much is done, and how much there is, to the callable `progress`; what
+/// that raises is raised when `compute` returns.
+fn with_progress<R: Send>(
+    py: Python<'_>,
+    progress: Option<Py<PyAny>>,
+    compute: impl FnOnce(model::Progress<'_>) -> crate::Result<R> + Send,
+) -> PyResult<R> {
+    let raised = Mutex::new(None);
+    let report = |done: usize, total: usize| {
+        let Some(progress) = &progress else { return };
+        let called = Python::attach(|py| progress.call1(py, (done, total)).map(drop));
+        if let Err(exception) = called {
+            raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
+        }
+    };
+    let result = py.detach(|| compute(&report))?;
+    match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(exception) => Err(exception),
+        None => Ok(result),
+    }
+}
+
+/// Writes a GGUF file or a folder of Hugging Face as a GGUF file whose matrices are of `type`.
+#[pyfunction]
+#[pyo3(signature = (source, out, r#type, progress=None))]
+fn convert(py: Python<'_>, source: PathBuf, out: PathBuf, r#type: &str, progress: Option<Py<PyAny>>) -> PyResult<()> {
+    let names = || Error::argument("type", format_args!("{type:?}"), "f32, f16, bf16, q8_0, q4_0 or q4_1");
+    let wanted = BlockType::from_name(r#type).ok_or_else(names)?;
+    with_progress(py, progress, |report| model::convert::convert_path(&source, &out, wanted, Some(report)))
 }
 
 /// The kernels that this CPU can run, best first.
@@ -267,19 +299,7 @@ impl Model {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Model> {
         let options = LoadOptions { kernel, threads, context, quantize: model::Quantize::by_name(quantize)? };
-        let raised = Mutex::new(None);
-        let report = |done: usize, total: usize| {
-            let Some(progress) = &progress else { return };
-            let called = Python::attach(|py| progress.call1(py, (done, total)).map(drop));
-            if let Err(exception) = called {
-                raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
-            }
-        };
-        let inner = py.detach(|| model::Model::load_with(path, &options, Some(&report)))?;
-        match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(exception) => Err(exception),
-            None => Ok(Model(inner)),
-        }
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model)
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
@@ -348,7 +368,7 @@ mod _native {
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]
-    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, default_threads, kernels};
+    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, convert, default_threads, kernels};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

@@ -18,12 +18,19 @@ __all__ = [
     "Sequence",
     "TensorInfo",
     "__version__",
+    "convert",
     "default_threads",
     "kernels",
 ]
 __version__: str
 
 def kernels() -> list[str]: ...
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    type: str,
+    progress: Callable[[int, int], object] | None = None,
+) -> None: ...
 def default_threads() -> int: ...
 
 @final

@@ -20,6 +20,7 @@ log = logging.getLogger("nybble")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _TOKENIZER = "tokenizer.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TOKENIZER_FILES = (
     _TOKENIZER,
     "tokenizer_config.json",
@@ -87,13 +88,13 @@ def resolve(
         only_tokenizer: of a repository with a `tokenizer.json`, fetch the small files only and give their folder.
 
     Returns:
-        The file (the first shard of a split one), or a folder that holds no GGUF file.
+        The file (the first shard of a split one), or a folder without GGUF file: a checkpoint in safetensors.
 
     Raises:
         FileNotFoundError: nothing is there; the message says where it was looked for.
         ConnectionError: the Hub cannot be reached and its cache holds no copy.
         PermissionError: the repository is there but needs a licence accepted.
-        ModelError: several files fit `filename`, or none, or a shard is missing.
+        ModelError: several files fit `filename`, or none, a shard is missing, or the weights are only in pickles.
     """
     if source is None:
         if filename is not None or revision is not None:
@@ -156,6 +157,20 @@ def _choose(names: Iterable[str], pattern: str | None, where: str) -> Sequence[s
     return shards
 
 
+def _checkpoint(names: Iterable[str], where: str) -> list[str]:
+    """The files of a checkpoint in safetensors among `names`: weights, their index, settings, tokenizer."""
+    top = [name for name in names if "/" not in name]
+    weights = [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]
+    if weights and "config.json" in top:
+        return weights + [name for name in top if name in _TOKENIZER_FILES]
+    if pickles := [name for name in top if name.endswith(_PICKLES)]:
+        raise ModelError(
+            f"{where}: its weights are only in {pickles[0]}, a pickle, which can run any code when it is opened; "
+            "expected GGUF or safetensors"
+        )
+    raise ModelError(f"{where}: it holds no GGUF file and no safetensors checkpoint")
+
+
 def _fits(name: str, pattern: str) -> bool:
     name, pattern = name.lower(), pattern.lower()
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
@@ -207,8 +222,8 @@ def _from_hub(repository: str, filename: str | None, revision: str | None, only_
     names = [file.rfilename for file in info.siblings or ()]
     for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in names
     chosen = [name for name in names if name in _TOKENIZER_FILES] if for_tokenizer else _choose(names, filename, where)
-    if not chosen:
-        raise ModelError(f"{where}: it holds no GGUF file")
+    as_folder = for_tokenizer or not chosen
+    chosen = chosen or _checkpoint(names, where)
     snapshot = snapshot_folder(repository, info.sha)
     if not all((snapshot / name).is_file() for name in chosen):
         patterns = [glob.escape(name) for name in chosen]
@@ -220,7 +235,7 @@ def _from_hub(repository: str, filename: str | None, revision: str | None, only_
         except UnreachableError as error:
             raise ConnectionError(f"{where}: {chosen[0]} was not fetched: {error}") from error
         snapshot = Path(fetched)
-    return snapshot if for_tokenizer else snapshot / chosen[0]
+    return snapshot if as_folder else snapshot / chosen[0]
 
 
 def one_line(error: BaseException) -> str:
@@ -236,10 +251,12 @@ def _from_hub_cache(
     snapshot = snapshot_folder(repository, revision or constants.DEFAULT_REVISION)
     names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
     for_tokenizer = only_tokenizer and filename is None and (snapshot / _TOKENIZER).is_file()
-    if not names and not for_tokenizer:
+    is_checkpoint = not names and filename is None and any(snapshot.glob("*.safetensors"))
+    if not names and not for_tokenizer and not is_checkpoint:
         raise ConnectionError(f"repository {repository}: {reason}, and {constants.HF_HUB_CACHE} holds no copy")
     log.info("%s; taking the cached copy of %s", reason, repository)
-    return snapshot if for_tokenizer else snapshot / _choose(names, filename, f"cached repository {repository}")[0]
+    as_folder = for_tokenizer or is_checkpoint
+    return snapshot if as_folder else snapshot / _choose(names, filename, f"cached repository {repository}")[0]
 
 
 def snapshot_folder(repository: str, revision: str | None) -> Path:

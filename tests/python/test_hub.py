@@ -159,11 +159,35 @@ def test_a_revision_is_asked_for(fake_hub: FakeHub) -> None:
         hub.resolve(REPOSITORY, revision="v2")
 
 
-def test_a_repository_without_gguf_says_so_before_anything_is_fetched(fake_hub: FakeHub) -> None:
+def test_a_repository_without_model_says_so_before_anything_is_fetched(fake_hub: FakeHub) -> None:
     fake_hub.repositories[REPOSITORY] = {"model.safetensors": b"much"}
-    with pytest.raises(ModelError, match="holds no GGUF file"):
+    with pytest.raises(ModelError, match="holds no GGUF file and no safetensors checkpoint"):
         hub.resolve(REPOSITORY)
     assert not any("resolve" in request for request in fake_hub.requests)
+
+
+def test_a_repository_with_pickles_only_is_refused_with_the_reason(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"config.json": b"{}", "pytorch_model.bin": b"much"}
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin, a pickle, which can run any code"):
+        hub.resolve(REPOSITORY)
+    assert not any("resolve" in request for request in fake_hub.requests)
+
+
+def test_a_checkpoint_is_fetched_without_its_copies_in_other_formats(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {
+        "config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "model.safetensors.index.json": b"{}",
+        "model-00001-of-00002.safetensors": b"one",
+        "model-00002-of-00002.safetensors": b"two",
+    }
+    fake_hub.repositories[REPOSITORY] = wanted | {"pytorch_model.bin": b"much", "onnx/model.onnx": b"more"}
+    folder = hub.resolve(REPOSITORY)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == wanted
+    fake_hub.broken = True  # From now on the cached copy serves.
+    assert hub.resolve(REPOSITORY) == folder
 
 
 def test_for_a_tokenizer_the_small_files_are_enough(fake_hub: FakeHub) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from nybble.cli.bench import bench
 from nybble.cli.chat import chat
+from nybble.cli.convert import convert
 from nybble.cli.inspect import inspect
 from nybble.cli.models import models
 from nybble.cli.run import run
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 # Two positions of which the first may be missing are one list to the parser, so the usage line is told what they are.
 app.command(options_metavar="[OPTIONS] [MODEL]")(run)
-for command in (chat, inspect, bench, models):
+for command in (chat, inspect, convert, bench, models):
     app.command()(command)
 
 

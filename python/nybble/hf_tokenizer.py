@@ -68,7 +68,7 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
         return next(_ids(model_config.get(f"{name}_token_id")), None) if found is None else found
 
     bos_id, eos_id = token("bos"), token("eos")
-    before, after = _frame(package)
+    before, after = _frame(package, where)
     if isinstance(add := config.get("add_bos_token"), bool) and bos_id is not None:
         before = [bos_id, *(i for i in before if i != bos_id)] if add else [i for i in before if i != bos_id]
     if isinstance(add := config.get("add_eos_token"), bool) and eos_id is not None:
@@ -184,10 +184,13 @@ def _ids(value: Any) -> Iterator[int]:
             yield i
 
 
-def _frame(package: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after every text, found by trying."""
-    plain = package.encode("a", add_special_tokens=False).ids
-    framed = package.encode("a", add_special_tokens=True).ids
+    try:
+        plain = package.encode("a", add_special_tokens=False).ids
+        framed = package.encode("a", add_special_tokens=True).ids
+    except Exception as error:  # It raises nothing more particular.
+        raise ModelError(f"{where}: found a tokenizer that cannot encode a letter ({error})") from error
     for start in range(len(framed) - len(plain) + 1):
         if framed[start : start + len(plain)] == plain:
             return framed[:start], framed[start + len(plain) :]

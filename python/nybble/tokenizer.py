@@ -51,8 +51,10 @@ class Tokenizer:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had.
             ModelError: the file is damaged, contradicts itself, or holds a kind of tokenizer that is not supported.
         """
-        if source is not None and filename is None and (Path(source) / "tokenizer.json").is_file():
-            return cls.from_folder(source)
+        if source is not None and filename is None:
+            folder = Path(source).expanduser()
+            if (folder / "tokenizer.json").is_file():
+                return cls.from_folder(folder)
         path = hub.resolve(source, filename=filename, revision=revision, only_tokenizer=True)
         return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path)
 

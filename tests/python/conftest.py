@@ -7,9 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tiny
 from fake_hub import FakeHub
+
+# Properties are tried on the same examples in every run, however long a busy machine takes for one.
+hypothesis.settings.register_profile("nybble", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("nybble")
 
 # The Hub's client reads its settings when it is imported, so they are made before anything imports it.
 HUB = FakeHub()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import vocabularies
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nybble import ModelError, Tokenizer
 
@@ -171,6 +174,42 @@ def test_of_equal_and_empty_tokens_each_decodes_and_the_first_is_encoded() -> No
     tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(**changes))
     assert tokenizer.encode("z") == [z]
     assert tokenizer.decode([z, len(tokens), len(tokens) + 1, len(tokens) + 2]) == "zz"
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=6),
+    st.lists(st.text(max_size=6), max_size=4),
+    st.lists(st.integers(-(2**31), 2**31), max_size=4),
+    st.lists(st.floats(), max_size=4),
+)
+
+
+@pytest.mark.parametrize("kind", [vocabularies.byte_level, vocabularies.pieces], ids=["byte-level", "pieces"])
+@given(data=st.data())
+def test_odd_values_of_keys_do_no_worse_than_an_error(kind: Any, data: st.DataObject) -> None:
+    metadata = kind(tokenizer__chat_template="x")
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2)):
+        value = metadata[key]
+        if isinstance(value, list) and value and data.draw(st.booleans()):
+            at = data.draw(st.integers(0, len(value) - 1))
+            value = [*value[:at], data.draw(ODD), *value[at + data.draw(st.integers(0, 1)) :]]
+        else:
+            value = data.draw(ODD)
+        metadata[key] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tokenizer = Tokenizer.from_gguf_metadata(metadata)
+        except ModelError:
+            return
+    for parse_special in (False, True):
+        ids = tokenizer.encode("It's <|start|> 12\n\n中 <s>\U0001f9ff", parse_special=parse_special)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        tokenizer.decode(ids)
 
 
 def test_a_damaged_file_is_refused_with_its_path(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ use hf_folder::{
 };
 use nybble::format::Checkpoint as _;
 use nybble::format::gguf::Value;
+use nybble::model::config::Config;
 use serde_json::json;
 
 // --- The families' peculiarities ----------------------------------------------------------------------------------------
@@ -93,6 +94,8 @@ fn falcon(qkv: usize, norms: &[&str], more: &[(&str, serde_json::Value)]) -> Fol
 #[test]
 fn falcons_of_all_three_builds_have_their_norms_and_groups() {
     let source = "transformer.h.0.self_attention.query_key_value.weight";
+    let narrow = falcon(12, &["input_layernorm"], &[("ffn_hidden_size", json!(16))]);
+    assert_refused(&narrow, &["dense_h_to_4h.weight", "[32, 8]", "[16, 8]"]);
     let one = falcon(12, &["input_layernorm"], &[("multi_query", json!(true)), ("num_kv_heads", json!(4))]);
     assert_eq!(order(&one, "blk.0.attn_qkv.weight", source), (0..12).collect::<Vec<_>>());
     assert_eq!(number(&open(&one), "falcon.attention.head_count_kv"), 1.0);
@@ -146,6 +149,24 @@ fn the_text_part_of_a_model_of_more_is_read_and_the_rest_passed_over() {
     let opened = open(&folder.tensor("multi_modal_projector.weight", &[3, 3]));
     assert_eq!(opened.names(), open(&gemma3()).names());
     assert_eq!(opened.metadata().get("general.architecture"), Some(&Value::from("gemma3")));
+}
+
+#[test]
+fn a_cap_of_null_in_gemma2_is_none_instead_of_the_usual_one() {
+    let norms = [
+        ("input_layernorm", 8),
+        ("post_attention_layernorm", 8),
+        ("pre_feedforward_layernorm", 8),
+        ("post_feedforward_layernorm", 8),
+    ];
+    let folder = renamed("gemma2", &norms).without("lm_head.weight").set("head_dim", json!(4));
+    let caps = |folder: &Folder| {
+        let config = Config::read(&open(folder)).expect("a configuration");
+        (config.attention_cap, config.logit_cap)
+    };
+    assert_eq!(caps(&folder), (Some(50.0), Some(30.0)));
+    let folder = folder.set("attn_logit_softcapping", json!(null)).set("final_logit_softcapping", json!(20));
+    assert_eq!(caps(&folder), (None, Some(20.0)));
 }
 
 fn with_experts(folder: Folder, gate: &str, experts: &str, [up, down]: [&[&str]; 2], width: usize) -> Folder {
@@ -231,6 +252,10 @@ fn stablelm_stacks_the_norms_of_its_heads() {
     assert_eq!(dims, [4, 2]);
     assert_eq!(values[4], folder.value("model.layers.0.self_attn.q_layernorm.norms.1.weight", 0));
     assert_eq!(number(&opened, "stablelm.rope.dimension_count"), 2.0);
+    assert_refused(
+        &folder.clone().set("partial_rotary_factor", json!(0.25)),
+        &["partial_rotary_factor", "1 dimensions"],
+    );
     // Rotated in halves, so no row moves.
     let q = order(&folder, "blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight");
     assert_eq!(q, (0..8).collect::<Vec<_>>());
@@ -281,13 +306,13 @@ fn phi3_keeps_its_fused_matrices_and_brings_its_factors() {
     assert_refused(&long.set("rope_scaling", short), &["rope_scaling.short_factor", "1 numbers", "2 positive"]);
 }
 
-#[test]
-fn opt_leaves_out_the_two_positions_of_padding() {
+/// OPT of one layer.
+fn opt() -> Folder {
     let config = json!({
         "model_type": "opt", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 6,
         "vocab_size": 5, "max_position_embeddings": 3, "enable_bias": false, "word_embed_proj_dim": 4,
     });
-    let folder = Folder::new(config).tensors([
+    Folder::new(config).tensors([
         ("model.decoder.embed_tokens.weight", &[5, 4][..]),
         ("model.decoder.embed_positions.weight", &[5, 4]),
         ("model.decoder.final_layer_norm.weight", &[4]),
@@ -302,11 +327,23 @@ fn opt_leaves_out_the_two_positions_of_padding() {
         ("model.decoder.layers.0.final_layer_norm.bias", &[4]),
         ("model.decoder.layers.0.fc1.weight", &[6, 4]),
         ("model.decoder.layers.0.fc2.weight", &[4, 6]),
-    ]);
+    ])
+}
+
+#[test]
+fn opt_leaves_out_the_two_positions_of_padding() {
+    let folder = opt();
     let source = "model.decoder.embed_positions.weight";
     assert_eq!(order(&folder, "position_embd.weight", source), [2, 3, 4]);
     assert_refused(&folder.clone().set("word_embed_proj_dim", json!(2)), &["word_embed_proj_dim", "a width of 2"]);
     assert_refused(&folder.set("do_layer_norm_before", json!(false)), &["do_layer_norm_before", "not supported"]);
+}
+
+#[test]
+fn opt_may_lack_its_last_norm() {
+    let tensors = opt().without("model.decoder.final_layer_norm.weight").without("model.decoder.final_layer_norm.bias");
+    assert_refused(&tensors, &["final_layer_norm.weight", "missing"]);
+    assert!(open(&tensors.set("_remove_final_layer_norm", json!(true))).tensor("output_norm.weight").is_none());
 }
 
 // --- Windows, rotation and scaling --------------------------------------------------------------------------------------
@@ -347,6 +384,12 @@ fn smollm3_says_which_layers_rotate() {
     let folder = folder.set("no_rope_layer_interval", json!(2));
     assert_eq!(rotates(&folder), Some(Value::from(vec![true, false, true])));
     assert_eq!(rotates(&folder.set("no_rope_layers", json!([0, 1, 1]))), Some(Value::from(vec![false, true, true])));
+}
+
+#[test]
+fn a_part_of_a_head_is_rotated_only_in_families_that_know_of_it() {
+    let folder = llama().set("partial_rotary_factor", json!(0.5));
+    assert_eq!(number(&open(&folder), "llama.rope.dimension_count"), 4.0);
 }
 
 #[test]

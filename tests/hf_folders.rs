@@ -162,7 +162,7 @@ fn what_no_kernel_computes_is_refused_with_its_key() {
         ("hidden_act", json!("quick_gelu"), &["hidden_act", "quick_gelu", "silu"][..]),
         ("quantization_config", json!({"bits": 4}), &["quantization_config", "quantized"]),
         ("rope_scaling", json!({"type": "mrope"}), &["rope_scaling", "mrope", "yarn"]),
-        ("partial_rotary_factor", json!(0.25), &["partial_rotary_factor", "1 dimensions", "even"]),
+        ("head_dim", json!(5), &["head_dim", "5 dimensions", "even"]),
         ("num_attention_heads", json!(3), &["num_attention_heads", "3", "divisor"]),
         ("num_attention_heads", json!(0), &["num_attention_heads", "0", "1 to"]),
         ("rms_norm_eps", json!(-1.0), &["rms_norm_eps", "-1", "positive"]),

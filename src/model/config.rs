@@ -122,8 +122,8 @@ impl Config {
         };
         let norm_eps = keys.positive(eps_key)?.ok_or_else(|| keys.missing(eps_key))?;
 
-        let alibi = keys.positive("attention.max_alibi_bias")?;
-        let alibi = alibi.or((family.position == Position::Alibi).then_some(8.0));
+        let usual_alibi = (family.position == Position::Alibi).then_some(8.0);
+        let alibi = keys.positive_or("attention.max_alibi_bias", usual_alibi)?;
         let alibi_scale = keys.positive("attention.alibi_scale")?.unwrap_or(1.0);
         let alibi = alibi.map(|max| (max, alibi_scale));
         let rotates = matches!(family.position, Position::Rope | Position::RopeAdjacent) && alibi.is_none();
@@ -155,8 +155,8 @@ impl Config {
             alibi,
             attention_scale: keys.positive("attention.scale")?.unwrap_or(1.0 / scaled_width.sqrt()),
             clamp_qkv: keys.positive("attention.clamp_kqv")?,
-            attention_cap: keys.positive("attn_logit_softcapping")?.or(attention_cap),
-            logit_cap: keys.positive("final_logit_softcapping")?.or(logit_cap),
+            attention_cap: keys.positive_or("attn_logit_softcapping", attention_cap)?,
+            logit_cap: keys.positive_or("final_logit_softcapping", logit_cap)?,
             embedding_scale: keys.positive("embedding_scale")?.unwrap_or(embedding_scale),
             residual_scale: keys.positive("residual_scale")?.unwrap_or(1.0),
             logit_scale: if family.more.divided_logits { 1.0 / logit_scale } else { logit_scale },
@@ -236,6 +236,11 @@ impl<'a> Keys<'a> {
         let Some(value) = self.float(key)? else { return Ok(None) };
         self.check(key, value, value.is_finite() && value >= 0.0, "a positive number")?;
         Ok((value > 0.0).then_some(value))
+    }
+
+    /// As [`Keys::positive`], and `usual` where there is no such key: a zero in the file still means none.
+    fn positive_or(&self, key: &str, usual: Option<f32>) -> Result<Option<f32>> {
+        if self.get(key).is_some() { self.positive(key) } else { Ok(usual) }
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {

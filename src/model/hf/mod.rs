@@ -3,6 +3,38 @@
 //! [`HfFolder::open`] reads `config.json` and the headers of the safetensors files, and from then on the folder is a
 //! [`Checkpoint`] like any other: metadata under the keys that llama.cpp's converter would write, tensors under GGUF's names
 //! with GGUF's dimensions and order of rows. Nothing is copied: rows are taken from the mapped files as they are asked for.
+//!
+//! A family is an entry in `families/`: what its configuration calls things, and which of its tensors become which of
+//! GGUF's. `map.rs` finds them, `transform.rs` arranges their rows, `keys.rs` and `rope.rs` write the keys.
+//!
+//! # Keys
+//! Beside `general.architecture`, `general.type` and `general.name`, each under the architecture's name:
+//!
+//! | key | in | |
+//! | --- | --- | --- |
+//! | `vocab_size`, `context_length`, `embedding_length`, `block_count`, `feed_forward_length` | all | |
+//! | `attention.head_count`, `.head_count_kv`, `.key_length`, `.value_length` | all | |
+//! | `attention.layer_norm_rms_epsilon`, or `attention.layer_norm_epsilon` | all | |
+//! | `hidden_activation` | all | `silu`, `gelu` (by erf), `gelu_tanh` or `relu` |
+//! | `rope.dimension_count`, `rope.freq_base` | where there is rotation | |
+//! | `rope.freq_base_swa` | gemma3 | base in layers with a window |
+//! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors and Llama 3's divisors |
+//! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
+//! | `rope.scaling.attn_factor` | YaRN, LongRoPE | on top of `1 + 0.1 ln(factor)` for YaRN, all of it for LongRoPE |
+//! | `rope.scaling.dynamic_factor` | dynamic NTK | our own, with the type `none` for readers that do not know it |
+//! | `attention.sliding_window` | wherever transformers applies it | |
+//! | `attention.sliding_window_pattern` | where not all layers have it | the `n` of "all but every nth", or a switch a layer |
+//! | `attention.rope_pattern` | smollm3 | a switch a layer: whether it rotates |
+//! | `attention.scale` | granite, gemma2, gemma3, mpt | factor of the scores |
+//! | `attention.max_alibi_bias` | bloom, mpt, falcon | 0 for none |
+//! | `attention.alibi_scale` | falcon with ALiBi | our own: factor of the slopes |
+//! | `attention.clamp_kqv` | mpt | |
+//! | `attn_logit_softcapping`, `final_logit_softcapping` | gemma2, gemma3 | 0 for none |
+//! | `embedding_scale`, `residual_scale`, `logit_scale` | granite | logits are divided by the last |
+//! | `use_parallel_residual` | gptneox, falcon, stablelm | |
+//! | `tensor_data_layout` | falcon | `jploski` |
+//! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
+//! | `expert_shared_feed_forward_length` | qwen2moe | |
 
 mod families;
 mod keys;
@@ -21,7 +53,6 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
-use families::Rotation;
 use keys::{ComputedTensor, Keys};
 use map::{Planned, Planner};
 use settings::Settings;
@@ -67,16 +98,9 @@ impl HfFolder {
             return Err(settings.unsupported("quantization_config", "a checkpoint that is quantized", supported));
         }
         let mut sizes = Sizes::read(&settings, family.adjust)?;
-        let rotates = match family.rotation {
-            Rotation::Never => false,
-            Rotation::Always => true,
-            Rotation::Unless(key) => !settings.switch(key, false)?,
-        };
-        if rotates {
-            sizes.rotary = rope::rotary(&settings, &sizes)?;
-        }
-        let tensors = Planner::plan(family, &settings, &sizes, &files)?;
+        sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         let (metadata, computed) = Keys::write(family, &settings, &sizes, &name(path))?;
+        let tensors = Planner::plan(family, &settings, &sizes, &files)?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
         Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, index, rows: sizes.vocabulary })

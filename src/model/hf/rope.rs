@@ -3,6 +3,7 @@
 //! Before version 5 transformers wrote `rope_theta`, `rope_scaling` and the rotated share of a head at the top level; since
 //! then all of it stands in `rope_parameters`, for some families once for each kind of layer.
 
+use super::families::Rotation;
 use super::keys::Keys;
 use super::settings::Settings;
 use super::sizes::Sizes;
@@ -66,8 +67,15 @@ fn kind(scaling: &Settings) -> Result<String> {
 }
 
 /// Dimensions of a head that are rotated.
-pub(super) fn rotary(settings: &Settings, sizes: &Sizes) -> Result<usize> {
+pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> Result<usize> {
+    let whole = match rotation {
+        Rotation::None => return Ok(0),
+        Rotation::Unless(key) if settings.switch(key, false)? => return Ok(0),
+        Rotation::All | Rotation::Unless(_) => true,
+        Rotation::Part => false,
+    };
     let (key, rotary) = match settings.optional_count(&["rotary_dim"])? {
+        _ if whole => ("head_dim", sizes.head_dim),
         Some(rotary) => ("rotary_dim", rotary),
         None => {
             const SHARE: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];

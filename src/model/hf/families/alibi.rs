@@ -30,7 +30,7 @@ pub(super) const BLOOM: Family = Family {
     ]],
     norm: Norm::Layer,
     activation: Activation::Is("gelu_tanh"),
-    rotation: Rotation::Never,
+    rotation: Rotation::None,
     adjust: |_, sizes| {
         (sizes.kv_heads, sizes.ffn) = (sizes.heads, 4 * sizes.hidden);
         Ok(())
@@ -80,7 +80,8 @@ pub(super) const FALCON: Family = Family {
         } else {
             sizes.heads
         };
-        four_times(settings, sizes)
+        sizes.ffn = settings.optional_count(&["ffn_hidden_size"])?.unwrap_or(4 * sizes.hidden);
+        Ok(())
     },
     keys: |keys| {
         keys.set("tensor_data_layout", "jploski");
@@ -133,7 +134,7 @@ pub(super) const MPT: Family = Family {
     ]],
     norm: Norm::Layer,
     activation: Activation::Is("gelu"),
-    rotation: Rotation::Never,
+    rotation: Rotation::None,
     adjust: |settings, sizes| {
         // transformers looks at no `expansion_ratio`.
         sizes.ffn = 4 * sizes.hidden;

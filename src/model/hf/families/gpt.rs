@@ -1,7 +1,7 @@
 //! GPT-2 and the families that are built like it: LayerNorm with biases and a feed-forward layer without a gate.
 
 use super::*;
-use Need::{Always, If};
+use Need::{Always, If, Unless};
 use Transform::{Copy, Skip, Transpose, Ungroup};
 
 /// Radford et al. 2019.
@@ -20,7 +20,7 @@ pub(super) const GPT2: Family = Family {
     layer: &[&layer(Transpose, Transpose)],
     norm: Norm::Layer,
     activation: Activation::Under(&["activation_function"]),
-    rotation: Rotation::Never,
+    rotation: Rotation::None,
     adjust: four_times,
     keys: |keys| {
         keys.require("scale_attn_weights", true)?;
@@ -91,7 +91,7 @@ pub(super) const GPTJ: Family = Family {
         tensor("ffn_up", "mlp.fc_in").bias(Always),
         tensor("ffn_down", "mlp.fc_out").bias(Always),
     ]],
-    rotation: Rotation::Always,
+    rotation: Rotation::Part,
     keys: |_| Ok(()),
     ..GPT2
 };
@@ -123,7 +123,7 @@ pub(super) const GPT_NEOX: Family = Family {
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
     ]],
     activation: Activation::Under(&["hidden_act"]),
-    rotation: Rotation::Always,
+    rotation: Rotation::Part,
     keys: |keys| {
         let parallel = keys.settings.switch("use_parallel_residual", true)?;
         keys.set("use_parallel_residual", parallel);
@@ -148,7 +148,9 @@ pub(super) const OPT: Family = Family {
         tensor("token_embd", "~embed_tokens"),
         // The first two rows are for padding.
         tensor("position_embd", "~embed_positions").by(Skip(2)),
-        tensor("output_norm", "~final_layer_norm").bias(Always),
+        tensor("output_norm", "~final_layer_norm")
+            .when(Unless("_remove_final_layer_norm"))
+            .bias(Unless("_remove_final_layer_norm")),
         tensor("output", "lm_head").when(Need::Untied),
     ]],
     layers: "~layers.",
@@ -165,7 +167,6 @@ pub(super) const OPT: Family = Family {
     keys: |keys| {
         keys.require("do_layer_norm_before", true)?;
         keys.require("layer_norm_elementwise_affine", true)?;
-        keys.require("_remove_final_layer_norm", false)?;
         let hidden = keys.sizes.hidden;
         match keys.settings.optional_count(&["word_embed_proj_dim"])? {
             Some(width) if width != hidden => {

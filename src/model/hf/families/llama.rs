@@ -162,6 +162,7 @@ pub(super) const STABLELM: Family = Family {
         &gated(Always, Never),
     ],
     norm: Norm::Layer,
+    rotation: Rotation::Part,
     keys: |keys| {
         let parallel = keys.settings.switch("use_parallel_residual", false)?;
         keys.set("use_parallel_residual", parallel);

@@ -70,12 +70,14 @@ pub(super) enum Activation {
     Is(&'static str),
 }
 
-/// Whether queries and keys are rotated.
+/// Which dimensions of queries and keys are rotated.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Rotation {
-    Never,
-    Always,
-    /// Unless this switch is on.
+    None,
+    All,
+    /// As many as the configuration says.
+    Part,
+    /// All, unless this switch is on.
     Unless(&'static str),
 }
 
@@ -134,7 +136,7 @@ const BASE: Family = Family {
     ignored: &[],
     norm: Norm::Rms,
     activation: Activation::Under(&["hidden_act"]),
-    rotation: Rotation::Always,
+    rotation: Rotation::All,
     window: Window::Never,
     adjust: |_, _| Ok(()),
     keys: |_| Ok(()),

@@ -29,6 +29,7 @@ pub(super) const PHI: Family = Family {
         tensor("ffn_down", "mlp.fc2").bias(Always),
     ]],
     norm: Norm::Layer,
+    rotation: Rotation::Part,
     keys: |keys| keys.require("qk_layernorm", false),
     ..BASE
 };
@@ -48,6 +49,7 @@ pub(super) const PHI3: Family = Family {
             tensor("ffn_down", "mlp.down_proj"),
         ],
     ],
+    rotation: Rotation::Part,
     window: Window::Always,
     ..BASE
 };

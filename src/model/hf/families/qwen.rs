@@ -100,7 +100,7 @@ pub(super) const QWEN3_MOE: Family = Family {
         ("rms_norm_eps", "1e-6"),
         ("hidden_act", "\"silu\""),
         ("max_position_embeddings", "32768"),
-        ("max_window_layers", "28"),
+        ("num_key_value_heads", "4"),
         ("sliding_window", "4096"),
         ("use_sliding_window", "false"),
         ("decoder_sparse_step", "1"),
@@ -109,6 +109,7 @@ pub(super) const QWEN3_MOE: Family = Family {
         ("moe_intermediate_size", "768"),
     ],
     layer: &[NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &head_norms(Copy), &EXPERTS],
+    window: Window::Always,
     adjust: sparse_layers,
     keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),
     ..QWEN3

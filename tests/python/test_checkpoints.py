@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from nybble import Model, ModelError
@@ -14,14 +16,15 @@ from nybble.cli import main
 LLAMA = Path(__file__).parents[1] / "data" / "goldens" / "llama"
 
 
-def golden(name: str) -> np.ndarray:
+def golden(name: str) -> npt.NDArray[Any]:
     """An array of the reference, which is a safetensors file."""
     raw = (LLAMA / "golden.bin").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     entry = json.loads(raw[8 : 8 + length])[name]
     start, end = entry["data_offsets"]
     kind = {"F32": np.float32, "I32": np.int32}[entry["dtype"]]
-    return np.frombuffer(raw[8 + length :][start:end], kind).reshape(entry["shape"])
+    array: npt.NDArray[Any] = np.frombuffer(raw[8 + length :][start:end], kind).reshape(entry["shape"])
+    return array
 
 
 def test_a_folder_computed_as_stored_has_the_logits_of_transformers() -> None:

@@ -44,9 +44,10 @@ lint: $(VENV)/.installed $(VENV)/.dev  ## Format and lint, documentation and typ
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native
 
-test-rust:  ## Run the Rust tests with the best kernel of this CPU, then with the scalar one.
+test-rust:  ## Run the Rust tests with the best kernel of this CPU, then with the scalar one, and try the benchmarks.
 	cargo test --locked
 	NYBBLE_KERNEL=scalar cargo test --locked --lib --tests
+	cargo test --locked --bench '*'
 
 test-python: $(VENV)/.installed $(VENV)/.dev  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest
@@ -57,7 +58,7 @@ fmt: $(VENV)/.dev  ## Format everything.
 	$(BIN)/ruff format .
 
 bench:  ## Measure the kernels of this CPU.
-	cargo bench --locked
+	cargo bench --locked --bench '*'
 
 ## Ship
 

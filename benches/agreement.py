@@ -25,7 +25,8 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> Logits:
     """Log probabilities (positions, vocabulary) in double precision."""
     x = logits.astype(np.float64)
     x -= x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return x
 
 
 def main() -> int:

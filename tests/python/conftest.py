@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import hypothesis
 import pytest
 import tiny
 from fake_hub import FakeHub
+
+# A job that was started in the background ignores Ctrl-C, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Properties are tried on the same examples in every run, however long a busy machine takes for one.
 hypothesis.settings.register_profile("nybble", deadline=None, derandomize=True)

@@ -33,7 +33,7 @@ demo: $(VENV)/.installed  ## Build, fetch the default model, and have it write a
 
 test: lint test-rust test-python  ## Run every check and every test.
 
-lint: $(VENV)/.installed $(VENV)/.dev  ## Format and lint, documentation and types, Rust and Python.
+lint: $(VENV)/.installed $(VENV)/.check  ## Format and lint, documentation and types, Rust and Python.
 	cargo fmt --all --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,10 +49,10 @@ test-rust:  ## Run the Rust tests with the best kernel of this CPU, then with th
 	NYBBLE_KERNEL=scalar cargo test --locked --lib --tests
 	cargo test --locked --bench '*'
 
-test-python: $(VENV)/.installed $(VENV)/.dev  ## Run the Python tests on a release build.
+test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest
 
-fmt: $(VENV)/.dev  ## Format everything.
+fmt: $(VENV)/.check  ## Format everything.
 	cargo fmt --all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -91,8 +91,8 @@ $(VENV)/.build: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --group build
 	touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --group dev
+$(VENV)/.check: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --group check
 	touch $@
 
 $(VENV)/.wheel: pyproject.toml $(VENV)/.created

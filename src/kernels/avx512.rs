@@ -93,8 +93,11 @@ const INT4: u8 = 0;
 const TABLE4: u8 = 1;
 const INT8: u8 = 2;
 
-/// Bytes of activations that stay in the second-level cache while the panels go by.
+/// Blocks between a line's prefetch and its use when there is one row, so that memory and not the product sets the pace.
+const AHEAD: usize = 12;
+/// Rows whose chains of dot products are in flight together.
 const TOGETHER: usize = 8;
+/// Bytes of activations that stay in the second-level cache while the panels go by.
 const CACHE_BYTES: usize = 1 << 20;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -168,6 +171,14 @@ fn tile<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize>(
     let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
     let mut acc = [_mm512_setzero_ps(); R];
     for b in 0..blocks {
+        if R == 1 {
+            let lines = if CODE == INT8 { 8 } else { 4 };
+            for i in 0..lines {
+                if let Some(line) = panel.codes.get((b + AHEAD) * lines + i) {
+                    prefetch(line);
+                }
+            }
+        }
         let w = unpack::<CODE>(panel.codes, b, table);
         for half in 0..HALVES {
             let scale = load_f16(&scales[b][half]);
@@ -461,6 +472,13 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
     }
     let total = sums.into_iter().fold(_mm512_setzero_si512(), |total, sum| _mm512_add_epi32(total, sum));
     (rounds as u64 * 16 * 64 * 2, _mm512_reduce_add_epi32(total))
+}
+
+/// Asks for a line that will be loaded soon.
+#[inline]
+fn prefetch(line: &Line) {
+    // SAFETY: a prefetch of a valid address; it reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) }
 }
 
 #[inline]

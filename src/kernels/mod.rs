@@ -144,6 +144,7 @@ pub fn choose(name: Option<&str>) -> Result<&'static dyn Kernel> {
         Some(name) => by_name(name),
         None => match std::env::var("NYBBLE_KERNEL") {
             Ok(name) if !name.is_empty() => by_name(&name),
+            Err(std::env::VarError::NotUnicode(name)) => by_name(&name.to_string_lossy()),
             _ => Ok(best()),
         },
     }

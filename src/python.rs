@@ -83,25 +83,34 @@ fn detached<R: Send>(
     }
 }
 
-/// Runs `compute` without the GIL. It reports how much is done, and how much there is, to the callable `progress`; what
-/// that raises is raised when `compute` returns.
+/// Runs `compute` without the GIL. It reports how much is done, and how much there is, to the callable `progress`, not more
+/// often than anybody could see. What that or a signal handler raises ends `compute` and is raised when it has returned.
 fn with_progress<R: Send>(
     py: Python<'_>,
     progress: Option<Py<PyAny>>,
     compute: impl FnOnce(model::Progress<'_>) -> crate::Result<R> + Send,
 ) -> PyResult<R> {
     let raised = Mutex::new(None);
+    let reported: Mutex<Option<Instant>> = Mutex::new(None);
     let report = |done: usize, total: usize| {
-        let Some(progress) = &progress else { return };
-        let called = Python::attach(|py| progress.call1(py, (done, total)).map(drop));
-        if let Err(exception) = called {
-            raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
+        let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if done < total && reported.is_some_and(|reported| reported.elapsed() < SIGNALS_EVERY) {
+            return Ok(());
         }
+        *reported = Some(Instant::now());
+        let called = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (done, total)).map(drop))
+        });
+        called.map_err(|exception| {
+            *raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(exception);
+            Error::Interrupted
+        })
     };
-    let result = py.detach(|| compute(&report))?;
+    let result = py.detach(|| compute(&report));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
-        None => Ok(result),
+        None => Ok(result?),
     }
 }
 

@@ -38,7 +38,7 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`].
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left then.
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,
@@ -76,7 +76,7 @@ pub fn convert(
     let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
     for (done, (name, stored, _)) in planned.iter().enumerate() {
         if let Some(progress) = progress {
-            progress(done, planned.len());
+            progress(done, planned.len())?;
         }
         let Some(tensor) = checkpoint.tensor(name) else { continue };
         let bytes = team.run(|scope| encode_all(scope, &tensor, *stored));
@@ -86,7 +86,7 @@ pub fn convert(
     }
     writer.finish()?;
     if let Some(progress) = progress {
-        progress(planned.len(), planned.len());
+        progress(planned.len(), planned.len())?;
     }
     Ok(())
 }

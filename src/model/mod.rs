@@ -109,10 +109,10 @@ impl Model {
         Model::load_with(path, options, None)
     }
 
-    /// As [`Model::load`], telling `progress` how far it is.
+    /// As [`Model::load`], telling `progress` how many of the weights are packed, and how many there are.
     ///
     /// # Errors
-    /// Those of [`Model::load`].
+    /// Those of [`Model::load`] and of `progress`.
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let path = path.as_ref();
         if path.is_dir() {

@@ -1,5 +1,6 @@
 //! Tensors by name, checked against the configuration and packed.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use super::arch::{NormKind, Position};
@@ -119,8 +120,9 @@ pub(super) struct Weights {
     pub(super) rope_factors: Option<Vec<f32>>,
 }
 
-/// How far loading has come, in bytes of packed weights and in all.
-pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
+/// Told how much of something is done and how much there is of it. An error ends it: [`Error::Interrupted`] says no more
+/// than that.
+pub type Progress<'a> = &'a (dyn Fn(usize, usize) -> Result<()> + Sync);
 
 impl Weights {
     pub(super) fn load(
@@ -130,13 +132,10 @@ impl Weights {
         context: usize,
         progress: Option<Progress<'_>>,
     ) -> Result<Weights> {
-        let loader = Loader { scope, checkpoint };
-        let done = |layer: usize| {
-            if let Some(progress) = progress {
-                progress(layer, config.layers.len() + 1);
-            }
-        };
-        done(0);
+        let dims = checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name)).map(|tensor| tensor.dims);
+        let total = dims.filter(|dims| dims.len() > 1).map(|dims| dims.iter().product::<usize>()).sum();
+        let loader = Loader { scope, checkpoint, progress, done: Cell::new(0), total };
+        loader.report(0)?;
         let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
         let vocabulary = table.dims.get(1).copied().unwrap_or(0);
         let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], config.hidden)?;
@@ -158,7 +157,6 @@ impl Weights {
         let mut layers = Vec::new();
         for index in 0..config.layers.len() {
             layers.push(loader.layer(config, index)?);
-            done(index + 1);
         }
         let weights = Weights {
             embedding,
@@ -172,7 +170,8 @@ impl Weights {
         if weights.output_norm.is_none() && !config.family.more.optional_output_norm {
             return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
         }
-        done(config.layers.len() + 1);
+        // A file may hold more than is used.
+        loader.report(total)?;
         Ok(weights)
     }
 
@@ -232,9 +231,18 @@ impl<'a> Part<'a> {
 struct Loader<'a> {
     scope: &'a Scope<'a>,
     checkpoint: &'a dyn Checkpoint,
+    progress: Option<Progress<'a>>,
+    /// Weights that are packed, of how many.
+    done: Cell<usize>,
+    total: usize,
 }
 
 impl Loader<'_> {
+    fn report(&self, done: usize) -> Result<()> {
+        self.done.set(done);
+        self.progress.map_or(Ok(()), |progress| progress(done, self.total))
+    }
+
     fn path(&self) -> &Path {
         self.checkpoint.path()
     }
@@ -353,6 +361,7 @@ impl Loader<'_> {
                 return Err(self.shape_error(&name, &tensor.dims, expected));
             }
             packed.push((self.pack(&name, &tensor, part.rows, columns, part.order)?, self.bias(part)?));
+            self.report(self.done.get() + part.rows * columns)?;
         }
         // Parts may share a tensor, so its pages go back when all of them are packed.
         for part in parts.iter().filter(|part| part.stack.is_none()) {

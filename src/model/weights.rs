@@ -67,11 +67,15 @@ pub(super) struct Layer {
     pub(super) attn_output: Linear,
     /// After attention, before it joins.
     pub(super) attn_post_norm: Option<Norm>,
+    /// Of the stream, after attention has joined.
+    pub(super) attn_joined_norm: Option<Norm>,
     /// Before the feed-forward layer.
     pub(super) ffn_norm: Option<Norm>,
     pub(super) ffn: Ffn,
     /// After the feed-forward layer, before it joins.
     pub(super) ffn_post_norm: Option<Norm>,
+    /// Of the stream, after the feed-forward layer has joined.
+    pub(super) ffn_joined_norm: Option<Norm>,
 }
 
 impl Layer {
@@ -107,14 +111,16 @@ impl Layer {
 /// Everything that a forward pass reads.
 #[derive(Debug)]
 pub(super) struct Weights {
-    /// `(vocabulary, hidden)`
+    /// `(vocabulary, hidden)`, or of the width of the projections.
     pub(super) embedding: Linear,
+    /// From the embedding's width to the stream's and back, where they differ.
+    pub(super) projections: Option<[Linear; 2]>,
     pub(super) embedding_norm: Option<Norm>,
     /// `(positions, hidden)`
     pub(super) positions: Option<Linear>,
     pub(super) layers: Vec<Layer>,
     pub(super) output_norm: Option<Norm>,
-    /// `(vocabulary, hidden)`; the embedding where there is none.
+    /// As the embedding, which it is where there is none.
     pub(super) output: Option<Linear>,
     /// Divisors of the rotation's frequencies `(rotary / 2)`.
     pub(super) rope_factors: Option<Vec<f32>>,
@@ -138,9 +144,10 @@ impl Weights {
         loader.report(0)?;
         let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
         let vocabulary = table.dims.get(1).copied().unwrap_or(0);
-        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], config.hidden)?;
+        let (width, projections) = loader.projections(config)?;
+        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], width)?;
         let output = match checkpoint.tensor("output.weight") {
-            Some(_) => Some(loader.linear(&[Part::new("output", vocabulary)], config.hidden)?),
+            Some(_) => Some(loader.linear(&[Part::new("output", vocabulary)], width)?),
             None => None,
         };
         let positions = match checkpoint.tensor("position_embd.weight") {
@@ -160,6 +167,7 @@ impl Weights {
         }
         let weights = Weights {
             embedding,
+            projections,
             embedding_norm: loader.norm("token_embd_norm", config)?,
             positions,
             layers,
@@ -188,7 +196,8 @@ impl Weights {
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
         let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
-        ends.into_iter().flatten().chain(self.layers.iter().flat_map(Layer::linears))
+        let ends = ends.into_iter().flatten().chain(self.projections.iter().flatten());
+        ends.chain(self.layers.iter().flat_map(Layer::linears))
     }
 
     /// Bytes of all matrices.
@@ -198,7 +207,9 @@ impl Weights {
 
     /// Bytes of the matrices that one decoded token reads, `used` experts a layer.
     pub(super) fn bytes_read(&self, used: usize) -> usize {
-        self.layers.iter().map(|layer| layer.bytes_read(used)).sum::<usize>() + self.output().bytes()
+        let projections: usize = self.projections.iter().flatten().map(Linear::bytes).sum();
+        let layers: usize = self.layers.iter().map(|layer| layer.bytes_read(used)).sum();
+        layers + projections + self.output().bytes()
     }
 
     /// Weights of all matrices.
@@ -331,6 +342,15 @@ impl Loader<'_> {
         Ok(Some(HeadNorm { norm: Norm { weight, bias }, width }))
     }
 
+    /// The width of the embedding, and what leads from it to the stream and from the stream to it.
+    fn projections(&self, config: &Config) -> Result<(usize, Option<[Linear; 2]>)> {
+        let Some(first) = self.checkpoint.tensor("token_embd_proj.weight") else { return Ok((config.hidden, None)) };
+        let width = first.dims.first().copied().unwrap_or(0);
+        let inward = self.linear(&[Part::new("token_embd_proj", config.hidden)], width)?;
+        let outward = self.linear(&[Part::new("output_proj", width)], config.hidden)?;
+        Ok((width, Some([inward, outward])))
+    }
+
     /// Divisors of the rotation's frequencies: one set, or one for short and one for long contexts.
     fn rope_factors(&self, config: &Config, context: usize) -> Result<Option<Vec<f32>>> {
         let name = match config.ropes[0].scaling {
@@ -414,15 +434,18 @@ impl Loader<'_> {
             k_norm: self.head_norm(&name("attn_k_norm"), config, config.kv_heads)?,
             attn_output: self.linear(&[Part::new(name("attn_output"), config.hidden)], queries)?,
             attn_post_norm: self.norm(&name("post_attention_norm"), config)?,
+            attn_joined_norm: self.norm(&name("attn_output_norm"), config)?,
             ffn: self.ffn(config, &name)?,
             ffn_post_norm: self.norm(&name("post_ffw_norm"), config)?,
+            ffn_joined_norm: self.norm(&name("layer_output_norm"), config)?,
             attn_norm,
             ffn_norm,
         };
-        if layer.attn_norm.is_none() && layer.attn_post_norm.is_none() {
+        let has_one = |norms: [&Option<Norm>; 3]| norms.into_iter().any(Option::is_some);
+        if !has_one([&layer.attn_norm, &layer.attn_post_norm, &layer.attn_joined_norm]) {
             return Err(self.missing(&name("attn_norm.weight"), format_args!("{} numbers", config.hidden)));
         }
-        if layer.ffn_norm.is_none() && layer.ffn_post_norm.is_none() && !config.parallel {
+        if !config.parallel && !has_one([&layer.ffn_norm, &layer.ffn_post_norm, &layer.ffn_joined_norm]) {
             return Err(self.missing(&name("ffn_norm.weight"), format_args!("{} numbers", config.hidden)));
         }
         debug_assert_eq!(layer.qkv.parts().iter().map(Packed::rows).sum::<usize>(), queries + 2 * keys);

@@ -96,6 +96,16 @@ GEMMA3_ROPE: Config = {
     }
 }
 
+# The text of a model of images, too.
+IMAGES: Config = {
+    "text_config": ODD | {"sliding_window": 12, "num_hidden_layers": 2, "query_pre_attn_scalar": 30},
+    "vision_config": {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 1, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5,
+}  # fmt: skip
+
 VARIANTS: dict[str, tuple[str, Config]] = {
     "llama": ("llama", ODD),
     "llama-biases": ("llama", GROUPS | {"attention_bias": True, "mlp_bias": True}),
@@ -189,6 +199,7 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         "gemma3_text",
         GROUPS | GEMMA3_ROPE | {"sliding_window": 12, "num_hidden_layers": 7, "final_logit_softcapping": 10.0},
     ),
+    "gemma3-images": ("gemma3", IMAGES),
     "phi": ("phi", PLAIN | rope(partial_rotary_factor=0.5)),
     "phi-qk-norm": ("phi", PLAIN_GROUPS | {"qk_layernorm": True} | rope(partial_rotary_factor=0.4)),
     "phi3": ("phi3", PLAIN | {"sliding_window": 12}),
@@ -255,7 +266,8 @@ def make(name: str) -> None:
             folder, attn_implementation=attention, experts_implementation="eager", dtype=torch.float32
         )
         written = json.loads(Path(folder, "config.json").read_text())
-    ids = np.random.default_rng(1).integers(3, settings["vocab_size"], TOKENS, dtype=np.int32)
+    vocabulary = config.get_text_config().vocab_size
+    ids = np.random.default_rng(1).integers(6, vocabulary, TOKENS, dtype=np.int32)
     with torch.inference_mode():
         logits = model.eval()(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
     OUT.mkdir(exist_ok=True)

@@ -104,6 +104,9 @@ fn falcons_of_all_three_builds_have_their_norms_and_groups() {
     let two = falcon(16, &["ln_attn", "ln_mlp"], &new);
     let expected = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15];
     assert_eq!(order(&two, "blk.0.attn_qkv.weight", source), expected);
+    // As it was published first.
+    let first = falcon(16, &["ln_attn", "ln_mlp"], &[("model_type", json!("RefinedWeb")), ("n_head_kv", json!(2))]);
+    assert_eq!(order(&first, "blk.0.attn_qkv.weight", source), expected);
     let opened = open(&two);
     assert_eq!(read(&opened, "blk.0.attn_norm_2.weight").1[0], two.value("transformer.h.0.ln_attn.weight", 0));
     assert_eq!(read(&opened, "blk.0.attn_norm.weight").1[0], two.value("transformer.h.0.ln_mlp.weight", 0));

@@ -73,7 +73,7 @@ pub(super) const FALCON: Family = Family {
     activation: Activation::Under(&["activation"]),
     rotation: Rotation::Unless("alibi"),
     adjust: |settings, sizes| {
-        sizes.kv_heads = if settings.switch("new_decoder_architecture", false)? {
+        sizes.kv_heads = if is_new(settings)? {
             settings.optional_count(&["num_kv_heads", "n_head_kv"])?.unwrap_or(sizes.heads)
         } else if settings.switch("multi_query", true)? {
             1
@@ -101,9 +101,14 @@ fn serial(settings: &Settings) -> Result<bool> {
     Ok(!settings.switch("parallel_attn", true)?)
 }
 
+/// The build of the 40B model. Its first checkpoints do not say so, but have this number.
+fn is_new(settings: &Settings) -> Result<bool> {
+    settings.switch("new_decoder_architecture", settings.get("n_head_kv").is_some())
+}
+
 fn two_norms(settings: &Settings) -> Result<bool> {
     let norms = settings.optional_count(&["num_ln_in_parallel_attn"])?;
-    let two = norms.map_or(settings.switch("new_decoder_architecture", false)?, |norms| norms == 2);
+    let two = norms.map_or(is_new(settings)?, |norms| norms == 2);
     Ok(two && !serial(settings)?)
 }
 

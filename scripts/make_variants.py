@@ -252,7 +252,7 @@ def values(name: str, shape: list[int]) -> npt.NDArray[np.float32]:
 def make(name: str) -> None:
     """Computes a variant and writes its file."""
     model_type, settings = VARIANTS[name]
-    # The eager attention of Falcon has no ALiBi.
+    # The eager attention of Falcon adds ALiBi twice.
     attention = "sdpa" if settings.get("alibi") else "eager"
     config = CONFIG_MAPPING[model_type](**settings)
     with tempfile.TemporaryDirectory() as folder:

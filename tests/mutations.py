@@ -46,7 +46,7 @@ SECONDS = 1.0
 """Processor time that one case may take."""
 MEMORY = 200 << 20
 """Bytes beyond the size of its files that one case may take."""
-STUCK = 60.0
+STUCK = 300.0
 """Seconds of silence after which a worker is taken to hang. Far above `SECONDS`: the machine may be busy."""
 DOCUMENTED = (nybble.ModelError, OSError, MemoryError)
 NUMBERS = [0, 1, 2, 3, 31, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1, 2**63, 2**64 - 1]

@@ -23,7 +23,17 @@ def main() -> None:
     for original in mutations.folders():
         config = original.files["config.json"].replace(b"\n", b" ")
         (CORPUS / "checkpoint" / original.name).write_bytes(config + b"\n" + original.files["model.safetensors"])
-    pieces = ["2<unk>", "3<s>", "1\u2581", "1a", "1b", "1ab", "1\u2581a", *(f"6<0x{byte:02X}>" for byte in range(256)), "4<turn>"]
+    pieces = [
+        "2<unk>",
+        "3<s>",
+        "1\u2581",
+        "1a",
+        "1b",
+        "1ab",
+        "1\u2581a",
+        *(f"6<0x{byte:02X}>" for byte in range(256)),
+        "4<turn>",
+    ]
     text = "\n".join(pieces) + "\n\nab a b\u00e9<turn> <s>"
     (CORPUS / "vocabulary" / "pieces").write_text(text, encoding="utf-8")
 

@@ -159,7 +159,10 @@ def values(dice: Dice, data: bytearray) -> None:
             case 1:
                 other, there = places[dice.integers(len(places))]
                 if key in _keys(holder) and there in _keys(other):
-                    holder[key], other[there] = json.loads(json.dumps(other[there])), json.loads(json.dumps(holder[key]))
+                    holder[key], other[there] = (
+                        json.loads(json.dumps(other[there])),
+                        json.loads(json.dumps(holder[key])),
+                    )
             case 2 if isinstance(holder, dict):
                 holder[str(key) + "x"] = holder.pop(key)
             case _:

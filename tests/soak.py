@@ -110,7 +110,10 @@ def main() -> int:
                 answers += sum(job.result() for job in jobs)
             rounds += 1
             now = held()
-            print(f"{rounds} rounds, {answers} answers as alone; {now[0]} MB, {now[1]} threads, {now[2]} files", flush=True)
+            print(
+                f"{rounds} rounds, {answers} answers as alone; {now[0]} MB, {now[1]} threads, {now[2]} files",
+                flush=True,
+            )
             # The first rounds fill caches that stay.
             first = now if rounds == 3 else first
             if first and (now[0] > first[0] + 100 or now[1] > first[1] or now[2] > first[2]):

@@ -97,7 +97,9 @@ def test_a_cache_too_large_for_the_memory_is_a_memory_error_and_the_model_stays_
 def test_loading_and_closing_two_hundred_times_leaves_nothing_behind(tiny_file: Path) -> None:
     def held() -> tuple[int, int, int]:
         status = Path("/proc/self/status").read_text()
-        numbers = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if ":" in line and line.split()[1:]}
+        numbers = {
+            line.split(":")[0]: line.split()[1] for line in status.splitlines() if ":" in line and line.split()[1:]
+        }
         return int(numbers["VmRSS"]), int(numbers["Threads"]), len(os.listdir("/proc/self/fd"))
 
     def once() -> None:
@@ -123,7 +125,10 @@ def test_eight_threads_on_one_model_get_what_one_gets(tiny_model: Model) -> None
     alone = [tiny_model.generate(prompt, max_tokens=20, seed=i).text for i, prompt in enumerate(prompts)]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            jobs = [pool.submit(tiny_model.generate, prompt, None, max_tokens=20, seed=i) for i, prompt in enumerate(prompts)]
+            jobs = [
+                pool.submit(tiny_model.generate, prompt, None, max_tokens=20, seed=i)
+                for i, prompt in enumerate(prompts)
+            ]
             assert [job.result().text for job in jobs] == alone
 
 

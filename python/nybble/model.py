@@ -50,6 +50,10 @@ class ModelInfo:
     """Bytes of weights in memory, as packed."""
     bytes_per_token: int
     """Bytes of weights that one more token reads; what memory bandwidth is spent on."""
+    cache_type: str
+    """How keys and values of the tokens seen are stored: "f16", "int8" or "f32"."""
+    cache_bytes_per_token: int
+    """Bytes of keys and values that each token of a text takes while it is worked on."""
 
 
 class Model:
@@ -74,6 +78,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         quantize: Literal["auto", "int4", "int8"] | None = "auto",
+        cache_type: Literal["f16", "int8", "f32"] | None = None,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
@@ -88,6 +93,8 @@ class Model:
             context: tokens to hold at most; what the model was trained for if None.
             quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
                 in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
+            cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
+                None is "f16", and "f32" for models that compute in F32.
             progress: called with how many of the weights are packed and how many there are, now and then; what it
                 raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
                 takes more than a second, False draws none.
@@ -101,7 +108,9 @@ class Model:
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
-            native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress or None)
+            native = _native.Model.load(
+                file, kernel, threads, context, quantize or "stored", cache_type, progress or None
+            )
         return cls(native, Tokenizer.load(file), file)
 
     @overload

@@ -81,9 +81,6 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// The numbers in single precision.
     fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]);
 
-    /// Asks for numbers that will be read soon. Does nothing where the set has no instruction for that.
-    fn prefetch(&self, _numbers: Numbers<'_>) {}
-
     /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
     fn exp_segment(&self, scores: &mut [f32]) -> (f32, f32);
 

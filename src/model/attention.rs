@@ -14,8 +14,6 @@ use crate::quant::packed::Line;
 const SEGMENT: usize = 256;
 /// Queries from which on a page is converted to F32 once for all of them.
 const MANY: usize = 4;
-/// Queries from which on arithmetic takes so long that nothing need be fetched ahead.
-const PROMPT: usize = 32;
 
 /// What attention needs to know of a layer.
 #[derive(Debug, Clone, Copy)]
@@ -194,12 +192,7 @@ impl Attention<'_> {
             from + seen[from..].iter().take_while(|seen| seen.start < at + PAGE).count()
         };
 
-        // Few queries compute no longer than the memory takes for the next page.
-        let mut coming = pages.clone().map(|(_, _, head)| head.keys).skip(1);
-        for (at, from, Head { keys, scales, values }) in pages.clone() {
-            if n < PROMPT {
-                kernel.prefetch(coming.next().unwrap_or(values));
-            }
+        for (at, from, Head { keys, scales, .. }) in pages.clone() {
             let to = to(from, &work.seen, at);
             let mut factors = [self.scale; PAGE];
             if let Some([scales, _]) = scales {
@@ -224,11 +217,7 @@ impl Attention<'_> {
             (maxima[q], sums[q]) = kernel.exp_segment(scores);
         }
         values[skip * width..].fill(0.0);
-        let mut coming = pages.clone().map(|(_, _, head)| head.values).skip(1);
         for (at, from, Head { values: numbers, scales, .. }) in pages {
-            if let Some(numbers) = coming.next().filter(|_| n < PROMPT) {
-                kernel.prefetch(numbers);
-            }
             let to = to(from, &work.seen, at);
             work.ranges.clear();
             let range = |seen: &Range<usize>| seen.start.max(at) - at..seen.end.min(at + PAGE) - at;

@@ -79,10 +79,6 @@ impl Kernel for Avx2 {
         unsafe { attention::widen(numbers, out) }
     }
 
-    fn prefetch(&self, numbers: Numbers<'_>) {
-        attention::prefetch(numbers);
-    }
-
     fn to_f16(&self, x: &[f32], out: &mut [f16]) {
         // SAFETY: as in `product`.
         unsafe { to_f16(x, out) }
@@ -127,13 +123,6 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
     let mut lanes = [0.0; LANES];
     store(_mm256_castsi256_ps(total), &mut lanes);
     (rounds as u64 * 12 * 32 * 2, lanes.iter().fold(0, |sum, lane| sum.wrapping_add(lane.to_bits() as i32)))
-}
-
-/// Asks for a line that will be loaded soon.
-#[inline]
-fn prefetch<T>(line: &T) {
-    // SAFETY: a prefetch of a valid address; it reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) }
 }
 
 /// Side `side` of a line.

@@ -8,15 +8,6 @@ use crate::kernels::numbers::Numbers;
 use crate::kernels::{PAGE, portable};
 use crate::quant::packed::PANEL;
 
-/// A line holds 16, 32 or 64 numbers.
-pub(super) fn prefetch(numbers: Numbers<'_>) {
-    match numbers {
-        Numbers::F32(x) => x.as_chunks::<16>().0.iter().for_each(super::prefetch),
-        Numbers::F16(x) => x.as_chunks::<32>().0.iter().for_each(super::prefetch),
-        Numbers::Int8(x) => x.as_chunks::<64>().0.iter().for_each(super::prefetch),
-    }
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn widen(numbers: Numbers<'_>, out: &mut [f32]) {
     let (chunks, tail) = out.as_chunks_mut::<PANEL>();

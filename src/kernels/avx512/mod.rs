@@ -83,10 +83,6 @@ impl Kernel for Avx512 {
         unsafe { attention::widen(numbers, out) }
     }
 
-    fn prefetch(&self, numbers: Numbers<'_>) {
-        attention::prefetch(numbers);
-    }
-
     fn to_f16(&self, x: &[f32], out: &mut [f16]) {
         // SAFETY: as in `product`.
         unsafe { to_f16(x, out) }
@@ -126,7 +122,7 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
 
 /// Asks for a line that will be loaded soon.
 #[inline]
-fn prefetch<T>(line: &T) {
+fn prefetch(line: &Line) {
     // SAFETY: a prefetch of a valid address; it reads nothing.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) }
 }

@@ -1,5 +1,6 @@
 //! The forward pass: rows of tokens from any number of sessions in, logits out.
 
+use std::cell::RefCell;
 use std::sync::PoisonError;
 
 use half::f16;
@@ -9,7 +10,7 @@ use super::arch::NormKind;
 use super::attention::Attention;
 use super::config::LayerConfig;
 use super::experts::Buffers;
-use super::kv_cache::{Page, Place, Session};
+use super::kv_cache::{Place, Session};
 use super::linear::{Linear, Rows};
 use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm};
 use crate::error::{Error, Result};
@@ -90,6 +91,16 @@ pub(super) struct Scratch {
     joining_later: Vec<f32>,
     expert: Buffers,
     logits: Vec<f32>,
+    /// A row for each task of elementwise work, so that none allocates one.
+    room: Vec<f32>,
+    /// Tokens of each input that were taken so far, and tokens that its session held before.
+    done: Vec<usize>,
+    before: Vec<usize>,
+}
+
+thread_local! {
+    /// Key and value of a head on their way into the cache, and what rounding has left of them.
+    static HALVES: RefCell<(Vec<f16>, Vec<f32>)> = RefCell::default();
 }
 
 impl Model {
@@ -120,20 +131,26 @@ impl Model {
                 return Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())));
             }
         }
-        let before: Vec<usize> = inputs.iter().map(|input| input.session.len()).collect();
+        // Each pass has buffers of its own, so that threads that share a model wait for each other's compute only.
+        let take = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut scratch = take().unwrap_or_default();
+        scratch.before.clear();
+        scratch.before.extend(inputs.iter().map(|input| input.session.len()));
         let rows = logits.len();
-        let result = self.run(inputs, logits, interrupted);
+        let result = self.run(&mut scratch, inputs, logits, interrupted);
         if result.is_err() {
             logits.truncate(rows);
-            for (input, len) in inputs.iter_mut().zip(before) {
-                input.session.truncate(len);
+            for (input, len) in inputs.iter_mut().zip(&scratch.before) {
+                input.session.truncate(*len);
             }
         }
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
         result
     }
 
     fn run(
         &self,
+        scratch: &mut Scratch,
         inputs: &mut [Input<'_>],
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
@@ -141,27 +158,23 @@ impl Model {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
-        // Each pass has buffers of its own, so that threads that share a model wait for each other's compute only.
-        let take = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut scratch = take().unwrap_or_default();
-        let result = self.team.run(|scope| {
-            let mut done: Vec<usize> = vec![0; inputs.len()];
-            while scratch.gather(inputs, &mut done) {
-                Pass { model: self, kernel: self.kernel, scope }.step(&mut scratch, inputs, logits, interrupted)?;
+        self.team.run(|scope| {
+            scratch.done.clear();
+            scratch.done.resize(inputs.len(), 0);
+            while scratch.gather(inputs) {
+                Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())
-        });
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
-        result
+        })
     }
 }
 
 impl Scratch {
-    /// Takes the next rows, up to [`MAX_ROWS`], from the inputs of which `done` tokens were taken. False when there are none.
-    fn gather(&mut self, inputs: &[Input<'_>], done: &mut [usize]) -> bool {
+    /// Takes the next rows, up to [`MAX_ROWS`], from the inputs. False when there are none.
+    fn gather(&mut self, inputs: &[Input<'_>]) -> bool {
         self.rows.clear();
         self.spans.clear();
-        for (i, (input, done)) in inputs.iter().zip(done).enumerate() {
+        for (i, (input, done)) in inputs.iter().zip(&mut self.done).enumerate() {
             let take = (input.tokens.len() - *done).min(MAX_ROWS - self.rows.len());
             // A session counts its tokens as they are computed, so its length is the position of the first one.
             let position = input.session.len();
@@ -219,7 +232,7 @@ impl Pass<'_> {
             self.store(s, layer, index, inputs);
             self.attend(s, layer, index, inputs);
             self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
-            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
+            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref(), &mut s.room);
             if config.parallel {
                 // The feed-forward layer reads the stream as attention did, so attention joins it later.
                 std::mem::swap(&mut s.joining, &mut s.joining_later);
@@ -238,7 +251,7 @@ impl Pass<'_> {
                     self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
                 }
             }
-            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref());
+            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref(), &mut s.room);
             if config.parallel {
                 self.join(&mut s.x, &s.joining_later);
             }
@@ -301,8 +314,8 @@ impl Pass<'_> {
             inward.width()
         });
         let (rows, joining) = (&s.rows, &s.joining);
-        self.scope.for_each_chunk(&mut s.x, TASK_ROWS * hidden, |i, chunk| {
-            let mut learned = vec![0.0; if weights.positions.is_some() { hidden } else { 0 }];
+        let size = if weights.positions.is_some() { hidden } else { 0 };
+        self.scope.for_each_chunk_with(&mut s.x, TASK_ROWS * hidden, &mut s.room, size, |i, chunk, learned| {
             for (r, x) in chunk.chunks_mut(hidden).enumerate() {
                 let index = i * TASK_ROWS + r;
                 let row = &rows[index];
@@ -314,8 +327,8 @@ impl Pass<'_> {
                     x.iter_mut().for_each(|x| *x *= config.embedding_scale);
                 }
                 if let Some(positions) = &weights.positions {
-                    positions.parts()[0].decode_row(row.position, &mut learned);
-                    self.kernel.add_scaled(x, &learned, 1.0);
+                    positions.parts()[0].decode_row(row.position, learned);
+                    self.kernel.add_scaled(x, learned, 1.0);
                 }
             }
         });
@@ -360,15 +373,14 @@ impl Pass<'_> {
     }
 
     /// `joining = norm(joining)`, where there is a norm.
-    fn post_norm(&self, joining: &mut [f32], norm: Option<&Norm>) {
+    fn post_norm(&self, joining: &mut [f32], norm: Option<&Norm>, room: &mut Vec<f32>) {
         let Some(norm) = norm else { return };
         let (model, hidden) = (self.model, self.model.config.hidden);
         let width = hidden.next_multiple_of(PANEL);
-        self.scope.for_each_chunk(joining, TASK_ROWS * width, |_, chunk| {
-            let mut out = vec![0.0; hidden];
+        self.scope.for_each_chunk_with(joining, TASK_ROWS * width, room, hidden, |_, chunk, out| {
             for row in chunk.chunks_mut(width) {
-                model.norm_row(&row[..hidden], norm, &mut out);
-                row[..hidden].copy_from_slice(&out);
+                model.norm_row(&row[..hidden], norm, out);
+                row[..hidden].copy_from_slice(out);
             }
         });
     }
@@ -391,7 +403,8 @@ impl Pass<'_> {
         // Layers with a window have angles of their own, which come second.
         let offset = if window.is_some() { s.rows.len() } else { 0 };
         let (cos, sin) = (&s.cos, &s.sin);
-        self.scope.for_each_chunk(&mut s.qkv, TASK_ROWS * width, |i, chunk| {
+        let widest = [&layer.q_norm, &layer.k_norm].into_iter().flatten().map(|norm| norm.width).max().unwrap_or(0);
+        self.scope.for_each_chunk_with(&mut s.qkv, TASK_ROWS * width, &mut s.room, widest, |i, chunk, room| {
             for (r, row) in chunk.chunks_mut(width).enumerate() {
                 if let Some(bound) = config.clamp_qkv {
                     row.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
@@ -402,7 +415,7 @@ impl Pass<'_> {
                 for (part, heads, norm) in parts {
                     let part = &mut part[..heads * dim];
                     if let Some(norm) = norm {
-                        model.head_norm(part, norm);
+                        model.head_norm(part, norm, room);
                     }
                     if pairs > 0 {
                         for head in part.chunks_exact_mut(dim) {
@@ -418,28 +431,6 @@ impl Pass<'_> {
     fn store(&self, s: &Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
         let (config, shape, width) = (&self.model.config, self.model.shape, layer.qkv.width());
         let (keys, values, dim) = (layer.qkv.start(1), layer.qkv.start(2), config.head_dim);
-        let write = |page: &mut Page, rows: std::ops::Range<usize>| {
-            let (mut half, mut rest) = (vec![f16::ZERO; 2 * dim], vec![0.0f32; 2 * dim]);
-            for row in rows {
-                let qkv = &s.qkv[row * width..][..width];
-                let slot = s.rows[row].position % PAGE;
-                for head in 0..config.kv_heads {
-                    rest[..dim].copy_from_slice(&qkv[keys + head * dim..][..dim]);
-                    rest[dim..].copy_from_slice(&qkv[values + head * dim..][..dim]);
-                    for plane in 0..shape.planes {
-                        self.kernel.to_f16(&rest, &mut half);
-                        let (key, value) = half.split_at(dim);
-                        page.store(&shape, Place { layer: index, head, plane }, slot, key, value);
-                        if plane + 1 < shape.planes {
-                            // What the first plane could not hold goes to the second.
-                            rest.iter_mut().zip(&half).for_each(|(rest, half)| *rest -= half.to_f32());
-                        }
-                    }
-                }
-            }
-        };
-        // Consecutive rows of one session, with its pages: cut where a page ends.
-        let mut tasks: Vec<(&mut Page, _)> = Vec::new();
         let mut row = 0;
         for (i, input) in inputs.iter_mut().enumerate() {
             let count = s.rows[row..].iter().take_while(|row| row.input == i).count();
@@ -447,21 +438,35 @@ impl Pass<'_> {
                 continue;
             }
             let first = s.rows[row].position;
-            for (p, page) in input.session.pages.iter_mut().enumerate().skip(first / PAGE) {
-                let from = (p * PAGE).max(first) - first;
-                let to = ((p + 1) * PAGE).min(first + count) - first;
-                tasks.push((page, row + from..row + to));
-                if to == count {
-                    break;
-                }
-            }
+            let start = first / PAGE;
+            let pages = &mut input.session.pages[start..(first + count).div_ceil(PAGE)];
+            self.scope.for_each_chunk(pages, 1, |p, pages| {
+                let from = first.max((start + p) * PAGE);
+                let to = (first + count).min((start + p + 1) * PAGE);
+                HALVES.with_borrow_mut(|(half, rest)| {
+                    half.resize(2 * dim, f16::ZERO);
+                    rest.resize(2 * dim, 0.0);
+                    for position in from..to {
+                        let qkv = &s.qkv[(row + position - first) * width..][..width];
+                        for head in 0..config.kv_heads {
+                            rest[..dim].copy_from_slice(&qkv[keys + head * dim..][..dim]);
+                            rest[dim..].copy_from_slice(&qkv[values + head * dim..][..dim]);
+                            for plane in 0..shape.planes {
+                                self.kernel.to_f16(rest, half);
+                                let (key, value) = half.split_at(dim);
+                                let place = Place { layer: index, head, plane };
+                                pages[0].store(&shape, place, position % PAGE, key, value);
+                                if plane + 1 < shape.planes {
+                                    // What the first plane could not hold goes to the second.
+                                    rest.iter_mut().zip(&*half).for_each(|(rest, half)| *rest -= half.to_f32());
+                                }
+                            }
+                        }
+                    }
+                });
+            });
             row += count;
         }
-        self.scope.for_each_chunk(&mut tasks, 1, |_, task| {
-            for (page, rows) in task {
-                write(page, rows.clone());
-            }
-        });
     }
 
     /// Attention of all rows into `input (rows, heads * head_dim)`: a task a span of rows and key/value head.
@@ -547,21 +552,21 @@ impl Model {
         }
     }
 
-    /// Normalizes queries or keys, head by head or all heads as one row.
-    fn head_norm(&self, heads: &mut [f32], norm: &HeadNorm) {
+    /// Normalizes queries or keys, head by head or all heads as one row. `room` has at least the norm's width.
+    fn head_norm(&self, heads: &mut [f32], norm: &HeadNorm, room: &mut [f32]) {
         let (config, width) = (&self.config, norm.width);
         let (weight, bias) = (&norm.norm.weight, &norm.norm.bias);
-        let mut out = vec![0.0; width];
+        let out = &mut room[..width];
         for (i, head) in heads.chunks_exact_mut(width).enumerate() {
             let own = if weight.len() == width { 0..width } else { i * width..(i + 1) * width };
             match config.family.norm {
-                NormKind::Rms => self.kernel.rms_norm(head, &weight[own], config.norm_eps, &mut out),
+                NormKind::Rms => self.kernel.rms_norm(head, &weight[own], config.norm_eps, out),
                 NormKind::Layer => {
                     let bias = bias.get(own.clone()).unwrap_or(&[]);
-                    self.kernel.layer_norm(head, &weight[own], bias, config.norm_eps, &mut out);
+                    self.kernel.layer_norm(head, &weight[own], bias, config.norm_eps, out);
                 }
             }
-            head.copy_from_slice(&out);
+            head.copy_from_slice(out);
         }
     }
 }

@@ -30,6 +30,11 @@ impl Shape {
         (PAGE * self.head_dim, PAGE * (self.head_dim + self.width))
     }
 
+    /// Bytes of the pages for `tokens` tokens, if they can be counted.
+    pub(super) fn bytes(&self, tokens: usize) -> Option<usize> {
+        self.page()?.checked_mul(size_of::<f16>())?.checked_mul(tokens.div_ceil(PAGE))
+    }
+
     /// Numbers in a page, if they can be counted.
     fn page(&self) -> Option<usize> {
         self.head().1.checked_mul(self.planes)?.checked_mul(self.kv_heads)?.checked_mul(self.layers)
@@ -121,7 +126,7 @@ impl Session {
 
     /// Bytes of all pages.
     pub fn bytes(&self) -> usize {
-        self.pages.len() * self.shape.page().unwrap_or(0) * size_of::<f16>()
+        self.shape.bytes(self.pages.len() * PAGE).unwrap_or(0)
     }
 
     /// Forgets all but the first `len` tokens. Does nothing when there are no more.

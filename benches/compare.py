@@ -161,7 +161,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars a file and runtime, relative to the slowest one of the file, prompts above and decoding below."""
+    """Bars a file and runtime, relative to the fastest one of the file, prompts above and decoding below."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for result in results for name in result["runtimes"]))

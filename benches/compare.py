@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
-"""Time nybble and llama.cpp on the same file in turn.
+"""Time nybble and other runtimes on the same file in turn.
 
-    python benches/compare.py model.gguf [--threads 2] [--prompt 512] [--generate 64] [--rounds 5] [--json]
+    python benches/compare.py model.gguf [--threads 2] [--prompt 512] [--generate 64] [--rounds 5]
+        [--peer NAME[=PYTHON[:MODEL]] ...] [--json] [--png FILE] [--with EARLIER.json ...]
 
-Needs `pip install llama-cpp-python`, which builds llama.cpp for this CPU. Each round loads nothing: both models are in
-memory, one computes while the other sleeps. Printed are medians over the rounds, the ratio of each round's speeds
-(median, least and greatest), and the machine's own limits measured in the same run: read bandwidth, which bounds
+Peers are llama.cpp (`pip install llama-cpp-python`, which builds it for this CPU), openvino (`openvino-genai`),
+mistral.rs (`mistralrs`) and neural-speed; PYTHON is the interpreter of the environment that has it, so that peers with
+conflicting requirements can be compared, and MODEL another file for a runtime that cannot read this one. Without --peer
+it is llama.cpp in this environment.
+
+Each runtime has a process of its own and keeps the model loaded; while one computes the others are stopped, so that
+threads that wait by spinning take nothing from it. Printed are medians over the rounds, the ratios of each round's
+speeds (median, least and greatest), and the machine's own limits measured in the same run: read bandwidth, which bounds
 decoding, and the rate of INT8 dot products, which bounds prompts.
 """
 
@@ -13,116 +19,209 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import signal
 import statistics
+import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
+from typing import Any, cast
 
-from nybble import _native
-from nybble.sampling import SamplingOptions
-
-
-class Ours:
-    name = "nybble"
-
-    def __init__(self, path: Path, threads: int, context: int) -> None:
-        start = time.perf_counter()
-        self.model = _native.Model.load(path, threads=threads)
-        self.load_seconds = time.perf_counter() - start
-        self.info = self.model.info()
-
-    def round(self, prompt: list[int], generate: int) -> tuple[float, float]:
-        """Prompt and decoding in tokens a second."""
-        sequence = self.model.sequence(prompt, SamplingOptions(temperature=0.0))
-        start = time.perf_counter()
-        self.model.step([sequence])
-        middle = time.perf_counter()
-        for _ in range(generate):
-            self.model.step([sequence])
-        end = time.perf_counter()
-        return len(prompt) / (middle - start), generate / (end - middle)
+HERE = Path(__file__).resolve().parent
 
 
-class LlamaCpp:
-    name = "llama.cpp"
+class Runtime:
+    """A runtime in its process, stopped except while it is asked something."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
-        from llama_cpp import Llama
-
-        start = time.perf_counter()
-        self.model = Llama(
-            str(path),
-            n_ctx=context,
-            n_batch=512,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
+    def __init__(self, name: str, python: str, model: str, threads: int, context: int) -> None:
+        self.name = name
+        command = [python, str(HERE / "peers.py"), name, model, str(threads), str(context)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # A pipe that nobody reads would stop who writes much into it.
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
         )
-        self.load_seconds = time.perf_counter() - start
+        self.facts = self._answer()
 
-    def round(self, prompt: list[int], generate: int) -> tuple[float, float]:
-        """Prompt and decoding in tokens a second."""
-        self.model.reset()
-        start = time.perf_counter()
-        self.model.eval(prompt)
-        token = self.model.sample(temp=0.0)
-        middle = time.perf_counter()
-        for _ in range(generate):
-            self.model.eval([token])
-            token = self.model.sample(temp=0.0)
-        end = time.perf_counter()
-        return len(prompt) / (middle - start), generate / (end - middle)
+    def ask(self, question: object) -> dict[str, Any]:
+        """Lets the process run for one question."""
+        assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.said.seek(0)
+            said = self.said.read().strip().splitlines()
+            raise SystemExit(f"{self.name} ended with {self.process.returncode}: {said[-1] if said else 'silently'}")
+        self.process.send_signal(signal.SIGSTOP)
+        return cast("dict[str, Any]", json.loads(line))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--threads", type=int, default=_native.default_threads())
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--generate", type=int, default=64, help="tokens that are decoded after it")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-
+def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All runtimes on one file."""
     context = options.prompt + options.generate + 8
-    engines = [kind(options.model, options.threads, context) for kind in (Ours, LlamaCpp)]
-    # Tokens below 1,000, which every vocabulary has; speed does not depend on them.
-    prompt = [3 + i * 7919 % 997 for i in range(options.prompt)]
-    speeds: dict[str, list[tuple[float, float]]] = {engine.name: [] for engine in engines}
-    for engine in engines:
-        engine.round(prompt, 4)  # Warm up.
-    limits = []
-    for _ in range(options.rounds):
-        limits.append(engines[0].model.machine_limits())
-        for engine in engines:
-            speeds[engine.name].append(engine.round(prompt, options.generate))
+    wanted = [("nybble", sys.executable, str(model))]
+    for peer in options.peer or ["llama.cpp"]:
+        name, _, rest = peer.partition("=")
+        python, _, other = rest.partition(":")
+        wanted.append((name, python or sys.executable, other or str(model)))
+    runtimes: list[Runtime] = []
+    try:
+        for name, python, path in wanted:
+            runtimes.append(Runtime(name, python, path, options.threads, context))
+        return rounds(model, runtimes, options)
+    finally:
+        for runtime in runtimes:
+            runtime.close()
 
-    result: dict[str, object] = {
-        "model": options.model.name,
+
+def rounds(model: Path, runtimes: list[Runtime], options: argparse.Namespace) -> dict[str, Any]:
+    """Alternating rounds, and what they come to."""
+
+    def prompt(number: int) -> list[int]:
+        # Tokens below 1,000, which every vocabulary has; speed does not depend on them. Each round begins with another
+        # one, because some runtimes keep what they have read before.
+        return [3 + (i + number) * 7919 % 997 for i in range(options.prompt)]
+
+    for runtime in runtimes:
+        runtime.ask({"prompt": prompt(0), "generate": min(4, options.generate)})  # Warm up.
+    seconds: dict[str, list[tuple[float, float]]] = {runtime.name: [] for runtime in runtimes}
+    limits = []
+    for number in range(1, options.rounds + 1):
+        limits.append(runtimes[0].ask("limits"))
+        for runtime in runtimes:
+            found = runtime.ask({"prompt": prompt(number), "generate": options.generate})
+            seconds[runtime.name].append((found["prompt_seconds"], found["decode_seconds"]))
+    result: dict[str, Any] = {
+        "model": model.name,
+        "cpu": cpu(),
         "threads": options.threads,
         "prompt": options.prompt,
         "generate": options.generate,
         "rounds": options.rounds,
-        "kernel": engines[0].info["kernel"],  # type: ignore[union-attr]
-        "bandwidth_gb_s": statistics.median(limit[0] for limit in limits),
-        "int8_gops": statistics.median(limit[1] for limit in limits),
+        "bandwidth_gb_s": statistics.median(limit["bandwidth_gb_s"] for limit in limits),
+        "int8_gops": statistics.median(limit["int8_gops"] for limit in limits),
+        "runtimes": {},
     }
-    for engine in engines:
-        result[engine.name] = {
-            "load_seconds": engine.load_seconds,
-            "prompt_tokens_per_second": statistics.median(p for p, _ in speeds[engine.name]),
-            "decode_tokens_per_second": statistics.median(d for _, d in speeds[engine.name]),
+    ours = seconds["nybble"]
+    for runtime in runtimes:
+        own = seconds[runtime.name]
+        entry = {
+            **runtime.facts,
+            "prompt_tokens_per_second": statistics.median(options.prompt / p for p, _ in own),
+            "decode_tokens_per_second": statistics.median(options.generate / d for _, d in own),
         }
-    for at, what in enumerate(("prompt_ratio", "decode_ratio")):
-        ratios = [ours[at] / theirs[at] for ours, theirs in zip(speeds["nybble"], speeds["llama.cpp"], strict=True)]
-        result[what] = {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
+        for at, what in enumerate(("prompt_ratio", "decode_ratio")):
+            ratios = [theirs[at] / mine[at] for mine, theirs in zip(ours, own, strict=True)]
+            entry[what] = {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
+        result["runtimes"][runtime.name] = entry
+    return result
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table of one file: how many times as fast nybble is as each peer."""
+    print(f"{result['model']}: {result['threads']} threads, {result['rounds']} rounds, {result['cpu']}")
+    own = result["runtimes"]["nybble"]
+    share = own["bytes_per_token"] * own["decode_tokens_per_second"] / (result["bandwidth_gb_s"] * 1e9)
+    print(
+        f"limits: {result['bandwidth_gb_s']:.1f} GB/s read (nybble decodes at {share:.0%}), "
+        f"{result['int8_gops']:.0f} GOPS of INT8"
+    )
+    print(f"{'':14}{'prompt ' + str(result['prompt']):>12} {'ratio':<20}{'decoding':>10} {'ratio':<20}")
+    for name, entry in result["runtimes"].items():
+        cells = [f"{name:14}"]
+        for what, width in (("prompt", 12), ("decode", 10)):
+            ratio = entry[f"{what}_ratio"]
+            spread = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})"
+            cells.append(f"{entry[f'{what}_tokens_per_second']:>{width}.1f} {'' if name == 'nybble' else spread:<20}")
+        print("".join(cells).rstrip())
+    print()
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars a file and runtime, relative to the fastest one of the file, prompts above and decoding below."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for result in results for name in result["runtimes"]))
+    figure = Figure(figsize=(8, 2.2 * 2), layout="constrained")
+    axes = figure.subplots(2, 1)
+    for axis, what, title in zip(axes, ("prompt", "decode"), ("reading a prompt", "writing"), strict=True):
+        for n, name in enumerate(names):
+            for at, result in enumerate(results):
+                if name not in result["runtimes"]:
+                    continue
+                speed = result["runtimes"][name][f"{what}_tokens_per_second"]
+                best = max(entry[f"{what}_tokens_per_second"] for entry in result["runtimes"].values())
+                bar = axis.bar(
+                    at + (n - (len(names) - 1) / 2) * 0.8 / len(names),
+                    speed / best,
+                    0.75 / len(names),
+                    color=f"C{n}",
+                    label=name if at == 0 else None,
+                )
+                axis.bar_label(bar, [f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"], fontsize=7)
+        axis.set_title(f"{title}: tokens a second", fontsize=9)
+        axis.set_xticks(range(len(results)), [result["model"].removesuffix(".gguf") for result in results], fontsize=7)
+        axis.set_yticks([])
+        axis.set_ylim(0, 1.18)
+        axis.spines[["left", "top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=7, frameon=False, ncols=len(names), loc="upper right", bbox_to_anchor=(1, 1.3))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, metavar="model.gguf")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--generate", type=int, default=64, help="tokens that are decoded after it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", action="append", metavar="NAME[=PYTHON[:MODEL]]", help="a runtime to compare with")
+    parser.add_argument("--json", action="store_true", help="print a list of results instead of tables")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a chart (`pip install --group chart`)")
+    parser.add_argument(
+        "--with",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        dest="earlier",
+        help="results that --json printed earlier, to be shown and drawn before those of this run",
+    )
+    options = parser.parse_args()
+    if not options.models and not options.earlier:
+        parser.error("nothing to measure and nothing to show")
+    results = [result for path in options.earlier for result in json.loads(path.read_text())]
+    results += [measure(model, options) for model in options.models]
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(results, indent=1))
     else:
-        for name, value in result.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{key} {number:.3g}" for key, number in value.items())
-            print(f"{name:>16}  {value}")
+        for result in results:
+            show(result)
+    if options.png:
+        draw(results, options.png)
     return 0
 
 

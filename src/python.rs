@@ -22,6 +22,9 @@ use crate::{Error, threads};
 
 /// How often Python is asked for signals while Rust computes. Asking takes the GIL, so not at every opportunity.
 const SIGNALS_EVERY: Duration = Duration::from_millis(20);
+/// How often Python is told of progress, besides at the start and at the end. While another thread runs Python, each time
+/// waits for the GIL, longer than a layer takes.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
 mod errors {
     //! Exceptions that the package defines in Python.
@@ -111,7 +114,7 @@ fn with_progress<R: Send>(
     let reported: Mutex<Option<Instant>> = Mutex::new(None);
     let report = |done: usize, total: usize| {
         let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
-        if done < total && reported.is_some_and(|reported| reported.elapsed() < SIGNALS_EVERY) {
+        if done < total && reported.is_some_and(|reported| reported.elapsed() < PROGRESS_EVERY) {
             return Ok(());
         }
         *reported = Some(Instant::now());
@@ -399,6 +402,7 @@ impl Model {
         info.set_item("bytes_per_token", model.bytes_per_token())?;
         info.set_item("cache_type", model.cache_type().name())?;
         info.set_item("cache_bytes_per_token", model.cache_bytes_per_token())?;
+        info.set_item("cache_bytes", model.cache_bytes())?;
         Ok(info)
     }
 }

@@ -294,25 +294,6 @@ fn a_run_within_a_run_works_wherever_it_is_started() {
 }
 
 #[test]
-fn a_run_on_a_thread_of_another_pool_works() {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    let team = team(2);
-    let total = AtomicUsize::new(0);
-    pool.scope(|tasks| {
-        for _ in 0..200 {
-            tasks.spawn(|_| {
-                team.run(|scope| {
-                    scope.for_each(10, |i| {
-                        total.fetch_add(i, Ordering::Relaxed);
-                    })
-                });
-            });
-        }
-    });
-    assert_eq!(total.into_inner(), 200 * 45);
-}
-
-#[test]
 fn teams_of_no_threads_or_absurdly_many_are_refused() {
     for bad in [0, MAX_THREADS + 1, usize::MAX] {
         assert!(matches!(Team::new(bad), Err(Error::InvalidArgument { name: "threads", .. })));

@@ -6,12 +6,15 @@ model = Model.load()
 print(model.generate("Once upon a time", max_tokens=64))
 """
 
-from nybble._native import __version__, kernels
-from nybble.errors import ContextFullError, InternalError, ModelError
-from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
-from nybble.model import Message, Model, ModelInfo
-from nybble.sampling import SamplingOptions
-from nybble.tokenizer import Tokenizer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble._native import __version__, kernels
+    from nybble.errors import ContextFullError, InternalError, ModelError
+    from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
+    from nybble.model import Message, Model, ModelInfo
+    from nybble.sampling import SamplingOptions
+    from nybble.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
@@ -30,3 +33,27 @@ __all__ = [
     "__version__",
     "kernels",
 ]
+
+_MODULES = {
+    "_native": ("__version__", "kernels"),
+    "errors": ("ContextFullError", "InternalError", "ModelError"),
+    "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
+    "model": ("Message", "Model", "ModelInfo"),
+    "sampling": ("SamplingOptions",),
+    "tokenizer": ("Tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for (PEP 562), so that weights can be packed while the tokenizers' package is imported."""
+    from importlib import import_module
+
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"nybble.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -70,15 +70,15 @@ def _byte_level(vocabulary: Vocabulary, rule: PreTokenizer) -> PackageEncoder:
     """Cuts the text into words by the rule of the vocabulary, then applies its merges to the bytes of each."""
     ids = _writable(vocabulary)
     merges = vocabulary.merges
-    parts, results = set(chain.from_iterable(merges)), set(map("".join, merges))
-    if not ids.keys() >= parts | results:  # The package would panic.
+    parts, results = set(chain.from_iterable(merges)), map("".join, merges)
+    if not (ids.keys() >= parts and all(map(ids.__contains__, results))):  # The package would panic.
         merges = [(a, b) for a, b in merges if a in ids and b in ids and a + b in ids]
         warnings.warn(
             f"tokenizer.ggml.merges: {len(vocabulary.merges) - len(merges)} of {len(vocabulary.merges)} merges are "
             "left out, since they join or make what is no token",
             stacklevel=2,
         )
-    package = tokenizers.Tokenizer(models.BPE(ids, list(merges), ignore_merges=rule.ignore_merges))
+    package = tokenizers.Tokenizer(models.BPE(dict(ids), list(merges), ignore_merges=rule.ignore_merges))
     package.pre_tokenizer = rule.build()
     drops_space = frozenset(vocabulary.drop_space_after)
     whole: list[AddedToken] = []
@@ -90,9 +90,11 @@ def _byte_level(vocabulary: Vocabulary, rule: PreTokenizer) -> PackageEncoder:
     return PackageEncoder(package)
 
 
-def _writable(vocabulary: Vocabulary) -> dict[str, int]:
+def _writable(vocabulary: Vocabulary) -> Mapping[str, int]:
     """The tokens that a text can contain: none that is empty or holds bytes that are no UTF-8."""
-    ids = {text: i for text, i in vocabulary.ids.items() if text}
+    ids = vocabulary.ids
+    if "" in ids:
+        ids = {text: i for text, i in ids.items() if text}
     try:
         "".join(ids).encode()
     except UnicodeEncodeError:

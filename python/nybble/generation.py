@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
-from nybble.tokenizer import StopMatcher, StreamDecoder
 
 if TYPE_CHECKING:
     from nybble import _native
@@ -79,7 +79,7 @@ class Writer:
         if len(prompt) > context:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
-            options = options.replace(seed=secrets.randbits(64))
+            options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
         self.sequence = model.sequence(prompt, options)
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1

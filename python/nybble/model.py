@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from nybble import _native, hub
+from nybble import _native, hub, memory
 from nybble.errors import ModelError
 from nybble.generation import Completion, TextStream, Writer, run
 from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
-from nybble.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Unpack
+
+    from nybble.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
@@ -54,6 +58,57 @@ class ModelInfo:
     """How keys and values of the tokens seen are stored: "f16", "int8" or "f32"."""
     cache_bytes_per_token: int
     """Bytes of keys and values that each token of a text takes while it is worked on."""
+    cache_bytes: int
+    """Bytes of keys and values of a sequence that fills the context. One that holds less takes less."""
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Memory that this process holds now, models and all; None where the system does not tell."""
+        return memory.resident_bytes()
+
+    @property
+    def peak_resident_bytes(self) -> int | None:
+        """The most memory that this process has held so far; None where the system does not tell."""
+        return memory.peak_resident_bytes()
+
+
+def _tokenizer(file: Path) -> Tokenizer:
+    # The packages that this imports take as long as the weights of a small model do.
+    from nybble.tokenizer import Tokenizer
+
+    return Tokenizer.load(file)
+
+
+class _InBackground(Generic[T]):
+    """Computes something beside the block that it is given to: packing weights needs no Python, a vocabulary only that.
+
+    An executor would do the same, but importing it takes longer than some models take to load.
+    """
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self._result = self._compute()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> _InBackground[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    def result(self) -> T:
+        """What was computed, once the block has ended."""
+        if self._error is not None:
+            raise self._error
+        return cast("T", self._result)
 
 
 class Model:
@@ -108,10 +163,11 @@ class Model:
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
+            tokenizer = stack.enter_context(_InBackground(lambda: _tokenizer(file)))
             native = _native.Model.load(
                 file, kernel, threads, context, quantize or "stored", cache_type, progress or None
             )
-        return cls(native, Tokenizer.load(file), file)
+        return cls(native, tokenizer.result(), file)
 
     @overload
     def generate(

@@ -255,7 +255,7 @@ def _merges(keys: _Keys) -> Sequence[tuple[str, str]]:
     if merges is None:
         raise keys.fault(key, "nothing", "an array of merges")
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if not set(map(len, pairs)) <= {2} or "" in set(chain.from_iterable(pairs)):
+    if not set(map(len, pairs)) <= {2} or not all(chain.from_iterable(pairs)):
         wrong = next(pair for pair in pairs if len(pair) != 2 or "" in pair)
         raise keys.fault(key, f"{' '.join(wrong)[:40]!r}", "two parts with one space between them")
     return cast("Sequence[tuple[str, str]]", pairs)

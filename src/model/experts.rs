@@ -18,6 +18,8 @@ pub(super) struct Buffers {
     rows: Vec<(usize, f32)>,
     input: Rows,
     out: Vec<f32>,
+    /// `(rows)`: weights of the expert that all rows use.
+    gates: Vec<f32>,
 }
 
 impl Pass<'_> {
@@ -71,17 +73,18 @@ impl Pass<'_> {
             }
         }
         let Some((mlp, gate)) = shared else { return };
-        let mut weights = vec![1.0; rows];
+        own.gates.clear();
+        own.gates.resize(rows, 1.0);
         own.input.values.clone_from(&own.source);
         if let Some(gate) = gate {
             self.linear(gate, &mut own.input, &mut own.out);
-            for (weight, out) in weights.iter_mut().zip(own.out.chunks(gate.width())) {
+            for (weight, out) in own.gates.iter_mut().zip(own.out.chunks(gate.width())) {
                 *weight = 1.0 / (1.0 + kernels::exp(-out[0]));
             }
         }
         self.mlp(mlp, &mut own.input, ffn, &mut own.out);
-        for ((joining, out), weight) in joining.chunks_mut(width).zip(own.out.chunks(width)).zip(weights) {
-            kernel.add_scaled(&mut joining[..hidden], &out[..hidden], weight);
+        for ((joining, out), weight) in joining.chunks_mut(width).zip(own.out.chunks(width)).zip(&own.gates) {
+            kernel.add_scaled(&mut joining[..hidden], &out[..hidden], *weight);
         }
     }
 }

@@ -95,6 +95,11 @@ pub(super) struct Scratch {
     joining_later: Vec<f32>,
     expert: Buffers,
     logits: Vec<f32>,
+    /// A row for each task of elementwise work, so that none allocates one.
+    room: Vec<f32>,
+    /// Tokens of each input that were taken so far, and tokens that its session held before.
+    done: Vec<usize>,
+    before: Vec<usize>,
 }
 
 impl Model {
@@ -125,20 +130,26 @@ impl Model {
                 return Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())));
             }
         }
-        let before: Vec<usize> = inputs.iter().map(|input| input.session.len()).collect();
+        // Each pass has buffers of its own, so that threads that share a model wait for each other's compute only.
+        let take = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut scratch = take().unwrap_or_default();
+        scratch.before.clear();
+        scratch.before.extend(inputs.iter().map(|input| input.session.len()));
         let rows = logits.len();
-        let result = self.run(inputs, logits, interrupted);
+        let result = self.run(&mut scratch, inputs, logits, interrupted);
         if result.is_err() {
             logits.truncate(rows);
-            for (input, len) in inputs.iter_mut().zip(before) {
-                input.session.truncate(len);
+            for (input, len) in inputs.iter_mut().zip(&scratch.before) {
+                input.session.truncate(*len);
             }
         }
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
         result
     }
 
     fn run(
         &self,
+        scratch: &mut Scratch,
         inputs: &mut [Input<'_>],
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
@@ -146,30 +157,26 @@ impl Model {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
-        // Each pass has buffers of its own, so that threads that share a model wait for each other's compute only.
-        let take = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut scratch = take().unwrap_or_default();
-        let result = self.team.run(|scope| {
-            let mut done: Vec<usize> = vec![0; inputs.len()];
-            while scratch.gather(inputs, &mut done, |rows| self.attention_rows(rows)) {
-                Pass { model: self, kernel: self.kernel, scope }.step(&mut scratch, inputs, logits, interrupted)?;
+        self.team.run(|scope| {
+            scratch.done.clear();
+            scratch.done.resize(inputs.len(), 0);
+            while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
+                Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())
-        });
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
-        result
+        })
     }
 }
 
 impl Scratch {
-    /// Takes the next rows, up to [`MAX_ROWS`], from the inputs of which `done` tokens were taken. False when there are none.
-    /// `longest` tells how many rows a span of so many rows in all may have.
-    fn gather(&mut self, inputs: &[Input<'_>], done: &mut [usize], longest: impl Fn(usize) -> usize) -> bool {
+    /// Takes the next rows, up to [`MAX_ROWS`], from the inputs. False when there are none. `longest` tells how many rows a
+    /// span of so many rows in all may have.
+    fn gather(&mut self, inputs: &[Input<'_>], longest: impl Fn(usize) -> usize) -> bool {
         self.rows.clear();
         self.spans.clear();
-        let rest = inputs.iter().zip(&*done).map(|(input, done)| input.tokens.len() - done);
+        let rest = inputs.iter().zip(&self.done).map(|(input, done)| input.tokens.len() - done);
         let longest = longest(rest.fold(0, usize::saturating_add).min(MAX_ROWS));
-        for (i, (input, done)) in inputs.iter().zip(done).enumerate() {
+        for (i, (input, done)) in inputs.iter().zip(&mut self.done).enumerate() {
             let take = (input.tokens.len() - *done).min(MAX_ROWS - self.rows.len());
             // A session counts its tokens as they are computed, so its length is the position of the first one.
             let position = input.session.len();
@@ -227,7 +234,7 @@ impl Pass<'_> {
             self.store(s, layer, index, inputs);
             self.attend(s, layer, index, inputs);
             self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
-            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
+            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref(), &mut s.room);
             if config.parallel {
                 // The feed-forward layer reads the stream as attention did, so attention joins it later.
                 std::mem::swap(&mut s.joining, &mut s.joining_later);
@@ -246,7 +253,7 @@ impl Pass<'_> {
                     self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
                 }
             }
-            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref());
+            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref(), &mut s.room);
             if config.parallel {
                 self.join(&mut s.x, &s.joining_later);
             }
@@ -309,8 +316,8 @@ impl Pass<'_> {
             inward.width()
         });
         let (rows, joining) = (&s.rows, &s.joining);
-        self.scope.for_each_chunk(&mut s.x, TASK_ROWS * hidden, |i, chunk| {
-            let mut learned = vec![0.0; if weights.positions.is_some() { hidden } else { 0 }];
+        let size = if weights.positions.is_some() { hidden } else { 0 };
+        self.scope.for_each_chunk_with(&mut s.x, TASK_ROWS * hidden, &mut s.room, size, |i, chunk, learned| {
             for (r, x) in chunk.chunks_mut(hidden).enumerate() {
                 let index = i * TASK_ROWS + r;
                 let row = &rows[index];
@@ -322,8 +329,8 @@ impl Pass<'_> {
                     x.iter_mut().for_each(|x| *x *= config.embedding_scale);
                 }
                 if let Some(positions) = &weights.positions {
-                    positions.parts()[0].decode_row(row.position, &mut learned);
-                    self.kernel.add_scaled(x, &learned, 1.0);
+                    positions.parts()[0].decode_row(row.position, learned);
+                    self.kernel.add_scaled(x, learned, 1.0);
                 }
             }
         });
@@ -368,15 +375,14 @@ impl Pass<'_> {
     }
 
     /// `joining = norm(joining)`, where there is a norm.
-    fn post_norm(&self, joining: &mut [f32], norm: Option<&Norm>) {
+    fn post_norm(&self, joining: &mut [f32], norm: Option<&Norm>, room: &mut Vec<f32>) {
         let Some(norm) = norm else { return };
         let (model, hidden) = (self.model, self.model.config.hidden);
         let width = hidden.next_multiple_of(PANEL);
-        self.scope.for_each_chunk(joining, TASK_ROWS * width, |_, chunk| {
-            let mut out = vec![0.0; hidden];
+        self.scope.for_each_chunk_with(joining, TASK_ROWS * width, room, hidden, |_, chunk, out| {
             for row in chunk.chunks_mut(width) {
-                model.norm_row(&row[..hidden], norm, &mut out);
-                row[..hidden].copy_from_slice(&out);
+                model.norm_row(&row[..hidden], norm, out);
+                row[..hidden].copy_from_slice(out);
             }
         });
     }
@@ -399,7 +405,8 @@ impl Pass<'_> {
         // Layers with a window have angles of their own, which come second.
         let offset = if window.is_some() { s.rows.len() } else { 0 };
         let (cos, sin) = (&s.cos, &s.sin);
-        self.scope.for_each_chunk(&mut s.qkv, TASK_ROWS * width, |i, chunk| {
+        let widest = [&layer.q_norm, &layer.k_norm].into_iter().flatten().map(|norm| norm.width).max().unwrap_or(0);
+        self.scope.for_each_chunk_with(&mut s.qkv, TASK_ROWS * width, &mut s.room, widest, |i, chunk, room| {
             for (r, row) in chunk.chunks_mut(width).enumerate() {
                 if let Some(bound) = config.clamp_qkv {
                     row.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
@@ -410,7 +417,7 @@ impl Pass<'_> {
                 for (part, heads, norm) in parts {
                     let part = &mut part[..heads * dim];
                     if let Some(norm) = norm {
-                        model.head_norm(part, norm);
+                        model.head_norm(part, norm, room);
                     }
                     if pairs > 0 {
                         for head in part.chunks_exact_mut(dim) {
@@ -566,21 +573,21 @@ impl Model {
         }
     }
 
-    /// Normalizes queries or keys, head by head or all heads as one row.
-    fn head_norm(&self, heads: &mut [f32], norm: &HeadNorm) {
+    /// Normalizes queries or keys, head by head or all heads as one row. `room` has at least the norm's width.
+    fn head_norm(&self, heads: &mut [f32], norm: &HeadNorm, room: &mut [f32]) {
         let (config, width) = (&self.config, norm.width);
         let (weight, bias) = (&norm.norm.weight, &norm.norm.bias);
-        let mut out = vec![0.0; width];
+        let out = &mut room[..width];
         for (i, head) in heads.chunks_exact_mut(width).enumerate() {
             let own = if weight.len() == width { 0..width } else { i * width..(i + 1) * width };
             match config.family.norm {
-                NormKind::Rms => self.kernel.rms_norm(head, &weight[own], config.norm_eps, &mut out),
+                NormKind::Rms => self.kernel.rms_norm(head, &weight[own], config.norm_eps, out),
                 NormKind::Layer => {
                     let bias = bias.get(own.clone()).unwrap_or(&[]);
-                    self.kernel.layer_norm(head, &weight[own], bias, config.norm_eps, &mut out);
+                    self.kernel.layer_norm(head, &weight[own], bias, config.norm_eps, out);
                 }
             }
-            head.copy_from_slice(&out);
+            head.copy_from_slice(out);
         }
     }
 }

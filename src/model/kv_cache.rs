@@ -83,6 +83,11 @@ impl Shape {
         [self.head_dim * bytes, self.width * bytes, scales, scales]
     }
 
+    /// Bytes of the pages for `tokens` tokens, if they can be counted.
+    pub(super) fn bytes(&self, tokens: usize) -> Option<usize> {
+        self.page()?.checked_mul(size_of::<Line>())?.checked_mul(tokens.div_ceil(PAGE))
+    }
+
     /// Lines of a page, if they can be counted.
     fn page(&self) -> Option<usize> {
         self.head().iter().sum::<usize>().checked_mul(self.kv_heads)?.checked_mul(self.layers)

@@ -247,6 +247,11 @@ impl Model {
         self.weights.bytes()
     }
 
+    /// Bytes of keys and values of a session that fills the context; one that holds less takes less.
+    pub fn cache_bytes(&self) -> usize {
+        self.shape.bytes(self.context).unwrap_or(usize::MAX)
+    }
+
     /// Bytes of packed weights that one decoded token reads.
     pub fn bytes_per_token(&self) -> usize {
         self.weights.bytes_read(self.config.experts.used)

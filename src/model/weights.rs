@@ -414,7 +414,8 @@ impl Loader<'_> {
         // what a small file can ask for.
         let bytes = Packed::bytes_needed(rows, columns, layout);
         Packed::try_reserve(bytes).map_err(|()| Error::OutOfMemory { what: "packed weights", bytes })?;
-        Ok(pack::pack(self.scope, tensor.rows.as_ref(), rows, columns, order))
+        let release = || self.checkpoint.release(name);
+        Ok(pack::pack_in_slabs(self.scope, tensor.rows.as_ref(), rows, columns, order, &release))
     }
 
     fn layer(&self, config: &Config, index: usize) -> Result<Layer> {

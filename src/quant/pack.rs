@@ -11,6 +11,9 @@ use super::block::BlockType;
 use super::packed::{BLOCK, Code, Layout, PANEL, Packed, PanelMut};
 use crate::threads::Scope;
 
+/// Weights that are packed before their source is given back: enough for all threads, and 32 MiB where they are F32.
+const SLAB: usize = 8 << 20;
+
 /// The rows of a matrix, in a file's block type.
 pub trait Rows: Sync {
     /// The type of every row's bytes.
@@ -56,13 +59,52 @@ pub fn pack(
     columns: usize,
     order: &(dyn Fn(usize) -> usize + Sync),
 ) -> Packed {
+    pack_in_slabs(scope, source, rows, columns, order, &|| ())
+}
+
+/// As [`pack`], with a call of `release` each time that some million weights of the source were read and will not be read again
+/// for a while, so that a tensor that is half of a model is not in memory twice.
+///
+/// # Panics
+/// As [`pack`].
+pub fn pack_in_slabs(
+    scope: &Scope<'_>,
+    source: &dyn Rows,
+    rows: usize,
+    columns: usize,
+    order: &(dyn Fn(usize) -> usize + Sync),
+    release: &dyn Fn(),
+) -> Packed {
     let block_type = source.block_type();
     let layout = layout(block_type).expect("callers check that the type has a layout");
-    let gain = gain(scope, source, rows, columns, order);
+    let slab = (SLAB / columns.max(1) / PANEL).max(1); // panels
+    let gain = gain(scope, source, rows, columns, order, slab, release);
     let mut packed = Packed::zeroed(rows, columns, layout, gain);
     let mut panels = packed.panels_mut();
-    scope.for_each_chunk(&mut panels, 1, |index, panel| {
-        let panel = &mut panel[0];
+    for (i, panels) in panels.chunks_mut(slab).enumerate() {
+        pack_panels(scope, source, rows, columns, order, i * slab, panels, layout, gain);
+        release();
+    }
+    drop(panels);
+    packed
+}
+
+/// Fills `panels`, the first of which is number `first`.
+#[allow(clippy::too_many_arguments)]
+fn pack_panels(
+    scope: &Scope<'_>,
+    source: &dyn Rows,
+    rows: usize,
+    columns: usize,
+    order: &(dyn Fn(usize) -> usize + Sync),
+    first: usize,
+    panels: &mut [PanelMut<'_>],
+    layout: Layout,
+    gain: f32,
+) {
+    let block_type = source.block_type();
+    scope.for_each_chunk(panels, 1, |index, panel| {
+        let (index, panel) = (first + index, &mut panel[0]);
         let mut scratch = Vec::new();
         for lane in 0..PANEL.min(rows - index * PANEL) {
             let bytes = source.row(order(index * PANEL + lane), &mut scratch);
@@ -76,41 +118,29 @@ pub fn pack(
                 BlockType::BF16 => floats(bytes, columns, |column, b: [u8; 2]| {
                     panel.set_float(Code::BF16, lane, column, bf16::from_le_bytes(b).to_f32());
                 }),
-                BlockType::Q4_0 => small::<18>(bytes, panel, lane, layout, gain, |block, codes| {
-                    nibbles(&block[2..], codes);
-                    [half(block, 0), 0.0]
-                }),
-                BlockType::Q4_1 => small::<20>(bytes, panel, lane, layout, gain, |block, codes| {
-                    nibbles(&block[4..], codes);
-                    [half(block, 0), half(block, 2)]
-                }),
-                BlockType::Q5_0 => small::<22>(bytes, panel, lane, layout, gain, |block, codes| {
+                BlockType::Q4_0 | BlockType::IQ4_NL => nibbled::<18>(bytes, panel, lane),
+                BlockType::Q4_1 => nibbled::<20>(bytes, panel, lane),
+                BlockType::Q5_0 => small::<22>(bytes, panel, lane, layout, |block, codes| {
                     fifth_bits(&block[6..], &block[2..], codes);
                     codes.iter_mut().for_each(|code| *code -= 16);
-                    [half(block, 0), 0.0]
+                    [bits(block, 0), f16::ZERO]
                 }),
-                BlockType::Q5_1 => small::<24>(bytes, panel, lane, layout, gain, |block, codes| {
+                BlockType::Q5_1 => small::<24>(bytes, panel, lane, layout, |block, codes| {
                     fifth_bits(&block[8..], &block[4..], codes);
-                    [half(block, 0), half(block, 2)]
+                    [bits(block, 0), bits(block, 2)]
                 }),
-                BlockType::Q8_0 => small::<34>(bytes, panel, lane, layout, gain, |block, codes| {
+                BlockType::Q8_0 => small::<34>(bytes, panel, lane, layout, |block, codes| {
                     codes.iter_mut().zip(&block[2..]).for_each(|(code, byte)| *code = *byte as i8);
-                    [half(block, 0), 0.0]
+                    [bits(block, 0), f16::ZERO]
                 }),
-                BlockType::IQ4_NL => small::<18>(bytes, panel, lane, layout, gain, |block, codes| {
-                    nibbles(&block[2..], codes);
-                    [half(block, 0), 0.0]
-                }),
-                BlockType::MXFP4 => small::<17>(bytes, panel, lane, layout, gain, |block, codes| {
+                BlockType::MXFP4 => small::<17>(bytes, panel, lane, layout, |block, codes| {
                     nibbles(&block[1..], codes);
-                    [e8m0(block[0]), 0.0]
+                    [f16::from_f32(e8m0(block[0]) / gain), f16::ZERO]
                 }),
                 _ => large(block_type, bytes, panel, lane, layout, gain),
             }
         }
     });
-    drop(panels);
-    packed
 }
 
 /// The power of two that brings a matrix's largest scale or minimum below 2^15, for types whose scales are computed.
@@ -120,6 +150,8 @@ fn gain(
     rows: usize,
     columns: usize,
     order: &(dyn Fn(usize) -> usize + Sync),
+    slab: usize,
+    release: &dyn Fn(),
 ) -> f32 {
     /// Largest |d| and |dmin| of a row, each times its largest factor.
     fn bound<const N: usize>(bytes: &[u8], fields: &[(usize, f32)]) -> f32 {
@@ -151,12 +183,15 @@ fn gain(
         return 1.0;
     }
     let mut bounds = vec![0.0f32; rows];
-    scope.for_each_chunk(&mut bounds, 64, |chunk, bounds| {
-        let mut scratch = Vec::new();
-        for (i, bound) in bounds.iter_mut().enumerate() {
-            *bound = of_row(source.row(order(chunk * 64 + i), &mut scratch));
-        }
-    });
+    for (s, bounds) in bounds.chunks_mut(slab * PANEL).enumerate() {
+        scope.for_each_chunk(bounds, PANEL, |chunk, bounds| {
+            let mut scratch = Vec::new();
+            for (i, bound) in bounds.iter_mut().enumerate() {
+                *bound = of_row(source.row(order((s * slab + chunk) * PANEL + i), &mut scratch));
+            }
+        });
+        release();
+    }
     let bound = bounds.into_iter().fold(0.0, f32::max);
     if bound > 0.0 { libm::exp2f((libm::log2f(bound) - 14.0).ceil().clamp(-100.0, 100.0)) } else { 1.0 }
 }
@@ -174,24 +209,43 @@ fn small<const N: usize>(
     panel: &mut PanelMut<'_>,
     lane: usize,
     layout: Layout,
-    gain: f32,
-    split: impl Fn(&[u8; N], &mut [i8; BLOCK]) -> [f32; 2],
+    split: impl Fn(&[u8; N], &mut [i8; BLOCK]) -> [f16; 2],
 ) {
     let mut codes = [0i8; BLOCK];
     for (b, block) in bytes.as_chunks::<N>().0[..panel.scales.len()].iter().enumerate() {
         let [scale, min] = split(block, &mut codes);
         panel.set_codes(layout.code, lane, b, &codes);
-        panel.scales[b][lane] = f16::from_f32(scale / gain);
+        panel.scales[b][lane] = scale;
         if layout.min {
-            panel.mins[b][lane] = f16::from_f32(min / gain);
+            panel.mins[b][lane] = min;
+        }
+    }
+}
+
+/// Packs a row of blocks that hold an F16 scale at byte 0, perhaps an F16 minimum at byte 2, and 32 nibbles at the end, all
+/// as they are.
+#[inline(always)]
+fn nibbled<const N: usize>(bytes: &[u8], panel: &mut PanelMut<'_>, lane: usize) {
+    for (b, block) in bytes.as_chunks::<N>().0[..panel.scales.len()].iter().enumerate() {
+        let Some((head, codes)) = block.split_last_chunk() else { continue };
+        panel.set_nibbles(lane, b, codes);
+        panel.scales[b][lane] = bits(head, 0);
+        if let Some([_, min]) = head.as_chunks().0.first_chunk() {
+            panel.mins[b][lane] = f16::from_le_bytes(*min);
         }
     }
 }
 
 /// The F16 at byte `at`.
 #[inline(always)]
+fn bits(block: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([block[at], block[at + 1]])
+}
+
+/// The F16 at byte `at` as a number.
+#[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    bits(block, at).to_f32()
 }
 
 /// The scale of MXFP4 for doubled values: 2^(e - 128).

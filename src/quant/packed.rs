@@ -18,6 +18,8 @@
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
+use super::lines::Lines;
+
 /// Output rows in a panel, one a SIMD lane.
 pub const PANEL: usize = 16;
 /// Columns in a block: the unit in which activations are quantized.
@@ -86,11 +88,11 @@ pub struct Packed {
     layout: Layout,
     gain: f32,
     /// `(panels, blocks, lines_per_block)`
-    codes: Vec<Line>,
+    codes: Lines,
     /// `(panels, scale_lines)`, each panel `(blocks * BLOCK / group, PANEL)` F16 and padding to a line
-    scales: Vec<Line>,
+    scales: Lines,
     /// As `scales`; empty without minimums.
-    mins: Vec<Line>,
+    mins: Lines,
 }
 
 /// One panel of a [`Packed`] matrix.
@@ -121,11 +123,12 @@ impl Packed {
     /// `gain` multiplies every output; a power of two keeps scales that F16 could not hold in its range.
     pub fn zeroed(rows: usize, columns: usize, layout: Layout, gain: f32) -> Self {
         assert!(matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
-        let mut packed = Packed { rows, columns, layout, gain, codes: vec![], scales: vec![], mins: vec![] };
+        let none = || Lines::zeroed(0);
+        let mut packed = Packed { rows, columns, layout, gain, codes: none(), scales: none(), mins: none() };
         let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
-        packed.codes = bytemuck::zeroed_vec(panels * packed.panel_lines());
-        packed.scales = bytemuck::zeroed_vec(panels * scale_lines);
-        packed.mins = bytemuck::zeroed_vec(if layout.min { panels * scale_lines } else { 0 });
+        packed.codes = Lines::zeroed(panels * packed.panel_lines());
+        packed.scales = Lines::zeroed(panels * scale_lines);
+        packed.mins = Lines::zeroed(if layout.min { panels * scale_lines } else { 0 });
         packed
     }
 
@@ -314,6 +317,20 @@ impl PanelMut<'_> {
                 }
             }
             Code::F32 | Code::F16 | Code::BF16 => unreachable!("floats have no integer codes"),
+        }
+    }
+
+    /// As [`set_codes`](Self::set_codes) of 4-bit codes, from the bytes in which most files have them: low nibbles are columns
+    /// 0..16, high nibbles columns 16..32.
+    #[inline]
+    pub fn set_nibbles(&mut self, lane: usize, block: usize, bytes: &[u8; BLOCK / 2]) {
+        const LOW: u32 = 0x0f0f_0f0f;
+        let word = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        let (a, b, c, d) = (word(0), word(4), word(8), word(12));
+        let words =
+            [a & LOW | (b & LOW) << 4, c & LOW | (d & LOW) << 4, a >> 4 & LOW | b & !LOW, c >> 4 & LOW | d & !LOW];
+        for (line, word) in self.codes[block * 4..][..4].iter_mut().zip(words) {
+            line.0[4 * lane..][..4].copy_from_slice(&word.to_le_bytes());
         }
     }
 

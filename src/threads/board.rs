@@ -72,7 +72,7 @@ pub(super) struct Board {
 }
 
 impl Board {
-    /// An open board. `patience`: how long its threads spin for each other before they sleep.
+    /// A board without jobs. `patience`: how long its threads spin for each other before they sleep.
     pub(super) fn new(patience: Duration) -> Self {
         Board {
             unclaimed: OwnLine(AtomicUsize::new(0)),
@@ -86,12 +86,7 @@ impl Board {
         }
     }
 
-    /// Makes a closed board ready for new workers. Only while no worker is at it.
-    pub(super) fn open(&self) {
-        self.closed.store(false, Ordering::Relaxed);
-    }
-
-    /// Sends the workers home.
+    /// Sends the workers home for good.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.workers.ring();

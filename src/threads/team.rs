@@ -4,10 +4,9 @@ use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{RefUnwindSafe, UnwindSafe};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
-
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::board::Board;
 use super::columns::{Base, Columns};
@@ -63,23 +62,16 @@ impl Team {
     fn run_as<R>(&self, pid: u32, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         let Some(_inside) = Inside::enter() else { return lead(&Scope::alone()) };
         let crew = self.crew.of_process(pid, self.threads);
-        let Some(pool) = &crew.pool else { return lead(&Scope::alone()) };
+        if crew.workers.is_empty() {
+            return lead(&Scope::alone());
+        }
         // One leader at a time; one that panicked left nothing behind that the next would mind.
         let _turn = crew.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        crew.board.open();
-        // rayon's scope returns, or unwinds, only when all workers have left the board.
-        pool.in_place_scope(|workers| {
-            let _close = CloseOnDrop(&crew.board);
-            workers.spawn_broadcast(|_, _| {
-                let _inside = Inside::enter();
-                crew.board.work();
-            });
-            lead(&Scope { board: Some(&crew.board), leader_only: PhantomData })
-        })
+        lead(&Scope { board: Some(&crew.board), leader_only: PhantomData })
     }
 }
 
-// A panic leaves nothing half-done behind: the next run finds no job, no one at the board and its turn free.
+// A panic leaves nothing half-done behind: the next run finds no job and its turn free.
 impl UnwindSafe for Team {}
 impl RefUnwindSafe for Team {}
 
@@ -99,23 +91,15 @@ impl Drop for Inside {
     }
 }
 
-/// Sends the workers home when the leader is done, however it ends.
-struct CloseOnDrop<'a>(&'a Board);
-
-impl Drop for CloseOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.close();
-    }
-}
-
-/// The workers of one process.
+/// The workers of one process. They stay at the board from run to run, asleep between them, so that a run allocates
+/// nothing and starts nothing.
 struct Crew {
     pid: u32,
     /// Held by the leader. A fork may copy it locked, with the thread that would unlock it left behind.
     turn: Mutex<()>,
-    /// `threads - 1` workers, or `None` for a leader alone.
-    pool: Option<ThreadPool>,
-    board: Board,
+    /// `threads - 1` workers.
+    workers: Vec<JoinHandle<()>>,
+    board: Arc<Board>,
     /// The crew of a process forked from this one. Never set in the process `pid` itself.
     after_fork: OnceLock<Box<Crew>>,
 }
@@ -123,13 +107,17 @@ struct Crew {
 impl Crew {
     fn new(threads: usize, pid: u32) -> Result<Self> {
         let mut crew = Crew::alone(threads, pid);
-        if threads > 1 {
-            let pool = ThreadPoolBuilder::new()
-                .num_threads(threads - 1)
-                .thread_name(|i| format!("nybble-{}", i + 1))
-                .build()
+        for i in 1..threads {
+            let board = Arc::clone(&crew.board);
+            let work = move || {
+                let _inside = Inside::enter();
+                board.work();
+            };
+            let worker = Builder::new()
+                .name(format!("nybble-{i}"))
+                .spawn(work)
                 .map_err(|e| Error::argument("threads", threads, format!("as many as the system starts ({e})")))?;
-            crew.pool = Some(pool);
+            crew.workers.push(worker);
         }
         Ok(crew)
     }
@@ -137,7 +125,13 @@ impl Crew {
     fn alone(threads: usize, pid: u32) -> Self {
         // With more threads than CPUs, whoever spins keeps those that it waits for from running.
         let patience = if threads <= available_cpus() { PATIENCE } else { Duration::ZERO };
-        Crew { pid, turn: Mutex::new(()), pool: None, board: Board::new(patience), after_fork: OnceLock::new() }
+        Crew {
+            pid,
+            turn: Mutex::new(()),
+            workers: Vec::new(),
+            board: Arc::new(Board::new(patience)),
+            after_fork: OnceLock::new(),
+        }
     }
 
     /// The crew that lives in the process `pid`: this one, or one that is made now since this process was forked.
@@ -154,9 +148,16 @@ impl Crew {
 
 impl Drop for Crew {
     fn drop(&mut self) {
+        let workers = std::mem::take(&mut self.workers);
         if self.pid != std::process::id() {
-            // The threads stayed in the other process: there is no one to send home, and locks may be held for ever.
-            std::mem::forget(self.pool.take());
+            // The threads stayed in the other process: there is no one to send home.
+            std::mem::forget(workers);
+            return;
+        }
+        self.board.close();
+        for worker in workers {
+            // A worker catches all panics of its items and has none of its own.
+            let _ = worker.join();
         }
     }
 }
@@ -212,6 +213,38 @@ impl Scope<'_> {
             // runs each item once.
             let chunk = unsafe { base.slice_mut(start..end.min(start.saturating_add(length))) };
             item(i, chunk);
+        });
+    }
+
+    /// As [`for_each_chunk`](Self::for_each_chunk) with room for the items: `item(i, chunk, room)` gets `size` elements of
+    /// `rooms` of its own, of unspecified values. `rooms` grows to what is needed and is to be kept, so that no item has to
+    /// allocate.
+    ///
+    /// # Panics
+    ///
+    /// When `length` is 0.
+    pub fn for_each_chunk_with<T, R, F>(
+        &self,
+        buffer: &mut [T],
+        length: usize,
+        rooms: &mut Vec<R>,
+        size: usize,
+        item: F,
+    ) where
+        T: Send,
+        R: Send + Clone + Default,
+        F: Fn(usize, &mut [T], &mut [R]) + Sync,
+    {
+        let needed = buffer.len().div_ceil(length.max(1)) * size;
+        if rooms.len() < needed {
+            rooms.resize(needed, R::default());
+        }
+        let base = Base::new(rooms);
+        self.for_each_chunk(buffer, length, |i, chunk| {
+            #[allow(unsafe_code, reason = "the borrow checker cannot see that rooms are disjoint")]
+            // SAFETY: there is a room for each chunk, rooms of different items are disjoint, and each item runs once.
+            let room = unsafe { base.slice_mut(i * size..(i + 1) * size) };
+            item(i, chunk, room);
         });
     }
 
@@ -274,19 +307,20 @@ mod tests {
     }
 
     #[test]
-    fn after_a_run_no_worker_is_left_at_the_board() {
-        let team = Team::new(2).unwrap();
+    fn a_team_that_is_dropped_leaves_no_worker_behind() {
         for _ in 0..100 {
+            let team = Team::new(3).unwrap();
+            let board = Arc::downgrade(&team.crew.board);
             team.run(|scope| scope.for_each(2, |_| ()));
-            // The pool does other work at once, which it could not while its only worker waits for stages.
-            team.crew.pool.as_ref().unwrap().install(|| assert!(!INSIDE.get()));
+            drop(team);
+            assert!(board.upgrade().is_none(), "a worker still holds the board");
         }
     }
 
     #[test]
-    fn one_thread_has_no_pool() {
+    fn one_thread_has_no_workers() {
         let team = Team::new(1).unwrap();
-        assert!(team.crew.pool.is_none());
+        assert!(team.crew.workers.is_empty());
         assert!(team.run(|scope| scope.board.is_none()));
     }
 }

@@ -212,35 +212,90 @@ def test_inspect_is_not_steered_by_the_file(tmp_path: Path, capsys: pytest.Captu
 # --- bench and models
 
 
+FAST = ("--prompt", "16", "--generate", "4", "--rounds", "1")
+
+
 def test_bench_json_is_one_object_with_the_measures(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--threads", "2", "--prompt", "16", "--generate", "4", "--rounds", "1", "--json")
+    arguments = ("--threads", "1,2", "--prompt", "16,8", "--batch", "1,3", "--generate", "4", "--rounds", "1", "--json")
     found = json.loads(run(capsys, "bench", tiny_file, *arguments))
-    assert (found["model"], found["threads"]) == ("tiny", 2)
+    assert found["model"] == "tiny"
     assert isinstance(found["kernel"], str)
-    for name in (
-        "load_seconds",
-        "prompt_tokens_per_second",
-        "decode_tokens_per_second",
-        "peak_rss_bytes",
-        "weight_bytes",
-        "bandwidth_gb_s",
-        "int8_gops",
-        "decode_share_of_bandwidth",
-        "prompt_share_of_int8",
-    ):
+    for name in ("load_seconds", "peak_rss_bytes", "weight_bytes", "cache_bytes"):
         assert found[name] > 0, name
     assert found["peak_rss_bytes"] > found["weight_bytes"]
+    assert [limit["threads"] for limit in found["limits"]] == [1, 2]
+    assert all(limit["bandwidth_gb_s"] > 0 and limit["int8_gops"] > 0 for limit in found["limits"])
+    combinations = {(speed["threads"], speed["length"], speed["batch"]) for speed in found["speeds"]}
+    assert combinations == {(t, n, b) for t in (1, 2) for n in (16, 8) for b in (1, 3)}
+    assert len(found["speeds"]) == 8
+    for speed in found["speeds"]:
+        assert all(value > 0 for value in speed.values()), speed
 
 
-def test_bench_prints_a_table(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys, "bench", tiny_file, "--prompt", "16", "--generate", "4", "--rounds", "1")
-    assert "reading 16" in said
-    assert "tokens a second" in said
+def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "bench", tiny_file, "--threads", "2", "--batch", "1,2", *FAST)
+    assert max(map(len, said.splitlines())) <= 80
+    header = next(line for line in said.splitlines() if line.startswith("threads"))
+    assert header.split() == [
+        "threads",
+        "length",
+        "batch",
+        "prompt",
+        "t/s",
+        "of",
+        "INT8",
+        "decoding",
+        "t/s",
+        "of",
+        "reads",
+    ]
+    rows = [line.split() for line in said[said.index(header) :].splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["2", "16", "1"], ["2", "16", "2"]]
+    assert all(row[4].endswith("%") and row[6].endswith("%") for row in rows)
+
+
+def test_bench_sets_an_earlier_run_beside_this_one(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(run(capsys, "bench", tiny_file, "--threads", "1", *FAST, "--json"))
+    slow = json.loads(earlier.read_text())
+    slow["speeds"][0] |= {"prompt_tokens_per_second": 12.5, "decode_tokens_per_second": 6.25}
+    earlier.write_text(json.dumps(slow))
+    said = run(capsys, "bench", tiny_file, "--threads", "1", "--batch", "1,2", *FAST, "--compare", earlier)
+    assert max(map(len, said.splitlines())) <= 80
+    rows = [line.split() for line in said.splitlines() if line.split()[:2] == ["1", "16"]]
+    assert [row[2] for row in rows] == ["1", "2"]
+    for now, before, ratio in (rows[0][3:6], rows[0][6:9]):
+        assert float(before) in (12.5, 6.2)
+        assert float(ratio) == pytest.approx(float(now) / float(before), rel=0.02)
+    assert rows[1][4:6] == ["-", "-"], "nothing to compare a batch of 2 with"
+    both = json.loads(run(capsys, "bench", tiny_file, "--threads", "1", *FAST, "--compare", earlier, "--json"))
+    assert both["before"] == slow
+
+
+def test_bench_refuses_a_file_that_is_no_run(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    for text in ("[]", "{}", "no JSON", '{"speeds": [{"threads": 1}]}'):
+        other.write_text(text)
+        with pytest.raises(FailedError, match=r"^1 nybble: .*other\.json: "):
+            run(capsys, "bench", tiny_file, "--compare", other)
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--batch", "--threads"])
+@pytest.mark.parametrize("value", ["", "0", "1,,2", "x", "-1"])
+def test_bench_refuses_what_is_no_list_of_numbers(
+    option: str, value: str, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FailedError, match=rf"^2 nybble: .*{option}: found .* expected positive numbers"):
+        run(capsys, "bench", tiny_file, f"{option}={value}")
 
 
 def test_bench_refuses_what_does_not_fit_into_the_context(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FailedError, match=r"^2 nybble: .*--prompt 120 and --generate 64 do not fit into 128"):
-        run(capsys, "bench", tiny_file, "--prompt", "120")
+        run(capsys, "bench", tiny_file, "--prompt", "16,120")
 
 
 def test_models_lists_what_is_cached(

@@ -116,9 +116,12 @@ def write_gguf(
         out += _text(name.encode()) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
         out += struct.pack("<IQ", kind, offset)
         offset += len(data) + -len(data) % 32
-    for _, _, data in tensors.values():
-        out += bytes(-len(out) % 32) + data
-    path.write_bytes(out + bytes(-len(out) % 32))
+    with path.open("wb") as file:  # Piece by piece: some of these files are large.
+        file.write(out)
+        for _, _, data in tensors.values():
+            file.write(bytes(-file.tell() % 32))
+            file.write(data)
+        file.write(bytes(-file.tell() % 32))
 
 
 def _text(text: bytes) -> bytes:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import platform
-import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +14,9 @@ from nybble.cli import terminal
 from nybble.cli.options import LoadOptions, takes_options
 
 if TYPE_CHECKING:
-    from nybble.model import Model
+    from rich.table import Table
+
+    from nybble.cli.measure import Speed
 
 
 @takes_options
@@ -26,127 +26,150 @@ def bench(
         str | None,
         typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
     ] = None,
-    prompt: Annotated[int, typer.Option("--prompt", help="Tokens to read.", min=1)] = 512,
-    generate: Annotated[int, typer.Option("--generate", help="Tokens to write.", min=1)] = 64,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="N,...", help="Tokens to read before decoding goes on from there.")
+    ] = "128,512",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,...", help="Sequences that are read and decoded together.")
+    ] = "1",
+    threads: Annotated[
+        str | None,
+        typer.Option("--threads", metavar="N,...", help="Threads to compute with; the physical cores if not given."),
+    ] = None,
+    generate: Annotated[int, typer.Option("--generate", help="Tokens to write a sequence.", min=1)] = 64,
     rounds: Annotated[int, typer.Option("--rounds", help="Repetitions; the medians are reported.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="FILE", help="A run that --json printed, to be set beside this one."),
+    ] = None,
 ) -> None:
-    """Measure the speed of a model, and the limits of this machine in the same run."""
+    """Measure the speed of a model, and the limits of this machine in the same run.
+
+    Lengths, batches and threads may be several numbers (--prompt 128,1024 --batch 1,8 --threads 1,2): all combinations
+    are measured.
+    """
     from nybble import hub
-
-    terminal.show_log()
-    file = hub.resolve(source, filename=load.filename, revision=load.revision)  # A download is not part of loading.
-    began = time.perf_counter()
-    model = load.load(source)
-    load_seconds = time.perf_counter() - began
-    with model:
-        if prompt + generate > model.info.context:
-            raise typer.BadParameter(
-                f"--prompt {prompt} and --generate {generate} do not fit into {model.info.context} tokens of context"
-            )
-        measured = _measure(model, prompt, generate, rounds)
-    result = {"model": model.info.name or file.name, "file": str(file), "load_seconds": load_seconds, **measured}
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        _print(result)
-
-
-def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
-    from nybble import _native
+    from nybble.cli import measure
     from nybble.progress import bar
-    from nybble.sampling import SamplingOptions
 
-    info, native = model.info, model._native
-    greedy = SamplingOptions(temperature=0, seed=0)
-    ids = [(7919 * i + 13) % info.vocabulary for i in range(prompt)]  # Any ids do: the work does not depend on them.
-    prompt_rates, decode_rates = [], []
-    with bar("measuring") as advance:
-        for done in range(rounds + 1):  # The first round only warms up.
-            advance(done, rounds + 1)
-            sequence = native.sequence(ids, greedy)
-            began = time.perf_counter()
-            native.step([sequence])
-            read = time.perf_counter()
-            for _ in range(generate):
-                native.step([sequence])
-            written = time.perf_counter()
-            if done:
-                prompt_rates.append(prompt / (read - began))
-                decode_rates.append(generate / (written - read))
-    peak_rss_bytes = _peak_rss_bytes()  # Before the limits are measured, which takes a buffer larger than all caches.
-    bandwidth_gb_s, int8_gops = native.machine_limits()
-    prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
-    # Each of the weights of a token is multiplied and added once, but only the last token of a prompt needs the output
-    # layer.
-    weights_of_a_prompt_token = (
-        info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
-    )
-    return {
-        "kernel": info.kernel,
-        "threads": info.threads,
-        "prompt_tokens": prompt,
-        "generated_tokens": generate,
-        "rounds": rounds,
-        "prompt_tokens_per_second": prompt_rate,
-        "decode_tokens_per_second": decode_rate,
-        "peak_rss_bytes": peak_rss_bytes,
-        "weight_bytes": info.weight_bytes,
-        "bandwidth_gb_s": bandwidth_gb_s,
-        "int8_gops": int8_gops,
-        # Writing a token reads its weights once.
-        "decode_share_of_bandwidth": info.bytes_per_token * decode_rate / (bandwidth_gb_s * 1e9),
-        "prompt_share_of_int8": 2 * weights_of_a_prompt_token * prompt_rate / (int8_gops * 1e9),
-        "cpu": _cpu(),
-        "platform": platform.platform(),
-        "nybble": _native.__version__,
-    }
+    lengths, batches = _numbers("--prompt", prompt), _numbers("--batch", batch)
+    counts: list[int | None] = [None] if threads is None else [*_numbers("--threads", threads)]
+    before = None if compare is None else _earlier(compare)
+    terminal.show_log()
+    hub.resolve(source, filename=load.filename, revision=load.revision)  # A download is not part of loading.
+    limits, speeds, load_seconds, peak = [], [], [], None
+    total, done = len(counts) * len(lengths) * len(batches) * rounds, 0
+    for count in counts:
+        began = time.perf_counter()
+        model = dataclasses.replace(load, threads=count).load(source)
+        load_seconds.append(time.perf_counter() - began)
+        with model, bar("measuring") as advance:
+            if max(lengths) + generate > model.info.context:
+                raise typer.BadParameter(
+                    f"--prompt {max(lengths)} and --generate {generate} do not fit into {model.info.context} tokens of "
+                    "context"
+                )
+
+            def step(advance: Any = advance) -> None:
+                nonlocal done
+                done += 1
+                advance(done, total)
+
+            limit, found, highest = measure.speeds(model, lengths, batches, generate, rounds, step)
+            peak = peak or highest  # Later ones include the buffer that the limits were measured with.
+            limits.append(limit)
+            speeds += found
+    result = measure.report(model.info, min(load_seconds), limits, speeds, peak)
+    result |= {"generate": generate, "rounds": rounds}
+    if as_json:
+        typer.echo(json.dumps(result if before is None else {**result, "before": before}))
+        return
+    _print_head(result)
+    if before is None:
+        _print_speeds(speeds)
+    else:
+        _print_comparison(before, speeds)
 
 
-def _peak_rss_bytes() -> int | None:
-    """The most memory that this process has held so far; None where the system does not tell."""
-    try:  # On Linux, getrusage may report the peak of the process that started this one.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def _numbers(option: str, text: str) -> list[int]:
+    """`1,8` as numbers, each once."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{option}: found {text!r}, expected positive numbers, such as 1,8")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    from nybble.cli import measure
+
     try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        run = json.loads(path.read_text(encoding="utf-8"))
+        measure.read(run)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    found: dict[str, Any] = run
+    return found
 
 
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _print_head(result: dict[str, Any]) -> None:
+    peak = result["peak_rss_bytes"]
+    lines = [
+        result["model"],
+        f"{result['cpu']}, kernel {result['kernel']}",
+        f"loaded in {result['load_seconds']:.2f} s; weights {terminal.human_bytes(result['weight_bytes'])}, cache "
+        f"{terminal.human_bytes(result['cache_bytes'])} for {result['context']} tokens"
+        + (f", process at most {terminal.human_bytes(peak)}" if peak is not None else ""),
+        *(
+            f"limits with {limit['threads']} {'thread' if limit['threads'] == 1 else 'threads'}: "
+            f"{limit['bandwidth_gb_s']:.1f} GB/s read, {limit['int8_gops']:.0f} GOPS of INT8"
+            for limit in result["limits"]
+        ),
+        f"medians of {result['rounds']} rounds, {result['generate']} tokens written a sequence",
+        "",
+    ]
+    console = terminal.console()
+    for line in lines:
+        console.print(terminal.printable(line))
 
 
-def _print(result: dict[str, Any]) -> None:
+def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    peak = result["peak_rss_bytes"]
-    rows = {
-        "model": result["model"],
-        "cpu": f"{result['cpu']}, kernel {result['kernel']}, {result['threads']} threads",
-        "loading": f"{result['load_seconds']:.2f} s",
-        "memory": f"weights {terminal.human_bytes(result['weight_bytes'])}"
-        + (f", process at its peak {terminal.human_bytes(peak)}" if peak is not None else ""),
-        f"reading {result['prompt_tokens']}": f"{result['prompt_tokens_per_second']:.1f} tokens a second, "
-        f"{result['prompt_share_of_int8']:.0%} of {result['int8_gops']:.0f} GOPS",
-        f"writing {result['generated_tokens']}": f"{result['decode_tokens_per_second']:.1f} tokens a second, "
-        f"{result['decode_share_of_bandwidth']:.0%} of {result['bandwidth_gb_s']:.1f} GB/s",
-    }
-    for name, value in rows.items():
-        table.add_row(name, terminal.printable(value))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _print_speeds(speeds: list[Speed]) -> None:
+    table = _table("threads", "length", "batch", "prompt t/s", "of INT8", "decoding t/s", "of reads")
+    for speed in speeds:
+        table.add_row(
+            *map(str, speed.key),
+            f"{speed.prompt_tokens_per_second:.1f}",
+            f"{speed.prompt_share_of_int8:.0%}",
+            f"{speed.decode_tokens_per_second:.1f}",
+            f"{speed.decode_share_of_bandwidth:.0%}",
+        )
     terminal.console().print(table)
+
+
+def _print_comparison(before: dict[str, Any], speeds: list[Speed]) -> None:
+    from nybble.cli import measure
+
+    console = terminal.console()
+    version, kernel = before.get("nybble", "?"), before.get("kernel", "?")
+    console.print(terminal.printable(f"before: {before.get('model', '?')}, nybble {version}, kernel {kernel}\n"))
+    earlier = {speed.key: speed for speed in measure.read(before)}
+    table = _table("threads", "length", "batch", "prompt", "before", "ratio", "decoding", "before", "ratio")
+    for speed in speeds:
+        old = earlier.get(speed.key)
+        cells = []
+        for what in ("prompt_tokens_per_second", "decode_tokens_per_second"):
+            now, then = getattr(speed, what), getattr(old, what, 0.0)
+            ratio = now / then if then else 0.0
+            cells += [f"{now:.1f}", f"{then:.1f}" if then else "-"]
+            cells.append("-" if not then else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}")
+        table.add_row(*map(str, speed.key), *cells)
+    console.print(table)

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""One runtime in a process of its own, which `compare.py` starts with the interpreter of that runtime's environment.
+
+    python benches/peers.py NAME MODEL THREADS CONTEXT
+
+Needs nothing but the runtime itself. Says `{"load_seconds": ...}` once the model is loaded; then reads
+`{"prompt": [ids], "generate": n}` a line and answers `{"prompt_seconds": ..., "decode_seconds": ...}`: until the first
+token, and for the `n` tokens after it. Whatever a runtime prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Round = Callable[[list[int], int], tuple[float, float]]
+"""A prompt and how many tokens to write after the first one; seconds for each."""
+
+
+def nybble(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
+    from nybble import _native
+    from nybble.sampling import SamplingOptions
+
+    model = _native.Model.load(path, threads=threads, context=context)
+    greedy = SamplingOptions(temperature=0.0, seed=0)
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        sequence = model.sequence(prompt, greedy)
+        start = time.perf_counter()
+        model.step([sequence])
+        middle = time.perf_counter()
+        for _ in range(generate):
+            model.step([sequence])
+        return middle - start, time.perf_counter() - middle
+
+    info = model.info()
+    return run, {
+        "version": _native.__version__,
+        "kernel": info["kernel"],
+        "bytes_per_token": info["bytes_per_token"],
+        "limits": model.machine_limits,
+    }
+
+
+def llama_cpp(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
+    import llama_cpp as package
+
+    model = package.Llama(path, n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(prompt)
+        token = model.sample(temp=0.0)
+        middle = time.perf_counter()
+        for _ in range(generate):
+            model.eval([token])
+            token = model.sample(temp=0.0)
+        return middle - start, time.perf_counter() - middle
+
+    return run, {"version": package.__version__}
+
+
+def openvino(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
+    import numpy as np
+    import openvino
+    import openvino_genai as package
+
+    pipeline = package.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        config = package.GenerationConfig(max_new_tokens=generate + 1, ignore_eos=True, do_sample=False)
+        ids = openvino.Tensor(np.array([prompt], dtype=np.int64))
+        start = time.perf_counter()
+        metrics = pipeline.generate(ids, config).perf_metrics
+        total = time.perf_counter() - start
+        first = metrics.get_ttft().mean / 1000
+        return first, total - first
+
+    return run, {"version": package.__version__}
+
+
+def mistral_rs(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    import mistralrs as package
+
+    file = Path(path).resolve()
+    runner = package.Runner(
+        which=package.Which.GGUF(quantized_model_id=str(file.parent), quantized_filename=file.name),
+        no_kv_cache=False,
+        prefix_cache_n=0,
+    )
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        # It takes text only, so the prompt is as many short words; its own count says how many tokens they were.
+        request = package.CompletionRequest(
+            model="default", prompt=" a" * len(prompt), max_tokens=generate + 1, temperature=0.0, ignore_eos=True
+        )
+        usage = runner.send_completion_request(request).usage
+        read = usage.total_prompt_time_sec * len(prompt) / max(usage.prompt_tokens, 1)
+        return read, usage.total_completion_time_sec * generate / max(usage.completion_tokens, 1)
+
+    return run, {"version": getattr(package, "__version__", "?")}
+
+
+def neural_speed(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
+    """`path` is what its `Model.quant_model` has written: it reads no GGUF in its fast layout."""
+    import importlib.metadata
+    import importlib.util
+
+    # The package itself imports torch, which running a model does not need.
+    found = importlib.util.find_spec("neural_speed")
+    assert found is not None
+    assert found.submodule_search_locations
+    sys.path.append(next(iter(found.submodule_search_locations)))
+    package = importlib.import_module("llama_cpp")
+
+    model = package.Model()
+    model.init_model(path, threads=threads, ctx_size=context, n_batch=2048, max_new_tokens=context)
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        model.reinit()
+        start = time.perf_counter()
+        token = model.generate([prompt])
+        middle = time.perf_counter()
+        for _ in range(generate):
+            token = model.generate(token)
+        return middle - start, time.perf_counter() - middle
+
+    return run, {"version": importlib.metadata.version("neural-speed")}
+
+
+RUNTIMES: dict[str, Callable[[str, int, int], tuple[Round, dict[str, Any]]]] = {
+    "nybble": nybble,
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+    "mistral.rs": mistral_rs,
+    "neural-speed": neural_speed,
+}
+
+
+def main() -> int:
+    name, path, threads, context = sys.argv[1:]
+    # Only this script speaks on standard output; what runtimes write there goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    start = time.perf_counter()
+    run, facts = RUNTIMES[name](path, int(threads), int(context))
+    limits = facts.pop("limits", None)
+    answer({"load_seconds": time.perf_counter() - start, **facts})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked == "limits":
+            bandwidth, int8 = limits() if limits else (0.0, 0.0)
+            answer({"bandwidth_gb_s": bandwidth, "int8_gops": int8})
+        else:
+            reading, writing = run(asked["prompt"], asked["generate"])
+            answer({"prompt_seconds": reading, "decode_seconds": writing})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""What `nybble bench` measures: prompts and decoding, and the limits of the machine in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble import _native
+from nybble.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from nybble.model import Model, ModelInfo
+
+_WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine could do at most with a number of threads."""
+
+    threads: int
+    bandwidth_gb_s: float
+    """Bytes read from memory, in 10^9 a second."""
+    int8_gops: float
+    """INT8 operations, in 10^9 a second."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of one combination of threads, length and batch."""
+
+    threads: int
+    length: int
+    """Tokens of the prompt, after which decoding goes on."""
+    batch: int
+    """Sequences that are decoded together."""
+    prompt_tokens_per_second: float
+    decode_tokens_per_second: float
+    """Of all sequences together."""
+    prompt_share_of_int8: float
+    decode_share_of_bandwidth: float
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What was measured."""
+        return self.threads, self.length, self.batch
+
+
+def speeds(
+    model: Model,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    generate: int,
+    rounds: int,
+    advance: Callable[[], None],
+) -> tuple[Limits, list[Speed], int | None]:
+    """Measures all combinations with one model; `advance` is called after each round.
+
+    Returns the limits, the speeds, and the most memory that the process had held before the limits were measured, which
+    takes a buffer larger than all caches.
+    """
+    info, native = model.info, model._native
+    measured: list[tuple[int, int, float, float]] = []
+    for length in lengths:
+        for batch in batches:
+            _round(native, info, length, batch, min(generate, _WARM_UP))
+            seconds = []
+            for _ in range(rounds):
+                seconds.append(_round(native, info, length, batch, generate))
+                advance()
+            reading, writing = (statistics.median(column) for column in zip(*seconds, strict=True))
+            measured.append((length, batch, reading, writing))
+    peak = info.peak_resident_bytes
+    limits = Limits(info.threads, *native.machine_limits())
+    found = [_speed(info, limits, length, batch, generate, *times) for length, batch, *times in measured]
+    return limits, found, peak
+
+
+def _round(native: _native.Model, info: ModelInfo, length: int, batch: int, generate: int) -> tuple[float, float]:
+    """Seconds for the prompts of all sequences, and for decoding after them."""
+    greedy = SamplingOptions(temperature=0, seed=0)
+    # Any ids do: the work does not depend on them.
+    prompts = [[(7919 * i + 13 + row) % info.vocabulary for i in range(length)] for row in range(batch)]
+    sequences = [native.sequence(prompt, greedy) for prompt in prompts]
+    began = time.perf_counter()
+    native.step(sequences)
+    read = time.perf_counter()
+    for _ in range(generate):
+        native.step(sequences)
+    return read - began, time.perf_counter() - read
+
+
+def _speed(
+    info: ModelInfo, limits: Limits, length: int, batch: int, generate: int, reading: float, writing: float
+) -> Speed:
+    prompt_rate, steps = length * batch / reading, generate / writing
+    # Each of the weights of a token is multiplied and added once, but only the last token of a prompt needs the output
+    # layer.
+    weights = info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
+    # A step reads the weights once, and what each sequence has in the cache.
+    cached = info.cache_bytes / info.context * (length + generate / 2)
+    step_bytes = info.bytes_per_token + batch * cached
+    return Speed(
+        threads=info.threads,
+        length=length,
+        batch=batch,
+        prompt_tokens_per_second=prompt_rate,
+        decode_tokens_per_second=batch * steps,
+        prompt_share_of_int8=2 * weights * prompt_rate / (limits.int8_gops * 1e9),
+        decode_share_of_bandwidth=step_bytes * steps / (limits.bandwidth_gb_s * 1e9),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What figures must be published with."""
+    return {"cpu": _cpu(), "platform": platform.platform(), "nybble": _native.__version__}
+
+
+def report(
+    info: ModelInfo, load_seconds: float, limits: Sequence[Limits], measured: Sequence[Speed], peak: int | None
+) -> dict[str, Any]:
+    """One run as JSON holds it."""
+    return {
+        "model": info.name or info.file.name,
+        "file": str(info.file),
+        **machine(),
+        "kernel": info.kernel,
+        "load_seconds": load_seconds,
+        "weight_bytes": info.weight_bytes,
+        "cache_bytes": info.cache_bytes,
+        "context": info.context,
+        "peak_rss_bytes": peak,
+        "limits": [dataclasses.asdict(limit) for limit in limits],
+        "speeds": [dataclasses.asdict(speed) for speed in measured],
+    }
+
+
+def read(run: Any) -> list[Speed]:
+    """The speeds of a run that was written as JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return [Speed(**speed) for speed in run["speeds"]]
+    except (KeyError, TypeError):
+        raise ValueError("found something else, expected what `nybble bench --json` prints") from None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -110,6 +110,7 @@ pub fn pack(
         }
     });
     drop(panels);
+    packed.merge_groups();
     packed
 }
 

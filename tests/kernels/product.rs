@@ -276,15 +276,16 @@ fn no_rows_are_no_work() {
 }
 
 #[test]
-fn wide_batches_that_exceed_the_cache_have_the_bits_of_the_scalar_product() {
-    // More rows than the slices into which kernels cut a batch: 1 MiB over 70 kB a row.
-    let (columns, rows) = (36_000, 40);
+fn batches_that_are_cut_into_pieces_have_the_bits_of_the_scalar_product() {
     let mut rng = Rng(10);
-    let layout = Layout { code: Code::Int4, group: 32, min: false };
-    let w: Packed = random_matrix(&mut rng, 17, columns, layout, 1.0);
-    let input = Input::random(&mut rng, rows, columns);
-    let expected = input.times(scalar(), &w);
-    for kernel in available() {
-        assert_same(&input.times(kernel, &w), &expected, kernel.name());
+    // Kernels cut rows and columns into pieces that fit a cache: here are several of both, and a last one that is shorter.
+    let sizes = integer_layouts().into_iter().map(|layout| (layout, 1350, 19));
+    for (layout, columns, rows) in sizes.chain([(Layout { code: Code::Int4, group: 32, min: false }, 36_000, 40)]) {
+        let w: Packed = random_matrix(&mut rng, 37, columns, layout, 2.0);
+        let input = Input::random(&mut rng, rows, columns);
+        let expected = input.times(scalar(), &w);
+        for kernel in available() {
+            assert_same(&input.times(kernel, &w), &expected, format!("{}, {layout:?}", kernel.name()));
+        }
     }
 }

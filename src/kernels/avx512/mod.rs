@@ -171,6 +171,15 @@ fn load_f32(x: &[f32]) -> __m512 {
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
 }
 
+/// Loads the lanes that `x` has, at most 16, and zeros for the others.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_lanes(x: &[f32]) -> __m512 {
+    let lanes = if x.len() < PANEL { (1u16 << x.len()) - 1 } else { u16::MAX };
+    // SAFETY: the mask leaves only lanes inside `x`, and a masked load touches no others.
+    unsafe { _mm512_maskz_loadu_ps(lanes, x.as_ptr()) }
+}
+
 /// Stores the lanes that `out` has room for: the last panel of a matrix may have fewer than 16 rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -178,6 +187,13 @@ fn store(x: __m512, out: &mut [f32]) {
     let lanes = if out.len() < PANEL { (1u16 << out.len()) - 1 } else { u16::MAX };
     // SAFETY: the mask leaves only lanes inside `out`, and a masked store touches no others.
     unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_line(x: __m512i, out: &mut Line) {
+    // SAFETY: a `Line` is 64 writable bytes, aligned to 64.
+    unsafe { _mm512_store_si512(std::ptr::from_mut(out).cast(), x) }
 }
 
 #[inline]

@@ -120,11 +120,11 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
     (rounds as u64 * 16 * 64 * 2, _mm512_reduce_add_epi32(total))
 }
 
-/// Asks for a line that will be loaded soon.
+/// Asks for the cache line in which `x` begins, as it will be needed soon.
 #[inline]
-fn prefetch(line: &Line) {
+fn prefetch<T>(x: &T) {
     // SAFETY: a prefetch of a valid address; it reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) }
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
 }
 
 #[inline]
@@ -169,15 +169,6 @@ fn load_f32(x: &[f32]) -> __m512 {
     let x = &x[..PANEL];
     // SAFETY: the slice is 64 readable bytes, and the load needs no alignment.
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
-}
-
-/// Loads the lanes that `x` has, at most 16, and zeros for the others.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_lanes(x: &[f32]) -> __m512 {
-    let lanes = if x.len() < PANEL { (1u16 << x.len()) - 1 } else { u16::MAX };
-    // SAFETY: the mask leaves only lanes inside `x`, and a masked load touches no others.
-    unsafe { _mm512_maskz_loadu_ps(lanes, x.as_ptr()) }
 }
 
 /// Stores the lanes that `out` has room for: the last panel of a matrix may have fewer than 16 rows.

@@ -22,7 +22,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
-use super::{load, load_f16, load_f32, load_lanes, load_table, prefetch, store, store_line};
+use super::{load, load_f16, load_f32, load_table, prefetch, store, store_line};
 use crate::kernels::activations::{Activations, TALLEST, Tile};
 use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed};
 use crate::threads::Columns;
@@ -38,8 +38,14 @@ const BYTES: u8 = 4;
 const PAIR: usize = 2;
 /// Blocks between a line's prefetch and its use when there is one tile, so that memory and not the product sets the pace.
 const AHEAD: usize = 12;
+/// Rows up to which unpacking a panel once for all tiles gains nothing.
+const FEW: usize = 32;
 /// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of those of a group.
 const CHUNK: usize = 16;
+/// Rows that are multiplied with a chunk at most: 16 KiB of sums.
+const SLICE: usize = 128;
+/// Bytes of their activations at most.
+const CACHE_BYTES: usize = 5 << 18;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
@@ -75,15 +81,11 @@ fn rows<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
 ) {
     // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
     let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
-    if x.rows() > TALLEST {
-        return tiles::<CODE, UNPACKED, GROUP, MIN>(w, panels, x, out, table);
-    }
-    match Activations::height(x.rows()) {
-        8 => one_tile::<CODE, GROUP, MIN, PAIR, 8>(w, panels, x, out, table),
-        4 => one_tile::<CODE, GROUP, MIN, PAIR, 4>(w, panels, x, out, table),
-        2 => one_tile::<CODE, GROUP, MIN, PAIR, 2>(w, panels, x, out, table),
-        _ if x.rows() == 1 => one_tile::<CODE, GROUP, MIN, 1, 1>(w, panels, x, out, table),
-        _ => {}
+    match x.rows() {
+        0 => {}
+        1 => few::<CODE, GROUP, MIN, 1>(w, panels, x, out, table),
+        2..=FEW => few::<CODE, GROUP, MIN, PAIR>(w, panels, x, out, table),
+        _ => many::<CODE, UNPACKED, GROUP, MIN>(w, panels, x, out, table),
     }
 }
 
@@ -102,16 +104,15 @@ fn indices<const P: usize>(index: usize, panels: &Range<usize>) -> [usize; P] {
     std::array::from_fn(|p| (index + p).min(panels.end - 1))
 }
 
-/// A batch of at most [`TALLEST`] rows: one pass over the weights, unpacked in registers.
+/// A few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
+fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
     out: &mut Columns<'_>,
     table: __m512i,
 ) {
-    let (tile, blocks) = (x.tile::<R>(0), 0..x.blocks());
     for index in panels.clone().step_by(P) {
         let indices = indices::<P>(index, &panels);
         let weights = Weights {
@@ -119,24 +120,50 @@ fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize,
             scales: indices.map(|index| w.panel(index).scales),
             mins: indices.map(|index| w.panel(index).mins),
         };
-        let mut acc = [[_mm512_setzero_ps(); P]; R];
-        strip::<_, CODE, GROUP, MIN, P, R>(&weights, &tile, blocks.clone(), table, &mut acc);
-        let count = P.min(panels.end - index);
-        save(&acc, count, w.gain(), 0..x.rows(), index - panels.start, out);
+        let (gain, columns) = (w.gain(), index - panels.start..panels.len().min(index - panels.start + P));
+        let mut row = 0;
+        while row < x.rows() {
+            row += match Activations::height(x.rows() - row) {
+                8 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 8>(&weights, x, row, table, gain, columns.clone(), out),
+                4 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 4>(&weights, x, row, table, gain, columns.clone(), out),
+                2 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 2>(&weights, x, row, table, gain, columns.clone(), out),
+                _ => one_tile::<CODE, GROUP, MIN, P, 1>(&weights, x, row, table, gain, columns.clone(), out),
+            };
+        }
     }
 }
 
-/// Codes, scales and minimums of two panels, unpacked to bytes and F32.
+/// A tile times `P` panels, of which `panels` are to be written. Returns its height.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
+    weights: &Weights<'_, [f16; PANEL], P>,
+    x: &Activations,
+    row: usize,
+    table: __m512i,
+    gain: f32,
+    panels: Range<usize>,
+    out: &mut Columns<'_>,
+) -> usize {
+    let mut acc = [[_mm512_setzero_ps(); P]; R];
+    strip::<_, CODE, GROUP, MIN, P, R>(weights, &x.tile::<R>(row), 0..x.blocks(), table, &mut acc);
+    save(&acc, gain, row..x.rows().min(row + R), panels, out);
+    R
+}
+
+/// Codes, scales and minimums of a chunk of two panels, unpacked to bytes and F32.
 struct Unpacked {
     codes: [[Line; 8 * CHUNK]; PAIR],
     scales: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
     mins: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
 }
 
-/// Many rows: a chunk of blocks of all rows, which stays in the second-level cache, times every pair of panels. The sums
-/// wait in `out` from one chunk to the next.
+/// The sums of a tile and two panels.
+type Sums = [[__m512; PAIR]; TALLEST];
+
+/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. What
+/// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn tiles<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
+fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
@@ -148,88 +175,138 @@ fn tiles<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool
         scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
         mins: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
     };
-    let gain = w.gain();
-    for first in (0..x.blocks()).step_by(CHUNK) {
-        let blocks = first..x.blocks().min(first + CHUNK);
-        let groups = first * BLOCK / GROUP..(blocks.end * BLOCK).div_ceil(GROUP);
-        let gain = if blocks.end == x.blocks() { gain } else { 1.0 };
+    let fitting = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).clamp(TALLEST, SLICE);
+    let slice = x.rows().div_ceil(x.rows().div_ceil(fitting)).next_multiple_of(TALLEST).min(SLICE);
+    let blocks = w.blocks();
+    for first in (0..x.rows()).step_by(slice) {
+        let rows = first..x.rows().min(first + slice);
         for index in panels.clone().step_by(PAIR) {
-            let parts = indices::<PAIR>(index, &panels).map(|index| w.panel(index));
-            for (p, panel) in parts.iter().enumerate() {
-                if CODE != INT8 {
-                    let packed = panel.codes[4 * blocks.start..4 * blocks.end].as_chunks::<4>().0;
-                    unpack::<CODE>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
-                }
-                widen(&panel.scales[groups.clone()], &mut unpacked.scales[p]);
-                if MIN {
-                    widen(&panel.mins[groups.clone()], &mut unpacked.mins[p]);
+            let columns = index - panels.start..panels.len().min(index - panels.start + PAIR);
+            let (indices, following) = (indices::<PAIR>(index, &panels), indices::<PAIR>(index + PAIR, &panels));
+            let mut sums: [Sums; SLICE / TALLEST] = [[[_mm512_setzero_ps(); PAIR]; TALLEST]; SLICE / TALLEST];
+            for first in (0..blocks).step_by(CHUNK) {
+                let chunk = first..blocks.min(first + CHUNK);
+                let next = match chunk.end < blocks {
+                    true => indices.map(|index| lines_of(w, index, chunk.end)),
+                    false => following.map(|index| lines_of(w, index, 0)),
+                };
+                fill::<CODE, GROUP, MIN>(w, indices, chunk.clone(), table, &mut unpacked);
+                let codes = |p: usize| match CODE {
+                    INT8 => lines_of(w, indices[p], first),
+                    _ => &unpacked.codes[p][..],
+                };
+                let weights = Weights {
+                    codes: std::array::from_fn(codes),
+                    scales: std::array::from_fn(|p| &unpacked.scales[p][..]),
+                    mins: std::array::from_fn(|p| &unpacked.mins[p][..]),
+                };
+                let tiles = rows.len().div_ceil(TALLEST);
+                for (t, sums) in sums.iter_mut().enumerate().take(tiles) {
+                    // Each tile asks for its share of what will be unpacked next.
+                    for lines in next {
+                        lines[lines.len() * t / tiles..lines.len() * (t + 1) / tiles].iter().for_each(prefetch);
+                    }
+                    if chunk.end == blocks {
+                        let first = rows.start + t * TALLEST;
+                        for row in first..rows.end.min(first + TALLEST) {
+                            for panel in columns.clone() {
+                                prefetch(&out.row_mut(row)[panel * PANEL]);
+                            }
+                        }
+                    }
+                    let row = rows.start + t * TALLEST;
+                    match Activations::height(x.rows() - row) {
+                        8 => add::<UNPACKED, GROUP, MIN, 8>(&weights, x, row, chunk.clone(), sums),
+                        4 => add::<UNPACKED, GROUP, MIN, 4>(&weights, x, row, chunk.clone(), sums),
+                        2 => add::<UNPACKED, GROUP, MIN, 2>(&weights, x, row, chunk.clone(), sums),
+                        _ => add::<UNPACKED, GROUP, MIN, 1>(&weights, x, row, chunk.clone(), sums),
+                    }
                 }
             }
-            let weights = Weights {
-                codes: std::array::from_fn(|p| match CODE {
-                    INT8 => &parts[p].codes[8 * blocks.start..8 * blocks.end],
-                    _ => &unpacked.codes[p][..],
-                }),
-                scales: std::array::from_fn(|p| &unpacked.scales[p][..]),
-                mins: std::array::from_fn(|p| &unpacked.mins[p][..]),
-            };
-            let (count, p) = (PAIR.min(panels.end - index), index - panels.start);
-            let mut row = 0;
-            while row < x.rows() {
-                row += match Activations::height(x.rows() - row) {
-                    8 => step::<UNPACKED, GROUP, MIN, 8>(&weights, count, x, row, blocks.clone(), gain, p, out),
-                    4 => step::<UNPACKED, GROUP, MIN, 4>(&weights, count, x, row, blocks.clone(), gain, p, out),
-                    2 => step::<UNPACKED, GROUP, MIN, 2>(&weights, count, x, row, blocks.clone(), gain, p, out),
-                    _ => step::<UNPACKED, GROUP, MIN, 1>(&weights, count, x, row, blocks.clone(), gain, p, out),
-                };
+            for (sums, first) in sums.iter().zip(rows.clone().step_by(TALLEST)) {
+                save(sums, w.gain(), first..rows.end.min(first + TALLEST), columns.clone(), out);
             }
         }
     }
 }
 
-/// Adds the products of a tile and a chunk of two panels to the sums of the blocks before. Returns `R`.
-#[allow(clippy::too_many_arguments, reason = "what a tile and two panels are made of")]
+/// The lines of the chunk of panel `index` that starts at block `first`.
+fn lines_of(w: &Packed, index: usize, first: usize) -> &[Line] {
+    let lines = w.layout().lines_per_block();
+    &w.panel(index).codes[lines * first..lines * w.blocks().min(first + CHUNK)]
+}
+
+/// Unpacks a chunk of two panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn step<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+fn fill<const CODE: u8, const GROUP: usize, const MIN: bool>(
+    w: &Packed,
+    indices: [usize; PAIR],
+    blocks: Range<usize>,
+    table: __m512i,
+    unpacked: &mut Unpacked,
+) {
+    let groups = blocks.start * BLOCK / GROUP..(blocks.end * BLOCK).div_ceil(GROUP);
+    for (p, index) in indices.into_iter().enumerate() {
+        let panel = w.panel(index);
+        if CODE != INT8 {
+            let packed = panel.codes[4 * blocks.start..4 * blocks.end].as_chunks::<4>().0;
+            unpack::<CODE>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
+        }
+        widen(&panel.scales[groups.clone()], &mut unpacked.scales[p]);
+        if MIN {
+            widen(&panel.mins[groups.clone()], &mut unpacked.mins[p]);
+        }
+    }
+}
+
+/// Adds the products of the tile of `R` rows at `row` and a chunk of two panels.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
     weights: &Weights<'_, [f32; PANEL], PAIR>,
-    count: usize,
     x: &Activations,
     row: usize,
     blocks: Range<usize>,
-    gain: f32,
-    p: usize,
-    out: &mut Columns<'_>,
-) -> usize {
-    let rows = row..x.rows().min(row + R);
-    let mut acc = [[_mm512_setzero_ps(); PAIR]; R];
-    if blocks.start > 0 {
-        for (acc, row) in acc.iter_mut().zip(rows.clone()) {
-            let out = out.row_mut(row);
-            for (i, acc) in acc.iter_mut().enumerate().take(count) {
-                *acc = load_lanes(&out[(p + i) * PANEL..]);
-            }
-        }
+    sums: &mut Sums,
+) {
+    if let Some(sums) = sums.first_chunk_mut::<R>() {
+        // A copy, of which the compiler knows that nothing else refers to it, so that it may live in registers.
+        let mut acc = *sums;
+        strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
+        *sums = acc;
     }
-    strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
-    save(&acc, count, gain, rows, p, out);
-    R
 }
 
-/// Writes the sums of `rows` and the first `count` panels, times `gain`.
+/// Writes the sums of `rows` and `panels`, times `gain`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn save<const P: usize, const R: usize>(
-    acc: &[[__m512; P]; R],
-    count: usize,
+fn save<const P: usize>(
+    acc: &[[__m512; P]],
     gain: f32,
     rows: Range<usize>,
-    p: usize,
+    panels: Range<usize>,
     out: &mut Columns<'_>,
 ) {
     for (acc, row) in acc.iter().zip(rows) {
         let out = out.row_mut(row);
-        for (i, acc) in acc.iter().enumerate().take(count) {
-            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out[(p + i) * PANEL..]);
+        for (acc, panel) in acc.iter().zip(panels.clone()) {
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out[panel * PANEL..]);
+        }
+    }
+}
+
+/// Asks for the lines of packed codes that come [`AHEAD`] blocks after block `b`.
+#[inline]
+fn ask<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
+    let lines = match CODE {
+        INT4 | TABLE4 => 4,
+        INT8 => 8,
+        _ => return,
+    };
+    for codes in w.codes {
+        for i in 0..lines {
+            if let Some(line) = codes.get((b + AHEAD) * lines + i) {
+                prefetch(line);
+            }
         }
     }
 }
@@ -349,19 +426,6 @@ fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
         }
     }
     dots
-}
-
-/// Asks for the lines of packed codes that come [`AHEAD`] blocks after block `b`.
-#[inline]
-fn ask<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
-    let lines = match CODE {
-        INT4 | TABLE4 => 4,
-        INT8 => 8,
-        _ => return,
-    };
-    for codes in w.codes {
-        codes.iter().skip((b + AHEAD) * lines).take(lines).for_each(prefetch);
-    }
 }
 
 /// The numbers of a group of each panel as F32.

@@ -13,8 +13,8 @@
 //!
 //! All arithmetic on 512 bits shares two ports. A block takes 8 dot products, a conversion, a multiplication and an
 //! addition there, so 8 of 11 cycles at most do what is counted as the CPU's INT8 rate; all else has to stay off those
-//! ports. Sums live in memory while dot products fill the registers. A batch of one tile unpacks codes as it goes. With
-//! more tiles, the codes and scales of `P` panels and some blocks are unpacked into the first-level cache once for all.
+//! ports. Some sums wait in memory while dot products fill the registers. A few tiles unpack codes as they go. For many,
+//! the codes and scales of two panels and some blocks are unpacked into the first-level cache.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -123,6 +123,7 @@ fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
         let (gain, columns) = (w.gain(), index - panels.start..panels.len().min(index - panels.start + P));
         let mut row = 0;
         while row < x.rows() {
+            // A single panel is for a single row.
             row += match Activations::height(x.rows() - row) {
                 8 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 8>(&weights, x, row, table, gain, columns.clone(), out),
                 4 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 4>(&weights, x, row, table, gain, columns.clone(), out),
@@ -206,6 +207,7 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                     for lines in next {
                         lines[lines.len() * t / tiles..lines.len() * (t + 1) / tiles].iter().for_each(prefetch);
                     }
+                    // And for the lines of the output, if it is about to be written.
                     if chunk.end == blocks {
                         let first = rows.start + t * TALLEST;
                         for row in first..rows.end.min(first + TALLEST) {

@@ -3,13 +3,14 @@
 use crate::quant::packed::{BLOCK, Line};
 
 /// Rows in the tallest tile.
-pub const TALLEST: usize = 16;
+pub const TALLEST: usize = 8;
 
 /// Rows of activations, quantized to INT8 in blocks of 32.
 ///
-/// Rows are grouped in tiles of 16, the rest of them in tiles of 8, 4, 2 and 1. In a tile the rows' codes of a block lie
-/// together, and so do their scales and sums, so that a product walks over a tile with a handful of pointers. A tile of
-/// `n` rows takes `n` times [`row_lines`](Self::row_lines) whole cache lines, so tiles can be filled side by side.
+/// Rows are grouped in tiles of 8, the rest of them in one of 8, 4, 2 or 1, the lowest that holds them; rows that it has
+/// beyond that are zeros, and nothing is to be written for them. In a tile the rows' codes of a block lie together, and
+/// so do their scales and sums, so that a product walks over a tile with a handful of pointers. A tile of `n` rows takes
+/// `n` times [`row_lines`](Self::row_lines) whole cache lines, so tiles can be filled side by side.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
@@ -63,7 +64,7 @@ impl Activations {
     pub fn resize(&mut self, rows: usize, columns: usize) {
         self.rows = rows;
         self.blocks = columns.div_ceil(BLOCK);
-        let lines = rows * self.row_lines();
+        let lines = self.padded_rows() * self.row_lines();
         if self.lines.len() < lines {
             self.lines.resize(lines, Line([0; 64]));
         }
@@ -72,6 +73,12 @@ impl Activations {
     /// Rows.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Rows of all tiles.
+    fn padded_rows(&self) -> usize {
+        let rest = self.rows % TALLEST;
+        self.rows - rest + if rest > 0 { Self::height(rest) } else { 0 }
     }
 
     /// Blocks of 32 values a row, the last one padded with zeros.
@@ -84,22 +91,17 @@ impl Activations {
         (self.blocks * BLOCK_BYTES).div_ceil(size_of::<Line>())
     }
 
-    /// The memory of all rows: cut it into chunks of `TALLEST * row_lines()` and fill each with [`fill`](Self::fill).
+    /// The memory of all tiles: cut it into chunks of `TALLEST * row_lines()` and fill each with [`fill`](Self::fill).
     pub fn lines_mut(&mut self) -> &mut [Line] {
-        let lines = self.rows * self.row_lines();
+        let lines = self.padded_rows() * self.row_lines();
         &mut self.lines[..lines]
     }
 
-    /// Height of the tile that starts at a row which `left` rows follow, itself included.
+    /// Height of the tile that starts at a row which `left` rows follow, itself included: more than `left`, if the tile
+    /// is padded.
     #[inline]
     pub fn height(left: usize) -> usize {
-        match left {
-            TALLEST.. => TALLEST,
-            8.. => 8,
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
-        }
+        left.next_power_of_two().min(TALLEST)
     }
 
     /// The tile of `R` rows that starts at `row`.
@@ -126,9 +128,9 @@ impl Activations {
         }
     }
 
-    /// Quantizes the rows of one chunk of [`lines_mut`](Self::lines_mut) with `kernel`.
+    /// Quantizes the `count` rows of one tile, a chunk of [`lines_mut`](Self::lines_mut), with `kernel`.
     ///
-    /// `rows` yields each row's values, at most [`TALLEST`] rows of at most `blocks * 32` values.
+    /// `rows` yields each row's values, at most `blocks * 32` of them.
     pub fn fill<'x>(
         kernel: &dyn super::Kernel,
         lines: &mut [Line],
@@ -136,31 +138,26 @@ impl Activations {
         count: usize,
         mut rows: impl FnMut(usize) -> &'x [f32],
     ) {
-        let line = lines.len() / count.max(1);
-        let mut first = 0;
-        while first < count {
-            let height = Self::height(count - first);
-            let n = blocks * height;
-            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut lines[first * line..][..height * line]);
-            let (codes, bytes) = bytes.split_at_mut(n * BLOCK);
-            let (scales, bytes) = bytes.split_at_mut(n * 4);
-            let (sums, bytes) = bytes.split_at_mut(n * 4);
-            let (zeros, bytes) = bytes.split_at_mut(n * 4);
-            let (half_sums, bytes) = bytes.split_at_mut(n * 8);
-            for row in 0..height {
-                let out = RowMut {
-                    height,
-                    row,
-                    codes: bytemuck::cast_slice_mut(codes),
-                    scales: bytemuck::cast_slice_mut(scales),
-                    sums: bytemuck::cast_slice_mut(sums),
-                    zeros: bytemuck::cast_slice_mut(zeros),
-                    half_sums: bytemuck::cast_slice_mut(half_sums),
-                    half_zeros: bytemuck::cast_slice_mut(&mut bytes[..n * 8]),
-                };
-                kernel.quantize(rows(first + row), out);
-            }
-            first += height;
+        let height = Self::height(count);
+        let n = blocks * height;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(lines);
+        let (codes, bytes) = bytes.split_at_mut(n * BLOCK);
+        let (scales, bytes) = bytes.split_at_mut(n * 4);
+        let (sums, bytes) = bytes.split_at_mut(n * 4);
+        let (zeros, bytes) = bytes.split_at_mut(n * 4);
+        let (half_sums, bytes) = bytes.split_at_mut(n * 8);
+        for row in 0..height {
+            let out = RowMut {
+                height,
+                row,
+                codes: bytemuck::cast_slice_mut(codes),
+                scales: bytemuck::cast_slice_mut(scales),
+                sums: bytemuck::cast_slice_mut(sums),
+                zeros: bytemuck::cast_slice_mut(zeros),
+                half_sums: bytemuck::cast_slice_mut(half_sums),
+                half_zeros: bytemuck::cast_slice_mut(&mut bytes[..n * 8]),
+            };
+            kernel.quantize(if row < count { rows(row) } else { &[] }, out);
         }
     }
 

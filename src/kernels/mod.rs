@@ -45,8 +45,10 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// `out = x * panels(w)^T`: an integer layout with quantized activations `(rows, columns)`.
     ///
     /// `out` has `x.rows()` rows and the columns of these panels, `16 * panels.start ..` up to at most `w.rows()`.
-    /// Over the blocks of a row in order: `acc = fma(integer dot, weight scale * activation scale, acc)`, then, with
-    /// minimums, `acc = fma(min, activation scale * sum of codes, acc)`.
+    /// Over the blocks of a row (or their halves, for groups of 16) in order:
+    /// `acc = fma(integer dot, weight scale * activation scale, acc)`, then, with minimums,
+    /// `acc = fma(min, activation scale * sum of codes, acc)`. Where a group has several blocks, over its blocks
+    /// `part = fma(integer dot, activation scale, part)`, then `acc = fma(part, weight scale, acc)`, then the minimums.
     fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>);
 
     /// `out = x * panels(w)^T`: a float layout with F32 activations, row `r` at `x[r * stride ..]`.

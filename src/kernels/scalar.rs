@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::activations::{Activations, RowMut};
+use super::activations::{Activations, RowMut, Tile};
 use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation};
 use super::{Kernel, PAGE};
-use crate::quant::packed::{BLOCK, Code, PANEL, Packed};
+use crate::quant::packed::{BLOCK, Code, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// The scalar kernel. Needs no witness: there is nothing to detect.
@@ -28,7 +28,6 @@ impl Kernel for Scalar {
         let mut row = 0;
         while row < x.rows() {
             row += match Activations::height(x.rows() - row) {
-                16 => tile::<16>(w, panels.clone(), x, row, out),
                 8 => tile::<8>(w, panels.clone(), x, row, out),
                 4 => tile::<4>(w, panels.clone(), x, row, out),
                 2 => tile::<2>(w, panels.clone(), x, row, out),
@@ -169,38 +168,89 @@ impl Kernel for Scalar {
     }
 }
 
-/// `R` rows of activations times the panels. Returns `R`.
+/// A tile of `R` rows of activations times the panels. Returns `R`.
 fn tile<const R: usize>(w: &Packed, panels: Range<usize>, x: &Activations, row: usize, out: &mut Columns<'_>) -> usize {
-    let (layout, x) = (w.layout(), x.tile::<R>(row));
-    let halves = BLOCK / layout.group;
+    let rows = R.min(x.rows() - row);
+    let x = x.tile::<R>(row);
     for (p, index) in panels.enumerate() {
         let panel = w.panel(index);
-        for r in 0..R {
+        for r in 0..rows {
             let out = &mut out.row_mut(row + r)[p * PANEL..];
             for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
                 let mut acc = 0.0f32;
                 for group in 0..w.groups() {
-                    let (block, half) = (group / halves, group % halves);
-                    let mut dot = 0i32;
-                    for column in group * layout.group..(group + 1) * layout.group {
-                        dot += panel.integer(layout.code, lane, column) * i32::from(x.code(r, column));
-                    }
-                    let (zero, sum) = match halves {
-                        1 => (x.zeros[block][r], x.sums[block][r]),
-                        _ => (x.half_zeros[block][half][r], x.half_sums[block][half][r]),
+                    acc = if w.layout().group <= BLOCK {
+                        narrow_group(w.layout(), &panel, group, lane, &x, r, acc)
+                    } else {
+                        wide_group(w.layout(), &panel, group, lane, &x, r, acc)
                     };
-                    if layout.code == Code::Int4 && !layout.min {
-                        dot += zero;
-                    }
-                    let scale = panel.scales[group][lane].to_f32() * x.scales[block][r];
-                    acc = (dot as f32).mul_add(scale, acc);
-                    if layout.min {
-                        acc = panel.mins[group][lane].to_f32().mul_add(sum, acc);
-                    }
                 }
                 *out = acc * w.gain();
             }
         }
     }
     R
+}
+
+/// The codes' dot product over `columns`, without the zero point.
+fn dot<const R: usize>(
+    layout: Layout,
+    panel: &Panel<'_>,
+    columns: Range<usize>,
+    lane: usize,
+    x: &Tile<'_, R>,
+    r: usize,
+) -> i32 {
+    columns.map(|column| panel.integer(layout.code, lane, column) * i32::from(x.code(r, column))).sum()
+}
+
+/// Adds a group that is a block or half a block.
+fn narrow_group<const R: usize>(
+    layout: Layout,
+    panel: &Panel<'_>,
+    group: usize,
+    lane: usize,
+    x: &Tile<'_, R>,
+    r: usize,
+    acc: f32,
+) -> f32 {
+    let halves = BLOCK / layout.group;
+    let (block, half) = (group / halves, group % halves);
+    let (zero, sum) = match halves {
+        1 => (x.zeros[block][r], x.sums[block][r]),
+        _ => (x.half_zeros[block][half][r], x.half_sums[block][half][r]),
+    };
+    let mut dot = dot(layout, panel, group * layout.group..(group + 1) * layout.group, lane, x, r);
+    if layout.code == Code::Int4 && !layout.min {
+        dot += zero;
+    }
+    let acc = (dot as f32).mul_add(panel.scales[group][lane].to_f32() * x.scales[block][r], acc);
+    if layout.min { panel.mins[group][lane].to_f32().mul_add(sum, acc) } else { acc }
+}
+
+/// Adds a group of several blocks: first its blocks, each times its activations' scale, then that times the weights' scale.
+fn wide_group<const R: usize>(
+    layout: Layout,
+    panel: &Panel<'_>,
+    group: usize,
+    lane: usize,
+    x: &Tile<'_, R>,
+    r: usize,
+    acc: f32,
+) -> f32 {
+    let run = layout.group / BLOCK;
+    let blocks = group * run..((group + 1) * run).min(x.codes.len());
+    let mut part = 0.0f32;
+    for block in blocks.clone() {
+        let mut dot = dot(layout, panel, block * BLOCK..(block + 1) * BLOCK, lane, x, r);
+        if !layout.min {
+            dot += x.zeros[block][r];
+        }
+        part = (dot as f32).mul_add(x.scales[block][r], part);
+    }
+    let acc = part.mul_add(panel.scales[group][lane].to_f32(), acc);
+    if !layout.min {
+        return acc;
+    }
+    blocks.fold(acc, |acc, block| panel.mins[group][lane].to_f32().mul_add(x.sums[block][r], acc))
 }

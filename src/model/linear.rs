@@ -89,8 +89,9 @@ impl Linear {
         let columns = self.parts.first().map_or(1, Packed::columns);
         let rows = x.values.len() / columns;
         out.resize(rows * self.width, 0.0);
-        // Several pieces a thread, so that one that is held up by a neighbour does not hold up the others.
-        let step = (self.width / PANEL).div_ceil(threads * 4) * PANEL;
+        // Several pieces a thread, so that one that is held up by a neighbour does not hold up the others, of whole pairs of
+        // panels, as kernels take them.
+        let step = (self.width / PANEL).div_ceil(threads * 4).next_multiple_of(2) * PANEL;
         let mut all = Columns::whole(out, rows, self.width);
         scope.for_each_columns(&mut all, step, |range, out| {
             for (part, start) in self.parts.iter().zip(&self.starts) {

@@ -86,6 +86,7 @@ pub fn pack_in_slabs(
         release();
     }
     drop(panels);
+    packed.merge_groups();
     packed
 }
 

@@ -52,7 +52,7 @@ pub enum Code {
 pub struct Layout {
     /// What a code means.
     pub code: Code,
-    /// Columns that share a scale: 16 or 32. Without meaning for floats.
+    /// Columns that share a scale: 16 or 32, with [`Code::Int4`] also 64 or 128. Without meaning for floats.
     pub group: usize,
     /// Whether each group has a minimum beside its scale.
     pub min: bool,
@@ -89,7 +89,7 @@ pub struct Packed {
     gain: f32,
     /// `(panels, blocks, lines_per_block)`
     codes: Lines,
-    /// `(panels, scale_lines)`, each panel `(blocks * BLOCK / group, PANEL)` F16 and padding to a line
+    /// `(panels, scale_lines)`, each panel `(groups, PANEL)` F16 and padding to a line
     scales: Lines,
     /// As `scales`; empty without minimums.
     mins: Lines,
@@ -122,7 +122,8 @@ impl Packed {
     ///
     /// `gain` multiplies every output; a power of two keeps scales that F16 could not hold in its range.
     pub fn zeroed(rows: usize, columns: usize, layout: Layout, gain: f32) -> Self {
-        assert!(matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
+        let wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
+        assert!(wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
         let none = || Lines::zeroed(0);
         let mut packed = Packed { rows, columns, layout, gain, codes: none(), scales: none(), mins: none() };
         let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
@@ -135,8 +136,8 @@ impl Packed {
     /// Bytes that a matrix of that shape takes, saturating.
     pub fn bytes_needed(rows: usize, columns: usize, layout: Layout) -> usize {
         let (panels, blocks) = (rows.div_ceil(PANEL), columns.div_ceil(BLOCK));
-        let groups = if layout.is_integer() { blocks.saturating_mul(BLOCK / layout.group).div_ceil(2) } else { 0 };
-        let scales = groups.saturating_mul(if layout.min { 2 } else { 1 });
+        let groups = if layout.is_integer() { blocks.saturating_mul(BLOCK).div_ceil(layout.group) } else { 0 };
+        let scales = groups.div_ceil(2).saturating_mul(if layout.min { 2 } else { 1 });
         let lines = blocks.saturating_mul(layout.lines_per_block()).saturating_add(scales);
         lines.saturating_mul(panels).saturating_mul(size_of::<Line>())
     }
@@ -179,7 +180,7 @@ impl Packed {
 
     /// Scales a row.
     pub fn groups(&self) -> usize {
-        if self.layout.is_integer() { self.blocks() * (BLOCK / self.layout.group) } else { 0 }
+        if self.layout.is_integer() { (self.blocks() * BLOCK).div_ceil(self.layout.group) } else { 0 }
     }
 
     /// Bytes that a product reads.
@@ -195,6 +196,38 @@ impl Packed {
         self.groups().div_ceil(2)
     }
 
+    /// Drops copies of scales and minimums: where all runs of 4 (or of 2) blocks have equal ones they become those of
+    /// groups of 128 (or 64) columns. That is how files with larger groups than their type's look.
+    pub fn merge_groups(&mut self) {
+        for group in [128, 64] {
+            if self.layout.code == Code::Int4 && self.layout.group == BLOCK && self.runs_are_equal(group / BLOCK) {
+                let merged = Packed::zeroed(0, self.columns, Layout { group, ..self.layout }, 1.0);
+                let (groups, lines) = (merged.groups(), merged.scale_lines());
+                let merge = |of: fn(Panel<'_>) -> &[[f16; PANEL]]| {
+                    let mut out = Lines::zeroed(self.panels() * lines);
+                    for (index, out) in out.chunks_mut(lines.max(1)).enumerate() {
+                        let numbers = of(self.panel(index)).iter().step_by(group / BLOCK);
+                        numbers_mut(out, groups).iter_mut().zip(numbers).for_each(|(out, numbers)| *out = *numbers);
+                    }
+                    out
+                };
+                let scales = merge(|panel| panel.scales);
+                self.mins = if self.layout.min { merge(|panel| panel.mins) } else { Lines::zeroed(0) };
+                self.scales = scales;
+                self.layout.group = group;
+            }
+        }
+    }
+
+    /// Whether scales and minimums of every run of `run` groups are the same to the bit.
+    fn runs_are_equal(&self, run: usize) -> bool {
+        let bits = |numbers: &[f16; PANEL]| numbers.map(f16::to_bits);
+        (0..self.panels()).map(|index| self.panel(index)).all(|panel| {
+            let mut runs = panel.scales.chunks(run).chain(panel.mins.chunks(run));
+            runs.all(|run| run.iter().all(|numbers| bits(numbers) == bits(&run[0])))
+        })
+    }
+
     /// The panel of rows `16 * index ..`.
     ///
     /// # Panics
@@ -208,6 +241,15 @@ impl Packed {
             scales: numbers(&self.scales[index * scale_lines..][..scale_lines], self.groups()),
             mins: numbers(&self.mins[mins], if self.layout.min { self.groups() } else { 0 }),
         }
+    }
+
+    /// The codes of panel `index` and of all that come after it, `(panels, blocks, lines_per_block)`: what will be read next.
+    ///
+    /// # Panics
+    /// If `index > self.panels()`.
+    #[inline]
+    pub fn codes_from(&self, index: usize) -> &[Line] {
+        &self.codes[index * self.panel_lines()..]
     }
 
     /// All panels, to be filled side by side.

@@ -276,15 +276,56 @@ fn no_rows_are_no_work() {
 }
 
 #[test]
-fn wide_batches_that_exceed_the_cache_have_the_bits_of_the_scalar_product() {
-    // More rows than the slices into which kernels cut a batch: 1 MiB over 70 kB a row.
-    let (columns, rows) = (36_000, 40);
+fn batches_that_are_cut_into_pieces_have_the_bits_of_the_scalar_product() {
     let mut rng = Rng(10);
-    let layout = Layout { code: Code::Int4, group: 32, min: false };
-    let w: Packed = random_matrix(&mut rng, 17, columns, layout, 1.0);
-    let input = Input::random(&mut rng, rows, columns);
-    let expected = input.times(scalar(), &w);
-    for kernel in available() {
-        assert_same(&input.times(kernel, &w), &expected, kernel.name());
+    // Kernels cut rows and columns into pieces that fit a cache: here are several of both, and a last one that is shorter.
+    let sizes = integer_layouts().into_iter().map(|layout| (layout, 1350, 19));
+    for (layout, columns, rows) in sizes.chain([(Layout { code: Code::Int4, group: 32, min: false }, 36_000, 40)]) {
+        let w: Packed = random_matrix(&mut rng, 37, columns, layout, 2.0);
+        let input = Input::random(&mut rng, rows, columns);
+        let expected = input.times(scalar(), &w);
+        for kernel in available() {
+            assert_same(&input.times(kernel, &w), &expected, format!("{}, {layout:?}", kernel.name()));
+        }
+    }
+}
+
+#[test]
+fn scales_that_runs_of_blocks_share_are_kept_once() {
+    // 39 blocks: the last run is shorter.
+    let (rows, columns) = (37, 39 * BLOCK);
+    for (run, min, merged) in [(4, false, 128), (4, true, 128), (8, false, 128), (2, true, 64), (1, false, 32)] {
+        let layout = Layout { code: Code::Int4, group: 32, min };
+        let number =
+            |row: usize, group: usize| (1.0 + (row * 7 + group / run) as f32, (row + 3 * (group / run)) as f32);
+        let code = |row: usize, column: usize| ((row * 3 + column * 5) % 16) as i8;
+        let plain = matrix(rows, columns, layout, 2.0, code, number);
+        let mut w = plain.clone();
+        w.merge_groups();
+        assert_eq!(w.layout(), Layout { group: merged, ..layout });
+        assert_eq!(w.bytes() < plain.bytes(), merged > 32);
+        assert_eq!(w.bytes(), Packed::bytes_needed(rows, columns, w.layout()));
+        let (mut found, mut expected) = (vec![f32::NAN; columns], vec![f32::NAN; columns]);
+        for row in 0..rows {
+            w.decode_row(row, &mut found);
+            plain.decode_row(row, &mut expected);
+            assert_same(&found, &expected, format!("runs of {run}, row {row}"));
+        }
+    }
+}
+
+#[test]
+fn a_single_scale_that_differs_keeps_all_of_them() {
+    for (row, group) in [(0, 1), (36, 38), (17, 20)] {
+        for which in [0, 1] {
+            let layout = Layout { code: Code::Int4, group: 32, min: true };
+            let number = |r: usize, g: usize| {
+                let other = if (r, g) == (row, group) { 2.0 } else { 1.0 };
+                if which == 0 { (other, 1.0) } else { (1.0, other) }
+            };
+            let mut w = matrix(37, 39 * BLOCK, layout, 1.0, |_, _| 3, number);
+            w.merge_groups();
+            assert_eq!(w.layout().group, if group == 38 { 64 } else { 32 }, "row {row}, group {group}");
+        }
     }
 }

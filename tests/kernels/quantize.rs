@@ -32,12 +32,15 @@ fn rows_of(x: &Activations) -> Vec<Row> {
     while rows.len() < x.rows() {
         let first = rows.len();
         match Activations::height(x.rows() - first) {
-            16 => rows.extend((0..16).map(|r| row_of(x.tile::<16>(first), r))),
             8 => rows.extend((0..8).map(|r| row_of(x.tile::<8>(first), r))),
             4 => rows.extend((0..4).map(|r| row_of(x.tile::<4>(first), r))),
             2 => rows.extend((0..2).map(|r| row_of(x.tile::<2>(first), r))),
             _ => rows.push(row_of(x.tile::<1>(first), 0)),
         }
+    }
+    // Rows that fill up the last tile are zeros.
+    for row in rows.split_off(x.rows()) {
+        assert!(row.codes.iter().all(|code| *code == 0) && row.scales.iter().all(|scale| *scale == 0.0), "{row:?}");
     }
     rows
 }

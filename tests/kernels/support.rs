@@ -25,6 +25,9 @@ pub(crate) fn integer_layouts() -> Vec<Layout> {
             }
         }
     }
+    for group in [64, 128] {
+        layouts.extend([false, true].map(|min| Layout { code: Code::Int4, group, min }));
+    }
     layouts
 }
 

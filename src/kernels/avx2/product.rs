@@ -23,7 +23,7 @@ use half::f16;
 
 use super::{Both, SIDES, load, load_f16, load_table, store_side};
 use crate::kernels::activations::{Activations, TALLEST, Tile};
-use crate::quant::packed::{Code, Line, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 const INT4: u8 = 0;
@@ -37,25 +37,29 @@ const CACHE_BYTES: usize = 256 << 10;
 pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
     let layout = w.layout();
     match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 32, false) => tiles::<INT4, 1, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => tiles::<INT4, 1, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => tiles::<INT4, 2, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => tiles::<INT4, 2, true>(w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 32, false) => tiles::<TABLE4, 1, false>(w, panels, x, out, &table),
-        (Code::Table4(table), 32, true) => tiles::<TABLE4, 1, true>(w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => tiles::<TABLE4, 2, false>(w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => tiles::<TABLE4, 2, true>(w, panels, x, out, &table),
-        (Code::Int8, 32, false) => tiles::<INT8, 1, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, 32, true) => tiles::<INT8, 1, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => tiles::<INT8, 2, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => tiles::<INT8, 2, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, false) => tiles::<INT4, 16, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, true) => tiles::<INT4, 16, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, false) => tiles::<INT4, 32, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, true) => tiles::<INT4, 32, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, false) => tiles::<INT4, 64, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, true) => tiles::<INT4, 64, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, false) => tiles::<INT4, 128, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, true) => tiles::<INT4, 128, true>(w, panels, x, out, &[0; 16]),
+        (Code::Table4(table), 32, false) => tiles::<TABLE4, 32, false>(w, panels, x, out, &table),
+        (Code::Table4(table), 32, true) => tiles::<TABLE4, 32, true>(w, panels, x, out, &table),
+        (Code::Table4(table), _, false) => tiles::<TABLE4, 16, false>(w, panels, x, out, &table),
+        (Code::Table4(table), _, true) => tiles::<TABLE4, 16, true>(w, panels, x, out, &table),
+        (Code::Int8, 32, false) => tiles::<INT8, 32, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, 32, true) => tiles::<INT8, 32, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, false) => tiles::<INT8, 16, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, true) => tiles::<INT8, 16, true>(w, panels, x, out, &[0; 16]),
         (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
     }
 }
 
 /// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tiles<const CODE: u8, const HALVES: usize, const MIN: bool>(
+fn tiles<const CODE: u8, const GROUP: usize, const MIN: bool>(
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
@@ -70,11 +74,10 @@ fn tiles<const CODE: u8, const HALVES: usize, const MIN: bool>(
             let mut row = first;
             while row < last {
                 row += match Activations::height(x.rows() - row) {
-                    16 => tile::<CODE, HALVES, MIN, 16, 4, 1>(&panel, w.gain(), x, row, out, p, table),
-                    8 => tile::<CODE, HALVES, MIN, 8, 4, 1>(&panel, w.gain(), x, row, out, p, table),
-                    4 => tile::<CODE, HALVES, MIN, 4, 4, 1>(&panel, w.gain(), x, row, out, p, table),
-                    2 => tile::<CODE, HALVES, MIN, 2, 2, 2>(&panel, w.gain(), x, row, out, p, table),
-                    _ => tile::<CODE, HALVES, MIN, 1, 1, 2>(&panel, w.gain(), x, row, out, p, table),
+                    8 => tile::<CODE, GROUP, MIN, 8, 4, 1>(&panel, w.gain(), x, row, out, p, table),
+                    4 => tile::<CODE, GROUP, MIN, 4, 4, 1>(&panel, w.gain(), x, row, out, p, table),
+                    2 => tile::<CODE, GROUP, MIN, 2, 2, 2>(&panel, w.gain(), x, row, out, p, table),
+                    _ => tile::<CODE, GROUP, MIN, 1, 1, 2>(&panel, w.gain(), x, row, out, p, table),
                 };
             }
         }
@@ -83,7 +86,7 @@ fn tiles<const CODE: u8, const HALVES: usize, const MIN: bool>(
 
 /// `R` rows times one panel, `S` rows and `T` sides at a time, as registers are few. Returns `R`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
+fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
     panel: &Panel<'_>,
     gain: f32,
     x: &Activations,
@@ -96,8 +99,8 @@ fn tile<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, co
     let (table, gain) = (load_table(table), _mm256_set1_ps(gain));
     for side in (0..SIDES).step_by(T) {
         for first in (0..R).step_by(S) {
-            let sums = strip::<CODE, HALVES, MIN, R, S, T>(panel, blocks, &x, first, side, table);
-            for (r, sums) in sums.into_iter().enumerate() {
+            let sums = strip::<CODE, GROUP, MIN, R, S, T>(panel, blocks, &x, first, side, table);
+            for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                 let out = &mut out.row_mut(row + first + r)[p * PANEL..];
                 (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
             }
@@ -108,7 +111,7 @@ fn tile<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, co
 
 /// `S` rows of a tile, from `first` on, times `T` sides of a panel, from `side` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn strip<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
+fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
     panel: &Panel<'_>,
     blocks: usize,
     x: &Tile<'_, R>,
@@ -116,15 +119,18 @@ fn strip<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, c
     side: usize,
     table: __m256i,
 ) -> [[__m256; T]; S] {
-    const { assert!(HALVES == 1 || HALVES == 2) };
+    let halves = BLOCK.div_ceil(GROUP);
+    let run = GROUP.div_ceil(BLOCK);
     assert!(first <= R - S && side <= SIDES - T);
     // All cut to the same length once, so that the loop below needs no bounds checks.
     let (codes, x_scales) = (&x.codes[..blocks], &x.scales[..blocks]);
     let (zeros, sums) = (&x.zeros[..blocks], &x.sums[..blocks]);
     let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
-    let scales: &[[Both<f16>; HALVES]] = &bytemuck::cast_slice(panel.scales)[..blocks];
-    let mins: &[[Both<f16>; HALVES]] = if MIN { &bytemuck::cast_slice(panel.mins)[..blocks] } else { scales };
+    let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
+    let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
     let mut acc = [[_mm256_setzero_ps(); T]; S];
+    // What the blocks of a group have added up to.
+    let mut parts = [[_mm256_setzero_ps(); T]; S];
     for b in 0..blocks {
         for t in 0..T {
             let mut partial = [_mm256_setzero_si256(); S];
@@ -136,27 +142,39 @@ fn strip<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize, c
                         partial[r] = add_dot::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
                     }
                 }
-                if HALVES == 1 && half == 0 {
+                if halves == 1 && half == 0 {
                     continue;
                 }
-                let group = if HALVES == 1 { 0 } else { half };
-                let scale = load_f16(&scales[b][group][side + t]);
-                let min = load_f16(&mins[b][group][side + t]);
+                let group = b * halves / run + if halves == 1 { 0 } else { half };
+                let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
                 for r in 0..S {
                     let mut dot = partial[r];
                     if CODE == INT4 {
                         dot = _mm256_madd_epi16(dot, _mm256_set1_epi16(1));
                         if !MIN {
-                            let zero = if HALVES == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
+                            let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
                             dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
                         }
                     }
                     partial[r] = _mm256_setzero_si256();
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[b][first + r]));
-                    acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[r][t]);
-                    if MIN {
-                        let sum = if HALVES == 1 { sums[b][first + r] } else { half_sums[b][half][first + r] };
-                        acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+                    let (dot, x_scale) = (_mm256_cvtepi32_ps(dot), _mm256_set1_ps(x_scales[b][first + r]));
+                    if run == 1 {
+                        acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, x_scale), acc[r][t]);
+                        if MIN {
+                            let sum = if halves == 1 { sums[b][first + r] } else { half_sums[b][half][first + r] };
+                            acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+                        }
+                        continue;
+                    }
+                    parts[r][t] = _mm256_fmadd_ps(dot, x_scale, parts[r][t]);
+                    if (b + 1) % run == 0 || b + 1 == blocks {
+                        acc[r][t] = _mm256_fmadd_ps(parts[r][t], scale, acc[r][t]);
+                        parts[r][t] = _mm256_setzero_ps();
+                        if MIN {
+                            for sums in &sums[b / run * run..=b] {
+                                acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sums[first + r]), acc[r][t]);
+                            }
+                        }
                     }
                 }
             }

@@ -120,11 +120,11 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
     (rounds as u64 * 16 * 64 * 2, _mm512_reduce_add_epi32(total))
 }
 
-/// Asks for a line that will be loaded soon.
+/// Asks for the cache line in which `x` begins, as it will be needed soon.
 #[inline]
-fn prefetch(line: &Line) {
+fn prefetch<T>(x: &T) {
     // SAFETY: a prefetch of a valid address; it reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) }
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
 }
 
 #[inline]
@@ -178,6 +178,13 @@ fn store(x: __m512, out: &mut [f32]) {
     let lanes = if out.len() < PANEL { (1u16 << out.len()) - 1 } else { u16::MAX };
     // SAFETY: the mask leaves only lanes inside `out`, and a masked store touches no others.
     unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_line(x: __m512i, out: &mut Line) {
+    // SAFETY: a `Line` is 64 writable bytes, aligned to 64.
+    unsafe { _mm512_store_si512(std::ptr::from_mut(out).cast(), x) }
 }
 
 #[inline]

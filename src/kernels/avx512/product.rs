@@ -1,175 +1,479 @@
-//! The integer product in pseudo-code, for a tile of `R` activation rows and one panel:
+//! The integer product in pseudo-code, for a tile of `R` activation rows and `P` panels:
 //!
 //! ```text
 //! for each block of 32 columns:
-//!     w[0..8] = nibbles of 4 lines          (8 registers: 16 rows x 4 weights each, used for all R rows)
-//!     for each of R rows:
-//!         dot = zero point                   (-8 * sum of the activation's codes, broadcast)
-//!         dot = vpdpbusd(dot, w[j], codes[j]) for j in 0..8   (u8 weights x i8 activations, broadcast)
-//!         acc = fma(dot, weight scales * activation scale, acc)
+//!     dots[R][P] = zero points                   (-8 * sum of the activations' codes, broadcast)
+//!     for j in 0..8:
+//!         w[P] = unsigned weights                (16 rows x 4 weights each)
+//!         for each of R rows:
+//!             a = codes[j]                       (4 codes, broadcast once for P panels)
+//!             dots[P] = vpdpbusd(dots[P], w[P], a)
+//!     acc[R][P] = fma(dots[R][P], weight scales * activation scale, acc[R][P])
 //! ```
+//!
+//! All arithmetic on 512 bits shares two ports. A block takes 8 dot products, a conversion, a multiplication and an
+//! addition there, so 8 of 11 cycles at most do what is counted as the CPU's INT8 rate; all else has to stay off those
+//! ports. Some sums wait in memory while dot products fill the registers. A few tiles unpack codes as they go. For many,
+//! the codes and scales of two panels and some blocks are unpacked into the first-level cache.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::f16;
 
-use super::{load, load_f16, load_table, prefetch, store};
-use crate::kernels::activations::{Activations, TALLEST};
-use crate::quant::packed::{Code, Line, PANEL, Packed, Panel};
+use super::{load, load_f16, load_f32, load_table, prefetch, store, store_line};
+use crate::kernels::activations::{Activations, TALLEST, Tile};
+use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed};
 use crate::threads::Columns;
 
 const INT4: u8 = 0;
 const TABLE4: u8 = 1;
 const INT8: u8 = 2;
+/// 4-bit codes and table values that were unpacked to bytes.
+const INT4_BYTES: u8 = 3;
+const BYTES: u8 = 4;
 
-/// Blocks between a line's prefetch and its use when there is one row, so that memory and not the product sets the pace.
+/// Panels that a broadcast activation is multiplied with.
+const PAIR: usize = 2;
+/// Blocks between a line's prefetch and its use when there is one tile, so that memory and not the product sets the pace.
 const AHEAD: usize = 12;
-/// Rows whose chains of dot products are in flight together.
-const TOGETHER: usize = 8;
-/// Bytes of activations that stay in the second-level cache while the panels go by.
-const CACHE_BYTES: usize = 1 << 20;
+/// Rows up to which unpacking a panel once for all tiles gains nothing.
+const FEW: usize = 32;
+/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of those of a group.
+const CHUNK: usize = 16;
+/// Rows that are multiplied with a chunk at most: 16 KiB of sums.
+const SLICE: usize = 128;
+/// Bytes of their activations at most.
+const CACHE_BYTES: usize = 5 << 18;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
     let layout = w.layout();
     match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 32, false) => tiles::<INT4, 1, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => tiles::<INT4, 1, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => tiles::<INT4, 2, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => tiles::<INT4, 2, true>(w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 32, false) => tiles::<TABLE4, 1, false>(w, panels, x, out, &table),
-        (Code::Table4(table), 32, true) => tiles::<TABLE4, 1, true>(w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => tiles::<TABLE4, 2, false>(w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => tiles::<TABLE4, 2, true>(w, panels, x, out, &table),
-        (Code::Int8, 32, false) => tiles::<INT8, 1, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, 32, true) => tiles::<INT8, 1, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => tiles::<INT8, 2, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => tiles::<INT8, 2, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, false) => rows::<INT4, INT4_BYTES, 16, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, true) => rows::<INT4, INT4_BYTES, 16, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, false) => rows::<INT4, INT4_BYTES, 32, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, true) => rows::<INT4, INT4_BYTES, 32, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, false) => rows::<INT4, INT4_BYTES, 64, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, true) => rows::<INT4, INT4_BYTES, 64, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, false) => rows::<INT4, INT4_BYTES, 128, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, true) => rows::<INT4, INT4_BYTES, 128, true>(w, panels, x, out, &[0; 16]),
+        (Code::Table4(table), 16, false) => rows::<TABLE4, BYTES, 16, false>(w, panels, x, out, &table),
+        (Code::Table4(table), 16, true) => rows::<TABLE4, BYTES, 16, true>(w, panels, x, out, &table),
+        (Code::Table4(table), _, false) => rows::<TABLE4, BYTES, 32, false>(w, panels, x, out, &table),
+        (Code::Table4(table), _, true) => rows::<TABLE4, BYTES, 32, true>(w, panels, x, out, &table),
+        (Code::Int8, 16, false) => rows::<INT8, BYTES, 16, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, 16, true) => rows::<INT8, BYTES, 16, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, false) => rows::<INT8, BYTES, 32, false>(w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, true) => rows::<INT8, BYTES, 32, true>(w, panels, x, out, &[0; 16]),
         (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
     }
 }
 
-/// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn tiles<const CODE: u8, const HALVES: usize, const MIN: bool>(
+fn rows<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
     out: &mut Columns<'_>,
     table: &[i8; 16],
 ) {
-    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).max(TALLEST) / TALLEST * TALLEST;
-    for first in (0..x.rows()).step_by(slice) {
-        let last = x.rows().min(first + slice);
-        for (p, index) in panels.clone().enumerate() {
-            let panel = w.panel(index);
-            let mut row = first;
-            while row < last {
-                row += match Activations::height(x.rows() - row) {
-                    16 => tile::<CODE, HALVES, MIN, 16>(&panel, w.gain(), x, row, out, p, table),
-                    8 => tile::<CODE, HALVES, MIN, 8>(&panel, w.gain(), x, row, out, p, table),
-                    4 => tile::<CODE, HALVES, MIN, 4>(&panel, w.gain(), x, row, out, p, table),
-                    2 => tile::<CODE, HALVES, MIN, 2>(&panel, w.gain(), x, row, out, p, table),
-                    _ => tile::<CODE, HALVES, MIN, 1>(&panel, w.gain(), x, row, out, p, table),
-                };
-            }
+    // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
+    let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
+    match x.rows() {
+        0 => {}
+        1 => few::<CODE, GROUP, MIN, 1>(w, panels, x, out, table),
+        2..=FEW => few::<CODE, GROUP, MIN, PAIR>(w, panels, x, out, table),
+        _ => many::<CODE, UNPACKED, GROUP, MIN>(w, panels, x, out, table),
+    }
+}
+
+/// `P` panels as [`strip`] reads them, from the first block of a tile on that it is asked for.
+struct Weights<'a, N, const P: usize> {
+    /// Lines of the blocks, 4 where they are packed, else 8, and maybe of what comes after.
+    codes: [&'a [Line]; P],
+    /// Of the groups, 16 F16 or F32.
+    scales: [&'a [N]; P],
+    mins: [&'a [N]; P],
+}
+
+/// The indices of `P` panels from `index` on. Beyond the end of the range the last one is repeated.
+#[inline]
+fn indices<const P: usize>(index: usize, panels: &Range<usize>) -> [usize; P] {
+    std::array::from_fn(|p| (index + p).min(panels.end - 1))
+}
+
+/// A few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
+    w: &Packed,
+    panels: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+    table: __m512i,
+) {
+    for index in panels.clone().step_by(P) {
+        let indices = indices::<P>(index, &panels);
+        let weights = Weights {
+            codes: indices.map(|index| w.codes_from(index)),
+            scales: indices.map(|index| w.panel(index).scales),
+            mins: indices.map(|index| w.panel(index).mins),
+        };
+        let (gain, columns) = (w.gain(), index - panels.start..panels.len().min(index - panels.start + P));
+        let mut row = 0;
+        while row < x.rows() {
+            // A single panel is for a single row.
+            row += match Activations::height(x.rows() - row) {
+                8 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 8>(&weights, x, row, table, gain, columns.clone(), out),
+                4 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 4>(&weights, x, row, table, gain, columns.clone(), out),
+                2 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 2>(&weights, x, row, table, gain, columns.clone(), out),
+                _ => one_tile::<CODE, GROUP, MIN, P, 1>(&weights, x, row, table, gain, columns.clone(), out),
+            };
         }
     }
 }
 
-/// `R` rows times one panel. Returns `R`.
+/// A tile times `P` panels, of which `panels` are to be written. Returns its height.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn tile<const CODE: u8, const HALVES: usize, const MIN: bool, const R: usize>(
-    panel: &Panel<'_>,
-    gain: f32,
+fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
+    weights: &Weights<'_, [f16; PANEL], P>,
     x: &Activations,
     row: usize,
+    table: __m512i,
+    gain: f32,
+    panels: Range<usize>,
     out: &mut Columns<'_>,
-    p: usize,
-    table: &[i8; 16],
 ) -> usize {
-    const { assert!(HALVES == 1 || HALVES == 2) };
-    let blocks = x.blocks();
-    let x = x.tile::<R>(row);
-    // All cut to the same length once, so that the loop below needs no bounds checks.
-    let (codes, x_scales) = (&x.codes[..blocks], &x.scales[..blocks]);
-    let (zeros, sums) = (&x.zeros[..blocks], &x.sums[..blocks]);
-    let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
-    let scales: &[[[f16; PANEL]; HALVES]] = &panel.scales.as_chunks().0[..blocks];
-    let mins: &[[[f16; PANEL]; HALVES]] = if MIN { &panel.mins.as_chunks().0[..blocks] } else { scales };
-    let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
-    let mut acc = [_mm512_setzero_ps(); R];
-    for b in 0..blocks {
-        if R == 1 {
-            let lines = if CODE == INT8 { 8 } else { 4 };
-            for i in 0..lines {
-                if let Some(line) = panel.codes.get((b + AHEAD) * lines + i) {
-                    prefetch(line);
-                }
-            }
-        }
-        let w = unpack::<CODE>(panel.codes, b, table);
-        for half in 0..HALVES {
-            let scale = load_f16(&scales[b][half]);
-            let min = if MIN { load_f16(&mins[b][half]) } else { scale };
-            // Rows go in groups so that enough independent chains of dot products are in flight to hide their latency.
-            for first in (0..R).step_by(TOGETHER) {
-                let rows = first..R.min(first + TOGETHER);
-                let mut dots = [_mm512_setzero_si512(); TOGETHER];
-                if CODE != INT4 || !MIN {
-                    for (dot, r) in dots.iter_mut().zip(rows.clone()) {
-                        let zero = _mm512_set1_epi32(if HALVES == 1 { zeros[b][r] } else { half_zeros[b][half][r] });
-                        // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
-                        *dot = if CODE == INT4 { zero } else { _mm512_slli_epi32::<4>(zero) };
-                    }
-                }
-                let per_half = 8 / HALVES;
-                for j in half * per_half..(half + 1) * per_half {
-                    for (dot, r) in dots.iter_mut().zip(rows.clone()) {
-                        *dot = _mm512_dpbusd_epi32(*dot, w[j], _mm512_set1_epi32(codes[b][r][j]));
-                    }
-                }
-                for (dot, r) in dots.iter_mut().zip(rows) {
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[b][r]));
-                    acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*dot), scale, acc[r]);
-                    if MIN {
-                        let sum = if HALVES == 1 { sums[b][r] } else { half_sums[b][half][r] };
-                        acc[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum), acc[r]);
-                    }
-                }
-            }
-        }
-    }
-    for r in 0..R {
-        store(_mm512_mul_ps(acc[r], _mm512_set1_ps(gain)), &mut out.row_mut(row + r)[p * PANEL..]);
-    }
+    let mut acc = [[_mm512_setzero_ps(); P]; R];
+    strip::<_, CODE, GROUP, MIN, P, R>(weights, &x.tile::<R>(row), 0..x.blocks(), table, &mut acc);
+    save(&acc, gain, row..x.rows().min(row + R), panels, out);
     R
 }
 
-/// The weights of block `b` as unsigned bytes: register `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
-#[inline]
+/// Codes, scales and minimums of a chunk of two panels, unpacked to bytes and F32.
+struct Unpacked {
+    codes: [[Line; 8 * CHUNK]; PAIR],
+    scales: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
+    mins: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
+}
+
+/// The sums of a tile and two panels.
+type Sums = [[__m512; PAIR]; TALLEST];
+
+/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. What
+/// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn unpack<const CODE: u8>(codes: &[Line], b: usize, table: __m512i) -> [__m512i; 8] {
-    let mut w = [_mm512_setzero_si512(); 8];
-    if CODE == INT8 {
-        let lines = &codes[b * 8..][..8];
-        for j in 0..8 {
-            w[j] = load(&lines[j]);
-        }
-    } else {
-        let lines = &codes[b * 4..][..4];
-        let nibble = _mm512_set1_epi8(15);
-        for j in 0..4 {
-            let line = load(&lines[j]);
-            w[2 * j] = _mm512_and_si512(line, nibble);
-            w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibble);
-        }
-        if CODE == TABLE4 {
-            for w in &mut w {
-                *w = _mm512_shuffle_epi8(table, *w);
+fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
+    w: &Packed,
+    panels: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+    table: __m512i,
+) {
+    let mut unpacked = Unpacked {
+        codes: [[Line([0; 64]); 8 * CHUNK]; PAIR],
+        scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
+        mins: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
+    };
+    let fitting = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).clamp(TALLEST, SLICE);
+    let slice = x.rows().div_ceil(x.rows().div_ceil(fitting)).next_multiple_of(TALLEST).min(SLICE);
+    let blocks = w.blocks();
+    for first in (0..x.rows()).step_by(slice) {
+        let rows = first..x.rows().min(first + slice);
+        for index in panels.clone().step_by(PAIR) {
+            let columns = index - panels.start..panels.len().min(index - panels.start + PAIR);
+            let (indices, following) = (indices::<PAIR>(index, &panels), indices::<PAIR>(index + PAIR, &panels));
+            let mut sums: [Sums; SLICE / TALLEST] = [[[_mm512_setzero_ps(); PAIR]; TALLEST]; SLICE / TALLEST];
+            for first in (0..blocks).step_by(CHUNK) {
+                let chunk = first..blocks.min(first + CHUNK);
+                let next = match chunk.end < blocks {
+                    true => indices.map(|index| lines_of(w, index, chunk.end)),
+                    false => following.map(|index| lines_of(w, index, 0)),
+                };
+                fill::<CODE, GROUP, MIN>(w, indices, chunk.clone(), table, &mut unpacked);
+                let codes = |p: usize| match CODE {
+                    INT8 => lines_of(w, indices[p], first),
+                    _ => &unpacked.codes[p][..],
+                };
+                let weights = Weights {
+                    codes: std::array::from_fn(codes),
+                    scales: std::array::from_fn(|p| &unpacked.scales[p][..]),
+                    mins: std::array::from_fn(|p| &unpacked.mins[p][..]),
+                };
+                let tiles = rows.len().div_ceil(TALLEST);
+                for (t, sums) in sums.iter_mut().enumerate().take(tiles) {
+                    // Each tile asks for its share of what will be unpacked next.
+                    for lines in next {
+                        lines[lines.len() * t / tiles..lines.len() * (t + 1) / tiles].iter().for_each(prefetch);
+                    }
+                    // And for the lines of the output, if it is about to be written.
+                    if chunk.end == blocks {
+                        let first = rows.start + t * TALLEST;
+                        for row in first..rows.end.min(first + TALLEST) {
+                            for panel in columns.clone() {
+                                prefetch(&out.row_mut(row)[panel * PANEL]);
+                            }
+                        }
+                    }
+                    let row = rows.start + t * TALLEST;
+                    match Activations::height(x.rows() - row) {
+                        8 => add::<UNPACKED, GROUP, MIN, 8>(&weights, x, row, chunk.clone(), sums),
+                        4 => add::<UNPACKED, GROUP, MIN, 4>(&weights, x, row, chunk.clone(), sums),
+                        2 => add::<UNPACKED, GROUP, MIN, 2>(&weights, x, row, chunk.clone(), sums),
+                        _ => add::<UNPACKED, GROUP, MIN, 1>(&weights, x, row, chunk.clone(), sums),
+                    }
+                }
+            }
+            for (sums, first) in sums.iter().zip(rows.clone().step_by(TALLEST)) {
+                save(sums, w.gain(), first..rows.end.min(first + TALLEST), columns.clone(), out);
             }
         }
     }
-    w
+}
+
+/// The lines of the chunk of panel `index` that starts at block `first`.
+fn lines_of(w: &Packed, index: usize, first: usize) -> &[Line] {
+    let lines = w.layout().lines_per_block();
+    &w.panel(index).codes[lines * first..lines * w.blocks().min(first + CHUNK)]
+}
+
+/// Unpacks a chunk of two panels.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn fill<const CODE: u8, const GROUP: usize, const MIN: bool>(
+    w: &Packed,
+    indices: [usize; PAIR],
+    blocks: Range<usize>,
+    table: __m512i,
+    unpacked: &mut Unpacked,
+) {
+    let groups = blocks.start * BLOCK / GROUP..(blocks.end * BLOCK).div_ceil(GROUP);
+    for (p, index) in indices.into_iter().enumerate() {
+        let panel = w.panel(index);
+        if CODE != INT8 {
+            let packed = panel.codes[4 * blocks.start..4 * blocks.end].as_chunks::<4>().0;
+            unpack::<CODE>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
+        }
+        widen(&panel.scales[groups.clone()], &mut unpacked.scales[p]);
+        if MIN {
+            widen(&panel.mins[groups.clone()], &mut unpacked.mins[p]);
+        }
+    }
+}
+
+/// Adds the products of the tile of `R` rows at `row` and a chunk of two panels.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+    weights: &Weights<'_, [f32; PANEL], PAIR>,
+    x: &Activations,
+    row: usize,
+    blocks: Range<usize>,
+    sums: &mut Sums,
+) {
+    if let Some(sums) = sums.first_chunk_mut::<R>() {
+        // A copy, of which the compiler knows that nothing else refers to it, so that it may live in registers.
+        let mut acc = *sums;
+        strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
+        *sums = acc;
+    }
+}
+
+/// Writes the sums of `rows` and `panels`, times `gain`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn save<const P: usize>(
+    acc: &[[__m512; P]],
+    gain: f32,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    out: &mut Columns<'_>,
+) {
+    for (acc, row) in acc.iter().zip(rows) {
+        let out = out.row_mut(row);
+        for (acc, panel) in acc.iter().zip(panels.clone()) {
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out[panel * PANEL..]);
+        }
+    }
+}
+
+/// Asks for the lines of packed codes that come [`AHEAD`] blocks after block `b`.
+#[inline]
+fn ask<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
+    let lines = match CODE {
+        INT4 | TABLE4 => 4,
+        INT8 => 8,
+        _ => return,
+    };
+    for codes in w.codes {
+        for i in 0..lines {
+            if let Some(line) = codes.get((b + AHEAD) * lines + i) {
+                prefetch(line);
+            }
+        }
+    }
+}
+
+/// Adds the products of `blocks` of a tile of `R` rows with `P` panels to `acc`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
+    w: &Weights<'_, N, P>,
+    x: &Tile<'_, R>,
+    blocks: Range<usize>,
+    table: __m512i,
+    acc: &mut [[__m512; P]; R],
+) {
+    // All cut to the same length once, so that the loops below need no bounds checks.
+    let n = blocks.len();
+    let (codes, scales) = (&x.codes[blocks.clone()][..n], &x.scales[blocks.clone()][..n]);
+    let (zeros, sums) = (&x.zeros[blocks.clone()][..n], &x.sums[blocks.clone()][..n]);
+    let (half_zeros, half_sums) = (&x.half_zeros[blocks.clone()][..n], &x.half_sums[blocks][..n]);
+    if GROUP <= BLOCK {
+        let halves = BLOCK / GROUP;
+        for b in 0..n {
+            ask::<_, CODE, P>(w, b);
+            for half in 0..halves {
+                let zeros = if halves == 1 { &zeros[b] } else { &half_zeros[b][half] };
+                let dots = dots::<_, CODE, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
+                let scale = numbers(&w.scales, b * halves + half);
+                for r in 0..R {
+                    for p in 0..P {
+                        let scale = _mm512_mul_ps(scale[p], _mm512_set1_ps(scales[b][r]));
+                        acc[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), scale, acc[r][p]);
+                    }
+                }
+                if MIN {
+                    let sums = if halves == 1 { &sums[b] } else { &half_sums[b][half] };
+                    add_mins(numbers(&w.mins, b * halves + half), sums, acc);
+                }
+            }
+        }
+    } else {
+        for first in (0..n).step_by(GROUP / BLOCK) {
+            let run = first..n.min(first + GROUP / BLOCK);
+            let mut part = [[_mm512_setzero_ps(); P]; R];
+            for b in run.clone() {
+                ask::<_, CODE, P>(w, b);
+                let dots = dots::<_, CODE, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
+                for r in 0..R {
+                    for p in 0..P {
+                        let scale = _mm512_set1_ps(scales[b][r]);
+                        part[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), scale, part[r][p]);
+                    }
+                }
+            }
+            let scale = numbers(&w.scales, first * BLOCK / GROUP);
+            for r in 0..R {
+                for p in 0..P {
+                    acc[r][p] = _mm512_fmadd_ps(part[r][p], scale[p], acc[r][p]);
+                }
+            }
+            if MIN {
+                let mins = numbers(&w.mins, first * BLOCK / GROUP);
+                run.for_each(|b| add_mins(mins, &sums[b], acc));
+            }
+        }
+    }
+}
+
+/// Adds the minimums times the sums of the activations' codes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_mins<const P: usize, const R: usize>(mins: [__m512; P], sums: &[f32; R], acc: &mut [[__m512; P]; R]) {
+    for r in 0..R {
+        for p in 0..P {
+            acc[r][p] = _mm512_fmadd_ps(mins[p], _mm512_set1_ps(sums[r]), acc[r][p]);
+        }
+    }
+}
+
+/// The dot products of a block, or of half a block where it has two `halves`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
+    w: &Weights<'_, N, P>,
+    b: usize,
+    half: usize,
+    halves: usize,
+    codes: &[[i32; 8]; R],
+    zeros: &[i32; R],
+    table: __m512i,
+) -> [[__m512i; P]; R] {
+    let mut dots = [[_mm512_setzero_si512(); P]; R];
+    let four_bits = CODE == INT4 || CODE == INT4_BYTES;
+    if !four_bits || !MIN {
+        for r in 0..R {
+            let zero = _mm512_set1_epi32(zeros[r]);
+            // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
+            dots[r] = [if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) }; P];
+        }
+    }
+    let quads = 8 / halves;
+    for pair in half * quads / 2..(half + 1) * quads / 2 {
+        let mut pairs = [[_mm512_setzero_si512(); P]; 2];
+        for p in 0..P {
+            [pairs[0][p], pairs[1][p]] = if CODE == INT4 || CODE == TABLE4 {
+                nibbles::<CODE>(load(&w.codes[p][4 * b..][..4][pair]), table)
+            } else {
+                let lines = &w.codes[p][8 * b..][..8];
+                [load(&lines[2 * pair]), load(&lines[2 * pair + 1])]
+            };
+        }
+        for (i, w) in pairs.into_iter().enumerate() {
+            for r in 0..R {
+                let x = _mm512_set1_epi32(codes[r][2 * pair + i]);
+                for p in 0..P {
+                    dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], w[p], x);
+                }
+            }
+        }
+    }
+    dots
+}
+
+/// The numbers of a group of each panel as F32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn numbers<N: Pod, const P: usize>(of: &[&[N]; P], group: usize) -> [__m512; P] {
+    let mut numbers = [_mm512_setzero_ps(); P];
+    for p in 0..P {
+        let own = &of[p][group];
+        numbers[p] = if size_of::<N>() == size_of::<[f16; PANEL]>() {
+            load_f16(bytemuck::cast_ref(own))
+        } else {
+            load_f32(bytemuck::cast_ref::<N, [f32; PANEL]>(own))
+        };
+    }
+    numbers
+}
+
+/// Low and high nibbles, or the table's values for them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {
+    let nibble = _mm512_set1_epi8(15);
+    let [low, high] = [_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibble)];
+    match CODE {
+        TABLE4 => [_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high)],
+        _ => [low, high],
+    }
+}
+
+/// The weights of blocks as unsigned bytes: line `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn unpack<const CODE: u8>(packed: &[[Line; 4]], table: __m512i, out: &mut [[Line; 8]]) {
+    for (lines, out) in packed.iter().zip(out) {
+        for i in 0..4 {
+            let [low, high] = nibbles::<CODE>(load(&lines[i]), table);
+            store_line(low, &mut out[2 * i]);
+            store_line(high, &mut out[2 * i + 1]);
+        }
+    }
+}
+
+/// Scales or minimums as F32.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn widen(numbers: &[[f16; PANEL]], out: &mut [[f32; PANEL]]) {
+    for (numbers, out) in numbers.iter().zip(out) {
+        store(load_f16(numbers), out);
+    }
 }

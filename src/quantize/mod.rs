@@ -4,4 +4,6 @@
 //! inputs. It returns a [`Solution`](problem::Solution): codes and scales that are a plain block format of GGUF files.
 
 pub mod compute;
+pub mod gptq;
 pub mod problem;
+pub mod rtn;

@@ -231,23 +231,29 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
-            let output = weights.output();
-            self.linear(output, &mut s.input, &mut s.logits);
-            let vocabulary = self.model.vocabulary();
-            for row in s.logits.chunks(output.width()) {
-                let at = logits.len();
-                logits.extend_from_slice(&row[..vocabulary]);
-                let row = &mut logits[at..];
-                if config.logit_scale != 1.0 {
-                    row.iter_mut().for_each(|x| *x *= config.logit_scale);
-                }
-                if let Some(cap) = config.logit_cap {
-                    self.kernel.soft_cap(row, cap);
-                }
-            }
+            self.head(s, logits);
         }
         Ok(())
+    }
+
+    /// The logits of all rows of `s.x`.
+    fn head(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
+        let (config, weights) = (&self.model.config, &self.model.weights);
+        self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
+        let output = weights.output();
+        self.linear(output, &mut s.input, &mut s.logits);
+        let vocabulary = self.model.vocabulary();
+        for row in s.logits.chunks(output.width()) {
+            let at = logits.len();
+            logits.extend_from_slice(&row[..vocabulary]);
+            let row = &mut logits[at..];
+            if config.logit_scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= config.logit_scale);
+            }
+            if let Some(cap) = config.logit_cap {
+                self.kernel.soft_cap(row, cap);
+            }
+        }
     }
 
     /// One transformer block: `s.x` to `s.x`.

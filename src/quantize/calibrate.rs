@@ -259,3 +259,90 @@ impl<'a> Calibration<'a> {
         Stream::new(self.windows.len(), self.longest() * width, IN_MEMORY, self.folder)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::hf::HfFolder;
+    use crate::model::{Input, LoadOptions, Logits, Model, Quantize};
+
+    /// Asks for all moments and changes nothing.
+    struct Spectator<'a> {
+        checkpoint: &'a dyn Checkpoint,
+        seen: Vec<(usize, Site, usize)>,
+    }
+
+    impl Visitor for Spectator<'_> {
+        fn wants(&self, _: usize, _: Site) -> bool {
+            true
+        }
+
+        fn visit(&mut self, layer: usize, site: Site, moments: Option<Moments>) -> Result<()> {
+            self.seen.push((layer, site, moments.map_or(0, |moments| moments.tokens)));
+            Ok(())
+        }
+
+        fn checkpoint(&self) -> &dyn Checkpoint {
+            self.checkpoint
+        }
+
+        fn step(&self, _: usize, _: Site, _: usize) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn layer_by_layer_every_family_computes_the_bits_of_the_forward_pass() {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens");
+        let mut families = 0;
+        for folder in std::fs::read_dir(goldens).unwrap() {
+            let folder = folder.unwrap().path();
+            let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
+            let checkpoint = HfFolder::open(&folder).unwrap();
+            let windows: Vec<Vec<u32>> =
+                (0..3).map(|w| (0..40 - w).map(|i| (i * 37 + w * 91) % 320).collect()).collect();
+            let layers = Layerwise::load(&checkpoint, &options).unwrap();
+            let mut spectator = Spectator { checkpoint: &checkpoint, seen: Vec::new() };
+            let mut calibration = Calibration::start(&layers, &windows, Path::new(".")).unwrap();
+            let count = layers.config().layers.len();
+            (0..count).for_each(|index| calibration.layer(index, &mut spectator).unwrap());
+
+            let model = Model::load(&folder, &options).unwrap();
+            for (window, tokens) in windows.iter().enumerate() {
+                let (mut session, mut expected) = (model.session(), Vec::new());
+                let input = Input { session: &mut session, tokens, logits: Logits::All };
+                model.forward(&mut [input], &mut expected, &|| false).unwrap();
+                let found = layers.logits(calibration.stream.get(window).unwrap());
+                assert_eq!(found, expected, "{}, window {window}", folder.display());
+            }
+            let tokens: usize = windows.iter().map(Vec::len).sum();
+            for layer in 0..count {
+                let at = |wanted: fn(&Site) -> bool| {
+                    let own = spectator.seen.iter().filter(move |(of, site, _)| *of == layer && wanted(site));
+                    own.map(|(_, _, tokens)| tokens).sum::<usize>()
+                };
+                assert_eq!(at(|site| *site == Site::Qkv), tokens);
+                assert_eq!(at(|site| *site == Site::AttentionOutput), tokens);
+                let experts = layers.config().experts.used.max(1);
+                let routed = at(|site| matches!(site, Site::Up(Network::Dense | Network::Expert(_))));
+                assert_eq!(routed, tokens * experts, "{}", folder.display());
+            }
+            families += 1;
+        }
+        assert_eq!(families, 30);
+    }
+
+    #[test]
+    fn moments_are_means_over_all_tokens() {
+        let team = crate::threads::Team::new(1).unwrap();
+        let compute = Compute { team: &team, kernel: crate::kernels::best() };
+        let mut moments = Moments::new(2);
+        // More than one batch.
+        for _ in 0..3000 {
+            moments.add(&[1.0, -2.0, 3.0, 0.0], &compute);
+        }
+        moments.finish(&compute);
+        assert_eq!((moments.tokens, &moments.hessian[..]), (6000, &[5.0, -1.0, -1.0, 2.0][..]));
+        assert_eq!(moments.magnitude, [2.0, 1.0]);
+    }
+}

@@ -291,6 +291,17 @@ impl Layerwise {
         });
     }
 
+    /// The logits `(tokens, vocabulary)` of the stream `x` after the last layer.
+    #[cfg(test)]
+    pub(crate) fn logits(&self, x: Vec<f32>) -> Vec<f32> {
+        self.pass(|pass, s| {
+            let mut logits = Vec::new();
+            s.x = x;
+            pass.head(s, &mut logits);
+            logits
+        })
+    }
+
     fn pass<R>(&self, run: impl FnOnce(&Pass<'_>, &mut Scratch) -> R) -> R {
         let mut kept = self.model.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let mut scratch = kept.pop().unwrap_or_default();

@@ -34,7 +34,8 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// Matrices are stored in the type `wanted`. What [`target`] exempts becomes F32; the embedding and the output get Q8_0 where
 /// Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as llama.cpp's converter does it.
-/// Tensors that are in the right type already are copied.
+/// Tensors that are in the right type already are copied, and so are those that a checkpoint of Hugging Face holds in 4 bits
+/// where blocks are wanted.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
@@ -59,8 +60,10 @@ pub fn convert(
     let mut planned = Vec::with_capacity(names.len());
     for name in &names {
         let Some(tensor) = checkpoint.tensor(name) else { continue };
-        let stored = stored(name, &tensor, wanted);
         let found = tensor.rows.block_type();
+        // What was quantized before would lose more in other blocks.
+        let is_final = checkpoint.is_quantized(name) && found.block_len() > 1 && wanted.block_len() > 1;
+        let stored = if is_final { found } else { stored(name, &tensor, wanted) };
         if found != stored && !found.is_supported() {
             return Err(Error::Unsupported {
                 path: checkpoint.path().to_path_buf(),

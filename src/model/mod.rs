@@ -36,7 +36,8 @@ use weights::Weights;
 /// What becomes of weights that a checkpoint holds as F32, F16 or BF16.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Quantize {
-    /// INT4 for a folder of Hugging Face, as stored for a GGUF file.
+    /// INT4 for a folder of Hugging Face, as stored for a GGUF file. Where linear layers are in 4 bits already they stay as
+    /// they are, and the rest becomes INT8.
     #[default]
     Auto,
     /// Nothing: they are computed as they are stored.
@@ -116,7 +117,10 @@ impl Model {
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let path = path.as_ref();
         if path.is_dir() {
-            Model::from_checkpoint(&HfFolder::open(path)?, Quantize::Int4, options, progress)
+            let folder = HfFolder::open(path)?;
+            // Of a checkpoint that is in 4 bits already, only what was thought worth more is left.
+            let usual = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
+            Model::from_checkpoint(&folder, usual, options, progress)
         } else {
             Model::from_checkpoint(&Gguf::open(path)?, Quantize::Stored, options, progress)
         }

@@ -56,8 +56,9 @@ def evaluate(
         else:
             measured = recorded.compare(model, progress=advance)
     if as_json:
-        figures = {key: value for key, value in dataclasses.asdict(measured).items() if value is not None}
-        typer.echo(json.dumps(figures))
+        figures = dataclasses.asdict(measured)
+        del figures["kl_by_position"]  # Hundreds of numbers, for programs that draw them.
+        typer.echo(json.dumps({key: value for key, value in figures.items() if value is not None}))
     else:
         _print(model, measured)
 

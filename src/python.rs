@@ -31,6 +31,7 @@ mod errors {
 use errors::{ContextFullError, ModelError};
 
 mod evaluate;
+mod quantize;
 mod vocab;
 
 impl From<Error> for PyErr {
@@ -368,6 +369,8 @@ impl Model {
 mod _native {
     #[pymodule_export]
     use super::evaluate::{Baseline, perplexity};
+    #[pymodule_export]
+    use super::quantize::quantize;
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]

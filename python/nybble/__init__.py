@@ -11,6 +11,8 @@ from nybble.errors import ContextFullError, ModelError
 from nybble.evaluation import Evaluation, Reference, evaluate
 from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
 from nybble.model import Message, Model, ModelInfo
+from nybble.quantization import quantize
+from nybble.report import Report
 from nybble.sampling import SamplingOptions
 from nybble.tokenizer import Tokenizer
 
@@ -23,6 +25,7 @@ __all__ = [
     "ModelError",
     "ModelInfo",
     "Reference",
+    "Report",
     "SamplingOptions",
     "TextStream",
     "Timings",
@@ -32,4 +35,5 @@ __all__ = [
     "__version__",
     "evaluate",
     "kernels",
+    "quantize",
 ]

@@ -85,6 +85,26 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
+def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """As `progress`, for work of several stages: a callback (stage, done, total), each stage with a bar of its own."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    with contextlib.ExitStack() as stack:
+        current: str | None = None
+        show: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
+
+        def advance(stage: str, done: int, total: int) -> None:
+            nonlocal current, show
+            if stage != current:
+                stack.close()
+                show, current = stack.enter_context(_bar(f"{what}: {stage}")), stage
+            show(done, total)
+
+        yield advance
+
+
+@contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -85,7 +85,10 @@ class Model:
             threads: how many to compute with; as many as there are physical cores for this process if None.
             context: tokens to hold at most; what the model was trained for if None.
             quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
-                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
+                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files;
+                layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
+                `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
+                int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
             progress: called with how much of the weights is read and how much there is, while they are read.
 
         Raises:
@@ -94,6 +97,10 @@ class Model:
             ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
         """
         file = hub.resolve(source, filename=filename, revision=revision)
+        if quantize is not None and ":" in quantize:
+            from nybble.quantization import Spec
+
+            file, quantize = Spec.parse(quantize).apply(file, threads, progress), None
         native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress)
         return cls(native, Tokenizer.load(file), file)
 

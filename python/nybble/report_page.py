@@ -58,8 +58,8 @@ def _errors(report: Report) -> dict[str, list[Point]]:
 
 def _error_plot(kinds: dict[str, list[Point]]) -> Markup:
     series = [Series(kind, points) for kind, points in kinds.items()]
-    y = Axis("error, % of the outputs", number)
-    return plot(series, Axis("layer", number), y, "Relative error of each layer's matrices")
+    y = Axis("error, % of the outputs", _tick)
+    return plot(series, Axis("layer", _tick), y, "Relative error of each layer's matrices")
 
 
 def _position_plot(values: Sequence[float]) -> Markup:
@@ -73,7 +73,7 @@ def _position_plot(values: Sequence[float]) -> Markup:
         points.append(Point(start + first + (len(piece) - 1) / 2, mean, text))
     series = [Series("divergence", points)]
     x = Axis("position in the window", lambda value: f"{value:.0f}", from_zero=False)
-    return plot(series, x, Axis("mean KL, nats", number), "Mean divergence by position")
+    return plot(series, x, Axis("mean KL, nats", _tick), "Mean divergence by position")
 
 
 def _candidate_plot(candidates: Sequence[Candidate]) -> Markup:
@@ -90,7 +90,7 @@ def _candidate_plot(candidates: Sequence[Candidate]) -> Markup:
     ]
     series = [Series("candidates", points, line=False)]
     x = Axis("size of the file, MB", lambda value: f"{value:g}", from_zero=False)
-    return plot(series, x, Axis("mean KL, nats", number), "Size against quality")
+    return plot(series, x, Axis("mean KL, nats", _tick), "Size against quality")
 
 
 def _name(candidate: Candidate) -> str:
@@ -118,14 +118,17 @@ def _settings(report: Report) -> list[tuple[str, str]]:
     return [(kind, f"{count} matrices" if count != 1 else "1 matrix") for kind, count in types.items()]
 
 
-def number(value: Any) -> str:
-    """Three digits that count, without an exponent."""
+def number(value: Any, digits: int = 3) -> str:
+    """So many digits that count, without an exponent."""
     if value is None:
         return "–"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{digits}f}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _tick(value: float) -> str:
+    text = number(value)
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -144,4 +147,6 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 10:
+        return f"{minutes} min {rest} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

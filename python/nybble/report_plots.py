@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
 _TICKS = 5
+_LABEL_WIDTH, _LABEL_HEIGHT = 150, 14
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,29 @@ def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> Markup:
         for point in one.points:
             centre = f'cx="{left(point.x)}" cy="{top(point.y)}"'
             if one.dots:
-                kind = ' class="marked"' if point.marked else ""
-                parts.append(
-                    f'<circle{kind} {centre} r="{6 if point.marked else 3}"><title>{escape(point.text)}</title></circle>'
-                )
-            if point.label:
-                # Beside the point, on the side where there is room.
-                place = float(left(point.x))
-                offset, anchor = (-10, "end") if place > _WIDTH * 0.7 else (10, "start")
-                parts.append(
-                    f'<text class="label {anchor}" x="{place + offset:.1f}" y="{top(point.y)}" dy="0.35em">'
-                    f"{escape(point.label)}</text>"
-                )
+                kind = ' class="marked" r="6"' if point.marked else ' r="3"'
+                parts.append(f"<circle{kind} {centre}><title>{escape(point.text)}</title></circle>")
         parts.append("</g>")
+    labelled = [(float(left(point.x)), float(top(point.y)), point.label) for point in points if point.label]
+    parts += [_label(x, y, text) for x, y, text in _apart(labelled)]
     parts.append("</svg>")
     # Every text was escaped above.
     return Markup("".join(parts))  # noqa: S704
+
+
+def _label(x: float, y: float, text: str) -> str:
+    """A text beside a point, on the side where there is room."""
+    offset, anchor = (-10, "end") if x > _WIDTH * 0.7 else (10, "start")
+    return f'<text class="label {anchor}" x="{x + offset:.1f}" y="{y:.1f}" dy="0.35em">{escape(text)}</text>'
+
+
+def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Labels moved upwards where they would cover those below them."""
+    placed: list[tuple[float, float, str]] = []
+    for x, y, text in sorted(labels, key=lambda label: -label[1]):
+        near = [other for at, other, _ in placed if abs(at - x) < _LABEL_WIDTH]
+        placed.append((x, min([y, *(other - _LABEL_HEIGHT for other in near if other - _LABEL_HEIGHT < y)]), text))
+    return placed
 
 
 def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:

@@ -39,23 +39,32 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.", dir_okay=False)],
     recipe: Annotated[
-        Recipe, typer.Option("--recipe", help='How codes are found. "auto" tries them from cheap to dear.')
+        Recipe,
+        typer.Option(
+            "--recipe",
+            help="How codes are found: rtn, gptq, awq or signround; auto tries them from cheap to dear.",
+            metavar="RECIPE",
+        ),
     ] = Recipe.AUTO,
     no_search: Annotated[
         bool, typer.Option("--no-search", help="Round with the scale of the largest weight, unsearched.")
     ] = False,
     group: Annotated[
-        int | None, typer.Option("--group", help="Weights that share a scale: 32, 64, 128, or 0 for whole rows.", min=0)
+        int | None,
+        typer.Option("--group", help="Weights that share a scale: 32, 64, 128, or 0 for whole rows.", metavar="SIZE"),
     ] = None,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Give each group a minimum of its own: the format q4_1.")
     ] = False,
     block_format: Annotated[
-        Format | None, typer.Option("--format", help="The blocks of linear layers.", show_default=False)
+        Format | None,
+        typer.Option("--format", help="The blocks of linear layers: q4_0, q4_1 or iq4_nl.", metavar="FORMAT"),
     ] = None,
     bits_per_weight: Annotated[
         float | None,
-        typer.Option("--bits-per-weight", help="Give the most sensitive layers 8 bits, up to this average."),
+        typer.Option(
+            "--bits-per-weight", help="Give the most sensitive layers 8 bits, up to this average.", metavar="BITS"
+        ),
     ] = None,
     output_type: Annotated[
         str, typer.Option("--output-type", help="What embedding and output are stored as.", metavar="TYPE")
@@ -74,12 +83,14 @@ def quantize(
         ),
     ] = "sample",
     calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", help="Look at only so many of its tokens.", min=512)
+        int, typer.Option("--calibration-tokens", help="Look at only so many of its tokens.", min=512, metavar="N")
     ] = 65_536,
     evaluation: Annotated[
         Path | None,
         typer.Option(
-            "--evaluation", help="The text to measure with; a part of the other that is held out if not given."
+            "--evaluation",
+            help="The text to measure with; a part of the other that is held out if not given.",
+            metavar="FILE",
         ),
     ] = None,
     target: Annotated[
@@ -91,13 +102,20 @@ def quantize(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option("--report", help="Measure, and write a page with plots, and beside it the same as JSON."),
+        typer.Option(
+            "--report",
+            help="Measure, and write a page with plots, and beside it the same as JSON.",
+            metavar="FILE.html",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same file.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same file.", min=0, metavar="N")] = 0,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads to compute with; the physical cores if not given.", min=1)
+        int | None,
+        typer.Option("--threads", help="Threads to compute with; the physical cores if not given.", min=1, metavar="N"),
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.", metavar="NAME")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf and the report if they exist.")] = False,
 ) -> None:
@@ -176,7 +194,7 @@ def _print(done: Report, pages: list[Path]) -> None:
                 one.format,
                 str(one.group or "row"),
                 terminal.human_bytes(one.size_bytes),
-                write.number(one.perplexity),
+                write.number(one.perplexity, 4),
                 write.number(one.kl_mean),
                 write.percent(one.top_agreement),
                 write.duration(one.seconds),
@@ -193,8 +211,8 @@ def _print(done: Report, pages: list[Path]) -> None:
         "linear layers": f"{done.bits_per_weight:.2f} bits a weight, scales included",
     }
     if (chosen := done.chosen) is not None:
-        rows["perplexity"] = write.number(chosen.perplexity) + (
-            f", {write.number(done.reference_perplexity)} of the source" if done.reference_perplexity else ""
+        rows["perplexity"] = write.number(chosen.perplexity, 4) + (
+            f", {write.number(done.reference_perplexity, 4)} of the source" if done.reference_perplexity else ""
         )
         rows["divergence"] = f"mean KL {write.number(chosen.kl_mean)}, median {write.number(chosen.kl_median)}"
         rows["same top token"] = write.percent(chosen.top_agreement)

@@ -147,7 +147,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attributes if name in ("src", "href", "action")]
-        if tag not in ("meta", "line", "polyline", "circle", "br"):
+        if tag not in ("meta", "line", "polyline"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:

@@ -9,7 +9,7 @@ use nybble::format::Checkpoint as _;
 use nybble::format::gguf::{Gguf, Metadata};
 use nybble::model::convert::convert;
 use nybble::model::requantize::Quantized;
-use nybble::model::{LoadOptions, Model, Quantize};
+use nybble::model::{Input, LoadOptions, Logits, Model, Quantize};
 use nybble::quant::block::BlockType;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -444,6 +444,44 @@ fn a_packed_checkpoint_runs_and_keeps_its_layers_in_four_bits_by_default() {
     // lie in lines of two groups, of which one is missing in each of the 4 panels whose rows have 3.
     assert_eq!(load(Quantize::Auto).weight_bytes(), linear / 32 * 18 + 4 * 32 + 2 * 16 * 64 / 32 * 34);
     assert!(load(Quantize::Stored).weight_bytes() > load(Quantize::Auto).weight_bytes());
+}
+
+/// Logits after a few tokens.
+fn logits(folder: &Folder, quantize: Quantize) -> (Vec<f32>, usize) {
+    let folder = folder.write();
+    let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+    let model = Model::load(folder.path(), &options).expect("a model");
+    let (mut session, mut logits) = (model.session(), Vec::new());
+    let input = Input { session: &mut session, tokens: &[1, 4, 2, 0, 3], logits: Logits::All };
+    model.forward(&mut [input], &mut logits, &|| false).expect("logits");
+    (logits, model.weight_bytes())
+}
+
+#[test]
+fn activation_order_is_undone_on_the_way_in_and_the_layers_stay_in_four_bits() {
+    let recipe = Recipe { symmetric: true, ..PLAIN };
+    // Embeddings that count up would make everything else invisible.
+    let small = |mut folder: Folder| {
+        for name in ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"] {
+            let stored = folder.find(name);
+            let mut dice = Dice(9);
+            let values = (0..stored.bytes.len() / 4).map(|_| dice.next(2000) as f32 / 1000.0 - 1.0);
+            stored.bytes = values.flat_map(f32::to_le_bytes).collect();
+        }
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            let stored = folder.find(&format!("model.layers.0.{name}.weight"));
+            stored.bytes = (0..64).flat_map(|_| 1f32.to_le_bytes()).collect();
+        }
+        folder
+    };
+    let (packed, plain) = gptq(Recipe { scattered: true, ..recipe });
+    let (in_order, _) = gptq(recipe);
+    let ((found, bytes), (expected, _)) =
+        (logits(&small(packed), Quantize::Auto), logits(&small(plain), Quantize::Stored));
+    assert_eq!(bytes, logits(&small(in_order), Quantize::Auto).1);
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let (error, whole) = (distance(&found, &expected), distance(&expected, &vec![0.0; expected.len()]));
+    assert!(error < 0.03 * whole, "{error} of {whole}");
 }
 
 #[test]

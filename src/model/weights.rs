@@ -347,7 +347,7 @@ impl Loader<'_> {
 
     /// Matrices with `columns` input features, side by side.
     pub(super) fn linear(&self, parts: &[Part<'_>], columns: usize) -> Result<Linear> {
-        let mut packed = Vec::new();
+        let mut tensors = Vec::new();
         for part in parts {
             let name = format!("{}.weight", part.name);
             let mut wanted = vec![columns, part.of];
@@ -357,13 +357,24 @@ impl Loader<'_> {
             if tensor.dims != wanted {
                 return Err(self.shape_error(&name, &tensor.dims, expected));
             }
-            packed.push((self.pack(&name, &tensor, part.rows, columns, part.order)?, self.bias(part)?));
+            tensors.push((part, name, tensor));
         }
+        // Parts share their input, so that they can be multiplied with it in another order only if that is the same for all.
+        let reordered: Option<Vec<_>> = tensors.iter().map(|(_, _, tensor)| tensor.rows.reordered()).collect();
+        let reordered = reordered.filter(|all| {
+            parts.iter().all(|part| part.name.starts_with("blk.")) && all.iter().all(|one| one.0 == all[0].0)
+        });
+        let mut packed = Vec::new();
+        for (at, (part, name, tensor)) in tensors.iter().enumerate() {
+            let source = reordered.as_ref().map_or(tensor.rows.as_ref(), |all| all[at].1.as_ref());
+            packed.push((self.pack(name, source, part.rows, columns, part.order)?, self.bias(part)?));
+        }
+        let order = reordered.and_then(|all| all.into_iter().next()).map(|first| first.0);
         // Parts may share a tensor, so its pages go back when all of them are packed.
         for part in parts.iter().filter(|part| part.stack.is_none()) {
             self.checkpoint.release(&format!("{}.weight", part.name));
         }
-        Ok(Linear::new(packed))
+        Ok(Linear::new(packed).with_order(order))
     }
 
     fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {
@@ -374,8 +385,15 @@ impl Loader<'_> {
         Ok(if bias.is_empty() { bias } else { (0..part.rows).map(|row| bias[(part.order)(row)]).collect() })
     }
 
-    fn pack(&self, name: &str, tensor: &Tensor<'_>, rows: usize, columns: usize, order: Order<'_>) -> Result<Packed> {
-        let block_type = tensor.rows.block_type();
+    fn pack(
+        &self,
+        name: &str,
+        source: &dyn pack::Rows,
+        rows: usize,
+        columns: usize,
+        order: Order<'_>,
+    ) -> Result<Packed> {
+        let block_type = source.block_type();
         let Some(layout) = pack::layout(block_type) else {
             return Err(Error::Unsupported {
                 path: self.path().to_path_buf(),
@@ -390,7 +408,7 @@ impl Loader<'_> {
         // what a small file can ask for.
         let bytes = Packed::bytes_needed(rows, columns, layout);
         Packed::try_reserve(bytes).map_err(|()| Error::OutOfMemory { what: "packed weights", bytes })?;
-        Ok(pack::pack(self.scope, tensor.rows.as_ref(), rows, columns, order))
+        Ok(pack::pack(self.scope, source, rows, columns, order))
     }
 
     pub(super) fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
@@ -492,7 +510,7 @@ impl Loader<'_> {
         if tensor.dims != [columns] {
             return Err(self.shape_error(&name, &tensor.dims, format_args!("dimensions [{columns}]")));
         }
-        Ok(Linear::new(vec![(self.pack(&name, &tensor, 1, columns, &|row| row)?, Vec::new())]))
+        Ok(Linear::new(vec![(self.pack(&name, tensor.rows.as_ref(), 1, columns, &|row| row)?, Vec::new())]))
     }
 
     /// Gate, up and down, of one expert of a stack if `expert` is its index and their number.

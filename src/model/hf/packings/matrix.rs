@@ -31,8 +31,8 @@ pub(in super::super) struct Matrix {
     zeros: Option<usize>,
     beside: Vec<usize>,
     scale_type: BlockType,
-    /// The smallest type whose blocks are this matrix's numbers.
-    block_type: BlockType,
+    /// The smallest type whose blocks are this matrix's numbers, were the columns of each group side by side.
+    in_groups: BlockType,
 }
 
 impl Matrix {
@@ -45,8 +45,8 @@ impl Matrix {
         scales: usize,
         scale_type: BlockType,
     ) -> Matrix {
-        let (group, order, beside, block_type) = (columns, None, Vec::new(), BlockType::F32);
-        Matrix { layout, rows, columns, groups, group, order, codes, scales, zeros, beside, scale_type, block_type }
+        let (group, order, beside, in_groups) = (columns, None, Vec::new(), BlockType::F32);
+        Matrix { layout, rows, columns, groups, group, order, codes, scales, zeros, beside, scale_type, in_groups }
     }
 
     /// Adds the place of a tensor that belongs to the matrix and was looked at.
@@ -63,10 +63,8 @@ impl Matrix {
     /// Finds the block type, for which all scales and zero points are looked at.
     pub(super) fn classified(mut self, files: &SafeTensors, parts: &Parts<'_>) -> Result<Matrix> {
         let view = self.view(files);
-        let is_blocky = self.order.is_none()
-            && self.columns.is_multiple_of(BLOCK)
-            && (self.groups == 1 || self.group.is_multiple_of(BLOCK));
-        let mut block_type = if is_blocky { BlockType::Q4_0 } else { BlockType::F32 };
+        let is_blocky = self.columns.is_multiple_of(BLOCK) && (self.groups == 1 || self.group.is_multiple_of(BLOCK));
+        let mut in_groups = if is_blocky { BlockType::Q4_0 } else { BlockType::F32 };
         for row in 0..self.rows {
             for group in 0..self.groups {
                 let (scale, zero) = (view.scale(row, group), view.zero(row, group));
@@ -81,16 +79,26 @@ impl Matrix {
                     true if is_f16(scale * f32::from(zero)) => BlockType::Q4_1,
                     true => BlockType::Q5_0,
                 };
-                block_type = wider(block_type, needed);
+                in_groups = wider(in_groups, needed);
             }
         }
-        self.block_type = block_type;
+        self.in_groups = in_groups;
         Ok(self)
     }
 
     /// The smallest type whose blocks are this matrix's numbers.
-    pub(in super::super) fn block_type(&self) -> BlockType {
-        self.block_type
+    fn block_type(&self) -> BlockType {
+        if self.order.is_none() { self.in_groups } else { BlockType::F32 }
+    }
+
+    /// The columns of the first group, then those of the second and so on, where there is another order than that.
+    fn sequence(&self) -> Option<Vec<u32>> {
+        let order = self.order.as_deref()?;
+        let mut sequence: Vec<u32> = (0..order.len() as u32).collect();
+        sequence.sort_by_key(|column| order.get(*column as usize));
+        let is_whole =
+            |(at, column): (usize, &u32)| order.get(*column as usize).is_some_and(|g| *g as usize == at / self.group);
+        sequence.iter().enumerate().all(is_whole).then_some(sequence)
     }
 
     /// The places of all its tensors.
@@ -180,8 +188,8 @@ impl View<'_> {
         value[0]
     }
 
-    /// Appends row `row` in blocks of `block_type`, one that [`wider`] chose.
-    fn encode(&self, row: usize, block_type: BlockType, out: &mut Vec<u8>) {
+    /// Appends row `row` in blocks of `block_type`, one that [`wider`] chose; its columns in this sequence, if any.
+    fn encode(&self, row: usize, block_type: BlockType, sequence: Option<&[u32]>, out: &mut Vec<u8>) {
         let Matrix { columns, group, .. } = *self.matrix;
         if block_type == BlockType::F32 {
             let value = |column: usize| {
@@ -199,7 +207,8 @@ impl View<'_> {
             let (scale, zero) = (self.scale(row, first / group), self.zero(row, first / group));
             let mut codes = [0; BLOCK];
             for (i, code) in codes.iter_mut().enumerate() {
-                *code = self.code(row, first + i);
+                let column = sequence.map_or(Some(first + i), |all| all.get(first + i).map(|column| *column as usize));
+                *code = column.map_or(0, |column| self.code(row, column));
             }
             out.extend(f16::from_f32(scale).to_le_bytes());
             match block_type {
@@ -236,17 +245,53 @@ impl<'a> PackedRows<'a> {
     }
 }
 
+impl PackedRows<'_> {
+    fn encode(&self, index: usize, block_type: BlockType, sequence: Option<&[u32]>, out: &mut Vec<u8>) {
+        let source = self.order.source(index);
+        out.clear();
+        if let Some(view) = self.views.get(source / self.rows) {
+            view.encode(source % self.rows, block_type, sequence, out);
+        }
+    }
+}
+
 impl Rows for PackedRows<'_> {
     fn block_type(&self) -> BlockType {
         self.block_type
     }
 
     fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
-        let source = self.order.source(index);
-        scratch.clear();
-        if let Some(view) = self.views.get(source / self.rows) {
-            view.encode(source % self.rows, self.block_type, scratch);
+        self.encode(index, self.block_type, None, scratch);
+        scratch
+    }
+
+    fn reordered(&self) -> Option<(Vec<u32>, Box<dyn Rows + '_>)> {
+        let sequence = self.views.first()?.matrix.sequence()?;
+        let matrices = || self.views.iter().map(|view| view.matrix);
+        let is_common = matrices().skip(1).all(|matrix| matrix.sequence().as_ref() == Some(&sequence));
+        let block_type = matrices().map(|matrix| matrix.in_groups).fold(BlockType::Q4_0, wider);
+        if !is_common || block_type == BlockType::F32 {
+            return None;
         }
+        let rows = Reordered { rows: self, sequence: sequence.clone(), block_type };
+        Some((sequence, Box::new(rows)))
+    }
+}
+
+/// Packed rows whose columns are brought together by group.
+struct Reordered<'a> {
+    rows: &'a PackedRows<'a>,
+    sequence: Vec<u32>,
+    block_type: BlockType,
+}
+
+impl Rows for Reordered<'_> {
+    fn block_type(&self) -> BlockType {
+        self.block_type
+    }
+
+    fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        self.rows.encode(index, self.block_type, Some(&self.sequence), scratch);
         scratch
     }
 }

@@ -7,8 +7,12 @@
 //! | `compressed-tensors` | `weight_packed (out, in / 8)`, columns in a word | `weight_scale (out, groups)` | `weight_zero_point (out / 8, groups)`, or 8 |
 //!
 //! A weight is `scale * (code - zero)`. That is a block type's number exactly: Q4_0's where the zero point is 8, Q4_1's
-//! where `scale * zero` is a number of F16, Q5_0's with any other zero point. Groups whose columns do not lie together
-//! (`desc_act` with its `g_idx`), groups that are no multiple of 32 and scales that F16 does not hold become F32.
+//! where `scale * zero` is a number of F16, Q5_0's with any other zero point. Groups that are no multiple of 32 and scales
+//! that F16 does not hold become F32.
+//!
+//! With `desc_act`, the columns of a group do not lie together (`g_idx` tells their groups). GGUF has no blocks for that, so
+//! that such rows are F32, too; but a model that is loaded brings the columns together by
+//! [`Rows::reordered`](crate::quant::pack::Rows::reordered), and its inputs likewise.
 //!
 //! Sources: AutoGPTQ's and GPTQModel's `QuantLinear`, AutoAWQ's `WQLinear_GEMM`, compressed-tensors' `pack_quantized`,
 //! auto-round's `inference/backend.py`.

@@ -6,4 +6,6 @@
 pub mod compute;
 pub mod gptq;
 pub mod problem;
+pub mod refine;
 pub mod rtn;
+pub mod signround;

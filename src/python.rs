@@ -30,6 +30,7 @@ mod errors {
 }
 use errors::{ContextFullError, ModelError};
 
+mod quantize;
 mod vocab;
 
 impl From<Error> for PyErr {
@@ -365,6 +366,8 @@ impl Model {
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::quantize::quantize;
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]

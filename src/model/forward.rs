@@ -1,5 +1,7 @@
 //! The forward pass: rows of tokens from any number of sessions in, logits out.
 
+pub(crate) mod layerwise;
+
 use std::sync::PoisonError;
 
 use half::f16;
@@ -212,36 +214,7 @@ impl Pass<'_> {
             if interrupted() {
                 return Err(Error::Interrupted);
             }
-            // Attention: norm, query/key/value, rotation, into the cache, over the cache.
-            self.norm(&s.x, layer.attn_norm.as_ref(), &mut s.input);
-            self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
-            self.heads(s, layer, index);
-            self.store(s, layer, index, inputs);
-            self.attend(s, layer, index, inputs);
-            self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
-            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
-            if config.parallel {
-                // The feed-forward layer reads the stream as attention did, so attention joins it later.
-                std::mem::swap(&mut s.joining, &mut s.joining_later);
-            } else {
-                self.join(&mut s.x, &s.joining);
-            }
-
-            // Feed-forward: norm, gate and up, activation, down.
-            let norm = layer.ffn_norm.as_ref().or(if config.parallel { layer.attn_norm.as_ref() } else { None });
-            self.norm(&s.x, norm, &mut s.input);
-            match &layer.ffn {
-                Ffn::Dense(mlp) => self.mlp(mlp, &mut s.input, &mut s.ffn, &mut s.joining),
-                Ffn::Experts { router, experts, shared } => {
-                    let buffers = &mut s.expert;
-                    self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
-                }
-            }
-            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref());
-            if config.parallel {
-                self.join(&mut s.x, &s.joining_later);
-            }
-            self.join(&mut s.x, &s.joining);
+            self.layer(s, layer, index, inputs);
         }
         for row in &s.rows {
             inputs[row.input].session.advance(1);
@@ -258,23 +231,72 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
-            let output = weights.output();
-            self.linear(output, &mut s.input, &mut s.logits);
-            let vocabulary = self.model.vocabulary();
-            for row in s.logits.chunks(output.width()) {
-                let at = logits.len();
-                logits.extend_from_slice(&row[..vocabulary]);
-                let row = &mut logits[at..];
-                if config.logit_scale != 1.0 {
-                    row.iter_mut().for_each(|x| *x *= config.logit_scale);
-                }
-                if let Some(cap) = config.logit_cap {
-                    self.kernel.soft_cap(row, cap);
-                }
-            }
+            self.head(s, logits);
         }
         Ok(())
+    }
+
+    /// The logits of all rows of `s.x`.
+    fn head(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
+        let (config, weights) = (&self.model.config, &self.model.weights);
+        self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
+        let output = weights.output();
+        self.linear(output, &mut s.input, &mut s.logits);
+        let vocabulary = self.model.vocabulary();
+        for row in s.logits.chunks(output.width()) {
+            let at = logits.len();
+            logits.extend_from_slice(&row[..vocabulary]);
+            let row = &mut logits[at..];
+            if config.logit_scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= config.logit_scale);
+            }
+            if let Some(cap) = config.logit_cap {
+                self.kernel.soft_cap(row, cap);
+            }
+        }
+    }
+
+    /// One transformer block: `s.x` to `s.x`.
+    fn layer(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
+        let config = &self.model.config;
+        self.attention(s, layer, index, inputs);
+        self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
+        self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
+        if config.parallel {
+            // The feed-forward layer reads the stream as attention did, so attention joins it later.
+            std::mem::swap(&mut s.joining, &mut s.joining_later);
+        } else {
+            self.join(&mut s.x, &s.joining);
+        }
+
+        // Feed-forward: norm, gate and up, activation, down.
+        self.norm(&s.x, self.ffn_norm(layer), &mut s.input);
+        match &layer.ffn {
+            Ffn::Dense(mlp) => self.mlp(mlp, &mut s.input, &mut s.ffn, &mut s.joining),
+            Ffn::Experts { router, experts, shared } => {
+                let buffers = &mut s.expert;
+                self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
+            }
+        }
+        self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref());
+        if config.parallel {
+            self.join(&mut s.x, &s.joining_later);
+        }
+        self.join(&mut s.x, &s.joining);
+    }
+
+    /// Attention from `s.x` to the input of its output matrix: norm, query/key/value, rotation, into the cache, over it.
+    fn attention(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
+        self.norm(&s.x, layer.attn_norm.as_ref(), &mut s.input);
+        self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
+        self.heads(s, layer, index);
+        self.store(s, layer, index, inputs);
+        self.attend(s, layer, index, inputs);
+    }
+
+    /// The norm before the feed-forward layer: its own, or, beside attention, that of attention.
+    fn ffn_norm<'l>(&self, layer: &'l Layer) -> Option<&'l Norm> {
+        layer.ffn_norm.as_ref().or(if self.model.config.parallel { layer.attn_norm.as_ref() } else { None })
     }
 
     fn embed(&self, s: &mut Scratch) {
@@ -478,6 +500,12 @@ impl Pass<'_> {
 
     /// `out = down(activation(gate(input)) * up(input))`, or `down(activation(up(input)))` where there is no gate.
     pub(super) fn mlp(&self, mlp: &Mlp, input: &mut Rows, buffer: &mut Vec<f32>, out: &mut Vec<f32>) {
+        self.mlp_inner(mlp, input, buffer);
+        self.linear(&mlp.down, input, out);
+    }
+
+    /// `input = activation(gate(input)) * up(input)`, the input of `down`.
+    fn mlp_inner(&self, mlp: &Mlp, input: &mut Rows, buffer: &mut Vec<f32>) {
         self.linear(&mlp.up, input, buffer);
         let (ffn, width, activation) = (mlp.width, mlp.up.width(), self.model.config.activation);
         let gated = mlp.up.parts().len() == 2;
@@ -493,7 +521,6 @@ impl Pass<'_> {
                 }
             }
         });
-        self.linear(&mlp.down, input, out);
     }
 
     /// `x += scale * joining`.

@@ -24,6 +24,7 @@ use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{Team, resolve_threads};
 use config::Config;
+pub(crate) use forward::layerwise;
 pub use forward::{Input, Logits};
 use hf::HfFolder;
 pub use kv_cache::Session;
@@ -31,7 +32,7 @@ use requantize::Quantized;
 use rope::Rope;
 pub use rope::{RopeConfig, Scaling};
 pub use weights::Progress;
-use weights::Weights;
+use weights::{Loader, Weights};
 
 /// What becomes of weights that a checkpoint holds as F32, F16 or BF16.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -141,6 +142,16 @@ impl Model {
     }
 
     fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
+        Model::with_weights(checkpoint, options, |loader, config, context| {
+            Weights::load(loader, config, context, progress)
+        })
+    }
+
+    fn with_weights(
+        checkpoint: &dyn Checkpoint,
+        options: &LoadOptions,
+        load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
+    ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
         let team = Team::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
@@ -149,7 +160,7 @@ impl Model {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = team.run(|scope| Weights::load(scope, checkpoint, &config, context, progress))?;
+        let weights = team.run(|scope| load(&Loader { scope, checkpoint }, &config, context))?;
         let [rope, window_rope] = &config.ropes;
         let ropes = [
             Rope::new(rope, config.rotary, context, weights.rope_factors.as_deref()),

@@ -124,19 +124,29 @@ pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
 impl Weights {
     pub(super) fn load(
-        scope: &Scope<'_>,
-        checkpoint: &dyn Checkpoint,
+        loader: &Loader<'_>,
         config: &Config,
         context: usize,
         progress: Option<Progress<'_>>,
     ) -> Result<Weights> {
-        let loader = Loader { scope, checkpoint };
         let done = |layer: usize| {
             if let Some(progress) = progress {
                 progress(layer, config.layers.len() + 1);
             }
         };
         done(0);
+        let mut weights = Weights::without_layers(loader, config, context)?;
+        for index in 0..config.layers.len() {
+            weights.layers.push(loader.layer(config, index)?);
+            done(index + 1);
+        }
+        done(config.layers.len() + 1);
+        Ok(weights)
+    }
+
+    /// What stands before and after the layers.
+    pub(super) fn without_layers(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        let checkpoint = loader.checkpoint;
         let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
         let vocabulary = table.dims.get(1).copied().unwrap_or(0);
         let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], config.hidden)?;
@@ -155,16 +165,11 @@ impl Weights {
             }
             None => None,
         };
-        let mut layers = Vec::new();
-        for index in 0..config.layers.len() {
-            layers.push(loader.layer(config, index)?);
-            done(index + 1);
-        }
         let weights = Weights {
             embedding,
             embedding_norm: loader.norm("token_embd_norm", config)?,
             positions,
-            layers,
+            layers: Vec::new(),
             output_norm: loader.norm("output_norm", config)?,
             output,
             rope_factors: loader.rope_factors(config, context)?,
@@ -172,7 +177,6 @@ impl Weights {
         if weights.output_norm.is_none() && !config.family.more.optional_output_norm {
             return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
         }
-        done(config.layers.len() + 1);
         Ok(weights)
     }
 
@@ -211,7 +215,7 @@ impl Weights {
 type Order<'a> = &'a (dyn Fn(usize) -> usize + Sync);
 
 /// Rows of a tensor that become part of a [`Linear`].
-struct Part<'a> {
+pub(super) struct Part<'a> {
     /// Without `.weight`.
     name: String,
     rows: usize,
@@ -224,14 +228,15 @@ struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    fn new(name: impl Into<String>, rows: usize) -> Part<'a> {
+    pub(super) fn new(name: impl Into<String>, rows: usize) -> Part<'a> {
         Part { name: name.into(), rows, order: &|row| row, of: rows, stack: None }
     }
 }
 
-struct Loader<'a> {
-    scope: &'a Scope<'a>,
-    checkpoint: &'a dyn Checkpoint,
+/// Reads tensors of a checkpoint.
+pub(super) struct Loader<'a> {
+    pub(super) scope: &'a Scope<'a>,
+    pub(super) checkpoint: &'a dyn Checkpoint,
 }
 
 impl Loader<'_> {
@@ -341,7 +346,7 @@ impl Loader<'_> {
     }
 
     /// Matrices with `columns` input features, side by side.
-    fn linear(&self, parts: &[Part<'_>], columns: usize) -> Result<Linear> {
+    pub(super) fn linear(&self, parts: &[Part<'_>], columns: usize) -> Result<Linear> {
         let mut packed = Vec::new();
         for part in parts {
             let name = format!("{}.weight", part.name);
@@ -388,7 +393,7 @@ impl Loader<'_> {
         Ok(pack::pack(self.scope, tensor.rows.as_ref(), rows, columns, order))
     }
 
-    fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
+    pub(super) fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let attn_norm = self.norm(&name("attn_norm"), config)?;
@@ -421,7 +426,7 @@ impl Loader<'_> {
     }
 
     /// Query, key and value from three tensors, or from one with their rows one after the other.
-    fn qkv(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Linear> {
+    pub(super) fn qkv(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Linear> {
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let (dim, rotary) = (config.head_dim, config.rotary);
         let adjacent = config.family.position == Position::RopeAdjacent;
@@ -491,7 +496,7 @@ impl Loader<'_> {
     }
 
     /// Gate, up and down, of one expert of a stack if `expert` is its index and their number.
-    fn mlp(
+    pub(super) fn mlp(
         &self,
         config: &Config,
         name: &dyn Fn(&str) -> String,

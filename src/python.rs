@@ -30,6 +30,7 @@ mod errors {
 }
 use errors::{ContextFullError, ModelError};
 
+mod evaluate;
 mod quantize;
 mod vocab;
 
@@ -366,6 +367,8 @@ impl Model {
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::evaluate::{Baseline, perplexity};
     #[pymodule_export]
     use super::quantize::quantize;
     #[pymodule_export]

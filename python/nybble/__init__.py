@@ -8,6 +8,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 
 from nybble._native import __version__, kernels
 from nybble.errors import ContextFullError, ModelError
+from nybble.evaluation import Evaluation, Reference, evaluate
 from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
 from nybble.model import Message, Model, ModelInfo
 from nybble.sampling import SamplingOptions
@@ -16,10 +17,12 @@ from nybble.tokenizer import Tokenizer
 __all__ = [
     "Completion",
     "ContextFullError",
+    "Evaluation",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
+    "Reference",
     "SamplingOptions",
     "TextStream",
     "Timings",
@@ -27,5 +30,6 @@ __all__ = [
     "Tokenizer",
     "Usage",
     "__version__",
+    "evaluate",
     "kernels",
 ]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nybble.sampling import SamplingOptions
 
 __all__ = [
+    "Baseline",
     "GgufFile",
     "Model",
     "Sampled",
@@ -21,6 +22,7 @@ __all__ = [
     "convert",
     "default_threads",
     "kernels",
+    "perplexity",
 ]
 __version__: str
 
@@ -96,3 +98,14 @@ class Model:
     def logits(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+@final
+class Baseline:
+    def __new__(
+        cls, model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
+    ) -> Baseline: ...
+    def compare(self, model: Model, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]: ...
+
+def perplexity(
+    model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
+) -> dict[str, Any]: ...

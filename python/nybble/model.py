@@ -71,7 +71,7 @@ class Model:
         kernel: str | None = None,
         threads: int | None = None,
         context: int | None = None,
-        quantize: Literal["auto", "int4", "int8"] | None = "auto",
+        quantize: str | None = "auto",
         progress: Callable[[int, int], object] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.

@@ -16,7 +16,7 @@ use super::overlay::{Overlay, read_rows};
 use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Problem, Solution};
 use super::report::{Report, TensorReport};
-use super::{gptq, rtn};
+use super::{gptq, rtn, signround};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata};
 use crate::format::{Checkpoint, Tensor};
@@ -40,8 +40,10 @@ pub enum Recipe {
         /// Whether the scale is searched.
         search: bool,
     },
-    /// Rounding column by column, errors made up for by later columns.
+    /// Rounding column by column, errors made up for by later columns, and then codes and scales fitted to each other.
     Gptq(gptq::Options),
+    /// Rounding learned by signed steps.
+    Signround(signround::Options),
 }
 
 impl Recipe {
@@ -50,6 +52,7 @@ impl Recipe {
         match self {
             Recipe::Rtn { .. } => "rtn",
             Recipe::Gptq(_) => "gptq",
+            Recipe::Signround(_) => "signround",
         }
     }
 
@@ -62,6 +65,7 @@ impl Recipe {
         match self {
             Recipe::Rtn { search } => rtn::solve(problem, format, *search, compute),
             Recipe::Gptq(options) => gptq::solve(problem, format, options, compute),
+            Recipe::Signround(options) => signround::solve(problem, format, options, compute),
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use super::compute::{Compute, factor};
 use super::problem::{Format, Problem, Solution};
-use super::rtn;
+use super::{refine, rtn};
 
 /// Columns whose errors are passed on to the rest together.
 const BLOCK: usize = 128;
@@ -23,11 +23,13 @@ pub struct Options {
     pub order: bool,
     /// Whether each group's scale is searched, or reaches just as far as its largest weight.
     pub search: bool,
+    /// Times that codes and scales are fitted to each other afterwards, see [`refine`].
+    pub passes: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { damping: 0.01, order: true, search: true }
+        Options { damping: 0.003, order: true, search: true, passes: 4 }
     }
 }
 
@@ -64,7 +66,9 @@ pub fn solve(problem: &Problem<'_>, format: &Format, options: &Options, compute:
         block.pass_on(&mut state, compute);
         start = end;
     }
-    state.finish(format, &order)
+    let mut solution = state.finish(format, &order);
+    refine::refine(problem, format, options.passes, options.damping, &mut solution, compute);
+    solution
 }
 
 /// Columns in the order in which they are rounded: groups, and columns inside of each, by falling importance.

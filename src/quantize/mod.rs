@@ -4,17 +4,21 @@
 //! inputs. It returns a [`Solution`](problem::Solution): codes and scales that are a plain block format of GGUF files.
 //! [`quantize`] takes a whole checkpoint through a recipe.
 
+pub mod allocate;
+pub mod awq;
 mod calibrate;
 pub mod compute;
+pub mod eval;
 mod flow;
 pub mod gptq;
 mod journal;
 mod overlay;
 mod policy;
 pub mod problem;
-mod report;
 pub mod refine;
+mod report;
 pub mod rtn;
+pub mod search;
 pub mod signround;
 mod stream;
 

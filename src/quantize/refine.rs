@@ -11,41 +11,28 @@ use super::problem::{Format, Problem, Solution, rounded};
 /// Rows that one thread takes together.
 const TASK_ROWS: usize = 8;
 
-/// What may be chosen.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Options {
-    /// Times that all codes and scales are visited at most; a row that no longer changes ends earlier.
-    pub passes: usize,
-    /// What is added to the mean squares of the inputs, in units of their mean.
-    pub damping: f32,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options { passes: 4, damping: 0.003 }
-    }
-}
-
-/// Improves `solution`, whose format is `format`, in place. Without known inputs nothing is done.
+/// Improves `solution`, whose format is `format`, in place: all codes and scales are visited `passes` times at most, and a row
+/// that no longer changes ends earlier. `damping` is added to the mean squares of the inputs, in units of their mean. Without
+/// known inputs nothing is done.
 ///
 /// # Panics
 /// When the solution is of another format or size than the problem.
 pub fn refine(
     problem: &Problem<'_>,
     format: &Format,
-    options: &Options,
+    passes: usize,
+    damping: f32,
     solution: &mut Solution,
     compute: &Compute<'_>,
 ) {
     let (columns, groups) = (problem.columns, format.groups(problem.columns));
-    if problem.hessian.is_empty() {
+    if problem.hessian.is_empty() || passes == 0 {
         return;
     }
     assert_eq!(solution.codes.len(), problem.weights.len(), "codes of a layer");
     assert_eq!(solution.scales.len() * columns, problem.weights.len() * groups, "scales of a layer");
-    let damped = Damped::new(problem, options.damping);
-    let missing: Vec<f32> =
-        problem.weights.iter().zip(solution.decode(format, columns)).map(|(w, q)| w - q).collect();
+    let damped = Damped::new(problem, damping);
+    let missing: Vec<f32> = problem.weights.iter().zip(solution.decode(format, columns)).map(|(w, q)| w - q).collect();
     let mut gradient = vec![0.0; missing.len()];
     compute.product(&missing, problem.hessian, columns, &mut gradient);
     gradient.iter_mut().zip(&missing).for_each(|(g, d)| *g += damped.extra * d);
@@ -60,7 +47,7 @@ pub fn refine(
         .collect();
     compute.for_each_chunk(&mut rows, TASK_ROWS, |_, rows| {
         for row in rows {
-            for _ in 0..options.passes {
+            for _ in 0..passes {
                 let scales = row.fit_scales(format, &damped);
                 let codes = row.fit_codes(format, &damped);
                 if !scales && !codes {
@@ -231,7 +218,6 @@ mod tests {
     use super::*;
 
     const GRIDS: [Grid; 5] = [Grid::Q4_0, Grid::Q4_1, Grid::Iq4Nl, Grid::Q5_0, Grid::Q8_0];
-    const UNDAMPED: Options = Options { passes: 1, damping: 0.0 };
 
     #[test]
     fn every_pass_lowers_the_loss_on_every_grid() {
@@ -245,7 +231,7 @@ mod tests {
                     let first = error(&problem, &solution.decode(&format, COLUMNS));
                     let mut last = first;
                     for _ in 0..3 {
-                        refine(&problem, &format, &UNDAMPED, &mut solution, compute);
+                        refine(&problem, &format, 1, 0.0, &mut solution, compute);
                         let now = error(&problem, &solution.decode(&format, COLUMNS));
                         assert!(now <= last * (1.0 + 1e-5), "{format:?}: from {last} to {now}");
                         last = now;
@@ -263,9 +249,10 @@ mod tests {
             let problem = Problem::new(&weights, 40, COLUMNS, &hessian, &[]).unwrap();
             for grid in [Grid::Q4_0, Grid::Q4_1, Grid::Iq4Nl] {
                 let format = Format { grid, group: 32 };
-                let mut solution = gptq::solve(&problem, &format, &gptq::Options::default(), compute).unwrap();
+                let options = gptq::Options { passes: 0, ..gptq::Options::default() };
+                let mut solution = gptq::solve(&problem, &format, &options, compute);
                 let before = error(&problem, &solution.decode(&format, COLUMNS));
-                refine(&problem, &format, &Options::default(), &mut solution, compute);
+                refine(&problem, &format, 4, 0.003, &mut solution, compute);
                 let after = error(&problem, &solution.decode(&format, COLUMNS));
                 assert!(after < 0.95 * before, "{grid:?}: from {before} to {after}");
             }
@@ -288,7 +275,7 @@ mod tests {
             let mut found = right.clone();
             // Every fourth, so that the scale is not worth changing first.
             found.codes.iter_mut().step_by(4).for_each(|code| *code += 1);
-            with_threads(1, |compute| refine(&problem, &format, &Options::default(), &mut found, compute));
+            with_threads(1, |compute| refine(&problem, &format, 4, 0.003, &mut found, compute));
             assert_eq!(found.decode(&format, 64), weights, "{grid:?}");
         }
     }
@@ -302,7 +289,7 @@ mod tests {
             let format = Format { grid, group: 32 };
             let mut solution = with_threads(1, |compute| rtn::solve(&problem, &format, false, compute));
             with_threads(1, |compute| {
-                refine(&problem, &format, &Options { passes: 50, ..UNDAMPED }, &mut solution, compute);
+                refine(&problem, &format, 50, 0.0, &mut solution, compute);
             });
             let loss = |solution: &Solution| error(&problem, &solution.decode(&format, 32));
             for (scale, min) in [(1.01, 1.0), (0.99, 1.0), (1.0, 1.01), (1.0, 0.99)] {
@@ -322,7 +309,7 @@ mod tests {
                 let problem = Problem::new(&weights, 40, COLUMNS, &hessian, &[]).unwrap();
                 let format = Format { grid: Grid::Q4_1, group: 32 };
                 let mut solution = rtn::solve(&problem, &format, true, compute);
-                refine(&problem, &format, &Options::default(), &mut solution, compute);
+                refine(&problem, &format, 4, 0.003, &mut solution, compute);
                 solution
             })
         };

@@ -16,6 +16,7 @@ import typer
 from nybble.cli.bench import bench
 from nybble.cli.chat import chat
 from nybble.cli.convert import convert
+from nybble.cli.eval import evaluate
 from nybble.cli.inspect import inspect
 from nybble.cli.models import models
 from nybble.cli.run import run
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command(options_metavar="[OPTIONS] [MODEL]")(run)
 for command in (chat, inspect, convert, bench, models):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -45,8 +45,14 @@ pub(super) fn quantize(
     let recipe = match recipe {
         "rtn" => Recipe::Rtn { search },
         "gptq" => Recipe::Gptq(gptq::Options { search, ..gptq::Options::default() }),
+        "awq" => Recipe::Awq(None),
+        "awq+gptq" => Recipe::Awq(Some(gptq::Options { search, ..gptq::Options::default() })),
         "signround" => Recipe::Signround(signround::Options { search, ..signround::Options::default() }),
-        other => return Err(Error::argument("recipe", format_args!("{other:?}"), "rtn, gptq or signround").into()),
+        other => {
+            return Err(
+                Error::argument("recipe", format_args!("{other:?}"), "rtn, gptq, awq, awq+gptq or signround").into()
+            );
+        }
     };
     let grid = Grid::of(block_type("format", grid)?)
         .ok_or_else(|| Error::argument("format", format_args!("{grid:?}"), "q4_0, q4_1, iq4_nl or q8_0"))?;

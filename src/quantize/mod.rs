@@ -5,11 +5,13 @@
 //! [`quantize`] takes a whole checkpoint through a recipe.
 
 pub mod allocate;
+mod auto;
 pub mod awq;
 mod calibrate;
 pub mod compute;
 pub mod eval;
 mod flow;
+mod fold;
 pub mod gptq;
 mod journal;
 mod overlay;
@@ -19,9 +21,11 @@ pub mod refine;
 mod report;
 pub mod rtn;
 pub mod search;
+mod sensitivity;
 pub mod signround;
 mod stream;
 
+pub use auto::{AutoOptions, AutoReport, auto};
 pub use flow::{Options, Progress, Recipe, quantize};
 pub use policy::{Policy, Stored};
 pub use report::{Report, TensorReport};

@@ -254,7 +254,7 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
     assert!(
         refused(&whole, &options(gptq()), &few).starts_with("calibration: found 200 tokens, expected at least 512")
     );
-    let unknown = vec![vec![320; 600]];
+    let unknown = vec![vec![320; 100]; 6];
     assert_eq!(refused(&whole, &options(gptq()), &unknown), "token: found 320, expected an id below 320");
     let long = vec![vec![1; 100_000]];
     assert!(refused(&whole, &options(gptq()), &long).starts_with("window: found 100000 tokens"));

@@ -7,7 +7,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 """
 
 from nybble._native import __version__, kernels
-from nybble.errors import ContextFullError, ModelError
+from nybble.errors import ContextFullError, InternalError, ModelError
 from nybble.evaluation import Evaluation, Reference, evaluate
 from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
 from nybble.model import Message, Model, ModelInfo
@@ -20,6 +20,7 @@ __all__ = [
     "Completion",
     "ContextFullError",
     "Evaluation",
+    "InternalError",
     "Message",
     "Model",
     "ModelError",

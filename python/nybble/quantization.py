@@ -19,12 +19,12 @@ from nybble.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nybble.texts import Windows
 
-Recipe = Literal["auto", "rtn", "gptq", "awq", "signround"]
+Recipe = Literal["auto", "rtn", "gptq", "awq", "awq+gptq", "signround"]
 Format = Literal["q4_0", "q4_1", "iq4_nl"]
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-RECIPES = ("auto", "rtn", "gptq", "awq", "signround")
+RECIPES = ("auto", "rtn", "gptq", "awq", "awq+gptq", "signround")
 FORMATS = ("q4_0", "q4_1", "iq4_nl")
 CALIBRATION_TOKENS = 65_536
 _HELD_OUT = 8
@@ -206,7 +206,7 @@ def _calibration(
     window = _window(path)
     if source == calibration.SELF:
         # Eight bits write as well as all of them, and sooner.
-        with Model.load(path, quantize="int8", threads=threads) as model:
+        with Model.load(path, quantize="int8", threads=threads, progress=False) as model:
             return calibration.generate(
                 model,
                 tokens,
@@ -237,11 +237,11 @@ def _measured(
     """With the figures of the file that was written, beside those of its source."""
     from nybble.model import Model
 
-    with Model.load(path, quantize=None, threads=threads) as model:
+    with Model.load(path, quantize=None, threads=threads, progress=False) as model:
         reference = Reference.of_windows(
             model, windows, progress=lambda count, total: report("measuring the source", count, total)
         )
-    with Model.load(out, threads=threads) as model:
+    with Model.load(out, threads=threads, progress=False) as model:
         found = reference.compare(model, progress=lambda count, total: report("measuring the file", count, total))
     candidate = Candidate(
         recipe=done.recipe,
@@ -267,9 +267,9 @@ def _measured(
 @contextlib.contextmanager
 def _reporter(progress: bool | Progress, name: str) -> Iterator[Progress]:
     if progress is True:
-        from nybble.cli import terminal
+        from nybble.progress import stages
 
-        with terminal.stages(f"quantizing {name}") as show:
+        with stages(f"quantizing {name}") as show:
             yield show
     else:
         yield progress or (lambda stage, done, total: None)

@@ -245,7 +245,7 @@ fn for_each_piece(
     let rows = (PIECE / (model.vocabulary() * size_of::<f32>()).max(1)).max(1);
     let mut logits = Vec::new();
     for (done, window) in windows.iter().enumerate() {
-        progress(done, windows.len());
+        progress(done, windows.len())?;
         let mut session = model.session();
         let (unscored, scored) = window[..length - 1].split_at(length / 2);
         let first = Input { session: &mut session, tokens: unscored, logits: Logits::None };
@@ -258,7 +258,7 @@ fn for_each_piece(
         }
         logits.clear();
     }
-    progress(windows.len(), windows.len());
+    progress(windows.len(), windows.len())?;
     Ok(())
 }
 

@@ -42,15 +42,15 @@ def evaluate(
     The figures are defined as llama.cpp's perplexity tool defines them.
     """
     from nybble import evaluation
+    from nybble.progress import bar
 
     recorded = None
     if reference is not None:
         # One model in memory at a time: what is needed of the reference goes to a temporary file.
         plain = dataclasses.replace(load, filename=None, revision=None)
-        bar = terminal.progress("reading with the reference")
-        with plain.load(reference, quantize="stored") as model, bar as advance:
+        with plain.load(reference, quantize="stored") as model, bar("reading with the reference") as advance:
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
-    with load.load(source, quantize=quantize) as model, terminal.progress("reading") as advance:
+    with load.load(source, quantize=quantize) as model, bar("reading") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:

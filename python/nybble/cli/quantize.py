@@ -22,6 +22,7 @@ class Recipe(str, Enum):
     RTN = "rtn"
     GPTQ = "gptq"
     AWQ = "awq"
+    AWQ_GPTQ = "awq+gptq"
     SIGNROUND = "signround"
 
 
@@ -42,7 +43,7 @@ def quantize(
         Recipe,
         typer.Option(
             "--recipe",
-            help="How codes are found: rtn, gptq, awq or signround; auto tries them from cheap to dear.",
+            help="How codes are found: rtn, gptq, awq, awq+gptq or signround; auto tries them from cheap to dear.",
             metavar="RECIPE",
         ),
     ] = Recipe.AUTO,

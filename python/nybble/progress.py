@@ -37,7 +37,15 @@ def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: None
         return
     with _drawn(what) as show:
-        yield lambda stage, done, total: show(done, total, f"{what}: {stage}")
+        before = 0
+
+        def advance(stage: str, done: int, total: int) -> None:
+            nonlocal before
+            # What begins anew has a speed of its own, from which the time that is left is told.
+            show(done, total, f"{what}: {stage}", done < before)
+            before = done
+
+        yield advance
 
 
 @contextlib.contextmanager
@@ -48,4 +56,10 @@ def _drawn(what: str) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=None)
-        yield lambda done, total, text=what: bars.update(task, completed=done, total=total, description=text)
+
+        def show(done: int, total: int, text: str = what, anew: bool = False) -> None:
+            if anew:
+                bars.reset(task)
+            bars.update(task, completed=done, total=total, description=text)
+
+        yield show

@@ -99,7 +99,7 @@ def quantize(
     _check(out, recipe, group, symmetric, format, bits_per_weight, target, budget, force)
     path = hub.resolve(source, revision=revision)
     grid = format or ("q4_1" if symmetric is False else "q4_0")
-    with _reporter(progress, out.name) as report:
+    with _reporter(progress) as report:
         tokenizer = Tokenizer.load(path)
         measures = recipe == "auto" or evaluation is not None if measure is None else measure
         needs_text = recipe != "rtn" or (measures and evaluation is None) or bits_per_weight is not None
@@ -265,11 +265,11 @@ def _measured(
 
 
 @contextlib.contextmanager
-def _reporter(progress: bool | Progress, name: str) -> Iterator[Progress]:
+def _reporter(progress: bool | Progress) -> Iterator[Progress]:
     if progress is True:
         from nybble.progress import stages
 
-        with stages(f"quantizing {name}") as show:
+        with stages("quantizing") as show:
             yield show
     else:
         yield progress or (lambda stage, done, total: None)

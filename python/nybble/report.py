@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class Report:
         """Reads what `to_json` wrote. Keys that are not known are passed over."""
         value = json.loads(text)
         reference = value.get("reference") or {}
+        # Candidates that differ in nothing else have the usual format of the file's layers.
+        usual = {"format": _usual(value["tensors"], "type", "").lower(), "group": _usual(value["tensors"], "group", 32)}
         return cls(
             source=Path(value["source"]),
             out=Path(value["out"]),
@@ -81,7 +84,7 @@ class Report:
             seconds=value["seconds"],
             tensors=tuple(_read(TensorReport, tensor) for tensor in value["tensors"]),
             chosen_because=value.get("chosen_because"),
-            candidates=tuple(_read(Candidate, candidate) for candidate in value.get("candidates") or ()),
+            candidates=tuple(_read(Candidate, {**usual, **candidate}) for candidate in value.get("candidates") or ()),
             reference_perplexity=reference.get("perplexity"),
             kl_by_position=tuple(value.get("kl_by_position") or ()),
         )
@@ -104,6 +107,12 @@ class Report:
         path = Path(path)
         text = self.to_json(indent=1) if path.suffix.lower() == ".json" else self.to_html()
         path.write_text(text, encoding="utf-8")
+
+
+def _usual(tensors: list[dict[str, Any]], key: str, default: Any) -> Any:
+    """The commonest value among the matrices whose codes a recipe found."""
+    found = Counter(tensor[key] for tensor in tensors if tensor["relative_error"] is not None)
+    return found.most_common(1)[0][0] if found else default
 
 
 def _read(kind: type[Any], value: dict[str, Any]) -> Any:

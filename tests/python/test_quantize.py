@@ -90,6 +90,8 @@ def test_a_report_survives_json_and_ignores_what_it_does_not_know() -> None:
     assert report.chosen is not None
     assert report.chosen.recipe == "gptq"
     assert report.reference_perplexity == 48.9
+    sparse = [{name: x for name, x in one.items() if name not in ("format", "group")} for one in REPORT["candidates"]]
+    assert Report.from_json(json.dumps({**REPORT, "candidates": sparse})).candidates == report.candidates
 
 
 REPORT: dict[str, Any] = {

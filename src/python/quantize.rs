@@ -11,7 +11,7 @@ use super::detached;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::problem::Grid;
-use crate::quantize::{Options, Policy, Recipe, gptq, quantize as run};
+use crate::quantize::{Options, Policy, Recipe, gptq, quantize as run, signround};
 
 fn block_type(name: &'static str, text: &str) -> crate::Result<BlockType> {
     let known =
@@ -45,7 +45,14 @@ pub(super) fn quantize(
     let recipe = match recipe {
         "rtn" => Recipe::Rtn { search },
         "gptq" => Recipe::Gptq(gptq::Options { search, ..gptq::Options::default() }),
-        other => return Err(Error::argument("recipe", format_args!("{other:?}"), "rtn or gptq").into()),
+        "awq" => Recipe::Awq(None),
+        "awq+gptq" => Recipe::Awq(Some(gptq::Options { search, ..gptq::Options::default() })),
+        "signround" => Recipe::Signround(signround::Options { search, ..signround::Options::default() }),
+        other => {
+            return Err(
+                Error::argument("recipe", format_args!("{other:?}"), "rtn, gptq, awq, awq+gptq or signround").into()
+            );
+        }
     };
     let grid = Grid::of(block_type("format", grid)?)
         .ok_or_else(|| Error::argument("format", format_args!("{grid:?}"), "q4_0, q4_1, iq4_nl or q8_0"))?;

@@ -186,6 +186,26 @@ impl<'a> Calibration<'a> {
         Calibration { layers, compute, windows, folder, stream }
     }
 
+    /// The windows as they are now, to be taken through other weights.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(super) fn fork(&mut self) -> Result<Calibration<'a>> {
+        let mut stream = self.buffer(self.layers.config().hidden);
+        for window in 0..self.windows.len() {
+            stream.put(window, self.stream.get(window)?)?;
+        }
+        Ok(Calibration { stream, ..*self })
+    }
+
+    /// The logits of all tokens of a window `(tokens, vocabulary)`, after the last layer.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(super) fn logits(&mut self, window: usize) -> Result<Vec<f32>> {
+        Ok(self.layers.logits(self.stream.get(window)?))
+    }
+
     /// Takes the windows through a layer, whose linear layers `visitor` quantizes on the way.
     ///
     /// # Errors

@@ -11,12 +11,13 @@ use serde_json::json;
 
 use super::calibrate::{Calibration, Moments, Visitor};
 use super::compute::Compute;
+use super::fold;
 use super::journal::Journal;
 use super::overlay::{Overlay, read_rows};
 use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Problem, Solution};
 use super::report::{Report, TensorReport};
-use super::{gptq, rtn};
+use super::{awq, gptq, rtn, signround};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata};
 use crate::format::{Checkpoint, Tensor};
@@ -26,7 +27,7 @@ use crate::model::hf::HfFolder;
 use crate::model::layerwise::{Layerwise, Site};
 
 /// Tokens below which the moments of a layer's inputs say nothing: its weights are rounded then.
-const FEWEST_TOKENS: usize = 64;
+pub(super) const FEWEST_TOKENS: usize = 64;
 /// Tokens below which a text is no calibration.
 const LEAST_TEXT: usize = 512;
 /// Units of progress of one layer.
@@ -40,8 +41,12 @@ pub enum Recipe {
         /// Whether the scale is searched.
         search: bool,
     },
-    /// Rounding column by column, errors made up for by later columns.
+    /// Rounding column by column, errors made up for by later columns, and then codes and scales fitted to each other.
     Gptq(gptq::Options),
+    /// Columns scaled by their inputs before rounding, with clipped ranges, or with GPTQ where options for it are given.
+    Awq(Option<gptq::Options>),
+    /// Rounding learned by signed steps.
+    Signround(signround::Options),
 }
 
 impl Recipe {
@@ -50,6 +55,9 @@ impl Recipe {
         match self {
             Recipe::Rtn { .. } => "rtn",
             Recipe::Gptq(_) => "gptq",
+            Recipe::Awq(None) => "awq",
+            Recipe::Awq(Some(_)) => "awq+gptq",
+            Recipe::Signround(_) => "signround",
         }
     }
 
@@ -58,10 +66,17 @@ impl Recipe {
         !matches!(self, Recipe::Rtn { .. })
     }
 
+    /// Whether columns are scaled before rounding.
+    fn folds(&self) -> bool {
+        matches!(self, Recipe::Awq(_))
+    }
+
     fn solve(&self, problem: &Problem<'_>, format: &Format, compute: &Compute<'_>) -> Solution {
         match self {
             Recipe::Rtn { search } => rtn::solve(problem, format, *search, compute),
-            Recipe::Gptq(options) => gptq::solve(problem, format, options, compute),
+            Recipe::Gptq(options) | Recipe::Awq(Some(options)) => gptq::solve(problem, format, options, compute),
+            Recipe::Awq(None) => awq::solve(problem, format, compute),
+            Recipe::Signround(options) => signround::solve(problem, format, options, compute),
         }
     }
 }
@@ -282,13 +297,14 @@ impl Run<'_> {
         names.filter_map(piece).collect()
     }
 
-    /// Finds the codes of a piece and adds them to the journal.
+    /// Finds the codes of a piece, with its columns times `factors` if there are any, and adds them to the journal.
     fn solve(
         &mut self,
         piece: &Piece,
         format: &Format,
         tensor: &Tensor<'_>,
         moments: Option<&Moments>,
+        factors: Option<&[f32]>,
     ) -> Result<Vec<f32>> {
         let started = Instant::now();
         let fault = |error: Error| match error {
@@ -301,7 +317,13 @@ impl Run<'_> {
         let weights = read_rows(tensor, piece.first, piece.rows)?;
         let known = moments.filter(|moments| moments.tokens >= FEWEST_TOKENS);
         let (hessian, magnitude) = known.map_or((&[][..], &[][..]), |known| (&known.hessian, &known.magnitude));
-        let problem = Problem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
+        let plain = Problem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
+        let scaled =
+            factors.map(|factors| (awq::scale_columns(&weights, factors), awq::scale_moments(&plain, factors)));
+        let problem = match &scaled {
+            Some((weights, (hessian, magnitude))) => Problem { weights, hessian, magnitude, ..plain },
+            None => plain,
+        };
         let recipe = &self.options.recipe;
         let name = match moments {
             Some(moments) if known.is_none() => format!("rtn ({} tokens of the text came here)", moments.tokens),
@@ -321,6 +343,29 @@ impl Run<'_> {
         Ok(decoded)
     }
 
+    /// The factors of a site's columns, found if they are not in the journal; `None` where the recipe or the model has none.
+    fn factors(
+        &mut self,
+        layer: usize,
+        site: Site,
+        pieces: &[Piece],
+        moments: Option<&Moments>,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some(norm) = fold::norm(self.checkpoint, layer, site).filter(|_| self.options.recipe.folds()) else {
+            return Ok(None);
+        };
+        if let Some(moments) = moments.filter(|_| self.journal.description(&format!("{norm}.weight"), 0).is_none()) {
+            let mut layers = Vec::new();
+            for piece in pieces {
+                if let (Stored::Solved(format), Some(tensor)) = (piece.stored, self.checkpoint.tensor(&piece.name)) {
+                    layers.push((read_rows(&tensor, piece.first, piece.rows)?, format));
+                }
+            }
+            fold::fold(self.checkpoint, &norm, &layers, moments, &mut self.journal, &self.compute)?;
+        }
+        fold::factors(self.checkpoint, &norm, &self.journal)
+    }
+
     /// What no token went through, such as an embedding that is wanted in four bits.
     fn rest(&mut self) -> Result<()> {
         let names: Vec<String> = self.checkpoint.names().into_iter().map(str::to_owned).collect();
@@ -336,7 +381,7 @@ impl Run<'_> {
                 if self.journal.description(name, part).is_none() {
                     let stored = Stored::Solved(format);
                     let piece = Piece { name: name.clone(), part, first: part * rows, rows, columns, stored };
-                    self.solve(&piece, &format, &tensor, None)?;
+                    self.solve(&piece, &format, &tensor, None, None)?;
                 }
             }
             self.checkpoint.release(name);
@@ -408,28 +453,40 @@ impl Visitor for Run<'_> {
     }
 
     fn visit(&mut self, layer: usize, site: Site, moments: Option<Moments>) -> Result<()> {
-        for piece in self.pieces(layer, site) {
+        let pieces = self.pieces(layer, site);
+        let factors = self.factors(layer, site, &pieces, moments.as_ref())?;
+        let factors = factors.as_deref();
+        for piece in pieces {
             if (self.interrupted)() {
                 return Err(Error::Interrupted);
             }
             let Some(tensor) = self.checkpoint.tensor(&piece.name) else { continue };
-            let values = match piece.stored {
-                Stored::Solved(format) => match self.journal.blocks(&piece.name, piece.part)? {
-                    Some(blocks) => {
-                        let mut values = vec![0.0; piece.rows * piece.columns];
-                        format.grid.block_type().decode(&blocks, &mut values)?;
-                        values
-                    }
-                    None => self.solve(&piece, &format, &tensor, moments.as_ref())?,
-                },
-                Stored::Encoded(block_type) => {
+            let mut values = match (piece.stored, self.journal.blocks(&piece.name, piece.part)?) {
+                (stored, Some(blocks)) => {
+                    let mut values = vec![0.0; piece.rows * piece.columns];
+                    stored.block_type().decode(&blocks, &mut values)?;
+                    values
+                }
+                (Stored::Solved(format), None) => self.solve(&piece, &format, &tensor, moments.as_ref(), factors)?,
+                (Stored::Encoded(block_type), None) => {
                     let mut values = read_rows(&tensor, piece.first, piece.rows)?;
+                    if let Some(factors) = factors {
+                        values = awq::scale_columns(&values, factors);
+                    }
                     let mut blocks = Vec::new();
                     block_type.encode(&values, &mut blocks)?;
                     block_type.decode(&blocks, &mut values)?;
+                    if factors.is_some() {
+                        let description = json!({ "name": piece.name, "part": piece.part, "recipe": "encoded" });
+                        self.journal.add(&piece.name, piece.part, description, &blocks)?;
+                    }
                     values
                 }
             };
+            // The calibration goes on with the norm as it was.
+            for row in values.chunks_mut(piece.columns).filter(|_| factors.is_some()) {
+                row.iter_mut().zip(factors.unwrap_or_default()).for_each(|(value, factor)| *value /= factor);
+            }
             self.overlay.replace(&piece.name, piece.first, values);
         }
         Ok(())

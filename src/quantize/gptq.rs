@@ -7,7 +7,7 @@
 
 use super::compute::{Compute, factor};
 use super::problem::{Format, Problem, Solution};
-use super::rtn;
+use super::{refine, rtn};
 
 /// Columns whose errors are passed on to the rest together.
 const BLOCK: usize = 128;
@@ -23,11 +23,13 @@ pub struct Options {
     pub order: bool,
     /// Whether each group's scale is searched, or reaches just as far as its largest weight.
     pub search: bool,
+    /// Times that codes and scales are fitted to each other afterwards, see [`refine`].
+    pub passes: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { damping: 0.01, order: true, search: true }
+        Options { damping: 0.003, order: true, search: true, passes: 4 }
     }
 }
 
@@ -40,7 +42,9 @@ pub fn solve(problem: &Problem<'_>, format: &Format, options: &Options, compute:
     let importance = problem.importance();
     let order = if options.order { order(&importance, group) } else { (0..columns).collect() };
     let upper = factor(problem.hessian, &order, options.damping, compute);
-    let importance: Vec<f32> = order.iter().map(|column| importance[*column]).collect();
+    // What an error costs when all columns after it have made up for it as well as they can: less than the mean square of the
+    // input, and least where others say the same.
+    let importance: Vec<f32> = upper.iter().step_by(columns + 1).map(|u| 1.0 / (u * u)).collect();
 
     let mut state = Rows {
         weights: vec![0.0; rows * columns],
@@ -62,7 +66,9 @@ pub fn solve(problem: &Problem<'_>, format: &Format, options: &Options, compute:
         block.pass_on(&mut state, compute);
         start = end;
     }
-    state.finish(format, &order)
+    let mut solution = state.finish(format, &order);
+    refine::refine(problem, format, options.passes, options.damping, &mut solution, compute);
+    solution
 }
 
 /// Columns in the order in which they are rounded: groups, and columns inside of each, by falling importance.
@@ -174,17 +180,17 @@ impl Rows {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::compute::mirror;
     use super::super::problem::{Grid, error};
     use super::super::rtn::tests::bell;
     use super::*;
     use crate::threads::Team;
 
-    const COLUMNS: usize = 192;
+    pub(in crate::quantize) const COLUMNS: usize = 192;
 
     /// Weights, and moments of inputs that depend on each other and differ in size.
-    fn layer(compute: &Compute<'_>) -> (Vec<f32>, Vec<f32>) {
+    pub(in crate::quantize) fn layer(compute: &Compute<'_>) -> (Vec<f32>, Vec<f32>) {
         let (independent, mix) = (bell(500 * 24, 5), bell(COLUMNS * 24, 6));
         let mut inputs = vec![0.0; 500 * COLUMNS];
         compute.product(&independent, &mix, 24, &mut inputs);
@@ -198,7 +204,7 @@ mod tests {
         (bell(40 * COLUMNS, 8), hessian)
     }
 
-    fn with_threads<R>(threads: usize, run: impl FnOnce(&Compute<'_>) -> R) -> R {
+    pub(in crate::quantize) fn with_threads<R>(threads: usize, run: impl FnOnce(&Compute<'_>) -> R) -> R {
         let team = Team::new(threads).unwrap();
         run(&Compute { team: &team, kernel: crate::kernels::best() })
     }

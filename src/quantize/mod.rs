@@ -4,18 +4,28 @@
 //! inputs. It returns a [`Solution`](problem::Solution): codes and scales that are a plain block format of GGUF files.
 //! [`quantize`] takes a whole checkpoint through a recipe.
 
+pub mod allocate;
+mod auto;
+pub mod awq;
 mod calibrate;
 pub mod compute;
+pub mod eval;
 mod flow;
+mod fold;
 pub mod gptq;
 mod journal;
 mod overlay;
 mod policy;
 pub mod problem;
+pub mod refine;
 mod report;
 pub mod rtn;
+pub mod search;
+mod sensitivity;
+pub mod signround;
 mod stream;
 
+pub use auto::{AutoOptions, AutoReport, auto};
 pub use flow::{Options, Progress, Recipe, quantize};
 pub use policy::{Policy, Stored};
 pub use report::{Report, TensorReport};

@@ -18,6 +18,8 @@ pub enum Grid {
     Q4_1,
     /// `scale * table[code]`, codes 0 to 15, denser around zero.
     Iq4Nl,
+    /// `scale * (code - 16)`, codes 0 to 31.
+    Q5_0,
     /// `scale * code`, codes -127 to 127 as the byte of an `i8`.
     Q8_0,
 }
@@ -29,6 +31,7 @@ impl Grid {
             BlockType::Q4_0 => Grid::Q4_0,
             BlockType::Q4_1 => Grid::Q4_1,
             BlockType::IQ4_NL => Grid::Iq4Nl,
+            BlockType::Q5_0 => Grid::Q5_0,
             BlockType::Q8_0 => Grid::Q8_0,
             _ => return None,
         })
@@ -40,6 +43,7 @@ impl Grid {
             Grid::Q4_0 => BlockType::Q4_0,
             Grid::Q4_1 => BlockType::Q4_1,
             Grid::Iq4Nl => BlockType::IQ4_NL,
+            Grid::Q5_0 => BlockType::Q5_0,
             Grid::Q8_0 => BlockType::Q8_0,
         }
     }
@@ -56,6 +60,7 @@ impl Grid {
             Grid::Q4_0 => f32::from(code) - 8.0,
             Grid::Q4_1 => f32::from(code),
             Grid::Iq4Nl => f32::from(IQ4_VALUES[usize::from(code & 15)]),
+            Grid::Q5_0 => f32::from(code) - 16.0,
             Grid::Q8_0 => f32::from(code as i8),
         }
     }
@@ -66,8 +71,14 @@ impl Grid {
             Grid::Q4_0 => (-8.0, 7.0),
             Grid::Q4_1 => (0.0, 15.0),
             Grid::Iq4Nl => (-127.0, 113.0),
+            Grid::Q5_0 => (-16.0, 15.0),
             Grid::Q8_0 => (-127.0, 127.0),
         }
+    }
+
+    /// The mean distance of neighbouring levels.
+    pub fn spacing(self) -> f32 {
+        if self == Grid::Iq4Nl { 16.0 } else { 1.0 }
     }
 
     /// The code whose level is nearest to `x`, which is in units of the scale and counted from the minimum.
@@ -78,6 +89,7 @@ impl Grid {
             Grid::Q4_0 => ((x + 8.5) as u8).min(15),
             Grid::Q4_1 => ((x + 0.5) as u8).min(15),
             Grid::Iq4Nl => IQ4_CODES[usize::from(((x + 128.0) * 2.0) as u16).min(511)],
+            Grid::Q5_0 => ((x + 16.5) as u8).min(31),
             Grid::Q8_0 => ((x + 127.5) as u8).min(254).wrapping_sub(127),
         }
     }
@@ -252,6 +264,11 @@ impl Solution {
             }
             match format.grid {
                 Grid::Q8_0 => out.extend(codes),
+                Grid::Q5_0 => {
+                    let fifth = codes.iter().enumerate().fold(0u32, |bits, (i, code)| bits | u32::from(code >> 4) << i);
+                    out.extend(fifth.to_le_bytes());
+                    out.extend((0..16).map(|i| codes[i] & 15 | codes[i + 16] << 4));
+                }
                 _ => out.extend((0..16).map(|i| codes[i] | codes[i + 16] << 4)),
             }
         }
@@ -294,10 +311,14 @@ fn energy(hessian: &[f32], x: &[f32]) -> f64 {
 mod tests {
     use super::*;
 
-    const GRIDS: [Grid; 4] = [Grid::Q4_0, Grid::Q4_1, Grid::Iq4Nl, Grid::Q8_0];
+    const GRIDS: [Grid; 5] = [Grid::Q4_0, Grid::Q4_1, Grid::Iq4Nl, Grid::Q5_0, Grid::Q8_0];
 
     fn codes(grid: Grid) -> Vec<u8> {
-        if grid == Grid::Q8_0 { (-127i8..=127).map(|code| code as u8).collect() } else { (0..16).collect() }
+        match grid {
+            Grid::Q8_0 => (-127i8..=127).map(|code| code as u8).collect(),
+            Grid::Q5_0 => (0..32).collect(),
+            _ => (0..16).collect(),
+        }
     }
 
     #[test]

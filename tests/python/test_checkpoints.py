@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nybble import Model, ModelError
+from nybble import Model, ModelError, _native
 from nybble.cli import main
 
 LLAMA = Path(__file__).parents[1] / "data" / "goldens" / "llama"
@@ -35,7 +36,7 @@ def test_a_folder_computed_as_stored_has_the_logits_of_transformers() -> None:
 
 @pytest.mark.parametrize("quantize", ["auto", "int4", "int8"])
 def test_a_folder_is_quantized_on_the_way_in(quantize: str) -> None:
-    with Model.load(LLAMA, quantize=None) as exact, Model.load(LLAMA, quantize=quantize) as model:  # type: ignore[arg-type]
+    with Model.load(LLAMA, quantize=None) as exact, Model.load(LLAMA, quantize=quantize) as model:
         assert model.info.weight_bytes < exact.info.weight_bytes / 3
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
@@ -49,7 +50,7 @@ def test_a_folder_brings_its_tokenizer_and_its_chat_template() -> None:
 
 def test_an_unknown_way_to_quantize_is_refused() -> None:
     with pytest.raises(ValueError, match="int3"):
-        Model.load(LLAMA, quantize="int3")  # type: ignore[arg-type]
+        Model.load(LLAMA, quantize="int3")
 
 
 def test_weights_in_a_pickle_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -79,6 +80,16 @@ def test_a_file_that_exists_is_not_overwritten_unless_forced(
     assert out.read_bytes() == b"precious"
     assert main(["convert", str(LLAMA), str(out), "--type", "q8_0", "--force"]) == 0
     assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        assert list(tmp_path.iterdir()), "the file has been begun"
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        _native.convert(LLAMA, tmp_path / "out.gguf", "f32", interrupt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_cannot_be_converted_leaves_no_file(tmp_path: Path) -> None:

@@ -34,14 +34,13 @@ class LoadOptions:
     )
     context: int | None = field(default=None, metadata={"help": "Tokens to hold; the model's own limit if not given."})
 
-    def load(self, source: str | None) -> Model:
-        """Loads a model, with a progress bar where that takes long."""
+    def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
+        """Loads a model, with a progress bar where that takes long; `quantize` is that of `Model.load`."""
         from nybble.cli import terminal
         from nybble.model import Model
 
         terminal.show_log()
-        with terminal.progress(f"loading {source or 'the default model'}") as advance:
-            return Model.load(source, progress=advance, **dataclasses.asdict(self))
+        return Model.load(source, quantize=quantize, **dataclasses.asdict(self))
 
 
 _PANELS: dict[type, str] = {LoadOptions: "Model", SamplingOptions: "Sampling"}

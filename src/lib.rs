@@ -8,6 +8,7 @@ pub mod model;
 #[cfg(feature = "python")]
 mod python;
 pub mod quant;
+pub mod quantize;
 pub mod threads;
 pub mod vocab;
 

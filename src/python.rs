@@ -35,6 +35,8 @@ mod errors {
 }
 use errors::{ContextFullError, InternalError, ModelError};
 
+mod evaluate;
+mod quantize;
 mod vocab;
 
 impl From<Error> for PyErr {
@@ -410,6 +412,10 @@ impl Model {
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::evaluate::{Baseline, perplexity};
+    #[pymodule_export]
+    use super::quantize::quantize;
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]

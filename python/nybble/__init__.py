@@ -11,19 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nybble._native import __version__, kernels
     from nybble.errors import ContextFullError, InternalError, ModelError
+    from nybble.evaluation import Evaluation, Reference, evaluate
     from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
     from nybble.model import Message, Model, ModelInfo
+    from nybble.quantization import quantize
+    from nybble.report import Report
     from nybble.sampling import SamplingOptions
     from nybble.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
     "ContextFullError",
+    "Evaluation",
     "InternalError",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
+    "Reference",
+    "Report",
     "SamplingOptions",
     "TextStream",
     "Timings",
@@ -31,14 +37,19 @@ __all__ = [
     "Tokenizer",
     "Usage",
     "__version__",
+    "evaluate",
     "kernels",
+    "quantize",
 ]
 
 _MODULES = {
     "_native": ("__version__", "kernels"),
     "errors": ("ContextFullError", "InternalError", "ModelError"),
+    "evaluation": ("Evaluation", "Reference", "evaluate"),
     "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
     "model": ("Message", "Model", "ModelInfo"),
+    "quantization": ("quantize",),
+    "report": ("Report",),
     "sampling": ("SamplingOptions",),
     "tokenizer": ("Tokenizer",),
 }

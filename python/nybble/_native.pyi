@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nybble.sampling import SamplingOptions
 
 __all__ = [
+    "Baseline",
     "GgufFile",
     "Model",
     "Sampled",
@@ -21,6 +22,8 @@ __all__ = [
     "convert",
     "default_threads",
     "kernels",
+    "perplexity",
+    "quantize",
 ]
 __version__: str
 
@@ -32,6 +35,21 @@ def convert(
     type: str,
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
+def quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: str = "gptq",
+    grid: str = "q4_0",
+    group: int = 32,
+    windows: npt.NDArray[np.int32] | None = None,
+    output_type: str = "q8_0",
+    keep: _Sequence[tuple[str, str]] = ...,
+    search: bool = True,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> str: ...
 def default_threads() -> int: ...
 
 @final
@@ -98,3 +116,14 @@ class Model:
     def logits(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+@final
+class Baseline:
+    def __new__(
+        cls, model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
+    ) -> Baseline: ...
+    def compare(self, model: Model, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]: ...
+
+def perplexity(
+    model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
+) -> dict[str, Any]: ...

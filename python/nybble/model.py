@@ -132,7 +132,7 @@ class Model:
         kernel: str | None = None,
         threads: int | None = None,
         context: int | None = None,
-        quantize: Literal["auto", "int4", "int8"] | None = "auto",
+        quantize: str | None = "auto",
         cache_type: Literal["f16", "int8", "f32"] | None = None,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
@@ -147,7 +147,10 @@ class Model:
             threads: how many to compute with; as many as there are physical cores for this process if None.
             context: tokens to hold at most; what the model was trained for if None.
             quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
-                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
+                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files;
+                layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
+                `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
+                int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
             cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
                 None is "f16", and "f32" for models that compute in F32.
             progress: called with how many of the weights are packed and how many there are, now and then; what it
@@ -163,6 +166,10 @@ class Model:
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
+            if quantize is not None and ":" in quantize:
+                from nybble.quantization import Spec
+
+                file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
             tokenizer = stack.enter_context(_InBackground(lambda: _tokenizer(file)))
             native = _native.Model.load(
                 file, kernel, threads, context, quantize or "stored", cache_type, progress or None

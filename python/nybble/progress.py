@@ -18,7 +18,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
         return
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        show: Callable[[int, int], None] | None = None
+        show: Callable[..., None] | None = None
 
         def advance(done: int, total: int) -> None:
             nonlocal show
@@ -31,11 +31,35 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def _drawn(what: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """As `bar`, for work of several stages: gives a callback (stage, done, total)."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    with _drawn(what) as show:
+        before = 0
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+        def advance(stage: str, done: int, total: int) -> None:
+            nonlocal before
+            # What begins anew has a speed of its own, from which the time that is left is told.
+            show(done, total, f"{what}: {stage}", done < before)
+            before = done
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _drawn(what: str) -> Iterator[Callable[..., None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+        def show(done: int, total: int, text: str = what, anew: bool = False) -> None:
+            if anew:
+                bars.reset(task)
+            bars.update(task, completed=done, total=total, description=text)
+
+        yield show

@@ -34,7 +34,8 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// Matrices are stored in the type `wanted`. What [`target`] exempts becomes F32; the embedding and the output get Q8_0 where
 /// Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as llama.cpp's converter does it.
-/// Tensors that are in the right type already are copied.
+/// Tensors that are in the right type already are copied, and so are those that a checkpoint of Hugging Face holds in 4 bits
+/// where blocks are wanted.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
@@ -46,52 +47,99 @@ pub fn convert(
     wanted: BlockType,
     progress: Option<Progress<'_>>,
 ) -> Result<()> {
-    let Some(file_type) = file_type(wanted) else {
-        let known = BlockType::names(|known| file_type(known).is_some());
+    if !wanted.can_encode() {
+        let known = BlockType::names(BlockType::can_encode);
         return Err(Error::argument("type", wanted, format_args!("one of {known}")));
+    }
+    let job = Job {
+        checkpoint,
+        more,
+        file_type: wanted,
+        stored: &|name, tensor| {
+            let found = tensor.rows.block_type();
+            // What was quantized before would lose more in other blocks.
+            let is_final = checkpoint.is_quantized(name) && found.block_len() > 1 && wanted.block_len() > 1;
+            if is_final { found } else { stored(name, tensor, wanted) }
+        },
+        made: &|_| Ok(None),
+        team: &Team::new(default_threads())?,
     };
-    let mut metadata = checkpoint.metadata().clone();
-    for (key, value) in more.iter() {
-        metadata.set(key, value.clone());
-    }
-    metadata.set("general.file_type", file_type).set("general.quantization_version", 2u32);
-    let names = checkpoint.names();
-    let mut planned = Vec::with_capacity(names.len());
-    for name in &names {
-        let Some(tensor) = checkpoint.tensor(name) else { continue };
-        let stored = stored(name, &tensor, wanted);
-        let found = tensor.rows.block_type();
-        if found != stored && !found.is_supported() {
-            return Err(Error::Unsupported {
-                path: checkpoint.path().to_path_buf(),
-                place: Place::Tensor((*name).to_owned()),
-                what: format!("the type {found}"),
-                supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
-            });
-        }
-        let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
-        planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
-    }
-    let team = Team::new(default_threads())?;
-    let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
-    for (done, (name, stored, _)) in planned.iter().enumerate() {
-        if let Some(progress) = progress {
-            progress(done, planned.len())?;
-        }
-        let Some(tensor) = checkpoint.tensor(name) else { continue };
-        let bytes = team.run(|scope| encode_all(scope, &tensor, *stored));
-        writer.write_tensor(name, &bytes.map_err(|error| unfit(checkpoint.path(), name, &error))?)?;
-        drop(tensor);
-        checkpoint.release(name);
-    }
-    writer.finish()?;
-    if let Some(progress) = progress {
-        progress(planned.len(), planned.len())?;
-    }
-    Ok(())
+    job.write(out, progress)
 }
 
-/// llama.cpp's number for files whose matrices are of that type, and `None` for those that cannot be written.
+/// What becomes of a checkpoint's tensors.
+pub(crate) struct Job<'a> {
+    /// Where they come from.
+    pub(crate) checkpoint: &'a dyn Checkpoint,
+    /// Keys besides those of the checkpoint.
+    pub(crate) more: &'a Metadata,
+    /// The type that most matrices have.
+    pub(crate) file_type: BlockType,
+    /// The type of each tensor.
+    pub(crate) stored: &'a dyn Fn(&str, &Tensor<'_>) -> BlockType,
+    /// The bytes of tensors that are made already; `None` for those to be encoded.
+    pub(crate) made: &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>,
+    /// The threads that encode.
+    pub(crate) team: &'a Team,
+}
+
+impl Job<'_> {
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// Those of [`convert`].
+    pub(crate) fn write(&self, out: &Path, progress: Option<Progress<'_>>) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let mut metadata = checkpoint.metadata().clone();
+        for (key, value) in self.more.iter() {
+            metadata.set(key, value.clone());
+        }
+        // Without the number readers guess from the tensors.
+        if let Some(file_type) = file_type(self.file_type) {
+            metadata.set("general.file_type", file_type);
+        }
+        metadata.set("general.quantization_version", 2u32);
+        let names = checkpoint.names();
+        let mut planned = Vec::with_capacity(names.len());
+        for name in &names {
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            let stored = (self.stored)(name, &tensor);
+            let found = tensor.rows.block_type();
+            if found != stored && !found.is_supported() {
+                return Err(Error::Unsupported {
+                    path: checkpoint.path().to_path_buf(),
+                    place: Place::Tensor((*name).to_owned()),
+                    what: format!("the type {found}"),
+                    supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
+                });
+            }
+            let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
+            planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
+        }
+        let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
+        for (done, (name, stored, _)) in planned.iter().enumerate() {
+            if let Some(progress) = progress {
+                progress(done, planned.len())?;
+            }
+            if let Some(bytes) = (self.made)(name)? {
+                writer.write_tensor(name, &bytes)?;
+                continue;
+            }
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            let bytes = self.team.run(|scope| encode_all(scope, &tensor, *stored));
+            writer.write_tensor(name, &bytes.map_err(|error| unfit(checkpoint.path(), name, &error))?)?;
+            drop(tensor);
+            checkpoint.release(name);
+        }
+        writer.finish()?;
+        if let Some(progress) = progress {
+            progress(planned.len(), planned.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// llama.cpp's number for files whose matrices are of that type.
 fn file_type(wanted: BlockType) -> Option<u32> {
     Some(match wanted {
         BlockType::F32 => 0,
@@ -99,6 +147,7 @@ fn file_type(wanted: BlockType) -> Option<u32> {
         BlockType::Q4_0 => 2,
         BlockType::Q4_1 => 3,
         BlockType::Q8_0 => 7,
+        BlockType::IQ4_NL => 25,
         BlockType::BF16 => 32,
         _ => return None,
     })

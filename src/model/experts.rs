@@ -38,17 +38,13 @@ impl Pass<'_> {
         joining: &mut Vec<f32>,
     ) {
         let (config, kernel) = (&self.model.config, self.kernel);
-        let (hidden, count) = (config.hidden, config.experts.count);
+        let hidden = config.hidden;
         let rows = input.values.len() / hidden;
         let width = hidden.next_multiple_of(PANEL);
         // The input is needed again for every expert.
         own.source.clear();
         own.source.extend_from_slice(&input.values);
-        self.linear(router, input, &mut own.out);
-        own.choice.clear();
-        for logits in own.out.chunks_mut(router.width()) {
-            choose(kernel, &mut logits[..count], &config.experts, &mut own.choice);
-        }
+        self.route(router, input, &mut own.out, &mut own.choice);
         joining.clear();
         joining.resize(rows * width, 0.0);
         for (expert, mlp) in experts.iter().enumerate() {
@@ -73,18 +69,47 @@ impl Pass<'_> {
             }
         }
         let Some((mlp, gate)) = shared else { return };
-        own.gates.clear();
-        own.gates.resize(rows, 1.0);
         own.input.values.clone_from(&own.source);
-        if let Some(gate) = gate {
-            self.linear(gate, &mut own.input, &mut own.out);
-            for (weight, out) in own.gates.iter_mut().zip(own.out.chunks(gate.width())) {
-                *weight = 1.0 / (1.0 + kernels::exp(-out[0]));
-            }
-        }
+        self.shared_weights(gate.as_ref(), &mut own.input, &mut own.out, &mut own.gates);
         self.mlp(mlp, &mut own.input, ffn, &mut own.out);
         for ((joining, out), weight) in joining.chunks_mut(width).zip(own.out.chunks(width)).zip(&own.gates) {
             kernel.add_scaled(&mut joining[..hidden], &out[..hidden], *weight);
+        }
+    }
+}
+
+impl Pass<'_> {
+    /// The experts that each row of `input` chooses, and their weights `(rows, experts used)`.
+    pub(super) fn route(
+        &self,
+        router: &Linear,
+        input: &mut Rows,
+        buffer: &mut Vec<f32>,
+        choice: &mut Vec<(usize, f32)>,
+    ) {
+        let experts = &self.model.config.experts;
+        self.linear(router, input, buffer);
+        choice.clear();
+        for logits in buffer.chunks_mut(router.width()) {
+            choose(self.kernel, &mut logits[..experts.count], experts, choice);
+        }
+    }
+
+    /// What the shared expert's output is multiplied with, into `weights (rows)`.
+    pub(super) fn shared_weights(
+        &self,
+        gate: Option<&Linear>,
+        input: &mut Rows,
+        buffer: &mut Vec<f32>,
+        weights: &mut Vec<f32>,
+    ) {
+        weights.clear();
+        weights.resize(input.values.len() / self.model.config.hidden, 1.0);
+        if let Some(gate) = gate {
+            self.linear(gate, input, buffer);
+            for (weight, out) in weights.iter_mut().zip(buffer.chunks(gate.width())) {
+                *weight = 1.0 / (1.0 + kernels::exp(-out[0]));
+            }
         }
     }
 }

@@ -1,17 +1,18 @@
 //! The forward pass: rows of tokens from any number of sessions in, logits out.
 
-use std::sync::{Arc, PoisonError};
+mod heads;
+pub(crate) mod layerwise;
+
+use std::sync::PoisonError;
 
 use super::Model;
 use super::arch::NormKind;
-use super::attention::{Attention, Task};
-use super::config::LayerConfig;
 use super::experts::Buffers;
 use super::kv_cache::Session;
 use super::linear::{Linear, Rows};
 use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm};
 use crate::error::{Error, Result};
-use crate::kernels::{Kernel, PAGE};
+use crate::kernels::Kernel;
 use crate::quant::packed::PANEL;
 use crate::threads::Scope;
 
@@ -227,38 +228,7 @@ impl Pass<'_> {
             if interrupted() {
                 return Err(Error::Interrupted);
             }
-            // Attention: norm, query/key/value, rotation, into the cache, over the cache.
-            self.norm(&s.x, layer.attn_norm.as_ref(), &mut s.input);
-            self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
-            self.heads(s, layer, index);
-            self.store(s, layer, index, inputs);
-            self.attend(s, layer, index, inputs);
-            self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
-            self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref(), &mut s.room);
-            if config.parallel {
-                // The feed-forward layer reads the stream as attention did, so attention joins it later.
-                std::mem::swap(&mut s.joining, &mut s.joining_later);
-            } else {
-                self.join(&mut s.x, &s.joining);
-                self.norm_stream(s, layer.attn_joined_norm.as_ref());
-            }
-
-            // Feed-forward: norm, gate and up, activation, down.
-            let norm = layer.ffn_norm.as_ref().or(if config.parallel { layer.attn_norm.as_ref() } else { None });
-            self.norm(&s.x, norm, &mut s.input);
-            match &layer.ffn {
-                Ffn::Dense(mlp) => self.mlp(mlp, &mut s.input, &mut s.ffn, &mut s.joining),
-                Ffn::Experts { router, experts, shared } => {
-                    let buffers = &mut s.expert;
-                    self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
-                }
-            }
-            self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref(), &mut s.room);
-            if config.parallel {
-                self.join(&mut s.x, &s.joining_later);
-            }
-            self.join(&mut s.x, &s.joining);
-            self.norm_stream(s, layer.ffn_joined_norm.as_ref());
+            self.layer(s, layer, index, inputs);
         }
         for row in &s.rows {
             inputs[row.input].session.advance(1);
@@ -275,31 +245,82 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
-            let output = weights.output();
-            if let Some([_, outward]) = &weights.projections {
-                self.linear(outward, &mut s.input, &mut s.joining);
-                let columns = output.parts()[0].columns();
-                s.input.resize(wanted, columns);
-                for (input, row) in s.input.values.chunks_mut(columns).zip(s.joining.chunks(outward.width())) {
-                    input.copy_from_slice(&row[..columns]);
-                }
-            }
-            self.linear(output, &mut s.input, &mut s.logits);
-            let vocabulary = self.model.vocabulary();
-            for row in s.logits.chunks(output.width()) {
-                let at = logits.len();
-                logits.extend_from_slice(&row[..vocabulary]);
-                let row = &mut logits[at..];
-                if config.logit_scale != 1.0 {
-                    row.iter_mut().for_each(|x| *x *= config.logit_scale);
-                }
-                if let Some(cap) = config.logit_cap {
-                    self.kernel.soft_cap(row, cap);
-                }
-            }
+            self.head(s, logits);
         }
         Ok(())
+    }
+
+    /// The logits of all rows of `s.x`.
+    fn head(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
+        let (config, weights) = (&self.model.config, &self.model.weights);
+        self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
+        let output = weights.output();
+        if let Some([_, outward]) = &weights.projections {
+            self.linear(outward, &mut s.input, &mut s.joining);
+            let columns = output.parts()[0].columns();
+            s.input.resize(s.x.len() / config.hidden, columns);
+            for (input, row) in s.input.values.chunks_mut(columns).zip(s.joining.chunks(outward.width())) {
+                input.copy_from_slice(&row[..columns]);
+            }
+        }
+        self.linear(output, &mut s.input, &mut s.logits);
+        let vocabulary = self.model.vocabulary();
+        for row in s.logits.chunks(output.width()) {
+            let at = logits.len();
+            logits.extend_from_slice(&row[..vocabulary]);
+            let row = &mut logits[at..];
+            if config.logit_scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= config.logit_scale);
+            }
+            if let Some(cap) = config.logit_cap {
+                self.kernel.soft_cap(row, cap);
+            }
+        }
+    }
+
+    /// One transformer block: `s.x` to `s.x`.
+    fn layer(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
+        let config = &self.model.config;
+        self.attention(s, layer, index, inputs);
+        self.linear(&layer.attn_output, &mut s.input, &mut s.joining);
+        self.post_norm(&mut s.joining, layer.attn_post_norm.as_ref(), &mut s.room);
+        if config.parallel {
+            // The feed-forward layer reads the stream as attention did, so attention joins it later.
+            std::mem::swap(&mut s.joining, &mut s.joining_later);
+        } else {
+            self.join(&mut s.x, &s.joining);
+            self.norm_stream(&mut s.x, layer.attn_joined_norm.as_ref(), &mut s.input);
+        }
+
+        // Feed-forward: norm, gate and up, activation, down.
+        self.norm(&s.x, self.ffn_norm(layer), &mut s.input);
+        match &layer.ffn {
+            Ffn::Dense(mlp) => self.mlp(mlp, &mut s.input, &mut s.ffn, &mut s.joining),
+            Ffn::Experts { router, experts, shared } => {
+                let buffers = &mut s.expert;
+                self.experts(router, experts, shared.as_ref(), &mut s.input, &mut s.ffn, buffers, &mut s.joining);
+            }
+        }
+        self.post_norm(&mut s.joining, layer.ffn_post_norm.as_ref(), &mut s.room);
+        if config.parallel {
+            self.join(&mut s.x, &s.joining_later);
+        }
+        self.join(&mut s.x, &s.joining);
+        self.norm_stream(&mut s.x, layer.ffn_joined_norm.as_ref(), &mut s.input);
+    }
+
+    /// Attention from `s.x` to the input of its output matrix: norm, query/key/value, rotation, into the cache, over it.
+    fn attention(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
+        self.norm(&s.x, layer.attn_norm.as_ref(), &mut s.input);
+        self.linear(&layer.qkv, &mut s.input, &mut s.qkv);
+        self.heads(s, layer, index);
+        self.store(s, layer, index, inputs);
+        self.attend(s, layer, index, inputs);
+    }
+
+    /// The norm before the feed-forward layer: its own, or, beside attention, that of attention.
+    fn ffn_norm<'l>(&self, layer: &'l Layer) -> Option<&'l Norm> {
+        layer.ffn_norm.as_ref().or(if self.model.config.parallel { layer.attn_norm.as_ref() } else { None })
     }
 
     fn embed(&self, s: &mut Scratch) {
@@ -334,14 +355,14 @@ impl Pass<'_> {
                 }
             }
         });
-        self.norm_stream(s, weights.embedding_norm.as_ref());
+        self.norm_stream(&mut s.x, weights.embedding_norm.as_ref(), &mut s.input);
     }
 
     /// `x = norm(x)`, where there is a norm.
-    fn norm_stream(&self, s: &mut Scratch, norm: Option<&Norm>) {
+    fn norm_stream(&self, x: &mut [f32], norm: Option<&Norm>, buffer: &mut Rows) {
         if norm.is_some() {
-            self.norm(&s.x, norm, &mut s.input);
-            s.x.copy_from_slice(&s.input.values);
+            self.norm(x, norm, buffer);
+            x.copy_from_slice(&buffer.values);
         }
     }
 
@@ -393,139 +414,14 @@ impl Pass<'_> {
         layer.apply(self.scope, self.model.threads(), self.kernel, input, out);
     }
 
-    /// Bounds, normalizes and rotates queries and keys in place, as the family does.
-    fn heads(&self, s: &mut Scratch, layer: &Layer, index: usize) {
-        let (model, config) = (self.model, &self.model.config);
-        let (dim, width) = (config.head_dim, layer.qkv.width());
-        let LayerConfig { window, rotated } = config.layers[index];
-        let pairs = if rotated { self.model.ropes[0].pairs() } else { 0 };
-        if pairs == 0 && layer.q_norm.is_none() && layer.k_norm.is_none() && config.clamp_qkv.is_none() {
-            return;
-        }
-        // Layers with a window have angles of their own, which come second.
-        let offset = if window.is_some() { s.rows.len() } else { 0 };
-        let (cos, sin) = (&s.cos, &s.sin);
-        let widest = [&layer.q_norm, &layer.k_norm].into_iter().flatten().map(|norm| norm.width).max().unwrap_or(0);
-        self.scope.for_each_chunk_with(&mut s.qkv, TASK_ROWS * width, &mut s.room, widest, |i, chunk, room| {
-            for (r, row) in chunk.chunks_mut(width).enumerate() {
-                if let Some(bound) = config.clamp_qkv {
-                    row.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
-                }
-                let at = (offset + i * TASK_ROWS + r) * pairs;
-                let (queries, keys) = row.split_at_mut(layer.qkv.start(1));
-                let parts = [(queries, config.heads, &layer.q_norm), (keys, config.kv_heads, &layer.k_norm)];
-                for (part, heads, norm) in parts {
-                    let part = &mut part[..heads * dim];
-                    if let Some(norm) = norm {
-                        model.head_norm(part, norm, room);
-                    }
-                    if pairs > 0 {
-                        for head in part.chunks_exact_mut(dim) {
-                            self.kernel.rope(&mut head[..2 * pairs], &cos[at..][..pairs], &sin[at..][..pairs]);
-                        }
-                    }
-                }
-            }
-        });
-    }
-
-    /// Stores keys and values in the pages of their sessions, a page to a task.
-    fn store(&self, s: &Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
-        let (config, shape, width) = (&self.model.config, &self.model.shape, layer.qkv.width());
-        let (keys, values, dim) = (layer.qkv.start(1), layer.qkv.start(2), config.head_dim);
-        let mut row = 0;
-        for (i, input) in inputs.iter_mut().enumerate() {
-            let count = s.rows[row..].iter().take_while(|row| row.input == i).count();
-            if count == 0 {
-                continue;
-            }
-            let (first, own) = (s.rows[row].position, &s.qkv[row * width..]);
-            let start = first / PAGE;
-            let pages = &mut input.session.pages[start..(first + count).div_ceil(PAGE)];
-            self.scope.for_each_chunk(pages, 1, |p, pages| {
-                let from = first.max((start + p) * PAGE);
-                let to = (first + count).min((start + p + 1) * PAGE);
-                let page =
-                    pages.first_mut().and_then(Arc::get_mut).expect("a page that `reserve` has made the session's own");
-                for position in from..to {
-                    let qkv = &own[(position - first) * width..][..width];
-                    for head in 0..config.kv_heads {
-                        let [key, value] = [keys, values].map(|start| &qkv[start + head * dim..][..dim]);
-                        page.store(self.kernel, shape, index, head, position % PAGE, key, value);
-                    }
-                }
-            });
-            row += count;
-        }
-    }
-
-    /// Attention of all rows into `input (rows, heads * head_dim)`: a task a span of rows and key/value head, or several,
-    /// each with some of the cache's segments, where those would be too few for all threads.
-    fn attend(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &[Input<'_>]) {
-        let config = &self.model.config;
-        let (dim, kv_heads, group) = (config.head_dim, config.kv_heads, config.heads / config.kv_heads);
-        let (columns, width) = (config.heads * dim, layer.qkv.width());
-        let attention = Attention {
-            layer: index,
-            group,
-            scale: config.attention_scale,
-            cap: config.attention_cap,
-            window: config.layers[index].window,
-            slopes: &self.model.slopes,
-        };
-        let (rows, spans, qkv) = (&s.rows, &s.spans, &s.qkv);
-        let task = |task: usize| {
-            let (span, head) = (spans[task / kv_heads], task % kv_heads);
-            let (session, queries) = (&*inputs[span.input].session, &qkv[span.row * width + head * group * dim..]);
-            Task { session, head, first: span.position, rows: span.len, queries, stride: width }
-        };
-        s.input.resize(rows.len(), columns);
-        let longest = spans.iter().map(|span| span.len).max().unwrap_or(0);
-        let most = spans.iter().map(|span| attention.segments(span.position, span.len).len()).max().unwrap_or(0);
-        let tasks = spans.len() * kv_heads;
-        // Segments of a task.
-        let share = most.div_ceil((TASKS * self.model.threads()).div_ceil(tasks));
-        let sums = attention.sums(longest, self.model.shape.width);
-        let pieces = most.div_ceil(share);
-        if pieces > 1 {
-            s.parts.resize(tasks * pieces * share * sums, 0.0);
-            self.scope.for_each_chunk(&mut s.parts, share * sums, |i, parts| {
-                let (task, piece) = (task(i / pieces), i % pieces);
-                let segments = attention.segments(task.first, task.rows);
-                let first = segments.start + piece * share;
-                attention.some(self.kernel, &task, first..segments.end.min(first + share), parts, sums);
-            });
-        }
-        let parts = &s.parts;
-        let finish = |i: usize, out: &mut [f32]| {
-            if pieces > 1 {
-                attention.combine(self.kernel, &task(i), &parts[i * pieces * share * sums..], sums, out);
-            } else {
-                attention.all(self.kernel, &task(i), out);
-            }
-        };
-        if longest == 1 {
-            // One row a span: the tasks in order are the output.
-            self.scope.for_each_chunk(&mut s.input.values, group * dim, finish);
-            return;
-        }
-        s.attended.resize(tasks * longest * group * dim, 0.0);
-        self.scope.for_each_chunk(&mut s.attended, longest * group * dim, finish);
-        let attended = &s.attended;
-        self.scope.for_each_chunk(&mut s.input.values, TASK_ROWS * columns, |i, chunk| {
-            for (r, out) in chunk.chunks_mut(columns).enumerate() {
-                let row = i * TASK_ROWS + r;
-                let span = rows[row].span;
-                for (head, out) in out.chunks_mut(group * dim).enumerate() {
-                    let at = ((span * kv_heads + head) * longest + row - spans[span].row) * group * dim;
-                    out.copy_from_slice(&attended[at..][..group * dim]);
-                }
-            }
-        });
-    }
-
     /// `out = down(activation(gate(input)) * up(input))`, or `down(activation(up(input)))` where there is no gate.
     pub(super) fn mlp(&self, mlp: &Mlp, input: &mut Rows, buffer: &mut Vec<f32>, out: &mut Vec<f32>) {
+        self.mlp_inner(mlp, input, buffer);
+        self.linear(&mlp.down, input, out);
+    }
+
+    /// `input = activation(gate(input)) * up(input)`, the input of `down`.
+    fn mlp_inner(&self, mlp: &Mlp, input: &mut Rows, buffer: &mut Vec<f32>) {
         self.linear(&mlp.up, input, buffer);
         let (ffn, width, activation) = (mlp.width, mlp.up.width(), self.model.config.activation);
         let gated = mlp.up.parts().len() == 2;
@@ -541,7 +437,6 @@ impl Pass<'_> {
                 }
             }
         });
-        self.linear(&mlp.down, input, out);
     }
 
     /// `x += scale * joining`.

@@ -131,17 +131,20 @@ pub(super) struct Weights {
 pub type Progress<'a> = &'a (dyn Fn(usize, usize) -> Result<()> + Sync);
 
 impl Weights {
-    pub(super) fn load(
-        scope: &Scope<'_>,
-        checkpoint: &dyn Checkpoint,
-        config: &Config,
-        context: usize,
-        progress: Option<Progress<'_>>,
-    ) -> Result<Weights> {
-        let dims = checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name)).map(|tensor| tensor.dims);
-        let total = dims.filter(|dims| dims.len() > 1).map(|dims| dims.iter().product::<usize>()).sum();
-        let loader = Loader { scope, checkpoint, progress, done: Cell::new(0), total };
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
         loader.report(0)?;
+        let mut weights = Weights::without_layers(loader, config, context)?;
+        for index in 0..config.layers.len() {
+            weights.layers.push(loader.layer(config, index)?);
+        }
+        // A file may hold more than is used.
+        loader.report(loader.total)?;
+        Ok(weights)
+    }
+
+    /// What stands before and after the layers.
+    pub(super) fn without_layers(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        let checkpoint = loader.checkpoint;
         let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
         let vocabulary = table.dims.get(1).copied().unwrap_or(0);
         let (width, projections) = loader.projections(config)?;
@@ -161,16 +164,12 @@ impl Weights {
             }
             None => None,
         };
-        let mut layers = Vec::new();
-        for index in 0..config.layers.len() {
-            layers.push(loader.layer(config, index)?);
-        }
         let weights = Weights {
             embedding,
             projections,
             embedding_norm: loader.norm("token_embd_norm", config)?,
             positions,
-            layers,
+            layers: Vec::new(),
             output_norm: loader.norm("output_norm", config)?,
             output,
             rope_factors: loader.rope_factors(config, context)?,
@@ -178,8 +177,6 @@ impl Weights {
         if weights.output_norm.is_none() && !config.family.more.optional_output_norm {
             return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
         }
-        // A file may hold more than is used.
-        loader.report(total)?;
         Ok(weights)
     }
 
@@ -221,7 +218,7 @@ impl Weights {
 type Order<'a> = &'a (dyn Fn(usize) -> usize + Sync);
 
 /// Rows of a tensor that become part of a [`Linear`].
-struct Part<'a> {
+pub(super) struct Part<'a> {
     /// Without `.weight`.
     name: String,
     rows: usize,
@@ -234,18 +231,37 @@ struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    fn new(name: impl Into<String>, rows: usize) -> Part<'a> {
+    pub(super) fn new(name: impl Into<String>, rows: usize) -> Part<'a> {
         Part { name: name.into(), rows, order: &|row| row, of: rows, stack: None }
     }
 }
 
-struct Loader<'a> {
-    scope: &'a Scope<'a>,
-    checkpoint: &'a dyn Checkpoint,
+/// Reads tensors of a checkpoint.
+pub(super) struct Loader<'a> {
+    pub(super) scope: &'a Scope<'a>,
+    pub(super) checkpoint: &'a dyn Checkpoint,
     progress: Option<Progress<'a>>,
     /// Weights that are packed, of how many.
     done: Cell<usize>,
     total: usize,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(
+        scope: &'a Scope<'a>,
+        checkpoint: &'a dyn Checkpoint,
+        progress: Option<Progress<'a>>,
+    ) -> Loader<'a> {
+        let total = match progress {
+            Some(_) => {
+                let tensors = checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name));
+                let dims = tensors.map(|tensor| tensor.dims).filter(|dims| dims.len() > 1);
+                dims.map(|dims| dims.iter().product::<usize>()).sum()
+            }
+            None => 0,
+        };
+        Loader { scope, checkpoint, progress, done: Cell::new(0), total }
+    }
 }
 
 impl Loader<'_> {
@@ -369,8 +385,8 @@ impl Loader<'_> {
     }
 
     /// Matrices with `columns` input features, side by side.
-    fn linear(&self, parts: &[Part<'_>], columns: usize) -> Result<Linear> {
-        let mut packed = Vec::new();
+    pub(super) fn linear(&self, parts: &[Part<'_>], columns: usize) -> Result<Linear> {
+        let mut tensors = Vec::new();
         for part in parts {
             let name = format!("{}.weight", part.name);
             let mut wanted = vec![columns, part.of];
@@ -380,14 +396,25 @@ impl Loader<'_> {
             if tensor.dims != wanted {
                 return Err(self.shape_error(&name, &tensor.dims, expected));
             }
-            packed.push((self.pack(&name, &tensor, part.rows, columns, part.order)?, self.bias(part)?));
+            tensors.push((part, name, tensor));
+        }
+        // Parts share their input, so that they can be multiplied with it in another order only if that is the same for all.
+        let reordered: Option<Vec<_>> = tensors.iter().map(|(_, _, tensor)| tensor.rows.reordered()).collect();
+        let reordered = reordered.filter(|all| {
+            parts.iter().all(|part| part.name.starts_with("blk.")) && all.iter().all(|one| one.0 == all[0].0)
+        });
+        let mut packed = Vec::new();
+        for (at, (part, name, tensor)) in tensors.iter().enumerate() {
+            let source = reordered.as_ref().map_or(tensor.rows.as_ref(), |all| all[at].1.as_ref());
+            packed.push((self.pack(name, source, part.rows, columns, part.order)?, self.bias(part)?));
             self.report(self.done.get() + part.rows * columns)?;
         }
+        let order = reordered.and_then(|all| all.into_iter().next()).map(|first| first.0);
         // Parts may share a tensor, so its pages go back when all of them are packed.
         for part in parts.iter().filter(|part| part.stack.is_none()) {
             self.checkpoint.release(&format!("{}.weight", part.name));
         }
-        Ok(Linear::new(packed))
+        Ok(Linear::new(packed).with_order(order))
     }
 
     fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {
@@ -398,8 +425,15 @@ impl Loader<'_> {
         Ok(if bias.is_empty() { bias } else { (0..part.rows).map(|row| bias[(part.order)(row)]).collect() })
     }
 
-    fn pack(&self, name: &str, tensor: &Tensor<'_>, rows: usize, columns: usize, order: Order<'_>) -> Result<Packed> {
-        let block_type = tensor.rows.block_type();
+    fn pack(
+        &self,
+        name: &str,
+        source: &dyn pack::Rows,
+        rows: usize,
+        columns: usize,
+        order: Order<'_>,
+    ) -> Result<Packed> {
+        let block_type = source.block_type();
         let Some(layout) = pack::layout(block_type) else {
             return Err(Error::Unsupported {
                 path: self.path().to_path_buf(),
@@ -415,10 +449,10 @@ impl Loader<'_> {
         let bytes = Packed::bytes_needed(rows, columns, layout);
         Packed::try_reserve(bytes).map_err(|()| Error::OutOfMemory { what: "packed weights", bytes })?;
         let release = || self.checkpoint.release(name);
-        Ok(pack::pack_in_slabs(self.scope, tensor.rows.as_ref(), rows, columns, order, &release))
+        Ok(pack::pack_in_slabs(self.scope, source, rows, columns, order, &release))
     }
 
-    fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
+    pub(super) fn layer(&self, config: &Config, index: usize) -> Result<Layer> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let attn_norm = self.norm(&name("attn_norm"), config)?;
@@ -454,7 +488,7 @@ impl Loader<'_> {
     }
 
     /// Query, key and value from three tensors, or from one with their rows one after the other.
-    fn qkv(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Linear> {
+    pub(super) fn qkv(&self, config: &Config, name: &dyn Fn(&str) -> String) -> Result<Linear> {
         let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let (dim, rotary) = (config.head_dim, config.rotary);
         let adjacent = config.family.position == Position::RopeAdjacent;
@@ -520,11 +554,11 @@ impl Loader<'_> {
         if tensor.dims != [columns] {
             return Err(self.shape_error(&name, &tensor.dims, format_args!("dimensions [{columns}]")));
         }
-        Ok(Linear::new(vec![(self.pack(&name, &tensor, 1, columns, &|row| row)?, Vec::new())]))
+        Ok(Linear::new(vec![(self.pack(&name, tensor.rows.as_ref(), 1, columns, &|row| row)?, Vec::new())]))
     }
 
     /// Gate, up and down, of one expert of a stack if `expert` is its index and their number.
-    fn mlp(
+    pub(super) fn mlp(
         &self,
         config: &Config,
         name: &dyn Fn(&str) -> String,

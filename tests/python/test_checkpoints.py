@@ -36,7 +36,7 @@ def test_a_folder_computed_as_stored_has_the_logits_of_transformers() -> None:
 
 @pytest.mark.parametrize("quantize", ["auto", "int4", "int8"])
 def test_a_folder_is_quantized_on_the_way_in(quantize: str) -> None:
-    with Model.load(LLAMA, quantize=None) as exact, Model.load(LLAMA, quantize=quantize) as model:  # type: ignore[arg-type]
+    with Model.load(LLAMA, quantize=None) as exact, Model.load(LLAMA, quantize=quantize) as model:
         assert model.info.weight_bytes < exact.info.weight_bytes / 3
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
@@ -50,7 +50,7 @@ def test_a_folder_brings_its_tokenizer_and_its_chat_template() -> None:
 
 def test_an_unknown_way_to_quantize_is_refused() -> None:
     with pytest.raises(ValueError, match="int3"):
-        Model.load(LLAMA, quantize="int3")  # type: ignore[arg-type]
+        Model.load(LLAMA, quantize="int3")
 
 
 def test_weights_in_a_pickle_are_refused_with_the_reason(tmp_path: Path) -> None:

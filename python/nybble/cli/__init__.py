@@ -16,8 +16,10 @@ import typer
 from nybble.cli.bench import bench
 from nybble.cli.chat import chat
 from nybble.cli.convert import convert
+from nybble.cli.eval import evaluate
 from nybble.cli.inspect import inspect
 from nybble.cli.models import models
+from nybble.cli.quantize import quantize
 from nybble.cli.run import run
 
 app = typer.Typer(
@@ -28,8 +30,9 @@ app = typer.Typer(
 )
 # Two positions of which the first may be missing are one list to the parser, so the usage line is told what they are.
 app.command(options_metavar="[OPTIONS] [MODEL]")(run)
-for command in (chat, inspect, convert, bench, models):
+for command in (chat, inspect, convert, quantize, bench, models):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)

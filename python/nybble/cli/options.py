@@ -38,8 +38,8 @@ class LoadOptions:
         default=None, metadata={"help": "How the tokens seen are stored; int8 takes half the memory of f16."}
     )
 
-    def load(self, source: str | None) -> Model:
-        """Loads a model, with a progress bar where that takes long."""
+    def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
+        """Loads a model, with a progress bar where that takes long; `quantize` is that of `Model.load`."""
         from nybble.cli import terminal
         from nybble.model import Model
 
@@ -48,7 +48,7 @@ class LoadOptions:
         # takes a tenth of the time to the first token.
         gc.disable()
         try:
-            return Model.load(source, **dataclasses.asdict(self))
+            return Model.load(source, quantize=quantize, **dataclasses.asdict(self))
         finally:
             gc.enable()
 

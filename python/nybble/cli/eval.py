@@ -1,0 +1,92 @@
+"""`nybble eval`: how well a model predicts a text, and how far it is from a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nybble.cli import terminal
+from nybble.cli.options import LoadOptions, takes_options
+
+if TYPE_CHECKING:
+    from nybble.evaluation import Evaluation
+    from nybble.model import Model
+
+
+@takes_options
+def evaluate(
+    load: LoadOptions,
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.")],
+    text: Annotated[Path, typer.Option("--text", help="The text to predict: prose, or JSONL with a document a line.")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="A model to compare with, computed as it is stored.", metavar="REF"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Read only so many tokens of the text.", min=4)
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", help="Tokens read together; the second half of them is scored.", min=4)
+    ] = 512,
+    quantize: Annotated[
+        str, typer.Option("--quantize", help='What becomes of MODEL\'s floats: "auto", "stored", "int4" or "int8".')
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a model's perplexity on a text and, with --reference, how far it is from another model.
+
+    The figures are defined as llama.cpp's perplexity tool defines them.
+    """
+    from nybble import evaluation
+    from nybble.progress import bar
+
+    recorded = None
+    if reference is not None:
+        # One model in memory at a time: what is needed of the reference goes to a temporary file.
+        plain = dataclasses.replace(load, filename=None, revision=None)
+        with plain.load(reference, quantize="stored") as model, bar("reading with the reference") as advance:
+            recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
+    with load.load(source, quantize=quantize) as model, bar("reading") as advance:
+        if recorded is None:
+            measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
+        else:
+            measured = recorded.compare(model, progress=advance)
+    if as_json:
+        figures = dataclasses.asdict(measured)
+        del figures["kl_by_position"]  # Hundreds of numbers, for programs that draw them.
+        typer.echo(json.dumps({key: value for key, value in figures.items() if value is not None}))
+    else:
+        _print(model, measured)
+
+
+def _print(model: Model, measured: Evaluation) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+
+    def row(name: str, value: float | None, error: float | None = None, *, percent: bool = False) -> None:
+        if value is not None:
+            scale, unit, digits = (100, " %", 2) if percent else (1, "", 4)
+            beside = "" if error is None else f"± {scale * error:.{digits}f}{unit}"
+            table.add_row(name, f"{scale * value:.{digits}f}{unit}", beside)
+
+    table.add_row("tokens scored", f"{measured.tokens:,}", "")
+    row("perplexity", measured.perplexity, measured.perplexity_error)
+    row("of the reference", measured.reference_perplexity, measured.reference_perplexity_error)
+    row("ratio", measured.perplexity_ratio, measured.perplexity_ratio_error)
+    row("KL divergence, mean", measured.kl_mean, measured.kl_mean_error)
+    row("  median", measured.kl_median)
+    row("  90th percentile", measured.kl_p90)
+    row("  99th percentile", measured.kl_p99)
+    row("same top token", measured.top_agreement, measured.top_agreement_error, percent=True)
+    row("RMS Δp", measured.rms_dp, measured.rms_dp_error, percent=True)
+    console = terminal.console()
+    console.print(terminal.printable(model.info.name or model.info.file.name), style="bold", soft_wrap=True)
+    console.print(table)

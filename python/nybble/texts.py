@@ -1,0 +1,105 @@
+"""Texts to measure with and to calibrate on: files of prose, or of documents, as windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from nybble.tokenizer import Tokenizer
+
+    Windows = npt.NDArray[np.int32]
+    """Token ids `(windows, window)`."""
+
+
+def read(path: str | os.PathLike[str]) -> list[str]:
+    """The documents of a file: the whole of a text file, or each line of a JSONL file.
+
+    A line of JSONL is a string, or an object with a string under `text` or `content`.
+
+    Raises:
+        FileNotFoundError, PermissionError: the file cannot be read.
+        ModelError: it is no UTF-8, or a line of JSONL is none of these.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: found bytes that are no UTF-8 at {error.start}, expected a text") from None
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return [text]
+    return [_document(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _document(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        value = value.get("text", value.get("content"))
+    if not isinstance(value, str):
+        raise ModelError(
+            f'{path}: line {number}: found {line[:40]!r}, expected a string, or an object such as {{"text": "..."}}'
+        )
+    return value
+
+
+def tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> list[int]:
+    """The token ids of all documents, one after the other, each with the start token where the model wants one."""
+    start = start_token(tokenizer)
+    before = [] if start is None else [start]
+    ids: list[int] = []
+    for document in documents:
+        ids += [*before, *tokenizer.encode(document, add_special=False, parse_special=False)]
+    return ids
+
+
+def start_token(tokenizer: Tokenizer) -> int | None:
+    """The token with which the model wants every text to begin, if it does."""
+    begins = tokenizer.encode("", parse_special=False)[:1]
+    return tokenizer.bos_id if begins == [tokenizer.bos_id] else None
+
+
+def windows(
+    tokenizer: Tokenizer, documents: Sequence[str], window: int, max_tokens: int | None = None, what: str = "the text"
+) -> Windows:
+    """The tokens of documents as `(windows, window)`. What does not fill a window is left over; each begins with the
+    start token where the model wants one.
+
+    Raises:
+        ModelError: the text does not fill one window. `what` names it.
+    """
+    import numpy as np
+
+    ids = tokens(tokenizer, documents)[:max_tokens]
+    count = len(ids) // window
+    if count == 0:
+        raise ModelError(f"{what}: found {len(ids)} tokens, expected at least {window}, one window")
+    cut = np.array(ids[: count * window], dtype=np.int32).reshape(count, window)
+    start = start_token(tokenizer)
+    if start is not None:
+        cut[:, 0] = start
+    return cut
+
+
+def as_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str], str]:
+    """Documents, and what to call them, from a file's path or from texts themselves.
+
+    Raises:
+        TypeError: it is neither. Otherwise those of `read`.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read(source), os.fspath(source)
+    documents: list[Any] = list(source)
+    if not all(isinstance(document, str) for document in documents):
+        raise TypeError("texts: found something else than str, expected a path or a list of texts")
+    return documents, "the texts"

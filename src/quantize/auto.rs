@@ -1,0 +1,200 @@
+//! The recipe `auto`: candidates are made and measured against the full-precision model until one is good enough.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::eval::{Baseline, Evaluation};
+use super::flow::{self, Options, Progress, Recipe};
+use super::gptq;
+use super::policy::Policy;
+use super::report::Report;
+use super::search::{Figures, Outcome, Target, search};
+use super::sensitivity;
+use crate::error::{Error, Result};
+use crate::format::Checkpoint;
+use crate::format::gguf::Gguf;
+use crate::model::hf::HfFolder;
+use crate::model::layerwise::Layerwise;
+use crate::model::{LoadOptions, Model, Quantize};
+
+/// Tokens on which sensitivity is measured: windows, and tokens of each.
+const SENSITIVITY: (usize, usize) = (2, 128);
+
+/// What to make of a checkpoint, and what is good enough.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AutoOptions {
+    /// Which tensor becomes what.
+    pub policy: Policy,
+    /// Bits a weight of the linear layers on average, scales included: what is more than the usual format takes goes to the
+    /// most sensitive tensors.
+    pub bits_per_weight: Option<f64>,
+    /// What is good enough.
+    pub target: Target,
+    /// How long the search may last.
+    pub budget: Option<Duration>,
+    /// Threads; otherwise as many as pay off.
+    pub threads: Option<usize>,
+    /// Whether a file that is there is replaced.
+    pub force: bool,
+}
+
+/// What a search made.
+#[derive(Debug)]
+pub struct AutoReport {
+    /// The chosen file.
+    pub report: Report,
+    /// All candidates' names, the cheapest first; those that were tried are in `outcome`.
+    pub names: Vec<String>,
+    /// Their figures, and why one was chosen.
+    pub outcome: Outcome,
+    /// The full-precision model on the same text.
+    pub reference: Evaluation,
+    /// Mean divergence of the chosen one at each scored position of a window.
+    pub kl_by_position: Vec<f64>,
+}
+
+/// As [`quantize`](flow::quantize), with the recipe that the search finds: see [`search`]. `windows` are for calibration;
+/// figures are measured on `evaluation`, windows of one length that should not be among them.
+///
+/// Candidates lie beside `out` while they are measured.
+///
+/// # Errors
+/// Those of [`quantize`](flow::quantize), and of [`Baseline`]; [`Error::InvalidArgument`] for too few bits a weight.
+pub fn auto(
+    source: &Path,
+    out: &Path,
+    options: &AutoOptions,
+    windows: &[Vec<u32>],
+    evaluation: &[Vec<u32>],
+    progress: Progress<'_>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<AutoReport> {
+    let started = Instant::now();
+    options.policy.check()?;
+    if out.exists() && !options.force {
+        return Err(Error::argument("out", format_args!("{}, which exists", out.display()), "a new file, or force"));
+    }
+    let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
+    let floats = LoadOptions { quantize: Quantize::Stored, ..load.clone() };
+    progress("reference", 0, 1);
+    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| Ok(()), interrupted)?;
+    let reference = baseline.evaluation().clone();
+    let policy = planned(source, options, &load, windows, progress, interrupted)?;
+
+    let recipes = recipes();
+    let names: Vec<String> = recipes.iter().map(|recipe| recipe.name().to_owned()).collect();
+    let paths: Vec<PathBuf> = names.iter().map(|name| beside(out, name)).collect();
+    let mut made: Vec<(Report, Evaluation)> = Vec::new();
+    let mut evaluate = |number: usize| {
+        let options =
+            Options { recipe: recipes[number], policy: policy.clone(), threads: options.threads, force: true };
+        let told = |stage: &str, done: usize, total: usize| {
+            progress(&format!("{}: {stage}", names[number]), done, total);
+        };
+        let report = flow::quantize(source, &paths[number], &options, windows, &told, interrupted)?;
+        told("evaluation", 0, 1);
+        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| Ok(()), interrupted)?;
+        let figures = figures(&report, &measured);
+        made.push((report, measured));
+        Ok(figures)
+    };
+    let outcome = search(
+        &names,
+        reference.perplexity.value,
+        options.target,
+        options.budget,
+        &|| started.elapsed(),
+        &mut evaluate,
+    );
+    let moved = outcome.and_then(|outcome| {
+        let chosen = &paths[outcome.chosen];
+        std::fs::rename(chosen, out).map_err(|source| Error::io(chosen, source))?;
+        Ok(outcome)
+    });
+    for path in paths.iter().filter(|path| path.exists()) {
+        std::fs::remove_file(path).map_err(|source| Error::io(path, source))?;
+    }
+    let outcome = moved?;
+    let (mut report, measured) = made.swap_remove(outcome.chosen);
+    report.out = out.to_path_buf();
+    report.seconds = started.elapsed().as_secs_f64();
+    let kl_by_position = measured.divergence.map(|divergence| divergence.kl_by_position).unwrap_or_default();
+    Ok(AutoReport { report, names, outcome, reference, kl_by_position })
+}
+
+/// From cheap to dear.
+fn recipes() -> [Recipe; 3] {
+    let gptq = gptq::Options::default();
+    [Recipe::Rtn { search: true }, Recipe::Gptq(gptq), Recipe::Awq(Some(gptq))]
+}
+
+/// The name of a candidate while it is measured.
+fn beside(out: &Path, recipe: &str) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(out.file_name().unwrap_or_default());
+    name.push(format!(".{recipe}.gguf"));
+    out.with_file_name(name)
+}
+
+/// The policy with more bits for the most sensitive tensors, if there are any to give.
+fn planned(
+    source: &Path,
+    options: &AutoOptions,
+    load: &LoadOptions,
+    windows: &[Vec<u32>],
+    progress: Progress<'_>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<Policy> {
+    let mut policy = options.policy.clone();
+    let Some(bits) = options.bits_per_weight else { return Ok(policy) };
+    let sample: Vec<Vec<u32>> =
+        windows.iter().take(SENSITIVITY.0).map(|window| window[..window.len().min(SENSITIVITY.1)].to_vec()).collect();
+    let plan = |checkpoint: &dyn Checkpoint| {
+        let layers = Layerwise::load(checkpoint, load)?;
+        sensitivity::plan(checkpoint, &layers, &options.policy, bits, &sample, progress, interrupted)
+    };
+    let finer = if source.is_dir() { plan(&HfFolder::open(source)?)? } else { plan(&Gguf::open(source)?)? };
+    policy.keep.extend(finer);
+    Ok(policy)
+}
+
+fn figures(report: &Report, measured: &Evaluation) -> Figures {
+    let divergence = measured.divergence.as_ref();
+    let of = |number: fn(&super::eval::Divergence) -> f64| divergence.map_or(f64::NAN, number);
+    Figures {
+        size_bytes: report.size_bytes,
+        perplexity: measured.perplexity.value,
+        kl_mean: of(|divergence| divergence.kl_mean.value),
+        kl_median: of(|divergence| divergence.kl_median),
+        kl_p99: of(|divergence| divergence.kl_p99),
+        top_agreement: of(|divergence| divergence.top_agreement.value),
+    }
+}
+
+impl AutoReport {
+    /// The report of the chosen file as JSON, with the candidates and the reason.
+    pub fn to_json(&self) -> Value {
+        let mut json = self.report.to_json();
+        let candidate = |(number, (figures, duration)): (usize, &(Figures, Duration))| {
+            json!({
+                "recipe": self.names[number],
+                "size_bytes": figures.size_bytes,
+                "perplexity": figures.perplexity,
+                "kl_mean": figures.kl_mean,
+                "kl_median": figures.kl_median,
+                "kl_p99": figures.kl_p99,
+                "top_agreement": figures.top_agreement,
+                "seconds": duration.as_secs_f64(),
+                "chosen": number == self.outcome.chosen,
+            })
+        };
+        json["candidates"] = self.outcome.tried.iter().enumerate().map(candidate).collect();
+        json["chosen_because"] = self.outcome.because.clone().into();
+        json["reference"] = json!({ "perplexity": self.reference.perplexity.value });
+        json["kl_by_position"] = self.kl_by_position.clone().into();
+        json
+    }
+}

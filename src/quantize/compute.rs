@@ -1,0 +1,340 @@
+//! Dense products on the kernels of the forward pass, spread over a team's threads.
+//!
+//! Every output is summed in one fixed order, so a file has the same bytes whatever the number of threads or the CPU.
+
+use super::problem::Problem;
+use crate::kernels::Kernel;
+use crate::quant::packed::{Code, Layout, Line, PANEL, Packed};
+use crate::threads::{Columns, Team};
+
+/// Rows of a product that one thread takes together.
+const TASK_ROWS: usize = 32;
+
+/// Threads, and what they compute with.
+#[derive(Debug, Clone, Copy)]
+pub struct Compute<'a> {
+    /// The threads.
+    pub team: &'a Team,
+    /// The instruction set.
+    pub kernel: &'static dyn Kernel,
+}
+
+impl Compute<'_> {
+    /// Runs `item(i, chunk)` for each chunk of `length` elements of `buffer`, side by side. Results must not depend on which
+    /// thread runs an item.
+    ///
+    /// # Panics
+    /// When `length` is 0.
+    pub fn for_each_chunk<T: Send>(&self, buffer: &mut [T], length: usize, item: impl Fn(usize, &mut [T]) + Sync) {
+        self.team.run(|scope| scope.for_each_chunk(buffer, length, item));
+    }
+
+    /// `x (rows, k) * w (n, k)^T`, into `out (rows, n)`.
+    ///
+    /// # Panics
+    /// When the lengths do not belong together.
+    pub fn product(&self, x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
+        let n = w.len() / k;
+        assert_eq!(out.len() * k, x.len() * n, "lengths of a product");
+        let packed = self.pack(n, k, |panel, column, line| {
+            for (lane, row) in w[panel * PANEL * k..].chunks(k).take(PANEL).enumerate() {
+                line[lane] = row[column];
+            }
+        });
+        self.for_each_product(x, &packed, out, n, |product, out| out.copy_from_slice(product));
+    }
+
+    /// Hands `item` each row of `x (rows, columns of w) * w^T` together with the row of `out (rows, stride)`.
+    pub(super) fn for_each_product(
+        &self,
+        x: &[f32],
+        w: &Packed,
+        out: &mut [f32],
+        stride: usize,
+        item: impl Fn(&[f32], &mut [f32]) + Sync,
+    ) {
+        let (k, width) = (w.columns(), w.panels() * PANEL);
+        self.for_each_chunk(out, TASK_ROWS * stride, |task, out| {
+            let rows = out.len() / stride;
+            let mut wide = vec![0.0; rows * width];
+            let x = &x[task * TASK_ROWS * k..][..rows * k];
+            self.kernel.product_float(w, 0..w.panels(), x, k, &mut Columns::whole(&mut wide, rows, width));
+            for (out, wide) in out.chunks_mut(stride).zip(wide.chunks(width)) {
+                item(&wide[..w.rows()], out);
+            }
+        });
+    }
+
+    /// [`problem::error`](super::problem::error), faster and in single precision.
+    pub fn error(&self, problem: &Problem<'_>, decoded: &[f32]) -> f64 {
+        if problem.hessian.is_empty() {
+            return super::problem::error(problem, decoded);
+        }
+        let n = problem.columns;
+        let hessian = self.pack_transposed(n, n, |row| &problem.hessian[row * n..][..n]);
+        let energy = |x: Vec<f32>| {
+            let mut rows = x.clone();
+            // The first number of each row makes room for what its output loses.
+            self.for_each_product(&x, &hessian, &mut rows, n, |product, row| {
+                let dot: f64 = row.iter().zip(product).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                row[0] = dot as f32;
+            });
+            rows.iter().step_by(n).map(|dot| f64::from(*dot)).sum::<f64>()
+        };
+        let lost = energy(problem.weights.iter().zip(decoded).map(|(w, q)| w - q).collect());
+        let all = energy(problem.weights.to_vec());
+        if all > 0.0 { lost / all } else { 0.0 }
+    }
+
+    /// Adds `x^T x` of `x (rows, n)` to `sum (n, n)`: its lower triangle and what shares a panel with it.
+    /// [`mirror`] completes the sum when all is added.
+    ///
+    /// # Panics
+    /// When the lengths do not belong together.
+    pub fn add_moments(&self, x: &[f32], n: usize, sum: &mut [f32]) {
+        let rows = x.len() / n;
+        assert_eq!(sum.len(), n * n, "length of the sum");
+        if rows == 0 {
+            return;
+        }
+        let packed = self.pack_transposed(n, rows, |row| &x[row * n..][..n]);
+        let mut transposed = vec![0.0; n * rows];
+        self.for_each_chunk(&mut transposed, PANEL * rows, |task, out| {
+            for row in 0..rows {
+                for (i, x) in x[row * n + task * PANEL..(row + 1) * n].iter().take(PANEL).enumerate() {
+                    out[i * rows + row] = *x;
+                }
+            }
+        });
+        self.add_lower_product(&transposed, &packed, sum, n, 1.0);
+    }
+
+    /// `sum += factor * x * w^T` in the lower triangle of the last rows and columns of `sum (n, n)`, as many as `w` has rows.
+    fn add_lower_product(&self, x: &[f32], w: &Packed, sum: &mut [f32], n: usize, factor: f32) {
+        let (k, first) = (w.columns(), n - w.rows());
+        self.for_each_chunk(&mut sum[first * n..], TASK_ROWS * n, |task, sum| {
+            let rows = sum.len() / n;
+            let panels = (task * TASK_ROWS + rows).div_ceil(PANEL);
+            let width = panels * PANEL;
+            let mut wide = vec![0.0; rows * width];
+            let x = &x[task * TASK_ROWS * k..][..rows * k];
+            self.kernel.product_float(w, 0..panels, x, k, &mut Columns::whole(&mut wide, rows, width));
+            for (sum, wide) in sum.chunks_mut(n).zip(wide.chunks(width)) {
+                sum[first..].iter_mut().zip(wide).for_each(|(sum, x)| *sum += factor * x);
+            }
+        });
+    }
+
+    /// The matrix whose transpose has the rows `row(k)`, of `rows` numbers each, `columns` of them.
+    pub(super) fn pack_transposed<'x>(
+        &self,
+        rows: usize,
+        columns: usize,
+        row: impl Fn(usize) -> &'x [f32] + Sync,
+    ) -> Packed {
+        self.pack(rows, columns, |panel, column, line| {
+            let from = &row(column)[panel * PANEL..];
+            line.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        })
+    }
+
+    /// A matrix of `rows x columns` floats; `fill(panel, column, line)` fills the line of 16 rows.
+    fn pack(&self, rows: usize, columns: usize, fill: impl Fn(usize, usize, &mut [f32; PANEL]) + Sync) -> Packed {
+        let mut packed = Packed::zeroed(rows, columns, Layout::float(Code::F32), 1.0);
+        let mut panels = packed.panels_mut();
+        self.for_each_chunk(&mut panels, 1, |index, panel| {
+            for panel in panel {
+                let lines = bytemuck::cast_slice_mut::<Line, [f32; PANEL]>(panel.codes);
+                lines.iter_mut().take(columns).enumerate().for_each(|(column, line)| fill(index, column, line));
+            }
+        });
+        drop(panels);
+        packed
+    }
+}
+
+/// The upper triangular `U` with `U^T U = (H + damping)^-1`, where rows and columns of `hessian (n, n)` stand in the given
+/// order.
+///
+/// `damping` is in units of the mean of the diagonal. The result is `(n, n)`; what is below its diagonal is 0.
+pub(super) fn factor(hessian: &[f32], order: &[usize], damping: f32, compute: &Compute<'_>) -> Vec<f32> {
+    let n = order.len();
+    let diagonal = |i: usize| hessian[i * n + i];
+    let mean = (0..n).map(diagonal).sum::<f32>() / n as f32;
+    let damp = if mean > 0.0 { damping * mean } else { 1.0 };
+    // Scaled to a diagonal of ones, single precision is enough. Rows and columns are reversed: a lower triangular `L` with
+    // `L L^T` for the reversed matrix has the inverse that `U` is, reversed again.
+    let scale: Vec<f32> = order.iter().rev().map(|i| 1.0 / (diagonal(*i) + damp).sqrt()).collect();
+    let mut lower = vec![0.0; n * n];
+    compute.for_each_chunk(&mut lower, n, |i, row| {
+        let source = &hessian[order[n - 1 - i] * n..][..n];
+        for j in 0..i {
+            row[j] = source[order[n - 1 - j]] * scale[i] * scale[j];
+        }
+        row[i] = 1.0;
+    });
+    cholesky(&mut lower, n, compute);
+    invert_lower(&mut lower, n, compute);
+    // (S L)^-1 = L^-1 S^-1, with S the inverse of `scale`.
+    let mut upper = vec![0.0; n * n];
+    compute.for_each_chunk(&mut upper, n, |i, row| {
+        let source = &lower[(n - 1 - i) * n..][..n];
+        for j in i..n {
+            row[j] = source[n - 1 - j] * scale[n - 1 - j];
+        }
+    });
+    upper
+}
+
+/// Columns of a triangular matrix that are worked on together.
+const STRIP: usize = 64;
+
+/// The lower triangular `L` with `L L^T = A`, in place of the lower triangle of the positive definite `A (n, n)`.
+fn cholesky(a: &mut [f32], n: usize, compute: &Compute<'_>) {
+    for start in (0..n).step_by(STRIP) {
+        let end = n.min(start + STRIP);
+        let width = end - start;
+        for i in start..end {
+            for j in start..=i {
+                let dot: f64 = (start..j).map(|k| f64::from(a[i * n + k]) * f64::from(a[j * n + k])).sum();
+                let rest = f64::from(a[i * n + j]) - dot;
+                // Rounding may leave nothing of a direction in which inputs hardly vary.
+                a[i * n + j] = if i == j { rest.max(1e-6).sqrt() } else { rest / f64::from(a[j * n + j]) } as f32;
+            }
+        }
+        let (above, below) = a.split_at_mut(end * n);
+        let corner = |j: usize| &above[(start + j) * n + start..][..width];
+        compute.for_each_chunk(below, n, |_, row| {
+            let row = &mut row[start..end];
+            for j in 0..width {
+                let dot: f64 = row[..j].iter().zip(corner(j)).map(|(x, l)| f64::from(*x) * f64::from(*l)).sum();
+                row[j] = ((f64::from(row[j]) - dot) / f64::from(corner(j)[j])) as f32;
+            }
+        });
+        if end < n {
+            let strip: Vec<f32> = below.chunks(n).flat_map(|row| &row[start..end]).copied().collect();
+            let packed = compute.pack(n - end, width, |panel, column, line| {
+                for (lane, row) in strip[panel * PANEL * width..].chunks(width).take(PANEL).enumerate() {
+                    line[lane] = row[column];
+                }
+            });
+            compute.add_lower_product(&strip, &packed, a, n, -1.0);
+        }
+    }
+}
+
+/// The inverse, in place of the lower triangular `l (n, n)`.
+fn invert_lower(l: &mut [f32], n: usize, compute: &Compute<'_>) {
+    for start in (0..n).step_by(STRIP) {
+        let end = n.min(start + STRIP);
+        let width = end - start;
+        let (above, rest) = l.split_at_mut(start * n);
+        let strip = &mut rest[..width * n];
+        // Rows of the inverse: -D^-1 (L M) to the left, D^-1 in the corner D.
+        let mut left = vec![0.0; width * start];
+        if start > 0 {
+            let x: Vec<f32> = strip.chunks(n).flat_map(|row| &row[..start]).copied().collect();
+            let done = compute.pack_transposed(start, start, |row| &above[row * n..][..start]);
+            compute.for_each_product(&x, &done, &mut left, start, |product, out| out.copy_from_slice(product));
+        }
+        let corner: Vec<f64> = strip.chunks(n).flat_map(|row| &row[start..end]).map(|x| f64::from(*x)).collect();
+        for column in 0..end {
+            let mut solved = [0.0f64; STRIP];
+            for i in 0..width {
+                let wanted = match column.checked_sub(start) {
+                    None => -f64::from(left[i * start + column]),
+                    Some(at) => f64::from(u8::from(at == i)),
+                };
+                let dot: f64 = (0..i).map(|k| corner[i * width + k] * solved[k]).sum();
+                solved[i] = (wanted - dot) / corner[i * width + i];
+                strip[i * n + column] = solved[i] as f32;
+            }
+        }
+    }
+}
+
+/// Copies the lower triangle of `matrix (n, n)` to the upper one and multiplies all with `factor`.
+pub fn mirror(matrix: &mut [f32], n: usize, factor: f32) {
+    for i in 0..n {
+        for j in 0..=i {
+            let value = matrix[i * n + j] * factor;
+            matrix[i * n + j] = value;
+            matrix[j * n + i] = value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 % 1009) as f32 - 500.0) / 500.0).collect()
+    }
+
+    #[test]
+    fn products_are_right_and_have_the_same_bits_on_any_number_of_threads() {
+        let (rows, n, k) = (70, 37, 41);
+        let (x, w) = (numbers(rows * k), numbers(n * k));
+        let of = |threads| {
+            let team = Team::new(threads).unwrap();
+            let compute = Compute { team: &team, kernel: crate::kernels::best() };
+            let mut out = vec![f32::NAN; rows * n];
+            compute.product(&x, &w, k, &mut out);
+            let mut moments = vec![0.0; k * k];
+            compute.add_moments(&x, k, &mut moments);
+            compute.add_moments(&x[..5 * k], k, &mut moments);
+            mirror(&mut moments, k, 0.5);
+            (out, moments)
+        };
+        let (out, moments) = of(1);
+        for row in 0..rows {
+            for column in 0..n {
+                let exact: f64 = (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[column * k + i])).sum();
+                assert!((f64::from(out[row * n + column]) - exact).abs() < 1e-4);
+            }
+        }
+        for i in 0..k {
+            for j in 0..k {
+                let product = |row: usize| f64::from(x[row * k + i]) * f64::from(x[row * k + j]);
+                let exact = (0..rows).chain(0..5).map(product).sum::<f64>() / 2.0;
+                assert!((f64::from(moments[i * k + j]) - exact).abs() < 1e-4);
+            }
+        }
+        assert_eq!((out, moments), of(3));
+    }
+
+    #[test]
+    fn the_factor_is_that_of_the_inverse() {
+        // More than two strips, inputs that differ by far, one that never occurs.
+        let n = 150;
+        let mut x = numbers(400 * n);
+        for row in x.chunks_mut(n) {
+            row.iter_mut().enumerate().for_each(|(i, x)| *x *= 10.0f32.powi(i as i32 % 5 - 2));
+            row[7] = 0.0;
+        }
+        let team = Team::new(2).unwrap();
+        let compute = Compute { team: &team, kernel: crate::kernels::best() };
+        let mut hessian = vec![0.0; n * n];
+        compute.add_moments(&x, n, &mut hessian);
+        mirror(&mut hessian, n, 1.0 / 400.0);
+        let order: Vec<usize> = (0..n).map(|i| i * 7 % n).collect();
+        let upper = factor(&hessian, &order, 0.01, &compute);
+        let mean = (0..n).map(|i| hessian[i * n + i]).sum::<f32>() / n as f32;
+        // U^T U (H + damping) = 1
+        let at = |i: usize, j: usize| {
+            f64::from(hessian[order[i] * n + order[j]]) + f64::from(u8::from(i == j)) * 0.01 * f64::from(mean)
+        };
+        for i in 0..n {
+            let inverse: Vec<f64> = (0..n)
+                .map(|j| (0..=i.min(j)).map(|k| f64::from(upper[k * n + i]) * f64::from(upper[k * n + j])).sum())
+                .collect();
+            assert!(upper[i * n..i * n + i].iter().all(|below| *below == 0.0));
+            for j in 0..n {
+                let product: f64 = (0..n).map(|k| inverse[k] * at(k, j)).sum();
+                let expected = f64::from(u8::from(i == j));
+                assert!((product - expected).abs() < 2e-3, "({i}, {j}): {product}");
+            }
+        }
+    }
+}

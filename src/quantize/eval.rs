@@ -1,0 +1,417 @@
+//! How well a model predicts a text, and how far it is from another one.
+//!
+//! The figures are those of llama.cpp's perplexity tool (`tools/perplexity/perplexity.cpp`), so that tables can be
+//! compared: the text's tokens are cut into windows that do not overlap, each is read by itself, and the second half of
+//! each is scored. A model is compared with a [`Baseline`], the other one's log-probabilities in 16 bits, of which those
+//! below -16 do not count.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+
+use crate::error::{Error, Result};
+use crate::kernels::Kernel;
+use crate::model::{Input, Logits, Model, Progress};
+
+/// Bytes of logits that are held at a time.
+const PIECE: usize = 32 << 20;
+/// Log-probabilities of the baseline up to this do not count in the divergence; nor are they kept apart.
+const NEGLIGIBLE: f32 = -16.0;
+/// Three F32 before the codes of a row of the baseline: step, offset, and the negative log-likelihood, which 16 bits would
+/// cut off for the unlikeliest tokens.
+const ROW_HEADER: usize = 12;
+
+/// A mean, or what follows from one, with its standard error: how far it would vary between texts of that length.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// The value.
+    pub value: f64,
+    /// Its standard error.
+    pub error: f64,
+}
+
+/// How well a model predicts a text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// Tokens that were scored: of each window of `n` the last `n - 1 - n / 2`.
+    pub tokens: usize,
+    /// The exponential of the mean negative log-likelihood.
+    pub perplexity: Estimate,
+    /// How far the model is from the baseline, where it was compared with one.
+    pub divergence: Option<Divergence>,
+}
+
+/// How far a model's predictions are from a baseline's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Divergence {
+    /// The baseline's perplexity.
+    pub reference: Estimate,
+    /// The perplexity divided by the baseline's; the error knows that both were measured on the same text.
+    pub ratio: Estimate,
+    /// The Kullback-Leibler divergence from the baseline's distribution to the model's, in nats: its mean a token.
+    pub kl_mean: Estimate,
+    /// Its median.
+    pub kl_median: f64,
+    /// Its 90th percentile.
+    pub kl_p90: f64,
+    /// Its 99th percentile.
+    pub kl_p99: f64,
+    /// Its maximum.
+    pub kl_max: f64,
+    /// The share of tokens for which both think the same one likeliest.
+    pub top_agreement: Estimate,
+    /// The root mean square of the difference between the probabilities that both give the token that comes.
+    pub rms_dp: Estimate,
+    /// The mean divergence at each scored position of a window.
+    pub kl_by_position: Vec<f64>,
+}
+
+/// Cuts a text's tokens into windows of `window`; what does not fill one is left over. The first token of each window is
+/// replaced by `start`, for models that want a start token; it is not scored.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for windows below 4 tokens and for texts that do not fill one.
+pub fn windows(tokens: &[u32], window: usize, start: Option<u32>) -> Result<Vec<Vec<u32>>> {
+    if window < 4 {
+        return Err(Error::argument("window", window, "at least 4 tokens"));
+    }
+    if tokens.len() < window {
+        let expected = format!("at least {window}, one window: take a longer text or shorter windows");
+        return Err(Error::argument("text", format_args!("{} tokens", tokens.len()), expected));
+    }
+    let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(window).map(<[u32]>::to_vec).collect();
+    if let Some(start) = start {
+        windows.iter_mut().for_each(|window| window[0] = start);
+    }
+    Ok(windows)
+}
+
+/// How well `model` predicts `windows`, all of one length. `progress` is told how many windows are done.
+///
+/// # Errors
+/// Those of [`Model::forward`]; [`Error::InvalidArgument`] for no windows, for unequal ones and for ones below 4 tokens;
+/// [`Error::BadLogits`].
+pub fn perplexity(
+    model: &Model,
+    windows: &[Vec<u32>],
+    progress: Progress<'_>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<Evaluation> {
+    let mut scores = Vec::new();
+    for_each_piece(model, windows, progress, interrupted, |rows| {
+        let new = rows.map(model, Score::of);
+        check(&new)?;
+        scores.extend(new);
+        Ok(())
+    })?;
+    Ok(Evaluation { tokens: scores.len(), perplexity: exponential(&scores, |score| score.nll), divergence: None })
+}
+
+/// What a model makes of a text, in a file without a name that goes with this value: about two bytes a token of the
+/// vocabulary for each token that is scored.
+#[derive(Debug)]
+pub struct Baseline {
+    file: File,
+    windows: Vec<Vec<u32>>,
+    vocabulary: usize,
+    evaluation: Evaluation,
+}
+
+impl Baseline {
+    /// Has `model` read `windows`, as [`perplexity`] does. The file is in the system's folder for temporary ones.
+    ///
+    /// # Errors
+    /// Those of [`perplexity`]; [`Error::Io`] where the file cannot be written.
+    pub fn record(
+        model: &Model,
+        windows: &[Vec<u32>],
+        progress: Progress<'_>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Baseline> {
+        let vocabulary = model.vocabulary();
+        let mut writer = BufWriter::with_capacity(1 << 20, tempfile::tempfile().map_err(unwritable)?);
+        let mut scores = Vec::new();
+        for_each_piece(model, windows, progress, interrupted, |rows| {
+            for (score, row) in rows.map(model, Score::and_row) {
+                check([&score])?;
+                scores.push(score);
+                writer.write_all(&row).map_err(unwritable)?;
+            }
+            Ok(())
+        })?;
+        let file = writer.into_inner().map_err(|error| unwritable(error.into_error()))?;
+        let perplexity = exponential(&scores, |score| score.nll);
+        let evaluation = Evaluation { tokens: scores.len(), perplexity, divergence: None };
+        Ok(Baseline { file, windows: windows.to_vec(), vocabulary, evaluation })
+    }
+
+    /// How well the baseline itself predicts the text.
+    pub fn evaluation(&self) -> &Evaluation {
+        &self.evaluation
+    }
+
+    /// How well `model` predicts the same windows, and how far it is from the baseline.
+    ///
+    /// # Errors
+    /// Those of [`perplexity`]; [`Error::InvalidArgument`] for a model of another vocabulary; [`Error::Io`] where the file
+    /// cannot be read.
+    pub fn compare(
+        &mut self,
+        model: &Model,
+        progress: Progress<'_>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Evaluation> {
+        if model.vocabulary() != self.vocabulary {
+            let expected = format!("{} tokens, as the reference has", self.vocabulary);
+            return Err(Error::argument("vocabulary", format_args!("{} tokens", model.vocabulary()), expected));
+        }
+        self.file.seek(SeekFrom::Start(0)).map_err(unwritable)?;
+        let mut reader = BufReader::with_capacity(1 << 20, &self.file);
+        let row_bytes = ROW_HEADER + 2 * self.vocabulary;
+        let (mut scores, mut bytes) = (Vec::new(), Vec::new());
+        for_each_piece(model, &self.windows, progress, interrupted, |rows| {
+            bytes.resize(rows.tokens.len() * row_bytes, 0u8);
+            reader.read_exact(&mut bytes).map_err(unwritable)?;
+            let new = rows.map_with(model, &bytes, row_bytes, Score::against);
+            check(&new)?;
+            scores.extend(new);
+            Ok(())
+        })?;
+        let scored = self.windows.first().map_or(1, |window| window.len() - 1 - window.len() / 2);
+        Ok(Evaluation {
+            tokens: scores.len(),
+            perplexity: exponential(&scores, |score| score.nll),
+            divergence: Some(Divergence::of(&scores, scored)),
+        })
+    }
+}
+
+fn unwritable(source: std::io::Error) -> Error {
+    Error::io(std::env::temp_dir(), source)
+}
+
+/// Rows of logits and the token that came after each.
+struct Piece<'a> {
+    /// `(tokens, vocabulary)`
+    logits: &'a [f32],
+    tokens: &'a [u32],
+}
+
+impl Piece<'_> {
+    /// What `score` makes of each row, spread over the model's threads.
+    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&dyn Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
+        self.map_with(model, &[], 0, |kernel, logits, token, _| score(kernel, logits, token))
+    }
+
+    /// As [`Piece::map`], with `width` bytes of `beside` for each row.
+    fn map_with<T: Default + Send>(
+        &self,
+        model: &Model,
+        beside: &[u8],
+        width: usize,
+        score: impl Fn(&dyn Kernel, &[f32], u32, &[u8]) -> T + Sync,
+    ) -> Vec<T> {
+        let vocabulary = model.vocabulary();
+        let mut scores: Vec<T> = self.tokens.iter().map(|_| T::default()).collect();
+        model.team().run(|scope| {
+            scope.for_each_chunk(&mut scores, 1, |row, out| {
+                let logits = &self.logits[row * vocabulary..][..vocabulary];
+                out[0] = score(model.kernel(), logits, self.tokens[row], &beside[row * width..][..width]);
+            });
+        });
+        scores
+    }
+}
+
+/// Has `model` read each window and hands on the logits of its second half, all but the last row, piece by piece.
+fn for_each_piece(
+    model: &Model,
+    windows: &[Vec<u32>],
+    progress: Progress<'_>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+    mut take: impl FnMut(Piece<'_>) -> Result<()>,
+) -> Result<()> {
+    let Some(length) = windows.first().map(Vec::len).filter(|length| *length >= 4) else {
+        return Err(Error::argument("windows", "none, or one below 4 tokens", "at least one window"));
+    };
+    if let Some(other) = windows.iter().find(|window| window.len() != length) {
+        return Err(Error::argument("window", other.len(), format_args!("{length} tokens, as the first has")));
+    }
+    // The last token of a window is looked up among the logits, but never read by the model, which would check it.
+    if let Some(token) =
+        windows.iter().filter_map(|window| window.last()).find(|id| **id as usize >= model.vocabulary())
+    {
+        return Err(Error::argument("token", token, format_args!("an id below {}", model.vocabulary())));
+    }
+    let rows = (PIECE / (model.vocabulary() * size_of::<f32>()).max(1)).max(1);
+    let mut logits = Vec::new();
+    for (done, window) in windows.iter().enumerate() {
+        progress(done, windows.len())?;
+        let mut session = model.session();
+        let (unscored, scored) = window[..length - 1].split_at(length / 2);
+        let first = Input { session: &mut session, tokens: unscored, logits: Logits::None };
+        model.forward(&mut [first], &mut logits, interrupted)?;
+        for (tokens, next) in scored.chunks(rows).zip(window[length / 2 + 1..].chunks(rows)) {
+            logits.clear();
+            let input = Input { session: &mut session, tokens, logits: Logits::All };
+            model.forward(&mut [input], &mut logits, interrupted)?;
+            take(Piece { logits: &logits, tokens: next })?;
+        }
+        logits.clear();
+    }
+    progress(windows.len(), windows.len())?;
+    Ok(())
+}
+
+/// What is known of one token.
+#[derive(Debug, Clone, Copy, Default)]
+struct Score {
+    /// Negative log-likelihood.
+    nll: f64,
+    /// The baseline's.
+    base: f64,
+    kl: f64,
+    same_top: bool,
+    /// Probability minus the baseline's.
+    dp: f64,
+}
+
+/// The largest logit, the first place where it stands, and the logarithm of the sum of all exponentials.
+struct Normal {
+    max: f32,
+    top: usize,
+    log_sum: f32,
+}
+
+impl Normal {
+    fn of(kernel: &dyn Kernel, logits: &[f32]) -> Normal {
+        let (max, sum) = kernel.exp_segment(&mut logits.to_vec());
+        let top = logits.iter().position(|logit| *logit == max).unwrap_or_default();
+        Normal { max, top, log_sum: max + libm::logf(sum) }
+    }
+}
+
+/// A row of the baseline: log-probability `step * code + offset`, and [`NEGLIGIBLE`] ones all alike.
+#[derive(Debug, Clone, Copy)]
+struct Scale {
+    step: f32,
+    offset: f32,
+}
+
+impl Score {
+    fn of(kernel: &dyn Kernel, logits: &[f32], token: u32) -> Score {
+        let normal = Normal::of(kernel, logits);
+        // `for_each_piece` and the model have checked all tokens.
+        Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }
+    }
+
+    /// The score, and the row that a baseline keeps.
+    fn and_row(kernel: &dyn Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
+        let normal = Normal::of(kernel, logits);
+        let smallest = logits.iter().copied().fold(f32::INFINITY, f32::min).max(normal.max + NEGLIGIBLE);
+        let step = (normal.max - smallest) / f32::from(u16::MAX);
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        let mut row = Vec::with_capacity(ROW_HEADER + 2 * logits.len());
+        row.extend(step.to_le_bytes());
+        row.extend((smallest - normal.log_sum).to_le_bytes());
+        row.extend((normal.log_sum - logits[token as usize]).to_le_bytes());
+        // The cast saturates.
+        row.extend(
+            logits.iter().flat_map(|logit| (((logit - smallest) * inverse).round_ties_even() as u16).to_le_bytes()),
+        );
+        (Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }, row)
+    }
+
+    /// The score beside a row of a baseline.
+    fn against(kernel: &dyn Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
+        let normal = Normal::of(kernel, logits);
+        let (header, codes) = row.split_at(ROW_HEADER);
+        let float = |at: usize| f32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let scale = Scale { step: float(0), offset: float(4) };
+        let codes = codes.as_chunks::<2>().0;
+        let log = |code: &[u8; 2]| scale.step * f32::from(u16::from_le_bytes(*code)) + scale.offset;
+        let mut weights: Vec<f32> = codes.iter().map(log).collect();
+        let (largest, _) = kernel.exp_segment(&mut weights);
+        let factor = f64::from(libm::expf(largest));
+        let (mut kl, mut top, mut best) = (0.0, 0, 0);
+        for (i, (code, logit)) in codes.iter().zip(logits).enumerate() {
+            let number = u16::from_le_bytes(*code);
+            if i == 0 || number > best {
+                (top, best) = (i, number);
+            }
+            let base = log(code);
+            if base > NEGLIGIBLE {
+                kl += f64::from(weights[i]) * f64::from(base - (logit - normal.log_sum));
+            }
+        }
+        let nll = f64::from(normal.log_sum - logits[token as usize]);
+        let base = f64::from(float(8));
+        let dp = libm::exp(-nll) - libm::exp(-base);
+        Score { nll, base, kl: kl * factor, same_top: normal.top == top, dp }
+    }
+}
+
+/// Says whether all likelihoods are numbers.
+fn check<'a>(scores: impl IntoIterator<Item = &'a Score>) -> Result<()> {
+    let all_finite = scores.into_iter().all(|score| score.nll.is_finite() && score.kl.is_finite());
+    if all_finite { Ok(()) } else { Err(Error::BadLogits) }
+}
+
+/// The mean of `of` with its standard error, which is 0 where ten values or fewer tell nothing of it.
+fn mean(scores: &[Score], of: impl Fn(&Score) -> f64) -> Estimate {
+    let count = scores.len() as f64;
+    let (sum, squares) = scores.iter().map(of).fold((0.0, 0.0), |(sum, squares), x| (sum + x, squares + x * x));
+    let value = sum / count;
+    let variance = squares / count - value * value;
+    let error = if scores.len() > 10 && variance > 0.0 { (variance / (count - 1.0)).sqrt() } else { 0.0 };
+    Estimate { value, error }
+}
+
+/// The exponential of the mean.
+fn exponential(scores: &[Score], of: impl Fn(&Score) -> f64) -> Estimate {
+    let log = mean(scores, of);
+    let value = libm::exp(log.value);
+    Estimate { value, error: value * log.error }
+}
+
+/// The value below which `fraction` of the sorted values lie, interpolated.
+fn percentile(sorted: &[f64], fraction: f64) -> f64 {
+    let place = fraction * (sorted.len() - 1) as f64;
+    let below = place as usize;
+    let above = (below + 1).min(sorted.len() - 1);
+    let share = place - below as f64;
+    (1.0 - share) * sorted[below] + share * sorted[above]
+}
+
+impl Divergence {
+    /// Of scores of windows with `scored` each, at least one.
+    fn of(scores: &[Score], scored: usize) -> Divergence {
+        let count = scores.len() as f64;
+        let mut sorted: Vec<f64> = scores.iter().map(|score| score.kl).collect();
+        sorted.sort_by(f64::total_cmp);
+        // The error of a difference of means that belong together is that of the mean difference.
+        let ratio = exponential(scores, |score| score.nll - score.base);
+        let agreement = mean(scores, |score| if score.same_top { 1.0 } else { 0.0 }).value;
+        let square = mean(scores, |score| score.dp * score.dp);
+        let rms = square.value.sqrt();
+        let mut kl_by_position = vec![0.0; scored];
+        for window in scores.chunks(scored) {
+            kl_by_position.iter_mut().zip(window).for_each(|(sum, score)| *sum += score.kl);
+        }
+        kl_by_position.iter_mut().for_each(|sum| *sum /= count / scored as f64);
+        Divergence {
+            reference: exponential(scores, |score| score.base),
+            ratio,
+            kl_mean: mean(scores, |score| score.kl),
+            kl_median: percentile(&sorted, 0.5),
+            kl_p90: percentile(&sorted, 0.9),
+            kl_p99: percentile(&sorted, 0.99),
+            kl_max: percentile(&sorted, 1.0),
+            top_agreement: Estimate {
+                value: agreement,
+                error: (agreement * (1.0 - agreement) / (count - 1.0).max(1.0)).sqrt(),
+            },
+            rms_dp: Estimate { value: rms, error: if rms > 0.0 { 0.5 / rms * square.error } else { 0.0 } },
+            kl_by_position,
+        }
+    }
+}

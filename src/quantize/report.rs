@@ -1,0 +1,89 @@
+//! What a run did, tensor by tensor.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::quant::block::BlockType;
+
+/// What became of one matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorReport {
+    /// Its name.
+    pub name: String,
+    /// Its type in the file.
+    pub block_type: BlockType,
+    /// Columns that share a scale.
+    pub group: usize,
+    /// How its codes were found; `encoded` for types that leave no choice.
+    pub recipe: String,
+    /// Error of its outputs, or of its weights where no inputs were seen, relative to them; none for encoded ones.
+    pub relative_error: Option<f64>,
+    /// Time that it took.
+    pub seconds: f64,
+    /// Number of its weights.
+    pub weights: usize,
+    /// Whether it is a linear layer inside of a block of the model.
+    pub linear: bool,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The checkpoint.
+    pub source: PathBuf,
+    /// The file.
+    pub out: PathBuf,
+    /// Name of the recipe.
+    pub recipe: String,
+    /// Size of the file in bytes.
+    pub size_bytes: u64,
+    /// Time of this run, which may have gone on where another stopped.
+    pub seconds: f64,
+    /// All matrices.
+    pub tensors: Vec<TensorReport>,
+}
+
+impl Report {
+    pub(super) fn new(source: &Path, out: &Path, recipe: &str, size_bytes: u64) -> Report {
+        let (source, out, recipe) = (source.to_path_buf(), out.to_path_buf(), recipe.to_owned());
+        Report { source, out, recipe, size_bytes, seconds: 0.0, tensors: Vec::new() }
+    }
+
+    pub(super) fn add(&mut self, tensor: TensorReport) {
+        self.tensors.push(tensor);
+    }
+
+    /// Bits a weight over all linear layers, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        let linear = || self.tensors.iter().filter(|tensor| tensor.linear);
+        let bits = |tensor: &TensorReport| {
+            let block_type = tensor.block_type;
+            tensor.weights as f64 * (8 * block_type.block_bytes()) as f64 / block_type.block_len() as f64
+        };
+        linear().map(bits).sum::<f64>() / linear().map(|tensor| tensor.weights).sum::<usize>().max(1) as f64
+    }
+
+    /// The report as JSON.
+    pub fn to_json(&self) -> Value {
+        let tensor = |tensor: &TensorReport| {
+            json!({
+                "name": tensor.name,
+                "type": tensor.block_type.name(),
+                "group": tensor.group,
+                "recipe": tensor.recipe,
+                "relative_error": tensor.relative_error,
+                "seconds": tensor.seconds,
+            })
+        };
+        json!({
+            "source": self.source.to_string_lossy(),
+            "out": self.out.to_string_lossy(),
+            "recipe": self.recipe,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight(),
+            "seconds": self.seconds,
+            "tensors": self.tensors.iter().map(tensor).collect::<Vec<_>>(),
+        })
+    }
+}

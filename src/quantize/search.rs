@@ -1,0 +1,181 @@
+//! The search for a recipe: candidates are tried from cheap to dear until one holds the target or the time is over.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+/// What a candidate's file costs and keeps.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Figures {
+    /// Size of the file.
+    pub size_bytes: u64,
+    /// Perplexity on the held-out text.
+    pub perplexity: f64,
+    /// Mean divergence from the full-precision model, in nats a token.
+    pub kl_mean: f64,
+    /// Its median.
+    pub kl_median: f64,
+    /// Its 99th percentile.
+    pub kl_p99: f64,
+    /// Share of tokens for which both models think the same one likeliest.
+    pub top_agreement: f64,
+}
+
+/// What is good enough.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// Perplexity above the full-precision model's by this share at most.
+    Perplexity(f64),
+    /// Mean divergence of this at most.
+    Divergence(f64),
+}
+
+impl Default for Target {
+    fn default() -> Self {
+        Target::Perplexity(0.01)
+    }
+}
+
+impl Target {
+    /// Whether it holds, with `reference` the perplexity of the full-precision model.
+    pub fn holds(self, figures: &Figures, reference: f64) -> bool {
+        match self {
+            Target::Perplexity(share) => figures.perplexity <= reference * (1.0 + share),
+            Target::Divergence(most) => figures.kl_mean <= most,
+        }
+    }
+
+    /// In words.
+    fn text(self) -> String {
+        match self {
+            Target::Perplexity(share) => format!("perplexity within {}%", (share * 1e4).round() / 1e2),
+            Target::Divergence(most) => format!("mean KL divergence up to {most}"),
+        }
+    }
+}
+
+/// What the search found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Figures of the candidates that were tried, which are the first ones, and how long each took.
+    pub tried: Vec<(Figures, Duration)>,
+    /// Number of the chosen one.
+    pub chosen: usize,
+    /// Why, in a sentence.
+    pub because: String,
+}
+
+/// Tries `names` from the first to the last, as `evaluate(number)` makes and measures them.
+///
+/// The first that holds the target is chosen. When none does, or `clock`, which says how long the search has lasted, passes
+/// `budget`, it is the one of least mean divergence, and the sentence says by what the target was missed. A candidate that
+/// would probably not end in time is not begun: each is dearer than those before it.
+///
+/// # Errors
+/// Those of `evaluate`; [`Error::InvalidArgument`] without candidates.
+pub fn search(
+    names: &[String],
+    reference: f64,
+    target: Target,
+    budget: Option<Duration>,
+    clock: &dyn Fn() -> Duration,
+    evaluate: &mut dyn FnMut(usize) -> Result<Figures>,
+) -> Result<Outcome> {
+    let mut tried: Vec<(Figures, Duration)> = Vec::new();
+    let mut late = None;
+    for number in 0..names.len() {
+        let begun = clock();
+        let longest = tried.iter().map(|(_, duration)| *duration).max().unwrap_or_default();
+        if budget.is_some_and(|budget| number > 0 && begun + longest > budget) {
+            late = Some(number);
+            break;
+        }
+        let figures = evaluate(number)?;
+        tried.push((figures, clock().saturating_sub(begun)));
+        if target.holds(&figures, reference) {
+            let because = format!("{} is the cheapest that was found with {}", names[number], target.text());
+            return Ok(Outcome { tried, chosen: number, because });
+        }
+    }
+    let least = |a: &usize, b: &usize| tried[*a].0.kl_mean.total_cmp(&tried[*b].0.kl_mean);
+    let Some(chosen) = (0..tried.len()).min_by(least) else {
+        return Err(Error::argument("candidates", "none", "at least one"));
+    };
+    let figures = tried[chosen].0;
+    let rest = match late {
+        Some(first) => format!("; there was no time for {}", names[first..].join(", ")),
+        None => String::new(),
+    };
+    let because = format!(
+        "{} diverges least ({:.4}); none of {} has {} (perplexity {:.2}, full precision {reference:.2}){rest}",
+        names[chosen],
+        figures.kl_mean,
+        names[..tried.len()].join(", "),
+        target.text(),
+        figures.perplexity,
+    );
+    Ok(Outcome { tried, chosen, because })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    fn names() -> Vec<String> {
+        ["rtn", "gptq", "awq"].map(str::to_owned).to_vec()
+    }
+
+    fn figures(perplexity: f64, kl_mean: f64) -> Figures {
+        Figures { size_bytes: 1, perplexity, kl_mean, kl_median: kl_mean, kl_p99: kl_mean, top_agreement: 0.9 }
+    }
+
+    const MEASURED: [(f64, f64); 3] = [(12.0, 0.3), (10.08, 0.1), (10.09, 0.05)];
+
+    /// A search in which each candidate takes ten seconds.
+    fn run(target: Target, budget: Option<u64>) -> Outcome {
+        let now = Cell::new(0);
+        let mut evaluate = |number: usize| {
+            now.set(now.get() + 10);
+            let (perplexity, kl) = MEASURED[number];
+            Ok(figures(perplexity, kl))
+        };
+        let clock = || Duration::from_secs(now.get());
+        search(&names(), 10.0, target, budget.map(Duration::from_secs), &clock, &mut evaluate).unwrap()
+    }
+
+    #[test]
+    fn the_first_that_holds_the_target_ends_the_search() {
+        let outcome = run(Target::default(), None);
+        assert_eq!((outcome.chosen, outcome.tried.len()), (1, 2));
+        assert_eq!(outcome.because, "gptq is the cheapest that was found with perplexity within 1%");
+        assert_eq!(run(Target::Divergence(0.07), None).chosen, 2);
+    }
+
+    #[test]
+    fn without_one_that_holds_it_the_closest_is_taken_and_the_miss_is_told() {
+        let outcome = run(Target::Divergence(0.01), None);
+        assert_eq!((outcome.chosen, outcome.tried.len()), (2, 3));
+        assert_eq!(outcome.tried[2].1, Duration::from_secs(10));
+        let expected = "awq diverges least (0.0500); none of rtn, gptq, awq has mean KL divergence up to 0.01 \
+                        (perplexity 10.09, full precision 10.00)";
+        assert_eq!(outcome.because, expected);
+    }
+
+    #[test]
+    fn a_candidate_that_would_end_too_late_is_not_begun() {
+        for (budget, tried) in [(0, 1), (15, 1), (20, 2), (29, 2), (30, 3)] {
+            let outcome = run(Target::Divergence(0.01), Some(budget));
+            assert_eq!(outcome.tried.len(), tried, "{budget} seconds");
+            assert_eq!(outcome.because.contains("no time for"), tried < 3, "{}", outcome.because);
+        }
+        let outcome = run(Target::Divergence(0.01), Some(15));
+        assert!(outcome.because.ends_with("; there was no time for gptq, awq"), "{}", outcome.because);
+    }
+
+    #[test]
+    fn a_search_among_nothing_is_refused() {
+        let found = search(&[], 10.0, Target::default(), None, &|| Duration::ZERO, &mut |_| Ok(figures(1.0, 1.0)));
+        assert!(found.unwrap_err().to_string().contains("at least one"));
+    }
+}

@@ -1,0 +1,296 @@
+//! The automatic INT4 flow on every family's tiny checkpoint.
+
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nybble::Error;
+use nybble::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use nybble::model::hf::HfFolder;
+use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
+use nybble::quant::block::BlockType;
+use nybble::quantize::problem::Grid;
+use nybble::quantize::{Options, Policy, Recipe, Report, gptq, quantize};
+use tempfile::TempDir;
+
+const RTN: Recipe = Recipe::Rtn { search: false };
+
+fn gptq() -> Recipe {
+    Recipe::Gptq(gptq::Options::default())
+}
+
+fn options(recipe: Recipe) -> Options {
+    let policy = Policy { grid: Grid::Q4_0, group: 32, output_type: BlockType::Q8_0, keep: vec![] };
+    Options { recipe, policy, threads: Some(1), force: false }
+}
+
+fn windows() -> Vec<Vec<u32>> {
+    let mut state = 1u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % 320
+    };
+    (0..20).map(|_| (0..64).map(|_| next()).collect()).collect()
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name)
+}
+
+/// The checkpoint as a GGUF file of F32, which needs no tokenizer.
+fn source(folder: &TempDir, name: &str) -> PathBuf {
+    let path = folder.path().join(format!("{name}-f32.gguf"));
+    let checkpoint = HfFolder::open(golden(name)).unwrap();
+    convert::convert(&checkpoint, &Metadata::new(), &path, BlockType::F32, None).unwrap();
+    path
+}
+
+fn run(source: &Path, out: &Path, options: &Options) -> nybble::Result<Report> {
+    quantize(source, out, options, &windows(), &|_, _, _| {}, &|| false)
+}
+
+/// The logits that the weights of a file give when they are computed in F32.
+fn logits(file: &Path) -> Vec<f32> {
+    let floats = file.with_extension("floats.gguf");
+    convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
+    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
+    let model = Model::load(&floats, &options).unwrap();
+    let (mut session, mut logits) = (model.session(), Vec::new());
+    let tokens: Vec<u32> = (0..60).map(|i| (i * i * 31 + 7) % 320).collect();
+    let input = Input { session: &mut session, tokens: &tokens, logits: Logits::All };
+    model.forward(&mut [input], &mut logits, &|| false).unwrap();
+    logits
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+#[test]
+fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
+    let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    families.sort();
+    assert_eq!(families.len(), 30);
+    for name in families {
+        let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
+        let source = source(&folder, name);
+        let expected = logits(&source);
+        let distance_of = |recipe: Recipe| {
+            let out = folder.path().join("out.gguf");
+            let report = run(&source, &out, &Options { force: true, ..options(recipe) }).unwrap();
+            assert_eq!(report.size_bytes, out.metadata().unwrap().len());
+            for tensor in report.tensors.iter().filter(|tensor| tensor.linear) {
+                assert_eq!((tensor.block_type, &*tensor.recipe), (BlockType::Q4_0, recipe.name()), "{}", tensor.name);
+                assert!(tensor.relative_error.unwrap() < 0.02, "{name}: {tensor:?}");
+            }
+            assert_eq!(report.bits_per_weight(), 4.5);
+            distance(&logits(&out), &expected)
+        };
+        let (rounded, own) = (distance_of(RTN), distance_of(gptq()));
+        println!("{name}: {own:.3}, by rounding {rounded:.3}");
+        assert!(own < 0.95 * rounded, "{name}: {own}, by rounding {rounded}");
+    }
+}
+
+#[test]
+fn the_bytes_are_the_same_on_one_and_two_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama", "qwen2_moe"] {
+        let source = source(&folder, name);
+        let of = |threads: usize| {
+            let out = folder.path().join(format!("{name}-{threads}.gguf"));
+            run(&source, &out, &Options { threads: Some(threads), ..options(gptq()) }).unwrap();
+            std::fs::read(out).unwrap()
+        };
+        assert!(of(1) == of(2), "{name}");
+    }
+}
+
+#[test]
+fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
+    for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN)] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let whole = folder.path().join("whole.gguf");
+        let asked = AtomicUsize::new(0);
+        let options = options(recipe);
+        let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
+        let stop = || count() > usize::MAX - 1;
+        quantize(&source, &whole, &options, &windows(), &|_, _, _| {}, &stop).unwrap();
+        let (whole, steps) = (std::fs::read(whole).unwrap(), asked.load(Ordering::Relaxed));
+        assert!(steps > 4, "{name} can be stopped {steps} times");
+
+        let out = folder.path().join("out.gguf");
+        // Stops again and again, each time a little later than the time before.
+        let mut stops = 0;
+        for patience in (1..).map(|i| i * steps / 5) {
+            asked.store(0, Ordering::Relaxed);
+            let stop = || count() > patience;
+            match quantize(&source, &out, &options, &windows(), &|_, _, _| {}, &stop) {
+                Ok(_) => break,
+                Err(Error::Interrupted) => stops += 1,
+                Err(error) => panic!("{name}: {error}"),
+            }
+            assert!(!out.exists(), "nothing stands under the final name");
+            // A record that was being written when the process died.
+            let journal = folder.path().join("out.gguf.resume");
+            let length = journal.metadata().unwrap().len();
+            std::fs::File::options().write(true).open(&journal).unwrap().set_len(length.saturating_sub(5)).unwrap();
+        }
+        assert!(stops > 2, "{name} was stopped {stops} times");
+        assert!(std::fs::read(&out).unwrap() == whole, "{name}");
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "the source and two files are left: {left:?}");
+    }
+}
+
+#[test]
+fn what_is_done_is_not_done_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let asked = AtomicUsize::new(0);
+    // Far into the last layer.
+    let stop = || asked.fetch_add(1, Ordering::Relaxed) > 150;
+    let first = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &stop);
+    assert!(matches!(first, Err(Error::Interrupted)));
+    let journal = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
+    let steps = asked.load(Ordering::Relaxed);
+    let second = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &|| true);
+    assert!(matches!(second, Err(Error::Interrupted)));
+    assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == journal);
+    // Nor are layers gone through again that are whole.
+    asked.store(0, Ordering::Relaxed);
+    let count = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
+    let copy = folder.path().join("copy.gguf");
+    for end in ["resume", "resume-state"] {
+        let own = folder.path().join(format!("out.gguf.{end}"));
+        std::fs::copy(own, folder.path().join(format!("copy.gguf.{end}"))).unwrap();
+    }
+    quantize(&source, &copy, &options(gptq()), &windows(), &|_, _, _| {}, &count).unwrap();
+    assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
+    // Other options are another run.
+    let other = Options { policy: Policy { group: 64, ..options(gptq()).policy }, ..options(gptq()) };
+    let third = quantize(&source, &out, &other, &windows(), &|_, _, _| {}, &|| true);
+    assert!(matches!(third, Err(Error::Interrupted)));
+    assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < journal.len() as u64);
+}
+
+#[test]
+fn progress_goes_forward_and_ends_below_the_total() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "qwen3");
+    let last = Cell::new(0);
+    let progress = |stage: &str, done: usize, total: usize| {
+        assert!(done >= last.get() || stage == "quantize", "{stage}: {done} after {}", last.get());
+        assert!(done < total);
+        last.set(done);
+    };
+    quantize(&source, &folder.path().join("out.gguf"), &options(gptq()), &windows(), &progress, &|| false).unwrap();
+    assert!(last.get() > 0);
+}
+
+#[test]
+fn every_format_and_kept_tensors_are_written_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    for (grid, group, expected) in [
+        (Grid::Q4_0, 64, (BlockType::Q4_0, 64)),
+        (Grid::Q4_1, 128, (BlockType::Q4_1, 64)),
+        (Grid::Iq4Nl, 0, (BlockType::IQ4_NL, 64)),
+        (Grid::Q4_1, 32, (BlockType::Q4_1, 32)),
+    ] {
+        let keep = [("blk.0.ffn_down", BlockType::Q8_0), ("output", BlockType::F16), ("*.1.attn_?", BlockType::Q4_1)];
+        let keep = keep.map(|(pattern, block_type)| (pattern.to_owned(), block_type)).to_vec();
+        let policy = Policy { grid, group, output_type: BlockType::Q4_0, keep };
+        let out = folder.path().join(format!("{grid:?}-{group}.gguf"));
+        run(&source, &out, &Options { policy, ..options(gptq()) }).unwrap();
+        let file = Gguf::open(&out).unwrap();
+        let found = |name: &str| file.tensor(name).unwrap().block_type();
+        assert_eq!(found("blk.0.attn_q.weight"), expected.0);
+        assert_eq!(found("blk.0.ffn_down.weight"), BlockType::Q8_0);
+        assert_eq!(found("blk.1.attn_v.weight"), BlockType::Q4_1);
+        assert_eq!(found("output.weight"), BlockType::F16);
+        assert_eq!(found("token_embd.weight"), BlockType::Q4_0);
+        assert_eq!(found("blk.0.attn_norm.weight"), BlockType::F32);
+        // A group is several blocks with the same scale.
+        let tensor = file.tensor("blk.0.attn_q.weight").unwrap();
+        let (bytes, blocks) = (file.data(tensor), expected.1 / 32);
+        let scales: Vec<&[u8]> = bytes.chunks(expected.0.block_bytes()).map(|block| &block[..2]).collect();
+        assert!(scales.chunks(blocks).all(|group| group.iter().all(|scale| *scale == group[0])), "{grid:?} {group}");
+        assert!(logits(&out).iter().all(|logit| logit.is_finite()));
+    }
+}
+
+#[test]
+fn experts_that_few_tokens_choose_are_rounded_and_the_report_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "qwen3_moe"), folder.path().join("out.gguf"));
+    // One window again and again but for its order: enough text, and experts that it never reaches.
+    let windows = vec![vec![7; 32]; 20];
+    let report = quantize(&source, &out, &options(gptq()), &windows, &|_, _, _| {}, &|| false).unwrap();
+    let experts = report.tensors.iter().filter(|tensor| tensor.name.contains("_exps"));
+    let recipes: Vec<&str> = experts.map(|tensor| &*tensor.recipe).collect();
+    assert!(recipes.iter().any(|recipe| recipe.contains("rtn (0 tokens of the text came here)")), "{recipes:?}");
+    assert!(recipes.iter().any(|recipe| recipe.contains("gptq")), "{recipes:?}");
+    assert!(logits(&out).iter().all(|logit| logit.is_finite()));
+}
+
+#[test]
+fn faults_are_named_and_leave_nothing_under_the_final_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let refused = |source: &Path, options: &Options, windows: &[Vec<u32>]| {
+        let error = quantize(source, &out, options, windows, &|_, _, _| {}, &|| false).unwrap_err().to_string();
+        assert!(!out.exists(), "{error}");
+        error
+    };
+    for (name, at, expected) in [
+        ("blk.1.ffn_up.weight", 70, "tensor \"blk.1.ffn_up.weight\": found NaN at index 70, expected finite numbers"),
+        (
+            "blk.0.attn_norm.weight",
+            3,
+            "tensor \"blk.0.attn_norm.weight\": found NaN at index 3, expected finite numbers",
+        ),
+        ("token_embd.weight", 64 * 5, "among the moments of its inputs"),
+    ] {
+        let damaged = folder.path().join("damaged.gguf");
+        with_nan(&whole, &damaged, name, at);
+        let error = refused(&damaged, &options(gptq()), &windows());
+        assert!(error.contains(expected), "{error}");
+        if name != "token_embd.weight" {
+            assert!(refused(&damaged, &options(RTN), &[]).contains(expected));
+        }
+    }
+    let few = vec![vec![1; 100]; 2];
+    assert!(
+        refused(&whole, &options(gptq()), &few).starts_with("calibration: found 200 tokens, expected at least 512")
+    );
+    let unknown = vec![vec![320; 100]; 6];
+    assert_eq!(refused(&whole, &options(gptq()), &unknown), "token: found 320, expected an id below 320");
+    let long = vec![vec![1; 100_000]];
+    assert!(refused(&whole, &options(gptq()), &long).starts_with("window: found 100000 tokens"));
+    let policy = Policy { group: 33, ..options(RTN).policy };
+    assert!(refused(&whole, &Options { policy, ..options(RTN) }, &[]).starts_with("group: found 33"));
+    assert!(refused(Path::new("nowhere.gguf"), &options(RTN), &[]).starts_with("nowhere.gguf"));
+
+    std::fs::write(&out, "mine").unwrap();
+    let error = run(&whole, &out, &options(RTN)).unwrap_err().to_string();
+    assert!(error.contains("which exists"), "{error}");
+    assert_eq!(std::fs::read(&out).unwrap(), b"mine");
+    run(&whole, &out, &Options { force: true, ..options(RTN) }).unwrap();
+    assert!(Gguf::open(&out).is_ok());
+}
+
+/// A copy of a file of floats in which one number is NaN.
+fn with_nan(source: &Path, out: &Path, name: &str, at: usize) {
+    let file = Gguf::open(source).unwrap();
+    let mut writer = Writer::create(out, file.metadata(), file.tensors().iter().map(NewTensor::from)).unwrap();
+    for tensor in file.tensors() {
+        let mut bytes = file.data(tensor).to_vec();
+        if tensor.name() == name {
+            bytes[4 * at..4 * at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        }
+        writer.write_tensor(tensor.name(), &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}

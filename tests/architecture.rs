@@ -21,6 +21,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avxvnni", "asks for `vpdpbusd`; enters AVX2's functions"),
+    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; asks for `sdot`"),
     ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
     ("src/format/mapped", "maps a file into memory"),
     ("src/threads/board", "lends the workers a closure of the one call that waits for them"),

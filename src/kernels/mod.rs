@@ -14,6 +14,8 @@ mod avxvnni;
 #[cfg(target_arch = "x86_64")]
 mod delegate;
 mod limits;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod numbers;
 mod portable;
 mod scalar;
@@ -145,6 +147,8 @@ pub fn available() -> Vec<&'static dyn Kernel> {
         kernels.extend(avxvnni::AvxVnni::detect().map(|k| k as &dyn Kernel));
         kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
     }
+    #[cfg(target_arch = "aarch64")]
+    kernels.extend(neon::Neon::detect().map(|k| k as &dyn Kernel));
     kernels.push(&scalar::Scalar);
     kernels
 }

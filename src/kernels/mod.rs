@@ -6,6 +6,8 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -146,6 +148,8 @@ pub fn available() -> Vec<&'static dyn Kernel> {
         kernels.extend(avx512::Avx512::detect().map(|k| k as &dyn Kernel));
         kernels.extend(avxvnni::AvxVnni::detect().map(|k| k as &dyn Kernel));
         kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
+        // Behind the others until a CPU with AMX has run its tests, so that nobody gets it who does not ask for it.
+        kernels.extend(amx::Amx::detect().map(|k| k as &dyn Kernel));
     }
     #[cfg(target_arch = "aarch64")]
     kernels.extend(neon::Neon::detect().map(|k| k as &dyn Kernel));

@@ -49,6 +49,9 @@ test-rust:  ## Run the Rust tests with the best kernel of this CPU, then with th
 	NYBBLE_KERNEL=scalar cargo test --locked --lib --tests
 	cargo test --locked --bench '*'
 
+test-arm:  ## Run the tests of kernels and models for 64-bit Arm, in an emulator. Installs Debian packages.
+	scripts/test_arm.sh
+
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest
 
@@ -76,7 +79,7 @@ clean:  ## Remove everything that was built, the environment included.
 	find python scripts tests -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo test lint test-rust test-python fmt bench wheel test-wheel clean
+.PHONY: help demo test lint test-rust test-arm test-python fmt bench wheel test-wheel clean
 
 ## The environment: a stamp for each part, made again when what it stands for has changed
 

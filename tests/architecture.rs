@@ -18,8 +18,11 @@ const FLOORS: &[&[&str]] = &[
 
 /// The only files with `unsafe`, each a file or a folder of that name, and what for.
 const UNSAFE_FILES: &[(&str, &str)] = &[
+    ("src/kernels/amx", "uses the tile registers, for which there are no intrinsics; enters AVX-512's functions"),
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
+    ("src/kernels/avxvnni", "asks for `vpdpbusd`; enters AVX2's functions"),
+    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; asks for `sdot`"),
     ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
     ("src/format/mapped", "maps a file into memory"),
     ("src/threads/board", "lends the workers a closure of the one call that waits for them"),

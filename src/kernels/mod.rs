@@ -1,4 +1,4 @@
-//! The only place with SIMD intrinsics: one file an instruction set, all behind one trait.
+//! The only place with SIMD intrinsics: one folder an instruction set, all behind one trait.
 //!
 //! The scalar kernel defines what every operation computes, to the bit. The other sets compute the same bits because each
 //! output is summed over its inputs in one fixed order with fused multiply-add, integer products cannot overflow or
@@ -6,10 +6,18 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
+#[cfg(target_arch = "x86_64")]
+mod delegate;
 mod limits;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod numbers;
 mod portable;
 mod scalar;
@@ -138,8 +146,13 @@ pub fn available() -> Vec<&'static dyn Kernel> {
     #[cfg(target_arch = "x86_64")]
     {
         kernels.extend(avx512::Avx512::detect().map(|k| k as &dyn Kernel));
+        kernels.extend(avxvnni::AvxVnni::detect().map(|k| k as &dyn Kernel));
         kernels.extend(avx2::Avx2::detect().map(|k| k as &dyn Kernel));
+        // Behind the others until a CPU with AMX has run its tests, so that nobody gets it who does not ask for it.
+        kernels.extend(amx::Amx::detect().map(|k| k as &dyn Kernel));
     }
+    #[cfg(target_arch = "aarch64")]
+    kernels.extend(neon::Neon::detect().map(|k| k as &dyn Kernel));
     kernels.push(&scalar::Scalar);
     kernels
 }

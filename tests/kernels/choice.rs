@@ -47,6 +47,16 @@ fn an_unknown_name_is_an_error_that_lists_the_available_ones() {
     }
 }
 
+/// This program once more, in the emulator that runs this one, if `make test-arm` names it.
+fn this_program() -> Command {
+    let program = std::env::current_exe().unwrap().into_os_string();
+    let emulator = std::env::var("NYBBLE_TEST_RUNNER").unwrap_or_default();
+    let mut words = emulator.split_whitespace().map(Into::into).chain([program]);
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words);
+    command
+}
+
 /// Marks the process that `the_environment_chooses_where_the_caller_does_not` starts.
 const CHILD: &str = "NYBBLE_TEST_CHOICE";
 
@@ -64,7 +74,7 @@ fn the_environment_chooses_where_the_caller_does_not() {
     let cases =
         cases.chain([("", format!("[chose {}]", best().name())), ("abacus", "[error kernel \"abacus\"".into())]);
     for (value, expected) in cases {
-        let output = Command::new(std::env::current_exe().unwrap())
+        let output = this_program()
             .args(["choice::the_environment_chooses_where_the_caller_does_not", "--exact", "--nocapture"])
             .env("NYBBLE_KERNEL", value)
             .env(CHILD, "1")

@@ -11,6 +11,8 @@ use std::ops::Range;
 
 use half::f16;
 
+pub(super) use product::{Adder, product};
+
 use super::activations::{Activations, RowMut};
 use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
@@ -40,7 +42,7 @@ impl Kernel for Avx2 {
 
     fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
         // SAFETY: `self` exists, so `detect` has found every feature that `product` enables.
-        unsafe { product::product(w, panels, x, out) }
+        unsafe { product(self, w, panels, x, out) }
     }
 
     fn product_float(&self, w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
@@ -119,10 +121,16 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
             *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(*sum, factor));
         }
     }
-    let total = sums.into_iter().fold(factor, |total, sum| _mm256_add_epi32(total, sum));
+    (rounds as u64 * 12 * 32 * 2, checksum(&sums))
+}
+
+/// The sum of all lanes of all registers, wrapping.
+#[target_feature(enable = "avx2")]
+pub(super) fn checksum(sums: &[__m256i]) -> i32 {
+    let total = sums.iter().fold(_mm256_setzero_si256(), |total, sum| _mm256_add_epi32(total, *sum));
     let mut lanes = [0.0; LANES];
     store(_mm256_castsi256_ps(total), &mut lanes);
-    (rounds as u64 * 12 * 32 * 2, lanes.iter().fold(0, |sum, lane| sum.wrapping_add(lane.to_bits() as i32)))
+    lanes.iter().fold(0, |sum, lane| sum.wrapping_add(lane.to_bits() as i32))
 }
 
 /// Side `side` of a line.

@@ -3,7 +3,8 @@
 //! `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in 16 bits, where it saturates. Codes 0
 //! to 15 times activations leave room for the 8 pairs of a whole block: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are
 //! widened to 32 bits once a group. 8-bit codes and table values are signed and multiplied as |w| with sign(w) x: a pair
-//! is at most 2 * 128 * 127 = 32512 and widened at once. In pseudo-code, for `S` activation rows and a side of a panel:
+//! is at most 2 * 128 * 127 = 32512 and widened at once. That is [`Avx2`]'s way to add; an [`Adder`] with `vpdpbusd` adds in
+//! 32 bits from the start. In pseudo-code, for `S` activation rows and a side of a panel:
 //!
 //! ```text
 //! for each half of a block of 32 columns:
@@ -21,7 +22,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{Both, SIDES, load, load_f16, load_table, store_side};
+use super::{Avx2, Both, SIDES, load, load_f16, load_table, store_side};
 use crate::kernels::activations::{Activations, TALLEST, Tile};
 use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
 use crate::threads::Columns;
@@ -33,33 +34,71 @@ const INT8: u8 = 2;
 /// Bytes of activations that stay in the second-level cache while the panels go by.
 const CACHE_BYTES: usize = 256 << 10;
 
+/// How products are added up, the step in which instruction sets with registers of 256 bits differ.
+///
+/// A witness that its functions may run, and not itself a function with target features: those of one set could not be
+/// inlined into those of another.
+pub(in crate::kernels) trait Adder: Copy {
+    /// Whether 8-bit codes and table values are multiplied as they are stored, 128 too high, and not signed.
+    const UNSIGNED: bool;
+
+    /// Adds the products of 4 columns of 8 rows, `(8, 4)` weights times the same 4 activations in every lane.
+    fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
+
+    /// The dot products in 32 bits.
+    fn total<const CODE: u8>(self, sum: __m256i) -> __m256i;
+}
+
+impl Adder for &Avx2 {
+    const UNSIGNED: bool = false;
+
+    #[inline(always)]
+    fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: `self` exists, so its `detect` has found every feature that `add_dot` enables.
+        unsafe { add_dot::<CODE>(sum, w, x) }
+    }
+
+    #[inline(always)]
+    fn total<const CODE: u8>(self, sum: __m256i) -> __m256i {
+        // SAFETY: as in `add`.
+        if CODE == INT4 { unsafe { add_pairs(sum) } } else { sum }
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+pub(in crate::kernels) fn product<A: Adder>(
+    adder: A,
+    w: &Packed,
+    panels: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+) {
     let layout = w.layout();
     match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 16, false) => tiles::<INT4, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 16, true) => tiles::<INT4, 16, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, false) => tiles::<INT4, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => tiles::<INT4, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, false) => tiles::<INT4, 64, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, true) => tiles::<INT4, 64, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => tiles::<INT4, 128, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => tiles::<INT4, 128, true>(w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 32, false) => tiles::<TABLE4, 32, false>(w, panels, x, out, &table),
-        (Code::Table4(table), 32, true) => tiles::<TABLE4, 32, true>(w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => tiles::<TABLE4, 16, false>(w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => tiles::<TABLE4, 16, true>(w, panels, x, out, &table),
-        (Code::Int8, 32, false) => tiles::<INT8, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, 32, true) => tiles::<INT8, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => tiles::<INT8, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => tiles::<INT8, 16, true>(w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, false) => tiles::<A, INT4, 16, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, 16, true) => tiles::<A, INT4, 16, true>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, false) => tiles::<A, INT4, 32, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, 32, true) => tiles::<A, INT4, 32, true>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, false) => tiles::<A, INT4, 64, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, 64, true) => tiles::<A, INT4, 64, true>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, false) => tiles::<A, INT4, 128, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int4, _, true) => tiles::<A, INT4, 128, true>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Table4(table), 32, false) => tiles::<A, TABLE4, 32, false>(adder, w, panels, x, out, &table),
+        (Code::Table4(table), 32, true) => tiles::<A, TABLE4, 32, true>(adder, w, panels, x, out, &table),
+        (Code::Table4(table), _, false) => tiles::<A, TABLE4, 16, false>(adder, w, panels, x, out, &table),
+        (Code::Table4(table), _, true) => tiles::<A, TABLE4, 16, true>(adder, w, panels, x, out, &table),
+        (Code::Int8, 32, false) => tiles::<A, INT8, 32, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int8, 32, true) => tiles::<A, INT8, 32, true>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, false) => tiles::<A, INT8, 16, false>(adder, w, panels, x, out, &[0; 16]),
+        (Code::Int8, _, true) => tiles::<A, INT8, 16, true>(adder, w, panels, x, out, &[0; 16]),
         (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
     }
 }
 
 /// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tiles<const CODE: u8, const GROUP: usize, const MIN: bool>(
+fn tiles<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
+    adder: A,
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
@@ -74,10 +113,10 @@ fn tiles<const CODE: u8, const GROUP: usize, const MIN: bool>(
             let mut row = first;
             while row < last {
                 row += match Activations::height(x.rows() - row) {
-                    8 => tile::<CODE, GROUP, MIN, 8, 4, 1>(&panel, w.gain(), x, row, out, p, table),
-                    4 => tile::<CODE, GROUP, MIN, 4, 4, 1>(&panel, w.gain(), x, row, out, p, table),
-                    2 => tile::<CODE, GROUP, MIN, 2, 2, 2>(&panel, w.gain(), x, row, out, p, table),
-                    _ => tile::<CODE, GROUP, MIN, 1, 1, 2>(&panel, w.gain(), x, row, out, p, table),
+                    8 => tile::<A, CODE, GROUP, MIN, 8, 4, 1>(adder, &panel, w.gain(), x, row, out, p, table),
+                    4 => tile::<A, CODE, GROUP, MIN, 4, 4, 1>(adder, &panel, w.gain(), x, row, out, p, table),
+                    2 => tile::<A, CODE, GROUP, MIN, 2, 2, 2>(adder, &panel, w.gain(), x, row, out, p, table),
+                    _ => tile::<A, CODE, GROUP, MIN, 1, 1, 2>(adder, &panel, w.gain(), x, row, out, p, table),
                 };
             }
         }
@@ -86,7 +125,17 @@ fn tiles<const CODE: u8, const GROUP: usize, const MIN: bool>(
 
 /// `R` rows times one panel, `S` rows and `T` sides at a time, as registers are few. Returns `R`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
+#[allow(clippy::too_many_arguments, reason = "what a tile and a panel are made of")]
+fn tile<
+    A: Adder,
+    const CODE: u8,
+    const GROUP: usize,
+    const MIN: bool,
+    const R: usize,
+    const S: usize,
+    const T: usize,
+>(
+    adder: A,
     panel: &Panel<'_>,
     gain: f32,
     x: &Activations,
@@ -96,10 +145,11 @@ fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, con
     table: &[i8; 16],
 ) -> usize {
     let (blocks, x) = (x.blocks(), x.tile::<R>(row));
-    let (table, gain) = (load_table(table), _mm256_set1_ps(gain));
+    let gain = _mm256_set1_ps(gain);
+    let table = _mm256_xor_si256(load_table(table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
     for side in (0..SIDES).step_by(T) {
         for first in (0..R).step_by(S) {
-            let sums = strip::<CODE, GROUP, MIN, R, S, T>(panel, blocks, &x, first, side, table);
+            let sums = strip::<A, CODE, GROUP, MIN, R, S, T>(adder, panel, blocks, &x, first, side, table);
             for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                 let out = &mut out.row_mut(row + first + r)[p * PANEL..];
                 (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
@@ -111,7 +161,16 @@ fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, con
 
 /// `S` rows of a tile, from `first` on, times `T` sides of a panel, from `side` on.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const S: usize, const T: usize>(
+fn strip<
+    A: Adder,
+    const CODE: u8,
+    const GROUP: usize,
+    const MIN: bool,
+    const R: usize,
+    const S: usize,
+    const T: usize,
+>(
+    adder: A,
     panel: &Panel<'_>,
     blocks: usize,
     x: &Tile<'_, R>,
@@ -135,11 +194,11 @@ fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, co
         for t in 0..T {
             let mut partial = [_mm256_setzero_si256(); S];
             for half in 0..2 {
-                let w = unpack::<CODE>(panel.codes, b, half, side + t, table);
+                let w = unpack::<A, CODE>(panel.codes, b, half, side + t, table);
                 for r in 0..S {
                     let codes = &codes[b][first + r];
                     for j in 0..4 {
-                        partial[r] = add_dot::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
+                        partial[r] = adder.add::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
                     }
                 }
                 if halves == 1 && half == 0 {
@@ -148,13 +207,13 @@ fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, co
                 let group = b * halves / run + if halves == 1 { 0 } else { half };
                 let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
                 for r in 0..S {
-                    let mut dot = partial[r];
-                    if CODE == INT4 {
-                        dot = _mm256_madd_epi16(dot, _mm256_set1_epi16(1));
-                        if !MIN {
-                            let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
-                            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
-                        }
+                    let mut dot = adder.total::<CODE>(partial[r]);
+                    let too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
+                    if too_high {
+                        let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
+                        // 128 is 16 times the zero point of 4-bit codes.
+                        let zero = if CODE == INT4 { zero } else { 16 * zero };
+                        dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
                     }
                     partial[r] = _mm256_setzero_si256();
                     let (dot, x_scale) = (_mm256_cvtepi32_ps(dot), _mm256_set1_ps(x_scales[b][first + r]));
@@ -183,6 +242,13 @@ fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, co
     acc
 }
 
+/// Adds the pairs of sums in 16 bits.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_pairs(sum: __m256i) -> __m256i {
+    _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+}
+
 /// Adds the products of 4 columns: pairs in 16 bits for [`INT4`], else whole dot products in 32 bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -192,19 +258,26 @@ fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     } else {
         // |w| <= 128 and |x| <= 127: a pair is at most 32512 and does not saturate.
         let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        _mm256_add_epi32(sum, add_pairs(pairs))
     }
 }
 
-/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. Unsigned for [`INT4`],
-/// else signed.
+/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. Signed unless
+/// it is [`INT4`] or the adder takes all unsigned.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<const CODE: u8>(codes: &[Line], b: usize, half: usize, side: usize, table: __m256i) -> [__m256i; 4] {
+fn unpack<A: Adder, const CODE: u8>(
+    codes: &[Line],
+    b: usize,
+    half: usize,
+    side: usize,
+    table: __m256i,
+) -> [__m256i; 4] {
     if CODE == INT8 {
         let lines = &codes[b * 8..][..8];
-        let signed = |j: usize| _mm256_xor_si256(load(&lines[4 * half + j], side), _mm256_set1_epi8(-128));
-        [signed(0), signed(1), signed(2), signed(3)]
+        let sign = _mm256_set1_epi8(if A::UNSIGNED { 0 } else { -128 });
+        let value = |j: usize| _mm256_xor_si256(load(&lines[4 * half + j], side), sign);
+        [value(0), value(1), value(2), value(3)]
     } else {
         let lines = &codes[b * 4..][..4];
         let (first, second) = (load(&lines[2 * half], side), load(&lines[2 * half + 1], side));

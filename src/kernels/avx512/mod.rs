@@ -10,6 +10,8 @@ use std::ops::Range;
 
 use half::f16;
 
+pub(super) use product::{INT4, TABLE4, unpack};
+
 use super::activations::{Activations, RowMut};
 use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
@@ -129,14 +131,14 @@ fn prefetch<T>(x: &T) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(line: &Line) -> __m512i {
+pub(super) fn load(line: &Line) -> __m512i {
     // SAFETY: a `Line` is 64 readable bytes, aligned to 64.
     unsafe { _mm512_load_si512(std::ptr::from_ref(line).cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_table(table: &[i8; 16]) -> __m128i {
+pub(super) fn load_table(table: &[i8; 16]) -> __m128i {
     // SAFETY: the reference is to 16 readable bytes, and the load needs no alignment.
     unsafe { _mm_loadu_si128(table.as_ptr().cast()) }
 }
@@ -150,7 +152,7 @@ fn load_u16(x: &[u16; PANEL]) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_f16(x: &[f16; PANEL]) -> __m512 {
+pub(super) fn load_f16(x: &[f16; PANEL]) -> __m512 {
     // SAFETY: the reference is to 32 readable bytes, and the load needs no alignment.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
 }
@@ -165,7 +167,7 @@ fn load_i8(x: &[i8; PANEL]) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load_f32(x: &[f32]) -> __m512 {
+pub(super) fn load_f32(x: &[f32]) -> __m512 {
     let x = &x[..PANEL];
     // SAFETY: the slice is 64 readable bytes, and the load needs no alignment.
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
@@ -174,7 +176,7 @@ fn load_f32(x: &[f32]) -> __m512 {
 /// Stores the lanes that `out` has room for: the last panel of a matrix may have fewer than 16 rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(x: __m512, out: &mut [f32]) {
+pub(super) fn store(x: __m512, out: &mut [f32]) {
     let lanes = if out.len() < PANEL { (1u16 << out.len()) - 1 } else { u16::MAX };
     // SAFETY: the mask leaves only lanes inside `out`, and a masked store touches no others.
     unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, x) }

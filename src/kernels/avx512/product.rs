@@ -27,8 +27,8 @@ use crate::kernels::activations::{Activations, TALLEST, Tile};
 use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed};
 use crate::threads::Columns;
 
-const INT4: u8 = 0;
-const TABLE4: u8 = 1;
+pub(in crate::kernels) const INT4: u8 = 0;
+pub(in crate::kernels) const TABLE4: u8 = 1;
 const INT8: u8 = 2;
 /// 4-bit codes and table values that were unpacked to bytes.
 const INT4_BYTES: u8 = 3;
@@ -460,7 +460,7 @@ fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {
 
 /// The weights of blocks as unsigned bytes: line `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn unpack<const CODE: u8>(packed: &[[Line; 4]], table: __m512i, out: &mut [[Line; 8]]) {
+pub(in crate::kernels) fn unpack<const CODE: u8>(packed: &[[Line; 4]], table: __m512i, out: &mut [[Line; 8]]) {
     for (lines, out) in packed.iter().zip(out) {
         for i in 0..4 {
             let [low, high] = nibbles::<CODE>(load(&lines[i]), table);

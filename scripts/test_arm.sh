@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# `make test-arm`: tests for 64-bit Arm on any Debian machine, compiled by the compiler that Debian builds its browsers
+# with (the only one it has for this Rust) and run by QEMU. Installs what is missing and fails where it cannot.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(rustc-web libstd-rust-web-dev libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+missing=()
+for package in "${packages[@]}"; do
+    [[ "$(dpkg-query --show --showformat='${db:Status-Abbrev}' "$package" 2>/dev/null)" == ii* ]] || missing+=("$package")
+done
+if ((${#missing[@]})); then
+    echo "installing ${missing[*]}"
+    dpkg --add-architecture arm64
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+# Debian's compiler, not one that rustup puts before it, and a folder of its own for what it builds.
+export RUSTC=/usr/bin/rustc
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/arm"
+export CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+# The C library is the one that came with the compiler's. QEMU's CPU has every instruction, so no kernel may be missing.
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L / -cpu max"
+export NYBBLE_TEST_RUNNER="$CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER"
+export NYBBLE_REQUIRE_KERNELS=neon
+"$RUSTC" --version
+cargo test --locked --lib --test kernels --test model_bits --test goldens

@@ -1,0 +1,172 @@
+//! The integer product by tiles, in pseudo-code:
+//!
+//! ```text
+//! for each panel:
+//!     unpack all its codes to unsigned bytes             (once for all rows)
+//!     for each tile of 8 rows of activations:
+//!         for each block of 32 columns, or half a block if it has a scale of its own:
+//!             dots (8, 16) = codes (8, 32) * weights (16, 32)^T           (tdpbsud)
+//!             as in AVX-512: acc = fma(dot + zero point, weight scales * activation scale, acc)
+//! ```
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::Dots;
+use crate::kernels::activations::{Activations, TALLEST, Tile};
+use crate::kernels::avx512::{Avx512, INT4, TABLE4, load, load_f16, load_f32, load_table, store, unpack};
+use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
+use crate::threads::Columns;
+
+/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of those of a group.
+const CHUNK: usize = 32;
+
+/// See [`Kernel::product`](crate::kernels::Kernel::product).
+pub(super) fn product<D: Dots>(
+    _: &Avx512,
+    dots: &D,
+    w: &Packed,
+    panels: Range<usize>,
+    x: &Activations,
+    out: &mut Columns<'_>,
+) {
+    // SAFETY: the witness of AVX-512 says that the CPU has every feature that `chunks` enables.
+    unsafe { chunks(dots, w, panels, x, out) }
+}
+
+/// A chunk of blocks of all rows, which stays in the second-level cache, times every panel. The sums wait in `out` from
+/// one chunk to the next.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+    let mut unpacked = [[Line([0; 64]); BLOCK / 4]; CHUNK];
+    for first in (0..x.blocks()).step_by(CHUNK) {
+        let blocks = first..x.blocks().min(first + CHUNK);
+        for (p, index) in panels.clone().enumerate() {
+            let panel = w.panel(index);
+            let codes = bytes(w.layout().code, &panel, blocks.clone(), &mut unpacked);
+            let weights = Weights { w, panel, codes, blocks: blocks.clone() };
+            let mut row = 0;
+            while row < x.rows() {
+                row += match Activations::height(x.rows() - row) {
+                    8 => tile::<D, 8>(dots, &weights, x, row, p, out),
+                    4 => tile::<D, 4>(dots, &weights, x, row, p, out),
+                    2 => tile::<D, 2>(dots, &weights, x, row, p, out),
+                    _ => tile::<D, 1>(dots, &weights, x, row, p, out),
+                };
+            }
+        }
+    }
+}
+
+/// The codes of some blocks as unsigned bytes: where they are if they are that already, else in `unpacked`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn bytes<'a>(
+    code: Code,
+    panel: &Panel<'a>,
+    blocks: Range<usize>,
+    unpacked: &'a mut [[Line; BLOCK / 4]; CHUNK],
+) -> &'a [[Line; BLOCK / 4]] {
+    if code == Code::Int8 {
+        return &panel.codes.as_chunks().0[blocks];
+    }
+    let (count, packed) = (blocks.len(), &panel.codes.as_chunks().0[blocks]);
+    match code {
+        // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
+        Code::Table4(table) => {
+            let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(&table)), _mm512_set1_epi8(-128));
+            unpack::<TABLE4>(packed, table, unpacked);
+        }
+        _ => unpack::<INT4>(packed, _mm512_setzero_si512(), unpacked),
+    }
+    &unpacked[..count]
+}
+
+/// A chunk of a panel.
+struct Weights<'a> {
+    w: &'a Packed,
+    panel: Panel<'a>,
+    /// Unsigned bytes of the chunk's blocks.
+    codes: &'a [[Line; BLOCK / 4]],
+    blocks: Range<usize>,
+}
+
+/// Adds the products of a tile of `R` rows and a chunk of a panel to the sums of the blocks before. Returns `R`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn tile<D: Dots, const R: usize>(
+    dots: &D,
+    weights: &Weights<'_>,
+    x: &Activations,
+    row: usize,
+    p: usize,
+    out: &mut Columns<'_>,
+) -> usize {
+    let rows = row..x.rows().min(row + R);
+    let mut acc = [_mm512_setzero_ps(); R];
+    if weights.blocks.start > 0 {
+        for (acc, row) in acc.iter_mut().zip(rows.clone()) {
+            let sums = &out.row_mut(row)[p * PANEL..];
+            let mut lanes = [0.0; PANEL];
+            let count = PANEL.min(sums.len());
+            lanes[..count].copy_from_slice(&sums[..count]);
+            *acc = load_f32(&lanes);
+        }
+    }
+    strip(dots, weights, &x.tile::<R>(row), &mut acc);
+    let gain = if weights.blocks.end == x.blocks() { weights.w.gain() } else { 1.0 };
+    for (acc, row) in acc.iter().zip(rows) {
+        store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out.row_mut(row)[p * PANEL..]);
+    }
+    R
+}
+
+/// Adds the products of a tile of `R` rows and a chunk of a panel to `acc`, in the order that
+/// [`Kernel::product`](crate::kernels::Kernel::product) lays down.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn strip<D: Dots, const R: usize>(dots: &D, weights: &Weights<'_>, x: &Tile<'_, R>, acc: &mut [__m512; R]) {
+    let layout = weights.w.layout();
+    // Blocks of a group that has several.
+    let run = layout.group.div_ceil(BLOCK);
+    let mut parts = [_mm512_setzero_ps(); R];
+    let mut codes = [[0; BLOCK]; TALLEST];
+    let mut sums = [Line([0; 64]); TALLEST];
+    for (w, b) in weights.codes.iter().zip(weights.blocks.clone()) {
+        // The tile of the last rows may be lower than what is multiplied; nobody reads the dot products of what is beyond.
+        codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));
+        for part in 0..D::PARTS {
+            dots.dots(&codes, w, part, &mut sums);
+            let group = b * D::PARTS / run + part;
+            let scale = load_f16(&weights.panel.scales[group]);
+            for r in 0..R {
+                let mut dot = load(&sums[r]);
+                if layout.code != Code::Int4 || !layout.min {
+                    let zero = _mm512_set1_epi32(if D::PARTS == 1 { x.zeros[b][r] } else { x.half_zeros[b][part][r] });
+                    // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
+                    let four_bits = layout.code == Code::Int4;
+                    dot = _mm512_add_epi32(dot, if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) });
+                }
+                let (dot, x_scale) = (_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x.scales[b][r]));
+                if run == 1 {
+                    acc[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, x_scale), acc[r]);
+                } else {
+                    parts[r] = _mm512_fmadd_ps(dot, x_scale, parts[r]);
+                }
+            }
+            let last = (b + 1).is_multiple_of(run) || b + 1 == x.codes.len();
+            if run > 1 && last {
+                for r in 0..R {
+                    acc[r] = _mm512_fmadd_ps(parts[r], scale, acc[r]);
+                    parts[r] = _mm512_setzero_ps();
+                }
+            }
+            if layout.min && last {
+                let min = load_f16(&weights.panel.mins[group]);
+                for b in b / run * run..=b {
+                    for r in 0..R {
+                        let sum = if D::PARTS == 1 { x.sums[b][r] } else { x.half_sums[b][part][r] };
+                        acc[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum), acc[r]);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! All of the product but the tiles themselves, on any CPU with AVX-512, with plain Rust in the tiles' place; and the
+//! tiles, where there are any.
+
+use std::io::Write;
+
+use half::f16;
+
+use super::*;
+use crate::kernels::scalar::Scalar;
+use crate::quant::packed::{Code, Layout, PANEL};
+
+/// What Intel's manual says that `TDPBSUD` computes.
+#[derive(Debug)]
+struct Plain<const PARTS: usize>;
+
+impl<const PARTS: usize> Dots for Plain<PARTS> {
+    const PARTS: usize = PARTS;
+
+    fn dots(&self, x: &[[i8; BLOCK]; TALLEST], w: &[Line; BLOCK / 4], part: usize, out: &mut [Line; TALLEST]) {
+        let columns = BLOCK / PARTS;
+        for (m, out) in out.iter_mut().enumerate() {
+            for (n, out) in bytemuck::cast_mut::<Line, [i32; PANEL]>(out).iter_mut().enumerate() {
+                *out = 0;
+                for k in part * columns / 4..(part + 1) * columns / 4 {
+                    for i in 0..4 {
+                        *out += i32::from(x[m][4 * k + i]) * i32::from(w[k].0[4 * n + i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// splitmix64
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// -1..1
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+}
+
+fn layouts() -> Vec<Layout> {
+    let uneven = Code::Table4([-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127]);
+    let mut layouts = vec![];
+    for (code, groups) in [(Code::Int4, &[16, 32, 64, 128][..]), (uneven, &[16, 32]), (Code::Int8, &[16, 32])] {
+        for &group in groups {
+            layouts.extend([false, true].map(|min| Layout { code, group, min }));
+        }
+    }
+    layouts
+}
+
+fn matrix(rng: &mut Rng, rows: usize, columns: usize, layout: Layout) -> Packed {
+    let mut w = Packed::zeroed(rows, columns, layout, 0.5);
+    let blocks = w.blocks();
+    for mut panel in w.panels_mut() {
+        for lane in 0..PANEL {
+            let numbers = panel.scales.iter_mut().chain(panel.mins.iter_mut());
+            numbers.for_each(|numbers| numbers[lane] = f16::from_f32(0.05 * rng.unit()));
+            for block in 0..blocks {
+                panel.set_codes(
+                    layout.code,
+                    lane,
+                    block,
+                    &std::array::from_fn(|_| match layout.code {
+                        Code::Int8 => rng.next() as i8,
+                        _ => (rng.next() & 15) as i8,
+                    }),
+                );
+            }
+        }
+    }
+    w
+}
+
+/// Bits of the product of `rows` rows with all panels.
+fn bits(w: &Packed, x: &Activations, product: impl Fn(Range<usize>, &Activations, &mut Columns<'_>)) -> Vec<u32> {
+    let mut out = vec![f32::NAN; x.rows() * w.rows()];
+    product(0..w.panels(), x, &mut Columns::whole(&mut out, x.rows(), w.rows()));
+    out.into_iter().map(f32::to_bits).collect()
+}
+
+/// Compares products of every layout with the scalar kernel's.
+fn has_the_bits_of_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &Activations, &mut Columns<'_>)) {
+    let mut rng = Rng(1);
+    for layout in layouts() {
+        for (rows, columns) in [(40, 100), (16, 1), (33, 32 * 33)] {
+            let w = matrix(&mut rng, rows, columns, layout);
+            for count in [1, 2, 3, 8, 9, 13, 32, 35] {
+                let values: Vec<f32> = (0..count * columns).map(|_| 4.0 * rng.unit()).collect();
+                let mut x = Activations::default();
+                x.quantize(&Scalar, &values, columns);
+                let expected = bits(&w, &x, |panels, x, out| Scalar.product(&w, panels, x, out));
+                let found = bits(&w, &x, |panels, x, out| product(&w, panels, x, out));
+                assert!(found == expected, "{layout:?}, {rows} x {columns}, {count} rows");
+            }
+        }
+    }
+}
+
+/// Says on the terminal, also of tests that pass, that something was not tested.
+fn say_loudly(what: &str) {
+    let _ = writeln!(std::io::stderr(), "NOT TESTED: {what}");
+}
+
+#[test]
+fn all_but_the_tiles_has_the_bits_of_the_scalar_product() {
+    let Some(avx512) = Avx512::detect() else {
+        return say_loudly("the product around AMX's tiles, as this CPU has no AVX-512");
+    };
+    has_the_bits_of_the_scalar_product(|w, panels, x, out| {
+        if w.layout().group < BLOCK {
+            product::product(avx512, &Plain::<2>, w, panels, x, out);
+        } else {
+            product::product(avx512, &Plain::<1>, w, panels, x, out);
+        }
+    });
+}
+
+#[test]
+fn tiles_have_the_bits_of_the_scalar_product() {
+    let Some(amx) = Amx::detect() else {
+        return say_loudly("the kernel amx, as this CPU or its system has no AMX");
+    };
+    has_the_bits_of_the_scalar_product(|w, panels, x, out| amx.product(w, panels, x, out));
+    let mut rng = Rng(2);
+    let x: [[i8; BLOCK]; TALLEST] = std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
+    let w: [Line; BLOCK / 4] = std::array::from_fn(|_| Line(std::array::from_fn(|_| rng.next() as u8)));
+    let (mut found, mut expected) = ([Line([1; 64]); TALLEST], [Line([2; 64]); TALLEST]);
+    for part in 0..2 {
+        // SAFETY: the only tiles of this thread, gone at the end of the line.
+        unsafe { Tiles::<2>::new(amx) }.dots(&x, &w, part, &mut found);
+        Plain::<2>.dots(&x, &w, part, &mut expected);
+        assert_eq!(found, expected, "half {part}");
+    }
+    assert_eq!(amx.peak_int8(2).0, 2 * amx.peak_int8(1).0);
+}

@@ -1,0 +1,182 @@
+//! The tile registers: whether there are any, and the one product that is asked of them.
+//!
+//! Written from Intel's Software Developer's Manual (volume 1 chapter 18, volume 2 `LDTILECFG`, `TDPBSUD`) and Linux's
+//! `Documentation/arch/x86/xstate.rst`. Rust has no stable intrinsics for them, hence the assembler.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::marker::PhantomData;
+
+use super::super::activations::TALLEST;
+use super::{Amx, Dots};
+use crate::quant::packed::{BLOCK, Line, PANEL};
+
+/// Whether the CPU has tiles and their INT8 products, and the system lets this process use them.
+pub(super) fn are_usable() -> bool {
+    const TILE: u32 = 1 << 24;
+    const INT8: u32 = 1 << 25;
+    // The features of leaf 7 are asked for only where there is one.
+    let has = |features| __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & features == features;
+    has(TILE | INT8) && ask_for_permission()
+}
+
+/// Asks Linux for the tiles' state, which it keeps for threads of processes that asked for it: 8 KiB each.
+///
+/// The answer holds for all threads of the process, and it is no harm to ask again.
+#[cfg(target_os = "linux")]
+fn ask_for_permission() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const REQUEST_STATE: i64 = 0x1023; // ARCH_REQ_XCOMP_PERM
+    const TILE_DATA: i64 = 18; // the state component of CPUID leaf 13
+    let mut result = ARCH_PRCTL;
+    // SAFETY: the call takes two numbers and touches no memory of ours; the kernel overwrites rax, rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") result,
+            in("rdi") REQUEST_STATE,
+            in("rsi") TILE_DATA,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result == 0
+}
+
+/// Other systems hand them out in other ways.
+#[cfg(not(target_os = "linux"))]
+fn ask_for_permission() -> bool {
+    false
+}
+
+/// What `LDTILECFG` reads: for each of 8 tiles its bytes a row and its rows. All others have none and are not used.
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+const _: () = assert!(size_of::<Config>() == 64);
+
+/// This thread's tiles in use. Bound to the thread, whose registers they are, and given back when it goes.
+#[derive(Debug)]
+struct Configured(PhantomData<*mut ()>);
+
+impl Configured {
+    /// Tiles of that many rows and bytes a row, at most 8 of 16 rows of 64 bytes.
+    ///
+    /// # Safety
+    ///
+    /// A thread must not make another one while it has this one: there is one configuration a thread.
+    unsafe fn new(_: &Amx, shapes: &[(usize, usize)]) -> Self {
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        for (i, &(rows, bytes)) in shapes.iter().enumerate() {
+            assert!(i < 8 && (1..=16).contains(&rows) && (4..=64).contains(&bytes), "tile {i}: {rows} rows of {bytes}");
+            (config.rows[i], config.row_bytes[i]) = (rows as u8, bytes as u16);
+        }
+        // SAFETY: the witness says that the CPU has tiles and that this process may use them. `config` is 64 readable
+        // bytes, and what they say is within palette 1, as was just checked.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
+        Configured(PhantomData)
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        // SAFETY: there are tiles, as there is `self`, and nothing else on this thread uses them.
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
+    }
+}
+
+/// Tiles for products of blocks in `PARTS` parts: 0 is for the sums, 1 for activations, 2 for weights.
+#[derive(Debug)]
+pub(super) struct Tiles<const PARTS: usize>(Configured);
+
+impl<const PARTS: usize> Tiles<PARTS> {
+    const COLUMNS: usize = BLOCK / PARTS;
+
+    /// Configures this thread's tiles.
+    ///
+    /// # Safety
+    ///
+    /// A thread must not make others, nor measure its [`peak`], while it has these.
+    pub(super) unsafe fn new(amx: &Amx) -> Self {
+        let sums = (TALLEST, PANEL * size_of::<i32>());
+        let (x, w) = ((TALLEST, Self::COLUMNS), (Self::COLUMNS / 4, size_of::<Line>()));
+        // SAFETY: the caller's promise.
+        Tiles(unsafe { Configured::new(amx, &[sums, x, w]) })
+    }
+}
+
+impl<const PARTS: usize> Dots for Tiles<PARTS> {
+    const PARTS: usize = PARTS;
+
+    fn dots(&self, x: &[[i8; BLOCK]; TALLEST], w: &[Line; BLOCK / 4], part: usize, out: &mut [Line; TALLEST]) {
+        let columns = Self::COLUMNS;
+        let (x, w) = (&x.as_flattened()[part * columns..], &w[part * columns / 4..][..columns / 4]);
+        assert!(x.len() >= (TALLEST - 1) * BLOCK + columns);
+        // SAFETY: `self` is this thread's configuration. By it the loads read `TALLEST` rows of `columns` bytes, `BLOCK`
+        // apart, which `x` has, and `columns / 4` lines, which `w` has; the store writes `TALLEST` rows of 64 bytes, 64
+        // apart, which is all of `out`.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tileloadd tmm1, [{x} + {x_stride}*1]",
+                "tileloadd tmm2, [{w} + {line}*1]",
+                "tdpbsud tmm0, tmm1, tmm2", // signed activations times unsigned weights
+                "tilestored [{out} + {line}*1], tmm0",
+                x = in(reg) x.as_ptr(),
+                x_stride = in(reg) BLOCK,
+                w = in(reg) w.as_ptr(),
+                out = in(reg) out.as_mut_ptr(),
+                line = in(reg) size_of::<Line>(),
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+/// As [`Kernel::peak_int8`](crate::kernels::Kernel::peak_int8): six sums of products of whole tiles.
+///
+/// # Safety
+///
+/// The thread must have no [`Tiles`].
+pub(super) unsafe fn peak(amx: &Amx, rounds: usize) -> (u64, i32) {
+    const SUMS: usize = 6;
+    // SAFETY: the caller's promise, and no other is made here.
+    let _tiles = unsafe { Configured::new(amx, &[(16, 64); 8]) };
+    if rounds > 0 {
+        // SAFETY: the tiles were just configured, which also filled them with zeros, and no memory is touched.
+        unsafe {
+            asm!(
+                "2:",
+                "tdpbsud tmm0, tmm6, tmm7",
+                "tdpbsud tmm1, tmm6, tmm7",
+                "tdpbsud tmm2, tmm6, tmm7",
+                "tdpbsud tmm3, tmm6, tmm7",
+                "tdpbsud tmm4, tmm6, tmm7",
+                "tdpbsud tmm5, tmm6, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                rounds = inout(reg) rounds => _,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                options(nostack),
+            );
+        }
+    }
+    // Each sum has 16 x 16 dot products of 64 columns.
+    (rounds as u64 * (SUMS * 16 * 16 * 64 * 2) as u64, 0)
+}

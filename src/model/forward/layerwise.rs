@@ -292,7 +292,6 @@ impl Layerwise {
     }
 
     /// The logits `(tokens, vocabulary)` of the stream `x` after the last layer.
-    #[cfg(test)]
     pub(crate) fn logits(&self, x: Vec<f32>) -> Vec<f32> {
         self.pass(|pass, s| {
             let mut logits = Vec::new();

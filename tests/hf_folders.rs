@@ -160,7 +160,7 @@ fn a_tensor_of_integers_is_refused() {
 fn what_no_kernel_computes_is_refused_with_its_key() {
     for (key, value, parts) in [
         ("hidden_act", json!("quick_gelu"), &["hidden_act", "quick_gelu", "silu"][..]),
-        ("quantization_config", json!({"bits": 4}), &["quantization_config", "quantized"]),
+        ("quantization_config", json!({"bits": 4}), &["quantization_config.quant_method", "missing"]),
         ("rope_scaling", json!({"type": "mrope"}), &["rope_scaling", "mrope", "yarn"]),
         ("head_dim", json!(5), &["head_dim", "5 dimensions", "even"]),
         ("num_attention_heads", json!(3), &["num_attention_heads", "3", "divisor"]),
@@ -195,6 +195,7 @@ fn no_value_of_any_key_leads_to_a_panic() {
         json!([1e300, "x"]),
         json!({}),
         json!({"rope_type": "yarn", "factor": 0.0}),
+        json!({"rope_type": "yarn", "factor": 2.0, "truncate": false, "beta_fast": 1e-300, "rope_theta": 1}),
         json!({"rope_type": "longrope", "long_factor": [], "short_factor": []}),
         json!({"full_attention": {"rope_type": 1}}),
     ];

@@ -7,10 +7,12 @@ print(model.generate("Once upon a time", max_tokens=64))
 """
 
 from nybble._native import __version__, kernels
-from nybble.errors import ContextFullError, ModelError
+from nybble.errors import ContextFullError, InternalError, ModelError
 from nybble.evaluation import Evaluation, Reference, evaluate
 from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
 from nybble.model import Message, Model, ModelInfo
+from nybble.quantization import quantize
+from nybble.report import Report
 from nybble.sampling import SamplingOptions
 from nybble.tokenizer import Tokenizer
 
@@ -18,11 +20,13 @@ __all__ = [
     "Completion",
     "ContextFullError",
     "Evaluation",
+    "InternalError",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
     "Reference",
+    "Report",
     "SamplingOptions",
     "TextStream",
     "Timings",
@@ -32,4 +36,5 @@ __all__ = [
     "__version__",
     "evaluate",
     "kernels",
+    "quantize",
 ]

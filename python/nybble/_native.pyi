@@ -23,16 +23,33 @@ __all__ = [
     "default_threads",
     "kernels",
     "perplexity",
+    "quantize",
 ]
 __version__: str
 
 def kernels() -> list[str]: ...
+def panic_for_tests(words: str) -> None: ...
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     type: str,
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
+def quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: str = "gptq",
+    grid: str = "q4_0",
+    group: int = 32,
+    windows: npt.NDArray[np.int32] | None = None,
+    output_type: str = "q8_0",
+    keep: _Sequence[tuple[str, str]] = ...,
+    search: bool = True,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> str: ...
 def default_threads() -> int: ...
 
 @final

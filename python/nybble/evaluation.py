@@ -77,8 +77,14 @@ class Reference:
             max_tokens: read only so many.
             progress: called with how many windows are read, and how many there are.
         """
-        self._windows = _windows(model, text, window, max_tokens)
-        self._native = _native.Baseline(model._native, self._windows, progress)
+        self._native = _native.Baseline(model._native, _windows(model, text, window, max_tokens), progress)
+
+    @classmethod
+    def of_windows(cls, model: Model, windows: texts.Windows, *, progress: Progress | None = None) -> Reference:
+        """Has a model read token ids, `(windows, window)`."""
+        reference = cls.__new__(cls)
+        reference._native = _native.Baseline(model._native, windows, progress)
+        return reference
 
     def compare(self, model: Model, *, progress: Progress | None = None) -> Evaluation:
         """Has another model of the same vocabulary read the same tokens."""

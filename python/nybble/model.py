@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from nybble import _native, hub
 from nybble.errors import ModelError
 from nybble.generation import Completion, TextStream, Writer, run
+from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 from nybble.tokenizer import Tokenizer
 
@@ -72,7 +74,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         quantize: str | None = "auto",
-        progress: Callable[[int, int], object] | None = None,
+        progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
 
@@ -85,8 +87,13 @@ class Model:
             threads: how many to compute with; as many as there are physical cores for this process if None.
             context: tokens to hold at most; what the model was trained for if None.
             quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
-                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
-            progress: called with how much of the weights is read and how much there is, while they are read.
+                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files;
+                layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
+                `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
+                int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
+            progress: called with how many of the weights are packed and how many there are, now and then; what it
+                raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
+                takes more than a second, False draws none.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).
@@ -94,7 +101,14 @@ class Model:
             ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
         """
         file = hub.resolve(source, filename=filename, revision=revision)
-        native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress)
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(bar(f"loading {file.name}"))
+            if quantize is not None and ":" in quantize:
+                from nybble.quantization import Spec
+
+                file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
+            native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress or None)
         return cls(native, Tokenizer.load(file), file)
 
     @overload

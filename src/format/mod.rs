@@ -25,6 +25,11 @@ pub trait Checkpoint: Sync {
     /// The names of all tensors, in the order in which the file should be read.
     fn names(&self) -> Vec<&str>;
 
+    /// Whether the tensor called `name` was quantized before: whatever its rows are, nothing more may be lost of it.
+    fn is_quantized(&self, _name: &str) -> bool {
+        false
+    }
+
     /// Tells the system that the bytes of a tensor will not be read again.
     fn release(&self, name: &str);
 }

@@ -34,11 +34,12 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// Matrices are stored in the type `wanted`. What [`target`] exempts becomes F32; the embedding and the output get Q8_0 where
 /// Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as llama.cpp's converter does it.
-/// Tensors that are in the right type already are copied.
+/// Tensors that are in the right type already are copied, and so are those that a checkpoint of Hugging Face holds in 4 bits
+/// where blocks are wanted.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`].
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left then.
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,
@@ -54,7 +55,12 @@ pub fn convert(
         checkpoint,
         more,
         file_type: wanted,
-        stored: &|name, tensor| stored(name, tensor, wanted),
+        stored: &|name, tensor| {
+            let found = tensor.rows.block_type();
+            // What was quantized before would lose more in other blocks.
+            let is_final = checkpoint.is_quantized(name) && found.block_len() > 1 && wanted.block_len() > 1;
+            if is_final { found } else { stored(name, tensor, wanted) }
+        },
         made: &|_| Ok(None),
         team: &Team::new(default_threads())?,
     };
@@ -113,7 +119,7 @@ impl Job<'_> {
         let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
         for (done, (name, stored, _)) in planned.iter().enumerate() {
             if let Some(progress) = progress {
-                progress(done, planned.len());
+                progress(done, planned.len())?;
             }
             if let Some(bytes) = (self.made)(name)? {
                 writer.write_tensor(name, &bytes)?;
@@ -127,7 +133,7 @@ impl Job<'_> {
         }
         writer.finish()?;
         if let Some(progress) = progress {
-            progress(planned.len(), planned.len());
+            progress(planned.len(), planned.len())?;
         }
         Ok(())
     }

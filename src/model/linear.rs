@@ -13,6 +13,8 @@ pub(crate) struct Linear {
     /// Output column at which each part starts, a multiple of 16.
     starts: Vec<usize>,
     width: usize,
+    /// Which input each column of the integer parts is multiplied with, where that is not the one of its number.
+    order: Option<Vec<u32>>,
 }
 
 /// The input of linear layers: F32, and INT8 for weights that are integers.
@@ -40,9 +42,18 @@ impl Rows {
         let (lines, blocks, values) = (self.codes.row_lines(), self.codes.blocks(), &self.values);
         scope.for_each_chunk(self.codes.lines_mut(), TALLEST * lines, |i, chunk| {
             let first = i * TALLEST;
-            Activations::fill(kernel, chunk, blocks, TALLEST.min(rows - first), |row| {
-                &values[(first + row) * columns..][..columns]
-            });
+            let count = TALLEST.min(rows - first);
+            let own = &values[first * columns..][..count * columns];
+            let gathered: Vec<f32>;
+            let own = match &layer.order {
+                None => own,
+                Some(order) => {
+                    let gather = |row: &'_ [f32]| order.iter().map(|column| row[*column as usize]).collect::<Vec<_>>();
+                    gathered = own.chunks_exact(columns).flat_map(gather).collect();
+                    &gathered
+                }
+            };
+            Activations::fill(kernel, chunk, blocks, count, |row| &own[row * columns..][..columns]);
         });
     }
 }
@@ -50,7 +61,7 @@ impl Rows {
 impl Linear {
     /// Parts with their biases (empty for none), in the order of the output.
     pub(crate) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
-        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0 };
+        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0, order: None };
         let biased = parts.iter().any(|(_, bias)| !bias.is_empty());
         for (part, bias) in parts {
             linear.starts.push(linear.width);
@@ -62,6 +73,11 @@ impl Linear {
             linear.parts.push(part);
         }
         linear
+    }
+
+    /// With columns that are multiplied with the inputs of these numbers, each below the number of columns.
+    pub(crate) fn with_order(self, order: Option<Vec<u32>>) -> Linear {
+        Linear { order, ..self }
     }
 
     /// Width of an output row: every part rounded up to whole panels.

@@ -37,7 +37,8 @@ use weights::{Loader, Weights};
 /// What becomes of weights that a checkpoint holds as F32, F16 or BF16.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Quantize {
-    /// INT4 for a folder of Hugging Face, as stored for a GGUF file.
+    /// INT4 for a folder of Hugging Face, as stored for a GGUF file. Where linear layers are in 4 bits already they stay as
+    /// they are, and the rest becomes INT8.
     #[default]
     Auto,
     /// Nothing: they are computed as they are stored.
@@ -110,14 +111,17 @@ impl Model {
         Model::load_with(path, options, None)
     }
 
-    /// As [`Model::load`], telling `progress` how far it is.
+    /// As [`Model::load`], telling `progress` how many of the weights are packed, and how many there are.
     ///
     /// # Errors
-    /// Those of [`Model::load`].
+    /// Those of [`Model::load`] and of `progress`.
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let path = path.as_ref();
         if path.is_dir() {
-            Model::from_checkpoint(&HfFolder::open(path)?, Quantize::Int4, options, progress)
+            let folder = HfFolder::open(path)?;
+            // Of a checkpoint that is in 4 bits already, only what was thought worth more is left.
+            let usual = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
+            Model::from_checkpoint(&folder, usual, options, progress)
         } else {
             Model::from_checkpoint(&Gguf::open(path)?, Quantize::Stored, options, progress)
         }
@@ -142,14 +146,13 @@ impl Model {
     }
 
     fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
-        Model::with_weights(checkpoint, options, |loader, config, context| {
-            Weights::load(loader, config, context, progress)
-        })
+        Model::with_weights(checkpoint, options, progress, Weights::load)
     }
 
     fn with_weights(
         checkpoint: &dyn Checkpoint,
         options: &LoadOptions,
+        progress: Option<Progress<'_>>,
         load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
     ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
@@ -160,7 +163,7 @@ impl Model {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = team.run(|scope| load(&Loader { scope, checkpoint }, &config, context))?;
+        let weights = team.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
         let [rope, window_rope] = &config.ropes;
         let ropes = [
             Rope::new(rope, config.rotary, context, weights.rope_factors.as_deref()),

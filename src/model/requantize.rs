@@ -68,7 +68,8 @@ impl Checkpoint for Quantized<'_> {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let Tensor { dims, rows } = self.source.tensor(name)?;
-        let is_float = matches!(rows.block_type(), BlockType::F32 | BlockType::F16 | BlockType::BF16);
+        let is_float = matches!(rows.block_type(), BlockType::F32 | BlockType::F16 | BlockType::BF16)
+            && !self.source.is_quantized(name);
         let Some(wanted) = target(name, &dims, self.wanted).filter(|_| is_float) else {
             return Some(Tensor { dims, rows });
         };
@@ -87,6 +88,10 @@ impl Checkpoint for Quantized<'_> {
 
     fn names(&self) -> Vec<&str> {
         self.source.names()
+    }
+
+    fn is_quantized(&self, name: &str) -> bool {
+        self.source.is_quantized(name)
     }
 
     fn release(&self, name: &str) {

@@ -25,13 +25,13 @@ fn watched<R: Send>(
 ) -> PyResult<R> {
     let raised = Mutex::new(None);
     let report = |done: usize, total: usize| {
-        let Some(progress) = &progress else { return };
-        if let Err(exception) = Python::attach(|py| progress.call1(py, (done, total)).map(drop)) {
-            raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
-        }
+        let called = Python::attach(|py| progress.as_ref().map_or(Ok(()), |it| it.call1(py, (done, total)).map(drop)));
+        called.map_err(|exception| {
+            *raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(exception);
+            Error::Interrupted
+        })
     };
-    let has_raised = || raised.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-    let result = detached(py, |interrupted| compute(&report, &|| has_raised() || interrupted()));
+    let result = detached(py, |interrupted| compute(&report, interrupted));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
         None => result,

@@ -18,6 +18,12 @@ pub trait Rows: Sync {
 
     /// The bytes of row `index`. `scratch` is there for sources that have to compute them.
     fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8];
+
+    /// The same rows with their columns in another order, and that order: column `i` there is column `order[i]` here. Only
+    /// for sources whose columns share scales with others that do not lie beside them, but do in that order.
+    fn reordered(&self) -> Option<(Vec<u32>, Box<dyn Rows + '_>)> {
+        None
+    }
 }
 
 /// The values of IQ4_NL and IQ4_XS codes.

@@ -80,7 +80,7 @@ pub fn auto(
     let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
     let floats = LoadOptions { quantize: Quantize::Stored, ..load.clone() };
     progress("reference", 0, 1);
-    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| {}, interrupted)?;
+    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| Ok(()), interrupted)?;
     let reference = baseline.evaluation().clone();
 
     let recipes = recipes();
@@ -95,7 +95,7 @@ pub fn auto(
         };
         let report = flow::quantize(source, &paths[number], &run, windows, &told, interrupted)?;
         told("evaluation", 0, 1);
-        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| {}, interrupted)?;
+        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| Ok(()), interrupted)?;
         let figures = figures(&report, &measured);
         made.push((report, measured));
         Ok(figures)

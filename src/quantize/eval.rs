@@ -16,8 +16,9 @@ use crate::model::{Input, Logits, Model, Progress};
 const PIECE: usize = 32 << 20;
 /// Log-probabilities of the baseline up to this do not count in the divergence; nor are they kept apart.
 const NEGLIGIBLE: f32 = -16.0;
-/// Two F32 before the codes of a row of the baseline: step and offset.
-const ROW_HEADER: usize = 8;
+/// Three F32 before the codes of a row of the baseline: step, offset, and the negative log-likelihood, which 16 bits would
+/// cut off for the unlikeliest tokens.
+const ROW_HEADER: usize = 12;
 
 /// A mean, or what follows from one, with its standard error: how far it would vary between texts of that length.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -244,7 +245,7 @@ fn for_each_piece(
     let rows = (PIECE / (model.vocabulary() * size_of::<f32>()).max(1)).max(1);
     let mut logits = Vec::new();
     for (done, window) in windows.iter().enumerate() {
-        progress(done, windows.len());
+        progress(done, windows.len())?;
         let mut session = model.session();
         let (unscored, scored) = window[..length - 1].split_at(length / 2);
         let first = Input { session: &mut session, tokens: unscored, logits: Logits::None };
@@ -257,7 +258,7 @@ fn for_each_piece(
         }
         logits.clear();
     }
-    progress(windows.len(), windows.len());
+    progress(windows.len(), windows.len())?;
     Ok(())
 }
 
@@ -303,7 +304,7 @@ impl Score {
         Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }
     }
 
-    /// The score, and the row that a baseline keeps: step, offset, codes.
+    /// The score, and the row that a baseline keeps.
     fn and_row(kernel: &dyn Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
         let normal = Normal::of(kernel, logits);
         let smallest = logits.iter().copied().fold(f32::INFINITY, f32::min).max(normal.max + NEGLIGIBLE);
@@ -312,6 +313,7 @@ impl Score {
         let mut row = Vec::with_capacity(ROW_HEADER + 2 * logits.len());
         row.extend(step.to_le_bytes());
         row.extend((smallest - normal.log_sum).to_le_bytes());
+        row.extend((normal.log_sum - logits[token as usize]).to_le_bytes());
         // The cast saturates.
         row.extend(
             logits.iter().flat_map(|logit| (((logit - smallest) * inverse).round_ties_even() as u16).to_le_bytes()),
@@ -342,7 +344,7 @@ impl Score {
             }
         }
         let nll = f64::from(normal.log_sum - logits[token as usize]);
-        let base = -f64::from(log(&codes[token as usize]));
+        let base = f64::from(float(8));
         let dp = libm::exp(-nll) - libm::exp(-base);
         Score { nll, base, kl: kl * factor, same_top: normal.top == top, dp }
     }

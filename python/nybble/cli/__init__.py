@@ -19,6 +19,7 @@ from nybble.cli.convert import convert
 from nybble.cli.eval import evaluate
 from nybble.cli.inspect import inspect
 from nybble.cli.models import models
+from nybble.cli.quantize import quantize
 from nybble.cli.run import run
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 # Two positions of which the first may be missing are one list to the parser, so the usage line is told what they are.
 app.command(options_metavar="[OPTIONS] [MODEL]")(run)
-for command in (chat, inspect, convert, bench, models):
+for command in (chat, inspect, convert, quantize, bench, models):
     app.command()(command)
 app.command("eval")(evaluate)
 

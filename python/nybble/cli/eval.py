@@ -42,22 +42,23 @@ def evaluate(
     The figures are defined as llama.cpp's perplexity tool defines them.
     """
     from nybble import evaluation
+    from nybble.progress import bar
 
     recorded = None
     if reference is not None:
         # One model in memory at a time: what is needed of the reference goes to a temporary file.
         plain = dataclasses.replace(load, filename=None, revision=None)
-        bar = terminal.progress("reading with the reference")
-        with plain.load(reference, quantize="stored") as model, bar as advance:
+        with plain.load(reference, quantize="stored") as model, bar("reading with the reference") as advance:
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
-    with load.load(source, quantize=quantize) as model, terminal.progress("reading") as advance:
+    with load.load(source, quantize=quantize) as model, bar("reading") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:
             measured = recorded.compare(model, progress=advance)
     if as_json:
-        figures = {key: value for key, value in dataclasses.asdict(measured).items() if value is not None}
-        typer.echo(json.dumps(figures))
+        figures = dataclasses.asdict(measured)
+        del figures["kl_by_position"]  # Hundreds of numbers, for programs that draw them.
+        typer.echo(json.dumps({key: value for key, value in figures.items() if value is not None}))
     else:
         _print(model, measured)
 

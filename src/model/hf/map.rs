@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::packings::{Matrix, Packing};
 use super::settings::Settings;
 use super::sizes::{Size, Sizes};
 use super::transform::Order;
@@ -85,6 +86,11 @@ impl Entry {
         Entry { bias, ..self }
     }
 
+    /// A weight and a bias that are there or missing together.
+    pub(super) const fn both(self, need: Need) -> Entry {
+        Entry { weight: need, bias: need, ..self }
+    }
+
     pub(super) const fn dims(self, dims: &'static [Size]) -> Entry {
         Entry { dims: Some(dims), ..self }
     }
@@ -99,8 +105,10 @@ pub(super) struct Planned {
     pub(super) dims: Vec<usize>,
     /// The type of the checkpoint's values.
     pub(super) block_type: BlockType,
-    /// Indices into [`SafeTensors::tensors`].
+    /// Indices into [`SafeTensors::tensors`]; none where they are packed.
     pub(super) parts: Vec<usize>,
+    /// What it is made of where that is in 4 bits already.
+    pub(super) packed: Vec<Matrix>,
     pub(super) order: Order,
 }
 
@@ -110,6 +118,7 @@ pub(super) struct Planner<'a> {
     pub(super) settings: &'a Settings,
     pub(super) sizes: &'a Sizes,
     pub(super) files: &'a SafeTensors,
+    packing: Option<Packing>,
     /// What the names of the layers begin with.
     base: &'static str,
     planned: Vec<Planned>,
@@ -122,11 +131,13 @@ impl<'a> Planner<'a> {
         settings: &'a Settings,
         sizes: &'a Sizes,
         files: &'a SafeTensors,
+        packing: Option<Packing>,
     ) -> Result<Vec<Planned>> {
         // Some checkpoints were saved from the model without its head, and then lack the first part of every name.
         let starts_with = |base: &&&str| files.tensors().iter().any(|tensor| tensor.name().starts_with(**base));
         let base = family.bases.iter().find(starts_with).copied().unwrap_or_default();
-        let mut planner = Planner { family, settings, sizes, files, base, planned: Vec::new(), used: HashSet::new() };
+        let mut planner =
+            Planner { family, settings, sizes, files, packing, base, planned: Vec::new(), used: HashSet::new() };
         for entry in family.outside.iter().flat_map(|entries| entries.iter()) {
             planner.entry(entry, None)?;
         }
@@ -167,7 +178,7 @@ impl<'a> Planner<'a> {
     }
 
     fn is_needed(&self, need: Need, layer: Option<usize>, source: &str) -> Result<bool> {
-        let is_there = || self.files.tensor(source).is_some();
+        let is_there = || self.files.tensor(source).is_some() || self.is_packed(source);
         let sparse = layer.is_some_and(|layer| self.sizes.is_sparse(layer));
         Ok(match need {
             Need::Never => false,
@@ -196,6 +207,13 @@ impl<'a> Planner<'a> {
             Transform::Squeeze => shape.insert(0, 1),
             _ => {}
         }
+        let order = Order::new(transform, self.sizes);
+        if sources.first().is_some_and(|source| self.is_packed(source)) {
+            let packed = self.packed(&sources, &shape, transform)?;
+            let planned = Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order };
+            self.planned.push(planned);
+            return Ok(());
+        }
         let mut parts = Vec::with_capacity(sources.len());
         let mut block_type = None;
         for source in sources {
@@ -209,9 +227,35 @@ impl<'a> Planner<'a> {
             self.used.insert(part.name());
             parts.push(at);
         }
-        let order = Order::new(transform, self.sizes);
-        self.planned.push(Planned { name, dims, block_type: block_type.unwrap_or(BlockType::F32), parts, order });
+        let block_type = block_type.unwrap_or(BlockType::F32);
+        self.planned.push(Planned { name, dims, block_type, parts, packed: Vec::new(), order });
         Ok(())
+    }
+
+    /// Whether the matrix called `source` is in 4 bits already.
+    fn is_packed(&self, source: &str) -> bool {
+        self.packing.is_some_and(|packing| packing.find(self.files, &source.replace("{e}", "0")).is_some())
+    }
+
+    /// The packed matrices called `sources`, all of this shape.
+    fn packed(&mut self, sources: &[String], shape: &[usize], transform: Transform) -> Result<Vec<Matrix>> {
+        let files = self.files;
+        let mut packed = Vec::with_capacity(sources.len());
+        for source in sources {
+            let (Some(packing), &[rows, columns]) = (self.packing, shape) else { continue };
+            if matches!(transform, Transform::Transpose | Transform::AddOne) {
+                return Err(Error::Unsupported {
+                    path: files.folder().to_path_buf(),
+                    place: Place::Tensor(source.clone()),
+                    what: format!("a packed matrix of a {}", self.family.model_types[0]),
+                    supported: "supported: families whose linear layers are stored row by row".to_owned(),
+                });
+            }
+            let matrix = packing.matrix(files, source, rows, columns)?;
+            self.used.extend(matrix.tensors().filter_map(|at| files.tensors().get(at)).map(TensorInfo::name));
+            packed.push(matrix);
+        }
+        Ok(packed)
     }
 
     /// The tensor called `name`, which must be there and have this shape, and its place among all.
@@ -254,7 +298,15 @@ impl<'a> Planner<'a> {
             BUFFERS.iter().any(|end| name.ends_with(end))
                 || self.family.ignored.iter().any(|start| name.starts_with(start))
         };
-        let leftover = |tensor: &&TensorInfo| !self.used.contains(tensor.name()) && !ignored(tensor.name());
+        // Programs that pack checkpoints give every linear layer a bias.
+        let is_zero_bias = |tensor: &TensorInfo| {
+            self.packing.is_some()
+                && tensor.name().ends_with(".bias")
+                && self.files.data(tensor).iter().all(|b| *b == 0)
+        };
+        let leftover = |tensor: &&TensorInfo| {
+            !self.used.contains(tensor.name()) && !ignored(tensor.name()) && !is_zero_bias(tensor)
+        };
         match self.files.tensors().iter().find(leftover) {
             None => Ok(()),
             Some(tensor) => Err(Error::malformed(

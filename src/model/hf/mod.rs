@@ -5,7 +5,8 @@
 //! with GGUF's dimensions and order of rows. Nothing is copied: rows are taken from the mapped files as they are asked for.
 //!
 //! A family is an entry in `families/`: what its configuration calls things, and which of its tensors become which of
-//! GGUF's. `map.rs` finds them, `transform.rs` arranges their rows, `keys.rs` and `rope.rs` write the keys.
+//! GGUF's. `map.rs` finds them, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits already, `keys.rs` and
+//! `rope.rs` write the keys.
 //!
 //! # Keys
 //! Beside `general.architecture`, `general.type` and `general.name`, each under the architecture's name:
@@ -18,7 +19,7 @@
 //! | `hidden_activation` | all | `silu`, `gelu` (by erf), `gelu_tanh` or `relu` |
 //! | `rope.dimension_count`, `rope.freq_base` | where there is rotation | |
 //! | `rope.freq_base_swa` | gemma3 | base in layers with a window |
-//! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors and Llama 3's divisors |
+//! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors, the divisors of Llama 3 and of YaRN without `truncate` |
 //! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
 //! | `rope.scaling.attn_factor` | YaRN, LongRoPE | on top of `1 + 0.1 ln(factor)` for YaRN, all of it for LongRoPE |
 //! | `rope.scaling.dynamic_factor` | dynamic NTK | our own, with the type `none` for readers that do not know it |
@@ -35,10 +36,16 @@
 //! | `tensor_data_layout` | falcon | `jploski` |
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
+//!
+//! # Tensors
+//! Under llama.cpp's names. `opt`, which it does not know, has those of its older relatives, `attn_output_norm` and
+//! `layer_output_norm` (as in BERT) where norms follow the layers, and our own `token_embd_proj` and `output_proj` where the
+//! embedding is of another width than the layers.
 
 mod families;
 mod keys;
 mod map;
+mod packings;
 mod pretokenizer;
 mod rope;
 mod settings;
@@ -55,6 +62,7 @@ use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
 use keys::{ComputedTensor, Keys};
 use map::{Planned, Planner};
+use packings::{PackedRows, Packing};
 use settings::Settings;
 use sizes::Sizes;
 use transform::{Arranged, Computed};
@@ -93,17 +101,19 @@ impl HfFolder {
             return Err(settings.unsupported("model_type", format_args!("the family {model_type:?}"), &supported));
         };
         let settings = settings.with_defaults(family.defaults);
-        if settings.get("quantization_config").is_some() {
-            let supported = "supported: F32, F16 and BF16; take the original checkpoint, or a GGUF file";
-            return Err(settings.unsupported("quantization_config", "a checkpoint that is quantized", supported));
-        }
+        let packing = Packing::read(&settings)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         let (metadata, computed) = Keys::write(family, &settings, &sizes, &name(path))?;
-        let tensors = Planner::plan(family, &settings, &sizes, &files)?;
+        let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
         Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, index, rows: sizes.vocabulary })
+    }
+
+    /// Whether linear layers are in 4 bits already.
+    pub fn has_packed_layers(&self) -> bool {
+        self.tensors.iter().any(|tensor| !tensor.packed.is_empty())
     }
 
     /// The folder's tokenizer and chat templates under GGUF's keys, which [`Checkpoint::metadata`] lacks: models run without.
@@ -140,10 +150,14 @@ impl Checkpoint for HfFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
-        let Some(Planned { dims, block_type, parts, order, .. }) = self.tensors.get(at) else {
+        let Some(Planned { dims, block_type, parts, packed, order, .. }) = self.tensors.get(at) else {
             let values = &self.computed.get(at - self.tensors.len())?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
+        if !packed.is_empty() {
+            let rows = PackedRows::new(&self.files, packed, *order);
+            return Some(Tensor { dims: dims.clone(), rows: Box::new(rows) });
+        }
         let bytes = parts.iter().map(|part| self.files.tensors().get(*part).map(|tensor| self.files.data(tensor)));
         let rows = Arranged {
             block_type: *block_type,
@@ -160,10 +174,15 @@ impl Checkpoint for HfFolder {
         stored.chain(self.computed.iter().map(|tensor| tensor.0.as_str())).collect()
     }
 
+    fn is_quantized(&self, name: &str) -> bool {
+        self.index.get(name).and_then(|at| self.tensors.get(*at)).is_some_and(|tensor| !tensor.packed.is_empty())
+    }
+
     fn release(&self, name: &str) {
-        let tensor = self.index.get(name).and_then(|at| self.tensors.get(*at));
-        for part in tensor.iter().flat_map(|tensor| &tensor.parts) {
-            if let Some(tensor) = self.files.tensors().get(*part) {
+        let Some(tensor) = self.index.get(name).and_then(|at| self.tensors.get(*at)) else { return };
+        let packed = tensor.packed.iter().flat_map(|matrix| matrix.tensors());
+        for part in tensor.parts.iter().copied().chain(packed) {
+            if let Some(tensor) = self.files.tensors().get(part) {
                 self.files.release(tensor);
             }
         }

@@ -36,7 +36,7 @@ impl Order {
     }
 
     /// The row of the checkpoint that becomes row `index`.
-    fn source(self, index: usize) -> usize {
+    pub(super) fn source(self, index: usize) -> usize {
         match self {
             Order::Same | Order::Transpose | Order::AddOne => index,
             Order::Skip(rows) => rows + index,

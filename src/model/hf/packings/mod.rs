@@ -1,0 +1,329 @@
+//! Checkpoints whose linear layers are in 4 bits already, read without rounding anything again.
+//!
+//! | method | codes | scales | zero points |
+//! | --- | --- | --- | --- |
+//! | `gptq`, `auto-round` | `qweight (in / 8, out)`, columns in a word | `scales (groups, out)` | `qzeros (groups, out / 8)`, in version 1 one less than meant |
+//! | `awq`, `auto-round` | `qweight (in, out / 8)`, rows in a word, even ones first | `scales (groups, out)` | `qzeros (groups, out / 8)`, in the same order |
+//! | `compressed-tensors` | `weight_packed (out, in / 8)`, columns in a word | `weight_scale (out, groups)` | `weight_zero_point (out / 8, groups)`, or 8 |
+//!
+//! A weight is `scale * (code - zero)`. That is a block type's number exactly: Q4_0's where the zero point is 8, Q4_1's
+//! where `scale * zero` is a number of F16, Q5_0's with any other zero point. Groups that are no multiple of 32 and scales
+//! that F16 does not hold become F32.
+//!
+//! With `desc_act`, the columns of a group do not lie together (`g_idx` tells their groups). GGUF has no blocks for that, so
+//! that such rows are F32, too; but a model that is loaded brings the columns together by
+//! [`Rows::reordered`](crate::quant::pack::Rows::reordered), and its inputs likewise.
+//!
+//! Sources: AutoGPTQ's and GPTQModel's `QuantLinear`, AutoAWQ's `WQLinear_GEMM`, compressed-tensors' `pack_quantized`,
+//! auto-round's `inference/backend.py`.
+
+mod matrix;
+
+use serde_json::Value;
+
+use super::settings::Settings;
+use crate::error::{Error, Place, Result};
+use crate::format::safetensors::{SafeTensors, TensorInfo};
+pub(super) use matrix::{Matrix, PackedRows};
+
+/// How a checkpoint packs its linear layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Packing {
+    layout: Layout,
+    /// Columns that share a scale; none where whole rows do.
+    group: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// Whether zero points are stored one less than they are.
+    Gptq {
+        one_less: bool,
+    },
+    Awq,
+    /// Whether the zero points are 8 and not stored.
+    Compressed {
+        symmetric: bool,
+    },
+}
+
+const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors with 4 bits, and F32, F16 and BF16; take \
+                         the original checkpoint, or a GGUF file";
+
+impl Packing {
+    /// What `config.json` says under `quantization_config`, if it does.
+    pub(super) fn read(settings: &Settings) -> Result<Option<Packing>> {
+        let Some(config) = settings.object("quantization_config")? else { return Ok(None) };
+        let method = config.text(&["quant_method"])?.ok_or_else(|| config.missing("quant_method", "a method"))?;
+        let packing = match method.as_str() {
+            "gptq" => Packing::gptq(&config)?,
+            "awq" => Packing::awq(&config)?,
+            "auto-round" | "auto_round" | "intel/auto-round" => Packing::auto_round(&config)?,
+            "compressed-tensors" => Packing::compressed(&config)?,
+            other => {
+                return Err(config.unsupported("quant_method", format_args!("the method {other:?}"), SUPPORTED));
+            }
+        };
+        Ok(Some(packing))
+    }
+
+    fn gptq(config: &Settings) -> Result<Packing> {
+        four_bits(config, "bits")?;
+        if let Some(Value::Object(rules)) = config.get("dynamic")
+            && !rules.is_empty()
+        {
+            let supported = "supported: the same bits and groups in all layers";
+            return Err(config.unsupported("dynamic", "rules for single layers", supported));
+        }
+        let format = config.text(&["checkpoint_format"])?.unwrap_or_else(|| "gptq".to_owned());
+        let one_less = match format.as_str() {
+            _ if config.switch("is_marlin_format", false)? => {
+                return Err(config.unsupported("is_marlin_format", "Marlin's layout", "supported: gptq and gptq_v2"));
+            }
+            "gptq" => true,
+            "gptq_v2" => false,
+            other => {
+                let what = format_args!("the format {other:?}");
+                return Err(config.unsupported("checkpoint_format", what, "supported: gptq and gptq_v2"));
+            }
+        };
+        Ok(Packing { layout: Layout::Gptq { one_less }, group: group_size(config)? })
+    }
+
+    fn awq(config: &Settings) -> Result<Packing> {
+        four_bits(config, "bits")?;
+        let version = config.text(&["version"])?.unwrap_or_else(|| "gemm".to_owned());
+        if !version.eq_ignore_ascii_case("gemm") {
+            return Err(config.unsupported("version", format_args!("the layout {version:?}"), "supported: gemm"));
+        }
+        if !config.switch("zero_point", true)? {
+            return Err(config.unsupported("zero_point", "a layer without zero points", "supported: true"));
+        }
+        Ok(Packing { layout: Layout::Awq, group: group_size(config)? })
+    }
+
+    fn auto_round(config: &Settings) -> Result<Packing> {
+        four_bits(config, "bits")?;
+        let data_type = config.text(&["data_type"])?.unwrap_or_else(|| "int".to_owned());
+        if data_type != "int" {
+            return Err(config.unsupported("data_type", format_args!("the type {data_type:?}"), "supported: int"));
+        }
+        if let Some(bits) = config.optional_count(&["act_bits"])?
+            && bits < 16
+        {
+            return Err(config.unsupported("act_bits", format_args!("activations of {bits} bits"), "supported: 16"));
+        }
+        let format = config.text(&["packing_format"])?.unwrap_or_else(|| "auto_round:auto_gptq".to_owned());
+        let layout = match format.as_str() {
+            "auto_round:auto_gptq" => Layout::Gptq { one_less: true },
+            "auto_round" | "auto_round:gptqmodel" => Layout::Gptq { one_less: false },
+            "auto_round:auto_awq" => Layout::Awq,
+            other => {
+                let supported =
+                    "supported: auto_round, auto_round:gptqmodel, auto_round:auto_gptq, auto_round:auto_awq";
+                return Err(config.unsupported("packing_format", format_args!("the format {other:?}"), supported));
+            }
+        };
+        Ok(Packing { layout, group: group_size(config)? })
+    }
+
+    fn compressed(config: &Settings) -> Result<Packing> {
+        let format = config.text(&["format"])?.ok_or_else(|| config.missing("format", "\"pack-quantized\""))?;
+        if format != "pack-quantized" {
+            return Err(config.unsupported(
+                "format",
+                format_args!("the format {format:?}"),
+                "supported: pack-quantized",
+            ));
+        }
+        let groups = config.object("config_groups")?.ok_or_else(|| config.missing("config_groups", "an object"))?;
+        let names = match config.get("config_groups") {
+            Some(Value::Object(groups)) => groups.keys().cloned().collect::<Vec<_>>(),
+            _ => Vec::new(),
+        };
+        let [name] = names.as_slice() else {
+            let what = format_args!("{} groups of layers", names.len());
+            return Err(config.unsupported("config_groups", what, "supported: one, all layers alike"));
+        };
+        let group = groups.object(name)?.ok_or_else(|| groups.missing(name, "an object"))?;
+        if group.get("input_activations").is_some() {
+            let supported = "supported: weights alone";
+            return Err(group.unsupported("input_activations", "a type for activations", supported));
+        }
+        let weights = group.object("weights")?.ok_or_else(|| group.missing("weights", "an object"))?;
+        four_bits(&weights, "num_bits")?;
+        let kind = weights.text(&["type"])?.unwrap_or_else(|| "int".to_owned());
+        if kind != "int" {
+            return Err(weights.unsupported("type", format_args!("the type {kind:?}"), "supported: int"));
+        }
+        let strategy = weights.text(&["strategy"])?.unwrap_or_default();
+        let group = match strategy.as_str() {
+            "channel" => None,
+            "group" => {
+                let group = group_size(&weights)?;
+                Some(group.ok_or_else(|| weights.malformed("group_size", -1, "columns in a group, from 1"))?)
+            }
+            other => {
+                let what = format_args!("the strategy {other:?}");
+                return Err(weights.unsupported("strategy", what, "supported: group and channel"));
+            }
+        };
+        Ok(Packing { layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? }, group })
+    }
+
+    /// What the name of the codes ends with instead of `.weight`.
+    fn codes(self) -> &'static str {
+        match self.layout {
+            Layout::Gptq { .. } | Layout::Awq => ".qweight",
+            Layout::Compressed { .. } => ".weight_packed",
+        }
+    }
+
+    /// The codes of the matrix that would be called `name`, if the checkpoint has them.
+    pub(super) fn find<'a>(self, files: &'a SafeTensors, name: &str) -> Option<&'a TensorInfo> {
+        files.tensor(&format!("{}{}", name.strip_suffix(".weight")?, self.codes()))
+    }
+
+    /// The matrix that would be called `name`, `(rows, columns)`, everything checked.
+    pub(super) fn matrix(self, files: &SafeTensors, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let parts = Parts { files, stem };
+        let groups = columns.div_ceil(self.group.unwrap_or(columns).max(1));
+        let mut matrix = match self.layout {
+            Layout::Gptq { .. } | Layout::Awq => {
+                if !rows.is_multiple_of(8) || !columns.is_multiple_of(8) {
+                    let found = format_args!("{rows} rows of {columns}");
+                    return Err(parts.malformed(".qweight", found, "multiples of 8, of which a word holds as many"));
+                }
+                let words = if self.layout == Layout::Awq { [columns, rows / 8] } else { [columns / 8, rows] };
+                let codes = parts.words(".qweight", &words)?;
+                let zeros = parts.words(".qzeros", &[groups, rows / 8])?;
+                let (scales, scale_type) = parts.scales(".scales", &[groups, rows])?;
+                Matrix::new(self.layout, [rows, columns], groups, codes, Some(zeros), scales, scale_type)
+            }
+            Layout::Compressed { symmetric } => {
+                parts.shape([rows, columns])?;
+                let codes = parts.words(".weight_packed", &[rows, columns.div_ceil(8)])?;
+                let (scales, scale_type) = parts.scales(".weight_scale", &[rows, groups])?;
+                let zeros = match symmetric {
+                    true => None,
+                    false => Some(parts.words(".weight_zero_point", &[rows.div_ceil(8), groups])?),
+                };
+                Matrix::new(self.layout, [rows, columns], groups, codes, zeros, scales, scale_type)
+            }
+        };
+        if matches!(self.layout, Layout::Compressed { .. }) {
+            matrix.has_seen(parts.at(".weight_shape")?);
+        }
+        matrix.group = self.group.unwrap_or(columns).max(1);
+        let order = match self.layout {
+            Layout::Gptq { .. } => ".g_idx",
+            Layout::Awq => return matrix.classified(files, &parts),
+            Layout::Compressed { .. } => ".weight_g_idx",
+        };
+        if files.tensor(&parts.name(order)).is_some() {
+            matrix.has_seen(parts.at(order)?);
+            matrix.order(parts.order(order, columns, groups)?);
+        }
+        matrix.classified(files, &parts)
+    }
+}
+
+/// The columns of a group; none for whole rows.
+fn group_size(config: &Settings) -> Result<Option<usize>> {
+    let value = config.get("group_size").ok_or_else(|| config.missing("group_size", "columns in a group, or -1"))?;
+    match value.as_i64() {
+        Some(-1) => Ok(None),
+        // More than any matrix has columns is a whole row, too.
+        Some(size) if size > 0 => Ok(Some(usize::try_from(size).unwrap_or(usize::MAX))),
+        _ => Err(config.malformed("group_size", value, "columns in a group, or -1 for whole rows")),
+    }
+}
+
+fn four_bits(config: &Settings, key: &str) -> Result<()> {
+    match config.count(&[key])? {
+        4 => Ok(()),
+        other => Err(config.unsupported(key, format_args!("a checkpoint of {other} bits"), "supported: 4")),
+    }
+}
+
+/// The tensors that make up one matrix.
+struct Parts<'a> {
+    files: &'a SafeTensors,
+    /// The name without `.weight`.
+    stem: &'a str,
+}
+
+impl<'a> Parts<'a> {
+    fn name(&self, end: &str) -> String {
+        format!("{}{end}", self.stem)
+    }
+
+    fn at(&self, end: &str) -> Result<usize> {
+        let name = self.name(end);
+        self.files.position(&name).ok_or_else(|| Error::Missing {
+            path: self.files.folder().to_path_buf(),
+            place: Place::Tensor(name),
+            expected: format!("it beside the other parts of {}", self.stem),
+        })
+    }
+
+    fn malformed(&self, end: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
+        let name = self.name(end);
+        let path = self.files.tensor(&name).map_or(self.files.folder(), |tensor| self.files.path(tensor));
+        Error::malformed(path, Place::Tensor(name), found, expected)
+    }
+
+    /// The place of a tensor of one of these types and of that shape.
+    fn part(&self, end: &str, dtypes: &[&str], shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
+        let at = self.at(end)?;
+        // `at` came from the same list.
+        let Some(tensor) = self.files.tensors().get(at) else { return Err(self.malformed(end, "nothing", "a tensor")) };
+        if !dtypes.contains(&tensor.dtype()) {
+            return Err(self.malformed(end, format_args!("the type {}", tensor.dtype()), dtypes.join(" or ")));
+        }
+        if tensor.shape() != shape {
+            let expected = format_args!("{shape:?}, as config.json says");
+            return Err(self.malformed(end, format_args!("shape {:?}", tensor.shape()), expected));
+        }
+        Ok((at, tensor))
+    }
+
+    fn words(&self, end: &str, shape: &[usize]) -> Result<usize> {
+        Ok(self.part(end, &["I32", "U32"], shape)?.0)
+    }
+
+    fn scales(&self, end: &str, shape: &[usize]) -> Result<(usize, crate::quant::block::BlockType)> {
+        let (at, tensor) = self.part(end, &["F16", "BF16", "F32"], shape)?;
+        Ok((at, tensor.block_type().unwrap_or(crate::quant::block::BlockType::F32)))
+    }
+
+    /// Checks what `weight_shape` says.
+    fn shape(&self, expected: [usize; 2]) -> Result<()> {
+        let (_, tensor) = self.part(".weight_shape", &["I64", "I32"], &[2])?;
+        let bytes = self.files.data(tensor);
+        let numbers: Vec<i64> = match tensor.dtype() {
+            "I64" => bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect(),
+            _ => bytes.as_chunks::<4>().0.iter().map(|bytes| i64::from(i32::from_le_bytes(*bytes))).collect(),
+        };
+        if numbers.iter().map(|number| usize::try_from(*number)).ne(expected.map(Ok)) {
+            let expected = format_args!("{expected:?}, as config.json says");
+            return Err(self.malformed(".weight_shape", format_args!("{numbers:?}"), expected));
+        }
+        Ok(())
+    }
+
+    /// The group of each column.
+    fn order(&self, end: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
+        let (_, tensor) = self.part(end, &["I32"], &[columns])?;
+        let words = self.files.data(tensor).as_chunks::<4>().0.iter();
+        words
+            .map(|bytes| match i32::from_le_bytes(*bytes) {
+                group if (0..groups as i64).contains(&i64::from(group)) => Ok(group as u32),
+                group => {
+                    Err(self.malformed(end, group, format_args!("a group from 0 to {}", groups.saturating_sub(1))))
+                }
+            })
+            .collect()
+    }
+}

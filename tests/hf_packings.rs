@@ -1,0 +1,585 @@
+//! Checkpoints that are in 4 bits already: every number of theirs is read exactly, whatever packs it.
+
+#[path = "common/hf_folder.rs"]
+mod hf_folder;
+
+use half::{bf16, f16};
+use hf_folder::{Checkpoint as Folder, Stored, assert_refused, open, read};
+use nybble::format::Checkpoint as _;
+use nybble::format::gguf::{Gguf, Metadata};
+use nybble::model::convert::convert;
+use nybble::model::requantize::Quantized;
+use nybble::model::{Input, LoadOptions, Logits, Model, Quantize};
+use nybble::quant::block::BlockType;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+/// The linear layers of the model: name, rows, columns.
+const LINEAR: [(&str, usize, usize); 7] = [
+    ("self_attn.q_proj", 64, 64),
+    ("self_attn.k_proj", 32, 64),
+    ("self_attn.v_proj", 32, 64),
+    ("self_attn.o_proj", 64, 64),
+    ("mlp.gate_proj", 96, 64),
+    ("mlp.up_proj", 96, 64),
+    ("mlp.down_proj", 64, 96),
+];
+
+/// Numbers from 0 to `below`, the same at every run.
+struct Dice(u32);
+
+impl Dice {
+    fn next(&mut self, below: u32) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (self.0 >> 16) % below
+    }
+}
+
+/// A Llama of one layer, without its linear layers.
+fn frame() -> Folder {
+    Folder::new(json!({
+        "model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "num_hidden_layers": 1, "intermediate_size": 96, "vocab_size": 5, "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 5000.0, "tie_word_embeddings": false,
+    }))
+    .tensors([
+        ("model.embed_tokens.weight", &[5, 64][..]),
+        ("model.norm.weight", &[64]),
+        ("lm_head.weight", &[5, 64]),
+        ("model.layers.0.input_layernorm.weight", &[64]),
+        ("model.layers.0.post_attention_layernorm.weight", &[64]),
+    ])
+}
+
+/// Which scales a matrix has.
+#[derive(Clone, Copy, PartialEq)]
+enum Scales {
+    F16,
+    /// Powers of two, whose products with zero points F16 holds.
+    Round,
+    BF16,
+    F32,
+}
+
+/// What a checkpoint is made of.
+#[derive(Clone, Copy)]
+struct Recipe {
+    group: usize,
+    symmetric: bool,
+    scales: Scales,
+    /// Whether groups are made of columns that do not lie together.
+    scattered: bool,
+}
+
+const PLAIN: Recipe = Recipe { group: 32, symmetric: false, scales: Scales::F16, scattered: false };
+
+/// One matrix, not packed.
+struct Matrix {
+    rows: usize,
+    columns: usize,
+    groups: usize,
+    /// `(rows, columns)`
+    codes: Vec<u32>,
+    /// `(rows, groups)`
+    zeros: Vec<u32>,
+    scales: Vec<f32>,
+    kind: Scales,
+    /// `(columns)`
+    order: Vec<usize>,
+}
+
+impl Matrix {
+    fn new(recipe: Recipe, rows: usize, columns: usize, dice: &mut Dice) -> Matrix {
+        let group = recipe.group.min(columns);
+        let groups = columns.div_ceil(group);
+        let scale = |dice: &mut Dice| {
+            let number = 0.001 + dice.next(1000) as f32 * 1.7e-5;
+            match recipe.scales {
+                Scales::F16 => f16::from_f32(number).to_f32(),
+                Scales::Round => 2f32.powi(-(5 + dice.next(4) as i32)),
+                Scales::BF16 => bf16::from_f32(number).to_f32(),
+                Scales::F32 => number,
+            }
+        };
+        let order = (0..columns).map(|c| if recipe.scattered { c * 7 % columns } else { c } / group).collect();
+        Matrix {
+            codes: (0..rows * columns).map(|_| dice.next(16)).collect(),
+            zeros: (0..rows * groups).map(|_| if recipe.symmetric { 8 } else { dice.next(16) }).collect(),
+            scales: (0..rows * groups).map(|_| scale(dice)).collect(),
+            kind: recipe.scales,
+            order,
+            rows,
+            columns,
+            groups,
+        }
+    }
+
+    /// The numbers that it stands for `(rows, columns)`.
+    fn values(&self) -> Vec<f32> {
+        let value = |row: usize, column: usize| {
+            let at = row * self.groups + self.order[column];
+            self.scales[at] * (self.codes[row * self.columns + column] as f32 - self.zeros[at] as f32)
+        };
+        (0..self.rows).flat_map(|row| (0..self.columns).map(move |column| value(row, column))).collect()
+    }
+
+    fn code(&self, row: usize, column: usize) -> u32 {
+        self.codes[row * self.columns + column]
+    }
+
+    fn zero(&self, row: usize, group: usize) -> u32 {
+        self.zeros[row * self.groups + group]
+    }
+
+    /// Scales in the order `(groups, rows)`, or the other way round.
+    fn stored_scales(&self, name: String, groups_first: bool) -> Stored {
+        let (groups, rows) = (self.groups, self.rows);
+        let scales: Vec<f32> = if groups_first {
+            (0..groups * rows).map(|i| self.scales[i % rows * groups + i / rows]).collect()
+        } else {
+            self.scales.clone()
+        };
+        let (dtype, bytes) = match self.kind {
+            Scales::F16 | Scales::Round => {
+                (Dtype::F16, scales.iter().flat_map(|s| f16::from_f32(*s).to_le_bytes()).collect())
+            }
+            Scales::BF16 => (Dtype::BF16, scales.iter().flat_map(|s| bf16::from_f32(*s).to_le_bytes()).collect()),
+            Scales::F32 => (Dtype::F32, scales.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>()),
+        };
+        let shape = if groups_first { vec![groups, rows] } else { vec![rows, groups] };
+        Stored { name, shape, dtype, bytes }
+    }
+
+    fn stored_order(&self, name: String) -> Stored {
+        let bytes = self.order.iter().flat_map(|group| (*group as i32).to_le_bytes()).collect();
+        Stored { name, shape: vec![self.columns], dtype: Dtype::I32, bytes }
+    }
+
+    /// As AutoGPTQ packs it.
+    fn gptq(&self, name: &str, one_less: bool) -> Vec<Stored> {
+        let codes = words([self.columns / 8, self.rows], |at, row, i| self.code(row, 8 * at + i));
+        let zeros = words([self.groups, self.rows / 8], |group, at, i| {
+            self.zero(8 * at + i, group).wrapping_sub(u32::from(one_less)) & 15
+        });
+        vec![
+            tensor(format!("{name}.qweight"), codes),
+            tensor(format!("{name}.qzeros"), zeros),
+            self.stored_scales(format!("{name}.scales"), true),
+            self.stored_order(format!("{name}.g_idx")),
+        ]
+    }
+
+    /// As AutoAWQ packs it.
+    fn awq(&self, name: &str) -> Vec<Stored> {
+        const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+        let codes = words([self.columns, self.rows / 8], |column, at, i| self.code(8 * at + ORDER[i], column));
+        let zeros = words([self.groups, self.rows / 8], |group, at, i| self.zero(8 * at + ORDER[i], group));
+        vec![
+            tensor(format!("{name}.qweight"), codes),
+            tensor(format!("{name}.qzeros"), zeros),
+            self.stored_scales(format!("{name}.scales"), true),
+        ]
+    }
+
+    /// As compressed-tensors packs it.
+    fn compressed(&self, name: &str, symmetric: bool) -> Vec<Stored> {
+        let codes = words([self.rows, self.columns / 8], |row, at, i| self.code(row, 8 * at + i));
+        let zeros = words([self.rows / 8, self.groups], |at, group, i| self.zero(8 * at + i, group));
+        let shape = [self.rows as i64, self.columns as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
+        let mut all = vec![
+            tensor(format!("{name}.weight_packed"), codes),
+            self.stored_scales(format!("{name}.weight_scale"), false),
+            Stored { name: format!("{name}.weight_shape"), shape: vec![2], dtype: Dtype::I64, bytes: shape },
+        ];
+        if !symmetric {
+            all.push(tensor(format!("{name}.weight_zero_point"), zeros));
+        }
+        if self.order.iter().enumerate().any(|(column, group)| column / (self.columns / self.groups) != *group) {
+            all.push(self.stored_order(format!("{name}.weight_g_idx")));
+        }
+        all
+    }
+}
+
+/// Words of eight nibbles, the first one lowest.
+fn words(shape: [usize; 2], nibble: impl Fn(usize, usize, usize) -> u32) -> ([usize; 2], Vec<u32>) {
+    let word = |i: usize| (0..8).fold(0, |word, n| word | nibble(i / shape[1], i % shape[1], n) << (4 * n));
+    (shape, (0..shape[0] * shape[1]).map(word).collect())
+}
+
+fn tensor(name: String, (shape, words): ([usize; 2], Vec<u32>)) -> Stored {
+    let bytes = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    Stored { name, shape: shape.to_vec(), dtype: Dtype::I32, bytes }
+}
+
+/// A checkpoint packed by `pack`, and the same numbers as F32.
+fn pair(recipe: Recipe, config: Value, pack: impl Fn(&Matrix, &str) -> Vec<Stored>) -> (Folder, Folder) {
+    let (mut packed, mut plain) = (frame().set("quantization_config", config), frame());
+    let mut dice = Dice(5);
+    for (name, rows, columns) in LINEAR {
+        let matrix = Matrix::new(recipe, rows, columns, &mut dice);
+        let name = format!("model.layers.0.{name}");
+        packed.tensors.extend(pack(&matrix, &name));
+        plain.tensors.push(Stored {
+            name: format!("{name}.weight"),
+            shape: vec![rows, columns],
+            dtype: Dtype::F32,
+            bytes: matrix.values().into_iter().flat_map(f32::to_le_bytes).collect(),
+        });
+    }
+    (packed, plain)
+}
+
+fn gptq_config(group: i64) -> Value {
+    json!({"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": false, "sym": false})
+}
+
+fn compressed_config(weights: Value) -> Value {
+    json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": null, "weights": weights}},
+    })
+}
+
+fn gptq(recipe: Recipe) -> (Folder, Folder) {
+    pair(recipe, gptq_config(recipe.group as i64), |matrix, name| matrix.gptq(name, true))
+}
+
+/// Sees that both checkpoints hold the same numbers, and that the linear layers of the first have this type.
+fn assert_same(packed: &Folder, plain: &Folder, expected: BlockType) {
+    let (packed, plain) = (packed.write(), plain.write());
+    let open = |folder: &tempfile::TempDir| nybble::model::hf::HfFolder::open(folder.path()).expect("it opens");
+    let (packed, plain) = (open(&packed), open(&plain));
+    assert!(packed.has_packed_layers() && !plain.has_packed_layers());
+    let mut names = plain.names();
+    names.sort_unstable();
+    let mut found = packed.names();
+    found.sort_unstable();
+    assert_eq!(found, names);
+    for name in names {
+        assert_eq!(read(&packed, name), read(&plain, name), "{name}");
+        let is_linear = packed.is_quantized(name);
+        assert_eq!(is_linear, name.starts_with("blk.") && !name.contains("norm"), "{name}");
+        if is_linear {
+            assert_eq!(packed.tensor(name).expect("a tensor").rows.block_type(), expected, "{name}");
+        }
+    }
+}
+
+#[test]
+fn gptq_with_one_zero_point_for_all_is_q4_0() {
+    let (packed, plain) = gptq(Recipe { symmetric: true, ..PLAIN });
+    assert_same(&packed, &plain, BlockType::Q4_0);
+}
+
+#[test]
+fn gptq_of_version_1_has_zero_points_that_are_stored_one_less() {
+    let (packed, plain) = gptq(PLAIN);
+    assert_same(&packed, &plain, BlockType::Q5_0);
+}
+
+#[test]
+fn gptq_of_version_2_has_zero_points_as_they_are() {
+    let mut config = gptq_config(32);
+    config["checkpoint_format"] = json!("gptq_v2");
+    let (packed, plain) = pair(PLAIN, config, |matrix, name| matrix.gptq(name, false));
+    assert_same(&packed, &plain, BlockType::Q5_0);
+}
+
+#[test]
+fn zero_points_whose_products_f16_holds_are_q4_1() {
+    let (packed, plain) = gptq(Recipe { scales: Scales::Round, ..PLAIN });
+    assert_same(&packed, &plain, BlockType::Q4_1);
+}
+
+#[test]
+fn groups_may_be_as_large_as_a_row() {
+    for symmetric in [true, false] {
+        let recipe = Recipe { group: usize::MAX, symmetric, ..PLAIN };
+        let (packed, plain) = pair(recipe, gptq_config(-1), |matrix, name| matrix.gptq(name, true));
+        assert_same(&packed, &plain, if symmetric { BlockType::Q4_0 } else { BlockType::Q5_0 });
+    }
+    // Larger than a row means the same; the last group of 96 columns may be a part of one.
+    for group in [64, 128] {
+        let (packed, plain) = gptq(Recipe { group, symmetric: true, ..PLAIN });
+        assert_same(&packed, &plain, BlockType::Q4_0);
+    }
+}
+
+#[test]
+fn activation_order_scatters_groups_and_keeps_every_number() {
+    for symmetric in [true, false] {
+        let (packed, plain) = gptq(Recipe { scattered: true, symmetric, ..PLAIN });
+        assert_same(&packed, &plain, BlockType::F32);
+    }
+}
+
+#[test]
+fn a_checkpoint_without_g_idx_has_groups_in_order() {
+    let (mut packed, plain) = gptq(PLAIN);
+    packed.tensors.retain(|tensor| !tensor.name.ends_with(".g_idx"));
+    assert_same(&packed, &plain, BlockType::Q5_0);
+}
+
+#[test]
+fn groups_that_are_no_whole_blocks_become_f32() {
+    let (packed, plain) = gptq(Recipe { group: 16, ..PLAIN });
+    assert_same(&packed, &plain, BlockType::F32);
+}
+
+#[test]
+fn scales_may_be_of_any_float_type() {
+    let (packed, plain) = gptq(Recipe { scales: Scales::BF16, symmetric: true, ..PLAIN });
+    assert_same(&packed, &plain, BlockType::Q4_0);
+    let (packed, plain) = gptq(Recipe { scales: Scales::F32, symmetric: true, ..PLAIN });
+    assert_same(&packed, &plain, BlockType::F32);
+}
+
+#[test]
+fn awq_interleaves_rows() {
+    for (symmetric, block_type) in [(true, BlockType::Q4_0), (false, BlockType::Q5_0)] {
+        let config = json!({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": true, "version": "GEMM"});
+        let (packed, plain) = pair(Recipe { symmetric, ..PLAIN }, config, |matrix, name| matrix.awq(name));
+        assert_same(&packed, &plain, block_type);
+    }
+}
+
+#[test]
+fn auto_round_packs_as_gptq_of_either_version_or_as_awq() {
+    let config = |format: &str| json!({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int", "packing_format": format});
+    for (format, one_less) in [("auto_round:auto_gptq", true), ("auto_round:gptqmodel", false), ("auto_round", false)] {
+        let (packed, plain) = pair(PLAIN, config(format), |matrix, name| matrix.gptq(name, one_less));
+        assert_same(&packed, &plain, BlockType::Q5_0);
+    }
+    let (packed, plain) = pair(PLAIN, config("auto_round:auto_awq"), |matrix, name| matrix.awq(name));
+    assert_same(&packed, &plain, BlockType::Q5_0);
+}
+
+#[test]
+fn compressed_tensors_may_be_symmetric_or_not_by_group_or_by_channel() {
+    for (symmetric, block_type) in [(true, BlockType::Q4_0), (false, BlockType::Q5_0)] {
+        for group in [32, 64, usize::MAX] {
+            let strategy = if group == usize::MAX { "channel" } else { "group" };
+            let size = if group == usize::MAX { Value::Null } else { json!(group) };
+            let weights = json!({
+                "num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size,
+            });
+            let recipe = Recipe { symmetric, group, scales: Scales::BF16, ..PLAIN };
+            // compressed-tensors wants whole groups.
+            if group == 64 {
+                continue;
+            }
+            let pack = |matrix: &Matrix, name: &str| matrix.compressed(name, symmetric);
+            let (packed, plain) = pair(recipe, compressed_config(weights), pack);
+            assert_same(&packed, &plain, block_type);
+        }
+    }
+}
+
+#[test]
+fn compressed_tensors_may_be_in_activation_order() {
+    let weights = json!({"num_bits": 4, "symmetric": true, "strategy": "group", "group_size": 32, "actorder": "group"});
+    let recipe = Recipe { symmetric: true, scattered: true, ..PLAIN };
+    let (packed, plain) = pair(recipe, compressed_config(weights), |matrix, name| matrix.compressed(name, true));
+    assert_same(&packed, &plain, BlockType::F32);
+}
+
+#[test]
+fn a_bias_of_zeros_that_the_family_does_not_have_is_passed_over() {
+    let (packed, plain) = gptq(PLAIN);
+    let with = |byte: u8| {
+        let mut packed = packed.clone();
+        let name = "model.layers.0.mlp.up_proj.bias".to_owned();
+        packed.tensors.push(Stored { name, shape: vec![96], dtype: Dtype::F16, bytes: vec![byte; 192] });
+        packed
+    };
+    assert_same(&with(0), &plain, BlockType::Q5_0);
+    assert_refused(&with(1), &["up_proj.bias", "without it"]);
+}
+
+#[test]
+fn nothing_is_rounded_again_when_a_model_is_loaded_or_written() {
+    for scattered in [false, true] {
+        let (packed, plain) = gptq(Recipe { scattered, ..PLAIN });
+        let (folder, exact) = (open(&packed), open(&plain));
+        for wanted in [BlockType::Q4_0, BlockType::Q8_0] {
+            let quantized = Quantized::new(&folder, wanted).expect("a type that can be encoded");
+            let file = tempfile::tempdir().expect("a folder");
+            let path = file.path().join("model.gguf");
+            if !scattered {
+                convert(&folder, &Metadata::new(), &path, wanted, None).expect("a file");
+            }
+            for name in exact.names().into_iter().filter(|name| folder.is_quantized(name)) {
+                let expected = read(&exact, name).1;
+                assert_eq!(decoded(&quantized, name), expected, "{name}");
+                if !scattered {
+                    assert_eq!(decoded(&Gguf::open(&path).expect("a model"), name), expected, "{name}");
+                }
+            }
+        }
+    }
+}
+
+fn decoded(checkpoint: &dyn nybble::format::Checkpoint, name: &str) -> Vec<f32> {
+    let tensor = checkpoint.tensor(name).expect("a tensor");
+    let (mut scratch, mut all) = (Vec::new(), Vec::new());
+    for row in 0..tensor.dims[1] {
+        let mut values = vec![0.0; tensor.dims[0]];
+        tensor.rows.block_type().decode(tensor.rows.row(row, &mut scratch), &mut values).expect("a row");
+        all.extend(values);
+    }
+    all
+}
+
+#[test]
+fn a_packed_checkpoint_runs_and_keeps_its_layers_in_four_bits_by_default() {
+    let (packed, _) = gptq(Recipe { symmetric: true, ..PLAIN });
+    let folder = packed.write();
+    let load = |quantize| {
+        let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+        Model::load(folder.path(), &options).expect("a model")
+    };
+    let linear: usize = LINEAR.iter().map(|(_, rows, columns)| rows * columns).sum();
+    // 18 bytes for 32 weights, and 34 for 32 of the embedding's and the output's, whose 5 rows are filled up to 16. Scales
+    // lie in lines of two groups, of which one is missing in each of the 4 panels whose rows have 3.
+    assert_eq!(load(Quantize::Auto).weight_bytes(), linear / 32 * 18 + 4 * 32 + 2 * 16 * 64 / 32 * 34);
+    assert!(load(Quantize::Stored).weight_bytes() > load(Quantize::Auto).weight_bytes());
+}
+
+/// Logits after a few tokens.
+fn logits(folder: &Folder, quantize: Quantize) -> (Vec<f32>, usize) {
+    let folder = folder.write();
+    let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+    let model = Model::load(folder.path(), &options).expect("a model");
+    let (mut session, mut logits) = (model.session(), Vec::new());
+    let input = Input { session: &mut session, tokens: &[1, 4, 2, 0, 3], logits: Logits::All };
+    model.forward(&mut [input], &mut logits, &|| false).expect("logits");
+    (logits, model.weight_bytes())
+}
+
+#[test]
+fn activation_order_is_undone_on_the_way_in_and_the_layers_stay_in_four_bits() {
+    let recipe = Recipe { symmetric: true, ..PLAIN };
+    // Embeddings that count up would make everything else invisible.
+    let small = |mut folder: Folder| {
+        for name in ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"] {
+            let stored = folder.find(name);
+            let mut dice = Dice(9);
+            let values = (0..stored.bytes.len() / 4).map(|_| dice.next(2000) as f32 / 1000.0 - 1.0);
+            stored.bytes = values.flat_map(f32::to_le_bytes).collect();
+        }
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            let stored = folder.find(&format!("model.layers.0.{name}.weight"));
+            stored.bytes = (0..64).flat_map(|_| 1f32.to_le_bytes()).collect();
+        }
+        folder
+    };
+    let (packed, plain) = gptq(Recipe { scattered: true, ..recipe });
+    let (in_order, _) = gptq(recipe);
+    let ((found, bytes), (expected, _)) =
+        (logits(&small(packed), Quantize::Auto), logits(&small(plain), Quantize::Stored));
+    assert_eq!(bytes, logits(&small(in_order), Quantize::Auto).1);
+    let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+    let (error, whole) = (distance(&found, &expected), distance(&expected, &vec![0.0; expected.len()]));
+    assert!(error < 0.03 * whole, "{error} of {whole}");
+}
+
+#[test]
+fn what_a_configuration_asks_for_and_is_not_supported_is_refused_by_its_key() {
+    let refused = |config: Value, parts: &[&str]| {
+        let (packed, _) = pair(PLAIN, config, |matrix, name| matrix.gptq(name, true));
+        assert_refused(&packed, parts);
+    };
+    let with = |mut config: Value, key: &str, value: Value| {
+        config[key] = value;
+        config
+    };
+    let gptq = || gptq_config(32);
+    let awq = || json!({"quant_method": "awq", "bits": 4, "group_size": 32});
+    let round = || json!({"quant_method": "auto-round", "bits": 4, "group_size": 32});
+    refused(json!([]), &["quantization_config", "an object"]);
+    refused(json!({"bits": 4}), &["quantization_config.quant_method", "missing"]);
+    refused(json!({"quant_method": "bitsandbytes"}), &["quant_method", "\"bitsandbytes\"", "gptq, awq"]);
+    refused(with(gptq(), "bits", json!(3)), &["quantization_config.bits", "3 bits", "supported: 4"]);
+    refused(with(gptq(), "bits", json!("four")), &["quantization_config.bits", "four"]);
+    for size in [json!(0), json!(-2), json!(1.5), json!("128")] {
+        refused(with(gptq(), "group_size", size), &["quantization_config.group_size", "or -1 for whole rows"]);
+    }
+    refused(json!({"quant_method": "gptq", "bits": 4}), &["quantization_config.group_size", "missing"]);
+    refused(with(gptq(), "checkpoint_format", json!("marlin")), &["checkpoint_format", "\"marlin\"", "gptq_v2"]);
+    refused(with(gptq(), "is_marlin_format", json!(true)), &["is_marlin_format", "Marlin"]);
+    refused(with(gptq(), "dynamic", json!({"+:.*down.*": {"bits": 8}})), &["dynamic", "single layers"]);
+    refused(with(awq(), "version", json!("gemv")), &["version", "\"gemv\"", "gemm"]);
+    refused(with(awq(), "zero_point", json!(false)), &["zero_point"]);
+    refused(with(round(), "packing_format", json!("auto_round:mx")), &["packing_format", "auto_round:mx"]);
+    refused(with(round(), "data_type", json!("mx_fp")), &["data_type", "mx_fp"]);
+    refused(with(round(), "act_bits", json!(8)), &["act_bits", "8 bits"]);
+    let weights = || json!({"num_bits": 4, "strategy": "group", "group_size": 32});
+    let compressed = || compressed_config(weights());
+    refused(with(compressed(), "format", json!("float-quantized")), &["format", "float-quantized", "pack-quantized"]);
+    refused(with(compressed(), "config_groups", json!({})), &["config_groups", "0 groups"]);
+    let two = json!({"a": {"weights": weights()}, "b": {"weights": weights()}});
+    refused(with(compressed(), "config_groups", two), &["config_groups", "2 groups"]);
+    refused(compressed_config(with(weights(), "num_bits", json!(8))), &["config_groups.group_0.weights.num_bits", "8"]);
+    refused(compressed_config(with(weights(), "type", json!("float"))), &["weights.type", "float"]);
+    refused(compressed_config(with(weights(), "strategy", json!("block"))), &["weights.strategy", "block"]);
+    refused(compressed_config(with(weights(), "group_size", json!(-1))), &["weights.group_size", "-1"]);
+    let activations = json!({"group_0": {"weights": weights(), "input_activations": {"num_bits": 8}}});
+    refused(with(compressed(), "config_groups", activations), &["input_activations", "activations"]);
+}
+
+#[test]
+fn tensors_that_do_not_belong_together_are_refused_by_name() {
+    const NAME: &str = "model.layers.0.mlp.down_proj";
+    let part = |end: &str| format!("{NAME}.{end}");
+    let (gptq, _) = gptq(PLAIN);
+    let spoilt = |end: &str, spoil: &dyn Fn(&mut Stored)| {
+        let mut folder = gptq.clone();
+        spoil(folder.find(&part(end)));
+        folder
+    };
+    for end in ["qzeros", "scales"] {
+        assert_refused(&gptq.clone().without(&part(end)), &[&part(end), "missing"]);
+    }
+    assert_refused(&gptq.clone().without(&part("qweight")), &["down_proj.weight", "missing"]);
+    for end in ["qweight", "qzeros", "scales"] {
+        let folder = spoilt(end, &|tensor| tensor.shape.reverse());
+        assert_refused(&folder, &[&part(end), "shape", "as config.json says"]);
+        let folder = spoilt(end, &|tensor| {
+            tensor.dtype = Dtype::I8;
+            *tensor.shape.last_mut().unwrap() *= tensor.bytes.len() / tensor.shape.iter().product::<usize>();
+        });
+        assert_refused(&folder, &[&part(end), "the type I8"]);
+    }
+    for group in [-1i32, 3, i32::MAX] {
+        let folder = spoilt("g_idx", &|tensor| tensor.bytes[8..12].copy_from_slice(&group.to_le_bytes()));
+        assert_refused(&folder, &[&part("g_idx"), &group.to_string(), "a group from 0 to 2"]);
+    }
+    for scale in [f16::NAN, f16::INFINITY] {
+        let folder = spoilt("scales", &|tensor| tensor.bytes[2..4].copy_from_slice(&scale.to_le_bytes()));
+        assert_refused(&folder, &[&part("scales"), "row 1", "finite"]);
+    }
+    let both = gptq.clone().tensor(&format!("{NAME}.weight"), &[64, 96]);
+    assert_refused(&both, &[NAME, "a tensor", "none"]);
+    // Groups of another size than the file's.
+    assert_refused(&gptq.clone().set("quantization_config", gptq_config(64)), &["qzeros", "shape"]);
+
+    let weights = json!({"num_bits": 4, "symmetric": false, "strategy": "group", "group_size": 32});
+    let (compressed, _) = pair(PLAIN, compressed_config(weights), |matrix, name| matrix.compressed(name, false));
+    for end in ["weight_scale", "weight_shape", "weight_zero_point"] {
+        assert_refused(&compressed.clone().without(&part(end)), &[&part(end), "missing"]);
+    }
+    for size in [-64i64, 65, i64::MAX] {
+        let mut folder = compressed.clone();
+        folder.find(&part("weight_shape")).bytes[..8].copy_from_slice(&size.to_le_bytes());
+        assert_refused(&folder, &[&part("weight_shape"), &size.to_string(), "[64, 96]"]);
+    }
+}
+
+#[test]
+fn a_family_that_stores_columns_is_refused_when_it_is_packed() {
+    let mut folder = hf_folder::gpt2("").without("h.0.attn.c_proj.weight").set("quantization_config", gptq_config(32));
+    let matrix = Matrix::new(PLAIN, 8, 32, &mut Dice(1));
+    folder.tensors.extend(matrix.gptq("h.0.attn.c_proj", true));
+    assert_refused(&folder, &["h.0.attn.c_proj", "packed matrix of a gpt2"]);
+}

@@ -1,0 +1,271 @@
+"""Quantizing from Python and from the command line, and the report about it."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble import Model, ModelError, Report, _native, calibration, hub, quantize
+from nybble.cli import main
+from nybble.quantization import Spec
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind at all. " * 30
+
+
+@pytest.fixture(scope="module")
+def source(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in F32."""
+    path = tmp_path_factory.mktemp("source") / "tiny-f32.gguf"
+    _native.convert(tiny_file, path, "f32")
+    return path
+
+
+def test_a_file_is_written_that_runs_and_the_report_says_what_it_is(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    report = quantize(source, out, recipe="rtn", group=64)
+    assert report.out == out
+    assert report.size_bytes == out.stat().st_size
+    assert report.bits_per_weight == pytest.approx(4.5)
+    assert report.candidates == ()
+    linear = [tensor for tensor in report.tensors if tensor.name.startswith("blk.")]
+    assert len(linear) == 14
+    assert {tensor.type for tensor in linear} == {"Q4_0"}
+    with Model.load(out) as model:
+        assert model.generate("x", max_tokens=4).usage.completion_tokens <= 4
+
+
+def test_a_text_to_measure_with_gives_figures(source: Path, tmp_path: Path) -> None:
+    report = quantize(
+        source, tmp_path / "out.gguf", recipe="gptq", group=64, symmetric=False, calibration=[TEXT], evaluation=[TEXT]
+    )
+    chosen = report.chosen
+    assert chosen is not None
+    assert (chosen.recipe, chosen.format, chosen.group) == ("gptq", "q4_1", 64)
+    assert chosen.kl_mean is not None
+    assert 0 < chosen.kl_mean < 1
+    assert report.reference_perplexity is not None
+    assert report.kl_by_position
+
+
+def test_what_is_measured_with_was_held_out(source: Path, tmp_path: Path) -> None:
+    from nybble.quantization import _split
+
+    windows = calibration_windows(40)
+    seen, held_out = _split(windows)
+    assert len(held_out) == 5
+    assert sorted(map(tuple, [*seen.tolist(), *held_out.tolist()])) == sorted(map(tuple, windows.tolist()))
+    report = quantize(source, tmp_path / "out.gguf", recipe="rtn", calibration=[TEXT], measure=True)
+    assert report.chosen is not None
+
+
+def calibration_windows(count: int) -> Any:
+    import numpy as np
+
+    return np.arange(count * 4, dtype=np.int32).reshape(count, 4)
+
+
+def test_the_sample_of_the_package_and_the_models_own_texts_serve_to_calibrate(source: Path, tmp_path: Path) -> None:
+    (sample,), _ = calibration.documents("sample")
+    assert len(sample) > 10_000
+    for text in ("sample", "self"):
+        report = quantize(source, tmp_path / f"{text}.gguf", recipe="gptq", calibration=text, calibration_tokens=1024)
+        assert report.recipe == "gptq"
+
+
+def test_a_models_own_texts_are_the_same_for_the_same_seed(source: Path) -> None:
+    with Model.load(source) as model:
+        first = calibration.generate(model, 200, window=50, seed=3)
+        assert first.shape == (4, 50)
+        assert (first == calibration.generate(model, 200, window=50, seed=3)).all()
+        assert (first != calibration.generate(model, 200, window=50, seed=4)).any()
+
+
+def test_a_report_survives_json_and_ignores_what_it_does_not_know() -> None:
+    report = Report.from_json(json.dumps({**REPORT, "more": 1}))
+    assert Report.from_json(report.to_json()) == report
+    assert report.chosen is not None
+    assert report.chosen.recipe == "gptq"
+    assert report.reference_perplexity == 48.9
+    sparse = [{name: x for name, x in one.items() if name not in ("format", "group")} for one in REPORT["candidates"]]
+    assert Report.from_json(json.dumps({**REPORT, "candidates": sparse})).candidates == report.candidates
+
+
+REPORT: dict[str, Any] = {
+    "source": "/models/<b>source</b>",
+    "out": "out.gguf",
+    "recipe": "gptq",
+    "chosen_because": "it <i>is</i> & was the best",
+    "size_bytes": 91_700_000,
+    "bits_per_weight": 4.5,
+    "seconds": 75.4,
+    "tensors": [
+        {
+            "name": f"blk.{layer}.{kind}.weight",
+            "type": "Q4_0",
+            "group": 32,
+            "recipe": "gptq",
+            "relative_error": None if kind == "attn_q" else 0.01 * (layer + 1),
+            "seconds": 0.5,
+        }
+        for layer in range(3)
+        for kind in ("attn_q", "ffn_up", "ffn_down")
+    ],
+    "candidates": [
+        {
+            "recipe": recipe,
+            "format": "q4_0",
+            "group": 32,
+            "size_bytes": 91_700_000,
+            "perplexity": 50.0,
+            "kl_mean": 0.1,
+            "kl_median": 0.05,
+            "kl_p99": None,
+            "top_agreement": 0.8,
+            "seconds": 3.0,
+            "chosen": recipe == "gptq",
+        }
+        for recipe in ("rtn", "gptq")
+    ],
+    "reference": {"perplexity": 48.9},
+    "kl_by_position": [0.1, 0.2, 0.15] * 20,
+}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "action")]
+        if tag not in ("meta", "line", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    text = Report.from_json(json.dumps(REPORT)).to_html()
+    page = Page(text)
+    assert page.open == []
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("tr") == 2 + 2 + 9  # Two heads, the candidates, the matrices.
+    assert page.links == []
+    assert "script" not in page.tags
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_the_page_does_not_run_what_a_report_says() -> None:
+    text = Report.from_json(json.dumps(REPORT)).to_html()
+    assert "<b>source" not in text
+    assert "&lt;b&gt;source" in text
+    assert "it &lt;i&gt;is&lt;/i&gt; &amp; was the best" in text
+
+
+@pytest.mark.parametrize("missing", ["candidates", "kl_by_position", "reference", "chosen_because", "tensors"])
+def test_a_page_shows_what_there_is(missing: str) -> None:
+    empty: dict[str, Any] = {**REPORT, missing: [] if missing != "reference" else None}
+    if missing == "chosen_because":
+        empty[missing] = None
+    page = Page(Report.from_json(json.dumps(empty)).to_html())
+    assert page.open == []
+
+
+def test_the_command_writes_file_page_and_json(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page, text = tmp_path / "out.gguf", tmp_path / "report.html", tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    call = ["quantize", str(source), str(out), "--recipe", "rtn", "--group", "64", "--calibration", str(text)]
+    assert main([*call, "--report", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "divergence" in shown
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    report = Report.from_json(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert report.chosen is not None
+
+    for occupied in ([], ["--report", str(page)]):
+        assert main([*call[:2], str(tmp_path / "new.gguf" if occupied else out), *call[3:], *occupied]) == 1
+        assert "exists already (--force overwrites it)" in capsys.readouterr().err
+    assert not (tmp_path / "new.gguf").exists()
+    assert main([*call, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "rtn"
+
+
+def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nybble.cli.quantize import _print
+
+    _print(Report.from_json(json.dumps(REPORT)), [tmp_path / "report.html"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--recipe", "best"], "best"),
+        (["--group", "48"], "group: found 48"),
+        (["--asymmetric", "--format", "q4_0"], "symmetric: found False"),
+        (["--bits-per-weight", "3"], "bits_per_weight: found 3"),
+        (["--target", "often"], "--target: found 'often'"),
+        (["--target", "200%"], "target: found 2.0"),
+        (["--budget", "0"], "budget: found 0"),
+        (["--keep", "q4_0"], "--keep: found 'q4_0'"),
+        (["--recipe", "rtn", "--keep", "blk.*=q9"], "q9"),
+        (["--recipe", "gptq", "--calibration", "absent.txt"], "absent.txt"),
+        (["--report", "absent/report.html"], "absent/report.html"),
+    ],
+)
+def test_misuse_is_named_before_anything_is_written(
+    source: Path, tmp_path: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(source), str(tmp_path / "out.gguf"), *arguments]) in (1, 2)
+    assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="found 9 tokens, expected at least 128"):
+        quantize(source, tmp_path / "out.gguf", recipe="gptq", calibration=["too short"])
+    with pytest.raises(FileNotFoundError, match="folder"):
+        quantize(source, tmp_path / "absent" / "out.gguf", recipe="rtn")
+
+
+def test_a_spec_of_load_is_a_recipe_a_group_and_a_format_in_any_order() -> None:
+    assert Spec.parse("int4:g128:gptq") == Spec("gptq", 128, "q4_0")
+    assert Spec.parse("int4:gptq:asym:g0") == Spec("gptq", 0, "q4_1")
+    assert Spec.parse("int4:iq4_nl") == Spec("rtn", 32, "iq4_nl")
+    for wrong in ("int8:g128", "int4:", "int4:g48", "int4:gptq:rtn", "int4:auto", "int4:g²", "int3:gptq"):
+        with pytest.raises(ValueError, match="quantize: found"):
+            Spec.parse(wrong)
+
+
+def test_a_model_that_is_loaded_by_a_spec_is_quantized_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
+    seen: list[tuple[int, int]] = []
+    with Model.load(source, quantize="int4:g64:rtn", progress=lambda *counts: seen.append(counts)) as model:
+        logits = model.logits([1, 2, 3])
+        assert model.info.file.parent == hub.cache_dir() / "quantized"
+    assert seen
+    (kept,) = (tmp_path / "quantized").iterdir()
+    made = kept.stat().st_mtime_ns
+    with Model.load(source, quantize="int4:rtn:g64") as again:
+        assert (again.logits([1, 2, 3]) == logits).all()
+    assert kept.stat().st_mtime_ns == made

@@ -2,6 +2,7 @@
 //! `nybble` makes an API of it, and `_native.pyi` describes it to type checkers.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,8 +28,9 @@ mod errors {
     #![allow(missing_docs, reason = "the classes are described where they are defined")]
     pyo3::import_exception!(nybble.errors, ModelError);
     pyo3::import_exception!(nybble.errors, ContextFullError);
+    pyo3::import_exception!(nybble.errors, InternalError);
 }
-use errors::{ContextFullError, ModelError};
+use errors::{ContextFullError, InternalError, ModelError};
 
 mod quantize;
 mod vocab;
@@ -56,6 +58,21 @@ fn reason(error: &std::io::Error) -> String {
     text.split_once(" (os error").map_or(text.as_str(), |(reason, _)| reason).to_owned()
 }
 
+/// Runs `compute`. A panic in it is a bug, and ends here: as an exception that asks for a report, not as one that no
+/// `except Exception` would catch.
+fn caught<R>(compute: impl FnOnce() -> R) -> PyResult<R> {
+    catch_unwind(AssertUnwindSafe(compute)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        InternalError::new_err(text.or_else(|| panic.downcast_ref().copied()).unwrap_or("a panic").to_owned())
+    })
+}
+
+/// Runs `compute` without the GIL, panics [`caught`].
+fn guarded<R: Send>(py: Python<'_>, compute: impl FnOnce() -> crate::Result<R> + Send) -> PyResult<R> {
+    let result = py.detach(|| catch_unwind(AssertUnwindSafe(compute)));
+    Ok(caught(|| result.unwrap_or_else(|panic| resume_unwind(panic)))??)
+}
+
 /// Runs `compute` without the GIL. The function that it gets says whether a signal handler has raised, as Ctrl-C does; the
 /// exception is raised when `compute` returns.
 fn detached<R: Send>(
@@ -77,32 +94,41 @@ fn detached<R: Send>(
         }
         is_raised
     };
-    let result = py.detach(|| compute(&interrupted));
+    let result = guarded(py, || compute(&interrupted));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
-        None => Ok(result?),
+        None => result,
     }
 }
 
-/// Runs `compute` without the GIL. It reports how much is done, and how much there is, to the callable `progress`; what
-/// that raises is raised when `compute` returns.
+/// Runs `compute` without the GIL. It reports how much is done, and how much there is, to the callable `progress`, not more
+/// often than anybody could see. What that or a signal handler raises ends `compute` and is raised when it has returned.
 fn with_progress<R: Send>(
     py: Python<'_>,
     progress: Option<Py<PyAny>>,
     compute: impl FnOnce(model::Progress<'_>) -> crate::Result<R> + Send,
 ) -> PyResult<R> {
     let raised = Mutex::new(None);
+    let reported: Mutex<Option<Instant>> = Mutex::new(None);
     let report = |done: usize, total: usize| {
-        let Some(progress) = &progress else { return };
-        let called = Python::attach(|py| progress.call1(py, (done, total)).map(drop));
-        if let Err(exception) = called {
-            raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
+        let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if done < total && reported.is_some_and(|reported| reported.elapsed() < SIGNALS_EVERY) {
+            return Ok(());
         }
+        *reported = Some(Instant::now());
+        let called = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (done, total)).map(drop))
+        });
+        called.map_err(|exception| {
+            *raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(exception);
+            Error::Interrupted
+        })
     };
-    let result = py.detach(|| compute(&report))?;
+    let result = guarded(py, || compute(&report));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
-        None => Ok(result),
+        None => result,
     }
 }
 
@@ -113,6 +139,12 @@ fn convert(py: Python<'_>, source: PathBuf, out: PathBuf, r#type: &str, progress
     let names = || Error::argument("type", format_args!("{type:?}"), "f32, f16, bf16, q8_0, q4_0 or q4_1");
     let wanted = BlockType::from_name(r#type).ok_or_else(names)?;
     with_progress(py, progress, |report| model::convert::convert_path(&source, &out, wanted, Some(report)))
+}
+
+/// Panics, so that a test can see what becomes of that.
+#[pyfunction]
+fn panic_for_tests(py: Python<'_>, words: &str) -> PyResult<()> {
+    guarded(py, || panic!("{words}"))
 }
 
 /// The kernels that this CPU can run, best first.
@@ -146,7 +178,7 @@ struct GgufFile(Gguf);
 impl GgufFile {
     #[new]
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<GgufFile> {
-        Ok(GgufFile(py.detach(|| Gguf::open(path))?))
+        guarded(py, || Gguf::open(path)).map(GgufFile)
     }
 
     /// All keys and values, made anew at each access. Bytes that are no UTF-8 become lone surrogates.
@@ -304,9 +336,10 @@ impl Model {
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
-    fn sequence(&self, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
+    fn sequence(&self, py: Python<'_>, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
         let prompt = token_ids(prompt)?;
-        Ok(Sequence(Mutex::new(engine::Sequence::new(&self.0, &prompt, options.into())?)))
+        let sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
+        Ok(Sequence(Mutex::new(sequence)))
     }
 
     /// Computes what is pending of each sequence and samples a token for each, which is then pending.
@@ -340,9 +373,9 @@ impl Model {
 
     /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
     /// both in 10^9 a second. Takes about a second and, for that time, a buffer of up to 1 GiB.
-    fn machine_limits(&self, py: Python<'_>) -> (f64, f64) {
-        let limits = py.detach(|| crate::kernels::limits(self.0.team(), self.0.kernel()));
-        (limits.bandwidth_gb_s, limits.int8_gops)
+    fn machine_limits(&self, py: Python<'_>) -> PyResult<(f64, f64)> {
+        let limits = guarded(py, || Ok(crate::kernels::limits(self.0.team(), self.0.kernel())))?;
+        Ok((limits.bandwidth_gb_s, limits.int8_gops))
     }
 
     /// What the package's `ModelInfo` holds, by name.
@@ -371,7 +404,7 @@ mod _native {
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]
-    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, convert, default_threads, kernels};
+    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, convert, default_threads, kernels, panic_for_tests};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

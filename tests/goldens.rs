@@ -1,10 +1,14 @@
 //! Every family against what transformers computed with the same tiny checkpoint, see tests/data/README.md.
 
+#[path = "common/logits.rs"]
+mod logits;
+
 use std::path::{Path, PathBuf};
 
+use logits::{bits, distance, load, logits, top};
 use nybble::format::gguf::Gguf;
 use nybble::model::hf::HfFolder;
-use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session, convert};
+use nybble::model::{Input, Logits, Model, Quantize, Session, convert};
 use nybble::quant::block::BlockType;
 use safetensors::SafeTensors;
 
@@ -49,32 +53,11 @@ fn goldens() -> Vec<Golden> {
     goldens
 }
 
-fn load(path: &Path, quantize: Quantize, threads: usize) -> Model {
-    let options = LoadOptions { quantize, threads: Some(threads), ..LoadOptions::default() };
-    Model::load(path, &options).unwrap_or_else(|error| panic!("{error}"))
-}
-
-fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<f32> {
-    let mut logits = Vec::new();
-    let input = Input { session, tokens, logits: Logits::All };
-    model.forward(&mut [input], &mut logits, &|| false).unwrap();
-    logits
-}
-
-fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<f32> {
-    let mut session = model.session();
-    tokens.chunks(piece).flat_map(|tokens| feed(model, &mut session, tokens)).collect()
-}
-
-fn top(logits: &[f32]) -> u32 {
-    (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best }) as u32
-}
-
 /// Asserts that the model has the reference's logits, and its greedy tokens wherever they were clear.
 fn agrees(golden: &Golden, model: &Model, what: &str) {
     let name = &golden.name;
     let found = logits(model, &golden.input[0], 40);
-    let worst = found.iter().zip(&golden.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let worst = distance(&found, &golden.logits);
     assert!(worst <= 2e-4, "{name}, {what}: the logits differ by up to {worst}");
     for (row, greedy) in golden.greedy.iter().enumerate() {
         let found = logits(model, &[&golden.input[row][..], greedy].concat(), 64);
@@ -88,7 +71,7 @@ fn agrees(golden: &Golden, model: &Model, what: &str) {
 #[test]
 fn every_family_computes_what_transformers_computes() {
     for golden in goldens() {
-        agrees(&golden, &load(&golden.folder, Quantize::Stored, 2), "as stored");
+        agrees(&golden, &load(&golden.folder, Quantize::Stored, 2, None), "as stored");
     }
 }
 
@@ -101,7 +84,7 @@ fn every_family_survives_the_way_through_a_gguf_file() {
         convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
         let file = Gguf::open(&path).unwrap();
         assert!(file.get_str("general.architecture").unwrap().is_some());
-        agrees(&golden, &load(&path, Quantize::Auto, 1), "converted");
+        agrees(&golden, &load(&path, Quantize::Auto, 1, None), "converted");
         std::fs::remove_file(path).unwrap();
     }
 }
@@ -109,7 +92,8 @@ fn every_family_survives_the_way_through_a_gguf_file() {
 #[test]
 fn eight_bits_keep_the_likeliest_token_of_every_family() {
     for golden in goldens() {
-        let (exact, model) = (load(&golden.folder, Quantize::Stored, 2), load(&golden.folder, Quantize::Int8, 2));
+        let (exact, model) =
+            (load(&golden.folder, Quantize::Stored, 2, None), load(&golden.folder, Quantize::Int8, 2, None));
         let (mut same, mut count) = (0, 0);
         for (row, greedy) in golden.input.iter().zip(&golden.greedy) {
             let tokens = [&row[..], greedy].concat();
@@ -118,20 +102,22 @@ fn eight_bits_keep_the_likeliest_token_of_every_family() {
             count += tokens.len();
             same += pairs.filter(|(exact, found)| top(exact) == top(found)).count();
         }
-        // Weights at random make near ties common; one tensor packed wrongly would leave next to nothing.
+        // Weights at random make near ties common, also of experts, where one of them changes everything that follows: of
+        // the same three checkpoints in Q8_0, llama.cpp keeps 89.1, 89.1 and 87.5 percent. One tensor packed wrongly
+        // would leave next to nothing.
+        let bound = if ["mixtral", "qwen2_moe", "qwen3_moe"].contains(&&*golden.name) { 0.87 } else { 0.90 };
         let share = same as f64 / count as f64;
         println!("{}: {share:.3}", golden.name);
-        assert!(share >= 0.85, "{}: {share:.3}", golden.name);
+        assert!(share >= bound, "{}: {share:.3}", golden.name);
     }
 }
 
 #[test]
 fn every_family_has_the_same_bits_on_any_threads_in_any_pieces_and_in_a_crowd() {
-    let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for golden in goldens() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let name = format!("{}, {quantize:?}", golden.name);
-            let (one, two) = (load(&golden.folder, quantize, 1), load(&golden.folder, quantize, 2));
+            let (one, two) = (load(&golden.folder, quantize, 1, None), load(&golden.folder, quantize, 2, None));
             let alone: Vec<_> = golden.input.iter().map(|row| logits(&one, row, 40)).collect();
             for piece in [1, 7, 64] {
                 assert!(bits(&logits(&two, &golden.input[0], piece)) == bits(&alone[0]), "{name}: pieces of {piece}");

@@ -185,7 +185,10 @@ fn progress_counts_the_tensors() {
     let folder = wide().write();
     let seen = std::sync::Mutex::new(Vec::new());
     let source = HfFolder::open(folder.path()).expect("a folder");
-    let progress = |done: usize, all: usize| seen.lock().expect("a list").push((done, all));
+    let progress = |done: usize, all: usize| {
+        seen.lock().expect("a list").push((done, all));
+        Ok(())
+    };
     convert(&source, &Metadata::new(), &out(&folder), BlockType::F32, Some(&progress)).expect("a file");
     assert_eq!(seen.into_inner().expect("a list"), (0..=12).map(|done| (done, 12)).collect::<Vec<_>>());
 }

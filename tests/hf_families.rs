@@ -104,6 +104,9 @@ fn falcons_of_all_three_builds_have_their_norms_and_groups() {
     let two = falcon(16, &["ln_attn", "ln_mlp"], &new);
     let expected = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15];
     assert_eq!(order(&two, "blk.0.attn_qkv.weight", source), expected);
+    // As it was published first.
+    let first = falcon(16, &["ln_attn", "ln_mlp"], &[("model_type", json!("RefinedWeb")), ("n_head_kv", json!(2))]);
+    assert_eq!(order(&first, "blk.0.attn_qkv.weight", source), expected);
     let opened = open(&two);
     assert_eq!(read(&opened, "blk.0.attn_norm_2.weight").1[0], two.value("transformer.h.0.ln_attn.weight", 0));
     assert_eq!(read(&opened, "blk.0.attn_norm.weight").1[0], two.value("transformer.h.0.ln_mlp.weight", 0));
@@ -335,8 +338,32 @@ fn opt_leaves_out_the_two_positions_of_padding() {
     let folder = opt();
     let source = "model.decoder.embed_positions.weight";
     assert_eq!(order(&folder, "position_embd.weight", source), [2, 3, 4]);
-    assert_refused(&folder.clone().set("word_embed_proj_dim", json!(2)), &["word_embed_proj_dim", "a width of 2"]);
-    assert_refused(&folder.set("do_layer_norm_before", json!(false)), &["do_layer_norm_before", "not supported"]);
+}
+
+#[test]
+fn opt_of_350m_normalizes_after_its_layers_and_has_an_embedding_of_a_width_of_its_own() {
+    let after = opt()
+        .without("model.decoder.final_layer_norm.weight")
+        .without("model.decoder.final_layer_norm.bias")
+        .set("do_layer_norm_before", json!(false));
+    let opened = open(&after);
+    for (name, source) in [("attn_output_norm", "self_attn_layer_norm"), ("layer_output_norm", "final_layer_norm")] {
+        let first = after.value(&format!("model.decoder.layers.0.{source}.bias"), 0);
+        assert_eq!(read(&opened, &format!("blk.0.{name}.bias")).1[0], first);
+    }
+    assert!(opened.tensor("blk.0.attn_norm.weight").is_none());
+
+    let narrow = opt().set("word_embed_proj_dim", json!(2));
+    assert_refused(&narrow, &["embed_tokens.weight", "[5, 4]", "[5, 2]"]);
+    let narrow = narrow.without("model.decoder.embed_tokens.weight").tensors([
+        ("model.decoder.embed_tokens.weight", &[5, 2][..]),
+        ("model.decoder.project_in.weight", &[4, 2]),
+        ("model.decoder.project_out.weight", &[2, 4]),
+    ]);
+    let opened = open(&narrow);
+    assert_eq!(read(&opened, "token_embd_proj.weight").0, [2, 4]);
+    assert_eq!(read(&opened, "output_proj.weight").0, [4, 2]);
+    assert_refused(&narrow.without("model.decoder.project_out.weight"), &["project_out.weight", "missing", "[2, 4]"]);
 }
 
 #[test]

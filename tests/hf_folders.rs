@@ -195,6 +195,7 @@ fn no_value_of_any_key_leads_to_a_panic() {
         json!([1e300, "x"]),
         json!({}),
         json!({"rope_type": "yarn", "factor": 0.0}),
+        json!({"rope_type": "yarn", "factor": 2.0, "truncate": false, "beta_fast": 1e-300, "rope_theta": 1}),
         json!({"rope_type": "longrope", "long_factor": [], "short_factor": []}),
         json!({"full_attention": {"rope_type": 1}}),
     ];

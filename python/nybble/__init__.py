@@ -7,7 +7,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 """
 
 from nybble._native import __version__, kernels
-from nybble.errors import ContextFullError, ModelError
+from nybble.errors import ContextFullError, InternalError, ModelError
 from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
 from nybble.model import Message, Model, ModelInfo
 from nybble.sampling import SamplingOptions
@@ -16,6 +16,7 @@ from nybble.tokenizer import Tokenizer
 __all__ = [
     "Completion",
     "ContextFullError",
+    "InternalError",
     "Message",
     "Model",
     "ModelError",

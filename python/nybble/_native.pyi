@@ -25,6 +25,7 @@ __all__ = [
 __version__: str
 
 def kernels() -> list[str]: ...
+def panic_for_tests(words: str) -> None: ...
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

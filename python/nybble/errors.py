@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions.
 
 Missing files are `FileNotFoundError`, other trouble with files and networks is `OSError`, an argument out of range is
-`ValueError`; the two classes here are for what only a model runner knows.
+`ValueError`; the first two classes here are for what only a model runner knows, the third for what should not be.
 """
 
 from __future__ import annotations
@@ -38,4 +38,20 @@ class ContextFullError(ModelError):
         return (
             f"the context is full: {self.used} tokens used and {self.requested} more requested, "
             f"but it holds {self.context}"
+        )
+
+
+class InternalError(RuntimeError):
+    """A bug in nybble, not in your program, your model or your prompt.
+
+    The model remains usable, but the call has not done what it should. The message holds what a report needs.
+    """
+
+    def __str__(self) -> str:
+        from importlib.metadata import version
+
+        words = " ".join(str(argument) for argument in self.args)
+        return (
+            f"{words} - this is a bug in nybble {version('nybble')}: please report it, "
+            "with these words, the lines above and what you called"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nybble.encoders import PackageEncoder
 from nybble.errors import ModelError
 from nybble.vocabulary import byte_of, end_tokens
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LARGEST_FILE = 256 << 20  # The largest known vocabularies take 35 MB.
 
 
@@ -104,6 +106,10 @@ def _text(path: Path) -> str | None:
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
+        if _SURROGATE.search(text):  # Rarely so, which spares everybody else the time.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"{where}: found half of a surrogate pair, expected whole characters") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: found no JSON ({error}), expected an object") from error
     if not isinstance(value, dict):

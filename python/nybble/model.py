@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from nybble import _native, hub
 from nybble.errors import ModelError
 from nybble.generation import Completion, TextStream, Writer, run
+from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 from nybble.tokenizer import Tokenizer
 
@@ -72,7 +74,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         quantize: Literal["auto", "int4", "int8"] | None = "auto",
-        progress: Callable[[int, int], object] | None = None,
+        progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
 
@@ -86,7 +88,9 @@ class Model:
             context: tokens to hold at most; what the model was trained for if None.
             quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
                 in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files.
-            progress: called with how much of the weights is read and how much there is, while they are read.
+            progress: called with how many of the weights are packed and how many there are, now and then; what it
+                raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
+                takes more than a second, False draws none.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).
@@ -94,7 +98,10 @@ class Model:
             ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
         """
         file = hub.resolve(source, filename=filename, revision=revision)
-        native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress)
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(bar(f"loading {file.name}"))
+            native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress or None)
         return cls(native, Tokenizer.load(file), file)
 
     @overload

@@ -38,7 +38,7 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`].
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left then.
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,
@@ -113,7 +113,7 @@ impl Job<'_> {
         let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
         for (done, (name, stored, _)) in planned.iter().enumerate() {
             if let Some(progress) = progress {
-                progress(done, planned.len());
+                progress(done, planned.len())?;
             }
             if let Some(bytes) = (self.made)(name)? {
                 writer.write_tensor(name, &bytes)?;
@@ -127,7 +127,7 @@ impl Job<'_> {
         }
         writer.finish()?;
         if let Some(progress) = progress {
-            progress(planned.len(), planned.len());
+            progress(planned.len(), planned.len())?;
         }
         Ok(())
     }

@@ -241,6 +241,14 @@ impl Pass<'_> {
         let (config, weights) = (&self.model.config, &self.model.weights);
         self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
         let output = weights.output();
+        if let Some([_, outward]) = &weights.projections {
+            self.linear(outward, &mut s.input, &mut s.joining);
+            let columns = output.parts()[0].columns();
+            s.input.resize(s.x.len() / config.hidden, columns);
+            for (input, row) in s.input.values.chunks_mut(columns).zip(s.joining.chunks(outward.width())) {
+                input.copy_from_slice(&row[..columns]);
+            }
+        }
         self.linear(output, &mut s.input, &mut s.logits);
         let vocabulary = self.model.vocabulary();
         for row in s.logits.chunks(output.width()) {
@@ -267,6 +275,7 @@ impl Pass<'_> {
             std::mem::swap(&mut s.joining, &mut s.joining_later);
         } else {
             self.join(&mut s.x, &s.joining);
+            self.norm_stream(&mut s.x, layer.attn_joined_norm.as_ref(), &mut s.input);
         }
 
         // Feed-forward: norm, gate and up, activation, down.
@@ -283,6 +292,7 @@ impl Pass<'_> {
             self.join(&mut s.x, &s.joining_later);
         }
         self.join(&mut s.x, &s.joining);
+        self.norm_stream(&mut s.x, layer.ffn_joined_norm.as_ref(), &mut s.input);
     }
 
     /// Attention from `s.x` to the input of its output matrix: norm, query/key/value, rotation, into the cache, over it.
@@ -303,11 +313,25 @@ impl Pass<'_> {
         let (config, weights) = (&self.model.config, &self.model.weights);
         let (hidden, embedding) = (config.hidden, &weights.embedding.parts()[0]);
         s.x.resize(s.rows.len() * hidden, 0.0);
-        let rows = &s.rows;
+        let projected = weights.projections.as_ref().map(|[inward, _]| {
+            let columns = embedding.columns();
+            s.input.resize(s.rows.len(), columns);
+            for (input, row) in s.input.values.chunks_mut(columns).zip(&s.rows) {
+                embedding.decode_row(row.token as usize, input);
+            }
+            self.linear(inward, &mut s.input, &mut s.joining);
+            inward.width()
+        });
+        let (rows, joining) = (&s.rows, &s.joining);
         self.scope.for_each_chunk(&mut s.x, TASK_ROWS * hidden, |i, chunk| {
             let mut learned = vec![0.0; if weights.positions.is_some() { hidden } else { 0 }];
-            for (x, row) in chunk.chunks_mut(hidden).zip(&rows[i * TASK_ROWS..]) {
-                embedding.decode_row(row.token as usize, x);
+            for (r, x) in chunk.chunks_mut(hidden).enumerate() {
+                let index = i * TASK_ROWS + r;
+                let row = &rows[index];
+                match projected {
+                    Some(width) => x.copy_from_slice(&joining[index * width..][..hidden]),
+                    None => embedding.decode_row(row.token as usize, x),
+                }
                 if config.embedding_scale != 1.0 {
                     x.iter_mut().for_each(|x| *x *= config.embedding_scale);
                 }
@@ -317,9 +341,14 @@ impl Pass<'_> {
                 }
             }
         });
-        if let Some(norm) = &weights.embedding_norm {
-            self.norm(&s.x, Some(norm), &mut s.input);
-            s.x.copy_from_slice(&s.input.values);
+        self.norm_stream(&mut s.x, weights.embedding_norm.as_ref(), &mut s.input);
+    }
+
+    /// `x = norm(x)`, where there is a norm; `buffer` takes a copy.
+    fn norm_stream(&self, x: &mut [f32], norm: Option<&Norm>, buffer: &mut Rows) {
+        if norm.is_some() {
+            self.norm(x, norm, buffer);
+            x.copy_from_slice(&buffer.values);
         }
     }
 

@@ -110,10 +110,10 @@ impl Model {
         Model::load_with(path, options, None)
     }
 
-    /// As [`Model::load`], telling `progress` how far it is.
+    /// As [`Model::load`], telling `progress` how many of the weights are packed, and how many there are.
     ///
     /// # Errors
-    /// Those of [`Model::load`].
+    /// Those of [`Model::load`] and of `progress`.
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let path = path.as_ref();
         if path.is_dir() {
@@ -142,14 +142,13 @@ impl Model {
     }
 
     fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
-        Model::with_weights(checkpoint, options, |loader, config, context| {
-            Weights::load(loader, config, context, progress)
-        })
+        Model::with_weights(checkpoint, options, progress, Weights::load)
     }
 
     fn with_weights(
         checkpoint: &dyn Checkpoint,
         options: &LoadOptions,
+        progress: Option<Progress<'_>>,
         load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
     ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
@@ -160,7 +159,7 @@ impl Model {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = team.run(|scope| load(&Loader { scope, checkpoint }, &config, context))?;
+        let weights = team.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
         let [rope, window_rope] = &config.ropes;
         let ropes = [
             Rope::new(rope, config.rotary, context, weights.rope_factors.as_deref()),

@@ -1,5 +1,6 @@
 //! Tensors by name, checked against the configuration and packed.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use super::arch::{NormKind, Position};
@@ -66,11 +67,15 @@ pub(super) struct Layer {
     pub(super) attn_output: Linear,
     /// After attention, before it joins.
     pub(super) attn_post_norm: Option<Norm>,
+    /// Of the stream, after attention has joined.
+    pub(super) attn_joined_norm: Option<Norm>,
     /// Before the feed-forward layer.
     pub(super) ffn_norm: Option<Norm>,
     pub(super) ffn: Ffn,
     /// After the feed-forward layer, before it joins.
     pub(super) ffn_post_norm: Option<Norm>,
+    /// Of the stream, after the feed-forward layer has joined.
+    pub(super) ffn_joined_norm: Option<Norm>,
 }
 
 impl Layer {
@@ -106,41 +111,34 @@ impl Layer {
 /// Everything that a forward pass reads.
 #[derive(Debug)]
 pub(super) struct Weights {
-    /// `(vocabulary, hidden)`
+    /// `(vocabulary, hidden)`, or of the width of the projections.
     pub(super) embedding: Linear,
+    /// From the embedding's width to the stream's and back, where they differ.
+    pub(super) projections: Option<[Linear; 2]>,
     pub(super) embedding_norm: Option<Norm>,
     /// `(positions, hidden)`
     pub(super) positions: Option<Linear>,
     pub(super) layers: Vec<Layer>,
     pub(super) output_norm: Option<Norm>,
-    /// `(vocabulary, hidden)`; the embedding where there is none.
+    /// As the embedding, which it is where there is none.
     pub(super) output: Option<Linear>,
     /// Divisors of the rotation's frequencies `(rotary / 2)`.
     pub(super) rope_factors: Option<Vec<f32>>,
 }
 
-/// How far loading has come, in bytes of packed weights and in all.
-pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
+/// Told how much of something is done and how much there is of it. An error ends it: [`Error::Interrupted`] says no more
+/// than that.
+pub type Progress<'a> = &'a (dyn Fn(usize, usize) -> Result<()> + Sync);
 
 impl Weights {
-    pub(super) fn load(
-        loader: &Loader<'_>,
-        config: &Config,
-        context: usize,
-        progress: Option<Progress<'_>>,
-    ) -> Result<Weights> {
-        let done = |layer: usize| {
-            if let Some(progress) = progress {
-                progress(layer, config.layers.len() + 1);
-            }
-        };
-        done(0);
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        loader.report(0)?;
         let mut weights = Weights::without_layers(loader, config, context)?;
         for index in 0..config.layers.len() {
             weights.layers.push(loader.layer(config, index)?);
-            done(index + 1);
         }
-        done(config.layers.len() + 1);
+        // A file may hold more than is used.
+        loader.report(loader.total)?;
         Ok(weights)
     }
 
@@ -149,9 +147,10 @@ impl Weights {
         let checkpoint = loader.checkpoint;
         let table = loader.tensor("token_embd.weight", format_args!("dimensions [{}, vocabulary]", config.hidden))?;
         let vocabulary = table.dims.get(1).copied().unwrap_or(0);
-        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], config.hidden)?;
+        let (width, projections) = loader.projections(config)?;
+        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], width)?;
         let output = match checkpoint.tensor("output.weight") {
-            Some(_) => Some(loader.linear(&[Part::new("output", vocabulary)], config.hidden)?),
+            Some(_) => Some(loader.linear(&[Part::new("output", vocabulary)], width)?),
             None => None,
         };
         let positions = match checkpoint.tensor("position_embd.weight") {
@@ -167,6 +166,7 @@ impl Weights {
         };
         let weights = Weights {
             embedding,
+            projections,
             embedding_norm: loader.norm("token_embd_norm", config)?,
             positions,
             layers: Vec::new(),
@@ -193,7 +193,8 @@ impl Weights {
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
         let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
-        ends.into_iter().flatten().chain(self.layers.iter().flat_map(Layer::linears))
+        let ends = ends.into_iter().flatten().chain(self.projections.iter().flatten());
+        ends.chain(self.layers.iter().flat_map(Layer::linears))
     }
 
     /// Bytes of all matrices.
@@ -203,7 +204,9 @@ impl Weights {
 
     /// Bytes of the matrices that one decoded token reads, `used` experts a layer.
     pub(super) fn bytes_read(&self, used: usize) -> usize {
-        self.layers.iter().map(|layer| layer.bytes_read(used)).sum::<usize>() + self.output().bytes()
+        let projections: usize = self.projections.iter().flatten().map(Linear::bytes).sum();
+        let layers: usize = self.layers.iter().map(|layer| layer.bytes_read(used)).sum();
+        layers + projections + self.output().bytes()
     }
 
     /// Weights of all matrices.
@@ -235,11 +238,29 @@ impl<'a> Part<'a> {
 
 /// Reads tensors of a checkpoint.
 pub(super) struct Loader<'a> {
-    pub(super) scope: &'a Scope<'a>,
-    pub(super) checkpoint: &'a dyn Checkpoint,
+    scope: &'a Scope<'a>,
+    checkpoint: &'a dyn Checkpoint,
+    progress: Option<Progress<'a>>,
+    /// Weights that are packed, of how many.
+    done: Cell<usize>,
+    total: usize,
+}
+
+impl<'a> Loader<'a> {
+    /// Tells `progress` how much of the checkpoint's weights it has read.
+    pub(super) fn new(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint, progress: Option<Progress<'a>>) -> Self {
+        let dims = checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name)).map(|tensor| tensor.dims);
+        let total = dims.filter(|dims| dims.len() > 1).map(|dims| dims.iter().product::<usize>()).sum();
+        Loader { scope, checkpoint, progress, done: Cell::new(0), total }
+    }
 }
 
 impl Loader<'_> {
+    fn report(&self, done: usize) -> Result<()> {
+        self.done.set(done);
+        self.progress.map_or(Ok(()), |progress| progress(done, self.total))
+    }
+
     fn path(&self) -> &Path {
         self.checkpoint.path()
     }
@@ -328,6 +349,15 @@ impl Loader<'_> {
         Ok(Some(HeadNorm { norm: Norm { weight, bias }, width }))
     }
 
+    /// The width of the embedding, and what leads from it to the stream and from the stream to it.
+    fn projections(&self, config: &Config) -> Result<(usize, Option<[Linear; 2]>)> {
+        let Some(first) = self.checkpoint.tensor("token_embd_proj.weight") else { return Ok((config.hidden, None)) };
+        let width = first.dims.first().copied().unwrap_or(0);
+        let inward = self.linear(&[Part::new("token_embd_proj", config.hidden)], width)?;
+        let outward = self.linear(&[Part::new("output_proj", width)], config.hidden)?;
+        Ok((width, Some([inward, outward])))
+    }
+
     /// Divisors of the rotation's frequencies: one set, or one for short and one for long contexts.
     fn rope_factors(&self, config: &Config, context: usize) -> Result<Option<Vec<f32>>> {
         let name = match config.ropes[0].scaling {
@@ -358,6 +388,7 @@ impl Loader<'_> {
                 return Err(self.shape_error(&name, &tensor.dims, expected));
             }
             packed.push((self.pack(&name, &tensor, part.rows, columns, part.order)?, self.bias(part)?));
+            self.report(self.done.get() + part.rows * columns)?;
         }
         // Parts may share a tensor, so its pages go back when all of them are packed.
         for part in parts.iter().filter(|part| part.stack.is_none()) {
@@ -410,15 +441,18 @@ impl Loader<'_> {
             k_norm: self.head_norm(&name("attn_k_norm"), config, config.kv_heads)?,
             attn_output: self.linear(&[Part::new(name("attn_output"), config.hidden)], queries)?,
             attn_post_norm: self.norm(&name("post_attention_norm"), config)?,
+            attn_joined_norm: self.norm(&name("attn_output_norm"), config)?,
             ffn: self.ffn(config, &name)?,
             ffn_post_norm: self.norm(&name("post_ffw_norm"), config)?,
+            ffn_joined_norm: self.norm(&name("layer_output_norm"), config)?,
             attn_norm,
             ffn_norm,
         };
-        if layer.attn_norm.is_none() && layer.attn_post_norm.is_none() {
+        let has_one = |norms: [&Option<Norm>; 3]| norms.into_iter().any(Option::is_some);
+        if !has_one([&layer.attn_norm, &layer.attn_post_norm, &layer.attn_joined_norm]) {
             return Err(self.missing(&name("attn_norm.weight"), format_args!("{} numbers", config.hidden)));
         }
-        if layer.ffn_norm.is_none() && layer.ffn_post_norm.is_none() && !config.parallel {
+        if !config.parallel && !has_one([&layer.ffn_norm, &layer.ffn_post_norm, &layer.ffn_joined_norm]) {
             return Err(self.missing(&name("ffn_norm.weight"), format_args!("{} numbers", config.hidden)));
         }
         debug_assert_eq!(layer.qkv.parts().iter().map(Packed::rows).sum::<usize>(), queries + 2 * keys);

@@ -23,20 +23,22 @@ impl SentencePiece {
         drop_space_after: Vec<u32>,
     ) -> PyResult<Self> {
         let tokens = tokens.iter().map(|token| token.cast_into::<PyString>()).collect::<Result<Vec<_>, _>>()?;
-        let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
-            text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.
-            score,
-            kind: TokenKind::from_id(kind),
+        let made = super::caught(|| {
+            let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
+                text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.
+                score,
+                kind: TokenKind::from_id(kind),
+            });
+            vocab::SentencePiece::new(pieces)
+                .with_space_prefix(add_space_prefix)
+                .with_unknown(unknown)
+                .with_space_dropped_after(&drop_space_after)
         });
-        let vocabulary = vocab::SentencePiece::new(pieces)
-            .with_space_prefix(add_space_prefix)
-            .with_unknown(unknown)
-            .with_space_dropped_after(&drop_space_after);
-        Ok(SentencePiece(vocabulary))
+        made.map(SentencePiece)
     }
 
     /// The ids of `text`; marks spelled out in it become their tokens if `parse_special`. Other threads run meanwhile.
-    fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> Vec<u32> {
-        py.detach(|| self.0.encode(text, parse_special))
+    fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> PyResult<Vec<u32>> {
+        super::guarded(py, || Ok(self.0.encode(text, parse_special)))
     }
 }

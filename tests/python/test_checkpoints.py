@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nybble import Model, ModelError
+from nybble import Model, ModelError, _native
 from nybble.cli import main
 
 LLAMA = Path(__file__).parents[1] / "data" / "goldens" / "llama"
@@ -79,6 +80,16 @@ def test_a_file_that_exists_is_not_overwritten_unless_forced(
     assert out.read_bytes() == b"precious"
     assert main(["convert", str(LLAMA), str(out), "--type", "q8_0", "--force"]) == 0
     assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        assert list(tmp_path.iterdir()), "the file has been begun"
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        _native.convert(LLAMA, tmp_path / "out.gguf", "f32", interrupt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_cannot_be_converted_leaves_no_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -134,11 +136,36 @@ def test_progress_runs_up_to_the_whole(tiny_file: Path) -> None:
 
 
 def test_an_error_in_the_callback_ends_the_loading(tiny_file: Path) -> None:
+    seen: list[int] = []
+
     def refuse(done: int, total: int) -> None:
+        seen.append(done)
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
         Model.load(tiny_file, progress=refuse)
+    assert len(seen) == 1
+
+
+@needs_posix
+def test_ctrl_c_ends_the_loading_and_the_next_one_succeeds(tiny_file: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Model.load(tiny_file, progress=lambda done, total: os.kill(os.getpid(), signal.SIGINT))
+    Model.load(tiny_file, progress=False).close()
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+@pytest.mark.parametrize("progress", [None, False])
+def test_a_bar_is_drawn_on_a_terminal_only_and_not_when_it_is_switched_off(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch, at_terminal: bool, progress: Literal[False] | None
+) -> None:
+    drawn = io.StringIO()
+    drawn.isatty = lambda: at_terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setattr("nybble.progress.BAR_AFTER_SECONDS", -1.0)
+    monkeypatch.setenv("TERM", "xterm")
+    Model.load(tiny_file, progress=progress).close()
+    assert ("loading tiny.gguf" in drawn.getvalue()) == (at_terminal and progress is None)
 
 
 # --- Several users at once

@@ -192,6 +192,9 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: found bytes that are no UTF-8 at byte 7"):
         Tokenizer.load(folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "\\ud83d\\ude00", "bos_token": "a\\ud800"}')
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: found half of a surrogate pair"):
+        Tokenizer.load(folder)
 
 
 def test_a_decoder_that_nobody_here_knows_is_refused_by_name(tmp_path: Path) -> None:

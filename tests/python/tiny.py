@@ -61,9 +61,10 @@ def metadata(**changes: Any) -> dict[str, Any]:
 def write_model(path: Path, layers: int = 2, **changes: Any) -> Path:
     """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. The same weights every time."""
     dice = np.random.default_rng(7)
-    hidden, feed_forward, kv = 64, 96, 32
+    values = metadata(**{"llama__block_count": layers, **changes})
+    hidden, feed_forward, kv, vocabulary = 64, 96, 32, len(values["tokenizer.ggml.tokens"])
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
-        "token_embd.weight": (Q8_0, (hidden, VOCABULARY), q8_0(dice.normal(0, 0.2, (VOCABULARY, hidden)))),
+        "token_embd.weight": (Q8_0, (hidden, vocabulary), q8_0(dice.normal(0, 0.2, (vocabulary, hidden)))),
         "output_norm.weight": _norm(hidden),
     }
     for layer in range(layers):
@@ -80,7 +81,7 @@ def write_model(path: Path, layers: int = 2, **changes: Any) -> Path:
         tensors[f"blk.{layer}.ffn_norm.weight"] = _norm(hidden)
         for name, (columns, rows) in shapes.items():
             tensors[f"blk.{layer}.{name}.weight"] = (Q4_0, (columns, rows), random_q4_0(dice, columns * rows))
-    write_gguf(path, metadata(**{"llama__block_count": layers, **changes}), tensors)
+    write_gguf(path, values, tensors)
     return path
 
 

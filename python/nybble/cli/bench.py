@@ -54,13 +54,14 @@ def bench(
 
 def _measure(model: Model, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
     from nybble import _native
+    from nybble.progress import bar
     from nybble.sampling import SamplingOptions
 
     info, native = model.info, model._native
     greedy = SamplingOptions(temperature=0, seed=0)
     ids = [(7919 * i + 13) % info.vocabulary for i in range(prompt)]  # Any ids do: the work does not depend on them.
     prompt_rates, decode_rates = [], []
-    with terminal.progress("measuring") as advance:
+    with bar("measuring") as advance:
         for done in range(rounds + 1):  # The first round only warms up.
             advance(done, rounds + 1)
             sequence = native.sequence(ids, greedy)

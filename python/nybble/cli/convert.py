@@ -39,11 +39,12 @@ def convert(
 ) -> None:
     """Write a model as a GGUF file, with tokenizer, chat template and all keys."""
     from nybble import _native, hub
+    from nybble.progress import bar
 
     terminal.show_log()
     if out.exists() and not force:
         raise FileExistsError(f"{out}: exists already (--force overwrites it)")
     path = hub.resolve(source)
-    with terminal.progress(f"writing {out.name}") as progress:
+    with bar(f"writing {out.name}") as progress:
         _native.convert(path, out, block_type.value, progress)
     typer.echo(f"{out}: {terminal.human_bytes(out.stat().st_size)}")

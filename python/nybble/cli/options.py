@@ -40,8 +40,7 @@ class LoadOptions:
         from nybble.model import Model
 
         terminal.show_log()
-        with terminal.progress(f"loading {source or 'the default model'}") as advance:
-            return Model.load(source, progress=advance, **dataclasses.asdict(self))
+        return Model.load(source, **dataclasses.asdict(self))
 
 
 _PANELS: dict[type, str] = {LoadOptions: "Model", SamplingOptions: "Sampling"}

@@ -1,19 +1,15 @@
-"""What the commands show besides their result: one-line notes, a progress bar, tables. All of it plain when piped."""
+"""What the commands show besides their result: one-line notes and tables. All of it plain when piped."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_BAR_AFTER_SECONDS = 0.5
 _UNPRINTABLE: dict[int, str | None] = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 # Bytes of a file that are no UTF-8 come as lone surrogates, which no terminal takes.
 _UNPRINTABLE.update(dict.fromkeys(range(0xD800, 0xE000), "\ufffd"))
@@ -62,37 +58,6 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a callback (done, total) that draws a bar on a terminal once the work turns out to take its time."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    began = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        show: Callable[[int, int], None] | None = None
-
-        def advance(done: int, total: int) -> None:
-            nonlocal show
-            if show is None and time.monotonic() - began > _BAR_AFTER_SECONDS:
-                show = stack.enter_context(_bar(what))
-            if show is not None:
-                show(done, total)
-
-        yield advance
-
-
-@contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def human_bytes(count: int) -> str:

@@ -112,7 +112,7 @@ impl Layerwise {
     /// # Errors
     /// Those of [`Model::load`].
     pub(crate) fn load(checkpoint: &dyn Checkpoint, options: &LoadOptions) -> Result<Layerwise> {
-        Ok(Layerwise { model: Model::with_weights(checkpoint, options, Weights::without_layers)? })
+        Ok(Layerwise { model: Model::with_weights(checkpoint, options, None, Weights::without_layers)? })
     }
 
     /// Hyper-parameters.
@@ -146,7 +146,7 @@ impl Layerwise {
     /// Those of [`Model::load`].
     pub(crate) fn layer(&self, checkpoint: &dyn Checkpoint, index: usize) -> Result<LoadedLayer> {
         self.model.team.run(|scope| {
-            let layer = Loader { scope, checkpoint }.layer(&self.model.config, index)?;
+            let layer = Loader::new(scope, checkpoint, None).layer(&self.model.config, index)?;
             Ok(LoadedLayer { index, layer })
         })
     }
@@ -159,7 +159,7 @@ impl Layerwise {
         let (config, index) = (&self.model.config, loaded.index);
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         self.model.team.run(|scope| {
-            let loader = Loader { scope, checkpoint };
+            let loader = Loader::new(scope, checkpoint, None);
             let layer = &mut loaded.layer;
             match site {
                 Site::Qkv => layer.qkv = loader.qkv(config, &name)?,
@@ -227,6 +227,7 @@ impl Layerwise {
             pass.post_norm(&mut s.joining, layer.attn_post_norm.as_ref());
             if !self.model.config.parallel {
                 pass.join(x, &s.joining);
+                pass.norm_stream(x, layer.attn_joined_norm.as_ref(), &mut s.input);
             }
             pass.norm(x, pass.ffn_norm(layer), &mut s.input);
             if self.model.config.parallel {
@@ -288,6 +289,7 @@ impl Layerwise {
             }
             pass.post_norm(&mut s.joining, loaded.layer.ffn_post_norm.as_ref());
             pass.join(x, &s.joining);
+            pass.norm_stream(x, loaded.layer.ffn_joined_norm.as_ref(), &mut s.input);
         });
     }
 

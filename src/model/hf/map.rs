@@ -85,6 +85,11 @@ impl Entry {
         Entry { bias, ..self }
     }
 
+    /// A weight and a bias that are there or missing together.
+    pub(super) const fn both(self, need: Need) -> Entry {
+        Entry { weight: need, bias: need, ..self }
+    }
+
     pub(super) const fn dims(self, dims: &'static [Size]) -> Entry {
         Entry { dims: Some(dims), ..self }
     }

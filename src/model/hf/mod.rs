@@ -18,7 +18,7 @@
 //! | `hidden_activation` | all | `silu`, `gelu` (by erf), `gelu_tanh` or `relu` |
 //! | `rope.dimension_count`, `rope.freq_base` | where there is rotation | |
 //! | `rope.freq_base_swa` | gemma3 | base in layers with a window |
-//! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors and Llama 3's divisors |
+//! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors, the divisors of Llama 3 and of YaRN without `truncate` |
 //! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
 //! | `rope.scaling.attn_factor` | YaRN, LongRoPE | on top of `1 + 0.1 ln(factor)` for YaRN, all of it for LongRoPE |
 //! | `rope.scaling.dynamic_factor` | dynamic NTK | our own, with the type `none` for readers that do not know it |
@@ -35,6 +35,11 @@
 //! | `tensor_data_layout` | falcon | `jploski` |
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
+//!
+//! # Tensors
+//! Under llama.cpp's names. `opt`, which it does not know, has those of its older relatives, `attn_output_norm` and
+//! `layer_output_norm` (as in BERT) where norms follow the layers, and our own `token_embd_proj` and `output_proj` where the
+//! embedding is of another width than the layers.
 
 mod families;
 mod keys;

@@ -139,18 +139,24 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
                 None => context / before,
             };
             keys.set("rope.scaling.type", "yarn");
-            keys.set("rope.scaling.factor", factor as f32);
             keys.set("rope.scaling.original_context_length", before as u32);
             for (theirs, ours) in [("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")] {
                 if let Some(beta) = scaling.optional_float(&[theirs])? {
                     keys.set(&format!("rope.scaling.{ours}"), beta as f32);
                 }
             }
-            if !scaling.switch("truncate", true)? {
-                return Err(scaling.unsupported("truncate", "false", "supported: true"));
-            }
+            let magnitude = yarn_magnitude(&scaling, factor)?;
+            // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors say all, and nothing is
+            // left to stretch.
+            let factor = if scaling.switch("truncate", true)? {
+                factor
+            } else {
+                keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));
+                1.0
+            };
+            keys.set("rope.scaling.factor", factor as f32);
             // GGUF's factor is one on top of what the method itself prescribes.
-            let magnitude = yarn_magnitude(&scaling, factor)? / (0.1 * factor.max(1.0).ln() + 1.0);
+            let magnitude = magnitude / (0.1 * factor.max(1.0).ln() + 1.0);
             if (magnitude - 1.0).abs() > 1e-6 {
                 keys.set("rope.scaling.attn_factor", magnitude as f32);
             }
@@ -206,6 +212,22 @@ fn yarn_magnitude(scaling: &Settings, factor: f64) -> Result<f64> {
         (Some(mscale), Some(all)) if mscale != 0.0 && all != 0.0 => by(mscale) / by(all),
         _ => by(1.0),
     })
+}
+
+/// Divisors of the frequencies, by which YaRN reaches further: dimensions that turn `beta_slow` times or less over the
+/// original context are stretched by the factor, those that turn `beta_fast` times or more not at all.
+fn yarn(scaling: &Settings, base: f64, rotary: usize, before: f64, factor: f64) -> Result<Vec<f32>> {
+    let dimension = |key: &str, usual: f64| {
+        let turns = if scaling.get(key).is_some() { positive(scaling, key)? } else { usual };
+        Ok(rotary as f64 * (before / (turns * std::f64::consts::TAU)).ln() / (2.0 * base.ln()))
+    };
+    let low = dimension("beta_fast", 32.0)?.max(0.0);
+    let high = dimension("beta_slow", 1.0)?.min(rotary as f64 - 1.0);
+    let divisor = |i: usize| {
+        let ramp = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+        (1.0 / (1.0 - ramp + ramp / factor)) as f32
+    };
+    Ok((0..rotary / 2).map(divisor).collect())
 }
 
 /// Divisors of the frequencies, by which Llama 3.1 reaches further: long wavelengths are stretched by the factor, short ones

@@ -10,6 +10,8 @@ pub(super) struct Sizes {
     pub(super) vocabulary: usize,
     /// Width of the residual stream.
     pub(super) hidden: usize,
+    /// Width of the embedding.
+    pub(super) embedding: usize,
     pub(super) heads: usize,
     /// Heads of keys and values; divides `heads`.
     pub(super) kv_heads: usize,
@@ -37,6 +39,7 @@ impl Sizes {
             layers: settings.count(&["num_hidden_layers", "n_layer", "n_layers"])?,
             vocabulary: settings.count(&["vocab_size"])?,
             hidden,
+            embedding: hidden,
             heads,
             kv_heads: settings.optional_count(&["num_key_value_heads"])?.unwrap_or(heads),
             head_dim: optional(&["head_dim"])?,
@@ -92,6 +95,7 @@ impl Sizes {
 pub(super) enum Size {
     Vocabulary,
     Hidden,
+    Embedding,
     Context,
     Queries,
     Keys,
@@ -113,6 +117,7 @@ impl Size {
         match self {
             Size::Vocabulary => sizes.vocabulary,
             Size::Hidden => sizes.hidden,
+            Size::Embedding => sizes.embedding,
             Size::Context => sizes.context,
             Size::Queries => sizes.queries(),
             Size::Keys => sizes.keys(),
@@ -133,7 +138,9 @@ impl Size {
     pub(super) fn named(name: &str) -> &'static [Size] {
         use Size::*;
         match name {
-            "token_embd" | "output" => &[Hidden, Vocabulary],
+            "token_embd" | "output" => &[Embedding, Vocabulary],
+            "token_embd_proj" => &[Embedding, Hidden],
+            "output_proj" => &[Hidden, Embedding],
             "position_embd" => &[Hidden, Context],
             "attn_q" => &[Hidden, Queries],
             "attn_k" | "attn_v" => &[Hidden, Keys],

@@ -60,10 +60,10 @@ pub(super) const FALCON: Family = Family {
     ]],
     layers: "~h.",
     layer: &[&[
-        tensor("attn_norm", "input_layernorm").when(IfSo(one_norm)).bias(IfSo(one_norm)),
-        tensor("attn_norm", "ln_mlp").when(IfSo(two_norms)).bias(IfSo(two_norms)),
-        tensor("attn_norm_2", "ln_attn").when(IfSo(two_norms)).bias(IfSo(two_norms)),
-        tensor("ffn_norm", "post_attention_layernorm").when(IfSo(serial)).bias(IfSo(serial)),
+        tensor("attn_norm", "input_layernorm").both(IfSo(one_norm)),
+        tensor("attn_norm", "ln_mlp").both(IfSo(two_norms)),
+        tensor("attn_norm_2", "ln_attn").both(IfSo(two_norms)),
+        tensor("ffn_norm", "post_attention_layernorm").both(IfSo(serial)),
         tensor("attn_qkv", "self_attention.query_key_value").by(Ungroup).bias(If("bias")),
         tensor("attn_output", "self_attention.dense").bias(If("bias")),
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(If("bias")),
@@ -73,7 +73,7 @@ pub(super) const FALCON: Family = Family {
     activation: Activation::Under(&["activation"]),
     rotation: Rotation::Unless("alibi"),
     adjust: |settings, sizes| {
-        sizes.kv_heads = if settings.switch("new_decoder_architecture", false)? {
+        sizes.kv_heads = if is_new(settings)? {
             settings.optional_count(&["num_kv_heads", "n_head_kv"])?.unwrap_or(sizes.heads)
         } else if settings.switch("multi_query", true)? {
             1
@@ -101,9 +101,14 @@ fn serial(settings: &Settings) -> Result<bool> {
     Ok(!settings.switch("parallel_attn", true)?)
 }
 
+/// The build of the 40B model. Its first checkpoints do not say so, but have this number.
+fn is_new(settings: &Settings) -> Result<bool> {
+    settings.switch("new_decoder_architecture", settings.get("n_head_kv").is_some())
+}
+
 fn two_norms(settings: &Settings) -> Result<bool> {
     let norms = settings.optional_count(&["num_ln_in_parallel_attn"])?;
-    let two = norms.map_or(settings.switch("new_decoder_architecture", false)?, |norms| norms == 2);
+    let two = norms.map_or(is_new(settings)?, |norms| norms == 2);
     Ok(two && !serial(settings)?)
 }
 

@@ -1,7 +1,7 @@
 //! GPT-2 and the families that are built like it: LayerNorm with biases and a feed-forward layer without a gate.
 
 use super::*;
-use Need::{Always, If, Unless};
+use Need::{Always, If, IfSo, Unless};
 use Transform::{Copy, Skip, Transpose, Ungroup};
 
 /// Radford et al. 2019.
@@ -142,42 +142,49 @@ pub(super) const OPT: Family = Family {
         ("max_position_embeddings", "2048"),
         ("tie_word_embeddings", "true"),
         ("enable_bias", "true"),
+        ("do_layer_norm_before", "true"),
     ],
     bases: &["model.decoder.", "decoder.", ""],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
+        tensor("token_embd_proj", "~project_in").when(IfSo(is_projected)),
+        tensor("output_proj", "~project_out").when(IfSo(is_projected)),
         // The first two rows are for padding.
         tensor("position_embd", "~embed_positions").by(Skip(2)),
-        tensor("output_norm", "~final_layer_norm")
-            .when(Unless("_remove_final_layer_norm"))
-            .bias(Unless("_remove_final_layer_norm")),
+        tensor("output_norm", "~final_layer_norm").both(IfSo(has_last_norm)),
         tensor("output", "lm_head").when(Need::Untied),
     ]],
     layers: "~layers.",
     layer: &[&[
-        tensor("attn_norm", "self_attn_layer_norm").bias(Always),
+        tensor("attn_norm", "self_attn_layer_norm").both(If("do_layer_norm_before")),
+        tensor("attn_output_norm", "self_attn_layer_norm").both(Unless("do_layer_norm_before")),
         tensor("attn_q", "self_attn.q_proj").bias(If("enable_bias")),
         tensor("attn_k", "self_attn.k_proj").bias(If("enable_bias")),
         tensor("attn_v", "self_attn.v_proj").bias(If("enable_bias")),
         tensor("attn_output", "self_attn.out_proj").bias(If("enable_bias")),
-        tensor("ffn_norm", "final_layer_norm").bias(Always),
+        tensor("ffn_norm", "final_layer_norm").both(If("do_layer_norm_before")),
+        tensor("layer_output_norm", "final_layer_norm").both(Unless("do_layer_norm_before")),
         tensor("ffn_up", "fc1").bias(If("enable_bias")),
         tensor("ffn_down", "fc2").bias(If("enable_bias")),
     ]],
-    keys: |keys| {
-        keys.require("do_layer_norm_before", true)?;
-        keys.require("layer_norm_elementwise_affine", true)?;
-        let hidden = keys.sizes.hidden;
-        match keys.settings.optional_count(&["word_embed_proj_dim"])? {
-            Some(width) if width != hidden => {
-                let supported = format!("supported: hidden_size, {hidden}");
-                Err(keys.settings.unsupported("word_embed_proj_dim", format_args!("a width of {width}"), &supported))
-            }
-            _ => Ok(()),
-        }
+    adjust: |settings, sizes| {
+        sizes.embedding = settings.optional_count(&["word_embed_proj_dim"])?.unwrap_or(sizes.hidden);
+        four_times(settings, sizes)
     },
+    keys: |keys| keys.require("layer_norm_elementwise_affine", true),
     ..GPT2
 };
+
+/// Whether embeddings have another width than the layers, as in OPT-350m.
+fn is_projected(settings: &Settings) -> Result<bool> {
+    let hidden = settings.count(&["hidden_size"])?;
+    Ok(settings.optional_count(&["word_embed_proj_dim"])?.is_some_and(|width| width != hidden))
+}
+
+/// There is none where norms follow their layers instead of preceding them.
+fn has_last_norm(settings: &Settings) -> Result<bool> {
+    Ok(settings.switch("do_layer_norm_before", true)? && !settings.switch("_remove_final_layer_norm", false)?)
+}
 
 /// Lozhkov et al. 2024, arXiv 2402.19173.
 pub(super) const STARCODER2: Family = Family {

@@ -146,9 +146,7 @@ pub(super) const STABLELM: Family = Family {
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").bias(Always),
-            tensor("ffn_norm", "post_attention_layernorm")
-                .when(Unless("use_parallel_residual"))
-                .bias(Unless("use_parallel_residual")),
+            tensor("ffn_norm", "post_attention_layernorm").both(Unless("use_parallel_residual")),
             tensor("attn_q_norm", "self_attn.q_layernorm.norms.{e}")
                 .by(Stack)
                 .when(If("qk_layernorm"))

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::hf::sizes::Size;
-use Need::Always;
+use Need::{Always, If};
 
 /// Li et al. 2023, arXiv 2309.05463: Phi 1, 1.5 and 2.
 pub(super) const PHI: Family = Family {
@@ -24,13 +24,14 @@ pub(super) const PHI: Family = Family {
         tensor("attn_q", "self_attn.q_proj").bias(Always),
         tensor("attn_k", "self_attn.k_proj").bias(Always),
         tensor("attn_v", "self_attn.v_proj").bias(Always),
+        tensor("attn_q_norm", "self_attn.q_layernorm").both(If("qk_layernorm")),
+        tensor("attn_k_norm", "self_attn.k_layernorm").both(If("qk_layernorm")),
         tensor("attn_output", "self_attn.dense").bias(Always),
         tensor("ffn_up", "mlp.fc1").bias(Always),
         tensor("ffn_down", "mlp.fc2").bias(Always),
     ]],
     norm: Norm::Layer,
     rotation: Rotation::Part,
-    keys: |keys| keys.require("qk_layernorm", false),
     ..BASE
 };
 

@@ -1,0 +1,13 @@
+//! Any bytes as a GGUF file: loaded, packed, and one forward step computed.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use nybble::model::{LoadOptions, Model};
+use nybble_fuzz::{saved, step};
+
+fuzz_target!(|bytes: &[u8]| {
+    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    if let Ok(model) = Model::load(saved("file.gguf", bytes), &options) {
+        step(&model);
+    }
+});

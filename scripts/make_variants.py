@@ -1,0 +1,281 @@
+"""Makes tests/data/variants: what transformers computes with checkpoints of every family in unusual shapes.
+
+    pip install torch transformers==5.23.0
+    python scripts/make_variants.py [NAME ...]
+
+A variant is one small file: the configuration, the names and shapes of the tensors, some token ids, and the logits. The
+values of the tensors are made from their names alone, here and in `tests/variants.rs`, so that they need not be stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+OUT = Path(__file__).parents[1] / "tests" / "data" / "variants"
+TOKENS = 40
+
+Config = dict[str, Any]
+
+# An odd number of heads of a width of their own, one head of keys and values, no size a multiple of 16.
+ODD: Config = {
+    "vocab_size": 67, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10,
+    "num_hidden_layers": 5, "intermediate_size": 52, "max_position_embeddings": 128, "pad_token_id": None,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+# Three queries to a key.
+GROUPS: Config = ODD | {
+    "vocab_size": 83, "hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14,
+    "num_hidden_layers": 2, "intermediate_size": 72,
+}  # fmt: skip
+# For families whose heads are as wide as the hidden size over their number.
+PLAIN: Config = {key: value for key, value in ODD.items() if key != "head_dim"}
+PLAIN_GROUPS: Config = {key: value for key, value in GROUPS.items() if key != "head_dim"} | {"hidden_size": 60}
+NEOX: Config = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"}
+GPT: Config = {
+    "vocab_size": 67, "n_embd": 36, "n_head": 3, "n_layer": 5, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+OPT: Config = {
+    "vocab_size": 67, "hidden_size": 36, "num_attention_heads": 3, "num_hidden_layers": 5, "ffn_dim": 52,
+    "max_position_embeddings": 64, "word_embed_proj_dim": 36, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+MPT: Config = {"vocab_size": 67, "d_model": 36, "n_heads": 3, "n_layers": 5, "max_seq_len": 128}
+BLOOM: Config = {"vocab_size": 67, "hidden_size": 36, "n_head": 3, "n_layer": 5}
+FALCON: Config = {
+    "vocab_size": 67, "hidden_size": 36, "num_attention_heads": 3, "num_hidden_layers": 5, "bos_token_id": 0,
+    "eos_token_id": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+EXPERTS: Config = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+SHARED: Config = EXPERTS | {"num_experts_per_tok": 3, "shared_expert_intermediate_size": 28}
+WINDOW: Config = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+RW: Config = {
+    "new_decoder_architecture": False,
+    "multi_query": False,
+    "parallel_attn": False,
+    "alibi": True,
+    "bias": True,
+}
+
+
+def rope(kind: str = "default", **more: Any) -> Config:
+    """The key `rope_parameters`."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+def yarn(**more: Any) -> Config:
+    """YaRN, by a factor of 4 unless told otherwise."""
+    return rope("yarn", **({"factor": 4.0, "original_max_position_embeddings": 32} | more))
+
+
+def long(original: int) -> Config:
+    """LongRoPE for heads of 14, from `original` tokens on."""
+    factors = {"long_factor": [1 + 0.3 * i for i in range(7)], "short_factor": [1 + 0.1 * i for i in range(7)]}
+    scaling = rope("longrope", original_max_position_embeddings=original, **factors)
+    return scaling | {"original_max_position_embeddings": original}
+
+
+GEMMA3_ROPE: Config = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
+
+# The text of a model of images, too.
+IMAGES: Config = {
+    "text_config": ODD | {"sliding_window": 12, "num_hidden_layers": 2, "query_pre_attn_scalar": 30},
+    "vision_config": {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 1, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5,
+}  # fmt: skip
+
+VARIANTS: dict[str, tuple[str, Config]] = {
+    "llama": ("llama", ODD),
+    "llama-biases": ("llama", GROUPS | {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", GROUPS | {"tie_word_embeddings": True}),
+    "llama-dynamic": ("llama", ODD | rope("dynamic", factor=4.0)),
+    "llama-linear": ("llama", ODD | rope("linear", factor=3.0)),
+    "llama-llama3": (
+        "llama",
+        GROUPS
+        | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ),
+    "llama-longrope": ("llama", GROUPS | long(32)),
+    "llama-yarn": ("llama", ODD | yarn(attention_factor=0.9, beta_fast=24.0, beta_slow=2.0)),
+    "llama-yarn-mscale": ("llama", GROUPS | yarn(mscale=0.8, mscale_all_dim=0.4)),
+    "llama-yarn-untruncated": ("llama", GROUPS | yarn(truncate=False)),
+    "mistral": ("mistral", ODD | {"sliding_window": 12}),
+    "mistral-everywhere": ("mistral", GROUPS | {"sliding_window": None}),
+    "mixtral": ("mixtral", ODD | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("mixtral", GROUPS | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 12}),
+    "gpt_neox": ("gpt_neox", NEOX | rope(partial_rotary_factor=0.5)),
+    "gpt_neox-stablelm-alpha": (
+        "gpt_neox",
+        NEOX
+        | {"num_attention_heads": 2, "attention_bias": False, "hidden_act": "gelu_fast"}
+        | rope(partial_rotary_factor=0.25),
+    ),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "tie_word_embeddings": True} | rope(partial_rotary_factor=0.34),
+    ),
+    "gptj": ("gptj", GPT | {"rotary_dim": 4}),
+    "gptj-wide": ("gptj", GPT | {"n_embd": 40, "n_head": 5, "rotary_dim": 8, "n_inner": 72, "n_layer": 2}),
+    "mpt": ("mpt", MPT),
+    "mpt-clip": (
+        "mpt",
+        MPT | {"d_model": 42, "n_heads": 6, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.3}},
+    ),
+    "falcon": ("falcon", FALCON | {"new_decoder_architecture": False, "multi_query": True}),
+    "falcon-biases": (
+        "falcon",
+        FALCON | {"multi_query": True, "bias": True, "tie_word_embeddings": False, "ffn_hidden_size": 52},
+    ),
+    "falcon-heads": ("falcon", FALCON | {"multi_query": False, "activation": "relu"}),
+    "falcon-groups": (
+        "falcon",
+        FALCON | {"hidden_size": 60, "num_attention_heads": 6, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-one-norm": (
+        "falcon",
+        FALCON | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 1},
+    ),
+    "falcon-rw": ("falcon", FALCON | RW),
+    "falcon-rw-parallel": ("falcon", FALCON | RW | {"num_attention_heads": 6, "parallel_attn": True}),
+    "gpt_bigcode": ("gpt_bigcode", GPT),
+    "gpt_bigcode-heads": ("gpt_bigcode", GPT | {"multi_query": False, "n_inner": 52}),
+    "starcoder2": ("starcoder2", PLAIN | {"sliding_window": 12}),
+    "starcoder2-plain": ("starcoder2", PLAIN_GROUPS | {"use_bias": False, "tie_word_embeddings": False}),
+    "gpt2": ("gpt2", GPT),
+    "gpt2-relu": ("gpt2", GPT | {"activation_function": "relu", "n_inner": 52, "tie_word_embeddings": False}),
+    "opt": ("opt", OPT),
+    "opt-plain": ("opt", OPT | {"enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "opt-unnormed": ("opt", OPT | {"_remove_final_layer_norm": True}),
+    "opt-350m": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-post-norm": ("opt", OPT | {"do_layer_norm_before": False}),
+    "opt-projected": ("opt", OPT | {"word_embed_proj_dim": 52, "tie_word_embeddings": False}),
+    "bloom": ("bloom", BLOOM),
+    "bloom-untied": ("bloom", BLOOM | {"hidden_size": 42, "n_head": 6, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", PLAIN),
+    "qwen2-window": ("qwen2", PLAIN_GROUPS | WINDOW | {"num_hidden_layers": 3, "tie_word_embeddings": True}),
+    "qwen2_moe": ("qwen2_moe", PLAIN | SHARED | {"norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2_moe-steps": ("qwen2_moe", PLAIN_GROUPS | SHARED | {"num_hidden_layers": 3, "decoder_sparse_step": 2}),
+    "qwen2_moe-window": ("qwen2_moe", PLAIN_GROUPS | SHARED | WINDOW | {"num_hidden_layers": 3}),
+    "qwen3": ("qwen3", ODD),
+    "qwen3-biases": ("qwen3", GROUPS | {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-window": ("qwen3", GROUPS | WINDOW | {"num_hidden_layers": 3}),
+    "qwen3_moe": ("qwen3_moe", ODD | EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe-mixed": ("qwen3_moe", GROUPS | EXPERTS | {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
+    "qwen3_moe-steps": (
+        "qwen3_moe",
+        GROUPS | EXPERTS | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "num_experts_per_tok": 1},
+    ),
+    "gemma": ("gemma", ODD),
+    "gemma-biases": ("gemma", GROUPS | {"attention_bias": True}),
+    "gemma2": ("gemma2", ODD | {"sliding_window": 12, "query_pre_attn_scalar": 30}),
+    "gemma2-uncapped": (
+        "gemma2",
+        GROUPS | {"sliding_window": 12, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": ("gemma3_text", ODD | {"sliding_window": 12, "num_hidden_layers": 7, "query_pre_attn_scalar": 30}),
+    "gemma3-linear": (
+        "gemma3_text",
+        GROUPS | GEMMA3_ROPE | {"sliding_window": 12, "num_hidden_layers": 7, "final_logit_softcapping": 10.0},
+    ),
+    "gemma3-images": ("gemma3", IMAGES),
+    "phi": ("phi", PLAIN | rope(partial_rotary_factor=0.5)),
+    "phi-qk-norm": ("phi", PLAIN_GROUPS | {"qk_layernorm": True} | rope(partial_rotary_factor=0.4)),
+    "phi3": ("phi3", PLAIN | {"sliding_window": 12}),
+    "phi3-partial": ("phi3", PLAIN_GROUPS | rope(partial_rotary_factor=0.67)),
+    "phi3-long": ("phi3", PLAIN_GROUPS | {"hidden_size": 84} | long(64)),
+    "phi3-longer": ("phi3", PLAIN_GROUPS | {"hidden_size": 84} | long(32)),
+    "stablelm": ("stablelm", PLAIN | {"use_qkv_bias": True} | rope(partial_rotary_factor=0.5)),
+    "stablelm-parallel": (
+        "stablelm",
+        PLAIN_GROUPS | {"use_parallel_residual": True, "qk_layernorm": True} | rope(partial_rotary_factor=0.25),
+    ),
+    "olmo2": ("olmo2", PLAIN),
+    "olmo2-biases": ("olmo2", PLAIN_GROUPS | {"attention_bias": True}),
+    "granite": (
+        "granite",
+        PLAIN
+        | {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_scaling": 3.0},
+    ),
+    "granite-biases": ("granite", PLAIN_GROUPS | {"attention_bias": True, "mlp_bias": True}),
+    "smollm3": ("smollm3", PLAIN),
+    "smollm3-window": (
+        "smollm3",
+        PLAIN_GROUPS | {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "attention_bias": True} | WINDOW,
+    ),
+}  # fmt: skip
+
+
+def values(name: str, shape: list[int]) -> npt.NDArray[np.float32]:
+    """What a tensor of that name holds: norms about 1, biases about 0 and matrices of either sign, by SplitMix64."""
+    seed = 0xCBF29CE484222325  # FNV-1a
+    for byte in name.encode():
+        seed = (seed ^ byte) * 0x100000001B3 % 2**64
+    counts = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + counts * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    even = (z >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - np.float32(1)  # -1 to 1
+    if len(shape) > 1:
+        made = even / np.float32(2)
+    elif name.endswith(".bias"):
+        made = even / np.float32(4)
+    else:
+        made = np.float32(1) + even / np.float32(4)
+    reshaped: npt.NDArray[np.float32] = made.reshape(shape)
+    return reshaped
+
+
+def make(name: str) -> None:
+    """Computes a variant and writes its file."""
+    model_type, settings = VARIANTS[name]
+    # The eager attention of Falcon adds ALiBi twice.
+    attention = "sdpa" if settings.get("alibi") else "eager"
+    config = CONFIG_MAPPING[model_type](**settings)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        with safe_open(f"{folder}/model.safetensors", "np") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        save_file(
+            {key: values(key, shape) for key, shape in shapes.items()}, f"{folder}/model.safetensors", {"format": "pt"}
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention, experts_implementation="eager", dtype=torch.float32
+        )
+        written = json.loads(Path(folder, "config.json").read_text())
+    vocabulary = config.get_text_config().vocab_size
+    ids = np.random.default_rng(1).integers(6, vocabulary, TOKENS, dtype=np.int32)
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+    OUT.mkdir(exist_ok=True)
+    # The layout of safetensors, with the rest as its metadata.
+    metadata = {"config": json.dumps(written), "tensors": json.dumps(list(shapes.items()))}
+    save_file({"input_ids": ids, "logits": logits}, OUT / f"{name}.safetensors", metadata)
+    print(f"{name}: logits to {np.abs(logits).max():.1f}")
+
+
+for variant in sys.argv[1:] or VARIANTS:
+    make(variant)

@@ -1,0 +1,398 @@
+"""Loads damaged models by the thousand: each loads and generates, or raises a documented error, soon and in little memory.
+
+    python tests/mutations.py                              100,000 GGUF files and 20,000 checkpoint folders
+    python tests/mutations.py --files 500 --folders 100    a short run, part of the test suite
+    python tests/mutations.py --only files:4711            one of them again, where it was seen to fail
+
+What is damaged and how follows from the seed and the number of the case, so a case can be made again. Each case runs in
+a worker process that the parent watches: a worker that dies or hangs is reported with the case that it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent / "python"))
+
+import tiny
+import vocabularies
+
+import nybble
+from nybble import Model, _native
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+SECONDS = 1.0
+"""Processor time that one case may take."""
+MEMORY = 200 << 20
+"""Bytes beyond the size of its files that one case may take."""
+STUCK = 300.0
+"""Seconds of silence after which a worker is taken to hang. Far above `SECONDS`: the machine may be busy."""
+DOCUMENTED = (nybble.ModelError, OSError, MemoryError)
+NUMBERS = [0, 1, 2, 3, 31, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1, 2**63, 2**64 - 1]
+
+Dice = np.random.Generator
+Damage = Callable[[Dice, bytearray], None]
+
+
+def number(dice: Dice, width: int) -> bytes:
+    """A number of `width` bytes that programs like to stumble over."""
+    return (NUMBERS[dice.integers(len(NUMBERS))] & (1 << 8 * width) - 1).to_bytes(width, "little")
+
+
+def somewhere(dice: Dice, length: int) -> int:
+    """A position, near the beginning as often as anywhere."""
+    return int(dice.integers(min(length, 4096) if dice.random() < 0.5 else length)) if length else 0
+
+
+def flip_bits(dice: Dice, data: bytearray) -> None:
+    """Turns one to sixteen bits over."""
+    for _ in range(dice.integers(1, 17)):
+        data[somewhere(dice, len(data))] ^= 1 << int(dice.integers(8))
+
+
+def overwrite(dice: Dice, data: bytearray) -> None:
+    """Writes a number that programs stumble over anywhere."""
+    at, width = somewhere(dice, len(data)), int(dice.choice([1, 2, 4, 8]))
+    data[at : at + width] = number(dice, width)
+
+
+def truncate(dice: Dice, data: bytearray) -> None:
+    """Ends the data early."""
+    del data[somewhere(dice, len(data)) :]
+
+
+def repeat(dice: Dice, data: bytearray) -> None:
+    """Copies a piece to another place, over what stands there or between it."""
+    length = int(dice.integers(1, 65))
+    source, target = somewhere(dice, len(data)), somewhere(dice, len(data))
+    piece = data[source : source + length]
+    data[target : target + (length if dice.random() < 0.5 else 0)] = piece
+
+
+def fields(data: bytes) -> list[tuple[int, int]]:
+    """Start and width of the numbers and texts in the header of a whole GGUF file."""
+    found = [(4, 4), (8, 8), (16, 8)]
+    at = 24
+    widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def text(at: int) -> int:
+        length = int(struct.unpack_from("<Q", data, at)[0])
+        found.extend([(at, 8), (at + 8, length)])
+        return at + 8 + length
+
+    def value(kind: int, at: int) -> int:
+        if kind == 8:
+            return text(at)
+        if kind == 9:
+            of, count = struct.unpack_from("<IQ", data, at)
+            found.extend([(at, 4), (at + 4, 8)])
+            at += 12
+            for _ in range(count):
+                at = value(of, at)
+            return at
+        found.append((at, widths[kind]))
+        return at + widths[kind]
+
+    tensors, keys = struct.unpack_from("<QQ", data, 8)
+    for _ in range(keys):
+        at = text(at)
+        found.append((at, 4))
+        at = value(int(struct.unpack_from("<I", data, at)[0]), at + 4)
+    for _ in range(tensors):
+        at = text(at)
+        dims = int(struct.unpack_from("<I", data, at)[0])
+        found.extend([(at, 4), *((at + 4 + 8 * i, 8) for i in range(dims)), (at + 4 + 8 * dims, 4)])
+        found.append((at + 8 + 8 * dims, 8))
+        at += 16 + 8 * dims
+    return found
+
+
+def field(dice: Dice, data: bytearray) -> None:
+    """Gives fields of the header other values, or exchanges two of the same width."""
+    known = fields(bytes(data))
+    for _ in range(dice.integers(1, 4)):
+        start, width = known[dice.integers(len(known))]
+        alike = [at for at, other in known if other == width]
+        if dice.random() < 0.4 and width in (1, 2, 4, 8):
+            data[start : start + width] = number(dice, width)
+        elif dice.random() < 0.7:
+            other = alike[dice.integers(len(alike))]
+            data[start : start + width], data[other : other + width] = (
+                data[other : other + width],
+                data[start : start + width],
+            )
+        elif width:
+            data[start + int(dice.integers(width))] = int(dice.integers(256))
+
+
+def values(dice: Dice, data: bytearray) -> None:
+    """Gives parts of a JSON document other values, kinds and names."""
+    document = json.loads(bytes(data))
+    for _ in range(dice.integers(1, 4)):
+        places = list(_places(document))
+        holder, key = places[dice.integers(len(places))]
+        strange = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, 1.5, "", "x", "\ud800", "{{", [], {}, [[]], [0] * 9]
+        match dice.integers(4):
+            case 0 if isinstance(holder, dict):
+                del holder[key]
+            case 1:
+                other, there = places[dice.integers(len(places))]
+                if key in _keys(holder) and there in _keys(other):
+                    holder[key], other[there] = (
+                        json.loads(json.dumps(other[there])),
+                        json.loads(json.dumps(holder[key])),
+                    )
+            case 2 if isinstance(holder, dict):
+                holder[str(key) + "x"] = holder.pop(key)
+            case _:
+                holder[key] = strange[dice.integers(len(strange))]
+        if not isinstance(document, (dict, list)) or not document:
+            break
+    data[:] = json.dumps(document).encode()
+
+
+def _keys(holder: Any) -> Any:
+    return holder if isinstance(holder, dict) else range(len(holder))
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """All places of a JSON document: the object or list, and the key or index. Long lists count by their ends."""
+    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
+    for key in keys[:40] + keys[40:][-3:]:
+        yield document, key
+        if isinstance(document[key], (dict, list)) and document[key]:
+            yield from _places(document[key])
+
+
+def header(dice: Dice, data: bytearray) -> None:
+    """Damages the JSON header of a safetensors file and corrects its length, so that the damage is looked at."""
+    length = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + length]
+    values(dice, head)
+    data[: 8 + length] = len(head).to_bytes(8, "little") + head
+
+
+GENERAL: list[Damage] = [flip_bits, overwrite, truncate, repeat]
+
+
+@dataclass
+class Original:
+    """A model that is right, as the bytes of its files by name."""
+
+    name: str
+    files: dict[str, bytes]
+    model: str
+    """Which of the files is loaded; empty for the folder."""
+
+
+def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The folders of the goldens. Those that have no tokenizer get that of llama, which has as many tokens."""
+    for golden in sorted(GOLDENS.iterdir()):
+        lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+        own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
+        yield golden.name, lent | own
+
+
+def files(folder: Path) -> list[Original]:
+    """GGUF files of every family, of several types, and of several kinds of vocabulary."""
+    made = []
+    for i, (name, parts) in enumerate(goldens()):
+        source = folder / name
+        source.mkdir()
+        for part, content in parts.items():
+            (source / part).write_bytes(content)
+        made.append(folder / f"{name}.gguf")
+        _native.convert(source, made[-1], ["q4_0", "q8_0", "f16", "q4_1", "bf16", "f32"][i % 6])
+    made.append(tiny.write_model(folder / "bytes.gguf", layers=1))
+    for name, keys in [("pieces", vocabularies.pieces()), ("merges", vocabularies.byte_level())]:
+        keys["llama.vocab_size"] = len(keys["tokenizer.ggml.tokens"])
+        made.append(tiny.write_model(folder / f"{name}.gguf", layers=1, **keys))
+    return [Original(path.stem, {path.name: path.read_bytes()}, path.name) for path in made]
+
+
+def folders() -> list[Original]:
+    """Checkpoint folders of every family, with their tokenizers."""
+    return [Original(name, parts, "") for name, parts in goldens()]
+
+
+def damage(dice: Dice, original: Original, folder: Path) -> Path:
+    """Writes a damaged copy into `folder` and returns what is to be loaded."""
+    name = sorted(original.files)[dice.integers(len(original.files))]
+    data = bytearray(original.files[name])
+    ways = list(GENERAL)
+    if name.endswith(".gguf"):
+        ways += [field] * 4
+    elif name.endswith(".json"):
+        ways += [values] * 6
+    else:
+        ways += [header] * 4
+    ways[dice.integers(len(ways))](dice, data)
+    for other, content in original.files.items():
+        (folder / other).write_bytes(data if other == name else content)
+    return folder / original.model
+
+
+def peak() -> int:
+    """The most memory that this process had since `reset_peak`, in bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+def reset_peak() -> None:
+    """Forgets the most memory that this process had."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def attempt(path: Path, quantize: Any) -> str:
+    """Loads a model and has it write. Returns how that ended; anything undocumented is raised."""
+    try:
+        with Model.load(path, threads=1, quantize=quantize) as model:
+            try:
+                model.generate("ab c", max_tokens=2, temperature=0)
+            except ValueError as error:
+                return type(error).__name__ + " when used"
+            return "loaded"
+    except DOCUMENTED as error:
+        return type(error).__name__
+
+
+def work(kind: str, numbers: list[int], seed: int, say: Connection) -> None:
+    """Runs cases, telling the parent of each before and after."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    warnings.simplefilter("ignore")  # Damage that can be got over is warned of; that is as it should be.
+    with tempfile.TemporaryDirectory(prefix="nybble-mutations-") as place:
+        scratch = Path(place)
+        (scratch / "originals").mkdir()
+        originals = files(scratch / "originals") if kind == "files" else folders()
+        for original in originals:  # The originals are right. And what is loaded first pays for imports; no case shall.
+            for name, content in original.files.items():
+                (scratch / name).write_bytes(content)
+            ended = attempt(scratch / original.model, "auto")
+            assert ended == "loaded", f"{original.name}: {ended}"
+            for name in original.files:
+                (scratch / name).unlink()
+        for case in numbers:
+            dice = np.random.default_rng([seed, case, kind == "files"])
+            original = originals[dice.integers(len(originals))]
+            folder = scratch / "case"
+            folder.mkdir()
+            path = damage(dice, original, folder)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            say.send(("begin", case, original.name))
+            reset_peak()
+            before, started = peak(), time.process_time()
+            try:
+                ended = attempt(path, ["auto", None, "int8"][case % 3] if kind == "folders" else "auto")
+            except BaseException:
+                ended = "UNDOCUMENTED " + traceback.format_exc()
+            seconds, memory = time.process_time() - started, peak() - before
+            if seconds > SECONDS:
+                ended = f"TOO LONG: {seconds:.1f} s, {ended}"
+            elif memory > size + MEMORY:
+                ended = f"TOO MUCH: {memory >> 20} MB for files of {size >> 20} MB, {ended}"
+            say.send(("end", case, ended, seconds, memory))
+            shutil.rmtree(folder)
+    say.send(("done",))
+
+
+def run(kind: str, cases: list[int], seed: int, workers: int) -> bool:
+    """Runs cases on several processes, prints what became of them, and returns whether all ended as they should."""
+    context = multiprocessing.get_context("spawn")
+    outcomes: Counter[str] = Counter()
+    bad: list[str] = []
+    slowest = largest = 0.0
+    queue = [cases[i::workers] for i in range(workers) if cases[i::workers]]
+    running: dict[Connection, tuple[Any, list[int]]] = {}
+    current: dict[Connection, tuple[int, str]] = {}
+    while queue or running:
+        while queue and len(running) < workers:
+            share = queue.pop()
+            hear, say = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(kind, share, seed, say))
+            process.start()
+            say.close()
+            running[hear] = (process, share)
+        for hear in multiprocessing.connection.wait(list(running), timeout=STUCK):
+            assert isinstance(hear, Connection)
+            process, share = running[hear]
+            try:
+                message = hear.recv()
+            except EOFError:
+                message = ("died",)
+            match message:
+                case ("begin", case, name):
+                    current[hear] = (case, name)
+                case ("end", case, ended, seconds, memory):
+                    slowest, largest = max(slowest, seconds), max(largest, memory)
+                    if ended.split(" ")[0] in ("UNDOCUMENTED", "TOO"):
+                        bad.append(f"{kind}:{case} ({current[hear][1]}): {ended}")
+                        print(bad[-1], flush=True)
+                    outcomes[ended.split(":")[0].split("\n")[0] if ended[:3] in ("UND", "TOO") else ended] += 1
+                case _:
+                    process.join()
+                    del running[hear]
+                    if message == ("died",):
+                        case, name = current.get(hear, (-1, "before the first case"))
+                        bad.append(f"{kind}:{case} ({name}): the process ended with {process.exitcode}")
+                        print(bad[-1], flush=True)
+                        rest = share[share.index(case) + 1 :] if case in share else []
+                        if rest:
+                            queue.append(rest)
+            break
+        else:
+            for hear, (process, _) in running.items():
+                case, name = current.get(hear, (-1, "before the first case"))
+                print(f"{kind}:{case} ({name}): no answer for {STUCK:.0f} s", flush=True)
+                process.kill()
+    summary = ", ".join(f"{name}: {count:,}" for name, count in outcomes.most_common())
+    print(f"{sum(outcomes.values()):,} {kind}: {summary}")
+    print(f"the longest took {slowest:.2f} s, the largest {largest / 2**20:.0f} MB; {len(bad)} not as documented")
+    return not bad
+
+
+def main() -> int:
+    """Runs what the command line asks for. Returns 0 if every case ended as documented."""
+    parser = argparse.ArgumentParser(description="Load damaged models by the thousand.")
+    parser.add_argument("--files", type=int, default=100_000, help="how many GGUF files")
+    parser.add_argument("--folders", type=int, default=20_000, help="how many checkpoint folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", help="one case, such as files:4711")
+    arguments = parser.parse_args()
+    if arguments.only:
+        kind, _, case = arguments.only.partition(":")
+        return 0 if run(kind, [int(case)], arguments.seed, 1) else 1
+    good = run("files", list(range(arguments.files)), arguments.seed, arguments.workers)
+    good &= run("folders", list(range(arguments.folders)), arguments.seed, arguments.workers)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

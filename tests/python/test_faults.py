@@ -1,0 +1,217 @@
+"""What goes wrong around a model stays around it: no memory, bugs, many threads, many models, an end in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import nybble
+from nybble import Model, _native
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+# Bugs
+
+
+def test_a_panic_is_an_exception_that_asks_for_a_report_and_the_process_goes_on(tiny_model: Model) -> None:
+    with pytest.raises(nybble.InternalError, match=r"the moon fell down - this is a bug in nybble \d.*please report"):
+        _native.panic_for_tests("the moon fell down")
+    assert tiny_model.generate("x", max_tokens=2, temperature=0).usage.completion_tokens == 2
+
+
+# Memory
+
+
+@linux
+def test_a_model_too_large_for_the_memory_is_a_memory_error_and_others_stay_usable(
+    tmp_path: Path, tiny_file: Path
+) -> None:
+    big = tmp_path / "big.gguf"
+    rows = 1 << 19  # 32 MB of embedding
+    tokens = [*tiny.byte_pieces(), *(f"token {i}" for i in range(rows - 256))]
+    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * rows, "llama.vocab_size": rows}
+    tiny.write_model(big, layers=1, **keys)
+    script = """
+        import resource, sys
+        from nybble import Model, _native
+        small, big = sys.argv[1:]
+        model = Model.load(small, threads=1)
+        before = model.generate("abc", max_tokens=8, temperature=0).text
+        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+        import os
+        size = os.path.getsize(big)
+        resource.setrlimit(resource.RLIMIT_AS, (used + size + (16 << 20), resource.RLIM_INFINITY))
+        try:
+            _native.Model.load(big, threads=1)
+        except MemoryError as error:
+            print(error)
+        assert model.generate("abc", max_tokens=8, temperature=0).text == before
+        print("usable")
+    """
+    done = python(script, tiny_file, big)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: packed weights" in done.stdout and "usable" in done.stdout
+
+
+@linux
+def test_a_cache_too_large_for_the_memory_is_a_memory_error_and_the_model_stays_usable(tmp_path: Path) -> None:
+    # Long contexts of many heads: the cache grows by 32 MB a page of 64 tokens.
+    file = tiny.write_model(tmp_path / "deep.gguf", layers=512, llama__context_length=1 << 20)
+    script = """
+        import resource, sys
+        from nybble import Model, _native
+        model = Model.load(sys.argv[1], threads=1)
+        model.logits(list(range(64)) * 2)
+        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.RLIM_INFINITY))
+        try:
+            model.logits(list(range(64)) * 12)
+        except MemoryError as error:
+            print(error)
+        assert model.logits(list(range(64))).shape[0] == 64
+        print("usable")
+    """
+    done = python(script, file)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: a page of the key/value cache" in done.stdout and "usable" in done.stdout
+
+
+@linux
+def test_loading_and_closing_two_hundred_times_leaves_nothing_behind(tiny_file: Path) -> None:
+    def held() -> tuple[int, int, int]:
+        status = Path("/proc/self/status").read_text()
+        numbers = {
+            line.split(":")[0]: line.split()[1] for line in status.splitlines() if ":" in line and line.split()[1:]
+        }
+        return int(numbers["VmRSS"]), int(numbers["Threads"]), len(os.listdir("/proc/self/fd"))
+
+    def once() -> None:
+        with Model.load(tiny_file, threads=2) as model:
+            model.generate("x", max_tokens=2)
+
+    for _ in range(20):
+        once()
+    before = held()
+    for _ in range(200):
+        once()
+    after = held()
+    assert after[0] < before[0] + 8 * 1024, "kilobytes of memory"
+    assert after[1] <= before[1], "threads"
+    assert after[2] <= before[2], "open files"
+
+
+# Threads
+
+
+def test_eight_threads_on_one_model_get_what_one_gets(tiny_model: Model) -> None:
+    prompts = [f"prompt {i}" for i in range(8)]
+    alone = [tiny_model.generate(prompt, max_tokens=20, seed=i).text for i, prompt in enumerate(prompts)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            jobs = [
+                pool.submit(tiny_model.generate, prompt, None, max_tokens=20, seed=i)
+                for i, prompt in enumerate(prompts)
+            ]
+            assert [job.result().text for job in jobs] == alone
+
+
+def test_one_thread_on_eight_models_gets_what_each_gives_alone(tiny_file: Path) -> None:
+    with Model.load(tiny_file, threads=1) as model:
+        alone = model.logits(range(20))
+    models = [Model.load(tiny_file, threads=1 + i % 3) for i in range(8)]
+    for _ in range(3):
+        for model in models:
+            np.testing.assert_array_equal(model.logits(range(20)), alone)
+    for model in models:
+        model.close()
+
+
+def test_a_model_may_be_closed_while_another_thread_writes(tiny_file: Path) -> None:
+    model = Model.load(tiny_file, threads=2)
+    begun, results = threading.Event(), []
+
+    def write() -> None:
+        pieces = []
+        for piece in model.stream("x", max_tokens=60, temperature=0):
+            pieces.append(piece)
+            begun.set()
+        results.append("".join(pieces))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(60)
+    model.close()
+    writer.join(60)
+    with Model.load(tiny_file, threads=2) as again:
+        assert results == [again.generate("x", max_tokens=60, temperature=0).text]
+
+
+# The end of the process
+
+
+@pytest.mark.parametrize("ending", ["the main thread returns", "sys.exit in a stream", "the stream is never used up"])
+def test_the_interpreter_may_end_in_the_middle_of_a_stream(tiny_file: Path, ending: str) -> None:
+    script = """
+        import sys, threading
+        from nybble import Model
+        model = Model.load(sys.argv[1], threads=2)
+        begun = threading.Event()
+        def write():
+            while True:
+                for piece in model.stream("x", max_tokens=100):
+                    begun.set()
+        if sys.argv[2] == "the main thread returns":
+            threading.Thread(target=write, daemon=True).start()
+            begun.wait()
+        elif sys.argv[2] == "sys.exit in a stream":
+            for piece in model.stream("x", max_tokens=100):
+                sys.exit(0)
+        else:
+            stream = model.stream("x", max_tokens=100)
+            next(iter(stream))
+    """
+    done = python(script, tiny_file, ending)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_handler_of_sigterm_ends_the_work_at_once(tmp_path: Path, phase: str) -> None:
+    file = tiny.write_model(tmp_path / "slow.gguf", layers=512, llama__context_length=1 << 16)
+    script = """
+        import signal, sys
+        from nybble import Model
+        model = Model.load(sys.argv[1], threads=2)
+        def end(number, frame):
+            raise SystemExit(17)
+        signal.signal(signal.SIGTERM, end)
+        print("ready", flush=True)
+        if sys.argv[2] == "decode":
+            model.generate("x", max_tokens=60_000)
+        else:
+            model.logits([0] * 60_000)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(file), phase], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 17

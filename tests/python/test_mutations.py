@@ -1,0 +1,16 @@
+"""A share of the damaged files of `tests/mutations.py`, which says what they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[1] / "mutations.py"
+
+
+def test_damaged_files_and_folders_load_or_raise_what_is_documented() -> None:
+    command = [sys.executable, str(PROGRAM), "--files", "2000", "--folders", "500", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2,000 files" in done.stdout and "500 folders" in done.stdout

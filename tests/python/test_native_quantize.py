@@ -29,7 +29,8 @@ def test_a_folder_becomes_a_file_and_a_report(tmp_path: Path) -> None:
     linear = [tensor for tensor in report["tensors"] if tensor["recipe"] == "gptq"]
     assert len(linear) == 14
     assert all(0 < tensor["relative_error"] < 0.02 for tensor in linear)
-    assert seen and all(0 <= done < total for _, done, total in seen)
+    assert seen
+    assert all(0 <= done < total for _, done, total in seen)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -85,7 +86,7 @@ def test_what_the_progress_raises_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "magic"}, "recipe: found \"magic\""),
+        ({"recipe": "magic"}, 'recipe: found "magic"'),
         ({"grid": "q4_k"}, "format: found"),
         ({"grid": "nothing"}, "format: found"),
         ({"group": 48}, "group: found 48"),
@@ -95,9 +96,7 @@ def test_what_the_progress_raises_ends_the_run(tmp_path: Path) -> None:
         ({"windows": None}, "calibration: found 0 tokens"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(
-    tmp_path: Path, arguments: dict[str, object], message: str
-) -> None:
+def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _native.quantize(CHECKPOINT, tmp_path / "out.gguf", **({"windows": WINDOWS} | arguments))  # type: ignore[arg-type]
     assert not (tmp_path / "out.gguf").exists()

@@ -154,9 +154,20 @@ fn what_is_done_is_not_done_again() {
     let first = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &stop);
     assert!(matches!(first, Err(Error::Interrupted)));
     let journal = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
+    let steps = asked.load(Ordering::Relaxed);
     let second = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &|| true);
     assert!(matches!(second, Err(Error::Interrupted)));
     assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == journal);
+    // Nor are layers gone through again that are whole.
+    asked.store(0, Ordering::Relaxed);
+    let count = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
+    let copy = folder.path().join("copy.gguf");
+    for end in ["resume", "resume-state"] {
+        let own = folder.path().join(format!("out.gguf.{end}"));
+        std::fs::copy(own, folder.path().join(format!("copy.gguf.{end}"))).unwrap();
+    }
+    quantize(&source, &copy, &options(gptq()), &windows(), &|_, _, _| {}, &count).unwrap();
+    assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
     // Other options are another run.
     let other = Options { policy: Policy { group: 64, ..options(gptq()).policy }, ..options(gptq()) };
     let third = quantize(&source, &out, &other, &windows(), &|_, _, _| {}, &|| true);

@@ -5,11 +5,14 @@
 //! layers make up for the errors of earlier ones. In memory are one layer's weights, the moments of one input, and the
 //! activations of all windows, which go to a temporary file beyond a limit.
 
+use std::fs::File;
+use std::hash::{DefaultHasher, Hasher};
+use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::compute::{Compute, mirror};
 use super::stream::Stream;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::model::layerwise::{Layerwise, LoadedLayer, Network, Site};
 
@@ -98,15 +101,89 @@ impl<'a> Calibration<'a> {
     /// The windows before the first layer. Temporary files go to `folder`.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io), and those of the forward pass.
+    /// [`Error::Io`], and those of the forward pass.
     pub(super) fn start(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Result<Calibration<'a>> {
+        let mut calibration = Calibration::empty(layers, windows, folder);
+        for (window, tokens) in windows.iter().enumerate() {
+            calibration.stream.put(window, layers.embed(tokens)?)?;
+        }
+        Ok(calibration)
+    }
+
+    /// The windows before the layer at which a run with that `key` stopped, and the layer's number, if `path` has them.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub(super) fn resume(
+        layers: &'a Layerwise,
+        windows: &'a [Vec<u32>],
+        folder: &'a Path,
+        path: &Path,
+        key: u64,
+    ) -> Result<Option<(Calibration<'a>, usize)>> {
+        let failed = |source| Error::io(path, source);
+        let file = match File::open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        let mut calibration = Calibration::empty(layers, windows, folder);
+        let numbers: usize = windows.iter().map(|tokens| tokens.len() * layers.config().hidden).sum();
+        if file.metadata().map_err(failed)?.len() != (24 + 4 * numbers) as u64 {
+            return Ok(None);
+        }
+        let mut reader = BufReader::with_capacity(1 << 20, file);
+        let mut number = || -> Result<u64> {
+            let mut bytes = [0; 8];
+            reader.read_exact(&mut bytes).map_err(failed)?;
+            Ok(u64::from_le_bytes(bytes))
+        };
+        let (found, layer, sum) = (number()?, number()?, number()?);
+        if found != key {
+            return Ok(None);
+        }
+        let mut hasher = DefaultHasher::new();
+        for (window, tokens) in windows.iter().enumerate() {
+            let mut x = vec![0.0f32; tokens.len() * layers.config().hidden];
+            reader.read_exact(bytemuck::cast_slice_mut(&mut x)).map_err(failed)?;
+            hasher.write(bytemuck::cast_slice(&x));
+            calibration.stream.put(window, x)?;
+        }
+        Ok((hasher.finish() == sum).then_some((calibration, layer as usize)))
+    }
+
+    /// Writes the windows, which come before layer `layer`, to `path`, for [`resume`](Calibration::resume).
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub(super) fn save(&mut self, path: &Path, key: u64, layer: usize) -> Result<()> {
+        let failed = |source| Error::io(path, source);
+        // The file before it is there until this one is whole. What a kill leaves behind is overwritten by the next run.
+        let new = path.with_extension("resume-new");
+        let mut file = File::create(&new).map_err(failed)?;
+        let mut hasher = DefaultHasher::new();
+        let header = |sum: u64| [key, layer as u64, sum].map(u64::to_le_bytes).concat();
+        let mut write = || -> Result<()> {
+            file.write_all(&header(0)).map_err(failed)?;
+            for window in 0..self.windows.len() {
+                let x = self.stream.get(window)?;
+                hasher.write(bytemuck::cast_slice(&x));
+                file.write_all(bytemuck::cast_slice(&x)).map_err(failed)?;
+            }
+            file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header(hasher.finish()))).map_err(failed)
+        };
+        let written = write().and_then(|()| std::fs::rename(&new, path).map_err(failed));
+        if written.is_err() {
+            // The error says more than a second one about the rest of a file.
+            let _ = std::fs::remove_file(&new);
+        }
+        written
+    }
+
+    fn empty(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Calibration<'a> {
         let compute = Compute { team: layers.team(), kernel: layers.kernel() };
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let mut stream = Stream::new(windows.len(), longest * layers.config().hidden, IN_MEMORY, folder);
-        for (window, tokens) in windows.iter().enumerate() {
-            stream.put(window, layers.embed(tokens)?)?;
-        }
-        Ok(Calibration { layers, compute, windows, folder, stream })
+        let stream = Stream::new(windows.len(), longest * layers.config().hidden, IN_MEMORY, folder);
+        Calibration { layers, compute, windows, folder, stream }
     }
 
     /// The windows as they are now, to be taken through other weights.

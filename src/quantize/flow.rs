@@ -100,8 +100,8 @@ pub type Progress<'a> = &'a dyn Fn(&str, usize, usize);
 /// Quantizes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, into a GGUF file at
 /// `out`. `windows` are token ids of a text, each window a sequence of its own; recipes that need no text ignore them.
 ///
-/// When a run is killed, or `interrupted` says yes, what is done stays beside `out` in a file that ends in `.resume`, and
-/// the next run with the same source, options and windows goes on there, to the same bytes.
+/// When a run is killed, or `interrupted` says yes, what is done stays beside `out` in files whose ends begin with
+/// `.resume`, and the next run with the same source, options and windows goes on there, to the same bytes.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for options, when `out` is there and `force` is not set, and for too little text;
@@ -140,7 +140,8 @@ fn quantize_checkpoint(
     let started = Instant::now();
     check_vectors(checkpoint)?;
     let windows = if options.recipe.needs_text() { windows } else { &[] };
-    let journal = Journal::open(out, key(checkpoint, options, windows))?;
+    let key = key(checkpoint, options, windows);
+    let journal = Journal::open(out, key)?;
     let layers = Layerwise::load(checkpoint, &LoadOptions { threads: options.threads, ..LoadOptions::default() })?;
     let compute = Compute { team: layers.team(), kernel: layers.kernel() };
     let mut run = Run {
@@ -154,24 +155,42 @@ fn quantize_checkpoint(
         windows: windows.len(),
         layers: layers.config().layers.len(),
     };
+    let mut states = Vec::new();
     if options.recipe.needs_text() {
         check_windows(&layers, windows)?;
         let folder = match out.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let mut calibration = Calibration::start(&layers, windows, folder)?;
-        for index in 0..run.layers {
+        let state = beside(out, ".resume-state");
+        let found = Calibration::resume(&layers, windows, folder, &state, key)?;
+        let (mut calibration, first) = match found.filter(|(_, layer)| (0..*layer).all(|layer| run.is_done(layer))) {
+            Some(found) => found,
+            None => (Calibration::start(&layers, windows, folder)?, 0),
+        };
+        for index in first..run.layers {
             calibration.layer(index, &mut run)?;
             run.overlay.clear();
             run.release(index);
+            calibration.save(&state, key, index + 1)?;
         }
+        states.push(state);
     }
     run.rest()?;
     let mut report = run.write(more, out)?;
     run.journal.remove()?;
+    for state in states {
+        std::fs::remove_file(&state).map_err(|source| Error::io(&state, source))?;
+    }
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// A file beside `out` with more after its name.
+pub(super) fn beside(out: &Path, more: &str) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(more);
+    out.with_file_name(name)
 }
 
 /// Vectors go into the file as they are, so nothing else would find out about them.
@@ -254,6 +273,17 @@ struct Piece {
 }
 
 impl Run<'_> {
+    /// Whether all of a layer is in the journal.
+    fn is_done(&self, layer: usize) -> bool {
+        let prefix = format!("blk.{layer}.");
+        let names = self.checkpoint.names().into_iter().filter(|name| name.starts_with(&prefix));
+        names.filter_map(|name| Some((name, self.checkpoint.tensor(name)?.dims))).all(|(name, dims)| {
+            let mut parts = 0..dims.iter().skip(2).product();
+            let is_solved = matches!(self.options.policy.stored(name, &dims), Stored::Solved(_));
+            !is_solved || parts.all(|part| self.journal.description(name, part).is_some())
+        })
+    }
+
     /// The pieces of tensors at a site.
     fn pieces(&self, layer: usize, site: Site) -> Vec<Piece> {
         let names = site.tensors().into_iter().map(|name| format!("blk.{layer}.{name}"));

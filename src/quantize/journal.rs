@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::flow::beside;
 use crate::error::{Error, Result};
 
 const MAGIC: &[u8] = b"nybble quantize 1\n";
@@ -34,9 +35,7 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`]; [`Error::InvalidArgument`] when another process is making `out`.
     pub(super) fn open(out: &Path, key: u64) -> Result<Journal> {
-        let mut name = out.file_name().unwrap_or_default().to_os_string();
-        name.push(".resume");
-        let path = out.with_file_name(name);
+        let path = beside(out, ".resume");
         let failed = |source| Error::io(&path, source);
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;

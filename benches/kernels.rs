@@ -13,7 +13,7 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, Kernel, PAGE};
+use nybble::kernels::{self, Activation, Activations, Kernel, Numbers, PAGE};
 use nybble::quant::packed::{Code, Layout, Line, PANEL, Packed};
 use nybble::threads::{Columns, Team};
 
@@ -162,29 +162,39 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
-/// A page of the cache with heads of 64 values, for the queries of one token and of 32.
+/// A page of the cache with heads of 64 values: for the queries of one token as it is stored, for those of a task of a
+/// prompt in F32, into which it is converted once.
 fn attention(criterion: &mut Criterion) {
     const HEAD: usize = 64;
-    let page: Vec<f16> = values(PAGE * HEAD).into_iter().map(f16::from_f32).collect();
-    for queries in [3, 96] {
-        let (q, counts) = (values(queries * HEAD), vec![PAGE; queries]);
-        let mut group = criterion.benchmark_group(format!("attention of {queries} queries"));
+    let wide = values(PAGE * HEAD);
+    let half: Vec<f16> = wide.iter().copied().map(f16::from_f32).collect();
+    let codes: Vec<i8> = wide.iter().map(|x| (x * 127.0) as i8).collect();
+    let scales = [0.125; PAGE];
+    let cases = [
+        ("3 queries, f16", 3, Numbers::F16(&half)),
+        ("3 queries, int8", 3, Numbers::Int8(&codes)),
+        ("8 queries, f32", 8, Numbers::F32(&wide)),
+        ("128 queries, f32", 128, Numbers::F32(&wide)),
+    ];
+    for (name, queries, page) in cases {
+        let (q, ranges) = (values(queries * HEAD), vec![0..PAGE; queries]);
+        let mut group = criterion.benchmark_group(format!("attention of {name}"));
         settings(&mut group);
         group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
         let mut expected = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-        scalar().scores(&q, HEAD, &page, 0.125, &mut expected.0, PAGE);
-        scalar().weighted_sum(&expected.0, PAGE, &counts, &page, HEAD, &mut expected.1);
+        scalar().scores(&q, HEAD, page, &scales, &mut expected.0, PAGE);
+        scalar().weighted_sum(&expected.0, PAGE, &ranges, page, HEAD, &mut expected.1);
         for kernel in compared() {
             let (mut scores, mut sums) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-            kernel.scores(&q, HEAD, &page, 0.125, &mut scores, PAGE);
-            kernel.weighted_sum(&scores, PAGE, &counts, &page, HEAD, &mut sums);
+            kernel.scores(&q, HEAD, page, &scales, &mut scores, PAGE);
+            kernel.weighted_sum(&scores, PAGE, &ranges, page, HEAD, &mut sums);
             assert_eq!((&scores, &sums), (&expected.0, &expected.1), "{}", kernel.name());
             let name = kernel.name();
             group.bench_function(BenchmarkId::new(name, "scores"), |b| {
-                b.iter(|| kernel.scores(&q, HEAD, &page, 0.125, &mut scores, PAGE));
+                b.iter(|| kernel.scores(&q, HEAD, page, &scales, &mut scores, PAGE));
             });
             group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
-                b.iter(|| kernel.weighted_sum(&expected.0, PAGE, &counts, &page, HEAD, &mut sums));
+                b.iter(|| kernel.weighted_sum(&expected.0, PAGE, &ranges, page, HEAD, &mut sums));
             });
         }
         group.finish();

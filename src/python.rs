@@ -322,7 +322,10 @@ struct Model(model::Model);
 impl Model {
     /// Loads a GGUF file or a folder of Hugging Face; `progress` is called with how much is done and how much there is.
     #[staticmethod]
-    #[pyo3(signature = (path, kernel=None, threads=None, context=None, quantize="auto", progress=None))]
+    #[pyo3(signature = (
+        path, kernel=None, threads=None, context=None, quantize="auto", cache_type=None, progress=None
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "they have names in Python")]
     fn load(
         py: Python<'_>,
         path: PathBuf,
@@ -330,9 +333,12 @@ impl Model {
         threads: Option<usize>,
         context: Option<usize>,
         quantize: &str,
+        cache_type: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Model> {
-        let options = LoadOptions { kernel, threads, context, quantize: model::Quantize::by_name(quantize)? };
+        let quantize = model::Quantize::by_name(quantize)?;
+        let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
+        let options = LoadOptions { kernel, threads, context, quantize, cache_type };
         with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model)
     }
 
@@ -393,6 +399,8 @@ impl Model {
         info.set_item("threads", model.threads())?;
         info.set_item("weight_bytes", model.weight_bytes())?;
         info.set_item("bytes_per_token", model.bytes_per_token())?;
+        info.set_item("cache_type", model.cache_type().name())?;
+        info.set_item("cache_bytes_per_token", model.cache_bytes_per_token())?;
         Ok(info)
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use logits::{bits, distance, load, logits, top};
 use nybble::format::gguf::Gguf;
 use nybble::model::hf::HfFolder;
-use nybble::model::{Input, Logits, Model, Quantize, Session, convert};
+use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Quantize, Session, convert};
 use nybble::quant::block::BlockType;
 use safetensors::SafeTensors;
 
@@ -86,6 +86,34 @@ fn every_family_survives_the_way_through_a_gguf_file() {
         assert!(file.get_str("general.architecture").unwrap().is_some());
         agrees(&golden, &load(&path, Quantize::Auto, 1, None), "converted");
         std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn an_int8_cache_stays_close_to_what_transformers_computes() {
+    for golden in goldens() {
+        let options = LoadOptions {
+            quantize: Quantize::Stored,
+            threads: Some(2),
+            cache_type: Some(CacheType::Int8),
+            ..LoadOptions::default()
+        };
+        let model = Model::load(&golden.folder, &options).unwrap();
+        let found = logits(&model, &golden.input[0], 40);
+        let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>();
+        let rows = found.chunks(VOCABULARY).zip(golden.logits.chunks(VOCABULARY));
+        let mut shares: Vec<f64> = rows
+            .map(|(found, exact)| {
+                let error = squares(&mut found.iter().zip(exact).map(|(a, b)| a - b));
+                (error / squares(&mut exact.iter().copied())).sqrt()
+            })
+            .collect();
+        // The middle one, as a token that goes to another expert after all is far off.
+        shares.sort_by(f64::total_cmp);
+        let middle = shares[shares.len() / 2];
+        println!("{}: {middle:.4}", golden.name);
+        // A scale taken from the wrong position or head would leave errors as large as the logits.
+        assert!(middle > 0.0 && middle < 0.03, "{}: the logits are off by {middle} of their size", golden.name);
     }
 }
 

@@ -4,7 +4,7 @@
 mod tiny_model;
 
 use nybble::format::gguf::{Metadata, Value};
-use nybble::model::{Input, LoadOptions, Logits, Model};
+use nybble::model::{CacheType, Input, LoadOptions, Logits, Model};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
 use tiny_model::{ODD, metadata, tensors, write};
@@ -205,4 +205,16 @@ fn an_unknown_kernel_is_refused_with_those_that_are_there() {
     let options = LoadOptions { kernel: Some("abacus".to_owned()), ..LoadOptions::default() };
     let error = load_with(|_, _| (), &options).unwrap_err();
     assert!(error.to_string().contains("abacus") && error.to_string().contains("scalar"), "{error}");
+}
+
+#[test]
+fn an_unknown_cache_type_is_refused_with_those_that_there_are() {
+    for known in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        assert_eq!(CacheType::by_name(known.name()).unwrap(), known);
+    }
+    for unknown in ["int4", "INT8", ""] {
+        let error = CacheType::by_name(unknown).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { name: "cache_type", .. }), "{error}");
+        assert!(error.to_string().contains("f16, int8 or f32") && error.to_string().contains(unknown), "{error}");
+    }
 }

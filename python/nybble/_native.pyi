@@ -113,6 +113,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         quantize: str = "auto",
+        cache_type: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(self, prompt: _Sequence[int], options: SamplingOptions) -> Sequence: ...

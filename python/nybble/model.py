@@ -50,6 +50,10 @@ class ModelInfo:
     """Bytes of weights in memory, as packed."""
     bytes_per_token: int
     """Bytes of weights that one more token reads; what memory bandwidth is spent on."""
+    cache_type: str
+    """How keys and values of the tokens seen are stored: "f16", "int8" or "f32"."""
+    cache_bytes_per_token: int
+    """Bytes of keys and values that each token of a text takes while it is worked on."""
 
 
 class Model:
@@ -74,6 +78,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         quantize: str | None = "auto",
+        cache_type: Literal["f16", "int8", "f32"] | None = None,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
@@ -91,6 +96,8 @@ class Model:
                 layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
                 `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
                 int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
+            cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
+                None is "f16", and "f32" for models that compute in F32.
             progress: called with how many of the weights are packed and how many there are, now and then; what it
                 raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
                 takes more than a second, False draws none.
@@ -108,7 +115,9 @@ class Model:
                 from nybble.quantization import Spec
 
                 file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
-            native = _native.Model.load(file, kernel, threads, context, quantize or "stored", progress or None)
+            native = _native.Model.load(
+                file, kernel, threads, context, quantize or "stored", cache_type, progress or None
+            )
         return cls(native, Tokenizer.load(file), file)
 
     @overload

@@ -10,6 +10,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod limits;
+mod numbers;
 mod portable;
 mod scalar;
 
@@ -20,6 +21,7 @@ use half::f16;
 
 pub use activations::{Activations, RowMut, TALLEST, Tile};
 pub use limits::{Limits, limits};
+pub use numbers::{Numbers, Softmax, SoftmaxMut};
 pub use portable::Activation;
 
 use crate::error::{Error, Result};
@@ -53,26 +55,48 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     fn product_float(&self, w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>);
 
     /// Dot products of `queries (n, head_dim)` with a page of keys `(PAGE / 16, head_dim, 16)` into
-    /// `scores[i * stride ..][.. PAGE]`, times `scale`. Over `head_dim` in order with fused multiply-add.
-    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize);
+    /// `scores[i * stride ..][.. PAGE]`, times the scale of the position. Over `head_dim` in order with fused multiply-add.
+    fn scores(
+        &self,
+        queries: &[f32],
+        head_dim: usize,
+        keys: Numbers<'_>,
+        scales: &[f32; PAGE],
+        scores: &mut [f32],
+        stride: usize,
+    );
 
-    /// Adds to `out (n, width)` the rows `values (PAGE, width)` weighted by `weights[i * stride ..][.. counts[i]]`, over
-    /// the positions in order with fused multiply-add. `width` is a multiple of 16.
+    /// Adds to `out (n, width)` the rows `values (PAGE, width)` of the positions `ranges[i]`, weighted by
+    /// `weights[i * stride ..]`, in order with fused multiply-add. `width` is a multiple of 16.
     fn weighted_sum(
         &self,
         weights: &[f32],
         stride: usize,
-        counts: &[usize],
-        values: &[f16],
+        ranges: &[Range<usize>],
+        values: Numbers<'_>,
         width: usize,
         out: &mut [f32],
     );
 
+    /// The numbers in single precision.
+    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]);
+
     /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
     fn exp_segment(&self, scores: &mut [f32]) -> (f32, f32);
 
-    /// `out = a * out + b * other`, elementwise.
-    fn blend(&self, out: &mut [f32], a: f32, other: &[f32], b: f32);
+    /// Joins softmax sums over `more` positions to those so far: with the larger maximum `m` of a query, both are multiplied
+    /// with `exp(max - m)` and added.
+    fn join(&self, so_far: SoftmaxMut<'_>, more: Softmax<'_>);
+
+    /// `x *= y`, elementwise.
+    fn multiply(&self, x: &mut [f32], y: &[f32]);
+
+    /// `scores[i] -= slope * (distance - i)`: a bias by the distance to the keys, `distance` being that to the first.
+    fn add_slope(&self, scores: &mut [f32], slope: f32, distance: f32);
+
+    /// Quantizes numbers to INT8 with one scale for all, which it returns: `max|x| / 127`, ties to even. Where that is not
+    /// finite the codes are unspecified.
+    fn to_int8(&self, x: &[f32], codes: &mut [i8]) -> f32;
 
     /// `out = x / sqrt(mean(x^2) + eps) * weight`.
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);

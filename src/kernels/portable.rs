@@ -5,11 +5,12 @@
 //! everywhere, so the bits are those of the scalar build. Reductions go over [`LANES`] partial sums joined in one fixed
 //! order, whatever the register width.
 
-use std::ops::Add;
+use std::ops::{Add, Range};
 
 use half::f16;
 
 use super::activations::RowMut;
+use super::numbers::{Softmax, SoftmaxMut};
 use crate::quant::packed::BLOCK;
 
 /// Partial sums of a reduction.
@@ -22,6 +23,14 @@ const LANES: usize = 32;
 #[inline(always)]
 pub(super) fn rows<const N: usize, T>(x: &[T], stride: usize, length: usize) -> [&[T]; N] {
     std::array::from_fn(|i| &x[i * stride..][..length])
+}
+
+/// The positions that are in all `ranges`; an empty range between them where there are none.
+#[inline(always)]
+pub(super) fn common(ranges: &[Range<usize>]) -> Range<usize> {
+    let start = ranges.iter().map(|range| range.start).fold(0, usize::max);
+    let end = ranges.iter().map(|range| range.end).fold(usize::MAX, usize::min);
+    start..end.max(start)
 }
 
 /// The activation functions of feed-forward layers.
@@ -94,6 +103,28 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { p * power }
 }
 
+/// `exp(x)` for `x <= 0`, to within 2 units in the last place; 0 below -87.3, NaN stays NaN.
+///
+/// Attention computes one for every score, so this spares what [`exp`] needs for other numbers: `x log2 e = n + r`, then
+/// `2^r` by a polynomial of degree 6 (least relative error on -1/2..1/2, 2e-9) with the value 1 at 0.
+#[inline(always)]
+fn exp_of_difference(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0 + 127.0; // As in `exp`, with the bias of the exponent added in the same step.
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = x.mul_add(std::f32::consts::LOG2_E, -n);
+    let r = x.mul_add(1.925_963e-8, r); // what log2 e has beyond an F32
+    let mut p = 1.535_336_2e-4f32;
+    p = p.mul_add(r, 1.339_887_5e-3);
+    p = p.mul_add(r, 9.618_437e-3);
+    p = p.mul_add(r, 5.550_332_4e-2);
+    p = p.mul_add(r, 2.402_264_8e-1);
+    p = p.mul_add(r, 6.931_472e-1);
+    p = p.mul_add(r, 1.0);
+    let power = f32::from_bits(shifted.to_bits() << 23);
+    if x < -87.3 { 0.0 } else { p * power }
+}
+
 /// `tanh(x)` with an absolute error of about 1e-7.
 #[inline(always)]
 fn tanh(x: f32) -> f32 {
@@ -128,6 +159,11 @@ fn reduce(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32, join: impl Fn(f32,
     for (lane, x) in lanes.iter_mut().zip(tail) {
         *lane = f(*x, *lane);
     }
+    join_lanes(lanes, join)
+}
+
+#[inline(always)]
+fn join_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -201,6 +237,31 @@ fn pad(x: &[f32]) -> [f32; BLOCK] {
     std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0))
 }
 
+/// Quantizes to INT8 with one scale for all, which it returns: `max|x| / 127`, ties to even.
+#[inline(always)]
+pub(super) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
+    // As in `quantize`, a NaN becomes the scale.
+    let mut tops = [0u32; LANES];
+    for chunk in x.chunks(LANES) {
+        for (top, x) in tops.iter_mut().zip(chunk) {
+            *top = (*top).max(x.abs().to_bits());
+        }
+    }
+    let top = f32::from_bits(tops.into_iter().fold(0, u32::max));
+    let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
+    }
+    if top < 1e-30 { 0.0 } else { top / 127.0 }
+}
+
+#[inline(always)]
+pub(super) fn add_slope(scores: &mut [f32], slope: f32, distance: f32) {
+    for (i, score) in scores.iter_mut().enumerate() {
+        *score = slope.mul_add(-(distance - i as f32), *score);
+    }
+}
+
 #[inline(always)]
 pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
     // Not `f32::max`, which leaves open which zero is larger. A NaN is passed over here and comes back as a weight.
@@ -208,16 +269,59 @@ pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
     let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));
     // Everything masked: weights of zero, not NaN.
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    for x in scores.iter_mut() {
-        *x = exp(*x - shift);
+    let mut sums = [0.0; LANES];
+    let mut exp = |chunk: &mut [f32; LANES]| {
+        for (x, sum) in chunk.iter_mut().zip(&mut sums) {
+            *x = exp_of_difference(*x - shift);
+            *sum += *x;
+        }
+    };
+    let (chunks, tail) = scores.as_chunks_mut::<LANES>();
+    chunks.iter_mut().for_each(&mut exp);
+    if !tail.is_empty() {
+        // Filled up with what adds nothing, a tail takes as long as a chunk instead of as long as a dozen.
+        let mut padded = [f32::NEG_INFINITY; LANES];
+        padded[..tail.len()].copy_from_slice(tail);
+        exp(&mut padded);
+        tail.copy_from_slice(&padded[..tail.len()]);
     }
-    (max, reduce(scores, 0.0, |x, sum| sum + x, Add::add))
+    (max, join_lanes(sums, Add::add))
 }
 
 #[inline(always)]
-pub(super) fn blend(out: &mut [f32], a: f32, other: &[f32], b: f32) {
-    for (out, other) in out.iter_mut().zip(other) {
-        *out = (*out).mul_add(a, other * b);
+pub(super) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
+    /// Queries whose factors are computed side by side.
+    const TOGETHER: usize = 16;
+    let (n, width) = (so_far.max.len(), so_far.values.len() / so_far.max.len().max(1));
+    for first in (0..n).step_by(TOGETHER) {
+        let last = n.min(first + TOGETHER);
+        let (mut factors, mut others) = ([0.0; TOGETHER], [0.0; TOGETHER]);
+        let (max, sum) = (&mut so_far.max[first..last], &mut so_far.sum[first..last]);
+        let rest = more.max[first..last].iter().zip(&more.sum[first..last]);
+        let factors_of = factors.iter_mut().zip(&mut others);
+        for (((max, sum), (other_max, other_sum)), (factor, other)) in max.iter_mut().zip(sum).zip(rest).zip(factors_of)
+        {
+            let joined = if *max > *other_max { *max } else { *other_max };
+            // Nothing seen so far and nothing now: zeros, not NaN.
+            let shift = if joined == f32::NEG_INFINITY { 0.0 } else { joined };
+            (*factor, *other) = (exp_of_difference(*max - shift), exp_of_difference(*other_max - shift));
+            *sum = (*sum).mul_add(*factor, other_sum * *other);
+            *max = joined;
+        }
+        let values = so_far.values[first * width..last * width].chunks_exact_mut(width);
+        let others = values.zip(more.values[first * width..].chunks_exact(width)).zip(factors.iter().zip(&others));
+        for ((values, more), (factor, other)) in others {
+            for (x, more) in values.iter_mut().zip(more) {
+                *x = (*x).mul_add(*factor, more * other);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn multiply(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x *= y;
     }
 }
 
@@ -314,7 +418,10 @@ macro_rules! portable_methods {
         super::portable::portable_methods! { @each $features
             fn quantize(x: &[f32], out: RowMut<'_>);
             fn exp_segment(scores: &mut [f32]) -> (f32, f32);
-            fn blend(out: &mut [f32], a: f32, other: &[f32], b: f32);
+            fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>);
+            fn multiply(x: &mut [f32], y: &[f32]);
+            fn add_slope(scores: &mut [f32], slope: f32, distance: f32);
+            fn to_int8(x: &[f32], codes: &mut [i8]) -> f32;
             fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
             fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
             fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::activations::{Activations, RowMut};
+use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation};
 use super::{Kernel, PAGE};
 use crate::quant::packed::{BLOCK, Code, PANEL, Packed};
@@ -54,14 +55,22 @@ impl Kernel for Scalar {
         }
     }
 
-    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize) {
+    fn scores(
+        &self,
+        queries: &[f32],
+        head_dim: usize,
+        keys: Numbers<'_>,
+        scales: &[f32; PAGE],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
         for (i, query) in queries.chunks_exact(head_dim).enumerate() {
             let scores = &mut scores[i * stride..][..PAGE];
-            for (position, score) in scores.iter_mut().enumerate() {
-                let panel = &keys[position / PANEL * head_dim * PANEL..][..head_dim * PANEL];
+            for (position, (score, scale)) in scores.iter_mut().zip(scales).enumerate() {
                 let mut acc = 0.0f32;
                 for (d, q) in query.iter().enumerate() {
-                    acc = panel[d * PANEL + position % PANEL].to_f32().mul_add(*q, acc);
+                    let key = keys.get((position / PANEL * head_dim + d) * PANEL + position % PANEL);
+                    acc = key.mul_add(*q, acc);
                 }
                 *score = acc * scale;
             }
@@ -72,18 +81,24 @@ impl Kernel for Scalar {
         &self,
         weights: &[f32],
         stride: usize,
-        counts: &[usize],
-        values: &[f16],
+        ranges: &[Range<usize>],
+        values: Numbers<'_>,
         width: usize,
         out: &mut [f32],
     ) {
-        for (i, (out, count)) in out.chunks_exact_mut(width).zip(counts).enumerate() {
-            let weights = &weights[i * stride..][..*count];
-            for (weight, value) in weights.iter().zip(values.chunks_exact(width)) {
-                for (out, value) in out.iter_mut().zip(value) {
-                    *out = value.to_f32().mul_add(*weight, *out);
+        for (i, (out, range)) in out.chunks_exact_mut(width).zip(ranges).enumerate() {
+            for position in range.clone() {
+                let weight = weights[i * stride + position];
+                for (column, out) in out.iter_mut().enumerate() {
+                    *out = values.get(position * width + column).mul_add(weight, *out);
                 }
             }
+        }
+    }
+
+    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = numbers.get(i);
         }
     }
 
@@ -91,8 +106,20 @@ impl Kernel for Scalar {
         portable::exp_segment(scores)
     }
 
-    fn blend(&self, out: &mut [f32], a: f32, other: &[f32], b: f32) {
-        portable::blend(out, a, other, b);
+    fn join(&self, so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
+        portable::join(so_far, more);
+    }
+
+    fn multiply(&self, x: &mut [f32], y: &[f32]) {
+        portable::multiply(x, y);
+    }
+
+    fn add_slope(&self, scores: &mut [f32], slope: f32, distance: f32) {
+        portable::add_slope(scores, slope, distance);
+    }
+
+    fn to_int8(&self, x: &[f32], codes: &mut [i8]) -> f32 {
+        portable::to_int8(x, codes)
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {

@@ -1,13 +1,19 @@
 //! Attention over the cache, in segments of 256 positions counted from 0.
 //!
 //! Every query reduces each segment in the same way and joins the segments in order (Dao et al. 2022, arXiv 2205.14135),
-//! whether it comes alone or with others, so its result has the same bits in a prompt, in a batch and in decoding.
+//! whether it comes alone or with others, and whether one task takes all segments or several share them, so its result
+//! has the same bits in a prompt, in a batch and in decoding, on any number of threads.
 
-use super::kv_cache::Session;
-use crate::kernels::{self, Kernel, PAGE};
+use std::ops::Range;
+
+use super::kv_cache::{Head, Session};
+use crate::kernels::{Kernel, Numbers, PAGE, Softmax, SoftmaxMut};
+use crate::quant::packed::Line;
 
 /// Positions that are reduced together; part of the definition of the result.
 const SEGMENT: usize = 256;
+/// Queries from which on a page is converted to F32 once for all of them.
+const MANY: usize = 4;
 
 /// What attention needs to know of a layer.
 #[derive(Debug, Clone, Copy)]
@@ -36,24 +42,45 @@ pub(super) fn slopes(heads: usize, max: f32, scale: f32) -> Vec<f32> {
     (0..heads).map(slope).collect()
 }
 
-/// Buffers of one task, kept by the thread.
+/// One key/value head for some consecutive rows of one session.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) session: &'a Session,
+    pub(super) head: usize,
+    /// Position of the first row.
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    /// The head's queries of the first row `(group * head_dim)`; those of the next come `stride` later.
+    pub(super) queries: &'a [f32],
+    pub(super) stride: usize,
+}
+
+/// Buffers of one task, kept by the thread. Those of lines hold F32 from the start of a line on, so that no register is
+/// loaded from two.
 #[derive(Debug, Default)]
 struct Work {
-    /// `(queries, head_dim)`
+    /// `(n, head_dim)`
     queries: Vec<f32>,
-    /// `(queries, SEGMENT)`
-    scores: Vec<f32>,
-    /// As `scores`, of the second plane of keys.
-    low: Vec<f32>,
-    /// `(queries, width)`: the segment's weighted values, and those joined so far.
-    part: Vec<f32>,
-    total: Vec<f32>,
-    /// `(queries)`: maximum and sum so far.
-    max: Vec<f32>,
-    sum: Vec<f32>,
-    /// Maximum and sum of the segment.
-    reduced: Vec<(f32, f32)>,
-    counts: Vec<usize>,
+    /// `(n, SEGMENT)`: scores, then weights.
+    scores: Vec<Line>,
+    /// Positions of the segment that each query sees `(n)`.
+    seen: Vec<Range<usize>>,
+    /// As `seen`, of a page.
+    ranges: Vec<Range<usize>>,
+    /// Keys or values of a page in F32.
+    wide: Vec<Line>,
+    /// The softmax of a segment, and of all so far: see [`Attention::sums`].
+    part: Vec<Line>,
+    total: Vec<Line>,
+}
+
+/// A buffer as at least `len` numbers.
+fn floats(lines: &mut Vec<Line>, len: usize) -> &mut [f32] {
+    let count = len.div_ceil(size_of::<Line>() / size_of::<f32>());
+    if lines.len() < count {
+        lines.resize(count, Line([0; size_of::<Line>()]));
+    }
+    &mut bytemuck::cast_slice_mut(lines)[..len]
 }
 
 thread_local! {
@@ -61,115 +88,189 @@ thread_local! {
 }
 
 impl Attention<'_> {
-    /// One key/value head for some consecutive rows of one session.
-    ///
-    /// `queries(row)` is the row's `(group * head_dim)` values of this head's queries, row `i` at position `first + i`;
-    /// `out (rows, group * head_dim)` takes the result.
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn head<'q>(
+    /// The segments that any of `rows` rows from position `first` on sees.
+    pub(super) fn segments(&self, first: usize, rows: usize) -> Range<usize> {
+        let oldest = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
+        oldest / SEGMENT..(first + rows).div_ceil(SEGMENT)
+    }
+
+    /// Numbers that a segment of a task is reduced to: `(n, width)` values, `(n)` maximums, `(n)` sums.
+    pub(super) fn sums(&self, rows: usize, width: usize) -> usize {
+        rows * self.group * (width + 2)
+    }
+
+    /// The whole task. `out (rows, group * head_dim)` takes the result.
+    pub(super) fn all(&self, kernel: &dyn Kernel, task: &Task<'_>, out: &mut [f32]) {
+        WORK.with_borrow_mut(|work| {
+            let sums = self.sums(task.rows, task.session.shape.width);
+            let (mut part, mut total) = (std::mem::take(&mut work.part), std::mem::take(&mut work.total));
+            let (a_part, so_far) = (floats(&mut part, sums), floats(&mut total, sums));
+            self.begin(task, so_far);
+            self.prepare(task, work);
+            for segment in self.segments(task.first, task.rows) {
+                self.segment(kernel, task, segment, work, a_part);
+                self.join(kernel, task, segment, a_part, so_far);
+            }
+            finish(task, so_far, out);
+            (work.part, work.total) = (part, total);
+        });
+    }
+
+    /// Only some segments of a task. `parts (segments, stride)` takes their sums.
+    pub(super) fn some(
         &self,
         kernel: &dyn Kernel,
-        session: &Session,
-        head: usize,
-        first: usize,
-        rows: usize,
-        queries: impl Fn(usize) -> &'q [f32],
-        out: &mut [f32],
+        task: &Task<'_>,
+        segments: Range<usize>,
+        parts: &mut [f32],
+        stride: usize,
     ) {
         WORK.with_borrow_mut(|work| {
-            let (dim, width, n) = (session.shape.head_dim, session.shape.width, rows * self.group);
-            work.queries.clear();
-            (0..rows).for_each(|row| work.queries.extend_from_slice(queries(row)));
-            work.scores.resize(n * SEGMENT, 0.0);
-            work.low.resize(if session.shape.planes == 2 { n * SEGMENT } else { 0 }, 0.0);
-            for buffer in [&mut work.part, &mut work.total] {
-                buffer.clear();
-                buffer.resize(n * width, 0.0);
-            }
-            work.max.clear();
-            work.max.resize(n, f32::NEG_INFINITY);
-            work.sum.clear();
-            work.sum.resize(n, 0.0);
-            // Segments that lie before every row's window are not looked at; those before some rows' windows are masked.
-            let oldest = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
-            for start in (oldest / SEGMENT * SEGMENT..first + rows).step_by(SEGMENT) {
-                self.segment(kernel, session, head, start, first, work);
-            }
-            for ((out, total), sum) in out.chunks_exact_mut(dim).zip(work.total.chunks_exact(width)).zip(&work.sum) {
-                // A row always sees itself, so the sum is at least 1 unless a NaN came in, which goes on.
-                let inverse = 1.0 / sum;
-                out.iter_mut().zip(total).for_each(|(out, x)| *out = x * inverse);
+            let sums = self.sums(task.rows, task.session.shape.width);
+            self.prepare(task, work);
+            for (segment, part) in segments.zip(parts.chunks_exact_mut(stride)) {
+                self.segment(kernel, task, segment, work, &mut part[..sums]);
             }
         });
     }
 
-    /// Adds the segment that starts at `start` to what the work holds.
-    fn segment(
-        &self,
-        kernel: &dyn Kernel,
-        session: &Session,
-        head: usize,
-        start: usize,
-        first: usize,
-        work: &mut Work,
-    ) {
-        let (dim, width) = (session.shape.head_dim, session.shape.width);
-        let n = work.max.len();
-        let last_position = first + n / self.group - 1;
-        let end = (last_position + 1).min(start + SEGMENT);
-        let pages = &session.pages[start / PAGE..end.div_ceil(PAGE)];
-        // Rows are in order of position, so those that see anything of the segment are the last ones.
-        let skip = start.saturating_sub(first) * self.group;
-        for plane in 0..session.shape.planes {
-            for (i, page) in pages.iter().enumerate() {
-                let (keys, _) = page.head(&session.shape, self.layer, head, plane);
-                let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
-                let buffer = if plane == 0 { &mut work.scores } else { &mut work.low };
-                let scores = &mut buffer[from * SEGMENT + i * PAGE..];
-                kernel.scores(&work.queries[from * dim..], dim, keys, self.scale, scores, SEGMENT);
+    /// The result of a task from the sums of all its segments, `parts (segments, stride)`.
+    pub(super) fn combine(&self, kernel: &dyn Kernel, task: &Task<'_>, parts: &[f32], stride: usize, out: &mut [f32]) {
+        WORK.with_borrow_mut(|work| {
+            let sums = self.sums(task.rows, task.session.shape.width);
+            let so_far = floats(&mut work.total, sums);
+            self.begin(task, so_far);
+            for (segment, part) in self.segments(task.first, task.rows).zip(parts.chunks_exact(stride)) {
+                self.join(kernel, task, segment, &part[..sums], so_far);
             }
+            finish(task, so_far, out);
+        });
+    }
+
+    /// A softmax over nothing yet.
+    fn begin(&self, task: &Task<'_>, so_far: &mut [f32]) {
+        let (n, width) = (task.rows * self.group, task.session.shape.width);
+        so_far.fill(0.0);
+        so_far[n * width..][..n].fill(f32::NEG_INFINITY);
+    }
+
+    /// Gathers the queries.
+    fn prepare(&self, task: &Task<'_>, work: &mut Work) {
+        let width = self.group * task.session.shape.head_dim;
+        work.queries.clear();
+        for row in task.queries.chunks(task.stride).take(task.rows) {
+            work.queries.extend_from_slice(&row[..width]);
         }
-        work.part[skip * width..].fill(0.0);
-        work.reduced.clear();
-        for q in skip..n {
-            let position = first + q / self.group;
-            let seen = (position + 1 - start).min(SEGMENT);
-            let scores = &mut work.scores[q * SEGMENT..][..seen];
-            if session.shape.planes == 2 {
-                kernel.add_scaled(scores, &work.low[q * SEGMENT..][..seen], 1.0);
+    }
+
+    /// Rows are in order of position, so the queries that see anything from `start` on are the last ones, from this one.
+    fn skip(&self, task: &Task<'_>, start: usize) -> usize {
+        start.saturating_sub(task.first) * self.group
+    }
+
+    /// Reduces a segment into `part`. That of queries that come before the segment stays unspecified.
+    fn segment(&self, kernel: &dyn Kernel, task: &Task<'_>, segment: usize, work: &mut Work, part: &mut [f32]) {
+        let shape = &task.session.shape;
+        let (dim, width, n) = (shape.head_dim, shape.width, task.rows * self.group);
+        let start = segment * SEGMENT;
+        let end = (task.first + task.rows).min(start + SEGMENT);
+        let skip = self.skip(task, start);
+        let all_scores = floats(&mut work.scores, n * SEGMENT);
+        work.seen.clear();
+        work.seen.extend((0..n).map(|q| {
+            let beyond = task.first + q / self.group + 1;
+            let seen = beyond.saturating_sub(start).min(SEGMENT);
+            self.window.map_or(0, |window| beyond.saturating_sub(start + window)).min(seen)..seen
+        }));
+        // The pages with the queries that see something of them: not those before it, nor those whose window is past it.
+        let session = task.session;
+        let pages = session.pages[start / PAGE..end.div_ceil(PAGE)].iter().enumerate().map(|(i, page)| {
+            let from = skip.max(self.skip(task, start + i * PAGE));
+            (i * PAGE, from, page.head(shape, self.layer, task.head))
+        });
+        let to = |from: usize, seen: &[Range<usize>], at: usize| {
+            from + seen[from..].iter().take_while(|seen| seen.start < at + PAGE).count()
+        };
+
+        for (at, from, Head { keys, scales, .. }) in pages.clone() {
+            let to = to(from, &work.seen, at);
+            let mut factors = [self.scale; PAGE];
+            if let Some([scales, _]) = scales {
+                kernel.multiply(&mut factors, scales);
             }
+            let keys = widened(kernel, keys, PAGE * dim, to - from, &mut work.wide);
+            let scores = &mut all_scores[from * SEGMENT + at..];
+            kernel.scores(&work.queries[from * dim..to * dim], dim, keys, &factors, scores, SEGMENT);
+        }
+        let (values, maxima) = part.split_at_mut(n * width);
+        let (maxima, sums) = maxima.split_at_mut(n);
+        for q in skip..n {
+            let seen = work.seen[q].clone();
+            let scores = &mut all_scores[q * SEGMENT..][seen.clone()];
             if let Some(cap) = self.cap {
                 kernel.soft_cap(scores, cap);
             }
-            if let Some(slope) = self.slopes.get(head * self.group + q % self.group) {
-                for (i, score) in scores.iter_mut().enumerate() {
-                    *score = slope.mul_add(-((position - start - i) as f32), *score);
+            if let Some(slope) = self.slopes.get(task.head * self.group + q % self.group) {
+                let distance = task.first + q / self.group - start - seen.start;
+                kernel.add_slope(scores, *slope, distance as f32);
+            }
+            (maxima[q], sums[q]) = kernel.exp_segment(scores);
+        }
+        values[skip * width..].fill(0.0);
+        for (at, from, Head { values: numbers, scales, .. }) in pages {
+            let to = to(from, &work.seen, at);
+            work.ranges.clear();
+            let range = |seen: &Range<usize>| seen.start.max(at) - at..seen.end.min(at + PAGE) - at;
+            work.ranges.extend(work.seen[from..to].iter().map(range));
+            let weights = &mut all_scores[from * SEGMENT + at..];
+            if let Some([_, scales]) = scales {
+                for (weights, range) in weights.chunks_mut(SEGMENT).zip(&work.ranges) {
+                    kernel.multiply(&mut weights[range.clone()], &scales[range.clone()]);
                 }
             }
-            let hidden = self.window.map_or(0, |window| (position + 1).saturating_sub(start + window).min(seen));
-            scores[..hidden].fill(f32::NEG_INFINITY);
-            work.reduced.push(kernel.exp_segment(scores));
+            let numbers = widened(kernel, numbers, PAGE * width, to - from, &mut work.wide);
+            let out = &mut values[from * width..to * width];
+            kernel.weighted_sum(weights, SEGMENT, &work.ranges, numbers, width, out);
         }
-        for (i, page) in pages.iter().enumerate() {
-            let from = skip.max((start + i * PAGE).saturating_sub(first) * self.group);
-            work.counts.clear();
-            work.counts.extend((from..n).map(|q| (first + q / self.group + 1 - start - i * PAGE).min(PAGE)));
-            let weights = &work.scores[from * SEGMENT + i * PAGE..];
-            for plane in 0..session.shape.planes {
-                let (_, values) = page.head(&session.shape, self.layer, head, plane);
-                kernel.weighted_sum(weights, SEGMENT, &work.counts, values, width, &mut work.part[from * width..]);
-            }
-        }
-        for (q, (max, sum)) in (skip..n).zip(&work.reduced) {
-            if *max == f32::NEG_INFINITY && *sum == 0.0 {
-                continue; // The window hides all of it.
-            }
-            let joined = if work.max[q] > *max { work.max[q] } else { *max };
-            let (a, b) = (kernels::exp(work.max[q] - joined), kernels::exp(max - joined));
-            let part = &work.part[q * width..][..width];
-            kernel.blend(&mut work.total[q * width..][..width], a, part, b);
-            work.sum[q] = work.sum[q].mul_add(a, sum * b);
-            work.max[q] = joined;
-        }
+    }
+
+    /// Adds a segment to what came before it.
+    fn join(&self, kernel: &dyn Kernel, task: &Task<'_>, segment: usize, part: &[f32], total: &mut [f32]) {
+        let (n, width) = (task.rows * self.group, task.session.shape.width);
+        let skip = self.skip(task, segment * SEGMENT);
+        let (values, max) = total.split_at_mut(n * width);
+        let (max, sum) = max.split_at_mut(n);
+        let so_far = SoftmaxMut { max: &mut max[skip..], sum: &mut sum[skip..], values: &mut values[skip * width..] };
+        let (values, max) = part.split_at(n * width);
+        let (max, sum) = max.split_at(n);
+        kernel.join(so_far, Softmax { max: &max[skip..], sum: &sum[skip..], values: &values[skip * width..] });
+    }
+}
+
+/// The numbers of a page: as they are for few queries, converted to F32 once for many.
+fn widened<'a>(
+    kernel: &dyn Kernel,
+    numbers: Numbers<'a>,
+    count: usize,
+    queries: usize,
+    wide: &'a mut Vec<Line>,
+) -> Numbers<'a> {
+    if queries < MANY || matches!(numbers, Numbers::F32(_)) {
+        return numbers;
+    }
+    let wide = floats(wide, count);
+    kernel.widen(numbers, wide);
+    Numbers::F32(wide)
+}
+
+/// Divides the values by their sums.
+fn finish(task: &Task<'_>, total: &[f32], out: &mut [f32]) {
+    let (dim, width) = (task.session.shape.head_dim, task.session.shape.width);
+    let n = total.len() / (width + 2);
+    let (values, sums) = (&total[..n * width], &total[n * (width + 1)..]);
+    for ((out, values), sum) in out.chunks_exact_mut(dim).zip(values.chunks_exact(width)).zip(sums) {
+        // A row always sees itself, so the sum is at least 1 unless a NaN came in, which goes on.
+        let inverse = 1.0 / sum;
+        out.iter_mut().zip(values).for_each(|(out, x)| *out = x * inverse);
     }
 }

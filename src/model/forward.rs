@@ -2,16 +2,14 @@
 
 pub(crate) mod layerwise;
 
-use std::sync::PoisonError;
-
-use half::f16;
+use std::sync::{Arc, PoisonError};
 
 use super::Model;
 use super::arch::NormKind;
-use super::attention::Attention;
+use super::attention::{Attention, Task};
 use super::config::LayerConfig;
 use super::experts::Buffers;
-use super::kv_cache::{Page, Place, Session};
+use super::kv_cache::Session;
 use super::linear::{Linear, Rows};
 use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm};
 use crate::error::{Error, Result};
@@ -21,8 +19,13 @@ use crate::threads::Scope;
 
 /// Rows that go through the layers together; longer prompts go in pieces.
 const MAX_ROWS: usize = 512;
-/// Rows of one session that a task of attention takes together.
-const ATTENTION_ROWS: usize = 16;
+/// Queries of one head that a task of attention takes together, as long as there are tasks for all threads: enough that
+/// converting keys and values costs little, few enough that their scores stay in the second-level cache.
+const ATTENTION_QUERIES: usize = 128;
+/// Rows that a task of attention takes at most.
+const ATTENTION_ROWS: usize = 64;
+/// Tasks a thread, so that one that is held up does not hold up the others.
+const TASKS: usize = 4;
 /// Rows that a task of elementwise work takes together.
 const TASK_ROWS: usize = 8;
 
@@ -84,6 +87,8 @@ pub(super) struct Scratch {
     qkv: Vec<f32>,
     /// Attention where a span has several rows `(spans, kv_heads, longest span, heads to a kv_head * head_dim)`.
     attended: Vec<f32>,
+    /// Attention by segments of the cache `(spans, kv_heads, segments, sums)`.
+    parts: Vec<f32>,
     /// Gate and up `(rows, width of ffn_up)`.
     ffn: Vec<f32>,
     /// What joins the residual stream `(rows, hidden rounded up to panels)`.
@@ -148,7 +153,7 @@ impl Model {
         let mut scratch = take().unwrap_or_default();
         let result = self.team.run(|scope| {
             let mut done: Vec<usize> = vec![0; inputs.len()];
-            while scratch.gather(inputs, &mut done) {
+            while scratch.gather(inputs, &mut done, |rows| self.attention_rows(rows)) {
                 Pass { model: self, kernel: self.kernel, scope }.step(&mut scratch, inputs, logits, interrupted)?;
             }
             Ok(())
@@ -160,16 +165,19 @@ impl Model {
 
 impl Scratch {
     /// Takes the next rows, up to [`MAX_ROWS`], from the inputs of which `done` tokens were taken. False when there are none.
-    fn gather(&mut self, inputs: &[Input<'_>], done: &mut [usize]) -> bool {
+    /// `longest` tells how many rows a span of so many rows in all may have.
+    fn gather(&mut self, inputs: &[Input<'_>], done: &mut [usize], longest: impl Fn(usize) -> usize) -> bool {
         self.rows.clear();
         self.spans.clear();
+        let rest = inputs.iter().zip(&*done).map(|(input, done)| input.tokens.len() - done);
+        let longest = longest(rest.fold(0, usize::saturating_add).min(MAX_ROWS));
         for (i, (input, done)) in inputs.iter().zip(done).enumerate() {
             let take = (input.tokens.len() - *done).min(MAX_ROWS - self.rows.len());
             // A session counts its tokens as they are computed, so its length is the position of the first one.
             let position = input.session.len();
             let spans = self.spans.len();
-            for n in (0..take).step_by(ATTENTION_ROWS) {
-                let len = ATTENTION_ROWS.min(take - n);
+            for n in (0..take).step_by(longest) {
+                let len = longest.min(take - n);
                 self.spans.push(Span { input: i, row: self.rows.len() + n, position: position + n, len });
             }
             for n in 0..take {
@@ -179,7 +187,7 @@ impl Scratch {
                     input: i,
                     token: input.tokens[*done + n],
                     position: position + n,
-                    span: spans + n / ATTENTION_ROWS,
+                    span: spans + n / longest,
                     wanted,
                 });
             }
@@ -438,55 +446,36 @@ impl Pass<'_> {
 
     /// Stores keys and values in the pages of their sessions, a page to a task.
     fn store(&self, s: &Scratch, layer: &Layer, index: usize, inputs: &mut [Input<'_>]) {
-        let (config, shape, width) = (&self.model.config, self.model.shape, layer.qkv.width());
+        let (config, shape, width) = (&self.model.config, &self.model.shape, layer.qkv.width());
         let (keys, values, dim) = (layer.qkv.start(1), layer.qkv.start(2), config.head_dim);
-        let write = |page: &mut Page, rows: std::ops::Range<usize>| {
-            let (mut half, mut rest) = (vec![f16::ZERO; 2 * dim], vec![0.0f32; 2 * dim]);
-            for row in rows {
-                let qkv = &s.qkv[row * width..][..width];
-                let slot = s.rows[row].position % PAGE;
-                for head in 0..config.kv_heads {
-                    rest[..dim].copy_from_slice(&qkv[keys + head * dim..][..dim]);
-                    rest[dim..].copy_from_slice(&qkv[values + head * dim..][..dim]);
-                    for plane in 0..shape.planes {
-                        self.kernel.to_f16(&rest, &mut half);
-                        let (key, value) = half.split_at(dim);
-                        page.store(&shape, Place { layer: index, head, plane }, slot, key, value);
-                        if plane + 1 < shape.planes {
-                            // What the first plane could not hold goes to the second.
-                            rest.iter_mut().zip(&half).for_each(|(rest, half)| *rest -= half.to_f32());
-                        }
-                    }
-                }
-            }
-        };
-        // Consecutive rows of one session, with its pages: cut where a page ends.
-        let mut tasks: Vec<(&mut Page, _)> = Vec::new();
         let mut row = 0;
         for (i, input) in inputs.iter_mut().enumerate() {
             let count = s.rows[row..].iter().take_while(|row| row.input == i).count();
             if count == 0 {
                 continue;
             }
-            let first = s.rows[row].position;
-            for (p, page) in input.session.pages.iter_mut().enumerate().skip(first / PAGE) {
-                let from = (p * PAGE).max(first) - first;
-                let to = ((p + 1) * PAGE).min(first + count) - first;
-                tasks.push((page, row + from..row + to));
-                if to == count {
-                    break;
+            let (first, own) = (s.rows[row].position, &s.qkv[row * width..]);
+            let start = first / PAGE;
+            let pages = &mut input.session.pages[start..(first + count).div_ceil(PAGE)];
+            self.scope.for_each_chunk(pages, 1, |p, pages| {
+                let from = first.max((start + p) * PAGE);
+                let to = (first + count).min((start + p + 1) * PAGE);
+                let page =
+                    pages.first_mut().and_then(Arc::get_mut).expect("a page that `reserve` has made the session's own");
+                for position in from..to {
+                    let qkv = &own[(position - first) * width..][..width];
+                    for head in 0..config.kv_heads {
+                        let [key, value] = [keys, values].map(|start| &qkv[start + head * dim..][..dim]);
+                        page.store(self.kernel, shape, index, head, position % PAGE, key, value);
+                    }
                 }
-            }
+            });
             row += count;
         }
-        self.scope.for_each_chunk(&mut tasks, 1, |_, task| {
-            for (page, rows) in task {
-                write(page, rows.clone());
-            }
-        });
     }
 
-    /// Attention of all rows into `input (rows, heads * head_dim)`: a task a span of rows and key/value head.
+    /// Attention of all rows into `input (rows, heads * head_dim)`: a task a span of rows and key/value head, or several,
+    /// each with some of the cache's segments, where those would be too few for all threads.
     fn attend(&self, s: &mut Scratch, layer: &Layer, index: usize, inputs: &[Input<'_>]) {
         let config = &self.model.config;
         let (dim, kv_heads, group) = (config.head_dim, config.kv_heads, config.heads / config.kv_heads);
@@ -499,22 +488,45 @@ impl Pass<'_> {
             window: config.layers[index].window,
             slopes: &self.model.slopes,
         };
-        let task = |task: usize, chunk: &mut [f32]| {
-            let (span, head) = (s.spans[task / kv_heads], task % kv_heads);
-            let queries = |row: usize| &s.qkv[(span.row + row) * width + head * group * dim..][..group * dim];
-            let session = &*inputs[span.input].session;
-            attention.head(self.kernel, session, head, span.position, span.len, queries, chunk);
+        let (rows, spans, qkv) = (&s.rows, &s.spans, &s.qkv);
+        let task = |task: usize| {
+            let (span, head) = (spans[task / kv_heads], task % kv_heads);
+            let (session, queries) = (&*inputs[span.input].session, &qkv[span.row * width + head * group * dim..]);
+            Task { session, head, first: span.position, rows: span.len, queries, stride: width }
         };
-        s.input.resize(s.rows.len(), columns);
-        let longest = s.spans.iter().map(|span| span.len).max().unwrap_or(0);
+        s.input.resize(rows.len(), columns);
+        let longest = spans.iter().map(|span| span.len).max().unwrap_or(0);
+        let most = spans.iter().map(|span| attention.segments(span.position, span.len).len()).max().unwrap_or(0);
+        let tasks = spans.len() * kv_heads;
+        // Segments of a task.
+        let share = most.div_ceil((TASKS * self.model.threads()).div_ceil(tasks));
+        let sums = attention.sums(longest, self.model.shape.width);
+        let pieces = most.div_ceil(share);
+        if pieces > 1 {
+            s.parts.resize(tasks * pieces * share * sums, 0.0);
+            self.scope.for_each_chunk(&mut s.parts, share * sums, |i, parts| {
+                let (task, piece) = (task(i / pieces), i % pieces);
+                let segments = attention.segments(task.first, task.rows);
+                let first = segments.start + piece * share;
+                attention.some(self.kernel, &task, first..segments.end.min(first + share), parts, sums);
+            });
+        }
+        let parts = &s.parts;
+        let finish = |i: usize, out: &mut [f32]| {
+            if pieces > 1 {
+                attention.combine(self.kernel, &task(i), &parts[i * pieces * share * sums..], sums, out);
+            } else {
+                attention.all(self.kernel, &task(i), out);
+            }
+        };
         if longest == 1 {
             // One row a span: the tasks in order are the output.
-            self.scope.for_each_chunk(&mut s.input.values, group * dim, task);
+            self.scope.for_each_chunk(&mut s.input.values, group * dim, finish);
             return;
         }
-        s.attended.resize(s.spans.len() * columns * longest, 0.0);
-        self.scope.for_each_chunk(&mut s.attended, longest * group * dim, task);
-        let (rows, spans, attended) = (&s.rows, &s.spans, &s.attended);
+        s.attended.resize(tasks * longest * group * dim, 0.0);
+        self.scope.for_each_chunk(&mut s.attended, longest * group * dim, finish);
+        let attended = &s.attended;
         self.scope.for_each_chunk(&mut s.input.values, TASK_ROWS * columns, |i, chunk| {
             for (r, out) in chunk.chunks_mut(columns).enumerate() {
                 let row = i * TASK_ROWS + r;
@@ -565,6 +577,13 @@ impl Pass<'_> {
 }
 
 impl Model {
+    /// Rows that a task of attention takes when there are `rows` in all.
+    fn attention_rows(&self, rows: usize) -> usize {
+        let config = &self.config;
+        let enough = rows * config.kv_heads / (TASKS * self.team.threads());
+        (ATTENTION_QUERIES * config.kv_heads / config.heads).min(enough).clamp(1, ATTENTION_ROWS)
+    }
+
     /// One row through a norm of the family's kind.
     fn norm_row(&self, x: &[f32], norm: &Norm, out: &mut [f32]) {
         let config = &self.config;

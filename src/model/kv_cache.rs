@@ -1,11 +1,63 @@
 //! Keys and values of the tokens seen so far, in pages of 64 positions.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use super::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::PAGE;
-use crate::quant::packed::PANEL;
+use crate::kernels::{Kernel, Numbers, PAGE};
+use crate::quant::packed::{Line, PANEL};
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheType {
+    /// Single precision, for models that compute in it.
+    F32,
+    /// Half precision.
+    F16,
+    /// INT8, a scale a position and head: half the memory of F16.
+    Int8,
+}
+
+impl CacheType {
+    const ALL: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
+
+    /// The type called `f32`, `f16` or `int8`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for other names.
+    pub fn by_name(name: &str) -> Result<CacheType> {
+        let found = CacheType::ALL.into_iter().find(|known| known.name() == name);
+        found.ok_or_else(|| Error::argument("cache_type", format_args!("{name:?}"), "f16, int8 or f32"))
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheType::F32 => "f32",
+            CacheType::F16 => "f16",
+            CacheType::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of a number.
+    fn bytes(self) -> usize {
+        match self {
+            CacheType::F32 => 4,
+            CacheType::F16 => 2,
+            CacheType::Int8 => 1,
+        }
+    }
+
+    /// Lines of the scales of a page: none, or an F32 a position.
+    fn scale_lines(self) -> usize {
+        match self {
+            CacheType::F32 | CacheType::F16 => 0,
+            CacheType::Int8 => PAGE * size_of::<f32>() / size_of::<Line>(),
+        }
+    }
+}
 
 /// The shape of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,41 +67,49 @@ pub(super) struct Shape {
     pub(super) head_dim: usize,
     /// `head_dim` rounded up to whole registers.
     pub(super) width: usize,
-    /// 1, or 2 for models that compute in F32: each number is then the sum of two F16 numbers, 22 bits in all.
-    pub(super) planes: usize,
+    pub(super) cache_type: CacheType,
 }
 
 impl Shape {
-    pub(super) fn of(config: &Config, planes: usize) -> Shape {
+    pub(super) fn of(config: &Config, cache_type: CacheType) -> Shape {
         let (layers, kv_heads, head_dim) = (config.layers.len(), config.kv_heads, config.head_dim);
-        Shape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL), planes }
+        Shape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL), cache_type }
     }
 
-    /// Numbers of one head's keys in one plane, and of keys and values together.
-    fn head(&self) -> (usize, usize) {
-        (PAGE * self.head_dim, PAGE * (self.head_dim + self.width))
+    /// Lines of one head's keys, values and each of their scales. A page has as many positions as a line has bytes.
+    fn head(&self) -> [usize; 4] {
+        const { assert!(PAGE == size_of::<Line>()) };
+        let (bytes, scales) = (self.cache_type.bytes(), self.cache_type.scale_lines());
+        [self.head_dim * bytes, self.width * bytes, scales, scales]
     }
 
-    /// Numbers in a page, if they can be counted.
+    /// Lines of a page, if they can be counted.
     fn page(&self) -> Option<usize> {
-        self.head().1.checked_mul(self.planes)?.checked_mul(self.kv_heads)?.checked_mul(self.layers)
+        self.head().iter().sum::<usize>().checked_mul(self.kv_heads)?.checked_mul(self.layers)
+    }
+
+    /// Bytes of a page.
+    pub(super) fn page_bytes(&self) -> usize {
+        self.page().map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<Line>()))
     }
 }
 
-/// Which numbers of a page.
+/// What a page holds of one head of one layer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) layer: usize,
-    pub(super) head: usize,
-    pub(super) plane: usize,
+pub(super) struct Head<'a> {
+    /// `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of 16 positions.
+    pub(super) keys: Numbers<'a>,
+    /// `(PAGE, width)`
+    pub(super) values: Numbers<'a>,
+    /// Of keys and of values, each `(PAGE)`, where they are codes.
+    pub(super) scales: Option<[&'a [f32; PAGE]; 2]>,
 }
 
 /// 64 positions of every layer and head.
 #[derive(Debug)]
 pub(super) struct Page {
-    /// `(layers, kv_heads, planes, keys and values)`: keys `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of
-    /// 16 positions; values `(PAGE, width)`.
-    data: Vec<f16>,
+    /// `(layers, kv_heads, keys, values, scales of keys, scales of values)`
+    lines: Vec<Line>,
 }
 
 impl Page {
@@ -57,32 +117,92 @@ impl Page {
         let len = shape.page().unwrap_or(usize::MAX);
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it. An allocation that
         // fails must not abort the process, so it is tried first.
-        let mut data: Vec<f16> = Vec::new();
-        data.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
-            what: "a page of the key/value cache",
-            bytes: len.saturating_mul(size_of::<f16>()),
-        })?;
-        drop(data);
-        Ok(Page { data: bytemuck::zeroed_vec(len) })
+        let mut lines: Vec<Line> = Vec::new();
+        let bytes = shape.page_bytes();
+        lines
+            .try_reserve_exact(len)
+            .map_err(|_| Error::OutOfMemory { what: "a page of the key/value cache", bytes })?;
+        drop(lines);
+        Ok(Page { lines: bytemuck::zeroed_vec(len) })
     }
 
-    /// Keys `(PAGE / 16, head_dim, 16)` and values `(PAGE, width)` of one head.
-    pub(super) fn head(&self, shape: &Shape, layer: usize, head: usize, plane: usize) -> (&[f16], &[f16]) {
-        let (keys, both) = shape.head();
-        self.data[((layer * shape.kv_heads + head) * shape.planes + plane) * both..][..both].split_at(keys)
+    fn copy(&self, shape: &Shape) -> Result<Page> {
+        let mut page = Page::new(shape)?;
+        page.lines.copy_from_slice(&self.lines);
+        Ok(page)
     }
 
-    /// Stores key and value `(head_dim)` of one head, given by `place`, at `slot` of the page.
-    pub(super) fn store(&mut self, shape: &Shape, place: Place, slot: usize, key: &[f16], value: &[f16]) {
-        let (keys, both) = shape.head();
-        let Place { layer, head, plane } = place;
-        let start = ((layer * shape.kv_heads + head) * shape.planes + plane) * both;
-        let (keys, values) = self.data[start..][..both].split_at_mut(keys);
-        let panel = &mut keys[slot / PANEL * shape.head_dim * PANEL..][..shape.head_dim * PANEL];
-        for (column, key) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(key) {
-            column[slot % PANEL] = *key;
+    /// What it holds of one head.
+    pub(super) fn head(&self, shape: &Shape, layer: usize, head: usize) -> Head<'_> {
+        let [keys, values, scales, _] = shape.head();
+        let both = keys + values + 2 * scales;
+        let lines = &self.lines[(layer * shape.kv_heads + head) * both..][..both];
+        let (keys, lines) = lines.split_at(keys);
+        let (values, lines) = lines.split_at(values);
+        let numbers = |lines| match shape.cache_type {
+            CacheType::F32 => Numbers::F32(bytemuck::cast_slice(lines)),
+            CacheType::F16 => Numbers::F16(bytemuck::cast_slice(lines)),
+            CacheType::Int8 => Numbers::Int8(bytemuck::cast_slice(lines)),
+        };
+        let scales: &[[f32; PAGE]] = bytemuck::cast_slice::<Line, f32>(lines).as_chunks().0;
+        let scales = scales.first_chunk().map(|[keys, values]: &[_; 2]| [keys, values]);
+        Head { keys: numbers(keys), values: numbers(values), scales }
+    }
+
+    /// Stores key and value `(head_dim)` of one head at `slot` of the page.
+    #[allow(clippy::too_many_arguments, reason = "where, and the two rows")]
+    pub(super) fn store(
+        &mut self,
+        kernel: &dyn Kernel,
+        shape: &Shape,
+        layer: usize,
+        head: usize,
+        slot: usize,
+        key: &[f32],
+        value: &[f32],
+    ) {
+        let [keys, values, scales, _] = shape.head();
+        let both = keys + values + 2 * scales;
+        let lines = &mut self.lines[(layer * shape.kv_heads + head) * both..][..both];
+        let (keys, lines) = lines.split_at_mut(keys);
+        let (values, lines) = lines.split_at_mut(values);
+        // The value's row serves as a buffer for the key, which is then spread over the columns of its panel.
+        match shape.cache_type {
+            CacheType::F32 => {
+                let keys: &mut [f32] = bytemuck::cast_slice_mut(keys);
+                spread(key, panel(keys, shape, slot), slot);
+                row(bytemuck::cast_slice_mut(values), shape, slot).copy_from_slice(value);
+            }
+            CacheType::F16 => {
+                let row: &mut [f16] = row(bytemuck::cast_slice_mut(values), shape, slot);
+                kernel.to_f16(key, row);
+                spread(row, panel(bytemuck::cast_slice_mut(keys), shape, slot), slot);
+                kernel.to_f16(value, row);
+            }
+            CacheType::Int8 => {
+                let row: &mut [i8] = row(bytemuck::cast_slice_mut(values), shape, slot);
+                let scales: &mut [f32] = bytemuck::cast_slice_mut(lines);
+                scales[slot] = kernel.to_int8(key, row);
+                spread(row, panel(bytemuck::cast_slice_mut(keys), shape, slot), slot);
+                scales[PAGE + slot] = kernel.to_int8(value, row);
+            }
         }
-        values[slot * shape.width..][..value.len()].copy_from_slice(value);
+    }
+}
+
+/// The panel of keys `(head_dim, 16)` with `slot`.
+fn panel<'a, T>(keys: &'a mut [T], shape: &Shape, slot: usize) -> &'a mut [T] {
+    &mut keys[slot / PANEL * shape.head_dim * PANEL..][..shape.head_dim * PANEL]
+}
+
+/// The value `(head_dim)` at `slot`.
+fn row<'a, T>(values: &'a mut [T], shape: &Shape, slot: usize) -> &'a mut [T] {
+    &mut values[slot * shape.width..][..shape.head_dim]
+}
+
+fn spread<T: Copy>(key: &[T], panel: &mut [T], slot: usize) {
+    for (column, key) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(key) {
+        column[slot % PANEL] = *key;
     }
 }
 
@@ -92,7 +212,8 @@ impl Page {
 #[derive(Debug)]
 pub struct Session {
     pub(super) shape: Shape,
-    pub(super) pages: Vec<Page>,
+    /// Pages may be shared with other sessions; one is written to only while it is not.
+    pub(super) pages: Vec<Arc<Page>>,
     len: usize,
     context: usize,
     /// Number of the model that it belongs to.
@@ -102,6 +223,13 @@ pub struct Session {
 impl Session {
     pub(super) fn new(shape: Shape, context: usize, model: u64) -> Session {
         Session { shape, pages: Vec::new(), len: 0, context, model }
+    }
+
+    /// Another session with the same tokens, which goes on by itself.
+    ///
+    /// Both share the memory of what they have in common; a page of 64 positions is copied when one of them adds to it.
+    pub fn fork(&self) -> Session {
+        Session { pages: self.pages.clone(), ..*self }
     }
 
     /// Tokens in the cache.
@@ -119,9 +247,9 @@ impl Session {
         self.context
     }
 
-    /// Bytes of all pages.
+    /// Bytes of all pages, those included that are shared with a [`fork`](Session::fork).
     pub fn bytes(&self) -> usize {
-        self.pages.len() * self.shape.page().unwrap_or(0) * size_of::<f16>()
+        self.pages.len() * self.shape.page_bytes()
     }
 
     /// Forgets all but the first `len` tokens. Does nothing when there are no more.
@@ -130,15 +258,20 @@ impl Session {
         self.pages.truncate(self.len.div_ceil(PAGE));
     }
 
-    /// Makes room for `tokens` more tokens.
+    /// Makes room for `tokens` more tokens, in pages of its own.
     ///
     /// # Errors
     /// [`Error::ContextFull`] when they do not fit, [`Error::OutOfMemory`] when there is no memory for them.
     pub(super) fn reserve(&mut self, tokens: usize) -> Result<()> {
         let full = Error::ContextFull { used: self.len, requested: tokens, context: self.context };
         let Some(end) = self.len.checked_add(tokens).filter(|end| *end <= self.context) else { return Err(full) };
+        if let Some(page) = self.pages.get_mut(self.len / PAGE)
+            && Arc::get_mut(page).is_none()
+        {
+            *page = Arc::new(page.copy(&self.shape)?);
+        }
         while self.pages.len() * PAGE < end {
-            self.pages.push(Page::new(&self.shape)?);
+            self.pages.push(Arc::new(Page::new(&self.shape)?));
         }
         Ok(())
     }

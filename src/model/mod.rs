@@ -27,7 +27,7 @@ use config::Config;
 pub(crate) use forward::layerwise;
 pub use forward::{Input, Logits};
 use hf::HfFolder;
-pub use kv_cache::Session;
+pub use kv_cache::{CacheType, Session};
 use requantize::Quantized;
 use rope::Rope;
 pub use rope::{RopeConfig, Scaling};
@@ -77,6 +77,8 @@ pub struct LoadOptions {
     pub context: Option<usize>,
     /// Whether weights that are stored as floats are quantized.
     pub quantize: Quantize,
+    /// How keys and values are stored; otherwise F16, or F32 for models whose layers are F32.
+    pub cache_type: Option<CacheType>,
 }
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
@@ -176,12 +178,13 @@ impl Model {
             ),
         ];
         let slopes = config.alibi.map_or(Vec::new(), |(max, scale)| attention::slopes(config.heads, max, scale));
+        let usual = if weights.is_f32() { CacheType::F32 } else { CacheType::F16 };
         static MODELS: AtomicU64 = AtomicU64::new(0);
         Ok(Model {
             id: MODELS.fetch_add(1, Ordering::Relaxed),
             path: checkpoint.path().to_path_buf(),
             name: checkpoint.metadata().get("general.name").and_then(Value::as_str).unwrap_or_default().to_owned(),
-            shape: kv_cache::Shape::of(&config, if weights.is_f32() { 2 } else { 1 }),
+            shape: kv_cache::Shape::of(&config, options.cache_type.unwrap_or(usual)),
             config,
             weights,
             ropes,
@@ -226,6 +229,16 @@ impl Model {
     /// The kernel that computes.
     pub fn kernel(&self) -> &'static dyn Kernel {
         self.kernel
+    }
+
+    /// How its sessions store keys and values.
+    pub fn cache_type(&self) -> CacheType {
+        self.shape.cache_type
+    }
+
+    /// Bytes of a session for each token, rounded up; sessions grow by 64 tokens at a time.
+    pub fn cache_bytes_per_token(&self) -> usize {
+        self.shape.page_bytes().div_ceil(kernels::PAGE)
     }
 
     /// Threads that compute.

@@ -44,9 +44,18 @@ fn norms_have_the_bits_of_the_scalar_ones() {
 
 #[test]
 fn elementwise_operations_have_the_bits_of_the_scalar_ones() {
-    same_on_every_kernel("blend", |kernel, [mut out, other, _]| {
-        kernel.blend(&mut out, 0.3, &other, -1.7);
-        out
+    same_on_every_kernel("multiply", |kernel, [mut x, y, _]| {
+        kernel.multiply(&mut x, &y);
+        x
+    });
+    same_on_every_kernel("add_slope", |kernel, [mut scores, ..]| {
+        kernel.add_slope(&mut scores, 0.3, 100.0);
+        scores
+    });
+    same_on_every_kernel("to_int8", |kernel, [x, ..]| {
+        let mut codes = vec![0; x.len()];
+        let scale = kernel.to_int8(&x, &mut codes);
+        codes.into_iter().map(f32::from).chain([scale]).collect()
     });
     same_on_every_kernel("add_scaled", |kernel, [mut x, y, _]| {
         kernel.add_scaled(&mut x, &y, 0.7);
@@ -166,17 +175,39 @@ fn rope_turns_pairs_half_a_row_apart() {
 }
 
 #[test]
-fn blend_and_add_scaled_round_as_their_definitions_say() {
+fn elementwise_arithmetic_rounds_as_its_definition_says() {
     let mut rng = Rng(33);
     let (x, y) = (rng.values(100), rng.values(100));
     for kernel in available() {
-        let (mut blended, mut added) = (x.clone(), x.clone());
-        kernel.blend(&mut blended, 0.3, &y, -1.7);
+        let (mut multiplied, mut sloped, mut added) = (x.clone(), x.clone(), x.clone());
+        kernel.multiply(&mut multiplied, &y);
+        kernel.add_slope(&mut sloped, 0.3, 120.0);
         kernel.add_scaled(&mut added, &y, 0.7);
         for i in 0..100 {
-            assert_eq!(blended[i], x[i].mul_add(0.3, y[i] * -1.7));
+            assert_eq!(multiplied[i], x[i] * y[i]);
+            assert_eq!(sloped[i], 0.3f32.mul_add(i as f32 - 120.0, x[i]));
             assert_eq!(added[i], y[i].mul_add(0.7, x[i]));
         }
+    }
+}
+
+#[test]
+fn int8_codes_are_the_nearest_to_what_they_stand_for() {
+    let mut rng = Rng(35);
+    for kernel in available() {
+        for n in [1, 22, 64, 100] {
+            let x: Vec<f32> = (0..n).map(|_| rng.unit() * 3.0).collect();
+            let mut codes = vec![0; n];
+            let scale = kernel.to_int8(&x, &mut codes);
+            let top = x.iter().fold(0.0f32, |top, x| top.max(x.abs()));
+            assert_close(scale, f64::from(top) / 127.0, 1e-7 * f64::from(top), kernel.name());
+            for (code, x) in codes.iter().zip(&x) {
+                assert_close(*x, f64::from(*code) * f64::from(scale), 0.5001 * f64::from(scale), kernel.name());
+            }
+        }
+        let mut codes = [7; 3];
+        assert_eq!((kernel.to_int8(&[0.0, -0.0, 1e-38], &mut codes), codes), (0.0, [0; 3]), "{}", kernel.name());
+        assert!(kernel.to_int8(&[1.0, f32::NAN, 2.0], &mut codes).is_nan(), "{}", kernel.name());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Random shapes and values: what no list of cases thought of.
 
 use half::f16;
-use nybble::kernels::{Activation, PAGE, available};
+use nybble::kernels::{Activation, Numbers, PAGE, Softmax, SoftmaxMut, available};
 use nybble::quant::packed::PANEL;
 use nybble::threads::Columns;
 use proptest::prelude::*;
@@ -71,17 +71,24 @@ proptest! {
             let (mut rms, mut layer) = (vec![f32::NAN; x.len()], vec![f32::NAN; x.len()]);
             kernel.rms_norm(&x, &weight, a.abs(), &mut rms);
             kernel.layer_norm(&x, &weight, &other, a.abs(), &mut layer);
-            let (mut scores, mut capped, mut blended, mut added) = (x.clone(), x.clone(), x.clone(), x.clone());
+            let (mut scores, mut capped, mut multiplied, mut added) = (x.clone(), x.clone(), x.clone(), x.clone());
             let (max, sum) = kernel.exp_segment(&mut scores);
             kernel.soft_cap(&mut capped, a);
-            kernel.blend(&mut blended, a, &weight, b);
+            kernel.multiply(&mut multiplied, &weight);
+            let mut sloped = x.clone();
+            kernel.add_slope(&mut sloped, a, b);
+            let mut codes = vec![0; x.len()];
+            let mut int8 = vec![kernel.to_int8(&x, &mut codes)];
+            if int8[0].is_finite() {
+                int8.extend(codes.into_iter().map(f32::from));
+            }
             kernel.add_scaled(&mut added, &weight, b);
             let mut halves = vec![f16::NAN; x.len()];
             kernel.to_f16(&x, &mut halves);
             let halves = halves.iter().map(|x| x.to_f32()).collect();
             let (mut turned, n) = (x.clone(), x.len() / 2);
             kernel.rope(&mut turned, &weight[..n], &other[..n]);
-            outs.extend([rms, layer, scores, vec![max, sum], capped, blended, added, halves, turned]);
+            outs.extend([rms, layer, scores, vec![max, sum], capped, multiplied, added, halves, turned, sloped, int8]);
             outs
         };
         let expected = all(scalar());
@@ -102,19 +109,35 @@ proptest! {
         let (mut rng, width, stride) = (Rng(seed), columns * PANEL, PAGE + pad);
         let mut values = |n| if wild { rng.wild_values(n) } else { rng.values(n) };
         let (queries, weights, before) = (values(n * head_dim), values(n * stride), values(n * width));
+        let more = [values(n), values(n), values(n * width)];
+        let scales: Vec<f32> = values(PAGE);
         let (keys, page) = (rng.halves(PAGE * head_dim), rng.halves(PAGE * width));
-        let counts: Vec<usize> = (0..n).map(|_| rng.below(PAGE + 1)).collect();
-        let both = |kernel: &dyn nybble::kernels::Kernel| {
-            let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
-            kernel.scores(&queries, head_dim, &keys, 0.3, &mut scores, stride);
-            kernel.weighted_sum(&weights, stride, &counts, &page, width, &mut out);
-            (scores, out)
+        let codes: Vec<i8> = (0..PAGE * head_dim.max(width)).map(|_| rng.next() as i8).collect();
+        let range = |_| {
+            let end = rng.below(PAGE + 1);
+            rng.below(end + 1)..end
         };
-        let expected = both(scalar());
+        let ranges: Vec<_> = (0..n).map(range).collect();
+        let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(Numbers::Int8);
+        let all = |kernel: &dyn nybble::kernels::Kernel| {
+            let mut outs = vec![];
+            for [keys, page] in [[Numbers::F16(&keys), Numbers::F16(&page)], int8] {
+                let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
+                kernel.scores(&queries, head_dim, keys, scales.first_chunk().unwrap(), &mut scores, stride);
+                kernel.weighted_sum(&weights, stride, &ranges, page, width, &mut out);
+                let (mut max, mut sum) = (weights[..n].to_vec(), queries[..n].to_vec());
+                let so_far = SoftmaxMut { max: &mut max, sum: &mut sum, values: &mut out };
+                let [more_max, more_sum, more_values] = &more;
+                kernel.join(so_far, Softmax { max: more_max, sum: more_sum, values: more_values });
+                outs.extend([scores, out, max, sum]);
+            }
+            outs
+        };
+        let expected = all(scalar());
         for kernel in available() {
-            let found = both(kernel);
-            assert_same(&found.0, &expected.0, format!("{}, scores", kernel.name()));
-            assert_same(&found.1, &expected.1, format!("{}, sums", kernel.name()));
+            for (i, (found, expected)) in all(kernel).iter().zip(&expected).enumerate() {
+                assert_same(found, expected, format!("{}, result {i}", kernel.name()));
+            }
         }
     }
 }

@@ -42,8 +42,18 @@ def test_info_tells_what_was_loaded(tiny_file: Path) -> None:
     assert info.parameters == matrices
     assert matrices // 2 < info.weight_bytes < 2 * matrices
     assert 0 < info.bytes_per_token <= info.weight_bytes
+    assert info.cache_type == "f16"
     assert dataclasses.asdict(info)["name"] == "tiny"
     assert repr(model) == "<Model tiny (llama, scalar, 2 threads, closed)>"
+
+
+def test_an_int8_cache_takes_about_half_the_memory(tiny_file: Path) -> None:
+    with Model.load(tiny_file) as model, Model.load(tiny_file, cache_type="int8") as small:
+        assert (model.info.cache_type, small.info.cache_type) == ("f16", "int8")
+        # A head has 16 keys and 16 values, and an INT8 one two scales.
+        assert model.info.cache_bytes_per_token * (32 + 8) == small.info.cache_bytes_per_token * 64
+        exact, found = model.logits([1, 2, 3, 4]), small.logits([1, 2, 3, 4])
+        assert 0 < abs(exact - found).max() < 0.1 * abs(exact).max()
 
 
 def test_a_closed_model_says_so(tiny_file: Path) -> None:
@@ -106,6 +116,8 @@ def test_an_argument_out_of_range_is_refused(tiny_file: Path) -> None:
         Model.load(tiny_file, threads=0)
     with pytest.raises(ValueError, match="context: found 129, expected 1 to 128"):
         Model.load(tiny_file, context=129)
+    with pytest.raises(ValueError, match=r'cache_type: found "int4", expected f16, int8 or f32'):
+        Model.load(tiny_file, cache_type="int4")  # type: ignore[arg-type]
 
 
 def test_what_is_no_model_is_refused_by_name(tmp_path: Path, tiny_file: Path) -> None:

@@ -8,7 +8,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,9 @@ class LoadOptions:
         default=None, metadata={"help": "Threads to compute with; the physical cores if not given."}
     )
     context: int | None = field(default=None, metadata={"help": "Tokens to hold; the model's own limit if not given."})
+    cache_type: Literal["f16", "int8", "f32"] | None = field(
+        default=None, metadata={"help": "How the tokens seen are stored; int8 takes half the memory of f16."}
+    )
 
     def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
         """Loads a model, with a progress bar where that takes long; `quantize` is that of `Model.load`."""

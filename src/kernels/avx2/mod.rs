@@ -11,9 +11,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::Kernel;
 use super::activations::{Activations, RowMut};
+use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
+use super::{Kernel, PAGE};
 use crate::quant::packed::{Line, PANEL, Packed};
 use crate::threads::Columns;
 
@@ -47,22 +48,35 @@ impl Kernel for Avx2 {
         unsafe { float::product_float(w, panels, x, stride, out) }
     }
 
-    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize) {
+    fn scores(
+        &self,
+        queries: &[f32],
+        head_dim: usize,
+        keys: Numbers<'_>,
+        scales: &[f32; PAGE],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
         // SAFETY: as in `product`.
-        unsafe { attention::all_scores(queries, head_dim, keys, scale, scores, stride) }
+        unsafe { attention::scores(queries, head_dim, keys, scales, scores, stride) }
     }
 
     fn weighted_sum(
         &self,
         weights: &[f32],
         stride: usize,
-        counts: &[usize],
-        values: &[f16],
+        ranges: &[Range<usize>],
+        values: Numbers<'_>,
         width: usize,
         out: &mut [f32],
     ) {
         // SAFETY: as in `product`.
-        unsafe { attention::weighted_sum(weights, stride, counts, values, width, out) }
+        unsafe { attention::weighted_sum(weights, stride, ranges, values, width, out) }
+    }
+
+    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+        // SAFETY: as in `product`.
+        unsafe { attention::widen(numbers, out) }
     }
 
     fn to_f16(&self, x: &[f32], out: &mut [f16]) {
@@ -140,6 +154,14 @@ fn load_bf16(x: &[u16; LANES]) -> __m256 {
     // SAFETY: the reference is to 16 readable bytes, and the load needs no alignment.
     let bits = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_i8(x: &[i8; LANES]) -> __m256 {
+    // SAFETY: the reference is to 8 readable bytes, and the load needs no alignment.
+    let codes = unsafe { _mm_loadl_epi64(x.as_ptr().cast()) };
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))
 }
 
 #[inline]

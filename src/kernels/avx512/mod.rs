@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::Kernel;
 use super::activations::{Activations, RowMut};
+use super::numbers::{Numbers, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
+use super::{Kernel, PAGE};
 use crate::quant::packed::{Line, PANEL, Packed};
 use crate::threads::Columns;
 
@@ -51,22 +52,35 @@ impl Kernel for Avx512 {
         unsafe { float::product_float(w, panels, x, stride, out) }
     }
 
-    fn scores(&self, queries: &[f32], head_dim: usize, keys: &[f16], scale: f32, scores: &mut [f32], stride: usize) {
+    fn scores(
+        &self,
+        queries: &[f32],
+        head_dim: usize,
+        keys: Numbers<'_>,
+        scales: &[f32; PAGE],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
         // SAFETY: as in `product`.
-        unsafe { attention::all_scores(queries, head_dim, keys, scale, scores, stride) }
+        unsafe { attention::scores(queries, head_dim, keys, scales, scores, stride) }
     }
 
     fn weighted_sum(
         &self,
         weights: &[f32],
         stride: usize,
-        counts: &[usize],
-        values: &[f16],
+        ranges: &[Range<usize>],
+        values: Numbers<'_>,
         width: usize,
         out: &mut [f32],
     ) {
         // SAFETY: as in `product`.
-        unsafe { attention::weighted_sum(weights, stride, counts, values, width, out) }
+        unsafe { attention::weighted_sum(weights, stride, ranges, values, width, out) }
+    }
+
+    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+        // SAFETY: as in `product`.
+        unsafe { attention::widen(numbers, out) }
     }
 
     fn to_f16(&self, x: &[f32], out: &mut [f16]) {
@@ -139,6 +153,14 @@ fn load_u16(x: &[u16; PANEL]) -> __m256i {
 fn load_f16(x: &[f16; PANEL]) -> __m512 {
     // SAFETY: the reference is to 32 readable bytes, and the load needs no alignment.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_i8(x: &[i8; PANEL]) -> __m512 {
+    // SAFETY: the reference is to 16 readable bytes, and the load needs no alignment.
+    let codes = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))
 }
 
 #[inline]

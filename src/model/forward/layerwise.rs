@@ -324,7 +324,7 @@ impl Layerwise {
         let mut out = Vec::new();
         self.pass(|pass, s| {
             let mut done = [0];
-            while s.gather(&inputs, &mut done) {
+            while s.gather(&inputs, &mut done, |rows| self.model.attention_rows(rows)) {
                 step(pass, s, &mut inputs, &mut out);
                 inputs[0].session.advance(s.rows.len());
             }

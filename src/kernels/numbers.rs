@@ -1,0 +1,47 @@
+//! What attention works on: keys and values as the cache stores them, and sums over some of the positions.
+
+use half::f16;
+
+/// Keys or values as they are stored. INT8 codes have a scale a position, which is kept beside them.
+#[derive(Debug, Clone, Copy)]
+pub enum Numbers<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision.
+    F16(&'a [f16]),
+    /// Codes, without their scales.
+    Int8(&'a [i8]),
+}
+
+impl Numbers<'_> {
+    /// Number `i`.
+    pub(super) fn get(&self, i: usize) -> f32 {
+        match self {
+            Numbers::F32(x) => x[i],
+            Numbers::F16(x) => x[i].to_f32(),
+            Numbers::Int8(x) => f32::from(x[i]),
+        }
+    }
+}
+
+/// Softmax over some positions, not divided by its sum yet, for `n` queries.
+#[derive(Debug, Clone, Copy)]
+pub struct Softmax<'a> {
+    /// The largest score `(n)`; minus infinity where a query has seen nothing.
+    pub max: &'a [f32],
+    /// Sum of `exp(score - max)` `(n)`.
+    pub sum: &'a [f32],
+    /// Sum of the values, weighted with that `(n, width)`.
+    pub values: &'a [f32],
+}
+
+/// As [`Softmax`], to be changed.
+#[derive(Debug)]
+pub struct SoftmaxMut<'a> {
+    /// `(n)`
+    pub max: &'a mut [f32],
+    /// `(n)`
+    pub sum: &'a mut [f32],
+    /// `(n, width)`
+    pub values: &'a mut [f32],
+}

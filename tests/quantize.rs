@@ -10,7 +10,8 @@ use nybble::model::hf::HfFolder;
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
 use nybble::quant::block::BlockType;
 use nybble::quantize::problem::Grid;
-use nybble::quantize::{Options, Policy, Recipe, Report, gptq, quantize};
+use nybble::quantize::search::Target;
+use nybble::quantize::{AutoOptions, Options, Policy, Recipe, Report, auto, gptq, quantize, signround, spend_bits};
 use tempfile::TempDir;
 
 const RTN: Recipe = Recipe::Rtn { search: false };
@@ -93,6 +94,96 @@ fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
 }
 
 #[test]
+fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
+    let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    families.sort();
+    let mut folded = 0;
+    for name in families {
+        let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
+        let source = source(&folder, name);
+        let expected = logits(&source);
+        let out = folder.path().join("out.gguf");
+        // Five bits, so that what is left of the difference is small; one tensor is kept, which must be scaled as well.
+        let keep = vec![("blk.*.ffn_up".to_owned(), BlockType::F32)];
+        let policy = Policy { grid: Grid::Q5_0, keep, ..options(RTN).policy };
+        let distance_of = |recipe: Recipe| {
+            let options = Options { policy: policy.clone(), force: true, ..options(recipe) };
+            run(&source, &out, &options).unwrap();
+            distance(&logits(&out), &expected)
+        };
+        let (rounded, own) = (distance_of(RTN), distance_of(Recipe::Awq(None)));
+        assert!(own < 1.3 * rounded, "{name}: {own}, by rounding {rounded}");
+        let norm = |file: &Path| {
+            let file = Gguf::open(file).unwrap();
+            file.tensor("blk.1.attn_norm.weight").map(|tensor| file.data(tensor).to_vec())
+        };
+        folded += usize::from(norm(&source) != norm(&out));
+    }
+    assert!(folded >= 15, "{folded} families have norms that take factors");
+}
+
+#[test]
+fn auto_takes_the_first_recipe_that_is_good_enough_and_leaves_no_other_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let evaluation: Vec<Vec<u32>> = windows().into_iter().take(4).collect();
+    let search = |target: Target, force: bool| {
+        let policy = Policy { grid: Grid::Iq4Nl, ..options(RTN).policy };
+        let options = AutoOptions { policy, target, budget: None, threads: Some(1), force };
+        auto(&source, &out, &options, &windows(), &evaluation, &|_, _, _| {}, &|| false)
+    };
+    let found = search(Target::Divergence(100.0), false).unwrap();
+    assert_eq!((found.outcome.chosen, found.outcome.tried.len()), (0, 1));
+    assert_eq!((found.report.recipe.as_str(), found.report.out.as_path()), ("rtn", out.as_path()));
+    assert!(search(Target::default(), false).unwrap_err().to_string().contains("which exists"));
+
+    let found = search(Target::Divergence(0.0), true).unwrap();
+    let divergences: Vec<f64> = found.outcome.tried.iter().map(|(figures, _)| figures.kl_mean).collect();
+    assert_eq!(divergences.len(), found.names.len());
+    assert!(divergences.iter().all(|kl| *kl >= divergences[found.outcome.chosen]), "{divergences:?}");
+    let json = found.to_json();
+    assert_eq!(json["candidates"].as_array().unwrap().len(), found.names.len());
+    assert_eq!(json["size_bytes"], out.metadata().unwrap().len());
+    assert!(json["chosen_because"].as_str().unwrap().contains("diverges least"));
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "the source and the chosen file are left: {left:?}");
+}
+
+#[test]
+fn bits_that_are_left_go_to_some_tensors_and_never_over_the_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let policy = options(RTN).policy;
+    let spend = |bits: f64| spend_bits(&source, &policy, bits, &windows(), Some(1), &|_, _, _| {}, &|| false);
+    assert_eq!(spend(4.5).unwrap(), policy);
+    assert!(spend(4.4).unwrap_err().to_string().starts_with("bits_per_weight: found 4.4, expected at least 4.5"));
+    let mut last = f64::INFINITY;
+    for bits in [5.0, 5.5, 7.0, 8.5] {
+        let out = folder.path().join(format!("{bits}.gguf"));
+        let report = run(&source, &out, &Options { policy: spend(bits).unwrap(), ..options(gptq()) }).unwrap();
+        assert!(report.bits_per_weight() <= bits && report.bits_per_weight() > bits - 0.4, "{bits}: {report:?}");
+        let lost = distance(&logits(&out), &logits(&source));
+        assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
+        last = lost;
+    }
+}
+
+#[test]
+fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let signround = signround::Options { steps: 20, ..signround::Options::default() };
+    for recipe in [Recipe::Awq(None), Recipe::Awq(Some(gptq::Options::default())), Recipe::Signround(signround)] {
+        let of = |threads: usize| {
+            let out = folder.path().join(format!("{}-{threads}.gguf", recipe.name()));
+            run(&source, &out, &Options { threads: Some(threads), ..options(recipe) }).unwrap();
+            std::fs::read(out).unwrap()
+        };
+        assert!(of(1) == of(2), "{}", recipe.name());
+    }
+}
+
+#[test]
 fn the_bytes_are_the_same_on_one_and_two_threads() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["llama", "qwen2_moe"] {
@@ -108,7 +199,7 @@ fn the_bytes_are_the_same_on_one_and_two_threads() {
 
 #[test]
 fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
-    for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN)] {
+    for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN), ("bloom", Recipe::Awq(None))] {
         let folder = tempfile::tempdir().unwrap();
         let source = source(&folder, name);
         let whole = folder.path().join("whole.gguf");

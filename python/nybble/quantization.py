@@ -68,7 +68,7 @@ def quantize(
         group: weights that share a scale: 32, 64, 128, or 0 for whole rows; 32 if None. Rows that it does not divide
             get the next half of it that does.
         symmetric: codes around 0 (Q4_0), or with a minimum of their own for each group (Q4_1).
-        format: the type of the blocks, instead of `symmetric`.
+        format: the type of the blocks, instead of `symmetric`; without either it is q4_0, and iq4_nl for "auto".
         search: whether rounding to the nearest searches for the best scales.
         calibration: the text that recipes look at: a file (prose, or JSONL with a document a line), a list of texts,
             "sample" for the small one of the package, or "self" for what the model writes itself.
@@ -98,7 +98,8 @@ def quantize(
     out = Path(out)
     _check(out, recipe, group, symmetric, format, bits_per_weight, target, budget, force)
     path = hub.resolve(source, revision=revision)
-    grid = format or ("q4_1" if symmetric is False else "q4_0")
+    usual = "iq4_nl" if recipe == "auto" else "q4_0"
+    grid = format or ("q4_1" if symmetric is False else usual)
     with _reporter(progress) as report:
         tokenizer = Tokenizer.load(path)
         measures = recipe == "auto" or evaluation is not None if measure is None else measure

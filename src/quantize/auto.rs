@@ -10,6 +10,7 @@ use super::eval::{Baseline, Evaluation};
 use super::flow::{self, Options, Progress, Recipe};
 use super::gptq;
 use super::policy::Policy;
+use super::problem::Grid;
 use super::report::Report;
 use super::search::{Figures, Outcome, Target, search};
 use super::sensitivity;
@@ -28,9 +29,6 @@ const SENSITIVITY: (usize, usize) = (2, 128);
 pub struct AutoOptions {
     /// Which tensor becomes what.
     pub policy: Policy,
-    /// Bits a weight of the linear layers on average, scales included: what is more than the usual format takes goes to the
-    /// most sensitive tensors.
-    pub bits_per_weight: Option<f64>,
     /// What is good enough.
     pub target: Target,
     /// How long the search may last.
@@ -52,6 +50,8 @@ pub struct AutoReport {
     pub outcome: Outcome,
     /// The full-precision model on the same text.
     pub reference: Evaluation,
+    /// The grid and the group of all of them.
+    pub format: (Grid, usize),
     /// Mean divergence of the chosen one at each scored position of a window.
     pub kl_by_position: Vec<f64>,
 }
@@ -82,19 +82,18 @@ pub fn auto(
     progress("reference", 0, 1);
     let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| Ok(()), interrupted)?;
     let reference = baseline.evaluation().clone();
-    let policy = planned(source, options, &load, windows, progress, interrupted)?;
 
     let recipes = recipes();
     let names: Vec<String> = recipes.iter().map(|recipe| recipe.name().to_owned()).collect();
     let paths: Vec<PathBuf> = names.iter().map(|name| beside(out, name)).collect();
     let mut made: Vec<(Report, Evaluation)> = Vec::new();
     let mut evaluate = |number: usize| {
-        let options =
-            Options { recipe: recipes[number], policy: policy.clone(), threads: options.threads, force: true };
+        let run =
+            Options { recipe: recipes[number], policy: options.policy.clone(), threads: options.threads, force: true };
         let told = |stage: &str, done: usize, total: usize| {
             progress(&format!("{}: {stage}", names[number]), done, total);
         };
-        let report = flow::quantize(source, &paths[number], &options, windows, &told, interrupted)?;
+        let report = flow::quantize(source, &paths[number], &run, windows, &told, interrupted)?;
         told("evaluation", 0, 1);
         let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| Ok(()), interrupted)?;
         let figures = figures(&report, &measured);
@@ -122,7 +121,8 @@ pub fn auto(
     report.out = out.to_path_buf();
     report.seconds = started.elapsed().as_secs_f64();
     let kl_by_position = measured.divergence.map(|divergence| divergence.kl_by_position).unwrap_or_default();
-    Ok(AutoReport { report, names, outcome, reference, kl_by_position })
+    let format = (options.policy.grid, options.policy.group);
+    Ok(AutoReport { report, names, outcome, reference, format, kl_by_position })
 }
 
 /// From cheap to dear.
@@ -139,24 +139,34 @@ fn beside(out: &Path, recipe: &str) -> PathBuf {
     out.with_file_name(name)
 }
 
-/// The policy with more bits for the most sensitive tensors, if there are any to give.
-fn planned(
+/// `policy` with finer formats for the most sensitive linear layers, so that all have `bits` a weight on average at most,
+/// scales included. Sensitivity is measured on the first of `windows`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] when the usual format takes more bits than that, and for too little text; those of
+/// [`quantize`](flow::quantize).
+pub fn spend_bits(
     source: &Path,
-    options: &AutoOptions,
-    load: &LoadOptions,
+    policy: &Policy,
+    bits: f64,
     windows: &[Vec<u32>],
+    threads: Option<usize>,
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Policy> {
-    let mut policy = options.policy.clone();
-    let Some(bits) = options.bits_per_weight else { return Ok(policy) };
+    policy.check()?;
     let sample: Vec<Vec<u32>> =
         windows.iter().take(SENSITIVITY.0).map(|window| window[..window.len().min(SENSITIVITY.1)].to_vec()).collect();
+    if sample.iter().all(Vec::is_empty) {
+        return Err(Error::argument("calibration", "no text", "a text on which sensitivity is measured"));
+    }
     let plan = |checkpoint: &dyn Checkpoint| {
-        let layers = Layerwise::load(checkpoint, load)?;
-        sensitivity::plan(checkpoint, &layers, &options.policy, bits, &sample, progress, interrupted)
+        let layers = Layerwise::load(checkpoint, &LoadOptions { threads, ..LoadOptions::default() })?;
+        flow::check_windows(&layers, windows)?;
+        sensitivity::plan(checkpoint, &layers, policy, bits, &sample, progress, interrupted)
     };
     let finer = if source.is_dir() { plan(&HfFolder::open(source)?)? } else { plan(&Gguf::open(source)?)? };
+    let mut policy = policy.clone();
     policy.keep.extend(finer);
     Ok(policy)
 }
@@ -181,6 +191,8 @@ impl AutoReport {
         let candidate = |(number, (figures, duration)): (usize, &(Figures, Duration))| {
             json!({
                 "recipe": self.names[number],
+                "format": self.format.0.block_type().name(),
+                "group": self.format.1,
                 "size_bytes": figures.size_bytes,
                 "perplexity": figures.perplexity,
                 "kl_mean": figures.kl_mean,

@@ -209,7 +209,7 @@ fn check_vectors(checkpoint: &dyn Checkpoint) -> Result<()> {
     Ok(())
 }
 
-fn check_windows(layers: &Layerwise, windows: &[Vec<u32>]) -> Result<()> {
+pub(super) fn check_windows(layers: &Layerwise, windows: &[Vec<u32>]) -> Result<()> {
     let tokens: usize = windows.iter().map(Vec::len).sum();
     if tokens < LEAST_TEXT {
         let expected = format_args!("at least {LEAST_TEXT}, better 50000").to_string();

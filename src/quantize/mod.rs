@@ -25,7 +25,7 @@ mod sensitivity;
 pub mod signround;
 mod stream;
 
-pub use auto::{AutoOptions, AutoReport, auto};
+pub use auto::{AutoOptions, AutoReport, auto, spend_bits};
 pub use flow::{Options, Progress, Recipe, quantize};
 pub use policy::{Policy, Stored};
 pub use report::{Report, TensorReport};

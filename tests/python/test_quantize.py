@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_a_text_to_measure_with_gives_figures(source: Path, tmp_path: Path) -> N
     assert 0 < chosen.kl_mean < 1
     assert report.reference_perplexity is not None
     assert report.kl_by_position
+
+
+def test_auto_tries_recipes_and_says_which_it_chose_and_why(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    stages: list[str] = []
+    report = quantize(
+        source, out, group=64, calibration=[TEXT], target=1e-6, progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert len(report.candidates) > 1
+    assert report.chosen is not None
+    assert report.chosen.recipe == report.recipe
+    assert report.chosen.kl_mean == min(candidate.kl_mean or 0 for candidate in report.candidates)
+    assert report.chosen_because
+    assert report.chosen_because in html.unescape(report.to_html())
+    assert len(set(stages)) > 2
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_what_is_measured_with_was_held_out(source: Path, tmp_path: Path) -> None:

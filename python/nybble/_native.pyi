@@ -22,6 +22,7 @@ __all__ = [
     "convert",
     "default_threads",
     "kernels",
+    "panic_for_tests",
     "perplexity",
     "quantize",
 ]

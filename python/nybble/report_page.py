@@ -58,7 +58,7 @@ def _errors(report: Report) -> dict[str, list[Point]]:
 
 def _error_plot(kinds: dict[str, list[Point]]) -> Markup:
     series = [Series(kind, points) for kind, points in kinds.items()]
-    y = Axis("error, % of the outputs", _tick)
+    y = Axis("relative error, %", _tick)
     return plot(series, Axis("layer", _tick), y, "Relative error of each layer's matrices")
 
 

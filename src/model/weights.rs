@@ -44,6 +44,7 @@ pub(super) struct Mlp {
 
 /// A feed-forward layer.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a layer, beside megabytes of weights")]
 pub(super) enum Ffn {
     Dense(Mlp),
     Experts {

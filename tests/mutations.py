@@ -1,4 +1,4 @@
-"""Loads damaged models by the thousand: each loads and generates, or raises a documented error, soon and in little memory.
+"""Loads damaged models by the thousand: each loads and writes or raises a documented error, soon and in little memory.
 
     python tests/mutations.py                              100,000 GGUF files and 20,000 checkpoint folders
     python tests/mutations.py --files 500 --folders 100    a short run, part of the test suite

@@ -3,7 +3,7 @@
     python tests/soak.py                      an hour with the default model
     python tests/soak.py --minutes 1 --model model.gguf
 
-Requests differ in prompt, length, sampling and way of asking (alone, in a batch, as a stream, as a stream that is left in
+Requests differ in prompt, length, sampling and way of asking (alone, in a batch, as a stream, as a stream left in
 the middle); what they have in common is that the answer may not depend on any of that. Memory, threads and open files
 are looked at between rounds and may not grow.
 """
@@ -11,7 +11,6 @@ are looked at between rounds and may not grow.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import threading
@@ -22,7 +21,8 @@ from pathlib import Path
 
 from nybble import Completion, Model, SamplingOptions
 
-WORDS = "the a of river stone light seven winter because never walks under blue machine and then it was".split()
+TEXT = "the a of river stone light seven winter because never walks under blue machine and then it was"
+WORDS = TEXT.split()
 CONSUMERS = 8
 ROUND = 24
 """Requests between two looks at what the process holds."""
@@ -85,7 +85,7 @@ def held() -> tuple[int, int, int]:
     """Megabytes of memory, threads and open files of this process."""
     status = Path("/proc/self/status").read_text()
     memory = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) >> 10
-    return memory, threading.active_count(), len(os.listdir("/proc/self/fd"))
+    return memory, threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 
 
 def main() -> int:

@@ -152,7 +152,25 @@ def values(dice: Dice, data: bytearray) -> None:
     for _ in range(dice.integers(1, 4)):
         places = list(_places(document))
         holder, key = places[dice.integers(len(places))]
-        strange = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, 1.5, "", "x", "\ud800", "{{", [], {}, [[]], [0] * 9]
+        strange: list[Any] = [
+            None,
+            True,
+            -1,
+            0,
+            1,
+            2**31,
+            2**63,
+            1e308,
+            1.5,
+            "",
+            "x",
+            "\ud800",
+            "{{",
+            [],
+            {},
+            [[]],
+            [0] * 9,
+        ]
         match dice.integers(4):
             case 0 if isinstance(holder, dict):
                 del holder[key]
@@ -339,8 +357,9 @@ def run(kind: str, cases: list[int], seed: int, workers: int) -> bool:
             process.start()
             say.close()
             running[hear] = (process, share)
-        for hear in multiprocessing.connection.wait(list(running), timeout=STUCK):
-            assert isinstance(hear, Connection)
+        for ready in multiprocessing.connection.wait(list(running), timeout=STUCK):
+            assert isinstance(ready, Connection)
+            hear = ready
             process, share = running[hear]
             try:
                 message = hear.recv()

@@ -2,6 +2,7 @@
 //! `nybble` makes an API of it, and `_native.pyi` describes it to type checkers.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -44,6 +45,7 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error {
             // With the number of the error, OSError becomes FileNotFoundError, PermissionError and so on.
+            Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
             Error::Io { path, source } => match source.raw_os_error() {
                 Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),

@@ -44,20 +44,15 @@ def test_a_model_too_large_for_the_memory_is_a_memory_error_and_others_stay_usab
     tmp_path: Path, tiny_file: Path
 ) -> None:
     big = tmp_path / "big.gguf"
-    rows = 1 << 19  # 32 MB of embedding
-    tokens = [*tiny.byte_pieces(), *(f"token {i}" for i in range(rows - 256))]
-    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * rows, "llama.vocab_size": rows}
-    tiny.write_model(big, layers=1, **keys)
+    tiny.write_model(big, layers=1, feed_forward=1 << 18)  # 28 MB in three matrices
     script = """
-        import resource, sys
+        import os, resource, sys
         from nybble import Model, _native
         small, big = sys.argv[1:]
         model = Model.load(small, threads=1)
         before = model.generate("abc", max_tokens=8, temperature=0).text
         used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        import os
-        size = os.path.getsize(big)
-        resource.setrlimit(resource.RLIMIT_AS, (used + size + (16 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + os.path.getsize(big) + (6 << 20), resource.RLIM_INFINITY))
         try:
             _native.Model.load(big, threads=1)
         except MemoryError as error:
@@ -67,23 +62,23 @@ def test_a_model_too_large_for_the_memory_is_a_memory_error_and_others_stay_usab
     """
     done = python(script, tiny_file, big)
     assert done.returncode == 0, done.stderr
-    assert "out of memory: packed weights" in done.stdout
+    assert "memory" in done.stdout.splitlines()[0]
     assert "usable" in done.stdout
 
 
 @linux
 def test_a_cache_too_large_for_the_memory_is_a_memory_error_and_the_model_stays_usable(tmp_path: Path) -> None:
-    # Long contexts of many heads: the cache grows by 32 MB a page of 64 tokens.
+    # 512 layers: every page of 64 tokens takes 4 MB.
     file = tiny.write_model(tmp_path / "deep.gguf", layers=512, llama__context_length=1 << 20)
     script = """
-        import resource, sys
+        import os, resource, sys
         from nybble import Model, _native
         model = Model.load(sys.argv[1], threads=1)
         model.logits(list(range(64)) * 2)
         used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
         resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.RLIM_INFINITY))
         try:
-            model.logits(list(range(64)) * 12)
+            model.logits(list(range(64)) * 400)
         except MemoryError as error:
             print(error)
         assert model.logits(list(range(64))).shape[0] == 64

@@ -58,11 +58,12 @@ def metadata(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def write_model(path: Path, layers: int = 2, **changes: Any) -> Path:
+def write_model(path: Path, layers: int = 2, feed_forward: int = 96, **changes: Any) -> Path:
     """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. The same weights every time."""
     dice = np.random.default_rng(7)
-    values = metadata(**{"llama__block_count": layers, **changes})
-    hidden, feed_forward, kv, vocabulary = 64, 96, 32, len(values["tokenizer.ggml.tokens"])
+    sizes = {"llama__block_count": layers, "llama__feed_forward_length": feed_forward}
+    values = metadata(**{**sizes, **changes})
+    hidden, kv, vocabulary = 64, 32, len(values["tokenizer.ggml.tokens"])
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
         "token_embd.weight": (Q8_0, (hidden, vocabulary), q8_0(dice.normal(0, 0.2, (vocabulary, hidden)))),
         "output_norm.weight": _norm(hidden),

@@ -100,8 +100,9 @@ def q8_0(values: np.ndarray[Any, Any]) -> bytes:
 
 def random_q4_0(dice: np.random.Generator, count: int) -> bytes:
     """Blocks of 32: an F16 scale and 32 nibbles, here any of them."""
-    scale = np.float16(0.03).tobytes()
-    return b"".join(scale + dice.bytes(BLOCK // 2) for _ in range(count // BLOCK))
+    scale = np.frombuffer(np.float16(0.03).tobytes(), np.uint8)
+    codes = np.frombuffer(dice.bytes(count // 2), np.uint8).reshape(-1, BLOCK // 2)
+    return np.hstack([np.broadcast_to(scale, (len(codes), 2)), codes]).tobytes()
 
 
 def write_gguf(

@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from nybble.cli.bench import bench
-from nybble.cli.chat import chat
-from nybble.cli.convert import convert
-from nybble.cli.eval import evaluate
-from nybble.cli.inspect import inspect
-from nybble.cli.models import models
-from nybble.cli.quantize import quantize
-from nybble.cli.run import run
+_COMMANDS = {
+    "run": "run",
+    "chat": "chat",
+    "inspect": "inspect",
+    "convert": "convert",
+    "quantize": "quantize",
+    "eval": "evaluate",
+    "bench": "bench",
+    "models": "models",
+}
+"""The commands in the order of the help: each is a module of this package, and a function in it."""
 
 app = typer.Typer(
     name="nybble",
@@ -28,11 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Two positions of which the first may be missing are one list to the parser, so the usage line is told what they are.
-app.command(options_metavar="[OPTIONS] [MODEL]")(run)
-for command in (chat, inspect, convert, quantize, bench, models):
-    app.command()(command)
-app.command("eval")(evaluate)
+
+
+def _add_commands(arguments: Sequence[str]) -> None:
+    """Adds the command that `arguments` begin with, or else all, of which making the options takes a while."""
+    app.registered_commands.clear()
+    for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
+        function = getattr(import_module(f"nybble.cli.{name}"), _COMMANDS[name])
+        # Two positions of which the first may be missing are one list to the parser, so the usage line is told of both.
+        app.command(name, options_metavar="[OPTIONS] [MODEL]" if name == "run" else "[OPTIONS]")(function)
 
 
 @app.callback(invoke_without_command=True)
@@ -53,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, 1 (failed) or 2 (misused)."""
     from nybble.cli.terminal import complain
 
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(None if arguments is None else list(arguments), prog_name="nybble", standalone_mode=False)
+        _add_commands(arguments)
+        code = app(arguments, prog_name="nybble", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

@@ -300,7 +300,7 @@ def attempt(path: Path, quantize: Any) -> str:
         return type(error).__name__
 
 
-def work(kind: str, numbers: list[int], seed: int, say: Connection) -> None:
+def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection) -> None:
     """Runs cases, telling the parent of each before and after."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
@@ -331,7 +331,7 @@ def work(kind: str, numbers: list[int], seed: int, say: Connection) -> None:
             except BaseException:
                 ended = "UNDOCUMENTED " + traceback.format_exc()
             seconds, memory = time.process_time() - started, peak() - before
-            if seconds > SECONDS:
+            if seconds > limit:
                 ended = f"TOO LONG: {seconds:.1f} s, {ended}"
             elif memory > size + MEMORY:
                 ended = f"TOO MUCH: {memory >> 20} MB for files of {size >> 20} MB, {ended}"
@@ -340,7 +340,7 @@ def work(kind: str, numbers: list[int], seed: int, say: Connection) -> None:
     say.send(("done",))
 
 
-def run(kind: str, cases: list[int], seed: int, workers: int) -> bool:
+def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> bool:
     """Runs cases on several processes, prints what became of them, and returns whether all ended as they should."""
     context = multiprocessing.get_context("spawn")
     outcomes: Counter[str] = Counter()
@@ -353,7 +353,7 @@ def run(kind: str, cases: list[int], seed: int, workers: int) -> bool:
         while queue and len(running) < workers:
             share = queue.pop()
             hear, say = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(kind, share, seed, say))
+            process = context.Process(target=work, args=(kind, share, seed, limit, say))
             process.start()
             say.close()
             running[hear] = (process, share)
@@ -403,13 +403,14 @@ def main() -> int:
     parser.add_argument("--folders", type=int, default=20_000, help="how many checkpoint folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time that one case may take")
     parser.add_argument("--only", help="one case, such as files:4711")
     arguments = parser.parse_args()
     if arguments.only:
         kind, _, case = arguments.only.partition(":")
-        return 0 if run(kind, [int(case)], arguments.seed, 1) else 1
-    good = run("files", list(range(arguments.files)), arguments.seed, arguments.workers)
-    good &= run("folders", list(range(arguments.folders)), arguments.seed, arguments.workers)
+        return 0 if run(kind, [int(case)], arguments.seed, 1, arguments.seconds) else 1
+    good = run("files", list(range(arguments.files)), arguments.seed, arguments.workers, arguments.seconds)
+    good &= run("folders", list(range(arguments.folders)), arguments.seed, arguments.workers, arguments.seconds)
     return 0 if good else 1
 
 

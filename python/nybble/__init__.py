@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nybble.quantization import quantize
     from nybble.report import Report
     from nybble.sampling import SamplingOptions
+    from nybble.session import Session
     from nybble.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Reference",
     "Report",
     "SamplingOptions",
+    "Session",
     "TextStream",
     "Timings",
     "TokenLogprob",
@@ -51,6 +53,7 @@ _MODULES = {
     "quantization": ("quantize",),
     "report": ("Report",),
     "sampling": ("SamplingOptions",),
+    "session": ("Session",),
     "tokenizer": ("Tokenizer",),
 }
 

@@ -17,6 +17,7 @@ __all__ = [
     "Sampled",
     "SentencePiece",
     "Sequence",
+    "Session",
     "TensorInfo",
     "__version__",
     "convert",
@@ -73,7 +74,7 @@ class TensorInfo:
 
 @final
 class GgufFile:
-    def __new__(cls, path: str | os.PathLike[str]) -> GgufFile: ...
+    def __new__(cls, path: str | os.PathLike[str], mmap: bool = True) -> GgufFile: ...
     @property
     def metadata(self) -> dict[str, Any]: ...
     @property
@@ -106,6 +107,18 @@ class Sampled:
 class Sequence: ...
 
 @final
+class Session:
+    def __new__(cls, model: Model) -> Session: ...
+    @staticmethod
+    def of(sequence: Sequence) -> Session: ...
+    @staticmethod
+    def load(model: Model, path: str | os.PathLike[str]) -> tuple[Session, list[int]]: ...
+    def save(self, model: Model, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
+    def prefix(self, len: int) -> Session: ...
+    def resume(self, model: Model, tokens: _Sequence[int], options: SamplingOptions) -> Sequence: ...
+    def __len__(self) -> int: ...
+
+@final
 class Model:
     @staticmethod
     def load(
@@ -115,6 +128,7 @@ class Model:
         context: int | None = None,
         quantize: str = "auto",
         cache_type: str | None = None,
+        mmap: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(self, prompt: _Sequence[int], options: SamplingOptions) -> Sequence: ...

@@ -21,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written. What a session had seen before is not read again, and does not count."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -74,17 +74,26 @@ class Writer:
     """One sequence on its way to text: the native state, and what has been written so far."""
 
     def __init__(
-        self, model: _native.Model, tokenizer: Tokenizer, prompt: Sequence[int], options: SamplingOptions, context: int
+        self,
+        model: _native.Model,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        context: int,
+        *,
+        session: _native.Session | None = None,
     ) -> None:
         if len(prompt) > context:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
-        self.sequence = model.sequence(prompt, options)
+        # A session has seen a beginning of the prompt, and the last token is read in any case.
+        known = 0 if session is None else min(len(session), len(prompt) - 1)
+        self.sequence = model.sequence(prompt, options) if session is None else session.resume(model, prompt, options)
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
-        self._prompt_tokens = len(prompt)
+        self._prompt_tokens = len(prompt) - known
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
@@ -112,6 +121,11 @@ class Writer:
             self.finish_reason = "length"
             text += self._rest()
         return self._keep(text)
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The ids written so far, without the one that ended the text."""
+        return self._tokens
 
     def completion(self) -> Completion:
         """Everything so far."""

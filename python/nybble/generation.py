@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from nybble.constraint import constraint
 from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
@@ -87,9 +88,13 @@ class Writer:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
+        allowed = constraint(tokenizer, options)
         # A session has seen a beginning of the prompt, and the last token is read in any case.
         known = 0 if session is None else min(len(session), len(prompt) - 1)
-        self.sequence = model.sequence(prompt, options) if session is None else session.resume(model, prompt, options)
+        if session is None:
+            self.sequence = model.sequence(prompt, options, allowed)
+        else:
+            self.sequence = session.resume(model, prompt, options, allowed)
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)

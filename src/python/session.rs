@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use pyo3::prelude::*;
 
-use super::{Model, Options, Sequence, TokenIds, guarded, token_ids};
+use super::{Constraint, Model, Options, Sequence, TokenIds, guarded, token_ids};
 use crate::{Error, engine, model};
 
 /// The keys and values of the tokens seen so far. It does not change: a sequence goes on from a copy, which shares its memory.
@@ -49,9 +49,20 @@ impl Session {
     }
 
     /// A sequence that goes on with `tokens`: the text that the session has seen, and more.
-    fn resume(&self, py: Python<'_>, model: &Model, tokens: TokenIds, options: Options) -> PyResult<Sequence> {
+    #[pyo3(signature = (model, tokens, options, constraint=None))]
+    fn resume(
+        &self,
+        py: Python<'_>,
+        model: &Model,
+        tokens: TokenIds,
+        options: Options,
+        constraint: Option<Bound<'_, Constraint>>,
+    ) -> PyResult<Sequence> {
         let tokens = token_ids(tokens)?;
-        let sequence = guarded(py, || engine::Sequence::resume(&model.0, self.0.fork(), &tokens, options.into()))?;
+        let mut sequence = guarded(py, || engine::Sequence::resume(&model.0, self.0.fork(), &tokens, options.into()))?;
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.get().0.clone());
+        }
         Ok(Sequence(Mutex::new(sequence)))
     }
 

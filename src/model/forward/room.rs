@@ -52,14 +52,15 @@ impl Widths {
     }
 }
 
-/// Makes room for all logits that the inputs ask for.
-pub(super) fn for_logits(inputs: &[Input<'_>], vocabulary: usize, logits: &mut Vec<f32>) -> Result<()> {
+/// Makes room for all logits, or hidden states, that the inputs ask for.
+pub(super) fn for_logits(inputs: &[Input<'_>], model: &Model, logits: &mut Vec<f32>) -> Result<()> {
     let wanted = inputs.iter().map(|input| match input.logits {
         Logits::None => 0,
-        Logits::Last => 1,
-        Logits::All => input.tokens.len(),
+        Logits::Last => model.vocabulary(),
+        Logits::All => input.tokens.len().saturating_mul(model.vocabulary()),
+        Logits::Hidden => input.tokens.len().saturating_mul(model.config.hidden),
     });
-    let count = wanted.fold(0, usize::saturating_add).saturating_mul(vocabulary);
+    let count = wanted.fold(0, usize::saturating_add);
     let bytes = count.saturating_mul(size_of::<f32>());
     logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes })
 }

@@ -293,8 +293,8 @@ class Model:
             raise ModelError("the model is closed")
         return self._native_model
 
-    def _writer(self, prompt: str, options: SamplingOptions) -> Writer:
-        ids = self.tokenizer.encode(prompt)
+    def _writer(self, prompt: str | Sequence[int], options: SamplingOptions) -> Writer:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:  # A model cannot begin from nothing; those that know a start token can begin from that.
             if self.tokenizer.bos_id is None:
                 raise ValueError("prompt: found no tokens, expected at least one")

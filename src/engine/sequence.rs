@@ -7,9 +7,9 @@ use crate::model::{Input, Logits, Model, Session};
 /// Text in the making: tokens go in, [`step`] computes them and samples the next.
 #[derive(Debug)]
 pub struct Sequence {
-    session: Session,
-    pending: Vec<u32>,
-    sampler: Sampler,
+    pub(super) session: Session,
+    pub(super) pending: Vec<u32>,
+    pub(super) sampler: Sampler,
     vocabulary: usize,
 }
 
@@ -67,6 +67,18 @@ impl Sequence {
     pub fn session(&self) -> &Session {
         &self.session
     }
+
+    /// Chooses the next token by the logits after the last one, and counts it for what comes after.
+    pub(super) fn take(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        let sampled = self.sampler.sample(logits)?;
+        self.sampler.accept(sampled.token);
+        Ok(sampled)
+    }
+
+    /// Whether tokens may be guessed ahead, to be confirmed several at once.
+    pub(super) fn may_speculate(&self) -> bool {
+        true
+    }
 }
 
 /// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.
@@ -92,10 +104,9 @@ pub fn step(
     model.forward(&mut inputs, &mut logits, interrupted)?;
     let rows = logits.chunks_mut(model.vocabulary());
     let sample = |(sequence, logits): (&mut &mut Sequence, &mut [f32])| {
-        let sampled = sequence.sampler.sample(logits);
+        let sampled = sequence.take(logits);
         sequence.pending.clear();
         if let Ok(sampled) = &sampled {
-            sequence.sampler.accept(sampled.token);
             sequence.pending.push(sampled.token);
         }
         sampled

@@ -251,20 +251,20 @@ class _Texts(AsyncIterator[str]):
 class Engine:
     """Serves many requests over one model at the same time: `with Engine(model) as engine: ...`.
 
-    Requests join and leave while others are written. A text is, to the bit, the one that `Model.generate` would give alone,
-    whatever else is going on.
+    Requests join and leave while others are written. A text is, to the bit, the one that `Model.generate` would give
+    alone, whatever else is going on.
 
     Args:
         model: what computes. Closing it does not stop the engine, which keeps what it needs.
         max_batch: requests that are computed at a time; others wait in the order of their coming.
         max_queue: requests that may wait; any number if None.
-        cache_bytes: bytes of keys and values at most, those kept for later prompts included. If None, half of the memory
-            that is free now, and enough for one text that fills the context.
+        cache_bytes: bytes of keys and values at most, those kept for later prompts included. If None, half of the
+            memory that is free now, and enough for one text that fills the context.
         prefix_cache: keep keys and values of texts, so that prompts that begin alike are computed once.
-        prefill_chunk: tokens of prompts in a step at most. If None, so many that running texts wait about two and a half
-            times as long as usual.
-        speculation: guess tokens ahead and confirm several in one step, which changes the speed and not the text: "off",
-            "on", or "auto", which stops where too few guesses are right or too many requests run.
+        prefill_chunk: tokens of prompts in a step at most. If None, so many that running texts wait about two and a
+            half times as long as usual.
+        speculation: guess tokens ahead and confirm several in one step, which changes the speed and not the text:
+            "off", "on", or "auto", which stops where too few guesses are right or too many requests run.
         draft: a smaller model of the same vocabulary to guess with; otherwise guesses come from the text itself.
 
     Raises:
@@ -368,7 +368,7 @@ class Engine:
         return self._loop.stats()
 
     def close(self, *, drain: bool = False) -> None:
-        """Takes no more requests, and ends: at once, which fails the requests that run and wait, or after all of them.
+        """Takes no more requests, and ends: at once, failing those that run and wait, or after all of them (`drain`).
 
         The model remains open.
         """
@@ -410,7 +410,7 @@ class _Loop:
         self._changed = threading.Condition()
         self._new: deque[Request] = deque()
         self._left: deque[Request] = deque()
-        # Requests that have not ended, and those of them that the scheduler has, by its numbers: these are the thread's.
+        # Requests that have not ended, and those of them that the scheduler has, by its numbers. The thread's own.
         self._requests: set[Request] = set()
         self._numbers: dict[int, Request] = {}
         self._ending: Literal["drain", "now"] | None = None

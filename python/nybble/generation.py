@@ -66,8 +66,8 @@ class Completion:
     tokens: tuple[int, ...]
     """The ids that were written, without the one that ended the text."""
     finish_reason: FinishReason
-    """"stop": the model or a stop string ended the text. "length": `max_tokens` or the context did. "cancelled": somebody
-    called the request to an engine off."""
+    """"stop": the model or a stop string ended the text. "length": `max_tokens` or the context did.
+    "cancelled": the request to an engine was called off."""
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None

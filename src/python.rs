@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use numpy::PyArray2;
@@ -40,6 +40,7 @@ use errors::{ContextFullError, InternalError, ModelError};
 mod constraint;
 mod evaluate;
 mod quantize;
+mod scheduler;
 mod vocab;
 
 impl From<Error> for PyErr {
@@ -317,13 +318,20 @@ impl From<engine::sampler::Sampled> for Sampled {
     }
 }
 
-/// Text in the making.
+/// Text in the making. A scheduler takes it away.
 #[pyclass(frozen, module = "nybble._native")]
-struct Sequence(Mutex<engine::Sequence>);
+struct Sequence(Mutex<Option<engine::Sequence>>);
+
+impl Sequence {
+    /// What a sequence that is not there is told as.
+    fn busy() -> Error {
+        Error::argument("sequence", "one that is in a step or a scheduler already", "each in one at a time")
+    }
+}
 
 /// A model in memory.
 #[pyclass(frozen, module = "nybble._native")]
-struct Model(model::Model);
+struct Model(Arc<model::Model>);
 
 #[pymethods]
 impl Model {
@@ -346,7 +354,8 @@ impl Model {
         let quantize = model::Quantize::by_name(quantize)?;
         let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
         let options = LoadOptions { kernel, threads, context, quantize, cache_type };
-        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model)
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
+            .map(|model| Model(Arc::new(model)))
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
@@ -363,18 +372,18 @@ impl Model {
         if let Some(constraint) = constraint {
             sequence.constrain(constraint.get().0.clone());
         }
-        Ok(Sequence(Mutex::new(sequence)))
+        Ok(Sequence(Mutex::new(Some(sequence))))
     }
 
     /// Computes what is pending of each sequence and samples a token for each, which is then pending.
     fn step(&self, py: Python<'_>, sequences: Vec<Py<Sequence>>) -> PyResult<Vec<Sampled>> {
-        let busy = || Error::argument("sequence", "one that is in a step already", "each in one step at a time");
         // Whoever holds a sequence computes, so waiting for it here would keep the GIL all the while.
         let mut guards: Vec<_> = sequences
             .iter()
-            .map(|sequence| sequence.get().0.try_lock().map_err(|_| busy()))
+            .map(|sequence| sequence.get().0.try_lock().map_err(|_| Sequence::busy()))
             .collect::<crate::Result<_>>()?;
-        let mut stepped: Vec<_> = guards.iter_mut().map(|guard| &mut **guard).collect();
+        let stepped = guards.iter_mut().map(|guard| guard.as_mut().ok_or_else(Sequence::busy));
+        let mut stepped: Vec<_> = stepped.collect::<crate::Result<_>>()?;
         let sampled = detached(py, |interrupted| engine::step(&self.0, &mut stepped, interrupted))?;
         Ok(sampled.into_iter().map(Sampled::from).collect())
     }
@@ -450,6 +459,8 @@ mod _native {
     use super::evaluate::{Baseline, perplexity};
     #[pymodule_export]
     use super::quantize::quantize;
+    #[pymodule_export]
+    use super::scheduler::Scheduler;
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]

@@ -16,6 +16,7 @@ __all__ = [
     "GgufFile",
     "Model",
     "Sampled",
+    "Scheduler",
     "SentencePiece",
     "Sequence",
     "TensorInfo",
@@ -135,6 +136,25 @@ class Model:
     def hidden_states(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+@final
+class Scheduler:
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        draft: Model | None = None,
+        max_batch: int = 16,
+        cache_bytes: int | None = None,
+        prefix_cache: bool = True,
+        prefill_chunk: int | None = None,
+        speculation: str = "off",
+    ) -> Scheduler: ...
+    def submit(self, sequence: Sequence, limit: int) -> int: ...
+    def cancel(self, id: int) -> bool: ...
+    def step(self, signals: bool) -> list[tuple[int, Sampled | Exception]]: ...
+    def interrupt(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
 
 @final
 class Baseline:

@@ -517,7 +517,7 @@ class _Loop:
 
     def _step(self) -> None:
         tokens = 0
-        for number, outcome in self._scheduler.step(signals=False):
+        for number, outcome, cached in self._scheduler.step(signals=False):
             request = self._numbers.get(number)
             if request is None or request._is_done:
                 continue  # It was cancelled, or several tokens came at once and an earlier one ended it.
@@ -526,6 +526,7 @@ class _Loop:
                 self._drop(request)
                 continue
             tokens += 1
+            request._writer.cached_tokens = cached
             if not request._push(outcome) and not request._is_cancelled:
                 self._drop(request, finished=1)
         with self._changed:

@@ -31,6 +31,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed, since an earlier text had begun alike."""
 
     @property
     def total_tokens(self) -> int:
@@ -92,6 +94,7 @@ class Writer:
         room = context - len(prompt) + 1
         self.limit = room if options.max_tokens is None else min(room, options.max_tokens)
         self.prompt_tokens = len(prompt)
+        self.cached_tokens = 0
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
@@ -128,7 +131,7 @@ class Writer:
             text="".join(self._pieces),
             tokens=tuple(self._tokens),
             finish_reason=self.finish_reason or "length",
-            usage=Usage(self.prompt_tokens, written),
+            usage=Usage(self.prompt_tokens, written, self.cached_tokens),
             timings=Timings(
                 prompt_seconds=prompt_seconds,
                 decode_seconds=decode_seconds,
@@ -174,11 +177,12 @@ def run(model: _native.Model, writers: Sequence[Writer]) -> None:
         scheduler.submit(writer.sequence, writer.limit): writer for writer in writers if writer.finish_reason is None
     }
     while active:
-        for number, outcome in scheduler.step(signals=True):
+        for number, outcome, cached in scheduler.step(signals=True):
             if (writer := active.get(number)) is None:
                 continue  # Several tokens came at once, and an earlier one ended the text.
             if isinstance(outcome, BaseException):
                 raise outcome
+            writer.cached_tokens = cached
             writer.push(outcome)
             if writer.finish_reason is not None:
                 scheduler.cancel(number)

@@ -59,6 +59,8 @@ impl Default for SchedulerOptions {
 pub struct Event {
     /// The number that [`Scheduler::submit`] gave.
     pub id: u64,
+    /// Tokens of its prompt that were not computed, since their keys and values were there.
+    pub reused: usize,
     /// The token. With guesses that were right there are several events of one sequence in a step, in order.
     pub result: Result<Sampled>,
 }
@@ -91,8 +93,10 @@ pub struct Stats {
 struct Entry {
     id: u64,
     sequence: Sequence,
-    /// All tokens: seen, pending and sampled.
+    /// All tokens: seen, pending and sampled. The first so many are its prompt, of which so many were not computed.
     tokens: Vec<u32>,
+    prompt: usize,
+    reused: usize,
     /// Tokens that are still to be sampled.
     left: usize,
     /// Blocks of its beginning that are in the cache, and the number of the last one.
@@ -132,7 +136,7 @@ impl Entry {
         self.sequence.session.truncate(0);
         self.sequence.pending.clone_from(&self.tokens);
         self.draft = None;
-        (self.blocks, self.block, self.rows, self.guesses) = (0, ROOT, 0, 0);
+        (self.blocks, self.block, self.reused, self.rows, self.guesses) = (0, ROOT, 0, 0, 0);
     }
 
     /// Takes pages of texts that begin as this one does. Returns the tokens that need not be computed.
@@ -159,6 +163,7 @@ impl Entry {
                 (self.blocks, self.block) = (self.blocks + 1, number);
             }
         }
+        self.reused += reused;
         reused
     }
 
@@ -171,6 +176,10 @@ impl Entry {
         }
     }
 
+    fn event(&self, result: Result<Sampled>) -> Event {
+        Event { id: self.id, reused: self.reused.min(self.prompt), result }
+    }
+
     /// Samples after each row of `logits` as long as the guesses are right. Returns how many of them were.
     fn sample(&mut self, logits: &mut [f32], vocabulary: usize, events: &mut Vec<Event>) -> Result<usize> {
         let known = self.tokens.len();
@@ -180,7 +189,7 @@ impl Entry {
         for (i, row) in logits.chunks_mut(vocabulary).enumerate() {
             let sampled = self.sequence.take(row)?;
             let token = sampled.token;
-            events.push(Event { id: self.id, result: Ok(sampled) });
+            events.push(self.event(Ok(sampled)));
             self.tokens.push(token);
             self.left -= 1;
             if self.left == 0 || guesses.get(i) != Some(&token) {
@@ -279,22 +288,21 @@ impl Scheduler {
         let tokens = sequence.pending.clone();
         // The last token needs no place of its own: it is sampled, but never fed.
         let left = limit.min(self.model.context() - tokens.len() + 1);
-        let acceptance = Acceptance::default();
-        let (blocks, block, rows, guesses) = (0, ROOT, 0, 0);
-        let id = self.last;
         self.waiting.push_back(Entry {
-            id,
+            id: self.last,
+            prompt: tokens.len(),
+            reused: 0,
             sequence,
             tokens,
             left,
-            blocks,
-            block,
-            acceptance,
+            blocks: 0,
+            block: ROOT,
+            acceptance: Acceptance::default(),
             draft: None,
-            rows,
-            guesses,
+            rows: 0,
+            guesses: 0,
         });
-        Ok(id)
+        Ok(self.last)
     }
 
     /// Ends a sequence, so that its place is free for the next step. False when it has left already.
@@ -448,7 +456,7 @@ impl Scheduler {
         if self.running.is_empty() {
             let bytes = entry.sequence.session.bytes() + entry.sequence.session.bytes_for(entry.rows);
             let what = "the key/value cache of one sequence, within the memory allowed,";
-            events.push(Event { id: entry.id, result: Err(Error::OutOfMemory { what, bytes }) });
+            events.push(entry.event(Err(Error::OutOfMemory { what, bytes })));
         } else {
             entry.reset();
             self.waiting.push_front(entry);
@@ -512,7 +520,7 @@ impl Scheduler {
                     Ok(_) => {}
                     Err(error) => {
                         entry.left = 0;
-                        events.push(Event { id: entry.id, result: Err(error) });
+                        events.push(entry.event(Err(error)));
                     }
                 }
                 entry.guesses = 0;

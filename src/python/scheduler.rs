@@ -66,9 +66,9 @@ impl Scheduler {
         Ok(self.inner()?.cancel(id))
     }
 
-    /// Computes a step. Returns pairs of a sequence's number and its next token, or the exception that ended it. `signals`
-    /// lets handlers of signals run meanwhile, which only the main thread may.
-    fn step(&self, py: Python<'_>, signals: bool) -> PyResult<Vec<(u64, Py<PyAny>)>> {
+    /// Computes a step. Returns sequences' numbers, each with its next token, or the exception that ended it, and how many
+    /// tokens of its prompt were not computed. `signals` lets handlers of signals run meanwhile, as the main thread can.
+    fn step(&self, py: Python<'_>, signals: bool) -> PyResult<Vec<(u64, Py<PyAny>, usize)>> {
         let mut guard = self.inner()?;
         let inner = &mut *guard;
         let stopped = || self.interrupted.load(Ordering::Relaxed);
@@ -82,7 +82,7 @@ impl Scheduler {
                 Ok(sampled) => Py::new(py, Sampled::from(sampled))?.into_any(),
                 Err(error) => PyErr::from(error).into_value(py).into_any(),
             };
-            Ok((event.id, outcome))
+            Ok((event.id, outcome, event.reused))
         };
         events?.into_iter().map(convert).collect()
     }

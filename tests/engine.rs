@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nybble::Error;
 use nybble::engine::sampler::{Sampled, SamplingOptions};
 use nybble::engine::{Scheduler, SchedulerOptions, Sequence, Speculation, step};
-use nybble::model::{CacheType, LoadOptions, Model};
+use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
 use nybble::quant::block::BlockType;
 use tiny_model::{ODD, Shape, llama};
 
@@ -203,6 +203,36 @@ fn a_chat_goes_on_without_computing_its_history() {
     let history = [&job.prompt[..], &answer, &tokens(9, 6)].concat();
     assert_same(&model, &[Job::new(history, greedy(), 4)], &mut scheduler);
     assert_eq!(scheduler.stats().reused_tokens, 2 * PAGE);
+}
+
+#[test]
+fn a_page_goes_on_where_it_was_filled_and_nowhere_else() {
+    let (model, other) = (load(), load());
+    let tokens = tokens(PAGE + 10, 1);
+    let logits = |session: &mut Session, tokens: &[u32]| {
+        let mut logits = Vec::new();
+        model.forward(&mut [Input { session, tokens, logits: Logits::Last }], &mut logits, &|| false).unwrap();
+        logits
+    };
+    let mut first = model.session();
+    let expected = logits(&mut first, &tokens);
+    let page = first.page(0).unwrap();
+    assert!(first.page(1).is_none(), "it is not full");
+    assert!(page.is_shared());
+    let bytes = model.cache_bytes_per_page();
+    for held in [PAGE, 40] {
+        let mut second = model.session();
+        second.adopt(&page, held).unwrap();
+        assert_eq!((second.len(), second.bytes()), (held, bytes));
+        assert_eq!(second.bytes_for(1), bytes, "a new page, or a copy");
+        assert_eq!(logits(&mut second, &tokens[held..]), expected);
+        assert!(second.adopt(&page, 1).is_err(), "in the middle of a page");
+    }
+    for (session, held) in [(other.session(), PAGE), (model.session(), 0), (model.session(), PAGE + 1)] {
+        let mut session = session;
+        assert!(matches!(session.adopt(&page, held), Err(Error::InvalidArgument { .. })));
+        assert!(session.is_empty());
+    }
 }
 
 #[test]

@@ -7,6 +7,8 @@ const ALONE: usize = 256;
 /// Fewest and most rows of prompts beside running texts.
 const FEWEST: usize = 8;
 const MOST: usize = 256;
+/// Rows of prompts without running texts that tell what each takes.
+const TELLING: usize = 32;
 /// So many steps with rows of prompts in a row are followed by one without, to see what the usual step takes by now.
 const REFRESH: u32 = 64;
 /// How far a single measurement moves an estimate.
@@ -58,8 +60,9 @@ impl Pace {
             self.mixed += u32::from(texts > 0);
             let usual = if texts == 0 { Some(0.0) } else { self.usual.get(texts).copied().flatten() };
             // A handful of rows takes about as long as one, so it says little of what each adds.
+            let enough = if texts == 0 { TELLING } else { FEWEST };
             if let Some(usual) = usual
-                && prompt_rows >= FEWEST
+                && prompt_rows >= enough
             {
                 let row = (seconds - usual).max(seconds * 0.01) / prompt_rows as f64;
                 // Too many rows are noticed at once, too few in time.

@@ -22,13 +22,25 @@ impl Sequence {
     /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
     /// [`Error::ContextFull`] when the prompt does not fit.
     pub fn new(model: &Model, prompt: &[u32], options: SamplingOptions) -> Result<Sequence> {
+        Sequence::resume(model, model.session(), prompt, options)
+    }
+
+    /// A sequence that goes on with `session`, which has seen a beginning of `tokens`: all of a text, which counts for
+    /// penalties. The last token is seen again where nothing else is left to see.
+    ///
+    /// # Errors
+    /// As for [`Sequence::new`].
+    pub fn resume(model: &Model, mut session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
         let vocabulary = model.vocabulary();
         let sampler = Sampler::new(options, vocabulary)?;
-        let mut sequence = Sequence { session: model.session(), pending: Vec::new(), sampler, held: None, vocabulary };
-        if prompt.is_empty() {
+        let Some(before_last) = tokens.len().checked_sub(1) else {
             return Err(Error::argument("prompt", "no tokens", "at least one token"));
-        }
-        sequence.push(prompt)?;
+        };
+        session.truncate(before_last);
+        let (seen, unseen) = tokens.split_at(session.len());
+        let mut sequence = Sequence { session, pending: Vec::new(), sampler, held: None, vocabulary };
+        seen.iter().for_each(|token| sequence.sampler.accept(*token));
+        sequence.push(unseen)?;
         Ok(sequence)
     }
 

@@ -2,6 +2,7 @@
 
 mod heads;
 pub(crate) mod layerwise;
+mod room;
 
 use std::sync::PoisonError;
 
@@ -15,6 +16,8 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::quant::packed::PANEL;
 use crate::threads::Scope;
+
+pub(super) use room::Widths;
 
 /// Rows that go through the layers together; longer prompts go in pieces, whose outputs stay in larger caches.
 const MAX_ROWS: usize = 256;
@@ -166,10 +169,12 @@ impl Model {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
+        room::for_logits(inputs, self, logits)?;
         self.team.run(|scope| {
             scratch.done.clear();
             scratch.done.resize(inputs.len(), 0);
             while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
+                scratch.reserve(self)?;
                 Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())

@@ -54,6 +54,11 @@ def serve(service: Service, listener: socket.socket, ready: Callable[[str], obje
         listener: where, as `bind` makes it.
         ready: called with the address once requests are answered.
     """
+    make_server(service, ready).run(sockets=[listener])
+
+
+def make_server(service: Service, ready: Callable[[str], object]) -> Server:
+    """The server, which has not begun yet."""
     config = uvicorn.Config(
         create_app(service),
         http=_protocol(service.settings),
@@ -66,7 +71,7 @@ def serve(service: Service, listener: socket.socket, ready: Callable[[str], obje
         backlog=256,
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Who sends what is no HTTP is told so, and not the log.
-    Server(config, service, ready).run(sockets=[listener])
+    return Server(config, service, ready)
 
 
 class Server(uvicorn.Server):

@@ -99,6 +99,7 @@ class CallParser:
         self._held = ""
         self._in_call = forced
         self._after_call = False
+        self._awaits_end = False
         self._began = False
         self._bare = False
         self.calls = 0
@@ -158,7 +159,8 @@ class CallParser:
             return False
         found.extend(call for call in calls if call is not None)
         self.calls += len(calls)
-        self._held, self._after_call, self._began = text[length:], True, True
+        self._held, self._began = text[length:], True
+        self._after_call = self._awaits_end = True
         return True
 
     def _call(self, value: Any) -> FoundCall | None:
@@ -170,14 +172,15 @@ class CallParser:
         return FoundCall(new_id(), name, text)
 
     def _pass_end(self) -> bool:
-        """Leaves out the mark that ends a call. False while it may still come."""
+        """Leaves out the mark that ends a call, and the space around it. False while more of that may come."""
         rest, end = self._held.lstrip(), self._format.end
-        if end and end.startswith(rest[: len(end)]):
+        if self._awaits_end and end.startswith(rest[: len(end)]):
             if len(rest) < len(end):
+                self._held = rest
                 return False
-            rest = rest[len(end) :]
-        self._held, self._after_call = rest, False
-        return True
+            rest, self._awaits_end = rest[len(end) :].lstrip(), False
+        self._held, self._after_call = rest, not rest
+        return bool(rest)
 
     def _safe(self) -> int:
         """How many of the characters that are held can be no part of a mark, nor the space before one."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from nybble.constraint import constraint
 from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
@@ -80,7 +81,7 @@ class Writer:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
-        self.sequence = model.sequence(prompt, options)
+        self.sequence = model.sequence(prompt, options, constraint(tokenizer, options))
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
+import pydantic
 import pytest
 import tiny
 from serving import TOOL_TEMPLATE, Running, scripted, serving
@@ -15,9 +17,10 @@ from serving import TOOL_TEMPLATE, Running, scripted, serving
 from nybble import Model
 from nybble.engine import Engine
 
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
 NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
-WRITE_X = {str(ord("x")): 100.0}
-FORBID_END = {str(tiny.IM_END): -100.0, str(tiny.END_OF_TEXT): -100.0}
+WRITE_X = {str(ord("x")): 100}
+FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = {
     "type": "function",
@@ -88,11 +91,9 @@ def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> Non
     assert len(set(three)) == 3
     assert texts(n=3, seed=1) == three
     assert texts(seed=2) == three[1:2]
-    stream = client.chat.completions.create(
-        model="tiny", messages=HELLO, max_tokens=12, temperature=1.5, logit_bias=FORBID_END, n=3, seed=1, stream=True
-    )
+    asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 1.5, "logit_bias": FORBID_END}
     streamed = ["", "", ""]
-    for chunk in stream:
+    for chunk in client.chat.completions.create(**asked, n=3, seed=1, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == three
 
@@ -152,6 +153,115 @@ def test_models_tell_the_one_that_there_is(client: openai.OpenAI) -> None:
     assert client.models.retrieve("tiny").owned_by == "nybble"
     with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist"):
         client.models.retrieve("gpt-9")
+
+
+# --- Forms
+
+PERSON: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+        "tall": {"type": "boolean"},
+    },
+    "required": ["name", "age", "tags", "tall"],
+    "additionalProperties": False,
+}
+
+
+def test_every_answer_follows_its_schema(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for index in range(50):
+        done = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": f"Person {index}"}],
+            response_format=form,
+            temperature=1.5,
+            seed=index,
+            n=4,
+        )
+        for choice in done.choices:
+            person = json.loads(choice.message.content or "")
+            assert list(person) == ["name", "age", "tags", "tall"]
+            assert 0 <= person["age"] <= 120
+            assert choice.finish_reason == "stop"
+
+
+def test_a_class_is_a_schema_too(client: openai.OpenAI) -> None:
+    class Flag(pydantic.BaseModel):
+        up: bool
+
+    done = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Flag)
+    assert done.choices[0].message.parsed in (Flag(up=True), Flag(up=False))
+
+
+def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "seed": 1}
+    object_only = client.chat.completions.create(**asked, response_format={"type": "json_object"}, max_tokens=2)
+    assert (object_only.choices[0].message.content or "").startswith("{")
+    text = client.chat.completions.create(**asked, response_format={"type": "text"}, max_tokens=2)
+    assert text.choices[0].message.content != object_only.choices[0].message.content
+    digits = client.chat.completions.create(**asked, extra_body={"regex": "[0-9]{3}"})
+    assert (digits.choices[0].message.content or "").isdecimal()
+    word = client.completions.create(model="tiny", prompt="x", extra_body={"grammar": 'start: "yes" | "no"'})
+    assert word.choices[0].text in ("yes", "no")
+
+
+def test_a_call_that_must_be_made_is_made(client: openai.OpenAI) -> None:
+    tall = {"type": "object", "properties": {"tall": {"type": "boolean"}}, "required": ["tall"]}
+    tall["additionalProperties"] = False  # type: ignore[assignment]
+    is_tall: Any = {"type": "function", "function": {"name": "is_tall", "parameters": tall}}
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "is_tall"}}]
+    for choice in choices:
+        for stream in (False, True):
+            asked: Any = {"model": "tiny", "messages": HELLO, "tools": [is_tall], "tool_choice": choice, "seed": 3}
+            if stream:
+                chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+                (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+                reason = chunks[-1].finish_reason
+            else:
+                (done,) = client.chat.completions.create(**asked).choices
+                (call,) = done.message.tool_calls or []
+                reason = done.finish_reason
+            assert reason == "tool_calls"
+            assert call.function.name == "is_tall"
+            assert json.loads(call.function.arguments)["tall"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}},
+            "response_format",
+        ),
+        ({"regex": "("}, "regex"),
+        ({"grammar": "start: nothing"}, "grammar"),
+        ({"regex": "a", "grammar": 'start: "a"'}, None),
+    ],
+)
+def test_forms_that_make_no_sense_are_refused(client: openai.OpenAI, form: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=form)
+    assert param is None or refused.value.param == param
+
+
+# --- Embeddings
+
+
+def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) -> None:
+    done = client.embeddings.create(model="tiny", input=["one", "another"])
+    rows = np.array([found.embedding for found in done.data])
+    assert np.array_equal(rows.astype(np.float32), model.embed(["one", "another"]))
+    assert (done.usage.prompt_tokens, [found.index for found in done.data]) == (10, [0, 1])
+    as_numbers = client.embeddings.create(model="tiny", input="one", encoding_format="float")
+    assert np.allclose(as_numbers.data[0].embedding, rows[0])
+    wrong: Any
+    for wrong in ("", [], [1, 2], "x" * 3000):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="tiny", input=wrong)
+        assert (refused.value.param or "").startswith("input")
 
 
 # --- Tools
@@ -227,8 +337,8 @@ def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> N
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages", "the prompt has 3"),
-        ({"logit_bias": {"x": 1}}, "messages", "logit_bias: found 'x'"),
-        ({"logit_bias": {"99999": 1}}, "messages", "99999"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias: found 'x'"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
         (
             {"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "no"}}},
             None,

@@ -8,18 +8,19 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
+from schemathesis.specs.openapi import checks as openapi_checks
 from serving import Running, serving
 
 from nybble import Model
 from nybble.engine import Engine
 
-CHECKS = [
+CHECKS: list[Any] = [
     schemathesis.checks.not_a_server_error,
-    schemathesis.checks.CHECKS.get_one("status_code_conformance"),
-    schemathesis.checks.CHECKS.get_one("content_type_conformance"),
-    schemathesis.checks.CHECKS.get_one("response_schema_conformance"),
-    schemathesis.checks.CHECKS.get_one("negative_data_rejection"),
-    schemathesis.checks.CHECKS.get_one("unsupported_method"),
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+    openapi_checks.negative_data_rejection,
+    openapi_checks.unsupported_method,
 ]
 
 

@@ -99,7 +99,7 @@ def test_names_that_only_lead_here_are_refused_on_loopback(engine: Engine) -> No
 
 def test_the_names_that_are_allowed_depend_on_the_address() -> None:
     with server_run.bind("127.0.0.1", 0) as loopback, server_run.bind("0.0.0.0", 0) as network:
-        assert server_run.allowed_hosts(loopback, []) == {"localhost", "127.0.0.1", "::1"}
+        assert server_run.allowed_hosts(loopback, []) == frozenset({"localhost", "127.0.0.1", "::1"})
         assert "me.example" in (server_run.allowed_hosts(loopback, ["Me.Example"]) or ())
         assert server_run.allowed_hosts(network, []) is None
         assert "me.example" in (server_run.allowed_hosts(network, ["me.example"]) or ())

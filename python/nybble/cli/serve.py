@@ -39,6 +39,9 @@ def serve(
     speculation: Annotated[
         Literal["off", "on", "auto"], typer.Option(help="Guess tokens from what the text repeats; same texts, faster.")
     ] = "off",
+    pooling: Annotated[
+        Literal["mean", "last"], typer.Option(help="How embeddings are made; the card of a model for them tells.")
+    ] = "mean",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that running answers have after SIGTERM.")] = 30,
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="The largest request, in MB.")] = 4,
@@ -68,6 +71,7 @@ def serve(
             api_key=api_key,
             allowed_hosts=run.allowed_hosts(listener, allow_host or []),
             max_body_bytes=int(max_body_mb * 1e6),
+            pooling=pooling,
             max_answers=max_batch + max_queue,
             request_seconds=timeout,
             drain_seconds=drain,

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from nybble.engine import Piece
-from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
 from nybble.server import responses
 from nybble.server.chat import finite
@@ -108,22 +108,13 @@ def _logprobs(pieces: list[Piece], offset: int) -> TextLogprobs:
 
 async def embed(service: Service, body: EmbeddingRequest) -> Response:
     """Answers one request for embeddings."""
-    inputs = texts_of(body.input)
-    if not 0 < len(inputs) <= service.settings.max_inputs:
-        message = f"input: found {len(inputs)} texts, expected 1 to {service.settings.max_inputs}"
-        raise ApiError(400, message, param="input")
     service.admit(body.model, 1)
     model = service.engine.model
+    texts = [body.input] if isinstance(body.input, str) else body.input
 
-    def compute() -> tuple[np.ndarray[Any, Any], int]:
-        ids = [model.tokenizer.encode(text) if isinstance(text, str) else text for text in inputs]
-        context = model.info.context
-        for tokens in ids:
-            if not tokens:
-                raise ValueError("input: found a text without tokens")
-            if len(tokens) > context:
-                raise ContextFullError(0, len(tokens), context)
-        return np.concatenate([model.embed(tokens) for tokens in ids]), sum(map(len, ids))
+    def compute() -> tuple[npt.NDArray[np.float32], int]:
+        rows = model.embed(texts, pooling=service.settings.pooling)
+        return rows, sum(len(model.tokenize(text)) for text in texts)
 
     service.working += 1
     try:
@@ -144,7 +135,7 @@ async def embed(service: Service, body: EmbeddingRequest) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _numbers(row: np.ndarray[Any, Any], encoding: str | None) -> list[float] | str:
+def _numbers(row: npt.NDArray[np.float32], encoding: str | None) -> list[float] | str:
     if encoding == "base64":
         return base64.b64encode(row.astype("<f4").tobytes()).decode()
     return [float(value) for value in row]

@@ -18,6 +18,10 @@ _LONGEST = 1000
 """Characters of a message. What a client sent may be quoted in it, and that may be long."""
 
 
+_PARAMS = {name: name for name in ("logit_bias", "stop", "regex", "grammar")} | {"schema": "response_format"}
+"""The parameters that options which errors begin with come from."""
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
@@ -86,7 +90,8 @@ def told_to_the_client(param: str) -> Iterator[None]:
     except ContextFullError as error:
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
     except ValueError as error:
-        raise ApiError(400, str(error), param=param) from error
+        name = str(error).partition(":")[0]
+        raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -13,6 +13,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Grammar = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Json = dict[str, Any]
 
@@ -64,6 +65,8 @@ class Sampling(Strict):
     penalty_window: TokenId | None = Field(
         default=None, description="Not OpenAI's: how many of the last tokens the penalties look at; 0: all."
     )
+    regex: Grammar | None = Field(default=None, description="Not OpenAI's: a regular expression of the whole text.")
+    grammar: Grammar | None = Field(default=None, description="Not OpenAI's: a Lark grammar of the whole text.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Sampling:
@@ -75,7 +78,7 @@ class Sampling(Strict):
         """The options as `nybble.SamplingOptions` names them, those that were given."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "penalty_window", "stop", "max_tokens",
+            "repetition_penalty", "penalty_window", "stop", "max_tokens", "regex", "grammar",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
@@ -310,6 +313,6 @@ class EmbeddingRequest(Strict):
     """`POST /v1/embeddings`."""
 
     model: str | None = None
-    input: Prompt = Field(description="A text, ids of tokens, or several of either.")
+    input: str | Annotated[list[str], Field(min_length=1, max_length=256)] = Field(description="A text, or several.")
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nybble.server.errors import ApiError, overloaded
 from nybble.server.metrics import Metrics
@@ -25,8 +25,8 @@ class Settings:
     max_body_bytes: int = 4 << 20
     max_answers: int = 144
     """Answers that are written or wait at the same time."""
-    max_inputs: int = 256
-    """Texts of one request for embeddings."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the vectors of tokens become that of a text; the card of a model for embeddings tells."""
     max_connections: int = 1024
     request_seconds: float = 600.0
     """From a request that is there whole to the end of its answer."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -12,7 +15,9 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from serving import Running, serving
 
 from nybble import Model
+from nybble.cli import main
 from nybble.engine import Engine
+from nybble.server import requests
 
 CHECKS: list[Any] = [
     schemathesis.checks.not_a_server_error,
@@ -42,3 +47,30 @@ schema = schemathesis.pytest.from_fixture("described")
 @hypothesis.settings(max_examples=40)
 def test_random_requests_find_no_fault_of_the_server(case: Any) -> None:
     case.call_and_validate(checks=CHECKS, timeout=60)
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+
+
+def test_the_document_names_the_parameters_that_there_are() -> None:
+    rows = dict(re.findall(r"^\| (both|both, ours|chat|completions|embeddings) \| (.*) \|$", DOCUMENT, re.MULTILINE))
+    named = {what: set(re.findall(r"`([a-z_]+)`", row)) for what, row in rows.items()}
+    both = named["both"] | named["both, ours"] | {"model", "stream_options"}
+    assert both | named["chat"] == set(requests.ChatRequest.model_fields)
+    assert both | named["completions"] | {"echo"} == set(requests.CompletionRequest.model_fields)
+    assert named["embeddings"] | {"model", "user"} == set(requests.EmbeddingRequest.model_fields)
+
+
+def test_the_document_names_the_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    named = set(re.findall(r"`(--[a-z-]+)", DOCUMENT))
+    assert {"--api-key", "--timeout"} <= named <= known
+
+
+def test_the_document_names_the_metrics_that_there_are(running: Running) -> None:
+    with urllib.request.urlopen(running.url + "/metrics") as answer:
+        text = answer.read().decode()
+    section = DOCUMENT.split("## Metrics")[1].split("##")[0]
+    for name in re.findall(r"`(\w+)`", section):
+        assert f"# TYPE {name if name.startswith('nybble_') else f'nybble_{name}_total'} " in text

@@ -171,7 +171,7 @@ def test_more_than_may_wait_is_told_to_come_back(engine: Engine) -> None:
             assert first.recv(100).startswith(b"HTTP/1.1 200 ")
             assert code(ask(running, "/v1/chat/completions", SHORT)) == (429, "queue_full")
         running.wait(lambda: ask(running, "/v1/chat/completions", SHORT)[0] == 200)
-        assert code(ask(running, "/v1/chat/completions", {**SHORT, "n": 3})) == (429, "queue_full")
+        assert code(ask(running, "/v1/chat/completions", {**SHORT, "n": 3})) == (400, "too_many_answers")
 
 
 def test_a_full_engine_is_told_too_and_frees_what_it_had_taken(model: Model) -> None:

@@ -93,7 +93,7 @@ class Guard:
         most = self._service.settings.max_body_bytes
         too_large = ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > most:
+        if length.isascii() and length.isdigit() and int(length[:20]) > most:
             raise too_large
         chunks: list[bytes] = []
         size = 0

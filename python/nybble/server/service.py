@@ -63,7 +63,11 @@ class Service:
         if model is not None and model != self.name:
             message = f"the model {model!r} does not exist here, only {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        if len(self._running) + answers > self.settings.max_answers:
+        most = self.settings.max_answers
+        if answers > most:
+            message = f"found {answers} answers in one request, expected at most {most}"
+            raise ApiError(400, message, code="too_many_answers")
+        if len(self._running) + answers > most:
             raise overloaded("the server has as much to do as it can take on", 429, "queue_full")
 
     @staticmethod
@@ -82,5 +86,5 @@ class Service:
 
     def stop(self) -> None:
         """Ends all answers; their clients are told so."""
-        for request in self._running:
+        for request in list(self._running):
             request.cancel()

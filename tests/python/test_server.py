@@ -261,7 +261,7 @@ def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) 
     for wrong in ("", [], [1, 2], "x" * 3000):
         with pytest.raises(openai.BadRequestError) as refused:
             client.embeddings.create(model="tiny", input=wrong)
-        assert (refused.value.param or "").startswith("input")
+        assert refused.value.param in ("input", "input.0")
 
 
 # --- Tools
@@ -329,7 +329,7 @@ def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> N
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"n": 99}, "n", "less than or equal"),
-        ({"stop": [""]}, "stop.list[constrained-str].0", "at least 1"),
+        ({"stop": [""]}, "stop.0", "at least 1"),
         ({"frobnicate": 1}, "frobnicate", "unsupported parameter: frobnicate"),
         ({"audio": {"voice": "x"}}, "audio", "unsupported parameter: audio"),
         ({"top_logprobs": 2}, None, "top_logprobs is for requests with logprobs=true"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +21,10 @@ _LONGEST = 1000
 
 _PARAMS = {name: name for name in ("logit_bias", "stop", "regex", "grammar")} | {"schema": "response_format"}
 """The parameters that options which errors begin with come from."""
+
+
+_BRANCH = re.compile(r"str|int|[A-Z]\w+|.*[-\[].*")
+"""What pydantic calls the alternatives of a union; clients know only the parameters."""
 
 
 class ErrorDetail(BaseModel):
@@ -115,8 +120,10 @@ def add_handlers(app: FastAPI) -> None:
 def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that a request has wrong. Of the alternatives of a union, the one that was got furthest into."""
     first = max(found, key=lambda error: len(error["loc"])) if _in_union(found) else found[0]
-    kind, place = first["type"], [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    kind, (*way, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]
+    if kind == "extra_forbidden" or not _BRANCH.fullmatch(last):
+        way.append(last)
+    param = ".".join(part for part in way if part == last or not _BRANCH.fullmatch(part)) or None
     if kind == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
     if kind == "extra_forbidden":

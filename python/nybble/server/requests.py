@@ -13,6 +13,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Text = Annotated[str, StringConstraints(min_length=1)]
 Grammar = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Json = dict[str, Any]
@@ -313,6 +314,6 @@ class EmbeddingRequest(Strict):
     """`POST /v1/embeddings`."""
 
     model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1, max_length=256)] = Field(description="A text, or several.")
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] = Field(description="A text, or several.")
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None

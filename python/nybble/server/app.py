@@ -22,7 +22,7 @@ from nybble.server.responses import ChatCompletion, Embeddings, Health, ModelCar
 from nybble.server.service import Service
 
 # The guard looks at keys before anything is parsed; this only describes them.
-_KEY = [Depends(HTTPBearer(auto_error=False, description="The key that the server was started with, if any."))]
+_KEY = Depends(HTTPBearer(auto_error=False, description="The key that the server was started with."))
 _STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -45,6 +45,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
+    key = [_KEY] if service.settings.api_key else []
     card = ModelCard(
         id=service.name,
         object="model",
@@ -55,7 +56,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/chat/completions",
-        dependencies=_KEY,
+        dependencies=key,
         response_class=Response,
         responses={200: {"model": ChatCompletion, "content": _STREAM}},
     )
@@ -65,7 +66,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/completions",
-        dependencies=_KEY,
+        dependencies=key,
         response_class=Response,
         responses={200: {"model": TextCompletion, "content": _STREAM}},
     )
@@ -73,17 +74,17 @@ def _add_api(app: FastAPI, service: Service) -> None:
         """Continue texts."""
         return await complete(service, request, body)
 
-    @app.post("/v1/embeddings", dependencies=_KEY, response_class=Response, responses={200: {"model": Embeddings}})
+    @app.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
     async def embeddings(body: EmbeddingRequest) -> Response:
         """Texts as vectors of length 1."""
         return await embed(service, body)
 
-    @app.get("/v1/models", dependencies=_KEY)
+    @app.get("/v1/models", dependencies=key)
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(object="list", data=[card])
 
-    @app.get("/v1/models/{name:path}", dependencies=_KEY)
+    @app.get("/v1/models/{name:path}", dependencies=key)
     async def model(name: str) -> ModelCard:
         """What is known of a model."""
         if name != service.name:
@@ -92,6 +93,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
 
 def _add_others(app: FastAPI, service: Service) -> None:
+    key = [_KEY] if service.settings.api_key else []
     page = resources.files("nybble.server").joinpath("page.html").read_text(encoding="utf-8")
     policy = _policy(page)
 
@@ -105,7 +107,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/metrics",
-        dependencies=_KEY,
+        dependencies=key,
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from serving import Running, serving
 
-from nybble import Model
-from nybble.engine import Engine
+from nybble import Model, SamplingOptions
+from nybble.engine import Engine, Request
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install --group page")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -115,30 +115,42 @@ def test_a_chat_by_keyboard_alone(page: Page) -> None:
     assert page.driver.switch_to.active_element.get_attribute("id") == "prompt"
 
 
-def test_escape_and_the_button_stop_an_answer_and_free_its_slot(page: Page, server: Running) -> None:
-    for stop in (lambda: page.press(Keys.ESCAPE), lambda: page.find("#stop").click()):
-        page.press("Count from one to one thousand, in words.", Keys.ENTER)
-        page.until(lambda: page.all(".turn.assistant:last-child[aria-busy=true] .text *"))
-        stop()
-        page.until(page.answered)
-        assert "stopped" in page.find(".turn.assistant:last-child .speed").text
-        server.wait(lambda: server.service.engine.stats().running == 0)
-    assert page.find("#send").is_displayed()
+class Endless(Engine):
+    """An engine whose texts do not end by themselves."""
+
+    def submit(self, prompt: Any, options: SamplingOptions | None = None, **overrides: Any) -> Request:
+        ends = dict.fromkeys(self.model.tokenizer.eos_ids, float("-inf"))
+        return super().submit(prompt, options, **{**overrides, "logit_bias": ends})
+
+
+def test_escape_and_the_button_stop_an_answer_and_free_its_slot(chromium: Any, default_model: Model) -> None:
+    with Endless(default_model) as engine, serving(engine) as running:
+        page = Page(chromium, running.url)
+        for stop in (lambda: page.press(Keys.ESCAPE), lambda: page.find("#stop").click()):
+            page.press("Count.", Keys.ENTER)
+            page.until(lambda: page.all(".turn.assistant:last-child[aria-busy=true] .text *"))
+            page.look("light-writing")
+            stop()
+            page.until(page.answered)
+            assert "stopped" in page.find(".turn.assistant:last-child .speed").text
+            running.wait(lambda: engine.stats().running == 0)
+        assert page.find("#send").is_displayed()
 
 
 def test_what_a_model_writes_is_text_and_never_markup(page: Page) -> None:
-    evil = (
-        "<img src=x onerror=alert(1)> `code` **bold**\n```html\n<script>alert(2)</script>\n```\n- one\n- two\n<b>no</b>"
+    evil = "<img src=x onerror=alert(1)> `code` **bold**\n```html\n<script>alert(2)</script>\n```\n"
+    evil += "- one\n- two\n<b>no</b>"
+    script = (
+        "const log = document.getElementById('log'); log.hidden = false; log.replaceChildren(...render(arguments[0]))"
     )
-    page.driver.execute_script("document.getElementById('log').hidden = false; "
-                               "document.getElementById('log').replaceChildren(...render(arguments[0]))", evil)  # fmt: skip
+    page.driver.execute_script(script, evil)
     assert page.all("#log img, #log script, #log b") == []
     assert [found.text for found in page.all("#log strong, #log p code, #log li")] == ["code", "bold", "one", "two"]
     assert page.find("#log pre").text == "<script>alert(2)</script>"
     assert "<img src=x onerror=alert(1)>" in page.find("#log").text
 
 
-def test_settings_are_kept_and_sent(page: Page, server: Running) -> None:
+def test_settings_are_kept_and_sent(page: Page) -> None:
     page.find("#open").click()
     page.set(system="You only say yes.", temperature=0.3, seed=7, max_tokens=3)
     page.look("light-settings")

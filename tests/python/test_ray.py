@@ -18,6 +18,7 @@ from nybble import Model
 pytest.importorskip("ray", reason="no Ray here: pip install --group ray")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 

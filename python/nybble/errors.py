@@ -55,7 +55,3 @@ class InternalError(RuntimeError):
             f"{words} - this is a bug in nybble {version('nybble')}: please report it, "
             "with these words, the lines above and what you called"
         )
-
-
-class QueueFullError(RuntimeError):
-    """As many requests wait as may. Those that run will end: try again later."""

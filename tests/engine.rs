@@ -173,10 +173,9 @@ fn a_prompt_that_was_seen_whole_computes_one_token_in_a_page_of_its_own() {
     let job = Job::new(tokens(3 * PAGE, 2), greedy(), 70);
     let other = Job { options: seeded(1), ..job.clone() };
     assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
-    let before = scheduler.stats().prompt_tokens;
-    // Both go on from the same last page, each with other tokens.
+    // All go on from the same last page, not all with the same tokens.
     assert_same(&model, &[job, other.clone(), other], &mut scheduler);
-    assert_eq!(scheduler.stats().prompt_tokens, before, "the last token counts as text");
+    assert_eq!(scheduler.stats().prompt_tokens, 3 * PAGE + 3);
     assert_eq!(scheduler.stats().reused_tokens, 3 * (3 * PAGE - 1));
 }
 
@@ -298,22 +297,22 @@ fn a_sequence_that_grows_into_the_memory_of_others_makes_the_youngest_wait() {
     // Each begins in one page and ends in four.
     let jobs: Vec<_> = (0..3).map(|i| Job::new(tokens(10, i), seeded(u64::from(i)), 240)).collect();
     let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
-    scheduler.step(&|| false).unwrap();
-    assert_eq!(scheduler.stats().running, 3);
-    let (mut fewest, mut ended, mut written) = (3, Vec::new(), HashMap::<u64, Vec<Sampled>>::new());
+    let (mut most, mut fewest, mut ended, mut written) = (0, 3, Vec::new(), HashMap::<u64, Vec<Sampled>>::new());
     while !scheduler.is_idle() {
         let before = scheduler.stats().running + scheduler.stats().waiting;
         for event in scheduler.step(&|| false).unwrap() {
             let own = written.entry(event.id).or_default();
             own.push(event.result.unwrap());
-            if own.len() == 239 {
+            if own.len() == 240 {
                 ended.push(event.id);
             }
         }
-        if before == 3 {
+        most = most.max(scheduler.stats().running);
+        if before == 3 && scheduler.stats().running > 0 {
             fewest = fewest.min(scheduler.stats().running);
         }
     }
+    assert_eq!(most, 3, "at the beginning, all of them fit");
     assert_eq!(fewest, 1, "at its end, the first needs all of the memory");
     assert_eq!(ended, ids, "the oldest goes first");
     for (id, job) in ids.iter().zip(&jobs) {
@@ -368,18 +367,19 @@ fn guesses_from_a_text_that_repeats_itself_are_right_and_change_nothing() {
 #[test]
 fn guesses_that_are_wrong_change_nothing_and_are_given_up() {
     let model = load();
-    // The prompt repeats itself, the text does not: penalties keep it from doing so.
-    let prompt = tokens(10, 1).repeat(8);
-    let options = SamplingOptions { presence_penalty: 1000.0, penalty_window: 0, ..seeded(1) };
-    let job = Job::new(prompt, options, 80);
+    // Four tokens in any order: there is always a place to guess from, and the guess is mostly wrong.
+    let logit_bias = [3, 14, 15, 92].map(|token| (token, 1000.0)).to_vec();
+    let job = Job::new(tokens(10, 1), SamplingOptions { logit_bias, temperature: 50.0, ..seeded(1) }, 200);
     let drafted = |speculation| {
         let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
         assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
-        assert_eq!(scheduler.stats().accepted_tokens, 0);
-        scheduler.stats().drafted_tokens
+        let stats = scheduler.stats();
+        assert!(stats.accepted_tokens * 2 <= stats.drafted_tokens, "{stats:?}");
+        stats.drafted_tokens
     };
     assert_eq!(drafted(Speculation::Off), 0);
-    assert!(drafted(Speculation::On) > 0 && drafted(Speculation::Auto) > 0);
+    let (on, auto) = (drafted(Speculation::On), drafted(Speculation::Auto));
+    assert!(auto > 0 && auto < on / 2, "{auto} of {on}");
 }
 
 #[test]
@@ -456,7 +456,7 @@ fn places_are_given_in_the_order_of_coming_and_one_that_is_cancelled_is_free_at_
     let mut scheduler = scheduler(&model, options);
     let mut submit = |i| scheduler.submit(Job::new(tokens(5, i), greedy(), 50).sequence(&model), 50).unwrap();
     let ids = [submit(0), submit(1), submit(2), submit(3)];
-    let mut seen = |scheduler: &mut Scheduler| {
+    let seen = |scheduler: &mut Scheduler| {
         let mut ids: Vec<u64> = scheduler.step(&|| false).unwrap().iter().map(|event| event.id).collect();
         ids.sort_unstable();
         ids

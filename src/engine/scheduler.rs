@@ -468,13 +468,14 @@ impl Scheduler {
         self.logits.clear();
         let mut inputs = Vec::with_capacity(self.running.len());
         let mut held = Vec::new();
-        let (mut texts, mut prompt_rows) = (0, 0);
+        let (mut texts, mut prompt_rows, mut prompt_tokens) = (0, 0, 0);
         for entry in &mut self.running {
             if entry.is_writing() {
                 texts += 1;
             } else {
                 prompt_rows += entry.rows;
             }
+            prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
             if entry.rows > 0 {
                 let logits = entry.logits();
                 let Sequence { session, pending, held: own, .. } = &mut entry.sequence;
@@ -487,7 +488,7 @@ impl Scheduler {
         constraint::beside(held, || self.model.forward(&mut inputs, &mut self.logits, interrupted))?;
         self.pace.observe(texts, prompt_rows, started.elapsed().as_secs_f64());
         self.counts.steps += 1;
-        self.counts.prompt_tokens += prompt_rows;
+        self.counts.prompt_tokens += prompt_tokens;
         Ok(())
     }
 

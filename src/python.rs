@@ -34,8 +34,10 @@ mod errors {
     pyo3::import_exception!(nybble.errors, ContextFullError);
     pyo3::import_exception!(nybble.errors, InternalError);
 }
+use constraint::Constraint;
 use errors::{ContextFullError, InternalError, ModelError};
 
+mod constraint;
 mod evaluate;
 mod quantize;
 mod scheduler;
@@ -357,9 +359,19 @@ impl Model {
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
-    fn sequence(&self, py: Python<'_>, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
+    #[pyo3(signature = (prompt, options, constraint=None))]
+    fn sequence(
+        &self,
+        py: Python<'_>,
+        prompt: Vec<i64>,
+        options: Options,
+        constraint: Option<Bound<'_, Constraint>>,
+    ) -> PyResult<Sequence> {
         let prompt = token_ids(prompt)?;
-        let sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
+        let mut sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.get().0.clone());
+        }
         Ok(Sequence(Mutex::new(Some(sequence))))
     }
 
@@ -378,18 +390,12 @@ impl Model {
 
     /// The logits after each token `(len(ids), vocabulary)`.
     fn logits<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let ids = token_ids(ids)?;
-        let rows = ids.len();
-        let logits = detached(py, |interrupted| {
-            let mut logits = Vec::new();
-            if !ids.is_empty() {
-                let mut session = self.0.session();
-                let input = Input { session: &mut session, tokens: &ids, logits: Logits::All };
-                self.0.forward(&mut [input], &mut logits, interrupted)?;
-            }
-            Ok(logits)
-        })?;
-        logits.into_pyarray(py).reshape([rows, self.0.vocabulary()])
+        self.rows(py, ids, Logits::All, self.0.vocabulary())
+    }
+
+    /// The hidden state of each token behind the last norm `(len(ids), hidden_size)`.
+    fn hidden_states<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
     }
 
     /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
@@ -420,9 +426,35 @@ impl Model {
     }
 }
 
+impl Model {
+    /// What `wanted` says of each token, `width` numbers.
+    fn rows<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Vec<i64>,
+        wanted: Logits,
+        width: usize,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = token_ids(ids)?;
+        let rows = ids.len();
+        let values = detached(py, |interrupted| {
+            let mut values = Vec::new();
+            if !ids.is_empty() {
+                let mut session = self.0.session();
+                let input = Input { session: &mut session, tokens: &ids, logits: wanted };
+                self.0.forward(&mut [input], &mut values, interrupted)?;
+            }
+            Ok(values)
+        })?;
+        values.into_pyarray(py).reshape([rows, width])
+    }
+}
+
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::constraint::{Constraint, Vocabulary};
     #[pymodule_export]
     use super::evaluate::{Baseline, perplexity};
     #[pymodule_export]

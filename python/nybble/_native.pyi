@@ -12,6 +12,7 @@ from nybble.sampling import SamplingOptions
 
 __all__ = [
     "Baseline",
+    "Constraint",
     "GgufFile",
     "Model",
     "Sampled",
@@ -19,6 +20,7 @@ __all__ = [
     "SentencePiece",
     "Sequence",
     "TensorInfo",
+    "Vocabulary",
     "__version__",
     "convert",
     "default_threads",
@@ -107,6 +109,14 @@ class Sampled:
 class Sequence: ...
 
 @final
+class Constraint: ...
+
+@final
+class Vocabulary:
+    def __new__(cls, tokens: _Sequence[bytes], ends: _Sequence[int]) -> Vocabulary: ...
+    def constraint(self, kind: str, text: str) -> Constraint: ...
+
+@final
 class Model:
     @staticmethod
     def load(
@@ -118,9 +128,12 @@ class Model:
         cache_type: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
-    def sequence(self, prompt: _Sequence[int], options: SamplingOptions) -> Sequence: ...
+    def sequence(
+        self, prompt: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
+    ) -> Sequence: ...
     def step(self, sequences: _Sequence[Sequence]) -> list[Sampled]: ...
     def logits(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
+    def hidden_states(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from nybble import memory
+from nybble.constraint import constraint
 from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
@@ -88,7 +89,7 @@ class Writer:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
-        self.sequence = model.sequence(prompt, options)
+        self.sequence = model.sequence(prompt, options, constraint(tokenizer, options))
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
         self.limit = room if options.max_tokens is None else min(room, options.max_tokens)

@@ -270,6 +270,38 @@ class Model:
         """The model's logits after each of `ids`: an array of shape (len(ids), vocabulary)."""
         return self._native.logits(list(ids))
 
+    def embed(
+        self,
+        text: str | Prompts,
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Texts as vectors, to compare or search by: an array of shape (texts, hidden_size), one row for one text.
+
+        The model's hidden states behind the last norm, made one vector. Models trained for it tell in their cards which
+        pooling they want; those trained to write give vectors that tell texts apart only roughly.
+
+        Args:
+            text: a text, or a list of them.
+            pooling: "mean" of all tokens, or that of the "last" token.
+            normalize: make each vector one of length 1.
+
+        Raises:
+            ContextFullError: a text does not fit into the context.
+            ValueError: a text without tokens, or an unknown pooling.
+        """
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
+        import numpy as np
+
+        rows = []
+        for ids in map(self._prompt_ids, [text] if isinstance(text, str) else text):
+            states = self._native.hidden_states(ids)
+            row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
+            rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
+        return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)
+
     def close(self) -> None:
         """Gives the memory back as soon as calls in other threads have ended. Any later use is an error."""
         self._native_model = None
@@ -294,9 +326,13 @@ class Model:
         return self._native_model
 
     def _writer(self, prompt: str | Sequence[int], options: SamplingOptions) -> Writer:
+        return Writer(self._native, self.tokenizer, self._prompt_ids(prompt), options, self.info.context)
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:  # A model cannot begin from nothing; those that know a start token can begin from that.
-            if self.tokenizer.bos_id is None:
-                raise ValueError("prompt: found no tokens, expected at least one")
-            ids = [self.tokenizer.bos_id]
-        return Writer(self._native, self.tokenizer, ids, options, self.info.context)
+        if ids:
+            return ids
+        # A model cannot begin from nothing; those that know a start token can begin from that.
+        if self.tokenizer.bos_id is None:
+            raise ValueError("prompt: found no tokens, expected at least one")
+        return [self.tokenizer.bos_id]

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from nybble.constraint import schema_text
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -63,6 +65,14 @@ class SamplingOptions:
     logprobs: int | None = field(
         default=None, metadata=_doc("Report the log-probability of each token and of so many likeliest alternatives.")
     )
+    schema: Mapping[str, Any] | type | str | None = field(
+        default=None,
+        metadata=_doc("Write a JSON text that follows this JSON Schema: a dict, JSON text or a pydantic model."),
+    )
+    regex: str | None = field(default=None, metadata=_doc("Write a text that this regular expression matches."))
+    grammar: str | None = field(
+        default=None, metadata=_doc("Write a text of this context-free grammar (Lark, as llguidance understands it).")
+    )
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 or more")
@@ -87,6 +97,12 @@ class SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_text(self.schema))
+        given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
+        _check(" and ".join(given), "each of them", len(given) <= 1, "at most one of schema, regex and grammar")
+        for name in given:
+            _check(name, getattr(self, name), _text(getattr(self, name)), "a string that is not empty")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
@@ -111,6 +127,9 @@ class SamplingOverrides(TypedDict, total=False):
     max_tokens: int | None
     stop: str | Sequence[str]
     logprobs: int | None
+    schema: Mapping[str, Any] | type | str | None
+    regex: str | None
+    grammar: str | None
 
 
 def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> SamplingOptions:

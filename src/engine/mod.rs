@@ -3,6 +3,7 @@
 //! [`step`] feeds the sequences that it is given. A [`Scheduler`] keeps many, and decides who goes into a step and with how
 //! many tokens.
 
+pub mod constraint;
 mod pace;
 mod prefix;
 pub mod sampler;

@@ -37,6 +37,9 @@ pub enum Logits {
     Last,
     /// Those of every token.
     All,
+    /// None, but every token's hidden state behind the last norm, a row of `hidden` numbers: what the output matrix would
+    /// read.
+    Hidden,
 }
 
 /// Tokens to be added to a session.
@@ -105,7 +108,8 @@ pub(super) struct Scratch {
 
 impl Model {
     /// Computes a step: all tokens of all inputs, in batches, and appends the wanted logits to `logits`, one row of
-    /// [`vocabulary`](Model::vocabulary) numbers a token, in the order of the inputs.
+    /// [`vocabulary`](Model::vocabulary) numbers a token, in the order of the inputs; of [`Logits::Hidden`] one of
+    /// [`hidden`](super::config::Config::hidden) numbers. All inputs of a step want the one or the other.
     ///
     /// The result of a token has the same bits whatever else is in the step. `interrupted` is asked between layers; when
     /// it says yes the step ends.
@@ -120,9 +124,13 @@ impl Model {
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
+        let hidden = inputs.first().is_some_and(|input| input.logits == Logits::Hidden);
         for input in inputs.iter() {
             if input.session.model != self.id {
                 return Err(Error::argument("session", "a session of another model", "a session of this model"));
+            }
+            if (input.logits == Logits::Hidden) != hidden {
+                return Err(Error::argument("logits", "both logits and hidden states", "one of them in a step"));
             }
             if input.tokens.is_empty() {
                 return Err(Error::argument("tokens", "none", "at least one token"));
@@ -188,7 +196,11 @@ impl Scratch {
             }
             for n in 0..take {
                 let last = *done + n + 1 == input.tokens.len();
-                let wanted = input.logits == Logits::All || input.logits == Logits::Last && last;
+                let wanted = match input.logits {
+                    Logits::None => false,
+                    Logits::Last => last,
+                    Logits::All | Logits::Hidden => true,
+                };
                 self.rows.push(Row {
                     input: i,
                     token: input.tokens[*done + n],
@@ -245,7 +257,12 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.head(s, logits);
+            if inputs.iter().any(|input| input.logits == Logits::Hidden) {
+                self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
+                logits.extend_from_slice(&s.input.values);
+            } else {
+                self.head(s, logits);
+            }
         }
         Ok(())
     }

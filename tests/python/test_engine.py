@@ -145,6 +145,17 @@ def test_tokens_of_a_stop_string_come_as_a_piece_without_text(tiny_model: Model,
     assert request.result(LONG).finish_reason == "stop"
 
 
+@pytest.mark.parametrize("speculation", ["off", "on"])
+def test_texts_that_are_held_to_a_schema_are_written_beside_others(tiny_model: Model, speculation: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}, "b": {"type": "boolean"}}}
+    held = [SamplingOptions(schema=schema, seed=i, temperature=1.5, max_tokens=60) for i in range(5)]
+    free = [SamplingOptions(seed=i, max_tokens=20 + i, logit_bias=END) for i in range(5)]
+    with Engine(tiny_model, speculation=speculation) as engine:  # type: ignore[arg-type]
+        requests = [engine.submit(f"prompt {i}", options) for i, options in enumerate(held + free)]
+        for i, options in enumerate(held + free):
+            assert same(requests[i].result(LONG), tiny_model.generate(f"prompt {i}", options)), i
+
+
 # Prefixes
 
 

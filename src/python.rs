@@ -50,7 +50,7 @@ impl From<Error> for PyErr {
         match error {
             // With the number of the error, OSError becomes FileNotFoundError, PermissionError and so on.
             Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
-            Error::Io { path, source } => match source.raw_os_error() {
+            Error::Io { path, source } => match number(&source) {
                 Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),
             },
@@ -60,6 +60,20 @@ impl From<Error> for PyErr {
             _ => ModelError::new_err(message),
         }
     }
+}
+
+/// The system's number of an error, also of one that a library has wrapped.
+fn number(error: &std::io::Error) -> Option<i32> {
+    error.raw_os_error().or(match error.kind() {
+        ErrorKind::NotFound => Some(2),
+        ErrorKind::PermissionDenied => Some(13),
+        ErrorKind::NotADirectory => Some(20),
+        ErrorKind::IsADirectory => Some(21),
+        ErrorKind::FileTooLarge => Some(27),
+        ErrorKind::StorageFull => Some(28),
+        ErrorKind::ReadOnlyFilesystem => Some(30),
+        _ => None,
+    })
 }
 
 /// What the system says, without the number that Python adds itself.

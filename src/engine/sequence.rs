@@ -94,9 +94,6 @@ impl Sequence {
             None => self.sampler.sample(logits)?,
         };
         self.sampler.accept(sampled.token);
-        if let Some(constraint) = &mut self.constraint {
-            constraint.accept(sampled.token)?;
-        }
         Ok(sampled)
     }
 

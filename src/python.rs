@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use numpy::PyArray2;
@@ -40,6 +40,7 @@ use errors::{ContextFullError, InternalError, ModelError};
 mod constraint;
 mod evaluate;
 mod quantize;
+mod scheduler;
 mod session;
 mod vocab;
 
@@ -49,7 +50,7 @@ impl From<Error> for PyErr {
         match error {
             // With the number of the error, OSError becomes FileNotFoundError, PermissionError and so on.
             Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
-            Error::Io { path, source } => match source.raw_os_error() {
+            Error::Io { path, source } => match number(&source) {
                 Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),
             },
@@ -59,6 +60,20 @@ impl From<Error> for PyErr {
             _ => ModelError::new_err(message),
         }
     }
+}
+
+/// The system's number of an error, also of one that a library has wrapped.
+fn number(error: &std::io::Error) -> Option<i32> {
+    error.raw_os_error().or(match error.kind() {
+        ErrorKind::NotFound => Some(2),
+        ErrorKind::PermissionDenied => Some(13),
+        ErrorKind::NotADirectory => Some(20),
+        ErrorKind::IsADirectory => Some(21),
+        ErrorKind::FileTooLarge => Some(27),
+        ErrorKind::StorageFull => Some(28),
+        ErrorKind::ReadOnlyFilesystem => Some(30),
+        _ => None,
+    })
 }
 
 /// What the system says, without the number that Python adds itself.
@@ -333,13 +348,27 @@ impl From<engine::sampler::Sampled> for Sampled {
     }
 }
 
-/// Text in the making.
+/// Text in the making. A scheduler takes it away.
 #[pyclass(frozen, module = "nybble._native")]
-struct Sequence(Mutex<engine::Sequence>);
+struct Sequence(Mutex<Option<engine::Sequence>>);
+
+impl Sequence {
+    fn of(mut sequence: engine::Sequence, constraint: Option<Bound<'_, Constraint>>) -> Sequence {
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.get().0.clone());
+        }
+        Sequence(Mutex::new(Some(sequence)))
+    }
+
+    /// What a sequence that is not there is told as.
+    fn busy() -> Error {
+        Error::argument("sequence", "one that is in a step or a scheduler already", "each in one at a time")
+    }
+}
 
 /// A model in memory.
 #[pyclass(frozen, module = "nybble._native")]
-struct Model(model::Model);
+struct Model(Arc<model::Model>);
 
 #[pymethods]
 impl Model {
@@ -364,7 +393,8 @@ impl Model {
         let quantize = model::Quantize::by_name(quantize)?;
         let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
         let options = LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !mmap };
-        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model)
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
+            .map(|model| Model(Arc::new(model)))
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
@@ -377,22 +407,19 @@ impl Model {
         constraint: Option<Bound<'_, Constraint>>,
     ) -> PyResult<Sequence> {
         let prompt = token_ids(prompt)?;
-        let mut sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
-        if let Some(constraint) = constraint {
-            sequence.constrain(constraint.get().0.clone());
-        }
-        Ok(Sequence(Mutex::new(sequence)))
+        let sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
+        Ok(Sequence::of(sequence, constraint))
     }
 
     /// Computes what is pending of each sequence and samples a token for each, which is then pending.
     fn step(&self, py: Python<'_>, sequences: Vec<Py<Sequence>>) -> PyResult<Vec<Sampled>> {
-        let busy = || Error::argument("sequence", "one that is in a step already", "each in one step at a time");
         // Whoever holds a sequence computes, so waiting for it here would keep the GIL all the while.
         let mut guards: Vec<_> = sequences
             .iter()
-            .map(|sequence| sequence.get().0.try_lock().map_err(|_| busy()))
+            .map(|sequence| sequence.get().0.try_lock().map_err(|_| Sequence::busy()))
             .collect::<crate::Result<_>>()?;
-        let mut stepped: Vec<_> = guards.iter_mut().map(|guard| &mut **guard).collect();
+        let stepped = guards.iter_mut().map(|guard| guard.as_mut().ok_or_else(Sequence::busy));
+        let mut stepped: Vec<_> = stepped.collect::<crate::Result<_>>()?;
         let sampled = detached(py, |interrupted| engine::step(&self.0, &mut stepped, interrupted))?;
         Ok(sampled.into_iter().map(Sampled::from).collect())
     }
@@ -468,6 +495,8 @@ mod _native {
     use super::evaluate::{Baseline, perplexity};
     #[pymodule_export]
     use super::quantize::quantize;
+    #[pymodule_export]
+    use super::scheduler::Scheduler;
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]

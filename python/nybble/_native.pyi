@@ -16,6 +16,7 @@ __all__ = [
     "GgufFile",
     "Model",
     "Sampled",
+    "Scheduler",
     "SentencePiece",
     "Sequence",
     "Session",
@@ -109,6 +110,14 @@ class Sampled:
 class Sequence: ...
 
 @final
+class Constraint: ...
+
+@final
+class Vocabulary:
+    def __new__(cls, tokens: _Sequence[bytes], ends: _Sequence[int]) -> Vocabulary: ...
+    def constraint(self, kind: str, text: str) -> Constraint: ...
+
+@final
 class Session:
     def __new__(cls, model: Model) -> Session: ...
     @staticmethod
@@ -118,21 +127,9 @@ class Session:
     def save(self, model: Model, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
     def prefix(self, len: int) -> Session: ...
     def resume(
-        self,
-        model: Model,
-        tokens: _Sequence[int],
-        options: SamplingOptions,
-        constraint: Constraint | None = None,
+        self, model: Model, tokens: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
     ) -> Sequence: ...
     def __len__(self) -> int: ...
-
-@final
-class Constraint: ...
-
-@final
-class Vocabulary:
-    def __new__(cls, tokens: _Sequence[bytes], ends: _Sequence[int]) -> Vocabulary: ...
-    def constraint(self, kind: str, text: str) -> Constraint: ...
 
 @final
 class Model:
@@ -155,6 +152,25 @@ class Model:
     def hidden_states(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+@final
+class Scheduler:
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        draft: Model | None = None,
+        max_batch: int = 16,
+        cache_bytes: int | None = None,
+        prefix_cache: bool = True,
+        prefill_chunk: int | None = None,
+        speculation: str = "off",
+    ) -> Scheduler: ...
+    def submit(self, sequence: Sequence, limit: int) -> int: ...
+    def cancel(self, id: int) -> bool: ...
+    def step(self, signals: bool) -> list[tuple[int, Sampled | Exception, int]]: ...
+    def interrupt(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
 
 @final
 class Baseline:

@@ -352,11 +352,11 @@ class Model:
             raise ModelError("the model is closed")
         return self._native_model
 
-    def _writer(self, prompt: str, options: SamplingOptions) -> Writer:
+    def _writer(self, prompt: str | Sequence[int], options: SamplingOptions) -> Writer:
         return Writer(self._native, self.tokenizer, self._prompt_ids(prompt), options, self.info.context)
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt)
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if ids:
             return ids
         # A model cannot begin from nothing; those that know a start token can begin from that.

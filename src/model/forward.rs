@@ -19,8 +19,8 @@ use crate::threads::Scope;
 
 pub(super) use room::Widths;
 
-/// Rows that go through the layers together; longer prompts go in pieces.
-const MAX_ROWS: usize = 512;
+/// Rows that go through the layers together; longer prompts go in pieces, whose outputs stay in larger caches.
+const MAX_ROWS: usize = 256;
 /// Queries of one head that a task of attention takes together, as long as there are tasks for all threads: enough that
 /// converting keys and values costs little, few enough that their scores stay in the second-level cache.
 const ATTENTION_QUERIES: usize = 128;

@@ -241,6 +241,20 @@ fn spread<T: Copy>(key: &[T], panel: &mut [T], slot: usize) {
     }
 }
 
+/// Keys and values of 64 positions that sessions of one model may share. What holds it keeps it in memory.
+#[derive(Debug, Clone)]
+pub struct SharedPage {
+    page: Arc<Page>,
+    model: u64,
+}
+
+impl SharedPage {
+    /// Whether anything else holds this page, too: a session, or another `SharedPage`.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.page) > 1
+    }
+}
+
 /// One sequence of tokens over a model: its keys and values.
 ///
 /// Memory grows by a page of 64 positions as tokens come.
@@ -291,6 +305,53 @@ impl Session {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         self.pages.truncate(self.len.div_ceil(PAGE));
+    }
+
+    /// Its page `index`, to be given to other sessions. `None` unless all 64 of its positions are filled.
+    pub fn page(&self, index: usize) -> Option<SharedPage> {
+        let page = self.pages.get(index).filter(|_| (index + 1) * PAGE <= self.len)?;
+        Some(SharedPage { page: page.clone(), model: self.model })
+    }
+
+    /// Goes on with the first `tokens` positions of a page that another session has filled, as if it had seen these tokens.
+    /// That it would have seen the same ones, from the very first, is the caller's to know.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a page of another model, or when this session's last page is not full or `tokens` not
+    /// from 1 to 64; [`Error::ContextFull`] when they do not fit.
+    pub fn adopt(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
+        if page.model != self.model {
+            return Err(Error::argument("page", "a page of another model", "a page of this model"));
+        }
+        if !self.len.is_multiple_of(PAGE) || !(1..=PAGE).contains(&tokens) {
+            let found = format!("{tokens} tokens after {}", self.len);
+            return Err(Error::argument("page", found, "1 to 64 tokens after whole pages"));
+        }
+        if tokens > self.context - self.len {
+            return Err(Error::ContextFull { used: self.len, requested: tokens, context: self.context });
+        }
+        self.pages.push(page.page.clone());
+        self.len += tokens;
+        Ok(())
+    }
+
+    /// Holds `page` in the place of its own page `index`, which was computed from the same tokens and so has the same bits.
+    pub(crate) fn exchange(&mut self, index: usize, page: &SharedPage) {
+        if let Some(own) = self.pages.get_mut(index) {
+            *own = page.page.clone();
+        }
+    }
+
+    /// Whether it is one of `model`'s.
+    pub fn is_of(&self, model: &super::Model) -> bool {
+        self.model == model.id
+    }
+
+    /// Bytes that its next `tokens` tokens take: new pages, and a copy of its last one where that is shared.
+    pub fn bytes_for(&self, tokens: usize) -> usize {
+        let copied = self.pages.get(self.len / PAGE).is_some_and(|page| Arc::strong_count(page) > 1);
+        let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
+        (new + usize::from(copied)).saturating_mul(self.shape.page_bytes())
     }
 
     /// Makes room for `tokens` more tokens, in pages of its own.

@@ -29,7 +29,7 @@ use config::Config;
 pub(crate) use forward::layerwise;
 pub use forward::{Input, Logits};
 use hf::HfFolder;
-pub use kv_cache::{CacheType, Session};
+pub use kv_cache::{CacheType, Session, SharedPage};
 use requantize::Quantized;
 use rope::Rope;
 pub use rope::{RopeConfig, Scaling};
@@ -250,6 +250,11 @@ impl Model {
     /// Bytes of a session for each token, rounded up; sessions grow by 64 tokens at a time.
     pub fn cache_bytes_per_token(&self) -> usize {
         self.shape.page_bytes().div_ceil(kernels::PAGE)
+    }
+
+    /// Bytes of a page of the cache, which holds 64 tokens.
+    pub fn cache_bytes_per_page(&self) -> usize {
+        self.shape.page_bytes()
     }
 
     /// Threads that compute.

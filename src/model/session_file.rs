@@ -71,7 +71,7 @@ impl Session {
             self.write(model, tokens, file.as_file_mut())?;
             file.persist(path).map(drop).map_err(|error| error.error)
         };
-        replace().map_err(|error| Error::io(path, plain(error)))
+        replace().map_err(|error| Error::io(path, error))
     }
 
     fn write(&self, model: &Model, tokens: &[u32], file: &mut File) -> std::io::Result<()> {
@@ -156,12 +156,6 @@ impl Session {
         session.advance(seen);
         Ok((session, ids))
     }
-}
-
-/// What the system said, without the temporary file's own path around it.
-fn plain(error: std::io::Error) -> std::io::Error {
-    let inner = error.get_ref().and_then(|outer| outer.source()?.downcast_ref::<std::io::Error>());
-    inner.and_then(std::io::Error::raw_os_error).map_or(error, std::io::Error::from_raw_os_error)
 }
 
 /// How many tokens a file holds, and how many of them are in its cache.

@@ -1,11 +1,11 @@
 //! `nybble._native.Session`: the keys and values of a text for Python, which keeps the text.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use pyo3::prelude::*;
 
-use super::{Constraint, Model, Options, Sequence, TokenIds, guarded, token_ids};
+use super::constraint::Constraint;
+use super::{Model, Options, Sequence, TokenIds, guarded, token_ids};
 use crate::{Error, engine, model};
 
 /// The keys and values of the tokens seen so far. It does not change: a sequence goes on from a copy, which shares its memory.
@@ -25,7 +25,7 @@ impl Session {
     fn of(sequence: &Sequence) -> PyResult<Session> {
         let busy = || Error::argument("sequence", "one that is in a step", "one that nobody computes");
         let sequence = sequence.0.try_lock().map_err(|_| busy())?;
-        Ok(Session(sequence.session().fork()))
+        Ok(Session(sequence.as_ref().ok_or_else(busy)?.session().fork()))
     }
 
     /// Reads a file that `save` wrote: the session, and the tokens of its text.
@@ -59,11 +59,8 @@ impl Session {
         constraint: Option<Bound<'_, Constraint>>,
     ) -> PyResult<Sequence> {
         let tokens = token_ids(tokens)?;
-        let mut sequence = guarded(py, || engine::Sequence::resume(&model.0, self.0.fork(), &tokens, options.into()))?;
-        if let Some(constraint) = constraint {
-            sequence.constrain(constraint.get().0.clone());
-        }
-        Ok(Sequence(Mutex::new(sequence)))
+        let sequence = guarded(py, || engine::Sequence::resume(&model.0, self.0.fork(), &tokens, options.into()))?;
+        Ok(Sequence::of(sequence, constraint))
     }
 
     fn __len__(&self) -> usize {

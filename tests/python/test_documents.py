@@ -70,7 +70,10 @@ def test_every_nybble_command_of_the_readme_is_one() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_python_example_of_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("README.md", "python")
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    assert "Paris" in capsys.readouterr().out
+def test_the_python_examples_of_the_readme_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = blocks("README.md", "python")
+    assert len(examples) > 1
+    exec(compile("".join(examples), "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "Paris" in printed
+    assert "EngineStats" in printed

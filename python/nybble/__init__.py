@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nybble.quantization import quantize
     from nybble.report import Report
     from nybble.sampling import SamplingOptions
+    from nybble.session import Session
     from nybble.tokenizer import Tokenizer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Request",
     "SamplingOptions",
+    "Session",
     "TextStream",
     "Timings",
     "TokenLogprob",
@@ -58,6 +60,7 @@ _MODULES = {
     "quantization": ("quantize",),
     "report": ("Report",),
     "sampling": ("SamplingOptions",),
+    "session": ("Session",),
     "tokenizer": ("Tokenizer",),
 }
 

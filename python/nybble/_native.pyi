@@ -19,6 +19,7 @@ __all__ = [
     "Scheduler",
     "SentencePiece",
     "Sequence",
+    "Session",
     "TensorInfo",
     "Vocabulary",
     "__version__",
@@ -76,7 +77,7 @@ class TensorInfo:
 
 @final
 class GgufFile:
-    def __new__(cls, path: str | os.PathLike[str]) -> GgufFile: ...
+    def __new__(cls, path: str | os.PathLike[str], mmap: bool = True) -> GgufFile: ...
     @property
     def metadata(self) -> dict[str, Any]: ...
     @property
@@ -117,6 +118,20 @@ class Vocabulary:
     def constraint(self, kind: str, text: str) -> Constraint: ...
 
 @final
+class Session:
+    def __new__(cls, model: Model) -> Session: ...
+    @staticmethod
+    def of(sequence: Sequence) -> Session: ...
+    @staticmethod
+    def load(model: Model, path: str | os.PathLike[str]) -> tuple[Session, list[int]]: ...
+    def save(self, model: Model, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
+    def prefix(self, len: int) -> Session: ...
+    def resume(
+        self, model: Model, tokens: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
+    ) -> Sequence: ...
+    def __len__(self) -> int: ...
+
+@final
 class Model:
     @staticmethod
     def load(
@@ -126,6 +141,7 @@ class Model:
         context: int | None = None,
         quantize: str = "auto",
         cache_type: str | None = None,
+        mmap: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(

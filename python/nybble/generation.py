@@ -27,7 +27,7 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written. What a session had seen before is not read again, and does not count."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -83,18 +83,30 @@ class Writer:
     """One sequence on its way to text: the native state, and what has been written so far."""
 
     def __init__(
-        self, model: _native.Model, tokenizer: Tokenizer, prompt: Sequence[int], options: SamplingOptions, context: int
+        self,
+        model: _native.Model,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        context: int,
+        *,
+        session: _native.Session | None = None,
     ) -> None:
         if len(prompt) > context:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
-        self.sequence = model.sequence(prompt, options, constraint(tokenizer, options))
+        held = constraint(tokenizer, options)
+        # A session has seen a beginning of the prompt, and the last token is read in any case.
+        self.cached_tokens = 0 if session is None else min(len(session), len(prompt) - 1)
+        if session is None:
+            self.sequence = model.sequence(prompt, options, held)
+        else:
+            self.sequence = session.resume(model, prompt, options, held)
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
         self.limit = room if options.max_tokens is None else min(room, options.max_tokens)
         self.prompt_tokens = len(prompt)
-        self.cached_tokens = 0
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
@@ -123,6 +135,11 @@ class Writer:
             text += self._rest()
         return self._keep(text)
 
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The ids written so far, without the one that ended the text."""
+        return self._tokens
+
     def completion(self) -> Completion:
         """Everything so far."""
         written = len(self._tokens)
@@ -135,7 +152,7 @@ class Writer:
             timings=Timings(
                 prompt_seconds=prompt_seconds,
                 decode_seconds=decode_seconds,
-                prompt_tokens_per_second=_rate(self.prompt_tokens, prompt_seconds),
+                prompt_tokens_per_second=_rate(self.prompt_tokens - self.cached_tokens, prompt_seconds),
                 decode_tokens_per_second=_rate(written - 1, decode_seconds),
             ),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),

@@ -12,11 +12,11 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::constraint::Allowed;
+use super::constraint;
 use super::pace::Pace;
 use super::prefix::{Key, Prefixes, ROOT};
 use super::sampler::Sampled;
-use super::sequence::{Sequence, beside};
+use super::sequence::Sequence;
 use super::speculation::{self, Acceptance, Speculation};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
@@ -116,9 +116,13 @@ impl Entry {
         self.sequence.pending.len() - self.guesses == 1
     }
 
-    /// After how many of its last rows this step samples: none while a prompt is not at its end.
-    fn sampled(&self) -> usize {
-        if self.rows < self.sequence.pending.len() { 0 } else { 1 + self.guesses }
+    /// Which logits this step gives.
+    fn logits(&self) -> Logits {
+        match () {
+            () if self.rows < self.sequence.pending.len() => Logits::None,
+            () if self.guesses > 0 => Logits::All,
+            () => Logits::Last,
+        }
     }
 
     /// The block that it computes next, where its tokens fill one.
@@ -177,19 +181,13 @@ impl Entry {
     }
 
     /// Samples after each row of `logits` as long as the guesses are right. Returns how many of them were.
-    fn sample(
-        &mut self,
-        logits: &mut [f32],
-        vocabulary: usize,
-        mut allowed: Option<Result<Allowed>>,
-        events: &mut Vec<Event>,
-    ) -> Result<usize> {
+    fn sample(&mut self, logits: &mut [f32], vocabulary: usize, events: &mut Vec<Event>) -> Result<usize> {
         let known = self.tokens.len();
         let seen = self.sequence.session.len();
         let guesses = self.sequence.pending.split_off(self.sequence.pending.len() - self.guesses);
         self.sequence.pending.clear();
         for (i, row) in logits.chunks_mut(vocabulary).enumerate() {
-            let sampled = self.sequence.take(row, allowed.take())?;
+            let sampled = self.sequence.take(row)?;
             let token = sampled.token;
             events.push(self.event(Ok(sampled)));
             self.tokens.push(token);
@@ -343,7 +341,7 @@ impl Scheduler {
     pub fn step(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Event>> {
         let mut events = Vec::new();
         self.admit();
-        let allowed = loop {
+        loop {
             self.plan();
             self.guess(interrupted)?;
             if !self.make_room(&mut events) {
@@ -353,7 +351,7 @@ impl Scheduler {
                 return Ok(events);
             }
             match self.forward(interrupted) {
-                Ok(allowed) => break allowed,
+                Ok(()) => break,
                 // Less than was allowed: what is kept for others goes first, then the youngest waits.
                 Err(Error::OutOfMemory { .. }) => {
                     if self.prefixes.evict(usize::MAX) == 0 {
@@ -365,8 +363,8 @@ impl Scheduler {
                     return Err(error);
                 }
             }
-        };
-        self.collect(allowed, &mut events);
+        }
+        self.collect(&mut events);
         Ok(events)
     }
 
@@ -467,12 +465,11 @@ impl Scheduler {
         }
     }
 
-    /// Computes the rows of all sequences. Returns what the constraint of each allows next, where it has one.
-    fn forward(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Option<Result<Allowed>>>> {
+    fn forward(&mut self, interrupted: Interrupted<'_>) -> Result<()> {
         let started = Instant::now();
         self.logits.clear();
         let mut inputs = Vec::with_capacity(self.running.len());
-        let mut constraints = Vec::with_capacity(self.running.len());
+        let mut held = Vec::new();
         let (mut texts, mut prompt_rows, mut prompt_tokens) = (0, 0, 0);
         for entry in &mut self.running {
             if entry.is_writing() {
@@ -481,36 +478,40 @@ impl Scheduler {
                 prompt_rows += entry.rows;
             }
             prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
-            let logits = match entry.sampled() {
-                0 => Logits::None,
-                1 => Logits::Last,
-                _ => Logits::All,
-            };
-            let Sequence { session, pending, constraint, .. } = &mut entry.sequence;
-            constraints.push(constraint.as_mut().filter(|_| logits != Logits::None));
             if entry.rows > 0 {
+                let logits = entry.logits();
+                let Sequence { session, pending, held: own, .. } = &mut entry.sequence;
+                if logits != Logits::None {
+                    held.extend(own);
+                }
                 inputs.push(Input { session, tokens: &pending[..entry.rows], logits });
             }
         }
-        let allowed = beside(&mut constraints, || self.model.forward(&mut inputs, &mut self.logits, interrupted))?;
+        constraint::beside(held, || self.model.forward(&mut inputs, &mut self.logits, interrupted))?;
         self.pace.observe(texts, prompt_rows, started.elapsed().as_secs_f64());
         self.counts.steps += 1;
         self.counts.prompt_tokens += prompt_tokens;
-        Ok(allowed)
+        Ok(())
     }
 
     /// Samples for all sequences whose tokens have been seen, and lets those go that are at their end.
-    fn collect(&mut self, allowed: Vec<Option<Result<Allowed>>>, events: &mut Vec<Event>) {
+    fn collect(&mut self, events: &mut Vec<Event>) {
         let vocabulary = self.model.vocabulary();
         let mut logits = &mut self.logits[..];
-        for (entry, allowed) in self.running.iter_mut().zip(allowed) {
-            let rows = entry.sampled();
-            if rows == 0 {
-                entry.sequence.pending.drain(..entry.rows);
-            } else {
+        for entry in &mut self.running {
+            let rows = match entry.logits() {
+                _ if entry.rows == 0 => continue,
+                Logits::None => {
+                    entry.sequence.pending.drain(..entry.rows);
+                    0
+                }
+                Logits::Last => 1,
+                Logits::All | Logits::Hidden => entry.rows,
+            };
+            if rows > 0 {
                 let own = logits.split_off_mut(..rows * vocabulary).unwrap_or_default();
                 let guesses = entry.guesses;
-                match entry.sample(own, vocabulary, allowed, events) {
+                match entry.sample(own, vocabulary, events) {
                     Ok(right) if guesses > 0 => {
                         self.counts.drafted_tokens += guesses;
                         self.counts.accepted_tokens += right;

@@ -118,7 +118,7 @@ pub(super) struct Page {
 }
 
 impl Page {
-    fn new(shape: &Shape) -> Result<Page> {
+    pub(super) fn new(shape: &Shape) -> Result<Page> {
         let len = shape.page().unwrap_or(usize::MAX);
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it. An allocation that
         // fails must not abort the process, so it is tried first.
@@ -131,10 +131,40 @@ impl Page {
         Ok(Page { lines: bytemuck::zeroed_vec(len) })
     }
 
-    fn copy(&self, shape: &Shape) -> Result<Page> {
+    pub(super) fn copy(&self, shape: &Shape) -> Result<Page> {
         let mut page = Page::new(shape)?;
         page.lines.copy_from_slice(&self.lines);
         Ok(page)
+    }
+
+    /// All of it, for a file.
+    pub(super) fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
+    /// All of it, from a file.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+
+    /// Zeroes what is stored at `slot` and behind it.
+    pub(super) fn clear_from(&mut self, shape: &Shape, slot: usize) {
+        let bytes = shape.cache_type.bytes();
+        let [keys, values, scales, _] = shape.head();
+        for head in self.lines.chunks_exact_mut(keys + values + 2 * scales) {
+            let (keys, rest) = head.split_at_mut(keys);
+            let (values, scales) = rest.split_at_mut(values);
+            // One dimension of 16 positions after the other.
+            let columns = bytemuck::cast_slice_mut::<Line, u8>(keys).chunks_exact_mut(PANEL * bytes);
+            for (i, column) in columns.enumerate() {
+                let kept = slot.saturating_sub(i / shape.head_dim * PANEL).min(PANEL);
+                column[kept * bytes..].fill(0);
+            }
+            bytemuck::cast_slice_mut::<Line, u8>(values)[slot * shape.width * bytes..].fill(0);
+            for scales in bytemuck::cast_slice_mut::<Line, f32>(scales).chunks_exact_mut(PAGE) {
+                scales[slot..].fill(0.0);
+            }
+        }
     }
 
     /// What it holds of one head.

@@ -110,7 +110,7 @@ class Load:
     def chat(self, **more: Any) -> dict[str, Any]:
         words = "".join(self.dice.choices("abcdef ", k=self.dice.randrange(1, 60)))
         ends = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
-        return {"messages": [{"role": "user", "content": words}], "logit_bias": ends, **more}
+        return {"messages": [{"role": "user", "content": words}], "logit_bias": ends, "max_tokens": 50, **more}
 
     def request(self, body: bytes) -> bytes:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
@@ -171,7 +171,8 @@ async def metrics(load: Load) -> dict[str, float]:
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
-    command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0"]
+    # Kept keys and values are no leak; little memory for them, so that one would show.
+    command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         port = ""
@@ -223,6 +224,7 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=int, default=200)
+    parser.add_argument("--cache-gb", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=1)
     with tempfile.TemporaryDirectory() as name:
         sys.exit(asyncio.run(main(parser.parse_args(), Path(name))))

@@ -25,7 +25,7 @@ async def chat(service: Service, http: Request, body: ChatRequest) -> Response:
     count = body.n or 1
     service.admit(body.model, count)
     plan = _Plan.of(service.engine.model.tokenizer, body)
-    run = await Run.start(service, "messages", lambda: plan.submissions(count))
+    run = await Run.start(service, http, "messages", lambda: plan.submissions(count))
     answer = _Answer(service, run, plan, f"chatcmpl-{plan.id}")
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage

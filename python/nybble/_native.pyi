@@ -16,8 +16,10 @@ __all__ = [
     "GgufFile",
     "Model",
     "Sampled",
+    "Scheduler",
     "SentencePiece",
     "Sequence",
+    "Session",
     "TensorInfo",
     "Vocabulary",
     "__version__",
@@ -75,7 +77,7 @@ class TensorInfo:
 
 @final
 class GgufFile:
-    def __new__(cls, path: str | os.PathLike[str]) -> GgufFile: ...
+    def __new__(cls, path: str | os.PathLike[str], mmap: bool = True) -> GgufFile: ...
     @property
     def metadata(self) -> dict[str, Any]: ...
     @property
@@ -116,6 +118,20 @@ class Vocabulary:
     def constraint(self, kind: str, text: str) -> Constraint: ...
 
 @final
+class Session:
+    def __new__(cls, model: Model) -> Session: ...
+    @staticmethod
+    def of(sequence: Sequence) -> Session: ...
+    @staticmethod
+    def load(model: Model, path: str | os.PathLike[str]) -> tuple[Session, list[int]]: ...
+    def save(self, model: Model, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
+    def prefix(self, len: int) -> Session: ...
+    def resume(
+        self, model: Model, tokens: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
+    ) -> Sequence: ...
+    def __len__(self) -> int: ...
+
+@final
 class Model:
     @staticmethod
     def load(
@@ -125,6 +141,7 @@ class Model:
         context: int | None = None,
         quantize: str = "auto",
         cache_type: str | None = None,
+        mmap: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(
@@ -135,6 +152,25 @@ class Model:
     def hidden_states(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def info(self) -> dict[str, Any]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+@final
+class Scheduler:
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        draft: Model | None = None,
+        max_batch: int = 16,
+        cache_bytes: int | None = None,
+        prefix_cache: bool = True,
+        prefill_chunk: int | None = None,
+        speculation: str = "off",
+    ) -> Scheduler: ...
+    def submit(self, sequence: Sequence, limit: int) -> int: ...
+    def cancel(self, id: int) -> bool: ...
+    def step(self, signals: bool) -> list[tuple[int, Sampled | Exception, int]]: ...
+    def interrupt(self) -> None: ...
+    def stats(self) -> dict[str, int]: ...
 
 @final
 class Baseline:

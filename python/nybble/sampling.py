@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest number in single precision, with which is computed."""
+
+
 def _doc(text: str) -> dict[str, str]:
     """The metadata of a field: its help, which the command line shows as well."""
     return {"help": text}
@@ -87,8 +91,9 @@ class SamplingOptions:
         _check("repetition_penalty", penalty, _finite(penalty) and penalty > 0, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), _finite(getattr(self, name)), "a finite number")
+        _check("logit_bias", self.logit_bias, isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
-            fits = _whole(token) and 0 <= token < 2**32 and _number(bias) and not math.isnan(bias) and bias < math.inf
+            fits = _whole(token) and 0 <= token < 2**32 and _number(bias) and (_finite(bias) or bias == -math.inf)
             _check("logit_bias", {token: bias}, fits, "token ids with finite numbers or -inf")
         _check("seed", self.seed, self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**64), "0 to 2**64 - 1")
         for name in ("max_tokens", "logprobs"):
@@ -155,7 +160,8 @@ def _number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return _number(value) and math.isfinite(value)
+    # Whole numbers beyond every float are finite, and would be an OverflowError in what asks.
+    return _number(value) and -_LARGEST <= value <= _LARGEST
 
 
 def _whole(value: Any) -> bool:

@@ -39,6 +39,7 @@ class Tokenizer:
         *,
         filename: str | None = None,
         revision: str | None = None,
+        mmap: bool = True,
     ) -> Tokenizer:
         """Loads the tokenizer of a model.
 
@@ -47,6 +48,7 @@ class Tokenizer:
                 on the Hugging Face Hub (`org/name`); or None for the default model.
             filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
             revision: branch, tag or commit of a repository.
+            mmap: map a GGUF file into memory while it is looked at; False reads it.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had.
@@ -57,12 +59,12 @@ class Tokenizer:
             if (folder / "tokenizer.json").is_file():
                 return cls.from_folder(folder)
         path = hub.resolve(source, filename=filename, revision=revision, only_tokenizer=True)
-        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path)
+        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path, mmap=mmap)
 
     @classmethod
-    def from_gguf(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def from_gguf(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> Tokenizer:
         """The tokenizer of a GGUF file."""
-        return cls.from_gguf_metadata(_native.GgufFile(path).metadata, where=os.fspath(path))
+        return cls.from_gguf_metadata(_native.GgufFile(path, mmap).metadata, where=os.fspath(path))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:

@@ -11,6 +11,7 @@ use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTr
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
+use super::sampler::{Sampled, Sampler};
 use crate::error::{Error, Result};
 
 /// Tokens of more bytes, which the trie has no room for, never fit a grammar.
@@ -171,6 +172,42 @@ impl fmt::Debug for Constraint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Constraint by a {}", self.name)
     }
+}
+
+/// A constraint, and what it allows next once that was looked up.
+#[derive(Debug)]
+pub(super) struct Held {
+    constraint: Constraint,
+    allowed: Option<Result<Allowed>>,
+}
+
+impl Held {
+    pub(super) fn new(constraint: Constraint) -> Held {
+        Held { constraint, allowed: None }
+    }
+
+    /// Chooses among the tokens allowed, and takes the choice.
+    pub(super) fn sample(&mut self, sampler: &mut Sampler, logits: &mut [f32]) -> Result<Sampled> {
+        let allowed = self.allowed.take().unwrap_or_else(|| self.constraint.allowed())?;
+        let sampled = sampler.sample_among(logits, Some(&allowed))?;
+        self.constraint.accept(sampled.token)?;
+        Ok(sampled)
+    }
+}
+
+/// Runs `compute`, and beside it, in a thread of its own, looks up what each constraint allows.
+pub(super) fn beside<T>(held: Vec<&mut Held>, compute: impl FnOnce() -> T) -> T {
+    if held.is_empty() {
+        return compute();
+    }
+    let look = |held: &mut Held| {
+        // There already, if the step before was interrupted.
+        held.allowed.get_or_insert_with(|| held.constraint.allowed());
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| held.into_iter().for_each(look));
+        compute()
+    })
 }
 
 /// A set of tokens.

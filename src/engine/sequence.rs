@@ -1,6 +1,6 @@
 //! A sequence: a session, the tokens that it has not seen yet, and how its next token is chosen.
 
-use super::constraint::{Allowed, Constraint};
+use super::constraint::{Constraint, Held, beside};
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model, Session};
@@ -8,10 +8,10 @@ use crate::model::{Input, Logits, Model, Session};
 /// Text in the making: tokens go in, [`step`] computes them and samples the next.
 #[derive(Debug)]
 pub struct Sequence {
-    session: Session,
-    pending: Vec<u32>,
-    sampler: Sampler,
-    constraint: Option<Constraint>,
+    pub(super) session: Session,
+    pub(super) pending: Vec<u32>,
+    pub(super) sampler: Sampler,
+    pub(super) held: Option<Held>,
     vocabulary: usize,
 }
 
@@ -22,20 +22,31 @@ impl Sequence {
     /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
     /// [`Error::ContextFull`] when the prompt does not fit.
     pub fn new(model: &Model, prompt: &[u32], options: SamplingOptions) -> Result<Sequence> {
+        Sequence::resume(model, model.session(), prompt, options)
+    }
+
+    /// A sequence that goes on with `session`, which has seen a beginning of `tokens`: all of a text, which counts for
+    /// penalties. The last token is seen again where nothing else is left to see.
+    ///
+    /// # Errors
+    /// As for [`Sequence::new`].
+    pub fn resume(model: &Model, mut session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
         let vocabulary = model.vocabulary();
         let sampler = Sampler::new(options, vocabulary)?;
-        let mut sequence =
-            Sequence { session: model.session(), pending: Vec::new(), sampler, constraint: None, vocabulary };
-        if prompt.is_empty() {
+        let Some(before_last) = tokens.len().checked_sub(1) else {
             return Err(Error::argument("prompt", "no tokens", "at least one token"));
-        }
-        sequence.push(prompt)?;
+        };
+        session.truncate(before_last);
+        let (seen, unseen) = tokens.split_at(session.len());
+        let mut sequence = Sequence { session, pending: Vec::new(), sampler, held: None, vocabulary };
+        seen.iter().for_each(|token| sequence.sampler.accept(*token));
+        sequence.push(unseen)?;
         Ok(sequence)
     }
 
     /// Lets only tokens follow that `constraint` allows. Those that are there already do not count for it.
     pub fn constrain(&mut self, constraint: Constraint) {
-        self.constraint = Some(constraint);
+        self.held = Some(Held::new(constraint));
     }
 
     /// Adds tokens to be seen at the next step, as a chat does with the user's next words.
@@ -75,6 +86,21 @@ impl Sequence {
     pub fn session(&self) -> &Session {
         &self.session
     }
+
+    /// Chooses the next token by the logits after the last one, and counts it for what comes after.
+    pub(super) fn take(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        let sampled = match &mut self.held {
+            Some(held) => held.sample(&mut self.sampler, logits)?,
+            None => self.sampler.sample(logits)?,
+        };
+        self.sampler.accept(sampled.token);
+        Ok(sampled)
+    }
+
+    /// Whether tokens may be guessed ahead, to be confirmed several at once. What a constraint allows is known for one only.
+    pub(super) fn may_speculate(&self) -> bool {
+        self.held.is_none()
+    }
 }
 
 /// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.
@@ -90,44 +116,22 @@ pub fn step(
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Sampled>> {
     let mut logits = Vec::new();
-    let mut constraints: Vec<Option<&mut Constraint>> = Vec::with_capacity(sequences.len());
     let mut inputs = Vec::with_capacity(sequences.len());
+    let mut held = Vec::new();
     for sequence in sequences.iter_mut() {
-        let Sequence { session, pending, constraint, .. } = &mut **sequence;
-        constraints.push(constraint.as_mut());
+        let Sequence { session, pending, held: own, .. } = &mut **sequence;
+        held.extend(own);
         inputs.push(Input { session, tokens: pending, logits: Logits::Last });
     }
-    let allowed = beside(&mut constraints, || model.forward(&mut inputs, &mut logits, interrupted))?;
+    beside(held, || model.forward(&mut inputs, &mut logits, interrupted))?;
     let rows = logits.chunks_mut(model.vocabulary());
-    let sample = |((sequence, logits), allowed): ((&mut &mut Sequence, &mut [f32]), Option<Result<Allowed>>)| {
-        let allowed = allowed.transpose();
-        let sampled = allowed.and_then(|allowed| sequence.sampler.sample_among(logits, allowed.as_ref()));
+    let sample = |(sequence, logits): (&mut &mut Sequence, &mut [f32])| {
+        let sampled = sequence.take(logits);
         sequence.pending.clear();
         if let Ok(sampled) = &sampled {
-            sequence.sampler.accept(sampled.token);
             sequence.pending.push(sampled.token);
-            if let Some(constraint) = &mut sequence.constraint {
-                constraint.accept(sampled.token)?;
-            }
         }
         sampled
     };
-    sequences.iter_mut().zip(rows).zip(allowed).map(sample).collect()
-}
-
-/// Runs `compute`, and beside it, in a thread of its own, finds out what each constraint allows.
-fn beside(
-    constraints: &mut [Option<&mut Constraint>],
-    compute: impl FnOnce() -> Result<()>,
-) -> Result<Vec<Option<Result<Allowed>>>> {
-    if constraints.iter().all(Option::is_none) {
-        compute()?;
-        return Ok(constraints.iter().map(|_| None).collect());
-    }
-    std::thread::scope(|scope| {
-        let look = || constraints.iter_mut().map(|constraint| Some(constraint.as_mut()?.allowed())).collect();
-        let looking = scope.spawn(look);
-        compute()?;
-        Ok(looking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })
+    sequences.iter_mut().zip(rows).map(sample).collect()
 }

@@ -2,6 +2,7 @@
 
 mod heads;
 pub(crate) mod layerwise;
+mod room;
 
 use std::sync::PoisonError;
 
@@ -16,8 +17,10 @@ use crate::kernels::Kernel;
 use crate::quant::packed::PANEL;
 use crate::threads::Scope;
 
-/// Rows that go through the layers together; longer prompts go in pieces.
-const MAX_ROWS: usize = 512;
+pub(super) use room::Widths;
+
+/// Rows that go through the layers together; longer prompts go in pieces, whose outputs stay in larger caches.
+const MAX_ROWS: usize = 256;
 /// Queries of one head that a task of attention takes together, as long as there are tasks for all threads: enough that
 /// converting keys and values costs little, few enough that their scores stay in the second-level cache.
 const ATTENTION_QUERIES: usize = 128;
@@ -166,10 +169,12 @@ impl Model {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
+        room::for_logits(inputs, self, logits)?;
         self.team.run(|scope| {
             scratch.done.clear();
             scratch.done.resize(inputs.len(), 0);
             while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
+                scratch.reserve(self)?;
                 Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())

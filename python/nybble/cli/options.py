@@ -39,6 +39,11 @@ class LoadOptions:
         default=None, metadata={"help": "How the tokens seen are stored; int8 takes half the memory of f16."}
     )
 
+    mmap: bool = field(
+        default=True,
+        metadata={"help": "Map files while they load; without, they are read, which bears that somebody changes them."},
+    )
+
     def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
         """Loads a model, with a progress bar where that takes long; `quantize` is that of `Model.load`."""
         from nybble.cli import terminal
@@ -99,8 +104,9 @@ def _options(group: type) -> list[inspect.Parameter]:
             kind, metavar = str | None, "TEXT|@FILE"
         elif option.name == "max_tokens":
             kind = int  # "None" has no form on a command line; a number larger than the context does the same.
+        name = option.name.replace("_", "-")
         declared = typer.Option(
-            f"--{option.name.replace('_', '-')}",
+            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
             help=option.metadata["help"],
             metavar=metavar,
             show_default=default not in (None, []),

@@ -98,6 +98,18 @@ def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> Non
     assert streamed == three
 
 
+def test_usage_tells_what_earlier_requests_had_computed(client: openai.OpenAI) -> None:
+    def cached(words: str) -> int:
+        messages: Any = [{"role": "system", "content": "Be brief. " * 20}, {"role": "user", "content": words}]
+        done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+        assert done.usage is not None
+        assert done.usage.prompt_tokens_details is not None
+        return done.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("one") == 0
+    assert cached("two") >= 128
+
+
 def test_stop_strings_and_biases_are_followed(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": WRITE_X, "max_tokens": 9}
     assert client.chat.completions.create(**asked).choices[0].message.content == "x" * 9

@@ -94,6 +94,8 @@ def told_to_the_client(param: str) -> Iterator[None]:
         raise overloaded(str(error), 429, "queue_full") from error
     except ContextFullError as error:
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
+    except MemoryError as error:
+        raise overloaded("there is no memory for this at the moment", 503, "out_of_memory") from error
     except ValueError as error:
         name = str(error).partition(":")[0]
         raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error

@@ -108,6 +108,6 @@ def serve(
 def source_name(source: str | None, file: str) -> str:
     """What a model is called if nobody says: a repository by its name, anything else by its file's."""
     is_repository = source is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    if source is not None and is_repository and not Path(source).exists():
+    if source is not None and is_repository and not source.endswith(".gguf") and not Path(source).exists():
         return source
     return file.removesuffix(".gguf")

@@ -18,6 +18,7 @@ from nybble import Model
 from nybble.engine import Engine
 
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
+DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads('{"not":' * 900 + "{}" + "}" * 900)}}
 NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
 WRITE_X = {str(ord("x")): 100}
 FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
@@ -301,11 +302,14 @@ def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model
 def test_calls_are_streamed_whole_and_in_order(model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
     said = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
-    engine, _ = scripted(model, said, said)
+    at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
+    engine, _ = scripted(model, said, said, at_once)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
         chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
         only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
+        listed = [c.choices[0] for c in client.chat.completions.create(**asked)]
+    assert [call.index for chunk in listed for call in chunk.delta.tool_calls or []] == [0, 1]
     found = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     assert [(call.index, call.function.name) for call in found if call.function] == [(0, "time"), (1, "weather")]
     assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == ""
@@ -358,6 +362,8 @@ def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> N
         ),
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is what"),
         ({"chat_template_kwargs": {"messages": []}}, None, "must not hold"),
+        ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not hold"),
+        ({"response_format": DEEP}, "response_format", "recursion limit"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
             "messages.0.content",

@@ -154,6 +154,12 @@ def test_bodies_that_make_no_sense_are_bad_requests(engine: Engine, body: bytes)
             assert len(told["error"]["message"]) < 1100
 
 
+def test_a_body_that_does_not_say_that_it_is_json_is_told_to(engine: Engine) -> None:
+    with serving(engine) as running:
+        status, told = ask(running, "/v1/completions", {"prompt": "x"}, Content_Type="text/plain")
+    assert (status, "Content-Type" in told["error"]["message"]) == (415, True)
+
+
 def test_large_bodies_are_refused_whether_they_say_so_or_not(engine: Engine) -> None:
     with serving(engine, max_body_bytes=1000) as running:
         assert code(ask(running, "/v1/completions", {"prompt": "x" * 1000})) == (413, "body_too_large")

@@ -173,11 +173,12 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
     # Kept keys and values are no leak; little memory for them, so that one would show.
     command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
+    log = folder / "log"
+    with log.open("w") as file, subprocess.Popen(command, stderr=file) as server:
         port = ""
-        while not port:
-            port = "".join(re.findall(r"page +http://127.0.0.1:(\d+)", server.stderr.readline()))
+        while not port and server.poll() is None:
+            port = "".join(re.findall(r"page +http://127.0.0.1:(\d+)", log.read_text()))
+            await asyncio.sleep(0.1)
         load = Load("127.0.0.1", int(port), random.Random(options.seed))
         try:
             await load.run(options.seconds / 4, options.rate)
@@ -190,6 +191,7 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
         finally:
             server.terminate()
             code = server.wait(60)
+    said = log.read_text().splitlines()[3:]
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
     print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the middle and {waits[-1]:.2f} s at most")
@@ -199,6 +201,7 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,
         "connections without an end": load.seen["NO END"] > 0,
         "errors of the server": any(name.startswith("500") for name in load.seen),
+        f"it said {len(said)} lines, such as {said[:3]}": len(said) > 0,
         "slots were kept": held != {"running": 0, "waiting": 0},
         "memory was kept": after[0] - before[0] > LIMIT_BYTES,
         "files were kept": after[1] > before[1] + 5,

@@ -197,6 +197,8 @@ class EventStream(Response):
         async def emit() -> None:
             async for event in self._events:
                 await send(_event(event))
+                # Sending waits only where the other side reads slowly, and a lost connection is noticed in between.
+                await asyncio.sleep(0)
 
         try:
             await asyncio.wait_for(emit(), self._service.settings.request_seconds)

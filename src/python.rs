@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use numpy::PyArray2;
 use numpy::prelude::*;
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
@@ -34,10 +34,14 @@ mod errors {
     pyo3::import_exception!(nybble.errors, ContextFullError);
     pyo3::import_exception!(nybble.errors, InternalError);
 }
+use constraint::Constraint;
 use errors::{ContextFullError, InternalError, ModelError};
 
+mod constraint;
 mod evaluate;
 mod quantize;
+mod scheduler;
+mod session;
 mod vocab;
 
 impl From<Error> for PyErr {
@@ -46,7 +50,7 @@ impl From<Error> for PyErr {
         match error {
             // With the number of the error, OSError becomes FileNotFoundError, PermissionError and so on.
             Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
-            Error::Io { path, source } => match source.raw_os_error() {
+            Error::Io { path, source } => match number(&source) {
                 Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),
             },
@@ -56,6 +60,20 @@ impl From<Error> for PyErr {
             _ => ModelError::new_err(message),
         }
     }
+}
+
+/// The system's number of an error, also of one that a library has wrapped.
+fn number(error: &std::io::Error) -> Option<i32> {
+    error.raw_os_error().or(match error.kind() {
+        ErrorKind::NotFound => Some(2),
+        ErrorKind::PermissionDenied => Some(13),
+        ErrorKind::NotADirectory => Some(20),
+        ErrorKind::IsADirectory => Some(21),
+        ErrorKind::FileTooLarge => Some(27),
+        ErrorKind::StorageFull => Some(28),
+        ErrorKind::ReadOnlyFilesystem => Some(30),
+        _ => None,
+    })
 }
 
 /// What the system says, without the number that Python adds itself.
@@ -183,8 +201,9 @@ struct GgufFile(Gguf);
 #[pymethods]
 impl GgufFile {
     #[new]
-    fn new(py: Python<'_>, path: PathBuf) -> PyResult<GgufFile> {
-        guarded(py, || Gguf::open(path)).map(GgufFile)
+    #[pyo3(signature = (path, mmap=true))]
+    fn new(py: Python<'_>, path: PathBuf, mmap: bool) -> PyResult<GgufFile> {
+        guarded(py, || Gguf::open_with(path, &gguf::OpenOptions { mmap })).map(GgufFile)
     }
 
     /// All keys and values, made anew at each access. Bytes that are no UTF-8 become lone surrogates.
@@ -248,8 +267,22 @@ fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>>
     })
 }
 
-/// Token ids, which Python counts with integers of any size.
-fn token_ids(ids: Vec<i64>) -> crate::Result<Vec<u32>> {
+/// Token ids, which Python counts with integers of any size: one that no type here holds is a wrong id like any other.
+struct TokenIds(Vec<i64>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for TokenIds {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let ids = object.extract::<Vec<i64>>();
+        ids.map(TokenIds).map_err(|error| match error.is_instance_of::<PyOverflowError>(object.py()) {
+            true => Error::argument("token", "an integer of more than 64 bits", "an id of the vocabulary").into(),
+            false => error,
+        })
+    }
+}
+
+fn token_ids(TokenIds(ids): TokenIds) -> crate::Result<Vec<u32>> {
     ids.into_iter()
         .map(|id| u32::try_from(id).map_err(|_| Error::argument("token", id, "an id of the vocabulary")))
         .collect()
@@ -315,20 +348,35 @@ impl From<engine::sampler::Sampled> for Sampled {
     }
 }
 
-/// Text in the making.
+/// Text in the making. A scheduler takes it away.
 #[pyclass(frozen, module = "nybble._native")]
-struct Sequence(Mutex<engine::Sequence>);
+struct Sequence(Mutex<Option<engine::Sequence>>);
+
+impl Sequence {
+    fn of(mut sequence: engine::Sequence, constraint: Option<Bound<'_, Constraint>>) -> Sequence {
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.get().0.clone());
+        }
+        Sequence(Mutex::new(Some(sequence)))
+    }
+
+    /// What a sequence that is not there is told as.
+    fn busy() -> Error {
+        Error::argument("sequence", "one that is in a step or a scheduler already", "each in one at a time")
+    }
+}
 
 /// A model in memory.
 #[pyclass(frozen, module = "nybble._native")]
-struct Model(model::Model);
+struct Model(Arc<model::Model>);
 
 #[pymethods]
 impl Model {
     /// Loads a GGUF file or a folder of Hugging Face; `progress` is called with how much is done and how much there is.
     #[staticmethod]
     #[pyo3(signature = (
-        path, kernel=None, threads=None, context=None, quantize="auto", cache_type=None, progress=None
+        path, kernel=None, threads=None, context=None, quantize="auto", cache_type=None, mmap=true,
+        progress=None
     ))]
     #[allow(clippy::too_many_arguments, reason = "they have names in Python")]
     fn load(
@@ -339,48 +387,51 @@ impl Model {
         context: Option<usize>,
         quantize: &str,
         cache_type: Option<&str>,
+        mmap: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Model> {
         let quantize = model::Quantize::by_name(quantize)?;
         let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
-        let options = LoadOptions { kernel, threads, context, quantize, cache_type };
-        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model)
+        let options = LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !mmap };
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
+            .map(|model| Model(Arc::new(model)))
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.
-    fn sequence(&self, py: Python<'_>, prompt: Vec<i64>, options: Options) -> PyResult<Sequence> {
+    #[pyo3(signature = (prompt, options, constraint=None))]
+    fn sequence(
+        &self,
+        py: Python<'_>,
+        prompt: TokenIds,
+        options: Options,
+        constraint: Option<Bound<'_, Constraint>>,
+    ) -> PyResult<Sequence> {
         let prompt = token_ids(prompt)?;
         let sequence = guarded(py, || engine::Sequence::new(&self.0, &prompt, options.into()))?;
-        Ok(Sequence(Mutex::new(sequence)))
+        Ok(Sequence::of(sequence, constraint))
     }
 
     /// Computes what is pending of each sequence and samples a token for each, which is then pending.
     fn step(&self, py: Python<'_>, sequences: Vec<Py<Sequence>>) -> PyResult<Vec<Sampled>> {
-        let busy = || Error::argument("sequence", "one that is in a step already", "each in one step at a time");
         // Whoever holds a sequence computes, so waiting for it here would keep the GIL all the while.
         let mut guards: Vec<_> = sequences
             .iter()
-            .map(|sequence| sequence.get().0.try_lock().map_err(|_| busy()))
+            .map(|sequence| sequence.get().0.try_lock().map_err(|_| Sequence::busy()))
             .collect::<crate::Result<_>>()?;
-        let mut stepped: Vec<_> = guards.iter_mut().map(|guard| &mut **guard).collect();
+        let stepped = guards.iter_mut().map(|guard| guard.as_mut().ok_or_else(Sequence::busy));
+        let mut stepped: Vec<_> = stepped.collect::<crate::Result<_>>()?;
         let sampled = detached(py, |interrupted| engine::step(&self.0, &mut stepped, interrupted))?;
         Ok(sampled.into_iter().map(Sampled::from).collect())
     }
 
     /// The logits after each token `(len(ids), vocabulary)`.
-    fn logits<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let ids = token_ids(ids)?;
-        let rows = ids.len();
-        let logits = detached(py, |interrupted| {
-            let mut logits = Vec::new();
-            if !ids.is_empty() {
-                let mut session = self.0.session();
-                let input = Input { session: &mut session, tokens: &ids, logits: Logits::All };
-                self.0.forward(&mut [input], &mut logits, interrupted)?;
-            }
-            Ok(logits)
-        })?;
-        logits.into_pyarray(py).reshape([rows, self.0.vocabulary()])
+    fn logits<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::All, self.0.vocabulary())
+    }
+
+    /// The hidden state of each token behind the last norm `(len(ids), hidden_size)`.
+    fn hidden_states<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
     }
 
     /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
@@ -411,13 +462,43 @@ impl Model {
     }
 }
 
+impl Model {
+    /// What `wanted` says of each token, `width` numbers.
+    fn rows<'py>(
+        &self,
+        py: Python<'py>,
+        ids: TokenIds,
+        wanted: Logits,
+        width: usize,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = token_ids(ids)?;
+        let rows = ids.len();
+        let values = detached(py, |interrupted| {
+            let mut values = Vec::new();
+            if !ids.is_empty() {
+                let mut session = self.0.session();
+                let input = Input { session: &mut session, tokens: &ids, logits: wanted };
+                self.0.forward(&mut [input], &mut values, interrupted)?;
+            }
+            Ok(values)
+        })?;
+        values.into_pyarray(py).reshape([rows, width])
+    }
+}
+
 /// The compiled half of the package `nybble`.
 #[pymodule]
 mod _native {
     #[pymodule_export]
+    use super::constraint::{Constraint, Vocabulary};
+    #[pymodule_export]
     use super::evaluate::{Baseline, perplexity};
     #[pymodule_export]
     use super::quantize::quantize;
+    #[pymodule_export]
+    use super::scheduler::Scheduler;
+    #[pymodule_export]
+    use super::session::Session;
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]

@@ -5,8 +5,9 @@ mod logits;
 
 use std::path::{Path, PathBuf};
 
-use logits::{bits, distance, load, logits, top};
+use logits::{bits, distance, feed, load, logits, top};
 use nybble::format::gguf::Gguf;
+use nybble::kernels;
 use nybble::model::hf::HfFolder;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Quantize, Session, convert};
 use nybble::quant::block::BlockType;
@@ -157,6 +158,31 @@ fn every_family_has_the_same_bits_on_any_threads_in_any_pieces_and_in_a_crowd() 
             let mut together = Vec::new();
             two.forward(&mut inputs, &mut together, &|| false).unwrap();
             assert!(bits(&together) == bits(&alone.concat()), "{name}: in a crowd");
+        }
+    }
+}
+
+#[test]
+fn every_family_has_the_same_bits_on_every_kernel_from_a_shared_beginning() {
+    for golden in goldens() {
+        for quantize in [Quantize::Stored, Quantize::Int4] {
+            let load = |kernel: &str, threads| {
+                let (kernel, threads) = (Some(kernel.to_owned()), Some(threads));
+                Model::load(&golden.folder, &LoadOptions { kernel, threads, quantize, ..LoadOptions::default() })
+                    .unwrap()
+            };
+            let tokens = &golden.input[0];
+            let expected = bits(&logits(&load("scalar", 1), tokens, tokens.len()));
+            for (i, kernel) in kernels::available().iter().enumerate() {
+                let model = load(kernel.name(), 1 + i % 3);
+                let mut start = model.session();
+                let mut found = feed(&model, &mut start, &tokens[..17]);
+                // What was computed once serves two sessions.
+                let mut other = start.fork();
+                feed(&model, &mut other, &tokens[20..25]);
+                found.extend(feed(&model, &mut start, &tokens[17..]));
+                assert!(bits(&found) == expected, "{}, {quantize:?} on {}", golden.name, kernel.name());
+            }
         }
     }
 }

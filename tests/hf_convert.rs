@@ -13,6 +13,7 @@ use nybble::format::gguf::{Gguf, Metadata, StringArray, Value};
 use nybble::model::convert::{convert, convert_path};
 use nybble::model::hf::HfFolder;
 use nybble::model::requantize::Quantized;
+use nybble::model::{LoadOptions, Model, Quantize};
 use nybble::quant::block::BlockType;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
@@ -242,6 +243,34 @@ fn a_row_that_cannot_be_quantized_is_told_at_the_end() {
     assert_eq!(found[..36], [0; 36], "the row is zeros meanwhile");
     let message = quantized.finish().expect_err("a fault").to_string();
     assert!(message.contains("blk.0.ffn_up.weight") && message.contains("NaN"), "{message}");
+}
+
+#[test]
+fn a_weight_that_is_nan_or_infinite_is_refused_however_it_is_loaded() {
+    let tensors = [
+        ("model.layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"),
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+    ];
+    for quantize in [Quantize::Stored, Quantize::Int4, Quantize::Int8] {
+        for ((name, own), value) in tensors.iter().flat_map(|names| [f32::NAN, f32::INFINITY].map(|v| (*names, v))) {
+            let mut folder = wide();
+            folder.find(name).bytes[..4].copy_from_slice(&value.to_le_bytes());
+            let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+            let error = Model::load(folder.write().path(), &options).expect_err("a fault").to_string();
+            assert!(error.contains(own) && error.contains("expected finite"), "{quantize:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_folder_that_is_read_loads_as_one_that_is_mapped() {
+    let folder = wide().write();
+    let load = |unmapped| {
+        let options = LoadOptions { threads: Some(1), unmapped, ..LoadOptions::default() };
+        *Model::load(folder.path(), &options).expect("a model").fingerprint()
+    };
+    assert_eq!(load(true), load(false));
 }
 
 // --- The tokenizer ------------------------------------------------------------------------------------------------------

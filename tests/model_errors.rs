@@ -3,11 +3,17 @@
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
 
-use nybble::format::gguf::{Metadata, Value};
+use std::io::{Seek, SeekFrom, Write as _};
+
+use half::{bf16, f16};
+use nybble::format::gguf::{Gguf, Metadata, NewTensor, Value, Writer};
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
-use tiny_model::{ODD, metadata, tensors, write};
+use tiny_model::{ODD, Shape, metadata, tensors, write};
+
+/// For types with blocks of 256.
+const WIDE: Shape = Shape { hidden: 256, heads: 8, kv_heads: 2, head_dim: 32, ffn: 256, layers: 1, ..ODD };
 
 type Tensors = Vec<(String, Vec<u64>)>;
 
@@ -81,6 +87,34 @@ fn counts_out_of_range_are_refused() {
 }
 
 #[test]
+fn more_experts_used_than_there_are_is_refused() {
+    let error = load(|metadata, _| {
+        metadata.set("llama.expert_count", 4u32).set("llama.expert_used_count", 5u32);
+    })
+    .unwrap_err();
+    let expected = "key \"llama.expert_used_count\": found 5, expected at most the 4 experts";
+    assert!(error.to_string().ends_with(expected), "{error}");
+}
+
+#[test]
+fn a_norm_in_blocks_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let infos = tensors(&ODD).into_iter().map(|(name, dims)| {
+        let block_type = if name == "output_norm.weight" { BlockType::Q8_0 } else { BlockType::F32 };
+        NewTensor::new(name, block_type, dims)
+    });
+    let mut writer = Writer::create(&path, &metadata(&ODD), infos).unwrap();
+    for (name, dims) in tensors(&ODD) {
+        writer.write_values(&name, &vec![0.5; dims.iter().product::<u64>() as usize]).unwrap();
+    }
+    writer.finish().unwrap();
+    let error = Model::load(&path, &LoadOptions::default()).unwrap_err();
+    let expected = "tensor \"output_norm.weight\": found Q8_0, expected F32, F16 or BF16";
+    assert!(error.to_string().ends_with(expected), "{error}");
+}
+
+#[test]
 fn rotations_that_cannot_be_are_refused() {
     refused("llama.rope.dimension_count", 21u32, "found 21", "an even number up to 22");
     refused("llama.rope.dimension_count", 24u32, "found 24", "an even number up to 22");
@@ -138,6 +172,102 @@ fn a_tensor_of_the_wrong_shape_is_refused_with_both_shapes() {
         assert!(matches!(&error, Error::Malformed { place, .. } if *place == at), "{text}");
         assert!(text.contains(&format!("{wrong:?}")) && text.contains(expected), "{text}");
     }
+}
+
+/// Writes a model whose matrices are of `block_type`, overwrites bytes of one row of a tensor, and says what comes of loading it.
+fn load_damaged(block_type: BlockType, name: &str, row: u64, at: u64, bytes: &[u8]) -> nybble::Result<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = if block_type.block_len() == 256 { WIDE } else { ODD };
+    let path = write(&folder.path().join("model.gguf"), &metadata(&shape), &tensors(&shape), block_type);
+    let file = Gguf::open_unmapped(&path).unwrap();
+    let tensor = file.tensor(name).unwrap();
+    // Where data begin is told by those of the embedding, which are like no other bytes of the file.
+    let (whole, embedding) = (std::fs::read(&path).unwrap(), file.tensor("token_embd.weight").unwrap());
+    let data = file.data(embedding);
+    let found = whole.windows(data.len()).position(|some| some == data).unwrap() as u64;
+    let start = found - embedding.offset() + tensor.offset();
+    let row_bytes = (tensor.nbytes() / tensor.rows()) as u64;
+    let mut damaged = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    damaged.seek(SeekFrom::Start(start + row * row_bytes + at)).unwrap();
+    damaged.write_all(bytes).unwrap();
+    Model::load(path, &LoadOptions { threads: Some(2), ..LoadOptions::default() })
+}
+
+#[test]
+fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
+    let halves = [f16::NAN, f16::INFINITY, f16::NEG_INFINITY].map(|x| x.to_le_bytes().to_vec());
+    let brains = [bf16::NAN, bf16::INFINITY].map(|x| x.to_le_bytes().to_vec());
+    let singles = [f32::NAN, f32::INFINITY].map(|x| x.to_le_bytes().to_vec());
+    // Where in a row there is a number that may be neither: scales, and minimums.
+    let places: [(BlockType, &[u64], &[Vec<u8>]); 15] = [
+        (BlockType::F32, &[0, 4 * 95], &singles),
+        (BlockType::F16, &[0, 2 * 95], &halves),
+        (BlockType::BF16, &[0, 2 * 95], &brains),
+        (BlockType::Q4_0, &[0, 2 * 18], &halves),
+        (BlockType::Q4_1, &[0, 2, 2 * 20 + 2], &halves),
+        (BlockType::Q5_0, &[0, 22], &halves),
+        (BlockType::Q5_1, &[0, 2], &halves),
+        (BlockType::Q8_0, &[0, 2 * 34], &halves),
+        (BlockType::Q2_K, &[80, 82], &halves),
+        (BlockType::Q3_K, &[108], &halves),
+        (BlockType::Q4_K, &[0, 2], &halves),
+        (BlockType::Q5_K, &[0, 2], &halves),
+        (BlockType::Q6_K, &[208], &halves),
+        (BlockType::IQ4_NL, &[0, 18], &halves),
+        (BlockType::IQ4_XS, &[0], &halves),
+    ];
+    for (block_type, places, values) in places {
+        // Rows of queries are put into another order as they are packed; the row of the file is what counts.
+        for (name, row) in [("blk.0.attn_q.weight", 5), ("token_embd.weight", 100), ("blk.0.ffn_down.weight", 0)] {
+            for (at, value) in places.iter().flat_map(|at| values.iter().map(move |value| (*at, value))) {
+                let error = load_damaged(block_type, name, row, at, value).unwrap_err();
+                let text = error.to_string();
+                let place = Place::Tensor(name.to_owned());
+                assert!(matches!(&error, Error::Malformed { place: at, .. } if *at == place), "{text}");
+                let expected = format!("found NaN or an infinity in row {row}, expected finite numbers");
+                assert!(text.contains("model.gguf") && text.ends_with(&expected), "{} {text}", block_type.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_scales_that_are_numbers_load() {
+    for block_type in [BlockType::Q4_0, BlockType::Q6_K, BlockType::F16] {
+        let at = if block_type == BlockType::Q6_K { 208 } else { 0 };
+        assert!(load_damaged(block_type, "blk.0.attn_q.weight", 5, at, &f16::MAX.to_le_bytes()).is_ok());
+    }
+    // An exponent of 255 is NaN by the standard, and far beyond what any weight is in any case.
+    assert!(load_damaged(BlockType::MXFP4, "blk.0.attn_q.weight", 5, 0, &[200]).is_ok());
+    let error = load_damaged(BlockType::MXFP4, "blk.0.attn_q.weight", 5, 0, &[255]).unwrap_err();
+    assert!(error.to_string().ends_with("found NaN or an infinity in row 5, expected finite numbers"), "{error}");
+}
+
+#[test]
+fn a_norm_that_is_nan_or_infinite_is_refused_with_its_index() {
+    for (value, found) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+        let error = load_damaged(BlockType::Q4_0, "output_norm.weight", 0, 4 * 7, &value.to_le_bytes()).unwrap_err();
+        let expected = format!("tensor \"output_norm.weight\": found {found} at index 7, expected finite numbers");
+        assert!(error.to_string().ends_with(&expected), "{error}");
+    }
+}
+
+#[test]
+fn a_file_that_is_read_loads_as_one_that_is_mapped_and_may_be_cut_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = write(&folder.path().join("model.gguf"), &metadata(&ODD), &tensors(&ODD), BlockType::Q4_0);
+    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    let mapped = Model::load(&path, &options).unwrap();
+    // The first report comes when the file is open and nothing of it packed: mapped, this would end the process.
+    let cut = |done: usize, _: usize| {
+        if done == 0 {
+            std::fs::OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
+        }
+        Ok(())
+    };
+    let read = Model::load_with(&path, &LoadOptions { unmapped: true, ..options }, Some(&cut)).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    assert_eq!(read.fingerprint(), mapped.fingerprint());
 }
 
 #[test]

@@ -345,7 +345,7 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
             3,
             "tensor \"blk.0.attn_norm.weight\": found NaN at index 3, expected finite numbers",
         ),
-        ("token_embd.weight", 64 * 5, "among the moments of its inputs"),
+        ("token_embd.weight", 64 * 5, "tensor \"token_embd.weight\": found NaN or an infinity in row 5"),
     ] {
         let damaged = folder.path().join("damaged.gguf");
         with_nan(&whole, &damaged, name, at);

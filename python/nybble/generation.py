@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from nybble import memory
+from nybble.constraint import constraint
 from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
@@ -16,15 +18,21 @@ if TYPE_CHECKING:
     from nybble import _native
     from nybble.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+# Texts that `generate` works on at a time, and tokens of prompts in a step: nobody waits for a piece of text here.
+_BATCH = 16
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written. What a session had seen before is not read again, and does not count."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed, since an earlier text had begun alike."""
 
     @property
     def total_tokens(self) -> int:
@@ -61,7 +69,8 @@ class Completion:
     tokens: tuple[int, ...]
     """The ids that were written, without the one that ended the text."""
     finish_reason: FinishReason
-    """"stop": the model or a stop string ended the text. "length": `max_tokens` or the context did."""
+    """"stop": the model or a stop string ended the text. "length": `max_tokens` or the context did.
+    "cancelled": the request to an engine was called off."""
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -74,17 +83,30 @@ class Writer:
     """One sequence on its way to text: the native state, and what has been written so far."""
 
     def __init__(
-        self, model: _native.Model, tokenizer: Tokenizer, prompt: Sequence[int], options: SamplingOptions, context: int
+        self,
+        model: _native.Model,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        context: int,
+        *,
+        session: _native.Session | None = None,
     ) -> None:
         if len(prompt) > context:
             raise ContextFullError(0, len(prompt), context)
         if options.seed is None:
             options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
-        self.sequence = model.sequence(prompt, options)
+        held = constraint(tokenizer, options)
+        # A session has seen a beginning of the prompt, and the last token is read in any case.
+        self.cached_tokens = 0 if session is None else min(len(session), len(prompt) - 1)
+        if session is None:
+            self.sequence = model.sequence(prompt, options, held)
+        else:
+            self.sequence = session.resume(model, prompt, options, held)
         # The last token needs no place of its own: it is written, but never fed.
         room = context - len(prompt) + 1
-        self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
-        self._prompt_tokens = len(prompt)
+        self.limit = room if options.max_tokens is None else min(room, options.max_tokens)
+        self.prompt_tokens = len(prompt)
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, after=prompt)
         self._stops = StopMatcher(options.stop)
@@ -92,7 +114,7 @@ class Writer:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []
         self._began = self._first = self._last = time.perf_counter()
-        self.finish_reason: FinishReason | None = "length" if self._limit == 0 else None
+        self.finish_reason: FinishReason | None = "length" if self.limit == 0 else None
 
     def push(self, sampled: _native.Sampled) -> str:
         """Takes the token of a step and returns the text that has become whole by it, which is often none."""
@@ -108,10 +130,15 @@ class Writer:
         text, hit = self._stops.push(self._decoder.push(sampled.id))
         if hit:
             self.finish_reason = "stop"
-        elif len(self._tokens) >= self._limit:
+        elif len(self._tokens) >= self.limit:
             self.finish_reason = "length"
             text += self._rest()
         return self._keep(text)
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The ids written so far, without the one that ended the text."""
+        return self._tokens
 
     def completion(self) -> Completion:
         """Everything so far."""
@@ -121,15 +148,19 @@ class Writer:
             text="".join(self._pieces),
             tokens=tuple(self._tokens),
             finish_reason=self.finish_reason or "length",
-            usage=Usage(self._prompt_tokens, written),
+            usage=Usage(self.prompt_tokens, written, self.cached_tokens),
             timings=Timings(
                 prompt_seconds=prompt_seconds,
                 decode_seconds=decode_seconds,
-                prompt_tokens_per_second=_rate(self._prompt_tokens, prompt_seconds),
+                prompt_tokens_per_second=_rate(self.prompt_tokens - self.cached_tokens, prompt_seconds),
                 decode_tokens_per_second=_rate(written - 1, decode_seconds),
             ),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
+
+    def since(self, count: int) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]:
+        """The tokens after the first `count`, with their log-probabilities if asked for."""
+        return tuple(self._tokens[count:]), None if self._logprobs is None else tuple(self._logprobs[count:])
 
     def _rest(self) -> str:
         """What waited for more bytes of a character or more letters of a stop string, now that nothing more comes."""
@@ -154,10 +185,25 @@ def _rate(count: int, seconds: float) -> float:
 
 
 def run(model: _native.Model, writers: Sequence[Writer]) -> None:
-    """Steps all writers together until each has finished."""
-    while active := [writer for writer in writers if writer.finish_reason is None]:
-        for writer, sampled in zip(active, model.step([writer.sequence for writer in active]), strict=True):
-            writer.push(sampled)
+    """Writes all texts, some at a time, until each has finished."""
+    from nybble import _native
+
+    cache_bytes = memory.for_caches(model)
+    scheduler = _native.Scheduler(model, max_batch=_BATCH, prefill_chunk=_CHUNK, cache_bytes=cache_bytes)
+    active = {
+        scheduler.submit(writer.sequence, writer.limit): writer for writer in writers if writer.finish_reason is None
+    }
+    while active:
+        for number, outcome, cached in scheduler.step(signals=True):
+            if (writer := active.get(number)) is None:
+                continue  # Several tokens came at once, and an earlier one ended the text.
+            if isinstance(outcome, BaseException):
+                raise outcome
+            writer.cached_tokens = cached
+            writer.push(outcome)
+            if writer.finish_reason is not None:
+                scheduler.cancel(number)
+                del active[number]
 
 
 class TextStream(Iterator[str]):

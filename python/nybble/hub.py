@@ -9,11 +9,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nybble.errors import ModelError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 log = logging.getLogger("nybble")
 
@@ -94,7 +98,8 @@ def resolve(
         FileNotFoundError: nothing is there; the message says where it was looked for.
         ConnectionError: the Hub cannot be reached and its cache holds no copy.
         PermissionError: the repository is there but needs a licence accepted.
-        ModelError: several files fit `filename`, or none, a shard is missing, or the weights are only in pickles.
+        ModelError: several files fit `filename`, or none, a shard is missing, the weights are only in pickles, or what
+            was fetched is not what the Hub says it is.
     """
     if source is None:
         if filename is not None or revision is not None:
@@ -209,33 +214,91 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
 
 def _from_hub(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
     """Asks the Hub what `repository` holds now, fetches the chosen file; without the Hub, what is cached serves."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
 
     where = f"repository {repository}"
     if constants.HF_HUB_OFFLINE:
         return _from_hub_cache(repository, filename, revision, only_tokenizer, "HF_HUB_OFFLINE is set")
     try:
         with hub_errors(repository, revision):
-            info = HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=HUB_SECONDS)
+            api = HfApi(library_name="nybble")
+            info = api.model_info(repository, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
     except UnreachableError as error:
         return _from_hub_cache(repository, filename, revision, only_tokenizer, str(error))
-    names = [file.rfilename for file in info.siblings or ()]
-    for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in names
-    chosen = [name for name in names if name in _TOKENIZER_FILES] if for_tokenizer else _choose(names, filename, where)
+    files = {file.rfilename: _HubFile.of(file) for file in info.siblings or ()}
+    for_tokenizer = only_tokenizer and filename is None and _TOKENIZER in files
+    chosen = [name for name in files if name in _TOKENIZER_FILES] if for_tokenizer else _choose(files, filename, where)
     as_folder = for_tokenizer or not chosen
-    chosen = chosen or _checkpoint(names, where)
+    chosen = chosen or _checkpoint(files, where)
     snapshot = snapshot_folder(repository, info.sha)
-    if not all((snapshot / name).is_file() for name in chosen):
-        patterns = [glob.escape(name) for name in chosen]
+    if missing := [name for name in chosen if not files[name].is_whole(snapshot / name)]:
+        snapshot = _fetch(repository, revision, snapshot, {name: files[name] for name in missing}, where)
+    return snapshot if as_folder else snapshot / chosen[0]
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    """What the Hub says of a file; it knows the hash of large ones only."""
+
+    size: int | None
+    sha256: str | None
+
+    @classmethod
+    def of(cls, file: RepoSibling) -> _HubFile:
+        return cls(file.size, file.lfs.sha256 if file.lfs is not None else None)
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file is there in its full length. Hashing it each time would take longer than loading it."""
+        return path.is_file() and self.size in (None, path.stat().st_size)
+
+
+def _fetch(repository: str, revision: str | None, snapshot: Path, files: Mapping[str, _HubFile], where: str) -> Path:
+    """Fetches files that are missing or of the wrong length, and looks whether they are what the Hub says they are."""
+    from huggingface_hub import snapshot_download
+
+    for name in files:
+        _discard(snapshot / name)
+    patterns = [glob.escape(name) for name in files]
+    for attempt in range(2):
         try:
             with hub_errors(repository, revision):
                 fetched = snapshot_download(
                     repository, revision=revision, allow_patterns=patterns, library_name="nybble"
                 )
         except UnreachableError as error:
-            raise ConnectionError(f"{where}: {chosen[0]} was not fetched: {error}") from error
-        snapshot = Path(fetched)
-    return snapshot if as_folder else snapshot / chosen[0]
+            raise ConnectionError(f"{where}: {next(iter(files))} was not fetched: {error}") from error
+        wrong = ""
+        for path, file in ((Path(fetched) / name, file) for name, file in files.items()):
+            if file.sha256 is not None and (found := sha256(path)) != file.sha256:
+                wrong = f"{path}: found SHA-256 {found}, expected {file.sha256}"
+                _discard(path)  # Or the next call would take it for the cached model.
+        if not wrong:
+            break
+        log.warning("%s; it was removed%s", wrong, "" if attempt else " and is fetched again")
+    else:
+        raise ModelError(f"{wrong}; what was fetched is removed")
+    return Path(fetched)
+
+
+def _discard(path: Path) -> None:
+    """Removes a file from the Hub's cache: the link of the snapshot, and what it leads to."""
+    from huggingface_hub import constants
+
+    target = path.resolve()
+    if target.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        target.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:

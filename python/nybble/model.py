@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Unpack
 
+    from nybble.session import Session
     from nybble.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -72,11 +73,11 @@ class ModelInfo:
         return memory.peak_resident_bytes()
 
 
-def _tokenizer(file: Path) -> Tokenizer:
+def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
     # The packages that this imports take as long as the weights of a small model do.
     from nybble.tokenizer import Tokenizer
 
-    return Tokenizer.load(file)
+    return Tokenizer.load(file, mmap=mmap)
 
 
 class _InBackground(Generic[T]):
@@ -134,6 +135,7 @@ class Model:
         context: int | None = None,
         quantize: str | None = "auto",
         cache_type: Literal["f16", "int8", "f32"] | None = None,
+        mmap: bool = True,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
     ) -> Model:
         """Loads a model, fetching it first where it is not on this machine.
@@ -153,6 +155,8 @@ class Model:
                 int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
             cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
                 None is "f16", and "f32" for models that compute in F32.
+            mmap: map the file into memory while it loads. False reads it, which takes its size in memory for that time:
+                for files that somebody may shorten or overwrite meanwhile, which could end the process otherwise.
             progress: called with how many of the weights are packed and how many there are, now and then; what it
                 raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
                 takes more than a second, False draws none.
@@ -162,6 +166,9 @@ class Model:
             ModelError: the file is damaged or not supported.
             ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
         """
+        for name, count in (("threads", threads), ("context", context)):
+            if isinstance(count, int) and not 0 <= count < 2**63:
+                raise ValueError(f"{name}: found {count}, expected 1 or more")
         file = hub.resolve(source, filename=filename, revision=revision)
         with contextlib.ExitStack() as stack:
             if progress is None:
@@ -170,11 +177,12 @@ class Model:
                 from nybble.quantization import Spec
 
                 file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
-            tokenizer = stack.enter_context(_InBackground(lambda: _tokenizer(file)))
+            # Beside a file that is read and not mapped there is no memory to read it a second time.
+            beside = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
             native = _native.Model.load(
-                file, kernel, threads, context, quantize or "stored", cache_type, progress or None
+                file, kernel, threads, context, quantize or "stored", cache_type, mmap, progress or None
             )
-        return cls(native, tokenizer.result(), file)
+        return cls(native, _tokenizer(file, mmap) if beside is None else beside.result(), file)
 
     @overload
     def generate(
@@ -200,6 +208,8 @@ class Model:
         Raises:
             ContextFullError: a prompt alone does not fit into the context. Nothing has been computed then.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise TypeError(f"prompt: found {type(prompt).__name__}, expected str or a list of str")
         single = isinstance(prompt, str)
         merged = merge(options, overrides)
         model = self._native
@@ -258,6 +268,23 @@ class Model:
         merged = merge(options, overrides)
         return self.stream(prompt, merged) if stream else self.generate(prompt, merged)
 
+    def session(self) -> Session:
+        """An empty text, to be continued call by call: what was read and written once is not computed again."""
+        from nybble.session import Session
+
+        return Session(self, _native.Session(self._native))
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """A text that `Session.save` wrote, which goes on with the bits that it would have gone on with.
+
+        Raises:
+            FileNotFoundError, PermissionError: the file cannot be had.
+            ModelError: the file is damaged, or was written with another model, another `cache_type` or more context.
+        """
+        from nybble.session import Session
+
+        return Session(self, *_native.Session.load(self._native, path))
+
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text, with the model's start token where it wants one."""
         return self.tokenizer.encode(text, add_special=add_special)
@@ -269,6 +296,38 @@ class Model:
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The model's logits after each of `ids`: an array of shape (len(ids), vocabulary)."""
         return self._native.logits(list(ids))
+
+    def embed(
+        self,
+        text: str | Prompts,
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Texts as vectors, to compare or search by: an array of shape (texts, hidden_size), one row for one text.
+
+        The model's hidden states behind the last norm, made one vector. Models trained for it tell in their cards which
+        pooling they want; those trained to write give vectors that tell texts apart only roughly.
+
+        Args:
+            text: a text, or a list of them.
+            pooling: "mean" of all tokens, or that of the "last" token.
+            normalize: make each vector one of length 1.
+
+        Raises:
+            ContextFullError: a text does not fit into the context.
+            ValueError: a text without tokens, or an unknown pooling.
+        """
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
+        import numpy as np
+
+        rows = []
+        for ids in map(self._prompt_ids, [text] if isinstance(text, str) else text):
+            states = self._native.hidden_states(ids)
+            row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
+            rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
+        return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)
 
     def close(self) -> None:
         """Gives the memory back as soon as calls in other threads have ended. Any later use is an error."""
@@ -293,10 +352,14 @@ class Model:
             raise ModelError("the model is closed")
         return self._native_model
 
-    def _writer(self, prompt: str, options: SamplingOptions) -> Writer:
-        ids = self.tokenizer.encode(prompt)
-        if not ids:  # A model cannot begin from nothing; those that know a start token can begin from that.
-            if self.tokenizer.bos_id is None:
-                raise ValueError("prompt: found no tokens, expected at least one")
-            ids = [self.tokenizer.bos_id]
-        return Writer(self._native, self.tokenizer, ids, options, self.info.context)
+    def _writer(self, prompt: str | Sequence[int], options: SamplingOptions) -> Writer:
+        return Writer(self._native, self.tokenizer, self._prompt_ids(prompt), options, self.info.context)
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if ids:
+            return ids
+        # A model cannot begin from nothing; those that know a start token can begin from that.
+        if self.tokenizer.bos_id is None:
+            raise ValueError("prompt: found no tokens, expected at least one")
+        return [self.tokenizer.bos_id]

@@ -9,8 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from nybble.constraint import schema_text
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest number in single precision, with which is computed."""
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -63,6 +69,14 @@ class SamplingOptions:
     logprobs: int | None = field(
         default=None, metadata=_doc("Report the log-probability of each token and of so many likeliest alternatives.")
     )
+    schema: Mapping[str, Any] | type | str | None = field(
+        default=None,
+        metadata=_doc("Write a JSON text that follows this JSON Schema: a dict, JSON text or a pydantic model."),
+    )
+    regex: str | None = field(default=None, metadata=_doc("Write a text that this regular expression matches."))
+    grammar: str | None = field(
+        default=None, metadata=_doc("Write a text of this context-free grammar (Lark, as llguidance understands it).")
+    )
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 or more")
@@ -77,8 +91,9 @@ class SamplingOptions:
         _check("repetition_penalty", penalty, _finite(penalty) and penalty > 0, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), _finite(getattr(self, name)), "a finite number")
+        _check("logit_bias", self.logit_bias, isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
-            fits = _whole(token) and 0 <= token < 2**32 and _number(bias) and not math.isnan(bias) and bias < math.inf
+            fits = _whole(token) and 0 <= token < 2**32 and _number(bias) and (_finite(bias) or bias == -math.inf)
             _check("logit_bias", {token: bias}, fits, "token ids with finite numbers or -inf")
         _check("seed", self.seed, self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**64), "0 to 2**64 - 1")
         for name in ("max_tokens", "logprobs"):
@@ -87,6 +102,12 @@ class SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_text(self.schema))
+        given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
+        _check(" and ".join(given), "each of them", len(given) <= 1, "at most one of schema, regex and grammar")
+        for name in given:
+            _check(name, getattr(self, name), _text(getattr(self, name)), "a string that is not empty")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
@@ -111,6 +132,9 @@ class SamplingOverrides(TypedDict, total=False):
     max_tokens: int | None
     stop: str | Sequence[str]
     logprobs: int | None
+    schema: Mapping[str, Any] | type | str | None
+    regex: str | None
+    grammar: str | None
 
 
 def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> SamplingOptions:
@@ -136,7 +160,8 @@ def _number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return _number(value) and math.isfinite(value)
+    # Whole numbers beyond every float are finite, and would be an OverflowError in what asks.
+    return _number(value) and -_LARGEST <= value <= _LARGEST
 
 
 def _whole(value: Any) -> bool:

@@ -28,6 +28,7 @@ class Tokenizer:
     def __init__(self, parts: _Parts) -> None:
         self._parts = parts
         self._compiled: dict[str, ChatTemplate] = {}
+        self._grammar_vocabulary: _native.Vocabulary | None = None
 
     # --- Making one ---------------------------------------------------------------------------------------------------
 
@@ -38,6 +39,7 @@ class Tokenizer:
         *,
         filename: str | None = None,
         revision: str | None = None,
+        mmap: bool = True,
     ) -> Tokenizer:
         """Loads the tokenizer of a model.
 
@@ -46,6 +48,7 @@ class Tokenizer:
                 on the Hugging Face Hub (`org/name`); or None for the default model.
             filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
             revision: branch, tag or commit of a repository.
+            mmap: map a GGUF file into memory while it is looked at; False reads it.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: the file cannot be had.
@@ -56,12 +59,12 @@ class Tokenizer:
             if (folder / "tokenizer.json").is_file():
                 return cls.from_folder(folder)
         path = hub.resolve(source, filename=filename, revision=revision, only_tokenizer=True)
-        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path)
+        return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path, mmap=mmap)
 
     @classmethod
-    def from_gguf(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def from_gguf(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> Tokenizer:
         """The tokenizer of a GGUF file."""
-        return cls.from_gguf_metadata(_native.GgufFile(path).metadata, where=os.fspath(path))
+        return cls.from_gguf_metadata(_native.GgufFile(path, mmap).metadata, where=os.fspath(path))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
@@ -182,6 +185,27 @@ class Tokenizer:
         """
         text = self.token_text(token)
         return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
+
+    @property
+    def grammar_vocabulary(self) -> _native.Vocabulary:
+        """The vocabulary as grammars look at it, made when it is first asked for.
+
+        Raises:
+            ValueError: no token ends a text, so none that follows a grammar could end.
+        """
+        if self._grammar_vocabulary is None:
+            if not self.eos_ids:
+                raise ValueError(f"{self._parts.where}: found no token that ends a text, which grammars need")
+            tokens = [self._grammar_bytes(token) for token in range(self.vocab_size)]
+            self._grammar_vocabulary = _native.Vocabulary(tokens, sorted(self.eos_ids))
+        return self._grammar_vocabulary
+
+    def _grammar_bytes(self, token: int) -> bytes:
+        text = self._parts.text_of(token)
+        if text is None:
+            return b""
+        # Bytes that no text holds keep marks out of texts, and let a grammar name them.
+        return b"\xff" + text.encode("utf-8", "replace") if token in self.special_ids else self.token_bytes(token)
 
     def id_of(self, text: str) -> int | None:
         """The id of the token that the vocabulary spells so; None if there is none."""

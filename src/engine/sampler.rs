@@ -2,6 +2,7 @@
 //!
 //! The steps, in the order of llama.cpp's sampler chain:
 //!
+//! 0. Tokens that a [constraint](super::constraint) forbids get minus infinity.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties act on the tokens of the history: repetition divides a positive logit and multiplies a negative
 //!    one, presence subtracts once, frequency subtracts once per occurrence.
@@ -26,6 +27,7 @@ mod candidates;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 
+use super::constraint::Allowed;
 use crate::{Error, Result};
 use candidates::Candidates;
 
@@ -200,6 +202,16 @@ impl Sampler {
     /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, be it from the start
     /// or because `logit_bias` forbids the others. [`Error::InvalidArgument`] when there are not `vocab_size` of them.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        self.sample_among(logits, None)
+    }
+
+    /// As [`sample`](Sampler::sample), among the tokens `allowed` only: the logits of others are minus infinity
+    /// afterwards. Log-probabilities are still those among all tokens.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`sample`](Sampler::sample).
+    pub fn sample_among(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
         }
@@ -210,6 +222,9 @@ impl Sampler {
         if let Some(count @ 1..) = self.options.logprobs {
             self.candidates.keep_largest(logits, count as usize);
             top.extend(self.candidates.sorted().filter_map(|(id, logit)| Some((id, logprob(logit)?))));
+        }
+        if let Some(allowed) = allowed {
+            allowed.apply(logits);
         }
         self.adjust(logits);
         let chosen = self.choose(logits);

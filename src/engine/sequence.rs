@@ -1,5 +1,6 @@
 //! A sequence: a session, the tokens that it has not seen yet, and how its next token is chosen.
 
+use super::constraint::{Constraint, Held, beside};
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model, Session};
@@ -7,9 +8,10 @@ use crate::model::{Input, Logits, Model, Session};
 /// Text in the making: tokens go in, [`step`] computes them and samples the next.
 #[derive(Debug)]
 pub struct Sequence {
-    session: Session,
-    pending: Vec<u32>,
-    sampler: Sampler,
+    pub(super) session: Session,
+    pub(super) pending: Vec<u32>,
+    pub(super) sampler: Sampler,
+    pub(super) held: Option<Held>,
     vocabulary: usize,
 }
 
@@ -20,14 +22,31 @@ impl Sequence {
     /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
     /// [`Error::ContextFull`] when the prompt does not fit.
     pub fn new(model: &Model, prompt: &[u32], options: SamplingOptions) -> Result<Sequence> {
+        Sequence::resume(model, model.session(), prompt, options)
+    }
+
+    /// A sequence that goes on with `session`, which has seen a beginning of `tokens`: all of a text, which counts for
+    /// penalties. The last token is seen again where nothing else is left to see.
+    ///
+    /// # Errors
+    /// As for [`Sequence::new`].
+    pub fn resume(model: &Model, mut session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
         let vocabulary = model.vocabulary();
         let sampler = Sampler::new(options, vocabulary)?;
-        let mut sequence = Sequence { session: model.session(), pending: Vec::new(), sampler, vocabulary };
-        if prompt.is_empty() {
+        let Some(before_last) = tokens.len().checked_sub(1) else {
             return Err(Error::argument("prompt", "no tokens", "at least one token"));
-        }
-        sequence.push(prompt)?;
+        };
+        session.truncate(before_last);
+        let (seen, unseen) = tokens.split_at(session.len());
+        let mut sequence = Sequence { session, pending: Vec::new(), sampler, held: None, vocabulary };
+        seen.iter().for_each(|token| sequence.sampler.accept(*token));
+        sequence.push(unseen)?;
         Ok(sequence)
+    }
+
+    /// Lets only tokens follow that `constraint` allows. Those that are there already do not count for it.
+    pub fn constrain(&mut self, constraint: Constraint) {
+        self.held = Some(Held::new(constraint));
     }
 
     /// Adds tokens to be seen at the next step, as a chat does with the user's next words.
@@ -67,6 +86,21 @@ impl Sequence {
     pub fn session(&self) -> &Session {
         &self.session
     }
+
+    /// Chooses the next token by the logits after the last one, and counts it for what comes after.
+    pub(super) fn take(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        let sampled = match &mut self.held {
+            Some(held) => held.sample(&mut self.sampler, logits)?,
+            None => self.sampler.sample(logits)?,
+        };
+        self.sampler.accept(sampled.token);
+        Ok(sampled)
+    }
+
+    /// Whether tokens may be guessed ahead, to be confirmed several at once. What a constraint allows is known for one only.
+    pub(super) fn may_speculate(&self) -> bool {
+        self.held.is_none()
+    }
 }
 
 /// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.
@@ -82,20 +116,19 @@ pub fn step(
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Sampled>> {
     let mut logits = Vec::new();
-    let mut inputs: Vec<Input<'_>> = sequences
-        .iter_mut()
-        .map(|sequence| {
-            let Sequence { session, pending, .. } = &mut **sequence;
-            Input { session, tokens: pending, logits: Logits::Last }
-        })
-        .collect();
-    model.forward(&mut inputs, &mut logits, interrupted)?;
+    let mut inputs = Vec::with_capacity(sequences.len());
+    let mut held = Vec::new();
+    for sequence in sequences.iter_mut() {
+        let Sequence { session, pending, held: own, .. } = &mut **sequence;
+        held.extend(own);
+        inputs.push(Input { session, tokens: pending, logits: Logits::Last });
+    }
+    beside(held, || model.forward(&mut inputs, &mut logits, interrupted))?;
     let rows = logits.chunks_mut(model.vocabulary());
     let sample = |(sequence, logits): (&mut &mut Sequence, &mut [f32])| {
-        let sampled = sequence.sampler.sample(logits);
+        let sampled = sequence.take(logits);
         sequence.pending.clear();
         if let Ok(sampled) = &sampled {
-            sequence.sampler.accept(sampled.token);
             sequence.pending.push(sampled.token);
         }
         sampled

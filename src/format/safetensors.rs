@@ -27,6 +27,8 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct SafeTensors {
     folder: PathBuf,
+    /// Whether files are mapped.
+    mmap: bool,
     files: Vec<(PathBuf, Bytes)>,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
@@ -88,29 +90,38 @@ impl SafeTensors {
     /// [`Error::Io`] when the system refuses, [`Error::Missing`] when a file is not there, [`Error::Unsupported`] when there
     /// are only files of other formats, [`Error::Malformed`] when a file breaks the format or contradicts the index.
     pub fn open(folder: impl AsRef<Path>) -> Result<SafeTensors> {
+        SafeTensors::open_with(folder, true)
+    }
+
+    /// As [`SafeTensors::open`], with the files mapped, or read into memory.
+    ///
+    /// # Errors
+    /// Those of [`SafeTensors::open`].
+    pub fn open_with(folder: impl AsRef<Path>, mmap: bool) -> Result<SafeTensors> {
         let folder = folder.as_ref();
         let single = folder.join(SINGLE);
         if is_there(&single)? {
-            let mut all = SafeTensors::empty(folder);
+            let mut all = SafeTensors::empty(folder, mmap);
             all.add(single)?;
             return Ok(all);
         }
         let index = folder.join(INDEX);
-        if is_there(&index)? { SafeTensors::open_indexed(folder, &index) } else { Err(explain_absence(folder)) }
+        if is_there(&index)? { SafeTensors::open_indexed(folder, &index, mmap) } else { Err(explain_absence(folder)) }
     }
 
-    fn empty(folder: &Path) -> SafeTensors {
-        SafeTensors { folder: folder.to_path_buf(), files: Vec::new(), tensors: Vec::new(), index: HashMap::new() }
+    fn empty(folder: &Path, mmap: bool) -> SafeTensors {
+        let (files, tensors, index) = (Vec::new(), Vec::new(), HashMap::new());
+        SafeTensors { folder: folder.to_path_buf(), mmap, files, tensors, index }
     }
 
     /// Opens the files that an index names.
-    fn open_indexed(folder: &Path, index: &Path) -> Result<SafeTensors> {
+    fn open_indexed(folder: &Path, index: &Path, mmap: bool) -> Result<SafeTensors> {
         let object = json::read(index, MAX_HEADER)?;
         let place = || Place::Key("weight_map".to_owned());
         let Some(Value::Object(map)) = object.get("weight_map") else {
             return Err(Error::malformed(index, place(), "no object", "an object: the file of every tensor"));
         };
-        let mut all = SafeTensors::empty(folder);
+        let mut all = SafeTensors::empty(folder, mmap);
         let mut numbers = HashMap::new();
         let mut named = Vec::new();
         for (tensor, file) in map {
@@ -151,7 +162,7 @@ impl SafeTensors {
 
     /// Opens the file at `path` and adds its tensors.
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let bytes = Bytes::open(&path, true).map_err(|source| Error::io(&path, source))?;
+        let bytes = Bytes::open(&path, self.mmap).map_err(|source| Error::io(&path, source))?;
         for tensor in parse(&path, &bytes, self.files.len())? {
             match self.index.entry(tensor.name.clone()) {
                 Entry::Vacant(free) => free.insert(self.tensors.len()),

@@ -1,5 +1,7 @@
 //! Activations as INT8 blocks, rows interleaved in tiles, with everything that a product needs of a block computed once.
 
+use std::collections::TryReserveError;
+
 use crate::quant::packed::{BLOCK, Line};
 
 /// Rows in the tallest tile.
@@ -68,6 +70,16 @@ impl Activations {
         if self.lines.len() < lines {
             self.lines.resize(lines, Line([0; 64]));
         }
+    }
+
+    /// Asks for the memory of `rows` rows of `columns` values, so that [`resize`](Self::resize) need not.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn try_reserve(&mut self, rows: usize, columns: usize) -> Result<(), TryReserveError> {
+        let blocks = columns.div_ceil(BLOCK);
+        let lines = rows.next_multiple_of(TALLEST) * (blocks * BLOCK_BYTES).div_ceil(size_of::<Line>());
+        self.lines.try_reserve_exact(lines.saturating_sub(self.lines.len()))
     }
 
     /// Rows.

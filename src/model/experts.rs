@@ -1,5 +1,7 @@
 //! Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): only the chosen ones compute.
 
+use std::collections::TryReserveError;
+
 use super::config::Experts;
 use super::forward::Pass;
 use super::linear::{Linear, Rows};
@@ -20,6 +22,21 @@ pub(super) struct Buffers {
     out: Vec<f32>,
     /// `(rows)`: weights of the expert that all rows use.
     gates: Vec<f32>,
+}
+
+impl Buffers {
+    /// Makes room for `rows` rows: of `hidden` numbers, of an expert's `inner` ones, and of `out`, the widest output.
+    pub(super) fn try_reserve(
+        &mut self,
+        rows: usize,
+        hidden: usize,
+        inner: usize,
+        out: usize,
+    ) -> Result<(), TryReserveError> {
+        self.source.try_reserve_exact((rows * hidden).saturating_sub(self.source.len()))?;
+        self.out.try_reserve_exact((rows * out).saturating_sub(self.out.len()))?;
+        self.input.try_reserve(rows, hidden.max(inner))
+    }
 }
 
 impl Pass<'_> {

@@ -2,6 +2,7 @@
 
 mod heads;
 pub(crate) mod layerwise;
+mod room;
 
 use std::sync::PoisonError;
 
@@ -16,8 +17,10 @@ use crate::kernels::Kernel;
 use crate::quant::packed::PANEL;
 use crate::threads::Scope;
 
-/// Rows that go through the layers together; longer prompts go in pieces.
-const MAX_ROWS: usize = 512;
+pub(super) use room::Widths;
+
+/// Rows that go through the layers together; longer prompts go in pieces, whose outputs stay in larger caches.
+const MAX_ROWS: usize = 256;
 /// Queries of one head that a task of attention takes together, as long as there are tasks for all threads: enough that
 /// converting keys and values costs little, few enough that their scores stay in the second-level cache.
 const ATTENTION_QUERIES: usize = 128;
@@ -37,6 +40,9 @@ pub enum Logits {
     Last,
     /// Those of every token.
     All,
+    /// None, but every token's hidden state behind the last norm, a row of `hidden` numbers: what the output matrix would
+    /// read.
+    Hidden,
 }
 
 /// Tokens to be added to a session.
@@ -105,7 +111,8 @@ pub(super) struct Scratch {
 
 impl Model {
     /// Computes a step: all tokens of all inputs, in batches, and appends the wanted logits to `logits`, one row of
-    /// [`vocabulary`](Model::vocabulary) numbers a token, in the order of the inputs.
+    /// [`vocabulary`](Model::vocabulary) numbers a token, in the order of the inputs; of [`Logits::Hidden`] one of
+    /// [`hidden`](super::config::Config::hidden) numbers. All inputs of a step want the one or the other.
     ///
     /// The result of a token has the same bits whatever else is in the step. `interrupted` is asked between layers; when
     /// it says yes the step ends.
@@ -120,9 +127,13 @@ impl Model {
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
+        let hidden = inputs.first().is_some_and(|input| input.logits == Logits::Hidden);
         for input in inputs.iter() {
             if input.session.model != self.id {
                 return Err(Error::argument("session", "a session of another model", "a session of this model"));
+            }
+            if (input.logits == Logits::Hidden) != hidden {
+                return Err(Error::argument("logits", "both logits and hidden states", "one of them in a step"));
             }
             if input.tokens.is_empty() {
                 return Err(Error::argument("tokens", "none", "at least one token"));
@@ -158,10 +169,12 @@ impl Model {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
+        room::for_logits(inputs, self, logits)?;
         self.team.run(|scope| {
             scratch.done.clear();
             scratch.done.resize(inputs.len(), 0);
             while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
+                scratch.reserve(self)?;
                 Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())
@@ -188,7 +201,11 @@ impl Scratch {
             }
             for n in 0..take {
                 let last = *done + n + 1 == input.tokens.len();
-                let wanted = input.logits == Logits::All || input.logits == Logits::Last && last;
+                let wanted = match input.logits {
+                    Logits::None => false,
+                    Logits::Last => last,
+                    Logits::All | Logits::Hidden => true,
+                };
                 self.rows.push(Row {
                     input: i,
                     token: input.tokens[*done + n],
@@ -245,7 +262,12 @@ impl Pass<'_> {
         }
         if wanted > 0 {
             s.x.truncate(wanted * hidden);
-            self.head(s, logits);
+            if inputs.iter().any(|input| input.logits == Logits::Hidden) {
+                self.norm(&s.x, weights.output_norm.as_ref(), &mut s.input);
+                logits.extend_from_slice(&s.input.values);
+            } else {
+                self.head(s, logits);
+            }
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ pub(super) struct Page {
 }
 
 impl Page {
-    fn new(shape: &Shape) -> Result<Page> {
+    pub(super) fn new(shape: &Shape) -> Result<Page> {
         let len = shape.page().unwrap_or(usize::MAX);
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it. An allocation that
         // fails must not abort the process, so it is tried first.
@@ -131,10 +131,40 @@ impl Page {
         Ok(Page { lines: bytemuck::zeroed_vec(len) })
     }
 
-    fn copy(&self, shape: &Shape) -> Result<Page> {
+    pub(super) fn copy(&self, shape: &Shape) -> Result<Page> {
         let mut page = Page::new(shape)?;
         page.lines.copy_from_slice(&self.lines);
         Ok(page)
+    }
+
+    /// All of it, for a file.
+    pub(super) fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
+    /// All of it, from a file.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+
+    /// Zeroes what is stored at `slot` and behind it.
+    pub(super) fn clear_from(&mut self, shape: &Shape, slot: usize) {
+        let bytes = shape.cache_type.bytes();
+        let [keys, values, scales, _] = shape.head();
+        for head in self.lines.chunks_exact_mut(keys + values + 2 * scales) {
+            let (keys, rest) = head.split_at_mut(keys);
+            let (values, scales) = rest.split_at_mut(values);
+            // One dimension of 16 positions after the other.
+            let columns = bytemuck::cast_slice_mut::<Line, u8>(keys).chunks_exact_mut(PANEL * bytes);
+            for (i, column) in columns.enumerate() {
+                let kept = slot.saturating_sub(i / shape.head_dim * PANEL).min(PANEL);
+                column[kept * bytes..].fill(0);
+            }
+            bytemuck::cast_slice_mut::<Line, u8>(values)[slot * shape.width * bytes..].fill(0);
+            for scales in bytemuck::cast_slice_mut::<Line, f32>(scales).chunks_exact_mut(PAGE) {
+                scales[slot..].fill(0.0);
+            }
+        }
     }
 
     /// What it holds of one head.
@@ -211,6 +241,20 @@ fn spread<T: Copy>(key: &[T], panel: &mut [T], slot: usize) {
     }
 }
 
+/// Keys and values of 64 positions that sessions of one model may share. What holds it keeps it in memory.
+#[derive(Debug, Clone)]
+pub struct SharedPage {
+    page: Arc<Page>,
+    model: u64,
+}
+
+impl SharedPage {
+    /// Whether anything else holds this page, too: a session, or another `SharedPage`.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.page) > 1
+    }
+}
+
 /// One sequence of tokens over a model: its keys and values.
 ///
 /// Memory grows by a page of 64 positions as tokens come.
@@ -261,6 +305,53 @@ impl Session {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         self.pages.truncate(self.len.div_ceil(PAGE));
+    }
+
+    /// Its page `index`, to be given to other sessions. `None` unless all 64 of its positions are filled.
+    pub fn page(&self, index: usize) -> Option<SharedPage> {
+        let page = self.pages.get(index).filter(|_| (index + 1) * PAGE <= self.len)?;
+        Some(SharedPage { page: page.clone(), model: self.model })
+    }
+
+    /// Goes on with the first `tokens` positions of a page that another session has filled, as if it had seen these tokens.
+    /// That it would have seen the same ones, from the very first, is the caller's to know.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a page of another model, or when this session's last page is not full or `tokens` not
+    /// from 1 to 64; [`Error::ContextFull`] when they do not fit.
+    pub fn adopt(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
+        if page.model != self.model {
+            return Err(Error::argument("page", "a page of another model", "a page of this model"));
+        }
+        if !self.len.is_multiple_of(PAGE) || !(1..=PAGE).contains(&tokens) {
+            let found = format!("{tokens} tokens after {}", self.len);
+            return Err(Error::argument("page", found, "1 to 64 tokens after whole pages"));
+        }
+        if tokens > self.context - self.len {
+            return Err(Error::ContextFull { used: self.len, requested: tokens, context: self.context });
+        }
+        self.pages.push(page.page.clone());
+        self.len += tokens;
+        Ok(())
+    }
+
+    /// Holds `page` in the place of its own page `index`, which was computed from the same tokens and so has the same bits.
+    pub(crate) fn exchange(&mut self, index: usize, page: &SharedPage) {
+        if let Some(own) = self.pages.get_mut(index) {
+            *own = page.page.clone();
+        }
+    }
+
+    /// Whether it is one of `model`'s.
+    pub fn is_of(&self, model: &super::Model) -> bool {
+        self.model == model.id
+    }
+
+    /// Bytes that its next `tokens` tokens take: new pages, and a copy of its last one where that is shared.
+    pub fn bytes_for(&self, tokens: usize) -> usize {
+        let copied = self.pages.get(self.len / PAGE).is_some_and(|page| Arc::strong_count(page) > 1);
+        let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
+        (new + usize::from(copied)).saturating_mul(self.shape.page_bytes())
     }
 
     /// Makes room for `tokens` more tokens, in pages of its own.

@@ -1,5 +1,7 @@
 //! A linear layer: packed weights in parts that share an input, and their bias.
 
+use std::collections::TryReserveError;
+
 use crate::kernels::{Activations, Kernel, TALLEST};
 use crate::quant::packed::{PANEL, Packed};
 use crate::threads::{Columns, Scope};
@@ -30,6 +32,13 @@ impl Rows {
     pub(crate) fn resize(&mut self, rows: usize, columns: usize) {
         // Growing alone would do, but a buffer of the very size catches mistakes.
         self.values.resize(rows * columns, 0.0);
+    }
+
+    /// Makes room for `(rows, columns)`, values and codes.
+    pub(super) fn try_reserve(&mut self, rows: usize, columns: usize) -> Result<(), TryReserveError> {
+        let more = (rows * columns).saturating_sub(self.values.len());
+        self.values.try_reserve_exact(more)?;
+        self.codes.try_reserve(rows, columns)
     }
 
     /// Quantizes the values if one of the layers wants them so.
@@ -93,6 +102,16 @@ impl Linear {
     /// The parts.
     pub(crate) fn parts(&self) -> &[Packed] {
         &self.parts
+    }
+
+    /// `(width)`, or empty.
+    pub(super) fn bias(&self) -> &[f32] {
+        &self.bias
+    }
+
+    /// Which input each column is multiplied with, where that is not the one of its number.
+    pub(super) fn order(&self) -> Option<&Vec<u32>> {
+        self.order.as_ref()
     }
 
     /// Bytes that a product reads.

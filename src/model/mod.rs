@@ -5,21 +5,23 @@ mod attention;
 pub mod config;
 pub mod convert;
 mod experts;
+mod fingerprint;
 mod forward;
 pub mod hf;
 mod kv_cache;
 mod linear;
 pub mod requantize;
 mod rope;
+mod session_file;
 mod weights;
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
-use crate::format::gguf::{Gguf, Value};
+use crate::format::gguf::{Gguf, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{Team, resolve_threads};
@@ -27,7 +29,7 @@ use config::Config;
 pub(crate) use forward::layerwise;
 pub use forward::{Input, Logits};
 use hf::HfFolder;
-pub use kv_cache::{CacheType, Session};
+pub use kv_cache::{CacheType, Session, SharedPage};
 use requantize::Quantized;
 use rope::Rope;
 pub use rope::{RopeConfig, Scaling};
@@ -79,6 +81,9 @@ pub struct LoadOptions {
     pub quantize: Quantize,
     /// How keys and values are stored; otherwise F16, or F32 for models whose layers are F32.
     pub cache_type: Option<CacheType>,
+    /// Reads files into memory instead of mapping them, so that somebody who shortens or overwrites one meanwhile can neither end
+    /// the process nor slip in other weights than were checked. While it loads it takes the size of the files more.
+    pub unmapped: bool,
 }
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
@@ -99,8 +104,11 @@ pub struct Model {
     context: usize,
     kernel: &'static dyn Kernel,
     team: Team,
+    widths: forward::Widths,
     /// Buffers of passes that are not running.
     scratch: Mutex<Vec<forward::Scratch>>,
+    /// Computed when somebody asks.
+    fingerprint: OnceLock<fingerprint::Fingerprint>,
 }
 
 impl Model {
@@ -120,12 +128,13 @@ impl Model {
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let path = path.as_ref();
         if path.is_dir() {
-            let folder = HfFolder::open(path)?;
+            let folder = HfFolder::open_with(path, !options.unmapped)?;
             // Of a checkpoint that is in 4 bits already, only what was thought worth more is left.
             let usual = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
             Model::from_checkpoint(&folder, usual, options, progress)
         } else {
-            Model::from_checkpoint(&Gguf::open(path)?, Quantize::Stored, options, progress)
+            let file = Gguf::open_with(path, &OpenOptions { mmap: !options.unmapped })?;
+            Model::from_checkpoint(&file, Quantize::Stored, options, progress)
         }
     }
 
@@ -185,6 +194,7 @@ impl Model {
             path: checkpoint.path().to_path_buf(),
             name: checkpoint.metadata().get("general.name").and_then(Value::as_str).unwrap_or_default().to_owned(),
             shape: kv_cache::Shape::of(&config, options.cache_type.unwrap_or(usual)),
+            widths: forward::Widths::of(&config, &weights),
             config,
             weights,
             ropes,
@@ -193,6 +203,7 @@ impl Model {
             kernel,
             team,
             scratch: Mutex::default(),
+            fingerprint: OnceLock::new(),
         })
     }
 
@@ -239,6 +250,11 @@ impl Model {
     /// Bytes of a session for each token, rounded up; sessions grow by 64 tokens at a time.
     pub fn cache_bytes_per_token(&self) -> usize {
         self.shape.page_bytes().div_ceil(kernels::PAGE)
+    }
+
+    /// Bytes of a page of the cache, which holds 64 tokens.
+    pub fn cache_bytes_per_page(&self) -> usize {
+        self.shape.page_bytes()
     }
 
     /// Threads that compute.

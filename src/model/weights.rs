@@ -312,7 +312,15 @@ impl Loader<'_> {
         for (index, row) in values.chunks_mut(width.max(1)).enumerate() {
             block_type.decode(tensor.rows.row(index, &mut Vec::new()), row)?;
         }
-        Ok(values)
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(at) => Err(self.unusable(name, format_args!("{} at index {at}", values[at]))),
+            None => Ok(values),
+        }
+    }
+
+    /// Weights with which nothing can be computed.
+    fn unusable(&self, name: &str, found: impl std::fmt::Display) -> Error {
+        Error::malformed(self.path(), Place::Tensor(name.to_owned()), found, "finite numbers")
     }
 
     fn optional_vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
@@ -450,7 +458,8 @@ impl Loader<'_> {
         let bytes = Packed::bytes_needed(rows, columns, layout);
         Packed::try_reserve(bytes).map_err(|()| Error::OutOfMemory { what: "packed weights", bytes })?;
         let release = || self.checkpoint.release(name);
-        Ok(pack::pack_in_slabs(self.scope, source, rows, columns, order, &release))
+        let packed = pack::pack_in_slabs(self.scope, source, rows, columns, order, &release);
+        packed.map_err(|row| self.unusable(name, format_args!("NaN or an infinity in row {}", order(row))))
     }
 
     pub(super) fn layer(&self, config: &Config, index: usize) -> Result<Layer> {

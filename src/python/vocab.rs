@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
 
+use crate::Error;
 use crate::vocab::{self, Piece, TokenKind};
 
 /// A SentencePiece vocabulary that turns text into token ids.
@@ -23,6 +24,10 @@ impl SentencePiece {
         drop_space_after: Vec<u32>,
     ) -> PyResult<Self> {
         let tokens = tokens.iter().map(|token| token.cast_into::<PyString>()).collect::<Result<Vec<_>, _>>()?;
+        // The pieces with their scores and places in a table that is half empty, which is asked for before it is filled.
+        let bytes = tokens.iter().map(|token| token.to_str().map_or(0, str::len) + 64).sum();
+        let room = Vec::<u8>::new().try_reserve_exact(bytes);
+        room.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes })?;
         let made = super::caught(|| {
             let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
                 text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.

@@ -4,6 +4,11 @@
 //! scales of scales (Q2_K to Q6_K, IQ4_XS) and MXFP4 get the product of their scales rounded to F16, after the whole
 //! matrix was multiplied with a power of two (its [gain](super::packed::Packed::gain)) that keeps these products in the
 //! range of F16.
+//!
+//! A weight that is NaN or infinite makes every text nonsense, so the numbers that can be are looked at while they are in the
+//! processor's cache.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
@@ -56,23 +61,14 @@ pub fn layout(block_type: BlockType) -> Option<Layout> {
 
 /// Packs `rows x columns` weights. Row `i` of the result is row `order(i)` of the source.
 ///
-/// # Panics
-/// If the type has no [`layout`], or a row of the source has too few bytes for `columns`: callers check both first.
-pub fn pack(
-    scope: &Scope<'_>,
-    source: &dyn Rows,
-    rows: usize,
-    columns: usize,
-    order: &(dyn Fn(usize) -> usize + Sync),
-) -> Packed {
-    pack_in_slabs(scope, source, rows, columns, order, &|| ())
-}
-
-/// As [`pack`], with a call of `release` each time that some million weights of the source were read and will not be read again
-/// for a while, so that a tensor that is half of a model is not in memory twice.
+/// `release` is called each time that some million weights of the source were read and will not be read again for a while, so
+/// that a tensor that is half of a model is not in memory twice.
+///
+/// # Errors
+/// The first row, of the result, with a scale, a minimum or a float that is NaN or infinite.
 ///
 /// # Panics
-/// As [`pack`].
+/// If the type has no [`layout`], or a row of the source has too few bytes for `columns`: callers check both first.
 pub fn pack_in_slabs(
     scope: &Scope<'_>,
     source: &dyn Rows,
@@ -80,23 +76,28 @@ pub fn pack_in_slabs(
     columns: usize,
     order: &(dyn Fn(usize) -> usize + Sync),
     release: &dyn Fn(),
-) -> Packed {
+) -> Result<Packed, usize> {
     let block_type = source.block_type();
     let layout = layout(block_type).expect("callers check that the type has a layout");
     let slab = (SLAB / columns.max(1) / PANEL).max(1); // panels
     let gain = gain(scope, source, rows, columns, order, slab, release);
     let mut packed = Packed::zeroed(rows, columns, layout, gain);
+    let unusable = AtomicUsize::new(usize::MAX);
     let mut panels = packed.panels_mut();
     for (i, panels) in panels.chunks_mut(slab).enumerate() {
-        pack_panels(scope, source, rows, columns, order, i * slab, panels, layout, gain);
+        pack_panels(scope, source, rows, columns, order, i * slab, panels, layout, gain, &unusable);
         release();
     }
     drop(panels);
+    let unusable = unusable.into_inner();
+    if unusable < rows {
+        return Err(unusable);
+    }
     packed.merge_groups();
-    packed
+    Ok(packed)
 }
 
-/// Fills `panels`, the first of which is number `first`.
+/// Fills `panels`, the first of which is number `first`, and lowers `unusable` to the first row that is.
 #[allow(clippy::too_many_arguments)]
 fn pack_panels(
     scope: &Scope<'_>,
@@ -108,6 +109,7 @@ fn pack_panels(
     panels: &mut [PanelMut<'_>],
     layout: Layout,
     gain: f32,
+    unusable: &AtomicUsize,
 ) {
     let block_type = source.block_type();
     scope.for_each_chunk(panels, 1, |index, panel| {
@@ -146,6 +148,9 @@ fn pack_panels(
                 }),
                 _ => large(block_type, bytes, panel, lane, layout, gain),
             }
+        }
+        if let Some(row) = panel.unusable_row(layout.code) {
+            unusable.fetch_min(index * PANEL + row, Ordering::Relaxed);
         }
     });
 }

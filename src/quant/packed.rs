@@ -188,6 +188,11 @@ impl Packed {
         (self.codes.len() + self.scales.len() + self.mins.len()) * size_of::<Line>()
     }
 
+    /// Everything that is stored: codes, scales and minimums.
+    pub fn lines(&self) -> [&[Line]; 3] {
+        [&self.codes, &self.scales, &self.mins]
+    }
+
     fn panel_lines(&self) -> usize {
         self.blocks() * self.layout.lines_per_block()
     }
@@ -336,6 +341,35 @@ impl Panel<'_> {
 }
 
 impl PanelMut<'_> {
+    /// The first row with a scale, a minimum or a float that is NaN or infinite.
+    ///
+    /// Integers of a file have no such values, so only what they are multiplied with is looked at, which is little.
+    pub fn unusable_row(&self, code: Code) -> Option<usize> {
+        /// Which rows have a number with all bits of `exponent` set. A row of `numbers` is one number of each.
+        fn mark<T: Pod + std::ops::BitAnd<Output = T> + PartialEq>(
+            numbers: &[T],
+            exponent: T,
+            bad: &mut [bool; PANEL],
+        ) {
+            for numbers in numbers.as_chunks::<PANEL>().0 {
+                for (bad, number) in bad.iter_mut().zip(numbers) {
+                    *bad |= *number & exponent == exponent;
+                }
+            }
+        }
+        let mut bad = [false; PANEL];
+        match code {
+            Code::F32 => mark(bytemuck::cast_slice::<Line, u32>(self.codes), 0x7f80_0000, &mut bad),
+            Code::F16 => mark(bytemuck::cast_slice::<Line, u16>(self.codes), 0x7c00, &mut bad),
+            Code::BF16 => mark(bytemuck::cast_slice::<Line, u16>(self.codes), 0x7f80, &mut bad),
+            Code::Int4 | Code::Table4(_) | Code::Int8 => {
+                mark(bytemuck::cast_slice::<_, u16>(self.scales), 0x7c00, &mut bad);
+                mark(bytemuck::cast_slice::<_, u16>(self.mins), 0x7c00, &mut bad);
+            }
+        }
+        bad.iter().position(|bad| *bad)
+    }
+
     /// Stores the codes of block `block` of row `lane`: 0..=15 for 4-bit codes, -128..=127 for 8-bit ones.
     #[inline]
     pub fn set_codes(&mut self, code: Code, lane: usize, block: usize, codes: &[i8; BLOCK]) {

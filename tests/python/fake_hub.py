@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -18,6 +19,12 @@ class FakeHub:
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     broken: bool = False
+    tampered: int = 0
+    """How many of the next files have a wrong last byte when they arrive."""
+    stall_after: int | None = None
+    """Bytes after which a file stops coming, until `stalled` is told to go on."""
+    stalling: threading.Event = field(default_factory=threading.Event)
+    stalled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         hub = self
@@ -46,6 +53,11 @@ class FakeHub:
         self.gated.clear()
         self.requests.clear()
         self.broken = False
+        self.tampered = 0
+        self.stall_after = None
+        self.stalling.clear()
+        self.stalled.set()
+        self.stalled = threading.Event()
 
     @staticmethod
     def commit(repository: str) -> str:
@@ -77,13 +89,28 @@ class FakeHub:
             ]
             return self._send(request, 200, json.dumps(listing).encode(), body)
         if is_api:
-            info = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            siblings = [self._sibling(name, data) for name, data in files.items()]
+            info = {"id": repository, "sha": commit, "siblings": siblings}
             return self._send(request, 200, json.dumps(info).encode(), body)
         data = files.get("/".join(rest[2:]))
         if data is None:
             return self._send(request, 404, b"", body, {"X-Error-Code": "EntryNotFound"})
-        etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        return self._send(request, 200, data, body, {"ETag": etag, "X-Repo-Commit": commit})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit}
+        if body and self.tampered:
+            self.tampered -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        return self._send(request, 206 if start else 200, data[start:], body, headers)
+
+    @staticmethod
+    def _sibling(name: str, data: bytes) -> dict[str, object]:
+        """What the Hub says of a file: of large ones, which lie in another storage, their hash too."""
+        said: dict[str, object] = {"rfilename": name, "size": len(data)}
+        if name.endswith((".gguf", ".safetensors")):
+            said["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+        return said
 
     def _send(
         self,
@@ -99,4 +126,10 @@ class FakeHub:
             request.send_header(name, value)
         request.end_headers()
         if body:
-            request.wfile.write(data)
+            first = data if self.stall_after is None else data[: self.stall_after]
+            request.wfile.write(first)
+            if len(first) < len(data):
+                self.stalling.set()
+                self.stalled.wait(120)
+                with contextlib.suppress(OSError):  # Who asked may be gone.
+                    request.wfile.write(data[len(first) :])

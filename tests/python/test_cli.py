@@ -73,7 +73,7 @@ def test_run_json_is_one_object_with_the_whole_completion(tiny_file: Path, capsy
         run(capsys, "run", "--raw", tiny_file, "abc", "--json", "--max-tokens", "2", "--logit-bias", WRITE_X)
     )
     assert (done["text"], done["tokens"], done["finish_reason"]) == ("xx", [120, 120], "length")
-    assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0}
 
 
 def test_run_answers_where_the_model_can_chat_and_continues_elsewhere(

@@ -52,6 +52,15 @@ def test_a_family_takes_as_few_lines_as_the_document_says() -> None:
         assert (in_choices, in_families) == (str(len(line.splitlines())), str(len(entry.splitlines())))
 
 
+def test_every_test_that_checks_a_promise_is_there() -> None:
+    text = text_of("docs/security.md")
+    named = set(re.findall(r"`((?:tests|scripts)/[\w./]+)(?:::(\w+))?`", text))
+    assert any(test for _, test in named)
+    for path, test in sorted(named):
+        assert (REPOSITORY / path).exists(), path
+        assert not test or f"{test}(" in text_of(path), test
+
+
 def test_every_nybble_command_of_the_readme_is_one() -> None:
     named = set(re.findall(r"^nybble ([a-z]+)", "".join(blocks("README.md", "sh")), re.MULTILINE))
     assert "run" in named
@@ -61,7 +70,10 @@ def test_every_nybble_command_of_the_readme_is_one() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_python_example_of_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("README.md", "python")
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    assert "Paris" in capsys.readouterr().out
+def test_the_python_examples_of_the_readme_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = blocks("README.md", "python")
+    assert len(examples) > 1
+    exec(compile("".join(examples), "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "Paris" in printed
+    assert "EngineStats" in printed

@@ -1,4 +1,4 @@
-"""What goes wrong around a model stays around it: no memory, bugs, many threads, many models, an end in the middle."""
+"""What goes wrong around a model stays around it: no memory, a full disk, bugs, many threads, signals, forks."""
 
 from __future__ import annotations
 
@@ -87,6 +87,80 @@ def test_a_cache_too_large_for_the_memory_is_a_memory_error_and_the_model_stays_
     done = python(script, file)
     assert done.returncode == 0, done.stderr
     assert "out of memory: a page of the key/value cache" in done.stdout
+    assert "usable" in done.stdout
+
+
+@linux
+def test_logits_too_large_for_the_memory_are_a_memory_error_and_the_model_stays_usable(tmp_path: Path) -> None:
+    file = tiny.write_model(tmp_path / "long.gguf", layers=1, llama__context_length=1 << 20)
+    script = """
+        import resource, sys
+        from nybble import Model
+        model = Model.load(sys.argv[1], threads=1)
+        before = model.logits(list(range(64)))
+        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), resource.RLIM_INFINITY))
+        try:
+            model.logits([0] * 100_000)  # 104 MB of logits
+        except MemoryError as error:
+            print(error)
+        assert (model.logits(list(range(64))) == before).all()
+        print("usable")
+    """
+    done = python(script, file)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: logits needs 103600000 bytes" in done.stdout
+    assert "usable" in done.stdout
+
+
+@linux
+def test_buffers_of_a_pass_too_large_for_the_memory_are_a_memory_error(tmp_path: Path) -> None:
+    # A feed-forward layer so wide that 512 rows of it take 537 MB.
+    file = tiny.write_model(tmp_path / "wide.gguf", layers=1, feed_forward=1 << 17, llama__context_length=1 << 12)
+    script = """
+        import resource, sys
+        from nybble import Model
+        model = Model.load(sys.argv[1], threads=1)
+        before = model.logits([1])
+        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+        try:
+            model.logits([0] * 512)
+        except MemoryError as error:
+            print(error)
+        assert (model.logits([1]) == before).all()
+        print("usable")
+    """
+    done = python(script, file)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: the buffers of a pass" in done.stdout
+    assert "usable" in done.stdout
+
+
+@linux
+def test_metadata_too_large_for_the_memory_are_a_memory_error_and_others_stay_usable(
+    tmp_path: Path, tiny_file: Path
+) -> None:
+    big = tmp_path / "metadata.gguf"
+    values = tiny.metadata(general__scores=[0.5] * (20 << 20))  # 80 MB
+    tiny.write_gguf(big, values)
+    script = """
+        import os, resource, sys
+        from nybble import Model, _native
+        small, big = sys.argv[1:]
+        model = Model.load(small, threads=1)
+        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + os.path.getsize(big) + (30 << 20), resource.RLIM_INFINITY))
+        try:
+            _native.GgufFile(big)
+        except MemoryError as error:
+            print(error)
+        assert model.generate("abc", max_tokens=8, temperature=0).usage.completion_tokens
+        print("usable")
+    """
+    done = python(script, tiny_file, big)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: metadata needs" in done.stdout
     assert "usable" in done.stdout
 
 
@@ -212,3 +286,118 @@ def test_a_handler_of_sigterm_ends_the_work_at_once(tmp_path: Path, phase: str) 
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 17
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("phase", ["load", "quantize", "convert"])
+def test_a_signal_ends_loading_and_quantizing_and_leaves_no_file_behind(
+    tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    file = tiny.write_model(tmp_path / "many.gguf", layers=256)
+    out = tmp_path / "out"
+    out.mkdir()
+    script = """
+        import signal, sys
+        from nybble import _native
+        file, out, phase = sys.argv[1:]
+        def end(number, frame):
+            raise SystemExit(17)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        def progress(*_):
+            if not said:
+                said.append(print("ready", flush=True))
+        said = []
+        while True:  # Whenever the signal comes, there is work that it can end.
+            if phase == "load":
+                _native.Model.load(file, threads=2, progress=progress)
+            elif phase == "convert":
+                _native.convert(file, out + "/model.gguf", "q8_0", progress)
+            else:
+                _native.quantize(file, out + "/model.gguf", recipe="rtn", force=True, threads=2, progress=progress)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(file), str(out), phase]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(120) == 17
+    # What quantizing has done it keeps, to go on there. Nothing else is half written.
+    left = {path.name for path in out.iterdir()} - {"model.gguf", "model.gguf.resume"}
+    assert left == set()
+    if (out / "model.gguf").exists():
+        with Model.load(out / "model.gguf", threads=1) as model:
+            model.logits([1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_fork_while_threads_compute_leaves_the_parent_as_it_was_and_the_child_can_load(tiny_file: Path) -> None:
+    script = """
+        import os, sys, threading, warnings
+        warnings.simplefilter("ignore")
+        from nybble import Model
+        model = Model.load(sys.argv[1], threads=2)
+        expected = model.generate("abc", max_tokens=20, temperature=0).text
+        ending = threading.Event()
+        def busy():
+            while not ending.is_set():
+                assert model.generate("abc", max_tokens=20, temperature=0).text == expected
+        threads = [threading.Thread(target=busy) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                # The threads of the parent's model are not in the child; a model of its own has its own.
+                with Model.load(sys.argv[1], threads=2) as own:
+                    same = own.generate("abc", max_tokens=20, temperature=0).text == expected
+                os._exit(0 if same else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        ending.set()
+        for thread in threads:
+            thread.join()
+        assert model.generate("abc", max_tokens=20, temperature=0).text == expected
+    """
+    done = python(script, tiny_file)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The disk
+
+
+@linux
+@pytest.mark.parametrize("writing", ["convert", "quantize", "session"])
+def test_a_full_disk_is_an_oserror_with_the_file_and_leaves_what_was_there(
+    tmp_path: Path, tiny_file: Path, writing: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_bytes(b"what was there")
+    # A limit on the size of files takes the place of a disk that is full; Python ignores the signal that comes with it.
+    script = """
+        import resource, sys
+        from nybble import Model, _native
+        model, out, writing = sys.argv[1:]
+        loaded = Model.load(model, threads=1)
+        session = loaded.session()
+        session.generate("a" * 100, max_tokens=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        try:
+            if writing == "convert":
+                _native.convert(model, out, "q8_0")
+            elif writing == "quantize":
+                _native.quantize(model, out, recipe="rtn", force=True, threads=1)
+            else:
+                session.save(out)
+        except OSError as error:
+            print(type(error).__name__, error)
+        assert loaded.generate("abc", max_tokens=8).usage.completion_tokens
+    """
+    done = python(script, tiny_file, out / "file", writing)
+    assert done.returncode == 0, done.stderr
+    assert "OSError [Errno 27]" in done.stdout
+    assert str(out / "file") in done.stdout
+    assert (out / "file").read_bytes() == b"what was there"
+    assert {path.name for path in out.iterdir()} <= {"file", "file.resume"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
+import subprocess
 import sys
 import threading
 import zipfile
@@ -238,6 +240,49 @@ def test_offline_only_the_cache_is_asked(fake_hub: FakeHub, monkeypatch: pytest.
     with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set, and .* holds no copy"):
         hub.resolve("maker/other")
     assert fake_hub.requests == []
+
+
+def test_a_file_that_was_cut_in_the_cache_is_noticed_and_fetched_again(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF and more"}
+    path = hub.resolve(REPOSITORY)
+    for damage in (b"GGUF", b""):
+        path.resolve().write_bytes(damage)
+        assert hub.resolve(REPOSITORY) == path
+        assert path.read_bytes() == b"GGUF and more"
+    path.resolve().unlink()  # A link that leads nowhere.
+    assert hub.resolve(REPOSITORY).read_bytes() == b"GGUF and more"
+
+
+def test_a_file_that_arrives_damaged_is_fetched_again(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF and more"}
+    fake_hub.tampered = 1
+    assert hub.resolve(REPOSITORY).read_bytes() == b"GGUF and more"
+
+
+def test_a_file_that_arrives_damaged_again_and_again_is_refused_and_not_kept(fake_hub: FakeHub) -> None:
+    data = b"GGUF and more"
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": data}
+    fake_hub.tampered = 2
+    expected = f"m.gguf: found SHA-256 [0-9a-f]{{64}}, expected {hashlib.sha256(data).hexdigest()}"
+    with pytest.raises(ModelError, match=expected):
+        hub.resolve(REPOSITORY)
+    assert hub.resolve(REPOSITORY).read_bytes() == data
+
+
+def test_a_download_that_was_killed_is_taken_up_and_ends_whole(fake_hub: FakeHub, tmp_path: Path) -> None:
+    data = bytes(range(256)) * (96 << 10)  # 24 MB: the client writes what it gets by 10 MB.
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": data}
+    fake_hub.stall_after = 20_000_000
+    cache = tmp_path / "hub-cache"
+    script = "import sys; from nybble import hub; hub.resolve(sys.argv[1])"
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache)}
+    with subprocess.Popen([sys.executable, "-c", script, REPOSITORY], env=environment) as process:
+        assert fake_hub.stalling.wait(120)
+        process.kill()
+    assert not list(cache.rglob("*.gguf")), "what is half there has no name yet"
+    fake_hub.stall_after = None
+    fake_hub.stalled.set()
+    assert hub.resolve(REPOSITORY).read_bytes() == data
 
 
 # --- The default model

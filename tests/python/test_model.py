@@ -20,7 +20,7 @@ import pytest
 import tiny
 
 import nybble
-from nybble import Model, ModelError, SamplingOptions
+from nybble import ContextFullError, Model, ModelError, SamplingOptions
 
 END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor SIGINT of this kind")
@@ -313,3 +313,21 @@ def test_the_default_model_gives_the_same_text_alone_in_a_batch_and_streamed(def
     for prompt, done in zip(prompts, batch, strict=True):
         assert default_model.generate(prompt, options).tokens == done.tokens
         assert "".join(default_model.stream(prompt, options)) == done.text
+
+
+def test_texts_become_vectors(tiny_model: Model) -> None:
+    vectors = tiny_model.embed(["one text", "another", "one text"])
+    assert vectors.shape == (3, tiny_model.info.hidden_size)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert np.array_equal(vectors[0], vectors[2])
+    assert not np.allclose(vectors[0], vectors[1])
+    assert np.array_equal(tiny_model.embed("another"), vectors[1:2])
+    assert tiny_model.embed([]).shape == (0, tiny_model.info.hidden_size)
+    # Each state sees what came before it and nothing after, so the last one of a text is no state of its beginning.
+    last = tiny_model.embed(["abc", "abd"], pooling="last", normalize=False)
+    assert not np.allclose(last[0], last[1])
+    with pytest.raises(ValueError, match="pooling: found 'max', expected mean or last"):
+        tiny_model.embed("x", pooling="max")  # type: ignore[arg-type]
+    with pytest.raises(ContextFullError):
+        tiny_model.embed("x" * 500)

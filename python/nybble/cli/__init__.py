@@ -18,6 +18,7 @@ import typer
 _COMMANDS = {
     "run": "run",
     "chat": "chat",
+    "serve": "serve",
     "inspect": "inspect",
     "convert": "convert",
     "quantize": "quantize",

@@ -9,6 +9,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -36,6 +37,11 @@ class LoadOptions:
     context: int | None = field(default=None, metadata={"help": "Tokens to hold; the model's own limit if not given."})
     cache_type: Literal["f16", "int8", "f32"] | None = field(
         default=None, metadata={"help": "How the tokens seen are stored; int8 takes half the memory of f16."}
+    )
+
+    mmap: bool = field(
+        default=True,
+        metadata={"help": "Map files while they load; without, they are read, which bears that somebody changes them."},
     )
 
     def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
@@ -94,10 +100,13 @@ def _options(group: type) -> list[inspect.Parameter]:
             kind, default, metavar = list[str], [], "ID=BIAS"
         elif option.name == "stop":
             kind, default, metavar = list[str], [], "TEXT"
+        elif option.name in ("schema", "grammar"):
+            kind, metavar = str | None, "TEXT|@FILE"
         elif option.name == "max_tokens":
             kind = int  # "None" has no form on a command line; a number larger than the context does the same.
+        name = option.name.replace("_", "-")
         declared = typer.Option(
-            f"--{option.name.replace('_', '-')}",
+            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
             help=option.metadata["help"],
             metavar=metavar,
             show_default=default not in (None, []),
@@ -115,9 +124,19 @@ def _build(group: type, values: dict[str, Any]) -> Any:
     try:
         if "logit_bias" in values:
             values["logit_bias"] = _biases(values["logit_bias"])
+        for name in ("schema", "grammar"):
+            if (text := values.get(name)) is not None and text.startswith("@"):
+                values[name] = _read(name, Path(text[1:]))
         return group(**values)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _read(name: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{name}: {file}: {error}, expected a text file") from None
 
 
 def _biases(texts: list[str]) -> Mapping[int, float]:

@@ -183,6 +183,17 @@ impl Display for Part<'_> {
     }
 }
 
+/// A list with room for `count` elements. The count was checked against the file, but the file may be larger than the memory.
+fn room<T>(count: usize) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(count).map_err(|_| no_room(count * size_of::<T>()))?;
+    Ok(list)
+}
+
+fn no_room(bytes: usize) -> Error {
+    Error::OutOfMemory { what: "metadata", bytes }
+}
+
 /// The bytes of the file and how far they were read. Names borrow from the bytes.
 struct Cursor<'a> {
     path: &'a Path,
@@ -288,7 +299,12 @@ impl<'a> Cursor<'a> {
             5 => Value::I32(i32::from_le_bytes(self.array(what)?)),
             6 => Value::F32(f32::from_le_bytes(self.array(what)?)),
             7 => Value::Bool(self.booleans(1, key)?[0]),
-            8 => Value::String(self.string(what)?.to_vec()),
+            8 => {
+                let text = self.string(what)?;
+                let mut own = room(text.len())?;
+                own.extend_from_slice(text);
+                Value::String(own)
+            }
             9 => Value::Array(self.elements(key)?),
             10 => Value::U64(self.u64(what)?),
             11 => Value::I64(i64::from_le_bytes(self.array(what)?)),
@@ -334,7 +350,9 @@ impl<'a> Cursor<'a> {
         let count = self.length("elements", N)?;
         // `length` has checked that so many bytes are left: the product cannot overflow.
         let bytes = self.take(count * N, "the elements")?;
-        Ok(bytes.as_chunks().0.iter().map(|bytes| from_le_bytes(*bytes)).collect())
+        let mut elements = room(count)?;
+        elements.extend(bytes.as_chunks().0.iter().map(|bytes| from_le_bytes(*bytes)));
+        Ok(elements)
     }
 
     /// `count` booleans, a byte each.
@@ -342,7 +360,11 @@ impl<'a> Cursor<'a> {
         let start = self.at;
         let bytes = self.take(count, "booleans")?;
         match bytes.iter().position(|byte| *byte > 1) {
-            None => Ok(bytes.iter().map(|byte| *byte == 1).collect()),
+            None => {
+                let mut booleans = room(count)?;
+                booleans.extend(bytes.iter().map(|byte| *byte == 1));
+                Ok(booleans)
+            }
             Some(index) => {
                 let found = format!("the boolean {} at byte {}", bytes[index], start + index);
                 Err(self.fault_in(Place::Key(key.to_owned()), found, "0 or 1"))
@@ -352,9 +374,13 @@ impl<'a> Cursor<'a> {
 
     fn strings(&mut self) -> Result<StringArray> {
         let count = self.length("strings", 8)?;
-        let mut strings = StringArray::with_capacity(count);
+        let out_of_memory = |_| no_room(count * size_of::<usize>());
+        let mut strings = StringArray::new();
+        strings.try_reserve(count, 0).map_err(out_of_memory)?;
         for _ in 0..count {
-            strings.push(self.string("a string")?);
+            let string = self.string("a string")?;
+            strings.try_reserve(0, string.len()).map_err(out_of_memory)?;
+            strings.push(string);
         }
         Ok(strings)
     }

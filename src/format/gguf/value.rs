@@ -1,7 +1,7 @@
 //! Metadata: keys in the order of the file, and their values.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, TryReserveError};
 use std::fmt;
 
 /// The value of a metadata key.
@@ -58,9 +58,10 @@ impl StringArray {
         Self::default()
     }
 
-    /// An array without strings that has room for `strings` of them.
-    pub(super) fn with_capacity(strings: usize) -> Self {
-        StringArray { bytes: Vec::new(), ends: Vec::with_capacity(strings) }
+    /// Makes room for `strings` more strings, or `bytes` more bytes of them.
+    pub(super) fn try_reserve(&mut self, strings: usize, bytes: usize) -> Result<(), TryReserveError> {
+        self.ends.try_reserve(strings)?;
+        self.bytes.try_reserve(bytes)
     }
 
     /// Appends a string.

@@ -133,6 +133,13 @@ pub(super) fn checksum(sums: &[__m256i]) -> i32 {
     lanes.iter().fold(0, |sum, lane| sum.wrapping_add(lane.to_bits() as i32))
 }
 
+/// Asks for the cache line in which `x` begins, as it will be needed soon.
+#[inline]
+pub(super) fn prefetch<T>(x: &T) {
+    // SAFETY: a prefetch of a valid address; it reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
+}
+
 /// Side `side` of a line.
 #[inline]
 #[target_feature(enable = "avx2")]

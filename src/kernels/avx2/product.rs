@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{Avx2, Both, SIDES, load, load_f16, load_table, store_side};
+use super::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
 use crate::kernels::activations::{Activations, TALLEST, Tile};
 use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
 use crate::threads::Columns;
@@ -33,6 +33,9 @@ const INT8: u8 = 2;
 
 /// Bytes of activations that stay in the second-level cache while the panels go by.
 const CACHE_BYTES: usize = 256 << 10;
+
+/// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
+const AHEAD: usize = 12;
 
 /// How products are added up, the step in which instruction sets with registers of 256 bits differ.
 ///
@@ -109,14 +112,14 @@ fn tiles<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
     for first in (0..x.rows()).step_by(slice) {
         let last = x.rows().min(first + slice);
         for (p, index) in panels.clone().enumerate() {
-            let panel = w.panel(index);
+            let (panel, coming) = (w.panel(index), w.codes_from(index));
             let mut row = first;
             while row < last {
                 row += match Activations::height(x.rows() - row) {
-                    8 => tile::<A, CODE, GROUP, MIN, 8, 4, 1>(adder, &panel, w.gain(), x, row, out, p, table),
-                    4 => tile::<A, CODE, GROUP, MIN, 4, 4, 1>(adder, &panel, w.gain(), x, row, out, p, table),
-                    2 => tile::<A, CODE, GROUP, MIN, 2, 2, 2>(adder, &panel, w.gain(), x, row, out, p, table),
-                    _ => tile::<A, CODE, GROUP, MIN, 1, 1, 2>(adder, &panel, w.gain(), x, row, out, p, table),
+                    8 => tile::<A, CODE, GROUP, MIN, 8, 4, 1>(adder, &panel, coming, w.gain(), x, row, out, p, table),
+                    4 => tile::<A, CODE, GROUP, MIN, 4, 4, 1>(adder, &panel, coming, w.gain(), x, row, out, p, table),
+                    2 => tile::<A, CODE, GROUP, MIN, 2, 2, 2>(adder, &panel, coming, w.gain(), x, row, out, p, table),
+                    _ => tile::<A, CODE, GROUP, MIN, 1, 1, 2>(adder, &panel, coming, w.gain(), x, row, out, p, table),
                 };
             }
         }
@@ -137,6 +140,7 @@ fn tile<
 >(
     adder: A,
     panel: &Panel<'_>,
+    coming: &[Line],
     gain: f32,
     x: &Activations,
     row: usize,
@@ -149,7 +153,8 @@ fn tile<
     let table = _mm256_xor_si256(load_table(table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
     for side in (0..SIDES).step_by(T) {
         for first in (0..R).step_by(S) {
-            let sums = strip::<A, CODE, GROUP, MIN, R, S, T>(adder, panel, blocks, &x, first, side, table);
+            let coming = if row == 0 && first == 0 && side == 0 { coming } else { &[] };
+            let sums = strip::<A, CODE, GROUP, MIN, R, S, T>(adder, panel, coming, blocks, &x, first, side, table);
             for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                 let out = &mut out.row_mut(row + first + r)[p * PANEL..];
                 (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
@@ -159,8 +164,10 @@ fn tile<
     R
 }
 
-/// `S` rows of a tile, from `first` on, times `T` sides of a panel, from `side` on.
+/// `S` rows of a tile, from `first` on, times `T` sides of a panel, from `side` on. `coming` are the panel's lines and those
+/// behind it, where they are to be asked for ahead of their use.
 #[target_feature(enable = "avx2,fma,f16c")]
+#[allow(clippy::too_many_arguments, reason = "what a strip is made of")]
 fn strip<
     A: Adder,
     const CODE: u8,
@@ -172,6 +179,7 @@ fn strip<
 >(
     adder: A,
     panel: &Panel<'_>,
+    coming: &[Line],
     blocks: usize,
     x: &Tile<'_, R>,
     first: usize,
@@ -190,7 +198,13 @@ fn strip<
     let mut acc = [[_mm256_setzero_ps(); T]; S];
     // What the blocks of a group have added up to.
     let mut parts = [[_mm256_setzero_ps(); T]; S];
+    let lines = if CODE == INT8 { 8 } else { 4 };
     for b in 0..blocks {
+        for i in 0..lines {
+            if let Some(line) = coming.get((b + AHEAD) * lines + i) {
+                prefetch(line);
+            }
+        }
         for t in 0..T {
             let mut partial = [_mm256_setzero_si256(); S];
             for half in 0..2 {

@@ -122,13 +122,6 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
     (rounds as u64 * 16 * 64 * 2, _mm512_reduce_add_epi32(total))
 }
 
-/// Asks for the cache line in which `x` begins, as it will be needed soon.
-#[inline]
-fn prefetch<T>(x: &T) {
-    // SAFETY: a prefetch of a valid address; it reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn load(line: &Line) -> __m512i {

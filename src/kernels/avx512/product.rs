@@ -22,8 +22,9 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
-use super::{load, load_f16, load_f32, load_table, prefetch, store, store_line};
+use super::{load, load_f16, load_f32, load_table, store, store_line};
 use crate::kernels::activations::{Activations, TALLEST, Tile};
+use crate::kernels::avx2::prefetch;
 use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed};
 use crate::threads::Columns;
 

@@ -90,8 +90,16 @@ impl HfFolder {
     /// [`Unsupported`](crate::Error::Unsupported) with the key of
     /// `config.json`, or the tensor under the checkpoint's own name.
     pub fn open(path: impl AsRef<Path>) -> Result<HfFolder> {
+        HfFolder::open_with(path, true)
+    }
+
+    /// As [`HfFolder::open`], with the files of weights mapped, or read into memory.
+    ///
+    /// # Errors
+    /// Those of [`HfFolder::open`].
+    pub fn open_with(path: impl AsRef<Path>, mmap: bool) -> Result<HfFolder> {
         let path = path.as_ref();
-        let files = SafeTensors::open(path)?;
+        let files = SafeTensors::open_with(path, mmap)?;
         let settings = Settings::read(&path.join("config.json"))?;
         let model_type = settings.text(&["model_type"])?.ok_or_else(|| settings.missing("model_type", "a family"))?;
         let Some(family) = families::by_model_type(&model_type) else {

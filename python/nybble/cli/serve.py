@@ -1,0 +1,103 @@
+"""`nybble serve`: a model for OpenAI's clients, and a page to talk to it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from nybble.cli import terminal
+from nybble.cli.options import LoadOptions, takes_options
+
+
+@takes_options
+def serve(
+    load: LoadOptions,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NYBBLE_API_KEY",
+            help="What clients must know. Other users see it in the list of processes; "
+            "the environment variable is better.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; the name of its file or repository if not given.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers that are written at the same time.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused.")] = 128,
+    cache_gb: Annotated[
+        float | None, typer.Option("--cache-gb", min=0, help="Memory for keys and values, in GB.", show_default=False)
+    ] = None,
+    speculation: Annotated[
+        Literal["off", "on", "auto"], typer.Option(help="Guess tokens from what the text repeats; same texts, faster.")
+    ] = "off",
+    pooling: Annotated[
+        Literal["mean", "last"], typer.Option(help="How embeddings are made; the card of a model for them tells.")
+    ] = "mean",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that running answers have after SIGTERM.")] = 30,
+    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="The largest request, in MB.")] = 4,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name besides localhost that requests may be addressed to."),
+    ] = None,
+) -> None:
+    """Serve a model to OpenAI's clients at /v1, and to people at /.
+
+    Without MODEL, the default model is used and fetched if needed.
+    """
+    try:
+        from nybble import server
+        from nybble.server import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nybble"):
+            raise
+        raise ValueError(f"the server needs {error.name}, which is not here: pip install 'nybble[serve]'") from None
+    from nybble.engine import Engine
+
+    if api_key is not None and not api_key.strip():
+        raise typer.BadParameter("api_key: found an empty one; leave it out to let everyone in")
+    # Before the model is loaded, which may take minutes: an address that cannot be had should be known at once.
+    with run.bind(host, port) as listener:
+        settings = server.Settings(
+            api_key=api_key,
+            allowed_hosts=run.allowed_hosts(listener, allow_host or []),
+            max_body_bytes=int(max_body_mb * 1e6),
+            pooling=pooling,
+            max_answers=max_batch + max_queue,
+            request_seconds=timeout,
+            drain_seconds=drain,
+        )
+        if api_key is None and not run.is_loopback(listener):
+            terminal.note("nybble: whoever reaches this address may use the model; --api-key changes that")
+        with load.load(source) as model:
+            cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
+            with Engine(
+                model, max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_bytes, speculation=speculation
+            ) as engine:
+                known = name or source_name(source, model.info.file.name)
+                service = server.Service(engine, known, settings)
+                run.serve(service, listener, lambda url: terminal.note(f"{known}\n  page  {url}\n  API   {url}/v1"))
+
+
+def source_name(source: str | None, file: str) -> str:
+    """What a model is called if nobody says: a repository by its name, anything else by its file's."""
+    if (
+        source is not None
+        and source.count("/") == 1
+        and not source.startswith((".", "/", "~"))
+        and not source.endswith(".gguf")
+    ):
+        from pathlib import Path
+
+        if not Path(source).exists():
+            return source
+    return file.removesuffix(".gguf")

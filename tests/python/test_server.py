@@ -1,0 +1,415 @@
+"""The server as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pydantic
+import pytest
+import tiny
+from serving import TOOL_TEMPLATE, Running, scripted, serving
+
+from nybble import Model
+from nybble.engine import Engine
+
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
+NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
+WRITE_X = {str(ord("x")): 100}
+FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+TIME: Any = {"type": "function", "function": {"name": "time"}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    file = tmp_path_factory.mktemp("served") / "tiny.gguf"
+    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
+    with Model.load(file, threads=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Running]:
+    with Engine(model, max_batch=4) as engine, serving(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_an_answer_is_what_the_model_says(client: openai.OpenAI, model: Model) -> None:
+    done = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_completion_tokens=8, temperature=0, logit_bias=FORBID_END
+    )
+    bias = {int(token): value for token, value in FORBID_END.items()}
+    alone = model.chat(HELLO, max_tokens=8, temperature=0, logit_bias=bias)
+    assert done.object == "chat.completion"
+    assert done.choices[0].message.content == alone.text
+    assert (done.choices[0].message.role, done.choices[0].finish_reason) == ("assistant", "length")
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (alone.usage.prompt_tokens, 8)
+    assert done.usage.prompt_tokens_details is not None
+
+
+def test_a_stream_holds_the_same_text_and_usage_where_it_was_asked_for(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "seed": 5, "logit_bias": FORBID_END}
+    done = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == done.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], done.usage)
+    without = list(client.chat.completions.create(**asked, stream=True))
+    assert all(chunk.usage is None for chunk in without)
+
+
+def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> None:
+    def texts(**more: Any) -> list[str | None]:
+        done = client.chat.completions.create(
+            model="tiny", messages=HELLO, max_tokens=12, temperature=1.5, logit_bias=FORBID_END, **more
+        )
+        return [choice.message.content for choice in done.choices]
+
+    three = texts(n=3, seed=1)
+    assert len(set(three)) == 3
+    assert texts(n=3, seed=1) == three
+    assert texts(seed=2) == three[1:2]
+    asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 1.5, "logit_bias": FORBID_END}
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**asked, n=3, seed=1, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == three
+
+
+def test_stop_strings_and_biases_are_followed(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": WRITE_X, "max_tokens": 9}
+    assert client.chat.completions.create(**asked).choices[0].message.content == "x" * 9
+    stopped = client.chat.completions.create(**asked, stop=["y", "xxx"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("", "stop")
+
+
+def test_logprobs_have_the_shape_of_chat(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": WRITE_X, "max_tokens": 3}
+    (choice,) = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices
+    assert choice.logprobs is not None
+    content = choice.logprobs.content
+    assert content is not None
+    assert [(found.token, found.bytes) for found in content] == [("x", [120])] * 3
+    assert all(len(found.top_logprobs) == 2 and found.logprob <= 0 for found in content)
+    streamed = [
+        found
+        for chunk in client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True)
+        for found in (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or []
+    ]
+    assert [found.model_dump() for found in streamed] == [found.model_dump() for found in content]
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
+
+
+def test_completions_take_texts_and_tokens_one_or_several(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "max_tokens": 4, "temperature": 0, "logit_bias": FORBID_END}
+    one = client.completions.create(prompt="abc", **asked)
+    assert one.choices[0].finish_reason == "length"
+    assert client.completions.create(prompt=[97, 98, 99], **asked).choices == one.choices
+    two = client.completions.create(prompt=["abc", "de"], n=2, **asked)
+    assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
+    assert two.choices[1].text == one.choices[0].text
+    assert two.usage is not None
+    assert (two.usage.prompt_tokens, two.usage.completion_tokens) == (5, 16)
+    streamed = client.completions.create(prompt=[[97, 98, 99]], stream=True, **asked)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == one.choices[0].text
+    assert client.completions.create(model="tiny", prompt="a", logit_bias=WRITE_X).choices[0].text == "x" * 16
+
+
+def test_logprobs_have_the_shape_of_completions(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "logit_bias": WRITE_X, "logprobs": 2}
+    found = client.completions.create(**asked).choices[0].logprobs
+    assert found is not None
+    assert (found.tokens, found.text_offset) == (["x"] * 3, [0, 1, 2])
+    assert found.top_logprobs is not None
+    assert all(len(top) <= 2 for top in found.top_logprobs)
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [offset for chunk in chunks if chunk for offset in chunk.text_offset or []] == [0, 1, 2]
+
+
+def test_models_tell_the_one_that_there_is(client: openai.OpenAI) -> None:
+    assert [card.id for card in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "nybble"
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist"):
+        client.models.retrieve("gpt-9")
+
+
+# --- Forms
+
+PERSON: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+        "tall": {"type": "boolean"},
+    },
+    "required": ["name", "age", "tags", "tall"],
+    "additionalProperties": False,
+}
+
+
+def test_every_answer_follows_its_schema(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for index in range(50):
+        done = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": f"Person {index}"}],
+            response_format=form,
+            temperature=1.5,
+            seed=index,
+            n=4,
+        )
+        for choice in done.choices:
+            person = json.loads(choice.message.content or "")
+            assert list(person) == ["name", "age", "tags", "tall"]
+            assert 0 <= person["age"] <= 120
+            assert choice.finish_reason == "stop"
+
+
+def test_a_class_is_a_schema_too(client: openai.OpenAI) -> None:
+    class Flag(pydantic.BaseModel):
+        up: bool
+
+    done = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Flag)
+    assert done.choices[0].message.parsed in (Flag(up=True), Flag(up=False))
+
+
+def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "seed": 1}
+    object_only = client.chat.completions.create(**asked, response_format={"type": "json_object"}, max_tokens=2)
+    assert (object_only.choices[0].message.content or "").startswith("{")
+    text = client.chat.completions.create(**asked, response_format={"type": "text"}, max_tokens=2)
+    assert text.choices[0].message.content != object_only.choices[0].message.content
+    digits = client.chat.completions.create(**asked, extra_body={"regex": "[0-9]{3}"})
+    assert (digits.choices[0].message.content or "").isdecimal()
+    word = client.completions.create(model="tiny", prompt="x", extra_body={"grammar": 'start: "yes" | "no"'})
+    assert word.choices[0].text in ("yes", "no")
+
+
+def test_a_call_that_must_be_made_is_made(client: openai.OpenAI) -> None:
+    tall = {"type": "object", "properties": {"tall": {"type": "boolean"}}, "required": ["tall"]}
+    tall["additionalProperties"] = False  # type: ignore[assignment]
+    is_tall: Any = {"type": "function", "function": {"name": "is_tall", "parameters": tall}}
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "is_tall"}}]
+    for choice in choices:
+        for stream in (False, True):
+            asked: Any = {"model": "tiny", "messages": HELLO, "tools": [is_tall], "tool_choice": choice, "seed": 3}
+            if stream:
+                chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+                (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+                reason = chunks[-1].finish_reason
+            else:
+                (done,) = client.chat.completions.create(**asked).choices
+                (call,) = done.message.tool_calls or []
+                reason = done.finish_reason
+            assert reason == "tool_calls"
+            assert call.function.name == "is_tall"
+            assert json.loads(call.function.arguments)["tall"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}},
+            "response_format",
+        ),
+        ({"regex": "("}, "regex"),
+        ({"grammar": "start: nothing"}, "grammar"),
+        ({"regex": "a", "grammar": 'start: "a"'}, None),
+    ],
+)
+def test_forms_that_make_no_sense_are_refused(client: openai.OpenAI, form: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=form)
+    assert param is None or refused.value.param == param
+
+
+# --- Embeddings
+
+
+def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) -> None:
+    done = client.embeddings.create(model="tiny", input=["one", "another"])
+    rows = np.array([found.embedding for found in done.data])
+    assert np.array_equal(rows.astype(np.float32), model.embed(["one", "another"]))
+    assert (done.usage.prompt_tokens, [found.index for found in done.data]) == (10, [0, 1])
+    as_numbers = client.embeddings.create(model="tiny", input="one", encoding_format="float")
+    assert np.allclose(as_numbers.data[0].embedding, rows[0])
+    wrong: Any
+    for wrong in ("", [], [1, 2], "x" * 3000):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="tiny", input=wrong)
+        assert refused.value.param in ("input", "input.0")
+
+
+# --- Tools
+
+
+def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model: Model) -> None:
+    said = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    engine, script = scripted(model, said, "It rains.")
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        first = client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER, TIME])
+        (choice,) = first.choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
+        assert choice.message.tool_calls is not None
+        (call,) = choice.message.tool_calls
+        assert call.type == "function"
+        assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+        answer: Any = [*HELLO, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+        second = client.chat.completions.create(model="tiny", messages=answer, tools=[WEATHER])
+    assert (second.choices[0].finish_reason, second.choices[0].message.content) == ("stop", "It rains.")
+    assert json.dumps(WEATHER) in script.prompts[0]
+    assert '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>' in script.prompts[1]
+    assert "<|im_start|>tool\nrain<|im_end|>" in script.prompts[1]
+
+
+def test_calls_are_streamed_whole_and_in_order(model: Model) -> None:
+    calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
+    said = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
+    engine, _ = scripted(model, said, said)
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
+        only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
+    found = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert [(call.index, call.function.name) for call in found if call.function] == [(0, "time"), (1, "weather")]
+    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == ""
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert sum(len(chunk.delta.tool_calls or []) for chunk in only_first) == 1
+
+
+def test_no_tools_means_that_nothing_is_taken_for_a_call(model: Model) -> None:
+    said = '<tool_call>{"name": "time"}</tool_call>'
+    engine, script = scripted(model, said, said)
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        plain = client.chat.completions.create(model="tiny", messages=HELLO)
+        none = client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME], tool_choice="none")
+    assert plain.choices[0].message.content == none.choices[0].message.content == said
+    assert script.prompts[0] == script.prompts[1]
+
+
+def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> None:
+    engine, _ = scripted(tiny_model)
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        with pytest.raises(openai.BadRequestError, match="defines no calls of functions") as refused:
+            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
+        assert refused.value.param == "tools"
+
+
+# --- Errors
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "said"),
+    [
+        ({"messages": []}, "messages", "at least 1"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"n": 99}, "n", "less than or equal"),
+        ({"stop": [""]}, "stop.0", "at least 1"),
+        ({"frobnicate": 1}, "frobnicate", "unsupported parameter: frobnicate"),
+        ({"audio": {"voice": "x"}}, "audio", "unsupported parameter: audio"),
+        ({"top_logprobs": 2}, None, "top_logprobs is for requests with logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options is for requests with stream=true"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'user'"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages", "the prompt has 3"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias: found 'x'"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
+        (
+            {"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "no"}}},
+            None,
+            "not among the tools",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is what"),
+        ({"chat_template_kwargs": {"messages": []}}, None, "must not hold"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+            "messages.0.content",
+            "a part of type 'image_url', but this model reads text only",
+        ),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(
+    client: openai.OpenAI, asked: dict[str, Any], param: str | None, said: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=asked)
+    assert said in refused.value.message
+    assert refused.value.param == param
+    assert refused.value.type == "invalid_request_error"
+
+
+def test_another_model_and_another_path_are_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-9", messages=HELLO)
+    assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(model="tiny", prompt="x")
+
+
+def test_text_in_parts_is_text(client: openai.OpenAI) -> None:
+    def tokens(content: Any) -> int:
+        done = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1
+        )
+        assert done.usage is not None
+        return done.usage.prompt_tokens
+
+    assert tokens([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]) == tokens("one\ntwo")
+
+
+def test_a_client_that_waits_no_longer_gets_its_own_timeout(server: Running) -> None:
+    hasty = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.001)
+    with hasty as client, pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(model="tiny", messages=HELLO)
+    server.wait(lambda: server.service.engine.stats().running == 0)
+
+
+def test_an_answer_that_takes_too_long_is_an_error_that_nobody_retries(model: Model) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": FORBID_END}
+    with Engine(model) as engine, serving(engine, request_seconds=0.0) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=5) as client:
+            with pytest.raises(openai.APIStatusError) as refused:
+                client.chat.completions.create(**asked)
+            assert (refused.value.status_code, refused.value.code) == (408, "timeout")
+            with pytest.raises(openai.APIError, match="not complete after"):
+                list(client.chat.completions.create(**asked, stream=True))
+        running.wait(lambda: engine.stats().running == 0)
+
+
+def test_a_model_that_fails_is_an_error_and_the_server_goes_on(tmp_path: Path, tiny_model: Model) -> None:
+    refusing = "{{ raise_exception('only odd turns') }}"
+    file = tiny.write_model(tmp_path / "refusing.gguf", tokenizer__chat_template=refusing)
+    with (
+        Model.load(file) as model,
+        Engine(model) as engine,
+        serving(engine) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.BadRequestError, match="only odd turns"):
+            client.chat.completions.create(model="tiny", messages=HELLO)
+        assert client.completions.create(model="tiny", prompt="x", logit_bias=WRITE_X).choices[0].text == "x" * 16

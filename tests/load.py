@@ -110,7 +110,7 @@ class Load:
     def chat(self, **more: Any) -> dict[str, Any]:
         words = "".join(self.dice.choices("abcdef ", k=self.dice.randrange(1, 60)))
         ends = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
-        return {"messages": [{"role": "user", "content": words}], "logit_bias": ends, **more}
+        return {"messages": [{"role": "user", "content": words}], "logit_bias": ends, "max_tokens": 50, **more}
 
     def request(self, body: bytes) -> bytes:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
@@ -171,12 +171,14 @@ async def metrics(load: Load) -> dict[str, float]:
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
-    command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
+    # Kept keys and values are no leak; little memory for them, so that one would show.
+    command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
+    log = folder / "log"
+    with log.open("w") as file, subprocess.Popen(command, stderr=file) as server:
         port = ""
-        while not port:
-            port = "".join(re.findall(r"page +http://127.0.0.1:(\d+)", server.stderr.readline()))
+        while not port and server.poll() is None:
+            port = "".join(re.findall(r"page +http://127.0.0.1:(\d+)", log.read_text()))
+            await asyncio.sleep(0.1)
         load = Load("127.0.0.1", int(port), random.Random(options.seed))
         try:
             await load.run(options.seconds / 4, options.rate)
@@ -189,6 +191,7 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
         finally:
             server.terminate()
             code = server.wait(60)
+    said = log.read_text().splitlines()[3:]
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
     print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the middle and {waits[-1]:.2f} s at most")
@@ -198,6 +201,7 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,
         "connections without an end": load.seen["NO END"] > 0,
         "errors of the server": any(name.startswith("500") for name in load.seen),
+        f"it said {len(said)} lines, such as {said[:3]}": len(said) > 0,
         "slots were kept": held != {"running": 0, "waiting": 0},
         "memory was kept": after[0] - before[0] > LIMIT_BYTES,
         "files were kept": after[1] > before[1] + 5,
@@ -223,6 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=int, default=200)
+    parser.add_argument("--cache-gb", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=1)
     with tempfile.TemporaryDirectory() as name:
         sys.exit(asyncio.run(main(parser.parse_args(), Path(name))))

@@ -18,6 +18,7 @@ from nybble import Model
 from nybble.engine import Engine
 
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
+DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads('{"not":' * 900 + "{}" + "}" * 900)}}
 NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
 WRITE_X = {str(ord("x")): 100}
 FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
@@ -96,6 +97,18 @@ def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> Non
     for chunk in client.chat.completions.create(**asked, n=3, seed=1, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == three
+
+
+def test_usage_tells_what_earlier_requests_had_computed(client: openai.OpenAI) -> None:
+    def cached(words: str) -> int:
+        messages: Any = [{"role": "system", "content": "Be brief. " * 20}, {"role": "user", "content": words}]
+        done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+        assert done.usage is not None
+        assert done.usage.prompt_tokens_details is not None
+        return done.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("one") == 0
+    assert cached("two") >= 128
 
 
 def test_stop_strings_and_biases_are_followed(client: openai.OpenAI) -> None:
@@ -289,11 +302,14 @@ def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model
 def test_calls_are_streamed_whole_and_in_order(model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
     said = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
-    engine, _ = scripted(model, said, said)
+    at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
+    engine, _ = scripted(model, said, said, at_once)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
         chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
         only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
+        listed = [c.choices[0] for c in client.chat.completions.create(**asked)]
+    assert [call.index for chunk in listed for call in chunk.delta.tool_calls or []] == [0, 1]
     found = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     assert [(call.index, call.function.name) for call in found if call.function] == [(0, "time"), (1, "weather")]
     assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == ""
@@ -346,6 +362,8 @@ def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> N
         ),
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is what"),
         ({"chat_template_kwargs": {"messages": []}}, None, "must not hold"),
+        ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not hold"),
+        ({"response_format": DEEP}, "response_format", "recursion limit"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
             "messages.0.content",

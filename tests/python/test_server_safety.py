@@ -154,6 +154,12 @@ def test_bodies_that_make_no_sense_are_bad_requests(engine: Engine, body: bytes)
             assert len(told["error"]["message"]) < 1100
 
 
+def test_a_body_that_does_not_say_that_it_is_json_is_told_to(engine: Engine) -> None:
+    with serving(engine) as running:
+        status, told = ask(running, "/v1/completions", {"prompt": "x"}, Content_Type="text/plain")
+    assert (status, "Content-Type" in told["error"]["message"]) == (415, True)
+
+
 def test_large_bodies_are_refused_whether_they_say_so_or_not(engine: Engine) -> None:
     with serving(engine, max_body_bytes=1000) as running:
         assert code(ask(running, "/v1/completions", {"prompt": "x" * 1000})) == (413, "body_too_large")
@@ -242,11 +248,21 @@ def test_metrics_count_what_happened_and_hold_no_texts(engine: Engine) -> None:
         ask(running, "/v1/completions", {"prompt": "my secret prompt", "max_tokens": 3, "logit_bias": FORBID_END})
         ask(running, "/v1/completions", {"prompt": 7})
         ask(running, "/my/secret/path")
-        with urllib.request.urlopen(running.url + "/metrics") as answer:
-            text = answer.read().decode()
+        with running.connection() as connection:
+            connection.sendall(running.post("/v1/completions", {"prompt": "my secret prompt"})[:-1])
+        text = ""
+
+        def left() -> bool:
+            nonlocal text
+            with urllib.request.urlopen(running.url + "/metrics") as answer:
+                text = answer.read().decode()
+            return 'status="499"' in text
+
+        running.wait(left)
     assert 'nybble_http_requests_total{path="/v1/completions",status="200"} 1.0' in text
     assert 'nybble_http_requests_total{path="/v1/completions",status="400"} 1.0' in text
     assert 'nybble_http_requests_total{path="other",status="404"} 1.0' in text
+    assert 'nybble_http_requests_total{path="/v1/completions",status="499"} 1.0' in text
     assert "nybble_first_token_seconds_count 1.0" in text
     assert "nybble_running 0.0" in text
     assert "secret" not in text
@@ -320,6 +336,22 @@ def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve", str(tiny_file), "--port", "0"]) == 1
     assert "pip install 'nybble[serve]'" in capsys.readouterr().err
+
+
+def test_a_model_is_called_after_its_repository_or_file() -> None:
+    from nybble.cli.serve import source_name
+
+    assert source_name("org/model", "whatever-q4.gguf") == "org/model"
+    assert source_name("folder/model.gguf", "model.gguf") == "model"
+    assert source_name(None, "default.gguf") == "default"
+    assert source_name("./model", "model") == "model"
+
+
+def test_long_prompts_are_refused_by_their_tokens_and_not_before(engine: Engine) -> None:
+    with serving(engine) as running, running.connection() as first:
+        first.sendall(running.post("/v1/completions", {"prompt": "x" * 900_000, "max_tokens": 1}))
+        assert code(ask(running, "/v1/completions", {"prompt": "x" * 1_000_000})) == (413, "body_too_large")
+        assert ask(running, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
 def test_an_empty_key_is_no_key(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

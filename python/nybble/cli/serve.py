@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -39,12 +41,23 @@ def serve(
     speculation: Annotated[
         Literal["off", "on", "auto"], typer.Option(help="Guess tokens from what the text repeats; same texts, faster.")
     ] = "off",
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A smaller model of the same vocabulary to guess with.", show_default=False),
+    ] = None,
     pooling: Annotated[
         Literal["mean", "last"], typer.Option(help="How embeddings are made; the card of a model for them tells.")
     ] = "mean",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 600,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that running answers have after SIGTERM.")] = 30,
-    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="The largest request, in MB.")] = 4,
+    max_body_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--max-body-mb",
+            min=0.001,
+            help="The largest request, in MB; 16 bytes a token of the context and 1 MB at least if not given.",
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A name besides localhost that requests may be addressed to."),
@@ -66,38 +79,35 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise typer.BadParameter("api_key: found an empty one; leave it out to let everyone in")
     # Before the model is loaded, which may take minutes: an address that cannot be had should be known at once.
-    with run.bind(host, port) as listener:
+    with run.bind(host, port) as listener, contextlib.ExitStack() as stack:
+        if api_key is None and not run.is_loopback(listener):
+            terminal.note("nybble: whoever reaches this address may use the model; --api-key changes that")
+        model = stack.enter_context(load.load(source))
+        engine = Engine(
+            model,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
+            speculation=speculation,
+            draft=None if draft is None else stack.enter_context(load.load(draft)),
+        )
         settings = server.Settings(
             api_key=api_key,
             allowed_hosts=run.allowed_hosts(listener, allow_host or []),
-            max_body_bytes=int(max_body_mb * 1e6),
-            pooling=pooling,
+            max_body_bytes=max(16 * model.info.context, 1_000_000) if max_body_mb is None else int(max_body_mb * 1e6),
             max_answers=max_batch + max_queue,
+            pooling=pooling,
             request_seconds=timeout,
             drain_seconds=drain,
         )
-        if api_key is None and not run.is_loopback(listener):
-            terminal.note("nybble: whoever reaches this address may use the model; --api-key changes that")
-        with load.load(source) as model:
-            cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
-            with Engine(
-                model, max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_bytes, speculation=speculation
-            ) as engine:
-                known = name or source_name(source, model.info.file.name)
-                service = server.Service(engine, known, settings)
-                run.serve(service, listener, lambda url: terminal.note(f"{known}\n  page  {url}\n  API   {url}/v1"))
+        known = name or source_name(source, model.info.file.name)
+        service = server.Service(stack.enter_context(engine), known, settings)
+        run.serve(service, listener, lambda url: terminal.note(f"{known}\n  page  {url}\n  API   {url}/v1"))
 
 
 def source_name(source: str | None, file: str) -> str:
     """What a model is called if nobody says: a repository by its name, anything else by its file's."""
-    if (
-        source is not None
-        and source.count("/") == 1
-        and not source.startswith((".", "/", "~"))
-        and not source.endswith(".gguf")
-    ):
-        from pathlib import Path
-
-        if not Path(source).exists():
-            return source
+    is_repository = source is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if source is not None and is_repository and not source.endswith(".gguf") and not Path(source).exists():
+        return source
     return file.removesuffix(".gguf")

@@ -75,9 +75,9 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return await complete(service, request, body)
 
     @app.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
-    async def embeddings(body: EmbeddingRequest) -> Response:
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Texts as vectors of length 1."""
-        return await embed(service, body)
+        return await embed(service, request, body)
 
     @app.get("/v1/models", dependencies=key)
     async def models() -> ModelList:

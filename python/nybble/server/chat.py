@@ -25,7 +25,7 @@ async def chat(service: Service, http: Request, body: ChatRequest) -> Response:
     count = body.n or 1
     service.admit(body.model, count)
     plan = _Plan.of(service.engine.model.tokenizer, body)
-    run = await Run.start(service, "messages", lambda: plan.submissions(count))
+    run = await Run.start(service, http, "messages", lambda: plan.submissions(count))
     answer = _Answer(service, run, plan, f"chatcmpl-{plan.id}")
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -139,6 +139,7 @@ class _Answer:
         """All answers piece by piece."""
         count = len(self._parsers)
         waiting: list[list[ChatLogprob]] = [[] for _ in range(count)]
+        called = [0] * count
         for index in range(count):
             yield self._chunk(index, Delta(role="assistant", content=""))
         async for index, piece in self._run.pieces():
@@ -147,8 +148,8 @@ class _Answer:
                 if isinstance(part, str):
                     delta = Delta(content=part)
                 else:
-                    number = self._parsers[index].calls - 1
-                    delta = Delta(tool_calls=[responses.CallDelta(index=number, **_call(part).model_dump())])
+                    delta = Delta(tool_calls=[responses.CallDelta(index=called[index], **_call(part).model_dump())])
+                    called[index] += 1
                 yield self._chunk(index, delta, waiting[index])
                 waiting[index] = []
             if piece is None:

@@ -16,7 +16,7 @@ from nybble.sampling import SamplingOptions
 from nybble.server import responses
 from nybble.server.chat import finite
 from nybble.server.errors import ApiError, told_to_the_client
-from nybble.server.generation import EventStream, Prompt, Run, whole
+from nybble.server.generation import EventStream, Prompt, Run, limited, whole
 from nybble.server.requests import CompletionRequest, EmbeddingRequest, texts_of
 from nybble.server.responses import TextChoice, TextCompletion, TextLogprobs
 from nybble.server.service import Service
@@ -37,7 +37,7 @@ async def complete(service: Service, http: Request, body: CompletionRequest) -> 
         all_ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in body.seeds(count)]
 
-    run = await Run.start(service, "prompt", submissions)
+    run = await Run.start(service, http, "prompt", submissions)
     answer = _Completion(service, run, len(prompts))
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -106,32 +106,33 @@ def _logprobs(pieces: list[Piece], offset: int) -> TextLogprobs:
     )
 
 
-async def embed(service: Service, body: EmbeddingRequest) -> Response:
+async def embed(service: Service, http: Request, body: EmbeddingRequest) -> Response:
     """Answers one request for embeddings."""
     service.admit(body.model, 1)
-    model = service.engine.model
-    texts = [body.input] if isinstance(body.input, str) else body.input
-
-    def compute() -> tuple[npt.NDArray[np.float32], int]:
-        rows = model.embed(texts, pooling=service.settings.pooling)
-        return rows, sum(len(model.tokenize(text)) for text in texts)
-
     service.working += 1
     try:
-        async with service.embedding:
-            with told_to_the_client("input"):
-                rows, read = await run_in_threadpool(compute)
+        return await limited(service, http, _embeddings(service, body))
     finally:
         service.working -= 1
-    answer = responses.Embeddings(
-        object="list",
-        model=service.name,
-        data=[
-            responses.Embedding(object="embedding", index=index, embedding=_numbers(row, body.encoding_format))
-            for index, row in enumerate(rows)
-        ],
-        usage=responses.EmbeddingUsage(prompt_tokens=read, total_tokens=read),
-    )
+
+
+async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
+    model = service.engine.model
+    data, read = [], 0
+
+    def compute(text: str) -> tuple[npt.NDArray[np.float32], int]:
+        return model.embed(text, pooling=service.settings.pooling)[0], len(model.tokenize(text))
+
+    async with service.embedding:
+        # One text at a time, so that a client that leaves is noticed between two.
+        for index, text in enumerate([body.input] if isinstance(body.input, str) else body.input):
+            with told_to_the_client("input"):
+                row, tokens = await run_in_threadpool(compute, text)
+            numbers = _numbers(row, body.encoding_format)
+            data.append(responses.Embedding(object="embedding", index=index, embedding=numbers))
+            read += tokens
+    usage = responses.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
+    answer = responses.Embeddings(object="list", model=service.name, data=data, usage=usage)
     return Response(answer.model_dump_json(), media_type="application/json")
 
 

@@ -94,6 +94,10 @@ def told_to_the_client(param: str) -> Iterator[None]:
         raise overloaded(str(error), 429, "queue_full") from error
     except ContextFullError as error:
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
+    except RecursionError as error:
+        raise ApiError(400, "something in the request is nested too deeply") from error
+    except MemoryError as error:
+        raise overloaded("there is no memory for this at the moment", 503, "out_of_memory") from error
     except ValueError as error:
         name = str(error).partition(":")[0]
         raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error
@@ -102,10 +106,12 @@ def told_to_the_client(param: str) -> Iterator[None]:
 def add_handlers(app: FastAPI) -> None:
     """Gives every error of the application OpenAI's shape."""
 
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
         match error:
             case ApiError():
                 return error.response()
+            case RequestValidationError() if "json" not in request.headers.get("content-type", "json"):
+                return ApiError(415, "the body must be JSON, and say so: Content-Type: application/json").response()
             case RequestValidationError():
                 return _invalid(error.errors()).response()
             case HTTPException():

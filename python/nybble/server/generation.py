@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 Prompt = str | list[int]
 
+_LONG = 100_000
+"""Bytes of a request from which on it may take a second to prepare."""
+
 
 class ClientGone(Exception):  # noqa: N818  No error: clients may leave.
     """The client has closed the connection."""
@@ -40,11 +43,15 @@ class Run:
 
     @classmethod
     async def start(
-        cls, service: Service, param: str, prepare: Callable[[], Sequence[tuple[Prompt, SamplingOptions]]]
+        cls,
+        service: Service,
+        http: HttpRequest,
+        param: str,
+        prepare: Callable[[], Sequence[tuple[Prompt, SamplingOptions]]],
     ) -> Run:
         """Submits what `prepare` makes of a request; both in a thread, for templates and tokenizers may take a while.
 
-        `param` is the parameter that holds the prompt.
+        `param` is the parameter that holds the prompt. Long prompts are prepared one at a time, short ones beside them.
         """
         requests: list[Request] = []
         service.working += 1
@@ -57,7 +64,13 @@ class Run:
         run = cls(service, requests)
         try:
             with told_to_the_client(param):
-                await run_in_threadpool(submit)
+                if http.state.body_bytes <= _LONG:
+                    await run_in_threadpool(submit)
+                else:
+                    async with service.long_prompts:
+                        if await http.is_disconnected():
+                            raise ApiError(400, "the client has left")
+                        await run_in_threadpool(submit)
         except BaseException:
             run.close()
             raise
@@ -140,15 +153,20 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def whole(service: Service, http: HttpRequest, run: Run, work: Coroutine[Any, Any, Response]) -> Response:
-    """The answer that `work` makes of a run, within the time that there is for it."""
+async def limited(service: Service, http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """The answer that `work` makes, within the time that there is for it and while the client is there."""
     try:
-        limited = asyncio.wait_for(work, service.settings.request_seconds)
-        return await unless_gone(http.receive, limited)
+        return await unless_gone(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
     except ClientGone:
         return Response(status_code=499)  # Nobody reads it.
     except (asyncio.TimeoutError, MemoryError) as error:
         raise _explained(service, error) from error
+
+
+async def whole(service: Service, http: HttpRequest, run: Run, work: Coroutine[Any, Any, Response]) -> Response:
+    """The answer that `work` makes of a run, whose slots are free afterwards."""
+    try:
+        return await limited(service, http, work)
     finally:
         run.close()
 
@@ -179,6 +197,8 @@ class EventStream(Response):
         async def emit() -> None:
             async for event in self._events:
                 await send(_event(event))
+                # Sending waits only where the other side reads slowly, and a lost connection is noticed in between.
+                await asyncio.sleep(0)
 
         try:
             await asyncio.wait_for(emit(), self._service.settings.request_seconds)

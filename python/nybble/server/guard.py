@@ -36,7 +36,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, status, began = scope["path"], 500, time.perf_counter()
+        path, status, began = scope["path"], 499, time.perf_counter()  # 499: the client left before it had an answer.
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -49,6 +49,9 @@ class Guard:
 
         try:
             await self._let_in(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             known = path if path in self._paths else "other"
             metrics = self._service.metrics
@@ -65,6 +68,7 @@ class Guard:
             await error.response()(scope, receive, send)
             return
         if body is not None:
+            scope.setdefault("state", {})["body_bytes"] = len(body)
             await self._app(scope, _again(body, receive), send)
 
     def _check_host(self, headers: Headers) -> None:

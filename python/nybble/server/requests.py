@@ -242,6 +242,10 @@ class ResponseFormat(Strict):
         return {"type": "object"} if self.type == "json_object" else None
 
 
+_OURS = frozenset({"self", "messages", "tools", "template", "add_generation_prompt"})
+"""What chat templates get from the server, and clients do not set."""
+
+
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
@@ -268,7 +272,7 @@ class ChatRequest(Sampling):
             name = self.tool_choice.function.name
             if all(tool.function.name != name for tool in self.tools or ()):
                 raise PydanticCustomError("invalid", "tool_choice names a function that is not among the tools")
-        if taken := {"messages", "tools", "add_generation_prompt"}.intersection(self.chat_template_kwargs or {}):
+        if taken := _OURS.intersection(self.chat_template_kwargs or {}):
             raise PydanticCustomError("invalid", "chat_template_kwargs must not hold {names}", {"names": sorted(taken)})
         return self
 

@@ -22,7 +22,7 @@ class Settings:
     """What clients must know; None lets everyone in who can reach the server."""
     allowed_hosts: frozenset[str] | None = None
     """Names under which the server may be asked for; None for any."""
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 1_000_000
     max_answers: int = 144
     """Answers that are written or wait at the same time."""
     pooling: Literal["mean", "last"] = "mean"
@@ -54,6 +54,7 @@ class Service:
         """Requests that the model is busy with, or about to be."""
         self.embedding = asyncio.Semaphore(1)
         """Embeddings are computed beside the engine's loop, so one request at a time."""
+        self.long_prompts = asyncio.Semaphore(1)
         self._running: set[Request] = set()
 
     def admit(self, model: str | None, answers: int) -> None:

@@ -199,7 +199,8 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
     let brains = [bf16::NAN, bf16::INFINITY].map(|x| x.to_le_bytes().to_vec());
     let singles = [f32::NAN, f32::INFINITY].map(|x| x.to_le_bytes().to_vec());
     // Where in a row there is a number that may be neither: scales, and minimums.
-    let places: [(BlockType, &[u64], &[Vec<u8>]); 15] = [
+    type Case<'a> = (BlockType, &'a [u64], &'a [Vec<u8>]);
+    let places: [Case<'_>; 15] = [
         (BlockType::F32, &[0, 4 * 95], &singles),
         (BlockType::F16, &[0, 2 * 95], &halves),
         (BlockType::BF16, &[0, 2 * 95], &brains),

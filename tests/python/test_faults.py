@@ -142,7 +142,7 @@ def test_metadata_too_large_for_the_memory_are_a_memory_error_and_others_stay_us
     tmp_path: Path, tiny_file: Path
 ) -> None:
     big = tmp_path / "metadata.gguf"
-    values = tiny.metadata(general__scores=[0.5] * (20 << 20))  # 80 MB
+    values = tiny.metadata(general__description=b"x" * (80 << 20))
     tiny.write_gguf(big, values)
     script = """
         import os, resource, sys

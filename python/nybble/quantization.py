@@ -19,12 +19,12 @@ from nybble.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nybble.texts import Windows
 
-Recipe = Literal["auto", "rtn", "gptq", "awq", "awq+gptq", "signround"]
+Recipe = Literal["auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround"]
 Format = Literal["q4_0", "q4_1", "iq4_nl"]
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-RECIPES = ("auto", "rtn", "gptq", "awq", "awq+gptq", "signround")
+RECIPES = ("auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround")
 FORMATS = ("q4_0", "q4_1", "iq4_nl")
 CALIBRATION_TOKENS = 65_536
 _HELD_OUT = 8
@@ -64,7 +64,8 @@ def quantize(
         source: a folder with safetensors, a GGUF file of F32, F16 or BF16, or a Hub repository.
         out: the file to write.
         recipe: how codes are found. "rtn" rounds to the nearest, "gptq", "awq" and "signround" look at what goes
-            through the layers, "auto" tries them from cheap to dear and keeps the best.
+            through the layers, "gptq+tune" tunes scales and norms after that (models of plain decoder blocks, such as
+            Llama's), "auto" tries them from cheap to dear and keeps the best.
         group: weights that share a scale: 32, 64, 128, or 0 for whole rows; 32 if None. Rows that it does not divide
             get the next half of it that does.
         symmetric: codes around 0 (Q4_0), or with a minimum of their own for each group (Q4_1).

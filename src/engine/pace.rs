@@ -14,7 +14,7 @@ const REFRESH: u32 = 64;
 /// How far a single measurement moves an estimate.
 const WEIGHT: f64 = 0.25;
 /// A single measurement counts as so many times the estimate at most: it may have been taken while the machine stood still.
-const OUTLIER: f64 = 4.0;
+const OUTLIER: f64 = 2.0;
 
 /// The rows of prompts for a step, from what steps have taken so far. It decides how long texts wait, never what they are.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Pace {
             if self.usual.len() <= texts {
                 self.usual.resize(texts + 1, None);
             }
-            self.usual[texts] = Some(moved(self.usual[texts], seconds, WEIGHT));
+            self.usual[texts] = Some(moved(self.usual[texts], seconds));
         } else {
             self.mixed += u32::from(texts > 0);
             let usual = if texts == 0 { Some(0.0) } else { self.usual.get(texts).copied().flatten() };
@@ -65,16 +65,14 @@ impl Pace {
                 && prompt_rows >= enough
             {
                 let row = (seconds - usual).max(seconds * 0.01) / prompt_rows as f64;
-                // Too many rows are noticed at once, too few in time.
-                let weight = if self.row.is_some_and(|known| row > known) { 1.0 } else { WEIGHT };
-                self.row = Some(moved(self.row, row, weight));
+                self.row = Some(moved(self.row, row));
             }
         }
     }
 }
 
-fn moved(known: Option<f64>, measured: f64, weight: f64) -> f64 {
-    known.map_or(measured, |known| known + weight * (measured.min(OUTLIER * known) - known))
+fn moved(known: Option<f64>, measured: f64) -> f64 {
+    known.map_or(measured, |known| known + WEIGHT * (measured.min(OUTLIER * known) - known))
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Many sequences over one model: they join and leave between steps, and each step computes rows of all of them.
 //!
 //! A step takes, in this order: the token that is due of every text, guesses of what follows it, and then rows of prompts,
-//! as many as [`Pace`] allows, the oldest first but with a share for each. None of this changes what is written: a row's
-//! result has the same bits in any company, so every text is the one of a lone run.
+//! as many as [`Pace`] allows, half of them for the oldest and the rest shared by the others. None of this changes what is
+//! written: a row's result has the same bits in any company, so every text is the one of a lone run.
 //!
 //! Pages of the cache are shared through [`Prefixes`]. When they take more memory than allowed, those that no sequence uses
 //! are given up; when that is not enough, the youngest sequence waits and is computed again later; when there is no other
@@ -419,14 +419,16 @@ impl Scheduler {
                 }
             }
         }
-        // Each prompt has its share, and what others leave of theirs goes to the oldest.
-        for share in [budget / prompts.len().max(1), usize::MAX] {
-            for i in &prompts {
-                let entry = &mut self.running[*i];
-                let more = (entry.sequence.pending.len() - entry.rows).min(share).min(budget);
-                entry.rows += more;
-                budget -= more;
-            }
+        // The oldest prompt has half, so that one after the other is done; the others share the rest, so that a short one does
+        // not wait for a long one; and what some leave of theirs goes to the oldest.
+        let half = budget.div_ceil(2);
+        let share = (budget - half) / prompts.len().saturating_sub(1).max(1);
+        let shares = std::iter::once(half).chain(std::iter::repeat(share)).take(prompts.len());
+        for (i, share) in prompts.iter().zip(shares).chain(prompts.iter().zip(std::iter::repeat(usize::MAX))) {
+            let entry = &mut self.running[*i];
+            let more = (entry.sequence.pending.len() - entry.rows).min(share).min(budget);
+            entry.rows += more;
+            budget -= more;
         }
     }
 

@@ -30,11 +30,16 @@ impl Deref for Bytes {
 impl Bytes {
     /// Opens the file at `path`, mapped or not.
     pub(super) fn open(path: &Path, mmap: bool) -> std::io::Result<Bytes> {
-        let mut file = File::open(path)?;
-        if file.metadata()?.is_dir() {
+        // Looked at before it is opened, for that waits where the path is a pipe.
+        let metadata = std::fs::metadata(path)?;
+        if metadata.is_dir() {
             // Mapping one would fail too, but with words that help nobody.
             return Err(ErrorKind::IsADirectory.into());
         }
+        if !metadata.is_file() {
+            return Err(std::io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let mut file = File::open(path)?;
         if mmap {
             return map(&file).map(Bytes::Mapped);
         }

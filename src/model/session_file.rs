@@ -109,12 +109,16 @@ impl Session {
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<(Session, Vec<u32>)> {
         let path = path.as_ref();
         let io = |source| Error::io(path, source);
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if metadata.is_dir() {
+        // Looked at before it is opened, for that waits where the path is a pipe.
+        let kind = std::fs::metadata(path).map_err(io)?;
+        if kind.is_dir() {
             return Err(io(std::io::ErrorKind::IsADirectory.into()));
         }
-        let length = metadata.len();
+        if !kind.is_file() {
+            return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
+        }
+        let file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
         if length < HEADER as u64 {
             let found = format!("a file of {length} bytes");
             return Err(Error::malformed(path, Place::File, found, format_args!("{HEADER} bytes for the header")));

@@ -13,7 +13,7 @@ use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::problem::Grid;
 use crate::quantize::search::Target;
-use crate::quantize::{AutoOptions, Options, Policy, Recipe, auto, gptq, quantize as run, signround, spend_bits};
+use crate::quantize::{AutoOptions, Options, Policy, Recipe, auto, gptq, quantize as run, signround, spend_bits, tune};
 
 fn block_type(name: &'static str, text: &str) -> crate::Result<BlockType> {
     let known =
@@ -32,7 +32,7 @@ fn recipe(name: &str, search: bool) -> crate::Result<Option<Recipe>> {
         "awq+gptq" => Recipe::Awq(Some(gptq)),
         "signround" => Recipe::Signround(signround::Options { search, ..signround::Options::default() }),
         other => {
-            let expected = "auto, rtn, gptq, awq, awq+gptq or signround";
+            let expected = "auto, rtn, gptq, awq, awq+gptq or signround, all but auto also with +tune";
             return Err(Error::argument("recipe", format_args!("{other:?}"), expected));
         }
     }))
@@ -75,6 +75,10 @@ pub(super) fn quantize(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let _ = seed;
+    let (recipe, tune) = match recipe.strip_suffix("+tune") {
+        Some(recipe) => (recipe, Some(tune::Options::default())),
+        None => (recipe, None),
+    };
     let recipe = self::recipe(recipe, search)?;
     let grid = Grid::of(block_type("format", grid)?)
         .ok_or_else(|| Error::argument("format", format_args!("{grid:?}"), "q4_0, q4_1, iq4_nl, q5_0 or q8_0"))?;
@@ -106,7 +110,7 @@ pub(super) fn quantize(
         }
         match recipe {
             Some(recipe) => {
-                let options = Options { recipe, policy, threads, force };
+                let options = Options { recipe, tune, policy, threads, force };
                 Ok(run(&source, &out, &options, &windows, &report, &stop)?.to_json())
             }
             None => {

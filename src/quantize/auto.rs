@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use super::eval::{Baseline, Evaluation};
 use super::flow::{self, Options, Progress, Recipe};
-use super::gptq;
 use super::policy::Policy;
 use super::problem::Grid;
 use super::report::Report;
 use super::search::{Figures, Outcome, Target, search};
 use super::sensitivity;
+use super::{gptq, tune};
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::format::gguf::Gguf;
@@ -59,7 +59,8 @@ pub struct AutoReport {
 /// As [`quantize`](flow::quantize), with the recipe that the search finds: see [`search`]. `windows` are for calibration;
 /// figures are measured on `evaluation`, windows of one length that should not be among them.
 ///
-/// Candidates lie beside `out` while they are measured.
+/// Candidates lie beside `out` while they are measured. What is done of them stays there when the search is interrupted, and
+/// the next search with the same arguments measures them again, but does not make them again.
 ///
 /// # Errors
 /// Those of [`quantize`](flow::quantize), and of [`Baseline`]; [`Error::InvalidArgument`] for too few bits a weight.
@@ -83,17 +84,28 @@ pub fn auto(
     let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| Ok(()), interrupted)?;
     let reference = baseline.evaluation().clone();
 
-    let recipes = recipes();
-    let names: Vec<String> = recipes.iter().map(|recipe| recipe.name().to_owned()).collect();
+    let runs: Vec<Options> = recipes(flow::can_tune(source, &load)?)
+        .into_iter()
+        .map(|(recipe, tune)| Options {
+            recipe,
+            tune,
+            policy: options.policy.clone(),
+            threads: options.threads,
+            force: true,
+        })
+        .collect();
+    let names: Vec<String> = runs.iter().map(Options::name).collect();
     let paths: Vec<PathBuf> = names.iter().map(|name| beside(out, name)).collect();
     let mut made: Vec<(Report, Evaluation)> = Vec::new();
+    let mut journals: Vec<PathBuf> = Vec::new();
     let mut evaluate = |number: usize| {
-        let run =
-            Options { recipe: recipes[number], policy: options.policy.clone(), threads: options.threads, force: true };
         let told = |stage: &str, done: usize, total: usize| {
             progress(&format!("{}: {stage}", names[number]), done, total);
         };
-        let report = flow::quantize(source, &paths[number], &run, windows, &told, interrupted)?;
+        // Tuning begins with the codes of its recipe, which need not be found twice.
+        let work = beside(out, runs[number].recipe.name());
+        let (report, more) = flow::make(source, &paths[number], &work, &runs[number], windows, &told, interrupted)?;
+        journals.extend(more);
         told("evaluation", 0, 1);
         let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| Ok(()), interrupted)?;
         let figures = figures(&report, &measured);
@@ -113,10 +125,9 @@ pub fn auto(
         std::fs::rename(chosen, out).map_err(|source| Error::io(chosen, source))?;
         Ok(outcome)
     });
-    for path in paths.iter().filter(|path| path.exists()) {
-        std::fs::remove_file(path).map_err(|source| Error::io(path, source))?;
-    }
+    flow::remove(&paths)?;
     let outcome = moved?;
+    flow::remove(&journals)?;
     let (mut report, measured) = made.swap_remove(outcome.chosen);
     report.out = out.to_path_buf();
     report.seconds = started.elapsed().as_secs_f64();
@@ -126,9 +137,13 @@ pub fn auto(
 }
 
 /// From cheap to dear.
-fn recipes() -> [Recipe; 3] {
+fn recipes(can_tune: bool) -> [(Recipe, Option<tune::Options>); 3] {
     let gptq = gptq::Options::default();
-    [Recipe::Rtn { search: true }, Recipe::Gptq(gptq), Recipe::Awq(Some(gptq))]
+    let last = match can_tune {
+        true => (Recipe::Gptq(gptq), Some(tune::Options::default())),
+        false => (Recipe::Awq(Some(gptq)), None),
+    };
+    [(Recipe::Rtn { search: true }, None), (Recipe::Gptq(gptq), None), last]
 }
 
 /// The name of a candidate while it is measured.

@@ -180,7 +180,7 @@ impl<'a> Calibration<'a> {
     }
 
     fn empty(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Calibration<'a> {
-        let compute = Compute { team: layers.team(), kernel: layers.kernel() };
+        let compute = Compute::new(layers.team(), layers.kernel());
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         let stream = Stream::new(windows.len(), longest * layers.config().hidden, IN_MEMORY, folder);
         Calibration { layers, compute, windows, folder, stream }
@@ -196,6 +196,14 @@ impl<'a> Calibration<'a> {
             stream.put(window, self.stream.get(window)?)?;
         }
         Ok(Calibration { stream, ..*self })
+    }
+
+    /// The stream of a window as it is now `(tokens, hidden)`.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(super) fn stream(&mut self, window: usize) -> Result<Vec<f32>> {
+        self.stream.get(window)
     }
 
     /// The logits of all tokens of a window `(tokens, vocabulary)`, after the last layer.
@@ -432,7 +440,7 @@ mod tests {
     #[test]
     fn moments_are_means_over_all_tokens() {
         let team = crate::threads::Team::new(1).unwrap();
-        let compute = Compute { team: &team, kernel: crate::kernels::best() };
+        let compute = Compute::new(&team, crate::kernels::best());
         let mut moments = Moments::new(2);
         // More than one batch.
         for _ in 0..3000 {

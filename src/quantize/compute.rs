@@ -2,6 +2,8 @@
 //!
 //! Every output is summed in one fixed order, so a file has the same bytes whatever the number of threads or the CPU.
 
+use std::fmt;
+
 use super::problem::Problem;
 use crate::kernels::Kernel;
 use crate::quant::packed::{Code, Layout, Line, PANEL, Packed};
@@ -11,22 +13,51 @@ use crate::threads::{Columns, Team};
 const TASK_ROWS: usize = 32;
 
 /// Threads, and what they compute with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Compute<'a> {
     /// The threads.
     pub team: &'a Team,
     /// The instruction set.
     pub kernel: &'static dyn Kernel,
+    stop: Option<&'a (dyn Fn() -> bool + Sync)>,
 }
 
-impl Compute<'_> {
+impl fmt::Debug for Compute<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Compute").field("team", self.team).field("kernel", &self.kernel).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Compute<'a> {
+    /// Computes to the end.
+    pub fn new(team: &'a Team, kernel: &'static dyn Kernel) -> Compute<'a> {
+        Compute { team, kernel, stop: None }
+    }
+
+    /// Computes no more once `stop` says yes: what is returned then has no meaning, and it comes soon. `stop` must go on
+    /// saying yes, and whoever gives it has to ask before a result is used.
+    pub fn until(self, stop: &'a (dyn Fn() -> bool + Sync)) -> Compute<'a> {
+        Compute { stop: Some(stop), ..self }
+    }
+
+    /// Whether it was told to stop.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.is_some_and(|stop| stop())
+    }
+
     /// Runs `item(i, chunk)` for each chunk of `length` elements of `buffer`, side by side. Results must not depend on which
     /// thread runs an item.
     ///
     /// # Panics
     /// When `length` is 0.
     pub fn for_each_chunk<T: Send>(&self, buffer: &mut [T], length: usize, item: impl Fn(usize, &mut [T]) + Sync) {
-        self.team.run(|scope| scope.for_each_chunk(buffer, length, item));
+        self.team.run(|scope| {
+            scope.for_each_chunk(buffer, length, |i, chunk| {
+                if !self.is_stopped() {
+                    item(i, chunk);
+                }
+            });
+        });
     }
 
     /// `x (rows, k) * w (n, k)^T`, into `out (rows, n)`.
@@ -42,6 +73,15 @@ impl Compute<'_> {
             }
         });
         self.for_each_product(x, &packed, out, n, |product, out| out.copy_from_slice(product));
+    }
+
+    /// `x (rows, columns of w) * w^T` on the calling thread, which may be one of the team.
+    pub(super) fn multiply(&self, x: &[f32], w: &Packed) -> Vec<f32> {
+        let (k, n, width) = (w.columns(), w.rows(), w.panels() * PANEL);
+        let rows = x.len() / k;
+        let mut wide = vec![0.0; rows * width];
+        self.kernel.product_float(w, 0..w.panels(), x, k, &mut Columns::whole(&mut wide, rows, width));
+        if n == width { wide } else { wide.chunks(width).flat_map(|row| &row[..n]).copied().collect() }
     }
 
     /// Hands `item` each row of `x (rows, columns of w) * w^T` together with the row of `out (rows, stride)`.
@@ -151,6 +191,19 @@ impl Compute<'_> {
         drop(panels);
         packed
     }
+}
+
+/// The matrix `(rows, columns)` of the numbers `at(row, column)`.
+pub(super) fn packed_of(rows: usize, columns: usize, at: impl Fn(usize, usize) -> f32) -> Packed {
+    let mut packed = Packed::zeroed(rows, columns, Layout::float(Code::F32), 1.0);
+    for (index, panel) in packed.panels_mut().into_iter().enumerate() {
+        let lines = bytemuck::cast_slice_mut::<Line, [f32; PANEL]>(panel.codes);
+        for (column, line) in lines.iter_mut().take(columns).enumerate() {
+            let lanes = line.iter_mut().take(rows - index * PANEL).enumerate();
+            lanes.for_each(|(lane, x)| *x = at(index * PANEL + lane, column));
+        }
+    }
+    packed
 }
 
 /// The upper triangular `U` with `U^T U = (H + damping)^-1`, where rows and columns of `hessian (n, n)` stand in the given
@@ -278,7 +331,7 @@ mod tests {
         let (x, w) = (numbers(rows * k), numbers(n * k));
         let of = |threads| {
             let team = Team::new(threads).unwrap();
-            let compute = Compute { team: &team, kernel: crate::kernels::best() };
+            let compute = Compute::new(&team, crate::kernels::best());
             let mut out = vec![f32::NAN; rows * n];
             compute.product(&x, &w, k, &mut out);
             let mut moments = vec![0.0; k * k];
@@ -314,7 +367,7 @@ mod tests {
             row[7] = 0.0;
         }
         let team = Team::new(2).unwrap();
-        let compute = Compute { team: &team, kernel: crate::kernels::best() };
+        let compute = Compute::new(&team, crate::kernels::best());
         let mut hessian = vec![0.0; n * n];
         compute.add_moments(&x, n, &mut hessian);
         mirror(&mut hessian, n, 1.0 / 400.0);

@@ -5,6 +5,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, UNIX_EPOCH};
 
 use serde_json::json;
@@ -17,6 +18,7 @@ use super::overlay::{Overlay, read_rows};
 use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Problem, Solution};
 use super::report::{Report, TensorReport};
+use super::tune::{self, Tuning};
 use super::{awq, gptq, rtn, signround};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata};
@@ -86,12 +88,26 @@ impl Recipe {
 pub struct Options {
     /// How codes are found.
     pub recipe: Recipe,
+    /// How scales and norms are tuned in the end, if they are.
+    pub tune: Option<tune::Options>,
     /// Which tensor becomes what.
     pub policy: Policy,
     /// Threads; otherwise as many as pay off. The result does not depend on them.
     pub threads: Option<usize>,
     /// Whether a file that is there is replaced.
     pub force: bool,
+}
+
+impl Options {
+    /// The name by which users know the way.
+    pub fn name(&self) -> String {
+        format!("{}{}", self.recipe.name(), if self.tune.is_some() { "+tune" } else { "" })
+    }
+
+    /// Whether a text is needed.
+    pub fn needs_text(&self) -> bool {
+        self.recipe.needs_text() || self.tune.is_some()
+    }
 }
 
 /// Told what is being done, how much is done and how much there is, in units of no meaning.
@@ -119,31 +135,77 @@ pub fn quantize(
     if out.exists() && !options.force {
         return Err(Error::argument("out", format_args!("{}, which exists", out.display()), "a new file, or force"));
     }
+    let (report, journals) = make(source, out, out, options, windows, progress, interrupted)?;
+    remove(&journals)?;
+    Ok(report)
+}
+
+/// [`quantize`] without the checks, with what is done beside `work` instead of `out`. It stays there: the files are returned.
+pub(super) fn make(
+    source: &Path,
+    out: &Path,
+    work: &Path,
+    options: &Options,
+    windows: &[Vec<u32>],
+    progress: Progress<'_>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<(Report, Vec<PathBuf>)> {
+    // Asked on this thread alone, as signals are; and an answer is not forgotten, whoever asks next.
+    let (this, stopped) = (std::thread::current().id(), AtomicBool::new(false));
+    let interrupted = || {
+        let is_stopped = || stopped.load(Ordering::Relaxed);
+        if !is_stopped() && std::thread::current().id() == this && interrupted() {
+            stopped.store(true, Ordering::Relaxed);
+        }
+        is_stopped()
+    };
+    let files = (out, work);
     if source.is_dir() {
         let folder = HfFolder::open(source)?;
         let more = folder.tokenizer()?;
-        quantize_checkpoint(&folder, &more, out, options, windows, progress, interrupted)
+        quantize_checkpoint(&folder, &more, files, options, windows, progress, &interrupted)
     } else {
-        quantize_checkpoint(&Gguf::open(source)?, &Metadata::new(), out, options, windows, progress, interrupted)
+        quantize_checkpoint(&Gguf::open(source)?, &Metadata::new(), files, options, windows, progress, &interrupted)
     }
+}
+
+/// Whether a checkpoint can be tuned.
+///
+/// # Errors
+/// Those of [`Gguf::open`], [`HfFolder::open`] and [`Model::load`](crate::model::Model::load).
+pub(super) fn can_tune(source: &Path, load: &LoadOptions) -> Result<bool> {
+    let of = |checkpoint: &dyn Checkpoint| {
+        let layers = Layerwise::load(checkpoint, load)?;
+        Ok(tune::supports(checkpoint, layers.config()).is_ok())
+    };
+    if source.is_dir() { of(&HfFolder::open(source)?) } else { of(&Gguf::open(source)?) }
+}
+
+/// Removes files of which those that are not there are none.
+pub(super) fn remove(files: &[PathBuf]) -> Result<()> {
+    for file in files.iter().filter(|file| file.exists()) {
+        std::fs::remove_file(file).map_err(|source| Error::io(file, source))?;
+    }
+    Ok(())
 }
 
 fn quantize_checkpoint(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,
-    out: &Path,
+    (out, work): (&Path, &Path),
     options: &Options,
     windows: &[Vec<u32>],
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
-) -> Result<Report> {
+) -> Result<(Report, Vec<PathBuf>)> {
     let started = Instant::now();
     check_vectors(checkpoint)?;
+    let all_windows = windows;
     let windows = if options.recipe.needs_text() { windows } else { &[] };
     let key = key(checkpoint, options, windows);
-    let journal = Journal::open(out, key)?;
+    let journal = Journal::open(work, key)?;
     let layers = Layerwise::load(checkpoint, &LoadOptions { threads: options.threads, ..LoadOptions::default() })?;
-    let compute = Compute { team: layers.team(), kernel: layers.kernel() };
+    let compute = Compute::new(layers.team(), layers.kernel()).until(interrupted);
     let mut run = Run {
         checkpoint,
         overlay: Overlay::new(checkpoint),
@@ -155,14 +217,19 @@ fn quantize_checkpoint(
         windows: windows.len(),
         layers: layers.config().layers.len(),
     };
-    let mut states = Vec::new();
+    let state = beside(work, ".resume-state");
+    let folder = match work.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if options.tune.is_some() {
+        tune::supports(checkpoint, layers.config())
+            .map_err(|found| Error::argument("tune", found, "a model of plain decoder blocks, such as Llama's"))?;
+    }
+    if options.needs_text() {
+        check_windows(&layers, all_windows)?;
+    }
     if options.recipe.needs_text() {
-        check_windows(&layers, windows)?;
-        let folder = match out.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let state = beside(out, ".resume-state");
         let found = Calibration::resume(&layers, windows, folder, &state, key)?;
         let (mut calibration, first) = match found.filter(|(_, layer)| (0..*layer).all(|layer| run.is_done(layer))) {
             Some(found) => found,
@@ -174,16 +241,17 @@ fn quantize_checkpoint(
             run.release(index);
             calibration.save(&state, key, index + 1)?;
         }
-        states.push(state);
     }
     run.rest()?;
-    let mut report = run.write(more, out)?;
-    run.journal.remove()?;
-    for state in states {
-        std::fs::remove_file(&state).map_err(|source| Error::io(&state, source))?;
+    if let Some(options) = options.tune.filter(|_| !run.is_tuned()) {
+        let policy = &run.options.policy;
+        let tuning =
+            Tuning { checkpoint, layers: &layers, policy, windows: all_windows, folder, progress, interrupted };
+        tuning.run(&options, &mut run.journal)?;
     }
+    let mut report = run.write(more, out)?;
     report.seconds = started.elapsed().as_secs_f64();
-    Ok(report)
+    Ok((report, vec![run.journal.path().to_path_buf(), state]))
 }
 
 /// A file beside `out` with more after its name.
@@ -284,6 +352,11 @@ impl Run<'_> {
         })
     }
 
+    /// Whether tuning is in the journal: what it adds last.
+    fn is_tuned(&self) -> bool {
+        self.journal.description(&tune::tuned("output_norm.weight"), 0).is_some()
+    }
+
     /// The pieces of tensors at a site.
     fn pieces(&self, layer: usize, site: Site) -> Vec<Piece> {
         let names = site.tensors().into_iter().map(|name| format!("blk.{layer}.{name}"));
@@ -332,15 +405,22 @@ impl Run<'_> {
         };
         let solution = recipe.solve(&problem, format, &self.compute);
         let decoded = solution.decode(format, piece.columns);
+        let error = self.compute.error(&problem, &decoded);
+        // What was computed after that is no solution.
+        self.check()?;
         let description = json!({
             "name": piece.name,
             "part": piece.part,
             "recipe": name,
-            "relative_error": self.compute.error(&problem, &decoded),
+            "relative_error": error,
             "seconds": started.elapsed().as_secs_f64(),
         });
         self.journal.add(&piece.name, piece.part, description, &solution.encode(format, piece.columns))?;
         Ok(decoded)
+    }
+
+    fn check(&self) -> Result<()> {
+        if (self.interrupted)() { Err(Error::Interrupted) } else { Ok(()) }
     }
 
     /// The factors of a site's columns, found if they are not in the journal; `None` where the recipe or the model has none.
@@ -374,9 +454,7 @@ impl Run<'_> {
             let Stored::Solved(format) = self.options.policy.stored(name, &tensor.dims) else { continue };
             let (columns, rows) = (tensor.dims[0], tensor.dims[1]);
             for part in 0..tensor.dims.iter().skip(2).product() {
-                if (self.interrupted)() {
-                    return Err(Error::Interrupted);
-                }
+                self.check()?;
                 (self.progress)("quantize", done, names.len());
                 if self.journal.description(name, part).is_none() {
                     let stored = Stored::Solved(format);
@@ -403,6 +481,11 @@ impl Run<'_> {
     fn write(&self, more: &Metadata, out: &Path) -> Result<Report> {
         let stored = |name: &str, tensor: &Tensor<'_>| self.options.policy.stored(name, &tensor.dims).block_type();
         let made = |name: &str| {
+            if self.options.tune.is_some()
+                && let Some(bytes) = self.journal.blocks(&tune::tuned(name), 0)?
+            {
+                return Ok(Some(bytes));
+            }
             let mut bytes = self.journal.blocks(name, 0)?;
             for part in 1.. {
                 let Some(more) = self.journal.blocks(name, part)? else { break };
@@ -415,7 +498,7 @@ impl Run<'_> {
             Job { checkpoint: self.checkpoint, more, file_type, stored: &stored, made: &made, team: self.compute.team };
         job.write(out, None)?;
         let size = out.metadata().map_err(|source| Error::io(out, source))?.len();
-        let mut report = Report::new(self.checkpoint.path(), out, self.options.recipe.name(), size);
+        let mut report = Report::new(self.checkpoint.path(), out, &self.options.name(), size);
         for name in self.checkpoint.names() {
             if let Some(tensor) = self.checkpoint.tensor(name).filter(|tensor| tensor.dims.len() > 1) {
                 report.add(self.tensor_report(name, &tensor));
@@ -457,9 +540,7 @@ impl Visitor for Run<'_> {
         let factors = self.factors(layer, site, &pieces, moments.as_ref())?;
         let factors = factors.as_deref();
         for piece in pieces {
-            if (self.interrupted)() {
-                return Err(Error::Interrupted);
-            }
+            self.check()?;
             let Some(tensor) = self.checkpoint.tensor(&piece.name) else { continue };
             let mut values = match (piece.stored, self.journal.blocks(&piece.name, piece.part)?) {
                 (stored, Some(blocks)) => {
@@ -497,9 +578,7 @@ impl Visitor for Run<'_> {
     }
 
     fn step(&self, layer: usize, site: Site, window: usize) -> Result<()> {
-        if (self.interrupted)() {
-            return Err(Error::Interrupted);
-        }
+        self.check()?;
         let (sites, at) = match site {
             Site::Qkv => (4, 0),
             Site::AttentionOutput => (4, 1),

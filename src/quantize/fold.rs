@@ -7,7 +7,7 @@ use super::flow::FEWEST_TOKENS;
 use super::journal::Journal;
 use super::overlay::read_rows;
 use super::problem::{Format, Problem};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::model::layerwise::{Network, Site};
 use serde_json::json;
@@ -30,7 +30,7 @@ pub(super) fn norm(checkpoint: &dyn Checkpoint, layer: usize, site: Site) -> Opt
 /// inputs leave it as it is.
 ///
 /// # Errors
-/// Those of the journal.
+/// [`Error::Interrupted`]; those of the journal.
 pub(super) fn fold(
     checkpoint: &dyn Checkpoint,
     norm: &str,
@@ -50,6 +50,9 @@ pub(super) fn fold(
     };
     let problems: Vec<Problem<'_>> = layers.iter().map(|(weights, _)| problem(weights)).collect();
     let factors = awq::factors(&problems, format, compute);
+    if compute.is_stopped() {
+        return Err(Error::Interrupted);
+    }
     // The weight comes last: what has one has all.
     for name in [format!("{norm}.bias"), format!("{norm}.weight")] {
         let Some(tensor) = checkpoint.tensor(&name) else { continue };

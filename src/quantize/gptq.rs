@@ -206,7 +206,7 @@ pub(super) mod tests {
 
     pub(in crate::quantize) fn with_threads<R>(threads: usize, run: impl FnOnce(&Compute<'_>) -> R) -> R {
         let team = Team::new(threads).unwrap();
-        run(&Compute { team: &team, kernel: crate::kernels::best() })
+        run(&Compute::new(&team, crate::kernels::best()))
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod auto;
 pub mod awq;
 mod calibrate;
 pub mod compute;
+mod decoder;
 pub mod eval;
 mod flow;
 mod fold;
@@ -24,6 +25,7 @@ pub mod search;
 mod sensitivity;
 pub mod signround;
 mod stream;
+pub mod tune;
 
 pub use auto::{AutoOptions, AutoReport, auto, spend_bits};
 pub use flow::{Options, Progress, Recipe, quantize};

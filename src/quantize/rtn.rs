@@ -197,7 +197,7 @@ pub(super) mod tests {
 
     fn solved(problem: &Problem<'_>, format: &Format, search: bool, threads: usize) -> Solution {
         let team = Team::new(threads).unwrap();
-        solve(problem, format, search, &Compute { team: &team, kernel: crate::kernels::best() })
+        solve(problem, format, search, &Compute::new(&team, crate::kernels::best()))
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Grid, Problem, error};
 use super::rtn;
 use crate::error::{Error, Result};
-use crate::format::Checkpoint;
+use crate::format::{Checkpoint, Tensor};
 use crate::model::layerwise::{Layerwise, Site};
 use crate::quant::block::BlockType;
 
@@ -33,7 +33,10 @@ pub(super) fn plan(
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<(String, BlockType)>> {
-    let compute = Compute { team: layers.team(), kernel: layers.kernel() };
+    let compute = Compute::new(layers.team(), layers.kernel());
+    if !spare(checkpoint, layers.config().layers.len(), policy, bits)? {
+        return Ok(Vec::new());
+    }
     let folder = std::env::temp_dir();
     let mut calibration = Calibration::start(layers, windows, &folder)?;
     let count = layers.config().layers.len();
@@ -73,13 +76,30 @@ pub(super) fn plan(
         }
     }
     let budget = (bits * weights as f64 / 8.0) as u64;
-    let Some(chosen) = allocate(&tensors, budget) else {
-        let least = policy.grid.block_type();
-        let usual = bytes(least, weights) as f64 * 8.0 / weights.max(1) as f64;
-        return Err(Error::argument("bits_per_weight", bits, format_args!("at least {usual}, the bits of {least}")));
-    };
+    let Some(chosen) = allocate(&tensors, budget) else { return Err(too_few(policy, bits, weights)) };
     let finer = names.into_iter().zip(chosen).filter(|(_, choice)| *choice > 0);
     Ok(finer.map(|((name, formats), choice)| (name, formats[choice].grid.block_type())).collect())
+}
+
+fn too_few(policy: &Policy, bits: f64, weights: usize) -> Error {
+    let least = policy.grid.block_type();
+    let usual = bytes(least, weights) as f64 * 8.0 / weights.max(1) as f64;
+    Error::argument("bits_per_weight", bits, format_args!("at least {usual}, the bits of {least}"))
+}
+
+/// Whether there are bits for a finer format of any tensor.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] when there are not even enough for the usual one.
+fn spare(checkpoint: &dyn Checkpoint, layers: usize, policy: &Policy, bits: f64) -> Result<bool> {
+    let (usual, finer) = (policy.grid.block_type(), FINER[0].block_type());
+    let of_layer = |index| formats(checkpoint, policy, index).map(|(_, tensor, _)| tensor.dims.iter().product());
+    let sizes: Vec<usize> = (0..layers).flat_map(of_layer).collect();
+    let weights = sizes.iter().sum();
+    let Some(left) = ((bits * weights as f64 / 8.0) as u64).checked_sub(bytes(usual, weights)) else {
+        return Err(too_few(policy, bits, weights));
+    };
+    Ok(sizes.iter().any(|size| bytes(finer, *size) <= left + bytes(usual, *size)))
 }
 
 fn bytes(block_type: BlockType, weights: usize) -> u64 {
@@ -96,17 +116,27 @@ struct Linear {
     format: Format,
 }
 
-/// The linear layers of a block of the model that the policy leaves to recipes, one at a time.
-fn linear(checkpoint: &dyn Checkpoint, policy: &Policy, index: usize) -> impl Iterator<Item = Linear> {
+/// The names of what [`linear`] reads, with the formats.
+fn formats<'a>(
+    checkpoint: &'a dyn Checkpoint,
+    policy: &Policy,
+    index: usize,
+) -> impl Iterator<Item = (&'a str, Tensor<'a>, Format)> {
     let prefix = format!("blk.{index}.");
     let names: Vec<&str> = checkpoint.names().into_iter().filter(|name| name.starts_with(&prefix)).collect();
     names.into_iter().filter_map(move |name| {
         let tensor = checkpoint.tensor(name).filter(|_| is_linear(name.strip_suffix(".weight").unwrap_or(name)))?;
-        let Stored::Solved(format) = policy.stored(name, &tensor.dims) else { return None };
-        // What the user keeps in a type is not for us to change.
-        if format.grid != policy.grid {
-            return None;
+        match policy.stored(name, &tensor.dims) {
+            // What the user keeps in a type is not for us to change.
+            Stored::Solved(format) if format.grid == policy.grid => Some((name, tensor, format)),
+            _ => None,
         }
+    })
+}
+
+/// The linear layers of a block of the model that the policy leaves to recipes, one at a time.
+fn linear(checkpoint: &dyn Checkpoint, policy: &Policy, index: usize) -> impl Iterator<Item = Linear> {
+    formats(checkpoint, policy, index).filter_map(|(name, tensor, format)| {
         let (columns, rows) = (*tensor.dims.first()?, tensor.dims.iter().skip(1).product());
         let weights = read_rows(&tensor, 0, rows).ok()?;
         Some(Linear { name: name.to_owned(), weights, rows, columns, format })
@@ -143,7 +173,7 @@ fn divergence(reference: &[f32], found: &[f32], vocabulary: usize) -> f64 {
 }
 
 /// Takes windows through the layers of a checkpoint and changes nothing.
-struct Through<'a>(&'a dyn Checkpoint);
+pub(super) struct Through<'a>(pub(super) &'a dyn Checkpoint);
 
 impl Visitor for Through<'_> {
     fn wants(&self, _: usize, _: Site) -> bool {

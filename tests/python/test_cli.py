@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import tiny
 from fake_hub import FakeHub
 
 from nybble import SamplingOptions, hub
-from nybble.cli import main
+from nybble.cli import main, terminal
 
 FORBID_END = f"{tiny.IM_END}=-inf"
 WRITE_X = f"{ord('x')}=1000"
@@ -160,6 +161,14 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_a_warning_is_one_line_without_the_code_that_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        terminal.show_warnings()
+        warnings.warn("17 of 48900 merges\x1b[2J are left out", stacklevel=1)
+    assert capsys.readouterr().err == "nybble: 17 of 48900 merges[2J are left out\n"
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,6 +367,15 @@ def test_a_fork_while_threads_compute_leaves_the_parent_as_it_was_and_the_child_
 # The disk
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(tiny_model: Model, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for load in (lambda: Model.load(pipe, threads=1), lambda: tiny_model.load_session(pipe)):
+        with pytest.raises(OSError, match=r"pipe.*not a regular file"):
+            load()
+
+
 @linux
 @pytest.mark.parametrize("writing", ["convert", "quantize", "session"])
 def test_a_full_disk_is_an_oserror_with_the_file_and_leaves_what_was_there(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
@@ -60,12 +61,14 @@ def nybble(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, 1 (failed) or 2 (misused)."""
-    from nybble.cli.terminal import complain
+    from nybble.cli.terminal import complain, show_warnings
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _add_commands(arguments)
-        code = app(arguments, prog_name="nybble", standalone_mode=False)
+        with warnings.catch_warnings():
+            show_warnings()
+            code = app(arguments, prog_name="nybble", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):

@@ -21,6 +21,7 @@ class Recipe(str, Enum):
     AUTO = "auto"
     RTN = "rtn"
     GPTQ = "gptq"
+    GPTQ_TUNE = "gptq+tune"
     AWQ = "awq"
     AWQ_GPTQ = "awq+gptq"
     SIGNROUND = "signround"
@@ -43,7 +44,8 @@ def quantize(
         Recipe,
         typer.Option(
             "--recipe",
-            help="How codes are found: rtn, gptq, awq, awq+gptq or signround; auto tries them from cheap to dear.",
+            help="How codes are found: rtn, gptq, gptq+tune, awq, awq+gptq or signround; auto tries them from cheap "
+            "to dear.",
             metavar="RECIPE",
         ),
     ] = Recipe.AUTO,

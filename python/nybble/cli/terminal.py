@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +52,22 @@ def show_log() -> None:
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
         logger.setLevel(logging.INFO)
+
+
+def show_warnings() -> None:
+    """Shows warnings as a line each, without the line of code that they come from."""
+    warnings.showwarning = _note_warning
+
+
+def _note_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    note(f"nybble: {message}")
 
 
 def console() -> Console:

@@ -140,6 +140,17 @@ impl Layerwise {
         self.model.context
     }
 
+    /// Cosines and sines of all pairs that ordinary layers rotate, position by position `(positions, pairs)`, and the number
+    /// of pairs.
+    pub(crate) fn rotations(&self, positions: usize) -> (Vec<f32>, Vec<f32>, usize) {
+        let rope = &self.model.ropes[0];
+        let pairs = rope.pairs();
+        let (mut cos, mut sin) = (vec![0.0; positions * pairs], vec![0.0; positions * pairs]);
+        let rows = cos.chunks_mut(pairs.max(1)).zip(sin.chunks_mut(pairs.max(1)));
+        rows.enumerate().for_each(|(position, (cos, sin))| rope.angles(position, cos, sin));
+        (cos, sin, pairs)
+    }
+
     /// Reads a layer.
     ///
     /// # Errors

@@ -1,0 +1,196 @@
+//! Tuning of scales and norms after a recipe, on the tiny checkpoints of plain decoder blocks.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nybble::Error;
+use nybble::format::gguf::{Gguf, Metadata};
+use nybble::model::hf::HfFolder;
+use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
+use nybble::quant::block::BlockType;
+use nybble::quantize::problem::Grid;
+use nybble::quantize::search::Target;
+use nybble::quantize::{AutoOptions, Options, Policy, Recipe, Report, auto, gptq, quantize, tune};
+use tempfile::TempDir;
+
+const VOCABULARY: usize = 320;
+
+fn options(tune: Option<tune::Options>) -> Options {
+    let policy = Policy { grid: Grid::Q4_0, group: 32, output_type: BlockType::Q8_0, keep: vec![] };
+    Options { recipe: Recipe::Gptq(gptq::Options::default()), tune, policy, threads: Some(1), force: true }
+}
+
+/// Enough steps for so little text, and longer ones.
+fn tuning() -> tune::Options {
+    tune::Options { rounds: 8, batch: 4, rate: 4e-3 }
+}
+
+fn windows() -> Vec<Vec<u32>> {
+    let mut state = 1u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % VOCABULARY as u32
+    };
+    (0..20).map(|window| (0..40 + window).map(|_| next()).collect()).collect()
+}
+
+fn source(folder: &TempDir, name: &str) -> PathBuf {
+    let path = folder.path().join(format!("{name}-f32.gguf"));
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
+    convert::convert(&HfFolder::open(golden).unwrap(), &Metadata::new(), &path, BlockType::F32, None).unwrap();
+    path
+}
+
+fn run(source: &Path, out: &Path, options: &Options) -> nybble::Result<Report> {
+    quantize(source, out, options, &windows(), &|_, _, _| {}, &|| false)
+}
+
+/// The logits of all windows, from the weights of a file in F32.
+fn logits(file: &Path) -> Vec<f32> {
+    let floats = file.with_extension("floats.gguf");
+    convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
+    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
+    let model = Model::load(&floats, &options).unwrap();
+    let mut all = Vec::new();
+    for tokens in &windows() {
+        let (mut session, mut logits) = (model.session(), Vec::new());
+        let input = Input { session: &mut session, tokens, logits: Logits::All };
+        model.forward(&mut [input], &mut logits, &|| false).unwrap();
+        all.extend(logits);
+    }
+    all
+}
+
+/// The mean divergence of logits from others.
+fn divergence(wanted: &[f32], found: &[f32]) -> f64 {
+    let likelihoods = |row: &[f32]| {
+        let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+        row.iter().map(|x| f64::from(*x) - sum.ln()).collect::<Vec<_>>()
+    };
+    let rows = wanted.chunks(VOCABULARY).zip(found.chunks(VOCABULARY));
+    let of_row = |(wanted, found)| {
+        let (wanted, found) = (likelihoods(wanted), likelihoods(found));
+        wanted.iter().zip(&found).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+    };
+    rows.map(of_row).sum::<f64>() / (wanted.len() / VOCABULARY) as f64
+}
+
+#[test]
+fn tuning_brings_predictions_closer_and_leaves_codes_and_format_as_they_are() {
+    for (name, grid) in [("llama", Grid::Q4_0), ("mistral", Grid::Iq4Nl), ("qwen2", Grid::Q4_1), ("llama", Grid::Q5_0)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let wanted = logits(&source);
+        let [plain, tuned] = [None, Some(tuning())].map(|tune| {
+            let out = folder.path().join(if tune.is_some() { "tuned.gguf" } else { "plain.gguf" });
+            let keep = vec![("blk.1.ffn_up".to_owned(), BlockType::Q8_0)];
+            let policy = Policy { grid, group: 64, keep, ..options(None).policy };
+            let report = run(&source, &out, &Options { policy, ..options(tune) }).unwrap();
+            assert_eq!(report.recipe, if tune.is_some() { "gptq+tune" } else { "gptq" });
+            out
+        });
+        let [before, after] = [&plain, &tuned].map(|file| divergence(&wanted, &logits(file)));
+        println!("{name}, {grid:?}: {before:.5} before, {after:.5} after");
+        assert!(after < 0.9 * before, "{name}, {grid:?}: {after}, before tuning {before}");
+
+        let [plain, tuned] = [&plain, &tuned].map(|file| Gguf::open(file).unwrap());
+        for tensor in plain.tensors() {
+            let other = tuned.tensor(tensor.name()).unwrap();
+            assert_eq!(tensor.block_type(), other.block_type(), "{}", tensor.name());
+            let (bytes, others) = (plain.data(tensor), tuned.data(other));
+            let scales = if grid.has_min() { 4 } else { 2 };
+            if tensor.block_type() == grid.block_type() {
+                let size = grid.block_type().block_bytes();
+                let pairs: Vec<_> = bytes.chunks(size).zip(others.chunks(size)).collect();
+                assert!(pairs.iter().all(|(block, other)| block[scales..] == other[scales..]), "{}", tensor.name());
+                assert!(pairs.iter().any(|(block, other)| block[..scales] != other[..scales]), "{}", tensor.name());
+                // A group is two blocks.
+                assert!(others.chunks(2 * size).all(|group| group[..scales] == group[size..][..scales]));
+            } else {
+                assert_eq!(bytes == others, !tensor.name().contains("norm"), "{}", tensor.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn models_of_other_blocks_are_refused_before_anything_is_done() {
+    for (name, expected) in [
+        ("gpt2", "tune: found the tensor "),
+        ("qwen3", "tune: found the tensor blk."),
+        ("mixtral", "tune: found the tensor blk."),
+        ("gemma", "tune: found a model of the family gemma, expected a model of plain decoder blocks"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, out) = (source(&folder, name), folder.path().join("out.gguf"));
+        let error = run(&source, &out, &options(Some(tuning()))).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{name}: {error}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn neither_threads_nor_being_stopped_change_a_byte() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let options = Options { tune: Some(tune::Options::default()), ..options(None) };
+    let asked = AtomicUsize::new(0);
+    let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
+    let whole = folder.path().join("whole.gguf");
+    let stop = || count() == usize::MAX;
+    quantize(&source, &whole, &options, &windows(), &|_, _, _| {}, &stop).unwrap();
+    let (whole, steps) = (std::fs::read(whole).unwrap(), asked.load(Ordering::Relaxed));
+    let two = folder.path().join("two.gguf");
+    run(&source, &two, &Options { threads: Some(2), ..options.clone() }).unwrap();
+    assert!(std::fs::read(two).unwrap() == whole);
+
+    let out = folder.path().join("out.gguf");
+    let mut stops = 0;
+    for patience in (1..).map(|i| i * steps / 8) {
+        asked.store(0, Ordering::Relaxed);
+        match quantize(&source, &out, &options, &windows(), &|_, _, _| {}, &|| count() > patience) {
+            Ok(_) => break,
+            Err(Error::Interrupted) => stops += 1,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(!out.exists());
+    }
+    assert!(stops > 2, "stopped {stops} times");
+    assert!(std::fs::read(&out).unwrap() == whole);
+}
+
+#[test]
+fn a_search_goes_on_with_what_is_done_and_leaves_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let evaluation: Vec<Vec<u32>> = windows().iter().map(|window| window[..40].to_vec()).collect();
+    let options = AutoOptions {
+        policy: options(None).policy,
+        target: Target::Divergence(0.0),
+        budget: None,
+        threads: Some(1),
+        force: false,
+    };
+    let asked = AtomicUsize::new(0);
+    let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
+    let stop = || count() == usize::MAX;
+    let found = auto(&source, &out, &options, &windows(), &evaluation, &|_, _, _| {}, &stop).unwrap();
+    assert_eq!(found.names, ["rtn", "gptq", "gptq+tune"]);
+    assert_eq!(found.outcome.tried.len(), 3);
+    let (whole, steps) = (std::fs::read(&out).unwrap(), asked.load(Ordering::Relaxed));
+    std::fs::remove_file(&out).unwrap();
+
+    // In the last candidate.
+    asked.store(0, Ordering::Relaxed);
+    let stop = || count() > steps * 4 / 5;
+    let stopped = auto(&source, &out, &options, &windows(), &evaluation, &|_, _, _| {}, &stop);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    assert!(!out.exists());
+    asked.store(0, Ordering::Relaxed);
+    let stop = || count() == usize::MAX;
+    auto(&source, &out, &options, &windows(), &evaluation, &|_, _, _| {}, &stop).unwrap();
+    assert!(std::fs::read(&out).unwrap() == whole);
+    assert!(asked.load(Ordering::Relaxed) < steps, "{} of {steps} steps", asked.load(Ordering::Relaxed));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "the source and the file are left");
+}

@@ -6,8 +6,8 @@
 
 PYTHON is the interpreter of an environment with llama-cpp-python. Each runtime has a process of its own, one after
 the other, with the same file, prompts (random tokens) and threads, and takes the likeliest token. Rates count tokens
-written a second, the time for prompts included; "decoding" is the time from the last first token to the end. nybble's
-are those that a program sees: through `nybble.Engine`, with text.
+written a second, the time for prompts included; nybble's are those that a program sees: through `nybble.Engine`, with
+text. Decoding is a step with a row of each request, after all prompts.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def prompts(count: int, length: int, seed: int = 7) -> list[Prompt]:
     return [[dice.randrange(300, 30_000) for _ in range(length)] for _ in range(count)]
 
 
-def rates(begun: float, firsts: Sequence[float], ended: float, written: int) -> dict[str, float]:
-    """Tokens a second, over all the time and after the last first token."""
-    after = written - len(firsts)
+def rates(begun: float, times: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Tokens a second, of requests whose tokens came at `times`: over all the time, and after the last first token."""
+    ended, last_first = max(each[-1] for each in times), max(each[0] for each in times)
+    after = sum(at > last_first for each in times for at in each)
     return {
         "seconds": ended - begun,
-        "rate": written / (ended - begun),
-        "decoding_rate": after / max(ended - max(firsts), 1e-9),
+        "rate": sum(map(len, times)) / (ended - begun),
+        "decoding_rate": after / max(ended - last_first, 1e-9),
     }
 
 
@@ -76,8 +77,7 @@ def measure_nybble(arguments: argparse.Namespace) -> dict[str, Any]:
         consumers = [Consumer(engine, prompt, options(arguments.generate)) for prompt in some]
         for consumer in consumers:
             consumer.join()
-        times = [consumer.times for consumer in consumers]
-        return rates(begun, [t[0] for t in times], max(t[-1] for t in times), sum(map(len, times)))
+        return rates(begun, [consumer.times for consumer in consumers])
 
     found: dict[str, Any] = {"kernel": model.info.kernel, "threads": model.info.threads}
     different = prompts(arguments.requests, arguments.prompt)
@@ -203,10 +203,11 @@ def measure_llama(arguments: argparse.Namespace) -> dict[str, Any]:
             for position, token in enumerate(prompt)
         ]
         tokens = decode(rows)
-        first = time.perf_counter()
+        times = [time.perf_counter()]
         for n in range(arguments.generate - 1):
             tokens = decode([(token, len(some[s]) + n, s, True) for s, token in enumerate(tokens)])
-        return rates(begun, [first] * len(some), time.perf_counter(), len(some) * arguments.generate)
+            times.append(time.perf_counter())
+        return rates(begun, [times] * len(some))
 
     different = prompts(arguments.requests, arguments.prompt)
     together(prompts(1, 16, seed=1))
@@ -237,21 +238,19 @@ def show(found: dict[str, Any]) -> None:
     ours = found["nybble"]
     print(f"{found['machine']}, {ours['threads']} threads, {ours['kernel']}")
     print(f"{found['requests']} requests of {found['prompt']} tokens in, {found['generate']} out; tokens a second\n")
-    lines = [("nybble", name) for name in ("alone", "together", "equal prompts")]
-    lines += [("llama.cpp", name) for name in ("alone", "together") if "llama.cpp" in found]
-    for runtime, name in lines:
-        figures, alone = found[runtime][name], found[runtime]["alone"]
-        ratio, decoding = figures["rate"] / alone["rate"], figures["decoding_rate"] / alone["decoding_rate"]
-        print(
-            f"{runtime:10} {name:14} {figures['rate']:7.1f} ({ratio:4.1f} x alone)"
-            f"   decoding {figures['decoding_rate']:7.1f} ({decoding:4.1f} x)"
-        )
-    if "llama.cpp" in found:
-        theirs, together = found["llama.cpp"]["together"], ours["together"]
-        whole, decoding = (together[name] / theirs[name] for name in ("rate", "decoding_rate"))
-        print(f"nybble / llama.cpp together: {whole:.2f}, decoding {decoding:.2f}")
     step, arrived, shared = ours["step"], ours["arrival"], ours["prefix"]
     one, all_of_them = step["one_ms"], step["all_ms"]
+    lines = [("nybble", name, ours[name]["rate"]) for name in ("alone", "together", "equal prompts")]
+    lines += [("nybble", "alone, decoding", 1000 / one), ("nybble", "decoding", 1000 * found["requests"] / all_of_them)]
+    if theirs := found.get("llama.cpp"):
+        for name, key in (("", "rate"), ("decoding", "decoding_rate")):
+            for which in ("alone", "together"):
+                lines.append(("llama.cpp", f"{which} {name}".strip(), theirs[which][key]))
+        whole = ours["together"]["rate"] / theirs["together"]["rate"]
+        decoding = 1000 * found["requests"] / all_of_them / theirs["together"]["decoding_rate"]
+        lines += [("nybble / llama.cpp", "together", whole), ("nybble / llama.cpp", "decoding", decoding)]
+    for runtime, name, figure in lines:
+        print(f"{runtime:20} {name:20} {figure:7.1f}")
     print(f"\na step of 1 row {one:.1f} ms, of {found['requests']} {all_of_them:.1f} ms: {step['ratio']:.2f}")
     print(
         f"a prompt of 2,000 tokens comes: running texts wait {arrived['longest_ms']:.0f} ms at most, "

@@ -339,7 +339,7 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
         error
     };
     for (name, at, expected) in [
-        ("blk.1.ffn_up.weight", 70, "tensor \"blk.1.ffn_up.weight\": found NaN at index 70, expected finite numbers"),
+        ("blk.1.ffn_up.weight", 70, "tensor \"blk.1.ffn_up.weight\": found NaN"),
         (
             "blk.0.attn_norm.weight",
             3,

@@ -28,7 +28,7 @@ use crate::model::layerwise::Layerwise;
 use crate::quant::packed::Packed;
 
 /// Logits that are in memory at a time.
-const LOGITS: usize = 1 << 24;
+const LOGITS: usize = 1 << 22;
 /// How much of the mean of slopes, and of their squares, stays from one step to the next.
 const MEMORY: (f32, f32) = (0.9, 0.99);
 /// Steps until the first full one.

@@ -25,8 +25,7 @@ class Encoder(Protocol):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether the package failed: it raises nothing particular, and its Rust code panics over some malformed files, which
-    is no Exception."""
+    """Whether the package failed: it raises nothing particular, and over some files its code panics, no Exception."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 

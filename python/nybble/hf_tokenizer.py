@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 from nybble.detokenizer import byte_level_bytes, piece_bytes
 from nybble.encoders import PackageEncoder, is_failure
@@ -18,6 +19,7 @@ from nybble.errors import ModelError
 from nybble.vocabulary import LONGEST_TOKEN, byte_of, end_tokens
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LARGEST_GROWTH = 1024  # Usual normalizers write one character for another.
 _LARGEST_FILE = 256 << 20  # The largest known vocabularies take 35 MB.
 
 
@@ -135,11 +137,13 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
         raise
     package.no_truncation()  # Whoever saved the file may have had short texts of equal length in mind.
     package.no_padding()
+    if isinstance(package.model, models.BPE):
+        package.model.dropout = None  # It leaves out merges by chance, which is for training.
     return package
 
 
 def _check_lengths(description: dict[str, Any], where: str) -> None:
-    """Long tokens are refused before the package sees them: it builds automata of them that take minutes and gigabytes."""
+    """Refuses long tokens before the package builds automata of them, which takes minutes, and texts that explode."""
     model, added = description.get("model"), description.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
@@ -148,6 +152,17 @@ def _check_lengths(description: dict[str, Any], where: str) -> None:
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
     if longest > LONGEST_TOKEN:
         raise ModelError(f"{where}: found a token of {longest} characters, expected at most {LONGEST_TOKEN}")
+    growth, waiting = 1, [description.get("normalizer")]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            waiting.extend(step["normalizers"] if isinstance(step.get("normalizers"), list) else ())
+            for written in (step.get("prepend"), step.get("content")):
+                growth *= max(len(written), 1) if isinstance(written, str) else 1
+    if growth > _LARGEST_GROWTH:
+        raise ModelError(
+            f"{where}: normalizer: found steps that make {growth} characters of one, expected at most {_LARGEST_GROWTH}"
+        )
 
 
 def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where: str) -> None:

@@ -267,6 +267,12 @@ def _fetch(repository: str, revision: str | None, snapshot: Path, files: Mapping
                 )
         except UnreachableError as error:
             raise ConnectionError(f"{where}: {next(iter(files))} was not fetched: {error}") from error
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            # A disk that is full does not say for what.
+            left = next((name for name in files if not (snapshot / name).is_file()), "")
+            raise OSError(error.errno, error.strerror, str(snapshot / left)) from error
         wrong = ""
         for path, file in ((Path(fetched) / name, file) for name, file in files.items()):
             if file.sha256 is not None and (found := sha256(path)) != file.sha256:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,46 @@ def test_a_download_that_was_killed_is_taken_up_and_ends_whole(fake_hub: FakeHub
     assert not list(cache.rglob("*.gguf")), "what is half there has no name yet"
     fake_hub.stall_after = None
     fake_hub.stalled.set()
+    assert hub.resolve(REPOSITORY).read_bytes() == data
+
+
+@pytest.fixture(params=["limit", "disk"])
+def little_room(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[bool], None]]:
+    """Leaves 15 MB for the Hub's cache, by a limit on the size of files or a disk of that size, and takes that back."""
+    resource = pytest.importorskip("resource")
+    cache = tmp_path / "hub-cache"
+    if request.param == "limit":
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield lambda little: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000_000 if little else before[0], before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return
+    cache.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=15000000", "tmpfs", str(cache)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk cannot be mounted here: {error}")
+
+    def resize(little: bool) -> None:
+        size = f"remount,size={15_000_000 if little else 100_000_000}"
+        subprocess.run(["mount", "-o", size, str(cache)], check=True)
+
+    yield resize
+    subprocess.run(["umount", "--lazy", str(cache)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_a_full_disk_is_an_oserror_with_the_file_and_the_next_try_ends_whole(
+    fake_hub: FakeHub, tmp_path: Path, little_room: Callable[[bool], None]
+) -> None:
+    data = bytes(range(256)) * (96 << 10)  # 24 MB
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": data}
+    little_room(True)
+    with pytest.raises(OSError, match=r"m\.gguf") as caught:
+        hub.resolve(REPOSITORY)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert not list((tmp_path / "hub-cache").rglob("*.gguf")), "what is half there has no name yet"
+    little_room(False)
     assert hub.resolve(REPOSITORY).read_bytes() == data
 
 

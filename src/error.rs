@@ -113,12 +113,14 @@ pub enum Error {
     },
 
     /// There is no memory for what was asked. Nothing was changed.
-    #[error("out of memory: {what} needs {bytes} bytes")]
+    #[error("out of memory: {what} needs {bytes} bytes{}", left.map(|left| format!(", and the cgroup leaves {left}")).unwrap_or_default())]
     OutOfMemory {
         /// What the memory is for.
         what: &'static str,
         /// How much of it.
         bytes: usize,
+        /// What the limit of the process's control group leaves, where that is the reason.
+        left: Option<usize>,
     },
 
     /// The caller asked to stop in the middle of a step. The session is as it was before the step.

@@ -9,6 +9,7 @@ pub mod model;
 mod python;
 pub mod quant;
 pub mod quantize;
+mod system;
 pub mod threads;
 pub mod vocab;
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// The floors from the lowest up. A floor may import the ones before it, never one beside or above it.
 const FLOORS: &[&[&str]] = &[
     &["error"],
+    &["system"],
     &["threads"],
     &["quant"],
     &["format", "vocab"],

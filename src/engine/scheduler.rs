@@ -460,7 +460,7 @@ impl Scheduler {
         if self.running.is_empty() {
             let bytes = entry.sequence.session.bytes() + entry.sequence.session.bytes_for(entry.rows);
             let what = "the key/value cache of one sequence, within the memory allowed,";
-            events.push(entry.event(Err(Error::OutOfMemory { what, bytes })));
+            events.push(entry.event(Err(Error::OutOfMemory { what, bytes, left: None })));
         } else {
             entry.reset();
             self.waiting.push_front(entry);

@@ -47,7 +47,7 @@ pub(crate) fn entries(path: &Path, bytes: &[u8], place: Place, what: &str) -> Re
 /// The object that the file at `path` holds, which may be `largest` bytes long.
 pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     let io = |source| Error::io(path, source);
-    let file = std::fs::File::open(path).map_err(io)?;
+    let file = super::mapped::open(path).map_err(io)?;
     let mut bytes = Vec::new();
     file.take(largest + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > largest {

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
+use crate::system::memory;
+
 /// The bytes of a file.
 #[derive(Debug)]
 pub(super) enum Bytes {
@@ -27,22 +29,29 @@ impl Deref for Bytes {
     }
 }
 
+/// Opens the file at `path` for reading, which must be a regular one.
+pub(super) fn open(path: &Path) -> std::io::Result<File> {
+    // Looked at before it is opened, for that waits where the path is a pipe.
+    let metadata = std::fs::metadata(path)?;
+    if metadata.is_dir() {
+        // Reading or mapping one would fail too, but with words that help nobody.
+        return Err(ErrorKind::IsADirectory.into());
+    }
+    if !metadata.is_file() {
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
+    }
+    File::open(path)
+}
+
 impl Bytes {
     /// Opens the file at `path`, mapped or not.
     pub(super) fn open(path: &Path, mmap: bool) -> std::io::Result<Bytes> {
-        // Looked at before it is opened, for that waits where the path is a pipe.
-        let metadata = std::fs::metadata(path)?;
-        if metadata.is_dir() {
-            // Mapping one would fail too, but with words that help nobody.
-            return Err(ErrorKind::IsADirectory.into());
-        }
-        if !metadata.is_file() {
-            return Err(std::io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
-        }
-        let mut file = File::open(path)?;
+        let mut file = open(path)?;
         if mmap {
             return map(&file).map(Bytes::Mapped);
         }
+        let len = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+        memory::check("a file", len).map_err(|error| std::io::Error::new(ErrorKind::OutOfMemory, error))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         Ok(Bytes::Read(bytes))

@@ -8,6 +8,7 @@ use super::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, Numbers, PAGE};
 use crate::quant::packed::{Line, PANEL};
+use crate::system::memory::{self, Held};
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +116,7 @@ pub(super) struct Head<'a> {
 pub(super) struct Page {
     /// `(layers, kv_heads, keys, values, scales of keys, scales of values)`
     lines: Vec<Line>,
+    _held: Held,
 }
 
 impl Page {
@@ -123,12 +125,11 @@ impl Page {
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it. An allocation that
         // fails must not abort the process, so it is tried first.
         let mut lines: Vec<Line> = Vec::new();
-        let bytes = shape.page_bytes();
-        lines
-            .try_reserve_exact(len)
-            .map_err(|_| Error::OutOfMemory { what: "a page of the key/value cache", bytes })?;
+        let (what, bytes) = ("a page of the key/value cache", shape.page_bytes());
+        memory::check(what, bytes)?;
+        lines.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { what, bytes, left: None })?;
         drop(lines);
-        Ok(Page { lines: bytemuck::zeroed_vec(len) })
+        Ok(Page { lines: bytemuck::zeroed_vec(len), _held: Held::new(bytes) })
     }
 
     pub(super) fn copy(&self, shape: &Shape) -> Result<Page> {

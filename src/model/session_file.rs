@@ -128,7 +128,7 @@ impl Session {
         file.read_exact(&mut header).map_err(io)?;
         let Counts { tokens, seen } = check(model, path, &header, length)?;
 
-        let out_of_memory = |_| Error::OutOfMemory { what: "the tokens of a session", bytes: 4 * tokens };
+        let out_of_memory = |_| Error::OutOfMemory { what: "the tokens of a session", bytes: 4 * tokens, left: None };
         let mut ids: Vec<u32> = Vec::new();
         ids.try_reserve_exact(tokens).map_err(out_of_memory)?;
         ids.resize(tokens, 0);

@@ -27,7 +27,7 @@ impl SentencePiece {
         // The pieces with their scores and places in a table that is half empty, which is asked for before it is filled.
         let bytes = tokens.iter().map(|token| token.to_str().map_or(0, str::len) + 64).sum();
         let room = Vec::<u8>::new().try_reserve_exact(bytes);
-        room.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes })?;
+        room.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes, left: None })?;
         let made = super::caught(|| {
             let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
                 text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.

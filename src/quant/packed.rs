@@ -19,6 +19,8 @@ use bytemuck::{Pod, Zeroable};
 use half::f16;
 
 use super::lines::Lines;
+use crate::error::Error;
+use crate::system::memory::{self, Held};
 
 /// Output rows in a panel, one a SIMD lane.
 pub const PANEL: usize = 16;
@@ -93,6 +95,7 @@ pub struct Packed {
     scales: Lines,
     /// As `scales`; empty without minimums.
     mins: Lines,
+    _held: Held,
 }
 
 /// One panel of a [`Packed`] matrix.
@@ -125,7 +128,16 @@ impl Packed {
         let wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
         assert!(wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
         let none = || Lines::zeroed(0);
-        let mut packed = Packed { rows, columns, layout, gain, codes: none(), scales: none(), mins: none() };
+        let mut packed = Packed {
+            rows,
+            columns,
+            layout,
+            gain,
+            codes: none(),
+            scales: none(),
+            mins: none(),
+            _held: Held::new(Packed::bytes_needed(rows, columns, layout)),
+        };
         let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
         packed.codes = Lines::zeroed(panels * packed.panel_lines());
         packed.scales = Lines::zeroed(panels * scale_lines);
@@ -143,9 +155,13 @@ impl Packed {
     }
 
     /// Whether that many bytes can be had now. Asked before [`zeroed`](Self::zeroed), which would end the process.
-    #[allow(clippy::result_unit_err)]
-    pub fn try_reserve(bytes: usize) -> Result<(), ()> {
-        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| ())
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when they cannot.
+    pub fn try_reserve(bytes: usize) -> Result<(), Error> {
+        let what = "packed weights";
+        memory::check(what, bytes)?;
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| Error::OutOfMemory { what, bytes, left: None })
     }
 
     /// Output features.

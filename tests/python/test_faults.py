@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cgroups
 import numpy as np
 import pytest
 import tiny
@@ -161,6 +162,54 @@ def test_metadata_too_large_for_the_memory_are_a_memory_error_and_others_stay_us
     done = python(script, tiny_file, big)
     assert done.returncode == 0, done.stderr
     assert "out of memory: metadata needs" in done.stdout
+    assert "usable" in done.stdout
+
+
+@linux
+@pytest.mark.parametrize(("quota", "expected"), [(30_000, 1), (190_000, 1), (200_000, 2)])
+def test_threads_obey_the_quota_of_the_cgroup(quota: int, expected: int) -> None:
+    limits = {"cpu.cfs_period_us": 100_000, "cpu.cfs_quota_us": quota}
+    with cgroups.group("cpu", first=limits, second={"cpu.max": f"{quota} 100000"}) as folder:
+        done = python(cgroups.JOIN + "from nybble import _native; print(_native.default_threads())", folder)
+    assert done.stdout == f"{min(expected, _native.default_threads())}\n", done.stderr
+
+
+@linux
+@pytest.mark.parametrize("what", ["weights", "a file that is read"])
+def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
+    tmp_path: Path, tiny_file: Path, what: str
+) -> None:
+    big = tmp_path / "big.gguf"
+    if what == "cache":  # Every page of 64 tokens takes 4 MB.
+        tiny.write_model(big, layers=512, llama__context_length=1 << 20)
+    else:
+        tiny.write_model(big, layers=4, feed_forward=1 << 19)  # 225 MB
+    script = """
+        from nybble import Model, _native
+        small, big, what = sys.argv[2:]
+        model = Model.load(small, threads=1)
+        before = model.generate("abc", max_tokens=8, temperature=0).text
+        for _ in range(2):
+            try:
+                if what == "cache":
+                    with Model.load(big, threads=1) as deep:
+                        deep.logits(list(range(64)) * 2)
+                        deep.logits(list(range(64)) * 400)
+                else:
+                    _native.Model.load(big, threads=1, mmap=what == "weights")
+            except MemoryError as error:
+                print(error)
+        assert model.generate("abc", max_tokens=8, temperature=0).text == before
+        print("usable")
+    """
+    most = 220 << 20
+    limits = {"memory.max": most, "memory.swap.max": 0}
+    with cgroups.group("memory", first={"memory.limit_in_bytes": most}, second=limits) as folder:
+        done = python(cgroups.JOIN + textwrap.dedent(script), folder, tiny_file, big, what)
+    assert done.returncode == 0, done.stderr
+    refused = {"weights": "packed weights", "cache": "a page of the key/value cache", "a file that is read": "a file"}
+    assert done.stdout.count(f"out of memory: {refused[what]} needs") == 2, done.stdout
+    assert "and the cgroup leaves" in done.stdout
     assert "usable" in done.stdout
 
 

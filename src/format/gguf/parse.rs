@@ -191,7 +191,7 @@ fn room<T>(count: usize) -> Result<Vec<T>> {
 }
 
 fn no_room(bytes: usize) -> Error {
-    Error::OutOfMemory { what: "metadata", bytes }
+    Error::OutOfMemory { what: "metadata", bytes, left: None }
 }
 
 /// The bytes of the file and how far they were read. Names borrow from the bytes.

@@ -8,6 +8,7 @@ use crate::model::Model;
 use crate::model::config::Config;
 use crate::model::weights::{Ffn, Weights};
 use crate::quant::packed::PANEL;
+use crate::system::memory;
 
 /// The widest of what a model computes, in numbers a row.
 #[derive(Debug, Default)]
@@ -62,7 +63,10 @@ pub(super) fn for_logits(inputs: &[Input<'_>], model: &Model, logits: &mut Vec<f
     });
     let count = wanted.fold(0, usize::saturating_add);
     let bytes = count.saturating_mul(size_of::<f32>());
-    logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes })
+    if count > logits.capacity() {
+        memory::check_large("logits", bytes)?;
+    }
+    logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes, left: None })
 }
 
 impl Scratch {
@@ -85,6 +89,10 @@ impl Scratch {
             (&mut self.logits, wanted * model.weights.output().width()),
         ];
         let numbers = of_rows.iter().map(|(_, len)| len).sum::<usize>() + rows * widths.input;
+        let (what, bytes) = ("the buffers of a pass", numbers * size_of::<f32>());
+        for (buffer, len) in of_rows.iter().filter(|(buffer, len)| *len > buffer.capacity()) {
+            memory::check_large(what, (len - buffer.len()) * size_of::<f32>())?;
+        }
         let reserve = || -> Result<(), TryReserveError> {
             for (buffer, len) in of_rows {
                 buffer.try_reserve_exact(len.saturating_sub(buffer.len()))?;
@@ -95,7 +103,6 @@ impl Scratch {
             }
             Ok(())
         };
-        let bytes = numbers * size_of::<f32>();
-        reserve().map_err(|_| Error::OutOfMemory { what: "the buffers of a pass", bytes })
+        reserve().map_err(|_| Error::OutOfMemory { what, bytes, left: None })
     }
 }

@@ -1,0 +1,8 @@
+//! What the system grants this process.
+//!
+//! All that reads takes the root of the file system, so that tests can build one. Whatever cannot be read or understood does
+//! not limit.
+
+#[cfg(any(target_os = "linux", test))]
+pub(crate) mod cgroup;
+pub(crate) mod memory;

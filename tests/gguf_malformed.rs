@@ -334,6 +334,8 @@ fn dimensions_whose_product_overflows_are_refused() {
         ([u64::MAX, 1, 1], F32, "F32"),
         // 2^62 values are fine, but their bytes wrap.
         ([1 << 62, 1, 1], F32, "F32"),
+        // 2^64 - 4 bytes, which wrap when they are padded.
+        ([(1 << 62) - 1, 1, 1], F32, "F32"),
         ([1 << 63, 1, 1], 8, "Q8_0"),
         // The product wraps to 0, and to 32.
         ([1 << 32, 1 << 32, 1], F32, "F32"),

@@ -370,6 +370,7 @@ fn a_tokenizer_that_is_missing_damaged_or_unknown_is_refused() {
     for (pointer, value, parts) in [
         ("/model/type", json!("Unigram"), ["model.type", "Unigram"]),
         ("/model/vocab/ab", json!(5), ["model.vocab", "below 5"]),
+        ("/model/vocab/ab", json!(0), ["model.vocab", "the id 0 a second time"]),
         ("/model/vocab", json!([]), ["model.vocab", "no object"]),
         ("/model/merges", json!(["a b c"]), ["model.merges", "a b c"]),
         ("/model/merges", json!({}), ["model.merges", "no list"]),

@@ -165,6 +165,19 @@ fn what_no_kernel_computes_is_refused_with_its_key() {
         ("head_dim", json!(5), &["head_dim", "5 dimensions", "even"]),
         ("num_attention_heads", json!(3), &["num_attention_heads", "3", "divisor"]),
         ("num_attention_heads", json!(0), &["num_attention_heads", "0", "1 to"]),
+        ("num_attention_heads", json!(-2), &["num_attention_heads", "-2", "1 to"]),
+        ("num_attention_heads", json!(2.0), &["num_attention_heads", "2.0", "an integer"]),
+        ("num_attention_heads", json!("2"), &["num_attention_heads", "\"2\"", "an integer"]),
+        ("num_attention_heads", json!(true), &["num_attention_heads", "true", "an integer"]),
+        ("num_attention_heads", json!([2]), &["num_attention_heads", "[2]", "an integer"]),
+        ("num_hidden_layers", json!(16_777_217), &["num_hidden_layers", "16777217", "to 16777216"]),
+        ("hidden_size", json!(u64::MAX), &["hidden_size", "18446744073709551615", "to 16777216"]),
+        ("vocab_size", json!(1e300), &["vocab_size", "1e+300", "an integer"]),
+        ("max_position_embeddings", json!(4_294_967_295u32), &["max_position_embeddings", "4294967295", "to 16777216"]),
+        ("num_key_value_heads", json!(3), &["num_key_value_heads", "3", "a divisor of the 2 heads"]),
+        ("rms_norm_eps", json!(1e300), &["rms_norm_eps", "1e+300", "a finite number"]),
+        ("model_type", json!(["llama"]), &["model_type", "[\"llama\"]", "a text"]),
+        ("tie_word_embeddings", json!("no"), &["tie_word_embeddings", "\"no\"", "true or false"]),
         ("rms_norm_eps", json!(-1.0), &["rms_norm_eps", "-1", "positive"]),
         ("rms_norm_eps", json!("a"), &["rms_norm_eps", "\"a\"", "a finite number"]),
         ("vocab_size", json!(null), &["vocab_size", "missing"]),
@@ -216,13 +229,28 @@ fn no_value_of_any_key_leads_to_a_panic() {
 }
 
 #[test]
+fn every_size_must_be_there() {
+    for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"] {
+        assert_refused(&llama().unset(key), &["config.json", key, "is missing"]);
+    }
+}
+
+#[test]
 fn a_configuration_that_is_no_object_is_refused() {
     let written = llama().write();
-    for text in ["", "[]", "{", "{\"a\": 1, \"a\": 2}", &"[".repeat(10_000)] {
+    let deep = format!("{{\"a\": {}1{}}}", "{\"a\":".repeat(10_000), "}".repeat(10_000));
+    let numbers = ["{\"rms_norm_eps\": NaN}", "{\"rms_norm_eps\": -Infinity}", "{\"rms_norm_eps\": 1e999}"];
+    let others = ["", "[]", "null", "{", "{\"a\": 1, \"a\": 2}", &"[".repeat(10_000), &deep];
+    for text in others.into_iter().chain(numbers) {
         std::fs::write(written.path().join("config.json"), text).expect("config.json");
         let message = HfFolder::open(written.path()).expect_err("it is refused").to_string();
         assert!(message.contains("config.json") && message.contains("a JSON object"), "{message}");
     }
+    // One that is far too large is not read.
+    let large = std::fs::File::create(written.path().join("config.json")).expect("config.json");
+    large.set_len(1 << 40).expect("a hole");
+    let message = HfFolder::open(written.path()).expect_err("it is refused").to_string();
+    assert!(message.contains("config.json") && message.contains("more than 16777216 bytes"), "{message}");
     std::fs::remove_file(written.path().join("config.json")).expect("it is removed");
     let message = HfFolder::open(written.path()).expect_err("it is refused").to_string();
     assert!(message.contains("config.json"), "{message}");

@@ -502,7 +502,16 @@ fn what_a_configuration_asks_for_and_is_not_supported_is_refused_by_its_key() {
     refused(json!({"quant_method": "bitsandbytes"}), &["quant_method", "\"bitsandbytes\"", "gptq, awq"]);
     refused(with(gptq(), "bits", json!(3)), &["quantization_config.bits", "3 bits", "supported: 4"]);
     refused(with(gptq(), "bits", json!("four")), &["quantization_config.bits", "four"]);
-    for size in [json!(0), json!(-2), json!(1.5), json!("128")] {
+    for bits in [2, 8, 32, 1 << 24] {
+        refused(
+            with(gptq(), "bits", json!(bits)),
+            &["quantization_config.bits", &format!("{bits} bits"), "supported: 4"],
+        );
+    }
+    for bits in [json!(0), json!(-4), json!(4.0), json!([4])] {
+        refused(with(awq(), "bits", bits), &["quantization_config.bits", "an integer from 1"]);
+    }
+    for size in [json!(0), json!(-2), json!(1.5), json!("128"), json!(u64::MAX), json!([32])] {
         refused(with(gptq(), "group_size", size), &["quantization_config.group_size", "or -1 for whole rows"]);
     }
     refused(json!({"quant_method": "gptq", "bits": 4}), &["quantization_config.group_size", "missing"]);
@@ -555,6 +564,21 @@ fn tensors_that_do_not_belong_together_are_refused_by_name() {
         let folder = spoilt("g_idx", &|tensor| tensor.bytes[8..12].copy_from_slice(&group.to_le_bytes()));
         assert_refused(&folder, &[&part("g_idx"), &group.to_string(), "a group from 0 to 2"]);
     }
+    let cut = |end: &str, rows: usize| {
+        spoilt(end, &|tensor| {
+            let row = tensor.bytes.len() / tensor.shape[0];
+            tensor.shape[0] = rows;
+            tensor.bytes.resize(rows * row, 0);
+        })
+    };
+    for (end, rows) in [("qweight", 11), ("qweight", 13), ("qzeros", 2), ("qzeros", 4), ("scales", 0), ("scales", 4)] {
+        assert_refused(&cut(end, rows), &[&part(end), &format!("shape [{rows}, "), "as config.json says"]);
+    }
+    for rows in [0, 95, 97] {
+        assert_refused(&cut("g_idx", rows), &[&part("g_idx"), &format!("shape [{rows}]"), "[96], as config.json says"]);
+    }
+    let folder = spoilt("g_idx", &|tensor| tensor.dtype = Dtype::F32);
+    assert_refused(&folder, &[&part("g_idx"), "the type F32", "I32"]);
     for scale in [f16::NAN, f16::INFINITY] {
         let folder = spoilt("scales", &|tensor| tensor.bytes[2..4].copy_from_slice(&scale.to_le_bytes()));
         assert_refused(&folder, &[&part("scales"), "row 1", "finite"]);
@@ -562,7 +586,9 @@ fn tensors_that_do_not_belong_together_are_refused_by_name() {
     let both = gptq.clone().tensor(&format!("{NAME}.weight"), &[64, 96]);
     assert_refused(&both, &[NAME, "a tensor", "none"]);
     // Groups of another size than the file's.
-    assert_refused(&gptq.clone().set("quantization_config", gptq_config(64)), &["qzeros", "shape"]);
+    for size in [16, 31, 64, i64::MAX, -1] {
+        assert_refused(&gptq.clone().set("quantization_config", gptq_config(size)), &["qzeros", "shape"]);
+    }
 
     let weights = json!({"num_bits": 4, "symmetric": false, "strategy": "group", "group_size": 32});
     let (compressed, _) = pair(PLAIN, compressed_config(weights), |matrix, name| matrix.compressed(name, false));
@@ -574,6 +600,41 @@ fn tensors_that_do_not_belong_together_are_refused_by_name() {
         folder.find(&part("weight_shape")).bytes[..8].copy_from_slice(&size.to_le_bytes());
         assert_refused(&folder, &[&part("weight_shape"), &size.to_string(), "[64, 96]"]);
     }
+}
+
+#[test]
+fn columns_in_the_order_of_their_activations_need_the_tensor_that_tells_it() {
+    let without_order = |folder: &Folder| {
+        let mut folder = folder.clone();
+        folder.tensors.retain(|tensor| !tensor.name.ends_with("g_idx"));
+        folder
+    };
+    for scattered in [true, false] {
+        let mut config = gptq_config(32);
+        config["desc_act"] = json!(true);
+        let (packed, plain) = pair(Recipe { scattered, ..PLAIN }, config, |matrix, name| matrix.gptq(name, true));
+        assert_same(&packed, &plain, if scattered { BlockType::F32 } else { BlockType::Q5_0 });
+        assert_refused(&without_order(&packed), &["q_proj.g_idx", "missing", "beside the other parts"]);
+    }
+    for (order, needed) in
+        [(json!("group"), true), (json!("dynamic"), true), (json!(true), true), (json!("static"), false)]
+    {
+        let weights =
+            json!({"num_bits": 4, "symmetric": true, "strategy": "group", "group_size": 32, "actorder": order});
+        let recipe = Recipe { symmetric: true, scattered: needed, ..PLAIN };
+        let (packed, plain) = pair(recipe, compressed_config(weights), |matrix, name| matrix.compressed(name, true));
+        if needed {
+            assert_refused(&without_order(&packed), &["q_proj.weight_g_idx", "missing", "beside the other parts"]);
+        } else {
+            assert_same(&packed, &plain, BlockType::Q4_0);
+        }
+    }
+    // Where all columns share a scale, their order is of no account.
+    let mut config = gptq_config(-1);
+    config["desc_act"] = json!(true);
+    let recipe = Recipe { group: usize::MAX, symmetric: true, ..PLAIN };
+    let (packed, plain) = pair(recipe, config, |matrix, name| matrix.gptq(name, true));
+    assert_same(&without_order(&packed), &plain, BlockType::Q4_0);
 }
 
 #[test]

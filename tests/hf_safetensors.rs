@@ -181,11 +181,114 @@ fn a_header_that_lies_is_refused_with_the_tensor() {
         (r#"{"dtype":"F32","shape":[1],"data_offsets":[4,0]}"#, 4, &["\"a\"", "from 4 to 0"]),
         (r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#, 8, &["8 bytes of data", "4, the end of the last"]),
         (r#"{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}"#, 4, &["\"a\"", "counted"]),
+        (r#"{"dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,4]}"#, 4, &["\"a\"", "counted"]),
+        (r#"{"dtype":"F32","shape":[0],"data_offsets":[0,4]}"#, 4, &["\"a\"", "4 bytes", "0 for the shape [0]"]),
+        (r#"{"dtype":"F64","shape":[1],"data_offsets":[0,4]}"#, 4, &["\"a\"", "4 bytes", "8 for the shape [1] of F64"]),
+        (
+            r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#,
+            4,
+            &["\"a\"", "4 bytes of data", "up to 8", "truncated"],
+        ),
+        (
+            r#"{"dtype":"F32","shape":[1],"data_offsets":[18446744073709551612,18446744073709551615]}"#,
+            4,
+            &["truncated"],
+        ),
         (r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
+        (r#"{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
+        (r#"{"dtype":"F32","shape":[36893488147419103232],"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and"]),
+        (r#"{"dtype":"F32","shape":1,"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
+        (r#"{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
+        (r#"{"dtype":4,"shape":[1],"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
+        (r#"{"shape":[1],"data_offsets":[0,4]}"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
         (r#"{"dtype":"F32","shape":[1],"data_offsets":[0]}"#, 4, &["\"a\"", "1 offsets"]),
         (r#"[]"#, 4, &["\"a\"", "dtype, shape and data_offsets"]),
     ] {
         assert_says(&refusal_of(&raw(&header(entry), data)), parts);
+    }
+}
+
+#[test]
+fn a_header_that_is_no_object_of_tensors_is_refused_however_deep() {
+    let deep = format!("{{\"a\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
+    for header in ["", "[]", "null", "{", "{\"a\"}", "{\"a\":NaN}", "{} x", &"[".repeat(100_000), &deep] {
+        assert_says(&refusal_of(&raw(header, 0)), &["model.safetensors", "at byte 8", "a header of JSON, an object"]);
+    }
+    let mut bytes = raw("{\"?\":1}", 0);
+    bytes[10] = 0xff;
+    assert_says(&refusal_of(&bytes), &["at byte 8", "a header of JSON, an object of tensors"]);
+}
+
+#[test]
+fn tensors_that_overlap_are_refused_in_any_order_of_the_header() {
+    let entry = |name: &str, from: usize, to: usize| {
+        format!("\"{name}\":{{\"dtype\":\"U8\",\"shape\":[{}],\"data_offsets\":[{from},{to}]}}", to - from)
+    };
+    for (one, other) in [((0, 4), (0, 4)), ((0, 4), (2, 8)), ((0, 8), (2, 4)), ((0, 3), (4, 8))] {
+        for (first, second) in [(one, other), (other, one)] {
+            let header = format!("{{{},{}}}", entry("a", first.0, first.1), entry("b", second.0, second.1));
+            let message = refusal_of(&raw(&header, 8));
+            assert_says(&message, &["model.safetensors", "tensor", "without a hole or an overlap"]);
+        }
+    }
+}
+
+#[test]
+fn what_a_header_says_beside_its_tensors_is_not_looked_at() {
+    for metadata in ["{}", "[]", "1", "null", "{\"format\":[1,{}]}"] {
+        let header =
+            format!("{{\"__metadata__\":{metadata},\"a\":{{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}}}");
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("model.safetensors"), raw(&header, 1)).expect("a file");
+        assert_eq!(SafeTensors::open(folder.path()).expect("it opens").tensors().len(), 1);
+    }
+}
+
+#[test]
+fn a_type_that_nobody_knows_opens_and_is_refused_where_weights_are_wanted() {
+    let mut folder = llama();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    folder.find(name).dtype = safetensors::Dtype::U32;
+    let written = folder.write();
+    let path = written.path().join("model.safetensors");
+    let bytes = fs::read(&path).expect("a file");
+    let at = bytes.windows(5).position(|window| window == b"\"U32\"").expect("the type");
+    fs::write(&path, [&bytes[..at], b"\"Q77\"", &bytes[at + 5..]].concat()).expect("a file");
+    let files = SafeTensors::open(written.path()).expect("it opens");
+    assert_eq!(files.tensor(name).expect("a tensor").block_type(), None);
+    let message = nybble::model::hf::HfFolder::open(written.path()).expect_err("it is refused").to_string();
+    assert_says(&message, &[name, "Q77", "F32, F16, BF16"]);
+}
+
+#[test]
+fn an_index_that_is_no_object_of_names_is_refused() {
+    let folder = sharded(|_| {});
+    let path = folder.path().join("model.safetensors.index.json");
+    for text in ["", "[]", "{", "NaN", "{\"weight_map\": {}, \"weight_map\": {}}", &"[".repeat(100_000)] {
+        fs::write(&path, text).expect("an index");
+        assert_says(&refusal(folder.path()), &["model.safetensors.index.json", "a JSON object"]);
+    }
+    for wrong in [json!(null), json!(1), json!([]), json!({}), json!(["model-00001-of-00002.safetensors"])] {
+        let folder = sharded(|index| index["weight_map"]["lm_head.weight"] = wrong);
+        assert_says(&refusal(folder.path()), &["index.json", "lm_head.weight", "in the same folder"]);
+    }
+    let folder = sharded(|index| index["weight_map"] = json!({}));
+    fs::copy(llama().write().path().join("config.json"), folder.path().join("config.json")).expect("a configuration");
+    let message = nybble::model::hf::HfFolder::open(folder.path()).expect_err("it is refused").to_string();
+    assert_says(&message, &["is missing", "as config.json says"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for() {
+    for name in ["model.safetensors.index.json", "model-00002-of-00002.safetensors"] {
+        for make in ["mkdir", "mkfifo"] {
+            let folder = sharded(|_| {});
+            let path = folder.path().join(name);
+            fs::remove_file(&path).expect("it is removed");
+            assert!(std::process::Command::new(make).arg(&path).status().expect("it runs").success());
+            assert_says(&refusal(folder.path()), &[name, if make == "mkdir" { "directory" } else { "regular file" }]);
+        }
     }
 }
 

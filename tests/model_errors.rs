@@ -73,7 +73,7 @@ fn a_missing_key_is_named() {
 #[test]
 fn counts_out_of_range_are_refused() {
     refused("llama.block_count", 0u32, "found 0", "1 to");
-    refused("llama.block_count", 1u32 << 30, "1073741824", "at most 1024");
+    refused("llama.block_count", 1u32 << 31, "2147483648", "at most 1024");
     refused("llama.embedding_length", 0u32, "found 0", "1 to");
     refused("llama.attention.head_count", 0u32, "found 0", "1 to");
     refused("llama.attention.head_count_kv", 0u32, "found 0", "1 to");
@@ -82,6 +82,7 @@ fn counts_out_of_range_are_refused() {
     refused("llama.attention.key_length", 1u32 << 20, "1048576", "at most 65536");
     refused("llama.attention.value_length", 11u32, "found 11", "22");
     refused("llama.context_length", 0u32, "found 0", "1 to");
+    refused("llama.context_length", u32::MAX, "found 4294967295", "1 to 2147483648");
     refused("llama.context_length", "long", "string", "an integer");
     refused("llama.expert_count", -1i32, "i32", "an integer");
 }
@@ -118,10 +119,27 @@ fn a_norm_in_blocks_is_refused() {
 fn rotations_that_cannot_be_are_refused() {
     refused("llama.rope.dimension_count", 21u32, "found 21", "an even number up to 22");
     refused("llama.rope.dimension_count", 24u32, "found 24", "an even number up to 22");
+    refused("llama.rope.dimension_count", 1u32 << 31, "found 2147483648", "an even number up to 22");
     refused("llama.rope.freq_base", f32::NAN, "NaN", "a positive number");
     refused("llama.rope.freq_base", -1.0f32, "-1", "a positive number");
     refused("llama.rope.scaling.type", "spiral", "\"spiral\"", "yarn");
     refused("llama.rope.scaling.factor", f32::INFINITY, "inf", "a positive number");
+}
+
+#[test]
+fn a_base_of_zero_is_the_usual_one() {
+    let with = |base: f32| {
+        let model = load(|metadata, _| {
+            metadata.set("llama.rope.freq_base", base);
+        })
+        .unwrap();
+        let (mut session, mut logits) = (model.session(), Vec::new());
+        let input = Input { session: &mut session, tokens: &[1, 2, 3], logits: Logits::Last };
+        model.forward(&mut [input], &mut logits, &|| false).unwrap();
+        logits
+    };
+    assert_eq!(with(0.0), with(10_000.0));
+    assert_ne!(with(0.0), with(5_000.0));
 }
 
 #[test]
@@ -134,7 +152,9 @@ fn an_epsilon_that_is_no_positive_number_is_refused() {
 
 #[test]
 fn a_list_a_layer_of_the_wrong_length_is_refused() {
-    refused("llama.attention.head_count", vec![6u32, 6, 6], "3 values", "2, one a layer");
+    for (values, found) in [(vec![], "0 values"), (vec![6u32], "1 values"), (vec![6; 3], "3 values")] {
+        refused("llama.attention.head_count", values, found, "2, one a layer");
+    }
 }
 
 #[test]
@@ -273,15 +293,17 @@ fn a_file_that_is_read_loads_as_one_that_is_mapped_and_may_be_cut_meanwhile() {
 
 #[test]
 fn a_huge_context_allocates_nothing_until_it_is_used() {
-    let model = load(|metadata, _| {
-        metadata.set("llama.context_length", i32::MAX as u32);
-    })
-    .unwrap();
-    let mut session = model.session();
-    assert_eq!((session.context(), session.bytes()), (i32::MAX as usize, 0));
-    let input = Input { session: &mut session, tokens: &[1], logits: Logits::None };
-    model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
-    assert!(session.bytes() < 1 << 20, "{} bytes", session.bytes());
+    for context in [i32::MAX as u32, 1 << 31] {
+        let model = load(|metadata, _| {
+            metadata.set("llama.context_length", context);
+        })
+        .unwrap();
+        let mut session = model.session();
+        assert_eq!((session.context(), session.bytes()), (context as usize, 0));
+        let input = Input { session: &mut session, tokens: &[1], logits: Logits::None };
+        model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
+        assert!(session.bytes() < 1 << 20, "{} bytes", session.bytes());
+    }
 }
 
 #[test]

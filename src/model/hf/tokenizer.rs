@@ -185,8 +185,14 @@ impl Tokenizer {
             }
         }
         let unknown = model.get("unk_token").and_then(Value::as_str);
+        let mut seen = vec![false; rows];
         for (text, number) in vocabulary {
             let id = id("model.vocab", Some(number))?;
+            if std::mem::replace(&mut seen[id], true) {
+                let found =
+                    format_args!("the id {id} a second time, for {:?}", text.chars().take(60).collect::<String>());
+                return Err(self.malformed("model.vocab", found, "each id once"));
+            }
             tokens.texts[id].clone_from(text);
             tokens.kinds[id] = match text.as_str() {
                 text if !byte_level && Some(text) == unknown => kind::UNKNOWN,

@@ -23,6 +23,7 @@ use serde_json::Value;
 
 use super::settings::Settings;
 use crate::error::{Error, Place, Result};
+use crate::format::json;
 use crate::format::safetensors::{SafeTensors, TensorInfo};
 pub(super) use matrix::{Matrix, PackedRows};
 
@@ -32,6 +33,8 @@ pub(super) struct Packing {
     layout: Layout,
     /// Columns that share a scale; none where whole rows do.
     group: Option<usize>,
+    /// Whether the columns of a group do not lie together, which a tensor must tell then.
+    scattered: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +90,8 @@ impl Packing {
                 return Err(config.unsupported("checkpoint_format", what, "supported: gptq and gptq_v2"));
             }
         };
-        Ok(Packing { layout: Layout::Gptq { one_less }, group: group_size(config)? })
+        let scattered = config.switch("desc_act", false)?;
+        Ok(Packing { layout: Layout::Gptq { one_less }, group: group_size(config)?, scattered })
     }
 
     fn awq(config: &Settings) -> Result<Packing> {
@@ -99,7 +103,7 @@ impl Packing {
         if !config.switch("zero_point", true)? {
             return Err(config.unsupported("zero_point", "a layer without zero points", "supported: true"));
         }
-        Ok(Packing { layout: Layout::Awq, group: group_size(config)? })
+        Ok(Packing { layout: Layout::Awq, group: group_size(config)?, scattered: false })
     }
 
     fn auto_round(config: &Settings) -> Result<Packing> {
@@ -124,7 +128,7 @@ impl Packing {
                 return Err(config.unsupported("packing_format", format_args!("the format {other:?}"), supported));
             }
         };
-        Ok(Packing { layout, group: group_size(config)? })
+        Ok(Packing { layout, group: group_size(config)?, scattered: config.switch("desc_act", false)? })
     }
 
     fn compressed(config: &Settings) -> Result<Packing> {
@@ -168,7 +172,18 @@ impl Packing {
                 return Err(weights.unsupported("strategy", what, "supported: group and channel"));
             }
         };
-        Ok(Packing { layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? }, group })
+        // With "weight" and "static", columns were quantized in another order and stored where they belong.
+        let scattered = match weights.get("actorder") {
+            None | Some(Value::Bool(false)) => false,
+            Some(Value::Bool(true)) => true,
+            Some(Value::String(order)) if ["group", "dynamic"].iter().any(|o| order.eq_ignore_ascii_case(o)) => true,
+            Some(Value::String(order)) if ["weight", "static"].iter().any(|o| order.eq_ignore_ascii_case(o)) => false,
+            Some(other) => {
+                let what = format_args!("the order {}", json::brief(&other));
+                return Err(weights.unsupported("actorder", what, "supported: group, dynamic, weight, static, null"));
+            }
+        };
+        Ok(Packing { layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? }, group, scattered })
     }
 
     /// What the name of the codes ends with instead of `.weight`.
@@ -221,7 +236,7 @@ impl Packing {
             Layout::Awq => return matrix.classified(files, &parts),
             Layout::Compressed { .. } => ".weight_g_idx",
         };
-        if files.tensor(&parts.name(order)).is_some() {
+        if self.scattered && groups > 1 || files.tensor(&parts.name(order)).is_some() {
             matrix.has_seen(parts.at(order)?);
             matrix.order(parts.order(order, columns, groups)?);
         }

@@ -383,6 +383,22 @@ fn guesses_that_are_wrong_change_nothing_and_are_given_up() {
 }
 
 #[test]
+fn a_prompt_whose_rest_another_one_computes_has_its_last_token_fed_before_any_guess() {
+    let model = load();
+    // Two tokens in turn, so that there is a guess at once. The second prompt waits for the first one's page, and has one
+    // token left when it is there, while the first one takes all rows that prompts have.
+    let long: Vec<u32> = (0..150).map(|i| 3 + 8 * (i % 2)).collect();
+    let jobs = [(150, 4), (65, 12)].map(|(len, limit)| Job::new(long[..len].to_vec(), seeded(2), limit));
+    for speculation in [Speculation::On, Speculation::Auto] {
+        for draft in [None, Some(load())] {
+            let options = SchedulerOptions { speculation, prefill_chunk: Some(1), ..SchedulerOptions::default() };
+            let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
+            assert_same(&model, &jobs, &mut scheduler);
+        }
+    }
+}
+
+#[test]
 fn a_draft_model_guesses_and_the_model_decides() {
     let model = load();
     let twin = load();

@@ -1,124 +1,246 @@
-"""Keeps models busy with random requests from several threads and checks every answer against its lone run.
+"""Keeps models busy with random requests from eight threads and checks every answer against its lone run.
 
     python tests/soak.py                      an hour with the default model
     python tests/soak.py --minutes 1 --model model.gguf
 
-Requests differ in prompt, length, sampling and way of asking (alone, in a batch, as a stream, as a stream left in
-the middle); what they have in common is that the answer may not depend on any of that. Memory, threads and open files
-are looked at between rounds and may not grow.
+Every round loads a model with other threads, another kernel and another cache, and makes an engine with other limits.
+Requests differ in prompt, length, sampling, schema and way of asking, and some are refused. None of that may change an
+answer, down to the bits of its log-probabilities. Memory, threads and open files may not grow from round to round.
+Prints a line a minute, and ends with 1 at the first fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import faulthandler
 import random
 import sys
-import threading
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from nybble import Completion, Model, SamplingOptions
+import numpy as np
+import numpy.typing as npt
+
+import nybble
+from nybble import Completion, Engine, Model, SamplingOptions
+from nybble.memory import resident_bytes
 
 TEXT = "the a of river stone light seven winter because never walks under blue machine and then it was"
 WORDS = TEXT.split()
-CONSUMERS = 8
-ROUND = 24
-"""Requests between two looks at what the process holds."""
+HANG_SECONDS = 1800.0
+"""A round that takes longer hangs: all threads say where they are, and the process ends."""
+GROWTH_BYTES = 64 << 20
+"""How much more memory the least of the last ten rounds may take than the least of the first ten."""
+HELD_TO: list[dict[str, Any]] = [
+    {"schema": {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"type": "string"}}}},
+    {"schema": {"enum": ["river", "stone", "light"]}},
+    {"regex": r"[a-z]{1,20}( [a-z]{1,20}){0,9}"},
+    {"grammar": 'start: ("yes" | "no") (" " ("yes" | "no"))*'},
+]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, and the answer of the lone run."""
+    """What is asked, and the answers when nothing else runs."""
 
     prompt: str
     options: SamplingOptions
     answer: Completion
+    vector: npt.NDArray[np.float32]
 
 
-def ask(model: Model, dice: random.Random) -> Request:
-    """A random request with its answer when nothing else runs."""
-    prompt = " ".join(dice.choices(WORDS, k=dice.choice([1, 3, 20, 120, 300])))
+def make(lone: Model, beginning: str, dice: random.Random) -> Request:
+    """A random request. Half of the prompts of a round begin alike."""
     options = SamplingOptions(
         max_tokens=dice.choice([1, 5, 30, 80]),
         temperature=dice.choice([0.0, 0.7, 1.3]),
+        top_k=dice.choice([0, 1, 40]),
         top_p=dice.choice([0.5, 0.95, 1.0]),
+        typical_p=dice.choice([0.9, 1.0]),
         repetition_penalty=dice.choice([1.0, 1.1]),
-        seed=dice.randrange(2**32),
+        stop=dice.choice([(), ("the", "\n\n")]),
+        seed=dice.randrange(2**64),
         logprobs=dice.choice([None, 3]),
+        **(dice.choice(HELD_TO) if dice.random() < 0.25 else {}),
     )
-    return Request(prompt, options, model.generate(prompt, options))
+    words = " ".join(dice.choices(WORDS, k=dice.choice([1, 3, 20, 120, 300])))
+    prompt = beginning + words if dice.random() < 0.5 else words
+    return Request(prompt, options, lone.generate(prompt, options), lone.embed(prompt)[0])
 
 
-def check(request: Request, text: str, whole: bool) -> None:
-    """Fails unless `text` is the answer, or the beginning of it."""
-    expected = request.answer.text
-    if text != expected and (whole or not expected.startswith(text)):
-        raise AssertionError(f"{request.prompt[:60]!r} with {request.options}: {text!r} instead of {expected!r}")
-
-
-def serve(model: Model, requests: list[Request], way: int, dice: random.Random) -> int:
-    """Asks again, among everybody else's requests. Returns the number of answers checked."""
-    request = dice.choice(requests)
-    match way:
-        case 0:
-            check(request, model.generate(request.prompt, request.options).text, whole=True)
-        case 1:
-            check(request, "".join(model.stream(request.prompt, request.options)), whole=True)
-        case 2:
-            pieces: list[str] = []
-            for piece in model.stream(request.prompt, request.options):
-                pieces.append(piece)
-                if dice.random() < 0.2:
-                    break
-            check(request, "".join(pieces), whole=False)
-        case _:
-            alike = [other for other in requests if other.options == request.options] or [request]
-            for other, answer in zip(alike, model.generate([o.prompt for o in alike], request.options), strict=True):
-                check(other, answer.text, whole=True)
-            return len(alike)
+def check(request: Request, found: Completion) -> int:
+    """Fails unless that is the answer, or its beginning if the request was called off. Returns 1, for one answer."""
+    expected = request.answer
+    if found.finish_reason == "cancelled":
+        same = expected.text.startswith(found.text) and expected.tokens[: len(found.tokens)] == found.tokens
+    else:
+        names = ("text", "tokens", "finish_reason", "logprobs")
+        same = all(getattr(found, name) == getattr(expected, name) for name in names)
+    if not same:
+        raise AssertionError(f"{request.prompt!r} with {request.options}: {found!r} instead of {expected!r}")
     return 1
 
 
+class Ways:
+    """The ways to ask a model and an engine. Each checks what it gets, and returns how many answers that were."""
+
+    def __init__(self, model: Model, engine: Engine, requests: list[Request], seed: int) -> None:
+        self.model, self.engine, self.requests, self.dice = model, engine, requests, random.Random(seed)
+        self.some = self.dice.sample(requests, 3)
+        self.one = self.some[0]
+
+    def alone(self) -> int:
+        return check(self.one, self.model.generate(self.one.prompt, self.one.options))
+
+    def in_a_batch(self) -> int:
+        # With these options the others have other answers.
+        prompts = [request.prompt for request in self.some]
+        self.dice.shuffle(prompts)
+        return check(self.one, self.model.generate(prompts, self.one.options)[prompts.index(self.one.prompt)])
+
+    def as_a_stream(self) -> int:
+        stream = self.model.stream(self.one.prompt, self.one.options)
+        if "".join(stream) != self.one.answer.text:
+            raise AssertionError(f"{self.one}: the stream's pieces are another text")
+        return check(self.one, stream.completion)
+
+    def as_a_stream_left_early(self) -> int:
+        text = ""
+        for piece in self.model.stream(self.one.prompt, self.one.options):
+            text += piece
+            if self.dice.random() < 0.2:
+                break
+        if not self.one.answer.text.startswith(text):
+            raise AssertionError(f"{self.one}: found {text!r}")
+        return 1
+
+    def by_the_engine(self) -> int:
+        sent = [(request, self.engine.submit(request.prompt, request.options)) for request in self.some]
+        return sum(check(request, answer.result()) for request, answer in sent)
+
+    def by_the_engine_and_called_off(self) -> int:
+        sent, enough = self.engine.submit(self.one.prompt, self.one.options), self.dice.randrange(6)
+        for count, _ in enumerate(sent):
+            if count == enough:
+                sent.cancel()
+        return check(self.one, sent.result())
+
+    def from_an_event_loop(self) -> int:
+        async def run() -> int:
+            ask = self.engine.generate
+            kept, left = [asyncio.ensure_future(ask(o.prompt, o.options)) for o in self.some[:2]]
+            await asyncio.sleep(self.dice.random())
+            left.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await left
+            return check(self.one, await kept)
+
+        return asyncio.run(run())
+
+    def as_a_session_that_is_saved(self) -> int:
+        session = self.model.session()
+        check(self.one, session.generate(self.one.prompt, self.one.options))
+        with tempfile.TemporaryDirectory() as folder:
+            session.save(Path(folder) / "session")
+            loaded = self.model.load_session(Path(folder) / "session")
+        mine, its = (both.generate(" and", self.one.options.replace(max_tokens=8)) for both in (session, loaded))
+        return 1 + check(Request(f"{self.one.prompt} ... and", self.one.options, mine, self.one.vector), its)
+
+    def as_a_vector(self) -> int:
+        for request, vector in zip(self.some, self.model.embed([o.prompt for o in self.some]), strict=True):
+            if not np.array_equal(request.vector, vector):
+                raise AssertionError(f"{request.prompt!r}: another vector")
+        return len(self.some)
+
+    def refused(self) -> int:
+        too_long: list[tuple[Callable[..., Any], Any]] = [(self.model.generate, "the" * 5000)]
+        ask, prompt = self.dice.choice([*too_long, (self.engine.submit, [2**31]), (self.engine.submit, [0] * 1025)])
+        try:
+            ask(prompt, self.one.options)
+        except ValueError:
+            return 1
+        raise AssertionError(f"{prompt!r:.40} was taken")
+
+
+WAYS = [name for name in vars(Ways) if not name.startswith("_")]
+
+
+def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor, seen: Counter[str]) -> None:
+    """Loads, asks in every way several times at once, and closes."""
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+    caches: list[Literal["f16", "int8", "f32"]] = ["f16", "int8", "f32"]
+    threads, cache_type = dice.choice([1, 2, 3, 8]), dice.choice(caches)
+    # The scalar kernel takes minutes where the others take seconds.
+    kernel = dice.choice([name for name in nybble.kernels() if name != "scalar"] or ["scalar"])
+    with Model.load(source, threads=1, context=1024, cache_type=cache_type, progress=False) as lone:
+        beginning = " ".join(dice.choices(WORDS, k=200)) + " "
+        requests = [make(lone, beginning, dice) for _ in range(8)]
+    with Model.load(
+        source, threads=threads, kernel=kernel, context=1024, cache_type=cache_type, progress=False
+    ) as model:
+        engine = Engine(
+            model,
+            max_batch=dice.choice([1, 3, 16]),
+            cache_bytes=dice.choice([None, model.info.cache_bytes, 3 * model.info.cache_bytes]),
+            prefix_cache=dice.random() < 0.7,
+            prefill_chunk=dice.choice([None, 1, 64, 1000]),
+            speculation=dice.choice(["off", "on", "auto"]),
+        )
+        with engine:
+            names = dice.sample(WAYS * 3, k=3 * len(WAYS))
+            ways = [(name, Ways(model, engine, requests, dice.randrange(2**32))) for name in names]
+            jobs = {pool.submit(getattr(way, name)): name for name, way in ways}
+            for job in as_completed(jobs):
+                seen[jobs[job]] += job.result()
+    stats = engine.stats()
+    if stats.running or stats.waiting:
+        raise AssertionError(f"nobody asks any more: {stats}")
+    faulthandler.cancel_dump_traceback_later()
+
+
 def held() -> tuple[int, int, int]:
-    """Megabytes of memory, threads and open files of this process."""
-    status = Path("/proc/self/status").read_text()
-    memory = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) >> 10
-    return memory, threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    """Bytes of memory, threads and open files of this process."""
+    own = Path("/proc/self")
+    return resident_bytes() or 0, *(len(list((own / what).iterdir())) for what in ("task", "fd"))  # type: ignore[return-value]
 
 
 def main() -> int:
-    """Runs for as long as asked. Returns 1 if an answer differed or something grew."""
+    """Runs for as long as asked. Returns 1 if something grew; another answer is an exception."""
     parser = argparse.ArgumentParser(description="Random requests, each checked against its lone run.")
     parser.add_argument("--model", help="what to load; the default model if not given")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    dice = random.Random(arguments.seed)
-    end = time.monotonic() + 60 * arguments.minutes
-    answers, rounds = 0, 0
-    first: tuple[int, int, int] | None = None
-    with ThreadPoolExecutor(CONSUMERS) as pool:
-        while time.monotonic() < end:
-            with Model.load(arguments.model, threads=dice.choice([1, 2, 3]), context=1024) as model:
-                requests = [ask(model, dice) for _ in range(6)]
-                jobs = [
-                    pool.submit(serve, model, requests, way % 4, random.Random(dice.randrange(2**32)))
-                    for way in range(ROUND)
-                ]
-                answers += sum(job.result() for job in jobs)
-            rounds += 1
-            now = held()
-            print(
-                f"{rounds} rounds, {answers} answers as alone; {now[0]} MB, {now[1]} threads, {now[2]} files",
-                flush=True,
+    dice, seen, rounds = random.Random(arguments.seed), Counter[str](), list[tuple[int, int, int]]()
+    begun = said = time.monotonic()
+    is_over = False
+    with ThreadPoolExecutor(8) as pool:
+        while not is_over:
+            one_round(arguments.model, dice, pool, seen)
+            rounds.append(held())
+            now = time.monotonic()
+            is_over = now >= begun + 60 * arguments.minutes
+            if now - said >= 60 or is_over:
+                said, (memory, threads, files) = now, rounds[-1]
+                what = f"{len(rounds)} rounds, {sum(seen.values())} answers as alone; {memory >> 20} MB"
+                print(f"{(now - begun) / 60:.1f} minutes: {what}, {threads} threads, {files} files", flush=True)
+            # The very first rounds fill caches that stay.
+            first, last = (
+                [min(column) for column in zip(*some, strict=True)] for some in (rounds[2:12] or rounds, rounds[-10:])
             )
-            # The first rounds fill caches that stay.
-            first = now if rounds == 3 else first
-            if first and (now[0] > first[0] + 100 or now[1] > first[1] or now[2] > first[2]):
-                print(f"grew from {first} to {now}", file=sys.stderr)
+            more = (GROWTH_BYTES, 0, 0)
+            if any(now > then + most for now, then, most in zip(last, first, more, strict=True)):
+                print(f"bytes, threads or files grew: {first} to {last}", file=sys.stderr)
                 return 1
+    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(seen.items())))
     return 0
 
 

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from nybble import _native
+from nybble.errors import ModelError
 from nybble.pretokenizers import PreTokenizer
 from nybble.vocabulary import MARKS, TokenKind, Vocabulary, places
 
@@ -23,6 +24,11 @@ class Encoder(Protocol):
         """The ids of `text`. Marks that are spelled out in it become their tokens only if `parse_special`."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether the package failed: it raises nothing particular, and over some files its code panics, no Exception."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 class PackageEncoder:
     """A tokenizer of the `tokenizers` package."""
 
@@ -32,7 +38,12 @@ class PackageEncoder:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """See `Encoder`."""
         package = self.package if parse_special else self._literal
-        return list(package.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(package.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if is_failure(error):
+                raise ModelError(f"the vocabulary cannot encode {text!r:.60} ({error})") from error
+            raise
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 from nybble.detokenizer import byte_level_bytes, piece_bytes
-from nybble.encoders import PackageEncoder
+from nybble.encoders import PackageEncoder, is_failure
 from nybble.errors import ModelError
-from nybble.vocabulary import byte_of, end_tokens
+from nybble.vocabulary import LONGEST_TOKEN, byte_of, end_tokens
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LARGEST_GROWTH = 1024  # Usual normalizers write one character for another.
 _LARGEST_FILE = 256 << 20  # The largest known vocabularies take 35 MB.
 
 
@@ -57,8 +60,9 @@ def read(folder: Path) -> Folder:
 def parse(text: str, where: str, folder: Path | None = None) -> Folder:
     """Reads the text of a `tokenizer.json`, and the files beside it if there is a folder."""
     description = _parsed(text, where)
+    _check_lengths(description, where)
     package = _package(text, where)
-    _check_added_tokens(description.get("added_tokens") or [], package, where)
+    _check_ids(description, package, where)
     token_bytes, adds_space = _decoding(description.get("decoder"), where)
     config = _json(folder, "tokenizer_config.json")
     special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
@@ -93,9 +97,11 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
 
 def _text(path: Path) -> str | None:
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE:
-            raise ModelError(f"{path}: found {size} bytes, expected at most {_LARGEST_FILE}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe waits for whoever may write to it.
+            raise ModelError(f"{path}: found no regular file, expected text")
+        if status.st_size > _LARGEST_FILE:
+            raise ModelError(f"{path}: found {status.st_size} bytes, expected at most {_LARGEST_FILE}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
@@ -126,21 +132,54 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
     try:
         package = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
-        # The package's Rust code panics on some malformed files, and a panic is no Exception.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        if isinstance(error, Exception) or is_failure(error):
             raise ModelError(f"{where}: found no tokenizer that can be loaded ({error})") from error
         raise
     package.no_truncation()  # Whoever saved the file may have had short texts of equal length in mind.
     package.no_padding()
+    if isinstance(package.model, models.BPE):
+        package.model.dropout = None  # It leaves out merges by chance, which is for training.
     return package
 
 
-def _check_added_tokens(declared: Any, package: tokenizers.Tokenizer, where: str) -> None:
-    """The package gives ids that follow one another, whatever the file says."""
-    for token in declared:
+def _check_lengths(description: dict[str, Any], where: str) -> None:
+    """Refuses long tokens before the package builds automata of them, which takes minutes, and texts that explode."""
+    model, added = description.get("model"), description.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if isinstance(vocabulary, dict):
+        tokens.extend(vocabulary)
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > LONGEST_TOKEN:
+        raise ModelError(f"{where}: found a token of {longest} characters, expected at most {LONGEST_TOKEN}")
+    growth, waiting = 1, [description.get("normalizer")]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            waiting.extend(step["normalizers"] if isinstance(step.get("normalizers"), list) else ())
+            for written in (step.get("prepend"), step.get("content")):
+                growth *= max(len(written), 1) if isinstance(written, str) else 1
+    if growth > _LARGEST_GROWTH:
+        raise ModelError(
+            f"{where}: normalizer: found steps that make {growth} characters of one, expected at most {_LARGEST_GROWTH}"
+        )
+
+
+def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where: str) -> None:
+    """Each token has an id of its own, and they follow one another. The package takes whatever the file says of its
+    vocabulary, and gives added tokens the ids that come next, whatever it says of those."""
+    vocabulary = description["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        size, known = package.get_vocab_size(), dict[int, str]()
+        for text, i in vocabulary.items():
+            if i >= size:
+                raise ModelError(f"{where}: token {text!r:.60}: found the id {i}, expected one below {size}")
+            if (other := known.setdefault(i, text)) != text:
+                raise ModelError(f"{where}: token {text!r:.60}: found the id {i} of {other!r:.60}, expected its own")
+    for token in description.get("added_tokens") or []:
         content, expected = token.get("content"), token.get("id")
         if (found := package.token_to_id(content)) != expected:
-            raise ModelError(f"{where}: added token {content!r}: found the id {expected}, expected {found}")
+            raise ModelError(f"{where}: added token {content!r:.60}: found the id {expected}, expected {found}")
 
 
 def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:
@@ -195,8 +234,13 @@ def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[i
     try:
         plain = package.encode("a", add_special_tokens=False).ids
         framed = package.encode("a", add_special_tokens=True).ids
-    except Exception as error:  # It raises nothing more particular.
-        raise ModelError(f"{where}: found a tokenizer that cannot encode a letter ({error})") from error
+    except BaseException as error:
+        if is_failure(error):
+            raise ModelError(f"{where}: found a tokenizer that cannot encode a letter ({error})") from error
+        raise
+    size = package.get_vocab_size()
+    if (largest := max(framed, default=0)) >= size:
+        raise ModelError(f"{where}: post_processor: found the token {largest}, expected an id below {size}")
     for start in range(len(framed) - len(plain) + 1):
         if framed[start : start + len(plain)] == plain:
             return framed[:start], framed[start + len(plain) :]

@@ -183,9 +183,10 @@ def _context(path: Path) -> int:
     if path.is_dir():
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return calibration.WINDOW  # The library says what is wrong with it.
-        config = config.get("text_config", config) if isinstance(config, dict) else {}
+        text = config.get("text_config", config) if isinstance(config, dict) else {}
+        config = text if isinstance(text, dict) else {}
         keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
         found = next((config[key] for key in keys if isinstance(config.get(key), int)), None)
     else:

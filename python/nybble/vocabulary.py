@@ -15,7 +15,7 @@ from nybble import pretokenizers
 from nybble.errors import ModelError
 
 # No real token comes near; one that does is an attempt to make something allocate or run in squares.
-_LONGEST_TOKEN = 1 << 16
+LONGEST_TOKEN = 1 << 16
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BROKEN_BYTE_TOKEN = re.compile(r"<0x(?![0-9A-Fa-f]{2}>).{0,8}>")
 
@@ -218,8 +218,8 @@ def _tokens(keys: _Keys) -> Sequence[str]:
     if not tokens:
         raise keys.fault(key, "nothing" if tokens is None else "an empty array", "an array of at least one token")
     longest = max(map(len, tokens))
-    if longest > _LONGEST_TOKEN:
-        raise keys.fault(key, f"a token of {longest} characters", f"at most {_LONGEST_TOKEN}")
+    if longest > LONGEST_TOKEN:
+        raise keys.fault(key, f"a token of {longest} characters", f"at most {LONGEST_TOKEN}")
     return tokens
 
 

@@ -354,6 +354,7 @@ impl Scheduler {
                 Ok(()) => break,
                 // Less than was allowed: what is kept for others goes first, then the youngest waits.
                 Err(Error::OutOfMemory { .. }) => {
+                    self.forget_guesses();
                     if self.prefixes.evict(usize::MAX) == 0 {
                         self.displace(&mut events);
                     }
@@ -407,11 +408,12 @@ impl Scheduler {
         let mut computing = HashSet::new();
         let mut prompts = Vec::new();
         for (i, entry) in self.running.iter_mut().enumerate() {
+            if self.options.prefix_cache && !entry.is_writing() {
+                self.counts.reused_tokens += entry.reuse(&self.prefixes);
+            }
+            // Whoever has one token left by now writes in this step: its guesses stand behind that one.
             entry.rows = usize::from(entry.is_writing());
             if entry.rows == 0 {
-                if self.options.prefix_cache {
-                    self.counts.reused_tokens += entry.reuse(&self.prefixes);
-                }
                 // What another one computes in this step is there to be shared after it.
                 let block = entry.next_block().filter(|_| self.options.prefix_cache);
                 if block.is_none_or(|block| computing.insert(block)) {

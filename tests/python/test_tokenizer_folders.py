@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,113 @@ def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path: Path, text: str, 
     with pytest.raises(ModelError, match=message) as caught:
         Tokenizer.load(tmp_path)
     assert "tokenizer.json" in str(caught.value)
+
+
+def changed(folder: Path, *keys: str | int, value: Any, make: Any = byte_level) -> Path:
+    """A folder whose tokenizer.json has that value at that place."""
+    write(folder, make())
+    description = part = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+    return folder
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        Tokenizer.load(folder)
+    assert str(caught.value).startswith(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("wrong", [440, 2**32 - 1, 2**40, -1, 1.5, "5", None, [], True])
+def test_a_token_whose_id_is_out_of_range_or_no_number_is_refused(tmp_path: Path, wrong: Any) -> None:
+    is_id = wrong in (440, 2**32 - 1)
+    message = f"token 'Z': found the id {wrong}, expected one below 440" if is_id else "found no tokenizer"
+    refused(changed(tmp_path, "model", "vocab", "Z", value=wrong), message)
+
+
+def test_two_tokens_of_one_id_are_refused_with_both(tmp_path: Path) -> None:
+    refused(changed(tmp_path, "model", "vocab", "Z", value=0), "token 'Z': found the id 0 of '.', expected its own")
+
+
+@pytest.mark.parametrize("wrong", [2**40, 2**32 - 1, 0, -1, 1.5, "5", None, [], True])
+def test_an_added_token_whose_id_is_not_the_next_one_is_refused(tmp_path: Path, wrong: Any) -> None:
+    refused(changed(tmp_path, "added_tokens", -1, "id", value=wrong), "found the id|found no tokenizer")
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [[["a"]], [["a", "b", "c"]], ["ab"], ["a b c"], [1], [None], "a b", {}, [["no-such", "a"]], [["", ""]], [" "]],
+)
+def test_merges_that_are_no_pairs_of_tokens_are_refused(tmp_path: Path, merges: Any) -> None:
+    refused(changed(tmp_path, "model", "merges", value=merges), "found no tokenizer that can be loaded")
+
+
+def test_a_token_of_a_hundred_megabytes_is_refused_before_anything_is_built_of_it(tmp_path: Path) -> None:
+    message = "found a token of 100000000 characters, expected at most 65536"
+    refused(changed(tmp_path, "added_tokens", -1, "content", value="a" * 100_000_000), message)
+    refused(changed(tmp_path, "model", "vocab", "a" * 65_537, value=440), "found a token of 65537 characters")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"type": "Prepend", "prepend": "x" * 1025},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1025},
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 11},
+    ],
+)
+def test_a_normalizer_that_makes_a_text_a_thousand_times_longer_is_refused(tmp_path: Path, steps: Any) -> None:
+    refused(
+        changed(tmp_path, "normalizer", value=steps),
+        "normalizer: found steps that make [0-9]+ characters of one, expected at most 1024",
+    )
+
+
+def test_a_panic_of_the_package_is_an_error_with_the_file(tmp_path: Path) -> None:
+    step = {"type": "Replace", "pattern": {"Regex": "(?=a)"}, "content": "x"}
+    refused(changed(tmp_path, "normalizer", value=step), "cannot encode a letter")
+    step["pattern"] = {"Regex": "(?=b)"}
+    tokenizer = Tokenizer.load(changed(tmp_path, "normalizer", value=step))
+    with pytest.raises(ModelError, match="the vocabulary cannot encode 'b'"):
+        tokenizer.encode("b")
+
+
+def test_a_frame_of_tokens_that_there_are_not_is_refused(tmp_path: Path) -> None:
+    message = "post_processor: found the token 435, expected an id below 435"
+    refused(changed(tmp_path, "added_tokens", value=[]), message)
+
+
+@pytest.mark.parametrize("part", ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
+@pytest.mark.parametrize("value", [0, "x", [1], {"type": 1}, {"type": "x"}, {"type": "Sequence"}, True, 1e300])
+def test_a_part_of_the_wrong_type_is_refused(tmp_path: Path, part: str, value: Any) -> None:
+    refused(changed(tmp_path, part, value=value), "found")
+
+
+def test_nesting_inside_of_a_part_is_bounded(tmp_path: Path) -> None:
+    write(tmp_path, byte_level())
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    for deep in ("[" * 100_000 + "]" * 100_000, '{"type":"Sequence","normalizers":[' * 20_000 + "]}" * 20_000):
+        (tmp_path / "tokenizer.json").write_text(text.replace('"normalizer": null', f'"normalizer": {deep}'))
+        refused(tmp_path, "found no JSON")
+
+
+def test_chance_has_no_part_in_the_ids_of_a_prompt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(changed(tmp_path, "model", "dropout", value=0.9))
+    whole = byte_level().encode(vocabularies.TEXT).ids
+    assert all(tokenizer.encode(vocabularies.TEXT) == whole for _ in range(10))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    write(tmp_path, byte_level())
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=rf"{re.escape(name)}: found no regular file"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Load:
         await self.answer(reader)
 
     async def wrong(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        value = self.dice.choice([None, -1, 1e400, "x", [], {}, [[[]]], "\ud800", 2**70])
+        value: Any = self.dice.choice([None, -1, 1e400, "x", [], {}, [[[]]], "\ud800", 2**70])
         name = self.dice.choice(["messages", "temperature", "n", "stop", "logit_bias", "tools", "seed", "whatever"])
         writer.write(self.request(json.dumps({**self.chat(stream=False), name: value}).encode()))
         await self.answer(reader)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from nybble.engine import Piece
 from nybble.sampling import SamplingOptions
@@ -127,7 +127,7 @@ async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
         # One text at a time, so that a client that leaves is noticed between two.
         for index, text in enumerate([body.input] if isinstance(body.input, str) else body.input):
             with told_to_the_client("input"):
-                row, tokens = await run_in_threadpool(compute, text)
+                row, tokens = await service.in_thread(functools.partial(compute, text))
             numbers = _numbers(row, body.encoding_format)
             data.append(responses.Embedding(object="embedding", index=index, embedding=numbers))
             read += tokens

@@ -14,13 +14,13 @@ from fastapi import Request, Response
 from nybble.engine import Piece
 from nybble.sampling import SamplingOptions
 from nybble.server import responses
+from nybble.server.calls import new_id
 from nybble.server.chat import finite
 from nybble.server.errors import ApiError, told_to_the_client
 from nybble.server.generation import EventStream, Prompt, Run, limited, whole
 from nybble.server.requests import CompletionRequest, EmbeddingRequest, texts_of
 from nybble.server.responses import TextChoice, TextCompletion, TextLogprobs
 from nybble.server.service import Service
-from nybble.server.tools import new_id
 
 
 async def complete(service: Service, http: Request, body: CompletionRequest) -> Response:

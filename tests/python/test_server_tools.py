@@ -219,6 +219,38 @@ def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model
     assert "<|im_start|>tool\nrain<|im_end|>" in script.prompts[1]
 
 
+@pytest.mark.parametrize("kind", [3, 4])
+def test_marks_are_found_as_tokens_with_and_without_a_text(folder: Path, kind: int) -> None:
+    known = tiny.metadata()
+    mark = tiny.VOCABULARY
+    values: dict[str, Any] = {
+        "llama__context_length": 2048,
+        "llama__vocab_size": mark + 1,
+        "tokenizer__ggml__tokens": [*known["tokenizer.ggml.tokens"], "<tool_call>"],
+        "tokenizer__ggml__token_type": [*known["tokenizer.ggml.token_type"], kind],
+        "tokenizer__chat_template": TOOL_TEMPLATE,
+    }
+    call = json.dumps({"name": "time", "arguments": {}})
+    asked: Any = {"model": "tiny", "messages": HELLO, "tools": [TIME], "logprobs": True, "logit_bias": {str(mark): 100}}
+    begin = f"<[{mark}]>" if kind == 3 else '"<tool_call>"'
+    asked["extra_body"] = {"grammar": f"start: {begin} {json.dumps(call)}"}
+    with (
+        Model.load(tiny.write_model(folder / f"mark{kind}.gguf", **values)) as model,
+        Engine(model) as engine,
+        client_of(engine) as client,
+    ):
+        (choice,) = client.chat.completions.create(**asked).choices
+        with client.chat.completions.stream(**asked) as stream:
+            (streamed,) = stream.get_final_completion().choices
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.content or []) == 1 + len(call), "the mark was one token"
+    for found in (choice, streamed):
+        (made,) = found.message.tool_calls or []
+        assert made.type == "function"
+        assert (made.function.name, made.function.arguments) == ("time", "{}")
+        assert not found.message.content
+
+
 def test_streams_tell_of_a_call_first_and_then_its_arguments(model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
     said = "Well:\n" + "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)

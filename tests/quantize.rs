@@ -104,7 +104,7 @@ fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
         let expected = logits(&source);
         let out = folder.path().join("out.gguf");
         // Five bits, so that what is left of the difference is small; one tensor is kept, which must be scaled as well.
-        let keep = vec![("blk.*.ffn_up".to_owned(), BlockType::F32)];
+        let keep = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
         let policy = Policy { grid: Grid::Q5_0, keep, ..options(RTN).policy };
         let distance_of = |recipe: Recipe| {
             let options = Options { policy: policy.clone(), force: true, ..options(recipe) };

@@ -83,8 +83,8 @@ def quantize(
         measure: whether the file is compared with the source in the end; if None, where `evaluation` is given. "auto"
             always measures.
         target: "auto" ends when the perplexity is within this share of the source's (0.01 by default).
-        budget: "auto" ends after so many minutes.
-        bits_per_weight: give the most sensitive layers 8 bits, up to this average over the linear layers.
+        budget: "auto" ends after so many minutes with the best until then; the first recipe is always tried.
+        bits_per_weight: give the most sensitive layers 5 or 8 bits, up to this average over the linear layers.
         output_type: the type of embedding and output.
         keep: types of single tensors, by name or pattern (`{"blk.0.*": "q8_0"}`).
         seed: of whatever is drawn at random. The same seed gives the same file, on any number of threads.

@@ -68,7 +68,7 @@ def quantize(
     bits_per_weight: Annotated[
         float | None,
         typer.Option(
-            "--bits-per-weight", help="Give the most sensitive layers 8 bits, up to this average.", metavar="BITS"
+            "--bits-per-weight", help="Give the most sensitive layers 5 or 8 bits, up to this average.", metavar="BITS"
         ),
     ] = None,
     output_type: Annotated[

@@ -165,25 +165,29 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for result in results for name in result["runtimes"]))
+    most = max(len(result["runtimes"]) for result in results)
     figure = Figure(figsize=(8, 2.2 * 2), layout="constrained")
     axes = figure.subplots(2, 1)
     for axis, what, title in zip(axes, ("prompt", "decode"), ("reading a prompt", "writing"), strict=True):
-        for n, name in enumerate(names):
-            for at, result in enumerate(results):
-                if name not in result["runtimes"]:
-                    continue
-                speed = result["runtimes"][name][f"{what}_tokens_per_second"]
-                best = max(entry[f"{what}_tokens_per_second"] for entry in result["runtimes"].values())
+        labelled = set()
+        for at, result in enumerate(results):
+            speeds = {name: entry[f"{what}_tokens_per_second"] for name, entry in result["runtimes"].items()}
+            for n, (name, speed) in enumerate(speeds.items()):
                 bar = axis.bar(
-                    at + (n - (len(names) - 1) / 2) * 0.8 / len(names),
-                    speed / best,
-                    0.75 / len(names),
-                    color=f"C{n}",
-                    label=name if at == 0 else None,
+                    at + (n - (len(speeds) - 1) / 2) * 0.8 / most,
+                    speed / max(speeds.values()),
+                    0.75 / most,
+                    color=f"C{names.index(name)}",
+                    label=None if name in labelled else name,
                 )
+                labelled.add(name)
                 axis.bar_label(bar, [f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"], fontsize=7)
         axis.set_title(f"{title}: tokens a second", fontsize=9)
-        axis.set_xticks(range(len(results)), [result["model"].removesuffix(".gguf") for result in results], fontsize=7)
+        labels = [
+            f"{result['model'].removesuffix('.gguf')}\n{result['threads']} threads, {result['prompt']} in"
+            for result in results
+        ]
+        axis.set_xticks(range(len(results)), labels, fontsize=7)
         axis.set_yticks([])
         axis.set_ylim(0, 1.18)
         axis.spines[["left", "top", "right"]].set_visible(False)

@@ -123,13 +123,18 @@ def neural_speed(path: str, threads: int, context: int) -> tuple[Round, dict[str
     model = package.Model()
     model.init_model(path, threads=threads, ctx_size=context, n_batch=2048, max_new_tokens=context)
 
+    def step(prompt: list[list[int]]) -> None:
+        # What it refuses it says on standard error, and returns nothing, at once.
+        if not model.generate(prompt):
+            raise SystemExit("neural-speed has computed nothing")
+
     def run(prompt: list[int], generate: int) -> tuple[float, float]:
         model.reinit()
         start = time.perf_counter()
-        token = model.generate([prompt])
+        step([[1, *prompt[1:]]])  # It takes no prompt that begins otherwise.
         middle = time.perf_counter()
         for _ in range(generate):
-            token = model.generate(token)
+            step([])  # It goes on from its own last token.
         return middle - start, time.perf_counter() - middle
 
     return run, {"version": importlib.metadata.version("neural-speed")}

@@ -52,7 +52,7 @@ class Load:
         await self.answer(reader)
 
     async def wrong(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        value = self.dice.choice([None, -1, 1e400, "x", [], {}, [[[]]], "\ud800", 2**70])
+        value: Any = self.dice.choice([None, -1, 1e400, "x", [], {}, [[[]]], "\ud800", 2**70])
         name = self.dice.choice(["messages", "temperature", "n", "stop", "logit_bias", "tools", "seed", "whatever"])
         writer.write(self.request(json.dumps({**self.chat(stream=False), name: value}).encode()))
         await self.answer(reader)
@@ -149,7 +149,7 @@ class Load:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
         sent = time.monotonic() - began
-        self.seen["requests"] = int(seconds * rate)
+        self.seen["requests"] += int(seconds * rate)
         print(f"{int(seconds * rate)} requests in {sent:.1f} s")
         await asyncio.gather(*tasks)
 
@@ -181,12 +181,11 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
             await asyncio.sleep(0.1)
         load = Load("127.0.0.1", int(port), random.Random(options.seed))
         try:
-            await load.run(options.seconds / 4, options.rate)
-            await settle(load)
-            before = state(server.pid)
-            await load.run(options.seconds * 3 / 4, options.rate)
-            held = await settle(load)
-            after = state(server.pid)
+            states = []
+            for _ in range(4):
+                await load.run(options.seconds / 4, options.rate)
+                held = await settle(load)
+                states.append(state(server.pid))
             alive = server.poll() is None
         finally:
             server.terminate()
@@ -195,7 +194,10 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
     print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the middle and {waits[-1]:.2f} s at most")
-    print(f"memory {before[0] / 1e6:.1f} MB, then {after[0] / 1e6:.1f} MB; files {before[1]}, then {after[1]}; {held}")
+    # Caches of words and of keys and values fill up, so it is still growing a little at first.
+    print("memory after each quarter:", ", ".join(f"{resident / 1e6:.1f} MB" for resident, _ in states), end="; ")
+    print("files:", ", ".join(str(files) for _, files in states), end=f"; {held}\n")
+    before, after = states[0], states[-1]
     faults = {
         "the server ended": not alive or code != 0,
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,

@@ -104,7 +104,7 @@ fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
         let expected = logits(&source);
         let out = folder.path().join("out.gguf");
         // Five bits, so that what is left of the difference is small; one tensor is kept, which must be scaled as well.
-        let keep = vec![("blk.*.ffn_up".to_owned(), BlockType::F32)];
+        let keep = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
         let policy = Policy { grid: Grid::Q5_0, keep, ..options(RTN).policy };
         let distance_of = |recipe: Recipe| {
             let options = Options { policy: policy.clone(), force: true, ..options(recipe) };
@@ -154,7 +154,11 @@ fn bits_that_are_left_go_to_some_tensors_and_never_over_the_budget() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
     let policy = options(RTN).policy;
-    let spend = |bits: f64| spend_bits(&source, &policy, bits, &windows(), Some(1), &|_, _, _| {}, &|| false);
+    let journal = folder.path().join("out.gguf");
+    let spend_until = |policy: &Policy, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
+        spend_bits(&source, &journal, policy, bits, &windows(), Some(1), &|_, _, _| {}, stop)
+    };
+    let spend = |bits: f64| spend_until(&policy, bits, &|| false);
     assert_eq!(spend(4.5).unwrap(), policy);
     assert!(spend(4.4).unwrap_err().to_string().starts_with("bits_per_weight: found 4.4, expected at least 4.5"));
     let mut last = f64::INFINITY;
@@ -166,6 +170,18 @@ fn bits_that_are_left_go_to_some_tensors_and_never_over_the_budget() {
         assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
         last = lost;
     }
+    // What was measured is not measured again.
+    let kept = folder.path().join("out.gguf.bits.resume");
+    let (whole, plan) = (std::fs::read(&kept).unwrap(), spend(5.5).unwrap());
+    assert_eq!(std::fs::read(&kept).unwrap(), whole);
+    std::fs::write(&kept, &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(spend(5.5).unwrap(), plan);
+    assert_eq!(std::fs::read(&kept).unwrap(), whole);
+    let other = Policy { group: 64, ..policy.clone() };
+    assert!(matches!(spend_until(&other, 5.5, &|| true), Err(Error::Interrupted)));
+    assert!(std::fs::metadata(&kept).unwrap().len() < whole.len() as u64, "of another run");
+    run(&source, &journal, &options(RTN)).unwrap();
+    assert!(!kept.exists());
 }
 
 #[test]
@@ -233,6 +249,28 @@ fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
         let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left.len(), 3, "the source and two files are left: {left:?}");
     }
+}
+
+#[test]
+fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden("llama").join(name), folder.path().join(name)).unwrap();
+    }
+    let out = folder.path().join("out.gguf");
+    let asked = AtomicUsize::new(0);
+    let run = |most: usize| {
+        asked.store(0, Ordering::Relaxed);
+        let stop = || asked.fetch_add(1, Ordering::Relaxed) >= most;
+        quantize(folder.path(), &out, &options(gptq()), &windows(), &|_, _, _| {}, &stop)
+    };
+    run(usize::MAX).unwrap();
+    let (whole, steps) = (std::fs::read(&out).unwrap(), asked.load(Ordering::Relaxed));
+    std::fs::remove_file(&out).unwrap();
+    assert!(run(steps * 9 / 10).is_err());
+    run(usize::MAX).unwrap();
+    assert!(asked.load(Ordering::Relaxed) < steps / 2, "{steps}, then {}", asked.load(Ordering::Relaxed));
+    assert!(std::fs::read(&out).unwrap() == whole);
 }
 
 #[test]
@@ -366,6 +404,21 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
     let policy = Policy { group: 33, ..options(RTN).policy };
     assert!(refused(&whole, &Options { policy, ..options(RTN) }, &[]).starts_with("group: found 33"));
     assert!(refused(Path::new("nowhere.gguf"), &options(RTN), &[]).starts_with("nowhere.gguf"));
+
+    for (pattern, is_known) in [("blk.7.*", false), ("blk.0.ffn_up", true), ("ffn_up", false), ("*", true)] {
+        let policy = Policy { keep: vec![(pattern.to_owned(), BlockType::Q8_0)], ..options(RTN).policy };
+        let options = Options { policy, ..options(RTN) };
+        if is_known {
+            run(&whole, &out, &options).unwrap();
+            std::fs::remove_file(&out).unwrap();
+        } else {
+            let expected = format!("keep: found {pattern:?}, which no tensor is called, expected the name of a tensor");
+            assert!(refused(&whole, &options, &[]).starts_with(&expected));
+        }
+    }
+    let forced = Options { force: true, ..options(RTN) };
+    let error = run(&whole, &whole, &forced).unwrap_err().to_string();
+    assert!(error.ends_with("which is the source, expected another file"), "{error}");
 
     std::fs::write(&out, "mine").unwrap();
     let error = run(&whole, &out, &options(RTN)).unwrap_err().to_string();

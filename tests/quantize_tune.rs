@@ -1,5 +1,6 @@
 //! Tuning of scales and norms after a recipe, on the tiny checkpoints of plain decoder blocks.
 
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -158,6 +159,94 @@ fn neither_threads_nor_being_stopped_change_a_byte() {
     }
     assert!(stops > 2, "stopped {stops} times");
     assert!(std::fs::read(&out).unwrap() == whole);
+}
+
+/// A run that is stopped in the middle of a step, the first one after `patience` of them that this run began, or that ends. Also
+/// what it was doing, each only once, and how many steps were made when it went on with them.
+fn stopped(
+    source: &Path,
+    out: &Path,
+    options: &Options,
+    patience: usize,
+) -> (nybble::Result<Report>, Vec<String>, Option<usize>) {
+    const UNITS: usize = 4; // of a step: two layers there and back
+    let (stages, first, now) = (RefCell::new(Vec::<String>::new()), Cell::new(None), AtomicUsize::new(0));
+    let progress = |stage: &str, done: usize, _: usize| {
+        if stage != "quantize" && stages.borrow().last().is_none_or(|last| last != stage) {
+            stages.borrow_mut().push(stage.to_owned());
+        }
+        if stage == "tuning" {
+            first.set(first.get().or(Some(done / UNITS)));
+            now.store(done - first.get().unwrap_or(0) * UNITS, Ordering::Relaxed);
+        }
+    };
+    let stop = || now.load(Ordering::Relaxed) > patience * UNITS + 2;
+    let result = quantize(source, out, options, &windows(), &progress, &stop);
+    (result, stages.into_inner(), first.get())
+}
+
+#[test]
+fn tuning_that_is_stopped_at_any_step_goes_on_there_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let options = |threads| {
+        let tune = tune::Options { rounds: 2, batch: 4, rate: 4e-3 };
+        Options { threads: Some(threads), force: false, ..options(Some(tune)) }
+    };
+    let (report, stages, first) = stopped(&source, &out, &options(1), usize::MAX / 8);
+    report.unwrap();
+    assert!(stages.contains(&"tuning: full precision".to_owned()), "{stages:?}");
+    assert_eq!(first, Some(0));
+    let whole = std::fs::read(&out).unwrap();
+    std::fs::remove_file(&out).unwrap();
+
+    // Each run makes at least one step more than it found, whoever it is that computes.
+    let mut made = Vec::new();
+    for run in 1..=20 {
+        let (result, stages, first) = stopped(&source, &out, &options(1 + run % 2), run % 3);
+        if run > 1 {
+            assert_eq!(stages, ["tuning"], "nothing else is done again");
+        }
+        made.extend(first);
+        match result {
+            Ok(_) => break,
+            Err(Error::Interrupted) => assert!(!out.exists()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(made.len() > 3 && made.is_sorted() && made.last() > Some(&5), "{made:?}");
+    assert!(std::fs::read(&out).unwrap() == whole);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "the source and the file are left");
+}
+
+#[test]
+fn what_tuning_saved_counts_only_whole_and_for_the_same_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let tune = tune::Options { rounds: 1, batch: 4, rate: 4e-3 };
+    let options = Options { force: false, ..options(Some(tune)) };
+    stopped(&source, &out, &options, usize::MAX / 8).0.unwrap();
+    let whole = std::fs::read(&out).unwrap();
+    for damaged in ["out.gguf.resume-tuning", "out.gguf.resume-reference", "out.gguf.resume-state"] {
+        std::fs::remove_file(&out).unwrap();
+        assert!(stopped(&source, &out, &options, 2).0.is_err());
+        let path = folder.path().join(damaged);
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let (result, _, first) = stopped(&source, &out, &options, usize::MAX / 8);
+        result.unwrap();
+        assert_eq!(first == Some(0), damaged.ends_with("tuning"), "{damaged}: {first:?}");
+        assert!(std::fs::read(&out).unwrap() == whole, "{damaged}");
+    }
+    // Other steps are another run, although the codes are the same.
+    std::fs::remove_file(&out).unwrap();
+    assert!(stopped(&source, &out, &options, 2).0.is_err());
+    let other = Options { tune: Some(tune::Options { rate: 2e-3, ..tune }), ..options };
+    let (result, stages, first) = stopped(&source, &out, &other, usize::MAX / 8);
+    result.unwrap();
+    assert_eq!((stages, first), (vec!["tuning: full precision".to_owned(), "tuning".to_owned()], Some(0)));
+    assert!(std::fs::read(&out).unwrap() != whole);
 }
 
 #[test]

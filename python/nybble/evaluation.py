@@ -115,7 +115,7 @@ def evaluate(
     Raises:
         FileNotFoundError, PermissionError: the text cannot be read.
         ModelError: the text does not fill a window, or what the model computes is NaN.
-        ValueError: the window is below 4 tokens, or the vocabularies differ.
+        ValueError: the window is below 4 tokens or beyond the model's context, or the vocabularies differ.
     """
     if reference is not None:
         recorded = Reference(reference, text, window=window, max_tokens=max_tokens, progress=progress)
@@ -127,6 +127,8 @@ def evaluate(
 def _windows(model: Model, text: Texts, window: int, max_tokens: int | None) -> texts.Windows:
     if window < 4:
         raise ValueError(f"window: found {window}, expected at least 4 tokens")
+    if window > model.info.context:
+        raise ValueError(f"window: found {window}, expected at most {model.info.context}, the context of the model")
     documents, what = texts.as_documents(text)
     return texts.windows(model.tokenizer, documents, window, max_tokens, what)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ Recipe = Literal["auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signrou
 Format = Literal["q4_0", "q4_1", "iq4_nl"]
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how much of it is done, and how much there is."""
+
+_log = logging.getLogger("nybble")
 
 RECIPES = ("auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround")
 FORMATS = ("q4_0", "q4_1", "iq4_nl")
@@ -78,8 +83,8 @@ def quantize(
         measure: whether the file is compared with the source in the end; if None, where `evaluation` is given. "auto"
             always measures.
         target: "auto" ends when the perplexity is within this share of the source's (0.01 by default).
-        budget: "auto" ends after so many minutes.
-        bits_per_weight: give the most sensitive layers 8 bits, up to this average over the linear layers.
+        budget: "auto" ends after so many minutes with the best until then; the first recipe is always tried.
+        bits_per_weight: give the most sensitive layers 5 or 8 bits, up to this average over the linear layers.
         output_type: the type of embedding and output.
         keep: types of single tensors, by name or pattern (`{"blk.0.*": "q8_0"}`).
         seed: of whatever is drawn at random. The same seed gives the same file, on any number of threads.
@@ -101,12 +106,13 @@ def quantize(
     path = hub.resolve(source, revision=revision)
     usual = "iq4_nl" if recipe == "auto" else "q4_0"
     grid = format or ("q4_1" if symmetric is False else usual)
+    _tell_packed(path)
     with _reporter(progress) as report:
         tokenizer = Tokenizer.load(path)
         measures = recipe == "auto" or evaluation is not None if measure is None else measure
         needs_text = recipe != "rtn" or (measures and evaluation is None) or bits_per_weight is not None
         windows = (
-            _calibration(path, tokenizer, calibration, calibration_tokens, seed, threads, report)
+            _calibration(path, out, tokenizer, calibration, calibration_tokens, seed, threads, report)
             if needs_text
             else None
         )
@@ -137,6 +143,8 @@ def quantize(
         }
         options.update({name: value for name, value in more.items() if value is not None})
         done = Report.from_json(_native.quantize(path, out, **options))
+        _written(out).unlink(missing_ok=True)
+        _tell_groups(done, group)
         if measures and held_out is not None and not done.candidates:
             done = _measured(done, path, out, held_out, grid, threads, report)
     return done
@@ -168,10 +176,36 @@ def _check(
         raise ValueError(f"target: found {target}, expected a share of the perplexity such as 0.01")
     if budget is not None and not budget > 0:
         raise ValueError(f"budget: found {budget}, expected minutes")
+    for name, value in (("target", target), ("budget", budget)):
+        if value is not None and recipe != "auto":
+            raise ValueError(f"{name}: found {value} beside the recipe {recipe}, expected it beside auto alone")
     if out.exists() and not force:
         raise FileExistsError(f"{out}: exists already (force overwrites it)")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: its folder does not exist")
+
+
+def _tell_packed(path: Path) -> None:
+    """Says it when a source is in few bits already: what its rounding has lost is not found again."""
+    if path.is_dir():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # The library says what is wrong with it.
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if method := config.get("quantization_config", {}).get("quant_method"):
+                _log.info("%s is a checkpoint of %s, whose weights are rounded already", path, method)
+        return
+    types = {tensor.type for tensor in _native.GgufFile(path).tensors if len(tensor.shape) > 1}
+    if packed := sorted(types - {"F32", "F16", "BF16"}):
+        _log.info("%s holds %s, whose weights are rounded already", path, ", ".join(packed))
+
+
+def _tell_groups(done: Report, asked: int | None) -> None:
+    """Says where rows had no place for the groups that were asked for."""
+    smaller = [
+        tensor.group for tensor in done.tensors if tensor.relative_error is not None and tensor.group < (asked or 0)
+    ]
+    for group, count in sorted(Counter(smaller).items(), reverse=True):
+        rows = f"the rows of {count} matrices" if count > 1 else "the rows of 1 matrix"
+        _log.info("groups of %d do not divide %s: groups of %d there", asked, rows, group)
 
 
 def _window(path: Path) -> int:
@@ -197,6 +231,7 @@ def _context(path: Path) -> int:
 
 def _calibration(
     path: Path,
+    out: Path,
     tokenizer: Tokenizer,
     source: str | os.PathLike[str] | Sequence[str],
     tokens: int,
@@ -216,9 +251,25 @@ def _calibration(
                 window=window,
                 seed=seed,
                 progress=lambda done, total: report("writing texts", done, total),
+                keep=_written(out),
+                key=_key(path),
             )
     documents, what = calibration.documents(source)
     return texts.windows(tokenizer, documents, window, tokens, what)
+
+
+def _written(out: Path) -> Path:
+    """Where texts that the model writes are kept until `out` is made."""
+    return out.with_name(f"{out.name}.resume-texts")
+
+
+def _key(path: Path, *more: object) -> str:
+    """What tells a checkpoint from others, and from itself when it has changed."""
+    # In a folder others may write meanwhile, and so does a run whose output lies there.
+    inside = sorted(path.glob("*")) if path.is_dir() else [path]
+    files = [file for file in inside if file.is_file() and (file == path or file.suffix in (".json", ".safetensors"))]
+    seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((_native.__version__, *more, seen)).encode()).hexdigest()[:16]
 
 
 def _split(windows: Windows) -> tuple[Windows, Windows]:
@@ -314,12 +365,7 @@ class Spec:
 
     def apply(self, path: Path, threads: int | None, progress: Callable[[int, int], object] | None) -> Path:
         """The file that the checkpoint at `path` becomes: made now, or kept from the last time."""
-        import hashlib
-
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        key = hashlib.sha256(repr((_native.__version__, self, seen)).encode()).hexdigest()[:16]
-        out = hub.cache_dir() / "quantized" / f"{path.stem}-{key}.gguf"
+        out = hub.cache_dir() / "quantized" / f"{path.stem}-{_key(path, self)}.gguf"
         if not out.is_file():
             out.parent.mkdir(parents=True, exist_ok=True)
             tell = (lambda _, done, total: progress(done, total)) if progress is not None else False

@@ -41,7 +41,7 @@ def render(report: Report) -> str:
         positions=_position_plot(report.kl_by_position) if report.kl_by_position else None,
         candidates=_candidate_plot(report.candidates) if len(report.candidates) > 1 else None,
         worst=_worst(report),
-        settings=_settings(report),
+        matrices=matrices(report),
     )
 
 
@@ -110,12 +110,14 @@ def _worst(report: Report) -> list[str]:
     return [tensor.name for tensor in sorted(known, key=lambda tensor: -(tensor.relative_error or 0))[:3]]
 
 
-def _settings(report: Report) -> list[tuple[str, str]]:
-    """What matrices of which types the file has, most weight first."""
-    types: dict[str, int] = defaultdict(int)
+def matrices(report: Report) -> list[str]:
+    """How many matrices of which type and group the file has, in its order."""
+    found: dict[str, int] = defaultdict(int)
     for tensor in report.tensors:
-        types[tensor.type] += 1
-    return [(kind, f"{count} matrices" if count != 1 else "1 matrix") for kind, count in types.items()]
+        # Of other types it is no choice how many weights share a scale.
+        groups = f" in groups of {tensor.group}" if tensor.relative_error is not None else ""
+        found[f"{tensor.type}{groups}"] += 1
+    return [f"{count} {'matrix' if count == 1 else 'matrices'} of {kind}" for kind, count in found.items()]
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -26,12 +26,15 @@ def read(path: str | os.PathLike[str]) -> list[str]:
     A line of JSONL is a string, or an object with a string under `text` or `content`.
 
     Raises:
-        FileNotFoundError, PermissionError: the file cannot be read.
+        FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
         ModelError: it is no UTF-8, or a line of JSONL is none of these.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        # The path first, as in every other message.
+        raise type(error)(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a text") from None
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: found bytes that are no UTF-8 at {error.start}, expected a text") from None
     if path.suffix.lower() not in (".jsonl", ".ndjson"):

@@ -106,7 +106,7 @@ pub(super) fn quantize(
             }
         };
         if let Some(bits) = bits_per_weight {
-            policy = spend_bits(&source, &policy, bits, &windows, threads, &report, &stop)?;
+            policy = spend_bits(&source, &out, &policy, bits, &windows, threads, &report, &stop)?;
         }
         match recipe {
             Some(recipe) => {

@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::eval::{Baseline, Evaluation};
 use super::flow::{self, Options, Progress, Recipe};
+use super::journal::{Journal, key};
 use super::policy::Policy;
 use super::problem::Grid;
 use super::report::Report;
@@ -23,6 +25,9 @@ use crate::model::{LoadOptions, Model, Quantize};
 
 /// Tokens on which sensitivity is measured: windows, and tokens of each.
 const SENSITIVITY: (usize, usize) = (2, 128);
+
+/// What is known of sensitivity is kept beside the output under its name with this end.
+const PLAN: &str = ".bits";
 
 /// What to make of a checkpoint, and what is good enough.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,16 +80,19 @@ pub fn auto(
 ) -> Result<AutoReport> {
     let started = Instant::now();
     options.policy.check()?;
-    if out.exists() && !options.force {
-        return Err(Error::argument("out", format_args!("{}, which exists", out.display()), "a new file, or force"));
-    }
+    flow::check_out(source, out, options.force)?;
     let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
     let floats = LoadOptions { quantize: Quantize::Stored, ..load.clone() };
-    progress("reference", 0, 1);
-    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &|_, _| Ok(()), interrupted)?;
+    let can_tune = flow::can_tune(source, &options.policy, &load)?;
+    let measuring = |done, total| {
+        progress("measuring the source", done, total);
+        Ok(())
+    };
+    measuring(0, evaluation.len())?;
+    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &measuring, interrupted)?;
     let reference = baseline.evaluation().clone();
 
-    let runs: Vec<Options> = recipes(flow::can_tune(source, &load)?)
+    let runs: Vec<Options> = recipes(can_tune)
         .into_iter()
         .map(|(recipe, tune)| Options {
             recipe,
@@ -97,20 +105,33 @@ pub fn auto(
     let names: Vec<String> = runs.iter().map(Options::name).collect();
     let paths: Vec<PathBuf> = names.iter().map(|name| beside(out, name)).collect();
     let mut made: Vec<(Report, Evaluation)> = Vec::new();
-    let mut journals: Vec<PathBuf> = Vec::new();
+    let mut journals: Vec<PathBuf> = vec![flow::beside(&flow::beside(out, PLAN), ".resume")];
+    let late = AtomicBool::new(false);
     let mut evaluate = |number: usize| {
         let told = |stage: &str, done: usize, total: usize| {
             progress(&format!("{}: {stage}", names[number]), done, total);
         };
         // Tuning begins with the codes of its recipe, which need not be found twice.
         let work = beside(out, runs[number].recipe.name());
-        let (report, more) = flow::make(source, &paths[number], &work, &runs[number], windows, &told, interrupted)?;
-        journals.extend(more);
-        told("evaluation", 0, 1);
-        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &|_, _| Ok(()), interrupted)?;
+        journals.extend(flow::work(&work));
+        let stop = || {
+            // The first candidate is made whatever the time: something has to come out.
+            let is_over = number > 0 && options.budget.is_some_and(|budget| started.elapsed() > budget);
+            late.fetch_or(is_over, Ordering::Relaxed);
+            is_over || interrupted()
+        };
+        let report = match flow::make(source, &paths[number], &work, &runs[number], windows, &told, &stop) {
+            Err(Error::Interrupted) if late.load(Ordering::Relaxed) => return Ok(None),
+            made => made?,
+        };
+        let measuring = |done, total| {
+            told("measuring the file", done, total);
+            Ok(())
+        };
+        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &measuring, interrupted)?;
         let figures = figures(&report, &measured);
         made.push((report, measured));
-        Ok(figures)
+        Ok(Some(figures))
     };
     let outcome = search(
         &names,
@@ -155,13 +176,16 @@ fn beside(out: &Path, recipe: &str) -> PathBuf {
 }
 
 /// `policy` with finer formats for the most sensitive linear layers, so that all have `bits` a weight on average at most,
-/// scales included. Sensitivity is measured on the first of `windows`.
+/// scales included. Sensitivity is measured on the first of `windows`; what is known of it stays beside `out` until that is
+/// made, so that an interrupted run goes on there.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] when the usual format takes more bits than that, and for too little text; those of
 /// [`quantize`](flow::quantize).
+#[allow(clippy::too_many_arguments, reason = "those of the run that follows, and the bits")]
 pub fn spend_bits(
     source: &Path,
+    out: &Path,
     policy: &Policy,
     bits: f64,
     windows: &[Vec<u32>],
@@ -178,7 +202,10 @@ pub fn spend_bits(
     let plan = |checkpoint: &dyn Checkpoint| {
         let layers = Layerwise::load(checkpoint, &LoadOptions { threads, ..LoadOptions::default() })?;
         flow::check_windows(&layers, windows)?;
-        sensitivity::plan(checkpoint, &layers, policy, bits, &sample, progress, interrupted)
+        policy.check_names(checkpoint)?;
+        let key = key(checkpoint, format!("{policy:?}"), &sample);
+        let mut journal = Journal::open(&flow::beside(out, PLAN), key)?;
+        sensitivity::plan(checkpoint, &layers, policy, bits, &sample, &mut journal, progress, interrupted)
     };
     let finer = if source.is_dir() { plan(&HfFolder::open(source)?)? } else { plan(&Gguf::open(source)?)? };
     let mut policy = policy.clone();

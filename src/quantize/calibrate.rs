@@ -5,14 +5,12 @@
 //! layers make up for the errors of earlier ones. In memory are one layer's weights, the moments of one input, and the
 //! activations of all windows, which go to a temporary file beyond a limit.
 
-use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
-use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::compute::{Compute, mirror};
+use super::saved::{Saved, Writer};
 use super::stream::Stream;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::Checkpoint;
 use crate::model::layerwise::{Layerwise, LoadedLayer, Network, Site};
 
@@ -101,7 +99,7 @@ impl<'a> Calibration<'a> {
     /// The windows before the first layer. Temporary files go to `folder`.
     ///
     /// # Errors
-    /// [`Error::Io`], and those of the forward pass.
+    /// [`Error::Io`](crate::error::Error::Io), and those of the forward pass.
     pub(super) fn start(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Result<Calibration<'a>> {
         let mut calibration = Calibration::empty(layers, windows, folder);
         for (window, tokens) in windows.iter().enumerate() {
@@ -113,7 +111,7 @@ impl<'a> Calibration<'a> {
     /// The windows before the layer at which a run with that `key` stopped, and the layer's number, if `path` has them.
     ///
     /// # Errors
-    /// [`Error::Io`]
+    /// [`Error::Io`](crate::error::Error::Io)
     pub(super) fn resume(
         layers: &'a Layerwise,
         windows: &'a [Vec<u32>],
@@ -121,62 +119,30 @@ impl<'a> Calibration<'a> {
         path: &Path,
         key: u64,
     ) -> Result<Option<(Calibration<'a>, usize)>> {
-        let failed = |source| Error::io(path, source);
-        let file = match File::open(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(failed)?,
-        };
+        let hidden = layers.config().hidden;
+        let count = windows.iter().map(|tokens| tokens.len() * hidden).sum();
+        let Some(saved) = Saved::open(path, key, count)? else { return Ok(None) };
         let mut calibration = Calibration::empty(layers, windows, folder);
-        let numbers: usize = windows.iter().map(|tokens| tokens.len() * layers.config().hidden).sum();
-        if file.metadata().map_err(failed)?.len() != (24 + 4 * numbers) as u64 {
-            return Ok(None);
-        }
-        let mut reader = BufReader::with_capacity(1 << 20, file);
-        let mut number = || -> Result<u64> {
-            let mut bytes = [0; 8];
-            reader.read_exact(&mut bytes).map_err(failed)?;
-            Ok(u64::from_le_bytes(bytes))
-        };
-        let (found, layer, sum) = (number()?, number()?, number()?);
-        if found != key {
-            return Ok(None);
-        }
-        let mut hasher = DefaultHasher::new();
+        let mut at = 0;
         for (window, tokens) in windows.iter().enumerate() {
-            let mut x = vec![0.0f32; tokens.len() * layers.config().hidden];
-            reader.read_exact(bytemuck::cast_slice_mut(&mut x)).map_err(failed)?;
-            hasher.write(bytemuck::cast_slice(&x));
+            let mut x = vec![0.0f32; tokens.len() * hidden];
+            saved.read(at, &mut x)?;
+            at += x.len();
             calibration.stream.put(window, x)?;
         }
-        Ok((hasher.finish() == sum).then_some((calibration, layer as usize)))
+        Ok(Some((calibration, saved.number as usize)))
     }
 
     /// Writes the windows, which come before layer `layer`, to `path`, for [`resume`](Calibration::resume).
     ///
     /// # Errors
-    /// [`Error::Io`]
+    /// [`Error::Io`](crate::error::Error::Io)
     pub(super) fn save(&mut self, path: &Path, key: u64, layer: usize) -> Result<()> {
-        let failed = |source| Error::io(path, source);
-        // The file before it is there until this one is whole. What a kill leaves behind is overwritten by the next run.
-        let new = path.with_extension("resume-new");
-        let mut file = File::create(&new).map_err(failed)?;
-        let mut hasher = DefaultHasher::new();
-        let header = |sum: u64| [key, layer as u64, sum].map(u64::to_le_bytes).concat();
-        let mut write = || -> Result<()> {
-            file.write_all(&header(0)).map_err(failed)?;
-            for window in 0..self.windows.len() {
-                let x = self.stream.get(window)?;
-                hasher.write(bytemuck::cast_slice(&x));
-                file.write_all(bytemuck::cast_slice(&x)).map_err(failed)?;
-            }
-            file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header(hasher.finish()))).map_err(failed)
-        };
-        let written = write().and_then(|()| std::fs::rename(&new, path).map_err(failed));
-        if written.is_err() {
-            // The error says more than a second one about the rest of a file.
-            let _ = std::fs::remove_file(&new);
+        let mut writer = Writer::create(path, key, layer as u64)?;
+        for window in 0..self.windows.len() {
+            writer.write(&self.stream.get(window)?)?;
         }
-        written
+        writer.finish()
     }
 
     fn empty(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Calibration<'a> {
@@ -196,14 +162,6 @@ impl<'a> Calibration<'a> {
             stream.put(window, self.stream.get(window)?)?;
         }
         Ok(Calibration { stream, ..*self })
-    }
-
-    /// The stream of a window as it is now `(tokens, hidden)`.
-    ///
-    /// # Errors
-    /// Those of temporary files.
-    pub(super) fn stream(&mut self, window: usize) -> Result<Vec<f32>> {
-        self.stream.get(window)
     }
 
     /// The logits of all tokens of a window `(tokens, vocabulary)`, after the last layer.
@@ -263,12 +221,14 @@ impl<'a> Calibration<'a> {
             choices.push(layers.route(loaded, &inputs.get(window)?));
         }
         let mut joining = self.buffer(hidden);
+        let last = networks.last().copied();
         for network in networks {
             let mut chosen = Vec::with_capacity(self.windows.len());
             for (window, choice) in choices.iter().enumerate() {
                 chosen.push(self.chosen(loaded, network, choice, &inputs.get(window)?));
             }
-            self.network(loaded, network, &chosen, (&mut inputs, &mut joining), visitor)?;
+            let is_last = Some(network) == last;
+            self.network(loaded, network, is_last, &chosen, (&mut inputs, &mut joining), visitor)?;
         }
         for window in 0..self.windows.len() {
             let mut x = self.stream.take(window)?;
@@ -278,26 +238,28 @@ impl<'a> Calibration<'a> {
         Ok(())
     }
 
-    /// One network: its inputs are the `chosen` rows of `inputs`, its weighted outputs are added to `joining`.
+    /// One network: its inputs are the `chosen` rows of `inputs`, of which the last network leaves nothing, its weighted outputs
+    /// are added to `joining`.
     fn network(
         &self,
         loaded: &mut LoadedLayer,
         network: Network,
+        is_last: bool,
         chosen: &[Vec<(usize, f32)>],
         (inputs, joining): (&mut Stream, &mut Stream),
         visitor: &mut dyn Visitor,
     ) -> Result<()> {
         let (layers, hidden, index) = (self.layers, self.layers.config().hidden, loaded.index());
         let (up, down) = (Site::Up(network), Site::Down(network));
-        let gather = |inputs: &mut Stream, window: usize| -> Result<Vec<f32>> {
-            let all = inputs.get(window)?;
+        let gather = |inputs: &mut Stream, window: usize, is_last: bool| -> Result<Vec<f32>> {
+            let all = if is_last { inputs.take(window)? } else { inputs.get(window)? };
             Ok(chosen[window].iter().flat_map(|(row, _)| &all[row * hidden..][..hidden]).copied().collect())
         };
         let mut moments = visitor.wants(index, up).then(|| Moments::new(hidden));
         if let Some(moments) = &mut moments {
             for window in 0..self.windows.len() {
                 visitor.step(index, up, window)?;
-                moments.add(&gather(inputs, window)?, &self.compute);
+                moments.add(&gather(inputs, window, false)?, &self.compute);
             }
         }
         self.solve(loaded, up, moments, visitor)?;
@@ -307,7 +269,7 @@ impl<'a> Calibration<'a> {
         let mut moments = visitor.wants(index, down).then(|| Moments::new(width));
         for window in 0..self.windows.len() {
             visitor.step(index, down, window)?;
-            let out = layers.inner(loaded, network, gather(inputs, window)?);
+            let out = layers.inner(loaded, network, gather(inputs, window, is_last)?);
             moments.iter_mut().for_each(|moments| moments.add(&out, &self.compute));
             inner.put(window, out)?;
         }

@@ -10,7 +10,7 @@ use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
-use crate::model::{Input, Logits, Model, Progress};
+use crate::model::{Input, Logits, Model};
 
 /// Bytes of logits that are held at a time.
 const PIECE: usize = 32 << 20;
@@ -19,6 +19,9 @@ const NEGLIGIBLE: f32 = -16.0;
 /// Three F32 before the codes of a row of the baseline: step, offset, and the negative log-likelihood, which 16 bits would
 /// cut off for the unlikeliest tokens.
 const ROW_HEADER: usize = 12;
+
+/// Told how many windows are done and how many there are, on the thread that asks. An error ends the measurement.
+pub type Progress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
 /// A mean, or what follows from one, with its standard error: how far it would vary between texts of that length.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -3,17 +3,16 @@
 //! Linear layers are quantized in the order in which tokens go through them, and what is done is kept in a journal beside
 //! the output. When all is done the file is written, under another name until it is whole.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::calibrate::{Calibration, Moments, Visitor};
 use super::compute::Compute;
 use super::fold;
-use super::journal::Journal;
+use super::journal::{Journal, key};
 use super::overlay::{Overlay, read_rows};
 use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Problem, Solution};
@@ -32,6 +31,9 @@ use crate::model::layerwise::{Layerwise, Site};
 pub(super) const FEWEST_TOKENS: usize = 64;
 /// Tokens below which a text is no calibration.
 const LEAST_TEXT: usize = 512;
+/// The ends of all files in which a run keeps what is done, the journal's first.
+const WORK: [&str; 6] =
+    [".resume", ".resume-state", ".resume-reference", ".resume-tuning", ".resume-new", ".bits.resume"];
 /// Units of progress of one layer.
 const UNITS: usize = 1000;
 
@@ -132,15 +134,33 @@ pub fn quantize(
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Report> {
     options.policy.check()?;
-    if out.exists() && !options.force {
-        return Err(Error::argument("out", format_args!("{}, which exists", out.display()), "a new file, or force"));
-    }
-    let (report, journals) = make(source, out, out, options, windows, progress, interrupted)?;
-    remove(&journals)?;
+    check_out(source, out, options.force)?;
+    let report = make(source, out, out, options, windows, progress, interrupted)?;
+    remove(&work(out))?;
     Ok(report)
 }
 
-/// [`quantize`] without the checks, with what is done beside `work` instead of `out`. It stays there: the files are returned.
+/// Whether a file may be written as `out`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`]
+pub(super) fn check_out(source: &Path, out: &Path, force: bool) -> Result<()> {
+    let whole = |path: &Path| path.canonicalize().ok();
+    let refused =
+        |what, expected: &str| Err(Error::argument("out", format_args!("{}, which {what}", out.display()), expected));
+    match whole(out) {
+        Some(there) if whole(source).is_some_and(|source| source == there) => refused("is the source", "another file"),
+        Some(_) if !force => refused("exists", "a new file, or force"),
+        _ => Ok(()),
+    }
+}
+
+/// The files in which what is done may be kept beside `out`.
+pub(super) fn work(out: &Path) -> Vec<PathBuf> {
+    WORK.map(|more| beside(out, more)).to_vec()
+}
+
+/// [`quantize`] without the checks, with what is done beside `work` instead of `out`. It stays there, in [`work`].
 pub(super) fn make(
     source: &Path,
     out: &Path,
@@ -149,7 +169,7 @@ pub(super) fn make(
     windows: &[Vec<u32>],
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
-) -> Result<(Report, Vec<PathBuf>)> {
+) -> Result<Report> {
     // Asked on this thread alone, as signals are; and an answer is not forgotten, whoever asks next.
     let (this, stopped) = (std::thread::current().id(), AtomicBool::new(false));
     let interrupted = || {
@@ -172,9 +192,11 @@ pub(super) fn make(
 /// Whether a checkpoint can be tuned.
 ///
 /// # Errors
-/// Those of [`Gguf::open`], [`HfFolder::open`] and [`Model::load`](crate::model::Model::load).
-pub(super) fn can_tune(source: &Path, load: &LoadOptions) -> Result<bool> {
+/// [`Error::InvalidArgument`] for a policy of another checkpoint; those of [`Gguf::open`], [`HfFolder::open`] and
+/// [`Model::load`](crate::model::Model::load).
+pub(super) fn can_tune(source: &Path, policy: &Policy, load: &LoadOptions) -> Result<bool> {
     let of = |checkpoint: &dyn Checkpoint| {
+        policy.check_names(checkpoint)?;
         let layers = Layerwise::load(checkpoint, load)?;
         Ok(tune::supports(checkpoint, layers.config()).is_ok())
     };
@@ -197,12 +219,13 @@ fn quantize_checkpoint(
     windows: &[Vec<u32>],
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
-) -> Result<(Report, Vec<PathBuf>)> {
+) -> Result<Report> {
     let started = Instant::now();
+    options.policy.check_names(checkpoint)?;
     check_vectors(checkpoint)?;
     let all_windows = windows;
     let windows = if options.recipe.needs_text() { windows } else { &[] };
-    let key = key(checkpoint, options, windows);
+    let key = key(checkpoint, format!("{:?}", (&options.recipe, &options.policy)), windows);
     let journal = Journal::open(work, key)?;
     let layers = Layerwise::load(checkpoint, &LoadOptions { threads: options.threads, ..LoadOptions::default() })?;
     let compute = Compute::new(layers.team(), layers.kernel()).until(interrupted);
@@ -217,7 +240,6 @@ fn quantize_checkpoint(
         windows: windows.len(),
         layers: layers.config().layers.len(),
     };
-    let state = beside(work, ".resume-state");
     let folder = match work.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -230,6 +252,7 @@ fn quantize_checkpoint(
         check_windows(&layers, all_windows)?;
     }
     if options.recipe.needs_text() {
+        let state = beside(work, ".resume-state");
         let found = Calibration::resume(&layers, windows, folder, &state, key)?;
         let (mut calibration, first) = match found.filter(|(_, layer)| (0..*layer).all(|layer| run.is_done(layer))) {
             Some(found) => found,
@@ -243,15 +266,15 @@ fn quantize_checkpoint(
         }
     }
     run.rest()?;
-    if let Some(options) = options.tune.filter(|_| !run.is_tuned()) {
+    if let Some(options) = &options.tune {
         let policy = &run.options.policy;
         let tuning =
-            Tuning { checkpoint, layers: &layers, policy, windows: all_windows, folder, progress, interrupted };
-        tuning.run(&options, &mut run.journal)?;
+            Tuning { checkpoint, layers: &layers, policy, windows: all_windows, work, folder, progress, interrupted };
+        tuning.run(options, key, &mut run.journal)?;
     }
     let mut report = run.write(more, out)?;
     report.seconds = started.elapsed().as_secs_f64();
-    Ok((report, vec![run.journal.path().to_path_buf(), state]))
+    Ok(report)
 }
 
 /// A file beside `out` with more after its name.
@@ -293,29 +316,6 @@ pub(super) fn check_windows(layers: &Layerwise, windows: &[Vec<u32>]) -> Result<
     }
 }
 
-/// A number that is the same for runs with the same result.
-fn key(checkpoint: &dyn Checkpoint, options: &Options, windows: &[Vec<u32>]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    env!("CARGO_PKG_VERSION").hash(&mut hasher);
-    format!("{:?}", (&options.recipe, &options.policy)).hash(&mut hasher);
-    windows.hash(&mut hasher);
-    let path = checkpoint.path();
-    path.canonicalize().unwrap_or_else(|_| path.to_path_buf()).hash(&mut hasher);
-    // Names, sizes and times of the files stand for their bytes.
-    let mut files: Vec<PathBuf> = std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect();
-    files.push(path.to_path_buf());
-    files.sort();
-    for file in files {
-        let Ok(metadata) = file.metadata() else { continue };
-        let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        (file, metadata.len(), changed.filter(|_| metadata.is_file())).hash(&mut hasher);
-    }
-    for name in checkpoint.names() {
-        (name, checkpoint.tensor(name).map(|tensor| tensor.dims)).hash(&mut hasher);
-    }
-    hasher.finish()
-}
-
 /// A run in progress.
 struct Run<'a> {
     checkpoint: &'a dyn Checkpoint,
@@ -350,11 +350,6 @@ impl Run<'_> {
             let is_solved = matches!(self.options.policy.stored(name, &dims), Stored::Solved(_));
             !is_solved || parts.all(|part| self.journal.description(name, part).is_some())
         })
-    }
-
-    /// Whether tuning is in the journal: what it adds last.
-    fn is_tuned(&self) -> bool {
-        self.journal.description(&tune::tuned("output_norm.weight"), 0).is_some()
     }
 
     /// The pieces of tensors at a site.

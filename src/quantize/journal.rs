@@ -6,14 +6,16 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::hash::{DefaultHasher, Hasher};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use serde_json::Value;
 
 use super::flow::beside;
 use crate::error::{Error, Result};
+use crate::format::Checkpoint;
 
 const MAGIC: &[u8] = b"nybble quantize 1\n";
 /// Bytes before the first record.
@@ -130,11 +132,30 @@ impl Journal {
         self.end += record.len() as u64;
         Ok(())
     }
+}
 
-    /// Where it lies.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+/// A number that is the same for runs with the same result: those with the same `options`.
+pub(super) fn key(checkpoint: &dyn Checkpoint, options: impl Hash, windows: &[Vec<u32>]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    env!("CARGO_PKG_VERSION").hash(&mut hasher);
+    options.hash(&mut hasher);
+    windows.hash(&mut hasher);
+    let path = checkpoint.path();
+    path.canonicalize().unwrap_or_else(|_| path.to_path_buf()).hash(&mut hasher);
+    // Names, sizes and times of the files stand for their bytes. What else is in the folder may change: the run writes there.
+    let mut files: Vec<PathBuf> = std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|end| end == "safetensors" || end == "json"));
+    files.push(path.to_path_buf());
+    files.sort();
+    for file in files {
+        let Some(metadata) = file.metadata().ok().filter(|metadata| metadata.is_file()) else { continue };
+        let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        (file, metadata.len(), changed).hash(&mut hasher);
     }
+    for name in checkpoint.names() {
+        (name, checkpoint.tensor(name).map(|tensor| tensor.dims)).hash(&mut hasher);
+    }
+    hasher.finish()
 }
 
 fn number(bytes: &[u8]) -> u64 {

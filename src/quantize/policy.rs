@@ -2,6 +2,7 @@
 
 use super::problem::{Format, Grid};
 use crate::error::{Error, Result};
+use crate::format::Checkpoint;
 use crate::model::requantize::target;
 use crate::quant::block::BlockType;
 
@@ -58,10 +59,28 @@ impl Policy {
         Ok(())
     }
 
+    /// Checks that every pattern describes something.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`]
+    pub(super) fn check_names(&self, checkpoint: &dyn Checkpoint) -> Result<()> {
+        let names = checkpoint.names();
+        let is_of = |pattern: &str, name: &&str| fits(pattern, name) || fits(pattern, stem(name));
+        match self.keep.iter().find(|(pattern, _)| !names.iter().any(|name| is_of(pattern, name))) {
+            None => Ok(()),
+            Some((pattern, _)) => {
+                let known = names.iter().find(|name| name.starts_with("blk.")).copied().unwrap_or("token_embd.weight");
+                let expected =
+                    format_args!("the name of a tensor, such as {}, * for any text", stem(known)).to_string();
+                Err(Error::argument("keep", format_args!("{pattern:?}, which no tensor is called"), expected))
+            }
+        }
+    }
+
     /// What becomes of the tensor called `name`.
     pub fn stored(&self, name: &str, dims: &[usize]) -> Stored {
         let columns = dims.first().copied().unwrap_or(0);
-        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let stem = stem(name);
         let kept = self.keep.iter().find(|(pattern, _)| fits(pattern, name) || fits(pattern, stem));
         let (wanted, group) = match kept {
             // Only matrices have rows of many blocks.
@@ -79,6 +98,11 @@ impl Policy {
             None => Stored::Encoded(BlockType::F16),
         }
     }
+}
+
+/// A name without its `.weight`.
+fn stem(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 /// Whether it is a matrix of a layer through which all activations go.

@@ -48,7 +48,7 @@ impl Target {
     /// In words.
     fn text(self) -> String {
         match self {
-            Target::Perplexity(share) => format!("perplexity within {}%", (share * 1e4).round() / 1e2),
+            Target::Perplexity(share) => format!("perplexity within {}%", (share * 1e8).round() / 1e6),
             Target::Divergence(most) => format!("mean KL divergence up to {most}"),
         }
     }
@@ -65,7 +65,8 @@ pub struct Outcome {
     pub because: String,
 }
 
-/// Tries `names` from the first to the last, as `evaluate(number)` makes and measures them.
+/// Tries `names` from the first to the last, as `evaluate(number)` makes and measures them: it returns nothing when the time
+/// is over meanwhile.
 ///
 /// The first that holds the target is chosen. When none does, or `clock`, which says how long the search has lasted, passes
 /// `budget`, it is the one of least mean divergence, and the sentence says by what the target was missed. A candidate that
@@ -79,7 +80,7 @@ pub fn search(
     target: Target,
     budget: Option<Duration>,
     clock: &dyn Fn() -> Duration,
-    evaluate: &mut dyn FnMut(usize) -> Result<Figures>,
+    evaluate: &mut dyn FnMut(usize) -> Result<Option<Figures>>,
 ) -> Result<Outcome> {
     let mut tried: Vec<(Figures, Duration)> = Vec::new();
     let mut late = None;
@@ -90,7 +91,10 @@ pub fn search(
             late = Some(number);
             break;
         }
-        let figures = evaluate(number)?;
+        let Some(figures) = evaluate(number)? else {
+            late = Some(number);
+            break;
+        };
         tried.push((figures, clock().saturating_sub(begun)));
         if target.holds(&figures, reference) {
             let because = format!("{} is the cheapest that was found with {}", names[number], target.text());
@@ -110,7 +114,7 @@ pub fn search(
         "{} diverges least ({:.4}); none of {} has {} (perplexity {:.2}, full precision {reference:.2}){rest}",
         names[chosen],
         figures.kl_mean,
-        names[..tried.len()].join(", "),
+        if tried.len() > 1 { names[..tried.len()].join(", ") } else { "what was tried".to_owned() },
         target.text(),
         figures.perplexity,
     );
@@ -138,7 +142,7 @@ mod tests {
         let mut evaluate = |number: usize| {
             now.set(now.get() + 10);
             let (perplexity, kl) = MEASURED[number];
-            Ok(figures(perplexity, kl))
+            Ok(Some(figures(perplexity, kl)))
         };
         let clock = || Duration::from_secs(now.get());
         search(&names(), 10.0, target, budget.map(Duration::from_secs), &clock, &mut evaluate).unwrap()
@@ -174,8 +178,20 @@ mod tests {
     }
 
     #[test]
+    fn a_candidate_for_which_the_time_ends_meanwhile_does_not_count() {
+        let mut evaluate = |number: usize| Ok((number < 1).then(|| figures(12.0, 0.3)));
+        let clock = || Duration::ZERO;
+        let outcome = search(&names(), 10.0, Target::Perplexity(1e-5), None, &clock, &mut evaluate).unwrap();
+        assert_eq!((outcome.chosen, outcome.tried.len()), (0, 1));
+        let expected = "rtn diverges least (0.3000); none of what was tried has perplexity within 0.001% (perplexity \
+                        12.00, full precision 10.00); there was no time for gptq, awq";
+        assert_eq!(outcome.because, expected);
+    }
+
+    #[test]
     fn a_search_among_nothing_is_refused() {
-        let found = search(&[], 10.0, Target::default(), None, &|| Duration::ZERO, &mut |_| Ok(figures(1.0, 1.0)));
+        let found =
+            search(&[], 10.0, Target::default(), None, &|| Duration::ZERO, &mut |_| Ok(Some(figures(1.0, 1.0))));
         assert!(found.unwrap_err().to_string().contains("at least one"));
     }
 }

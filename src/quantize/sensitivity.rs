@@ -1,9 +1,12 @@
 //! How much a model's predictions suffer when one tensor alone is rounded: measured, on a short text.
 
+use serde_json::json;
+
 use super::allocate::{Choice, allocate};
 use super::calibrate::{Calibration, Moments, Visitor};
 use super::compute::Compute;
 use super::flow::Progress;
+use super::journal::Journal;
 use super::overlay::{Overlay, read_rows};
 use super::policy::{Policy, Stored, is_linear};
 use super::problem::{Format, Grid, Problem, error};
@@ -20,16 +23,19 @@ const FINER: [Grid; 2] = [Grid::Q5_0, Grid::Q8_0];
 /// included, and the model loses as little as possible.
 ///
 /// What a tensor loses in the usual format is the mean divergence of predictions on `windows` when it alone is rounded; in
-/// finer ones it is less by as much as its weights' error is.
+/// finer ones it is less by as much as its weights' error is. What `journal` knows of that is not measured again, and what is
+/// measured goes into it.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] when the usual format takes more bits; [`Error::Interrupted`]; those of the forward pass.
+#[allow(clippy::too_many_arguments, reason = "one call, from where all of it is at hand")]
 pub(super) fn plan(
     checkpoint: &dyn Checkpoint,
     layers: &Layerwise,
     policy: &Policy,
     bits: f64,
     windows: &[Vec<u32>],
+    journal: &mut Journal,
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<(String, BlockType)>> {
@@ -54,23 +60,29 @@ pub(super) fn plan(
                 return Err(Error::Interrupted);
             }
             progress("sensitivity", index, count);
-            let mut overlay = Overlay::new(checkpoint);
             let formats: Vec<Format> =
                 std::iter::once(tensor.format).chain(FINER.map(|grid| Format { grid, group: 32 })).collect();
-            let problem = Problem::new(&tensor.weights, tensor.rows, tensor.columns, &[], &[])?;
-            let rounded = |format: &Format| rtn::solve(&problem, format, true, &compute).decode(format, tensor.columns);
-            let errors: Vec<f64> = formats.iter().map(|format| error(&problem, &rounded(format))).collect();
-            overlay.replace(&tensor.name, 0, rounded(&tensor.format));
-            let mut fork = before.fork()?;
-            for later in index..count {
-                fork.layer(later, &mut Through(&overlay))?;
-            }
-            let loss = divergence(&reference, &logits(&mut fork, windows.len())?, layers.vocabulary());
+            let measure = || {
+                let mut overlay = Overlay::new(checkpoint);
+                let problem = Problem::new(&tensor.weights, tensor.rows, tensor.columns, &[], &[])?;
+                let rounded =
+                    |format: &Format| rtn::solve(&problem, format, true, &compute).decode(format, tensor.columns);
+                let errors: Vec<f64> = formats.iter().map(|format| error(&problem, &rounded(format))).collect();
+                overlay.replace(&tensor.name, 0, rounded(&tensor.format));
+                let mut fork = before.fork()?;
+                for later in index..count {
+                    fork.layer(later, &mut Through(&overlay))?;
+                }
+                let loss = divergence(&reference, &logits(&mut fork, windows.len())?, layers.vocabulary());
+                Ok([&[loss], &errors[..]].concat())
+            };
+            let numbers = known(journal, &tensor.name, measure)?;
+            let (loss, errors) = (numbers[0], &numbers[1..]);
             let of = |(format, error): (&Format, &f64)| Choice {
                 bytes: bytes(format.grid.block_type(), tensor.weights.len()),
                 loss: if errors[0] > 0.0 { loss * error / errors[0] } else { 0.0 },
             };
-            tensors.push(formats.iter().zip(&errors).map(of).collect::<Vec<Choice>>());
+            tensors.push(formats.iter().zip(errors).map(of).collect::<Vec<Choice>>());
             weights += tensor.weights.len();
             names.push((tensor.name, formats));
         }
@@ -79,6 +91,17 @@ pub(super) fn plan(
     let Some(chosen) = allocate(&tensors, budget) else { return Err(too_few(policy, bits, weights)) };
     let finer = names.into_iter().zip(chosen).filter(|(_, choice)| *choice > 0);
     Ok(finer.map(|((name, formats), choice)| (name, formats[choice].grid.block_type())).collect())
+}
+
+/// The numbers that the journal has under a name, or those that are measured now.
+fn known(journal: &mut Journal, name: &str, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+    if let Some(bytes) = journal.blocks(name, 0)? {
+        return Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect());
+    }
+    let numbers = measure()?;
+    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    journal.add(name, 0, json!({ "name": name, "part": 0 }), &bytes)?;
+    Ok(numbers)
 }
 
 fn too_few(policy: &Policy, bits: f64, weights: usize) -> Error {

@@ -7,17 +7,21 @@
 //! as they are, so the file has the same size and the same format. Only models of plain decoder blocks have it: those of
 //! Llama, Mistral and Qwen2, and what is made alike.
 
+use std::path::Path;
+
 use half::f16;
 use serde_json::json;
 
 use super::calibrate::Calibration;
 use super::compute::{Compute, packed_of};
 use super::decoder::{Block, Decoder, MATRICES, NORMS};
-use super::flow::Progress;
-use super::journal::Journal;
+use super::flow::{Progress, beside};
+use super::journal::{self, Journal};
+use super::learned::{Factors, Learned, State, scaled};
 use super::overlay::read_rows;
 use super::policy::{Policy, Stored};
 use super::problem::{BLOCK, Grid, rounded};
+use super::saved::{Pace, Saved};
 use super::sensitivity::Through;
 use crate::error::{Error, Result};
 use crate::format::{Checkpoint, Tensor};
@@ -29,8 +33,6 @@ use crate::quant::packed::Packed;
 
 /// Logits that are in memory at a time.
 const LOGITS: usize = 1 << 22;
-/// How much of the mean of slopes, and of their squares, stays from one step to the next.
-const MEMORY: (f32, f32) = (0.9, 0.99);
 /// Steps until the first full one.
 const WARM_UP: usize = 3;
 /// The tensors that blocks may have besides matrices and norms.
@@ -88,7 +90,10 @@ pub(super) struct Tuning<'a> {
     pub(super) layers: &'a Layerwise,
     pub(super) policy: &'a Policy,
     pub(super) windows: &'a [Vec<u32>],
-    pub(super) folder: &'a std::path::Path,
+    /// What files with what is done lie beside.
+    pub(super) work: &'a Path,
+    /// Where temporary files go.
+    pub(super) folder: &'a Path,
     pub(super) progress: Progress<'a>,
     pub(super) interrupted: &'a (dyn Fn() -> bool + Sync),
 }
@@ -98,48 +103,20 @@ pub(super) fn tuned(name: &str) -> String {
     format!("tuned {name}")
 }
 
-/// Factors that are learned.
-struct Factors {
-    /// What is added to 1.
-    more: Vec<f32>,
-    /// The mean slope, and the mean of its square.
-    slope: Vec<f32>,
-    square: Vec<f32>,
+/// The stream of all windows after the last layer of the full-precision model.
+struct Reference {
+    saved: Saved,
+    /// Where each window ends.
+    ends: Vec<usize>,
 }
 
-impl Factors {
-    fn new(count: usize) -> Factors {
-        let zeros = || vec![0.0; count];
-        Factors { more: zeros(), slope: zeros(), square: zeros() }
+impl Reference {
+    /// Appends a window's stream `(tokens, hidden)` to `out`.
+    fn read(&self, window: usize, out: &mut Vec<f32>) -> Result<()> {
+        let (start, at) = (if window == 0 { 0 } else { self.ends[window - 1] }, out.len());
+        out.resize(at + self.ends[window] - start, 0.0);
+        self.saved.read(start, &mut out[at..])
     }
-
-    /// One step of Adam, the `number`th, against the slope that `of` gives for each factor.
-    fn step(&mut self, number: usize, rate: f32, of: impl Fn(usize) -> f32) {
-        let corrected = |kept: f32| 1.0 - libm::powf(kept, number as f32);
-        let (first, second) = (corrected(MEMORY.0), corrected(MEMORY.1));
-        let factors = self.more.iter_mut().zip(self.slope.iter_mut().zip(&mut self.square)).enumerate();
-        for (i, (more, (slope, square))) in factors {
-            let now = of(i);
-            *slope = MEMORY.0 * *slope + (1.0 - MEMORY.0) * now;
-            *square = MEMORY.1 * *square + (1.0 - MEMORY.1) * now * now;
-            // Where nothing depends on a factor there is no step.
-            *more -= rate * (*slope / first) / ((*square / second).sqrt() + 1e-12);
-        }
-    }
-}
-
-/// What is learned of a block.
-struct Learned {
-    /// A factor a group of each matrix, and the size of the groups; none for those whose codes no recipe found.
-    groups: [Option<(usize, Factors)>; 7],
-    norms: [Factors; 2],
-}
-
-/// What is learned of the model.
-struct State {
-    blocks: Vec<Learned>,
-    /// The last norm without its factors, and these.
-    output_norm: (Vec<f32>, Factors),
 }
 
 /// One step: its windows, its number from 1 on, and how far factors move.
@@ -150,34 +127,74 @@ struct Step<'a> {
 }
 
 impl Tuning<'_> {
-    /// Tunes what the journal has, and adds the result to it.
+    /// Tunes what the journal of the run with that `key` has, and adds the result to it, if that is not done.
     ///
     /// # Errors
     /// [`Error::Interrupted`]; those of reading and writing.
-    pub(super) fn run(&self, options: &Options, journal: &mut Journal) -> Result<()> {
+    pub(super) fn run(&self, options: &Options, key: u64, journal: &mut Journal) -> Result<()> {
+        let key = journal::key(self.checkpoint, (key, format!("{options:?}")), self.windows);
+        // What has this has all.
+        let last = journal.description(&tuned("output_norm.weight"), 0);
+        if last.is_some_and(|last| last["key"].as_u64() == Some(key)) {
+            return Ok(());
+        }
+        let reference = self.reference(key)?;
         let decoder = self.decoder();
         let count = self.layers.config().layers.len();
-        let mut reference = Calibration::start(self.layers, self.windows, self.folder)?;
-        for index in 0..count {
-            self.check()?;
-            (self.progress)("tuning: full precision", index, count);
-            reference.layer(index, &mut Through(self.checkpoint))?;
-            self.release(index);
-        }
         let head = Head::new(self, journal)?;
         let output_norm = (self.numbers(journal, "output_norm.weight")?, Factors::new(decoder.hidden));
         let blocks = (0..count).map(|index| self.learned(journal, index, &decoder)).collect();
         let mut state = State { blocks, output_norm };
+        let (path, mut pace) = (beside(self.work, ".resume-tuning"), Pace::new());
+        let first = state.resume(&path, key)?;
         let batches = self.batches(options);
-        for (at, windows) in batches.iter().enumerate() {
+        for (at, windows) in batches.iter().enumerate().skip(first) {
             let warm = ((at + 1) as f32 / WARM_UP as f32).min(1.0);
             let left = 1.0 - at as f32 / batches.len() as f32;
             let step = Step { windows, number: at + 1, rate: options.rate * warm * left };
             let tell = |done: usize| (self.progress)("tuning", 2 * count * at + done, 2 * count * batches.len());
-            self.step(&step, &decoder, &head, &mut reference, journal, &mut state, &tell)?;
+            self.step(&step, &decoder, &head, &reference, journal, &mut state, &tell)?;
+            // What was computed after that is no step.
+            self.check()?;
+            if pace.is_due() {
+                pace.save(|| state.save(&path, key, at + 1))?;
+            }
         }
-        self.check()?;
-        self.store(journal, &state)
+        self.store(journal, &state, key)
+    }
+
+    /// What the full-precision model makes of all windows, in a file: one step needs few of them.
+    fn reference(&self, key: u64) -> Result<Reference> {
+        let (path, mut pace) = (beside(self.work, ".resume-reference"), Pace::new());
+        let count = self.layers.config().layers.len();
+        let found = Calibration::resume(self.layers, self.windows, self.folder, &path, key)?;
+        let (mut calibration, first) = match found.filter(|(_, layer)| *layer <= count) {
+            Some(found) => found,
+            None => (Calibration::start(self.layers, self.windows, self.folder)?, 0),
+        };
+        for index in first..count {
+            self.check()?;
+            (self.progress)("tuning: full precision", index, count);
+            calibration.layer(index, &mut Through(self.checkpoint))?;
+            self.release(index);
+            if pace.is_due() || index + 1 == count {
+                pace.save(|| calibration.save(&path, key, index + 1))?;
+            }
+        }
+        drop(calibration);
+        let width = self.layers.config().hidden;
+        let ends = self.windows.iter().scan(0, |end, window| {
+            *end += window.len() * width;
+            Some(*end)
+        });
+        let ends: Vec<usize> = ends.collect();
+        match Saved::open(&path, key, ends.last().copied().unwrap_or(0))? {
+            Some(saved) => Ok(Reference { saved, ends }),
+            None => {
+                let found = format_args!("{}, which has changed", path.display()).to_string();
+                Err(Error::argument("out", found, "files that only this run writes to"))
+            }
+        }
     }
 
     fn decoder(&self) -> Decoder<'_> {
@@ -207,7 +224,7 @@ impl Tuning<'_> {
         step: &Step<'_>,
         decoder: &Decoder<'_>,
         head: &Head,
-        reference: &mut Calibration<'_>,
+        reference: &Reference,
         journal: &Journal,
         state: &mut State,
         tell: &dyn Fn(usize),
@@ -215,7 +232,7 @@ impl Tuning<'_> {
         let lengths: Vec<usize> = step.windows.iter().map(|window| self.windows[*window].len()).collect();
         let (mut x, mut wanted) = (Vec::new(), Vec::new());
         for window in step.windows {
-            wanted.extend(reference.stream(*window)?);
+            reference.read(*window, &mut wanted)?;
             for token in &self.windows[*window] {
                 let at = x.len();
                 x.resize(at + decoder.hidden, 0.0);
@@ -358,10 +375,10 @@ impl Tuning<'_> {
     }
 
     /// Adds what was learned to the journal.
-    fn store(&self, journal: &mut Journal, state: &State) -> Result<()> {
+    fn store(&self, journal: &mut Journal, state: &State, key: u64) -> Result<()> {
         let add = |journal: &mut Journal, name: &str, bytes: &[u8]| {
             let name = tuned(name);
-            journal.add(&name, 0, json!({ "name": name, "part": 0 }), bytes)
+            journal.add(&name, 0, json!({ "name": name, "part": 0, "key": key }), bytes)
         };
         let bytes = |values: Vec<f32>| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         for (index, learned) in state.blocks.iter().enumerate() {
@@ -385,13 +402,8 @@ impl Tuning<'_> {
                 add(journal, &name, &bytes(norm))?;
             }
         }
-        // What has this has all.
         add(journal, "output_norm.weight", &bytes(scaled(&state.output_norm.0, &state.output_norm.1)))
     }
-}
-
-fn scaled(plain: &[f32], factors: &Factors) -> Vec<f32> {
-    plain.iter().zip(&factors.more).map(|(x, more)| x * (1.0 + more)).collect()
 }
 
 /// What stands before the first block and after the last.
@@ -492,17 +504,6 @@ mod tests {
                 divergence(found)
             });
             assert!((2.0 * f64::from(slope[i]) - (up - down) / 0.02).abs() < 1e-4, "{i}: {}", slope[i]);
-        }
-    }
-
-    #[test]
-    fn steps_go_against_the_slope_and_no_further_than_the_rate() {
-        let mut factors = Factors::new(3);
-        for number in 1..=10 {
-            factors.step(number, 0.01, |i| [2.0, -1e-5, 0.0][i]);
-        }
-        for (found, expected) in factors.more.iter().zip([-0.1, 0.1, 0.0]) {
-            assert!((found - expected).abs() < 1e-4, "{:?}", factors.more);
         }
     }
 }

@@ -112,11 +112,13 @@ def test_what_cannot_be_measured_is_refused(tiny_model: Model, tmp_path: Path, r
         evaluate(tiny_model, ["short"], window=WINDOW)
     with pytest.raises(ValueError, match="window"):
         evaluate(tiny_model, [TEXT], window=3)
+    with pytest.raises(ValueError, match="window: found 512, expected at most 128, the context of the model"):
+        evaluate(tiny_model, [TEXT])
     with pytest.raises(FileNotFoundError):
-        evaluate(tiny_model, tmp_path / "absent.txt")
+        evaluate(tiny_model, tmp_path / "absent.txt", window=WINDOW)
     (tmp_path / "bytes.txt").write_bytes(b"fine \xff\xfe")
     with pytest.raises(ModelError, match="UTF-8 at 5"):
-        evaluate(tiny_model, tmp_path / "bytes.txt")
+        evaluate(tiny_model, tmp_path / "bytes.txt", window=WINDOW)
 
 
 def test_eval_prints_every_key_as_json(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 import html.parser
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,7 @@ def test_the_sample_of_the_package_and_the_models_own_texts_serve_to_calibrate(s
     for text in ("sample", "self"):
         report = quantize(source, tmp_path / f"{text}.gguf", recipe="gptq", calibration=text, calibration_tokens=1024)
         assert report.recipe == "gptq"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_models_own_texts_are_the_same_for_the_same_seed(source: Path) -> None:
@@ -99,6 +103,34 @@ def test_a_models_own_texts_are_the_same_for_the_same_seed(source: Path) -> None
         assert first.shape == (4, 50)
         assert (first == calibration.generate(model, 200, window=50, seed=3)).all()
         assert (first != calibration.generate(model, 200, window=50, seed=4)).any()
+
+
+def test_what_a_model_has_written_is_not_written_again(source: Path, tmp_path: Path) -> None:
+    keep, counts = tmp_path / "texts", list[int]()
+
+    def stop_late(done: int, total: int) -> None:
+        counts.append(done)
+        if done > total * 0.9:
+            raise KeyboardInterrupt
+
+    with Model.load(source) as model:
+        whole = calibration.generate(model, 1000, window=50)
+        with pytest.raises(KeyboardInterrupt):
+            calibration.generate(model, 1000, window=50, progress=stop_late, keep=keep, key="a")
+        assert counts[0] == 8, "one token of each of eight windows"
+        data = keep.read_bytes()
+        for damaged, batches in ((data, 2), (data + b"torn", 2), (data[:-1] + b"?", 1), (data[:9], 0)):
+            keep.write_bytes(damaged)
+            counts.clear()
+            again = calibration.generate(
+                model, 1000, window=50, progress=lambda done, _: counts.append(done), keep=keep, key="a"
+            )
+            assert (again == whole).all()
+            assert counts[0] == batches * 8 * 49 + (4 if batches == 2 else 8)
+            assert keep.read_bytes() == data
+        counts.clear()
+        calibration.generate(model, 1000, window=50, progress=lambda done, _: counts.append(done), keep=keep, key="b")
+        assert counts[0] == 8
 
 
 def test_a_report_survives_json_and_ignores_what_it_does_not_know() -> None:
@@ -223,6 +255,81 @@ def test_the_command_writes_file_page_and_json(
     assert not (tmp_path / "new.gguf").exists()
     assert main([*call, "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "rtn"
+    assert main([*call, "--force", "--report", str(tmp_path / "only.json")]) == 0
+    assert json.loads((tmp_path / "only.json").read_text(encoding="utf-8"))["recipe"] == "rtn"
+    assert not (tmp_path / "only.html").exists()
+
+
+def test_a_source_is_not_overwritten_even_by_force(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(source.read_bytes())
+    for recipe in ("rtn", "auto"):
+        assert main(["quantize", str(copy), str(copy), "--force", "--recipe", recipe]) == 1
+        assert "which is the source, expected another file" in capsys.readouterr().err
+    assert copy.read_bytes() == source.read_bytes()
+
+
+def test_what_a_file_consists_of_is_told_and_where_groups_had_no_place(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["quantize", str(source), str(tmp_path / "out.gguf"), "--recipe", "rtn", "--force"]
+    assert main([*call, "--group", "64"]) == 0
+    shown = capsys.readouterr()
+    assert "1 matrix of Q8_0, 12 matrices of Q4_0 in groups of 64" in " ".join(shown.out.split())
+    assert "groups of 64 do not divide the rows of 2 matrices: groups of 32 there" in shown.err
+    assert main([*call, "--group", "32"]) == 0
+    assert "groups of" not in capsys.readouterr().err
+    assert main([*call, "--group", "0"]) == 0
+    shown = capsys.readouterr()
+    assert "2 matrices of Q4_0 in groups of 96" in " ".join(shown.out.split())
+    assert "groups of" not in shown.err
+
+
+def test_a_source_that_is_rounded_already_is_told_of(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tiny_file), str(tmp_path / "out.gguf"), "--recipe", "rtn"]) == 0
+    assert f"{tiny_file} holds Q4_0, Q8_0, whose weights are rounded already" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command_with_a_hint(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_native, "quantize", interrupted)
+    assert main(["quantize", str(source), str(tmp_path / "out.gguf"), "--recipe", "rtn"]) == 130
+    assert "interrupted: the same command goes on from here" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from nybble import quantize
+
+def progress(stage, done, total):
+    print(stage, flush=True)
+    if stage == "tuning" and done > total * float(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize(sys.argv[1], sys.argv[2], recipe="gptq+tune", calibration=[sys.argv[3] * 4], progress=progress)
+"""
+
+
+def test_a_killed_process_is_followed_by_one_that_goes_on(source: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    quantize(source, whole, recipe="gptq+tune", calibration=[TEXT * 4])
+    for share in (0.3, 0.7, 0.9):
+        call = [sys.executable, "-c", KILLED, str(source), str(out), TEXT, str(share)]
+        killed = subprocess.run(call, check=False, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert ("tuning: full precision" in killed.stdout) == (share < 0.5), "what is done is not done again"
+        assert not out.exists()
+    quantize(source, out, recipe="gptq+tune", calibration=[TEXT * 4])
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [out, whole]
 
 
 def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,10 +348,14 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--bits-per-weight", "3"], "bits_per_weight: found 3"),
         (["--target", "often"], "--target: found 'often'"),
         (["--target", "200%"], "target: found 2.0"),
+        (["--target", "1%", "--recipe", "gptq"], "target: found 0.01 beside the recipe gptq"),
+        (["--budget", "5", "--recipe", "rtn"], "budget: found 5.0 beside the recipe rtn"),
         (["--budget", "0"], "budget: found 0"),
         (["--keep", "q4_0"], "--keep: found 'q4_0'"),
         (["--recipe", "rtn", "--keep", "blk.*=q9"], "q9"),
-        (["--recipe", "gptq", "--calibration", "absent.txt"], "absent.txt"),
+        (["--recipe", "auto", "--keep", "blk.9.*=q8_0"], 'keep: found "blk.9.*", which no tensor is called'),
+        (["--recipe", "gptq", "--calibration", "absent.txt"], "absent.txt: no such file or directory, expected a text"),
+        (["--recipe", "gptq", "--calibration", "."], ".: is a directory, expected a text"),
         (["--report", "absent/report.html"], "absent/report.html"),
     ],
 )

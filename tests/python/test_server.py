@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 import tiny
-from serving import TOOL_TEMPLATE, Running, scripted, serving
+from serving import TOOL_TEMPLATE, Running, serving
 
 from nybble import Model
 from nybble.engine import Engine
@@ -221,27 +221,6 @@ def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
     assert word.choices[0].text in ("yes", "no")
 
 
-def test_a_call_that_must_be_made_is_made(client: openai.OpenAI) -> None:
-    tall = {"type": "object", "properties": {"tall": {"type": "boolean"}}, "required": ["tall"]}
-    tall["additionalProperties"] = False  # type: ignore[assignment]
-    is_tall: Any = {"type": "function", "function": {"name": "is_tall", "parameters": tall}}
-    choices: list[Any] = ["required", {"type": "function", "function": {"name": "is_tall"}}]
-    for choice in choices:
-        for stream in (False, True):
-            asked: Any = {"model": "tiny", "messages": HELLO, "tools": [is_tall], "tool_choice": choice, "seed": 3}
-            if stream:
-                chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
-                (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
-                reason = chunks[-1].finish_reason
-            else:
-                (done,) = client.chat.completions.create(**asked).choices
-                (call,) = done.message.tool_calls or []
-                reason = done.finish_reason
-            assert reason == "tool_calls"
-            assert call.function.name == "is_tall"
-            assert json.loads(call.function.arguments)["tall"] in (True, False)
-
-
 @pytest.mark.parametrize(
     ("form", "param"),
     [
@@ -275,64 +254,6 @@ def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) 
         with pytest.raises(openai.BadRequestError) as refused:
             client.embeddings.create(model="tiny", input=wrong)
         assert refused.value.param in ("input", "input.0")
-
-
-# --- Tools
-
-
-def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model: Model) -> None:
-    said = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-    engine, script = scripted(model, said, "It rains.")
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        first = client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER, TIME])
-        (choice,) = first.choices
-        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
-        assert choice.message.tool_calls is not None
-        (call,) = choice.message.tool_calls
-        assert call.type == "function"
-        assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
-        answer: Any = [*HELLO, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-        second = client.chat.completions.create(model="tiny", messages=answer, tools=[WEATHER])
-    assert (second.choices[0].finish_reason, second.choices[0].message.content) == ("stop", "It rains.")
-    assert json.dumps(WEATHER) in script.prompts[0]
-    assert '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>' in script.prompts[1]
-    assert "<|im_start|>tool\nrain<|im_end|>" in script.prompts[1]
-
-
-def test_calls_are_streamed_whole_and_in_order(model: Model) -> None:
-    calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
-    said = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
-    at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
-    engine, _ = scripted(model, said, said, at_once)
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
-        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
-        only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
-        listed = [c.choices[0] for c in client.chat.completions.create(**asked)]
-    assert [call.index for chunk in listed for call in chunk.delta.tool_calls or []] == [0, 1]
-    found = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
-    assert [(call.index, call.function.name) for call in found if call.function] == [(0, "time"), (1, "weather")]
-    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == ""
-    assert chunks[-1].finish_reason == "tool_calls"
-    assert sum(len(chunk.delta.tool_calls or []) for chunk in only_first) == 1
-
-
-def test_no_tools_means_that_nothing_is_taken_for_a_call(model: Model) -> None:
-    said = '<tool_call>{"name": "time"}</tool_call>'
-    engine, script = scripted(model, said, said)
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        plain = client.chat.completions.create(model="tiny", messages=HELLO)
-        none = client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME], tool_choice="none")
-    assert plain.choices[0].message.content == none.choices[0].message.content == said
-    assert script.prompts[0] == script.prompts[1]
-
-
-def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> None:
-    engine, _ = scripted(tiny_model)
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        with pytest.raises(openai.BadRequestError, match="defines no calls of functions") as refused:
-            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
-        assert refused.value.param == "tools"
 
 
 # --- Errors

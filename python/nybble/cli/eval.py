@@ -71,9 +71,11 @@ def _print(model: Model, measured: Evaluation) -> None:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
 
-    def row(name: str, value: float | None, error: float | None = None, *, percent: bool = False) -> None:
+    def row(
+        name: str, value: float | None, error: float | None = None, *, percent: bool = False, digits: int = 4
+    ) -> None:
         if value is not None:
-            scale, unit, digits = (100, " %", 2) if percent else (1, "", 4)
+            scale, unit = (100, " %") if percent else (1, "")
             beside = "" if error is None else f"± {scale * error:.{digits}f}{unit}"
             table.add_row(name, f"{scale * value:.{digits}f}{unit}", beside)
 
@@ -81,12 +83,12 @@ def _print(model: Model, measured: Evaluation) -> None:
     row("perplexity", measured.perplexity, measured.perplexity_error)
     row("of the reference", measured.reference_perplexity, measured.reference_perplexity_error)
     row("ratio", measured.perplexity_ratio, measured.perplexity_ratio_error)
-    row("KL divergence, mean", measured.kl_mean, measured.kl_mean_error)
-    row("  median", measured.kl_median)
-    row("  90th percentile", measured.kl_p90)
-    row("  99th percentile", measured.kl_p99)
-    row("same top token", measured.top_agreement, measured.top_agreement_error, percent=True)
-    row("RMS Δp", measured.rms_dp, measured.rms_dp_error, percent=True)
+    row("KL divergence, mean", measured.kl_mean, measured.kl_mean_error, digits=6)
+    row("  median", measured.kl_median, digits=6)
+    row("  90th percentile", measured.kl_p90, digits=6)
+    row("  99th percentile", measured.kl_p99, digits=6)
+    row("same top token", measured.top_agreement, measured.top_agreement_error, percent=True, digits=3)
+    row("RMS Δp", measured.rms_dp, measured.rms_dp_error, percent=True, digits=3)
     console = terminal.console()
     console.print(terminal.printable(model.info.name or model.info.file.name), style="bold", soft_wrap=True)
     console.print(table)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +68,7 @@ def quantize(
     bits_per_weight: Annotated[
         float | None,
         typer.Option(
-            "--bits-per-weight", help="Give the most sensitive layers 8 bits, up to this average.", metavar="BITS"
+            "--bits-per-weight", help="Give the most sensitive layers 5 or 8 bits, up to this average.", metavar="BITS"
         ),
     ] = None,
     output_type: Annotated[
@@ -129,41 +131,52 @@ def quantize(
     from nybble import quantization
 
     terminal.show_log()
-    pages = [] if report is None else [report, report.with_suffix(".json")]
+    pages = [] if report is None else list(dict.fromkeys([report, report.with_suffix(".json")]))
     for path in [out, *pages]:
         if path.exists() and not force:
             raise FileExistsError(f"{path}: exists already (--force overwrites it)")
         if not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path}: its folder does not exist")
-    done = quantization.quantize(
-        source,
-        out,
-        recipe=recipe.value,
-        group=group,
-        symmetric=False if asymmetric else None,
-        format=None if block_format is None else block_format.value,
-        search=not no_search,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        evaluation=evaluation,
-        measure=True if report is not None else None,
-        target=None if target is None else _share(target),
-        budget=budget,
-        bits_per_weight=bits_per_weight,
-        output_type=output_type,
-        keep=dict(map(_rule, keep or [])),
-        seed=seed,
-        threads=threads,
-        force=force,
-        revision=revision,
-        progress=True,
-    )
+    with _hint():
+        done = quantization.quantize(
+            source,
+            out,
+            recipe=recipe.value,
+            group=group,
+            symmetric=False if asymmetric else None,
+            format=None if block_format is None else block_format.value,
+            search=not no_search,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            evaluation=evaluation,
+            measure=True if report is not None else None,
+            target=None if target is None else _share(target),
+            budget=budget,
+            bits_per_weight=bits_per_weight,
+            output_type=output_type,
+            keep=dict(map(_rule, keep or [])),
+            seed=seed,
+            threads=threads,
+            force=force,
+            revision=revision,
+            progress=True,
+        )
     for path in pages:
         done.save(path)
     if as_json:
         typer.echo(json.dumps(json.loads(done.to_json())))
     else:
         _print(done, pages)
+
+
+@contextlib.contextmanager
+def _hint() -> Iterator[None]:
+    """Tells whoever stops the command that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.note("interrupted: the same command goes on from here")
+        raise
 
 
 def _share(text: str) -> float:
@@ -212,6 +225,7 @@ def _print(done: Report, pages: list[Path]) -> None:
         "file": f"{done.out}, {terminal.human_bytes(done.size_bytes)}",
         "recipe": done.recipe,
         "linear layers": f"{done.bits_per_weight:.2f} bits a weight, scales included",
+        "matrices": ", ".join(write.matrices(done)),
     }
     if (chosen := done.chosen) is not None:
         rows["perplexity"] = write.number(chosen.perplexity, 4) + (

@@ -12,9 +12,10 @@ from nybble.engine import Piece
 from nybble.generation import TokenLogprob
 from nybble.sampling import SamplingOptions
 from nybble.server import responses, tools
+from nybble.server.calls import Begun, new_id
 from nybble.server.errors import ApiError
 from nybble.server.generation import EventStream, Prompt, Run, whole
-from nybble.server.requests import ChatRequest, ChosenTool
+from nybble.server.requests import ChatRequest, ChosenTool, FunctionDefinition
 from nybble.server.responses import ChatLogprob, ChatLogprobs, Delta, TopLogprob
 from nybble.server.service import Service
 from nybble.tokenizer import Tokenizer
@@ -57,7 +58,10 @@ class _Plan:
             if body.response_format is not None and body.response_format.type != "text":
                 raise ApiError(400, "response_format cannot be had together with tools", param="response_format")
         forced = body.tool_choice == "required" or isinstance(body.tool_choice, ChosenTool)
-        return cls(tokenizer, body, known, forced, tools.new_id())
+        for param in ("regex", "grammar"):
+            if forced and getattr(body, param) is not None:
+                raise ApiError(400, f"{param} cannot be had together with a call that must be made", param=param)
+        return cls(tokenizer, body, known, forced, new_id())
 
     def submissions(self, count: int) -> list[tuple[Prompt, SamplingOptions]]:
         """The prompt and the options of each answer."""
@@ -70,11 +74,9 @@ class _Plan:
             tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if self.format else None,
             **(body.chat_template_kwargs or {}),
         )
-        if self.format is not None and self.forced:
-            begin, schema = self.format.forced(
-                [t.function for t in body.tools or () if self._may_call(t.function.name)]
-            )
-            prompt += begin
+        begin, held = self._beginning()
+        prompt += begin
+        given.update(held)
         if schema is not None:
             given["schema"] = schema
         ids = self.tokenizer.encode(prompt)
@@ -84,9 +86,26 @@ class _Plan:
         """What reads one answer."""
         if self.format is None:
             return tools.PlainText()
-        mark = self.tokenizer.id_of(self.format.begin)
-        names = [tool.function.name for tool in self.body.tools or () if self._may_call(tool.function.name)]
-        return tools.CallParser(self.format, names, mark, self.forced)
+        marks = {self._mark(mark): mark for mark in self.format.marks}
+        functions = {function.name: function.parameters for function in self._functions()}
+        known = {token: mark for token, mark in marks.items() if token is not None}
+        parser = tools.CallParser(self.format, functions, known, stream=bool(self.body.stream))
+        parser.push(self._beginning()[0], ())
+        return parser
+
+    def _beginning(self) -> tuple[str, dict[str, Any]]:
+        """How an answer that must be a call begins, which the prompt ends with, and what the rest is held to."""
+        if self.format is None or not self.forced:
+            return "", {}
+        return self.format.forced(self._functions(), self._mark)
+
+    def _mark(self, text: str) -> int | None:
+        """The token of a mark, in vocabularies in which it decodes to nothing."""
+        token = self.tokenizer.id_of(text)
+        return token if token in self.tokenizer.special_ids else None
+
+    def _functions(self) -> list[FunctionDefinition]:
+        return [tool.function for tool in self.body.tools or () if self._may_call(tool.function.name)]
 
     def _may_call(self, name: str) -> bool:
         choice = self.body.tool_choice
@@ -113,7 +132,7 @@ class _Answer:
             for part in self._parts(index, piece):
                 if isinstance(part, str):
                     texts[index].append(part)
-                else:
+                elif isinstance(part, tools.FoundCall):
                     calls[index].append(_call(part))
         choices = []
         for index in range(count):
@@ -145,12 +164,8 @@ class _Answer:
         async for index, piece in self._run.pieces():
             waiting[index] += _logprobs(self._plan.tokenizer, piece)
             for part in self._parts(index, piece):
-                if isinstance(part, str):
-                    delta = Delta(content=part)
-                else:
-                    delta = Delta(tool_calls=[responses.CallDelta(index=called[index], **_call(part).model_dump())])
-                    called[index] += 1
-                yield self._chunk(index, delta, waiting[index])
+                called[index] += isinstance(part, Begun)
+                yield self._chunk(index, _delta(part, called[index] - 1), waiting[index])
                 waiting[index] = []
             if piece is None:
                 yield self._chunk(index, Delta(), waiting[index], self._finish_reason(index))
@@ -160,15 +175,12 @@ class _Answer:
             )
             yield last.model_dump_json(exclude_unset=True)
 
-    def _parts(self, index: int, piece: Piece | None) -> Sequence[str | tools.FoundCall]:
+    def _parts(self, index: int, piece: Piece | None) -> Sequence[tools.Part]:
         parser = self._parsers[index]
-        only_one = self._plan.body.parallel_tool_calls is False
-        if only_one and parser.calls:
-            return []
+        before = parser.calls
         parts = parser.finish() if piece is None else parser.push(piece.text, piece.tokens)
-        if only_one:
-            first = next((i for i, part in enumerate(parts) if not isinstance(part, str)), len(parts))
-            parts = parts[: first + 1]
+        if self._plan.body.parallel_tool_calls is False and parser.calls:
+            return _up_to_first_call(parts, before)
         return parts
 
     def _finish_reason(self, index: int) -> responses.FinishReason:
@@ -198,6 +210,28 @@ class _Answer:
 def _call(found: tools.FoundCall) -> responses.Call:
     function = responses.CalledFunction(name=found.name, arguments=found.arguments)
     return responses.Call(id=found.id, type="function", function=function)
+
+
+def _delta(part: tools.Part, index: int) -> Delta:
+    """A part of an answer in a stream; `index` is the number of the call that it may belong to."""
+    if isinstance(part, str):
+        return Delta(content=part)
+    if isinstance(part, Begun):
+        function = responses.FunctionDelta(name=part.name, arguments="")
+        return Delta(tool_calls=[responses.CallDelta(index=index, id=part.id, type="function", function=function)])
+    piece = part.text if isinstance(part, tools.Arguments) else part.arguments
+    return Delta(tool_calls=[responses.CallDelta(index=index, function=responses.FunctionDelta(arguments=piece))])
+
+
+def _up_to_first_call(parts: Sequence[tools.Part], calls: int) -> list[tools.Part]:
+    """The parts without what comes after the first call, of which or of others `calls` began in earlier parts."""
+    kept: list[tools.Part] = []
+    for part in parts:
+        calls += isinstance(part, Begun | tools.FoundCall)
+        if calls > 1 or (calls == 1 and isinstance(part, str)):
+            break
+        kept.append(part)
+    return kept
 
 
 def _logprobs(tokenizer: Tokenizer, piece: Piece | None) -> list[ChatLogprob]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from nybble.engine import Piece
 from nybble.sampling import SamplingOptions
 from nybble.server import responses
+from nybble.server.calls import new_id
 from nybble.server.chat import finite
 from nybble.server.errors import ApiError, told_to_the_client
 from nybble.server.generation import EventStream, Prompt, Run, limited, whole
 from nybble.server.requests import CompletionRequest, EmbeddingRequest, texts_of
 from nybble.server.responses import TextChoice, TextCompletion, TextLogprobs
 from nybble.server.service import Service
-from nybble.server.tools import new_id
 
 
 async def complete(service: Service, http: Request, body: CompletionRequest) -> Response:
@@ -127,7 +127,7 @@ async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
         # One text at a time, so that a client that leaves is noticed between two.
         for index, text in enumerate([body.input] if isinstance(body.input, str) else body.input):
             with told_to_the_client("input"):
-                row, tokens = await run_in_threadpool(compute, text)
+                row, tokens = await service.in_thread(functools.partial(compute, text))
             numbers = _numbers(row, body.encoding_format)
             data.append(responses.Embedding(object="embedding", index=index, embedding=numbers))
             read += tokens

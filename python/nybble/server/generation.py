@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from nybble.engine import Piece, Request
@@ -65,12 +64,12 @@ class Run:
         try:
             with told_to_the_client(param):
                 if http.state.body_bytes <= _LONG:
-                    await run_in_threadpool(submit)
+                    await service.in_thread(submit)
                 else:
                     async with service.long_prompts:
                         if await http.is_disconnected():
                             raise ApiError(400, "the client has left")
-                        await run_in_threadpool(submit)
+                        await service.in_thread(submit)
         except BaseException:
             run.close()
             raise

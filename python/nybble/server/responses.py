@@ -60,10 +60,20 @@ class Call(BaseModel):
     function: CalledFunction
 
 
-class CallDelta(Call):
-    """One call in a stream: whole, in one piece."""
+class FunctionDelta(BaseModel):
+    """What a call has grown by: its name at first, then pieces of the arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallDelta(BaseModel):
+    """A piece of a call in a stream; the first one tells which."""
 
     index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class Answer(BaseModel):

@@ -17,6 +17,8 @@ from nybble.server.app import create_app
 from nybble.server.service import Service, Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_READ_BYTES = 1 << 16
+"""What is read at a time of what a client sends."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -108,7 +110,17 @@ class Server(uvicorn.Server):
 def _protocol(settings: Settings) -> type[H11Protocol]:
     """HTTP connections that end when the other side sends or reads too slowly, and of which there are not too many."""
 
-    class Protocol(H11Protocol):
+    # What asyncio gives a plain protocol was read into 256 kB and cut down, which tears memory to pieces. A buffer is
+    # filled and emptied without a wait in between, so all connections can have the same one.
+    buffer = memoryview(bytearray(_READ_BYTES))
+
+    class Protocol(H11Protocol, asyncio.BufferedProtocol):  # To asyncio one that is both is the latter.
+        def get_buffer(self, sizehint: int) -> memoryview:
+            return buffer
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.data_received(bytes(buffer[:nbytes]))
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._receiving = _Clock(settings.receive_seconds, transport.abort)

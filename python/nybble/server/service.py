@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from anyio import CapacityLimiter, to_thread
 
 from nybble.server.errors import ApiError, overloaded
 from nybble.server.metrics import Metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nybble.engine import Engine, Request
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,8 @@ class Service:
         self.embedding = asyncio.Semaphore(1)
         """Embeddings are computed beside the engine's loop, so one request at a time."""
         self.long_prompts = asyncio.Semaphore(1)
+        # Two for those of above and two for short prompts; more would wait for each other, and each keeps memory.
+        self._threads = CapacityLimiter(4)
         self._running: set[Request] = set()
 
     def admit(self, model: str | None, answers: int) -> None:
@@ -70,6 +78,10 @@ class Service:
             raise ApiError(400, message, code="too_many_answers")
         if len(self._running) + answers > most:
             raise overloaded("the server has as much to do as it can take on", 429, "queue_full")
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """The result of what takes too long for the loop."""
+        return await to_thread.run_sync(work, limiter=self._threads)
 
     @staticmethod
     def now() -> int:

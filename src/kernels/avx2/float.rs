@@ -5,10 +5,13 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{Both, SIDES, load_bf16, load_f16, load_f32, store_side};
+use super::{Both, SIDES, load_bf16, load_f16, load_f32, prefetch, store_side};
 use crate::kernels::portable;
 use crate::quant::packed::{Code, PANEL, Packed};
 use crate::threads::Columns;
+
+/// Columns between the prefetch of a single row's weights and their use, so that memory sets the pace.
+const AHEAD: usize = 64;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
@@ -75,6 +78,11 @@ fn float_tile<W: bytemuck::Pod, const R: usize, const P: usize>(
     let mut acc = [[[_mm256_setzero_ps(); SIDES]; P]; R];
     for k in 0..columns {
         for p in 0..P {
+            if P > 1
+                && let Some(later) = weights[p].get(k + AHEAD)
+            {
+                prefetch(later);
+            }
             let w = load(&weights[p][k]);
             for r in 0..R {
                 let x = _mm256_set1_ps(x[r][k]);

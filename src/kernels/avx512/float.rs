@@ -5,71 +5,98 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{load, load_f16, load_u16, store};
+use super::{load_f16, load_f32, load_u16, store};
+use crate::kernels::avx2::prefetch;
 use crate::kernels::portable;
-use crate::quant::packed::{Code, PANEL, Packed, Panel};
+use crate::quant::packed::{Code, PANEL, Packed};
 use crate::threads::Columns;
+
+/// Columns between the prefetch of a single row's weights and their use, so that memory sets the pace.
+const AHEAD: usize = 64;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) {
-    for (p, index) in panels.enumerate() {
-        let panel = w.panel(index);
-        let mut row = 0;
-        while row < out.rows() {
-            row += match out.rows() - row {
-                8.. => float_tile::<8>(w, &panel, x, stride, row, out, p),
-                4.. => float_tile::<4>(w, &panel, x, stride, row, out, p),
-                2.. => float_tile::<2>(w, &panel, x, stride, row, out, p),
-                _ => float_tile::<1>(w, &panel, x, stride, row, out, p),
-            };
-        }
+    match w.layout().code {
+        Code::F16 => float_tiles(w, panels, x, stride, out, |w: &[f16; PANEL]| load_f16(w)),
+        Code::BF16 => float_tiles(w, panels, x, stride, out, |w: &[u16; PANEL]| {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_u16(w))))
+        }),
+        _ => float_tiles(w, panels, x, stride, out, |w: &[f32; PANEL]| load_f32(w)),
     }
 }
 
-/// `R` rows of F32 activations times one panel of floats. Returns `R`.
+/// All rows times all panels of floats. `load` makes F32 of the 16 weights of a column.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn float_tile<const R: usize>(
+fn float_tiles<W: bytemuck::Pod>(
     w: &Packed,
-    panel: &Panel<'_>,
+    panels: Range<usize>,
+    x: &[f32],
+    stride: usize,
+    out: &mut Columns<'_>,
+    load: impl Fn(&W) -> __m512 + Copy,
+) {
+    let gain = w.gain();
+    let weights = |index: usize| -> &[W] { &bytemuck::cast_slice(w.panel(index).codes)[..w.columns()] };
+    let (mut p, count) = (0, panels.len());
+    while p < count {
+        let first = panels.start + p;
+        // A single row has too few sums in flight to hide the latency of FMA, so it takes four panels at once.
+        if out.rows() == 1 && count - p >= 4 {
+            let panels = [weights(first), weights(first + 1), weights(first + 2), weights(first + 3)];
+            float_tile::<W, 1, 4>(panels, gain, x, stride, 0, out, p, load);
+            p += 4;
+            continue;
+        }
+        let panel = [weights(first)];
+        let mut row = 0;
+        while row < out.rows() {
+            row += match out.rows() - row {
+                8.. => float_tile::<W, 8, 1>(panel, gain, x, stride, row, out, p, load),
+                4.. => float_tile::<W, 4, 1>(panel, gain, x, stride, row, out, p, load),
+                2.. => float_tile::<W, 2, 1>(panel, gain, x, stride, row, out, p, load),
+                _ => float_tile::<W, 1, 1>(panel, gain, x, stride, row, out, p, load),
+            };
+        }
+        p += 1;
+    }
+}
+
+/// `R` rows of F32 activations times `P` panels of floats. Returns `R`.
+#[allow(clippy::too_many_arguments, reason = "what a row and a panel are made of")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn float_tile<W: bytemuck::Pod, const R: usize, const P: usize>(
+    weights: [&[W]; P],
+    gain: f32,
     x: &[f32],
     stride: usize,
     row: usize,
     out: &mut Columns<'_>,
     p: usize,
+    load: impl Fn(&W) -> __m512 + Copy,
 ) -> usize {
-    let columns = w.columns();
+    let columns = weights[0].len();
+    let weights = weights.map(|w| &w[..columns]);
     let x: [&[f32]; R] = portable::rows(&x[row * stride..], stride, columns);
-    let mut acc = [_mm512_setzero_ps(); R];
-    match w.layout().code {
-        Code::F16 => {
-            let weights: &[[f16; PANEL]] = &bytemuck::cast_slice(panel.codes)[..columns];
-            for k in 0..columns {
-                let w = load_f16(&weights[k]);
-                for r in 0..R {
-                    acc[r] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r][k]), acc[r]);
-                }
+    let mut acc = [[_mm512_setzero_ps(); P]; R];
+    for k in 0..columns {
+        for p in 0..P {
+            if P > 1
+                && let Some(later) = weights[p].get(k + AHEAD)
+            {
+                prefetch(later);
             }
-        }
-        Code::BF16 => {
-            let weights: &[[u16; PANEL]] = &bytemuck::cast_slice(panel.codes)[..columns];
-            for k in 0..columns {
-                let w = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_u16(&weights[k]))));
-                for r in 0..R {
-                    acc[r] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r][k]), acc[r]);
-                }
-            }
-        }
-        _ => {
-            for k in 0..columns {
-                let w = _mm512_castsi512_ps(load(&panel.codes[k]));
-                for r in 0..R {
-                    acc[r] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r][k]), acc[r]);
-                }
+            let w = load(&weights[p][k]);
+            for r in 0..R {
+                acc[r][p] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r][k]), acc[r][p]);
             }
         }
     }
+    let gain = _mm512_set1_ps(gain);
     for r in 0..R {
-        store(_mm512_mul_ps(acc[r], _mm512_set1_ps(w.gain())), &mut out.row_mut(row + r)[p * PANEL..]);
+        for (i, acc) in acc[r].into_iter().enumerate() {
+            store(_mm512_mul_ps(acc, gain), &mut out.row_mut(row + r)[(p + i) * PANEL..]);
+        }
     }
     R
 }

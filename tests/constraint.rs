@@ -3,12 +3,15 @@
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use nybble::engine::constraint::{Constraint, Grammar, Vocabulary};
-use nybble::engine::sampler::{Sampler, SamplingOptions};
-use nybble::engine::{Sequence, step};
+use nybble::engine::sampler::{Sampled, Sampler, SamplingOptions};
+use nybble::engine::{Scheduler, SchedulerOptions, Sequence, Speculation, Stats, step};
 use nybble::model::{LoadOptions, Model};
 use nybble::quant::block::BlockType;
-use tiny_model::{ODD, llama};
+use tiny_model::{ODD, Shape, llama};
 
 /// A token for each byte, one that ends a text, and one that is no text.
 const END: u32 = 256;
@@ -170,4 +173,111 @@ fn a_sequence_is_held_to_its_constraint_and_others_are_not() {
     }
     assert!(written[..3].iter().all(|token| token % 26 == 1), "{written:?}");
     assert_eq!(written[3], end);
+}
+
+/// Letters, and longer tokens that spell the same in other ways; the last one ends a text.
+fn spellings(size: usize) -> (Vocabulary, u32) {
+    let longer = [
+        "name", "na", "am", "me", "\"name", "\": ", "\":", ", \"", "{\"", "\"}", "tr", "true", "]}", "age\"", "ag",
+        "12",
+    ];
+    let mut tokens: Vec<Vec<u8>> = (b' '..127).map(|byte| vec![byte]).collect();
+    tokens.extend(longer.iter().map(|token| token.as_bytes().to_vec()));
+    tokens.resize(size, Vec::new());
+    let end = u32::try_from(size - 1).unwrap();
+    (Vocabulary::new(tokens, &[end]).unwrap(), end)
+}
+
+/// What each sequence writes up to its end, some steps being interrupted.
+fn written(
+    model: &Arc<Model>,
+    draft: Option<&Arc<Model>>,
+    speculation: Speculation,
+    jobs: &[(SamplingOptions, Option<Constraint>)],
+    end: u32,
+) -> (Vec<Vec<Sampled>>, Stats) {
+    let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+    let mut scheduler = Scheduler::new(model.clone(), draft.cloned(), options).unwrap();
+    let mut numbers = HashMap::new();
+    for (i, (options, constraint)) in jobs.iter().enumerate() {
+        let mut sequence = Sequence::new(model, &[1, 2, 3, 1, 2, i as u32], options.clone()).unwrap();
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.clone());
+        }
+        numbers.insert(scheduler.submit(sequence, 120).unwrap(), i);
+    }
+    let mut texts = vec![Vec::new(); jobs.len()];
+    let mut steps = 0;
+    while !scheduler.is_idle() {
+        steps += 1;
+        if steps % 7 == 0 {
+            assert!(scheduler.step(&|| true).is_err());
+        }
+        for event in scheduler.step(&|| false).unwrap() {
+            let text: &mut Vec<Sampled> = &mut texts[numbers[&event.id]];
+            if text.last().is_none_or(|last| last.token != end) {
+                text.push(event.result.unwrap());
+                if text.last().is_some_and(|last| last.token == end) {
+                    scheduler.cancel(event.id);
+                }
+            }
+        }
+    }
+    (texts, scheduler.stats())
+}
+
+#[test]
+fn guesses_change_nothing_of_texts_that_are_held_to_a_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = Shape { vocabulary: 128, ..ODD };
+    let path = llama(folder.path(), &shape, BlockType::Q4_0);
+    let model = Arc::new(Model::load(path, &LoadOptions::default()).unwrap());
+    let (vocabulary, end) = spellings(model.vocabulary());
+    let forms = [
+        schema(
+            r#"{"properties":{"name":{"enum":["name","me","nam"]},"age":{"type":"integer","maximum":99,"minimum":0},
+                "flags":{"type":"array","items":{"type":"boolean"},"maxItems":6}},"required":["name","age","flags"]}"#,
+        ),
+        schema(
+            r#"{"type":"array","items":{"properties":{"age":{"const":12},"name":{"const":true}},
+                "required":["age","name"]},"minItems":3,"maxItems":3}"#,
+        ),
+        schema(r#"{"properties":{"name":{"type":"string","maxLength":9}},"required":["name"]}"#),
+        schema(r#"{"type":"object"}"#),
+        Grammar::Regex("(name, ){5}(true|12|\\}){3}".to_owned()),
+        Grammar::Lark("start: \"{\" pair+ \"}\"\npair: \"name\" | \"age\" | \"[\" pair \"]\"".to_owned()),
+    ];
+    let mut jobs = Vec::new();
+    for (i, form) in forms.iter().enumerate() {
+        let constraint = vocabulary.constraint(form).unwrap();
+        for seed in 0..4 {
+            let mut options = SamplingOptions::greedy();
+            if seed > 0 {
+                let seed = Some(10 * i as u64 + seed);
+                options = SamplingOptions { seed, temperature: 1.3, logprobs: Some(2), ..SamplingOptions::default() };
+            }
+            jobs.push((options, Some(constraint.clone())));
+        }
+        jobs.push((SamplingOptions::greedy(), None));
+    }
+    let (expected, plain) = written(&model, None, Speculation::Off, &jobs, end);
+    assert_eq!(plain.drafted_tokens, 0);
+    assert!(expected.iter().filter(|text| text.last().unwrap().token == end).count() > 15, "most come to an end");
+    for speculation in [Speculation::On, Speculation::Auto] {
+        for draft in [None, Some(&model)] {
+            let (texts, stats) = written(&model, draft, speculation, &jobs, end);
+            assert!(texts == expected, "{speculation:?}");
+            assert!(stats.accepted_tokens > 50, "{stats:?}");
+        }
+    }
+    // What leaves no choice but how to spell it is guessed from the first token on.
+    for seed in 0..3 {
+        let options = SamplingOptions { seed: Some(seed), ..SamplingOptions::default() };
+        let constraint = vocabulary.constraint(&schema(r#"{"const":{"x": [1, 2, 3], "y": "zzzzzz"}}"#)).unwrap();
+        let job = [(options, Some(constraint))];
+        let (expected, plain) = written(&model, None, Speculation::Off, &job, end);
+        let (texts, stats) = written(&model, None, Speculation::On, &job, end);
+        assert!(texts == expected && texts[0].len() > 25, "{}", texts[0].len());
+        assert!(stats.steps * 2 < plain.steps, "{stats:?} {plain:?}");
+    }
 }

@@ -162,6 +162,29 @@ impl Constraint {
         self.matcher.consume_token(token).map_err(|error| unusable(self.name, &error))
     }
 
+    /// Up to `most` tokens that may come next, as a guess: those that spell what leaves no choice, and of what `look_up` gives
+    /// after them the ones that fit.
+    pub(super) fn guess(&self, most: usize, look_up: impl FnOnce(&[u32]) -> Vec<u32>) -> Vec<u32> {
+        if self.matcher.is_stopped() {
+            return Vec::new();
+        }
+        // Looking ahead leaves traces in a parser; in a copy they cannot reach the text.
+        let mut ahead = self.matcher.clone();
+        let mut bytes = ahead.compute_ff_bytes();
+        bytes.truncate(most * LONGEST_TOKEN);
+        // What the model would choose to spell it with is often the same as the longest tokens.
+        let mut guesses = ahead.tok_env().map_or(Vec::new(), |known| known.tok_trie().greedy_tokenize(&bytes));
+        guesses.truncate(most);
+        guesses.truncate(ahead.try_consume_tokens(&guesses).unwrap_or(0));
+        if guesses.len() < most && !ahead.is_stopped() {
+            let mut more = look_up(&guesses);
+            more.truncate(most - guesses.len());
+            more.truncate(ahead.validate_tokens(&more).unwrap_or(0));
+            guesses.append(&mut more);
+        }
+        guesses
+    }
+
     /// Whether the text may end here.
     pub fn may_end(&mut self) -> bool {
         self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)
@@ -184,6 +207,11 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn new(constraint: Constraint) -> Held {
         Held { constraint, allowed: None }
+    }
+
+    /// See [`Constraint::guess`].
+    pub(super) fn guess(&self, most: usize, look_up: impl FnOnce(&[u32]) -> Vec<u32>) -> Vec<u32> {
+        self.constraint.guess(most, look_up)
     }
 
     /// Chooses among the tokens allowed, and takes the choice.

@@ -96,11 +96,6 @@ impl Sequence {
         self.sampler.accept(sampled.token);
         Ok(sampled)
     }
-
-    /// Whether tokens may be guessed ahead, to be confirmed several at once. What a constraint allows is known for one only.
-    pub(super) fn may_speculate(&self) -> bool {
-        self.held.is_none()
-    }
 }
 
 /// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.

@@ -4,7 +4,8 @@
 //! right, and the rest is forgotten. So the text is, bit for bit, the one that comes without. Guesses come from the text
 //! itself ("prompt lookup": what followed the last time that these tokens stood here) or from a smaller model (Leviathan,
 //! Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, with the sampler's own
-//! random number in the place of their correction, which keeps the text that of the seed).
+//! random number in the place of their correction, which keeps the text that of the seed). Of a text that is held to a form,
+//! what leaves no choice is guessed first, such as the keys of a JSON object: there, too, the model decides how to spell it.
 
 use crate::error::{Error, Result};
 

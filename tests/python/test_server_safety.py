@@ -325,7 +325,20 @@ def test_an_address_in_use_is_one_line(tiny_file: Path, capsys: pytest.CaptureFi
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["serve", str(tiny_file), "--port", str(port)]) == 1
-    assert f"127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"nybble: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    assert main(["serve", str(tiny_file), "--host", "nobody.invalid"]) == 1
+    assert capsys.readouterr().err.startswith("nybble: cannot listen on nobody.invalid port 8000: ")
+
+
+def test_an_address_that_comes_into_use_while_the_model_is_loaded_is_one_line(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both may bind it, as long as nobody listens.
+    with server_run.bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(server_run, "allowed_hosts", lambda *_: other.listen())
+        assert main(["serve", str(tiny_file), "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_says_what_to_install(
@@ -356,4 +369,32 @@ def test_long_prompts_are_refused_by_their_tokens_and_not_before(engine: Engine)
 
 def test_an_empty_key_is_no_key(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tiny_file), "--port", "0", "--api-key", ""]) == 2
-    assert "api_key" in capsys.readouterr().err
+    assert "api_key: found an empty one; leave it out to let everyone in (try: nybble serve --help)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_key_that_no_header_can_hold_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("schlüssel", "a\nb", "a\x00"):
+        assert main(["serve", str(tiny_file), "--port", "0", "--api-key", key]) == 2
+        assert "expected printable ASCII" in capsys.readouterr().err
+
+
+def test_space_around_a_key_is_none_of_it(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(server_run, "serve", lambda service, *_: served.append(service.settings.api_key))
+    monkeypatch.setenv("NYBBLE_API_KEY", " x y\n")
+    assert main(["serve", str(tiny_file), "--port", "0"]) == 0
+    assert served == ["x y"]
+
+
+def test_memory_that_holds_no_text_is_refused_and_little_is_told(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_run, "serve", lambda *_: None)
+    assert main(["serve", str(tiny_file), "--port", "0", "--cache-gb", "0"]) == 1
+    assert "cache_gb: found 0, expected at least 1.64e-05" in capsys.readouterr().err
+    assert main(["serve", str(tiny_file), "--port", "0", "--cache-gb", "0.00002"]) == 0
+    assert "has room for texts of 78 tokens, fewer than the context of 128" in capsys.readouterr().err

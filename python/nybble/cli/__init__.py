@@ -84,5 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Misuse. The class of the parser's own errors has moved between versions, their two attributes have not.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        complain(f"{error.format_message()} (try: nybble --help)")
+        context = getattr(error, "ctx", None)
+        complain(f"{error.format_message()} (try: {context.command_path if context else 'nybble'} --help)")
         return int(error.exit_code)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nybble.cli import terminal
 from nybble.cli.options import LoadOptions, takes_options
+
+if TYPE_CHECKING:
+    from nybble.model import ModelInfo
+
+_PAGE = 64
+"""Tokens whose keys and values are kept together."""
 
 
 @takes_options
@@ -76,18 +82,25 @@ def serve(
         raise ValueError(f"the server needs {error.name}, which is not here: pip install 'nybble[serve]'") from None
     from nybble.engine import Engine
 
-    if api_key is not None and not api_key.strip():
-        raise typer.BadParameter("api_key: found an empty one; leave it out to let everyone in")
+    if api_key is not None:
+        api_key = api_key.strip()  # Files and copies end with line breaks, and headers with none.
+        if not api_key:
+            raise typer.BadParameter("api_key: found an empty one; leave it out to let everyone in")
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise typer.BadParameter("api_key: found letters that no header can hold, expected printable ASCII")
     # Before the model is loaded, which may take minutes: an address that cannot be had should be known at once.
     with run.bind(host, port) as listener, contextlib.ExitStack() as stack:
         if api_key is None and not run.is_loopback(listener):
             terminal.note("nybble: whoever reaches this address may use the model; --api-key changes that")
         model = stack.enter_context(load.load(source))
+        cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
+        if cache_bytes is not None:
+            _check_cache(cache_bytes, model.info)
         engine = Engine(
             model,
             max_batch=max_batch,
             max_queue=max_queue,
-            cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
+            cache_bytes=cache_bytes,
             speculation=speculation,
             draft=None if draft is None else stack.enter_context(load.load(draft)),
         )
@@ -103,6 +116,17 @@ def serve(
         known = name or source_name(source, model.info.file.name)
         service = server.Service(stack.enter_context(engine), known, settings)
         run.serve(service, listener, lambda url: terminal.note(f"{known}\n  page  {url}\n  API   {url}/v1"))
+
+
+def _check_cache(cache_bytes: int, info: ModelInfo) -> None:
+    """Refuses memory in which no text has room, and tells where some have none."""
+    fit = cache_bytes // info.cache_bytes_per_token
+    if fit < _PAGE:
+        least = f"{_PAGE * info.cache_bytes_per_token / 1e9:.3g}"
+        raise ValueError(f"cache_gb: found {cache_bytes / 1e9:g}, expected at least {least} for keys and values")
+    if cache_bytes < info.cache_bytes:
+        room = f"{fit:,} tokens, fewer than the context of {info.context:,}"
+        terminal.note(f"nybble: --cache-gb has room for texts of {room}")
 
 
 def source_name(source: str | None, file: str) -> str:

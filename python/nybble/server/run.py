@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -17,6 +18,7 @@ from nybble.server.app import create_app
 from nybble.server.service import Service, Settings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_BACKLOG = 256
 _READ_BYTES = 1 << 16
 """What is read at a time of what a client sends."""
 
@@ -27,15 +29,25 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address is in use, or not of this machine.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
+    with _explained(host, port):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     return listener
+
+
+@contextlib.contextmanager
+def _explained(host: str, port: int) -> Iterator[None]:
+    """Says of what goes wrong at which address it did, and leaves the number of the error out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -55,7 +67,13 @@ def serve(service: Service, listener: socket.socket, ready: Callable[[str], obje
         service: what is served.
         listener: where, as `bind` makes it.
         ready: called with the address once requests are answered.
+
+    Raises:
+        OSError: the address is in use.
     """
+    # An address that another one has bound, too, and listens on by now, is found in use only here.
+    with _explained(*listener.getsockname()[:2]):
+        listener.listen(_BACKLOG)
     make_server(service, ready).run(sockets=[listener])
 
 
@@ -70,7 +88,7 @@ def make_server(service: Service, ready: Callable[[str], object]) -> Server:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=5,
-        backlog=256,
+        backlog=_BACKLOG,
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Who sends what is no HTTP is told so, and not the log.
     return Server(config, service, ready)

@@ -61,8 +61,7 @@ class Service:
         self.embedding = asyncio.Semaphore(1)
         """Embeddings are computed beside the engine's loop, so one request at a time."""
         self.long_prompts = asyncio.Semaphore(1)
-        # Two for those of above and two for short prompts; more would wait for each other, and each keeps memory.
-        self._threads = CapacityLimiter(4)
+        self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
 
     def admit(self, model: str | None, answers: int) -> None:
@@ -81,6 +80,9 @@ class Service:
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """The result of what takes too long for the loop."""
+        # Two for those of above and two for short prompts; more would wait for each other, and each keeps memory. Some
+        # versions of anyio make this only where a loop runs.
+        self._threads = self._threads or CapacityLimiter(4)
         return await to_thread.run_sync(work, limiter=self._threads)
 
     @staticmethod

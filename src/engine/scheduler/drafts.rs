@@ -7,6 +7,27 @@ use crate::model::{Input, Logits, Model};
 /// Tokens of a text that the draft model reads beside a step, until it has caught up and can guess.
 const CATCH_UP: usize = 64;
 
+impl Entry {
+    /// Puts up to `count` guesses from its text, and from what it is held to, behind the token that is due.
+    fn look_ahead(&mut self, count: usize) {
+        let mut guesses = Vec::new();
+        match &self.sequence.held {
+            _ if count == 0 => {}
+            None => speculation::look_up(&self.tokens, count, &mut guesses),
+            Some(held) => {
+                guesses = held.guess(count, |known| {
+                    let mut guesses = Vec::new();
+                    speculation::look_up(&[&self.tokens, known].concat(), count, &mut guesses);
+                    guesses
+                });
+            }
+        }
+        self.guesses = guesses.len();
+        self.rows += guesses.len();
+        self.sequence.pending.append(&mut guesses);
+    }
+}
+
 impl Scheduler {
     /// Puts guesses behind the tokens that are due.
     ///
@@ -23,26 +44,20 @@ impl Scheduler {
         let mut wanted = Vec::with_capacity(self.running.len());
         for entry in &mut self.running {
             let mut count = 0;
-            if entry.is_writing() && entry.sequence.may_speculate() {
+            if entry.is_writing() {
                 // The last token that may be sampled is never fed, so it needs no guess.
                 count = entry.acceptance.guesses(speculation).min(entry.left - 1).min(budget);
                 budget -= count;
+            }
+            // A constraint knows more of what comes than a draft model does.
+            if self.draft.is_none() || entry.sequence.held.is_some() {
+                entry.look_ahead(std::mem::take(&mut count));
             }
             wanted.push(count);
         }
         match self.draft.clone() {
             Some(draft) => self.ask(&draft, wanted, interrupted),
-            None => {
-                for (entry, count) in self.running.iter_mut().zip(wanted) {
-                    let known = entry.sequence.pending.len();
-                    if count > 0 {
-                        speculation::look_up(&entry.tokens, count, &mut entry.sequence.pending);
-                    }
-                    entry.guesses = entry.sequence.pending.len() - known;
-                    entry.rows += entry.guesses;
-                }
-                Ok(())
-            }
+            None => Ok(()),
         }
     }
 

@@ -113,7 +113,7 @@ pub enum Error {
     },
 
     /// There is no memory for what was asked. Nothing was changed.
-    #[error("out of memory: {what} needs {bytes} bytes{}", left.map(|left| format!(", and the cgroup leaves {left}")).unwrap_or_default())]
+    #[error("out of memory: {what} needs {bytes} bytes{}", but_left(*left))]
     OutOfMemory {
         /// What the memory is for.
         what: &'static str,
@@ -130,6 +130,11 @@ pub enum Error {
     /// The model computed logits from which nothing can be sampled.
     #[error("the logits contain NaN or no finite value: the weights are damaged or overflow")]
     BadLogits,
+}
+
+/// The end of a message about memory.
+fn but_left(left: Option<usize>) -> String {
+    left.map(|left| format!(", and the cgroup leaves {left}")).unwrap_or_default()
 }
 
 impl Error {

@@ -7,8 +7,9 @@ use half::f16;
 use super::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, Numbers, PAGE};
+use crate::quant::lines::Lines;
 use crate::quant::packed::{Line, PANEL};
-use crate::system::memory::{self, Held};
+use crate::system::memory;
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,21 +116,16 @@ pub(super) struct Head<'a> {
 #[derive(Debug)]
 pub(super) struct Page {
     /// `(layers, kv_heads, keys, values, scales of keys, scales of values)`
-    lines: Vec<Line>,
-    _held: Held,
+    lines: Lines,
 }
 
 impl Page {
     pub(super) fn new(shape: &Shape) -> Result<Page> {
         let len = shape.page().unwrap_or(usize::MAX);
-        // Zeroed memory comes untouched from the system, so a page costs only what is written of it. An allocation that
-        // fails must not abort the process, so it is tried first.
-        let mut lines: Vec<Line> = Vec::new();
+        // Zeroed memory comes untouched from the system, so a page costs only what is written of it, and it goes back there.
         let (what, bytes) = ("a page of the key/value cache", shape.page_bytes());
-        memory::check(what, bytes)?;
-        lines.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { what, bytes, left: None })?;
-        drop(lines);
-        Ok(Page { lines: bytemuck::zeroed_vec(len), _held: Held::new(bytes) })
+        let lines = Lines::try_zeroed(len).ok_or(Error::OutOfMemory { what, bytes, left: None })?;
+        Ok(Page { lines })
     }
 
     pub(super) fn copy(&self, shape: &Shape) -> Result<Page> {
@@ -362,6 +358,8 @@ impl Session {
     pub(super) fn reserve(&mut self, tokens: usize) -> Result<()> {
         let full = Error::ContextFull { used: self.len, requested: tokens, context: self.context };
         let Some(end) = self.len.checked_add(tokens).filter(|end| *end <= self.context) else { return Err(full) };
+        // All at once: what is granted and not yet written would look free to the next one that asks.
+        memory::check("the key/value cache", self.bytes_for(tokens))?;
         if let Some(page) = self.pages.get_mut(self.len / PAGE)
             && Arc::get_mut(page).is_none()
         {

@@ -29,6 +29,7 @@ use super::Model;
 use super::kv_cache::{CacheType, Page, Session};
 use crate::error::{Error, Place, Result};
 use crate::kernels::PAGE;
+use crate::system::memory;
 
 const MAGIC: [u8; 8] = *b"NYBBLEKV";
 const VERSION: u32 = 1;
@@ -135,6 +136,7 @@ impl Session {
         file.read_exact(bytemuck::cast_slice_mut(&mut ids)).map_err(io)?;
         let mut pages = Vec::new();
         for _ in 0..seen.div_ceil(PAGE) {
+            memory::check("a page of the key/value cache", model.shape.page_bytes())?;
             let mut page = Page::new(&model.shape)?;
             file.read_exact(page.bytes_mut()).map_err(io)?;
             pages.push(Arc::new(page));

@@ -1,4 +1,4 @@
-//! Memory for packed weights: cache lines, zero at first.
+//! Memory for packed weights and for keys and values: cache lines, zero at first.
 
 use std::ops::{Deref, DerefMut};
 
@@ -15,14 +15,26 @@ const SMALLEST_MAP: usize = 1 << 16;
 /// alignment itself, so that one thread would meet all page faults, a third of the time that loading takes. A map is
 /// zero by itself, and a page faults where a worker first writes to it.
 #[derive(Debug)]
-pub(super) enum Lines {
+pub(crate) enum Lines {
     Allocated(Vec<Line>),
     /// Whole lines, as many as were asked for.
     Mapped(MmapMut),
 }
 
 impl Lines {
-    pub(super) fn zeroed(len: usize) -> Lines {
+    /// As [`Lines::zeroed`]. `None` when there is no memory, where that ends the process.
+    pub(crate) fn try_zeroed(len: usize) -> Option<Lines> {
+        let bytes = len.checked_mul(size_of::<Line>())?;
+        if bytes >= SMALLEST_MAP {
+            return MmapMut::map_anon(bytes).ok().map(Lines::Mapped);
+        }
+        let mut lines: Vec<Line> = Vec::new();
+        lines.try_reserve_exact(len).ok()?;
+        drop(lines);
+        Some(Lines::Allocated(bytemuck::zeroed_vec(len)))
+    }
+
+    pub(crate) fn zeroed(len: usize) -> Lines {
         let bytes = len.saturating_mul(size_of::<Line>());
         if bytes >= SMALLEST_MAP
             && let Ok(map) = MmapMut::map_anon(bytes)
@@ -73,9 +85,13 @@ mod tests {
             assert_eq!(matches!(lines, Lines::Mapped(_)), len >= large);
             assert_eq!(lines.len(), len);
             assert!(lines.iter().all(|line| line.0 == [0; 64]));
+            assert_eq!(*Lines::try_zeroed(len).unwrap(), *lines);
             let Some(last) = lines.last_mut() else { continue };
             last.0[63] = 7;
             assert_eq!(lines.clone().last(), lines.last());
+        }
+        for len in [usize::MAX, 1 << 57, 1 << 50] {
+            assert!(Lines::try_zeroed(len).is_none(), "{len}");
         }
     }
 }

@@ -3,6 +3,6 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
-mod lines;
+pub(crate) mod lines;
 pub mod pack;
 pub mod packed;

@@ -20,7 +20,7 @@ use half::f16;
 
 use super::lines::Lines;
 use crate::error::Error;
-use crate::system::memory::{self, Held};
+use crate::system::memory;
 
 /// Output rows in a panel, one a SIMD lane.
 pub const PANEL: usize = 16;
@@ -95,7 +95,6 @@ pub struct Packed {
     scales: Lines,
     /// As `scales`; empty without minimums.
     mins: Lines,
-    _held: Held,
 }
 
 /// One panel of a [`Packed`] matrix.
@@ -128,16 +127,7 @@ impl Packed {
         let wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
         assert!(wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
         let none = || Lines::zeroed(0);
-        let mut packed = Packed {
-            rows,
-            columns,
-            layout,
-            gain,
-            codes: none(),
-            scales: none(),
-            mins: none(),
-            _held: Held::new(Packed::bytes_needed(rows, columns, layout)),
-        };
+        let mut packed = Packed { rows, columns, layout, gain, codes: none(), scales: none(), mins: none() };
         let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
         packed.codes = Lines::zeroed(panels * packed.panel_lines());
         packed.scales = Lines::zeroed(panels * scale_lines);

@@ -2,10 +2,8 @@
 //!
 //! The kernel grants more than a group may hold, and ends a process of it when the memory is written. So what is large is
 //! compared with the limit before it is asked for, and refused where it certainly does not fit: pages of files that the
-//! kernel can drop do not count as used, swap counts as free, and so does what was given back before, since the allocator may
-//! have kept it.
+//! kernel can drop do not count as used, and swap counts as free.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,45 +11,17 @@ use crate::error::{Error, Result};
 
 /// Less is not worth a look.
 const LEAST: usize = 1 << 20;
-/// From this size on the allocator (glibc's, at most) takes memory from the system, and gives it back at once.
-const MAPPED: usize = 32 << 20;
+/// From this size on every allocator takes memory from the system; for less it may have some that was given back.
+const LARGE: usize = 32 << 20;
 /// What stays for all that is too small to be looked at.
 const KEPT: usize = 8 << 20;
 /// So long what was read is believed, less what was granted since.
 const BELIEVED: Duration = Duration::from_millis(50);
 
-/// Memory below [`MAPPED`] that is held now, and the most that was.
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
 /// What was left, and when.
 static LEFT: Mutex<Option<(Instant, usize)>> = Mutex::new(None);
 
-/// Memory that is held, counted as long as this lives.
-#[derive(Debug, Default)]
-pub(crate) struct Held(usize);
-
-impl Held {
-    pub(crate) fn new(bytes: usize) -> Held {
-        let counted = if (LEAST..MAPPED).contains(&bytes) { bytes } else { 0 };
-        let held = HELD.fetch_add(counted, Relaxed).saturating_add(counted);
-        PEAK.fetch_max(held, Relaxed);
-        Held(counted)
-    }
-}
-
-impl Clone for Held {
-    fn clone(&self) -> Held {
-        Held::new(self.0)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        HELD.fetch_sub(self.0, Relaxed);
-    }
-}
-
-/// Makes sure that the control group has room for `bytes` more.
+/// Makes sure that the control group has room for `bytes` more, which are going to be mapped from the system.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`] where it certainly has not.
@@ -68,18 +38,17 @@ pub(crate) fn check(what: &'static str, bytes: usize) -> Result<()> {
         return Ok(());
     }
     let left = left();
-    let kept_back = if bytes < MAPPED { PEAK.load(Relaxed).saturating_sub(HELD.load(Relaxed)) } else { 0 };
-    if bytes.saturating_add(KEPT) > left.saturating_add(kept_back) {
+    if left < bytes.saturating_add(KEPT) {
         *known = None;
         return Err(Error::OutOfMemory { what, bytes, left: Some(left) });
     }
-    *known = Some((Instant::now(), left.saturating_sub(bytes)));
+    *known = Some((Instant::now(), left - bytes));
     Ok(())
 }
 
-/// As [`check`], for memory that is not counted as [`Held`]: only what surely comes from the system.
-pub(crate) fn check_large(what: &'static str, bytes: usize) -> Result<()> {
-    if bytes < MAPPED { Ok(()) } else { check(what, bytes) }
+/// As [`check`], for memory that an allocator gives.
+pub(crate) fn check_allocation(what: &'static str, bytes: usize) -> Result<()> {
+    if bytes < LARGE { Ok(()) } else { check(what, bytes) }
 }
 
 /// Bytes that the process's control group, and those that it lies in, leave.
@@ -232,16 +201,6 @@ mod linux {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_given_back_counts_as_free_and_what_is_large_is_not_counted() {
-        let before = HELD.load(Relaxed);
-        let held = Held::new(3 << 20);
-        assert!(HELD.load(Relaxed) >= 3 << 20);
-        let copy = held.clone();
-        drop((held, copy, Held::new(MAPPED), Held::new(LEAST - 1)));
-        assert!(PEAK.load(Relaxed) >= before.min(HELD.load(Relaxed)) + (6 << 20));
-    }
 
     #[test]
     fn what_no_machine_has_is_refused_only_where_there_is_a_limit() {

@@ -175,7 +175,7 @@ def test_threads_obey_the_quota_of_the_cgroup(quota: int, expected: int) -> None
 
 
 @linux
-@pytest.mark.parametrize("what", ["weights", "a file that is read"])
+@pytest.mark.parametrize("what", ["weights", "a file that is read", "cache"])
 def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
     tmp_path: Path, tiny_file: Path, what: str
 ) -> None:
@@ -207,7 +207,7 @@ def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
     with cgroups.group("memory", first={"memory.limit_in_bytes": most}, second=limits) as folder:
         done = python(cgroups.JOIN + textwrap.dedent(script), folder, tiny_file, big, what)
     assert done.returncode == 0, done.stderr
-    refused = {"weights": "packed weights", "cache": "a page of the key/value cache", "a file that is read": "a file"}
+    refused = {"weights": "packed weights", "cache": "the key/value cache", "a file that is read": "a file"}
     assert done.stdout.count(f"out of memory: {refused[what]} needs") == 2, done.stdout
     assert "and the cgroup leaves" in done.stdout
     assert "usable" in done.stdout

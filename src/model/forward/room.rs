@@ -64,7 +64,7 @@ pub(super) fn for_logits(inputs: &[Input<'_>], model: &Model, logits: &mut Vec<f
     let count = wanted.fold(0, usize::saturating_add);
     let bytes = count.saturating_mul(size_of::<f32>());
     if count > logits.capacity() {
-        memory::check_large("logits", bytes)?;
+        memory::check_allocation("logits", bytes)?;
     }
     logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes, left: None })
 }
@@ -91,7 +91,7 @@ impl Scratch {
         let numbers = of_rows.iter().map(|(_, len)| len).sum::<usize>() + rows * widths.input;
         let (what, bytes) = ("the buffers of a pass", numbers * size_of::<f32>());
         for (buffer, len) in of_rows.iter().filter(|(buffer, len)| *len > buffer.capacity()) {
-            memory::check_large(what, (len - buffer.len()) * size_of::<f32>())?;
+            memory::check_allocation(what, (len - buffer.len()) * size_of::<f32>())?;
         }
         let reserve = || -> Result<(), TryReserveError> {
             for (buffer, len) in of_rows {

@@ -37,6 +37,11 @@ mod errors {
 use constraint::Constraint;
 use errors::{ContextFullError, InternalError, ModelError};
 
+/// Of everything in this module, so that memory goes back to the system when a model is closed.
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: crate::system::allocator::Allocator = crate::system::allocator::Allocator;
+
 mod constraint;
 mod evaluate;
 mod quantize;

@@ -26,6 +26,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; asks for `sdot`"),
     ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
     ("src/format/mapped", "maps a file into memory"),
+    ("src/system/allocator", "hands out memory"),
     ("src/threads/board", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/columns", "lends the workers disjoint parts of one buffer"),
     ("src/threads/team", "calls the two above"),

@@ -1,4 +1,6 @@
-//! A step of a size that was seen before allocates nothing. In a binary of its own, because it replaces the allocator.
+//! A step of a size that was seen before allocates nothing. In a binary of its own, because it replaces the allocator,
+//! and only without the Python module, which has one of its own.
+#![cfg(not(feature = "python"))]
 
 #[path = "common/tiny_model.rs"]
 mod tiny_model;

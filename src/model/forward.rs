@@ -174,7 +174,7 @@ impl Model {
             scratch.done.clear();
             scratch.done.resize(inputs.len(), 0);
             while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
-                scratch.reserve(self)?;
+                scratch.reserve(self, inputs)?;
                 Pass { model: self, kernel: self.kernel, scope }.step(scratch, inputs, logits, interrupted)?;
             }
             Ok(())

@@ -11,8 +11,9 @@ use crate::error::{Error, Result};
 
 /// Less is not worth a look.
 const LEAST: usize = 1 << 20;
-/// From this size on every allocator takes memory from the system; for less it may have some that was given back.
-const LARGE: usize = 32 << 20;
+/// From this size on the allocator takes memory from the system; for less it may have some that was given back. That of the
+/// Python module is known ([`allocator`](super::allocator)), any other has given back as much as this.
+const LARGE: usize = if cfg!(all(target_os = "linux", feature = "python")) { LEAST } else { 32 << 20 };
 /// What stays for all that is too small to be looked at.
 const KEPT: usize = 8 << 20;
 /// So long what was read is believed, less what was granted since.

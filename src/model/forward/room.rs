@@ -2,7 +2,7 @@
 
 use std::collections::TryReserveError;
 
-use super::{Input, Logits, Scratch};
+use super::{Input, Logits, Row, Scratch};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::Config;
@@ -71,10 +71,11 @@ pub(super) fn for_logits(inputs: &[Input<'_>], model: &Model, logits: &mut Vec<f
 
 impl Scratch {
     /// Makes room for the rows that were gathered.
-    pub(super) fn reserve(&mut self, model: &Model) -> Result<()> {
+    pub(super) fn reserve(&mut self, model: &Model, inputs: &[Input<'_>]) -> Result<()> {
         let (widths, config) = (&model.widths, &model.config);
         let rows = self.rows.len();
-        let wanted = self.rows.iter().filter(|row| row.wanted).count();
+        let has_logits = |row: &&Row| row.wanted && inputs[row.input].logits != Logits::Hidden;
+        let wanted = self.rows.iter().filter(has_logits).count();
         let longest = self.spans.iter().map(|span| span.len).max().unwrap_or(0);
         let angles = 2 * rows * model.ropes[0].pairs();
         let of_rows = [

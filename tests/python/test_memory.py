@@ -59,9 +59,7 @@ def test_the_peak_is_at_most_packed_weights_cache_and_150_mb(tmp_path: Path) -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the module has the system's allocator")
 def test_the_memory_of_closed_models_goes_back_to_the_system(tmp_path: Path) -> None:
     path = wide_model(tmp_path / "wide.gguf", hidden=1024, feed_forward=4096, vocabulary=8192)
-    done = subprocess.run(
-        [sys.executable, "-c", AGAIN_AND_AGAIN, path], stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN, path], stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) < KEPT
 
 

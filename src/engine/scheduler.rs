@@ -353,10 +353,10 @@ impl Scheduler {
             match self.forward(interrupted) {
                 Ok(()) => break,
                 // Less than was allowed: what is kept for others goes first, then the youngest waits.
-                Err(Error::OutOfMemory { .. }) => {
+                Err(error @ Error::OutOfMemory { .. }) => {
                     self.forget_guesses();
                     if self.prefixes.evict(usize::MAX) == 0 {
-                        self.displace(&mut events);
+                        self.displace(&mut events, |_| error);
                     }
                 }
                 Err(error) => {
@@ -449,18 +449,22 @@ impl Scheduler {
         if excess(self) == 0 {
             return true;
         }
-        self.displace(events);
+        self.displace(events, |entry| {
+            let session = &entry.sequence.session;
+            let bytes = session.bytes() + session.bytes_for(entry.rows);
+            let what = "the key/value cache of one sequence, within the memory allowed,";
+            Error::OutOfMemory { what, bytes, left: None }
+        });
         false
     }
 
-    /// Lets the youngest sequence wait for the memory that the others take, or, when there are no others, fail.
-    fn displace(&mut self, events: &mut Vec<Event>) {
+    /// Lets the youngest sequence wait for the memory that the others take, or, when there are no others, fail with that error.
+    fn displace(&mut self, events: &mut Vec<Event>, error: impl FnOnce(&Entry) -> Error) {
         self.forget_guesses();
         let Some(mut entry) = self.running.pop() else { return };
         if self.running.is_empty() {
-            let bytes = entry.sequence.session.bytes() + entry.sequence.session.bytes_for(entry.rows);
-            let what = "the key/value cache of one sequence, within the memory allowed,";
-            events.push(entry.event(Err(Error::OutOfMemory { what, bytes, left: None })));
+            let error = error(&entry);
+            events.push(entry.event(Err(error)));
         } else {
             entry.reset();
             self.waiting.push_front(entry);

@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// Less is not worth a look.
-const LEAST: usize = 1 << 20;
-/// From this size on the allocator takes memory from the system; for less it may have some that was given back. That of the
-/// Python module is known ([`allocator`](super::allocator)), any other has given back as much as this.
-const LARGE: usize = if cfg!(all(target_os = "linux", feature = "python")) { LEAST } else { 32 << 20 };
+/// Less is not worth a look: all that is packed, and of the cache, comes from the system from this size on.
+const LEAST: usize = 64 << 10;
+/// From this size on the allocator takes memory from the system; for less it may have some that was given back.
+#[cfg(all(target_os = "linux", feature = "python"))]
+const LARGE: usize = super::allocator::SMALLEST_MAP;
+/// Whatever allocator the program has. glibc's keeps less than this.
+#[cfg(not(all(target_os = "linux", feature = "python")))]
+const LARGE: usize = 32 << 20;
 /// What stays for all that is too small to be looked at.
 const KEPT: usize = 8 << 20;
 /// So long what was read is believed, less what was granted since.

@@ -175,13 +175,15 @@ def test_threads_obey_the_quota_of_the_cgroup(quota: int, expected: int) -> None
 
 
 @linux
-@pytest.mark.parametrize("what", ["weights", "a file that is read", "cache"])
+@pytest.mark.parametrize("what", ["weights", "many small weights", "a file that is read", "cache", "text"])
 def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
     tmp_path: Path, tiny_file: Path, what: str
 ) -> None:
     big = tmp_path / "big.gguf"
-    if what == "cache":  # Every page of 64 tokens takes 4 MB.
+    if what in ("cache", "text"):  # Every page of 64 tokens takes 4 MB.
         tiny.write_model(big, layers=512, llama__context_length=1 << 20)
+    elif what == "many small weights":
+        tiny.write_model(big, layers=130, feed_forward=1 << 14)  # 225 MB, in pieces of half a megabyte
     else:
         tiny.write_model(big, layers=4, feed_forward=1 << 19)  # 225 MB
     script = """
@@ -195,8 +197,11 @@ def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
                     with Model.load(big, threads=1) as deep:
                         deep.logits(list(range(64)) * 2)
                         deep.logits(list(range(64)) * 400)
+                elif what == "text":
+                    with Model.load(big, threads=1) as deep:
+                        deep.generate("a" * 25600, max_tokens=1)
                 else:
-                    _native.Model.load(big, threads=1, mmap=what == "weights")
+                    _native.Model.load(big, threads=1, mmap=what != "a file that is read")
             except MemoryError as error:
                 print(error)
         assert model.generate("abc", max_tokens=8, temperature=0).text == before
@@ -207,8 +212,8 @@ def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
     with cgroups.group("memory", first={"memory.limit_in_bytes": most}, second=limits) as folder:
         done = python(cgroups.JOIN + textwrap.dedent(script), folder, tiny_file, big, what)
     assert done.returncode == 0, done.stderr
-    refused = {"weights": "packed weights", "cache": "the key/value cache", "a file that is read": "a file"}
-    assert done.stdout.count(f"out of memory: {refused[what]} needs") == 2, done.stdout
+    refused = {"a file that is read": "a file", "cache": "the key/value cache", "text": "the key/value cache"}
+    assert done.stdout.count(f"out of memory: {refused.get(what, 'packed weights')} needs") == 2, done.stdout
     assert "and the cgroup leaves" in done.stdout
     assert "usable" in done.stdout
 

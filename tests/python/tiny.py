@@ -147,6 +147,8 @@ def _typed(value: Any) -> tuple[int, bytes]:
             return 8, _text(value.encode())
         case bytes():
             return 8, _text(value)
+        case np.ndarray() if value.dtype == np.int32:
+            return 9, struct.pack("<IQ", 5, len(value)) + value.tobytes()
         case list():
             items = [_typed(item) for item in value]
             kind = items[0][0] if items else 8

@@ -41,8 +41,8 @@ TITLES = {
     "damaged": "damaged copies of a file",
     "nan": "a NaN in a weight",
     "cut": "the file is cut after loading",
-    "no-memory": "memory for the file once and a half (`ulimit -v`)",
-    "cgroup": "a cgroup with less memory than the file",
+    "no-memory": "memory for half of the file (`ulimit -v`)",
+    "cgroup": "a cgroup with less memory than the model",
     "unknown-token": "a token id beyond the vocabulary",
     "too-long": "100 tokens more than the context",
     "two-calls": "two threads use one model, eight times each",
@@ -152,6 +152,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The same tests of trust for several runtimes.")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--files", type=int, default=500, help="how many damaged files")
+    parser.add_argument("--model", type=Path, help="a real model for the test of logits, instead of the random one")
     parser.add_argument("--only", action="append", choices=list(TITLES))
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="where what the runtimes print goes")
     arguments = parser.parse_args()
@@ -181,7 +182,8 @@ def main() -> int:
                     with cgroups.group("memory", first=limits[0], second=limits[1]) as group:
                         found = ask(python, name, "loads", [model], group, log=arguments.log)
                 else:
-                    shutil.copy(model, copy := folder / "copy.gguf")
+                    source = arguments.model if test == "same-bits" and arguments.model else model
+                    shutil.copy(source, copy := folder / "copy.gguf")
                     found = ask(python, name, test, [copy], log=arguments.log)
                 cells.append(summed_up(found) if len(found) > 1 else found[0])
             print(f"| {TITLES[test]} | " + " | ".join(cells) + " |", flush=True)

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -149,7 +150,7 @@ def no_memory(make: Callable[..., Runtime], path: str) -> str:
     with contextlib.suppress(Exception):
         make("/nowhere", 2)  # All imports come first.
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = taken + Path(path).stat().st_size * 3 // 2
+    most = taken + Path(path).stat().st_size // 2
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     make(path, 2).write(PROMPTS[0] * 60, 4)
     return "loads"
@@ -222,7 +223,7 @@ def interrupt(make: Callable[..., Runtime], path: str) -> str:
     whole = time.monotonic() - begun
     say("long prompt")
     try:
-        model.write(prompt, 1)
+        model.write([*PROMPTS[1], *prompt], 1)  # Begins otherwise, so that nothing of it is kept from before.
     except KeyboardInterrupt:
         say(time.monotonic())
         usable = model.write(PROMPTS[0], 4) == short
@@ -231,7 +232,7 @@ def interrupt(make: Callable[..., Runtime], path: str) -> str:
 
 
 def same_bits(make: Callable[..., Runtime], path: str) -> str:
-    ids = (PROMPTS[0] * 20)[:61]
+    ids = [i * (i + 3) % 251 for i in range(61)]
     model = make(path, 2)
     whole = model.numbers(ids, len(ids))
     if whole is None:
@@ -268,6 +269,8 @@ def say(what: Any) -> None:
 
 def main() -> int:
     _, name, test, *paths = sys.argv
+    # A process that a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for path in paths:
         try:
             say({"ended": TESTS[test](RUNTIMES[name], path)})

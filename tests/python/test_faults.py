@@ -92,6 +92,33 @@ def test_a_cache_too_large_for_the_memory_is_a_memory_error_and_the_model_stays_
 
 
 @linux
+@pytest.mark.parametrize("speculation", ["off", "on"])
+def test_texts_that_the_memory_does_not_hold_together_wait_for_each_other_and_stay_the_same(
+    tmp_path: Path, speculation: str
+) -> None:
+    # 256 layers: every page of 64 tokens takes 2 MB, so each text needs 10 MB, and all of them 60.
+    file = tiny.write_model(tmp_path / "deep.gguf", layers=256, llama__context_length=1 << 20)
+    script = """
+        import resource, sys
+        from nybble import Engine, Model
+        model = Model.load(sys.argv[1], threads=1)
+        prompts = [f"{i} " + "abcdefgh" * 30 for i in range(6)]
+        alone = [model.generate(prompt, max_tokens=20, temperature=0).tokens for prompt in prompts]
+        with Engine(model, speculation=sys.argv[2], prefix_cache=False, cache_bytes=1 << 40) as engine:
+            used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+            resource.setrlimit(resource.RLIMIT_AS, (used + (35 << 20), resource.RLIM_INFINITY))
+            sent = [engine.submit(prompt, max_tokens=20, temperature=0) for prompt in prompts]
+            assert [answer.result().tokens for answer in sent] == alone
+            guessed = engine.stats().drafted_tokens > 0
+            assert guessed == (sys.argv[2] == "on")
+        print("as alone")
+    """
+    done = python(script, file, speculation)
+    assert done.returncode == 0, done.stderr
+    assert "as alone" in done.stdout
+
+
+@linux
 def test_logits_too_large_for_the_memory_are_a_memory_error_and_the_model_stays_usable(tmp_path: Path) -> None:
     file = tiny.write_model(tmp_path / "long.gguf", layers=1, llama__context_length=1 << 20)
     script = """

@@ -17,6 +17,7 @@ import os
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -192,7 +193,7 @@ def main() -> int:
 
 def with_nan(data: bytes) -> bytes:
     """The file with a NaN in the scale of its last block."""
-    return data[:-18] + np.float16("nan").tobytes() + data[-16:]
+    return data[:-18] + struct.pack("<e", float("nan")) + data[-16:]
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ unsafe impl GlobalAlloc for Allocator {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         if is_mapped(layout) {
-            // SAFETY: `block` is a map of that size, which nobody uses any more. There is nobody to tell of an error,
-            // and none is possible: the map is whole, so that it needs not be split.
+            // SAFETY: `block` is a map of that size, which nobody uses any more. It stays where the system refuses to split
+            // a larger one that it has made of neighbours, because there are too many; nobody can be told.
             unsafe { libc::munmap(block.cast(), layout.size()) };
             return;
         }

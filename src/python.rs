@@ -371,9 +371,19 @@ impl Sequence {
     }
 }
 
-/// A model in memory.
+/// A model in memory. Its end is that of the model, and then of [`Trim`].
 #[pyclass(frozen, module = "nybble._native")]
-struct Model(Arc<model::Model>);
+struct Model(Arc<model::Model>, Trim);
+
+/// Has the allocator give back what it keeps, when it ends.
+struct Trim;
+
+impl Drop for Trim {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        crate::system::allocator::trim();
+    }
+}
 
 #[pymethods]
 impl Model {
@@ -399,7 +409,7 @@ impl Model {
         let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
         let options = LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !mmap };
         with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
-            .map(|model| Model(Arc::new(model)))
+            .map(|model| Model(Arc::new(model), Trim))
     }
 
     /// Begins a sequence with a prompt. `options` has the attributes of the package's `SamplingOptions`.

@@ -4,7 +4,7 @@
 //! 32 MiB, from one of the heaps that it keeps for every few threads, where a small block that stays behind them keeps
 //! them from the system. A process in which many threads load and use models one after the other grows to several times
 //! what it needs. Who uses the Rust crate chooses an allocator for the whole program; a module in a Python process
-//! can have one to itself.
+//! can have one to itself. What is small stays with glibc, which is told to look through its heaps when a model ends.
 #![allow(unsafe_code, reason = "an allocator hands out memory")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -79,6 +79,17 @@ unsafe impl GlobalAlloc for Allocator {
             }
         }
     }
+}
+
+/// Gives the system back what lies free in the heaps of the C library, which keeps it otherwise for whoever comes next: a
+/// few milliseconds, for which the heaps are locked one after the other.
+#[cfg(feature = "python")]
+pub(crate) fn trim() {
+    // SAFETY: takes no pointer, and may be called by any thread at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 /// A new map of `size` bytes, all zero. Null when there is none.

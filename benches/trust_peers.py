@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,18 @@ LONG = 1000
 CONTEXT = 2048
 
 
-class Runtime:
+class Runtime(ABC):
     """A loaded model."""
 
     takes_text = False
     """Whether prompts are texts, and not ids."""
 
-    def __init__(self, path: str, threads: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, path: str, threads: int) -> None: ...
 
+    @abstractmethod
     def write(self, prompt: list[int], count: int) -> list[int] | str:
         """What the model writes greedily after the prompt."""
-        raise NotImplementedError
 
     def numbers(self, ids: list[int], piece: int) -> list[float] | None:
         """Logits or log-probabilities behind the prompt, read in pieces of so many tokens. None where none are told."""

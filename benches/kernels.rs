@@ -13,9 +13,9 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, Kernel, Numbers, PAGE};
-use nybble::quant::packed::{Code, Layout, Line, PANEL, Packed};
-use nybble::threads::{Columns, Team};
+use nybble::kernels::{self, Activation, Activations, Kernel, KvSlice, PAGE};
+use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
+use nybble::threads::{Columns, ThreadPool};
 
 /// The layouts, and whether they are measured in all shapes: those of Q4_0, Q4_K, IQ4_NL, Q8_0, Q6_K and F16.
 const LAYOUTS: [(&str, Layout, bool); 6] = [
@@ -60,7 +60,7 @@ fn random(state: &mut u64) -> u64 {
 fn matrix((rows, columns): (usize, usize), layout: Layout) -> Packed {
     let (mut w, mut state) = (Packed::zeroed(rows, columns, layout, 1.0), 1);
     for panel in w.panels_mut() {
-        for number in bytemuck::cast_slice_mut::<Line, u16>(panel.codes) {
+        for number in bytemuck::cast_slice_mut::<CacheLine, u16>(panel.codes) {
             let bits = random(&mut state) as u16;
             // Halves get an exponent that keeps them between 1/8 and 1/4.
             *number = if layout.is_integer() { bits } else { bits & 0x83ff | 0x3000 };
@@ -126,9 +126,9 @@ fn settings(group: &mut BenchmarkGroup<'_, WallTime>) {
 
 fn products(criterion: &mut Criterion) {
     if measured() {
-        let team = Team::new(1).expect("one thread is always there");
+        let pool = ThreadPool::new(1).expect("one thread is always there");
         for kernel in compared() {
-            let limits = kernels::limits(&team, kernel);
+            let limits = kernels::limits(&pool, kernel);
             println!("{}: memory {:.1} GB/s, {:.0} GOPS", kernel.name(), limits.bandwidth_gb_s, limits.int8_gops);
         }
     }
@@ -171,10 +171,10 @@ fn attention(criterion: &mut Criterion) {
     let codes: Vec<i8> = wide.iter().map(|x| (x * 127.0) as i8).collect();
     let scales = [0.125; PAGE];
     let cases = [
-        ("3 queries, f16", 3, Numbers::F16(&half)),
-        ("3 queries, int8", 3, Numbers::Int8(&codes)),
-        ("8 queries, f32", 8, Numbers::F32(&wide)),
-        ("128 queries, f32", 128, Numbers::F32(&wide)),
+        ("3 queries, f16", 3, KvSlice::F16(&half)),
+        ("3 queries, int8", 3, KvSlice::Int8(&codes)),
+        ("8 queries, f32", 8, KvSlice::F32(&wide)),
+        ("128 queries, f32", 128, KvSlice::F32(&wide)),
     ];
     for (name, queries, page) in cases {
         let (q, ranges) = (values(queries * HEAD), vec![0..PAGE; queries]);

@@ -452,7 +452,7 @@ impl Model {
     /// What this machine could do at most with the model's kernel and threads: bytes read from memory and INT8 operations,
     /// both in 10^9 a second. Takes about a second and, for that time, a buffer of up to 1 GiB.
     fn machine_limits(&self, py: Python<'_>) -> PyResult<(f64, f64)> {
-        let limits = guarded(py, || Ok(crate::kernels::limits(self.0.team(), self.0.kernel())))?;
+        let limits = guarded(py, || Ok(crate::kernels::limits(self.0.pool(), self.0.kernel())))?;
         Ok((limits.bandwidth_gb_s, limits.int8_gops))
     }
 

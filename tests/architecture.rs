@@ -29,7 +29,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/system/allocator", "hands out memory"),
     ("src/threads/board", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/columns", "lends the workers disjoint parts of one buffer"),
-    ("src/threads/team", "calls the two above"),
+    ("src/threads/pool", "calls the two above"),
 ];
 
 /// A file that has grown past this is two files.
@@ -162,7 +162,7 @@ fn an_import_through_a_reexport_counts_as_one_of_its_floor() {
     assert_eq!(floor(&["crate", "Model"]).as_deref(), Some("model"));
     assert_eq!(floor(&["crate", "Config"]).as_deref(), Some("model"));
     assert_eq!(floor(&["crate", "engine", "Sampler"]).as_deref(), Some("engine"));
-    assert_eq!(floor(&["super", "super", "threads", "Team"]).as_deref(), Some("threads"));
+    assert_eq!(floor(&["super", "super", "threads", "ThreadPool"]).as_deref(), Some("threads"));
     assert_eq!(floor(&["std", "model"]), None);
 }
 

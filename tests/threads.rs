@@ -1,17 +1,17 @@
-//! Promises of the team of threads: every item once, results as of a serial loop, panics that end, no one left behind.
+//! Promises of the pool of threads: every item once, results as of a serial loop, panics that end, no one left behind.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use nybble::Error;
-use nybble::threads::{Columns, MAX_THREADS, Team};
+use nybble::threads::{Columns, MAX_THREADS, ThreadPool};
 
 /// Sizes around the corners: none, one, fewer than threads, as many, one off, many.
 const COUNTS: [usize; 12] = [0, 1, 2, 3, 4, 5, 7, 8, 9, 64, 1000, 4097];
 
-fn team(threads: usize) -> Team {
-    Team::new(threads).unwrap()
+fn pool(threads: usize) -> ThreadPool {
+    ThreadPool::new(threads).unwrap()
 }
 
 /// What a panic was raised with.
@@ -23,7 +23,7 @@ fn message(result: std::thread::Result<()>) -> String {
 #[test]
 fn every_index_is_run_exactly_once() {
     for threads in 1..=8 {
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for count in COUNTS {
                 let runs: Vec<AtomicU8> = (0..count).map(|_| AtomicU8::new(0)).collect();
                 scope.for_each(count, |i| {
@@ -48,7 +48,7 @@ fn a_stage_sees_what_the_stages_before_it_wrote() {
     let expected = serial(start.clone());
     for threads in [1, 2, 3, 8] {
         let mut values = start.clone();
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for round in 0..50 {
                 let sum = values.iter().fold(0_u64, |sum, value| sum.wrapping_mul(3).wrapping_add(*value));
                 scope.for_each_chunk(&mut values, 7, |chunk, part| {
@@ -65,7 +65,7 @@ fn a_stage_sees_what_the_stages_before_it_wrote() {
 #[test]
 fn chunks_cover_the_buffer_without_overlap() {
     for threads in [1, 2, 5] {
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for size in COUNTS {
                 for length in [1, 2, 16, 1000, usize::MAX] {
                     let mut buffer = vec![(usize::MAX, 0); size];
@@ -87,7 +87,7 @@ fn chunks_cover_the_buffer_without_overlap() {
 #[test]
 fn column_ranges_cover_their_view_and_nothing_else() {
     for threads in [1, 2, 5] {
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for (rows, stride, view) in [(0, 9, 0..9), (1, 1, 0..1), (3, 40, 0..40), (4, 33, 3..30), (2, 5, 2..2)] {
                 for step in [1, 4, 16, usize::MAX] {
                     let mut matrix = vec![0.0; rows * stride];
@@ -135,7 +135,7 @@ fn tens_of_thousands_of_tiny_stages_end_well() {
     for (threads, stages) in [(2, 50_000), (8, 5_000)] {
         let total = AtomicUsize::new(0);
         let mut expected = 0;
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for stage in 0..stages {
                 let count = stage % 11;
                 expected += count * (count + 1) / 2;
@@ -150,10 +150,10 @@ fn tens_of_thousands_of_tiny_stages_end_well() {
 
 #[test]
 fn many_short_runs_end_well() {
-    let team = team(3);
+    let pool = pool(3);
     for run in 0..2_000 {
         let total = AtomicUsize::new(0);
-        team.run(|scope| {
+        pool.run(|scope| {
             scope.for_each(run % 5, |i| {
                 total.fetch_add(i, Ordering::Relaxed);
             })
@@ -166,7 +166,7 @@ fn many_short_runs_end_well() {
 fn all_threads_of_a_team_can_be_inside_one_stage() {
     for threads in [2, 3, 8] {
         let all = Barrier::new(threads);
-        team(threads).run(|scope| {
+        pool(threads).run(|scope| {
             for _ in 0..20 {
                 scope.for_each(threads, |_| {
                     all.wait(); // Only passed when every item is on a thread of its own.
@@ -178,9 +178,9 @@ fn all_threads_of_a_team_can_be_inside_one_stage() {
 
 #[test]
 fn workers_that_fell_asleep_come_back_and_so_does_a_leader() {
-    let (team, both) = (team(2), Barrier::new(2));
+    let (pool, both) = (pool(2), Barrier::new(2));
     let nap = || std::thread::sleep(std::time::Duration::from_millis(3)); // Far beyond anyone's patience.
-    team.run(|scope| {
+    pool.run(|scope| {
         let leader = std::thread::current().id();
         for leader_naps in [true, false].repeat(10) {
             if leader_naps {
@@ -199,18 +199,18 @@ fn workers_that_fell_asleep_come_back_and_so_does_a_leader() {
 #[test]
 fn a_panic_in_an_item_reaches_the_caller_and_the_team_lives_on() {
     for threads in [1, 2, 8] {
-        let team = team(threads);
+        let pool = pool(threads);
         for bad in [0, 1, 50, 99] {
             let stage = || {
-                team.run(|scope| scope.for_each(100, |i| assert_ne!(i, bad, "item {i} fails")));
+                pool.run(|scope| scope.for_each(100, |i| assert_ne!(i, bad, "item {i} fails")));
             };
             assert!(message(catch_unwind(stage)).contains(&format!("item {bad} fails")), "{threads} threads");
         }
-        let everyone = || team.run(|scope| scope.for_each(100, |i| panic!("item {i} fails")));
+        let everyone = || pool.run(|scope| scope.for_each(100, |i| panic!("item {i} fails")));
         assert!(message(catch_unwind(everyone)).contains(" fails"));
 
         let total = AtomicUsize::new(0);
-        team.run(|scope| {
+        pool.run(|scope| {
             // A leader may catch it and go on in the same run.
             let stage = || scope.for_each(10, |_| panic!("caught"));
             assert_eq!(message(catch_unwind(AssertUnwindSafe(stage))), "caught");
@@ -224,9 +224,9 @@ fn a_panic_in_an_item_reaches_the_caller_and_the_team_lives_on() {
 
 #[test]
 fn a_panic_on_a_worker_thread_reaches_the_leader() {
-    let (team, both) = (team(2), Barrier::new(2));
+    let (pool, both) = (pool(2), Barrier::new(2));
     let result = catch_unwind(|| {
-        team.run(|scope| {
+        pool.run(|scope| {
             let leader = std::thread::current().id();
             scope.for_each(2, |_| {
                 both.wait();
@@ -240,30 +240,30 @@ fn a_panic_on_a_worker_thread_reaches_the_leader() {
 #[test]
 fn a_panic_of_the_leader_releases_the_workers() {
     for threads in [1, 2, 8] {
-        let team = team(threads);
+        let pool = pool(threads);
         for _ in 0..20 {
             let lead = || {
-                team.run(|scope| {
+                pool.run(|scope| {
                     scope.for_each(10, |_| ());
                     panic!("the leader fails");
                 })
             };
             assert_eq!(message(catch_unwind(lead)), "the leader fails");
         }
-        assert_eq!(team.run(|_| "well"), "well");
+        assert_eq!(pool.run(|_| "well"), "well");
     }
 }
 
 #[test]
 fn several_threads_share_a_team_by_turns() {
-    let team = team(3);
+    let pool = pool(3);
     let leaders = AtomicUsize::new(0);
     std::thread::scope(|threads| {
         for _ in 0..4 {
             threads.spawn(|| {
                 for round in 0..200 {
                     let mut values = vec![0; 100];
-                    team.run(|scope| {
+                    pool.run(|scope| {
                         assert_eq!(leaders.fetch_add(1, Ordering::SeqCst), 0, "two leaders at once");
                         for _ in 0..5 {
                             scope.for_each_chunk(&mut values, 9, |_, chunk| chunk.iter_mut().for_each(|v| *v += round));
@@ -279,7 +279,7 @@ fn several_threads_share_a_team_by_turns() {
 
 #[test]
 fn a_run_within_a_run_works_wherever_it_is_started() {
-    let (outer, other) = (team(3), team(2));
+    let (outer, other) = (pool(3), pool(2));
     let total = AtomicUsize::new(0);
     let add = |i| {
         total.fetch_add(i, Ordering::Relaxed);
@@ -296,6 +296,6 @@ fn a_run_within_a_run_works_wherever_it_is_started() {
 #[test]
 fn teams_of_no_threads_or_absurdly_many_are_refused() {
     for bad in [0, MAX_THREADS + 1, usize::MAX] {
-        assert!(matches!(Team::new(bad), Err(Error::InvalidArgument { name: "threads", .. })));
+        assert!(matches!(ThreadPool::new(bad), Err(Error::InvalidArgument { name: "threads", .. })));
     }
 }

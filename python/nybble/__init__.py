@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from nybble._native import __version__, kernels
     from nybble.engine import Engine, EngineStats, Piece, Request
     from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
-    from nybble.evaluation import Evaluation, Reference, evaluate
     from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
     from nybble.model import Message, Model, ModelInfo
-    from nybble.quantization import quantize
-    from nybble.report import Report
+    from nybble.quantization.api import quantize
+    from nybble.quantization.evaluation import Evaluation, Reference, evaluate
+    from nybble.quantization.report import Report
     from nybble.sampling import SamplingOptions
     from nybble.session import Session
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
@@ -54,14 +54,26 @@ _MODULES = {
     "_native": ("__version__", "kernels"),
     "engine": ("Engine", "EngineStats", "Piece", "Request"),
     "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
-    "evaluation": ("Evaluation", "Reference", "evaluate"),
+    "quantization.evaluation": ("Evaluation", "Reference", "evaluate"),
     "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
     "model": ("Message", "Model", "ModelInfo"),
-    "quantization": ("quantize",),
-    "report": ("Report",),
+    "quantization.api": ("quantize",),
+    "quantization.report": ("Report",),
     "sampling": ("SamplingOptions",),
     "session": ("Session",),
-    "tokenizer": ("Tokenizer",),
+    "tokenizer.tokenizer": ("Tokenizer",),
+}
+
+
+# Modules that have moved; the old paths work for one release.
+_MOVED = {
+    "calibration": "quantization.calibration",
+    "chat_template": "chat.template",
+    "default_model": "models.default_model",
+    "evaluation": "quantization.evaluation",
+    "hub": "models.hub",
+    "report": "quantization.report",
+    "texts": "quantization.datasets",
 }
 
 
@@ -73,6 +85,11 @@ def __getattr__(name: str) -> Any:
         if name in names:
             value = globals()[name] = getattr(import_module(f"nybble.{module}"), name)
             return value
+    if (moved := _MOVED.get(name)) is not None:
+        import warnings
+
+        warnings.warn(f"nybble.{name} is now nybble.{moved}", DeprecationWarning, stacklevel=2)
+        return import_module(f"nybble.{moved}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from nybble import _native
     from nybble.sampling import SamplingOptions
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 
 @runtime_checkable

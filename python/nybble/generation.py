@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from nybble import memory
 from nybble.constraint import constraint
-from nybble.detokenizer import StopMatcher, StreamDecoder
 from nybble.errors import ContextFullError
 from nybble.sampling import SamplingOptions
+from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 
 if TYPE_CHECKING:
     from nybble import _native
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from nybble import _native, hub, memory
+from nybble import _native, memory
 from nybble.errors import ModelError
 from nybble.generation import Completion, TextStream, Writer, run
+from nybble.models import hub
 from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from nybble.session import Session
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class ModelInfo:
 
 def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
     # The packages that this imports take as long as the weights of a small model do.
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
     return Tokenizer.load(file, mmap=mmap)
 
@@ -174,7 +175,7 @@ class Model:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
             if quantize is not None and ":" in quantize:
-                from nybble.quantization import Spec
+                from nybble.quantization.api import Spec
 
                 file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
             # Beside a file that is read and not mapped there is no memory to read it a second time.

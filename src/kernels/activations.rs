@@ -2,10 +2,10 @@
 
 use std::collections::TryReserveError;
 
-use crate::quant::packed::{BLOCK, Line};
+use crate::quant::packed::{BLOCK, CacheLine};
 
 /// Rows in the tallest tile.
-pub const TALLEST: usize = 8;
+pub const MAX_TILE_ROWS: usize = 8;
 
 /// Rows of activations, quantized to INT8 in blocks of 32.
 ///
@@ -17,7 +17,7 @@ pub const TALLEST: usize = 8;
 pub struct Activations {
     rows: usize,
     blocks: usize,
-    lines: Vec<Line>,
+    lines: Vec<CacheLine>,
 }
 
 /// A tile of `R` rows of [`Activations`].
@@ -68,7 +68,7 @@ impl Activations {
         self.blocks = columns.div_ceil(BLOCK);
         let lines = self.padded_rows() * self.row_lines();
         if self.lines.len() < lines {
-            self.lines.resize(lines, Line([0; 64]));
+            self.lines.resize(lines, CacheLine([0; 64]));
         }
     }
 
@@ -78,7 +78,7 @@ impl Activations {
     /// When there is none.
     pub fn try_reserve(&mut self, rows: usize, columns: usize) -> Result<(), TryReserveError> {
         let blocks = columns.div_ceil(BLOCK);
-        let lines = rows.next_multiple_of(TALLEST) * (blocks * BLOCK_BYTES).div_ceil(size_of::<Line>());
+        let lines = rows.next_multiple_of(MAX_TILE_ROWS) * (blocks * BLOCK_BYTES).div_ceil(size_of::<CacheLine>());
         self.lines.try_reserve_exact(lines.saturating_sub(self.lines.len()))
     }
 
@@ -89,7 +89,7 @@ impl Activations {
 
     /// Rows of all tiles.
     fn padded_rows(&self) -> usize {
-        let rest = self.rows % TALLEST;
+        let rest = self.rows % MAX_TILE_ROWS;
         self.rows - rest + if rest > 0 { Self::height(rest) } else { 0 }
     }
 
@@ -100,11 +100,11 @@ impl Activations {
 
     /// Lines that one row takes.
     pub fn row_lines(&self) -> usize {
-        (self.blocks * BLOCK_BYTES).div_ceil(size_of::<Line>())
+        (self.blocks * BLOCK_BYTES).div_ceil(size_of::<CacheLine>())
     }
 
-    /// The memory of all tiles: cut it into chunks of `TALLEST * row_lines()` and fill each with [`fill`](Self::fill).
-    pub fn lines_mut(&mut self) -> &mut [Line] {
+    /// The memory of all tiles: cut it into chunks of `MAX_TILE_ROWS * row_lines()` and fill each with [`fill`](Self::fill).
+    pub fn lines_mut(&mut self) -> &mut [CacheLine] {
         let lines = self.padded_rows() * self.row_lines();
         &mut self.lines[..lines]
     }
@@ -113,7 +113,7 @@ impl Activations {
     /// is padded.
     #[inline]
     pub fn height(left: usize) -> usize {
-        left.next_power_of_two().min(TALLEST)
+        left.next_power_of_two().min(MAX_TILE_ROWS)
     }
 
     /// The tile of `R` rows that starts at `row`.
@@ -145,7 +145,7 @@ impl Activations {
     /// `rows` yields each row's values, at most `blocks * 32` of them.
     pub fn fill<'x>(
         kernel: &dyn super::Kernel,
-        lines: &mut [Line],
+        lines: &mut [CacheLine],
         blocks: usize,
         count: usize,
         mut rows: impl FnMut(usize) -> &'x [f32],
@@ -178,9 +178,9 @@ impl Activations {
         let rows = x.len().checked_div(columns).unwrap_or(0);
         self.resize(rows, columns);
         let (row_lines, blocks) = (self.row_lines(), self.blocks);
-        for (i, lines) in self.lines_mut().chunks_mut((TALLEST * row_lines).max(1)).enumerate() {
-            let first = i * TALLEST;
-            Self::fill(kernel, lines, blocks, TALLEST.min(rows - first), |row| {
+        for (i, lines) in self.lines_mut().chunks_mut((MAX_TILE_ROWS * row_lines).max(1)).enumerate() {
+            let first = i * MAX_TILE_ROWS;
+            Self::fill(kernel, lines, blocks, MAX_TILE_ROWS.min(rows - first), |row| {
                 &x[(first + row) * columns..][..columns]
             });
         }

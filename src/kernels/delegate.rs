@@ -7,12 +7,12 @@ macro_rules! delegated_methods {
             fn quantize(x: &[f32], out: RowMut<'_>);
             fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>);
             fn scores(
-                queries: &[f32], head_dim: usize, keys: Numbers<'_>, scales: &[f32; PAGE], scores: &mut [f32], stride: usize
+                queries: &[f32], head_dim: usize, keys: KvSlice<'_>, scales: &[f32; PAGE], scores: &mut [f32], stride: usize
             );
             fn weighted_sum(
-                weights: &[f32], stride: usize, ranges: &[Range<usize>], values: Numbers<'_>, width: usize, out: &mut [f32]
+                weights: &[f32], stride: usize, ranges: &[Range<usize>], values: KvSlice<'_>, width: usize, out: &mut [f32]
             );
-            fn widen(numbers: Numbers<'_>, out: &mut [f32]);
+            fn widen(numbers: KvSlice<'_>, out: &mut [f32]);
             fn exp_segment(scores: &mut [f32]) -> (f32, f32);
             fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>);
             fn multiply(x: &mut [f32], y: &[f32]);

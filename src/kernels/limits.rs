@@ -4,9 +4,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::Kernel;
-use crate::threads::Team;
+use crate::threads::ThreadPool;
 
-/// The most that a team of threads gets out of this machine.
+/// The most that a pool of threads gets out of this machine.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// Bytes read from memory, in units of 10^9 a second.
@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_millis(300);
 /// How long a single piece of arithmetic takes at least.
 const PIECE: Duration = Duration::from_millis(1);
 
-/// Measures the limits of all threads of `team` together, in about a second.
+/// Measures the limits of all threads of `pool` together, in about a second.
 ///
 /// - Bandwidth: the threads sum a buffer of 1 GiB (a quarter of the available memory, if that is less) with
 ///   [`Kernel::read_sum`], in pieces of 1 MiB from start to end. Single-token decoding has to read all weights once for
@@ -35,9 +35,9 @@ const PIECE: Duration = Duration::from_millis(1);
 ///   batches are bound by it. Other kernels have other limits: the number says what `kernel`'s instruction set can do.
 ///
 /// Both are the best of several rounds. Other work on the machine makes them smaller.
-pub fn limits(team: &Team, kernel: &dyn Kernel) -> Limits {
+pub fn limits(pool: &ThreadPool, kernel: &dyn Kernel) -> Limits {
     let bytes = buffer_bytes(available_memory());
-    Limits { bandwidth_gb_s: bandwidth(team, kernel, bytes), int8_gops: int8_gops(team, kernel) }
+    Limits { bandwidth_gb_s: bandwidth(pool, kernel, bytes), int8_gops: int8_gops(pool, kernel) }
 }
 
 /// Bytes of the buffer when that many are available.
@@ -46,15 +46,15 @@ fn buffer_bytes(available: Option<u64>) -> u64 {
     available.map_or(BUFFER_BYTES / 4, |available| available / 4).min(BUFFER_BYTES)
 }
 
-/// 10^9 bytes a second that the team reads out of a buffer of `bytes`.
-fn bandwidth(team: &Team, kernel: &dyn Kernel, bytes: u64) -> f64 {
+/// 10^9 bytes a second that the pool reads out of a buffer of `bytes`.
+fn bandwidth(pool: &ThreadPool, kernel: &dyn Kernel, bytes: u64) -> f64 {
     let mut length = (bytes as usize / size_of::<u64>()).max(CHUNK);
     // Asked before it is made, which would end the process where it cannot be had.
     while length > CHUNK && Vec::<u64>::new().try_reserve_exact(length).is_err() {
         length /= 2;
     }
     let mut buffer = vec![0u64; length];
-    let seconds = team.run(|scope| {
+    let seconds = pool.run(|scope| {
         // Pages that were never written all stand for the same page of zeros, which lies in the cache. Each is written by
         // one of the threads, so that on machines with several memories all of them are used.
         scope.for_each_chunk(&mut buffer, CHUNK, |i, chunk| chunk.fill(i as u64));
@@ -69,16 +69,16 @@ fn bandwidth(team: &Team, kernel: &dyn Kernel, bytes: u64) -> f64 {
 }
 
 /// 10^9 INT8 operations a second of all threads.
-fn int8_gops(team: &Team, kernel: &dyn Kernel) -> f64 {
+fn int8_gops(pool: &ThreadPool, kernel: &dyn Kernel) -> f64 {
     let mut rounds = 1 << 10;
     while rounds < 1 << 30 && seconds_of(|| _ = black_box(kernel.peak_int8(rounds))) < PIECE.as_secs_f64() {
         rounds *= 2;
     }
     // Several pieces a thread, so that one that starts late does not make the others wait for long.
-    let pieces = team.threads() * 16;
+    let pieces = pool.threads() * 16;
     let operations = kernel.peak_int8(1).0 as f64 * rounds as f64 * pieces as f64;
     let seconds =
-        team.run(|scope| best_seconds(|| scope.for_each(pieces, |_| _ = black_box(kernel.peak_int8(rounds)))));
+        pool.run(|scope| best_seconds(|| scope.for_each(pieces, |_| _ = black_box(kernel.peak_int8(rounds)))));
     operations / seconds * 1e-9
 }
 
@@ -127,13 +127,13 @@ mod tests {
     #[test]
     fn limits_are_positive_numbers_for_every_kernel_and_team() {
         for threads in [1, 2] {
-            let team = Team::new(threads).unwrap();
+            let pool = ThreadPool::new(threads).unwrap();
             for kernel in available() {
                 for bytes in [0, 1, 3 << 20, (5 << 20) + 1000] {
-                    let bandwidth = bandwidth(&team, kernel, bytes);
+                    let bandwidth = bandwidth(&pool, kernel, bytes);
                     assert!(bandwidth.is_finite() && bandwidth > 0.0, "{}: {bandwidth}", kernel.name());
                 }
-                let gops = int8_gops(&team, kernel);
+                let gops = int8_gops(&pool, kernel);
                 assert!(gops.is_finite() && gops > 0.0, "{}: {gops}", kernel.name());
             }
         }

@@ -15,10 +15,10 @@ mod avx512;
 mod avxvnni;
 #[cfg(target_arch = "x86_64")]
 mod delegate;
+mod kv;
 mod limits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-mod numbers;
 mod portable;
 mod scalar;
 
@@ -27,9 +27,9 @@ use std::ops::Range;
 
 use half::f16;
 
-pub use activations::{Activations, RowMut, TALLEST, Tile};
+pub use activations::{Activations, MAX_TILE_ROWS, RowMut, Tile};
+pub use kv::{KvSlice, Softmax, SoftmaxMut};
 pub use limits::{Limits, limits};
-pub use numbers::{Numbers, Softmax, SoftmaxMut};
 pub use portable::Activation;
 
 use crate::error::{Error, Result};
@@ -70,7 +70,7 @@ pub trait Kernel: Send + Sync + fmt::Debug {
         &self,
         queries: &[f32],
         head_dim: usize,
-        keys: Numbers<'_>,
+        keys: KvSlice<'_>,
         scales: &[f32; PAGE],
         scores: &mut [f32],
         stride: usize,
@@ -83,13 +83,13 @@ pub trait Kernel: Send + Sync + fmt::Debug {
         weights: &[f32],
         stride: usize,
         ranges: &[Range<usize>],
-        values: Numbers<'_>,
+        values: KvSlice<'_>,
         width: usize,
         out: &mut [f32],
     );
 
     /// The numbers in single precision.
-    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]);
+    fn widen(&self, numbers: KvSlice<'_>, out: &mut [f32]);
 
     /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
     fn exp_segment(&self, scores: &mut [f32]) -> (f32, f32);

@@ -10,7 +10,7 @@ use std::ops::{Add, Range};
 use half::f16;
 
 use super::activations::RowMut;
-use super::numbers::{Softmax, SoftmaxMut};
+use super::kv::{Softmax, SoftmaxMut};
 use crate::quant::packed::BLOCK;
 
 /// Partial sums of a reduction.

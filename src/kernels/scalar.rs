@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::activations::{Activations, RowMut, Tile};
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::{self, Activation};
 use super::{Kernel, PAGE};
 use crate::quant::packed::{BLOCK, Code, Layout, PANEL, Packed, Panel};
@@ -58,7 +58,7 @@ impl Kernel for Scalar {
         &self,
         queries: &[f32],
         head_dim: usize,
-        keys: Numbers<'_>,
+        keys: KvSlice<'_>,
         scales: &[f32; PAGE],
         scores: &mut [f32],
         stride: usize,
@@ -81,7 +81,7 @@ impl Kernel for Scalar {
         weights: &[f32],
         stride: usize,
         ranges: &[Range<usize>],
-        values: Numbers<'_>,
+        values: KvSlice<'_>,
         width: usize,
         out: &mut [f32],
     ) {
@@ -95,7 +95,7 @@ impl Kernel for Scalar {
         }
     }
 
-    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+    fn widen(&self, numbers: KvSlice<'_>, out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
             *out = numbers.get(i);
         }

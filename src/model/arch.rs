@@ -51,12 +51,12 @@ pub struct Family {
     /// Activation of the feed-forward layer.
     pub activation: Activation,
     /// The rest, which few families change.
-    pub more: More,
+    pub more: Quirks,
 }
 
 /// Choices that few families make otherwise.
 #[derive(Debug)]
-pub struct More {
+pub struct Quirks {
     /// Embeddings are multiplied with the root of their width.
     pub scaled_embedding: bool,
     /// Where the file names a sliding window and no pattern: layer `i` sees everything when `i % n == n - 1`, and every
@@ -79,7 +79,7 @@ pub struct More {
 }
 
 /// What most families do.
-const USUAL: More = More {
+const DEFAULT_QUIRKS: Quirks = Quirks {
     scaled_embedding: false,
     window_period: 0,
     window_rope_base: None,
@@ -102,7 +102,7 @@ const fn family(
     residual: Residual,
     position: Position,
     activation: Activation,
-    more: More,
+    more: Quirks,
 ) -> Family {
     Family { name, norm, residual, position, activation, more }
 }
@@ -110,28 +110,28 @@ const fn family(
 /// Every family that is supported.
 pub const FAMILIES: &[Family] = &[
     // Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Mistral, Mixtral, SmolLM, TinyLlama, Yi.
-    family("llama", Rms, Sequential, RopeAdjacent, Silu, USUAL),
+    family("llama", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
     // Black et al. 2022, arXiv 2204.06745; Pythia, Dolly, StableLM-alpha.
-    family("gptneox", Layer, Parallel, Rope, Gelu, USUAL),
+    family("gptneox", Layer, Parallel, Rope, Gelu, DEFAULT_QUIRKS),
     // Wang and Komatsuzaki 2021.
-    family("gptj", Layer, Parallel, RopeAdjacent, GeluTanh, USUAL),
-    family("mpt", Layer, Sequential, Alibi, Gelu, USUAL),
+    family("gptj", Layer, Parallel, RopeAdjacent, GeluTanh, DEFAULT_QUIRKS),
+    family("mpt", Layer, Sequential, Alibi, Gelu, DEFAULT_QUIRKS),
     // Almazrouei et al. 2023, arXiv 2311.16867.
-    family("falcon", Layer, Parallel, Rope, Gelu, USUAL),
+    family("falcon", Layer, Parallel, Rope, Gelu, DEFAULT_QUIRKS),
     // Li et al. 2023, arXiv 2305.06161: gpt_bigcode.
-    family("starcoder", Layer, Sequential, Learned, GeluTanh, USUAL),
+    family("starcoder", Layer, Sequential, Learned, GeluTanh, DEFAULT_QUIRKS),
     // Lozhkov et al. 2024, arXiv 2402.19173.
-    family("starcoder2", Layer, Sequential, Rope, GeluTanh, USUAL),
-    family("gpt2", Layer, Sequential, Learned, GeluTanh, USUAL),
+    family("starcoder2", Layer, Sequential, Rope, GeluTanh, DEFAULT_QUIRKS),
+    family("gpt2", Layer, Sequential, Learned, GeluTanh, DEFAULT_QUIRKS),
     // Zhang et al. 2022, arXiv 2205.01068.
-    family("opt", Layer, Sequential, Learned, Relu, More { optional_output_norm: true, ..USUAL }),
+    family("opt", Layer, Sequential, Learned, Relu, Quirks { optional_output_norm: true, ..DEFAULT_QUIRKS }),
     // Scao et al. 2022, arXiv 2211.05100.
-    family("bloom", Layer, Sequential, Alibi, GeluTanh, USUAL),
-    family("qwen2", Rms, Sequential, Rope, Silu, USUAL),
-    family("qwen2moe", Rms, Sequential, Rope, Silu, More { normalized_experts: false, ..USUAL }),
-    family("qwen3", Rms, Sequential, Rope, Silu, USUAL),
-    family("qwen3moe", Rms, Sequential, Rope, Silu, USUAL),
-    family("gemma", Rms, Sequential, Rope, GeluTanh, More { scaled_embedding: true, ..USUAL }),
+    family("bloom", Layer, Sequential, Alibi, GeluTanh, DEFAULT_QUIRKS),
+    family("qwen2", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("qwen2moe", Rms, Sequential, Rope, Silu, Quirks { normalized_experts: false, ..DEFAULT_QUIRKS }),
+    family("qwen3", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("qwen3moe", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("gemma", Rms, Sequential, Rope, GeluTanh, Quirks { scaled_embedding: true, ..DEFAULT_QUIRKS }),
     // arXiv 2408.00118.
     family(
         "gemma2",
@@ -139,12 +139,12 @@ pub const FAMILIES: &[Family] = &[
         Sequential,
         Rope,
         GeluTanh,
-        More {
+        Quirks {
             scaled_embedding: true,
             window_period: 2,
             soft_caps: Some((50.0, 30.0)),
             scaled_by_width: Some(46),
-            ..USUAL
+            ..DEFAULT_QUIRKS
         },
     ),
     // arXiv 2503.19786.
@@ -154,20 +154,20 @@ pub const FAMILIES: &[Family] = &[
         Sequential,
         Rope,
         GeluTanh,
-        More {
+        Quirks {
             scaled_embedding: true,
             window_period: 6,
             window_rope_base: Some(10000.0),
             scaled_by_width: Some(62),
-            ..USUAL
+            ..DEFAULT_QUIRKS
         },
     ),
-    family("phi2", Layer, Parallel, Rope, GeluTanh, USUAL),
-    family("phi3", Rms, Sequential, Rope, Silu, USUAL),
-    family("stablelm", Layer, Sequential, Rope, Silu, USUAL),
-    family("olmo2", Rms, Sequential, Rope, Silu, USUAL),
-    family("granite", Rms, Sequential, RopeAdjacent, Silu, More { divided_logits: true, ..USUAL }),
-    family("smollm3", Rms, Sequential, RopeAdjacent, Silu, More { unrotated_period: 4, ..USUAL }),
+    family("phi2", Layer, Parallel, Rope, GeluTanh, DEFAULT_QUIRKS),
+    family("phi3", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("stablelm", Layer, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("olmo2", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("granite", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    family("smollm3", Rms, Sequential, RopeAdjacent, Silu, Quirks { unrotated_period: 4, ..DEFAULT_QUIRKS }),
 ];
 
 /// The family of that name.

@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use super::kv_cache::{Head, Session};
-use crate::kernels::{Kernel, Numbers, PAGE, Softmax, SoftmaxMut};
-use crate::quant::packed::Line;
+use crate::kernels::{Kernel, KvSlice, PAGE, Softmax, SoftmaxMut};
+use crate::quant::packed::CacheLine;
 
 /// Positions that are reduced together; part of the definition of the result.
 const SEGMENT: usize = 256;
@@ -62,23 +62,23 @@ struct Work {
     /// `(n, head_dim)`
     queries: Vec<f32>,
     /// `(n, SEGMENT)`: scores, then weights.
-    scores: Vec<Line>,
+    scores: Vec<CacheLine>,
     /// Positions of the segment that each query sees `(n)`.
     seen: Vec<Range<usize>>,
     /// As `seen`, of a page.
     ranges: Vec<Range<usize>>,
     /// Keys or values of a page in F32.
-    wide: Vec<Line>,
+    wide: Vec<CacheLine>,
     /// The softmax of a segment, and of all so far: see [`Attention::sums`].
-    part: Vec<Line>,
-    total: Vec<Line>,
+    part: Vec<CacheLine>,
+    total: Vec<CacheLine>,
 }
 
 /// A buffer as at least `len` numbers.
-fn floats(lines: &mut Vec<Line>, len: usize) -> &mut [f32] {
-    let count = len.div_ceil(size_of::<Line>() / size_of::<f32>());
+fn floats(lines: &mut Vec<CacheLine>, len: usize) -> &mut [f32] {
+    let count = len.div_ceil(size_of::<CacheLine>() / size_of::<f32>());
     if lines.len() < count {
-        lines.resize(count, Line([0; size_of::<Line>()]));
+        lines.resize(count, CacheLine([0; size_of::<CacheLine>()]));
     }
     &mut bytemuck::cast_slice_mut(lines)[..len]
 }
@@ -250,17 +250,17 @@ impl Attention<'_> {
 /// The numbers of a page: as they are for few queries, converted to F32 once for many.
 fn widened<'a>(
     kernel: &dyn Kernel,
-    numbers: Numbers<'a>,
+    numbers: KvSlice<'a>,
     count: usize,
     queries: usize,
-    wide: &'a mut Vec<Line>,
-) -> Numbers<'a> {
-    if queries < MANY || matches!(numbers, Numbers::F32(_)) {
+    wide: &'a mut Vec<CacheLine>,
+) -> KvSlice<'a> {
+    if queries < MANY || matches!(numbers, KvSlice::F32(_)) {
         return numbers;
     }
     let wide = floats(wide, count);
     kernel.widen(numbers, wide);
-    Numbers::F32(wide)
+    KvSlice::F32(wide)
 }
 
 /// Divides the values by their sums.

@@ -10,7 +10,7 @@ use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
 use crate::format::{Checkpoint, Tensor};
 use crate::quant::block::BlockType;
-use crate::threads::{Scope, Team, default_threads};
+use crate::threads::{Scope, ThreadPool, default_threads};
 
 /// Bytes that one thread makes before it takes the next piece.
 const PIECE: usize = 1 << 20;
@@ -62,7 +62,7 @@ pub fn convert(
             if is_final { found } else { stored(name, tensor, wanted) }
         },
         made: &|_| Ok(None),
-        team: &Team::new(default_threads())?,
+        pool: &ThreadPool::new(default_threads())?,
     };
     job.write(out, progress)
 }
@@ -80,7 +80,7 @@ pub(crate) struct Job<'a> {
     /// The bytes of tensors that are made already; `None` for those to be encoded.
     pub(crate) made: &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>,
     /// The threads that encode.
-    pub(crate) team: &'a Team,
+    pub(crate) pool: &'a ThreadPool,
 }
 
 impl Job<'_> {
@@ -126,7 +126,7 @@ impl Job<'_> {
                 continue;
             }
             let Some(tensor) = checkpoint.tensor(name) else { continue };
-            let bytes = self.team.run(|scope| encode_all(scope, &tensor, *stored));
+            let bytes = self.pool.run(|scope| encode_all(scope, &tensor, *stored));
             writer.write_tensor(name, &bytes.map_err(|error| unfit(checkpoint.path(), name, &error))?)?;
             drop(tensor);
             checkpoint.release(name);

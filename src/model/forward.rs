@@ -170,7 +170,7 @@ impl Model {
             input.session.reserve(input.tokens.len())?;
         }
         room::for_logits(inputs, self, logits)?;
-        self.team.run(|scope| {
+        self.pool.run(|scope| {
             scratch.done.clear();
             scratch.done.resize(inputs.len(), 0);
             while scratch.gather(inputs, |rows| self.attention_rows(rows)) {
@@ -477,7 +477,7 @@ impl Model {
     /// Rows that a task of attention takes when there are `rows` in all.
     fn attention_rows(&self, rows: usize) -> usize {
         let config = &self.config;
-        let enough = rows * config.kv_heads / (TASKS * self.team.threads());
+        let enough = rows * config.kv_heads / (TASKS * self.pool.threads());
         (ATTENTION_QUERIES * config.kv_heads / config.heads).min(enough).clamp(1, ATTENTION_ROWS)
     }
 

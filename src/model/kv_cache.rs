@@ -6,9 +6,9 @@ use half::f16;
 
 use super::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::{Kernel, Numbers, PAGE};
-use crate::quant::lines::Lines;
-use crate::quant::packed::{Line, PANEL};
+use crate::kernels::{Kernel, KvSlice, PAGE};
+use crate::quant::packed::{CacheLine, PANEL};
+use crate::system::aligned_buf::AlignedBuf;
 use crate::system::memory;
 
 /// How keys and values are stored.
@@ -56,7 +56,7 @@ impl CacheType {
     fn scale_lines(self) -> usize {
         match self {
             CacheType::F32 | CacheType::F16 => 0,
-            CacheType::Int8 => PAGE * size_of::<f32>() / size_of::<Line>(),
+            CacheType::Int8 => PAGE * size_of::<f32>() / size_of::<CacheLine>(),
         }
     }
 }
@@ -80,14 +80,14 @@ impl Shape {
 
     /// Lines of one head's keys, values and each of their scales. A page has as many positions as a line has bytes.
     fn head(&self) -> [usize; 4] {
-        const { assert!(PAGE == size_of::<Line>()) };
+        const { assert!(PAGE == size_of::<CacheLine>()) };
         let (bytes, scales) = (self.cache_type.bytes(), self.cache_type.scale_lines());
         [self.head_dim * bytes, self.width * bytes, scales, scales]
     }
 
     /// Bytes of the pages for `tokens` tokens, if they can be counted.
     pub(super) fn bytes(&self, tokens: usize) -> Option<usize> {
-        self.page()?.checked_mul(size_of::<Line>())?.checked_mul(tokens.div_ceil(PAGE))
+        self.page()?.checked_mul(size_of::<CacheLine>())?.checked_mul(tokens.div_ceil(PAGE))
     }
 
     /// Lines of a page, if they can be counted.
@@ -97,7 +97,7 @@ impl Shape {
 
     /// Bytes of a page.
     pub(super) fn page_bytes(&self) -> usize {
-        self.page().map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<Line>()))
+        self.page().map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<CacheLine>()))
     }
 }
 
@@ -105,9 +105,9 @@ impl Shape {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Head<'a> {
     /// `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of 16 positions.
-    pub(super) keys: Numbers<'a>,
+    pub(super) keys: KvSlice<'a>,
     /// `(PAGE, width)`
-    pub(super) values: Numbers<'a>,
+    pub(super) values: KvSlice<'a>,
     /// Of keys and of values, each `(PAGE)`, where they are codes.
     pub(super) scales: Option<[&'a [f32; PAGE]; 2]>,
 }
@@ -116,7 +116,7 @@ pub(super) struct Head<'a> {
 #[derive(Debug)]
 pub(super) struct Page {
     /// `(layers, kv_heads, keys, values, scales of keys, scales of values)`
-    lines: Lines,
+    lines: AlignedBuf,
 }
 
 impl Page {
@@ -124,7 +124,7 @@ impl Page {
         let len = shape.page().unwrap_or(usize::MAX);
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it, and it goes back there.
         let (what, bytes) = ("a page of the key/value cache", shape.page_bytes());
-        let lines = Lines::try_zeroed(len).ok_or(Error::OutOfMemory { what, bytes, left: None })?;
+        let lines = AlignedBuf::try_zeroed(len).ok_or(Error::OutOfMemory { what, bytes, left: None })?;
         Ok(Page { lines })
     }
 
@@ -152,13 +152,13 @@ impl Page {
             let (keys, rest) = head.split_at_mut(keys);
             let (values, scales) = rest.split_at_mut(values);
             // One dimension of 16 positions after the other.
-            let columns = bytemuck::cast_slice_mut::<Line, u8>(keys).chunks_exact_mut(PANEL * bytes);
+            let columns = bytemuck::cast_slice_mut::<CacheLine, u8>(keys).chunks_exact_mut(PANEL * bytes);
             for (i, column) in columns.enumerate() {
                 let kept = slot.saturating_sub(i / shape.head_dim * PANEL).min(PANEL);
                 column[kept * bytes..].fill(0);
             }
-            bytemuck::cast_slice_mut::<Line, u8>(values)[slot * shape.width * bytes..].fill(0);
-            for scales in bytemuck::cast_slice_mut::<Line, f32>(scales).chunks_exact_mut(PAGE) {
+            bytemuck::cast_slice_mut::<CacheLine, u8>(values)[slot * shape.width * bytes..].fill(0);
+            for scales in bytemuck::cast_slice_mut::<CacheLine, f32>(scales).chunks_exact_mut(PAGE) {
                 scales[slot..].fill(0.0);
             }
         }
@@ -172,11 +172,11 @@ impl Page {
         let (keys, lines) = lines.split_at(keys);
         let (values, lines) = lines.split_at(values);
         let numbers = |lines| match shape.cache_type {
-            CacheType::F32 => Numbers::F32(bytemuck::cast_slice(lines)),
-            CacheType::F16 => Numbers::F16(bytemuck::cast_slice(lines)),
-            CacheType::Int8 => Numbers::Int8(bytemuck::cast_slice(lines)),
+            CacheType::F32 => KvSlice::F32(bytemuck::cast_slice(lines)),
+            CacheType::F16 => KvSlice::F16(bytemuck::cast_slice(lines)),
+            CacheType::Int8 => KvSlice::Int8(bytemuck::cast_slice(lines)),
         };
-        let scales: &[[f32; PAGE]] = bytemuck::cast_slice::<Line, f32>(lines).as_chunks().0;
+        let scales: &[[f32; PAGE]] = bytemuck::cast_slice::<CacheLine, f32>(lines).as_chunks().0;
         let scales = scales.first_chunk().map(|[keys, values]: &[_; 2]| [keys, values]);
         Head { keys: numbers(keys), values: numbers(values), scales }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::TryReserveError;
 
-use crate::kernels::{Activations, Kernel, TALLEST};
+use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS};
 use crate::quant::packed::{PANEL, Packed};
 use crate::threads::{Columns, Scope};
 
@@ -49,9 +49,9 @@ impl Rows {
         let rows = self.values.len() / columns;
         self.codes.resize(rows, columns);
         let (lines, blocks, values) = (self.codes.row_lines(), self.codes.blocks(), &self.values);
-        scope.for_each_chunk(self.codes.lines_mut(), TALLEST * lines, |i, chunk| {
-            let first = i * TALLEST;
-            let count = TALLEST.min(rows - first);
+        scope.for_each_chunk(self.codes.lines_mut(), MAX_TILE_ROWS * lines, |i, chunk| {
+            let first = i * MAX_TILE_ROWS;
+            let count = MAX_TILE_ROWS.min(rows - first);
             let own = &values[first * columns..][..count * columns];
             let gathered: Vec<f32>;
             let own = match &layer.order {
@@ -119,7 +119,7 @@ impl Linear {
         self.parts.iter().map(Packed::bytes).sum()
     }
 
-    /// `out (rows, width) = x * weights^T + bias`, panels spread over the team.
+    /// `out (rows, width) = x * weights^T + bias`, panels spread over the pool.
     pub(crate) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &dyn Kernel, x: &Rows, out: &mut Vec<f32>) {
         let columns = self.parts.first().map_or(1, Packed::columns);
         let rows = x.values.len() / columns;

@@ -24,7 +24,7 @@ use crate::format::Checkpoint;
 use crate::format::gguf::{Gguf, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
-use crate::threads::{Team, resolve_threads};
+use crate::threads::{ThreadPool, resolve_threads};
 use config::Config;
 pub(crate) use forward::layerwise;
 pub use forward::{Input, Logits};
@@ -103,7 +103,7 @@ pub struct Model {
     shape: kv_cache::Shape,
     context: usize,
     kernel: &'static dyn Kernel,
-    team: Team,
+    pool: ThreadPool,
     widths: forward::Widths,
     /// Buffers of passes that are not running.
     scratch: Mutex<Vec<forward::Scratch>>,
@@ -167,14 +167,14 @@ impl Model {
         load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
     ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
-        let team = Team::new(resolve_threads(options.threads)?)?;
+        let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
         let context = options.context.unwrap_or(config.usual_context());
         if context == 0 || context > config.context {
             let expected = format!("1 to {}, for which the model was made", config.context);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = team.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
+        let weights = pool.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
         let [rope, window_rope] = &config.ropes;
         let ropes = [
             Rope::new(rope, config.rotary, context, weights.rope_factors.as_deref()),
@@ -201,7 +201,7 @@ impl Model {
             slopes,
             context,
             kernel,
-            team,
+            pool,
             scratch: Mutex::default(),
             fingerprint: OnceLock::new(),
         })
@@ -259,12 +259,12 @@ impl Model {
 
     /// Threads that compute.
     pub fn threads(&self) -> usize {
-        self.team.threads()
+        self.pool.threads()
     }
 
     /// The threads, to measure with.
-    pub fn team(&self) -> &Team {
-        &self.team
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
     }
 
     /// Number of weights in matrices; a matrix that serves twice counts once.

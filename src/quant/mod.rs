@@ -3,6 +3,5 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
-pub(crate) mod lines;
 pub mod pack;
 pub mod packed;

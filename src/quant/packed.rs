@@ -15,22 +15,17 @@
 //! same bytes. Scales (and minimums) lie as 16 F16 numbers a group, one a row. The last panel is padded with zero rows,
 //! the last block with zero columns.
 
-use bytemuck::{Pod, Zeroable};
 use half::f16;
 
-use super::lines::Lines;
 use crate::error::Error;
+use crate::system::aligned_buf::AlignedBuf;
+pub use crate::system::aligned_buf::CacheLine;
 use crate::system::memory;
 
 /// Output rows in a panel, one a SIMD lane.
 pub const PANEL: usize = 16;
 /// Columns in a block: the unit in which activations are quantized.
 pub const BLOCK: usize = 32;
-
-/// A cache line. Buffers of these are 64-byte aligned, so every load of one is a full line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub struct Line(pub [u8; 64]);
 
 /// How a weight's code becomes a number.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,18 +85,18 @@ pub struct Packed {
     layout: Layout,
     gain: f32,
     /// `(panels, blocks, lines_per_block)`
-    codes: Lines,
+    codes: AlignedBuf,
     /// `(panels, scale_lines)`, each panel `(groups, PANEL)` F16 and padding to a line
-    scales: Lines,
+    scales: AlignedBuf,
     /// As `scales`; empty without minimums.
-    mins: Lines,
+    mins: AlignedBuf,
 }
 
 /// One panel of a [`Packed`] matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct Panel<'a> {
     /// `(blocks, lines_per_block)`
-    pub codes: &'a [Line],
+    pub codes: &'a [CacheLine],
     /// `(groups)`: 16 scales, one a row. Empty for floats.
     pub scales: &'a [[f16; PANEL]],
     /// `(groups)`: 16 minimums; empty where the layout has none.
@@ -112,7 +107,7 @@ pub struct Panel<'a> {
 #[derive(Debug)]
 pub struct PanelMut<'a> {
     /// `(blocks, lines_per_block)`
-    pub codes: &'a mut [Line],
+    pub codes: &'a mut [CacheLine],
     /// `(groups)`: 16 scales, one a row. Empty for floats.
     pub scales: &'a mut [[f16; PANEL]],
     /// `(groups)`: 16 minimums; empty where the layout has none.
@@ -126,12 +121,12 @@ impl Packed {
     pub fn zeroed(rows: usize, columns: usize, layout: Layout, gain: f32) -> Self {
         let wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
         assert!(wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
-        let none = || Lines::zeroed(0);
+        let none = || AlignedBuf::zeroed(0);
         let mut packed = Packed { rows, columns, layout, gain, codes: none(), scales: none(), mins: none() };
         let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
-        packed.codes = Lines::zeroed(panels * packed.panel_lines());
-        packed.scales = Lines::zeroed(panels * scale_lines);
-        packed.mins = Lines::zeroed(if layout.min { panels * scale_lines } else { 0 });
+        packed.codes = AlignedBuf::zeroed(panels * packed.panel_lines());
+        packed.scales = AlignedBuf::zeroed(panels * scale_lines);
+        packed.mins = AlignedBuf::zeroed(if layout.min { panels * scale_lines } else { 0 });
         packed
     }
 
@@ -141,7 +136,7 @@ impl Packed {
         let groups = if layout.is_integer() { blocks.saturating_mul(BLOCK).div_ceil(layout.group) } else { 0 };
         let scales = groups.div_ceil(2).saturating_mul(if layout.min { 2 } else { 1 });
         let lines = blocks.saturating_mul(layout.lines_per_block()).saturating_add(scales);
-        lines.saturating_mul(panels).saturating_mul(size_of::<Line>())
+        lines.saturating_mul(panels).saturating_mul(size_of::<CacheLine>())
     }
 
     /// Whether that many bytes can be had now. Asked before [`zeroed`](Self::zeroed), which would end the process.
@@ -191,11 +186,11 @@ impl Packed {
 
     /// Bytes that a product reads.
     pub fn bytes(&self) -> usize {
-        (self.codes.len() + self.scales.len() + self.mins.len()) * size_of::<Line>()
+        (self.codes.len() + self.scales.len() + self.mins.len()) * size_of::<CacheLine>()
     }
 
     /// Everything that is stored: codes, scales and minimums.
-    pub fn lines(&self) -> [&[Line]; 3] {
+    pub fn lines(&self) -> [&[CacheLine]; 3] {
         [&self.codes, &self.scales, &self.mins]
     }
 
@@ -215,7 +210,7 @@ impl Packed {
                 let merged = Packed::zeroed(0, self.columns, Layout { group, ..self.layout }, 1.0);
                 let (groups, lines) = (merged.groups(), merged.scale_lines());
                 let merge = |of: fn(Panel<'_>) -> &[[f16; PANEL]]| {
-                    let mut out = Lines::zeroed(self.panels() * lines);
+                    let mut out = AlignedBuf::zeroed(self.panels() * lines);
                     for (index, out) in out.chunks_mut(lines.max(1)).enumerate() {
                         let numbers = of(self.panel(index)).iter().step_by(group / BLOCK);
                         numbers_mut(out, groups).iter_mut().zip(numbers).for_each(|(out, numbers)| *out = *numbers);
@@ -223,7 +218,7 @@ impl Packed {
                     out
                 };
                 let scales = merge(|panel| panel.scales);
-                self.mins = if self.layout.min { merge(|panel| panel.mins) } else { Lines::zeroed(0) };
+                self.mins = if self.layout.min { merge(|panel| panel.mins) } else { AlignedBuf::zeroed(0) };
                 self.scales = scales;
                 self.layout.group = group;
             }
@@ -259,7 +254,7 @@ impl Packed {
     /// # Panics
     /// If `index > self.panels()`.
     #[inline]
-    pub fn codes_from(&self, index: usize) -> &[Line] {
+    pub fn codes_from(&self, index: usize) -> &[CacheLine] {
         &self.codes[index * self.panel_lines()..]
     }
 
@@ -292,11 +287,11 @@ impl Packed {
     }
 }
 
-fn numbers(lines: &[Line], groups: usize) -> &[[f16; PANEL]] {
+fn numbers(lines: &[CacheLine], groups: usize) -> &[[f16; PANEL]] {
     &bytemuck::cast_slice(lines)[..groups]
 }
 
-fn numbers_mut(lines: &mut [Line], groups: usize) -> &mut [[f16; PANEL]] {
+fn numbers_mut(lines: &mut [CacheLine], groups: usize) -> &mut [[f16; PANEL]] {
     &mut bytemuck::cast_slice_mut(lines)[..groups]
 }
 
@@ -321,11 +316,11 @@ impl Panel<'_> {
     #[inline]
     pub fn float(&self, code: Code, lane: usize, column: usize) -> f32 {
         match code {
-            Code::F32 => bytemuck::cast_slice::<Line, f32>(self.codes)[column * PANEL + lane],
-            Code::F16 => bytemuck::cast_slice::<Line, f16>(self.codes)[column * PANEL + lane].to_f32(),
-            Code::BF16 => {
-                f32::from_bits(u32::from(bytemuck::cast_slice::<Line, u16>(self.codes)[column * PANEL + lane]) << 16)
-            }
+            Code::F32 => bytemuck::cast_slice::<CacheLine, f32>(self.codes)[column * PANEL + lane],
+            Code::F16 => bytemuck::cast_slice::<CacheLine, f16>(self.codes)[column * PANEL + lane].to_f32(),
+            Code::BF16 => f32::from_bits(
+                u32::from(bytemuck::cast_slice::<CacheLine, u16>(self.codes)[column * PANEL + lane]) << 16,
+            ),
             Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
         }
     }
@@ -352,7 +347,7 @@ impl PanelMut<'_> {
     /// Integers of a file have no such values, so only what they are multiplied with is looked at, which is little.
     pub fn unusable_row(&self, code: Code) -> Option<usize> {
         /// Which rows have a number with all bits of `exponent` set. A row of `numbers` is one number of each.
-        fn mark<T: Pod + std::ops::BitAnd<Output = T> + PartialEq>(
+        fn mark<T: bytemuck::Pod + std::ops::BitAnd<Output = T> + PartialEq>(
             numbers: &[T],
             exponent: T,
             bad: &mut [bool; PANEL],
@@ -365,9 +360,9 @@ impl PanelMut<'_> {
         }
         let mut bad = [false; PANEL];
         match code {
-            Code::F32 => mark(bytemuck::cast_slice::<Line, u32>(self.codes), 0x7f80_0000, &mut bad),
-            Code::F16 => mark(bytemuck::cast_slice::<Line, u16>(self.codes), 0x7c00, &mut bad),
-            Code::BF16 => mark(bytemuck::cast_slice::<Line, u16>(self.codes), 0x7f80, &mut bad),
+            Code::F32 => mark(bytemuck::cast_slice::<CacheLine, u32>(self.codes), 0x7f80_0000, &mut bad),
+            Code::F16 => mark(bytemuck::cast_slice::<CacheLine, u16>(self.codes), 0x7c00, &mut bad),
+            Code::BF16 => mark(bytemuck::cast_slice::<CacheLine, u16>(self.codes), 0x7f80, &mut bad),
             Code::Int4 | Code::Table4(_) | Code::Int8 => {
                 mark(bytemuck::cast_slice::<_, u16>(self.scales), 0x7c00, &mut bad);
                 mark(bytemuck::cast_slice::<_, u16>(self.mins), 0x7c00, &mut bad);
@@ -421,10 +416,10 @@ impl PanelMut<'_> {
     pub fn set_float(&mut self, code: Code, lane: usize, column: usize, value: f32) {
         let at = column * PANEL + lane;
         match code {
-            Code::F32 => bytemuck::cast_slice_mut::<Line, f32>(self.codes)[at] = value,
-            Code::F16 => bytemuck::cast_slice_mut::<Line, f16>(self.codes)[at] = f16::from_f32(value),
+            Code::F32 => bytemuck::cast_slice_mut::<CacheLine, f32>(self.codes)[at] = value,
+            Code::F16 => bytemuck::cast_slice_mut::<CacheLine, f16>(self.codes)[at] = f16::from_f32(value),
             Code::BF16 => {
-                bytemuck::cast_slice_mut::<Line, u16>(self.codes)[at] = half::bf16::from_f32(value).to_bits();
+                bytemuck::cast_slice_mut::<CacheLine, u16>(self.codes)[at] = half::bf16::from_f32(value).to_bits();
             }
             Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
         }

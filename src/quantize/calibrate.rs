@@ -146,7 +146,7 @@ impl<'a> Calibration<'a> {
     }
 
     fn empty(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Calibration<'a> {
-        let compute = Compute::new(layers.team(), layers.kernel());
+        let compute = Compute::new(layers.pool(), layers.kernel());
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         let stream = Stream::new(windows.len(), longest * layers.config().hidden, IN_MEMORY, folder);
         Calibration { layers, compute, windows, folder, stream }
@@ -401,8 +401,8 @@ mod tests {
 
     #[test]
     fn moments_are_means_over_all_tokens() {
-        let team = crate::threads::Team::new(1).unwrap();
-        let compute = Compute::new(&team, crate::kernels::best());
+        let pool = crate::threads::ThreadPool::new(1).unwrap();
+        let compute = Compute::new(&pool, crate::kernels::best());
         let mut moments = Moments::new(2);
         // More than one batch.
         for _ in 0..3000 {

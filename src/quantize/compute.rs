@@ -1,4 +1,4 @@
-//! Dense products on the kernels of the forward pass, spread over a team's threads.
+//! Dense products on the kernels of the forward pass, spread over a pool's threads.
 //!
 //! Every output is summed in one fixed order, so a file has the same bytes whatever the number of threads or the CPU.
 
@@ -6,8 +6,8 @@ use std::fmt;
 
 use super::problem::Problem;
 use crate::kernels::Kernel;
-use crate::quant::packed::{Code, Layout, Line, PANEL, Packed};
-use crate::threads::{Columns, Team};
+use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
+use crate::threads::{Columns, ThreadPool};
 
 /// Rows of a product that one thread takes together.
 const TASK_ROWS: usize = 32;
@@ -16,7 +16,7 @@ const TASK_ROWS: usize = 32;
 #[derive(Clone, Copy)]
 pub struct Compute<'a> {
     /// The threads.
-    pub team: &'a Team,
+    pub pool: &'a ThreadPool,
     /// The instruction set.
     pub kernel: &'static dyn Kernel,
     stop: Option<&'a (dyn Fn() -> bool + Sync)>,
@@ -24,14 +24,14 @@ pub struct Compute<'a> {
 
 impl fmt::Debug for Compute<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Compute").field("team", self.team).field("kernel", &self.kernel).finish_non_exhaustive()
+        f.debug_struct("Compute").field("pool", self.pool).field("kernel", &self.kernel).finish_non_exhaustive()
     }
 }
 
 impl<'a> Compute<'a> {
     /// Computes to the end.
-    pub fn new(team: &'a Team, kernel: &'static dyn Kernel) -> Compute<'a> {
-        Compute { team, kernel, stop: None }
+    pub fn new(pool: &'a ThreadPool, kernel: &'static dyn Kernel) -> Compute<'a> {
+        Compute { pool, kernel, stop: None }
     }
 
     /// Computes no more once `stop` says yes: what is returned then has no meaning, and it comes soon. `stop` must go on
@@ -51,7 +51,7 @@ impl<'a> Compute<'a> {
     /// # Panics
     /// When `length` is 0.
     pub fn for_each_chunk<T: Send>(&self, buffer: &mut [T], length: usize, item: impl Fn(usize, &mut [T]) + Sync) {
-        self.team.run(|scope| {
+        self.pool.run(|scope| {
             scope.for_each_chunk(buffer, length, |i, chunk| {
                 if !self.is_stopped() {
                     item(i, chunk);
@@ -75,7 +75,7 @@ impl<'a> Compute<'a> {
         self.for_each_product(x, &packed, out, n, |product, out| out.copy_from_slice(product));
     }
 
-    /// `x (rows, columns of w) * w^T` on the calling thread, which may be one of the team.
+    /// `x (rows, columns of w) * w^T` on the calling thread, which may be one of the pool.
     pub(super) fn multiply(&self, x: &[f32], w: &Packed) -> Vec<f32> {
         let (k, n, width) = (w.columns(), w.rows(), w.panels() * PANEL);
         let rows = x.len() / k;
@@ -184,7 +184,7 @@ impl<'a> Compute<'a> {
         let mut panels = packed.panels_mut();
         self.for_each_chunk(&mut panels, 1, |index, panel| {
             for panel in panel {
-                let lines = bytemuck::cast_slice_mut::<Line, [f32; PANEL]>(panel.codes);
+                let lines = bytemuck::cast_slice_mut::<CacheLine, [f32; PANEL]>(panel.codes);
                 lines.iter_mut().take(columns).enumerate().for_each(|(column, line)| fill(index, column, line));
             }
         });
@@ -197,7 +197,7 @@ impl<'a> Compute<'a> {
 pub(super) fn packed_of(rows: usize, columns: usize, at: impl Fn(usize, usize) -> f32) -> Packed {
     let mut packed = Packed::zeroed(rows, columns, Layout::float(Code::F32), 1.0);
     for (index, panel) in packed.panels_mut().into_iter().enumerate() {
-        let lines = bytemuck::cast_slice_mut::<Line, [f32; PANEL]>(panel.codes);
+        let lines = bytemuck::cast_slice_mut::<CacheLine, [f32; PANEL]>(panel.codes);
         for (column, line) in lines.iter_mut().take(columns).enumerate() {
             let lanes = line.iter_mut().take(rows - index * PANEL).enumerate();
             lanes.for_each(|(lane, x)| *x = at(index * PANEL + lane, column));
@@ -330,8 +330,8 @@ mod tests {
         let (rows, n, k) = (70, 37, 41);
         let (x, w) = (numbers(rows * k), numbers(n * k));
         let of = |threads| {
-            let team = Team::new(threads).unwrap();
-            let compute = Compute::new(&team, crate::kernels::best());
+            let pool = ThreadPool::new(threads).unwrap();
+            let compute = Compute::new(&pool, crate::kernels::best());
             let mut out = vec![f32::NAN; rows * n];
             compute.product(&x, &w, k, &mut out);
             let mut moments = vec![0.0; k * k];
@@ -366,8 +366,8 @@ mod tests {
             row.iter_mut().enumerate().for_each(|(i, x)| *x *= 10.0f32.powi(i as i32 % 5 - 2));
             row[7] = 0.0;
         }
-        let team = Team::new(2).unwrap();
-        let compute = Compute::new(&team, crate::kernels::best());
+        let pool = ThreadPool::new(2).unwrap();
+        let compute = Compute::new(&pool, crate::kernels::best());
         let mut hessian = vec![0.0; n * n];
         compute.add_moments(&x, n, &mut hessian);
         mirror(&mut hessian, n, 1.0 / 400.0);

@@ -215,7 +215,7 @@ impl Piece<'_> {
     ) -> Vec<T> {
         let vocabulary = model.vocabulary();
         let mut scores: Vec<T> = self.tokens.iter().map(|_| T::default()).collect();
-        model.team().run(|scope| {
+        model.pool().run(|scope| {
             scope.for_each_chunk(&mut scores, 1, |row, out| {
                 let logits = &self.logits[row * vocabulary..][..vocabulary];
                 out[0] = score(model.kernel(), logits, self.tokens[row], &beside[row * width..][..width]);

@@ -228,7 +228,7 @@ fn quantize_checkpoint(
     let key = key(checkpoint, format!("{:?}", (&options.recipe, &options.policy)), windows);
     let journal = Journal::open(work, key)?;
     let layers = Layerwise::load(checkpoint, &LoadOptions { threads: options.threads, ..LoadOptions::default() })?;
-    let compute = Compute::new(layers.team(), layers.kernel()).until(interrupted);
+    let compute = Compute::new(layers.pool(), layers.kernel()).until(interrupted);
     let mut run = Run {
         checkpoint,
         overlay: Overlay::new(checkpoint),
@@ -490,7 +490,7 @@ impl Run<'_> {
         };
         let file_type = self.options.policy.grid.block_type();
         let job =
-            Job { checkpoint: self.checkpoint, more, file_type, stored: &stored, made: &made, team: self.compute.team };
+            Job { checkpoint: self.checkpoint, more, file_type, stored: &stored, made: &made, pool: self.compute.pool };
         job.write(out, None)?;
         let size = out.metadata().map_err(|source| Error::io(out, source))?.len();
         let mut report = Report::new(self.checkpoint.path(), out, &self.options.name(), size);

@@ -185,7 +185,7 @@ pub(super) mod tests {
     use super::super::problem::{Grid, error};
     use super::super::rtn::tests::bell;
     use super::*;
-    use crate::threads::Team;
+    use crate::threads::ThreadPool;
 
     pub(in crate::quantize) const COLUMNS: usize = 192;
 
@@ -205,8 +205,8 @@ pub(super) mod tests {
     }
 
     pub(in crate::quantize) fn with_threads<R>(threads: usize, run: impl FnOnce(&Compute<'_>) -> R) -> R {
-        let team = Team::new(threads).unwrap();
-        run(&Compute::new(&team, crate::kernels::best()))
+        let pool = ThreadPool::new(threads).unwrap();
+        run(&Compute::new(&pool, crate::kernels::best()))
     }
 
     #[test]

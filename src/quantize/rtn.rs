@@ -181,7 +181,7 @@ pub(super) mod tests {
     use super::*;
     use crate::quant::block::BlockType;
     use crate::quantize::problem::error;
-    use crate::threads::Team;
+    use crate::threads::ThreadPool;
 
     /// Numbers of a bell-shaped distribution, the same each time.
     pub(in crate::quantize) fn bell(count: usize, seed: u32) -> Vec<f32> {
@@ -196,8 +196,8 @@ pub(super) mod tests {
     const GRIDS: [Grid; 5] = [Grid::Q4_0, Grid::Q4_1, Grid::Iq4Nl, Grid::Q5_0, Grid::Q8_0];
 
     fn solved(problem: &Problem<'_>, format: &Format, search: bool, threads: usize) -> Solution {
-        let team = Team::new(threads).unwrap();
-        solve(problem, format, search, &Compute::new(&team, crate::kernels::best()))
+        let pool = ThreadPool::new(threads).unwrap();
+        solve(problem, format, search, &Compute::new(&pool, crate::kernels::best()))
     }
 
     #[test]

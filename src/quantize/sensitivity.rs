@@ -39,7 +39,7 @@ pub(super) fn plan(
     progress: Progress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<(String, BlockType)>> {
-    let compute = Compute::new(layers.team(), layers.kernel());
+    let compute = Compute::new(layers.pool(), layers.kernel());
     if !spare(checkpoint, layers.config().layers.len(), policy, bits)? {
         return Ok(Vec::new());
     }

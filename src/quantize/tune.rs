@@ -203,7 +203,7 @@ impl Tuning<'_> {
         let (cos, sin, pairs) = self.layers.rotations(longest);
         let up = self.checkpoint.tensor("blk.0.ffn_up.weight");
         Decoder {
-            compute: Compute::new(self.layers.team(), self.layers.kernel()).until(self.interrupted),
+            compute: Compute::new(self.layers.pool(), self.layers.kernel()).until(self.interrupted),
             hidden: config.hidden,
             width: up.and_then(|up| up.dims.get(1).copied()).unwrap_or(0),
             heads: config.heads,

@@ -1,7 +1,7 @@
 //! How many threads: as many as there are cores that this process may really use.
 //!
 //! More threads than that only get in each other's way: the second hardware thread of a core shares its multipliers,
-//! and what a cgroup's quota does not cover is throttled, all threads of a team at a time.
+//! and what a cgroup's quota does not cover is throttled, all threads of a pool at a time.
 
 use std::ffi::OsStr;
 

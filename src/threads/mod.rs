@@ -1,16 +1,16 @@
-//! Threads: how many to use, and the [`Team`] that walks through a whole forward pass together.
+//! Threads: how many to use, and the [`ThreadPool`] that walks through a whole forward pass together.
 //!
 //! Handing each of a model's few hundred matrix products to a thread pool costs 5 to 10 microseconds apiece, which
-//! alone would cap a small model's speed. So a forward pass enters the team once ([`Team::run`]). Its closure is the
+//! alone would cap a small model's speed. So a forward pass enters the pool once ([`ThreadPool::run`]). Its closure is the
 //! *leader*: plain code from top to bottom on the calling thread, which hands out *stages* ([`Scope::for_each`] and its
 //! kin) that the workers, already awake, join within a fraction of a microsecond.
 //!
 //! ```
-//! use nybble::threads::Team;
+//! use nybble::threads::ThreadPool;
 //!
-//! let team = Team::new(2)?;
+//! let pool = ThreadPool::new(2)?;
 //! let mut squares = vec![0; 1000];
-//! let sum: usize = team.run(|scope| {
+//! let sum: usize = pool.run(|scope| {
 //!     scope.for_each_chunk(&mut squares, 100, |i, chunk| {
 //!         for (j, square) in chunk.iter_mut().enumerate() {
 //!             *square = (i * 100 + j).pow(2);
@@ -25,8 +25,8 @@
 mod board;
 mod columns;
 mod count;
-mod team;
+mod pool;
 
 pub use columns::Columns;
 pub use count::{MAX_THREADS, default_threads, resolve_threads};
-pub use team::{Scope, Team};
+pub use pool::{Scope, ThreadPool};

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::f16;
-use nybble::kernels::{Numbers, PAGE, Softmax, SoftmaxMut, available};
+use nybble::kernels::{KvSlice, PAGE, Softmax, SoftmaxMut, available};
 use nybble::quant::packed::PANEL;
 
 use crate::support::*;
@@ -25,17 +25,17 @@ impl Stored {
         Stored { f32: rng.values(n), f16: rng.halves(n), int8: codes }
     }
 
-    fn all(&self) -> [(&'static str, Numbers<'_>); 3] {
-        [("f32", Numbers::F32(&self.f32)), ("f16", Numbers::F16(&self.f16)), ("int8", Numbers::Int8(&self.int8))]
+    fn all(&self) -> [(&'static str, KvSlice<'_>); 3] {
+        [("f32", KvSlice::F32(&self.f32)), ("f16", KvSlice::F16(&self.f16)), ("int8", KvSlice::Int8(&self.int8))]
     }
 }
 
 /// Number `i`.
-fn get(numbers: Numbers<'_>, i: usize) -> f64 {
+fn get(numbers: KvSlice<'_>, i: usize) -> f64 {
     match numbers {
-        Numbers::F32(x) => f64::from(x[i]),
-        Numbers::F16(x) => f64::from(x[i].to_f32()),
-        Numbers::Int8(x) => f64::from(x[i]),
+        KvSlice::F32(x) => f64::from(x[i]),
+        KvSlice::F16(x) => f64::from(x[i].to_f32()),
+        KvSlice::Int8(x) => f64::from(x[i]),
     }
 }
 
@@ -188,7 +188,7 @@ fn widened_numbers_are_the_same_numbers_and_give_the_same_bits() {
                 if count == PAGE * head_dim {
                     let mut scores = [vec![f32::NAN; n * PAGE], vec![f32::NAN; n * PAGE]];
                     kernel.scores(&queries, head_dim, numbers, &scales, &mut scores[0], PAGE);
-                    kernel.scores(&queries, head_dim, Numbers::F32(&wide), &scales, &mut scores[1], PAGE);
+                    kernel.scores(&queries, head_dim, KvSlice::F32(&wide), &scales, &mut scores[1], PAGE);
                     assert_same(&scores[0], &scores[1], what);
                 }
             }
@@ -209,7 +209,7 @@ fn values_that_a_query_does_not_see_are_never_read_into_its_sum() {
             row[..3].fill(2.0);
         }
         let ranges = [0..3, 0..0, 0..1, 0..2, 1..3];
-        kernel.weighted_sum(&weights, PAGE, &ranges, Numbers::F16(&values), width, &mut out);
+        kernel.weighted_sum(&weights, PAGE, &ranges, KvSlice::F16(&values), width, &mut out);
         for (row, expected) in out.chunks(width).zip([6.5, 0.5, 2.5, 4.5, 4.5]) {
             assert_same(row, &vec![expected; width], kernel.name());
         }

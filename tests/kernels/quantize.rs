@@ -1,6 +1,6 @@
 //! Activations as INT8 blocks.
 
-use nybble::kernels::{Activations, TALLEST, Tile, available};
+use nybble::kernels::{Activations, MAX_TILE_ROWS, Tile, available};
 use nybble::quant::packed::BLOCK;
 
 use crate::support::*;
@@ -163,11 +163,11 @@ fn tiles_filled_side_by_side_are_those_filled_one_after_the_other() {
         let expected = rows_of(&input.quantized(kernel));
         let mut found = Activations::default();
         found.resize(45, 70);
-        let (blocks, chunk) = (found.blocks(), TALLEST * found.row_lines());
+        let (blocks, chunk) = (found.blocks(), MAX_TILE_ROWS * found.row_lines());
         // The last first, as threads might.
         for (i, lines) in found.lines_mut().chunks_mut(chunk).enumerate().rev() {
-            let count = TALLEST.min(45 - i * TALLEST);
-            Activations::fill(kernel, lines, blocks, count, |row| &input.x[(i * TALLEST + row) * 70..][..70]);
+            let count = MAX_TILE_ROWS.min(45 - i * MAX_TILE_ROWS);
+            Activations::fill(kernel, lines, blocks, count, |row| &input.x[(i * MAX_TILE_ROWS + row) * 70..][..70]);
         }
         assert_eq!(rows_of(&found), expected, "{}", kernel.name());
     }

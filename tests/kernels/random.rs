@@ -1,7 +1,7 @@
 //! Random shapes and values: what no list of cases thought of.
 
 use half::f16;
-use nybble::kernels::{Activation, Numbers, PAGE, Softmax, SoftmaxMut, available};
+use nybble::kernels::{Activation, KvSlice, PAGE, Softmax, SoftmaxMut, available};
 use nybble::quant::packed::PANEL;
 use nybble::threads::Columns;
 use proptest::prelude::*;
@@ -118,10 +118,10 @@ proptest! {
             rng.below(end + 1)..end
         };
         let ranges: Vec<_> = (0..n).map(range).collect();
-        let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(Numbers::Int8);
+        let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(KvSlice::Int8);
         let all = |kernel: &dyn nybble::kernels::Kernel| {
             let mut outs = vec![];
-            for [keys, page] in [[Numbers::F16(&keys), Numbers::F16(&page)], int8] {
+            for [keys, page] in [[KvSlice::F16(&keys), KvSlice::F16(&page)], int8] {
                 let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
                 kernel.scores(&queries, head_dim, keys, scales.first_chunk().unwrap(), &mut scores, stride);
                 kernel.weighted_sum(&weights, stride, &ranges, page, width, &mut out);

@@ -29,7 +29,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 
-from nybble import Model, hub  # noqa: E402
+from nybble import Model  # noqa: E402
+from nybble.models import hub  # noqa: E402
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nybble import ModelError
-from nybble.chat_template import ChatTemplate
-from nybble.template_limits import Limits
+from nybble.chat.template import ChatTemplate
+from nybble.chat.template_limits import Limits
 
 Message = dict[str, Any]
 TALK: list[Message] = [

@@ -19,8 +19,9 @@ import pytest
 import tiny
 from fake_hub import FakeHub
 
-from nybble import SamplingOptions, hub
+from nybble import SamplingOptions
 from nybble.cli import main, terminal
+from nybble.models import hub
 
 FORBID_END = f"{tiny.IM_END}=-inf"
 WRITE_X = f"{ord('x')}=1000"

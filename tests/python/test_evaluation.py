@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from nybble import Evaluation, Model, ModelError, Reference, evaluate, texts
+from nybble import Evaluation, Model, ModelError, Reference, evaluate
 from nybble.cli import main
+from nybble.quantization import datasets
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 4
 WINDOW = 40
@@ -84,7 +85,7 @@ def test_progress_counts_windows_and_may_stop_the_work(tiny_model: Model) -> Non
 def test_a_model_that_wants_a_start_token_gets_it_in_each_window(tmp_path: Path) -> None:
     path = tiny.write_model(tmp_path / "start.gguf", tokenizer__ggml__add_bos_token=True)
     with Model.load(path) as model:
-        cut = texts.windows(model.tokenizer, [TEXT], WINDOW)
+        cut = datasets.windows(model.tokenizer, [TEXT], WINDOW)
         plain = model.tokenize(TEXT, add_special=False)
     assert (cut[:, 0] == tiny.IM_START).all()
     assert cut[0, 1:].tolist() == plain[: WINDOW - 1]
@@ -95,8 +96,8 @@ def test_documents_of_jsonl_follow_one_another(tmp_path: Path, tiny_model: Model
     path = tmp_path / "documents.jsonl"
     lines = [json.dumps("first"), "", json.dumps({"text": "second\nline"}), json.dumps({"content": "third"})]
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert texts.read(path) == ["first", "second\nline", "third"]
-    assert texts.tokens(tiny_model.tokenizer, texts.read(path)) == list(b"firstsecond\nlinethird")
+    assert datasets.read(path) == ["first", "second\nline", "third"]
+    assert datasets.tokens(tiny_model.tokenizer, datasets.read(path)) == list(b"firstsecond\nlinethird")
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"title": "x"}', "7"])
@@ -104,7 +105,7 @@ def test_a_line_that_is_no_document_is_refused_by_its_number(tmp_path: Path, lin
     path = tmp_path / "documents.jsonl"
     path.write_text(f'"fine"\n{line}\n', encoding="utf-8")
     with pytest.raises(ModelError, match="line 2"):
-        texts.read(path)
+        datasets.read(path)
 
 
 def test_what_cannot_be_measured_is_refused(tiny_model: Model, tmp_path: Path, rounded: Path) -> None:

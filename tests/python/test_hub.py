@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from fake_hub import FakeHub
 
-from nybble import ModelError, hub
+from nybble import ModelError
+from nybble.models import hub
 
 REPOSITORY = "maker/model-GGUF"
 
@@ -276,7 +277,7 @@ def test_a_download_that_was_killed_is_taken_up_and_ends_whole(fake_hub: FakeHub
     fake_hub.repositories[REPOSITORY] = {"m.gguf": data}
     fake_hub.stall_after = 20_000_000
     cache = tmp_path / "hub-cache"
-    script = "import sys; from nybble import hub; hub.resolve(sys.argv[1])"
+    script = "import sys; from nybble.models import hub; hub.resolve(sys.argv[1])"
     environment = {**os.environ, "HF_HUB_CACHE": str(cache)}
     with subprocess.Popen([sys.executable, "-c", script, REPOSITORY], env=environment) as process:
         assert fake_hub.stalling.wait(120)

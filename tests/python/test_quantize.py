@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from nybble import Model, ModelError, Report, _native, calibration, hub, quantize
+from nybble import Model, ModelError, Report, _native, quantize
 from nybble.cli import main
-from nybble.quantization import Spec
+from nybble.models import hub
+from nybble.quantization import calibration
+from nybble.quantization.api import Spec
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind at all. " * 30
 
@@ -72,7 +74,7 @@ def test_auto_tries_recipes_and_says_which_it_chose_and_why(source: Path, tmp_pa
 
 
 def test_what_is_measured_with_was_held_out(source: Path, tmp_path: Path) -> None:
-    from nybble.quantization import _split
+    from nybble.quantization.api import _split
 
     windows = calibration_windows(40)
     seen, held_out = _split(windows)

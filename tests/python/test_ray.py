@@ -67,7 +67,7 @@ def pids(name: str) -> list[int]:
 def test_a_thousand_prompts_are_answered_once_each(
     cluster: Any, tiny_file: Path, prompts: Path, expected: list[str], killed: bool
 ) -> None:
-    import nybble.ray
+    import nybble.integrations.ray
     from nybble import SamplingOptions
 
     dataset = cluster.data.read_json(str(prompts)).repartition(40)
@@ -86,7 +86,7 @@ def test_a_thousand_prompts_are_answered_once_each(
 
 
 def test_conversations_are_answered_through_the_template(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
-    import nybble.ray
+    import nybble.integrations.ray
     from nybble import SamplingOptions
 
     turns = [{"role": "user", "content": "Hello"}]
@@ -99,7 +99,7 @@ def test_conversations_are_answered_through_the_template(cluster: Any, tiny_file
 def test_replicas_answer_as_the_server_does(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
     from ray import serve
 
-    import nybble.ray
+    import nybble.integrations.ray
 
     serve.start(http_options={"host": "127.0.0.1", "port": 18437})
     serve.run(nybble.ray.deployment(str(tiny_file), name="tiny", replicas=2, api_key="s3cret"), route_prefix="/")

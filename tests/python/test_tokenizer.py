@@ -12,7 +12,8 @@ import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble import ModelError, Tokenizer, pretokenizers
+from nybble import ModelError, Tokenizer
+from nybble.tokenizer import pretokenizers
 
 BYTE_LEVEL = Tokenizer.from_gguf_metadata(vocabularies.byte_level())
 PIECES = Tokenizer.from_gguf_metadata(vocabularies.pieces())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from nybble import ModelError, Tokenizer
-from nybble.tokenizer import StreamDecoder
+from nybble.tokenizer.tokenizer import StreamDecoder
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble import Tokenizer
-from nybble.tokenizer import StopMatcher, StreamDecoder
+from nybble.tokenizer.tokenizer import StopMatcher, StreamDecoder
 
 BYTE_LEVEL = Tokenizer.from_gguf_metadata(vocabularies.byte_level())
 PIECES = Tokenizer.from_gguf_metadata(vocabularies.pieces())

@@ -49,8 +49,8 @@ def bench(
     Lengths, batches and threads may be several numbers (--prompt 128,1024 --batch 1,8 --threads 1,2): all combinations
     are measured.
     """
-    from nybble import hub
     from nybble.cli import measure
+    from nybble.models import hub
     from nybble.progress import bar
 
     lengths, batches = _numbers("--prompt", prompt), _numbers("--batch", batch)

@@ -38,7 +38,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf if it exists.")] = False,
 ) -> None:
     """Write a model as a GGUF file, with tokenizer, chat template and all keys."""
-    from nybble import _native, hub
+    from nybble import _native
+    from nybble.models import hub
     from nybble.progress import bar
 
     terminal.show_log()

@@ -13,8 +13,8 @@ from nybble.cli import terminal
 from nybble.cli.options import LoadOptions, takes_options
 
 if TYPE_CHECKING:
-    from nybble.evaluation import Evaluation
     from nybble.model import Model
+    from nybble.quantization.evaluation import Evaluation
 
 
 @takes_options
@@ -41,8 +41,8 @@ def evaluate(
 
     The figures are defined as llama.cpp's perplexity tool defines them.
     """
-    from nybble import evaluation
     from nybble.progress import bar
+    from nybble.quantization import evaluation
 
     recorded = None
     if reference is not None:

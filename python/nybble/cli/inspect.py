@@ -29,7 +29,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
 ) -> None:
     """Show the metadata and the tensors of a model file."""
-    from nybble import _native, hub
+    from nybble import _native
+    from nybble.models import hub
 
     terminal.show_log()
     path = hub.resolve(file, filename=filename)

@@ -12,7 +12,7 @@ from nybble.cli import terminal
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
     """List the models in the caches of nybble and of the Hugging Face Hub."""
-    from nybble import hub
+    from nybble.models import hub
 
     found = hub.cached_models()
     if as_json:

@@ -14,7 +14,7 @@ import typer
 from nybble.cli import terminal
 
 if TYPE_CHECKING:
-    from nybble.report import Report
+    from nybble.quantization.report import Report
 
 
 class Recipe(str, Enum):
@@ -128,7 +128,7 @@ def quantize(
 
     Started again after an interruption, the same command goes on where it stopped.
     """
-    from nybble import quantization
+    from nybble.quantization import api as quantization
 
     terminal.show_log()
     pages = [] if report is None else list(dict.fromkeys([report, report.with_suffix(".json")]))
@@ -197,7 +197,7 @@ def _rule(text: str) -> tuple[str, str]:
 def _print(done: Report, pages: list[Path]) -> None:
     from rich.table import Table
 
-    from nybble import report_page as write
+    from nybble.quantization import report_page as write
 
     console = terminal.console()
     if len(done.candidates) > 1:

@@ -18,7 +18,7 @@ from nybble.server.generation import EventStream, Prompt, Run, whole
 from nybble.server.requests import ChatRequest, ChosenTool, FunctionDefinition
 from nybble.server.responses import ChatLogprob, ChatLogprobs, Delta, TopLogprob
 from nybble.server.service import Service
-from nybble.tokenizer import Tokenizer
+from nybble.tokenizer.tokenizer import Tokenizer
 
 
 async def chat(service: Service, http: Request, body: ChatRequest) -> Response:

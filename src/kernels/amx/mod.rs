@@ -15,13 +15,13 @@ use std::sync::OnceLock;
 use half::f16;
 
 use self::tiles::Tiles;
-use super::activations::{Activations, RowMut, TALLEST};
+use super::activations::{Activations, MAX_TILE_ROWS, RowMut};
 use super::avx512::Avx512;
 use super::delegate::delegated_methods;
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::Activation;
 use super::{Kernel, PAGE};
-use crate::quant::packed::{BLOCK, Line, Packed};
+use crate::quant::packed::{BLOCK, CacheLine, Packed};
 use crate::threads::Columns;
 
 /// Rows from which on a product goes to the tiles: fewer are bound by the weights, whatever multiplies them.
@@ -76,7 +76,13 @@ trait Dots: fmt::Debug {
 
     /// The integer dot products of part `part` of a block.
     ///
-    /// `x` are the codes of the activations `(TALLEST, BLOCK)`, `w` the unsigned codes of a panel's block: line `j` holds
-    /// columns `4 j .. 4 j + 4` of the 16 rows. `out` is `(TALLEST, 16)`, numbers of 32 bits.
-    fn dots(&self, x: &[[i8; BLOCK]; TALLEST], w: &[Line; BLOCK / 4], part: usize, out: &mut [Line; TALLEST]);
+    /// `x` are the codes of the activations `(MAX_TILE_ROWS, BLOCK)`, `w` the unsigned codes of a panel's block: line `j` holds
+    /// columns `4 j .. 4 j + 4` of the 16 rows. `out` is `(MAX_TILE_ROWS, 16)`, numbers of 32 bits.
+    fn dots(
+        &self,
+        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
+        w: &[CacheLine; BLOCK / 4],
+        part: usize,
+        out: &mut [CacheLine; MAX_TILE_ROWS],
+    );
 }

@@ -13,9 +13,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Dots;
-use crate::kernels::activations::{Activations, TALLEST, Tile};
+use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx512::{Avx512, INT4, TABLE4, load, load_f16, load_f32, load_table, store, unpack};
-use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of those of a group.
@@ -38,7 +38,7 @@ pub(super) fn product<D: Dots>(
 /// one chunk to the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
-    let mut unpacked = [[Line([0; 64]); BLOCK / 4]; CHUNK];
+    let mut unpacked = [[CacheLine([0; 64]); BLOCK / 4]; CHUNK];
     for first in (0..x.blocks()).step_by(CHUNK) {
         let blocks = first..x.blocks().min(first + CHUNK);
         for (p, index) in panels.clone().enumerate() {
@@ -64,8 +64,8 @@ fn bytes<'a>(
     code: Code,
     panel: &Panel<'a>,
     blocks: Range<usize>,
-    unpacked: &'a mut [[Line; BLOCK / 4]; CHUNK],
-) -> &'a [[Line; BLOCK / 4]] {
+    unpacked: &'a mut [[CacheLine; BLOCK / 4]; CHUNK],
+) -> &'a [[CacheLine; BLOCK / 4]] {
     if code == Code::Int8 {
         return &panel.codes.as_chunks().0[blocks];
     }
@@ -86,7 +86,7 @@ struct Weights<'a> {
     w: &'a Packed,
     panel: Panel<'a>,
     /// Unsigned bytes of the chunk's blocks.
-    codes: &'a [[Line; BLOCK / 4]],
+    codes: &'a [[CacheLine; BLOCK / 4]],
     blocks: Range<usize>,
 }
 
@@ -127,8 +127,8 @@ fn strip<D: Dots, const R: usize>(dots: &D, weights: &Weights<'_>, x: &Tile<'_, 
     // Blocks of a group that has several.
     let run = layout.group.div_ceil(BLOCK);
     let mut parts = [_mm512_setzero_ps(); R];
-    let mut codes = [[0; BLOCK]; TALLEST];
-    let mut sums = [Line([0; 64]); TALLEST];
+    let mut codes = [[0; BLOCK]; MAX_TILE_ROWS];
+    let mut sums = [CacheLine([0; 64]); MAX_TILE_ROWS];
     for (w, b) in weights.codes.iter().zip(weights.blocks.clone()) {
         // The tile of the last rows may be lower than what is multiplied; nobody reads the dot products of what is beyond.
         codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));

@@ -16,10 +16,16 @@ struct Plain<const PARTS: usize>;
 impl<const PARTS: usize> Dots for Plain<PARTS> {
     const PARTS: usize = PARTS;
 
-    fn dots(&self, x: &[[i8; BLOCK]; TALLEST], w: &[Line; BLOCK / 4], part: usize, out: &mut [Line; TALLEST]) {
+    fn dots(
+        &self,
+        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
+        w: &[CacheLine; BLOCK / 4],
+        part: usize,
+        out: &mut [CacheLine; MAX_TILE_ROWS],
+    ) {
         let columns = BLOCK / PARTS;
         for (m, out) in out.iter_mut().enumerate() {
-            for (n, out) in bytemuck::cast_mut::<Line, [i32; PANEL]>(out).iter_mut().enumerate() {
+            for (n, out) in bytemuck::cast_mut::<CacheLine, [i32; PANEL]>(out).iter_mut().enumerate() {
                 *out = 0;
                 for k in part * columns / 4..(part + 1) * columns / 4 {
                     for i in 0..4 {
@@ -134,9 +140,10 @@ fn tiles_have_the_bits_of_the_scalar_product() {
     };
     has_the_bits_of_the_scalar_product(|w, panels, x, out| amx.product(w, panels, x, out));
     let mut rng = Rng(2);
-    let x: [[i8; BLOCK]; TALLEST] = std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
-    let w: [Line; BLOCK / 4] = std::array::from_fn(|_| Line(std::array::from_fn(|_| rng.next() as u8)));
-    let (mut found, mut expected) = ([Line([1; 64]); TALLEST], [Line([2; 64]); TALLEST]);
+    let x: [[i8; BLOCK]; MAX_TILE_ROWS] =
+        std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
+    let w: [CacheLine; BLOCK / 4] = std::array::from_fn(|_| CacheLine(std::array::from_fn(|_| rng.next() as u8)));
+    let (mut found, mut expected) = ([CacheLine([1; 64]); MAX_TILE_ROWS], [CacheLine([2; 64]); MAX_TILE_ROWS]);
     for part in 0..2 {
         // SAFETY: the only tiles of this thread, gone at the end of the line.
         unsafe { Tiles::<2>::new(amx) }.dots(&x, &w, part, &mut found);

@@ -7,9 +7,9 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::marker::PhantomData;
 
-use super::super::activations::TALLEST;
+use super::super::activations::MAX_TILE_ROWS;
 use super::{Amx, Dots};
-use crate::quant::packed::{BLOCK, Line, PANEL};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL};
 
 /// Whether the CPU has tiles and their INT8 products, and the system lets this process use them.
 pub(super) fn are_usable() -> bool {
@@ -106,8 +106,8 @@ impl<const PARTS: usize> Tiles<PARTS> {
     ///
     /// A thread must not make others, nor measure its [`peak`], while it has these.
     pub(super) unsafe fn new(amx: &Amx) -> Self {
-        let sums = (TALLEST, PANEL * size_of::<i32>());
-        let (x, w) = ((TALLEST, Self::COLUMNS), (Self::COLUMNS / 4, size_of::<Line>()));
+        let sums = (MAX_TILE_ROWS, PANEL * size_of::<i32>());
+        let (x, w) = ((MAX_TILE_ROWS, Self::COLUMNS), (Self::COLUMNS / 4, size_of::<CacheLine>()));
         // SAFETY: the caller's promise.
         Tiles(unsafe { Configured::new(amx, &[sums, x, w]) })
     }
@@ -116,12 +116,18 @@ impl<const PARTS: usize> Tiles<PARTS> {
 impl<const PARTS: usize> Dots for Tiles<PARTS> {
     const PARTS: usize = PARTS;
 
-    fn dots(&self, x: &[[i8; BLOCK]; TALLEST], w: &[Line; BLOCK / 4], part: usize, out: &mut [Line; TALLEST]) {
+    fn dots(
+        &self,
+        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
+        w: &[CacheLine; BLOCK / 4],
+        part: usize,
+        out: &mut [CacheLine; MAX_TILE_ROWS],
+    ) {
         let columns = Self::COLUMNS;
         let (x, w) = (&x.as_flattened()[part * columns..], &w[part * columns / 4..][..columns / 4]);
-        assert!(x.len() >= (TALLEST - 1) * BLOCK + columns);
-        // SAFETY: `self` is this thread's configuration. By it the loads read `TALLEST` rows of `columns` bytes, `BLOCK`
-        // apart, which `x` has, and `columns / 4` lines, which `w` has; the store writes `TALLEST` rows of 64 bytes, 64
+        assert!(x.len() >= (MAX_TILE_ROWS - 1) * BLOCK + columns);
+        // SAFETY: `self` is this thread's configuration. By it the loads read `MAX_TILE_ROWS` rows of `columns` bytes, `BLOCK`
+        // apart, which `x` has, and `columns / 4` lines, which `w` has; the store writes `MAX_TILE_ROWS` rows of 64 bytes, 64
         // apart, which is all of `out`.
         unsafe {
             asm!(
@@ -134,7 +140,7 @@ impl<const PARTS: usize> Dots for Tiles<PARTS> {
                 x_stride = in(reg) BLOCK,
                 w = in(reg) w.as_ptr(),
                 out = in(reg) out.as_mut_ptr(),
-                line = in(reg) size_of::<Line>(),
+                line = in(reg) size_of::<CacheLine>(),
                 out("tmm0") _,
                 out("tmm1") _,
                 out("tmm2") _,

@@ -14,10 +14,10 @@ use half::f16;
 pub(super) use product::{Adder, product};
 
 use super::activations::{Activations, RowMut};
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
 use super::{Kernel, PAGE};
-use crate::quant::packed::{Line, PANEL, Packed};
+use crate::quant::packed::{CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -54,7 +54,7 @@ impl Kernel for Avx2 {
         &self,
         queries: &[f32],
         head_dim: usize,
-        keys: Numbers<'_>,
+        keys: KvSlice<'_>,
         scales: &[f32; PAGE],
         scores: &mut [f32],
         stride: usize,
@@ -68,7 +68,7 @@ impl Kernel for Avx2 {
         weights: &[f32],
         stride: usize,
         ranges: &[Range<usize>],
-        values: Numbers<'_>,
+        values: KvSlice<'_>,
         width: usize,
         out: &mut [f32],
     ) {
@@ -76,7 +76,7 @@ impl Kernel for Avx2 {
         unsafe { attention::weighted_sum(weights, stride, ranges, values, width, out) }
     }
 
-    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+    fn widen(&self, numbers: KvSlice<'_>, out: &mut [f32]) {
         // SAFETY: as in `product`.
         unsafe { attention::widen(numbers, out) }
     }
@@ -143,7 +143,7 @@ pub(super) fn prefetch<T>(x: &T) {
 /// Side `side` of a line.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load(line: &Line, side: usize) -> __m256i {
+fn load(line: &CacheLine, side: usize) -> __m256i {
     // SAFETY: a chunk is 32 readable bytes, and the load needs no alignment.
     unsafe { _mm256_loadu_si256(line.0.as_chunks::<32>().0[side].as_ptr().cast()) }
 }

@@ -23,8 +23,8 @@ use std::ops::Range;
 use half::f16;
 
 use super::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
-use crate::kernels::activations::{Activations, TALLEST, Tile};
-use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
+use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
+use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 const INT4: u8 = 0;
@@ -108,7 +108,8 @@ fn tiles<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
     out: &mut Columns<'_>,
     table: &[i8; 16],
 ) {
-    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).max(TALLEST) / TALLEST * TALLEST;
+    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<CacheLine>()).max(1)).max(MAX_TILE_ROWS) / MAX_TILE_ROWS
+        * MAX_TILE_ROWS;
     for first in (0..x.rows()).step_by(slice) {
         let last = x.rows().min(first + slice);
         for (p, index) in panels.clone().enumerate() {
@@ -140,7 +141,7 @@ fn tile<
 >(
     adder: A,
     panel: &Panel<'_>,
-    coming: &[Line],
+    coming: &[CacheLine],
     gain: f32,
     x: &Activations,
     row: usize,
@@ -179,7 +180,7 @@ fn strip<
 >(
     adder: A,
     panel: &Panel<'_>,
-    coming: &[Line],
+    coming: &[CacheLine],
     blocks: usize,
     x: &Tile<'_, R>,
     first: usize,
@@ -281,7 +282,7 @@ fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack<A: Adder, const CODE: u8>(
-    codes: &[Line],
+    codes: &[CacheLine],
     b: usize,
     half: usize,
     side: usize,

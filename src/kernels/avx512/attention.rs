@@ -4,18 +4,18 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{load_f16, load_f32, load_i8, store};
-use crate::kernels::numbers::Numbers;
+use crate::kernels::kv::KvSlice;
 use crate::kernels::{PAGE, portable};
 use crate::quant::packed::PANEL;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn widen(numbers: Numbers<'_>, out: &mut [f32]) {
+pub(super) fn widen(numbers: KvSlice<'_>, out: &mut [f32]) {
     let (chunks, tail) = out.as_chunks_mut::<PANEL>();
     let done = chunks.len() * PANEL;
     match numbers {
-        Numbers::F32(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| *out = *x),
-        Numbers::F16(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| store(load_f16(x), out)),
-        Numbers::Int8(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| store(load_i8(x), out)),
+        KvSlice::F32(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| *out = *x),
+        KvSlice::F16(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| store(load_f16(x), out)),
+        KvSlice::Int8(x) => x.as_chunks().0.iter().zip(chunks).for_each(|(x, out)| store(load_i8(x), out)),
     }
     tail.iter_mut().enumerate().for_each(|(i, out)| *out = numbers.get(done + i));
 }
@@ -24,15 +24,15 @@ pub(super) fn widen(numbers: Numbers<'_>, out: &mut [f32]) {
 pub(super) fn scores(
     queries: &[f32],
     head_dim: usize,
-    keys: Numbers<'_>,
+    keys: KvSlice<'_>,
     scales: &[f32; PAGE],
     scores: &mut [f32],
     stride: usize,
 ) {
     match keys {
-        Numbers::F32(keys) => all_scores(queries, head_dim, keys, |x| load_f32(x), scales, scores, stride),
-        Numbers::F16(keys) => all_scores(queries, head_dim, keys, |x| load_f16(x), scales, scores, stride),
-        Numbers::Int8(keys) => all_scores(queries, head_dim, keys, |x| load_i8(x), scales, scores, stride),
+        KvSlice::F32(keys) => all_scores(queries, head_dim, keys, |x| load_f32(x), scales, scores, stride),
+        KvSlice::F16(keys) => all_scores(queries, head_dim, keys, |x| load_f16(x), scales, scores, stride),
+        KvSlice::Int8(keys) => all_scores(queries, head_dim, keys, |x| load_i8(x), scales, scores, stride),
     }
 }
 
@@ -101,14 +101,14 @@ pub(super) fn weighted_sum(
     weights: &[f32],
     stride: usize,
     ranges: &[Range<usize>],
-    values: Numbers<'_>,
+    values: KvSlice<'_>,
     width: usize,
     out: &mut [f32],
 ) {
     match values {
-        Numbers::F32(values) => all_sums(weights, stride, ranges, values, |x| load_f32(x), width, out),
-        Numbers::F16(values) => all_sums(weights, stride, ranges, values, |x| load_f16(x), width, out),
-        Numbers::Int8(values) => all_sums(weights, stride, ranges, values, |x| load_i8(x), width, out),
+        KvSlice::F32(values) => all_sums(weights, stride, ranges, values, |x| load_f32(x), width, out),
+        KvSlice::F16(values) => all_sums(weights, stride, ranges, values, |x| load_f16(x), width, out),
+        KvSlice::Int8(values) => all_sums(weights, stride, ranges, values, |x| load_i8(x), width, out),
     }
 }
 

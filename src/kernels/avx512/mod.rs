@@ -13,10 +13,10 @@ use half::f16;
 pub(super) use product::{INT4, TABLE4, unpack};
 
 use super::activations::{Activations, RowMut};
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
 use super::{Kernel, PAGE};
-use crate::quant::packed::{Line, PANEL, Packed};
+use crate::quant::packed::{CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 /// Proof that the CPU has AVX-512 F, BW, VL and VNNI, and AVX2, FMA and F16C.
@@ -58,7 +58,7 @@ impl Kernel for Avx512 {
         &self,
         queries: &[f32],
         head_dim: usize,
-        keys: Numbers<'_>,
+        keys: KvSlice<'_>,
         scales: &[f32; PAGE],
         scores: &mut [f32],
         stride: usize,
@@ -72,7 +72,7 @@ impl Kernel for Avx512 {
         weights: &[f32],
         stride: usize,
         ranges: &[Range<usize>],
-        values: Numbers<'_>,
+        values: KvSlice<'_>,
         width: usize,
         out: &mut [f32],
     ) {
@@ -80,7 +80,7 @@ impl Kernel for Avx512 {
         unsafe { attention::weighted_sum(weights, stride, ranges, values, width, out) }
     }
 
-    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+    fn widen(&self, numbers: KvSlice<'_>, out: &mut [f32]) {
         // SAFETY: as in `product`.
         unsafe { attention::widen(numbers, out) }
     }
@@ -124,8 +124,8 @@ fn peak_int8(rounds: usize) -> (u64, i32) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn load(line: &Line) -> __m512i {
-    // SAFETY: a `Line` is 64 readable bytes, aligned to 64.
+pub(super) fn load(line: &CacheLine) -> __m512i {
+    // SAFETY: a `CacheLine` is 64 readable bytes, aligned to 64.
     unsafe { _mm512_load_si512(std::ptr::from_ref(line).cast()) }
 }
 
@@ -177,8 +177,8 @@ pub(super) fn store(x: __m512, out: &mut [f32]) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store_line(x: __m512i, out: &mut Line) {
-    // SAFETY: a `Line` is 64 writable bytes, aligned to 64.
+fn store_line(x: __m512i, out: &mut CacheLine) {
+    // SAFETY: a `CacheLine` is 64 writable bytes, aligned to 64.
     unsafe { _mm512_store_si512(std::ptr::from_mut(out).cast(), x) }
 }
 

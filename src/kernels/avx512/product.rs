@@ -23,9 +23,9 @@ use bytemuck::Pod;
 use half::f16;
 
 use super::{load, load_f16, load_f32, load_table, store, store_line};
-use crate::kernels::activations::{Activations, TALLEST, Tile};
+use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx2::prefetch;
-use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed};
+use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed};
 use crate::threads::Columns;
 
 pub(in crate::kernels) const INT4: u8 = 0;
@@ -93,7 +93,7 @@ fn rows<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
 /// `P` panels as [`strip`] reads them, from the first block of a tile on that it is asked for.
 struct Weights<'a, N, const P: usize> {
     /// Lines of the blocks, 4 where they are packed, else 8, and maybe of what comes after.
-    codes: [&'a [Line]; P],
+    codes: [&'a [CacheLine]; P],
     /// Of the groups, 16 F16 or F32.
     scales: [&'a [N]; P],
     mins: [&'a [N]; P],
@@ -154,13 +154,13 @@ fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize,
 
 /// Codes, scales and minimums of a chunk of two panels, unpacked to bytes and F32.
 struct Unpacked {
-    codes: [[Line; 8 * CHUNK]; PAIR],
+    codes: [[CacheLine; 8 * CHUNK]; PAIR],
     scales: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
     mins: [[[f32; PANEL]; 2 * CHUNK]; PAIR],
 }
 
 /// The sums of a tile and two panels.
-type Sums = [[__m512; PAIR]; TALLEST];
+type Sums = [[__m512; PAIR]; MAX_TILE_ROWS];
 
 /// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. What
 /// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
@@ -173,19 +173,20 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
     table: __m512i,
 ) {
     let mut unpacked = Unpacked {
-        codes: [[Line([0; 64]); 8 * CHUNK]; PAIR],
+        codes: [[CacheLine([0; 64]); 8 * CHUNK]; PAIR],
         scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
         mins: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
     };
-    let fitting = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).clamp(TALLEST, SLICE);
-    let slice = x.rows().div_ceil(x.rows().div_ceil(fitting)).next_multiple_of(TALLEST).min(SLICE);
+    let fitting = (CACHE_BYTES / (x.row_lines() * size_of::<CacheLine>()).max(1)).clamp(MAX_TILE_ROWS, SLICE);
+    let slice = x.rows().div_ceil(x.rows().div_ceil(fitting)).next_multiple_of(MAX_TILE_ROWS).min(SLICE);
     let blocks = w.blocks();
     for first in (0..x.rows()).step_by(slice) {
         let rows = first..x.rows().min(first + slice);
         for index in panels.clone().step_by(PAIR) {
             let columns = index - panels.start..panels.len().min(index - panels.start + PAIR);
             let (indices, following) = (indices::<PAIR>(index, &panels), indices::<PAIR>(index + PAIR, &panels));
-            let mut sums: [Sums; SLICE / TALLEST] = [[[_mm512_setzero_ps(); PAIR]; TALLEST]; SLICE / TALLEST];
+            let mut sums: [Sums; SLICE / MAX_TILE_ROWS] =
+                [[[_mm512_setzero_ps(); PAIR]; MAX_TILE_ROWS]; SLICE / MAX_TILE_ROWS];
             for first in (0..blocks).step_by(CHUNK) {
                 let chunk = first..blocks.min(first + CHUNK);
                 let next = match chunk.end < blocks {
@@ -202,7 +203,7 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                     scales: std::array::from_fn(|p| &unpacked.scales[p][..]),
                     mins: std::array::from_fn(|p| &unpacked.mins[p][..]),
                 };
-                let tiles = rows.len().div_ceil(TALLEST);
+                let tiles = rows.len().div_ceil(MAX_TILE_ROWS);
                 for (t, sums) in sums.iter_mut().enumerate().take(tiles) {
                     // Each tile asks for its share of what will be unpacked next.
                     for lines in next {
@@ -210,14 +211,14 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                     }
                     // And for the lines of the output, if it is about to be written.
                     if chunk.end == blocks {
-                        let first = rows.start + t * TALLEST;
-                        for row in first..rows.end.min(first + TALLEST) {
+                        let first = rows.start + t * MAX_TILE_ROWS;
+                        for row in first..rows.end.min(first + MAX_TILE_ROWS) {
                             for panel in columns.clone() {
                                 prefetch(&out.row_mut(row)[panel * PANEL]);
                             }
                         }
                     }
-                    let row = rows.start + t * TALLEST;
+                    let row = rows.start + t * MAX_TILE_ROWS;
                     match Activations::height(x.rows() - row) {
                         8 => add::<UNPACKED, GROUP, MIN, 8>(&weights, x, row, chunk.clone(), sums),
                         4 => add::<UNPACKED, GROUP, MIN, 4>(&weights, x, row, chunk.clone(), sums),
@@ -226,15 +227,15 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                     }
                 }
             }
-            for (sums, first) in sums.iter().zip(rows.clone().step_by(TALLEST)) {
-                save(sums, w.gain(), first..rows.end.min(first + TALLEST), columns.clone(), out);
+            for (sums, first) in sums.iter().zip(rows.clone().step_by(MAX_TILE_ROWS)) {
+                save(sums, w.gain(), first..rows.end.min(first + MAX_TILE_ROWS), columns.clone(), out);
             }
         }
     }
 }
 
 /// The lines of the chunk of panel `index` that starts at block `first`.
-fn lines_of(w: &Packed, index: usize, first: usize) -> &[Line] {
+fn lines_of(w: &Packed, index: usize, first: usize) -> &[CacheLine] {
     let lines = w.layout().lines_per_block();
     &w.panel(index).codes[lines * first..lines * w.blocks().min(first + CHUNK)]
 }
@@ -461,7 +462,11 @@ fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {
 
 /// The weights of blocks as unsigned bytes: line `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in crate::kernels) fn unpack<const CODE: u8>(packed: &[[Line; 4]], table: __m512i, out: &mut [[Line; 8]]) {
+pub(in crate::kernels) fn unpack<const CODE: u8>(
+    packed: &[[CacheLine; 4]],
+    table: __m512i,
+    out: &mut [[CacheLine; 8]],
+) {
     for (lines, out) in packed.iter().zip(out) {
         for i in 0..4 {
             let [low, high] = nibbles::<CODE>(load(&lines[i]), table);

@@ -14,7 +14,7 @@ use half::f16;
 use super::activations::{Activations, RowMut};
 use super::avx2::{Adder, Avx2, checksum, product};
 use super::delegate::delegated_methods;
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::Activation;
 use super::{Kernel, PAGE};
 use crate::quant::packed::Packed;

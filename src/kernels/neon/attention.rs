@@ -4,21 +4,21 @@ use std::arch::aarch64::*;
 use std::ops::Range;
 
 use super::{Four, LANES, QUARTERS, load_f16, load_f32, load_i8x4, store};
-use crate::kernels::numbers::Numbers;
+use crate::kernels::kv::KvSlice;
 use crate::kernels::{PAGE, portable};
 use crate::quant::packed::PANEL;
 
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn widen(numbers: Numbers<'_>, out: &mut [f32]) {
+pub(super) fn widen(numbers: KvSlice<'_>, out: &mut [f32]) {
     match numbers {
-        Numbers::F32(x) => out.copy_from_slice(x),
-        Numbers::F16(x) => {
+        KvSlice::F32(x) => out.copy_from_slice(x),
+        KvSlice::F16(x) => {
             let (x, x_tail) = x.as_chunks::<LANES>();
             let (out, out_tail) = out.as_chunks_mut::<LANES>();
             x.iter().zip(out).for_each(|(x, out)| store(load_f16(x), out));
             x_tail.iter().zip(out_tail).for_each(|(x, out)| *out = x.to_f32());
         }
-        Numbers::Int8(x) => x.iter().zip(out).for_each(|(x, out)| *out = f32::from(*x)),
+        KvSlice::Int8(x) => x.iter().zip(out).for_each(|(x, out)| *out = f32::from(*x)),
     }
 }
 
@@ -26,15 +26,15 @@ pub(super) fn widen(numbers: Numbers<'_>, out: &mut [f32]) {
 pub(super) fn scores(
     queries: &[f32],
     head_dim: usize,
-    keys: Numbers<'_>,
+    keys: KvSlice<'_>,
     scales: &[f32; PAGE],
     scores: &mut [f32],
     stride: usize,
 ) {
     match keys {
-        Numbers::F32(keys) => all_scores(queries, head_dim, keys, |x| load_f32(x), scales, scores, stride),
-        Numbers::F16(keys) => all_scores(queries, head_dim, keys, |x| load_f16(x), scales, scores, stride),
-        Numbers::Int8(keys) => all_scores(queries, head_dim, keys, |x| load_i8x4(x), scales, scores, stride),
+        KvSlice::F32(keys) => all_scores(queries, head_dim, keys, |x| load_f32(x), scales, scores, stride),
+        KvSlice::F16(keys) => all_scores(queries, head_dim, keys, |x| load_f16(x), scales, scores, stride),
+        KvSlice::Int8(keys) => all_scores(queries, head_dim, keys, |x| load_i8x4(x), scales, scores, stride),
     }
 }
 
@@ -102,14 +102,14 @@ pub(super) fn weighted_sum(
     weights: &[f32],
     stride: usize,
     ranges: &[Range<usize>],
-    values: Numbers<'_>,
+    values: KvSlice<'_>,
     width: usize,
     out: &mut [f32],
 ) {
     match values {
-        Numbers::F32(values) => all_sums(weights, stride, ranges, values, |x| load_f32(x), width, out),
-        Numbers::F16(values) => all_sums(weights, stride, ranges, values, |x| load_f16(x), width, out),
-        Numbers::Int8(values) => all_sums(weights, stride, ranges, values, |x| load_i8x4(x), width, out),
+        KvSlice::F32(values) => all_sums(weights, stride, ranges, values, |x| load_f32(x), width, out),
+        KvSlice::F16(values) => all_sums(weights, stride, ranges, values, |x| load_f16(x), width, out),
+        KvSlice::Int8(values) => all_sums(weights, stride, ranges, values, |x| load_i8x4(x), width, out),
     }
 }
 

@@ -13,10 +13,10 @@ use std::ops::Range;
 use half::f16;
 
 use super::activations::{Activations, RowMut};
-use super::numbers::{Numbers, Softmax, SoftmaxMut};
+use super::kv::{KvSlice, Softmax, SoftmaxMut};
 use super::portable::{self, Activation, portable_methods};
 use super::{Kernel, PAGE};
-use crate::quant::packed::{Line, PANEL, Packed};
+use crate::quant::packed::{CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 /// Proof that the CPU has NEON and the dot products of bytes (FEAT_DotProd, part of every Armv8.4 CPU).
@@ -52,7 +52,7 @@ impl Kernel for Neon {
         &self,
         queries: &[f32],
         head_dim: usize,
-        keys: Numbers<'_>,
+        keys: KvSlice<'_>,
         scales: &[f32; PAGE],
         scores: &mut [f32],
         stride: usize,
@@ -66,7 +66,7 @@ impl Kernel for Neon {
         weights: &[f32],
         stride: usize,
         ranges: &[Range<usize>],
-        values: Numbers<'_>,
+        values: KvSlice<'_>,
         width: usize,
         out: &mut [f32],
     ) {
@@ -74,7 +74,7 @@ impl Kernel for Neon {
         unsafe { attention::weighted_sum(weights, stride, ranges, values, width, out) }
     }
 
-    fn widen(&self, numbers: Numbers<'_>, out: &mut [f32]) {
+    fn widen(&self, numbers: KvSlice<'_>, out: &mut [f32]) {
         // SAFETY: as in `product`.
         unsafe { attention::widen(numbers, out) }
     }
@@ -146,7 +146,7 @@ fn dot<const J: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x
 /// Quarter `quarter` of a line: four bytes of each of four rows.
 #[inline]
 #[target_feature(enable = "neon")]
-fn load(line: &Line, quarter: usize) -> uint8x16_t {
+fn load(line: &CacheLine, quarter: usize) -> uint8x16_t {
     // SAFETY: a chunk is 16 readable bytes, and the load needs no alignment.
     unsafe { vld1q_u8(line.0.as_chunks::<16>().0[quarter].as_ptr()) }
 }

@@ -16,8 +16,8 @@ use std::ops::Range;
 use half::f16;
 
 use super::{Four, QUARTERS, dot, load, load_f16, load_i8, store_quarter};
-use crate::kernels::activations::{Activations, TALLEST, Tile};
-use crate::quant::packed::{BLOCK, Code, Line, PANEL, Packed, Panel};
+use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
+use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 const INT4: u8 = 0;
@@ -60,7 +60,8 @@ fn tiles<const CODE: u8, const GROUP: usize, const MIN: bool>(
     out: &mut Columns<'_>,
     table: &[i8; 16],
 ) {
-    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<Line>()).max(1)).max(TALLEST) / TALLEST * TALLEST;
+    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<CacheLine>()).max(1)).max(MAX_TILE_ROWS) / MAX_TILE_ROWS
+        * MAX_TILE_ROWS;
     for first in (0..x.rows()).step_by(slice) {
         let last = x.rows().min(first + slice);
         for (p, index) in panels.clone().enumerate() {
@@ -175,7 +176,13 @@ fn strip<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, co
 /// The weights of half `half` of block `b`, signed: register `j` holds columns `4 j .. 4 j + 4` of 4 rows.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn unpack<const CODE: u8>(codes: &[Line], b: usize, half: usize, quarter: usize, table: int8x16_t) -> [int8x16_t; 4] {
+fn unpack<const CODE: u8>(
+    codes: &[CacheLine],
+    b: usize,
+    half: usize,
+    quarter: usize,
+    table: int8x16_t,
+) -> [int8x16_t; 4] {
     if CODE == INT8 {
         let lines = &codes[b * 8..][..8];
         // Stored 128 too high.

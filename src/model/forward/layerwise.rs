@@ -11,7 +11,7 @@ use crate::model::config::Config;
 use crate::model::weights::{Ffn, Layer, Loader, Mlp, Part, Weights};
 use crate::model::{LoadOptions, Model};
 use crate::quant::packed::PANEL;
-use crate::threads::Team;
+use crate::threads::ThreadPool;
 
 /// A model without its layers, which are loaded one by one.
 #[derive(Debug)]
@@ -121,8 +121,8 @@ impl Layerwise {
     }
 
     /// The threads that compute.
-    pub(crate) fn team(&self) -> &Team {
-        &self.model.team
+    pub(crate) fn pool(&self) -> &ThreadPool {
+        &self.model.pool
     }
 
     /// The kernel that computes.
@@ -156,7 +156,7 @@ impl Layerwise {
     /// # Errors
     /// Those of [`Model::load`].
     pub(crate) fn layer(&self, checkpoint: &dyn Checkpoint, index: usize) -> Result<LoadedLayer> {
-        self.model.team.run(|scope| {
+        self.model.pool.run(|scope| {
             let layer = Loader::new(scope, checkpoint, None).layer(&self.model.config, index)?;
             Ok(LoadedLayer { index, layer })
         })
@@ -169,7 +169,7 @@ impl Layerwise {
     pub(crate) fn reload(&self, checkpoint: &dyn Checkpoint, loaded: &mut LoadedLayer, site: Site) -> Result<()> {
         let (config, index) = (&self.model.config, loaded.index);
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
-        self.model.team.run(|scope| {
+        self.model.pool.run(|scope| {
             let loader = Loader::new(scope, checkpoint, None);
             let layer = &mut loaded.layer;
             match site {
@@ -320,7 +320,7 @@ impl Layerwise {
         let mut kept = self.model.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let mut scratch = kept.pop().unwrap_or_default();
         let (model, kernel) = (&self.model, self.model.kernel);
-        let result = model.team.run(|scope| run(&Pass { model, kernel, scope }, &mut scratch));
+        let result = model.pool.run(|scope| run(&Pass { model, kernel, scope }, &mut scratch));
         kept.push(scratch);
         result
     }

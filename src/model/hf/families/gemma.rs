@@ -4,7 +4,7 @@ use super::*;
 use Need::{Always, If, Never};
 use Transform::{AddOne, Copy};
 
-/// Gemma Team 2024, arXiv 2403.08295.
+/// Gemma ThreadPool 2024, arXiv 2403.08295.
 pub(super) const GEMMA: Family = Family {
     model_types: &["gemma"],
     architecture: "gemma",
@@ -30,7 +30,7 @@ const FOUR_NORMS: &[Entry] = &[
     tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
 ];
 
-/// Gemma Team 2024, arXiv 2408.00118.
+/// Gemma ThreadPool 2024, arXiv 2408.00118.
 pub(super) const GEMMA2: Family = Family {
     model_types: &["gemma2"],
     architecture: "gemma2",
@@ -60,7 +60,7 @@ pub(super) const GEMMA2: Family = Family {
     ..GEMMA
 };
 
-/// Gemma Team 2025, arXiv 2503.19786: the text part.
+/// Gemma ThreadPool 2025, arXiv 2503.19786: the text part.
 pub(super) const GEMMA3: Family = Family {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",

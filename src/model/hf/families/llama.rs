@@ -110,7 +110,7 @@ pub(super) const SMOLLM3: Family = Family {
     ..LLAMA
 };
 
-/// Team OLMo 2024, arXiv 2501.00656: norms after instead of before, and over all heads at once.
+/// ThreadPool OLMo 2024, arXiv 2501.00656: norms after instead of before, and over all heads at once.
 pub(super) const OLMO2: Family = Family {
     model_types: &["olmo2"],
     architecture: "olmo2",

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nybble import _native, encoders, hf_tokenizer, hub, vocabulary
-from nybble.detokenizer import StopMatcher, StreamDecoder, byte_level_bytes, piece_bytes, plain_bytes
+from nybble import _native
 from nybble.errors import ModelError
-from nybble.vocabulary import MARKS, TokenKind, places
+from nybble.models import hub
+from nybble.tokenizer import encoders, hf_tokenizer, vocabulary
+from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder, byte_level_bytes, piece_bytes, plain_bytes
+from nybble.tokenizer.vocabulary import MARKS, TokenKind, places
 
 if TYPE_CHECKING:
-    from nybble.chat_template import ChatTemplate
+    from nybble.chat.template import ChatTemplate
 
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
@@ -154,7 +156,7 @@ class Tokenizer:
 
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:
-            from nybble.chat_template import ChatTemplate  # Jinja takes a while to import, and not every run chats.
+            from nybble.chat.template import ChatTemplate  # Jinja takes a while to import, and not every run chats.
 
             templates = self._parts.chat_templates
             if name not in templates:

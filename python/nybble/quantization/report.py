@@ -98,7 +98,7 @@ class Report:
 
     def to_html(self) -> str:
         """Everything as a page with plots, which needs no other file."""
-        from nybble import report_page
+        from nybble.quantization import report_page
 
         return report_page.render(self)
 

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, models
 
 from nybble import _native
 from nybble.errors import ModelError
-from nybble.pretokenizers import PreTokenizer
-from nybble.vocabulary import MARKS, TokenKind, Vocabulary, places
+from nybble.tokenizer.pretokenizers import PreTokenizer
+from nybble.tokenizer.vocabulary import MARKS, TokenKind, Vocabulary, places
 
 
 class Encoder(Protocol):

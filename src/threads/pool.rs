@@ -1,4 +1,4 @@
-//! The team: one leader, its workers, and the stages they run through together.
+//! The pool: one leader, its workers, and the stages they run through together.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -18,22 +18,22 @@ use crate::{Error, Result};
 const PATIENCE: Duration = Duration::from_micros(40);
 
 thread_local! {
-    /// Whether this thread is inside some team's `run`, as a leader or as a worker.
+    /// Whether this thread is inside some pool's `run`, as a leader or as a worker.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A fixed number of threads that run through many short parallel stages together: one fork-join for all of them.
 ///
-/// Shared freely between threads: a second [`run`](Team::run) waits until the first is done. Between runs the workers
-/// sleep. In a process made by `fork`, where only the forking thread lives on, a team starts new workers.
+/// Shared freely between threads: a second [`run`](ThreadPool::run) waits until the first is done. Between runs the workers
+/// sleep. In a process made by `fork`, where only the forking thread lives on, a pool starts new workers.
 #[derive(Debug)]
-pub struct Team {
+pub struct ThreadPool {
     threads: usize,
     crew: Crew,
 }
 
-impl Team {
-    /// A team of `threads` threads, the caller's own among them, so one less is started.
+impl ThreadPool {
+    /// A pool of `threads` threads, the caller's own among them, so one less is started.
     ///
     /// # Errors
     ///
@@ -42,7 +42,7 @@ impl Team {
     pub fn new(threads: usize) -> Result<Self> {
         check("threads", threads)?;
         let crew = Crew::new(threads, std::process::id())?;
-        Ok(Team { threads, crew })
+        Ok(ThreadPool { threads, crew })
     }
 
     /// How many threads, the leader included.
@@ -50,10 +50,10 @@ impl Team {
         self.threads
     }
 
-    /// Runs `lead` on this thread. The stages that it hands to its [`Scope`] are run by all threads of the team.
+    /// Runs `lead` on this thread. The stages that it hands to its [`Scope`] are run by all threads of the pool.
     ///
-    /// A panic in a stage or in `lead` itself goes on in the caller, and the team remains usable. A run from within a
-    /// run, of this team or another, works but has no workers: all threads are busy with the outer one.
+    /// A panic in a stage or in `lead` itself goes on in the caller, and the pool remains usable. A run from within a
+    /// run, of this pool or another, works but has no workers: all threads are busy with the outer one.
     pub fn run<R>(&self, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         self.run_as(std::process::id(), lead)
     }
@@ -72,8 +72,8 @@ impl Team {
 }
 
 // A panic leaves nothing half-done behind: the next run finds no job and its turn free.
-impl UnwindSafe for Team {}
-impl RefUnwindSafe for Team {}
+impl UnwindSafe for ThreadPool {}
+impl RefUnwindSafe for ThreadPool {}
 
 /// Marks this thread as inside a run for as long as it lives.
 struct Inside;
@@ -168,7 +168,7 @@ impl std::fmt::Debug for Crew {
     }
 }
 
-/// What the leader of a [`Team::run`] hands its stages to.
+/// What the leader of a [`ThreadPool::run`] hands its stages to.
 ///
 /// A stage returns when all its items have run; what they wrote is visible then. Items are claimed one by one, so a
 /// thread that is slow or late does fewer of them and delays nobody. Which thread runs an item is left open: results
@@ -293,14 +293,14 @@ mod tests {
 
     #[test]
     fn a_forked_process_gets_workers_of_its_own_even_while_its_parent_computes() {
-        let team = Team::new(2).unwrap();
+        let pool = ThreadPool::new(2).unwrap();
         let parent = std::process::id();
         let (child, grandchild) = (parent.wrapping_add(1), parent.wrapping_add(2));
-        let of_parent = team.run_as(parent, pair);
-        let _held_for_ever = team.crew.turn.lock().unwrap(); // As in a copy made in the middle of a run.
-        let of_child = team.run_as(child, pair);
-        assert_eq!(team.run_as(child, pair), of_child);
-        let of_grandchild = team.run_as(grandchild, pair);
+        let of_parent = pool.run_as(parent, pair);
+        let _held_for_ever = pool.crew.turn.lock().unwrap(); // As in a copy made in the middle of a run.
+        let of_child = pool.run_as(child, pair);
+        assert_eq!(pool.run_as(child, pair), of_child);
+        let of_grandchild = pool.run_as(grandchild, pair);
         let here = HashSet::from([thread::current().id()]);
         assert_eq!(&of_parent & &of_child, here);
         assert_eq!(&of_child & &of_grandchild, here);
@@ -309,18 +309,18 @@ mod tests {
     #[test]
     fn a_team_that_is_dropped_leaves_no_worker_behind() {
         for _ in 0..100 {
-            let team = Team::new(3).unwrap();
-            let board = Arc::downgrade(&team.crew.board);
-            team.run(|scope| scope.for_each(2, |_| ()));
-            drop(team);
+            let pool = ThreadPool::new(3).unwrap();
+            let board = Arc::downgrade(&pool.crew.board);
+            pool.run(|scope| scope.for_each(2, |_| ()));
+            drop(pool);
             assert!(board.upgrade().is_none(), "a worker still holds the board");
         }
     }
 
     #[test]
     fn one_thread_has_no_workers() {
-        let team = Team::new(1).unwrap();
-        assert!(team.crew.workers.is_empty());
-        assert!(team.run(|scope| scope.board.is_none()));
+        let pool = ThreadPool::new(1).unwrap();
+        assert!(pool.crew.workers.is_empty());
+        assert!(pool.run(|scope| scope.board.is_none()));
     }
 }

@@ -4,7 +4,7 @@ use half::f16;
 
 /// Keys or values as they are stored. INT8 codes have a scale a position, which is kept beside them.
 #[derive(Debug, Clone, Copy)]
-pub enum Numbers<'a> {
+pub enum KvSlice<'a> {
     /// Single precision.
     F32(&'a [f32]),
     /// Half precision.
@@ -13,13 +13,13 @@ pub enum Numbers<'a> {
     Int8(&'a [i8]),
 }
 
-impl Numbers<'_> {
+impl KvSlice<'_> {
     /// Number `i`.
     pub(super) fn get(&self, i: usize) -> f32 {
         match self {
-            Numbers::F32(x) => x[i],
-            Numbers::F16(x) => x[i].to_f32(),
-            Numbers::Int8(x) => f32::from(x[i]),
+            KvSlice::F32(x) => x[i],
+            KvSlice::F16(x) => x[i].to_f32(),
+            KvSlice::Int8(x) => f32::from(x[i]),
         }
     }
 }

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nybble import _native, texts
+from nybble import _native
+from nybble.quantization import datasets
 
 if TYPE_CHECKING:
     from nybble.model import Model
@@ -80,7 +81,7 @@ class Reference:
         self._native = _native.Baseline(model._native, _windows(model, text, window, max_tokens), progress)
 
     @classmethod
-    def of_windows(cls, model: Model, windows: texts.Windows, *, progress: Progress | None = None) -> Reference:
+    def of_windows(cls, model: Model, windows: datasets.Windows, *, progress: Progress | None = None) -> Reference:
         """Has a model read token ids, `(windows, window)`."""
         reference = cls.__new__(cls)
         reference._native = _native.Baseline(model._native, windows, progress)
@@ -124,13 +125,13 @@ def evaluate(
     return _evaluation(_native.perplexity(model._native, cut, progress))
 
 
-def _windows(model: Model, text: Texts, window: int, max_tokens: int | None) -> texts.Windows:
+def _windows(model: Model, text: Texts, window: int, max_tokens: int | None) -> datasets.Windows:
     if window < 4:
         raise ValueError(f"window: found {window}, expected at least 4 tokens")
     if window > model.info.context:
         raise ValueError(f"window: found {window}, expected at most {model.info.context}, the context of the model")
-    documents, what = texts.as_documents(text)
-    return texts.windows(model.tokenizer, documents, window, max_tokens, what)
+    documents, what = datasets.as_documents(text)
+    return datasets.windows(model.tokenizer, documents, window, max_tokens, what)
 
 
 def _evaluation(figures: dict[str, float | int | list[float]]) -> Evaluation:

@@ -12,8 +12,8 @@ from typing import Any
 from markupsafe import Markup
 
 from nybble._native import __version__
-from nybble.report import Candidate, Report
-from nybble.report_plots import Axis, Point, Series, plot
+from nybble.quantization.report import Candidate, Report
+from nybble.quantization.report_plots import Axis, Point, Series, plot
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?$")
 _PIECES = 32
@@ -27,7 +27,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(size=size, number=number, percent=percent, duration=duration)
     template = environment.from_string(
-        resources.files("nybble").joinpath("data/report.html.j2").read_text(encoding="utf-8")
+        resources.files("nybble.quantization").joinpath("data/report.html.j2").read_text(encoding="utf-8")
     )
     errors = _errors(report)
     chosen = report.chosen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nybble.tokenizer import Tokenizer
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 
 def _byte_letters() -> dict[str, int]:

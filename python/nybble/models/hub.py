@@ -346,7 +346,7 @@ def _default_model() -> Path:
     kept = cache_dir() / "models" / DEFAULT_MODEL.file
     if kept.is_file() and kept.stat().st_size == DEFAULT_MODEL.size:
         return kept
-    from nybble import default_model
+    from nybble.models import default_model
 
     return default_model.fetch(kept)
 

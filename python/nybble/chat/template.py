@@ -19,8 +19,15 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from nybble.chat.template_limits import (
+    DEFAULT_LIMITS,
+    GuardedEnvironment,
+    Limits,
+    LimitsExceeded,
+    check_source,
+    guarded,
+)
 from nybble.errors import ModelError
-from nybble.template_limits import DEFAULT_LIMITS, GuardedEnvironment, Limits, LimitsExceeded, check_source, guarded
 
 
 class ChatTemplate:

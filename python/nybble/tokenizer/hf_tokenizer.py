@@ -13,10 +13,10 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-from nybble.detokenizer import byte_level_bytes, piece_bytes
-from nybble.encoders import PackageEncoder, is_failure
 from nybble.errors import ModelError
-from nybble.vocabulary import LONGEST_TOKEN, byte_of, end_tokens
+from nybble.tokenizer.detokenizer import byte_level_bytes, piece_bytes
+from nybble.tokenizer.encoders import PackageEncoder, is_failure
+from nybble.tokenizer.vocabulary import LONGEST_TOKEN, byte_of, end_tokens
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LARGEST_GROWTH = 1024  # Usual normalizers write one character for another.

@@ -9,12 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nybble import texts
+from nybble.quantization import datasets
 from nybble.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from nybble.model import Model
-    from nybble.texts import Windows
+    from nybble.quantization.datasets import Windows
 
 WINDOW = 512
 """Tokens that are read together."""
@@ -29,12 +29,12 @@ def documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str]
     """The documents of a calibration, and what to call them: those of a file, of a list, or of `SAMPLE`.
 
     Raises:
-        FileNotFoundError, PermissionError, ModelError, TypeError: as in `texts.as_documents`.
+        FileNotFoundError, PermissionError, ModelError, TypeError: as in `datasets.as_documents`.
     """
     if source == SAMPLE:
-        text = resources.files("nybble").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+        text = resources.files("nybble.quantization").joinpath("data/calibration.txt").read_text(encoding="utf-8")
         return [text], "the sample"
-    return texts.as_documents(source)
+    return datasets.as_documents(source)
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     native, tokenizer = model._native, model.tokenizer
     random = np.random.default_rng(seed)
     plain = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    start = texts.start_token(tokenizer)
+    start = datasets.start_token(tokenizer)
     written = np.empty((count, window), dtype=np.int32)
     for row in range(count):
         written[row, 0] = random.choice(plain) if start is None else start

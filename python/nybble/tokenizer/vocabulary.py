@@ -11,8 +11,8 @@ from enum import IntEnum
 from itertools import chain
 from typing import Any, cast
 
-from nybble import pretokenizers
 from nybble.errors import ModelError
+from nybble.tokenizer import pretokenizers
 
 # No real token comes near; one that does is an attempt to make something allocate or run in squares.
 LONGEST_TOKEN = 1 << 16

@@ -9,8 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from nybble import hub
 from nybble.errors import ModelError
+from nybble.models import hub
 
 
 def fetch(target: Path) -> Path:

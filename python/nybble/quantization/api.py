@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nybble import _native, calibration, hub, texts
-from nybble.evaluation import Reference
-from nybble.report import Candidate, Report
-from nybble.tokenizer import Tokenizer
+from nybble import _native
+from nybble.models import hub
+from nybble.quantization import calibration, datasets
+from nybble.quantization.evaluation import Reference
+from nybble.quantization.report import Candidate, Report
+from nybble.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nybble.texts import Windows
+    from nybble.quantization.datasets import Windows
 
 Recipe = Literal["auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround"]
 Format = Literal["q4_0", "q4_1", "iq4_nl"]
@@ -118,8 +120,8 @@ def quantize(
         )
         held_out = None
         if evaluation is not None:
-            documents, what = texts.as_documents(evaluation)
-            held_out = texts.windows(tokenizer, documents, _window(path), what=what)
+            documents, what = datasets.as_documents(evaluation)
+            held_out = datasets.windows(tokenizer, documents, _window(path), what=what)
         elif measures and windows is not None:
             windows, held_out = _split(windows)
         options: dict[str, Any] = {
@@ -255,7 +257,7 @@ def _calibration(
                 key=_key(path),
             )
     documents, what = calibration.documents(source)
-    return texts.windows(tokenizer, documents, window, tokens, what)
+    return datasets.windows(tokenizer, documents, window, tokens, what)
 
 
 def _written(out: Path) -> Path:

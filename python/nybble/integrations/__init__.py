@@ -1,0 +1,1 @@
+"""nybble in other frameworks."""

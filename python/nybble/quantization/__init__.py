@@ -1,0 +1,17 @@
+"""Quantization to 4 bits: `quantize` and `evaluate`, calibration texts, and reports."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.quantization.api import quantize
+
+__all__ = ["quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `quantize` when it is asked for, since modules of this package are used without it."""
+    if name in __all__:
+        from nybble.quantization.api import quantize
+
+        return quantize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

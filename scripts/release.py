@@ -1,6 +1,6 @@
 """Checks of `make release`, before and after the distributions are built.
 
-python scripts/release.py --prepare       # the tree is clean, versions agree, the changelog has the version, the tag is new
+python scripts/release.py --prepare       # the tree is clean, versions agree, the tag is new
 python scripts/release.py --verify dist   # dist/ has one complete wheel and one source distribution with valid metadata
 """
 

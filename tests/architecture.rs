@@ -1,5 +1,5 @@
-//! The rules that keep the house in order, read off the sources themselves: who may import whom, where instruction sets
-//! and `unsafe` may appear, and how long a file may grow.
+//! Rules about the sources: which module may import which, where instruction sets and `unsafe` may appear, and how large
+//! files and folders may grow.
 
 #[path = "architecture/modules.rs"]
 mod modules;
@@ -13,7 +13,7 @@ use std::path::Path;
 use modules::{Modules, circles};
 use source::{code_only, files, paths, read, relative, repository, words};
 
-/// The floors from the lowest up. A floor may import the ones before it, never one beside or above it.
+/// Modules by floor, lowest first. A module may import only modules on lower floors.
 const FLOORS: &[&[&str]] = &[
     &["error"],
     &["system"],
@@ -26,7 +26,7 @@ const FLOORS: &[&[&str]] = &[
     &["python"],
 ];
 
-/// The only files with `unsafe`, each a file or a folder of that name, and what for.
+/// The only files with `unsafe`, by path of a file or folder, and the reason.
 const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/amx", "uses the tile registers, for which there are no intrinsics; enters AVX-512's functions"),
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
@@ -68,7 +68,7 @@ fn a_floor_imports_only_the_floors_below_it() {
 }
 
 #[test]
-fn every_module_of_the_crate_stands_on_a_floor() {
+fn every_module_of_the_crate_has_a_floor() {
     let mut modules = Vec::new();
     for entry in fs::read_dir(repository().join("src")).expect("src can be listed") {
         let path = entry.expect("an entry of src can be read").path();
@@ -82,7 +82,7 @@ fn every_module_of_the_crate_stands_on_a_floor() {
 }
 
 #[test]
-fn instruction_sets_are_named_only_in_the_kernels() {
+fn only_the_kernels_name_instruction_sets() {
     let mut faults = Vec::new();
     for file in files(&["src"], &["rs"]) {
         let name = relative(&file);
@@ -105,7 +105,7 @@ fn instruction_sets_are_named_only_in_the_kernels() {
 }
 
 #[test]
-fn unsafe_stays_in_the_listed_files_and_every_block_says_why_it_is_sound() {
+fn unsafe_is_in_listed_files_only_and_has_safety_comments() {
     let mut faults = Vec::new();
     let mut unused: Vec<&str> = UNSAFE_FILES.iter().map(|(place, _)| *place).collect();
     for file in files(&["src", "tests", "benches", "examples", "fuzz"], &["rs"]) {
@@ -159,7 +159,7 @@ fn no_folder_has_more_than_15_source_files() {
     assert!(counts.is_empty(), "over {MAX_FILES} source files: {counts:?}");
 }
 
-// The tools above are tested on sources in which the answer is plain.
+// Tests of the scanner on small sources.
 
 #[test]
 fn comments_strings_and_characters_are_not_code() {
@@ -212,7 +212,7 @@ fn circles_are_found_through_reexports_and_inline_modules() {
     let parent = ("a/mod.rs", "mod one; mod two; pub use one::One; pub(crate) fn own() {}");
     let found = circles(&graph(&[lib, parent, one, ("a/two.rs", "fn g() { crate::One }")]));
     assert_eq!(found, ["2 files:\n  a/one.rs -> a/two.rs\n  a/two.rs -> a/one.rs"]);
-    // A re-export is no import, and the name of a module alone is none either.
+    // Neither a re-export nor the name of a module alone counts as an import.
     assert!(circles(&graph(&[lib, parent, one, ("a/two.rs", "use super::one; use super::own;")])).is_empty());
     let caller = ("a/mod.rs", "mod one; mod two; pub(crate) fn own() { two::g() }");
     let glob = ("a/two.rs", "use super::*; pub fn g() {}");
@@ -239,7 +239,7 @@ fn height(floor: &str) -> Option<usize> {
     FLOORS.iter().position(|names| names.contains(&floor))
 }
 
-/// `place` is a file's path without its ending, or a folder's.
+/// `place` is the path of a file without its extension, or of a folder.
 fn is_at(file: &str, place: &str) -> bool {
     file.strip_prefix(place).is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
 }
@@ -249,7 +249,7 @@ fn floor_of_file(file: &str) -> Option<(&'static str, usize)> {
     floors.into_iter().find(|(name, _)| is_at(file, &format!("src/{name}")))
 }
 
-/// The floor that a path in `file` leads to, where it leads to one.
+/// The floor of the module that a path in `file` leads to, if any.
 fn imported_floor(path: &[String], file: &Path, root_names: &[(String, String)]) -> Option<String> {
     let supers = path.iter().take_while(|part| *part == "super").count();
     let first = path.get(if path[0] == "crate" { 1 } else { supers })?;
@@ -264,7 +264,7 @@ fn imported_floor(path: &[String], file: &Path, root_names: &[(String, String)])
     (supers > 0 && height(first).is_some() && (at_root || !near)).then(|| first.clone())
 }
 
-/// What `lib.rs` lends to the root of the crate: (name, floor).
+/// The names that `lib.rs` re-exports: (name, floor).
 fn reexports(lib: &str) -> Vec<(String, String)> {
     let mut names = Vec::new();
     for path in paths(&code_only(lib)) {
@@ -272,19 +272,19 @@ fn reexports(lib: &str) -> Vec<(String, String)> {
         if let [floor, .., name] = path
             && height(floor).is_some()
         {
-            assert_ne!(name, "*", "lib.rs lends names one by one, so that they can be followed");
+            assert_ne!(name, "*", "lib.rs re-exports names one by one, so that they can be followed");
             names.push((name.clone(), floor.clone()));
         }
     }
     names
 }
 
-/// The lines, from 0, with the keyword.
+/// The lines with the keyword `unsafe`, counted from 0.
 fn unsafe_lines(source: &str) -> Vec<usize> {
     words(&code_only(source)).filter(|(_, word)| *word == "unsafe").map(|(line, _)| line).collect()
 }
 
-/// The lines, from 0, of blocks and impls without a SAFETY comment directly above their statement.
+/// The lines, counted from 0, of `unsafe` blocks and impls without a SAFETY comment directly above their statement.
 fn undocumented_unsafe(source: &str) -> Vec<usize> {
     let code = code_only(source);
     let (lines, code_lines): (Vec<&str>, Vec<&str>) = (source.lines().collect(), code.lines().collect());

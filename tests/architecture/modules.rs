@@ -1,19 +1,19 @@
-//! Imports between the modules of the crate, and the circles that they form.
+//! Finds imports between the files of the crate, and circles of them.
 //!
-//! A path counts as an import of the file that defines what it leads to: `super::Thing` that a parent re-exports from a
-//! child is an import of the child. Re-exports (`pub use`) are no imports themselves.
+//! A path counts as an import of the file that defines its target: `super::Thing`, re-exported by the parent from a child,
+//! is an import of the child. Re-exports (`pub use`) do not count as imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::source::{code_only, is_word, tokens};
 
-/// A path that a file imports or names, without `crate`, `self` and `super`: from the module `base` on.
+/// A path in a file, relative to the module `base`, without leading `crate`, `self` and `super`.
 struct Import {
     base: String,
     path: Vec<String>,
-    /// Named by a `use`, under this name.
+    /// The name that a `use` gives it, `*` for a glob.
     alias: Option<String>,
-    /// A `pub use`, of any visibility.
+    /// Whether it comes from a `pub use`, of any visibility.
     reexport: bool,
 }
 
@@ -23,13 +23,13 @@ impl Import {
     }
 }
 
-/// A module that is a file of its own.
+/// A module in a file of its own.
 struct Module {
     file: String,
     imports: Vec<Import>,
 }
 
-/// What a path leads to.
+/// The target of a path.
 enum Target {
     Module(String),
     /// An item defined in the file of this module.
@@ -40,7 +40,7 @@ enum Target {
 pub(crate) struct Modules(BTreeMap<String, Module>);
 
 impl Modules {
-    /// Reads `sources`, pairs of path below `src` and text.
+    /// Parses `sources`, pairs of path below `src` and content.
     pub(crate) fn read(sources: &[(String, String)]) -> Self {
         let names: BTreeSet<String> = sources.iter().map(|(file, _)| module_of(file)).collect();
         let modules = sources.iter().map(|(file, text)| {
@@ -51,13 +51,13 @@ impl Modules {
         Modules(modules.collect())
     }
 
-    /// The imports between files: file to the files that it imports.
+    /// Returns the files that each file imports.
     pub(crate) fn graph(&self) -> BTreeMap<String, BTreeSet<String>> {
         let edges = self.0.iter().map(|(name, module)| {
             let targets = module.imports.iter().filter(|import| !import.reexport).filter_map(|import| {
                 let owner = match self.resolve(&import.base, &import.path, 0)? {
                     Target::Item(owner) => owner,
-                    // A glob imports what its module defines.
+                    // A glob imports the items that its module defines.
                     Target::Module(owner) => import.is_glob().then_some(owner)?,
                 };
                 (owner != *name).then(|| self.0[&owner].file.clone())
@@ -75,7 +75,7 @@ impl Modules {
         }
         let module = &self.0[base];
         let import = module.imports.iter().find(|import| import.alias.as_deref() == Some(first));
-        // Ten re-exports in a row are a circle of names.
+        // A longer chain of re-exports is a circle of names.
         if let Some(import) = import.filter(|_| depth < 10) {
             return match self.resolve(&import.base, &import.path, depth + 1)? {
                 Target::Module(found) => self.resolve(&found, rest, depth),
@@ -86,7 +86,7 @@ impl Modules {
     }
 }
 
-/// The files of each circle, with the imports between them. `graph` maps a file to those that it imports.
+/// Describes each circle in `graph` by the imports between its files.
 pub(crate) fn circles(graph: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
     let reached: BTreeMap<&String, BTreeSet<&String>> =
         graph.keys().map(|file| (file, reachable(graph, file))).collect();
@@ -118,7 +118,7 @@ fn reachable<'a>(graph: &'a BTreeMap<String, BTreeSet<String>>, from: &str) -> B
     reached
 }
 
-/// The path of the module in `file`, a path below `src`.
+/// Returns the module path of `file`, a path below `src`.
 fn module_of(file: &str) -> String {
     let name = file.strip_suffix(".rs").unwrap_or(file);
     let name = name.strip_suffix("/mod").unwrap_or(name);
@@ -129,11 +129,11 @@ fn join(module: &str, name: &str) -> String {
     if module.is_empty() { name.to_owned() } else { format!("{module}::{name}") }
 }
 
-/// The paths in the code of `module`: those of `use`, and those written out.
+/// Returns all paths in the code of `module`, in `use` declarations and elsewhere.
 fn imports(module: &str, tokens: &[String], modules: &BTreeSet<String>) -> Vec<Import> {
     let at = |i: usize| tokens.get(i).map_or("", String::as_str);
     let mut found: Vec<Import> = Vec::new();
-    // Where each inline module that is open here ends, as a depth of braces.
+    // For each open inline module, the depth of braces outside it.
     let (mut braces, mut inline) = (0, Vec::new());
     let mut i = 0;
     while i < tokens.len() {
@@ -174,7 +174,7 @@ fn imports(module: &str, tokens: &[String], modules: &BTreeSet<String>) -> Vec<I
             }
         }
     }
-    // A path that begins with a name counts where that name is a module: imported, or a child.
+    // A path that begins with a name counts if the name is imported or a child module.
     let aliases: BTreeSet<String> = found.iter().filter_map(|import| import.alias.clone()).collect();
     found.retain(|import| {
         let bare = import.alias.is_none() && import.base == module && !import.path.is_empty();
@@ -187,7 +187,8 @@ fn is_name(token: &str) -> bool {
     token.chars().all(is_word) && !token.is_empty()
 }
 
-/// The module that `path` starts from, and the rest of it. `None` for paths into other crates.
+/// Splits `path` into the module that it starts from and the remaining path. `inline` is the number of inline modules around
+/// it.
 fn anchored(module: &str, inline: usize, path: &[String], modules: &BTreeSet<String>) -> Option<(String, Vec<String>)> {
     let supers = path.iter().take_while(|part| *part == "super").count();
     match path.first().map(String::as_str) {
@@ -204,8 +205,8 @@ fn anchored(module: &str, inline: usize, path: &[String], modules: &BTreeSet<Str
     }
 }
 
-/// Reads the tree of a `use` that begins at token `i` into pairs of path and alias, and returns the token after it. A glob
-/// is its module's path with the alias `*`.
+/// Parses the tree of a `use` from token `i` into pairs of path and alias, and returns the index after it. A glob becomes the
+/// path of its module with the alias `*`.
 fn use_tree(tokens: &[String], mut i: usize, mut path: Vec<String>, found: &mut Vec<(Vec<String>, String)>) -> usize {
     let at = |i: usize| tokens.get(i).map_or("", String::as_str);
     loop {

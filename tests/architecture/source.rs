@@ -1,4 +1,4 @@
-//! The sources of the repository: which files there are, and what of them is code.
+//! Lists the source files of the repository and scans their code.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub(crate) fn read(file: &Path) -> String {
     fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
-/// Every file below `folders` with one of `extensions`. A folder that does not exist holds none.
+/// Returns every file below `folders` with one of `extensions`, sorted. Missing folders are skipped.
 pub(crate) fn files(folders: &[&str], extensions: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut waiting: Vec<PathBuf> = folders.iter().map(|folder| repository().join(folder)).collect();
@@ -24,7 +24,7 @@ pub(crate) fn files(folders: &[&str], extensions: &[&str]) -> Vec<PathBuf> {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for path in entries.map(|entry| entry.expect("a folder of the repository can be listed").path()) {
             if path.is_dir() {
-                // Build folders of sub-crates and of Python are not ours to judge.
+                // Build folders of sub-crates and bytecode of Python.
                 let built = path.file_name().is_some_and(|name| name == "target" || name == "__pycache__");
                 if !built {
                     waiting.push(path);
@@ -38,7 +38,7 @@ pub(crate) fn files(folders: &[&str], extensions: &[&str]) -> Vec<PathBuf> {
     found
 }
 
-/// The source with comments, strings and characters made blank; lines stay where they are.
+/// Replaces comments, strings and characters by spaces and keeps line breaks.
 pub(crate) fn code_only(source: &str) -> String {
     let chars: Vec<char> = source.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
@@ -89,7 +89,7 @@ fn end_of_quoted(chars: &[char], start: usize, quote: char) -> usize {
     (i + 1).min(chars.len())
 }
 
-/// `start` itself where no raw string begins.
+/// Returns `start` if no raw string begins there.
 fn end_of_raw_string(chars: &[char], start: usize) -> usize {
     let hashes = chars[start + 1..].iter().take_while(|&&c| c == '#').count();
     let open = start + 1 + hashes;
@@ -106,14 +106,14 @@ pub(crate) fn is_word(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// Every word of blanked code, with its line from 0.
+/// Returns every word of code without comments and strings, with its line counted from 0.
 pub(crate) fn words(code: &str) -> impl Iterator<Item = (usize, &str)> {
     code.lines().enumerate().flat_map(|(line, text)| {
         text.split(|c: char| !is_word(c)).filter(|word| !word.is_empty()).map(move |word| (line, word))
     })
 }
 
-/// Every path of two parts or more in blanked code, groups in braces written out.
+/// Returns every path of two or more parts in code without comments and strings. Groups in braces are expanded.
 pub(crate) fn paths(code: &str) -> Vec<Vec<String>> {
     let tokens = tokens(code);
     let mut found = Vec::new();
@@ -141,7 +141,7 @@ pub(crate) fn tokens(code: &str) -> Vec<String> {
     tokens
 }
 
-/// Reads the path that begins at token `i` into `found` and returns the token after it.
+/// Parses the path from token `i` into `found` and returns the index after it.
 fn path_from(tokens: &[String], mut i: usize, mut path: Vec<String>, found: &mut Vec<Vec<String>>) -> usize {
     let at = |i: usize| tokens.get(i).map_or("", String::as_str);
     loop {
@@ -149,7 +149,7 @@ fn path_from(tokens: &[String], mut i: usize, mut path: Vec<String>, found: &mut
             "{" if !path.is_empty() => {
                 i += 1;
                 while !matches!(at(i), "}" | "") {
-                    // What follows the path, such as `as name`, is no path of its own.
+                    // What follows the path, such as `as name`, is not a path.
                     i = path_from(tokens, i, path.clone(), found);
                     while !matches!(at(i), "," | "}" | "") {
                         i += 1;

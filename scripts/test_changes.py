@@ -34,8 +34,8 @@ def rust_tests(paths: Iterable[str]) -> list[list[str]]:
         if path.suffix != ".rs":
             continue
         match path.parts:
-            case ("src", room, _, *_):
-                modules.add(f"{room}::")
+            case ("src", folder, _, *_):
+                modules.add(f"{folder}::")
             case ("src", file):
                 modules.add(f"{Path(file).stem}::")
             case ("tests", folder, _) if (ROOT / "tests" / folder / "main.rs").exists():
@@ -61,8 +61,8 @@ def python_tests(paths: Iterable[str]) -> list[str]:
         match path.parts:
             case ("tests", "python", folder, file) if file.startswith("test_"):
                 chosen.add(f"tests/python/{folder}/{file}")
-            case ("python", "nybble", room, _, *_) if room not in SLOW:
-                chosen.add(f"tests/python/{room}")
+            case ("python", "nybble", folder, _, *_) if folder not in SLOW:
+                chosen.add(f"tests/python/{folder}")
             case ("python", "nybble", file) if path.suffix == ".py":
                 chosen.add(f"tests/python/api/test_{Path(file).stem}.py")
     if chosen:

@@ -67,7 +67,7 @@ test-arm:  ## Run the kernel and model tests for 64-bit Arm in an emulator. Inst
 	scripts/test_arm.sh
 
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
 fmt: $(VENV)/.check  ## Format everything.
 	cargo fmt --all

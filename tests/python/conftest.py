@@ -20,8 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("nybble", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nybble")
 
-# The Hub client reads its settings at import, so they are set before anything imports it. Each pytest-xdist worker has its
-# own hub, port and cache.
+# The Hub client reads its settings at import, so they are set before anything imports it. Each pytest-xdist worker has
+# its own hub, port and cache.
 HUB = FakeHub()
 os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nybble-tests-")

@@ -123,9 +123,7 @@ impl Page {
     pub(super) fn new(shape: &Shape) -> Result<Page> {
         let len = shape.page().unwrap_or(usize::MAX);
         // Zeroed memory comes untouched from the system, so a page costs only what is written of it, and it goes back there.
-        let (what, bytes) = ("a page of the key/value cache", shape.page_bytes());
-        let lines = AlignedBuf::try_zeroed(len).ok_or(Error::OutOfMemory { what, bytes, left: None })?;
-        Ok(Page { lines })
+        Ok(Page { lines: AlignedBuf::try_zeroed(len, "a page of the key/value cache")? })
     }
 
     pub(super) fn copy(&self, shape: &Shape) -> Result<Page> {

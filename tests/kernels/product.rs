@@ -301,7 +301,7 @@ fn scales_that_runs_of_blocks_share_are_kept_once() {
         let code = |row: usize, column: usize| ((row * 3 + column * 5) % 16) as i8;
         let plain = matrix(rows, columns, layout, 2.0, code, number);
         let mut w = plain.clone();
-        w.merge_groups();
+        w.merge_groups().unwrap();
         assert_eq!(w.layout(), Layout { group: merged, ..layout });
         assert_eq!(w.bytes() < plain.bytes(), merged > 32);
         assert_eq!(w.bytes(), Packed::bytes_needed(rows, columns, w.layout()));
@@ -324,7 +324,7 @@ fn a_single_scale_that_differs_keeps_all_of_them() {
                 if which == 0 { (other, 1.0) } else { (1.0, other) }
             };
             let mut w = matrix(37, 39 * BLOCK, layout, 1.0, |_, _| 3, number);
-            w.merge_groups();
+            w.merge_groups().unwrap();
             assert_eq!(w.layout().group, if group == 38 { 64 } else { 32 }, "row {row}, group {group}");
         }
     }

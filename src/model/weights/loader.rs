@@ -297,7 +297,7 @@ impl Loader<'_> {
         order: Order<'_>,
     ) -> Result<Packed> {
         let block_type = source.block_type();
-        let Some(layout) = pack::layout(block_type) else {
+        if !block_type.is_supported() {
             return Err(Error::Unsupported {
                 path: self.path().to_path_buf(),
                 place: Place::Tensor(name.to_owned()),
@@ -306,14 +306,16 @@ impl Loader<'_> {
                             IQ4_NL, IQ4_XS, MXFP4"
                     .to_owned(),
             });
-        };
-        // The packed form of a tensor is at most a panel and a block larger than the tensor, which is there: this bounds
-        // what a small file can ask for.
-        let bytes = Packed::bytes_needed(rows, columns, layout);
-        Packed::try_reserve(bytes)?;
-        let release = || self.checkpoint.release(name);
-        let packed = pack::pack_in_slabs(self.scope, source, rows, columns, order, &release);
-        packed.map_err(|row| self.unusable(name, format_args!("NaN or an infinity in row {}", order(row))))
+        }
+        // The packed form of a tensor is at most a panel and a block larger than the tensor, which bounds what a small file
+        // can ask for.
+        let job = pack::PackJob { source, rows, columns, order, release: &|| self.checkpoint.release(name) };
+        job.run(self.scope).map_err(|error| match error {
+            pack::PackError::Memory(error) => error,
+            pack::PackError::NotFinite(row) => {
+                self.unusable(name, format_args!("NaN or an infinity in row {}", order(row)))
+            }
+        })
     }
 
     pub(in crate::model) fn layer(&self, config: &Config, index: usize) -> Result<Layer> {

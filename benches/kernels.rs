@@ -38,12 +38,12 @@ fn measured() -> bool {
     std::env::args().any(|argument| argument == "--bench")
 }
 
-fn scalar() -> &'static dyn Kernel {
+fn scalar() -> &'static Kernel {
     kernels::by_name("scalar").expect("it is always there")
 }
 
 /// All kernels but the scalar one, which is there to be right, unless it is all there is or nothing is measured.
-fn compared() -> Vec<&'static dyn Kernel> {
+fn compared() -> Vec<&'static Kernel> {
     let mut compared = kernels::available();
     if measured() && compared.len() > 1 {
         compared.pop();
@@ -91,7 +91,7 @@ impl Input {
         Input { x: x.to_vec(), quantized, columns }
     }
 
-    fn times(&self, kernel: &dyn Kernel, w: &Packed, panels: std::ops::Range<usize>, out: &mut [f32]) {
+    fn times(&self, kernel: &Kernel, w: &Packed, panels: std::ops::Range<usize>, out: &mut [f32]) {
         let rows = self.x.len() / self.columns;
         let mut out = Columns::whole(out, rows, out.len() / rows);
         if w.layout().is_integer() {
@@ -118,7 +118,7 @@ fn check(w: &Packed, input: &Input, out: &[f32], what: &str) {
 }
 
 /// Something that a kernel does to a row.
-type Operation<'a> = &'a dyn Fn(&dyn Kernel, &mut Activations, &mut [f32]);
+type Operation<'a> = &'a dyn Fn(&Kernel, &mut Activations, &mut [f32]);
 
 fn settings(group: &mut BenchmarkGroup<'_, WallTime>) {
     group.sample_size(10).warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(300));
@@ -209,7 +209,7 @@ fn rows(criterion: &mut Criterion) {
     settings(&mut group);
     group.throughput(Throughput::Elements(WIDTH as u64));
     let mut run = |name: &str, operation: Operation<'_>| {
-        let compute = |kernel: &dyn Kernel| {
+        let compute = |kernel: &Kernel| {
             let (mut activations, mut out) = (Activations::default(), x.clone());
             activations.resize(1, WIDTH);
             operation(kernel, &mut activations, &mut out);

@@ -2,6 +2,9 @@
 
 use half::f16;
 
+/// Positions in a page of the key/value cache: four panels of 16 keys.
+pub const PAGE: usize = 64;
+
 /// Keys or values as they are stored. INT8 codes have a scale a position, which is kept beside them.
 #[derive(Debug, Clone, Copy)]
 pub enum KvSlice<'a> {

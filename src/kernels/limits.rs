@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use super::Kernel;
+use super::operations::Kernel;
 use crate::threads::ThreadPool;
 
 /// The most that a pool of threads gets out of this machine.
@@ -35,7 +35,7 @@ const PIECE: Duration = Duration::from_millis(1);
 ///   batches are bound by it. Other kernels have other limits: the number says what `kernel`'s instruction set can do.
 ///
 /// Both are the best of several rounds. Other work on the machine makes them smaller.
-pub fn limits(pool: &ThreadPool, kernel: &dyn Kernel) -> Limits {
+pub fn limits(pool: &ThreadPool, kernel: &Kernel) -> Limits {
     let bytes = buffer_bytes(available_memory());
     Limits { bandwidth_gb_s: bandwidth(pool, kernel, bytes), int8_gops: int8_gops(pool, kernel) }
 }
@@ -47,7 +47,7 @@ fn buffer_bytes(available: Option<u64>) -> u64 {
 }
 
 /// 10^9 bytes a second that the pool reads out of a buffer of `bytes`.
-fn bandwidth(pool: &ThreadPool, kernel: &dyn Kernel, bytes: u64) -> f64 {
+fn bandwidth(pool: &ThreadPool, kernel: &Kernel, bytes: u64) -> f64 {
     let mut length = (bytes as usize / size_of::<u64>()).max(CHUNK);
     // Asked before it is made, which would end the process where it cannot be had.
     while length > CHUNK && Vec::<u64>::new().try_reserve_exact(length).is_err() {
@@ -69,7 +69,7 @@ fn bandwidth(pool: &ThreadPool, kernel: &dyn Kernel, bytes: u64) -> f64 {
 }
 
 /// 10^9 INT8 operations a second of all threads.
-fn int8_gops(pool: &ThreadPool, kernel: &dyn Kernel) -> f64 {
+fn int8_gops(pool: &ThreadPool, kernel: &Kernel) -> f64 {
     let mut rounds = 1 << 10;
     while rounds < 1 << 30 && seconds_of(|| _ = black_box(kernel.peak_int8(rounds))) < PIECE.as_secs_f64() {
         rounds *= 2;

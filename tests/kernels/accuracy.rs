@@ -17,12 +17,7 @@ fn ulp(x: f64) -> f64 {
 }
 
 /// Computes `f` of all `x` on every kernel and compares it with `exact` within `tolerance(x, exact(x))`.
-fn check(
-    x: &[f32],
-    f: impl Fn(&dyn Kernel, &mut [f32]),
-    exact: impl Fn(f64) -> f64,
-    tolerance: impl Fn(f64, f64) -> f64,
-) {
+fn check(x: &[f32], f: impl Fn(&Kernel, &mut [f32]), exact: impl Fn(f64) -> f64, tolerance: impl Fn(f64, f64) -> f64) {
     for kernel in available() {
         let mut found = x.to_vec();
         f(kernel, &mut found);
@@ -37,7 +32,7 @@ fn check(
 #[test]
 fn exp_is_within_two_units_in_the_last_place() {
     // A score of 0 is the largest, so that the others are raised as they are.
-    let exp = |kernel: &dyn Kernel, x: &mut [f32]| {
+    let exp = |kernel: &Kernel, x: &mut [f32]| {
         let (max, sum) = kernel.exp_segment(x);
         let exact: f64 = x.iter().map(|x| f64::from(*x)).sum();
         assert_eq!(max, 0.0);
@@ -52,7 +47,7 @@ fn exp_is_within_two_units_in_the_last_place() {
 
 #[test]
 fn tanh_is_within_two_ten_millionths() {
-    let tanh = |kernel: &dyn Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
+    let tanh = |kernel: &Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
     for x in [sweep(-12.0, 12.0), sweep(-0.01, 0.01)] {
         check(&x, tanh, libm::tanh, |_, _| 2e-7);
     }
@@ -63,7 +58,7 @@ fn tanh_is_within_two_ten_millionths() {
 
 #[test]
 fn silu_is_within_a_millionth() {
-    let silu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Silu, x);
+    let silu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Silu, x);
     let exact = |x: f64| x / (1.0 + libm::exp(-x));
     for x in [sweep(-80.0, 80.0), sweep(-1.0, 1.0), sweep(-1e-6, 1e-6)] {
         check(&x, silu, exact, |_, y| 1e-6 * y.abs());
@@ -75,7 +70,7 @@ fn silu_is_within_a_millionth() {
 
 #[test]
 fn gelu_is_within_three_ten_millionths_of_its_argument() {
-    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Gelu, x);
+    let gelu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Gelu, x);
     let exact = |x: f64| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
     for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
         // erf has an absolute error below 6e-7, and half of it is multiplied with x.
@@ -87,7 +82,7 @@ fn gelu_is_within_three_ten_millionths_of_its_argument() {
 
 #[test]
 fn gelu_by_tanh_is_within_two_ten_millionths_of_its_argument() {
-    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::GeluTanh, x);
+    let gelu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::GeluTanh, x);
     let root = (2.0 / std::f64::consts::PI).sqrt();
     let exact = |x: f64| 0.5 * x * (1.0 + libm::tanh(root * (x + 0.044715 * x * x * x)));
     for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
@@ -99,6 +94,6 @@ fn gelu_by_tanh_is_within_two_ten_millionths_of_its_argument() {
 
 #[test]
 fn relu_cuts_off_what_is_negative() {
-    let relu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
+    let relu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
     check(&[-1.0, -0.0, 0.0, 1.0, f32::MIN, f32::MAX, f32::NEG_INFINITY], relu, |x| x.max(0.0), |_, _| 0.0);
 }

@@ -264,7 +264,7 @@ fn joined_sums_have_the_bits_of_the_scalar_ones_whatever_stands_beside_them() {
     for n in [1, 15, 16, 17, 40] {
         let start: [Vec<f32>; 3] = [rng.values(n), rng.values(n), rng.values(n * width)];
         let more: [Vec<f32>; 3] = [rng.values(n), rng.values(n), rng.values(n * width)];
-        let joined = |kernel: &dyn nybble::kernels::Kernel, queries: Range<usize>| {
+        let joined = |kernel: &nybble::kernels::Kernel, queries: Range<usize>| {
             let part = |x: &[f32], width: usize| x[queries.start * width..queries.end * width].to_vec();
             let [mut max, mut sum, mut values] = [part(&start[0], 1), part(&start[1], 1), part(&start[2], width)];
             let more = [part(&more[0], 1), part(&more[1], 1), part(&more[2], width)];

@@ -9,7 +9,7 @@ const LENGTHS: [usize; 13] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 100
 const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
 
 /// Runs an operation on three buffers of each length and compares what it returns with what the scalar kernel does.
-fn same_on_every_kernel(name: &str, operation: impl Fn(&dyn Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
+fn same_on_every_kernel(name: &str, operation: impl Fn(&Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
     let mut rng = Rng(30);
     for n in LENGTHS {
         for wild in [false, true] {

@@ -60,7 +60,7 @@ proptest! {
     ) {
         let mut rng = Rng(seed);
         let (weight, other) = (rng.wild_values(x.len()), rng.values(x.len()));
-        let all = |kernel: &dyn nybble::kernels::Kernel| {
+        let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
             for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
                 let (mut activated, mut gated) = (x.clone(), x.clone());
@@ -119,7 +119,7 @@ proptest! {
         };
         let ranges: Vec<_> = (0..n).map(range).collect();
         let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(KvSlice::Int8);
-        let all = |kernel: &dyn nybble::kernels::Kernel| {
+        let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
             for [keys, page] in [[KvSlice::F16(&keys), KvSlice::F16(&page)], int8] {
                 let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());

@@ -11,7 +11,7 @@ pub(crate) const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1
 pub(crate) const ENDS: [i8; 16] = [-128, 127, -128, 127, 0, -1, 1, -127, -128, -128, 127, 127, 64, -64, 2, -2];
 
 /// The kernel that defines what the others compute.
-pub(crate) fn scalar() -> &'static dyn Kernel {
+pub(crate) fn scalar() -> &'static Kernel {
     kernels::by_name("scalar").unwrap()
 }
 
@@ -170,7 +170,7 @@ impl Input {
         Input { rows, columns, x: rng.values(rows * columns) }
     }
 
-    pub(crate) fn quantized(&self, kernel: &dyn Kernel) -> Activations {
+    pub(crate) fn quantized(&self, kernel: &Kernel) -> Activations {
         let mut activations = Activations::default();
         activations.quantize(kernel, &self.x, self.columns);
         activations
@@ -183,7 +183,7 @@ impl Input {
     }
 
     /// The product with the whole matrix `(rows, w.rows())`.
-    pub(crate) fn times(&self, kernel: &dyn Kernel, w: &Packed) -> Vec<f32> {
+    pub(crate) fn times(&self, kernel: &Kernel, w: &Packed) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.rows * w.rows()];
         self.times_panels(kernel, w, 0..w.panels(), &mut Columns::whole(&mut out, self.rows, w.rows()));
         out
@@ -191,7 +191,7 @@ impl Input {
 
     pub(crate) fn times_panels(
         &self,
-        kernel: &dyn Kernel,
+        kernel: &Kernel,
         w: &Packed,
         panels: std::ops::Range<usize>,
         out: &mut Columns<'_>,

@@ -7,9 +7,22 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::marker::PhantomData;
 
-use super::super::activations::MAX_TILE_ROWS;
-use super::{Amx, Dots};
+use super::product::Dots;
+use crate::kernels::activations::MAX_TILE_ROWS;
 use crate::quant::packed::{BLOCK, CacheLine, PANEL};
+
+/// Proof that the CPU has AMX-TILE and AMX-INT8 and that this process may use them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Amx(());
+
+impl Amx {
+    /// # Safety
+    ///
+    /// [`are_usable`] must be true.
+    pub(super) unsafe fn new() -> Self {
+        Amx(())
+    }
+}
 
 /// Whether the CPU has tiles and their INT8 products, and the system lets this process use them.
 pub(super) fn are_usable() -> bool {
@@ -73,7 +86,7 @@ impl Configured {
     /// # Safety
     ///
     /// A thread must not make another one while it has this one: there is one configuration a thread.
-    unsafe fn new(_: &Amx, shapes: &[(usize, usize)]) -> Self {
+    unsafe fn new(_: Amx, shapes: &[(usize, usize)]) -> Self {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (i, &(rows, bytes)) in shapes.iter().enumerate() {
             assert!(i < 8 && (1..=16).contains(&rows) && (4..=64).contains(&bytes), "tile {i}: {rows} rows of {bytes}");
@@ -105,7 +118,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
     /// # Safety
     ///
     /// A thread must not make others, nor measure its [`peak`], while it has these.
-    pub(super) unsafe fn new(amx: &Amx) -> Self {
+    pub(super) unsafe fn new(amx: Amx) -> Self {
         let sums = (MAX_TILE_ROWS, PANEL * size_of::<i32>());
         let (x, w) = ((MAX_TILE_ROWS, Self::COLUMNS), (Self::COLUMNS / 4, size_of::<CacheLine>()));
         // SAFETY: the caller's promise.
@@ -155,7 +168,7 @@ impl<const PARTS: usize> Dots for Tiles<PARTS> {
 /// # Safety
 ///
 /// The thread must have no [`Tiles`].
-pub(super) unsafe fn peak(amx: &Amx, rounds: usize) -> (u64, i32) {
+pub(super) unsafe fn peak(amx: Amx, rounds: usize) -> (u64, i32) {
     const SUMS: usize = 6;
     // SAFETY: the caller's promise, and no other is made here.
     let _tiles = unsafe { Configured::new(amx, &[(16, 64); 8]) };

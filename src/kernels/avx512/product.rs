@@ -22,15 +22,13 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
-use super::{load, load_f16, load_f32, load_table, store, store_line};
+use super::vector::{Avx512, load, load_f16, load_f32, load_table, store, store_line};
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx2::prefetch;
-use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed};
+use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
-pub(in crate::kernels) const INT4: u8 = 0;
-pub(in crate::kernels) const TABLE4: u8 = 1;
-const INT8: u8 = 2;
 /// 4-bit codes and table values that were unpacked to bytes.
 const INT4_BYTES: u8 = 3;
 const BYTES: u8 = 4;
@@ -50,43 +48,26 @@ const CACHE_BYTES: usize = 5 << 18;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
-    let layout = w.layout();
-    match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 16, false) => rows::<INT4, INT4_BYTES, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 16, true) => rows::<INT4, INT4_BYTES, 16, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, false) => rows::<INT4, INT4_BYTES, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => rows::<INT4, INT4_BYTES, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, false) => rows::<INT4, INT4_BYTES, 64, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, true) => rows::<INT4, INT4_BYTES, 64, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => rows::<INT4, INT4_BYTES, 128, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => rows::<INT4, INT4_BYTES, 128, true>(w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 16, false) => rows::<TABLE4, BYTES, 16, false>(w, panels, x, out, &table),
-        (Code::Table4(table), 16, true) => rows::<TABLE4, BYTES, 16, true>(w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => rows::<TABLE4, BYTES, 32, false>(w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => rows::<TABLE4, BYTES, 32, true>(w, panels, x, out, &table),
-        (Code::Int8, 16, false) => rows::<INT8, BYTES, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, 16, true) => rows::<INT8, BYTES, 16, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => rows::<INT8, BYTES, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => rows::<INT8, BYTES, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
-    }
+    // SAFETY: the function runs only on CPUs with its features.
+    let set = unsafe { Avx512::new() };
+    by_layout(w.layout(), Product { set, w, panels, x, out });
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn rows<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
-    table: &[i8; 16],
-) {
-    // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
-    let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
-    match x.rows() {
-        0 => {}
-        1 => few::<CODE, GROUP, MIN, 1>(w, panels, x, out, table),
-        2..=FEW => few::<CODE, GROUP, MIN, PAIR>(w, panels, x, out, table),
-        _ => many::<CODE, UNPACKED, GROUP, MIN>(w, panels, x, out, table),
+impl ByLayout for Product<'_, '_, Avx512> {
+    #[inline(always)]
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
+        // SAFETY: an `Avx512` exists, so the CPU has every feature that the functions enable.
+        unsafe {
+            // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
+            let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
+            match self.x.rows() {
+                0 => {}
+                1 => few::<CODE, GROUP, MIN, 1>(self, table),
+                2..=FEW => few::<CODE, GROUP, MIN, PAIR>(self, table),
+                _ if CODE == INT4 => many::<CODE, INT4_BYTES, GROUP, MIN>(self, table),
+                _ => many::<CODE, BYTES, GROUP, MIN>(self, table),
+            }
+        }
     }
 }
 
@@ -108,12 +89,10 @@ fn indices<const P: usize>(index: usize, panels: &Range<usize>) -> [usize; P] {
 /// A few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
+    mut product: Product<'_, '_, Avx512>,
     table: __m512i,
 ) {
+    let (w, panels, x) = (product.w, product.panels.clone(), product.x);
     for index in panels.clone().step_by(P) {
         let indices = indices::<P>(index, &panels);
         let weights = Weights {
@@ -121,35 +100,42 @@ fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
             scales: indices.map(|index| w.panel(index).scales),
             mins: indices.map(|index| w.panel(index).mins),
         };
-        let (gain, columns) = (w.gain(), index - panels.start..panels.len().min(index - panels.start + P));
-        let mut row = 0;
-        while row < x.rows() {
-            // A single panel is for a single row.
-            row += match Activations::height(x.rows() - row) {
-                8 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 8>(&weights, x, row, table, gain, columns.clone(), out),
-                4 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 4>(&weights, x, row, table, gain, columns.clone(), out),
-                2 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 2>(&weights, x, row, table, gain, columns.clone(), out),
-                _ => one_tile::<CODE, GROUP, MIN, P, 1>(&weights, x, row, table, gain, columns.clone(), out),
-            };
+        let written = index - panels.start..panels.len().min(index - panels.start + P);
+        let mut job = Panels::<CODE, GROUP, MIN, P> { product: &mut product, weights, written, table };
+        by_tile(x, 0..x.rows(), &mut job);
+    }
+}
+
+/// `P` panels times all tiles.
+struct Panels<'a, 'b, 'c, const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> {
+    product: &'a mut Product<'b, 'c, Avx512>,
+    weights: Weights<'b, [f16; PANEL], P>,
+    /// The panels that are written, by their place in the output.
+    written: Range<usize>,
+    table: __m512i,
+}
+
+impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> ByTile
+    for Panels<'_, '_, '_, CODE, GROUP, MIN, P>
+{
+    #[inline(always)]
+    fn tile<const R: usize>(&mut self, row: usize) {
+        // A single panel is for a single row.
+        if P > 1 || R == 1 {
+            // SAFETY: `product.set` exists, so the CPU has every feature that `one_tile` enables.
+            unsafe { self.one_tile::<R>(row) }
         }
     }
 }
 
-/// A tile times `P` panels, of which `panels` are to be written. Returns its height.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
-    weights: &Weights<'_, [f16; PANEL], P>,
-    x: &Activations,
-    row: usize,
-    table: __m512i,
-    gain: f32,
-    panels: Range<usize>,
-    out: &mut Columns<'_>,
-) -> usize {
-    let mut acc = [[_mm512_setzero_ps(); P]; R];
-    strip::<_, CODE, GROUP, MIN, P, R>(weights, &x.tile::<R>(row), 0..x.blocks(), table, &mut acc);
-    save(&acc, gain, row..x.rows().min(row + R), panels, out);
-    R
+impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> Panels<'_, '_, '_, CODE, GROUP, MIN, P> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn one_tile<const R: usize>(&mut self, row: usize) {
+        let Product { w, x, .. } = *self.product;
+        let mut acc = [[_mm512_setzero_ps(); P]; R];
+        strip::<_, CODE, GROUP, MIN, P, R>(&self.weights, &x.tile::<R>(row), 0..x.blocks(), self.table, &mut acc);
+        save(&acc, w.gain(), row..x.rows().min(row + R), self.written.clone(), self.product.out);
+    }
 }
 
 /// Codes, scales and minimums of a chunk of two panels, unpacked to bytes and F32.
@@ -166,12 +152,10 @@ type Sums = [[__m512; PAIR]; MAX_TILE_ROWS];
 /// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
+    product: Product<'_, '_, Avx512>,
     table: __m512i,
 ) {
+    let Product { w, panels, x, out, .. } = product;
     let mut unpacked = Unpacked {
         codes: [[CacheLine([0; 64]); 8 * CHUNK]; PAIR],
         scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],

@@ -28,8 +28,8 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/scalar", "promises that every CPU can run its table"),
     ("src/format/mapped", "maps a file into memory"),
     ("src/system/allocator", "hands out memory"),
-    ("src/threads/board", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/columns", "lends the workers disjoint parts of one buffer"),
+    ("src/threads/job_slot", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/pool", "calls the two above"),
 ];
 

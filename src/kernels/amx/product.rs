@@ -37,7 +37,7 @@ pub(super) trait Dots: fmt::Debug {
     );
 }
 
-/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of those of a group.
+/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of the blocks of any group.
 const CHUNK: usize = 32;
 
 /// The integer product with `dots`.
@@ -69,7 +69,7 @@ fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, 
     }
 }
 
-/// The codes of some blocks as unsigned bytes: where they are if they are that already, else in `unpacked`.
+/// The codes of some blocks as unsigned bytes: 8-bit codes in place, others copied to `unpacked`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn bytes<'a>(
     code: Code,
@@ -141,13 +141,13 @@ impl<D: Dots> Chunk<'_, '_, D> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn add<const R: usize>(&self, x: &Tile<'_, R>, acc: &mut [__m512; R]) {
         let layout = self.w.layout();
-        // Blocks of a group that has several.
+        // Blocks per group, if it has several.
         let run = layout.group.div_ceil(BLOCK);
         let mut parts = [_mm512_setzero_ps(); R];
         let mut codes = [[0; BLOCK]; MAX_TILE_ROWS];
         let mut sums = [CacheLine([0; 64]); MAX_TILE_ROWS];
         for (w, b) in self.codes.iter().zip(self.blocks.clone()) {
-            // The tile of the last rows may be lower than what is multiplied; nobody reads the dot products of what is beyond.
+            // The tile of the last rows may have fewer rows than are multiplied. The other dot products are not used.
             codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));
             for part in 0..D::PARTS {
                 self.dots.dots(&codes, w, part, &mut sums);

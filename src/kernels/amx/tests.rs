@@ -1,5 +1,5 @@
-//! All of the product but the tiles themselves, on any CPU with AVX-512, with plain Rust in the tiles' place; and the
-//! tiles, where there are any.
+//! Tests the product around the tiles on any CPU with AVX-512, with plain Rust in place of the tiles, and the tiles
+//! themselves on CPUs that have them.
 
 use std::io::Write;
 
@@ -9,7 +9,7 @@ use crate::kernels::activations::MAX_TILE_ROWS;
 use crate::kernels::scalar;
 use crate::quant::packed::{CacheLine, Code, Layout, PANEL};
 
-/// What Intel's manual says that `TDPBSUD` computes.
+/// `TDPBSUD` as Intel's manual defines it.
 #[derive(Debug)]
 struct Plain<const PARTS: usize>;
 
@@ -114,15 +114,15 @@ fn matches_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &Activatio
     }
 }
 
-/// Says on the terminal, also of tests that pass, that something was not tested.
-fn say_loudly(what: &str) {
+/// Prints on the terminal that something was not tested, even if the test passes.
+fn report_untested(what: &str) {
     let _ = writeln!(std::io::stderr(), "NOT TESTED: {what}");
 }
 
 #[test]
 fn everything_but_the_tiles_matches_the_scalar_product() {
     if !avx512::is_available() {
-        return say_loudly("the product around AMX's tiles, as this CPU has no AVX-512");
+        return report_untested("the product around AMX's tiles, as this CPU has no AVX-512");
     }
     // SAFETY: the CPU has AVX-512, as was just checked.
     let avx512 = unsafe { Avx512::new() };
@@ -138,7 +138,7 @@ fn everything_but_the_tiles_matches_the_scalar_product() {
 #[test]
 fn tiles_match_the_scalar_product() {
     let Some(kernel) = kernel() else {
-        return say_loudly("the kernel amx, as this CPU or its system has no AMX");
+        return report_untested("the kernel amx, as this CPU or its system has no AMX");
     };
     matches_the_scalar_product(|w, panels, x, out| kernel.product(w, panels, x, out));
     let mut rng = Rng(2);

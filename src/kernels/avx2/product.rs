@@ -1,10 +1,10 @@
 //! The integer product.
 //!
-//! `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in 16 bits, where it saturates. Codes 0
-//! to 15 times activations leave room for the 8 pairs of a whole block: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are
-//! widened to 32 bits once a group. 8-bit codes and table values are signed and multiplied as |w| with sign(w) x: a pair
-//! is at most 2 * 128 * 127 = 32512 and widened at once. That is [`Avx2`]'s way to add; an [`Adder`] with `vpdpbusd` adds in
-//! 32 bits from the start. In pseudo-code, for `S` activation rows and a side of a panel:
+//! `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs of products in 16 bits, where it saturates. With codes
+//! from 0 to 15, the 8 pairs of a whole block cannot saturate: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are widened to 32
+//! bits once per group. 8-bit codes and table values are signed and multiplied as |w| times sign(w) x: a pair is at most
+//! 2 * 128 * 127 = 32512 and is widened at once. [`Avx2`] adds in this way; an [`Adder`] with `vpdpbusd` adds in 32 bits
+//! from the start. In pseudo-code, for `S` activation rows and a side of a panel:
 //!
 //! ```text
 //! for each half of a block of 32 columns:
@@ -31,15 +31,15 @@ use crate::threads::Columns;
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
 const AHEAD: usize = 12;
 
-/// How products are added up, the step in which instruction sets with registers of 256 bits differ.
+/// How products are added up: the step in which instruction sets with registers of 256 bits differ.
 ///
-/// A witness that its functions may run, and not itself a function with target features: those of one set could not be
-/// inlined into those of another.
+/// A value proves that the CPU has the instructions. The methods are not functions with target features, because those of
+/// one set could not be inlined into those of another.
 pub(in crate::kernels) trait Adder: Copy {
-    /// Whether 8-bit codes and table values are multiplied as they are stored, 128 too high, and not signed.
+    /// Whether 8-bit codes and table values are multiplied as they are stored, unsigned and 128 too high.
     const UNSIGNED: bool;
 
-    /// Adds the products of 4 columns of 8 rows, `(8, 4)` weights times the same 4 activations in every lane.
+    /// Adds the products of 4 columns of 8 rows: `(8, 4)` weights times the same 4 activations in every lane.
     fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
 
     /// The dot products in 32 bits.
@@ -167,7 +167,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
         let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
         let mut acc = [[_mm256_setzero_ps(); T]; S];
-        // What the blocks of a group have added up to.
+        // The sums of the blocks of a group.
         let mut parts = [[_mm256_setzero_ps(); T]; S];
         let lines = if CODE == INT8 { 8 } else { 4 };
         for b in 0..blocks {
@@ -248,8 +248,8 @@ fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. Signed unless
-/// it is [`INT4`] or the adder takes all unsigned.
+/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. They are signed, except
+/// for [`INT4`] and adders that take unsigned weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack<A: Adder, const CODE: u8>(

@@ -12,9 +12,9 @@
 //! ```
 //!
 //! All arithmetic on 512 bits shares two ports. A block takes 8 dot products, a conversion, a multiplication and an
-//! addition there, so 8 of 11 cycles at most do what is counted as the CPU's INT8 rate; all else has to stay off those
-//! ports. Some sums wait in memory while dot products fill the registers. A few tiles unpack codes as they go. For many,
-//! the codes and scales of two panels and some blocks are unpacked into the first-level cache.
+//! addition there, so at most 8 of 11 cycles count towards the CPU's INT8 rate, and everything else has to stay off those
+//! ports. Some sums wait in memory while dot products fill the registers. With few tiles, codes are unpacked in registers.
+//! With many, the codes and scales of two panels and some blocks are unpacked once, into the first-level cache.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -33,17 +33,17 @@ use crate::threads::Columns;
 const INT4_BYTES: u8 = 3;
 const BYTES: u8 = 4;
 
-/// Panels that a broadcast activation is multiplied with.
+/// Panels that a broadcast activation is multiplied by.
 const PAIR: usize = 2;
-/// Blocks between a line's prefetch and its use when there is one tile, so that memory and not the product sets the pace.
+/// Blocks between the prefetch of a line and its use when there is one tile, so that only memory limits the speed.
 const AHEAD: usize = 12;
-/// Rows up to which unpacking a panel once for all tiles gains nothing.
+/// Rows up to which unpacking a panel once for all tiles is not faster.
 const FEW: usize = 32;
-/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of those of a group.
+/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of the blocks of any group.
 const CHUNK: usize = 16;
-/// Rows that are multiplied with a chunk at most: 16 KiB of sums.
+/// Rows that are multiplied by a chunk at most: 16 KiB of sums.
 const SLICE: usize = 128;
-/// Bytes of their activations at most.
+/// Bytes of their activations, at most.
 const CACHE_BYTES: usize = 5 << 18;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -71,22 +71,22 @@ impl ByLayout for Product<'_, '_, Avx512> {
     }
 }
 
-/// `P` panels as [`strip`] reads them, from the first block of a tile on that it is asked for.
+/// `P` panels as [`strip`] reads them, from its first block on.
 struct Weights<'a, N, const P: usize> {
-    /// Lines of the blocks, 4 where they are packed, else 8, and maybe of what comes after.
+    /// Lines of the blocks (4 per block if they are packed, otherwise 8), possibly followed by other lines.
     codes: [&'a [CacheLine]; P],
-    /// Of the groups, 16 F16 or F32.
+    /// 16 F16 or F32 per group.
     scales: [&'a [N]; P],
     mins: [&'a [N]; P],
 }
 
-/// The indices of `P` panels from `index` on. Beyond the end of the range the last one is repeated.
+/// The indices of `P` panels from `index` on. Beyond the end of the range, the last one repeats.
 #[inline]
 fn indices<const P: usize>(index: usize, panels: &Range<usize>) -> [usize; P] {
     std::array::from_fn(|p| (index + p).min(panels.end - 1))
 }
 
-/// A few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
+/// Few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
     mut product: Product<'_, '_, Avx512>,
@@ -148,8 +148,8 @@ struct Unpacked {
 /// The sums of a tile and two panels.
 type Sums = [[__m512; PAIR]; MAX_TILE_ROWS];
 
-/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. What
-/// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
+/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. The
+/// first-level cache holds 16 KiB of unpacked codes, 16 KiB of sums and the current tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
     product: Product<'_, '_, Avx512>,
@@ -189,11 +189,11 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                 };
                 let tiles = rows.len().div_ceil(MAX_TILE_ROWS);
                 for (t, sums) in sums.iter_mut().enumerate().take(tiles) {
-                    // Each tile asks for its share of what will be unpacked next.
+                    // Each tile prefetches its share of the lines that will be unpacked next.
                     for lines in next {
                         lines[lines.len() * t / tiles..lines.len() * (t + 1) / tiles].iter().for_each(prefetch);
                     }
-                    // And for the lines of the output, if it is about to be written.
+                    // And the lines of the output, if it is about to be written.
                     if chunk.end == blocks {
                         let first = rows.start + t * MAX_TILE_ROWS;
                         for row in first..rows.end.min(first + MAX_TILE_ROWS) {
@@ -257,14 +257,14 @@ fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
     sums: &mut Sums,
 ) {
     if let Some(sums) = sums.first_chunk_mut::<R>() {
-        // A copy, of which the compiler knows that nothing else refers to it, so that it may live in registers.
+        // The compiler knows that nothing else refers to a copy, so it can keep it in registers.
         let mut acc = *sums;
         strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
         *sums = acc;
     }
 }
 
-/// Writes the sums of `rows` and `panels`, times `gain`.
+/// Writes the sums of `rows` and `panels`, multiplied by `gain`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn save<const P: usize>(
@@ -282,9 +282,9 @@ fn save<const P: usize>(
     }
 }
 
-/// Asks for the lines of packed codes that come [`AHEAD`] blocks after block `b`.
+/// Prefetches the lines of packed codes [`AHEAD`] blocks after block `b`.
 #[inline]
-fn ask<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
+fn prefetch_block<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
     let lines = match CODE {
         INT4 | TABLE4 => 4,
         INT8 => 8,
@@ -316,7 +316,7 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
     if GROUP <= BLOCK {
         let halves = BLOCK / GROUP;
         for b in 0..n {
-            ask::<_, CODE, P>(w, b);
+            prefetch_block::<_, CODE, P>(w, b);
             for half in 0..halves {
                 let zeros = if halves == 1 { &zeros[b] } else { &half_zeros[b][half] };
                 let dots = dots::<_, CODE, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
@@ -338,7 +338,7 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
             let run = first..n.min(first + GROUP / BLOCK);
             let mut part = [[_mm512_setzero_ps(); P]; R];
             for b in run.clone() {
-                ask::<_, CODE, P>(w, b);
+                prefetch_block::<_, CODE, P>(w, b);
                 let dots = dots::<_, CODE, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
                 for r in 0..R {
                     for p in 0..P {
@@ -372,7 +372,7 @@ fn add_mins<const P: usize, const R: usize>(mins: [__m512; P], sums: &[f32; R], 
     }
 }
 
-/// The dot products of a block, or of half a block where it has two `halves`.
+/// The dot products of a block, or of one half if the block has two `halves`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
@@ -432,7 +432,7 @@ fn numbers<N: Pod, const P: usize>(of: &[&[N]; P], group: usize) -> [__m512; P] 
     numbers
 }
 
-/// Low and high nibbles, or the table's values for them.
+/// Low and high nibbles, or their values in the table.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {

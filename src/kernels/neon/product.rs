@@ -111,7 +111,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, C
         let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..(blocks * halves).div_ceil(run)];
         let mins: &[Four<f16>] = if MIN { &bytemuck::cast_slice(self.panel.mins)[..scales.len()] } else { scales };
         let mut acc = [[vdupq_n_f32(0.0); T]; S];
-        // What the blocks of a group have added up to.
+        // The sums of the blocks of a group.
         let mut parts = [[vdupq_n_f32(0.0); T]; S];
         for b in 0..blocks {
             for part in 0..halves {
@@ -163,7 +163,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, C
 
 /// Adds to each lane the products of its four bytes of `w` with the four bytes of lane `J` of `x`.
 ///
-/// What the intrinsic `vdotq_laneq_s32` does, which stable Rust does not have yet.
+/// Equivalent to the intrinsic `vdotq_laneq_s32`, which stable Rust does not have yet.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn dot<const J: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {

@@ -31,13 +31,14 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/amx", "uses the tile registers, for which there are no intrinsics; enters AVX-512's functions"),
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
-    ("src/kernels/avxvnni", "asks for `vpdpbusd`; enters AVX2's functions"),
-    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; asks for `sdot`"),
-    ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
+    ("src/kernels/avxvnni", "executes `vpdpbusd`; enters AVX2's functions"),
+    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; executes `sdot`"),
+    ("src/kernels/operations", "calls the functions of a table, which only some CPUs can run"),
+    ("src/kernels/scalar", "promises that every CPU can run its table"),
     ("src/format/mapped", "maps a file into memory"),
     ("src/system/allocator", "hands out memory"),
-    ("src/threads/board", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/columns", "lends the workers disjoint parts of one buffer"),
+    ("src/threads/job_slot", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/pool", "calls the two above"),
 ];
 

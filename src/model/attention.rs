@@ -100,7 +100,7 @@ impl Attention<'_> {
     }
 
     /// The whole task. `out (rows, group * head_dim)` takes the result.
-    pub(super) fn all(&self, kernel: &dyn Kernel, task: &Task<'_>, out: &mut [f32]) {
+    pub(super) fn all(&self, kernel: &Kernel, task: &Task<'_>, out: &mut [f32]) {
         WORK.with_borrow_mut(|work| {
             let sums = self.sums(task.rows, task.session.shape.width);
             let (mut part, mut total) = (std::mem::take(&mut work.part), std::mem::take(&mut work.total));
@@ -119,7 +119,7 @@ impl Attention<'_> {
     /// Only some segments of a task. `parts (segments, stride)` takes their sums.
     pub(super) fn some(
         &self,
-        kernel: &dyn Kernel,
+        kernel: &Kernel,
         task: &Task<'_>,
         segments: Range<usize>,
         parts: &mut [f32],
@@ -135,7 +135,7 @@ impl Attention<'_> {
     }
 
     /// The result of a task from the sums of all its segments, `parts (segments, stride)`.
-    pub(super) fn combine(&self, kernel: &dyn Kernel, task: &Task<'_>, parts: &[f32], stride: usize, out: &mut [f32]) {
+    pub(super) fn combine(&self, kernel: &Kernel, task: &Task<'_>, parts: &[f32], stride: usize, out: &mut [f32]) {
         WORK.with_borrow_mut(|work| {
             let sums = self.sums(task.rows, task.session.shape.width);
             let so_far = floats(&mut work.total, sums);
@@ -169,7 +169,7 @@ impl Attention<'_> {
     }
 
     /// Reduces a segment into `part`. That of queries that come before the segment stays unspecified.
-    fn segment(&self, kernel: &dyn Kernel, task: &Task<'_>, segment: usize, work: &mut Work, part: &mut [f32]) {
+    fn segment(&self, kernel: &Kernel, task: &Task<'_>, segment: usize, work: &mut Work, part: &mut [f32]) {
         let shape = &task.session.shape;
         let (dim, width, n) = (shape.head_dim, shape.width, task.rows * self.group);
         let start = segment * SEGMENT;
@@ -235,7 +235,7 @@ impl Attention<'_> {
     }
 
     /// Adds a segment to what came before it.
-    fn join(&self, kernel: &dyn Kernel, task: &Task<'_>, segment: usize, part: &[f32], total: &mut [f32]) {
+    fn join(&self, kernel: &Kernel, task: &Task<'_>, segment: usize, part: &[f32], total: &mut [f32]) {
         let (n, width) = (task.rows * self.group, task.session.shape.width);
         let skip = self.skip(task, segment * SEGMENT);
         let (values, max) = total.split_at_mut(n * width);
@@ -249,7 +249,7 @@ impl Attention<'_> {
 
 /// The numbers of a page: as they are for few queries, converted to F32 once for many.
 fn widened<'a>(
-    kernel: &dyn Kernel,
+    kernel: &Kernel,
     numbers: KvSlice<'a>,
     count: usize,
     queries: usize,

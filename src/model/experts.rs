@@ -132,7 +132,7 @@ impl Pass<'_> {
 }
 
 /// The experts of one row and their weights, by a softmax over all of `logits (experts)`, ties to the lower number.
-fn choose(kernel: &dyn Kernel, logits: &mut [f32], experts: &Experts, choice: &mut Vec<(usize, f32)>) {
+fn choose(kernel: &Kernel, logits: &mut [f32], experts: &Experts, choice: &mut Vec<(usize, f32)>) {
     let (_, sum) = kernel.exp_segment(logits);
     let first = choice.len();
     for _ in 0..experts.used {

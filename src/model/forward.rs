@@ -223,7 +223,7 @@ impl Scratch {
 /// One pass through the layers.
 pub(super) struct Pass<'a> {
     pub(super) model: &'a Model,
-    pub(super) kernel: &'static dyn Kernel,
+    pub(super) kernel: &'static Kernel,
     scope: &'a Scope<'a>,
 }
 

@@ -183,7 +183,7 @@ impl Page {
     #[allow(clippy::too_many_arguments, reason = "where, and the two rows")]
     pub(super) fn store(
         &mut self,
-        kernel: &dyn Kernel,
+        kernel: &Kernel,
         shape: &Shape,
         layer: usize,
         head: usize,

@@ -42,7 +42,7 @@ impl Rows {
     }
 
     /// Quantizes the values if one of the layers wants them so.
-    pub(crate) fn prepare(&mut self, scope: &Scope<'_>, kernel: &dyn Kernel, columns: usize, layer: &Linear) {
+    pub(crate) fn prepare(&mut self, scope: &Scope<'_>, kernel: &Kernel, columns: usize, layer: &Linear) {
         if !layer.parts.iter().any(|part| part.layout().is_integer()) {
             return;
         }
@@ -120,7 +120,7 @@ impl Linear {
     }
 
     /// `out (rows, width) = x * weights^T + bias`, panels spread over the pool.
-    pub(crate) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &dyn Kernel, x: &Rows, out: &mut Vec<f32>) {
+    pub(crate) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &Kernel, x: &Rows, out: &mut Vec<f32>) {
         let columns = self.parts.first().map_or(1, Packed::columns);
         let rows = x.values.len() / columns;
         out.resize(rows * self.width, 0.0);

@@ -102,7 +102,7 @@ pub struct Model {
     slopes: Vec<f32>,
     shape: kv_cache::Shape,
     context: usize,
-    kernel: &'static dyn Kernel,
+    kernel: &'static Kernel,
     pool: ThreadPool,
     widths: forward::Widths,
     /// Buffers of passes that are not running.
@@ -238,7 +238,7 @@ impl Model {
     }
 
     /// The kernel that computes.
-    pub fn kernel(&self) -> &'static dyn Kernel {
+    pub fn kernel(&self) -> &'static Kernel {
         self.kernel
     }
 

@@ -1,4 +1,4 @@
-//! Promises of the pool of threads: every item once, results as of a serial loop, panics that end, no one left behind.
+//! The thread pool: runs every item once, gives the results of a serial loop, survives panics and leaves no thread behind.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use nybble::Error;
 use nybble::threads::{Columns, MAX_THREADS, ThreadPool};
 
-/// Sizes around the corners: none, one, fewer than threads, as many, one off, many.
+/// Numbers of items: none, one, fewer than threads, equal, off by one, many.
 const COUNTS: [usize; 12] = [0, 1, 2, 3, 4, 5, 7, 8, 9, 64, 1000, 4097];
 
 fn pool(threads: usize) -> ThreadPool {
     ThreadPool::new(threads).unwrap()
 }
 
-/// What a panic was raised with.
+/// The message of a panic.
 fn message(result: std::thread::Result<()>) -> String {
     let panic = result.expect_err("a panic was expected");
     panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap()
@@ -36,7 +36,7 @@ fn every_index_is_run_exactly_once() {
 }
 
 #[test]
-fn a_stage_sees_what_the_stages_before_it_wrote() {
+fn a_stage_sees_the_writes_of_earlier_stages() {
     let serial = |mut values: Vec<u64>| {
         for round in 0..50 {
             let sum = values.iter().fold(0_u64, |sum, value| sum.wrapping_mul(3).wrapping_add(*value));
@@ -85,7 +85,7 @@ fn chunks_cover_the_buffer_without_overlap() {
 }
 
 #[test]
-fn column_ranges_cover_their_view_and_nothing_else() {
+fn column_ranges_cover_exactly_their_view() {
     for threads in [1, 2, 5] {
         pool(threads).run(|scope| {
             for (rows, stride, view) in [(0, 9, 0..9), (1, 1, 0..1), (3, 40, 0..40), (4, 33, 3..30), (2, 5, 2..2)] {
@@ -114,7 +114,7 @@ fn column_ranges_cover_their_view_and_nothing_else() {
 }
 
 #[test]
-fn columns_narrow_only_to_what_they_hold() {
+fn columns_narrow_only_to_ranges_inside_them() {
     let mut matrix = [0.0; 30];
     let mut columns = Columns::whole(&mut matrix, 3, 10);
     let mut part = columns.narrow(2..8);
@@ -131,7 +131,7 @@ fn columns_narrow_only_to_what_they_hold() {
 }
 
 #[test]
-fn tens_of_thousands_of_tiny_stages_end_well() {
+fn tens_of_thousands_of_tiny_stages_complete() {
     for (threads, stages) in [(2, 50_000), (8, 5_000)] {
         let total = AtomicUsize::new(0);
         let mut expected = 0;
@@ -149,7 +149,7 @@ fn tens_of_thousands_of_tiny_stages_end_well() {
 }
 
 #[test]
-fn many_short_runs_end_well() {
+fn many_short_runs_complete() {
     let pool = pool(3);
     for run in 0..2_000 {
         let total = AtomicUsize::new(0);
@@ -163,13 +163,13 @@ fn many_short_runs_end_well() {
 }
 
 #[test]
-fn all_threads_of_a_team_can_be_inside_one_stage() {
+fn all_threads_of_a_pool_can_run_one_stage() {
     for threads in [2, 3, 8] {
         let all = Barrier::new(threads);
         pool(threads).run(|scope| {
             for _ in 0..20 {
                 scope.for_each(threads, |_| {
-                    all.wait(); // Only passed when every item is on a thread of its own.
+                    all.wait(); // Passes only if every item has its own thread.
                 });
             }
         });
@@ -177,9 +177,9 @@ fn all_threads_of_a_team_can_be_inside_one_stage() {
 }
 
 #[test]
-fn workers_that_fell_asleep_come_back_and_so_does_a_leader() {
+fn sleeping_workers_and_leaders_wake_up() {
     let (pool, both) = (pool(2), Barrier::new(2));
-    let nap = || std::thread::sleep(std::time::Duration::from_millis(3)); // Far beyond anyone's patience.
+    let nap = || std::thread::sleep(std::time::Duration::from_millis(3)); // Far longer than the spin time.
     pool.run(|scope| {
         let leader = std::thread::current().id();
         for leader_naps in [true, false].repeat(10) {
@@ -197,7 +197,7 @@ fn workers_that_fell_asleep_come_back_and_so_does_a_leader() {
 }
 
 #[test]
-fn a_panic_in_an_item_reaches_the_caller_and_the_team_lives_on() {
+fn a_panic_in_an_item_reaches_the_caller_and_the_pool_survives() {
     for threads in [1, 2, 8] {
         let pool = pool(threads);
         for bad in [0, 1, 50, 99] {
@@ -211,7 +211,7 @@ fn a_panic_in_an_item_reaches_the_caller_and_the_team_lives_on() {
 
         let total = AtomicUsize::new(0);
         pool.run(|scope| {
-            // A leader may catch it and go on in the same run.
+            // A leader may catch it and continue in the same run.
             let stage = || scope.for_each(10, |_| panic!("caught"));
             assert_eq!(message(catch_unwind(AssertUnwindSafe(stage))), "caught");
             scope.for_each(100, |i| {
@@ -255,7 +255,7 @@ fn a_panic_of_the_leader_releases_the_workers() {
 }
 
 #[test]
-fn several_threads_share_a_team_by_turns() {
+fn several_threads_take_turns_with_a_pool() {
     let pool = pool(3);
     let leaders = AtomicUsize::new(0);
     std::thread::scope(|threads| {
@@ -278,7 +278,7 @@ fn several_threads_share_a_team_by_turns() {
 }
 
 #[test]
-fn a_run_within_a_run_works_wherever_it_is_started() {
+fn a_run_inside_a_run_works_from_leader_and_items() {
     let (outer, other) = (pool(3), pool(2));
     let total = AtomicUsize::new(0);
     let add = |i| {
@@ -294,7 +294,7 @@ fn a_run_within_a_run_works_wherever_it_is_started() {
 }
 
 #[test]
-fn teams_of_no_threads_or_absurdly_many_are_refused() {
+fn a_pool_of_zero_or_too_many_threads_is_rejected() {
     for bad in [0, MAX_THREADS + 1, usize::MAX] {
         assert!(matches!(ThreadPool::new(bad), Err(Error::InvalidArgument { name: "threads", .. })));
     }

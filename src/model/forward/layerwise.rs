@@ -126,7 +126,7 @@ impl Layerwise {
     }
 
     /// The kernel that computes.
-    pub(crate) fn kernel(&self) -> &'static dyn Kernel {
+    pub(crate) fn kernel(&self) -> &'static Kernel {
         self.model.kernel
     }
 

@@ -1,150 +1,71 @@
-//! Elementwise operations and norms, written once.
+//! Elementwise operations, norms and reductions, as plain Rust.
 //!
-//! Every function is `#[inline(always)]`: an instruction set's file calls it from a `#[target_feature]` function, and the
-//! compiler turns the same source into that set's vectors. Rust never reorders float arithmetic and `mul_add` is exact
-//! everywhere, so the bits are those of the scalar build. Reductions go over [`LANES`] partial sums joined in one fixed
-//! order, whatever the register width.
+//! To add one, write it into the list below and its code underneath. Each function is `#[inline(always)]`: the tables of
+//! the instruction sets call it from a `#[target_feature]` function, and the compiler turns the same source into that
+//! set's vectors. Rust never reorders float arithmetic and `mul_add` rounds once everywhere, so the bits are those of the
+//! scalar build. Reductions go over [`LANES`] partial sums, joined in one fixed order for any register width.
 
-use std::ops::{Add, Range};
+use std::ops::Add;
 
-use half::f16;
-
-use super::activations::RowMut;
-use super::kv::{Softmax, SoftmaxMut};
+use super::math::{Activation, exp_of_difference, tanh};
+use crate::kernels::activations::RowMut;
+use crate::kernels::kv::{Softmax, SoftmaxMut};
 use crate::quant::packed::BLOCK;
+
+/// The operations of this file, for [`operations!`](crate::kernels::operations::operations).
+macro_rules! elementwise_operations {
+    ($then:ident $argument:tt $($others:tt)*) => {
+        $then! { $argument $($others)* {
+            /// Quantizes a row of activations to INT8 with one scale per 32 values: `scale = max|x| / 127`, ties to even.
+            fn quantize(x: &[f32], out: RowMut<'_>);
+
+            /// Quantizes numbers to INT8 with a single scale, which it returns: `max|x| / 127`, ties to even. If the scale is
+            /// not finite, the codes are unspecified.
+            fn to_int8(x: &[f32], codes: &mut [i8]) -> f32;
+
+            /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
+            fn exp_segment(scores: &mut [f32]) -> (f32, f32);
+
+            /// Joins softmax sums over `more` positions to those so far: with the larger maximum `m` of a query, both are
+            /// multiplied by `exp(max - m)` and added.
+            fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>);
+
+            /// `scores[i] -= slope * (distance - i)`: a bias by the distance to the keys. `distance` is that to the first.
+            fn add_slope(scores: &mut [f32], slope: f32, distance: f32);
+
+            /// `x *= y`, elementwise.
+            fn multiply(x: &mut [f32], y: &[f32]);
+
+            /// `x += scale * y`, elementwise.
+            fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);
+
+            /// `out = x / sqrt(mean(x^2) + eps) * weight`.
+            fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+
+            /// `out = (x - mean) / sqrt(variance + eps) * weight + bias`; no bias if it is empty.
+            fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
+
+            /// `x = activation(x)`, elementwise.
+            fn activate(activation: Activation, x: &mut [f32]);
+
+            /// `gate = activation(gate) * up`, elementwise.
+            fn gate(activation: Activation, gate: &mut [f32], up: &[f32]);
+
+            /// Rotates the pairs `(x[i], x[i + n])` with `n = cos.len()`: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
+            fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
+
+            /// `x = cap * tanh(x / cap)`, elementwise.
+            fn soft_cap(x: &mut [f32], cap: f32);
+
+            /// Sum of a buffer read as `u64`: measures read bandwidth.
+            fn read_sum(data: &[u64]) -> u64;
+        } }
+    };
+}
+pub(in crate::kernels) use elementwise_operations;
 
 /// Partial sums of a reduction.
 const LANES: usize = 32;
-
-/// `N` rows of `length` values, `stride` apart.
-///
-/// Not a function with target features: `from_fn` could not be inlined with a closure that has more of them than itself,
-/// and then the compiler would not know the lengths and check every index in the loops over a row.
-#[inline(always)]
-pub(super) fn rows<const N: usize, T>(x: &[T], stride: usize, length: usize) -> [&[T]; N] {
-    std::array::from_fn(|i| &x[i * stride..][..length])
-}
-
-/// The positions that are in all `ranges`; an empty range between them where there are none.
-#[inline(always)]
-pub(super) fn common(ranges: &[Range<usize>]) -> Range<usize> {
-    let start = ranges.iter().map(|range| range.start).fold(0, usize::max);
-    let end = ranges.iter().map(|range| range.end).fold(usize::MAX, usize::min);
-    start..end.max(start)
-}
-
-/// The activation functions of feed-forward layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Activation {
-    /// `x / (1 + exp(-x))`
-    Silu,
-    /// `x / 2 * (1 + erf(x / sqrt 2))`
-    Gelu,
-    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`
-    GeluTanh,
-    /// `max(x, 0)`
-    Relu,
-}
-
-impl Activation {
-    /// The activation of that name: `silu`, `gelu`, `gelu_tanh` or `relu`.
-    pub fn by_name(name: &str) -> Option<Activation> {
-        Some(match name {
-            "silu" => Activation::Silu,
-            "gelu" => Activation::Gelu,
-            "gelu_tanh" => Activation::GeluTanh,
-            "relu" => Activation::Relu,
-            _ => return None,
-        })
-    }
-
-    #[inline(always)]
-    fn apply(self, x: f32) -> f32 {
-        match self {
-            Activation::Silu => x / (1.0 + exp(-x)),
-            Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-            Activation::GeluTanh => {
-                let cubed = x * x * x;
-                0.5 * x * (1.0 + tanh(0.797_884_6 * cubed.mul_add(0.044_715, x)))
-            }
-            Activation::Relu => {
-                if x < 0.0 {
-                    0.0
-                } else {
-                    x
-                }
-            }
-        }
-    }
-}
-
-/// `exp(x)` to within 2 units in the last place; 0 below -87.3, infinite from 88.4 on, NaN stays NaN.
-///
-/// Range reduction by `x = n ln 2 + r` with ln 2 in two parts, then the degree-5 polynomial of Cephes' `expf`.
-#[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
-    let clamped = if x < -87.3 { -87.3 } else { x };
-    // The power of two below is then infinity. A large finite number instead would make `silu(-1e38)` one too.
-    let clamped = if clamped > 88.8 { 88.8 } else { clamped };
-    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = n.mul_add(-0.693_359_4, clamped);
-    let r = n.mul_add(2.121_944_4e-4, r);
-    let mut p = 1.987_569_1e-4f32;
-    p = p.mul_add(r, 1.398_2e-3);
-    p = p.mul_add(r, 8.333_452e-3);
-    p = p.mul_add(r, 4.166_579_6e-2);
-    p = p.mul_add(r, 1.666_666_5e-1);
-    p = p.mul_add(r, 0.5);
-    let p = p.mul_add(r * r, r) + 1.0;
-    let power = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
-    if x < -87.3 { 0.0 } else { p * power }
-}
-
-/// `exp(x)` for `x <= 0`, to within 2 units in the last place; 0 below -87.3, NaN stays NaN.
-///
-/// Attention computes one for every score, so this spares what [`exp`] needs for other numbers: `x log2 e = n + r`, then
-/// `2^r` by a polynomial of degree 6 (least relative error on -1/2..1/2, 2e-9) with the value 1 at 0.
-#[inline(always)]
-fn exp_of_difference(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0 + 127.0; // As in `exp`, with the bias of the exponent added in the same step.
-    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = x.mul_add(std::f32::consts::LOG2_E, -n);
-    let r = x.mul_add(1.925_963e-8, r); // what log2 e has beyond an F32
-    let mut p = 1.535_336_2e-4f32;
-    p = p.mul_add(r, 1.339_887_5e-3);
-    p = p.mul_add(r, 9.618_437e-3);
-    p = p.mul_add(r, 5.550_332_4e-2);
-    p = p.mul_add(r, 2.402_264_8e-1);
-    p = p.mul_add(r, 6.931_472e-1);
-    p = p.mul_add(r, 1.0);
-    let power = f32::from_bits(shifted.to_bits() << 23);
-    if x < -87.3 { 0.0 } else { p * power }
-}
-
-/// `tanh(x)` with an absolute error of about 1e-7.
-#[inline(always)]
-fn tanh(x: f32) -> f32 {
-    let t = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
-    t.copysign(x)
-}
-
-/// `erf(x)` with an absolute error below 6e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
-#[inline(always)]
-fn erf(x: f32) -> f32 {
-    let a = x.abs();
-    let t = 1.0 / a.mul_add(0.327_591_1, 1.0);
-    let mut p = 1.061_405_4f32;
-    p = p.mul_add(t, -1.453_152);
-    p = p.mul_add(t, 1.421_413_7);
-    p = p.mul_add(t, -0.284_496_74);
-    p = p.mul_add(t, 0.254_829_6);
-    let e = (-(p * t)).mul_add(exp(-(a * a)), 1.0);
-    e.copysign(x)
-}
 
 /// Goes through `x` with `f(x, lane)` on [`LANES`] partial results from `start` on, then joins those pairwise.
 #[inline(always)]
@@ -175,7 +96,7 @@ fn join_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn quantize(x: &[f32], out: RowMut<'_>) {
+pub(in crate::kernels) fn quantize(x: &[f32], out: RowMut<'_>) {
     let RowMut { height, row, codes, scales, sums, zeros, half_sums, half_zeros } = out;
     let (whole, mut tail) = x.as_chunks::<BLOCK>();
     let blocks = codes.len() / height;
@@ -237,9 +158,8 @@ fn pad(x: &[f32]) -> [f32; BLOCK] {
     std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0))
 }
 
-/// Quantizes to INT8 with one scale for all, which it returns: `max|x| / 127`, ties to even.
 #[inline(always)]
-pub(super) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
+pub(in crate::kernels) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
     // As in `quantize`, a NaN becomes the scale.
     let mut tops = [0u32; LANES];
     for chunk in x.chunks(LANES) {
@@ -256,14 +176,14 @@ pub(super) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn add_slope(scores: &mut [f32], slope: f32, distance: f32) {
+pub(in crate::kernels) fn add_slope(scores: &mut [f32], slope: f32, distance: f32) {
     for (i, score) in scores.iter_mut().enumerate() {
         *score = slope.mul_add(-(distance - i as f32), *score);
     }
 }
 
 #[inline(always)]
-pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
+pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
     // Not `f32::max`, which leaves open which zero is larger. A NaN is passed over here and comes back as a weight.
     let larger = |x: f32, max: f32| if x > max { x } else { max };
     let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));
@@ -289,7 +209,7 @@ pub(super) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-pub(super) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
+pub(in crate::kernels) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
     /// Queries whose factors are computed side by side.
     const TOGETHER: usize = 16;
     let (n, width) = (so_far.max.len(), so_far.values.len() / so_far.max.len().max(1));
@@ -319,14 +239,14 @@ pub(super) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
 }
 
 #[inline(always)]
-pub(super) fn multiply(x: &mut [f32], y: &[f32]) {
+pub(in crate::kernels) fn multiply(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x *= y;
     }
 }
 
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(in crate::kernels) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let squares = reduce(x, 0.0, |x, sum| x.mul_add(x, sum), Add::add);
     let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
@@ -335,7 +255,7 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+pub(in crate::kernels) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
     let n = x.len() as f32;
     let mean = reduce(x, 0.0, |x, sum| sum + x, Add::add) / n;
     let squares = reduce(x, 0.0, |x, sum| (x - mean).mul_add(x - mean, sum), Add::add);
@@ -352,14 +272,14 @@ pub(super) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out:
 }
 
 #[inline(always)]
-pub(super) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
+pub(in crate::kernels) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
     for (x, y) in x.iter_mut().zip(y) {
         *x = y.mul_add(scale, *x);
     }
 }
 
 #[inline(always)]
-pub(super) fn activate(activation: Activation, x: &mut [f32]) {
+pub(in crate::kernels) fn activate(activation: Activation, x: &mut [f32]) {
     // The match stands outside the loops so that each of them is straight-line code.
     match activation {
         Activation::Silu => x.iter_mut().for_each(|x| *x = Activation::Silu.apply(*x)),
@@ -370,7 +290,7 @@ pub(super) fn activate(activation: Activation, x: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+pub(in crate::kernels) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     let pairs = gate.iter_mut().zip(up);
     match activation {
         Activation::Silu => pairs.for_each(|(x, up)| *x = Activation::Silu.apply(*x) * up),
@@ -381,7 +301,7 @@ pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
 }
 
 #[inline(always)]
-pub(super) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub(in crate::kernels) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     let n = cos.len();
     let (first, second) = x.split_at_mut(n);
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
@@ -392,57 +312,13 @@ pub(super) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 #[inline(always)]
-pub(super) fn soft_cap(x: &mut [f32], cap: f32) {
+pub(in crate::kernels) fn soft_cap(x: &mut [f32], cap: f32) {
     for x in x {
         *x = cap * tanh(*x / cap);
     }
 }
 
 #[inline(always)]
-pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = f16::from_f32(*x);
-    }
-}
-
-#[inline(always)]
-pub(super) fn read_sum(data: &[u64]) -> u64 {
+pub(in crate::kernels) fn read_sum(data: &[u64]) -> u64 {
     data.iter().fold(0, |sum, x| sum.wrapping_add(*x))
 }
-
-/// The trait methods that an instruction set takes from this file, compiled with its features.
-///
-/// One `fn name(args) -> result;` a method; the function of the same name in [`portable`](self) is the body.
-macro_rules! portable_methods {
-    ($features:literal) => {
-        super::portable::portable_methods! { @each $features
-            fn quantize(x: &[f32], out: RowMut<'_>);
-            fn exp_segment(scores: &mut [f32]) -> (f32, f32);
-            fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>);
-            fn multiply(x: &mut [f32], y: &[f32]);
-            fn add_slope(scores: &mut [f32], slope: f32, distance: f32);
-            fn to_int8(x: &[f32], codes: &mut [i8]) -> f32;
-            fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
-            fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
-            fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);
-            fn activate(activation: Activation, x: &mut [f32]);
-            fn gate(activation: Activation, gate: &mut [f32], up: &[f32]);
-            fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
-            fn soft_cap(x: &mut [f32], cap: f32);
-            fn read_sum(data: &[u64]) -> u64;
-        }
-    };
-    (@each $features:literal $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
-        $(
-            fn $name(&self, $($arg: $type),*) $(-> $result)? {
-                #[target_feature(enable = $features)]
-                fn inner($($arg: $type),*) $(-> $result)? {
-                    portable::$name($($arg),*)
-                }
-                // SAFETY: `self` exists, so the detection has found every feature that `inner` enables.
-                unsafe { inner($($arg),*) }
-            }
-        )*
-    };
-}
-pub(super) use portable_methods;

@@ -5,7 +5,7 @@ mod logits;
 
 use std::path::{Path, PathBuf};
 
-use logits::{bits, distance, feed, load, logits, top};
+use logits::{assert_known_fingerprint, bits, distance, feed, load, logits, top};
 use nybble::format::gguf::Gguf;
 use nybble::kernels;
 use nybble::model::hf::HfFolder;
@@ -183,6 +183,16 @@ fn every_family_has_the_same_bits_on_every_kernel_from_a_shared_beginning() {
                 found.extend(feed(&model, &mut start, &tokens[17..]));
                 assert!(bits(&found) == expected, "{}, {quantize:?} on {}", golden.name, kernel.name());
             }
+        }
+    }
+}
+
+#[test]
+fn every_family_keeps_the_fingerprint_that_saved_sessions_carry() {
+    for golden in goldens() {
+        for quantize in [Quantize::Stored, Quantize::Int4] {
+            let model = load(&golden.folder, quantize, 1, None);
+            assert_known_fingerprint(&format!("golden {} {quantize:?}", golden.name), &model);
         }
     }
 }

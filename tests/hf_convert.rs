@@ -266,8 +266,8 @@ fn a_weight_that_is_nan_or_infinite_is_refused_however_it_is_loaded() {
 #[test]
 fn a_folder_that_is_read_loads_as_one_that_is_mapped() {
     let folder = wide().write();
-    let load = |unmapped| {
-        let options = LoadOptions { threads: Some(1), unmapped, ..LoadOptions::default() };
+    let load = |mmap| {
+        let options = LoadOptions { threads: Some(1), mmap, ..LoadOptions::default() };
         *Model::load(folder.path(), &options).expect("a model").fingerprint()
     };
     assert_eq!(load(true), load(false));

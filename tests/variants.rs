@@ -9,7 +9,7 @@ mod logits;
 use std::path::Path;
 
 use hf_folder::{Checkpoint, Stored};
-use logits::{bits, distance, feed, load, logits};
+use logits::{assert_known_fingerprint, bits, distance, feed, load, logits};
 use nybble::model::hf::HfFolder;
 use nybble::model::{Quantize, convert};
 use nybble::quant::block::BlockType;
@@ -112,5 +112,13 @@ fn every_shape_and_switch_has_the_same_bits_on_any_threads_in_any_pieces() {
             feed(&two, &mut second, &input[..5]);
             assert!(bits(&feed(&two, &mut first, &input)) == whole, "{name}, {quantize:?}: beside another");
         }
+    }
+}
+
+#[test]
+fn every_shape_and_switch_keeps_the_fingerprint_that_saved_sessions_carry() {
+    for Variant { name, folder, .. } in variants() {
+        let model = load(folder.path(), Quantize::Int8, 1, Some(TOKENS));
+        assert_known_fingerprint(&format!("variant {name} Int8"), &model);
     }
 }

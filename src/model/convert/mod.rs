@@ -1,16 +1,18 @@
 //! From any checkpoint to a GGUF file that llama.cpp reads.
 
+pub mod requantize;
+
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use super::hf::HfFolder;
-use super::requantize::{decode, encode, target, unfit};
-use super::weights::Progress;
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
 use crate::format::{Checkpoint, Tensor};
+use crate::model::hf::HfFolder;
+use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
 use crate::threads::{Scope, ThreadPool, default_threads};
+use requantize::{decode, encode, target, unfit};
 
 /// Bytes that one thread makes before it takes the next piece.
 const PIECE: usize = 1 << 20;

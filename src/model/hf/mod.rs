@@ -42,10 +42,12 @@
 //! `layer_output_norm` (as in BERT) where norms follow the layers, and our own `token_embd_proj` and `output_proj` where the
 //! embedding is of another width than the layers.
 
+mod entry;
 mod families;
 mod keys;
-mod map;
+mod metadata;
 mod packings;
+mod planner;
 mod pretokenizer;
 mod rope;
 mod settings;
@@ -60,9 +62,10 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
-use keys::{ComputedTensor, Keys};
-use map::{Planned, Planner};
-use packings::{PackedRows, Packing};
+use metadata::ComputedTensor;
+use packings::Packing;
+use packings::matrix::PackedRows;
+use planner::{Planned, Planner};
 use settings::Settings;
 use sizes::Sizes;
 use transform::{Arranged, Computed};
@@ -112,7 +115,7 @@ impl HfFolder {
         let packing = Packing::read(&settings)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
-        let (metadata, computed) = Keys::write(family, &settings, &sizes, &name(path))?;
+        let (metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;
         let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();

@@ -4,7 +4,7 @@
 //! then all of it stands in `rope_parameters`, for some families once for each kind of layer.
 
 use super::families::Rotation;
-use super::keys::Keys;
+use super::metadata::MetadataWriter;
 use super::settings::Settings;
 use super::sizes::Sizes;
 use crate::error::Result;
@@ -96,7 +96,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
 }
 
 /// Writes the keys of the rotary embedding, and the tensors of factors that some kinds of scaling have.
-pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
+pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
     let settings = keys.settings;
     let rotary = keys.sizes.rotary;
     let Parameters { scaling, key, base, window_base } = Parameters::read(settings)?;

@@ -2,10 +2,11 @@
 
 use half::f16;
 
-use super::super::transform::Order;
-use super::{Layout, Parts};
+use super::layout::Layout;
+use super::parts::Parts;
 use crate::error::Result;
 use crate::format::safetensors::SafeTensors;
+use crate::model::hf::transform::RowOrder;
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
@@ -230,7 +231,7 @@ impl View<'_> {
 /// The rows of a tensor of GGUF whose parts are packed.
 pub(in super::super) struct PackedRows<'a> {
     views: Vec<View<'a>>,
-    order: Order,
+    order: RowOrder,
     /// Rows of each part.
     rows: usize,
     block_type: BlockType,
@@ -238,7 +239,7 @@ pub(in super::super) struct PackedRows<'a> {
 
 impl<'a> PackedRows<'a> {
     /// Of matrices of equal shape, one after the other, in an order of rows.
-    pub(in super::super) fn new(files: &'a SafeTensors, matrices: &'a [Matrix], order: Order) -> PackedRows<'a> {
+    pub(in super::super) fn new(files: &'a SafeTensors, matrices: &'a [Matrix], order: RowOrder) -> PackedRows<'a> {
         let block_type = matrices.iter().map(Matrix::block_type).fold(BlockType::Q4_0, wider);
         let rows = matrices.first().map_or(1, |matrix| matrix.rows.max(1));
         PackedRows { views: matrices.iter().map(|matrix| matrix.view(files)).collect(), order, rows, block_type }

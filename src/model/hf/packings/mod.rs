@@ -17,15 +17,19 @@
 //! Sources: AutoGPTQ's and GPTQModel's `QuantLinear`, AutoAWQ's `WQLinear_GEMM`, compressed-tensors' `pack_quantized`,
 //! auto-round's `inference/backend.py`.
 
-mod matrix;
+mod layout;
+pub(super) mod matrix;
+mod parts;
 
 use serde_json::Value;
 
 use super::settings::Settings;
-use crate::error::{Error, Place, Result};
+use crate::error::Result;
 use crate::format::json;
 use crate::format::safetensors::{SafeTensors, TensorInfo};
-pub(super) use matrix::{Matrix, PackedRows};
+use layout::Layout;
+use matrix::Matrix;
+use parts::Parts;
 
 /// How a checkpoint packs its linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,19 +39,6 @@ pub(super) struct Packing {
     group: Option<usize>,
     /// Whether the columns of a group do not lie together, which a tensor must tell then.
     scattered: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
-    /// Whether zero points are stored one less than they are.
-    Gptq {
-        one_less: bool,
-    },
-    Awq,
-    /// Whether the zero points are 8 and not stored.
-    Compressed {
-        symmetric: bool,
-    },
 }
 
 const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors with 4 bits, and F32, F16 and BF16; take \
@@ -259,86 +250,5 @@ fn four_bits(config: &Settings, key: &str) -> Result<()> {
     match config.count(&[key])? {
         4 => Ok(()),
         other => Err(config.unsupported(key, format_args!("a checkpoint of {other} bits"), "supported: 4")),
-    }
-}
-
-/// The tensors that make up one matrix.
-struct Parts<'a> {
-    files: &'a SafeTensors,
-    /// The name without `.weight`.
-    stem: &'a str,
-}
-
-impl<'a> Parts<'a> {
-    fn name(&self, end: &str) -> String {
-        format!("{}{end}", self.stem)
-    }
-
-    fn at(&self, end: &str) -> Result<usize> {
-        let name = self.name(end);
-        self.files.position(&name).ok_or_else(|| Error::Missing {
-            path: self.files.folder().to_path_buf(),
-            place: Place::Tensor(name),
-            expected: format!("it beside the other parts of {}", self.stem),
-        })
-    }
-
-    fn malformed(&self, end: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
-        let name = self.name(end);
-        let path = self.files.tensor(&name).map_or(self.files.folder(), |tensor| self.files.path(tensor));
-        Error::malformed(path, Place::Tensor(name), found, expected)
-    }
-
-    /// The place of a tensor of one of these types and of that shape.
-    fn part(&self, end: &str, dtypes: &[&str], shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
-        let at = self.at(end)?;
-        // `at` came from the same list.
-        let Some(tensor) = self.files.tensors().get(at) else { return Err(self.malformed(end, "nothing", "a tensor")) };
-        if !dtypes.contains(&tensor.dtype()) {
-            return Err(self.malformed(end, format_args!("the type {}", tensor.dtype()), dtypes.join(" or ")));
-        }
-        if tensor.shape() != shape {
-            let expected = format_args!("{shape:?}, as config.json says");
-            return Err(self.malformed(end, format_args!("shape {:?}", tensor.shape()), expected));
-        }
-        Ok((at, tensor))
-    }
-
-    fn words(&self, end: &str, shape: &[usize]) -> Result<usize> {
-        Ok(self.part(end, &["I32", "U32"], shape)?.0)
-    }
-
-    fn scales(&self, end: &str, shape: &[usize]) -> Result<(usize, crate::quant::block::BlockType)> {
-        let (at, tensor) = self.part(end, &["F16", "BF16", "F32"], shape)?;
-        Ok((at, tensor.block_type().unwrap_or(crate::quant::block::BlockType::F32)))
-    }
-
-    /// Checks what `weight_shape` says.
-    fn shape(&self, expected: [usize; 2]) -> Result<()> {
-        let (_, tensor) = self.part(".weight_shape", &["I64", "I32"], &[2])?;
-        let bytes = self.files.data(tensor);
-        let numbers: Vec<i64> = match tensor.dtype() {
-            "I64" => bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect(),
-            _ => bytes.as_chunks::<4>().0.iter().map(|bytes| i64::from(i32::from_le_bytes(*bytes))).collect(),
-        };
-        if numbers.iter().map(|number| usize::try_from(*number)).ne(expected.map(Ok)) {
-            let expected = format_args!("{expected:?}, as config.json says");
-            return Err(self.malformed(".weight_shape", format_args!("{numbers:?}"), expected));
-        }
-        Ok(())
-    }
-
-    /// The group of each column.
-    fn order(&self, end: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
-        let (_, tensor) = self.part(end, &["I32"], &[columns])?;
-        let words = self.files.data(tensor).as_chunks::<4>().0.iter();
-        words
-            .map(|bytes| match i32::from_le_bytes(*bytes) {
-                group if (0..groups as i64).contains(&i64::from(group)) => Ok(group as u32),
-                group => {
-                    Err(self.malformed(end, group, format_args!("a group from 0 to {}", groups.saturating_sub(1))))
-                }
-            })
-            .collect()
     }
 }

@@ -1,17 +1,17 @@
-//! Logits of small models, to be compared with those of others.
-#![allow(dead_code, reason = "every test file that includes this uses another part")]
+//! Logits of small models, for comparisons.
+#![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::path::Path;
 
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
 
-/// The model at `path` on that many threads, for sessions of `context` tokens, or of as many as is usual for it.
+/// The model at `path` on `threads` threads, for sessions of `context` tokens, or of its default.
 pub(crate) fn load(path: &Path, quantize: Quantize, threads: usize, context: Option<usize>) -> Model {
     let options = LoadOptions { quantize, threads: Some(threads), context, ..LoadOptions::default() };
     Model::load(path, &options).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The logits of `tokens` that follow on what `session` holds, a row a token.
+/// The logits `(tokens, vocabulary)` of `tokens` after those of `session`.
 pub(crate) fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
     let input = Input { session, tokens, logits: Logits::All };
@@ -19,7 +19,7 @@ pub(crate) fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<
     logits
 }
 
-/// The logits of `tokens`, computed in pieces of so many tokens.
+/// The logits `(tokens, vocabulary)` of `tokens`, computed in pieces of `piece` tokens.
 pub(crate) fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<f32> {
     let mut session = model.session();
     tokens.chunks(piece).flat_map(|tokens| feed(model, &mut session, tokens)).collect()
@@ -32,7 +32,7 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, d| if d <= worst { worst } else { d })
 }
 
-/// What they are to the bit.
+/// The bits of the logits.
 pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }

@@ -1,4 +1,4 @@
-//! Families in which attention fades with the distance, or did in their first members (Press et al. 2021, arXiv 2108.12409).
+//! Families in which attention fades with the distance, or did in their first models (Press et al. 2021, arXiv 2108.12409).
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation};
 use crate::error::Result;
@@ -8,7 +8,7 @@ use crate::model::hf::settings::Settings;
 use Need::{Always, If, IfSo, Optional};
 use Transform::Ungroup;
 
-/// What the slopes of ALiBi are powers of: 2 to the minus this.
+/// The exponent of ALiBi's slopes: they are powers of 2 to the minus this.
 const MAX_BIAS: f32 = 8.0;
 
 /// BigScience 2022, arXiv 2211.05100.
@@ -46,7 +46,7 @@ pub(super) const BLOOM: HfFamily = HfFamily {
     ..BASE
 };
 
-/// Almazrouei et al. 2023, arXiv 2311.16867; the RW ones have ALiBi.
+/// Almazrouei et al. 2023, arXiv 2311.16867. The RW models have ALiBi.
 pub(super) const FALCON: HfFamily = HfFamily {
     model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
     architecture: "falcon",
@@ -93,7 +93,7 @@ pub(super) const FALCON: HfFamily = HfFamily {
         keys.set("use_parallel_residual", !serial);
         if keys.settings.switch("alibi", false)? {
             keys.set("attention.max_alibi_bias", MAX_BIAS);
-            // Unlike others it adds the bias before it scales the scores.
+            // Unlike other families it adds the bias before it scales the scores.
             keys.set("attention.alibi_scale", (keys.sizes.head_dim as f32).sqrt().recip());
         }
         Ok(())
@@ -105,7 +105,7 @@ fn serial(settings: &Settings) -> Result<bool> {
     Ok(!settings.switch("parallel_attn", true)?)
 }
 
-/// The build of the 40B model. Its first checkpoints do not say so, but have this number.
+/// Whether the model has the architecture of the 40B one. Its first checkpoints lack the switch, but have `n_head_kv`.
 fn is_new(settings: &Settings) -> Result<bool> {
     settings.switch("new_decoder_architecture", settings.get("n_head_kv").is_some())
 }
@@ -145,7 +145,7 @@ pub(super) const MPT: HfFamily = HfFamily {
     activation: ActivationSource::Is("gelu"),
     rotation: Rotation::None,
     adjust: |settings, sizes| {
-        // transformers looks at no `expansion_ratio`.
+        // transformers ignores `expansion_ratio`.
         sizes.ffn = 4 * sizes.hidden;
         if let Some(attention) = settings.object("attn_config")? {
             sizes.kv_heads = attention.optional_count(&["kv_n_heads"])?.unwrap_or(sizes.heads);

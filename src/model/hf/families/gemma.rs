@@ -1,4 +1,4 @@
-//! Google's Gemma: norms multiply with 1 + weight, and the output is always the embedding.
+//! Google's Gemma: norms multiply by 1 + weight, and the output is always tied to the embedding.
 
 use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
 use super::parts::{attention, gated, head_norms};
@@ -20,7 +20,7 @@ pub(super) const GEMMA: HfFamily = HfFamily {
         &gated(Always, Never),
     ],
     ignored: &["lm_head."],
-    // Whatever its config.json says: the first ones named another one by mistake.
+    // Not that of config.json, which is wrong in the first models.
     activation: ActivationSource::Is("gelu_tanh"),
     ..BASE
 };
@@ -54,7 +54,7 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
     window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
         scale(keys)?;
-        // Readers assume a cap where there is no key: none is 0.
+        // Readers assume a cap where the key is missing, so no cap is written as 0.
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
             let cap = keys.settings.optional_float(&[key])?.unwrap_or(0.0);
             keys.set(key, cap as f32);
@@ -68,7 +68,7 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
 pub(super) const GEMMA3: HfFamily = HfFamily {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",
-    // The files of the larger ones name few sizes.
+    // The files of the larger models have few sizes.
     defaults: &[
         ("vocab_size", "262208"),
         ("rms_norm_eps", "1e-6"),
@@ -112,7 +112,7 @@ pub(super) const GEMMA3: HfFamily = HfFamily {
     ..GEMMA
 };
 
-/// What queries are multiplied with.
+/// Writes the factor of the scores.
 fn scale(keys: &mut MetadataWriter<'_>) -> Result<()> {
     let scalar = keys.settings.float(&["query_pre_attn_scalar"])?;
     if scalar <= 0.0 {

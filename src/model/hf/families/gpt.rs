@@ -1,4 +1,4 @@
-//! GPT-2 and the families that are built like it: LayerNorm with biases and a feed-forward layer without a gate.
+//! GPT-2 and the families that resemble it: LayerNorm with biases, and a feed-forward layer without a gate.
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::parts::{attention, four_times};
@@ -137,7 +137,7 @@ pub(super) const GPT_NEOX: HfFamily = HfFamily {
     ..GPT2
 };
 
-/// Zhang et al. 2022, arXiv 2205.01068. GGUF has no names for it; these are ours.
+/// Zhang et al. 2022, arXiv 2205.01068. GGUF has no names for it; these are nybble's own.
 pub(super) const OPT: HfFamily = HfFamily {
     model_types: &["opt"],
     architecture: "opt",
@@ -180,13 +180,13 @@ pub(super) const OPT: HfFamily = HfFamily {
     ..GPT2
 };
 
-/// Whether embeddings have another width than the layers, as in OPT-350m.
+/// Whether embeddings and layers have different widths, as in OPT-350m.
 fn is_projected(settings: &Settings) -> Result<bool> {
     let hidden = settings.count(&["hidden_size"])?;
     Ok(settings.optional_count(&["word_embed_proj_dim"])?.is_some_and(|width| width != hidden))
 }
 
-/// There is none where norms follow their layers instead of preceding them.
+/// Whether there is a norm before the output matrix: only where norms precede their layers.
 fn has_last_norm(settings: &Settings) -> Result<bool> {
     Ok(settings.switch("do_layer_norm_before", true)? && !settings.switch("_remove_final_layer_norm", false)?)
 }

@@ -80,7 +80,7 @@ pub(super) const GRANITE: HfFamily = HfFamily {
     ..LLAMA
 };
 
-/// SmolLM3: some layers do not rotate.
+/// SmolLM3: some layers do not rotate queries and keys.
 pub(super) const SMOLLM3: HfFamily = HfFamily {
     model_types: &["smollm3"],
     architecture: "smollm3",
@@ -113,7 +113,7 @@ pub(super) const SMOLLM3: HfFamily = HfFamily {
     ..LLAMA
 };
 
-/// Team OLMo 2024, arXiv 2501.00656: norms after instead of before, and over all heads at once.
+/// Team OLMo 2024, arXiv 2501.00656: norms follow the layers, and those of queries and keys are over all heads together.
 pub(super) const OLMO2: HfFamily = HfFamily {
     model_types: &["olmo2"],
     architecture: "olmo2",

@@ -27,7 +27,7 @@ pub(super) const QWEN2: HfFamily = HfFamily {
     ..BASE
 };
 
-/// The choice among experts, and the layer of those that have none.
+/// Router and experts, and the dense network of layers without experts.
 const EXPERTS: [Entry; 7] = {
     let [gate, up, down] = gated(Dense, Never);
     [
@@ -41,7 +41,7 @@ const EXPERTS: [Entry; 7] = {
     ]
 };
 
-/// Qwen 1.5 and 2 with experts, one of which is always there.
+/// Qwen 1.5 and 2 with experts and a shared expert.
 pub(super) const QWEN2_MOE: HfFamily = HfFamily {
     model_types: &["qwen2_moe"],
     architecture: "qwen2moe",
@@ -120,7 +120,7 @@ pub(super) const QWEN3_MOE: HfFamily = HfFamily {
     ..QWEN3
 };
 
-/// Every so many layers have experts, without those that are listed as having none.
+/// Every `decoder_sparse_step`-th layer has experts, except for those in `mlp_only_layers`.
 fn sparse_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     let step = settings.count(&["decoder_sparse_step"])?;
     let without: Vec<u64> = match settings.get("mlp_only_layers") {

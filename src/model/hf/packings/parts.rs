@@ -7,21 +7,23 @@ use crate::quant::block::BlockType;
 /// The tensors that make up one matrix.
 pub(super) struct Parts<'a> {
     pub(super) files: &'a SafeTensors,
-    /// The name without `.weight`.
+    /// The matrix's name without `.weight`.
     pub(super) stem: &'a str,
 }
 
 impl<'a> Parts<'a> {
+    /// The name of the tensor with this suffix.
     pub(super) fn name(&self, end: &str) -> String {
         format!("{}{end}", self.stem)
     }
 
+    /// The index of the tensor with this suffix.
     pub(super) fn at(&self, end: &str) -> Result<usize> {
         let name = self.name(end);
         self.files.position(&name).ok_or_else(|| Error::Missing {
             path: self.files.folder().to_path_buf(),
             place: Place::Tensor(name),
-            expected: format!("it beside the other parts of {}", self.stem),
+            expected: format!("a part of {}, whose other parts exist", self.stem),
         })
     }
 
@@ -36,10 +38,10 @@ impl<'a> Parts<'a> {
         Error::malformed(path, Place::Tensor(name), found, expected)
     }
 
-    /// The place of a tensor of one of these types and of that shape.
+    /// A tensor of one of these types and of this shape, and its index.
     fn part(&self, end: &str, dtypes: &[&str], shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
         let at = self.at(end)?;
-        // `at` came from the same list.
+        // `at` is an index into this list.
         let Some(tensor) = self.files.tensors().get(at) else { return Err(self.malformed(end, "nothing", "a tensor")) };
         if !dtypes.contains(&tensor.dtype()) {
             return Err(self.malformed(end, format_args!("the type {}", tensor.dtype()), dtypes.join(" or ")));
@@ -51,16 +53,18 @@ impl<'a> Parts<'a> {
         Ok((at, tensor))
     }
 
+    /// The index of a tensor of 32-bit words.
     pub(super) fn words(&self, end: &str, shape: &[usize]) -> Result<usize> {
         Ok(self.part(end, &["I32", "U32"], shape)?.0)
     }
 
+    /// The index and the type of a tensor of scales.
     pub(super) fn scales(&self, end: &str, shape: &[usize]) -> Result<(usize, BlockType)> {
         let (at, tensor) = self.part(end, &["F16", "BF16", "F32"], shape)?;
         Ok((at, tensor.block_type().unwrap_or(BlockType::F32)))
     }
 
-    /// Checks what `weight_shape` says.
+    /// Checks the numbers of `weight_shape`.
     pub(super) fn shape(&self, expected: [usize; 2]) -> Result<()> {
         let (_, tensor) = self.part(".weight_shape", &["I64", "I32"], &[2])?;
         let bytes = self.files.data(tensor);
@@ -75,7 +79,7 @@ impl<'a> Parts<'a> {
         Ok(())
     }
 
-    /// The group of each column.
+    /// The group of each column `(columns)`.
     pub(super) fn order(&self, end: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
         let (_, tensor) = self.part(end, &["I32"], &[columns])?;
         let words = self.files.data(tensor).as_chunks::<4>().0.iter();

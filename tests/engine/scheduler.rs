@@ -218,15 +218,15 @@ fn a_page_goes_on_where_it_was_filled_and_nowhere_else() {
     let bytes = model.cache_bytes_per_page();
     for held in [PAGE, 40] {
         let mut second = model.session();
-        second.adopt(&page, held).unwrap();
+        second.attach_page(&page, held).unwrap();
         assert_eq!((second.len(), second.bytes()), (held, bytes));
         assert_eq!(second.bytes_for(1), bytes, "a new page, or a copy");
         assert_eq!(logits(&mut second, &tokens[held..]), expected);
-        assert!(second.adopt(&page, 1).is_err(), "in the middle of a page");
+        assert!(second.attach_page(&page, 1).is_err(), "in the middle of a page");
     }
     for (session, held) in [(other.session(), PAGE), (model.session(), 0), (model.session(), PAGE + 1)] {
         let mut session = session;
-        assert!(matches!(session.adopt(&page, held), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(session.attach_page(&page, held), Err(Error::InvalidArgument { .. })));
         assert!(session.is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! What differs between the families of Hugging Face: the order of rows, stacked and fused matrices, windows and rotation.
+//! Differences between the families of Hugging Face: order of rows, stacked and fused matrices, windows and rotation.
 
 use crate::hf_folder::{
     Checkpoint as Folder, assert_refused, gemma3, gpt2, has, llama, number, open, order, qwen3, read, renamed,
@@ -8,10 +8,10 @@ use nybble::format::gguf::Value;
 use nybble::model::config::Config;
 use serde_json::json;
 
-// --- The families' peculiarities ----------------------------------------------------------------------------------------
+// --- Names and layouts -------------------------------------------------------------------------------------------------
 
 #[test]
-fn gpt2_is_transposed_and_its_names_may_lack_their_beginning() {
+fn gpt2_is_transposed_and_may_lack_the_name_prefix() {
     for base in ["transformer.", ""] {
         let folder = gpt2(base);
         let (dims, values) = read(&open(&folder), "blk.0.attn_qkv.weight");
@@ -26,13 +26,13 @@ fn gpt2_is_transposed_and_its_names_may_lack_their_beginning() {
 }
 
 #[test]
-fn buffers_of_masks_are_passed_over() {
+fn buffers_of_masks_are_ignored() {
     let folder = gpt2("").tensor("h.0.attn.bias", &[1, 1, 6, 6]).tensor("h.0.attn.masked_bias", &[1]);
     assert_eq!(open(&folder).names(), open(&gpt2("")).names());
 }
 
 #[test]
-fn gpt_neox_gets_all_queries_then_all_keys_then_all_values() {
+fn gpt_neox_is_reordered_to_queries_keys_values() {
     let config = json!({
         "model_type": "gpt_neox", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1,
         "intermediate_size": 8, "vocab_size": 5, "max_position_embeddings": 6, "layer_norm_eps": 1e-5,
@@ -66,7 +66,7 @@ fn gpt_neox_gets_all_queries_then_all_keys_then_all_values() {
     assert_eq!(opened.metadata().get("gptneox.use_parallel_residual"), Some(&Value::Bool(false)));
 }
 
-/// Falcon of one layer: 4 heads of 2 dimensions, the given rows of queries, keys and values, and these norms.
+/// A Falcon of one layer with 4 heads of 2 dimensions, this many rows of queries, keys and values, and these norms.
 fn falcon(qkv: usize, norms: &[&str], more: &[(&str, serde_json::Value)]) -> Folder {
     let config = json!({
         "model_type": "falcon", "hidden_size": 8, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 5,
@@ -89,7 +89,7 @@ fn falcon(qkv: usize, norms: &[&str], more: &[(&str, serde_json::Value)]) -> Fol
 }
 
 #[test]
-fn falcons_of_all_three_builds_have_their_norms_and_groups() {
+fn all_three_falcon_architectures_have_norms_and_groups() {
     let source = "transformer.h.0.self_attention.query_key_value.weight";
     let narrow = falcon(12, &["input_layernorm"], &[("ffn_hidden_size", json!(16))]);
     assert_refused(&narrow, &["dense_h_to_4h.weight", "[32, 8]", "[16, 8]"]);
@@ -101,7 +101,7 @@ fn falcons_of_all_three_builds_have_their_norms_and_groups() {
     let two = falcon(16, &["ln_attn", "ln_mlp"], &new);
     let expected = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15];
     assert_eq!(order(&two, "blk.0.attn_qkv.weight", source), expected);
-    // As it was published first.
+    // The oldest configuration.
     let first = falcon(16, &["ln_attn", "ln_mlp"], &[("model_type", json!("RefinedWeb")), ("n_head_kv", json!(2))]);
     assert_eq!(order(&first, "blk.0.attn_qkv.weight", source), expected);
     let opened = open(&two);
@@ -119,7 +119,7 @@ fn falcons_of_all_three_builds_have_their_norms_and_groups() {
 }
 
 #[test]
-fn gemma3_adds_one_to_its_norms_and_writes_scale_window_and_both_bases() {
+fn gemma3_writes_norms_plus_one_scale_window_and_bases() {
     let folder = gemma3().set("rope_local_base_freq", json!(1e4)).set("rope_theta", json!(1e6));
     let opened = open(&folder);
     for (name, source) in [
@@ -138,7 +138,7 @@ fn gemma3_adds_one_to_its_norms_and_writes_scale_window_and_both_bases() {
 }
 
 #[test]
-fn the_text_part_of_a_model_of_more_is_read_and_the_rest_passed_over() {
+fn the_text_part_of_a_multimodal_model_is_read() {
     let mut folder = gemma3();
     for tensor in &mut folder.tensors {
         tensor.name = format!("language_model.{}", tensor.name);
@@ -152,7 +152,7 @@ fn the_text_part_of_a_model_of_more_is_read_and_the_rest_passed_over() {
 }
 
 #[test]
-fn a_cap_of_null_in_gemma2_is_none_instead_of_the_usual_one() {
+fn a_cap_of_null_in_gemma2_is_no_cap_not_the_default() {
     let norms = [
         ("input_layernorm", 8),
         ("post_attention_layernorm", 8),
@@ -204,7 +204,7 @@ fn mixtral_stacks_its_experts() {
 }
 
 #[test]
-fn qwen2_moe_has_experts_in_some_layers_and_a_shared_one() {
+fn qwen2_moe_has_experts_in_some_layers_and_a_shared_expert() {
     let folder = llama()
         .set("model_type", json!("qwen2_moe"))
         .set("num_experts", json!(3))
@@ -276,7 +276,7 @@ fn olmo2_has_norms_over_all_heads() {
 }
 
 #[test]
-fn phi3_keeps_its_fused_matrices_and_brings_its_factors() {
+fn phi3_keeps_fused_matrices_and_writes_its_factors() {
     let folder = llama()
         .set("model_type", json!("phi3"))
         .without("model.layers.0.self_attn.q_proj.weight")
@@ -306,7 +306,7 @@ fn phi3_keeps_its_fused_matrices_and_brings_its_factors() {
     assert_refused(&long.set("rope_scaling", short), &["rope_scaling.short_factor", "1 numbers", "2 positive"]);
 }
 
-/// OPT of one layer.
+/// An OPT of one layer.
 fn opt() -> Folder {
     let config = json!({
         "model_type": "opt", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 6,
@@ -331,14 +331,14 @@ fn opt() -> Folder {
 }
 
 #[test]
-fn opt_leaves_out_the_two_positions_of_padding() {
+fn opt_skips_the_two_positions_of_padding() {
     let folder = opt();
     let source = "model.decoder.embed_positions.weight";
     assert_eq!(order(&folder, "position_embd.weight", source), [2, 3, 4]);
 }
 
 #[test]
-fn opt_of_350m_normalizes_after_its_layers_and_has_an_embedding_of_a_width_of_its_own() {
+fn opt_350m_has_norms_after_layers_and_a_projected_embedding() {
     let after = opt()
         .without("model.decoder.final_layer_norm.weight")
         .without("model.decoder.final_layer_norm.bias")
@@ -364,7 +364,7 @@ fn opt_of_350m_normalizes_after_its_layers_and_has_an_embedding_of_a_width_of_it
 }
 
 #[test]
-fn opt_may_lack_its_last_norm() {
+fn opt_may_lack_the_output_norm() {
     let tensors = opt().without("model.decoder.final_layer_norm.weight").without("model.decoder.final_layer_norm.bias");
     assert_refused(&tensors, &["final_layer_norm.weight", "missing"]);
     assert!(open(&tensors.set("_remove_final_layer_norm", json!(true))).tensor("output_norm.weight").is_none());
@@ -373,7 +373,7 @@ fn opt_may_lack_its_last_norm() {
 // --- Windows, rotation and scaling --------------------------------------------------------------------------------------
 
 #[test]
-fn a_window_is_written_where_transformers_applies_it_and_nowhere_else() {
+fn a_window_is_written_only_where_transformers_applies_it() {
     let window = |folder: Folder| open(&folder);
     let folder = llama().set("sliding_window", json!(3));
     assert!(!has(&window(folder.clone()), "llama.attention.sliding_window"), "Llama has none");
@@ -386,7 +386,7 @@ fn a_window_is_written_where_transformers_applies_it_and_nowhere_else() {
 }
 
 #[test]
-fn the_windows_of_qwen_begin_at_a_layer_and_only_when_they_are_switched_on() {
+fn qwen_windows_begin_at_a_layer_when_switched_on() {
     let folder = qwen3().set("sliding_window", json!(3)).set("max_window_layers", json!(1));
     assert!(!has(&open(&folder), "qwen3.attention.sliding_window"));
     let on = folder.set("use_sliding_window", json!(true));
@@ -399,7 +399,7 @@ fn the_windows_of_qwen_begin_at_a_layer_and_only_when_they_are_switched_on() {
 }
 
 #[test]
-fn smollm3_says_which_layers_rotate() {
+fn smollm3_writes_which_layers_rotate() {
     let folder = qwen3().set("model_type", json!("smollm3"));
     let names: Vec<_> = folder.tensors.iter().filter(|t| t.name.contains("_norm.")).map(|t| t.name.clone()).collect();
     let folder = names.iter().fold(folder, |folder, name| folder.without(name));
@@ -411,13 +411,13 @@ fn smollm3_says_which_layers_rotate() {
 }
 
 #[test]
-fn a_part_of_a_head_is_rotated_only_in_families_that_know_of_it() {
+fn partial_rotation_applies_only_to_families_that_have_it() {
     let folder = llama().set("partial_rotary_factor", json!(0.5));
     assert_eq!(number(&open(&folder), "llama.rope.dimension_count"), 4.0);
 }
 
 #[test]
-fn old_and_new_style_of_rope_say_the_same() {
+fn old_and_new_style_rope_parameters_are_equivalent() {
     let new = llama().unset("rope_theta").set(
         "rope_parameters",
         json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 7000.0}),
@@ -440,7 +440,7 @@ fn old_and_new_style_of_rope_say_the_same() {
 }
 
 #[test]
-fn a_magnitude_that_yarn_does_not_prescribe_is_written_as_what_is_on_top_of_it() {
+fn a_magnitude_beyond_that_of_yarn_is_written_as_a_factor() {
     let scaling = |more: &[(&str, f64)]| {
         let mut scaling = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8});
         for (key, value) in more {
@@ -478,7 +478,7 @@ fn llama3_scaling_becomes_divisors_of_the_frequencies() {
 }
 
 #[test]
-fn dynamic_scaling_keeps_the_original_length_and_makes_the_context_longer() {
+fn dynamic_scaling_keeps_the_original_length() {
     let opened = open(&llama().set("rope_scaling", json!({"type": "dynamic", "factor": 2.0})));
     assert_eq!(number(&opened, "llama.rope.scaling.dynamic_factor"), 2.0);
     assert_eq!(number(&opened, "llama.rope.scaling.original_context_length"), 32.0);

@@ -1,4 +1,4 @@
-//! Hugging Face folders as checkpoints: names, dimensions and keys, and the errors for folders that contradict themselves.
+//! Hugging Face folders as checkpoints: names, shapes and keys, and the errors for inconsistent folders.
 
 use crate::hf_folder::{assert_refused, gemma3, gpt2, llama, number, open, order, qwen3, read};
 use nybble::format::Checkpoint as _;
@@ -6,10 +6,10 @@ use nybble::format::gguf::Value;
 use nybble::model::hf::HfFolder;
 use serde_json::json;
 
-// --- Names, dimensions and keys -----------------------------------------------------------------------------------------
+// --- Names, shapes and keys --------------------------------------------------------------------------------------------
 
 #[test]
-fn a_llama_has_the_names_dimensions_and_keys_of_its_gguf_file() {
+fn a_llama_has_the_names_shapes_and_keys_of_its_gguf_file() {
     let folder = open(&llama());
     let expected: [(&str, &[usize]); 12] = [
         ("token_embd.weight", &[8, 5]),
@@ -50,7 +50,7 @@ fn a_llama_has_the_names_dimensions_and_keys_of_its_gguf_file() {
 }
 
 #[test]
-fn query_and_key_rows_of_a_llama_lie_in_pairs_and_value_rows_do_not() {
+fn query_and_key_rows_of_a_llama_are_paired() {
     let folder = llama();
     let q = order(&folder, "blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight");
     assert_eq!(q, [0, 2, 1, 3, 4, 6, 5, 7]);
@@ -61,7 +61,7 @@ fn query_and_key_rows_of_a_llama_lie_in_pairs_and_value_rows_do_not() {
 }
 
 #[test]
-fn biases_are_there_when_the_configuration_says_so_in_the_order_of_their_rows() {
+fn biases_follow_the_configuration_in_the_order_of_rows() {
     let biased = llama().set("attention_bias", json!(true)).tensors([
         ("model.layers.0.self_attn.q_proj.bias", &[8][..]),
         ("model.layers.0.self_attn.k_proj.bias", &[4]),
@@ -75,7 +75,7 @@ fn biases_are_there_when_the_configuration_says_so_in_the_order_of_their_rows() 
 }
 
 #[test]
-fn an_output_matrix_may_be_missing_only_where_it_is_tied() {
+fn an_output_matrix_may_be_missing_only_when_tied() {
     let untied = llama().without("lm_head.weight");
     assert_refused(&untied, &["lm_head.weight", "missing", "[5, 8]"]);
     let tied = open(&untied.set("tie_word_embeddings", json!(true)));
@@ -83,7 +83,7 @@ fn an_output_matrix_may_be_missing_only_where_it_is_tied() {
 }
 
 #[test]
-fn a_head_need_not_be_the_hidden_size_over_the_heads() {
+fn head_dim_may_differ_from_hidden_size_over_heads() {
     let mut wide = llama().set("head_dim", json!(6));
     for (name, rows) in [("q", 12), ("k", 6), ("v", 6)] {
         wide = wide.without(&format!("model.layers.0.self_attn.{name}_proj.weight"));
@@ -96,7 +96,7 @@ fn a_head_need_not_be_the_hidden_size_over_the_heads() {
 }
 
 #[test]
-fn halves_and_bfloats_keep_their_type() {
+fn f16_and_bf16_keep_their_type() {
     use nybble::quant::block::BlockType;
     for (dtype, expected) in [(safetensors::Dtype::F16, BlockType::F16), (safetensors::Dtype::BF16, BlockType::BF16)] {
         let mut folder = llama();
@@ -108,10 +108,10 @@ fn halves_and_bfloats_keep_their_type() {
     }
 }
 
-// --- What is refused ----------------------------------------------------------------------------------------------------
+// --- Errors ------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_family_that_is_not_known_is_refused_with_those_that_are() {
+fn an_unknown_family_is_refused_with_the_known_ones() {
     assert_refused(
         &llama().set("model_type", json!("t5")),
         &["config.json", "model_type", "t5", "gpt_neox", "qwen3_moe"],
@@ -120,14 +120,14 @@ fn a_family_that_is_not_known_is_refused_with_those_that_are() {
 }
 
 #[test]
-fn a_missing_tensor_is_named_as_the_checkpoint_would_name_it() {
+fn a_missing_tensor_is_reported_by_the_checkpoints_name() {
     for tensor in llama().tensors {
         assert_refused(&llama().without(&tensor.name), &[&format!("{:?}", tensor.name), "missing", "config.json says"]);
     }
 }
 
 #[test]
-fn a_tensor_of_another_shape_than_the_configuration_says_is_refused() {
+fn a_tensor_whose_shape_contradicts_the_config_is_refused() {
     for (key, value, parts) in [
         ("hidden_size", json!(16), &["model.embed_tokens.weight", "[5, 8]", "[5, 16]"][..]),
         ("intermediate_size", json!(7), &["gate_proj.weight", "[6, 8]", "[7, 8]"]),
@@ -140,7 +140,7 @@ fn a_tensor_of_another_shape_than_the_configuration_says_is_refused() {
 }
 
 #[test]
-fn a_tensor_that_nothing_is_made_of_is_refused() {
+fn an_unused_tensor_is_refused() {
     let more = llama().tensor("model.layers.1.input_layernorm.weight", &[8]);
     assert_refused(&more, &["model.safetensors", "model.layers.1.input_layernorm.weight", "expected none"]);
 }
@@ -154,7 +154,7 @@ fn a_tensor_of_integers_is_refused() {
 }
 
 #[test]
-fn what_no_kernel_computes_is_refused_with_its_key() {
+fn unsupported_settings_are_refused_with_their_key() {
     for (key, value, parts) in [
         ("hidden_act", json!("quick_gelu"), &["hidden_act", "quick_gelu", "silu"][..]),
         ("quantization_config", json!({"bits": 4}), &["quantization_config.quant_method", "missing"]),
@@ -173,7 +173,7 @@ fn what_no_kernel_computes_is_refused_with_its_key() {
         ("max_position_embeddings", json!(4_294_967_295u32), &["max_position_embeddings", "4294967295", "to 16777216"]),
         ("num_key_value_heads", json!(3), &["num_key_value_heads", "3", "a divisor of the 2 heads"]),
         ("rms_norm_eps", json!(1e300), &["rms_norm_eps", "1e+300", "a finite number"]),
-        ("model_type", json!(["llama"]), &["model_type", "[\"llama\"]", "a text"]),
+        ("model_type", json!(["llama"]), &["model_type", "[\"llama\"]", "a string"]),
         ("tie_word_embeddings", json!("no"), &["tie_word_embeddings", "\"no\"", "true or false"]),
         ("rms_norm_eps", json!(-1.0), &["rms_norm_eps", "-1", "positive"]),
         ("rms_norm_eps", json!("a"), &["rms_norm_eps", "\"a\"", "a finite number"]),
@@ -188,7 +188,7 @@ fn what_no_kernel_computes_is_refused_with_its_key() {
 }
 
 #[test]
-fn no_value_of_any_key_leads_to_a_panic() {
+fn no_value_of_any_key_panics() {
     let odd = [
         json!(null),
         json!(0),
@@ -226,14 +226,14 @@ fn no_value_of_any_key_leads_to_a_panic() {
 }
 
 #[test]
-fn every_size_must_be_there() {
+fn every_size_is_required() {
     for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"] {
         assert_refused(&llama().unset(key), &["config.json", key, "is missing"]);
     }
 }
 
 #[test]
-fn a_configuration_that_is_no_object_is_refused() {
+fn a_configuration_that_is_not_an_object_is_refused() {
     let written = llama().write();
     let deep = format!("{{\"a\": {}1{}}}", "{\"a\":".repeat(10_000), "}".repeat(10_000));
     let numbers = ["{\"rms_norm_eps\": NaN}", "{\"rms_norm_eps\": -Infinity}", "{\"rms_norm_eps\": 1e999}"];
@@ -243,7 +243,7 @@ fn a_configuration_that_is_no_object_is_refused() {
         let message = HfFolder::open(written.path()).expect_err("it is refused").to_string();
         assert!(message.contains("config.json") && message.contains("a JSON object"), "{message}");
     }
-    // One that is far too large is not read.
+    // A file that is far too large is not read.
     let large = std::fs::File::create(written.path().join("config.json")).expect("config.json");
     large.set_len(1 << 40).expect("a hole");
     let message = HfFolder::open(written.path()).expect_err("it is refused").to_string();

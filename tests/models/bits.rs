@@ -1,5 +1,4 @@
-//! The same tokens give the same bits: on every kernel, with any number of threads, in one piece or several, alone or
-//! with others.
+//! Results are bit-identical on every kernel, with any number of threads, in any batching, alone or among other sessions.
 
 use std::path::Path;
 
@@ -8,7 +7,7 @@ use nybble::kernels;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
 use nybble::quant::block::BlockType;
 
-/// Types with a layout of their own, those of 256 with a shape that allows them.
+/// Block types with a layout of their own, and for types of 256 columns a shape that allows them.
 const TYPES: [BlockType; 16] = [
     BlockType::F32,
     BlockType::F16,
@@ -34,7 +33,7 @@ fn shape_of(block_type: BlockType) -> Shape {
     if block_type.block_len() == 256 { WIDE } else { ODD }
 }
 
-/// All ways to store keys and values, the model's own first.
+/// All cache types, the model's default first.
 const CACHES: [Option<CacheType>; 4] = [None, Some(CacheType::F32), Some(CacheType::F16), Some(CacheType::Int8)];
 
 fn load(path: &Path, kernel: &str, threads: usize) -> Model {
@@ -50,7 +49,7 @@ fn tokens(count: usize, seed: u32) -> Vec<u32> {
     (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761).wrapping_add(seed * 977) % 101).collect()
 }
 
-/// Bits of all logits, the tokens fed in pieces of `piece`.
+/// The bits of all logits, with the tokens in pieces of `piece`.
 fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<u32> {
     let mut session = model.session();
     let mut logits = Vec::new();
@@ -59,12 +58,12 @@ fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<u32> {
         model.forward(&mut [input], &mut logits, &|| false).unwrap();
     }
     assert!(logits.iter().all(|x| x.is_finite()));
-    assert!(logits.iter().any(|x| x.abs() > 0.01), "logits of zeros would prove nothing");
+    assert!(logits.iter().any(|x| x.abs() > 0.01), "logits of zeros prove nothing");
     logits.into_iter().map(f32::to_bits).collect()
 }
 
 #[test]
-fn every_kernel_gives_the_bits_of_the_scalar_one_for_every_type() {
+fn every_kernel_has_the_bits_of_scalar_for_every_block_type() {
     let folder = tempfile::tempdir().unwrap();
     for block_type in TYPES {
         let path = llama(folder.path(), &shape_of(block_type), block_type);
@@ -84,7 +83,7 @@ fn every_kernel_gives_the_bits_of_the_scalar_one_for_every_type() {
 }
 
 #[test]
-fn every_kernel_gives_the_bits_of_the_scalar_one_however_the_cache_is_stored() {
+fn every_kernel_has_the_bits_of_scalar_for_every_cache_type() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q8_0);
     let tokens = tokens(300, 5);
@@ -98,9 +97,9 @@ fn every_kernel_gives_the_bits_of_the_scalar_one_however_the_cache_is_stored() {
 }
 
 #[test]
-fn threads_and_pieces_change_no_bit() {
+fn bits_do_not_depend_on_threads_and_batches() {
     let folder = tempfile::tempdir().unwrap();
-    // Many query heads to one key/value head leave attention few tasks, which are then cut by segments.
+    // With many query heads per key/value head attention has few tasks, which are then split by segments.
     let multi_query = Shape { kv_heads: 1, ..ODD };
     let (odd, one) = (folder.path().join("odd"), folder.path().join("one"));
     let cases = [
@@ -126,7 +125,7 @@ fn threads_and_pieces_change_no_bit() {
                 assert!(found == expected, "{what}: {threads} threads, pieces of {piece}");
             }
         }
-        // Token by token from the middle of the third segment on, too.
+        // Also token by token, from the middle of the third segment.
         let model = load_cached(&path, kernel, 2, cache);
         let found = logits(&model, &tokens[..130], 1);
         assert!(found == expected[..found.len()], "{what}: token by token");
@@ -141,11 +140,11 @@ fn threads_and_pieces_change_no_bit() {
 }
 
 #[test]
-fn a_window_hides_what_is_behind_it_however_the_rows_are_cut() {
+fn a_window_hides_earlier_tokens_in_any_batching() {
     let folder = tempfile::tempdir().unwrap();
     let kernel = kernels::best().name();
     let tokens = tokens(600, 6);
-    // Within a page, over pages and over segments: whole pages and segments are then not looked at.
+    // Windows within a page, over pages and over segments, which skip whole pages and segments.
     for window in [40, 150, 300] {
         let mut metadata = metadata(&ODD);
         metadata.set("llama.attention.sliding_window", window as u32);
@@ -159,7 +158,7 @@ fn a_window_hides_what_is_behind_it_however_the_rows_are_cut() {
                 assert!(found == expected, "window of {window}, {kernel}, {threads} threads, pieces of {piece}");
             }
         }
-        // Two layers see two windows back. What lies before has no influence, what lies just within has.
+        // Two layers see two windows back. Earlier tokens have no influence, the first visible one has.
         let reach = 2 * (window - 1);
         let changed = |at: usize| {
             let mut tokens = tokens.clone();
@@ -174,15 +173,15 @@ fn a_window_hides_what_is_behind_it_however_the_rows_are_cut() {
 }
 
 #[test]
-fn a_session_among_others_gives_the_bits_that_it_gives_alone() {
+fn a_session_has_the_same_bits_alone_and_among_others() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q4_1);
     for cache_type in CACHES {
-        in_a_crowd(&load_cached(&path, kernels::best().name(), 2, cache_type));
+        among_others(&load_cached(&path, kernels::best().name(), 2, cache_type));
     }
 }
 
-fn in_a_crowd(model: &Model) {
+fn among_others(model: &Model) {
     let prompts: Vec<Vec<u32>> = [1, 40, 3, 300, 17].iter().zip(3..).map(|(n, seed)| tokens(*n, seed)).collect();
     let alone: Vec<Vec<u32>> = prompts.iter().map(|prompt| logits(model, prompt, prompt.len())).collect();
 
@@ -214,7 +213,7 @@ fn in_a_crowd(model: &Model) {
 }
 
 #[test]
-fn a_session_cut_back_goes_on_as_if_the_rest_had_not_been() {
+fn a_truncated_session_continues_as_if_it_had_been_shorter() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q8_0);
     let model = load(&path, kernels::best().name(), 2);
@@ -234,14 +233,14 @@ fn a_session_cut_back_goes_on_as_if_the_rest_had_not_been() {
 }
 
 /// The bits of the logits after each of `tokens`.
-fn go_on(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<u32> {
+fn continue_with(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<u32> {
     let mut logits = Vec::new();
     model.forward(&mut [Input { session, tokens, logits: Logits::All }], &mut logits, &|| false).unwrap();
     logits.into_iter().map(f32::to_bits).collect()
 }
 
 #[test]
-fn forked_sessions_give_the_bits_of_lone_ones() {
+fn forked_sessions_have_the_bits_of_independent_ones() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q8_0);
     for cache_type in CACHES {
@@ -255,31 +254,31 @@ fn forked_sessions_give_the_bits_of_lone_ones() {
             });
             let mut first = model.session();
             if shared > 0 {
-                go_on(&model, &mut first, &start);
+                continue_with(&model, &mut first, &start);
             }
             let mut second = first.fork();
             assert_eq!((second.len(), second.context()), (shared, first.context()));
             let what = format!("{cache_type:?}, {shared} tokens in common");
-            // Each writes where the other reads, or would without copies; one is cut back into what it shares, too.
+            // Each writes where the other reads, unless pages are copied; one is truncated into the shared part, too.
             let halves = ends.each_ref().map(|end| end.split_at(end.len() / 2));
             let mut found = [vec![], vec![]];
             for half in [|(half, _): (_, _)| half, |(_, half): (_, _)| half] {
-                found[0].extend(go_on(&model, &mut first, half(halves[0])));
-                found[1].extend(go_on(&model, &mut second, half(halves[1])));
+                found[0].extend(continue_with(&model, &mut first, half(halves[0])));
+                found[1].extend(continue_with(&model, &mut second, half(halves[1])));
             }
             assert!(found[0] == alone[0] && found[1] == alone[1], "{what}");
             let mut third = first.fork();
             third.truncate(shared);
-            assert!(go_on(&model, &mut third, &ends[2]) == alone[2], "{what}: cut back");
+            assert!(continue_with(&model, &mut third, &ends[2]) == alone[2], "{what}: truncated");
             drop(third);
             first.truncate(shared);
-            assert!(go_on(&model, &mut first, &ends[2]) == alone[2], "{what}: the shared tokens are as they were");
+            assert!(continue_with(&model, &mut first, &ends[2]) == alone[2], "{what}: the shared tokens are unchanged");
         }
     }
 }
 
 #[test]
-fn a_step_that_is_interrupted_leaves_the_session_as_it_was() {
+fn an_interrupted_step_leaves_the_session_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q4_0);
     let model = load(&path, kernels::best().name(), 2);

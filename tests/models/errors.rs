@@ -1,4 +1,4 @@
-//! Every way in which a model's keys and tensors can be wrong is one clear error.
+//! Every fault in a model's keys and tensors is a clear error.
 
 use std::io::{Seek, SeekFrom, Write as _};
 
@@ -9,12 +9,12 @@ use nybble::model::{CacheType, Input, LoadOptions, Logits, Model};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
 
-/// For types with blocks of 256.
+/// A shape for types with blocks of 256.
 const WIDE: Shape = Shape { hidden: 256, heads: 8, kv_heads: 2, head_dim: 32, ffn: 256, layers: 1, ..ODD };
 
 type Tensors = Vec<(String, Vec<u64>)>;
 
-/// Loads a model after `change` was done to its keys and tensors.
+/// Loads a model after `change` has changed its keys and tensors.
 fn load(change: impl FnOnce(&mut Metadata, &mut Tensors)) -> nybble::Result<Model> {
     load_with(change, &LoadOptions { threads: Some(1), ..LoadOptions::default() })
 }
@@ -27,8 +27,8 @@ fn load_with(change: impl FnOnce(&mut Metadata, &mut Tensors), options: &LoadOpt
     Model::load(path, options)
 }
 
-/// Asserts that setting `key` is refused, naming it and what was found.
-fn refused(key: &str, value: impl Into<Value>, found: &str, expected: &str) {
+/// Asserts that this value of `key` is refused, with the key and what was found.
+fn assert_refused(key: &str, value: impl Into<Value>, found: &str, expected: &str) {
     let error = load(|metadata, _| {
         metadata.set(key, value);
     })
@@ -44,14 +44,14 @@ fn refused(key: &str, value: impl Into<Value>, found: &str, expected: &str) {
 }
 
 #[test]
-fn the_model_that_the_others_are_spoilt_copies_of_loads() {
+fn the_unchanged_model_loads() {
     let model = load(|_, _| ()).unwrap();
     assert_eq!((model.vocabulary(), model.context()), (101, 700));
 }
 
 #[test]
-fn an_unknown_family_is_refused_with_those_that_are_known() {
-    refused("general.architecture", "perceptron", "\"perceptron\"", "llama");
+fn an_unknown_family_is_refused_with_the_known_ones() {
+    assert_refused("general.architecture", "perceptron", "\"perceptron\"", "llama");
 }
 
 #[test]
@@ -69,23 +69,23 @@ fn a_missing_key_is_named() {
 
 #[test]
 fn counts_out_of_range_are_refused() {
-    refused("llama.block_count", 0u32, "found 0", "1 to");
-    refused("llama.block_count", 1u32 << 31, "2147483648", "at most 1024");
-    refused("llama.embedding_length", 0u32, "found 0", "1 to");
-    refused("llama.attention.head_count", 0u32, "found 0", "1 to");
-    refused("llama.attention.head_count_kv", 0u32, "found 0", "1 to");
-    refused("llama.attention.head_count_kv", 4u32, "found 4", "a divisor of the 6 heads");
-    refused("llama.attention.head_count_kv", 7u32, "found 7", "a divisor of the 6 heads");
-    refused("llama.attention.key_length", 1u32 << 20, "1048576", "at most 65536");
-    refused("llama.attention.value_length", 11u32, "found 11", "22");
-    refused("llama.context_length", 0u32, "found 0", "1 to");
-    refused("llama.context_length", u32::MAX, "found 4294967295", "1 to 2147483648");
-    refused("llama.context_length", "long", "string", "an integer");
-    refused("llama.expert_count", -1i32, "i32", "an integer");
+    assert_refused("llama.block_count", 0u32, "found 0", "1 to");
+    assert_refused("llama.block_count", 1u32 << 31, "2147483648", "at most 1024");
+    assert_refused("llama.embedding_length", 0u32, "found 0", "1 to");
+    assert_refused("llama.attention.head_count", 0u32, "found 0", "1 to");
+    assert_refused("llama.attention.head_count_kv", 0u32, "found 0", "1 to");
+    assert_refused("llama.attention.head_count_kv", 4u32, "found 4", "a divisor of the 6 heads");
+    assert_refused("llama.attention.head_count_kv", 7u32, "found 7", "a divisor of the 6 heads");
+    assert_refused("llama.attention.key_length", 1u32 << 20, "1048576", "at most 65536");
+    assert_refused("llama.attention.value_length", 11u32, "found 11", "22");
+    assert_refused("llama.context_length", 0u32, "found 0", "1 to");
+    assert_refused("llama.context_length", u32::MAX, "found 4294967295", "1 to 2147483648");
+    assert_refused("llama.context_length", "long", "string", "an integer");
+    assert_refused("llama.expert_count", -1i32, "i32", "an integer");
 }
 
 #[test]
-fn more_experts_used_than_there_are_is_refused() {
+fn using_more_experts_than_there_are_is_refused() {
     let error = load(|metadata, _| {
         metadata.set("llama.expert_count", 4u32).set("llama.expert_used_count", 5u32);
     })
@@ -113,18 +113,18 @@ fn a_norm_in_blocks_is_refused() {
 }
 
 #[test]
-fn rotations_that_cannot_be_are_refused() {
-    refused("llama.rope.dimension_count", 21u32, "found 21", "an even number up to 22");
-    refused("llama.rope.dimension_count", 24u32, "found 24", "an even number up to 22");
-    refused("llama.rope.dimension_count", 1u32 << 31, "found 2147483648", "an even number up to 22");
-    refused("llama.rope.freq_base", f32::NAN, "NaN", "a positive number");
-    refused("llama.rope.freq_base", -1.0f32, "-1", "a positive number");
-    refused("llama.rope.scaling.type", "spiral", "\"spiral\"", "yarn");
-    refused("llama.rope.scaling.factor", f32::INFINITY, "inf", "a positive number");
+fn impossible_rotations_are_refused() {
+    assert_refused("llama.rope.dimension_count", 21u32, "found 21", "an even number up to 22");
+    assert_refused("llama.rope.dimension_count", 24u32, "found 24", "an even number up to 22");
+    assert_refused("llama.rope.dimension_count", 1u32 << 31, "found 2147483648", "an even number up to 22");
+    assert_refused("llama.rope.freq_base", f32::NAN, "NaN", "a positive number");
+    assert_refused("llama.rope.freq_base", -1.0f32, "-1", "a positive number");
+    assert_refused("llama.rope.scaling.type", "spiral", "\"spiral\"", "yarn");
+    assert_refused("llama.rope.scaling.factor", f32::INFINITY, "inf", "a positive number");
 }
 
 #[test]
-fn a_base_of_zero_is_the_usual_one() {
+fn a_rope_base_of_zero_means_the_default() {
     let with = |base: f32| {
         let model = load(|metadata, _| {
             metadata.set("llama.rope.freq_base", base);
@@ -140,23 +140,23 @@ fn a_base_of_zero_is_the_usual_one() {
 }
 
 #[test]
-fn an_epsilon_that_is_no_positive_number_is_refused() {
+fn an_epsilon_that_is_not_positive_is_refused() {
     let key = "llama.attention.layer_norm_rms_epsilon";
-    refused(key, f32::NAN, "NaN", "a positive number");
-    refused(key, -1e-5f32, "-0.00001", "a positive number");
-    refused(key, "small", "string", "a float");
+    assert_refused(key, f32::NAN, "NaN", "a positive number");
+    assert_refused(key, -1e-5f32, "-0.00001", "a positive number");
+    assert_refused(key, "small", "string", "a float");
 }
 
 #[test]
-fn a_list_a_layer_of_the_wrong_length_is_refused() {
+fn a_per_layer_list_of_the_wrong_length_is_refused() {
     for (values, found) in [(vec![], "0 values"), (vec![6u32], "1 values"), (vec![6; 3], "3 values")] {
-        refused("llama.attention.head_count", values, found, "2, one a layer");
+        assert_refused("llama.attention.head_count", values, found, "2, one per layer");
     }
 }
 
 #[test]
-fn heads_that_differ_from_layer_to_layer_are_not_supported() {
-    refused("llama.attention.head_count", vec![6u32, 3], "6 in one layer and 3 in another", "the same number");
+fn head_counts_that_differ_between_layers_are_refused() {
+    assert_refused("llama.attention.head_count", vec![6u32, 3], "6 in one layer and 3 in another", "the same number");
 }
 
 #[test]
@@ -191,14 +191,14 @@ fn a_tensor_of_the_wrong_shape_is_refused_with_both_shapes() {
     }
 }
 
-/// Writes a model whose matrices are of `block_type`, overwrites bytes of one row of a tensor, and says what comes of loading it.
+/// Writes a model whose matrices have `block_type`, overwrites bytes of one row of a tensor, and loads it.
 fn load_damaged(block_type: BlockType, name: &str, row: u64, at: u64, bytes: &[u8]) -> nybble::Result<Model> {
     let folder = tempfile::tempdir().unwrap();
     let shape = if block_type.block_len() == 256 { WIDE } else { ODD };
     let path = write(&folder.path().join("model.gguf"), &metadata(&shape), &tensors(&shape), block_type);
     let file = Gguf::open_unmapped(&path).unwrap();
     let tensor = file.tensor(name).unwrap();
-    // Where data begin is told by those of the embedding, which are like no other bytes of the file.
+    // The bytes of the embedding occur only once in the file, and show where the data begin.
     let (whole, embedding) = (std::fs::read(&path).unwrap(), file.tensor("token_embd.weight").unwrap());
     let data = file.data(embedding);
     let found = whole.windows(data.len()).position(|some| some == data).unwrap() as u64;
@@ -215,7 +215,7 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
     let halves = [f16::NAN, f16::INFINITY, f16::NEG_INFINITY].map(|x| x.to_le_bytes().to_vec());
     let brains = [bf16::NAN, bf16::INFINITY].map(|x| x.to_le_bytes().to_vec());
     let singles = [f32::NAN, f32::INFINITY].map(|x| x.to_le_bytes().to_vec());
-    // Where in a row there is a number that may be neither: scales, and minimums.
+    // Offsets in a row of numbers that must be finite: scales and minimums.
     type Case<'a> = (BlockType, &'a [u64], &'a [Vec<u8>]);
     let places: [Case<'_>; 15] = [
         (BlockType::F32, &[0, 4 * 95], &singles),
@@ -235,7 +235,7 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
         (BlockType::IQ4_XS, &[0], &halves),
     ];
     for (block_type, places, values) in places {
-        // Rows of queries are put into another order as they are packed; the row of the file is what counts.
+        // Packing reorders the rows of queries. The error has the row of the file.
         for (name, row) in [("blk.0.attn_q.weight", 5), ("token_embd.weight", 100), ("blk.0.ffn_down.weight", 0)] {
             for (at, value) in places.iter().flat_map(|at| values.iter().map(move |value| (*at, value))) {
                 let error = load_damaged(block_type, name, row, at, value).unwrap_err();
@@ -250,12 +250,12 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
 }
 
 #[test]
-fn the_largest_scales_that_are_numbers_load() {
+fn the_largest_finite_scales_load() {
     for block_type in [BlockType::Q4_0, BlockType::Q6_K, BlockType::F16] {
         let at = if block_type == BlockType::Q6_K { 208 } else { 0 };
         assert!(load_damaged(block_type, "blk.0.attn_q.weight", 5, at, &f16::MAX.to_le_bytes()).is_ok());
     }
-    // An exponent of 255 is NaN by the standard, and far beyond what any weight is in any case.
+    // An exponent of 255 is NaN by the standard.
     assert!(load_damaged(BlockType::MXFP4, "blk.0.attn_q.weight", 5, 0, &[200]).is_ok());
     let error = load_damaged(BlockType::MXFP4, "blk.0.attn_q.weight", 5, 0, &[255]).unwrap_err();
     assert!(error.to_string().ends_with("found NaN or an infinity in row 5, expected finite numbers"), "{error}");
@@ -271,19 +271,19 @@ fn a_norm_that_is_nan_or_infinite_is_refused_with_its_index() {
 }
 
 #[test]
-fn a_file_that_is_read_loads_as_one_that_is_mapped_and_may_be_cut_meanwhile() {
+fn an_unmapped_file_may_be_cut_while_it_loads() {
     let folder = tempfile::tempdir().unwrap();
     let path = write(&folder.path().join("model.gguf"), &metadata(&ODD), &tensors(&ODD), BlockType::Q4_0);
     let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
     let mapped = Model::load(&path, &options).unwrap();
-    // The first report comes when the file is open and nothing of it packed: mapped, this would end the process.
+    // The first report comes when the file is open and nothing is packed. With a mapped file this would end the process.
     let cut = |done: usize, _: usize| {
         if done == 0 {
             std::fs::OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
         }
         Ok(())
     };
-    let read = Model::load_with(&path, &LoadOptions { unmapped: true, ..options }, Some(&cut)).unwrap();
+    let read = Model::load_with(&path, &LoadOptions { mmap: false, ..options }, Some(&cut)).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
     assert_eq!(read.fingerprint(), mapped.fingerprint());
 }
@@ -304,7 +304,7 @@ fn a_huge_context_allocates_nothing_until_it_is_used() {
 }
 
 #[test]
-fn a_context_longer_than_the_models_is_refused() {
+fn a_context_longer_than_that_of_the_model_is_refused() {
     for context in [0, 701] {
         let options = LoadOptions { context: Some(context), threads: Some(1), ..LoadOptions::default() };
         let error = load_with(|_, _| (), &options).unwrap_err();
@@ -313,7 +313,7 @@ fn a_context_longer_than_the_models_is_refused() {
 }
 
 #[test]
-fn tokens_beyond_the_context_are_refused_and_nothing_is_lost() {
+fn tokens_beyond_the_context_are_refused_without_effect() {
     let options = LoadOptions { context: Some(70), threads: Some(1), ..LoadOptions::default() };
     let model = load_with(|_, _| (), &options).unwrap();
     let mut session = model.session();
@@ -331,7 +331,7 @@ fn tokens_beyond_the_context_are_refused_and_nothing_is_lost() {
 }
 
 #[test]
-fn tokens_and_sessions_that_are_not_the_models_are_refused() {
+fn unknown_tokens_and_foreign_sessions_are_refused() {
     let (model, other) = (load(|_, _| ()).unwrap(), load(|_, _| ()).unwrap());
     let mut session = model.session();
     for tokens in [&[101][..], &[u32::MAX], &[]] {
@@ -351,14 +351,14 @@ fn tokens_and_sessions_that_are_not_the_models_are_refused() {
 }
 
 #[test]
-fn an_unknown_kernel_is_refused_with_those_that_are_there() {
+fn an_unknown_kernel_is_refused_with_the_available_ones() {
     let options = LoadOptions { kernel: Some("abacus".to_owned()), ..LoadOptions::default() };
     let error = load_with(|_, _| (), &options).unwrap_err();
     assert!(error.to_string().contains("abacus") && error.to_string().contains("scalar"), "{error}");
 }
 
 #[test]
-fn an_unknown_cache_type_is_refused_with_those_that_there_are() {
+fn an_unknown_cache_type_is_refused_with_the_known_ones() {
     for known in [CacheType::F32, CacheType::F16, CacheType::Int8] {
         assert_eq!(CacheType::by_name(known.name()).unwrap(), known);
     }

@@ -1,8 +1,8 @@
-//! Every family against what transformers computed with the same tiny checkpoint, see tests/data/README.md.
+//! Every family against the results of transformers with the same tiny checkpoint, see tests/data/README.md.
 
 use std::path::{Path, PathBuf};
 
-use crate::logits::{bits, distance, feed, load, logits, top};
+use crate::logits::{assert_known_fingerprint, bits, distance, feed, load, logits, top};
 use nybble::format::gguf::Gguf;
 use nybble::kernels;
 use nybble::model::hf::HfFolder;
@@ -51,8 +51,8 @@ fn goldens() -> Vec<Golden> {
     goldens
 }
 
-/// Asserts that the model has the reference's logits, and its greedy tokens wherever they were clear.
-fn agrees(golden: &Golden, model: &Model, what: &str) {
+/// Asserts that the model has the logits of transformers, and its greedy tokens wherever the choice was clear.
+fn assert_agrees(golden: &Golden, model: &Model, what: &str) {
     let name = &golden.name;
     let found = logits(model, &golden.input[0], 40);
     let worst = distance(&found, &golden.logits);
@@ -69,12 +69,12 @@ fn agrees(golden: &Golden, model: &Model, what: &str) {
 #[test]
 fn every_family_computes_what_transformers_computes() {
     for golden in goldens() {
-        agrees(&golden, &load(&golden.folder, Quantize::Stored, 2, None), "as stored");
+        assert_agrees(&golden, &load(&golden.folder, Quantize::Stored, 2, None), "as stored");
     }
 }
 
 #[test]
-fn every_family_survives_the_way_through_a_gguf_file() {
+fn every_family_converts_to_gguf_and_computes_the_same() {
     let folder = tempfile::tempdir().unwrap();
     for golden in goldens() {
         let path = folder.path().join("model.gguf");
@@ -82,13 +82,13 @@ fn every_family_survives_the_way_through_a_gguf_file() {
         convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
         let file = Gguf::open(&path).unwrap();
         assert!(file.get_str("general.architecture").unwrap().is_some());
-        agrees(&golden, &load(&path, Quantize::Auto, 1, None), "converted");
+        assert_agrees(&golden, &load(&path, Quantize::Auto, 1, None), "converted");
         std::fs::remove_file(path).unwrap();
     }
 }
 
 #[test]
-fn an_int8_cache_stays_close_to_what_transformers_computes() {
+fn an_int8_cache_stays_close_to_transformers() {
     for golden in goldens() {
         let options = LoadOptions {
             quantize: Quantize::Stored,
@@ -106,7 +106,7 @@ fn an_int8_cache_stays_close_to_what_transformers_computes() {
                 (error / squares(&mut exact.iter().copied())).sqrt()
             })
             .collect();
-        // The middle one, as a token that goes to another expert after all is far off.
+        // The median, because a token that goes to another expert is far off.
         shares.sort_by(f64::total_cmp);
         let middle = shares[shares.len() / 2];
         println!("{}: {middle:.4}", golden.name);
@@ -116,7 +116,7 @@ fn an_int8_cache_stays_close_to_what_transformers_computes() {
 }
 
 #[test]
-fn eight_bits_keep_the_likeliest_token_of_every_family() {
+fn int8_weights_keep_the_likeliest_token_of_every_family() {
     for golden in goldens() {
         let (exact, model) =
             (load(&golden.folder, Quantize::Stored, 2, None), load(&golden.folder, Quantize::Int8, 2, None));
@@ -128,9 +128,9 @@ fn eight_bits_keep_the_likeliest_token_of_every_family() {
             count += tokens.len();
             same += pairs.filter(|(exact, found)| top(exact) == top(found)).count();
         }
-        // Weights at random make near ties common, also of experts, where one of them changes everything that follows: of
-        // the same three checkpoints in Q8_0, llama.cpp keeps 89.1, 89.1 and 87.5 percent. One tensor packed wrongly
-        // would leave next to nothing.
+        // Random weights make near ties common, also between experts, where one tie changes everything after it: of the
+        // same three checkpoints in Q8_0, llama.cpp keeps 89.1, 89.1 and 87.5 percent. A tensor that is packed wrongly
+        // leaves hardly any.
         let bound = if ["mixtral", "qwen2_moe", "qwen3_moe"].contains(&&*golden.name) { 0.87 } else { 0.90 };
         let share = same as f64 / count as f64;
         println!("{}: {share:.3}", golden.name);
@@ -139,7 +139,7 @@ fn eight_bits_keep_the_likeliest_token_of_every_family() {
 }
 
 #[test]
-fn every_family_has_the_same_bits_on_any_threads_in_any_pieces_and_in_a_crowd() {
+fn bits_do_not_depend_on_threads_batches_or_other_sessions() {
     for golden in goldens() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let name = format!("{}, {quantize:?}", golden.name);
@@ -154,13 +154,13 @@ fn every_family_has_the_same_bits_on_any_threads_in_any_pieces_and_in_a_crowd() 
                 inputs.map(|(tokens, session)| Input { session, tokens, logits: Logits::All }).collect();
             let mut together = Vec::new();
             two.forward(&mut inputs, &mut together, &|| false).unwrap();
-            assert!(bits(&together) == bits(&alone.concat()), "{name}: in a crowd");
+            assert!(bits(&together) == bits(&alone.concat()), "{name}: among other sessions");
         }
     }
 }
 
 #[test]
-fn every_family_has_the_same_bits_on_every_kernel_from_a_shared_beginning() {
+fn bits_do_not_depend_on_the_kernel_or_a_shared_prefix() {
     for golden in goldens() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let load = |kernel: &str, threads| {
@@ -174,12 +174,22 @@ fn every_family_has_the_same_bits_on_every_kernel_from_a_shared_beginning() {
                 let model = load(kernel.name(), 1 + i % 3);
                 let mut start = model.session();
                 let mut found = feed(&model, &mut start, &tokens[..17]);
-                // What was computed once serves two sessions.
+                // Two sessions use the same prefix.
                 let mut other = start.fork();
                 feed(&model, &mut other, &tokens[20..25]);
                 found.extend(feed(&model, &mut start, &tokens[17..]));
                 assert!(bits(&found) == expected, "{}, {quantize:?} on {}", golden.name, kernel.name());
             }
+        }
+    }
+}
+
+#[test]
+fn every_family_keeps_the_fingerprint_of_saved_sessions() {
+    for golden in goldens() {
+        for quantize in [Quantize::Stored, Quantize::Int4] {
+            let model = load(&golden.folder, quantize, 1, None);
+            assert_known_fingerprint(&format!("golden {} {quantize:?}", golden.name), &model);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! From a Hugging Face folder to a GGUF file: the same tensors in the wanted types, the tokenizer under GGUF's keys; and
+//! Conversion of a Hugging Face folder to a GGUF file: tensors in the wanted types, the tokenizer under GGUF's keys; and
 //! checkpoints that are quantized while they are read.
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use nybble::quant::block::BlockType;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
-/// A byte-level tokenizer of five tokens, the last of which is a mark.
+/// A byte-level tokenizer of five tokens, the last one special.
 fn tokenizer() -> Json {
     json!({
         "added_tokens": [{"id": 4, "content": "<|end|>", "special": true}],
@@ -25,7 +25,7 @@ fn tokenizer() -> Json {
     })
 }
 
-/// A tokenizer of pieces, as Llama 2 has it.
+/// A tokenizer of pieces, like that of Llama 2.
 fn pieces() -> Json {
     json!({
         "added_tokens": [
@@ -55,7 +55,7 @@ fn written(folder: &Folder, files: &[(&str, &Json)]) -> TempDir {
     written
 }
 
-/// Converts the folder and opens what came of it.
+/// Converts the folder and opens the result.
 fn converted(folder: &TempDir, wanted: BlockType) -> Result<Gguf, Error> {
     let out = out(folder);
     convert_path(folder.path(), &out, wanted, None)?;
@@ -72,7 +72,7 @@ fn refusal(folder: &TempDir, wanted: BlockType) -> String {
     message
 }
 
-/// A Llama whose matrices have rows of 64 and 32, so that they fill blocks.
+/// A Llama whose matrices have rows of 64 and 32 values, which fill blocks.
 fn wide() -> Folder {
     let mut folder =
         llama().set("hidden_size", json!(64)).set("head_dim", json!(16)).set("intermediate_size", json!(40));
@@ -107,7 +107,7 @@ fn bytes(checkpoint: &dyn nybble::format::Checkpoint, name: &str) -> (BlockType,
 // --- Tensors ------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn an_f32_file_holds_every_tensor_and_key_of_the_folder() {
+fn an_f32_file_has_every_tensor_and_key_of_the_folder() {
     let folder = written(&wide(), &[("tokenizer.json", &tokenizer())]);
     let file = converted(&folder, BlockType::F32).expect("a file");
     let source = HfFolder::open(folder.path()).expect("a folder");
@@ -124,7 +124,7 @@ fn an_f32_file_holds_every_tensor_and_key_of_the_folder() {
 }
 
 #[test]
-fn four_bits_spare_embedding_output_norms_and_rows_that_fill_no_blocks() {
+fn four_bits_exempt_embedding_output_norms_and_odd_rows() {
     let folder = written(&wide(), &[("tokenizer.json", &tokenizer())]);
     let file = converted(&folder, BlockType::Q4_0).expect("a file");
     for (name, expected) in [
@@ -145,7 +145,7 @@ fn four_bits_spare_embedding_output_norms_and_rows_that_fill_no_blocks() {
 }
 
 #[test]
-fn a_gguf_file_can_be_converted_too_and_keeps_its_tokenizer() {
+fn a_converted_gguf_file_keeps_its_tokenizer() {
     let folder = written(&wide(), &[("tokenizer.json", &tokenizer())]);
     let first = converted(&folder, BlockType::F32).expect("a file");
     let again = folder.path().join("again.gguf");
@@ -172,7 +172,7 @@ fn a_number_that_does_not_fit_is_refused_with_its_tensor() {
 }
 
 #[test]
-fn a_type_that_cannot_be_written_is_refused_with_those_that_can() {
+fn a_type_that_cannot_be_encoded_is_refused() {
     let folder = written(&wide(), &[("tokenizer.json", &tokenizer())]);
     let message = refusal(&folder, BlockType::Q4_K);
     assert!(message.contains("Q4_K") && message.contains("F32, F16, Q4_0, Q4_1, Q8_0, BF16"), "{message}");
@@ -194,14 +194,14 @@ fn progress_counts_the_tensors() {
 // --- Quantized while it is read -----------------------------------------------------------------------------------------
 
 #[test]
-fn a_quantized_checkpoint_is_what_its_converted_file_is() {
+fn a_quantized_checkpoint_equals_its_converted_file() {
     let folder = written(&wide(), &[("tokenizer.json", &tokenizer())]);
     for wanted in [BlockType::Q4_0, BlockType::Q8_0] {
         let file = converted(&folder, wanted).expect("a file");
         let source = HfFolder::open(folder.path()).expect("a folder");
         let quantized = Quantized::new(&source, wanted).expect("a type that can be encoded");
         for name in quantized.names() {
-            // Rows of 40 are filled up instead.
+            // Rows of 40 are padded instead.
             if name != "blk.0.ffn_down.weight" {
                 assert_eq!(bytes(&quantized, name), bytes(&file, name), "{name}");
             }
@@ -213,7 +213,7 @@ fn a_quantized_checkpoint_is_what_its_converted_file_is() {
 }
 
 #[test]
-fn rows_that_fill_no_blocks_are_filled_up_with_zeros() {
+fn rows_that_do_not_fill_blocks_are_padded_with_zeros() {
     let folder = wide().write();
     let source = HfFolder::open(folder.path()).expect("a folder");
     let quantized = Quantized::new(&source, BlockType::Q8_0).expect("a type that can be encoded");
@@ -230,7 +230,7 @@ fn rows_that_fill_no_blocks_are_filled_up_with_zeros() {
 }
 
 #[test]
-fn a_row_that_cannot_be_quantized_is_told_at_the_end() {
+fn a_row_that_cannot_be_quantized_is_an_error_at_the_end() {
     let mut folder = wide();
     folder.find("model.layers.0.mlp.up_proj.weight").bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     let written = folder.write();
@@ -261,10 +261,10 @@ fn a_weight_that_is_nan_or_infinite_is_refused_however_it_is_loaded() {
 }
 
 #[test]
-fn a_folder_that_is_read_loads_as_one_that_is_mapped() {
+fn mapped_and_unmapped_folders_load_the_same() {
     let folder = wide().write();
-    let load = |unmapped| {
-        let options = LoadOptions { threads: Some(1), unmapped, ..LoadOptions::default() };
+    let load = |mmap| {
+        let options = LoadOptions { threads: Some(1), mmap, ..LoadOptions::default() };
         *Model::load(folder.path(), &options).expect("a model").fingerprint()
     };
     assert_eq!(load(true), load(false));
@@ -281,7 +281,7 @@ fn strings(list: &[&str]) -> Value {
 }
 
 #[test]
-fn a_byte_level_tokenizer_has_tokens_kinds_merges_marks_and_template() {
+fn a_byte_level_tokenizer_is_written_completely() {
     let config = json!({
         "bos_token": null, "eos_token": {"content": "<|end|>"}, "add_eos_token": true,
         "chat_template": [{"name": "default", "template": "x"}, {"name": "tool use", "template": "y"}],
@@ -313,7 +313,7 @@ fn a_byte_level_tokenizer_has_tokens_kinds_merges_marks_and_template() {
     assert_eq!(keys.get("tokenizer.chat_templates"), Some(&strings(&["tool_use"])));
 }
 
-/// With an embedding and an output of so many rows.
+/// A Llama whose embedding and output have this many rows.
 fn resized(mut folder: Folder, rows: usize) -> Folder {
     for name in ["model.embed_tokens.weight", "lm_head.weight"] {
         folder = folder.without(name).tensor(name, &[rows, 8]);
@@ -343,7 +343,7 @@ fn a_tokenizer_of_pieces_has_scores_from_its_merges() {
 }
 
 #[test]
-fn a_template_in_its_own_file_counts_most() {
+fn a_template_in_its_own_file_takes_precedence() {
     let config = json!({"chat_template": "old"});
     let folder = written(&llama(), &[("tokenizer.json", &tokenizer()), ("tokenizer_config.json", &config)]);
     std::fs::write(folder.path().join("chat_template.jinja"), "new").expect("a file");
@@ -381,7 +381,7 @@ fn a_tokenizer_that_is_missing_damaged_or_unknown_is_refused() {
 }
 
 #[test]
-fn a_model_called_phi3_without_its_marks_is_called_otherwise() {
+fn a_phi3_without_its_special_tokens_is_renamed() {
     let parent = tempfile::tempdir().expect("a folder");
     let name = |called: &str| {
         let path = parent.path().join(called);

@@ -1,4 +1,4 @@
-//! Checkpoints that are in 4 bits already: every number of theirs is read exactly, whatever packs it.
+//! Checkpoints that are in 4 bits already: every number is read exactly, for every packing.
 
 use crate::hf_folder::{Checkpoint as Folder, Stored, assert_refused, open, read};
 use crate::packed_folder::{
@@ -21,13 +21,13 @@ fn gptq_with_one_zero_point_for_all_is_q4_0() {
 }
 
 #[test]
-fn gptq_of_version_1_has_zero_points_that_are_stored_one_less() {
+fn gptq_version_1_stores_zero_points_minus_one() {
     let (packed, plain) = gptq(PLAIN);
     assert_same(&packed, &plain, BlockType::Q5_0);
 }
 
 #[test]
-fn gptq_of_version_2_has_zero_points_as_they_are() {
+fn gptq_version_2_stores_zero_points_as_they_are() {
     let mut config = gptq_config(32);
     config["checkpoint_format"] = json!("gptq_v2");
     let (packed, plain) = pair(PLAIN, config, |matrix, name| matrix.gptq(name, false));
@@ -35,7 +35,7 @@ fn gptq_of_version_2_has_zero_points_as_they_are() {
 }
 
 #[test]
-fn zero_points_whose_products_f16_holds_are_q4_1() {
+fn zero_points_with_exact_f16_products_become_q4_1() {
     let (packed, plain) = gptq(Recipe { scales: Scales::Round, ..PLAIN });
     assert_same(&packed, &plain, BlockType::Q4_1);
 }
@@ -47,7 +47,7 @@ fn groups_may_be_as_large_as_a_row() {
         let (packed, plain) = pair(recipe, gptq_config(-1), |matrix, name| matrix.gptq(name, true));
         assert_same(&packed, &plain, if symmetric { BlockType::Q4_0 } else { BlockType::Q5_0 });
     }
-    // Larger than a row means the same; the last group of 96 columns may be a part of one.
+    // A group larger than a row means the same. The last group of 96 columns may be partial.
     for group in [64, 128] {
         let (packed, plain) = gptq(Recipe { group, symmetric: true, ..PLAIN });
         assert_same(&packed, &plain, BlockType::Q4_0);
@@ -55,7 +55,7 @@ fn groups_may_be_as_large_as_a_row() {
 }
 
 #[test]
-fn activation_order_scatters_groups_and_keeps_every_number() {
+fn activation_order_scatters_groups_and_keeps_all_numbers() {
     for symmetric in [true, false] {
         let (packed, plain) = gptq(Recipe { scattered: true, symmetric, ..PLAIN });
         assert_same(&packed, &plain, BlockType::F32);
@@ -70,13 +70,13 @@ fn a_checkpoint_without_g_idx_has_groups_in_order() {
 }
 
 #[test]
-fn groups_that_are_no_whole_blocks_become_f32() {
+fn groups_that_are_not_whole_blocks_become_f32() {
     let (packed, plain) = gptq(Recipe { group: 16, ..PLAIN });
     assert_same(&packed, &plain, BlockType::F32);
 }
 
 #[test]
-fn scales_may_be_of_any_float_type() {
+fn scales_may_have_any_float_type() {
     let (packed, plain) = gptq(Recipe { scales: Scales::BF16, symmetric: true, ..PLAIN });
     assert_same(&packed, &plain, BlockType::Q4_0);
     let (packed, plain) = gptq(Recipe { scales: Scales::F32, symmetric: true, ..PLAIN });
@@ -93,7 +93,7 @@ fn awq_interleaves_rows() {
 }
 
 #[test]
-fn auto_round_packs_as_gptq_of_either_version_or_as_awq() {
+fn auto_round_packs_like_gptq_or_awq() {
     let config = |format: &str| json!({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int", "packing_format": format});
     for (format, one_less) in [("auto_round:auto_gptq", true), ("auto_round:gptqmodel", false), ("auto_round", false)] {
         let (packed, plain) = pair(PLAIN, config(format), |matrix, name| matrix.gptq(name, one_less));
@@ -104,7 +104,7 @@ fn auto_round_packs_as_gptq_of_either_version_or_as_awq() {
 }
 
 #[test]
-fn compressed_tensors_may_be_symmetric_or_not_by_group_or_by_channel() {
+fn compressed_tensors_may_be_symmetric_or_not_per_group_or_row() {
     for (symmetric, block_type) in [(true, BlockType::Q4_0), (false, BlockType::Q5_0)] {
         for group in [32, 64, usize::MAX] {
             let strategy = if group == usize::MAX { "channel" } else { "group" };
@@ -125,7 +125,7 @@ fn compressed_tensors_may_be_symmetric_or_not_by_group_or_by_channel() {
 }
 
 #[test]
-fn compressed_tensors_may_be_in_activation_order() {
+fn compressed_tensors_may_have_activation_order() {
     let weights = json!({"num_bits": 4, "symmetric": true, "strategy": "group", "group_size": 32, "actorder": "group"});
     let recipe = Recipe { symmetric: true, scattered: true, ..PLAIN };
     let (packed, plain) = pair(recipe, compressed_config(weights), |matrix, name| matrix.compressed(name, true));
@@ -133,7 +133,7 @@ fn compressed_tensors_may_be_in_activation_order() {
 }
 
 #[test]
-fn a_bias_of_zeros_that_the_family_does_not_have_is_passed_over() {
+fn a_bias_of_zeros_that_the_family_lacks_is_ignored() {
     let (packed, plain) = gptq(PLAIN);
     let with = |byte: u8| {
         let mut packed = packed.clone();
@@ -146,7 +146,7 @@ fn a_bias_of_zeros_that_the_family_does_not_have_is_passed_over() {
 }
 
 #[test]
-fn nothing_is_rounded_again_when_a_model_is_loaded_or_written() {
+fn loading_and_converting_round_nothing_again() {
     for scattered in [false, true] {
         let (packed, plain) = gptq(Recipe { scattered, ..PLAIN });
         let (folder, exact) = (open(&packed), open(&plain));
@@ -180,7 +180,7 @@ fn decoded(checkpoint: &dyn nybble::format::Checkpoint, name: &str) -> Vec<f32> 
 }
 
 #[test]
-fn a_packed_checkpoint_runs_and_keeps_its_layers_in_four_bits_by_default() {
+fn a_packed_checkpoint_keeps_its_layers_in_four_bits() {
     let (packed, _) = gptq(Recipe { symmetric: true, ..PLAIN });
     let folder = packed.write();
     let load = |quantize| {
@@ -188,8 +188,8 @@ fn a_packed_checkpoint_runs_and_keeps_its_layers_in_four_bits_by_default() {
         Model::load(folder.path(), &options).expect("a model")
     };
     let linear: usize = LINEAR.iter().map(|(_, rows, columns)| rows * columns).sum();
-    // 18 bytes for 32 weights, and 34 for 32 of the embedding's and the output's, whose 5 rows are filled up to 16. Scales
-    // lie in lines of two groups, of which one is missing in each of the 4 panels whose rows have 3.
+    // 18 bytes per 32 weights, and 34 per 32 weights of embedding and output, whose 5 rows are padded to 16. A cache line
+    // holds the scales of two groups; in each of the 4 panels whose rows have 3 groups, half a line is padding.
     assert_eq!(load(Quantize::Auto).weight_bytes(), linear / 32 * 18 + 4 * 32 + 2 * 16 * 64 / 32 * 34);
     assert!(load(Quantize::Stored).weight_bytes() > load(Quantize::Auto).weight_bytes());
 }
@@ -206,9 +206,9 @@ fn logits(folder: &Folder, quantize: Quantize) -> (Vec<f32>, usize) {
 }
 
 #[test]
-fn activation_order_is_undone_on_the_way_in_and_the_layers_stay_in_four_bits() {
+fn activation_order_is_undone_and_layers_stay_in_four_bits() {
     let recipe = Recipe { symmetric: true, ..PLAIN };
-    // Embeddings that count up would make everything else invisible.
+    // Embeddings that count up would outweigh everything else.
     let small = |mut folder: Folder| {
         for name in ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"] {
             let stored = folder.find(name);
@@ -233,7 +233,7 @@ fn activation_order_is_undone_on_the_way_in_and_the_layers_stay_in_four_bits() {
 }
 
 #[test]
-fn what_a_configuration_asks_for_and_is_not_supported_is_refused_by_its_key() {
+fn unsupported_packings_are_refused_with_their_key() {
     let refused = |config: Value, parts: &[&str]| {
         let (packed, _) = pair(PLAIN, config, |matrix, name| matrix.gptq(name, true));
         assert_refused(&packed, parts);
@@ -286,7 +286,7 @@ fn what_a_configuration_asks_for_and_is_not_supported_is_refused_by_its_key() {
 }
 
 #[test]
-fn tensors_that_do_not_belong_together_are_refused_by_name() {
+fn tensors_that_do_not_match_are_refused_by_name() {
     const NAME: &str = "model.layers.0.mlp.down_proj";
     let part = |end: &str| format!("{NAME}.{end}");
     let (gptq, _) = gptq(PLAIN);
@@ -351,7 +351,7 @@ fn tensors_that_do_not_belong_together_are_refused_by_name() {
 }
 
 #[test]
-fn columns_in_the_order_of_their_activations_need_the_tensor_that_tells_it() {
+fn activation_order_requires_the_tensor_of_groups() {
     let without_order = |folder: &Folder| {
         let mut folder = folder.clone();
         folder.tensors.retain(|tensor| !tensor.name.ends_with("g_idx"));
@@ -362,7 +362,7 @@ fn columns_in_the_order_of_their_activations_need_the_tensor_that_tells_it() {
         config["desc_act"] = json!(true);
         let (packed, plain) = pair(Recipe { scattered, ..PLAIN }, config, |matrix, name| matrix.gptq(name, true));
         assert_same(&packed, &plain, if scattered { BlockType::F32 } else { BlockType::Q5_0 });
-        assert_refused(&without_order(&packed), &["q_proj.g_idx", "missing", "beside the other parts"]);
+        assert_refused(&without_order(&packed), &["q_proj.g_idx", "missing", "whose other parts exist"]);
     }
     for (order, needed) in
         [(json!("group"), true), (json!("dynamic"), true), (json!(true), true), (json!("static"), false)]
@@ -372,12 +372,12 @@ fn columns_in_the_order_of_their_activations_need_the_tensor_that_tells_it() {
         let recipe = Recipe { symmetric: true, scattered: needed, ..PLAIN };
         let (packed, plain) = pair(recipe, compressed_config(weights), |matrix, name| matrix.compressed(name, true));
         if needed {
-            assert_refused(&without_order(&packed), &["q_proj.weight_g_idx", "missing", "beside the other parts"]);
+            assert_refused(&without_order(&packed), &["q_proj.weight_g_idx", "missing", "whose other parts exist"]);
         } else {
             assert_same(&packed, &plain, BlockType::Q4_0);
         }
     }
-    // Where all columns share a scale, their order is of no account.
+    // Where all columns share a scale, their order does not matter.
     let mut config = gptq_config(-1);
     config["desc_act"] = json!(true);
     let recipe = Recipe { group: usize::MAX, symmetric: true, ..PLAIN };
@@ -386,7 +386,7 @@ fn columns_in_the_order_of_their_activations_need_the_tensor_that_tells_it() {
 }
 
 #[test]
-fn a_family_that_stores_columns_is_refused_when_it_is_packed() {
+fn a_packed_family_with_transposed_weights_is_refused() {
     let mut folder =
         crate::hf_folder::gpt2("").without("h.0.attn.c_proj.weight").set("quantization_config", gptq_config(32));
     let matrix = Matrix::new(PLAIN, 8, 32, &mut Dice(1));

@@ -19,7 +19,7 @@ pub(crate) const LINEAR: [(&str, usize, usize); 7] = [
     ("mlp.down_proj", 64, 96),
 ];
 
-/// Numbers from 0 to `below`, the same at every run.
+/// Reproducible numbers from 0 up to `below`.
 pub(crate) struct Dice(pub(crate) u32);
 
 impl Dice {
@@ -45,29 +45,29 @@ pub(crate) fn frame() -> Folder {
     ])
 }
 
-/// Which scales a matrix has.
+/// The kind of scales of a matrix.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Scales {
     F16,
-    /// Powers of two, whose products with zero points F16 holds.
+    /// Powers of two, whose products with zero points are exact in F16.
     Round,
     BF16,
     F32,
 }
 
-/// What a checkpoint is made of.
+/// The properties of a packed checkpoint.
 #[derive(Clone, Copy)]
 pub(crate) struct Recipe {
     pub(crate) group: usize,
     pub(crate) symmetric: bool,
     pub(crate) scales: Scales,
-    /// Whether groups are made of columns that do not lie together.
+    /// Whether the columns of a group are not adjacent.
     pub(crate) scattered: bool,
 }
 
 pub(crate) const PLAIN: Recipe = Recipe { group: 32, symmetric: false, scales: Scales::F16, scattered: false };
 
-/// One matrix, not packed.
+/// A matrix before it is packed.
 pub(crate) struct Matrix {
     rows: usize,
     columns: usize,
@@ -108,7 +108,7 @@ impl Matrix {
         }
     }
 
-    /// The numbers that it stands for `(rows, columns)`.
+    /// The numbers that it represents `(rows, columns)`.
     pub(crate) fn values(&self) -> Vec<f32> {
         let value = |row: usize, column: usize| {
             let at = row * self.groups + self.order[column];
@@ -125,7 +125,7 @@ impl Matrix {
         self.zeros[row * self.groups + group]
     }
 
-    /// Scales in the order `(groups, rows)`, or the other way round.
+    /// Scales in the order `(groups, rows)`, or `(rows, groups)`.
     pub(crate) fn stored_scales(&self, name: String, groups_first: bool) -> Stored {
         let (groups, rows) = (self.groups, self.rows);
         let scales: Vec<f32> = if groups_first {
@@ -239,7 +239,7 @@ pub(crate) fn gptq(recipe: Recipe) -> (Folder, Folder) {
     pair(recipe, gptq_config(recipe.group as i64), |matrix, name| matrix.gptq(name, true))
 }
 
-/// Sees that both checkpoints hold the same numbers, and that the linear layers of the first have this type.
+/// Asserts that both checkpoints hold the same numbers, and that the linear layers of the first have this type.
 pub(crate) fn assert_same(packed: &Folder, plain: &Folder, expected: BlockType) {
     let (packed, plain) = (packed.write(), plain.write());
     let open = |folder: &tempfile::TempDir| nybble::model::hf::HfFolder::open(folder.path()).expect("it opens");

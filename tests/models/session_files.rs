@@ -1,4 +1,4 @@
-//! Sessions on disk: what is read back goes on to the bit, and whatever is not what was written is refused.
+//! Sessions on disk: a loaded session continues with the same bits, and any other file is refused.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
 
 const CACHES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
-/// Small enough to try every byte of a file.
+/// A shape whose files are small enough to change every byte.
 const SMALL: Shape = Shape { hidden: 32, heads: 2, kv_heads: 1, head_dim: 4, ffn: 32, layers: 1, ..ODD };
 
 fn load(path: &Path, cache_type: CacheType) -> Model {
@@ -30,7 +30,7 @@ fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<u32> {
     logits.into_iter().map(f32::to_bits).collect()
 }
 
-/// The bytes of a file with a session of `seen` tokens of a text that has one more.
+/// The bytes of a file with a session that has seen `seen` tokens, of one more.
 fn saved(model: &Model, path: &Path, seen: u32) -> Vec<u8> {
     let text = tokens(seen + 1);
     let mut session = model.session();
@@ -41,8 +41,8 @@ fn saved(model: &Model, path: &Path, seen: u32) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
-/// Asserts that the file is refused at `place`, and that the error names the file, what was found and what was expected.
-fn refused(model: &Model, path: &Path, place: &Place, found: &str, expected: &str) {
+/// Asserts that the file is refused at `place`, with its name, what was found and what was expected.
+fn assert_refused(model: &Model, path: &Path, place: &Place, found: &str, expected: &str) {
     let error = Session::load(model, path).unwrap_err();
     let text = error.to_string();
     assert!(matches!(&error, Error::Malformed { place: at, .. } if at == place), "{text}");
@@ -55,7 +55,7 @@ fn field(name: &str) -> Place {
 }
 
 #[test]
-fn a_session_that_was_saved_goes_on_with_the_bits_of_one_that_was_not() {
+fn a_saved_session_continues_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let (path, text) = (folder.path().join("session"), tokens(200));
     for block_type in [BlockType::Q4_0, BlockType::F32] {
@@ -90,7 +90,7 @@ fn a_session_that_was_saved_goes_on_with_the_bits_of_one_that_was_not() {
 }
 
 #[test]
-fn a_sequence_resumed_writes_what_one_that_never_paused_writes() {
+fn a_resumed_sequence_writes_the_same_tokens() {
     let folder = tempfile::tempdir().unwrap();
     let model = load(&llama(folder.path(), &ODD, BlockType::Q4_0), CacheType::F16);
     let options = SamplingOptions { repetition_penalty: 1.3, temperature: 0.0, ..SamplingOptions::default() };
@@ -106,11 +106,11 @@ fn a_sequence_resumed_writes_what_one_that_never_paused_writes() {
     let (path, text) = (folder.path().join("session"), [&prompt[..], &found].concat());
     first.session().save(&model, &text, &path).unwrap();
     let (session, text) = Session::load(&model, &path).unwrap();
-    assert_eq!((session.len(), text.len()), (81, 82), "the last token was written, and never fed");
+    assert_eq!((session.len(), text.len()), (81, 82), "the last token was sampled, but not fed");
     found.extend(run(&mut Sequence::resume(&model, session.fork(), &text, options.clone()).unwrap(), 18));
     assert_eq!(found, expected);
 
-    // Where the session has seen everything, the last token is seen again.
+    // Where the session has seen all tokens, the last one is computed again.
     let again = Sequence::resume(&model, session, &text[..81], options.clone()).unwrap();
     assert_eq!((again.session().len(), again.pending()), (80, &text[80..81]));
     let nothing = Sequence::resume(&model, model.session(), &[], options).unwrap_err();
@@ -118,7 +118,7 @@ fn a_sequence_resumed_writes_what_one_that_never_paused_writes() {
 }
 
 #[test]
-fn every_file_with_a_byte_turned_is_refused() {
+fn a_file_with_any_byte_changed_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     for cache_type in CACHES {
@@ -136,7 +136,7 @@ fn every_file_with_a_byte_turned_is_refused() {
 }
 
 #[test]
-fn every_file_that_was_cut_or_has_more_is_refused_with_its_length() {
+fn a_file_of_another_length_is_refused_with_its_length() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let model = load(&file, CacheType::F16);
@@ -147,22 +147,28 @@ fn every_file_that_was_cut_or_has_more_is_refused_with_its_length() {
             0..64 => (format!("a file of {length} bytes"), "64 bytes for the header".to_owned()),
             _ => (format!("{length} bytes"), format!("{} bytes for 4 tokens, 3 of them in the cache", bytes.len())),
         };
-        refused(&model, &path, &Place::File, &found, &expected);
+        assert_refused(&model, &path, &Place::File, &found, &expected);
     }
     fs::write(&path, [&bytes[..], &[0]].concat()).unwrap();
-    refused(&model, &path, &Place::File, &format!("{} bytes", bytes.len() + 1), &format!("{} bytes", bytes.len()));
+    assert_refused(
+        &model,
+        &path,
+        &Place::File,
+        &format!("{} bytes", bytes.len() + 1),
+        &format!("{} bytes", bytes.len()),
+    );
 }
 
 #[test]
-fn a_file_of_something_else_or_of_another_version_is_refused() {
+fn another_format_or_version_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let model = load(&file, CacheType::F16);
-    refused(&model, &file, &field("magic"), "\"GGUF", "\"NYBBLEKV\"");
+    assert_refused(&model, &file, &field("magic"), "\"GGUF", "\"NYBBLEKV\"");
     let mut bytes = saved(&model, &path, 3);
     bytes[8..12].copy_from_slice(&2u32.to_le_bytes());
     fs::write(&path, &bytes).unwrap();
-    refused(&model, &path, &field("version"), "2", "1");
+    assert_refused(&model, &path, &field("version"), "2", "1");
 }
 
 #[test]
@@ -182,12 +188,12 @@ fn a_session_of_another_model_is_refused_with_both_hashes() {
         let hex = |hash: &[u8; 32]| hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let (found, expected) = (hex(model.fingerprint()), hex(other.fingerprint()));
         assert_ne!(found, expected);
-        refused(&other, &path, &field("model"), &format!("the hash {found}"), &expected);
+        assert_refused(&other, &path, &field("model"), &format!("the hash {found}"), &expected);
     }
 }
 
 #[test]
-fn the_same_weights_have_the_same_fingerprint_on_every_kernel_and_with_every_cache() {
+fn fingerprints_do_not_depend_on_kernel_and_cache_type() {
     let folder = tempfile::tempdir().unwrap();
     let file = llama(folder.path(), &ODD, BlockType::Q4_1);
     let expected = *load(&file, CacheType::F16).fingerprint();
@@ -206,10 +212,10 @@ fn a_session_with_another_cache_type_is_refused() {
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let (f16, int8) = (load(&file, CacheType::F16), load(&file, CacheType::Int8));
     let mut bytes = saved(&f16, &path, 3);
-    refused(&int8, &path, &field("cache_type"), "f16", "int8, that of the loaded model");
+    assert_refused(&int8, &path, &field("cache_type"), "f16", "int8, that of the loaded model");
     bytes[12] = 9;
     fs::write(&path, &bytes).unwrap();
-    refused(&f16, &path, &field("cache_type"), "type 9", "f16");
+    assert_refused(&f16, &path, &field("cache_type"), "type 9", "f16");
 }
 
 #[test]
@@ -226,15 +232,15 @@ fn counts_that_the_file_does_not_bear_out_are_refused_and_allocate_nothing() {
     };
     for huge in [1 << 32, 1 << 61, 1 << 62, 1 << 63, u64::MAX] {
         with(huge, 3);
-        refused(&model, &path, &Place::File, &format!("{} bytes", bytes.len()), "");
+        assert_refused(&model, &path, &Place::File, &format!("{} bytes", bytes.len()), "");
         with(huge, huge);
-        refused(&model, &path, &field("tokens in the cache"), &huge.to_string(), "at most 700, the context");
+        assert_refused(&model, &path, &field("tokens in the cache"), &huge.to_string(), "at most 700, the context");
     }
     with(2, 3);
-    refused(&model, &path, &field("tokens"), "2", "at least the 3 in the cache");
+    assert_refused(&model, &path, &field("tokens"), "2", "at least the 3 in the cache");
     // A whole page more than there is.
     with(700, 700);
-    refused(&model, &path, &Place::File, &format!("{} bytes", bytes.len()), "");
+    assert_refused(&model, &path, &Place::File, &format!("{} bytes", bytes.len()), "");
 }
 
 #[test]
@@ -244,7 +250,7 @@ fn a_session_longer_than_the_context_is_refused() {
     saved(&load(&file, CacheType::F16), &path, 100);
     let options = LoadOptions { context: Some(80), cache_type: Some(CacheType::F16), ..LoadOptions::default() };
     let short = Model::load(&file, &options).unwrap();
-    refused(
+    assert_refused(
         &short,
         &path,
         &field("tokens in the cache"),
@@ -254,16 +260,16 @@ fn a_session_longer_than_the_context_is_refused() {
 }
 
 #[test]
-fn a_token_that_the_vocabulary_does_not_have_is_refused_though_the_checksum_is_right() {
+fn an_unknown_token_is_refused_despite_a_correct_checksum() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let model = load(&file, CacheType::F16);
     model.session().save(&model, &[1, 101], &path).unwrap();
-    refused(&model, &path, &field("tokens"), "101", "ids below 101");
+    assert_refused(&model, &path, &field("tokens"), "101", "ids below 101");
 }
 
 #[test]
-fn a_file_holds_nothing_of_what_was_taken_back() {
+fn a_file_contains_nothing_of_truncated_tokens() {
     let folder = tempfile::tempdir().unwrap();
     let (path, text) = (folder.path().join("session"), tokens(60));
     for cache_type in CACHES {
@@ -283,7 +289,7 @@ fn a_file_holds_nothing_of_what_was_taken_back() {
 }
 
 #[test]
-fn saving_fails_with_the_name_of_the_file_and_leaves_the_old_one() {
+fn a_failed_save_names_the_file_and_leaves_the_old_one() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let (model, other) = (load(&file, CacheType::F16), load(&file, CacheType::F16));

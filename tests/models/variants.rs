@@ -1,17 +1,17 @@
-//! Every family in unusual shapes, with every switch that changes what is computed, against the logits of transformers. See
+//! Every family in unusual shapes, with every switch that changes the result, against the logits of transformers. See
 //! tests/data/README.md.
 
 use std::path::Path;
 
 use crate::hf_folder::{Checkpoint, Stored};
-use crate::logits::{bits, distance, feed, load, logits};
+use crate::logits::{assert_known_fingerprint, bits, distance, feed, load, logits};
 use nybble::model::hf::HfFolder;
 use nybble::model::{Quantize, convert};
 use nybble::quant::block::BlockType;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
 
-/// Tokens of a reference.
+/// Tokens of each variant.
 const TOKENS: usize = 40;
 
 struct Variant {
@@ -47,7 +47,7 @@ fn variants() -> Vec<Variant> {
     files.iter().map(variant).collect()
 }
 
-/// A tensor with the values that belong to its name, as `scripts/make_variants.py` makes them.
+/// A tensor with the values that follow from its name, as in `scripts/make_variants.py`.
 fn stored(name: String, shape: Vec<usize>) -> Stored {
     let seed = name
         .bytes()
@@ -69,7 +69,7 @@ fn stored(name: String, shape: Vec<usize>) -> Stored {
 }
 
 #[test]
-fn every_shape_and_switch_computes_what_transformers_computes_as_a_folder_and_as_a_file() {
+fn folder_and_file_compute_what_transformers_computes() {
     let mut faults = Vec::new();
     for Variant { name, folder, input, logits: expected } in variants() {
         let path = folder.path().join("model.gguf");
@@ -82,7 +82,7 @@ fn every_shape_and_switch_computes_what_transformers_computes_as_a_folder_and_as
         };
         convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
         for (what, path) in [("as a folder", folder.path()), ("as a file", &path)] {
-            // Some ways to stretch a rotation depend on how much the session is to hold.
+            // Some ways to stretch a rotation depend on the context.
             let model = load(path, Quantize::Stored, 2, Some(TOKENS));
             let worst = distance(&logits(&model, &input, TOKENS), &expected);
             if worst.is_nan() || worst > 2e-4 {
@@ -94,7 +94,7 @@ fn every_shape_and_switch_computes_what_transformers_computes_as_a_folder_and_as
 }
 
 #[test]
-fn every_shape_and_switch_has_the_same_bits_on_any_threads_in_any_pieces() {
+fn bits_do_not_depend_on_threads_batches_or_other_sessions() {
     for Variant { name, folder, input, .. } in variants() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let [one, two] = [1, 2].map(|threads| load(folder.path(), quantize, threads, Some(TOKENS)));
@@ -102,10 +102,18 @@ fn every_shape_and_switch_has_the_same_bits_on_any_threads_in_any_pieces() {
             for piece in [1, 7, 64] {
                 assert!(bits(&logits(&two, &input, piece)) == whole, "{name}, {quantize:?}: pieces of {piece}");
             }
-            // Beside another session.
+            // Next to another session.
             let (mut first, mut second) = (two.session(), two.session());
             feed(&two, &mut second, &input[..5]);
-            assert!(bits(&feed(&two, &mut first, &input)) == whole, "{name}, {quantize:?}: beside another");
+            assert!(bits(&feed(&two, &mut first, &input)) == whole, "{name}, {quantize:?}: next to another session");
         }
+    }
+}
+
+#[test]
+fn every_variant_keeps_the_fingerprint_of_saved_sessions() {
+    for Variant { name, folder, .. } in variants() {
+        let model = load(folder.path(), Quantize::Int8, 1, Some(TOKENS));
+        assert_known_fingerprint(&format!("variant {name} Int8"), &model);
     }
 }

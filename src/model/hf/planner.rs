@@ -1,102 +1,19 @@
-//! Name maps as data: which tensors of a Hugging Face checkpoint make up which tensor of GGUF, and how.
+//! Finds the tensors of a checkpoint that each tensor of GGUF is made of, by the name map of the family.
 
 use std::collections::HashSet;
 
-use super::packings::{Matrix, Packing};
+use super::entry::{Entry, Need, Transform};
+use super::families::HfFamily;
+use super::packings::Packing;
+use super::packings::matrix::Matrix;
 use super::settings::Settings;
 use super::sizes::{Size, Sizes};
-use super::transform::Order;
+use super::transform::RowOrder;
 use crate::error::{Error, Place, Result};
 use crate::format::safetensors::{SafeTensors, TensorInfo};
-use crate::model::hf::families::Family;
 use crate::quant::block::BlockType;
 
-/// How tensors of the checkpoint become one of GGUF.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Transform {
-    /// As it is.
-    Copy,
-    /// Per head, rows `i` and `i + head_dim / 2` become neighbours, as llama.cpp rotates them for some families.
-    PairNeighbours,
-    /// Query, key and value rows that lie together by head, or by head of keys and values, become all queries, then all
-    /// keys, then all values.
-    Ungroup,
-    /// Rows become columns.
-    Transpose,
-    /// 1 is added to every value.
-    AddOne,
-    /// The first rows are left out.
-    Skip(usize),
-    /// As many tensors as the last dimension says, `{e}` in the name being their number, one after the other.
-    Stack,
-    /// A matrix of one row becomes a vector.
-    Squeeze,
-}
-
-/// Whether the checkpoint must have a tensor.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Need {
-    Never,
-    Always,
-    /// If it is there, it is used.
-    Optional,
-    /// When this switch of the configuration is on.
-    If(&'static str),
-    /// When this switch of the configuration is off.
-    Unless(&'static str),
-    /// When the configuration says so in a less simple way.
-    IfSo(fn(&Settings) -> Result<bool>),
-    /// In layers with experts.
-    Sparse,
-    /// In layers without experts.
-    Dense,
-    /// The output matrix: optional where it may be tied to the embedding.
-    Untied,
-}
-
-/// One tensor of GGUF, or two: a weight and its bias.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Entry {
-    /// GGUF's name without `blk.N.` and without `.weight`.
-    gguf: &'static str,
-    /// The checkpoint's name without `.weight`; `~` stands for what the names of all layers begin with.
-    hf: &'static str,
-    transform: Transform,
-    weight: Need,
-    bias: Need,
-    /// Dimensions in GGUF's order, where they are not those of the [name](Size::named).
-    dims: Option<&'static [Size]>,
-}
-
-/// An entry that must be there, is used as it is and has no bias; its methods say otherwise.
-pub(super) const fn tensor(gguf: &'static str, hf: &'static str) -> Entry {
-    Entry { gguf, hf, transform: Transform::Copy, weight: Need::Always, bias: Need::Never, dims: None }
-}
-
-impl Entry {
-    pub(super) const fn by(self, transform: Transform) -> Entry {
-        Entry { transform, ..self }
-    }
-
-    pub(super) const fn when(self, weight: Need) -> Entry {
-        Entry { weight, ..self }
-    }
-
-    pub(super) const fn bias(self, bias: Need) -> Entry {
-        Entry { bias, ..self }
-    }
-
-    /// A weight and a bias that are there or missing together.
-    pub(super) const fn both(self, need: Need) -> Entry {
-        Entry { weight: need, bias: need, ..self }
-    }
-
-    pub(super) const fn dims(self, dims: &'static [Size]) -> Entry {
-        Entry { dims: Some(dims), ..self }
-    }
-}
-
-/// A tensor of GGUF and what it is made of. All of it was checked.
+/// A tensor of GGUF and the tensors that it is made of. Everything is checked.
 #[derive(Debug)]
 pub(super) struct Planned {
     /// GGUF's name.
@@ -105,35 +22,40 @@ pub(super) struct Planned {
     pub(super) dims: Vec<usize>,
     /// The type of the checkpoint's values.
     pub(super) block_type: BlockType,
-    /// Indices into [`SafeTensors::tensors`]; none where they are packed.
+    /// Indices into [`SafeTensors::tensors`]; none where the tensors are packed.
     pub(super) parts: Vec<usize>,
-    /// What it is made of where that is in 4 bits already.
+    /// The matrices that it is made of, where they are in 4 bits already.
     pub(super) packed: Vec<Matrix>,
-    pub(super) order: Order,
+    pub(super) order: RowOrder,
 }
 
-/// Finds everything that a family is made of, and sees that nothing is left over.
+/// Finds all tensors of a family, and checks that none is left over.
 pub(super) struct Planner<'a> {
-    pub(super) family: &'a Family,
-    pub(super) settings: &'a Settings,
-    pub(super) sizes: &'a Sizes,
-    pub(super) files: &'a SafeTensors,
+    family: &'a HfFamily,
+    settings: &'a Settings,
+    sizes: &'a Sizes,
+    files: &'a SafeTensors,
     packing: Option<Packing>,
-    /// What the names of the layers begin with.
+    /// The prefix that `~` stands for in names.
     base: &'static str,
     planned: Vec<Planned>,
+    /// Names of the checkpoint's tensors that are part of `planned`.
     used: HashSet<&'a str>,
 }
 
 impl<'a> Planner<'a> {
+    /// All tensors of a family.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the checkpoint's name of the tensor.
     pub(super) fn plan(
-        family: &'a Family,
+        family: &'a HfFamily,
         settings: &'a Settings,
         sizes: &'a Sizes,
         files: &'a SafeTensors,
         packing: Option<Packing>,
     ) -> Result<Vec<Planned>> {
-        // Some checkpoints were saved from the model without its head, and then lack the first part of every name.
+        // Checkpoints of a model that was saved without its head lack the first part of every name.
         let starts_with = |base: &&&str| files.tensors().iter().any(|tensor| tensor.name().starts_with(**base));
         let base = family.bases.iter().find(starts_with).copied().unwrap_or_default();
         let mut planner =
@@ -154,12 +76,13 @@ impl<'a> Planner<'a> {
         let Entry { gguf, transform, weight, bias, dims, .. } = *entry;
         let dims: Vec<usize> = dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes)).collect();
         let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
-        // What changes rows changes the bias alike; there are no columns and no ones in it.
-        let of_bias = match transform {
+        // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
+        let bias_transform = match transform {
             Transform::Transpose | Transform::AddOne => Transform::Copy,
             other => other,
         };
-        for (suffix, need, dims, transform) in [(".weight", weight, dims, transform), (".bias", bias, vector, of_bias)]
+        for (suffix, need, dims, transform) in
+            [(".weight", weight, dims, transform), (".bias", bias, vector, bias_transform)]
         {
             let name = match layer {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
@@ -194,7 +117,7 @@ impl<'a> Planner<'a> {
     }
 
     fn add(&mut self, name: String, source: &str, dims: Vec<usize>, transform: Transform) -> Result<()> {
-        // The shape of one part, the slowest-varying dimension first as in the checkpoint.
+        // The shape of one part, the slowest-varying dimension first, as in the checkpoint.
         let mut shape: Vec<usize> = dims.iter().rev().copied().collect();
         let mut sources = vec![source.to_owned()];
         match transform {
@@ -207,7 +130,7 @@ impl<'a> Planner<'a> {
             Transform::Squeeze => shape.insert(0, 1),
             _ => {}
         }
-        let order = Order::new(transform, self.sizes);
+        let order = RowOrder::new(transform, self.sizes);
         if sources.first().is_some_and(|source| self.is_packed(source)) {
             let packed = self.packed(&sources, &shape, transform)?;
             let planned = Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order };
@@ -221,7 +144,7 @@ impl<'a> Planner<'a> {
             let found = self.block_type(part)?;
             if *block_type.get_or_insert(found) != found {
                 let place = Place::Tensor(part.name().to_owned());
-                let expected = format!("the type of the tensors beside it in {name}");
+                let expected = format!("the type of the other tensors of {name}");
                 return Err(Error::malformed(self.files.path(part), place, part.dtype(), expected));
             }
             self.used.insert(part.name());
@@ -232,12 +155,12 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// Whether the matrix called `source` is in 4 bits already.
+    /// Whether the matrix called `source` is packed in 4 bits.
     fn is_packed(&self, source: &str) -> bool {
         self.packing.is_some_and(|packing| packing.find(self.files, &source.replace("{e}", "0")).is_some())
     }
 
-    /// The packed matrices called `sources`, all of this shape.
+    /// The packed matrices called `sources`, all of the same shape.
     fn packed(&mut self, sources: &[String], shape: &[usize], transform: Transform) -> Result<Vec<Matrix>> {
         let files = self.files;
         let mut packed = Vec::with_capacity(sources.len());
@@ -258,7 +181,7 @@ impl<'a> Planner<'a> {
         Ok(packed)
     }
 
-    /// The tensor called `name`, which must be there and have this shape, and its place among all.
+    /// The tensor called `name` and its index. It must have this shape.
     fn part(&self, name: &str, shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
         let files = self.files;
         let Some((at, tensor)) = files.position(name).zip(files.tensor(name)) else {
@@ -289,7 +212,7 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// A tensor that nothing was made of means that the model would be computed without a part of it.
+    /// Returns an error for a tensor that is not used: without it the model would compute something else.
     fn check_leftovers(&self) -> Result<()> {
         /// Buffers that older versions of transformers saved: masks and frequencies.
         const BUFFERS: &[&str] =
@@ -298,7 +221,7 @@ impl<'a> Planner<'a> {
             BUFFERS.iter().any(|end| name.ends_with(end))
                 || self.family.ignored.iter().any(|start| name.starts_with(start))
         };
-        // Programs that pack checkpoints give every linear layer a bias.
+        // Programs that pack checkpoints give every linear layer a bias, of zeros where it had none.
         let is_zero_bias = |tensor: &TensorInfo| {
             self.packing.is_some()
                 && tensor.name().ends_with(".bias")
@@ -313,7 +236,11 @@ impl<'a> Planner<'a> {
                 self.files.path(tensor),
                 Place::Tensor(tensor.name().to_owned()),
                 "a tensor",
-                format_args!("none: {} describes a {} without it", self.config(), self.family.model_types[0]),
+                format_args!(
+                    "none: according to {} the {} has no such tensor",
+                    self.config(),
+                    self.family.model_types[0]
+                ),
             )),
         }
     }

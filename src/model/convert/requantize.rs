@@ -1,4 +1,4 @@
-//! Checkpoints whose matrices are stored in another type than their files have, encoded row by row as they are read.
+//! Checkpoints whose matrices are encoded in another type than that of their files, row by row while they are read.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -11,10 +11,10 @@ use crate::format::{Checkpoint, Tensor};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
-/// The type in which to store the tensor called `name` when matrices are wanted in `wanted`. `None` for tensors that stay
-/// F32, whatever is wanted: vectors, norms, learned positions and the choice of experts are small and much depends on them.
+/// The type to store the tensor `name` in when matrices are wanted in `wanted`. `None` for tensors that are always F32:
+/// vectors, norms, learned positions and routers are small, and the quality depends on them.
 ///
-/// The embedding and the output are worth more bits than the layers: where four are wanted, they get eight.
+/// The embedding and the output need more bits than the layers: where 4 are wanted, they have 8.
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     let is_small = ["_norm", "position_embd", "ffn_gate_inp"].iter().any(|end| stem.ends_with(end));
@@ -26,17 +26,17 @@ pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }
 
-/// A checkpoint with its F32, F16 and BF16 matrices in blocks of fewer bits. What its file has in such blocks stays as it is.
+/// A checkpoint with its F32, F16 and BF16 matrices in blocks of fewer bits. Matrices that are in blocks stay as they are.
 pub struct Quantized<'a> {
     source: &'a dyn Checkpoint,
     wanted: BlockType,
-    /// The first row that could not be encoded.
+    /// The error of the first row that could not be encoded.
     fault: Mutex<Option<Error>>,
 }
 
 impl<'a> Quantized<'a> {
     /// `source` with linear layers in `wanted`: [`BlockType::Q4_0`] for INT4, [`BlockType::Q8_0`] for INT8. Rows that do not
-    /// fill whole blocks are filled up with zeros.
+    /// fill whole blocks are padded with zeros.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for types that cannot be encoded.
@@ -48,7 +48,7 @@ impl<'a> Quantized<'a> {
         Ok(Quantized { source, wanted, fault: Mutex::new(None) })
     }
 
-    /// Says whether all rows that were read could be encoded. To be called after loading: rows that could not be are zeros.
+    /// Returns the error of a row that could not be encoded. Call it after loading: such rows were read as zeros.
     ///
     /// # Errors
     /// [`Error::Malformed`] with the tensor when one holds NaN, an infinity, or a number too large for its type.
@@ -99,7 +99,7 @@ impl Checkpoint for Quantized<'_> {
     }
 }
 
-/// The error that tensor `name` of the file at `path` gives when it cannot be encoded because of `error`.
+/// The error for tensor `name` of the file at `path`, which could not be encoded because of `error`.
 pub(super) fn unfit(path: &Path, name: &str, error: &Error) -> Error {
     let place = Place::Tensor(name.to_owned());
     match error {
@@ -108,12 +108,12 @@ pub(super) fn unfit(path: &Path, name: &str, error: &Error) -> Error {
     }
 }
 
-/// Rows of a matrix in another type.
+/// Rows of a matrix, encoded in another type.
 struct Encoded<'a> {
     source: Box<dyn Rows + 'a>,
     wanted: BlockType,
     columns: usize,
-    /// Told why a row cannot be encoded.
+    /// Called with the reason why a row cannot be encoded.
     fail: Box<dyn Fn(Error) + Sync + 'a>,
 }
 
@@ -135,7 +135,7 @@ impl Rows for Encoded<'_> {
     }
 }
 
-/// The `columns` values of row `index`.
+/// Decodes the `columns` values of row `index`.
 pub(super) fn decode(
     rows: &dyn Rows,
     index: usize,
@@ -147,7 +147,7 @@ pub(super) fn decode(
     rows.block_type().decode(rows.row(index, scratch), values)
 }
 
-/// Appends the blocks of `values`. Unlike the type's own encoding it accepts no number that would become infinite.
+/// Appends the blocks of `values`. Unlike [`BlockType::encode`] it refuses numbers that would become infinite.
 pub(super) fn encode(wanted: BlockType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
     if wanted == BlockType::F16
         && let Some(large) = values.iter().find(|value| value.is_finite() && f16::from_f32(**value).is_infinite())

@@ -1,23 +1,25 @@
-//! From any checkpoint to a GGUF file that llama.cpp reads.
+//! Converts any checkpoint to a GGUF file that llama.cpp reads.
+
+pub mod requantize;
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use super::hf::HfFolder;
-use super::requantize::{decode, encode, target, unfit};
-use super::weights::Progress;
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
 use crate::format::{Checkpoint, Tensor};
+use crate::model::hf::HfFolder;
+use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
 use crate::threads::{Scope, ThreadPool, default_threads};
+use requantize::{decode, encode, target, unfit};
 
-/// Bytes that one thread makes before it takes the next piece.
+/// Bytes of a piece, which one thread encodes.
 const PIECE: usize = 1 << 20;
 
-/// Writes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, as a GGUF file at `out`.
+/// Writes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, to a GGUF file at `out`.
 ///
-/// Matrices are stored as [`convert`] says. `progress` is told how many of the tensors are done.
+/// Matrices are stored as in [`convert`]. `progress` is called with the number of tensors that are done, and that of all.
 ///
 /// # Errors
 /// Those of [`Gguf::open`], [`HfFolder::open`], [`HfFolder::tokenizer`] and [`convert`].
@@ -30,16 +32,16 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
     }
 }
 
-/// Writes `checkpoint` as a GGUF file at `out`, with the keys of `more` besides its own.
+/// Writes `checkpoint` to a GGUF file at `out`, with its own keys and those of `more`.
 ///
-/// Matrices are stored in the type `wanted`. What [`target`] exempts becomes F32; the embedding and the output get Q8_0 where
-/// Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as llama.cpp's converter does it.
-/// Tensors that are in the right type already are copied, and so are those that a checkpoint of Hugging Face holds in 4 bits
-/// where blocks are wanted.
+/// Matrices are stored in the type `wanted`. Tensors that [`target`] exempts become F32; the embedding and the output become
+/// Q8_0 where Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as in llama.cpp's converter.
+/// Tensors that have the right type are copied, and so are those that a Hugging Face checkpoint holds in 4 bits where a block
+/// type is wanted.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left then.
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. After an error there is no file.
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,
@@ -57,7 +59,7 @@ pub fn convert(
         file_type: wanted,
         stored: &|name, tensor| {
             let found = tensor.rows.block_type();
-            // What was quantized before would lose more in other blocks.
+            // Tensors that are quantized already would lose precision in other blocks.
             let is_final = checkpoint.is_quantized(name) && found.block_len() > 1 && wanted.block_len() > 1;
             if is_final { found } else { stored(name, tensor, wanted) }
         },
@@ -67,17 +69,17 @@ pub fn convert(
     job.write(out, progress)
 }
 
-/// What becomes of a checkpoint's tensors.
+/// How the tensors of a checkpoint are written to a file.
 pub(crate) struct Job<'a> {
-    /// Where they come from.
+    /// The source of the tensors.
     pub(crate) checkpoint: &'a dyn Checkpoint,
-    /// Keys besides those of the checkpoint.
+    /// Keys in addition to those of the checkpoint.
     pub(crate) more: &'a Metadata,
     /// The type that most matrices have.
     pub(crate) file_type: BlockType,
     /// The type of each tensor.
     pub(crate) stored: &'a dyn Fn(&str, &Tensor<'_>) -> BlockType,
-    /// The bytes of tensors that are made already; `None` for those to be encoded.
+    /// The bytes of tensors that are encoded already; `None` for those to be encoded.
     pub(crate) made: &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>,
     /// The threads that encode.
     pub(crate) pool: &'a ThreadPool,
@@ -94,7 +96,7 @@ impl Job<'_> {
         for (key, value) in self.more.iter() {
             metadata.set(key, value.clone());
         }
-        // Without the number readers guess from the tensors.
+        // Without this number, readers guess it from the tensors.
         if let Some(file_type) = file_type(self.file_type) {
             metadata.set("general.file_type", file_type);
         }
@@ -139,7 +141,7 @@ impl Job<'_> {
     }
 }
 
-/// llama.cpp's number for files whose matrices are of that type.
+/// llama.cpp's number for files whose matrices have that type.
 fn file_type(wanted: BlockType) -> Option<u32> {
     Some(match wanted {
         BlockType::F32 => 0,
@@ -153,7 +155,7 @@ fn file_type(wanted: BlockType) -> Option<u32> {
     })
 }
 
-/// The type in which a tensor is stored.
+/// The type that a tensor is stored in.
 fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
     match target(name, &tensor.dims, wanted) {
         None => BlockType::F32,
@@ -162,11 +164,11 @@ fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
     }
 }
 
-/// The bytes of a whole tensor, made by all threads.
+/// The bytes of a whole tensor, encoded by all threads.
 fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Result<Vec<u8>> {
     let columns = tensor.dims.first().copied().unwrap_or(0);
     let rows: usize = tensor.dims.iter().skip(1).product();
-    // The writer has counted these bytes before.
+    // The writer has checked that the number of bytes does not overflow.
     let row_bytes = stored.bytes_for(columns).unwrap_or_default();
     let mut bytes = vec![0; rows * row_bytes];
     let fault = Mutex::new(None);

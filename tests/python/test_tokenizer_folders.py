@@ -178,8 +178,8 @@ def test_templates_are_found_wherever_a_folder_keeps_them(tmp_path: Path, config
         ("", "invalid JSON"),
         ("[" * 100_000, "invalid JSON"),
         ("[]", "found a JSON list, expected an object"),
-        ("{}", "found no tokenizer that can be loaded"),
-        ('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}', "found no tokenizer"),
+        ("{}", "found an invalid tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}', "found an invalid tokenizer"),
     ],
 )
 def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -209,7 +209,7 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize("wrong", [440, 2**32 - 1, 2**40, -1, 1.5, "5", None, [], True])
 def test_a_token_whose_id_is_out_of_range_or_no_number_is_refused(tmp_path: Path, wrong: Any) -> None:
     is_id = wrong in (440, 2**32 - 1)
-    message = f"token 'Z': found the id {wrong}, expected one below 440" if is_id else "found no tokenizer"
+    message = f"token 'Z': found the id {wrong}, expected one below 440" if is_id else "found an invalid tokenizer"
     refused(changed(tmp_path, "model", "vocab", "Z", value=wrong), message)
 
 
@@ -219,7 +219,7 @@ def test_two_tokens_of_one_id_are_refused_with_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [2**40, 2**32 - 1, 0, -1, 1.5, "5", None, [], True])
 def test_an_added_token_whose_id_is_not_the_next_one_is_refused(tmp_path: Path, wrong: Any) -> None:
-    refused(changed(tmp_path, "added_tokens", -1, "id", value=wrong), "found the id|found no tokenizer")
+    refused(changed(tmp_path, "added_tokens", -1, "id", value=wrong), "found the id|found an invalid tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_an_added_token_whose_id_is_not_the_next_one_is_refused(tmp_path: Path, 
     [[["a"]], [["a", "b", "c"]], ["ab"], ["a b c"], [1], [None], "a b", {}, [["no-such", "a"]], [["", ""]], [" "]],
 )
 def test_merges_that_are_no_pairs_of_tokens_are_refused(tmp_path: Path, merges: Any) -> None:
-    refused(changed(tmp_path, "model", "merges", value=merges), "found no tokenizer that can be loaded")
+    refused(changed(tmp_path, "model", "merges", value=merges), "found an invalid tokenizer")
 
 
 def test_a_token_of_a_hundred_megabytes_is_refused_before_anything_is_built_of_it(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_normalizer_that_makes_a_text_a_thousand_times_longer_is_refused(tmp_p
 
 def test_a_panic_of_the_package_is_an_error_with_the_file(tmp_path: Path) -> None:
     step = {"type": "Replace", "pattern": {"Regex": "(?=a)"}, "content": "x"}
-    refused(changed(tmp_path, "normalizer", value=step), "cannot encode a letter")
+    refused(changed(tmp_path, "normalizer", value=step), "cannot encode the text 'a'")
     step["pattern"] = {"Regex": "(?=b)"}
     tokenizer = Tokenizer.load(changed(tmp_path, "normalizer", value=step))
     with pytest.raises(ModelError, match="the vocabulary cannot encode 'b'"):

@@ -144,7 +144,7 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
         package = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
         if isinstance(error, Exception) or is_failure(error):
-            raise ModelError(f"{where}: the tokenizers package cannot load it ({error})") from error
+            raise ModelError(f"{where}: found an invalid tokenizer ({error})") from error
         raise
     package.no_truncation()  # Files may be saved with settings for batches of equal length.
     package.no_padding()

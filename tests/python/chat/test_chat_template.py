@@ -1,4 +1,4 @@
-"""Chat templates: what real ones use works, and what takes a machine is an error."""
+"""Chat templates: features of real templates work, and excessive use of resources is an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def render(source: str, messages: list[Message] | None = None, **variables: Any)
 
 # --- What templates use -----------------------------------------------------------------------------------------------
 
-# Written for this test, in the manner of those that models come with.
+# Written for this test in the style of models' templates.
 WITH_TOOLS = """
 {%- macro describe(properties, indent='') %}
     {%- for name, value in properties | dictsort %}
@@ -106,7 +106,7 @@ Tools:
 
 
 def plainly(source: str, **variables: Any) -> str:
-    """What Jinja makes of a template without any limits, in the environment that `transformers` gives it."""
+    """The output of Jinja without limits, in the environment of `transformers`."""
 
     def to_json(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -121,7 +121,7 @@ def plainly(source: str, **variables: Any) -> str:
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]])
 @pytest.mark.parametrize("answer", [False, True])
-def test_the_limits_change_nothing_of_a_well_behaved_template(tools: Any, talk: list[Message], answer: bool) -> None:
+def test_the_limits_do_not_change_the_output_of_real_templates(tools: Any, talk: list[Message], answer: bool) -> None:
     variables = {"tools": tools, "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": answer}
     assert render(WITH_TOOLS, talk, **variables) == plainly(WITH_TOOLS, messages=talk, **variables)
 
@@ -150,7 +150,7 @@ def test_the_limits_change_nothing_of_a_well_behaved_template(tools: Any, talk: 
         ("{{ ['b', 'a'] | sort | join('-') }} {{ 'a-b'.replace('-', '+') }} {{ ','.join(['x', 'y']) }}", "a-b a+b x,y"),
     ],
 )
-def test_what_templates_use_works(source: str, expected: str | None) -> None:
+def test_features_of_real_templates_work(source: str, expected: str | None) -> None:
     if expected is None:
         with pytest.raises(ModelError, match="'m' is undefined"):
             render(source)
@@ -158,7 +158,7 @@ def test_what_templates_use_works(source: str, expected: str | None) -> None:
         assert render(source) == expected
 
 
-def test_the_date_of_today_can_be_asked_for() -> None:
+def test_a_template_may_write_the_date() -> None:
     before = datetime.datetime.now()
     found = render("{{ strftime_now('%Y-%m-%d') }}")
     assert found in {f"{moment:%Y-%m-%d}" for moment in (before, datetime.datetime.now())}
@@ -169,7 +169,7 @@ def test_a_template_may_refuse_the_messages() -> None:
         render("{{ raise_exception('roles must alternate') }}")
 
 
-def test_the_messages_of_the_caller_stay_as_they_were() -> None:
+def test_the_messages_of_the_caller_are_not_changed() -> None:
     messages = [{"role": "user", "content": "a"}]
     for source in ("{{ messages.append(1) }}", "{{ messages[0].update({'a': 1}) }}", "{{ messages.clear() }}"):
         with pytest.raises(ModelError):
@@ -178,18 +178,18 @@ def test_the_messages_of_the_caller_stay_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("messages", ["Hello", b"Hello", None, {"role": "user"}, 3])
-def test_messages_that_are_no_list_are_refused(messages: Any) -> None:
+def test_messages_other_than_a_list_are_refused(messages: Any) -> None:
     with pytest.raises(TypeError, match="messages: found"):
         ChatTemplate("x").render(messages)
 
 
 @pytest.mark.parametrize("message", ["Hello", None, ["user", "Hello"]])
-def test_a_message_that_is_no_dict_is_refused(message: Any) -> None:
+def test_a_message_other_than_a_dict_is_refused(message: Any) -> None:
     with pytest.raises(TypeError, match=r"messages: found a .* among them"):
         ChatTemplate("x").render([message])
 
 
-def test_one_template_renders_any_number_of_times() -> None:
+def test_a_template_renders_repeatedly() -> None:
     template = ChatTemplate("{% for i in range(900) %}{{ i }}{% endfor %}", limits=Limits(steps=5000))
     assert len({template.render([]) for _ in range(20)}) == 1, "the steps of one rendering are not those of the next"
 
@@ -227,7 +227,7 @@ def test_one_template_renders_any_number_of_times() -> None:
     ],
     ids=lambda source: source[:24],
 )
-def test_a_template_of_great_depth_or_size_is_an_error(source: str) -> None:
+def test_a_template_too_deep_or_too_large_is_an_error(source: str) -> None:
     with pytest.raises(ModelError):
         ChatTemplate(source)
 
@@ -239,20 +239,20 @@ def test_the_depth_of_real_templates_is_allowed(depth: int) -> None:
     )
 
 
-def test_values_set_in_place_do_not_count_as_open_blocks() -> None:
+def test_inline_set_statements_are_not_open_blocks() -> None:
     assert render("{% set a = 1 %}" * 1000 + "{% set b = f(c=1) if false else 2 %}{{ b }}") == "2"
 
 
 @pytest.mark.parametrize(
     "source", ["{% if %}", "{% if true %}", "{{ 'a", "{% nothing %}", "{{ 1 | nothing }}", "{# ", "{{ }}", "{{ ( }}"]
 )
-def test_a_broken_template_is_an_error(source: str) -> None:
+def test_an_invalid_template_is_an_error(source: str) -> None:
     with pytest.raises(ModelError, match="chat template: "):
         ChatTemplate(source)
 
 
 @given(st.text(alphabet="{}%#()[]'\"|.~*+- \nabifor01", max_size=40))
-def test_no_source_does_worse_than_an_error(source: str) -> None:
+def test_any_source_compiles_or_raises_modelerror(source: str) -> None:
     try:
         ChatTemplate(source, limits=Limits(steps=1000)).render(TALK)
     except ModelError:
@@ -335,13 +335,13 @@ RUNAWAYS = [
 
 
 @pytest.mark.parametrize("source", RUNAWAYS, ids=lambda source: source[:60])
-def test_a_template_that_would_take_the_machine_is_an_error(source: str) -> None:
-    template = ChatTemplate(source, limits=Limits(steps=200_000))  # Less than usual, for a quick test.
+def test_a_template_that_exceeds_its_limits_is_an_error(source: str) -> None:
+    template = ChatTemplate(source, limits=Limits(steps=200_000))  # Fewer than by default, to keep the test fast.
     with pytest.raises(ModelError):
         template.render(TALK)
 
 
-def test_the_usual_limits_stop_endless_loops() -> None:
+def test_the_default_limits_stop_endless_loops() -> None:
     with pytest.raises(ModelError, match="it ran for more than 1000000 steps"):
         render("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
 
@@ -375,7 +375,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_a_template_that_reaches_for_python_is_an_error(source: str) -> None:
+def test_a_template_that_accesses_python_internals_is_an_error(source: str) -> None:
     with pytest.raises(ModelError):
         render(source)
 
@@ -394,7 +394,7 @@ def test_the_error_names_the_template() -> None:
         ChatTemplate("\n{% if %}")
 
 
-def test_limits_are_counted_and_not_timed() -> None:
+def test_limits_are_counted_in_steps() -> None:
     source = "{% for i in range(1000) %}{% endfor %}"
     assert ChatTemplate(source, limits=Limits(steps=1100)).render([]) == ""
     with pytest.raises(ModelError, match="it ran for more than 900 steps"):

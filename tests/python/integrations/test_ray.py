@@ -1,4 +1,4 @@
-"""Ray on this machine, with two workers: group `ray`, which is installed by who wants to try it."""
+"""Ray on this machine with two workers. Needs the group `ray`, and is skipped without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from nybble import Model
 
-pytest.importorskip("ray", reason="no Ray here: pip install --group ray")
+pytest.importorskip("ray", reason="needs Ray: pip install --group ray")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -50,7 +50,7 @@ def expected(tiny_model: Model) -> list[str]:
 
 
 def pids(name: str) -> list[int]:
-    """The processes of this machine that call themselves after a worker of Ray's."""
+    """The processes of this machine that are named after a worker of Ray."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -64,14 +64,16 @@ def pids(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_thousand_prompts_are_answered_once_each(
+def test_a_thousand_prompts_are_completed_once_each(
     cluster: Any, tiny_file: Path, prompts: Path, expected: list[str], killed: bool
 ) -> None:
     import nybble.integrations.ray
     from nybble import SamplingOptions
 
     dataset = cluster.data.read_json(str(prompts)).repartition(40)
-    done = nybble.ray.generate(dataset, str(tiny_file), workers=2, batch_size=10, options=SamplingOptions(**OPTIONS))
+    done = nybble.integrations.ray.generate(
+        dataset, str(tiny_file), workers=2, batch_size=10, options=SamplingOptions(**OPTIONS)
+    )
     rows = []
     workers: list[int] = []
     for row in done.iter_rows():
@@ -85,24 +87,26 @@ def test_a_thousand_prompts_are_answered_once_each(
     assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
 
 
-def test_conversations_are_answered_through_the_template(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
+def test_conversations_are_answered_through_the_chat_template(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
     import nybble.integrations.ray
     from nybble import SamplingOptions
 
     turns = [{"role": "user", "content": "Hello"}]
     dataset = cluster.data.from_items([{"messages": turns}])
     options = SamplingOptions(**OPTIONS)
-    (row,) = nybble.ray.generate(dataset, str(tiny_file), column="messages", options=options).take_all()
+    (row,) = nybble.integrations.ray.generate(dataset, str(tiny_file), column="messages", options=options).take_all()
     assert row["completion"] == tiny_model.chat(turns, **OPTIONS).text
 
 
-def test_replicas_answer_as_the_server_does(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
+def test_replicas_answer_like_the_server(cluster: Any, tiny_file: Path, tiny_model: Model) -> None:
     from ray import serve
 
     import nybble.integrations.ray
 
     serve.start(http_options={"host": "127.0.0.1", "port": 18437})
-    serve.run(nybble.ray.deployment(str(tiny_file), name="tiny", replicas=2, api_key="s3cret"), route_prefix="/")
+    serve.run(
+        nybble.integrations.ray.deployment(str(tiny_file), name="tiny", replicas=2, api_key="s3cret"), route_prefix="/"
+    )
     turns = [{"role": "user", "content": "Hello"}]
     alone = tiny_model.chat(turns, **OPTIONS).text
 

@@ -1,6 +1,6 @@
-"""The page in a browser: Debian's chromium, with chromium-driver, and selenium of the group `page`.
+"""The chat page in a browser: Debian's chromium with chromium-driver, and selenium of the group `page`.
 
-Where one of them is missing, nothing is tried and a line says so. `NYBBLE_SCREENSHOTS=FOLDER` keeps what was seen.
+The tests are skipped if one of them is missing. `NYBBLE_SCREENSHOTS=FOLDER` saves screenshots.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from serving import Running, serving
 from nybble import Model, SamplingOptions
 from nybble.engine import Engine, Request
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install --group page")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install --group page")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser here: apt install chromium chromium-driver"),
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt install chromium chromium-driver"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # selenium's own sockets
 ]
 
@@ -52,7 +52,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Page:
-    """What a person does with the page."""
+    """The page, operated as a person does."""
 
     def __init__(self, driver: Any, url: str) -> None:
         self.driver = driver
@@ -75,7 +75,7 @@ class Page:
         return bool(self.all(".turn.assistant:last-child[aria-busy=false] .foot"))
 
     def set(self, **settings: object) -> None:
-        """Turns knobs as `input` events would, then tells the page so."""
+        """Changes settings and sends the `input` events of a person."""
         for name, value in settings.items():
             self.driver.execute_script(
                 "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
@@ -100,7 +100,7 @@ def page(chromium: Any, server: Running) -> Iterator[Page]:
     assert made.complaints() == []
 
 
-def test_a_chat_by_keyboard_alone(page: Page) -> None:
+def test_a_chat_works_by_keyboard_alone(page: Page) -> None:
     page.look("light-welcome")
     page.set(temperature=0, max_tokens=40)
     page.press("What is the", Keys.SHIFT, Keys.ENTER, Keys.NULL, "capital of France?", Keys.ENTER)
@@ -116,7 +116,7 @@ def test_a_chat_by_keyboard_alone(page: Page) -> None:
 
 
 class Endless(Engine):
-    """An engine whose texts do not end by themselves."""
+    """An engine whose answers do not end by themselves."""
 
     def submit(self, prompt: Any, options: SamplingOptions | None = None, **overrides: Any) -> Request:
         ends = dict.fromkeys(self.model.tokenizer.eos_ids, float("-inf"))
@@ -137,7 +137,7 @@ def test_escape_and_the_button_stop_an_answer_and_free_its_slot(chromium: Any, d
         assert page.find("#send").is_displayed()
 
 
-def test_what_a_model_writes_is_text_and_never_markup(page: Page) -> None:
+def test_answers_are_rendered_as_text_never_as_markup(page: Page) -> None:
     evil = "<img src=x onerror=alert(1)> `code` **bold**\n```html\n<script>alert(2)</script>\n```\n"
     evil += "- one\n- two\n<b>no</b>"
     script = (
@@ -161,10 +161,10 @@ def test_settings_are_kept_and_sent(page: Page) -> None:
     page.press("Do you?", Keys.ENTER)
     page.until(page.answered)
     assert page.find(".speed").text.startswith("3 tokens")
-    assert "reached its limit" in page.find(".speed").text
+    assert "reached the length limit" in page.find(".speed").text
 
 
-def test_light_dark_and_phone(page: Page) -> None:
+def test_the_page_fits_light_and_dark_themes_and_phones(page: Page) -> None:
     def background() -> str:
         return str(page.driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
 
@@ -194,7 +194,7 @@ def test_the_page_asks_for_the_key(chromium: Any, default_model: Model) -> None:
         page = Page(chromium, running.url)
         page.until(lambda: page.all("#ask[open]"))
         page.press("wrong", Keys.ENTER)
-        page.until(lambda: "not it" in page.find("#ask-text").text)
+        page.until(lambda: "key is wrong" in page.find("#ask-text").text)
         page.look("light-key")
         page.press("s3cret", Keys.ENTER)
         page.until(lambda: page.find("#model").text == "tiny")

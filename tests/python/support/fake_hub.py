@@ -1,4 +1,4 @@
-"""A local Hugging Face Hub with the endpoints that downloads use."""
+"""A Hugging Face Hub on this machine, with the few endpoints that its client uses for a download."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class FakeHub:
-    """Serves `repositories`, which map names to file names to bytes, and records `requests` as "GET /path"."""
+    """Serves `repositories` (name to file name to bytes). `requests` records requests as "GET /path"."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     broken: bool = False
     tampered: int = 0
-    """The number of next downloads whose last byte is wrong."""
+    """The number of next files that are sent with a wrong last byte."""
     stall_after: int | None = None
-    """Bytes after which a download stalls until `stalled` is set."""
+    """Bytes after which a download stops until `stalled` is set."""
     stalling: threading.Event = field(default_factory=threading.Event)
     stalled: threading.Event = field(default_factory=threading.Event)
 
@@ -61,7 +61,7 @@ class FakeHub:
 
     @staticmethod
     def commit(repository: str) -> str:
-        """Returns the only commit of a repository."""
+        """The one commit of a repository."""
         return hashlib.sha1(repository.encode()).hexdigest()
 
     def _answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
@@ -75,7 +75,7 @@ class FakeHub:
             parts = parts[2:]
         repository, rest = "/".join(parts[:2]), parts[2:]
         files = self.repositories.get(repository)
-        if repository in self.gated and not is_api:  # Gated repositories can be listed, not downloaded.
+        if repository in self.gated and not is_api:  # Anyone may list the files, but not download them.
             return self._send(request, 403, b"", body, {"X-Error-Code": "GatedRepo"})
         if files is None:
             return self._send(request, 401, b"", body, {"X-Error-Code": "RepoNotFound"})
@@ -106,11 +106,11 @@ class FakeHub:
 
     @staticmethod
     def _sibling(name: str, data: bytes) -> dict[str, object]:
-        """Describes a file as the Hub does, with a hash if it is in large-file storage."""
-        entry: dict[str, object] = {"rfilename": name, "size": len(data)}
+        """The Hub's description of a file, with the hash for large files."""
+        sibling: dict[str, object] = {"rfilename": name, "size": len(data)}
         if name.endswith((".gguf", ".safetensors")):
-            entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
-        return entry
+            sibling["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+        return sibling
 
     def _send(
         self,

@@ -1,4 +1,4 @@
-"""Runs a server in a thread of the test process, on a free port."""
+"""A server in a thread of this process, on a free port."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any, cast
 
 from nybble import Model, SamplingOptions
 from nybble.engine import Engine, Piece
-from nybble.server import Service, Settings
-from nybble.server import run as server_run
+from nybble.server import Service, Settings, http_server
 
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
@@ -40,38 +39,38 @@ class Running:
         return host, int(port)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Waits until `condition` holds."""
+        """Waits until the condition holds."""
         wait(condition)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[socket.socket]:
-        """Opens a raw socket to the server."""
+        """A raw connection."""
         with socket.create_connection(self.address, timeout=60) as connection:
             yield connection
 
     def post(self, path: str, body: dict[str, Any], headers: str = "") -> bytes:
-        """Returns the bytes of a POST request."""
+        """The bytes of a request."""
         text = json.dumps(body)
         head = f"POST {path} HTTP/1.1\r\nHost: {self.url[7:]}\r\nContent-Type: application/json\r\n{headers}"
         return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    """Waits until `condition` holds, for at most a minute."""
+    """Waits until the condition holds, at most a minute."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not hold within a minute"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.005)
 
 
 @contextlib.contextmanager
 def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
     """Serves an engine under the name "tiny"."""
-    listener = server_run.bind("127.0.0.1", 0)
-    hosts = server_run.allowed_hosts(listener, [])
+    listener = http_server.bind("127.0.0.1", 0)
+    hosts = http_server.allowed_hosts(listener, [])
     service = Service(engine, "tiny", Settings(**{"allowed_hosts": hosts, **settings}))
     found: list[str] = []
-    server = server_run.make_server(service, found.append)
+    server = http_server.make_server(service, found.append)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -85,7 +84,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
 
 
 class Scripted:
-    """An engine that returns given answers, one token per character."""
+    """An engine that gives scripted answers, one character per token."""
 
     def __init__(self, model: Model, answers: Sequence[str]) -> None:
         self.model = model
@@ -109,14 +108,14 @@ class _ScriptedRequest:
         self.completion = SimpleNamespace(text=text, finish_reason="stop", usage=usage, logprobs=None)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        for character in self._text:
-            yield Piece(text=character, tokens=(ord(character),), logprobs=None)
+        for char in self._text:
+            yield Piece(text=char, tokens=(ord(char),), logprobs=None)
 
     def cancel(self) -> None:
         pass
 
 
 def scripted(model: Model, *answers: str) -> tuple[Engine, Scripted]:
-    """Returns a scripted engine twice, typed as `Engine` and as `Scripted`."""
+    """A scripted engine, typed as an engine and as itself."""
     engine = Scripted(model, answers)
     return cast("Engine", engine), engine

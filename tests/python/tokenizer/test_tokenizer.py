@@ -235,7 +235,7 @@ def test_no_pre_tokenizer_loses_text(name: str, text: str) -> None:
 
 
 def test_an_unknown_pre_tokenizer_warns_and_says_what_is_assumed() -> None:
-    with pytest.warns(UserWarning, match="unknown pre-tokenizer 'no-such'.*assuming 'default'") as caught:
+    with pytest.warns(UserWarning, match="unknown pre-tokenizer 'no-such'.*using 'default'") as caught:
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(pre="no-such"))
     assert len(caught) == 1
     default = Tokenizer.from_gguf_metadata(vocabularies.byte_level(pre="default"))
@@ -243,7 +243,7 @@ def test_an_unknown_pre_tokenizer_warns_and_says_what_is_assumed() -> None:
 
 
 def test_a_missing_pre_tokenizer_warns_and_says_what_is_assumed() -> None:
-    with pytest.warns(UserWarning, match="does not name its pre-tokenizer.*assuming 'default'"):
+    with pytest.warns(UserWarning, match="does not name its pre-tokenizer.*using 'default'"):
         Tokenizer.from_gguf_metadata(vocabularies.byte_level(pre=None))
 
 
@@ -285,7 +285,7 @@ def test_a_conversation_becomes_the_text_of_its_template() -> None:
 
 
 def test_a_model_without_a_template_says_so() -> None:
-    with pytest.raises(ModelError, match=r"GGUF metadata: found no chat template 'default' \(there are: none\)"):
+    with pytest.raises(ModelError, match=r"GGUF metadata: found no chat template 'default' \(chat templates: none\)"):
         PIECES.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 

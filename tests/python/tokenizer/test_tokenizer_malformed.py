@@ -137,7 +137,7 @@ def test_merges_that_are_no_array_of_text_are_refused(merges: Any, found: str) -
 def test_a_merge_of_what_is_no_token_is_left_out_with_a_warning(merge: str) -> None:
     whole = vocabularies.byte_level()
     merges = [merge, *whole["tokenizer.ggml.merges"]]
-    with pytest.warns(UserWarning, match=f"merges: 1 of {len(merges)} merges are left out"):
+    with pytest.warns(UserWarning, match=f"merges: 1 of {len(merges)} merges are ignored"):
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(merges=merges))
     assert tokenizer.encode(vocabularies.TEXT) == Tokenizer.from_gguf_metadata(whole).encode(vocabularies.TEXT)
 

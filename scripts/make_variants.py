@@ -4,7 +4,7 @@
     python scripts/make_variants.py [NAME ...]
 
 A variant is one small file: the configuration, the names and shapes of the tensors, some token ids, and the logits. The
-values of the tensors are made from their names alone, here and in `tests/variants.rs`, so that they need not be stored.
+values of the tensors are made from their names alone, here and in `tests/models/variants.rs`, so that they need not be stored.
 """
 
 from __future__ import annotations

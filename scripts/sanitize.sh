@@ -7,9 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
-((${#tests[@]})) || tests=(--lib --test kernels --test model_bits --test sampler --test vocab --test block_types
-    --test gguf_reader --test gguf_malformed --test hf_safetensors --test hf_packings --test model_errors
-    --test session_files --test threads)
+((${#tests[@]})) || tests=(--lib --test kernels --test formats --test models --test engine)
 
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="-Zsanitizer=address ${RUSTFLAGS:-}"

@@ -26,4 +26,5 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L / -cpu max
 export NYBBLE_TEST_RUNNER="$CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER"
 export NYBBLE_REQUIRE_KERNELS=neon
 "$RUSTC" --version
-cargo test --locked --lib --test kernels --test model_bits --test goldens
+cargo test --locked --lib --test kernels
+cargo test --locked --test models -- bits:: goldens::

@@ -2,7 +2,7 @@
 
     python examples/embeddings_search.py [MODEL]
 
-Use a model that was trained for embeddings, with the pooling that its card asks for. Others tell texts apart only
+Use a model that was trained for embeddings, with the pooling that its card asks for. Others distinguish meanings only
 roughly. Without MODEL, the default model is used.
 """
 

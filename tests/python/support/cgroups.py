@@ -1,4 +1,4 @@
-"""Control groups for tests, within the one that they run in themselves."""
+"""Creates control groups for tests, below the group of the test process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path("/sys/fs/cgroup")
 JOIN = "import sys; open(sys.argv[1] + '/cgroup.procs', 'w').write('0')\n"
-"""What a script begins with whose first argument is the folder of its group."""
+"""First line of a script that joins the group whose folder is its first argument."""
 
 
 def own_group(controller: str) -> tuple[Path, int]:
-    """The folder of this process's group for `controller`, and the version of control groups that it is of."""
+    """Returns the folder of this process's group for `controller`, and its cgroup version."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     for _, controllers, path in lines:
         if controller in controllers.split(","):
@@ -26,23 +26,23 @@ def own_group(controller: str) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def group(controller: str, *, first: Mapping[str, object], second: Mapping[str, object]) -> Iterator[Path]:
-    """A new group with these limits, by the names of version 1 or 2. Skips the test where none can be made."""
+    """Creates a group with limits named as in version 1 or 2. Skips the test if that is not permitted."""
     try:
         parent, version = own_group(controller)
         folder = parent / f"nybble-test-{os.getpid()}"
         folder.mkdir()
     except (OSError, StopIteration) as error:
-        pytest.skip(f"no control group can be made here: {error}")
+        pytest.skip(f"cannot create a control group: {error}")
     try:
         for name, value in (first if version == 1 else second).items():
             (folder / name).write_text(str(value))
     except OSError as error:
         folder.rmdir()
-        pytest.skip(f"a control group has no {controller} here: {error}")
+        pytest.skip(f"control groups have no {controller} controller: {error}")
     try:
         yield folder
     finally:
-        for _ in range(100):  # The last process may be on its way out.
+        for _ in range(100):  # The last process may still be exiting.
             with contextlib.suppress(OSError):
                 folder.rmdir()
                 break

@@ -1,4 +1,4 @@
-"""A server in a thread of this process, on a port of its own."""
+"""Runs a server in a thread of the test process, on a free port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOOL_TEMPLATE = (
 
 @dataclasses.dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     service: Service
@@ -40,27 +40,27 @@ class Running:
         return host, int(port)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Waits for what must come."""
+        """Waits until `condition` holds."""
         wait(condition)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[socket.socket]:
-        """A connection without a client's manners."""
+        """Opens a raw socket to the server."""
         with socket.create_connection(self.address, timeout=60) as connection:
             yield connection
 
     def post(self, path: str, body: dict[str, Any], headers: str = "") -> bytes:
-        """The bytes of a request."""
+        """Returns the bytes of a POST request."""
         text = json.dumps(body)
         head = f"POST {path} HTTP/1.1\r\nHost: {self.url[7:]}\r\nContent-Type: application/json\r\n{headers}"
         return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    """Waits for what must come; a minute is for machines that are busy."""
+    """Waits until `condition` holds, for at most a minute."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, "the condition did not hold within a minute"
         time.sleep(0.005)
 
 
@@ -85,7 +85,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
 
 
 class Scripted:
-    """An engine that says what it is told to, a character a token."""
+    """An engine that returns given answers, one token per character."""
 
     def __init__(self, model: Model, answers: Sequence[str]) -> None:
         self.model = model
@@ -109,14 +109,14 @@ class _ScriptedRequest:
         self.completion = SimpleNamespace(text=text, finish_reason="stop", usage=usage, logprobs=None)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        for letter in self._text:
-            yield Piece(text=letter, tokens=(ord(letter),), logprobs=None)
+        for character in self._text:
+            yield Piece(text=character, tokens=(ord(character),), logprobs=None)
 
     def cancel(self) -> None:
         pass
 
 
 def scripted(model: Model, *answers: str) -> tuple[Engine, Scripted]:
-    """A scripted engine, twice: as what it stands for, and as what it is."""
+    """Returns a scripted engine twice, typed as `Engine` and as `Scripted`."""
     engine = Scripted(model, answers)
     return cast("Engine", engine), engine

@@ -1,4 +1,4 @@
-"""Writes GGUF files by hand: a tiny model with random weights and a vocabulary of bytes, and what else a test needs."""
+"""Writes GGUF files for tests, such as a tiny model with random weights and a byte vocabulary."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHATML = (
 
 
 def byte_pieces() -> list[str]:
-    """The 256 characters that stand for bytes in the vocabularies of GPT-2 and its heirs, in the order of the bytes."""
+    """Returns the 256 characters that represent bytes in GPT-2 vocabularies, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
-    """The metadata of the tiny model; `changes` replace keys (with __ for a dot), None leaves one out."""
+    """Returns the tiny model's metadata. `changes` replace keys (`__` for a dot); None removes a key."""
     values: dict[str, Any] = {
         "general.architecture": "llama",
         "general.name": "tiny",
@@ -59,7 +59,7 @@ def metadata(**changes: Any) -> dict[str, Any]:
 
 
 def write_model(path: Path, layers: int = 2, feed_forward: int = 96, **changes: Any) -> Path:
-    """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. The same weights every time."""
+    """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. Always the same weights."""
     dice = np.random.default_rng(7)
     sizes = {"llama__block_count": layers, "llama__feed_forward_length": feed_forward}
     values = metadata(**{**sizes, **changes})
@@ -91,7 +91,7 @@ def _norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
 
 
 def q8_0(values: np.ndarray[Any, Any]) -> bytes:
-    """Blocks of 32: an F16 scale and 32 signed bytes."""
+    """Encodes Q8_0: blocks of 32 with an F16 scale and 32 signed bytes."""
     blocks = values.reshape(-1, BLOCK).astype(np.float32)
     scales = (np.abs(blocks).max(axis=1) / 127).astype(np.float16)
     codes = np.rint(blocks / scales.astype(np.float32)[:, None]).clip(-127, 127).astype(np.int8)
@@ -99,7 +99,7 @@ def q8_0(values: np.ndarray[Any, Any]) -> bytes:
 
 
 def random_q4_0(dice: np.random.Generator, count: int) -> bytes:
-    """Blocks of 32: an F16 scale and 32 nibbles, here any of them."""
+    """Makes random Q4_0 data: blocks of 32 with an F16 scale and 32 nibbles."""
     scale = np.frombuffer(np.float16(0.03).tobytes(), np.uint8)
     codes = np.frombuffer(dice.bytes(count // 2), np.uint8).reshape(-1, BLOCK // 2)
     return np.hstack([np.broadcast_to(scale, (len(codes), 2)), codes]).tobytes()
@@ -108,7 +108,7 @@ def random_q4_0(dice: np.random.Generator, count: int) -> bytes:
 def write_gguf(
     path: Path, values: Mapping[str, Any], tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]] | None = None
 ) -> None:
-    """Writes GGUF version 3. `tensors` are type, shape (values that lie side by side first) and bytes by name."""
+    """Writes GGUF version 3. `tensors` maps names to type, shape (contiguous dimension first) and bytes."""
     tensors = tensors or {}
     out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(values)))
     for key, value in values.items():
@@ -118,7 +118,7 @@ def write_gguf(
         out += _text(name.encode()) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
         out += struct.pack("<IQ", kind, offset)
         offset += len(data) + -len(data) % 32
-    with path.open("wb") as file:  # Piece by piece: some of these files are large.
+    with path.open("wb") as file:  # Tensor by tensor: some of these files are large.
         file.write(out)
         for _, _, data in tensors.values():
             file.write(bytes(-file.tell() % 32))

@@ -15,6 +15,7 @@ from nybble import SamplingOptions, _native
 
 REPOSITORY = Path(__file__).parents[3]
 URL = "https://github.com/nybble-llm/nybble"
+RAW = "https://raw.githubusercontent.com/nybble-llm/nybble"
 SITE = "https://nybble-llm.github.io/nybble/"
 ROOT_DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 DOCUMENTS = [*ROOT_DOCUMENTS, *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -51,15 +52,15 @@ def test_every_link_in_a_document_leads_somewhere(document: str) -> None:
         link, _, anchor = link.partition("#")
         if link.startswith(SITE):
             page = REPOSITORY / "docs" / f"{link.removeprefix(SITE).rstrip('/') or 'index'}.md"
-        elif match := re.match(
-            rf"{URL}/(?:blob|tree)/main/(.*)|{URL.replace('github', 'raw.githubusercontent')}", link
-        ):
-            page = REPOSITORY / (match[1] or "")
+        elif match := re.match(rf"(?:{URL}/(?:blob|tree)|{RAW})/main/(.*)", link):
+            page = REPOSITORY / match[1]
         elif "://" in link:
             continue
-        else:
+        elif link:
             assert document.startswith("docs/"), f"{document}: {link} is relative, which a package index cannot follow"
-            page = REPOSITORY / "docs" / (link or Path(document).name)
+            page = REPOSITORY / "docs" / link
+        else:
+            page = REPOSITORY / document
         assert page.exists(), link
         assert not anchor or page.suffix != ".md" or anchor in anchors(page), f"{link}#{anchor}"
 
@@ -67,7 +68,8 @@ def test_every_link_in_a_document_leads_somewhere(document: str) -> None:
 def test_every_make_target_in_a_document_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     for document in DOCUMENTS:
-        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text_of(document), re.MULTILINE))
+        named = set(re.findall(r"`make ([a-z-]+)", text_of(document)))
+        named |= set(re.findall(r"^make ([a-z-]+)", "\n".join(blocks(document, "sh")), re.MULTILINE))
         assert named <= targets, document
         assert document not in ("README.md", "CONTRIBUTING.md") or "test" in named
 

@@ -83,14 +83,17 @@ def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
 
 def test_a_family_takes_as_few_lines_as_the_document_says() -> None:
     table = re.findall(r"^\| ([\w ]+) \| (\d+) \| (\d+) \|$", text_of("CONTRIBUTING.md"), re.MULTILINE)
-    names = [name.upper().replace(" ", "") for name, _, _ in table]
-    source = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src/model/hf/families").glob("*.rs"))
-    choices = re.findall(r"^    family\(\s*\"(\w+)\".*?\),$", text_of("src/model/arch.rs"), re.MULTILINE | re.DOTALL)
-    assert [name.lower() for name in names] == choices[-5:]
-    for name, (_, in_choices, in_families) in zip(names, table, strict=True):
-        (line,) = re.findall(rf"^    family\(\"{name.lower()}\", .*\),$", text_of("src/model/arch.rs"), re.MULTILINE)
-        (entry,) = re.findall(rf"^pub\(super\) const {name}: .*?^}};", source, re.MULTILINE | re.DOTALL)
-        assert (in_choices, in_families) == (str(len(line.splitlines())), str(len(entry.splitlines())))
+    assert len(table) == 5
+    model = REPOSITORY / "src/model"
+    architectures = "".join(path.read_text(encoding="utf-8") for path in model.glob("arch/*.rs"))
+    checkpoints = "".join(path.read_text(encoding="utf-8") for path in model.glob("hf/families/*.rs"))
+    for family, *lines in table:
+        name = family.lower().replace(" ", "")
+        (entry,) = re.findall(rf"^    family\(\s*\"{name}\".*?\),$", architectures, re.MULTILINE | re.DOTALL)
+        (checkpoint,) = re.findall(
+            rf"^pub\(super\) const {name.upper()}: .*?^}};", checkpoints, re.MULTILINE | re.DOTALL
+        )
+        assert lines == [str(len(entry.splitlines())), str(len(checkpoint.splitlines()))], family
 
 
 def test_every_test_that_checks_a_promise_exists() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+import nybble
 from nybble import SamplingOptions, _native
 
 REPOSITORY = Path(__file__).parents[3]
@@ -131,6 +132,12 @@ def test_the_table_of_sampling_options_is_complete() -> None:
     assert rows == expected
 
 
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "docs/reference").glob("*.md"))
+    documented = set(re.findall(r"^::: nybble\.(\w+)$", pages, re.MULTILINE))
+    assert set(nybble.__all__) - documented == {"__version__"}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, default_file: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the files that the documents name, and an empty cache for what they make."""
@@ -171,7 +178,10 @@ def test_the_python_code_of_the_server_guide_runs(capsys: pytest.CaptureFixture[
 
     from nybble import Engine, Model
 
-    code = [block for block in blocks("docs/serving.md", "python") if "ray" not in block]
+    code = blocks("docs/serving.md", "python")
+    on_ray = [block for block in code if "ray" in block]
+    assert compile("\n".join(on_ray), "serving.md", "exec")
+    code = [block for block in code if block not in on_ray]
     assert "openai" in code[0]
     with Model.load("model.gguf") as model, Engine(model) as engine, serving(engine) as running:
         run_blocks("serving.md", [code[0].replace("http://127.0.0.1:8000", running.url).replace('"model"', '"tiny"')])

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::hf_folder::{Checkpoint as Folder, Stored, read};
 
-/// The linear layers of the model: name, rows, columns.
+/// Linear layers of the model: name, rows, columns.
 pub(crate) const LINEAR: [(&str, usize, usize); 7] = [
     ("self_attn.q_proj", 64, 64),
     ("self_attn.k_proj", 32, 64),
@@ -19,7 +19,7 @@ pub(crate) const LINEAR: [(&str, usize, usize); 7] = [
     ("mlp.down_proj", 64, 96),
 ];
 
-/// Reproducible numbers from 0 up to `below`.
+/// Deterministic random numbers.
 pub(crate) struct Dice(pub(crate) u32);
 
 impl Dice {
@@ -29,7 +29,7 @@ impl Dice {
     }
 }
 
-/// A Llama of one layer, without its linear layers.
+/// Returns a one-layer Llama without its linear layers.
 pub(crate) fn frame() -> Folder {
     Folder::new(json!({
         "model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -45,29 +45,29 @@ pub(crate) fn frame() -> Folder {
     ])
 }
 
-/// The kind of scales of a matrix.
+/// The type and values of scales.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Scales {
     F16,
-    /// Powers of two, whose products with zero points are exact in F16.
+    /// Powers of two in F16, whose products with zero points are exact in F16.
     Round,
     BF16,
     F32,
 }
 
-/// The properties of a packed checkpoint.
+/// The format of a packed checkpoint.
 #[derive(Clone, Copy)]
 pub(crate) struct Recipe {
     pub(crate) group: usize,
     pub(crate) symmetric: bool,
     pub(crate) scales: Scales,
-    /// Whether the columns of a group are not adjacent.
+    /// Whether the columns of a group are scattered, as with activation order.
     pub(crate) scattered: bool,
 }
 
 pub(crate) const PLAIN: Recipe = Recipe { group: 32, symmetric: false, scales: Scales::F16, scattered: false };
 
-/// A matrix before it is packed.
+/// An unpacked 4-bit matrix.
 pub(crate) struct Matrix {
     rows: usize,
     columns: usize,
@@ -108,7 +108,7 @@ impl Matrix {
         }
     }
 
-    /// The numbers that it represents `(rows, columns)`.
+    /// Returns the dequantized values `(rows, columns)`.
     pub(crate) fn values(&self) -> Vec<f32> {
         let value = |row: usize, column: usize| {
             let at = row * self.groups + self.order[column];
@@ -125,7 +125,7 @@ impl Matrix {
         self.zeros[row * self.groups + group]
     }
 
-    /// Scales in the order `(groups, rows)`, or `(rows, groups)`.
+    /// Returns the scales as `(groups, rows)` or `(rows, groups)`.
     pub(crate) fn stored_scales(&self, name: String, groups_first: bool) -> Stored {
         let (groups, rows) = (self.groups, self.rows);
         let scales: Vec<f32> = if groups_first {
@@ -149,7 +149,7 @@ impl Matrix {
         Stored { name, shape: vec![self.columns], dtype: Dtype::I32, bytes }
     }
 
-    /// As AutoGPTQ packs it.
+    /// Packs it as AutoGPTQ does.
     pub(crate) fn gptq(&self, name: &str, one_less: bool) -> Vec<Stored> {
         let codes = words([self.columns / 8, self.rows], |at, row, i| self.code(row, 8 * at + i));
         let zeros = words([self.groups, self.rows / 8], |group, at, i| {
@@ -163,7 +163,7 @@ impl Matrix {
         ]
     }
 
-    /// As AutoAWQ packs it.
+    /// Packs it as AutoAWQ does.
     pub(crate) fn awq(&self, name: &str) -> Vec<Stored> {
         const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
         let codes = words([self.columns, self.rows / 8], |column, at, i| self.code(8 * at + ORDER[i], column));
@@ -175,7 +175,7 @@ impl Matrix {
         ]
     }
 
-    /// As compressed-tensors packs it.
+    /// Packs it as compressed-tensors does.
     pub(crate) fn compressed(&self, name: &str, symmetric: bool) -> Vec<Stored> {
         let codes = words([self.rows, self.columns / 8], |row, at, i| self.code(row, 8 * at + i));
         let zeros = words([self.rows / 8, self.groups], |at, group, i| self.zero(8 * at + i, group));
@@ -195,7 +195,7 @@ impl Matrix {
     }
 }
 
-/// Words of eight nibbles, the first one lowest.
+/// Packs eight nibbles per word, the first one lowest.
 pub(crate) fn words(shape: [usize; 2], nibble: impl Fn(usize, usize, usize) -> u32) -> ([usize; 2], Vec<u32>) {
     let word = |i: usize| (0..8).fold(0, |word, n| word | nibble(i / shape[1], i % shape[1], n) << (4 * n));
     (shape, (0..shape[0] * shape[1]).map(word).collect())
@@ -206,7 +206,7 @@ pub(crate) fn tensor(name: String, (shape, words): ([usize; 2], Vec<u32>)) -> St
     Stored { name, shape: shape.to_vec(), dtype: Dtype::I32, bytes }
 }
 
-/// A checkpoint packed by `pack`, and the same numbers as F32.
+/// Returns a checkpoint packed by `pack`, and the same weights in F32.
 pub(crate) fn pair(recipe: Recipe, config: Value, pack: impl Fn(&Matrix, &str) -> Vec<Stored>) -> (Folder, Folder) {
     let (mut packed, mut plain) = (frame().set("quantization_config", config), frame());
     let mut dice = Dice(5);
@@ -239,7 +239,7 @@ pub(crate) fn gptq(recipe: Recipe) -> (Folder, Folder) {
     pair(recipe, gptq_config(recipe.group as i64), |matrix, name| matrix.gptq(name, true))
 }
 
-/// Asserts that both checkpoints hold the same numbers, and that the linear layers of the first have this type.
+/// Asserts that both checkpoints hold the same weights, and that the linear layers of the first have type `expected`.
 pub(crate) fn assert_same(packed: &Folder, plain: &Folder, expected: BlockType) {
     let (packed, plain) = (packed.write(), plain.write());
     let open = |folder: &tempfile::TempDir| nybble::model::hf::HfFolder::open(folder.path()).expect("it opens");

@@ -102,8 +102,8 @@ fn random_allowed_tokens_make_valid_output() {
     let constraint = vocabulary.constraint(&Grammar::Regex("[a-c]{3}-[0-9]{2}".to_owned())).unwrap();
     for seed in 0..20 {
         let text = random_text(&constraint, seed).expect("it ends");
-        let (letters, digits) = text.split_once('-').expect("a hyphen");
-        assert!(letters.len() == 3 && letters.bytes().all(|b| b"abc".contains(&b)), "{text}");
+        let (characters, digits) = text.split_once('-').expect("a hyphen");
+        assert!(characters.len() == 3 && characters.bytes().all(|b| b"abc".contains(&b)), "{text}");
         assert!(digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_digit()), "{text}");
     }
     let lark = Grammar::Lark("start: \"(\" start \")\" | \"x\"".to_owned());

@@ -102,9 +102,9 @@ mod reference {
         if options.top_p < 1.0 {
             prefix(&mut left, f64::from(options.top_p), |logit, _| -logit);
         }
-        let likeliest = softmax(&left).into_iter().fold(0.0, f64::max);
+        let highest = softmax(&left).into_iter().fold(0.0, f64::max);
         let mut rows: Vec<_> = left.iter().copied().zip(softmax(&left)).collect();
-        rows.retain(|row| row.1 >= likeliest * f64::from(options.min_p) * (1.0 - 1e-12));
+        rows.retain(|row| row.1 >= highest * f64::from(options.min_p) * (1.0 - 1e-12));
         let left: Vec<_> = rows.iter().map(|(l, _)| (l.0, l.1 / f64::from(options.temperature))).collect();
         let mut probabilities = vec![0.0; logits.len()];
         for ((id, _), p) in left.iter().zip(softmax(&left)) {

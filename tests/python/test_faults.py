@@ -417,7 +417,7 @@ def test_a_signal_stops_loading_and_quantizing_without_leftover_files(
             model.logits([1])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_fork_while_threads_compute_leaves_both_processes_usable(tiny_file: Path) -> None:
     script = """

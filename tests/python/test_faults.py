@@ -42,8 +42,8 @@ def test_a_panic_is_an_internal_error_that_asks_for_a_report(
             _native.convert(tiny_file, tmp_path / "out.gguf", "q8_0", progress)
         return caught.value
 
-    # pyo3 makes its panic class at the first exception. Raised in a callback, it resumes the panic in Rust. Other modules
-    # may have such a class, too, which is an ordinary exception here.
+    # pyo3 makes its panic class at the first exception. Raised in a callback, it resumes the panic in Rust. Other
+    # modules may have such a class, too, which is an ordinary exception here.
     assert isinstance(outcome(ValueError("no panic")), ValueError)
     kinds = [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
     (error,) = [error for error in (outcome(kind("the moon fell down")) for kind in kinds) if type(error) not in kinds]

@@ -44,7 +44,7 @@ impl Loading {
         let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
         let (kernel, threads, context) = (self.kernel, self.threads, self.context);
-        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !self.mmap })
+        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mmap: self.mmap })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Texts that are held to a grammar follow it, whatever the model would rather write.
+//! Constraints: every completion follows its schema, regular expression or grammar.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use nybble::engine::{Scheduler, SchedulerOptions, Sequence, Speculation, Stats, 
 use nybble::model::{LoadOptions, Model};
 use nybble::quant::block::BlockType;
 
-/// A token for each byte, one that ends a text, and one that is no text.
+/// A token for each byte, one that ends a completion, and a special token.
 const END: u32 = 256;
 
 fn vocabulary() -> Vocabulary {
@@ -24,7 +24,7 @@ fn schema(text: &str) -> Grammar {
     Grammar::JsonSchema(text.to_owned())
 }
 
-/// Whether the grammar takes the whole text, and nothing after it that `next` names.
+/// Whether the constraint accepts the whole text and may end after it.
 fn follows(constraint: &Constraint, text: &str) -> bool {
     let mut constraint = constraint.clone();
     text.bytes().all(|byte| {
@@ -34,7 +34,7 @@ fn follows(constraint: &Constraint, text: &str) -> bool {
         && constraint.allowed().unwrap().contains(END)
 }
 
-/// What comes when every choice is random.
+/// A random output that the constraint allows.
 fn random_text(constraint: &Constraint, seed: u64) -> Option<String> {
     let mut constraint = constraint.clone();
     let options = SamplingOptions { top_k: 0, top_p: 1.0, min_p: 0.0, seed: Some(seed), ..SamplingOptions::default() };
@@ -53,7 +53,7 @@ fn random_text(constraint: &Constraint, seed: u64) -> Option<String> {
 }
 
 #[test]
-fn a_schema_takes_what_it_describes_and_nothing_else() {
+fn a_schema_accepts_only_matching_json() {
     let vocabulary = vocabulary();
     let constraint = vocabulary
         .constraint(&schema(
@@ -69,13 +69,13 @@ fn a_schema_takes_what_it_describes_and_nothing_else() {
 }
 
 #[test]
-fn an_object_is_closed_only_where_the_schema_is_silent() {
+fn an_object_gets_no_other_properties_unless_the_schema_says_so() {
     let vocabulary = vocabulary();
     let open = vocabulary.constraint(&schema(r#"{"properties":{"a":{}},"additionalProperties":true,"type":"object"}"#));
     assert!(follows(&open.unwrap(), r#"{"c": 2}"#));
     let any = vocabulary.constraint(&schema(r#"{"type":"object"}"#)).unwrap();
     assert!(follows(&any, r#"{"c": [1, {"d": null}]}"#));
-    // A property that is itself called "properties" is no keyword.
+    // A property with the name "properties" is not a keyword.
     let named = r#"{"type":"object","properties":{"properties":{"type":"object"}}}"#;
     assert!(follows(&vocabulary.constraint(&schema(named)).unwrap(), r#"{"properties": {"z": 1}}"#));
     let parts = r#"{"allOf":[{"type":"object","properties":{"a":{"type":"null"}},"required":["a"]},
@@ -84,7 +84,7 @@ fn an_object_is_closed_only_where_the_schema_is_silent() {
 }
 
 #[test]
-fn random_choices_among_allowed_tokens_make_valid_texts() {
+fn random_allowed_tokens_make_valid_output() {
     let vocabulary = vocabulary();
     let object = r#"{"type":"object","properties":{"n":{"type":"integer","minimum":-5,"maximum":99},
         "s":{"type":"string","maxLength":5},"l":{"type":"array","items":{"type":"boolean"},"maxItems":3}},"required":["n","s","l"]}"#;
@@ -99,8 +99,8 @@ fn random_choices_among_allowed_tokens_make_valid_texts() {
     let constraint = vocabulary.constraint(&Grammar::Regex("[a-c]{3}-[0-9]{2}".to_owned())).unwrap();
     for seed in 0..20 {
         let text = random_text(&constraint, seed).expect("it ends");
-        let (letters, digits) = text.split_once('-').expect("a hyphen");
-        assert!(letters.len() == 3 && letters.bytes().all(|b| b"abc".contains(&b)), "{text}");
+        let (characters, digits) = text.split_once('-').expect("a hyphen");
+        assert!(characters.len() == 3 && characters.bytes().all(|b| b"abc".contains(&b)), "{text}");
         assert!(digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_digit()), "{text}");
     }
     let lark = Grammar::Lark("start: \"(\" start \")\" | \"x\"".to_owned());
@@ -109,13 +109,13 @@ fn random_choices_among_allowed_tokens_make_valid_texts() {
 }
 
 #[test]
-fn what_cannot_be_followed_is_refused_by_name() {
+fn an_invalid_constraint_is_refused_by_name() {
     let vocabulary = vocabulary();
     let cases = [
         (schema(r#"{"type":"objekt"}"#), "schema: found Invalid type: objekt"),
         (schema(r#"{"minLength":9,"maxLength":2,"type":"string"}"#), "schema: found Unsatisfiable schema"),
         (schema(r#"{"$ref":"http://localhost:1/x"}"#), "schema: found Resource 'http://localhost:1/x' is not present"),
-        (schema("[]"), "schema: found a JSON text that is no object"),
+        (schema("[]"), "schema: found JSON that is not an object"),
         (schema("{"), "schema: found EOF while parsing"),
         (schema(&format!("{}{}", r#"{"items":"#.repeat(5_000), "}".repeat(5_000))), "schema: found recursion limit"),
         (Grammar::Regex("(".to_owned()), "regex: found "),
@@ -125,8 +125,8 @@ fn what_cannot_be_followed_is_refused_by_name() {
         let error = vocabulary.constraint(&grammar).expect_err("it is refused").to_string();
         assert!(error.starts_with(expected), "{error}");
     }
-    let error = Vocabulary::new(vec![b"a".to_vec()], &[]).expect_err("no text could end").to_string();
-    assert_eq!(error, "ends: found none, expected a token that ends a text");
+    let error = Vocabulary::new(vec![b"a".to_vec()], &[]).expect_err("no token ends a completion").to_string();
+    assert_eq!(error, "ends: found none, expected a token that ends a completion");
     assert!(Vocabulary::new(vec![b"a".to_vec()], &[1]).is_err());
 }
 
@@ -148,7 +148,7 @@ fn logits_beyond_the_vocabulary_are_not_allowed() {
 }
 
 #[test]
-fn a_sequence_is_held_to_its_constraint_and_others_are_not() {
+fn a_constraint_applies_to_its_sequence_only() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q4_0);
     let model = Model::load(path, &LoadOptions::default()).unwrap();
@@ -159,11 +159,11 @@ fn a_sequence_is_held_to_its_constraint_and_others_are_not() {
     let vocabulary = Vocabulary::new(tokens, &[end]).unwrap();
     let constraint = vocabulary.constraint(&Grammar::Regex("b{3}".to_owned())).unwrap();
     let new = || Sequence::new(&model, &[1, 2, 3], SamplingOptions::greedy()).unwrap();
-    let (mut held, mut free, mut alone) = (new(), new(), new());
-    held.constrain(constraint);
+    let (mut constrained, mut free, mut alone) = (new(), new(), new());
+    constrained.constrain(constraint);
     let mut written = Vec::new();
     for _ in 0..4 {
-        let both = step(&model, &mut [&mut held, &mut free], &|| false).unwrap();
+        let both = step(&model, &mut [&mut constrained, &mut free], &|| false).unwrap();
         let lone = step(&model, &mut [&mut alone], &|| false).unwrap();
         assert_eq!(both[1], lone[0]);
         written.push(both[0].token);
@@ -172,7 +172,7 @@ fn a_sequence_is_held_to_its_constraint_and_others_are_not() {
     assert_eq!(written[3], end);
 }
 
-/// Letters, and longer tokens that spell the same in other ways; the last one ends a text.
+/// Characters, and longer tokens that spell the same in other ways; the last one ends a completion.
 fn spellings(size: usize) -> (Vocabulary, u32) {
     let longer = [
         "name", "na", "am", "me", "\"name", "\": ", "\":", ", \"", "{\"", "\"}", "tr", "true", "]}", "age\"", "ag",
@@ -185,7 +185,7 @@ fn spellings(size: usize) -> (Vocabulary, u32) {
     (Vocabulary::new(tokens, &[end]).unwrap(), end)
 }
 
-/// What each sequence writes up to its end, some steps being interrupted.
+/// The tokens of each sequence up to its end. Some steps are interrupted and repeated.
 fn written(
     model: &Arc<Model>,
     draft: Option<&Arc<Model>>,
@@ -203,7 +203,7 @@ fn written(
         }
         numbers.insert(scheduler.submit(sequence, 120).unwrap(), i);
     }
-    let mut texts = vec![Vec::new(); jobs.len()];
+    let mut outputs = vec![Vec::new(); jobs.len()];
     let mut steps = 0;
     while !scheduler.is_idle() {
         steps += 1;
@@ -211,26 +211,26 @@ fn written(
             assert!(scheduler.step(&|| true).is_err());
         }
         for event in scheduler.step(&|| false).unwrap() {
-            let text: &mut Vec<Sampled> = &mut texts[numbers[&event.id]];
-            if text.last().is_none_or(|last| last.token != end) {
-                text.push(event.result.unwrap());
-                if text.last().is_some_and(|last| last.token == end) {
+            let output: &mut Vec<Sampled> = &mut outputs[numbers[&event.id]];
+            if output.last().is_none_or(|last| last.token != end) {
+                output.push(event.result.unwrap());
+                if output.last().is_some_and(|last| last.token == end) {
                     scheduler.cancel(event.id);
                 }
             }
         }
     }
-    (texts, scheduler.stats())
+    (outputs, scheduler.stats())
 }
 
 #[test]
-fn guesses_change_nothing_of_texts_that_are_held_to_a_form() {
+fn drafts_change_no_token_of_constrained_sequences() {
     let folder = tempfile::tempdir().unwrap();
     let shape = Shape { vocabulary: 128, ..ODD };
     let path = llama(folder.path(), &shape, BlockType::Q4_0);
     let model = Arc::new(Model::load(path, &LoadOptions::default()).unwrap());
     let (vocabulary, end) = spellings(model.vocabulary());
-    let forms = [
+    let grammars = [
         schema(
             r#"{"properties":{"name":{"enum":["name","me","nam"]},"age":{"type":"integer","maximum":99,"minimum":0},
                 "flags":{"type":"array","items":{"type":"boolean"},"maxItems":6}},"required":["name","age","flags"]}"#,
@@ -245,8 +245,8 @@ fn guesses_change_nothing_of_texts_that_are_held_to_a_form() {
         Grammar::Lark("start: \"{\" pair+ \"}\"\npair: \"name\" | \"age\" | \"[\" pair \"]\"".to_owned()),
     ];
     let mut jobs = Vec::new();
-    for (i, form) in forms.iter().enumerate() {
-        let constraint = vocabulary.constraint(form).unwrap();
+    for (i, grammar) in grammars.iter().enumerate() {
+        let constraint = vocabulary.constraint(grammar).unwrap();
         for seed in 0..4 {
             let mut options = SamplingOptions::greedy();
             if seed > 0 {
@@ -259,22 +259,22 @@ fn guesses_change_nothing_of_texts_that_are_held_to_a_form() {
     }
     let (expected, plain) = written(&model, None, Speculation::Off, &jobs, end);
     assert_eq!(plain.drafted_tokens, 0);
-    assert!(expected.iter().filter(|text| text.last().unwrap().token == end).count() > 15, "most come to an end");
+    assert!(expected.iter().filter(|output| output.last().unwrap().token == end).count() > 15, "most of them end");
     for speculation in [Speculation::On, Speculation::Auto] {
         for draft in [None, Some(&model)] {
-            let (texts, stats) = written(&model, draft, speculation, &jobs, end);
-            assert!(texts == expected, "{speculation:?}");
+            let (outputs, stats) = written(&model, draft, speculation, &jobs, end);
+            assert!(outputs == expected, "{speculation:?}");
             assert!(stats.accepted_tokens > 50, "{stats:?}");
         }
     }
-    // What leaves no choice but how to spell it is guessed from the first token on.
+    // Output without a choice is drafted from the first token on.
     for seed in 0..3 {
         let options = SamplingOptions { seed: Some(seed), ..SamplingOptions::default() };
         let constraint = vocabulary.constraint(&schema(r#"{"const":{"x": [1, 2, 3], "y": "zzzzzz"}}"#)).unwrap();
         let job = [(options, Some(constraint))];
         let (expected, plain) = written(&model, None, Speculation::Off, &job, end);
-        let (texts, stats) = written(&model, None, Speculation::On, &job, end);
-        assert!(texts == expected && texts[0].len() > 25, "{}", texts[0].len());
+        let (outputs, stats) = written(&model, None, Speculation::On, &job, end);
+        assert!(outputs == expected && outputs[0].len() > 25, "{}", outputs[0].len());
         assert!(stats.steps * 2 < plain.steps, "{stats:?} {plain:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Promises of the sampler, most of them against a naive reference in F64 that sorts everything.
+//! The sampler, mostly compared with a naive reference in F64 that sorts everything.
 
 use nybble::Error;
 use nybble::engine::sampler::{Sampled, Sampler, SamplingOptions};
@@ -19,7 +19,7 @@ fn first(options: &SamplingOptions, logits: &[f32]) -> Sampled {
     sampler(options, logits.len()).sample(&mut logits.to_vec()).unwrap()
 }
 
-/// The tokens that `draws` draws from the same logits gave, by count.
+/// How often each token is drawn in `draws` draws from the same logits.
 fn histogram(options: &SamplingOptions, logits: &[f32], draws: usize) -> Vec<usize> {
     let (mut sampler, mut logits) = (sampler(options, logits.len()), logits.to_vec());
     let mut counts = vec![0; logits.len()];
@@ -29,7 +29,7 @@ fn histogram(options: &SamplingOptions, logits: &[f32], draws: usize) -> Vec<usi
     counts
 }
 
-/// Which tokens ever come up. Temperature makes the kept ones equally likely, so that none stays hidden.
+/// The tokens that the filters keep. A high temperature makes them equally likely, so that each is drawn.
 fn kept(options: &SamplingOptions, logits: &[f32]) -> Vec<usize> {
     let options = SamplingOptions { temperature: 1e9, ..options.clone() };
     let counts = histogram(&options, logits, 50 * logits.len());
@@ -74,7 +74,7 @@ mod reference {
         *logits = rows.into_iter().map(|row| (row.1, row.2)).collect();
     }
 
-    /// The probability of each token, after all steps, straight from their descriptions.
+    /// The probability of each token after all steps, as they are documented.
     pub(super) fn probabilities(options: &SamplingOptions, history: &[u32], logits: &[f32]) -> Vec<f64> {
         let mut all: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
         for (id, bias) in &options.logit_bias {
@@ -102,9 +102,9 @@ mod reference {
         if options.top_p < 1.0 {
             prefix(&mut left, f64::from(options.top_p), |logit, _| -logit);
         }
-        let likeliest = softmax(&left).into_iter().fold(0.0, f64::max);
+        let highest = softmax(&left).into_iter().fold(0.0, f64::max);
         let mut rows: Vec<_> = left.iter().copied().zip(softmax(&left)).collect();
-        rows.retain(|row| row.1 >= likeliest * f64::from(options.min_p) * (1.0 - 1e-12));
+        rows.retain(|row| row.1 >= highest * f64::from(options.min_p) * (1.0 - 1e-12));
         let left: Vec<_> = rows.iter().map(|(l, _)| (l.0, l.1 / f64::from(options.temperature))).collect();
         let mut probabilities = vec![0.0; logits.len()];
         for ((id, _), p) in left.iter().zip(softmax(&left)) {
@@ -113,7 +113,7 @@ mod reference {
         probabilities
     }
 
-    /// The n-th number in [0, 1) that the generator gives: SplitMix64, of which the n-th state is seed + n * gamma.
+    /// The n-th number of the generator, in [0, 1). SplitMix64: its n-th state is seed + n * gamma.
     pub(super) fn uniform(seed: u64, n: u64) -> f64 {
         let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n));
         for (shift, factor) in [(30, 0xbf58_476d_1ce4_e5b9), (27, 0x94d0_49bb_1331_11eb)] {
@@ -162,7 +162,7 @@ fn any_logits() -> impl Strategy<Value = Vec<f32>> {
 }
 
 proptest! {
-    // The same cases in every run: somewhere among all there is a logit so close to a cut that F32 and F64 part ways.
+    // The same cases in every run: in rare cases a logit is so close to a limit that F32 and F64 differ.
     #![proptest_config(ProptestConfig {
         cases: 1000,
         rng_seed: RngSeed::Fixed(1),
@@ -171,7 +171,7 @@ proptest! {
     })]
 
     #[test]
-    fn every_token_is_the_one_that_the_reference_draws(
+    fn every_token_is_the_one_of_the_reference(
         options in any_options(),
         logits in any_logits(),
         history in prop::collection::vec(0_u32..20, 0..30),
@@ -185,8 +185,8 @@ proptest! {
             prop_assert_eq!(&working, &logits, "the logits are as before");
             prop_assert!((f64::from(logprob.unwrap()) - reference::log_softmax(&logits)[token as usize]).abs() < 1e-4);
 
-            // By id, the token's share of [0, 1) holds the random number. Where the reference is within a rounding
-            // error of another cut, its shares are no measure.
+            // The token's share of [0, 1), in order of ids, contains the random number. If the reference is within a
+            // rounding error of another limit, nudged options may match instead.
             let share_of = |options: &SamplingOptions| {
                 let shares = reference::probabilities(options, &history, &logits);
                 let start: f64 = shares[..token as usize].iter().sum();
@@ -237,7 +237,7 @@ proptest! {
     }
 
     #[test]
-    fn odd_logits_give_a_token_that_is_possible_or_an_error_but_no_panic(
+    fn odd_logits_give_a_possible_token_or_an_error(
         logits in prop::collection::vec(prop_oneof![any::<f32>(), Just(f32::NEG_INFINITY), -9.0_f32..9.0], 20..100),
         options in any_options(),
         temperature in prop_oneof![Just(0.0_f32), Just(1e-45), Just(f32::MAX), 0.1_f32..2.0],
@@ -267,7 +267,7 @@ proptest! {
 }
 
 #[test]
-fn tokens_come_up_as_often_as_they_are_likely() {
+fn tokens_are_drawn_as_often_as_they_are_likely() {
     let logits: Vec<f32> = noise(50, 3).iter().map(|logit| logit * 0.3).collect();
     let draws = 200_000;
     let options = [
@@ -296,7 +296,7 @@ fn tokens_come_up_as_often_as_they_are_likely() {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_tokens_today_and_in_every_version() {
+fn the_same_seed_gives_the_same_tokens_in_every_version() {
     let draw = |seed| {
         let mut sampler = sampler(&SamplingOptions { seed, ..SamplingOptions::default() }, 1000);
         (0..10).map(|step| sampler.sample(&mut noise(1000, step)).unwrap().token).collect::<Vec<_>>()
@@ -307,11 +307,11 @@ fn the_same_seed_gives_the_same_tokens_today_and_in_every_version() {
     assert_ne!(draw(None), draw(None));
 }
 
-/// Written down when the sampler was. Should it ever change, so does the text of every seed.
+/// Tokens of the first version. If they change, so does the completion of every seed.
 const GOLDEN: [u32; 10] = [663, 155, 931, 753, 439, 706, 332, 372, 326, 464];
 
 #[test]
-fn each_step_keeps_what_its_description_says() {
+fn each_filter_keeps_the_documented_tokens() {
     // Probabilities 0.4, 0.3, 0.2, 0.05, 0.05 in a shuffled order.
     let logits: Vec<f32> = [0.05_f32, 0.3, 0.4, 0.05, 0.2].iter().map(|p| p.ln() + 3.0).collect();
     let keeps = |options: SamplingOptions| kept(&options, &logits);
@@ -329,12 +329,12 @@ fn each_step_keeps_what_its_description_says() {
     assert_eq!(keeps(SamplingOptions { typical_p: 0.29, ..neutral() }), [1]);
     assert_eq!(keeps(SamplingOptions { typical_p: 0.31, ..neutral() }), [1, 4]);
     assert_eq!(keeps(SamplingOptions { typical_p: 0.51, ..neutral() }), [1, 2, 4]);
-    // Of 0.4, 0.3 and 0.2, a share of 0.45 is reached by one and of 0.43 too only when probabilities are taken anew.
+    // 0.4 of 0.9 is 0.44: one token reaches 0.43 only with probabilities renormalized after top_k.
     assert_eq!(keeps(SamplingOptions { top_k: 3, top_p: 0.43, ..neutral() }), [2]);
 }
 
 #[test]
-fn penalties_touch_the_tokens_of_the_window_and_no_others() {
+fn penalties_change_only_tokens_of_the_window() {
     let greedy = |options: SamplingOptions, history: &[u32], logits: [f32; 3]| {
         let mut sampler = sampler(&SamplingOptions { temperature: 0.0, ..options }, 3);
         history.iter().for_each(|token| sampler.accept(*token));
@@ -378,14 +378,14 @@ fn log_probabilities_are_the_models_own() {
 }
 
 #[test]
-fn tokens_that_the_model_rules_out_are_not_among_the_likeliest() {
+fn impossible_tokens_are_not_among_the_most_likely() {
     let options = SamplingOptions { logprobs: Some(3), ..neutral() };
     let top = first(&options, &[f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY, 1.0]).top;
     assert_eq!(top, [(1, 0.5_f32.ln()), (3, 0.5_f32.ln())]);
 }
 
 #[test]
-fn a_bias_or_penalty_beyond_the_largest_number_still_counts_as_large() {
+fn a_bias_or_penalty_that_overflows_still_counts_as_large() {
     let boosts = [
         SamplingOptions { logit_bias: vec![(1, f32::MAX)], ..neutral() },
         SamplingOptions { presence_penalty: f32::MIN, ..neutral() },
@@ -401,7 +401,7 @@ fn a_bias_or_penalty_beyond_the_largest_number_still_counts_as_large() {
 }
 
 #[test]
-fn logits_without_an_answer_are_refused() {
+fn logits_without_a_possible_token_are_refused() {
     let bad = [vec![1.0, f32::NAN, 2.0], vec![f32::NAN; 3], vec![1.0, f32::INFINITY, 2.0], vec![f32::NEG_INFINITY; 3]];
     for options in [neutral(), SamplingOptions::default(), SamplingOptions::greedy()] {
         for logits in &bad {
@@ -455,8 +455,8 @@ fn an_option_out_of_its_range_is_refused_by_name() {
 }
 
 #[test]
-fn a_vocabulary_of_262144_is_cut_like_a_small_one() {
-    // All logits on a coarse grid: ties by the thousand at every cut.
+fn a_vocabulary_of_262144_tokens_is_filtered_like_a_small_one() {
+    // All logits on a coarse grid: thousands of ties at every limit.
     let logits: Vec<f32> = noise(262_144, 5).into_iter().map(|logit| (logit * 4.0).round() / 4.0).collect();
     let mut sorted: Vec<usize> = (0..logits.len()).collect();
     sorted.sort_by(|a, b| logits[*b].partial_cmp(&logits[*a]).unwrap().then(a.cmp(b)));

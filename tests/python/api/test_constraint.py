@@ -1,4 +1,4 @@
-"""Texts held to a JSON Schema, a regular expression or a grammar."""
+"""Completions constrained by a JSON Schema, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PERSON = {
 
 
 class Pydantic:
-    """What a model class of pydantic offers."""
+    """A class with the method of a pydantic model class."""
 
     @staticmethod
     def model_json_schema() -> dict[str, Any]:
@@ -32,7 +32,7 @@ class Pydantic:
 
 
 @pytest.mark.parametrize("schema", [PERSON, json.dumps(PERSON), Pydantic], ids=["dict", "text", "class"])
-def test_a_schema_is_followed_whatever_the_seed(tiny_model: Model, schema: Any) -> None:
+def test_a_schema_is_followed_for_any_seed(tiny_model: Model, schema: Any) -> None:
     for seed in range(10):
         done = tiny_model.generate("x", schema=schema, seed=seed, temperature=1.5, top_k=0, top_p=1, min_p=0)
         assert done.finish_reason == "stop"
@@ -43,7 +43,7 @@ def test_a_schema_is_followed_whatever_the_seed(tiny_model: Model, schema: Any) 
         assert set(person["tags"]) <= {"a", "b"}
 
 
-def test_chats_streams_and_batches_are_held_too(tiny_model: Model) -> None:
+def test_chats_streams_and_batches_follow_constraints(tiny_model: Model) -> None:
     options = SamplingOptions(regex="[ab]{3}", seed=3)
     alone = tiny_model.generate("x", options)
     assert re.fullmatch("[ab]{3}", alone.text)
@@ -53,20 +53,20 @@ def test_chats_streams_and_batches_are_held_too(tiny_model: Model) -> None:
     assert chat.text in ("yes", "no")
 
 
-def test_whoever_is_not_held_is_not_affected(tiny_model: Model) -> None:
+def test_a_constraint_does_not_affect_other_calls(tiny_model: Model) -> None:
     alone = tiny_model.generate("x", seed=1, max_tokens=20)
     assert tiny_model.generate("x", schema={}, seed=1, max_tokens=20).text != alone.text
     assert tiny_model.generate("x", seed=1, max_tokens=20).text == alone.text
 
 
-def test_log_probabilities_are_those_of_the_model(tiny_model: Model) -> None:
+def test_log_probabilities_ignore_the_constraint(tiny_model: Model) -> None:
     (first,) = tiny_model.generate("x", regex="a", logprobs=1, max_tokens=1).logprobs or ()
     free = tiny_model.generate("x", logprobs=259, temperature=0, max_tokens=1).logprobs or ()
     assert first.text == "a"
     assert first.logprob == next(logprob for _, text, logprob in free[0].top if text == "a")
 
 
-def test_a_text_that_is_cut_off_says_so(tiny_model: Model) -> None:
+def test_max_tokens_ends_a_constrained_completion(tiny_model: Model) -> None:
     done = tiny_model.generate("x", regex="a{50}", max_tokens=7)
     assert (done.text, done.finish_reason) == ("a" * 7, "length")
 
@@ -75,17 +75,17 @@ def test_a_text_that_is_cut_off_says_so(tiny_model: Model) -> None:
     ("options", "message"),
     [
         ({"schema": {"type": "objekt"}}, "schema: found Invalid type: objekt, expected"),
-        ({"schema": "[1]"}, r"schema: found '\[1\]', expected a dict, a JSON text or a pydantic model"),
-        ({"schema": "{"}, "schema: found a text that is no JSON"),
+        ({"schema": "[1]"}, r"schema: found '\[1\]', expected a dict, JSON text or a pydantic model"),
+        ({"schema": "{"}, "schema: found text that is not valid JSON"),
         ({"schema": 5}, "schema: found 5, expected a dict"),
-        ({"schema": {"enum": [float("nan")]}}, "schema: found what JSON cannot hold"),
+        ({"schema": {"enum": [float("nan")]}}, "schema: found a value that JSON cannot hold"),
         ({"regex": "("}, "regex: found "),
         ({"regex": ""}, "regex: found '', expected a string that is not empty"),
         ({"grammar": "start: other"}, "grammar: found "),
         ({"regex": "a", "schema": {}}, "at most one of schema, regex and grammar"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(tiny_model: Model, options: dict[str, Any], message: str) -> None:
+def test_an_invalid_constraint_is_refused(tiny_model: Model, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model.generate("x", **options)
 

@@ -1,8 +1,9 @@
-"""Many requests over one model: each gets the text that it would get alone, whatever the others do."""
+"""The engine: each request gets the completion that it would get alone, whatever the others do."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 import subprocess
@@ -11,15 +12,27 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import tiny
 
-from nybble import Completion, ContextFullError, Engine, Model, ModelError, QueueFullError, Request, SamplingOptions
+from nybble import (
+    Completion,
+    ContextFullError,
+    Engine,
+    EngineOptions,
+    Model,
+    ModelError,
+    QueueFullError,
+    Request,
+    SamplingOptions,
+)
+from nybble.engine_options import EngineOverrides
 
 # Under this bias the model never ends the text by itself.
 END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
-# So long that a test that waits for it in vain fails.
+# Seconds after which a test that still waits fails.
 LONG = 60
 
 
@@ -31,14 +44,14 @@ def engine(tiny_model: Model) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """A model whose texts go on for longer than any test waits, unless they are stopped."""
+    """A model with a context so large that a completion outlasts every test unless it is stopped."""
     file = tiny.write_model(tmp_path_factory.mktemp("roomy") / "roomy.gguf", llama__context_length=1 << 16)
     with Model.load(file, threads=2) as model:
         yield model
 
 
 def endless(engine: Engine, prompt: str = "abc") -> Request:
-    """A request that is being written."""
+    """A running request that does not end by itself."""
     request = engine.submit(prompt, max_tokens=None, logit_bias={b"x"[0]: 1000.0})
     next(iter(request))
     return request
@@ -55,7 +68,7 @@ def jobs(count: int) -> list[tuple[str, SamplingOptions]]:
 
 
 def same(done: Completion, alone: Completion) -> bool:
-    """Equal but for the times, and for what did not need computing."""
+    """Whether two completions are equal, except for timings and cached tokens."""
 
     def what(it: Completion) -> tuple[object, ...]:
         return it.text, it.tokens, it.finish_reason, it.logprobs, it.usage.prompt_tokens, it.usage.completion_tokens
@@ -64,7 +77,7 @@ def same(done: Completion, alone: Completion) -> bool:
 
 
 @pytest.mark.parametrize("speculation", ["off", "on", "auto"])
-def test_sixty_four_requests_some_cancelled_get_what_each_gets_alone(tiny_model: Model, speculation: str) -> None:
+def test_batching_and_cancelling_never_change_a_completion(tiny_model: Model, speculation: str) -> None:
     work = jobs(64)
     alone = [tiny_model.generate(prompt, options) for prompt, options in work]
     with Engine(tiny_model, max_batch=12, speculation=speculation) as engine:  # type: ignore[arg-type]
@@ -85,7 +98,7 @@ def test_sixty_four_requests_some_cancelled_get_what_each_gets_alone(tiny_model:
         assert stats.reused_tokens > 0
 
 
-def test_a_list_of_prompts_gives_what_each_prompt_gives_alone(tiny_model: Model) -> None:
+def test_a_list_of_prompts_gives_the_completions_of_single_calls(tiny_model: Model) -> None:
     prompts = [prompt for prompt, _ in jobs(50)]
     options = SamplingOptions(seed=5, max_tokens=20, temperature=1.0)
     alone = [tiny_model.generate(prompt, options) for prompt in prompts]
@@ -112,7 +125,7 @@ def test_tasks_of_one_loop_and_threads_share_an_engine(tiny_model: Model, engine
     assert results == [alone] * 4
 
 
-def test_a_coroutine_waits_for_one_text_or_for_several(tiny_model: Model, engine: Engine) -> None:
+def test_a_coroutine_waits_for_one_completion_or_for_several(tiny_model: Model, engine: Engine) -> None:
     async def run() -> None:
         one = await engine.generate("abc", max_tokens=9, seed=1)
         assert one.text == tiny_model.generate("abc", max_tokens=9, seed=1).text
@@ -134,7 +147,7 @@ def test_a_prompt_may_be_token_ids(tiny_model: Model, engine: Engine) -> None:
         engine.submit([10_000])
 
 
-def test_no_token_asked_is_no_token_written(engine: Engine) -> None:
+def test_max_tokens_0_gives_an_empty_completion(engine: Engine) -> None:
     request = engine.submit("abc", max_tokens=0)
     assert (list(request), request.result(0).finish_reason) == ([], "length")
 
@@ -146,20 +159,20 @@ def test_tokens_of_a_stop_string_come_as_a_piece_without_text(tiny_model: Model,
 
 
 @pytest.mark.parametrize("speculation", ["off", "on"])
-def test_texts_that_are_held_to_a_schema_are_written_beside_others(tiny_model: Model, speculation: str) -> None:
+def test_constrained_and_free_requests_share_a_batch(tiny_model: Model, speculation: str) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}, "b": {"type": "boolean"}}}
-    held = [SamplingOptions(schema=schema, seed=i, temperature=1.5, max_tokens=60) for i in range(5)]
+    constrained = [SamplingOptions(schema=schema, seed=i, temperature=1.5, max_tokens=60) for i in range(5)]
     free = [SamplingOptions(seed=i, max_tokens=20 + i, logit_bias=END) for i in range(5)]
     with Engine(tiny_model, speculation=speculation) as engine:  # type: ignore[arg-type]
-        requests = [engine.submit(f"prompt {i}", options) for i, options in enumerate(held + free)]
-        for i, options in enumerate(held + free):
+        requests = [engine.submit(f"prompt {i}", options) for i, options in enumerate(constrained + free)]
+        for i, options in enumerate(constrained + free):
             assert same(requests[i].result(LONG), tiny_model.generate(f"prompt {i}", options)), i
 
 
 # Prefixes
 
 
-def test_a_prompt_that_begins_like_an_earlier_one_reuses_its_pages(tiny_model: Model, engine: Engine) -> None:
+def test_a_prompt_reuses_the_pages_of_a_common_prefix(tiny_model: Model, engine: Engine) -> None:
     system = "s" * 64
     first = engine.submit(system + "one", max_tokens=3, seed=1).result(LONG)
     assert engine.stats().reused_tokens == 0
@@ -171,14 +184,14 @@ def test_a_prompt_that_begins_like_an_earlier_one_reuses_its_pages(tiny_model: M
     assert engine.stats().cached_pages == 1
 
 
-def test_nothing_is_kept_where_that_is_switched_off(tiny_model: Model) -> None:
+def test_no_page_is_kept_without_the_prefix_cache(tiny_model: Model) -> None:
     with Engine(tiny_model, prefix_cache=False) as engine:
         for _ in range(2):
             engine.submit("s" * 100, max_tokens=3).result(LONG)
         assert (engine.stats().reused_tokens, engine.stats().cached_pages) == (0, 0)
 
 
-def test_a_memory_limit_is_kept_and_a_text_that_needs_more_is_a_memory_error(tiny_model: Model) -> None:
+def test_a_request_that_needs_more_than_the_memory_limit_is_a_memory_error(tiny_model: Model) -> None:
     page = 64 * tiny_model.info.cache_bytes_per_token
     options = SamplingOptions(max_tokens=None, logit_bias={**END, b"x"[0]: 1000.0})
     with Engine(tiny_model, cache_bytes=page) as engine:
@@ -191,10 +204,10 @@ def test_a_memory_limit_is_kept_and_a_text_that_needs_more_is_a_memory_error(tin
         assert engine.submit("abc", max_tokens=5, seed=1).result(LONG).text
 
 
-# Leaving
+# Cancelling
 
 
-def test_a_cancelled_request_ends_at_once_with_what_it_has(roomy: Model) -> None:
+def test_a_cancelled_request_ends_at_once_with_a_partial_completion(roomy: Model) -> None:
     with Engine(roomy, max_batch=1) as engine:
         request = endless(engine)
         waiting = engine.submit("abc", max_tokens=4, logit_bias=END)
@@ -204,11 +217,11 @@ def test_a_cancelled_request_ends_at_once_with_what_it_has(roomy: Model) -> None
         assert done.finish_reason == "cancelled"
         assert set(done.text) == {"x"}
         assert len(list(request)) == len(done.tokens)
-        assert waiting.result(LONG).finish_reason == "length", "the place is free"
+        assert waiting.result(LONG).finish_reason == "length", "the slot is free"
         assert (engine.stats().cancelled, engine.stats().finished) == (1, 1)
 
 
-def test_a_request_may_be_cancelled_while_it_waits(roomy: Model) -> None:
+def test_a_waiting_request_may_be_cancelled(roomy: Model) -> None:
     with Engine(roomy, max_batch=1) as engine:
         running = endless(engine)
         waiting = engine.submit("abc")
@@ -250,7 +263,7 @@ def test_leaving_a_stream_cancels_its_request(roomy: Model, way: str) -> None:
         assert engine.stats().cancelled == 1
 
 
-def test_a_loop_that_was_closed_leaves_no_request_behind(roomy: Model) -> None:
+def test_closing_an_event_loop_cancels_its_requests(roomy: Model) -> None:
     with Engine(roomy, max_batch=1) as engine:
         loop = asyncio.new_event_loop()
         stream = engine.stream("abc", max_tokens=None, logit_bias={b"x"[0]: 1000.0})
@@ -260,10 +273,10 @@ def test_a_loop_that_was_closed_leaves_no_request_behind(roomy: Model) -> None:
         assert engine.submit("abc", max_tokens=2, logit_bias=END).result(LONG).usage.completion_tokens == 2
 
 
-# What goes wrong
+# Errors
 
 
-def test_what_cannot_be_asked_is_refused_at_once(tiny_model: Model, engine: Engine) -> None:
+def test_an_invalid_request_is_refused_at_once(tiny_model: Model, engine: Engine) -> None:
     with pytest.raises(ContextFullError, match="prompt has 129 tokens"):
         engine.submit("a" * 129)
     with pytest.raises(ContextFullError):
@@ -277,7 +290,7 @@ def test_what_cannot_be_asked_is_refused_at_once(tiny_model: Model, engine: Engi
             Engine(tiny_model, **wrong)
 
 
-def test_a_full_queue_refuses_and_takes_again_when_there_is_room(roomy: Model) -> None:
+def test_a_full_queue_refuses_requests_until_a_slot_is_free(roomy: Model) -> None:
     with Engine(roomy, max_batch=1, max_queue=2) as engine:
         running = endless(engine)
         waiting = [engine.submit("abc", max_tokens=1) for _ in range(2)]
@@ -290,7 +303,7 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room(roomy: Model) -
         assert engine.submit("abc", max_tokens=1).result(LONG)
 
 
-def test_one_text_that_fails_leaves_the_others_alone(tiny_model: Model, engine: Engine) -> None:
+def test_a_request_that_fails_does_not_affect_others(tiny_model: Model, engine: Engine) -> None:
     nothing = dict.fromkeys(range(tiny.VOCABULARY), -math.inf)
     bad, good = engine.submit("abc", logit_bias=nothing), engine.submit("abc", max_tokens=5, seed=1)
     with pytest.raises(ModelError, match="logits"):
@@ -300,7 +313,7 @@ def test_one_text_that_fails_leaves_the_others_alone(tiny_model: Model, engine: 
     assert good.result(LONG).text == tiny_model.generate("abc", max_tokens=5, seed=1).text
 
 
-def test_an_error_in_the_loop_reaches_everyone_who_waits(roomy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_engine_thread_reaches_every_request(roomy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(roomy, max_batch=1)
     running, waiting = endless(engine), engine.submit("abc")
     monkeypatch.setattr(Request, "_push", lambda *_: 1 // 0)
@@ -312,25 +325,25 @@ def test_an_error_in_the_loop_reaches_everyone_who_waits(roomy: Model, monkeypat
     engine.close()
 
 
-def test_waiting_ends_when_the_time_is_up_and_the_text_goes_on(roomy: Model) -> None:
+def test_a_timeout_ends_the_wait_and_not_the_request(roomy: Model) -> None:
     with Engine(roomy) as engine:
         request = endless(engine)
-        with pytest.raises(TimeoutError, match="not finished within 0 seconds"):
+        with pytest.raises(TimeoutError, match="has not ended within 0 seconds"):
             request.result(0)
         assert not request._is_done
         request.cancel()
 
 
-# The end
+# Closing
 
 
-def test_a_closed_engine_takes_nothing_and_fails_what_it_has(roomy: Model) -> None:
+def test_closing_an_engine_fails_its_requests_and_refuses_new_ones(roomy: Model) -> None:
     engine = Engine(roomy, max_batch=1)
     running, waiting = endless(engine), engine.submit("abc")
     engine.close()
     engine.close()
     for request in (running, waiting):
-        with pytest.raises(ModelError, match="closed before the text was finished"):
+        with pytest.raises(ModelError, match="closed before the request ended"):
             request.result(LONG)
     assert running.completion.text.startswith("x")
     with pytest.raises(ModelError, match="the engine is closed"):
@@ -338,14 +351,14 @@ def test_a_closed_engine_takes_nothing_and_fails_what_it_has(roomy: Model) -> No
     assert roomy.generate("abc", max_tokens=1)
 
 
-def test_a_drained_engine_finishes_what_it_has(tiny_model: Model) -> None:
+def test_draining_an_engine_finishes_its_requests(tiny_model: Model) -> None:
     engine = Engine(tiny_model, max_batch=2)
     requests = [engine.submit("abc", max_tokens=20, logit_bias=END) for _ in range(7)]
     engine.close(drain=True)
     assert [request.result(0).usage.completion_tokens for request in requests] == [20] * 7
 
 
-def test_a_closed_model_takes_no_requests_and_finishes_those_it_has(tiny_file: Path) -> None:
+def test_closing_the_model_refuses_new_requests_and_finishes_running_ones(tiny_file: Path) -> None:
     model = Model.load(tiny_file, threads=1)
     with Engine(model) as engine:
         request = engine.submit("abc", max_tokens=50, logit_bias=END)
@@ -357,7 +370,7 @@ def test_a_closed_model_takes_no_requests_and_finishes_those_it_has(tiny_file: P
         Engine(model)
 
 
-def test_a_forgotten_engine_ends_and_one_whose_request_is_held_does_not(tiny_model: Model) -> None:
+def test_an_engine_runs_while_it_or_a_request_is_referenced(tiny_model: Model) -> None:
     def engines() -> int:
         return sum(thread.name == "nybble-engine" for thread in threading.enumerate())
 
@@ -375,7 +388,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ending", ["idle", "running", "exit in a stream"])
-def test_the_interpreter_may_end_with_an_engine_that_was_not_closed(tiny_file: Path, ending: str) -> None:
+def test_the_interpreter_may_exit_with_an_open_engine(tiny_file: Path, ending: str) -> None:
     script = """
         import asyncio, sys
         from nybble import Engine, Model
@@ -396,7 +409,7 @@ def test_the_interpreter_may_end_with_an_engine_that_was_not_closed(tiny_file: P
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_process_is_told_that_the_engine_stayed_behind(tmp_path: Path) -> None:
+def test_a_forked_process_gets_an_error_from_the_engine_of_its_parent(tmp_path: Path) -> None:
     file = tiny.write_model(tmp_path / "roomy.gguf", llama__context_length=1 << 16)
     script = """
         import os, sys
@@ -426,10 +439,32 @@ def test_a_forked_process_is_told_that_the_engine_stayed_behind(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# Guesses
+# Options
 
 
-def test_guesses_that_are_right_save_steps_and_change_nothing(tiny_model: Model) -> None:
+def test_options_are_given_as_a_dataclass_or_by_name(tiny_model: Model) -> None:
+    base = EngineOptions(max_batch=2, max_queue=0)
+    with Engine(tiny_model, base, prefix_cache=False) as engine:
+        for _ in range(2):
+            engine.submit("s" * 100, max_tokens=3).result(LONG)
+        assert engine.stats().cached_pages == 0
+    with pytest.raises(TypeError, match=r"no such option: max_batches \(options: max_batch, max_queue"):
+        Engine(tiny_model, max_batches=2)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="max_queue: found -1"):
+        base.replace(max_queue=-1)
+
+
+def test_type_checkers_know_every_engine_option_with_its_type() -> None:
+    types = get_type_hints(EngineOptions)
+    fields = dataclasses.fields(EngineOptions)
+    assert get_type_hints(EngineOverrides) == {field.name: types[field.name] for field in fields}
+    assert all(field.metadata["help"].endswith(".") for field in fields)
+
+
+# Speculation
+
+
+def test_accepted_drafts_save_steps_and_change_nothing(tiny_model: Model) -> None:
     options = SamplingOptions(temperature=0, max_tokens=60, logit_bias={b"x"[0]: 1000.0})
     with Engine(tiny_model, speculation="on") as engine:
         assert same(engine.submit("abc", options).result(LONG), tiny_model.generate("abc", options))
@@ -438,7 +473,7 @@ def test_guesses_that_are_right_save_steps_and_change_nothing(tiny_model: Model)
         assert stats.steps < 30
 
 
-def test_a_draft_model_guesses_and_changes_nothing(tmp_path: Path, tiny_file: Path, tiny_model: Model) -> None:
+def test_a_draft_model_never_changes_a_completion(tmp_path: Path, tiny_file: Path, tiny_model: Model) -> None:
     small = tiny.write_model(tmp_path / "small.gguf", layers=1)
     options = SamplingOptions(seed=3, max_tokens=60, temperature=1.0, logit_bias=END)
     alone = tiny_model.generate("abc", options)
@@ -453,7 +488,7 @@ def test_a_draft_model_guesses_and_changes_nothing(tmp_path: Path, tiny_file: Pa
             assert (stats.accepted_tokens == stats.drafted_tokens) == (file == tiny_file)
 
 
-def test_a_draft_model_that_cannot_help_is_refused(tmp_path: Path, tiny_model: Model) -> None:
+def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_model: Model) -> None:
     tokens = tiny.metadata()["tokenizer.ggml.tokens"]
     other = tiny.write_model(tmp_path / "other.gguf", tokenizer__ggml__tokens=[tokens[1], tokens[0], *tokens[2:]])
     with Model.load(other, threads=1) as draft:

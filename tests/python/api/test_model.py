@@ -1,4 +1,4 @@
-"""A loaded model: what it tells of itself, who may use it at once, and how it stops."""
+"""A loaded model: its properties, use from several threads, and interruption."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import numpy as np
 import pytest
 import tiny
 
 import nybble
-from nybble import ContextFullError, Model, ModelError, SamplingOptions
+from nybble import ContextFullError, LoadOptions, Model, ModelError, SamplingOptions
+from nybble.load_options import LoadOverrides
 
 END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor SIGINT of this kind")
@@ -28,11 +29,11 @@ needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has ne
 
 @pytest.fixture(scope="session")
 def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with room for a prompt that takes seconds to read."""
+    """The tiny model with a context so large that a prompt takes seconds."""
     return tiny.write_model(tmp_path_factory.mktemp("slow") / "slow.gguf", llama__context_length=1_000_000)
 
 
-def test_info_tells_what_was_loaded(tiny_file: Path) -> None:
+def test_info_describes_the_loaded_model(tiny_file: Path) -> None:
     with Model.load(tiny_file, threads=2, kernel="scalar", context=64) as model:
         info = model.info
     assert info.file == tiny_file
@@ -50,13 +51,13 @@ def test_info_tells_what_was_loaded(tiny_file: Path) -> None:
 def test_an_int8_cache_takes_about_half_the_memory(tiny_file: Path) -> None:
     with Model.load(tiny_file) as model, Model.load(tiny_file, cache_type="int8") as small:
         assert (model.info.cache_type, small.info.cache_type) == ("f16", "int8")
-        # A head has 16 keys and 16 values, and an INT8 one two scales.
+        # Per head and position: 16 keys and 16 values, and with INT8 two scales.
         assert model.info.cache_bytes_per_token * (32 + 8) == small.info.cache_bytes_per_token * 64
         exact, found = model.logits([1, 2, 3, 4]), small.logits([1, 2, 3, 4])
         assert 0 < abs(exact - found).max() < 0.1 * abs(exact).max()
 
 
-def test_a_closed_model_says_so(tiny_file: Path) -> None:
+def test_a_closed_model_raises_and_finishes_open_streams(tiny_file: Path) -> None:
     with Model.load(tiny_file) as model:
         stream = model.stream("abc", max_tokens=5, logit_bias=END)
         next(stream)
@@ -64,24 +65,24 @@ def test_a_closed_model_says_so(tiny_file: Path) -> None:
         with pytest.raises(ModelError, match="the model is closed"):
             use()
     model.close()
-    assert model.info.name == "tiny", "what it was is still known"
+    assert model.info.name == "tiny", "its properties are still known"
     assert model.tokenize("abc") == [97, 98, 99], "the tokenizer needs no weights"
     list(stream)
-    assert stream.completion.usage.completion_tokens == 5, "what had begun goes on"
+    assert stream.completion.usage.completion_tokens == 5, "an open stream continues"
 
 
-def test_text_becomes_ids_and_ids_become_text(tiny_model: Model) -> None:
+def test_text_and_token_ids_convert_both_ways(tiny_model: Model) -> None:
     text = "Grüße, 世界 🌍"
     assert tiny_model.tokenize(text) == list(text.encode())
     assert tiny_model.detokenize(tiny_model.tokenize(text)) == text
 
 
-def test_logits_are_an_array_of_one_row_a_token(tiny_model: Model) -> None:
+def test_logits_have_one_row_per_token(tiny_model: Model) -> None:
     logits = tiny_model.logits([1, 2, 3])
     assert logits.shape == (3, tiny.VOCABULARY)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
-    assert np.array_equal(tiny_model.logits([1, 2])[1], logits[1]), "a token does not see the ones after it"
+    assert np.array_equal(tiny_model.logits([1, 2])[1], logits[1]), "a token does not depend on later ones"
     assert tiny_model.logits([]).shape == (0, tiny.VOCABULARY)
     assert np.array_equal(tiny_model.logits(np.array([1, 2, 3])), logits)
 
@@ -92,7 +93,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny_model: Model, ids: list[in
         tiny_model.logits(ids)
 
 
-def test_every_kernel_and_number_of_threads_gives_the_same_bits(tiny_file: Path) -> None:
+def test_logits_are_bit_identical_across_kernels_and_thread_counts(tiny_file: Path) -> None:
     ids = list(range(40))
     found = []
     for kernel in nybble.kernels():
@@ -120,7 +121,23 @@ def test_an_argument_out_of_range_is_refused(tiny_file: Path) -> None:
         Model.load(tiny_file, cache_type="int4")  # type: ignore[arg-type]
 
 
-def test_what_is_no_model_is_refused_by_name(tmp_path: Path, tiny_file: Path) -> None:
+def test_load_options_are_given_as_a_dataclass_or_by_name(tiny_file: Path) -> None:
+    options = LoadOptions(threads=1, context=64, cache_type="int8")
+    with Model.load(tiny_file, options) as model, Model.load(tiny_file, options, context=32) as other:
+        assert (model.info.threads, model.info.context, model.info.cache_type) == (1, 64, "int8")
+        assert (other.info.threads, other.info.context, other.info.cache_type) == (1, 32, "int8")
+    with pytest.raises(TypeError, match=r"no such option: thread \(options: filename, revision, kernel, threads"):
+        Model.load(tiny_file, thread=1)  # type: ignore[call-arg]
+
+
+def test_type_checkers_know_every_load_option_with_its_type() -> None:
+    types = get_type_hints(LoadOptions)
+    fields = dataclasses.fields(LoadOptions)
+    assert get_type_hints(LoadOverrides) == {field.name: types[field.name] for field in fields}
+    assert all(field.metadata["help"].endswith(".") for field in fields)
+
+
+def test_a_file_that_is_not_a_model_is_refused_by_name(tmp_path: Path, tiny_file: Path) -> None:
     (tmp_path / "text.gguf").write_text("once upon a time")
     with pytest.raises(ModelError, match=r"text\.gguf: .*found .*expected"):
         Model.load(tmp_path / "text.gguf")
@@ -139,7 +156,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path, tiny_file: Path) ->
         Model.load(tmp_path / "nowhere.gguf")
 
 
-def test_progress_runs_up_to_the_whole(tiny_file: Path) -> None:
+def test_progress_ends_at_the_total(tiny_file: Path) -> None:
     seen: list[tuple[int, int]] = []
     Model.load(tiny_file, progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -147,7 +164,7 @@ def test_progress_runs_up_to_the_whole(tiny_file: Path) -> None:
     assert len({total for _, total in seen}) == 1
 
 
-def test_an_error_in_the_callback_ends_the_loading(tiny_file: Path) -> None:
+def test_an_exception_of_the_progress_callback_stops_loading(tiny_file: Path) -> None:
     seen: list[int] = []
 
     def refuse(done: int, total: int) -> None:
@@ -160,7 +177,7 @@ def test_an_error_in_the_callback_ends_the_loading(tiny_file: Path) -> None:
 
 
 @needs_posix
-def test_ctrl_c_ends_the_loading_and_the_next_one_succeeds(tiny_file: Path) -> None:
+def test_ctrl_c_stops_loading_and_the_next_load_succeeds(tiny_file: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Model.load(tiny_file, progress=lambda done, total: os.kill(os.getpid(), signal.SIGINT))
     Model.load(tiny_file, progress=False).close()
@@ -168,7 +185,7 @@ def test_ctrl_c_ends_the_loading_and_the_next_one_succeeds(tiny_file: Path) -> N
 
 @pytest.mark.parametrize("at_terminal", [True, False])
 @pytest.mark.parametrize("progress", [None, False])
-def test_a_bar_is_drawn_on_a_terminal_only_and_not_when_it_is_switched_off(
+def test_a_progress_bar_is_drawn_only_on_a_terminal_and_unless_disabled(
     tiny_file: Path, monkeypatch: pytest.MonkeyPatch, at_terminal: bool, progress: Literal[False] | None
 ) -> None:
     drawn = io.StringIO()
@@ -180,7 +197,7 @@ def test_a_bar_is_drawn_on_a_terminal_only_and_not_when_it_is_switched_off(
     assert ("loading tiny.gguf" in drawn.getvalue()) == (at_terminal and progress is None)
 
 
-# --- Several users at once
+# --- Threads
 
 
 def test_threads_may_share_a_model(tiny_model: Model) -> None:
@@ -200,12 +217,12 @@ def test_threads_may_share_a_model(tiny_model: Model) -> None:
 
 
 def test_python_runs_while_rust_computes(slow_file: Path) -> None:
-    """One call that takes long lets another thread count all the while, which it could not if the GIL were held."""
+    """During a long call another thread counts, which needs the GIL."""
     with Model.load(slow_file, threads=1) as model:
         began = time.perf_counter()
         model.logits([1] * 512)
         once = time.perf_counter() - began
-        # Attention makes long prompts cost more than in proportion, so a dozen times as long is long enough.
+        # The time of attention grows with the square of the length, so 12 times as long is enough.
         ids = [1] * (512 * min(12, max(1, round(0.5 / once))))
         beats: list[float] = []
         done = threading.Event()
@@ -251,7 +268,7 @@ def test_a_forked_child_works(tiny_model: Model) -> None:
         pytest.fail("the child hangs")
     with os.fdopen(reader, "rb") as pipe:
         assert pipe.read().decode() == repr(expected)
-    assert tiny_model.generate("abc", options).tokens == expected, "the parent works on"
+    assert tiny_model.generate("abc", options).tokens == expected, "the parent still works"
 
 
 # --- Ctrl-C
@@ -286,7 +303,7 @@ else:
 
 @needs_posix
 @pytest.mark.parametrize("phase", ["prompt", "decoding"])
-def test_ctrl_c_stops_at_once_and_leaves_the_model_usable(slow_file: Path, phase: str) -> None:
+def test_ctrl_c_stops_generation_at_once_and_the_model_stays_usable(slow_file: Path, phase: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(slow_file), "0.5", phase]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
@@ -306,7 +323,7 @@ def test_the_default_model_knows_the_capital_of_france(default_model: Model) -> 
     assert (done.text, done.finish_reason) == ("The capital of France is Paris.", "stop")
 
 
-def test_the_default_model_gives_the_same_text_alone_in_a_batch_and_streamed(default_model: Model) -> None:
+def test_the_default_model_completes_alike_alone_in_a_batch_and_streamed(default_model: Model) -> None:
     prompts = ["Once upon a time", "The three largest rivers of Africa are", "1, 2, 3,"]
     options = SamplingOptions(seed=11, max_tokens=24)
     batch = default_model.generate(prompts, options)
@@ -315,7 +332,7 @@ def test_the_default_model_gives_the_same_text_alone_in_a_batch_and_streamed(def
         assert "".join(default_model.stream(prompt, options)) == done.text
 
 
-def test_texts_become_vectors(tiny_model: Model) -> None:
+def test_embeddings_have_one_normalized_row_per_document(tiny_model: Model) -> None:
     vectors = tiny_model.embed(["one text", "another", "one text"])
     assert vectors.shape == (3, tiny_model.info.hidden_size)
     assert vectors.dtype == np.float32
@@ -324,7 +341,7 @@ def test_texts_become_vectors(tiny_model: Model) -> None:
     assert not np.allclose(vectors[0], vectors[1])
     assert np.array_equal(tiny_model.embed("another"), vectors[1:2])
     assert tiny_model.embed([]).shape == (0, tiny_model.info.hidden_size)
-    # Each state sees what came before it and nothing after, so the last one of a text is no state of its beginning.
+    # The last state depends on all tokens.
     last = tiny_model.embed(["abc", "abd"], pooling="last", normalize=False)
     assert not np.allclose(last[0], last[1])
     with pytest.raises(ValueError, match="pooling: found 'max', expected mean or last"):

@@ -1,4 +1,4 @@
-"""The native module: what Python gets to see of files."""
+"""The native module: files, kernels and sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nybble import ModelError, _native
+from nybble import LoadOptions, ModelError, SamplingOptions, _native
 
 
 def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     "value",
     [0, 2**32 - 1, -1, True, False, 0.5, -math.inf, "", "Grüße 🌍", [1, 2], ["a", "", "世"], [True, False], [0.5], []],
 )
-def test_metadata_comes_as_python_values(tmp_path: Path, value: Any) -> None:
+def test_metadata_values_have_python_types(tmp_path: Path, value: Any) -> None:
     found = read(tmp_path, {"the.key": value})["the.key"]
     assert found == value
     assert type(found) is type(value)
@@ -32,14 +32,14 @@ def test_metadata_keeps_the_order_of_the_file(tmp_path: Path) -> None:
     assert list(read(tmp_path, {"b": 1, "a": 2, "c": 3})) == ["b", "a", "c"]
 
 
-def test_text_that_is_no_utf_8_comes_back_to_the_same_bytes(tmp_path: Path) -> None:
+def test_invalid_utf_8_round_trips_through_surrogates(tmp_path: Path) -> None:
     broken = b"caf\xe9 \xf0\x9f"
     found = read(tmp_path, {"one": broken, "many": [broken, b"whole"]})
     assert found["one"].encode("utf-8", "surrogateescape") == broken
     assert [text.encode("utf-8", "surrogateescape") for text in found["many"]] == [broken, b"whole"]
 
 
-def test_tensors_are_listed_as_the_file_has_them(tiny_file: Path) -> None:
+def test_tensors_are_listed_in_the_order_of_the_file(tiny_file: Path) -> None:
     tensors = _native.GgufFile(tiny_file).tensors
     assert len(tensors) == 20
     first = tensors[0]
@@ -48,7 +48,7 @@ def test_tensors_are_listed_as_the_file_has_them(tiny_file: Path) -> None:
     assert tiny_file.read_bytes()[first.offset :][: first.nbytes] == tiny.q8_0(weights)
 
 
-def test_errors_of_the_system_are_those_of_python(tmp_path: Path) -> None:
+def test_system_errors_become_the_matching_os_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         _native.GgufFile(tmp_path / "nowhere.gguf")
     assert caught.value.filename == str(tmp_path / "nowhere.gguf")
@@ -68,20 +68,16 @@ def test_kernels_are_listed_best_first_and_scalar_is_always_there() -> None:
     assert _native.default_threads() >= 1
 
 
-def test_a_sequence_cannot_be_in_a_step_twice(tiny_file: Path) -> None:
-    from nybble import SamplingOptions
-
-    model = _native.Model.load(tiny_file, threads=1)
+def test_a_sequence_can_be_in_a_step_only_once(tiny_file: Path) -> None:
+    model = _native.Model.load(tiny_file, LoadOptions(threads=1))
     sequence = model.sequence([1, 2, 3], SamplingOptions(seed=1))
     with pytest.raises(ValueError, match="sequence"):
         model.step([sequence, sequence])
-    assert len(model.step([sequence])) == 1, "and is not harmed by the attempt"
+    assert len(model.step([sequence])) == 1, "the sequence is still usable"
 
 
-def test_a_sequence_stays_with_its_model(tiny_file: Path, tmp_path: Path) -> None:
-    from nybble import SamplingOptions
-
-    other = _native.Model.load(tiny.write_model(tmp_path / "other.gguf", layers=1), threads=1)
-    sequence = _native.Model.load(tiny_file, threads=1).sequence([1, 2, 3], SamplingOptions(seed=1))
+def test_a_sequence_of_another_model_is_refused(tiny_file: Path, tmp_path: Path) -> None:
+    other = _native.Model.load(tiny.write_model(tmp_path / "other.gguf", layers=1), LoadOptions(threads=1))
+    sequence = _native.Model.load(tiny_file, LoadOptions(threads=1)).sequence([1, 2, 3], SamplingOptions(seed=1))
     with pytest.raises(ValueError, match="another model"):
         other.step([sequence])

@@ -1,4 +1,4 @@
-"""Options of sampling: defined once, checked where they are made."""
+"""Sampling options: defined once, checked when they are made."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
         {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.uint64(7)},
     ],
 )
-def test_values_at_the_edge_are_taken(values: dict[str, Any]) -> None:
+def test_values_at_the_limits_are_accepted(values: dict[str, Any]) -> None:
     options = SamplingOptions(**values)
     assert all(getattr(options, name) == value for name, value in values.items())
 
@@ -79,7 +79,7 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingOptions(stop=["a", "b"]).stop == ("a", "b")
 
 
-def test_overrides_replace_single_options_and_leave_the_rest() -> None:
+def test_overrides_replace_single_options() -> None:
     base = SamplingOptions(temperature=0.1, top_k=3)
     assert merge(base, {"top_k": 5}) == SamplingOptions(temperature=0.1, top_k=5)
     assert merge(None, {"seed": 1}) == SamplingOptions(seed=1)
@@ -91,12 +91,12 @@ def test_an_override_is_checked_like_an_option() -> None:
         merge(None, {"top_p": 7})
 
 
-def test_a_misspelled_option_is_named_with_those_there_are() -> None:
+def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TypeError, match=r"no such option: temprature \(options: temperature, top_k"):
         merge(None, {"temprature": 1})  # type: ignore[typeddict-unknown-key]
 
 
-def test_options_cannot_change_under_a_running_generation() -> None:
+def test_options_are_immutable() -> None:
     options = SamplingOptions()
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.temperature = 0.0  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Texts that go on: call by call, forked, and kept in files, always with the text that one call would have written."""
+"""Sessions: continued, forked and saved, with the tokens that one long prompt would give."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GREEDY = SamplingOptions(max_tokens=12, temperature=0)
 
 
 def alone(model: Model, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """What the model writes after `ids` when it has seen nothing before."""
+    """The completion of `ids` in a new session."""
     return model.session().generate(ids, max_tokens=count, temperature=0).tokens
 
 
-def test_a_session_writes_what_one_long_prompt_would(tiny_model: Model) -> None:
+def test_a_session_gives_the_completions_of_one_long_prompt(tiny_model: Model) -> None:
     session = tiny_model.session()
     first = session.generate("Once upon", GREEDY)
     assert first.text == tiny_model.generate("Once upon", GREEDY).text
@@ -33,18 +33,18 @@ def test_a_session_writes_what_one_long_prompt_would(tiny_model: Model) -> None:
     assert session.text == tiny_model.detokenize(session.tokens)
 
 
-def test_only_what_is_new_is_read(tiny_model: Model) -> None:
+def test_only_new_tokens_are_computed(tiny_model: Model) -> None:
     session = tiny_model.session()
     first = session.generate("a" * 40, max_tokens=5, temperature=0)
     assert first.usage.prompt_tokens == 40
-    # The last token of the first answer was written, and is read with the second prompt.
+    # The last token of the first completion was sampled, and is computed with the second prompt.
     usage = session.generate("bc", max_tokens=1, temperature=0).usage
     assert usage.prompt_tokens - usage.cached_tokens == 3
     usage = session.generate(max_tokens=1, temperature=0).usage
     assert usage.prompt_tokens - usage.cached_tokens == 1
 
 
-def test_penalties_look_at_the_whole_text(tiny_model: Model) -> None:
+def test_penalties_count_all_tokens_of_a_session(tiny_model: Model) -> None:
     options = SamplingOptions(temperature=0, repetition_penalty=1.5, penalty_window=0)
     whole = tiny_model.generate("abcabc", options, max_tokens=20)
     session = tiny_model.session()
@@ -52,13 +52,13 @@ def test_penalties_look_at_the_whole_text(tiny_model: Model) -> None:
     assert (*parts[0], *parts[1]) == whole.tokens
 
 
-def test_an_empty_session_needs_a_start_and_takes_that_of_the_model(tiny_model: Model) -> None:
+def test_an_empty_session_starts_with_the_start_token(tiny_model: Model) -> None:
     assert tiny_model.session().generate("", GREEDY).text == tiny_model.generate("", GREEDY).text
     with pytest.raises(ValueError, match="prompt: found no tokens"):
         tiny_model.session().generate([], GREEDY)
 
 
-def test_what_a_stream_has_written_belongs_to_the_text_even_when_it_is_left(tiny_model: Model) -> None:
+def test_a_session_keeps_the_tokens_of_an_abandoned_stream(tiny_model: Model) -> None:
     session = tiny_model.session()
     stream = session.stream("Once", GREEDY)
     begun = next(stream)
@@ -69,7 +69,47 @@ def test_what_a_stream_has_written_belongs_to_the_text_even_when_it_is_left(tiny
     assert (*written, *rest.tokens) == tiny_model.generate("Once", GREEDY).tokens
 
 
-def test_a_fork_goes_on_by_itself(tiny_model: Model) -> None:
+def test_a_session_forks_and_saves_in_the_middle_of_a_stream(tiny_model: Model, tmp_path: Path) -> None:
+    whole = tiny_model.generate("Once", GREEDY).tokens
+    session = tiny_model.session()
+    stream = session.stream("Once", GREEDY)
+    next(stream)
+    session.save(tmp_path / "session")
+    count = len(session) - len(tiny_model.tokenize("Once"))
+    for copy in (session.fork(), tiny_model.load_session(tmp_path / "session")):
+        rest = copy.generate(max_tokens=12 - count, temperature=0)
+        assert rest.usage.prompt_tokens - rest.usage.cached_tokens == 1
+        assert rest.tokens == whole[count:]
+    assert len(session) == len(tiny_model.tokenize("Once")) + count, "it keeps what it had at the fork"
+    list(stream)
+    assert stream.completion.tokens == whole, "the stream continues by itself"
+
+
+def test_a_session_that_fills_the_context_in_turns_fits_into_the_memory_limit(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.memory.for_caches", lambda _: tiny_model.info.cache_bytes)
+    session = tiny_model.session()
+    for _ in range(9):
+        session.generate("abc", max_tokens=10, temperature=0, logit_bias={ord("x"): 1000.0})
+    assert len(session) == 9 * 13
+    session.generate("", max_tokens=None, temperature=0, logit_bias={ord("x"): 1000.0})
+    assert len(session) == tiny.CONTEXT + 1
+
+
+def test_an_interrupted_session_continues_where_it_stopped(tiny_model: Model) -> None:
+    whole = tiny_model.generate("Once", GREEDY).tokens
+    session = tiny_model.session()
+    stream = session.stream("Once", GREEDY)
+    next(stream)
+    stream._driver.interrupt()
+    with pytest.raises(ModelError, match="interrupted"):
+        list(stream)
+    count = len(stream.tokens)
+    assert session.generate(max_tokens=12 - count, temperature=0).tokens == whole[count:]
+
+
+def test_a_fork_is_independent(tiny_model: Model) -> None:
     session = tiny_model.session()
     session.generate("Once upon", GREEDY)
     before = session.tokens
@@ -80,10 +120,10 @@ def test_a_fork_goes_on_by_itself(tiny_model: Model) -> None:
     assert other.tokens == alone(tiny_model, (*before, ord("y")), 12)
 
 
-def test_a_chat_reads_only_the_new_turn_and_answers_as_the_model_does(tiny_model: Model) -> None:
+def test_a_chat_computes_only_the_new_turn_and_answers_like_the_model(tiny_model: Model) -> None:
     session = tiny_model.session()
     messages = [{"role": "user", "content": "Hello"}]
-    # Bytes that are whole characters, so that the answer becomes the same tokens again when it is read.
+    # ASCII only, so that the text of an answer has the same tokens again.
     bias = dict.fromkeys((*range(128, 256), tiny.IM_START, tiny.END_OF_TEXT, tiny.IM_END), -float("inf"))
     options = SamplingOptions(max_tokens=4, temperature=0, logit_bias=bias)
     for turn in ("And then?", "And now?", "Goodbye"):
@@ -94,12 +134,12 @@ def test_a_chat_reads_only_the_new_turn_and_answers_as_the_model_does(tiny_model
     assert answer.usage.prompt_tokens == prompt
     assert answer.usage.cached_tokens > prompt / 2
     assert "".join(session.chat(messages, options, stream=True)) == tiny_model.chat(messages, options).text
-    # A conversation that took another turn is answered too.
+    # A conversation with another beginning.
     other = [{"role": "user", "content": "Help"}]
     assert session.chat(other, options).text == tiny_model.chat(other, options).text
 
 
-def test_a_text_that_does_not_fit_leaves_the_session_as_it_was(tiny_model: Model) -> None:
+def test_a_prompt_that_does_not_fit_leaves_the_session_unchanged(tiny_model: Model) -> None:
     session = tiny_model.session()
     session.generate("abc", GREEDY)
     before = session.tokens
@@ -115,7 +155,7 @@ def test_a_text_that_does_not_fit_leaves_the_session_as_it_was(tiny_model: Model
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "int8", "f32"])
-def test_a_saved_session_goes_on_as_if_it_had_never_been_saved(
+def test_a_loaded_session_continues_like_the_saved_one(
     tiny_file: Path, tmp_path: Path, cache_type: Literal["f16", "int8", "f32"]
 ) -> None:
     path = tmp_path / "a session"
@@ -130,7 +170,7 @@ def test_a_saved_session_goes_on_as_if_it_had_never_been_saved(
         assert loaded.tokens == tokens
         done = loaded.generate("and", max_tokens=20, seed=5)
     assert (done.text, done.usage) == (expected.text, expected.usage)
-    assert done.usage.prompt_tokens - done.usage.cached_tokens == 4, "nothing of what the file holds is read again"
+    assert done.usage.prompt_tokens - done.usage.cached_tokens == 4, "no saved token is computed again"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -152,7 +192,7 @@ def test_a_session_of_another_model_is_refused(tiny_model: Model, tmp_path: Path
         model.load_session(path)
 
 
-def test_a_damaged_session_is_refused_and_a_missing_one_is_missing(tiny_model: Model, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_session_file_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     path = tmp_path / "session"
     session = tiny_model.session()
     session.generate("abc", max_tokens=3)

@@ -1,4 +1,4 @@
-"""Whatever is passed in: the answer is a text or a documented exception, never a crash, a hang or a bug's exception."""
+"""Any argument gives a result or a documented exception, never a crash, a hang or an `InternalError`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.text(max_size=20), data=st.data())
-def test_sampling_options_give_a_text_or_are_refused(tiny_model: Model, prompt: str, data: st.DataObject) -> None:
+def test_sampling_options_work_or_are_refused(tiny_model: Model, prompt: str, data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(OPTIONS)), unique=True, max_size=4))
     options = {name: data.draw(st.one_of(OPTIONS[name], OPTIONS[name], anything), label=name) for name in names}
     try:
@@ -59,7 +59,7 @@ def test_sampling_options_give_a_text_or_are_refused(tiny_model: Model, prompt: 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=anything, count=anything)
-def test_prompts_and_counts_of_any_type_give_a_text_or_are_refused(tiny_model: Model, prompt: Any, count: Any) -> None:
+def test_prompts_and_counts_of_any_type_work_or_are_refused(tiny_model: Model, prompt: Any, count: Any) -> None:
     try:
         done = tiny_model.generate(prompt, max_tokens=count, temperature=0, stop=["a"])
     except REFUSED:
@@ -69,9 +69,9 @@ def test_prompts_and_counts_of_any_type_give_a_text_or_are_refused(tiny_model: M
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.one_of(tokens, anything))
-def test_token_ids_give_logits_and_texts_or_are_refused(tiny_model: Model, ids: Any) -> None:
+def test_token_ids_work_or_are_refused(tiny_model: Model, ids: Any) -> None:
     if isinstance(ids, str):
-        return  # To a session that is a text.
+        return  # A session takes it as text.
     for call in (
         tiny_model.logits,
         tiny_model.detokenize,
@@ -86,7 +86,7 @@ def test_token_ids_give_logits_and_texts_or_are_refused(tiny_model: Model, ids: 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_model_loads_or_its_arguments_are_refused(tiny_file: Path, data: st.DataObject) -> None:
+def test_load_options_work_or_are_refused(tiny_file: Path, data: st.DataObject) -> None:
     strategies: dict[str, st.SearchStrategy[Any]] = {
         "threads": st.one_of(st.integers(-1, 5), integers),
         "context": st.one_of(st.integers(-1, tiny.CONTEXT + 1), integers),
@@ -98,7 +98,7 @@ def test_a_model_loads_or_its_arguments_are_refused(tiny_file: Path, data: st.Da
     names = data.draw(st.lists(st.sampled_from(sorted(strategies)), unique=True, max_size=3))
     arguments = {name: data.draw(st.one_of(strategies[name], anything), label=name) for name in names}
     if isinstance(arguments.get("threads"), int) and 8 < arguments["threads"] <= 1024:
-        return  # Allowed, and slow.
+        return  # Valid but slow.
     try:
         with Model.load(tiny_file, progress=False, **arguments) as model:
             assert model.generate("x", max_tokens=1).usage.completion_tokens <= 1
@@ -108,7 +108,7 @@ def test_a_model_loads_or_its_arguments_are_refused(tiny_file: Path, data: st.Da
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(lambda data: b"GGUF\x03\0\0\0" + data)))
-def test_a_file_of_any_bytes_is_refused_as_a_model_and_as_a_session(
+def test_a_file_of_random_bytes_is_refused_as_model_and_as_session(
     tiny_model: Model, tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any bytes"
@@ -117,7 +117,7 @@ def test_a_file_of_any_bytes_is_refused_as_a_model_and_as_a_session(
         with pytest.raises(ModelError, match="any bytes"):
             load()
     with contextlib.suppress(ModelError):
-        assert _native.GgufFile(path).tensors == []  # A file without tensors is one.
+        assert _native.GgufFile(path).tensors == []  # A file without tensors is valid.
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,9 +126,7 @@ def test_a_file_of_any_bytes_is_refused_as_a_model_and_as_a_session(
         st.tuples(st.sampled_from(["text", "ids", "fork", "chat", "none"]), st.text(max_size=30), tokens), max_size=5
     )
 )
-def test_a_session_stays_whole_whatever_is_asked_of_it(
-    tiny_model: Model, steps: list[tuple[str, str, list[int]]]
-) -> None:
+def test_a_session_stays_consistent_after_any_calls(tiny_model: Model, steps: list[tuple[str, str, list[int]]]) -> None:
     session = tiny_model.session()
     for kind, text, ids in steps:
         before = session.tokens

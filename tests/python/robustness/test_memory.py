@@ -1,4 +1,4 @@
-"""What a model takes of memory, measured from outside: in a process of its own."""
+"""Memory of a model, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nybble import Model
 
 ALLOWED = 150_000_000
 KEPT = 14_000_000
-"""What may stay of closed models: small blocks, of each thread."""
+"""Bytes that may remain of closed models: small blocks of each thread."""
 AGAIN_AND_AGAIN = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,18 +46,18 @@ with Model.load(sys.argv[1], threads=2) as model:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of one process")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports the peak of one process")
 def test_the_peak_is_at_most_packed_weights_cache_and_150_mb(tmp_path: Path) -> None:
     path = wide_model(tmp_path / "wide.gguf")
     done = subprocess.run([sys.executable, "-c", CHILD, path], stdout=subprocess.PIPE, text=True, check=True)
     loaded, resident, peak, weights, cache = json.loads(done.stdout)
-    assert path.stat().st_size > 2 * ALLOWED, "a file so small would pass with all of it in memory twice"
+    assert path.stat().st_size > 2 * ALLOWED, "a smaller file would pass even if it were in memory twice"
     assert weights <= loaded <= weights + ALLOWED
     assert weights <= resident <= peak <= weights + cache + ALLOWED
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the module has the system's allocator")
-def test_the_memory_of_closed_models_goes_back_to_the_system(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems use their own allocator")
+def test_closing_models_returns_their_memory_to_the_system(tmp_path: Path) -> None:
     path = wide_model(tmp_path / "wide.gguf", hidden=1024, feed_forward=4096, vocabulary=8192)
     done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN, path], stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) < KEPT
@@ -71,7 +71,7 @@ def test_the_cache_grows_with_the_context(tiny_file: Path) -> None:
 
 
 def wide_model(path: Path, hidden: int = 4096, feed_forward: int = 8192, vocabulary: int = 60_000) -> Path:
-    """A llama of two wide layers, 340 MB, most of it in the embedding, of which loading must not keep both forms."""
+    """A llama of two wide layers, 340 MB, mostly embedding. Loading must not hold it both packed and unpacked."""
     kv = 512
     dice = np.random.default_rng(7)
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
@@ -113,6 +113,6 @@ def norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
 
 
 def blocks(dice: np.random.Generator, count: int, code_bytes: int) -> bytes:
-    """Blocks of 32 weights: an F16 scale and codes, 1,024 random blocks again and again."""
+    """Blocks of 32 weights, an F16 scale and codes each: 1,024 random blocks, repeated."""
     some = b"".join(np.float16(0.002).tobytes() + dice.bytes(code_bytes) for _ in range(1024))
     return some * (count // tiny.BLOCK // 1024)

@@ -1,9 +1,9 @@
-"""A server under load from clients that mean no good: `python tests/load.py --seconds 60`.
+"""Puts a server under load from malicious clients: `python tests/load.py --seconds 60`.
 
-Two hundred requests a second, of which each is garbage, oversized, well-formed but wrong, cut off in the middle, sent
-or read too slowly, or left alone halfway through its answer; and beside them two a second that are good. Afterwards the
-server must still run, hold no slot and no more memory than before, and have answered every good request. Ends with 1
-if it does not. Without a model, a tiny one with random weights is served.
+The script sends 200 bad requests per second (garbage, oversized, invalid, cut off, sent or read too slowly, abandoned
+during the answer) and two good ones. At the end the server must still run, hold no slots and no more memory than
+before, and have answered every good request. Otherwise the script exits with 1. Without a model, it serves a tiny one
+with random weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "python"))
 import tiny
 
 LIMIT_BYTES = 50 << 20
-"""How much the server's memory may grow after a quarter of the load."""
+"""The allowed growth of the server's memory after the first quarter of the load."""
 
 
 @dataclass
@@ -85,9 +85,9 @@ class Load:
             await asyncio.sleep(0.5)
 
     async def good(self) -> None:
-        """A request that must be answered, by a client that comes back as often as it is asked to."""
-        began = time.monotonic()
-        while time.monotonic() - began < 60:
+        """A request that must be answered. The client tries again when the server asks it to."""
+        start = time.monotonic()
+        while time.monotonic() - start < 60:
             try:
                 reader, writer = await asyncio.open_connection(self.host, self.port)
                 try:
@@ -98,14 +98,14 @@ class Load:
             except OSError:
                 text = b""
             if text.startswith(b"HTTP/1.1 200") and b'"completion_tokens":8' in text:
-                self.waits.append(time.monotonic() - began)
+                self.waits.append(time.monotonic() - start)
                 self.seen["good: answered"] += 1
                 return
-            self.seen[f"good: {text[9:12].decode() or 'no answer'}, tried again"] += 1
+            self.seen[f"good: {text[9:12].decode() or 'no answer'}, retried"] += 1
             await asyncio.sleep(1)
         self.seen["good: NOT ANSWERED"] += 1
 
-    # --- What they share
+    # --- Shared by all kinds
 
     def chat(self, **more: Any) -> dict[str, Any]:
         words = "".join(self.dice.choices("abcdef ", k=self.dice.randrange(1, 60)))
@@ -138,9 +138,9 @@ class Load:
         kinds = [self.garbage, self.broken_json, self.wrong, self.oversized, self.cut_off, self.leaves]
         kinds += [self.sends_slowly, self.reads_slowly]
         tasks: set[asyncio.Task[None]] = set()
-        began = time.monotonic()
+        start = time.monotonic()
         for index in range(int(seconds * rate)):
-            await asyncio.sleep(max(0, began + index / rate - time.monotonic()))
+            await asyncio.sleep(max(0, start + index / rate - time.monotonic()))
             jobs = [self.bad(kinds[index % len(kinds)])]
             if index % (rate // 2) == 0:
                 jobs.append(self.good())
@@ -148,7 +148,7 @@ class Load:
                 task = asyncio.ensure_future(job)
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        sent = time.monotonic() - began
+        sent = time.monotonic() - start
         self.seen["requests"] += int(seconds * rate)
         print(f"{int(seconds * rate)} requests in {sent:.1f} s")
         await asyncio.gather(*tasks)
@@ -171,7 +171,7 @@ async def metrics(load: Load) -> dict[str, float]:
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
-    # Kept keys and values are no leak; little memory for them, so that one would show.
+    # The prefix cache is not a leak. A small one makes leaks visible.
     command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
     log = folder / "log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file) as server:
@@ -190,30 +190,30 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
         finally:
             server.terminate()
             code = server.wait(60)
-    said = log.read_text().splitlines()[3:]
+    log_lines = log.read_text().splitlines()[3:]
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
-    print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the middle and {waits[-1]:.2f} s at most")
-    # Caches of words and of keys and values fill up, so it is still growing a little at first.
+    print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the median and {waits[-1]:.2f} s at most")
+    # Caches of words and the prefix cache fill up during the first quarter.
     print("memory after each quarter:", ", ".join(f"{resident / 1e6:.1f} MB" for resident, _ in states), end="; ")
     print("files:", ", ".join(str(files) for _, files in states), end=f"; {held}\n")
     before, after = states[0], states[-1]
     faults = {
         "the server ended": not alive or code != 0,
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,
-        "connections without an end": load.seen["NO END"] > 0,
+        "connections that did not end": load.seen["NO END"] > 0,
         "errors of the server": any(name.startswith("500") for name in load.seen),
-        f"it said {len(said)} lines, such as {said[:3]}": len(said) > 0,
-        "slots were kept": held != {"running": 0, "waiting": 0},
-        "memory was kept": after[0] - before[0] > LIMIT_BYTES,
-        "files were kept": after[1] > before[1] + 5,
+        f"the log has {len(log_lines)} lines, such as {log_lines[:3]}": len(log_lines) > 0,
+        "slots were not freed": held != {"running": 0, "waiting": 0},
+        "memory was not freed": after[0] - before[0] > LIMIT_BYTES,
+        "files were not closed": after[1] > before[1] + 5,
     }
     print(*(f"FAILED: {name}" for name, failed in faults.items() if failed), sep="\n")
     return int(any(faults.values()))
 
 
 async def settle(load: Load) -> dict[str, float]:
-    """Waits until nothing is answered any more, half a minute at most. What is left then has leaked."""
+    """Waits until no request is in flight, at most half a minute. Slots in use after that have leaked."""
     for _ in range(60):
         found = await metrics(load)
         held = {name: found[f"nybble_{name}"] for name in ("running", "waiting")}

@@ -1,7 +1,7 @@
-"""Real vocabularies: the ids of llama.cpp's own test files, token by token.
+"""Real vocabularies give the ids of llama.cpp's test files.
 
 The files (`NAME.gguf` with `NAME.gguf.inp` and `.out`) are those of llama.cpp's folder `models`. NYBBLE_TEST_TOKENIZERS
-names the folder where they are.
+names the folder that holds them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def cases(expected: Path) -> tuple[Tokenizer, list[tuple[str, list[int]]]]:
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
-def test_the_ids_agree(expected: Path) -> None:
+def test_ids_equal_those_of_llama_cpp(expected: Path) -> None:
     tokenizer, texts = cases(expected)
     for text, ids in texts:
         assert tokenizer.encode(text, add_special=False) == ids, f"{text!r} became other ids"
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
-def test_the_ids_decode_to_their_texts(expected: Path) -> None:
+def test_ids_decode_to_the_original_text(expected: Path) -> None:
     tokenizer, texts = cases(expected)
     for text, ids in texts:
         assert tokenizer.decode(ids) == text

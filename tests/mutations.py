@@ -300,7 +300,7 @@ def attempt(path: Path, quantize: Any) -> str:
         return type(error).__name__
 
 
-def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection) -> None:
+def work(kind: str, numbers: list[int], seed: int, limit: float, sender: Connection) -> None:
     """Runs cases, and sends a message to the parent before and after each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
@@ -323,7 +323,7 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection
             folder.mkdir()
             path = damage(dice, original, folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
-            say.send(("begin", case, original.name))
+            sender.send(("begin", case, original.name))
             reset_peak()
             before, started = peak(), time.process_time()
             try:
@@ -335,9 +335,9 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection
                 ended = f"TOO LONG: {seconds:.1f} s, {ended}"
             elif memory > size + MEMORY:
                 ended = f"TOO MUCH: {memory >> 20} MB for files of {size >> 20} MB, {ended}"
-            say.send(("end", case, ended, seconds, memory))
+            sender.send(("end", case, ended, seconds, memory))
             shutil.rmtree(folder)
-    say.send(("done",))
+    sender.send(("done",))
 
 
 def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> bool:
@@ -352,33 +352,33 @@ def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> b
     while queue or running:
         while queue and len(running) < workers:
             share = queue.pop()
-            hear, say = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(kind, share, seed, limit, say))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(kind, share, seed, limit, sender))
             process.start()
-            say.close()
-            running[hear] = (process, share)
+            sender.close()
+            running[receiver] = (process, share)
         for ready in multiprocessing.connection.wait(list(running), timeout=STUCK):
             assert isinstance(ready, Connection)
-            hear = ready
-            process, share = running[hear]
+            receiver = ready
+            process, share = running[receiver]
             try:
-                message = hear.recv()
+                message = receiver.recv()
             except EOFError:
                 message = ("died",)
             match message:
                 case ("begin", case, name):
-                    current[hear] = (case, name)
+                    current[receiver] = (case, name)
                 case ("end", case, ended, seconds, memory):
                     slowest, largest = max(slowest, seconds), max(largest, memory)
                     if ended.split(" ")[0] in ("UNDOCUMENTED", "TOO"):
-                        bad.append(f"{kind}:{case} ({current[hear][1]}): {ended}")
+                        bad.append(f"{kind}:{case} ({current[receiver][1]}): {ended}")
                         print(bad[-1], flush=True)
                     outcomes[ended.split(":")[0].split("\n")[0] if ended[:3] in ("UND", "TOO") else ended] += 1
                 case _:
                     process.join()
-                    del running[hear]
+                    del running[receiver]
                     if message == ("died",):
-                        case, name = current.get(hear, (-1, "before the first case"))
+                        case, name = current.get(receiver, (-1, "before the first case"))
                         bad.append(f"{kind}:{case} ({name}): the process ended with {process.exitcode}")
                         print(bad[-1], flush=True)
                         rest = share[share.index(case) + 1 :] if case in share else []
@@ -386,8 +386,8 @@ def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> b
                             queue.append(rest)
             break
         else:
-            for hear, (process, _) in running.items():
-                case, name = current.get(hear, (-1, "before the first case"))
+            for receiver, (process, _) in running.items():
+                case, name = current.get(receiver, (-1, "before the first case"))
                 print(f"{kind}:{case} ({name}): no answer for {STUCK:.0f} s", flush=True)
                 process.kill()
     summary = ", ".join(f"{name}: {count:,}" for name, count in outcomes.most_common())

@@ -260,7 +260,7 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "said"),
+    ("asked", "param", "message"),
     [
         ({"messages": []}, "messages", "at least 1"),
         ({"temperature": "hot"}, "temperature", "valid number"),
@@ -293,11 +293,11 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
     ],
 )
 def test_an_invalid_request_names_the_parameter_and_the_fault(
-    client: openai.OpenAI, asked: dict[str, Any], param: str | None, said: str
+    client: openai.OpenAI, asked: dict[str, Any], param: str | None, message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", messages=HELLO, extra_body=asked)
-    assert said in refused.value.message
+    assert message in refused.value.message
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error"
 

@@ -92,10 +92,10 @@ def test_user_defined_tokens_are_found_anywhere() -> None:
 
 
 def test_the_start_token_is_added_if_the_file_says_so() -> None:
-    said = Tokenizer.from_gguf_metadata(vocabularies.byte_level(add_bos_token=True, add_eos_token=True))
-    assert said.encode("a") == [START, *BYTE_LEVEL.encode("a"), END]
-    assert said.encode("") == [START, END]
-    assert said.encode("a", add_special=False) == BYTE_LEVEL.encode("a")
+    tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(add_bos_token=True, add_eos_token=True))
+    assert tokenizer.encode("a") == [START, *BYTE_LEVEL.encode("a"), END]
+    assert tokenizer.encode("") == [START, END]
+    assert tokenizer.encode("a", add_special=False) == BYTE_LEVEL.encode("a")
     unsaid = Tokenizer.from_gguf_metadata(vocabularies.byte_level(add_bos_token=None))
     assert unsaid.encode("a") == BYTE_LEVEL.encode("a")
     assert PIECES.encode("a")[0] == 1, "SentencePiece vocabularies want it unless the file says otherwise"
@@ -125,15 +125,15 @@ def test_an_end_token_is_never_doubled() -> None:
 
 
 def test_every_token_that_ends_a_turn_ends_a_generation() -> None:
-    marks = ["<|im_end|>", "<|eom_id|>", "<|endoftext|>", "</s>", "<|im_start|>"]
+    ends = ["<|im_end|>", "<|eom_id|>", "<|endoftext|>", "</s>", "<|im_start|>"]
     base = vocabularies.byte_level()
     tokens, kinds = base["tokenizer.ggml.tokens"], base["tokenizer.ggml.token_type"]
-    ids = {mark: len(tokens) + i for i, mark in enumerate(marks)}
+    ids = {end: len(tokens) + i for i, end in enumerate(ends)}
     tokenizer = Tokenizer.from_gguf_metadata(
-        vocabularies.byte_level(tokens=[*tokens, *marks], token_type=[*kinds, 1, 3, 3, 1, 3], eot_token_id=SPACES)
+        vocabularies.byte_level(tokens=[*tokens, *ends], token_type=[*kinds, 1, 3, 3, 1, 3], eot_token_id=SPACES)
     )
     assert tokenizer.eos_ids == {END, SPACES, ids["<|im_end|>"], ids["<|eom_id|>"], ids["<|endoftext|>"]}
-    assert ids["<|im_end|>"] in tokenizer.encode("a<|im_end|>"), "a mark, though the file calls it text"
+    assert ids["<|im_end|>"] in tokenizer.encode("a<|im_end|>"), "a special token, although the file says otherwise"
     assert tokenizer.decode([ids["<|im_end|>"]]) == ""
     assert tokenizer.decode([ids["</s>"]]) == "</s>", "struck-through text ends so in HTML"
 
@@ -221,17 +221,17 @@ def test_text_without_piece_or_byte_tokens_is_unknown() -> None:
     ],
 )
 def test_a_pre_tokenizer_splits_as_in_training(name: str, text: str, words: list[str]) -> None:
-    letters = {letter: bytes([byte]) for byte, letter in enumerate(tiny.byte_pieces())}
+    byte_of = {char: bytes([byte]) for byte, char in enumerate(tiny.byte_pieces())}
     cut = [piece for piece, _ in pretokenizers.find(name).build().pre_tokenize_str(text)]
-    assert [b"".join(letters[letter] for letter in piece).decode() for piece in cut] == words
+    assert [b"".join(byte_of[char] for char in piece).decode() for piece in cut] == words
 
 
 @pytest.mark.parametrize("name", pretokenizers.names())
 @given(text=st.text())
 def test_no_pre_tokenizer_loses_text(name: str, text: str) -> None:
     cut = pretokenizers.find(name).build().pre_tokenize_str(text)
-    letters = {letter: byte for byte, letter in enumerate(tiny.byte_pieces())}
-    assert bytes(letters[letter] for piece, _ in cut for letter in piece).decode() == text
+    byte_of = {char: byte for byte, char in enumerate(tiny.byte_pieces())}
+    assert bytes(byte_of[char] for piece, _ in cut for char in piece).decode() == text
 
 
 def test_an_unknown_pre_tokenizer_warns_and_names_the_default() -> None:
@@ -316,5 +316,5 @@ def test_the_default_model_has_a_tokenizer(default_file: Path) -> None:
     assert tokenizer.eos_ids == {0, 2, 4}
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.encode(chat).count(tokenizer.bos_id or 0) == 3, "as many as the template writes, none added"
+    assert tokenizer.encode(chat).count(tokenizer.bos_id or 0) == 3, "those of the template, and no others"
     assert Tokenizer.load(default_file).vocab_size == tokenizer.vocab_size == 49152

@@ -33,23 +33,23 @@ def cases(expected: Path) -> tuple[Tokenizer, list[tuple[str, list[int]]]]:
     except ModelError as error:
         pytest.skip(f"{error}")
     with Path(f"{file}.inp").open(encoding="utf-8", newline="") as stream:
-        texts = stream.read().split("\n__ggml_vocab_test__\n")
+        documents = stream.read().split("\n__ggml_vocab_test__\n")
     ids = [[int(i) for i in line.split()] for line in expected.read_text(encoding="utf-8").splitlines()]
-    assert len(texts) - 1 == len(ids) > 40, "each text is followed by a separator"
-    return tokenizer, list(zip(texts, ids, strict=False))
+    assert len(documents) - 1 == len(ids) > 40, "a separator follows each text"
+    return tokenizer, list(zip(documents, ids, strict=False))
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
 def test_ids_equal_those_of_llama_cpp(expected: Path) -> None:
-    tokenizer, texts = cases(expected)
-    for text, ids in texts:
+    tokenizer, documents = cases(expected)
+    for text, ids in documents:
         assert tokenizer.encode(text, add_special=False) == ids, f"{text!r} became other ids"
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
 def test_ids_decode_to_the_original_text(expected: Path) -> None:
-    tokenizer, texts = cases(expected)
-    for text, ids in texts:
+    tokenizer, documents = cases(expected)
+    for text, ids in documents:
         assert tokenizer.decode(ids) == text
 
 

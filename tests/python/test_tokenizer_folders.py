@@ -40,11 +40,20 @@ def byte_level() -> tokenizers.Tokenizer:
 
 def pieces() -> tokenizers.Tokenizer:
     """A tokenizer like Llama 2's: U+2581 for spaces, a space before the text, and byte tokens."""
-    singles = sorted({letter for letter in vocabularies.TEXT if letter.isascii() and letter > " "})
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *singles, "\u2581t", "th"]
+    singles = sorted({char for char in vocabularies.TEXT if char.isascii() and char > " "})
+    spellings = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *singles,
+        "\u2581t",
+        "th",
+    ]
     package = tokenizers.Tokenizer(
         models.BPE(
-            {text: i for i, text in enumerate(texts)},
+            {text: i for i, text in enumerate(spellings)},
             [("\u2581", "t"), ("t", "h")],
             unk_token="<unk>",
             fuse_unk=True,
@@ -89,7 +98,7 @@ def test_special_tokens_of_a_folder_are_encoded_only_if_parsed(tmp_path: Path) -
     assert tokenizer.id_of("<|end|>") in tokenizer.encode("a<|end|>")
     literal = tokenizer.encode("a<|end|><think>", add_special=False, parse_special=False)
     assert not tokenizer.special_ids.intersection(literal)
-    assert tokenizer.id_of("<think>") in literal, "no mark, but text that is always one token"
+    assert tokenizer.id_of("<think>") in literal, "an added token that is not special"
     assert tokenizer.decode(literal) == "a<|end|><think>"
 
 
@@ -147,7 +156,7 @@ def test_added_tokens_decode_literally(tmp_path: Path) -> None:
     added = tokenizer.id_of("naïve")
     assert added is not None
     assert tokenizer.encode("naïve", add_special=False) == [added]
-    assert tokenizer.decode([added]) == "naïve", "with no letter taken for the byte that it stands for elsewhere"
+    assert tokenizer.decode([added]) == "naïve", "characters of added tokens do not stand for bytes"
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:

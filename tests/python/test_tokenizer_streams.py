@@ -39,7 +39,7 @@ def test_pieces_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
 
 
 def bytes_of(tokenizer: Tokenizer, character: str) -> list[int]:
-    """The tokens of a character without a token of its own, behind a letter."""
+    """The tokens of a character without a token of its own, behind an ASCII character."""
     ids = tokenizer.encode(f"z{character}", add_special=False)
     ids = ids[ids.index(tokenizer.encode("z", add_special=False)[-1]) + 1 :]
     assert len(ids) > 2
@@ -69,7 +69,7 @@ def test_a_continued_text_keeps_the_space_of_its_first_word() -> None:
     assert PIECES.token_text(more[0]).startswith(vocabularies.SPACE)
     assert "".join(streamed(PIECES, more)) == "time", "a text of its own"
     assert "".join(streamed(PIECES, more, prompt)) == " time", "the next word"
-    assert "".join(streamed(PIECES, more, PIECES.encode("Hi<turn>"))) == "time", "an answer after a mark"
+    assert "".join(streamed(PIECES, more, PIECES.encode("Hi<turn>"))) == "time", "an answer after a special token"
 
 
 def test_special_tokens_give_no_text_and_do_not_split_characters() -> None:

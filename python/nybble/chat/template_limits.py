@@ -319,9 +319,9 @@ def _guard_output(context: Context, value: Any) -> str:
 @pass_context
 def _guard_join(context: Context, values: list[Any]) -> str:
     environment = _environment_of(context)
-    texts = [value if isinstance(value, str) else str(value) for value in values]
-    environment.fits(sum(map(len, texts)))
-    joined = "".join(texts)
+    strings = [value if isinstance(value, str) else str(value) for value in values]
+    environment.fits(sum(map(len, strings)))
+    joined = "".join(strings)
     environment.made(joined)
     return joined
 

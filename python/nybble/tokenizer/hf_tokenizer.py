@@ -154,7 +154,7 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
 
 
 def _check_lengths(description: dict[str, Any], where: str) -> None:
-    """Refuses long tokens, of which the package would build automata for minutes, and normalizers that explode."""
+    """Refuses long tokens, which the package would process for minutes, and normalizers that expand text too much."""
     model, added = description.get("model"), description.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
@@ -179,7 +179,7 @@ def _check_lengths(description: dict[str, Any], where: str) -> None:
 def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where: str) -> None:
     """Checks that ids are consecutive and unique.
 
-    The package accepts any ids in the vocabulary, and numbers added tokens itself, whatever the file says.
+    The package accepts any ids in the vocabulary, and numbers added tokens itself, without regard to the file.
     """
     vocabulary = description["model"].get("vocab")
     if isinstance(vocabulary, dict):
@@ -223,12 +223,12 @@ def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    texts: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(content, str):
-            texts[key] = content
-    return texts
+            found[key] = content
+    return found
 
 
 def _ids(value: Any) -> Iterator[int]:

@@ -17,20 +17,10 @@ from serving import TOOL_TEMPLATE, Running, serving
 from nybble import Model
 from nybble.engine import Engine
 
-NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
 DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads('{"not":' * 900 + "{}" + "}" * 900)}}
-NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
 WRITE_X = {str(ord("x")): 100}
 FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
 HELLO: Any = [{"role": "user", "content": "Hello"}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 TIME: Any = {"type": "function", "function": {"name": "time"}}
 
 

@@ -42,7 +42,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
 
 
 async def _whole(group: AnswerGroup, adapter: Adapter) -> Response:
-    answers, usage = await collect(group.events())
+    answers, usage = await collect(group.stream_events())
     return Response(adapter.dump(adapter.whole(answers, usage)), media_type="application/json")
 
 
@@ -118,7 +118,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _messages(self) -> AsyncGenerator[str, None]:
-        async with contextlib.aclosing(self._group.events()) as events:
+        async with contextlib.aclosing(self._group.stream_events()) as events:
             async for event in events:
                 for chunk in self._adapter.chunks(event):
                     yield self._adapter.dump(chunk)

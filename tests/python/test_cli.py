@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +23,9 @@ from fake_hub import FakeHub
 
 from nybble import SamplingOptions
 from nybble.cli import main, terminal
+from nybble.load_options import LoadOptions
 from nybble.models import hub
+from nybble.server.options import ServeOptions
 
 FORBID_END = f"{tiny.IM_END}=-inf"
 WRITE_X = f"{ord('x')}=1000"
@@ -96,6 +100,30 @@ def test_every_sampling_option_is_an_option_of_run_and_chat(capsys: pytest.Captu
     for command in ("run", "chat"):
         output = run(capsys, command, "--help")
         assert all(f"--{name.replace('_', '-')} " in output for name in names)
+
+
+@pytest.mark.parametrize(("command", "group"), [("run", LoadOptions), ("bench", LoadOptions), ("serve", ServeOptions)])
+def test_every_field_with_help_becomes_an_option(command: str, group: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, command, "--help")
+    names = [field.name for field in dataclasses.fields(group) if "help" in field.metadata and field.name != "quantize"]
+    assert len(names) > 5
+    assert all(f"--{name.replace('_', '-')} " in output for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "port: found 70000, expected 0 to 65535"),
+        (["--max-batch", "0"], "max_batch: found 0, expected 1 to 1024"),
+        (["--max-queue", "-1"], "max_queue: found -1, expected 0 or more"),
+        (["--timeout", "0"], "timeout: found 0.0, expected 0.1 or more"),
+    ],
+)
+def test_serve_checks_the_range_of_its_options(
+    arguments: Sequence[str], message: str, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FailedError, match=f"^2 nybble: .*{message}"):
+        run(capsys, "serve", tiny_file, *arguments)
 
 
 def test_sampling_options_reach_the_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_pieces_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
 
 
 def bytes_of(tokenizer: Tokenizer, character: str) -> list[int]:
-    """The tokens of a character without a token of its own, behind an ASCII character."""
+    """The tokens of a character without a token of its own, after an ASCII character."""
     ids = tokenizer.encode(f"z{character}", add_special=False)
     ids = ids[ids.index(tokenizer.encode("z", add_special=False)[-1]) + 1 :]
     assert len(ids) > 2
@@ -93,7 +93,7 @@ def matched(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
 
 
 def stopped_naively(stops: list[str], text: str) -> tuple[str, bool]:
-    """Looks for stop strings behind every character."""
+    """Looks for stop strings after every character."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:

@@ -370,7 +370,7 @@ _METHODS: dict[type, frozenset[str]] = {
 
 
 def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter behind guards.
+    """A filter wrapped in guards.
 
     Args:
         name: the name of the filter in templates.

@@ -36,7 +36,7 @@ class Folder:
     prefix_ids: Sequence[int]
     """Ids before every text."""
     suffix_ids: Sequence[int]
-    """Ids behind every text."""
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]
@@ -238,7 +238,7 @@ def _ids(value: Any) -> Iterator[int]:
 
 
 def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind every text, found by encoding one."""
+    """The ids that the tokenizer puts before and after every text, found by encoding one."""
     try:
         plain = package.encode("a", add_special_tokens=False).ids
         framed = package.encode("a", add_special_tokens=True).ids

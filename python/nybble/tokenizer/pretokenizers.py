@@ -149,7 +149,7 @@ _RULES: dict[str, PreTokenizer] = {
         _digits_then_gpt2,
     ),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    # The pattern of Llama 3: up to three digits, and symbols with the line breaks behind them.
+    # The pattern of Llama 3: up to three digits, and symbols with the line breaks after them.
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _llama3
     ),

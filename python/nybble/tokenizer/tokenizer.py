@@ -291,7 +291,7 @@ class _Parts:
     prefix_ids: Sequence[int]
     """Ids before every text."""
     suffix_ids: Sequence[int]
-    """Ids behind every text."""
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]

@@ -42,7 +42,7 @@ def new_id() -> str:
 
 
 class Reader:
-    """Reads the text behind an opening marker: one call or a list of calls.
+    """Reads the text after an opening marker: one call or a list of calls.
 
     Args:
         syntax: how calls are written; one of the functions below.

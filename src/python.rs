@@ -407,7 +407,7 @@ impl Model {
     ) -> PyResult<Model> {
         let quantize = model::Quantize::by_name(quantize)?;
         let cache_type = cache_type.map(model::CacheType::by_name).transpose()?;
-        let options = LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !mmap };
+        let options = LoadOptions { kernel, threads, context, quantize, cache_type, mmap };
         with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
             .map(|model| Model(Arc::new(model), Trim))
     }

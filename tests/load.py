@@ -1,9 +1,9 @@
-"""Puts a server under load from malicious clients: `python tests/load.py --seconds 60`.
+"""Loads a server with requests from hostile clients: `python tests/load.py --seconds 60`.
 
-The script sends 200 bad requests per second (garbage, oversized, invalid, cut off, sent or read too slowly, abandoned
-during the answer) and two good ones. At the end the server must still run, hold no slots and no more memory than
-before, and have answered every good request. Otherwise the script exits with 1. Without a model, it serves a tiny one
-with random weights.
+Sends 200 bad requests per second: garbage, oversized, well-formed but invalid, cut off, sent or read too slowly, or
+abandoned halfway through the response. Two good requests per second run at the same time. Afterwards the server must
+still run, occupy no slot, use no more memory than before, and have answered every good request; otherwise the exit code
+is 1. Without a model, a tiny one with random weights is served.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "python"))
+sys.path.insert(0, str(Path(__file__).parent / "python" / "support"))
 import tiny
 
 LIMIT_BYTES = 50 << 20
-"""The allowed growth of the server's memory after the first quarter of the load."""
+"""Allowed growth of the server's memory after the first quarter of the load."""
 
 
 @dataclass
@@ -85,9 +85,9 @@ class Load:
             await asyncio.sleep(0.5)
 
     async def good(self) -> None:
-        """A request that must be answered. The client tries again when the server asks it to."""
-        start = time.monotonic()
-        while time.monotonic() - start < 60:
+        """A request that must be answered, from a client that retries for a minute."""
+        began = time.monotonic()
+        while time.monotonic() - began < 60:
             try:
                 reader, writer = await asyncio.open_connection(self.host, self.port)
                 try:
@@ -98,14 +98,14 @@ class Load:
             except OSError:
                 text = b""
             if text.startswith(b"HTTP/1.1 200") and b'"completion_tokens":8' in text:
-                self.waits.append(time.monotonic() - start)
+                self.waits.append(time.monotonic() - began)
                 self.seen["good: answered"] += 1
                 return
             self.seen[f"good: {text[9:12].decode() or 'no answer'}, retried"] += 1
             await asyncio.sleep(1)
         self.seen["good: NOT ANSWERED"] += 1
 
-    # --- Shared by all kinds
+    # --- Shared
 
     def chat(self, **more: Any) -> dict[str, Any]:
         words = "".join(self.dice.choices("abcdef ", k=self.dice.randrange(1, 60)))
@@ -138,9 +138,9 @@ class Load:
         kinds = [self.garbage, self.broken_json, self.wrong, self.oversized, self.cut_off, self.leaves]
         kinds += [self.sends_slowly, self.reads_slowly]
         tasks: set[asyncio.Task[None]] = set()
-        start = time.monotonic()
+        began = time.monotonic()
         for index in range(int(seconds * rate)):
-            await asyncio.sleep(max(0, start + index / rate - time.monotonic()))
+            await asyncio.sleep(max(0, began + index / rate - time.monotonic()))
             jobs = [self.bad(kinds[index % len(kinds)])]
             if index % (rate // 2) == 0:
                 jobs.append(self.good())
@@ -148,14 +148,14 @@ class Load:
                 task = asyncio.ensure_future(job)
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-        sent = time.monotonic() - start
+        sent = time.monotonic() - began
         self.seen["requests"] += int(seconds * rate)
         print(f"{int(seconds * rate)} requests in {sent:.1f} s")
         await asyncio.gather(*tasks)
 
 
 def state(pid: int) -> tuple[int, int]:
-    """Resident bytes and open files of a process."""
+    """Returns the resident bytes and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     resident = int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) * 1024
     return resident, len(list(Path(f"/proc/{pid}/fd").iterdir()))
@@ -171,7 +171,7 @@ async def metrics(load: Load) -> dict[str, float]:
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
-    # The prefix cache is not a leak. A small one makes leaks visible.
+    # The prefix cache is not a leak. It is small here, so that a leak shows.
     command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
     log = folder / "log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file) as server:
@@ -184,44 +184,44 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
             states = []
             for _ in range(4):
                 await load.run(options.seconds / 4, options.rate)
-                held = await settle(load)
+                busy = await settle(load)
                 states.append(state(server.pid))
             alive = server.poll() is None
         finally:
             server.terminate()
             code = server.wait(60)
-    log_lines = log.read_text().splitlines()[3:]
+    logged = log.read_text().splitlines()[3:]
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
-    print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the median and {waits[-1]:.2f} s at most")
-    # Caches of words and the prefix cache fill up during the first quarter.
+    print(f"good requests waited {waits[len(waits) // 2]:.2f} s (median) and {waits[-1]:.2f} s (maximum)")
+    # Caches of tokens and of keys and values fill up, so memory still grows a little at first.
     print("memory after each quarter:", ", ".join(f"{resident / 1e6:.1f} MB" for resident, _ in states), end="; ")
-    print("files:", ", ".join(str(files) for _, files in states), end=f"; {held}\n")
+    print("files:", ", ".join(str(files) for _, files in states), end=f"; {busy}\n")
     before, after = states[0], states[-1]
     faults = {
         "the server ended": not alive or code != 0,
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,
-        "connections that did not end": load.seen["NO END"] > 0,
-        "errors of the server": any(name.startswith("500") for name in load.seen),
-        f"the log has {len(log_lines)} lines, such as {log_lines[:3]}": len(log_lines) > 0,
-        "slots were not freed": held != {"running": 0, "waiting": 0},
-        "memory was not freed": after[0] - before[0] > LIMIT_BYTES,
-        "files were not closed": after[1] > before[1] + 5,
+        "connections did not end": load.seen["NO END"] > 0,
+        "the server answered with 500": any(name.startswith("500") for name in load.seen),
+        f"the server logged {len(logged)} lines, such as {logged[:3]}": len(logged) > 0,
+        "slots are still in use": busy != {"running": 0, "waiting": 0},
+        "memory grew": after[0] - before[0] > LIMIT_BYTES,
+        "files are still open": after[1] > before[1] + 5,
     }
     print(*(f"FAILED: {name}" for name, failed in faults.items() if failed), sep="\n")
     return int(any(faults.values()))
 
 
 async def settle(load: Load) -> dict[str, float]:
-    """Waits until no request is in flight, at most half a minute. Slots in use after that have leaked."""
+    """Waits up to half a minute until no request is running. What remains has leaked."""
     for _ in range(60):
         found = await metrics(load)
-        held = {name: found[f"nybble_{name}"] for name in ("running", "waiting")}
-        if not any(held.values()):
+        busy = {name: found[f"nybble_{name}"] for name in ("running", "waiting")}
+        if not any(busy.values()):
             break
         await asyncio.sleep(0.5)
     await asyncio.sleep(6)  # Idle connections are closed after five seconds.
-    return held
+    return busy
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Loads thousands of damaged models. Each must work or raise a documented error, in limited time and memory.
+"""Loads thousands of damaged models. Each must generate or raise a documented error, within limits of time and memory.
 
     python tests/mutations.py                              100,000 GGUF files and 20,000 checkpoint folders
-    python tests/mutations.py --files 500 --folders 100    a short run, part of the test suite
+    python tests/mutations.py --files 500 --folders 100    a short run
     python tests/mutations.py --only files:4711            repeats one case
 
-The seed and the number of a case determine the damage, so each case can be repeated. Cases run in worker processes that
-the parent watches. A worker that dies or hangs is reported with its case.
+The seed and the number of a case determine its damage, so every case can be repeated. Cases run in worker processes;
+if a worker dies or hangs, the parent reports its current case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent / "python"))
+sys.path.insert(0, str(Path(__file__).parent / "python" / "support"))
 
 import tiny
 import vocabularies
@@ -43,9 +43,9 @@ from nybble import Model, _native
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 SECONDS = 1.0
-"""Processor time that one case may take."""
+"""CPU time limit per case."""
 MEMORY = 200 << 20
-"""Bytes beyond the size of its files that one case may take."""
+"""Memory limit per case in bytes, in addition to the size of its files."""
 STUCK = 300.0
 """Seconds without a message after which a worker counts as hung. Far above `SECONDS`, for busy machines."""
 DOCUMENTED = (nybble.ModelError, OSError, MemoryError)
@@ -56,12 +56,12 @@ Damage = Callable[[Dice, bytearray], None]
 
 
 def number(dice: Dice, width: int) -> bytes:
-    """A number of `width` bytes that often breaks programs."""
+    """Returns a number of `width` bytes that often breaks programs."""
     return (NUMBERS[dice.integers(len(NUMBERS))] & (1 << 8 * width) - 1).to_bytes(width, "little")
 
 
 def somewhere(dice: Dice, length: int) -> int:
-    """A random position, half of the time near the beginning."""
+    """Returns a position, in half of the cases near the beginning."""
     return int(dice.integers(min(length, 4096) if dice.random() < 0.5 else length)) if length else 0
 
 
@@ -72,7 +72,7 @@ def flip_bits(dice: Dice, data: bytearray) -> None:
 
 
 def overwrite(dice: Dice, data: bytearray) -> None:
-    """Writes a number that often breaks programs at a random position."""
+    """Overwrites bytes with a number that often breaks programs."""
     at, width = somewhere(dice, len(data)), int(dice.choice([1, 2, 4, 8]))
     data[at : at + width] = number(dice, width)
 
@@ -83,7 +83,7 @@ def truncate(dice: Dice, data: bytearray) -> None:
 
 
 def repeat(dice: Dice, data: bytearray) -> None:
-    """Copies a piece to another position, overwriting or inserting."""
+    """Copies a slice to another position, replacing or inserting."""
     length = int(dice.integers(1, 65))
     source, target = somewhere(dice, len(data)), somewhere(dice, len(data))
     piece = data[source : source + length]
@@ -91,7 +91,7 @@ def repeat(dice: Dice, data: bytearray) -> None:
 
 
 def fields(data: bytes) -> list[tuple[int, int]]:
-    """Start and width of the numbers and strings in the header of an undamaged GGUF file."""
+    """Finds the numbers and strings in the header of a valid GGUF file, as (start, width)."""
     found = [(4, 4), (8, 8), (16, 8)]
     at = 24
     widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -150,8 +150,8 @@ def values(dice: Dice, data: bytearray) -> None:
     """Changes values, types and names in a JSON document."""
     document = json.loads(bytes(data))
     for _ in range(dice.integers(1, 4)):
-        positions = list(_positions(document))
-        holder, key = positions[dice.integers(len(positions))]
+        places = list(_places(document))
+        holder, key = places[dice.integers(len(places))]
         strange: list[Any] = [
             None,
             True,
@@ -175,7 +175,7 @@ def values(dice: Dice, data: bytearray) -> None:
             case 0 if isinstance(holder, dict):
                 del holder[key]
             case 1:
-                other, there = positions[dice.integers(len(positions))]
+                other, there = places[dice.integers(len(places))]
                 if key in _keys(holder) and there in _keys(other):
                     holder[key], other[there] = (
                         json.loads(json.dumps(other[there])),
@@ -194,17 +194,17 @@ def _keys(holder: Any) -> Any:
     return holder if isinstance(holder, dict) else range(len(holder))
 
 
-def _positions(document: Any) -> Iterator[tuple[Any, Any]]:
-    """All positions in a JSON document: the object or list, and the key or index. Of long lists only the ends count."""
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Returns all places of a JSON document, as container and key. Long lists are reduced to their ends."""
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
     for key in keys[:40] + keys[40:][-3:]:
         yield document, key
         if isinstance(document[key], (dict, list)) and document[key]:
-            yield from _positions(document[key])
+            yield from _places(document[key])
 
 
 def header(dice: Dice, data: bytearray) -> None:
-    """Damages the JSON header of a safetensors file and corrects its length, so that the header is parsed."""
+    """Damages the JSON header of a safetensors file and corrects its length, so that the damage is parsed."""
     length = int.from_bytes(data[:8], "little")
     head = data[8 : 8 + length]
     values(dice, head)
@@ -216,7 +216,7 @@ GENERAL: list[Damage] = [flip_bits, overwrite, truncate, repeat]
 
 @dataclass
 class Original:
-    """An undamaged model: the bytes of its files by name."""
+    """A valid model: its files by name."""
 
     name: str
     files: dict[str, bytes]
@@ -225,7 +225,7 @@ class Original:
 
 
 def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The folders of the goldens. Those without a tokenizer get that of llama, which has the same number of tokens."""
+    """Returns the golden folders. Those without a tokenizer get llama's, which has the same number of tokens."""
     for golden in sorted(GOLDENS.iterdir()):
         lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
         own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
@@ -233,7 +233,7 @@ def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def files(folder: Path) -> list[Original]:
-    """GGUF files of all families, with several block types and kinds of vocabulary."""
+    """Returns GGUF files of every family, with several types and kinds of vocabulary."""
     made = []
     for i, (name, parts) in enumerate(goldens()):
         source = folder / name
@@ -250,7 +250,7 @@ def files(folder: Path) -> list[Original]:
 
 
 def folders() -> list[Original]:
-    """Checkpoint folders of all families, with their tokenizers."""
+    """Returns checkpoint folders of every family, with tokenizers."""
     return [Original(name, parts, "") for name, parts in goldens()]
 
 
@@ -272,7 +272,7 @@ def damage(dice: Dice, original: Original, folder: Path) -> Path:
 
 
 def peak() -> int:
-    """The peak memory of this process since `reset_peak`, in bytes."""
+    """Returns the peak memory of this process since `reset_peak`, in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -288,7 +288,7 @@ def reset_peak() -> None:
 
 
 def attempt(path: Path, quantize: Any) -> str:
-    """Loads a model and generates. Returns the outcome; undocumented errors are raised."""
+    """Loads a model and generates. Returns the outcome; undocumented exceptions propagate."""
     try:
         with Model.load(path, threads=1, quantize=quantize) as model:
             try:
@@ -300,16 +300,16 @@ def attempt(path: Path, quantize: Any) -> str:
         return type(error).__name__
 
 
-def work(kind: str, numbers: list[int], seed: int, limit: float, sender: Connection) -> None:
-    """Runs cases, and sends a message to the parent before and after each."""
+def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection) -> None:
+    """Runs cases in a worker and sends a message before and after each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    warnings.simplefilter("ignore")  # Damage that does not prevent loading may give warnings.
-    with tempfile.TemporaryDirectory(prefix="nybble-mutations-") as name:
-        scratch = Path(name)
+    warnings.simplefilter("ignore")  # Recoverable damage causes warnings, as intended.
+    with tempfile.TemporaryDirectory(prefix="nybble-mutations-") as place:
+        scratch = Path(place)
         (scratch / "originals").mkdir()
         originals = files(scratch / "originals") if kind == "files" else folders()
-        for original in originals:  # The undamaged models must load. They also take the time of imports.
+        for original in originals:  # The originals are valid. The first load also pays for imports.
             for name, content in original.files.items():
                 (scratch / name).write_bytes(content)
             ended = attempt(scratch / original.model, "auto")
@@ -323,7 +323,7 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, sender: Connect
             folder.mkdir()
             path = damage(dice, original, folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
-            sender.send(("begin", case, original.name))
+            say.send(("begin", case, original.name))
             reset_peak()
             before, started = peak(), time.process_time()
             try:
@@ -335,13 +335,13 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, sender: Connect
                 ended = f"TOO LONG: {seconds:.1f} s, {ended}"
             elif memory > size + MEMORY:
                 ended = f"TOO MUCH: {memory >> 20} MB for files of {size >> 20} MB, {ended}"
-            sender.send(("end", case, ended, seconds, memory))
+            say.send(("end", case, ended, seconds, memory))
             shutil.rmtree(folder)
-    sender.send(("done",))
+    say.send(("done",))
 
 
 def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> bool:
-    """Runs cases in several processes and prints the outcomes. Returns whether all are documented."""
+    """Runs cases in several processes, prints the outcomes, and returns whether all were documented."""
     context = multiprocessing.get_context("spawn")
     outcomes: Counter[str] = Counter()
     bad: list[str] = []
@@ -352,33 +352,33 @@ def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> b
     while queue or running:
         while queue and len(running) < workers:
             share = queue.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(kind, share, seed, limit, sender))
+            hear, say = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(kind, share, seed, limit, say))
             process.start()
-            sender.close()
-            running[receiver] = (process, share)
+            say.close()
+            running[hear] = (process, share)
         for ready in multiprocessing.connection.wait(list(running), timeout=STUCK):
             assert isinstance(ready, Connection)
-            receiver = ready
-            process, share = running[receiver]
+            hear = ready
+            process, share = running[hear]
             try:
-                message = receiver.recv()
+                message = hear.recv()
             except EOFError:
                 message = ("died",)
             match message:
                 case ("begin", case, name):
-                    current[receiver] = (case, name)
+                    current[hear] = (case, name)
                 case ("end", case, ended, seconds, memory):
                     slowest, largest = max(slowest, seconds), max(largest, memory)
                     if ended.split(" ")[0] in ("UNDOCUMENTED", "TOO"):
-                        bad.append(f"{kind}:{case} ({current[receiver][1]}): {ended}")
+                        bad.append(f"{kind}:{case} ({current[hear][1]}): {ended}")
                         print(bad[-1], flush=True)
                     outcomes[ended.split(":")[0].split("\n")[0] if ended[:3] in ("UND", "TOO") else ended] += 1
                 case _:
                     process.join()
-                    del running[receiver]
+                    del running[hear]
                     if message == ("died",):
-                        case, name = current.get(receiver, (-1, "before the first case"))
+                        case, name = current.get(hear, (-1, "before the first case"))
                         bad.append(f"{kind}:{case} ({name}): the process ended with {process.exitcode}")
                         print(bad[-1], flush=True)
                         rest = share[share.index(case) + 1 :] if case in share else []
@@ -386,24 +386,24 @@ def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> b
                             queue.append(rest)
             break
         else:
-            for receiver, (process, _) in running.items():
-                case, name = current.get(receiver, (-1, "before the first case"))
+            for hear, (process, _) in running.items():
+                case, name = current.get(hear, (-1, "before the first case"))
                 print(f"{kind}:{case} ({name}): no answer for {STUCK:.0f} s", flush=True)
                 process.kill()
     summary = ", ".join(f"{name}: {count:,}" for name, count in outcomes.most_common())
     print(f"{sum(outcomes.values()):,} {kind}: {summary}")
-    print(f"the longest took {slowest:.2f} s, the largest {largest / 2**20:.0f} MB; {len(bad)} undocumented")
+    print(f"slowest {slowest:.2f} s, largest {largest / 2**20:.0f} MB; {len(bad)} undocumented outcomes")
     return not bad
 
 
 def main() -> int:
-    """Runs the command line. Returns 0 if every outcome is documented."""
+    """Runs the cases of the command line. Returns 0 if every outcome was documented."""
     parser = argparse.ArgumentParser(description="Load thousands of damaged models.")
     parser.add_argument("--files", type=int, default=100_000, help="number of GGUF files")
     parser.add_argument("--folders", type=int, default=20_000, help="number of checkpoint folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time that one case may take")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU time limit per case")
     parser.add_argument("--only", help="one case, such as files:4711")
     arguments = parser.parse_args()
     if arguments.only:

@@ -1,12 +1,12 @@
-"""Runs random requests from eight threads for a long time, and compares every answer with that of a single run.
+"""Runs random requests from eight threads and checks every answer against the same request alone.
 
     python tests/soak.py                      an hour with the default model
     python tests/soak.py --minutes 1 --model model.gguf
 
-Every round loads a model with other threads, another kernel and another KV cache type, and creates an engine with other
-limits. Requests differ in prompt, length, sampling, constraints and API, and some are invalid. Answers must be
-bit-identical, log-probabilities included. Memory, threads and open files must not grow over the rounds. The script
-prints one line per minute, and exits with 1 at the first failure.
+Each round loads a model with other threads, another kernel and another cache, and creates an engine with other limits.
+Requests differ in prompt, length, sampling, schema and API, and some are refused. Answers must stay bit-identical, log
+probabilities included. Memory, threads and open files must not grow. Prints a line per minute and exits with 1 at the
+first fault.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from nybble.memory import resident_bytes
 TEXT = "the a of river stone light seven winter because never walks under blue machine and then it was"
 WORDS = TEXT.split()
 HANG_SECONDS = 1800.0
-"""A round that takes longer counts as hung: the stacks of all threads are printed, and the process ends."""
+"""Time limit per round. A longer one prints all stack traces and ends the process."""
 GROWTH_BYTES = 64 << 20
-"""The allowed growth of memory, between the minimum of the first ten rounds and that of the last ten."""
+"""Allowed growth in bytes from the minimum of the first ten rounds to the minimum of the last ten."""
 CONSTRAINTS: list[dict[str, Any]] = [
     {"schema": {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"type": "string"}}}},
     {"schema": {"enum": ["river", "stone", "light"]}},
@@ -56,8 +56,8 @@ class Request:
     vector: npt.NDArray[np.float32]
 
 
-def make(single: Model, beginning: str, dice: random.Random) -> Request:
-    """A random request. Half of the prompts of a round share a prefix."""
+def make(lone: Model, beginning: str, dice: random.Random) -> Request:
+    """Makes a random request. Half of the prompts of a round share a prefix."""
     options = SamplingOptions(
         max_tokens=dice.choice([1, 5, 30, 80]),
         temperature=dice.choice([0.0, 0.7, 1.3]),
@@ -72,11 +72,11 @@ def make(single: Model, beginning: str, dice: random.Random) -> Request:
     )
     words = " ".join(dice.choices(WORDS, k=dice.choice([1, 3, 20, 120, 300])))
     prompt = beginning + words if dice.random() < 0.5 else words
-    return Request(prompt, options, single.generate(prompt, options), single.embed(prompt)[0])
+    return Request(prompt, options, lone.generate(prompt, options), lone.embed(prompt)[0])
 
 
 def check(request: Request, found: Completion) -> int:
-    """Fails unless `found` is the expected answer, or its beginning for a cancelled request. Returns 1."""
+    """Checks an answer; that of a cancelled request may be a prefix. Returns 1, the number of answers."""
     expected = request.answer
     if found.finish_reason == "cancelled":
         same = expected.text.startswith(found.text) and expected.tokens[: len(found.tokens)] == found.tokens
@@ -89,7 +89,7 @@ def check(request: Request, found: Completion) -> int:
 
 
 class Ways:
-    """The ways to use a model and an engine. Each checks its answers and returns their number."""
+    """The ways to run requests. Each checks its answers and returns their number."""
 
     def __init__(self, model: Model, engine: Engine, requests: list[Request], seed: int) -> None:
         self.model, self.engine, self.requests, self.dice = model, engine, requests, random.Random(seed)
@@ -97,12 +97,12 @@ class Ways:
         self.one = self.some[0]
 
     def in_a_batch(self) -> int:
-        # Only `one` is checked: the other requests have other options.
+        # With these options the others have other answers.
         prompts = [request.prompt for request in self.some[: self.dice.choice([1, 3])]]
         self.dice.shuffle(prompts)
         return check(self.one, self.model.generate(prompts, self.one.options)[prompts.index(self.one.prompt)])
 
-    def as_a_stream_sometimes_left(self) -> int:
+    def as_a_stream_perhaps_left(self) -> int:
         stream, leaves, text = self.model.stream(self.one.prompt, self.one.options), self.dice.random() < 0.5, ""
         for piece in stream:
             text += piece
@@ -110,7 +110,7 @@ class Ways:
                 return check(self.one, replace(stream.completion, text=text, finish_reason="cancelled"))
         return check(self.one, replace(stream.completion, text=text))
 
-    def by_the_engine_sometimes_cancelled(self) -> int:
+    def by_the_engine_and_perhaps_called_off(self) -> int:
         sent, enough = [self.engine.submit(o.prompt, o.options) for o in self.some], self.dice.randrange(10)
         for count, _ in enumerate(sent[0]):
             if count == enough:
@@ -129,7 +129,7 @@ class Ways:
 
         return asyncio.run(run())
 
-    def as_a_saved_session(self) -> int:
+    def as_a_session_that_is_saved(self) -> int:
         session = self.model.session()
         check(self.one, session.generate(self.one.prompt, self.one.options))
         with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ class Ways:
     def as_a_vector(self) -> int:
         for request, vector in zip(self.some, self.model.embed([o.prompt for o in self.some]), strict=True):
             if not np.array_equal(request.vector, vector):
-                raise AssertionError(f"{request.prompt!r}: the vector differs")
+                raise AssertionError(f"{request.prompt!r}: another vector")
         return len(self.some)
 
     def refused(self) -> int:
@@ -152,22 +152,22 @@ class Ways:
                 self.engine.submit([2**31], self.one.options)
         except ValueError:
             return 1
-        raise AssertionError("an invalid request was accepted")
+        raise AssertionError("a prompt that does not fit, or an unknown token, was taken")
 
 
 WAYS = [name for name in vars(Ways) if not name.startswith("_")]
 
 
 def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor, seen: Counter[str]) -> None:
-    """Loads a model, uses it in every way several times at once, and closes it."""
+    """Loads a model, runs requests in every way concurrently, and closes it."""
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     caches: list[Literal["f16", "int8", "f32"]] = ["f16", "int8", "f32"]
     threads, cache_type = dice.choice([1, 2, 3, 8]), dice.choice(caches)
-    # The scalar kernel is too slow: minutes instead of seconds.
+    # The scalar kernel takes minutes where the others take seconds.
     kernel = dice.choice([name for name in nybble.kernels() if name != "scalar"] or ["scalar"])
-    with Model.load(source, threads=1, context=1024, cache_type=cache_type, progress=False) as single:
+    with Model.load(source, threads=1, context=1024, cache_type=cache_type, progress=False) as lone:
         beginning = " ".join(dice.choices(WORDS, k=200)) + " "
-        requests = [make(single, beginning, dice) for _ in range(8)]
+        requests = [make(lone, beginning, dice) for _ in range(8)]
     with Model.load(
         source, threads=threads, kernel=kernel, context=1024, cache_type=cache_type, progress=False
     ) as model:
@@ -186,38 +186,36 @@ def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor,
                 seen[jobs[job]] += job.result()
     stats = engine.stats()
     if stats.running or stats.waiting:
-        raise AssertionError(f"requests remain after the round: {stats}")
+        raise AssertionError(f"nobody asks any more: {stats}")
     faulthandler.cancel_dump_traceback_later()
 
 
 def resources() -> list[int]:
-    """The memory in bytes, threads and open files of this process."""
+    """Returns the bytes of memory, threads and open files of this process."""
     return [resident_bytes() or 0, *(len(list(Path("/proc/self", what).iterdir())) for what in ("task", "fd"))]
 
 
 def main() -> int:
-    """Runs the command line. Returns 1 if resources grew; a wrong answer raises an exception."""
-    parser = argparse.ArgumentParser(
-        description="Run random requests and compare each answer with that of a single run."
-    )
-    parser.add_argument("--model", help="what to load; the default model if not given")
+    """Runs rounds until the time is over. Returns 1 if a resource grew; a wrong answer is an exception."""
+    parser = argparse.ArgumentParser(description="Random requests, each checked against the same request alone.")
+    parser.add_argument("--model", help="model to load (default: the default model)")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     dice, seen, rounds = random.Random(arguments.seed), Counter[str](), list[list[int]]()
-    started = printed = time.monotonic()
+    begun = reported = time.monotonic()
     is_over = False
     with ThreadPoolExecutor(8) as pool:
         while not is_over:
             one_round(arguments.model, dice, pool, seen)
             rounds.append(resources())
             now = time.monotonic()
-            is_over = now >= started + 60 * arguments.minutes
-            if now - printed >= 60 or is_over:
-                printed, (memory, threads, files) = now, rounds[-1]
-                what = f"{len(rounds)} rounds, {sum(seen.values())} identical answers; {memory >> 20} MB"
-                print(f"{(now - started) / 60:.1f} minutes: {what}, {threads} threads, {files} files", flush=True)
-            # The first rounds fill caches that stay.
+            is_over = now >= begun + 60 * arguments.minutes
+            if now - reported >= 60 or is_over:
+                reported, (memory, threads, files) = now, rounds[-1]
+                what = f"{len(rounds)} rounds, {sum(seen.values())} answers as alone; {memory >> 20} MB"
+                print(f"{(now - begun) / 60:.1f} minutes: {what}, {threads} threads, {files} files", flush=True)
+            # The first rounds fill caches.
             first, last = (
                 [min(column) for column in zip(*some, strict=True)] for some in (rounds[2:12] or rounds, rounds[-10:])
             )

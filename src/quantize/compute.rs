@@ -18,7 +18,7 @@ pub struct Compute<'a> {
     /// The threads.
     pub pool: &'a ThreadPool,
     /// The instruction set.
-    pub kernel: &'static dyn Kernel,
+    pub kernel: &'static Kernel,
     stop: Option<&'a (dyn Fn() -> bool + Sync)>,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Debug for Compute<'_> {
 
 impl<'a> Compute<'a> {
     /// Computes to the end.
-    pub fn new(pool: &'a ThreadPool, kernel: &'static dyn Kernel) -> Compute<'a> {
+    pub fn new(pool: &'a ThreadPool, kernel: &'static Kernel) -> Compute<'a> {
         Compute { pool, kernel, stop: None }
     }
 

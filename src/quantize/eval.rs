@@ -201,7 +201,7 @@ struct Piece<'a> {
 
 impl Piece<'_> {
     /// What `score` makes of each row, spread over the model's threads.
-    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&dyn Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
+    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
         self.map_with(model, &[], 0, |kernel, logits, token, _| score(kernel, logits, token))
     }
 
@@ -211,7 +211,7 @@ impl Piece<'_> {
         model: &Model,
         beside: &[u8],
         width: usize,
-        score: impl Fn(&dyn Kernel, &[f32], u32, &[u8]) -> T + Sync,
+        score: impl Fn(&Kernel, &[f32], u32, &[u8]) -> T + Sync,
     ) -> Vec<T> {
         let vocabulary = model.vocabulary();
         let mut scores: Vec<T> = self.tokens.iter().map(|_| T::default()).collect();
@@ -286,7 +286,7 @@ struct Normal {
 }
 
 impl Normal {
-    fn of(kernel: &dyn Kernel, logits: &[f32]) -> Normal {
+    fn of(kernel: &Kernel, logits: &[f32]) -> Normal {
         let (max, sum) = kernel.exp_segment(&mut logits.to_vec());
         let top = logits.iter().position(|logit| *logit == max).unwrap_or_default();
         Normal { max, top, log_sum: max + libm::logf(sum) }
@@ -301,14 +301,14 @@ struct Scale {
 }
 
 impl Score {
-    fn of(kernel: &dyn Kernel, logits: &[f32], token: u32) -> Score {
+    fn of(kernel: &Kernel, logits: &[f32], token: u32) -> Score {
         let normal = Normal::of(kernel, logits);
         // `for_each_piece` and the model have checked all tokens.
         Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }
     }
 
     /// The score, and the row that a baseline keeps.
-    fn and_row(kernel: &dyn Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
+    fn and_row(kernel: &Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
         let normal = Normal::of(kernel, logits);
         let smallest = logits.iter().copied().fold(f32::INFINITY, f32::min).max(normal.max + NEGLIGIBLE);
         let step = (normal.max - smallest) / f32::from(u16::MAX);
@@ -325,7 +325,7 @@ impl Score {
     }
 
     /// The score beside a row of a baseline.
-    fn against(kernel: &dyn Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
+    fn against(kernel: &Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
         let normal = Normal::of(kernel, logits);
         let (header, codes) = row.split_at(ROW_HEADER);
         let float = |at: usize| f32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);

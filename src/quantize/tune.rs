@@ -474,7 +474,7 @@ impl Head {
 
 /// Turns a row of logits into the slope of its divergence from those that are `wanted`, which become likelihoods, over the
 /// number of `tokens`: the difference of both models' likelihoods.
-fn slope_of_row(kernel: &dyn Kernel, wanted: &mut [f32], found: &mut [f32], tokens: usize) {
+fn slope_of_row(kernel: &Kernel, wanted: &mut [f32], found: &mut [f32], tokens: usize) {
     let ((_, sum_wanted), (_, sum_found)) = (kernel.exp_segment(wanted), kernel.exp_segment(found));
     for (wanted, found) in wanted.iter_mut().zip(found) {
         *wanted /= sum_wanted;

@@ -38,12 +38,12 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     if adapter.streams:
         return EventStream(service, group, adapter)
     with group:
-        return await with_timeout(service, http, _whole(group, adapter))
+        return await with_timeout(service, http, _complete_response(group, adapter))
 
 
-async def _whole(group: AnswerGroup, adapter: Adapter) -> Response:
+async def _complete_response(group: AnswerGroup, adapter: Adapter) -> Response:
     answers, usage = await collect(group.stream_events())
-    return Response(adapter.dump(adapter.whole(answers, usage)), media_type="application/json")
+    return Response(adapter.dump(adapter.response(answers, usage)), media_type="application/json")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

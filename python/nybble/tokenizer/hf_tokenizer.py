@@ -76,7 +76,7 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
     _check_ids(description, package, where)
     token_bytes, adds_space = _decoding(description.get("decoder"), where)
     config = _json(folder, "tokenizer_config.json")
-    special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
+    special_texts = _special_spellings({**_json(folder, "special_tokens_map.json"), **config})
     model_config = {**_json(folder, "config.json"), **_json(folder, "generation_config.json")}
 
     def token(name: str) -> int | None:
@@ -222,7 +222,7 @@ def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
             yield decoder
 
 
-def _special_texts(config: dict[str, Any]) -> dict[str, str]:
+def _special_spellings(config: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value

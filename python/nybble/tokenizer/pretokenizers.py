@@ -24,7 +24,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     """A word that is a token is encoded as that token, without merges."""
     add_bos: bool = False
-    """Whether texts begin with the start token if `tokenizer.ggml.add_bos_token` is missing."""
+    """Whether encoding adds the start token if `tokenizer.ggml.add_bos_token` is missing."""
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The rule for the `tokenizers` package. Its last step replaces bytes by the characters that stand for them."""

@@ -36,7 +36,7 @@ class CallStart:
 
 
 def new_id() -> str:
-    """A random id of nine letters and digits."""
+    """A random id of nine alphanumeric characters."""
     # Mistral's templates require this form; the other templates accept any.
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 

@@ -319,9 +319,9 @@ def _guard_output(context: Context, value: Any) -> str:
 @pass_context
 def _guard_join(context: Context, values: list[Any]) -> str:
     environment = _environment_of(context)
-    texts = [value if isinstance(value, str) else str(value) for value in values]
-    environment.fits(sum(map(len, texts)))
-    joined = "".join(texts)
+    strings = [value if isinstance(value, str) else str(value) for value in values]
+    environment.fits(sum(map(len, strings)))
+    joined = "".join(strings)
     environment.made(joined)
     return joined
 
@@ -370,7 +370,7 @@ _METHODS: dict[type, frozenset[str]] = {
 
 
 def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter behind guards.
+    """A filter wrapped in guards.
 
     Args:
         name: the name of the filter in templates.

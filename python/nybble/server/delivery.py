@@ -38,12 +38,12 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     if adapter.streams:
         return EventStream(service, group, adapter)
     with group:
-        return await with_timeout(service, http, _whole(group, adapter))
+        return await with_timeout(service, http, _complete_response(group, adapter))
 
 
-async def _whole(group: AnswerGroup, adapter: Adapter) -> Response:
-    answers, usage = await collect(group.events())
-    return Response(adapter.dump(adapter.whole(answers, usage)), media_type="application/json")
+async def _complete_response(group: AnswerGroup, adapter: Adapter) -> Response:
+    answers, usage = await collect(group.stream_events())
+    return Response(adapter.dump(adapter.response(answers, usage)), media_type="application/json")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -118,7 +118,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _messages(self) -> AsyncGenerator[str, None]:
-        async with contextlib.aclosing(self._group.events()) as events:
+        async with contextlib.aclosing(self._group.stream_events()) as events:
             async for event in events:
                 for chunk in self._adapter.chunks(event):
                     yield self._adapter.dump(chunk)

@@ -12,33 +12,35 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
-class AnswerStarted:
-    """An answer begins. All answers of a request begin before the first text."""
+class AnswerEvent:
+    """An event of one answer."""
 
     answer: int
+    """The number of the answer within the request."""
+
+
+class AnswerStarted(AnswerEvent):
+    """An answer begins. All answers of a request begin before the first text."""
 
 
 @dataclass(frozen=True)
-class LogprobsDelta:
+class LogprobsDelta(AnswerEvent):
     """The log-probabilities of the next tokens. They come before the text of these tokens."""
 
-    answer: int
     tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
-class TextDelta:
+class TextDelta(AnswerEvent):
     """The next piece of content. It is empty if the tokens gave no text."""
 
-    answer: int
     text: str
 
 
 @dataclass(frozen=True)
-class ToolCallStarted:
+class ToolCallStarted(AnswerEvent):
     """A tool call begins."""
 
-    answer: int
     call: int
     """The number of the call within its answer."""
     id: str
@@ -46,19 +48,17 @@ class ToolCallStarted:
 
 
 @dataclass(frozen=True)
-class ToolCallDelta:
+class ToolCallDelta(AnswerEvent):
     """The next piece of the arguments of a tool call, which are JSON."""
 
-    answer: int
     call: int
     arguments: str
 
 
 @dataclass(frozen=True)
-class AnswerFinished:
+class AnswerFinished(AnswerEvent):
     """An answer ends."""
 
-    answer: int
     reason: FinishReason
 
 

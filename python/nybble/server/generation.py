@@ -14,18 +14,8 @@ from fastapi import Request as HttpRequest
 from nybble.engine import Piece, Request
 from nybble.generation import Usage
 from nybble.sampling import SamplingOptions
+from nybble.server import events
 from nybble.server.errors import ApiError, as_api_errors, overloaded
-from nybble.server.events import (
-    AnswerFinished,
-    AnswerStarted,
-    Event,
-    FinishReason,
-    LogprobsDelta,
-    TextDelta,
-    ToolCallDelta,
-    ToolCallStarted,
-    UsageReported,
-)
 from nybble.server.service import Service
 from nybble.server.tools.parser import AnswerParser, PlainText
 from nybble.server.tools.reader import CallStart
@@ -105,7 +95,7 @@ class AnswerGroup:
     ) -> None:
         self._resources.close()
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def stream_events(self) -> AsyncGenerator[events.Event, None]:
         """The events of all answers as they come.
 
         Raises:
@@ -115,23 +105,23 @@ class AnswerGroup:
         parsers = [self._request.new_parser() for _ in self._answers]
         calls = [0] * len(parsers)
         for answer in range(len(parsers)):
-            yield AnswerStarted(answer)
+            yield events.AnswerStarted(answer)
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for answer, piece in pieces:
                 parser = parsers[answer]
                 if piece is not None and piece.logprobs is not None:
-                    yield LogprobsDelta(answer, piece.logprobs)
+                    yield events.LogprobsDelta(answer, piece.logprobs)
                 for part in parser.finish() if piece is None else parser.push(piece.text, piece.tokens):
                     if isinstance(part, str):
-                        yield TextDelta(answer, part)
+                        yield events.TextDelta(answer, part)
                     elif isinstance(part, CallStart):
                         calls[answer] += 1
-                        yield ToolCallStarted(answer, calls[answer] - 1, part.id, part.name)
+                        yield events.ToolCallStarted(answer, calls[answer] - 1, part.id, part.name)
                     else:
-                        yield ToolCallDelta(answer, calls[answer] - 1, part.text)
+                        yield events.ToolCallDelta(answer, calls[answer] - 1, part.text)
                 if piece is None:
-                    yield AnswerFinished(answer, self._finish_reason(answer, parser))
-        yield UsageReported(self._usage())
+                    yield events.AnswerFinished(answer, self._finish_reason(answer, parser))
+        yield events.UsageReported(self._usage())
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
         """The pieces of all answers as they come, each with the number of its answer; None for the end of one."""
@@ -164,7 +154,7 @@ class AnswerGroup:
                 task.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    def _finish_reason(self, answer: int, parser: AnswerParser) -> FinishReason:
+    def _finish_reason(self, answer: int, parser: AnswerParser) -> events.FinishReason:
         if self._answers[answer].completion.finish_reason != "stop":
             return "length"
         return "tool_calls" if parser.calls else "stop"

@@ -36,7 +36,7 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, status, began = scope["path"], 499, time.perf_counter()  # 499: the client left before the answer.
+        path, status, start = scope["path"], 499, time.perf_counter()  # 499: the client left before the answer.
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -56,7 +56,7 @@ class Middleware:
             known = path if path in self._paths else "other"
             metrics = self._service.metrics
             metrics.requests.labels(known, str(status)).inc()
-            metrics.seconds.labels(known).observe(time.perf_counter() - began)
+            metrics.seconds.labels(known).observe(time.perf_counter() - start)
 
     async def _check_and_pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

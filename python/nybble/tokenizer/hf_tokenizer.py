@@ -36,7 +36,7 @@ class Folder:
     prefix_ids: Sequence[int]
     """Ids before every text."""
     suffix_ids: Sequence[int]
-    """Ids behind every text."""
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]
@@ -76,7 +76,7 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
     _check_ids(description, package, where)
     token_bytes, adds_space = _decoding(description.get("decoder"), where)
     config = _json(folder, "tokenizer_config.json")
-    special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
+    special_texts = _special_spellings({**_json(folder, "special_tokens_map.json"), **config})
     model_config = {**_json(folder, "config.json"), **_json(folder, "generation_config.json")}
 
     def token(name: str) -> int | None:
@@ -154,7 +154,7 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
 
 
 def _check_lengths(description: dict[str, Any], where: str) -> None:
-    """Refuses long tokens, of which the package would build automata for minutes, and normalizers that explode."""
+    """Refuses long tokens, which the package would process for minutes, and normalizers that expand text too much."""
     model, added = description.get("model"), description.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
@@ -179,7 +179,7 @@ def _check_lengths(description: dict[str, Any], where: str) -> None:
 def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where: str) -> None:
     """Checks that ids are consecutive and unique.
 
-    The package accepts any ids in the vocabulary, and numbers added tokens itself, whatever the file says.
+    The package accepts any ids in the vocabulary, and numbers added tokens itself, without regard to the file.
     """
     vocabulary = description["model"].get("vocab")
     if isinstance(vocabulary, dict):
@@ -222,13 +222,13 @@ def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
             yield decoder
 
 
-def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def _special_spellings(config: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for key, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(content, str):
-            texts[key] = content
-    return texts
+            found[key] = content
+    return found
 
 
 def _ids(value: Any) -> Iterator[int]:
@@ -238,7 +238,7 @@ def _ids(value: Any) -> Iterator[int]:
 
 
 def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind every text, found by encoding one."""
+    """The ids that the tokenizer puts before and after every text, found by encoding one."""
     try:
         plain = package.encode("a", add_special_tokens=False).ids
         framed = package.encode("a", add_special_tokens=True).ids

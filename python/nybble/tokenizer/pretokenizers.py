@@ -24,7 +24,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     """A word that is a token is encoded as that token, without merges."""
     add_bos: bool = False
-    """Whether texts begin with the start token if `tokenizer.ggml.add_bos_token` is missing."""
+    """Whether encoding adds the start token if `tokenizer.ggml.add_bos_token` is missing."""
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The rule for the `tokenizers` package. Its last step replaces bytes by the characters that stand for them."""
@@ -149,7 +149,7 @@ _RULES: dict[str, PreTokenizer] = {
         _digits_then_gpt2,
     ),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    # The pattern of Llama 3: up to three digits, and symbols with the line breaks behind them.
+    # The pattern of Llama 3: up to three digits, and symbols with the line breaks after them.
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _llama3
     ),

@@ -224,7 +224,7 @@ class Tokenizer:
         text = self._parts.text_of(token)
         if text is None:
             return b""
-        # The byte 0xFF, which no text contains, keeps special tokens out of texts and lets a grammar name them.
+        # The byte 0xFF occurs in no text, so only a grammar that names a special token produces one.
         return b"\xff" + text.encode("utf-8", "replace") if token in self.special_ids else self.token_bytes(token)
 
     def id_of(self, text: str) -> int | None:
@@ -291,7 +291,7 @@ class _Parts:
     prefix_ids: Sequence[int]
     """Ids before every text."""
     suffix_ids: Sequence[int]
-    """Ids behind every text."""
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]

@@ -25,7 +25,7 @@ _END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
     *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
-    # A code model starts an unrelated file behind these.
+    # A code model starts an unrelated file after these.
     *("<|fim_pad|>", "<fim-pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
 )
@@ -77,7 +77,7 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     drop_space_after: Sequence[int]
-    """Special tokens that drop the white space behind them."""
+    """Special tokens that drop the white space after them."""
 
 
 class _Keys:
@@ -162,7 +162,9 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
     keys.unused_token_ids(len(tokens), used)
 
     end_ids = end_tokens(ids) | {i for i in (eos_id, *other_ends) if i is not None}
-    for i in end_ids:  # A special token, whatever the file says: never part of a text, and recognised in prompts.
+    for i in (
+        end_ids
+    ):  # They are special tokens even if the file says otherwise: never part of a text, and recognised in prompts.
         if kinds[i] != TokenKind.UNKNOWN:
             kinds[i] = int(TokenKind.CONTROL)
     add_bos = keys.flag(
@@ -272,7 +274,7 @@ def _pre_tokenizer(keys: _Keys, where: str) -> pretokenizers.PreTokenizer:
 
 
 def _drop_space_after(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> Sequence[int]:
-    """Phi-3's special tokens, which drop the white space behind them. Its files do not mark them as such."""
+    """Phi-3's special tokens, which drop the white space after them. Its files do not mark them as such."""
     name = (keys.string("general.name") or "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return ()

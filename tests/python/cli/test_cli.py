@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +23,9 @@ from fake_hub import FakeHub
 
 from nybble import SamplingOptions
 from nybble.cli import main, terminal
+from nybble.load_options import LoadOptions
 from nybble.models import hub
+from nybble.server.options import ServeOptions
 
 FORBID_END = f"{tiny.IM_END}=-inf"
 WRITE_X = f"{ord('x')}=1000"
@@ -94,8 +98,32 @@ def test_run_answers_with_a_chat_template_and_continues_without(
 def test_every_sampling_option_is_an_option_of_run_and_chat(capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in SamplingOptions.__dataclass_fields__ if name != "logprobs"]
     for command in ("run", "chat"):
-        said = run(capsys, command, "--help")
-        assert all(f"--{name.replace('_', '-')} " in said for name in names)
+        output = run(capsys, command, "--help")
+        assert all(f"--{name.replace('_', '-')} " in output for name in names)
+
+
+@pytest.mark.parametrize(("command", "group"), [("run", LoadOptions), ("bench", LoadOptions), ("serve", ServeOptions)])
+def test_every_field_with_help_becomes_an_option(command: str, group: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, command, "--help")
+    names = [field.name for field in dataclasses.fields(group) if "help" in field.metadata and field.name != "quantize"]
+    assert len(names) > 5
+    assert all(f"--{name.replace('_', '-')} " in output for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "port: found 70000, expected 0 to 65535"),
+        (["--max-batch", "0"], "max_batch: found 0, expected 1 to 1024"),
+        (["--max-queue", "-1"], "max_queue: found -1, expected 0 or more"),
+        (["--timeout", "0"], "timeout: found 0.0, expected 0.1 or more"),
+    ],
+)
+def test_serve_checks_the_range_of_its_options(
+    arguments: Sequence[str], message: str, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FailedError, match=f"^2 nybble: .*{message}"):
+        run(capsys, "serve", tiny_file, *arguments)
 
 
 def test_sampling_options_reach_the_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +143,7 @@ def test_run_needs_a_prompt_besides_a_model(tiny_file: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run"], "Missing argument"),
         (["run", "a", "b", "c"], "needs quotes"),
@@ -128,9 +156,9 @@ def test_run_needs_a_prompt_besides_a_model(tiny_file: Path, capsys: pytest.Capt
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
-    arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(FailedError, match=f"^2 nybble: .*{said}"):
+    with pytest.raises(FailedError, match=f"^2 nybble: .*{message}"):
         run(capsys, *arguments)
 
 
@@ -173,8 +201,8 @@ def test_a_warning_is_one_line_without_source_code(capsys: pytest.CaptureFixture
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys)
-    assert all(command in said for command in ("run", "chat", "inspect", "bench", "models"))
+    output = run(capsys)
+    assert all(command in output for command in ("run", "chat", "inspect", "bench", "models"))
     assert run(capsys, "--version").startswith("nybble ")
 
 
@@ -211,9 +239,9 @@ def test_inspect_prints_no_control_characters_of_the_file(tmp_path: Path, capsys
         "general.endless": float("inf"),
     }
     tiny.write_gguf(tmp_path / "evil.gguf", values)
-    said = run(capsys, "inspect", tmp_path / "evil.gguf")
-    assert "\x1b" not in said
-    assert "[2Jboo [red]markup[/red] :smile:" in said
+    output = run(capsys, "inspect", tmp_path / "evil.gguf")
+    assert "\x1b" not in output
+    assert "[2Jboo [red]markup[/red] :smile:" in output
     found = json.loads(run(capsys, "inspect", tmp_path / "evil.gguf", "--json"))["metadata"]
     assert found["general.bytes"] == "\ufffd\ufffd"
     assert found["general.endless"] == "inf"
@@ -243,9 +271,9 @@ def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys:
 
 
 def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys, "bench", tiny_file, "--threads", "2", "--batch", "1,2", *FAST)
-    assert max(map(len, said.splitlines())) <= 80
-    header = next(line for line in said.splitlines() if line.startswith("threads"))
+    output = run(capsys, "bench", tiny_file, "--threads", "2", "--batch", "1,2", *FAST)
+    assert max(map(len, output.splitlines())) <= 80
+    header = next(line for line in output.splitlines() if line.startswith("threads"))
     assert header.split() == [
         "threads",
         "length",
@@ -259,7 +287,7 @@ def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.Capt
         "of",
         "reads",
     ]
-    rows = [line.split() for line in said[said.index(header) :].splitlines()[1:]]
+    rows = [line.split() for line in output[output.index(header) :].splitlines()[1:]]
     assert [row[:3] for row in rows] == [["2", "16", "1"], ["2", "16", "2"]]
     assert all(row[4].endswith("%") and row[6].endswith("%") for row in rows)
 
@@ -272,9 +300,9 @@ def test_bench_compares_with_an_earlier_run(
     slow = json.loads(earlier.read_text())
     slow["speeds"][0] |= {"prompt_tokens_per_second": 12.5, "decode_tokens_per_second": 6.25}
     earlier.write_text(json.dumps(slow))
-    said = run(capsys, "bench", tiny_file, "--threads", "1", "--batch", "1,2", *FAST, "--compare", earlier)
-    assert max(map(len, said.splitlines())) <= 80
-    rows = [line.split() for line in said.splitlines() if line.split()[:2] == ["1", "16"]]
+    output = run(capsys, "bench", tiny_file, "--threads", "1", "--batch", "1,2", *FAST, "--compare", earlier)
+    assert max(map(len, output.splitlines())) <= 80
+    rows = [line.split() for line in output.splitlines() if line.split()[:2] == ["1", "16"]]
     assert [row[2] for row in rows] == ["1", "2"]
     for now, before, ratio in (rows[0][3:6], rows[0][6:9]):
         assert float(before) in (12.5, 6.2)

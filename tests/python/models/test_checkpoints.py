@@ -1,4 +1,4 @@
-"""Folders of Hugging Face, from files to text."""
+"""Checkpoint folders of Hugging Face: loading, quantization and conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA = Path(__file__).parents[2] / "data" / "goldens" / "llama"
 
 
 def golden(name: str) -> npt.NDArray[Any]:
-    """An array of the reference, which is a safetensors file."""
+    """An array of the reference values, from a safetensors file."""
     raw = (LLAMA / "golden.bin").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     entry = json.loads(raw[8 : 8 + length])[name]
@@ -28,27 +28,27 @@ def golden(name: str) -> npt.NDArray[Any]:
     return array
 
 
-def test_a_folder_computed_as_stored_has_the_logits_of_transformers() -> None:
+def test_a_folder_as_stored_gives_the_logits_of_transformers() -> None:
     with Model.load(LLAMA, quantize=None) as model:
         logits = model.logits(golden("input_ids")[0].tolist())
     assert np.abs(logits - golden("logits")[0]).max() <= 2e-4
 
 
 @pytest.mark.parametrize("quantize", ["auto", "int4", "int8"])
-def test_a_folder_is_quantized_on_the_way_in(quantize: str) -> None:
+def test_a_folder_is_quantized_while_it_loads(quantize: str) -> None:
     with Model.load(LLAMA, quantize=None) as exact, Model.load(LLAMA, quantize=quantize) as model:
         assert model.info.weight_bytes < exact.info.weight_bytes / 3
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
 
-def test_a_folder_brings_its_tokenizer_and_its_chat_template() -> None:
+def test_a_folder_has_its_tokenizer_and_chat_template() -> None:
     with Model.load(LLAMA) as model:
         done = model.chat([{"role": "user", "content": "Hello"}], max_tokens=4, temperature=0)
         assert done.usage.completion_tokens <= 4
         assert model.detokenize(model.tokenize("Hello there")) == "Hello there"
 
 
-def test_an_unknown_way_to_quantize_is_refused() -> None:
+def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(ValueError, match="int3"):
         Model.load(LLAMA, quantize="int3")
 
@@ -60,7 +60,7 @@ def test_weights_in_a_pickle_are_refused_with_the_reason(tmp_path: Path) -> None
         Model.load(tmp_path)
 
 
-def test_a_converted_folder_runs_as_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_converted_folder_runs_on_its_own(tmp_path: Path) -> None:
     out = tmp_path / "llama.gguf"
     assert main(["convert", str(LLAMA), str(out), "--type", "f32"]) == 0
     with Model.load(LLAMA, quantize=None) as folder, Model.load(out) as file:
@@ -70,9 +70,7 @@ def test_a_converted_folder_runs_as_a_file_of_its_own(tmp_path: Path) -> None:
         assert text == folder.tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
-def test_a_file_that_exists_is_not_overwritten_unless_forced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_file_is_overwritten_only_with_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "llama.gguf"
     out.write_bytes(b"precious")
     assert main(["convert", str(LLAMA), str(out)]) == 1

@@ -1,4 +1,4 @@
-"""A share of the damaged files of `tests/mutations.py`, which says what they are."""
+"""Runs a sample of the damaged files of `tests/mutations.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 PROGRAM = Path(__file__).parents[2] / "mutations.py"
 
 
-def test_damaged_files_and_folders_load_or_raise_what_is_documented() -> None:
-    # How long one takes is for people to judge, on a quiet machine; here only what hangs counts.
+def test_damaged_models_load_or_raise_documented_errors() -> None:
+    # Times depend on the load of the machine, so only a hang fails here.
     limits = ["--files", "2000", "--folders", "500", "--seed", "1", "--seconds", "inf"]
     command = [sys.executable, str(PROGRAM), *limits]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)

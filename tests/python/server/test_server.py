@@ -17,20 +17,10 @@ from serving import TOOL_TEMPLATE, Running, serving
 from nybble import Model
 from nybble.engine import Engine
 
-NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}
 DEEP = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads('{"not":' * 900 + "{}" + "}" * 900)}}
-NO_SUCH_TOOL = {"type": "function", "function": {"name": "no"}}
 WRITE_X = {str(ord("x")): 100}
 FORBID_END = {str(tiny.IM_END): -100, str(tiny.END_OF_TEXT): -100}
 HELLO: Any = [{"role": "user", "content": "Hello"}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 TIME: Any = {"type": "function", "function": {"name": "time"}}
 
 
@@ -260,7 +250,7 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "said"),
+    ("asked", "param", "message"),
     [
         ({"messages": []}, "messages", "at least 1"),
         ({"temperature": "hot"}, "temperature", "valid number"),
@@ -293,11 +283,11 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
     ],
 )
 def test_an_invalid_request_names_the_parameter_and_the_fault(
-    client: openai.OpenAI, asked: dict[str, Any], param: str | None, said: str
+    client: openai.OpenAI, asked: dict[str, Any], param: str | None, message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", messages=HELLO, extra_body=asked)
-    assert said in refused.value.message
+    assert message in refused.value.message
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error"
 

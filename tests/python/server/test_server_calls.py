@@ -149,7 +149,7 @@ def test_arguments_are_passed_on_as_they_are_written() -> None:
     begun, *rest = pieces(HERMES, '<tool_call>{"name": "f", "arguments": {"x":  1.50}}</tool_call>')
     assert isinstance(begun, CallStart)
     assert rest == [CallArguments(char) for char in '{"x":  1.50}']
-    for known, text, said in (
+    for known, text, expected in (
         (HERMES, '<tool_call>{"name": "f", "arguments": {"x": "ab', '{"x": "ab'),
         (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"x": "ab', '{"x": "ab'),
         (ARGS, '[TOOL_CALLS]f[ARGS]{"x": "ab', '{"x": "ab'),
@@ -159,7 +159,7 @@ def test_arguments_are_passed_on_as_they_are_written() -> None:
         (CODER, "<tool_call><function=g><parameter=s>one, two, three, four", '{"s": "one, two'),
     ):
         _, *rest = pieces(known, text)
-        assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == said
+        assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == expected
 
 
 def test_a_call_without_an_end_stays_a_call_only_in_a_stream() -> None:

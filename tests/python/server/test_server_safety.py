@@ -148,16 +148,16 @@ def test_the_page_may_run_only_its_own_script(engine: Engine) -> None:
 def test_malformed_bodies_are_bad_requests(engine: Engine, body: bytes) -> None:
     with serving(engine) as running:
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
-            status, told = ask(running, path, body)
+            status, answer = ask(running, path, body)
             assert 400 <= status < 500
-            assert set(told["error"]) == {"message", "type", "param", "code"}
-            assert len(told["error"]["message"]) < 1100
+            assert set(answer["error"]) == {"message", "type", "param", "code"}
+            assert len(answer["error"]["message"]) < 1100
 
 
 def test_a_body_without_the_content_type_of_json_is_refused(engine: Engine) -> None:
     with serving(engine) as running:
-        status, told = ask(running, "/v1/completions", {"prompt": "x"}, Content_Type="text/plain")
-    assert (status, "Content-Type" in told["error"]["message"]) == (415, True)
+        status, answer = ask(running, "/v1/completions", {"prompt": "x"}, Content_Type="text/plain")
+    assert (status, "Content-Type" in answer["error"]["message"]) == (415, True)
 
 
 def test_large_bodies_are_refused_with_and_without_content_length(engine: Engine) -> None:
@@ -278,12 +278,12 @@ class Process:
         command = [sys.executable, "-m", "nybble", "serve", *map(str, arguments), "--port", "0", "--name", "tiny"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
-        self.said = ""
-        while "API" not in self.said:
+        self.output = ""
+        while "API" not in self.output:
             line = self.process.stderr.readline()
-            assert line, self.said
-            self.said += line
-        self.running = Running(re.findall(r"http://\S+", self.said)[0], None)  # type: ignore[arg-type]
+            assert line, self.output
+            self.output += line
+        self.running = Running(re.findall(r"http://\S+", self.output)[0], None)  # type: ignore[arg-type]
 
     def __enter__(self) -> Process:
         return self

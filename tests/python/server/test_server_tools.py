@@ -131,8 +131,8 @@ def family(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[str, 
 
 def test_tool_calls_of_each_family_are_parsed_whole_and_in_streams(family: tuple[str, Model]) -> None:
     name, model = family
-    said = ("" if name == "llama" else "I look. ") + written(name)
-    with saying(model, said, said) as (client, script):
+    answer = ("" if name == "llama" else "I look. ") + written(name)
+    with saying(model, answer, answer) as (client, script):
         asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME]}
         (choice,) = client.chat.completions.create(**asked).choices
         with client.chat.completions.stream(**asked) as stream:
@@ -142,7 +142,7 @@ def test_tool_calls_of_each_family_are_parsed_whole_and_in_streams(family: tuple
     assert TEMPLATES[name] in script.prompts[0]
     assert (choice.finish_reason, choice.message.content) == (
         "tool_calls",
-        said[:7].strip() if said[0] == "I" else None,
+        answer[:7].strip() if answer[0] == "I" else None,
     )
     assert (streamed.finish_reason, streamed.message.content or None) == ("tool_calls", choice.message.content)
     for message in (choice.message, streamed.message):
@@ -201,8 +201,8 @@ def test_each_family_can_be_forced_to_call_a_tool(family: tuple[str, Model]) -> 
 
 
 def test_tool_results_go_back_through_the_chat_template(model: Model) -> None:
-    said = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-    engine, script = scripted(model, said, "It rains.")
+    answer = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    engine, script = scripted(model, answer, "It rains.")
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         first = client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER, TIME])
         (choice,) = first.choices
@@ -211,8 +211,8 @@ def test_tool_results_go_back_through_the_chat_template(model: Model) -> None:
         (call,) = choice.message.tool_calls
         assert call.type == "function"
         assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
-        answer: Any = [*HELLO, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
-        second = client.chat.completions.create(model="tiny", messages=answer, tools=[WEATHER])
+        conversation: Any = [*HELLO, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+        second = client.chat.completions.create(model="tiny", messages=conversation, tools=[WEATHER])
     assert (second.choices[0].finish_reason, second.choices[0].message.content) == ("stop", "It rains.")
     assert json.dumps(WEATHER) in script.prompts[0]
     assert '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>' in script.prompts[1]
@@ -259,10 +259,10 @@ def test_markers_are_found_as_special_and_as_normal_tokens(folder: Path, kind: i
 
 def test_a_stream_starts_a_call_before_its_arguments(model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
-    said = "Well:\n" + "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
+    answer = "Well:\n" + "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
     at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
     asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
-    with saying(model, said, said, at_once) as (client, _):
+    with saying(model, answer, answer, at_once) as (client, _):
         chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
         only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
         listed = [c.choices[0] for c in client.chat.completions.create(**asked)]
@@ -308,12 +308,12 @@ def test_a_stream_cut_off_in_a_call_finishes_with_length(model: Model) -> None:
 
 
 def test_without_tools_nothing_is_parsed_as_a_call(model: Model) -> None:
-    said = '<tool_call>{"name": "time"}</tool_call>'
-    engine, script = scripted(model, said, said)
+    answer = '<tool_call>{"name": "time"}</tool_call>'
+    engine, script = scripted(model, answer, answer)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         plain = client.chat.completions.create(model="tiny", messages=HELLO)
         none = client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME], tool_choice="none")
-    assert plain.choices[0].message.content == none.choices[0].message.content == said
+    assert plain.choices[0].message.content == none.choices[0].message.content == answer
     assert script.prompts[0] == script.prompts[1]
 
 

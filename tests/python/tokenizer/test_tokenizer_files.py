@@ -1,7 +1,7 @@
-"""Real vocabularies: the ids of llama.cpp's own test files, token by token.
+"""Real vocabularies give the ids of llama.cpp's test files.
 
 The files (`NAME.gguf` with `NAME.gguf.inp` and `.out`) are those of llama.cpp's folder `models`. NYBBLE_TEST_TOKENIZERS
-names the folder where they are.
+names the folder that holds them.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def cases(expected: Path) -> tuple[Tokenizer, list[tuple[str, list[int]]]]:
     except ModelError as error:
         pytest.skip(f"{error}")
     with Path(f"{file}.inp").open(encoding="utf-8", newline="") as stream:
-        texts = stream.read().split("\n__ggml_vocab_test__\n")
+        documents = stream.read().split("\n__ggml_vocab_test__\n")
     ids = [[int(i) for i in line.split()] for line in expected.read_text(encoding="utf-8").splitlines()]
-    assert len(texts) - 1 == len(ids) > 40, "each text is followed by a separator"
-    return tokenizer, list(zip(texts, ids, strict=False))
+    assert len(documents) - 1 == len(ids) > 40, "a separator follows each text"
+    return tokenizer, list(zip(documents, ids, strict=False))
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
-def test_the_ids_agree(expected: Path) -> None:
-    tokenizer, texts = cases(expected)
-    for text, ids in texts:
+def test_ids_equal_those_of_llama_cpp(expected: Path) -> None:
+    tokenizer, documents = cases(expected)
+    for text, ids in documents:
         assert tokenizer.encode(text, add_special=False) == ids, f"{text!r} became other ids"
 
 
 @pytest.mark.parametrize("expected", FILES, ids=lambda file: file.name.removesuffix(".gguf.out"))
-def test_the_ids_decode_to_their_texts(expected: Path) -> None:
-    tokenizer, texts = cases(expected)
-    for text, ids in texts:
+def test_ids_decode_to_the_original_text(expected: Path) -> None:
+    tokenizer, documents = cases(expected)
+    for text, ids in documents:
         assert tokenizer.decode(ids) == text
 
 

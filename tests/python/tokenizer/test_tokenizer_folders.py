@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, made here by the package that makes the real ones."""
+"""Tokenizers of Hugging Face folders, made by the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level tokenizer as Llama 3's: its post-processor writes the start token."""
+    """A byte-level tokenizer like Llama 3's, whose post-processor adds the start token."""
     known = vocabularies.byte_level()
     ids = {token: i for i, token in enumerate(known["tokenizer.ggml.tokens"][:-3])}
     merges = [tuple(merge.split(" ")) for merge in known["tokenizer.ggml.merges"]]
@@ -39,12 +39,21 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def pieces() -> tokenizers.Tokenizer:
-    """A tokenizer as Llama 2's: spaces as U+2581, one before the text, bytes for what has no token."""
-    singles = sorted({letter for letter in vocabularies.TEXT if letter.isascii() and letter > " "})
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *singles, "\u2581t", "th"]
+    """A tokenizer like Llama 2's: U+2581 for spaces, a space before the text, and byte tokens."""
+    singles = sorted({char for char in vocabularies.TEXT if char.isascii() and char > " "})
+    spellings = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *singles,
+        "\u2581t",
+        "th",
+    ]
     package = tokenizers.Tokenizer(
         models.BPE(
-            {text: i for i, text in enumerate(texts)},
+            {text: i for i, text in enumerate(spellings)},
             [("\u2581", "t"), ("t", "h")],
             unk_token="<unk>",
             fuse_unk=True,
@@ -84,16 +93,16 @@ def test_a_folder_gives_the_ids_of_its_tokenizer(tmp_path: Path, config: dict[st
     assert tokenizer.apply_chat_template([{"content": "Hi"}]) == "<|start|>Hi<|end|>"
 
 
-def test_marks_of_a_folder_are_tokens_only_where_they_are_parsed(tmp_path: Path) -> None:
+def test_special_tokens_of_a_folder_are_encoded_only_if_parsed(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write(tmp_path, byte_level()))
     assert tokenizer.id_of("<|end|>") in tokenizer.encode("a<|end|>")
     literal = tokenizer.encode("a<|end|><think>", add_special=False, parse_special=False)
     assert not tokenizer.special_ids.intersection(literal)
-    assert tokenizer.id_of("<think>") in literal, "no mark, but text that is always one token"
+    assert tokenizer.id_of("<think>") in literal, "an added token that is not special"
     assert tokenizer.decode(literal) == "a<|end|><think>"
 
 
-def test_added_tokens_whose_ids_leave_gaps_are_refused_by_name(tmp_path: Path) -> None:
+def test_added_tokens_with_gaps_between_ids_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level())
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] != "<|im_end|>"]
@@ -103,7 +112,7 @@ def test_added_tokens_whose_ids_leave_gaps_are_refused_by_name(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("asked", "starts"), [(None, True), (True, True), (False, False)])
-def test_the_configuration_says_whether_texts_begin_with_the_start_token(
+def test_the_configuration_controls_the_start_token(
     tmp_path: Path, config: dict[str, Any], asked: bool | None, starts: bool
 ) -> None:
     if asked is not None:
@@ -113,13 +122,13 @@ def test_the_configuration_says_whether_texts_begin_with_the_start_token(
     assert tokenizer.encode("<|start|>a").count(int(tokenizer.bos_id or 0)) == 1
 
 
-def test_the_end_token_is_written_where_the_configuration_asks(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_the_configuration_controls_the_end_token(tmp_path: Path, config: dict[str, Any]) -> None:
     config["add_eos_token"] = True
     tokenizer = Tokenizer.load(write(tmp_path, byte_level(), tokenizer_config=config))
     assert tokenizer.encode("a")[-1] == tokenizer.eos_id
 
 
-def test_ends_of_generation_come_from_every_file_that_names_some(tmp_path: Path) -> None:
+def test_end_tokens_come_from_all_files_of_a_folder(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level(), generation_config={"eos_token_id": [5, 7]}, config={"bos_token_id": 3})
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.eos_ids >= {5, 7}
@@ -138,19 +147,19 @@ def test_decoding_agrees_with_the_package(make: Any, tmp_path: Path, data: st.Da
     assert tokenizer.decode(tokenizer.encode(text)) == package.decode(package.encode(text).ids)
     decoder = StreamDecoder(tokenizer)
     assert "".join(map(decoder.push, ids)) + decoder.finish() == tokenizer.decode(ids)
-    plain = [i for i in ids if i not in added and i >= 300]  # Lone bytes are replaced by other rules there.
+    plain = [i for i in ids if i not in added and i >= 300]  # The package replaces incomplete bytes differently.
     assert tokenizer.decode(plain) == package.decode(plain)
 
 
-def test_added_tokens_are_written_as_they_are(tmp_path: Path) -> None:
+def test_added_tokens_decode_literally(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write(tmp_path, byte_level()))
     added = tokenizer.id_of("naïve")
     assert added is not None
     assert tokenizer.encode("naïve", add_special=False) == [added]
-    assert tokenizer.decode([added]) == "naïve", "with no letter taken for the byte that it stands for elsewhere"
+    assert tokenizer.decode([added]) == "naïve", "characters of added tokens do not stand for bytes"
 
 
-def test_truncation_and_padding_of_the_file_are_not_for_prompts(tmp_path: Path) -> None:
+def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
     package = byte_level()
     package.enable_truncation(4)
     package.enable_padding(length=64)
@@ -158,7 +167,7 @@ def test_truncation_and_padding_of_the_file_are_not_for_prompts(tmp_path: Path) 
     assert tokenizer.decode(tokenizer.encode(vocabularies.TEXT)) == vocabularies.TEXT
 
 
-def test_templates_are_found_wherever_a_folder_keeps_them(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_templates_are_found_in_all_files_of_a_folder(tmp_path: Path, config: dict[str, Any]) -> None:
     config["chat_template"] = [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "tools"}]
     folder = write(tmp_path, byte_level(), tokenizer_config=config, chat_template="new")
     (folder / "additional_chat_templates").mkdir()
@@ -190,7 +199,7 @@ def test_a_damaged_tokenizer_file_is_refused_by_name(tmp_path: Path, text: str, 
 
 
 def changed(folder: Path, *keys: str | int, value: Any, make: Any = byte_level) -> Path:
-    """A folder whose tokenizer.json has that value at that place."""
+    """A folder whose tokenizer.json has `value` at the path `keys`."""
     write(folder, make())
     description = part = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     for key in keys[:-1]:
@@ -207,18 +216,18 @@ def refused(folder: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [440, 2**32 - 1, 2**40, -1, 1.5, "5", None, [], True])
-def test_a_token_whose_id_is_out_of_range_or_no_number_is_refused(tmp_path: Path, wrong: Any) -> None:
+def test_a_token_with_an_invalid_id_is_refused(tmp_path: Path, wrong: Any) -> None:
     is_id = wrong in (440, 2**32 - 1)
     message = f"token 'Z': found the id {wrong}, expected one below 440" if is_id else "found an invalid tokenizer"
     refused(changed(tmp_path, "model", "vocab", "Z", value=wrong), message)
 
 
-def test_two_tokens_of_one_id_are_refused_with_both(tmp_path: Path) -> None:
+def test_two_tokens_with_one_id_are_refused(tmp_path: Path) -> None:
     refused(changed(tmp_path, "model", "vocab", "Z", value=0), "token 'Z': found the id 0 of '.', expected its own")
 
 
 @pytest.mark.parametrize("wrong", [2**40, 2**32 - 1, 0, -1, 1.5, "5", None, [], True])
-def test_an_added_token_whose_id_is_not_the_next_one_is_refused(tmp_path: Path, wrong: Any) -> None:
+def test_an_added_token_without_the_next_id_is_refused(tmp_path: Path, wrong: Any) -> None:
     refused(changed(tmp_path, "added_tokens", -1, "id", value=wrong), "found the id|found an invalid tokenizer")
 
 
@@ -226,11 +235,11 @@ def test_an_added_token_whose_id_is_not_the_next_one_is_refused(tmp_path: Path, 
     "merges",
     [[["a"]], [["a", "b", "c"]], ["ab"], ["a b c"], [1], [None], "a b", {}, [["no-such", "a"]], [["", ""]], [" "]],
 )
-def test_merges_that_are_no_pairs_of_tokens_are_refused(tmp_path: Path, merges: Any) -> None:
+def test_merges_other_than_pairs_of_tokens_are_refused(tmp_path: Path, merges: Any) -> None:
     refused(changed(tmp_path, "model", "merges", value=merges), "found an invalid tokenizer")
 
 
-def test_a_token_of_a_hundred_megabytes_is_refused_before_anything_is_built_of_it(tmp_path: Path) -> None:
+def test_a_very_long_token_is_refused_early(tmp_path: Path) -> None:
     message = "found a token of 100000000 characters, expected at most 65536"
     refused(changed(tmp_path, "added_tokens", -1, "content", value="a" * 100_000_000), message)
     refused(changed(tmp_path, "model", "vocab", "a" * 65_537, value=440), "found a token of 65537 characters")
@@ -244,14 +253,14 @@ def test_a_token_of_a_hundred_megabytes_is_refused_before_anything_is_built_of_i
         {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 11},
     ],
 )
-def test_a_normalizer_that_makes_a_text_a_thousand_times_longer_is_refused(tmp_path: Path, steps: Any) -> None:
+def test_a_normalizer_that_expands_text_too_much_is_refused(tmp_path: Path, steps: Any) -> None:
     refused(
         changed(tmp_path, "normalizer", value=steps),
         "normalizer: found steps that make [0-9]+ characters of one, expected at most 1024",
     )
 
 
-def test_a_panic_of_the_package_is_an_error_with_the_file(tmp_path: Path) -> None:
+def test_a_panic_of_the_package_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     step = {"type": "Replace", "pattern": {"Regex": "(?=a)"}, "content": "x"}
     refused(changed(tmp_path, "normalizer", value=step), "cannot encode the text 'a'")
     step["pattern"] = {"Regex": "(?=b)"}
@@ -260,7 +269,7 @@ def test_a_panic_of_the_package_is_an_error_with_the_file(tmp_path: Path) -> Non
         tokenizer.encode("b")
 
 
-def test_a_frame_of_tokens_that_there_are_not_is_refused(tmp_path: Path) -> None:
+def test_a_post_processor_with_unknown_tokens_is_refused(tmp_path: Path) -> None:
     message = "post_processor: found the token 435, expected an id below 435"
     refused(changed(tmp_path, "added_tokens", value=[]), message)
 
@@ -271,7 +280,7 @@ def test_a_part_of_the_wrong_type_is_refused(tmp_path: Path, part: str, value: A
     refused(changed(tmp_path, part, value=value), "found")
 
 
-def test_nesting_inside_of_a_part_is_bounded(tmp_path: Path) -> None:
+def test_deep_nesting_in_a_part_is_refused(tmp_path: Path) -> None:
     write(tmp_path, byte_level())
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     for deep in ("[" * 100_000 + "]" * 100_000, '{"type":"Sequence","normalizers":[' * 20_000 + "]}" * 20_000):
@@ -279,7 +288,7 @@ def test_nesting_inside_of_a_part_is_bounded(tmp_path: Path) -> None:
         refused(tmp_path, "invalid JSON")
 
 
-def test_chance_has_no_part_in_the_ids_of_a_prompt(tmp_path: Path) -> None:
+def test_dropout_of_the_file_is_ignored(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(changed(tmp_path, "model", "dropout", value=0.9))
     whole = byte_level().encode(vocabularies.TEXT).ids
     assert all(tokenizer.encode(vocabularies.TEXT) == whole for _ in range(10))
@@ -287,7 +296,7 @@ def test_chance_has_no_part_in_the_ids_of_a_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
-def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+def test_a_pipe_instead_of_a_file_is_refused_without_waiting(tmp_path: Path, name: str) -> None:
     write(tmp_path, byte_level())
     (tmp_path / "special_tokens_map.json").write_text("{}")
     (tmp_path / name).unlink(missing_ok=True)
@@ -296,7 +305,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: P
         Tokenizer.load(tmp_path)
 
 
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level())
     (folder / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: found invalid UTF-8 at byte 7"):
@@ -306,14 +315,14 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
         Tokenizer.load(folder)
 
 
-def test_a_decoder_that_nobody_here_knows_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unsupported_decoder_is_refused(tmp_path: Path) -> None:
     package = byte_level()
     package.decoder = decoders.CTC()
     with pytest.raises(ModelError, match="decoder: found CTC, expected ByteLevel"):
         Tokenizer.load(write(tmp_path, package))
 
 
-def test_a_gguf_file_may_hold_a_whole_tokenizer_file() -> None:
+def test_a_gguf_file_may_contain_a_tokenizer_json() -> None:
     metadata = {"tokenizer.huggingface.json": byte_level().to_str()}
     tokenizer = Tokenizer.from_gguf_metadata(metadata)
     assert tokenizer.decode(tokenizer.encode("as ever")) == "as ever"

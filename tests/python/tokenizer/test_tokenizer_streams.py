@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters only, and stop strings wherever the borders of the tokens lie."""
+"""Streamed decoding gives whole characters, and stop strings are found across pieces."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int] | None = Non
 
 @BOTH
 @given(data=st.data())
-def test_the_pieces_of_any_ids_join_to_what_decode_gives(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_joined_pieces_equal_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @BOTH
 @given(text=st.text())
-def test_the_pieces_of_a_text_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+def test_pieces_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     text = text.replace(vocabularies.SPACE, "")
     *pieces, rest = streamed(tokenizer, tokenizer.encode(text, parse_special=False))
     assert "".join(pieces) == text
@@ -39,7 +39,7 @@ def test_the_pieces_of_a_text_hold_whole_characters(tokenizer: Tokenizer, text: 
 
 
 def bytes_of(tokenizer: Tokenizer, character: str) -> list[int]:
-    """The tokens of a character that no vocabulary here has, after those of a letter."""
+    """The tokens of a character without a token of its own, after an ASCII character."""
     ids = tokenizer.encode(f"z{character}", add_special=False)
     ids = ids[ids.index(tokenizer.encode("z", add_special=False)[-1]) + 1 :]
     assert len(ids) > 2
@@ -55,7 +55,7 @@ def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
 
 
 @BOTH
-def test_a_character_that_never_ends_becomes_a_replacement_character(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_becomes_a_replacement_character(tokenizer: Tokenizer) -> None:
     ids = bytes_of(tokenizer, "\u0f3c")[:-1]
     *waiting, rest = streamed(tokenizer, ids)
     assert not any(waiting)
@@ -64,15 +64,15 @@ def test_a_character_that_never_ends_becomes_a_replacement_character(tokenizer: 
     assert "".join(streamed(tokenizer, [*ids, z])) == "\ufffdz"
 
 
-def test_a_text_that_goes_on_keeps_the_space_of_its_first_word() -> None:
+def test_a_continued_text_keeps_the_space_of_its_first_word() -> None:
     prompt, more = PIECES.encode("Once upon a"), PIECES.encode("time", add_special=False)
     assert PIECES.token_text(more[0]).startswith(vocabularies.SPACE)
     assert "".join(streamed(PIECES, more)) == "time", "a text of its own"
     assert "".join(streamed(PIECES, more, prompt)) == " time", "the next word"
-    assert "".join(streamed(PIECES, more, PIECES.encode("Hi<turn>"))) == "time", "an answer after a mark"
+    assert "".join(streamed(PIECES, more, PIECES.encode("Hi<turn>"))) == "time", "an answer after a special token"
 
 
-def test_marks_are_not_written_and_do_not_part_characters() -> None:
+def test_special_tokens_give_no_text_and_do_not_split_characters() -> None:
     first, *others = bytes_of(BYTE_LEVEL, "\u0f3c")
     assert BYTE_LEVEL.eos_id is not None
     assert "".join(streamed(BYTE_LEVEL, [first, BYTE_LEVEL.eos_id, *others])) == "\u0f3c"
@@ -82,7 +82,7 @@ def test_marks_are_not_written_and_do_not_part_characters() -> None:
 
 
 def matched(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
-    """What a matcher gives out for these pieces, and whether it met a stop string."""
+    """The text that a matcher returns for these pieces, and whether it found a stop string."""
     matcher, out = StopMatcher(stops), []
     for piece in pieces:
         text, hit = matcher.push(piece)
@@ -92,8 +92,8 @@ def matched(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
     return "".join(out) + matcher.finish(), False
 
 
-def cut_naively(stops: list[str], text: str) -> tuple[str, bool]:
-    """Reads letter by letter and looks back at every letter."""
+def stopped_naively(stops: list[str], text: str) -> tuple[str, bool]:
+    """Looks for stop strings after every character."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -105,12 +105,12 @@ STOPS = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
 
 
 @given(stops=STOPS, pieces=st.lists(st.text(alphabet="abc\n", max_size=5), max_size=8))
-def test_stop_strings_are_met_wherever_the_borders_of_the_pieces_lie(stops: list[str], pieces: list[str]) -> None:
-    assert matched(stops, pieces) == cut_naively(stops, "".join(pieces))
+def test_stop_strings_are_found_across_pieces(stops: list[str], pieces: list[str]) -> None:
+    assert matched(stops, pieces) == stopped_naively(stops, "".join(pieces))
 
 
 @given(stops=STOPS, pieces=st.lists(st.text(alphabet="abc\n", max_size=5), max_size=8))
-def test_nothing_is_held_back_that_cannot_become_a_stop_string(stops: list[str], pieces: list[str]) -> None:
+def test_only_possible_starts_of_stop_strings_are_held_back(stops: list[str], pieces: list[str]) -> None:
     matcher, text, out = StopMatcher(stops), "", ""
     for piece in pieces:
         text += piece
@@ -124,7 +124,7 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_string(stops: list[str],
         assert held == max(starts, key=len, default="")
 
 
-def test_after_a_stop_string_nothing_more_is_given_out() -> None:
+def test_nothing_is_returned_after_a_stop_string() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("the EN") == ("the ", False)
     assert matcher.push("D and more") == ("", True)
@@ -132,11 +132,11 @@ def test_after_a_stop_string_nothing_more_is_given_out() -> None:
     assert matcher.finish() == ""
 
 
-def test_without_stop_strings_all_text_passes_at_once() -> None:
+def test_without_stop_strings_nothing_is_held_back() -> None:
     assert StopMatcher([]).push("anything") == ("anything", False)
 
 
-def test_stop_strings_that_mean_nothing_are_refused() -> None:
+def test_invalid_stop_strings_are_refused() -> None:
     with pytest.raises(ValueError, match="found an empty string"):
         StopMatcher(["a", ""])
     with pytest.raises(TypeError, match="expected a list of strings"):

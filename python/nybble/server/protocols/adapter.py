@@ -38,7 +38,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def whole(self, answers: Sequence[CollectedAnswer], usage: Usage) -> BaseModel:
+    def response(self, answers: Sequence[CollectedAnswer], usage: Usage) -> BaseModel:
         """The body of the response that holds all answers."""
 
     @abstractmethod

@@ -125,7 +125,7 @@ class ChatAdapter(Adapter):
         choice = self._body.tool_choice
         return not isinstance(choice, ChosenTool) or choice.function.name == name
 
-    def whole(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> ChatCompletion:
+    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> ChatCompletion:
         """The completion that holds all answers."""
         return ChatCompletion(
             **self._head,

@@ -107,7 +107,7 @@ class CompletionAdapter(Adapter):
 
         return GenerationRequest(param="prompt", prepare=prepare, prompts=len(self._prompts))
 
-    def whole(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
+    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
         """The completion that holds all answers."""
         choices = [
             TextChoice(

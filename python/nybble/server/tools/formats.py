@@ -27,12 +27,12 @@ class Function(Protocol):
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a model family writes tool calls: behind an opening marker, and in some families before a closing one."""
+    """How a model family writes tool calls: after an opening marker, and in some families before a closing one."""
 
     opening: str
     closing: str = ""
     syntax: Callable[[Reader], Steps[None]] = reader.json_objects
-    """The syntax of the text behind the opening marker."""
+    """The syntax of the text after the opening marker."""
     arguments_key: str = "arguments"
     """The key of the arguments in JSON objects, next to "name"."""
     as_list: bool = False

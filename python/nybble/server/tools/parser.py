@@ -59,7 +59,7 @@ class ToolCallParser:
         special_tokens: the markers of the format that are special tokens, which decode to no text, by id.
         stream: report a call while it is written, before its end is known. Otherwise each call is reported as a whole,
             its arguments in one piece of normalized JSON, and a call without an end is content.
-        parallel: report all calls. Otherwise the parts behind the first call are dropped.
+        parallel: report all calls. Otherwise the parts after the first call are dropped.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ToolCallParser:
         return self._allowed([rest] if rest else [], self.calls)
 
     def _allowed(self, parts: list[Part], calls: int) -> list[Part]:
-        """The parts without those behind the first call, unless parallel calls are wanted.
+        """The parts without those after the first call, unless parallel calls are wanted.
 
         `calls` is the number of calls before these parts.
         """
@@ -141,7 +141,7 @@ class ToolCallParser:
         return False
 
     def _start_reading(self, parts: list[Part], before: str, opening: str) -> None:
-        """Begins to read calls behind an opening marker. White space before the marker belongs to it."""
+        """Begins to read calls after an opening marker. White space before the marker belongs to it."""
         content = len(before.rstrip())
         self._emit(parts, content)
         length = len(before) - content + len(opening)
@@ -184,7 +184,7 @@ class ToolCallParser:
         self._after_call = self._awaits_closing = not failed
 
     def _skip_closing(self) -> bool:
-        """Drops the closing marker behind a call, and the white space around it. False while it may still come."""
+        """Drops the closing marker after a call, and the white space around it. False while it may still come."""
         rest, closing = self._pending.lstrip(), self._format.closing
         if self._awaits_closing and closing.startswith(rest[: len(closing)]):
             if len(rest) < len(closing):

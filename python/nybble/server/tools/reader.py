@@ -36,13 +36,13 @@ class CallStart:
 
 
 def new_id() -> str:
-    """A random id of nine letters and digits."""
+    """A random id of nine alphanumeric characters."""
     # Mistral's templates require this form; the other templates accept any.
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 class Reader:
-    """Reads the text behind an opening marker: one call or a list of calls.
+    """Reads the text after an opening marker: one call or a list of calls.
 
     Args:
         syntax: how calls are written; one of the functions below.

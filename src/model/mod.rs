@@ -1,6 +1,6 @@
 //! Models: from a checkpoint to logits.
 //!
-//! | room | holds |
+//! | module | contents |
 //! | --- | --- |
 //! | `arch/` | the model families as data |
 //! | `config`, `metadata`, `rope` | hyper-parameters, read from GGUF's keys and checked once |

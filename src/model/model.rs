@@ -59,7 +59,7 @@ impl Quantize {
 pub struct LoadOptions {
     /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
     pub kernel: Option<String>,
-    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise as many as pay off.
+    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise the number that pays off.
     pub threads: Option<usize>,
     /// The most tokens of a session, up to the context that the model was made for. Default: that context, or the context
     /// in training where a longer one changes the results of short prompts.

@@ -4,7 +4,7 @@ use super::arch::NormKind;
 use super::config::Config;
 use crate::kernels::Kernel;
 
-/// Weight and bias of a norm. The configuration says of which kind it is.
+/// Weight and bias of a norm, whose kind is that of the family.
 #[derive(Debug)]
 pub(super) struct Norm {
     /// `(width)`

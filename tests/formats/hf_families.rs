@@ -152,7 +152,7 @@ fn the_text_part_of_a_multimodal_model_is_read() {
 }
 
 #[test]
-fn a_cap_of_null_in_gemma2_is_no_cap_not_the_default() {
+fn a_cap_of_null_in_gemma2_overrides_the_default() {
     let norms = [
         ("input_layernorm", 8),
         ("post_attention_layernorm", 8),

@@ -219,7 +219,7 @@ fn a_session_with_another_cache_type_is_refused() {
 }
 
 #[test]
-fn counts_that_the_file_does_not_bear_out_are_refused_and_allocate_nothing() {
+fn counts_beyond_the_file_are_refused_and_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
     let model = load(&file, CacheType::F16);

@@ -96,7 +96,7 @@ impl Job<'_> {
         for (key, value) in self.more.iter() {
             metadata.set(key, value.clone());
         }
-        // Without this number, readers guess it from the tensors.
+        // Without this number, readers derive it from the tensors.
         if let Some(file_type) = file_type(self.file_type) {
             metadata.set("general.file_type", file_type);
         }

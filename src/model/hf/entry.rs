@@ -20,7 +20,7 @@ pub(super) enum Transform {
     AddOne,
     /// Without the first rows.
     Skip(usize),
-    /// Tensors one after the other, as many as the last dimension. `{e}` in the name is the number of the tensor.
+    /// Tensors one after the other; the last dimension is their number. `{e}` in the name is the index of the tensor.
     Stack,
     /// A matrix of one row becomes a vector.
     Squeeze,

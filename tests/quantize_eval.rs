@@ -1,4 +1,4 @@
-//! The figures of an evaluation, held to their definitions.
+//! The figures of an evaluation agree with their definitions.
 
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
@@ -6,7 +6,7 @@ mod tiny_model;
 use nybble::Error;
 use nybble::model::{Input, LoadOptions, Logits, Model};
 use nybble::quant::block::BlockType;
-use nybble::quantize::eval::{Baseline, perplexity, windows};
+use nybble::quantize::eval::{Reference, perplexity, windows};
 use tiny_model::{ODD, Shape, llama};
 
 const WINDOW: usize = 21;
@@ -17,7 +17,7 @@ fn load(shape: &Shape, block_type: BlockType, threads: usize) -> Model {
     Model::load(path, &LoadOptions { threads: Some(threads), ..LoadOptions::default() }).unwrap()
 }
 
-/// No two tokens are so nearly the likeliest after any of these that 16 bits could not tell.
+/// After each of these tokens 16 bits distinguish the most likely token from the second.
 fn text(tokens: usize) -> Vec<u32> {
     (0..tokens as u32).map(|i| (i * i + 9 * i + 5) % 101).collect()
 }
@@ -26,7 +26,7 @@ fn cut(tokens: usize) -> Vec<Vec<u32>> {
     windows(&text(tokens), WINDOW, None).unwrap()
 }
 
-/// Logarithms of probabilities after each scored position, and the token that came.
+/// The log-probabilities at each scored position, and the token that follows.
 fn expected(model: &Model, windows: &[Vec<u32>]) -> Vec<(Vec<f64>, usize)> {
     let mut all = Vec::new();
     for window in windows {
@@ -89,8 +89,8 @@ fn divergence_is_that_of_the_definitions() {
     let squares: f64 =
         pairs.iter().map(|((base, token), (model, _))| (model[*token].exp() - base[*token].exp()).powi(2)).sum();
 
-    let mut baseline = Baseline::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let found = baseline.compare(&model, &|_, _| Ok(()), &|| false).unwrap();
+    let mut reference = Reference::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let found = reference.compare(&model, &|_, _| Ok(()), &|| false).unwrap();
     let divergence = found.divergence.as_ref().unwrap();
     assert_eq!(found.tokens, 40);
     close(divergence.kl_mean.value, kl.iter().sum::<f64>() / 40.0, 2e-3);
@@ -103,15 +103,15 @@ fn divergence_is_that_of_the_definitions() {
     close(divergence.kl_max, kl[39], 2e-3);
     close(divergence.top_agreement.value, same as f64 / 40.0, 1e-12);
     close(divergence.rms_dp.value, (squares / 40.0).sqrt(), 2e-3);
-    close(divergence.reference.value, baseline.evaluation().perplexity.value, 1e-12);
+    close(divergence.reference.value, reference.evaluation().perplexity.value, 1e-12);
     close(divergence.ratio.value, found.perplexity.value / divergence.reference.value, 1e-9);
 }
 
 #[test]
 fn a_model_does_not_diverge_from_itself() {
     let model = load(&ODD, BlockType::Q8_0, 1);
-    let mut baseline = Baseline::record(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| false).unwrap();
-    let found = baseline.compare(&model, &|_, _| Ok(()), &|| false).unwrap().divergence.unwrap();
+    let mut reference = Reference::record(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| false).unwrap();
+    let found = reference.compare(&model, &|_, _| Ok(()), &|| false).unwrap().divergence.unwrap();
     assert!(found.kl_mean.value.abs() < 1e-5 && found.kl_max < 1e-4, "{found:?}");
     assert_eq!(found.top_agreement.value, 1.0);
     close(found.ratio.value, 1.0, 1e-4);
@@ -119,21 +119,21 @@ fn a_model_does_not_diverge_from_itself() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_matter_and_a_baseline_serves_many_times() {
+fn the_number_of_threads_does_not_matter_and_a_reference_serves_many_times() {
     let windows = cut(3 * WINDOW);
     let (one, two) = (load(&ODD, BlockType::Q4_1, 1), load(&ODD, BlockType::Q4_1, 2));
     let base = load(&ODD, BlockType::F32, 2);
-    let mut baseline = Baseline::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let first = baseline.compare(&one, &|_, _| Ok(()), &|| false).unwrap();
-    assert_eq!(first, baseline.compare(&two, &|_, _| Ok(()), &|| false).unwrap());
+    let mut reference = Reference::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let first = reference.compare(&one, &|_, _| Ok(()), &|| false).unwrap();
+    assert_eq!(first, reference.compare(&two, &|_, _| Ok(()), &|| false).unwrap());
 }
 
 #[test]
 fn a_model_of_another_vocabulary_is_refused() {
     let (model, other) = (load(&ODD, BlockType::F32, 1), load(&Shape { vocabulary: 64, ..ODD }, BlockType::F32, 1));
     let windows = vec![vec![1; WINDOW]];
-    let mut baseline = Baseline::record(&model, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let error = baseline.compare(&other, &|_, _| Ok(()), &|| false).unwrap_err().to_string();
+    let mut reference = Reference::record(&model, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let error = reference.compare(&other, &|_, _| Ok(()), &|| false).unwrap_err().to_string();
     assert!(error.contains("64 tokens") && error.contains("101 tokens"), "{error}");
 }
 

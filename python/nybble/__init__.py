@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nybble.engine import Engine, EngineStats, Piece, Request
     from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
     from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
+    from nybble.load_options import LoadOptions
     from nybble.model import Message, Model, ModelInfo
     from nybble.quantization.api import quantize
     from nybble.quantization.evaluation import Evaluation, Reference, evaluate
@@ -28,6 +29,7 @@ __all__ = [
     "EngineStats",
     "Evaluation",
     "InternalError",
+    "LoadOptions",
     "Message",
     "Model",
     "ModelError",
@@ -56,6 +58,7 @@ _MODULES = {
     "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
     "quantization.evaluation": ("Evaluation", "Reference", "evaluate"),
     "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
+    "load_options": ("LoadOptions",),
     "model": ("Message", "Model", "ModelInfo"),
     "quantization.api": ("quantize",),
     "quantization.report": ("Report",),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 from nybble import _native, memory
 from nybble.errors import ModelError
 from nybble.generation import Completion, TextStream, Writer, run
+from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.models import hub
 from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
@@ -128,62 +129,60 @@ class Model:
     def load(
         cls,
         source: str | os.PathLike[str] | None = None,
+        options: LoadOptions | None = None,
         *,
-        filename: str | None = None,
-        revision: str | None = None,
-        kernel: str | None = None,
-        threads: int | None = None,
-        context: int | None = None,
-        quantize: str | None = "auto",
-        cache_type: Literal["f16", "int8", "f32"] | None = None,
-        mmap: bool = True,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
+        **overrides: Unpack[LoadOverrides],
     ) -> Model:
-        """Loads a model, fetching it first where it is not on this machine.
+        """Loads a model, and downloads it first if it is not on this machine.
 
         Args:
-            source: a GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
+            source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
-            filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
-            revision: branch, tag or commit of a repository.
-            kernel: instruction set to compute with (`kernels()` lists them); the best one if None.
-            threads: how many to compute with; as many as there are physical cores for this process if None.
-            context: tokens to hold at most; what the model was trained for if None.
-            quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
-                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files;
-                layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
-                `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
-                int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
-            cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
-                None is "f16", and "f32" for models that compute in F32.
-            mmap: map the file into memory while it loads. False reads it, which takes its size in memory for that time:
-                for files that somebody may shorten or overwrite meanwhile, which could end the process otherwise.
-            progress: called with how many of the weights are packed and how many there are, now and then; what it
-                raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
-                takes more than a second, False draws none.
+            options: How to load it; the defaults of `LoadOptions` if None.
+            progress: Called from time to time with the number of weights packed and their total. An exception that
+                it raises stops the loading, as Ctrl-C does. None draws a progress bar if standard error is a terminal
+                and loading takes more than a second. False draws none.
+            **overrides: Single options by name, such as `threads=4` or `filename="*Q4_K_M.gguf"`.
 
         Raises:
-            FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).
-            ModelError: the file is damaged or not supported.
-            ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
+            FileNotFoundError, PermissionError, ConnectionError: The file cannot be read or downloaded.
+            ModelError: The file is damaged or not supported.
+            ValueError: An argument is out of range. For an unknown kernel the message lists those that this CPU runs.
+            MemoryError: The weights do not fit into memory.
+
+        Example:
+            ```python
+            model = Model.load("model.gguf", threads=4)
+            model = Model.load("Qwen/Qwen2.5-0.5B-Instruct-GGUF", filename="*Q4_K_M.gguf")
+            ```
         """
-        for name, count in (("threads", threads), ("context", context)):
+        chosen = merge_load_options(options, overrides)
+        for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
-        file = hub.resolve(source, filename=filename, revision=revision)
+        file = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
+        quantize, mmap = chosen.quantize, chosen.mmap
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
             if quantize is not None and ":" in quantize:
                 from nybble.quantization.api import Spec
 
-                file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
-            # Beside a file that is read and not mapped there is no memory to read it a second time.
-            beside = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
+                file, quantize = Spec.parse(quantize).apply(file, chosen.threads, progress or None), None
+            # A file that is read, not mapped, is in memory once already: then the vocabulary waits for its turn.
+            background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
             native = _native.Model.load(
-                file, kernel, threads, context, quantize or "stored", cache_type, mmap, progress or None
+                file,
+                chosen.kernel,
+                chosen.threads,
+                chosen.context,
+                quantize or "stored",
+                chosen.cache_type,
+                mmap,
+                progress or None,
             )
-        return cls(native, _tokenizer(file, mmap) if beside is None else beside.result(), file)
+        return cls(native, _tokenizer(file, mmap) if background is None else background.result(), file)
 
     @overload
     def generate(

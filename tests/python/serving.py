@@ -1,4 +1,4 @@
-"""A server in a thread of this process, on a port of its own."""
+"""A server in a thread of this process, on a free port."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any, cast
 
 from nybble import Model, SamplingOptions
 from nybble.engine import Engine, Piece
-from nybble.server import Service, Settings
-from nybble.server import run as server_run
+from nybble.server import Service, Settings, http_server
 
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
@@ -29,7 +28,7 @@ TOOL_TEMPLATE = (
 
 @dataclasses.dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     service: Service
@@ -40,12 +39,12 @@ class Running:
         return host, int(port)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Waits for what must come."""
+        """Waits until the condition holds."""
         wait(condition)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[socket.socket]:
-        """A connection without a client's manners."""
+        """A raw connection."""
         with socket.create_connection(self.address, timeout=60) as connection:
             yield connection
 
@@ -57,21 +56,21 @@ class Running:
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    """Waits for what must come; a minute is for machines that are busy."""
+    """Waits until the condition holds, at most a minute."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.005)
 
 
 @contextlib.contextmanager
 def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
     """Serves an engine under the name "tiny"."""
-    listener = server_run.bind("127.0.0.1", 0)
-    hosts = server_run.allowed_hosts(listener, [])
+    listener = http_server.bind("127.0.0.1", 0)
+    hosts = http_server.allowed_hosts(listener, [])
     service = Service(engine, "tiny", Settings(**{"allowed_hosts": hosts, **settings}))
     found: list[str] = []
-    server = server_run.make_server(service, found.append)
+    server = http_server.make_server(service, found.append)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -85,7 +84,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
 
 
 class Scripted:
-    """An engine that says what it is told to, a character a token."""
+    """An engine that gives scripted answers, one character per token."""
 
     def __init__(self, model: Model, answers: Sequence[str]) -> None:
         self.model = model
@@ -109,14 +108,14 @@ class _ScriptedRequest:
         self.completion = SimpleNamespace(text=text, finish_reason="stop", usage=usage, logprobs=None)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        for letter in self._text:
-            yield Piece(text=letter, tokens=(ord(letter),), logprobs=None)
+        for char in self._text:
+            yield Piece(text=char, tokens=(ord(char),), logprobs=None)
 
     def cancel(self) -> None:
         pass
 
 
 def scripted(model: Model, *answers: str) -> tuple[Engine, Scripted]:
-    """A scripted engine, twice: as what it stands for, and as what it is."""
+    """A scripted engine, typed as an engine and as itself."""
     engine = Scripted(model, answers)
     return cast("Engine", engine), engine

@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it."""
+"""The server as OpenAI's client sees it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_an_answer_is_what_the_model_says(client: openai.OpenAI, model: Model) -> None:
+def test_a_chat_answer_equals_that_of_model_chat(client: openai.OpenAI, model: Model) -> None:
     done = client.chat.completions.create(
         model="tiny", messages=HELLO, max_completion_tokens=8, temperature=0, logit_bias=FORBID_END
     )
@@ -68,7 +68,7 @@ def test_an_answer_is_what_the_model_says(client: openai.OpenAI, model: Model) -
     assert done.usage.prompt_tokens_details is not None
 
 
-def test_a_stream_holds_the_same_text_and_usage_where_it_was_asked_for(client: openai.OpenAI) -> None:
+def test_a_stream_gives_the_same_answer_and_usage_on_request(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "seed": 5, "logit_bias": FORBID_END}
     done = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -81,17 +81,17 @@ def test_a_stream_holds_the_same_text_and_usage_where_it_was_asked_for(client: o
     assert all(chunk.usage is None for chunk in without)
 
 
-def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> None:
-    def texts(**more: Any) -> list[str | None]:
+def test_a_seed_repeats_answers_and_several_answers_differ(client: openai.OpenAI) -> None:
+    def answers(**more: Any) -> list[str | None]:
         done = client.chat.completions.create(
             model="tiny", messages=HELLO, max_tokens=12, temperature=1.5, logit_bias=FORBID_END, **more
         )
         return [choice.message.content for choice in done.choices]
 
-    three = texts(n=3, seed=1)
+    three = answers(n=3, seed=1)
     assert len(set(three)) == 3
-    assert texts(n=3, seed=1) == three
-    assert texts(seed=2) == three[1:2]
+    assert answers(n=3, seed=1) == three
+    assert answers(seed=2) == three[1:2]
     asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 1.5, "logit_bias": FORBID_END}
     streamed = ["", "", ""]
     for chunk in client.chat.completions.create(**asked, n=3, seed=1, stream=True):
@@ -99,7 +99,7 @@ def test_a_seed_repeats_and_several_answers_differ(client: openai.OpenAI) -> Non
     assert streamed == three
 
 
-def test_usage_tells_what_earlier_requests_had_computed(client: openai.OpenAI) -> None:
+def test_usage_reports_tokens_from_the_prefix_cache(client: openai.OpenAI) -> None:
     def cached(words: str) -> int:
         messages: Any = [{"role": "system", "content": "Be brief. " * 20}, {"role": "user", "content": words}]
         done = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
@@ -111,14 +111,14 @@ def test_usage_tells_what_earlier_requests_had_computed(client: openai.OpenAI) -
     assert cached("two") >= 128
 
 
-def test_stop_strings_and_biases_are_followed(client: openai.OpenAI) -> None:
+def test_stop_strings_and_logit_biases_apply(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": WRITE_X, "max_tokens": 9}
     assert client.chat.completions.create(**asked).choices[0].message.content == "x" * 9
     stopped = client.chat.completions.create(**asked, stop=["y", "xxx"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("", "stop")
 
 
-def test_logprobs_have_the_shape_of_chat(client: openai.OpenAI) -> None:
+def test_chat_logprobs_have_the_format_of_openai(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": WRITE_X, "max_tokens": 3}
     (choice,) = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices
     assert choice.logprobs is not None
@@ -135,7 +135,7 @@ def test_logprobs_have_the_shape_of_chat(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(**asked).choices[0].logprobs is None
 
 
-def test_completions_take_texts_and_tokens_one_or_several(client: openai.OpenAI) -> None:
+def test_completions_take_one_or_several_strings_or_token_lists(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "max_tokens": 4, "temperature": 0, "logit_bias": FORBID_END}
     one = client.completions.create(prompt="abc", **asked)
     assert one.choices[0].finish_reason == "length"
@@ -150,7 +150,7 @@ def test_completions_take_texts_and_tokens_one_or_several(client: openai.OpenAI)
     assert client.completions.create(model="tiny", prompt="a", logit_bias=WRITE_X).choices[0].text == "x" * 16
 
 
-def test_logprobs_have_the_shape_of_completions(client: openai.OpenAI) -> None:
+def test_completion_logprobs_have_the_format_of_openai(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "logit_bias": WRITE_X, "logprobs": 2}
     found = client.completions.create(**asked).choices[0].logprobs
     assert found is not None
@@ -161,14 +161,14 @@ def test_logprobs_have_the_shape_of_completions(client: openai.OpenAI) -> None:
     assert [offset for chunk in chunks if chunk for offset in chunk.text_offset or []] == [0, 1, 2]
 
 
-def test_models_tell_the_one_that_there_is(client: openai.OpenAI) -> None:
+def test_models_lists_the_served_model(client: openai.OpenAI) -> None:
     assert [card.id for card in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "nybble"
     with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist"):
         client.models.retrieve("gpt-9")
 
 
-# --- Forms
+# --- Constrained answers
 
 PERSON: Any = {
     "type": "object",
@@ -184,12 +184,12 @@ PERSON: Any = {
 
 
 def test_every_answer_follows_its_schema(client: openai.OpenAI) -> None:
-    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    response_format: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     for index in range(50):
         done = client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": f"Person {index}"}],
-            response_format=form,
+            response_format=response_format,
             temperature=1.5,
             seed=index,
             n=4,
@@ -201,7 +201,7 @@ def test_every_answer_follows_its_schema(client: openai.OpenAI) -> None:
             assert choice.finish_reason == "stop"
 
 
-def test_a_class_is_a_schema_too(client: openai.OpenAI) -> None:
+def test_a_pydantic_class_is_a_schema(client: openai.OpenAI) -> None:
     class Flag(pydantic.BaseModel):
         up: bool
 
@@ -209,7 +209,7 @@ def test_a_class_is_a_schema_too(client: openai.OpenAI) -> None:
     assert done.choices[0].message.parsed in (Flag(up=True), Flag(up=False))
 
 
-def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
+def test_json_objects_regexes_and_grammars_constrain_answers(client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "seed": 1}
     object_only = client.chat.completions.create(**asked, response_format={"type": "json_object"}, max_tokens=2)
     assert (object_only.choices[0].message.content or "").startswith("{")
@@ -222,7 +222,7 @@ def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "param"),
+    ("constraint", "param"),
     [
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wombat"}}}},
@@ -233,16 +233,16 @@ def test_json_objects_expressions_and_grammars(client: openai.OpenAI) -> None:
         ({"regex": "a", "grammar": 'start: "a"'}, None),
     ],
 )
-def test_forms_that_make_no_sense_are_refused(client: openai.OpenAI, form: dict[str, Any], param: str | None) -> None:
+def test_invalid_constraints_are_refused(client: openai.OpenAI, constraint: dict[str, Any], param: str | None) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=form)
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=constraint)
     assert param is None or refused.value.param == param
 
 
 # --- Embeddings
 
 
-def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) -> None:
+def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Model) -> None:
     done = client.embeddings.create(model="tiny", input=["one", "another"])
     rows = np.array([found.embedding for found in done.data])
     assert np.array_equal(rows.astype(np.float32), model.embed(["one", "another"]))
@@ -269,8 +269,8 @@ def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) 
         ({"stop": [""]}, "stop.0", "at least 1"),
         ({"frobnicate": 1}, "frobnicate", "unsupported parameter: frobnicate"),
         ({"audio": {"voice": "x"}}, "audio", "unsupported parameter: audio"),
-        ({"top_logprobs": 2}, None, "top_logprobs is for requests with logprobs=true"),
-        ({"stream_options": {"include_usage": True}}, None, "stream_options is for requests with stream=true"),
+        ({"top_logprobs": 2}, None, "top_logprobs requires logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options requires stream=true"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages", "the prompt has 3"),
@@ -281,18 +281,18 @@ def test_embeddings_are_those_of_the_model(client: openai.OpenAI, model: Model) 
             None,
             "not among the tools",
         ),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is what"),
-        ({"chat_template_kwargs": {"messages": []}}, None, "must not hold"),
-        ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not hold"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "type json_schema requires json_schema"),
+        ({"chat_template_kwargs": {"messages": []}}, None, "must not contain"),
+        ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not contain"),
         ({"response_format": DEEP}, "response_format", "recursion limit"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
             "messages.0.content",
-            "a part of type 'image_url', but this model reads text only",
+            "this model reads text only, found a part of type 'image_url'",
         ),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(
+def test_an_invalid_request_names_the_parameter_and_the_fault(
     client: openai.OpenAI, asked: dict[str, Any], param: str | None, said: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -302,7 +302,7 @@ def test_a_bad_request_is_told_what_is_wrong(
     assert refused.value.type == "invalid_request_error"
 
 
-def test_another_model_and_another_path_are_not_found(client: openai.OpenAI) -> None:
+def test_unknown_models_and_paths_are_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
@@ -310,7 +310,7 @@ def test_another_model_and_another_path_are_not_found(client: openai.OpenAI) -> 
         client.images.generate(model="tiny", prompt="x")
 
 
-def test_text_in_parts_is_text(client: openai.OpenAI) -> None:
+def test_text_parts_are_joined_by_line_breaks(client: openai.OpenAI) -> None:
     def tokens(content: Any) -> int:
         done = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": content}], max_tokens=1
@@ -321,14 +321,14 @@ def test_text_in_parts_is_text(client: openai.OpenAI) -> None:
     assert tokens([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]) == tokens("one\ntwo")
 
 
-def test_a_client_that_waits_no_longer_gets_its_own_timeout(server: Running) -> None:
-    hasty = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.001)
-    with hasty as client, pytest.raises(openai.APITimeoutError):
+def test_a_client_timeout_frees_the_slot(server: Running) -> None:
+    impatient = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.001)
+    with impatient as client, pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model="tiny", messages=HELLO)
     server.wait(lambda: server.service.engine.stats().running == 0)
 
 
-def test_an_answer_that_takes_too_long_is_an_error_that_nobody_retries(model: Model) -> None:
+def test_an_answer_over_the_time_limit_is_an_error_without_retry(model: Model) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": FORBID_END}
     with Engine(model) as engine, serving(engine, request_seconds=0.0) as running:
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=5) as client:
@@ -340,7 +340,7 @@ def test_an_answer_that_takes_too_long_is_an_error_that_nobody_retries(model: Mo
         running.wait(lambda: engine.stats().running == 0)
 
 
-def test_a_model_that_fails_is_an_error_and_the_server_goes_on(tmp_path: Path, tiny_model: Model) -> None:
+def test_the_server_continues_after_a_failing_chat_template(tmp_path: Path, tiny_model: Model) -> None:
     refusing = "{{ raise_exception('only odd turns') }}"
     file = tiny.write_model(tmp_path / "refusing.gguf", tokenizer__chat_template=refusing)
     with (

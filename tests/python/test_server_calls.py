@@ -1,4 +1,4 @@
-"""Calls of functions, found in texts that come in any pieces."""
+"""Tool calls are found in answers that come in any pieces."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.server import tools
-from nybble.server.calls import Begun
-from nybble.server.requests import FunctionDefinition
+from nybble.server.protocols.chat_schema import FunctionDefinition
+from nybble.server.tools.formats import ToolFormat, detect_format
+from nybble.server.tools.parser import CallArguments, Part, ToolCallParser
+from nybble.server.tools.reader import CallStart
 
-HERMES = tools.format_of("... <tool_call> ... </tool_call> ...")
-MISTRAL = tools.format_of("... [TOOL_CALLS] ...")
-ARGS = tools.format_of("... [TOOL_CALLS] ... [ARGS] ...")
-LLAMA = tools.format_of("... <|python_tag|> ...")
-GRANITE = tools.format_of("... <|tool_call|> ...")
-NAMED = tools.format_of("... <function= ... </function> ...")
-CODER = tools.format_of("... <tool_call> ... <function= ... <parameter= ...")
+HERMES = detect_format("... <tool_call> ... </tool_call> ...")
+MISTRAL = detect_format("... [TOOL_CALLS] ...")
+ARGS = detect_format("... [TOOL_CALLS] ... [ARGS] ...")
+LLAMA = detect_format("... <|python_tag|> ...")
+GRANITE = detect_format("... <|tool_call|> ...")
+NAMED = detect_format("... <function= ... </function> ...")
+CODER = detect_format("... <tool_call> ... <function= ... <parameter= ...")
 CALL = {"name": "f", "arguments": {"x": [1, {"y": "}]</tool_call>"}]}}
 TEXT = json.dumps(CALL)
 RAW = json.dumps(CALL["arguments"])
@@ -28,16 +29,16 @@ FUNCTIONS: dict[str, Any] = {
     "f": None,
     "g": {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}, "b": {"type": "boolean"}}},
 }
-MARKS = {99: "<tool_call>", 98: "[TOOL_CALLS]", 97: "<|python_tag|>", 96: "[ARGS]", 95: "[CALL_ID]"}
+SPECIAL_TOKENS = {99: "<tool_call>", 98: "[TOOL_CALLS]", 97: "<|python_tag|>", 96: "[ARGS]", 95: "[CALL_ID]"}
 
 
 def read(
-    known: tools.Format | None, pieces: list[str | int], *, stream: bool = False
+    known: ToolFormat | None, pieces: list[str | int], *, stream: bool = False
 ) -> tuple[str, list[tuple[str, Any]]]:
-    """The content and the calls of an answer. Numbers are tokens without a text."""
+    """The content and the calls of an answer. Numbers are tokens that decode to no text."""
     assert known is not None
-    parser = tools.CallParser(known, FUNCTIONS, MARKS, stream=stream)
-    parts: list[tools.Part] = []
+    parser = ToolCallParser(known, FUNCTIONS, SPECIAL_TOKENS, stream=stream)
+    parts: list[Part] = []
     for piece in pieces:
         parts += parser.push("", [piece]) if isinstance(piece, int) else parser.push(piece, [1])
     parts += parser.finish()
@@ -45,16 +46,13 @@ def read(
     for part in parts:
         if isinstance(part, str):
             content.append(part)
-        elif isinstance(part, Begun):
-            assert stream
+        elif isinstance(part, CallStart):
             calls.append((part.name, []))
-        elif isinstance(part, tools.Arguments):
+        else:
             assert part.text
             calls[-1][1].append(part.text)
-        else:
-            assert not stream
-            calls.append((part.name, [part.arguments]))
     assert parser.calls == len(calls)
+    assert stream or all(len(pieces) == 1 for _, pieces in calls), "the arguments of a whole call are one piece"
     return "".join(content), [(name, json.loads("".join(pieces))) for name, pieces in calls]
 
 
@@ -122,7 +120,7 @@ F = ("f", CALL["arguments"])
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_calls_are_found_wherever_the_pieces_end(
-    known: tools.Format, text: str, content: str, calls: list[Any], stream: bool
+    known: ToolFormat, text: str, content: str, calls: list[Any], stream: bool
 ) -> None:
     for size in (1, 2, 3, 7):
         pieces: list[str | int] = [text[i : i + size] for i in range(0, len(text), size)]
@@ -131,7 +129,7 @@ def test_calls_are_found_wherever_the_pieces_end(
         assert read(known, [text[:cut], text[cut:]], stream=stream) == (content, calls)
 
 
-def test_a_mark_that_decodes_to_nothing_begins_a_call() -> None:
+def test_a_special_token_without_text_begins_a_call() -> None:
     for stream in (False, True):
         assert read(MISTRAL, [98, f"[{TEXT}]"], stream=stream) == ("", [F])
         assert read(LLAMA, ["Sure. ", 97, '{"name": "g", "parameters": {}}'], stream=stream) == ("Sure.", [("g", {})])
@@ -143,36 +141,36 @@ def test_a_mark_that_decodes_to_nothing_begins_a_call() -> None:
 
 
 def test_arguments_are_passed_on_as_they_are_written() -> None:
-    def pieces(known: tools.Format | None, text: str) -> list[tools.Part]:
+    def pieces(known: ToolFormat | None, text: str) -> list[Part]:
         assert known is not None
-        parser = tools.CallParser(known, FUNCTIONS, stream=True)
-        return [part for letter in text for part in parser.push(letter, [1])]
+        parser = ToolCallParser(known, FUNCTIONS, stream=True)
+        return [part for char in text for part in parser.push(char, [1])]
 
     begun, *rest = pieces(HERMES, '<tool_call>{"name": "f", "arguments": {"x":  1.50}}</tool_call>')
-    assert isinstance(begun, Begun)
-    assert rest == [tools.Arguments(letter) for letter in '{"x":  1.50}']
+    assert isinstance(begun, CallStart)
+    assert rest == [CallArguments(char) for char in '{"x":  1.50}']
     for known, text, said in (
         (HERMES, '<tool_call>{"name": "f", "arguments": {"x": "ab', '{"x": "ab'),
         (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"x": "ab', '{"x": "ab'),
         (ARGS, '[TOOL_CALLS]f[ARGS]{"x": "ab', '{"x": "ab'),
         (NAMED, '<function=f>{"x": "ab', '{"x": "ab'),
         (LLAMA, '{"name": "f", "parameters": {"x": "ab', '{"x": "ab'),
-        # So many letters may be the end of the value.
+        # The last characters may be the closing tag.
         (CODER, "<tool_call><function=g><parameter=s>one, two, three, four", '{"s": "one, two'),
     ):
         _, *rest = pieces(known, text)
-        assert "".join(part.text for part in rest if isinstance(part, tools.Arguments)) == said
+        assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == said
 
 
 def test_a_call_without_an_end_stays_a_call_only_in_a_stream() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"x": "ab'
     assert read(HERMES, [text]) == (text, [])
     assert HERMES is not None
-    parser = tools.CallParser(HERMES, FUNCTIONS, stream=True)
+    parser = ToolCallParser(HERMES, FUNCTIONS, stream=True)
     begun, arguments = parser.push(text, [1])
-    assert isinstance(begun, Begun)
-    assert (arguments, parser.finish()) == (tools.Arguments('{"x": "ab'), [])
-    # Of a list with a call of nobody's, a stream has told the first one by then.
+    assert isinstance(begun, CallStart)
+    assert (arguments, parser.finish()) == (CallArguments('{"x": "ab'), [])
+    # A stream has already reported the first call of a list when an unknown function follows.
     mixed = f'<tool_call>[{TEXT}, {{"name": "stranger"}}]</tool_call>'
     assert read(HERMES, [mixed]) == (mixed, [])
     assert read(HERMES, [mixed], stream=True)[1] == [F]
@@ -181,7 +179,7 @@ def test_a_call_without_an_end_stays_a_call_only_in_a_stream() -> None:
 @given(
     st.lists(st.sampled_from(["<tool_call>", "</tool_call>", TEXT, "<tool", "_call>", "{", "}", " ", "\n", "é", "]"]))
 )
-def test_without_a_call_no_letter_is_lost(parts: list[str | int]) -> None:
+def test_without_a_call_no_character_is_lost(parts: list[str | int]) -> None:
     content, calls = read(HERMES, parts)
     text = "".join(map(str, parts))
     if not calls:
@@ -213,22 +211,23 @@ SCRAPS += [
 
 
 @given(st.lists(st.sampled_from(SCRAPS)), st.lists(st.integers(0, 500)), st.booleans())
-def test_what_is_found_does_not_depend_on_the_pieces(parts: list[str], cuts: list[int], stream: bool) -> None:
+def test_results_do_not_depend_on_how_the_text_is_split(parts: list[str], cuts: list[int], stream: bool) -> None:
     text = "".join(parts)
-    places = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
-    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    ends = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
+    pieces = [text[a:b] for a, b in itertools.pairwise(ends)]
 
-    def told(known: tools.Format | None, pieces: list[str]) -> list[Any]:
+    def parts_of(known: ToolFormat | None, pieces: list[str]) -> list[Any]:
         assert known is not None
-        parser = tools.CallParser(known, FUNCTIONS, stream=stream)
+        parser = ToolCallParser(known, FUNCTIONS, stream=stream)
         found = [part for piece in pieces for part in parser.push(piece, [1])] + parser.finish()
         merged: list[Any] = []
         for part in found:
-            kind, text = ("call", part.name) if isinstance(part, Begun | tools.FoundCall) else ("arguments", "")
             if isinstance(part, str):
                 kind, text = "content", part
-            elif not isinstance(part, Begun):
-                kind, text = "arguments", part.text if isinstance(part, tools.Arguments) else part.arguments
+            elif isinstance(part, CallStart):
+                kind, text = "call", part.name
+            else:
+                kind, text = "arguments", part.text
             if merged and merged[-1][0] == kind != "call":
                 merged[-1][1] += text
             else:
@@ -236,12 +235,12 @@ def test_what_is_found_does_not_depend_on_the_pieces(parts: list[str], cuts: lis
         return merged
 
     for known in (HERMES, MISTRAL, ARGS, LLAMA, GRANITE, NAMED, CODER):
-        assert told(known, pieces) == told(known, [text])
+        assert parts_of(known, pieces) == parts_of(known, [text])
 
 
-def test_formats_that_are_not_known_are_not_guessed() -> None:
+def test_unsupported_templates_have_no_tool_format() -> None:
     for template in ("", "plain", "<tool_call>{name}<arg_key>", "<seed:tool_call><function=f><parameter=x>", "[ARGS]"):
-        assert tools.format_of(template) is None
+        assert detect_format(template) is None
 
 
 def test_a_forced_call_has_the_schema_of_its_function() -> None:
@@ -250,10 +249,10 @@ def test_a_forced_call_has_the_schema_of_its_function() -> None:
     assert HERMES is not None
     assert MISTRAL is not None
     assert LLAMA is not None
-    begin, held = HERMES.forced([f, g], lambda _: None)
-    assert begin == "<tool_call>\n"
-    assert [choice["properties"]["name"]["const"] for choice in held["schema"]["anyOf"]] == ["f", "g"]
-    begin, held = MISTRAL.forced([f], lambda _: None)
-    assert (begin, held["schema"]["items"]["properties"]["arguments"]) == ("[TOOL_CALLS]", f.parameters)
-    begin, held = LLAMA.forced([f], lambda _: None)
-    assert (begin, held["schema"]["properties"]["parameters"]) == ("", f.parameters)
+    prefix, constraint = HERMES.forced_call([f, g], lambda _: None)
+    assert prefix == "<tool_call>\n"
+    assert [choice["properties"]["name"]["const"] for choice in constraint["schema"]["anyOf"]] == ["f", "g"]
+    prefix, constraint = MISTRAL.forced_call([f], lambda _: None)
+    assert (prefix, constraint["schema"]["items"]["properties"]["arguments"]) == ("[TOOL_CALLS]", f.parameters)
+    prefix, constraint = LLAMA.forced_call([f], lambda _: None)
+    assert (prefix, constraint["schema"]["properties"]["parameters"]) == ("", f.parameters)

@@ -1,4 +1,4 @@
-"""The OpenAPI description: what it promises, random requests hold the server to."""
+"""The OpenAPI description and the documentation match the server, which random requests verify."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from serving import Running, serving
 from nybble import Model
 from nybble.cli import main
 from nybble.engine import Engine
-from nybble.server import requests
+from nybble.server.protocols.chat_schema import ChatRequest
+from nybble.server.protocols.completions import CompletionRequest
+from nybble.server.protocols.embeddings import EmbeddingRequest
 
 CHECKS: list[Any] = [
     schemathesis.checks.not_a_server_error,
@@ -37,7 +39,7 @@ def running(tiny_model: Model) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_random_requests_find_no_fault_of_the_server(running: Running, mode: GenerationMode) -> None:
+def test_random_requests_match_the_openapi_description(running: Running, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     tried = []
     for found in schema.get_all_operations():
@@ -50,7 +52,7 @@ def test_random_requests_find_no_fault_of_the_server(running: Running, mode: Gen
 
         try:
             holds()
-        except hypothesis.errors.Unsatisfiable:  # Nothing of a route without parameters can be wrong.
+        except hypothesis.errors.Unsatisfiable:  # A route without parameters has no invalid requests.
             continue
         tried.append(operation.path)
     assert "/v1/chat/completions" in tried
@@ -59,23 +61,23 @@ def test_random_requests_find_no_fault_of_the_server(running: Running, mode: Gen
 DOCUMENT = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
 
 
-def test_the_document_names_the_parameters_that_there_are() -> None:
+def test_the_documentation_names_all_parameters() -> None:
     rows = dict(re.findall(r"^\| (both|both, ours|chat|completions|embeddings) \| (.*) \|$", DOCUMENT, re.MULTILINE))
     named = {what: set(re.findall(r"`([a-z_]+)`", row)) for what, row in rows.items()}
     both = named["both"] | named["both, ours"] | {"model", "stream_options"}
-    assert both | named["chat"] == set(requests.ChatRequest.model_fields)
-    assert both | named["completions"] | {"echo"} == set(requests.CompletionRequest.model_fields)
-    assert named["embeddings"] | {"model", "user"} == set(requests.EmbeddingRequest.model_fields)
+    assert both | named["chat"] == set(ChatRequest.model_fields)
+    assert both | named["completions"] | {"echo"} == set(CompletionRequest.model_fields)
+    assert named["embeddings"] | {"model", "user"} == set(EmbeddingRequest.model_fields)
 
 
-def test_the_document_names_the_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documentation_names_only_existing_options(capsys: pytest.CaptureFixture[str]) -> None:
     main(["serve", "--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     named = set(re.findall(r"`(--[a-z-]+)", DOCUMENT))
     assert {"--api-key", "--timeout"} <= named - {"--group"} <= known
 
 
-def test_the_document_names_the_metrics_that_there_are(running: Running) -> None:
+def test_the_documentation_names_only_existing_metrics(running: Running) -> None:
     with urllib.request.urlopen(running.url + "/metrics") as answer:
         text = answer.read().decode()
     section = DOCUMENT.split("## Metrics")[1].split("##")[0]

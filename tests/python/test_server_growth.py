@@ -1,4 +1,4 @@
-"""The server keeps nothing of those who have left. Objects are counted, for much of what the system counts is air."""
+"""The server keeps nothing of clients that have left. Objects are counted, since resident memory is too noisy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving import Running, serving
 
 from nybble import Model
 from nybble.engine import Engine
-from nybble.server import run as server_run
+from nybble.server import http_server
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import load
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tiny.write_model(tmp_path_factory.mktemp("growth") / "tiny.gguf", llama__context_length=4096)
     with (
         Model.load(file, threads=1) as model,
-        # So little for prompts to come that it is full at once.
+        # A prefix cache so small that it fills up at once.
         Engine(model, max_batch=8, max_queue=128, cache_bytes=1_500_000) as engine,
         serving(engine) as running,
     ):
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def burst(server: Running, kind: str, seed: int) -> None:
-    """Many clients of a kind, a few at a time; nothing of them runs any more afterwards."""
+    """Runs many clients of a kind, a few at a time, until none of their requests is in flight."""
     clients = load.Load(*server.address, random.Random(seed))
 
     async def run() -> None:
@@ -64,10 +64,10 @@ def objects() -> Counter[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_kept_of_clients_that_have_left(server: Running, kind: str) -> None:
+def test_no_objects_are_kept_of_disconnected_clients(server: Running, kind: str) -> None:
     burst(server, kind, 0)
     before = objects()
-    # What is only made once, or still on its way out, grows once. What is kept of each client grows every time.
+    # Objects that are made once, or are about to go, grow once. A leak grows with every burst.
     for seed in range(1, 7):
         burst(server, kind, seed)
         after = objects()
@@ -75,7 +75,7 @@ def test_nothing_is_kept_of_clients_that_have_left(server: Running, kind: str) -
         if max(grown.values(), default=0) < ONCE // 4:
             break
     else:
-        pytest.fail(f"of {ONCE} clients there remain {grown.most_common(5)}")
+        pytest.fail(f"{ONCE} clients left behind {grown.most_common(5)}")
     service = server.service
     assert not service._running
     assert not service.engine._loop._requests
@@ -84,14 +84,14 @@ def test_nothing_is_kept_of_clients_that_have_left(server: Running, kind: str) -
 
 
 def test_prompts_are_prepared_by_few_threads(server: Running) -> None:
-    # Each that ever was keeps words that its tokenizer has seen, and memory of its own.
+    # Each thread keeps a cache of words for its tokenizer, and memory of its own.
     burst(server, "good", 9)
     assert sum("AnyIO worker" in thread.name for thread in threading.enumerate()) <= 4
 
 
-def test_what_clients_send_is_read_into_one_buffer(server: Running) -> None:
-    # What asyncio reads for others takes 256 kB a time, and leaves holes where something small came to lie behind it.
-    protocol = server_run._protocol(server.service.settings)
+def test_all_connections_read_into_one_buffer(server: Running) -> None:
+    # For other protocols, asyncio allocates 256 kB per read, which fragments memory.
+    protocol = http_server._protocol(server.service.settings)
     assert issubclass(protocol, asyncio.BufferedProtocol)
     body = b" " * 150_000 + b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}'
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Type: application/json\r\n"

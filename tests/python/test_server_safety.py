@@ -1,4 +1,4 @@
-"""The server under strangers: keys, names, limits, clients that leave or crawl, and an end without broken answers."""
+"""The server among untrusted clients: keys, hosts, limits, slow clients, and a shutdown without broken answers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from serving import Running, serving, wait
 from nybble import Model
 from nybble.cli import main
 from nybble.engine import Engine
-from nybble.server import run as server_run
+from nybble.server import http_server
 
 FORBID_END = {str(tiny.IM_END): -100.0, str(tiny.END_OF_TEXT): -100.0}
 ENDLESS: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "logit_bias": FORBID_END, "stream": True}
 LONG = {**ENDLESS, "max_tokens": 4000, "logprobs": True, "top_logprobs": 20}
-"""Some megabytes: more than sockets hold, so the server is not done before they are read."""
+"""Some megabytes, more than socket buffers hold, so the server has to wait for the reader."""
 SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 
 
@@ -51,7 +51,7 @@ def engine(model: Model) -> Iterator[Engine]:
 def ask(
     running: Running, path: str, body: dict[str, Any] | bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, Any]]:
-    """One request. The names of headers are written with _ for -."""
+    """Sends one request. In names of headers, _ stands for -."""
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     request = urllib.request.Request(running.url + path, data, {"Content-Type": "application/json"})
     for name, value in headers.items():
@@ -68,10 +68,10 @@ def code(answer: tuple[int, dict[str, Any]]) -> tuple[int, str | None]:
     return answer[0], answer[1]["error"]["code"]
 
 
-# --- Who may ask
+# --- Access
 
 
-def test_with_a_key_every_route_but_health_needs_it_and_the_page_holds_no_secret(engine: Engine) -> None:
+def test_all_routes_but_health_and_the_page_need_the_key(engine: Engine) -> None:
     with serving(engine, api_key="s3cret") as running:
         paths = ["/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/v1/chat/completions", "/nowhere"]
         for path in paths:
@@ -86,7 +86,7 @@ def test_with_a_key_every_route_but_health_needs_it_and_the_page_holds_no_secret
             assert b"s3cret" not in page.read()
 
 
-def test_names_that_only_lead_here_are_refused_on_loopback(engine: Engine) -> None:
+def test_foreign_host_names_are_refused_on_loopback(engine: Engine) -> None:
     with serving(engine) as running:
         port = running.address[1]
         for name in (f"localhost:{port}", f"127.0.0.1:{port}", "[::1]:80", "LOCALHOST"):
@@ -97,15 +97,15 @@ def test_names_that_only_lead_here_are_refused_on_loopback(engine: Engine) -> No
         assert ask(running, "/health", Host="evil.example")[0] == 200
 
 
-def test_the_names_that_are_allowed_depend_on_the_address() -> None:
-    with server_run.bind("127.0.0.1", 0) as loopback, server_run.bind("0.0.0.0", 0) as network:
-        assert server_run.allowed_hosts(loopback, []) == frozenset({"localhost", "127.0.0.1", "::1"})
-        assert "me.example" in (server_run.allowed_hosts(loopback, ["Me.Example"]) or ())
-        assert server_run.allowed_hosts(network, []) is None
-        assert "me.example" in (server_run.allowed_hosts(network, ["me.example"]) or ())
+def test_allowed_hosts_depend_on_the_address() -> None:
+    with http_server.bind("127.0.0.1", 0) as loopback, http_server.bind("0.0.0.0", 0) as network:
+        assert http_server.allowed_hosts(loopback, []) == frozenset({"localhost", "127.0.0.1", "::1"})
+        assert "me.example" in (http_server.allowed_hosts(loopback, ["Me.Example"]) or ())
+        assert http_server.allowed_hosts(network, []) is None
+        assert "me.example" in (http_server.allowed_hosts(network, ["me.example"]) or ())
 
 
-def test_pages_of_other_sites_are_refused_and_get_no_permission(engine: Engine) -> None:
+def test_requests_from_other_origins_are_refused(engine: Engine) -> None:
     with serving(engine) as running:
         for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
             assert code(ask(running, "/v1/chat/completions", SHORT, Origin=origin)) == (403, "foreign_origin")
@@ -115,7 +115,7 @@ def test_pages_of_other_sites_are_refused_and_get_no_permission(engine: Engine) 
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_may_run_only_what_it_came_with(engine: Engine) -> None:
+def test_the_page_may_run_only_its_own_script(engine: Engine) -> None:
     with serving(engine) as running, urllib.request.urlopen(running.url) as page:
         policy = page.headers["Content-Security-Policy"]
         text = page.read().decode()
@@ -125,7 +125,7 @@ def test_the_page_may_run_only_what_it_came_with(engine: Engine) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", text)
 
 
-# --- How much
+# --- Limits
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_page_may_run_only_what_it_came_with(engine: Engine) -> None:
         b'{"prompt": "\\ud800", "\\udfff": "\\ud800"}',
     ],
 )
-def test_bodies_that_make_no_sense_are_bad_requests(engine: Engine, body: bytes) -> None:
+def test_malformed_bodies_are_bad_requests(engine: Engine, body: bytes) -> None:
     with serving(engine) as running:
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             status, told = ask(running, path, body)
@@ -154,13 +154,13 @@ def test_bodies_that_make_no_sense_are_bad_requests(engine: Engine, body: bytes)
             assert len(told["error"]["message"]) < 1100
 
 
-def test_a_body_that_does_not_say_that_it_is_json_is_told_to(engine: Engine) -> None:
+def test_a_body_without_the_content_type_of_json_is_refused(engine: Engine) -> None:
     with serving(engine) as running:
         status, told = ask(running, "/v1/completions", {"prompt": "x"}, Content_Type="text/plain")
     assert (status, "Content-Type" in told["error"]["message"]) == (415, True)
 
 
-def test_large_bodies_are_refused_whether_they_say_so_or_not(engine: Engine) -> None:
+def test_large_bodies_are_refused_with_and_without_content_length(engine: Engine) -> None:
     with serving(engine, max_body_bytes=1000) as running:
         assert code(ask(running, "/v1/completions", {"prompt": "x" * 1000})) == (413, "body_too_large")
         with running.connection() as connection:
@@ -170,7 +170,7 @@ def test_large_bodies_are_refused_whether_they_say_so_or_not(engine: Engine) -> 
         assert ask(running, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
-def test_more_than_may_wait_is_told_to_come_back(engine: Engine) -> None:
+def test_requests_beyond_the_limit_of_answers_are_refused(engine: Engine) -> None:
     with serving(engine, max_answers=2) as running:
         with running.connection() as first:
             first.sendall(running.post("/v1/chat/completions", {**ENDLESS, "n": 2}))
@@ -180,7 +180,7 @@ def test_more_than_may_wait_is_told_to_come_back(engine: Engine) -> None:
         assert code(ask(running, "/v1/chat/completions", {**SHORT, "n": 3})) == (400, "too_many_answers")
 
 
-def test_a_full_engine_is_told_too_and_frees_what_it_had_taken(model: Model) -> None:
+def test_a_full_engine_refuses_and_frees_its_slots(model: Model) -> None:
     with Engine(model, max_batch=1, max_queue=1) as engine, serving(engine) as running:
         with running.connection() as first:
             first.sendall(running.post("/v1/chat/completions", ENDLESS))
@@ -198,11 +198,11 @@ def test_more_connections_than_allowed_are_refused(engine: Engine) -> None:
         assert third.recv(100).startswith(b"HTTP/1.1 503 ")
 
 
-# --- Who leaves, and who crawls
+# --- Clients that leave, and slow clients
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slots(engine: Engine, stream: bool) -> None:
+def test_a_disconnected_client_frees_its_slots(engine: Engine, stream: bool) -> None:
     with serving(engine) as running:
         before = engine.stats()
         with running.connection() as connection:
@@ -213,16 +213,16 @@ def test_a_client_that_leaves_frees_its_slots(engine: Engine, stream: bool) -> N
         assert running.service.working == 0
 
 
-def test_a_client_that_sends_too_slowly_is_cut_off(engine: Engine) -> None:
+def test_a_client_that_sends_too_slowly_is_disconnected(engine: Engine) -> None:
     with serving(engine, receive_seconds=0.05) as running:
-        for begun in (b"", b"POST /v1/completions HT", running.post("/v1/completions", {"prompt": "x"})[:-1]):
+        for start in (b"", b"POST /v1/completions HT", running.post("/v1/completions", {"prompt": "x"})[:-1]):
             with running.connection() as connection:
-                connection.sendall(begun)
+                connection.sendall(start)
                 with contextlib.suppress(ConnectionResetError):
                     assert connection.recv(100) == b""
 
 
-def test_a_client_that_reads_nothing_is_cut_off_and_frees_its_slot(engine: Engine) -> None:
+def test_a_client_that_reads_nothing_is_disconnected_and_frees_its_slot(engine: Engine) -> None:
     with serving(engine, stall_seconds=0.05) as running, running.connection() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(running.post("/v1/chat/completions", {**ENDLESS, "logprobs": True, "top_logprobs": 20}))
@@ -230,7 +230,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_frees_its_slot(engine: Engin
         running.wait(lambda: engine.stats().running == 0)
 
 
-def test_what_is_no_http_is_refused(engine: Engine) -> None:
+def test_malformed_http_is_refused(engine: Engine) -> None:
     with serving(engine) as running:
         for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a" * 100_000):
             with running.connection() as connection:
@@ -240,10 +240,10 @@ def test_what_is_no_http_is_refused(engine: Engine) -> None:
         assert ask(running, "/health")[0] == 200
 
 
-# --- What is measured
+# --- Metrics
 
 
-def test_metrics_count_what_happened_and_hold_no_texts(engine: Engine) -> None:
+def test_metrics_count_requests_and_hold_no_prompts(engine: Engine) -> None:
     with serving(engine) as running:
         ask(running, "/v1/completions", {"prompt": "my secret prompt", "max_tokens": 3, "logit_bias": FORBID_END})
         ask(running, "/v1/completions", {"prompt": 7})
@@ -268,7 +268,7 @@ def test_metrics_count_what_happened_and_hold_no_texts(engine: Engine) -> None:
     assert "secret" not in text
 
 
-# --- The command
+# --- The command line
 
 
 class Process:
@@ -294,7 +294,7 @@ class Process:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_answers_be_finished_and_refuses_new_ones(file: Path, kind: signal.Signals) -> None:
+def test_a_signal_lets_answers_finish_and_refuses_new_requests(file: Path, kind: signal.Signals) -> None:
     with Process(file, "--threads", 1) as served, served.running.connection() as connection:
         running = served.running
         connection.sendall(running.post("/v1/chat/completions", LONG, "Connection: close\r\n"))
@@ -309,7 +309,7 @@ def test_a_signal_lets_answers_be_finished_and_refuses_new_ones(file: Path, kind
         assert served.process.wait(60) == 0
 
 
-def test_the_end_of_the_drain_is_told_to_who_still_waits(file: Path) -> None:
+def test_the_end_of_the_drain_sends_an_error_to_open_streams(file: Path) -> None:
     with Process(file, "--threads", 1, "--drain", 0) as served, served.running.connection() as connection:
         connection.sendall(served.running.post("/v1/chat/completions", {**ENDLESS}, "Connection: close\r\n"))
         got = connection.recv(100)
@@ -321,7 +321,7 @@ def test_the_end_of_the_drain_is_told_to_who_still_waits(file: Path) -> None:
 
 
 def test_an_address_in_use_is_one_line(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with server_run.bind("127.0.0.1", 0) as taken:
+    with http_server.bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["serve", str(tiny_file), "--port", str(port)]) == 1
@@ -330,18 +330,18 @@ def test_an_address_in_use_is_one_line(tiny_file: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("nybble: cannot listen on nobody.invalid port 8000: ")
 
 
-def test_an_address_that_comes_into_use_while_the_model_is_loaded_is_one_line(
+def test_an_address_taken_while_the_model_loads_is_one_line(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Both may bind it, as long as nobody listens.
-    with server_run.bind("127.0.0.1", 0) as other:
+    # Two sockets may bind an address as long as neither listens.
+    with http_server.bind("127.0.0.1", 0) as other:
         port = other.getsockname()[1]
-        monkeypatch.setattr(server_run, "allowed_hosts", lambda *_: other.listen())
+        monkeypatch.setattr(http_server, "allowed_hosts", lambda *_: other.listen())
         assert main(["serve", str(tiny_file), "--port", str(port)]) == 1
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_command_says_what_to_install(
+def test_without_the_extra_the_error_says_what_to_install(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("nybble.server") or name == "nybble.server"]:
@@ -351,7 +351,7 @@ def test_without_the_extra_the_command_says_what_to_install(
     assert "pip install 'nybble[serve]'" in capsys.readouterr().err
 
 
-def test_a_model_is_called_after_its_repository_or_file() -> None:
+def test_the_default_name_is_that_of_the_repository_or_file() -> None:
     from nybble.cli.serve import source_name
 
     assert source_name("org/model", "whatever-q4.gguf") == "org/model"
@@ -360,16 +360,16 @@ def test_a_model_is_called_after_its_repository_or_file() -> None:
     assert source_name("./model", "model") == "model"
 
 
-def test_long_prompts_are_refused_by_their_tokens_and_not_before(engine: Engine) -> None:
+def test_long_prompts_are_limited_by_tokens_not_by_body_size(engine: Engine) -> None:
     with serving(engine) as running, running.connection() as first:
         first.sendall(running.post("/v1/completions", {"prompt": "x" * 900_000, "max_tokens": 1}))
         assert code(ask(running, "/v1/completions", {"prompt": "x" * 1_000_000})) == (413, "body_too_large")
         assert ask(running, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
-def test_an_empty_key_is_no_key(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_key_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tiny_file), "--port", "0", "--api-key", ""]) == 2
-    assert "api_key: found an empty one; leave it out to let everyone in (try: nybble serve --help)" in (
+    assert "api_key: found an empty key, expected at least one character; omit it to need no key (try: nybble serve --help)" in (
         capsys.readouterr().err
     )
 
@@ -380,21 +380,21 @@ def test_a_key_that_no_header_can_hold_is_refused(tiny_file: Path, capsys: pytes
         assert "expected printable ASCII" in capsys.readouterr().err
 
 
-def test_space_around_a_key_is_none_of_it(
+def test_white_space_around_a_key_is_trimmed(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[Any] = []
-    monkeypatch.setattr(server_run, "serve", lambda service, *_: served.append(service.settings.api_key))
+    monkeypatch.setattr(http_server, "serve", lambda service, *_: served.append(service.settings.api_key))
     monkeypatch.setenv("NYBBLE_API_KEY", " x y\n")
     assert main(["serve", str(tiny_file), "--port", "0"]) == 0
     assert served == ["x y"]
 
 
-def test_memory_that_holds_no_text_is_refused_and_little_is_told(
+def test_a_cache_too_small_for_a_page_is_refused_and_a_small_one_noted(
     tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_run, "serve", lambda *_: None)
+    monkeypatch.setattr(http_server, "serve", lambda *_: None)
     assert main(["serve", str(tiny_file), "--port", "0", "--cache-gb", "0"]) == 1
     assert "cache_gb: found 0, expected at least 1.64e-05" in capsys.readouterr().err
     assert main(["serve", str(tiny_file), "--port", "0", "--cache-gb", "0.00002"]) == 0
-    assert "has room for texts of 78 tokens, fewer than the context of 128" in capsys.readouterr().err
+    assert "holds requests of up to 78 tokens, less than the context of 128" in capsys.readouterr().err

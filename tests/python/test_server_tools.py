@@ -1,4 +1,4 @@
-"""Calls of functions through the server, as OpenAI's own client sees them."""
+"""Tool calls of the server, as OpenAI's client receives them."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ WRITTEN = {
 
 
 def template(name: str) -> str:
-    """A chat template that tells the model of a format."""
+    """A chat template that describes a tool-call format."""
     return TOOL_TEMPLATE.replace("Write <tool_call>JSON</tool_call>.", f"Write {TEMPLATES[name]}").replace(
         "<tool_call>{{ c.function | tojson }}</tool_call>", "{{ c.function | tojson }}"
     )
 
 
 def written(name: str, arguments: dict[str, Any] = CITY) -> str:
-    """A call of `weather`, as a model of the family writes it."""
+    """A call of `weather` in the format of a family."""
     if name == "qwen-coder":
         return WRITTEN[name].format(**arguments)
     if name in ("mistral-args", "functionary"):
@@ -109,7 +109,7 @@ def client_of(engine: Engine) -> Iterator[openai.OpenAI]:
 
 @contextlib.contextmanager
 def saying(model: Model, *answers: str) -> Iterator[tuple[openai.OpenAI, Scripted]]:
-    """A client of a server whose model says this."""
+    """A client of a server whose model gives these answers."""
     engine, script = scripted(model, *answers)
     with client_of(engine) as client:
         yield client, script
@@ -118,18 +118,18 @@ def saying(model: Model, *answers: str) -> Iterator[tuple[openai.OpenAI, Scripte
 @pytest.fixture(scope="module", params=TEMPLATES)
 def family(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[str, Model]]:
     name: str = request.param
-    marks = [mark for mark in ("[TOOL_CALLS]", "[ARGS]") if mark in TEMPLATES[name]]
+    markers = [marker for marker in ("[TOOL_CALLS]", "[ARGS]") if marker in TEMPLATES[name]]
     values: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": template(name)}
     known = tiny.metadata()
-    if marks:  # As in Mistral's vocabularies, they decode to nothing.
-        values["llama__vocab_size"] = tiny.VOCABULARY + len(marks)
-        values["tokenizer__ggml__tokens"] = [*known["tokenizer.ggml.tokens"], *marks]
-        values["tokenizer__ggml__token_type"] = [*known["tokenizer.ggml.token_type"], *(3 for _ in marks)]
+    if markers:  # Special tokens, as in Mistral's vocabularies.
+        values["llama__vocab_size"] = tiny.VOCABULARY + len(markers)
+        values["tokenizer__ggml__tokens"] = [*known["tokenizer.ggml.tokens"], *markers]
+        values["tokenizer__ggml__token_type"] = [*known["tokenizer.ggml.token_type"], *(3 for _ in markers)]
     with Model.load(tiny.write_model(folder / f"{name}.gguf", **values), threads=2) as loaded:
         yield name, loaded
 
 
-def test_each_family_is_understood_whole_and_in_streams(family: tuple[str, Model]) -> None:
+def test_tool_calls_of_each_family_are_parsed_whole_and_in_streams(family: tuple[str, Model]) -> None:
     name, model = family
     said = ("" if name == "llama" else "I look. ") + written(name)
     with saying(model, said, said) as (client, script):
@@ -156,18 +156,18 @@ def test_each_family_is_understood_whole_and_in_streams(family: tuple[str, Model
     assert len(deltas) > 10, "in pieces"
 
 
-def test_each_family_can_be_made_to_call(family: tuple[str, Model]) -> None:
+def test_each_family_can_be_forced_to_call_a_tool(family: tuple[str, Model]) -> None:
     _, model = family
     choices: list[tuple[Any, list[Any], set[str]]] = [
         ("required", [TALL], {"is_tall"}),
         ("required", [TALL, WEATHER], {"is_tall", "weather"}),
         ({"type": "function", "function": {"name": "is_tall"}}, [TALL, WEATHER], {"is_tall"}),
     ]
-    # A model with random weights finds no end of a string by itself.
+    # A model with random weights would not end its strings.
     bias = {
         str(token): -100 for token in range(256) if chr(token) not in ' \n"[]{}()<>/=,:_-abcdefghilmnoprstuwy0123456789'
     }
-    bias |= {str(ord(letter)): 20 for letter in '</"'}
+    bias |= {str(ord(char)): 20 for char in '</"'}
     with Engine(model, max_batch=4) as engine, client_of(engine) as client:
         seen = set()
         for choice, functions, names in choices:
@@ -176,7 +176,7 @@ def test_each_family_can_be_made_to_call(family: tuple[str, Model]) -> None:
                 asked |= {"seed": seed, "max_tokens": 400, "logit_bias": bias}
                 (done,) = client.chat.completions.create(**asked).choices
                 if done.finish_reason == "length":
-                    continue  # The client raises when it is asked for the whole of a stream that was cut off.
+                    continue  # The client raises if a stream that was cut off is collected.
                 with client.chat.completions.stream(**asked) as stream:
                     for _ in stream:
                         pass
@@ -196,11 +196,11 @@ def test_each_family_can_be_made_to_call(family: tuple[str, Model]) -> None:
                         assert isinstance(arguments["city"], str)
         assert "is_tall" in seen
         for form in ({"regex": "a"}, {"grammar": 'start: "a"'}):
-            with pytest.raises(openai.BadRequestError, match="cannot be had together with a call"):
+            with pytest.raises(openai.BadRequestError, match="cannot be combined with a required tool call"):
                 client.chat.completions.create(**{**asked, "extra_body": form})
 
 
-def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model: Model) -> None:
+def test_tool_results_go_back_through_the_chat_template(model: Model) -> None:
     said = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
     engine, script = scripted(model, said, "It rains.")
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
@@ -220,22 +220,22 @@ def test_calls_are_found_and_what_they_gave_goes_back_through_the_template(model
 
 
 @pytest.mark.parametrize("kind", [3, 4])
-def test_marks_are_found_as_tokens_with_and_without_a_text(folder: Path, kind: int) -> None:
+def test_markers_are_found_as_special_and_as_normal_tokens(folder: Path, kind: int) -> None:
     known = tiny.metadata()
-    mark = tiny.VOCABULARY
+    marker = tiny.VOCABULARY
     values: dict[str, Any] = {
         "llama__context_length": 2048,
-        "llama__vocab_size": mark + 1,
+        "llama__vocab_size": marker + 1,
         "tokenizer__ggml__tokens": [*known["tokenizer.ggml.tokens"], "<tool_call>"],
         "tokenizer__ggml__token_type": [*known["tokenizer.ggml.token_type"], kind],
         "tokenizer__chat_template": TOOL_TEMPLATE,
     }
     call = json.dumps({"name": "time", "arguments": {}})
-    asked: Any = {"model": "tiny", "messages": HELLO, "tools": [TIME], "logprobs": True, "logit_bias": {str(mark): 100}}
-    begin = f"<[{mark}]>" if kind == 3 else '"<tool_call>"'
+    asked: Any = {"model": "tiny", "messages": HELLO, "tools": [TIME], "logprobs": True, "logit_bias": {str(marker): 100}}
+    begin = f"<[{marker}]>" if kind == 3 else '"<tool_call>"'
     asked["extra_body"] = {"grammar": f"start: {begin} {json.dumps(call)}"}
     with (
-        Model.load(tiny.write_model(folder / f"mark{kind}.gguf", **values)) as model,
+        Model.load(tiny.write_model(folder / f"marker{kind}.gguf", **values)) as model,
         Engine(model) as engine,
         client_of(engine) as client,
     ):
@@ -243,7 +243,7 @@ def test_marks_are_found_as_tokens_with_and_without_a_text(folder: Path, kind: i
         with client.chat.completions.stream(**asked) as stream:
             (streamed,) = stream.get_final_completion().choices
     assert choice.logprobs is not None
-    assert len(choice.logprobs.content or []) == 1 + len(call), "the mark was one token"
+    assert len(choice.logprobs.content or []) == 1 + len(call), "the marker was one token"
     for found in (choice, streamed):
         (made,) = found.message.tool_calls or []
         assert made.type == "function"
@@ -251,7 +251,7 @@ def test_marks_are_found_as_tokens_with_and_without_a_text(folder: Path, kind: i
         assert not found.message.content
 
 
-def test_streams_tell_of_a_call_first_and_then_its_arguments(model: Model) -> None:
+def test_a_stream_starts_a_call_before_its_arguments(model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
     said = "Well:\n" + "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
     at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
@@ -282,7 +282,7 @@ def test_streams_tell_of_a_call_first_and_then_its_arguments(model: Model) -> No
     assert only_first[-1].finish_reason == "tool_calls"
 
 
-def test_a_stream_that_is_cut_off_says_so(model: Model) -> None:
+def test_a_stream_cut_off_in_a_call_finishes_with_length(model: Model) -> None:
     with Engine(model) as engine, client_of(engine) as client:
         asked: Any = {
             "model": "tiny",
@@ -301,7 +301,7 @@ def test_a_stream_that_is_cut_off_says_so(model: Model) -> None:
     assert (whole.message.content or "").endswith(arguments)
 
 
-def test_no_tools_means_that_nothing_is_taken_for_a_call(model: Model) -> None:
+def test_without_tools_nothing_is_parsed_as_a_call(model: Model) -> None:
     said = '<tool_call>{"name": "time"}</tool_call>'
     engine, script = scripted(model, said, said)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
@@ -311,9 +311,9 @@ def test_no_tools_means_that_nothing_is_taken_for_a_call(model: Model) -> None:
     assert script.prompts[0] == script.prompts[1]
 
 
-def test_tools_are_refused_where_the_template_knows_none(tiny_model: Model) -> None:
+def test_tools_are_refused_if_the_template_defines_no_format(tiny_model: Model) -> None:
     engine, _ = scripted(tiny_model)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        with pytest.raises(openai.BadRequestError, match="defines no calls of functions") as refused:
+        with pytest.raises(openai.BadRequestError, match="defines no tool calls in a supported format") as refused:
             client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
         assert refused.value.param == "tools"

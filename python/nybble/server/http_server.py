@@ -1,4 +1,4 @@
-"""The process: a socket, connections that do not wait forever, and an end that lets answers be finished."""
+"""Runs the application on a socket: connection limits, timeouts, and a shutdown that lets answers finish."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nybble.server.app import create_app
-from nybble.server.service import Service, Settings
+from nybble.server.options import Settings
+from nybble.server.service import Service
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _BACKLOG = 256
 _READ_BYTES = 1 << 16
-"""What is read at a time of what a client sends."""
+"""Size of the buffer that connections read into."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, on which nothing is answered yet.
+    """A socket that is bound to an address and does not listen yet.
 
     Raises:
-        OSError: the address is in use, or not of this machine.
+        OSError: the address is in use or does not belong to this machine.
     """
-    with _explained(host, port):
+    with _naming_address(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -42,8 +43,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _explained(host: str, port: int) -> Iterator[None]:
-    """Says of what goes wrong at which address it did, and leaves the number of the error out."""
+def _naming_address(host: str, port: int) -> Iterator[None]:
+    """Adds the address to the message of an OSError, and leaves the error number out."""
     try:
         yield
     except OSError as error:
@@ -51,34 +52,38 @@ def _explained(host: str, port: int) -> Iterator[None]:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine can reach a socket."""
+    """Whether only this machine can reach the socket."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def allowed_hosts(listener: socket.socket, more: list[str]) -> frozenset[str] | None:
-    """The names that requests may be addressed to: on a loopback address, only this machine's own and `more`."""
+    """The host names that requests may use; None for any.
+
+    A socket on a loopback address allows the names of this machine and `more`, so that a name that an attacker
+    points to this machine is refused.
+    """
     return _LOOPBACK_NAMES.union(name.lower() for name in more) if is_loopback(listener) or more else None
 
 
 def serve(service: Service, listener: socket.socket, ready: Callable[[str], object] = lambda _: None) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then finishes what is running; a second signal ends that, too.
+    """Answers requests until SIGTERM or Ctrl-C, then lets running answers finish. A second signal cancels them.
 
     Args:
-        service: what is served.
-        listener: where, as `bind` makes it.
-        ready: called with the address once requests are answered.
+        service: the service to run.
+        listener: a bound socket, as `bind` returns it.
+        ready: called with the URL once the server accepts requests.
 
     Raises:
         OSError: the address is in use.
     """
-    # An address that another one has bound, too, and listens on by now, is found in use only here.
-    with _explained(*listener.getsockname()[:2]):
+    # Two processes may bind an address. The second one to listen fails here.
+    with _naming_address(*listener.getsockname()[:2]):
         listener.listen(_BACKLOG)
     make_server(service, ready).run(sockets=[listener])
 
 
 def make_server(service: Service, ready: Callable[[str], object]) -> Server:
-    """The server, which has not begun yet."""
+    """A server that does not run yet."""
     config = uvicorn.Config(
         create_app(service),
         http=_protocol(service.settings),
@@ -90,12 +95,12 @@ def make_server(service: Service, ready: Callable[[str], object]) -> Server:
         timeout_graceful_shutdown=5,
         backlog=_BACKLOG,
     )
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Who sends what is no HTTP is told so, and not the log.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Malformed requests get an answer, not a log line.
     return Server(config, service, ready)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which after a signal goes on listening until all is answered, to refuse what comes politely."""
+    """uvicorn's server. After a signal it refuses new requests with an error until the running ones are answered."""
 
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[str], object]) -> None:
         super().__init__(config)
@@ -104,13 +109,13 @@ class Server(uvicorn.Server):
         self._deadline = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Starts to accept requests."""
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
         self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """The first signal begins the drain, the second ends it."""
+        """The first signal starts the drain, the second ends it."""
         if self._service.draining:
             self._deadline = 0.0
         else:
@@ -118,7 +123,7 @@ class Server(uvicorn.Server):
             self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ends the server when all is answered, or the time for that is over."""
+        """Ends the server when all requests are answered or the drain time is over."""
         if self._service.draining and (self._service.working == 0 or time.monotonic() >= self._deadline):
             self._service.stop()
             self.should_exit = True
@@ -126,13 +131,13 @@ class Server(uvicorn.Server):
 
 
 def _protocol(settings: Settings) -> type[H11Protocol]:
-    """HTTP connections that end when the other side sends or reads too slowly, and of which there are not too many."""
+    """The class of HTTP connections, which limits their number and closes those of slow clients."""
 
-    # What asyncio gives a plain protocol was read into 256 kB and cut down, which tears memory to pieces. A buffer is
-    # filled and emptied without a wait in between, so all connections can have the same one.
+    # For a plain protocol, asyncio allocates 256 kB per read and shrinks it, which fragments memory. A buffer is filled
+    # and emptied without a wait in between, so all connections share one.
     buffer = memoryview(bytearray(_READ_BYTES))
 
-    class Protocol(H11Protocol, asyncio.BufferedProtocol):  # To asyncio one that is both is the latter.
+    class Protocol(H11Protocol, asyncio.BufferedProtocol):  # asyncio treats it as the latter.
         def get_buffer(self, sizehint: int) -> memoryview:
             return buffer
 
@@ -141,8 +146,8 @@ def _protocol(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._receiving = _Clock(settings.receive_seconds, transport.abort)
-            self._stalled = _Clock(settings.stall_seconds, transport.abort)
+            self._receiving = _Timer(settings.receive_seconds, transport.abort)
+            self._stalled = _Timer(settings.stall_seconds, transport.abort)
             self._receiving.start()
             if len(self.connections) > settings.max_connections:
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
@@ -152,7 +157,7 @@ def _protocol(settings: Settings) -> type[H11Protocol]:
             super().data_received(data)
             cycle = self.cycle
             if cycle is not None and not cycle.response_complete and not cycle.more_body:
-                self._receiving.stop()  # The request is there whole.
+                self._receiving.stop()  # The request is complete.
             elif not self.transport.is_closing():
                 self._receiving.start()
 
@@ -172,19 +177,19 @@ def _protocol(settings: Settings) -> type[H11Protocol]:
     return Protocol
 
 
-class _Clock:
-    """Calls something after a while, unless it is stopped."""
+class _Timer:
+    """Calls `callback` after a number of seconds, unless it is stopped."""
 
     def __init__(self, seconds: float, callback: Callable[[], object]) -> None:
         self._seconds = seconds
         self._callback = callback
-        self._timer: asyncio.TimerHandle | None = None
+        self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._callback)
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(self._seconds, self._callback)
 
     def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None

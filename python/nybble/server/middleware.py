@@ -1,4 +1,4 @@
-"""The door: who may ask, how much may be sent, and how long that may take. Nothing is parsed before."""
+"""Checks host, origin, API key and size of every request before it is parsed, and counts requests."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nybble.server.errors import ApiError
 from nybble.server.service import Service
 
-_OPEN = frozenset({"/", "/health"})
-"""What needs no key: the page holds no secret and asks for the key itself."""
+_PUBLIC_PATHS = frozenset({"/", "/health"})
+"""Paths that need no key. The page holds no secret and asks for the key itself."""
 
 
-class Guard:
-    """Stands around the application.
+class Middleware:
+    """ASGI middleware around the application.
 
     Args:
         app: the application.
-        service: whose settings count.
-        paths: those that metrics tell apart.
+        service: its settings and metrics are used.
+        paths: the paths that metrics distinguish.
     """
 
     def __init__(self, app: ASGIApp, service: Service, paths: Iterable[str]) -> None:
@@ -32,13 +32,13 @@ class Guard:
         self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or answers it."""
+        """Passes a request on, or answers it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, status, began = scope["path"], 499, time.perf_counter()  # 499: the client left before it had an answer.
+        path, status, began = scope["path"], 499, time.perf_counter()  # 499: the client left before the answer.
 
-        async def watched(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -48,7 +48,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._let_in(scope, receive, watched)
+            await self._check_and_pass_on(scope, receive, send_with_headers)
         except Exception:
             status = 500
             raise
@@ -58,46 +58,46 @@ class Guard:
             metrics.requests.labels(known, str(status)).inc()
             metrics.seconds.labels(known).observe(time.perf_counter() - began)
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _check_and_pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(scope["path"], headers)
-            body = await self._body(headers, receive)
+            body = await self._read_body(headers, receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         if body is not None:
             scope.setdefault("state", {})["body_bytes"] = len(body)
-            await self._app(scope, _again(body, receive), send)
+            await self._app(scope, _replay(body, receive), send)
 
     def _check_host(self, headers: Headers) -> None:
-        """Keeps web pages from asking a server that only this machine should reach, by a name that leads here."""
+        """Keeps web pages from reaching a local server, by DNS rebinding or from another origin."""
         allowed = self._service.settings.allowed_hosts
         host = headers.get("host", "")
-        if allowed is not None and _name_of(f"//{host}") not in allowed:
-            message = f"this server is not {host!r}; --allow-host lets it be"
+        if allowed is not None and _hostname(f"//{host}") not in allowed:
+            message = f"the host {host!r} is not allowed; add it with --allow-host"
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
-        if origin is not None and _place_of(origin) != host.lower():
-            raise ApiError(403, "requests of other sites' pages are not answered", code="foreign_origin")
+        if origin is not None and _netloc(origin) != host.lower():
+            raise ApiError(403, "requests from web pages of other origins are refused", code="foreign_origin")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         key = self._service.settings.api_key
-        if key is None or path in _OPEN:
+        if key is None or path in _PUBLIC_PATHS:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), key.encode())
-        if scheme.lower() != "bearer" or not right:
-            said = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-            raise ApiError(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        is_correct = hmac.compare_digest(given.strip().encode(), key.encode())
+        if scheme.lower() != "bearer" or not is_correct:
+            message = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None if the client left. Connections see to it that this does not take forever."""
-        most = self._service.settings.max_body_bytes
-        too_large = ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body, or None if the client disconnected. The connection limits the time."""
+        limit = self._service.settings.max_body_bytes
+        too_large = ApiError(413, f"the request body is larger than {limit} bytes", code="body_too_large")
         length = headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > most:
+        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
             raise too_large
         chunks: list[bytes] = []
         size = 0
@@ -107,34 +107,34 @@ class Guard:
                 return None
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if size > most:
+            if size > limit:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first."""
-    given = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body first."""
+    is_replayed = False
 
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
+    async def receive_body_first() -> Message:
+        nonlocal is_replayed
+        if is_replayed:
             return await receive()
-        given = True
+        is_replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replayed
+    return receive_body_first
 
 
-def _name_of(url: str) -> str | None:
+def _hostname(url: str) -> str | None:
     try:
         return urlsplit(url).hostname
     except ValueError:
         return None
 
 
-def _place_of(url: str) -> str | None:
+def _netloc(url: str) -> str | None:
     try:
         return urlsplit(url).netloc.lower() or None
     except ValueError:

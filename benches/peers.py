@@ -23,10 +23,10 @@ Round = Callable[[list[int], int], tuple[float, float]]
 
 
 def nybble(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
-    from nybble import _native
+    from nybble import LoadOptions, _native
     from nybble.sampling import SamplingOptions
 
-    model = _native.Model.load(path, threads=threads, context=context)
+    model = _native.Model.load(path, LoadOptions(threads=threads, context=context))
     greedy = SamplingOptions(temperature=0.0, seed=0)
 
     def run(prompt: list[int], generate: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-//! The scheduler: many sequences together write what each writes alone, to the bit, and share what they have in common.
+//! The scheduler: sequences in a batch get bit-identical tokens to those they get alone, and share common prefixes.
 
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
@@ -38,7 +38,7 @@ fn seeded(seed: u64) -> SamplingOptions {
     SamplingOptions { seed: Some(seed), temperature: 1.2, logprobs: Some(2), ..SamplingOptions::default() }
 }
 
-/// A prompt, how to go on, and for how many tokens.
+/// A prompt, options, and the number of tokens to sample.
 #[derive(Clone)]
 struct Job {
     prompt: Vec<u32>,
@@ -55,14 +55,14 @@ impl Job {
         Sequence::new(model, &self.prompt, self.options.clone()).unwrap()
     }
 
-    /// What it writes by itself.
+    /// Its tokens without a scheduler.
     fn alone(&self, model: &Model) -> Vec<Sampled> {
         let mut sequence = self.sequence(model);
         (0..self.limit).map(|_| step(model, &mut [&mut sequence], &|| false).unwrap().remove(0)).collect()
     }
 }
 
-/// Jobs of many lengths, every third greedy, some of them with penalties.
+/// Jobs of many lengths; every third is greedy, some have penalties.
 fn jobs(count: usize) -> Vec<Job> {
     let job = |i: usize| {
         let prompt = tokens(1 + i * 37 % 211, (i % 7) as u32);
@@ -80,7 +80,7 @@ fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Scheduler {
     Scheduler::new(model.clone(), None, options).unwrap()
 }
 
-/// Steps until all have left. Returns what each has written.
+/// Steps until all sequences have left. Returns the tokens of each.
 fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
     let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
     while !scheduler.is_idle() {
@@ -91,7 +91,7 @@ fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
     written
 }
 
-/// Runs all jobs together, and sees to it that each writes what it writes alone.
+/// Runs all jobs together and checks that each gets the tokens that it gets alone.
 fn assert_same(model: &Arc<Model>, jobs: &[Job], scheduler: &mut Scheduler) {
     let submit = |job: &Job| scheduler.submit(job.sequence(model), job.limit).unwrap();
     let ids: Vec<u64> = jobs.iter().map(submit).collect();
@@ -102,7 +102,7 @@ fn assert_same(model: &Arc<Model>, jobs: &[Job], scheduler: &mut Scheduler) {
 }
 
 #[test]
-fn sixty_four_sequences_some_cancelled_write_what_each_writes_alone() {
+fn batching_and_cancelling_never_change_the_tokens_of_a_sequence() {
     let jobs = jobs(64);
     for cache_type in [None, Some(CacheType::Int8)] {
         let model = load_as(&ODD, cache_type);
@@ -115,7 +115,7 @@ fn sixty_four_sequences_some_cancelled_write_what_each_writes_alone() {
             let mut ids = HashMap::new();
             let mut left = jobs.iter().enumerate();
             let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
-            // A few come at each step, and every fifth leaves in the middle.
+            // A few join at each step, and every fifth is cancelled halfway.
             loop {
                 for (i, job) in left.by_ref().take(5) {
                     ids.insert(scheduler.submit(job.sequence(&model), job.limit).unwrap(), i);
@@ -133,7 +133,7 @@ fn sixty_four_sequences_some_cancelled_write_what_each_writes_alone() {
             }
             for (i, written) in written.iter().enumerate() {
                 let is_whole = written.len() == jobs[i].limit;
-                assert!(is_whole || i % 5 == 4, "job {i} has ended early");
+                assert!(is_whole || i % 5 == 4, "job {i} ended early");
                 assert!(*written == alone[i][..written.len()], "job {i}, {speculation:?}, {cache_type:?}");
             }
         }
@@ -141,7 +141,7 @@ fn sixty_four_sequences_some_cancelled_write_what_each_writes_alone() {
 }
 
 #[test]
-fn what_prompts_share_is_computed_once() {
+fn a_common_prefix_of_prompts_is_computed_once() {
     let model = load();
     let mut scheduler = scheduler(&model, SchedulerOptions::default());
     let shared = tokens(300, 1);
@@ -149,14 +149,14 @@ fn what_prompts_share_is_computed_once() {
     assert_same(&model, &[with(&[5, 6, 7])], &mut scheduler);
     assert_eq!((scheduler.stats().prompt_tokens, scheduler.stats().reused_tokens), (303, 0));
     assert_eq!(scheduler.stats().cached_pages, 4);
-    // Four pages, and the part of the fifth that the first text has not filled is computed again.
+    // Four pages are reused. The fifth was not full, so its tokens are computed again.
     assert_same(&model, &[with(&[9])], &mut scheduler);
     assert_eq!(scheduler.stats().reused_tokens, 4 * PAGE);
     assert_eq!(scheduler.stats().prompt_tokens, 303 + 301 - 4 * PAGE);
 }
 
 #[test]
-fn what_prompts_that_come_together_share_is_computed_once() {
+fn a_common_prefix_of_simultaneous_prompts_is_computed_once() {
     let model = load();
     let shared = tokens(2 * PAGE, 1);
     let jobs: Vec<_> = (0..8).map(|i| Job::new([&shared[..], &[i, i + 1]].concat(), seeded(7), 9)).collect();
@@ -167,20 +167,20 @@ fn what_prompts_that_come_together_share_is_computed_once() {
 }
 
 #[test]
-fn a_prompt_that_was_seen_whole_computes_one_token_in_a_page_of_its_own() {
+fn a_prompt_in_the_prefix_cache_computes_one_token_in_its_own_page() {
     let model = load();
     let mut scheduler = scheduler(&model, SchedulerOptions::default());
     let job = Job::new(tokens(3 * PAGE, 2), greedy(), 70);
     let other = Job { options: seeded(1), ..job.clone() };
     assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
-    // All go on from the same last page, not all with the same tokens.
+    // All continue the same last page, not all with the same tokens.
     assert_same(&model, &[job, other.clone(), other], &mut scheduler);
     assert_eq!(scheduler.stats().prompt_tokens, 3 * PAGE + 3);
     assert_eq!(scheduler.stats().reused_tokens, 3 * (3 * PAGE - 1));
 }
 
 #[test]
-fn a_prompt_that_leaves_another_in_the_middle_of_a_page_takes_its_beginning() {
+fn a_prompt_that_differs_within_a_page_reuses_the_beginning_of_the_page() {
     let model = load();
     let mut scheduler = scheduler(&model, SchedulerOptions::default());
     let first = tokens(2 * PAGE, 3);
@@ -193,7 +193,7 @@ fn a_prompt_that_leaves_another_in_the_middle_of_a_page_takes_its_beginning() {
 }
 
 #[test]
-fn a_chat_goes_on_without_computing_its_history() {
+fn the_next_turn_of_a_chat_does_not_compute_its_history() {
     let model = load();
     let mut scheduler = scheduler(&model, SchedulerOptions::default());
     let job = Job::new(tokens(50, 4), seeded(5), 100);
@@ -205,7 +205,7 @@ fn a_chat_goes_on_without_computing_its_history() {
 }
 
 #[test]
-fn a_page_goes_on_where_it_was_filled_and_nowhere_else() {
+fn a_page_continues_only_in_its_own_model_and_position() {
     let (model, other) = (load(), load());
     let tokens = tokens(PAGE + 10, 1);
     let logits = |session: &mut Session, tokens: &[u32]| {
@@ -235,7 +235,7 @@ fn a_page_goes_on_where_it_was_filled_and_nowhere_else() {
 }
 
 #[test]
-fn without_a_prefix_cache_nothing_is_kept() {
+fn without_a_prefix_cache_no_page_is_kept() {
     let model = load();
     let options = SchedulerOptions { prefix_cache: false, ..SchedulerOptions::default() };
     let mut scheduler = scheduler(&model, options);
@@ -246,9 +246,9 @@ fn without_a_prefix_cache_nothing_is_kept() {
 }
 
 #[test]
-fn what_was_used_longest_ago_is_given_up_first() {
+fn the_least_recently_used_page_is_evicted_first() {
     let model = load();
-    // Of every text two pages are kept; while it is computed it takes three.
+    // A sequence takes three pages while it is computed; two of them stay.
     let cache_bytes = 6 * model.cache_bytes_per_page();
     let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
     let job = |seed| Job::new(tokens(2 * PAGE + 1, seed), greedy(), 2);
@@ -261,11 +261,11 @@ fn what_was_used_longest_ago_is_given_up_first() {
     assert_eq!([reused(1), reused(2)], [0, 0]);
     assert_eq!(reused(1), 2 * PAGE, "1 is younger than 2 now");
     assert_eq!([reused(3), reused(1)], [0, 2 * PAGE]);
-    assert_eq!([reused(2), reused(4)], [PAGE, 0], "of 2, the last page was given up first");
+    assert_eq!([reused(2), reused(4)], [PAGE, 0], "the last page of 2 was evicted first");
 }
 
 #[test]
-fn the_memory_limit_holds_at_every_step_and_the_texts_stay_the_same() {
+fn the_memory_limit_holds_at_every_step_and_changes_no_token() {
     let model = load();
     let jobs = jobs(24);
     for (pages, speculation) in [(5, Speculation::Off), (9, Speculation::On)] {
@@ -290,7 +290,7 @@ fn the_memory_limit_holds_at_every_step_and_the_texts_stay_the_same() {
 }
 
 #[test]
-fn a_sequence_that_grows_into_the_memory_of_others_makes_the_youngest_wait() {
+fn a_sequence_that_outgrows_the_memory_preempts_the_youngest() {
     let model = load();
     let cache_bytes = 4 * model.cache_bytes_per_page();
     let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
@@ -312,8 +312,8 @@ fn a_sequence_that_grows_into_the_memory_of_others_makes_the_youngest_wait() {
             fewest = fewest.min(scheduler.stats().running);
         }
     }
-    assert_eq!(most, 3, "at the beginning, all of them fit");
-    assert_eq!(fewest, 1, "at its end, the first needs all of the memory");
+    assert_eq!(most, 3, "all fit at the beginning");
+    assert_eq!(fewest, 1, "the first needs all of the memory at its end");
     assert_eq!(ended, ids, "the oldest goes first");
     for (id, job) in ids.iter().zip(&jobs) {
         assert!(written[id] == job.alone(&model));
@@ -321,7 +321,7 @@ fn a_sequence_that_grows_into_the_memory_of_others_makes_the_youngest_wait() {
 }
 
 #[test]
-fn a_sequence_that_does_not_fit_by_itself_fails_and_the_others_go_on() {
+fn a_sequence_larger_than_the_memory_limit_fails_alone() {
     let model = load();
     let cache_bytes = 2 * model.cache_bytes_per_page();
     let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
@@ -340,15 +340,15 @@ fn a_sequence_that_does_not_fit_by_itself_fails_and_the_others_go_on() {
             }
         }
     }
-    assert_eq!(written, [9, 29, 0], "the one that grows ends where its second page does");
+    assert_eq!(written, [9, 29, 0], "the growing one fails at the end of its second page");
     let [(1, Error::OutOfMemory { .. }), (2, Error::OutOfMemory { .. })] = errors[..] else { panic!("{errors:?}") };
     assert_same(&model, &[small], &mut scheduler);
 }
 
 #[test]
-fn guesses_from_a_text_that_repeats_itself_are_right_and_change_nothing() {
+fn drafts_from_a_repeating_sequence_are_accepted_and_change_nothing() {
     let model = load();
-    // What must come next is forced, so the text repeats itself from its start.
+    // The bias forces one token, so the sequence repeats itself from its start.
     let forced = SamplingOptions { logit_bias: vec![(7, 1000.0)], ..greedy() };
     let repeating = Job::new(tokens(20, 1), forced, 60);
     let greedy = Job::new(tokens(40, 1), greedy(), 200);
@@ -365,9 +365,9 @@ fn guesses_from_a_text_that_repeats_itself_are_right_and_change_nothing() {
 }
 
 #[test]
-fn guesses_that_are_wrong_change_nothing_and_are_given_up() {
+fn wrong_drafts_change_nothing_and_pause_speculation() {
     let model = load();
-    // Four tokens in any order: there is always a place to guess from, and the guess is mostly wrong.
+    // Four tokens in random order: there is always a draft, and it is mostly wrong.
     let logit_bias = [3, 14, 15, 92].map(|token| (token, 1000.0)).to_vec();
     let job = Job::new(tokens(10, 1), SamplingOptions { logit_bias, temperature: 50.0, ..seeded(1) }, 200);
     let drafted = |speculation| {
@@ -383,10 +383,10 @@ fn guesses_that_are_wrong_change_nothing_and_are_given_up() {
 }
 
 #[test]
-fn a_prompt_whose_rest_another_one_computes_has_its_last_token_fed_before_any_guess() {
+fn a_prompt_with_one_token_left_computes_it_before_any_draft() {
     let model = load();
-    // Two tokens in turn, so that there is a guess at once. The second prompt waits for the first one's page, and has one
-    // token left when it is there, while the first one takes all rows that prompts have.
+    // Two alternating tokens, so that there is a draft at once. The second prompt waits for a page of the first and then has
+    // one token left, while the first takes the whole prefill budget.
     let long: Vec<u32> = (0..150).map(|i| 3 + 8 * (i % 2)).collect();
     let jobs = [(150, 4), (65, 12)].map(|(len, limit)| Job::new(long[..len].to_vec(), seeded(2), limit));
     for speculation in [Speculation::On, Speculation::Auto] {
@@ -399,7 +399,7 @@ fn a_prompt_whose_rest_another_one_computes_has_its_last_token_fed_before_any_gu
 }
 
 #[test]
-fn a_draft_model_guesses_and_the_model_decides() {
+fn a_draft_model_never_changes_the_tokens() {
     let model = load();
     let twin = load();
     let stranger = load_as(&Shape { layers: 1, context: 150, ..ODD }, None);
@@ -413,7 +413,10 @@ fn a_draft_model_guesses_and_the_model_decides() {
         let mut with_twin = Scheduler::new(model.clone(), Some(twin.clone()), options.clone()).unwrap();
         assert_same(&model, &jobs, &mut with_twin);
         let stats = with_twin.stats();
-        assert_eq!(stats.accepted_tokens, stats.drafted_tokens, "who draws the same numbers is always right");
+        assert_eq!(
+            stats.accepted_tokens, stats.drafted_tokens,
+            "the same model with the same random numbers is always right"
+        );
         assert!(stats.accepted_tokens > 60, "{stats:?}");
         let mut with_stranger = Scheduler::new(model.clone(), Some(stranger.clone()), options).unwrap();
         assert_same(&model, &jobs, &mut with_stranger);
@@ -423,7 +426,7 @@ fn a_draft_model_guesses_and_the_model_decides() {
 }
 
 #[test]
-fn a_long_prompt_comes_in_chunks_and_no_text_misses_a_step() {
+fn a_long_prompt_is_computed_in_chunks_while_others_decode_at_each_step() {
     let model = load();
     let options = SchedulerOptions { prefill_chunk: Some(16), ..SchedulerOptions::default() };
     let mut scheduler = scheduler(&model, options);
@@ -447,7 +450,7 @@ fn a_long_prompt_comes_in_chunks_and_no_text_misses_a_step() {
 }
 
 #[test]
-fn a_short_prompt_does_not_wait_for_a_long_one_to_be_read() {
+fn a_short_prompt_does_not_wait_for_the_prefill_of_a_long_one() {
     let model = load();
     let options = SchedulerOptions { prefill_chunk: Some(32), ..SchedulerOptions::default() };
     let mut scheduler = scheduler(&model, options);
@@ -462,11 +465,11 @@ fn a_short_prompt_does_not_wait_for_a_long_one_to_be_read() {
         }
     }
     assert_eq!(order, [short, long]);
-    assert_eq!(steps, [2, (600_usize + 30).div_ceil(32)], "half of each step, and none is given away");
+    assert_eq!(steps, [2, (600_usize + 30).div_ceil(32)], "half of each step each, and no row is wasted");
 }
 
 #[test]
-fn places_are_given_in_the_order_of_coming_and_one_that_is_cancelled_is_free_at_once() {
+fn slots_are_given_in_order_and_a_cancelled_one_is_free_at_once() {
     let model = load();
     let options = SchedulerOptions { max_batch: 2, ..SchedulerOptions::default() };
     let mut scheduler = scheduler(&model, options);
@@ -479,17 +482,17 @@ fn places_are_given_in_the_order_of_coming_and_one_that_is_cancelled_is_free_at_
     };
     assert_eq!(seen(&mut scheduler), ids[..2]);
     assert_eq!((scheduler.stats().running, scheduler.stats().waiting), (2, 2));
-    assert!(scheduler.cancel(ids[0]));
-    assert!(scheduler.cancel(ids[2]), "one that waits leaves, too");
-    assert!(!scheduler.cancel(ids[0]));
+    assert!(scheduler.cancel(ids[0]).is_some());
+    assert!(scheduler.cancel(ids[2]).is_some(), "a waiting sequence leaves, too");
+    assert!(scheduler.cancel(ids[0]).is_none());
     scheduler.step(&|| false).unwrap();
     assert_eq!((scheduler.stats().running, scheduler.stats().waiting), (2, 0));
-    assert!(scheduler.cancel(ids[1]));
+    assert!(scheduler.cancel(ids[1]).is_some());
     assert_eq!(seen(&mut scheduler), [ids[3]]);
 }
 
 #[test]
-fn an_interrupted_step_can_be_taken_again() {
+fn an_interrupted_step_can_be_repeated() {
     let model = load();
     for speculation in [Speculation::Off, Speculation::On] {
         let draft = (speculation == Speculation::On).then(load);
@@ -545,7 +548,7 @@ fn a_sequence_leaves_when_the_context_is_full() {
 }
 
 #[test]
-fn what_cannot_be_scheduled_is_refused() {
+fn invalid_options_and_sequences_are_refused() {
     let (model, other) = (load(), load_as(&Shape { vocabulary: 77, ..ODD }, None));
     let refused = |result: nybble::Result<Scheduler>| matches!(result, Err(Error::InvalidArgument { .. }));
     let options = SchedulerOptions::default();
@@ -561,8 +564,114 @@ fn what_cannot_be_scheduled_is_refused() {
     let mut refused = |sequence, limit| matches!(scheduler.submit(sequence, limit), Err(Error::InvalidArgument { .. }));
     assert!(refused(job.sequence(&model), 0));
     assert!(refused(Job::new(vec![1], greedy(), 5).sequence(&other), 5));
-    let mut stepped = job.sequence(&model);
-    step(&model, &mut [&mut stepped], &|| false).unwrap();
-    assert!(refused(stepped, 5));
     assert!(scheduler.step(&|| false).unwrap().is_empty());
+}
+
+#[test]
+fn a_sequence_continues_in_a_scheduler_where_it_was_left() {
+    let model = load();
+    for (len, before) in [(5, 1), (PAGE - 1, 2), (3 * PAGE, 40)] {
+        let job = Job::new(tokens(len, 1), seeded(7), before + 70);
+        let alone = job.alone(&model);
+        for speculation in [Speculation::Off, Speculation::On] {
+            let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
+            // A second sequence on the same prompt shares the pages that the first one brings along.
+            let other = scheduler.submit(job.sequence(&model), job.limit).unwrap();
+            let mut sequence = job.sequence(&model);
+            let mut written: Vec<Sampled> =
+                (0..before).map(|_| step(&model, &mut [&mut sequence], &|| false).unwrap().remove(0)).collect();
+            let id = scheduler.submit(sequence, 70).unwrap();
+            let mut rest = finish(&mut scheduler);
+            written.append(rest.get_mut(&id).unwrap());
+            assert!(written == alone, "{len} tokens, {speculation:?}");
+            assert!(rest[&other] == alone, "{len} tokens, {speculation:?}");
+        }
+    }
+}
+
+#[test]
+fn a_session_continues_in_a_scheduler_without_computing_its_tokens() {
+    let model = load();
+    let all = tokens(2 * PAGE + 9, 5);
+    let alone = Job::new(all.clone(), seeded(3), 30).alone(&model);
+    let mut session = model.session();
+    let input = Input { session: &mut session, tokens: &all, logits: Logits::None };
+    model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
+    for prefix_cache in [true, false] {
+        let mut scheduler = scheduler(&model, SchedulerOptions { prefix_cache, ..SchedulerOptions::default() });
+        let sequence = Sequence::resume(&model, session.fork(), &all, seeded(3)).unwrap();
+        let id = scheduler.submit(sequence, 30).unwrap();
+        let mut written = Vec::new();
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                assert_eq!((event.id, event.reused), (id, all.len() - 1));
+                written.push(event.result.unwrap());
+            }
+        }
+        assert!(written == alone, "prefix cache: {prefix_cache}");
+        assert_eq!(scheduler.stats().prompt_tokens, 1, "the last token is computed again for its logits");
+    }
+}
+
+#[test]
+fn a_scheduler_hands_back_the_session_of_a_sequence_that_leaves() {
+    let model = load();
+    let job = Job::new(tokens(PAGE + 3, 2), seeded(9), 20);
+    let alone = job.alone(&model);
+    let whole = |count: usize| [&job.prompt[..], &alone[..count].iter().map(|s| s.token).collect::<Vec<_>>()].concat();
+    let continues = |session: Session, count: usize| {
+        assert_eq!(session.len(), job.prompt.len() + count - 1, "the last token was sampled only");
+        let options = SamplingOptions::greedy();
+        let mut resumed = Sequence::resume(&model, session, &whole(count), options.clone()).unwrap();
+        let mut new = Sequence::new(&model, &whole(count), options).unwrap();
+        for _ in 0..5 {
+            let next = step(&model, &mut [&mut resumed, &mut new], &|| false).unwrap();
+            assert!(next[0] == next[1], "after {count} tokens");
+        }
+    };
+    for speculation in [Speculation::Off, Speculation::On] {
+        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let mut scheduler = scheduler(&model, options);
+        // At its limit.
+        scheduler.submit(job.sequence(&model), job.limit).unwrap();
+        let mut last = None;
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                assert!(last.is_none(), "only the last event brings the sequence");
+                last = event.sequence;
+            }
+        }
+        continues(last.unwrap().into_session(), job.limit);
+        // In the middle: a copy, then the sequence itself.
+        let id = scheduler.submit(job.sequence(&model), job.limit).unwrap();
+        let mut count = 0;
+        while count < 5 {
+            count += scheduler.step(&|| false).unwrap().len();
+        }
+        continues(scheduler.sequence(id).unwrap().session().fork(), count);
+        continues(scheduler.cancel(id).unwrap().into_session(), count);
+        assert!(scheduler.sequence(id).is_none());
+    }
+}
+
+#[test]
+fn a_sequence_that_fails_is_handed_back_with_what_it_has_computed() {
+    let model = load();
+    let cache_bytes = 2 * model.cache_bytes_per_page();
+    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let job = Job::new(tokens(100, 2), greedy(), 60);
+    scheduler.submit(job.sequence(&model), job.limit).unwrap();
+    let mut failed = None;
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            match event.result {
+                Ok(_) => assert!(event.sequence.is_none()),
+                Err(error) => failed = Some((error, event.sequence.unwrap())),
+            }
+        }
+    }
+    let Some((Error::OutOfMemory { .. }, mut sequence)) = failed else { panic!("{failed:?}") };
+    assert_eq!(sequence.session().len(), 2 * PAGE);
+    let next = step(&model, &mut [&mut sequence], &|| false).unwrap().remove(0);
+    assert!(next == job.alone(&model)[29], "it continues outside the limit");
 }

@@ -6,13 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from nybble.overrides import doc, merged
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _doc(text: str) -> dict[str, str]:
-    """The metadata of a field: its help, which the command line shows as well."""
-    return {"help": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +25,26 @@ class LoadOptions:
     """
 
     filename: str | None = field(
-        default=None, metadata=_doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".')
+        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".')
     )
     """A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository."""
-    revision: str | None = field(default=None, metadata=_doc("Branch, tag or commit of a repository."))
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
     """Branch, tag or commit of a Hub repository."""
     kernel: str | None = field(
-        default=None, metadata=_doc("Instruction set to compute with; the best one if not given.")
+        default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
     )
     """Instruction set to compute with. `kernels()` lists those that this CPU runs; None takes the best."""
     threads: int | None = field(
-        default=None, metadata=_doc("Threads to compute with; the number of physical cores if not given.")
+        default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
     )
     """Number of threads. None takes the number of physical cores available to this process."""
     context: int | None = field(
         default=None,
-        metadata=_doc("Tokens of context, prompt and completion together; the model's limit if not given."),
+        metadata=doc("Tokens of context, prompt and completion together; the model's limit if not given."),
     )
     """Number of tokens in the context, prompt and completion together. None takes the model's training length."""
     quantize: str | None = field(
-        default="auto", metadata=_doc("Quantize F32, F16 and BF16 weights while loading: auto, int4 or int8.")
+        default="auto", metadata=doc("Quantize F32, F16 and BF16 weights while loading: auto, int4 or int8.")
     )
     """How to store weights that the file holds as F32, F16 or BF16.
 
@@ -59,7 +56,7 @@ class LoadOptions:
       After `int4`, in any order: a recipe, a group size (`g64`; `g0` for whole rows), and a format or `asym`.
     """
     cache_type: Literal["f16", "int8", "f32"] | None = field(
-        default=None, metadata=_doc("Type of the KV cache; int8 takes half the memory of f16.")
+        default=None, metadata=doc("Type of the KV cache; int8 takes half the memory of f16.")
     )
     """Type of the KV cache: `"f16"`, `"int8"` (half the memory) or `"f32"`.
 
@@ -67,7 +64,7 @@ class LoadOptions:
     """
     mmap: bool = field(
         default=True,
-        metadata=_doc(
+        metadata=doc(
             "Map files into memory while they load. Without it they are read: safe if a file changes meanwhile."
         ),
     )
@@ -83,7 +80,7 @@ class LoadOptions:
 
 
 class LoadOverrides(TypedDict, total=False):
-    """Names and types of the fields of `LoadOptions`, for type checkers: Python cannot derive one from the other."""
+    """Names and types of the fields of `LoadOptions`, for type checkers."""
 
     filename: str | None
     revision: str | None
@@ -101,8 +98,4 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
     Raises:
         TypeError: an override is not an option. The message lists the options.
     """
-    known = LoadOverrides.__annotations__
-    if unknown := [name for name in overrides if name not in known]:
-        raise TypeError(f"no such option: {', '.join(unknown)} (options: {', '.join(known)})")
-    base = LoadOptions() if options is None else options
-    return base.replace(**overrides) if overrides else base
+    return merged(LoadOptions() if options is None else options, overrides)

@@ -6,7 +6,8 @@ use numpy::PyReadonlyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::{Model, detached};
+use super::detach::detached;
+use super::model::Model;
 use crate::Error;
 use crate::quantize::eval::{self, Estimate, Evaluation};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use numpy::PyReadonlyArray2;
 use pyo3::prelude::*;
 
-use super::detached;
+use super::detach::detached;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::problem::Grid;

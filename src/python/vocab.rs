@@ -28,7 +28,7 @@ impl SentencePiece {
         let bytes = tokens.iter().map(|token| token.to_str().map_or(0, str::len) + 64).sum();
         let room = Vec::<u8>::new().try_reserve_exact(bytes);
         room.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes, left: None })?;
-        let made = super::caught(|| {
+        let made = super::detach::caught(|| {
             let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
                 text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.
                 score,
@@ -44,6 +44,6 @@ impl SentencePiece {
 
     /// The ids of `text`; marks spelled out in it become their tokens if `parse_special`. Other threads run meanwhile.
     fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> PyResult<Vec<u32>> {
-        super::guarded(py, || Ok(self.0.encode(text, parse_special)))
+        super::detach::guarded(py, || Ok(self.0.encode(text, parse_special)))
     }
 }

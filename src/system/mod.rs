@@ -9,3 +9,5 @@ pub(crate) mod allocator;
 #[cfg(any(target_os = "linux", test))]
 pub(crate) mod cgroup;
 pub(crate) mod memory;
+#[cfg(any(feature = "python", test))]
+pub(crate) mod panics;

@@ -48,14 +48,14 @@ def test_a_model_too_large_for_the_memory_is_a_memory_error_and_others_stay_usab
     tiny.write_model(big, layers=1, feed_forward=1 << 20)  # 113 MB in three matrices
     script = """
         import os, resource, sys
-        from nybble import Model, _native
+        from nybble import LoadOptions, Model, _native
         small, big = sys.argv[1:]
         model = Model.load(small, threads=1)
         before = model.generate("abc", max_tokens=8, temperature=0).text
         used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
         resource.setrlimit(resource.RLIMIT_AS, (used + os.path.getsize(big) + (20 << 20), resource.RLIM_INFINITY))
         try:
-            _native.Model.load(big, threads=1)
+            _native.Model.load(big, LoadOptions(threads=1))
         except MemoryError as error:
             print(error)
         assert model.generate("abc", max_tokens=8, temperature=0).text == before
@@ -214,7 +214,7 @@ def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
     else:
         tiny.write_model(big, layers=4, feed_forward=1 << 19)  # 225 MB
     script = """
-        from nybble import Model, _native
+        from nybble import LoadOptions, Model, _native
         small, big, what = sys.argv[2:]
         model = Model.load(small, threads=1)
         before = model.generate("abc", max_tokens=8, temperature=0).text
@@ -228,7 +228,7 @@ def test_the_limit_of_a_cgroup_is_a_memory_error_and_no_end_of_the_process(
                     with Model.load(big, threads=1) as deep:
                         deep.generate("a" * 25600, max_tokens=1)
                 else:
-                    _native.Model.load(big, threads=1, mmap=what != "a file that is read")
+                    _native.Model.load(big, LoadOptions(threads=1, mmap=what != "a file that is read"))
             except MemoryError as error:
                 print(error)
         assert model.generate("abc", max_tokens=8, temperature=0).text == before
@@ -380,7 +380,7 @@ def test_a_signal_ends_loading_and_quantizing_and_leaves_no_file_behind(
     out.mkdir()
     script = """
         import signal, sys
-        from nybble import _native
+        from nybble import LoadOptions, _native
         file, out, phase = sys.argv[1:]
         def end(number, frame):
             raise SystemExit(17)
@@ -392,7 +392,7 @@ def test_a_signal_ends_loading_and_quantizing_and_leaves_no_file_behind(
         said = []
         while True:  # Whenever the signal comes, there is work that it can end.
             if phase == "load":
-                _native.Model.load(file, threads=2, progress=progress)
+                _native.Model.load(file, LoadOptions(threads=2), progress)
             elif phase == "convert":
                 _native.convert(file, out + "/model.gguf", "q8_0", progress)
             else:

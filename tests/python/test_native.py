@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nybble import ModelError, _native
+from nybble import LoadOptions, ModelError, SamplingOptions, _native
 
 
 def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +69,7 @@ def test_kernels_are_listed_best_first_and_scalar_is_always_there() -> None:
 
 
 def test_a_sequence_cannot_be_in_a_step_twice(tiny_file: Path) -> None:
-    from nybble import SamplingOptions
-
-    model = _native.Model.load(tiny_file, threads=1)
+    model = _native.Model.load(tiny_file, LoadOptions(threads=1))
     sequence = model.sequence([1, 2, 3], SamplingOptions(seed=1))
     with pytest.raises(ValueError, match="sequence"):
         model.step([sequence, sequence])
@@ -79,9 +77,7 @@ def test_a_sequence_cannot_be_in_a_step_twice(tiny_file: Path) -> None:
 
 
 def test_a_sequence_stays_with_its_model(tiny_file: Path, tmp_path: Path) -> None:
-    from nybble import SamplingOptions
-
-    other = _native.Model.load(tiny.write_model(tmp_path / "other.gguf", layers=1), threads=1)
-    sequence = _native.Model.load(tiny_file, threads=1).sequence([1, 2, 3], SamplingOptions(seed=1))
+    other = _native.Model.load(tiny.write_model(tmp_path / "other.gguf", layers=1), LoadOptions(threads=1))
+    sequence = _native.Model.load(tiny_file, LoadOptions(threads=1)).sequence([1, 2, 3], SamplingOptions(seed=1))
     with pytest.raises(ValueError, match="another model"):
         other.step([sequence])

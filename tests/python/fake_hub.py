@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: the few endpoints that its client asks when a model is fetched."""
+"""A Hugging Face Hub on this machine, with the few endpoints that its client uses for a download."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class FakeHub:
-    """Serves `repositories`: name to file name to bytes. `requests` remembers what was asked, as "GET /path"."""
+    """Serves `repositories` (name to file name to bytes). `requests` records requests as "GET /path"."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     broken: bool = False
     tampered: int = 0
-    """How many of the next files have a wrong last byte when they arrive."""
+    """The number of next files that are sent with a wrong last byte."""
     stall_after: int | None = None
-    """Bytes after which a file stops coming, until `stalled` is told to go on."""
+    """Bytes after which a download stops until `stalled` is set."""
     stalling: threading.Event = field(default_factory=threading.Event)
     stalled: threading.Event = field(default_factory=threading.Event)
 
@@ -75,7 +75,7 @@ class FakeHub:
             parts = parts[2:]
         repository, rest = "/".join(parts[:2]), parts[2:]
         files = self.repositories.get(repository)
-        if repository in self.gated and not is_api:  # Everyone may know what is there, not have it.
+        if repository in self.gated and not is_api:  # Anyone may list the files, but not download them.
             return self._send(request, 403, b"", body, {"X-Error-Code": "GatedRepo"})
         if files is None:
             return self._send(request, 401, b"", body, {"X-Error-Code": "RepoNotFound"})
@@ -106,11 +106,11 @@ class FakeHub:
 
     @staticmethod
     def _sibling(name: str, data: bytes) -> dict[str, object]:
-        """What the Hub says of a file: of large ones, which lie in another storage, their hash too."""
-        said: dict[str, object] = {"rfilename": name, "size": len(data)}
+        """The Hub's description of a file, with the hash for large files."""
+        sibling: dict[str, object] = {"rfilename": name, "size": len(data)}
         if name.endswith((".gguf", ".safetensors")):
-            said["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
-        return said
+            sibling["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+        return sibling
 
     def _send(
         self,
@@ -131,5 +131,5 @@ class FakeHub:
             if len(first) < len(data):
                 self.stalling.set()
                 self.stalled.wait(120)
-                with contextlib.suppress(OSError):  # Who asked may be gone.
+                with contextlib.suppress(OSError):  # The client may have disconnected.
                     request.wfile.write(data[len(first) :])

@@ -76,7 +76,7 @@ def test_a_file_that_exists_is_not_overwritten_unless_forced(
     out = tmp_path / "llama.gguf"
     out.write_bytes(b"precious")
     assert main(["convert", str(LLAMA), str(out)]) == 1
-    assert "llama.gguf: exists already" in capsys.readouterr().err
+    assert "llama.gguf: already exists" in capsys.readouterr().err
     assert out.read_bytes() == b"precious"
     assert main(["convert", str(LLAMA), str(out), "--type", "q8_0", "--force"]) == 0
     assert out.read_bytes()[:4] == b"GGUF"

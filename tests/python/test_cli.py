@@ -30,13 +30,13 @@ needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no p
 
 @pytest.fixture(scope="session")
 def endless_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with room for more tokens than any test waits for."""
+    """The tiny model with a context larger than any test fills."""
     path = tmp_path_factory.mktemp("endless") / "endless.gguf"
     return tiny.write_model(path, llama__context_length=1_000_000)
 
 
 def nybble(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs the command as a process, with pipes for a terminal."""
+    """Runs the command as a process with pipes."""
     command = [sys.executable, "-m", "nybble", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
@@ -59,7 +59,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 # --- run
 
 
-def test_run_prints_the_text_and_nothing_else(tiny_file: Path) -> None:
+def test_run_prints_the_completion_and_nothing_else(tiny_file: Path) -> None:
     done = nybble("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", WRITE_X)
     assert (done.returncode, done.stdout, done.stderr) == (0, "xxxxx\n", "")
 
@@ -69,7 +69,7 @@ def test_run_reads_the_prompt_from_standard_input(tiny_file: Path) -> None:
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 12
 
 
-def test_run_json_is_one_object_with_the_whole_completion(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_json_is_one_object_with_the_completion(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = json.loads(
         run(capsys, "run", "--raw", tiny_file, "abc", "--json", "--max-tokens", "2", "--logit-bias", WRITE_X)
     )
@@ -77,7 +77,7 @@ def test_run_json_is_one_object_with_the_whole_completion(tiny_file: Path, capsy
     assert done["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0}
 
 
-def test_run_answers_where_the_model_can_chat_and_continues_elsewhere(
+def test_run_answers_with_a_chat_template_and_continues_without(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_template = tiny.write_model(tmp_path / "base.gguf", tokenizer__chat_template=None)
@@ -91,14 +91,14 @@ def test_run_answers_where_the_model_can_chat_and_continues_elsewhere(
     assert prompt_tokens(no_template) == len("Hello")
 
 
-def test_every_option_of_sampling_is_an_option_of_run_and_chat(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_sampling_option_is_an_option_of_run_and_chat(capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in SamplingOptions.__dataclass_fields__ if name != "logprobs"]
     for command in ("run", "chat"):
         said = run(capsys, command, "--help")
         assert all(f"--{name.replace('_', '-')} " in said for name in names)
 
 
-def test_options_of_sampling_reach_the_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_options_reach_the_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("run", tiny_file, "abc", "--max-tokens", "9", "--logit-bias", WRITE_X, "--stop", "y", "--stop", "xxx")
     assert run(capsys, *arguments) == "\n"
     seeded = ("run", tiny_file, "abc", "--max-tokens", "20", "--temperature", "2", "--json", "--seed")
@@ -106,12 +106,12 @@ def test_options_of_sampling_reach_the_model(tiny_file: Path, capsys: pytest.Cap
     assert tokens[0] == tokens[1] != tokens[2]
 
 
-def test_a_model_alone_is_no_prompt(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_needs_a_prompt_besides_a_model(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FailedError, match=r"^2 nybble: .*PROMPT is missing"):
         run(capsys, "run", tiny_file)
 
 
-# --- Failing
+# --- Errors
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_model_alone_is_no_prompt(tiny_file: Path, capsys: pytest.CaptureFixtu
         (["bench", "--rounds", "0"], "--rounds"),
     ],
 )
-def test_misuse_is_one_line_and_exit_code_2(
+def test_wrong_usage_is_one_line_and_exit_code_2(
     arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(FailedError, match=f"^2 nybble: .*{said}"):
@@ -148,14 +148,14 @@ def test_failure_is_one_line_and_exit_code_1(
         run(capsys, "run", tmp_path / "broken.gguf", "abc")
 
 
-def test_a_failing_process_says_why_without_a_traceback(tmp_path: Path) -> None:
+def test_a_failing_process_prints_no_traceback(tmp_path: Path) -> None:
     done = nybble("inspect", tmp_path / "nowhere.gguf")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("nybble: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tiny_file: Path) -> None:
     command = [sys.executable, "-m", "nybble", "inspect", str(tiny_file), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -164,7 +164,7 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_file: Path) -> None:
         assert process.stderr.read() == b""
 
 
-def test_a_warning_is_one_line_without_the_code_that_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_one_line_without_source_code(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         terminal.show_warnings()
@@ -203,7 +203,7 @@ def test_inspect_json_has_every_key_and_tensor(tiny_file: Path, capsys: pytest.C
     assert (embedding["type"], embedding["shape"], embedding["bytes"]) == ("Q8_0", [64, 259], 17_612)
 
 
-def test_inspect_is_not_steered_by_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_no_control_characters_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {
         "general.architecture": "llama",
         "general.name": "\x1b[2Jboo [red]markup[/red] :smile:",
@@ -225,7 +225,7 @@ def test_inspect_is_not_steered_by_the_file(tmp_path: Path, capsys: pytest.Captu
 FAST = ("--prompt", "16", "--generate", "4", "--rounds", "1")
 
 
-def test_bench_json_is_one_object_with_the_measures(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--threads", "1,2", "--prompt", "16,8", "--batch", "1,3", "--generate", "4", "--rounds", "1", "--json")
     found = json.loads(run(capsys, "bench", tiny_file, *arguments))
     assert found["model"] == "tiny"
@@ -264,7 +264,7 @@ def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.Capt
     assert all(row[4].endswith("%") and row[6].endswith("%") for row in rows)
 
 
-def test_bench_sets_an_earlier_run_beside_this_one(
+def test_bench_compares_with_an_earlier_run(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     earlier = tmp_path / "earlier.json"
@@ -284,7 +284,7 @@ def test_bench_sets_an_earlier_run_beside_this_one(
     assert both["before"] == slow
 
 
-def test_bench_refuses_a_file_that_is_no_run(
+def test_bench_refuses_to_compare_with_another_file(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
@@ -296,23 +296,23 @@ def test_bench_refuses_a_file_that_is_no_run(
 
 @pytest.mark.parametrize("option", ["--prompt", "--batch", "--threads"])
 @pytest.mark.parametrize("value", ["", "0", "1,,2", "x", "-1"])
-def test_bench_refuses_what_is_no_list_of_numbers(
+def test_bench_refuses_malformed_lists_of_numbers(
     option: str, value: str, tiny_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(FailedError, match=rf"^2 nybble: .*{option}: found .* expected positive numbers"):
         run(capsys, "bench", tiny_file, f"{option}={value}")
 
 
-def test_bench_refuses_what_does_not_fit_into_the_context(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_refuses_lengths_beyond_the_context(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FailedError, match=r"^2 nybble: .*--prompt 120 and --generate 64 do not fit into 128"):
         run(capsys, "bench", tiny_file, "--prompt", "16,120")
 
 
-def test_models_lists_what_is_cached(
+def test_models_lists_cached_models(
     fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
-    assert "no models here yet" in run(capsys, "models")
+    assert "no models in the cache" in run(capsys, "models")
     fake_hub.repositories["maker/model"] = {"m.Q4_0.gguf": bytes(2_500_000)}
     path = hub.resolve("maker/model")
     assert any(
@@ -332,16 +332,16 @@ def test_chat_answers_each_line_of_a_pipe(tiny_file: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "xxx\nxxx\n")
 
 
-def test_chat_remembers_until_it_is_told_to_forget(tiny_file: Path) -> None:
+def test_chat_keeps_the_conversation_until_clear(tiny_file: Path) -> None:
     arguments = ("chat", tiny_file, "--max-tokens", "1", "--logit-bias", WRITE_X)
-    long = "a" * 50  # One of them fits into the context of 128 tokens, two do not.
-    done = nybble(*arguments, stdin=f"{long}\n{long}\n/clear\n{long}\n")
+    message = "a" * 50  # One message fits into the context of 128 tokens, two do not.
+    done = nybble(*arguments, stdin=f"{message}\n{message}\n/clear\n{message}\n")
     assert (done.returncode, done.stdout) == (0, "x\nx\n")
     assert done.stderr.count("/clear starts a new conversation") == 1
 
 
 class Terminal:
-    """A command at a pseudo-terminal of 80 columns."""
+    """A command on a pseudo-terminal of 80 columns."""
 
     def __init__(self, *arguments: str | Path) -> None:
         import pty
@@ -353,19 +353,19 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "nybble", *map(str, arguments)])
 
     def wait_for(self, text: str, typing: str = "") -> str:
-        """Reads until `text` has come, `typing` something again and again. What came before it counts no more."""
+        """Reads until `text` has come, typing `typing` every second. Returns and drops what came before it."""
         deadline = time.monotonic() + 60
         typed = 0.0
         while text not in self.seen:
-            assert time.monotonic() < deadline, f"{text!r} did not come, but {self.seen[-2000:]!r}"
+            assert time.monotonic() < deadline, f"{text!r} did not come; found {self.seen[-2000:]!r}"
             if typing and time.monotonic() - typed > 1:
                 self.type(typing)
                 typed = time.monotonic()
             if select.select([self._fd], [], [], 0.1)[0]:
                 try:
                     self.seen += os.read(self._fd, 4096).decode(errors="replace")
-                except OSError:  # Linux says this at the end.
-                    pytest.fail(f"{text!r} did not come, but the end after {self.seen!r}")
+                except OSError:  # Linux raises this at the end of the output.
+                    pytest.fail(f"{text!r} did not come before the end; found {self.seen!r}")
         before, _, self.seen = self.seen.partition(text)
         return before
 
@@ -388,7 +388,7 @@ class Terminal:
 
 
 @needs_pty
-def test_ctrl_c_stops_an_answer_and_not_the_chat(endless_file: Path) -> None:
+def test_ctrl_c_stops_an_answer_but_not_the_chat(endless_file: Path) -> None:
     terminal = Terminal(
         "chat", endless_file, "--max-tokens", "900000", "--logit-bias", WRITE_X, "--logit-bias", FORBID_END
     )
@@ -397,7 +397,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(endless_file: Path) -> None:
     terminal.wait_for("xxxxxxxx")
     terminal.wait_for("[stopped]", typing="\x03")
     terminal.wait_for("> ")
-    terminal.wait_for("Ctrl-D leaves", typing="\x03")  # With nothing to stop, the way out is shown.
+    terminal.wait_for("Ctrl-D leaves", typing="\x03")  # Without a running answer, Ctrl-C shows how to leave.
     terminal.type("Once more\n")
     terminal.wait_for("xxxxxxxx")
     terminal.wait_for("[stopped]", typing="\x03")
@@ -406,7 +406,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(endless_file: Path) -> None:
 
 
 @needs_pty
-def test_ctrl_c_ends_a_run_with_130(endless_file: Path) -> None:
+def test_ctrl_c_ends_run_with_exit_code_130(endless_file: Path) -> None:
     terminal = Terminal("run", endless_file, "Hello", "--max-tokens", "900000", "--logit-bias", WRITE_X)
     terminal.wait_for("xxxxxxxx")
     terminal.type("\x03")
@@ -414,16 +414,16 @@ def test_ctrl_c_ends_a_run_with_130(endless_file: Path) -> None:
 
 
 @needs_pty
-def test_a_terminal_is_not_steered_by_the_text(tiny_file: Path) -> None:
+def test_a_terminal_gets_no_control_characters_of_the_model(tiny_file: Path) -> None:
     escape = f"{0x1B}=1000"
     terminal = Terminal("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", escape)
-    assert "\x1b\x1b" not in terminal.wait_for("written at")
+    assert "\x1b\x1b" not in terminal.wait_for("tokens/s")
     assert terminal.end() == 0
     piped = nybble("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", escape)
-    assert piped.stdout == "\x1b" * 5 + "\n", "a pipe gets the text as it is"
+    assert piped.stdout == "\x1b" * 5 + "\n", "a pipe gets the text unchanged"
 
 
-# --- Starting
+# --- Start-up
 
 
 def test_a_run_imports_only_what_it_needs(tiny_file: Path) -> None:
@@ -436,9 +436,7 @@ def test_a_run_imports_only_what_it_needs(tiny_file: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
-def test_the_standard_output_of_a_command_can_be_any_text_stream(
-    tiny_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_output_may_be_any_text_stream(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     assert main(["run", str(tiny_file), "abc", "--max-tokens", "1", "--logit-bias", WRITE_X]) == 0

@@ -231,7 +231,13 @@ def test_markers_are_found_as_special_and_as_normal_tokens(folder: Path, kind: i
         "tokenizer__chat_template": TOOL_TEMPLATE,
     }
     call = json.dumps({"name": "time", "arguments": {}})
-    asked: Any = {"model": "tiny", "messages": HELLO, "tools": [TIME], "logprobs": True, "logit_bias": {str(marker): 100}}
+    asked: Any = {
+        "model": "tiny",
+        "messages": HELLO,
+        "tools": [TIME],
+        "logprobs": True,
+        "logit_bias": {str(marker): 100},
+    }
     begin = f"<[{marker}]>" if kind == 3 else '"<tool_call>"'
     asked["extra_body"] = {"grammar": f"start: {begin} {json.dumps(call)}"}
     with (

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import LoadOptions, takes_options
+from nybble.cli.options import load_model, takes_options
+from nybble.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from nybble.model import Model
@@ -47,10 +48,10 @@ def evaluate(
     recorded = None
     if reference is not None:
         # One model in memory at a time: what is needed of the reference goes to a temporary file.
-        plain = dataclasses.replace(load, filename=None, revision=None)
-        with plain.load(reference, quantize="stored") as model, bar("reading with the reference") as advance:
+        plain = dataclasses.replace(load, filename=None, revision=None, quantize="stored")
+        with load_model(reference, plain) as model, bar("reading with the reference") as advance:
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
-    with load.load(source, quantize=quantize) as model, bar("reading") as advance:
+    with load_model(source, load.replace(quantize=quantize)) as model, bar("reading") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:

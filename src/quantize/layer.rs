@@ -146,7 +146,7 @@ fn energy(hessian: &[f32], x: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::format::tests::codes;
+    use super::super::format::{rounded, tests::codes};
     use super::*;
 
     #[test]

@@ -1,19 +1,20 @@
 //! Quantization of the tiny checkpoint of every family.
 
+#[path = "common/quantization.rs"]
+mod quantization;
+
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::Error;
-use nybble::format::gguf::{Gguf, Metadata, NewTensor, Writer};
-use nybble::model::hf::HfFolder;
-use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
+use nybble::format::gguf::{Gguf, NewTensor, Writer};
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
     AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, SignroundOptions, Target,
     TensorFormats, auto, quantize, spend_bits,
 };
-use tempfile::TempDir;
+use quantization::{golden, source};
 
 const RTN: Recipe = Recipe::Rtn { search: false };
 
@@ -27,24 +28,12 @@ fn options(recipe: Recipe) -> QuantizeOptions {
 }
 
 fn windows() -> Vec<Vec<u32>> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) % 320
-    };
-    (0..20).map(|_| (0..64).map(|_| next()).collect()).collect()
+    quantization::windows(std::iter::repeat_n(64, 20))
 }
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name)
-}
-
-/// The checkpoint as a GGUF file of F32, which needs no tokenizer.
-fn source(folder: &TempDir, name: &str) -> PathBuf {
-    let path = folder.path().join(format!("{name}-f32.gguf"));
-    let checkpoint = HfFolder::open(golden(name)).unwrap();
-    convert::convert(&checkpoint, &Metadata::new(), &path, BlockType::F32, None).unwrap();
-    path
+/// The logits of a file on a short text.
+fn logits(file: &Path) -> Vec<f32> {
+    quantization::logits(file, &[(0..60).map(|i| (i * i * 31 + 7) % 320).collect()])
 }
 
 fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
@@ -66,19 +55,6 @@ fn run_on(
 fn run_forced(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
     let windows = windows();
     quantize(&RunContext { threads: Some(1), force: true, ..RunContext::new(source, out, &windows) }, options)
-}
-
-/// The logits that the weights of a file give when they are computed in F32.
-fn logits(file: &Path) -> Vec<f32> {
-    let floats = file.with_extension("floats.gguf");
-    convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
-    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
-    let model = Model::load(&floats, &options).unwrap();
-    let (mut session, mut logits) = (model.session(), Vec::new());
-    let tokens: Vec<u32> = (0..60).map(|i| (i * i * 31 + 7) % 320).collect();
-    let input = Input { session: &mut session, tokens: &tokens, logits: Logits::All };
-    model.forward(&mut [input], &mut logits, &|| false).unwrap();
-    logits
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -112,16 +88,16 @@ fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
 }
 
 #[test]
-fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
+fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
     let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     families.sort();
-    let mut folded = 0;
+    let mut scaled = 0;
     for name in families {
         let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
         let source = source(&folder, name);
         let expected = logits(&source);
         let out = folder.path().join("out.gguf");
-        // Five bits, so that what is left of the difference is small; one tensor is kept, which must be scaled as well.
+        // Five bits keep the difference small. One tensor has an override, and must be scaled as well.
         let overrides = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
         let formats = TensorFormats { format: Format::Q5_0, overrides, ..options(RTN).formats };
         let distance_of = |recipe: Recipe| {
@@ -134,13 +110,13 @@ fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
             let file = Gguf::open(file).unwrap();
             file.tensor("blk.1.attn_norm.weight").map(|tensor| file.data(tensor).to_vec())
         };
-        folded += usize::from(norm(&source) != norm(&out));
+        scaled += usize::from(norm(&source) != norm(&out));
     }
-    assert!(folded >= 15, "{folded} families have norms that take factors");
+    assert!(scaled >= 15, "{scaled} families have scaled norms");
 }
 
 #[test]
-fn auto_takes_the_first_recipe_that_is_good_enough_and_leaves_no_other_file() {
+fn auto_takes_the_first_recipe_that_meets_the_target() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let evaluation: Vec<Vec<u32>> = windows().into_iter().take(4).collect();
@@ -235,7 +211,7 @@ fn the_bytes_are_the_same_on_one_and_two_threads() {
 }
 
 #[test]
-fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
+fn a_stopped_run_continues_to_the_same_bytes() {
     for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN), ("bloom", Recipe::Awq(None))] {
         let folder = tempfile::tempdir().unwrap();
         let source = source(&folder, name);
@@ -249,18 +225,18 @@ fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
         assert!(steps > 4, "{name} can be stopped {steps} times");
 
         let out = folder.path().join("out.gguf");
-        // Stops again and again, each time a little later than the time before.
+        // Stops repeatedly, each time a little later.
         let mut stops = 0;
-        for patience in (1..).map(|i| i * steps / 8) {
+        for limit in (1..).map(|i| i * steps / 8) {
             asked.store(0, Ordering::Relaxed);
-            let stop = || count() > patience;
+            let stop = || count() > limit;
             match run_on(&source, &out, &options, 1, &stop) {
                 Ok(_) => break,
                 Err(Error::Interrupted) => stops += 1,
                 Err(error) => panic!("{name}: {error}"),
             }
-            assert!(!out.exists(), "nothing stands under the final name");
-            // A record that was being written when the process died.
+            assert!(!out.exists(), "no file has the final name");
+            // An incomplete record, as after a kill.
             let log = folder.path().join("out.gguf.resume");
             let length = log.metadata().unwrap().len();
             std::fs::File::options().write(true).open(&log).unwrap().set_len(length.saturating_sub(5)).unwrap();
@@ -273,7 +249,7 @@ fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
 }
 
 #[test]
-fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
+fn a_run_with_its_output_in_the_source_folder_continues() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(golden("llama").join(name), folder.path().join(name)).unwrap();
@@ -295,7 +271,7 @@ fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
 }
 
 #[test]
-fn what_is_done_is_not_done_again() {
+fn finished_work_is_not_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let asked = AtomicUsize::new(0);
@@ -311,7 +287,7 @@ fn what_is_done_is_not_done_again() {
     let second = run_on(&source, &out, &options(gptq()), 1, &|| true);
     assert!(matches!(second, Err(Error::Interrupted)));
     assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == log);
-    // Nor are layers gone through again that are whole.
+    // Finished layers are not computed again.
     asked.store(0, Ordering::Relaxed);
     let count = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
     let copy = folder.path().join("copy.gguf");
@@ -329,7 +305,7 @@ fn what_is_done_is_not_done_again() {
 }
 
 #[test]
-fn progress_goes_forward_and_ends_below_the_total() {
+fn progress_grows_and_stays_below_the_total() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "qwen3");
     let last = Cell::new(0);
@@ -345,7 +321,7 @@ fn progress_goes_forward_and_ends_below_the_total() {
 }
 
 #[test]
-fn every_format_and_kept_tensors_are_written_as_asked() {
+fn formats_and_overrides_are_written_as_requested() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
     for (format, group, expected) in [
@@ -368,7 +344,7 @@ fn every_format_and_kept_tensors_are_written_as_asked() {
         assert_eq!(found("output.weight"), BlockType::F16);
         assert_eq!(found("token_embd.weight"), BlockType::Q4_0);
         assert_eq!(found("blk.0.attn_norm.weight"), BlockType::F32);
-        // A group is several blocks with the same scale.
+        // The blocks of a group have the same scale.
         let tensor = file.tensor("blk.0.attn_q.weight").unwrap();
         let (bytes, blocks) = (file.data(tensor), expected.1 / 32);
         let scales: Vec<&[u8]> = bytes.chunks(expected.0.block_bytes()).map(|block| &block[..2]).collect();
@@ -378,10 +354,10 @@ fn every_format_and_kept_tensors_are_written_as_asked() {
 }
 
 #[test]
-fn experts_that_few_tokens_choose_are_rounded_and_the_report_says_so() {
+fn experts_with_too_few_tokens_are_rounded_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "qwen3_moe"), folder.path().join("out.gguf"));
-    // One window again and again but for its order: enough text, and experts that it never reaches.
+    // The same token throughout: enough text, and experts that it never reaches.
     let windows = vec![vec![7; 32]; 20];
     let report = quantize(&RunContext::new(&source, &out, &windows), &options(gptq())).unwrap();
     let experts = report.tensors.iter().filter(|tensor| tensor.name.contains("_exps"));
@@ -392,7 +368,7 @@ fn experts_that_few_tokens_choose_are_rounded_and_the_report_says_so() {
 }
 
 #[test]
-fn faults_are_named_and_leave_nothing_under_the_final_name() {
+fn errors_name_their_cause_and_leave_no_output() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let refused = |source: &Path, options: &QuantizeOptions, windows: &[Vec<u32>]| {
@@ -452,7 +428,7 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
     assert!(Gguf::open(&out).is_ok());
 }
 
-/// A copy of a file of floats in which one number is NaN.
+/// Copies a file of floats with one number replaced by NaN.
 fn with_nan(source: &Path, out: &Path, name: &str, at: usize) {
     let file = Gguf::open(source).unwrap();
     let mut writer = Writer::create(out, file.metadata(), file.tensors().iter().map(NewTensor::from)).unwrap();

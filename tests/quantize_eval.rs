@@ -55,14 +55,14 @@ fn windows_do_not_overlap_and_begin_with_the_start_token() {
 }
 
 #[test]
-fn a_text_that_fills_no_window_is_refused_with_both_lengths() {
+fn a_text_shorter_than_a_window_is_refused_with_both_lengths() {
     let error = windows(&[1, 2, 3], 4, None).unwrap_err().to_string();
     assert!(error.contains("3 tokens") && error.contains("at least 4"), "{error}");
     assert!(windows(&[1, 2, 3], 3, None).is_err());
 }
 
 #[test]
-fn perplexity_is_that_of_the_second_half_of_each_window() {
+fn perplexity_scores_the_second_half_of_each_window() {
     let model = load(&ODD, BlockType::F32, 2);
     let windows = cut(5 * WINDOW + 4);
     let logs: Vec<f64> = expected(&model, &windows).iter().map(|(logs, token)| -logs[*token]).collect();
@@ -76,7 +76,7 @@ fn perplexity_is_that_of_the_second_half_of_each_window() {
 }
 
 #[test]
-fn divergence_is_that_of_the_definitions() {
+fn divergence_agrees_with_its_definition() {
     let (base, model) = (load(&ODD, BlockType::F32, 1), load(&ODD, BlockType::Q4_0, 1));
     let windows = cut(4 * WINDOW);
     let pairs: Vec<_> = expected(&base, &windows).into_iter().zip(expected(&model, &windows)).collect();
@@ -119,7 +119,7 @@ fn a_model_does_not_diverge_from_itself() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_matter_and_a_reference_serves_many_times() {
+fn a_reference_gives_the_same_figures_on_any_number_of_threads() {
     let windows = cut(3 * WINDOW);
     let (one, two) = (load(&ODD, BlockType::Q4_1, 1), load(&ODD, BlockType::Q4_1, 2));
     let base = load(&ODD, BlockType::F32, 2);
@@ -129,7 +129,7 @@ fn the_number_of_threads_does_not_matter_and_a_reference_serves_many_times() {
 }
 
 #[test]
-fn a_model_of_another_vocabulary_is_refused() {
+fn a_model_with_another_vocabulary_is_refused() {
     let (model, other) = (load(&ODD, BlockType::F32, 1), load(&Shape { vocabulary: 64, ..ODD }, BlockType::F32, 1));
     let windows = vec![vec![1; WINDOW]];
     let mut reference = Reference::record(&model, &windows, &|_, _| Ok(()), &|| false).unwrap();
@@ -145,19 +145,19 @@ fn windows_that_cannot_be_scored_are_refused() {
     assert!(fails(&[vec![1, 2, 3]]));
     assert!(fails(&[vec![1; 8], vec![1; 9]]));
     assert!(fails(&[vec![101; 8]]), "an id beyond the vocabulary");
-    // Only the token that is predicted last is never read.
+    // The model never reads the last token, which is only scored.
     assert!(fails(&[vec![1, 1, 1, 1, 1, 1, 1, 101]]), "an id beyond the vocabulary at the end");
 }
 
 #[test]
-fn evaluation_stops_when_it_is_asked_to() {
+fn an_interrupted_evaluation_stops() {
     let model = load(&ODD, BlockType::F32, 1);
     let error = perplexity(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| true).unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");
 }
 
 #[test]
-fn progress_counts_windows_up_to_all_of_them() {
+fn progress_counts_windows_up_to_the_total() {
     let model = load(&ODD, BlockType::F32, 1);
     let seen = std::sync::Mutex::new(Vec::new());
     perplexity(

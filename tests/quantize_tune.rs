@@ -1,21 +1,20 @@
 //! Tuning of scales and norms after a recipe, on the tiny checkpoints of plain decoder blocks.
 
+#[path = "common/quantization.rs"]
+mod quantization;
+
 use std::cell::{Cell, RefCell};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::Error;
-use nybble::format::gguf::{Gguf, Metadata};
-use nybble::model::hf::HfFolder;
-use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
+use nybble::format::gguf::Gguf;
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
     AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, Target, TensorFormats,
     TuningOptions, auto, quantize,
 };
-use tempfile::TempDir;
-
-const VOCABULARY: usize = 320;
+use quantization::{VOCABULARY, source};
 
 fn options(tuning: Option<TuningOptions>) -> QuantizeOptions {
     let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
@@ -28,19 +27,11 @@ fn tuning() -> TuningOptions {
 }
 
 fn windows() -> Vec<Vec<u32>> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) % VOCABULARY as u32
-    };
-    (0..20).map(|window| (0..40 + window).map(|_| next()).collect()).collect()
+    quantization::windows(40..60)
 }
 
-fn source(folder: &TempDir, name: &str) -> PathBuf {
-    let path = folder.path().join(format!("{name}-f32.gguf"));
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
-    convert::convert(&HfFolder::open(golden).unwrap(), &Metadata::new(), &path, BlockType::F32, None).unwrap();
-    path
+fn logits(file: &Path) -> Vec<f32> {
+    quantization::logits(file, &windows())
 }
 
 fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
@@ -60,38 +51,22 @@ fn run_until(
     quantize(&context, options)
 }
 
-/// The logits of all windows, from the weights of a file in F32.
-fn logits(file: &Path) -> Vec<f32> {
-    let floats = file.with_extension("floats.gguf");
-    convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
-    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
-    let model = Model::load(&floats, &options).unwrap();
-    let mut all = Vec::new();
-    for tokens in &windows() {
-        let (mut session, mut logits) = (model.session(), Vec::new());
-        let input = Input { session: &mut session, tokens, logits: Logits::All };
-        model.forward(&mut [input], &mut logits, &|| false).unwrap();
-        all.extend(logits);
-    }
-    all
-}
-
-/// The mean divergence of logits from others.
+/// The mean Kullback-Leibler divergence of the logits `found` from `wanted`.
 fn divergence(wanted: &[f32], found: &[f32]) -> f64 {
-    let likelihoods = |row: &[f32]| {
+    let log_probabilities = |row: &[f32]| {
         let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
         row.iter().map(|x| f64::from(*x) - sum.ln()).collect::<Vec<_>>()
     };
     let rows = wanted.chunks(VOCABULARY).zip(found.chunks(VOCABULARY));
     let of_row = |(wanted, found)| {
-        let (wanted, found) = (likelihoods(wanted), likelihoods(found));
+        let (wanted, found) = (log_probabilities(wanted), log_probabilities(found));
         wanted.iter().zip(&found).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
     };
     rows.map(of_row).sum::<f64>() / (wanted.len() / VOCABULARY) as f64
 }
 
 #[test]
-fn tuning_brings_predictions_closer_and_leaves_codes_and_format_as_they_are() {
+fn tuning_reduces_the_divergence_and_keeps_codes() {
     for (name, format) in
         [("llama", Format::Q4_0), ("mistral", Format::Iq4Nl), ("qwen2", Format::Q4_1), ("llama", Format::Q5_0)]
     {
@@ -131,7 +106,7 @@ fn tuning_brings_predictions_closer_and_leaves_codes_and_format_as_they_are() {
 }
 
 #[test]
-fn models_of_other_blocks_are_refused_before_anything_is_done() {
+fn models_of_other_blocks_are_refused() {
     for (name, expected) in [
         ("gpt2", "tune: found the tensor "),
         ("qwen3", "tune: found the tensor blk."),
@@ -147,7 +122,7 @@ fn models_of_other_blocks_are_refused_before_anything_is_done() {
 }
 
 #[test]
-fn neither_threads_nor_being_stopped_change_a_byte() {
+fn neither_threads_nor_interruptions_change_a_byte() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
     let options = options(Some(TuningOptions::default()));
@@ -163,9 +138,9 @@ fn neither_threads_nor_being_stopped_change_a_byte() {
 
     let out = folder.path().join("out.gguf");
     let mut stops = 0;
-    for patience in (1..).map(|i| i * steps / 8) {
+    for limit in (1..).map(|i| i * steps / 8) {
         asked.store(0, Ordering::Relaxed);
-        match run_until(&source, &out, &options, 1, &|| count() > patience) {
+        match run_until(&source, &out, &options, 1, &|| count() > limit) {
             Ok(_) => break,
             Err(Error::Interrupted) => stops += 1,
             Err(error) => panic!("{error}"),
@@ -176,16 +151,16 @@ fn neither_threads_nor_being_stopped_change_a_byte() {
     assert!(std::fs::read(&out).unwrap() == whole);
 }
 
-/// A run that is stopped in the middle of a step, the first one after `patience` of them that this run began, or that ends. Also
-/// what it was doing, each only once, and how many steps were made when it went on with them.
+/// Runs until the middle of the step after the first `limit` steps of this run, or to the end. Also returns the stages, without
+/// repetition, and the number of the first step.
 fn stopped(
     source: &Path,
     out: &Path,
     options: &QuantizeOptions,
     threads: usize,
-    patience: usize,
+    limit: usize,
 ) -> (nybble::Result<Report>, Vec<String>, Option<usize>) {
-    const UNITS: usize = 4; // of a step: two layers there and back
+    const UNITS: usize = 4; // Units of progress per step: two layers, forward and backward.
     let (stages, first, now) = (RefCell::new(Vec::<String>::new()), Cell::new(None), AtomicUsize::new(0));
     let progress = |stage: &str, done: usize, _: usize| {
         if stage != "quantize" && stages.borrow().last().is_none_or(|last| last != stage) {
@@ -196,7 +171,7 @@ fn stopped(
             now.store(done - first.get().unwrap_or(0) * UNITS, Ordering::Relaxed);
         }
     };
-    let stop = || now.load(Ordering::Relaxed) > patience * UNITS + 2;
+    let stop = || now.load(Ordering::Relaxed) > limit * UNITS + 2;
     let windows = windows();
     let context = RunContext {
         threads: Some(threads),
@@ -209,7 +184,20 @@ fn stopped(
 }
 
 #[test]
-fn tuning_that_is_stopped_at_any_step_goes_on_there_to_the_same_bytes() {
+fn the_seed_of_tuning_changes_the_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let [first, second, other] = [("a", 0), ("b", 0), ("c", 1)].map(|(name, seed)| {
+        let out = folder.path().join(format!("{name}.gguf"));
+        run(&source, &out, &options(Some(TuningOptions { seed, ..TuningOptions::default() }))).unwrap();
+        std::fs::read(out).unwrap()
+    });
+    assert!(first == second);
+    assert!(first != other);
+}
+
+#[test]
+fn tuning_stopped_at_any_step_continues_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let options = options(Some(TuningOptions { rounds: 2, ..tuning() }));
@@ -220,12 +208,12 @@ fn tuning_that_is_stopped_at_any_step_goes_on_there_to_the_same_bytes() {
     let whole = std::fs::read(&out).unwrap();
     std::fs::remove_file(&out).unwrap();
 
-    // Each run makes at least one step more than it found, whoever it is that computes.
+    // Each run makes at least one step, on one thread or two.
     let mut made = Vec::new();
     for run in 1..=20 {
         let (result, stages, first) = stopped(&source, &out, &options, 1 + run % 2, run % 3);
         if run > 1 {
-            assert_eq!(stages, ["tuning"], "nothing else is done again");
+            assert_eq!(stages, ["tuning"], "nothing else is repeated");
         }
         made.extend(first);
         match result {
@@ -240,7 +228,7 @@ fn tuning_that_is_stopped_at_any_step_goes_on_there_to_the_same_bytes() {
 }
 
 #[test]
-fn what_tuning_saved_counts_only_whole_and_for_the_same_run() {
+fn damaged_snapshots_and_those_of_other_runs_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let tune = TuningOptions { rounds: 1, ..tuning() };
@@ -259,7 +247,7 @@ fn what_tuning_saved_counts_only_whole_and_for_the_same_run() {
         assert_eq!(first == Some(0), damaged.ends_with("tuning"), "{damaged}: {first:?}");
         assert!(std::fs::read(&out).unwrap() == whole, "{damaged}");
     }
-    // Other steps are another run, although the codes are the same.
+    // Another rate is another run, although the codes are the same.
     std::fs::remove_file(&out).unwrap();
     assert!(stopped(&source, &out, &options, 1, 2).0.is_err());
     let other = QuantizeOptions { tuning: Some(TuningOptions { rate: 2e-3, ..tune }), ..options };
@@ -270,7 +258,7 @@ fn what_tuning_saved_counts_only_whole_and_for_the_same_run() {
 }
 
 #[test]
-fn a_search_goes_on_with_what_is_done_and_leaves_one_file() {
+fn an_interrupted_search_continues_and_leaves_one_file() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let evaluation: Vec<Vec<u32>> = windows().iter().map(|window| window[..40].to_vec()).collect();
@@ -290,7 +278,7 @@ fn a_search_goes_on_with_what_is_done_and_leaves_one_file() {
     let (whole, steps) = (std::fs::read(&out).unwrap(), asked.load(Ordering::Relaxed));
     std::fs::remove_file(&out).unwrap();
 
-    // In the last candidate.
+    // Stops in the last candidate.
     asked.store(0, Ordering::Relaxed);
     let stop = || count() > steps * 4 / 5;
     let stopped = search(&stop);

@@ -109,8 +109,7 @@ impl Reference {
         model: &Model,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let busy =
-            || Error::argument("reference", "a comparison that is still running", "one comparison at a time");
+        let busy = || Error::argument("reference", "a comparison that is still running", "one comparison at a time");
         // The holder of the lock is computing. Waiting for it here would block the GIL.
         let mut reference = self.0.try_lock().map_err(|_| busy())?;
         let (reference, model) = (&mut *reference, &model.0);

@@ -55,7 +55,7 @@ pub struct AutoReport {
 /// [`quantize`](super::quantize) with the first recipe that meets a target. Candidates are measured on `evaluation`, windows of
 /// one length that should not be among those of the context.
 ///
-/// The files of candidates are hidden files beside the output. An interrupted search leaves the candidates' unfinished work there.
+/// The files of candidates are hidden files next to the output. An interrupted search leaves the candidates' unfinished work there.
 /// The next search with the same arguments measures finished candidates again, but does not quantize them again.
 ///
 /// # Errors
@@ -115,7 +115,7 @@ impl<'a> Search<'a> {
         let candidates = candidates(options, can_tune);
         let names: Vec<String> = candidates.iter().map(QuantizeOptions::name).collect();
         let paths = names.iter().map(|name| hidden(context.out, name)).collect();
-        let resume_files = vec![ResumeFiles::beside(context.out)];
+        let resume_files = vec![ResumeFiles::next_to(context.out)];
         Ok(Search { context, options, started, reference, candidates, names, paths, made: Vec::new(), resume_files })
     }
 
@@ -141,7 +141,7 @@ impl<'a> Search<'a> {
             (context.progress)(&format!("{name}: {stage}"), done, total);
         };
         // A candidate with tuning starts with the codes of the same recipe without, so that they share a log.
-        let files = ResumeFiles::beside(&hidden(context.out, self.candidates[number].recipe.name()));
+        let files = ResumeFiles::next_to(&hidden(context.out, self.candidates[number].recipe.name()));
         self.resume_files.push(files.clone());
         let (late, budget, started) = (AtomicBool::new(false), self.options.budget, self.started);
         let stop = || {

@@ -1,6 +1,6 @@
 //! The pipeline: from a checkpoint to a GGUF file with quantized linear layers.
 //!
-//! Linear layers are quantized in the order in which tokens pass through them. Finished tensors go to a log beside the output.
+//! Linear layers are quantized in the order in which tokens pass through them. Finished tensors go to a log next to the output.
 //! When all are done the file is written under a temporary name and renamed.
 
 mod options;
@@ -28,7 +28,7 @@ use crate::model::layerwise::Layerwise;
 
 /// Quantizes the checkpoint `context.source` into the GGUF file `context.out`.
 ///
-/// A run that is killed or interrupted leaves its work beside the output, in files with suffixes that begin with `.resume`.
+/// A run that is killed or interrupted leaves its work next to the output, in files with suffixes that begin with `.resume`.
 /// The next run with the same source, options and windows continues from there and writes the same bytes.
 ///
 /// # Errors
@@ -38,7 +38,7 @@ use crate::model::layerwise::Layerwise;
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.formats.check()?;
     context.check_out()?;
-    let files = ResumeFiles::beside(context.out);
+    let files = ResumeFiles::next_to(context.out);
     let report = run(context, &files, options)?;
     files.remove()?;
     Ok(report)

@@ -25,7 +25,9 @@ def evaluate(
     text: Annotated[Path, typer.Option("--text", help="The text: prose, or JSONL with one document per line.")],
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="A model to compare with, computed with its weights as stored.", metavar="REF"),
+        typer.Option(
+            "--reference", help="A model to compare with, computed with its weights as stored.", metavar="REF"
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Use at most this many tokens of the text.", min=4)
@@ -34,7 +36,8 @@ def evaluate(
         int, typer.Option("--window", help="Tokens per window. The second half of each window is scored.", min=4)
     ] = 512,
     quantize: Annotated[
-        str, typer.Option("--quantize", help='What becomes of MODEL\'s floats: "auto", "stored", "int4" or "int8".')
+        str,
+        typer.Option("--quantize", help='How to pack F32, F16 and BF16 weights: "auto", "stored", "int4" or "int8".'),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

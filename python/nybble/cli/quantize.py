@@ -157,7 +157,9 @@ def _print(done: Report, pages: list[Path]) -> None:
         rows["perplexity"] = report_page.number(chosen.perplexity, 4) + (
             f" (source: {report_page.number(done.reference_perplexity, 4)})" if done.reference_perplexity else ""
         )
-        rows["divergence"] = f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
+        rows["divergence"] = (
+            f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
+        )
         rows["same top token"] = report_page.percent(chosen.top_agreement)
     if done.chosen_because:
         rows["chosen because"] = done.chosen_because

@@ -129,9 +129,7 @@ def _key(path: Path, options: QuantizeOptions) -> str:
     return sources.fingerprint(path, dataclasses.replace(options, threads=None, force=False))
 
 
-def _windows(
-    path: Path, out: Path, options: QuantizeOptions, report: Stages
-) -> tuple[Windows | None, Windows | None]:
+def _windows(path: Path, out: Path, options: QuantizeOptions, report: Stages) -> tuple[Windows | None, Windows | None]:
     """The windows to calibrate on and those to measure on, each None if not needed."""
     tokenizer = Tokenizer.load(path)
     windows = _calibration_windows(path, out, tokenizer, options, report) if options.needs_text else None

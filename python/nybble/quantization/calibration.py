@@ -48,9 +48,10 @@ def generate(
     keep: Path | None = None,
     key: str = "",
 ) -> Windows:
-    """Generates calibration text at temperature 1, each window from the start token, or from a random token if there is none.
+    """Generates calibration text at temperature 1.
 
-    After an end token generation continues. Finished batches are kept in the file `keep`, and read from there by a
+    Each window begins with the start token, or with a random token if the model has none. After an end token generation
+    continues. Finished batches are kept in the file `keep`, and read from there by a
     later call with the same `key`.
 
     Args:
@@ -84,7 +85,9 @@ def generate(
     for first in range(begin, count, _BATCH):
         rows = range(first, min(first + _BATCH, count))
         options = [SamplingOptions(temperature=1, seed=seed * 1_000_003 + row) for row in rows]
-        sequences = [native.sequence([int(generated[row, 0])], option) for row, option in zip(rows, options, strict=True)]
+        sequences = [
+            native.sequence([int(generated[row, 0])], option) for row, option in zip(rows, options, strict=True)
+        ]
         for column in range(1, window):
             for row, sampled in zip(rows, native.step(sequences), strict=True):
                 generated[row, column] = sampled.id

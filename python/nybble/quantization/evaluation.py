@@ -82,7 +82,9 @@ class Reference:
         self._native = _native.Reference(model._native, _windows(model, text, window, max_tokens), progress)
 
     @classmethod
-    def of_windows(cls, model: Computes, windows: datasets.Windows, *, progress: WindowProgress | None = None) -> Reference:
+    def of_windows(
+        cls, model: Computes, windows: datasets.Windows, *, progress: WindowProgress | None = None
+    ) -> Reference:
         """Records the predictions of a model on token ids `(windows, window)`."""
         reference = cls.__new__(cls)
         reference._native = _native.Reference(model._native, windows, progress)

@@ -76,7 +76,7 @@ def measure(
 
 
 class Unmeasured:
-    """The record that an output is whole but not measured yet, in a file beside it."""
+    """The record that an output is whole but not measured yet, in a file next to it."""
 
     def __init__(self, out: Path) -> None:
         self._out = out

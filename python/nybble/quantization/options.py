@@ -68,7 +68,10 @@ class QuantizeOptions:
         default=None,
         metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
     )
-    """Give the most sensitive layers 5 or 8 bits, up to this mean over all linear layers: 4.5 to 8.5, scales included."""
+    """Give the most sensitive layers 5 or 8 bits, up to this mean over all linear layers.
+
+    4.5 to 8.5, scales included.
+    """
     output_type: str = field(
         default="q8_0", metadata={**doc("Block type of the embedding and the output."), "metavar": "TYPE"}
     )
@@ -117,7 +120,9 @@ class QuantizeOptions:
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
         if None not in (self.format, self.symmetric) and self.symmetric != (self.format != "q4_1"):
-            raise ValueError(f"symmetric: found {self.symmetric} with the format {self.format}, expected one of the two")
+            raise ValueError(
+                f"symmetric: found {self.symmetric} with the format {self.format}, expected one of the two"
+            )
         if self.group is not None and (self.group < 0 or self.group % 32):
             raise ValueError(f"group: found {self.group}, expected a multiple of 32, or 0 for whole rows")
         if self.bits_per_weight is not None and not 4.5 <= self.bits_per_weight <= 8.5:

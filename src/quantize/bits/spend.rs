@@ -15,7 +15,7 @@ const SAMPLE: (usize, usize) = (2, 128);
 /// `formats` with overrides that give the most sensitive linear layers finer formats, so that all linear layers together have at
 /// most `bits` per weight, scales included. Sensitivity is measured on the first windows of the context.
 ///
-/// Measurements stay in a file beside the output until [`quantize`](crate::quantize::quantize) has written it, so that an
+/// Measurements stay in a file next to the output until [`quantize`](crate::quantize::quantize) has written it, so that an
 /// interrupted run continues with them.
 ///
 /// # Errors
@@ -33,7 +33,7 @@ pub fn spend_bits(context: &RunContext<'_>, formats: &TensorFormats, bits: f64) 
         let layers = &Layerwise::load(checkpoint, &context.load_options())?;
         check_windows(layers, context.windows)?;
         formats.check_names(checkpoint)?;
-        let files = &ResumeFiles::beside(context.out);
+        let files = &ResumeFiles::next_to(context.out);
         let mut log = ResumeLog::open(&files.sensitivity(), context.out, run_key(checkpoint, formats, &sample))?;
         let run = OpenRun { context: RunContext { windows: &sample, ..*context }, checkpoint, layers, formats, files };
         plan(&run, bits, &mut log)

@@ -22,7 +22,7 @@ pub(in crate::quantize) fn bell(count: usize, seed: u32) -> Vec<f32> {
     (0..count).map(|_| (0..6).map(|_| uniform()).sum()).collect()
 }
 
-/// Weights `(ROWS, COLUMNS)`, and the moments of correlated inputs, of which one is twenty times as large as the others.
+/// Weights `(ROWS, COLUMNS)`, and the moments of correlated inputs, one of them twenty times as large as the others.
 pub(in crate::quantize) fn layer(compute: &Compute<'_>) -> (Vec<f32>, Vec<f32>) {
     let (independent, mix) = (bell(500 * 24, 5), bell(COLUMNS * 24, 6));
     let mut inputs = vec![0.0; 500 * COLUMNS];

@@ -1,4 +1,4 @@
-//! The names of the files that an interrupted run leaves beside its output.
+//! The names of the files that an interrupted run leaves next to its output.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ pub(in crate::quantize) struct ResumeFiles {
 }
 
 impl ResumeFiles {
-    pub(in crate::quantize) fn beside(path: &Path) -> ResumeFiles {
+    pub(in crate::quantize) fn next_to(path: &Path) -> ResumeFiles {
         ResumeFiles { path: path.to_path_buf() }
     }
 

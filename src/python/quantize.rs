@@ -8,7 +8,8 @@ use numpy::PyReadonlyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyMapping;
 
-use super::{detached, evaluate::token_windows};
+use super::detach::detached;
+use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import signal
@@ -64,7 +65,8 @@ def test_a_run_after_a_kill_continues_to_the_same_bytes(tmp_path: Path) -> None:
         "windows = np.load(sys.argv[3])\n"
         "def progress(stage, done, total):\n"
         "    if done > total * 0.7: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "_native.quantize(sys.argv[1], sys.argv[2], QuantizeOptions(recipe='gptq'), windows=windows, progress=progress)\n"
+        "options = QuantizeOptions(recipe='gptq')\n"
+        "_native.quantize(sys.argv[1], sys.argv[2], options, windows=windows, progress=progress)\n"
     )
     saved = tmp_path / "windows.npy"
     np.save(saved, WINDOWS)
@@ -102,9 +104,7 @@ def test_an_exception_of_the_progress_ends_the_run(tmp_path: Path) -> None:
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
-    names = (
-        "recipe search block_format group_size bits_per_weight output_type keep target budget seed threads force"
-    ).split()
+    names = [field.name for field in dataclasses.fields(GPTQ)] + ["block_format", "group_size"]
     options: Any = SimpleNamespace(**{name: getattr(GPTQ, name) for name in names} | changed)
     with pytest.raises(ValueError, match=message):
         _native.quantize(CHECKPOINT, tmp_path / "out.gguf", options, windows=WINDOWS)

@@ -25,6 +25,9 @@ def quantize(
         str, typer.Argument(metavar="SOURCE", help="A folder with safetensors, a GGUF file or a Hub repository.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.", dir_okay=False)],
+    no_search: Annotated[
+        bool, typer.Option("--no-search", help="Fit scales to the largest weight of a group, without a search.")
+    ] = False,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Give each group a minimum of its own: the format q4_1.")
     ] = False,
@@ -76,6 +79,7 @@ def quantize(
         if not page.absolute().parent.is_dir():
             raise FileNotFoundError(f"{page}: its folder does not exist")
     chosen = options.replace(
+        search=not no_search,
         symmetric=False if asymmetric else None,
         keep=dict(map(_rule, keep or [])),
         calibration=calibration,

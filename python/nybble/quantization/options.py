@@ -35,8 +35,11 @@ class QuantizeOptions:
     recipe: Recipe = field(
         default="auto",
         metadata={
-            **doc("How codes are found; auto tries recipes, cheapest first, until one meets --target."),
-            "metavar": "|".join(RECIPES),
+            **doc(
+                "How codes are found: rtn, gptq, gptq+tune, awq, awq+gptq or signround; auto tries recipes, cheapest "
+                "first, until one meets --target."
+            ),
+            "metavar": "RECIPE",
         },
     )
     """How codes are found.
@@ -46,9 +49,7 @@ class QuantizeOptions:
     - `"gptq+tune"`: tunes scales and norms afterwards. For models of plain decoder blocks, such as Llama's.
     - `"auto"`: tries rtn, gptq, and gptq+tune or awq+gptq, until one meets `target`; otherwise takes the best.
     """
-    search: bool = field(
-        default=True, metadata=doc("Search for the best scales; otherwise they fit the largest weight of a group.")
-    )
+    search: bool = True
     """Search for the best scale of each group. False takes the scale that fits the largest weight."""
     group: int | None = field(
         default=None,
@@ -61,7 +62,7 @@ class QuantizeOptions:
     symmetric: bool | None = None
     """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` says the same in other words."""
     format: Format | None = field(
-        default=None, metadata={**doc("Block format of linear layers."), "metavar": "|".join(FORMATS)}
+        default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
     )
     """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
     bits_per_weight: float | None = field(

@@ -403,6 +403,7 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--target", "1%", "--recipe", "gptq"], "target: found 0.01 with the recipe gptq"),
         (["--budget", "5", "--recipe", "rtn"], "budget: found 5.0 with the recipe rtn"),
         (["--budget", "0"], "budget: found 0"),
+        (["--seed", "-1"], "seed: found -1"),
         (["--keep", "q4_0"], "--keep: found 'q4_0'"),
         (["--recipe", "rtn", "--keep", "blk.*=q9"], "q9"),
         (["--recipe", "auto", "--keep", "blk.9.*=q8_0"], 'keep: found "blk.9.*", which matches no tensor'),

@@ -132,6 +132,8 @@ class QuantizeOptions:
             raise ValueError(f"target: found {self.target}, expected a share of the perplexity such as 0.01")
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget: found {self.budget}, expected minutes")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: found {self.seed}, expected 0 to 2**64 - 1")
         for name in ("target", "budget"):
             if getattr(self, name) is not None and self.recipe != "auto":
                 found = f"{getattr(self, name)} with the recipe {self.recipe}"

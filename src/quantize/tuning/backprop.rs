@@ -23,7 +23,7 @@ const GATE: usize = 4;
 const UP: usize = 5;
 const DOWN: usize = 6;
 
-/// The shape that all blocks of a model probability, and the threads that compute.
+/// The shape that all blocks of a model share, and the threads that compute.
 #[derive(Debug)]
 pub(super) struct Backprop<'a> {
     pub(super) compute: Compute<'a>,
@@ -440,7 +440,7 @@ mod tests {
     use super::*;
     use crate::quantize::recipes::fixtures::{bell, with_threads};
 
-    /// Widths that do not fill a panel, two windows, and heads that probability keys.
+    /// Widths that do not fill a panel, two windows, and heads that share keys.
     fn backprop<'a>(compute: &Compute<'a>, adjacent: bool) -> (Backprop<'a>, BlockWeights) {
         let (hidden, width, heads, kv_heads, dim, pairs) = (24, 40, 4, 2, 6, 2);
         let angle = |i: usize| (i as f32 * 0.37).sin_cos();

@@ -82,6 +82,7 @@ _MODULES = {
 _MOVED = {
     "calibration": "quantization.calibration",
     "chat_template": "chat.template",
+    "constraint": "sampling",
     "default_model": "models.default_model",
     "evaluation": "quantization.evaluation",
     "hub": "models.hub",

@@ -248,7 +248,7 @@ class _Pieces(AsyncIterator[Piece]):
 
 
 class _PieceTexts(AsyncIterator[str]):
-    """The texts of the pieces of a request."""
+    """The text of each piece of a request."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -474,7 +474,7 @@ class _Loop:
             self._changed.notify()
 
     def leave(self, request: Request) -> None:
-        """Tells the thread that a request was cancelled."""
+        """Notifies the thread of a cancelled request."""
         with self._changed:
             if request in self._requests:
                 self._count(cancelled=1)

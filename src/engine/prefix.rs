@@ -85,7 +85,7 @@ impl Prefixes {
         (self.last, page)
     }
 
-    /// Marks block `number` and all blocks before it as used now.
+    /// Records that block `number` and all blocks before it were used now.
     pub(super) fn touch(&mut self, mut number: u64) {
         self.clock += 1;
         while let Some(block) = self.blocks.get_mut(&number) {

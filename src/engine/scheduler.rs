@@ -1,7 +1,7 @@
 //! Continuous batching: sequences join and leave between steps, and each step computes rows of all of them.
 //!
 //! A step computes, in this order: the pending token of every sequence that decodes, draft tokens after it, and then
-//! prompt tokens, as many as [`PrefillBudget`] allows, half of them for the oldest prompt and the rest shared by the others.
+//! prompt tokens up to the [`PrefillBudget`], half of them for the oldest prompt and the rest shared by the others.
 //! None of this changes the output: a row is bit-identical in any batch, so every completion is the one of a lone run.
 //!
 //! Sequences share KV cache pages through [`Prefixes`]. When the pages exceed the memory limit, pages that no sequence uses
@@ -37,8 +37,8 @@ pub struct SchedulerOptions {
     pub cache_bytes: usize,
     /// Whether prompts reuse keys and values of earlier sequences with the same prefix.
     pub prefix_cache: bool,
-    /// Most prompt tokens in a step, at least 1. With `None`, as many as keep a step below four times the time of one
-    /// without prompt tokens.
+    /// Most prompt tokens in a step, at least 1. With `None`, the number follows measurements: a step stays below four times
+    /// the time of one without prompt tokens.
     pub prefill_chunk: Option<usize>,
     /// Whether to use draft tokens.
     pub speculation: Speculation,

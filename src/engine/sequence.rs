@@ -28,8 +28,7 @@ impl Sequence {
         Sequence::resume(model, model.session(), prompt, options)
     }
 
-    /// A sequence that continues `tokens`, the first of which `session` has computed. The penalties count all `tokens`.
-    /// When `session` has computed all of them, the last one is computed again, because its logits are needed.
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. The penalties count all `tokens`. When `session` has computed all of them, the last one is computed again, because its logits are needed.
     ///
     /// # Errors
     /// As for [`Sequence::new`].

@@ -1,4 +1,4 @@
-//! Speculative decoding: draft tokens, of which one step confirms several.
+//! Speculative decoding: one step checks several draft tokens.
 //!
 //! A step computes draft tokens after the token that is due. The sequence then samples after each of them: drafts that
 //! equal the sampled token are accepted, the others are discarded. The output is therefore bit-identical to the output

@@ -11,7 +11,7 @@ use crate::{Error, model};
 
 /// How often signal handlers run while Rust computes. Each time takes the GIL.
 const SIGNALS_EVERY: Duration = Duration::from_millis(20);
-/// How often progress is reported, besides at the start and at the end. While another thread runs Python, each report waits
+/// How often progress is reported, in addition to the start and the end. While another thread runs Python, each report waits
 /// for the GIL, which takes longer than a layer.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 

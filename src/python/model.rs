@@ -44,7 +44,7 @@ impl Loading {
         let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
         let (kernel, threads, context) = (self.kernel, self.threads, self.context);
-        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, unmapped: !self.mmap })
+        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mmap: self.mmap })
     }
 }
 
@@ -74,7 +74,7 @@ impl Model {
             .map(|model| Model(Arc::new(model), Trim))
     }
 
-    /// A sequence that continues `tokens`, the first of which `session` has computed. `options` has the attributes of the
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the
     /// package's `SamplingOptions`.
     #[pyo3(signature = (tokens, options, constraint=None, session=None))]
     fn sequence(
@@ -100,7 +100,7 @@ impl Model {
         Session(self.0.session())
     }
 
-    /// Writes a session to a file, with `tokens`, the first of which it has computed.
+    /// Writes a session and `tokens` to a file. The session has computed a beginning of `tokens`.
     fn save_session(
         &self,
         py: Python<'_>,

@@ -24,7 +24,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for TokenIds {
 }
 
 impl TokenIds {
-    /// The ids, none of which is negative or too large for any vocabulary.
+    /// The ids, checked to fit into 32 bits.
     pub(super) fn checked(self) -> crate::Result<Vec<u32>> {
         let id = |id| u32::try_from(id).map_err(|_| Error::argument("token", id, "an id of the vocabulary"));
         self.0.into_iter().map(id).collect()

@@ -1,23 +1,27 @@
-//! The block types of GGUF files: their ids, their sizes, and the way between blocks and F32.
+//! The block types of GGUF files: their ids and sizes, and conversion between blocks and F32.
 //!
-//! A row of a tensor is cut into blocks of equally many values; a block is a fixed number of bytes that hold one or more
-//! scales and the codes of its values. [`BlockType`] knows every type that a file may name. The ones that nybble computes
-//! with ([`BlockType::is_supported`]) are decoded to F32, bit for bit as ggml's own C code does it, and some are encoded.
+//! A row of a tensor is a sequence of blocks. A block is a fixed number of bytes with one or more scales and the codes of its
+//! values. [`BlockType`] lists every type that a file may name. The types that nybble supports
+//! ([`BlockType::is_supported`]) are decoded to F32 with the bits of ggml's C code, and some of them are encoded.
 //!
-//! Scales come from the file and may be infinite or NaN: decoding is plain IEEE arithmetic and hands them on, so the values
-//! of that block are then infinite or NaN too.
+//! Scales come from the file and may be infinite or NaN. Decoding is plain IEEE arithmetic, so the values of such a block are
+//! infinite or NaN too.
+//!
+//! To support another type, add its [`Block`](super::decoder::Block) and its line in `BlockType::decoder`.
 
 use half::{bf16, f16};
 
+use super::decoder::Decoder;
+use super::encode::{self, Encoder};
 use super::{blocks32, blocks256};
 use crate::error::{Error, Result};
 
 /// How the values of a tensor are stored.
 ///
-/// The names are those of ggml (`Q4_0`, `IQ2_XXS`...), the discriminants its type ids.
+/// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the names that users know from file names")]
-#[allow(missing_docs, reason = "the name is all there is to say; `sizes` knows the rest")]
+#[allow(missing_docs, reason = "the names say it all; `sizes` has the numbers")]
 #[non_exhaustive]
 #[repr(u32)]
 pub enum BlockType {
@@ -72,33 +76,33 @@ impl BlockType {
         ALL.into_iter()
     }
 
-    /// The type with ggml's number `id`. `None` for numbers that were never given, or were given and taken back (4, 5,
-    /// 31 to 33 and 36 to 38).
+    /// The type with ggml's type id `id`. `None` for ids that ggml has not assigned or has withdrawn (4, 5, 31 to 33 and 36
+    /// to 38).
     pub fn from_id(id: u32) -> Option<BlockType> {
         ALL.into_iter().find(|known| known.id() == id)
     }
 
-    /// The type called `name`, as [`BlockType::name`] spells it; capitals do not matter.
+    /// The type with this [`BlockType::name`], ignoring case.
     pub fn from_name(name: &str) -> Option<BlockType> {
         ALL.into_iter().find(|known| known.name().eq_ignore_ascii_case(name))
     }
 
-    /// ggml's number of the type.
+    /// ggml's id of the type.
     pub fn id(self) -> u32 {
         self as u32
     }
 
-    /// The name, as in `Q4_0`.
+    /// The name, for example `Q4_0`.
     pub fn name(self) -> &'static str {
         self.sizes().0
     }
 
-    /// How many values one block holds: 1, 32, 64, 128 or 256.
+    /// Values in a block: 1, 32, 64, 128 or 256.
     pub fn block_len(self) -> usize {
         self.sizes().1
     }
 
-    /// How many bytes one block takes.
+    /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         self.sizes().2
     }
@@ -144,7 +148,7 @@ impl BlockType {
         }
     }
 
-    /// How many bytes `values` values take; `None` when they do not fill whole blocks or the number overflows.
+    /// Bytes of `values` values. `None` when they do not fill whole blocks or the result overflows.
     pub fn bytes_for(self, values: usize) -> Option<usize> {
         let (_, len, bytes) = self.sizes();
         if !values.is_multiple_of(len) {
@@ -153,50 +157,65 @@ impl BlockType {
         (values / len).checked_mul(bytes)
     }
 
-    /// Whether [`BlockType::decode`] knows the type.
+    /// The decoder of the type. `None` where nybble does not support it.
+    pub(super) fn decoder(self) -> Option<&'static Decoder> {
+        Some(match self {
+            F32 => const { &Decoder::float::<f32>() },
+            F16 => const { &Decoder::float::<f16>() },
+            BF16 => const { &Decoder::float::<bf16>() },
+            Q4_0 => const { &Decoder::of::<blocks32::Q4_0>() },
+            Q4_1 => const { &Decoder::of::<blocks32::Q4_1>() },
+            Q5_0 => const { &Decoder::of::<blocks32::Q5_0>() },
+            Q5_1 => const { &Decoder::of::<blocks32::Q5_1>() },
+            Q8_0 => const { &Decoder::of::<blocks32::Q8_0>() },
+            IQ4_NL => const { &Decoder::of::<blocks32::Iq4Nl>() },
+            MXFP4 => const { &Decoder::of::<blocks32::Mxfp4>() },
+            Q2_K => const { &Decoder::of::<blocks256::Q2K>() },
+            Q3_K => const { &Decoder::of::<blocks256::Q3K>() },
+            Q4_K => const { &Decoder::of::<blocks256::Q4K>() },
+            Q5_K => const { &Decoder::of::<blocks256::Q5K>() },
+            Q6_K => const { &Decoder::of::<blocks256::Q6K>() },
+            IQ4_XS => const { &Decoder::of::<blocks256::Iq4Xs>() },
+            _ => return None,
+        })
+    }
+
+    /// The encoder of a quantized type. `None` where nybble does not encode it.
+    fn encoder(self) -> Option<Encoder> {
+        Some(match self {
+            Q4_0 => encode::q4_0,
+            Q4_1 => encode::q4_1,
+            Q8_0 => encode::q8_0,
+            _ => return None,
+        })
+    }
+
+    /// Whether [`BlockType::decode`] supports the type.
     pub fn is_supported(self) -> bool {
-        matches!(
-            self,
-            F32 | F16
-                | BF16
-                | Q4_0
-                | Q4_1
-                | Q5_0
-                | Q5_1
-                | Q8_0
-                | Q2_K
-                | Q3_K
-                | Q4_K
-                | Q5_K
-                | Q6_K
-                | IQ4_NL
-                | IQ4_XS
-                | MXFP4
-        )
+        self.decoder().is_some()
     }
 
-    /// Whether [`BlockType::encode`] knows the type.
+    /// Whether [`BlockType::encode`] supports the type.
     pub fn can_encode(self) -> bool {
-        matches!(self, F32 | F16 | BF16 | Q4_0 | Q4_1 | Q8_0)
+        matches!(self, F32 | F16 | BF16) || self.encoder().is_some()
     }
 
-    /// The names of the types that `which` holds for, for the text of errors.
+    /// The names of the types for which `which` is true, for error messages.
     pub(crate) fn names(which: impl Fn(BlockType) -> bool) -> String {
         ALL.into_iter().filter(|known| which(*known)).map(BlockType::name).collect::<Vec<_>>().join(", ")
     }
 
-    /// Turns blocks into values.
+    /// Decodes blocks.
     ///
-    /// `bytes` holds whole blocks and `out` one place for each of their values. Every value of `out` is written, or, on an
-    /// error, none.
+    /// `bytes` holds whole blocks, `out` has one element per value. On an error `out` is unchanged.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when the lengths do not belong together or the type is not supported.
+    /// [`Error::InvalidArgument`] when the lengths do not match or the type is not supported.
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
-        if !self.is_supported() {
+        let Some(decoder) = self.decoder() else {
             let known = BlockType::names(BlockType::is_supported);
             return Err(Error::argument("block type", self.name(), format_args!("one of {known}")));
-        }
+        };
         let expected = self.bytes_for(out.len()).ok_or_else(|| {
             let blocks = format_args!("a multiple of {}, the block of {}", self.block_len(), self.name()).to_string();
             Error::argument("values", out.len(), blocks)
@@ -205,36 +224,17 @@ impl BlockType {
             let wanted = format!("{expected} for {} values of {}", out.len(), self.name());
             return Err(Error::argument("bytes", bytes.len(), wanted));
         }
-        match self {
-            F32 => decode_blocks(bytes, out, |b, v| *v = [f32::from_le_bytes(*b)]),
-            F16 => decode_blocks(bytes, out, |b, v| *v = [f16::from_le_bytes(*b).to_f32()]),
-            BF16 => decode_blocks(bytes, out, |b, v| *v = [bf16::from_le_bytes(*b).to_f32()]),
-            Q4_0 => decode_blocks(bytes, out, blocks32::decode_q4_0),
-            Q4_1 => decode_blocks(bytes, out, blocks32::decode_q4_1),
-            Q5_0 => decode_blocks(bytes, out, blocks32::decode_q5_0),
-            Q5_1 => decode_blocks(bytes, out, blocks32::decode_q5_1),
-            Q8_0 => decode_blocks(bytes, out, blocks32::decode_q8_0),
-            IQ4_NL => decode_blocks(bytes, out, blocks32::decode_iq4_nl),
-            MXFP4 => decode_blocks(bytes, out, blocks32::decode_mxfp4),
-            Q2_K => decode_blocks(bytes, out, blocks256::decode_q2_k),
-            Q3_K => decode_blocks(bytes, out, blocks256::decode_q3_k),
-            Q4_K => decode_blocks(bytes, out, blocks256::decode_q4_k),
-            Q5_K => decode_blocks(bytes, out, blocks256::decode_q5_k),
-            Q6_K => decode_blocks(bytes, out, blocks256::decode_q6_k),
-            IQ4_XS => decode_blocks(bytes, out, blocks256::decode_iq4_xs),
-            // `is_supported` let none of the others through.
-            _ => {}
-        }
+        (decoder.decode)(bytes, out);
         Ok(())
     }
 
-    /// Turns values into blocks and appends their bytes to `out`, by the same rounding as ggml's reference code.
+    /// Encodes values and appends the blocks to `out`, with the rounding of ggml's reference code.
     ///
-    /// F32 keeps every bit; F16 and BF16 round to the nearest, ties to even, and keep infinities and NaN.
+    /// F32 keeps every bit. F16 and BF16 round to nearest, ties to even, and keep infinities and NaN.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when the values do not fill whole blocks, when the type cannot be encoded, and, for the
-    /// quantized types, when a value is not finite or too large for the block's F16 scale. `out` is then as it was.
+    /// [`Error::InvalidArgument`] when the values do not fill whole blocks, when the type cannot be encoded, and, for
+    /// quantized types, when a value is not finite or too large for the block's F16 scale. `out` is then unchanged.
     pub fn encode(self, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
         if !self.can_encode() {
             let known = BlockType::names(BlockType::can_encode);
@@ -251,15 +251,11 @@ impl BlockType {
             F16 => out.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes())),
             BF16 => out.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())),
             _ => {
-                for (index, block) in values.as_chunks::<32>().0.iter().enumerate() {
-                    let fits = match self {
-                        Q4_0 => blocks32::encode_q4_0(block, out),
-                        Q4_1 => blocks32::encode_q4_1(block, out),
-                        _ => blocks32::encode_q8_0(block, out),
-                    };
-                    if !fits {
+                let Some(encode) = self.encoder() else { return Ok(()) };
+                for (index, block) in values.as_chunks().0.iter().enumerate() {
+                    if !encode(block, out) {
                         out.truncate(start);
-                        return Err(unfit(self, index, block));
+                        return Err(cannot_encode(self, index, block));
                     }
                 }
             }
@@ -274,21 +270,8 @@ impl std::fmt::Display for BlockType {
     }
 }
 
-/// Applies `decode` to each block of `B` bytes and its `N` values. The caller has checked that both slices hold equally
-/// many whole blocks.
-fn decode_blocks<const B: usize, const N: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    decode: impl Fn(&[u8; B], &mut [f32; N]),
-) {
-    let (blocks, values) = (bytes.as_chunks::<B>().0, out.as_chunks_mut::<N>().0);
-    for (block, values) in blocks.iter().zip(values) {
-        decode(block, values);
-    }
-}
-
-/// Says why block number `index` could not be encoded.
-fn unfit(block_type: BlockType, index: usize, block: &[f32; 32]) -> Error {
+/// The error for block number `index`, which holds a value that is not finite or too large.
+fn cannot_encode(block_type: BlockType, index: usize, block: &[f32; 32]) -> Error {
     match block.iter().position(|v| !v.is_finite()) {
         Some(at) => {
             Error::argument("values", format_args!("{} at index {}", block[at], index * 32 + at), "finite values")
@@ -306,13 +289,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_list_of_all_types_is_whole_and_in_order() {
+    fn the_list_of_types_is_complete_and_in_order() {
         assert!(ALL.is_sorted_by_key(|known| known.id()));
-        // Q2_0 is the last variant: one that is missing from the list would leave a hole in the numbers ggml has given.
+        // Q2_0 is the last variant. A type that is missing from the list would leave a gap in the assigned ids.
         let given = (0..=Q2_0.id()).filter(|id| !matches!(id, 4 | 5 | 31..=33 | 36..=38));
         assert!(given.eq(ALL.into_iter().map(BlockType::id)));
         for known in ALL {
             assert_eq!(format!("{known:?}"), known.name());
+        }
+    }
+    #[test]
+    fn the_sizes_of_decoders_match_the_table() {
+        for known in ALL {
+            if let Some(decoder) = known.decoder() {
+                assert_eq!(decoder.size, [known.block_len(), known.block_bytes()], "{known}");
+            }
         }
     }
 }

@@ -1,117 +1,263 @@
-//! Super-blocks of 256 values: the K types, and IQ4_XS.
+//! Super-blocks of 256 weights: the K types and IQ4_XS.
 //!
-//! A super-block holds one or two F16 scales and smaller scales, in few bits, for its sub-blocks of 16 or 32 values.
+//! A super-block holds one or two F16 scales and, in few bits, the scales and minimums of its groups of 16 or 32 weights.
 
-use super::blocks32::{IQ4_VALUES, scale};
+use std::array::from_fn;
 
-/// The scale and the minimum of sub-block `j` (0 to 7) of Q4_K and Q5_K, 6 bits each, from 12 bytes.
-///
-/// The first four pairs lie in the low 6 bits of bytes 0 to 7; the last four are cut into 4 bits, in bytes 8 to 11, and
-/// 2 bits, at the top of bytes 0 to 7.
-fn scale_and_min(s: &[u8], j: usize) -> (f32, f32) {
-    let (scale, min) = if j < 4 {
-        (s[j] & 63, s[j + 4] & 63)
-    } else {
-        ((s[j + 4] & 15) | (s[j - 4] >> 6) << 4, (s[j + 4] >> 4) | (s[j] >> 6) << 4)
-    };
-    (f32::from(scale), f32::from(min))
+use bytemuck::AnyBitPattern;
+
+use super::blocks32::{Half, IQ4_VALUES};
+use super::decoder::{Block, Group};
+use super::layout::{Code, Layout};
+use super::panel::{Bytes, Nibbles, nibbles};
+
+/// `scale * code - min`, codes of 2 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q2K {
+    /// The scale in the low nibble, the minimum in the high one.
+    groups: [u8; 16],
+    codes: [[u8; 32]; 2],
+    scale: Half,
+    min: Half,
 }
 
-/// d * scale * code - dmin * min, 16 sub-blocks of 16, codes of 2 bits
-pub(super) fn decode_q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
-    let (d, dmin) = (scale(block, 80), scale(block, 82));
-    for (sub, values) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let (ds, dm) = (d * f32::from(block[sub] & 15), dmin * f32::from(block[sub] >> 4));
-        let (first, shift) = two_bits_at(sub);
-        for l in 0..16 {
-            values[l] = ds * f32::from(block[16 + first + l] >> shift & 3) - dm;
-        }
+impl Block for Q2K {
+    const LAYOUT: Layout = Layout::with_min(Code::Int4, 16);
+    type Codes = Nibbles;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Nibbles {
+        let codes = two_bits(&self.codes, index);
+        nibbles(|i| codes[i])
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
+        self.groups.map(|byte| Group { scale: scale * f32::from(byte & 15), min: -min * f32::from(byte >> 4) })
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [&self.scale, &self.min].map(|scale| scale.to_f32().abs() * 15.0)
     }
 }
 
-/// Where the 2-bit codes of a sub-block of 16 are in Q2_K and Q3_K: the first of their 16 bytes, and the shift.
-///
-/// Each half of 128 values has 32 bytes; the four shifts go over them in turn, 32 values each.
-fn two_bits_at(sub: usize) -> (usize, usize) {
-    let (half, shift, part) = (sub / 8, sub / 2 % 4, sub % 2);
-    (32 * half + 16 * part, 2 * shift)
+/// The 2-bit codes of weights `32 * index..` of Q2_K and Q3_K. Each half of the block has 32 bytes, and each pair of bits in
+/// them belongs to another 32 weights.
+#[inline(always)]
+fn two_bits(codes: &[[u8; 32]; 2], index: usize) -> [u8; 32] {
+    codes[index / 4].map(|byte| byte >> (2 * (index % 4)) & 3)
 }
 
-/// d * (scale - 32) * code, 16 sub-blocks of 16, codes -4 to 3 of which the third bit lies apart
-pub(super) fn decode_q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
-    let d = scale(block, 108);
-    for (sub, values) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let low = if sub < 8 { block[96 + sub] & 15 } else { block[96 + sub - 8] >> 4 };
-        let high = block[104 + sub % 4] >> (2 * (sub / 4)) & 3;
-        let ds = d * f32::from((low | high << 4) as i8 - 32);
-        let (first, shift) = two_bits_at(sub);
-        for l in 0..16 {
-            // Bit `sub / 2` of the 32 mask bytes: one bit for each 32 values.
-            let third = block[16 * (sub % 2) + l] >> (sub / 2) & 1;
-            let code = (block[32 + first + l] >> shift & 3) as i8 - if third == 0 { 4 } else { 0 };
-            values[l] = ds * f32::from(code);
-        }
+/// `scale * (group scale - 32) * (code - 4)`, codes of 3 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q3K {
+    /// Bit `index` of byte `i` is the third bit of weight `32 * index + i`.
+    third: [u8; 32],
+    low: [[u8; 32]; 2],
+    /// The lower 4 bits of 16 scales: low nibbles, then high nibbles.
+    low_scales: [u8; 8],
+    /// The upper 2 bits: the lowest pairs of the 4 bytes, then the next ones.
+    high_scales: [u8; 4],
+    scale: Half,
+}
+
+impl Block for Q3K {
+    const LAYOUT: Layout = Layout::scaled(Code::Int4, 16);
+    type Codes = Nibbles;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Nibbles {
+        let low = two_bits(&self.low, index);
+        // Panels hold 8 more than the weight's integer, which is 4 less than the code.
+        nibbles(|i| 4 + (low[i] | (self.third[i] >> index & 1) << 2))
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let scale = self.scale.to_f32();
+        from_fn(|i| {
+            let low = self.low_scales[i % 8] >> (4 * (i / 8)) & 15;
+            let high = self.high_scales[i % 4] >> (2 * (i / 4)) & 3;
+            Group::scaled(scale * (f32::from(low | high << 4) - 32.0))
+        })
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 32.0, 0.0]
     }
 }
 
-/// d * scale * code - dmin * min, 8 sub-blocks of 32, codes of 4 bits
-pub(super) fn decode_q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
-    let (d, dmin) = (scale(block, 0), scale(block, 2));
-    for (sub, values) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let (sc, mn) = scale_and_min(&block[4..16], sub);
-        let (ds, dm) = (d * sc, dmin * mn);
-        // Two sub-blocks share 32 bytes: low nibbles, then high.
-        let codes = &block[16 + 32 * (sub / 2)..][..32];
-        for l in 0..32 {
-            values[l] = ds * f32::from(codes[l] >> (4 * (sub % 2)) & 15) - dm;
-        }
+/// The scale and the minimum of each group of 32 in Q4_K and Q5_K, 6 bits each.
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+struct SixBits {
+    scale: Half,
+    min: Half,
+    /// Bytes 0..4 and 4..8 hold scales and minimums of groups 0..4 in their lower 6 bits. Those of groups 4..8 are split:
+    /// 4 bits in bytes 8..12, scales in the low nibbles and minimums in the high ones, and 2 bits at the top of bytes 0..8.
+    packed: [u8; 12],
+}
+
+impl SixBits {
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
+        let s = &self.packed;
+        from_fn(|i| {
+            let [group_scale, group_min] = match i {
+                0..4 => [s[i] & 63, s[i + 4] & 63],
+                _ => [s[i + 4] & 15 | s[i - 4] >> 6 << 4, s[i + 4] >> 4 | s[i] >> 6 << 4],
+            };
+            Group { scale: scale * f32::from(group_scale), min: -min * f32::from(group_min) }
+        })
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [&self.scale, &self.min].map(|scale| scale.to_f32().abs() * 63.0)
     }
 }
 
-/// As Q4_K, with a fifth bit for each code
-pub(super) fn decode_q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
-    let (d, dmin) = (scale(block, 0), scale(block, 2));
-    for (sub, values) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let (sc, mn) = scale_and_min(&block[4..16], sub);
-        let (ds, dm) = (d * sc, dmin * mn);
-        let codes = &block[48 + 32 * (sub / 2)..][..32];
-        for l in 0..32 {
-            // The same 32 bytes serve all sub-blocks, a bit each.
-            let fifth = block[16 + l] >> sub & 1;
-            values[l] = ds * f32::from((codes[l] >> (4 * (sub % 2)) & 15) | fifth << 4) - dm;
-        }
+/// The 4-bit codes of weights `32 * index..` of Q4_K and Q5_K: each 32 bytes hold 32 weights in their low nibbles and the
+/// next 32 in their high ones.
+#[inline(always)]
+fn four_bits(codes: &[[u8; 32]; 4], index: usize) -> [u8; 32] {
+    codes[index / 2].map(|byte| byte >> (4 * (index % 2)) & 15)
+}
+
+/// `scale * code - min`, codes of 4 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q4K {
+    groups: SixBits,
+    codes: [[u8; 32]; 4],
+}
+
+impl Block for Q4K {
+    const LAYOUT: Layout = Layout::with_min(Code::Int4, 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Nibbles {
+        let codes = four_bits(&self.codes, index);
+        nibbles(|i| codes[i])
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        self.groups.groups()
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        self.groups.bounds()
     }
 }
 
-/// d * scale * (code - 32), 16 sub-blocks of 16, codes of 6 bits of which the upper two lie apart
-pub(super) fn decode_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
-    let d = scale(block, 208);
-    for (sub, values) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let ds = d * f32::from(block[192 + sub] as i8);
-        // Each half of 128 values is four quarters of 32. Quarters 0 and 2 are the low and high nibbles of the half's
-        // first 32 bytes, 1 and 3 those of the next 32; their upper bits are the four pairs of each of 32 bytes.
-        let (half, quarter, part) = (sub / 8, sub / 2 % 4, sub % 2);
-        let low = &block[64 * half + 32 * (quarter % 2) + 16 * part..][..16];
-        let high = &block[128 + 32 * half + 16 * part..][..16];
-        for l in 0..16 {
-            let code = (low[l] >> (4 * (quarter / 2)) & 15) | (high[l] >> (2 * quarter) & 3) << 4;
-            values[l] = ds * f32::from(code as i8 - 32);
-        }
+/// `scale * code - min`, codes of 5 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q5K {
+    groups: SixBits,
+    /// Bit `index` of byte `i` is the fifth bit of weight `32 * index + i`.
+    fifth: [u8; 32],
+    low: [[u8; 32]; 4],
+}
+
+impl Block for Q5K {
+    const LAYOUT: Layout = Layout::with_min(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let low = four_bits(&self.low, index);
+        from_fn(|i| (low[i] | (self.fifth[i] >> index & 1) << 4) as i8)
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        self.groups.groups()
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        self.groups.bounds()
     }
 }
 
-/// d * (scale - 32) * table\[code\], 8 sub-blocks of 32
-pub(super) fn decode_iq4_xs(block: &[u8; 136], out: &mut [f32; 256]) {
-    let d = scale(block, 0);
-    let upper = u16::from_le_bytes([block[2], block[3]]);
-    for (sub, values) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let low = block[4 + sub / 2] >> (4 * (sub % 2)) & 15;
-        let high = (upper >> (2 * sub) & 3) as u8;
-        let ds = d * f32::from((low | high << 4) as i8 - 32);
-        let codes = &block[8 + 16 * sub..][..16];
-        for j in 0..16 {
-            values[j] = ds * f32::from(IQ4_VALUES[usize::from(codes[j] & 15)]);
-            values[j + 16] = ds * f32::from(IQ4_VALUES[usize::from(codes[j] >> 4)]);
-        }
+/// `scale * group scale * (code - 32)`, codes of 6 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q6K {
+    /// Each half of the block has 64 bytes: 64 weights in their low nibbles, the next 64 in their high ones.
+    low: [[[u8; 32]; 2]; 2],
+    /// Each half of the block has 32 bytes, and each pair of bits in them belongs to another 32 weights.
+    high: [[u8; 32]; 2],
+    groups: [i8; 16],
+    scale: Half,
+}
+
+impl Block for Q6K {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let (half, quarter) = (index / 4, index % 4);
+        let low = &self.low[half][quarter % 2];
+        let high = two_bits(&self.high, index);
+        from_fn(|i| (low[i] >> (4 * (quarter / 2)) & 15 | high[i] << 4) as i8 - 32)
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let scale = self.scale.to_f32();
+        self.groups.map(|group| Group::scaled(scale * f32::from(group)))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 128.0, 0.0]
+    }
+}
+
+/// `scale * (group scale - 32) * IQ4_VALUES[code]`
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq4Xs {
+    scale: Half,
+    /// The upper 2 bits of 8 scales, the first in the lowest bits.
+    high_scales: [u8; 2],
+    /// The lower 4 bits, the first in the lowest bits.
+    low_scales: [u8; 4],
+    codes: [Nibbles; 8],
+}
+
+impl Block for Iq4Xs {
+    const LAYOUT: Layout = Layout::scaled(Code::Table4(IQ4_VALUES), 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Nibbles {
+        self.codes[index]
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let (scale, high) = (self.scale.to_f32(), u16::from_le_bytes(self.high_scales));
+        let low = u32::from_le_bytes(self.low_scales);
+        from_fn(|i| {
+            let group_scale = low >> (4 * i) & 15 | u32::from(high >> (2 * i) & 3) << 4;
+            Group::scaled(scale * (group_scale as f32 - 32.0))
+        })
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 32.0, 0.0]
     }
 }

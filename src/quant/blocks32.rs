@@ -1,135 +1,229 @@
-//! Blocks of 32 values.
-//!
-//! In all of them byte `j` of the codes holds value `j` in its low nibble and value `j + 16` in its high nibble.
-//! An encoder appends one block and says true, or appends nothing of use and says false when a value or a scale is not
-//! finite once rounded to F16.
+//! Blocks of 32 weights.
 
+use bytemuck::AnyBitPattern;
 use half::f16;
 
-/// The 16 values that the codes of IQ4_NL and IQ4_XS stand for.
-pub(crate) const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+use super::decoder::{Block, Codes, Group};
+use super::layout::{Code, Layout};
+use super::panel::{Bytes, Nibbles};
 
-/// The 16 values that the codes of MXFP4 stand for: E2M1 floats, doubled to be whole.
-pub(crate) const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+/// The values of the codes of IQ4_NL and IQ4_XS.
+pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// The values of the codes of MXFP4: E2M1 floats, doubled to be integers.
+pub const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// The little-endian F16 at byte `at`.
-pub(super) fn scale<const B: usize>(block: &[u8; B], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
+/// A little-endian F16.
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(transparent)]
+pub(super) struct Half([u8; 2]);
 
-/// Calls `value(index, code)` for the 32 codes of 4 bits that start at byte `at`.
-fn nibbles<const B: usize>(block: &[u8; B], at: usize, mut value: impl FnMut(usize, u8)) {
-    for j in 0..16 {
-        value(j, block[at + j] & 15);
-        value(j + 16, block[at + j] >> 4);
+impl Half {
+    #[inline(always)]
+    pub(super) fn get(self) -> f16 {
+        f16::from_le_bytes(self.0)
+    }
+
+    #[inline(always)]
+    pub(super) fn to_f32(self) -> f32 {
+        self.get().to_f32()
     }
 }
 
-/// d * (code - 8)
-pub(super) fn decode_q4_0(block: &[u8; 18], out: &mut [f32; 32]) {
-    let d = scale(block, 0);
-    nibbles(block, 2, |i, code| out[i] = d * f32::from(code as i8 - 8));
+/// `scale * (code - 8)`
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q4_0 {
+    scale: Half,
+    codes: Nibbles,
 }
 
-/// d * code + m
-pub(super) fn decode_q4_1(block: &[u8; 20], out: &mut [f32; 32]) {
-    let (d, m) = (scale(block, 0), scale(block, 2));
-    nibbles(block, 4, |i, code| out[i] = d * f32::from(code) + m);
-}
+impl Block for Q4_0 {
+    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f16>; 1];
 
-/// d * (code - 16), the fifth bits apart
-pub(super) fn decode_q5_0(block: &[u8; 22], out: &mut [f32; 32]) {
-    let d = scale(block, 0);
-    let fifth = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-    nibbles(block, 6, |i, code| out[i] = d * f32::from((code | fifth_bit(fifth, i)) as i8 - 16));
-}
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Nibbles {
+        self.codes
+    }
 
-/// d * code + m, the fifth bits apart
-pub(super) fn decode_q5_1(block: &[u8; 24], out: &mut [f32; 32]) {
-    let (d, m) = (scale(block, 0), scale(block, 2));
-    let fifth = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
-    nibbles(block, 8, |i, code| out[i] = d * f32::from(code | fifth_bit(fifth, i)) + m);
-}
-
-fn fifth_bit(bits: u32, index: usize) -> u8 {
-    ((bits >> index & 1) << 4) as u8
-}
-
-/// d * code, codes of 8 bits
-pub(super) fn decode_q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
-    let d = scale(block, 0);
-    for i in 0..32 {
-        out[i] = d * f32::from(block[2 + i] as i8);
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group::scaled(self.scale.get())]
     }
 }
 
-/// d * table\[code\]
-pub(super) fn decode_iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
-    let d = scale(block, 0);
-    nibbles(block, 2, |i, code| out[i] = d * f32::from(IQ4_VALUES[usize::from(code)]));
+/// `scale * code + min`
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q4_1 {
+    scale: Half,
+    min: Half,
+    codes: Nibbles,
 }
 
-/// 2^(e - 128) * table\[code\]
+impl Block for Q4_1 {
+    const LAYOUT: Layout = Layout::with_min(Code::Int4, 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f16>; 1];
+
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Nibbles {
+        self.codes
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group { scale: self.scale.get(), min: self.min.get() }]
+    }
+}
+
+/// `scale * (code - 16)`, codes of 5 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q5_0 {
+    scale: Half,
+    fifth: [u8; 4],
+    low: Nibbles,
+}
+
+impl Block for Q5_0 {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f16>; 1];
+
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Bytes {
+        five_bits(self.low, self.fifth).map(|code| code - 16)
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group::scaled(self.scale.get())]
+    }
+}
+
+/// `scale * code + min`, codes of 5 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q5_1 {
+    scale: Half,
+    min: Half,
+    fifth: [u8; 4],
+    low: Nibbles,
+}
+
+impl Block for Q5_1 {
+    const LAYOUT: Layout = Layout::with_min(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f16>; 1];
+
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Bytes {
+        five_bits(self.low, self.fifth)
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group { scale: self.scale.get(), min: self.min.get() }]
+    }
+}
+
+/// Codes 0..32: bit `i` of `fifth` is the highest bit of code `i`.
+#[inline(always)]
+fn five_bits(low: Nibbles, fifth: [u8; 4]) -> Bytes {
+    let fifth = u32::from_le_bytes(fifth);
+    let mut codes = low.unpack();
+    for (i, code) in codes.iter_mut().enumerate() {
+        *code |= ((fifth >> i & 1) << 4) as i8;
+    }
+    codes
+}
+
+/// `scale * code`, signed codes of 8 bits
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Q8_0 {
+    scale: Half,
+    codes: Bytes,
+}
+
+impl Block for Q8_0 {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f16>; 1];
+
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Bytes {
+        self.codes
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group::scaled(self.scale.get())]
+    }
+}
+
+/// `scale * IQ4_VALUES[code]`
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq4Nl {
+    scale: Half,
+    codes: Nibbles,
+}
+
+impl Block for Iq4Nl {
+    const LAYOUT: Layout = Layout::scaled(Code::Table4(IQ4_VALUES), 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f16>; 1];
+
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Nibbles {
+        self.codes
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 1] {
+        [Group::scaled(self.scale.get())]
+    }
+}
+
+/// `2^(exponent - 128) * MXFP4_VALUES[code]`
 ///
-/// The OCP specification calls e = 255 NaN; ggml computes with it as with any other, and so do we.
-pub(super) fn decode_mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
-    let d = half_e8m0(block[0]);
-    nibbles(block, 1, |i, code| out[i] = d * f32::from(MXFP4_VALUES[usize::from(code)]));
+/// The OCP specification reserves exponent 255 for NaN. ggml computes with it as with any other, and so does nybble.
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Mxfp4 {
+    exponent: u8,
+    codes: Nibbles,
 }
 
-/// Half of the power of two that an E8M0 byte stands for: 2^(e - 128).
-pub(crate) fn half_e8m0(e: u8) -> f32 {
-    // Below 2 the power is smaller than the smallest normal F32.
-    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
+impl Mxfp4 {
+    /// The scale of the doubled values, half of what the E8M0 byte stands for.
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        let e = u32::from(self.exponent);
+        // Below 2 the power is smaller than the smallest normal F32.
+        f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 })
+    }
 }
 
-/// Appends `value` as F16; false when it is not finite as such.
-fn push_scale(value: f32, out: &mut Vec<u8>) -> bool {
-    let rounded = f16::from_f32(value);
-    out.extend(rounded.to_le_bytes());
-    rounded.is_finite()
-}
+impl Block for Mxfp4 {
+    const LAYOUT: Layout = Layout::scaled(Code::Table4(MXFP4_VALUES), 32);
+    type Codes = Nibbles;
+    type Groups = [Group<f32>; 1];
 
-/// Appends 32 codes below 16 as 16 bytes.
-fn push_nibbles(codes: impl Fn(usize) -> u8, out: &mut Vec<u8>) {
-    out.extend((0..16).map(|j| codes(j) | codes(j + 16) << 4));
-}
+    #[inline(always)]
+    fn codes(&self, _index: usize) -> Nibbles {
+        self.codes
+    }
 
-/// 1/d, or 0 for 0: a block of zeros has no scale.
-fn inverse(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
-}
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 1] {
+        [Group::scaled(self.scale())]
+    }
 
-/// The value of largest magnitude, with its sign, becomes code 0, that is -8.
-pub(super) fn encode_q4_0(values: &[f32; 32], out: &mut Vec<u8>) -> bool {
-    let extreme = values.iter().fold(0.0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
-    let d = extreme / -8.0;
-    let id = inverse(d);
-    // ggml's compilers fuse this product and sum. In F64 the product is exact, so one rounding to F32 remains, as there.
-    let code = |i: usize| (((f64::from(values[i]) * f64::from(id)) + 8.5) as f32 as u8).min(15);
-    let fits = push_scale(d, out);
-    push_nibbles(code, out);
-    fits && values.iter().all(|v| v.is_finite())
-}
-
-/// The smallest value becomes code 0, the largest 15.
-pub(super) fn encode_q4_1(values: &[f32; 32], out: &mut Vec<u8>) -> bool {
-    let min = values.iter().fold(f32::INFINITY, |m, v| m.min(*v));
-    let max = values.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-    let d = (max - min) / 15.0;
-    let id = inverse(d);
-    let code = |i: usize| (((values[i] - min) * id + 0.5) as u8).min(15);
-    let fits = push_scale(d, out) & push_scale(min, out);
-    push_nibbles(code, out);
-    fits && values.iter().all(|v| v.is_finite())
-}
-
-/// The largest magnitude becomes 127; halves round away from zero.
-pub(super) fn encode_q8_0(values: &[f32; 32], out: &mut Vec<u8>) -> bool {
-    let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let d = largest / 127.0;
-    let id = inverse(d);
-    let fits = push_scale(d, out);
-    out.extend(values.iter().map(|v| (v * id).round() as i8 as u8));
-    fits && values.iter().all(|v| v.is_finite())
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale(), 0.0]
+    }
 }

@@ -18,7 +18,7 @@ pub(super) struct Compute<'a> {
     /// The thread pool.
     pub pool: &'a ThreadPool,
     /// The kernel of the instruction set.
-    pub kernel: &'static dyn Kernel,
+    pub kernel: &'static Kernel,
     stop: Option<&'a (dyn Fn() -> bool + Sync)>,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Debug for Compute<'_> {
 
 impl<'a> Compute<'a> {
     /// Computes without a way to stop.
-    pub(super) fn new(pool: &'a ThreadPool, kernel: &'static dyn Kernel) -> Compute<'a> {
+    pub(super) fn new(pool: &'a ThreadPool, kernel: &'static Kernel) -> Compute<'a> {
         Compute { pool, kernel, stop: None }
     }
 

@@ -200,7 +200,7 @@ struct Chunk<'a> {
 
 impl Chunk<'_> {
     /// Calls `score` for each row, on the threads of the model.
-    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&dyn Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
+    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
         self.map_with(model, &[], 0, |kernel, logits, token, _| score(kernel, logits, token))
     }
 
@@ -210,7 +210,7 @@ impl Chunk<'_> {
         model: &Model,
         extra: &[u8],
         width: usize,
-        score: impl Fn(&dyn Kernel, &[f32], u32, &[u8]) -> T + Sync,
+        score: impl Fn(&Kernel, &[f32], u32, &[u8]) -> T + Sync,
     ) -> Vec<T> {
         let vocabulary = model.vocabulary();
         let mut scores: Vec<T> = self.tokens.iter().map(|_| T::default()).collect();
@@ -285,7 +285,7 @@ struct Normal {
 }
 
 impl Normal {
-    fn of(kernel: &dyn Kernel, logits: &[f32]) -> Normal {
+    fn of(kernel: &Kernel, logits: &[f32]) -> Normal {
         let (max, sum) = kernel.exp_segment(&mut logits.to_vec());
         let top = logits.iter().position(|logit| *logit == max).unwrap_or_default();
         Normal { max, top, log_sum: max + libm::logf(sum) }
@@ -300,14 +300,14 @@ struct Scale {
 }
 
 impl Score {
-    fn of(kernel: &dyn Kernel, logits: &[f32], token: u32) -> Score {
+    fn of(kernel: &Kernel, logits: &[f32], token: u32) -> Score {
         let normal = Normal::of(kernel, logits);
         // `for_each_chunk` and the model have checked all tokens.
         Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }
     }
 
     /// The score, and the row that a reference stores.
-    fn and_row(kernel: &dyn Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
+    fn and_row(kernel: &Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
         let normal = Normal::of(kernel, logits);
         let smallest = logits.iter().copied().fold(f32::INFINITY, f32::min).max(normal.max + NEGLIGIBLE);
         let step = (normal.max - smallest) / f32::from(u16::MAX);
@@ -324,7 +324,7 @@ impl Score {
     }
 
     /// The score compared with a row of a reference.
-    fn against(kernel: &dyn Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
+    fn against(kernel: &Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
         let normal = Normal::of(kernel, logits);
         let (header, codes) = row.split_at(ROW_HEADER);
         let float = |at: usize| f32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);

@@ -1,79 +1,144 @@
-//! Memory for packed weights and for keys and values: cache lines, zero at first.
+//! Memory for packed weights, the KV cache and workspaces.
 
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
-/// A cache line. Buffers of these are 64-byte aligned, so every load of one is a full line.
+use super::memory;
+use crate::error::{Error, Result};
+
+/// A cache line. A load of a whole line never touches two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub struct CacheLine(pub [u8; 64]);
 
-/// Lines that fill less than this many bytes come from the allocator, which has no call to the system for each.
-const SMALLEST_MAP: usize = 1 << 16;
+/// Buffers of this many bytes and more are mapped from the system. Smaller ones come from the allocator, which needs no
+/// system call for each.
+pub(crate) const SMALLEST_MAP: usize = 1 << 16;
 
-/// A buffer of zeroed lines.
+/// A buffer of `T` that starts at a cache line, zero at first.
 ///
-/// Large ones are mapped from the system rather than allocated: Rust's allocator writes the zeros of memory with such an
-/// alignment itself, so that one thread would meet all page faults, a third of the time that loading takes. A map is
-/// zero by itself, and a page faults where a worker first writes to it.
+/// Large buffers are mapped from the system and return to it when they are dropped. Rust's allocator would write the zeros
+/// of memory with such an alignment itself, so one thread would take all page faults, a third of the time of loading. A map
+/// is zero by itself, and a page faults where a worker first writes to it.
 #[derive(Debug)]
-pub(crate) enum AlignedBuf {
+pub(crate) struct AlignedBuf<T = CacheLine> {
+    memory: Memory,
+    /// In items.
+    len: usize,
+    item: PhantomData<T>,
+}
+
+#[derive(Debug)]
+enum Memory {
     Allocated(Vec<CacheLine>),
-    /// Whole lines, as many as were asked for.
+    /// Whole cache lines.
     Mapped(MmapMut),
 }
 
-impl AlignedBuf {
-    /// As [`AlignedBuf::zeroed`]. `None` when there is no memory, where that ends the process.
-    pub(crate) fn try_zeroed(len: usize) -> Option<AlignedBuf> {
-        let bytes = len.checked_mul(size_of::<CacheLine>())?;
+impl Memory {
+    /// Zeroed memory of `lines` cache lines. `None` when there is none.
+    fn zeroed(lines: usize) -> Option<Memory> {
+        let bytes = lines.checked_mul(size_of::<CacheLine>())?;
         if bytes >= SMALLEST_MAP {
-            return MmapMut::map_anon(bytes).ok().map(AlignedBuf::Mapped);
+            return MmapMut::map_anon(bytes).ok().map(Memory::Mapped);
         }
-        let mut lines: Vec<CacheLine> = Vec::new();
-        lines.try_reserve_exact(len).ok()?;
-        drop(lines);
-        Some(AlignedBuf::Allocated(bytemuck::zeroed_vec(len)))
+        bytemuck::try_zeroed_vec(lines).ok().map(Memory::Allocated)
     }
 
-    pub(crate) fn zeroed(len: usize) -> AlignedBuf {
-        let bytes = len.saturating_mul(size_of::<CacheLine>());
-        if bytes >= SMALLEST_MAP
-            && let Ok(map) = MmapMut::map_anon(bytes)
-        {
-            return AlignedBuf::Mapped(map);
-        }
-        AlignedBuf::Allocated(bytemuck::zeroed_vec(len))
-    }
-}
-
-impl Deref for AlignedBuf {
-    type Target = [CacheLine];
-
-    fn deref(&self) -> &[CacheLine] {
+    fn lines(&self) -> &[CacheLine] {
         match self {
-            AlignedBuf::Allocated(lines) => lines,
-            AlignedBuf::Mapped(map) => bytemuck::cast_slice(map),
+            Memory::Allocated(lines) => lines,
+            Memory::Mapped(map) => bytemuck::cast_slice(map),
         }
     }
-}
 
-impl DerefMut for AlignedBuf {
-    fn deref_mut(&mut self) -> &mut [CacheLine] {
+    fn lines_mut(&mut self) -> &mut [CacheLine] {
         match self {
-            AlignedBuf::Allocated(lines) => lines,
-            AlignedBuf::Mapped(map) => bytemuck::cast_slice_mut(map),
+            Memory::Allocated(lines) => lines,
+            Memory::Mapped(map) => bytemuck::cast_slice_mut(map),
         }
     }
 }
 
-impl Clone for AlignedBuf {
-    fn clone(&self) -> AlignedBuf {
-        let mut lines = AlignedBuf::zeroed(self.len());
-        lines.copy_from_slice(self);
-        lines
+impl<T: Pod> AlignedBuf<T> {
+    /// Items in a cache line.
+    const PER_LINE: usize = {
+        assert!(size_of::<CacheLine>().is_multiple_of(size_of::<T>()), "items fill cache lines");
+        size_of::<CacheLine>() / size_of::<T>()
+    };
+
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when the system or the process's cgroup does not have that much. `purpose` says in it what
+    /// the memory is for.
+    pub(crate) fn try_zeroed(len: usize, purpose: &'static str) -> Result<Self> {
+        let bytes = len.saturating_mul(size_of::<T>());
+        memory::check(purpose, bytes)?;
+        let refused = Error::OutOfMemory { what: purpose, bytes, left: None };
+        let memory = Memory::zeroed(len.div_ceil(Self::PER_LINE)).ok_or(refused)?;
+        Ok(AlignedBuf { memory, len, item: PhantomData })
+    }
+
+    /// `len` zeros, for callers that cannot handle an error.
+    ///
+    /// # Panics
+    /// When there is no memory.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        let memory = Memory::zeroed(len.div_ceil(Self::PER_LINE));
+        let memory = memory.unwrap_or_else(|| panic!("out of memory: {len} items of {} bytes", size_of::<T>()));
+        AlignedBuf { memory, len, item: PhantomData }
+    }
+
+    /// Items that fit without new memory.
+    pub(crate) fn capacity(&self) -> usize {
+        self.memory.lines().len() * Self::PER_LINE
+    }
+
+    /// Changes the length to `len`. The contents are unspecified afterwards; memory is never given back.
+    ///
+    /// # Errors
+    /// As for [`AlignedBuf::try_zeroed`]. The buffer is then as it was.
+    pub(crate) fn try_resize(&mut self, len: usize, purpose: &'static str) -> Result<()> {
+        if len > self.capacity() {
+            *self = AlignedBuf::try_zeroed(len, purpose)?;
+        }
+        self.len = len;
+        Ok(())
+    }
+}
+
+impl<T> Default for AlignedBuf<T> {
+    /// An empty buffer.
+    fn default() -> Self {
+        AlignedBuf { memory: Memory::Allocated(Vec::new()), len: 0, item: PhantomData }
+    }
+}
+
+impl<T: Pod> Deref for AlignedBuf<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &bytemuck::cast_slice(self.memory.lines())[..self.len]
+    }
+}
+
+impl<T: Pod> DerefMut for AlignedBuf<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut bytemuck::cast_slice_mut(self.memory.lines_mut())[..self.len]
+    }
+}
+
+impl<T: Pod> Clone for AlignedBuf<T> {
+    /// # Panics
+    /// When there is no memory.
+    fn clone(&self) -> Self {
+        let mut copy = AlignedBuf::zeroed(self.len);
+        copy.copy_from_slice(self);
+        copy
     }
 }
 
@@ -82,20 +147,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_zero_and_of_the_length_asked_for_however_they_are_had() {
+    fn buffers_are_zero_and_as_long_as_asked() {
         let large = SMALLEST_MAP / size_of::<CacheLine>();
         for len in [0, 1, large - 1, large, large + 1] {
-            let mut lines = AlignedBuf::zeroed(len);
-            assert_eq!(matches!(lines, AlignedBuf::Mapped(_)), len >= large);
+            let mut lines = AlignedBuf::<CacheLine>::zeroed(len);
+            assert_eq!(matches!(lines.memory, Memory::Mapped(_)), len >= large);
             assert_eq!(lines.len(), len);
             assert!(lines.iter().all(|line| line.0 == [0; 64]));
-            assert_eq!(*AlignedBuf::try_zeroed(len).unwrap(), *lines);
+            assert_eq!(*AlignedBuf::<CacheLine>::try_zeroed(len, "a test").unwrap(), *lines);
             let Some(last) = lines.last_mut() else { continue };
             last.0[63] = 7;
             assert_eq!(lines.clone().last(), lines.last());
         }
-        for len in [usize::MAX, 1 << 57, 1 << 50] {
-            assert!(AlignedBuf::try_zeroed(len).is_none(), "{len}");
+    }
+
+    #[test]
+    fn a_buffer_of_numbers_starts_at_a_cache_line() {
+        for len in [1, 15, 16, 17, SMALLEST_MAP / 4 + 3] {
+            let mut numbers = AlignedBuf::<f32>::try_zeroed(len, "a test").unwrap();
+            assert_eq!((numbers.len(), numbers.capacity()), (len, len.next_multiple_of(16)));
+            assert!(numbers.as_ptr().addr().is_multiple_of(64));
+            numbers.fill(2.0);
+            assert!(numbers.iter().all(|x| *x == 2.0));
         }
+    }
+
+    #[test]
+    fn resizing_keeps_memory_that_is_large_enough() {
+        let mut numbers = AlignedBuf::<f32>::default();
+        numbers.try_resize(1 << 20, "a test").unwrap();
+        let start = numbers.as_ptr();
+        for len in [3, 0, 1 << 20] {
+            numbers.try_resize(len, "a test").unwrap();
+            assert_eq!((numbers.len(), numbers.as_ptr()), (len, start));
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors_with_purpose_and_size() {
+        for len in [usize::MAX, 1 << 57, 1 << 50] {
+            let error = AlignedBuf::<CacheLine>::try_zeroed(len, "a test").unwrap_err();
+            let Error::OutOfMemory { what: "a test", bytes, .. } = error else { panic!("{error}") };
+            assert_eq!(bytes, len.saturating_mul(64));
+        }
+        let mut buffer = AlignedBuf::<u8>::zeroed(5);
+        assert!(buffer.try_resize(usize::MAX, "a test").is_err());
+        assert_eq!(buffer.len(), 5);
     }
 }

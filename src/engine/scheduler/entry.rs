@@ -105,7 +105,7 @@ impl Entry {
                     None => break,
                 },
             };
-            if self.sequence.session.adopt(&page, tokens).is_err() {
+            if self.sequence.session.attach_page(&page, tokens).is_err() {
                 break;
             }
             self.sequence.pending.drain(..tokens);
@@ -122,7 +122,7 @@ impl Entry {
     pub(super) fn share(&mut self, prefixes: &mut Prefixes) {
         while let (Some(key), Some(page)) = (self.next_block(), self.sequence.session.page(self.blocks)) {
             let (number, page) = prefixes.insert(key, page);
-            self.sequence.session.exchange(self.blocks, &page);
+            self.sequence.session.replace_page(self.blocks, &page);
             (self.blocks, self.block) = (self.blocks + 1, number);
         }
     }

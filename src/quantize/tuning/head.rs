@@ -84,7 +84,7 @@ impl Head {
 
 /// Replaces the logits `found` by the gradient of their divergence from the logits `wanted`, which become probabilities. The
 /// gradient is the difference of both models' probabilities, divided by the number of tokens.
-fn gradient_of_row(kernel: &dyn Kernel, wanted: &mut [f32], found: &mut [f32], tokens: usize) {
+fn gradient_of_row(kernel: &Kernel, wanted: &mut [f32], found: &mut [f32], tokens: usize) {
     let ((_, sum_wanted), (_, sum_found)) = (kernel.exp_segment(wanted), kernel.exp_segment(found));
     for (wanted, found) in wanted.iter_mut().zip(found) {
         *wanted /= sum_wanted;

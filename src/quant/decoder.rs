@@ -1,0 +1,285 @@
+//! Decoding of blocks, written once per block type and used for values and for packing.
+//!
+//! A block type is a struct that is laid out as in a file. Its [`Block`] implementation yields codes, scales and minimums in
+//! the form that panels hold. [`Decoder`] derives everything else from it: values, panels and the range of the scales.
+
+use bytemuck::AnyBitPattern;
+use half::{bf16, f16};
+
+use super::layout::{BLOCK, Code, Layout, PANEL};
+use super::panel::{Bytes, Nibbles, PanelMut};
+
+/// A block as it lies in a file, a struct of bytes.
+///
+/// Its weights are [`Layout::weight`] of its codes, scales and minimums.
+pub(super) trait Block: AnyBitPattern {
+    /// How panels hold the block's numbers.
+    const LAYOUT: Layout;
+    /// Weights in a block, a multiple of [`BLOCK`].
+    const WEIGHTS: usize = Self::LAYOUT.group * Self::Groups::COUNT;
+    /// [`Nibbles`] or [`Bytes`].
+    type Codes: Codes;
+    /// An array of [`Group`]s.
+    type Groups: Groups;
+
+    /// The codes of weights `32 * index..32 * (index + 1)`.
+    fn codes(&self, index: usize) -> Self::Codes;
+
+    /// The scale and minimum of each group of [`Layout::group`] weights.
+    fn groups(&self) -> Self::Groups;
+
+    /// Upper bounds of the absolute scales and minimums. Only asked of types with computed scales.
+    fn bounds(&self) -> [f32; 2] {
+        [0.0; 2]
+    }
+}
+
+/// The numbers that a group of weights shares.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Group<S> {
+    pub(super) scale: S,
+    /// 0 in layouts without minimums.
+    pub(super) min: S,
+}
+
+impl<S: Default> Group<S> {
+    /// A group without a minimum.
+    #[inline(always)]
+    pub(super) fn scaled(scale: S) -> Self {
+        Group { scale, min: S::default() }
+    }
+}
+
+/// All groups of a block.
+pub(super) trait Groups {
+    const COUNT: usize;
+    type Scale: Scale;
+
+    fn as_slice(&self) -> &[Group<Self::Scale>];
+}
+
+impl<S: Scale, const N: usize> Groups for [Group<S>; N] {
+    const COUNT: usize = N;
+    type Scale = S;
+
+    #[inline(always)]
+    fn as_slice(&self) -> &[Group<S>] {
+        self
+    }
+}
+
+/// A scale or a minimum: `f16` where the file holds it as such and panels keep it, `f32` where it is computed and rounded.
+pub(super) trait Scale: Copy + Default {
+    /// Whether it is computed and may exceed the range of F16.
+    const IS_COMPUTED: bool;
+
+    fn to_f32(self) -> f32;
+
+    /// The number divided by the matrix's output scale, as panels hold it.
+    fn to_panel(self, output_scale: f32) -> f16;
+}
+
+impl Scale for f16 {
+    const IS_COMPUTED: bool = false;
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    fn to_panel(self, _output_scale: f32) -> f16 {
+        self
+    }
+}
+
+impl Scale for f32 {
+    const IS_COMPUTED: bool = true;
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn to_panel(self, output_scale: f32) -> f16 {
+        f16::from_f32(self / output_scale)
+    }
+}
+
+/// The codes of 32 weights.
+pub(super) trait Codes {
+    /// The codes as numbers.
+    fn unpack(self) -> [i8; BLOCK];
+
+    /// Stores them as block `block` of row `lane` of a panel.
+    fn store(&self, panel: &mut PanelMut<'_>, lane: usize, block: usize);
+}
+
+impl Codes for Nibbles {
+    #[inline(always)]
+    fn unpack(self) -> [i8; BLOCK] {
+        let mut codes = [0; BLOCK];
+        for (j, byte) in self.into_iter().enumerate() {
+            codes[j] = (byte & 15) as i8;
+            codes[j + 16] = (byte >> 4) as i8;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn store(&self, panel: &mut PanelMut<'_>, lane: usize, block: usize) {
+        panel.set_nibbles(lane, block, self);
+    }
+}
+
+impl Codes for Bytes {
+    #[inline(always)]
+    fn unpack(self) -> [i8; BLOCK] {
+        self
+    }
+
+    #[inline(always)]
+    fn store(&self, panel: &mut PanelMut<'_>, lane: usize, block: usize) {
+        panel.set_codes(Code::Int8, lane, block, self);
+    }
+}
+
+/// A row of a panel that is to be packed.
+pub(super) struct PanelRow<'a, 'b> {
+    pub(super) panel: &'a mut PanelMut<'b>,
+    /// Which of the panel's rows.
+    pub(super) lane: usize,
+    /// Columns of the matrix.
+    pub(super) columns: usize,
+    /// What scales and minimums are divided by.
+    pub(super) output_scale: f32,
+}
+
+/// What can be done with the rows of a block type. A row is given as the bytes of whole blocks.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    /// The panel layout that holds the type's numbers.
+    pub(super) layout: Layout,
+    /// Weights and bytes of a block.
+    #[cfg_attr(not(test), expect(dead_code, reason = "a test compares it with the table of sizes"))]
+    pub(super) size: [usize; 2],
+    /// Computes the values of a row.
+    pub(super) decode: fn(&[u8], &mut [f32]),
+    /// Packs a row. Panics when the row has fewer blocks than the panel.
+    pub(super) pack: fn(&[u8], PanelRow<'_, '_>),
+    /// The largest finite bound of a row's scales and minimums. `None` for types whose scales panels hold exactly.
+    pub(super) bound: Option<fn(&[u8]) -> f32>,
+}
+
+impl Decoder {
+    /// The decoder of quantized blocks.
+    pub(super) const fn of<B: Block>() -> Decoder {
+        Decoder {
+            layout: B::LAYOUT,
+            size: [B::WEIGHTS, size_of::<B>()],
+            decode: decode::<B>,
+            pack: pack::<B>,
+            bound: if <B::Groups as Groups>::Scale::IS_COMPUTED { Some(bound::<B>) } else { None },
+        }
+    }
+
+    /// The decoder of floats.
+    pub(super) const fn float<F: Float>() -> Decoder {
+        Decoder {
+            layout: Layout::float(F::CODE),
+            size: [1, size_of::<F>()],
+            decode: decode_floats::<F>,
+            pack: pack_floats::<F>,
+            bound: None,
+        }
+    }
+}
+
+/// The blocks of a row.
+fn blocks<B: Block>(row: &[u8]) -> &[B] {
+    const { assert!(align_of::<B>() == 1 && B::WEIGHTS.is_multiple_of(BLOCK)) };
+    bytemuck::cast_slice(&row[..row.len() / size_of::<B>() * size_of::<B>()])
+}
+
+fn decode<B: Block>(row: &[u8], out: &mut [f32]) {
+    for (block, out) in blocks::<B>(row).iter().zip(out.chunks_exact_mut(B::WEIGHTS)) {
+        let groups = block.groups();
+        let mut groups = groups.as_slice().iter();
+        for (index, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            let codes = block.codes(index).unpack();
+            let parts = out.chunks_exact_mut(B::LAYOUT.group).zip(codes.chunks_exact(B::LAYOUT.group));
+            for ((out, codes), group) in parts.zip(&mut groups) {
+                let (scale, min) = (group.scale.to_f32(), group.min.to_f32());
+                for (out, code) in out.iter_mut().zip(codes) {
+                    *out = B::LAYOUT.weight(B::LAYOUT.code.integer(i32::from(*code)), scale, min);
+                }
+            }
+        }
+    }
+}
+
+fn pack<B: Block>(row: &[u8], PanelRow { panel, lane, output_scale, .. }: PanelRow<'_, '_>) {
+    let (parts, groups) = (B::WEIGHTS / BLOCK, B::Groups::COUNT);
+    let count = panel.scales.len() / groups;
+    for (b, block) in blocks::<B>(row)[..count].iter().enumerate() {
+        for index in 0..parts {
+            block.codes(index).store(panel, lane, b * parts + index);
+        }
+        for (i, group) in block.groups().as_slice().iter().enumerate() {
+            panel.scales[b * groups + i][lane] = group.scale.to_panel(output_scale);
+            if B::LAYOUT.min {
+                panel.mins[b * groups + i][lane] = group.min.to_panel(output_scale);
+            }
+        }
+    }
+}
+
+fn bound<B: Block>(row: &[u8]) -> f32 {
+    blocks::<B>(row).iter().flat_map(Block::bounds).filter(|bound| bound.is_finite()).fold(0.0, f32::max)
+}
+
+/// A float of a file and of a panel.
+pub(super) trait Float: bytemuck::Pod {
+    const CODE: Code;
+
+    /// The number in these little-endian bytes, as many as the type has.
+    fn read(bytes: &[u8]) -> Self;
+
+    fn to_f32(self) -> f32;
+}
+
+macro_rules! float {
+    ($type:ty, $code:expr) => {
+        impl Float for $type {
+            const CODE: Code = $code;
+
+            #[inline(always)]
+            fn read(bytes: &[u8]) -> Self {
+                bytes.try_into().map(<$type>::from_le_bytes).unwrap_or_default()
+            }
+
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                self.into()
+            }
+        }
+    };
+}
+
+float!(f32, Code::F32);
+float!(f16, Code::F16);
+float!(bf16, Code::BF16);
+
+fn decode_floats<F: Float>(row: &[u8], out: &mut [f32]) {
+    for (bytes, out) in row.chunks_exact(size_of::<F>()).zip(out) {
+        *out = F::read(bytes).to_f32();
+    }
+}
+
+fn pack_floats<F: Float>(row: &[u8], PanelRow { panel, lane, columns, .. }: PanelRow<'_, '_>) {
+    let out = bytemuck::cast_slice_mut::<_, F>(panel.codes).chunks_exact_mut(PANEL);
+    for (out, bytes) in out.zip(row[..columns * size_of::<F>()].chunks_exact(size_of::<F>())) {
+        out[lane] = F::read(bytes);
+    }
+}

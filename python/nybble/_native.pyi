@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from nybble.engine_options import EngineOptions
 from nybble.load_options import LoadOptions
+from nybble.quantization.options import QuantizeOptions
 from nybble.sampling import SamplingOptions
 
 __all__ = [
-    "Baseline",
     "Constraint",
     "GgufFile",
     "Model",
+    "Reference",
     "Sampled",
     "Scheduler",
     "SentencePiece",
@@ -43,21 +44,10 @@ def convert(
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: QuantizeOptions,
     *,
-    recipe: str = "gptq",
-    grid: str = "q4_0",
-    group: int = 32,
     windows: npt.NDArray[np.int32] | None = None,
     evaluation: npt.NDArray[np.int32] | None = None,
-    output_type: str = "q8_0",
-    keep: _Sequence[tuple[str, str]] = ...,
-    bits_per_weight: float | None = None,
-    target: float | None = None,
-    budget_seconds: float | None = None,
-    search: bool = True,
-    seed: int = 0,
-    threads: int | None = None,
-    force: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> str: ...
 def default_threads() -> int: ...
@@ -157,10 +147,10 @@ class Scheduler:
     def stats(self) -> dict[str, int]: ...
 
 @final
-class Baseline:
+class Reference:
     def __new__(
         cls, model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
-    ) -> Baseline: ...
+    ) -> Reference: ...
     def compare(self, model: Model, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]: ...
 
 def perplexity(

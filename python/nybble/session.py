@@ -174,6 +174,7 @@ class Session:
     def _finished(self, stream: TextStream) -> Completion:
         for _ in stream:
             pass
+        self._computed()  # Without the stream its scheduler and buffers are freed.
         return stream.completion
 
     def _computed(self) -> _native.Session:

@@ -4,6 +4,8 @@
 mod tiny_model;
 
 mod constraint;
+mod jobs;
 mod sampler;
 mod scheduler;
+mod sequences;
 mod threads;

@@ -191,7 +191,7 @@ def test_no_page_is_kept_without_the_prefix_cache(tiny_model: Model) -> None:
         assert (engine.stats().reused_tokens, engine.stats().cached_pages) == (0, 0)
 
 
-def test_a_request_that_needs_more_than_the_memory_limit_is_a_memory_error(tiny_model: Model) -> None:
+def test_a_request_that_exceeds_the_memory_limit_is_a_memory_error(tiny_model: Model) -> None:
     page = 64 * tiny_model.info.cache_bytes_per_token
     options = SamplingOptions(max_tokens=None, logit_bias={**END, b"x"[0]: 1000.0})
     with Engine(tiny_model, cache_bytes=page) as engine:

@@ -85,7 +85,7 @@ def test_a_session_forks_and_saves_in_the_middle_of_a_stream(tiny_model: Model, 
     assert stream.completion.tokens == whole, "the stream continues by itself"
 
 
-def test_a_session_that_fills_the_context_in_turns_fits_into_the_memory_limit(
+def test_turns_that_fill_the_context_fit_into_the_memory_limit(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nybble.memory.for_caches", lambda _: tiny_model.info.cache_bytes)

@@ -1,0 +1,97 @@
+//! Sequences for the tests of the scheduler, and what each gives alone.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::tiny_model::{ODD, Shape, llama};
+use nybble::engine::sampler::{Sampled, SamplingOptions};
+use nybble::engine::{Scheduler, SchedulerOptions, Sequence, step};
+use nybble::model::{CacheType, LoadOptions, Model};
+use nybble::quant::block::BlockType;
+
+pub(crate) const PAGE: usize = 64;
+
+pub(crate) fn load_as(shape: &Shape, cache_type: Option<CacheType>) -> Arc<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let options = LoadOptions { threads: Some(2), cache_type, ..LoadOptions::default() };
+    Arc::new(Model::load(llama(folder.path(), shape, BlockType::Q4_0), &options).unwrap())
+}
+
+pub(crate) fn load() -> Arc<Model> {
+    load_as(&ODD, None)
+}
+
+pub(crate) fn tokens(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761).wrapping_add(seed * 977) % 101).collect()
+}
+
+pub(crate) fn greedy() -> SamplingOptions {
+    SamplingOptions::greedy()
+}
+
+pub(crate) fn seeded(seed: u64) -> SamplingOptions {
+    SamplingOptions { seed: Some(seed), temperature: 1.2, logprobs: Some(2), ..SamplingOptions::default() }
+}
+
+/// A prompt, options, and the number of tokens to sample.
+#[derive(Clone)]
+pub(crate) struct Job {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) options: SamplingOptions,
+    pub(crate) limit: usize,
+}
+
+impl Job {
+    pub(crate) fn new(prompt: Vec<u32>, options: SamplingOptions, limit: usize) -> Job {
+        Job { prompt, options, limit }
+    }
+
+    pub(crate) fn sequence(&self, model: &Model) -> Sequence {
+        Sequence::new(model, &self.prompt, self.options.clone()).unwrap()
+    }
+
+    /// Its tokens without a scheduler.
+    pub(crate) fn alone(&self, model: &Model) -> Vec<Sampled> {
+        let mut sequence = self.sequence(model);
+        (0..self.limit).map(|_| step(model, &mut [&mut sequence], &|| false).unwrap().remove(0)).collect()
+    }
+}
+
+/// Jobs of many lengths; every third is greedy, some have penalties.
+pub(crate) fn jobs(count: usize) -> Vec<Job> {
+    let job = |i: usize| {
+        let prompt = tokens(1 + i * 37 % 211, (i % 7) as u32);
+        let options = match i % 3 {
+            0 => greedy(),
+            1 => seeded(i as u64),
+            _ => SamplingOptions { repetition_penalty: 1.3, frequency_penalty: 0.2, ..seeded(i as u64) },
+        };
+        Job::new(prompt, options, 1 + i * 11 % 43)
+    };
+    (0..count).map(job).collect()
+}
+
+pub(crate) fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Scheduler {
+    Scheduler::new(model.clone(), None, options).unwrap()
+}
+
+/// Steps until all sequences have left. Returns the tokens of each.
+pub(crate) fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
+    let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            written.entry(event.id).or_default().push(event.result.unwrap());
+        }
+    }
+    written
+}
+
+/// Runs all jobs together and checks that each gets the tokens that it gets alone.
+pub(crate) fn assert_same(model: &Arc<Model>, jobs: &[Job], scheduler: &mut Scheduler) {
+    let submit = |job: &Job| scheduler.submit(job.sequence(model), job.limit).unwrap();
+    let ids: Vec<u64> = jobs.iter().map(submit).collect();
+    let written = finish(scheduler);
+    for (i, (id, job)) in ids.iter().zip(jobs).enumerate() {
+        assert!(written[id] == job.alone(model), "job {i}");
+    }
+}

@@ -197,32 +197,23 @@ def test_a_template_renders_repeatedly() -> None:
 # --- What is refused before it runs -----------------------------------------------------------------------------------
 
 
+BLOCKS = ("if true", "for a in b", "set a", "filter upper", "generation", "macro a()")
+
+
 @pytest.mark.parametrize(
     "source",
     [
         "{{ " + "(" * 6000 + "1" + ")" * 6000 + " }}",
         "{{ " + "[" * 6000 + "]" * 6000 + " }}",
         "{{ " + "{'a':" * 6000 + "1" + "}" * 6000 + " }}",
-        "{% if true %}" * 50_000 + "{% endif %}" * 50_000,
-        "{% if true %}" * 3000 + "{% endif %}" * 3000,
-        "{% for a in b %}" * 3000 + "{% endfor %}" * 3000,
-        "{% set a %}" * 3000 + "{% endset %}" * 3000,
-        "{% filter upper %}" * 3000 + "{% endfilter %}" * 3000,
-        "{% generation %}" * 2000 + "{% endgeneration %}" * 2000,
-        "{% macro a() %}" * 3000 + "{% endmacro %}" * 3000,
-        "{{ " + "not " * 6000 + "1 }}",
-        "{{ " + "-" * 6000 + "1 }}",
-        "{{ " + "- + " * 6000 + "1 }}",
-        "{{ " + "1 if 1 else " * 6000 + "1 }}",
+        *(
+            f"{{% {opening} %}}" * depth + f"{{% end{opening.split()[0]} %}}" * depth
+            for opening, depth in [("if true", 50_000), *((block, 3000) for block in BLOCKS)]
+        ),
+        *("{{ " + prefix * 6000 + "1 }}" for prefix in ("not ", "-", "- + ", "1 if 1 else ")),
         "{% if 1 %}" + "{% elif 1 %}" * 6000 + "{% endif %}",
-        "{{ a" + ".b" * 6000 + " }}",
-        "{{ a" + "[0]" * 6000 + " }}",
-        "{{ a" + "()" * 6000 + " }}",
-        "{{ a" + "|upper" * 6000 + " }}",
-        "{{ 1" + "+1" * 6000 + " }}",
-        "{{ 1" + "**1" * 6000 + " }}",
-        "{{ 1" + " and 1" * 6000 + " }}",
-        "{{ 1" + " is odd" * 6000 + " }}",
+        *("{{ a" + suffix * 6000 + " }}" for suffix in (".b", "[0]", "()", "|upper")),
+        *("{{ 1" + suffix * 6000 + " }}" for suffix in ("+1", "**1", " and 1", " is odd")),
         "x" * 200_000,
     ],
     ids=lambda source: source[:24],

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from goldens import GOLDENS, golden
 
 from nybble import Model, ModelError, _native
 from nybble.cli import main
 
-LLAMA = Path(__file__).parents[2] / "data" / "goldens" / "llama"
-
-
-def golden(name: str) -> npt.NDArray[Any]:
-    """An array of the reference values, from a safetensors file."""
-    raw = (LLAMA / "golden.bin").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    entry = json.loads(raw[8 : 8 + length])[name]
-    start, end = entry["data_offsets"]
-    kind = {"F32": np.float32, "I32": np.int32}[entry["dtype"]]
-    array: npt.NDArray[Any] = np.frombuffer(raw[8 + length :][start:end], kind).reshape(entry["shape"])
-    return array
+LLAMA = GOLDENS / "llama"
 
 
 def test_a_folder_as_stored_gives_the_logits_of_transformers() -> None:
     with Model.load(LLAMA, quantize=None) as model:
-        logits = model.logits(golden("input_ids")[0].tolist())
-    assert np.abs(logits - golden("logits")[0]).max() <= 2e-4
+        logits = model.logits(golden("llama", "input_ids")[0].tolist())
+    assert np.abs(logits - golden("llama", "logits")[0]).max() <= 2e-4
 
 
 @pytest.mark.parametrize("quantize", ["auto", "int4", "int8"])

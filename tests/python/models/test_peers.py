@@ -5,20 +5,17 @@ Runs where llama-cpp-python is installed: `pip install --group peers`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from goldens import GOLDENS, golden
 
 from nybble import _native
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install --group peers")
 
-GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 # llama.cpp has no graph for GPT-J, and neither a graph nor a name for OPT.
 UNKNOWN = {"gptj", "opt"}
 FAMILIES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.name not in UNKNOWN)
@@ -26,17 +23,6 @@ FAMILIES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.name not
 WINDOWLESS = {"mistral": 12}
 # How far ahead the first choice must have been for a token to count.
 CLEAR = 0.002
-
-
-def golden(family: str, name: str) -> npt.NDArray[Any]:
-    """An array of the reference, which is a safetensors file."""
-    raw = (GOLDENS / family / "golden.bin").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    entry = json.loads(raw[8 : 8 + length])[name]
-    start, end = entry["data_offsets"]
-    kind = {"F32": np.float32, "I32": np.int32}[entry["dtype"]]
-    array: npt.NDArray[Any] = np.frombuffer(raw[8 + length :][start:end], kind).reshape(entry["shape"])
-    return array
 
 
 @pytest.mark.parametrize("family", FAMILIES)

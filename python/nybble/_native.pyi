@@ -1,16 +1,15 @@
 """The compiled half of nybble: files, models, sampling and scheduling. Private: use `nybble.Model`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as _Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 
 from nybble.engine_options import EngineOptions
 from nybble.load_options import LoadOptions
-from nybble.quantization.options import QuantizeOptions
 from nybble.sampling import SamplingOptions
 
 __all__ = [
@@ -41,10 +40,37 @@ def convert(
     type: str,
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
+
+class _QuantizeOptions(Protocol):
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def search(self) -> bool: ...
+    @property
+    def block_format(self) -> str: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def bits_per_weight(self) -> float | None: ...
+    @property
+    def output_type(self) -> str: ...
+    @property
+    def keep(self) -> Mapping[str, str] | None: ...
+    @property
+    def target(self) -> float | None: ...
+    @property
+    def budget(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def force(self) -> bool: ...
+
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    options: QuantizeOptions,
+    options: _QuantizeOptions,
     *,
     windows: npt.NDArray[np.int32] | None = None,
     evaluation: npt.NDArray[np.int32] | None = None,

@@ -22,7 +22,7 @@ const ROW_HEADER: usize = 12;
 /// Called with the number of windows that are done and the total, on the calling thread. An error ends the measurement.
 pub type WindowProgress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
-/// A figure with its standard error: the spread between texts of that length.
+/// A figure with its standard error: the spread between documents of that length.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
     /// The value.
@@ -71,7 +71,7 @@ pub struct Divergence {
 /// token of each window, for models that expect a start token; the first token is never scored.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for windows of fewer than 4 tokens and for texts that do not fill one.
+/// [`Error::InvalidArgument`] for windows of fewer than 4 tokens and for a text that does not fill one.
 pub fn windows(tokens: &[u32], window: usize, start: Option<u32>) -> Result<Vec<Vec<u32>>> {
     if window < 4 {
         return Err(Error::argument("window", window, "at least 4 tokens"));

@@ -162,7 +162,7 @@ def _calibration_windows(
 
 def _generated(out: Path) -> Path:
     """The file that keeps generated text until the output is done."""
-    return out.with_name(f"{out.name}.resume-texts")
+    return out.with_name(f"{out.name}.resume-text")
 
 
 def _log_smaller_groups(done: Report, asked: int | None) -> None:

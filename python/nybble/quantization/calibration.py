@@ -103,7 +103,7 @@ def generate(
 
 def _read_kept(path: Path, key: str, tokens: int) -> list[bytes]:
     """Reads the whole batches of `tokens` ids of a file with that key, and cuts the file off after the last one."""
-    head = f"nybble texts 1 {key}\n".encode()
+    head = f"nybble text 2 {key}\n".encode()
     data = path.read_bytes() if path.is_file() else b""
     batches: list[bytes] = []
     end, length = len(head), 4 * tokens

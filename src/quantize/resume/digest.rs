@@ -50,7 +50,7 @@ pub(in crate::quantize) fn run_key(checkpoint: &dyn Checkpoint, options: impl De
     let path = checkpoint.path();
     let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     digest.part(whole.as_os_str().as_encoded_bytes());
-    // Names, sizes and times stand for the contents of the checkpoint's files. Other files in its folder may change: the run
+    // Names, sizes and times represent the contents of the checkpoint's files. Other files in its folder may change: the run
     // may write there.
     let mut files: Vec<PathBuf> = std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect();
     files.retain(|file| file.extension().is_some_and(|end| end == "safetensors" || end == "json"));

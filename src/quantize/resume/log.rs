@@ -42,7 +42,7 @@ impl ResumeLog {
                 let found = format!("{}, which another process is writing", out.display());
                 return Err(Error::argument("out", found, "a file that no other run writes"));
             }
-            // A file system without locks is no reason to stop.
+            // Continue on file systems without locks.
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
         let mut log = ResumeLog { path: path.to_path_buf(), file, end: START, records: HashMap::new() };

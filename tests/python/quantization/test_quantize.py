@@ -107,7 +107,7 @@ def test_generated_text_depends_on_the_seed_only(source: Path) -> None:
 
 
 def test_generated_text_is_kept_for_the_next_run(source: Path, tmp_path: Path) -> None:
-    keep, counts = tmp_path / "texts", list[int]()
+    keep, counts = tmp_path / "kept", list[int]()
 
     def stop_late(done: int, total: int) -> None:
         counts.append(done)

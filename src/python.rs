@@ -188,6 +188,12 @@ fn default_threads() -> usize {
     threads::default_threads()
 }
 
+/// Bytes of memory that this process can still use without swap. None where the system does not report it.
+#[pyfunction]
+fn available_bytes() -> Option<usize> {
+    crate::system::memory::available()
+}
+
 /// What a file says of a tensor.
 #[pyclass(frozen, get_all, module = "nybble._native")]
 struct TensorInfo {
@@ -517,7 +523,10 @@ mod _native {
     #[pymodule_export]
     use super::vocab::SentencePiece;
     #[pymodule_export]
-    use super::{GgufFile, Model, Sampled, Sequence, TensorInfo, convert, default_threads, kernels, panic_for_tests};
+    use super::{
+        GgufFile, Model, Sampled, Sequence, TensorInfo, available_bytes, convert, default_threads, kernels,
+        panic_for_tests,
+    };
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

@@ -23,6 +23,7 @@ __all__ = [
     "TensorInfo",
     "Vocabulary",
     "__version__",
+    "available_bytes",
     "convert",
     "default_threads",
     "kernels",
@@ -33,6 +34,7 @@ __all__ = [
 __version__: str
 
 def kernels() -> list[str]: ...
+def available_bytes() -> int | None: ...
 def panic_for_tests(words: str) -> None: ...
 def convert(
     source: str | os.PathLike[str],

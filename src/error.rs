@@ -1,12 +1,12 @@
-//! The one error type of the crate.
+//! The error type of the crate.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// What every fallible function of the crate returns.
+/// The result of every fallible function of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Where in a file a fault was seen.
+/// Where in a file an error is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Place {
@@ -31,7 +31,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// Everything that can go wrong, with the data a caller needs to act on it.
+/// Everything that can go wrong, with the data that callers need to handle it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -40,62 +40,62 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 
-    /// A file breaks its format, or its parts contradict one another.
+    /// A file breaks its format, or its parts contradict each other.
     #[error("{}: {place}: found {found}, expected {expected}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// Where in it.
+        /// Where in the file.
         place: Place,
-        /// What stands there.
+        /// What is there.
         found: String,
-        /// What should stand there.
+        /// What should be there.
         expected: String,
     },
 
-    /// A tensor or a metadata key that the model needs is not in the file.
+    /// A tensor, a metadata key or a file that the model needs does not exist.
     #[error("{}: {place} is missing, expected {expected}", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
-        /// The key or tensor.
+        /// The key, the tensor or the file.
         place: Place,
-        /// What it should hold.
+        /// What should be there.
         expected: String,
     },
 
-    /// The file is well-formed but asks for something that nybble does not do.
+    /// The file is well-formed but uses something that nybble does not support.
     #[error("{}: {place}: {what} is not supported ({supported})", path.display())]
     Unsupported {
         /// The file.
         path: PathBuf,
-        /// Where in it.
+        /// Where in the file.
         place: Place,
-        /// What was asked for.
+        /// What the file uses.
         what: String,
         /// What is supported instead.
         supported: String,
     },
 
-    /// A kernel was asked for by a name that this CPU cannot run or that does not exist.
+    /// The requested kernel does not exist, or this CPU cannot run it.
     #[error("kernel {name:?} is not available on this CPU (available: {})", available.join(", "))]
     UnknownKernel {
-        /// The name asked for.
+        /// The requested name.
         name: String,
-        /// The names that would work.
+        /// The kernels that this CPU can run.
         available: Vec<&'static str>,
     },
 
-    /// The tokens do not fit into the context any more.
+    /// The tokens do not fit into the context.
     #[error("context is full: {used} tokens used and {requested} more requested, but the context holds {context}")]
     ContextFull {
         /// Tokens in the cache.
         used: usize,
-        /// Tokens that were to be added.
+        /// Tokens to be added.
         requested: usize,
         /// Tokens that fit.
         context: usize,
@@ -106,39 +106,39 @@ pub enum Error {
     InvalidArgument {
         /// The argument.
         name: &'static str,
-        /// Its value.
+        /// The value that was passed.
         found: String,
         /// What is accepted.
         expected: String,
     },
 
-    /// There is no memory for what was asked. Nothing was changed.
-    #[error("out of memory: {what} needs {bytes} bytes{}", but_left(*left))]
+    /// An allocation failed, or would exceed the limit of the process's cgroup. Nothing was changed.
+    #[error("out of memory: {what} needs {bytes} bytes{}", in_cgroup(*left))]
     OutOfMemory {
         /// What the memory is for.
         what: &'static str,
-        /// How much of it.
+        /// The size of the allocation.
         bytes: usize,
-        /// What the limit of the process's control group leaves, where that is the reason.
+        /// The bytes that the process's cgroup has left, where its limit is the reason.
         left: Option<usize>,
     },
 
-    /// The caller asked to stop in the middle of a step. The session is as it was before the step.
+    /// The caller interrupted a step. The session is as it was before the step.
     #[error("interrupted")]
     Interrupted,
 
-    /// The model computed logits from which nothing can be sampled.
+    /// The model's logits cannot be sampled.
     #[error("the logits contain NaN or no finite value: the weights are damaged or overflow")]
     BadLogits,
 }
 
 /// The end of a message about memory.
-fn but_left(left: Option<usize>) -> String {
-    left.map(|left| format!(", and the cgroup leaves {left}")).unwrap_or_default()
+fn in_cgroup(left: Option<usize>) -> String {
+    left.map(|left| format!(", the cgroup has {left} left")).unwrap_or_default()
 }
 
 impl Error {
-    /// A fault at `place` of the file at `path`.
+    /// [`Error::Malformed`] at `place` of the file at `path`.
     pub fn malformed(
         path: impl AsRef<Path>,
         place: Place,
@@ -153,12 +153,12 @@ impl Error {
         }
     }
 
-    /// An operating system's error with the file it is about.
+    /// [`Error::Io`] for the file at `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io { path: path.as_ref().to_path_buf(), source }
     }
 
-    /// An argument outside what the function accepts.
+    /// [`Error::InvalidArgument`] for the argument `name`.
     pub fn argument(name: &'static str, found: impl fmt::Display, expected: impl fmt::Display) -> Self {
         Error::InvalidArgument { name, found: found.to_string(), expected: expected.to_string() }
     }

@@ -1,4 +1,4 @@
-//! nybble runs language models on ordinary CPUs from 4-bit weights.
+//! nybble runs language models on CPUs from 4-bit weights.
 
 pub mod engine;
 pub mod error;
@@ -15,7 +15,7 @@ pub mod vocab;
 
 pub use error::{Error, Place, Result};
 
-// The examples of the README are compiled with the documentation's.
+// Compiles the examples of the README with those of the documentation.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::gguf::{GgufFile, TensorInfo, convert};
     #[pymodule_export]
-    use super::model::{Model, Sequence, default_threads, kernels};
+    use super::model::{Model, Sequence, available_bytes, default_threads, kernels};
     #[pymodule_export]
     use super::quantize::quantize;
     #[pymodule_export]

@@ -1,36 +1,35 @@
-//! SentencePiece vocabularies: text -> token ids by the scores of the pieces.
+//! SentencePiece vocabularies: text to token ids by the scores of pieces.
 //!
-//! A vocabulary of this kind has no list of merges. The text starts as single characters, and of all neighbours that
-//! would join into a piece of the vocabulary those with the highest score are joined first (the leftmost of equals),
-//! until nothing can be joined. What is left and is no piece is written as byte tokens. The rule needs the pieces and
-//! their scores alone, so a vocabulary of 262,144 pieces is ready as soon as it is hashed; turning it into ranked merges
-//! first takes seconds and cannot express ties, where the leftmost pair has to win.
+//! Such a vocabulary has no list of merges. The text starts as single characters. Of all adjacent pairs that form a piece of
+//! the vocabulary, the one with the highest score is joined (the leftmost of equals), until no pair can be joined. Symbols
+//! that are not pieces become byte tokens. Only pieces and scores are needed, so a vocabulary of 262,144 pieces is ready as
+//! soon as it is hashed. Conversion to ranked merges takes seconds and cannot express ties, where the leftmost pair wins.
 //!
-//! [SentencePiece](https://github.com/google/sentencepiece) is the original of the rule.
+//! The algorithm is that of [SentencePiece](https://github.com/google/sentencepiece).
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-/// What the vocabulary says a token is. The numbers are those of GGUF's `tokenizer.ggml.token_type`.
+/// The kind of a token. The numbers are those of GGUF's `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TokenKind {
     /// 1: a piece of text.
     Normal,
-    /// 2: stands for what cannot be written otherwise.
+    /// 2: the token for characters that cannot be encoded otherwise.
     Unknown,
-    /// 3: a mark that is no text: start of a text, end of a turn.
+    /// 3: a special token, such as the start of a document or the end of a turn.
     Control,
-    /// 4: text that is always one token, wherever it occurs.
+    /// 4: text that is always one token.
     UserDefined,
-    /// 5: a place that was never trained.
+    /// 5: an id that was never trained.
     Unused,
     /// 6: one byte, written as `<0x0A>`.
     Byte,
 }
 
 impl TokenKind {
-    /// The kind with this number; a number that nobody has defined counts as normal text.
+    /// The kind with this number. Undefined numbers are normal text.
     pub fn from_id(id: i64) -> Self {
         match id {
             2 => TokenKind::Unknown,
@@ -43,14 +42,14 @@ impl TokenKind {
     }
 }
 
-/// One entry of a vocabulary. Its id is its place in the list.
+/// An entry of a vocabulary. Its id is its index in the list.
 #[derive(Debug, Clone, Copy)]
 pub struct Piece<'a> {
-    /// The text, with U+2581 for a space. None where a file holds bytes that are no UTF-8: no text can match those.
+    /// The text, with U+2581 for a space. `None` for bytes that are not UTF-8, which no text matches.
     pub text: Option<&'a str>,
-    /// The higher, the earlier it is joined. NaN counts as the lowest.
+    /// Pieces with a higher score are joined first. NaN is the lowest score.
     pub score: f32,
-    /// What the token is.
+    /// The kind of the token.
     pub kind: TokenKind,
 }
 
@@ -66,7 +65,7 @@ pub struct Piece<'a> {
 /// ```
 #[derive(Debug, Clone)]
 pub struct SentencePiece {
-    /// What joining may make: every piece of text and its score.
+    /// The pieces that joining may form, with id and score.
     pieces: HashMap<Box<str>, (u32, f32)>,
     /// Bytes of the longest entry of `pieces`.
     longest: usize,
@@ -78,7 +77,7 @@ pub struct SentencePiece {
 }
 
 impl SentencePiece {
-    /// A vocabulary of these pieces, without the space before a text. Of equal texts the first counts.
+    /// A vocabulary of these pieces, without a space prefix. The first of equal pieces is used.
     pub fn new<'a>(pieces: impl IntoIterator<Item = Piece<'a>>) -> Self {
         let pieces = pieces.into_iter();
         let mut vocabulary = SentencePiece {
@@ -103,15 +102,15 @@ impl SentencePiece {
                     self.bytes[usize::from(byte)].get_or_insert(id);
                 }
             }
-            // Marks are found in the text as a whole or not at all: joining must never make one out of a user's words.
+            // Special tokens are only found whole: joining must never form one from a user's words.
             TokenKind::Control | TokenKind::Unknown => {
-                self.whole.insert(text.as_bytes(), WholeToken { id, is_mark: true });
+                self.whole.insert(text.as_bytes(), WholeToken { id, is_special: true });
             }
             TokenKind::Normal | TokenKind::UserDefined | TokenKind::Unused => {
                 if piece.kind == TokenKind::UserDefined {
-                    self.whole.insert(text.as_bytes(), WholeToken { id, is_mark: false });
+                    self.whole.insert(text.as_bytes(), WholeToken { id, is_special: false });
                 }
-                // Adding zero makes one zero of the two, which `total_cmp` tells apart.
+                // Adding zero turns -0 into 0, which `total_cmp` distinguishes.
                 let score = if piece.score.is_nan() { f32::NEG_INFINITY } else { piece.score + 0.0 };
                 self.longest = self.longest.max(text.len());
                 self.pieces.entry(text.into()).or_insert((id, score));
@@ -119,33 +118,33 @@ impl SentencePiece {
         }
     }
 
-    /// Puts a space before a text and before what follows a mark, as the Llama family was trained.
+    /// Adds a space at the start of the text and after special tokens, as the Llama family was trained.
     pub fn with_space_prefix(mut self, add: bool) -> Self {
         self.add_space_prefix = add;
         self
     }
 
-    /// The token for what has neither a piece nor byte tokens. Without one, such characters are left out.
+    /// Sets the token for characters without a piece or byte tokens. Without it, such characters are left out.
     pub fn with_unknown(mut self, id: Option<u32>) -> Self {
         self.unknown = id;
         self
     }
 
-    /// Marks after which white space is dropped (Phi-3 was trained so).
+    /// Sets the special tokens after which white space is dropped, as Phi-3 was trained.
     pub fn with_space_dropped_after(mut self, ids: &[u32]) -> Self {
         self.whole.drops_space = ids.to_vec();
         self.whole.drops_space.sort_unstable();
         self
     }
 
-    /// The token ids of `text`. With `parse_marks`, marks that are spelled out in it (`<s>`) become their tokens;
-    /// without, they are text like any other. User-defined tokens are found either way.
-    pub fn encode(&self, text: &str, parse_marks: bool) -> Vec<u32> {
+    /// The token ids of `text`. With `parse_special`, special tokens in the text (`<s>`) become their ids; otherwise they are
+    /// plain text. User-defined tokens are always recognised.
+    pub fn encode(&self, text: &str, parse_special: bool) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 1);
         let mut rest = text;
         let mut at_start = true;
         while !rest.is_empty() {
-            let (before, found, after) = self.whole.split(rest, parse_marks);
+            let (before, found, after) = self.whole.split(rest, parse_special);
             if !before.is_empty() {
                 self.encode_plain(before, at_start, &mut ids);
             }
@@ -158,7 +157,7 @@ impl SentencePiece {
         ids
     }
 
-    /// Encodes text that holds no whole tokens.
+    /// Encodes text without special or user-defined tokens.
     fn encode_plain(&self, text: &str, at_start: bool, ids: &mut Vec<u32>) {
         const SPACE: &str = "\u{2581}";
         let prefix = if self.add_space_prefix && at_start { SPACE } else { "" };
@@ -174,13 +173,13 @@ impl SentencePiece {
         }
     }
 
-    /// Cuts `text` into pieces and single characters, by joining neighbours from the highest score down.
+    /// Splits `text` into pieces and single characters by joining adjacent symbols, the highest score first.
     fn join<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> + use<'t> {
         let mut symbols = Symbols::of(text);
         let first: Vec<Candidate> = (0..symbols.all.len()).filter_map(|left| self.candidate(&symbols, left)).collect();
         let mut queue = BinaryHeap::from(first);
         while let Some(best) = queue.pop() {
-            // A candidate is stale when its left symbol has been swallowed or either has grown since.
+            // A candidate is stale when its left symbol was joined to another one, or one of the two has grown.
             if symbols.len_with_next(best.left) != Some(best.len) {
                 continue;
             }
@@ -193,7 +192,7 @@ impl SentencePiece {
         symbols.all.into_iter().filter(|symbol| symbol.len > 0).map(move |symbol| &text[symbol.range()])
     }
 
-    /// What joining the symbol `left` with the next would give, if that is a piece.
+    /// The candidate of symbol `left` and the next one, if together they are a piece.
     fn candidate(&self, symbols: &Symbols<'_>, left: usize) -> Option<Candidate> {
         let len = symbols.len_with_next(left).filter(|&len| len <= self.longest)?;
         let start = symbols.all[left].start;
@@ -202,18 +201,18 @@ impl SentencePiece {
     }
 }
 
-/// The byte that a byte token (`<0x0A>`) stands for.
+/// The byte of a byte token (`<0x0A>`).
 fn byte_of(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     let is_hex = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_hex { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
-/// Two neighbours that may be joined.
+/// Two adjacent symbols that may be joined.
 struct Candidate {
     score: f32,
     left: usize,
-    /// Bytes of both together, by which a candidate that is out of date is known.
+    /// Bytes of both symbols, which identify a stale candidate.
     len: usize,
 }
 
@@ -237,7 +236,7 @@ impl PartialEq for Candidate {
 
 impl Eq for Candidate {}
 
-/// A stretch of the text; of length 0 once its left neighbour has swallowed it.
+/// A part of the text. Its length is 0 after it was joined to the symbol before it.
 #[derive(Clone, Copy)]
 struct Symbol {
     start: usize,
@@ -252,7 +251,7 @@ impl Symbol {
     }
 }
 
-/// The text as a chain of symbols. `NONE` ends the chain on both sides.
+/// The text as a linked list of symbols, with `NONE` at both ends.
 struct Symbols<'t> {
     text: &'t str,
     all: Vec<Symbol>,
@@ -281,7 +280,7 @@ impl<'t> Symbols<'t> {
         Some(self.all[i].next).filter(|&next| next != NONE)
     }
 
-    /// Bytes of a symbol and the next together; None if it was swallowed or is the last.
+    /// Bytes of a symbol and the next. `None` for the last symbol and one that was joined to another.
     fn len_with_next(&self, i: usize) -> Option<usize> {
         let len = self.all[i].len;
         if len == 0 { None } else { self.next(i).map(|next| len + self.all[next].len) }
@@ -289,33 +288,33 @@ impl<'t> Symbols<'t> {
 
     fn join_with_next(&mut self, i: usize) {
         let Some(next) = self.next(i) else { return };
-        let swallowed = std::mem::replace(&mut self.all[next], Symbol { start: 0, len: 0, before: NONE, next: NONE });
-        self.all[i].len += swallowed.len;
-        self.all[i].next = swallowed.next;
+        let joined = std::mem::replace(&mut self.all[next], Symbol { start: 0, len: 0, before: NONE, next: NONE });
+        self.all[i].len += joined.len;
+        self.all[i].next = joined.next;
         if let Some(after) = self.next(i) {
             self.all[after].before = i;
         }
     }
 }
 
-/// Tokens that are found in a text as they are written: marks, and what a vocabulary calls user-defined.
+/// Tokens that are found in the text as they are: special and user-defined ones.
 #[derive(Debug, Clone, Default)]
 struct WholeTokens {
     /// A trie: (node, byte) -> node. Node 0 is the root.
     edges: HashMap<(u32, u8), u32>,
-    /// What ends at each node.
+    /// The token that ends at each node.
     ends: HashMap<u32, WholeToken>,
     nodes: u32,
-    /// Bytes that a token starts with: nearly all places of a text are passed by one look here.
+    /// Whether a token starts with each byte, a quick test that rejects most positions.
     starts: Vec<bool>,
-    /// Sorted ids of the marks after which white space is dropped.
+    /// Sorted ids of the tokens after which white space is dropped.
     drops_space: Vec<u32>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct WholeToken {
     id: u32,
-    is_mark: bool,
+    is_special: bool,
 }
 
 impl WholeTokens {
@@ -333,28 +332,28 @@ impl WholeTokens {
         self.ends.entry(node).or_insert(token);
     }
 
-    /// The longest token that `text` starts with, and its length.
-    fn longest_at(&self, text: &[u8], parse_marks: bool) -> Option<(u32, usize)> {
+    /// The longest token at the start of `text`, with its length.
+    fn longest_at(&self, text: &[u8], parse_special: bool) -> Option<(u32, usize)> {
         let (mut node, mut found) = (0, None);
         for (i, &byte) in text.iter().enumerate() {
             let Some(&next) = self.edges.get(&(node, byte)) else { break };
             node = next;
-            if let Some(token) = self.ends.get(&node).filter(|token| parse_marks || !token.is_mark) {
+            if let Some(token) = self.ends.get(&node).filter(|token| parse_special || !token.is_special) {
                 found = Some((token.id, i + 1));
             }
         }
         found
     }
 
-    /// Cuts `text` at the first whole token in it, the longest of those that start there: what comes before, the
-    /// token, what comes after.
-    fn split<'t>(&self, text: &'t str, parse_marks: bool) -> (&'t str, Option<u32>, &'t str) {
+    /// Splits `text` at its first token, the longest of those that start there, into the text before it, the token, and the
+    /// text after it.
+    fn split<'t>(&self, text: &'t str, parse_special: bool) -> (&'t str, Option<u32>, &'t str) {
         let bytes = text.as_bytes();
         for (at, &byte) in bytes.iter().enumerate() {
             if !self.starts.get(usize::from(byte)).is_some_and(|&starts| starts) {
                 continue;
             }
-            if let Some((id, len)) = self.longest_at(&bytes[at..], parse_marks) {
+            if let Some((id, len)) = self.longest_at(&bytes[at..], parse_special) {
                 let mut after = &text[at + len..];
                 if self.drops_space.binary_search(&id).is_ok() {
                     after = after.trim_start_matches([' ', '\t', '\n', '\u{b}', '\u{c}', '\r']);

@@ -1,4 +1,4 @@
-//! A step of a size that was seen before allocates nothing. In a binary of its own, because it replaces the allocator.
+//! A step of a size that occurred before allocates nothing. A separate binary, because it replaces the allocator.
 
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
@@ -15,7 +15,7 @@ use tiny_model::{ODD, llama};
 #[cfg_attr(not(feature = "python"), global_allocator)]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Feeds `tokens`, and returns how often that allocated.
+/// Feeds `tokens` and returns the number of allocations.
 fn allocations(model: &Model, session: &mut Session, tokens: &[u32], logits: &mut Vec<f32>) -> usize {
     logits.clear();
     let region = Region::new(ALLOCATOR);
@@ -24,9 +24,9 @@ fn allocations(model: &Model, session: &mut Session, tokens: &[u32], logits: &mu
     change.allocations + change.reallocations
 }
 
-/// One prompt step and a few of decoding, inside pages of the cache that are there already.
+/// The allocations of one prompt step and a few decode steps inside pages of the cache that already exist.
 fn round(model: &Model, session: &mut Session, logits: &mut Vec<f32>) -> usize {
-    session.truncate(1); // Keeps the page that a token is left in.
+    session.truncate(1); // Keeps the page of the remaining token.
     let prompt: Vec<u32> = (1..40).collect();
     let mut count = allocations(model, session, &prompt, logits);
     for token in [3, 1, 4, 1, 5, 9] {
@@ -39,9 +39,9 @@ fn load(path: &Path, threads: usize) -> Model {
     Model::load(path, &LoadOptions { threads: Some(threads), ..LoadOptions::default() }).unwrap()
 }
 
-/// Three rounds come that allocate nothing. Not at once with several threads: whether a thread has met all of the work,
-/// and grown its buffers for it, depends on which tasks it got.
-fn assert_that_it_stops(what: &str, path: &Path) {
+/// Asserts that three consecutive rounds allocate nothing. With several threads this takes some rounds: a thread grows its
+/// buffers when it first gets each kind of task.
+fn assert_allocations_stop(what: &str, path: &Path) {
     for threads in [1, 2] {
         let model = load(path, threads);
         let (mut session, mut logits) = (model.session(), Vec::new());
@@ -51,20 +51,20 @@ fn assert_that_it_stops(what: &str, path: &Path) {
             counts.push(round(&model, &mut session, &mut logits));
             counts.ends_with(&[0, 0, 0])
         });
-        assert!(quiet, "{what}, {threads} threads: allocations a round {counts:?}");
+        assert!(quiet, "{what}, {threads} threads: allocations per round {counts:?}");
     }
 }
 
 #[test]
 #[cfg_attr(feature = "python", ignore = "the crate's own allocator is in use")]
-fn a_step_of_a_size_that_was_seen_allocates_nothing() {
+fn a_step_of_a_known_size_allocates_nothing() {
     let folder = tempfile::tempdir().unwrap();
     for block_type in [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q8_0, BlockType::F32] {
-        assert_that_it_stops(block_type.name(), &llama(folder.path(), &ODD, block_type));
+        assert_allocations_stop(block_type.name(), &llama(folder.path(), &ODD, block_type));
     }
-    // What the others do not have: norms of queries, keys and what joins, learned positions, experts.
+    // With norms of queries, keys and branch outputs, learned positions, experts.
     for family in ["gemma3", "qwen3", "qwen2_moe", "gpt2"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(family);
-        assert_that_it_stops(family, &path);
+        assert_allocations_stop(family, &path);
     }
 }

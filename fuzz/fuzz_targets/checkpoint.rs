@@ -1,4 +1,4 @@
-//! Any bytes as a checkpoint folder: a line of JSON for `config.json`, the rest for `model.safetensors`.
+//! Input as a checkpoint folder: the first line is `config.json`, the rest `model.safetensors`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

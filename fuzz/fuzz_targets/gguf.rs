@@ -1,4 +1,4 @@
-//! Any bytes as a GGUF file: opened, every key looked at, every tensor decoded.
+//! Input as a GGUF file: opens it, reads every key and decodes every tensor.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

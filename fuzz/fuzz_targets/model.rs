@@ -1,4 +1,4 @@
-//! Any bytes as a GGUF file: loaded, packed, and one forward step computed.
+//! Input as a GGUF file: loads it as a model and computes two steps.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! Any bytes as a checkpoint of packed tensors: a line of JSON for `config.json`, one for the header of `model.safetensors`, whose
-//! length is made right, and the tensors' data. Loaded as it is and in 8 bits, and a forward step computed.
+//! Input as a checkpoint of packed tensors: a line for `config.json`, a line for the header of `model.safetensors`, whose length
+//! is computed, and the data. Loads it as stored and requantized, and computes steps.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

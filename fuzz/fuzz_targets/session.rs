@@ -1,5 +1,5 @@
-//! Any bytes as a session of a tiny model, as they are, and with magic, version, model and checksum made right, so that what lies
-//! behind those is looked at too.
+//! Input as a session file of a tiny model, unchanged, and with valid magic, version, model and checksum, so that the rest is
+//! parsed too.
 #![no_main]
 
 #[path = "../../tests/common/tiny_model.rs"]
@@ -28,7 +28,7 @@ fn load(cache_type: CacheType) -> Model {
     Model::load(&file, &options).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Loads a session, and where that works computes a token more and saves it as it was.
+/// Loads a session. If that works, saves it unchanged and computes one more token.
 fn check(model: &Model, bytes: &[u8]) {
     let Ok((session, tokens)) = Session::load(model, saved("session", bytes)) else { return };
     assert!(session.len() <= tokens.len() && session.bytes() <= bytes.len());

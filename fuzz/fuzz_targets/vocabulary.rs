@@ -1,4 +1,4 @@
-//! Any bytes as a SentencePiece vocabulary and a text: pieces a line, the text after an empty one.
+//! Input as a SentencePiece vocabulary and a text: one piece per line, and the text after an empty line.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! What the fuzz targets share.
+//! Helpers for the fuzz targets.
 
 use std::cell::OnceCell;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ thread_local! {
     static FOLDER: OnceCell<tempfile::TempDir> = const { OnceCell::new() };
 }
 
-/// Writes `bytes` to the file `name` of a folder that lasts as long as the process, in memory where there is such a place.
+/// Writes `bytes` to the file `name` in a folder that exists as long as the process, in memory where possible.
 pub fn saved(name: &str, bytes: &[u8]) -> PathBuf {
     FOLDER.with(|folder| {
         let folder = folder.get_or_init(|| {
@@ -22,10 +22,10 @@ pub fn saved(name: &str, bytes: &[u8]) -> PathBuf {
     })
 }
 
-/// Computes a step of two tokens and one of another. Whatever weights there are, there is one row of logits each.
+/// Computes a step of two tokens and one of one token. Each yields one row of logits.
 pub fn step(model: &Model) {
     if model.parameters() > 1 << 22 {
-        return; // Right, but slow: the fuzzer shall spend its time elsewhere.
+        return; // Valid, but slow.
     }
     let mut session = model.session();
     for tokens in [&[0, 0][..], &[0]] {

@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "Vocabulary",
     "__version__",
+    "available_bytes",
     "convert",
     "default_threads",
     "kernels",
@@ -34,6 +35,7 @@ __all__ = [
 __version__: str
 
 def kernels() -> list[str]: ...
+def available_bytes() -> int | None: ...
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -1,4 +1,4 @@
-"""How much memory this process takes, as the system counts it."""
+"""Memory of this process and of the machine, as the system reports it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nybble import _native
 
-# What keys and values may take where the system does not tell how much memory there is.
-_USUAL_CACHE_BYTES = 1 << 30
+# The default size of the KV cache where the system does not report free memory.
+_DEFAULT_CACHE_BYTES = 1 << 30
 
 
 def resident_bytes() -> int | None:
-    """Memory that the process holds now, the pages of mapped files included. None where the system does not tell."""
+    """Memory that the process holds now, in bytes, with the pages of mapped files. None where the system does not report it."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The most that the process has held so far. None where the system does not tell."""
+    """The most memory that the process has held so far, in bytes. None where the system does not report it."""
     if (peak := _status("VmHWM")) is not None:  # On Linux, getrusage may report the peak of the parent process.
         return peak
     try:
@@ -31,39 +31,25 @@ def peak_resident_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process could still take without others being moved out. None where the system does not tell."""
-    free = [
-        size
-        for size in (
-            _entry(Path("/proc/meminfo"), "MemAvailable"),
-            _difference(Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-        )
-        if size is not None
-    ]
-    return min(free, default=None)
+    """Memory that this process can still use without swap, in bytes. None where the system does not report it.
+
+    The least that the machine, the process's cgroup and that group's ancestors have left.
+    """
+    from nybble import _native
+
+    return _native.available_bytes()
 
 
 def for_caches(model: _native.Model) -> int:
-    """Bytes that keys and values may take by default: half of what is free, and enough for one text in any case."""
+    """The default size of the KV cache in bytes: half of the available memory, and at least one full context."""
     info = model.info()
-    free = available_bytes()
-    return max(int(info["cache_bytes"]), _USUAL_CACHE_BYTES if free is None else free // 2)
-
-
-def _difference(most: Path, current: Path) -> int | None:
-    try:
-        return max(int(most.read_text()) - int(current.read_text()), 0)
-    except (OSError, ValueError):  # No such group, or no limit, which is "max".
-        return None
+    available = available_bytes()
+    return max(int(info["cache_bytes"]), _DEFAULT_CACHE_BYTES if available is None else available // 2)
 
 
 def _status(name: str) -> int | None:
-    return _entry(Path("/proc/self/status"), name)
-
-
-def _entry(file: Path, name: str) -> int | None:
     try:
-        for line in file.read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

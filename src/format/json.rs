@@ -1,4 +1,4 @@
-//! JSON files: objects whose keys occur once.
+//! JSON files: objects without duplicate keys.
 
 use std::fmt;
 use std::io::Read;
@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Place, Result};
 
-/// The entries of an object in their order. A key that occurs twice is an error: readers would not agree on what it means.
+/// The entries of an object in the order of the file. Duplicate keys are an error, because readers disagree on their
+/// meaning.
 pub(crate) struct Entries(pub(crate) Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -38,13 +39,13 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// The object in `bytes`, a part of the file at `path`. `what` is what the part is called in errors.
+/// Parses the object in `bytes`, a part of the file at `path`. Errors call the part `what`.
 pub(crate) fn entries(path: &Path, bytes: &[u8], place: Place, what: &str) -> Result<Vec<(String, Value)>> {
     let parsed = serde_json::from_slice::<Entries>(bytes);
     parsed.map(|entries| entries.0).map_err(|error| Error::malformed(path, place, error, what))
 }
 
-/// The object that the file at `path` holds, which may be `largest` bytes long.
+/// Reads the object in the file at `path`, which may have up to `largest` bytes.
 pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     let io = |source| Error::io(path, source);
     let file = super::mapped::open(path).map_err(io)?;
@@ -56,7 +57,7 @@ pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     Ok(entries(path, &bytes, Place::File, "a JSON object")?.into_iter().collect())
 }
 
-/// A value for an error message, cut where it is long.
+/// A value for an error message, truncated where it is long.
 pub(crate) fn brief(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {

@@ -1,4 +1,4 @@
-//! Files as bytes: mapped into memory, or read into it.
+//! The bytes of a file, mapped into memory or read.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -12,9 +12,9 @@ use crate::system::memory;
 /// The bytes of a file.
 #[derive(Debug)]
 pub(super) enum Bytes {
-    /// Only what is touched is read. While it is mapped nobody may shorten or overwrite the file.
+    /// The system reads the pages that are accessed. The file must not be truncated or overwritten while it is mapped.
     Mapped(Mmap),
-    /// All of it was read.
+    /// The whole file was read.
     Read(Vec<u8>),
 }
 
@@ -29,12 +29,12 @@ impl Deref for Bytes {
     }
 }
 
-/// Opens the file at `path` for reading, which must be a regular one.
+/// Opens the regular file at `path` for reading.
 pub(super) fn open(path: &Path) -> std::io::Result<File> {
-    // Looked at before it is opened, for that waits where the path is a pipe.
+    // Checked before opening, which would wait on a pipe.
     let metadata = std::fs::metadata(path)?;
     if metadata.is_dir() {
-        // Reading or mapping one would fail too, but with words that help nobody.
+        // Reading or mapping a folder fails too, but with a useless message.
         return Err(ErrorKind::IsADirectory.into());
     }
     if !metadata.is_file() {
@@ -44,7 +44,7 @@ pub(super) fn open(path: &Path) -> std::io::Result<File> {
 }
 
 impl Bytes {
-    /// Opens the file at `path`, mapped or not.
+    /// Opens the file at `path` and maps or reads it.
     pub(super) fn open(path: &Path, mmap: bool) -> std::io::Result<Bytes> {
         let mut file = open(path)?;
         if mmap {
@@ -57,20 +57,20 @@ impl Bytes {
         Ok(Bytes::Read(bytes))
     }
 
-    /// Tells the system that `range` will not be needed again soon, so that it may have the memory back. It can still be
-    /// read, from the disk again. Does nothing when the file is not mapped, or on systems without such a call.
-    #[allow(unsafe_code, reason = "memmap2 guards the advice, because it would lose what was written to a map")]
+    /// Lets the system drop the pages of `range` from memory. They can still be read, from the disk. Does nothing when the
+    /// file is not mapped, or on systems without such a call.
+    #[allow(unsafe_code, reason = "the advice is unsafe in memmap2, because it loses what was written to a map")]
     pub(super) fn release(&self, range: Range<usize>) {
-        /// The smallest page of the systems we know. Where pages are larger, whole ones are given back all the same, and
-        /// what a neighbour has of them is read again when it is touched.
+        /// The smallest page size of any system. Where pages are larger, the kernel drops whole ones, and a neighbouring
+        /// tensor's part of them is read again when it is accessed.
         const PAGE: usize = 4096;
         #[cfg(unix)]
         if let Bytes::Mapped(map) = self {
             let start = range.start.next_multiple_of(PAGE);
             let end = range.end / PAGE * PAGE;
             if start < end && end <= map.len() {
-                // SAFETY: nothing was ever written to the map, so pages that are dropped come back from the file with the
-                // same bytes, and slices into them stay valid. A refusal costs memory only, so it may pass in silence.
+                // SAFETY: nothing was ever written to the map, so dropped pages come back from the file with the same bytes,
+                // and slices into them stay valid. A failure only costs memory, so it is ignored.
                 let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
@@ -79,8 +79,8 @@ impl Bytes {
 
 #[allow(unsafe_code, reason = "mapping a file is how a model loads without being read twice")]
 fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is private and only ever read. What remains is that another process changes the file underneath, which
-    // the callers' documentation forbids; every length is checked against the map's own, so a change can alter values (or,
-    // where the file was cut, end the process) but never lead a read outside the map.
+    // SAFETY: the map is private and never written to. Another process may change the file, which the callers'
+    // documentation forbids. Every length is checked against that of the map, so a change can alter values, and a truncation
+    // can kill the process, but no read leaves the map.
     unsafe { Mmap::map(file) }
 }

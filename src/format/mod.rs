@@ -1,4 +1,4 @@
-//! Files: bytes to metadata and named tensors. Nothing here knows of models.
+//! File formats: metadata and named tensors. This module knows nothing about models.
 
 pub mod gguf;
 pub(crate) mod json;
@@ -11,9 +11,9 @@ use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 use gguf::{Gguf, Metadata};
 
-/// What every source of a model has: metadata under GGUF's keys and tensors under GGUF's names.
+/// A source of a model: metadata under GGUF keys and tensors under GGUF names.
 pub trait Checkpoint: Sync {
-    /// The file or folder, for messages.
+    /// The file or folder, for error messages.
     fn path(&self) -> &Path;
 
     /// All keys and values.
@@ -22,15 +22,15 @@ pub trait Checkpoint: Sync {
     /// The tensor called `name`, as rows.
     fn tensor(&self, name: &str) -> Option<Tensor<'_>>;
 
-    /// The names of all tensors, in the order in which the file should be read.
+    /// The names of all tensors, in the best order for reading.
     fn names(&self) -> Vec<&str>;
 
-    /// Whether the tensor called `name` was quantized before: whatever its rows are, nothing more may be lost of it.
+    /// Whether the tensor called `name` is already quantized and must be kept exactly, even if its rows are floats.
     fn is_quantized(&self, _name: &str) -> bool {
         false
     }
 
-    /// Tells the system that the bytes of a tensor will not be read again.
+    /// Lets the system drop the bytes of a tensor from memory.
     fn release(&self, name: &str);
 }
 
@@ -42,7 +42,7 @@ pub struct Tensor<'a> {
     pub rows: Box<dyn Rows + 'a>,
 }
 
-/// Rows that lie one after the other in memory.
+/// Rows that are contiguous in memory.
 struct Contiguous<'a> {
     block_type: BlockType,
     bytes: &'a [u8],

@@ -1,7 +1,7 @@
-//! safetensors: the format of Hugging Face's checkpoints, one file or several with an index.
+//! safetensors: the format of Hugging Face checkpoints, one file or several with an index.
 //!
-//! A file is the length of its header (u64), the header (a JSON object of tensors) and their data without holes. Everything
-//! is checked before it is used: a damaged or hostile file gives an [`Error`] that names file and tensor, what was found and
+//! A file is the length of its header (u64), the header (a JSON object of tensors) and their data without gaps. Everything
+//! is checked before it is used. A damaged or hostile file gives an [`Error`] with the file, the tensor, what was found and
 //! what was expected.
 
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use super::mapped::Bytes;
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
-/// The most bytes that a header, or an index, may have: the limit of the reference implementation.
+/// The largest header or index in bytes, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 
 const SINGLE: &str = "model.safetensors";
@@ -34,7 +34,7 @@ pub struct SafeTensors {
     index: HashMap<String, usize>,
 }
 
-/// What a file says of a tensor. Everything was checked against the file.
+/// A tensor as its file describes it. The description was checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     name: String,
@@ -45,17 +45,17 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// The name, as in `model.embed_tokens.weight`.
+    /// The name, for example `model.embed_tokens.weight`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The type of its values, as in `BF16`.
+    /// The type of the values, for example `BF16`.
     pub fn dtype(&self) -> &str {
         &self.dtype
     }
 
-    /// The type of its values among those of GGUF. `None` for types that no weights have.
+    /// The type of the values as a GGUF type. `None` for types that weights do not have.
     pub fn block_type(&self) -> Option<BlockType> {
         match self.dtype.as_str() {
             "F32" => Some(BlockType::F32),
@@ -65,13 +65,13 @@ impl TensorInfo {
         }
     }
 
-    /// Dimensions, the slowest-varying first: `[rows, columns]`, the other way round than in GGUF.
+    /// Dimensions, the slowest-varying first: `[rows, columns]`, in the opposite order to GGUF.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 }
 
-/// The bytes of a value; `None` for types that are smaller than a byte or unknown.
+/// The bytes of a value. `None` for unknown types and types smaller than a byte.
 fn value_bytes(dtype: &str) -> Option<usize> {
     Some(match dtype {
         "BOOL" | "U8" | "I8" | "F8_E5M2" | "F8_E4M3" | "F8_E8M0" | "F8_E4M3FNUZ" | "F8_E5M2FNUZ" => 1,
@@ -83,30 +83,31 @@ fn value_bytes(dtype: &str) -> Option<usize> {
 }
 
 impl SafeTensors {
-    /// Opens the checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names. They
-    /// are mapped; while they are open nobody may shorten or overwrite them.
+    /// Opens the checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    ///
+    /// The files are mapped. They must not be truncated or overwritten while they are open.
     ///
     /// # Errors
-    /// [`Error::Io`] when the system refuses, [`Error::Missing`] when a file is not there, [`Error::Unsupported`] when there
-    /// are only files of other formats, [`Error::Malformed`] when a file breaks the format or contradicts the index.
+    /// [`Error::Io`] when a file cannot be read, [`Error::Missing`] when a file does not exist, [`Error::Unsupported`] when
+    /// there are only files of other formats, [`Error::Malformed`] when a file breaks the format or contradicts the index.
     pub fn open(folder: impl AsRef<Path>) -> Result<SafeTensors> {
         SafeTensors::open_with(folder, true)
     }
 
-    /// As [`SafeTensors::open`], with the files mapped, or read into memory.
+    /// As [`SafeTensors::open`], with files mapped or read into memory.
     ///
     /// # Errors
     /// Those of [`SafeTensors::open`].
     pub fn open_with(folder: impl AsRef<Path>, mmap: bool) -> Result<SafeTensors> {
         let folder = folder.as_ref();
         let single = folder.join(SINGLE);
-        if is_there(&single)? {
+        if exists(&single)? {
             let mut all = SafeTensors::empty(folder, mmap);
             all.add(single)?;
             return Ok(all);
         }
         let index = folder.join(INDEX);
-        if is_there(&index)? { SafeTensors::open_indexed(folder, &index, mmap) } else { Err(explain_absence(folder)) }
+        if exists(&index)? { SafeTensors::open_indexed(folder, &index, mmap) } else { Err(explain_absence(folder)) }
     }
 
     fn empty(folder: &Path, mmap: bool) -> SafeTensors {
@@ -114,7 +115,7 @@ impl SafeTensors {
         SafeTensors { folder: folder.to_path_buf(), mmap, files, tensors, index }
     }
 
-    /// Opens the files that an index names.
+    /// Opens the files of an index.
     fn open_indexed(folder: &Path, index: &Path, mmap: bool) -> Result<SafeTensors> {
         let object = json::read(index, MAX_HEADER)?;
         let place = || Place::Key("weight_map".to_owned());
@@ -133,8 +134,8 @@ impl SafeTensors {
                 Entry::Occupied(known) => *known.get(),
                 Entry::Vacant(new) => {
                     let path = folder.join(file);
-                    if !is_there(&path)? {
-                        let expected = format!("it, because {INDEX} says that it holds {tensor:?}");
+                    if !exists(&path)? {
+                        let expected = format!("this file, because {INDEX} lists it for tensor {tensor:?}");
                         return Err(Error::Missing { path, place: Place::File, expected });
                     }
                     all.add(path)?;
@@ -148,11 +149,11 @@ impl SafeTensors {
                 Some(found) if found.file == number => {}
                 found => {
                     let found = match found {
-                        Some(found) => format!("it in {}", all.path(found).display()),
+                        Some(found) => format!("the tensor in {}", all.path(found).display()),
                         None => "no such tensor in any file".to_owned(),
                     };
                     let path = all.files.get(number).map_or(index, |file| file.0.as_path());
-                    let expected = format!("it here, as {INDEX} says");
+                    let expected = format!("the tensor in this file, as {INDEX} says");
                     return Err(Error::malformed(path, Place::Tensor(tensor.clone()), found, expected));
                 }
             }
@@ -167,7 +168,7 @@ impl SafeTensors {
             match self.index.entry(tensor.name.clone()) {
                 Entry::Vacant(free) => free.insert(self.tensors.len()),
                 Entry::Occupied(_) => {
-                    let found = "a tensor that another file of the checkpoint holds too";
+                    let found = "a tensor that another file of the checkpoint also holds";
                     return Err(Error::malformed(path, Place::Tensor(tensor.name), found, "each tensor once"));
                 }
             };
@@ -192,22 +193,22 @@ impl SafeTensors {
         self.index.get(name).and_then(|at| self.tensors.get(*at))
     }
 
-    /// The place among the [tensors](SafeTensors::tensors) of the one called `name`.
+    /// The index among the [tensors](SafeTensors::tensors) of the tensor called `name`.
     pub fn position(&self, name: &str) -> Option<usize> {
         self.index.get(name).copied()
     }
 
-    /// The file that holds `tensor`, which must be one of this checkpoint's.
+    /// The file of `tensor`, which must belong to this checkpoint.
     pub fn path(&self, tensor: &TensorInfo) -> &Path {
         self.files.get(tensor.file).map_or(Path::new(""), |file| &file.0)
     }
 
-    /// The bytes of `tensor`, little-endian values row after row; empty for a tensor that lies outside this checkpoint.
+    /// The bytes of `tensor`, little-endian values row after row. Empty for a tensor outside this checkpoint.
     pub fn data(&self, tensor: &TensorInfo) -> &[u8] {
         self.files.get(tensor.file).and_then(|file| file.1.get(tensor.bytes.clone())).unwrap_or_default()
     }
 
-    /// Tells the system that the bytes of `tensor` will not be needed again soon. They can still be read, from the disk.
+    /// Lets the system drop the pages of `tensor` from memory. The bytes can still be read, from the disk.
     pub fn release(&self, tensor: &TensorInfo) {
         if let Some((_, bytes)) = self.files.get(tensor.file) {
             bytes.release(tensor.bytes.clone());
@@ -215,7 +216,7 @@ impl SafeTensors {
     }
 }
 
-fn is_there(path: &Path) -> Result<bool> {
+fn exists(path: &Path) -> Result<bool> {
     match std::fs::metadata(path) {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
@@ -223,14 +224,14 @@ fn is_there(path: &Path) -> Result<bool> {
     }
 }
 
-/// Whether `name` names a file of weights in the same folder, and not one elsewhere.
+/// Whether `name` is a file of weights in the same folder, not a path to another one.
 fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let plain = matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name);
     plain && name.ends_with(".safetensors") && !name.contains(['\\', ':', '\0'])
 }
 
-/// Why there is nothing to open in `folder`.
+/// The error for a folder without a checkpoint.
 fn explain_absence(folder: &Path) -> Error {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -239,22 +240,22 @@ fn explain_absence(folder: &Path) -> Error {
     let names: Vec<_> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     let pickled = |name: &&String| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| name.ends_with(end));
     if names.iter().any(|name| name.ends_with(".safetensors")) {
-        let expected = format!("it, or {SINGLE}, because there are several .safetensors files");
+        let expected = format!("this file, or {SINGLE}, because there are several .safetensors files");
         return Error::Missing { path: folder.join(INDEX), place: Place::File, expected };
     }
     match names.iter().find(pickled) {
         Some(name) => Error::Unsupported {
             path: folder.join(name),
             place: Place::File,
-            what: "a pickled checkpoint, which can run any program when it is read,".to_owned(),
+            what: "a pickled checkpoint, which can run any program when it is loaded,".to_owned(),
             supported: "supported: safetensors; look for a copy of the model in that format, or convert it with \
-                        transformers where it can do no harm"
+                        transformers in a sandbox"
                 .to_owned(),
         },
         None => Error::Missing {
             path: folder.join(SINGLE),
             place: Place::File,
-            expected: format!("it, or {INDEX} and the files that it names"),
+            expected: format!("this file, or {INDEX} and the files that it names"),
         },
     }
 }
@@ -269,7 +270,7 @@ fn parse(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorInfo>> {
     if length > MAX_HEADER {
         return whole(format!("a header of {length} bytes"), format!("at most {MAX_HEADER}"));
     }
-    // A length up to 10^8 fits into every `usize`.
+    // A length up to 10^8 fits into any `usize`.
     let Some((header, data)) = rest.split_at_checked(length as usize) else {
         return whole(format!("{} bytes", bytes.len()), format!("a header of {length} bytes: the file is truncated"));
     };
@@ -285,7 +286,7 @@ fn parse(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorInfo>> {
     for tensor in &tensors {
         if tensor.bytes.start != end {
             let found = format!("data at {}", tensor.bytes.start);
-            let expected = format!("data at {end}, without a hole or an overlap");
+            let expected = format!("data at {end}, without gaps or overlaps");
             return Err(Error::malformed(path, Place::Tensor(tensor.name.clone()), found, expected));
         }
         end = tensor.bytes.end;
@@ -301,7 +302,7 @@ fn parse(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorInfo>> {
     Ok(tensors)
 }
 
-/// One tensor of a header, whose data lie in `available` bytes.
+/// Parses one tensor of a header, with `available` bytes of data in the file.
 fn tensor(path: &Path, name: String, value: &Value, available: usize, file: usize) -> Result<TensorInfo> {
     let fail = |name: String, found: String, expected: String| {
         Err(Error::malformed(path, Place::Tensor(name), found, expected))

@@ -28,6 +28,12 @@ pub(super) fn default_threads() -> usize {
     threads::default_threads()
 }
 
+/// Bytes of memory that this process can still use without swap. None where the system does not report it.
+#[pyfunction]
+pub(super) fn available_bytes() -> Option<usize> {
+    crate::system::memory::available()
+}
+
 /// The attributes of the package's `LoadOptions`, which documents them. Those that name a file are not among them.
 #[derive(FromPyObject)]
 struct Loading {

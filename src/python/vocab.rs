@@ -1,4 +1,4 @@
-//! `nybble._native.SentencePiece`: the vocabulary of `crate::vocab` for Python.
+//! `nybble._native.SentencePiece`: `crate::vocab` for Python.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString};
@@ -12,7 +12,7 @@ pub(super) struct SentencePiece(vocab::SentencePiece);
 
 #[pymethods]
 impl SentencePiece {
-    /// `tokens`, `scores` and `kinds` are the arrays of a GGUF file, of equal length; what is over is not looked at.
+    /// `tokens`, `scores` and `kinds` are the arrays of a GGUF file. Elements beyond the shortest are ignored.
     #[new]
     #[pyo3(signature = (tokens, scores, kinds, *, add_space_prefix, unknown=None, drop_space_after=Vec::new()))]
     fn new(
@@ -24,13 +24,13 @@ impl SentencePiece {
         drop_space_after: Vec<u32>,
     ) -> PyResult<Self> {
         let tokens = tokens.iter().map(|token| token.cast_into::<PyString>()).collect::<Result<Vec<_>, _>>()?;
-        // The pieces with their scores and places in a table that is half empty, which is asked for before it is filled.
+        // The pieces with their scores and ids in a hash map that is half empty.
         let bytes = tokens.iter().map(|token| token.to_str().map_or(0, str::len) + 64).sum();
-        let room = Vec::<u8>::new().try_reserve_exact(bytes);
-        room.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes, left: None })?;
+        let reserved = Vec::<u8>::new().try_reserve_exact(bytes);
+        reserved.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes, left: None })?;
         let made = super::detach::caught(|| {
             let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
-                text: token.to_str().ok(), // Fails for bytes that are no UTF-8 and came as lone surrogates.
+                text: token.to_str().ok(), // Fails for invalid UTF-8, which comes as lone surrogates.
                 score,
                 kind: TokenKind::from_id(kind),
             });
@@ -42,7 +42,7 @@ impl SentencePiece {
         made.map(SentencePiece)
     }
 
-    /// The ids of `text`; marks spelled out in it become their tokens if `parse_special`. Other threads run meanwhile.
+    /// The token ids of `text`. Special tokens in it are recognised if `parse_special`. Releases the GIL.
     fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> PyResult<Vec<u32>> {
         super::detach::guarded(py, || Ok(self.0.encode(text, parse_special)))
     }

@@ -16,7 +16,7 @@ pub struct CacheLine(pub [u8; 64]);
 
 /// Buffers of this many bytes and more are mapped from the system. Smaller ones come from the allocator, which needs no
 /// system call for each.
-pub(crate) const SMALLEST_MAP: usize = 1 << 16;
+const SMALLEST_MAP: usize = memory::SMALLEST_CHECKED;
 
 /// A buffer of `T` that starts at a cache line, zero at first.
 ///

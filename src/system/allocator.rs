@@ -1,37 +1,37 @@
-//! Memory for the Python module: what is large goes back to the system as soon as it is given back.
+//! The allocator of the Python module, which returns large blocks to the system as soon as they are freed.
 //!
-//! glibc maps large blocks too, but learns from each that is given back: from then on it takes blocks of that size, up to
-//! 32 MiB, from one of the heaps that it keeps for every few threads, where a small block that stays behind them keeps
-//! them from the system. A process in which many threads load and use models one after the other grows to several times
-//! what it needs. Who uses the Rust crate chooses an allocator for the whole program; a module in a Python process
-//! can have one to itself. What is small stays with glibc, which is told to look through its heaps when a model ends.
-#![allow(unsafe_code, reason = "an allocator hands out memory")]
+//! glibc maps large blocks too, but raises its threshold with each that is freed: from then on it takes blocks of that size,
+//! up to 32 MiB, from one of its heaps per thread, where a small block that outlives them keeps their memory from the
+//! system. A process in which many threads load and use models in turn grows to several times what it needs. A Rust program
+//! chooses its own allocator; a module in a Python process can have a private one. Small blocks stay with glibc, which trims
+//! its heaps when a model is closed.
+#![allow(unsafe_code, reason = "an allocator returns raw memory")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::{null_mut, without_provenance_mut};
 
 /// Blocks of this many bytes and more are mapped.
 pub(crate) const SMALLEST_MAP: usize = 256 << 10;
-/// What a map is aligned to at least, on any machine.
+/// The smallest alignment of a map on any machine.
 const PAGE: usize = 4096;
 
-/// Maps large blocks from the system, and takes the others from Rust's usual allocator.
+/// Maps large blocks from the system and takes others from Rust's default allocator.
 #[derive(Debug)]
 pub(crate) struct Allocator;
 
-/// Whether a block of that layout is a map. Both who takes a block and who gives it back know its layout.
+/// Whether a block with this layout is a map. The layout is known when a block is allocated and when it is freed.
 fn is_mapped(layout: Layout) -> bool {
     layout.size() >= SMALLEST_MAP && layout.align() <= PAGE
 }
 
-// SAFETY: a block is made, resized and given back by the same of the two allocators, because `is_mapped` depends on nothing
-// but the layout; both keep what the trait asks for, and none of this unwinds.
+// SAFETY: a block is allocated, resized and freed by the same of the two allocators, because `is_mapped` depends only on the
+// layout. Both fulfil the contract of the trait, and nothing here unwinds.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_mapped(layout) {
             return map(layout.size());
         }
-        // SAFETY: the caller's promises are those that this asks for.
+        // SAFETY: the caller's promises are those that `System` needs.
         unsafe { System.alloc(layout) }
     }
 
@@ -45,8 +45,8 @@ unsafe impl GlobalAlloc for Allocator {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         if is_mapped(layout) {
-            // SAFETY: `block` is a map of that size, which nobody uses any more. It stays where the system refuses to split
-            // a larger one that it has made of neighbours, because there are too many; nobody can be told.
+            // SAFETY: `block` is a map of that size, which is no longer used. The call fails where the process has too many
+            // maps for the system to split one that it had merged. Then the block leaks, which cannot be reported.
             unsafe { libc::munmap(block.cast(), layout.size()) };
             return;
         }
@@ -61,7 +61,7 @@ unsafe impl GlobalAlloc for Allocator {
             // SAFETY: as in `alloc`, and `block` came from there.
             (false, false) => unsafe { System.realloc(block, layout, size) },
             (true, true) => {
-                // SAFETY: `block` is a map of the old size, for which the caller has no use after this succeeds.
+                // SAFETY: `block` is a map of the old size, which the caller no longer uses after this succeeds.
                 let moved = unsafe { libc::mremap(block.cast(), layout.size(), size, libc::MREMAP_MAYMOVE) };
                 if moved == libc::MAP_FAILED { null_mut() } else { moved.cast() }
             }
@@ -69,7 +69,8 @@ unsafe impl GlobalAlloc for Allocator {
                 // SAFETY: neither size is zero.
                 let other = unsafe { self.alloc(new) };
                 if !other.is_null() {
-                    // SAFETY: the blocks are two, each at least as large as the smaller size, and `block` came from here.
+                    // SAFETY: the two blocks are distinct, each at least as large as the smaller size, and `block` came from
+                    // this allocator.
                     unsafe {
                         block.copy_to_nonoverlapping(other, layout.size().min(size));
                         self.dealloc(block, layout);
@@ -81,21 +82,20 @@ unsafe impl GlobalAlloc for Allocator {
     }
 }
 
-/// Gives the system back what lies free in the heaps of the C library, which keeps it otherwise for whoever comes next: a
-/// few milliseconds, for which the heaps are locked one after the other.
+/// Returns the free memory of glibc's heaps to the system. Takes a few milliseconds and locks the heaps in turn.
 #[cfg(feature = "python")]
 pub(crate) fn trim() {
-    // SAFETY: takes no pointer, and may be called by any thread at any time.
+    // SAFETY: the function takes no pointer and may be called by any thread at any time.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::malloc_trim(0)
     };
 }
 
-/// A new map of `size` bytes, all zero. Null when there is none.
+/// Maps `size` bytes of zeros. Null when the system refuses.
 fn map(size: usize) -> *mut u8 {
     let (readable, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: without an address and without a file this touches nothing that exists.
+    // SAFETY: without an address and a file, the call affects no existing memory.
     let map = unsafe { libc::mmap(without_provenance_mut(0), size, readable, private, -1, 0) };
     if map == libc::MAP_FAILED { null_mut() } else { map.cast() }
 }
@@ -106,7 +106,7 @@ mod tests {
 
     use super::*;
 
-    /// A block that is checked for what was written to it.
+    /// A block that checks that its contents are kept.
     struct Block {
         at: *mut u8,
         layout: Layout,
@@ -125,7 +125,7 @@ mod tests {
         }
 
         fn bytes(&mut self) -> &mut [u8] {
-            // SAFETY: the block has that many bytes. Before they are written nobody reads them, unless they are zero.
+            // SAFETY: the block has that many bytes. They are read only after they were written or zeroed.
             unsafe { std::slice::from_raw_parts_mut(self.at, self.layout.size()) }
         }
 
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_large_goes_back_at_once() {
+    fn large_blocks_return_to_the_system_at_once() {
         let pages = || {
             let text = std::fs::read_to_string("/proc/self/statm").unwrap();
             text.split(' ').next().unwrap().parse::<usize>().unwrap()
@@ -188,7 +188,7 @@ mod tests {
         // SAFETY: the size is not zero.
         let block = unsafe { Allocator.alloc(layout) };
         assert!(!block.is_null());
-        // Other tests run meanwhile, and pages may have 64 KiB.
+        // Other tests run at the same time, and pages may have 64 KiB.
         assert!(pages() > before + (1 << 29) / (64 << 10));
         // SAFETY: the block has that layout.
         unsafe { Allocator.dealloc(block, layout) };
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_machine_has_is_null_and_a_block_that_cannot_grow_stays() {
+    fn an_impossible_size_is_null_and_leaves_the_block_alone() {
         let most = isize::MAX as usize & !(PAGE - 1);
         // SAFETY: the size is not zero.
         assert!(unsafe { Allocator.alloc(Layout::from_size_align(most, 64).unwrap()) }.is_null());

@@ -1,8 +1,11 @@
-//! Where the control groups of this process are described, in both versions of them.
+//! The folders that describe this process's cgroups, in both versions.
+//!
+//! All functions take the root of the file system, so that tests can build one.
 
 use std::fs::read_to_string;
 use std::path::{Component, Path, PathBuf};
 
+/// The version of the cgroup interface. A machine may have controllers of both.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Version {
     V1,
@@ -12,19 +15,19 @@ pub(crate) enum Version {
 impl Version {
     pub(crate) const ALL: [Version; 2] = [Version::V1, Version::V2];
 
-    /// The folders of the group in which `controller` (`cpu`, `memory`) limits the process, and of those that it lies in.
+    /// The folders of the group in which `controller` (`cpu`, `memory`) limits the process, and of its ancestors.
     pub(crate) fn folders(self, root: &Path, controller: &str) -> Vec<PathBuf> {
-        self.found(root, controller).unwrap_or_default()
+        self.try_folders(root, controller).unwrap_or_default()
     }
 
-    fn found(self, root: &Path, controller: &str) -> Option<Vec<PathBuf>> {
+    fn try_folders(self, root: &Path, controller: &str) -> Option<Vec<PathBuf>> {
         let cgroups = read_to_string(root.join("proc/self/cgroup")).ok()?;
         let mounts = read_to_string(root.join("proc/self/mountinfo")).ok()?;
         let group = self.group(&cgroups, controller)?;
         let mounts = mounts.lines().filter_map(Mount::parse).filter(|mount| self.is_in(mount, controller));
         let mounts: Vec<Mount<'_>> = mounts.collect();
-        // Usually the group lies under what is mounted. A container without a cgroup namespace may see a foreign path:
-        // then all that can be found are the limits at the mount itself.
+        // Usually the group is inside a mount. A container without a cgroup namespace may see a path of the host: then only
+        // the limits at the mount itself can be read.
         let mut folders: Vec<PathBuf> = mounts.iter().filter_map(|mount| mount.locate(&group)).collect();
         if folders.is_empty() {
             folders = mounts.iter().map(|mount| mount.point.clone()).collect();
@@ -36,7 +39,7 @@ impl Version {
         Some(with_parents.filter_map(|folder| Some(root.join(folder.strip_prefix("/").ok()?))).collect())
     }
 
-    /// The process's group, from `/proc/self/cgroup`: lines of `id:controllers:path`, without controllers in version 2.
+    /// The process's group, from the lines `id:controllers:path` of `/proc/self/cgroup`. Version 2 lists no controllers.
     fn group(self, cgroups: &str, controller: &str) -> Option<PathBuf> {
         cgroups.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
@@ -59,9 +62,9 @@ impl Version {
 
 /// A line of `/proc/self/mountinfo`.
 struct Mount<'a> {
-    /// Which directory of the file system is mounted.
+    /// The mounted directory of the file system.
     root: PathBuf,
-    /// Where.
+    /// Where it is mounted.
     point: PathBuf,
     /// The type of the file system.
     kind: &'a str,
@@ -69,7 +72,8 @@ struct Mount<'a> {
 }
 
 impl<'a> Mount<'a> {
-    /// `36 35 98:0 /root /point rw,noatime master:1 - type device rw,options`, any number of fields before the dash.
+    /// Parses `36 35 98:0 /root /point rw,noatime master:1 - type device rw,options`. The number of fields before the dash
+    /// varies.
     fn parse(line: &'a str) -> Option<Self> {
         let (left, right) = line.split_once(" - ")?;
         let mut left = left.split(' ').skip(3);
@@ -79,10 +83,10 @@ impl<'a> Mount<'a> {
         Some(Mount { root: root.into(), point: point.into(), kind, options })
     }
 
-    /// The directory in which the mount shows `group`.
+    /// The directory of `group` in the mount.
     fn locate(&self, group: &Path) -> Option<PathBuf> {
         let inside = group.strip_prefix(&self.root).ok()?;
-        // `..` means a group outside of this process's namespace.
+        // `..` is a group outside of this process's namespace.
         let visible = inside.components().all(|part| matches!(part, Component::Normal(_)));
         visible.then(|| self.point.join(inside))
     }

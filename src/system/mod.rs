@@ -1,13 +1,12 @@
-//! What the system grants this process.
-//!
-//! All that reads takes the root of the file system, so that tests can build one. Whatever cannot be read or understood does
-//! not limit.
+//! What the system grants this process: memory and limits.
 
 pub(crate) mod aligned_buf;
 #[cfg(all(target_os = "linux", any(feature = "python", test)))]
 pub(crate) mod allocator;
 #[cfg(any(target_os = "linux", test))]
 pub(crate) mod cgroup;
+#[cfg(any(target_os = "linux", test))]
+mod limits;
 pub(crate) mod memory;
 #[cfg(any(feature = "python", test))]
 pub(crate) mod panics;

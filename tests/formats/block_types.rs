@@ -1,10 +1,10 @@
-//! The block types decode to the bit and encode as the reference code does.
+//! Block types decode and encode with the bits of the reference code.
 
 use nybble::Error;
 use nybble::quant::block::BlockType;
 use proptest::prelude::*;
 
-/// A block of the golden vectors: byte i is 7 i + 3, and F16 scales of 0.5 and perhaps 0.25 are set at the given bytes.
+/// A block of the golden vectors: byte i is 7 i + 3, with F16 scales of 0.5 and perhaps 0.25 at the given bytes.
 fn golden_block(block_type: BlockType, d_at: usize, m_at: Option<usize>) -> Vec<u8> {
     let mut block: Vec<u8> = (0..block_type.block_bytes()).map(|i| (7 * i + 3) as u8).collect();
     block[d_at..d_at + 2].copy_from_slice(&0x3800u16.to_le_bytes());
@@ -14,11 +14,11 @@ fn golden_block(block_type: BlockType, d_at: usize, m_at: Option<usize>) -> Vec<
     block
 }
 
-/// The type, where its scales are, single values by index, the sum of all and the sum of their magnitudes.
+/// The type, the offsets of its scales, single values by index, the sum of all values and of their magnitudes.
 type Golden = (BlockType, usize, Option<usize>, &'static [(usize, f32)], f64, f64);
 
 #[test]
-fn golden_blocks_decode_to_the_bit() {
+fn golden_blocks_decode_to_the_same_bits() {
     use BlockType::*;
     let golden: [Golden; 12] = [
         (Q4_0, 0, None, &[(0, -3.5), (1, 0.0), (15, 1.0), (16, -3.5), (31, -0.5)], -37.0, 65.0),
@@ -78,7 +78,7 @@ fn golden_blocks_decode_to_the_bit() {
     ];
     for (block_type, d_at, m_at, values, sum, sum_of_abs) in golden {
         let block = golden_block(block_type, d_at, m_at);
-        // Two blocks, so that a decoder that forgets to go on is seen.
+        // Two blocks, so that a decoder that stops after the first fails.
         let bytes = [block.as_slice(), &block].concat();
         let mut out = vec![f32::NAN; 2 * block_type.block_len()];
         block_type.decode(&bytes, &mut out).unwrap();
@@ -109,7 +109,7 @@ fn mxfp4_scales_are_exact_powers_of_two_down_to_subnormals() {
 }
 
 #[test]
-fn halves_and_floats_decode_with_their_infinities_and_subnormals() {
+fn floats_decode_with_infinities_and_subnormals() {
     let decode = |block_type: BlockType, bytes: &[u8], count: usize| {
         let mut out = vec![0.0; count];
         block_type.decode(bytes, &mut out).unwrap();
@@ -125,7 +125,7 @@ fn halves_and_floats_decode_with_their_infinities_and_subnormals() {
 }
 
 #[test]
-fn a_scale_that_is_nan_or_infinite_is_handed_on() {
+fn a_scale_that_is_nan_or_infinite_makes_such_values() {
     let mut block = [0u8; 34];
     block[..2].copy_from_slice(&0x7c00u16.to_le_bytes());
     block[2] = 1;
@@ -136,7 +136,7 @@ fn a_scale_that_is_nan_or_infinite_is_handed_on() {
 }
 
 #[test]
-fn names_and_numbers_lead_to_the_type_and_back() {
+fn types_are_found_by_name_and_by_id() {
     for block_type in BlockType::all() {
         assert_eq!(BlockType::from_id(block_type.id()), Some(block_type));
         assert_eq!(BlockType::from_name(block_type.name()), Some(block_type));
@@ -150,7 +150,7 @@ fn names_and_numbers_lead_to_the_type_and_back() {
 }
 
 #[test]
-fn sizes_are_those_of_the_format() {
+fn sizes_match_the_format() {
     use BlockType::*;
     let sizes = [
         (F32, 0, 1, 4),
@@ -206,7 +206,7 @@ fn sizes_are_those_of_the_format() {
 }
 
 #[test]
-fn a_type_that_cannot_be_decoded_or_encoded_is_refused_by_name() {
+fn an_unsupported_type_is_refused_by_name() {
     let supported: Vec<&str> = BlockType::all().filter(|t| t.is_supported()).map(BlockType::name).collect();
     let listed = "F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, BF16, MXFP4";
     assert_eq!(supported.join(", "), listed);
@@ -223,7 +223,7 @@ fn a_type_that_cannot_be_decoded_or_encoded_is_refused_by_name() {
 }
 
 #[test]
-fn lengths_that_do_not_belong_together_are_refused() {
+fn mismatched_lengths_are_refused() {
     let error = |bytes: usize, values: usize| {
         BlockType::Q4_0.decode(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
     };
@@ -240,8 +240,8 @@ fn hex(digits: &str) -> Vec<u8> {
 }
 
 #[test]
-fn encoding_gives_the_bytes_of_the_reference_implementation() {
-    // Computed once with the Python package `gguf` 0.19, whose numpy code shares nothing with ours.
+fn encoding_yields_the_bytes_of_the_reference_implementation() {
+    // Computed with the Python package `gguf` 0.19, whose numpy code is independent of this crate.
     let values: Vec<f32> = (0..64).map(|i| ((37 * i + 11) % 101 - 50) as f32 / 7.0).collect();
     let cases = [
         (BlockType::F16, 16, "92c592b4004525c4923c6e466ec1254192c625bd004425c592306e456ec3493e"),
@@ -263,7 +263,7 @@ fn encoding_gives_the_bytes_of_the_reference_implementation() {
 }
 
 #[test]
-fn values_on_the_grid_survive_encoding_to_the_bit() {
+fn values_on_the_grid_survive_encoding_exactly() {
     let check = |block_type: BlockType, values: &[f32]| {
         let mut bytes = Vec::new();
         block_type.encode(values, &mut bytes).unwrap();
@@ -273,7 +273,7 @@ fn values_on_the_grid_survive_encoding_to_the_bit() {
     };
     let codes: Vec<f32> = (0..32).map(|i| ((i * 5) % 16) as f32).collect();
     check(BlockType::Q4_0, &codes.iter().map(|c| (c - 8.0) * 0.5).collect::<Vec<_>>());
-    // The extreme may be positive: then the scale is negative.
+    // A positive extreme has a negative scale.
     check(BlockType::Q4_0, &codes.iter().map(|c| (c - 8.0) * -0.25).collect::<Vec<_>>());
     check(BlockType::Q4_1, &codes.iter().map(|c| c * 0.5 + 3.0).collect::<Vec<_>>());
     check(BlockType::Q8_0, &(0..32).map(|i| (i * 8 - 121) as f32 * 0.125).collect::<Vec<_>>());
@@ -283,7 +283,7 @@ fn values_on_the_grid_survive_encoding_to_the_bit() {
 }
 
 #[test]
-fn values_that_a_block_cannot_hold_are_refused_and_leave_the_output_alone() {
+fn values_that_a_block_cannot_hold_are_refused_without_output() {
     for block_type in [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q8_0] {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut values = [1.0; 64];

@@ -1,4 +1,4 @@
-//! Files that break the format are refused, each with the place, what was found and what was expected.
+//! Files that break the format are refused with the place, what was found and what was expected.
 
 use crate::gguf_builder::{Builder, Saved, array, assert_refused, fault, string};
 use nybble::{Error, Place};
@@ -23,7 +23,7 @@ fn tensor(name: &str) -> Place {
     Place::Tensor(name.to_owned())
 }
 
-/// A right file with every type of value, arrays, and tensors of two types.
+/// A valid file with every type of value, arrays, and tensors of two types.
 fn rich() -> Builder {
     let strings = [string("a"), string(""), string([0xff, 0xfe])].concat();
     let mut file = Builder::new()
@@ -47,7 +47,7 @@ fn rich() -> Builder {
 }
 
 #[test]
-fn the_file_that_these_tests_damage_is_right() {
+fn the_file_that_these_tests_damage_is_valid() {
     let file = Saved::new(&rich().bytes()).open().unwrap();
     assert_eq!((file.metadata().len(), file.tensors().len()), (18, 2));
 }
@@ -55,10 +55,10 @@ fn the_file_that_these_tests_damage_is_right() {
 // Truncation
 
 #[test]
-fn a_file_that_ends_at_any_byte_of_the_header_is_refused() {
+fn a_file_truncated_anywhere_in_the_header_is_refused() {
     let (bytes, data_start) = (rich().bytes(), rich().data_start());
     for length in 0..data_start {
-        // Either reading ran into the end, or a count or a tensor needs more than there is.
+        // Either parsing reached the end, or a count or a tensor needs more bytes than the file has.
         let (place, found, expected) = fault(&bytes[..length]);
         match place {
             Place::Offset(offset) => assert!(offset <= length as u64, "{length}: {offset}"),
@@ -68,14 +68,14 @@ fn a_file_that_ends_at_any_byte_of_the_header_is_refused() {
         assert!(!found.is_empty());
     }
     assert_eq!(fault(&bytes[..2]), (at(0), "the end of the file after 2 bytes".into(), "4 bytes for the magic".into()));
-    // In the middle of a value: the key is named.
+    // Inside a value, the error has the key.
     let one = Builder::new().entry("key", 10, [0; 8]).bytes();
     let expected = "8 bytes for the value of key \"key\"";
     assert_eq!(fault(&one[..45]), (at(39), "the end of the file after 6 bytes".into(), expected.into()));
 }
 
 #[test]
-fn a_file_that_ends_at_any_byte_of_the_data_is_refused() {
+fn a_file_truncated_anywhere_in_the_data_is_refused() {
     let (bytes, data_start) = (rich().bytes(), rich().data_start());
     for length in data_start..bytes.len() {
         // The first tensor has 54 bytes; the second starts after 64.
@@ -115,7 +115,7 @@ fn a_big_endian_file_is_refused_as_such() {
 // Counts
 
 #[test]
-fn a_count_of_tensors_beyond_the_file_is_refused() {
+fn more_tensors_than_the_file_can_hold_are_refused() {
     for count in [u64::MAX, 1 << 63, 1 << 32, 100] {
         let mut file = Builder::new();
         file.tensor_count = Some(count);
@@ -125,7 +125,7 @@ fn a_count_of_tensors_beyond_the_file_is_refused() {
 }
 
 #[test]
-fn a_count_of_keys_beyond_the_file_is_refused() {
+fn more_keys_than_the_file_can_hold_are_refused() {
     for count in [u64::MAX, 1 << 63, 1 << 32, 3] {
         let mut file = Builder::new().entry("a", 0, [1]).entry("b", 0, [1]);
         file.entry_count = Some(count);
@@ -146,7 +146,7 @@ fn a_key_longer_than_the_file_is_refused() {
     for length in [u64::MAX, 1 << 32, 7] {
         let file = Builder::new().raw_entry([&length.to_le_bytes(), b"abcdef".as_slice()].concat());
         let expected = "at most 6: each takes 1 bytes and 6 are left";
-        assert_refused(&file, at(24), &format!("{length} bytes of text"), expected);
+        assert_refused(&file, at(24), &format!("{length} bytes of a string"), expected);
     }
 }
 
@@ -159,7 +159,7 @@ fn a_key_of_more_than_65535_bytes_is_refused() {
 }
 
 #[test]
-fn a_key_that_occurs_twice_is_refused() {
+fn a_duplicate_key_is_refused() {
     let file = Builder::new().entry("twice", 0, [1]).entry("once", 0, [1]).entry("twice", 0, [1]);
     assert_refused(&file, key("twice"), "the key a second time", "each key once");
 }
@@ -176,7 +176,7 @@ fn a_key_that_is_not_ascii_is_refused() {
 // Values
 
 #[test]
-fn an_unknown_type_of_value_is_refused() {
+fn an_unknown_value_type_is_refused() {
     for type_id in [13, u32::MAX] {
         let file = Builder::new().entry("k", type_id, [0; 8]);
         assert_refused(&file, key("k"), &format!("type {type_id} at byte 33"), "a value type of 0 to 12");
@@ -187,7 +187,7 @@ fn an_unknown_type_of_value_is_refused() {
 }
 
 #[test]
-fn arrays_of_arrays_are_refused_however_deep() {
+fn arrays_of_arrays_are_refused_at_any_depth() {
     for depth in [1, 10_000] {
         let file = Builder::new().entry("k", ARRAY, array(ARRAY, 1, []).repeat(depth));
         assert_refused(&file, key("k"), "an array of arrays at byte 37", "an array of scalars or strings");
@@ -221,7 +221,7 @@ fn a_string_longer_than_the_file_is_refused() {
         let value = [&length.to_le_bytes(), b"abc".as_slice()].concat();
         let file = Builder::new().entry("k", STRING, &value);
         let (found, expected) =
-            (format!("{length} bytes of text of key \"k\""), "at most 3: each takes 1 bytes and 3 are left");
+            (format!("{length} bytes of a string of key \"k\""), "at most 3: each takes 1 bytes and 3 are left");
         assert_refused(&file, at(37), &found, expected);
         let file = Builder::new().entry("k", ARRAY, array(STRING, 1, value));
         assert_refused(&file, at(49), &found, expected);
@@ -230,14 +230,14 @@ fn a_string_longer_than_the_file_is_refused() {
 
 #[test]
 fn a_string_of_more_than_a_gibibyte_is_refused() {
-    // The file is mostly a hole, and nothing reads it.
+    // The file is sparse, and nothing reads the hole.
     let length = (1u64 << 30) + 1;
     let saved = Saved::new(&Builder::new().entry("k", STRING, length.to_le_bytes()).bytes());
     std::fs::OpenOptions::new().write(true).open(saved.path()).unwrap().set_len(length + 1000).unwrap();
     match nybble::format::gguf::Gguf::open(saved.path()) {
         Err(Error::Malformed { place, found, expected, .. }) => {
             assert_eq!(place, at(37));
-            assert_eq!(found, "1073741825 bytes of text of key \"k\"");
+            assert_eq!(found, "1073741825 bytes of a string of key \"k\"");
             assert_eq!(expected, "at most 1073741824");
         }
         other => panic!("{other:?}"),
@@ -245,7 +245,7 @@ fn a_string_of_more_than_a_gibibyte_is_refused() {
 }
 
 #[test]
-fn a_string_that_is_not_utf8_opens_and_is_refused_where_text_is_wanted() {
+fn a_string_that_is_not_utf8_opens_and_is_refused_as_text() {
     let saved = Saved::new(&Builder::new().entry("k", STRING, string([b'a', 0xff])).bytes());
     let file = saved.open().unwrap();
     assert_eq!(file.get("k").unwrap().as_bytes(), Some([b'a', 0xff].as_slice()));
@@ -256,7 +256,7 @@ fn a_string_that_is_not_utf8_opens_and_is_refused_where_text_is_wanted() {
 // Alignment
 
 #[test]
-fn an_alignment_that_is_no_power_of_two_or_huge_is_refused() {
+fn an_alignment_that_is_huge_or_not_a_power_of_two_is_refused() {
     for alignment in [0u32, 3, 13, 1 << 17, 0x8000_0000, u32::MAX] {
         let file = Builder::new().entry("general.alignment", U32, alignment.to_le_bytes());
         let (place, found) = (key("general.alignment"), format!("u32 {alignment}"));
@@ -299,13 +299,13 @@ fn a_tensor_name_with_a_nul_or_without_utf8_is_refused() {
 }
 
 #[test]
-fn a_tensor_that_occurs_twice_is_refused() {
+fn a_duplicate_tensor_is_refused() {
     let file = Builder::new().tensor("t", &[1], F32, 0).tensor("t", &[1], F32, 32).data([0; 64]);
     assert_refused(&file, tensor("t"), "the tensor a second time", "each tensor once");
 }
 
 #[test]
-fn a_tensor_of_0_or_5_or_countless_dimensions_is_refused() {
+fn a_tensor_with_0_or_more_than_4_dimensions_is_refused() {
     for dims in [[].as_slice(), &[1; 5]] {
         let file = Builder::new().tensor("t", dims, F32, 0).data([0; 64]);
         assert_refused(&file, tensor("t"), &format!("{} dimensions", dims.len()), "1 to 4 dimensions");
@@ -326,7 +326,7 @@ fn a_dimension_of_0_is_refused() {
 #[test]
 fn dimensions_whose_product_overflows_are_refused() {
     for (dims, type_id, name) in [
-        // Negative as a signed number.
+        // Negative as a signed integer.
         ([1 << 63, 1, 1], F32, "F32"),
         ([u64::MAX, 1, 1], F32, "F32"),
         // 2^62 values are fine, but their bytes wrap.
@@ -352,14 +352,14 @@ fn a_tensor_larger_than_the_file_is_refused() {
         let found = format!("{} bytes at offset 0 of the data, which start at byte 64", values * 4);
         assert_refused(&file, tensor("t"), &found, "data inside the file of 128 bytes");
     }
-    // Multiplied before it is divided by the block, 2^62 values of 18 bytes a block wrap to less than the file.
+    // 2^62 values times 18 bytes per block wrap to less than the file, if they are not divided by the block first.
     let file = Builder::new().tensor("t", &[1 << 62], Q4_0, 0).data([0; 64]);
     let found = "2594073385365405696 bytes at offset 0 of the data, which start at byte 64";
     assert_refused(&file, tensor("t"), found, "data inside the file of 128 bytes");
 }
 
 #[test]
-fn block_types_that_were_removed_or_never_given_are_refused() {
+fn withdrawn_and_unassigned_block_types_are_refused() {
     for type_id in [4, 5, 31, 32, 33, 36, 37, 38, 43, u32::MAX] {
         let file = Builder::new().tensor("t", &[256], type_id, 0).data([0; 2048]);
         let expected = "a block type that ggml has (0 to 42 without 4, 5, 31 to 33 and 36 to 38)";
@@ -415,10 +415,10 @@ fn tensors_in_descending_order_are_refused() {
     assert_refused(&file, tensor("b"), &found, &format!("data from byte {} or later", start + 36));
 }
 
-// Anything
+// Arbitrary damage
 
 #[test]
-fn a_file_that_is_empty_missing_or_a_folder_is_an_error() {
+fn an_empty_or_missing_file_and_a_folder_are_errors() {
     let expected = (at(0), "the end of the file after 0 bytes".to_owned(), "4 bytes for the magic".to_owned());
     assert_eq!(fault(&[]), expected);
     let saved = Saved::new(&[]);
@@ -459,7 +459,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_damage_makes_reading_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), damage()), 1..4)) {
+    fn damaged_files_never_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), damage()), 1..4)) {
         let mut bytes = rich().bytes();
         for (index, change) in changes {
             let at = index.index(bytes.len().max(1)).min(bytes.len());

@@ -1,4 +1,4 @@
-//! What a right file holds comes out of it, in one file or several.
+//! Valid models are read completely, from one file or several.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ fn the_smallest_file_opens() {
 }
 
 #[test]
-fn a_vocabulary_without_tensors_opens_though_its_end_is_not_padded() {
+fn a_vocabulary_without_tensors_opens_without_padding() {
     let tokens = array(8, 2, [string("a"), string("b")].concat());
     let file = Builder::new().entry("general.architecture", 8, string("llama")).entry("tokens", 9, tokens);
     assert_ne!(file.bytes().len() % 32, 0);
@@ -38,7 +38,7 @@ fn versions_2_and_3_read_alike() {
 }
 
 #[test]
-fn every_type_of_value_is_read_in_the_order_of_the_file() {
+fn every_value_type_is_read_in_the_order_of_the_file() {
     let scalars: [(&str, u32, Vec<u8>, Value); 13] = [
         ("u8", 0, vec![200], Value::U8(200)),
         ("i8", 1, vec![200], Value::I8(-56)),
@@ -103,7 +103,7 @@ fn values() -> Saved {
 }
 
 #[test]
-fn numbers_of_any_integer_type_are_taken_where_they_fit() {
+fn integers_of_any_type_are_accepted_where_they_fit() {
     let file = values().open().unwrap();
     assert_eq!(file.get_u32("u8").unwrap(), Some(5));
     assert_eq!(file.get_u32("i32").unwrap(), Some(5));
@@ -119,7 +119,7 @@ fn numbers_of_any_integer_type_are_taken_where_they_fit() {
 }
 
 #[test]
-fn a_key_that_is_not_there_is_no_error() {
+fn a_missing_key_is_not_an_error() {
     let file = values().open().unwrap();
     assert!(file.get("absent").is_none());
     assert_eq!(file.get_u32("absent").unwrap(), None);
@@ -129,7 +129,7 @@ fn a_key_that_is_not_there_is_no_error() {
 }
 
 #[test]
-fn a_value_of_another_type_or_out_of_range_is_an_error_that_names_the_key() {
+fn a_value_of_wrong_type_or_out_of_range_is_an_error_with_the_key() {
     let saved = values();
     let file = saved.open().unwrap();
     let check = |error: Error, key: &str, found: &str, expected: &str| {
@@ -153,7 +153,7 @@ fn a_value_of_another_type_or_out_of_range_is_an_error_that_names_the_key() {
 }
 
 #[test]
-fn what_holds_for_each_layer_is_one_value_or_an_array_of_that_length() {
+fn values_per_layer_are_one_value_or_an_array_of_that_length() {
     let file = values().open().unwrap();
     assert_eq!(file.per_layer_u32("u8", 3).unwrap(), Some(vec![5, 5, 5]));
     assert_eq!(file.per_layer_u32("i32s", 2).unwrap(), Some(vec![3, 4]));
@@ -179,7 +179,7 @@ fn what_holds_for_each_layer_is_one_value_or_an_array_of_that_length() {
 }
 
 #[test]
-fn strings_of_an_array_are_bytes_and_may_be_empty_or_broken() {
+fn strings_of_an_array_are_bytes_and_may_be_empty_or_invalid_utf8() {
     let strings = [string("a"), string(""), string([0xff, 0xfe]), string("")].concat();
     let file = Saved::new(&Builder::new().entry("k", 9, array(8, 4, strings)).bytes()).open().unwrap();
     let found = file.get_strings("k").unwrap().unwrap();
@@ -193,7 +193,7 @@ fn strings_of_an_array_are_bytes_and_may_be_empty_or_broken() {
 }
 
 #[test]
-fn tensors_tell_their_shape_and_place() {
+fn tensors_have_their_shape_and_place() {
     let block = [&0x3c00u16.to_le_bytes(), [0x98; 16].as_slice()].concat();
     let data = [block.repeat(12), vec![0; 40], 2f32.to_le_bytes().repeat(3)].concat();
     let file = Builder::new().tensor("m", &[64, 3, 2], 2, 0).tensor("v", &[3], 0, 256).data(data);
@@ -215,13 +215,13 @@ fn tensors_tell_their_shape_and_place() {
 }
 
 #[test]
-fn room_between_tensors_and_after_the_last_is_tolerated() {
+fn gaps_between_tensors_and_after_the_last_are_accepted() {
     let file = Builder::new().tensor("a", &[1], 0, 32).tensor("b", &[1], 0, 128).data([0; 1000]);
     assert_eq!(Saved::new(&file.bytes()).open().unwrap().tensors().len(), 2);
 }
 
 #[test]
-fn data_start_where_the_alignment_says() {
+fn the_alignment_sets_where_data_start() {
     for alignment in [1u32, 8, 64, 65_536] {
         let mut file = Builder::new()
             .entry("general.alignment", 4, alignment.to_le_bytes())
@@ -236,7 +236,7 @@ fn data_start_where_the_alignment_says() {
 }
 
 #[test]
-fn a_tensor_of_a_type_that_cannot_be_decoded_is_listed_and_refused_by_name() {
+fn a_tensor_of_unsupported_type_is_listed_and_refused_by_name() {
     let saved = Saved::new(&Builder::new().tensor("t", &[256], 16, 0).data([0; 66]).bytes());
     let file = saved.open().unwrap();
     let tensor = file.tensor("t").unwrap();
@@ -252,7 +252,7 @@ fn a_tensor_of_a_type_that_cannot_be_decoded_is_listed_and_refused_by_name() {
 }
 
 #[test]
-fn a_tensor_reads_the_same_after_its_memory_was_released() {
+fn a_tensor_reads_the_same_after_its_release() {
     let data: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
     let file = Builder::new().tensor("t", &[25_000], 0, 0).data(&data);
     let saved = Saved::new(&file.bytes());
@@ -273,7 +273,7 @@ fn an_unmapped_file_may_change_after_it_was_opened() {
 }
 
 #[test]
-fn the_tensor_of_another_file_never_leads_outside_of_this_one() {
+fn the_tensor_of_another_model_never_reads_outside_the_file() {
     let large = Saved::new(&Builder::new().tensor("t", &[1000], 0, 0).data([0; 4000]).bytes()).open().unwrap();
     let small = Saved::new(&Builder::new().tensor("t", &[1], 0, 0).data([0; 4]).bytes()).open().unwrap();
     let foreign = large.tensor("t").unwrap();
@@ -296,7 +296,7 @@ struct Shards {
 }
 
 impl Shards {
-    /// `count` right files, each with a tensor whose value is the number of the file.
+    /// `count` valid files, each with a tensor whose value is the number of the file.
     fn new(count: u16) -> Self {
         let shards = Shards { folder: tempfile::tempdir().unwrap() };
         for number in 0..count {
@@ -324,7 +324,7 @@ impl Shards {
         std::fs::write(self.path(number, count), file.bytes()).unwrap();
     }
 
-    /// The path, place, found and expected of what opening the first of three refuses.
+    /// The path, place, found and expected of the error of opening the first of three files.
     fn fault(&self) -> (PathBuf, Place, String, String) {
         match open_both_ways(&self.path(1, 3)) {
             Err(Error::Malformed { path, place, found, expected }) => (path, place, found, expected),
@@ -334,7 +334,7 @@ impl Shards {
 }
 
 #[test]
-fn a_model_of_several_files_opens_by_any_of_them() {
+fn a_split_model_opens_by_the_path_of_any_of_its_files() {
     let shards = Shards::new(3);
     for number in 1..=3 {
         let model = open_both_ways(&shards.path(number, 3)).unwrap();
@@ -352,7 +352,7 @@ fn a_model_of_several_files_opens_by_any_of_them() {
 
 #[cfg(unix)]
 #[test]
-fn shards_that_are_links_into_a_cache_are_found_beside_the_links() {
+fn links_into_a_cache_are_resolved_in_the_folder_of_the_links() {
     let shards = Shards::new(2);
     let links = tempfile::tempdir().unwrap();
     for number in [1, 2] {
@@ -365,7 +365,7 @@ fn shards_that_are_links_into_a_cache_are_found_beside_the_links() {
 }
 
 #[test]
-fn a_shard_that_is_missing_is_named() {
+fn the_error_for_a_missing_shard_has_its_name() {
     let shards = Shards::new(3);
     std::fs::remove_file(shards.path(2, 3)).unwrap();
     match Gguf::open(shards.path(1, 3)) {
@@ -381,7 +381,7 @@ fn a_shard_that_is_missing_is_named() {
 }
 
 #[test]
-fn a_model_that_claims_65535_files_stops_at_the_first_that_is_missing() {
+fn a_model_of_65535_files_stops_at_the_first_missing_one() {
     let shards = Shards::new(0);
     shards.write(1, u16::MAX, Shards::shard(0, u16::MAX, "t"));
     let error = Gguf::open(shards.path(1, u16::MAX)).unwrap_err();
@@ -427,7 +427,7 @@ fn shards_of_different_models_are_refused() {
 fn a_tensor_in_two_shards_is_refused() {
     let shards = Shards::new(3);
     shards.write(3, 3, Shards::shard(2, 3, "t0"));
-    let found = "a tensor that an earlier file of the model holds too";
+    let found = "a tensor that an earlier file of the model also holds";
     let expected = (shards.path(3, 3), Place::Tensor("t0".into()), found.into(), "each tensor once".into());
     assert_eq!(shards.fault(), expected);
 }
@@ -443,7 +443,7 @@ fn a_wrong_total_of_tensors_is_refused() {
 }
 
 #[test]
-fn keys_of_shards_that_are_no_numbers_or_out_of_range_are_refused() {
+fn keys_of_shards_of_wrong_type_or_out_of_range_are_refused() {
     let key = |name: &str| Place::Key(name.to_owned());
     let range = "an integer from 0 to 65535";
     let file = Builder::new().entry("split.count", 8, string("../../etc"));
@@ -457,7 +457,7 @@ fn keys_of_shards_that_are_no_numbers_or_out_of_range_are_refused() {
 }
 
 #[test]
-fn a_model_that_says_it_is_the_only_file_needs_no_name() {
+fn a_model_of_one_file_may_have_any_name() {
     let file = Builder::new().entry("split.no", 2, [0; 2]).entry("split.count", 2, 1u16.to_le_bytes());
     let saved = Saved::new(&file.bytes());
     assert_eq!(saved.open().unwrap().path().file_name(), Path::new("model.gguf").file_name());

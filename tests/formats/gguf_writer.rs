@@ -1,4 +1,4 @@
-//! What is written is read again as it was, and a file is whole or not there.
+//! Written files read back the same, and a file appears only when it is complete.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use nybble::format::gguf::{Array, Gguf, Metadata, NewTensor, StringArray, Value,
 use nybble::quant::block::BlockType;
 use proptest::prelude::*;
 
-/// What is in the folder.
+/// The names of the files in the folder.
 fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -15,7 +15,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Writes what an open file holds.
+/// Writes the contents of an open file to another one.
 fn copy(file: &Gguf, path: &Path) -> Result<(), Error> {
     let mut writer = Writer::create(path, file.metadata(), file.tensors().iter().map(NewTensor::from))?;
     for tensor in file.tensors() {
@@ -29,7 +29,7 @@ fn two_tensors() -> [NewTensor; 2] {
 }
 
 #[test]
-fn the_bytes_are_those_of_the_format() {
+fn the_bytes_follow_the_format() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     Writer::create(&path, &Metadata::new(), []).unwrap().finish().unwrap();
@@ -54,7 +54,7 @@ fn the_bytes_are_those_of_the_format() {
 }
 
 #[test]
-fn tensors_lie_close_together_at_the_alignment_that_the_key_sets() {
+fn tensors_are_padded_only_to_the_alignment_that_the_key_sets() {
     for (key, alignment) in [(None, 32), (Some(64u32), 64), (Some(1), 1)] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.gguf");
@@ -112,7 +112,7 @@ fn finishing_without_every_tensor_is_an_error_and_leaves_nothing() {
 }
 
 #[test]
-fn a_name_that_cannot_be_taken_is_an_error_and_leaves_nothing() {
+fn a_failed_rename_is_an_error_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     // A folder that is not empty cannot be replaced by a file.
@@ -126,7 +126,7 @@ fn a_name_that_cannot_be_taken_is_an_error_and_leaves_nothing() {
 }
 
 #[test]
-fn tensors_are_written_in_their_order_and_whole() {
+fn tensors_are_written_in_order_and_completely() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let mut writer = Writer::create(&path, &Metadata::new(), two_tensors()).unwrap();
@@ -138,7 +138,7 @@ fn tensors_are_written_in_their_order_and_whole() {
     assert_eq!(text(writer.write_tensor("a", &[0; 12])), "name: found \"a\", expected \"b\"");
     let expected = "values: found 33, expected a multiple of 32, the block of Q8_0";
     assert_eq!(text(writer.write_values("b", &[0.0; 33])), expected);
-    // None of these was written, so the file can still be finished.
+    // Nothing was written, so the file can still be finished.
     writer.write_tensor("b", &[0; 68]).unwrap();
     assert_eq!(text(writer.write_tensor("c", &[])), "name: found \"c\", expected no more tensors");
     writer.finish().unwrap();
@@ -146,7 +146,7 @@ fn tensors_are_written_in_their_order_and_whole() {
 }
 
 #[test]
-fn what_a_reader_would_refuse_is_not_written() {
+fn metadata_and_tensors_that_a_reader_would_refuse_are_not_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let refused = |metadata: &Metadata, tensors: Vec<NewTensor>| {
@@ -210,7 +210,7 @@ fn setting_a_key_again_replaces_its_value_in_place() {
 }
 
 #[test]
-fn two_writers_of_one_name_do_not_disturb_each_other() {
+fn two_writers_of_the_same_path_do_not_interfere() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let begin = |value: u32| Writer::create(&path, Metadata::new().set("k", value), []).unwrap();
@@ -256,7 +256,7 @@ fn value() -> impl Strategy<Value = Value> {
     prop_oneof![scalar, array.prop_map(Value::Array)]
 }
 
-/// A tensor of any type, those that cannot be decoded too, with its bytes.
+/// A tensor of any type, supported or not, with its bytes.
 fn tensor() -> impl Strategy<Value = (BlockType, Vec<u64>, Vec<u8>)> {
     let types: Vec<BlockType> = BlockType::all().collect();
     (proptest::sample::select(types), 1..4u64, proptest::collection::vec(1..4u64, 0..4), any::<u8>()).prop_map(
@@ -275,7 +275,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn reading_gives_what_was_written_and_writing_that_gives_the_same_bytes(
+    fn reading_returns_what_was_written_and_writing_it_again_the_same_bytes(
         values in proptest::collection::vec(("[ -~]{1,30}", value()), 0..12),
         tensors in proptest::collection::vec(tensor(), 0..6),
         alignment in proptest::option::of((0u32..12).prop_map(|bit| 1u32 << bit)),
@@ -299,7 +299,7 @@ proptest! {
         writer.finish().unwrap();
 
         let file = Gguf::open(&path).unwrap();
-        // As text, because NaN is not equal to itself; the bytes of the second file settle its bits.
+        // Compared as text, because NaN is not equal to itself. The bytes of the second file prove its bits.
         let text = |metadata: &Metadata| format!("{:?}", metadata.iter().collect::<Vec<_>>());
         prop_assert_eq!(text(file.metadata()), text(&metadata));
         prop_assert_eq!(file.tensors().len(), tensors.len());

@@ -1,4 +1,4 @@
-//! safetensors folders: what opens, and what each kind of damage is called.
+//! safetensors folders: valid ones open, and each kind of damage has its error.
 
 use std::fs;
 use std::path::Path;
@@ -8,12 +8,12 @@ use nybble::format::safetensors::SafeTensors;
 use nybble::quant::block::BlockType;
 use serde_json::{Value, json};
 
-/// The message of the error that opening `folder` gives.
+/// The error message of opening `folder`.
 fn refusal(folder: &Path) -> String {
     SafeTensors::open(folder).expect_err("a folder that cannot be opened").to_string()
 }
 
-/// A file with this header before these bytes of data.
+/// A file with this header and `data` bytes of data.
 fn raw(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
@@ -21,7 +21,7 @@ fn raw(header: &str, data: usize) -> Vec<u8> {
     bytes
 }
 
-/// The message for a folder whose single file is `bytes`.
+/// The error message for a folder whose only file is `bytes`.
 fn refusal_of(bytes: &[u8]) -> String {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("model.safetensors"), bytes).expect("a file");
@@ -34,7 +34,7 @@ fn assert_says(message: &str, parts: &[&str]) {
     }
 }
 
-/// A folder of two files and the index `change` makes of theirs.
+/// A folder of two files with their index after `change`.
 fn sharded(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
     let tensors = llama().tensors;
     let (first, second): (Vec<Stored>, Vec<Stored>) = tensors.into_iter().partition(|t| t.name.contains("self_attn"));
@@ -52,7 +52,7 @@ fn sharded(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
 }
 
 #[test]
-fn a_single_file_gives_every_tensor_with_its_bytes() {
+fn a_single_file_yields_every_tensor_with_its_bytes() {
     let checkpoint = llama();
     let folder = checkpoint.write();
     let files = SafeTensors::open(folder.path()).expect("it opens");
@@ -68,7 +68,7 @@ fn a_single_file_gives_every_tensor_with_its_bytes() {
 }
 
 #[test]
-fn an_index_gives_the_tensors_of_all_its_files() {
+fn an_index_yields_the_tensors_of_all_its_files() {
     let folder = sharded(|_| {});
     let files = SafeTensors::open(folder.path()).expect("it opens");
     for stored in llama().tensors {
@@ -80,14 +80,14 @@ fn an_index_gives_the_tensors_of_all_its_files() {
 }
 
 #[test]
-fn a_missing_shard_is_named_with_a_tensor_that_it_should_hold() {
+fn a_missing_shard_is_reported_with_one_of_its_tensors() {
     let folder = sharded(|_| {});
     fs::remove_file(folder.path().join("model-00002-of-00002.safetensors")).expect("it is removed");
     assert_says(&refusal(folder.path()), &["model-00002-of-00002.safetensors", "missing", "model.embed_tokens.weight"]);
 }
 
 #[test]
-fn a_truncated_shard_is_refused_with_the_tensor_that_is_cut() {
+fn a_truncated_shard_is_refused_with_the_truncated_tensor() {
     let folder = sharded(|_| {});
     let path = folder.path().join("model-00001-of-00002.safetensors");
     let bytes = fs::read(&path).expect("a file");
@@ -104,7 +104,7 @@ fn every_truncation_is_an_error() {
 }
 
 #[test]
-fn no_single_changed_byte_of_a_header_leads_to_a_panic() {
+fn changing_any_byte_of_a_header_never_panics() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("model.safetensors");
     let whole = file(&llama().tensors[..2]);
@@ -127,7 +127,7 @@ fn an_index_that_names_the_wrong_file_is_refused() {
 }
 
 #[test]
-fn an_index_that_names_a_tensor_of_no_file_is_refused() {
+fn an_index_with_a_tensor_that_no_file_holds_is_refused() {
     let folder = sharded(|index| index["weight_map"]["nowhere"] = json!("model-00001-of-00002.safetensors"));
     assert_says(&refusal(folder.path()), &["model-00001-of-00002", "nowhere", "no such tensor"]);
 }
@@ -141,7 +141,7 @@ fn an_index_cannot_name_files_outside_its_folder() {
 }
 
 #[test]
-fn an_index_without_its_map_is_refused() {
+fn an_index_without_a_weight_map_is_refused() {
     let folder = sharded(|index| index["weight_map"] = json!([]));
     assert_says(&refusal(folder.path()), &["index.json", "weight_map"]);
 }
@@ -155,7 +155,7 @@ fn a_tensor_in_two_files_is_refused() {
 }
 
 #[test]
-fn a_tensor_twice_in_a_header_is_refused() {
+fn a_duplicate_tensor_in_a_header_is_refused() {
     let entry = r#""a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
     assert_says(&refusal_of(&raw(&format!("{{{entry},{entry}}}"), 4)), &["\"a\" a second time"]);
 }
@@ -170,7 +170,7 @@ fn a_huge_header_is_refused_before_it_is_read() {
 }
 
 #[test]
-fn a_header_that_lies_is_refused_with_the_tensor() {
+fn a_header_that_contradicts_the_data_is_refused_with_the_tensor() {
     let header = |entry: &str| format!("{{\"a\":{entry}}}");
     for (entry, data, parts) in [
         (r#"{"dtype":"F32","shape":[2],"data_offsets":[0,4]}"#, 4, &["\"a\"", "4 bytes", "8 for the shape [2]"][..]),
@@ -206,7 +206,7 @@ fn a_header_that_lies_is_refused_with_the_tensor() {
 }
 
 #[test]
-fn a_header_that_is_no_object_of_tensors_is_refused_however_deep() {
+fn a_header_that_is_not_an_object_of_tensors_is_refused() {
     let deep = format!("{{\"a\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
     for header in ["", "[]", "null", "{", "{\"a\"}", "{\"a\":NaN}", "{} x", &"[".repeat(100_000), &deep] {
         assert_says(&refusal_of(&raw(header, 0)), &["model.safetensors", "at byte 8", "a header of JSON, an object"]);
@@ -225,13 +225,13 @@ fn tensors_that_overlap_are_refused_in_any_order_of_the_header() {
         for (first, second) in [(one, other), (other, one)] {
             let header = format!("{{{},{}}}", entry("a", first.0, first.1), entry("b", second.0, second.1));
             let message = refusal_of(&raw(&header, 8));
-            assert_says(&message, &["model.safetensors", "tensor", "without a hole or an overlap"]);
+            assert_says(&message, &["model.safetensors", "tensor", "without gaps or overlaps"]);
         }
     }
 }
 
 #[test]
-fn what_a_header_says_beside_its_tensors_is_not_looked_at() {
+fn metadata_in_a_header_are_ignored() {
     for metadata in ["{}", "[]", "1", "null", "{\"format\":[1,{}]}"] {
         let header =
             format!("{{\"__metadata__\":{metadata},\"a\":{{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}}}");
@@ -242,7 +242,7 @@ fn what_a_header_says_beside_its_tensors_is_not_looked_at() {
 }
 
 #[test]
-fn a_type_that_nobody_knows_opens_and_is_refused_where_weights_are_wanted() {
+fn a_tensor_of_unknown_type_opens_and_is_refused_as_a_weight() {
     let mut folder = llama();
     let name = "model.layers.0.mlp.up_proj.weight";
     folder.find(name).dtype = safetensors::Dtype::U32;
@@ -258,7 +258,7 @@ fn a_type_that_nobody_knows_opens_and_is_refused_where_weights_are_wanted() {
 }
 
 #[test]
-fn an_index_that_is_no_object_of_names_is_refused() {
+fn an_index_that_is_not_an_object_of_names_is_refused() {
     let folder = sharded(|_| {});
     let path = folder.path().join("model.safetensors.index.json");
     for text in ["", "[]", "{", "NaN", "{\"weight_map\": {}, \"weight_map\": {}}", &"[".repeat(100_000)] {
@@ -277,7 +277,7 @@ fn an_index_that_is_no_object_of_names_is_refused() {
 
 #[cfg(unix)]
 #[test]
-fn a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for() {
+fn a_folder_or_a_pipe_instead_of_a_file_is_refused_without_waiting() {
     for name in ["model.safetensors.index.json", "model-00002-of-00002.safetensors"] {
         for make in ["mkdir", "mkfifo"] {
             let folder = sharded(|_| {});
@@ -290,7 +290,7 @@ fn a_folder_or_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for() {
 }
 
 #[test]
-fn a_folder_of_pickles_is_refused_with_the_reason() {
+fn a_folder_of_pickled_files_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("pytorch_model.bin"), b"PK").expect("a file");
     assert_says(&refusal(folder.path()), &["pytorch_model.bin", "pickled", "any program", "safetensors"]);

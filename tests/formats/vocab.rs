@@ -1,4 +1,4 @@
-//! What `nybble::vocab` promises, against an implementation that is too slow and too simple to be wrong.
+//! `nybble::vocab` against an implementation that is slow and obviously correct.
 
 use nybble::vocab::{Piece, SentencePiece, TokenKind};
 use proptest::prelude::*;
@@ -13,7 +13,7 @@ fn normal(text: &str, score: f32) -> Piece<'_> {
     piece(text, score, TokenKind::Normal)
 }
 
-/// Joins the best pair of all, again and again: highest score first, leftmost of equals.
+/// Joins the best pair until none is left: the highest score first, the leftmost of equals.
 fn joined_naively(text: &str, pieces: &[(String, f32)]) -> Vec<String> {
     let score_of = |text: &str| pieces.iter().find(|(piece, _)| piece == text).map(|&(_, score)| score);
     let mut parts: Vec<String> = text.chars().map(String::from).collect();
@@ -34,7 +34,7 @@ fn joined_naively(text: &str, pieces: &[(String, f32)]) -> Vec<String> {
 
 proptest! {
     #[test]
-    fn joining_agrees_with_the_naive_rule_even_where_scores_are_equal(
+    fn joining_matches_the_naive_rule_even_for_equal_scores(
         text in "[abcé]{0,24}",
         longer in prop::collection::btree_map("[abcé]{2,5}", -3i8..3, 0..24),
     ) {
@@ -57,7 +57,7 @@ proptest! {
     }
 
     #[test]
-    fn no_vocabulary_and_no_text_make_it_panic(
+    fn no_vocabulary_and_no_text_cause_a_panic(
         text in any::<String>(),
         pieces in prop::collection::vec((any::<String>(), any::<f32>(), -1i64..9), 0..20),
     ) {
@@ -81,7 +81,7 @@ fn the_higher_score_is_joined_first() {
 }
 
 #[test]
-fn a_mark_is_found_only_when_marks_are_parsed() {
+fn a_special_token_is_found_only_when_special_tokens_are_parsed() {
     let pieces = [
         normal("<", 0.0),
         normal("s", 0.0),
@@ -95,7 +95,7 @@ fn a_mark_is_found_only_when_marks_are_parsed() {
 }
 
 #[test]
-fn a_user_defined_token_is_found_either_way_and_the_longest_wins() {
+fn the_longest_user_defined_token_is_always_found() {
     let pieces = [
         normal("\n", 0.0),
         normal("x", 0.0),
@@ -109,7 +109,7 @@ fn a_user_defined_token_is_found_either_way_and_the_longest_wins() {
 }
 
 #[test]
-fn the_space_prefix_comes_at_the_start_and_after_each_mark() {
+fn the_space_prefix_is_added_at_the_start_and_after_special_tokens() {
     let pieces = [normal(SPACE, 0.0), normal("a", 0.0), piece("<s>", 0.0, TokenKind::Control)];
     let vocabulary = SentencePiece::new(pieces);
     assert_eq!(vocabulary.encode("a<s>a a", true), [1, 2, 1, 0, 1]);
@@ -118,14 +118,14 @@ fn the_space_prefix_comes_at_the_start_and_after_each_mark() {
 }
 
 #[test]
-fn white_space_is_dropped_after_the_marks_that_ask_for_it() {
+fn white_space_is_dropped_after_the_configured_special_tokens() {
     let pieces = [normal(SPACE, 0.0), normal("a", 0.0), normal("\n", 0.0), piece("<e>", 0.0, TokenKind::Control)];
     let vocabulary = SentencePiece::new(pieces).with_space_dropped_after(&[3]);
     assert_eq!(vocabulary.encode("a <e> \na <e>", true), [1, 0, 3, 1, 0, 3]);
 }
 
 #[test]
-fn what_has_no_piece_and_no_bytes_is_unknown_or_left_out() {
+fn characters_without_pieces_or_bytes_are_unknown_or_left_out() {
     let pieces = [piece("<unk>", 0.0, TokenKind::Unknown), normal("a", 0.0), piece("<0xC3>", 0.0, TokenKind::Byte)];
     let vocabulary = SentencePiece::new(pieces);
     assert_eq!(vocabulary.encode("aéa", true), [1, 1], "one of two bytes is not enough");
@@ -133,7 +133,7 @@ fn what_has_no_piece_and_no_bytes_is_unknown_or_left_out() {
 }
 
 #[test]
-fn broken_byte_tokens_and_texts_that_are_no_utf8_stand_for_nothing() {
+fn invalid_byte_tokens_and_invalid_utf8_match_nothing() {
     let broken = ["<0x-1>", "<0x>", "<0x0>", "<0x000>", "<0xGG>", "<0x+1>", "0x41"];
     let pieces = broken.iter().map(|text| piece(text, 0.0, TokenKind::Byte));
     let no_text = Piece { text: None, score: 0.0, kind: TokenKind::Normal };

@@ -1,15 +1,16 @@
-//! From the bytes of one file to its metadata and its list of tensors, with every check.
+//! Parsing of one file into metadata and a list of tensors, with all checks.
 
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;
 
-use super::tensor::TensorInfo;
-use super::value::{Array, Metadata, StringArray, Value};
-use super::{
+use super::limits::{
     ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_DIMS, MAX_LENGTH, alignment_is_valid, key_fault,
     name_fault,
 };
+use super::metadata::Metadata;
+use super::tensor::TensorInfo;
+use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
@@ -18,14 +19,14 @@ const MIN_ENTRY: usize = 8 + 1 + 4 + 1;
 /// The fewest bytes that describe a tensor.
 const MIN_TENSOR: usize = 8 + 4 + 4 + 8;
 
-/// What one file holds.
+/// The contents of one file.
 pub(super) struct Parsed {
     pub(super) version: u32,
     pub(super) metadata: Metadata,
     pub(super) tensors: Vec<TensorInfo>,
 }
 
-/// Reads the whole of `bytes` but the data of tensors. `path` is for errors, `shard` for the tensors.
+/// Parses everything in `bytes` but the data of tensors. `path` is for error messages, `shard` for [`TensorInfo`].
 pub(super) fn parse(path: &Path, bytes: &[u8], shard: usize) -> Result<Parsed> {
     let mut cursor = Cursor { path, bytes, at: 0, part: Part::Header };
     let magic = cursor.array::<4>("the magic")?;
@@ -96,7 +97,7 @@ fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<usize> {
     }
 }
 
-/// A tensor as the file describes it, with its size, but not yet with its place.
+/// A tensor as the file describes it, before its place is checked.
 struct RawTensor<'a> {
     name: &'a str,
     block_type: BlockType,
@@ -111,7 +112,7 @@ impl RawTensor<'_> {
         Place::Tensor(self.name.to_owned())
     }
 
-    /// Finds the data: aligned, in the file, and after those of the tensor before.
+    /// Locates the data and checks that they are aligned, inside the file, and after those of the previous tensor.
     fn locate(
         self,
         cursor: &Cursor<'_>,
@@ -144,7 +145,7 @@ impl RawTensor<'_> {
     }
 }
 
-/// The number of values and of bytes of a tensor; the error is what was found and what was expected.
+/// The number of values and bytes of a tensor. The error is what was found and what was expected.
 pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize, usize), (String, String)> {
     if dims.is_empty() || dims.len() > MAX_DIMS {
         return Err((format!("{} dimensions", dims.len()), format!("1 to {MAX_DIMS} dimensions")));
@@ -158,14 +159,14 @@ pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize,
         let expected = format!("a first dimension that is a multiple of {block}, the block of {block_type}");
         return Err((found(), expected));
     }
-    // Sizes stay below 2^63, so that they fit the signed numbers that other readers use.
+    // Sizes stay below 2^63, to fit the signed integers of other readers.
     let fits = |n: &usize| i64::try_from(*n).is_ok();
     let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(usize::try_from(*dim).ok()?));
     let sizes = elements.filter(fits).and_then(|n| Some((n, block_type.bytes_for(n).filter(fits)?)));
     sizes.ok_or_else(|| (found(), format!("fewer than 2^63 values and bytes of {block_type}")))
 }
 
-/// What is being read, for errors.
+/// What is being parsed, for error messages.
 #[derive(Clone, Copy)]
 enum Part<'a> {
     Header,
@@ -183,18 +184,19 @@ impl Display for Part<'_> {
     }
 }
 
-/// A list with room for `count` elements. The count was checked against the file, but the file may be larger than the memory.
-fn room<T>(count: usize) -> Result<Vec<T>> {
+/// An empty list with capacity for `count` elements. The count was checked against the size of the file, but the file may be
+/// larger than the memory.
+fn with_capacity<T>(count: usize) -> Result<Vec<T>> {
     let mut list = Vec::new();
-    list.try_reserve_exact(count).map_err(|_| no_room(count * size_of::<T>()))?;
+    list.try_reserve_exact(count).map_err(|_| out_of_memory(count * size_of::<T>()))?;
     Ok(list)
 }
 
-fn no_room(bytes: usize) -> Error {
+fn out_of_memory(bytes: usize) -> Error {
     Error::OutOfMemory { what: "metadata", bytes, left: None }
 }
 
-/// The bytes of the file and how far they were read. Names borrow from the bytes.
+/// The bytes of the file and the position of the parser. Names borrow from the bytes.
 struct Cursor<'a> {
     path: &'a Path,
     bytes: &'a [u8],
@@ -215,7 +217,7 @@ impl<'a> Cursor<'a> {
         self.bytes.len() - self.at
     }
 
-    /// The next `count` bytes, of which `what` is made.
+    /// The next `count` bytes, which errors call `what`.
     fn take(&mut self, count: usize, what: &str) -> Result<&'a [u8]> {
         let end = self.at.checked_add(count);
         let Some(taken) = end.and_then(|end| self.bytes.get(self.at..end)) else {
@@ -244,7 +246,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A u64 that counts `what`, each of `size` bytes or more, which must be in the rest of the file.
+    /// A u64 that counts `what`. Each takes `size` bytes or more, all of which must be in the rest of the file.
     fn count(&mut self, what: &str, size: usize) -> Result<usize> {
         let start = self.at;
         let count = self.u64("a count")?;
@@ -258,7 +260,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A length of a string or an array, in elements of `size` bytes or more.
+    /// The length of a string or an array with elements of `size` bytes or more.
     fn length(&mut self, what: &str, size: usize) -> Result<usize> {
         let start = self.at;
         let length = self.count(what, size)?;
@@ -270,7 +272,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn string(&mut self, what: &str) -> Result<&'a [u8]> {
-        let length = self.length("bytes of text", 1)?;
+        let length = self.length("bytes of a string", 1)?;
         self.take(length, what)
     }
 
@@ -301,7 +303,7 @@ impl<'a> Cursor<'a> {
             7 => Value::Bool(self.booleans(1, key)?[0]),
             8 => {
                 let text = self.string(what)?;
-                let mut own = room(text.len())?;
+                let mut own = with_capacity(text.len())?;
                 own.extend_from_slice(text);
                 Value::String(own)
             }
@@ -318,7 +320,7 @@ impl<'a> Cursor<'a> {
         self.fault_in(Place::Key(key.to_owned()), found, format_args!("a value type of {expected}"))
     }
 
-    /// An array: the type of its elements, their number, and themselves.
+    /// An array: the type of its elements, their number, and the elements.
     fn elements(&mut self, key: &str) -> Result<Array> {
         let start = self.at;
         Ok(match self.u32("the type of the elements")? {
@@ -345,23 +347,23 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// The number of the elements and the elements, of `N` bytes each.
+    /// The number of elements and the elements, `N` bytes each.
     fn scalars<T, const N: usize>(&mut self, from_le_bytes: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
         let count = self.length("elements", N)?;
-        // `length` has checked that so many bytes are left: the product cannot overflow.
+        // `length` has checked that this many bytes are left, so the product cannot overflow.
         let bytes = self.take(count * N, "the elements")?;
-        let mut elements = room(count)?;
+        let mut elements = with_capacity(count)?;
         elements.extend(bytes.as_chunks().0.iter().map(|bytes| from_le_bytes(*bytes)));
         Ok(elements)
     }
 
-    /// `count` booleans, a byte each.
+    /// `count` booleans, one byte each.
     fn booleans(&mut self, count: usize, key: &str) -> Result<Vec<bool>> {
         let start = self.at;
         let bytes = self.take(count, "booleans")?;
         match bytes.iter().position(|byte| *byte > 1) {
             None => {
-                let mut booleans = room(count)?;
+                let mut booleans = with_capacity(count)?;
                 booleans.extend(bytes.iter().map(|byte| *byte == 1));
                 Ok(booleans)
             }
@@ -374,18 +376,18 @@ impl<'a> Cursor<'a> {
 
     fn strings(&mut self) -> Result<StringArray> {
         let count = self.length("strings", 8)?;
-        let out_of_memory = |_| no_room(count * size_of::<usize>());
+        let refused = |_| out_of_memory(count * size_of::<usize>());
         let mut strings = StringArray::new();
-        strings.try_reserve(count, 0).map_err(out_of_memory)?;
+        strings.try_reserve(count, 0).map_err(refused)?;
         for _ in 0..count {
             let string = self.string("a string")?;
-            strings.try_reserve(0, string.len()).map_err(out_of_memory)?;
+            strings.try_reserve(0, string.len()).map_err(refused)?;
             strings.push(string);
         }
         Ok(strings)
     }
 
-    /// What the file says of the next tensor.
+    /// The description of the next tensor.
     fn tensor(&mut self) -> Result<RawTensor<'a>> {
         let start = self.at;
         let bytes = self.string("the name of a tensor")?;

@@ -1,36 +1,21 @@
-//! An open file.
+//! An open model.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 
-use super::parse::{Parsed, parse};
-use super::shards;
+use super::metadata::Metadata;
+use super::shard::{OpenOptions, Shard};
+use super::split;
 use super::tensor::TensorInfo;
-use super::value::{Array, Metadata, StringArray, Value};
+use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
-use crate::format::mapped::Bytes;
 use crate::quant::block::BlockType;
-
-/// How to open a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OpenOptions {
-    /// Maps the file into memory (the default), so that only what is used is read. While it is mapped nobody may shorten
-    /// or overwrite the file: touching a page that is gone ends the process (SIGBUS). Without mapping the whole file is
-    /// read at once and may change afterwards.
-    pub mmap: bool,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        OpenOptions { mmap: true }
-    }
-}
 
 /// A GGUF model: its metadata, its tensors, and access to their bytes.
 ///
-/// A model that was cut into several files (`-00001-of-00003.gguf`) is opened by any one of them; the metadata are those of
-/// the first and the tensors those of all.
+/// A model that is split into several files (`-00001-of-00003.gguf`) is opened by the path of any of them. The first file
+/// holds the metadata, all files hold tensors.
 #[derive(Debug)]
 pub struct Gguf {
     version: u32,
@@ -40,26 +25,12 @@ pub struct Gguf {
     shards: Vec<Shard>,
 }
 
-/// One file of a model.
-#[derive(Debug)]
-pub(super) struct Shard {
-    path: PathBuf,
-    bytes: Bytes,
-}
-
-/// Opens and parses the file that is number `shard` of its model.
-pub(super) fn open_shard(path: &Path, shard: usize, options: &OpenOptions) -> Result<(Shard, Parsed)> {
-    let bytes = Bytes::open(path, options.mmap).map_err(|source| Error::io(path, source))?;
-    let parsed = parse(path, &bytes, shard)?;
-    Ok((Shard { path: path.to_path_buf(), bytes }, parsed))
-}
-
 impl Gguf {
-    /// Opens a model: maps the file, and the others of its model if there are several, and checks all but the tensors' data.
+    /// Opens a model: maps its file or files and checks everything but the data of tensors.
     ///
     /// # Errors
-    /// [`Error::Io`] when the system refuses, [`Error::Malformed`] when a file breaks the format, [`Error::Missing`] when
-    /// one of several files is not there.
+    /// [`Error::Io`] when a file cannot be read, [`Error::Malformed`] when a file breaks the format, [`Error::Missing`] when
+    /// one of several files does not exist.
     pub fn open(path: impl AsRef<Path>) -> Result<Gguf> {
         Gguf::open_with(path, &OpenOptions::default())
     }
@@ -72,12 +43,12 @@ impl Gguf {
         Gguf::open_with(path, &OpenOptions { mmap: false })
     }
 
-    /// Opens a model as `options` say.
+    /// Opens a model with `options`.
     ///
     /// # Errors
     /// Those of [`Gguf::open`].
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Gguf> {
-        let (version, metadata, files) = shards::open(path.as_ref(), options)?;
+        let (version, metadata, files) = split::open(path.as_ref(), options)?;
         let mut gguf = Gguf {
             version,
             metadata,
@@ -91,7 +62,7 @@ impl Gguf {
                     Entry::Vacant(free) => free.insert(gguf.tensors.len()),
                     Entry::Occupied(_) => {
                         let place = Place::Tensor(tensor.name);
-                        let found = "a tensor that an earlier file of the model holds too";
+                        let found = "a tensor that an earlier file of the model also holds";
                         return Err(Error::malformed(shard.path, place, found, "each tensor once"));
                     }
                 };
@@ -102,7 +73,7 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// The file; of several, the first.
+    /// The file, or the first of several.
     pub fn path(&self) -> &Path {
         self.shards.first().map_or(Path::new(""), |shard| &shard.path)
     }
@@ -127,15 +98,15 @@ impl Gguf {
         self.metadata.get(key)
     }
 
-    /// The integer under `key`, of whatever integer type.
+    /// The integer under `key`, of any integer type.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when the value is something else or does not fit; so for the other typed getters.
+    /// [`Error::Malformed`] when the value has another type or is out of range, as for all typed getters.
     pub fn get_u32(&self, key: &str) -> Result<Option<u32>> {
         self.typed(key, "an integer from 0 to 2^32 - 1", Value::as_u32)
     }
 
-    /// The integer under `key`, of whatever integer type.
+    /// The integer under `key`, of any integer type.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`].
@@ -159,7 +130,7 @@ impl Gguf {
         self.typed(key, "a boolean", Value::as_bool)
     }
 
-    /// The text under `key`.
+    /// The string under `key`.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`], and when the string is not UTF-8.
@@ -175,7 +146,7 @@ impl Gguf {
         self.typed(key, "an array of strings", Value::as_strings)
     }
 
-    /// The array of integers under `key`, of whatever integer type.
+    /// The array of integers under `key`, of any integer type.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`].
@@ -183,7 +154,7 @@ impl Gguf {
         self.typed(key, "an array of integers from 0 to 2^32 - 1", |value| value.as_array()?.to_integers())
     }
 
-    /// The array of integers under `key`, of whatever integer type.
+    /// The array of integers under `key`, of any integer type.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`].
@@ -207,7 +178,7 @@ impl Gguf {
         self.typed(key, "an array of booleans", |value| value.as_array()?.as_bools())
     }
 
-    /// The integers under `key`, one a layer: an array of them, or one that all of the `layers` layers share.
+    /// The integers under `key`, one per layer: an array, or one value that all `layers` layers share.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`], and when the array has another length.
@@ -219,7 +190,7 @@ impl Gguf {
         })
     }
 
-    /// The booleans under `key`, one a layer: an array of them, or one that all of the `layers` layers share.
+    /// The booleans under `key`, one per layer: an array, or one value that all `layers` layers share.
     ///
     /// # Errors
     /// As for [`Gguf::get_u32`], and when the array has another length.
@@ -231,9 +202,9 @@ impl Gguf {
         })
     }
 
-    /// The value under `key` as `read` takes it, which must be able to.
+    /// The value under `key` as `read` converts it.
     fn typed<'a, T>(&'a self, key: &str, expected: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        typed(self.path(), &self.metadata, key, expected, read)
+        self.metadata.typed(self.path(), key, expected, read)
     }
 
     /// The tensors, in the order of the file.
@@ -246,8 +217,8 @@ impl Gguf {
         self.index.get(name).and_then(|at| self.tensors.get(*at))
     }
 
-    /// The bytes of `tensor`, which must be one of this model's: [`TensorInfo::nbytes`] bytes, and empty for a tensor that
-    /// lies outside the files of this model. They start at a multiple of the file's alignment, but in memory they need not.
+    /// The [`TensorInfo::nbytes`] bytes of `tensor`, which must belong to this model. Empty for a tensor outside its files.
+    /// The bytes are aligned in the file, but not necessarily in memory.
     pub fn data(&self, tensor: &TensorInfo) -> &[u8] {
         let bytes = self.shards.get(tensor.shard).and_then(|shard| shard.bytes.get(tensor.bytes.clone()));
         bytes.unwrap_or_default()
@@ -256,7 +227,7 @@ impl Gguf {
     /// The values of `tensor`, row after row.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when nybble does not know how to decode the type.
+    /// [`Error::Unsupported`] when nybble does not support the block type.
     pub fn decode(&self, tensor: &TensorInfo) -> Result<Vec<f32>> {
         let block_type = tensor.block_type;
         if !block_type.is_supported() {
@@ -272,26 +243,11 @@ impl Gguf {
         Ok(values)
     }
 
-    /// Tells the system that the bytes of `tensor` will not be needed again soon, so that it may have the memory back. They
-    /// can still be read, from the disk again. Does nothing when the file is not mapped, or on systems without such a call.
+    /// Lets the system drop the pages of `tensor` from memory. The bytes can still be read, from the disk. Does nothing when
+    /// the file is not mapped, or on systems without such a call.
     pub fn release(&self, tensor: &TensorInfo) {
         if let Some(shard) = self.shards.get(tensor.shard) {
             shard.bytes.release(tensor.bytes.clone());
         }
-    }
-}
-
-/// The value under `key` as `read` takes it; `None` when there is no such key.
-pub(super) fn typed<'a, T>(
-    path: &Path,
-    metadata: &'a Metadata,
-    key: &str,
-    expected: &str,
-    read: impl Fn(&'a Value) -> Option<T>,
-) -> Result<Option<T>> {
-    let Some(value) = metadata.get(key) else { return Ok(None) };
-    match read(value) {
-        Some(value) => Ok(Some(value)),
-        None => Err(Error::malformed(path, Place::Key(key.to_owned()), value, expected)),
     }
 }

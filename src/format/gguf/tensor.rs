@@ -1,10 +1,10 @@
-//! What a file says of a tensor.
+//! Descriptions of tensors.
 
 use std::ops::Range;
 
 use crate::quant::block::BlockType;
 
-/// A tensor of a file: its name, its shape, and where its data lie. Everything was checked against the file.
+/// The name, the shape and the place of a tensor. They were checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     pub(super) name: String,
@@ -12,13 +12,13 @@ pub struct TensorInfo {
     pub(super) dims: Vec<u64>,
     /// The product of the dimensions.
     pub(super) elements: usize,
-    /// The bytes of the data, in the file of number `shard`.
+    /// The range of the data in file number `shard`.
     pub(super) bytes: Range<usize>,
     pub(super) shard: usize,
 }
 
 impl TensorInfo {
-    /// The name, as in `blk.0.attn_q.weight`.
+    /// The name, for example `blk.0.attn_q.weight`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -28,13 +28,13 @@ impl TensorInfo {
         self.block_type
     }
 
-    /// The sizes of the 1 to 4 dimensions, none of them 0. The first is the one along which values lie side by side, so a
-    /// matrix of `rows` outputs from `columns` inputs has `[columns, rows]`.
+    /// The 1 to 4 dimensions, none of them 0, the fastest-varying first. A matrix of `rows` outputs from `columns` inputs has
+    /// `[columns, rows]`.
     pub fn dims(&self) -> &[u64] {
         &self.dims
     }
 
-    /// The length of a row: the first dimension. It is a multiple of the type's block.
+    /// The length of a row, the first dimension. A multiple of the type's block.
     pub fn columns(&self) -> usize {
         // Opening the file has checked that the product of all dimensions fits.
         self.dims.first().map_or(1, |columns| *columns as usize)
@@ -55,12 +55,12 @@ impl TensorInfo {
         self.bytes.len()
     }
 
-    /// Where the data start, in bytes from the start of the file that holds them.
+    /// The offset of the data in their file, in bytes.
     pub fn offset(&self) -> u64 {
         self.bytes.start as u64
     }
 
-    /// The number of the file that holds the data, from 0: above 0 only in models of several files.
+    /// The index of the file that holds the data, 0 in models of one file.
     pub fn shard(&self) -> usize {
         self.shard
     }

@@ -1,12 +1,11 @@
-//! Metadata: keys in the order of the file, and their values.
+//! The values of metadata.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, TryReserveError};
+use std::collections::TryReserveError;
 use std::fmt;
 
 /// The value of a metadata key.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs, reason = "the names of the format's types say all there is")]
+#[allow(missing_docs, reason = "the names are those of the format")]
 pub enum Value {
     U8(u8),
     I8(i8),
@@ -16,7 +15,7 @@ pub enum Value {
     I32(i32),
     F32(f32),
     Bool(bool),
-    /// Bytes that should be UTF-8, and in files of the real world sometimes are not.
+    /// Bytes that should be UTF-8, but are not in some published files.
     String(Vec<u8>),
     Array(Array),
     U64(u64),
@@ -24,9 +23,9 @@ pub enum Value {
     F64(f64),
 }
 
-/// An array of metadata: elements of one type, of which none can be an array.
+/// An array of scalars or strings of one type.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs, reason = "the names of the format's types say all there is")]
+#[allow(missing_docs, reason = "the names are those of the format")]
 pub enum Array {
     U8(Vec<u8>),
     I8(Vec<i8>),
@@ -42,13 +41,13 @@ pub enum Array {
     F64(Vec<f64>),
 }
 
-/// Many strings in one buffer: a vocabulary has 100,000s of them, too many to allocate each.
+/// Strings in one buffer, because a vocabulary has hundreds of thousands of them.
 ///
-/// The strings are bytes, because the pieces of a vocabulary may end in the middle of a UTF-8 character.
+/// Strings are bytes: the pieces of a vocabulary may end in the middle of a UTF-8 character.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StringArray {
     bytes: Vec<u8>,
-    /// Where each string ends in `bytes`; it starts where the one before ends.
+    /// The end of each string in `bytes`. The next string starts there.
     ends: Vec<usize>,
 }
 
@@ -58,7 +57,7 @@ impl StringArray {
         Self::default()
     }
 
-    /// Makes room for `strings` more strings, or `bytes` more bytes of them.
+    /// Reserves memory for `strings` more strings and for `bytes` more bytes of strings.
     pub(super) fn try_reserve(&mut self, strings: usize, bytes: usize) -> Result<(), TryReserveError> {
         self.ends.try_reserve(strings)?;
         self.bytes.try_reserve(bytes)
@@ -70,12 +69,12 @@ impl StringArray {
         self.ends.push(self.bytes.len());
     }
 
-    /// How many strings there are.
+    /// The number of strings.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Whether there are none.
+    /// Whether the array is empty.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
@@ -107,7 +106,7 @@ impl<S: AsRef<[u8]>> FromIterator<S> for StringArray {
 }
 
 impl Value {
-    /// The format's number of the type.
+    /// The format's id of the type.
     pub(super) fn type_id(&self) -> u32 {
         match self {
             Value::U8(_) => 0,
@@ -126,12 +125,12 @@ impl Value {
         }
     }
 
-    /// The value where it is an integer of any type that lies in 0 to 2^64 - 1.
+    /// An integer of any type from 0 to 2^64 - 1. `None` for other values, as in the following methods.
     pub fn as_u64(&self) -> Option<u64> {
         self.as_integer().and_then(|v| u64::try_from(v).ok())
     }
 
-    /// The value where it is an integer of any type that lies in 0 to 2^32 - 1.
+    /// An integer of any type from 0 to 2^32 - 1.
     pub fn as_u32(&self) -> Option<u32> {
         self.as_integer().and_then(|v| u32::try_from(v).ok())
     }
@@ -150,7 +149,7 @@ impl Value {
         })
     }
 
-    /// The value where it is a float of either type. F64 is rounded to F32.
+    /// A float. F64 is rounded to F32.
     pub fn as_f32(&self) -> Option<f32> {
         match *self {
             Value::F32(v) => Some(v),
@@ -159,7 +158,7 @@ impl Value {
         }
     }
 
-    /// The value where it is a boolean.
+    /// A boolean.
     pub fn as_bool(&self) -> Option<bool> {
         match *self {
             Value::Bool(v) => Some(v),
@@ -167,7 +166,7 @@ impl Value {
         }
     }
 
-    /// The bytes where it is a string, UTF-8 or not.
+    /// The bytes of a string, which need not be UTF-8.
     pub fn as_bytes(&self) -> Option<&[u8]> {
         match self {
             Value::String(bytes) => Some(bytes),
@@ -175,12 +174,12 @@ impl Value {
         }
     }
 
-    /// The text where it is a string of valid UTF-8.
+    /// A string of valid UTF-8.
     pub fn as_str(&self) -> Option<&str> {
         self.as_bytes().and_then(|bytes| str::from_utf8(bytes).ok())
     }
 
-    /// The elements where it is an array.
+    /// An array.
     pub fn as_array(&self) -> Option<&Array> {
         match self {
             Value::Array(array) => Some(array),
@@ -188,7 +187,7 @@ impl Value {
         }
     }
 
-    /// The strings where it is an array of strings.
+    /// An array of strings.
     pub fn as_strings(&self) -> Option<&StringArray> {
         match self {
             Value::Array(Array::String(strings)) => Some(strings),
@@ -196,7 +195,7 @@ impl Value {
         }
     }
 
-    /// The type in words, as in `u32` or `array of 3 strings`.
+    /// The name of the type, for example `u32` or `array of 3 string`.
     pub fn type_name(&self) -> String {
         match self {
             Value::U8(_) => "u8",
@@ -217,7 +216,7 @@ impl Value {
     }
 }
 
-/// The type and, unless it is long, the value: what an error says was found.
+/// The type and, unless it is long, the value, for error messages.
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -240,7 +239,7 @@ impl fmt::Display for Value {
 }
 
 impl Array {
-    /// How many elements there are.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         match self {
             Array::U8(v) => v.len(),
@@ -258,12 +257,12 @@ impl Array {
         }
     }
 
-    /// Whether there are none.
+    /// Whether the array is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The format's number of the elements' type.
+    /// The format's id of the elements' type.
     pub(super) fn type_id(&self) -> u32 {
         match self {
             Array::U8(_) => 0,
@@ -281,7 +280,7 @@ impl Array {
         }
     }
 
-    /// The elements' type in words, as in `u32`.
+    /// The name of the elements' type, for example `u32`.
     pub fn type_name(&self) -> &'static str {
         match self {
             Array::U8(_) => "u8",
@@ -299,7 +298,7 @@ impl Array {
         }
     }
 
-    /// The elements where they are integers of any type that lie in the range of `T`.
+    /// The elements of an array of integers of any type in the range of `T`. `None` for other arrays.
     pub fn to_integers<T: TryFrom<i128>>(&self) -> Option<Vec<T>> {
         fn all<S: Copy + Into<i128>, T: TryFrom<i128>>(values: &[S]) -> Option<Vec<T>> {
             values.iter().map(|v| T::try_from((*v).into()).ok()).collect()
@@ -317,7 +316,7 @@ impl Array {
         }
     }
 
-    /// The elements where they are floats of either type. F64 is rounded to F32.
+    /// The elements of an array of floats. F64 is rounded to F32.
     pub fn to_f32(&self) -> Option<Vec<f32>> {
         match self {
             Array::F32(v) => Some(v.clone()),
@@ -326,7 +325,7 @@ impl Array {
         }
     }
 
-    /// The elements where they are booleans.
+    /// The elements of an array of booleans.
     pub fn as_bools(&self) -> Option<&[bool]> {
         match self {
             Array::Bool(v) => Some(v),
@@ -335,7 +334,7 @@ impl Array {
     }
 }
 
-/// Gives [`Value`] and [`Array`] a `From` for each Rust type that stands for one of the format's types.
+/// Implements `From` for [`Value`] and [`Array`] for each Rust type that corresponds to a type of the format.
 macro_rules! from_scalars {
     ($($rust:ty => $variant:ident),*) => {$(
         impl From<$rust> for Value {
@@ -379,57 +378,5 @@ impl From<StringArray> for Value {
 impl From<Array> for Value {
     fn from(array: Array) -> Self {
         Value::Array(array)
-    }
-}
-
-/// Keys and values, in the order of the file; a key occurs once.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Metadata {
-    entries: Vec<(String, Value)>,
-    index: HashMap<String, usize>,
-}
-
-impl Metadata {
-    /// No keys.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Gives `key` a value: a new key at the end, a known one in its place. What a key may be is checked when the metadata
-    /// is written.
-    pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) -> &mut Self {
-        match self.index.entry(key.into()) {
-            Entry::Occupied(known) => self.entries[*known.get()].1 = value.into(),
-            Entry::Vacant(new) => {
-                self.entries.push((new.key().clone(), value.into()));
-                new.insert(self.entries.len() - 1);
-            }
-        }
-        self
-    }
-
-    /// The value of `key`.
-    pub fn get(&self, key: &str) -> Option<&Value> {
-        self.index.get(key).and_then(|at| self.entries.get(*at)).map(|entry| &entry.1)
-    }
-
-    /// Whether there is such a key.
-    pub fn contains(&self, key: &str) -> bool {
-        self.index.contains_key(key)
-    }
-
-    /// Keys and values in order.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
-        self.entries.iter().map(|(key, value)| (key.as_str(), value))
-    }
-
-    /// How many keys there are.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
     }
 }

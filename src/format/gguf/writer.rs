@@ -1,4 +1,4 @@
-//! Writing a file: tensor after tensor, and whole or not at all.
+//! Writing of files, tensor by tensor. A file appears when it is complete.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -6,16 +6,18 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::parse::tensor_size;
-use super::value::{Array, Metadata, Value};
-use super::{
+use super::limits::{
     ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_LENGTH, VERSION, alignment_is_valid, key_fault,
     name_fault,
 };
+use super::metadata::Metadata;
+use super::parse::tensor_size;
+use super::tensor::TensorInfo;
+use super::value::{Array, Value};
 use crate::error::{Error, Result};
 use crate::quant::block::BlockType;
 
-/// A tensor that is going to be written.
+/// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewTensor {
     name: String,
@@ -24,20 +26,19 @@ pub struct NewTensor {
 }
 
 impl NewTensor {
-    /// A tensor called `name`, of 1 to 4 dimensions, none of them 0. The first is the one along which values lie side by
-    /// side: `[columns, rows]`.
+    /// A tensor called `name` with 1 to 4 dimensions, none of them 0, the fastest-varying first: `[columns, rows]`.
     pub fn new(name: impl Into<String>, block_type: BlockType, dims: impl Into<Vec<u64>>) -> Self {
         NewTensor { name: name.into(), block_type, dims: dims.into() }
     }
 }
 
-impl From<&super::TensorInfo> for NewTensor {
-    fn from(tensor: &super::TensorInfo) -> Self {
+impl From<&TensorInfo> for NewTensor {
+    fn from(tensor: &TensorInfo) -> Self {
         NewTensor::new(tensor.name(), tensor.block_type(), tensor.dims())
     }
 }
 
-/// A tensor with its place.
+/// A tensor and its place.
 #[derive(Debug)]
 struct Planned {
     tensor: NewTensor,
@@ -48,28 +49,27 @@ struct Planned {
 
 /// Writes a GGUF file of version 3.
 ///
-/// Everything goes into a temporary file in the same folder. [`Writer::finish`] gives it its name, in place of a file that
-/// had it before; a writer that is dropped without that, or that failed, leaves nothing behind.
+/// The data go to a temporary file in the same folder. [`Writer::finish`] renames it and replaces an existing file. A writer
+/// that failed, or is dropped before that, leaves nothing behind.
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
     temporary: Temporary,
-    /// `None` after a failure: how much was written is unknown then.
+    /// `None` after a failure, when it is unknown how much was written.
     file: Option<BufWriter<File>>,
     alignment: u64,
     tensors: Vec<Planned>,
-    /// How many of them were written.
+    /// The number of tensors that were written.
     written: usize,
 }
 
 impl Writer {
-    /// Begins a file that will be at `path`, and writes all but the data of the tensors, which follow in this order.
+    /// Begins the file at `path` and writes everything but the data of the tensors, which follow in this order.
     ///
-    /// Tensors are aligned as the key `general.alignment` says, or to 32 bytes without it.
+    /// The key `general.alignment` sets the alignment of tensors. The default is 32 bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when a reader would refuse the metadata or the tensors, [`Error::Io`] when the system
-    /// refuses to write.
+    /// [`Error::InvalidArgument`] when a reader would refuse the metadata or the tensors, [`Error::Io`] when writing fails.
     pub fn create(
         path: impl AsRef<Path>,
         metadata: &Metadata,
@@ -79,7 +79,7 @@ impl Writer {
         let alignment = check_metadata(metadata)?;
         let tensors = plan(tensors, alignment)?;
         let header = header(metadata, &tensors, alignment);
-        let (temporary, file) = Temporary::beside(&path)?;
+        let (temporary, file) = Temporary::create_near(&path)?;
         let file = Some(BufWriter::with_capacity(1 << 20, file));
         let mut writer = Writer { path, temporary, file, alignment, tensors, written: 0 };
         writer.write(&header)?;
@@ -89,8 +89,8 @@ impl Writer {
     /// Writes the bytes of the next tensor, which must be the one called `name`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when another tensor is next or the bytes are too many or too few: nothing was written
-    /// then. [`Error::Io`] when the system refuses to write: the file cannot be finished then.
+    /// [`Error::InvalidArgument`] when another tensor is next or the number of bytes is wrong, and nothing is written.
+    /// [`Error::Io`] when writing fails, and the file cannot be finished.
     pub fn write_tensor(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let nbytes = self.expect(name)?.nbytes;
         if bytes.len() != nbytes {
@@ -115,10 +115,10 @@ impl Writer {
         self.write_tensor(name, &bytes)
     }
 
-    /// Makes sure that everything is on the disk, then gives the file its name.
+    /// Flushes the file to disk and renames it to its final path.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when the system refuses. No file is left then.
+    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails. No file is left behind.
     pub fn finish(mut self) -> Result<()> {
         if let Some(next) = self.tensors.get(self.written) {
             let found = format!("{} of {} tensors written", self.written, self.tensors.len());
@@ -130,7 +130,7 @@ impl Writer {
         self.temporary.rename(&self.path)
     }
 
-    /// The next tensor, if it is called `name`.
+    /// The next tensor, which must be called `name`.
     fn expect(&self, name: &str) -> Result<&Planned> {
         match self.tensors.get(self.written) {
             Some(next) if next.tensor.name == name => Ok(next),
@@ -153,7 +153,7 @@ fn failed_before() -> Error {
     Error::argument("writer", "a writer that has failed", "a new writer")
 }
 
-/// Checks what a reader would check of the metadata, and returns the alignment.
+/// Checks the metadata as a reader does and returns the alignment.
 fn check_metadata(metadata: &Metadata) -> Result<u64> {
     let mut alignment = DEFAULT_ALIGNMENT;
     for (key, value) in metadata.iter() {
@@ -183,8 +183,8 @@ fn check_metadata(metadata: &Metadata) -> Result<u64> {
     Ok(alignment.into())
 }
 
-/// Checks what a reader would check of the tensors, and places them one after the other, without more room between them
-/// than the alignment needs: that is what ggml reads.
+/// Checks the tensors as a reader does and places them one after the other, with no more padding than the alignment needs,
+/// as ggml requires.
 fn plan(tensors: impl IntoIterator<Item = NewTensor>, alignment: u64) -> Result<Vec<Planned>> {
     let mut names = HashSet::new();
     let mut planned = Vec::new();
@@ -276,37 +276,37 @@ fn put_array(array: &Array, out: &mut Vec<u8>) {
     }
 }
 
-/// A file that is removed when it goes out of use without having been renamed.
+/// A temporary file that is removed when it is dropped before it was renamed.
 #[derive(Debug)]
 struct Temporary {
-    /// `None` once it was renamed.
+    /// `None` after it was renamed.
     path: Option<PathBuf>,
 }
 
 impl Temporary {
-    /// A new file in the folder of `target`, so that renaming it stays within one file system.
-    fn beside(target: &Path) -> Result<(Temporary, File)> {
-        /// Keeps apart the writers of one process.
+    /// Creates a file in the folder of `target`, so that renaming stays within one file system.
+    fn create_near(target: &Path) -> Result<(Temporary, File)> {
+        /// Distinguishes the writers of one process.
         static NEXT: AtomicU64 = AtomicU64::new(0);
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = target.with_file_name(format!(".nybble-{}-{number}.tmp", std::process::id()));
             match File::create_new(&path) {
                 Ok(file) => return Ok((Temporary { path: Some(path) }, file)),
-                // One that a process of this number left behind when it was killed.
+                // A killed process with the same id left this file behind.
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(source) => return Err(Error::io(target, source)),
             }
         }
     }
 
-    /// Gives the file its name.
+    /// Renames the file to `target`.
     fn rename(&mut self, target: &Path) -> Result<()> {
         if let Some(path) = &self.path {
             std::fs::rename(path, target).map_err(|source| Error::io(target, source))?;
             self.path = None;
         }
-        // The name is on the disk once the folder is. Some file systems refuse this, and the file is whole without it.
+        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
         let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let _ = File::open(folder).and_then(|folder| folder.sync_all());
         Ok(())
@@ -316,7 +316,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
-            // A drop has nobody to tell that this failed.
+            // A failure cannot be reported from here.
             let _ = std::fs::remove_file(path);
         }
     }

@@ -1,11 +1,13 @@
-//! Models in several files, `<prefix>-00001-of-00003.gguf` and so on: the first holds the metadata, all hold tensors.
+//! Models that are split into several files, `<prefix>-00001-of-00003.gguf` and so on. The first holds the metadata, all
+//! hold tensors.
 
 use std::path::{Path, PathBuf};
 
+use super::metadata::Metadata;
 use super::parse::Parsed;
-use super::reader::{OpenOptions, Shard, open_shard, typed};
+use super::shard::{self, OpenOptions, Shard};
 use super::tensor::TensorInfo;
-use super::value::{Metadata, Value};
+use super::value::Value;
 use crate::error::{Error, Place, Result};
 
 const NUMBER_KEY: &str = "split.no";
@@ -15,16 +17,16 @@ const TENSORS_KEY: &str = "split.tensors.count";
 /// The version, the metadata and the files of a model, each with its tensors.
 type Opened = (u32, Metadata, Vec<(Shard, Vec<TensorInfo>)>);
 
-/// Opens the file at `path` and, when it says that it is one of several, the others.
+/// Opens the file at `path` and, if it is one of several, the others.
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
-    let (shard, parsed) = open_shard(path, 0, options)?;
+    let (opened, parsed) = shard::open(path, 0, options)?;
     let split = Split::of(path, &parsed.metadata)?;
     if split.count <= 1 {
-        return Ok((parsed.version, parsed.metadata, vec![(shard, parsed.tensors)]));
+        return Ok((parsed.version, parsed.metadata, vec![(opened, parsed.tensors)]));
     }
     let name = split.check_name(path)?;
     let (shard, Parsed { version, metadata, tensors }) =
-        if split.number == 0 { (shard, parsed) } else { open_sibling(path, &name, 0, &split, options)? };
+        if split.number == 0 { (opened, parsed) } else { open_sibling(path, &name, 0, &split, options)? };
     let mut total = tensors.len();
     let mut files = vec![(shard, tensors)];
     for number in 1..split.count {
@@ -33,7 +35,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
         files.push((shard, parsed.tensors));
     }
     let first = name.path(path, 0);
-    match typed(&first, &metadata, TENSORS_KEY, "a count", Value::as_u64)? {
+    match metadata.typed(&first, TENSORS_KEY, "a count", Value::as_u64)? {
         Some(expected) if expected != total as u64 => {
             let found = format!("{total} tensors in {} files", split.count);
             Err(Error::malformed(first, Place::Key(TENSORS_KEY.to_owned()), found, expected))
@@ -42,7 +44,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     }
 }
 
-/// Opens the file that is `number` (from 0) of the model that the file at `path` belongs to.
+/// Opens file `number` (from 0) of the model of the file at `path`.
 fn open_sibling(
     path: &Path,
     name: &ShardName,
@@ -51,7 +53,7 @@ fn open_sibling(
     options: &OpenOptions,
 ) -> Result<(Shard, Parsed)> {
     let path = name.path(path, number);
-    let opened = open_shard(&path, number, options).map_err(|error| match error {
+    let opened = shard::open(&path, number, options).map_err(|error| match error {
         Error::Io { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
             let expected = format!("number {} of the {} files of a model", number + 1, split.count);
             Error::Missing { path, place: Place::File, expected }
@@ -67,20 +69,20 @@ fn open_sibling(
     Ok(opened)
 }
 
-/// What a file says of its part in a model.
+/// The part of a file in its model, from its metadata.
 struct Split {
     /// Its number, from 0.
     number: usize,
-    /// How many files there are; 0 or 1 where the model is one file.
+    /// The number of files, 0 or 1 where the model is one file.
     count: usize,
 }
 
 impl Split {
     fn of(path: &Path, metadata: &Metadata) -> Result<Split> {
-        // The format has u16 here, and the five digits of the name hold no more.
+        // The format has u16 here, which the five digits of the name can hold.
         let get = |key: &str| {
             let read = |value: &Value| value.as_u64().and_then(|v| u16::try_from(v).ok());
-            typed(path, metadata, key, "an integer from 0 to 65535", read).map(|v| usize::from(v.unwrap_or(0)))
+            metadata.typed(path, key, "an integer from 0 to 65535", read).map(|v| usize::from(v.unwrap_or(0)))
         };
         let split = Split { number: get(NUMBER_KEY)?, count: get(COUNT_KEY)? };
         if split.count > 1 && split.number >= split.count {
@@ -90,7 +92,7 @@ impl Split {
         Ok(split)
     }
 
-    /// The parts of the file's name, which must agree with what the file says.
+    /// The parts of the file's name, which must match the metadata.
     fn check_name(&self, path: &Path) -> Result<ShardName> {
         let name = ShardName::of(path);
         name.filter(|name| name.number == self.number + 1 && name.count == self.count).ok_or_else(|| {
@@ -119,7 +121,8 @@ impl ShardName {
         Some(ShardName { prefix: prefix.to_owned(), number: five_digits(number)?, count: five_digits(count)? })
     }
 
-    /// The path of file `number` (from 0), in the folder of the file at `path`. Nothing in it comes from inside a file.
+    /// The path of file `number` (from 0), in the folder of the file at `path`. Nothing in it comes from the contents of a
+    /// file.
     fn path(&self, path: &Path, number: usize) -> PathBuf {
         path.with_file_name(format!("{}-{:05}-of-{:05}.gguf", self.prefix, number + 1, self.count))
     }

@@ -1,0 +1,36 @@
+//! One file of a model, and how to open it.
+
+use std::path::{Path, PathBuf};
+
+use super::parse::{Parsed, parse};
+use crate::error::{Error, Result};
+use crate::format::mapped::Bytes;
+
+/// How to open a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Whether to map the file into memory (the default), so that only the parts that are used are read. A mapped file must
+    /// not be truncated or overwritten: access to a missing page kills the process (SIGBUS). With false, the whole file is
+    /// read when it is opened and may change afterwards.
+    pub mmap: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions { mmap: true }
+    }
+}
+
+/// One file of a model.
+#[derive(Debug)]
+pub(super) struct Shard {
+    pub(super) path: PathBuf,
+    pub(super) bytes: Bytes,
+}
+
+/// Opens and parses the file with index `shard` in its model.
+pub(super) fn open(path: &Path, shard: usize, options: &OpenOptions) -> Result<(Shard, Parsed)> {
+    let bytes = Bytes::open(path, options.mmap).map_err(|source| Error::io(path, source))?;
+    let parsed = parse(path, &bytes, shard)?;
+    Ok((Shard { path: path.to_path_buf(), bytes }, parsed))
+}

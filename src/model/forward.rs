@@ -2,7 +2,6 @@
 
 use super::batch::{Batch, Input, Logits, Row};
 use super::buffer::Buffer;
-use super::config::Config;
 use super::linear::LinearInput;
 use super::mixers::{MixerContext, span_rows};
 use super::pass::{Pass, TASK_ROWS};
@@ -68,7 +67,17 @@ impl Transformer {
         w.lengths.clear();
         w.lengths.extend(inputs.iter().map(|input| input.session.len()));
         let before = logits.len();
-        let result = self.batches(w, inputs, logits, interrupted);
+        let (config, kernel, threads) = (&self.config, self.kernel, self.pool.threads());
+        let result = self.reserve(inputs, logits).and_then(|()| {
+            self.pool.run(|scope| {
+                w.batch.start(inputs.len());
+                while w.batch.gather(inputs, |rows| span_rows(config, threads, rows)) {
+                    w.reserve(self, inputs)?;
+                    self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, interrupted)?;
+                }
+                Ok(())
+            })
+        });
         if result.is_err() {
             logits.truncate(before);
             for (input, len) in inputs.iter_mut().zip(&w.lengths) {
@@ -78,27 +87,27 @@ impl Transformer {
         result
     }
 
-    fn batches(
-        &self,
-        w: &mut Workspace,
-        inputs: &mut [Input<'_>],
-        logits: &mut Vec<f32>,
-        interrupted: &(dyn Fn() -> bool + Sync),
-    ) -> Result<()> {
+    /// Allocates memory for the keys and values of all inputs, and for the logits or hidden states that they ask for.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], [`Error::OutOfMemory`]
+    fn reserve(&self, inputs: &mut [Input<'_>], logits: &mut Vec<f32>) -> Result<()> {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
-        reserve_logits(&self.config, self.weights.vocabulary(), inputs, logits)?;
-        let threads = self.pool.threads();
-        self.pool.run(|scope| {
-            w.batch.start(inputs.len());
-            while w.batch.gather(inputs, |rows| span_rows(&self.config, threads, rows)) {
-                w.reserve(self, inputs)?;
-                let pass = Pass { config: &self.config, kernel: self.kernel, scope, threads };
-                self.batch(&pass, w, inputs, logits, interrupted)?;
-            }
-            Ok(())
-        })
+        let vocabulary = self.weights.vocabulary();
+        let wanted = inputs.iter().map(|input| match input.logits {
+            Logits::None => 0,
+            Logits::Last => vocabulary,
+            Logits::All => input.tokens.len().saturating_mul(vocabulary),
+            Logits::Hidden => input.tokens.len().saturating_mul(self.config.hidden),
+        });
+        let count = wanted.fold(0, usize::saturating_add);
+        let bytes = count.saturating_mul(size_of::<f32>());
+        if count > logits.capacity() {
+            memory::check_allocation("logits", bytes)?;
+        }
+        logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes, left: None })
     }
 
     /// Takes the rows of one batch through the model.
@@ -243,23 +252,4 @@ impl Transformer {
             }
         }
     }
-}
-
-/// Allocates memory for all logits, or hidden states, that the inputs ask for.
-///
-/// # Errors
-/// [`Error::OutOfMemory`]
-fn reserve_logits(config: &Config, vocabulary: usize, inputs: &[Input<'_>], logits: &mut Vec<f32>) -> Result<()> {
-    let wanted = inputs.iter().map(|input| match input.logits {
-        Logits::None => 0,
-        Logits::Last => vocabulary,
-        Logits::All => input.tokens.len().saturating_mul(vocabulary),
-        Logits::Hidden => input.tokens.len().saturating_mul(config.hidden),
-    });
-    let count = wanted.fold(0, usize::saturating_add);
-    let bytes = count.saturating_mul(size_of::<f32>());
-    if count > logits.capacity() {
-        memory::check_allocation("logits", bytes)?;
-    }
-    logits.try_reserve_exact(count).map_err(|_| Error::OutOfMemory { what: "logits", bytes, left: None })
 }

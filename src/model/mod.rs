@@ -8,7 +8,9 @@
 //! | `weights/` | reads tensors, checks and packs them |
 //! | `mixers/`, `ffn/` | the two halves of a layer: each kind with its weights, its workspace and its computation |
 //! | `state/` | what a sequence remembers, in memory and on disk |
+//! | `batch`, `buffer`, `linear`, `norm`, `pass` | what every part of a pass uses: rows, memory, products, norms |
 //! | `transformer`, `forward` | a model in memory, and one step of it |
+//! | `model` | what callers use: loading, sessions, logits |
 //! | `layerwise` | the same step one layer at a time, for calibration |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
 

@@ -176,14 +176,14 @@ impl Page {
         let lines = &self.lines[(layer * shape.kv_heads + head) * len..][..len];
         let (keys, lines) = lines.split_at(keys);
         let (values, lines) = lines.split_at(values);
-        let numbers = |lines| match shape.cache_type {
+        let slice = |lines| match shape.cache_type {
             CacheType::F32 => KvSlice::F32(bytemuck::cast_slice(lines)),
             CacheType::F16 => KvSlice::F16(bytemuck::cast_slice(lines)),
             CacheType::Int8 => KvSlice::Int8(bytemuck::cast_slice(lines)),
         };
         let scales: &[[f32; PAGE]] = bytemuck::cast_slice::<CacheLine, f32>(lines).as_chunks().0;
         let scales = scales.first_chunk().map(|[keys, values]: &[_; 2]| [keys, values]);
-        PageHead { keys: numbers(keys), values: numbers(values), scales }
+        PageHead { keys: slice(keys), values: slice(values), scales }
     }
 
     /// Stores key and value `(head_dim)` of one head at `slot` of the page.

@@ -1,7 +1,7 @@
 //! GPT-2 and the families that resemble it: LayerNorm with biases, and a feed-forward layer without a gate.
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{attention, four_times};
+use super::parts::{EMBEDDING_WITH_BIAS, attention, four_times};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -202,11 +202,7 @@ pub(super) const STARCODER2: HfFamily = HfFamily {
         ("tie_word_embeddings", "true"),
         ("use_bias", "true"),
     ],
-    outside: &[&[
-        tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~norm").bias(Always),
-        tensor("output", "lm_head").when(Need::Untied),
-    ]],
+    outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").bias(Always),

@@ -1,7 +1,7 @@
 //! Llama and its closest relatives.
 
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING, NORMS, attention, gated};
+use super::parts::{EMBEDDING, EMBEDDING_WITH_BIAS, NORMS, attention, gated};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -141,11 +141,7 @@ pub(super) const STABLELM: HfFamily = HfFamily {
         ("max_position_embeddings", "4096"),
         ("partial_rotary_factor", "0.25"),
     ],
-    outside: &[&[
-        tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~norm").bias(Always),
-        tensor("output", "lm_head").when(Need::Untied),
-    ]],
+    outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").bias(Always),

@@ -12,6 +12,13 @@ pub(super) const EMBEDDING: &[Entry] = &[
     tensor("output", "lm_head").when(Need::Untied),
 ];
 
+/// As [`EMBEDDING`], with a bias of the last norm.
+pub(super) const EMBEDDING_WITH_BIAS: &[Entry] = &[
+    tensor("token_embd", "~embed_tokens"),
+    tensor("output_norm", "~norm").bias(Need::Always),
+    tensor("output", "lm_head").when(Need::Untied),
+];
+
 /// The norms before attention and before the feed-forward layer.
 pub(super) const NORMS: &[Entry] =
     &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "post_attention_layernorm")];

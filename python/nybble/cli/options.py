@@ -15,7 +15,7 @@ import functools
 import gc
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,14 +116,17 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     written = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in written if dataclasses.is_dataclass(p.annotation)}
     own = {p.name for p in written if p.name not in groups}
-    options = [option for group in groups.values() for option in _options(group) if option.name not in own]
+    forms = {name: _forms(group) for name, group in groups.items()}
+    options = [
+        option for name, group in groups.items() for option in _options(group, forms[name]) if option.name not in own
+    ]
     generated = {option.name for option in options}
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
         for name, group in groups.items():
             values = {f.name: arguments.pop(f.name) for f in dataclasses.fields(group) if f.name in generated}
-            arguments[name] = _build(group, values)
+            arguments[name] = _build(group, forms[name], values)
         command(**arguments)
 
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in written if p.name not in groups] + options
@@ -132,20 +135,21 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _form(name: str, hint: Any) -> _Form:
-    if hint == Sequence[str]:
-        return _FORMS.get(name, _Form(list[str], None, tuple, []))
-    return _FORMS.get(name, _Form(hint))
+def _forms(group: Any) -> dict[str, _Form]:
+    """The forms of all fields of a dataclass by name."""
+    repeated = {Sequence[str]: _Form(list[str], None, tuple, [])}
+    return {
+        name: _FORMS.get(name, repeated.get(hint, _Form(hint))) for name, hint in typing.get_type_hints(group).items()
+    }
 
 
-def _options(group: Any) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(group)
+def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
     found = []
     for field in dataclasses.fields(group):
         metadata = field.metadata
         if "help" not in metadata or (group.__name__, field.name) in _NOT_OPTIONS:
             continue
-        form = _form(field.name, hints[field.name])
+        form = forms[field.name]
         default = field.default if form.default is _SAME else form.default
         name = field.name.replace("_", "-")
         declared = typer.Option(
@@ -167,11 +171,10 @@ def _options(group: Any) -> list[inspect.Parameter]:
     return found
 
 
-def _build(group: Any, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(group)
+def _build(group: Any, forms: Mapping[str, _Form], values: dict[str, Any]) -> Any:
     try:
         for name, value in values.items():
-            if (parse := _form(name, hints[name]).parse) is not None:
+            if (parse := forms[name].parse) is not None:
                 values[name] = parse(value)
         return group(**values)
     except ValueError as error:

@@ -48,7 +48,7 @@ class TestOfBothKinds:
     def test_token_types_with_a_wrong_length_are_refused(self, kind: Any, change: int) -> None:
         count = len(kind()["tokenizer.ggml.tokens"])
         refused(
-            kind(token_type=[1] * (count + change)), "token_type", f"{count + change} elements", f"{count}, one for"
+            kind(token_type=[1] * (count + change)), "token_type", f"{count + change} elements", f"{count}, one per"
         )
 
     @pytest.mark.parametrize("wrong", [1.0, "1", True])
@@ -106,7 +106,7 @@ def test_malformed_byte_tokens_of_sentencepiece_are_refused(text: str, number: i
 @pytest.mark.parametrize("change", [-1, 1])
 def test_scores_with_a_wrong_length_are_refused(change: int) -> None:
     count = COUNT["llama"] + change
-    refused(vocabularies.pieces(scores=[0.0] * count), "scores", f"{count} elements", f"{COUNT['llama']}, one for")
+    refused(vocabularies.pieces(scores=[0.0] * count), "scores", f"{count} elements", f"{COUNT['llama']}, one per")
 
 
 @pytest.mark.parametrize("wrong", [1, "1", True])

@@ -18,6 +18,8 @@ const CACHE_BYTES: usize = 256 << 10;
 
 /// The operands of an integer product, for the instruction set `S`.
 pub(in crate::kernels) struct Product<'a, 'c, S> {
+    /// Proof that the CPU has the instructions.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON needs only its existence"))]
     pub(in crate::kernels) set: S,
     pub(in crate::kernels) w: &'a Packed,
     pub(in crate::kernels) panels: Range<usize>,
@@ -98,6 +100,7 @@ pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROU
     /// The values of [`TABLE4`].
     pub(in crate::kernels) table: [i8; 16],
     /// The panel's codes and those after it, to be prefetched by the first tile.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON does not prefetch"))]
     pub(in crate::kernels) prefetched: &'b [CacheLine],
 }
 

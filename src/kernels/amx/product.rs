@@ -19,22 +19,20 @@ use crate::kernels::generic::product::{ByTile, INT4, TABLE4, by_tile};
 use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
+/// The codes of a block of activations.
+pub(super) type XCodes = [[i8; BLOCK]; MAX_TILE_ROWS];
+/// The unsigned codes of a block of a panel: line `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
+pub(super) type WCodes = [CacheLine; BLOCK / 4];
+/// Dot products of 32 bits `(MAX_TILE_ROWS, PANEL)`.
+pub(super) type Sums = [CacheLine; MAX_TILE_ROWS];
+
 /// What multiplies integers: the tiles, in tests also plain Rust.
 pub(super) trait Dots: fmt::Debug {
     /// Parts of a block that are multiplied one by one, because each has its own scale: 1 or 2.
     const PARTS: usize;
 
-    /// The integer dot products of part `part` of a block.
-    ///
-    /// `x` are the codes of the activations `(MAX_TILE_ROWS, BLOCK)`, `w` the unsigned codes of a panel's block: line `j`
-    /// holds columns `4 j .. 4 j + 4` of the 16 rows. `out` is `(MAX_TILE_ROWS, 16)`, numbers of 32 bits.
-    fn dots(
-        &self,
-        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
-        w: &[CacheLine; BLOCK / 4],
-        part: usize,
-        out: &mut [CacheLine; MAX_TILE_ROWS],
-    );
+    /// Computes the integer dot products of part `part` of a block.
+    fn dots(&self, x: &XCodes, w: &WCodes, part: usize, out: &mut Sums);
 }
 
 /// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of the blocks of any group.
@@ -71,12 +69,7 @@ fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, 
 
 /// The codes of some blocks as unsigned bytes: 8-bit codes in place, others copied to `unpacked`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn bytes<'a>(
-    code: Code,
-    panel: &Panel<'a>,
-    blocks: Range<usize>,
-    unpacked: &'a mut [[CacheLine; BLOCK / 4]; CHUNK],
-) -> &'a [[CacheLine; BLOCK / 4]] {
+fn bytes<'a>(code: Code, panel: &Panel<'a>, blocks: Range<usize>, unpacked: &'a mut [WCodes; CHUNK]) -> &'a [WCodes] {
     if code == Code::Int8 {
         return &panel.codes.as_chunks().0[blocks];
     }
@@ -98,7 +91,7 @@ struct Chunk<'a, 'c, D> {
     w: &'a Packed,
     panel: Panel<'a>,
     /// Unsigned bytes of the chunk's blocks.
-    codes: &'a [[CacheLine; BLOCK / 4]],
+    codes: &'a [WCodes],
     blocks: Range<usize>,
     x: &'a Activations,
     /// The panel's place in `out`.

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use super::product::Dots;
+use super::product::{Dots, Sums, WCodes, XCodes};
 use super::*;
 use crate::kernels::activations::MAX_TILE_ROWS;
 use crate::kernels::scalar;
@@ -16,13 +16,7 @@ struct Plain<const PARTS: usize>;
 impl<const PARTS: usize> Dots for Plain<PARTS> {
     const PARTS: usize = PARTS;
 
-    fn dots(
-        &self,
-        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
-        w: &[CacheLine; BLOCK / 4],
-        part: usize,
-        out: &mut [CacheLine; MAX_TILE_ROWS],
-    ) {
+    fn dots(&self, x: &XCodes, w: &WCodes, part: usize, out: &mut Sums) {
         let columns = BLOCK / PARTS;
         for (m, out) in out.iter_mut().enumerate() {
             for (n, out) in bytemuck::cast_mut::<CacheLine, [i32; PANEL]>(out).iter_mut().enumerate() {
@@ -142,9 +136,8 @@ fn tiles_match_the_scalar_product() {
     };
     matches_the_scalar_product(|w, panels, x, out| kernel.product(w, panels, x, out));
     let mut rng = Rng(2);
-    let x: [[i8; BLOCK]; MAX_TILE_ROWS] =
-        std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
-    let w: [CacheLine; BLOCK / 4] = std::array::from_fn(|_| CacheLine(std::array::from_fn(|_| rng.next() as u8)));
+    let x: XCodes = std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
+    let w: WCodes = std::array::from_fn(|_| CacheLine(std::array::from_fn(|_| rng.next() as u8)));
     let (mut found, mut expected) = ([CacheLine([1; 64]); MAX_TILE_ROWS], [CacheLine([2; 64]); MAX_TILE_ROWS]);
     for part in 0..2 {
         // SAFETY: there is a kernel, so the CPU has AMX. These are the only tiles of this thread, dropped at the end of the

@@ -7,7 +7,7 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::marker::PhantomData;
 
-use super::product::Dots;
+use super::product::{Dots, Sums, WCodes, XCodes};
 use crate::kernels::activations::MAX_TILE_ROWS;
 use crate::quant::packed::{BLOCK, CacheLine, PANEL};
 
@@ -129,13 +129,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
 impl<const PARTS: usize> Dots for Tiles<PARTS> {
     const PARTS: usize = PARTS;
 
-    fn dots(
-        &self,
-        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
-        w: &[CacheLine; BLOCK / 4],
-        part: usize,
-        out: &mut [CacheLine; MAX_TILE_ROWS],
-    ) {
+    fn dots(&self, x: &XCodes, w: &WCodes, part: usize, out: &mut Sums) {
         let columns = Self::COLUMNS;
         let (x, w) = (&x.as_flattened()[part * columns..], &w[part * columns / 4..][..columns / 4]);
         assert!(x.len() >= (MAX_TILE_ROWS - 1) * BLOCK + columns);

@@ -24,8 +24,8 @@ use half::f16;
 
 use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile, slices};
-use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed, Panel};
+use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
@@ -74,54 +74,18 @@ pub(in crate::kernels) fn with_adder<A: Adder>(
     by_layout(w.layout(), Product { set: adder, w, panels, x, out });
 }
 
-impl<A: Adder> ByLayout for Product<'_, '_, A> {
+impl<A: Adder> ByPanel for A {
     #[inline(always)]
-    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
-        // SAFETY: the adder exists, so the CPU has every feature that `all_panels` enables.
-        unsafe { all_panels::<A, CODE, GROUP, MIN>(self, table) }
-    }
-}
-
-/// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn all_panels<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
-    mut product: Product<'_, '_, A>,
-    table: &[i8; 16],
-) {
-    let (w, panels, x) = (product.w, product.panels.clone(), product.x);
-    let table = _mm256_xor_si256(load_table(table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
-    for rows in slices(x) {
-        for (p, index) in panels.clone().enumerate() {
-            let (panel, prefetched) = (w.panel(index), w.codes_from(index));
-            let product = &mut product;
-            by_tile(x, rows.clone(), &mut OnePanel::<A, CODE, GROUP, MIN> { product, panel, prefetched, p, table });
-        }
-    }
-}
-
-/// One panel times all tiles.
-struct OnePanel<'a, 'b, 'c, A, const CODE: u8, const GROUP: usize, const MIN: bool> {
-    product: &'a mut Product<'b, 'c, A>,
-    panel: Panel<'b>,
-    /// The panel's codes and those after it, to be prefetched.
-    prefetched: &'b [CacheLine],
-    /// The panel's place in the output.
-    p: usize,
-    /// The values of [`TABLE4`], twice.
-    table: __m256i,
-}
-
-impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
-    for OnePanel<'_, '_, '_, A, CODE, GROUP, MIN>
-{
-    #[inline(always)]
-    fn tile<const R: usize>(&mut self, row: usize) {
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+        panel: &mut OnePanel<'_, '_, '_, A, CODE, GROUP, MIN>,
+        row: usize,
+    ) {
         // SAFETY: the adder exists, so the CPU has every feature that `strips` enables.
         unsafe {
             match R {
-                4.. => self.strips::<R, 4, 1>(row),
-                2.. => self.strips::<R, 2, 2>(row),
-                _ => self.strips::<R, 1, 2>(row),
+                4.. => panel.strips::<R, 4, 1>(row),
+                2.. => panel.strips::<R, 2, 2>(row),
+                _ => panel.strips::<R, 1, 2>(row),
             }
         }
     }
@@ -156,7 +120,8 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         side: usize,
         prefetched: &[CacheLine],
     ) -> [[__m256; T]; S] {
-        let (adder, panel, blocks, table) = (self.product.set, &self.panel, x.codes.len(), self.table);
+        let (adder, panel, blocks) = (self.product.set, &self.panel, x.codes.len());
+        let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
         let halves = BLOCK.div_ceil(GROUP);
         let run = GROUP.div_ceil(BLOCK);
         assert!(first + S <= R && side + T <= SIDES);

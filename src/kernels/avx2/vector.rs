@@ -29,85 +29,76 @@ impl Avx2 {
 }
 
 impl Vector for Avx2 {
-    type F32s = [__m256; SIDES];
+    type Register = __m256;
+    type Panel = [__m256; SIDES];
 
+    const PARTS: usize = SIDES;
     const CAPACITY: usize = 16 / SIDES;
 
     #[inline(always)]
-    fn splat(self, x: f32) -> Self::F32s {
+    fn zeros(self) -> Self::Panel {
+        [self.splat(0.0); SIDES]
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
         // SAFETY: `self` exists, so the CPU has every feature that the intrinsic needs.
-        unsafe { [_mm256_set1_ps(x); SIDES] }
+        unsafe { _mm256_set1_ps(x) }
     }
 
     #[inline(always)]
-    fn load(self, x: &[f32; PANEL]) -> Self::F32s {
-        // SAFETY: as in `splat`. Both addresses are followed by 32 bytes of `x`; the loads need no alignment.
-        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(LANES))] }
+    fn load(self, x: &[f32; PANEL], part: usize) -> __m256 {
+        let x = &x.as_chunks::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 32 readable bytes, and the load needs no alignment.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
     }
 
     #[inline(always)]
-    fn load_f16(self, x: &[f16; PANEL]) -> Self::F32s {
-        let load = |side: usize| {
-            // SAFETY: as in `splat`. `side` is 0 or 1, so 16 bytes of `x` follow; the load needs no alignment.
-            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(side * LANES).cast())) }
-        };
-        [load(0), load(1)]
+    fn load_f16(self, x: &[f16; PANEL], part: usize) -> __m256 {
+        // SAFETY: as in `splat`.
+        unsafe { load_f16(&x.as_chunks().0[part]) }
     }
 
     #[inline(always)]
-    fn load_bf16(self, x: &[bf16; PANEL]) -> Self::F32s {
-        let load = |side: usize| {
-            // SAFETY: as in `load_f16`. The bits are the upper halves of F32.
-            unsafe {
-                let bits = _mm_loadu_si128(x.as_ptr().add(side * LANES).cast());
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
-            }
-        };
-        [load(0), load(1)]
-    }
-
-    #[inline(always)]
-    fn load_i8(self, x: &[i8; PANEL]) -> Self::F32s {
-        let load = |side: usize| {
-            // SAFETY: as in `splat`. `side` is 0 or 1, so 8 bytes of `x` follow; the load needs no alignment.
-            unsafe {
-                let codes = _mm_loadl_epi64(x.as_ptr().add(side * LANES).cast());
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))
-            }
-        };
-        [load(0), load(1)]
-    }
-
-    #[inline(always)]
-    fn store(self, x: Self::F32s, out: &mut [f32; PANEL]) {
-        let out = out.as_mut_ptr();
-        // SAFETY: as in `splat`. Both addresses are followed by 32 bytes of `out`; the stores need no alignment.
+    fn load_bf16(self, x: &[bf16; PANEL], part: usize) -> __m256 {
+        let x = &x.as_chunks::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 16 readable bytes, the upper halves of F32; the load needs no alignment.
         unsafe {
-            _mm256_storeu_ps(out, x[0]);
-            _mm256_storeu_ps(out.add(LANES), x[1]);
+            let bits = _mm_loadu_si128(x.as_ptr().cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
         }
     }
 
     #[inline(always)]
-    fn store_f16(self, x: Self::F32s, out: &mut [f16; PANEL]) {
-        let out = out.as_mut_ptr();
-        // SAFETY: as in `splat`. Both addresses are followed by 16 bytes of `out`; the stores need no alignment.
-        unsafe {
-            _mm_storeu_si128(out.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
-            _mm_storeu_si128(out.add(LANES).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]));
-        }
+    fn load_i8(self, x: &[i8; PANEL], part: usize) -> __m256 {
+        let x = &x.as_chunks::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 8 readable bytes, and the load needs no alignment.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().cast()))) }
     }
 
     #[inline(always)]
-    fn mul(self, a: Self::F32s, b: Self::F32s) -> Self::F32s {
+    fn store(self, x: __m256, out: &mut [f32; PANEL], part: usize) {
         // SAFETY: as in `splat`.
-        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        unsafe { store(x, &mut out.as_chunks_mut().0[part]) }
     }
 
     #[inline(always)]
-    fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s {
+    fn store_f16(self, x: __m256, out: &mut [f16; PANEL], part: usize) {
+        let out = &mut out.as_chunks_mut::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 16 writable bytes, and the store needs no alignment.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: as in `splat`.
-        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: as in `splat`.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
     }
 
     #[inline(always)]

@@ -23,9 +23,16 @@ impl Avx512 {
 }
 
 impl Vector for Avx512 {
-    type F32s = __m512;
+    type Register = __m512;
+    type Panel = [__m512; 1];
 
+    const PARTS: usize = 1;
     const CAPACITY: usize = 32;
+
+    #[inline(always)]
+    fn zeros(self) -> Self::Panel {
+        [self.splat(0.0)]
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -34,19 +41,19 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, x: &[f32; PANEL]) -> __m512 {
+    fn load(self, x: &[f32; PANEL], _: usize) -> __m512 {
         // SAFETY: as in `splat`. The reference is to 64 readable bytes, and the load needs no alignment.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
 
     #[inline(always)]
-    fn load_f16(self, x: &[f16; PANEL]) -> __m512 {
+    fn load_f16(self, x: &[f16; PANEL], _: usize) -> __m512 {
         // SAFETY: as in `splat`.
         unsafe { load_f16(x) }
     }
 
     #[inline(always)]
-    fn load_bf16(self, x: &[bf16; PANEL]) -> __m512 {
+    fn load_bf16(self, x: &[bf16; PANEL], _: usize) -> __m512 {
         // SAFETY: as in `splat`. The reference is to 32 readable bytes, the upper halves of F32; the load needs no alignment.
         unsafe {
             let bits = _mm256_loadu_si256(x.as_ptr().cast());
@@ -55,19 +62,19 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn load_i8(self, x: &[i8; PANEL]) -> __m512 {
+    fn load_i8(self, x: &[i8; PANEL], _: usize) -> __m512 {
         // SAFETY: as in `splat`. The reference is to 16 readable bytes, and the load needs no alignment.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
     }
 
     #[inline(always)]
-    fn store(self, x: __m512, out: &mut [f32; PANEL]) {
+    fn store(self, x: __m512, out: &mut [f32; PANEL], _: usize) {
         // SAFETY: as in `splat`. The reference is to 64 writable bytes, and the store needs no alignment.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
     }
 
     #[inline(always)]
-    fn store_f16(self, x: __m512, out: &mut [f16; PANEL]) {
+    fn store_f16(self, x: __m512, out: &mut [f16; PANEL], _: usize) {
         // SAFETY: as in `splat`. The reference is to 32 writable bytes, and the store needs no alignment.
         unsafe {
             let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
@@ -93,9 +100,9 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn store_partial(self, x: __m512, out: &mut [f32]) {
+    fn store_panel(self, x: Self::Panel, out: &mut [f32]) {
         // SAFETY: as in `splat`.
-        unsafe { store(x, out) }
+        unsafe { store(x[0], out) }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::vector::{Number, Vector, rows};
+use super::vector::{Number, Vector, add_products, rows};
 use crate::kernels::kv::{KvSlice, PAGE};
 use crate::quant::packed::PANEL;
 
@@ -104,23 +104,20 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
         let keys: &[[T; PANEL]] = self.keys.as_chunks().0;
         for panel in (0..PANELS).step_by(P) {
             let keys: [&[[T; PANEL]]; P] = rows(&keys[panel * head_dim..], head_dim, head_dim);
-            let mut acc = [[v.splat(0.0); P]; Q];
+            let mut sums = [[v.zeros(); P]; Q];
             for d in 0..head_dim {
-                let mut key = [v.splat(0.0); P];
-                for p in 0..P {
-                    key[p] = T::load(v, &keys[p][d]);
-                }
-                for q in 0..Q {
-                    let query = v.splat(queries[q][d]);
-                    for p in 0..P {
-                        acc[q][p] = v.mul_add(key[p], query, acc[q][p]);
-                    }
-                }
+                let (mut keys_of_d, mut queries_of_d) = ([&keys[0][d]; P], [0.0; Q]);
+                (0..P).for_each(|p| keys_of_d[p] = &keys[p][d]);
+                (0..Q).for_each(|q| queries_of_d[q] = queries[q][d]);
+                add_products(v, keys_of_d, queries_of_d, &mut sums);
             }
             for q in 0..Q {
                 let scores: &mut [[f32; PANEL]] = self.scores[(first + q) * self.stride..][..PAGE].as_chunks_mut().0;
                 for p in 0..P {
-                    v.store(v.mul(acc[q][p], v.load(&self.scales[panel + p])), &mut scores[panel + p]);
+                    for part in 0..V::PARTS {
+                        let score = v.mul(sums[q][p][part], v.load(&self.scales[panel + p], part));
+                        v.store(score, &mut scores[panel + p], part);
+                    }
                 }
             }
         }
@@ -185,31 +182,29 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
         let (v, width) = (self.v, self.width);
         let start = first * self.stride + positions.start;
         let weights: [&[f32]; Q] = rows(&self.weights[start..], self.stride, positions.len());
-        let mut acc = [[v.splat(0.0); P]; Q];
+        let mut sums = [[v.zeros(); P]; Q];
         for q in 0..Q {
             let out: &[[f32; PANEL]] = self.out[(first + q) * width + column..][..P * PANEL].as_chunks().0;
             for p in 0..P {
-                acc[q][p] = v.load(&out[p]);
+                for part in 0..V::PARTS {
+                    sums[q][p][part] = v.load(&out[p], part);
+                }
             }
         }
         let rows = self.values[positions.start * width..].chunks_exact(width).take(positions.len());
         for (i, row) in rows.enumerate() {
             let row: &[[T; PANEL]] = row[column..][..P * PANEL].as_chunks().0;
-            let mut value = [v.splat(0.0); P];
-            for p in 0..P {
-                value[p] = T::load(v, &row[p]);
-            }
-            for q in 0..Q {
-                let weight = v.splat(weights[q][i]);
-                for p in 0..P {
-                    acc[q][p] = v.mul_add(value[p], weight, acc[q][p]);
-                }
-            }
+            let (mut values, mut weights_of_i) = ([&row[0]; P], [0.0; Q]);
+            (0..P).for_each(|p| values[p] = &row[p]);
+            (0..Q).for_each(|q| weights_of_i[q] = weights[q][i]);
+            add_products(v, values, weights_of_i, &mut sums);
         }
         for q in 0..Q {
             let out: &mut [[f32; PANEL]] = self.out[(first + q) * width + column..][..P * PANEL].as_chunks_mut().0;
             for p in 0..P {
-                v.store(acc[q][p], &mut out[p]);
+                for part in 0..V::PARTS {
+                    v.store(sums[q][p][part], &mut out[p], part);
+                }
             }
         }
         P * PANEL

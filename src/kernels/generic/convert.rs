@@ -20,7 +20,9 @@ fn widen_all<V: Vector, T: Number + Into<f32>>(v: V, x: &[T], out: &mut [f32]) {
     let (x, x_tail) = x[..out.len()].as_chunks::<PANEL>();
     let (out, out_tail) = out.as_chunks_mut::<PANEL>();
     for (x, out) in x.iter().zip(out) {
-        v.store(T::load(v, x), out);
+        for part in 0..V::PARTS {
+            v.store(T::load(v, x, part), out, part);
+        }
     }
     for (x, out) in x_tail.iter().zip(out_tail) {
         *out = (*x).into();
@@ -32,7 +34,9 @@ pub(in crate::kernels) fn to_f16<V: Vector>(v: V, x: &[f32], out: &mut [f16]) {
     let (x, x_tail) = x.as_chunks::<PANEL>();
     let (out, out_tail) = out.as_chunks_mut::<PANEL>();
     for (x, out) in x.iter().zip(out) {
-        v.store_f16(v.load(x), out);
+        for part in 0..V::PARTS {
+            v.store_f16(v.load(x, part), out, part);
+        }
     }
     for (x, out) in x_tail.iter().zip(out_tail) {
         *out = f16::from_f32(*x);

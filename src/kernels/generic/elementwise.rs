@@ -1,6 +1,6 @@
 //! Elementwise operations, norms and reductions, as plain Rust.
 //!
-//! To add one, write it into the list below and its code underneath. Each function is `#[inline(always)]`: the tables of
+//! To add one, add it to the list below and its function underneath. Each function is `#[inline(always)]`: the tables of
 //! the instruction sets call it from a `#[target_feature]` function, and the compiler turns the same source into that
 //! set's vectors. Rust never reorders float arithmetic and `mul_add` rounds once everywhere, so the bits are those of the
 //! scalar build. Reductions go over [`LANES`] partial sums, joined in one fixed order for any register width.
@@ -67,7 +67,7 @@ pub(in crate::kernels) use elementwise_operations;
 /// Partial sums of a reduction.
 const LANES: usize = 32;
 
-/// Goes through `x` with `f(x, lane)` on [`LANES`] partial results from `start` on, then joins those pairwise.
+/// Folds `x` with `f(x, lane)` into [`LANES`] partial results that begin as `start`, then joins those pairwise.
 #[inline(always)]
 fn reduce(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [start; LANES];
@@ -109,7 +109,7 @@ pub(in crate::kernels) fn quantize(x: &[f32], out: RowMut<'_>) {
                 &padded
             }
         };
-        // The order of magnitudes is that of their bits, with NaN on top: a NaN becomes the scale and is not lost.
+        // Magnitudes compare like their bits, with NaN the largest: a NaN becomes the scale and is not lost.
         let mut top = 0u32;
         for x in x {
             top = top.max(x.abs().to_bits());
@@ -124,7 +124,7 @@ pub(in crate::kernels) fn quantize(x: &[f32], out: RowMut<'_>) {
         codes[b * height + row] = rounded;
         scales[b * height + row] = if top < 1e-30 { 0.0 } else { top / 127.0 };
     }
-    // A loop of its own, as the compiler would take the codes out of the vector in which they were made one by one.
+    // A separate loop: in the one above, the compiler would extract the codes from their vector one by one.
     for b in 0..blocks {
         let at = b * height + row;
         let halves: [[i8; BLOCK / 2]; 2] = bytemuck::cast(codes[at]);
@@ -138,13 +138,13 @@ pub(in crate::kernels) fn quantize(x: &[f32], out: RowMut<'_>) {
     }
 }
 
-/// Sum of half a block, eight codes at a time in a word.
+/// The sum of half a block, with eight codes at a time in a word.
 #[inline(always)]
 fn sum(codes: [i8; BLOCK / 2]) -> i32 {
     const LOW: u64 = 0x00ff_00ff_00ff_00ff;
     let mut pairs = 0;
     for word in bytemuck::cast::<_, [u64; 2]>(codes) {
-        // 128 more than each code, which makes it unsigned.
+        // Adds 128 to each code, which makes it unsigned.
         let word = word ^ 0x8080_8080_8080_8080;
         pairs += (word & LOW) + ((word >> 8) & LOW);
     }
@@ -152,7 +152,7 @@ fn sum(codes: [i8; BLOCK / 2]) -> i32 {
     (pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48) as i32 - 128 * codes.len() as i32
 }
 
-/// The last block of a row, filled up with zeros.
+/// The last block of a row, padded with zeros.
 #[cold]
 fn pad(x: &[f32]) -> [f32; BLOCK] {
     std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0))
@@ -184,10 +184,10 @@ pub(in crate::kernels) fn add_slope(scores: &mut [f32], slope: f32, distance: f3
 
 #[inline(always)]
 pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
-    // Not `f32::max`, which leaves open which zero is larger. A NaN is passed over here and comes back as a weight.
+    // Not `f32::max`, which does not specify which zero is larger. A NaN is ignored here and becomes a NaN weight below.
     let larger = |x: f32, max: f32| if x > max { x } else { max };
     let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));
-    // Everything masked: weights of zero, not NaN.
+    // If everything is masked, weights are zero rather than NaN.
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut sums = [0.0; LANES];
     let mut exp = |chunk: &mut [f32; LANES]| {
@@ -199,7 +199,7 @@ pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
     let (chunks, tail) = scores.as_chunks_mut::<LANES>();
     chunks.iter_mut().for_each(&mut exp);
     if !tail.is_empty() {
-        // Filled up with what adds nothing, a tail takes as long as a chunk instead of as long as a dozen.
+        // Padded with scores that add nothing, a tail takes as long as a chunk. A scalar loop would take a dozen times as long.
         let mut padded = [f32::NEG_INFINITY; LANES];
         padded[..tail.len()].copy_from_slice(tail);
         exp(&mut padded);
@@ -210,7 +210,7 @@ pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
 
 #[inline(always)]
 pub(in crate::kernels) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
-    /// Queries whose factors are computed side by side.
+    /// Queries whose factors are computed together.
     const TOGETHER: usize = 16;
     let (n, width) = (so_far.max.len(), so_far.values.len() / so_far.max.len().max(1));
     for first in (0..n).step_by(TOGETHER) {
@@ -222,7 +222,7 @@ pub(in crate::kernels) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
         for (((max, sum), (other_max, other_sum)), (factor, other)) in max.iter_mut().zip(sum).zip(rest).zip(factors_of)
         {
             let joined = if *max > *other_max { *max } else { *other_max };
-            // Nothing seen so far and nothing now: zeros, not NaN.
+            // A query that has seen no position gets zeros rather than NaN.
             let shift = if joined == f32::NEG_INFINITY { 0.0 } else { joined };
             (*factor, *other) = (exp_of_difference(*max - shift), exp_of_difference(*other_max - shift));
             *sum = (*sum).mul_add(*factor, other_sum * *other);
@@ -280,7 +280,7 @@ pub(in crate::kernels) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
 
 #[inline(always)]
 pub(in crate::kernels) fn activate(activation: Activation, x: &mut [f32]) {
-    // The match stands outside the loops so that each of them is straight-line code.
+    // The match is outside the loops, so that each loop is straight-line code.
     match activation {
         Activation::Silu => x.iter_mut().for_each(|x| *x = Activation::Silu.apply(*x)),
         Activation::Gelu => x.iter_mut().for_each(|x| *x = Activation::Gelu.apply(*x)),

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::vector::{Number, Vector, rows};
+use super::vector::{Number, Vector, add_products, rows};
 use crate::quant::packed::{Code, PANEL, Packed};
 use crate::threads::Columns;
 
@@ -77,24 +77,27 @@ impl<V: Vector> Job<'_, V> {
             &codes[..columns]
         });
         let x: [&[f32]; R] = rows(&self.x[row * self.stride..], self.stride, columns);
-        let mut acc = [[v.splat(0.0); P]; R];
+        let mut sums = [[v.zeros(); P]; R];
         for k in 0..columns {
+            let (mut weights_of_k, mut x_of_k) = ([&weights[0][k]; P], [0.0; R]);
             for i in 0..P {
                 if P > 1
                     && let Some(later) = weights[i].get(k + AHEAD)
                 {
                     v.prefetch(later);
                 }
-                let w = T::load(v, &weights[i][k]);
-                for r in 0..R {
-                    acc[r][i] = v.mul_add(w, v.splat(x[r][k]), acc[r][i]);
-                }
+                weights_of_k[i] = &weights[i][k];
             }
+            (0..R).for_each(|r| x_of_k[r] = x[r][k]);
+            add_products(v, weights_of_k, x_of_k, &mut sums);
         }
         let gain = v.splat(self.w.gain());
         for r in 0..R {
             for i in 0..P {
-                v.store_partial(v.mul(acc[r][i], gain), &mut out.row_mut(row + r)[(p + i) * PANEL..]);
+                for part in 0..V::PARTS {
+                    sums[r][i][part] = v.mul(sums[r][i][part], gain);
+                }
+                v.store_panel(sums[r][i], &mut out.row_mut(row + r)[(p + i) * PANEL..]);
             }
         }
         R

@@ -1,7 +1,7 @@
-//! Elementary functions and activation functions, with the same bits on every CPU.
+//! Elementary functions and activation functions, bit-identical on every CPU.
 //!
-//! Rust never reorders float arithmetic and `mul_add` rounds once everywhere, so the same source gives the same bits for
-//! whichever instruction set it is compiled.
+//! Rust never reorders float arithmetic and `mul_add` rounds once everywhere, so the source gives the same bits for every
+//! instruction set.
 
 /// The activation functions of feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// The activation of that name: `silu`, `gelu`, `gelu_tanh` or `relu`.
+    /// The activation called `name`: `silu`, `gelu`, `gelu_tanh` or `relu`.
     pub fn by_name(name: &str) -> Option<Activation> {
         Some(match name {
             "silu" => Activation::Silu,
@@ -56,7 +56,7 @@ impl Activation {
 pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
     let clamped = if x < -87.3 { -87.3 } else { x };
-    // The power of two below is then infinity. A large finite number instead would make `silu(-1e38)` one too.
+    // From this limit on, the power of two below is infinity. With a large finite number, `silu(-1e38)` would be one too.
     let clamped = if clamped > 88.8 { 88.8 } else { clamped };
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
@@ -75,15 +75,15 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// `exp(x)` for `x <= 0`, to within 2 units in the last place; 0 below -87.3, NaN stays NaN.
 ///
-/// Attention computes one for every score, so this spares what [`exp`] needs for other numbers: `x log2 e = n + r`, then
-/// `2^r` by a polynomial of degree 6 (least relative error on -1/2..1/2, 2e-9) with the value 1 at 0.
+/// Attention computes one per score, so this omits the steps that [`exp`] needs for other numbers: `x log2 e = n + r`, then
+/// `2^r` by a minimax polynomial of degree 6 (relative error 2e-9 on -1/2..1/2) with the value 1 at 0.
 #[inline(always)]
 pub(super) fn exp_of_difference(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0 + 127.0; // As in `exp`, with the bias of the exponent added in the same step.
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = x.mul_add(std::f32::consts::LOG2_E, -n);
-    let r = x.mul_add(1.925_963e-8, r); // what log2 e has beyond an F32
+    let r = x.mul_add(1.925_963e-8, r); // the part of log2 e beyond F32
     let mut p = 1.535_336_2e-4f32;
     p = p.mul_add(r, 1.339_887_5e-3);
     p = p.mul_add(r, 9.618_437e-3);

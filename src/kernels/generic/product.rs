@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS};
-use crate::quant::packed::{CacheLine, Code, Layout, Packed};
+use crate::quant::packed::{CacheLine, Code, Layout, Packed, Panel};
 use crate::threads::Columns;
 
 /// [`Code::Int4`] as a constant parameter.
@@ -13,8 +13,13 @@ pub(in crate::kernels) const TABLE4: u8 = 1;
 /// [`Code::Int8`] as a constant parameter.
 pub(in crate::kernels) const INT8: u8 = 2;
 
+/// Bytes of activations that stay in the second-level cache while the panels pass.
+const CACHE_BYTES: usize = 256 << 10;
+
 /// The operands of an integer product, for the instruction set `S`.
 pub(in crate::kernels) struct Product<'a, 'c, S> {
+    /// Proof that the CPU has the instructions.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON needs only its existence"))]
     pub(in crate::kernels) set: S,
     pub(in crate::kernels) w: &'a Packed,
     pub(in crate::kernels) panels: Range<usize>,
@@ -77,13 +82,50 @@ pub(in crate::kernels) fn by_tile(x: &Activations, rows: Range<usize>, code: &mu
     }
 }
 
-/// Bytes of activations that stay in the second-level cache while the panels pass.
-const CACHE_BYTES: usize = 256 << 10;
+/// An instruction set that multiplies one panel at a time by all tiles.
+pub(in crate::kernels) trait ByPanel: Copy {
+    /// Multiplies the panel by the tile of `R` rows that starts at `row`.
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+        panel: &mut OnePanel<'_, '_, '_, Self, CODE, GROUP, MIN>,
+        row: usize,
+    );
+}
 
-/// The rows of `x` in slices of whole tiles that stay in the cache.
-pub(in crate::kernels) fn slices(x: &Activations) -> impl Iterator<Item = Range<usize>> {
-    let row_bytes = (x.row_lines() * size_of::<CacheLine>()).max(1);
-    let slice = (CACHE_BYTES / row_bytes).max(MAX_TILE_ROWS) / MAX_TILE_ROWS * MAX_TILE_ROWS;
-    let rows = x.rows();
-    (0..rows).step_by(slice).map(move |first| first..rows.min(first + slice))
+/// One panel of a [`Product`].
+pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROUP: usize, const MIN: bool> {
+    pub(in crate::kernels) product: &'a mut Product<'b, 'c, S>,
+    pub(in crate::kernels) panel: Panel<'b>,
+    /// The index of the panel in the output.
+    pub(in crate::kernels) p: usize,
+    /// The values of [`TABLE4`].
+    pub(in crate::kernels) table: [i8; 16],
+    /// The panel's codes and those after it, to be prefetched by the first tile.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON does not prefetch"))]
+    pub(in crate::kernels) prefetched: &'b [CacheLine],
+}
+
+impl<S: ByPanel, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
+    for OnePanel<'_, '_, '_, S, CODE, GROUP, MIN>
+{
+    #[inline(always)]
+    fn tile<const R: usize>(&mut self, row: usize) {
+        S::tile::<CODE, GROUP, MIN, R>(self, row);
+    }
+}
+
+impl<S: ByPanel> ByLayout for Product<'_, '_, S> {
+    /// Multiplies rows in slices that stay in the second-level cache: each slice by every panel, in tiles.
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(mut self, table: &[i8; 16]) {
+        let (w, panels, x) = (self.w, self.panels.clone(), self.x);
+        let row_bytes = (x.row_lines() * size_of::<CacheLine>()).max(1);
+        let slice = (CACHE_BYTES / row_bytes).max(MAX_TILE_ROWS) / MAX_TILE_ROWS * MAX_TILE_ROWS;
+        for first in (0..x.rows()).step_by(slice) {
+            let rows = first..x.rows().min(first + slice);
+            for (p, index) in panels.clone().enumerate() {
+                let (product, panel, prefetched) = (&mut self, w.panel(index), w.codes_from(index));
+                let mut panel = OnePanel::<S, CODE, GROUP, MIN> { product, panel, p, table: *table, prefetched };
+                by_tile(x, rows.clone(), &mut panel);
+            }
+        }
+    }
 }

@@ -1,88 +1,121 @@
-//! What generic code needs of an instruction set: 16 floats at a time.
+//! What generic code needs of an instruction set: registers of floats.
+
+use std::ops::IndexMut;
 
 use bytemuck::Pod;
 use half::{bf16, f16};
 
 use crate::quant::packed::PANEL;
 
-/// An instruction set that computes with [`PANEL`] F32 at a time, in as many registers as they take.
+/// An instruction set that computes with registers of F32, of which one or several make a panel of [`PANEL`] values.
 ///
-/// A value of the type proves that the CPU has the instructions, so its methods are safe to call. They and everything
-/// generic over them are `#[inline(always)]`: a set's `#[target_feature]` functions take them in, and only there does the
-/// compiler turn them into the set's instructions.
+/// A value of the type proves that the CPU has the instructions, so its methods are safe to call. The methods and all code
+/// generic over them are `#[inline(always)]`: only inside a `#[target_feature]` function of the set does the compiler turn
+/// them into the set's instructions.
 pub(in crate::kernels) trait Vector: Copy {
-    /// [`PANEL`] F32.
-    type F32s: Copy;
+    /// A register of `PANEL / PARTS` F32.
+    type Register: Copy;
+    /// The registers of a panel: `[Register; PARTS]`.
+    type Panel: Copy + IndexMut<usize, Output = Self::Register>;
 
-    /// How many [`F32s`](Self::F32s) fit into the registers. Tile sizes follow from it.
+    /// Registers per panel.
+    const PARTS: usize;
+    /// How many panels fit into all registers. Tile sizes depend on it.
     const CAPACITY: usize;
 
-    /// All the same value.
-    fn splat(self, x: f32) -> Self::F32s;
-    fn load(self, x: &[f32; PANEL]) -> Self::F32s;
-    fn load_f16(self, x: &[f16; PANEL]) -> Self::F32s;
-    fn load_bf16(self, x: &[bf16; PANEL]) -> Self::F32s;
-    fn load_i8(self, x: &[i8; PANEL]) -> Self::F32s;
-    fn store(self, x: Self::F32s, out: &mut [f32; PANEL]);
+    /// A panel of zeros.
+    fn zeros(self) -> Self::Panel;
+    /// A register that holds `x` in every lane.
+    fn splat(self, x: f32) -> Self::Register;
+    fn load(self, x: &[f32; PANEL], part: usize) -> Self::Register;
+    fn load_f16(self, x: &[f16; PANEL], part: usize) -> Self::Register;
+    fn load_bf16(self, x: &[bf16; PANEL], part: usize) -> Self::Register;
+    fn load_i8(self, x: &[i8; PANEL], part: usize) -> Self::Register;
+    fn store(self, x: Self::Register, out: &mut [f32; PANEL], part: usize);
     /// Rounds to nearest even.
-    fn store_f16(self, x: Self::F32s, out: &mut [f16; PANEL]);
-    fn mul(self, a: Self::F32s, b: Self::F32s) -> Self::F32s;
+    fn store_f16(self, x: Self::Register, out: &mut [f16; PANEL], part: usize);
+    fn mul(self, a: Self::Register, b: Self::Register) -> Self::Register;
     /// `a * b + c`, rounded once.
-    fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s;
+    fn mul_add(self, a: Self::Register, b: Self::Register, c: Self::Register) -> Self::Register;
 
-    /// Prefetches the cache line in which `x` begins, where the set has an instruction for it.
+    /// Prefetches the cache line in which `x` begins, if the set has an instruction for it.
     #[inline(always)]
     fn prefetch<T>(self, _: &T) {}
 
-    /// Stores as many values as `out` holds, at most [`PANEL`]: the last panel of a matrix may have fewer rows.
+    /// Stores as many values of a panel as `out` holds: the last panel of a matrix may have fewer rows.
     #[inline(always)]
-    fn store_partial(self, x: Self::F32s, out: &mut [f32]) {
-        match out.first_chunk_mut() {
-            Some(out) => self.store(x, out),
-            None => {
-                let mut lanes = [0.0; PANEL];
-                self.store(x, &mut lanes);
-                out.copy_from_slice(&lanes[..out.len()]);
-            }
+    fn store_panel(self, x: Self::Panel, out: &mut [f32]) {
+        let mut lanes = [0.0; PANEL];
+        let whole = out.first_chunk_mut();
+        let cut = whole.is_none();
+        let target = whole.unwrap_or(&mut lanes);
+        for part in 0..Self::PARTS {
+            self.store(x[part], target, part);
+        }
+        if cut {
+            out.copy_from_slice(&lanes[..out.len()]);
         }
     }
 }
 
 /// A type of number that a [`Vector`] loads as F32.
 pub(super) trait Number: Pod {
-    fn load<V: Vector>(v: V, x: &[Self; PANEL]) -> V::F32s;
+    /// Loads part `part` of a panel.
+    fn load<V: Vector>(v: V, x: &[Self; PANEL], part: usize) -> V::Register;
 }
 
-impl Number for f32 {
-    #[inline(always)]
-    fn load<V: Vector>(v: V, x: &[Self; PANEL]) -> V::F32s {
-        v.load(x)
-    }
+macro_rules! numbers {
+    ($($type:ty: $load:ident),*) => {
+        $(
+            impl Number for $type {
+                #[inline(always)]
+                fn load<V: Vector>(v: V, x: &[Self; PANEL], part: usize) -> V::Register {
+                    v.$load(x, part)
+                }
+            }
+        )*
+    };
 }
-
-impl Number for f16 {
-    #[inline(always)]
-    fn load<V: Vector>(v: V, x: &[Self; PANEL]) -> V::F32s {
-        v.load_f16(x)
-    }
-}
-
-impl Number for bf16 {
-    #[inline(always)]
-    fn load<V: Vector>(v: V, x: &[Self; PANEL]) -> V::F32s {
-        v.load_bf16(x)
-    }
-}
-
-impl Number for i8 {
-    #[inline(always)]
-    fn load<V: Vector>(v: V, x: &[Self; PANEL]) -> V::F32s {
-        v.load_i8(x)
-    }
-}
+numbers!(f32: load, f16: load_f16, bf16: load_bf16, i8: load_i8);
 
 /// `N` rows of `length` values, `stride` apart.
 #[inline(always)]
 pub(super) fn rows<const N: usize, T>(x: &[T], stride: usize, length: usize) -> [&[T]; N] {
     std::array::from_fn(|i| &x[i * stride..][..length])
+}
+
+/// Adds `x[p] * factors[q]` to `sums[q][p]`: the inner step of every tile.
+#[inline(always)]
+pub(super) fn add_products<V: Vector, T: Number, const Q: usize, const P: usize>(
+    v: V,
+    x: [&[T; PANEL]; P],
+    factors: [f32; Q],
+    sums: &mut [[V::Panel; P]; Q],
+) {
+    // Either the panels or the factors stay in registers next to the sums: the fewer of them.
+    if Q < P * V::PARTS {
+        for p in 0..P {
+            for part in 0..V::PARTS {
+                let x = T::load(v, x[p], part);
+                for q in 0..Q {
+                    sums[q][p][part] = v.mul_add(x, v.splat(factors[q]), sums[q][p][part]);
+                }
+            }
+        }
+    } else {
+        let mut loaded = [v.zeros(); P];
+        for p in 0..P {
+            for part in 0..V::PARTS {
+                loaded[p][part] = T::load(v, x[p], part);
+            }
+        }
+        for q in 0..Q {
+            let factor = v.splat(factors[q]);
+            for p in 0..P {
+                for part in 0..V::PARTS {
+                    sums[q][p][part] = v.mul_add(loaded[p][part], factor, sums[q][p][part]);
+                }
+            }
+        }
+    }
 }

@@ -18,8 +18,8 @@ use half::f16;
 
 use super::vector::{Four, Neon, QUARTERS, load, load_f16, load_i8, store_quarter};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile, slices};
-use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed, Panel};
+use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 #[target_feature(enable = "neon,dotprod")]
@@ -29,54 +29,24 @@ pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &m
     by_layout(w.layout(), Product { set, w, panels, x, out });
 }
 
-impl ByLayout for Product<'_, '_, Neon> {
+impl ByPanel for Neon {
     #[inline(always)]
-    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
-        // SAFETY: a `Neon` exists, so the CPU has every feature that `all_panels` enables.
-        unsafe { all_panels::<CODE, GROUP, MIN>(self, table) }
-    }
-}
-
-/// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
-#[target_feature(enable = "neon,dotprod")]
-fn all_panels<const CODE: u8, const GROUP: usize, const MIN: bool>(
-    mut product: Product<'_, '_, Neon>,
-    table: &[i8; 16],
-) {
-    let (w, panels, x, table) = (product.w, product.panels.clone(), product.x, load_i8(table));
-    for rows in slices(x) {
-        for (p, index) in panels.clone().enumerate() {
-            let (product, panel) = (&mut product, w.panel(index));
-            by_tile(x, rows.clone(), &mut OnePanel::<CODE, GROUP, MIN> { product, panel, p, table });
-        }
-    }
-}
-
-/// One panel times all tiles.
-struct OnePanel<'a, 'b, 'c, const CODE: u8, const GROUP: usize, const MIN: bool> {
-    product: &'a mut Product<'b, 'c, Neon>,
-    panel: Panel<'b>,
-    /// The panel's place in the output.
-    p: usize,
-    /// The values of [`TABLE4`].
-    table: int8x16_t,
-}
-
-impl<const CODE: u8, const GROUP: usize, const MIN: bool> ByTile for OnePanel<'_, '_, '_, CODE, GROUP, MIN> {
-    #[inline(always)]
-    fn tile<const R: usize>(&mut self, row: usize) {
-        // SAFETY: `product.set` exists, so the CPU has every feature that `strips` enables.
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+        panel: &mut OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN>,
+        row: usize,
+    ) {
+        // SAFETY: a `Neon` exists, so the CPU has every feature that `strips` enables.
         unsafe {
             match R {
-                4.. => self.strips::<R, 4, 2>(row),
-                2.. => self.strips::<R, 2, 4>(row),
-                _ => self.strips::<R, 1, 4>(row),
+                4.. => panel.strips::<R, 4, 2>(row),
+                2.. => panel.strips::<R, 2, 4>(row),
+                _ => panel.strips::<R, 1, 4>(row),
             }
         }
     }
 }
 
-impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, CODE, GROUP, MIN> {
+impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN> {
     /// The tile of `R` rows at `row`, `S` rows and `T` quarters at a time, which fill the registers.
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
@@ -101,7 +71,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, C
         quarter: usize,
     ) -> [[float32x4_t; T]; S] {
         assert!(first + S <= R && quarter + T <= QUARTERS);
-        let blocks = x.codes.len();
+        let (blocks, table) = (x.codes.len(), load_i8(&self.table));
         // A block has one or two groups, or a group one or several blocks.
         let (halves, run) = (BLOCK.div_ceil(GROUP), GROUP.div_ceil(BLOCK));
         // All cut to the same length once, so that the loop below needs no bounds checks.
@@ -125,7 +95,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, C
                         }
                     }
                     for half in part..part + 2 / halves {
-                        let w = unpack::<CODE>(self.panel.codes, b, half, quarter + t, self.table);
+                        let w = unpack::<CODE>(self.panel.codes, b, half, quarter + t, table);
                         for r in 0..S {
                             let x = load_i8(&codes[b][first + r][half]);
                             let sum = dot::<1>(dot::<0>(dots[r], w[0], x), w[1], x);

@@ -29,80 +29,73 @@ impl Neon {
 }
 
 impl Vector for Neon {
-    type F32s = [float32x4_t; QUARTERS];
+    type Register = float32x4_t;
+    type Panel = [float32x4_t; QUARTERS];
 
+    const PARTS: usize = QUARTERS;
     const CAPACITY: usize = 32 / QUARTERS;
 
     #[inline(always)]
-    fn splat(self, x: f32) -> Self::F32s {
+    fn zeros(self) -> Self::Panel {
+        [self.splat(0.0); QUARTERS]
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> float32x4_t {
         // SAFETY: `self` exists, so the CPU has every feature that the intrinsic needs.
-        unsafe { [vdupq_n_f32(x); QUARTERS] }
+        unsafe { vdupq_n_f32(x) }
     }
 
     #[inline(always)]
-    fn load(self, x: &[f32; PANEL]) -> Self::F32s {
-        // SAFETY: as in `splat`. `x` has 16 bytes behind each address.
-        let load = |first| unsafe { vld1q_f32(x.as_ptr().add(first)) };
-        [load(0), load(4), load(8), load(12)]
-    }
-
-    #[inline(always)]
-    fn load_f16(self, x: &[f16; PANEL]) -> Self::F32s {
-        // SAFETY: as in `splat`. `x` has 8 bytes behind each address.
-        let load = |first| unsafe { vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x.as_ptr().add(first).cast()))) };
-        [load(0), load(4), load(8), load(12)]
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, x: &[bf16; PANEL]) -> Self::F32s {
-        // SAFETY: as in `load_f16`. The bits are the upper halves of F32.
-        let load = |first| unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().add(first).cast()))) };
-        [load(0), load(4), load(8), load(12)]
-    }
-
-    #[inline(always)]
-    fn load_i8(self, x: &[i8; PANEL]) -> Self::F32s {
+    fn load(self, x: &[f32; PANEL], part: usize) -> float32x4_t {
+        let x = &x.as_chunks::<LANES>().0[part];
         // SAFETY: as in `splat`. The reference is to 16 readable bytes.
-        unsafe {
-            let codes = vld1q_s8(x.as_ptr());
-            let (low, high) = (vmovl_s8(vget_low_s8(codes)), vmovl_high_s8(codes));
-            [
-                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
-                vcvtq_f32_s32(vmovl_high_s16(low)),
-                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
-                vcvtq_f32_s32(vmovl_high_s16(high)),
-            ]
-        }
+        unsafe { vld1q_f32(x.as_ptr()) }
     }
 
     #[inline(always)]
-    fn store(self, x: Self::F32s, out: &mut [f32; PANEL]) {
-        for (i, x) in x.into_iter().enumerate() {
-            // SAFETY: as in `splat`. `out` has 16 bytes behind each of the four addresses.
-            unsafe { vst1q_f32(out.as_mut_ptr().add(i * LANES), x) }
-        }
-    }
-
-    #[inline(always)]
-    fn store_f16(self, x: Self::F32s, out: &mut [f16; PANEL]) {
-        for (i, x) in x.into_iter().enumerate() {
-            // SAFETY: as in `splat`. `out` has 8 bytes behind each of the four addresses.
-            unsafe { vst1_u16(out.as_mut_ptr().add(i * LANES).cast(), vreinterpret_u16_f16(vcvt_f16_f32(x))) }
-        }
-    }
-
-    #[inline(always)]
-    fn mul(self, a: Self::F32s, b: Self::F32s) -> Self::F32s {
+    fn load_f16(self, x: &[f16; PANEL], part: usize) -> float32x4_t {
         // SAFETY: as in `splat`.
-        let mul = |i: usize| unsafe { vmulq_f32(a[i], b[i]) };
-        [mul(0), mul(1), mul(2), mul(3)]
+        unsafe { load_f16(&x.as_chunks().0[part]) }
     }
 
     #[inline(always)]
-    fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s {
+    fn load_bf16(self, x: &[bf16; PANEL], part: usize) -> float32x4_t {
+        let x = &x.as_chunks::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 8 readable bytes, the upper halves of F32.
+        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; PANEL], part: usize) -> float32x4_t {
+        let codes = u32::from_le_bytes(x.as_chunks::<LANES>().0[part].map(|x| x as u8));
         // SAFETY: as in `splat`.
-        let mul_add = |i: usize| unsafe { vfmaq_f32(c[i], a[i], b[i]) };
-        [mul_add(0), mul_add(1), mul_add(2), mul_add(3)]
+        unsafe { vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(u64::from(codes)))))) }
+    }
+
+    #[inline(always)]
+    fn store(self, x: float32x4_t, out: &mut [f32; PANEL], part: usize) {
+        // SAFETY: as in `splat`.
+        unsafe { store(x, &mut out.as_chunks_mut().0[part]) }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, x: float32x4_t, out: &mut [f16; PANEL], part: usize) {
+        let out = &mut out.as_chunks_mut::<LANES>().0[part];
+        // SAFETY: as in `splat`. The reference is to 8 writable bytes.
+        unsafe { vst1_u16(out.as_mut_ptr().cast(), vreinterpret_u16_f16(vcvt_f16_f32(x))) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: as in `splat`.
+        unsafe { vmulq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: as in `splat`.
+        unsafe { vfmaq_f32(c, a, b) }
     }
 }
 
@@ -133,10 +126,20 @@ pub(super) fn load_f16(x: &[f16; LANES]) -> float32x4_t {
 #[target_feature(enable = "neon")]
 pub(super) fn store_quarter(x: float32x4_t, quarter: usize, out: &mut [f32]) {
     let first = (quarter * LANES).min(out.len());
-    let mut lanes = [0.0; LANES];
-    // SAFETY: `lanes` is 16 writable bytes, and the store needs no alignment.
-    unsafe { vst1q_f32(lanes.as_mut_ptr(), x) };
     let out = &mut out[first..];
-    let count = out.len().min(LANES);
-    out[..count].copy_from_slice(&lanes[..count]);
+    match out.first_chunk_mut() {
+        Some(out) => store(x, out),
+        None => {
+            let mut lanes = [0.0; LANES];
+            store(x, &mut lanes);
+            out.copy_from_slice(&lanes[..out.len()]);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn store(x: float32x4_t, out: &mut [f32; LANES]) {
+    // SAFETY: the reference is to 16 writable bytes, and the store needs no alignment.
+    unsafe { vst1q_f32(out.as_mut_ptr(), x) }
 }

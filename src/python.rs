@@ -24,7 +24,7 @@ mod _native {
     #[pymodule_export]
     use super::constraint::{Constraint, Vocabulary};
     #[pymodule_export]
-    use super::evaluate::{Baseline, perplexity};
+    use super::evaluate::{Reference, perplexity};
     #[pymodule_export]
     use super::gguf::{GgufFile, TensorInfo, convert};
     #[pymodule_export]

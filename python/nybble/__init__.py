@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nybble.model_info import ModelInfo
     from nybble.quantization.api import quantize
     from nybble.quantization.evaluation import Evaluation, Reference, evaluate
+    from nybble.quantization.options import QuantizeOptions
     from nybble.quantization.report import Report
     from nybble.sampling import SamplingOptions
     from nybble.session import Session
@@ -39,6 +40,7 @@ __all__ = [
     "ModelError",
     "ModelInfo",
     "Piece",
+    "QuantizeOptions",
     "QueueFullError",
     "Reference",
     "Report",
@@ -68,6 +70,7 @@ _MODULES = {
     "model": ("Model",),
     "model_info": ("ModelInfo",),
     "quantization.api": ("quantize",),
+    "quantization.options": ("QuantizeOptions",),
     "quantization.report": ("Report",),
     "sampling": ("SamplingOptions",),
     "session": ("Session",),

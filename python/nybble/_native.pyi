@@ -1,9 +1,9 @@
 """The compiled half of nybble: files, models, sampling and scheduling. Private: use `nybble.Model`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as _Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,10 @@ from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
 __all__ = [
-    "Baseline",
     "Constraint",
     "GgufFile",
     "Model",
+    "Reference",
     "Sampled",
     "Scheduler",
     "SentencePiece",
@@ -40,24 +40,40 @@ def convert(
     type: str,
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
+
+class _QuantizeOptions(Protocol):
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def search(self) -> bool: ...
+    @property
+    def block_format(self) -> str: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def bits_per_weight(self) -> float | None: ...
+    @property
+    def output_type(self) -> str: ...
+    @property
+    def keep(self) -> Mapping[str, str] | None: ...
+    @property
+    def target(self) -> float | None: ...
+    @property
+    def budget(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def force(self) -> bool: ...
+
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: _QuantizeOptions,
     *,
-    recipe: str = "gptq",
-    grid: str = "q4_0",
-    group: int = 32,
     windows: npt.NDArray[np.int32] | None = None,
     evaluation: npt.NDArray[np.int32] | None = None,
-    output_type: str = "q8_0",
-    keep: _Sequence[tuple[str, str]] = ...,
-    bits_per_weight: float | None = None,
-    target: float | None = None,
-    budget_seconds: float | None = None,
-    search: bool = True,
-    seed: int = 0,
-    threads: int | None = None,
-    force: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> str: ...
 def default_threads() -> int: ...
@@ -157,10 +173,10 @@ class Scheduler:
     def stats(self) -> dict[str, int]: ...
 
 @final
-class Baseline:
+class Reference:
     def __new__(
         cls, model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
-    ) -> Baseline: ...
+    ) -> Reference: ...
     def compare(self, model: Model, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]: ...
 
 def perplexity(

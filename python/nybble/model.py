@@ -142,9 +142,9 @@ class Model:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
             if chosen.quantize is not None and ":" in chosen.quantize:
-                from nybble.quantization.api import Spec
+                from nybble.quantization.api import quantize_to_cache
 
-                file = Spec.parse(chosen.quantize).apply(file, chosen.threads, progress or None)
+                file = quantize_to_cache(chosen.quantize, file, chosen.threads, progress or None)
                 chosen = chosen.replace(quantize=None)
             # Without mmap the file takes memory while it loads, and reading its vocabulary waits for that memory.
             background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None

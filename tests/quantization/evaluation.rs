@@ -1,10 +1,11 @@
-//! The figures of an evaluation, held to their definitions.
+//! The figures of an evaluation agree with their definitions.
 
-use crate::tiny_model::{ODD, Shape, llama};
 use nybble::Error;
 use nybble::model::{Input, LoadOptions, Logits, Model};
 use nybble::quant::block::BlockType;
-use nybble::quantize::eval::{Baseline, perplexity, windows};
+use nybble::quantize::eval::{Reference, perplexity, windows};
+
+use crate::tiny_model::{ODD, Shape, llama};
 
 const WINDOW: usize = 21;
 
@@ -14,7 +15,7 @@ fn load(shape: &Shape, block_type: BlockType, threads: usize) -> Model {
     Model::load(path, &LoadOptions { threads: Some(threads), ..LoadOptions::default() }).unwrap()
 }
 
-/// No two tokens are so nearly the likeliest after any of these that 16 bits could not tell.
+/// After each of these tokens 16 bits distinguish the most likely token from the second.
 fn text(tokens: usize) -> Vec<u32> {
     (0..tokens as u32).map(|i| (i * i + 9 * i + 5) % 101).collect()
 }
@@ -23,7 +24,7 @@ fn cut(tokens: usize) -> Vec<Vec<u32>> {
     windows(&text(tokens), WINDOW, None).unwrap()
 }
 
-/// Logarithms of probabilities after each scored position, and the token that came.
+/// The log-probabilities at each scored position, and the token that follows.
 fn expected(model: &Model, windows: &[Vec<u32>]) -> Vec<(Vec<f64>, usize)> {
     let mut all = Vec::new();
     for window in windows {
@@ -52,14 +53,14 @@ fn windows_do_not_overlap_and_begin_with_the_start_token() {
 }
 
 #[test]
-fn a_text_that_fills_no_window_is_refused_with_both_lengths() {
+fn a_text_shorter_than_a_window_is_refused_with_both_lengths() {
     let error = windows(&[1, 2, 3], 4, None).unwrap_err().to_string();
     assert!(error.contains("3 tokens") && error.contains("at least 4"), "{error}");
     assert!(windows(&[1, 2, 3], 3, None).is_err());
 }
 
 #[test]
-fn perplexity_is_that_of_the_second_half_of_each_window() {
+fn perplexity_scores_the_second_half_of_each_window() {
     let model = load(&ODD, BlockType::F32, 2);
     let windows = cut(5 * WINDOW + 4);
     let logs: Vec<f64> = expected(&model, &windows).iter().map(|(logs, token)| -logs[*token]).collect();
@@ -73,7 +74,7 @@ fn perplexity_is_that_of_the_second_half_of_each_window() {
 }
 
 #[test]
-fn divergence_is_that_of_the_definitions() {
+fn divergence_agrees_with_its_definition() {
     let (base, model) = (load(&ODD, BlockType::F32, 1), load(&ODD, BlockType::Q4_0, 1));
     let windows = cut(4 * WINDOW);
     let pairs: Vec<_> = expected(&base, &windows).into_iter().zip(expected(&model, &windows)).collect();
@@ -86,8 +87,8 @@ fn divergence_is_that_of_the_definitions() {
     let squares: f64 =
         pairs.iter().map(|((base, token), (model, _))| (model[*token].exp() - base[*token].exp()).powi(2)).sum();
 
-    let mut baseline = Baseline::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let found = baseline.compare(&model, &|_, _| Ok(()), &|| false).unwrap();
+    let mut reference = Reference::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let found = reference.compare(&model, &|_, _| Ok(()), &|| false).unwrap();
     let divergence = found.divergence.as_ref().unwrap();
     assert_eq!(found.tokens, 40);
     close(divergence.kl_mean.value, kl.iter().sum::<f64>() / 40.0, 2e-3);
@@ -100,15 +101,15 @@ fn divergence_is_that_of_the_definitions() {
     close(divergence.kl_max, kl[39], 2e-3);
     close(divergence.top_agreement.value, same as f64 / 40.0, 1e-12);
     close(divergence.rms_dp.value, (squares / 40.0).sqrt(), 2e-3);
-    close(divergence.reference.value, baseline.evaluation().perplexity.value, 1e-12);
+    close(divergence.reference.value, reference.evaluation().perplexity.value, 1e-12);
     close(divergence.ratio.value, found.perplexity.value / divergence.reference.value, 1e-9);
 }
 
 #[test]
 fn a_model_does_not_diverge_from_itself() {
     let model = load(&ODD, BlockType::Q8_0, 1);
-    let mut baseline = Baseline::record(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| false).unwrap();
-    let found = baseline.compare(&model, &|_, _| Ok(()), &|| false).unwrap().divergence.unwrap();
+    let mut reference = Reference::record(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| false).unwrap();
+    let found = reference.compare(&model, &|_, _| Ok(()), &|| false).unwrap().divergence.unwrap();
     assert!(found.kl_mean.value.abs() < 1e-5 && found.kl_max < 1e-4, "{found:?}");
     assert_eq!(found.top_agreement.value, 1.0);
     close(found.ratio.value, 1.0, 1e-4);
@@ -116,21 +117,21 @@ fn a_model_does_not_diverge_from_itself() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_matter_and_a_baseline_serves_many_times() {
+fn a_reference_gives_the_same_figures_on_any_number_of_threads() {
     let windows = cut(3 * WINDOW);
     let (one, two) = (load(&ODD, BlockType::Q4_1, 1), load(&ODD, BlockType::Q4_1, 2));
     let base = load(&ODD, BlockType::F32, 2);
-    let mut baseline = Baseline::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let first = baseline.compare(&one, &|_, _| Ok(()), &|| false).unwrap();
-    assert_eq!(first, baseline.compare(&two, &|_, _| Ok(()), &|| false).unwrap());
+    let mut reference = Reference::record(&base, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let first = reference.compare(&one, &|_, _| Ok(()), &|| false).unwrap();
+    assert_eq!(first, reference.compare(&two, &|_, _| Ok(()), &|| false).unwrap());
 }
 
 #[test]
-fn a_model_of_another_vocabulary_is_refused() {
+fn a_model_with_another_vocabulary_is_refused() {
     let (model, other) = (load(&ODD, BlockType::F32, 1), load(&Shape { vocabulary: 64, ..ODD }, BlockType::F32, 1));
     let windows = vec![vec![1; WINDOW]];
-    let mut baseline = Baseline::record(&model, &windows, &|_, _| Ok(()), &|| false).unwrap();
-    let error = baseline.compare(&other, &|_, _| Ok(()), &|| false).unwrap_err().to_string();
+    let mut reference = Reference::record(&model, &windows, &|_, _| Ok(()), &|| false).unwrap();
+    let error = reference.compare(&other, &|_, _| Ok(()), &|| false).unwrap_err().to_string();
     assert!(error.contains("64 tokens") && error.contains("101 tokens"), "{error}");
 }
 
@@ -142,19 +143,19 @@ fn windows_that_cannot_be_scored_are_refused() {
     assert!(fails(&[vec![1, 2, 3]]));
     assert!(fails(&[vec![1; 8], vec![1; 9]]));
     assert!(fails(&[vec![101; 8]]), "an id beyond the vocabulary");
-    // Only the token that is predicted last is never read.
+    // The model never reads the last token, which is only scored.
     assert!(fails(&[vec![1, 1, 1, 1, 1, 1, 1, 101]]), "an id beyond the vocabulary at the end");
 }
 
 #[test]
-fn evaluation_stops_when_it_is_asked_to() {
+fn an_interrupted_evaluation_stops() {
     let model = load(&ODD, BlockType::F32, 1);
     let error = perplexity(&model, &cut(3 * WINDOW), &|_, _| Ok(()), &|| true).unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");
 }
 
 #[test]
-fn progress_counts_windows_up_to_all_of_them() {
+fn progress_counts_windows_up_to_the_total() {
     let model = load(&ODD, BlockType::F32, 1);
     let seen = std::sync::Mutex::new(Vec::new());
     perplexity(

@@ -5,4 +5,5 @@ mod tiny_model;
 
 mod evaluation;
 mod recipes;
+mod sources;
 mod tuning;

@@ -1,66 +1,58 @@
-//! The automatic INT4 flow on every family's tiny checkpoint.
+//! Quantization of the tiny checkpoint of every family.
 
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::Error;
-use nybble::format::gguf::{Gguf, Metadata, NewTensor, Writer};
-use nybble::model::hf::HfFolder;
-use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
+use nybble::format::gguf::{Gguf, NewTensor, Writer};
 use nybble::quant::block::BlockType;
-use nybble::quantize::problem::Grid;
-use nybble::quantize::search::Target;
-use nybble::quantize::{AutoOptions, Options, Policy, Recipe, Report, auto, gptq, quantize, signround, spend_bits};
-use tempfile::TempDir;
+use nybble::quantize::{
+    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, SignroundOptions, Target,
+    TensorFormats, auto, quantize, spend_bits,
+};
+
+use crate::sources::{self, golden, source};
 
 const RTN: Recipe = Recipe::Rtn { search: false };
 
 fn gptq() -> Recipe {
-    Recipe::Gptq(gptq::Options::default())
+    Recipe::Gptq(GptqOptions::default())
 }
 
-fn options(recipe: Recipe) -> Options {
-    let policy = Policy { grid: Grid::Q4_0, group: 32, output_type: BlockType::Q8_0, keep: vec![] };
-    Options { recipe, tune: None, policy, threads: Some(1), force: false }
+fn options(recipe: Recipe) -> QuantizeOptions {
+    let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
+    QuantizeOptions { recipe, tuning: None, formats }
 }
 
 fn windows() -> Vec<Vec<u32>> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) % 320
-    };
-    (0..20).map(|_| (0..64).map(|_| next()).collect()).collect()
+    sources::windows(std::iter::repeat_n(64, 20))
 }
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name)
-}
-
-/// The checkpoint as a GGUF file of F32, which needs no tokenizer.
-fn source(folder: &TempDir, name: &str) -> PathBuf {
-    let path = folder.path().join(format!("{name}-f32.gguf"));
-    let checkpoint = HfFolder::open(golden(name)).unwrap();
-    convert::convert(&checkpoint, &Metadata::new(), &path, BlockType::F32, None).unwrap();
-    path
-}
-
-fn run(source: &Path, out: &Path, options: &Options) -> nybble::Result<Report> {
-    quantize(source, out, options, &windows(), &|_, _, _| {}, &|| false)
-}
-
-/// The logits that the weights of a file give when they are computed in F32.
+/// The logits of a file on a short text.
 fn logits(file: &Path) -> Vec<f32> {
-    let floats = file.with_extension("floats.gguf");
-    convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
-    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
-    let model = Model::load(&floats, &options).unwrap();
-    let (mut session, mut logits) = (model.session(), Vec::new());
-    let tokens: Vec<u32> = (0..60).map(|i| (i * i * 31 + 7) % 320).collect();
-    let input = Input { session: &mut session, tokens: &tokens, logits: Logits::All };
-    model.forward(&mut [input], &mut logits, &|| false).unwrap();
-    logits
+    sources::logits(file, &[(0..60).map(|i| (i * i * 31 + 7) % 320).collect()])
+}
+
+fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
+    run_on(source, out, options, 1, &|| false)
+}
+
+fn run_on(
+    source: &Path,
+    out: &Path,
+    options: &QuantizeOptions,
+    threads: usize,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> nybble::Result<Report> {
+    let windows = windows();
+    let context = RunContext { threads: Some(threads), interrupted: stop, ..RunContext::new(source, out, &windows) };
+    quantize(&context, options)
+}
+
+fn run_forced(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
+    let windows = windows();
+    quantize(&RunContext { threads: Some(1), force: true, ..RunContext::new(source, out, &windows) }, options)
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -78,7 +70,7 @@ fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
         let expected = logits(&source);
         let distance_of = |recipe: Recipe| {
             let out = folder.path().join("out.gguf");
-            let report = run(&source, &out, &Options { force: true, ..options(recipe) }).unwrap();
+            let report = run_forced(&source, &out, &options(recipe)).unwrap();
             assert_eq!(report.size_bytes, out.metadata().unwrap().len());
             for tensor in report.tensors.iter().filter(|tensor| tensor.linear) {
                 assert_eq!((tensor.block_type, &*tensor.recipe), (BlockType::Q4_0, recipe.name()), "{}", tensor.name);
@@ -94,21 +86,20 @@ fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
 }
 
 #[test]
-fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
+fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
     let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     families.sort();
-    let mut folded = 0;
+    let mut scaled = 0;
     for name in families {
         let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
         let source = source(&folder, name);
         let expected = logits(&source);
         let out = folder.path().join("out.gguf");
-        // Five bits, so that what is left of the difference is small; one tensor is kept, which must be scaled as well.
-        let keep = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
-        let policy = Policy { grid: Grid::Q5_0, keep, ..options(RTN).policy };
+        // Five bits keep the difference small. One tensor has an override, and must be scaled as well.
+        let overrides = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
+        let formats = TensorFormats { format: Format::Q5_0, overrides, ..options(RTN).formats };
         let distance_of = |recipe: Recipe| {
-            let options = Options { policy: policy.clone(), force: true, ..options(recipe) };
-            run(&source, &out, &options).unwrap();
+            run_forced(&source, &out, &QuantizeOptions { formats: formats.clone(), ..options(recipe) }).unwrap();
             distance(&logits(&out), &expected)
         };
         let (rounded, own) = (distance_of(RTN), distance_of(Recipe::Awq(None)));
@@ -117,20 +108,22 @@ fn awq_keeps_the_function_of_every_family_where_it_folds_factors_into_norms() {
             let file = Gguf::open(file).unwrap();
             file.tensor("blk.1.attn_norm.weight").map(|tensor| file.data(tensor).to_vec())
         };
-        folded += usize::from(norm(&source) != norm(&out));
+        scaled += usize::from(norm(&source) != norm(&out));
     }
-    assert!(folded >= 15, "{folded} families have norms that take factors");
+    assert!(scaled >= 15, "{scaled} families have scaled norms");
 }
 
 #[test]
-fn auto_takes_the_first_recipe_that_is_good_enough_and_leaves_no_other_file() {
+fn auto_takes_the_first_recipe_that_meets_the_target() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let evaluation: Vec<Vec<u32>> = windows().into_iter().take(4).collect();
     let search = |target: Target, force: bool| {
-        let policy = Policy { grid: Grid::Iq4Nl, ..options(RTN).policy };
-        let options = AutoOptions { policy, target, budget: None, threads: Some(1), force };
-        auto(&source, &out, &options, &windows(), &evaluation, &|_, _, _| {}, &|| false)
+        let formats = TensorFormats { format: Format::Iq4Nl, ..options(RTN).formats };
+        let options = AutoOptions { formats, target, budget: None, seed: 0 };
+        let windows = windows();
+        let context = RunContext { threads: Some(1), force, ..RunContext::new(&source, &out, &windows) };
+        auto(&context, &options, &evaluation)
     };
     let found = search(Target::Divergence(100.0), false).unwrap();
     assert_eq!((found.outcome.chosen, found.outcome.tried.len()), (0, 1));
@@ -150,37 +143,39 @@ fn auto_takes_the_first_recipe_that_is_good_enough_and_leaves_no_other_file() {
 }
 
 #[test]
-fn bits_that_are_left_go_to_some_tensors_and_never_over_the_budget() {
+fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
-    let policy = options(RTN).policy;
-    let journal = folder.path().join("out.gguf");
-    let spend_until = |policy: &Policy, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
-        spend_bits(&source, &journal, policy, bits, &windows(), Some(1), &|_, _, _| {}, stop)
+    let formats = options(RTN).formats;
+    let output = folder.path().join("out.gguf");
+    let spend_until = |formats: &TensorFormats, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
+        let windows = windows();
+        let context = RunContext { threads: Some(1), interrupted: stop, ..RunContext::new(&source, &output, &windows) };
+        spend_bits(&context, formats, bits)
     };
-    let spend = |bits: f64| spend_until(&policy, bits, &|| false);
-    assert_eq!(spend(4.5).unwrap(), policy);
+    let spend = |bits: f64| spend_until(&formats, bits, &|| false);
+    assert_eq!(spend(4.5).unwrap(), formats);
     assert!(spend(4.4).unwrap_err().to_string().starts_with("bits_per_weight: found 4.4, expected at least 4.5"));
     let mut last = f64::INFINITY;
     for bits in [5.0, 5.5, 7.0, 8.5] {
         let out = folder.path().join(format!("{bits}.gguf"));
-        let report = run(&source, &out, &Options { policy: spend(bits).unwrap(), ..options(gptq()) }).unwrap();
+        let report = run(&source, &out, &QuantizeOptions { formats: spend(bits).unwrap(), ..options(gptq()) }).unwrap();
         assert!(report.bits_per_weight() <= bits && report.bits_per_weight() > bits - 0.4, "{bits}: {report:?}");
         let lost = distance(&logits(&out), &logits(&source));
         assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
         last = lost;
     }
-    // What was measured is not measured again.
+    // Measurements are kept, and a damaged end of the file is measured again.
     let kept = folder.path().join("out.gguf.bits.resume");
     let (whole, plan) = (std::fs::read(&kept).unwrap(), spend(5.5).unwrap());
     assert_eq!(std::fs::read(&kept).unwrap(), whole);
     std::fs::write(&kept, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(spend(5.5).unwrap(), plan);
     assert_eq!(std::fs::read(&kept).unwrap(), whole);
-    let other = Policy { group: 64, ..policy.clone() };
+    let other = TensorFormats { group: 64, ..formats.clone() };
     assert!(matches!(spend_until(&other, 5.5, &|| true), Err(Error::Interrupted)));
     assert!(std::fs::metadata(&kept).unwrap().len() < whole.len() as u64, "of another run");
-    run(&source, &journal, &options(RTN)).unwrap();
+    run(&source, &output, &options(RTN)).unwrap();
     assert!(!kept.exists());
 }
 
@@ -188,11 +183,11 @@ fn bits_that_are_left_go_to_some_tensors_and_never_over_the_budget() {
 fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
-    let signround = signround::Options { steps: 20, ..signround::Options::default() };
-    for recipe in [Recipe::Awq(None), Recipe::Awq(Some(gptq::Options::default())), Recipe::Signround(signround)] {
+    let signround = SignroundOptions { steps: 20, ..SignroundOptions::default() };
+    for recipe in [Recipe::Awq(None), Recipe::Awq(Some(GptqOptions::default())), Recipe::Signround(signround)] {
         let of = |threads: usize| {
             let out = folder.path().join(format!("{}-{threads}.gguf", recipe.name()));
-            run(&source, &out, &Options { threads: Some(threads), ..options(recipe) }).unwrap();
+            run_on(&source, &out, &options(recipe), threads, &|| false).unwrap();
             std::fs::read(out).unwrap()
         };
         assert!(of(1) == of(2), "{}", recipe.name());
@@ -206,7 +201,7 @@ fn the_bytes_are_the_same_on_one_and_two_threads() {
         let source = source(&folder, name);
         let of = |threads: usize| {
             let out = folder.path().join(format!("{name}-{threads}.gguf"));
-            run(&source, &out, &Options { threads: Some(threads), ..options(gptq()) }).unwrap();
+            run_on(&source, &out, &options(gptq()), threads, &|| false).unwrap();
             std::fs::read(out).unwrap()
         };
         assert!(of(1) == of(2), "{name}");
@@ -214,7 +209,7 @@ fn the_bytes_are_the_same_on_one_and_two_threads() {
 }
 
 #[test]
-fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
+fn a_stopped_run_continues_to_the_same_bytes() {
     for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN), ("bloom", Recipe::Awq(None))] {
         let folder = tempfile::tempdir().unwrap();
         let source = source(&folder, name);
@@ -223,26 +218,26 @@ fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
         let options = options(recipe);
         let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
         let stop = || count() > usize::MAX - 1;
-        quantize(&source, &whole, &options, &windows(), &|_, _, _| {}, &stop).unwrap();
+        run_on(&source, &whole, &options, 1, &stop).unwrap();
         let (whole, steps) = (std::fs::read(whole).unwrap(), asked.load(Ordering::Relaxed));
         assert!(steps > 4, "{name} can be stopped {steps} times");
 
         let out = folder.path().join("out.gguf");
-        // Stops again and again, each time a little later than the time before.
+        // Stops repeatedly, each time a little later.
         let mut stops = 0;
-        for patience in (1..).map(|i| i * steps / 8) {
+        for limit in (1..).map(|i| i * steps / 8) {
             asked.store(0, Ordering::Relaxed);
-            let stop = || count() > patience;
-            match quantize(&source, &out, &options, &windows(), &|_, _, _| {}, &stop) {
+            let stop = || count() > limit;
+            match run_on(&source, &out, &options, 1, &stop) {
                 Ok(_) => break,
                 Err(Error::Interrupted) => stops += 1,
                 Err(error) => panic!("{name}: {error}"),
             }
-            assert!(!out.exists(), "nothing stands under the final name");
-            // A record that was being written when the process died.
-            let journal = folder.path().join("out.gguf.resume");
-            let length = journal.metadata().unwrap().len();
-            std::fs::File::options().write(true).open(&journal).unwrap().set_len(length.saturating_sub(5)).unwrap();
+            assert!(!out.exists(), "no file has the final name");
+            // An incomplete record, as after a kill.
+            let log = folder.path().join("out.gguf.resume");
+            let length = log.metadata().unwrap().len();
+            std::fs::File::options().write(true).open(&log).unwrap().set_len(length.saturating_sub(5)).unwrap();
         }
         assert!(stops > 2, "{name} was stopped {stops} times");
         assert!(std::fs::read(&out).unwrap() == whole, "{name}");
@@ -252,7 +247,7 @@ fn a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes() {
 }
 
 #[test]
-fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
+fn a_run_with_its_output_in_the_source_folder_continues() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(golden("llama").join(name), folder.path().join(name)).unwrap();
@@ -262,7 +257,7 @@ fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
     let run = |most: usize| {
         asked.store(0, Ordering::Relaxed);
         let stop = || asked.fetch_add(1, Ordering::Relaxed) >= most;
-        quantize(folder.path(), &out, &options(gptq()), &windows(), &|_, _, _| {}, &stop)
+        run_on(folder.path(), &out, &options(gptq()), 1, &stop)
     };
     run(usize::MAX).unwrap();
     let (whole, steps) = (std::fs::read(&out).unwrap(), asked.load(Ordering::Relaxed));
@@ -274,23 +269,23 @@ fn a_run_that_writes_into_the_folder_of_its_source_goes_on_there() {
 }
 
 #[test]
-fn what_is_done_is_not_done_again() {
+fn finished_work_is_not_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let asked = AtomicUsize::new(0);
     let all = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
-    quantize(&source, &folder.path().join("all.gguf"), &options(gptq()), &windows(), &|_, _, _| {}, &all).unwrap();
+    run_on(&source, &folder.path().join("all.gguf"), &options(gptq()), 1, &all).unwrap();
     let most = asked.swap(0, Ordering::Relaxed) * 9 / 10;
     // Far into the last layer.
     let stop = || asked.fetch_add(1, Ordering::Relaxed) > most;
-    let first = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &stop);
+    let first = run_on(&source, &out, &options(gptq()), 1, &stop);
     assert!(matches!(first, Err(Error::Interrupted)));
-    let journal = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
+    let log = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
     let steps = asked.load(Ordering::Relaxed);
-    let second = quantize(&source, &out, &options(gptq()), &windows(), &|_, _, _| {}, &|| true);
+    let second = run_on(&source, &out, &options(gptq()), 1, &|| true);
     assert!(matches!(second, Err(Error::Interrupted)));
-    assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == journal);
-    // Nor are layers gone through again that are whole.
+    assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == log);
+    // Finished layers are not computed again.
     asked.store(0, Ordering::Relaxed);
     let count = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
     let copy = folder.path().join("copy.gguf");
@@ -298,17 +293,17 @@ fn what_is_done_is_not_done_again() {
         let own = folder.path().join(format!("out.gguf.{end}"));
         std::fs::copy(own, folder.path().join(format!("copy.gguf.{end}"))).unwrap();
     }
-    quantize(&source, &copy, &options(gptq()), &windows(), &|_, _, _| {}, &count).unwrap();
+    run_on(&source, &copy, &options(gptq()), 1, &count).unwrap();
     assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
     // Other options are another run.
-    let other = Options { policy: Policy { group: 64, ..options(gptq()).policy }, ..options(gptq()) };
-    let third = quantize(&source, &out, &other, &windows(), &|_, _, _| {}, &|| true);
+    let formats = TensorFormats { group: 64, ..options(gptq()).formats };
+    let third = run_on(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }, 1, &|| true);
     assert!(matches!(third, Err(Error::Interrupted)));
-    assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < journal.len() as u64);
+    assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < log.len() as u64);
 }
 
 #[test]
-fn progress_goes_forward_and_ends_below_the_total() {
+fn progress_grows_and_stays_below_the_total() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "qwen3");
     let last = Cell::new(0);
@@ -317,25 +312,28 @@ fn progress_goes_forward_and_ends_below_the_total() {
         assert!(done < total);
         last.set(done);
     };
-    quantize(&source, &folder.path().join("out.gguf"), &options(gptq()), &windows(), &progress, &|| false).unwrap();
+    let (out, windows) = (folder.path().join("out.gguf"), windows());
+    quantize(&RunContext { progress: &progress, ..RunContext::new(&source, &out, &windows) }, &options(gptq()))
+        .unwrap();
     assert!(last.get() > 0);
 }
 
 #[test]
-fn every_format_and_kept_tensors_are_written_as_asked() {
+fn formats_and_overrides_are_written_as_requested() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
-    for (grid, group, expected) in [
-        (Grid::Q4_0, 64, (BlockType::Q4_0, 64)),
-        (Grid::Q4_1, 128, (BlockType::Q4_1, 64)),
-        (Grid::Iq4Nl, 0, (BlockType::IQ4_NL, 64)),
-        (Grid::Q4_1, 32, (BlockType::Q4_1, 32)),
+    for (format, group, expected) in [
+        (Format::Q4_0, 64, (BlockType::Q4_0, 64)),
+        (Format::Q4_1, 128, (BlockType::Q4_1, 64)),
+        (Format::Iq4Nl, 0, (BlockType::IQ4_NL, 64)),
+        (Format::Q4_1, 32, (BlockType::Q4_1, 32)),
     ] {
-        let keep = [("blk.0.ffn_down", BlockType::Q8_0), ("output", BlockType::F16), ("*.1.attn_?", BlockType::Q4_1)];
-        let keep = keep.map(|(pattern, block_type)| (pattern.to_owned(), block_type)).to_vec();
-        let policy = Policy { grid, group, output_type: BlockType::Q4_0, keep };
-        let out = folder.path().join(format!("{grid:?}-{group}.gguf"));
-        run(&source, &out, &Options { policy, ..options(gptq()) }).unwrap();
+        let overrides =
+            [("blk.0.ffn_down", BlockType::Q8_0), ("output", BlockType::F16), ("*.1.attn_?", BlockType::Q4_1)];
+        let overrides = overrides.map(|(pattern, block_type)| (pattern.to_owned(), block_type)).to_vec();
+        let formats = TensorFormats { format, group, output_type: BlockType::Q4_0, overrides };
+        let out = folder.path().join(format!("{format:?}-{group}.gguf"));
+        run(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }).unwrap();
         let file = Gguf::open(&out).unwrap();
         let found = |name: &str| file.tensor(name).unwrap().block_type();
         assert_eq!(found("blk.0.attn_q.weight"), expected.0);
@@ -344,35 +342,35 @@ fn every_format_and_kept_tensors_are_written_as_asked() {
         assert_eq!(found("output.weight"), BlockType::F16);
         assert_eq!(found("token_embd.weight"), BlockType::Q4_0);
         assert_eq!(found("blk.0.attn_norm.weight"), BlockType::F32);
-        // A group is several blocks with the same scale.
+        // The blocks of a group have the same scale.
         let tensor = file.tensor("blk.0.attn_q.weight").unwrap();
         let (bytes, blocks) = (file.data(tensor), expected.1 / 32);
         let scales: Vec<&[u8]> = bytes.chunks(expected.0.block_bytes()).map(|block| &block[..2]).collect();
-        assert!(scales.chunks(blocks).all(|group| group.iter().all(|scale| *scale == group[0])), "{grid:?} {group}");
+        assert!(scales.chunks(blocks).all(|group| group.iter().all(|scale| *scale == group[0])), "{format:?} {group}");
         assert!(logits(&out).iter().all(|logit| logit.is_finite()));
     }
 }
 
 #[test]
-fn experts_that_few_tokens_choose_are_rounded_and_the_report_says_so() {
+fn experts_with_too_few_tokens_are_rounded_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "qwen3_moe"), folder.path().join("out.gguf"));
-    // One window again and again but for its order: enough text, and experts that it never reaches.
+    // The same token throughout: enough text, and experts that it never reaches.
     let windows = vec![vec![7; 32]; 20];
-    let report = quantize(&source, &out, &options(gptq()), &windows, &|_, _, _| {}, &|| false).unwrap();
+    let report = quantize(&RunContext::new(&source, &out, &windows), &options(gptq())).unwrap();
     let experts = report.tensors.iter().filter(|tensor| tensor.name.contains("_exps"));
     let recipes: Vec<&str> = experts.map(|tensor| &*tensor.recipe).collect();
-    assert!(recipes.iter().any(|recipe| recipe.contains("rtn (0 tokens of the text came here)")), "{recipes:?}");
+    assert!(recipes.iter().any(|recipe| recipe.contains("rtn (0 tokens of the text reached it)")), "{recipes:?}");
     assert!(recipes.iter().any(|recipe| recipe.contains("gptq")), "{recipes:?}");
     assert!(logits(&out).iter().all(|logit| logit.is_finite()));
 }
 
 #[test]
-fn faults_are_named_and_leave_nothing_under_the_final_name() {
+fn errors_name_their_cause_and_leave_no_output() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
-    let refused = |source: &Path, options: &Options, windows: &[Vec<u32>]| {
-        let error = quantize(source, &out, options, windows, &|_, _, _| {}, &|| false).unwrap_err().to_string();
+    let refused = |source: &Path, options: &QuantizeOptions, windows: &[Vec<u32>]| {
+        let error = quantize(&RunContext::new(source, &out, windows), options).unwrap_err().to_string();
         assert!(!out.exists(), "{error}");
         error
     };
@@ -401,34 +399,34 @@ fn faults_are_named_and_leave_nothing_under_the_final_name() {
     assert_eq!(refused(&whole, &options(gptq()), &unknown), "token: found 320, expected an id below 320");
     let long = vec![vec![1; 100_000]];
     assert!(refused(&whole, &options(gptq()), &long).starts_with("window: found 100000 tokens"));
-    let policy = Policy { group: 33, ..options(RTN).policy };
-    assert!(refused(&whole, &Options { policy, ..options(RTN) }, &[]).starts_with("group: found 33"));
+    let formats = TensorFormats { group: 33, ..options(RTN).formats };
+    assert!(refused(&whole, &QuantizeOptions { formats, ..options(RTN) }, &[]).starts_with("group: found 33"));
     assert!(refused(Path::new("nowhere.gguf"), &options(RTN), &[]).starts_with("nowhere.gguf"));
 
     for (pattern, is_known) in [("blk.7.*", false), ("blk.0.ffn_up", true), ("ffn_up", false), ("*", true)] {
-        let policy = Policy { keep: vec![(pattern.to_owned(), BlockType::Q8_0)], ..options(RTN).policy };
-        let options = Options { policy, ..options(RTN) };
+        let overrides = vec![(pattern.to_owned(), BlockType::Q8_0)];
+        let formats = TensorFormats { overrides, ..options(RTN).formats };
+        let options = QuantizeOptions { formats, ..options(RTN) };
         if is_known {
             run(&whole, &out, &options).unwrap();
             std::fs::remove_file(&out).unwrap();
         } else {
-            let expected = format!("keep: found {pattern:?}, which no tensor is called, expected the name of a tensor");
+            let expected = format!("keep: found {pattern:?}, which matches no tensor, expected the name of a tensor");
             assert!(refused(&whole, &options, &[]).starts_with(&expected));
         }
     }
-    let forced = Options { force: true, ..options(RTN) };
-    let error = run(&whole, &whole, &forced).unwrap_err().to_string();
+    let error = run_forced(&whole, &whole, &options(RTN)).unwrap_err().to_string();
     assert!(error.ends_with("which is the source, expected another file"), "{error}");
 
     std::fs::write(&out, "mine").unwrap();
     let error = run(&whole, &out, &options(RTN)).unwrap_err().to_string();
     assert!(error.contains("which exists"), "{error}");
     assert_eq!(std::fs::read(&out).unwrap(), b"mine");
-    run(&whole, &out, &Options { force: true, ..options(RTN) }).unwrap();
+    run_forced(&whole, &out, &options(RTN)).unwrap();
     assert!(Gguf::open(&out).is_ok());
 }
 
-/// A copy of a file of floats in which one number is NaN.
+/// Copies a file of floats with one number replaced by NaN.
 fn with_nan(source: &Path, out: &Path, name: &str, at: usize) {
     let file = Gguf::open(source).unwrap();
     let mut writer = Writer::create(out, file.metadata(), file.tensors().iter().map(NewTensor::from)).unwrap();

@@ -19,19 +19,19 @@ WINDOW = 40
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def rounded(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model of the same vocabulary."""
+    """Another model with the same vocabulary."""
     return tiny.write_model(tmp_path_factory.mktemp("other") / "other.gguf", layers=1)
 
 
 def expected(model: Model) -> tuple[float, int]:
-    """Perplexity by the definition, and the number of tokens."""
+    """The perplexity by its definition, and the number of tokens."""
     ids = model.tokenize(TEXT, add_special=False)
     found = []
     for first in range(0, len(ids) - WINDOW + 1, WINDOW):
@@ -42,7 +42,7 @@ def expected(model: Model) -> tuple[float, int]:
     return float(np.exp(np.mean(found))), len(found)
 
 
-def test_perplexity_is_that_of_the_definition(tiny_model: Model, text_file: Path) -> None:
+def test_perplexity_agrees_with_its_definition(tiny_model: Model, text_file: Path) -> None:
     perplexity, tokens = expected(tiny_model)
     found = evaluate(tiny_model, text_file, window=WINDOW)
     assert found.tokens == tokens
@@ -51,9 +51,7 @@ def test_perplexity_is_that_of_the_definition(tiny_model: Model, text_file: Path
     assert evaluate(tiny_model, [TEXT], window=WINDOW) == found
 
 
-def test_a_reference_may_be_closed_before_others_are_compared_with_it(
-    tiny_model: Model, tiny_file: Path, rounded: Path, text_file: Path
-) -> None:
+def test_a_reference_outlives_its_model(tiny_model: Model, tiny_file: Path, rounded: Path, text_file: Path) -> None:
     with Model.load(tiny_file) as model:
         reference = Reference(model, text_file, window=WINDOW)
     itself = reference.compare(tiny_model)
@@ -70,7 +68,7 @@ def test_a_reference_may_be_closed_before_others_are_compared_with_it(
     assert found.reference_perplexity == pytest.approx(expected(tiny_model)[0], rel=1e-5)
 
 
-def test_progress_counts_windows_and_may_stop_the_work(tiny_model: Model) -> None:
+def test_progress_counts_windows_and_can_stop_the_evaluation(tiny_model: Model) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(tiny_model, [TEXT], window=100, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
@@ -82,7 +80,7 @@ def test_progress_counts_windows_and_may_stop_the_work(tiny_model: Model) -> Non
         evaluate(tiny_model, [TEXT], window=100, progress=stop)
 
 
-def test_a_model_that_wants_a_start_token_gets_it_in_each_window(tmp_path: Path) -> None:
+def test_each_window_begins_with_the_start_token(tmp_path: Path) -> None:
     path = tiny.write_model(tmp_path / "start.gguf", tokenizer__ggml__add_bos_token=True)
     with Model.load(path) as model:
         cut = datasets.windows(model.tokenizer, [TEXT], WINDOW)
@@ -92,7 +90,7 @@ def test_a_model_that_wants_a_start_token_gets_it_in_each_window(tmp_path: Path)
     assert cut[1, 1:].tolist() == plain[WINDOW : 2 * WINDOW - 1]
 
 
-def test_documents_of_jsonl_follow_one_another(tmp_path: Path, tiny_model: Model) -> None:
+def test_documents_of_jsonl_are_concatenated(tmp_path: Path, tiny_model: Model) -> None:
     path = tmp_path / "documents.jsonl"
     lines = [json.dumps("first"), "", json.dumps({"text": "second\nline"}), json.dumps({"content": "third"})]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -101,14 +99,14 @@ def test_documents_of_jsonl_follow_one_another(tmp_path: Path, tiny_model: Model
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"title": "x"}', "7"])
-def test_a_line_that_is_no_document_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_of_jsonl_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text(f'"fine"\n{line}\n', encoding="utf-8")
     with pytest.raises(ModelError, match="line 2"):
         datasets.read(path)
 
 
-def test_what_cannot_be_measured_is_refused(tiny_model: Model, tmp_path: Path, rounded: Path) -> None:
+def test_text_and_windows_out_of_range_are_refused(tiny_model: Model, tmp_path: Path, rounded: Path) -> None:
     with pytest.raises(ModelError, match="found 5 tokens, expected at least 40"):
         evaluate(tiny_model, ["short"], window=WINDOW)
     with pytest.raises(ValueError, match="window"):
@@ -118,7 +116,7 @@ def test_what_cannot_be_measured_is_refused(tiny_model: Model, tmp_path: Path, r
     with pytest.raises(FileNotFoundError):
         evaluate(tiny_model, tmp_path / "absent.txt", window=WINDOW)
     (tmp_path / "bytes.txt").write_bytes(b"fine \xff\xfe")
-    with pytest.raises(ModelError, match="UTF-8 at 5"):
+    with pytest.raises(ModelError, match="invalid UTF-8 at byte 5"):
         evaluate(tiny_model, tmp_path / "bytes.txt", window=WINDOW)
 
 
@@ -144,7 +142,7 @@ def test_eval_prints_a_table_of_80_columns(
         assert name in out
 
 
-def test_an_evaluation_names_its_errors() -> None:
+def test_every_error_field_belongs_to_a_figure() -> None:
     fields = set(Evaluation.__dataclass_fields__)
     errors = {name for name in fields if name.endswith("_error")}
     assert {name.removesuffix("_error") for name in errors} <= fields

@@ -1,4 +1,4 @@
-"""Quantizing from Python and from the command line, and the report about it."""
+"""Quantization from Python and from the command line, and its report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from nybble import Model, ModelError, Report, _native, quantize
+from nybble import Model, ModelError, QuantizeOptions, Report, _native, quantize
 from nybble.cli import main
 from nybble.models import hub
 from nybble.quantization import calibration
-from nybble.quantization.api import Spec
+from nybble.quantization.measuring import split
+from nybble.quantization.spec import Spec
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind at all. " * 30
 
@@ -30,7 +31,7 @@ def source(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_file_is_written_that_runs_and_the_report_says_what_it_is(source: Path, tmp_path: Path) -> None:
+def test_the_output_runs_and_the_report_describes_it(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     report = quantize(source, out, recipe="rtn", group=64)
     assert report.out == out
@@ -44,7 +45,7 @@ def test_a_file_is_written_that_runs_and_the_report_says_what_it_is(source: Path
         assert model.generate("x", max_tokens=4).usage.completion_tokens <= 4
 
 
-def test_a_text_to_measure_with_gives_figures(source: Path, tmp_path: Path) -> None:
+def test_an_evaluation_text_gives_figures(source: Path, tmp_path: Path) -> None:
     report = quantize(
         source, tmp_path / "out.gguf", recipe="gptq", group=64, symmetric=False, calibration=[TEXT], evaluation=[TEXT]
     )
@@ -57,7 +58,7 @@ def test_a_text_to_measure_with_gives_figures(source: Path, tmp_path: Path) -> N
     assert report.kl_by_position
 
 
-def test_auto_tries_recipes_and_says_which_it_chose_and_why(source: Path, tmp_path: Path) -> None:
+def test_auto_tries_recipes_and_gives_the_reason_for_its_choice(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     stages: list[str] = []
     report = quantize(
@@ -73,11 +74,9 @@ def test_auto_tries_recipes_and_says_which_it_chose_and_why(source: Path, tmp_pa
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_is_measured_with_was_held_out(source: Path, tmp_path: Path) -> None:
-    from nybble.quantization.api import _split
-
+def test_windows_to_measure_on_are_held_out(source: Path, tmp_path: Path) -> None:
     windows = calibration_windows(40)
-    seen, held_out = _split(windows)
+    seen, held_out = split(windows)
     assert len(held_out) == 5
     assert sorted(map(tuple, [*seen.tolist(), *held_out.tolist()])) == sorted(map(tuple, windows.tolist()))
     report = quantize(source, tmp_path / "out.gguf", recipe="rtn", calibration=[TEXT], measure=True)
@@ -90,7 +89,7 @@ def calibration_windows(count: int) -> Any:
     return np.arange(count * 4, dtype=np.int32).reshape(count, 4)
 
 
-def test_the_sample_of_the_package_and_the_models_own_texts_serve_to_calibrate(source: Path, tmp_path: Path) -> None:
+def test_the_sample_and_generated_text_serve_to_calibrate(source: Path, tmp_path: Path) -> None:
     (sample,), _ = calibration.documents("sample")
     assert len(sample) > 10_000
     for text in ("sample", "self"):
@@ -99,7 +98,7 @@ def test_the_sample_of_the_package_and_the_models_own_texts_serve_to_calibrate(s
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_models_own_texts_are_the_same_for_the_same_seed(source: Path) -> None:
+def test_generated_text_depends_on_the_seed_only(source: Path) -> None:
     with Model.load(source) as model:
         first = calibration.generate(model, 200, window=50, seed=3)
         assert first.shape == (4, 50)
@@ -107,8 +106,8 @@ def test_a_models_own_texts_are_the_same_for_the_same_seed(source: Path) -> None
         assert (first != calibration.generate(model, 200, window=50, seed=4)).any()
 
 
-def test_what_a_model_has_written_is_not_written_again(source: Path, tmp_path: Path) -> None:
-    keep, counts = tmp_path / "texts", list[int]()
+def test_generated_text_is_kept_for_the_next_run(source: Path, tmp_path: Path) -> None:
+    keep, counts = tmp_path / "kept", list[int]()
 
     def stop_late(done: int, total: int) -> None:
         counts.append(done)
@@ -119,7 +118,7 @@ def test_what_a_model_has_written_is_not_written_again(source: Path, tmp_path: P
         whole = calibration.generate(model, 1000, window=50)
         with pytest.raises(KeyboardInterrupt):
             calibration.generate(model, 1000, window=50, progress=stop_late, keep=keep, key="a")
-        assert counts[0] == 8, "one token of each of eight windows"
+        assert counts[0] == 8, "one token per window of a batch"
         data = keep.read_bytes()
         for damaged, batches in ((data, 2), (data + b"torn", 2), (data[:-1] + b"?", 1), (data[:9], 0)):
             keep.write_bytes(damaged)
@@ -135,7 +134,7 @@ def test_what_a_model_has_written_is_not_written_again(source: Path, tmp_path: P
         assert counts[0] == 8
 
 
-def test_a_report_survives_json_and_ignores_what_it_does_not_know() -> None:
+def test_a_report_survives_json_and_ignores_unknown_keys() -> None:
     report = Report.from_json(json.dumps({**REPORT, "more": 1}))
     assert Report.from_json(report.to_json()) == report
     assert report.chosen is not None
@@ -187,7 +186,7 @@ REPORT: dict[str, Any] = {
 
 
 class Page(html.parser.HTMLParser):
-    """What a page consists of."""
+    """The tags and links of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -210,7 +209,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else() -> None:
+def test_the_page_is_complete_and_needs_no_other_file() -> None:
     text = Report.from_json(json.dumps(REPORT)).to_html()
     page = Page(text)
     assert page.open == []
@@ -222,7 +221,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert "@import" not in text
 
 
-def test_the_page_does_not_run_what_a_report_says() -> None:
+def test_the_page_escapes_the_values_of_a_report() -> None:
     text = Report.from_json(json.dumps(REPORT)).to_html()
     assert "<b>source" not in text
     assert "&lt;b&gt;source" in text
@@ -230,7 +229,7 @@ def test_the_page_does_not_run_what_a_report_says() -> None:
 
 
 @pytest.mark.parametrize("missing", ["candidates", "kl_by_position", "reference", "chosen_because", "tensors"])
-def test_a_page_shows_what_there_is(missing: str) -> None:
+def test_a_page_leaves_out_missing_values(missing: str) -> None:
     empty: dict[str, Any] = {**REPORT, missing: [] if missing != "reference" else None}
     if missing == "chosen_because":
         empty[missing] = None
@@ -253,7 +252,7 @@ def test_the_command_writes_file_page_and_json(
 
     for occupied in ([], ["--report", str(page)]):
         assert main([*call[:2], str(tmp_path / "new.gguf" if occupied else out), *call[3:], *occupied]) == 1
-        assert "exists already (--force overwrites it)" in capsys.readouterr().err
+        assert "already exists; use force to overwrite it" in capsys.readouterr().err
     assert not (tmp_path / "new.gguf").exists()
     assert main([*call, "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "rtn"
@@ -273,7 +272,7 @@ def test_a_source_is_not_overwritten_even_by_force(
     assert copy.read_bytes() == source.read_bytes()
 
 
-def test_what_a_file_consists_of_is_told_and_where_groups_had_no_place(
+def test_the_summary_counts_matrices_and_smaller_groups(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = ["quantize", str(source), str(tmp_path / "out.gguf"), "--recipe", "rtn", "--force"]
@@ -289,7 +288,7 @@ def test_what_a_file_consists_of_is_told_and_where_groups_had_no_place(
     assert "groups of" not in shown.err
 
 
-def test_a_source_that_is_rounded_already_is_told_of(
+def test_a_source_that_is_quantized_already_is_reported(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", str(tiny_file), str(tmp_path / "out.gguf"), "--recipe", "rtn"]) == 0
@@ -304,7 +303,7 @@ def test_ctrl_c_ends_the_command_with_a_hint(
 
     monkeypatch.setattr(_native, "quantize", interrupted)
     assert main(["quantize", str(source), str(tmp_path / "out.gguf"), "--recipe", "rtn"]) == 130
-    assert "interrupted: the same command goes on from here" in capsys.readouterr().err
+    assert "interrupted: the same command continues from here" in capsys.readouterr().err
 
 
 KILLED = """
@@ -320,18 +319,69 @@ quantize(sys.argv[1], sys.argv[2], recipe="gptq+tune", calibration=[sys.argv[3] 
 """
 
 
-def test_a_killed_process_is_followed_by_one_that_goes_on(source: Path, tmp_path: Path) -> None:
+def test_a_run_after_a_kill_continues_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
     quantize(source, whole, recipe="gptq+tune", calibration=[TEXT * 4])
     for share in (0.3, 0.7, 0.9):
         call = [sys.executable, "-c", KILLED, str(source), str(out), TEXT, str(share)]
         killed = subprocess.run(call, check=False, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert ("tuning: full precision" in killed.stdout) == (share < 0.5), "what is done is not done again"
+        assert ("tuning: full precision" in killed.stdout) == (share < 0.5), "finished work is not repeated"
         assert not out.exists()
     quantize(source, out, recipe="gptq+tune", calibration=[TEXT * 4])
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(tmp_path.iterdir()) == [out, whole]
+
+
+KILLED_WHILE_MEASURING = """
+import os, signal, sys
+from nybble import quantize
+
+def progress(stage, done, total):
+    if stage == "measuring the source":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize(sys.argv[1], sys.argv[2], recipe="rtn", evaluation=[sys.argv[3]], progress=progress)
+"""
+
+
+def test_a_run_killed_while_measuring_continues_with_the_measurement(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    call = [sys.executable, "-c", KILLED_WHILE_MEASURING, str(source), str(out), TEXT]
+    killed = subprocess.run(call, check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    written = out.stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="already exists"):
+        quantize(source, out, recipe="rtn", group=64, evaluation=[TEXT])
+    report = quantize(source, out, recipe="rtn", evaluation=[TEXT])
+    assert report.chosen is not None
+    assert report.tensors
+    assert out.stat().st_mtime_ns == written, "the output is not written again"
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(FileExistsError, match="already exists"):
+        quantize(source, out, recipe="rtn", evaluation=[TEXT])
+
+
+def test_options_are_given_as_an_object_or_by_name(source: Path, tmp_path: Path) -> None:
+    by_name, by_object = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    quantize(source, by_name, recipe="rtn", group=64, format="q4_1")
+    quantize(source, by_object, QuantizeOptions(recipe="rtn", group=64), symmetric=False)
+    assert by_name.read_bytes() == by_object.read_bytes()
+    with pytest.raises(TypeError, match="no such option: groups"):
+        quantize(source, tmp_path / "c.gguf", groups=64)  # type: ignore[call-arg]
+
+
+def test_the_seed_decides_generated_text_and_the_order_of_tuning(source: Path, tmp_path: Path) -> None:
+    def made(**options: Any) -> bytes:
+        out = tmp_path / "out.gguf"
+        quantize(source, out, force=True, **options)
+        return out.read_bytes()
+
+    tuned = {"recipe": "gptq+tune", "calibration": [TEXT * 4]}
+    generated = {"recipe": "gptq", "calibration": "self", "calibration_tokens": 1024}
+    for options in (tuned, generated):
+        assert made(seed=3, **options) == made(seed=3, threads=1, **options)
+        assert made(seed=3, **options) != made(seed=4, **options)
 
 
 def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,12 +400,13 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--bits-per-weight", "3"], "bits_per_weight: found 3"),
         (["--target", "often"], "--target: found 'often'"),
         (["--target", "200%"], "target: found 2.0"),
-        (["--target", "1%", "--recipe", "gptq"], "target: found 0.01 beside the recipe gptq"),
-        (["--budget", "5", "--recipe", "rtn"], "budget: found 5.0 beside the recipe rtn"),
+        (["--target", "1%", "--recipe", "gptq"], "target: found 0.01 with the recipe gptq"),
+        (["--budget", "5", "--recipe", "rtn"], "budget: found 5.0 with the recipe rtn"),
         (["--budget", "0"], "budget: found 0"),
+        (["--seed", "-1"], "seed: found -1"),
         (["--keep", "q4_0"], "--keep: found 'q4_0'"),
         (["--recipe", "rtn", "--keep", "blk.*=q9"], "q9"),
-        (["--recipe", "auto", "--keep", "blk.9.*=q8_0"], 'keep: found "blk.9.*", which no tensor is called'),
+        (["--recipe", "auto", "--keep", "blk.9.*=q8_0"], 'keep: found "blk.9.*", which matches no tensor'),
         (["--recipe", "gptq", "--calibration", "absent.txt"], "absent.txt: no such file or directory, expected a text"),
         (["--recipe", "gptq", "--calibration", "."], ".: is a directory, expected a text"),
         (["--report", "absent/report.html"], "absent/report.html"),
@@ -376,7 +427,7 @@ def test_too_little_text_is_refused(source: Path, tmp_path: Path) -> None:
         quantize(source, tmp_path / "absent" / "out.gguf", recipe="rtn")
 
 
-def test_a_spec_of_load_is_a_recipe_a_group_and_a_format_in_any_order() -> None:
+def test_a_spec_is_a_recipe_a_group_and_a_format_in_any_order() -> None:
     assert Spec.parse("int4:g128:gptq") == Spec("gptq", 128, "q4_0")
     assert Spec.parse("int4:gptq:asym:g0") == Spec("gptq", 0, "q4_1")
     assert Spec.parse("int4:iq4_nl") == Spec("rtn", 32, "iq4_nl")
@@ -385,7 +436,7 @@ def test_a_spec_of_load_is_a_recipe_a_group_and_a_format_in_any_order() -> None:
             Spec.parse(wrong)
 
 
-def test_a_model_that_is_loaded_by_a_spec_is_quantized_once(
+def test_a_model_loaded_by_a_spec_is_quantized_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))

@@ -9,15 +9,15 @@ use nybble::quant::block::BlockType;
 use tempfile::TempDir;
 
 /// Tokens in the vocabulary of the golden checkpoints.
-pub const VOCABULARY: usize = 320;
+pub(crate) const VOCABULARY: usize = 320;
 
 /// The folder of a golden checkpoint.
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name)
 }
 
 /// A golden checkpoint as a GGUF file of F32, which needs no tokenizer.
-pub fn source(folder: &TempDir, name: &str) -> PathBuf {
+pub(crate) fn source(folder: &TempDir, name: &str) -> PathBuf {
     let path = folder.path().join(format!("{name}-f32.gguf"));
     let checkpoint = HfFolder::open(golden(name)).unwrap();
     convert::convert(&checkpoint, &Metadata::new(), &path, BlockType::F32, None).unwrap();
@@ -25,7 +25,7 @@ pub fn source(folder: &TempDir, name: &str) -> PathBuf {
 }
 
 /// Windows of those lengths, always with the same tokens.
-pub fn windows(lengths: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
+pub(crate) fn windows(lengths: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
     let mut state = 1u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -35,7 +35,7 @@ pub fn windows(lengths: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
 }
 
 /// The logits `(tokens of all windows, VOCABULARY)` of a file whose weights are computed in F32.
-pub fn logits(file: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
+pub(crate) fn logits(file: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
     let floats = file.with_extension("floats.gguf");
     convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
     let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };

@@ -12,6 +12,8 @@ from typing import Any
 
 from nybble.quantization.report_data import Candidate, ReportData, TensorReport
 
+__all__ = ["Candidate", "Report", "TensorReport"]
+
 
 @dataclass(frozen=True)
 class Report(ReportData):

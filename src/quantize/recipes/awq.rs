@@ -165,9 +165,7 @@ mod tests {
     use super::*;
     use crate::quantize::format::Format;
     use crate::quantize::layer::error;
-    use crate::quantize::recipes::fixtures::{
-        COLUMNS, ROWS, assert_threads_change_nothing, bell, error_of, with_layer,
-    };
+    use crate::quantize::recipes::fixtures::*;
 
     #[test]
     fn large_inputs_get_large_factors_and_reduce_the_error() {
@@ -199,13 +197,10 @@ mod tests {
     #[test]
     fn clipping_reduces_the_error_in_every_format() {
         with_layer(2, |problem, compute| {
-            for format in [Format::Q4_0, Format::Q4_1, Format::Iq4Nl] {
-                for group in [64, COLUMNS] {
-                    let grouped = GroupedFormat { format, group };
-                    let full = error_of(problem, &grouped, &rtn::solve(problem, &grouped, false, compute));
-                    let clipped = error_of(problem, &grouped, &solve(problem, &grouped, compute));
-                    assert!(clipped < full, "{grouped:?}: {clipped}, in full range {full}");
-                }
+            for grouped in four_bit_formats(&[64, COLUMNS]) {
+                let full = error_of(problem, &grouped, &rtn::solve(problem, &grouped, false, compute));
+                let clipped = error_of(problem, &grouped, &solve(problem, &grouped, compute));
+                assert!(clipped < full, "{grouped:?}: {clipped}, in full range {full}");
             }
         });
     }

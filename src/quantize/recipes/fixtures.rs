@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use crate::quantize::compute::{Compute, mirror};
-use crate::quantize::format::GroupedFormat;
+use crate::quantize::format::{Format, GroupedFormat};
 use crate::quantize::layer::{LayerProblem, Solution, error};
 use crate::threads::ThreadPool;
 
@@ -51,6 +51,12 @@ pub(in crate::quantize) fn with_layer<R>(threads: usize, run: impl FnOnce(&Layer
         let magnitude: Vec<f32> = hessian.iter().step_by(COLUMNS + 1).map(|square| square.sqrt()).collect();
         run(&LayerProblem::new(&weights, ROWS, COLUMNS, &hessian, &magnitude).unwrap(), compute)
     })
+}
+
+/// The 4-bit formats with each group size.
+pub(in crate::quantize) fn four_bit_formats(groups: &[usize]) -> impl Iterator<Item = GroupedFormat> {
+    let formats = [Format::Q4_0, Format::Q4_1, Format::Iq4Nl].into_iter();
+    formats.flat_map(|format| groups.iter().map(move |group| GroupedFormat { format, group: *group }))
 }
 
 /// The relative error of a solution.

@@ -189,22 +189,17 @@ impl Rows {
 mod tests {
     use super::*;
     use crate::quantize::format::Format;
-    use crate::quantize::recipes::fixtures::{
-        COLUMNS, assert_threads_change_nothing, bell, error_of, with_layer, with_threads,
-    };
+    use crate::quantize::recipes::fixtures::*;
 
     #[test]
     fn the_error_is_far_below_rounding_in_every_format() {
         with_layer(1, |problem, compute| {
-            for format in [Format::Q4_0, Format::Q4_1, Format::Iq4Nl] {
-                for group in [32, 64, COLUMNS] {
-                    let grouped = GroupedFormat { format, group };
-                    let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
-                    for order in [false, true] {
-                        let options = GptqOptions { order, ..GptqOptions::default() };
-                        let own = error_of(problem, &grouped, &solve(problem, &grouped, &options, compute));
-                        assert!(own < 0.5 * rounded, "{grouped:?}, {order}: {own}, by rounding {rounded}");
-                    }
+            for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
+                let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
+                for order in [false, true] {
+                    let options = GptqOptions { order, ..GptqOptions::default() };
+                    let own = error_of(problem, &grouped, &solve(problem, &grouped, &options, compute));
+                    assert!(own < 0.5 * rounded, "{grouped:?}, {order}: {own}, by rounding {rounded}");
                 }
             }
         });
@@ -213,14 +208,13 @@ mod tests {
     #[test]
     fn refinement_reduces_the_error_further() {
         with_layer(2, |problem, compute| {
-            for format in [Format::Q4_0, Format::Q4_1, Format::Iq4Nl] {
-                let grouped = GroupedFormat { format, group: 32 };
+            for grouped in four_bit_formats(&[32]) {
                 let options = GptqOptions { passes: 0, ..GptqOptions::default() };
                 let mut solution = solve(problem, &grouped, &options, compute);
                 let before = error_of(problem, &grouped, &solution);
                 refine::refine(problem, &grouped, 4, 0.003, &mut solution, compute);
                 let after = error_of(problem, &grouped, &solution);
-                assert!(after < 0.95 * before, "{format:?}: from {before} to {after}");
+                assert!(after < 0.95 * before, "{grouped:?}: from {before} to {after}");
             }
         });
     }

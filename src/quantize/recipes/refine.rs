@@ -216,9 +216,7 @@ impl Parabola {
 mod tests {
     use super::*;
     use crate::quantize::format::Format;
-    use crate::quantize::recipes::fixtures::{
-        COLUMNS, assert_threads_change_nothing, bell, error_of, with_layer, with_threads,
-    };
+    use crate::quantize::recipes::fixtures::*;
     use crate::quantize::recipes::rtn;
 
     #[test]

@@ -183,19 +183,16 @@ fn sign(x: f32) -> f32 {
 mod tests {
     use super::*;
     use crate::quantize::format::Format;
-    use crate::quantize::recipes::fixtures::{COLUMNS, assert_threads_change_nothing, error_of, with_layer};
+    use crate::quantize::recipes::fixtures::*;
 
     #[test]
     fn the_error_is_far_below_rounding_in_every_format() {
         with_layer(2, |problem, compute| {
-            for format in [Format::Q4_0, Format::Q4_1, Format::Iq4Nl] {
-                for group in [32, 64, COLUMNS] {
-                    let grouped = GroupedFormat { format, group };
-                    let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
-                    let learned = solve(problem, &grouped, &SignroundOptions::default(), compute);
-                    let own = error_of(problem, &grouped, &learned);
-                    assert!(own < 0.6 * rounded, "{grouped:?}: {own}, by rounding {rounded}");
-                }
+            for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
+                let learned = solve(problem, &grouped, &SignroundOptions::default(), compute);
+                let own = error_of(problem, &grouped, &learned);
+                let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
+                assert!(own < 0.6 * rounded, "{grouped:?}: {own}, by rounding {rounded}");
             }
         });
     }

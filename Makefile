@@ -1,18 +1,20 @@
-# Everything that is done with this repository, each by one command. `make help` lists them.
+# Every task of this repository. `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 RUST_SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
+# Processes that run the Python tests. Each test may use two threads.
+TEST_WORKERS ?= 2
 
-# Rust finds this Python, maturin this environment and this zig, whatever else is active in the shell.
+# Rust finds this Python and maturin this environment, whatever is active in the shell.
 export VIRTUAL_ENV := $(abspath $(VENV))
 export PATH := $(BIN):$(PATH)
 export PYO3_PYTHON := $(BIN)/python
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Linux wheels are linked against an old glibc, so that they run on any distribution of the last years.
+# Linux wheels link against an old glibc, so that they run on current and older distributions.
 ifeq ($(shell uname -s),Linux)
 WHEEL_PLATFORM := --zig --compatibility manylinux_2_28
 endif
@@ -21,39 +23,52 @@ endif
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-help:  ## List what can be made.
+help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ## Use
 
-demo: $(VENV)/.installed  ## Build, fetch the default model, and have it write a short story.
+demo: $(VENV)/.installed  ## Build, download the default model, and generate a short story.
 	$(BIN)/python scripts/demo.py
 
 ## Check
 
-test: lint test-rust test-python  ## Run every check and every test.
-
-lint: $(VENV)/.installed $(VENV)/.check  ## Format and lint, documentation and types, Rust and Python.
+check: $(VENV)/.installed-once $(VENV)/.check  ## In under a minute: format, lint, types and the unit tests of what changed.
 	cargo fmt --all --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cargo clippy --locked --all-targets -- -D warnings
+	$(BIN)/python scripts/check_language.py
 	cargo clippy --locked --all-targets --features python -- -D warnings
+	$(BIN)/mypy
+	$(BIN)/python scripts/test_changes.py
+
+test: lint test-rust test-python  ## Run every check and every test.
+
+lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, types and language.
+	cargo fmt --all --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check_language.py
+	cargo clippy --locked --all-targets --features python -- -D warnings
+	cargo clippy --locked --lib -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --features python --document-private-items
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native
 
-test-rust:  ## Run the Rust tests with the best kernel of this CPU, then with the scalar one, and try the benchmarks.
+# Everything that computes runs a second time on the scalar kernel, except comparisons of all kernels, which would be the
+# same. Formats and architecture involve no kernel.
+test-rust:  ## Run the Rust tests with this CPU's best kernel, then with the scalar one, and the benchmarks once.
 	cargo test --locked
-	NYBBLE_KERNEL=scalar cargo test --locked --lib --tests
+	NYBBLE_KERNEL=scalar cargo test --locked --lib --test engine --test kernels --test models --test no_allocation \
+		--test quantization -- --skip every_kernel
 	cargo test --locked --bench '*'
 
-test-arm:  ## Run the tests of kernels and models for 64-bit Arm, in an emulator. Installs Debian packages.
+test-arm:  ## Run the kernel and model tests for 64-bit Arm in an emulator. Installs Debian packages.
 	scripts/test_arm.sh
 
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
 fmt: $(VENV)/.check  ## Format everything.
 	cargo fmt --all
@@ -63,9 +78,12 @@ fmt: $(VENV)/.check  ## Format everything.
 bench:  ## Measure the kernels of this CPU.
 	cargo bench --locked --bench '*'
 
+docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings as errors.
+	$(BIN)/mkdocs build --strict
+
 ## Ship
 
-wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, its size and what it links to.
+wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, size and libraries.
 	rm -rf dist
 	$(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
 	$(BIN)/python scripts/check_wheel.py dist
@@ -73,36 +91,38 @@ wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, its size
 test-wheel: wheel  ## Install the wheel into an empty environment without a compiler, and generate.
 	$(BIN)/python scripts/check_wheel.py dist --generate
 
+release: $(VENV)/.wheel  ## Check version, tree and tests, then build and check the wheel and the source distribution.
+	$(BIN)/python scripts/release.py --prepare
+	$(MAKE) test docs test-wheel
+	$(BIN)/maturin sdist --out dist
+	$(BIN)/python scripts/release.py --verify dist
+
 clean:  ## Remove everything that was built, the environment included.
 	cargo clean
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find python scripts tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find python scripts tests benches -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo test lint test-rust test-arm test-python fmt bench wheel test-wheel clean
+.PHONY: help demo check test lint test-rust test-arm test-python fmt bench docs wheel test-wheel release clean
 
-## The environment: a stamp for each part, made again when what it stands for has changed
+## The environment: one stamp per part, renewed when its input changes
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nybble needs Python 3.10 or later: make PYTHON=...")'
-	@command -v cargo >/dev/null || { echo "nybble is built with Rust 1.95 or later: https://rustup.rs" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "building nybble needs Rust 1.95 or later: https://rustup.rs" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@
 
-$(VENV)/.build: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --group build
+$(addprefix $(VENV)/.,build check docs wheel): $(VENV)/.%: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --group $*
 	touch $@
 
-$(VENV)/.check: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --group check
-	touch $@
-
-$(VENV)/.wheel: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --group wheel
-	touch $@
-
-# Editable: a change in python/ counts at once, a change in src/ at the next make.
+# Editable: changes in python/ take effect at once, changes in src/ at the next make.
 $(VENV)/.installed: $(RUST_SOURCES) $(VENV)/.build
 	$(BIN)/maturin develop --release --locked
-	touch $@
+	touch $@ $(VENV)/.installed-once
+
+# Any build of the package, of older sources too.
+$(VENV)/.installed-once: | $(VENV)/.build
+	$(MAKE) $(VENV)/.installed

@@ -3,9 +3,9 @@
 
     python benches/agreement.py model.gguf text.txt [--tokens 2000] [--window 512] [--kernel NAME]
 
-Needs `pip install llama-cpp-python`. The text is fed to both in windows that start afresh; at every position the logits
-give the share of equal top tokens, the mean Kullback-Leibler divergence KL(llama.cpp || nybble) in nats, and the
-perplexity of either. Exits with 1 when `--min-agreement` or `--max-kl` is not held.
+Needs `pip install llama-cpp-python`. Both read the text in independent windows. Prints the share of positions with
+the same top token, the mean Kullback-Leibler divergence KL(llama.cpp || nybble) in nats, and both perplexities. Exits
+with 1 if `--min-agreement` or `--max-kl` is violated.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=2000, help="tokens of the text that are compared")
-    parser.add_argument("--window", type=int, default=512, help="tokens that are fed together")
+    parser.add_argument("--tokens", type=int, default=2000, help="number of tokens to compare")
+    parser.add_argument("--window", type=int, default=512, help="tokens per window")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--kernel", default=None)
-    parser.add_argument("--min-agreement", type=float, default=0.0, help="least share of equal top tokens")
-    parser.add_argument("--max-kl", type=float, default=float("inf"), help="greatest mean divergence in nats")
+    parser.add_argument("--min-agreement", type=float, default=0.0, help="minimum share of equal top tokens")
+    parser.add_argument("--max-kl", type=float, default=float("inf"), help="maximum mean divergence in nats")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
@@ -82,8 +82,8 @@ def main() -> int:
     else:
         for name, value in result.items():
             print(f"{name:>18}  {value:.6g}")
-    held = result["equal_top_tokens"] >= options.min_agreement and result["mean_kl"] <= options.max_kl
-    return 0 if held else 1
+    passed = result["equal_top_tokens"] >= options.min_agreement and result["mean_kl"] <= options.max_kl
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Time nybble and other runtimes on the same file in turn.
+"""Measure nybble and other runtimes in turn on the same file.
 
     python benches/compare.py model.gguf [--threads 2] [--prompt 512] [--generate 64] [--rounds 5]
         [--peer NAME[=PYTHON[:MODEL]] ...] [--json] [--png FILE] [--with EARLIER.json ...]
 
 Peers are llama.cpp (`pip install llama-cpp-python`, which builds it for this CPU), openvino (`openvino-genai`),
-mistral.rs (`mistralrs`) and neural-speed; PYTHON is the interpreter of the environment that has it, so that peers with
-conflicting requirements can be compared, and MODEL another file for a runtime that cannot read this one. Without --peer
-it is llama.cpp in this environment.
+mistral.rs (`mistralrs`) and neural-speed. PYTHON is the interpreter of an environment with the peer, so that peers with
+conflicting requirements can be compared. MODEL is another file for a runtime that cannot read this one. Without --peer,
+llama.cpp in this environment is compared.
 
-Each runtime has a process of its own and keeps the model loaded; while one computes the others are stopped, so that
-threads that wait by spinning take nothing from it. Printed are medians over the rounds, the ratios of each round's
-speeds (median, least and greatest), and the machine's own limits measured in the same run: read bandwidth, which bounds
-decoding, and the rate of INT8 dot products, which bounds prompts.
+Each runtime has its own process and keeps the model loaded. While one computes, the others are stopped, so that their
+spinning threads cost it nothing. Prints medians over the rounds, the ratios of each round's speeds (median, minimum and
+maximum), and the machine's limits measured in the same run: read bandwidth, which bounds decoding, and the rate of INT8
+dot products, which bounds prefill.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ HERE = Path(__file__).resolve().parent
 
 
 class Runtime:
-    """A runtime in its process, stopped except while it is asked something."""
+    """A runtime in its own process, stopped except while it answers a request."""
 
     def __init__(self, name: str, python: str, model: str, threads: int, context: int) -> None:
         self.name = name
         command = [python, str(HERE / "peers.py"), name, model, str(threads), str(context)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        # A pipe that nobody reads would stop who writes much into it.
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # A file, because a pipe that nobody reads blocks its writer when it is full.
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
         )
         self.facts = self._answer()
 
-    def ask(self, question: object) -> dict[str, Any]:
-        """Lets the process run for one question."""
+    def ask(self, request: object) -> dict[str, Any]:
+        """Resumes the process for one request and returns its answer."""
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self.process.kill()
         self.process.communicate()
 
@@ -64,15 +64,17 @@ class Runtime:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            self.said.seek(0)
-            said = self.said.read().strip().splitlines()
-            raise SystemExit(f"{self.name} ended with {self.process.returncode}: {said[-1] if said else 'silently'}")
+            self.stderr.seek(0)
+            lines = self.stderr.read().strip().splitlines()
+            raise SystemExit(
+                f"{self.name} ended with {self.process.returncode}: {lines[-1] if lines else 'no message'}"
+            )
         self.process.send_signal(signal.SIGSTOP)
         return cast("dict[str, Any]", json.loads(line))
 
 
 def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All runtimes on one file."""
+    """Measures all runtimes on one file."""
     context = options.prompt + options.generate + 8
     wanted = [("nybble", sys.executable, str(model))]
     for peer in options.peer or ["llama.cpp"]:
@@ -90,11 +92,11 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rounds(model: Path, runtimes: list[Runtime], options: argparse.Namespace) -> dict[str, Any]:
-    """Alternating rounds, and what they come to."""
+    """Runs alternating rounds and summarizes them."""
 
     def prompt(number: int) -> list[int]:
-        # Tokens below 1,000, which every vocabulary has; speed does not depend on them. Each round begins with another
-        # one, because some runtimes keep what they have read before.
+        # Every vocabulary has tokens below 1,000, and speed does not depend on them. Each round starts with a different
+        # token, because some runtimes cache prompts.
         return [3 + (i + number) * 7919 % 997 for i in range(options.prompt)]
 
     for runtime in runtimes:
@@ -141,7 +143,7 @@ def cpu() -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table of one file: how many times as fast nybble is as each peer."""
+    """Prints the table of one file, with the speed of nybble relative to each peer."""
     print(f"{result['model']}: {result['threads']} threads, {result['rounds']} rounds, {result['cpu']}")
     own = result["runtimes"]["nybble"]
     share = own["bytes_per_token"] * own["decode_tokens_per_second"] / (result["bandwidth_gb_s"] * 1e9)
@@ -161,14 +163,14 @@ def show(result: dict[str, Any]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars a file and runtime, relative to the fastest one of the file, prompts above and decoding below."""
+    """Draws a bar per file and runtime, relative to the fastest of the file: prefill above, decode below."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for result in results for name in result["runtimes"]))
     most = max(len(result["runtimes"]) for result in results)
     figure = Figure(figsize=(8, 2.2 * 2), layout="constrained")
     axes = figure.subplots(2, 1)
-    for axis, what, title in zip(axes, ("prompt", "decode"), ("reading a prompt", "writing"), strict=True):
+    for axis, what, title in zip(axes, ("prompt", "decode"), ("prefill", "decode"), strict=True):
         labelled = set()
         for at, result in enumerate(results):
             speeds = {name: entry[f"{what}_tokens_per_second"] for name, entry in result["runtimes"].items()}
@@ -182,7 +184,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 )
                 labelled.add(name)
                 axis.bar_label(bar, [f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"], fontsize=7)
-        axis.set_title(f"{title}: tokens a second", fontsize=9)
+        axis.set_title(f"{title}: tokens/s", fontsize=9)
         labels = [
             f"{result['model'].removesuffix('.gguf')}\n{result['threads']} threads, {result['prompt']} in"
             for result in results
@@ -199,8 +201,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="model.gguf")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--generate", type=int, default=64, help="tokens that are decoded after it")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
+    parser.add_argument("--generate", type=int, default=64, help="tokens to decode after the prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="append", metavar="NAME[=PYTHON[:MODEL]]", help="a runtime to compare with")
     parser.add_argument("--json", action="store_true", help="print a list of results instead of tables")
@@ -212,11 +214,11 @@ def main() -> int:
         default=[],
         metavar="FILE",
         dest="earlier",
-        help="results that --json printed earlier, to be shown and drawn before those of this run",
+        help="earlier output of --json, shown and drawn before this run's results",
     )
     options = parser.parse_args()
     if not options.models and not options.earlier:
-        parser.error("nothing to measure and nothing to show")
+        parser.error("expected a model to measure or --with FILE")
     results = [result for path in options.earlier for result in json.loads(path.read_text())]
     results += [measure(model, options) for model in options.models]
     if options.json:

@@ -1,11 +1,11 @@
-//! How fast the kernels of this CPU are, on one thread: `cargo bench`, or `cargo bench -- 'int4 2048x5632'` for some.
+//! Measures the kernels of this CPU on one thread: `cargo bench`, or `cargo bench -- 'int4 2048x5632'` for some cases.
 //!
-//! Decoding a token multiplies one row, bound by the bytes of the weights, so one row is counted in GB/s. Prompts and
-//! batches multiply many, bound by arithmetic, so those are counted in operations, a multiplication and an addition
-//! being two: `Gelem/s` is GOPS. Matrices that fit into a cache are read from there, as those of small models are; what
-//! the memory and the instruction set could give at most is printed first.
+//! Decoding multiplies one row per token and is bound by the bytes of the weights, so one row is reported in GB/s. Prompts
+//! and batches multiply many rows and are bound by arithmetic, so they are reported in operations: a multiplication and an
+//! addition are two, and `Gelem/s` is GOPS. Matrices that fit into a cache are read from it, as with small models. The
+//! limits of the memory and the instruction set are printed first.
 //!
-//! Every product is compared with the scalar kernel before it is timed. `cargo test --benches` does only that, on small
+//! Every product is compared with the scalar kernel before it is timed. `cargo test --benches` only compares, on small
 //! matrices.
 
 use std::time::Duration;
@@ -17,7 +17,7 @@ use nybble::kernels::{self, Activation, Activations, Kernel, KvSlice, PAGE};
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
-/// The layouts, and whether they are measured in all shapes: those of Q4_0, Q4_K, IQ4_NL, Q8_0, Q6_K and F16.
+/// The layouts of Q4_0, Q4_K, IQ4_NL, Q8_0, Q6_K and F16, and whether each is measured in all shapes.
 const LAYOUTS: [(&str, Layout, bool); 6] = [
     ("int4", Layout { code: Code::Int4, group: 32, min: false }, true),
     ("int4+min", Layout { code: Code::Int4, group: 32, min: true }, false),
@@ -29,21 +29,21 @@ const LAYOUTS: [(&str, Layout, bool); 6] = [
 const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// Output and input features: feed-forward layers of models with 135 million and 1.1 billion parameters, and the
-/// projections of one with 7 billion. The one in the middle is measured in all layouts.
+/// projections of one with 7 billion. The second shape is measured in all layouts.
 const SHAPES: [(usize, usize); 3] = [(1536, 576), (5632, 2048), (4096, 4096)];
 const EVERY_LAYOUT: (usize, usize) = SHAPES[1];
 
-/// Whether this is `cargo bench`, not `cargo test`.
+/// Whether this is `cargo bench` rather than `cargo test`.
 fn measured() -> bool {
     std::env::args().any(|argument| argument == "--bench")
 }
 
-fn scalar() -> &'static dyn Kernel {
-    kernels::by_name("scalar").expect("it is always there")
+fn scalar() -> &'static Kernel {
+    kernels::by_name("scalar").expect("it is always available")
 }
 
-/// All kernels but the scalar one, which is there to be right, unless it is all there is or nothing is measured.
-fn compared() -> Vec<&'static dyn Kernel> {
+/// All kernels, without the scalar one if speed is measured and there are others.
+fn compared() -> Vec<&'static Kernel> {
     let mut compared = kernels::available();
     if measured() && compared.len() > 1 {
         compared.pop();
@@ -51,7 +51,7 @@ fn compared() -> Vec<&'static dyn Kernel> {
     compared
 }
 
-/// Numbers without order, the same in every run.
+/// Pseudo-random numbers, the same in every run.
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     *state >> 16
@@ -62,7 +62,7 @@ fn matrix((rows, columns): (usize, usize), layout: Layout) -> Packed {
     for panel in w.panels_mut() {
         for number in bytemuck::cast_slice_mut::<CacheLine, u16>(panel.codes) {
             let bits = random(&mut state) as u16;
-            // Halves get an exponent that keeps them between 1/8 and 1/4.
+            // F16 numbers get an exponent that keeps them between 1/8 and 1/4.
             *number = if layout.is_integer() { bits } else { bits & 0x83ff | 0x3000 };
         }
         for scale in panel.scales.iter_mut().chain(panel.mins.iter_mut()).flatten() {
@@ -77,7 +77,7 @@ fn values(n: usize) -> Vec<f32> {
     (0..n).map(|_| (random(&mut state) % 2001) as f32 * 1e-3 - 1.0).collect()
 }
 
-/// Activations as both kinds of product take them.
+/// Activations for both kinds of product.
 struct Input {
     x: Vec<f32>,
     quantized: Activations,
@@ -91,7 +91,7 @@ impl Input {
         Input { x: x.to_vec(), quantized, columns }
     }
 
-    fn times(&self, kernel: &dyn Kernel, w: &Packed, panels: std::ops::Range<usize>, out: &mut [f32]) {
+    fn times(&self, kernel: &Kernel, w: &Packed, panels: std::ops::Range<usize>, out: &mut [f32]) {
         let rows = self.x.len() / self.columns;
         let mut out = Columns::whole(out, rows, out.len() / rows);
         if w.layout().is_integer() {
@@ -102,7 +102,7 @@ impl Input {
     }
 }
 
-/// Compares some rows and panels of a product with what the scalar kernel computes. All of them would take minutes.
+/// Compares some rows and panels of a product with the scalar kernel's. All of them would take minutes.
 fn check(w: &Packed, input: &Input, out: &[f32], what: &str) {
     let rows = input.x.len() / input.columns;
     for row in [0, rows / 2, rows - 1] {
@@ -117,8 +117,8 @@ fn check(w: &Packed, input: &Input, out: &[f32], what: &str) {
     }
 }
 
-/// Something that a kernel does to a row.
-type Operation<'a> = &'a dyn Fn(&dyn Kernel, &mut Activations, &mut [f32]);
+/// An operation of a kernel on a row.
+type Operation<'a> = &'a dyn Fn(&Kernel, &mut Activations, &mut [f32]);
 
 fn settings(group: &mut BenchmarkGroup<'_, WallTime>) {
     group.sample_size(10).warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(300));
@@ -126,7 +126,7 @@ fn settings(group: &mut BenchmarkGroup<'_, WallTime>) {
 
 fn products(criterion: &mut Criterion) {
     if measured() {
-        let pool = ThreadPool::new(1).expect("one thread is always there");
+        let pool = ThreadPool::new(1).expect("one thread is always available");
         for kernel in compared() {
             let limits = kernels::limits(&pool, kernel);
             println!("{}: memory {:.1} GB/s, {:.0} GOPS", kernel.name(), limits.bandwidth_gb_s, limits.int8_gops);
@@ -139,7 +139,7 @@ fn products(criterion: &mut Criterion) {
             }
             let mut group = criterion.benchmark_group(format!("{name} {}x{}", shape.1, shape.0));
             settings(&mut group);
-            // A test wants to see that it runs: a few rows and panels show that as well.
+            // A test only checks that it runs, for which a few rows and panels suffice.
             let (shape, rows): (_, &[usize]) =
                 if measured() { (shape, &[1, 8, 64, 512]) } else { ((shape.0 / 32, shape.1 / 8), &[1, 8, 19]) };
             let w = matrix(shape, layout);
@@ -162,8 +162,8 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
-/// A page of the cache with heads of 64 values: for the queries of one token as it is stored, for those of a task of a
-/// prompt in F32, into which it is converted once.
+/// A page of the cache with heads of 64 values. The queries of one token read it as it is stored; those of a prompt read it
+/// in F32, into which a task converts it once.
 fn attention(criterion: &mut Criterion) {
     const HEAD: usize = 64;
     let wide = values(PAGE * HEAD);
@@ -201,7 +201,7 @@ fn attention(criterion: &mut Criterion) {
     }
 }
 
-/// What a row goes through between products.
+/// Operations on a row between products.
 fn rows(criterion: &mut Criterion) {
     const WIDTH: usize = 1536;
     let (x, weight) = (values(WIDTH), vec![1.0; WIDTH]);
@@ -209,7 +209,7 @@ fn rows(criterion: &mut Criterion) {
     settings(&mut group);
     group.throughput(Throughput::Elements(WIDTH as u64));
     let mut run = |name: &str, operation: Operation<'_>| {
-        let compute = |kernel: &dyn Kernel| {
+        let compute = |kernel: &Kernel| {
             let (mut activations, mut out) = (Activations::default(), x.clone());
             activations.resize(1, WIDTH);
             operation(kernel, &mut activations, &mut out);

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""One runtime in a process of its own, which `compare.py` starts with the interpreter of that runtime's environment.
+"""Runs one runtime for `compare.py`, which starts it with the interpreter of the runtime's environment.
 
     python benches/peers.py NAME MODEL THREADS CONTEXT
 
-Needs nothing but the runtime itself. Says `{"load_seconds": ...}` once the model is loaded; then reads
-`{"prompt": [ids], "generate": n}` a line and answers `{"prompt_seconds": ..., "decode_seconds": ...}`: until the first
-token, and for the `n` tokens after it. Whatever a runtime prints goes to standard error.
+Needs only the runtime itself. Prints `{"load_seconds": ...}` when the model is loaded. For each input line
+`{"prompt": [ids], "generate": n}` it prints `{"prompt_seconds": ..., "decode_seconds": ...}`: the time to the first
+token and the time for the `n` tokens after it. Output of the runtime goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 Round = Callable[[list[int], int], tuple[float, float]]
-"""A prompt and how many tokens to write after the first one; seconds for each."""
+"""Takes a prompt and the number of tokens to decode after the first; returns seconds for each."""
 
 
 def nybble(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
-    from nybble import _native
+    from nybble import LoadOptions, _native
     from nybble.sampling import SamplingOptions
 
-    model = _native.Model.load(path, threads=threads, context=context)
+    model = _native.Model.load(path, LoadOptions(threads=threads, context=context))
     greedy = SamplingOptions(temperature=0.0, seed=0)
 
     def run(prompt: list[int], generate: int) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def mistral_rs(path: str, threads: int, context: int) -> tuple[Round, dict[str, 
     )
 
     def run(prompt: list[int], generate: int) -> tuple[float, float]:
-        # It takes text only, so the prompt is as many short words; its own count says how many tokens they were.
+        # It takes text only: the prompt is a number of short words, and times are scaled by its own token counts.
         request = package.CompletionRequest(
             model="default", prompt=" a" * len(prompt), max_tokens=generate + 1, temperature=0.0, ignore_eos=True
         )
@@ -109,11 +109,11 @@ def mistral_rs(path: str, threads: int, context: int) -> tuple[Round, dict[str, 
 
 
 def neural_speed(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]]:
-    """`path` is what its `Model.quant_model` has written: it reads no GGUF in its fast layout."""
+    """`path` is a file that its `Model.quant_model` wrote: it cannot read GGUF into its fast layout."""
     import importlib.metadata
     import importlib.util
 
-    # The package itself imports torch, which running a model does not need.
+    # Importing the package itself would import torch, which running a model does not need.
     found = importlib.util.find_spec("neural_speed")
     assert found is not None
     assert found.submodule_search_locations
@@ -124,17 +124,17 @@ def neural_speed(path: str, threads: int, context: int) -> tuple[Round, dict[str
     model.init_model(path, threads=threads, ctx_size=context, n_batch=2048, max_new_tokens=context)
 
     def step(prompt: list[list[int]]) -> None:
-        # What it refuses it says on standard error, and returns nothing, at once.
+        # On an error it prints a message to standard error and returns an empty list.
         if not model.generate(prompt):
-            raise SystemExit("neural-speed has computed nothing")
+            raise SystemExit("neural-speed returned no tokens")
 
     def run(prompt: list[int], generate: int) -> tuple[float, float]:
         model.reinit()
         start = time.perf_counter()
-        step([[1, *prompt[1:]]])  # It takes no prompt that begins otherwise.
+        step([[1, *prompt[1:]]])  # Prompts must start with this token.
         middle = time.perf_counter()
         for _ in range(generate):
-            step([])  # It goes on from its own last token.
+            step([])  # Continues from its last token.
         return middle - start, time.perf_counter() - middle
 
     return run, {"version": importlib.metadata.version("neural-speed")}
@@ -151,7 +151,7 @@ RUNTIMES: dict[str, Callable[[str, int, int], tuple[Round, dict[str, Any]]]] = {
 
 def main() -> int:
     name, path, threads, context = sys.argv[1:]
-    # Only this script speaks on standard output; what runtimes write there goes to standard error.
+    # Answers go to standard output; what runtimes print there is redirected to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -164,12 +164,12 @@ def main() -> int:
     limits = facts.pop("limits", None)
     answer({"load_seconds": time.perf_counter() - start, **facts})
     for line in sys.stdin:
-        asked = json.loads(line)
-        if asked == "limits":
+        request = json.loads(line)
+        if request == "limits":
             bandwidth, int8 = limits() if limits else (0.0, 0.0)
             answer({"bandwidth_gb_s": bandwidth, "int8_gops": int8})
         else:
-            reading, writing = run(asked["prompt"], asked["generate"])
+            reading, writing = run(request["prompt"], request["generate"])
             answer({"prompt_seconds": reading, "decode_seconds": writing})
     return 0
 

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Time from the start of a process to the first token of its text, nybble and llama.cpp in turn.
+"""Measure the time from process start to the first token, for nybble and llama.cpp in turn.
 
     python benches/startup.py model.gguf [--threads 2] [--rounds 7] [--peer PYTHON] [--json]
 
-Each round starts two processes with the same prompt of 32 tokens: `nybble run`, and the same by llama-cpp-python in the
-environment whose interpreter is PYTHON (this one if not given). What is measured includes the interpreter, imports,
-loading and the prompt; the file is in the page cache. Printed are medians, and the rounds' ratios with the least and
-the greatest.
+Each round starts two processes with the same prompt of 32 tokens: `nybble run`, and a script for llama-cpp-python
+with the interpreter PYTHON (default: this one). The time includes the interpreter, imports, loading and prefill, with
+the file in the page cache. Prints medians and the ratios of the rounds (median, minimum and maximum).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ for piece in model.create_completion(prompt, max_tokens=4, temperature=0, stream
 
 
 def first_output(command: list[str]) -> float:
-    """Seconds until a process has written something."""
+    """Returns the seconds until a process writes its first byte."""
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -48,7 +47,7 @@ def first_output(command: list[str]) -> float:
 
 
 def prompt(path: Path) -> str:
-    """A text of 32 tokens in the vocabulary of the model, or as near to it as whole tokens come."""
+    """Returns a prompt of about 32 tokens in the vocabulary of the model."""
     tokenizer = Tokenizer.load(path)
     return tokenizer.decode(tokenizer.encode(TEXT)[:PROMPT_TOKENS])
 
@@ -71,7 +70,7 @@ def main() -> int:
     seconds: list[tuple[float, float]] = []
     for done in range(options.rounds + 1):
         pair = first_output(ours), first_output(theirs)
-        if done:  # The first round brings files into the page cache.
+        if done:  # The first round fills the page cache.
             seconds.append(pair)
     ratios = [mine / peer for mine, peer in seconds]
     result = {

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Time many requests at once: nybble's engine against one request at a time and against llama.cpp's batched decoding.
+"""Measure concurrent requests: nybble's engine against one request at a time and llama.cpp's batched decoding.
 
     python benches/throughput.py model.gguf [--threads 2] [--requests 16] [--prompt 128] [--generate 64]
         [--peer PYTHON] [--json]
 
-PYTHON is the interpreter of an environment with llama-cpp-python. Each runtime has a process of its own, one after
-the other, with the same file, prompts (random tokens) and threads, and takes the likeliest token. Rates count tokens
-written a second, the time for prompts included; nybble's are those that a program sees: through `nybble.Engine`, with
-text. Decoding is a step with a row of each request, after all prompts.
+PYTHON is the interpreter of an environment with llama-cpp-python. The runtimes run one after the other, each in its
+own process, with the same file, prompts (random tokens), threads and greedy sampling. Rates are generated tokens per
+second, prefill included; nybble's are measured through `nybble.Engine`, with decoded text. "decoding" counts steps
+with one row per request, after all prompts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Prompt = list[int]
 
 
 def prompts(count: int, length: int, seed: int = 7) -> list[Prompt]:
-    """The same random tokens in every process."""
+    """Returns prompts of random tokens, the same in every process."""
     dice = random.Random(seed)
     return [[dice.randrange(300, 30_000) for _ in range(length)] for _ in range(count)]
 
 
 def rates(begun: float, times: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Tokens a second, of requests whose tokens came at `times`: over all the time, and after the last first token."""
+    """Tokens per second of requests whose tokens arrived at `times`: in total, and after the last first token."""
     ended, last_first = max(each[-1] for each in times), max(each[0] for each in times)
     after = sum(at > last_first for each in times for at in each)
     return {
@@ -49,7 +49,7 @@ def rates(begun: float, times: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 class Consumer(threading.Thread):
-    """Notes when each token of a request comes."""
+    """Records the arrival time of each token of a request."""
 
     def __init__(self, engine: Any, prompt: Prompt, options: Any) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Consumer(threading.Thread):
 
 
 def measure_nybble(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures of nybble."""
+    """Measures nybble."""
     from nybble import Engine, Model, SamplingOptions
 
     model = Model.load(arguments.model, threads=arguments.threads)
@@ -95,7 +95,7 @@ def measure_nybble(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps(model: Any, some: list[Prompt]) -> dict[str, float]:
-    """Milliseconds of a step of one row, and of one row of each prompt."""
+    """Measures steps of one row, and of one row per prompt, in milliseconds."""
     from nybble import SamplingOptions
 
     native, greedy = model._native, SamplingOptions(temperature=0, seed=0)
@@ -115,7 +115,7 @@ def steps(model: Any, some: list[Prompt]) -> dict[str, float]:
 
 
 def arrival(model: Any, options: Any, running: int = 4, length: int = 2000) -> dict[str, float]:
-    """How long running texts wait for their next token while a long prompt is read, beside what they usually wait."""
+    """Measures the inter-token latency of running requests, before and while a long prompt is prefilled."""
     from nybble import Engine
 
     length = min(length, model.info.context - 2)
@@ -143,7 +143,7 @@ def arrival(model: Any, options: Any, running: int = 4, length: int = 2000) -> d
 
 
 def prefix(model: Any, options: Any, shared: int = 1000, own: int = 16) -> dict[str, float]:
-    """Seconds to the first token of two requests that share the beginning of their prompts."""
+    """Measures the seconds to the first token of two requests with a common prefix."""
     from nybble import Engine
 
     system = prompts(1, shared, seed=4)[0]
@@ -161,7 +161,7 @@ def prefix(model: Any, options: Any, shared: int = 1000, own: int = 16) -> dict[
 
 
 def measure_llama(arguments: argparse.Namespace) -> dict[str, Any]:
-    """llama.cpp with a sequence for each request, all prompts first and then a token of each at a time."""
+    """Measures llama.cpp with a sequence per request: all prompts first, then a token of each per step."""
     import llama_cpp as package  # type: ignore[import-not-found, unused-ignore]
     import numpy as np
 
@@ -179,7 +179,7 @@ def measure_llama(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = package.llama_batch_init(2048, 0, 1)
 
     def decode(rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Rows of token, position, sequence and whether its logits are wanted; the likeliest token of these."""
+        """Decodes rows (token, position, sequence, logits wanted) and returns the top tokens of rows with logits."""
         chosen = []
         for at in range(0, len(rows), 2048):
             part = rows[at : at + 2048]
@@ -220,7 +220,7 @@ def measure_llama(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask(python: str, what: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures in a process of its own."""
+    """Measures a runtime in its own process."""
     names = ("threads", "requests", "prompt", "generate", "lone")
     numbers = [f"--{name}={getattr(arguments, name)}" for name in names]
     command = [python, __file__, arguments.model, f"--measure={what}", *numbers]
@@ -234,10 +234,10 @@ def ask(python: str, what: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def show(found: dict[str, Any]) -> None:
-    """Prints what was measured."""
+    """Prints the results."""
     ours = found["nybble"]
     print(f"{found['machine']}, {ours['threads']} threads, {ours['kernel']}")
-    print(f"{found['requests']} requests of {found['prompt']} tokens in, {found['generate']} out; tokens a second\n")
+    print(f"{found['requests']} requests of {found['prompt']} tokens in, {found['generate']} out; tokens/s\n")
     step, arrived, shared = ours["step"], ours["arrival"], ours["prefix"]
     one, all_of_them = step["one_ms"], step["all_ms"]
     lines = [("nybble", name, ours[name]["rate"]) for name in ("alone", "together", "equal prompts")]
@@ -253,13 +253,13 @@ def show(found: dict[str, Any]) -> None:
         print(f"{runtime:20} {name:20} {figure:7.1f}")
     print(f"\na step of 1 row {one:.1f} ms, of {found['requests']} {all_of_them:.1f} ms: {step['ratio']:.2f}")
     print(
-        f"a prompt of 2,000 tokens comes: running texts wait {arrived['longest_ms']:.0f} ms at most, "
+        f"a prompt of 2,000 tokens arrives: running requests wait at most {arrived['longest_ms']:.0f} ms, "
         f"{arrived['ratio']:.1f} times the usual {arrived['usual_ms']:.0f} ms; "
-        f"its first token after {arrived['first_token_seconds']:.1f} s"
+        f"its first token comes after {arrived['first_token_seconds']:.1f} s"
     )
     print(
         f"1,000 tokens shared: first token after {shared['first_seconds']:.2f} s, "
-        f"of the second request after {shared['second_seconds']:.2f} s: {shared['ratio']:.0f} times sooner"
+        f"of the second request after {shared['second_seconds']:.2f} s: {shared['ratio']:.0f} times faster"
     )
 
 
@@ -270,8 +270,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--generate", type=int, default=64)
-    parser.add_argument("--lone", type=int, default=3, help="requests that are measured alone")
-    parser.add_argument("--peer", help="Python with llama-cpp-python")
+    parser.add_argument("--lone", type=int, default=3, help="number of requests to measure alone")
+    parser.add_argument("--peer", help="interpreter of an environment with llama-cpp-python")
     parser.add_argument("--unified", action="store_true", help="llama.cpp: one cache for all sequences")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", choices=["nybble", "llama.cpp"], help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Puts runtimes to the same tests of trust, each in a process of its own, and prints a table for docs/security.md.
+"""Runs robustness tests on several runtimes, each in its own process, and prints a table for docs/security.md.
 
-    python benches/trust.py                                        nybble alone
+    python benches/trust.py                                        nybble only
     python benches/trust.py --peer llama-cpp-python=PYTHON --peer mistral.rs=PYTHON --peer neural-speed=PYTHON
 
-PYTHON is the interpreter of an environment with that runtime. The model is a llama of 32 layers with random weights in
-Q4_0 and a vocabulary of bytes, which all of them read; the damaged files are copies of a small one. Nybble's own
-environment needs what its tests need, and for the test of a cgroup's limit the right to make one.
+PYTHON is the interpreter of an environment with that runtime. The model is a llama of 32 layers with random Q4_0
+weights and a vocabulary of bytes, which all runtimes can read. Damaged files are copies of a small one. Needs
+nybble's test dependencies, and permission to create a cgroup for the memory limit.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests" / "python"), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent / "tests" / "python" / "support"), str(HERE.parent / "tests")]
 
 import cgroups  # noqa: E402
 import mutations  # noqa: E402
 import tiny  # noqa: E402
 
 LAYERS = 32
-PATIENCE = 90.0
-"""Seconds without a word after which a process is taken to hang."""
+TIMEOUT = 90.0
+"""Seconds without output after which a process counts as hung."""
 TITLES = {
     "damaged": "damaged copies of a file",
     "nan": "a NaN in a weight",
@@ -54,7 +54,7 @@ TITLES = {
 
 
 def llama(path: Path, hidden: int, feed_forward: int) -> Path:
-    """Writes the model, with the tensors that other runtimes cannot do without."""
+    """Writes the model, including the tensors that only other runtimes require."""
     kinds = np.array([1] * 256 + [3] * 3, np.int32)
     dice = np.random.default_rng(11)
 
@@ -91,11 +91,11 @@ def llama(path: Path, hidden: int, feed_forward: int) -> Path:
 
 
 def outcome(last: Any, process: subprocess.Popen[bytes], hangs: bool) -> str:
-    """What came of a test: what the process said last, or how it ended without a word."""
+    """Describes the outcome of a test: the last message of the process, or how it ended without one."""
     if last is not None:
         return str(last["ended"]) if "ended" in last else f"`{last['raised']}`"
     if hangs:
-        return f"nothing for {PATIENCE:.0f} s"
+        return f"nothing for {TIMEOUT:.0f} s"
     code = process.returncode
     return f"ends the process by {signal.Signals(-code).name}" if code < 0 else f"ends the process with status {code}"
 
@@ -103,7 +103,7 @@ def outcome(last: Any, process: subprocess.Popen[bytes], hangs: bool) -> str:
 def ask(
     python: str, name: str, test: str, paths: list[Path], group: Path | None = None, log: Path = Path(os.devnull)
 ) -> list[str]:
-    """Runs a test on models, in one process as long as that lives, and returns what came of each."""
+    """Runs a test on each model and returns the outcomes. A process that ends is replaced."""
     found: list[str] = []
     while len(found) < len(paths):
         command = [python, str(HERE / "trust_peers.py"), name, test, *map(str, paths[len(found) :])]
@@ -120,7 +120,7 @@ def ask(
         assert process.stdout is not None
         before = ""
         while True:
-            ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+            ready, _, _ = select.select([process.stdout], [], [], TIMEOUT)
             line = process.stdout.readline() if ready else b""
             if not line:
                 break
@@ -143,19 +143,19 @@ def ask(
     return found
 
 
-def summed_up(found: list[str]) -> str:
+def summarize(found: list[str]) -> str:
     counts = Counter("raises" if word.startswith("`") and "Panic" not in word else word for word in found)
     return ", ".join(f"{count} {word}" for word, count in counts.most_common())
 
 
 def main() -> int:
-    """Runs all tests on all runtimes, and prints a line a test as they end."""
-    parser = argparse.ArgumentParser(description="The same tests of trust for several runtimes.")
+    """Runs all tests on all runtimes and prints one line per test."""
+    parser = argparse.ArgumentParser(description="Robustness tests for several runtimes.")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--files", type=int, default=500, help="how many damaged files")
-    parser.add_argument("--model", type=Path, help="a real model for the test of logits, instead of the random one")
+    parser.add_argument("--files", type=int, default=500, help="number of damaged files")
+    parser.add_argument("--model", type=Path, help="a real model for the logits test, instead of the random one")
     parser.add_argument("--only", action="append", choices=list(TITLES))
-    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="where what the runtimes print goes")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for the output of the runtimes")
     arguments = parser.parse_args()
     runtimes = {"nybble": sys.executable} | dict(peer.split("=", 1) for peer in arguments.peer)
     with tempfile.TemporaryDirectory(prefix="nybble-trust-") as place:
@@ -186,13 +186,13 @@ def main() -> int:
                     source = arguments.model if test == "same-bits" and arguments.model else model
                     shutil.copy(source, copy := folder / "copy.gguf")
                     found = ask(python, name, test, [copy], log=arguments.log)
-                cells.append(summed_up(found) if len(found) > 1 else found[0])
+                cells.append(summarize(found) if len(found) > 1 else found[0])
             print(f"| {TITLES[test]} | " + " | ".join(cells) + " |", flush=True)
     return 0
 
 
 def with_nan(data: bytes) -> bytes:
-    """The file with a NaN in the scale of its last block."""
+    """Returns the file with a NaN as the scale of its last block."""
     return data[:-18] + struct.pack("<e", float("nan")) + data[-16:]
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""One runtime in a process of its own, which `trust.py` starts with the interpreter of that runtime's environment.
+"""Runs one runtime for `trust.py`, which starts it with the interpreter of the runtime's environment.
 
     python benches/trust_peers.py NAME TEST MODEL...
 
-Needs nothing but the runtime itself. Puts each model to the test and says what came of it, a JSON value a line; a
-process that ends before was ended by the runtime or the system. What a runtime prints goes to standard error.
+Needs only the runtime itself. Runs the test on each model and prints the outcome as one JSON value per line. If the
+process ends earlier, the runtime or the system ended it. Output of the runtime goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = [[72, 101, 108, 108, 111] * 4, [110, 105, 103, 104, 116] * 3]
-"""Ids that every byte-level vocabulary has."""
+"""Token ids that every byte-level vocabulary has."""
 BEGINNING = 257
-"""The id that `trust.py` gives to the beginning of a text."""
+"""The id of the BOS token in the models of `trust.py`."""
 BEYOND = 100_000_000
 LONG = 1000
-"""Tokens that take any runtime seconds to read."""
+"""Length of a prompt that takes every runtime seconds."""
 CONTEXT = 2048
 
 
@@ -39,17 +39,17 @@ class Runtime(ABC):
     """A loaded model."""
 
     takes_text = False
-    """Whether prompts are texts, and not ids."""
+    """Whether prompts are strings instead of token ids."""
 
     @abstractmethod
     def __init__(self, path: str, threads: int) -> None: ...
 
     @abstractmethod
     def write(self, prompt: list[int], count: int) -> list[int] | str:
-        """What the model writes greedily after the prompt."""
+        """Generates greedily after the prompt."""
 
     def numbers(self, ids: list[int], piece: int) -> list[float] | None:
-        """Logits or log-probabilities behind the prompt, read in pieces of so many tokens. None where none are told."""
+        """Logits or logprobs after the prompt, prefilled in chunks of `piece` tokens. None if unavailable."""
         return None
 
 
@@ -63,7 +63,7 @@ class Nybble(Runtime):
     def write(self, prompt: list[int], count: int) -> list[int] | str:
         if max(prompt) < 256:
             return list(self.model.generate(bytes(prompt).decode(), max_tokens=count, temperature=0).tokens)
-        with self.package.Engine(self.model) as engine:  # Which takes ids.
+        with self.package.Engine(self.model) as engine:  # The engine accepts token ids.
             return list(engine.submit(prompt, max_tokens=count, temperature=0).result().tokens)
 
     def numbers(self, ids: list[int], piece: int) -> list[float] | None:
@@ -109,7 +109,7 @@ class MistralRs(Runtime):
 
 class NeuralSpeed(Runtime):
     def __init__(self, path: str, threads: int) -> None:
-        # The package itself imports torch, which running a model does not need.
+        # Importing the package itself would import torch, which running a model does not need.
         found = importlib.util.find_spec("neural_speed")
         assert found is not None
         assert found.submodule_search_locations
@@ -119,11 +119,11 @@ class NeuralSpeed(Runtime):
 
     def write(self, prompt: list[int], count: int) -> list[int] | str:
         self.model.reinit()
-        # It takes no prompt that begins otherwise, and returns nothing for what it refuses.
+        # Prompts must start with this token. On an error it returns an empty list.
         out = [self.model.generate([[BEGINNING, *prompt[1:]]])]
         out += [self.model.generate([]) for _ in range(count - 1)]
         if not out[0]:
-            raise ValueError("nothing was computed")
+            raise ValueError("neural-speed returned no tokens")
         return [token for step in out for row in step for token in row]
 
 
@@ -144,12 +144,12 @@ def cut(make: Callable[..., Runtime], path: str) -> str:
     model = make(path, 2)
     first = model.write(PROMPTS[0], 4)
     os.truncate(path, Path(path).stat().st_size // 2)
-    return "no effect" if model.write(PROMPTS[0], 4) == first else "another text"
+    return "no effect" if model.write(PROMPTS[0], 4) == first else "different output"
 
 
 def no_memory(make: Callable[..., Runtime], path: str) -> str:
     with contextlib.suppress(Exception):
-        make("/nowhere", 2)  # All imports come first.
+        make("/nowhere", 2)  # Completes all imports before the limit is set.
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     most = taken + Path(path).stat().st_size // 2
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -160,7 +160,7 @@ def no_memory(make: Callable[..., Runtime], path: str) -> str:
 def unknown_token(make: Callable[..., Runtime], path: str) -> str:
     model = make(path, 2)
     if model.takes_text:
-        return "takes no ids"
+        return "accepts no ids"
     return f"writes {len(model.write([*PROMPTS[0], BEYOND], 2))} tokens"
 
 
@@ -212,7 +212,7 @@ def other_threads(make: Callable[..., Runtime], path: str) -> str:
     whole = time.monotonic() - begun
     over.set()
     thread.join()
-    return f"stand still for {longest:.2f} of {whole:.1f} s"
+    return f"blocked for {longest:.2f} of {whole:.1f} s"
 
 
 def interrupt(make: Callable[..., Runtime], path: str) -> str:
@@ -224,11 +224,11 @@ def interrupt(make: Callable[..., Runtime], path: str) -> str:
     whole = time.monotonic() - begun
     say("long prompt")
     try:
-        model.write([*PROMPTS[1], *prompt], 1)  # Begins otherwise, so that nothing of it is kept from before.
+        model.write([*PROMPTS[1], *prompt], 1)  # Another first token, so that no prefix is cached.
     except KeyboardInterrupt:
         say(time.monotonic())
         usable = model.write(PROMPTS[0], 4) == short
-        return f"of {whole:.1f}, then {'usable' if usable else 'another text'}"
+        return f"of {whole:.1f}, then {'usable' if usable else 'different output'}"
     return "ignored"
 
 
@@ -237,7 +237,7 @@ def same_bits(make: Callable[..., Runtime], path: str) -> str:
     model = make(path, 2)
     whole = model.numbers(ids, len(ids))
     if whole is None:
-        return "tells no logits"
+        return "has no logits"
     others = {
         "one by one": model.numbers(ids, 1),
         "in pieces of 7": model.numbers(ids, 7),
@@ -270,7 +270,7 @@ def say(what: Any) -> None:
 
 def main() -> int:
     _, name, test, *paths = sys.argv
-    # A process that a shell starts in the background ignores it.
+    # Processes that a shell starts in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for path in paths:
         try:
@@ -281,7 +281,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Standard output is for what is said here; runtimes print there, too.
+    # Answers go to standard output; what runtimes print there is redirected to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     raise SystemExit(main())

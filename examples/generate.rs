@@ -32,6 +32,6 @@ fn main() -> nybble::Result<()> {
         let _ = std::io::stdout().flush();
         next = vec![best as u32];
     }
-    println!("\n{:.1} tokens a second", f64::from(count) / start.elapsed().as_secs_f64());
+    println!("\n{:.1} tokens per second", f64::from(count) / start.elapsed().as_secs_f64());
     Ok(())
 }

@@ -1,7 +1,7 @@
-"""`make wheel` and `make test-wheel`: is the wheel in a folder fit to be sent to anyone?
+"""Checks the wheel in a folder, for `make wheel` and `make test-wheel`.
 
-python scripts/check_wheel.py dist             # its tag, size, contents and the libraries it wants
-python scripts/check_wheel.py dist --generate  # and, in an empty environment without a compiler, does it write?
+python scripts/check_wheel.py dist             # tag, size, contents and linked libraries
+python scripts/check_wheel.py dist --generate  # also installs it without a compiler and generates
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import venv
 import zipfile
 from pathlib import Path
 
-LARGEST = 15_000_000
-"""Bytes."""
-NEWEST_GLIBC = (2, 28)
-WANTED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed", "LICENSE")
+MAX_BYTES = 15_000_000
+MAX_GLIBC = (2, 28)
+REQUIRED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed", "LICENSE")
 
 GENERATE = """
 import pathlib, shutil, sys
 for tool in ("cargo", "rustc", "cc", "gcc", "clang", "zig"):
-    assert shutil.which(tool) is None, f"{tool} is in reach: this proves nothing"
+    assert shutil.which(tool) is None, f"{tool} is in PATH, expected no compiler"
 import nybble
 assert pathlib.Path(nybble.__file__).is_relative_to(sys.prefix), nybble.__file__
 with nybble.Model.load() as model:
@@ -37,10 +36,10 @@ with nybble.Model.load() as model:
 
 
 def main() -> int:
-    """Checks, and says what was found. Returns the exit code."""
+    """Checks the wheel and prints the result. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the one wheel is")
-    parser.add_argument("--generate", action="store_true", help="install it and let the default model write")
+    parser.add_argument("folder", type=Path, help="folder with exactly one wheel")
+    parser.add_argument("--generate", action="store_true", help="install the wheel and generate with the default model")
     arguments = parser.parse_args()
     wheels = sorted(arguments.folder.glob("*.whl"))
     if len(wheels) != 1:
@@ -57,28 +56,28 @@ def main() -> int:
 
 
 def inspect(wheel: Path) -> list[str]:
-    """What is wrong with the file, nothing if it is as it should be."""
+    """Returns what is wrong with the wheel."""
     faults = []
-    if wheel.stat().st_size > LARGEST:
-        faults.append(f"found {wheel.stat().st_size} bytes, expected at most {LARGEST}")
+    if wheel.stat().st_size > MAX_BYTES:
+        faults.append(f"found {wheel.stat().st_size} bytes, expected at most {MAX_BYTES}")
     if "-cp310-abi3-" not in wheel.name:
         faults.append("expected a wheel for the stable ABI of Python 3.10 (cp310-abi3)")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    faults += [f"{wanted} is missing" for wanted in WANTED if not any(name.endswith(wanted) for name in names)]
+    faults += [f"{file} is missing" for file in REQUIRED if not any(name.endswith(file) for name in names)]
     if platform.system() == "Linux":
         shown = subprocess.run(["auditwheel", "show", "--json", str(wheel)], check=True, capture_output=True, text=True)
         tag = json.loads(shown.stdout)["overall_tag"]
         glibc = re.match(r"manylinux_(\d+)_(\d+)_", tag)
-        if glibc is None or (int(glibc[1]), int(glibc[2])) > NEWEST_GLIBC:
-            faults.append(f"auditwheel found it to be {tag}, expected manylinux_2_28 or older")
+        if glibc is None or (int(glibc[1]), int(glibc[2])) > MAX_GLIBC:
+            faults.append(f"auditwheel found {tag}, expected manylinux_2_28 or older")
         if tag not in wheel.name:
-            print(f"{wheel.name}: would even pass as {tag}")
+            print(f"{wheel.name}: also satisfies {tag}")
     return faults
 
 
 def generate(wheel: Path) -> None:
-    """Installs the wheel into an empty environment and generates with nothing else on the path."""
+    """Installs the wheel into an empty environment and generates, with only that environment in PATH."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True, symlinks=True)
         commands = Path(folder, "bin")

@@ -1,4 +1,4 @@
-"""`make demo`: the default model writes a short story, and the line below it tells how fast."""
+"""Generates a short story with the default model and prints the speed, for `make demo`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nybble.generation import TextStream
 
 PROMPT = "Write a short story of about 150 words about an old lighthouse keeper who finds a message in a bottle."
 OPTIONS = SamplingOptions(max_tokens=320, temperature=0.6, repetition_penalty=1.1, seed=4)
-"""The bits are the same everywhere, so this seed's story is, too."""
+"""Results are bit-identical everywhere, so this seed always gives the same story."""
 
 
 def main() -> int:
-    """Loads, writes, reports. Returns the exit code."""
+    """Loads the model and generates the story. Returns the exit code."""
     console = Console(highlight=False)
     began = time.perf_counter()
     with Model.load() as model:
         seconds = time.perf_counter() - began
         info = model.info
-        console.print(f"{info.file.name} is ready after {seconds:.1f} s: {info.kernel} kernels, {info.threads} threads")
+        console.print(f"{info.file.name} loaded in {seconds:.1f} s: {info.kernel} kernels, {info.threads} threads")
         console.print(f"\n> {PROMPT}\n", style="bold", soft_wrap=True)
         stream = model.chat([{"role": "user", "content": PROMPT}], OPTIONS, stream=True)
         try:
@@ -35,14 +35,14 @@ def main() -> int:
 
 
 def show(console: Console, stream: TextStream) -> None:
-    """Prints the text while it is written. On a terminal the speed stands below it all the time, else at the end."""
+    """Prints the story as it is generated. A terminal shows the speed below it, other outputs at the end."""
     if not console.is_terminal:
         for piece in stream:
             sys.stdout.write(piece)
             sys.stdout.flush()
         console.print("\n\n" + speed(stream))
         return
-    # Whole paragraphs scroll away above; what is drawn again and again is only the one in writing.
+    # Finished paragraphs scroll away; only the current one is redrawn.
     paragraph = ""
     with Live(console=console, refresh_per_second=10) as live:
         for piece in stream:
@@ -53,7 +53,7 @@ def show(console: Console, stream: TextStream) -> None:
 
 
 def speed(stream: TextStream) -> str:
-    """Tokens so far and tokens a second, for a person."""
+    """Formats the number of tokens so far and tokens per second."""
     done = stream.completion
     rates = done.timings
     return (

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fuzzes every target for SECONDS each (60 unless given), from small valid files on: scripts/fuzz.sh [SECONDS] [TARGET...]
+# Fuzzes each target for SECONDS (default 60), starting from small valid files: scripts/fuzz.sh [SECONDS] [TARGET...]
 #
-# Stable Rust cannot build with AddressSanitizer; RUSTC_BOOTSTRAP=1 SANITIZER=address does, by letting the stable compiler
-# take the flags of the nightly one. Without it there are overflow checks, debug assertions and the checks of safe Rust.
+# AddressSanitizer needs RUSTC_BOOTSTRAP=1 SANITIZER=address, which makes the stable compiler accept nightly flags.
+# Without it, overflow checks, debug assertions and the checks of safe Rust are active.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}

@@ -1,4 +1,4 @@
-"""Writes small valid files for the fuzzer to start from: `fuzz_seeds.py FOLDER`."""
+"""Writes small valid files as seeds for the fuzzer: `fuzz_seeds.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CORPUS = Path(sys.argv[1])
 
 
 def main() -> None:
-    """A GGUF file and a checkpoint of every family, packed ones, a vocabulary with a text, and sessions."""
+    """Writes a GGUF file and a checkpoint per family, packed checkpoints, a vocabulary with a string, and sessions."""
     with tempfile.TemporaryDirectory() as folder:
         for original in mutations.files(Path(folder)):
             (data,) = original.files.values()
@@ -44,7 +44,7 @@ def main() -> None:
     (CORPUS / "vocabulary" / "pieces").write_text(text, encoding="utf-8")
     for name, content in packings():
         (CORPUS / "packings" / name).write_bytes(content)
-    # Bytes of a page of the target's model, whose name and whose hashes the target puts in.
+    # Bytes per page of the target's model. The target fills in the model's name and the hashes.
     for cache_type, page in enumerate([5120, 2560, 1792]):
         for seen in (0, 3, 64, 70):
             header = struct.pack("<8sII32xQQ", b"NYBBLEKV", 1, cache_type, seen + 2, seen)
@@ -66,10 +66,10 @@ LINEAR = {
 
 
 def packings() -> Iterator[tuple[str, bytes]]:
-    """A Llama of one layer in every packing: configuration, header of safetensors, data."""
+    """Yields a one-layer Llama in each packing: name, then config, safetensors header and data as lines."""
     weights = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": GROUP}
     group = {"targets": ["Linear"], "input_activations": None, "weights": weights}
-    ways: dict[str, dict[str, Any]] = {
+    packing_configs: dict[str, dict[str, Any]] = {
         "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP},
         "auto-round": {"quant_method": "auto-round", "bits": 4, "group_size": GROUP},
@@ -80,7 +80,7 @@ def packings() -> Iterator[tuple[str, bytes]]:
             "config_groups": {"group_0": group},
         },
     }
-    for name, way in ways.items():
+    for name, way in packing_configs.items():
         config = {
             "model_type": "llama",
             "hidden_size": HIDDEN,
@@ -106,7 +106,7 @@ def packings() -> Iterator[tuple[str, bytes]]:
 
 
 def packed(way: str) -> Iterator[tuple[str, str, np.ndarray[Any, Any]]]:
-    """The tensors of a packed Llama: name, type, values."""
+    """Yields the tensors of a packed Llama: name, dtype, values."""
     dice = np.random.default_rng(7)
     layer = "model.layers.0."
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

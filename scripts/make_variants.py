@@ -1,10 +1,10 @@
-"""Makes tests/data/variants: what transformers computes with checkpoints of every family in unusual shapes.
+"""Makes tests/data/variants: logits that transformers computes for checkpoints of each family in unusual shapes.
 
     pip install torch transformers==5.23.0
     python scripts/make_variants.py [NAME ...]
 
 A variant is one small file: the configuration, the names and shapes of the tensors, some token ids, and the logits. The
-values of the tensors are made from their names alone, here and in `tests/variants.rs`, so that they need not be stored.
+values of the tensors are derived from their names, here and in `tests/models/variants.rs`, and are not stored.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ TOKENS = 40
 
 Config = dict[str, Any]
 
-# An odd number of heads of a width of their own, one head of keys and values, no size a multiple of 16.
+# An odd number of heads with an explicit width, one KV head, no size a multiple of 16.
 ODD: Config = {
     "vocab_size": 67, "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10,
     "num_hidden_layers": 5, "intermediate_size": 52, "max_position_embeddings": 128, "pad_token_id": None,
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-# Three queries to a key.
+# Three query heads per KV head.
 GROUPS: Config = ODD | {
     "vocab_size": 83, "hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14,
     "num_hidden_layers": 2, "intermediate_size": 72,
 }  # fmt: skip
-# For families whose heads are as wide as the hidden size over their number.
+# For families whose head width is the hidden size divided by the number of heads.
 PLAIN: Config = {key: value for key, value in ODD.items() if key != "head_dim"}
 PLAIN_GROUPS: Config = {key: value for key, value in GROUPS.items() if key != "head_dim"} | {"hidden_size": 60}
 NEOX: Config = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"}
@@ -73,17 +73,17 @@ RW: Config = {
 
 
 def rope(kind: str = "default", **more: Any) -> Config:
-    """The key `rope_parameters`."""
+    """Returns the key `rope_parameters`."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
 def yarn(**more: Any) -> Config:
-    """YaRN, by a factor of 4 unless told otherwise."""
+    """Returns YaRN parameters, with a factor of 4 by default."""
     return rope("yarn", **({"factor": 4.0, "original_max_position_embeddings": 32} | more))
 
 
 def long(original: int) -> Config:
-    """LongRoPE for heads of 14, from `original` tokens on."""
+    """Returns LongRoPE parameters for heads of width 14, long from `original` tokens."""
     factors = {"long_factor": [1 + 0.3 * i for i in range(7)], "short_factor": [1 + 0.1 * i for i in range(7)]}
     scaling = rope("longrope", original_max_position_embeddings=original, **factors)
     return scaling | {"original_max_position_embeddings": original}
@@ -96,7 +96,7 @@ GEMMA3_ROPE: Config = {
     }
 }
 
-# The text of a model of images, too.
+# The language model of a vision model.
 IMAGES: Config = {
     "text_config": ODD | {"sliding_window": 12, "num_hidden_layers": 2, "query_pre_attn_scalar": 30},
     "vision_config": {
@@ -228,7 +228,7 @@ VARIANTS: dict[str, tuple[str, Config]] = {
 
 
 def values(name: str, shape: list[int]) -> npt.NDArray[np.float32]:
-    """What a tensor of that name holds: norms about 1, biases about 0 and matrices of either sign, by SplitMix64."""
+    """Derives a tensor from its name with SplitMix64: norms near 1, biases near 0, matrices of both signs."""
     seed = 0xCBF29CE484222325  # FNV-1a
     for byte in name.encode():
         seed = (seed ^ byte) * 0x100000001B3 % 2**64
@@ -250,9 +250,9 @@ def values(name: str, shape: list[int]) -> npt.NDArray[np.float32]:
 
 
 def make(name: str) -> None:
-    """Computes a variant and writes its file."""
+    """Computes the logits of a variant and writes its file."""
     model_type, settings = VARIANTS[name]
-    # The eager attention of Falcon adds ALiBi twice.
+    # Falcon's eager attention adds ALiBi twice.
     attention = "sdpa" if settings.get("alibi") else "eager"
     config = CONFIG_MAPPING[model_type](**settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +271,7 @@ def make(name: str) -> None:
     with torch.inference_mode():
         logits = model.eval()(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
     OUT.mkdir(exist_ok=True)
-    # The layout of safetensors, with the rest as its metadata.
+    # A safetensors file with config and shapes as metadata.
     metadata = {"config": json.dumps(written), "tensors": json.dumps(list(shapes.items()))}
     save_file({"input_ids": ids, "logits": logits}, OUT / f"{name}.safetensors", metadata)
     print(f"{name}: logits to {np.abs(logits).max():.1f}")

@@ -1,20 +1,18 @@
 #!/usr/bin/env bash
-# Runs tests under AddressSanitizer, which sees what a load or store of SIMD kernels, or a cast of bytes, does beyond its buffer:
-# scripts/sanitize.sh [--test NAME | --lib ...] (formats, blocks, sampler, vocabularies, kernels, models and sessions unless given)
+# Runs tests under AddressSanitizer, which finds loads, stores and casts that leave their buffer:
+# scripts/sanitize.sh [--test NAME | --lib ...] (default: library, kernels, formats, models, engine)
 #
-# The flag is one of the nightly compiler's; RUSTC_BOOTSTRAP=1 lets the stable one take it. Linux on x86-64. Miri is part of
-# nightly toolchains only, and knows none of the instructions that kernels are made of.
+# The sanitizer is a nightly flag; RUSTC_BOOTSTRAP=1 makes the stable compiler accept it. Linux on x86-64 only. Miri does
+# not support the kernels' instructions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=("$@")
-((${#tests[@]})) || tests=(--lib --test kernels --test model_bits --test sampler --test vocab --test block_types
-    --test gguf_reader --test gguf_malformed --test hf_safetensors --test hf_packings --test model_errors
-    --test session_files --test threads)
+((${#tests[@]})) || tests=(--lib --test kernels --test formats --test models --test engine)
 
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="-Zsanitizer=address ${RUSTFLAGS:-}"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/sanitize"
-# What workers and models keep until the process ends is no leak.
+# Memory that workers and models keep until the process ends is not a leak.
 export ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
-# With a target, so that build scripts and macros are built without it.
+# With an explicit target, build scripts and macros are built without the sanitizer.
 cargo test --locked --target x86_64-unknown-linux-gnu "${tests[@]}"

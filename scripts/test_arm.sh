@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make test-arm`: tests for 64-bit Arm on any Debian machine, compiled by the compiler that Debian builds its browsers
-# with (the only one it has for this Rust) and run by QEMU. Installs what is missing and fails where it cannot.
+# Runs tests for 64-bit Arm on any Debian machine under QEMU, for `make test-arm`. Compiles with Debian's rustc-web, its
+# only package of this Rust version. Installs missing packages and fails if it cannot.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,14 +16,15 @@ if ((${#missing[@]})); then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-# Debian's compiler, not one that rustup puts before it, and a folder of its own for what it builds.
+# Debian's compiler instead of rustup's, and a separate target folder.
 export RUSTC=/usr/bin/rustc
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/arm"
 export CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-# The C library is the one that came with the compiler's. QEMU's CPU has every instruction, so no kernel may be missing.
+# The C library comes with the cross compiler. QEMU's CPU has every instruction, so the NEON kernel must run.
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L / -cpu max"
 export NYBBLE_TEST_RUNNER="$CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER"
 export NYBBLE_REQUIRE_KERNELS=neon
 "$RUSTC" --version
-cargo test --locked --lib --test kernels --test model_bits --test goldens
+cargo test --locked --lib --test kernels
+cargo test --locked --test models -- bits:: goldens::

@@ -1,10 +1,19 @@
-//! The rules that keep the house in order, read off the sources themselves: who may import whom, where instruction sets
-//! and `unsafe` may appear, and how long a file may grow.
+//! Rules about the sources: which module may import which, where instruction sets and `unsafe` may appear, and how large
+//! files and folders may grow.
 
+#[path = "architecture/modules.rs"]
+mod modules;
+#[path = "architecture/source.rs"]
+mod source;
+
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The floors from the lowest up. A floor may import the ones before it, never one beside or above it.
+use modules::{Modules, circles};
+use source::{code_only, files, paths, read, relative, repository, words};
+
+/// Modules by floor, lowest first. A module may import only modules on lower floors.
 const FLOORS: &[&[&str]] = &[
     &["error"],
     &["system"],
@@ -17,23 +26,30 @@ const FLOORS: &[&[&str]] = &[
     &["python"],
 ];
 
-/// The only files with `unsafe`, each a file or a folder of that name, and what for.
+/// The only files with `unsafe`, by path of a file or folder, and the reason.
 const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/amx", "uses the tile registers, for which there are no intrinsics; enters AVX-512's functions"),
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
-    ("src/kernels/avxvnni", "asks for `vpdpbusd`; enters AVX2's functions"),
-    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; asks for `sdot`"),
-    ("src/kernels/portable", "its macro enters functions of an instruction set for the witness that expands it"),
+    ("src/kernels/avxvnni", "executes `vpdpbusd`; enters AVX2's functions"),
+    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; executes `sdot`"),
+    ("src/kernels/operations", "calls the functions of a table, which only some CPUs can run"),
+    ("src/kernels/scalar", "promises that every CPU can run its table"),
     ("src/format/mapped", "maps a file into memory"),
     ("src/system/allocator", "hands out memory"),
-    ("src/threads/board", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/columns", "lends the workers disjoint parts of one buffer"),
+    ("src/threads/job_slot", "lends the workers a closure of the one call that waits for them"),
     ("src/threads/pool", "calls the two above"),
 ];
 
-/// A file that has grown past this is two files.
-const MOST_LINES: usize = 650;
+/// A longer file is two files.
+const MAX_LINES: usize = 600;
+
+/// A folder with more source files is two folders.
+const MAX_FILES: usize = 15;
+
+/// Every folder with sources.
+const FOLDERS: &[&str] = &["src", "tests", "benches", "examples", "fuzz", "python", "scripts"];
 
 #[test]
 fn a_floor_imports_only_the_floors_below_it() {
@@ -53,7 +69,7 @@ fn a_floor_imports_only_the_floors_below_it() {
 }
 
 #[test]
-fn every_module_of_the_crate_stands_on_a_floor() {
+fn every_module_of_the_crate_has_a_floor() {
     let mut modules = Vec::new();
     for entry in fs::read_dir(repository().join("src")).expect("src can be listed") {
         let path = entry.expect("an entry of src can be read").path();
@@ -67,7 +83,7 @@ fn every_module_of_the_crate_stands_on_a_floor() {
 }
 
 #[test]
-fn instruction_sets_are_named_only_in_the_kernels() {
+fn only_the_kernels_name_instruction_sets() {
     let mut faults = Vec::new();
     for file in files(&["src"], &["rs"]) {
         let name = relative(&file);
@@ -90,7 +106,7 @@ fn instruction_sets_are_named_only_in_the_kernels() {
 }
 
 #[test]
-fn unsafe_stays_in_the_listed_files_and_every_block_says_why_it_is_sound() {
+fn unsafe_is_in_listed_files_only_and_has_safety_comments() {
     let mut faults = Vec::new();
     let mut unused: Vec<&str> = UNSAFE_FILES.iter().map(|(place, _)| *place).collect();
     for file in files(&["src", "tests", "benches", "examples", "fuzz"], &["rs"]) {
@@ -112,19 +128,39 @@ fn unsafe_stays_in_the_listed_files_and_every_block_says_why_it_is_sound() {
 }
 
 #[test]
-fn no_file_grows_past_what_a_reader_holds_in_mind() {
-    let all = files(&["src", "tests", "benches", "examples", "fuzz", "python", "scripts"], &["rs", "py"]);
-    assert!(all.iter().any(|file| relative(file) == "tests/architecture.rs"), "the files are found");
-    let faults: Vec<String> = all
-        .iter()
-        .map(|file| (relative(file), read(file).lines().count()))
-        .filter(|(_, lines)| *lines > MOST_LINES)
-        .map(|(name, lines)| format!("{name} has {lines} lines"))
-        .collect();
-    assert!(faults.is_empty(), "over {MOST_LINES} lines:\n{}", faults.join("\n"));
+fn no_file_imports_itself_through_others() {
+    let sources: Vec<(String, String)> =
+        files(&["src"], &["rs"]).iter().map(|file| (relative(file)["src/".len()..].to_owned(), read(file))).collect();
+    let found = circles(&Modules::read(&sources).graph());
+    assert!(
+        found.is_empty(),
+        "{} circles of imports; move what they share into a leaf:\n{}",
+        found.len(),
+        found.join("\n")
+    );
 }
 
-// The tools above are tested on sources in which the answer is plain.
+#[test]
+fn no_file_has_more_than_600_lines() {
+    let all = files(FOLDERS, &["rs", "py"]);
+    assert!(all.iter().any(|file| relative(file) == "tests/architecture.rs"), "the files are found");
+    let lines = all.iter().map(|file| (relative(file), read(file).lines().count()));
+    let faults: Vec<_> = lines.filter(|(_, lines)| *lines > MAX_LINES).collect();
+    assert!(faults.is_empty(), "over {MAX_LINES} lines: {faults:?}");
+}
+
+#[test]
+fn no_folder_has_more_than_15_source_files() {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for folder in files(FOLDERS, &["rs", "py"]).iter().filter_map(|file| file.parent()) {
+        *counts.entry(relative(folder)).or_default() += 1;
+    }
+    assert!(counts.contains_key("src/model"), "the folders are found: {counts:?}");
+    counts.retain(|_, count| *count > MAX_FILES);
+    assert!(counts.is_empty(), "over {MAX_FILES} source files: {counts:?}");
+}
+
+// Tests of the scanner on small sources.
 
 #[test]
 fn comments_strings_and_characters_are_not_code() {
@@ -167,6 +203,29 @@ fn an_import_through_a_reexport_counts_as_one_of_its_floor() {
 }
 
 #[test]
+fn circles_are_found_through_reexports_and_inline_modules() {
+    let graph = |sources: &[(&str, &str)]| {
+        let owned: Vec<_> = sources.iter().map(|(file, text)| (file.to_string(), text.to_string())).collect();
+        Modules::read(&owned).graph()
+    };
+    let lib = ("lib.rs", "pub mod a; pub use a::One;");
+    let one = ("a/one.rs", "use super::two; struct One; fn f() { two::g() }");
+    let parent = ("a/mod.rs", "mod one; mod two; pub use one::One; pub(crate) fn own() {}");
+    let found = circles(&graph(&[lib, parent, one, ("a/two.rs", "fn g() { crate::One }")]));
+    assert_eq!(found, ["2 files:\n  a/one.rs -> a/two.rs\n  a/two.rs -> a/one.rs"]);
+    // Neither a re-export nor the name of a module alone counts as an import.
+    assert!(circles(&graph(&[lib, parent, one, ("a/two.rs", "use super::one; use super::own;")])).is_empty());
+    let caller = ("a/mod.rs", "mod one; mod two; pub(crate) fn own() { two::g() }");
+    let glob = ("a/two.rs", "use super::*; pub fn g() {}");
+    assert_eq!(circles(&graph(&[lib, caller, one, glob])).len(), 1);
+    // In an inline module `super` is the file itself.
+    let inline = ("a/two.rs", "pub fn g() {} mod tests { use super::*; fn f() { super::g() } }");
+    assert!(circles(&graph(&[lib, caller, one, inline])).is_empty());
+    let group = ("a/two.rs", "use crate::{a::{one::{self as first, One}, own}}; fn g() { first::f() }");
+    assert_eq!(graph(&[lib, parent, one, group])["a/two.rs"].len(), 2);
+}
+
+#[test]
 fn an_unsafe_block_without_its_comment_is_found() {
     let bare =
         "fn f() {\n    // SAFETY: checked.\n    let x =\n        unsafe { g() };\n    let y = unsafe { g() };\n}";
@@ -177,46 +236,11 @@ fn an_unsafe_block_without_its_comment_is_found() {
     assert_eq!(unsafe_lines("#![allow(unsafe_code)]\nunsafe fn f() {}"), [1]);
 }
 
-fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn relative(file: &Path) -> String {
-    let name = file.strip_prefix(repository()).unwrap_or(file);
-    name.to_string_lossy().replace('\\', "/")
-}
-
-fn read(file: &Path) -> String {
-    fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
-}
-
-/// Every file below `folders` with one of `extensions`. A folder that does not exist holds none.
-fn files(folders: &[&str], extensions: &[&str]) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut waiting: Vec<PathBuf> = folders.iter().map(|folder| repository().join(folder)).collect();
-    while let Some(folder) = waiting.pop() {
-        let Ok(entries) = fs::read_dir(&folder) else { continue };
-        for path in entries.map(|entry| entry.expect("a folder of the repository can be listed").path()) {
-            if path.is_dir() {
-                // Build folders of sub-crates and of Python are not ours to judge.
-                let built = path.file_name().is_some_and(|name| name == "target" || name == "__pycache__");
-                if !built {
-                    waiting.push(path);
-                }
-            } else if path.extension().is_some_and(|e| extensions.iter().any(|wanted| e == *wanted)) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
 fn height(floor: &str) -> Option<usize> {
     FLOORS.iter().position(|names| names.contains(&floor))
 }
 
-/// `place` is a file's path without its ending, or a folder's.
+/// `place` is the path of a file without its extension, or of a folder.
 fn is_at(file: &str, place: &str) -> bool {
     file.strip_prefix(place).is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
 }
@@ -226,7 +250,7 @@ fn floor_of_file(file: &str) -> Option<(&'static str, usize)> {
     floors.into_iter().find(|(name, _)| is_at(file, &format!("src/{name}")))
 }
 
-/// The floor that a path in `file` leads to, where it leads to one.
+/// The floor of the module that a path in `file` leads to, if any.
 fn imported_floor(path: &[String], file: &Path, root_names: &[(String, String)]) -> Option<String> {
     let supers = path.iter().take_while(|part| *part == "super").count();
     let first = path.get(if path[0] == "crate" { 1 } else { supers })?;
@@ -241,7 +265,7 @@ fn imported_floor(path: &[String], file: &Path, root_names: &[(String, String)])
     (supers > 0 && height(first).is_some() && (at_root || !near)).then(|| first.clone())
 }
 
-/// What `lib.rs` lends to the root of the crate: (name, floor).
+/// The names that `lib.rs` re-exports: (name, floor).
 fn reexports(lib: &str) -> Vec<(String, String)> {
     let mut names = Vec::new();
     for path in paths(&code_only(lib)) {
@@ -249,156 +273,19 @@ fn reexports(lib: &str) -> Vec<(String, String)> {
         if let [floor, .., name] = path
             && height(floor).is_some()
         {
-            assert_ne!(name, "*", "lib.rs lends names one by one, so that they can be followed");
+            assert_ne!(name, "*", "lib.rs re-exports names one by one, so that they can be followed");
             names.push((name.clone(), floor.clone()));
         }
     }
     names
 }
 
-/// The source with comments, strings and characters made blank; lines stay where they are.
-fn code_only(source: &str) -> String {
-    let chars: Vec<char> = source.chars().collect();
-    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
-    let mut code = String::with_capacity(source.len());
-    let mut i = 0;
-    while i < chars.len() {
-        let end = match at(i) {
-            '/' if at(i + 1) == '/' => (i..chars.len()).find(|&j| at(j) == '\n').unwrap_or(chars.len()),
-            '/' if at(i + 1) == '*' => end_of_block_comment(&chars, i),
-            '"' => end_of_quoted(&chars, i, '"'),
-            '\'' if at(i + 1) == '\\' || at(i + 2) == '\'' => end_of_quoted(&chars, i, '\''),
-            'r' if !is_word(at(i.wrapping_sub(1))) || matches!(at(i.wrapping_sub(1)), 'b' | 'c') => {
-                end_of_raw_string(&chars, i)
-            }
-            _ => i,
-        };
-        if end == i {
-            code.push(at(i));
-            i += 1;
-        } else {
-            code.extend(chars[i..end].iter().map(|&c| if c == '\n' { '\n' } else { ' ' }));
-            i = end;
-        }
-    }
-    code
-}
-
-fn end_of_block_comment(chars: &[char], start: usize) -> usize {
-    let (mut depth, mut i) = (0, start);
-    while i + 1 < chars.len() {
-        match (chars[i], chars[i + 1]) {
-            ('/', '*') => (depth, i) = (depth + 1, i + 2),
-            ('*', '/') => (depth, i) = (depth - 1, i + 2),
-            _ => i += 1,
-        }
-        if depth == 0 {
-            return i;
-        }
-    }
-    chars.len()
-}
-
-fn end_of_quoted(chars: &[char], start: usize, quote: char) -> usize {
-    let mut i = start + 1;
-    while i < chars.len() && chars[i] != quote {
-        i += if chars[i] == '\\' { 2 } else { 1 };
-    }
-    (i + 1).min(chars.len())
-}
-
-/// `start` itself where no raw string begins.
-fn end_of_raw_string(chars: &[char], start: usize) -> usize {
-    let hashes = chars[start + 1..].iter().take_while(|&&c| c == '#').count();
-    let open = start + 1 + hashes;
-    if chars.get(open) != Some(&'"') {
-        return start;
-    }
-    let closes = |i: usize| {
-        chars[i] == '"' && chars.get(i + 1..i + 1 + hashes).is_some_and(|rest| rest.iter().all(|&c| c == '#'))
-    };
-    (open + 1..chars.len()).find(|&i| closes(i)).map_or(chars.len(), |i| i + 1 + hashes)
-}
-
-fn is_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-/// Every word of blanked code, with its line from 0.
-fn words(code: &str) -> impl Iterator<Item = (usize, &str)> {
-    code.lines().enumerate().flat_map(|(line, text)| {
-        text.split(|c: char| !is_word(c)).filter(|word| !word.is_empty()).map(move |word| (line, word))
-    })
-}
-
-/// Every path of two parts or more in blanked code, groups in braces written out.
-fn paths(code: &str) -> Vec<Vec<String>> {
-    let tokens = tokens(code);
-    let mut found = Vec::new();
-    let mut i = 0;
-    while i < tokens.len() {
-        if tokens[i].chars().all(is_word) {
-            i = path_from(&tokens, i, Vec::new(), &mut found);
-        } else {
-            i += 1;
-        }
-    }
-    found.retain(|path| path.len() > 1);
-    found
-}
-
-fn tokens(code: &str) -> Vec<String> {
-    let mut tokens: Vec<String> = Vec::new();
-    let mut rest = code.trim_start();
-    while let Some(first) = rest.chars().next() {
-        let word = rest.find(|c: char| !is_word(c)).unwrap_or(rest.len());
-        let length = if rest.starts_with("::") { 2 } else { word.max(first.len_utf8()) };
-        tokens.push(rest[..length].to_string());
-        rest = rest[length..].trim_start();
-    }
-    tokens
-}
-
-/// Reads the path that begins at token `i` into `found` and returns the token after it.
-fn path_from(tokens: &[String], mut i: usize, mut path: Vec<String>, found: &mut Vec<Vec<String>>) -> usize {
-    let at = |i: usize| tokens.get(i).map_or("", String::as_str);
-    loop {
-        match at(i) {
-            "{" if !path.is_empty() => {
-                i += 1;
-                while !matches!(at(i), "}" | "") {
-                    // What follows the path, such as `as name`, is no path of its own.
-                    i = path_from(tokens, i, path.clone(), found);
-                    while !matches!(at(i), "," | "}" | "") {
-                        i += 1;
-                    }
-                    i += usize::from(at(i) == ",");
-                }
-                return i + 1;
-            }
-            token if token == "*" || (!token.is_empty() && token.chars().all(is_word)) => {
-                path.push(token.to_string());
-                i += 1;
-                if at(i) != "::" {
-                    found.push(path);
-                    return i;
-                }
-                i += 1;
-            }
-            _ => {
-                found.push(path);
-                return i;
-            }
-        }
-    }
-}
-
-/// The lines, from 0, with the keyword.
+/// The lines with the keyword `unsafe`, counted from 0.
 fn unsafe_lines(source: &str) -> Vec<usize> {
     words(&code_only(source)).filter(|(_, word)| *word == "unsafe").map(|(line, _)| line).collect()
 }
 
-/// The lines, from 0, of blocks and impls without a SAFETY comment directly above their statement.
+/// The lines, counted from 0, of `unsafe` blocks and impls without a SAFETY comment directly above their statement.
 fn undocumented_unsafe(source: &str) -> Vec<usize> {
     let code = code_only(source);
     let (lines, code_lines): (Vec<&str>, Vec<&str>) = (source.lines().collect(), code.lines().collect());

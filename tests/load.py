@@ -1,9 +1,9 @@
-"""A server under load from clients that mean no good: `python tests/load.py --seconds 60`.
+"""Loads a server with requests from hostile clients: `python tests/load.py --seconds 60`.
 
-Two hundred requests a second, of which each is garbage, oversized, well-formed but wrong, cut off in the middle, sent
-or read too slowly, or left alone halfway through its answer; and beside them two a second that are good. Afterwards the
-server must still run, hold no slot and no more memory than before, and have answered every good request. Ends with 1
-if it does not. Without a model, a tiny one with random weights is served.
+Sends 200 bad requests per second: garbage, oversized, well-formed but invalid, cut off, sent or read too slowly, or
+abandoned halfway through the response. Two good requests per second run at the same time. Afterwards the server must
+still run, occupy no slot, use no more memory than before, and have answered every good request; otherwise the exit code
+is 1. Without a model, a tiny one with random weights is served.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "python"))
+sys.path.insert(0, str(Path(__file__).parent / "python" / "support"))
 import tiny
 
 LIMIT_BYTES = 50 << 20
-"""How much the server's memory may grow after a quarter of the load."""
+"""Allowed growth of the server's memory after the first quarter of the load."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Load:
             await asyncio.sleep(0.5)
 
     async def good(self) -> None:
-        """A request that must be answered, by a client that comes back as often as it is asked to."""
+        """A request that must be answered, from a client that retries for a minute."""
         began = time.monotonic()
         while time.monotonic() - began < 60:
             try:
@@ -101,11 +101,11 @@ class Load:
                 self.waits.append(time.monotonic() - began)
                 self.seen["good: answered"] += 1
                 return
-            self.seen[f"good: {text[9:12].decode() or 'no answer'}, tried again"] += 1
+            self.seen[f"good: {text[9:12].decode() or 'no answer'}, retried"] += 1
             await asyncio.sleep(1)
         self.seen["good: NOT ANSWERED"] += 1
 
-    # --- What they share
+    # --- Shared
 
     def chat(self, **more: Any) -> dict[str, Any]:
         words = "".join(self.dice.choices("abcdef ", k=self.dice.randrange(1, 60)))
@@ -155,7 +155,7 @@ class Load:
 
 
 def state(pid: int) -> tuple[int, int]:
-    """Resident bytes and open files of a process."""
+    """Returns the resident bytes and open files of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     resident = int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) * 1024
     return resident, len(list(Path(f"/proc/{pid}/fd").iterdir()))
@@ -171,7 +171,7 @@ async def metrics(load: Load) -> dict[str, float]:
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
     model = options.model or tiny.write_model(folder / "tiny.gguf", llama__context_length=4096)
-    # Kept keys and values are no leak; little memory for them, so that one would show.
+    # The prefix cache is not a leak. It is small here, so that a leak shows.
     command = [sys.executable, "-m", "nybble", "serve", str(model), "--port", "0", "--cache-gb", str(options.cache_gb)]
     log = folder / "log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file) as server:
@@ -184,44 +184,44 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
             states = []
             for _ in range(4):
                 await load.run(options.seconds / 4, options.rate)
-                held = await settle(load)
+                busy = await settle(load)
                 states.append(state(server.pid))
             alive = server.poll() is None
         finally:
             server.terminate()
             code = server.wait(60)
-    said = log.read_text().splitlines()[3:]
+    logged = log.read_text().splitlines()[3:]
     waits = sorted(load.waits)
     print(*(f"{count:8} {name}" for name, count in sorted(load.seen.items())), sep="\n")
-    print(f"good requests waited {waits[len(waits) // 2]:.2f} s in the middle and {waits[-1]:.2f} s at most")
-    # Caches of words and of keys and values fill up, so it is still growing a little at first.
+    print(f"good requests waited {waits[len(waits) // 2]:.2f} s (median) and {waits[-1]:.2f} s (maximum)")
+    # Caches of tokens and of keys and values fill up, so memory still grows a little at first.
     print("memory after each quarter:", ", ".join(f"{resident / 1e6:.1f} MB" for resident, _ in states), end="; ")
-    print("files:", ", ".join(str(files) for _, files in states), end=f"; {held}\n")
+    print("files:", ", ".join(str(files) for _, files in states), end=f"; {busy}\n")
     before, after = states[0], states[-1]
     faults = {
         "the server ended": not alive or code != 0,
         "good requests were not answered": load.seen["good: NOT ANSWERED"] > 0,
-        "connections without an end": load.seen["NO END"] > 0,
-        "errors of the server": any(name.startswith("500") for name in load.seen),
-        f"it said {len(said)} lines, such as {said[:3]}": len(said) > 0,
-        "slots were kept": held != {"running": 0, "waiting": 0},
-        "memory was kept": after[0] - before[0] > LIMIT_BYTES,
-        "files were kept": after[1] > before[1] + 5,
+        "connections did not end": load.seen["NO END"] > 0,
+        "the server answered with 500": any(name.startswith("500") for name in load.seen),
+        f"the server logged {len(logged)} lines, such as {logged[:3]}": len(logged) > 0,
+        "slots are still in use": busy != {"running": 0, "waiting": 0},
+        "memory grew": after[0] - before[0] > LIMIT_BYTES,
+        "files are still open": after[1] > before[1] + 5,
     }
     print(*(f"FAILED: {name}" for name, failed in faults.items() if failed), sep="\n")
     return int(any(faults.values()))
 
 
 async def settle(load: Load) -> dict[str, float]:
-    """Waits until nothing is answered any more, half a minute at most. What is left then has leaked."""
+    """Waits up to half a minute until no request is running. What remains has leaked."""
     for _ in range(60):
         found = await metrics(load)
-        held = {name: found[f"nybble_{name}"] for name in ("running", "waiting")}
-        if not any(held.values()):
+        busy = {name: found[f"nybble_{name}"] for name in ("running", "waiting")}
+        if not any(busy.values()):
             break
         await asyncio.sleep(0.5)
     await asyncio.sleep(6)  # Idle connections are closed after five seconds.
-    return held
+    return busy
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Loads damaged models by the thousand: each loads and writes or raises a documented error, soon and in little memory.
+"""Loads thousands of damaged models. Each must generate or raise a documented error, within limits of time and memory.
 
     python tests/mutations.py                              100,000 GGUF files and 20,000 checkpoint folders
-    python tests/mutations.py --files 500 --folders 100    a short run, part of the test suite
-    python tests/mutations.py --only files:4711            one of them again, where it was seen to fail
+    python tests/mutations.py --files 500 --folders 100    a short run
+    python tests/mutations.py --only files:4711            repeats one case
 
-What is damaged and how follows from the seed and the number of the case, so a case can be made again. Each case runs in
-a worker process that the parent watches: a worker that dies or hangs is reported with the case that it had.
+The seed and the number of a case determine its damage, so every case can be repeated. Cases run in worker processes;
+if a worker dies or hangs, the parent reports its current case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent / "python"))
+sys.path.insert(0, str(Path(__file__).parent / "python" / "support"))
 
 import tiny
 import vocabularies
@@ -43,11 +43,11 @@ from nybble import Model, _native
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 SECONDS = 1.0
-"""Processor time that one case may take."""
+"""CPU time limit per case."""
 MEMORY = 200 << 20
-"""Bytes beyond the size of its files that one case may take."""
+"""Memory limit per case in bytes, in addition to the size of its files."""
 STUCK = 300.0
-"""Seconds of silence after which a worker is taken to hang. Far above `SECONDS`: the machine may be busy."""
+"""Seconds without a message after which a worker counts as hung. Far above `SECONDS`, for busy machines."""
 DOCUMENTED = (nybble.ModelError, OSError, MemoryError)
 NUMBERS = [0, 1, 2, 3, 31, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -56,34 +56,34 @@ Damage = Callable[[Dice, bytearray], None]
 
 
 def number(dice: Dice, width: int) -> bytes:
-    """A number of `width` bytes that programs like to stumble over."""
+    """Returns a number of `width` bytes that often breaks programs."""
     return (NUMBERS[dice.integers(len(NUMBERS))] & (1 << 8 * width) - 1).to_bytes(width, "little")
 
 
 def somewhere(dice: Dice, length: int) -> int:
-    """A position, near the beginning as often as anywhere."""
+    """Returns a position, in half of the cases near the beginning."""
     return int(dice.integers(min(length, 4096) if dice.random() < 0.5 else length)) if length else 0
 
 
 def flip_bits(dice: Dice, data: bytearray) -> None:
-    """Turns one to sixteen bits over."""
+    """Flips one to sixteen bits."""
     for _ in range(dice.integers(1, 17)):
         data[somewhere(dice, len(data))] ^= 1 << int(dice.integers(8))
 
 
 def overwrite(dice: Dice, data: bytearray) -> None:
-    """Writes a number that programs stumble over anywhere."""
+    """Overwrites bytes with a number that often breaks programs."""
     at, width = somewhere(dice, len(data)), int(dice.choice([1, 2, 4, 8]))
     data[at : at + width] = number(dice, width)
 
 
 def truncate(dice: Dice, data: bytearray) -> None:
-    """Ends the data early."""
+    """Truncates the data."""
     del data[somewhere(dice, len(data)) :]
 
 
 def repeat(dice: Dice, data: bytearray) -> None:
-    """Copies a piece to another place, over what stands there or between it."""
+    """Copies a slice to another position, replacing or inserting."""
     length = int(dice.integers(1, 65))
     source, target = somewhere(dice, len(data)), somewhere(dice, len(data))
     piece = data[source : source + length]
@@ -91,7 +91,7 @@ def repeat(dice: Dice, data: bytearray) -> None:
 
 
 def fields(data: bytes) -> list[tuple[int, int]]:
-    """Start and width of the numbers and texts in the header of a whole GGUF file."""
+    """Finds the numbers and strings in the header of a valid GGUF file, as (start, width)."""
     found = [(4, 4), (8, 8), (16, 8)]
     at = 24
     widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -129,7 +129,7 @@ def fields(data: bytes) -> list[tuple[int, int]]:
 
 
 def field(dice: Dice, data: bytearray) -> None:
-    """Gives fields of the header other values, or exchanges two of the same width."""
+    """Changes fields of the header, or swaps two of the same width."""
     known = fields(bytes(data))
     for _ in range(dice.integers(1, 4)):
         start, width = known[dice.integers(len(known))]
@@ -147,7 +147,7 @@ def field(dice: Dice, data: bytearray) -> None:
 
 
 def values(dice: Dice, data: bytearray) -> None:
-    """Gives parts of a JSON document other values, kinds and names."""
+    """Changes values, types and names in a JSON document."""
     document = json.loads(bytes(data))
     for _ in range(dice.integers(1, 4)):
         places = list(_places(document))
@@ -195,7 +195,7 @@ def _keys(holder: Any) -> Any:
 
 
 def _places(document: Any) -> Iterator[tuple[Any, Any]]:
-    """All places of a JSON document: the object or list, and the key or index. Long lists count by their ends."""
+    """Returns all places of a JSON document, as container and key. Long lists are reduced to their ends."""
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
     for key in keys[:40] + keys[40:][-3:]:
         yield document, key
@@ -204,7 +204,7 @@ def _places(document: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def header(dice: Dice, data: bytearray) -> None:
-    """Damages the JSON header of a safetensors file and corrects its length, so that the damage is looked at."""
+    """Damages the JSON header of a safetensors file and corrects its length, so that the damage is parsed."""
     length = int.from_bytes(data[:8], "little")
     head = data[8 : 8 + length]
     values(dice, head)
@@ -216,16 +216,16 @@ GENERAL: list[Damage] = [flip_bits, overwrite, truncate, repeat]
 
 @dataclass
 class Original:
-    """A model that is right, as the bytes of its files by name."""
+    """A valid model: its files by name."""
 
     name: str
     files: dict[str, bytes]
     model: str
-    """Which of the files is loaded; empty for the folder."""
+    """The file to load; empty for the folder."""
 
 
 def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The folders of the goldens. Those that have no tokenizer get that of llama, which has as many tokens."""
+    """Returns the golden folders. Those without a tokenizer get llama's, which has the same number of tokens."""
     for golden in sorted(GOLDENS.iterdir()):
         lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
         own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
@@ -233,7 +233,7 @@ def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def files(folder: Path) -> list[Original]:
-    """GGUF files of every family, of several types, and of several kinds of vocabulary."""
+    """Returns GGUF files of every family, with several types and kinds of vocabulary."""
     made = []
     for i, (name, parts) in enumerate(goldens()):
         source = folder / name
@@ -250,12 +250,12 @@ def files(folder: Path) -> list[Original]:
 
 
 def folders() -> list[Original]:
-    """Checkpoint folders of every family, with their tokenizers."""
+    """Returns checkpoint folders of every family, with tokenizers."""
     return [Original(name, parts, "") for name, parts in goldens()]
 
 
 def damage(dice: Dice, original: Original, folder: Path) -> Path:
-    """Writes a damaged copy into `folder` and returns what is to be loaded."""
+    """Writes a damaged copy into `folder` and returns the path to load."""
     name = sorted(original.files)[dice.integers(len(original.files))]
     data = bytearray(original.files[name])
     ways = list(GENERAL)
@@ -272,7 +272,7 @@ def damage(dice: Dice, original: Original, folder: Path) -> Path:
 
 
 def peak() -> int:
-    """The most memory that this process had since `reset_peak`, in bytes."""
+    """Returns the peak memory of this process since `reset_peak`, in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -281,14 +281,14 @@ def peak() -> int:
 
 
 def reset_peak() -> None:
-    """Forgets the most memory that this process had."""
+    """Resets the peak memory of this process."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
 
 
 def attempt(path: Path, quantize: Any) -> str:
-    """Loads a model and has it write. Returns how that ended; anything undocumented is raised."""
+    """Loads a model and generates. Returns the outcome; undocumented exceptions propagate."""
     try:
         with Model.load(path, threads=1, quantize=quantize) as model:
             try:
@@ -301,15 +301,15 @@ def attempt(path: Path, quantize: Any) -> str:
 
 
 def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection) -> None:
-    """Runs cases, telling the parent of each before and after."""
+    """Runs cases in a worker and sends a message before and after each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    warnings.simplefilter("ignore")  # Damage that can be got over is warned of; that is as it should be.
+    warnings.simplefilter("ignore")  # Recoverable damage causes warnings, as intended.
     with tempfile.TemporaryDirectory(prefix="nybble-mutations-") as place:
         scratch = Path(place)
         (scratch / "originals").mkdir()
         originals = files(scratch / "originals") if kind == "files" else folders()
-        for original in originals:  # The originals are right. And what is loaded first pays for imports; no case shall.
+        for original in originals:  # The originals are valid. The first load also pays for imports.
             for name, content in original.files.items():
                 (scratch / name).write_bytes(content)
             ended = attempt(scratch / original.model, "auto")
@@ -341,7 +341,7 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection
 
 
 def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> bool:
-    """Runs cases on several processes, prints what became of them, and returns whether all ended as they should."""
+    """Runs cases in several processes, prints the outcomes, and returns whether all were documented."""
     context = multiprocessing.get_context("spawn")
     outcomes: Counter[str] = Counter()
     bad: list[str] = []
@@ -392,18 +392,18 @@ def run(kind: str, cases: list[int], seed: int, workers: int, limit: float) -> b
                 process.kill()
     summary = ", ".join(f"{name}: {count:,}" for name, count in outcomes.most_common())
     print(f"{sum(outcomes.values()):,} {kind}: {summary}")
-    print(f"the longest took {slowest:.2f} s, the largest {largest / 2**20:.0f} MB; {len(bad)} not as documented")
+    print(f"slowest {slowest:.2f} s, largest {largest / 2**20:.0f} MB; {len(bad)} undocumented outcomes")
     return not bad
 
 
 def main() -> int:
-    """Runs what the command line asks for. Returns 0 if every case ended as documented."""
-    parser = argparse.ArgumentParser(description="Load damaged models by the thousand.")
-    parser.add_argument("--files", type=int, default=100_000, help="how many GGUF files")
-    parser.add_argument("--folders", type=int, default=20_000, help="how many checkpoint folders")
+    """Runs the cases of the command line. Returns 0 if every outcome was documented."""
+    parser = argparse.ArgumentParser(description="Load thousands of damaged models.")
+    parser.add_argument("--files", type=int, default=100_000, help="number of GGUF files")
+    parser.add_argument("--folders", type=int, default=20_000, help="number of checkpoint folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="processor time that one case may take")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU time limit per case")
     parser.add_argument("--only", help="one case, such as files:4711")
     arguments = parser.parse_args()
     if arguments.only:

@@ -1,12 +1,12 @@
-"""Keeps models busy with random requests from eight threads and checks every answer against its lone run.
+"""Runs random requests from eight threads and checks every answer against the same request alone.
 
     python tests/soak.py                      an hour with the default model
     python tests/soak.py --minutes 1 --model model.gguf
 
-Every round loads a model with other threads, another kernel and another cache, and makes an engine with other limits.
-Requests differ in prompt, length, sampling, schema and way of asking, and some are refused. None of that may change an
-answer, down to the bits of its log-probabilities. Memory, threads and open files may not grow from round to round.
-Prints a line a minute, and ends with 1 at the first fault.
+Each round loads a model with other threads, another kernel and another cache, and creates an engine with other limits.
+Requests differ in prompt, length, sampling, schema and API, and some are refused. Answers must stay bit-identical, log
+probabilities included. Memory, threads and open files must not grow. Prints a line per minute and exits with 1 at the
+first fault.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from nybble.memory import resident_bytes
 TEXT = "the a of river stone light seven winter because never walks under blue machine and then it was"
 WORDS = TEXT.split()
 HANG_SECONDS = 1800.0
-"""A round that takes longer hangs: all threads say where they are, and the process ends."""
+"""Time limit per round. A longer one prints all stack traces and ends the process."""
 GROWTH_BYTES = 64 << 20
-"""How much more memory the least of the last ten rounds may take than the least of the first ten."""
-HELD_TO: list[dict[str, Any]] = [
+"""Allowed growth in bytes from the minimum of the first ten rounds to the minimum of the last ten."""
+CONSTRAINTS: list[dict[str, Any]] = [
     {"schema": {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"type": "string"}}}},
     {"schema": {"enum": ["river", "stone", "light"]}},
     {"regex": r"[a-z]{1,20}( [a-z]{1,20}){0,9}"},
@@ -48,7 +48,7 @@ HELD_TO: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, and the answers when nothing else runs."""
+    """A request, and its answers when nothing else runs."""
 
     prompt: str
     options: SamplingOptions
@@ -57,7 +57,7 @@ class Request:
 
 
 def make(lone: Model, beginning: str, dice: random.Random) -> Request:
-    """A random request. Half of the prompts of a round begin alike."""
+    """Makes a random request. Half of the prompts of a round share a prefix."""
     options = SamplingOptions(
         max_tokens=dice.choice([1, 5, 30, 80]),
         temperature=dice.choice([0.0, 0.7, 1.3]),
@@ -68,7 +68,7 @@ def make(lone: Model, beginning: str, dice: random.Random) -> Request:
         stop=dice.choice([(), ("the", "\n\n")]),
         seed=dice.randrange(2**64),
         logprobs=dice.choice([None, 3]),
-        **(dice.choice(HELD_TO) if dice.random() < 0.25 else {}),
+        **(dice.choice(CONSTRAINTS) if dice.random() < 0.25 else {}),
     )
     words = " ".join(dice.choices(WORDS, k=dice.choice([1, 3, 20, 120, 300])))
     prompt = beginning + words if dice.random() < 0.5 else words
@@ -76,7 +76,7 @@ def make(lone: Model, beginning: str, dice: random.Random) -> Request:
 
 
 def check(request: Request, found: Completion) -> int:
-    """Fails unless that is the answer, or its beginning if the request was called off. Returns 1, for one answer."""
+    """Checks an answer; that of a cancelled request may be a prefix. Returns 1, the number of answers."""
     expected = request.answer
     if found.finish_reason == "cancelled":
         same = expected.text.startswith(found.text) and expected.tokens[: len(found.tokens)] == found.tokens
@@ -89,7 +89,7 @@ def check(request: Request, found: Completion) -> int:
 
 
 class Ways:
-    """The ways to ask a model and an engine. Each checks what it gets, and returns how many answers that were."""
+    """The ways to run requests. Each checks its answers and returns their number."""
 
     def __init__(self, model: Model, engine: Engine, requests: list[Request], seed: int) -> None:
         self.model, self.engine, self.requests, self.dice = model, engine, requests, random.Random(seed)
@@ -159,7 +159,7 @@ WAYS = [name for name in vars(Ways) if not name.startswith("_")]
 
 
 def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor, seen: Counter[str]) -> None:
-    """Loads, asks in every way several times at once, and closes."""
+    """Loads a model, runs requests in every way concurrently, and closes it."""
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     caches: list[Literal["f16", "int8", "f32"]] = ["f16", "int8", "f32"]
     threads, cache_type = dice.choice([1, 2, 3, 8]), dice.choice(caches)
@@ -190,32 +190,32 @@ def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor,
     faulthandler.cancel_dump_traceback_later()
 
 
-def held() -> list[int]:
-    """Bytes of memory, threads and open files of this process."""
+def resources() -> list[int]:
+    """Returns the bytes of memory, threads and open files of this process."""
     return [resident_bytes() or 0, *(len(list(Path("/proc/self", what).iterdir())) for what in ("task", "fd"))]
 
 
 def main() -> int:
-    """Runs for as long as asked. Returns 1 if something grew; another answer is an exception."""
-    parser = argparse.ArgumentParser(description="Random requests, each checked against its lone run.")
-    parser.add_argument("--model", help="what to load; the default model if not given")
+    """Runs rounds until the time is over. Returns 1 if a resource grew; a wrong answer is an exception."""
+    parser = argparse.ArgumentParser(description="Random requests, each checked against the same request alone.")
+    parser.add_argument("--model", help="model to load (default: the default model)")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     dice, seen, rounds = random.Random(arguments.seed), Counter[str](), list[list[int]]()
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     is_over = False
     with ThreadPoolExecutor(8) as pool:
         while not is_over:
             one_round(arguments.model, dice, pool, seen)
-            rounds.append(held())
+            rounds.append(resources())
             now = time.monotonic()
             is_over = now >= begun + 60 * arguments.minutes
-            if now - said >= 60 or is_over:
-                said, (memory, threads, files) = now, rounds[-1]
+            if now - reported >= 60 or is_over:
+                reported, (memory, threads, files) = now, rounds[-1]
                 what = f"{len(rounds)} rounds, {sum(seen.values())} answers as alone; {memory >> 20} MB"
                 print(f"{(now - begun) / 60:.1f} minutes: {what}, {threads} threads, {files} files", flush=True)
-            # The very first rounds fill caches that stay.
+            # The first rounds fill caches.
             first, last = (
                 [min(column) for column in zip(*some, strict=True)] for some in (rounds[2:12] or rounds, rounds[-10:])
             )

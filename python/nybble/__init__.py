@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nybble._native import __version__, kernels
+    from nybble.completion import Completion, Message, Timings, TokenLogprob, Usage
     from nybble.engine import Engine, EngineStats, Piece, Request
+    from nybble.engine_options import EngineOptions
     from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
-    from nybble.generation import Completion, TextStream, Timings, TokenLogprob, Usage
-    from nybble.model import Message, Model, ModelInfo
+    from nybble.generation.stream import TextStream
+    from nybble.load_options import LoadOptions
+    from nybble.model import Model
+    from nybble.model_info import ModelInfo
     from nybble.quantization.api import quantize
     from nybble.quantization.evaluation import Evaluation, Reference, evaluate
+    from nybble.quantization.options import QuantizeOptions
     from nybble.quantization.report import Report
     from nybble.sampling import SamplingOptions
     from nybble.session import Session
@@ -25,14 +30,17 @@ __all__ = [
     "Completion",
     "ContextFullError",
     "Engine",
+    "EngineOptions",
     "EngineStats",
     "Evaluation",
     "InternalError",
+    "LoadOptions",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
     "Piece",
+    "QuantizeOptions",
     "QueueFullError",
     "Reference",
     "Report",
@@ -52,12 +60,17 @@ __all__ = [
 
 _MODULES = {
     "_native": ("__version__", "kernels"),
+    "completion": ("Completion", "Message", "Timings", "TokenLogprob", "Usage"),
     "engine": ("Engine", "EngineStats", "Piece", "Request"),
+    "engine_options": ("EngineOptions",),
     "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
     "quantization.evaluation": ("Evaluation", "Reference", "evaluate"),
-    "generation": ("Completion", "TextStream", "Timings", "TokenLogprob", "Usage"),
-    "model": ("Message", "Model", "ModelInfo"),
+    "generation.stream": ("TextStream",),
+    "load_options": ("LoadOptions",),
+    "model": ("Model",),
+    "model_info": ("ModelInfo",),
     "quantization.api": ("quantize",),
+    "quantization.options": ("QuantizeOptions",),
     "quantization.report": ("Report",),
     "sampling": ("SamplingOptions",),
     "session": ("Session",),
@@ -65,10 +78,11 @@ _MODULES = {
 }
 
 
-# Modules that have moved; the old paths work for one release.
+# Modules that have moved. The old paths work for one release.
 _MOVED = {
     "calibration": "quantization.calibration",
     "chat_template": "chat.template",
+    "constraint": "sampling",
     "default_model": "models.default_model",
     "evaluation": "quantization.evaluation",
     "hub": "models.hub",
@@ -78,7 +92,7 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for (PEP 562), so that weights can be packed while the tokenizers' package is imported."""
+    """Imports a name at its first use (PEP 562), so that weights are packed while `tokenizers` is imported."""
     from importlib import import_module
 
     for module, names in _MODULES.items():

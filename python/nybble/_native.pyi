@@ -1,4 +1,4 @@
-"""The compiled half of nybble: files, models, and one step of generation. Private; `nybble.Model` is the way in."""
+"""The compiled half of nybble: files, models, sampling and scheduling. Private: use `nybble.Model`."""
 
 import os
 from collections.abc import Callable
@@ -8,13 +8,16 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+from nybble.engine_options import EngineOptions
+from nybble.load_options import LoadOptions
+from nybble.quantization.options import QuantizeOptions
 from nybble.sampling import SamplingOptions
 
 __all__ = [
-    "Baseline",
     "Constraint",
     "GgufFile",
     "Model",
+    "Reference",
     "Sampled",
     "Scheduler",
     "SentencePiece",
@@ -27,7 +30,6 @@ __all__ = [
     "convert",
     "default_threads",
     "kernels",
-    "panic_for_tests",
     "perplexity",
     "quantize",
 ]
@@ -35,7 +37,6 @@ __version__: str
 
 def kernels() -> list[str]: ...
 def available_bytes() -> int | None: ...
-def panic_for_tests(words: str) -> None: ...
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -45,21 +46,10 @@ def convert(
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: QuantizeOptions,
     *,
-    recipe: str = "gptq",
-    grid: str = "q4_0",
-    group: int = 32,
     windows: npt.NDArray[np.int32] | None = None,
     evaluation: npt.NDArray[np.int32] | None = None,
-    output_type: str = "q8_0",
-    keep: _Sequence[tuple[str, str]] = ...,
-    bits_per_weight: float | None = None,
-    target: float | None = None,
-    budget_seconds: float | None = None,
-    search: bool = True,
-    seed: int = 0,
-    threads: int | None = None,
-    force: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> str: ...
 def default_threads() -> int: ...
@@ -121,16 +111,7 @@ class Vocabulary:
 
 @final
 class Session:
-    def __new__(cls, model: Model) -> Session: ...
-    @staticmethod
-    def of(sequence: Sequence) -> Session: ...
-    @staticmethod
-    def load(model: Model, path: str | os.PathLike[str]) -> tuple[Session, list[int]]: ...
-    def save(self, model: Model, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
     def prefix(self, len: int) -> Session: ...
-    def resume(
-        self, model: Model, tokens: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
-    ) -> Sequence: ...
     def __len__(self) -> int: ...
 
 @final
@@ -138,17 +119,19 @@ class Model:
     @staticmethod
     def load(
         path: str | os.PathLike[str],
-        kernel: str | None = None,
-        threads: int | None = None,
-        context: int | None = None,
-        quantize: str = "auto",
-        cache_type: str | None = None,
-        mmap: bool = True,
+        options: LoadOptions,
         progress: Callable[[int, int], object] | None = None,
     ) -> Model: ...
     def sequence(
-        self, prompt: _Sequence[int], options: SamplingOptions, constraint: Constraint | None = None
+        self,
+        tokens: _Sequence[int],
+        options: SamplingOptions,
+        constraint: Constraint | None = None,
+        session: Session | None = None,
     ) -> Sequence: ...
+    def session(self) -> Session: ...
+    def save_session(self, session: Session, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...
+    def load_session(self, path: str | os.PathLike[str]) -> tuple[Session, list[int]]: ...
     def step(self, sequences: _Sequence[Sequence]) -> list[Sampled]: ...
     def logits(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
     def hidden_states(self, ids: _Sequence[int]) -> npt.NDArray[np.float32]: ...
@@ -157,28 +140,19 @@ class Model:
 
 @final
 class Scheduler:
-    def __new__(
-        cls,
-        model: Model,
-        *,
-        draft: Model | None = None,
-        max_batch: int = 16,
-        cache_bytes: int | None = None,
-        prefix_cache: bool = True,
-        prefill_chunk: int | None = None,
-        speculation: str = "off",
-    ) -> Scheduler: ...
+    def __new__(cls, model: Model, options: EngineOptions, draft: Model | None = None) -> Scheduler: ...
     def submit(self, sequence: Sequence, limit: int) -> int: ...
-    def cancel(self, id: int) -> bool: ...
-    def step(self, signals: bool) -> list[tuple[int, Sampled | Exception, int]]: ...
+    def cancel(self, id: int) -> Session | None: ...
+    def session(self, id: int) -> Session | None: ...
+    def step(self, signals: bool) -> list[tuple[int, Sampled | Exception, int, Session | None]]: ...
     def interrupt(self) -> None: ...
     def stats(self) -> dict[str, int]: ...
 
 @final
-class Baseline:
+class Reference:
     def __new__(
         cls, model: Model, windows: npt.NDArray[np.int32], progress: Callable[[int, int], object] | None = None
-    ) -> Baseline: ...
+    ) -> Reference: ...
     def compare(self, model: Model, progress: Callable[[int, int], object] | None = None) -> dict[str, Any]: ...
 
 def perplexity(

@@ -1,6 +1,7 @@
-"""Many requests at once over one model: a thread computes them together and hands each its text as it comes.
+"""`Engine`: many requests over one model at the same time.
 
-The thread owns the native scheduler; everybody else only puts requests into its inbox and waits at a request.
+A thread owns the scheduler and computes all requests together. Other threads put requests into its inbox and wait for
+their pieces.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from nybble import _native, memory
+from nybble import _native
+from nybble.completion import Completion, TokenLogprob
+from nybble.engine_options import EngineOptions, EngineOverrides, merge_engine_options
 from nybble.errors import ModelError, QueueFullError
-from nybble.generation import Completion, TokenLogprob, Writer
+from nybble.generation.builder import CompletionBuilder
+from nybble.generation.driver import Driver
+from nybble.generation.request import PreparedRequest, prepare
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
@@ -27,17 +32,18 @@ if TYPE_CHECKING:
     from nybble.model import Model
 
 Prompt = str | Sequence[int]
-"""A text, or token ids."""
+"""Text or token ids."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a text. `str(piece)` is its text."""
+    """The next part of a completion. `str(piece)` is its text."""
 
     text: str
-    """Whole characters. Empty only at the end, for tokens that give no text, such as those of a stop string."""
+    """Whole characters. Empty only at the end, for tokens without text, such as those of a stop string."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry per token if `SamplingOptions.logprobs` was set."""
 
     def __str__(self) -> str:
         return self.text
@@ -48,51 +54,56 @@ class EngineStats:
     """Counts since the engine was made, and its state after the latest step."""
 
     running: int = 0
-    """Requests that are computed."""
+    """Requests in the batch."""
     waiting: int = 0
-    """Requests that wait for a place."""
+    """Requests that wait for a slot."""
     cached_pages: int = 0
-    """Pages of 64 tokens kept for prompts that begin alike, those in use included."""
+    """Pages of 64 tokens in the prefix cache, those in use included."""
     cache_bytes: int = 0
-    """Bytes of keys and values now."""
+    """Bytes of KV cache now."""
     prompt_tokens: int = 0
     """Tokens of the prompts of all requests."""
     reused_tokens: int = 0
-    """Of these, tokens that were not computed because earlier requests had begun alike."""
+    """Prompt tokens that were not computed, because their keys and values were in the prefix cache."""
     completion_tokens: int = 0
+    """Tokens sampled."""
     cancelled: int = 0
+    """Requests that were cancelled."""
     finished: int = 0
-    """Requests whose text came to its end."""
+    """Requests whose completion ended by itself."""
     steps: int = 0
+    """Steps computed."""
     drafted_tokens: int = 0
-    """Tokens guessed ahead."""
+    """Draft tokens computed."""
     accepted_tokens: int = 0
-    """Guesses that were right."""
+    """Draft tokens that were right."""
 
 
 class Request:
-    """A text that an engine writes. Any thread and any event loop may wait for it.
+    """A request to an engine. `Engine.submit` makes one; any thread and any event loop may wait for it.
 
-    `for piece in request` and `async for piece in request` give its pieces as they come, `result()` and `await request`
-    the whole. Leaving an `async for` before its end cancels the request, as cancelling the task does.
+    `for piece in request` and `async for piece in request` give its pieces as they are generated. `request.result()`
+    and `await request` give the completion. Leaving an `async for` before its end cancels the request, as cancelling
+    the task does.
     """
 
-    def __init__(self, engine: Engine, loop: _Loop, writer: Writer) -> None:
-        # Whoever waits for a request keeps its engine.
+    def __init__(self, engine: Engine, loop: _Loop, prepared: PreparedRequest) -> None:
+        # A reference to the engine keeps it running.
         self._engine = engine
         self._loop = loop
-        self._writer = writer
-        self._number: int | None = None
+        self._prepared: PreparedRequest | None = prepared
+        self._builder = CompletionBuilder(prepared)
         self._changed = threading.Condition()
         self._pieces: list[Piece] = []
         self._tokens = 0
-        self._is_done = writer.finish_reason is not None
+        """Number of tokens in the pieces."""
+        self._is_done = self._builder.finish_reason is not None
         self._is_cancelled = False
         self._error: BaseException | None = None
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def cancel(self) -> None:
-        """Ends the request; its place is free before the next step. Does nothing when it has ended."""
+        """Ends the request. Its slot is free before the next step. Does nothing if the request has ended."""
         if self._finish(cancelled=True):
             self._loop.leave(self)
 
@@ -106,22 +117,27 @@ class Request:
         return _Pieces(self)
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Waits for the end, and returns the whole text. A cancelled request gives what had been written.
+        """Waits for the end of the request. Returns its completion; that of a cancelled request is partial.
+
+        Args:
+            timeout: Seconds to wait; None for no limit.
 
         Raises:
-            TimeoutError: it has not ended within so many seconds. It goes on.
-            Exception: what ended it, if that was an error: MemoryError, ModelError, InternalError.
+            TimeoutError: The request has not ended in time. It continues.
+            MemoryError: The KV cache does not fit into the memory limit.
+            ModelError: The engine was closed, or the logits contain no finite value.
+            InternalError: A bug in nybble.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_done, timeout):
-                raise TimeoutError(f"the text was not finished within {timeout} seconds")
+                raise TimeoutError(f"the request has not ended within {timeout} seconds")
         return self._outcome()
 
     @property
     def completion(self) -> Completion:
-        """What has been written so far; whole once the request has ended."""
+        """The completion so far; complete once the request has ended."""
         with self._changed:
-            done = self._writer.completion()
+            done = self._builder.completion()
             return replace(done, finish_reason="cancelled") if self._is_cancelled else done
 
     def __await__(self) -> Generator[Any, None, Completion]:
@@ -142,7 +158,7 @@ class Request:
         return self.completion
 
     def _wait(self, count: int) -> Piece | None:
-        """The piece after `count` others, or None when there are no more."""
+        """Waits for piece `count`. Returns None if the request ended before it."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_done or len(self._pieces) > count)
         return self._at(count)
@@ -155,7 +171,7 @@ class Request:
         return None
 
     async def _change(self, count: int) -> None:
-        """Returns when there are more than `count` pieces or there is an end."""
+        """Waits until there are more than `count` pieces or the request has ended."""
         with self._changed:
             if self._is_done or len(self._pieces) > count:
                 return
@@ -164,26 +180,26 @@ class Request:
             self._wakers.append((loop, future))
         await future
 
-    # --- The engine's side --------------------------------------------------------------------------------------------
+    # --- Called by the engine's thread --------------------------------------------------------------------------------
 
-    def _push(self, sampled: _native.Sampled) -> bool:
-        """Takes the token of a step. Returns whether the text goes on."""
+    def _push(self, sampled: _native.Sampled, cached_tokens: int) -> None:
+        """Appends a token, unless the request has ended."""
         with self._changed:
             if self._is_done:
-                return False
-            text = self._writer.push(sampled)
-            is_last = self._writer.finish_reason is not None
+                return
+            self._builder.cached_tokens = cached_tokens
+            text = self._builder.push(sampled)
+            is_last = self._builder.finish_reason is not None
             if text or is_last:
-                tokens, logprobs = self._writer.since(self._tokens)
+                tokens, logprobs = self._builder.since(self._tokens)
                 if text or tokens:
                     self._tokens += len(tokens)
                     self._pieces.append(Piece(text, tokens, logprobs))
                 self._is_done = is_last
                 self._wake()
-            return not is_last
 
     def _finish(self, *, cancelled: bool = False, error: BaseException | None = None) -> bool:
-        """Ends the request without its text being at its end. False when it had ended already."""
+        """Ends the request before its completion has ended. Returns False if the request had ended."""
         with self._changed:
             if self._is_done:
                 return False
@@ -194,7 +210,7 @@ class Request:
     def _wake(self) -> None:
         self._changed.notify_all()
         for loop, future in self._wakers:
-            with contextlib.suppress(RuntimeError):  # The loop was closed, so nobody waits there.
+            with contextlib.suppress(RuntimeError):  # The event loop was closed.
                 loop.call_soon_threadsafe(_resolve, future)
         self._wakers.clear()
 
@@ -205,7 +221,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
 
 
 class _Pieces(AsyncIterator[Piece]):
-    """The pieces of a request. One that is given up cancels the request."""
+    """The pieces of a request. Dropping the iterator cancels the request."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -231,8 +247,8 @@ class _Pieces(AsyncIterator[Piece]):
         self._request.cancel()
 
 
-class _Texts(AsyncIterator[str]):
-    """The text of the pieces of a request."""
+class _PieceTexts(AsyncIterator[str]):
+    """The text of each piece of a request."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -249,90 +265,85 @@ class _Texts(AsyncIterator[str]):
 
 
 class Engine:
-    """Serves many requests over one model at the same time: `with Engine(model) as engine: ...`.
+    """Serves many requests over one model at the same time.
 
-    Requests join and leave while others are written. A text is, to the bit, the one that `Model.generate` would give
-    alone, whatever else is going on.
+    Requests join and leave the batch between steps. Batching never changes output: each completion is bit-identical to
+    that of `Model.generate`. Closing the model does not stop the engine.
 
     Args:
-        model: what computes. Closing it does not stop the engine, which keeps what it needs.
-        max_batch: requests that are computed at a time; others wait in the order of their coming.
-        max_queue: requests that may wait; any number if None.
-        cache_bytes: bytes of keys and values at most, those kept for later prompts included. If None, half of the
-            memory that is free now, and enough for one text that fills the context.
-        prefix_cache: keep keys and values of texts, so that prompts that begin alike are computed once.
-        prefill_chunk: tokens of prompts in a step at most. If None, so many that running texts wait about two and a
-            half times as long as usual.
-        speculation: guess tokens ahead and confirm several in one step, which changes the speed and not the text:
-            "off", "on", or "auto", which stops where too few guesses are right or too many requests run.
-        draft: a smaller model of the same vocabulary to guess with; otherwise guesses come from the text itself.
+        model: The model to compute with.
+        options: Limits and features; the defaults of `EngineOptions` if None.
+        draft: A smaller model with the same vocabulary, for draft tokens. Without one they come from the requests
+            themselves. Needs `speculation`.
+        **overrides: Single options by name, such as `max_batch=4`.
 
     Raises:
-        ValueError: a number is out of range, or the draft model has other tokens.
-        ModelError: the model is closed.
+        ValueError: An option is out of range, or the draft model has another vocabulary.
+        ModelError: The model is closed.
+
+    Example:
+        ```python
+        with Engine(model, max_batch=8) as engine:
+            requests = [engine.submit(prompt, max_tokens=100) for prompt in prompts]
+            for request in requests:
+                print(request.result())
+        ```
+
+        In a coroutine:
+
+        ```python
+        completion = await engine.generate("Once upon a time")
+        async for text in engine.stream("Once upon a time"):
+            print(text, end="", flush=True)
+        ```
     """
 
     def __init__(
         self,
         model: Model,
+        options: EngineOptions | None = None,
         *,
-        max_batch: int = 16,
-        max_queue: int | None = None,
-        cache_bytes: int | None = None,
-        prefix_cache: bool = True,
-        prefill_chunk: int | None = None,
-        speculation: Literal["off", "on", "auto"] = "off",
         draft: Model | None = None,
+        **overrides: Unpack[EngineOverrides],
     ) -> None:
-        if max_queue is not None and max_queue < 0:
-            raise ValueError(f"max_queue: found {max_queue}, expected None, or 0 or more")
+        chosen = merge_engine_options(options, overrides)
         if draft is not None:
-            _check_draft(model, draft, speculation)
+            _check_draft(model, draft, chosen.speculation)
         self.model = model
-        native = model._native
-        scheduler = _native.Scheduler(
-            native,
-            draft=None if draft is None else draft._native,
-            max_batch=max_batch,
-            cache_bytes=memory.for_caches(native) if cache_bytes is None else cache_bytes,
-            prefix_cache=prefix_cache,
-            prefill_chunk=prefill_chunk,
-            speculation=speculation,
-        )
-        self._loop = _Loop(scheduler, max_batch, max_queue)
-        # Also when the engine is forgotten, and at the end of the process, while Python still runs.
+        self._loop = _Loop(Driver(model, chosen, draft), chosen.max_batch, chosen.max_queue)
+        # Also when the engine is garbage collected, and at the end of the process while Python still runs.
         self._ended = weakref.finalize(self, self._loop.close, drain=False)
 
     def submit(
         self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> Request:
-        """Puts a request into the queue and returns at once. Any thread may call it.
+        """Queues a request and returns at once. Any thread may call it.
 
         Args:
-            prompt: the text to continue, or its token ids.
-            options: as in `Model.generate`.
-            **overrides: as in `Model.generate`.
+            prompt: Text or token ids.
+            options: As in `Model.generate`.
+            **overrides: As in `Model.generate`.
 
         Raises:
-            ContextFullError: the prompt does not fit into the context.
-            QueueFullError: `max_queue` requests wait already.
-            ValueError: an option is out of range, or a token unknown.
-            ModelError: the engine or the model is closed.
+            ContextFullError: The prompt does not fit into the context.
+            QueueFullError: `max_queue` requests are waiting.
+            ValueError: An option is out of range, or a token is unknown.
+            ModelError: The engine or the model is closed.
         """
-        self._loop.check(self._loop.room())
-        writer = self.model._writer(prompt, merge(options, overrides))
-        request = Request(self, self._loop, writer)
+        self._loop.check(self._loop.has_capacity())
+        prepared = prepare(self.model, prompt, merge(options, overrides))
+        request = Request(self, self._loop, prepared)
         self._loop.add(request)
         return request
 
     def stream(
         self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> AsyncIterator[str]:
-        """Continues a prompt piece by piece: `async for piece in engine.stream("Once"): ...`.
+        """Generates the completion of a prompt piece by piece: `async for text in engine.stream("Once"): ...`.
 
-        Leaving the loop, or cancelling the task, cancels the request. Raises as `submit` does, at once.
+        Leaving the loop, or cancelling the task, cancels the request. Raises as `submit` does, when called.
         """
-        return _Texts(self.submit(prompt, options, **overrides))
+        return _PieceTexts(self.submit(prompt, options, **overrides))
 
     @overload
     async def generate(
@@ -351,11 +362,21 @@ class Engine:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | list[Completion]:
-        """Continues a prompt, or several, and waits for the whole texts. Cancelling the task cancels the requests."""
+        """Generates the completion of a prompt, or of several prompts. Cancelling the task cancels the requests.
+
+        Args:
+            prompt: A prompt, or a list of prompts.
+            options: As in `Model.generate`.
+            **overrides: As in `Model.generate`.
+
+        Raises:
+            Exception: As `submit` and `Request.result` do, for the first prompt that fails. The other requests are
+                cancelled.
+        """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         requests: list[Request] = []
         try:
-            requests.extend(self.submit(text, options, **overrides) for text in prompts)
+            requests.extend(self.submit(each, options, **overrides) for each in prompts)
             done = [await request for request in requests]
         except BaseException:
             for request in requests:
@@ -364,13 +385,14 @@ class Engine:
         return done[0] if isinstance(prompt, str) else done
 
     def stats(self) -> EngineStats:
-        """Counts, as of the latest step."""
+        """Returns counts and the state after the latest step."""
         return self._loop.stats()
 
     def close(self, *, drain: bool = False) -> None:
-        """Takes no more requests, and ends: at once, failing those that run and wait, or after all of them (`drain`).
+        """Stops the engine. Later requests raise `ModelError`. The model stays open.
 
-        The model remains open.
+        Args:
+            drain: Finish all running and waiting requests first. Otherwise they fail with `ModelError`.
         """
         self._loop.close(drain=drain)
         self._ended.detach()
@@ -390,7 +412,7 @@ class Engine:
 
 def _check_draft(model: Model, draft: Model, speculation: str) -> None:
     if speculation == "off":
-        raise ValueError('draft: found a model, but speculation is "off", where it would never be asked')
+        raise ValueError('draft: found a model, but speculation is "off", expected "on" or "auto"')
     ours, theirs = model.tokenizer, draft.tokenizer
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(f"draft: found {theirs.vocab_size} tokens, expected the {ours.vocab_size} of the model")
@@ -401,52 +423,50 @@ def _check_draft(model: Model, draft: Model, speculation: str) -> None:
 
 
 class _Loop:
-    """The thread that steps the scheduler, and what reaches it from others."""
+    """The thread that steps the driver, and its inbox."""
 
-    def __init__(self, scheduler: _native.Scheduler, max_batch: int, max_queue: int | None) -> None:
-        self._scheduler = scheduler
-        self._most = None if max_queue is None else max_batch + max_queue
+    def __init__(self, driver: Driver[Request], max_batch: int, max_queue: int | None) -> None:
+        self._driver = driver
+        self._capacity = None if max_queue is None else max_batch + max_queue
         self._max_batch = max_batch
         self._changed = threading.Condition()
         self._new: deque[Request] = deque()
-        self._left: deque[Request] = deque()
-        # Requests that have not ended, and those of them that the scheduler has, by its numbers. The thread's own.
+        self._cancelled: deque[Request] = deque()
+        # Requests that have not ended.
         self._requests: set[Request] = set()
-        self._numbers: dict[int, Request] = {}
         self._ending: Literal["drain", "now"] | None = None
         self._error: BaseException | None = None
         self._stats = EngineStats()
-        self._native_stats: dict[str, int] = {}
+        self._driver_stats: dict[str, int] = {}
         self._pid = os.getpid()
-        # A daemon, so that a program that forgets its engine ends; its end stops the thread before Python goes.
+        # A daemon, so that a program that forgets its engine ends. Its finalizer stops the thread before Python ends.
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
         self._thread.start()
         _LOOPS.add(self)
 
     # --- From any thread ----------------------------------------------------------------------------------------------
 
-    def check(self, room: bool) -> None:
-        """Raises unless a request could be taken."""
+    def check(self, has_capacity: bool) -> None:
+        """Raises unless the engine accepts a request."""
         if self._pid != os.getpid():
             raise ModelError("the engine was made before this process was forked: make a new one here")
         if self._error is not None:
             raise ModelError(f"the engine has failed: {self._error}") from self._error
         if self._ending is not None:
             raise ModelError("the engine is closed")
-        if not room:
+        if not has_capacity:
             raise QueueFullError(max(len(self._requests) - self._max_batch, 0))
 
-    def room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether one more request may wait."""
-        return self._most is None or len(self._requests) < self._most
+        return self._capacity is None or len(self._requests) < self._capacity
 
     def add(self, request: Request) -> None:
         """Puts a request into the inbox."""
         with self._changed:
-            self.check(self.room())
-            writer = request._writer
-            self._count(prompt_tokens=writer.prompt_tokens)
-            if request._is_done:  # It asked for no tokens.
+            self.check(self.has_capacity())
+            self._count(prompt_tokens=request._builder.prompt_tokens)
+            if request._is_done:  # Its max_tokens is 0.
                 self._count(finished=1)
                 return
             self._requests.add(request)
@@ -454,27 +474,27 @@ class _Loop:
             self._changed.notify()
 
     def leave(self, request: Request) -> None:
-        """Takes note that a request was cancelled."""
+        """Notifies the thread of a cancelled request."""
         with self._changed:
             if request in self._requests:
                 self._count(cancelled=1)
-                self._left.append(request)
+                self._cancelled.append(request)
                 self._changed.notify()
 
     def stats(self) -> EngineStats:
         with self._changed:
-            native = self._native_stats
-            running = min(native.get("running", 0), len(self._requests))
-            waiting = len(self._requests) - running - len(self._left)
-            return replace(self._stats, **{**native, "running": running, "waiting": max(waiting, 0)})
+            counts = self._driver_stats
+            running = min(counts.get("running", 0), len(self._requests))
+            waiting = len(self._requests) - running - len(self._cancelled)
+            return replace(self._stats, **{**counts, "running": running, "waiting": max(waiting, 0)})
 
     def close(self, *, drain: bool) -> None:
         if self._pid != os.getpid():
-            return  # The thread is in the other process.
+            return  # The thread is in the parent process.
         with self._changed:
             self._ending = "drain" if drain and self._ending != "now" else "now"
             if self._ending == "now":
-                self._scheduler.interrupt()
+                self._driver.interrupt()
             self._changed.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -488,61 +508,57 @@ class _Loop:
         try:
             while self._take():
                 self._step()
-            error: BaseException = ModelError("the engine was closed before the text was finished")
+            error: BaseException = ModelError("the engine was closed before the request ended")
         except BaseException as caught:
             error = caught
             if self._ending != "now":
                 self._error = caught
             else:
-                error = ModelError("the engine was closed before the text was finished")
+                error = ModelError("the engine was closed before the request ended")
         self._fail(error)
 
     def _take(self) -> bool:
-        """Waits until there is something to do, and tells the scheduler who came and who left. False at the end."""
+        """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""
         with self._changed:
             while not (self._requests or self._ending):
                 self._changed.wait()
             if self._ending == "now" or (self._ending == "drain" and not self._requests):
                 return False
             new, self._new = self._new, deque()
-            left, self._left = self._left, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
         for request in new:
-            if not request._is_done:
-                writer = request._writer
-                request._number = self._scheduler.submit(writer.sequence, writer.limit)
-                self._numbers[request._number] = request
-        for request in left:
+            prepared, request._prepared = request._prepared, None
+            if prepared is not None and not request._is_done:
+                self._driver.submit(prepared, request)
+        for request in cancelled:
             self._drop(request)
         return True
 
     def _step(self) -> None:
         tokens = 0
-        for number, outcome, cached in self._scheduler.step(signals=False):
-            request = self._numbers.get(number)
-            if request is None or request._is_done:
-                continue  # It was cancelled, or several tokens came at once and an earlier one ended it.
-            if isinstance(outcome, BaseException):
+        for request, outcome, cached_tokens in self._driver.step(signals=False):
+            if request._is_done:
+                continue  # It was cancelled during the step, and _take drops it.
+            if isinstance(outcome, Exception):
                 request._finish(error=outcome)
                 self._drop(request)
                 continue
             tokens += 1
-            request._writer.cached_tokens = cached
-            if not request._push(outcome) and not request._is_cancelled:
+            request._push(outcome, cached_tokens)
+            if request._is_done and not request._is_cancelled:
                 self._drop(request, finished=1)
         with self._changed:
-            self._native_stats = self._scheduler.stats()
+            self._driver_stats = self._driver.stats()
             self._count(completion_tokens=tokens)
 
     def _drop(self, request: Request, finished: int = 0) -> None:
-        if request._number is not None:
-            self._scheduler.cancel(request._number)
-            self._numbers.pop(request._number, None)
+        self._driver.cancel(request)
         with self._changed:
             self._requests.discard(request)
             self._count(finished=finished)
 
     def _fail(self, error: BaseException) -> None:
-        """Ends whoever still waits."""
+        """Ends all requests with an error."""
         with self._changed:
             requests = list(self._requests)
             self._requests.clear()
@@ -551,12 +567,12 @@ class _Loop:
             request._finish(error=error)
 
     def _after_fork(self) -> None:
-        """In the new process: the thread has not come along, and whoever held a lock never lets go of it."""
+        """In the child process: it has no copy of the thread, and nothing will release the locks that were held."""
         self._changed = threading.Condition()
         for request in self._requests:
             request._changed = threading.Condition()
             request._wakers = []
-        self._fail(ModelError("the engine stayed in the process from which this one was forked"))
+        self._fail(ModelError("the engine runs in the process from which this one was forked"))
 
 
 _LOOPS: weakref.WeakSet[_Loop] = weakref.WeakSet()

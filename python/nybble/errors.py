@@ -1,16 +1,16 @@
-"""What can go wrong, as exceptions.
+"""Exceptions of nybble.
 
-Missing files are `FileNotFoundError`, other trouble with files and networks is `OSError`, an argument out of range is
-`ValueError`; the classes here are for what only a model runner knows, and one for what should not be.
+Python's own exceptions are used where they fit: `FileNotFoundError` and other `OSError`s for files and networks,
+`ValueError` and `TypeError` for arguments, `MemoryError` for failed allocations.
 """
 
 from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """A model that cannot be used: its file is damaged, contradicts itself, or asks for something not supported.
+    """A model cannot be used: its file is damaged, inconsistent or not supported, or the model or engine is closed.
 
-    The message names the file, the key or tensor, what was found and what was expected.
+    The message about a file names the file, the key or tensor, what was found and what was expected.
     """
 
 
@@ -18,9 +18,9 @@ class ContextFullError(ModelError):
     """The tokens do not fit into the model's context.
 
     Attributes:
-        used: tokens that the context held already.
-        requested: tokens that were to be added.
-        context: tokens that fit in all.
+        used: Tokens in the context before the call.
+        requested: Tokens that the call was to add.
+        context: Tokens that fit in total.
     """
 
     def __init__(self, used: int, requested: int, context: int) -> None:
@@ -42,10 +42,10 @@ class ContextFullError(ModelError):
 
 
 class QueueFullError(RuntimeError):
-    """An engine has as many requests waiting as it was told to take. Later there is room again.
+    """The queue of an engine is full: `max_queue` requests are waiting. Try again later.
 
     Attributes:
-        waiting: requests that wait for a place.
+        waiting: Requests that wait for a slot.
     """
 
     def __init__(self, waiting: int) -> None:
@@ -53,13 +53,13 @@ class QueueFullError(RuntimeError):
         self.waiting = waiting
 
     def __str__(self) -> str:
-        return f"the queue is full: {self.waiting} requests wait for a place; try again later"
+        return f"the queue is full: {self.waiting} requests wait for a slot; try again later"
 
 
 class InternalError(RuntimeError):
-    """A bug in nybble, not in your program, your model or your prompt.
+    """A bug in nybble, not in your program, model or prompt.
 
-    The model remains usable, but the call has not done what it should. The message holds what a report needs.
+    The call has failed, but the model stays usable. The message contains what a bug report needs.
     """
 
     def __str__(self) -> str:

@@ -1,19 +1,22 @@
-"""The class that most programs need: a loaded model that reads and writes text."""
+"""`Model`: a loaded language model."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
-from nybble import _native, memory
+from nybble import _native
+from nybble.completion import Completion, Message, Prompts
 from nybble.errors import ModelError
-from nybble.generation import Completion, TextStream, Writer, run
+from nybble.generation.request import prepare, prompt_ids
+from nybble.generation.stream import TextStream, generate
+from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
+from nybble.model_info import ModelInfo
 from nybble.models import hub
 from nybble.progress import bar
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
@@ -28,63 +31,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Message = Mapping[str, Any]
-"""One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
-
-Prompts = list[str] | tuple[str, ...]
-"""Several prompts. Any sequence would do, but to a type checker a string is one too."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a loaded model is and how it runs."""
-
-    file: Path
-    name: str
-    """What the file calls the model; may be empty."""
-    family: str
-    parameters: int
-    """Weights in matrices."""
-    layers: int
-    hidden_size: int
-    vocabulary: int
-    context: int
-    """Tokens that fit, prompt and completion together."""
-    kernel: str
-    threads: int
-    weight_bytes: int
-    """Bytes of weights in memory, as packed."""
-    bytes_per_token: int
-    """Bytes of weights that one more token reads; what memory bandwidth is spent on."""
-    cache_type: str
-    """How keys and values of the tokens seen are stored: "f16", "int8" or "f32"."""
-    cache_bytes_per_token: int
-    """Bytes of keys and values that each token of a text takes while it is worked on."""
-    cache_bytes: int
-    """Bytes of keys and values of a sequence that fills the context. One that holds less takes less."""
-
-    @property
-    def resident_bytes(self) -> int | None:
-        """Memory that this process holds now, models and all; None where the system does not tell."""
-        return memory.resident_bytes()
-
-    @property
-    def peak_resident_bytes(self) -> int | None:
-        """The most memory that this process has held so far; None where the system does not tell."""
-        return memory.peak_resident_bytes()
+__all__ = ["Message", "Model", "ModelInfo", "Prompts"]
 
 
 def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
-    # The packages that this imports take as long as the weights of a small model do.
+    # Imported here: its packages take as long to import as a small model takes to load.
     from nybble.tokenizer.tokenizer import Tokenizer
 
     return Tokenizer.load(file, mmap=mmap)
 
 
 class _InBackground(Generic[T]):
-    """Computes something beside the block that it is given to: packing weights needs no Python, a vocabulary only that.
+    """Runs a function in a thread during a `with` block.
 
-    An executor would do the same, but importing it takes longer than some models take to load.
+    Packing weights needs no Python, and loading a vocabulary needs nothing else, so both run at the same time.
+    Importing `concurrent.futures` would take longer than some models take to load.
     """
 
     def __init__(self, compute: Callable[[], T]) -> None:
@@ -107,16 +68,31 @@ class _InBackground(Generic[T]):
         self._thread.join()
 
     def result(self) -> T:
-        """What was computed, once the block has ended."""
+        """Returns the result, after the block. Raises what the function raised."""
         if self._error is not None:
             raise self._error
         return cast("T", self._result)
 
 
 class Model:
-    """A language model on the CPU. `Model.load` makes one.
+    """A language model on the CPU.
 
-    Any number of threads may use one model at the same time; each call has a state of its own.
+    `Model.load` makes one. Any number of threads may use a model at the same time; each call has a state of its own.
+    Results are bit-identical across thread counts, batch sizes and CPUs.
+
+    Attributes:
+        tokenizer: Converts between text and token ids.
+        info: The model's properties.
+
+    Example:
+        ```python
+        from nybble import Model
+
+        with Model.load() as model:
+            print(model.generate("Once upon a time", max_tokens=64))
+            for piece in model.chat([{"role": "user", "content": "Hello"}], stream=True):
+                print(piece, end="", flush=True)
+        ```
     """
 
     def __init__(self, native: _native.Model, tokenizer: Tokenizer, file: Path) -> None:
@@ -128,62 +104,52 @@ class Model:
     def load(
         cls,
         source: str | os.PathLike[str] | None = None,
+        options: LoadOptions | None = None,
         *,
-        filename: str | None = None,
-        revision: str | None = None,
-        kernel: str | None = None,
-        threads: int | None = None,
-        context: int | None = None,
-        quantize: str | None = "auto",
-        cache_type: Literal["f16", "int8", "f32"] | None = None,
-        mmap: bool = True,
         progress: Callable[[int, int], object] | Literal[False] | None = None,
+        **overrides: Unpack[LoadOverrides],
     ) -> Model:
-        """Loads a model, fetching it first where it is not on this machine.
+        """Loads a model, and downloads it first if it is not on this machine.
 
         Args:
-            source: a GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
+            source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
-            filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
-            revision: branch, tag or commit of a repository.
-            kernel: instruction set to compute with (`kernels()` lists them); the best one if None.
-            threads: how many to compute with; as many as there are physical cores for this process if None.
-            context: tokens to hold at most; what the model was trained for if None.
-            quantize: what becomes of weights stored as F32, F16 or BF16: "int4" (layers in 4 bits, embedding and output
-                in 8), "int8", or None to compute as stored. "auto" is "int4" for safetensors and None for GGUF files;
-                layers that a checkpoint holds in 4 bits already stay as they are. "int4:g128:gptq" is what
-                `nybble.quantize` makes, calibrated on its sample, and kept in nybble's cache for the next time: behind
-                int4, in any order, a recipe, the size of groups (g64; g0 for rows), and a format or "asym".
-            cache_type: how keys and values of the tokens seen are stored: "f16", "int8" (half the memory) or "f32".
-                None is "f16", and "f32" for models that compute in F32.
-            mmap: map the file into memory while it loads. False reads it, which takes its size in memory for that time:
-                for files that somebody may shorten or overwrite meanwhile, which could end the process otherwise.
-            progress: called with how many of the weights are packed and how many there are, now and then; what it
-                raises ends the loading, as Ctrl-C does. None draws a bar where standard error is a terminal and loading
-                takes more than a second, False draws none.
+            options: How to load it; the defaults of `LoadOptions` if None.
+            progress: Called from time to time with the number of weights packed and their total. An exception that
+                it raises stops the loading, as Ctrl-C does. None draws a progress bar if standard error is a terminal
+                and loading takes more than a second. False draws none.
+            **overrides: Single options by name, such as `threads=4` or `filename="*Q4_K_M.gguf"`.
 
         Raises:
-            FileNotFoundError, PermissionError, ConnectionError: the file cannot be had (see `nybble.hub.resolve`).
-            ModelError: the file is damaged or not supported.
-            ValueError: an argument is out of range; an unknown kernel is listed with those that would work.
+            FileNotFoundError, PermissionError, ConnectionError: The file cannot be read or downloaded.
+            ModelError: The file is damaged or not supported.
+            ValueError: An argument is out of range. For an unknown kernel the message lists those that this CPU runs.
+            MemoryError: The weights do not fit into memory.
+
+        Example:
+            ```python
+            model = Model.load("model.gguf", threads=4)
+            model = Model.load("Qwen/Qwen2.5-0.5B-Instruct-GGUF", filename="*Q4_K_M.gguf")
+            ```
         """
-        for name, count in (("threads", threads), ("context", context)):
+        chosen = merge_load_options(options, overrides)
+        for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
-        file = hub.resolve(source, filename=filename, revision=revision)
+        file = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
+        mmap = chosen.mmap
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(bar(f"loading {file.name}"))
-            if quantize is not None and ":" in quantize:
-                from nybble.quantization.api import Spec
+            if chosen.quantize is not None and ":" in chosen.quantize:
+                from nybble.quantization.api import quantize_to_cache
 
-                file, quantize = Spec.parse(quantize).apply(file, threads, progress or None), None
-            # Beside a file that is read and not mapped there is no memory to read it a second time.
-            beside = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
-            native = _native.Model.load(
-                file, kernel, threads, context, quantize or "stored", cache_type, mmap, progress or None
-            )
-        return cls(native, _tokenizer(file, mmap) if beside is None else beside.result(), file)
+                file = quantize_to_cache(chosen.quantize, file, chosen.threads, progress or None)
+                chosen = chosen.replace(quantize=None)
+            # Without mmap the file takes memory while it loads, and reading its vocabulary waits for that memory.
+            background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
+            native = _native.Model.load(file, chosen, progress or None)
+        return cls(native, _tokenizer(file, mmap) if background is None else background.result(), file)
 
     @overload
     def generate(
@@ -199,34 +165,64 @@ class Model:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | list[Completion]:
-        """Continues a prompt, or several as one batch, which gives the same texts in less time.
+        """Generates the completion of a prompt, or of several prompts as one batch.
+
+        A batch gives the same completions as single calls, in less time.
 
         Args:
-            prompt: the text to continue, or a list of them.
-            options: how to choose tokens and when to stop; the defaults of `SamplingOptions` if None.
-            **overrides: single options by name, such as `max_tokens=64` or `temperature=0`.
+            prompt: A prompt, or a list of prompts.
+            options: How to sample and when to stop; the defaults of `SamplingOptions` if None.
+            **overrides: Single options by name, such as `max_tokens=64` or `temperature=0`.
+
+        Returns:
+            A completion, or a list of completions in the order of the prompts.
 
         Raises:
-            ContextFullError: a prompt alone does not fit into the context. Nothing has been computed then.
+            ContextFullError: A prompt does not fit into the context. Nothing has been computed.
+            MemoryError: The KV cache does not fit into memory.
+            ModelError: The model is closed, or its logits contain no finite value.
+            TypeError: An override is not an option.
+            ValueError: An option is out of range.
+
+        Example:
+            ```python
+            completion = model.generate("Once upon a time", max_tokens=64, seed=1)
+            print(completion.text, completion.finish_reason, completion.usage)
+            first, second = model.generate(["One", "Two"], temperature=0)
+            ```
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise TypeError(f"prompt: found {type(prompt).__name__}, expected str or a list of str")
-        single = isinstance(prompt, str)
-        merged = merge(options, overrides)
-        model = self._native
-        writers = [self._writer(text, merged) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-        run(model, writers)
-        completions = [writer.completion() for writer in writers]
-        return completions[0] if single else completions
+        chosen = merge(options, overrides)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        completions = generate(self, [prepare(self, each, chosen) for each in prompts])
+        return completions[0] if isinstance(prompt, str) else completions
 
     def stream(
         self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> TextStream:
-        """Continues a prompt piece by piece: `for piece in model.stream("Once"): print(piece, end="", flush=True)`.
+        """Generates the completion of a prompt piece by piece.
 
-        The pieces joined are the text that `generate` returns.
+        The pieces together are the text that `generate` returns.
+
+        Args:
+            prompt: The prompt.
+            options: As in `generate`.
+            **overrides: As in `generate`.
+
+        Returns:
+            An iterator over pieces of text. Its `completion` has the finish reason, usage and timings.
+
+        Raises:
+            ContextFullError: The prompt does not fit into the context.
+
+        Example:
+            ```python
+            for piece in model.stream("Once upon a time"):
+                print(piece, end="", flush=True)
+            ```
         """
-        return TextStream(self._native, self._writer(prompt, merge(options, overrides)))
+        return TextStream(self, prepare(self, prompt, merge(options, overrides)))
 
     @overload
     def chat(
@@ -254,48 +250,60 @@ class Model:
         stream: bool = False,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | TextStream:
-        """Answers a conversation in the form that the model was trained on (its chat template).
+        """Generates the next turn of a conversation, with the model's chat template.
 
         Args:
-            messages: the turns so far, `[{"role": "user", "content": "Hello"}]`; roles are system, user, assistant.
-            options: as in `generate`.
-            stream: give the answer piece by piece instead of at once.
-            **overrides: as in `generate`.
+            messages: The turns so far, `[{"role": "user", "content": "Hello"}]`. Roles are system, user and assistant.
+            options: As in `generate`.
+            stream: Return a `TextStream` instead of a completion.
+            **overrides: As in `generate`.
 
         Raises:
-            ModelError: the model has no chat template, or the template refuses the messages.
+            ContextFullError: The conversation does not fit into the context.
+            ModelError: The model has no chat template, or the template rejects the messages.
         """
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        merged = merge(options, overrides)
-        return self.stream(prompt, merged) if stream else self.generate(prompt, merged)
+        chosen = merge(options, overrides)
+        return self.stream(prompt, chosen) if stream else self.generate(prompt, chosen)
 
     def session(self) -> Session:
-        """An empty text, to be continued call by call: what was read and written once is not computed again."""
+        """Returns an empty session: it keeps its KV cache between calls, so no token is computed twice."""
         from nybble.session import Session
 
-        return Session(self, _native.Session(self._native))
+        return Session(self, self._native.session())
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
-        """A text that `Session.save` wrote, which goes on with the bits that it would have gone on with.
+        """Reads a session that `Session.save` wrote. It continues with the same tokens as the saved session.
 
         Raises:
-            FileNotFoundError, PermissionError: the file cannot be had.
-            ModelError: the file is damaged, or was written with another model, another `cache_type` or more context.
+            FileNotFoundError, PermissionError: The file cannot be read.
+            ModelError: The file is damaged, or belongs to another model, another `cache_type` or a larger context.
         """
         from nybble.session import Session
 
-        return Session(self, *_native.Session.load(self._native, path))
+        return Session(self, *self._native.load_session(path))
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """The token ids of a text, with the model's start token where it wants one."""
+        """Returns the token ids of a text.
+
+        Args:
+            text: The text. Special tokens spelled out in it become single tokens.
+            add_special: Add the start token if the model expects one.
+        """
         return self.tokenizer.encode(text, add_special=add_special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Returns the text of token ids, without special tokens."""
         return self.tokenizer.decode(ids)
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
-        """The model's logits after each of `ids`: an array of shape (len(ids), vocabulary)."""
+        """Returns the logits after each token, a float32 array of shape (len(ids), vocabulary).
+
+        Raises:
+            ContextFullError: The tokens do not fit into the context.
+            MemoryError: The logits do not fit into memory.
+            ValueError: A token is unknown.
+        """
         return self._native.logits(list(ids))
 
     def embed(
@@ -305,33 +313,33 @@ class Model:
         pooling: Literal["mean", "last"] = "mean",
         normalize: bool = True,
     ) -> npt.NDArray[np.float32]:
-        """Texts as vectors, to compare or search by: an array of shape (texts, hidden_size), one row for one text.
+        """Returns embeddings of documents, a float32 array of shape (documents, hidden_size).
 
-        The model's hidden states behind the last norm, made one vector. Models trained for it tell in their cards which
-        pooling they want; those trained to write give vectors that tell texts apart only roughly.
+        An embedding pools the hidden states after the last norm. Use a model trained for embeddings; its model card
+        names the pooling. Other models give embeddings of low quality.
 
         Args:
-            text: a text, or a list of them.
-            pooling: "mean" of all tokens, or that of the "last" token.
-            normalize: make each vector one of length 1.
+            text: A document, or a list of documents.
+            pooling: "mean" of all tokens, or the "last" token.
+            normalize: Scale each embedding to length 1.
 
         Raises:
-            ContextFullError: a text does not fit into the context.
-            ValueError: a text without tokens, or an unknown pooling.
+            ContextFullError: A document does not fit into the context.
+            ValueError: A document has no tokens, or `pooling` is unknown.
         """
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
         import numpy as np
 
         rows = []
-        for ids in map(self._prompt_ids, [text] if isinstance(text, str) else text):
-            states = self._native.hidden_states(ids)
+        for document in [text] if isinstance(text, str) else text:
+            states = self._native.hidden_states(prompt_ids(self.tokenizer, document))
             row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
         return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)
 
     def close(self) -> None:
-        """Gives the memory back as soon as calls in other threads have ended. Any later use is an error."""
+        """Frees the model as soon as calls in other threads have ended. Later calls raise `ModelError`."""
         self._native_model = None
 
     def __enter__(self) -> Model:
@@ -352,15 +360,3 @@ class Model:
         if self._native_model is None:
             raise ModelError("the model is closed")
         return self._native_model
-
-    def _writer(self, prompt: str | Sequence[int], options: SamplingOptions) -> Writer:
-        return Writer(self._native, self.tokenizer, self._prompt_ids(prompt), options, self.info.context)
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if ids:
-            return ids
-        # A model cannot begin from nothing; those that know a start token can begin from that.
-        if self.tokenizer.bos_id is None:
-            raise ValueError("prompt: found no tokens, expected at least one")
-        return [self.tokenizer.bos_id]

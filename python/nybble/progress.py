@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for what takes its time, where somebody sits at a terminal."""
+"""Progress bars on standard error, if it is a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BAR_AFTER_SECONDS = 1.0
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a callback (done, total) that draws a bar on a terminal once the work turns out to take its time."""
+    """Yields a callback (done, total) that draws a bar on a terminal if the work takes more than a second."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -32,7 +32,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """As `bar`, for work of several stages: gives a callback (stage, done, total)."""
+    """Yields a callback (stage, done, total) for work of several stages, which draws a bar at once."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
@@ -41,7 +41,7 @@ def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
         def advance(stage: str, done: int, total: int) -> None:
             nonlocal before
-            # What begins anew has a speed of its own, from which the time that is left is told.
+            # A new stage has its own speed, from which the remaining time is estimated.
             show(done, total, f"{what}: {stage}", done < before)
             before = done
 

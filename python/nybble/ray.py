@@ -1,4 +1,4 @@
-"""The former place of `nybble.integrations.ray`."""
+"""Deprecated: use `nybble.integrations.ray`."""
 
 import warnings
 

@@ -1,82 +1,110 @@
-"""How the next token is chosen and when to stop: every option of generation, defined once."""
+"""`SamplingOptions`: how to sample tokens and when to stop, for Python, the command line and the server."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-from nybble.constraint import schema_text
+from nybble.overrides import doc, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
-"""The largest number in single precision, with which is computed."""
-
-
-def _doc(text: str) -> dict[str, str]:
-    """The metadata of a field: its help, which the command line shows as well."""
-    return {"help": text}
+"""The largest finite number in single precision, which the sampler uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Options of `generate`, `stream` and `chat`; each of them may also be given there by name.
+    """Options of `generate`, `stream` and `chat`. Each may also be given there by name.
 
-    The steps apply in this order: logit_bias, penalties, top_k, typical_p, top_p, min_p, temperature, then one draw.
+    A sampler applies them in this order: `logit_bias`, penalties, `top_k`, `typical_p`, `top_p`, `min_p`,
+    `temperature`. Then it draws one token.
+
+    Raises:
+        ValueError: An option is out of range. The message names it, its value and what is expected.
+
+    Example:
+        ```python
+        options = SamplingOptions(temperature=0.7, top_p=0.9, seed=1, max_tokens=100)
+        model.generate("Once upon a time", options)
+        model.generate("Once upon a time", options, seed=2)
+        model.generate("A user as JSON:", schema={"type": "object", "properties": {"name": {"type": "string"}}})
+        ```
     """
 
     temperature: float = field(
-        default=0.8, metadata=_doc("Spread of the choice: 0 always takes the likeliest token, 1 samples as trained.")
+        default=0.8, metadata=doc("Randomness: 0 always takes the most likely token, 1 samples as trained.")
     )
-    top_k: int = field(default=40, metadata=_doc("Keep the K likeliest tokens; 0 keeps all."))
+    """Randomness: 0 always takes the most likely token (greedy), 1 samples the model's own distribution."""
+    top_k: int = field(default=40, metadata=doc("Keep the K most likely tokens; 0 keeps all."))
+    """Keep only this many of the most likely tokens; 0 keeps all."""
     top_p: float = field(
-        default=0.95, metadata=_doc("Keep the likeliest tokens that together reach this probability; 1 keeps all.")
+        default=0.95, metadata=doc("Keep the most likely tokens that together reach this probability; 1 keeps all.")
     )
+    """Keep the fewest most likely tokens whose probabilities add up to this value; 1 keeps all."""
     min_p: float = field(
-        default=0.05, metadata=_doc("Drop tokens less likely than this share of the likeliest one; 0 keeps all.")
+        default=0.05, metadata=doc("Drop tokens below this share of the highest probability; 0 keeps all.")
     )
+    """Drop tokens with less than this share of the highest probability; 0 keeps all."""
     typical_p: float = field(
-        default=1.0, metadata=_doc("Keep the most typical tokens that together reach this probability; 1 keeps all.")
+        default=1.0, metadata=doc("Keep the most typical tokens that together reach this probability; 1 keeps all.")
     )
+    """Keep the fewest most typical tokens whose probabilities add up to this value; 1 keeps all.
+
+    See Meister et al., "Locally Typical Sampling" (arXiv:2202.00666).
+    """
     repetition_penalty: float = field(
-        default=1.0, metadata=_doc("Divide the logits of tokens seen before by this (multiply negative ones); 1: off.")
+        default=1.0, metadata=doc("Divide positive logits of earlier tokens by this, multiply negative ones; 1: off.")
     )
-    presence_penalty: float = field(default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before."))
+    """Divide the positive logits of earlier tokens by this and multiply the negative ones; 1 turns it off."""
+    presence_penalty: float = field(default=0.0, metadata=doc("Subtract this from the logits of earlier tokens."))
+    """Subtract this once from the logit of each earlier token."""
     frequency_penalty: float = field(
-        default=0.0, metadata=_doc("Subtract this from the logits of tokens seen before, once for each time.")
+        default=0.0, metadata=doc("Subtract this from the logits of earlier tokens, once per occurrence.")
     )
+    """Subtract this from the logit of each earlier token, once per occurrence."""
     penalty_window: int = field(
-        default=64, metadata=_doc("How many of the last tokens, prompt and text alike, the penalties look at; 0: all.")
+        default=64, metadata=doc("Number of latest tokens, prompt included, that the penalties count; 0: all.")
     )
+    """Number of latest tokens, prompt and completion alike, that the penalties count; 0 for all."""
     logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata=_doc("Add to the logits of token ids; -inf forbids a token.")
+        default_factory=dict, metadata=doc("Add to the logits of token ids; -inf forbids a token.")
     )
+    """Numbers to add to the logits of token ids; `-math.inf` forbids a token."""
     seed: int | None = field(
-        default=None, metadata=_doc("Same seed, same text; without one every call draws a new one.")
+        default=None, metadata=doc("Seed of the random numbers; the same seed gives the same completion.")
     )
+    """Seed of the random numbers. The same seed gives the same completion; None draws a new seed for each call."""
     max_tokens: int | None = field(
-        default=256, metadata=_doc("Stop after so many new tokens; None goes on until the context is full.")
+        default=256, metadata=doc("Stop after this many new tokens; None continues until the context is full.")
     )
+    """Most tokens of a completion; None continues until the context is full."""
     stop: str | Sequence[str] = field(
-        default=(), metadata=_doc("Stop before any of these strings; they are not part of the text.")
+        default=(), metadata=doc("Stop before any of these strings; the completion does not include them.")
     )
+    """Strings that end the completion, which does not include them."""
     logprobs: int | None = field(
-        default=None, metadata=_doc("Report the log-probability of each token and of so many likeliest alternatives.")
+        default=None, metadata=doc("Report the log-probability of each token and of this many likely alternatives.")
     )
+    """Report the log-probability of each token and of this many of the most likely tokens; None reports none."""
     schema: Mapping[str, Any] | type | str | None = field(
         default=None,
-        metadata=_doc("Write a JSON text that follows this JSON Schema: a dict, JSON text or a pydantic model."),
+        metadata=doc("Constrain the output to a JSON Schema: a dict, JSON text or a pydantic model."),
     )
-    regex: str | None = field(default=None, metadata=_doc("Write a text that this regular expression matches."))
+    """Constrain the output to JSON that follows a JSON Schema: a dict, JSON text or a pydantic model class."""
+    regex: str | None = field(default=None, metadata=doc("Constrain the output to a regular expression."))
+    """Constrain the output to a regular expression, which matches all of it."""
     grammar: str | None = field(
-        default=None, metadata=_doc("Write a text of this context-free grammar (Lark, as llguidance understands it).")
+        default=None, metadata=doc("Constrain the output to a context-free grammar (Lark, as llguidance reads it).")
     )
+    """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 or more")
@@ -111,12 +139,12 @@ class SamplingOptions:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
-        """A copy with some options changed."""
+        """Returns a copy with some options changed."""
         return dataclasses.replace(self, **overrides)
 
 
 class SamplingOverrides(TypedDict, total=False):
-    """The names and types of `SamplingOptions`, for type checkers: Python cannot derive one from the other."""
+    """Names and types of the fields of `SamplingOptions`, for type checkers."""
 
     temperature: float
     top_k: int
@@ -138,12 +166,48 @@ class SamplingOverrides(TypedDict, total=False):
 
 
 def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> SamplingOptions:
-    """`options`, or the defaults, with single options replaced. An unknown name is a `TypeError` listing the known."""
-    known = SamplingOverrides.__annotations__
-    if unknown := [name for name in overrides if name not in known]:
-        raise TypeError(f"no such option: {', '.join(unknown)} (options: {', '.join(known)})")
-    base = SamplingOptions() if options is None else options
-    return base.replace(**overrides) if overrides else base
+    """Returns `options`, or the defaults, with single options replaced.
+
+    Raises:
+        TypeError: An override is not an option. The message lists the options.
+        ValueError: An option is out of range.
+    """
+    return merged(SamplingOptions() if options is None else options, overrides)
+
+
+@runtime_checkable
+class HasSchema(Protocol):
+    """An object with a JSON Schema, such as a pydantic model class."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """Returns the schema."""
+        ...
+
+
+def schema_text(schema: object) -> str:
+    """Returns a JSON Schema as JSON text.
+
+    Args:
+        schema: A dict, JSON text of an object, or a class with `model_json_schema()`.
+
+    Raises:
+        ValueError: `schema` is something else, or cannot be written as JSON.
+    """
+    if isinstance(schema, HasSchema):
+        schema = schema.model_json_schema()
+    if isinstance(schema, str):
+        try:
+            found = json.loads(schema)
+        except ValueError as error:
+            raise ValueError(f"schema: found text that is not valid JSON ({error}), expected a JSON Schema") from None
+        if isinstance(found, dict):
+            return schema
+    elif isinstance(schema, Mapping):
+        try:
+            return json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"schema: found a value that JSON cannot hold ({error}), expected a JSON Schema") from None
+    raise ValueError(f"schema: found {schema!r:.80}, expected a dict, JSON text or a pydantic model")
 
 
 def _check(name: str, value: object, fits: bool, expected: str) -> None:
@@ -160,7 +224,7 @@ def _number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    # Whole numbers beyond every float are finite, and would be an OverflowError in what asks.
+    # Not math.isfinite: it raises OverflowError for integers beyond every float.
     return _number(value) and -_LARGEST <= value <= _LARGEST
 
 

@@ -1,46 +1,60 @@
-"""A text that goes on: what was read and written stays in the cache, and can be kept in a file."""
+"""`Session`: a sequence that keeps its KV cache between calls, and in a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 from nybble import _native
-from nybble.generation import Completion, TextStream, Writer
+from nybble.completion import Completion, Message
+from nybble.generation.request import TextModel, prepare_tokens, prompt_ids
+from nybble.generation.stream import TextStream
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from nybble.model import Model
-
 
 class Session:
-    """One text over a model: each call adds to it, and computes only what is new.
+    """A sequence of prompts and completions. Each call appends to it and computes only the new tokens.
 
-    `Model.session` begins one, `Model.load_session` reads one from a file. One thread at a time may use a session; any
-    number may use the model. What it writes has the same bits as one long text would have.
+    `Model.session` makes an empty session, `Model.load_session` reads one from a file. One thread at a time may use a
+    session; any number may use the model. Completions are bit-identical to those of one long prompt.
+
+    Example:
+        ```python
+        session = model.session()
+        session.generate("Once upon a time", max_tokens=32)
+        session.save("story.session")
+        other = session.fork()
+        print(session.generate(" Suddenly,", max_tokens=32))
+        print(other.generate(" Meanwhile,", max_tokens=32))
+
+        later = model.load_session("story.session")
+        ```
     """
 
-    def __init__(self, model: Model, native: _native.Session, tokens: Sequence[int] = ()) -> None:
+    def __init__(self, model: TextModel, native: _native.Session, tokens: Sequence[int] = ()) -> None:
         self._model = model
         self._native = native
+        """The KV cache of a beginning of `_tokens`."""
         self._tokens = tuple(tokens)
-        self._writer: Writer | None = None
-        """What adds to the text now, or did so last."""
+        """All tokens before the latest completion."""
+        self._stream: TextStream | None = None
+        """The latest completion, unless `_tokens` includes it."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The ids of the whole text, read and written."""
-        if self._writer is None:
+        """The ids of all tokens, prompts and completions."""
+        if self._stream is None:
             return self._tokens
-        return (*self._tokens, *self._writer.tokens)
+        return (*self._tokens, *self._stream.tokens)
 
     @property
     def text(self) -> str:
-        """The whole text, read and written, without marks."""
-        return self._model.detokenize(self.tokens)
+        """The text of all tokens, without special tokens."""
+        return self._model.tokenizer.decode(self.tokens)
 
     def generate(
         self,
@@ -48,16 +62,17 @@ class Session:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion:
-        """Adds to the text and has the model continue it. What the model writes belongs to the text from then on.
+        """Appends a prompt, generates its completion and appends that, too.
 
         Args:
-            prompt: what to add, as text or as token ids; the model simply goes on where it is empty. A text is
-                tokenized by itself, with the model's start token only where the session is empty.
-            options: as in `Model.generate`.
-            **overrides: as in `Model.generate`.
+            prompt: Text or token ids to append. If empty, the model continues the session. Text is tokenized by itself,
+                with the model's start token only if the session is empty.
+            options: As in `Model.generate`.
+            **overrides: As in `Model.generate`.
 
         Raises:
-            ContextFullError: the text does not fit into the context. It is then as it was before.
+            ContextFullError: The tokens do not fit into the context. The session is unchanged.
+            MemoryError: The KV cache does not fit into memory. The session keeps the prompt and the tokens so far.
         """
         return self._finished(self._begin(self._extended(prompt), merge(options, overrides)))
 
@@ -67,13 +82,16 @@ class Session:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> TextStream:
-        """As `generate`, piece by piece. Of a stream that is left early, what it has written belongs to the text."""
+        """Generates as `generate` does, piece by piece.
+
+        If the stream is abandoned, the session keeps the tokens so far.
+        """
         return self._begin(self._extended(prompt), merge(options, overrides))
 
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         options: SamplingOptions | None = None,
         *,
         stream: Literal[False] = False,
@@ -82,7 +100,7 @@ class Session:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         options: SamplingOptions | None = None,
         *,
         stream: Literal[True],
@@ -90,15 +108,21 @@ class Session:
     ) -> TextStream: ...
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         options: SamplingOptions | None = None,
         *,
         stream: bool = False,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | TextStream:
-        """Answers a conversation as `Model.chat` does, but reads only what the session has not seen of it.
+        """Generates the next turn of a conversation as `Model.chat` does, but computes only the new tokens.
 
-        The text becomes that of the conversation: what the session held beyond their common beginning is dropped.
+        The session then holds the conversation: its tokens after their common prefix are dropped.
+
+        Args:
+            messages: As in `Model.chat`.
+            options: As in `Model.generate`.
+            stream: Return a `TextStream` instead of a completion.
+            **overrides: As in `Model.generate`.
         """
         tokenizer = self._model.tokenizer
         ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
@@ -106,56 +130,57 @@ class Session:
         return begun if stream else self._finished(begun)
 
     def fork(self) -> Session:
-        """Another session with the same text, which goes on by itself. The memory of what they share is shared."""
-        return Session(self._model, self._seen(), self.tokens)
+        """Returns an independent session with the same tokens. Both share the memory of these tokens."""
+        return Session(self._model, self._computed(), self.tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the text and what the model has computed of it to a file, for `Model.load_session`.
+        """Writes the tokens and their KV cache to a file, for `Model.load_session`.
 
-        The file is replaced when the new one is whole. Only the user may read it: it tells what was said.
+        An existing file is replaced once the new one is complete. Only the user may read the file, because it contains
+        the conversation.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
-        self._seen().save(self._model._native, self.tokens, path)
+        self._model._native.save_session(self._computed(), self.tokens, path)
 
     def __len__(self) -> int:
-        """How many tokens the text has."""
+        """Number of tokens."""
         return len(self.tokens)
 
     def __repr__(self) -> str:
         return f"<Session of {len(self)} tokens over {self._model!r}>"
 
-    def _extended(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of the whole text with `prompt` behind it."""
-        held = self.tokens
+    def _extended(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Returns all tokens with those of `prompt` appended."""
+        held, tokenizer = self.tokens, self._model.tokenizer
         if not isinstance(prompt, str):
             return [*held, *prompt]
         if held:
-            return [*held, *self._model.tokenize(prompt, add_special=False)]
-        return self._model._prompt_ids(prompt)
+            return [*held, *tokenizer.encode(prompt, add_special=False)]
+        return prompt_ids(tokenizer, prompt)
 
     def _begin(self, ids: Sequence[int], options: SamplingOptions) -> TextStream:
-        """Starts to continue `ids`, of which the session may have seen a beginning."""
-        model = self._model._native
+        """Starts the completion of `ids`. Keys and values of their common prefix with the session are reused."""
         held, common = self.tokens, 0
         while common < min(len(held), len(ids)) and held[common] == ids[common]:
             common += 1
-        seen = self._seen().prefix(common)
-        writer = Writer(model, self._model.tokenizer, ids, options, self._model.info.context, session=seen)
-        # Only now, when nothing can fail any more, the text is another one.
-        self._native, self._tokens, self._writer = seen, tuple(ids), writer
-        return TextStream(model, writer)
+        native = self._computed().prefix(common)
+        stream = TextStream(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
+        # The session changes only here, after everything that can fail.
+        self._native, self._tokens, self._stream = native, tuple(ids), stream
+        return stream
 
     def _finished(self, stream: TextStream) -> Completion:
         for _ in stream:
             pass
         return stream.completion
 
-    def _seen(self) -> _native.Session:
-        """Keys and values of a beginning of the text."""
-        if self._writer is not None:
-            # The token that ended the text, if one did, was sampled but never fed.
-            self._tokens, self._native = self.tokens, _native.Session.of(self._writer.sequence)
-            self._writer = None
+    def _computed(self) -> _native.Session:
+        """Returns the KV cache of a beginning of `tokens`. The tokens of the latest stream become the session's own."""
+        if self._stream is not None:
+            tokens, native = self.tokens, self._stream.session
+            if native is not None:
+                self._native = native.prefix(len(tokens))
+            self._tokens, self._stream = tokens, None
         return self._native

@@ -1,10 +1,11 @@
-//! Sequences of many users over one model: what is fed, what is sampled.
+//! Generation for many sequences over one model: prefill, decode, sampling.
 //!
-//! [`step`] feeds the sequences that it is given. A [`Scheduler`] keeps many, and decides who goes into a step and with how
-//! many tokens.
+//! [`step`] computes one token for each sequence it is given. A [`Scheduler`] keeps sequences and decides which of them
+//! join a step and with how many tokens.
 
+mod constrained_sampler;
 pub mod constraint;
-mod pace;
+mod prefill_budget;
 mod prefix;
 pub mod sampler;
 mod scheduler;

@@ -1,8 +1,8 @@
-//! Keys and values of texts seen before, page by page, so that texts that begin alike are computed once.
+//! The prefix cache: KV cache pages of earlier sequences, so that a common prefix is computed once.
 //!
-//! A block is 64 tokens, the page with their keys and values, and the block before it. Since a page depends on all tokens
-//! before it, a block is looked up by its parent's number together with its own tokens, which are compared in full: blocks
-//! form a tree, and no chance of a hash can mix two texts.
+//! A block is 64 tokens, the page with their keys and values, and the block before it. A page depends on all tokens before
+//! it, so a block is looked up by the id of its parent and its own tokens. Blocks form a tree. Tokens are compared in full:
+//! a hash collision cannot mix up two sequences.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -13,13 +13,13 @@ use crate::model::SharedPage;
 /// The tokens of a page.
 pub(super) type Tokens = [u32; PAGE];
 
-/// The number of the block before the first one.
+/// The id of the parent of a first block.
 pub(super) const ROOT: u64 = 0;
 
-/// Fewer tokens of a page are computed again rather than copied with it.
-const WORTH_A_COPY: usize = 8;
+/// Fewest tokens for which copying a page is faster than computing them.
+const MIN_COPIED_TOKENS: usize = 8;
 
-/// What a block is found by: the number of the block before it, and its tokens.
+/// The key of a block: the id of its parent, and its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) parent: u64,
@@ -30,13 +30,13 @@ pub(super) struct Key {
 struct Block {
     key: Key,
     page: SharedPage,
-    /// Blocks before it.
+    /// Number of blocks before it.
     depth: usize,
     /// When a sequence last used it.
     used: u64,
 }
 
-/// The tree of blocks. It holds their pages until it is told to give some up.
+/// The tree of blocks. It keeps their pages until they are evicted.
 #[derive(Debug, Default)]
 pub(super) struct Prefixes {
     blocks: HashMap<u64, Block>,
@@ -47,32 +47,32 @@ pub(super) struct Prefixes {
 }
 
 impl Prefixes {
-    /// Pages held.
+    /// Number of pages.
     pub(super) fn len(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Pages that sequences use, too, so that giving them up would free nothing.
+    /// Number of pages that sequences use, too. Evicting them would free no memory.
     pub(super) fn in_use(&self) -> usize {
         self.blocks.values().filter(|block| block.page.is_shared()).count()
     }
 
-    /// The block with this key: its number and page.
+    /// The id and page of the block with this key.
     pub(super) fn find(&self, key: &Key) -> Option<(u64, SharedPage)> {
         let number = *self.numbers.get(key)?;
         Some((number, self.blocks.get(&number)?.page.clone()))
     }
 
-    /// Of the blocks after `parent` the one that begins with the most of `tokens`: its page, and how many. `None` when there
-    /// are too few to be worth a copy of the page.
+    /// The page of the child of `parent` with the longest common prefix with `tokens`, and the length of that prefix. `None`
+    /// if it is too short to be worth a copy of the page.
     pub(super) fn find_beginning(&self, parent: u64, tokens: &[u32]) -> Option<(SharedPage, usize)> {
         let blocks = self.children.get(&parent)?.iter().filter_map(|number| self.blocks.get(number));
         let shared = |block: &Block| block.key.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         let (count, block) = blocks.map(|block| (shared(block), block)).max_by_key(|(count, _)| *count)?;
-        (count >= WORTH_A_COPY).then(|| (block.page.clone(), count))
+        (count >= MIN_COPIED_TOKENS).then(|| (block.page.clone(), count))
     }
 
-    /// Keeps `page` under `key`, unless there is such a block. Returns the block's number and page, which is the one to use.
+    /// Adds a block unless there is one with this key. Returns the id and page of the block in the cache.
     pub(super) fn insert(&mut self, key: Key, page: SharedPage) -> (u64, SharedPage) {
         if let Some(found) = self.find(&key) {
             return found;
@@ -85,7 +85,7 @@ impl Prefixes {
         (self.last, page)
     }
 
-    /// Notes that block `number`, and with it all before it, was used just now.
+    /// Records that block `number` and all blocks before it were used now.
     pub(super) fn touch(&mut self, mut number: u64) {
         self.clock += 1;
         while let Some(block) = self.blocks.get_mut(&number) {
@@ -94,8 +94,8 @@ impl Prefixes {
         }
     }
 
-    /// Gives up to `count` pages back that no sequence uses: the least recently used, of these the last of their text first, so
-    /// that no block loses the ones before it. Returns how many.
+    /// Evicts up to `count` pages that no sequence uses and returns how many: the least recently used first, and of these the
+    /// deepest, so that a block never loses its parent.
     pub(super) fn evict(&mut self, count: usize) -> usize {
         let unused = self.blocks.iter().filter(|(_, block)| !block.page.is_shared());
         let mut unused: Vec<_> = unused.map(|(number, b)| (b.used, Reverse(b.depth), *number)).collect();

@@ -1,28 +1,29 @@
-//! From logits to the next token.
+//! Sampling: from logits to the next token.
 //!
-//! The steps, in the order of llama.cpp's sampler chain:
+//! The steps follow the order of llama.cpp's sampler chain:
 //!
 //! 0. Tokens that a [constraint](super::constraint) forbids get minus infinity.
 //! 1. `logit_bias` is added to the logits.
-//! 2. The penalties act on the tokens of the history: repetition divides a positive logit and multiplies a negative
-//!    one, presence subtracts once, frequency subtracts once per occurrence.
-//! 3. `temperature` 0 ends here with the largest logit. Otherwise the tokens are thinned out, each step seeing the
-//!    probabilities (softmax) of what the one before has left, and never removing the last token:
-//!    `top_k` keeps the k largest;
-//!    `typical_p` keeps the tokens whose surprise (negative log-probability) is nearest to the mean surprise, the
-//!    fewest that together reach the probability p (Meister et al., "Locally Typical Sampling", arXiv:2202.00666);
-//!    `top_p` keeps the likeliest, the fewest that together reach p (Holtzman et al., "The Curious Case of Neural Text
-//!    Degeneration", arXiv:1904.09751);
-//!    `min_p` keeps those with at least p times the probability of the likeliest (Nguyen et al., "Turning Up the Heat:
-//!    Min-p Sampling", arXiv:2407.01082).
-//! 4. What is left is divided by `temperature`, and one number from the generator decides.
+//! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
+//!    negative one, presence subtracts once, frequency subtracts once per occurrence.
+//! 3. With `temperature` 0 the largest logit wins. Otherwise these filters follow. Each uses the probabilities (softmax) of
+//!    the tokens that are left and keeps at least one:
+//!    - `top_k` keeps the k most likely tokens.
+//!    - `typical_p` keeps the tokens with a surprise (negative log-probability) nearest to the mean surprise, the fewest
+//!      that together reach probability p (Meister et al., "Locally Typical Sampling", arXiv:2202.00666).
+//!    - `top_p` keeps the most likely tokens, the fewest that together reach p (Holtzman et al., "The Curious Case of Neural
+//!      Text Degeneration", arXiv:1904.09751).
+//!    - `min_p` keeps tokens with at least p times the highest probability (Nguyen et al., "Turning Up the Heat: Min-p
+//!      Sampling", arXiv:2407.01082).
+//! 4. The remaining logits are divided by `temperature`, and one random number chooses a token.
 //!
-//! Wherever tokens tie, the lower id goes first.
+//! In every tie the lower id goes first.
 //!
-//! **Same seed, same text**, on every machine and in every version: the generator and `exp` are written out here,
-//! probabilities are summed as integers, and every token that is not greedy takes exactly one number.
+//! **The same seed gives the same tokens** on every machine and in every version: the random number generator and `exp` are
+//! implemented here, probabilities are summed as integers, and every token that is not greedy consumes exactly one number.
 
 mod candidates;
+mod math;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -30,19 +31,20 @@ use std::hash::{BuildHasher, RandomState};
 use super::constraint::Allowed;
 use crate::{Error, Result};
 use candidates::Candidates;
+use math::{largest, log_sum_exp};
 
 pub use candidates::MAX_VOCAB_SIZE;
 
-/// How the next token is chosen. The module's text tells what each option does and in which order.
+/// Options of a [`Sampler`]. The [module](self) describes the order in which they apply.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingOptions {
-    /// Spread of the choice: 0 always takes the likeliest token, 1 samples as trained. At least 0.
+    /// Randomness: 0 always takes the most likely token, 1 samples the model's own distribution. At least 0.
     pub temperature: f32,
-    /// Keep only so many of the likeliest tokens. 0 keeps all.
+    /// Keep only this many of the most likely tokens. 0 keeps all.
     pub top_k: u32,
-    /// Keep the likeliest tokens that together reach this probability. In (0, 1]; 1 keeps all.
+    /// Keep the most likely tokens that together reach this probability. In (0, 1]; 1 keeps all.
     pub top_p: f32,
-    /// Drop tokens less likely than this share of the likeliest one. In [0, 1]; 0 keeps all.
+    /// Drop tokens below this share of the highest probability. In [0, 1]; 0 keeps all.
     pub min_p: f32,
     /// Keep the most typical tokens that together reach this probability. In (0, 1]; 1 keeps all.
     pub typical_p: f32,
@@ -51,21 +53,21 @@ pub struct SamplingOptions {
     pub repetition_penalty: f32,
     /// Subtracted from the logits of tokens in the history.
     pub presence_penalty: f32,
-    /// Subtracted from the logits of tokens in the history, as many times as they occur there.
+    /// Subtracted from the logits of tokens in the history, once per occurrence.
     pub frequency_penalty: f32,
-    /// How many of the last tokens, of prompt and text alike, are the history that the penalties look at. 0: all.
+    /// Number of latest tokens, prompt included, in the history that the penalties use. 0: all.
     pub penalty_window: u32,
     /// Added to the logits of single tokens. Minus infinity forbids a token.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Where the random numbers start. `None` starts somewhere else each time.
+    /// Seed of the random numbers. `None` takes a new one each time.
     pub seed: Option<u64>,
-    /// With how many of the likeliest tokens to report log-probabilities; `Some(0)` reports that of the chosen one
-    /// alone. `None` saves the work, which goes over the whole vocabulary.
+    /// Report the log-probability of the chosen token and of this many of the most likely ones. `None` reports none and
+    /// saves a pass over the vocabulary.
     pub logprobs: Option<u32>,
 }
 
 impl Default for SamplingOptions {
-    /// llama.cpp's: temperature 0.8, the 40 likeliest tokens, 0.95 of the probability, at least 0.05 of the likeliest.
+    /// The defaults of llama.cpp: temperature 0.8, `top_k` 40, `top_p` 0.95, `min_p` 0.05.
     fn default() -> Self {
         SamplingOptions {
             temperature: 0.8,
@@ -85,7 +87,7 @@ impl Default for SamplingOptions {
 }
 
 impl SamplingOptions {
-    /// Always the likeliest token.
+    /// Options that always take the most likely token.
     pub fn greedy() -> Self {
         SamplingOptions { temperature: 0.0, ..SamplingOptions::default() }
     }
@@ -96,7 +98,7 @@ impl SamplingOptions {
     ///
     /// [`Error::InvalidArgument`] with the name of the first option that is out of its range or not a number.
     pub fn validate(&self) -> Result<()> {
-        // Comparisons with NaN are false, so every condition below refuses it.
+        // Comparisons with NaN are false, so every condition below rejects NaN.
         let check = |name, value: f32, fits: bool, expected| match fits {
             true => Ok(()),
             false => Err(Error::argument(name, value, expected)),
@@ -125,20 +127,20 @@ impl SamplingOptions {
     }
 }
 
-/// A sampled token. Log-probabilities are of the model's own distribution: the softmax of the logits as they came,
-/// before bias, penalties and temperature.
+/// A sampled token. Log-probabilities are those of the model's own distribution: the softmax of the logits before bias,
+/// penalties and temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     /// The token's id.
     pub token: u32,
     /// The token's log-probability (natural logarithm), if `logprobs` asked for it.
     pub logprob: Option<f32>,
-    /// The ids and log-probabilities of the likeliest tokens, likeliest first; as many as `logprobs` asked for, if
-    /// there are so many that are possible at all.
+    /// The ids and log-probabilities of the most likely tokens, most likely first: `logprobs` of them, or fewer if the model
+    /// rules out the others.
     pub top: Vec<(u32, f32)>,
 }
 
-/// The choice of the next token for one sequence, with what it has to remember.
+/// Chooses the next token of one sequence. It keeps the history for the penalties and the state of the random numbers.
 ///
 /// ```
 /// use nybble::engine::sampler::{Sampler, SamplingOptions};
@@ -155,7 +157,7 @@ pub struct Sampler {
     vocab_size: usize,
     random: SplitMix64,
     history: History,
-    /// Logits that bias and penalties have changed, as they were, in the order of the changes.
+    /// The original values of logits that bias and penalties changed, in the order of the changes.
     changed: Vec<(u32, f32)>,
     candidates: Candidates,
 }
@@ -176,7 +178,7 @@ impl Sampler {
             let expected = format!("tokens below {vocab_size}, the size of the vocabulary");
             return Err(Error::argument("logit_bias", format!("token {token}"), expected));
         }
-        // A hasher's keys come from the system's entropy.
+        // The keys of a hasher come from the system's random numbers.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let history = History::new(options.penalty_window as usize);
         let (changed, candidates) = (Vec::new(), Candidates::default());
@@ -188,25 +190,25 @@ impl Sampler {
         &self.options
     }
 
-    /// Adds a token to the history: first those of the prompt, then every one that was sampled and taken.
+    /// Adds a token to the history: first those of the prompt, then every sampled token.
     pub fn accept(&mut self, token: u32) {
         if self.options.penalizes() {
             self.history.push(token);
         }
     }
 
-    /// Chooses a token by its logits `(vocab_size)`. They serve as working space and are as before afterwards.
+    /// Samples a token from logits `(vocab_size)`. It changes them temporarily and restores them.
     ///
     /// # Errors
     ///
-    /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, be it from the start
-    /// or because `logit_bias` forbids the others. [`Error::InvalidArgument`] when there are not `vocab_size` of them.
+    /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, with `logit_bias` applied.
+    /// [`Error::InvalidArgument`] when the number of logits is not `vocab_size`.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         self.sample_among(logits, None)
     }
 
-    /// As [`sample`](Sampler::sample), among the tokens `allowed` only: the logits of others are minus infinity
-    /// afterwards. Log-probabilities are still those among all tokens.
+    /// Samples like [`sample`](Sampler::sample), but only tokens in `allowed`. The logits of other tokens are minus infinity
+    /// afterwards. Log-probabilities still count all tokens.
     ///
     /// # Errors
     ///
@@ -228,7 +230,7 @@ impl Sampler {
         }
         self.adjust(logits);
         let chosen = self.choose(logits);
-        // Backwards, since a logit may have been changed twice.
+        // In reverse order: a logit may have been changed twice.
         while let Some((id, logit)) = self.changed.pop() {
             logits[id as usize] = logit;
         }
@@ -242,7 +244,7 @@ impl Sampler {
         let mut change = |id: u32, new: &dyn Fn(f32) -> f32| {
             if let Some(logit) = logits.get_mut(id as usize) {
                 changed.push((id, *logit));
-                // Towards plus infinity it stops at the largest number, so that the differences below stay numbers.
+                // Capped at the largest finite number, so that differences of logits stay finite.
                 *logit = new(*logit).min(f32::MAX);
             }
         };
@@ -277,68 +279,12 @@ impl Sampler {
     }
 }
 
-/// Loops over whole vocabularies go by so many logits at a time, each with a place of its own to sum up in, so that the
-/// compiler uses vectors.
-const LANES: usize = 16;
-
-/// The largest logit. `BadLogits` when one is NaN or plus infinity or all are minus infinity.
-fn largest(logits: &[f32]) -> Result<f32> {
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    let mut bad = [false; LANES];
-    let (rows, rest) = logits.as_chunks::<LANES>();
-    let mut look = |lane: usize, logit: f32| {
-        bad[lane] |= logit.is_nan() | (logit == f32::INFINITY);
-        largest[lane] = if logit > largest[lane] { logit } else { largest[lane] };
-    };
-    rows.iter().for_each(|row| row.iter().enumerate().for_each(|(lane, logit)| look(lane, *logit)));
-    rest.iter().for_each(|logit| look(0, *logit));
-    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    if bad.contains(&true) || largest == f32::NEG_INFINITY { Err(Error::BadLogits) } else { Ok(largest) }
-}
-
-/// The logarithm of the sum of `exp` of all logits, of which `largest` is the largest.
-fn log_sum_exp(logits: &[f32], largest: f32) -> f64 {
-    let mut sum = 0.0;
-    // In F32 only so many at a time that little is rounded off.
-    for block in logits.chunks(4096) {
-        let mut lanes = [0.0_f32; LANES];
-        let (rows, rest) = block.as_chunks::<LANES>();
-        for row in rows {
-            for (lane, logit) in lanes.iter_mut().zip(row) {
-                *lane += exp(logit - largest);
-            }
-        }
-        sum += lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>();
-        sum += rest.iter().map(|logit| f64::from(exp(logit - largest))).sum::<f64>();
-    }
-    sum.ln() + f64::from(largest)
-}
-
-/// `exp(x)` for `x <= 0`, within 2 units in the last place; 0 below -87.
-///
-/// Cephes' `expf`: `x = n ln 2 + r` with ln 2 in two parts, a polynomial in `r`, and `n` put into the exponent. Without
-/// fused multiply-adds, so that plain builds turn it into vectors and all builds get the same bits.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
-    let clamped = if x > -87.0 { x } else { -87.0 };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + coefficient;
-    }
-    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
-    if x < -87.0 { 0.0 } else { (p * (r * r) + r + 1.0) * power }
-}
-
-/// The tokens that the penalties look at, and how often each is among them.
+/// The tokens that the penalties use, and the count of each.
 #[derive(Debug, Clone)]
 struct History {
     /// 0: all.
     window: usize,
-    /// The last `window` tokens, oldest first. Empty when all are counted, since then none is ever dropped.
+    /// The last `window` tokens, oldest first. Empty with window 0, which never drops a token.
     recent: VecDeque<u32>,
     counts: HashMap<u32, u32>,
 }
@@ -380,7 +326,7 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    /// A number below `end`, which is not 0: each as likely as the others but for one part in `2^64 / end`.
+    /// A random number below `end`, which is not 0. Uniform up to one part in `2^64 / end`.
     fn below(&mut self, end: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
@@ -391,25 +337,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_generator_gives_the_published_numbers() {
+    fn the_generator_matches_the_published_numbers() {
         let mut random = SplitMix64(1_234_567);
         let numbers = [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
         assert_eq!([random.next(), random.next(), random.next()], numbers);
     }
 
     #[test]
-    fn exp_is_within_two_units_in_the_last_place() {
-        let mut x = 0.0_f32;
-        while x > -87.0 {
-            let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((ours - exact).abs() <= 2.0 * exact * f64::from(f32::EPSILON), "exp({x}) = {exact}, not {ours}");
-            x -= 0.000_37 + x.abs() * 1e-6;
-        }
-        assert_eq!([exp(0.0), exp(-0.0), exp(-87.1), exp(f32::MIN), exp(f32::NEG_INFINITY)], [1.0, 1.0, 0.0, 0.0, 0.0]);
-    }
-
-    #[test]
-    fn only_the_window_is_remembered() {
+    fn the_history_holds_only_the_window() {
         let mut history = History::new(3);
         for token in [7, 7, 8, 9, 7, 9] {
             history.push(token);

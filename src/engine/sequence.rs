@@ -1,22 +1,25 @@
-//! A sequence: a session, the tokens that it has not seen yet, and how its next token is chosen.
+//! A sequence: its tokens, its KV cache, and how its next token is chosen.
 
-use super::constraint::{Constraint, Held, beside};
+use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
+use super::constraint::Constraint;
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model, Session};
 
-/// Text in the making: tokens go in, [`step`] computes them and samples the next.
+/// A prompt and its completion so far. [`step`] computes the pending tokens and samples the next one.
 #[derive(Debug)]
 pub struct Sequence {
     pub(super) session: Session,
+    /// All tokens: computed, pending and sampled.
+    pub(super) tokens: Vec<u32>,
+    /// Tokens that the next step computes. During a step of a scheduler, draft tokens follow them.
     pub(super) pending: Vec<u32>,
-    pub(super) sampler: Sampler,
-    pub(super) held: Option<Held>,
+    pub(super) sampler: ConstrainedSampler,
     vocabulary: usize,
 }
 
 impl Sequence {
-    /// A sequence that starts with `prompt`, which counts for penalties too.
+    /// A sequence that starts with `prompt`. The penalties count the prompt, too.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
@@ -25,36 +28,35 @@ impl Sequence {
         Sequence::resume(model, model.session(), prompt, options)
     }
 
-    /// A sequence that goes on with `session`, which has seen a beginning of `tokens`: all of a text, which counts for
-    /// penalties. The last token is seen again where nothing else is left to see.
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. The penalties count all `tokens`. When `session` has computed all of them, the last one is computed again, because its logits are needed.
     ///
     /// # Errors
     /// As for [`Sequence::new`].
     pub fn resume(model: &Model, mut session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
         let vocabulary = model.vocabulary();
-        let sampler = Sampler::new(options, vocabulary)?;
+        let sampler = ConstrainedSampler::new(Sampler::new(options, vocabulary)?);
         let Some(before_last) = tokens.len().checked_sub(1) else {
             return Err(Error::argument("prompt", "no tokens", "at least one token"));
         };
         session.truncate(before_last);
-        let (seen, unseen) = tokens.split_at(session.len());
-        let mut sequence = Sequence { session, pending: Vec::new(), sampler, held: None, vocabulary };
-        seen.iter().for_each(|token| sequence.sampler.accept(*token));
-        sequence.push(unseen)?;
+        let (computed, new) = tokens.split_at(session.len());
+        let mut sequence = Sequence { session, tokens: computed.to_vec(), pending: Vec::new(), sampler, vocabulary };
+        computed.iter().for_each(|token| sequence.sampler.accept(*token));
+        sequence.push(new)?;
         Ok(sequence)
     }
 
-    /// Lets only tokens follow that `constraint` allows. Those that are there already do not count for it.
+    /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
     pub fn constrain(&mut self, constraint: Constraint) {
-        self.held = Some(Held::new(constraint));
+        self.sampler.constrain(constraint);
     }
 
-    /// Adds tokens to be seen at the next step, as a chat does with the user's next words.
+    /// Appends tokens for the next step to compute, such as the user's next turn of a chat.
     ///
     /// # Errors
     /// As for [`Sequence::new`]; the sequence is then unchanged.
     pub fn push(&mut self, tokens: &[u32]) -> Result<()> {
-        let (used, context) = (self.session.len() + self.pending.len(), self.session.context());
+        let (used, context) = (self.len(), self.session.context());
         if tokens.len() > context - used.min(context) {
             return Err(Error::ContextFull { used, requested: tokens.len(), context });
         }
@@ -63,44 +65,47 @@ impl Sequence {
             return Err(Error::argument("token", token, format_args!("an id below {vocabulary}")));
         }
         tokens.iter().for_each(|token| self.sampler.accept(*token));
+        self.tokens.extend_from_slice(tokens);
         self.pending.extend_from_slice(tokens);
         Ok(())
     }
 
-    /// Tokens in the sequence, seen or pending.
+    /// Number of tokens, computed and pending.
     pub fn len(&self) -> usize {
         self.session.len() + self.pending.len()
     }
 
-    /// Whether there is no token at all. Never so after [`Sequence::new`].
+    /// Whether there are no tokens. Always false after [`Sequence::new`].
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Tokens that are still to be seen. One after a step: the token that was sampled.
+    /// Tokens that the next step computes. After a step: the token it sampled.
     pub fn pending(&self) -> &[u32] {
         &self.pending
     }
 
-    /// The keys and values of the tokens seen.
+    /// The KV cache of the tokens computed so far.
     pub fn session(&self) -> &Session {
         &self.session
     }
 
-    /// Chooses the next token by the logits after the last one, and counts it for what comes after.
-    pub(super) fn take(&mut self, logits: &mut [f32]) -> Result<Sampled> {
-        let sampled = match &mut self.held {
-            Some(held) => held.sample(&mut self.sampler, logits)?,
-            None => self.sampler.sample(logits)?,
-        };
-        self.sampler.accept(sampled.token);
+    /// The KV cache of the tokens computed so far, without the rest of the sequence.
+    pub fn into_session(self) -> Session {
+        self.session
+    }
+
+    /// Samples the token after `logits` and appends it. It is not pending yet.
+    pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        let sampled = self.sampler.sample(logits)?;
+        self.tokens.push(sampled.token);
         Ok(sampled)
     }
 }
 
-/// Feeds every sequence its pending tokens, all in one batch, and samples one token for each, which is then pending.
+/// Computes the pending tokens of every sequence in one batch and samples one token for each, which is then pending.
 ///
-/// A sequence's result has the same bits alone and among others.
+/// A sequence's tokens are bit-identical to those it gets alone.
 ///
 /// # Errors
 /// Those of [`Model::forward`], with all sequences as they were before; [`Error::BadLogits`] when nothing can be sampled.
@@ -112,16 +117,16 @@ pub fn step(
 ) -> Result<Vec<Sampled>> {
     let mut logits = Vec::new();
     let mut inputs = Vec::with_capacity(sequences.len());
-    let mut held = Vec::new();
+    let mut samplers = Vec::with_capacity(sequences.len());
     for sequence in sequences.iter_mut() {
-        let Sequence { session, pending, held: own, .. } = &mut **sequence;
-        held.extend(own);
+        let Sequence { session, pending, sampler, .. } = &mut **sequence;
+        samplers.push(sampler);
         inputs.push(Input { session, tokens: pending, logits: Logits::Last });
     }
-    beside(held, || model.forward(&mut inputs, &mut logits, interrupted))?;
+    compute_and_find_allowed(samplers, || model.forward(&mut inputs, &mut logits, interrupted))?;
     let rows = logits.chunks_mut(model.vocabulary());
     let sample = |(sequence, logits): (&mut &mut Sequence, &mut [f32])| {
-        let sampled = sequence.take(logits);
+        let sampled = sequence.sample(logits);
         sequence.pending.clear();
         if let Ok(sampled) = &sampled {
             sequence.pending.push(sampled.token);

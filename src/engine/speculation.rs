@@ -1,29 +1,32 @@
-//! Guessing tokens ahead, so that one step confirms several.
+//! Speculative decoding: one step checks several draft tokens.
 //!
-//! A guess is fed with the token that is due; what the sequence itself samples after each of them decides how many were
-//! right, and the rest is forgotten. So the text is, bit for bit, the one that comes without. Guesses come from the text
-//! itself ("prompt lookup": what followed the last time that these tokens stood here) or from a smaller model (Leviathan,
-//! Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, with the sampler's own
-//! random number in the place of their correction, which keeps the text that of the seed). Of a text that is held to a form,
-//! what leaves no choice is guessed first, such as the keys of a JSON object: there, too, the model decides how to spell it.
+//! A step computes draft tokens after the token that is due. The sequence then samples after each of them: drafts that
+//! equal the sampled token are accepted, the others are discarded. The output is therefore bit-identical to the output
+//! without speculation. Drafts come from one of three sources:
+//!
+//! - the sequence itself ("prompt lookup decoding"): the tokens that followed the last time the same n-gram occurred;
+//! - a smaller model (Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding",
+//!   arXiv:2211.17192). The sampler's own random number replaces the paper's correction, so the output stays that of the
+//!   seed;
+//! - the constraint of the sequence, where only one continuation is allowed, such as the keys of a JSON object.
 
 use crate::error::{Error, Result};
 
-/// Tokens that are guessed at a time.
-pub(super) const MOST: usize = 8;
-/// Rows of a step that may be guesses, over all sequences.
-pub(super) const MOST_ROWS: usize = 48;
-/// With [`Speculation::Auto`], sequences and guesses together: more rows no longer come for little.
-pub(super) const FEW_ROWS: usize = 12;
-/// Tokens that must agree with an earlier place for what followed there to be a guess: the most first, down to the fewest.
-const AGREEING: [usize; 2] = [3, 2];
-/// So far back it is looked for such a place.
+/// Most draft tokens of one sequence in a step.
+pub(super) const MAX_DRAFT: usize = 8;
+/// Most draft tokens of all sequences in a step.
+pub(super) const MAX_DRAFT_ROWS: usize = 48;
+/// With [`Speculation::Auto`], most rows of a step, sequences and draft tokens together. Beyond it a row is no longer cheap.
+pub(super) const MAX_AUTO_ROWS: usize = 12;
+/// Lengths of the n-grams to look up, longest first.
+const NGRAMS: [usize; 2] = [3, 2];
+/// Number of tokens to search for an n-gram, from the end.
 const WINDOW: usize = 1 << 14;
-/// With [`Speculation::Auto`], guessing pauses when a smaller share is right, for so many steps, then it gets another chance.
-const WORTH: f32 = 0.2;
+/// With [`Speculation::Auto`], speculation pauses for [`PAUSE`] steps when a smaller share of drafts is accepted.
+const MIN_ACCEPTANCE: f32 = 0.2;
 const PAUSE: u32 = 32;
 
-/// Whether tokens are guessed ahead.
+/// Whether to use draft tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Speculation {
     /// Never.
@@ -31,7 +34,7 @@ pub enum Speculation {
     Off,
     /// Always.
     On,
-    /// While enough guesses turn out right, and few sequences run.
+    /// While enough drafts are accepted and few sequences run.
     Auto,
 }
 
@@ -50,26 +53,26 @@ impl Speculation {
     }
 }
 
-/// Appends to `guesses` what followed the last time that the end of `tokens` stood in them: `count` tokens, or none. Where that
-/// reaches the end, it goes on with the guesses, as a text that repeats itself does.
-pub(super) fn look_up(tokens: &[u32], count: usize, guesses: &mut Vec<u32>) {
+/// Returns `count` draft tokens: those that followed the last earlier occurrence of the n-gram at the end of `tokens`, or
+/// none without such an occurrence. If `tokens` ends before `count`, the draft repeats from where it began.
+pub(super) fn ngram_lookup(tokens: &[u32], count: usize) -> Vec<u32> {
     let tokens = &tokens[tokens.len().saturating_sub(WINDOW)..];
-    for agreeing in AGREEING {
-        let Some(end) = tokens.len().checked_sub(agreeing) else { continue };
-        let (before, last) = (&tokens[..tokens.len().saturating_sub(1)], &tokens[end..]);
-        if let Some(at) = before.windows(agreeing).rposition(|window| window == last) {
-            guesses.extend(tokens[at + agreeing..].iter().cycle().take(count));
-            return;
+    for length in NGRAMS {
+        let Some(start) = tokens.len().checked_sub(length) else { continue };
+        let (earlier, ngram) = (&tokens[..tokens.len().saturating_sub(1)], &tokens[start..]);
+        if let Some(at) = earlier.windows(length).rposition(|window| window == ngram) {
+            return tokens[at + length..].iter().copied().cycle().take(count).collect();
         }
     }
+    Vec::new()
 }
 
-/// How well guesses for one sequence have done.
+/// The share of a sequence's draft tokens that was accepted.
 #[derive(Debug, Clone)]
 pub(super) struct Acceptance {
-    /// The share of late that was right.
+    /// Moving average.
     rate: f32,
-    /// Steps without guesses that are left.
+    /// Steps left of a pause.
     pause: u32,
 }
 
@@ -80,24 +83,24 @@ impl Default for Acceptance {
 }
 
 impl Acceptance {
-    /// How many tokens to guess at this step.
-    pub(super) fn guesses(&mut self, speculation: Speculation) -> usize {
+    /// Number of tokens to draft in this step.
+    pub(super) fn draft_len(&mut self, speculation: Speculation) -> usize {
         match speculation {
             Speculation::Off => 0,
-            Speculation::On => MOST,
+            Speculation::On => MAX_DRAFT,
             Speculation::Auto if self.pause > 0 => {
                 self.pause -= 1;
                 0
             }
-            Speculation::Auto => ((self.rate * MOST as f32).ceil() as usize).clamp(1, MOST),
+            Speculation::Auto => ((self.rate * MAX_DRAFT as f32).ceil() as usize).clamp(1, MAX_DRAFT),
         }
     }
 
-    /// Notes how many of the guesses were right.
-    pub(super) fn observe(&mut self, guessed: usize, right: usize) {
-        self.rate += 0.25 * (right as f32 / guessed.max(1) as f32 - self.rate);
-        if self.rate < WORTH {
-            (self.rate, self.pause) = (2.0 * WORTH, PAUSE);
+    /// Records how many of the drafted tokens were accepted.
+    pub(super) fn observe(&mut self, drafted: usize, accepted: usize) {
+        self.rate += 0.25 * (accepted as f32 / drafted.max(1) as f32 - self.rate);
+        if self.rate < MIN_ACCEPTANCE {
+            (self.rate, self.pause) = (2.0 * MIN_ACCEPTANCE, PAUSE);
         }
     }
 }
@@ -107,45 +110,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_followed_the_last_time_is_the_guess() {
-        let guesses = |tokens: &[u32], count| {
-            let mut guesses = Vec::new();
-            look_up(tokens, count, &mut guesses);
-            guesses
-        };
-        assert_eq!(guesses(&[1, 2, 3, 4, 5, 1, 2, 3], 3), [4, 5, 1]);
-        assert_eq!(guesses(&[1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3], 2), [5, 6], "the last of several places");
-        assert_eq!(guesses(&[9, 2, 3, 4, 5, 1, 2, 3], 2), [4, 5], "two tokens agree where no three do");
-        assert_eq!(guesses(&[1, 2, 1, 2, 1], 4), [2, 1, 2, 1], "a text that repeats itself goes on");
+    fn a_draft_is_what_followed_the_last_occurrence_of_an_ngram() {
+        assert_eq!(ngram_lookup(&[1, 2, 3, 4, 5, 1, 2, 3], 3), [4, 5, 1]);
+        assert_eq!(ngram_lookup(&[1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3], 2), [5, 6], "the last of several");
+        assert_eq!(ngram_lookup(&[9, 2, 3, 4, 5, 1, 2, 3], 2), [4, 5], "two tokens match where three do not");
+        assert_eq!(ngram_lookup(&[1, 2, 1, 2, 1], 4), [2, 1, 2, 1], "a loop continues");
         for nothing in [&[1, 2, 3, 4, 5][..], &[1, 2], &[1], &[]] {
-            assert_eq!(guesses(nothing, 4), [0u32; 0], "{nothing:?}");
+            assert_eq!(ngram_lookup(nothing, 4), [0u32; 0], "{nothing:?}");
         }
     }
 
     #[test]
-    fn guessing_pauses_when_it_is_mostly_wrong_and_comes_back() {
+    fn speculation_pauses_when_few_drafts_are_accepted_and_resumes() {
         let mut acceptance = Acceptance::default();
-        assert_eq!(acceptance.guesses(Speculation::Auto), MOST);
+        assert_eq!(acceptance.draft_len(Speculation::Auto), MAX_DRAFT);
         let mut steps = 0;
         while acceptance.pause == 0 {
-            let guessed = acceptance.guesses(Speculation::Auto);
-            acceptance.observe(guessed, 0);
+            let drafted = acceptance.draft_len(Speculation::Auto);
+            acceptance.observe(drafted, 0);
             steps += 1;
         }
         assert!(steps < 10);
         for _ in 0..PAUSE {
-            assert_eq!(acceptance.guesses(Speculation::Auto), 0);
+            assert_eq!(acceptance.draft_len(Speculation::Auto), 0);
         }
-        assert!(acceptance.guesses(Speculation::Auto) > 0);
-        assert_eq!(acceptance.guesses(Speculation::On), MOST);
-        assert_eq!(acceptance.guesses(Speculation::Off), 0);
+        assert!(acceptance.draft_len(Speculation::Auto) > 0);
+        assert_eq!(acceptance.draft_len(Speculation::On), MAX_DRAFT);
+        assert_eq!(acceptance.draft_len(Speculation::Off), 0);
     }
 
     #[test]
-    fn guesses_grow_with_what_is_right() {
+    fn drafts_get_longer_as_they_are_accepted() {
         let mut acceptance = Acceptance { rate: 0.3, pause: 0 };
-        let before = acceptance.guesses(Speculation::Auto);
+        let before = acceptance.draft_len(Speculation::Auto);
         acceptance.observe(before, before);
-        assert!(acceptance.guesses(Speculation::Auto) > before);
+        assert!(acceptance.draft_len(Speculation::Auto) > before);
     }
 }

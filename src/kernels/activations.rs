@@ -1,18 +1,18 @@
-//! Activations as INT8 blocks, rows interleaved in tiles, with everything that a product needs of a block computed once.
+//! Activations as INT8 blocks, rows interleaved in tiles, with the sums that products need of each block.
 
 use std::collections::TryReserveError;
 
 use crate::quant::packed::{BLOCK, CacheLine};
 
-/// Rows in the tallest tile.
+/// The number of rows of the largest tile.
 pub const MAX_TILE_ROWS: usize = 8;
 
 /// Rows of activations, quantized to INT8 in blocks of 32.
 ///
-/// Rows are grouped in tiles of 8, the rest of them in one of 8, 4, 2 or 1, the lowest that holds them; rows that it has
-/// beyond that are zeros, and nothing is to be written for them. In a tile the rows' codes of a block lie together, and
-/// so do their scales and sums, so that a product walks over a tile with a handful of pointers. A tile of `n` rows takes
-/// `n` times [`row_lines`](Self::row_lines) whole cache lines, so tiles can be filled side by side.
+/// Rows form tiles of 8. The last rows form a tile of 8, 4, 2 or 1, the smallest that holds them; its remaining rows are
+/// zeros, and products write no output for them. Within a tile, the codes of all rows for one block are contiguous, and so
+/// are their scales and sums, so that a product reads a tile through a handful of pointers. A tile of `n` rows takes `n`
+/// times [`row_lines`](Self::row_lines) whole cache lines, so tiles can be filled in parallel.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
@@ -23,11 +23,11 @@ pub struct Activations {
 /// A tile of `R` rows of [`Activations`].
 #[derive(Debug, Clone, Copy)]
 pub struct Tile<'a, const R: usize> {
-    /// `(blocks, R, 8)`: four INT8 codes -127..=127 in each number, lowest byte first.
+    /// `(blocks, R, 8)`: four INT8 codes from -127 to 127 in each number, lowest byte first.
     pub codes: &'a [[[i32; 8]; R]],
-    /// `(blocks, R)`: what a code of 1 stands for.
+    /// `(blocks, R)`: the value of a code of 1.
     pub scales: &'a [[f32; R]],
-    /// `(blocks, R)`: scale times the sum of the codes, what a minimum is multiplied with.
+    /// `(blocks, R)`: scale times the sum of the codes, by which a minimum is multiplied.
     pub sums: &'a [[f32; R]],
     /// `(blocks, R)`: -8 times the sum of the codes, the zero point of 4-bit weights.
     pub zeros: &'a [[i32; R]],
@@ -37,12 +37,12 @@ pub struct Tile<'a, const R: usize> {
     pub half_zeros: &'a [[[i32; R]; 2]],
 }
 
-/// One row of [`Activations`], to be filled: block `b` of every field is at `b * height + row`.
+/// One row of [`Activations`] to write to: block `b` of every field is at `b * height + row`.
 #[derive(Debug)]
 pub struct RowMut<'a> {
     /// Rows in the tile.
     pub height: usize,
-    /// This row's place in the tile.
+    /// This row's index in the tile.
     pub row: usize,
     /// `(blocks, height)`: 32 codes
     pub codes: &'a mut [[i8; BLOCK]],
@@ -58,11 +58,11 @@ pub struct RowMut<'a> {
     pub half_zeros: &'a mut [i32],
 }
 
-/// Bytes of a row before padding: 32 codes and 7 numbers a block.
+/// Bytes of a block of a row: 32 codes and 7 numbers.
 const BLOCK_BYTES: usize = BLOCK + 7 * 4;
 
 impl Activations {
-    /// Makes room for `rows` rows of `columns` values. The contents are unspecified until every row was filled.
+    /// Resizes to `rows` rows of `columns` values. The contents are unspecified until every row is filled.
     pub fn resize(&mut self, rows: usize, columns: usize) {
         self.rows = rows;
         self.blocks = columns.div_ceil(BLOCK);
@@ -72,10 +72,10 @@ impl Activations {
         }
     }
 
-    /// Asks for the memory of `rows` rows of `columns` values, so that [`resize`](Self::resize) need not.
+    /// Allocates memory for `rows` rows of `columns` values, so that [`resize`](Self::resize) does not.
     ///
     /// # Errors
-    /// When there is none.
+    /// If the allocation fails.
     pub fn try_reserve(&mut self, rows: usize, columns: usize) -> Result<(), TryReserveError> {
         let blocks = columns.div_ceil(BLOCK);
         let lines = rows.next_multiple_of(MAX_TILE_ROWS) * (blocks * BLOCK_BYTES).div_ceil(size_of::<CacheLine>());
@@ -93,24 +93,23 @@ impl Activations {
         self.rows - rest + if rest > 0 { Self::height(rest) } else { 0 }
     }
 
-    /// Blocks of 32 values a row, the last one padded with zeros.
+    /// Blocks of 32 values per row, the last one padded with zeros.
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// Lines that one row takes.
+    /// Cache lines per row.
     pub fn row_lines(&self) -> usize {
         (self.blocks * BLOCK_BYTES).div_ceil(size_of::<CacheLine>())
     }
 
-    /// The memory of all tiles: cut it into chunks of `MAX_TILE_ROWS * row_lines()` and fill each with [`fill`](Self::fill).
+    /// The memory of all tiles. Callers split it into chunks of `MAX_TILE_ROWS * row_lines()` and [`fill`](Self::fill) each.
     pub fn lines_mut(&mut self) -> &mut [CacheLine] {
         let lines = self.padded_rows() * self.row_lines();
         &mut self.lines[..lines]
     }
 
-    /// Height of the tile that starts at a row which `left` rows follow, itself included: more than `left`, if the tile
-    /// is padded.
+    /// The number of rows of the tile that starts where `left` rows are left. A padded tile has more than `left`.
     #[inline]
     pub fn height(left: usize) -> usize {
         left.next_power_of_two().min(MAX_TILE_ROWS)
@@ -119,7 +118,7 @@ impl Activations {
     /// The tile of `R` rows that starts at `row`.
     ///
     /// # Panics
-    /// If no tile of that height starts there.
+    /// If no tile of `R` rows starts there.
     #[inline]
     pub fn tile<const R: usize>(&self, row: usize) -> Tile<'_, R> {
         assert!(row < self.rows && Self::height(self.rows - row) == R, "no tile of {R} rows at row {row}");
@@ -137,52 +136,6 @@ impl Activations {
             zeros: bytemuck::cast_slice(zeros),
             half_sums: bytemuck::cast_slice(half_sums),
             half_zeros: bytemuck::cast_slice(&bytes[..n * 8]),
-        }
-    }
-
-    /// Quantizes the `count` rows of one tile, a chunk of [`lines_mut`](Self::lines_mut), with `kernel`.
-    ///
-    /// `rows` yields each row's values, at most `blocks * 32` of them.
-    pub fn fill<'x>(
-        kernel: &dyn super::Kernel,
-        lines: &mut [CacheLine],
-        blocks: usize,
-        count: usize,
-        mut rows: impl FnMut(usize) -> &'x [f32],
-    ) {
-        let height = Self::height(count);
-        let n = blocks * height;
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(lines);
-        let (codes, bytes) = bytes.split_at_mut(n * BLOCK);
-        let (scales, bytes) = bytes.split_at_mut(n * 4);
-        let (sums, bytes) = bytes.split_at_mut(n * 4);
-        let (zeros, bytes) = bytes.split_at_mut(n * 4);
-        let (half_sums, bytes) = bytes.split_at_mut(n * 8);
-        for row in 0..height {
-            let out = RowMut {
-                height,
-                row,
-                codes: bytemuck::cast_slice_mut(codes),
-                scales: bytemuck::cast_slice_mut(scales),
-                sums: bytemuck::cast_slice_mut(sums),
-                zeros: bytemuck::cast_slice_mut(zeros),
-                half_sums: bytemuck::cast_slice_mut(half_sums),
-                half_zeros: bytemuck::cast_slice_mut(&mut bytes[..n * 8]),
-            };
-            kernel.quantize(if row < count { rows(row) } else { &[] }, out);
-        }
-    }
-
-    /// Quantizes all rows of `x (rows, columns)` with `kernel`, one after the other.
-    pub fn quantize(&mut self, kernel: &dyn super::Kernel, x: &[f32], columns: usize) {
-        let rows = x.len().checked_div(columns).unwrap_or(0);
-        self.resize(rows, columns);
-        let (row_lines, blocks) = (self.row_lines(), self.blocks);
-        for (i, lines) in self.lines_mut().chunks_mut((MAX_TILE_ROWS * row_lines).max(1)).enumerate() {
-            let first = i * MAX_TILE_ROWS;
-            Self::fill(kernel, lines, blocks, MAX_TILE_ROWS.min(rows - first), |row| {
-                &x[(first + row) * columns..][..columns]
-            });
         }
     }
 }

@@ -1,8 +1,11 @@
-//! What attention works on: keys and values as the cache stores them, and sums over some of the positions.
+//! The operands of attention: keys and values as the cache stores them, and partial softmax sums.
 
 use half::f16;
 
-/// Keys or values as they are stored. INT8 codes have a scale a position, which is kept beside them.
+/// Positions in a page of the key/value cache: four panels of 16 keys.
+pub const PAGE: usize = 64;
+
+/// Stored keys or values. INT8 codes have one scale per position, which the cache stores separately.
 #[derive(Debug, Clone, Copy)]
 pub enum KvSlice<'a> {
     /// Single precision.
@@ -14,7 +17,7 @@ pub enum KvSlice<'a> {
 }
 
 impl KvSlice<'_> {
-    /// Number `i`.
+    /// The number at index `i`.
     pub(super) fn get(&self, i: usize) -> f32 {
         match self {
             KvSlice::F32(x) => x[i],
@@ -24,18 +27,18 @@ impl KvSlice<'_> {
     }
 }
 
-/// Softmax over some positions, not divided by its sum yet, for `n` queries.
+/// Softmax over some positions for `n` queries, not yet divided by its sum.
 #[derive(Debug, Clone, Copy)]
 pub struct Softmax<'a> {
-    /// The largest score `(n)`; minus infinity where a query has seen nothing.
+    /// The largest score `(n)`; minus infinity for a query that sees no position.
     pub max: &'a [f32],
     /// Sum of `exp(score - max)` `(n)`.
     pub sum: &'a [f32],
-    /// Sum of the values, weighted with that `(n, width)`.
+    /// Sum of the values, weighted by `exp(score - max)` `(n, width)`.
     pub values: &'a [f32],
 }
 
-/// As [`Softmax`], to be changed.
+/// A mutable [`Softmax`].
 #[derive(Debug)]
 pub struct SoftmaxMut<'a> {
     /// `(n)`

@@ -1,62 +1,62 @@
-//! What this machine could do at most: what the speed of a model is measured against.
+//! The upper limits of this machine, against which the speed of a model is measured.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use super::Kernel;
+use super::operations::Kernel;
 use crate::threads::ThreadPool;
 
-/// The most that a pool of threads gets out of this machine.
+/// The upper limits of a thread pool on this machine.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Bytes read from memory, in units of 10^9 a second.
+    /// Bytes read from memory, in units of 10^9 per second.
     pub bandwidth_gb_s: f64,
-    /// INT8 operations, in units of 10^9 a second. A multiplication and an addition are two.
+    /// INT8 operations, in units of 10^9 per second. A multiplication and an addition are two.
     pub int8_gops: f64,
 }
 
-/// Bytes of the buffer that is read, where there is memory for it: more than the caches of large servers hold.
+/// Bytes of the buffer that is read, if memory allows: more than the caches of large servers hold.
 const BUFFER_BYTES: u64 = 1 << 30;
-/// Numbers of the buffer that a thread reads at a time: 1 MiB.
+/// Numbers that a thread reads at a time: 1 MiB.
 const CHUNK: usize = (1 << 20) / size_of::<u64>();
-/// How often something is measured at most. The best counts: whatever else the machine does only slows it down.
+/// Rounds per measurement, at most. The best counts, because other work can only slow a round down.
 const ROUNDS: usize = 5;
-/// No further round is begun when the rounds before it took that long, two at least.
-const PATIENCE: Duration = Duration::from_millis(300);
-/// How long a single piece of arithmetic takes at least.
+/// No further round starts after this time, apart from the first two.
+const TIME_LIMIT: Duration = Duration::from_millis(300);
+/// The least time of one piece of arithmetic.
 const PIECE: Duration = Duration::from_millis(1);
 
 /// Measures the limits of all threads of `pool` together, in about a second.
 ///
-/// - Bandwidth: the threads sum a buffer of 1 GiB (a quarter of the available memory, if that is less) with
-///   [`Kernel::read_sum`], in pieces of 1 MiB from start to end. Single-token decoding has to read all weights once for
-///   each token, so bandwidth over weight bytes bounds its speed. Models that fit into the caches may be faster.
-/// - Arithmetic: the threads run [`Kernel::peak_int8`], integer dot products that never leave the registers. Prompts and
-///   batches are bound by it. Other kernels have other limits: the number says what `kernel`'s instruction set can do.
+/// - Bandwidth: the threads sum a buffer of 1 GiB (or a quarter of the available memory, if that is less) with
+///   [`Kernel::read_sum`], in pieces of 1 MiB from start to end. Decoding reads all weights once per token, so bandwidth
+///   divided by the bytes of the weights bounds its speed. Models that fit into the caches may be faster.
+/// - Arithmetic: the threads run [`Kernel::peak_int8`], integer dot products that never leave the registers. It bounds
+///   prompts and batches. The number is the limit of `kernel`'s instruction set; other kernels have other limits.
 ///
 /// Both are the best of several rounds. Other work on the machine makes them smaller.
-pub fn limits(pool: &ThreadPool, kernel: &dyn Kernel) -> Limits {
+pub fn limits(pool: &ThreadPool, kernel: &Kernel) -> Limits {
     let bytes = buffer_bytes(available_memory());
     Limits { bandwidth_gb_s: bandwidth(pool, kernel, bytes), int8_gops: int8_gops(pool, kernel) }
 }
 
-/// Bytes of the buffer when that many are available.
+/// Bytes of the buffer if `available` bytes of memory are.
 fn buffer_bytes(available: Option<u64>) -> u64 {
-    // A machine that does not say how much memory it has may not have much.
+    // A machine whose memory is unknown may have little.
     available.map_or(BUFFER_BYTES / 4, |available| available / 4).min(BUFFER_BYTES)
 }
 
-/// 10^9 bytes a second that the pool reads out of a buffer of `bytes`.
-fn bandwidth(pool: &ThreadPool, kernel: &dyn Kernel, bytes: u64) -> f64 {
+/// 10^9 bytes per second that the pool reads out of a buffer of `bytes`.
+fn bandwidth(pool: &ThreadPool, kernel: &Kernel, bytes: u64) -> f64 {
     let mut length = (bytes as usize / size_of::<u64>()).max(CHUNK);
-    // Asked before it is made, which would end the process where it cannot be had.
+    // A failed allocation would end the process, so the size is tried first.
     while length > CHUNK && Vec::<u64>::new().try_reserve_exact(length).is_err() {
         length /= 2;
     }
     let mut buffer = vec![0u64; length];
     let seconds = pool.run(|scope| {
-        // Pages that were never written all stand for the same page of zeros, which lies in the cache. Each is written by
-        // one of the threads, so that on machines with several memories all of them are used.
+        // Pages that were never written all map to the same page of zeros, which is in the cache. So each page is written, by
+        // one of the threads: on a NUMA machine that spreads the buffer over the nodes.
         scope.for_each_chunk(&mut buffer, CHUNK, |i, chunk| chunk.fill(i as u64));
         best_seconds(|| {
             scope.for_each(buffer.len().div_ceil(CHUNK), |i| {
@@ -68,13 +68,13 @@ fn bandwidth(pool: &ThreadPool, kernel: &dyn Kernel, bytes: u64) -> f64 {
     (length * size_of::<u64>()) as f64 / seconds * 1e-9
 }
 
-/// 10^9 INT8 operations a second of all threads.
-fn int8_gops(pool: &ThreadPool, kernel: &dyn Kernel) -> f64 {
+/// 10^9 INT8 operations per second of all threads.
+fn int8_gops(pool: &ThreadPool, kernel: &Kernel) -> f64 {
     let mut rounds = 1 << 10;
     while rounds < 1 << 30 && seconds_of(|| _ = black_box(kernel.peak_int8(rounds))) < PIECE.as_secs_f64() {
         rounds *= 2;
     }
-    // Several pieces a thread, so that one that starts late does not make the others wait for long.
+    // Several pieces per thread, so that a thread that starts late does not make the others wait for long.
     let pieces = pool.threads() * 16;
     let operations = kernel.peak_int8(1).0 as f64 * rounds as f64 * pieces as f64;
     let seconds =
@@ -86,7 +86,7 @@ fn int8_gops(pool: &ThreadPool, kernel: &dyn Kernel) -> f64 {
 fn best_seconds(mut run: impl FnMut()) -> f64 {
     let (begin, mut best) = (Instant::now(), f64::INFINITY);
     for round in 0..ROUNDS {
-        if round >= 2 && begin.elapsed() > PATIENCE {
+        if round >= 2 && begin.elapsed() > TIME_LIMIT {
             break;
         }
         best = best.min(seconds_of(&mut run));
@@ -101,7 +101,7 @@ fn seconds_of(run: impl FnOnce()) -> f64 {
     begin.elapsed().as_secs_f64().max(1e-9)
 }
 
-/// Bytes that can be had without swapping, as far as the system tells: those of the machine and those of the container.
+/// Bytes available without swapping, if the system reports them: the lesser of the machine's and the container's.
 fn available_memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let machine = read("/proc/meminfo").and_then(|text| parse_available(&text));
@@ -125,7 +125,7 @@ mod tests {
     use crate::kernels::available;
 
     #[test]
-    fn limits_are_positive_numbers_for_every_kernel_and_team() {
+    fn limits_are_positive_for_every_kernel_and_pool() {
         for threads in [1, 2] {
             let pool = ThreadPool::new(threads).unwrap();
             for kernel in available() {
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn the_buffer_takes_at_most_a_quarter_of_the_available_memory() {
+    fn the_buffer_takes_at_most_a_quarter_of_available_memory() {
         assert_eq!(buffer_bytes(Some(1 << 40)), BUFFER_BYTES);
         assert_eq!(buffer_bytes(Some(1 << 30)), 1 << 28);
         assert_eq!(buffer_bytes(Some(0)), 0);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn available_memory_is_read_off_meminfo() {
+    fn available_memory_is_read_from_meminfo() {
         let text = "MemTotal:       24553188 kB\nMemFree:        1 kB\nMemAvailable:   20155196 kB\nBuffers: 2 kB\n";
         assert_eq!(parse_available(text), Some(20155196 * 1024));
         for bad in

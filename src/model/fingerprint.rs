@@ -1,128 +1,141 @@
-//! What tells one model from another: a hash of everything that decides what it computes.
+//! A hash of everything that decides what a model computes, which session files carry.
 
 use blake3::Hasher;
 
-use super::Model;
+use super::config::{Config, ExpertsConfig, LayerConfig};
 use super::linear::Linear;
-use super::weights::{Ffn, HeadNorm, Layer, Mlp, Norm, Weights};
+use super::norm::{HeadNorm, Norm};
 
-/// A hash in BLAKE3.
+/// A BLAKE3 hash.
 pub(super) type Fingerprint = blake3::Hash;
 
-/// Changes when the meaning of a packed byte does, or the order in which they are hashed.
-const WHAT: &[u8] = b"nybble model 1";
+/// Changes when the meaning of a packed byte does, or the order in which parts are hashed.
+const VERSION: &[u8] = b"nybble model 1";
 
-impl Model {
-    /// A hash of the configuration and of the packed weights: models with the same one give the same bits, whatever their files are
-    /// called, whichever kernel computes and however they store keys and values.
-    ///
-    /// It is computed when it is first asked for, about a second for each 2 GB of weights.
-    pub fn fingerprint(&self) -> &[u8; 32] {
-        self.hash().as_bytes()
+/// Takes parts one after the other, each with its length before it, so that no two models give the same bytes.
+pub(super) struct FingerprintHasher(Hasher);
+
+impl FingerprintHasher {
+    /// A hasher that has taken the configuration, and `positions`, the text of what follows from it.
+    pub(super) fn new(config: &Config, positions: &str) -> FingerprintHasher {
+        let mut hasher = FingerprintHasher(Hasher::new());
+        hasher.bytes(VERSION);
+        hasher.bytes(format!("{} {positions}", describe(config)).as_bytes());
+        hasher
     }
 
-    pub(super) fn hash(&self) -> &Fingerprint {
-        self.fingerprint.get_or_init(|| {
-            let mut hash = Hash(Hasher::new());
-            hash.bytes(WHAT);
-            // Numbers are written so that they read back to the bit, and what the configuration gains is in it by itself.
-            hash.bytes(format!("{:?} {:?} {:?}", self.config, self.ropes, self.slopes).as_bytes());
-            hash.weights(&self.weights);
-            hash.0.finalize()
-        })
+    pub(super) fn finish(self) -> Fingerprint {
+        self.0.finalize()
     }
-}
 
-/// Takes parts one after the other, each with its length before it, so that no two models run together to the same bytes.
-struct Hash(Hasher);
-
-impl Hash {
-    fn bytes(&mut self, bytes: &[u8]) {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
         self.0.update(&(bytes.len() as u64).to_le_bytes());
         self.0.update(bytes);
     }
 
-    /// Whether something is there, and what it is.
-    fn optional<T>(&mut self, part: Option<&T>, hash: impl FnOnce(&mut Hash, &T)) {
+    pub(super) fn number(&mut self, number: usize) {
+        self.bytes(&(number as u64).to_le_bytes());
+    }
+
+    /// Whether a part exists, and the part.
+    pub(super) fn optional<T>(&mut self, part: Option<&T>, hash: impl FnOnce(&mut FingerprintHasher, &T)) {
         self.bytes(&[u8::from(part.is_some())]);
         if let Some(part) = part {
             hash(self, part);
         }
     }
 
-    fn weights(&mut self, weights: &Weights) {
-        // Every field by name, so that a new one cannot be forgotten.
-        let Weights { embedding, projections, embedding_norm, positions, layers, output_norm, output, rope_factors } =
-            weights;
-        self.linear(embedding);
-        self.optional(projections.as_ref(), |hash, both| both.iter().for_each(|linear| hash.linear(linear)));
-        self.optional(embedding_norm.as_ref(), Hash::norm);
-        self.optional(positions.as_ref(), Hash::linear);
-        layers.iter().for_each(|layer| self.layer(layer));
-        self.optional(output_norm.as_ref(), Hash::norm);
-        self.optional(output.as_ref(), Hash::linear);
-        self.optional(rope_factors.as_ref(), |hash, factors| hash.bytes(bytemuck::cast_slice(factors)));
-    }
-
-    fn layer(&mut self, layer: &Layer) {
-        let Layer {
-            attn_norm,
-            qkv,
-            q_norm,
-            k_norm,
-            attn_output,
-            attn_post_norm,
-            attn_joined_norm,
-            ffn_norm,
-            ffn,
-            ffn_post_norm,
-            ffn_joined_norm,
-        } = layer;
-        for norm in [attn_norm, attn_post_norm, attn_joined_norm, ffn_norm, ffn_post_norm, ffn_joined_norm] {
-            self.optional(norm.as_ref(), Hash::norm);
-        }
-        for norm in [q_norm, k_norm] {
-            self.optional(norm.as_ref(), |hash, HeadNorm { norm, width }| {
-                hash.bytes(&(*width as u64).to_le_bytes());
-                hash.norm(norm);
-            });
-        }
-        self.linear(qkv);
-        self.linear(attn_output);
-        match ffn {
-            Ffn::Dense(mlp) => self.mlp(mlp),
-            Ffn::Experts { router, experts, shared } => {
-                self.linear(router);
-                experts.iter().for_each(|mlp| self.mlp(mlp));
-                self.optional(shared.as_ref(), |hash, (mlp, gate)| {
-                    hash.mlp(mlp);
-                    hash.optional(gate.as_ref(), Hash::linear);
-                });
-            }
-        }
-    }
-
-    fn mlp(&mut self, mlp: &Mlp) {
-        let Mlp { up, down, width } = mlp;
-        self.bytes(&(*width as u64).to_le_bytes());
-        self.linear(up);
-        self.linear(down);
-    }
-
-    fn norm(&mut self, norm: &Norm) {
+    pub(super) fn norm(&mut self, norm: &Norm) {
         let Norm { weight, bias } = norm;
         self.bytes(bytemuck::cast_slice(weight));
         self.bytes(bytemuck::cast_slice(bias));
     }
 
-    fn linear(&mut self, linear: &Linear) {
+    pub(super) fn head_norm(&mut self, norm: &HeadNorm) {
+        let HeadNorm { norm, width } = norm;
+        self.number(*width);
+        self.norm(norm);
+    }
+
+    pub(super) fn linear(&mut self, linear: &Linear) {
         for part in linear.parts() {
-            self.bytes(format!("{} {} {:?} {:?}", part.rows(), part.columns(), part.layout(), part.gain()).as_bytes());
+            let layout = part.layout();
+            let layout =
+                format!("Layout {{ code: {:?}, group: {:?}, min: {:?} }}", layout.code, layout.group, layout.min);
+            self.bytes(format!("{} {} {layout} {:?}", part.rows(), part.columns(), part.gain()).as_bytes());
             for lines in part.lines() {
                 self.bytes(bytemuck::cast_slice(lines));
             }
         }
         self.bytes(bytemuck::cast_slice(linear.bias()));
-        self.optional(linear.order(), |hash, order| hash.bytes(bytemuck::cast_slice(order)));
+        self.optional(linear.order(), |hasher, order| hasher.bytes(bytemuck::cast_slice(order)));
     }
+}
+
+/// The configuration as text, with every number written so that it reads back exactly.
+///
+/// Files on disk depend on these characters, so names in them stay when fields are renamed. A new field is appended only
+/// where its value is not the default, so that models without it keep their fingerprints.
+fn describe(config: &Config) -> String {
+    // Every field by name, so that a new one cannot be forgotten.
+    let Config {
+        family,
+        context,
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        norm_eps,
+        activation,
+        parallel,
+        rotary,
+        ropes,
+        layers,
+        alibi,
+        attention_scale,
+        clamp_qkv,
+        attention_cap,
+        logit_cap,
+        embedding_scale,
+        residual_scale,
+        logit_scale,
+        experts,
+    } = config;
+    let layer = |layer: &LayerConfig| {
+        // The kind follows from the family.
+        let LayerConfig { kind: _, window, rotated } = layer;
+        format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?} }}")
+    };
+    let layers: Vec<String> = layers.iter().map(layer).collect();
+    let ExpertsConfig { count, used, normalized, scale } = experts;
+    let experts =
+        format!("Experts {{ count: {count:?}, used: {used:?}, normalized: {normalized:?}, scale: {scale:?} }}");
+    let quirks = &family.quirks;
+    let quirks = format!(
+        "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \
+         soft_caps: {:?}, scaled_by_width: {:?}, normalized_experts: {:?}, optional_output_norm: {:?}, \
+         divided_logits: {:?} }}",
+        quirks.scaled_embedding,
+        quirks.window_period,
+        quirks.window_rope_base,
+        quirks.unrotated_period,
+        quirks.soft_caps,
+        quirks.scaled_by_width,
+        quirks.normalized_experts,
+        quirks.optional_output_norm,
+        quirks.divided_logits,
+    );
+    let family = format!(
+        "Family {{ name: {:?}, norm: {:?}, residual: {:?}, position: {:?}, activation: {:?}, more: {quirks} }}",
+        family.name, family.norm, family.residual, family.position, family.activation,
+    );
+    format!(
+        "Config {{ family: {family}, context: {context:?}, hidden: {hidden:?}, heads: {heads:?}, kv_heads: {kv_heads:?}, \
+         head_dim: {head_dim:?}, norm_eps: {norm_eps:?}, activation: {activation:?}, parallel: {parallel:?}, \
+         rotary: {rotary:?}, ropes: {ropes:?}, layers: [{}], alibi: {alibi:?}, attention_scale: {attention_scale:?}, \
+         clamp_qkv: {clamp_qkv:?}, attention_cap: {attention_cap:?}, logit_cap: {logit_cap:?}, \
+         embedding_scale: {embedding_scale:?}, residual_scale: {residual_scale:?}, logit_scale: {logit_scale:?}, \
+         experts: {experts} }}",
+        layers.join(", ")
+    )
 }

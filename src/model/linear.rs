@@ -1,75 +1,81 @@
-//! A linear layer: packed weights in parts that share an input, and their bias.
+//! Linear layers: packed weights in parts that share an input, and their biases.
 
-use std::collections::TryReserveError;
-
+use super::buffer::Buffer;
+use crate::error::{Error, Result};
 use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS};
 use crate::quant::packed::{PANEL, Packed};
 use crate::threads::{Columns, Scope};
 
 /// Weights that are multiplied with the same input, such as query, key and value, side by side in one output row.
 #[derive(Debug)]
-pub(crate) struct Linear {
+pub(super) struct Linear {
     parts: Vec<Packed>,
     /// `(width)`, or empty.
     bias: Vec<f32>,
-    /// Output column at which each part starts, a multiple of 16.
+    /// `(parts)`: the output column at which each part starts, a multiple of 16.
     starts: Vec<usize>,
     width: usize,
-    /// Which input each column of the integer parts is multiplied with, where that is not the one of its number.
+    /// `(columns)`: the input column that each column of the integer parts is multiplied with, where it is not the one
+    /// of the same number.
     order: Option<Vec<u32>>,
 }
 
-/// The input of linear layers: F32, and INT8 for weights that are integers.
+/// The input of linear layers: F32, and INT8 for integer weights.
 #[derive(Debug, Default)]
-pub(crate) struct Rows {
+pub(super) struct LinearInput {
     /// `(rows, columns)`
-    pub(crate) values: Vec<f32>,
+    pub(super) values: Buffer,
+    /// `(rows, columns)`
     codes: Activations,
+    /// `(tiles, MAX_TILE_ROWS, columns)`: rows in the order of a layer whose columns have another one.
+    reordered: Vec<f32>,
 }
 
-impl Rows {
-    /// `(rows, columns)`, of unspecified values.
-    pub(crate) fn resize(&mut self, rows: usize, columns: usize) {
-        // Growing alone would do, but a buffer of the very size catches mistakes.
-        self.values.resize(rows * columns, 0.0);
+impl LinearInput {
+    /// Makes the values `(rows, columns)`. They are unspecified.
+    pub(super) fn resize(&mut self, rows: usize, columns: usize) {
+        self.values.resize(rows * columns);
     }
 
-    /// Makes room for `(rows, columns)`, values and codes.
-    pub(super) fn try_reserve(&mut self, rows: usize, columns: usize) -> Result<(), TryReserveError> {
-        let more = (rows * columns).saturating_sub(self.values.len());
-        self.values.try_reserve_exact(more)?;
-        self.codes.try_reserve(rows, columns)
+    /// Allocates memory for `(rows, columns)` values and their codes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn reserve(&mut self, rows: usize, columns: usize) -> Result<()> {
+        self.values.reserve(rows * columns)?;
+        let out_of_memory =
+            |_| Error::OutOfMemory { what: "the buffers of a pass", bytes: 2 * rows * columns, left: None };
+        self.codes.try_reserve(rows, columns).map_err(out_of_memory)
     }
 
-    /// Quantizes the values if one of the layers wants them so.
-    pub(crate) fn prepare(&mut self, scope: &Scope<'_>, kernel: &dyn Kernel, columns: usize, layer: &Linear) {
+    /// Quantizes the values if `layer` has integer weights.
+    pub(super) fn prepare(&mut self, scope: &Scope<'_>, kernel: &Kernel, columns: usize, layer: &Linear) {
         if !layer.parts.iter().any(|part| part.layout().is_integer()) {
             return;
         }
         let rows = self.values.len() / columns;
         self.codes.resize(rows, columns);
         let (lines, blocks, values) = (self.codes.row_lines(), self.codes.blocks(), &self.values);
-        scope.for_each_chunk(self.codes.lines_mut(), MAX_TILE_ROWS * lines, |i, chunk| {
+        let size = if layer.order.is_some() { MAX_TILE_ROWS * columns } else { 0 };
+        let chunk = MAX_TILE_ROWS * lines;
+        scope.for_each_chunk_with(self.codes.lines_mut(), chunk, &mut self.reordered, size, |i, chunk, reordered| {
             let first = i * MAX_TILE_ROWS;
             let count = MAX_TILE_ROWS.min(rows - first);
-            let own = &values[first * columns..][..count * columns];
-            let gathered: Vec<f32>;
-            let own = match &layer.order {
-                None => own,
-                Some(order) => {
-                    let gather = |row: &'_ [f32]| order.iter().map(|column| row[*column as usize]).collect::<Vec<_>>();
-                    gathered = own.chunks_exact(columns).flat_map(gather).collect();
-                    &gathered
+            let mut tile = &values[first * columns..][..count * columns];
+            if let Some(order) = &layer.order {
+                for (row, out) in tile.chunks_exact(columns).zip(reordered.chunks_exact_mut(columns)) {
+                    out.iter_mut().zip(order).for_each(|(out, column)| *out = row[*column as usize]);
                 }
-            };
-            Activations::fill(kernel, chunk, blocks, count, |row| &own[row * columns..][..columns]);
+                tile = &*reordered;
+            }
+            Activations::fill(kernel, chunk, blocks, count, |row| &tile[row * columns..][..columns]);
         });
     }
 }
 
 impl Linear {
     /// Parts with their biases (empty for none), in the order of the output.
-    pub(crate) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
+    pub(super) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
         let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0, order: None };
         let biased = parts.iter().any(|(_, bias)| !bias.is_empty());
         for (part, bias) in parts {
@@ -84,23 +90,23 @@ impl Linear {
         linear
     }
 
-    /// With columns that are multiplied with the inputs of these numbers, each below the number of columns.
-    pub(crate) fn with_order(self, order: Option<Vec<u32>>) -> Linear {
+    /// The layer with columns that are multiplied with the inputs of these numbers, each below the number of columns.
+    pub(super) fn with_order(self, order: Option<Vec<u32>>) -> Linear {
         Linear { order, ..self }
     }
 
     /// Width of an output row: every part rounded up to whole panels.
-    pub(crate) fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.width
     }
 
     /// Output column at which part `part` starts.
-    pub(crate) fn start(&self, part: usize) -> usize {
+    pub(super) fn start(&self, part: usize) -> usize {
         self.starts[part]
     }
 
     /// The parts.
-    pub(crate) fn parts(&self) -> &[Packed] {
+    pub(super) fn parts(&self) -> &[Packed] {
         &self.parts
     }
 
@@ -109,23 +115,28 @@ impl Linear {
         &self.bias
     }
 
-    /// Which input each column is multiplied with, where that is not the one of its number.
+    /// `(columns)`: the input that each column is multiplied with, where it is not the one of the same number.
     pub(super) fn order(&self) -> Option<&Vec<u32>> {
         self.order.as_ref()
     }
 
+    /// Input features.
+    pub(super) fn columns(&self) -> usize {
+        self.parts.first().map_or(1, Packed::columns)
+    }
+
     /// Bytes that a product reads.
-    pub(crate) fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.parts.iter().map(Packed::bytes).sum()
     }
 
-    /// `out (rows, width) = x * weights^T + bias`, panels spread over the pool.
-    pub(crate) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &dyn Kernel, x: &Rows, out: &mut Vec<f32>) {
-        let columns = self.parts.first().map_or(1, Packed::columns);
+    /// `out (rows, width) = x * weights^T + bias`, with the panels spread over the threads.
+    pub(super) fn apply(&self, scope: &Scope<'_>, threads: usize, kernel: &Kernel, x: &LinearInput, out: &mut Buffer) {
+        let columns = self.columns();
         let rows = x.values.len() / columns;
-        out.resize(rows * self.width, 0.0);
-        // Several pieces a thread, so that one that is held up by a neighbour does not hold up the others, of whole pairs of
-        // panels, as kernels take them.
+        out.resize(rows * self.width);
+        // Several pieces per thread, so that a thread that is interrupted does not delay the others; of whole pairs of
+        // panels, which kernels multiply together.
         let step = (self.width / PANEL).div_ceil(threads * 4).next_multiple_of(2) * PANEL;
         let mut all = Columns::whole(out, rows, self.width);
         scope.for_each_columns(&mut all, step, |range, out| {

@@ -1,9 +1,9 @@
-//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and how it is stretched for long contexts.
+//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and its extensions to long contexts.
 
-use super::config::Keys;
+use super::metadata::MetadataReader;
 use crate::error::Result;
 
-/// How angles are stretched for contexts longer than those trained on.
+/// How angles are stretched for contexts longer than in training.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scaling {
     /// Not at all.
@@ -13,51 +13,55 @@ pub enum Scaling {
         /// The divisor of positions.
         factor: f32,
     },
-    /// The base grows with the context ("dynamic NTK"). It is chosen once, for the context that the model is loaded with,
-    /// so that a token's result does not depend on the tokens after it.
+    /// The base grows with the context ("dynamic NTK"). It is chosen once, for the context that the model is loaded
+    /// with, so that a token's result does not depend on later tokens.
     Dynamic {
-        /// How far the context may grow.
+        /// The factor by which the context may grow.
         factor: f32,
-        /// Context trained on.
+        /// Context in training.
         original: f32,
     },
-    /// Fast dimensions as they are, slow ones divided, a ramp between (Peng et al. 2023, arXiv 2309.00071).
+    /// Fast dimensions unchanged, slow ones divided, a ramp between them (YaRN, Peng et al. 2023, arXiv 2309.00071).
     Yarn {
         /// The divisor of slow dimensions.
         factor: f32,
-        /// Context trained on.
+        /// Context in training.
         original: f32,
-        /// Rotations over the original context from which a dimension counts as fast.
+        /// A dimension that turns at least this often over the original context is fast.
         beta_fast: f32,
-        /// Rotations below which it counts as slow.
+        /// A dimension that turns at most this often is slow.
         beta_slow: f32,
     },
-    /// A factor a dimension from tensors of the file, one set for short contexts and one for long ones (Ding et al. 2024,
-    /// arXiv 2402.13753).
+    /// A factor per dimension from tensors of the file, one set for short contexts and one for long ones (LongRoPE, Ding
+    /// et al. 2024, arXiv 2402.13753).
     Long {
-        /// Context trained on: a model loaded with a longer one uses the long factors.
+        /// Context in training: a model loaded with a longer one uses the long factors.
         original: f32,
     },
 }
 
-/// The angles of one kind of layer.
+/// The rotation of one kind of layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub base: f32,
-    /// How they are stretched.
+    /// How the angles are stretched.
     pub scaling: Scaling,
-    /// What cosines and sines are multiplied with.
+    /// Factor of cosines and sines.
     pub magnitude: f32,
 }
 
 impl RopeConfig {
-    /// Without stretching.
+    /// A rotation without stretching.
     pub(super) fn plain(base: f32) -> RopeConfig {
         RopeConfig { base, scaling: Scaling::None, magnitude: 1.0 }
     }
 
-    pub(super) fn read(keys: &Keys<'_>) -> Result<RopeConfig> {
+    /// Reads the rotation of layers without a window.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`](crate::Error::Malformed) and [`Error::Unsupported`](crate::Error::Unsupported) with the key.
+    pub(super) fn read(keys: &MetadataReader<'_>) -> Result<RopeConfig> {
         let base = keys.positive("rope.freq_base")?.unwrap_or(10000.0);
         let kind = keys.optional_text("rope.scaling.type")?;
         let factor = keys.positive("rope.scaling.factor")?.or(keys.positive("rope.scale_linear")?).unwrap_or(1.0);
@@ -73,13 +77,13 @@ impl RopeConfig {
             ("linear", _) if factor == 1.0 => (Scaling::None, 1.0),
             ("linear", _) => (Scaling::Linear { factor }, 1.0),
             ("yarn", _) => {
-                let beta = |key: &str, usual| Ok(keys.positive(key)?.unwrap_or(usual));
+                let beta = |key: &str, default| Ok(keys.positive(key)?.unwrap_or(default));
                 let beta_fast = beta("rope.scaling.yarn_beta_fast", 32.0)?;
                 let beta_slow = beta("rope.scaling.yarn_beta_slow", 1.0)?;
-                let usual = if factor > 1.0 { 0.1 * libm::logf(factor) + 1.0 } else { 1.0 };
+                let magnitude = if factor > 1.0 { 0.1 * libm::logf(factor) + 1.0 } else { 1.0 };
                 let attention = keys.positive("rope.scaling.yarn_attn_factor")?.or(attention);
                 let scaling = Scaling::Yarn { factor, original, beta_fast, beta_slow };
-                (scaling, usual * attention.unwrap_or(1.0))
+                (scaling, magnitude * attention.unwrap_or(1.0))
             }
             ("longrope", _) => (Scaling::Long { original }, attention.unwrap_or(1.0)),
             (other, _) => {
@@ -94,14 +98,14 @@ impl RopeConfig {
 /// Frequencies of one kind of layer.
 #[derive(Debug)]
 pub(super) struct Rope {
-    /// `(rotary / 2)`: radians a position.
+    /// `(rotary / 2)`, in radians per position.
     frequencies: Vec<f64>,
     magnitude: f32,
 }
 
 impl Rope {
-    /// `base^(-2 i / rotary)`, stretched as the configuration says for sessions of `context` tokens, divided by `factors
-    /// (rotary / 2)` where the file has them.
+    /// Frequencies `base^(-2 i / rotary)`, stretched for sessions of `context` tokens and divided by `factors (rotary / 2)`
+    /// where the file has them.
     pub(super) fn new(config: &RopeConfig, rotary: usize, context: usize, factors: Option<&[f32]>) -> Rope {
         let base = f64::from(config.base);
         let width = rotary as f64;
@@ -131,14 +135,14 @@ impl Rope {
         Rope { frequencies, magnitude: config.magnitude }
     }
 
-    /// Pairs that are rotated.
+    /// The number of pairs that are rotated.
     pub(super) fn pairs(&self) -> usize {
         self.frequencies.len()
     }
 
-    /// Cosines and sines `(pairs)` of `position`.
+    /// Writes the cosines and sines `(pairs)` of `position`.
     ///
-    /// In double precision by the `libm` crate, so that every platform has the same bits.
+    /// Computed in double precision by the `libm` crate, so that every platform has the same bits.
     pub(super) fn angles(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for ((frequency, cos), sin) in self.frequencies.iter().zip(cos).zip(sin) {
             let (s, c) = libm::sincos(position as f64 * frequency);

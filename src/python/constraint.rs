@@ -1,23 +1,24 @@
-//! `nybble._native.Vocabulary` and `Constraint`: what `crate::engine::constraint` offers, for Python.
+//! `nybble._native.Vocabulary` and `Constraint`: `crate::engine::constraint` for Python.
 
 use pyo3::prelude::*;
 
+use super::detach::guarded;
 use crate::Error;
 use crate::engine::constraint::{self, Grammar};
 
-/// A vocabulary, as grammars look at it.
+/// A vocabulary in the form that grammars need.
 #[pyclass(frozen, module = "nybble._native")]
 pub(super) struct Vocabulary(constraint::Vocabulary);
 
 #[pymethods]
 impl Vocabulary {
-    /// `tokens` are the bytes of each token, none for those that are no text; `ends` the ids that end a text.
+    /// `tokens` are the bytes of each token, empty for special tokens; `ends` the ids that end a completion.
     #[new]
     fn new(py: Python<'_>, tokens: Vec<Vec<u8>>, ends: Vec<u32>) -> PyResult<Vocabulary> {
-        super::guarded(py, || constraint::Vocabulary::new(tokens, &ends)).map(Vocabulary)
+        guarded(py, || constraint::Vocabulary::new(tokens, &ends)).map(Vocabulary)
     }
 
-    /// What may follow in a text of the grammar `text`, which is a `kind`: "schema", "regex" or "grammar".
+    /// The constraint of an empty completion. `kind` says how to read `text`: "schema", "regex" or "grammar".
     fn constraint(&self, py: Python<'_>, kind: &str, text: String) -> PyResult<Constraint> {
         let grammar = match kind {
             "schema" => Grammar::JsonSchema(text),
@@ -25,10 +26,10 @@ impl Vocabulary {
             "grammar" => Grammar::Lark(text),
             _ => return Err(Error::argument("kind", format_args!("{kind:?}"), "schema, regex or grammar").into()),
         };
-        super::guarded(py, || self.0.constraint(&grammar)).map(Constraint)
+        guarded(py, || self.0.constraint(&grammar)).map(Constraint)
     }
 }
 
-/// What may follow in a text of which nothing is written yet.
+/// The constraint of an empty completion. Each sequence gets a copy.
 #[pyclass(frozen, module = "nybble._native")]
 pub(super) struct Constraint(pub(super) constraint::Constraint);

@@ -1,4 +1,4 @@
-//! How well a model predicts a text, for Python.
+//! Perplexity and divergence for Python.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -6,18 +6,19 @@ use numpy::PyReadonlyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::{Model, detached};
+use super::detach::detached;
+use super::model::Model;
 use crate::Error;
 use crate::quantize::eval::{self, Estimate, Evaluation};
 
-/// Token ids `(windows, window)` as the library takes them.
-fn token_windows(windows: &PyReadonlyArray2<'_, i32>) -> crate::Result<Vec<Vec<u32>>> {
+/// Token ids `(windows, window)`, checked to be non-negative.
+pub(super) fn token_windows(windows: &PyReadonlyArray2<'_, i32>) -> crate::Result<Vec<Vec<u32>>> {
     let id = |id: &i32| u32::try_from(*id).map_err(|_| Error::argument("token", id, "an id of the vocabulary"));
     windows.as_array().rows().into_iter().map(|row| row.iter().map(id).collect()).collect()
 }
 
-/// Runs `compute` without the GIL. It gets a function that reports how many windows are done to the callable `progress`,
-/// and one that says whether to stop because that, or a signal handler, has raised.
+/// Runs `compute` without the GIL. It gets a function that reports finished windows to the callable `progress`, and one that
+/// returns whether to stop because `progress` or a signal handler has raised.
 fn watched<R: Send>(
     py: Python<'_>,
     progress: Option<Py<PyAny>>,
@@ -38,7 +39,7 @@ fn watched<R: Send>(
     }
 }
 
-/// What the package's `Evaluation` holds, by name.
+/// The fields of the package's `Evaluation`, by name.
 fn figures<'py>(py: Python<'py>, evaluation: &Evaluation) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     let estimate = |name: &str, estimate: Estimate| {
@@ -62,7 +63,7 @@ fn figures<'py>(py: Python<'py>, evaluation: &Evaluation) -> PyResult<Bound<'py,
     Ok(dict)
 }
 
-/// How well `model` predicts `windows`, token ids `(windows, window)`.
+/// Measures the perplexity of `model` on token ids `(windows, window)`.
 #[pyfunction]
 #[pyo3(signature = (model, windows, progress=None))]
 pub(super) fn perplexity<'py>(
@@ -78,12 +79,12 @@ pub(super) fn perplexity<'py>(
     figures(py, &evaluation)
 }
 
-/// What a model makes of a text, to compare others with.
+/// The predictions of a model on a text, with which other models are compared.
 #[pyclass(frozen, module = "nybble._native")]
-pub(super) struct Baseline(Mutex<eval::Baseline>);
+pub(super) struct Reference(Mutex<eval::Reference>);
 
 #[pymethods]
-impl Baseline {
+impl Reference {
     #[new]
     #[pyo3(signature = (model, windows, progress=None))]
     fn new(
@@ -91,16 +92,16 @@ impl Baseline {
         model: &Model,
         windows: PyReadonlyArray2<'_, i32>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Baseline> {
+    ) -> PyResult<Reference> {
         let windows = token_windows(&windows)?;
         let model = &model.0;
         let record = |report: crate::model::Progress<'_>, interrupted: &(dyn Fn() -> bool + Sync)| {
-            eval::Baseline::record(model, &windows, report, interrupted)
+            eval::Reference::record(model, &windows, report, interrupted)
         };
-        Ok(Baseline(Mutex::new(watched(py, progress, record)?)))
+        Ok(Reference(Mutex::new(watched(py, progress, record)?)))
     }
 
-    /// How well `model` predicts the same windows, and how far it is from the model that this was made with.
+    /// Measures the perplexity of `model` on the same windows, and its divergence from the reference.
     #[pyo3(signature = (model, progress=None))]
     fn compare<'py>(
         &self,
@@ -108,13 +109,12 @@ impl Baseline {
         model: &Model,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let busy =
-            || Error::argument("baseline", "one that is being compared with already", "one comparison at a time");
-        // Whoever holds it computes, so waiting for it here would keep the GIL all the while.
-        let mut baseline = self.0.try_lock().map_err(|_| busy())?;
-        let (baseline, model) = (&mut *baseline, &model.0);
+        let busy = || Error::argument("reference", "a comparison that is still running", "one comparison at a time");
+        // The holder of the lock is computing. Waiting for it here would block the GIL.
+        let mut reference = self.0.try_lock().map_err(|_| busy())?;
+        let (reference, model) = (&mut *reference, &model.0);
         let compare = |report: crate::model::Progress<'_>, interrupted: &(dyn Fn() -> bool + Sync)| {
-            baseline.compare(model, report, interrupted)
+            reference.compare(model, report, interrupted)
         };
         figures(py, &watched(py, progress, compare)?)
     }

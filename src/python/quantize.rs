@@ -1,100 +1,116 @@
-//! The automatic INT4 flow for Python.
+//! `quantize` for Python.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use numpy::PyReadonlyArray2;
 use pyo3::prelude::*;
+use pyo3::types::PyMapping;
 
-use super::detached;
+use super::detach::detached;
+use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
-use crate::quantize::problem::Grid;
-use crate::quantize::search::Target;
-use crate::quantize::{AutoOptions, Options, Policy, Recipe, auto, gptq, quantize as run, signround, spend_bits, tune};
+use crate::quantize::{
+    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target, TensorFormats,
+    TuningOptions, auto, quantize as run, spend_bits,
+};
 
-fn block_type(name: &'static str, text: &str) -> crate::Result<BlockType> {
+/// The attributes of Python's `QuantizeOptions` that are used here.
+#[derive(FromPyObject)]
+pub(super) struct Options {
+    recipe: String,
+    search: bool,
+    block_format: String,
+    group_size: usize,
+    bits_per_weight: Option<f64>,
+    output_type: String,
+    #[pyo3(from_py_with = pairs)]
+    keep: Vec<(String, String)>,
+    target: Option<f64>,
+    /// In minutes.
+    budget: Option<f64>,
+    seed: u64,
+    threads: Option<usize>,
+    force: bool,
+}
+
+/// The items of a mapping, in its order; none for `None`.
+fn pairs(mapping: &Bound<'_, PyAny>) -> PyResult<Vec<(String, String)>> {
+    if mapping.is_none() {
+        return Ok(Vec::new());
+    }
+    mapping.cast::<PyMapping>()?.items()?.extract()
+}
+
+impl Options {
+    /// The recipe and whether scales are tuned afterwards; `None` for `auto`.
+    fn recipe(&self) -> crate::Result<Option<(Recipe, Option<TuningOptions>)>> {
+        let search = self.search;
+        let gptq = GptqOptions { search, ..GptqOptions::default() };
+        let (name, tuning) = match self.recipe.strip_suffix("+tune") {
+            Some(name) => (name, Some(TuningOptions { seed: self.seed, ..TuningOptions::default() })),
+            None => (self.recipe.as_str(), None),
+        };
+        let recipe = match name {
+            "auto" if tuning.is_none() => return Ok(None),
+            "rtn" => Recipe::Rtn { search },
+            "gptq" => Recipe::Gptq(gptq),
+            "awq" => Recipe::Awq(None),
+            "awq+gptq" => Recipe::Awq(Some(gptq)),
+            "signround" => Recipe::Signround(SignroundOptions { search, ..SignroundOptions::default() }),
+            other => {
+                let expected = "auto, rtn, gptq, awq, awq+gptq or signround; all but auto also with +tune";
+                return Err(Error::argument("recipe", format_args!("{other:?}"), expected));
+            }
+        };
+        Ok(Some((recipe, tuning)))
+    }
+
+    fn formats(&self) -> crate::Result<TensorFormats> {
+        let name = &self.block_format;
+        let format = Format::of(block_type("format", name)?)
+            .ok_or_else(|| Error::argument("format", format_args!("{name:?}"), "q4_0, q4_1, iq4_nl, q5_0 or q8_0"))?;
+        let overrides = self.keep.iter().map(|(pattern, name)| Ok((pattern.clone(), block_type("keep", name)?)));
+        Ok(TensorFormats {
+            format,
+            group: self.group_size,
+            output_type: block_type("output_type", &self.output_type)?,
+            overrides: overrides.collect::<crate::Result<_>>()?,
+        })
+    }
+
+    fn budget(&self) -> crate::Result<Option<Duration>> {
+        let Some(minutes) = self.budget else { return Ok(None) };
+        let wrong = |_| Error::argument("budget", minutes, "a number of minutes");
+        Ok(Some(Duration::try_from_secs_f64(60.0 * minutes).map_err(wrong)?))
+    }
+}
+
+fn block_type(argument: &'static str, name: &str) -> crate::Result<BlockType> {
     let known =
-        || Error::argument(name, format_args!("{text:?}"), "a type such as q4_0, q4_1, iq4_nl, q8_0, f16 or f32");
-    BlockType::from_name(text).ok_or_else(known)
+        || Error::argument(argument, format_args!("{name:?}"), "a type such as q4_0, q4_1, iq4_nl, q8_0, f16 or f32");
+    BlockType::from_name(name).ok_or_else(known)
 }
 
-/// The recipe called `name`; `None` for `auto`.
-fn recipe(name: &str, search: bool) -> crate::Result<Option<Recipe>> {
-    let gptq = gptq::Options { search, ..gptq::Options::default() };
-    Ok(Some(match name {
-        "auto" => return Ok(None),
-        "rtn" => Recipe::Rtn { search },
-        "gptq" => Recipe::Gptq(gptq),
-        "awq" => Recipe::Awq(None),
-        "awq+gptq" => Recipe::Awq(Some(gptq)),
-        "signround" => Recipe::Signround(signround::Options { search, ..signround::Options::default() }),
-        other => {
-            let expected = "auto, rtn, gptq, awq, awq+gptq or signround, all but auto also with +tune";
-            return Err(Error::argument("recipe", format_args!("{other:?}"), expected));
-        }
-    }))
-}
-
-/// Token ids `(windows, window)`; none for `None`.
-fn windows(rows: Option<PyReadonlyArray2<'_, i32>>) -> crate::Result<Vec<Vec<u32>>> {
-    let id = |id: &i32| u32::try_from(*id).map_err(|_| Error::argument("token", id, "an id of the vocabulary"));
-    let Some(rows) = rows else { return Ok(Vec::new()) };
-    rows.as_array().rows().into_iter().map(|row| row.iter().map(id).collect()).collect()
-}
-
-/// Quantizes a checkpoint into a GGUF file and returns a report as JSON. `windows (n, window)` are token ids of a text, and
-/// `evaluation` those on which `auto` measures; `target` is a share of the perplexity. `progress` is called with what is
-/// being done, how much is done and how much there is. No recipe draws anything at random: `seed` changes nothing.
+/// Quantizes the checkpoint `source` into the GGUF file `out` and returns a report as JSON. `windows (n, window)` are the token
+/// ids to calibrate on, `evaluation (n, window)` those on which `auto` measures. `progress` is called with the name of a stage,
+/// how much of it is done, and the total.
 #[pyfunction]
-#[pyo3(signature = (
-    source, out, *, recipe="gptq", grid="q4_0", group=32, windows=None, evaluation=None, output_type="q8_0", keep=vec![],
-    bits_per_weight=None, target=None, budget_seconds=None, search=true, seed=0, threads=None, force=false, progress=None
-))]
-#[allow(clippy::too_many_arguments, reason = "keywords of a Python function")]
+#[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None))]
 pub(super) fn quantize(
     py: Python<'_>,
     source: PathBuf,
     out: PathBuf,
-    recipe: &str,
-    grid: &str,
-    group: usize,
+    options: Options,
     windows: Option<PyReadonlyArray2<'_, i32>>,
     evaluation: Option<PyReadonlyArray2<'_, i32>>,
-    output_type: &str,
-    keep: Vec<(String, String)>,
-    bits_per_weight: Option<f64>,
-    target: Option<f64>,
-    budget_seconds: Option<f64>,
-    search: bool,
-    seed: u64,
-    threads: Option<usize>,
-    force: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
-    let _ = seed;
-    let (recipe, tune) = match recipe.strip_suffix("+tune") {
-        Some(recipe) => (recipe, Some(tune::Options::default())),
-        None => (recipe, None),
-    };
-    let recipe = self::recipe(recipe, search)?;
-    let grid = Grid::of(block_type("format", grid)?)
-        .ok_or_else(|| Error::argument("format", format_args!("{grid:?}"), "q4_0, q4_1, iq4_nl, q5_0 or q8_0"))?;
-    let keep = keep.into_iter().map(|(pattern, text)| Ok((pattern, block_type("keep", &text)?)));
-    let mut policy = Policy {
-        grid,
-        group,
-        output_type: block_type("output_type", output_type)?,
-        keep: keep.collect::<crate::Result<_>>()?,
-    };
-    let budget = match budget_seconds.map(Duration::try_from_secs_f64) {
-        Some(Err(_)) => return Err(Error::argument("budget", format_args!("{budget_seconds:?}"), "a time").into()),
-        Some(Ok(budget)) => Some(budget),
-        None => None,
-    };
-    let (windows, evaluation) = (self::windows(windows)?, self::windows(evaluation)?);
+    let (recipe, mut formats, budget) = (options.recipe()?, options.formats()?, options.budget()?);
+    let ids = |windows: Option<PyReadonlyArray2<'_, i32>>| windows.as_ref().map_or(Ok(Vec::new()), token_windows);
+    let (windows, evaluation) = (ids(windows)?, ids(evaluation)?);
     let raised = Mutex::new(None);
     let report = detached(py, |interrupted| {
         let stop = || interrupted() || raised.lock().unwrap_or_else(PoisonError::into_inner).is_some();
@@ -105,18 +121,22 @@ pub(super) fn quantize(
                 raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
             }
         };
-        if let Some(bits) = bits_per_weight {
-            policy = spend_bits(&source, &out, &policy, bits, &windows, threads, &report, &stop)?;
+        let context = RunContext {
+            threads: options.threads,
+            force: options.force,
+            progress: &report,
+            interrupted: &stop,
+            ..RunContext::new(&source, &out, &windows)
+        };
+        if let Some(bits) = options.bits_per_weight {
+            formats = spend_bits(&context, &formats, bits)?;
         }
         match recipe {
-            Some(recipe) => {
-                let options = Options { recipe, tune, policy, threads, force };
-                Ok(run(&source, &out, &options, &windows, &report, &stop)?.to_json())
-            }
+            Some((recipe, tuning)) => Ok(run(&context, &QuantizeOptions { recipe, tuning, formats })?.to_json()),
             None => {
-                let target = target.map_or_else(Target::default, Target::Perplexity);
-                let options = AutoOptions { policy, target, budget, threads, force };
-                Ok(auto(&source, &out, &options, &windows, &evaluation, &report, &stop)?.to_json())
+                let target = options.target.map_or_else(Target::default, Target::Perplexity);
+                let options = AutoOptions { formats, target, budget, seed: options.seed };
+                Ok(auto(&context, &options, &evaluation)?.to_json())
             }
         }
     });

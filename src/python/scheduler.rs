@@ -1,4 +1,4 @@
-//! The scheduler, for `nybble.Engine` and `Model.generate`.
+//! `nybble._native.Scheduler`: continuous batching, which all generation goes through.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
@@ -6,11 +6,40 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::{Model, Sampled, Sequence, detached, guarded};
+use super::detach::{detached, guarded};
+use super::model::{Model, Sequence};
+use super::session::Session;
+use super::tokens::Sampled;
 use crate::Error;
 use crate::engine::{self, SchedulerOptions, Speculation};
 
-/// Many sequences over one model. One thread at a time may use it.
+/// The attributes of the package's `EngineOptions` that concern a scheduler.
+#[derive(FromPyObject)]
+struct Options {
+    max_batch: usize,
+    cache_bytes: Option<usize>,
+    prefix_cache: bool,
+    prefill_chunk: Option<usize>,
+    speculation: String,
+}
+
+impl Options {
+    fn checked(self) -> crate::Result<SchedulerOptions> {
+        Ok(SchedulerOptions {
+            max_batch: self.max_batch,
+            cache_bytes: self.cache_bytes.unwrap_or(usize::MAX),
+            prefix_cache: self.prefix_cache,
+            prefill_chunk: self.prefill_chunk,
+            speculation: Speculation::by_name(&self.speculation)?,
+        })
+    }
+}
+
+/// The outcome of a step for one sequence: its id; its next token, or the exception that ended it; the number of prompt tokens
+/// that were not computed; and its session, if it has left the scheduler.
+type Event = (u64, Py<PyAny>, usize, Option<Session>);
+
+/// Computes many sequences over one model. One thread at a time may use it.
 #[pyclass(frozen, module = "nybble._native")]
 pub(super) struct Scheduler {
     inner: Mutex<engine::Scheduler>,
@@ -18,14 +47,14 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    /// Whoever holds it computes, so waiting for it here would keep the GIL all the while.
+    /// A step holds the lock, and waiting for it here would hold the GIL meanwhile.
     fn inner(&self) -> crate::Result<MutexGuard<'_, engine::Scheduler>> {
         match self.inner.try_lock() {
             Ok(guard) => Ok(guard),
-            // What a panic has left behind is sound, if not complete.
+            // After a panic the scheduler is sound, if not complete.
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {
-                Err(Error::argument("scheduler", "one that is in a step", "one thread at a time"))
+                Err(Error::argument("scheduler", "a scheduler that another thread uses", "one thread at a time"))
             }
         }
     }
@@ -33,42 +62,33 @@ impl Scheduler {
 
 #[pymethods]
 impl Scheduler {
+    /// `options` has the attributes of the package's `EngineOptions`.
     #[new]
-    #[pyo3(signature = (
-        model, *, draft=None, max_batch=16, cache_bytes=None, prefix_cache=true, prefill_chunk=None, speculation="off"
-    ))]
-    #[allow(clippy::too_many_arguments, reason = "they have names in Python")]
-    fn new(
-        model: &Model,
-        draft: Option<&Model>,
-        max_batch: usize,
-        cache_bytes: Option<usize>,
-        prefix_cache: bool,
-        prefill_chunk: Option<usize>,
-        speculation: &str,
-    ) -> PyResult<Scheduler> {
-        let speculation = Speculation::by_name(speculation)?;
-        let cache_bytes = cache_bytes.unwrap_or(usize::MAX);
-        let options = SchedulerOptions { max_batch, cache_bytes, prefix_cache, prefill_chunk, speculation };
-        let inner = engine::Scheduler::new(model.0.clone(), draft.map(|draft| draft.0.clone()), options)?;
+    #[pyo3(signature = (model, options, draft=None))]
+    fn new(model: &Model, options: Options, draft: Option<&Model>) -> PyResult<Scheduler> {
+        let draft = draft.map(|draft| draft.0.clone());
+        let inner = engine::Scheduler::new(model.0.clone(), draft, options.checked()?)?;
         Ok(Scheduler { inner: Mutex::new(inner), interrupted: AtomicBool::new(false) })
     }
 
-    /// Takes a sequence, to sample at most `limit` tokens. Returns its number.
+    /// Takes a sequence, to sample at most `limit` tokens. Returns its id.
     fn submit(&self, sequence: &Sequence, limit: usize) -> PyResult<u64> {
         let mut inner = self.inner()?;
-        let taken = sequence.0.try_lock().ok().and_then(|mut sequence| sequence.take());
-        Ok(inner.submit(taken.ok_or_else(Sequence::busy)?, limit)?)
+        Ok(inner.submit(sequence.take()?, limit)?)
     }
 
-    /// Ends a sequence. False when it has left already.
-    fn cancel(&self, id: u64) -> PyResult<bool> {
-        Ok(self.inner()?.cancel(id))
+    /// Removes a sequence. Returns its session, or None when it has left already.
+    fn cancel(&self, id: u64) -> PyResult<Option<Session>> {
+        Ok(self.inner()?.cancel(id).map(|sequence| Session(sequence.into_session())))
     }
 
-    /// Computes a step. Returns sequences' numbers, each with its next token, or the exception that ended it, and how many
-    /// tokens of its prompt were not computed. `signals` lets handlers of signals run meanwhile, as the main thread can.
-    fn step(&self, py: Python<'_>, signals: bool) -> PyResult<Vec<(u64, Py<PyAny>, usize)>> {
+    /// The session of a sequence as of the latest step, or None when it has left. The sequence continues.
+    fn session(&self, id: u64) -> PyResult<Option<Session>> {
+        Ok(self.inner()?.sequence(id).map(|sequence| Session(sequence.session().fork())))
+    }
+
+    /// Computes a step. With `signals`, signal handlers run meanwhile, which only the main thread can do.
+    fn step(&self, py: Python<'_>, signals: bool) -> PyResult<Vec<Event>> {
         let mut guard = self.inner()?;
         let inner = &mut *guard;
         let stopped = || self.interrupted.load(Ordering::Relaxed);
@@ -82,12 +102,12 @@ impl Scheduler {
                 Ok(sampled) => Py::new(py, Sampled::from(sampled))?.into_any(),
                 Err(error) => PyErr::from(error).into_value(py).into_any(),
             };
-            Ok((event.id, outcome, event.reused))
+            Ok((event.id, outcome, event.reused, event.sequence.map(|sequence| Session(sequence.into_session()))))
         };
         events?.into_iter().map(convert).collect()
     }
 
-    /// Ends the present step, and all later ones, with an error. Any thread may ask for it.
+    /// Stops the present step, and all later ones, with an error. Any thread may call it.
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Relaxed);
     }

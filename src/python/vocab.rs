@@ -28,7 +28,7 @@ impl SentencePiece {
         let bytes = tokens.iter().map(|token| token.to_str().map_or(0, str::len) + 64).sum();
         let reserved = Vec::<u8>::new().try_reserve_exact(bytes);
         reserved.map_err(|_| Error::OutOfMemory { what: "a vocabulary", bytes, left: None })?;
-        let made = super::caught(|| {
+        let made = super::detach::caught(|| {
             let pieces = tokens.iter().zip(scores).zip(kinds).map(|((token, score), kind)| Piece {
                 text: token.to_str().ok(), // Fails for invalid UTF-8, which comes as lone surrogates.
                 score,
@@ -44,6 +44,6 @@ impl SentencePiece {
 
     /// The token ids of `text`. Special tokens in it are recognised if `parse_special`. Releases the GIL.
     fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> PyResult<Vec<u32>> {
-        super::guarded(py, || Ok(self.0.encode(text, parse_special)))
+        super::detach::guarded(py, || Ok(self.0.encode(text, parse_special)))
     }
 }

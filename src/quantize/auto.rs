@@ -1,221 +1,207 @@
-//! The recipe `auto`: candidates are made and measured against the full-precision model until one is good enough.
+//! The search for a recipe: candidates are made and measured against the full-precision model until one meets the target.
+
+mod search;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use search::search;
+pub use search::{Figures, Outcome, Target};
 use serde_json::{Value, json};
 
-use super::eval::{Baseline, Evaluation};
-use super::flow::{self, Options, Progress, Recipe};
-use super::journal::{Journal, key};
-use super::policy::Policy;
-use super::problem::Grid;
-use super::report::Report;
-use super::search::{Figures, Outcome, Target, search};
-use super::sensitivity;
-use super::{gptq, tune};
+use super::context::RunContext;
+use super::eval::{Divergence, Evaluation, Reference};
+use super::format::Format;
+use super::overrides::TensorFormats;
+use super::pipeline::{self, QuantizeOptions, Report};
+use super::recipes::{GptqOptions, Recipe};
+use super::resume::ResumeFiles;
+use super::tuning::TuningOptions;
 use crate::error::{Error, Result};
-use crate::format::Checkpoint;
-use crate::format::gguf::Gguf;
-use crate::model::hf::HfFolder;
-use crate::model::layerwise::Layerwise;
 use crate::model::{LoadOptions, Model, Quantize};
 
-/// Tokens on which sensitivity is measured: windows, and tokens of each.
-const SENSITIVITY: (usize, usize) = (2, 128);
-
-/// What is known of sensitivity is kept beside the output under its name with this end.
-const PLAN: &str = ".bits";
-
-/// What to make of a checkpoint, and what is good enough.
+/// What to make of a checkpoint, and when the search ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AutoOptions {
-    /// Which tensor becomes what.
-    pub policy: Policy,
-    /// What is good enough.
+    /// How each tensor is stored.
+    pub formats: TensorFormats,
+    /// The target that ends the search.
     pub target: Target,
-    /// How long the search may last.
+    /// The time after which no other candidate is tried.
     pub budget: Option<Duration>,
-    /// Threads; otherwise as many as pay off.
-    pub threads: Option<usize>,
-    /// Whether a file that is there is replaced.
-    pub force: bool,
+    /// Seed of what candidates draw at random: the order of windows in tuning.
+    pub seed: u64,
 }
 
-/// What a search made.
+/// The result of a search.
 #[derive(Debug)]
 pub struct AutoReport {
-    /// The chosen file.
+    /// The report of the chosen candidate.
     pub report: Report,
-    /// All candidates' names, the cheapest first; those that were tried are in `outcome`.
+    /// The names of all candidates, cheapest first. The first ones were tried: see `outcome`.
     pub names: Vec<String>,
-    /// Their figures, and why one was chosen.
+    /// The figures of the candidates that were tried, and the choice.
     pub outcome: Outcome,
     /// The full-precision model on the same text.
     pub reference: Evaluation,
-    /// The grid and the group of all of them.
-    pub format: (Grid, usize),
-    /// Mean divergence of the chosen one at each scored position of a window.
+    /// The format and the group of all candidates.
+    pub format: (Format, usize),
+    /// The mean divergence of the chosen candidate at each scored position of a window.
     pub kl_by_position: Vec<f64>,
 }
 
-/// As [`quantize`](flow::quantize), with the recipe that the search finds: see [`search`]. `windows` are for calibration;
-/// figures are measured on `evaluation`, windows of one length that should not be among them.
+/// [`quantize`](super::quantize) with the first recipe that meets a target. Candidates are measured on `evaluation`, windows of
+/// one length that should not be among those of the context.
 ///
-/// Candidates lie beside `out` while they are measured. What is done of them stays there when the search is interrupted, and
-/// the next search with the same arguments measures them again, but does not make them again.
+/// The files of candidates are hidden files next to the output. An interrupted search leaves the candidates' unfinished work there.
+/// The next search with the same arguments measures finished candidates again, but does not quantize them again.
 ///
 /// # Errors
-/// Those of [`quantize`](flow::quantize), and of [`Baseline`]; [`Error::InvalidArgument`] for too few bits a weight.
-pub fn auto(
-    source: &Path,
-    out: &Path,
-    options: &AutoOptions,
-    windows: &[Vec<u32>],
-    evaluation: &[Vec<u32>],
-    progress: Progress<'_>,
-    interrupted: &(dyn Fn() -> bool + Sync),
-) -> Result<AutoReport> {
+/// Those of [`quantize`](super::quantize) and of [`Reference`].
+pub fn auto(context: &RunContext<'_>, options: &AutoOptions, evaluation: &[Vec<u32>]) -> Result<AutoReport> {
     let started = Instant::now();
-    options.policy.check()?;
-    flow::check_out(source, out, options.force)?;
-    let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
-    let floats = LoadOptions { quantize: Quantize::Stored, ..load.clone() };
-    let can_tune = flow::can_tune(source, &options.policy, &load)?;
-    let measuring = |done, total| {
-        progress("measuring the source", done, total);
-        Ok(())
-    };
-    measuring(0, evaluation.len())?;
-    let mut baseline = Baseline::record(&Model::load(source, &floats)?, evaluation, &measuring, interrupted)?;
-    let reference = baseline.evaluation().clone();
+    options.formats.check()?;
+    context.check_out()?;
+    let can_tune = pipeline::can_tune(context, &options.formats)?;
+    let mut search = Search::begin(context, options, evaluation, can_tune, started)?;
+    let result = search.run();
+    search.remove_candidates()?;
+    let (report, outcome, measured) = result?;
+    search.remove_resume_files()?;
+    Ok(AutoReport {
+        report,
+        names: search.names,
+        outcome,
+        reference: search.reference.evaluation().clone(),
+        format: (options.formats.format, options.formats.group),
+        kl_by_position: measured.divergence.map(|divergence| divergence.kl_by_position).unwrap_or_default(),
+    })
+}
 
-    let runs: Vec<Options> = recipes(can_tune)
-        .into_iter()
-        .map(|(recipe, tune)| Options {
-            recipe,
-            tune,
-            policy: options.policy.clone(),
-            threads: options.threads,
-            force: true,
-        })
-        .collect();
-    let names: Vec<String> = runs.iter().map(Options::name).collect();
-    let paths: Vec<PathBuf> = names.iter().map(|name| beside(out, name)).collect();
-    let mut made: Vec<(Report, Evaluation)> = Vec::new();
-    let mut journals: Vec<PathBuf> = vec![flow::beside(&flow::beside(out, PLAN), ".resume")];
-    let late = AtomicBool::new(false);
-    let mut evaluate = |number: usize| {
-        let told = |stage: &str, done: usize, total: usize| {
-            progress(&format!("{}: {stage}", names[number]), done, total);
+/// A search in progress.
+struct Search<'a> {
+    context: &'a RunContext<'a>,
+    options: &'a AutoOptions,
+    started: Instant,
+    reference: Reference,
+    candidates: Vec<QuantizeOptions>,
+    names: Vec<String>,
+    /// The output of each candidate.
+    paths: Vec<PathBuf>,
+    /// Finished candidates.
+    made: Vec<(Report, Evaluation)>,
+    resume_files: Vec<ResumeFiles>,
+}
+
+impl<'a> Search<'a> {
+    /// Records the full-precision model.
+    fn begin(
+        context: &'a RunContext<'a>,
+        options: &'a AutoOptions,
+        evaluation: &[Vec<u32>],
+        can_tune: bool,
+        started: Instant,
+    ) -> Result<Search<'a>> {
+        let measuring = |done, total| {
+            (context.progress)("measuring the source", done, total);
+            Ok(())
         };
-        // Tuning begins with the codes of its recipe, which need not be found twice.
-        let work = beside(out, runs[number].recipe.name());
-        journals.extend(flow::work(&work));
+        measuring(0, evaluation.len())?;
+        let floats = LoadOptions { quantize: Quantize::Stored, ..context.load_options() };
+        let model = Model::load(context.source, &floats)?;
+        let reference = Reference::record(&model, evaluation, &measuring, context.interrupted)?;
+        let candidates = candidates(options, can_tune);
+        let names: Vec<String> = candidates.iter().map(QuantizeOptions::name).collect();
+        let paths = names.iter().map(|name| hidden(context.out, name)).collect();
+        let resume_files = vec![ResumeFiles::next_to(context.out)];
+        Ok(Search { context, options, started, reference, candidates, names, paths, made: Vec::new(), resume_files })
+    }
+
+    /// Tries candidates and renames the chosen one to the output.
+    fn run(&mut self) -> Result<(Report, Outcome, Evaluation)> {
+        let (names, started) = (self.names.clone(), self.started);
+        let perplexity = self.reference.evaluation().perplexity.value;
+        let clock = || started.elapsed();
+        let (target, budget) = (self.options.target, self.options.budget);
+        let outcome = search(&names, perplexity, target, budget, &clock, &mut |number| self.evaluate(number))?;
+        let (chosen, out) = (&self.paths[outcome.chosen], self.context.out);
+        std::fs::rename(chosen, out).map_err(|source| Error::io(chosen, source))?;
+        let (mut report, measured) = self.made.swap_remove(outcome.chosen);
+        report.out = out.to_path_buf();
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok((report, outcome, measured))
+    }
+
+    /// Makes and measures a candidate; `None` if the budget is used up meanwhile.
+    fn evaluate(&mut self, number: usize) -> Result<Option<Figures>> {
+        let (context, name) = (self.context, &self.names[number]);
+        let report = |stage: &str, done: usize, total: usize| {
+            (context.progress)(&format!("{name}: {stage}"), done, total);
+        };
+        // A candidate with tuning starts with the codes of the same recipe without, so that they share a log.
+        let files = ResumeFiles::next_to(&hidden(context.out, self.candidates[number].recipe.name()));
+        self.resume_files.push(files.clone());
+        let (late, budget, started) = (AtomicBool::new(false), self.options.budget, self.started);
         let stop = || {
-            // The first candidate is made whatever the time: something has to come out.
-            let is_over = number > 0 && options.budget.is_some_and(|budget| started.elapsed() > budget);
+            // The first candidate is always finished: a search must have a result.
+            let is_over = number > 0 && budget.is_some_and(|budget| started.elapsed() > budget);
             late.fetch_or(is_over, Ordering::Relaxed);
-            is_over || interrupted()
+            is_over || (context.interrupted)()
         };
-        let report = match flow::make(source, &paths[number], &work, &runs[number], windows, &told, &stop) {
+        let candidate =
+            RunContext { out: &self.paths[number], force: true, progress: &report, interrupted: &stop, ..*context };
+        let made = match pipeline::run(&candidate, &files, &self.candidates[number]) {
             Err(Error::Interrupted) if late.load(Ordering::Relaxed) => return Ok(None),
             made => made?,
         };
         let measuring = |done, total| {
-            told("measuring the file", done, total);
+            report("measuring the file", done, total);
             Ok(())
         };
-        let measured = baseline.compare(&Model::load(&paths[number], &load)?, &measuring, interrupted)?;
-        let figures = figures(&report, &measured);
-        made.push((report, measured));
+        let model = Model::load(&self.paths[number], &context.load_options())?;
+        let measured = self.reference.compare(&model, &measuring, context.interrupted)?;
+        let figures = figures(&made, &measured);
+        self.made.push((made, measured));
         Ok(Some(figures))
-    };
-    let outcome = search(
-        &names,
-        reference.perplexity.value,
-        options.target,
-        options.budget,
-        &|| started.elapsed(),
-        &mut evaluate,
-    );
-    let moved = outcome.and_then(|outcome| {
-        let chosen = &paths[outcome.chosen];
-        std::fs::rename(chosen, out).map_err(|source| Error::io(chosen, source))?;
-        Ok(outcome)
-    });
-    flow::remove(&paths)?;
-    let outcome = moved?;
-    flow::remove(&journals)?;
-    let (mut report, measured) = made.swap_remove(outcome.chosen);
-    report.out = out.to_path_buf();
-    report.seconds = started.elapsed().as_secs_f64();
-    let kl_by_position = measured.divergence.map(|divergence| divergence.kl_by_position).unwrap_or_default();
-    let format = (options.policy.grid, options.policy.group);
-    Ok(AutoReport { report, names, outcome, reference, format, kl_by_position })
+    }
+
+    /// Removes the files of candidates that were not chosen.
+    fn remove_candidates(&self) -> Result<()> {
+        for path in self.paths.iter().filter(|path| path.exists()) {
+            std::fs::remove_file(path).map_err(|source| Error::io(path, source))?;
+        }
+        Ok(())
+    }
+
+    fn remove_resume_files(&self) -> Result<()> {
+        self.resume_files.iter().try_for_each(ResumeFiles::remove)
+    }
 }
 
-/// From cheap to dear.
-fn recipes(can_tune: bool) -> [(Recipe, Option<tune::Options>); 3] {
-    let gptq = gptq::Options::default();
+/// The candidates, cheapest first.
+fn candidates(options: &AutoOptions, can_tune: bool) -> Vec<QuantizeOptions> {
+    let gptq = GptqOptions::default();
     let last = match can_tune {
-        true => (Recipe::Gptq(gptq), Some(tune::Options::default())),
+        true => (Recipe::Gptq(gptq), Some(TuningOptions { seed: options.seed, ..TuningOptions::default() })),
         false => (Recipe::Awq(Some(gptq)), None),
     };
-    [(Recipe::Rtn { search: true }, None), (Recipe::Gptq(gptq), None), last]
+    let all = [(Recipe::Rtn { search: true }, None), (Recipe::Gptq(gptq), None), last];
+    all.map(|(recipe, tuning)| QuantizeOptions { recipe, tuning, formats: options.formats.clone() }).to_vec()
 }
 
-/// The name of a candidate while it is measured.
-fn beside(out: &Path, recipe: &str) -> PathBuf {
+/// The name of a candidate's file while it is measured.
+fn hidden(out: &Path, recipe: &str) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(out.file_name().unwrap_or_default());
     name.push(format!(".{recipe}.gguf"));
     out.with_file_name(name)
 }
 
-/// `policy` with finer formats for the most sensitive linear layers, so that all have `bits` a weight on average at most,
-/// scales included. Sensitivity is measured on the first of `windows`; what is known of it stays beside `out` until that is
-/// made, so that an interrupted run goes on there.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] when the usual format takes more bits than that, and for too little text; those of
-/// [`quantize`](flow::quantize).
-#[allow(clippy::too_many_arguments, reason = "those of the run that follows, and the bits")]
-pub fn spend_bits(
-    source: &Path,
-    out: &Path,
-    policy: &Policy,
-    bits: f64,
-    windows: &[Vec<u32>],
-    threads: Option<usize>,
-    progress: Progress<'_>,
-    interrupted: &(dyn Fn() -> bool + Sync),
-) -> Result<Policy> {
-    policy.check()?;
-    let sample: Vec<Vec<u32>> =
-        windows.iter().take(SENSITIVITY.0).map(|window| window[..window.len().min(SENSITIVITY.1)].to_vec()).collect();
-    if sample.iter().all(Vec::is_empty) {
-        return Err(Error::argument("calibration", "no text", "a text on which sensitivity is measured"));
-    }
-    let plan = |checkpoint: &dyn Checkpoint| {
-        let layers = Layerwise::load(checkpoint, &LoadOptions { threads, ..LoadOptions::default() })?;
-        flow::check_windows(&layers, windows)?;
-        policy.check_names(checkpoint)?;
-        let key = key(checkpoint, format!("{policy:?}"), &sample);
-        let mut journal = Journal::open(&flow::beside(out, PLAN), key)?;
-        sensitivity::plan(checkpoint, &layers, policy, bits, &sample, &mut journal, progress, interrupted)
-    };
-    let finer = if source.is_dir() { plan(&HfFolder::open(source)?)? } else { plan(&Gguf::open(source)?)? };
-    let mut policy = policy.clone();
-    policy.keep.extend(finer);
-    Ok(policy)
-}
-
 fn figures(report: &Report, measured: &Evaluation) -> Figures {
     let divergence = measured.divergence.as_ref();
-    let of = |number: fn(&super::eval::Divergence) -> f64| divergence.map_or(f64::NAN, number);
+    let of = |number: fn(&Divergence) -> f64| divergence.map_or(f64::NAN, number);
     Figures {
         size_bytes: report.size_bytes,
         perplexity: measured.perplexity.value,
@@ -227,7 +213,7 @@ fn figures(report: &Report, measured: &Evaluation) -> Figures {
 }
 
 impl AutoReport {
-    /// The report of the chosen file as JSON, with the candidates and the reason.
+    /// The report of the chosen candidate as JSON, with all candidates and the reason for the choice.
     pub fn to_json(&self) -> Value {
         let mut json = self.report.to_json();
         let candidate = |(number, (figures, duration)): (usize, &(Figures, Duration))| {

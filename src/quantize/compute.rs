@@ -1,24 +1,24 @@
-//! Dense products on the kernels of the forward pass, spread over a pool's threads.
+//! Dense linear algebra on the kernels of the forward pass, distributed over a thread pool.
 //!
-//! Every output is summed in one fixed order, so a file has the same bytes whatever the number of threads or the CPU.
+//! Every output is summed in one fixed order, so that files are bit-identical for any number of threads and any CPU.
 
 use std::fmt;
 
-use super::problem::Problem;
+use super::layer::{self, LayerProblem};
 use crate::kernels::Kernel;
 use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use crate::threads::{Columns, ThreadPool};
 
-/// Rows of a product that one thread takes together.
+/// Rows of a product per task.
 const TASK_ROWS: usize = 32;
 
-/// Threads, and what they compute with.
+/// A thread pool, a kernel and a way to stop.
 #[derive(Clone, Copy)]
-pub struct Compute<'a> {
-    /// The threads.
+pub(super) struct Compute<'a> {
+    /// The thread pool.
     pub pool: &'a ThreadPool,
-    /// The instruction set.
-    pub kernel: &'static dyn Kernel,
+    /// The kernel of the instruction set.
+    pub kernel: &'static Kernel,
     stop: Option<&'a (dyn Fn() -> bool + Sync)>,
 }
 
@@ -29,28 +29,32 @@ impl fmt::Debug for Compute<'_> {
 }
 
 impl<'a> Compute<'a> {
-    /// Computes to the end.
-    pub fn new(pool: &'a ThreadPool, kernel: &'static dyn Kernel) -> Compute<'a> {
+    /// Computes without a way to stop.
+    pub(super) fn new(pool: &'a ThreadPool, kernel: &'static Kernel) -> Compute<'a> {
         Compute { pool, kernel, stop: None }
     }
 
-    /// Computes no more once `stop` says yes: what is returned then has no meaning, and it comes soon. `stop` must go on
-    /// saying yes, and whoever gives it has to ask before a result is used.
-    pub fn until(self, stop: &'a (dyn Fn() -> bool + Sync)) -> Compute<'a> {
+    /// Stops computing once `stop` returns true. Results are meaningless then: the caller must ask `stop` before it uses one,
+    /// and `stop` must never return false again.
+    pub(super) fn until(self, stop: &'a (dyn Fn() -> bool + Sync)) -> Compute<'a> {
         Compute { stop: Some(stop), ..self }
     }
 
-    /// Whether it was told to stop.
+    /// Whether to stop.
     pub(super) fn is_stopped(&self) -> bool {
         self.stop.is_some_and(|stop| stop())
     }
 
-    /// Runs `item(i, chunk)` for each chunk of `length` elements of `buffer`, side by side. Results must not depend on which
-    /// thread runs an item.
+    /// Runs `item(i, chunk)` for each chunk of `length` elements of `buffer`, in parallel.
     ///
     /// # Panics
-    /// When `length` is 0.
-    pub fn for_each_chunk<T: Send>(&self, buffer: &mut [T], length: usize, item: impl Fn(usize, &mut [T]) + Sync) {
+    /// If `length` is 0.
+    pub(super) fn for_each_chunk<T: Send>(
+        &self,
+        buffer: &mut [T],
+        length: usize,
+        item: impl Fn(usize, &mut [T]) + Sync,
+    ) {
         self.pool.run(|scope| {
             scope.for_each_chunk(buffer, length, |i, chunk| {
                 if !self.is_stopped() {
@@ -60,11 +64,11 @@ impl<'a> Compute<'a> {
         });
     }
 
-    /// `x (rows, k) * w (n, k)^T`, into `out (rows, n)`.
+    /// Writes `x (rows, k) * w (n, k)^T` to `out (rows, n)`.
     ///
     /// # Panics
-    /// When the lengths do not belong together.
-    pub fn product(&self, x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
+    /// If the lengths do not agree.
+    pub(super) fn product(&self, x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
         let n = w.len() / k;
         assert_eq!(out.len() * k, x.len() * n, "lengths of a product");
         let packed = self.pack(n, k, |panel, column, line| {
@@ -75,7 +79,7 @@ impl<'a> Compute<'a> {
         self.for_each_product(x, &packed, out, n, |product, out| out.copy_from_slice(product));
     }
 
-    /// `x (rows, columns of w) * w^T` on the calling thread, which may be one of the pool.
+    /// `x (rows, columns of w) * w^T`, on the calling thread, which may be a worker of the pool.
     pub(super) fn multiply(&self, x: &[f32], w: &Packed) -> Vec<f32> {
         let (k, n, width) = (w.columns(), w.rows(), w.panels() * PANEL);
         let rows = x.len() / k;
@@ -84,7 +88,7 @@ impl<'a> Compute<'a> {
         if n == width { wide } else { wide.chunks(width).flat_map(|row| &row[..n]).copied().collect() }
     }
 
-    /// Hands `item` each row of `x (rows, columns of w) * w^T` together with the row of `out (rows, stride)`.
+    /// Calls `item` with each row of `x (rows, columns of w) * w^T` and the same row of `out (rows, stride)`.
     pub(super) fn for_each_product(
         &self,
         x: &[f32],
@@ -105,16 +109,16 @@ impl<'a> Compute<'a> {
         });
     }
 
-    /// [`problem::error`](super::problem::error), faster and in single precision.
-    pub fn error(&self, problem: &Problem<'_>, decoded: &[f32]) -> f64 {
+    /// [`layer::error`], faster and in single precision.
+    pub(super) fn error(&self, problem: &LayerProblem<'_>, decoded: &[f32]) -> f64 {
         if problem.hessian.is_empty() {
-            return super::problem::error(problem, decoded);
+            return layer::error(problem, decoded);
         }
         let n = problem.columns;
         let hessian = self.pack_transposed(n, n, |row| &problem.hessian[row * n..][..n]);
         let energy = |x: Vec<f32>| {
             let mut rows = x.clone();
-            // The first number of each row makes room for what its output loses.
+            // The first number of each row is replaced by the energy of its output.
             self.for_each_product(&x, &hessian, &mut rows, n, |product, row| {
                 let dot: f64 = row.iter().zip(product).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
                 row[0] = dot as f32;
@@ -126,12 +130,11 @@ impl<'a> Compute<'a> {
         if all > 0.0 { lost / all } else { 0.0 }
     }
 
-    /// Adds `x^T x` of `x (rows, n)` to `sum (n, n)`: its lower triangle and what shares a panel with it.
-    /// [`mirror`] completes the sum when all is added.
+    /// Adds `x^T x` of `x (rows, n)` to the lower triangle of `sum (n, n)`, whole panels at a time. [`mirror`] completes the sum.
     ///
     /// # Panics
-    /// When the lengths do not belong together.
-    pub fn add_moments(&self, x: &[f32], n: usize, sum: &mut [f32]) {
+    /// If the lengths do not agree.
+    pub(super) fn add_moments(&self, x: &[f32], n: usize, sum: &mut [f32]) {
         let rows = x.len() / n;
         assert_eq!(sum.len(), n * n, "length of the sum");
         if rows == 0 {
@@ -149,7 +152,7 @@ impl<'a> Compute<'a> {
         self.add_lower_product(&transposed, &packed, sum, n, 1.0);
     }
 
-    /// `sum += factor * x * w^T` in the lower triangle of the last rows and columns of `sum (n, n)`, as many as `w` has rows.
+    /// Adds `factor * x * w^T` to the lower triangle of the bottom right corner of `sum (n, n)`, which has the rows of `w`.
     fn add_lower_product(&self, x: &[f32], w: &Packed, sum: &mut [f32], n: usize, factor: f32) {
         let (k, first) = (w.columns(), n - w.rows());
         self.for_each_chunk(&mut sum[first * n..], TASK_ROWS * n, |task, sum| {
@@ -165,7 +168,7 @@ impl<'a> Compute<'a> {
         });
     }
 
-    /// The matrix whose transpose has the rows `row(k)`, of `rows` numbers each, `columns` of them.
+    /// Packs the transpose of a matrix `(columns, rows)` with the rows `row(k)`.
     pub(super) fn pack_transposed<'x>(
         &self,
         rows: usize,
@@ -178,7 +181,7 @@ impl<'a> Compute<'a> {
         })
     }
 
-    /// A matrix of `rows x columns` floats; `fill(panel, column, line)` fills the line of 16 rows.
+    /// Packs a matrix `(rows, columns)`. `fill(panel, column, line)` fills one column of the 16 rows of a panel.
     fn pack(&self, rows: usize, columns: usize, fill: impl Fn(usize, usize, &mut [f32; PANEL]) + Sync) -> Packed {
         let mut packed = Packed::zeroed(rows, columns, Layout::float(Code::F32), 1.0);
         let mut panels = packed.panels_mut();
@@ -193,7 +196,7 @@ impl<'a> Compute<'a> {
     }
 }
 
-/// The matrix `(rows, columns)` of the numbers `at(row, column)`.
+/// Packs the matrix `(rows, columns)` of the numbers `at(row, column)`.
 pub(super) fn packed_of(rows: usize, columns: usize, at: impl Fn(usize, usize) -> f32) -> Packed {
     let mut packed = Packed::zeroed(rows, columns, Layout::float(Code::F32), 1.0);
     for (index, panel) in packed.panels_mut().into_iter().enumerate() {
@@ -206,17 +209,15 @@ pub(super) fn packed_of(rows: usize, columns: usize, at: impl Fn(usize, usize) -
     packed
 }
 
-/// The upper triangular `U` with `U^T U = (H + damping)^-1`, where rows and columns of `hessian (n, n)` stand in the given
-/// order.
-///
-/// `damping` is in units of the mean of the diagonal. The result is `(n, n)`; what is below its diagonal is 0.
-pub(super) fn factor(hessian: &[f32], order: &[usize], damping: f32, compute: &Compute<'_>) -> Vec<f32> {
+/// The upper triangular `U (n, n)` with `U^T U = (H + damping)^-1`, where H is `hessian (n, n)` with rows and columns in the given
+/// order. `damping` is in units of the mean of the diagonal.
+pub(super) fn inverse_factor(hessian: &[f32], order: &[usize], damping: f32, compute: &Compute<'_>) -> Vec<f32> {
     let n = order.len();
     let diagonal = |i: usize| hessian[i * n + i];
     let mean = (0..n).map(diagonal).sum::<f32>() / n as f32;
     let damp = if mean > 0.0 { damping * mean } else { 1.0 };
-    // Scaled to a diagonal of ones, single precision is enough. Rows and columns are reversed: a lower triangular `L` with
-    // `L L^T` for the reversed matrix has the inverse that `U` is, reversed again.
+    // With a diagonal of ones single precision is enough. Rows and columns are reversed: the inverse of the lower triangular `L`
+    // with `L L^T` equal to the reversed matrix is `U`, reversed again.
     let scale: Vec<f32> = order.iter().rev().map(|i| 1.0 / (diagonal(*i) + damp).sqrt()).collect();
     let mut lower = vec![0.0; n * n];
     compute.for_each_chunk(&mut lower, n, |i, row| {
@@ -228,7 +229,7 @@ pub(super) fn factor(hessian: &[f32], order: &[usize], damping: f32, compute: &C
     });
     cholesky(&mut lower, n, compute);
     invert_lower(&mut lower, n, compute);
-    // (S L)^-1 = L^-1 S^-1, with S the inverse of `scale`.
+    // (S L)^-1 = L^-1 S^-1, where S is the inverse of `scale`.
     let mut upper = vec![0.0; n * n];
     compute.for_each_chunk(&mut upper, n, |i, row| {
         let source = &lower[(n - 1 - i) * n..][..n];
@@ -239,10 +240,10 @@ pub(super) fn factor(hessian: &[f32], order: &[usize], damping: f32, compute: &C
     upper
 }
 
-/// Columns of a triangular matrix that are worked on together.
+/// Columns of a triangular matrix per strip.
 const STRIP: usize = 64;
 
-/// The lower triangular `L` with `L L^T = A`, in place of the lower triangle of the positive definite `A (n, n)`.
+/// Replaces the lower triangle of the positive definite `A (n, n)` by the lower triangular `L` with `L L^T = A`.
 fn cholesky(a: &mut [f32], n: usize, compute: &Compute<'_>) {
     for start in (0..n).step_by(STRIP) {
         let end = n.min(start + STRIP);
@@ -251,7 +252,7 @@ fn cholesky(a: &mut [f32], n: usize, compute: &Compute<'_>) {
             for j in start..=i {
                 let dot: f64 = (start..j).map(|k| f64::from(a[i * n + k]) * f64::from(a[j * n + k])).sum();
                 let rest = f64::from(a[i * n + j]) - dot;
-                // Rounding may leave nothing of a direction in which inputs hardly vary.
+                // Rounding may cancel a direction in which inputs hardly vary.
                 a[i * n + j] = if i == j { rest.max(1e-6).sqrt() } else { rest / f64::from(a[j * n + j]) } as f32;
             }
         }
@@ -276,14 +277,14 @@ fn cholesky(a: &mut [f32], n: usize, compute: &Compute<'_>) {
     }
 }
 
-/// The inverse, in place of the lower triangular `l (n, n)`.
+/// Inverts the lower triangular `l (n, n)` in place.
 fn invert_lower(l: &mut [f32], n: usize, compute: &Compute<'_>) {
     for start in (0..n).step_by(STRIP) {
         let end = n.min(start + STRIP);
         let width = end - start;
         let (above, rest) = l.split_at_mut(start * n);
         let strip = &mut rest[..width * n];
-        // Rows of the inverse: -D^-1 (L M) to the left, D^-1 in the corner D.
+        // These rows of the inverse are -D^-1 (L M) left of the diagonal block D, and D^-1 in its place.
         let mut left = vec![0.0; width * start];
         if start > 0 {
             let x: Vec<f32> = strip.chunks(n).flat_map(|row| &row[..start]).copied().collect();
@@ -306,8 +307,8 @@ fn invert_lower(l: &mut [f32], n: usize, compute: &Compute<'_>) {
     }
 }
 
-/// Copies the lower triangle of `matrix (n, n)` to the upper one and multiplies all with `factor`.
-pub fn mirror(matrix: &mut [f32], n: usize, factor: f32) {
+/// Copies the lower triangle of `matrix (n, n)` to the upper one and multiplies the matrix by `factor`.
+pub(super) fn mirror(matrix: &mut [f32], n: usize, factor: f32) {
     for i in 0..n {
         for j in 0..=i {
             let value = matrix[i * n + j] * factor;
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_right_and_have_the_same_bits_on_any_number_of_threads() {
+    fn products_are_right_and_bit_identical_on_any_number_of_threads() {
         let (rows, n, k) = (70, 37, 41);
         let (x, w) = (numbers(rows * k), numbers(n * k));
         let of = |threads| {
@@ -359,7 +360,7 @@ mod tests {
 
     #[test]
     fn the_factor_is_that_of_the_inverse() {
-        // More than two strips, inputs that differ by far, one that never occurs.
+        // More than two strips, inputs of very different size, one of them always 0.
         let n = 150;
         let mut x = numbers(400 * n);
         for row in x.chunks_mut(n) {
@@ -372,7 +373,7 @@ mod tests {
         compute.add_moments(&x, n, &mut hessian);
         mirror(&mut hessian, n, 1.0 / 400.0);
         let order: Vec<usize> = (0..n).map(|i| i * 7 % n).collect();
-        let upper = factor(&hessian, &order, 0.01, &compute);
+        let upper = inverse_factor(&hessian, &order, 0.01, &compute);
         let mean = (0..n).map(|i| hessian[i * n + i]).sum::<f32>() / n as f32;
         // U^T U (H + damping) = 1
         let at = |i: usize, j: usize| {

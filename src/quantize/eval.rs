@@ -1,9 +1,8 @@
-//! How well a model predicts a text, and how far it is from another one.
+//! Perplexity of a model on a text, and its divergence from a reference model.
 //!
-//! The figures are those of llama.cpp's perplexity tool (`tools/perplexity/perplexity.cpp`), so that tables can be
-//! compared: the text's tokens are cut into windows that do not overlap, each is read by itself, and the second half of
-//! each is scored. A model is compared with a [`Baseline`], the other one's log-probabilities in 16 bits, of which those
-//! below -16 do not count.
+//! The figures are defined as in llama.cpp's perplexity tool (`tools/perplexity/perplexity.cpp`), so that tables can be compared.
+//! The tokens of a text are cut into windows that do not overlap, each window is a sequence of its own, and the second half of
+//! each is scored. A [`Reference`] keeps the log-probabilities of a model in 16 bits; those below -16 do not count.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -12,18 +11,18 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::model::{Input, Logits, Model};
 
-/// Bytes of logits that are held at a time.
-const PIECE: usize = 32 << 20;
-/// Log-probabilities of the baseline up to this do not count in the divergence; nor are they kept apart.
+/// Bytes of logits in memory at a time.
+const LOGIT_BYTES: usize = 32 << 20;
+/// Log-probabilities of the reference up to this do not count in the divergence and are stored as one value.
 const NEGLIGIBLE: f32 = -16.0;
-/// Three F32 before the codes of a row of the baseline: step, offset, and the negative log-likelihood, which 16 bits would
-/// cut off for the unlikeliest tokens.
+/// Bytes before the codes of a row of the reference, three F32: step, offset, and the negative log-likelihood of the token that
+/// follows, which 16 bits would clip for the least likely tokens.
 const ROW_HEADER: usize = 12;
 
-/// Told how many windows are done and how many there are, on the thread that asks. An error ends the measurement.
-pub type Progress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
+/// Called with the number of windows that are done and the total, on the calling thread. An error ends the measurement.
+pub type WindowProgress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
-/// A mean, or what follows from one, with its standard error: how far it would vary between texts of that length.
+/// A figure with its standard error: the spread between texts of that length.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
     /// The value.
@@ -32,53 +31,53 @@ pub struct Estimate {
     pub error: f64,
 }
 
-/// How well a model predicts a text.
+/// The perplexity of a model, and its divergence from a reference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
-    /// Tokens that were scored: of each window of `n` the last `n - 1 - n / 2`.
+    /// Scored tokens: the last `n - 1 - n / 2` of each window of `n`.
     pub tokens: usize,
     /// The exponential of the mean negative log-likelihood.
     pub perplexity: Estimate,
-    /// How far the model is from the baseline, where it was compared with one.
+    /// The divergence from the reference; `None` without one.
     pub divergence: Option<Divergence>,
 }
 
-/// How far a model's predictions are from a baseline's.
+/// The divergence of a model's predictions from those of a reference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Divergence {
-    /// The baseline's perplexity.
+    /// The perplexity of the reference.
     pub reference: Estimate,
-    /// The perplexity divided by the baseline's; the error knows that both were measured on the same text.
+    /// The perplexity divided by that of the reference. The error accounts for both being measured on the same text.
     pub ratio: Estimate,
-    /// The Kullback-Leibler divergence from the baseline's distribution to the model's, in nats: its mean a token.
+    /// Mean Kullback-Leibler divergence of the model's distribution from that of the reference, in nats per token.
     pub kl_mean: Estimate,
-    /// Its median.
+    /// Median of the divergence.
     pub kl_median: f64,
-    /// Its 90th percentile.
+    /// 90th percentile of the divergence.
     pub kl_p90: f64,
-    /// Its 99th percentile.
+    /// 99th percentile of the divergence.
     pub kl_p99: f64,
-    /// Its maximum.
+    /// Maximum of the divergence.
     pub kl_max: f64,
-    /// The share of tokens for which both think the same one likeliest.
+    /// Share of positions at which both predict the same token.
     pub top_agreement: Estimate,
-    /// The root mean square of the difference between the probabilities that both give the token that comes.
+    /// Root mean square difference of the probabilities of the token that follows.
     pub rms_dp: Estimate,
-    /// The mean divergence at each scored position of a window.
+    /// Mean divergence at each scored position of a window.
     pub kl_by_position: Vec<f64>,
 }
 
-/// Cuts a text's tokens into windows of `window`; what does not fill one is left over. The first token of each window is
-/// replaced by `start`, for models that want a start token; it is not scored.
+/// Cuts the tokens of a text into windows of `window` tokens and drops an incomplete one at the end. `start` replaces the first
+/// token of each window, for models that expect a start token; the first token is never scored.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for windows below 4 tokens and for texts that do not fill one.
+/// [`Error::InvalidArgument`] for windows of fewer than 4 tokens and for texts that do not fill one.
 pub fn windows(tokens: &[u32], window: usize, start: Option<u32>) -> Result<Vec<Vec<u32>>> {
     if window < 4 {
         return Err(Error::argument("window", window, "at least 4 tokens"));
     }
     if tokens.len() < window {
-        let expected = format!("at least {window}, one window: take a longer text or shorter windows");
+        let expected = format!("at least {window}, one window: use a longer text or shorter windows");
         return Err(Error::argument("text", format_args!("{} tokens", tokens.len()), expected));
     }
     let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(window).map(<[u32]>::to_vec).collect();
@@ -88,19 +87,19 @@ pub fn windows(tokens: &[u32], window: usize, start: Option<u32>) -> Result<Vec<
     Ok(windows)
 }
 
-/// How well `model` predicts `windows`, all of one length. `progress` is told how many windows are done.
+/// Measures the perplexity of `model` on `windows`, all of one length.
 ///
 /// # Errors
-/// Those of [`Model::forward`]; [`Error::InvalidArgument`] for no windows, for unequal ones and for ones below 4 tokens;
-/// [`Error::BadLogits`].
+/// Those of [`Model::forward`]; [`Error::InvalidArgument`] without windows, for windows of different lengths or of fewer than 4
+/// tokens; [`Error::BadLogits`].
 pub fn perplexity(
     model: &Model,
     windows: &[Vec<u32>],
-    progress: Progress<'_>,
+    progress: WindowProgress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Evaluation> {
     let mut scores = Vec::new();
-    for_each_piece(model, windows, progress, interrupted, |rows| {
+    for_each_chunk(model, windows, progress, interrupted, |rows| {
         let new = rows.map(model, Score::of);
         check(&new)?;
         scores.extend(new);
@@ -109,31 +108,31 @@ pub fn perplexity(
     Ok(Evaluation { tokens: scores.len(), perplexity: exponential(&scores, |score| score.nll), divergence: None })
 }
 
-/// What a model makes of a text, in a file without a name that goes with this value: about two bytes a token of the
-/// vocabulary for each token that is scored.
+/// The log-probabilities of a model on a text, in a temporary file without a name: about two bytes per scored token and token of
+/// the vocabulary.
 #[derive(Debug)]
-pub struct Baseline {
+pub struct Reference {
     file: File,
     windows: Vec<Vec<u32>>,
     vocabulary: usize,
     evaluation: Evaluation,
 }
 
-impl Baseline {
-    /// Has `model` read `windows`, as [`perplexity`] does. The file is in the system's folder for temporary ones.
+impl Reference {
+    /// Records the predictions of `model` on `windows`. The file is in the system's folder for temporary files.
     ///
     /// # Errors
-    /// Those of [`perplexity`]; [`Error::Io`] where the file cannot be written.
+    /// Those of [`perplexity`]; [`Error::Io`] if the file cannot be written.
     pub fn record(
         model: &Model,
         windows: &[Vec<u32>],
-        progress: Progress<'_>,
+        progress: WindowProgress<'_>,
         interrupted: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Baseline> {
+    ) -> Result<Reference> {
         let vocabulary = model.vocabulary();
         let mut writer = BufWriter::with_capacity(1 << 20, tempfile::tempfile().map_err(unwritable)?);
         let mut scores = Vec::new();
-        for_each_piece(model, windows, progress, interrupted, |rows| {
+        for_each_chunk(model, windows, progress, interrupted, |rows| {
             for (score, row) in rows.map(model, Score::and_row) {
                 check([&score])?;
                 scores.push(score);
@@ -144,34 +143,34 @@ impl Baseline {
         let file = writer.into_inner().map_err(|error| unwritable(error.into_error()))?;
         let perplexity = exponential(&scores, |score| score.nll);
         let evaluation = Evaluation { tokens: scores.len(), perplexity, divergence: None };
-        Ok(Baseline { file, windows: windows.to_vec(), vocabulary, evaluation })
+        Ok(Reference { file, windows: windows.to_vec(), vocabulary, evaluation })
     }
 
-    /// How well the baseline itself predicts the text.
+    /// The perplexity of the reference itself.
     pub fn evaluation(&self) -> &Evaluation {
         &self.evaluation
     }
 
-    /// How well `model` predicts the same windows, and how far it is from the baseline.
+    /// Measures the perplexity of `model` on the same windows, and its divergence from the reference.
     ///
     /// # Errors
-    /// Those of [`perplexity`]; [`Error::InvalidArgument`] for a model of another vocabulary; [`Error::Io`] where the file
-    /// cannot be read.
+    /// Those of [`perplexity`]; [`Error::InvalidArgument`] for a model with another vocabulary; [`Error::Io`] if the file cannot
+    /// be read.
     pub fn compare(
         &mut self,
         model: &Model,
-        progress: Progress<'_>,
+        progress: WindowProgress<'_>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Evaluation> {
         if model.vocabulary() != self.vocabulary {
-            let expected = format!("{} tokens, as the reference has", self.vocabulary);
+            let expected = format!("{} tokens, like the reference", self.vocabulary);
             return Err(Error::argument("vocabulary", format_args!("{} tokens", model.vocabulary()), expected));
         }
         self.file.seek(SeekFrom::Start(0)).map_err(unwritable)?;
         let mut reader = BufReader::with_capacity(1 << 20, &self.file);
         let row_bytes = ROW_HEADER + 2 * self.vocabulary;
         let (mut scores, mut bytes) = (Vec::new(), Vec::new());
-        for_each_piece(model, &self.windows, progress, interrupted, |rows| {
+        for_each_chunk(model, &self.windows, progress, interrupted, |rows| {
             bytes.resize(rows.tokens.len() * row_bytes, 0u8);
             reader.read_exact(&mut bytes).map_err(unwritable)?;
             let new = rows.map_with(model, &bytes, row_bytes, Score::against);
@@ -192,60 +191,60 @@ fn unwritable(source: std::io::Error) -> Error {
     Error::io(std::env::temp_dir(), source)
 }
 
-/// Rows of logits and the token that came after each.
-struct Piece<'a> {
+/// Rows of logits, and the token that follows each.
+struct Chunk<'a> {
     /// `(tokens, vocabulary)`
     logits: &'a [f32],
     tokens: &'a [u32],
 }
 
-impl Piece<'_> {
-    /// What `score` makes of each row, spread over the model's threads.
-    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&dyn Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
+impl Chunk<'_> {
+    /// Calls `score` for each row, on the threads of the model.
+    fn map<T: Default + Send>(&self, model: &Model, score: impl Fn(&Kernel, &[f32], u32) -> T + Sync) -> Vec<T> {
         self.map_with(model, &[], 0, |kernel, logits, token, _| score(kernel, logits, token))
     }
 
-    /// As [`Piece::map`], with `width` bytes of `beside` for each row.
+    /// [`Chunk::map`] with `width` bytes of `extra` per row.
     fn map_with<T: Default + Send>(
         &self,
         model: &Model,
-        beside: &[u8],
+        extra: &[u8],
         width: usize,
-        score: impl Fn(&dyn Kernel, &[f32], u32, &[u8]) -> T + Sync,
+        score: impl Fn(&Kernel, &[f32], u32, &[u8]) -> T + Sync,
     ) -> Vec<T> {
         let vocabulary = model.vocabulary();
         let mut scores: Vec<T> = self.tokens.iter().map(|_| T::default()).collect();
         model.pool().run(|scope| {
             scope.for_each_chunk(&mut scores, 1, |row, out| {
                 let logits = &self.logits[row * vocabulary..][..vocabulary];
-                out[0] = score(model.kernel(), logits, self.tokens[row], &beside[row * width..][..width]);
+                out[0] = score(model.kernel(), logits, self.tokens[row], &extra[row * width..][..width]);
             });
         });
         scores
     }
 }
 
-/// Has `model` read each window and hands on the logits of its second half, all but the last row, piece by piece.
-fn for_each_piece(
+/// Passes each window through the model and calls `take` with the logits of its second half, except the last row, in chunks.
+fn for_each_chunk(
     model: &Model,
     windows: &[Vec<u32>],
-    progress: Progress<'_>,
+    progress: WindowProgress<'_>,
     interrupted: &(dyn Fn() -> bool + Sync),
-    mut take: impl FnMut(Piece<'_>) -> Result<()>,
+    mut take: impl FnMut(Chunk<'_>) -> Result<()>,
 ) -> Result<()> {
     let Some(length) = windows.first().map(Vec::len).filter(|length| *length >= 4) else {
         return Err(Error::argument("windows", "none, or one below 4 tokens", "at least one window"));
     };
     if let Some(other) = windows.iter().find(|window| window.len() != length) {
-        return Err(Error::argument("window", other.len(), format_args!("{length} tokens, as the first has")));
+        return Err(Error::argument("window", other.len(), format_args!("{length} tokens, like the first")));
     }
-    // The last token of a window is looked up among the logits, but never read by the model, which would check it.
+    // The model checks every token that it reads. The last one of a window is only scored.
     if let Some(token) =
         windows.iter().filter_map(|window| window.last()).find(|id| **id as usize >= model.vocabulary())
     {
         return Err(Error::argument("token", token, format_args!("an id below {}", model.vocabulary())));
     }
-    let rows = (PIECE / (model.vocabulary() * size_of::<f32>()).max(1)).max(1);
+    let rows = (LOGIT_BYTES / (model.vocabulary() * size_of::<f32>()).max(1)).max(1);
     let mut logits = Vec::new();
     for (done, window) in windows.iter().enumerate() {
         progress(done, windows.len())?;
@@ -257,7 +256,7 @@ fn for_each_piece(
             logits.clear();
             let input = Input { session: &mut session, tokens, logits: Logits::All };
             model.forward(&mut [input], &mut logits, interrupted)?;
-            take(Piece { logits: &logits, tokens: next })?;
+            take(Chunk { logits: &logits, tokens: next })?;
         }
         logits.clear();
     }
@@ -265,20 +264,20 @@ fn for_each_piece(
     Ok(())
 }
 
-/// What is known of one token.
+/// The score of one token.
 #[derive(Debug, Clone, Copy, Default)]
 struct Score {
     /// Negative log-likelihood.
     nll: f64,
-    /// The baseline's.
+    /// That of the reference.
     base: f64,
     kl: f64,
     same_top: bool,
-    /// Probability minus the baseline's.
+    /// Probability minus that of the reference.
     dp: f64,
 }
 
-/// The largest logit, the first place where it stands, and the logarithm of the sum of all exponentials.
+/// The largest logit, its first index, and the logarithm of the sum of all exponentials.
 struct Normal {
     max: f32,
     top: usize,
@@ -286,14 +285,14 @@ struct Normal {
 }
 
 impl Normal {
-    fn of(kernel: &dyn Kernel, logits: &[f32]) -> Normal {
+    fn of(kernel: &Kernel, logits: &[f32]) -> Normal {
         let (max, sum) = kernel.exp_segment(&mut logits.to_vec());
         let top = logits.iter().position(|logit| *logit == max).unwrap_or_default();
         Normal { max, top, log_sum: max + libm::logf(sum) }
     }
 }
 
-/// A row of the baseline: log-probability `step * code + offset`, and [`NEGLIGIBLE`] ones all alike.
+/// The scale of a row of the reference: the log-probability is `step * code + offset`. [`NEGLIGIBLE`] ones have code 0.
 #[derive(Debug, Clone, Copy)]
 struct Scale {
     step: f32,
@@ -301,14 +300,14 @@ struct Scale {
 }
 
 impl Score {
-    fn of(kernel: &dyn Kernel, logits: &[f32], token: u32) -> Score {
+    fn of(kernel: &Kernel, logits: &[f32], token: u32) -> Score {
         let normal = Normal::of(kernel, logits);
-        // `for_each_piece` and the model have checked all tokens.
+        // `for_each_chunk` and the model have checked all tokens.
         Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }
     }
 
-    /// The score, and the row that a baseline keeps.
-    fn and_row(kernel: &dyn Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
+    /// The score, and the row that a reference stores.
+    fn and_row(kernel: &Kernel, logits: &[f32], token: u32) -> (Score, Vec<u8>) {
         let normal = Normal::of(kernel, logits);
         let smallest = logits.iter().copied().fold(f32::INFINITY, f32::min).max(normal.max + NEGLIGIBLE);
         let step = (normal.max - smallest) / f32::from(u16::MAX);
@@ -324,8 +323,8 @@ impl Score {
         (Score { nll: f64::from(normal.log_sum - logits[token as usize]), ..Score::default() }, row)
     }
 
-    /// The score beside a row of a baseline.
-    fn against(kernel: &dyn Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
+    /// The score compared with a row of a reference.
+    fn against(kernel: &Kernel, logits: &[f32], token: u32, row: &[u8]) -> Score {
         let normal = Normal::of(kernel, logits);
         let (header, codes) = row.split_at(ROW_HEADER);
         let float = |at: usize| f32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -353,13 +352,13 @@ impl Score {
     }
 }
 
-/// Says whether all likelihoods are numbers.
+/// Checks that all scores are finite.
 fn check<'a>(scores: impl IntoIterator<Item = &'a Score>) -> Result<()> {
     let all_finite = scores.into_iter().all(|score| score.nll.is_finite() && score.kl.is_finite());
     if all_finite { Ok(()) } else { Err(Error::BadLogits) }
 }
 
-/// The mean of `of` with its standard error, which is 0 where ten values or fewer tell nothing of it.
+/// The mean of `of` with its standard error, which is 0 for ten values or fewer.
 fn mean(scores: &[Score], of: impl Fn(&Score) -> f64) -> Estimate {
     let count = scores.len() as f64;
     let (sum, squares) = scores.iter().map(of).fold((0.0, 0.0), |(sum, squares), x| (sum + x, squares + x * x));
@@ -376,22 +375,22 @@ fn exponential(scores: &[Score], of: impl Fn(&Score) -> f64) -> Estimate {
     Estimate { value, error: value * log.error }
 }
 
-/// The value below which `fraction` of the sorted values lie, interpolated.
+/// The value below which `fraction` of the sorted values are, interpolated.
 fn percentile(sorted: &[f64], fraction: f64) -> f64 {
-    let place = fraction * (sorted.len() - 1) as f64;
-    let below = place as usize;
+    let position = fraction * (sorted.len() - 1) as f64;
+    let below = position as usize;
     let above = (below + 1).min(sorted.len() - 1);
-    let share = place - below as f64;
+    let share = position - below as f64;
     (1.0 - share) * sorted[below] + share * sorted[above]
 }
 
 impl Divergence {
-    /// Of scores of windows with `scored` each, at least one.
+    /// The divergence of at least one window with `scored` scores each.
     fn of(scores: &[Score], scored: usize) -> Divergence {
         let count = scores.len() as f64;
         let mut sorted: Vec<f64> = scores.iter().map(|score| score.kl).collect();
         sorted.sort_by(f64::total_cmp);
-        // The error of a difference of means that belong together is that of the mean difference.
+        // Scores are paired, so the error of the difference of means is that of the mean difference.
         let ratio = exponential(scores, |score| score.nll - score.base);
         let agreement = mean(scores, |score| if score.same_top { 1.0 } else { 0.0 }).value;
         let square = mean(scores, |score| score.dp * score.dp);

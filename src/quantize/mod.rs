@@ -1,35 +1,30 @@
-//! The automatic INT4 flow: from a full-precision checkpoint to 4-bit blocks that keep the model's function.
+//! Quantization: from a full-precision checkpoint to a GGUF file with linear layers in about 4 bits.
 //!
-//! Every recipe sees one linear layer at a time as a [`Problem`](problem::Problem): its weights and the second moments of its
-//! inputs. It returns a [`Solution`](problem::Solution): codes and scales that are a plain block format of GGUF files.
-//! [`quantize`] takes a whole checkpoint through a recipe.
+//! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto`] tries recipes until one meets a [`Target`]. [`spend_bits`]
+//! gives sensitive layers more bits. [`eval`] measures perplexity and the divergence from a reference.
+//!
+//! A recipe gets one linear layer at a time, as a `LayerProblem`: its weights and the second moments of its inputs. It returns a
+//! `Solution`: codes and scales of a plain block format.
 
-pub mod allocate;
 mod auto;
-pub mod awq;
-mod calibrate;
-pub mod compute;
-mod decoder;
+mod bits;
+mod calibration;
+mod compute;
+mod context;
 pub mod eval;
-mod flow;
-mod fold;
-pub mod gptq;
-mod journal;
-mod learned;
-mod overlay;
-mod policy;
-pub mod problem;
-pub mod refine;
-mod report;
-pub mod rtn;
-mod saved;
-pub mod search;
-mod sensitivity;
-pub mod signround;
-mod stream;
-pub mod tune;
+mod format;
+mod layer;
+mod overrides;
+mod pipeline;
+mod recipes;
+mod resume;
+mod tuning;
 
-pub use auto::{AutoOptions, AutoReport, auto, spend_bits};
-pub use flow::{Options, Progress, Recipe, quantize};
-pub use policy::{Policy, Stored};
-pub use report::{Report, TensorReport};
+pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
+pub use bits::spend_bits;
+pub use context::{Interrupted, RunContext, StageProgress};
+pub use format::{Format, GroupedFormat};
+pub use overrides::{Stored, TensorFormats};
+pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+pub use recipes::{GptqOptions, Recipe, SignroundOptions};
+pub use tuning::TuningOptions;

@@ -8,3 +8,5 @@ pub(crate) mod cgroup;
 #[cfg(any(target_os = "linux", test))]
 mod limits;
 pub(crate) mod memory;
+#[cfg(any(feature = "python", test))]
+pub(crate) mod panics;

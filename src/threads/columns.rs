@@ -1,17 +1,17 @@
-//! Disjoint mutable parts of one buffer, for items that run at the same time.
+//! Disjoint mutable parts of a buffer, for items that run at the same time.
 #![allow(unsafe_code, reason = "the borrow checker cannot see that columns, or the chunks of two items, are disjoint")]
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// The start of a buffer whose elements are handed out to several threads, each to one of them at a time.
+/// The start of a buffer whose elements are lent to several threads, each to one of them at a time.
 pub(super) struct Base<'a, T> {
     pointer: *mut T,
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a `Base` gives nothing but `&mut [T]`, which may be sent where `T` may be, and `slice_mut` binds its caller
-// to ask for each element on one thread at a time.
+// SAFETY: a `Base` gives only `&mut [T]`, which may be sent where `T` may be, and `slice_mut` obliges its caller to ask
+// for each element on one thread at a time.
 unsafe impl<T: Send> Sync for Base<'_, T> {}
 
 impl<'a, T> Base<'a, T> {
@@ -24,14 +24,14 @@ impl<'a, T> Base<'a, T> {
     /// # Safety
     ///
     /// `range` must lie inside the buffer, and no other slice that shares an element with it may be in use.
-    #[allow(clippy::mut_from_ref, reason = "that no two overlap is the caller's promise")]
+    #[allow(clippy::mut_from_ref, reason = "the caller promises that no two slices overlap")]
     pub(super) unsafe fn slice_mut(&self, range: Range<usize>) -> &mut [T] {
         // SAFETY: the caller's promise; the pointer was made from a slice that is borrowed for longer than `self`.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(range.start), range.len()) }
     }
 }
 
-/// A range of columns of a row-major matrix, mutable, over all rows: what one item of a matrix product writes.
+/// A mutable view of a range of columns of a row-major matrix, over all rows: what one item of a matrix product writes.
 ///
 /// ```
 /// use nybble::threads::Columns;
@@ -56,7 +56,7 @@ impl<'a> Columns<'a> {
     ///
     /// # Panics
     ///
-    /// When `matrix` does not have `rows * stride` elements.
+    /// If `matrix` does not have `rows * stride` elements.
     pub fn whole(matrix: &'a mut [f32], rows: usize, stride: usize) -> Self {
         assert_eq!(Some(matrix.len()), rows.checked_mul(stride), "a matrix of {rows} rows of {stride} columns");
         Columns { base: Base::new(matrix), rows, stride, range: 0..stride }
@@ -67,16 +67,16 @@ impl<'a> Columns<'a> {
         self.rows
     }
 
-    /// The columns in view, counted as in the whole matrix.
+    /// The columns in view, as columns of the whole matrix.
     pub fn range(&self) -> Range<usize> {
         self.range.clone()
     }
 
-    /// The elements of `row` that are in the view's columns.
+    /// The elements of `row` in the view's columns.
     ///
     /// # Panics
     ///
-    /// When there is no such row.
+    /// If there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let start = row * self.stride;
@@ -85,17 +85,17 @@ impl<'a> Columns<'a> {
         unsafe { self.base.slice_mut(start + self.range.start..start + self.range.end) }
     }
 
-    /// Fewer of the columns, counted as in the whole matrix.
+    /// A view of some of the columns. `range` counts columns of the whole matrix.
     ///
     /// # Panics
     ///
-    /// When `range` is not inside `self.range()`.
+    /// If `range` is not inside `self.range()`.
     pub fn narrow(&mut self, range: Range<usize>) -> Columns<'_> {
         // SAFETY: `self` is borrowed mutably for as long as the narrower view lives.
         unsafe { self.part(range) }
     }
 
-    /// Fewer of the columns, while `self` and other parts of it exist. Panics as `narrow` does.
+    /// A view of some of the columns, while `self` and other parts of it exist. Panics as `narrow` does.
     ///
     /// # Safety
     ///

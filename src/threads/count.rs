@@ -1,7 +1,7 @@
-//! How many threads: as many as there are cores that this process may really use.
+//! The number of threads to use: one per core that this process may use.
 //!
-//! More threads than that only get in each other's way: the second hardware thread of a core shares its multipliers,
-//! and what a cgroup's quota does not cover is throttled, all threads of a pool at a time.
+//! More threads only get in each other's way: the second hardware thread of a core shares its multipliers, and time beyond
+//! the quota of a cgroup is throttled for all threads at once.
 
 use std::ffi::OsStr;
 
@@ -10,16 +10,17 @@ use crate::{Error, Result};
 #[cfg(any(target_os = "linux", test))]
 mod linux;
 
-/// The most threads that may be asked for.
+/// The maximum number of threads.
 pub const MAX_THREADS: usize = 1024;
 
-/// Overrides [`default_threads`] where no number is given in code.
+/// The environment variable that overrides [`default_threads`] if no number is given in code.
 const VARIABLE: &str = "NYBBLE_NUM_THREADS";
 
-/// The number of threads to use when nobody says otherwise: physical cores that the process is allowed to run on, and
-/// no more than its cgroup's CPU quota (rounded down, at least 1) pays for.
+/// The default number of threads: the physical cores that the process may run on, limited by the CPU quota of its cgroup
+/// (rounded down, at least 1).
 ///
-/// On systems other than Linux, where the cores are not asked for: what the standard library thinks.
+/// On systems other than Linux it is the standard library's
+/// [`available_parallelism`](std::thread::available_parallelism).
 pub fn default_threads() -> usize {
     #[cfg(target_os = "linux")]
     if let Some(count) = linux::usable_cores(std::path::Path::new("/")) {
@@ -33,7 +34,7 @@ pub fn default_threads() -> usize {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] when the request or the variable is not a number in 1 to [`MAX_THREADS`].
+/// [`Error::InvalidArgument`] if the request or the variable is not a number from 1 to [`MAX_THREADS`].
 pub fn resolve_threads(requested: Option<usize>) -> Result<usize> {
     resolve(requested, std::env::var_os(VARIABLE).as_deref())
 }
@@ -51,7 +52,7 @@ fn resolve(requested: Option<usize>, variable: Option<&OsStr>) -> Result<usize> 
     }
 }
 
-/// `threads`, if it is a number of threads that may be asked for.
+/// `threads`, if it is from 1 to [`MAX_THREADS`].
 pub(super) fn check(name: &'static str, threads: usize) -> Result<usize> {
     if (1..=MAX_THREADS).contains(&threads) {
         Ok(threads)
@@ -60,7 +61,7 @@ pub(super) fn check(name: &'static str, threads: usize) -> Result<usize> {
     }
 }
 
-/// How many threads can run at the same time, each on a hardware thread of its own.
+/// How many threads can run at the same time, each on its own hardware thread.
 pub(super) fn available_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_out_of_range_is_refused_by_the_name_of_where_it_came_from() {
+    fn an_error_names_the_source_of_a_number_out_of_range() {
         for bad in [0, MAX_THREADS + 1, usize::MAX] {
             let message = resolve(Some(bad), None).unwrap_err().to_string();
             assert_eq!(message, format!("threads: found {bad}, expected a number from 1 to 1024"));
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_is_at_least_one_and_at_most_what_can_run_at_once() {
+    fn the_default_is_from_one_to_the_available_cpus() {
         assert!((1..=available_cpus().max(1)).contains(&default_threads()));
     }
 }

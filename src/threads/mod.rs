@@ -1,9 +1,9 @@
-//! Threads: how many to use, and the [`ThreadPool`] that walks through a whole forward pass together.
+//! Threads: how many to use, and a [`ThreadPool`] that runs a whole forward pass.
 //!
-//! Handing each of a model's few hundred matrix products to a thread pool costs 5 to 10 microseconds apiece, which
-//! alone would cap a small model's speed. So a forward pass enters the pool once ([`ThreadPool::run`]). Its closure is the
-//! *leader*: plain code from top to bottom on the calling thread, which hands out *stages* ([`Scope::for_each`] and its
-//! kin) that the workers, already awake, join within a fraction of a microsecond.
+//! Submitting each of a model's few hundred matrix products to an ordinary thread pool costs 5 to 10 microseconds apiece,
+//! which alone would limit a small model's speed. So a forward pass enters the pool once ([`ThreadPool::run`]). Its closure
+//! is the *leader*: code that runs from top to bottom on the calling thread and starts *stages*
+//! ([`Scope::for_each`] and similar). The workers are already awake and join a stage within a fraction of a microsecond.
 //!
 //! ```
 //! use nybble::threads::ThreadPool;
@@ -22,9 +22,9 @@
 //! # Ok::<(), nybble::Error>(())
 //! ```
 
-mod board;
 mod columns;
 mod count;
+mod job_slot;
 mod pool;
 
 pub use columns::Columns;

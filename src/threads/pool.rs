@@ -1,4 +1,4 @@
-//! The pool: one leader, its workers, and the stages they run through together.
+//! The thread pool: one leader, its workers, and the stages that they run together.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -8,52 +8,52 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use super::board::Board;
 use super::columns::{Base, Columns};
 use super::count::{available_cpus, check};
+use super::job_slot::JobSlot;
 use crate::{Error, Result};
 
-/// How long a thread spins for the others before it sleeps. A wake-up costs the system about as much, so spinning
-/// longer can at best halve the cost and spinning shorter can at worst double it.
-const PATIENCE: Duration = Duration::from_micros(40);
+/// How long a thread spins before it sleeps. Waking a thread costs about as much time, so a longer spin can at best halve
+/// the cost and a shorter one at worst double it.
+const SPIN_TIME: Duration = Duration::from_micros(40);
 
 thread_local! {
-    /// Whether this thread is inside some pool's `run`, as a leader or as a worker.
+    /// Whether this thread is inside the `run` of a pool, as a leader or as a worker.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A fixed number of threads that run through many short parallel stages together: one fork-join for all of them.
+/// A fixed number of threads that run many short parallel stages together, with one fork-join for all of them.
 ///
-/// Shared freely between threads: a second [`run`](ThreadPool::run) waits until the first is done. Between runs the workers
-/// sleep. In a process made by `fork`, where only the forking thread lives on, a pool starts new workers.
+/// Threads may share a pool: a second [`run`](ThreadPool::run) waits until the first is done. Between runs the workers
+/// sleep. In a process made by `fork`, which has only the forking thread, a pool starts new workers.
 #[derive(Debug)]
 pub struct ThreadPool {
     threads: usize,
-    crew: Crew,
+    workers: Workers,
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller's own among them, so one less is started.
+    /// A pool of `threads` threads. The caller's thread is one of them, so one less is started.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] when `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS) or the system does
-    /// not start that many.
+    /// [`Error::InvalidArgument`] if `threads` is not in 1 to [`MAX_THREADS`](super::MAX_THREADS) or the system cannot
+    /// start them.
     pub fn new(threads: usize) -> Result<Self> {
         check("threads", threads)?;
-        let crew = Crew::new(threads, std::process::id())?;
-        Ok(ThreadPool { threads, crew })
+        let workers = Workers::new(threads, std::process::id())?;
+        Ok(ThreadPool { threads, workers })
     }
 
-    /// How many threads, the leader included.
+    /// The number of threads, including the leader.
     pub fn threads(&self) -> usize {
         self.threads
     }
 
-    /// Runs `lead` on this thread. The stages that it hands to its [`Scope`] are run by all threads of the pool.
+    /// Runs `lead` on this thread. All threads of the pool run the stages that it passes to its [`Scope`].
     ///
-    /// A panic in a stage or in `lead` itself goes on in the caller, and the pool remains usable. A run from within a
-    /// run, of this pool or another, works but has no workers: all threads are busy with the outer one.
+    /// A panic in a stage or in `lead` itself resumes in the caller, and the pool remains usable. A run inside another run,
+    /// of this pool or another, works but has no workers: all threads are busy with the outer one.
     pub fn run<R>(&self, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         self.run_as(std::process::id(), lead)
     }
@@ -61,25 +61,25 @@ impl ThreadPool {
     /// `run` in the process `pid`, which tests choose.
     fn run_as<R>(&self, pid: u32, lead: impl FnOnce(&Scope<'_>) -> R) -> R {
         let Some(_inside) = Inside::enter() else { return lead(&Scope::alone()) };
-        let crew = self.crew.of_process(pid, self.threads);
-        if crew.workers.is_empty() {
+        let workers = self.workers.of_process(pid, self.threads);
+        if workers.threads.is_empty() {
             return lead(&Scope::alone());
         }
-        // One leader at a time; one that panicked left nothing behind that the next would mind.
-        let _turn = crew.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        lead(&Scope { board: Some(&crew.board), leader_only: PhantomData })
+        // One leader at a time. A leader that panicked has left no job in the slot.
+        let _leading = workers.leading.lock().unwrap_or_else(PoisonError::into_inner);
+        lead(&Scope { slot: Some(&workers.slot), leader_only: PhantomData })
     }
 }
 
-// A panic leaves nothing half-done behind: the next run finds no job and its turn free.
+// After a panic the slot is empty and the lock free.
 impl UnwindSafe for ThreadPool {}
 impl RefUnwindSafe for ThreadPool {}
 
-/// Marks this thread as inside a run for as long as it lives.
+/// Marks this thread as inside a run until it is dropped.
 struct Inside;
 
 impl Inside {
-    /// `None` when the thread is inside already.
+    /// `None` if the thread is already inside a run.
     fn enter() -> Option<Self> {
         (!INSIDE.replace(true)).then(|| Inside)
     }
@@ -91,108 +91,108 @@ impl Drop for Inside {
     }
 }
 
-/// The workers of one process. They stay at the board from run to run, asleep between them, so that a run allocates
-/// nothing and starts nothing.
-struct Crew {
+/// The workers of one process. They wait at the job slot from run to run, asleep between them, so that a run allocates
+/// nothing and starts no thread.
+struct Workers {
     pid: u32,
-    /// Held by the leader. A fork may copy it locked, with the thread that would unlock it left behind.
-    turn: Mutex<()>,
-    /// `threads - 1` workers.
-    workers: Vec<JoinHandle<()>>,
-    board: Arc<Board>,
-    /// The crew of a process forked from this one. Never set in the process `pid` itself.
-    after_fork: OnceLock<Box<Crew>>,
+    /// Held by the leader. A fork may copy it locked, without the thread that would unlock it.
+    leading: Mutex<()>,
+    /// One less than the threads of the pool.
+    threads: Vec<JoinHandle<()>>,
+    slot: Arc<JobSlot>,
+    /// The workers of a process forked from this one. Never set in the process `pid` itself.
+    after_fork: OnceLock<Box<Workers>>,
 }
 
-impl Crew {
+impl Workers {
     fn new(threads: usize, pid: u32) -> Result<Self> {
-        let mut crew = Crew::alone(threads, pid);
+        let mut workers = Workers::none(threads, pid);
         for i in 1..threads {
-            let board = Arc::clone(&crew.board);
+            let slot = Arc::clone(&workers.slot);
             let work = move || {
                 let _inside = Inside::enter();
-                board.work();
+                slot.work();
             };
-            let worker = Builder::new()
-                .name(format!("nybble-{i}"))
-                .spawn(work)
-                .map_err(|e| Error::argument("threads", threads, format!("as many as the system starts ({e})")))?;
-            crew.workers.push(worker);
+            let worker = Builder::new().name(format!("nybble-{i}")).spawn(work).map_err(|e| {
+                Error::argument("threads", threads, format!("a number that the system can start ({e})"))
+            })?;
+            workers.threads.push(worker);
         }
-        Ok(crew)
+        Ok(workers)
     }
 
-    fn alone(threads: usize, pid: u32) -> Self {
-        // With more threads than CPUs, whoever spins keeps those that it waits for from running.
-        let patience = if threads <= available_cpus() { PATIENCE } else { Duration::ZERO };
-        Crew {
+    /// No workers yet, for a pool of `threads` threads.
+    fn none(threads: usize, pid: u32) -> Self {
+        // With more threads than CPUs, a spinning thread keeps those that it waits for from running.
+        let spin_time = if threads <= available_cpus() { SPIN_TIME } else { Duration::ZERO };
+        Workers {
             pid,
-            turn: Mutex::new(()),
-            workers: Vec::new(),
-            board: Arc::new(Board::new(patience)),
+            leading: Mutex::new(()),
+            threads: Vec::new(),
+            slot: Arc::new(JobSlot::new(spin_time)),
             after_fork: OnceLock::new(),
         }
     }
 
-    /// The crew that lives in the process `pid`: this one, or one that is made now since this process was forked.
-    fn of_process(&self, pid: u32, threads: usize) -> &Crew {
-        let mut crew = self;
-        while crew.pid != pid {
-            // A forked process that cannot start threads still computes, on one.
-            let make = || Box::new(Crew::new(threads, pid).unwrap_or_else(|_| Crew::alone(threads, pid)));
-            crew = crew.after_fork.get_or_init(make);
+    /// The workers of the process `pid`: these, or new ones if `pid` was forked from this process.
+    fn of_process(&self, pid: u32, threads: usize) -> &Workers {
+        let mut workers = self;
+        while workers.pid != pid {
+            // A forked process that cannot start threads still computes, on one thread.
+            let make = || Box::new(Workers::new(threads, pid).unwrap_or_else(|_| Workers::none(threads, pid)));
+            workers = workers.after_fork.get_or_init(make);
         }
-        crew
+        workers
     }
 }
 
-impl Drop for Crew {
+impl Drop for Workers {
     fn drop(&mut self) {
-        let workers = std::mem::take(&mut self.workers);
+        let threads = std::mem::take(&mut self.threads);
         if self.pid != std::process::id() {
-            // The threads stayed in the other process: there is no one to send home.
-            std::mem::forget(workers);
+            // The threads exist only in the other process.
+            std::mem::forget(threads);
             return;
         }
-        self.board.close();
-        for worker in workers {
-            // A worker catches all panics of its items and has none of its own.
+        self.slot.close();
+        for worker in threads {
+            // A worker catches all panics of its items and does not panic itself.
             let _ = worker.join();
         }
     }
 }
 
-impl std::fmt::Debug for Crew {
+impl std::fmt::Debug for Workers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Crew").field("pid", &self.pid).finish_non_exhaustive()
+        f.debug_struct("Workers").field("pid", &self.pid).finish_non_exhaustive()
     }
 }
 
-/// What the leader of a [`ThreadPool::run`] hands its stages to.
+/// Runs the stages of the leader of a [`ThreadPool::run`].
 ///
-/// A stage returns when all its items have run; what they wrote is visible then. Items are claimed one by one, so a
-/// thread that is slow or late does fewer of them and delays nobody. Which thread runs an item is left open: results
-/// must not depend on it. When an item panics, the panic goes on in the leader after the stage, and it is not defined
-/// which of the other items have run.
+/// A stage returns when all its items have run; what they wrote is visible then. Threads claim items one by one, so a slow
+/// or late thread runs fewer of them and delays no other. Which thread runs an item is unspecified: results must not depend
+/// on it. If an item panics, the panic resumes in the leader after the stage, and it is unspecified which of the other
+/// items have run.
 pub struct Scope<'a> {
     /// `None` for a leader without workers.
-    board: Option<&'a Board>,
+    slot: Option<&'a JobSlot>,
     /// Not `Sync`, so that no item can capture the scope and start a stage within a stage.
     leader_only: PhantomData<Cell<()>>,
 }
 
 impl Scope<'_> {
     fn alone() -> Self {
-        Scope { board: None, leader_only: PhantomData }
+        Scope { slot: None, leader_only: PhantomData }
     }
 
     /// Runs `item(i)` exactly once for each `i` of `0..count`.
     pub fn for_each<F: Fn(usize) + Sync>(&self, count: usize, item: F) {
-        match self.board {
+        match self.slot {
             #[allow(unsafe_code, reason = "the borrow checker cannot see that there is one leader")]
-            // SAFETY: `run` makes one scope at a time for a board, and lends it to the leader's thread alone: a scope
+            // SAFETY: `run` makes one scope at a time for a slot, and lends it to the leader's thread alone: a scope
             // is not `Sync`, so neither another thread nor an item can hold a reference to it.
-            Some(board) if count > 1 => unsafe { board.lead(count, &item) },
+            Some(slot) if count > 1 => unsafe { slot.lead(count, &item) },
             _ => (0..count).for_each(item),
         }
     }
@@ -201,7 +201,7 @@ impl Scope<'_> {
     ///
     /// # Panics
     ///
-    /// When `length` is 0.
+    /// If `length` is 0.
     pub fn for_each_chunk<T: Send, F: Fn(usize, &mut [T]) + Sync>(&self, buffer: &mut [T], length: usize, item: F) {
         assert_ne!(length, 0, "the length of a chunk");
         let end = buffer.len();
@@ -216,18 +216,18 @@ impl Scope<'_> {
         });
     }
 
-    /// As [`for_each_chunk`](Self::for_each_chunk) with room for the items: `item(i, chunk, room)` gets `size` elements of
-    /// `rooms` of its own, of unspecified values. `rooms` grows to what is needed and is to be kept, so that no item has to
-    /// allocate.
+    /// As [`for_each_chunk`](Self::for_each_chunk), with a workspace for each item: `item(i, chunk, workspace)` gets `size`
+    /// elements of `workspaces`, of unspecified values. `workspaces` grows as needed; callers keep it, so that later calls
+    /// do not allocate.
     ///
     /// # Panics
     ///
-    /// When `length` is 0.
+    /// If `length` is 0.
     pub fn for_each_chunk_with<T, R, F>(
         &self,
         buffer: &mut [T],
         length: usize,
-        rooms: &mut Vec<R>,
+        workspaces: &mut Vec<R>,
         size: usize,
         item: F,
     ) where
@@ -236,24 +236,24 @@ impl Scope<'_> {
         F: Fn(usize, &mut [T], &mut [R]) + Sync,
     {
         let needed = buffer.len().div_ceil(length.max(1)) * size;
-        if rooms.len() < needed {
-            rooms.resize(needed, R::default());
+        if workspaces.len() < needed {
+            workspaces.resize(needed, R::default());
         }
-        let base = Base::new(rooms);
+        let base = Base::new(workspaces);
         self.for_each_chunk(buffer, length, |i, chunk| {
-            #[allow(unsafe_code, reason = "the borrow checker cannot see that rooms are disjoint")]
-            // SAFETY: there is a room for each chunk, rooms of different items are disjoint, and each item runs once.
-            let room = unsafe { base.slice_mut(i * size..(i + 1) * size) };
-            item(i, chunk, room);
+            #[allow(unsafe_code, reason = "the borrow checker cannot see that workspaces are disjoint")]
+            // SAFETY: there is a workspace for each chunk, those of different items are disjoint, and each item runs once.
+            let workspace = unsafe { base.slice_mut(i * size..(i + 1) * size) };
+            item(i, chunk, workspace);
         });
     }
 
     /// Cuts the columns of `matrix` into ranges of `step` (the last may be narrower) and runs `item(range, columns)`
-    /// for each, the range counted as in the whole matrix.
+    /// for each. Ranges count columns of the whole matrix.
     ///
     /// # Panics
     ///
-    /// When `step` is 0.
+    /// If `step` is 0.
     pub fn for_each_columns<F>(&self, matrix: &mut Columns<'_>, step: usize, item: F)
     where
         F: Fn(Range<usize>, &mut Columns<'_>) + Sync,
@@ -266,7 +266,7 @@ impl Scope<'_> {
             let range = start..all.end.min(start.saturating_add(step));
             #[allow(unsafe_code, reason = "the borrow checker cannot see that column ranges are disjoint")]
             // SAFETY: ranges of different items are disjoint, and `for_each` runs each item once. `matrix` is borrowed
-            // mutably by the caller, so that nobody else looks at it meanwhile.
+            // mutably by the caller, so nothing else accesses it meanwhile.
             let mut part = unsafe { matrix.part(range.clone()) };
             item(range, &mut part);
         });
@@ -281,7 +281,7 @@ mod tests {
 
     use super::*;
 
-    /// The threads that two items run on which wait for each other.
+    /// The threads on which two items run that wait for each other.
     fn pair(scope: &Scope<'_>) -> HashSet<thread::ThreadId> {
         let (seen, both) = (Mutex::new(HashSet::new()), Barrier::new(2));
         scope.for_each(2, |_| {
@@ -292,12 +292,12 @@ mod tests {
     }
 
     #[test]
-    fn a_forked_process_gets_workers_of_its_own_even_while_its_parent_computes() {
+    fn a_forked_process_starts_its_own_workers_even_during_a_run() {
         let pool = ThreadPool::new(2).unwrap();
         let parent = std::process::id();
         let (child, grandchild) = (parent.wrapping_add(1), parent.wrapping_add(2));
         let of_parent = pool.run_as(parent, pair);
-        let _held_for_ever = pool.crew.turn.lock().unwrap(); // As in a copy made in the middle of a run.
+        let _held_for_ever = pool.workers.leading.lock().unwrap(); // As in a copy made in the middle of a run.
         let of_child = pool.run_as(child, pair);
         assert_eq!(pool.run_as(child, pair), of_child);
         let of_grandchild = pool.run_as(grandchild, pair);
@@ -307,20 +307,20 @@ mod tests {
     }
 
     #[test]
-    fn a_team_that_is_dropped_leaves_no_worker_behind() {
+    fn dropping_a_pool_ends_its_workers() {
         for _ in 0..100 {
             let pool = ThreadPool::new(3).unwrap();
-            let board = Arc::downgrade(&pool.crew.board);
+            let slot = Arc::downgrade(&pool.workers.slot);
             pool.run(|scope| scope.for_each(2, |_| ()));
             drop(pool);
-            assert!(board.upgrade().is_none(), "a worker still holds the board");
+            assert!(slot.upgrade().is_none(), "a worker still holds the slot");
         }
     }
 
     #[test]
     fn one_thread_has_no_workers() {
         let pool = ThreadPool::new(1).unwrap();
-        assert!(pool.crew.workers.is_empty());
-        assert!(pool.run(|scope| scope.board.is_none()));
+        assert!(pool.workers.threads.is_empty());
+        assert!(pool.run(|scope| scope.slot.is_none()));
     }
 }

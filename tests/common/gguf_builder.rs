@@ -1,21 +1,20 @@
-//! Builds GGUF files by hand, byte by byte, right ones and wrong ones: nothing here is checked, and nothing here is shared
-//! with the code under test.
-#![allow(dead_code, reason = "every test file that includes this uses another part")]
+//! Builds valid and invalid GGUF files byte by byte. Nothing is checked, and no code is shared with the crate.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::path::{Path, PathBuf};
 
 use nybble::format::gguf::Gguf;
 use nybble::{Error, Place};
 
-/// The parts of a file. `bytes` puts them together.
+/// The parts of a file, which `bytes` joins.
 pub(crate) struct Builder {
     pub(crate) magic: [u8; 4],
     pub(crate) version: u32,
-    /// Overrides the number of tensors that the header tells.
+    /// Overrides the number of tensors in the header.
     pub(crate) tensor_count: Option<u64>,
-    /// Overrides the number of keys that the header tells.
+    /// Overrides the number of keys in the header.
     pub(crate) entry_count: Option<u64>,
-    /// The padding in front of the data goes to a multiple of this.
+    /// The data section is aligned to this.
     pub(crate) alignment: usize,
     entries: Vec<Vec<u8>>,
     tensors: Vec<Vec<u8>>,
@@ -36,19 +35,19 @@ impl Builder {
         }
     }
 
-    /// A key with a value of type `type_id`.
+    /// Adds a key with a value of type `type_id`.
     pub(crate) fn entry(mut self, key: impl AsRef<[u8]>, type_id: u32, value: impl AsRef<[u8]>) -> Self {
         self.entries.push([string(key).as_slice(), &type_id.to_le_bytes(), value.as_ref()].concat());
         self
     }
 
-    /// Bytes in the place of a key and its value.
+    /// Adds bytes in place of a key and its value.
     pub(crate) fn raw_entry(mut self, bytes: impl AsRef<[u8]>) -> Self {
         self.entries.push(bytes.as_ref().to_vec());
         self
     }
 
-    /// A tensor as the header describes it.
+    /// Adds a tensor description.
     pub(crate) fn tensor(mut self, name: impl AsRef<[u8]>, dims: &[u64], type_id: u32, offset: u64) -> Self {
         let mut bytes = string(name);
         bytes.extend((dims.len() as u32).to_le_bytes());
@@ -59,19 +58,19 @@ impl Builder {
         self
     }
 
-    /// Bytes in the place of what describes a tensor.
+    /// Adds bytes in place of a tensor description.
     pub(crate) fn raw_tensor(mut self, bytes: impl AsRef<[u8]>) -> Self {
         self.tensors.push(bytes.as_ref().to_vec());
         self
     }
 
-    /// What follows the header and its padding.
+    /// Sets the data section.
     pub(crate) fn data(mut self, data: impl AsRef<[u8]>) -> Self {
         self.data = data.as_ref().to_vec();
         self
     }
 
-    /// Where the data start.
+    /// Returns the offset of the data section.
     pub(crate) fn data_start(&self) -> usize {
         self.header().len().next_multiple_of(self.alignment)
     }
@@ -96,18 +95,18 @@ impl Builder {
     }
 }
 
-/// A length of 64 bits and the bytes.
+/// Encodes a string: a 64-bit length and the bytes.
 pub(crate) fn string(text: impl AsRef<[u8]>) -> Vec<u8> {
     let text = text.as_ref();
     [&(text.len() as u64).to_le_bytes(), text].concat()
 }
 
-/// The value of an array: the type of the elements, their number, and their bytes.
+/// Encodes an array: element type, number of elements, and their bytes.
 pub(crate) fn array(type_id: u32, count: u64, elements: impl AsRef<[u8]>) -> Vec<u8> {
     [type_id.to_le_bytes().as_slice(), &count.to_le_bytes(), elements.as_ref()].concat()
 }
 
-/// A file that goes away with the test.
+/// A file that is deleted at the end of the test.
 pub(crate) struct Saved {
     folder: tempfile::TempDir,
 }
@@ -127,7 +126,7 @@ impl Saved {
         std::fs::write(self.path(), bytes).unwrap();
     }
 
-    /// Opens the file mapped and unmapped, which must come out the same.
+    /// Opens the file with and without a memory map and compares the results.
     pub(crate) fn open(&self) -> Result<Gguf, Error> {
         open_both_ways(&self.path())
     }
@@ -136,7 +135,7 @@ impl Saved {
 pub(crate) fn open_both_ways(path: &Path) -> Result<Gguf, Error> {
     match (Gguf::open(path), Gguf::open_unmapped(path)) {
         (Ok(mapped), Ok(read)) => {
-            // As text, because NaN is not equal to itself.
+            // As a string, because NaN is not equal to itself.
             let text = |file: &Gguf| format!("{:?} {:?}", file.metadata().iter().collect::<Vec<_>>(), file.tensors());
             assert_eq!(text(&mapped), text(&read));
             Ok(mapped)
@@ -149,7 +148,7 @@ pub(crate) fn open_both_ways(path: &Path) -> Result<Gguf, Error> {
     }
 }
 
-/// Where the bytes break the format, what was found there, and what was expected.
+/// Returns the place, found and expected parts of a format error.
 pub(crate) fn fault(bytes: &[u8]) -> (Place, String, String) {
     let saved = Saved::new(bytes);
     match saved.open() {
@@ -161,7 +160,7 @@ pub(crate) fn fault(bytes: &[u8]) -> (Place, String, String) {
     }
 }
 
-/// Asserts that a file is refused at `place`, with these words.
+/// Asserts that a file is refused at `place` with these found and expected parts.
 #[track_caller]
 pub(crate) fn assert_refused(file: &Builder, place: Place, found: &str, expected: &str) {
     assert_eq!(fault(&file.bytes()), (place, found.to_owned(), expected.to_owned()));

@@ -1,5 +1,5 @@
-//! Tiny checkpoints of Hugging Face, built in a temporary folder.
-#![allow(dead_code, reason = "every test file that includes this uses another part")]
+//! Tiny Hugging Face checkpoints, built in a temporary folder.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// A tensor that is going to be in a file.
+/// A tensor to be written.
 #[derive(Clone)]
 pub(crate) struct Stored {
     pub(crate) name: String,
@@ -20,12 +20,12 @@ pub(crate) struct Stored {
     pub(crate) bytes: Vec<u8>,
 }
 
-/// A checkpoint in the making.
+/// A checkpoint to be written.
 #[derive(Clone)]
 pub(crate) struct Checkpoint {
     pub(crate) config: Value,
     pub(crate) tensors: Vec<Stored>,
-    /// Tensors that were ever added.
+    /// Number of tensors added so far, including removed ones.
     added: usize,
 }
 
@@ -34,7 +34,7 @@ impl Checkpoint {
         Checkpoint { config, tensors: Vec::new(), added: 0 }
     }
 
-    /// Adds an F32 tensor whose values count up from 1000 times the number of tensors that were added before it.
+    /// Adds an F32 tensor whose values count up from 1000 times the number of tensors added before.
     pub(crate) fn tensor(mut self, name: &str, shape: &[usize]) -> Self {
         let first = self.added * 1000;
         self.added += 1;
@@ -44,7 +44,7 @@ impl Checkpoint {
         self
     }
 
-    /// Adds all of these tensors.
+    /// Adds several tensors.
     pub(crate) fn tensors<'a>(self, tensors: impl IntoIterator<Item = (&'a str, &'a [usize])>) -> Self {
         tensors.into_iter().fold(self, |all, (name, shape)| all.tensor(name, shape))
     }
@@ -55,13 +55,13 @@ impl Checkpoint {
         self
     }
 
-    /// Takes a key of `config.json` away.
+    /// Removes a key of `config.json`.
     pub(crate) fn unset(mut self, key: &str) -> Self {
         self.config.as_object_mut().expect("an object").remove(key);
         self
     }
 
-    /// The tensor called `name`.
+    /// Returns the tensor `name`.
     pub(crate) fn find(&mut self, name: &str) -> &mut Stored {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).expect("a tensor of that name")
     }
@@ -72,7 +72,7 @@ impl Checkpoint {
         self
     }
 
-    /// The value at place `i` of an F32 tensor.
+    /// Returns the value at index `i` of an F32 tensor.
     pub(crate) fn value(&self, name: &str, i: usize) -> f32 {
         let tensor = self.tensors.iter().find(|tensor| tensor.name == name).expect("a tensor of that name");
         f32::from_le_bytes(tensor.bytes[4 * i..][..4].try_into().expect("four bytes"))
@@ -91,7 +91,7 @@ impl Checkpoint {
     }
 }
 
-/// The bytes of a safetensors file.
+/// Encodes a safetensors file.
 pub(crate) fn file(tensors: &[Stored]) -> Vec<u8> {
     let views = tensors.iter().map(|tensor| {
         let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes);
@@ -100,7 +100,7 @@ pub(crate) fn file(tensors: &[Stored]) -> Vec<u8> {
     safetensors::serialize(views, None).expect("a file")
 }
 
-/// A Llama of one layer: 2 heads of 4 dimensions that share a key and a value, 8 hidden, 6 between up and down, 5 tokens.
+/// A one-layer Llama: 2 heads of width 4, one KV head, hidden size 8, feed-forward size 6, vocabulary of 5.
 pub(crate) fn llama() -> Checkpoint {
     Checkpoint::new(json!({
         "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -123,7 +123,7 @@ pub(crate) fn llama() -> Checkpoint {
     ])
 }
 
-/// GPT-2 of one layer, with what all names begin with.
+/// A one-layer GPT-2, with a prefix for all tensor names.
 pub(crate) fn gpt2(base: &str) -> Checkpoint {
     let config = json!({
         "model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "vocab_size": 5, "n_positions": 6,
@@ -150,7 +150,7 @@ pub(crate) fn gpt2(base: &str) -> Checkpoint {
     tensors.iter().fold(Checkpoint::new(config), |all, (name, shape)| all.tensor(&format!("{base}{name}"), shape))
 }
 
-/// A Llama with the name of another family, its norms called so.
+/// A Llama under the name of another family, with its names of norms.
 pub(crate) fn renamed(model_type: &str, norms: &[(&str, usize)]) -> Checkpoint {
     let mut folder = llama()
         .set("model_type", json!(model_type))
@@ -162,7 +162,7 @@ pub(crate) fn renamed(model_type: &str, norms: &[(&str, usize)]) -> Checkpoint {
     folder
 }
 
-/// Gemma 3 of one layer.
+/// A one-layer Gemma 3.
 pub(crate) fn gemma3() -> Checkpoint {
     let norms = [
         ("input_layernorm", 8),
@@ -180,7 +180,7 @@ pub(crate) fn gemma3() -> Checkpoint {
         .unset("tie_word_embeddings")
 }
 
-/// Qwen 3 of three layers.
+/// A three-layer Qwen 3.
 pub(crate) fn qwen3() -> Checkpoint {
     let one = llama().set("model_type", json!("qwen3")).set("head_dim", json!(4)).set("num_hidden_layers", json!(3));
     let layers: Vec<_> = one.tensors.iter().filter(|tensor| tensor.name.contains("layers.0.")).cloned().collect();
@@ -195,17 +195,17 @@ pub(crate) fn qwen3() -> Checkpoint {
     folder
 }
 
-/// The folder, opened.
+/// Writes and opens a checkpoint.
 pub(crate) fn open(folder: &Checkpoint) -> HfFolder {
     HfFolder::open(folder.write().path()).expect("a folder that opens")
 }
 
-/// The message of its refusal.
+/// Returns the error message of opening a checkpoint.
 pub(crate) fn refusal(folder: &Checkpoint) -> String {
     HfFolder::open(folder.write().path()).expect_err("a folder that is refused").to_string()
 }
 
-/// Sees that the refusal says all of this.
+/// Asserts that the checkpoint is refused with a message that contains all `parts`.
 pub(crate) fn assert_refused(folder: &Checkpoint, parts: &[&str]) {
     let message = refusal(folder);
     for part in parts {
@@ -213,7 +213,7 @@ pub(crate) fn assert_refused(folder: &Checkpoint, parts: &[&str]) {
     }
 }
 
-/// Dimensions and values of a tensor.
+/// Returns the dimensions and values of a tensor.
 pub(crate) fn read(folder: &HfFolder, name: &str) -> (Vec<usize>, Vec<f32>) {
     let tensor = folder.tensor(name).unwrap_or_else(|| panic!("{name} is there"));
     let (mut scratch, mut values) = (Vec::new(), Vec::new());
@@ -225,7 +225,7 @@ pub(crate) fn read(folder: &HfFolder, name: &str) -> (Vec<usize>, Vec<f32>) {
     (tensor.dims, values)
 }
 
-/// The first value of each row of `name`, as a number of rows of `source` in the checkpoint.
+/// Returns the row of `source` that each row of `name` comes from.
 pub(crate) fn order(folder: &Checkpoint, name: &str, source: &str) -> Vec<usize> {
     let (dims, values) = read(&open(folder), name);
     let columns = if dims.len() == 1 { 1 } else { dims[0] };
@@ -233,13 +233,13 @@ pub(crate) fn order(folder: &Checkpoint, name: &str, source: &str) -> Vec<usize>
     values.chunks(columns).map(|row| ((row[0] - first) / columns as f32) as usize).collect()
 }
 
-/// The number under a key.
+/// Returns the number under a key.
 pub(crate) fn number(folder: &HfFolder, key: &str) -> f32 {
     let value = folder.metadata().get(key).unwrap_or_else(|| panic!("{key} is there"));
     value.as_f32().or_else(|| value.as_u32().map(|value| value as f32)).expect("a number")
 }
 
-/// Whether there is such a key.
+/// Returns whether a key exists.
 pub(crate) fn has(folder: &HfFolder, key: &str) -> bool {
     folder.metadata().contains(key)
 }

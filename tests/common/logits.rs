@@ -1,17 +1,17 @@
-//! Logits of small models, to be compared with those of others.
-#![allow(dead_code, reason = "every test file that includes this uses another part")]
+//! Computes and compares logits of small models.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::path::Path;
 
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
 
-/// The model at `path` on that many threads, for sessions of `context` tokens, or of as many as is usual for it.
+/// Loads the model at `path`, for sessions of `context` tokens or its default.
 pub(crate) fn load(path: &Path, quantize: Quantize, threads: usize, context: Option<usize>) -> Model {
     let options = LoadOptions { quantize, threads: Some(threads), context, ..LoadOptions::default() };
     Model::load(path, &options).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The logits of `tokens` that follow on what `session` holds, a row a token.
+/// Feeds `tokens` to `session` and returns logits (tokens, vocabulary).
 pub(crate) fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
     let input = Input { session, tokens, logits: Logits::All };
@@ -19,25 +19,34 @@ pub(crate) fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<
     logits
 }
 
-/// The logits of `tokens`, computed in pieces of so many tokens.
+/// Returns logits (tokens, vocabulary), computed in chunks of `piece` tokens.
 pub(crate) fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<f32> {
     let mut session = model.session();
     tokens.chunks(piece).flat_map(|tokens| feed(model, &mut session, tokens)).collect()
 }
 
-/// The largest difference.
+/// Returns the largest absolute difference, NaN included.
 pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    // A NaN must not pass for a small difference.
+    // Unlike `f32::max`, this keeps a NaN.
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, d| if d <= worst { worst } else { d })
 }
 
-/// What they are to the bit.
+/// Returns the bit patterns.
 pub(crate) fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The likeliest token of a row.
+/// Returns the token with the largest logit.
 pub(crate) fn top(logits: &[f32]) -> u32 {
     (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best }) as u32
+}
+
+/// Asserts that a model has the fingerprint that session files of earlier versions carry: that of line `name` in
+/// `tests/data/fingerprints.txt`.
+pub(crate) fn assert_known_fingerprint(name: &str, model: &Model) {
+    let known = include_str!("../data/fingerprints.txt");
+    let hash: String = model.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
+    let line = format!("{name} {hash}");
+    assert!(known.lines().any(|known| known == line), "not in tests/data/fingerprints.txt: {line}");
 }

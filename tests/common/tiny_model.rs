@@ -1,5 +1,5 @@
 //! Tiny models with random weights, written as GGUF files.
-#![allow(dead_code, unreachable_pub, reason = "every test uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub struct Shape {
     pub tied: bool,
 }
 
-/// Odd numbers wherever a block type allows them.
+/// Odd sizes wherever the block types allow them.
 pub const ODD: Shape = Shape {
     vocabulary: 101,
     hidden: 96,
@@ -33,7 +33,7 @@ pub const ODD: Shape = Shape {
     tied: false,
 };
 
-/// Deterministic numbers in -1..1.
+/// Deterministic random numbers in -1..1.
 pub struct Random(pub u64);
 
 impl Random {
@@ -47,7 +47,7 @@ impl Random {
     }
 }
 
-/// Metadata of a llama model.
+/// Returns the metadata of a llama model.
 pub fn metadata(shape: &Shape) -> Metadata {
     let mut metadata = Metadata::new();
     metadata
@@ -65,7 +65,7 @@ pub fn metadata(shape: &Shape) -> Metadata {
     metadata
 }
 
-/// Names, dimensions (fastest first) and whether it is a matrix, of every tensor.
+/// Returns name, dimensions (contiguous first) and whether it is a matrix, for every tensor.
 pub fn tensors(shape: &Shape) -> Vec<(String, Vec<u64>)> {
     let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let matrix = |name: String, columns: usize, rows: usize| (name, vec![columns as u64, rows as u64]);
@@ -89,7 +89,7 @@ pub fn tensors(shape: &Shape) -> Vec<(String, Vec<u64>)> {
     all
 }
 
-/// Writes a model whose matrices have `matrix_type` (F32 where their rows are no whole number of blocks).
+/// Writes a model whose matrices have `matrix_type`, or F32 if their rows are not whole blocks.
 pub fn write(path: &Path, metadata: &Metadata, tensors: &[(String, Vec<u64>)], matrix_type: BlockType) -> PathBuf {
     let block_type = |dims: &[u64]| match dims {
         [columns, _, ..] if columns.is_multiple_of(matrix_type.block_len() as u64) => matrix_type,
@@ -114,7 +114,7 @@ pub fn write(path: &Path, metadata: &Metadata, tensors: &[(String, Vec<u64>)], m
     path.to_path_buf()
 }
 
-/// Random blocks of a type that is not encoded, with scales that keep weights small.
+/// Returns random blocks of a type that has no encoder, with scales that keep weights small.
 fn blocks(block_type: BlockType, count: usize, random: &mut Random) -> Vec<u8> {
     let halves: &[usize] = match block_type {
         BlockType::Q5_1 | BlockType::Q4_K | BlockType::Q5_K => &[0, 2],
@@ -139,7 +139,7 @@ fn blocks(block_type: BlockType, count: usize, random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-/// A llama model of that shape and type in `folder`.
+/// Writes a llama model into `folder` and returns its path.
 pub fn llama(folder: &Path, shape: &Shape, matrix_type: BlockType) -> PathBuf {
     let path = folder.join(format!("{}.gguf", matrix_type.name()));
     write(&path, &metadata(shape), &tensors(shape), matrix_type)

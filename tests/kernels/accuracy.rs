@@ -1,4 +1,4 @@
-//! How close exp, tanh, erf and the activation functions come to their mathematical values, computed in F64.
+//! The accuracy of exp, tanh, erf and the activation functions against values computed in F64.
 
 use nybble::kernels::{Activation, Kernel, available};
 
@@ -10,19 +10,14 @@ fn sweep(low: f64, high: f64) -> Vec<f32> {
     (0..=N).map(|i| (low + (high - low) * i as f64 / N as f64) as f32).collect()
 }
 
-/// Distance of two neighbouring F32 numbers at `x`.
+/// The distance between neighbouring F32 numbers at `x`.
 fn ulp(x: f64) -> f64 {
     let x = x.abs() as f32;
     f64::from(x.next_up()) - f64::from(x)
 }
 
-/// Computes `f` of all `x` on every kernel and compares it with `exact` within `tolerance(x, exact(x))`.
-fn check(
-    x: &[f32],
-    f: impl Fn(&dyn Kernel, &mut [f32]),
-    exact: impl Fn(f64) -> f64,
-    tolerance: impl Fn(f64, f64) -> f64,
-) {
+/// Checks that `f` of all `x` is within `tolerance(x, exact(x))` of `exact` on every kernel.
+fn check(x: &[f32], f: impl Fn(&Kernel, &mut [f32]), exact: impl Fn(f64) -> f64, tolerance: impl Fn(f64, f64) -> f64) {
     for kernel in available() {
         let mut found = x.to_vec();
         f(kernel, &mut found);
@@ -36,8 +31,8 @@ fn check(
 
 #[test]
 fn exp_is_within_two_units_in_the_last_place() {
-    // A score of 0 is the largest, so that the others are raised as they are.
-    let exp = |kernel: &dyn Kernel, x: &mut [f32]| {
+    // With a largest score of 0, the result is the exponential of the others themselves.
+    let exp = |kernel: &Kernel, x: &mut [f32]| {
         let (max, sum) = kernel.exp_segment(x);
         let exact: f64 = x.iter().map(|x| f64::from(*x)).sum();
         assert_eq!(max, 0.0);
@@ -52,7 +47,7 @@ fn exp_is_within_two_units_in_the_last_place() {
 
 #[test]
 fn tanh_is_within_two_ten_millionths() {
-    let tanh = |kernel: &dyn Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
+    let tanh = |kernel: &Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
     for x in [sweep(-12.0, 12.0), sweep(-0.01, 0.01)] {
         check(&x, tanh, libm::tanh, |_, _| 2e-7);
     }
@@ -63,22 +58,22 @@ fn tanh_is_within_two_ten_millionths() {
 
 #[test]
 fn silu_is_within_a_millionth() {
-    let silu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Silu, x);
+    let silu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Silu, x);
     let exact = |x: f64| x / (1.0 + libm::exp(-x));
     for x in [sweep(-80.0, 80.0), sweep(-1.0, 1.0), sweep(-1e-6, 1e-6)] {
         check(&x, silu, exact, |_, y| 1e-6 * y.abs());
     }
-    // Beyond the range of F32's exp the value is too small to matter.
+    // Beyond the range of F32's exp, the value is negligible.
     check(&[-88.0, -89.0, -100.0, -1e4, -1e30, f32::MIN], silu, |_| 0.0, |_, _| 1e-34);
     check(&[100.0, 1e4, 1e30, f32::MAX], silu, |x| x, |_, _| 0.0);
 }
 
 #[test]
 fn gelu_is_within_three_ten_millionths_of_its_argument() {
-    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Gelu, x);
+    let gelu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Gelu, x);
     let exact = |x: f64| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
     for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
-        // erf has an absolute error below 6e-7, and half of it is multiplied with x.
+        // erf has an absolute error below 6e-7, half of which is multiplied by x.
         check(&x, gelu, exact, |x, _| 3e-7 * x.abs());
     }
     check(&[-20.0, -1e4, f32::MIN], gelu, |_| 0.0, |_, _| 0.0);
@@ -86,8 +81,8 @@ fn gelu_is_within_three_ten_millionths_of_its_argument() {
 }
 
 #[test]
-fn gelu_by_tanh_is_within_two_ten_millionths_of_its_argument() {
-    let gelu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::GeluTanh, x);
+fn gelu_tanh_is_within_two_ten_millionths_of_its_argument() {
+    let gelu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::GeluTanh, x);
     let root = (2.0 / std::f64::consts::PI).sqrt();
     let exact = |x: f64| 0.5 * x * (1.0 + libm::tanh(root * (x + 0.044715 * x * x * x)));
     for x in [sweep(-12.0, 12.0), sweep(-1e-3, 1e-3)] {
@@ -98,7 +93,7 @@ fn gelu_by_tanh_is_within_two_ten_millionths_of_its_argument() {
 }
 
 #[test]
-fn relu_cuts_off_what_is_negative() {
-    let relu = |kernel: &dyn Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
+fn relu_replaces_negative_values_by_zero() {
+    let relu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
     check(&[-1.0, -0.0, 0.0, 1.0, f32::MIN, f32::MAX, f32::NEG_INFINITY], relu, |x| x.max(0.0), |_, _| 0.0);
 }

@@ -1,4 +1,4 @@
-//! The two products of attention, over pages of keys and values, and what joins their results.
+//! Attention: scores and weighted sums over pages of keys and values, and the join of partial results.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use nybble::quant::packed::PANEL;
 
 use crate::support::*;
 
-/// Below, at and above each tile of queries.
+/// Numbers of queries below, at and above each tile size.
 const QUERIES: [usize; 11] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32];
 const STRIDE: usize = PAGE + 3;
 
@@ -30,7 +30,7 @@ impl Stored {
     }
 }
 
-/// Number `i`.
+/// The number at index `i`.
 fn get(numbers: KvSlice<'_>, i: usize) -> f64 {
     match numbers {
         KvSlice::F32(x) => f64::from(x[i]),
@@ -44,7 +44,7 @@ fn scales(rng: &mut Rng) -> [f32; PAGE] {
 }
 
 #[test]
-fn scores_have_the_bits_of_the_scalar_ones_and_touch_only_their_page() {
+fn scores_match_the_scalar_kernel_and_write_only_their_page() {
     let mut rng = Rng(40);
     for head_dim in [1, 16, 33, 64, 100, 128] {
         let (keys, scales) = (Stored::random(&mut rng, PAGE * head_dim), scales(&mut rng));
@@ -69,7 +69,7 @@ fn scores_have_the_bits_of_the_scalar_ones_and_touch_only_their_page() {
 }
 
 #[test]
-fn scores_are_dot_products_of_queries_with_keys_in_panels() {
+fn scores_are_dot_products_of_queries_and_keys() {
     let mut rng = Rng(41);
     let (n, head_dim) = (3, 64);
     let (queries, keys, scales) =
@@ -91,7 +91,7 @@ fn scores_are_dot_products_of_queries_with_keys_in_panels() {
     }
 }
 
-/// Weights `(n, STRIDE)`, positions seen and values of a page.
+/// Weights `(n, STRIDE)`, visible positions and values of a page.
 fn page(rng: &mut Rng, n: usize, width: usize) -> (Vec<f32>, Vec<Range<usize>>, Stored) {
     let range = |_| {
         let end = [0, 1, PAGE, rng.below(PAGE + 1)][rng.below(4)];
@@ -102,7 +102,7 @@ fn page(rng: &mut Rng, n: usize, width: usize) -> (Vec<f32>, Vec<Range<usize>>, 
 }
 
 #[test]
-fn weighted_sums_have_the_bits_of_the_scalar_ones() {
+fn weighted_sums_match_the_scalar_kernel() {
     let mut rng = Rng(42);
     for width in [16, 32, 48, 64, 80, 112, 128, 576] {
         for n in QUERIES {
@@ -126,7 +126,7 @@ fn weighted_sums_have_the_bits_of_the_scalar_ones() {
 }
 
 #[test]
-fn weighted_sums_add_the_rows_seen_to_what_was_there() {
+fn weighted_sums_are_added_to_the_output() {
     let mut rng = Rng(43);
     let (n, width) = (5, 48);
     let (weights, ranges, values) = page(&mut rng, n, width);
@@ -149,7 +149,7 @@ fn weighted_sums_add_the_rows_seen_to_what_was_there() {
 }
 
 #[test]
-fn a_query_alone_has_the_bits_that_it_has_among_others() {
+fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
     let mut rng = Rng(44);
     let (n, head_dim) = (13, 64);
     let (weights, ranges, values) = page(&mut rng, n, head_dim);
@@ -173,7 +173,7 @@ fn a_query_alone_has_the_bits_that_it_has_among_others() {
 }
 
 #[test]
-fn widened_numbers_are_the_same_numbers_and_give_the_same_bits() {
+fn widened_numbers_are_exact_and_give_the_same_bits() {
     let mut rng = Rng(45);
     let (n, head_dim) = (7, 40);
     let (queries, scales) = (rng.values(n * head_dim), scales(&mut rng));
@@ -197,8 +197,8 @@ fn widened_numbers_are_the_same_numbers_and_give_the_same_bits() {
 }
 
 #[test]
-fn values_that_a_query_does_not_see_are_never_read_into_its_sum() {
-    // Positions that are not written yet may hold anything.
+fn values_outside_the_range_of_a_query_do_not_affect_its_sum() {
+    // Positions that are not written yet may hold any bits.
     let width = 64;
     for kernel in available() {
         let mut values = vec![f16::NAN; PAGE * width];
@@ -217,14 +217,14 @@ fn values_that_a_query_does_not_see_are_never_read_into_its_sum() {
 }
 
 #[test]
-fn joined_sums_are_those_over_all_positions() {
+fn joined_sums_equal_sums_over_all_positions() {
     let mut rng = Rng(46);
     let (n, width) = (19, 48);
     let none = f32::NEG_INFINITY;
     let (mut max, mut more_max) = (rng.values(n), rng.values(n));
     let (mut sum, mut more_sum) = (rng.values(n), rng.values(n));
     let (mut values, mut more_values) = (rng.values(n * width), rng.values(n * width));
-    // Nothing before, nothing now, nothing at all.
+    // No positions before, none now, none at all.
     for (q, before, now) in [(3, false, true), (4, true, false), (5, false, false)] {
         for (seen, max, sum, values) in
             [(before, &mut max, &mut sum, &mut values), (now, &mut more_max, &mut more_sum, &mut more_values)]
@@ -258,13 +258,13 @@ fn joined_sums_are_those_over_all_positions() {
 }
 
 #[test]
-fn joined_sums_have_the_bits_of_the_scalar_ones_whatever_stands_beside_them() {
+fn joined_sums_match_the_scalar_kernel_alone_and_in_a_batch() {
     let mut rng = Rng(47);
     let width = 32;
     for n in [1, 15, 16, 17, 40] {
         let start: [Vec<f32>; 3] = [rng.values(n), rng.values(n), rng.values(n * width)];
         let more: [Vec<f32>; 3] = [rng.values(n), rng.values(n), rng.values(n * width)];
-        let joined = |kernel: &dyn nybble::kernels::Kernel, queries: Range<usize>| {
+        let joined = |kernel: &nybble::kernels::Kernel, queries: Range<usize>| {
             let part = |x: &[f32], width: usize| x[queries.start * width..queries.end * width].to_vec();
             let [mut max, mut sum, mut values] = [part(&start[0], 1), part(&start[1], 1), part(&start[2], width)];
             let more = [part(&more[0], 1), part(&more[1], 1), part(&more[2], width)];

@@ -1,4 +1,4 @@
-//! Which kernels there are, and who chooses.
+//! The available kernels and how one is chosen.
 
 use std::process::Command;
 
@@ -10,22 +10,26 @@ fn names() -> Vec<&'static str> {
 }
 
 #[test]
-fn every_kernel_that_is_required_runs_here() {
+fn every_required_kernel_runs_here() {
     println!("kernels: {}", names().join(", "));
     let required = std::env::var("NYBBLE_REQUIRE_KERNELS").unwrap_or_default();
     for name in required.split(',').map(str::trim).filter(|name| !name.is_empty()) {
-        assert!(names().contains(&name), "NYBBLE_REQUIRE_KERNELS asks for {name}, but only {:?} run here", names());
+        assert!(
+            names().contains(&name),
+            "NYBBLE_REQUIRE_KERNELS requires {name}, but this CPU runs only {:?}",
+            names()
+        );
     }
 }
 
 #[test]
-fn scalar_is_always_there_and_last() {
+fn scalar_is_always_available_and_last() {
     assert_eq!(names().last(), Some(&"scalar"));
     assert_eq!(best().name(), names()[0]);
 }
 
 #[test]
-fn every_kernel_is_found_by_its_name_and_names_are_unique() {
+fn every_kernel_is_found_by_its_unique_name() {
     for (i, name) in names().iter().enumerate() {
         assert_eq!(by_name(name).unwrap().name(), *name);
         assert_eq!(choose(Some(name)).unwrap().name(), *name);
@@ -34,7 +38,7 @@ fn every_kernel_is_found_by_its_name_and_names_are_unique() {
 }
 
 #[test]
-fn an_unknown_name_is_an_error_that_lists_the_available_ones() {
+fn an_unknown_name_is_an_error_that_lists_the_available_kernels() {
     for name in ["abacus", "", "SCALAR", "avx"] {
         for error in [by_name(name).unwrap_err(), choose(Some(name)).unwrap_err()] {
             let text = error.to_string();
@@ -47,7 +51,7 @@ fn an_unknown_name_is_an_error_that_lists_the_available_ones() {
     }
 }
 
-/// This program once more, in the emulator that runs this one, if `make test-arm` names it.
+/// A command that runs this program again, in the same emulator if `make test-arm` names one.
 fn this_program() -> Command {
     let program = std::env::current_exe().unwrap().into_os_string();
     let emulator = std::env::var("NYBBLE_TEST_RUNNER").unwrap_or_default();
@@ -57,11 +61,11 @@ fn this_program() -> Command {
     command
 }
 
-/// Marks the process that `the_environment_chooses_where_the_caller_does_not` starts.
+/// Set in the process that `the_environment_chooses_the_kernel_by_default` starts.
 const CHILD: &str = "NYBBLE_TEST_CHOICE";
 
 #[test]
-fn the_environment_chooses_where_the_caller_does_not() {
+fn the_environment_chooses_the_kernel_by_default() {
     if std::env::var_os(CHILD).is_some() {
         match choose(None) {
             Ok(kernel) => println!("[chose {}]", kernel.name()),
@@ -75,7 +79,7 @@ fn the_environment_chooses_where_the_caller_does_not() {
         cases.chain([("", format!("[chose {}]", best().name())), ("abacus", "[error kernel \"abacus\"".into())]);
     for (value, expected) in cases {
         let output = this_program()
-            .args(["choice::the_environment_chooses_where_the_caller_does_not", "--exact", "--nocapture"])
+            .args(["choice::the_environment_chooses_the_kernel_by_default", "--exact", "--nocapture"])
             .env("NYBBLE_KERNEL", value)
             .env(CHILD, "1")
             .output()

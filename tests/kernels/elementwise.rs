@@ -1,4 +1,4 @@
-//! Elementwise operations and norms: the same bits on every kernel, and the right ones.
+//! Elementwise operations and norms: bit-identical on every kernel, and correct.
 
 use half::f16;
 use nybble::kernels::{Activation, Kernel, available};
@@ -8,8 +8,8 @@ use crate::support::*;
 const LENGTHS: [usize; 13] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000];
 const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
 
-/// Runs an operation on three buffers of each length and compares what it returns with what the scalar kernel does.
-fn same_on_every_kernel(name: &str, operation: impl Fn(&dyn Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
+/// Runs an operation on three buffers of each length and compares its result with the scalar kernel's.
+fn same_on_every_kernel(name: &str, operation: impl Fn(&Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
     let mut rng = Rng(30);
     for n in LENGTHS {
         for wild in [false, true] {
@@ -24,7 +24,7 @@ fn same_on_every_kernel(name: &str, operation: impl Fn(&dyn Kernel, [Vec<f32>; 3
 }
 
 #[test]
-fn norms_have_the_bits_of_the_scalar_ones() {
+fn norms_match_the_scalar_kernel() {
     same_on_every_kernel("rms_norm", |kernel, [x, weight, mut out]| {
         out.fill(f32::NAN);
         kernel.rms_norm(&x, &weight, 1e-5, &mut out);
@@ -43,7 +43,7 @@ fn norms_have_the_bits_of_the_scalar_ones() {
 }
 
 #[test]
-fn elementwise_operations_have_the_bits_of_the_scalar_ones() {
+fn elementwise_operations_match_the_scalar_kernel() {
     same_on_every_kernel("multiply", |kernel, [mut x, y, _]| {
         kernel.multiply(&mut x, &y);
         x
@@ -85,7 +85,7 @@ fn elementwise_operations_have_the_bits_of_the_scalar_ones() {
 }
 
 #[test]
-fn exponentials_of_a_segment_have_the_bits_of_the_scalar_ones() {
+fn exponentials_of_a_segment_match_the_scalar_kernel() {
     same_on_every_kernel("exp_segment", |kernel, [mut scores, ..]| {
         let (max, sum) = kernel.exp_segment(&mut scores);
         scores.extend([max, sum]);
@@ -94,7 +94,7 @@ fn exponentials_of_a_segment_have_the_bits_of_the_scalar_ones() {
 }
 
 #[test]
-fn half_precision_has_the_bits_of_the_scalar_one() {
+fn half_precision_matches_the_scalar_kernel() {
     same_on_every_kernel("to_f16", |kernel, [x, ..]| {
         let mut out = vec![f16::NAN; x.len()];
         kernel.to_f16(&x, &mut out);
@@ -103,8 +103,8 @@ fn half_precision_has_the_bits_of_the_scalar_one() {
 }
 
 #[test]
-fn half_precision_is_the_nearest_and_ties_go_to_the_even_one() {
-    // Every finite F16, the point between it and the next, and the F32 numbers around that point.
+fn half_precision_rounds_to_nearest_even() {
+    // Every finite F16, the midpoint to the next one, and the F32 numbers around that midpoint.
     let mut cases = vec![];
     for bits in 0..f16::INFINITY.to_bits() {
         let (low, high) = (f16::from_bits(bits), f16::from_bits(bits + 1));
@@ -154,7 +154,7 @@ fn norms_agree_with_their_definitions() {
 }
 
 #[test]
-fn rope_turns_pairs_half_a_row_apart() {
+fn rope_rotates_pairs_half_a_row_apart() {
     let mut rng = Rng(32);
     for n in [1, 16, 33] {
         let x = rng.values(2 * n);
@@ -175,7 +175,7 @@ fn rope_turns_pairs_half_a_row_apart() {
 }
 
 #[test]
-fn elementwise_arithmetic_rounds_as_its_definition_says() {
+fn elementwise_arithmetic_rounds_as_defined() {
     let mut rng = Rng(33);
     let (x, y) = (rng.values(100), rng.values(100));
     for kernel in available() {
@@ -192,7 +192,7 @@ fn elementwise_arithmetic_rounds_as_its_definition_says() {
 }
 
 #[test]
-fn int8_codes_are_the_nearest_to_what_they_stand_for() {
+fn int8_codes_are_rounded_to_nearest() {
     let mut rng = Rng(35);
     for kernel in available() {
         for n in [1, 22, 64, 100] {
@@ -212,7 +212,7 @@ fn int8_codes_are_the_nearest_to_what_they_stand_for() {
 }
 
 #[test]
-fn a_segment_of_absent_scores_weighs_nothing() {
+fn a_segment_of_absent_scores_has_weight_zero() {
     for kernel in available() {
         for n in [1, 31, 64] {
             let mut scores = vec![f32::NEG_INFINITY; n];
@@ -248,7 +248,7 @@ fn nan_stays_nan() {
 }
 
 #[test]
-fn measuring_sums_what_it_reads_and_counts_what_it_multiplies() {
+fn measurements_sum_their_input_and_count_operations() {
     let mut rng = Rng(34);
     for kernel in available() {
         for n in LENGTHS {
@@ -258,6 +258,11 @@ fn measuring_sums_what_it_reads_and_counts_what_it_multiplies() {
         }
         let (one, _) = kernel.peak_int8(1);
         assert!(one > 0 && kernel.peak_int8(0).0 == 0 && kernel.peak_int8(10).0 == 10 * one, "{}", kernel.name());
-        assert_ne!(kernel.peak_int8(3).1, kernel.peak_int8(4).1, "{}: the work is done", kernel.name());
+        assert_ne!(
+            kernel.peak_int8(3).1,
+            kernel.peak_int8(4).1,
+            "{}: the checksum depends on the rounds",
+            kernel.name()
+        );
     }
 }

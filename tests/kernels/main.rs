@@ -1,4 +1,4 @@
-//! Every kernel that this CPU can run computes the same bits as the scalar one, and the scalar one computes what it says.
+//! Every kernel that this CPU can run is bit-identical to the scalar one, and the scalar one is correct.
 
 mod accuracy;
 mod attention;

@@ -1,4 +1,4 @@
-//! Matrix products: the same bits on every kernel, in every batch and for every range of panels, and the right ones.
+//! Matrix products: bit-identical on every kernel, in every batch and for every range of panels, and correct.
 
 use nybble::kernels::available;
 use nybble::quant::packed::{BLOCK, Code, Layout, PANEL, Packed};
@@ -6,13 +6,13 @@ use nybble::threads::Columns;
 
 use crate::support::*;
 
-/// Below, at and above each tile of rows.
+/// Numbers of rows below, at and above each tile size.
 const BATCHES: [usize; 20] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 33];
 const COLUMNS: [usize; 9] = [1, 15, 31, 32, 33, 64, 96, 100, 576];
 const ROWS: [usize; 9] = [1, 7, 8, 15, 16, 17, 31, 33, 100];
 
 #[test]
-fn rows_among_any_number_of_others_have_the_bits_of_the_scalar_product() {
+fn batches_of_any_size_match_the_scalar_kernel() {
     let mut rng = Rng(1);
     for layout in layouts() {
         for columns in COLUMNS {
@@ -31,7 +31,7 @@ fn rows_among_any_number_of_others_have_the_bits_of_the_scalar_product() {
 }
 
 #[test]
-fn every_row_alone_has_the_bits_that_it_has_among_others() {
+fn a_row_alone_gives_the_same_bits_as_in_a_batch() {
     let mut rng = Rng(2);
     for layout in layouts() {
         let w = random_matrix(&mut rng, 33, 100, layout, 1.0);
@@ -47,7 +47,7 @@ fn every_row_alone_has_the_bits_that_it_has_among_others() {
 }
 
 #[test]
-fn matrices_of_any_height_and_gain_have_the_bits_of_the_scalar_product() {
+fn matrices_of_any_height_and_gain_match_the_scalar_kernel() {
     let mut rng = Rng(3);
     for layout in layouts() {
         for rows in ROWS {
@@ -68,7 +68,7 @@ fn matrices_of_any_height_and_gain_have_the_bits_of_the_scalar_product() {
 }
 
 #[test]
-fn a_range_of_panels_writes_its_columns_and_no_others() {
+fn a_range_of_panels_writes_only_its_columns() {
     let mut rng = Rng(4);
     let rows = 100; // 7 panels, the last with 4 rows
     for layout in layouts() {
@@ -82,7 +82,7 @@ fn a_range_of_panels_writes_its_columns_and_no_others() {
                 let guard = f32::from_bits(0x7fc0_1234);
                 let mut out = vec![guard; input.rows * (rows + 40)];
                 let mut all = Columns::whole(&mut out, input.rows, rows + 40);
-                // The range lies somewhere in a wider matrix, as for products that share an output.
+                // The range is part of a wider matrix, as for products that share an output.
                 let shifted = range.start.min(rows) + 20..range.end.max(range.start.min(rows)) + 20;
                 input.times_panels(kernel, &w, panels.clone(), &mut all.narrow(shifted.clone()));
                 for row in 0..input.rows {
@@ -101,7 +101,7 @@ fn a_range_of_panels_writes_its_columns_and_no_others() {
     }
 }
 
-/// What a weight's code stands for, and the numbers at the ends of the range of codes.
+/// The value of a code, and the codes at the ends of the range.
 fn ends(layout: Layout) -> (fn(Layout, i8) -> i64, Vec<i8>) {
     fn value(layout: Layout, code: i8) -> i64 {
         match layout.code {
@@ -122,7 +122,7 @@ fn integer_products_are_exact_up_to_the_ends_of_their_range() {
     let columns = 192;
     for layout in integer_layouts() {
         let (value, ends) = ends(layout);
-        // Rows: each end alone, and ends that alternate by column, pair, quad and half block.
+        // Rows: each end alone, and both ends alternating by column, pair, quad and half block.
         let code = |row: usize, column: usize| match row {
             0..4 => ends[row],
             4..10 => ends[(column >> (row - 4)) % 2],
@@ -130,7 +130,7 @@ fn integer_products_are_exact_up_to_the_ends_of_their_range() {
             _ => ends[(row * 7 + column * 5) % 4],
         };
         let w = matrix(20, columns, layout, 1.0, code, |_, _| (1.0, 0.0));
-        // Integers with 127 in every block are their own codes, with a scale of 1.
+        // Integers are their own codes, with a scale of 1, if every block contains 127.
         let x = |row: usize, column: usize| -> i64 {
             let sign = |bit: usize| if bit.is_multiple_of(2) { 127 } else { -127 };
             match row {
@@ -178,7 +178,7 @@ fn products_agree_with_decoded_weights_times_dequantized_activations() {
                     for r in 0..input.rows {
                         let x = &x[r * columns..][..columns];
                         let expected: f64 = decoded.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
-                        // The largest weight before scale * code and the minimum cancel, times what it is multiplied with.
+                        // The largest weight before scale * code and the minimum cancel, times its activation.
                         let largest = f64::from(gain) * 0.05 * 129.0;
                         let sum: f64 = x.iter().map(|x| x.abs()).sum();
                         let what = format!("{}, {layout:?}, {columns} columns", kernel.name());
@@ -190,7 +190,7 @@ fn products_agree_with_decoded_weights_times_dequantized_activations() {
     }
 }
 
-/// The activations that integer products compute with, `(rows, columns)`: quantized alone, each row is a tile of one.
+/// The activations `(rows, columns)` as integer products use them. Each row is quantized alone, as a tile of one row.
 fn dequantized(input: &Input) -> Vec<f64> {
     let mut out = vec![];
     for row in 0..input.rows {
@@ -203,7 +203,7 @@ fn dequantized(input: &Input) -> Vec<f64> {
 }
 
 #[test]
-fn floats_at_the_ends_of_their_range_have_the_bits_of_the_scalar_product() {
+fn floats_at_the_ends_of_their_range_match_the_scalar_kernel() {
     let mut rng = Rng(6);
     for layout in layouts() {
         let scales = [65504.0, -65504.0, 6e-8, -6e-8, f32::INFINITY, f32::NAN, 0.0, 1.0];
@@ -231,7 +231,7 @@ fn floats_at_the_ends_of_their_range_have_the_bits_of_the_scalar_product() {
 }
 
 #[test]
-fn a_nan_or_an_infinity_in_a_row_reaches_all_outputs_of_that_row_and_no_other() {
+fn nan_and_infinity_reach_all_outputs_of_their_row_only() {
     let mut rng = Rng(7);
     for layout in layouts() {
         let w = matrix(20, 64, layout, 1.0, |_, column| 1 + (column % 7) as i8, |_, _| (0.5, 0.25));
@@ -265,7 +265,7 @@ fn zero_activations_give_zero() {
 }
 
 #[test]
-fn no_rows_are_no_work() {
+fn a_product_of_no_rows_writes_nothing() {
     for layout in layouts() {
         let w = random_matrix(&mut Rng(9), 20, 32, layout, 1.0);
         let input = Input { rows: 0, columns: 32, x: vec![] };
@@ -276,9 +276,9 @@ fn no_rows_are_no_work() {
 }
 
 #[test]
-fn batches_that_are_cut_into_pieces_have_the_bits_of_the_scalar_product() {
+fn batches_larger_than_the_caches_match_the_scalar_kernel() {
     let mut rng = Rng(10);
-    // Kernels cut rows and columns into pieces that fit a cache: here are several of both, and a last one that is shorter.
+    // Kernels cut rows and columns into pieces that fit a cache. Here are several of both, the last ones shorter.
     let sizes = integer_layouts().into_iter().map(|layout| (layout, 1350, 19));
     for (layout, columns, rows) in sizes.chain([(Layout { code: Code::Int4, group: 32, min: false }, 36_000, 40)]) {
         let w: Packed = random_matrix(&mut rng, 37, columns, layout, 2.0);
@@ -291,7 +291,7 @@ fn batches_that_are_cut_into_pieces_have_the_bits_of_the_scalar_product() {
 }
 
 #[test]
-fn scales_that_runs_of_blocks_share_are_kept_once() {
+fn scales_shared_by_runs_of_blocks_are_stored_once() {
     // 39 blocks: the last run is shorter.
     let (rows, columns) = (37, 39 * BLOCK);
     for (run, min, merged) in [(4, false, 128), (4, true, 128), (8, false, 128), (2, true, 64), (1, false, 32)] {
@@ -315,7 +315,7 @@ fn scales_that_runs_of_blocks_share_are_kept_once() {
 }
 
 #[test]
-fn a_single_scale_that_differs_keeps_all_of_them() {
+fn one_differing_scale_keeps_all_scales() {
     for (row, group) in [(0, 1), (36, 38), (17, 20)] {
         for which in [0, 1] {
             let layout = Layout { code: Code::Int4, group: 32, min: true };

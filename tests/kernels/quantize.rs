@@ -5,7 +5,7 @@ use nybble::quant::packed::BLOCK;
 
 use crate::support::*;
 
-/// Everything that a tile says of a row.
+/// The data of one row of a tile.
 #[derive(Debug, PartialEq)]
 struct Row {
     codes: Vec<i8>,
@@ -26,7 +26,7 @@ fn row_of<const R: usize>(tile: Tile<'_, R>, row: usize) -> Row {
     }
 }
 
-/// All rows, whatever tiles they are in.
+/// The rows of all tiles.
 fn rows_of(x: &Activations) -> Vec<Row> {
     let mut rows = vec![];
     while rows.len() < x.rows() {
@@ -38,7 +38,7 @@ fn rows_of(x: &Activations) -> Vec<Row> {
             _ => rows.push(row_of(x.tile::<1>(first), 0)),
         }
     }
-    // Rows that fill up the last tile are zeros.
+    // The rows that pad the last tile are zeros.
     for row in rows.split_off(x.rows()) {
         assert!(row.codes.iter().all(|code| *code == 0) && row.scales.iter().all(|scale| *scale == 0.0), "{row:?}");
     }
@@ -65,7 +65,7 @@ fn every_kernel_quantizes_to_the_same_bytes() {
 }
 
 #[test]
-fn a_row_has_the_same_codes_alone_and_in_any_tile() {
+fn a_row_has_the_same_codes_alone_and_in_a_tile() {
     let input = Input::random(&mut Rng(21), 31, 100);
     for kernel in available() {
         for (row, together) in rows_of(&input.quantized(kernel)).into_iter().enumerate() {
@@ -89,7 +89,7 @@ fn codes_are_the_nearest_multiples_of_a_127th_of_the_largest_value() {
                 assert_eq!(scale, top / 127.0);
                 for (x, code) in block.iter().zip(codes) {
                     let exact = if top == 0.0 { 0.0 } else { f64::from(*x) * 127.0 / f64::from(top) };
-                    // The inverse of the scale is rounded, so that a value right between two codes may go either way.
+                    // The inverse of the scale is rounded, so a value midway between two codes may round either way.
                     assert_close(f32::from(*code), exact, 0.5 + 1e-4, format!("{x} of {top}"));
                 }
                 let sum = |codes: &[i8]| codes.iter().map(|code| i32::from(*code)).sum::<i32>();
@@ -102,7 +102,7 @@ fn codes_are_the_nearest_multiples_of_a_127th_of_the_largest_value() {
 }
 
 #[test]
-fn a_value_right_between_two_codes_goes_to_the_even_one() {
+fn a_value_midway_between_two_codes_rounds_to_even() {
     // 127 makes the scale 1 and its inverse exact.
     let mut x = vec![127.0f32];
     x.extend((-15..16).map(|i| i as f32 + 0.5));
@@ -116,7 +116,7 @@ fn a_value_right_between_two_codes_goes_to_the_even_one() {
 }
 
 #[test]
-fn a_block_of_zeros_or_of_nothing_that_counts_has_a_scale_of_zero() {
+fn a_block_of_negligible_values_has_a_scale_of_zero() {
     for x in [0.0, -0.0, 1e-31, -1e-38, 1e-45] {
         let input = Input { rows: 1, columns: 64, x: [vec![x; 32], vec![1.0; 32]].concat() };
         for kernel in available() {
@@ -141,7 +141,7 @@ fn the_largest_values_keep_their_codes_in_range() {
 }
 
 #[test]
-fn rows_shorter_than_the_room_for_them_are_padded_with_zeros() {
+fn short_rows_are_padded_with_zeros() {
     let x = [3.0f32; 33];
     for kernel in available() {
         let mut activations = Activations::default();
@@ -157,14 +157,14 @@ fn rows_shorter_than_the_room_for_them_are_padded_with_zeros() {
 }
 
 #[test]
-fn tiles_filled_side_by_side_are_those_filled_one_after_the_other() {
+fn tiles_filled_in_any_order_are_the_same() {
     let input = Input::random(&mut Rng(23), 45, 70);
     for kernel in available() {
         let expected = rows_of(&input.quantized(kernel));
         let mut found = Activations::default();
         found.resize(45, 70);
         let (blocks, chunk) = (found.blocks(), MAX_TILE_ROWS * found.row_lines());
-        // The last first, as threads might.
+        // In reverse, as threads might.
         for (i, lines) in found.lines_mut().chunks_mut(chunk).enumerate().rev() {
             let count = MAX_TILE_ROWS.min(45 - i * MAX_TILE_ROWS);
             Activations::fill(kernel, lines, blocks, count, |row| &input.x[(i * MAX_TILE_ROWS + row) * 70..][..70]);
@@ -174,7 +174,7 @@ fn tiles_filled_side_by_side_are_those_filled_one_after_the_other() {
 }
 
 #[test]
-fn a_buffer_that_was_used_before_gives_the_same() {
+fn a_reused_buffer_gives_the_same_result() {
     let mut rng = Rng(24);
     let (large, small) = (Input::random(&mut rng, 20, 300), Input::random(&mut rng, 3, 40));
     let mut activations = large.quantized(scalar());

@@ -1,4 +1,4 @@
-//! Random shapes and values: what no list of cases thought of.
+//! Random shapes and values on every kernel.
 
 use half::f16;
 use nybble::kernels::{Activation, KvSlice, PAGE, Softmax, SoftmaxMut, available};
@@ -8,12 +8,12 @@ use proptest::prelude::*;
 
 use crate::support::*;
 
-/// Any F32 at all: subnormals, infinities and NaN with any payload.
+/// Any F32, including subnormals, infinities and NaN with any payload.
 fn any_float() -> impl Strategy<Value = f32> {
     any::<u32>().prop_map(f32::from_bits)
 }
 
-/// Numbers as models have them.
+/// Numbers of ordinary magnitude.
 fn ordinary() -> impl Strategy<Value = f32> {
     prop_oneof![4 => -8.0f32..8.0, 1 => Just(0.0), 1 => -1e-3f32..1e-3, 1 => -1e4f32..1e4]
 }
@@ -26,7 +26,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn products_have_the_same_bits_on_every_kernel(
+    fn products_are_bit_identical_on_every_kernel(
         layout in 0..layouts().len(),
         (rows, columns, batch) in (1usize..70, 1usize..200, 1usize..40),
         (first, last) in (0usize..6, 0usize..6),
@@ -53,14 +53,14 @@ proptest! {
     }
 
     #[test]
-    fn elementwise_operations_have_the_same_bits_on_every_kernel(
+    fn elementwise_operations_are_bit_identical_on_every_kernel(
         x in floats(0..200),
         (a, b) in (ordinary(), ordinary()),
         seed in any::<u64>(),
     ) {
         let mut rng = Rng(seed);
         let (weight, other) = (rng.wild_values(x.len()), rng.values(x.len()));
-        let all = |kernel: &dyn nybble::kernels::Kernel| {
+        let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
             for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
                 let (mut activated, mut gated) = (x.clone(), x.clone());
@@ -100,7 +100,7 @@ proptest! {
     }
 
     #[test]
-    fn attention_has_the_same_bits_on_every_kernel(
+    fn attention_is_bit_identical_on_every_kernel(
         (n, head_dim, columns) in (1usize..20, 1usize..140, 1usize..9),
         pad in 0usize..20,
         seed in any::<u64>(),
@@ -119,7 +119,7 @@ proptest! {
         };
         let ranges: Vec<_> = (0..n).map(range).collect();
         let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(KvSlice::Int8);
-        let all = |kernel: &dyn nybble::kernels::Kernel| {
+        let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
             for [keys, page] in [[KvSlice::F16(&keys), KvSlice::F16(&page)], int8] {
                 let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());

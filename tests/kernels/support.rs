@@ -1,4 +1,4 @@
-//! Values, matrices and comparisons for the tests of kernels.
+//! Values, matrices and comparisons for the kernel tests.
 
 use half::f16;
 use nybble::kernels::{self, Activations, Kernel};
@@ -10,8 +10,8 @@ pub(crate) const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1
 /// A table with the ends of the range.
 pub(crate) const ENDS: [i8; 16] = [-128, 127, -128, 127, 0, -1, 1, -127, -128, -128, 127, 127, 64, -64, 2, -2];
 
-/// The kernel that defines what the others compute.
-pub(crate) fn scalar() -> &'static dyn Kernel {
+/// The scalar kernel, which defines the results.
+pub(crate) fn scalar() -> &'static Kernel {
     kernels::by_name("scalar").unwrap()
 }
 
@@ -60,7 +60,7 @@ impl Rng {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// Mostly ordinary values of changing magnitude, with zeros of both signs among them.
+    /// Mostly ordinary values of varying magnitude, and zeros of both signs.
     pub(crate) fn value(&mut self) -> f32 {
         match self.below(16) {
             0 => 0.0,
@@ -75,7 +75,7 @@ impl Rng {
         (0..n).map(|_| self.value()).collect()
     }
 
-    /// As `values`, with the ends of the range of F32 among them, infinities and NaN.
+    /// As `values`, and the ends of the range of F32, infinities and NaN.
     pub(crate) fn wild_values(&mut self, n: usize) -> Vec<f32> {
         let ends = [f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-42, -1e-45, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
         (0..n).map(|_| if self.below(12) == 0 { ends[self.below(ends.len())] } else { self.value() }).collect()
@@ -117,8 +117,8 @@ pub(crate) fn random_matrix(rng: &mut Rng, rows: usize, columns: usize, layout: 
     )
 }
 
-/// A matrix of the codes that `code(row, column)` and the scales and minimums that `scale(row, group)` returns. Floats
-/// take scale times code.
+/// A matrix with the codes of `code(row, column)` and the scales and minimums of `scale(row, group)`. Float weights are
+/// scale times code.
 pub(crate) fn matrix(
     rows: usize,
     columns: usize,
@@ -158,7 +158,7 @@ pub(crate) fn matrix(
     w
 }
 
-/// Rows of activations as a product takes them.
+/// Rows of activations, the input of a product.
 pub(crate) struct Input {
     pub(crate) rows: usize,
     pub(crate) columns: usize,
@@ -170,20 +170,20 @@ impl Input {
         Input { rows, columns, x: rng.values(rows * columns) }
     }
 
-    pub(crate) fn quantized(&self, kernel: &dyn Kernel) -> Activations {
+    pub(crate) fn quantized(&self, kernel: &Kernel) -> Activations {
         let mut activations = Activations::default();
         activations.quantize(kernel, &self.x, self.columns);
         activations
     }
 
-    /// Only some of the rows.
+    /// Some of the rows.
     pub(crate) fn part(&self, rows: std::ops::Range<usize>) -> Self {
         let x = self.x[rows.start * self.columns..rows.end * self.columns].to_vec();
         Input { rows: rows.len(), columns: self.columns, x }
     }
 
     /// The product with the whole matrix `(rows, w.rows())`.
-    pub(crate) fn times(&self, kernel: &dyn Kernel, w: &Packed) -> Vec<f32> {
+    pub(crate) fn times(&self, kernel: &Kernel, w: &Packed) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.rows * w.rows()];
         self.times_panels(kernel, w, 0..w.panels(), &mut Columns::whole(&mut out, self.rows, w.rows()));
         out
@@ -191,7 +191,7 @@ impl Input {
 
     pub(crate) fn times_panels(
         &self,
-        kernel: &dyn Kernel,
+        kernel: &Kernel,
         w: &Packed,
         panels: std::ops::Range<usize>,
         out: &mut Columns<'_>,
@@ -204,8 +204,8 @@ impl Input {
     }
 }
 
-/// Panics unless the numbers are the same to the bit. Any NaN equals any other: their payloads depend on operand order,
-/// which no instruction set promises.
+/// Panics unless the numbers are bit-identical. NaNs are equal to each other: their payloads depend on the order of
+/// operands, which no instruction set guarantees.
 #[track_caller]
 pub(crate) fn assert_same(found: &[f32], expected: &[f32], what: impl std::fmt::Display) {
     assert_eq!(found.len(), expected.len(), "{what}: lengths");
@@ -221,7 +221,7 @@ pub(crate) fn assert_same(found: &[f32], expected: &[f32], what: impl std::fmt::
     }
 }
 
-/// Panics unless the numbers are within `tolerance` of one another.
+/// Panics unless the numbers are within `tolerance` of each other.
 #[track_caller]
 pub(crate) fn assert_close(found: f32, expected: f64, tolerance: f64, what: impl std::fmt::Display) {
     let error = (f64::from(found) - expected).abs();

@@ -1,4 +1,4 @@
-"""What the tests share. No test here reaches further than this machine, save for fetching the default model once."""
+"""Fixtures shared by all tests. No test uses the network, except to download the default model once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 import tiny
 from fake_hub import FakeHub
 
-# A job that was started in the background ignores Ctrl-C, and so would every process that the tests start.
+# A background job ignores SIGINT, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Properties are tried on the same examples in every run, however long a busy machine takes for one.
+# Every run tries the same examples, without a deadline for busy machines.
 hypothesis.settings.register_profile("nybble", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("nybble")
 
-# The Hub's client reads its settings when it is imported, so they are made before anything imports it.
+# The Hub client reads its settings at import, so they are set before anything imports it. Each pytest-xdist worker has
+# its own hub, port and cache.
 HUB = FakeHub()
 os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nybble-tests-")
@@ -35,7 +36,7 @@ from nybble.models import hub  # noqa: E402
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """An empty Hub, and an empty cache of it."""
+    """An empty Hub with an empty cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
@@ -52,22 +53,22 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_file: Path) -> Iterator[Model]:
-    """The tiny llama, loaded."""
+    """The loaded tiny llama."""
     with Model.load(tiny_file, threads=2) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
 def default_file() -> Path:
-    """The file of the default model, fetched once for this user and kept."""
+    """The default model's file, downloaded once per user and kept."""
     try:
         return hub.resolve()
     except FileNotFoundError as error:
-        pytest.skip(f"the default model cannot be fetched here: {error}")
+        pytest.skip(f"the default model cannot be downloaded: {error}")
 
 
 @pytest.fixture(scope="session")
 def default_model(default_file: Path) -> Iterator[Model]:
-    """The default model, loaded."""
+    """The loaded default model."""
     with Model.load(default_file) as model:
         yield model

@@ -1,8 +1,8 @@
-"""Chat templates: a conversation becomes the text that a model was trained on.
+"""Chat templates: write a conversation as the prompt that a model was trained on.
 
-A template is a Jinja program out of a file that anybody may have written, so it runs in Jinja's immutable sandbox,
-which keeps it away from Python, and within limits, which keep it from taking the machine: how deep and long its source
-may be is checked before it is parsed, and everything it does costs steps while it runs (`nybble.template_limits`).
+A template is a Jinja program from an untrusted file. It runs in Jinja's immutable sandbox, which denies access to
+Python, and within limits on resources (`nybble.chat.template_limits`): length and nesting of the source are checked
+before it is parsed, and every operation costs steps while it runs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class ChatTemplate:
 
     Args:
         source: the Jinja source.
-        where: what errors call it.
-        limits: how far it may go.
+        where: the name of the template in errors.
+        limits: the limits on its resources.
 
     Raises:
-        ModelError: the source is broken, or larger or deeper than the limits allow.
+        ModelError: the source is invalid, too long or nested too deeply.
     """
 
     def __init__(self, source: str, where: str = "chat template", limits: Limits = DEFAULT_LIMITS) -> None:
@@ -54,18 +54,22 @@ class ChatTemplate:
             return environment.compile(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"{self._where}: line {error.lineno}: {error.message}") from error
-        except Exception as error:  # Jinja and Python's compiler fail in many ways on broken input.
+        except Exception as error:  # Jinja and Python's compiler raise many kinds of errors on invalid input.
             raise ModelError(f"{self._where}: {_one_line(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Writes a conversation.
+        """Writes a conversation as a prompt.
 
         Args:
             messages: the turns, `[{"role": "user", "content": "Hello"}]`.
-            **variables: what else the template may look at; `add_generation_prompt` is false if not given.
+            **variables: more variables of the template. `add_generation_prompt` is false by default.
+
+        Returns:
+            The prompt.
 
         Raises:
-            ModelError: the template fails, refuses the messages, or goes beyond its limits.
+            ModelError: the template fails, refuses the messages, or exceeds its limits.
+            TypeError: `messages` is not a list of dicts.
         """
         known = {
             "add_generation_prompt": False,
@@ -74,7 +78,7 @@ class ChatTemplate:
             **variables,
             "messages": _turns(messages),
         }
-        # One environment a call: it is quickly made, and it counts the steps of this call alone.
+        # Each call has its own environment, which counts the steps of this call. Making one is cheap.
         environment = _environment(self._limits)
         template = environment.template_class.from_code(environment, self._code, environment.make_globals(None))
         try:
@@ -83,7 +87,7 @@ class ChatTemplate:
             raise ModelError(f"{self._where} refuses the messages: {error}") from error
         except LimitsExceeded as error:
             raise ModelError(f"{self._where}: {error}") from error
-        except Exception as error:  # Whatever a program can do wrong.
+        except Exception as error:  # A template may raise anything.
             raise ModelError(f"{self._where} fails: {type(error).__name__}: {_one_line(error)}") from error
 
 
@@ -97,13 +101,13 @@ def _turns(messages: object) -> list[dict[str, Any]]:
 
 
 class _Refused(jinja2.TemplateError):
-    """The template itself found fault with the messages."""
+    """The template refuses the messages."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the model's own words for training. For writing a prompt it means nothing."""
+    """`{% generation %}` marks the model's answers for training. It has no effect on prompts."""
 
-    tags = {"generation"}  # noqa: RUF012  Declared so by Jinja.
+    tags = {"generation"}  # noqa: RUF012  Jinja declares it this way.
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -112,7 +116,7 @@ class _Generation(Extension):
 
 
 def _environment(limits: Limits) -> GuardedEnvironment:
-    """What templates find around them, as Hugging Face's `transformers` gives it to them."""
+    """The environment of templates, with the functions that Hugging Face's `transformers` provides."""
     environment = GuardedEnvironment(limits, extensions=["jinja2.ext.loopcontrols", _Generation])
     environment.filters["tojson"] = _GUARDED_TO_JSON
     environment.globals["raise_exception"] = _raise_exception
@@ -126,7 +130,7 @@ def _raise_exception(message: object) -> None:
 
 def _strftime_now(pattern: str) -> str:
     if len(pattern) > 100 or re.search(r"\d", pattern):
-        raise ValueError("strftime_now: found a pattern that is long or pads to a width")
+        raise ValueError("strftime_now: the pattern is too long or contains a width")
     return datetime.datetime.now().strftime(pattern)
 
 
@@ -137,7 +141,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as `transformers` writes it: Jinja's own filter would escape letters for HTML."""
+    """JSON as `transformers` writes it. Jinja's own filter would escape characters for HTML."""
     if indent is not None and indent not in range(17):
         raise ValueError(f"tojson: found indent={indent!r}, expected at most 16")
     if separators is not None and any(len(separator) > 16 for separator in separators):

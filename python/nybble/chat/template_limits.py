@@ -1,13 +1,13 @@
-"""Limits for templates out of files that anybody may have written.
+"""Resource limits for untrusted templates.
 
-Jinja's sandbox keeps a template away from Python's insides, but lets it loop for hours and fill the memory. A library
-can stop neither with signals or threads, so everything that can take long or grow is made to pass a guard:
+Jinja's sandbox denies access to Python's internals, but lets a template loop for hours and fill the memory. A library
+cannot stop it with signals or threads. So every operation that may take long or grow passes a guard:
 
-- The source is checked for size and nesting by its tokens, before the recursive parser and compilers see it.
-- The tree is rewritten before it is compiled: what a loop runs over, what is printed, joined with `~` or put into a
-  list passes a filter whose name no template can spell. Operators, calls and filters pass methods of the environment.
-- Each passage costs steps, more for large values, and the steps of one rendering are limited. Every value that a
-  template makes is limited in size, so that no single step takes long.
+- The size and nesting of the source are checked by its tokens, before the recursive parser and compilers run.
+- The syntax tree is rewritten before it is compiled. The values of loops, output, `~` and containers pass filters whose
+  names no template can spell. Operators, calls and filters pass methods of the environment.
+- Each passage costs steps, more for large values, and one rendering may take a limited number of steps. The size of
+  every value that a template makes is limited, so that no single step takes long.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from jinja2.visitor import NodeTransformer
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a template may go. Real ones stay far below: 30 KB of source, 8 levels, some 100 steps a message."""
+    """Resource limits of a template. Real ones need far less: 30 KB of source, 8 levels, 100 steps per message."""
 
     source: int = 1 << 17
     """Characters of source."""
     depth: int = 64
-    """Brackets in brackets, blocks in blocks."""
+    """Levels of nested brackets and blocks."""
     steps: int = 1_000_000
-    """What one rendering may cost."""
+    """Steps of one rendering."""
     seconds: float = 5.0
-    """Processor time of one rendering: a second net, for what the steps weigh too lightly."""
+    """Processor time of one rendering, a second limit in case the steps underestimate the cost."""
     text: int = 1 << 23
-    """Characters of any value, and of all output."""
+    """Characters of any value, and of the whole output."""
     elements: int = 200_000
-    """Elements of any value, those of its elements included."""
+    """Elements of any value, including those of nested values."""
     number: int = 10_000
-    """Any width or count that a template passes to a function."""
+    """The largest width or count that a template may pass to a function."""
 
 
 DEFAULT_LIMITS = Limits()
 
 
 class LimitsExceeded(jinja2.TemplateError):
-    """The template went beyond its limits."""
+    """The template exceeded its limits."""
 
 
 # --- Before parsing ---------------------------------------------------------------------------------------------------
@@ -65,16 +65,16 @@ _PREFIXES = frozenset({"not", "+", "-"})
 
 
 def check_source(environment: jinja2.Environment, source: str, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Checks size and nesting by the tokens alone, which a loop finds and not a recursion.
+    """Checks the size and nesting of a template by its tokens, without recursion.
 
     Raises:
-        LimitsExceeded: the template is too large or too deep.
-        jinja2.TemplateSyntaxError: its tokens are broken.
+        LimitsExceeded: the template is too long or nested too deeply.
+        jinja2.TemplateSyntaxError: its tokens are invalid.
     """
     if len(source) > limits.source:
         raise LimitsExceeded(f"found {len(source)} characters of source, expected at most {limits.source}")
     brackets = prefixes = inline_branches = 0
-    blocks: list[int] = []  # For each open block, how many branches it has had.
+    blocks: list[int] = []  # The number of branches of each open block.
     tag = ""
     for line, kind, text in environment.lex(source):
         if kind in ("block_begin", "variable_begin"):
@@ -94,7 +94,7 @@ def check_source(environment: jinja2.Environment, source: str, limits: Limits = 
                 blocks[-1] += 1
         elif tag == "set" and text == "=" and brackets == 0:
             tag = ""
-            blocks.pop()  # It sets a value in place and needs no end.
+            blocks.pop()  # This form of `set` has no end tag.
         brackets += (text in "([{") - (text in ")]}")
         prefixes = prefixes + 1 if text in _PREFIXES else 0
         inline_branches += text == "else"
@@ -107,7 +107,7 @@ def check_source(environment: jinja2.Environment, source: str, limits: Limits = 
 
 
 class GuardedEnvironment(ImmutableSandboxedEnvironment):
-    """What a template runs in. It counts the steps of one rendering, so each rendering needs one of its own."""
+    """The environment of one rendering, whose steps it counts."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -125,7 +125,11 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def step(self, cost: int = 1) -> None:
-        """Counts what is about to happen or has happened."""
+        """Counts steps.
+
+        Raises:
+            LimitsExceeded: the rendering has taken too many steps or too long.
+        """
         self._steps += cost
         if self._steps > self.limits.steps:
             raise LimitsExceeded(f"it ran for more than {self.limits.steps} steps")
@@ -135,7 +139,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
                 raise LimitsExceeded(f"it ran for more than {self.limits.seconds:g} seconds")
 
     def write(self, value: object) -> str:
-        """Counts what is printed, into the result or into a variable."""
+        """Counts output, of the template or of a block that sets a variable."""
         text = value if type(value) is str else str(value)
         self._written += len(text)
         if self._written > self.limits.text:
@@ -144,7 +148,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return text
 
     def made(self, value: object) -> tuple[int, int]:
-        """Counts a value that the template made. Returns its elements and characters, those inside it included."""
+        """Counts a value that the template made. Returns its elements and characters, including nested ones."""
         elements = characters = 0
         waiting = [_attributes(value) if isinstance(value, Namespace) else value]
         while waiting:
@@ -158,14 +162,14 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
                     if isinstance(item, Mapping):
                         waiting.extend(item.values())
             elif isinstance(item, Namespace):
-                # Values cannot change once they are counted, and a namespace can.
+                # A counted value must not change, and a namespace can.
                 raise LimitsExceeded("it put a namespace into another value")
             elif isinstance(item, int) and item.bit_length() > 1024:
                 raise LimitsExceeded("it made a number of more than 1024 bits")
             if elements > self.limits.elements:
                 raise LimitsExceeded(f"it made a value of more than {self.limits.elements} elements")
             if characters > self.limits.text:
-                raise LimitsExceeded(f"it made a text of more than {self.limits.text} characters")
+                raise LimitsExceeded(f"it made a string of more than {self.limits.text} characters")
         self.step(1 + elements // 8 + characters // 128)
         return elements, characters
 
@@ -176,12 +180,12 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
                 raise LimitsExceeded(f"found the width or count {number}, expected at most {self.limits.number}")
 
     def fits(self, characters: int) -> None:
-        """Checks the length of a text before it is made."""
+        """Checks the length of a string before it is made."""
         if characters > self.limits.text:
-            raise LimitsExceeded(f"it would make a text of more than {self.limits.text} characters")
+            raise LimitsExceeded(f"it would make a string of more than {self.limits.text} characters")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Does what an operator says, once its result is known to be small enough."""
+        """Applies an operator after checking the size of its result."""
         if operator == "*":
             for value, count in ((left, right), (right, left)):
                 if isinstance(value, (str, list, tuple)) and isinstance(count, int):
@@ -210,11 +214,11 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        """Refuses what the sandbox hides. Jinja itself would go on with an empty text."""
+        """Raises an error for attributes that the sandbox hides. Jinja would continue with an empty string."""
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not for templates")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Lets `str.format` through, if the widths in it are small."""
+        """Allows `str.format` if the widths in it are small."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             for _, _, spec, _ in string.Formatter().parse(value.__self__):
@@ -228,7 +232,7 @@ def _attributes(namespace: Namespace) -> object:
 
 
 class _Counted:
-    """What a loop runs over, at the price of a step for each element."""
+    """The values of a loop. Each costs a step."""
 
     def __init__(self, environment: GuardedEnvironment, values: Iterable[Any]) -> None:
         self._environment = environment
@@ -240,17 +244,17 @@ class _Counted:
             yield value
 
     def __len__(self) -> int:
-        return len(self._values)  # type: ignore[arg-type]  # Raises TypeError where there is none: Jinja expects that.
+        return len(self._values)  # type: ignore[arg-type]  # Raises TypeError without a length, as Jinja expects.
 
 
 # --- Guards in the tree -----------------------------------------------------------------------------------------------
 
-# No template can name these, since the names of filters have no spaces.
+# No template can spell these names, since names of filters have no spaces.
 _LOOP, _OUTPUT, _JOIN, _MADE = "guard: loop", "guard: output", "guard: join", "guard: made"
 
 
 class _PlaceGuards(NodeTransformer):
-    """Puts guards into the tree of a template."""
+    """Inserts guards into the syntax tree of a template."""
 
     # Jinja's visitors are named after the nodes.
     # ruff: noqa: N802
@@ -286,7 +290,7 @@ class _PlaceGuards(NodeTransformer):
 
     def _container(self, node: nodes.Expr, items: Iterable[nodes.Expr]) -> nodes.Node:
         if all(isinstance(item, nodes.Const) for item in items):
-            return node  # As small as its source.
+            return node  # It is as small as its source.
         self.generic_visit(node)
         return _through(_MADE, node)
 
@@ -299,7 +303,7 @@ def _constant_text(node: nodes.Expr) -> nodes.Expr:
     return nodes.Const(node.data, lineno=node.lineno) if isinstance(node, nodes.TemplateData) else node
 
 
-# `pass_context` does more here than pass the context: Jinja runs filters without it while it compiles.
+# `pass_context` also keeps Jinja from running these filters while it compiles.
 
 
 @pass_context
@@ -315,9 +319,9 @@ def _guard_output(context: Context, value: Any) -> str:
 @pass_context
 def _guard_join(context: Context, values: list[Any]) -> str:
     environment = _environment_of(context)
-    texts = [value if isinstance(value, str) else str(value) for value in values]
-    environment.fits(sum(map(len, texts)))
-    joined = "".join(texts)
+    strings = [value if isinstance(value, str) else str(value) for value in values]
+    environment.fits(sum(map(len, strings)))
+    joined = "".join(strings)
     environment.made(joined)
     return joined
 
@@ -366,7 +370,12 @@ _METHODS: dict[type, frozenset[str]] = {
 
 
 def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that passes the guards. `name` is what templates call it."""
+    """A filter wrapped in guards.
+
+    Args:
+        name: the name of the filter in templates.
+        function: the filter.
+    """
     wants = str(getattr(function, "jinja_pass_arg", ""))
     check = _FILTER_CHECKS.get(name)
 
@@ -374,7 +383,7 @@ def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def filter_with_guard(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         environment = _environment_of(context)
         environment.step(1 + (len(value) // 128 if isinstance(value, Sized) else 0))
-        if isinstance(value, Iterator):  # Taken out first, so that the check can see how much it is.
+        if isinstance(value, Iterator):  # The check needs its length.
             value = list(islice(value, environment.limits.elements + 1))
             environment.made(value)
         if check is not None:
@@ -408,7 +417,7 @@ def _check_join(environment: GuardedEnvironment, value: Any, d: Any = "", *args:
 
 
 def _check_sum(environment: GuardedEnvironment, value: Any, attribute: Any = None, start: Any = 0) -> None:
-    if not isinstance(start, (int, float)):  # Adding lists up copies them again and again.
+    if not isinstance(start, (int, float)):  # Adding lists copies them again for each list.
         raise LimitsExceeded("sum: expected numbers")
 
 
@@ -437,7 +446,7 @@ _FILTER_CHECKS: dict[str, Callable[..., None]] = {
 
 
 def _check_method(environment: GuardedEnvironment, owner: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Checks the call of a method of text or number; what Jinja and callers bring along has been thought about."""
+    """Checks a call of a method of a string or number. Methods of Jinja's and the caller's own objects are allowed."""
     allowed = next((names for kind, names in _METHODS.items() if isinstance(owner, kind)), None)
     if allowed is None:
         return args

@@ -1,7 +1,7 @@
-"""The command `nybble`.
+"""The command line `nybble`.
 
-Each command's module imports what it needs when it runs: the first token of `nybble run` should not wait for a table
-library.
+The module of each command imports its dependencies when the command runs, so that the first token of `nybble run` does
+not wait for a table library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COMMANDS = {
     "bench": "bench",
     "models": "models",
 }
-"""The commands in the order of the help: each is a module of this package, and a function in it."""
+"""The commands in the order of the help: the module of each in this package, and the function in the module."""
 
 app = typer.Typer(
     name="nybble",
@@ -37,18 +37,18 @@ app = typer.Typer(
 
 
 def _add_commands(arguments: Sequence[str]) -> None:
-    """Adds the command that `arguments` begin with, or else all, of which making the options takes a while."""
+    """Adds the command that `arguments` begin with, or else all. Generating the options of all takes a while."""
     app.registered_commands.clear()
     for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
         function = getattr(import_module(f"nybble.cli.{name}"), _COMMANDS[name])
-        # Two positions of which the first may be missing are one list to the parser, so the usage line is told of both.
+        # The parser sees [MODEL] PROMPT as one list, so the usage line has to name both.
         app.command(name, options_metavar="[OPTIONS] [MODEL]" if name == "run" else "[OPTIONS]")(function)
 
 
 @app.callback(invoke_without_command=True)
 def nybble(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Run language models on ordinary CPUs from 4-bit weights."""
     if version:
@@ -60,7 +60,14 @@ def nybble(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, 1 (failed) or 2 (misused)."""
+    """Runs the command line.
+
+    Args:
+        arguments: the arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0, 1 (failure), 2 (wrong usage) or 130 (interrupted).
+    """
     from nybble.cli.terminal import complain, show_warnings
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -72,16 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return 130  # What a shell reports for a program that SIGINT ended.
+        return 130  # The exit code that a shell reports after SIGINT.
     except BrokenPipeError:
-        # The reader has left, for example `nybble inspect | head`. Python must not try to flush again at exit.
+        # The reader of the pipe has ended, as in `nybble inspect | head`. Python must not flush again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, MemoryError) as error:
         complain(str(error) or type(error).__name__)
         return 1
     except Exception as error:
-        # Misuse. The class of the parser's own errors has moved between versions, their two attributes have not.
+        # Wrong usage. The class of the parser's errors has moved between versions, these two attributes have not.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
         context = getattr(error, "ctx", None)

@@ -1,8 +1,7 @@
-"""`nybble bench`: how fast a model reads and writes here, and how close that is to what the machine can do."""
+"""`nybble bench`: the speed of a model, and its share of the limits of this machine."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import LoadOptions, takes_options
+from nybble.cli.options import ModelArgument, load_model, takes_options
+from nybble.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,32 +22,26 @@ if TYPE_CHECKING:
 @takes_options
 def bench(
     load: LoadOptions,
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
-    ] = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="N,...", help="Tokens to read before decoding goes on from there.")
-    ] = "128,512",
+    source: ModelArgument = None,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="N,...", help="Lengths of prompts in tokens.")] = "128,512",
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N,...", help="Sequences that are read and decoded together.")
+        str, typer.Option("--batch", metavar="N,...", help="Numbers of sequences computed together.")
     ] = "1",
     threads: Annotated[
         str | None,
-        typer.Option("--threads", metavar="N,...", help="Threads to compute with; the physical cores if not given."),
+        typer.Option("--threads", metavar="N,...", help="Numbers of threads; by default the number of physical cores."),
     ] = None,
-    generate: Annotated[int, typer.Option("--generate", help="Tokens to write a sequence.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option("--rounds", help="Repetitions; the medians are reported.", min=1)] = 3,
+    generate: Annotated[int, typer.Option("--generate", help="Tokens to generate per sequence.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", help="Repetitions, whose medians are reported.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     compare: Annotated[
         Path | None,
-        typer.Option("--compare", metavar="FILE", help="A run that --json printed, to be set beside this one."),
+        typer.Option("--compare", metavar="FILE", help="Output of an earlier run with --json, to compare with."),
     ] = None,
 ) -> None:
-    """Measure the speed of a model, and the limits of this machine in the same run.
+    """Measure the speed of a model, and the limits of this machine.
 
-    Lengths, batches and threads may be several numbers (--prompt 128,1024 --batch 1,8 --threads 1,2): all combinations
-    are measured.
+    --prompt, --batch and --threads take lists, such as --batch 1,8. It measures all combinations.
     """
     from nybble.cli import measure
     from nybble.models import hub
@@ -57,13 +51,13 @@ def bench(
     counts: list[int | None] = [None] if threads is None else [*_numbers("--threads", threads)]
     before = None if compare is None else _earlier(compare)
     terminal.show_log()
-    hub.resolve(source, filename=load.filename, revision=load.revision)  # A download is not part of loading.
+    hub.resolve(source, filename=load.filename, revision=load.revision)  # A download does not count as loading.
     limits, speeds, load_seconds, peak = [], [], [], None
     total, done = len(counts) * len(lengths) * len(batches) * rounds, 0
     for count in counts:
-        began = time.perf_counter()
-        model = dataclasses.replace(load, threads=count).load(source)
-        load_seconds.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        model = load_model(source, load.replace(threads=count))
+        load_seconds.append(time.perf_counter() - start)
         with model, bar("measuring") as advance:
             if max(lengths) + generate > model.info.context:
                 raise typer.BadParameter(
@@ -77,7 +71,7 @@ def bench(
                 advance(done, total)
 
             limit, found, highest = measure.speeds(model, lengths, batches, generate, rounds, step)
-            peak = peak or highest  # Later ones include the buffer that the limits were measured with.
+            peak = peak or highest  # Later peaks include the buffer of the limits.
             limits.append(limit)
             speeds += found
     result = measure.report(model.info, min(load_seconds), limits, speeds, peak)
@@ -93,7 +87,7 @@ def bench(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """`1,8` as numbers, each once."""
+    """The numbers of a list such as `1,8`, without repetitions."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{option}: found {text!r}, expected positive numbers, such as 1,8")
@@ -117,15 +111,15 @@ def _print_head(result: dict[str, Any]) -> None:
     lines = [
         result["model"],
         f"{result['cpu']}, kernel {result['kernel']}",
-        f"loaded in {result['load_seconds']:.2f} s; weights {terminal.human_bytes(result['weight_bytes'])}, cache "
+        f"loaded in {result['load_seconds']:.2f} s; weights {terminal.human_bytes(result['weight_bytes'])}, KV cache "
         f"{terminal.human_bytes(result['cache_bytes'])} for {result['context']} tokens"
-        + (f", process at most {terminal.human_bytes(peak)}" if peak is not None else ""),
+        + (f", peak memory {terminal.human_bytes(peak)}" if peak is not None else ""),
         *(
             f"limits with {limit['threads']} {'thread' if limit['threads'] == 1 else 'threads'}: "
-            f"{limit['bandwidth_gb_s']:.1f} GB/s read, {limit['int8_gops']:.0f} GOPS of INT8"
+            f"{limit['bandwidth_gb_s']:.1f} GB/s, {limit['int8_gops']:.0f} INT8 GOPS"
             for limit in result["limits"]
         ),
-        f"medians of {result['rounds']} rounds, {result['generate']} tokens written a sequence",
+        f"medians of {result['rounds']} rounds, {result['generate']} tokens generated per sequence",
         "",
     ]
     console = terminal.console()
@@ -166,8 +160,8 @@ def _print_comparison(before: dict[str, Any], speeds: list[Speed]) -> None:
     for speed in speeds:
         old = earlier.get(speed.key)
         cells = []
-        for what in ("prompt_tokens_per_second", "decode_tokens_per_second"):
-            now, then = getattr(speed, what), getattr(old, what, 0.0)
+        for name in ("prompt_tokens_per_second", "decode_tokens_per_second"):
+            now, then = getattr(speed, name), getattr(old, name, 0.0)
             ratio = now / then if then else 0.0
             cells += [f"{now:.1f}", f"{then:.1f}" if then else "-"]
             cells.append("-" if not then else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}")

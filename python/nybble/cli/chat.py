@@ -1,4 +1,4 @@
-"""`nybble chat`: a conversation at the terminal, or one message a line from a pipe."""
+"""`nybble chat`: a conversation on the terminal, or one message per line from a pipe."""
 
 from __future__ import annotations
 
@@ -9,48 +9,44 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import LoadOptions, takes_options
+from nybble.cli.options import ModelArgument, load_model, takes_options
+from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from nybble.model import Message, Model
 
-_HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/clear starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 @takes_options
 def chat(
     load: LoadOptions,
     sampling: SamplingOptions,
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="What the model is told before the conversation.")
-    ] = None,
+    source: ModelArgument = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    Without MODEL, the default model is used and fetched if needed.
+    Without MODEL, it uses the default model, which is downloaded on first use.
     """
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    at_terminal = sys.stdin.isatty()
-    with load.load(source) as model:
-        if at_terminal:
+    is_terminal = sys.stdin.isatty()
+    with load_model(source, load) as model:
+        if is_terminal:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # Gives input() its line editing and history.
+                import readline  # noqa: F401  # Gives input() line editing and history.
             terminal.note(f"{model.info.name or model.info.file.name}\n{_HELP}")
         while True:
             try:
-                text = (input("> ") if at_terminal else input()).strip()
+                text = (input("> ") if is_terminal else input()).strip()
             except EOFError:
-                if at_terminal:
+                if is_terminal:
                     terminal.write("\n")
                 return
             except KeyboardInterrupt:
-                if not at_terminal:
+                if not is_terminal:
                     raise
                 terminal.write("\n")
                 terminal.note(_HELP)
@@ -66,12 +62,12 @@ def chat(
 
 
 def _turn(model: Model, messages: list[Message], text: str, sampling: SamplingOptions) -> list[Message]:
-    """Asks, streams the answer, and returns the conversation with both; without them where nothing was answered."""
+    """Streams the answer to a message. Returns the conversation with both, or unchanged if there was no answer."""
     from nybble.errors import ContextFullError
 
-    asked: list[Message] = [*messages, {"role": "user", "content": text}]
+    extended: list[Message] = [*messages, {"role": "user", "content": text}]
     try:
-        stream = model.chat(asked, sampling, stream=True)
+        stream = model.chat(extended, sampling, stream=True)
     except ContextFullError as error:
         terminal.complain(f"{error}; /clear starts a new conversation")
         return messages
@@ -84,7 +80,7 @@ def _turn(model: Model, messages: list[Message], text: str, sampling: SamplingOp
     done = stream.completion
     terminal.write(f"{stopped}\n")
     if sys.stderr.isatty() and done.usage.completion_tokens > 1:
-        terminal.note(f"{done.usage.completion_tokens} tokens, {done.timings.decode_tokens_per_second:.1f} a second")
+        terminal.note(f"{done.usage.completion_tokens} tokens, {done.timings.decode_tokens_per_second:.1f} tokens/s")
     if not done.text:
         return messages
-    return [*asked, {"role": "assistant", "content": done.text}]
+    return [*extended, {"role": "assistant", "content": done.text}]

@@ -1,4 +1,4 @@
-"""`nybble eval`: how well a model predicts a text, and how far it is from a reference."""
+"""`nybble eval`: perplexity of a model on a text, and its divergence from a reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import LoadOptions, takes_options
+from nybble.cli.options import load_model, takes_options
+from nybble.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from nybble.model import Model
@@ -21,43 +22,46 @@ if TYPE_CHECKING:
 def evaluate(
     load: LoadOptions,
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.")],
-    text: Annotated[Path, typer.Option("--text", help="The text to predict: prose, or JSONL with a document a line.")],
+    text: Annotated[Path, typer.Option("--text", help="The text: prose, or JSONL with one document per line.")],
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="A model to compare with, computed as it is stored.", metavar="REF"),
+        typer.Option(
+            "--reference", help="A model to compare with, computed with its weights as stored.", metavar="REF"
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Read only so many tokens of the text.", min=4)
+        int | None, typer.Option("--max-tokens", help="Use at most this many tokens of the text.", min=4)
     ] = None,
     window: Annotated[
-        int, typer.Option("--window", help="Tokens read together; the second half of them is scored.", min=4)
+        int, typer.Option("--window", help="Tokens per window. The second half of each window is scored.", min=4)
     ] = 512,
     quantize: Annotated[
-        str, typer.Option("--quantize", help='What becomes of MODEL\'s floats: "auto", "stored", "int4" or "int8".')
+        str,
+        typer.Option("--quantize", help='How to pack F32, F16 and BF16 weights: "auto", "stored", "int4" or "int8".'),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a model's perplexity on a text and, with --reference, how far it is from another model.
+    """Measure the perplexity of a model on a text and, with --reference, its divergence from another model.
 
-    The figures are defined as llama.cpp's perplexity tool defines them.
+    The figures are defined as in llama.cpp's perplexity tool.
     """
     from nybble.progress import bar
     from nybble.quantization import evaluation
 
     recorded = None
     if reference is not None:
-        # One model in memory at a time: what is needed of the reference goes to a temporary file.
-        plain = dataclasses.replace(load, filename=None, revision=None)
-        with plain.load(reference, quantize="stored") as model, bar("reading with the reference") as advance:
+        # One model in memory at a time: the predictions of the reference go to a temporary file.
+        plain = dataclasses.replace(load, filename=None, revision=None, quantize="stored")
+        with load_model(reference, plain) as model, bar("evaluating the reference") as advance:
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
-    with load.load(source, quantize=quantize) as model, bar("reading") as advance:
+    with load_model(source, load.replace(quantize=quantize)) as model, bar("evaluating") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:
             measured = recorded.compare(model, progress=advance)
     if as_json:
         figures = dataclasses.asdict(measured)
-        del figures["kl_by_position"]  # Hundreds of numbers, for programs that draw them.
+        del figures["kl_by_position"]  # Hundreds of numbers, which the Python API returns.
         typer.echo(json.dumps({key: value for key, value in figures.items() if value is not None}))
     else:
         _print(model, measured)
@@ -76,8 +80,8 @@ def _print(model: Model, measured: Evaluation) -> None:
     ) -> None:
         if value is not None:
             scale, unit = (100, " %") if percent else (1, "")
-            beside = "" if error is None else f"± {scale * error:.{digits}f}{unit}"
-            table.add_row(name, f"{scale * value:.{digits}f}{unit}", beside)
+            spread = "" if error is None else f"± {scale * error:.{digits}f}{unit}"
+            table.add_row(name, f"{scale * value:.{digits}f}{unit}", spread)
 
     table.add_row("tokens scored", f"{measured.tokens:,}", "")
     row("perplexity", measured.perplexity, measured.perplexity_error)

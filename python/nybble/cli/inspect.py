@@ -1,4 +1,4 @@
-"""`nybble inspect`: what a GGUF file says and holds."""
+"""`nybble inspect`: shows the metadata and tensors of a GGUF file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def inspect(
     filename: Annotated[
         str | None, typer.Option("--filename", help="Which GGUF file of a folder or repository.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="List every tensor instead of one line for all layers.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every tensor, not one line for all layers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
 ) -> None:
-    """Show the metadata and the tensors of a model file."""
+    """Show the metadata and tensors of a model file."""
     from nybble import _native
     from nybble.models import hub
 
@@ -50,7 +50,7 @@ def _as_json(path: Path, gguf: _native.GgufFile) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` for JSON, which has no infinities and no broken text."""
+    """`value` for JSON, which has neither infinities nor lone surrogates."""
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def _print(path: Path, gguf: _native.GgufFile, every: bool) -> None:
     for tensor in tensors:
         types[tensor.type] += tensor.nbytes
     console = terminal.console()
-    bits = f", {8 * nbytes / weights:.2f} bits each" if weights else ""
+    bits = f", {8 * nbytes / weights:.2f} bits per weight" if weights else ""
     console.print(
         terminal.printable(
             f"{path}\n{weights:,} weights in {len(tensors)} tensors, {terminal.human_bytes(nbytes)}{bits}\n"
@@ -82,7 +82,7 @@ def _print(path: Path, gguf: _native.GgufFile, every: bool) -> None:
     )
 
     table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
-    # Values may be cut, keys not: they get the width that they need, up to half of what is usual.
+    # Values may be cut, keys may not: they get the width that they need, at most half of 80 columns.
     table.add_column("key", overflow="fold", width=min(40, max(map(len, gguf.metadata), default=0)))
     table.add_column("value", overflow="ellipsis", no_wrap=True, ratio=1)
     for key, value in gguf.metadata.items():
@@ -102,7 +102,7 @@ def _print(path: Path, gguf: _native.GgufFile, every: bool) -> None:
 
 
 def _lines(tensors: list[_native.TensorInfo], every: bool) -> list[tuple[str, str, tuple[int, ...], int]]:
-    """Name, type, shape, bytes a line; tensors that differ only in the number of their layer share one."""
+    """Name, type, shape and bytes per line. Tensors that differ only in the number of their layer share a line."""
     if every:
         return [(t.name, t.type, t.shape, t.nbytes) for t in tensors]
     groups: dict[tuple[str, str, tuple[int, ...]], list[_native.TensorInfo]] = {}
@@ -116,7 +116,7 @@ def _lines(tensors: list[_native.TensorInfo], every: bool) -> list[tuple[str, st
 
 
 def _short(value: Any) -> str:
-    """One line for a value of any length."""
+    """A value on one line, shortened if it is long."""
     if isinstance(value, list):
         items = ", ".join(_short(item) for item in value[:_SHOWN_ITEMS])
         return f"[{items}, ...] ({len(value):,} items)" if len(value) > _SHOWN_ITEMS else f"[{items}]"

@@ -1,4 +1,4 @@
-"""What `nybble bench` measures: prompts and decoding, and the limits of the machine in the same run."""
+"""The measurements of `nybble bench`: prefill, decode, and the limits of the machine in the same run."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from nybble.sampling import SamplingOptions
 if TYPE_CHECKING:
     from nybble.model import Model, ModelInfo
 
-_WARM_UP = 4
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine could do at most with a number of threads."""
+    """The limits of this machine with a number of threads."""
 
     threads: int
     bandwidth_gb_s: float
-    """Bytes read from memory, in 10^9 a second."""
+    """Memory bandwidth for reads, in 10^9 bytes per second."""
     int8_gops: float
-    """INT8 operations, in 10^9 a second."""
+    """INT8 throughput, in 10^9 operations per second."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of one combination of threads, length and batch."""
+    """Median speeds for one combination of threads, length and batch."""
 
     threads: int
     length: int
-    """Tokens of the prompt, after which decoding goes on."""
+    """Tokens of the prompt."""
     batch: int
-    """Sequences that are decoded together."""
+    """Sequences that are computed together."""
     prompt_tokens_per_second: float
     decode_tokens_per_second: float
-    """Of all sequences together."""
+    """Sum over all sequences."""
     prompt_share_of_int8: float
     decode_share_of_bandwidth: float
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """What was measured."""
+        """The combination that was measured."""
         return self.threads, self.length, self.batch
 
 
@@ -60,16 +60,25 @@ def speeds(
     rounds: int,
     advance: Callable[[], None],
 ) -> tuple[Limits, list[Speed], int | None]:
-    """Measures all combinations with one model; `advance` is called after each round.
+    """Measures all combinations of `lengths` and `batches` with one model.
 
-    Returns the limits, the speeds, and the most memory that the process had held before the limits were measured, which
-    takes a buffer larger than all caches.
+    Args:
+        model: the model.
+        lengths: tokens of the prompts.
+        batches: numbers of sequences.
+        generate: tokens to generate per sequence.
+        rounds: repetitions.
+        advance: called after each round.
+
+    Returns:
+        The limits, the speeds, and the peak memory of the process in bytes before the limits were measured, which
+        takes a buffer larger than all CPU caches.
     """
     info, native = model.info, model._native
     measured: list[tuple[int, int, float, float]] = []
     for length in lengths:
         for batch in batches:
-            _round(native, info, length, batch, min(generate, _WARM_UP))
+            _round(native, info, length, batch, min(generate, _WARM_UP_TOKENS))
             seconds = []
             for _ in range(rounds):
                 seconds.append(_round(native, info, length, batch, generate))
@@ -83,27 +92,26 @@ def speeds(
 
 
 def _round(native: _native.Model, info: ModelInfo, length: int, batch: int, generate: int) -> tuple[float, float]:
-    """Seconds for the prompts of all sequences, and for decoding after them."""
+    """Seconds for the prompts of all sequences, and for the decoding after them."""
     greedy = SamplingOptions(temperature=0, seed=0)
-    # Any ids do: the work does not depend on them.
+    # The work does not depend on the ids.
     prompts = [[(7919 * i + 13 + row) % info.vocabulary for i in range(length)] for row in range(batch)]
     sequences = [native.sequence(prompt, greedy) for prompt in prompts]
-    began = time.perf_counter()
+    start = time.perf_counter()
     native.step(sequences)
     read = time.perf_counter()
     for _ in range(generate):
         native.step(sequences)
-    return read - began, time.perf_counter() - read
+    return read - start, time.perf_counter() - read
 
 
 def _speed(
     info: ModelInfo, limits: Limits, length: int, batch: int, generate: int, reading: float, writing: float
 ) -> Speed:
     prompt_rate, steps = length * batch / reading, generate / writing
-    # Each of the weights of a token is multiplied and added once, but only the last token of a prompt needs the output
-    # layer.
+    # Each weight is multiplied and added once per token, but only the last token of a prompt needs the output layer.
     weights = info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
-    # A step reads the weights once, and what each sequence has in the cache.
+    # A step reads the weights once, and the KV cache of each sequence.
     cached = info.cache_bytes / info.context * (length + generate / 2)
     step_bytes = info.bytes_per_token + batch * cached
     return Speed(
@@ -118,14 +126,14 @@ def _speed(
 
 
 def machine() -> dict[str, Any]:
-    """What figures must be published with."""
+    """The description of the machine that published figures need."""
     return {"cpu": _cpu(), "platform": platform.platform(), "nybble": _native.__version__}
 
 
 def report(
     info: ModelInfo, load_seconds: float, limits: Sequence[Limits], measured: Sequence[Speed], peak: int | None
 ) -> dict[str, Any]:
-    """One run as JSON holds it."""
+    """A run for `--json`."""
     return {
         "model": info.name or info.file.name,
         "file": str(info.file),
@@ -142,15 +150,15 @@ def report(
 
 
 def read(run: Any) -> list[Speed]:
-    """The speeds of a run that was written as JSON.
+    """The speeds of a run that `--json` printed.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `run` has another format.
     """
     try:
         return [Speed(**speed) for speed in run["speeds"]]
     except (KeyError, TypeError):
-        raise ValueError("found something else, expected what `nybble bench --json` prints") from None
+        raise ValueError("not the output of `nybble bench --json`") from None
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""`nybble models`: what loads without a download."""
+"""`nybble models`: lists the models that load without a download."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from nybble.cli import terminal
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
-    """List the models in the caches of nybble and of the Hugging Face Hub."""
-    from nybble.models import hub
+    """List the models in the caches of nybble and the Hub."""
+    from nybble.models.cache import cached_models
+    from nybble.models.default_model import DEFAULT_MODEL
 
-    found = hub.cached_models()
+    found = cached_models()
     if as_json:
         rows = [
             {
@@ -29,7 +30,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
         typer.echo(json.dumps(rows, indent=2))
         return
     if not found:
-        typer.echo("no models here yet: nybble run fetches the default one, nybble run ORG/NAME one from the Hub")
+        typer.echo("no models in the cache: nybble run downloads the default model, nybble run ORG/NAME one of the Hub")
         return
     from rich.table import Table
 
@@ -38,7 +39,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     for model in found:
-        name = f"{hub.DEFAULT_MODEL.name} (default)" if model.source is None else model.source
+        name = f"{DEFAULT_MODEL.name} (default)" if model.source is None else model.source
         table.add_row(
             terminal.printable(name),
             terminal.printable(model.filename or model.path.name),

@@ -1,4 +1,12 @@
-"""Options of the commands, made from the dataclasses that define them, so that no option is written down twice."""
+"""Command-line options generated from dataclasses, so that each option is defined once.
+
+A field of a frozen dataclass becomes an option: its name, type and default give the option's, and its metadata may hold
+
+- `help`: the help text; a field without one is not an option,
+- `metavar`: the placeholder of the value in the help,
+- `envvar`: an environment variable that sets the option,
+- `panel`: the heading that the help lists the option under.
+"""
 
 from __future__ import annotations
 
@@ -7,79 +15,114 @@ import functools
 import gc
 import inspect
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from nybble.sampling import SamplingOptions
+from nybble.cli import terminal
+from nybble.load_options import LoadOptions
 
 if typing.TYPE_CHECKING:
     from nybble.model import Model
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
+]
+"""The model of a command; None for the default model."""
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Options of every command that loads a model."""
 
-    filename: str | None = field(
-        default=None, metadata={"help": 'Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".'}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a repository."})
-    kernel: str | None = field(
-        default=None, metadata={"help": "Instruction set to compute with; the best if not given."}
-    )
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads to compute with; the physical cores if not given."}
-    )
-    context: int | None = field(default=None, metadata={"help": "Tokens to hold; the model's own limit if not given."})
-    cache_type: Literal["f16", "int8", "f32"] | None = field(
-        default=None, metadata={"help": "How the tokens seen are stored; int8 takes half the memory of f16."}
-    )
+def load_model(source: str | None, options: LoadOptions) -> Model:
+    """Loads a model. Draws a progress bar on a terminal if that takes long."""
+    from nybble.model import Model
 
-    mmap: bool = field(
-        default=True,
-        metadata={"help": "Map files while they load; without, they are read, which bears that somebody changes them."},
-    )
+    terminal.show_log()
+    # A vocabulary is some hundred thousand objects that all stay. Searching them for garbage would take a tenth of the
+    # time to the first token.
+    gc.disable()
+    try:
+        return Model.load(source, options)
+    finally:
+        gc.enable()
 
-    def load(self, source: str | None, *, quantize: str | None = "auto") -> Model:
-        """Loads a model, with a progress bar where that takes long; `quantize` is that of `Model.load`."""
-        from nybble.cli import terminal
-        from nybble.model import Model
 
-        terminal.show_log()
-        # A vocabulary is some hundred thousand objects that all stay: looking through them for garbage again and again
-        # takes a tenth of the time to the first token.
-        gc.disable()
+_SAME = object()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a field is written on the command line if its type does not say so.
+
+    Attributes:
+        type: the type of the option.
+        metavar: the placeholder of the value in the help.
+        parse: turns the value of the option into that of the field.
+        default: the default of the option, if it is not that of the field.
+    """
+
+    type: Any
+    metavar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+    default: Any = _SAME
+
+
+def _parse_biases(items: Sequence[str]) -> dict[int, float]:
+    biases = {}
+    for item in items:
+        token, _, bias = item.partition("=")
         try:
-            return Model.load(source, quantize=quantize, **dataclasses.asdict(self))
-        finally:
-            gc.enable()
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise ValueError(f"logit_bias: found {item!r}, expected ID=BIAS, such as 42=-inf") from None
+    return biases
 
 
-_PANELS: dict[type, str] = {LoadOptions: "Model", SamplingOptions: "Sampling"}
-# Log-probabilities are for programs, which have the Python API.
-_HIDDEN = {"logprobs"}
+def _text_or_file(name: str, text: str | None) -> str | None:
+    """The text itself, or the content of a file for `@FILE`."""
+    if text is None or not text.startswith("@"):
+        return text
+    file = Path(text[1:])
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{name}: {file}: {error}, expected a text file") from None
+
+
+_FORMS = {
+    "logit_bias": _Form(list[str], "ID=BIAS", _parse_biases, []),
+    "stop": _Form(list[str], "TEXT", tuple, []),
+    "schema": _Form(str | None, "TEXT|@FILE", functools.partial(_text_or_file, "schema")),
+    "grammar": _Form(str | None, "TEXT|@FILE", functools.partial(_text_or_file, "grammar")),
+    "max_tokens": _Form(int),  # A number larger than the context does the same as None.
+}
+"""The forms of the fields of `SamplingOptions` whose types have no equivalent on a command line."""
+
+_PANELS = {"LoadOptions": "Model", "SamplingOptions": "Sampling"}
+_NOT_OPTIONS = {
+    ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
+    ("LoadOptions", "quantize"),
+}
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command one option for each field of its `LoadOptions` and `SamplingOptions` parameters.
+    """Gives a command one option for each field of the dataclasses among its parameters.
 
-    A field that the command has a parameter of its own for is left to it, and keeps its default.
+    If the command has a parameter with the name of a field, it gets the option, and the field keeps its default.
     """
-    # typing.get_type_hints would wrap what has None for a default into an Optional before Python 3.11.
+    # Before Python 3.11, typing.get_type_hints wraps the type of a parameter with the default None into Optional.
     written = inspect.signature(command, eval_str=True).parameters.values()
-    groups = {p.name: p.annotation for p in written if p.annotation in _PANELS}
+    groups = {p.name: p.annotation for p in written if dataclasses.is_dataclass(p.annotation)}
     own = {p.name for p in written if p.name not in groups}
     options = [option for group in groups.values() for option in _options(group) if option.name not in own]
-    taken = {option.name for option in options}
+    generated = {option.name for option in options}
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
         for name, group in groups.items():
-            values = {f.name: arguments.pop(f.name) for f in dataclasses.fields(group) if f.name in taken}
+            values = {f.name: arguments.pop(f.name) for f in dataclasses.fields(group) if f.name in generated}
             arguments[name] = _build(group, values)
         command(**arguments)
 
@@ -89,62 +132,47 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _options(group: type) -> list[inspect.Parameter]:
+def _form(name: str, hint: Any) -> _Form:
+    if hint == Sequence[str]:
+        return _FORMS.get(name, _Form(list[str], None, tuple, []))
+    return _FORMS.get(name, _Form(hint))
+
+
+def _options(group: Any) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(group)
     found = []
-    for option in dataclasses.fields(group):
-        if option.name in _HIDDEN:
+    for field in dataclasses.fields(group):
+        metadata = field.metadata
+        if "help" not in metadata or (group.__name__, field.name) in _NOT_OPTIONS:
             continue
-        kind, default, metavar = hints[option.name], option.default, None
-        if option.name == "logit_bias":
-            kind, default, metavar = list[str], [], "ID=BIAS"
-        elif option.name == "stop":
-            kind, default, metavar = list[str], [], "TEXT"
-        elif option.name in ("schema", "grammar"):
-            kind, metavar = str | None, "TEXT|@FILE"
-        elif option.name == "max_tokens":
-            kind = int  # "None" has no form on a command line; a number larger than the context does the same.
-        name = option.name.replace("_", "-")
+        form = _form(field.name, hints[field.name])
+        default = field.default if form.default is _SAME else form.default
+        name = field.name.replace("_", "-")
         declared = typer.Option(
-            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
-            help=option.metadata["help"],
-            metavar=metavar,
+            f"--{name}/--no-{name}" if form.type is bool else f"--{name}",
+            help=metadata["help"],
+            metavar=metadata.get("metavar", form.metavar),
+            envvar=metadata.get("envvar"),
             show_default=default not in (None, []),
-            rich_help_panel=_PANELS[group],
+            rich_help_panel=metadata.get("panel", _PANELS.get(group.__name__)),
         )
         found.append(
             inspect.Parameter(
-                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[form.type, declared],
             )
         )
     return found
 
 
-def _build(group: type, values: dict[str, Any]) -> Any:
+def _build(group: Any, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(group)
     try:
-        if "logit_bias" in values:
-            values["logit_bias"] = _biases(values["logit_bias"])
-        for name in ("schema", "grammar"):
-            if (text := values.get(name)) is not None and text.startswith("@"):
-                values[name] = _read(name, Path(text[1:]))
+        for name, value in values.items():
+            if (parse := _form(name, hints[name]).parse) is not None:
+                values[name] = parse(value)
         return group(**values)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def _read(name: str, file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{name}: {file}: {error}, expected a text file") from None
-
-
-def _biases(texts: list[str]) -> Mapping[int, float]:
-    biases = {}
-    for text in texts:
-        token, _, bias = text.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise ValueError(f"logit_bias: found {text!r}, expected ID=BIAS, such as 42=-inf") from None
-    return biases

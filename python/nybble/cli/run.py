@@ -1,4 +1,4 @@
-"""`nybble run`: one prompt, one text."""
+"""`nybble run`: answers or continues one prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import LoadOptions, takes_options
+from nybble.cli.options import load_model, takes_options
+from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
 
@@ -21,31 +22,31 @@ def run(
         list[str],
         typer.Argument(
             metavar="PROMPT",
-            help="The text to answer, or - for standard input. A MODEL may stand before it: a GGUF file, a folder or "
-            "a Hub repository.",
+            help="The prompt, or - for standard input. An optional MODEL precedes it: a GGUF file, a folder or a Hub "
+            "repository.",
             show_default=False,
         ),
     ],
     load: LoadOptions,
     sampling: SamplingOptions,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, even where the model can chat.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the completion as one JSON object.")] = False,
 ) -> None:
-    """Answer a prompt; or continue it, with --raw and where the model has no chat template.
+    """Answer a prompt.
 
-    Without MODEL, the default model is used and fetched if needed.
+    With --raw, or if the model has no chat template, continue it.
+
+    Without MODEL, it uses the default model, which is downloaded on first use.
     """
     if len(arguments) > 2:
-        raise typer.BadParameter("more than [MODEL] PROMPT was given; a prompt of several words needs quotes")
+        raise typer.BadParameter("found more arguments than [MODEL] PROMPT; a prompt of several words needs quotes")
     source, prompt = (None, arguments[0]) if len(arguments) == 1 else arguments
     if source is None and prompt.lower().endswith(".gguf") and Path(prompt).is_file():
-        raise typer.BadParameter("PROMPT is missing: only a model was given")
+        raise typer.BadParameter("PROMPT is missing; found only a model")
     if prompt == "-":
         prompt = sys.stdin.read()
 
-    with load.load(source) as model:
+    with load_model(source, load) as model:
         stream = (
             model.stream(prompt, sampling)
             if raw or not model.tokenizer.has_chat_template
@@ -62,7 +63,7 @@ def run(
     if sys.stderr.isatty():
         timings = done.timings
         terminal.note(
-            f"{done.usage.prompt_tokens} tokens read at {timings.prompt_tokens_per_second:.0f} a second, "
-            f"{done.usage.completion_tokens} written at {timings.decode_tokens_per_second:.1f} a second "
+            f"prompt: {done.usage.prompt_tokens} tokens, {timings.prompt_tokens_per_second:.0f} tokens/s; "
+            f"completion: {done.usage.completion_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s "
             f"({done.finish_reason})"
         )

@@ -1,4 +1,4 @@
-"""What the commands show besides their result: one-line notes and tables. All of it plain when piped."""
+"""Terminal output of the commands: streamed text, notes and tables. Pipes receive it without formatting."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNPRINTABLE: dict[int, str | None] = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-# Bytes of a file that are no UTF-8 come as lone surrogates, which no terminal takes.
+# Bytes that are not UTF-8 come as lone surrogates, which a terminal cannot print.
 _UNPRINTABLE.update(dict.fromkeys(range(0xD800, 0xE000), "\ufffd"))
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: what a file or a model says must not steer the terminal."""
+    """`text` without control characters, so that a file or a model cannot control the terminal."""
     return text.translate(_UNPRINTABLE)
 
 
 def write(text: str) -> None:
-    """Streams a piece of a model's text: as it is into a pipe, without control characters on a terminal."""
+    """Writes a piece of a model's text: unchanged to a pipe, without control characters to a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A line on standard error, dim on a terminal."""
+    """Writes a line to standard error, dim on a terminal."""
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     text = printable(text)
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
@@ -36,7 +36,7 @@ def note(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """The one line that says why a command failed."""
+    """Writes the one line that says why a command failed."""
     sys.stderr.write(f"nybble: {printable(' '.join(text.split()))}\n")
     sys.stderr.flush()
 
@@ -47,7 +47,7 @@ class _Notes(logging.Handler):
 
 
 def show_log() -> None:
-    """Shows what the package logs, such as where a model is fetched from."""
+    """Writes log messages of the package to standard error, such as the source of a download."""
     logger = logging.getLogger("nybble")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -55,7 +55,7 @@ def show_log() -> None:
 
 
 def show_warnings() -> None:
-    """Shows warnings as a line each, without the line of code that they come from."""
+    """Writes each warning as one line, without its source code."""
     warnings.showwarning = _note_warning
 
 
@@ -71,14 +71,14 @@ def _note_warning(
 
 
 def console() -> Console:
-    """Standard output for tables: 80 columns where there is no terminal to ask. Texts are shown as they are."""
+    """A console on standard output for tables, 80 columns wide without a terminal. It interprets no markup."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def human_bytes(count: int) -> str:
-    """98362432 -> "98.4 MB"."""
+    """A size with a unit: 98362432 becomes "98.4 MB"."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

@@ -1,1 +1,1 @@
-"""nybble in other frameworks."""
+"""Integrations of nybble into other frameworks."""

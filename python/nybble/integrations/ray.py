@@ -1,8 +1,7 @@
-"""Past one machine, with Ray (`pip install nybble[ray]`): Ray decides what runs where, nybble computes.
+"""Runs nybble on several machines with Ray: `pip install nybble[ray]`.
 
-`generate` continues or answers the rows of a dataset, on as many workers as are asked for; a worker that dies is
-replaced, and its rows are done again. `deployment` is the server of `nybble serve` as an application of Ray Serve, with
-replicas.
+`generate` completes the rows of a dataset on several workers. Ray replaces a worker that dies and repeats its batch.
+`deployment` makes the server of `nybble serve` an application of Ray Serve with replicas.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Batch = dict[str, np.ndarray[Any, Any]]
 
 
 class Worker:
-    """A model in a process of Ray's, which maps batches of rows. `generate` makes them."""
+    """A model in a worker process of Ray, which maps batches of rows. Made by `generate`."""
 
     def __init__(
         self, source: str | None, load: Mapping[str, Any], options: SamplingOptions, column: str, output: str
@@ -36,7 +35,7 @@ class Worker:
         self._output = output
 
     def __call__(self, batch: Batch) -> Batch:
-        """Adds to each row its text, why it ended, and how many tokens were read and written."""
+        """Adds the completion, the finish reason and the token counts to each row."""
         done = self._model.generate([self._prompt(value) for value in batch[self._column]], self._options)
         return {
             **batch,
@@ -64,21 +63,24 @@ def generate(
     batch_size: int = 64,
     load: Mapping[str, Any] | None = None,
 ) -> ray.data.Dataset:
-    """Continues the texts of a dataset, or answers its conversations.
+    """Completes the prompts of a dataset, or answers its conversations.
 
-    The same rows give the same texts with a seed or at temperature 0, on whichever workers they are computed.
+    With a seed or at temperature 0, completions do not depend on the workers that compute them.
 
     Args:
-        dataset: any of Ray Data's.
-        source: the model, as in `Model.load`: a path that all machines have, or a repository that each fetches.
-        workers: processes with a model each.
-        threads: threads of each worker, and the CPUs that Ray sets aside for it.
-        column: what holds a text to continue, or a conversation as a list of messages.
-        output: the column for what the model writes. `finish_reason`, `prompt_tokens` and `completion_tokens` come
-            beside it.
+        dataset: a dataset of Ray Data.
+        source: the model, as in `Model.load`: a path that exists on all machines, or a repository that each downloads.
+        workers: number of processes, each with its own model.
+        threads: threads of each worker, and CPUs that Ray reserves for it.
+        column: the column with prompts, or with conversations as lists of messages.
+        output: the column for completions. The columns `finish_reason`, `prompt_tokens` and `completion_tokens` are
+            added as well.
         options: as in `Model.generate`.
-        batch_size: rows that a worker takes at a time; what is done again if it dies.
+        batch_size: rows per batch, the unit of work that is repeated if a worker dies.
         load: other arguments of `Model.load`, such as `{"context": 2048}`.
+
+    Returns:
+        The dataset with the added columns, computed when it is read.
     """
     return dataset.map_batches(
         Worker,
@@ -106,19 +108,26 @@ def deployment(
     api_key: str | None = None,
     load: Mapping[str, Any] | None = None,
 ) -> serve.Application:
-    """The server as an application: `serve.run(nybble.ray.deployment("model.gguf", name="model"))`.
-
-    Ray Serve listens, and distributes requests over the replicas.
+    """Makes the server an application of Ray Serve, which distributes requests over replicas.
 
     Args:
         source: the model, as in `Model.load`.
-        name: what clients call it.
-        replicas: processes with a model each.
-        threads: threads of each replica, and the CPUs that Ray sets aside for it.
-        max_batch: answers that a replica writes at the same time.
+        name: the name of the model for clients.
+        replicas: number of processes, each with its own model.
+        threads: threads of each replica, and CPUs that Ray reserves for it.
+        max_batch: answers that a replica generates at the same time.
         max_queue: answers that may wait at a replica.
-        api_key: what clients must know.
+        api_key: the key that clients must send; None for no key.
         load: other arguments of `Model.load`.
+
+    Returns:
+        The application, for `ray.serve.run`.
+
+    Example:
+        ```python
+        from nybble.integrations.ray import deployment
+        serve.run(deployment("model.gguf", name="model", replicas=2))
+        ```
     """
     build = functools.partial(
         _application, source, {"threads": threads, **(load or {})}, name, max_batch, max_queue, api_key
@@ -131,7 +140,7 @@ def deployment(
         serve.ingress(builder)(),
         name="nybble",
         num_replicas=replicas,
-        # Requests for the page, for health and for metrics are answered beside those that wait.
+        # The page, health and metrics are served in addition to answers.
         max_ongoing_requests=max_batch + max_queue + 16,
         ray_actor_options={"num_cpus": threads},
     )

@@ -1,1 +1,1 @@
-"""Models of the Hugging Face Hub and of its cache."""
+"""Model files: local paths, the Hugging Face Hub, the caches of both, and the default model."""

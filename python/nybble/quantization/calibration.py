@@ -1,4 +1,4 @@
-"""What a quantizer looks at: a text of the user's, the sample that comes with the package, or what the model writes."""
+"""Calibration text: the user's, the sample in the package, or text that the model generates."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from nybble.quantization import datasets
 from nybble.sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from nybble.model import Model
     from nybble.quantization.datasets import Windows
+    from nybble.quantization.loaded import Generates
 
 WINDOW = 512
-"""Tokens that are read together."""
+"""Tokens per window."""
 SAMPLE = "sample"
-"""The name of the text that comes with the package: a few thousand tokens, enough to try things out."""
+"""The name of the text in the package: a few thousand tokens, enough for a first try."""
 SELF = "self"
-"""The name of what the model writes by itself."""
-_TOGETHER = 8
+"""The name of text that the model generates."""
+_BATCH = 8
+"""Windows that are generated together."""
 
 
 def documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str], str]:
-    """The documents of a calibration, and what to call them: those of a file, of a list, or of `SAMPLE`.
+    """Returns calibration documents and a name for messages, from a file, a list of documents, or `SAMPLE`.
 
     Raises:
         FileNotFoundError, PermissionError, ModelError, TypeError: as in `datasets.as_documents`.
@@ -38,7 +39,7 @@ def documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str]
 
 
 def generate(
-    model: Model,
+    model: Generates,
     tokens: int,
     *,
     window: int = WINDOW,
@@ -47,10 +48,23 @@ def generate(
     keep: Path | None = None,
     key: str = "",
 ) -> Windows:
-    """Has a model write texts, at temperature 1, each from its start token or else from a token drawn at random.
+    """Generates calibration text at temperature 1.
 
-    A text that ends is followed by whatever the model begins then. What is written goes into the file `keep`, and is
-    not written again when that has it from a call with the same `key`.
+    Each window begins with the start token, or with a random token if the model has none. After an end token generation
+    continues. Finished batches are kept in the file `keep`, and read from there by a
+    later call with the same `key`.
+
+    Args:
+        model: The model that generates.
+        tokens: Number of tokens, rounded down to whole windows; at least one window.
+        window: Tokens per window.
+        seed: Seed of the random tokens and of sampling.
+        progress: Called with the number of tokens generated, and the total.
+        keep: The file for finished batches; None keeps nothing.
+        key: Identifies the model.
+
+    Returns:
+        Token ids `(windows, window)`.
     """
     import numpy as np
 
@@ -59,34 +73,36 @@ def generate(
     random = np.random.default_rng(seed)
     plain = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
     start = datasets.start_token(tokenizer)
-    written = np.empty((count, window), dtype=np.int32)
+    generated = np.empty((count, window), dtype=np.int32)
     for row in range(count):
-        written[row, 0] = random.choice(plain) if start is None else start
-    known = [] if keep is None else _kept(keep, f"{key} {count} {window} {seed}", _TOGETHER * window)
-    for number, batch in enumerate(known[: count // _TOGETHER]):
-        ids = np.frombuffer(batch, dtype=np.int32).reshape(_TOGETHER, window)
-        written[number * _TOGETHER : (number + 1) * _TOGETHER] = ids
-    begin = min(len(known), count // _TOGETHER) * _TOGETHER
+        generated[row, 0] = random.choice(plain) if start is None else start
+    known = [] if keep is None else _read_kept(keep, f"{key} {count} {window} {seed}", _BATCH * window)
+    for number, batch in enumerate(known[: count // _BATCH]):
+        ids = np.frombuffer(batch, dtype=np.int32).reshape(_BATCH, window)
+        generated[number * _BATCH : (number + 1) * _BATCH] = ids
+    begin = min(len(known), count // _BATCH) * _BATCH
     done = begin * (window - 1)
-    for first in range(begin, count, _TOGETHER):
-        rows = range(first, min(first + _TOGETHER, count))
+    for first in range(begin, count, _BATCH):
+        rows = range(first, min(first + _BATCH, count))
         options = [SamplingOptions(temperature=1, seed=seed * 1_000_003 + row) for row in rows]
-        sequences = [native.sequence([int(written[row, 0])], option) for row, option in zip(rows, options, strict=True)]
+        sequences = [
+            native.sequence([int(generated[row, 0])], option) for row, option in zip(rows, options, strict=True)
+        ]
         for column in range(1, window):
             for row, sampled in zip(rows, native.step(sequences), strict=True):
-                written[row, column] = sampled.id
+                generated[row, column] = sampled.id
             done += len(sequences)
             if progress is not None:
                 progress(done, count * (window - 1))
-        if keep is not None and len(rows) == _TOGETHER:
-            batch = written[rows.start : rows.stop].tobytes()
+        if keep is not None and len(rows) == _BATCH:
+            batch = generated[rows.start : rows.stop].tobytes()
             with keep.open("ab") as file:
                 file.write(batch + zlib.crc32(batch).to_bytes(4, "little"))
-    return written
+    return generated
 
 
-def _kept(path: Path, key: str, tokens: int) -> list[bytes]:
-    """The batches of `tokens` ids that a file has under a key, up to the first damaged one. There it is cut off."""
+def _read_kept(path: Path, key: str, tokens: int) -> list[bytes]:
+    """Reads the whole batches of `tokens` ids of a file with that key, and cuts the file off after the last one."""
     head = f"nybble texts 1 {key}\n".encode()
     data = path.read_bytes() if path.is_file() else b""
     batches: list[bytes] = []

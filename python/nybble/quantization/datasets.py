@@ -1,4 +1,4 @@
-"""Texts to measure with and to calibrate on: files of prose, or of documents, as windows of tokens."""
+"""Documents for calibration and evaluation, and the windows of tokens that they become."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 def read(path: str | os.PathLike[str]) -> list[str]:
-    """The documents of a file: the whole of a text file, or each line of a JSONL file.
+    """Reads the documents of a file: the whole text, or one document per line of a JSONL file.
 
     A line of JSONL is a string, or an object with a string under `text` or `content`.
 
     Raises:
         FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
-        ModelError: it is no UTF-8, or a line of JSONL is none of these.
+        ModelError: the file is not UTF-8, or a line of JSONL is not a document.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        # The path first, as in every other message.
+        # Every message begins with the path.
         raise type(error)(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a text") from None
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: found bytes that are no UTF-8 at {error.start}, expected a text") from None
+        raise ModelError(f"{path}: found invalid UTF-8 at byte {error.start}, expected a text") from None
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [text]
     return [_document(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -57,7 +57,7 @@ def _document(path: Path, number: int, line: str) -> str:
 
 
 def tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> list[int]:
-    """The token ids of all documents, one after the other, each with the start token where the model wants one."""
+    """Returns the token ids of all documents in sequence, each after the start token if the model expects one."""
     start = start_token(tokenizer)
     before = [] if start is None else [start]
     ids: list[int] = []
@@ -67,7 +67,7 @@ def tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> list[int]:
 
 
 def start_token(tokenizer: Tokenizer) -> int | None:
-    """The token with which the model wants every text to begin, if it does."""
+    """Returns the token with which the model expects every text to begin; None if it expects none."""
     begins = tokenizer.encode("", parse_special=False)[:1]
     return tokenizer.bos_id if begins == [tokenizer.bos_id] else None
 
@@ -75,11 +75,12 @@ def start_token(tokenizer: Tokenizer) -> int | None:
 def windows(
     tokenizer: Tokenizer, documents: Sequence[str], window: int, max_tokens: int | None = None, what: str = "the text"
 ) -> Windows:
-    """The tokens of documents as `(windows, window)`. What does not fill a window is left over; each begins with the
-    start token where the model wants one.
+    """Cuts the tokens of documents into windows `(windows, window)` and drops an incomplete one at the end.
+
+    Each window begins with the start token if the model expects one. `what` names the text in the error.
 
     Raises:
-        ModelError: the text does not fill one window. `what` names it.
+        ModelError: the text does not fill one window.
     """
     import numpy as np
 
@@ -95,14 +96,14 @@ def windows(
 
 
 def as_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str], str]:
-    """Documents, and what to call them, from a file's path or from texts themselves.
+    """Returns documents and a name for messages, from the path of a file or from a list of documents.
 
     Raises:
-        TypeError: it is neither. Otherwise those of `read`.
+        TypeError: `source` is neither. Otherwise as `read`.
     """
     if isinstance(source, (str, os.PathLike)):
         return read(source), os.fspath(source)
     documents: list[Any] = list(source)
     if not all(isinstance(document, str) for document in documents):
-        raise TypeError("texts: found something else than str, expected a path or a list of texts")
-    return documents, "the texts"
+        raise TypeError("documents: found an item that is not a str, expected a path or a list of str")
+    return documents, "the documents"

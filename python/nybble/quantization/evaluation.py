@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far it is from another one, as llama.cpp's perplexity tool defines it."""
+"""Perplexity of a model on a text and its divergence from a reference, defined as in llama.cpp's perplexity tool."""
 
 from __future__ import annotations
 
@@ -11,112 +11,121 @@ from nybble import _native
 from nybble.quantization import datasets
 
 if TYPE_CHECKING:
-    from nybble.model import Model
+    from nybble.quantization.loaded import Computes, LoadedModel
 
 WINDOW = 512
-"""Tokens that are read together, unless told otherwise; the second half of them is scored."""
+"""Tokens per window by default. The second half of each window is scored."""
 
-Texts = str | os.PathLike[str] | Sequence[str]
-"""The path of a file (prose, or JSONL with a document a line), or the texts themselves."""
-Progress = Callable[[int, int], object]
+Documents = str | os.PathLike[str] | Sequence[str]
+"""The path of a file (prose, or JSONL with one document per line), or a list of documents."""
+WindowProgress = Callable[[int, int], object]
+"""Called with the number of windows that are done, and the total."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. Each `_error` is the standard error of the figure before it.
+    """The figures of an evaluation. Each `_error` is the standard error of the figure before it.
 
-    The figures that compare with a reference are None where there was none.
+    Figures that compare with a reference are None without one.
     """
 
     tokens: int
-    """Tokens that were scored: of each window of `n` the last `n - 1 - n // 2`."""
+    """Scored tokens: the last `n - 1 - n // 2` of each window of `n`."""
     perplexity: float
     perplexity_error: float
     reference_perplexity: float | None = None
     reference_perplexity_error: float | None = None
     perplexity_ratio: float | None = None
-    """The perplexity divided by the reference's."""
+    """The perplexity divided by that of the reference."""
     perplexity_ratio_error: float | None = None
     kl_mean: float | None = None
-    """The Kullback-Leibler divergence from the reference's distribution to the model's, in nats: the mean a token."""
+    """Mean Kullback-Leibler divergence of the model's distribution from that of the reference, in nats per token."""
     kl_mean_error: float | None = None
     kl_median: float | None = None
     kl_p90: float | None = None
     kl_p99: float | None = None
     kl_max: float | None = None
     top_agreement: float | None = None
-    """The share of tokens for which both models think the same one likeliest."""
+    """Share of positions at which both models predict the same token."""
     top_agreement_error: float | None = None
     rms_dp: float | None = None
-    """The root mean square of the difference between the probabilities that both give the token that comes."""
+    """Root mean square difference of the probabilities of the token that follows."""
     rms_dp_error: float | None = None
     kl_by_position: tuple[float, ...] | None = None
-    """The mean divergence at each scored position of a window."""
+    """Mean divergence at each scored position of a window."""
 
 
 class Reference:
-    """What a model makes of a text, to compare others with. The model may be closed afterwards.
+    """The predictions of a model on a text, with which other models are compared. The model may be closed afterwards.
 
-    It is kept in a temporary file: about two bytes for each token of the vocabulary and each token that is scored.
+    They are kept in a temporary file of about two bytes per scored token and token of the vocabulary.
     """
 
     def __init__(
         self,
-        model: Model,
-        text: Texts,
+        model: LoadedModel,
+        text: Documents,
         *,
         window: int = WINDOW,
         max_tokens: int | None = None,
-        progress: Progress | None = None,
+        progress: WindowProgress | None = None,
     ) -> None:
-        """Has a model read a text.
+        """Records the predictions of a model on a text.
 
         Args:
-            model: the reference.
-            text: what to read.
-            window: tokens that are read together.
-            max_tokens: read only so many.
-            progress: called with how many windows are read, and how many there are.
+            model: The reference.
+            text: A file or a list of documents.
+            window: Tokens per window.
+            max_tokens: Use at most this many tokens of the text.
+            progress: Called with the number of windows that are done, and the total.
         """
-        self._native = _native.Baseline(model._native, _windows(model, text, window, max_tokens), progress)
+        self._native = _native.Reference(model._native, _windows(model, text, window, max_tokens), progress)
 
     @classmethod
-    def of_windows(cls, model: Model, windows: datasets.Windows, *, progress: Progress | None = None) -> Reference:
-        """Has a model read token ids, `(windows, window)`."""
+    def of_windows(
+        cls, model: Computes, windows: datasets.Windows, *, progress: WindowProgress | None = None
+    ) -> Reference:
+        """Records the predictions of a model on token ids `(windows, window)`."""
         reference = cls.__new__(cls)
-        reference._native = _native.Baseline(model._native, windows, progress)
+        reference._native = _native.Reference(model._native, windows, progress)
         return reference
 
-    def compare(self, model: Model, *, progress: Progress | None = None) -> Evaluation:
-        """Has another model of the same vocabulary read the same tokens."""
+    def compare(self, model: Computes, *, progress: WindowProgress | None = None) -> Evaluation:
+        """Evaluates another model with the same vocabulary on the same tokens."""
         return _evaluation(self._native.compare(model._native, progress))
 
 
 def evaluate(
-    model: Model,
-    text: Texts,
+    model: LoadedModel,
+    text: Documents,
     *,
-    reference: Model | None = None,
+    reference: LoadedModel | None = None,
     window: int = WINDOW,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Evaluation:
-    """Measures how well a model predicts a text, and how far it is from a reference.
+    """Measures the perplexity of a model on a text and, with a reference, its divergence from it.
 
-    The text is cut into windows, each is read by itself, and its second half is scored.
+    The text is cut into windows. Each is a sequence of its own, and its second half is scored.
 
     Args:
-        model: what to measure.
-        text: a file's path, or texts.
-        reference: a model of the same vocabulary, such as the same one in full precision.
-        window: tokens that are read together.
-        max_tokens: read only so many.
-        progress: called with how many windows are read, and how many there are; the reference reads first.
+        model: The model to measure.
+        text: The path of a file, or a list of documents.
+        reference: A model with the same vocabulary, such as the same model in full precision.
+        window: Tokens per window.
+        max_tokens: Use at most this many tokens of the text.
+        progress: Called with the number of windows that are done, and the total; first for the reference.
 
     Raises:
-        FileNotFoundError, PermissionError: the text cannot be read.
-        ModelError: the text does not fill a window, or what the model computes is NaN.
-        ValueError: the window is below 4 tokens or beyond the model's context, or the vocabularies differ.
+        FileNotFoundError, PermissionError: The text cannot be read.
+        ModelError: The text does not fill a window, or the model computes NaN.
+        ValueError: The window has fewer than 4 tokens or more than the model's context, or the vocabularies differ.
+
+    Example:
+        ```python
+        with Model.load("model.gguf") as model, Model.load("model-f16.gguf") as full:
+            print(evaluate(model, "prose.txt", reference=full).kl_mean)
+        ```
     """
     if reference is not None:
         recorded = Reference(reference, text, window=window, max_tokens=max_tokens, progress=progress)
@@ -125,7 +134,7 @@ def evaluate(
     return _evaluation(_native.perplexity(model._native, cut, progress))
 
 
-def _windows(model: Model, text: Texts, window: int, max_tokens: int | None) -> datasets.Windows:
+def _windows(model: LoadedModel, text: Documents, window: int, max_tokens: int | None) -> datasets.Windows:
     if window < 4:
         raise ValueError(f"window: found {window}, expected at least 4 tokens")
     if window > model.info.context:

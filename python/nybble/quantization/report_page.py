@@ -1,4 +1,4 @@
-"""The page that shows a report: figures, plots and tables, in light and dark, on wide and narrow screens."""
+"""The HTML page of a report, with figures, plots and tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from markupsafe import Markup
 
 from nybble._native import __version__
-from nybble.quantization.report import Candidate, Report
+from nybble.quantization.report_data import Candidate, ReportData
 from nybble.quantization.report_plots import Axis, Point, Series, plot
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight)?$")
-_PIECES = 32
-"""Into which the positions of a window are put together; single ones jump too much to be read."""
+_BINS = 32
+"""The positions of a window are averaged in this many bins, because single ones vary too much."""
 
 
-def render(report: Report) -> str:
-    """The report as one page of HTML."""
+def render(report: ReportData) -> str:
+    """Returns the report as one HTML page."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -45,8 +45,8 @@ def render(report: Report) -> str:
     )
 
 
-def _errors(report: Report) -> dict[str, list[Point]]:
-    """Points by kind of matrix, one a layer."""
+def _errors(report: ReportData) -> dict[str, list[Point]]:
+    """Returns the points of the error plot by kind of matrix, one per layer."""
     kinds: dict[str, list[Point]] = defaultdict(list)
     for tensor in report.tensors:
         found = _LAYER.match(tensor.name)
@@ -63,8 +63,8 @@ def _error_plot(kinds: dict[str, list[Point]]) -> Markup:
 
 
 def _position_plot(values: Sequence[float]) -> Markup:
-    length = max(1, math.ceil(len(values) / _PIECES))
-    start = len(values) + 2  # Of a window of `n`, `n - 1 - n // 2` positions are scored: those after the first half.
+    length = max(1, math.ceil(len(values) / _BINS))
+    start = len(values) + 2  # The positions after the first half are scored: `n - 1 - n // 2` of `n`.
     points = []
     for first in range(0, len(values), length):
         piece = values[first : first + length]
@@ -98,30 +98,30 @@ def _name(candidate: Candidate) -> str:
     return f"{candidate.recipe} {candidate.format} {group}"
 
 
-def _ratio(report: Report, chosen: Candidate | None) -> float | None:
+def _ratio(report: ReportData, chosen: Candidate | None) -> float | None:
     if chosen is None or chosen.perplexity is None or not report.reference_perplexity:
         return None
     return chosen.perplexity / report.reference_perplexity - 1
 
 
-def _worst(report: Report) -> list[str]:
-    """The matrices with the greatest errors."""
+def _worst(report: ReportData) -> list[str]:
+    """Returns the names of the three matrices with the largest errors."""
     known = [tensor for tensor in report.tensors if tensor.relative_error is not None]
     return [tensor.name for tensor in sorted(known, key=lambda tensor: -(tensor.relative_error or 0))[:3]]
 
 
-def matrices(report: Report) -> list[str]:
-    """How many matrices of which type and group the file has, in its order."""
+def matrices(report: ReportData) -> list[str]:
+    """Returns the number of matrices of each type and group, in the order of the file."""
     found: dict[str, int] = defaultdict(int)
     for tensor in report.tensors:
-        # Of other types it is no choice how many weights share a scale.
+        # The group size is a choice for quantized matrices only.
         groups = f" in groups of {tensor.group}" if tensor.relative_error is not None else ""
         found[f"{tensor.type}{groups}"] += 1
     return [f"{count} {'matrix' if count == 1 else 'matrices'} of {kind}" for kind, count in found.items()]
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """So many digits that count, without an exponent."""
+    """Formats a number with that many significant digits, without an exponent."""
     if value is None:
         return "–"
     if value == 0 or not math.isfinite(value):
@@ -135,17 +135,17 @@ def _tick(value: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """0.0123 -> "1.23%"."""
+    """Formats 0.0123 as "1.23%"."""
     return "–" if value is None else f"{number(100 * value)}%"
 
 
 def size(count: int) -> str:
-    """98362432 -> "98.4 MB"."""
+    """Formats 98362432 as "98.4 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """75 -> "1 min 15 s"."""
+    """Formats 75 as "1 min 15 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Plots as SVG, drawn by hand: no library, no script, colours from the page's style."""
+"""SVG plots without a library or script. Colours come from the style of the page."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _LABEL_WIDTH, _LABEL_HEIGHT = 150, 14
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a plot, and what to say of it."""
+    """A point of a plot, with the text of its tooltip."""
 
     x: float
     y: float
     text: str
     label: str = ""
-    """Written beside it."""
+    """Drawn next to the point."""
     marked: bool = False
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, with a line through them or without."""
+    """Points of one colour, with or without a line."""
 
     name: str
     points: Sequence[Point]
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows, and how its numbers are written."""
+    """The title of an axis, and the format of its numbers."""
 
     title: str
     write: Callable[[float], str]
@@ -46,7 +46,7 @@ class Axis:
 
 
 def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> Markup:
-    """A plot of all series, none of which is empty."""
+    """Draws all series, none of them empty."""
     points = [point for one in series for point in one.points]
     across = _ticks([point.x for point in points], x.from_zero)
     up = _ticks([point.y for point in points], y.from_zero)
@@ -89,18 +89,18 @@ def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> Markup:
     labelled = [(float(left(point.x)), float(top(point.y)), point.label) for point in points if point.label]
     parts += [_label(x, y, text) for x, y, text in _apart(labelled)]
     parts.append("</svg>")
-    # Every text was escaped above.
+    # Every string was escaped above.
     return Markup("".join(parts))  # noqa: S704
 
 
 def _label(x: float, y: float, text: str) -> str:
-    """A text beside a point, on the side where there is room."""
+    """Draws a label next to a point, on the side with more space."""
     offset, anchor = (-10, "end") if x > _WIDTH * 0.7 else (10, "start")
     return f'<text class="label {anchor}" x="{x + offset:.1f}" y="{y:.1f}" dy="0.35em">{escape(text)}</text>'
 
 
 def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Labels moved upwards where they would cover those below them."""
+    """Moves labels up where they would cover those below."""
     placed: list[tuple[float, float, str]] = []
     for x, y, text in sorted(labels, key=lambda label: -label[1]):
         near = [other for at, other, _ in placed if abs(at - x) < _LABEL_WIDTH]
@@ -109,7 +109,7 @@ def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 
 def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
-    """Round numbers from below the least value to above the greatest, two at least."""
+    """Returns at least two round numbers that enclose all values."""
     low, high = min(values), max(values)
     if from_zero:
         low = min(low, 0.0)

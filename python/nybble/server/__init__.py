@@ -1,11 +1,39 @@
-"""The server: one model for OpenAI's clients and for people, by `nybble serve` or `create_app`. Needs `nybble[serve]`.
+"""An HTTP server for one model: OpenAI's API and a chat page. Needs `nybble[serve]`.
 
-A request goes through `guard` (who may ask, and how much), `requests` (is it well formed?), `chat` or `completions`
-(what is meant), `generation` (the engine, watched for clients that leave) and back through `responses`.
+`nybble serve` runs it; `create_app` makes an ASGI application. A request passes these modules:
+
+1. `middleware` checks the API key and the host, and reads the body.
+2. `protocols` validates the body and translates it to a `generation.GenerationRequest`.
+3. `generation` runs it on the engine and reports `events`.
+4. `delivery` sends what the protocol makes of the events, as a whole or as a stream.
 """
 
-from nybble.server.app import create_app
-from nybble.server.run import serve
-from nybble.server.service import Service, Settings
+from __future__ import annotations
 
-__all__ = ["Service", "Settings", "create_app", "serve"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.server.app import create_app
+    from nybble.server.http_server import serve
+    from nybble.server.options import ServeOptions, Settings
+    from nybble.server.service import Service
+
+__all__ = ["ServeOptions", "Service", "Settings", "create_app", "serve"]
+
+_MODULES = {
+    "ServeOptions": "options",
+    "Service": "service",
+    "Settings": "options",
+    "create_app": "app",
+    "serve": "http_server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name on first use (PEP 562): `nybble serve --help` needs no web framework."""
+    if (module := _MODULES.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"nybble.server.{module}"), name)
+    return value

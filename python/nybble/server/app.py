@@ -1,4 +1,4 @@
-"""The routes."""
+"""The ASGI application and its routes."""
 
 from __future__ import annotations
 
@@ -11,36 +11,42 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from nybble._native import __version__
-from nybble.server.chat import chat
-from nybble.server.completions import complete, embed
+from nybble.server.delivery import respond
 from nybble.server.errors import RESPONSES, ApiError, add_handlers
-from nybble.server.guard import Guard
-from nybble.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest
-from nybble.server.responses import ChatCompletion, Embeddings, Health, ModelCard, ModelList, TextCompletion
+from nybble.server.middleware import Middleware
+from nybble.server.protocols.chat import ChatAdapter
+from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
+from nybble.server.protocols.completions import CompletionAdapter, CompletionRequest, TextCompletion
+from nybble.server.protocols.embeddings import EmbeddingRequest, Embeddings, embed
+from nybble.server.protocols.models import Health, ModelCard, ModelList
 from nybble.server.service import Service
 
-# The guard looks at keys before anything is parsed; this only describes them.
-_KEY = Depends(HTTPBearer(auto_error=False, description="The key that the server was started with."))
+# The middleware checks keys. This only describes them.
+_KEY = Depends(HTTPBearer(auto_error=False, description="The API key of the server."))
 _STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+_METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service: for uvicorn, or to be mounted elsewhere."""
+    """The ASGI application of a service, to run with uvicorn or to mount in another application."""
     app = FastAPI(
         title="nybble",
         version=__version__,
-        description="One language model, in the shapes of OpenAI's API.",
-        # Pages that load scripts from elsewhere are not for this server; /openapi.json is for tools.
+        description="A language model with OpenAI's API.",
+        # FastAPI's pages load scripts from other sites. Tools read /openapi.json.
         docs_url=None,
         redoc_url=None,
         responses=RESPONSES,
     )
     add_handlers(app)
     _add_api(app, service)
-    _add_others(app, service)
-    app.add_middleware(Guard, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")])
+    _add_pages(app, service)
+    app.add_middleware(
+        Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
+    )
     return app
 
 
@@ -54,52 +60,50 @@ def _add_api(app: FastAPI, service: Service) -> None:
         context_length=service.engine.model.info.context,
     )
 
-    @app.post(
-        "/v1/chat/completions",
-        dependencies=key,
-        response_class=Response,
-        responses={200: {"model": ChatCompletion, "content": _STREAM}},
-    )
+    @app.post("/v1/chat/completions", **_generation_route(key, ChatCompletion))
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await chat(service, request, body)
+        return await respond(service, request, ChatAdapter(service, body))
 
-    @app.post(
-        "/v1/completions",
-        dependencies=key,
-        response_class=Response,
-        responses={200: {"model": TextCompletion, "content": _STREAM}},
-    )
+    @app.post("/v1/completions", **_generation_route(key, TextCompletion))
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        """Continue texts."""
-        return await complete(service, request, body)
+        """Continue prompts."""
+        return await respond(service, request, CompletionAdapter(service, body))
 
     @app.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        """Texts as vectors of length 1."""
+        """Turn inputs into vectors of length 1."""
         return await embed(service, request, body)
 
     @app.get("/v1/models", dependencies=key)
     async def models() -> ModelList:
-        """The one model that is served."""
+        """List the model that is served."""
         return ModelList(object="list", data=[card])
 
     @app.get("/v1/models/{name:path}", dependencies=key)
     async def model(name: str) -> ModelCard:
-        """What is known of a model."""
+        """Describe a model."""
         if name != service.name:
-            raise ApiError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
+            raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
         return card
 
 
-def _add_others(app: FastAPI, service: Service) -> None:
+def _generation_route(key: list[Any], answer: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "dependencies": key,
+        "response_class": Response,
+        "responses": {200: {"model": answer, "content": _STREAM}},
+    }
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
     key = [_KEY] if service.settings.api_key else []
     page = resources.files("nybble.server").joinpath("page.html").read_text(encoding="utf-8")
-    policy = _policy(page)
+    policy = _content_security_policy(page)
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
-        """Whether requests are taken: for what distributes them."""
+        """Tell load balancers whether the server accepts requests."""
         if service.draining:
             response.status_code = 503
             return Health(status="draining")
@@ -109,10 +113,10 @@ def _add_others(app: FastAPI, service: Service) -> None:
         "/metrics",
         dependencies=key,
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses=_METRICS,
     )
     async def metrics() -> Response:
-        """Counts and times for Prometheus."""
+        """Export metrics for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
@@ -121,8 +125,8 @@ def _add_others(app: FastAPI, service: Service) -> None:
         return Response(page, media_type="text/html", headers=headers)
 
 
-def _policy(page: str) -> str:
-    """Lets the page run its own script and style and ask this server, and nothing else."""
+def _content_security_policy(page: str) -> str:
+    """Lets the page run its own script and style and send requests to this server, and nothing else."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape in which OpenAI's clients expect it: `{"error": {message, type, param, code}}`."""
+"""Errors in the format that OpenAI's clients expect: `{"error": {message, type, param, code}}`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from starlette.exceptions import HTTPException
 
 from nybble.errors import ContextFullError, QueueFullError
 
-_LONGEST = 1000
-"""Characters of a message. What a client sent may be quoted in it, and that may be long."""
+INTERNAL_ERROR = "internal server error; see the log of the server"
+"""The message of unexpected errors, whose details go to the log only."""
+
+_MAX_MESSAGE = 1000
+"""Characters of a message, which may quote what the client sent."""
 
 
 _PARAMS = {name: name for name in ("logit_bias", "stop", "regex", "grammar")} | {"schema": "response_format"}
-"""The parameters that options which errors begin with come from."""
+"""The parameter of the request for an option that a message begins with."""
 
 
-_BRANCH = re.compile(r"str|int|[A-Z]\w+|.*[-\[].*")
-"""What pydantic calls the alternatives of a union; clients know only the parameters."""
+_UNION_MEMBER = re.compile(r"str|int|[A-Z]\w+|.*[-\[].*")
+"""Pydantic's names for the members of a union. Clients know only parameters."""
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -37,13 +40,21 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every response that is not a success."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """An error that the client is told of."""
+    """An error that the client receives.
+
+    Args:
+        status: the HTTP status.
+        message: what is wrong.
+        param: the parameter that is wrong.
+        code: the code by which programs recognise the error.
+        headers: more headers of the response.
+    """
 
     def __init__(
         self,
@@ -62,13 +73,13 @@ class ApiError(Exception):
 
     @property
     def body(self) -> ErrorBody:
-        """The error as it is sent. Clients may have sent halves of surrogate pairs, which no answer can hold."""
+        """The body of the response. Lone surrogates that a client sent are replaced."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         text = _sendable(str(self))
         return ErrorBody(
             error=ErrorDetail(
-                message=text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...",
+                message=text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}...",
                 type=kind,
                 param=None if self.param is None else _sendable(self.param)[:100],
                 code=self.code,
@@ -76,18 +87,30 @@ class ApiError(Exception):
         )
 
     def response(self) -> Response:
-        """The whole answer."""
+        """The response."""
         return Response(self.body.model_dump_json(), self.status, headers=self.headers, media_type="application/json")
 
 
 def overloaded(message: str, status: int, code: str) -> ApiError:
-    """An error that goes away by itself; clients are asked to come back in a second."""
+    """A temporary error. Clients are asked to try again after a second."""
     return ApiError(status, message, code=code, headers={"Retry-After": "1"})
 
 
+def out_of_memory() -> ApiError:
+    """The error of a request for which memory is lacking."""
+    return overloaded("not enough memory for this request at the moment", 503, "out_of_memory")
+
+
 @contextlib.contextmanager
-def told_to_the_client(param: str) -> Iterator[None]:
-    """Turns what the engine says about an argument into an error that names the parameter of the request."""
+def as_api_errors(param: str) -> Iterator[None]:
+    """Turns errors of the engine into API errors that name a parameter of the request.
+
+    Args:
+        param: the parameter that errors name, unless their message begins with another option.
+
+    Raises:
+        ApiError: the block raised an error that concerns the client.
+    """
     try:
         yield
     except QueueFullError as error:
@@ -95,52 +118,55 @@ def told_to_the_client(param: str) -> Iterator[None]:
     except ContextFullError as error:
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
     except RecursionError as error:
-        raise ApiError(400, "something in the request is nested too deeply") from error
+        raise ApiError(400, "the request is nested too deeply") from error
     except MemoryError as error:
-        raise overloaded("there is no memory for this at the moment", 503, "out_of_memory") from error
+        raise out_of_memory() from error
     except ValueError as error:
         name = str(error).partition(":")[0]
         raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Gives every error of the application OpenAI's shape."""
+    """Gives every error of the application OpenAI's format."""
 
-    async def told(request: Request, error: Exception) -> Response:
+    async def respond(request: Request, error: Exception) -> Response:
         match error:
             case ApiError():
                 return error.response()
             case RequestValidationError() if "json" not in request.headers.get("content-type", "json"):
-                return ApiError(415, "the body must be JSON, and say so: Content-Type: application/json").response()
+                return ApiError(
+                    415, "the request body must be JSON, with the header Content-Type: application/json"
+                ).response()
             case RequestValidationError():
                 return _invalid(error.errors()).response()
             case HTTPException():
                 return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
-        # The traceback goes to the log, not to the client.
-        return ApiError(500, "the server failed: its log tells why").response()
+        # Starlette logs the traceback.
+        return ApiError(500, INTERNAL_ERROR).response()
 
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, told)
+        app.add_exception_handler(kind, respond)
 
 
 def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first thing that a request has wrong. Of the alternatives of a union, the one that was got furthest into."""
+    """The first error of a request. For a union it is the error of the member that matched deepest."""
     first = max(found, key=lambda error: len(error["loc"])) if _in_union(found) else found[0]
-    kind, (*way, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]
-    if kind == "extra_forbidden" or not _BRANCH.fullmatch(last):
-        way.append(last)
-    param = ".".join(part for part in way if part == last or not _BRANCH.fullmatch(part)) or None
+    kind, (*path, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]
+    if kind == "extra_forbidden" or not _UNION_MEMBER.fullmatch(last):
+        path.append(last)
+    param = ".".join(part for part in path if part == last or not _UNION_MEMBER.fullmatch(part)) or None
     if kind == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
+        return ApiError(400, f"the request body is not valid JSON: {first['ctx']['error']}")
     if kind == "extra_forbidden":
         return ApiError(400, f"unsupported parameter: {param}", param=param, code="unsupported_parameter")
     if kind == "missing" and param is None:
-        return ApiError(400, "the body is missing, expected JSON", code="missing_required_parameter")
+        return ApiError(400, "the request body is missing, expected JSON", code="missing_required_parameter")
     code = "missing_required_parameter" if kind == "missing" else "invalid_value"
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param, code=code)
 
 
 def _in_union(found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all errors concern one parameter."""
     return len(found) > 1 and len({error["loc"][:2] for error in found}) == 1
 
 
@@ -152,4 +178,4 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
     for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 503)
 }
-"""The errors that any route may answer with, for the OpenAPI description."""
+"""The errors that any route may return, for the OpenAPI description."""

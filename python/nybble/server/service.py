@@ -1,52 +1,27 @@
-"""What all routes share: the engine, the limits, and who is being served."""
+"""The state that all routes share: the engine, the settings, and the requests in flight."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
+from nybble.engine import Engine, Request
 from nybble.server.errors import ApiError, overloaded
 from nybble.server.metrics import Metrics
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from nybble.engine import Engine, Request
+from nybble.server.options import Settings
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a server protects itself. Times are in seconds."""
-
-    api_key: str | None = None
-    """What clients must know; None lets everyone in who can reach the server."""
-    allowed_hosts: frozenset[str] | None = None
-    """Names under which the server may be asked for; None for any."""
-    max_body_bytes: int = 1_000_000
-    max_answers: int = 144
-    """Answers that are written or wait at the same time."""
-    pooling: Literal["mean", "last"] = "mean"
-    """How the vectors of tokens become that of a text; the card of a model for embeddings tells."""
-    max_connections: int = 1024
-    request_seconds: float = 600.0
-    """From a request that is there whole to the end of its answer."""
-    receive_seconds: float = 30.0
-    """From the first byte of a request to its last."""
-    stall_seconds: float = 30.0
-    """How long a client may read nothing of an answer."""
-    drain_seconds: float = 30.0
-    """How long running answers may go on after SIGTERM."""
-
-
 @dataclass
 class Service:
-    """One engine, served under one name."""
+    """An engine that is served under a name."""
 
     engine: Engine
     name: str
@@ -54,52 +29,66 @@ class Service:
 
     def __post_init__(self) -> None:
         self.created = self.now()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.engine.stats)
         self.draining = False
         self.working = 0
-        """Requests that the model is busy with, or about to be."""
+        """Requests in flight that use the model."""
         self.embedding = asyncio.Semaphore(1)
-        """Embeddings are computed beside the engine's loop, so one request at a time."""
+        """Embeddings are computed outside the engine's loop, one request at a time."""
         self.long_prompts = asyncio.Semaphore(1)
         self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
 
     def admit(self, model: str | None, answers: int) -> None:
-        """Refuses what is not for this server or too much for it, before any work is done for it."""
+        """Refuses requests for other models, and requests beyond the limits, before any work is done for them.
+
+        Raises:
+            ApiError: the request is refused.
+        """
         if self.draining:
             raise overloaded("the server is shutting down", 503, "shutting_down")
         if model is not None and model != self.name:
-            message = f"the model {model!r} does not exist here, only {self.name!r}"
+            message = f"the model {model!r} does not exist; this server serves {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        most = self.settings.max_answers
-        if answers > most:
-            message = f"found {answers} answers in one request, expected at most {most}"
+        limit = self.settings.max_answers
+        if answers > limit:
+            message = f"found {answers} answers in one request, expected at most {limit}"
             raise ApiError(400, message, code="too_many_answers")
-        if len(self._running) + answers > most:
-            raise overloaded("the server has as much to do as it can take on", 429, "queue_full")
+        if len(self._running) + answers > limit:
+            raise overloaded("the server has too many requests at the moment", 429, "queue_full")
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """The result of what takes too long for the loop."""
-        # Two for those of above and two for short prompts; more would wait for each other, and each keeps memory. Some
-        # versions of anyio make this only where a loop runs.
+        """The result of `work`, which would block the event loop for too long."""
+        # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and
+        # each keeps memory. Some versions of anyio create a limiter only where an event loop runs.
         self._threads = self._threads or CapacityLimiter(4)
         return await to_thread.run_sync(work, limiter=self._threads)
 
     @staticmethod
     def now() -> int:
-        """The time that answers carry, in seconds since 1970."""
+        """The creation time of answers, in seconds since 1970."""
         return int(time.time())
 
-    def began(self, request: Request) -> None:
-        """Remembers a request, so that it can be stopped."""
-        self._running.add(request)
+    @contextlib.contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Counts a request that uses the model, for the duration of the block."""
+        self.working += 1
+        try:
+            yield
+        finally:
+            self.working -= 1
 
-    def ended(self, request: Request) -> None:
-        """Forgets a request, and frees its slot if it has not ended by itself."""
-        request.cancel()
-        self._running.discard(request)
+    @contextlib.contextmanager
+    def tracked(self, request: Request) -> Iterator[Request]:
+        """Lets `stop` end a request for the duration of the block, which frees its slot at the end."""
+        self._running.add(request)
+        try:
+            yield request
+        finally:
+            request.cancel()
+            self._running.discard(request)
 
     def stop(self) -> None:
-        """Ends all answers; their clients are told so."""
+        """Cancels all answers. Their clients receive an error."""
         for request in list(self._running):
             request.cancel()

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back."""
+"""Tokenizers: encode text to token ids, and decode them."""
 
 from nybble.tokenizer.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Text to token ids: what becomes of the vocabulary of a GGUF file or of a `tokenizer.json`."""
+"""Encoders of text to token ids, built from the vocabulary of a GGUF file or from a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ from tokenizers import AddedToken, models
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.tokenizer.pretokenizers import PreTokenizer
-from nybble.tokenizer.vocabulary import MARKS, TokenKind, Vocabulary, places
+from nybble.tokenizer.vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary, ids_of_kinds
 
 
 class Encoder(Protocol):
-    """Turns text into ids, without the tokens that begin and end a text."""
+    """Encodes text to ids, without start and end tokens."""
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        """The ids of `text`. Marks that are spelled out in it become their tokens only if `parse_special`."""
+        """The ids of `text`. Special tokens spelled out in it are recognised only if `parse_special`."""
+        raise NotImplementedError
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether the package failed: it raises nothing particular, and over some files its code panics, no Exception."""
+    """Whether an error comes from the `tokenizers` package.
+
+    It raises plain `Exception`, and its Rust code panics on some files, which is not an `Exception`.
+    """
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 class PackageEncoder:
-    """A tokenizer of the `tokenizers` package."""
+    """An encoder of the `tokenizers` package."""
 
     def __init__(self, package: tokenizers.Tokenizer) -> None:
         self.package = package
@@ -47,9 +51,9 @@ class PackageEncoder:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same tokenizer for text in which marks mean nothing: the package's switch for it is one for all threads.
+        """The same tokenizer without special tokens. The package's own switch for that affects all threads.
 
-        Both share the model, which is nearly all of it.
+        Both tokenizers share the model, which takes nearly all of the memory.
         """
         package = self.package
         literal = tokenizers.Tokenizer(package.model)
@@ -58,13 +62,13 @@ class PackageEncoder:
         if package.pre_tokenizer is not None:
             literal.pre_tokenizer = package.pre_tokenizer
         added: Mapping[int, AddedToken] = package.get_added_tokens_decoder()
-        literal.add_tokens([added[i] for i in sorted(added)])  # In this order they get the same ids again.
+        literal.add_tokens([added[i] for i in sorted(added)])  # This order gives them the same ids.
         literal.encode_special_tokens = True
         return literal
 
 
 def build(vocabulary: Vocabulary) -> Encoder:
-    """The encoder that the vocabulary of a GGUF file asks for."""
+    """The encoder for the vocabulary of a GGUF file."""
     if vocabulary.pre_tokenizer is not None:
         return _byte_level(vocabulary, vocabulary.pre_tokenizer)
     return _native.SentencePiece(
@@ -78,31 +82,31 @@ def build(vocabulary: Vocabulary) -> Encoder:
 
 
 def _byte_level(vocabulary: Vocabulary, rule: PreTokenizer) -> PackageEncoder:
-    """Cuts the text into words by the rule of the vocabulary, then applies its merges to the bytes of each."""
-    ids = _writable(vocabulary)
+    """An encoder that splits the text into words and applies the vocabulary's merges to the bytes of each word."""
+    ids = _encodable(vocabulary)
     merges = vocabulary.merges
     parts, results = set(chain.from_iterable(merges)), map("".join, merges)
-    if not (ids.keys() >= parts and all(map(ids.__contains__, results))):  # The package would panic.
+    if not (ids.keys() >= parts and all(map(ids.__contains__, results))):  # The package panics on such merges.
         merges = [(a, b) for a, b in merges if a in ids and b in ids and a + b in ids]
         warnings.warn(
             f"tokenizer.ggml.merges: {len(vocabulary.merges) - len(merges)} of {len(vocabulary.merges)} merges are "
-            "left out, since they join or make what is no token",
+            "ignored, since their parts or results are not tokens",
             stacklevel=2,
         )
     package = tokenizers.Tokenizer(models.BPE(dict(ids), list(merges), ignore_merges=rule.ignore_merges))
     package.pre_tokenizer = rule.build()
     drops_space = frozenset(vocabulary.drop_space_after)
-    whole: list[AddedToken] = []
-    for kind in (TokenKind.USER_DEFINED, *MARKS):
-        for i in places(vocabulary.kinds, kind):
+    added: list[AddedToken] = []
+    for kind in (TokenKind.USER_DEFINED, *SPECIAL_KINDS):
+        for i in ids_of_kinds(vocabulary.kinds, kind):
             if ids.get(text := vocabulary.tokens[i]) == i:
-                whole.append(AddedToken(text, normalized=False, special=kind in MARKS, rstrip=i in drops_space))
-    package.add_tokens(whole)
+                added.append(AddedToken(text, normalized=False, special=kind in SPECIAL_KINDS, rstrip=i in drops_space))
+    package.add_tokens(added)
     return PackageEncoder(package)
 
 
-def _writable(vocabulary: Vocabulary) -> Mapping[str, int]:
-    """The tokens that a text can contain: none that is empty or holds bytes that are no UTF-8."""
+def _encodable(vocabulary: Vocabulary) -> Mapping[str, int]:
+    """The tokens that can occur in a text: those that are neither empty nor invalid UTF-8."""
     ids = vocabulary.ids
     if "" in ids:
         ids = {text: i for text, i in ids.items() if text}
@@ -114,4 +118,4 @@ def _writable(vocabulary: Vocabulary) -> Mapping[str, int]:
 
 
 def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    return any("\ud800" <= char <= "\udfff" for char in text)

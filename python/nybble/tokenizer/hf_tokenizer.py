@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: `tokenizer.json` and the small files that lie beside it."""
+"""Reads tokenizers of Hugging Face folders: `tokenizer.json` and the small files next to it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ import tokenizers
 from tokenizers import models
 
 from nybble.errors import ModelError
-from nybble.tokenizer.detokenizer import byte_level_bytes, piece_bytes
 from nybble.tokenizer.encoders import PackageEncoder, is_failure
-from nybble.tokenizer.vocabulary import LONGEST_TOKEN, byte_of, end_tokens
+from nybble.tokenizer.token_bytes import byte_level_bytes, sentencepiece_bytes
+from nybble.tokenizer.vocabulary import MAX_TOKEN_LENGTH, end_tokens
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LARGEST_GROWTH = 1024  # Usual normalizers write one character for another.
-_LARGEST_FILE = 256 << 20  # The largest known vocabularies take 35 MB.
+_MAX_GROWTH = 1024
+"""Characters that a normalizer may make of one. Common normalizers replace one character by another."""
+_MAX_FILE_BYTES = 256 << 20
+"""The largest known vocabularies take 35 MB."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What the files of a folder say about its tokenizer."""
+    """The tokenizer that the files of a folder describe."""
 
     encoder: PackageEncoder
     token_bytes: Callable[[str], bytes]
-    """The bytes of a token's text; not for added tokens, which are written as they are."""
+    """Gives the bytes of a token by its spelling. Added tokens are written literally instead."""
     adds_space: bool
-    before: Sequence[int]
-    """Ids that begin every text."""
-    after: Sequence[int]
-    """Ids that end every text."""
+    prefix_ids: Sequence[int]
+    """Ids before every text."""
+    suffix_ids: Sequence[int]
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]
     special_texts: dict[str, str]
-    """bos_token, eos_token and the like: what templates call them."""
+    """The special tokens that templates know by name, such as bos_token."""
     chat_templates: dict[str, str]
 
 
@@ -48,7 +50,7 @@ def read(folder: Path) -> Folder:
 
     Raises:
         FileNotFoundError: there is no tokenizer.json.
-        ModelError: a file is damaged or asks for something not supported.
+        ModelError: a file is damaged or needs something that is not supported.
     """
     path = folder / "tokenizer.json"
     text = _text(path)
@@ -58,14 +60,23 @@ def read(folder: Path) -> Folder:
 
 
 def parse(text: str, where: str, folder: Path | None = None) -> Folder:
-    """Reads the text of a `tokenizer.json`, and the files beside it if there is a folder."""
+    """Reads the content of a `tokenizer.json`, and the files next to it if there is a folder.
+
+    Args:
+        text: the content.
+        where: the file, for errors.
+        folder: the folder of the other files.
+
+    Raises:
+        ModelError: a file is damaged or needs something that is not supported.
+    """
     description = _parsed(text, where)
     _check_lengths(description, where)
     package = _package(text, where)
     _check_ids(description, package, where)
     token_bytes, adds_space = _decoding(description.get("decoder"), where)
     config = _json(folder, "tokenizer_config.json")
-    special_texts = _special_texts({**_json(folder, "special_tokens_map.json"), **config})
+    special_texts = _special_spellings({**_json(folder, "special_tokens_map.json"), **config})
     model_config = {**_json(folder, "config.json"), **_json(folder, "generation_config.json")}
 
     def token(name: str) -> int | None:
@@ -85,8 +96,8 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
         encoder=PackageEncoder(package),
         token_bytes=token_bytes,
         adds_space=adds_space,
-        before=before,
-        after=after,
+        prefix_ids=before,
+        suffix_ids=after,
         bos_id=bos_id,
         eos_id=eos_id,
         end_ids=frozenset(ends if eos_id is None else ends | {eos_id}),
@@ -98,26 +109,26 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
 def _text(path: Path) -> str | None:
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # Reading a pipe waits for whoever may write to it.
-            raise ModelError(f"{path}: found no regular file, expected text")
-        if status.st_size > _LARGEST_FILE:
-            raise ModelError(f"{path}: found {status.st_size} bytes, expected at most {_LARGEST_FILE}")
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for its writer.
+            raise ModelError(f"{path}: not a regular file, expected text")
+        if status.st_size > _MAX_FILE_BYTES:
+            raise ModelError(f"{path}: found {status.st_size} bytes, expected at most {_MAX_FILE_BYTES}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: found bytes that are no UTF-8 at byte {error.start}, expected text") from error
+        raise ModelError(f"{path}: found invalid UTF-8 at byte {error.start}, expected text") from error
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-        if _SURROGATE.search(text):  # Rarely so, which spares everybody else the time.
+        if _SURROGATE.search(text):  # The check is slow and rarely needed.
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ModelError(f"{where}: found half of a surrogate pair, expected whole characters") from error
+        raise ModelError(f"{where}: found a lone surrogate, expected whole characters") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where}: found no JSON ({error}), expected an object") from error
+        raise ModelError(f"{where}: invalid JSON ({error}), expected an object") from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: found a JSON {type(value).__name__}, expected an object")
     return value
@@ -133,25 +144,25 @@ def _package(text: str, where: str) -> tokenizers.Tokenizer:
         package = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
         if isinstance(error, Exception) or is_failure(error):
-            raise ModelError(f"{where}: found no tokenizer that can be loaded ({error})") from error
+            raise ModelError(f"{where}: found an invalid tokenizer ({error})") from error
         raise
-    package.no_truncation()  # Whoever saved the file may have had short texts of equal length in mind.
+    package.no_truncation()  # Files may be saved with settings for batches of equal length.
     package.no_padding()
     if isinstance(package.model, models.BPE):
-        package.model.dropout = None  # It leaves out merges by chance, which is for training.
+        package.model.dropout = None  # Dropout skips random merges, which is for training.
     return package
 
 
 def _check_lengths(description: dict[str, Any], where: str) -> None:
-    """Refuses long tokens before the package builds automata of them, which takes minutes, and texts that explode."""
+    """Refuses long tokens, which the package would process for minutes, and normalizers that expand text too much."""
     model, added = description.get("model"), description.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     if isinstance(vocabulary, dict):
         tokens.extend(vocabulary)
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
-    if longest > LONGEST_TOKEN:
-        raise ModelError(f"{where}: found a token of {longest} characters, expected at most {LONGEST_TOKEN}")
+    if longest > MAX_TOKEN_LENGTH:
+        raise ModelError(f"{where}: found a token of {longest} characters, expected at most {MAX_TOKEN_LENGTH}")
     growth, waiting = 1, [description.get("normalizer")]
     while waiting:
         step = waiting.pop()
@@ -159,15 +170,17 @@ def _check_lengths(description: dict[str, Any], where: str) -> None:
             waiting.extend(step["normalizers"] if isinstance(step.get("normalizers"), list) else ())
             for written in (step.get("prepend"), step.get("content")):
                 growth *= max(len(written), 1) if isinstance(written, str) else 1
-    if growth > _LARGEST_GROWTH:
+    if growth > _MAX_GROWTH:
         raise ModelError(
-            f"{where}: normalizer: found steps that make {growth} characters of one, expected at most {_LARGEST_GROWTH}"
+            f"{where}: normalizer: found steps that make {growth} characters of one, expected at most {_MAX_GROWTH}"
         )
 
 
 def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where: str) -> None:
-    """Each token has an id of its own, and they follow one another. The package takes whatever the file says of its
-    vocabulary, and gives added tokens the ids that come next, whatever it says of those."""
+    """Checks that ids are consecutive and unique.
+
+    The package accepts any ids in the vocabulary, and numbers added tokens itself, without regard to the file.
+    """
     vocabulary = description["model"].get("vocab")
     if isinstance(vocabulary, dict):
         size, known = package.get_vocab_size(), dict[int, str]()
@@ -183,7 +196,7 @@ def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where
 
 
 def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:
-    """How the text of a token becomes bytes, and whether a text loses a space at its start."""
+    """The function that gives the bytes of a token, and whether decoding removes a space at the start of a text."""
     steps = list(_steps(decoder))
     kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:
@@ -191,9 +204,9 @@ def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:
     if "Metaspace" in kinds:
         step = steps[kinds.index("Metaspace")]
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        return _piece_or_byte, scheme != "never"
+        return sentencepiece_bytes, scheme != "never"
     if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds:
-        return _piece_or_byte, any(step.get("type") == "Strip" and step.get("start") for step in steps)
+        return sentencepiece_bytes, any(step.get("type") == "Strip" and step.get("start") for step in steps)
     raise ModelError(
         f"{where}: decoder: found {', '.join(map(str, kinds)) or 'none'}, expected ByteLevel, Metaspace, or a sequence "
         "of Replace, ByteFallback, Fuse and Strip"
@@ -209,18 +222,13 @@ def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
             yield decoder
 
 
-def _piece_or_byte(token: str) -> bytes:
-    byte = byte_of(token)
-    return piece_bytes(token) if byte is None else byte
-
-
-def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def _special_spellings(config: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for key, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(content, str):
-            texts[key] = content
-    return texts
+            found[key] = content
+    return found
 
 
 def _ids(value: Any) -> Iterator[int]:
@@ -230,13 +238,13 @@ def _ids(value: Any) -> Iterator[int]:
 
 
 def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after every text, found by trying."""
+    """The ids that the tokenizer puts before and after every text, found by encoding one."""
     try:
         plain = package.encode("a", add_special_tokens=False).ids
         framed = package.encode("a", add_special_tokens=True).ids
     except BaseException as error:
         if is_failure(error):
-            raise ModelError(f"{where}: found a tokenizer that cannot encode a letter ({error})") from error
+            raise ModelError(f"{where}: the tokenizer cannot encode the text 'a' ({error})") from error
         raise
     size = package.get_vocab_size()
     if (largest := max(framed, default=0)) >= size:
@@ -248,7 +256,7 @@ def _frame(package: tokenizers.Tokenizer, where: str) -> tuple[list[int], list[i
 
 
 def _chat_templates(folder: Path | None, config: dict[str, Any]) -> dict[str, str]:
-    """The templates by name, from wherever a folder may keep them; files of their own count most."""
+    """The templates by name, from all files that may hold them. Template files take precedence."""
     found: dict[str, str] = {}
     for value in (_json(folder, "chat_template.json").get("chat_template"), config.get("chat_template")):
         if isinstance(value, str):

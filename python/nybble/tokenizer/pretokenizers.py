@@ -1,9 +1,9 @@
-r"""How each byte-level vocabulary cuts a text into words before merges are applied.
+r"""The rules by which byte-level vocabularies split a text into words before merges are applied.
 
-GGUF files name the rule in `tokenizer.ggml.pre`. A rule is a list of patterns: each is applied to all pieces that the
-patterns before it left, and cuts them into what matches and what lies between the matches. The names and what they
-stand for are those of llama.cpp. Where it has to approximate a model's own pattern because its regular expressions know
-no `\p{Lu}` (tekken and gpt-4o), the model's own pattern stands here, since that is what the model was trained with.
+GGUF files name the rule in `tokenizer.ggml.pre`. A rule is a list of patterns. Each pattern splits all pieces that the
+patterns before it left into the matches and the text between them. Names and rules are those of llama.cpp. It
+approximates the patterns of tekken and gpt-4o, because its regular expressions do not support `\p{Lu}`. The rules here
+are the models' own patterns, with which they were trained.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ class PreTokenizer:
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    """A word that is a token as a whole is that token, whatever the merges would make of it."""
+    """A word that is a token is encoded as that token, without merges."""
     add_bos: bool = False
-    """Texts begin with the start token when the file does not say (`tokenizer.ggml.add_bos_token`)."""
+    """Whether encoding adds the start token if `tokenizer.ggml.add_bos_token` is missing."""
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """The rule for the `tokenizers` package. Bytes become the letters that stand for them in the last step."""
-        cuts: list[pre_tokenizers.PreTokenizer] = [
+        """The rule for the `tokenizers` package. Its last step replaces bytes by the characters that stand for them."""
+        splits: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns
         ]
-        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def find(name: str | None) -> PreTokenizer:
-    """The rule of that name. An unknown or missing name warns and gives the rule called default."""
+    """The rule with a name. An unknown or missing name gives a warning and the rule `default`.
+
+    Raises:
+        ModelError: the name belongs to a vocabulary that is not byte-level.
+    """
     if name is None:
         warnings.warn(
-            "the file does not name its pre-tokenizer (tokenizer.ggml.pre): assuming 'default', which may cut words "
-            "differently from what the model was trained with",
+            "the file does not name its pre-tokenizer (tokenizer.ggml.pre): using 'default', which may split words "
+            "differently from the model's training",
             stacklevel=2,
         )
         return _RULES["default"]
@@ -47,21 +51,21 @@ def find(name: str | None) -> PreTokenizer:
         raise ModelError(f"key 'tokenizer.ggml.pre': found {name!r}, expected a byte-level pre-tokenizer")
     if name not in _RULES:
         warnings.warn(
-            f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre): assuming 'default', which may cut words differently "
-            "from what the model was trained with",
+            f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre): using 'default', which may split words differently "
+            "from the model's training",
             stacklevel=2,
         )
     return _RULES.get(name, _RULES["default"])
 
 
 def names() -> tuple[str, ...]:
-    """All names that have a rule."""
+    """The names of all rules."""
     return tuple(_RULES)
 
 
 # --- Building blocks of the patterns ----------------------------------------------------------------------------------
 
-# Spelled out instead of `(?i:...)`, which would also match letters that only fold to ASCII, such as the long s.
+# Spelled out, since `(?i:...)` also matches characters that fold to ASCII, such as the long s.
 _CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -75,7 +79,7 @@ def _any(*patterns: str) -> str:
 
 
 def _cased(digits: str, *, contraction: bool = True) -> str:
-    """Words that begin anew where a capital follows a small letter."""
+    """A pattern whose words end before an upper-case letter that follows a lower-case letter."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     first, last = r"[^\r\n\p{L}\p{N}]?", f"(?:{_CONTRACTION})?" if contraction else ""
     return _any(f"{first}{upper}*{lower}+{last}", f"{first}{upper}+{lower}*{last}", digits, _SYMBOLS_OR_SLASH, _SPACES)
@@ -85,7 +89,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LLAMA3 = _any(_CONTRACTION, _WORD, r"\p{N}{1,3}", _SYMBOLS, _SPACES)
 _QWEN2 = _any(_CONTRACTION, _WORD, r"\p{N}", _SYMBOLS, _SPACES)
 
-# DeepSeek's first models count only these as letters: the cased ones of Unicode, without those added later.
+# The letters of DeepSeek's first models: the cased letters of Unicode, without later additions.
 _DEEPSEEK_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
     "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -102,8 +106,8 @@ _DEEPSEEK_PUNCTUATION = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3
 _DEEPSEEK_EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _ASCII_SYMBOL_AND_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-_WORD_WITH_MARKS = r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-_DEEPSEEK3_TEXT = _any(_ASCII_SYMBOL_AND_WORD, _WORD_WITH_MARKS, r" ?[\p{P}\p{S}]+[\r\n]*", _SPACES)
+_WORD_WITH_COMBINING_MARKS = r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+_DEEPSEEK3_TEXT = _any(_ASCII_SYMBOL_AND_WORD, _WORD_WITH_COMBINING_MARKS, r" ?[\p{P}\p{S}]+[\r\n]*", _SPACES)
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _AFMOE_SCRIPTS = (
     "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e00-\u0e7f"
@@ -139,13 +143,13 @@ _RULES: dict[str, PreTokenizer] = {
     ),
     **dict.fromkeys(("modern-bert", "roberta-bpe", "exaone4", "jina-es", "jina-de"), _gpt2),
     **dict.fromkeys(("jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"), _gpt2),
-    # Every digit on its own, then the pattern of GPT-2.
+    # Single digits, then the pattern of GPT-2.
     **dict.fromkeys(
         ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
         _digits_then_gpt2,
     ),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    # The pattern of Llama 3: up to three digits, symbols with the line ends after them.
+    # The pattern of Llama 3: up to three digits, and symbols with the line breaks after them.
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _llama3
     ),
@@ -155,7 +159,7 @@ _RULES: dict[str, PreTokenizer] = {
     "minicpm5": PreTokenizer(
         (r"\p{N}{1,3}", _any(_CONTRACTION, _WORD, r"\p{N}+", _SYMBOLS, _SPACES)), ignore_merges=True
     ),
-    # The pattern of Qwen 2: as Llama 3, but single digits.
+    # The pattern of Qwen 2: that of Llama 3 with single digits.
     **dict.fromkeys(
         ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2"),
         _qwen2,
@@ -203,12 +207,12 @@ _RULES: dict[str, PreTokenizer] = {
         (
             r"\p{N}{1,3}",
             _HAN_AND_KANA,
-            _any(_ASCII_SYMBOL_AND_WORD, _WORD_WITH_MARKS, r" ?[\p{P}\p{S}]+", r"[\r\n]", r"\s+(?!\S)|\s+"),
+            _any(_ASCII_SYMBOL_AND_WORD, _WORD_WITH_COMBINING_MARKS, r" ?[\p{P}\p{S}]+", r"[\r\n]", r"\s+(?!\S)|\s+"),
             r"\p{N}",
         )
     ),
     "afmoe": PreTokenizer((_DIGITS_FROM_THE_RIGHT, _AFMOE_SCRIPTS, _DEEPSEEK3_TEXT)),
-    # Words by case.
+    # Words split by case.
     "tekken": PreTokenizer((_cased(r"\p{N}", contraction=False),), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _gpt4o),
     "granite-embed-multi-97m": replace(_gpt4o, ignore_merges=True),
@@ -226,7 +230,7 @@ _RULES: dict[str, PreTokenizer] = {
             ),
         )
     ),
-    # The rest of the world.
+    # Others.
     **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _bloom),
     "viking": PreTokenizer((_BLOOM, r"\p{N}")),
     "superbpe": PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
@@ -243,5 +247,5 @@ _RULES: dict[str, PreTokenizer] = {
     ),
 }
 
-# Their tokens are text instead of bytes in disguise, so nothing here would fit.
+# Their tokens are text, not bytes.
 _NOT_BYTE_LEVEL = frozenset({"gemma4", "sarvam-moe", "granite-embed-multi-311m", "whitespace"})

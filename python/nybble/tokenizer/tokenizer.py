@@ -1,4 +1,4 @@
-"""Text to token ids and back, for the vocabulary of a model file."""
+"""The tokenizer of a model: encodes text, decodes token ids, and applies chat templates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from nybble import _native
 from nybble.errors import ModelError
 from nybble.models import hub
 from nybble.tokenizer import encoders, hf_tokenizer, vocabulary
-from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder, byte_level_bytes, piece_bytes, plain_bytes
-from nybble.tokenizer.vocabulary import MARKS, TokenKind, places
+from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
+from nybble.tokenizer.token_bytes import byte_level_bytes, plain_bytes, sentencepiece_bytes
+from nybble.tokenizer.vocabulary import SPECIAL_KINDS, TokenKind, ids_of_kinds
 
 if TYPE_CHECKING:
     from nybble.chat.template import ChatTemplate
@@ -22,9 +23,9 @@ __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 
 class Tokenizer:
-    """The vocabulary of a model: text to token ids and back, and the form of its conversations.
+    """The vocabulary and chat templates of a model.
 
-    `Tokenizer.load` makes one from a model file, a folder or a repository. Any number of threads may use it.
+    `Tokenizer.load` makes one from a model file, a folder or a repository. Threads may share a tokenizer.
     """
 
     def __init__(self, parts: _Parts) -> None:
@@ -32,7 +33,7 @@ class Tokenizer:
         self._compiled: dict[str, ChatTemplate] = {}
         self._grammar_vocabulary: _native.Vocabulary | None = None
 
-    # --- Making one ---------------------------------------------------------------------------------------------------
+    # --- Loading ------------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(
@@ -46,15 +47,15 @@ class Tokenizer:
         """Loads the tokenizer of a model.
 
         Args:
-            source: a GGUF file, with weights or without; a folder with a `tokenizer.json` or a GGUF file; a repository
+            source: a GGUF file, with or without weights; a folder with a `tokenizer.json` or a GGUF file; a repository
                 on the Hugging Face Hub (`org/name`); or None for the default model.
-            filename: which GGUF file of a folder or repository, a name or a pattern (`*Q4_K_M.gguf`).
+            filename: a name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository.
             revision: branch, tag or commit of a repository.
-            mmap: map a GGUF file into memory while it is looked at; False reads it.
+            mmap: map a GGUF file into memory while it is read. False reads it without mapping.
 
         Raises:
-            FileNotFoundError, PermissionError, ConnectionError: the file cannot be had.
-            ModelError: the file is damaged, contradicts itself, or holds a kind of tokenizer that is not supported.
+            FileNotFoundError, PermissionError, ConnectionError: the file cannot be read or downloaded.
+            ModelError: the file is damaged or inconsistent, or its kind of tokenizer is not supported.
         """
         if source is not None and filename is None:
             folder = Path(source).expanduser()
@@ -65,12 +66,20 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> Tokenizer:
-        """The tokenizer of a GGUF file."""
+        """Loads the tokenizer of a GGUF file. See `load` for errors."""
         return cls.from_gguf_metadata(_native.GgufFile(path, mmap).metadata, where=os.fspath(path))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
-        """The tokenizer that the keys of a GGUF file describe; `where` names the file in errors."""
+        """Makes a tokenizer from the metadata of a GGUF file.
+
+        Args:
+            metadata: the keys and values of the file.
+            where: the file, for errors.
+
+        Raises:
+            ModelError: the metadata is inconsistent, or its kind of tokenizer is not supported.
+        """
         whole = metadata.get("tokenizer.huggingface.json")
         if isinstance(whole, str) and "tokenizer.ggml.tokens" not in metadata:
             return cls(_from_folder(hf_tokenizer.parse(whole, f"{where}: key 'tokenizer.huggingface.json'"), where))
@@ -78,21 +87,24 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer of a folder that holds a `tokenizer.json`."""
+        """Loads the tokenizer of a folder with a `tokenizer.json`. See `load` for errors."""
         return cls(_from_folder(hf_tokenizer.read(Path(folder)), os.fspath(folder)))
 
-    # --- Text to ids and back -----------------------------------------------------------------------------------------
+    # --- Encoding and decoding ----------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
-        """The token ids of a text.
+        """Encodes a text to token ids.
 
         Args:
-            text: any text. Lone surrogates, which are no characters, become U+FFFD.
-            add_special: begin with the model's start token (and end with its end token) if the model was trained so.
-                A text that spells the start token out at its beginning does not get a second one.
-            parse_special: marks spelled out in the text (`<|im_end|>`) become the tokens that they name, as the text
-                that a chat template gives needs it. Without, they are letters like any other, as text from strangers
-                may need it.
+            text: any text. Lone surrogates become U+FFFD.
+            add_special: add the model's start and end tokens if the model was trained with them. A text that already
+                begins with the start token does not get a second one.
+            parse_special: encode special tokens that are spelled out in the text (`<|im_end|>`) as these tokens, which
+                the output of a chat template needs. False encodes them as plain characters, which is safer for
+                untrusted text.
+
+        Raises:
+            TypeError: `text` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
@@ -100,7 +112,7 @@ class Tokenizer:
         ids = parts.encoder.encode(_without_lone_surrogates(text), parse_special)
         if not add_special:
             return ids
-        before, after = list(parts.before), list(parts.after)
+        before, after = list(parts.prefix_ids), list(parts.suffix_ids)
         if parse_special and ids:
             if ids[: len(before)] == before:
                 before = []
@@ -111,9 +123,12 @@ class Tokenizer:
         return [*before, *ids, *after]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without marks. Bytes that are no UTF-8 become U+FFFD.
+        """Decodes token ids to text, without special tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        Ids that continue a text instead of beginning one belong into a `StreamDecoder` that knows what they continue.
+        For ids that continue a text, use `StreamDecoder` with the ids before them.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
         """
         decoder = StreamDecoder(self)
         return "".join(map(decoder.push, ids)) + decoder.finish()
@@ -128,19 +143,22 @@ class Tokenizer:
         documents: Sequence[Any] | None = None,
         **variables: Any,
     ) -> str:
-        """Writes a conversation as the text that the model was trained on. `encode` turns that into ids.
+        """Writes a conversation as a prompt, by the model's chat template.
 
         Args:
             messages: the turns, `[{"role": "user", "content": "Hello"}]`.
             add_generation_prompt: end with the beginning of the model's answer.
-            template: the name of one of `chat_templates`. If None: "tool_use" where there are tools and such a
-                template, else "default".
-            tools: descriptions of functions that the model may call, for templates that know of them.
-            documents: texts to answer from, for templates that know of them.
-            **variables: whatever else a template looks at, such as `enable_thinking=False`.
+            template: the name of one of `chat_templates`. None is "tool_use" if there are tools and such a template,
+                and "default" otherwise.
+            tools: descriptions of functions that the model may call, for templates that support them.
+            documents: documents to answer from, for templates that support them.
+            **variables: more variables of the template, such as `enable_thinking=False`.
+
+        Returns:
+            The prompt, for `encode`.
 
         Raises:
-            ModelError: there is no such template, it is broken or refuses the messages, or it runs beyond its limits.
+            ModelError: there is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
@@ -156,12 +174,12 @@ class Tokenizer:
 
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:
-            from nybble.chat.template import ChatTemplate  # Jinja takes a while to import, and not every run chats.
+            from nybble.chat.template import ChatTemplate  # Jinja is slow to import, and not every run needs it.
 
             templates = self._parts.chat_templates
             if name not in templates:
                 listed = ", ".join(sorted(templates)) or "none"
-                raise ModelError(f"{self._parts.where}: found no chat template {name!r} (there are: {listed})")
+                raise ModelError(f"{self._parts.where}: found no chat template {name!r} (chat templates: {listed})")
             where = f"{self._parts.where}: chat template {name!r}"
             compiled = self._compiled[name] = ChatTemplate(templates[name], where)
         return compiled
@@ -169,10 +187,10 @@ class Tokenizer:
     # --- Single tokens ------------------------------------------------------------------------------------------------
 
     def token_text(self, token: int) -> str:
-        """A token as the vocabulary spells it, where U+2581 or a letter such as U+0120 stands for a space.
+        """The spelling of a token in the vocabulary, where U+2581 or U+0120 may stand for a space.
 
         Raises:
-            ValueError: there is no such id.
+            ValueError: the id is not in the vocabulary.
         """
         text = self._parts.text_of(token) if 0 <= token < self.vocab_size else None
         if text is None:
@@ -180,20 +198,20 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text, as bytes: one character may come in several tokens.
+        """The bytes that a token adds to a text. Several tokens may form one character.
 
         Raises:
-            ValueError: there is no such id.
+            ValueError: the id is not in the vocabulary.
         """
         text = self.token_text(token)
         return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
 
     @property
     def grammar_vocabulary(self) -> _native.Vocabulary:
-        """The vocabulary as grammars look at it, made when it is first asked for.
+        """The vocabulary for grammars, built on first use.
 
         Raises:
-            ValueError: no token ends a text, so none that follows a grammar could end.
+            ValueError: the vocabulary has no token that ends a text, which grammars need.
         """
         if self._grammar_vocabulary is None:
             if not self.eos_ids:
@@ -206,46 +224,46 @@ class Tokenizer:
         text = self._parts.text_of(token)
         if text is None:
             return b""
-        # Bytes that no text holds keep marks out of texts, and let a grammar name them.
+        # The byte 0xFF occurs in no text, so only a grammar that names a special token produces one.
         return b"\xff" + text.encode("utf-8", "replace") if token in self.special_ids else self.token_bytes(token)
 
     def id_of(self, text: str) -> int | None:
-        """The id of the token that the vocabulary spells so; None if there is none."""
+        """The id of the token with this spelling; None if there is none."""
         return self._parts.id_of(text)
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are."""
+        """The number of tokens."""
         return self._parts.vocab_size
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a text, if the model has one."""
+        """The start token, if the model has one."""
         return self._parts.bos_id
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text, if the model has one."""
+        """The end token, if the model has one."""
         return self._parts.eos_id
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """All tokens that end a generation: the end of a text, of a turn, of a message to a tool."""
+        """All tokens that end a generation: at the end of a text, a turn, or a message to a tool."""
         return self._parts.end_ids
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """All marks: tokens that are no text and that `decode` leaves out."""
+        """All special tokens, which `decode` leaves out."""
         return self._parts.special_ids
 
     @property
     def adds_space(self) -> bool:
-        """Whether a text gets a space at its start, which decoding takes away again."""
+        """Whether `encode` puts a space before a text, which `decode` removes."""
         return self._parts.adds_space
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` works without the name of a template."""
+        """Whether there is a default chat template."""
         return "default" in self._parts.chat_templates
 
     @property
@@ -259,7 +277,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a tokenizer is made of, wherever it comes from."""
+    """The parts of a tokenizer, from a GGUF file or a folder."""
 
     where: str
     encoder: encoders.Encoder
@@ -267,16 +285,19 @@ class _Parts:
     id_of: Callable[[str], int | None]
     token_bytes: Callable[[str], bytes]
     plain_ids: frozenset[int]
-    """Tokens whose text is written as it is."""
+    """Tokens that are written literally."""
     adds_space: bool
     vocab_size: int
-    before: Sequence[int]
-    after: Sequence[int]
+    prefix_ids: Sequence[int]
+    """Ids before every text."""
+    suffix_ids: Sequence[int]
+    """Ids after every text."""
     bos_id: int | None
     eos_id: int | None
     end_ids: frozenset[int]
     special_ids: frozenset[int]
     special_texts: Mapping[str, str]
+    """The special tokens that templates know by name, such as bos_token."""
     chat_templates: Mapping[str, str]
 
 
@@ -284,23 +305,23 @@ def _from_gguf(metadata: Mapping[str, Any], where: str) -> _Parts:
     known = vocabulary.read(metadata, where)
     tokens, kinds = known.tokens, known.kinds
 
-    marks = frozenset(places(kinds, *MARKS))
+    special_ids = frozenset(ids_of_kinds(kinds, *SPECIAL_KINDS))
     ids = {"bos_token": known.bos_id, "eos_token": known.eos_id, "unk_token": known.unknown_id}
     return _Parts(
         where=where,
         encoder=encoders.build(known),
         text_of=tokens.__getitem__,
         id_of=known.ids.get,
-        token_bytes=_piece_bytes if known.model == "llama" else byte_level_bytes,
-        plain_ids=marks.union(places(kinds, TokenKind.USER_DEFINED)),
+        token_bytes=sentencepiece_bytes if known.model == "llama" else byte_level_bytes,
+        plain_ids=special_ids.union(ids_of_kinds(kinds, TokenKind.USER_DEFINED)),
         adds_space=known.add_space_prefix,
         vocab_size=len(tokens),
-        before=[known.bos_id] if known.add_bos and known.bos_id is not None else [],
-        after=[known.eos_id] if known.add_eos and known.eos_id is not None else [],
+        prefix_ids=[known.bos_id] if known.add_bos and known.bos_id is not None else [],
+        suffix_ids=[known.eos_id] if known.add_eos and known.eos_id is not None else [],
         bos_id=known.bos_id,
         eos_id=known.eos_id,
         end_ids=known.end_ids,
-        special_ids=marks,
+        special_ids=special_ids,
         special_texts={name: tokens[i] for name, i in ids.items() if i is not None},
         chat_templates=vocabulary.chat_templates(metadata, where),
     )
@@ -318,8 +339,8 @@ def _from_folder(folder: hf_tokenizer.Folder, where: str) -> _Parts:
         plain_ids=frozenset(added),
         adds_space=folder.adds_space,
         vocab_size=package.get_vocab_size(with_added_tokens=True),
-        before=folder.before,
-        after=folder.after,
+        prefix_ids=folder.prefix_ids,
+        suffix_ids=folder.suffix_ids,
         bos_id=folder.bos_id,
         eos_id=folder.eos_id,
         end_ids=folder.end_ids,
@@ -335,8 +356,3 @@ def _without_lone_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _piece_bytes(token: str) -> bytes:
-    byte = vocabulary.byte_of(token)
-    return piece_bytes(token) if byte is None else byte

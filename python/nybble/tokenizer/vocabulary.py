@@ -13,25 +13,26 @@ from typing import Any, cast
 
 from nybble.errors import ModelError
 from nybble.tokenizer import pretokenizers
+from nybble.tokenizer.token_bytes import BYTE_TOKEN
 
-# No real token comes near; one that does is an attempt to make something allocate or run in squares.
-LONGEST_TOKEN = 1 << 16
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+MAX_TOKEN_LENGTH = 1 << 16
+"""Characters of a token. Real tokens are far shorter. Long ones would take quadratic time or much memory."""
+
 _BROKEN_BYTE_TOKEN = re.compile(r"<0x(?![0-9A-Fa-f]{2}>).{0,8}>")
 
-# Tokens that end a text or a turn although many files do not say so. By their text, since nothing else tells.
+# Tokens that end a text or a turn, known by their spelling, since many files do not mark them.
 _END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
     *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
-    # Past the end of a file or repository, a code model starts an unrelated one.
+    # A code model starts an unrelated file after these.
     *("<|fim_pad|>", "<fim-pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
 )
 
 
 class TokenKind(IntEnum):
-    """What a token is: the numbers of `tokenizer.ggml.token_type`."""
+    """The kinds of tokens, as numbered in `tokenizer.ggml.token_type`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -41,12 +42,12 @@ class TokenKind(IntEnum):
     BYTE = 6
 
 
-MARKS = (TokenKind.CONTROL, TokenKind.UNKNOWN)
-"""Tokens that are no text."""
+SPECIAL_KINDS = (TokenKind.CONTROL, TokenKind.UNKNOWN)
+"""The kinds of special tokens, which decode to no text."""
 
 
-def places(kinds: Sequence[int], *wanted: TokenKind) -> Iterator[int]:
-    """The ids of all tokens of these kinds. Vocabularies are long, so the search is left to `index`."""
+def ids_of_kinds(kinds: Sequence[int], *wanted: TokenKind) -> Iterator[int]:
+    """The ids of all tokens of these kinds. `index` searches long vocabularies faster than a loop."""
     for kind in wanted:
         number, i = int(kind), -1
         with suppress(ValueError):
@@ -57,10 +58,10 @@ def places(kinds: Sequence[int], *wanted: TokenKind) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a model and how a text becomes them."""
+    """The tokens of a model, and the rules that encode text to them."""
 
     model: str
-    """"gpt2": merges over bytes. "llama": pieces with scores (SentencePiece)."""
+    """"gpt2": byte-level BPE. "llama": SentencePiece."""
     pre_tokenizer: pretokenizers.PreTokenizer | None
     tokens: Sequence[str]
     ids: Mapping[str, int]
@@ -76,11 +77,11 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     drop_space_after: Sequence[int]
-    """Marks that swallow the white space after them."""
+    """Special tokens that drop the white space after them."""
 
 
 class _Keys:
-    """The metadata with types checked: every error names the file, the key, what was found and what was expected."""
+    """Typed access to the metadata. Errors name the file, the key, and what was found and expected."""
 
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         self._metadata = metadata
@@ -110,7 +111,7 @@ class _Keys:
         if others := set(map(type, values)) - {kind}:
             raise self.fault(key, f"an array that holds {others.pop().__name__}", f"an array of {kind.__name__}")
         if length is not None and len(values) != length:
-            raise self.fault(key, f"{len(values)} elements", f"{length}, one for each token")
+            raise self.fault(key, f"{len(values)} elements", f"{length}, one per token")
         return values
 
     def token_id(self, key: str, tokens: int, default: int | None = None) -> int | None:
@@ -122,7 +123,7 @@ class _Keys:
         return value
 
     def unused_token_ids(self, tokens: int, used: frozenset[str]) -> None:
-        """Checks the ids of marks that nybble never looks at. Here -1, signed or unsigned, means that there is none."""
+        """Checks the ids of special tokens that nybble does not use. Here -1, signed or unsigned, stands for none."""
         for key, value in self._metadata.items():
             if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and key not in used:
                 if type(value) is int and value in (-1, 0xFFFFFFFF):
@@ -131,25 +132,29 @@ class _Keys:
 
 
 def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabulary:
-    """The vocabulary that `metadata` describes; `where` names its file in errors.
+    """Reads the vocabulary of GGUF metadata.
+
+    Args:
+        metadata: the keys and values of the file.
+        where: the file, for errors.
 
     Raises:
-        ModelError: a key is missing, malformed, contradicts another, or asks for a kind of tokenizer not supported.
+        ModelError: a key is missing, malformed, contradicts another, or needs an unsupported kind of tokenizer.
     """
     keys = _Keys(metadata, where)
     model = keys.string("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         found = "nothing" if model is None else repr(model)
         raise keys.fault("tokenizer.ggml.model", found, "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)")
-    is_pieces = model == "llama"
+    is_sentencepiece = model == "llama"
     tokens = _tokens(keys)
-    kinds = _kinds(keys, tokens, is_pieces)
+    kinds = _kinds(keys, tokens, is_sentencepiece)
     ids = dict(zip(reversed(tokens), range(len(tokens) - 1, -1, -1), strict=True))
-    pre_tokenizer = None if is_pieces else _pre_tokenizer(keys, where)
+    pre_tokenizer = None if is_sentencepiece else _pre_tokenizer(keys, where)
 
     enders = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
     used = frozenset(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", *enders))
-    bos, eos, unknown = (1, 2, 0) if is_pieces else (None, None, None)
+    bos, eos, unknown = (1, 2, 0) if is_sentencepiece else (None, None, None)
     bos_id = keys.token_id("tokenizer.ggml.bos_token_id", len(tokens), bos)
     eos_id = keys.token_id("tokenizer.ggml.eos_token_id", len(tokens), eos)
     unknown_id = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens), unknown)
@@ -157,10 +162,14 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
     keys.unused_token_ids(len(tokens), used)
 
     end_ids = end_tokens(ids) | {i for i in (eos_id, *other_ends) if i is not None}
-    for i in end_ids:  # A mark, whatever the file calls it: never written out, and found in prompts.
+    for i in (
+        end_ids
+    ):  # They are special tokens even if the file says otherwise: never part of a text, and recognised in prompts.
         if kinds[i] != TokenKind.UNKNOWN:
             kinds[i] = int(TokenKind.CONTROL)
-    add_bos = keys.flag("tokenizer.ggml.add_bos_token", is_pieces if pre_tokenizer is None else pre_tokenizer.add_bos)
+    add_bos = keys.flag(
+        "tokenizer.ggml.add_bos_token", is_sentencepiece if pre_tokenizer is None else pre_tokenizer.add_bos
+    )
     add_eos = keys.flag("tokenizer.ggml.add_eos_token", False)
     for name, wanted, token in (("bos", add_bos, bos_id), ("eos", add_eos, eos_id)):
         if wanted and token is None and f"tokenizer.ggml.add_{name}_token" in metadata:
@@ -172,21 +181,21 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
         tokens=tokens,
         ids=ids,
         kinds=kinds,
-        scores=_scores(keys, len(tokens)) if is_pieces else (),
-        merges=() if is_pieces else _merges(keys),
+        scores=_scores(keys, len(tokens)) if is_sentencepiece else (),
+        merges=() if is_sentencepiece else _merges(keys),
         bos_id=bos_id,
         eos_id=eos_id,
         unknown_id=unknown_id,
         end_ids=frozenset(end_ids),
         add_bos=add_bos and bos_id is not None,
         add_eos=add_eos and eos_id is not None,
-        add_space_prefix=is_pieces and keys.flag("tokenizer.ggml.add_space_prefix", True),
+        add_space_prefix=is_sentencepiece and keys.flag("tokenizer.ggml.add_space_prefix", True),
         drop_space_after=_drop_space_after(keys, tokens, kinds),
     )
 
 
 def chat_templates(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> dict[str, str]:
-    """The chat templates of a file by name; the one without a name is called default."""
+    """The chat templates of a file by name. The one without a name is called default."""
     keys = _Keys(metadata, where)
     prefix = "tokenizer.chat_template"
     found: dict[str, str] = {}
@@ -197,19 +206,14 @@ def chat_templates(metadata: Mapping[str, Any], where: str = "GGUF metadata") ->
 
 
 def end_tokens(ids: Mapping[str, int]) -> set[int]:
-    """The tokens of a vocabulary that end a generation by what they look like."""
+    """The tokens of a vocabulary that end a generation, by their spelling."""
     present = {text: ids[text] for text in _END_TEXTS if text in ids}
-    # Models that end their turns otherwise write these in the middle of an answer.
+    # Models with these tokens write <|end|> in the middle of an answer.
     harmony = "<|return|>" in present and "<|call|>" in present
     solar = "<|flush|>" in present and ("<|call|>" in present or "<|calls|>" in present)
     if harmony or solar:
         present.pop("<|end|>", None)
     return set(present.values())
-
-
-def byte_of(token: str) -> bytes | None:
-    """The byte that a byte token (`<0x0A>`) stands for."""
-    return bytes([int(token[3:5], 16)]) if _BYTE_TOKEN.fullmatch(token) else None
 
 
 def _tokens(keys: _Keys) -> Sequence[str]:
@@ -218,21 +222,21 @@ def _tokens(keys: _Keys) -> Sequence[str]:
     if not tokens:
         raise keys.fault(key, "nothing" if tokens is None else "an empty array", "an array of at least one token")
     longest = max(map(len, tokens))
-    if longest > LONGEST_TOKEN:
-        raise keys.fault(key, f"a token of {longest} characters", f"at most {LONGEST_TOKEN}")
+    if longest > MAX_TOKEN_LENGTH:
+        raise keys.fault(key, f"a token of {longest} characters", f"at most {MAX_TOKEN_LENGTH}")
     return tokens
 
 
-def _kinds(keys: _Keys, tokens: Sequence[str], is_pieces: bool) -> list[int]:
+def _kinds(keys: _Keys, tokens: Sequence[str], is_sentencepiece: bool) -> list[int]:
     key = "tokenizer.ggml.token_type"
     kinds = keys.array(key, int, len(tokens))
     if kinds is None:
-        kinds = [6 if is_pieces and _BYTE_TOKEN.fullmatch(token) else 1 for token in tokens]
+        kinds = [6 if is_sentencepiece and BYTE_TOKEN.fullmatch(token) else 1 for token in tokens]
     if min(kinds) < 0 or max(kinds) > TokenKind.BYTE:
         wrong = next(kind for kind in kinds if not 0 <= kind <= TokenKind.BYTE)
         raise keys.fault(key, f"the type {wrong}", f"types of 1 to {int(TokenKind.BYTE)}")
-    suspects = [i for i in places(kinds, TokenKind.BYTE) if not _BYTE_TOKEN.fullmatch(tokens[i])]
-    if is_pieces:
+    suspects = [i for i in ids_of_kinds(kinds, TokenKind.BYTE) if not BYTE_TOKEN.fullmatch(tokens[i])]
+    if is_sentencepiece:
         suspects += [i for i, token in enumerate(tokens) if token[:3] == "<0x" and _BROKEN_BYTE_TOKEN.fullmatch(token)]
     for i in suspects:
         raise keys.fault("tokenizer.ggml.tokens", f"{tokens[i][:40]!r} as byte token {i}", "'<0x00>' to '<0xFF>'")
@@ -243,7 +247,7 @@ def _scores(keys: _Keys, count: int) -> Sequence[float]:
     key = "tokenizer.ggml.scores"
     scores = keys.array(key, float, count)
     if scores is None:
-        raise keys.fault(key, "nothing", f"{count} scores, one for each token")
+        raise keys.fault(key, "nothing", f"{count} scores, one per token")
     if any(map(math.isnan, scores)):
         raise keys.fault(key, "NaN", "numbers")
     return scores
@@ -270,12 +274,12 @@ def _pre_tokenizer(keys: _Keys, where: str) -> pretokenizers.PreTokenizer:
 
 
 def _drop_space_after(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> Sequence[int]:
-    """Phi-3 was trained with marks that swallow white space, but its files can only say so by the model's name."""
+    """Phi-3's special tokens, which drop the white space after them. Its files do not mark them as such."""
     name = (keys.string("general.name") or "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return ()
     kept = ("<unk>", "<s>", "<|endoftext|>")
-    return [i for i in places(kinds, TokenKind.USER_DEFINED, *MARKS) if tokens[i] not in kept]
+    return [i for i in ids_of_kinds(kinds, TokenKind.USER_DEFINED, *SPECIAL_KINDS) if tokens[i] not in kept]
 
 
 def _shown(value: object) -> str:

@@ -1,23 +1,22 @@
-//! The tokens that are still in the running.
+//! The tokens that the filters have kept so far.
 
-use super::{LANES, exp};
+use super::math::{LANES, exp};
 
-/// The mass of the likeliest token. What is rounded off others is far less than anyone could measure, and the sum over
-/// a vocabulary fits.
+/// The mass of the most likely token. Rounding of other masses is negligible, and the sum over a vocabulary fits into 64
+/// bits.
 const UNIT: f32 = (1_u64 << 40) as f32;
 
-/// The most tokens of a vocabulary. (The largest ones known have some 2^18.)
+/// Largest size of a vocabulary in tokens. (The largest ones known have about 2^18.)
 pub const MAX_VOCAB_SIZE: usize = 1 << 23;
 
 /// A token that may be chosen.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    /// By which a step sorts, smallest first: in the high half a rank, in the low half the id, so that among equals the
-    /// lower id goes first.
+    /// The sort key, smallest first: a rank in the high half and the id in the low half, so that the lower id wins a tie.
     key: u64,
     /// Finite.
     logit: f32,
-    /// In proportion to the probability, and 1 for the likeliest candidate. As of the last `weigh`.
+    /// Proportional to the probability, and 1 for the most likely candidate. Set by `weigh`.
     weight: f32,
 }
 
@@ -26,10 +25,9 @@ impl Candidate {
         Candidate { key: u64::from(id), logit, weight: 0.0 }.with_rank(-logit)
     }
 
-    /// The same with another `rank`, which is not NaN.
+    /// A copy with another `rank`, which is not NaN.
     fn with_rank(self, rank: f32) -> Self {
-        // Floats compare like their bits taken as an integer, once negative ones are turned around. -0 becomes 0
-        // before.
+        // Floats compare like their bits as integers, with negative ones inverted. Adding 0 turns -0 into 0.
         let bits = (rank + 0.0).to_bits();
         let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
         Candidate { key: u64::from(ordered) << 32 | u64::from(self.id()), ..self }
@@ -39,28 +37,26 @@ impl Candidate {
         self.key as u32
     }
 
-    /// The weight as an integer, in units of [`UNIT`].
+    /// The weight as an integer, in units of 1 / [`UNIT`].
     fn mass(&self) -> u64 {
         (self.weight * UNIT) as i64 as u64
     }
 }
 
-/// The tokens that are still in the running, in no particular order. A vocabulary has hundreds of thousands of tokens,
-/// so no step sorts them all, and the memory is used again for the next token.
+/// The tokens that the filters have kept so far, in any order. A vocabulary has hundreds of thousands of tokens, so no
+/// filter sorts them all, and the memory is reused for the next token.
 ///
-/// Masses are integers because their sums are the same in any order, so that it does not matter how the standard
-/// library arranges what it selects.
+/// Masses are integers: their sum does not depend on the order, which the selection of the standard library leaves open.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Candidates(Vec<Candidate>);
 
 impl Candidates {
-    /// Starts over with the `count` largest of the logits, leaving out those of minus infinity. `count` is not 0.
+    /// Resets to the `count` largest logits, without those of minus infinity. `count` is not 0.
     pub(super) fn keep_largest(&mut self, logits: &[f32], count: usize) {
         let kept = &mut self.0;
         kept.clear();
-        let room = count.saturating_mul(2).max(256);
-        // What is not above the floor is not among the largest: `count` tokens that are as large and come first are
-        // kept.
+        let capacity = count.saturating_mul(2).max(256);
+        // A logit that is not above the floor is not among the largest: `count` earlier ones are at least as large.
         let mut floor = f32::NEG_INFINITY;
         for (block, start) in logits.chunks(32).zip((0..).step_by(32)) {
             let largest = block.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
@@ -72,7 +68,7 @@ impl Candidates {
                     kept.push(Candidate::new(id, logit));
                 }
             }
-            if kept.len() >= room {
+            if kept.len() >= capacity {
                 kept.select_nth_unstable_by_key(count - 1, |candidate| candidate.key);
                 kept.truncate(count);
                 floor = kept[count - 1].logit;
@@ -84,22 +80,22 @@ impl Candidates {
         }
     }
 
-    /// Ids and logits by rank, after `keep_largest` and before anything else.
+    /// Ids and logits by rank. Valid directly after `keep_largest`.
     pub(super) fn sorted(&mut self) -> impl Iterator<Item = (u32, f32)> {
         self.0.sort_unstable_by_key(|candidate| candidate.key);
         self.0.iter().map(|candidate| (candidate.id(), candidate.logit))
     }
 
-    /// The fewest whose surprise is nearest to the mean one and that together reach the probability `p`.
+    /// Keeps the candidates with a surprise nearest to the mean, the fewest that together reach probability `p`.
     pub(super) fn keep_typical(&mut self, p: f32) {
         if p >= 1.0 {
             return;
         }
         let total = self.weigh(1.0);
         let largest = self.largest();
-        // Surprise is ln(total) - (logit - largest). The logarithm is in the mean too and cancels out.
+        // Surprise is ln(total) - (logit - largest). The mean contains the same logarithm, so it cancels out.
         let height = |candidate: &Candidate| f64::from(candidate.logit - largest).max(-1e30);
-        // At most UNIT / e each, so that the sum fits; rounded each, so that it is the same in any order.
+        // Each term is at most UNIT / e, so that the sum fits. Rounding each term makes the sum independent of the order.
         let moment: i64 = self.0.iter().map(|c| (f64::from(c.weight * UNIT) * height(c)) as i64).sum();
         let mean = moment as f64 / total as f64;
         for candidate in &mut self.0 {
@@ -108,7 +104,7 @@ impl Candidates {
         self.keep_mass(p, total);
     }
 
-    /// The fewest of the likeliest that together reach the probability `p`.
+    /// Keeps the most likely candidates, the fewest that together reach probability `p`.
     pub(super) fn keep_top(&mut self, p: f32) {
         if p >= 1.0 {
             return;
@@ -120,7 +116,7 @@ impl Candidates {
         self.keep_mass(p, total);
     }
 
-    /// Those with at least `p` times the probability of the likeliest.
+    /// Keeps candidates with at least `p` times the highest probability.
     pub(super) fn keep_likely(&mut self, p: f32) {
         if p <= 0.0 {
             return;
@@ -129,8 +125,8 @@ impl Candidates {
         self.0.retain(|candidate| candidate.weight >= p);
     }
 
-    /// The token on which `number(total)`, a number below the sum of the masses, falls when the candidates are laid out
-    /// by id, each as wide as its mass. `None` only if there are none.
+    /// Draws a token: the candidates lie side by side in order of their ids, each as wide as its mass, and `number(total)`,
+    /// a number below the sum of the masses, falls on one of them. `None` if there are no candidates.
     pub(super) fn draw(&mut self, temperature: f32, number: impl FnOnce(u64) -> u64) -> Option<u32> {
         self.0.sort_unstable_by_key(Candidate::id);
         let mut left = match self.weigh(temperature) {
@@ -169,11 +165,11 @@ impl Candidates {
         total
     }
 
-    /// The fewest, by rank, whose masses reach the share `p` of `total`; at least one.
+    /// Keeps the fewest candidates, by rank, with masses that reach the share `p` of `total`; at least one.
     fn keep_mass(&mut self, p: f32, total: u64) {
         let mass = (f64::from(p) * total as f64) as u64;
-        // The last one to keep is at `low` or after it and before `high`, and what is before `low` weighs `sum`.
-        // Usually it is among the first, so the search begins there.
+        // The last candidate to keep is in `low..high`, and those before `low` have the mass `sum`. It is usually near the
+        // beginning, so the search starts there.
         let kept = &mut self.0;
         let (mut low, mut high, mut sum) = (0, kept.len(), 0);
         while high - low > 32 {

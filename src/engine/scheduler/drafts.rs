@@ -1,134 +1,130 @@
-//! Guesses of a step: from the texts, or from the draft model.
+//! Draft tokens of a step: from the sequences themselves, their constraints, or the draft model.
 
-use super::{Entry, Interrupted, Scheduler, Speculation, speculation};
+use std::sync::Arc;
+
+use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, Speculation, ngram_lookup};
+use super::entry::Entry;
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model};
 
-/// Tokens of a text that the draft model reads beside a step, until it has caught up and can guess.
+/// Tokens of a sequence that the draft model computes in each step until it has caught up and can draft.
 const CATCH_UP: usize = 64;
 
-impl Entry {
-    /// Puts up to `count` guesses from its text, and from what it is held to, behind the token that is due.
-    fn look_ahead(&mut self, count: usize) {
-        let mut guesses = Vec::new();
-        match &self.sequence.held {
-            _ if count == 0 => {}
-            None => speculation::look_up(&self.tokens, count, &mut guesses),
-            Some(held) => {
-                guesses = held.guess(count, |known| {
-                    let mut guesses = Vec::new();
-                    speculation::look_up(&[&self.tokens, known].concat(), count, &mut guesses);
-                    guesses
-                });
-            }
-        }
-        self.guesses = guesses.len();
-        self.rows += guesses.len();
-        self.sequence.pending.append(&mut guesses);
-    }
+/// Adds draft tokens to sequences before a step.
+#[derive(Debug)]
+pub(super) struct Drafter {
+    pub(super) speculation: Speculation,
+    pub(super) model: Option<Arc<Model>>,
 }
 
-impl Scheduler {
-    /// Puts guesses behind the tokens that are due.
+impl Drafter {
+    /// Appends draft tokens to the pending tokens of the sequences that decode.
     ///
     /// # Errors
-    /// [`Error::Interrupted`], without any guesses.
-    pub(super) fn guess(&mut self, interrupted: Interrupted<'_>) -> Result<()> {
-        let speculation = self.options.speculation;
-        if speculation == Speculation::Off {
+    /// [`Error::Interrupted`], without any draft tokens.
+    pub(super) fn propose(&self, running: &mut [Entry], interrupted: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        if self.speculation == Speculation::Off {
             return Ok(());
         }
-        let texts = self.running.iter().filter(|entry| entry.is_writing()).count();
-        let few = speculation == Speculation::Auto;
-        let mut budget = if few { speculation::FEW_ROWS.saturating_sub(texts) } else { speculation::MOST_ROWS };
-        let mut wanted = Vec::with_capacity(self.running.len());
-        for entry in &mut self.running {
+        let decoding = running.iter().filter(|entry| entry.is_decoding()).count();
+        let mut budget = match self.speculation {
+            Speculation::Auto => MAX_AUTO_ROWS.saturating_sub(decoding),
+            Speculation::On | Speculation::Off => MAX_DRAFT_ROWS,
+        };
+        let mut wanted = Vec::with_capacity(running.len());
+        for entry in running.iter_mut() {
             let mut count = 0;
-            if entry.is_writing() {
-                // The last token that may be sampled is never fed, so it needs no guess.
-                count = entry.acceptance.guesses(speculation).min(entry.left - 1).min(budget);
+            if entry.is_decoding() {
+                // The last token of the limit is sampled but never computed, so it needs no draft.
+                count = entry.acceptance.draft_len(self.speculation).min(entry.remaining - 1).min(budget);
                 budget -= count;
             }
-            // A constraint knows more of what comes than a draft model does.
-            if self.draft.is_none() || entry.sequence.held.is_some() {
-                entry.look_ahead(std::mem::take(&mut count));
+            // A constraint knows more about the next tokens than a draft model does.
+            if self.model.is_none() || entry.sequence.sampler.constraint().is_some() {
+                look_ahead(entry, std::mem::take(&mut count));
             }
             wanted.push(count);
         }
-        match self.draft.clone() {
-            Some(draft) => self.ask(&draft, wanted, interrupted),
+        match &self.model {
+            Some(model) => ask(model, running, wanted, interrupted),
             None => Ok(()),
         }
     }
+}
 
-    /// Takes guesses back: the step does not take place.
-    pub(super) fn forget_guesses(&mut self) {
-        for entry in &mut self.running {
-            let known = entry.sequence.pending.len() - entry.guesses;
-            entry.sequence.pending.truncate(known);
-            (entry.guesses, entry.rows) = (0, 0);
-            if let Some(draft) = &mut entry.draft {
-                draft.truncate(entry.tokens.len() - 1);
+/// Appends up to `count` draft tokens from the sequence itself and from its constraint.
+fn look_ahead(entry: &mut Entry, count: usize) {
+    let sequence = &mut entry.sequence;
+    let mut draft = match sequence.sampler.constraint() {
+        _ if count == 0 => Vec::new(),
+        None => ngram_lookup(&sequence.tokens, count),
+        Some(constraint) => constraint.draft(count, |draft| ngram_lookup(&[&sequence.tokens, draft].concat(), count)),
+    };
+    entry.drafted = draft.len();
+    entry.rows += draft.len();
+    sequence.pending.append(&mut draft);
+}
+
+/// Lets the draft model generate up to `wanted` tokens for each sequence. It samples like the sequence's own sampler, with the
+/// random numbers that the sequence will use, so a good draft model is right with seeds, too.
+fn ask(
+    model: &Model,
+    running: &mut [Entry],
+    mut wanted: Vec<usize>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<()> {
+    let mut samplers: Vec<_> = running.iter().map(|_| None).collect();
+    for round in 0..MAX_DRAFT {
+        let mut logits = Vec::new();
+        let mut inputs = Vec::new();
+        let mut asked = Vec::new();
+        for (i, entry) in running.iter_mut().enumerate() {
+            if round >= wanted[i] {
+                continue;
+            }
+            let Entry { draft_session, sequence, drafted, .. } = entry;
+            let session = draft_session.get_or_insert_with(|| model.session());
+            // After the first round only the last draft token is new to the draft model.
+            let new = if round == 0 { &sequence.tokens[session.len()..] } else { &sequence.pending[*drafted..] };
+            let is_behind = round == 0 && new.len() > CATCH_UP;
+            let new = &new[..new.len().min(CATCH_UP)];
+            if new.len() > session.context() - session.len() {
+                wanted[i] = 0;
+                continue;
+            }
+            if is_behind {
+                wanted[i] = 0;
+            }
+            asked.push((i, !is_behind));
+            let logits = if is_behind { Logits::None } else { Logits::Last };
+            inputs.push(Input { session, tokens: new, logits });
+        }
+        if inputs.is_empty() {
+            break;
+        }
+        match model.forward(&mut inputs, &mut logits, interrupted) {
+            Ok(()) => {}
+            // Without memory for the draft model, sequences continue without it.
+            Err(Error::OutOfMemory { .. }) => break,
+            Err(error) => {
+                running.iter_mut().for_each(Entry::forget_drafts);
+                return Err(error);
             }
         }
-    }
-
-    /// Lets the draft model write on, up to `wanted` tokens of each text. It chooses as the text's own sampler would, with the
-    /// random numbers that will decide later, so that a good draft is right with seeds, too.
-    fn ask(&mut self, model: &Model, mut wanted: Vec<usize>, interrupted: Interrupted<'_>) -> Result<()> {
-        let mut samplers: Vec<_> = self.running.iter().map(|_| None).collect();
-        for round in 0..speculation::MOST {
-            let mut logits = Vec::new();
-            let mut inputs = Vec::new();
-            let mut asked = Vec::new();
-            for (i, entry) in self.running.iter_mut().enumerate() {
-                if round >= wanted[i] {
-                    continue;
-                }
-                let Entry { draft, tokens, sequence, guesses, .. } = entry;
-                let draft = draft.get_or_insert_with(|| model.session());
-                // Its last guess is the end of what is pending; everything before it, it has read.
-                let unread = if round == 0 { &tokens[draft.len()..] } else { &sequence.pending[*guesses..] };
-                let is_behind = round == 0 && unread.len() > CATCH_UP;
-                let unread = &unread[..unread.len().min(CATCH_UP)];
-                if unread.len() > draft.context() - draft.len() {
-                    wanted[i] = 0;
-                    continue;
-                }
-                if is_behind {
-                    wanted[i] = 0;
-                }
-                asked.push((i, !is_behind));
-                let logits = if is_behind { Logits::None } else { Logits::Last };
-                inputs.push(Input { session: draft, tokens: unread, logits });
-            }
-            if inputs.is_empty() {
-                break;
-            }
-            match model.forward(&mut inputs, &mut logits, interrupted) {
-                Ok(()) => {}
-                // Without memory for the draft model, texts go on without it.
-                Err(Error::OutOfMemory { .. }) => break,
-                Err(error) => {
-                    self.forget_guesses();
-                    return Err(error);
-                }
-            }
-            let asked = asked.into_iter().filter_map(|(i, gives)| gives.then_some(i));
-            for (i, row) in asked.zip(logits.chunks_mut(model.vocabulary())) {
-                let entry = &mut self.running[i];
-                let sampler = samplers[i].get_or_insert_with(|| entry.sequence.sampler.clone());
-                // What a draft model cannot guess is left to the model.
-                let Ok(sampled) = sampler.sample(row) else {
-                    wanted[i] = 0;
-                    continue;
-                };
-                sampler.accept(sampled.token);
-                entry.sequence.pending.push(sampled.token);
-                entry.guesses += 1;
-                entry.rows += 1;
-            }
+        let asked = asked.into_iter().filter_map(|(i, has_logits)| has_logits.then_some(i));
+        for (i, row) in asked.zip(logits.chunks_mut(model.vocabulary())) {
+            let entry = &mut running[i];
+            let sampler = samplers[i].get_or_insert_with(|| entry.sequence.sampler.unconstrained().clone());
+            // Where the draft model gives no usable logits, the model continues alone.
+            let Ok(sampled) = sampler.sample(row) else {
+                wanted[i] = 0;
+                continue;
+            };
+            sampler.accept(sampled.token);
+            entry.sequence.pending.push(sampled.token);
+            entry.drafted += 1;
+            entry.rows += 1;
         }
-        Ok(())
     }
+    Ok(())
 }

@@ -1,88 +1,58 @@
 //! AMX with INT8: products of many rows by tiles of 8 rows of activations and 16 rows of weights, the rest by AVX-512.
 //!
-//! No CPU with AMX has run it yet, so it is taken only where it is asked for by name.
-#![allow(unsafe_code, reason = "the tiles' instructions, and the entry into functions with target features")]
+//! No CPU with AMX has run it yet, so it is used only when its name is given.
+#![allow(unsafe_code, reason = "the tiles' instructions, and functions with target features")]
 
 mod product;
 #[cfg(test)]
 mod tests;
 mod tiles;
 
-use std::fmt;
-use std::ops::Range;
-use std::sync::OnceLock;
+use self::product::with_dots;
+use self::tiles::{Amx, Tiles};
+use super::avx512::{self, Avx512};
+use super::operations::types::*;
+use super::operations::{Kernel, Table};
+use crate::quant::packed::BLOCK;
 
-use half::f16;
-
-use self::tiles::Tiles;
-use super::activations::{Activations, MAX_TILE_ROWS, RowMut};
-use super::avx512::Avx512;
-use super::delegate::delegated_methods;
-use super::kv::{KvSlice, Softmax, SoftmaxMut};
-use super::portable::Activation;
-use super::{Kernel, PAGE};
-use crate::quant::packed::{BLOCK, CacheLine, Packed};
-use crate::threads::Columns;
-
-/// Rows from which on a product goes to the tiles: fewer are bound by the weights, whatever multiplies them.
+/// Rows from which a product uses the tiles. Fewer rows are bound by reading the weights.
 const MANY: usize = 32;
 
-/// Proof that the CPU has AMX-TILE and AMX-INT8 and that this process may use them, and all that AVX-512 needs.
-#[derive(Debug)]
-pub(super) struct Amx {
-    avx512: &'static Avx512,
+/// The kernel, if this CPU supports the instructions and its operating system lets this process use them.
+pub(super) fn kernel() -> Option<&'static Kernel> {
+    // SAFETY: the reference leaves this function only if the CPU has AMX, which this process may use, and every feature of
+    // AVX-512's table.
+    static KERNEL: Kernel = unsafe { Kernel::new(Table { name: "amx", product, peak_int8, ..avx512::TABLE }) };
+    is_available().then_some(&KERNEL)
 }
 
-impl Amx {
-    /// The witness, if this CPU and its operating system support the instructions.
-    pub(super) fn detect() -> Option<&'static Self> {
-        static WITNESS: OnceLock<Option<Amx>> = OnceLock::new();
-        let detect = || Avx512::detect().filter(|_| tiles::are_usable()).map(|avx512| Amx { avx512 });
-        WITNESS.get_or_init(detect).as_ref()
-    }
+/// Whether the CPU has AMX-TILE, AMX-INT8 and all that AVX-512 needs, and this process may use them.
+fn is_available() -> bool {
+    avx512::is_available() && tiles::are_usable()
 }
 
-impl Kernel for Amx {
-    fn name(&self) -> &'static str {
-        "amx"
-    }
-
-    fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+/// # Safety
+///
+/// [`is_available`] must be true.
+unsafe fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+    // SAFETY: the caller's promise. The thread has no other tiles: they are dropped before this function returns, and it
+    // makes only one configuration.
+    unsafe {
+        let (amx, avx512) = (Amx::new(), Avx512::new());
         if x.rows() < MANY {
-            self.avx512.product(w, panels, x, out);
+            (avx512::TABLE.product)(w, panels, x, out);
         } else if w.layout().group < BLOCK {
-            // SAFETY: the thread has no other tiles, as they live no longer than this call, which makes no others.
-            let tiles = unsafe { Tiles::<2>::new(self) };
-            product::product(self.avx512, &tiles, w, panels, x, out);
+            with_dots(avx512, &Tiles::<2>::new(amx), w, panels, x, out);
         } else {
-            // SAFETY: as above.
-            let tiles = unsafe { Tiles::<1>::new(self) };
-            product::product(self.avx512, &tiles, w, panels, x, out);
+            with_dots(avx512, &Tiles::<1>::new(amx), w, panels, x, out);
         }
     }
-
-    fn peak_int8(&self, rounds: usize) -> (u64, i32) {
-        // SAFETY: the thread has no tiles, as they live no longer than the calls of `product`.
-        unsafe { tiles::peak(self, rounds) }
-    }
-
-    delegated_methods!(avx512);
 }
 
-/// What multiplies integers: the tiles, in tests also plain Rust.
-trait Dots: fmt::Debug {
-    /// Parts of a block that are multiplied one by one, as each has scales of its own: 1 or 2.
-    const PARTS: usize;
-
-    /// The integer dot products of part `part` of a block.
-    ///
-    /// `x` are the codes of the activations `(MAX_TILE_ROWS, BLOCK)`, `w` the unsigned codes of a panel's block: line `j` holds
-    /// columns `4 j .. 4 j + 4` of the 16 rows. `out` is `(MAX_TILE_ROWS, 16)`, numbers of 32 bits.
-    fn dots(
-        &self,
-        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
-        w: &[CacheLine; BLOCK / 4],
-        part: usize,
-        out: &mut [CacheLine; MAX_TILE_ROWS],
-    );
+/// # Safety
+///
+/// [`is_available`] must be true.
+unsafe fn peak_int8(rounds: usize) -> (u64, i32) {
+    // SAFETY: the caller's promise. The thread has no tiles, which exist only while `product` runs.
+    unsafe { tiles::peak(Amx::new(), rounds) }
 }

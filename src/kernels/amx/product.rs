@@ -10,27 +10,46 @@
 //! ```
 
 use std::arch::x86_64::*;
+use std::fmt;
 use std::ops::Range;
 
-use super::Dots;
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::kernels::avx512::{Avx512, INT4, TABLE4, load, load_f16, load_f32, load_table, store, unpack};
+use crate::kernels::avx512::{Avx512, load, load_f16, load_f32, load_table, store, unpack};
+use crate::kernels::generic::product::{ByTile, INT4, TABLE4, by_tile};
 use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
-/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of those of a group.
+/// What multiplies integers: the tiles, in tests also plain Rust.
+pub(super) trait Dots: fmt::Debug {
+    /// Parts of a block that are multiplied one by one, because each has its own scale: 1 or 2.
+    const PARTS: usize;
+
+    /// The integer dot products of part `part` of a block.
+    ///
+    /// `x` are the codes of the activations `(MAX_TILE_ROWS, BLOCK)`, `w` the unsigned codes of a panel's block: line `j`
+    /// holds columns `4 j .. 4 j + 4` of the 16 rows. `out` is `(MAX_TILE_ROWS, 16)`, numbers of 32 bits.
+    fn dots(
+        &self,
+        x: &[[i8; BLOCK]; MAX_TILE_ROWS],
+        w: &[CacheLine; BLOCK / 4],
+        part: usize,
+        out: &mut [CacheLine; MAX_TILE_ROWS],
+    );
+}
+
+/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of the blocks of any group.
 const CHUNK: usize = 32;
 
-/// See [`Kernel::product`](crate::kernels::Kernel::product).
-pub(super) fn product<D: Dots>(
-    _: &Avx512,
+/// The integer product with `dots`.
+pub(super) fn with_dots<D: Dots>(
+    _: Avx512,
     dots: &D,
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
     out: &mut Columns<'_>,
 ) {
-    // SAFETY: the witness of AVX-512 says that the CPU has every feature that `chunks` enables.
+    // SAFETY: an `Avx512` exists, so the CPU has every feature that `chunks` enables.
     unsafe { chunks(dots, w, panels, x, out) }
 }
 
@@ -44,21 +63,13 @@ fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, 
         for (p, index) in panels.clone().enumerate() {
             let panel = w.panel(index);
             let codes = bytes(w.layout().code, &panel, blocks.clone(), &mut unpacked);
-            let weights = Weights { w, panel, codes, blocks: blocks.clone() };
-            let mut row = 0;
-            while row < x.rows() {
-                row += match Activations::height(x.rows() - row) {
-                    8 => tile::<D, 8>(dots, &weights, x, row, p, out),
-                    4 => tile::<D, 4>(dots, &weights, x, row, p, out),
-                    2 => tile::<D, 2>(dots, &weights, x, row, p, out),
-                    _ => tile::<D, 1>(dots, &weights, x, row, p, out),
-                };
-            }
+            let mut chunk = Chunk { dots, w, panel, codes, blocks: blocks.clone(), x, p, out };
+            by_tile(x, 0..x.rows(), &mut chunk);
         }
     }
 }
 
-/// The codes of some blocks as unsigned bytes: where they are if they are that already, else in `unpacked`.
+/// The codes of some blocks as unsigned bytes: 8-bit codes in place, others copied to `unpacked`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn bytes<'a>(
     code: Code,
@@ -81,89 +92,97 @@ fn bytes<'a>(
     &unpacked[..count]
 }
 
-/// A chunk of a panel.
-struct Weights<'a> {
+/// A chunk of a panel times all tiles.
+struct Chunk<'a, 'c, D> {
+    dots: &'a D,
     w: &'a Packed,
     panel: Panel<'a>,
     /// Unsigned bytes of the chunk's blocks.
     codes: &'a [[CacheLine; BLOCK / 4]],
     blocks: Range<usize>,
+    x: &'a Activations,
+    /// The panel's place in `out`.
+    p: usize,
+    out: &'a mut Columns<'c>,
 }
 
-/// Adds the products of a tile of `R` rows and a chunk of a panel to the sums of the blocks before. Returns `R`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn tile<D: Dots, const R: usize>(
-    dots: &D,
-    weights: &Weights<'_>,
-    x: &Activations,
-    row: usize,
-    p: usize,
-    out: &mut Columns<'_>,
-) -> usize {
-    let rows = row..x.rows().min(row + R);
-    let mut acc = [_mm512_setzero_ps(); R];
-    if weights.blocks.start > 0 {
-        for (acc, row) in acc.iter_mut().zip(rows.clone()) {
-            let sums = &out.row_mut(row)[p * PANEL..];
-            let mut lanes = [0.0; PANEL];
-            let count = PANEL.min(sums.len());
-            lanes[..count].copy_from_slice(&sums[..count]);
-            *acc = load_f32(&lanes);
+impl<D: Dots> ByTile for Chunk<'_, '_, D> {
+    #[inline(always)]
+    fn tile<const R: usize>(&mut self, row: usize) {
+        // SAFETY: only `chunks` makes a chunk, which has the features that `one_tile` enables.
+        unsafe { self.one_tile::<R>(row) }
+    }
+}
+
+impl<D: Dots> Chunk<'_, '_, D> {
+    /// Adds the products of the tile of `R` rows at `row` to the sums of the blocks before.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn one_tile<const R: usize>(&mut self, row: usize) {
+        let rows = row..self.x.rows().min(row + R);
+        let mut acc = [_mm512_setzero_ps(); R];
+        if self.blocks.start > 0 {
+            for (acc, row) in acc.iter_mut().zip(rows.clone()) {
+                let sums = &self.out.row_mut(row)[self.p * PANEL..];
+                let mut lanes = [0.0; PANEL];
+                let count = PANEL.min(sums.len());
+                lanes[..count].copy_from_slice(&sums[..count]);
+                *acc = load_f32(&lanes);
+            }
+        }
+        self.add(&self.x.tile::<R>(row), &mut acc);
+        let gain = if self.blocks.end == self.x.blocks() { self.w.gain() } else { 1.0 };
+        for (acc, row) in acc.iter().zip(rows) {
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut self.out.row_mut(row)[self.p * PANEL..]);
         }
     }
-    strip(dots, weights, &x.tile::<R>(row), &mut acc);
-    let gain = if weights.blocks.end == x.blocks() { weights.w.gain() } else { 1.0 };
-    for (acc, row) in acc.iter().zip(rows) {
-        store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out.row_mut(row)[p * PANEL..]);
-    }
-    R
-}
 
-/// Adds the products of a tile of `R` rows and a chunk of a panel to `acc`, in the order that
-/// [`Kernel::product`](crate::kernels::Kernel::product) lays down.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn strip<D: Dots, const R: usize>(dots: &D, weights: &Weights<'_>, x: &Tile<'_, R>, acc: &mut [__m512; R]) {
-    let layout = weights.w.layout();
-    // Blocks of a group that has several.
-    let run = layout.group.div_ceil(BLOCK);
-    let mut parts = [_mm512_setzero_ps(); R];
-    let mut codes = [[0; BLOCK]; MAX_TILE_ROWS];
-    let mut sums = [CacheLine([0; 64]); MAX_TILE_ROWS];
-    for (w, b) in weights.codes.iter().zip(weights.blocks.clone()) {
-        // The tile of the last rows may be lower than what is multiplied; nobody reads the dot products of what is beyond.
-        codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));
-        for part in 0..D::PARTS {
-            dots.dots(&codes, w, part, &mut sums);
-            let group = b * D::PARTS / run + part;
-            let scale = load_f16(&weights.panel.scales[group]);
-            for r in 0..R {
-                let mut dot = load(&sums[r]);
-                if layout.code != Code::Int4 || !layout.min {
-                    let zero = _mm512_set1_epi32(if D::PARTS == 1 { x.zeros[b][r] } else { x.half_zeros[b][part][r] });
-                    // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
-                    let four_bits = layout.code == Code::Int4;
-                    dot = _mm512_add_epi32(dot, if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) });
-                }
-                let (dot, x_scale) = (_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x.scales[b][r]));
-                if run == 1 {
-                    acc[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, x_scale), acc[r]);
-                } else {
-                    parts[r] = _mm512_fmadd_ps(dot, x_scale, parts[r]);
-                }
-            }
-            let last = (b + 1).is_multiple_of(run) || b + 1 == x.codes.len();
-            if run > 1 && last {
+    /// Adds the products of a tile of `R` rows to `acc`, in the order that
+    /// [`Kernel::product`](crate::kernels::Kernel::product) defines.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn add<const R: usize>(&self, x: &Tile<'_, R>, acc: &mut [__m512; R]) {
+        let layout = self.w.layout();
+        // Blocks per group, if it has several.
+        let run = layout.group.div_ceil(BLOCK);
+        let mut parts = [_mm512_setzero_ps(); R];
+        let mut codes = [[0; BLOCK]; MAX_TILE_ROWS];
+        let mut sums = [CacheLine([0; 64]); MAX_TILE_ROWS];
+        for (w, b) in self.codes.iter().zip(self.blocks.clone()) {
+            // The tile of the last rows may have fewer rows than are multiplied. The other dot products are not used.
+            codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));
+            for part in 0..D::PARTS {
+                self.dots.dots(&codes, w, part, &mut sums);
+                let group = b * D::PARTS / run + part;
+                let scale = load_f16(&self.panel.scales[group]);
                 for r in 0..R {
-                    acc[r] = _mm512_fmadd_ps(parts[r], scale, acc[r]);
-                    parts[r] = _mm512_setzero_ps();
+                    let mut dot = load(&sums[r]);
+                    if layout.code != Code::Int4 || !layout.min {
+                        let zero =
+                            _mm512_set1_epi32(if D::PARTS == 1 { x.zeros[b][r] } else { x.half_zeros[b][part][r] });
+                        // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
+                        let four_bits = layout.code == Code::Int4;
+                        dot = _mm512_add_epi32(dot, if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) });
+                    }
+                    let (dot, x_scale) = (_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x.scales[b][r]));
+                    if run == 1 {
+                        acc[r] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, x_scale), acc[r]);
+                    } else {
+                        parts[r] = _mm512_fmadd_ps(dot, x_scale, parts[r]);
+                    }
                 }
-            }
-            if layout.min && last {
-                let min = load_f16(&weights.panel.mins[group]);
-                for b in b / run * run..=b {
+                let last = (b + 1).is_multiple_of(run) || b + 1 == x.codes.len();
+                if run > 1 && last {
                     for r in 0..R {
-                        let sum = if D::PARTS == 1 { x.sums[b][r] } else { x.half_sums[b][part][r] };
-                        acc[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum), acc[r]);
+                        acc[r] = _mm512_fmadd_ps(parts[r], scale, acc[r]);
+                        parts[r] = _mm512_setzero_ps();
+                    }
+                }
+                if layout.min && last {
+                    let min = load_f16(&self.panel.mins[group]);
+                    for b in b / run * run..=b {
+                        for r in 0..R {
+                            let sum = if D::PARTS == 1 { x.sums[b][r] } else { x.half_sums[b][part][r] };
+                            acc[r] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum), acc[r]);
+                        }
                     }
                 }
             }

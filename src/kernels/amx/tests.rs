@@ -1,15 +1,15 @@
-//! All of the product but the tiles themselves, on any CPU with AVX-512, with plain Rust in the tiles' place; and the
-//! tiles, where there are any.
+//! Tests the product around the tiles on any CPU with AVX-512, with plain Rust in place of the tiles, and the tiles
+//! themselves on CPUs that have them.
 
 use std::io::Write;
 
-use half::f16;
-
+use super::product::Dots;
 use super::*;
-use crate::kernels::scalar::Scalar;
-use crate::quant::packed::{Code, Layout, PANEL};
+use crate::kernels::activations::MAX_TILE_ROWS;
+use crate::kernels::scalar;
+use crate::quant::packed::{CacheLine, Code, Layout, PANEL};
 
-/// What Intel's manual says that `TDPBSUD` computes.
+/// `TDPBSUD` as Intel's manual defines it.
 #[derive(Debug)]
 struct Plain<const PARTS: usize>;
 
@@ -97,7 +97,7 @@ fn bits(w: &Packed, x: &Activations, product: impl Fn(Range<usize>, &Activations
 }
 
 /// Compares products of every layout with the scalar kernel's.
-fn has_the_bits_of_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &Activations, &mut Columns<'_>)) {
+fn matches_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &Activations, &mut Columns<'_>)) {
     let mut rng = Rng(1);
     for layout in layouts() {
         for (rows, columns) in [(40, 100), (16, 1), (33, 32 * 33)] {
@@ -105,8 +105,8 @@ fn has_the_bits_of_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &A
             for count in [1, 2, 3, 8, 9, 13, 32, 35] {
                 let values: Vec<f32> = (0..count * columns).map(|_| 4.0 * rng.unit()).collect();
                 let mut x = Activations::default();
-                x.quantize(&Scalar, &values, columns);
-                let expected = bits(&w, &x, |panels, x, out| Scalar.product(&w, panels, x, out));
+                x.quantize(scalar::kernel(), &values, columns);
+                let expected = bits(&w, &x, |panels, x, out| scalar::kernel().product(&w, panels, x, out));
                 let found = bits(&w, &x, |panels, x, out| product(&w, panels, x, out));
                 assert!(found == expected, "{layout:?}, {rows} x {columns}, {count} rows");
             }
@@ -114,41 +114,44 @@ fn has_the_bits_of_the_scalar_product(product: impl Fn(&Packed, Range<usize>, &A
     }
 }
 
-/// Says on the terminal, also of tests that pass, that something was not tested.
-fn say_loudly(what: &str) {
+/// Prints on the terminal that something was not tested, even if the test passes.
+fn report_untested(what: &str) {
     let _ = writeln!(std::io::stderr(), "NOT TESTED: {what}");
 }
 
 #[test]
-fn all_but_the_tiles_has_the_bits_of_the_scalar_product() {
-    let Some(avx512) = Avx512::detect() else {
-        return say_loudly("the product around AMX's tiles, as this CPU has no AVX-512");
-    };
-    has_the_bits_of_the_scalar_product(|w, panels, x, out| {
+fn everything_but_the_tiles_matches_the_scalar_product() {
+    if !avx512::is_available() {
+        return report_untested("the product around AMX's tiles, as this CPU has no AVX-512");
+    }
+    // SAFETY: the CPU has AVX-512, as was just checked.
+    let avx512 = unsafe { Avx512::new() };
+    matches_the_scalar_product(|w, panels, x, out| {
         if w.layout().group < BLOCK {
-            product::product(avx512, &Plain::<2>, w, panels, x, out);
+            with_dots(avx512, &Plain::<2>, w, panels, x, out);
         } else {
-            product::product(avx512, &Plain::<1>, w, panels, x, out);
+            with_dots(avx512, &Plain::<1>, w, panels, x, out);
         }
     });
 }
 
 #[test]
-fn tiles_have_the_bits_of_the_scalar_product() {
-    let Some(amx) = Amx::detect() else {
-        return say_loudly("the kernel amx, as this CPU or its system has no AMX");
+fn tiles_match_the_scalar_product() {
+    let Some(kernel) = kernel() else {
+        return report_untested("the kernel amx, as this CPU or its system has no AMX");
     };
-    has_the_bits_of_the_scalar_product(|w, panels, x, out| amx.product(w, panels, x, out));
+    matches_the_scalar_product(|w, panels, x, out| kernel.product(w, panels, x, out));
     let mut rng = Rng(2);
     let x: [[i8; BLOCK]; MAX_TILE_ROWS] =
         std::array::from_fn(|_| std::array::from_fn(|_| (rng.next() as i8).max(-127)));
     let w: [CacheLine; BLOCK / 4] = std::array::from_fn(|_| CacheLine(std::array::from_fn(|_| rng.next() as u8)));
     let (mut found, mut expected) = ([CacheLine([1; 64]); MAX_TILE_ROWS], [CacheLine([2; 64]); MAX_TILE_ROWS]);
     for part in 0..2 {
-        // SAFETY: the only tiles of this thread, gone at the end of the line.
-        unsafe { Tiles::<2>::new(amx) }.dots(&x, &w, part, &mut found);
+        // SAFETY: there is a kernel, so the CPU has AMX. These are the only tiles of this thread, dropped at the end of the
+        // statement.
+        unsafe { Tiles::<2>::new(Amx::new()) }.dots(&x, &w, part, &mut found);
         Plain::<2>.dots(&x, &w, part, &mut expected);
         assert_eq!(found, expected, "half {part}");
     }
-    assert_eq!(amx.peak_int8(2).0, 2 * amx.peak_int8(1).0);
+    assert_eq!(kernel.peak_int8(2).0, 2 * kernel.peak_int8(1).0);
 }

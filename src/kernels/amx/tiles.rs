@@ -1,28 +1,41 @@
-//! The tile registers: whether there are any, and the one product that is asked of them.
+//! The tile registers: detection, configuration and the product.
 //!
 //! Written from Intel's Software Developer's Manual (volume 1 chapter 18, volume 2 `LDTILECFG`, `TDPBSUD`) and Linux's
-//! `Documentation/arch/x86/xstate.rst`. Rust has no stable intrinsics for them, hence the assembler.
+//! `Documentation/arch/x86/xstate.rst`. Rust has no stable intrinsics for tiles, hence the assembler.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::marker::PhantomData;
 
-use super::super::activations::MAX_TILE_ROWS;
-use super::{Amx, Dots};
+use super::product::Dots;
+use crate::kernels::activations::MAX_TILE_ROWS;
 use crate::quant::packed::{BLOCK, CacheLine, PANEL};
 
-/// Whether the CPU has tiles and their INT8 products, and the system lets this process use them.
+/// Proof that the CPU has AMX-TILE and AMX-INT8 and that this process may use them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Amx(());
+
+impl Amx {
+    /// # Safety
+    ///
+    /// [`are_usable`] must be true.
+    pub(super) unsafe fn new() -> Self {
+        Amx(())
+    }
+}
+
+/// Whether the CPU has tiles and their INT8 products and the operating system lets this process use them.
 pub(super) fn are_usable() -> bool {
     const TILE: u32 = 1 << 24;
     const INT8: u32 = 1 << 25;
-    // The features of leaf 7 are asked for only where there is one.
+    // Leaf 7 is read only if it exists.
     let has = |features| __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & features == features;
     has(TILE | INT8) && ask_for_permission()
 }
 
-/// Asks Linux for the tiles' state, which it keeps for threads of processes that asked for it: 8 KiB each.
+/// Requests permission to use the tiles from Linux, which saves their state, 8 KiB per thread, only for processes with it.
 ///
-/// The answer holds for all threads of the process, and it is no harm to ask again.
+/// The permission covers all threads of the process. Requesting it again is harmless.
 #[cfg(target_os = "linux")]
 fn ask_for_permission() -> bool {
     const ARCH_PRCTL: i64 = 158;
@@ -44,13 +57,13 @@ fn ask_for_permission() -> bool {
     result == 0
 }
 
-/// Other systems hand them out in other ways.
+/// Other systems are not supported.
 #[cfg(not(target_os = "linux"))]
 fn ask_for_permission() -> bool {
     false
 }
 
-/// What `LDTILECFG` reads: for each of 8 tiles its bytes a row and its rows. All others have none and are not used.
+/// The operand of `LDTILECFG`: bytes per row and rows of each of 8 tiles. The other entries are zero.
 #[derive(Debug)]
 #[repr(C, align(64))]
 struct Config {
@@ -63,24 +76,24 @@ struct Config {
 
 const _: () = assert!(size_of::<Config>() == 64);
 
-/// This thread's tiles in use. Bound to the thread, whose registers they are, and given back when it goes.
+/// The tile configuration of this thread. It cannot leave the thread; dropping it releases the tiles.
 #[derive(Debug)]
 struct Configured(PhantomData<*mut ()>);
 
 impl Configured {
-    /// Tiles of that many rows and bytes a row, at most 8 of 16 rows of 64 bytes.
+    /// Configures tiles of `(rows, bytes per row)`: at most 8 tiles of 16 rows of 64 bytes.
     ///
     /// # Safety
     ///
-    /// A thread must not make another one while it has this one: there is one configuration a thread.
-    unsafe fn new(_: &Amx, shapes: &[(usize, usize)]) -> Self {
+    /// A thread must not make another one while it has this one: a thread has one configuration.
+    unsafe fn new(_: Amx, shapes: &[(usize, usize)]) -> Self {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (i, &(rows, bytes)) in shapes.iter().enumerate() {
             assert!(i < 8 && (1..=16).contains(&rows) && (4..=64).contains(&bytes), "tile {i}: {rows} rows of {bytes}");
             (config.rows[i], config.row_bytes[i]) = (rows as u8, bytes as u16);
         }
-        // SAFETY: the witness says that the CPU has tiles and that this process may use them. `config` is 64 readable
-        // bytes, and what they say is within palette 1, as was just checked.
+        // SAFETY: an `Amx` exists, so the CPU has tiles and this process may use them. `config` is 64 readable bytes and, as
+        // was just checked, within the limits of palette 1.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
         Configured(PhantomData)
     }
@@ -88,12 +101,12 @@ impl Configured {
 
 impl Drop for Configured {
     fn drop(&mut self) {
-        // SAFETY: there are tiles, as there is `self`, and nothing else on this thread uses them.
+        // SAFETY: `self` exists, so the tiles are configured, and nothing else on this thread uses them.
         unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
     }
 }
 
-/// Tiles for products of blocks in `PARTS` parts: 0 is for the sums, 1 for activations, 2 for weights.
+/// Tiles for products of blocks in `PARTS` parts: tile 0 holds the sums, 1 activations, 2 weights.
 #[derive(Debug)]
 pub(super) struct Tiles<const PARTS: usize>(Configured);
 
@@ -105,7 +118,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
     /// # Safety
     ///
     /// A thread must not make others, nor measure its [`peak`], while it has these.
-    pub(super) unsafe fn new(amx: &Amx) -> Self {
+    pub(super) unsafe fn new(amx: Amx) -> Self {
         let sums = (MAX_TILE_ROWS, PANEL * size_of::<i32>());
         let (x, w) = ((MAX_TILE_ROWS, Self::COLUMNS), (Self::COLUMNS / 4, size_of::<CacheLine>()));
         // SAFETY: the caller's promise.
@@ -126,7 +139,7 @@ impl<const PARTS: usize> Dots for Tiles<PARTS> {
         let columns = Self::COLUMNS;
         let (x, w) = (&x.as_flattened()[part * columns..], &w[part * columns / 4..][..columns / 4]);
         assert!(x.len() >= (MAX_TILE_ROWS - 1) * BLOCK + columns);
-        // SAFETY: `self` is this thread's configuration. By it the loads read `MAX_TILE_ROWS` rows of `columns` bytes, `BLOCK`
+        // SAFETY: `self` is this thread's configuration, so the loads read `MAX_TILE_ROWS` rows of `columns` bytes, `BLOCK`
         // apart, which `x` has, and `columns / 4` lines, which `w` has; the store writes `MAX_TILE_ROWS` rows of 64 bytes, 64
         // apart, which is all of `out`.
         unsafe {
@@ -150,17 +163,17 @@ impl<const PARTS: usize> Dots for Tiles<PARTS> {
     }
 }
 
-/// As [`Kernel::peak_int8`](crate::kernels::Kernel::peak_int8): six sums of products of whole tiles.
+/// [`Kernel::peak_int8`](crate::kernels::Kernel::peak_int8) with six sums of products of whole tiles.
 ///
 /// # Safety
 ///
 /// The thread must have no [`Tiles`].
-pub(super) unsafe fn peak(amx: &Amx, rounds: usize) -> (u64, i32) {
+pub(super) unsafe fn peak(amx: Amx, rounds: usize) -> (u64, i32) {
     const SUMS: usize = 6;
     // SAFETY: the caller's promise, and no other is made here.
     let _tiles = unsafe { Configured::new(amx, &[(16, 64); 8]) };
     if rounds > 0 {
-        // SAFETY: the tiles were just configured, which also filled them with zeros, and no memory is touched.
+        // SAFETY: the tiles were just configured, which also zeroes them, and the instructions access no memory.
         unsafe {
             asm!(
                 "2:",

@@ -1,10 +1,10 @@
 //! The integer product.
 //!
-//! `vpmaddubsw` multiplies unsigned with signed bytes and adds pairs of products in 16 bits, where it saturates. Codes 0
-//! to 15 times activations leave room for the 8 pairs of a whole block: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are
-//! widened to 32 bits once a group. 8-bit codes and table values are signed and multiplied as |w| with sign(w) x: a pair
-//! is at most 2 * 128 * 127 = 32512 and widened at once. That is [`Avx2`]'s way to add; an [`Adder`] with `vpdpbusd` adds in
-//! 32 bits from the start. In pseudo-code, for `S` activation rows and a side of a panel:
+//! `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs of products in 16 bits, where it saturates. With codes
+//! from 0 to 15, the 8 pairs of a whole block cannot saturate: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are widened to 32
+//! bits once per group. 8-bit codes and table values are signed and multiplied as |w| times sign(w) x: a pair is at most
+//! 2 * 128 * 127 = 32512 and is widened at once. [`Avx2`] adds in this way; an [`Adder`] with `vpdpbusd` adds in 32 bits
+//! from the start. In pseudo-code, for `S` activation rows and a side of a panel:
 //!
 //! ```text
 //! for each half of a block of 32 columns:
@@ -22,42 +22,36 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
-use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
+use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
+use crate::kernels::activations::{Activations, Tile};
+use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile, slices};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed, Panel};
 use crate::threads::Columns;
-
-const INT4: u8 = 0;
-const TABLE4: u8 = 1;
-const INT8: u8 = 2;
-
-/// Bytes of activations that stay in the second-level cache while the panels go by.
-const CACHE_BYTES: usize = 256 << 10;
 
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
 const AHEAD: usize = 12;
 
-/// How products are added up, the step in which instruction sets with registers of 256 bits differ.
+/// How products are added up: the step in which instruction sets with registers of 256 bits differ.
 ///
-/// A witness that its functions may run, and not itself a function with target features: those of one set could not be
-/// inlined into those of another.
+/// A value proves that the CPU has the instructions. The methods are not functions with target features, because those of
+/// one set could not be inlined into those of another.
 pub(in crate::kernels) trait Adder: Copy {
-    /// Whether 8-bit codes and table values are multiplied as they are stored, 128 too high, and not signed.
+    /// Whether 8-bit codes and table values are multiplied as they are stored, unsigned and 128 too high.
     const UNSIGNED: bool;
 
-    /// Adds the products of 4 columns of 8 rows, `(8, 4)` weights times the same 4 activations in every lane.
+    /// Adds the products of 4 columns of 8 rows: `(8, 4)` weights times the same 4 activations in every lane.
     fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
 
     /// The dot products in 32 bits.
     fn total<const CODE: u8>(self, sum: __m256i) -> __m256i;
 }
 
-impl Adder for &Avx2 {
+impl Adder for Avx2 {
     const UNSIGNED: bool = false;
 
     #[inline(always)]
     fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-        // SAFETY: `self` exists, so its `detect` has found every feature that `add_dot` enables.
+        // SAFETY: `self` exists, so the CPU has every feature that `add_dot` enables.
         unsafe { add_dot::<CODE>(sum, w, x) }
     }
 
@@ -68,193 +62,170 @@ impl Adder for &Avx2 {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(in crate::kernels) fn product<A: Adder>(
+/// The integer product with `adder`.
+#[inline(always)]
+pub(in crate::kernels) fn with_adder<A: Adder>(
     adder: A,
     w: &Packed,
     panels: Range<usize>,
     x: &Activations,
     out: &mut Columns<'_>,
 ) {
-    let layout = w.layout();
-    match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 16, false) => tiles::<A, INT4, 16, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, 16, true) => tiles::<A, INT4, 16, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, false) => tiles::<A, INT4, 32, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => tiles::<A, INT4, 32, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, false) => tiles::<A, INT4, 64, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, true) => tiles::<A, INT4, 64, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => tiles::<A, INT4, 128, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => tiles::<A, INT4, 128, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 32, false) => tiles::<A, TABLE4, 32, false>(adder, w, panels, x, out, &table),
-        (Code::Table4(table), 32, true) => tiles::<A, TABLE4, 32, true>(adder, w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => tiles::<A, TABLE4, 16, false>(adder, w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => tiles::<A, TABLE4, 16, true>(adder, w, panels, x, out, &table),
-        (Code::Int8, 32, false) => tiles::<A, INT8, 32, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int8, 32, true) => tiles::<A, INT8, 32, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => tiles::<A, INT8, 16, false>(adder, w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => tiles::<A, INT8, 16, true>(adder, w, panels, x, out, &[0; 16]),
-        (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
+    by_layout(w.layout(), Product { set: adder, w, panels, x, out });
+}
+
+impl<A: Adder> ByLayout for Product<'_, '_, A> {
+    #[inline(always)]
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
+        // SAFETY: the adder exists, so the CPU has every feature that `all_panels` enables.
+        unsafe { all_panels::<A, CODE, GROUP, MIN>(self, table) }
     }
 }
 
 /// All rows times all panels: rows in slices that stay in the cache, in each slice every panel, in each panel tiles.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tiles<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
-    adder: A,
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
+fn all_panels<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool>(
+    mut product: Product<'_, '_, A>,
     table: &[i8; 16],
 ) {
-    let slice = (CACHE_BYTES / (x.row_lines() * size_of::<CacheLine>()).max(1)).max(MAX_TILE_ROWS) / MAX_TILE_ROWS
-        * MAX_TILE_ROWS;
-    for first in (0..x.rows()).step_by(slice) {
-        let last = x.rows().min(first + slice);
-        for (p, index) in panels.clone().enumerate() {
-            let (panel, coming) = (w.panel(index), w.codes_from(index));
-            let mut row = first;
-            while row < last {
-                row += match Activations::height(x.rows() - row) {
-                    8 => tile::<A, CODE, GROUP, MIN, 8, 4, 1>(adder, &panel, coming, w.gain(), x, row, out, p, table),
-                    4 => tile::<A, CODE, GROUP, MIN, 4, 4, 1>(adder, &panel, coming, w.gain(), x, row, out, p, table),
-                    2 => tile::<A, CODE, GROUP, MIN, 2, 2, 2>(adder, &panel, coming, w.gain(), x, row, out, p, table),
-                    _ => tile::<A, CODE, GROUP, MIN, 1, 1, 2>(adder, &panel, coming, w.gain(), x, row, out, p, table),
-                };
-            }
-        }
-    }
-}
-
-/// `R` rows times one panel, `S` rows and `T` sides at a time, as registers are few. Returns `R`.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::too_many_arguments, reason = "what a tile and a panel are made of")]
-fn tile<
-    A: Adder,
-    const CODE: u8,
-    const GROUP: usize,
-    const MIN: bool,
-    const R: usize,
-    const S: usize,
-    const T: usize,
->(
-    adder: A,
-    panel: &Panel<'_>,
-    coming: &[CacheLine],
-    gain: f32,
-    x: &Activations,
-    row: usize,
-    out: &mut Columns<'_>,
-    p: usize,
-    table: &[i8; 16],
-) -> usize {
-    let (blocks, x) = (x.blocks(), x.tile::<R>(row));
-    let gain = _mm256_set1_ps(gain);
+    let (w, panels, x) = (product.w, product.panels.clone(), product.x);
     let table = _mm256_xor_si256(load_table(table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
-    for side in (0..SIDES).step_by(T) {
-        for first in (0..R).step_by(S) {
-            let coming = if row == 0 && first == 0 && side == 0 { coming } else { &[] };
-            let sums = strip::<A, CODE, GROUP, MIN, R, S, T>(adder, panel, coming, blocks, &x, first, side, table);
-            for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
-                let out = &mut out.row_mut(row + first + r)[p * PANEL..];
-                (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
+    for rows in slices(x) {
+        for (p, index) in panels.clone().enumerate() {
+            let (panel, prefetched) = (w.panel(index), w.codes_from(index));
+            let product = &mut product;
+            by_tile(x, rows.clone(), &mut OnePanel::<A, CODE, GROUP, MIN> { product, panel, prefetched, p, table });
+        }
+    }
+}
+
+/// One panel times all tiles.
+struct OnePanel<'a, 'b, 'c, A, const CODE: u8, const GROUP: usize, const MIN: bool> {
+    product: &'a mut Product<'b, 'c, A>,
+    panel: Panel<'b>,
+    /// The panel's codes and those after it, to be prefetched.
+    prefetched: &'b [CacheLine],
+    /// The panel's place in the output.
+    p: usize,
+    /// The values of [`TABLE4`], twice.
+    table: __m256i,
+}
+
+impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
+    for OnePanel<'_, '_, '_, A, CODE, GROUP, MIN>
+{
+    #[inline(always)]
+    fn tile<const R: usize>(&mut self, row: usize) {
+        // SAFETY: the adder exists, so the CPU has every feature that `strips` enables.
+        unsafe {
+            match R {
+                4.. => self.strips::<R, 4, 1>(row),
+                2.. => self.strips::<R, 2, 2>(row),
+                _ => self.strips::<R, 1, 2>(row),
             }
         }
     }
-    R
 }
 
-/// `S` rows of a tile, from `first` on, times `T` sides of a panel, from `side` on. `coming` are the panel's lines and those
-/// behind it, where they are to be asked for ahead of their use.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::too_many_arguments, reason = "what a strip is made of")]
-fn strip<
-    A: Adder,
-    const CODE: u8,
-    const GROUP: usize,
-    const MIN: bool,
-    const R: usize,
-    const S: usize,
-    const T: usize,
->(
-    adder: A,
-    panel: &Panel<'_>,
-    coming: &[CacheLine],
-    blocks: usize,
-    x: &Tile<'_, R>,
-    first: usize,
-    side: usize,
-    table: __m256i,
-) -> [[__m256; T]; S] {
-    let halves = BLOCK.div_ceil(GROUP);
-    let run = GROUP.div_ceil(BLOCK);
-    assert!(first <= R - S && side <= SIDES - T);
-    // All cut to the same length once, so that the loop below needs no bounds checks.
-    let (codes, x_scales) = (&x.codes[..blocks], &x.scales[..blocks]);
-    let (zeros, sums) = (&x.zeros[..blocks], &x.sums[..blocks]);
-    let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
-    let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
-    let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
-    let mut acc = [[_mm256_setzero_ps(); T]; S];
-    // What the blocks of a group have added up to.
-    let mut parts = [[_mm256_setzero_ps(); T]; S];
-    let lines = if CODE == INT8 { 8 } else { 4 };
-    for b in 0..blocks {
-        for i in 0..lines {
-            if let Some(line) = coming.get((b + AHEAD) * lines + i) {
-                prefetch(line);
+impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
+    /// The tile of `R` rows at `row`, `S` rows and `T` sides at a time, as registers are few.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
+        let x = self.product.x.tile::<R>(row);
+        let gain = _mm256_set1_ps(self.product.w.gain());
+        for side in (0..SIDES).step_by(T) {
+            for first in (0..R).step_by(S) {
+                let prefetched = if row == 0 && first == 0 && side == 0 { self.prefetched } else { &[] };
+                let sums = self.strip::<R, S, T>(&x, first, side, prefetched);
+                let out = &mut *self.product.out;
+                for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
+                    let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
+                    (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
+                }
             }
         }
-        for t in 0..T {
-            let mut partial = [_mm256_setzero_si256(); S];
-            for half in 0..2 {
-                let w = unpack::<A, CODE>(panel.codes, b, half, side + t, table);
-                for r in 0..S {
-                    let codes = &codes[b][first + r];
-                    for j in 0..4 {
-                        partial[r] = adder.add::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
-                    }
+    }
+
+    /// `S` rows of a tile, from `first` on, times `T` sides of the panel, from `side` on. Prefetches the lines of
+    /// `prefetched` ahead of their use.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn strip<const R: usize, const S: usize, const T: usize>(
+        &self,
+        x: &Tile<'_, R>,
+        first: usize,
+        side: usize,
+        prefetched: &[CacheLine],
+    ) -> [[__m256; T]; S] {
+        let (adder, panel, blocks, table) = (self.product.set, &self.panel, x.codes.len(), self.table);
+        let halves = BLOCK.div_ceil(GROUP);
+        let run = GROUP.div_ceil(BLOCK);
+        assert!(first + S <= R && side + T <= SIDES);
+        // All cut to the same length once, so that the loop below needs no bounds checks.
+        let (codes, x_scales) = (&x.codes[..blocks], &x.scales[..blocks]);
+        let (zeros, sums) = (&x.zeros[..blocks], &x.sums[..blocks]);
+        let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
+        let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
+        let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
+        let mut acc = [[_mm256_setzero_ps(); T]; S];
+        // The sums of the blocks of a group.
+        let mut parts = [[_mm256_setzero_ps(); T]; S];
+        let lines = if CODE == INT8 { 8 } else { 4 };
+        for b in 0..blocks {
+            for i in 0..lines {
+                if let Some(line) = prefetched.get((b + AHEAD) * lines + i) {
+                    prefetch(line);
                 }
-                if halves == 1 && half == 0 {
-                    continue;
-                }
-                let group = b * halves / run + if halves == 1 { 0 } else { half };
-                let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
-                for r in 0..S {
-                    let mut dot = adder.total::<CODE>(partial[r]);
-                    let too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
-                    if too_high {
-                        let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
-                        // 128 is 16 times the zero point of 4-bit codes.
-                        let zero = if CODE == INT4 { zero } else { 16 * zero };
-                        dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
-                    }
-                    partial[r] = _mm256_setzero_si256();
-                    let (dot, x_scale) = (_mm256_cvtepi32_ps(dot), _mm256_set1_ps(x_scales[b][first + r]));
-                    if run == 1 {
-                        acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, x_scale), acc[r][t]);
-                        if MIN {
-                            let sum = if halves == 1 { sums[b][first + r] } else { half_sums[b][half][first + r] };
-                            acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+            }
+            for t in 0..T {
+                let mut partial = [_mm256_setzero_si256(); S];
+                for half in 0..2 {
+                    let w = unpack::<A, CODE>(panel.codes, b, half, side + t, table);
+                    for r in 0..S {
+                        let codes = &codes[b][first + r];
+                        for j in 0..4 {
+                            partial[r] = adder.add::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
                         }
+                    }
+                    if halves == 1 && half == 0 {
                         continue;
                     }
-                    parts[r][t] = _mm256_fmadd_ps(dot, x_scale, parts[r][t]);
-                    if (b + 1) % run == 0 || b + 1 == blocks {
-                        acc[r][t] = _mm256_fmadd_ps(parts[r][t], scale, acc[r][t]);
-                        parts[r][t] = _mm256_setzero_ps();
-                        if MIN {
-                            for sums in &sums[b / run * run..=b] {
-                                acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sums[first + r]), acc[r][t]);
+                    let group = b * halves / run + if halves == 1 { 0 } else { half };
+                    let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
+                    for r in 0..S {
+                        let mut dot = adder.total::<CODE>(partial[r]);
+                        let too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
+                        if too_high {
+                            let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
+                            // 128 is 16 times the zero point of 4-bit codes.
+                            let zero = if CODE == INT4 { zero } else { 16 * zero };
+                            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
+                        }
+                        partial[r] = _mm256_setzero_si256();
+                        let (dot, x_scale) = (_mm256_cvtepi32_ps(dot), _mm256_set1_ps(x_scales[b][first + r]));
+                        if run == 1 {
+                            acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, x_scale), acc[r][t]);
+                            if MIN {
+                                let sum = if halves == 1 { sums[b][first + r] } else { half_sums[b][half][first + r] };
+                                acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+                            }
+                            continue;
+                        }
+                        parts[r][t] = _mm256_fmadd_ps(dot, x_scale, parts[r][t]);
+                        if (b + 1) % run == 0 || b + 1 == blocks {
+                            acc[r][t] = _mm256_fmadd_ps(parts[r][t], scale, acc[r][t]);
+                            parts[r][t] = _mm256_setzero_ps();
+                            if MIN {
+                                for sums in &sums[b / run * run..=b] {
+                                    acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sums[first + r]), acc[r][t]);
+                                }
                             }
                         }
                     }
                 }
             }
         }
+        acc
     }
-    acc
 }
 
 /// Adds the pairs of sums in 16 bits.
@@ -277,8 +248,8 @@ fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. Signed unless
-/// it is [`INT4`] or the adder takes all unsigned.
+/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. They are signed, except
+/// for [`INT4`] and adders that take unsigned weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack<A: Adder, const CODE: u8>(

@@ -12,9 +12,9 @@
 //! ```
 //!
 //! All arithmetic on 512 bits shares two ports. A block takes 8 dot products, a conversion, a multiplication and an
-//! addition there, so 8 of 11 cycles at most do what is counted as the CPU's INT8 rate; all else has to stay off those
-//! ports. Some sums wait in memory while dot products fill the registers. A few tiles unpack codes as they go. For many,
-//! the codes and scales of two panels and some blocks are unpacked into the first-level cache.
+//! addition there, so at most 8 of 11 cycles count towards the CPU's INT8 rate, and everything else has to stay off those
+//! ports. Some sums wait in memory while dot products fill the registers. With few tiles, codes are unpacked in registers.
+//! With many, the codes and scales of two panels and some blocks are unpacked once, into the first-level cache.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -22,98 +22,77 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
-use super::{load, load_f16, load_f32, load_table, store, store_line};
+use super::vector::{Avx512, load, load_f16, load_f32, load_table, store, store_line};
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx2::prefetch;
-use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed};
+use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile};
+use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
-pub(in crate::kernels) const INT4: u8 = 0;
-pub(in crate::kernels) const TABLE4: u8 = 1;
-const INT8: u8 = 2;
 /// 4-bit codes and table values that were unpacked to bytes.
 const INT4_BYTES: u8 = 3;
 const BYTES: u8 = 4;
 
-/// Panels that a broadcast activation is multiplied with.
+/// Panels that a broadcast activation is multiplied by.
 const PAIR: usize = 2;
-/// Blocks between a line's prefetch and its use when there is one tile, so that memory and not the product sets the pace.
+/// Blocks between the prefetch of a line and its use when there is one tile, so that only memory limits the speed.
 const AHEAD: usize = 12;
-/// Rows up to which unpacking a panel once for all tiles gains nothing.
+/// Rows up to which unpacking a panel once for all tiles is not faster.
 const FEW: usize = 32;
-/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of those of a group.
+/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of the blocks of any group.
 const CHUNK: usize = 16;
-/// Rows that are multiplied with a chunk at most: 16 KiB of sums.
+/// Rows that are multiplied by a chunk at most: 16 KiB of sums.
 const SLICE: usize = 128;
-/// Bytes of their activations at most.
+/// Bytes of their activations, at most.
 const CACHE_BYTES: usize = 5 << 18;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
-    let layout = w.layout();
-    match (layout.code, layout.group, layout.min) {
-        (Code::Int4, 16, false) => rows::<INT4, INT4_BYTES, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 16, true) => rows::<INT4, INT4_BYTES, 16, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, false) => rows::<INT4, INT4_BYTES, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 32, true) => rows::<INT4, INT4_BYTES, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, false) => rows::<INT4, INT4_BYTES, 64, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, 64, true) => rows::<INT4, INT4_BYTES, 64, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, false) => rows::<INT4, INT4_BYTES, 128, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int4, _, true) => rows::<INT4, INT4_BYTES, 128, true>(w, panels, x, out, &[0; 16]),
-        (Code::Table4(table), 16, false) => rows::<TABLE4, BYTES, 16, false>(w, panels, x, out, &table),
-        (Code::Table4(table), 16, true) => rows::<TABLE4, BYTES, 16, true>(w, panels, x, out, &table),
-        (Code::Table4(table), _, false) => rows::<TABLE4, BYTES, 32, false>(w, panels, x, out, &table),
-        (Code::Table4(table), _, true) => rows::<TABLE4, BYTES, 32, true>(w, panels, x, out, &table),
-        (Code::Int8, 16, false) => rows::<INT8, BYTES, 16, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, 16, true) => rows::<INT8, BYTES, 16, true>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, false) => rows::<INT8, BYTES, 32, false>(w, panels, x, out, &[0; 16]),
-        (Code::Int8, _, true) => rows::<INT8, BYTES, 32, true>(w, panels, x, out, &[0; 16]),
-        (Code::F32 | Code::F16 | Code::BF16, ..) => unreachable!("float layouts go to product_float"),
+    // SAFETY: the function runs only on CPUs with its features.
+    let set = unsafe { Avx512::new() };
+    by_layout(w.layout(), Product { set, w, panels, x, out });
+}
+
+impl ByLayout for Product<'_, '_, Avx512> {
+    #[inline(always)]
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
+        // SAFETY: an `Avx512` exists, so the CPU has every feature that the functions enable.
+        unsafe {
+            // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
+            let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
+            match self.x.rows() {
+                0 => {}
+                1 => few::<CODE, GROUP, MIN, 1>(self, table),
+                2..=FEW => few::<CODE, GROUP, MIN, PAIR>(self, table),
+                _ if CODE == INT4 => many::<CODE, INT4_BYTES, GROUP, MIN>(self, table),
+                _ => many::<CODE, BYTES, GROUP, MIN>(self, table),
+            }
+        }
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn rows<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
-    table: &[i8; 16],
-) {
-    // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
-    let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
-    match x.rows() {
-        0 => {}
-        1 => few::<CODE, GROUP, MIN, 1>(w, panels, x, out, table),
-        2..=FEW => few::<CODE, GROUP, MIN, PAIR>(w, panels, x, out, table),
-        _ => many::<CODE, UNPACKED, GROUP, MIN>(w, panels, x, out, table),
-    }
-}
-
-/// `P` panels as [`strip`] reads them, from the first block of a tile on that it is asked for.
+/// `P` panels as [`strip`] reads them, from its first block on.
 struct Weights<'a, N, const P: usize> {
-    /// Lines of the blocks, 4 where they are packed, else 8, and maybe of what comes after.
+    /// Lines of the blocks (4 per block if they are packed, otherwise 8), possibly followed by other lines.
     codes: [&'a [CacheLine]; P],
-    /// Of the groups, 16 F16 or F32.
+    /// 16 F16 or F32 per group.
     scales: [&'a [N]; P],
     mins: [&'a [N]; P],
 }
 
-/// The indices of `P` panels from `index` on. Beyond the end of the range the last one is repeated.
+/// The indices of `P` panels from `index` on. Beyond the end of the range, the last one repeats.
 #[inline]
 fn indices<const P: usize>(index: usize, panels: &Range<usize>) -> [usize; P] {
     std::array::from_fn(|p| (index + p).min(panels.end - 1))
 }
 
-/// A few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
+/// Few rows: one pass over the weights, unpacked in registers. Further tiles find them in a cache.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
+    mut product: Product<'_, '_, Avx512>,
     table: __m512i,
 ) {
+    let (w, panels, x) = (product.w, product.panels.clone(), product.x);
     for index in panels.clone().step_by(P) {
         let indices = indices::<P>(index, &panels);
         let weights = Weights {
@@ -121,35 +100,42 @@ fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
             scales: indices.map(|index| w.panel(index).scales),
             mins: indices.map(|index| w.panel(index).mins),
         };
-        let (gain, columns) = (w.gain(), index - panels.start..panels.len().min(index - panels.start + P));
-        let mut row = 0;
-        while row < x.rows() {
-            // A single panel is for a single row.
-            row += match Activations::height(x.rows() - row) {
-                8 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 8>(&weights, x, row, table, gain, columns.clone(), out),
-                4 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 4>(&weights, x, row, table, gain, columns.clone(), out),
-                2 if P > 1 => one_tile::<CODE, GROUP, MIN, P, 2>(&weights, x, row, table, gain, columns.clone(), out),
-                _ => one_tile::<CODE, GROUP, MIN, P, 1>(&weights, x, row, table, gain, columns.clone(), out),
-            };
+        let written = index - panels.start..panels.len().min(index - panels.start + P);
+        let mut job = Panels::<CODE, GROUP, MIN, P> { product: &mut product, weights, written, table };
+        by_tile(x, 0..x.rows(), &mut job);
+    }
+}
+
+/// `P` panels times all tiles.
+struct Panels<'a, 'b, 'c, const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> {
+    product: &'a mut Product<'b, 'c, Avx512>,
+    weights: Weights<'b, [f16; PANEL], P>,
+    /// The panels that are written, by their place in the output.
+    written: Range<usize>,
+    table: __m512i,
+}
+
+impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> ByTile
+    for Panels<'_, '_, '_, CODE, GROUP, MIN, P>
+{
+    #[inline(always)]
+    fn tile<const R: usize>(&mut self, row: usize) {
+        // A single panel is for a single row.
+        if P > 1 || R == 1 {
+            // SAFETY: `product.set` exists, so the CPU has every feature that `one_tile` enables.
+            unsafe { self.one_tile::<R>(row) }
         }
     }
 }
 
-/// A tile times `P` panels, of which `panels` are to be written. Returns its height.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn one_tile<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
-    weights: &Weights<'_, [f16; PANEL], P>,
-    x: &Activations,
-    row: usize,
-    table: __m512i,
-    gain: f32,
-    panels: Range<usize>,
-    out: &mut Columns<'_>,
-) -> usize {
-    let mut acc = [[_mm512_setzero_ps(); P]; R];
-    strip::<_, CODE, GROUP, MIN, P, R>(weights, &x.tile::<R>(row), 0..x.blocks(), table, &mut acc);
-    save(&acc, gain, row..x.rows().min(row + R), panels, out);
-    R
+impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> Panels<'_, '_, '_, CODE, GROUP, MIN, P> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn one_tile<const R: usize>(&mut self, row: usize) {
+        let Product { w, x, .. } = *self.product;
+        let mut acc = [[_mm512_setzero_ps(); P]; R];
+        strip::<_, CODE, GROUP, MIN, P, R>(&self.weights, &x.tile::<R>(row), 0..x.blocks(), self.table, &mut acc);
+        save(&acc, w.gain(), row..x.rows().min(row + R), self.written.clone(), self.product.out);
+    }
 }
 
 /// Codes, scales and minimums of a chunk of two panels, unpacked to bytes and F32.
@@ -162,16 +148,14 @@ struct Unpacked {
 /// The sums of a tile and two panels.
 type Sums = [[__m512; PAIR]; MAX_TILE_ROWS];
 
-/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. What
-/// a chunk takes stays in the first-level cache: 16 KiB of unpacked codes, 16 KiB of sums and the tiles going by.
+/// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. The
+/// first-level cache holds 16 KiB of unpacked codes, 16 KiB of sums and the current tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
-    w: &Packed,
-    panels: Range<usize>,
-    x: &Activations,
-    out: &mut Columns<'_>,
+    product: Product<'_, '_, Avx512>,
     table: __m512i,
 ) {
+    let Product { w, panels, x, out, .. } = product;
     let mut unpacked = Unpacked {
         codes: [[CacheLine([0; 64]); 8 * CHUNK]; PAIR],
         scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
@@ -205,11 +189,11 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                 };
                 let tiles = rows.len().div_ceil(MAX_TILE_ROWS);
                 for (t, sums) in sums.iter_mut().enumerate().take(tiles) {
-                    // Each tile asks for its share of what will be unpacked next.
+                    // Each tile prefetches its share of the lines that will be unpacked next.
                     for lines in next {
                         lines[lines.len() * t / tiles..lines.len() * (t + 1) / tiles].iter().for_each(prefetch);
                     }
-                    // And for the lines of the output, if it is about to be written.
+                    // And the lines of the output, if it is about to be written.
                     if chunk.end == blocks {
                         let first = rows.start + t * MAX_TILE_ROWS;
                         for row in first..rows.end.min(first + MAX_TILE_ROWS) {
@@ -273,14 +257,14 @@ fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
     sums: &mut Sums,
 ) {
     if let Some(sums) = sums.first_chunk_mut::<R>() {
-        // A copy, of which the compiler knows that nothing else refers to it, so that it may live in registers.
+        // The compiler knows that nothing else refers to a copy, so it can keep it in registers.
         let mut acc = *sums;
         strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
         *sums = acc;
     }
 }
 
-/// Writes the sums of `rows` and `panels`, times `gain`.
+/// Writes the sums of `rows` and `panels`, multiplied by `gain`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn save<const P: usize>(
@@ -298,9 +282,9 @@ fn save<const P: usize>(
     }
 }
 
-/// Asks for the lines of packed codes that come [`AHEAD`] blocks after block `b`.
+/// Prefetches the lines of packed codes [`AHEAD`] blocks after block `b`.
 #[inline]
-fn ask<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
+fn prefetch_block<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
     let lines = match CODE {
         INT4 | TABLE4 => 4,
         INT8 => 8,
@@ -332,7 +316,7 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
     if GROUP <= BLOCK {
         let halves = BLOCK / GROUP;
         for b in 0..n {
-            ask::<_, CODE, P>(w, b);
+            prefetch_block::<_, CODE, P>(w, b);
             for half in 0..halves {
                 let zeros = if halves == 1 { &zeros[b] } else { &half_zeros[b][half] };
                 let dots = dots::<_, CODE, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
@@ -354,7 +338,7 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
             let run = first..n.min(first + GROUP / BLOCK);
             let mut part = [[_mm512_setzero_ps(); P]; R];
             for b in run.clone() {
-                ask::<_, CODE, P>(w, b);
+                prefetch_block::<_, CODE, P>(w, b);
                 let dots = dots::<_, CODE, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
                 for r in 0..R {
                     for p in 0..P {
@@ -388,7 +372,7 @@ fn add_mins<const P: usize, const R: usize>(mins: [__m512; P], sums: &[f32; R], 
     }
 }
 
-/// The dot products of a block, or of half a block where it has two `halves`.
+/// The dot products of a block, or of one half if the block has two `halves`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
@@ -448,7 +432,7 @@ fn numbers<N: Pod, const P: usize>(of: &[&[N]; P], group: usize) -> [__m512; P] 
     numbers
 }
 
-/// Low and high nibbles, or the table's values for them.
+/// Low and high nibbles, or their values in the table.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {

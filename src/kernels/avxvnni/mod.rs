@@ -1,64 +1,52 @@
-//! AVX-VNNI: AVX2's product with one instruction in place of two or three, and otherwise AVX2.
+//! AVX-VNNI: AVX2 with one instruction in place of two or three in the integer product.
 //!
-//! Client CPUs of Intel have it since Alder Lake, where they have no AVX-512.
-#![allow(unsafe_code, reason = "the instruction itself, and the entry into functions with target features")]
+//! Intel's client CPUs have it since Alder Lake, which has no AVX-512.
+#![allow(unsafe_code, reason = "the instruction itself, and functions with target features")]
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
-use std::ops::Range;
-use std::sync::OnceLock;
 
-use half::f16;
+use super::avx2::{self, Adder, Avx2, checksum, with_adder};
+use super::operations::types::*;
+use super::operations::{Kernel, Table};
 
-use super::activations::{Activations, RowMut};
-use super::avx2::{Adder, Avx2, checksum, product};
-use super::delegate::delegated_methods;
-use super::kv::{KvSlice, Softmax, SoftmaxMut};
-use super::portable::Activation;
-use super::{Kernel, PAGE};
-use crate::quant::packed::Packed;
-use crate::threads::Columns;
-
-/// Proof that the CPU has AVX-VNNI, and all that AVX2's functions need.
-#[derive(Debug)]
-pub(super) struct AvxVnni {
-    avx2: &'static Avx2,
+/// The kernel, if this CPU and its operating system support the instructions.
+pub(super) fn kernel() -> Option<&'static Kernel> {
+    // SAFETY: the reference leaves this function only if the CPU has AVX-VNNI and every feature of AVX2's table.
+    static KERNEL: Kernel = unsafe { Kernel::new(Table { name: "avxvnni", product, peak_int8, ..avx2::TABLE }) };
+    (avx2::is_available() && is_x86_feature_detected!("avxvnni")).then_some(&KERNEL)
 }
+
+/// Proof that the CPU has AVX-VNNI and all that AVX2's functions need.
+#[derive(Debug, Clone, Copy)]
+struct AvxVnni(Avx2);
 
 impl AvxVnni {
-    /// The witness, if this CPU and its operating system support the instructions.
-    pub(super) fn detect() -> Option<&'static Self> {
-        static WITNESS: OnceLock<Option<AvxVnni>> = OnceLock::new();
-        let detect = || Avx2::detect().filter(|_| is_x86_feature_detected!("avxvnni")).map(|avx2| AvxVnni { avx2 });
-        WITNESS.get_or_init(detect).as_ref()
+    /// # Safety
+    ///
+    /// The CPU must have AVX-VNNI, AVX2, FMA and F16C.
+    unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        AvxVnni(unsafe { Avx2::new() })
     }
 }
 
-impl Kernel for AvxVnni {
-    fn name(&self) -> &'static str {
-        "avxvnni"
-    }
-
-    fn product(&self, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
-        // SAFETY: `self` has the witness of AVX2, which has found every feature that `product` enables.
-        unsafe { product(self, w, panels, x, out) }
-    }
-
-    fn peak_int8(&self, rounds: usize) -> (u64, i32) {
-        // SAFETY: as in `product`.
-        unsafe { peak_int8(self, rounds) }
-    }
-
-    delegated_methods!(avx2);
+/// # Safety
+///
+/// The CPU must have AVX-VNNI, besides the features that the function enables.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+    // SAFETY: the caller's promise, and the function's own features.
+    with_adder(unsafe { AvxVnni::new() }, w, panels, x, out);
 }
 
-impl Adder for &AvxVnni {
+impl Adder for AvxVnni {
     const UNSIGNED: bool = true;
 
     #[inline(always)]
     fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-        // SAFETY: `self` has the witness of AVX2.
+        // SAFETY: `self` has the proof that the CPU has AVX2.
         unsafe { add_dot(self, sum, w, x) }
     }
 
@@ -73,8 +61,8 @@ impl Adder for &AvxVnni {
 /// Not the intrinsic, which can only be inlined into functions with its own target feature, and so not into AVX2's.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_dot(_: &AvxVnni, mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    // SAFETY: the instruction touches nothing but these registers, and the witness says that the CPU has it.
+fn add_dot(_: AvxVnni, mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: the instruction touches only these registers, and an `AvxVnni` exists, so the CPU has it.
     unsafe {
         asm!(
             "{{vex}} vpdpbusd {sum}, {w}, {x}",
@@ -87,14 +75,19 @@ fn add_dot(_: &AvxVnni, mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     sum
 }
 
+/// # Safety
+///
+/// The CPU must have AVX-VNNI, besides the features that the function enables.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn peak_int8(witness: &AvxVnni, rounds: usize) -> (u64, i32) {
+unsafe fn peak_int8(rounds: usize) -> (u64, i32) {
+    // SAFETY: the caller's promise, and the function's own features.
+    let set = unsafe { AvxVnni::new() };
     // 12 independent sums hide the instruction's latency.
     let mut sums = [_mm256_setzero_si256(); 12];
     let (a, b) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(-5)));
     for _ in 0..rounds {
         for sum in &mut sums {
-            *sum = add_dot(witness, *sum, a, b);
+            *sum = add_dot(set, *sum, a, b);
         }
     }
     (rounds as u64 * 12 * 32 * 2, checksum(&sums))

@@ -1,15 +1,15 @@
-//! Checkpoints of Hugging Face, presented as GGUF files would be.
+//! Hugging Face checkpoints, presented as GGUF files.
 //!
-//! [`HfFolder::open`] reads `config.json` and the headers of the safetensors files, and from then on the folder is a
-//! [`Checkpoint`] like any other: metadata under the keys that llama.cpp's converter would write, tensors under GGUF's names
-//! with GGUF's dimensions and order of rows. Nothing is copied: rows are taken from the mapped files as they are asked for.
+//! [`HfFolder::open`] reads `config.json` and the headers of the safetensors files. The folder is then a [`Checkpoint`] like
+//! any other: metadata under the keys that llama.cpp's converter would write, tensors under GGUF's names with GGUF's
+//! dimensions and order of rows. Nothing is copied: rows are read from the mapped files when they are asked for.
 //!
-//! A family is an entry in `families/`: what its configuration calls things, and which of its tensors become which of
-//! GGUF's. `map.rs` finds them, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits already, `keys.rs` and
-//! `rope.rs` write the keys.
+//! A family is an entry in `families/`: the names in its configuration, and the tensors of GGUF that its tensors become
+//! (`entry.rs`). `planner.rs` finds the tensors, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits
+//! already, `keys.rs` and `rope.rs` write the metadata.
 //!
 //! # Keys
-//! Beside `general.architecture`, `general.type` and `general.name`, each under the architecture's name:
+//! In addition to `general.architecture`, `general.type` and `general.name`, each under the architecture's name:
 //!
 //! | key | in | |
 //! | --- | --- | --- |
@@ -21,14 +21,14 @@
 //! | `rope.freq_base_swa` | gemma3 | base in layers with a window |
 //! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors, the divisors of Llama 3 and of YaRN without `truncate` |
 //! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
-//! | `rope.scaling.attn_factor` | YaRN, LongRoPE | on top of `1 + 0.1 ln(factor)` for YaRN, all of it for LongRoPE |
-//! | `rope.scaling.dynamic_factor` | dynamic NTK | our own, with the type `none` for readers that do not know it |
-//! | `attention.sliding_window` | wherever transformers applies it | |
-//! | `attention.sliding_window_pattern` | where not all layers have it | the `n` of "all but every nth", or a switch a layer |
-//! | `attention.rope_pattern` | smollm3 | a switch a layer: whether it rotates |
+//! | `rope.scaling.attn_factor` | YaRN, LongRoPE | a factor of `1 + 0.1 ln(factor)` for YaRN, the whole magnitude for LongRoPE |
+//! | `rope.scaling.dynamic_factor` | dynamic NTK | nybble's own, with the type `none` for other readers |
+//! | `attention.sliding_window` | where transformers applies it | |
+//! | `attention.sliding_window_pattern` | where not all layers have it | the `n` of "all but every nth", or a switch per layer |
+//! | `attention.rope_pattern` | smollm3 | a switch per layer: whether it rotates |
 //! | `attention.scale` | granite, gemma2, gemma3, mpt | factor of the scores |
 //! | `attention.max_alibi_bias` | bloom, mpt, falcon | 0 for none |
-//! | `attention.alibi_scale` | falcon with ALiBi | our own: factor of the slopes |
+//! | `attention.alibi_scale` | falcon with ALiBi | nybble's own: factor of the slopes |
 //! | `attention.clamp_kqv` | mpt | |
 //! | `attn_logit_softcapping`, `final_logit_softcapping` | gemma2, gemma3 | 0 for none |
 //! | `embedding_scale`, `residual_scale`, `logit_scale` | granite | logits are divided by the last |
@@ -38,14 +38,16 @@
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
 //!
 //! # Tensors
-//! Under llama.cpp's names. `opt`, which it does not know, has those of its older relatives, `attn_output_norm` and
-//! `layer_output_norm` (as in BERT) where norms follow the layers, and our own `token_embd_proj` and `output_proj` where the
-//! embedding is of another width than the layers.
+//! Tensors have llama.cpp's names. It does not know `opt`, which has the names of its relatives, those of BERT
+//! (`attn_output_norm`, `layer_output_norm`) where norms follow the layers, and nybble's own `token_embd_proj` and
+//! `output_proj` where embedding and layers have different widths.
 
+mod entry;
 mod families;
 mod keys;
-mod map;
+mod metadata;
 mod packings;
+mod planner;
 mod pretokenizer;
 mod rope;
 mod settings;
@@ -60,9 +62,10 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
-use keys::{ComputedTensor, Keys};
-use map::{Planned, Planner};
-use packings::{PackedRows, Packing};
+use metadata::ComputedTensor;
+use packings::Packing;
+use packings::matrix::PackedRows;
+use planner::{Planned, Planner};
 use settings::Settings;
 use sizes::Sizes;
 use transform::{Arranged, Computed};
@@ -75,15 +78,15 @@ pub struct HfFolder {
     files: SafeTensors,
     tensors: Vec<Planned>,
     computed: Vec<ComputedTensor>,
-    /// Places of the names: among the tensors, then among the computed ones.
+    /// The index of each name: among the tensors, then among the computed ones.
     index: HashMap<String, usize>,
     /// Rows of the embedding.
     rows: usize,
 }
 
 impl HfFolder {
-    /// Opens the checkpoint in the folder at `path` and checks that every tensor of its family is there in the shape that
-    /// `config.json` says, and no other.
+    /// Opens the checkpoint in the folder at `path`. Checks that it has every tensor of its family in the shape that
+    /// `config.json` implies, and no others.
     ///
     /// # Errors
     /// Those of [`SafeTensors::open`]; [`Missing`](crate::Error::Missing), [`Malformed`](crate::Error::Malformed) and
@@ -93,7 +96,7 @@ impl HfFolder {
         HfFolder::open_with(path, true)
     }
 
-    /// As [`HfFolder::open`], with the files of weights mapped, or read into memory.
+    /// As [`HfFolder::open`]. Maps the files of weights, or reads them into memory where `mmap` is false.
     ///
     /// # Errors
     /// Those of [`HfFolder::open`].
@@ -112,7 +115,7 @@ impl HfFolder {
         let packing = Packing::read(&settings)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
-        let (metadata, computed) = Keys::write(family, &settings, &sizes, &name(path))?;
+        let (metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;
         let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
@@ -124,17 +127,18 @@ impl HfFolder {
         self.tensors.iter().any(|tensor| !tensor.packed.is_empty())
     }
 
-    /// The folder's tokenizer and chat templates under GGUF's keys, which [`Checkpoint::metadata`] lacks: models run without.
+    /// The folder's tokenizer and chat templates under GGUF's keys. They are not part of [`Checkpoint::metadata`], because
+    /// models run without them.
     ///
     /// # Errors
-    /// [`Missing`](crate::Error::Missing) when there is no `tokenizer.json`, [`Malformed`](crate::Error::Malformed) and
-    /// [`Unsupported`](crate::Error::Unsupported) with its key when it is damaged, or of a kind that GGUF has no name for.
+    /// [`Missing`](crate::Error::Missing) when there is no `tokenizer.json`; [`Malformed`](crate::Error::Malformed) with the key
+    /// when it is damaged; [`Unsupported`](crate::Error::Unsupported) with the key when GGUF has no name for its kind.
     pub fn tokenizer(&self) -> Result<Metadata> {
         tokenizer::metadata(&self.path, self.metadata.get("general.name").and_then(|name| name.as_str()), self.rows)
     }
 }
 
-/// What to call the model in a folder: the folder's name, or in the Hub's cache the repository's.
+/// The name of the model in a folder: that of the folder, or in the cache of the Hub that of the repository.
 fn name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     let names: Vec<_> = path.components().map(|part| part.as_os_str().to_string_lossy()).collect();

@@ -1,15 +1,15 @@
-//! Which of llama.cpp's pre-tokenizers a `tokenizer.json` describes: GGUF has names for them instead of patterns.
+//! Recognizes the pre-tokenizer of a `tokenizer.json`: GGUF has llama.cpp's names for them instead of patterns.
 
 use serde_json::Value;
 
-/// The pattern of Llama 3: words, up to three digits, symbols with the line ends after them.
+/// Llama 3: words, up to three digits, symbols with the line ends after them.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// As Llama 3, but single digits.
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// As Qwen 2, but marks belong to words.
+/// As Qwen 2, but combining marks belong to words.
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Words begin anew where a capital follows a small letter.
+/// GPT-4o: a capital after a lower-case letter begins a word.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// As GPT-4o, but single digits and no contractions.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -18,7 +18,7 @@ const HAN_AND_KANA: &str = "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}
 const EAST_ASIAN: &str = "[\u{4e00}-\u{9fa5}\u{800}-\u{4e00}\u{ac00}-\u{d7ff}]+";
 const DEEPSEEK3: &str = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+";
 
-/// The pattern that byte-level pre-tokenizers have built in, by the name it goes under here.
+/// The built-in pattern of byte-level pre-tokenizers.
 const GPT2: &str = "<GPT-2>";
 /// Single digits.
 const DIGITS: &str = "<digits>";
@@ -27,7 +27,7 @@ const NUMBERS: &str = "<numbers>";
 /// Runs of punctuation.
 const PUNCTUATION: &str = "<punctuation>";
 
-/// Names and the patterns that are applied one after the other.
+/// Names, and the patterns that are applied one after the other.
 const KNOWN: &[(&str, &[&str])] = &[
     ("gpt-2", &[GPT2]),
     ("starcoder", &[DIGITS, GPT2]),
@@ -42,14 +42,17 @@ const KNOWN: &[(&str, &[&str])] = &[
     ("deepseek-coder", &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", EAST_ASIAN, DIGITS]),
 ];
 
-/// The name of the byte-level pre-tokenizer that `description` is, in a model that uses or skips its merges for words that
-/// are tokens as a whole. An error says what was found.
+/// The name of the byte-level pre-tokenizer that `description` describes. `ignores_merges` says whether the model skips its
+/// merges for words that are tokens.
+///
+/// # Errors
+/// A text that says what was found.
 pub(super) fn name(description: Option<&Value>, ignores_merges: bool) -> Result<&'static str, String> {
     let mut patterns = Vec::new();
     add(description, &mut patterns)?;
     let known = KNOWN.iter().find(|known| known.1 == patterns);
     match known.ok_or_else(|| format!("the patterns {patterns:?}"))?.0 {
-        // They differ in nothing else.
+        // The two differ only in this.
         "dbrx" if ignores_merges => Ok("llama-bpe"),
         name => Ok(name),
     }
@@ -73,7 +76,7 @@ fn add(step: Option<&Value>, patterns: &mut Vec<String>) -> Result<(), String> {
         "Punctuation" if text("behavior") == "Contiguous" => PUNCTUATION,
         "Split" => match (step.pointer("/pattern/Regex").and_then(Value::as_str), text("behavior")) {
             (Some(pattern), "Isolated") if !switch("invert", false) => pattern,
-            // What does not match is dropped, and everything matches.
+            // Text between matches is dropped, but there is none.
             (Some(pattern), "Removed") if switch("invert", false) => pattern,
             _ => return Err(format!("a split that {}", crate::format::json::brief(step))),
         },
@@ -98,20 +101,20 @@ mod tests {
     }
 
     #[test]
-    fn the_built_in_pattern_is_that_of_gpt_2() {
+    fn the_built_in_pattern_is_gpt_2() {
         let description = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
         assert_eq!(name(Some(&description), false), Ok("gpt-2"));
     }
 
     #[test]
-    fn single_digits_before_it_are_those_of_starcoder() {
+    fn single_digits_and_the_built_in_pattern_are_starcoder() {
         let digits = serde_json::json!({"type": "Digits", "individual_digits": true});
         let bytes = serde_json::json!({"type": "ByteLevel", "use_regex": true});
         assert_eq!(name(Some(&sequence(&[digits, bytes])), false), Ok("starcoder"));
     }
 
     #[test]
-    fn whole_words_tell_llama_3_from_others_of_its_pattern() {
+    fn ignored_merges_distinguish_llama_3_from_dbrx() {
         let description = sequence(&[split(LLAMA3)]);
         assert_eq!(name(Some(&description), true), Ok("llama-bpe"));
         assert_eq!(name(Some(&description), false), Ok("dbrx"));
@@ -122,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_that_nobody_knows_is_not_taken_for_another() {
+    fn an_unknown_pattern_is_refused() {
         assert!(name(Some(&sequence(&[split(r"\p{L}+")])), false).is_err());
         assert!(name(Some(&serde_json::json!({"type": "Whitespace"})), false).is_err());
         assert!(name(None, false).is_err());

@@ -1,23 +1,23 @@
-//! Rotary embedding: what config.json says of it, old style and new, under GGUF's keys.
+//! Rotary embedding: its parameters in `config.json`, in both styles, and its keys in GGUF.
 //!
-//! Before version 5 transformers wrote `rope_theta`, `rope_scaling` and the rotated share of a head at the top level; since
-//! then all of it stands in `rope_parameters`, for some families once for each kind of layer.
+//! Before version 5 transformers wrote `rope_theta`, `rope_scaling` and the rotated share of a head at the top level. Since
+//! then all of them are in `rope_parameters`, for some families once per kind of layer.
 
 use super::families::Rotation;
-use super::keys::Keys;
+use super::metadata::MetadataWriter;
 use super::settings::Settings;
 use super::sizes::Sizes;
 use crate::error::Result;
 use crate::format::json;
 
-/// What applies to the layers with full attention, and the base of the others where it differs.
+/// The parameters of layers with full attention, and the base of layers with a window.
 struct Parameters {
-    /// `rope_parameters` or `rope_scaling`; neither need be there.
+    /// `rope_parameters` or `rope_scaling`, if the configuration has one of them.
     scaling: Option<Settings>,
     /// The key under which they were found.
     key: &'static str,
     base: f64,
-    /// Base in layers with a sliding window.
+    /// Base in layers with a sliding window, where it differs.
     window_base: Option<f64>,
 }
 
@@ -84,7 +84,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
                 Some(share) => share,
                 None => settings.optional_float(SHARE)?.unwrap_or(1.0),
             };
-            // As transformers rounds. Out of range it saturates, which the check below refuses.
+            // Rounded as in transformers. Numbers out of range saturate, and fail the check below.
             ("partial_rotary_factor", (sizes.head_dim as f64 * share) as usize)
         }
     };
@@ -96,7 +96,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
 }
 
 /// Writes the keys of the rotary embedding, and the tensors of factors that some kinds of scaling have.
-pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
+pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
     let settings = keys.settings;
     let rotary = keys.sizes.rotary;
     let Parameters { scaling, key, base, window_base } = Parameters::read(settings)?;
@@ -111,7 +111,7 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
     let Some(scaling) = scaling else { return Ok(()) };
     let kind = kind(&scaling)?;
     let context = keys.sizes.context as f64;
-    // What the context was before it was stretched.
+    // The context before it was stretched.
     let original = match scaling.optional_count(&["original_max_position_embeddings"])? {
         Some(original) => Some(original),
         None => settings.optional_count(&["original_max_position_embeddings"])?,
@@ -125,8 +125,8 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
         }
         "dynamic" => {
             let factor = factor(&scaling)?;
-            // GGUF has no such type, and llama.cpp ends the process that opens a file with one it does not know. Up to
-            // the original length there is no scaling, so that other readers are right as far as that.
+            // GGUF has no such type, and llama.cpp aborts on types that it does not know. Up to the original length
+            // there is no scaling, so other readers are correct that far.
             keys.set("rope.scaling.type", "none");
             keys.set("rope.scaling.dynamic_factor", factor as f32);
             keys.set("rope.scaling.original_context_length", context as u32);
@@ -146,8 +146,7 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
                 }
             }
             let magnitude = yarn_magnitude(&scaling, factor)?;
-            // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors say all, and nothing is
-            // left to stretch.
+            // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching.
             let factor = if scaling.switch("truncate", true)? {
                 factor
             } else {
@@ -155,7 +154,7 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
                 1.0
             };
             keys.set("rope.scaling.factor", factor as f32);
-            // GGUF's factor is one on top of what the method itself prescribes.
+            // GGUF's factor multiplies the magnitude that the method prescribes.
             let magnitude = magnitude / (0.1 * factor.max(1.0).ln() + 1.0);
             if (magnitude - 1.0).abs() > 1e-6 {
                 keys.set("rope.scaling.attn_factor", magnitude as f32);
@@ -178,7 +177,8 @@ pub(super) fn write(keys: &mut Keys<'_>) -> Result<()> {
                 let factors = scaling.floats(theirs)?.ok_or_else(|| scaling.missing(theirs, "a list of numbers"))?;
                 if factors.len() != rotary / 2 || factors.iter().any(|factor| *factor <= 0.0) {
                     let found = format!("{} numbers", factors.len());
-                    return Err(scaling.malformed(theirs, found, format_args!("{} positive ones", rotary / 2)));
+                    let expected = format_args!("{} positive numbers", rotary / 2);
+                    return Err(scaling.malformed(theirs, found, expected));
                 }
                 keys.tensors.push((format!("{ours}.weight"), factors));
             }
@@ -201,7 +201,7 @@ fn factor(scaling: &Settings) -> Result<f64> {
     if factor < 1e6 { Ok(factor) } else { Err(scaling.malformed("factor", factor, "less than a million")) }
 }
 
-/// What YaRN multiplies cosines and sines with (Peng et al. 2023, arXiv 2309.00071).
+/// The factor of cosines and sines in YaRN (Peng et al. 2023, arXiv 2309.00071).
 fn yarn_magnitude(scaling: &Settings, factor: f64) -> Result<f64> {
     let by = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
     if let Some(factor) = scaling.optional_float(&["attention_factor"])? {
@@ -214,11 +214,11 @@ fn yarn_magnitude(scaling: &Settings, factor: f64) -> Result<f64> {
     })
 }
 
-/// Divisors of the frequencies, by which YaRN reaches further: dimensions that turn `beta_slow` times or less over the
-/// original context are stretched by the factor, those that turn `beta_fast` times or more not at all.
+/// YaRN's divisors of the frequencies `(rotary / 2)`: dimensions that turn `beta_slow` times or less over the original
+/// context are stretched by the factor, those that turn `beta_fast` times or more are not.
 fn yarn(scaling: &Settings, base: f64, rotary: usize, before: f64, factor: f64) -> Result<Vec<f32>> {
-    let dimension = |key: &str, usual: f64| {
-        let turns = if scaling.get(key).is_some() { positive(scaling, key)? } else { usual };
+    let dimension = |key: &str, default: f64| {
+        let turns = if scaling.get(key).is_some() { positive(scaling, key)? } else { default };
         Ok(rotary as f64 * (before / (turns * std::f64::consts::TAU)).ln() / (2.0 * base.ln()))
     };
     let low = dimension("beta_fast", 32.0)?.max(0.0);
@@ -230,8 +230,8 @@ fn yarn(scaling: &Settings, base: f64, rotary: usize, before: f64, factor: f64) 
     Ok((0..rotary / 2).map(divisor).collect())
 }
 
-/// Divisors of the frequencies, by which Llama 3.1 reaches further: long wavelengths are stretched by the factor, short ones
-/// not at all, with a smooth change in between.
+/// Llama 3.1's divisors of the frequencies `(rotary / 2)`: long wavelengths are stretched by the factor, short ones are not,
+/// with a smooth transition between them.
 fn llama3(scaling: &Settings, base: f64, rotary: usize, before: f64) -> Result<Vec<f32>> {
     let factor = factor(scaling)?;
     let (low, high) = (positive(scaling, "low_freq_factor")?, positive(scaling, "high_freq_factor")?);

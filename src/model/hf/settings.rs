@@ -1,4 +1,4 @@
-//! `config.json`, with errors that name its keys.
+//! Reads `config.json`, with errors that name its keys.
 
 use std::path::{Path, PathBuf};
 
@@ -7,26 +7,26 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Place, Result};
 use crate::format::json;
 
-/// The most bytes that a configuration may have; known ones have a few thousand.
+/// The most bytes of a configuration. Known ones have a few thousand.
 const MAX_BYTES: u64 = 16 << 20;
-/// More than any dimension of a known model, vocabularies included: a bound on what can be multiplied.
+/// The largest count, more than any dimension of a known model. It bounds what is multiplied.
 const MAX_COUNT: u64 = 1 << 24;
 
-/// The settings of a model: those of its file, over the defaults that transformers has for the family.
+/// The settings of a model: those of its file, then the defaults of transformers for the family.
 #[derive(Debug)]
 pub(super) struct Settings {
     path: PathBuf,
-    /// The keys that lead to these settings, each with a dot behind it.
+    /// The keys that lead to these settings, each followed by a dot.
     prefix: String,
     values: Map<String, Value>,
     defaults: Defaults,
 }
 
-/// What transformers assumes where a file does not say: keys, and their values as JSON.
+/// Defaults of transformers: keys, and their values as JSON.
 pub(super) type Defaults = &'static [(&'static str, &'static str)];
 
 impl Settings {
-    /// Reads the file at `path`. What `text_config` says, in models of more than text, counts most.
+    /// Reads the file at `path`. `text_config`, in multimodal models, takes precedence.
     pub(super) fn read(path: &Path) -> Result<Settings> {
         let mut values = json::read(path, MAX_BYTES)?;
         if let Some(Value::Object(text)) = values.remove("text_config") {
@@ -39,7 +39,7 @@ impl Settings {
         Ok(Settings { path: path.to_path_buf(), prefix: String::new(), values, defaults: &[] })
     }
 
-    /// With what transformers assumes for the family.
+    /// The settings with the defaults of a family.
     pub(super) fn with_defaults(self, defaults: Defaults) -> Settings {
         Settings { defaults, ..self }
     }
@@ -48,12 +48,12 @@ impl Settings {
         &self.path
     }
 
-    /// The value of `key`; none where it is null.
+    /// The value of `key`. `None` where it is null.
     pub(super) fn get(&self, key: &str) -> Option<Value> {
         self.find(&[key]).map(|found| found.1)
     }
 
-    /// The first of `keys` that has a value, and that: one of the file if it can be, otherwise a default.
+    /// The first of `keys` that has a value, and the value: in the file, otherwise among the defaults.
     pub(super) fn find<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, Value)> {
         let default = |key: &&'k str| {
             let default = self.defaults.iter().find(|default| default.0 == *key)?.1;
@@ -65,7 +65,7 @@ impl Settings {
         known.find(|found| !found.1.is_null()).or_else(|| defaults.next())
     }
 
-    /// The object under `key` as settings of its own, whose errors name both keys. Without defaults.
+    /// The object under `key` as settings without defaults. Errors name the whole path of keys.
     pub(super) fn object(&self, key: &str) -> Result<Option<Settings>> {
         match self.get(key) {
             None => Ok(None),
@@ -103,7 +103,7 @@ impl Settings {
         Error::Missing { path: self.path.clone(), place: self.place(key), expected: expected.to_owned() }
     }
 
-    /// A value as `read` takes it, or none where no key has one.
+    /// The value under the first of `keys` that has one, converted by `read`.
     fn typed<T>(&self, keys: &[&str], expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
         let Some((key, value)) = self.find(keys) else { return Ok(None) };
         match read(&value) {
@@ -112,7 +112,7 @@ impl Settings {
         }
     }
 
-    /// A number of things, 1 to 2^24, under the first of `keys` that has a value.
+    /// A count, 1 to 2^24, under the first of `keys` that has a value.
     pub(super) fn optional_count(&self, keys: &[&str]) -> Result<Option<usize>> {
         let expected = format!("an integer from 1 to {MAX_COUNT}");
         self.typed(keys, &expected, |value| {
@@ -143,9 +143,9 @@ impl Settings {
         Ok(self.typed(&[key], "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
-    /// A text.
+    /// A string.
     pub(super) fn text(&self, keys: &[&str]) -> Result<Option<String>> {
-        self.typed(keys, "a text", |value| value.as_str().map(str::to_owned))
+        self.typed(keys, "a string", |value| value.as_str().map(str::to_owned))
     }
 
     /// A list of numbers.
@@ -156,7 +156,7 @@ impl Settings {
         })
     }
 
-    /// What `read` makes of each entry of the list under `key`, which must have one a layer.
+    /// The list under `key`, which must have one entry per layer, converted by `read`.
     pub(super) fn per_layer<T>(
         &self,
         key: &str,
@@ -164,7 +164,7 @@ impl Settings {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<Vec<T>>> {
-        let expected = format!("a list of {layers}, one a layer: {expected}");
+        let expected = format!("a list of {layers}, one per layer: {expected}");
         self.typed(&[key], &expected, |value| {
             let list = value.as_array().filter(|list| list.len() == layers)?;
             list.iter().map(&read).collect()

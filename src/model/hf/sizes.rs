@@ -1,9 +1,9 @@
-//! The sizes that tensors are made of.
+//! The sizes of a model, and those that the dimensions of tensors consist of.
 
 use super::settings::Settings;
 use crate::error::Result;
 
-/// The sizes of a model, each 1 to 2^24, or 0 where its family has no such thing.
+/// The sizes of a model, each 1 to 2^24, or 0 where the family does not have it.
 #[derive(Debug, Clone)]
 pub(super) struct Sizes {
     pub(super) layers: usize,
@@ -13,24 +13,25 @@ pub(super) struct Sizes {
     /// Width of the embedding.
     pub(super) embedding: usize,
     pub(super) heads: usize,
-    /// Heads of keys and values; divides `heads`.
+    /// Key and value heads, a divisor of `heads`.
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Dimensions of a head that are rotated; even, and 0 where positions enter otherwise.
+    /// Dimensions of a head that are rotated; even, and 0 without rotary embedding.
     pub(super) rotary: usize,
-    /// Width between the feed-forward layer's up and down.
+    /// Width between up and down of the feed-forward layer.
     pub(super) ffn: usize,
-    /// Positions that the model was made for.
+    /// The longest context that the model was made for.
     pub(super) context: usize,
     pub(super) experts: usize,
     pub(super) expert_ffn: usize,
     pub(super) shared_ffn: usize,
-    /// Which layers have experts, one a layer; empty where all have them, or none.
+    /// `(layers)`: whether a layer has experts. Empty where all layers have them, or none.
     pub(super) sparse: Vec<bool>,
 }
 
 impl Sizes {
-    /// Reads the sizes under all the names that families have for them; `adjust` puts right what a family means otherwise.
+    /// Reads the sizes under the names that families have for them. `adjust` corrects those that the family defines
+    /// differently.
     pub(super) fn read(settings: &Settings, adjust: fn(&Settings, &mut Sizes) -> Result<()>) -> Result<Sizes> {
         let heads = settings.count(&["num_attention_heads", "n_head", "n_heads"])?;
         let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed"])?;
@@ -74,12 +75,12 @@ impl Sizes {
         Ok(sizes)
     }
 
-    /// Rows of all query heads.
+    /// Rows of all query heads together.
     pub(super) fn queries(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Rows of all key heads, or all value heads.
+    /// Rows of all key heads together, or of all value heads.
     pub(super) fn keys(&self) -> usize {
         self.kv_heads * self.head_dim
     }
@@ -90,7 +91,7 @@ impl Sizes {
     }
 }
 
-/// One size of a tensor.
+/// One dimension of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Size {
     Vocabulary,
@@ -133,8 +134,7 @@ impl Size {
         }
     }
 
-    /// The dimensions `[columns, rows, ...]` of the weight that GGUF calls `name`, in every family that has it and does not
-    /// say otherwise.
+    /// The dimensions `[columns, rows, ...]` of the weight that GGUF calls `name`, in families whose entry has no others.
     pub(super) fn named(name: &str) -> &'static [Size] {
         use Size::*;
         match name {

@@ -1,4 +1,4 @@
-//! `tokenizer.json` and the small files beside it under GGUF's keys, for files that are written.
+//! Writes the tokenizer under GGUF's keys: `tokenizer.json`, special tokens and chat templates.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;
 
-/// The most bytes that a file may have; the largest known vocabularies take 35 MB.
+/// The most bytes of a file. The largest known vocabularies take 35 MB.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// What a token is, by GGUF's numbers.
+/// GGUF's numbers for the kinds of tokens.
 mod kind {
     pub(super) const NORMAL: i32 = 1;
     pub(super) const UNKNOWN: i32 = 2;
@@ -23,12 +23,16 @@ mod kind {
     pub(super) const BYTE: i32 = 6;
 }
 
-/// The vocabulary of the model in `folder`, called `name`, whose embedding has `rows` rows, with marks and chat templates.
+/// The vocabulary, special tokens and chat templates of the model in `folder`, called `name`, whose embedding has `rows`
+/// rows.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the key of `tokenizer.json`; [`Error::Io`].
 pub(super) fn metadata(folder: &Path, name: Option<&str>, rows: usize) -> Result<Metadata> {
     let path = folder.join("tokenizer.json");
     let description = match json::read(&path, MAX_BYTES) {
         Err(Error::Io { path, source }) if source.kind() == std::io::ErrorKind::NotFound => {
-            let expected = "it: the vocabulary in the format of the tokenizers library".to_owned();
+            let expected = "the vocabulary in the format of the tokenizers library".to_owned();
             return Err(Error::Missing { path, place: Place::File, expected });
         }
         other => other?,
@@ -42,9 +46,9 @@ pub(super) fn metadata(folder: &Path, name: Option<&str>, rows: usize) -> Result
         generation: optional(folder, "generation_config.json")?,
         model: optional(folder, "config.json")?,
     };
-    files.marks(&ids, &tokenizer.description, rows, &mut metadata);
+    files.special_tokens(&ids, &tokenizer.description, rows, &mut metadata);
     templates(folder, &files.tokenizer, &mut metadata)?;
-    // llama.cpp looks these up in every model that is called so, and fails without them.
+    // llama.cpp looks these tokens up in every model with such a name, and fails without them.
     let called_phi3 = name.is_some_and(|name| ["phi-3", "phi3"].iter().any(|part| name.to_lowercase().contains(part)));
     if called_phi3 && !["</s>", "<unk>", "<s>", "<|endoftext|>"].iter().all(|token| ids.contains_key(*token)) {
         metadata.set("general.name", "model");
@@ -64,7 +68,7 @@ struct Tokenizer {
     description: Map<String, Value>,
 }
 
-/// Every token's text, kind and score.
+/// Text, kind and score of every token.
 struct Tokens {
     texts: Vec<String>,
     kinds: Vec<i32>,
@@ -81,7 +85,7 @@ impl Tokenizer {
         Error::malformed(&self.path, Place::Key(key.to_owned()), found, expected)
     }
 
-    /// The steps of a part that may be a sequence.
+    /// The steps of a part, which may be a sequence of steps in `list`.
     fn steps(&self, part: &str, list: &str) -> Vec<&Value> {
         match self.description.get(part) {
             Some(sequence) if sequence.get("type").and_then(Value::as_str) == Some("Sequence") => {
@@ -95,7 +99,7 @@ impl Tokenizer {
         self.steps(part, list).iter().any(|step| step.get("type").and_then(Value::as_str) == Some(kind))
     }
 
-    /// Writes the vocabulary; returns the ids of the tokens.
+    /// Writes the vocabulary, and returns the ids of the tokens.
     fn vocabulary(&self, rows: usize, metadata: &mut Metadata) -> Result<HashMap<String, usize>> {
         let empty = Value::Null;
         let model = self.description.get("model").unwrap_or(&empty);
@@ -105,7 +109,7 @@ impl Tokenizer {
         let pieces = model.get("byte_fallback").and_then(Value::as_bool).unwrap_or(false)
             || self.has_step("decoder", "decoders", "Metaspace");
         if kind != "BPE" || !(byte_level || pieces) {
-            let supported = "supported: byte-level BPE, and BPE over pieces with bytes to fall back on";
+            let supported = "supported: byte-level BPE, and BPE over pieces with byte fallback";
             return Err(self.unsupported("model.type", format!("a vocabulary of type {kind:?}"), supported));
         }
         let merges = self.merges(model)?;
@@ -133,13 +137,13 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The merges, most urgent first.
+    /// The merges, the first one with the highest priority.
     fn merges<'a>(&self, model: &'a Value) -> Result<Vec<(&'a str, &'a str)>> {
         let Some(Value::Array(merges)) = model.get("merges") else {
             return Err(self.malformed("model.merges", "no list", "a list of pairs"));
         };
         let pair = |merge: &'a Value| match merge {
-            // A space inside a token is impossible in this older style.
+            // In this older style a token cannot contain a space.
             Value::String(text) => text.split_once(' ').filter(|pair| !pair.1.contains(' ')),
             Value::Array(pair) => match pair.as_slice() {
                 [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
@@ -148,7 +152,7 @@ impl Tokenizer {
             _ => None,
         };
         let pairs = merges.iter().map(|merge| {
-            let expected = "two tokens, as a list or with one space between them";
+            let expected = "two tokens, in a list or with one space between them";
             pair(merge).ok_or_else(|| self.malformed("model.merges", json::brief(merge), expected))
         });
         pairs.collect()
@@ -177,7 +181,7 @@ impl Tokenizer {
             scores: vec![-10000.0; rows],
         };
         let mut ids = HashMap::with_capacity(vocabulary.len());
-        // SentencePiece merges by the score of the result. The rank of a merge says the same.
+        // SentencePiece merges by the score of the result, for which the rank of the merge stands.
         let mut ranks = HashMap::new();
         if !byte_level {
             for (rank, (left, right)) in merges.iter().enumerate() {
@@ -213,7 +217,7 @@ impl Tokenizer {
                 true => kind::CONTROL,
                 false => kind::USER_DEFINED,
             };
-            // Pieces write a space as U+2581; what is looked for in a text before that does not.
+            // Pieces contain U+2581 for a space; user-defined tokens are matched in the text before spaces are replaced.
             let is_plain = byte_level || tokens.kinds[id] != kind::USER_DEFINED;
             tokens.texts[id] = if is_plain { content.to_owned() } else { content.replace('\u{2581}', " ") };
             tokens.scores[id] = 0.0;
@@ -222,7 +226,7 @@ impl Tokenizer {
         Ok((tokens, ids))
     }
 
-    /// Whether a space is put before every text.
+    /// Whether the tokenizer puts a space before the text.
     fn adds_space(&self) -> bool {
         let metaspace = |step: &&Value| {
             let is_one = step.get("type").and_then(Value::as_str) == Some("Metaspace");
@@ -235,13 +239,13 @@ impl Tokenizer {
     }
 }
 
-/// Whether a text is the name of a byte, as in `<0x0A>`.
+/// Whether a token stands for a byte, such as `<0x0A>`.
 fn is_byte(text: &str) -> bool {
     let digits = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
     digits.is_some_and(|digits| digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
 }
 
-/// Whether a token that its file calls ordinary is one that no text should spell: llama.cpp's converter treats them so.
+/// Whether a token that the file calls ordinary is a special token, by the rules of llama.cpp's converter.
 fn looks_special(text: &str) -> bool {
     let enclosed = |start: &str, end: &str| text.starts_with(start) && text.ends_with(end);
     matches!(text, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
@@ -250,7 +254,7 @@ fn looks_special(text: &str) -> bool {
         || enclosed("<unused", ">")
 }
 
-/// The small files that say which tokens are marks.
+/// The small files that name the special tokens.
 struct Files {
     tokenizer: Map<String, Value>,
     map: Map<String, Value>,
@@ -259,8 +263,8 @@ struct Files {
 }
 
 impl Files {
-    /// Writes which tokens begin and end texts, and the like.
-    fn marks(
+    /// Writes the special tokens, and which of them are added to a prompt.
+    fn special_tokens(
         &self,
         ids: &HashMap<String, usize>,
         description: &Map<String, Value>,
@@ -296,29 +300,29 @@ impl Files {
                 found.insert(theirs, id);
             }
         }
-        // Of several ends of a text GGUF has room for a second one.
+        // GGUF has keys for two end-of-sequence tokens.
         let (bos, eos) = (found.get("bos").copied(), found.get("eos").copied());
         if let Some(other) = numbers("eos_token_id").into_iter().find(|id| eos.is_some_and(|eos| eos != *id)) {
             metadata.set("tokenizer.ggml.eot_token_id", other as u32);
         }
         let (before, after) = frame(description.get("post_processor"), ids);
-        let adds = |key: &str, mark: Option<usize>, frame: Option<usize>| {
-            let says = self.tokenizer.get(key).and_then(Value::as_bool);
-            mark.is_some() && says.unwrap_or(frame == mark)
+        let adds = |key: &str, token: Option<usize>, added: Option<usize>| {
+            let switch = self.tokenizer.get(key).and_then(Value::as_bool);
+            token.is_some() && switch.unwrap_or(added == token)
         };
         metadata.set("tokenizer.ggml.add_bos_token", adds("add_bos_token", bos, before));
         metadata.set("tokenizer.ggml.add_eos_token", adds("add_eos_token", eos, after));
     }
 }
 
-/// The marks that a post-processor puts before and after a text.
+/// The special tokens that a post-processor puts before and after the text.
 fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usize>, Option<usize>) {
     let Some(processor) = processor else { return (None, None) };
     match processor.get("type").and_then(Value::as_str) {
         Some("Sequence") => {
             let steps = processor.get("processors").and_then(Value::as_array).into_iter().flatten();
             let frames = steps.map(|step| match step.get("type").and_then(Value::as_str) {
-                // One level deep, as the library writes it; a file could nest without end.
+                // One level deep, as the library writes it. A file could nest without limit.
                 Some("Sequence") => (None, None),
                 _ => frame(Some(step), ids),
             });
@@ -326,17 +330,17 @@ fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usi
         }
         Some("TemplateProcessing") => {
             let parts = processor.get("single").and_then(Value::as_array);
-            let mark = |part: Option<&Value>| {
+            let special = |part: Option<&Value>| {
                 let name = part?.pointer("/SpecialToken/id")?.as_str()?;
                 ids.get(name).copied()
             };
-            (mark(parts.and_then(|parts| parts.first())), mark(parts.and_then(|parts| parts.last())))
+            (special(parts.and_then(|parts| parts.first())), special(parts.and_then(|parts| parts.last())))
         }
         _ => (None, None),
     }
 }
 
-/// Writes the chat templates, from wherever a folder may keep them; a file of its own counts most.
+/// Writes the chat templates, from all places where a folder may have them. A file of its own takes precedence.
 fn templates(folder: &Path, config: &Map<String, Value>, metadata: &mut Metadata) -> Result<()> {
     let path = folder.join("chat_template.jinja");
     let mut found: Vec<(String, String)> = Vec::new();
@@ -358,7 +362,7 @@ fn templates(folder: &Path, config: &Map<String, Value>, metadata: &mut Metadata
     }
     let mut names = StringArray::new();
     for (name, template) in found {
-        // A key has no room for other letters.
+        // Keys contain no other characters.
         let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
         let key = match name.as_str() {
             "default" => "tokenizer.chat_template".to_owned(),

@@ -1,52 +1,52 @@
-//! The rows of a tensor of GGUF, taken from the tensors of a checkpoint.
+//! The rows of a GGUF tensor, taken from the tensors of a checkpoint.
 
-use super::map::Transform;
+use super::entry::Transform;
 use super::sizes::Sizes;
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
-/// Where each row comes from.
+/// The row of the checkpoint that each row comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
-    /// From the row of the same number, counted through all parts.
+pub(super) enum RowOrder {
+    /// The row of the same number, counted through all parts.
     Same,
     /// See [`Transform::PairNeighbours`].
     PairNeighbours { head_dim: usize, rotary: usize },
     /// See [`Transform::Ungroup`].
     Ungroup { heads: usize, kv_heads: usize, head_dim: usize },
-    /// From the row that comes so many rows later.
+    /// The row that comes this many rows later.
     Skip(usize),
-    /// From the column of the same number.
+    /// The column of the same number.
     Transpose,
-    /// From the row of the same number, with 1 added to every value.
+    /// The row of the same number, with 1 added to every value.
     AddOne,
 }
 
-impl Order {
-    pub(super) fn new(transform: Transform, sizes: &Sizes) -> Order {
+impl RowOrder {
+    pub(super) fn new(transform: Transform, sizes: &Sizes) -> RowOrder {
         let Sizes { heads, kv_heads, head_dim, rotary, .. } = *sizes;
         match transform {
-            Transform::Copy | Transform::Stack | Transform::Squeeze => Order::Same,
-            Transform::PairNeighbours => Order::PairNeighbours { head_dim, rotary },
-            Transform::Ungroup => Order::Ungroup { heads, kv_heads, head_dim },
-            Transform::Skip(rows) => Order::Skip(rows),
-            Transform::Transpose => Order::Transpose,
-            Transform::AddOne => Order::AddOne,
+            Transform::Copy | Transform::Stack | Transform::Squeeze => RowOrder::Same,
+            Transform::PairNeighbours => RowOrder::PairNeighbours { head_dim, rotary },
+            Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
+            Transform::Skip(rows) => RowOrder::Skip(rows),
+            Transform::Transpose => RowOrder::Transpose,
+            Transform::AddOne => RowOrder::AddOne,
         }
     }
 
     /// The row of the checkpoint that becomes row `index`.
     pub(super) fn source(self, index: usize) -> usize {
         match self {
-            Order::Same | Order::Transpose | Order::AddOne => index,
-            Order::Skip(rows) => rows + index,
-            Order::PairNeighbours { head_dim, rotary } => {
+            RowOrder::Same | RowOrder::Transpose | RowOrder::AddOne => index,
+            RowOrder::Skip(rows) => rows + index,
+            RowOrder::PairNeighbours { head_dim, rotary } => {
                 let (head, i) = (index / head_dim * head_dim, index % head_dim);
                 if i < rotary { head + i % 2 * (rotary / 2) + i / 2 } else { index }
             }
-            Order::Ungroup { heads, kv_heads, head_dim } => {
+            RowOrder::Ungroup { heads, kv_heads, head_dim } => {
                 let (head, i) = (index / head_dim, index % head_dim);
-                // A group is the queries that share a key and a value, then these two.
+                // A group is the queries that share a key and a value, then the key, then the value.
                 let queries = heads / kv_heads;
                 let (group, member) = match head.checked_sub(heads) {
                     None => (head / queries, head % queries),
@@ -58,16 +58,16 @@ impl Order {
     }
 }
 
-/// The rows of a tensor whose parts were compared with its dimensions before.
+/// The rows of a tensor whose parts have the shapes that its dimensions imply.
 pub(super) struct Arranged<'a> {
     /// The type of the checkpoint's values.
     pub(super) block_type: BlockType,
     /// The bytes of tensors of equal shape.
     pub(super) parts: Vec<&'a [u8]>,
-    pub(super) order: Order,
+    pub(super) order: RowOrder,
     /// Values in a row.
     pub(super) columns: usize,
-    /// Whether there is one row only, whose values are arranged like rows of matrices.
+    /// Whether there is one row, whose values are ordered like the rows of a matrix.
     pub(super) is_vector: bool,
 }
 
@@ -81,7 +81,7 @@ impl Arranged<'_> {
 
 impl Rows for Arranged<'_> {
     fn block_type(&self) -> BlockType {
-        if self.order == Order::AddOne { BlockType::F32 } else { self.block_type }
+        if self.order == RowOrder::AddOne { BlockType::F32 } else { self.block_type }
     }
 
     fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
@@ -89,14 +89,14 @@ impl Rows for Arranged<'_> {
         let row = self.columns * value;
         scratch.clear();
         match self.order {
-            Order::Same => return self.piece(index, row),
-            Order::AddOne => {
+            RowOrder::Same => return self.piece(index, row),
+            RowOrder::AddOne => {
                 let mut values = vec![0.0; self.columns];
-                // It fails for lengths that do not belong together only.
+                // It fails only for lengths that do not match.
                 let _ = self.block_type.decode(self.piece(index, row), &mut values);
                 scratch.extend(values.iter().flat_map(|value| (value + 1.0).to_le_bytes()));
             }
-            Order::Transpose => {
+            RowOrder::Transpose => {
                 let rows = self.parts[0].len() / row;
                 scratch.extend((0..self.columns).flat_map(|column| self.piece(column * rows + index, value)));
             }
@@ -109,7 +109,7 @@ impl Rows for Arranged<'_> {
     }
 }
 
-/// Values that are computed rather than stored.
+/// Values that are computed from the configuration instead of stored.
 pub(super) struct Computed<'a>(pub(super) &'a [f32]);
 
 impl Rows for Computed<'_> {
@@ -128,8 +128,8 @@ impl Rows for Computed<'_> {
 mod tests {
     use super::*;
 
-    /// Rows of `columns` values each, which count up through the parts.
-    fn rows(order: Order, parts: usize, per_part: usize, rows: usize, columns: usize) -> Vec<Vec<f32>> {
+    /// Rows of `columns` values, of parts whose values count up.
+    fn rows(order: RowOrder, parts: usize, per_part: usize, rows: usize, columns: usize) -> Vec<Vec<f32>> {
         let bytes: Vec<Vec<u8>> = (0..parts)
             .map(|part| (0..per_part).flat_map(|i| ((part * per_part + i) as f32).to_le_bytes()).collect())
             .collect();
@@ -146,8 +146,8 @@ mod tests {
     }
 
     #[test]
-    fn halves_of_a_head_become_neighbours_in_matrices_and_in_biases() {
-        let order = Order::PairNeighbours { head_dim: 4, rotary: 4 };
+    fn pairs_of_a_head_become_neighbours_in_matrices_and_biases() {
+        let order = RowOrder::PairNeighbours { head_dim: 4, rotary: 4 };
         let found = rows(order, 1, 8 * 2, 8, 2);
         let first: Vec<f32> = found.iter().map(|row| row[0] / 2.0).collect();
         assert_eq!(first, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
@@ -155,52 +155,52 @@ mod tests {
     }
 
     #[test]
-    fn dimensions_that_are_not_rotated_stay_where_they_are() {
-        let order = Order::PairNeighbours { head_dim: 6, rotary: 4 };
+    fn dimensions_that_are_not_rotated_keep_their_place() {
+        let order = RowOrder::PairNeighbours { head_dim: 6, rotary: 4 };
         assert_eq!(rows(order, 1, 6, 1, 6), [[0.0, 2.0, 1.0, 3.0, 4.0, 5.0]]);
     }
 
     #[test]
-    fn rows_by_head_become_all_queries_then_all_keys_then_all_values() {
+    fn rows_grouped_by_head_become_queries_keys_values() {
         // [head][q, k, v] of 3 heads of 2 dimensions.
-        let order = Order::Ungroup { heads: 3, kv_heads: 3, head_dim: 2 };
+        let order = RowOrder::Ungroup { heads: 3, kv_heads: 3, head_dim: 2 };
         let expected = [0, 1, 6, 7, 12, 13, 2, 3, 8, 9, 14, 15, 4, 5, 10, 11, 16, 17].map(|i| i as f32);
         assert_eq!(rows(order, 1, 18, 1, 18), [expected]);
     }
 
     #[test]
-    fn rows_by_kv_head_become_all_queries_then_all_keys_then_all_values() {
+    fn rows_grouped_by_kv_head_become_queries_keys_values() {
         // [kv head][q, q, k, v] of 2 kv heads of 1 dimension.
-        let order = Order::Ungroup { heads: 4, kv_heads: 2, head_dim: 1 };
+        let order = RowOrder::Ungroup { heads: 4, kv_heads: 2, head_dim: 1 };
         let found = rows(order, 1, 8 * 3, 8, 3);
         let first: Vec<f32> = found.iter().map(|row| row[0] / 3.0).collect();
         assert_eq!(first, [0.0, 1.0, 4.0, 5.0, 2.0, 6.0, 3.0, 7.0]);
     }
 
     #[test]
-    fn one_kv_head_needs_no_new_order() {
-        let order = Order::Ungroup { heads: 4, kv_heads: 1, head_dim: 2 };
+    fn one_kv_head_keeps_the_order() {
+        let order = RowOrder::Ungroup { heads: 4, kv_heads: 1, head_dim: 2 };
         assert!((0..12).all(|row| order.source(row) == row));
     }
 
     #[test]
     fn columns_become_rows() {
         // 2 x 3 in the checkpoint, 3 rows of 2 in GGUF.
-        assert_eq!(rows(Order::Transpose, 1, 6, 3, 2), [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]);
+        assert_eq!(rows(RowOrder::Transpose, 1, 6, 3, 2), [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]);
     }
 
     #[test]
     fn one_is_added_to_every_value() {
-        assert_eq!(rows(Order::AddOne, 1, 3, 1, 3), [[1.0, 2.0, 3.0]]);
+        assert_eq!(rows(RowOrder::AddOne, 1, 3, 1, 3), [[1.0, 2.0, 3.0]]);
     }
 
     #[test]
     fn experts_follow_one_another() {
-        assert_eq!(rows(Order::Same, 2, 4, 4, 2), [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]);
+        assert_eq!(rows(RowOrder::Same, 2, 4, 4, 2), [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]);
     }
 
     #[test]
     fn the_first_rows_are_left_out() {
-        assert_eq!(rows(Order::Skip(2), 1, 8, 2, 2), [[4.0, 5.0], [6.0, 7.0]]);
+        assert_eq!(rows(RowOrder::Skip(2), 1, 8, 2, 2), [[4.0, 5.0], [6.0, 7.0]]);
     }
 }

@@ -1,7 +1,7 @@
-//! Linux's three answers: the affinity mask, the cgroups' CPU quotas and the topology of cores.
+//! The number of usable cores on Linux, from the affinity mask, the CPU quotas of cgroups and the topology of cores.
 //!
-//! All functions take the root of the file system, so that tests can build one. Whatever cannot be read or understood
-//! does not limit.
+//! All functions take the root of the file system, so that tests can build one. A file that cannot be read or parsed sets
+//! no limit.
 
 use std::collections::BTreeSet;
 use std::fs::read_to_string;
@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 
 use crate::system::cgroup::Version;
 
-/// Larger CPU numbers than any kernel is built for are taken for nonsense.
+/// The first CPU number that is considered invalid. No Linux kernel is built for as many CPUs.
 const MAX_CPU: usize = 1 << 16;
 
-/// The number of physical cores that the process may run on, but no more than its quota; at least 1. `None` when the
-/// affinity mask cannot be read.
+/// The number of physical cores that the process may run on, at most its quota and at least 1. `None` if the affinity mask
+/// cannot be read.
 pub(super) fn usable_cores(root: &Path) -> Option<usize> {
     let status = read_to_string(root.join("proc/self/status")).ok()?;
     let cpus = allowed_cpus(&status)?;
@@ -41,11 +41,11 @@ fn cpu_list(text: &str) -> Option<BTreeSet<usize>> {
     Some(cpus)
 }
 
-/// How many cores the CPUs (hardware threads) are on. One whose siblings cannot be read is a core of its own.
+/// The number of cores of the CPUs (hardware threads). A CPU whose siblings cannot be read counts as its own core.
 fn physical_cores(root: &Path, cpus: &BTreeSet<usize>) -> usize {
     let core = |cpu: &usize| {
         let topology = root.join(format!("sys/devices/system/cpu/cpu{cpu}/topology"));
-        // The first is the name since Linux 5.3.
+        // The first name exists since Linux 5.3.
         let siblings = ["core_cpus_list", "thread_siblings_list"]
             .into_iter()
             .find_map(|name| cpu_list(&read_to_string(topology.join(name)).ok()?));
@@ -54,7 +54,7 @@ fn physical_cores(root: &Path, cpus: &BTreeSet<usize>) -> usize {
     cpus.iter().map(core).collect::<BTreeSet<_>>().len()
 }
 
-/// The smallest CPU quota of the process's cgroups and of those that they lie in, in whole CPUs, at least 1.
+/// The smallest CPU quota of the process's cgroups and their ancestors, in whole CPUs, at least 1.
 fn quota(root: &Path) -> Option<usize> {
     let quota_of = |folder: &PathBuf, version| {
         let read = |name| read_to_string(folder.join(name)).ok();
@@ -68,7 +68,7 @@ fn quota(root: &Path) -> Option<usize> {
     Version::ALL.into_iter().filter_map(of).min()
 }
 
-/// A quota in CPUs, rounded down, at least 1. `None` for the words that mean no limit.
+/// A quota in CPUs, rounded down, at least 1. `None` if the quota says that there is no limit.
 fn whole_cpus(quota: &str, period: &str) -> Option<usize> {
     let quota: usize = quota.trim().parse().ok()?; // "max" or "-1" when there is none
     let period: usize = period.trim().parse().ok()?;

@@ -1,14 +1,18 @@
-//! Families in which attention fades with the distance, or did in their first members (Press et al. 2021, arXiv 2108.12409).
+//! Families in which attention fades with the distance, or did in their first models (Press et al. 2021, arXiv 2108.12409).
 
-use super::*;
+use super::family::{ActivationSource, BASE, HfFamily, Rotation};
+use crate::error::Result;
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::{Need, Transform, tensor};
+use crate::model::hf::settings::Settings;
 use Need::{Always, If, IfSo, Optional};
 use Transform::Ungroup;
 
-/// What the slopes of ALiBi are powers of: 2 to the minus this.
+/// The exponent of ALiBi's slopes: they are powers of 2 to the minus this.
 const MAX_BIAS: f32 = 8.0;
 
 /// BigScience 2022, arXiv 2211.05100.
-pub(super) const BLOOM: Family = Family {
+pub(super) const BLOOM: HfFamily = HfFamily {
     model_types: &["bloom"],
     architecture: "bloom",
     defaults: &[("layer_norm_epsilon", "1e-5"), ("seq_length", "2048"), ("tie_word_embeddings", "true")],
@@ -28,8 +32,8 @@ pub(super) const BLOOM: Family = Family {
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(Always),
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
     ]],
-    norm: Norm::Layer,
-    activation: Activation::Is("gelu_tanh"),
+    norm: NormKind::Layer,
+    activation: ActivationSource::Is("gelu_tanh"),
     rotation: Rotation::None,
     adjust: |_, sizes| {
         (sizes.kv_heads, sizes.ffn) = (sizes.heads, 4 * sizes.hidden);
@@ -42,8 +46,8 @@ pub(super) const BLOOM: Family = Family {
     ..BASE
 };
 
-/// Almazrouei et al. 2023, arXiv 2311.16867; the RW ones have ALiBi.
-pub(super) const FALCON: Family = Family {
+/// Almazrouei et al. 2023, arXiv 2311.16867. The RW models have ALiBi.
+pub(super) const FALCON: HfFamily = HfFamily {
     model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
     architecture: "falcon",
     defaults: &[
@@ -69,8 +73,8 @@ pub(super) const FALCON: Family = Family {
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(If("bias")),
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(If("bias")),
     ]],
-    norm: Norm::Layer,
-    activation: Activation::Under(&["activation"]),
+    norm: NormKind::Layer,
+    activation: ActivationSource::Under(&["activation"]),
     rotation: Rotation::Unless("alibi"),
     adjust: |settings, sizes| {
         sizes.kv_heads = if is_new(settings)? {
@@ -89,7 +93,7 @@ pub(super) const FALCON: Family = Family {
         keys.set("use_parallel_residual", !serial);
         if keys.settings.switch("alibi", false)? {
             keys.set("attention.max_alibi_bias", MAX_BIAS);
-            // Unlike others it adds the bias before it scales the scores.
+            // Unlike other families it adds the bias before it scales the scores.
             keys.set("attention.alibi_scale", (keys.sizes.head_dim as f32).sqrt().recip());
         }
         Ok(())
@@ -101,7 +105,7 @@ fn serial(settings: &Settings) -> Result<bool> {
     Ok(!settings.switch("parallel_attn", true)?)
 }
 
-/// The build of the 40B model. Its first checkpoints do not say so, but have this number.
+/// Whether the model has the architecture of the 40B one. Its first checkpoints lack the switch, but have `n_head_kv`.
 fn is_new(settings: &Settings) -> Result<bool> {
     settings.switch("new_decoder_architecture", settings.get("n_head_kv").is_some())
 }
@@ -117,7 +121,7 @@ fn one_norm(settings: &Settings) -> Result<bool> {
 }
 
 /// MosaicML 2023.
-pub(super) const MPT: Family = Family {
+pub(super) const MPT: HfFamily = HfFamily {
     model_types: &["mpt"],
     architecture: "mpt",
     defaults: &[("layer_norm_epsilon", "1e-5"), ("max_seq_len", "2048"), ("tie_word_embeddings", "true")],
@@ -137,11 +141,11 @@ pub(super) const MPT: Family = Family {
         tensor("ffn_up", "ffn.up_proj").bias(Optional),
         tensor("ffn_down", "ffn.down_proj").bias(Optional),
     ]],
-    norm: Norm::Layer,
-    activation: Activation::Is("gelu"),
+    norm: NormKind::Layer,
+    activation: ActivationSource::Is("gelu"),
     rotation: Rotation::None,
     adjust: |settings, sizes| {
-        // transformers looks at no `expansion_ratio`.
+        // transformers ignores `expansion_ratio`.
         sizes.ffn = 4 * sizes.hidden;
         if let Some(attention) = settings.object("attn_config")? {
             sizes.kv_heads = attention.optional_count(&["kv_n_heads"])?.unwrap_or(sizes.heads);

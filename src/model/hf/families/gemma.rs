@@ -1,11 +1,15 @@
-//! Google's Gemma: norms multiply with 1 + weight, and the output is always the embedding.
+//! Google's Gemma: norms multiply by 1 + weight, and the output is always tied to the embedding.
 
-use super::*;
+use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
+use super::parts::{attention, gated, head_norms};
+use crate::error::Result;
+use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::metadata::MetadataWriter;
 use Need::{Always, If, Never};
 use Transform::{AddOne, Copy};
 
-/// Gemma ThreadPool 2024, arXiv 2403.08295.
-pub(super) const GEMMA: Family = Family {
+/// Gemma Team 2024, arXiv 2403.08295.
+pub(super) const GEMMA: HfFamily = HfFamily {
     model_types: &["gemma"],
     architecture: "gemma",
     defaults: &[("rms_norm_eps", "1e-6"), ("max_position_embeddings", "8192"), ("head_dim", "256")],
@@ -16,8 +20,8 @@ pub(super) const GEMMA: Family = Family {
         &gated(Always, Never),
     ],
     ignored: &["lm_head."],
-    // Whatever its config.json says: the first ones named another one by mistake.
-    activation: Activation::Is("gelu_tanh"),
+    // Not that of config.json, which is wrong in the first models.
+    activation: ActivationSource::Is("gelu_tanh"),
     ..BASE
 };
 
@@ -30,8 +34,8 @@ const FOUR_NORMS: &[Entry] = &[
     tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
 ];
 
-/// Gemma ThreadPool 2024, arXiv 2408.00118.
-pub(super) const GEMMA2: Family = Family {
+/// Gemma Team 2024, arXiv 2408.00118.
+pub(super) const GEMMA2: HfFamily = HfFamily {
     model_types: &["gemma2"],
     architecture: "gemma2",
     defaults: &[
@@ -46,11 +50,11 @@ pub(super) const GEMMA2: Family = Family {
         ("sliding_window_pattern", "2"),
     ],
     layer: &[FOUR_NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
-    activation: Activation::Under(&["hidden_activation"]),
-    window: Window::Period(&["sliding_window_pattern"]),
+    activation: ActivationSource::Under(&["hidden_activation"]),
+    window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
         scale(keys)?;
-        // Readers assume a cap where there is no key: none is 0.
+        // Readers assume a cap where the key is missing, so no cap is written as 0.
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
             let cap = keys.settings.optional_float(&[key])?.unwrap_or(0.0);
             keys.set(key, cap as f32);
@@ -60,11 +64,11 @@ pub(super) const GEMMA2: Family = Family {
     ..GEMMA
 };
 
-/// Gemma ThreadPool 2025, arXiv 2503.19786: the text part.
-pub(super) const GEMMA3: Family = Family {
+/// Gemma Team 2025, arXiv 2503.19786: the text part.
+pub(super) const GEMMA3: HfFamily = HfFamily {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",
-    // The files of the larger ones name few sizes.
+    // The files of the larger models have few sizes.
     defaults: &[
         ("vocab_size", "262208"),
         ("rms_norm_eps", "1e-6"),
@@ -94,8 +98,8 @@ pub(super) const GEMMA3: Family = Family {
         "model.vision_tower.",
         "model.multi_modal_projector.",
     ],
-    activation: Activation::Under(&["hidden_activation"]),
-    window: Window::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
+    activation: ActivationSource::Under(&["hidden_activation"]),
+    window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
     keys: |keys| {
         scale(keys)?;
         keys.require("use_bidirectional_attention", false)?;
@@ -108,8 +112,8 @@ pub(super) const GEMMA3: Family = Family {
     ..GEMMA
 };
 
-/// What queries are multiplied with.
-fn scale(keys: &mut Keys<'_>) -> Result<()> {
+/// Writes the factor of the scores.
+fn scale(keys: &mut MetadataWriter<'_>) -> Result<()> {
     let scalar = keys.settings.float(&["query_pre_attn_scalar"])?;
     if scalar <= 0.0 {
         return Err(keys.settings.malformed("query_pre_attn_scalar", scalar, "a positive number"));

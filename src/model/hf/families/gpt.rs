@@ -1,11 +1,16 @@
-//! GPT-2 and the families that are built like it: LayerNorm with biases and a feed-forward layer without a gate.
+//! GPT-2 and the families that resemble it: LayerNorm with biases, and a feed-forward layer without a gate.
 
-use super::*;
+use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
+use super::parts::{attention, four_times};
+use crate::error::Result;
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::settings::Settings;
 use Need::{Always, If, IfSo, Unless};
 use Transform::{Copy, Skip, Transpose, Ungroup};
 
 /// Radford et al. 2019.
-pub(super) const GPT2: Family = Family {
+pub(super) const GPT2: HfFamily = HfFamily {
     model_types: &["gpt2"],
     architecture: "gpt2",
     defaults: &[
@@ -18,8 +23,8 @@ pub(super) const GPT2: Family = Family {
     outside: &[OUTSIDE],
     layers: "~h.",
     layer: &[&layer(Transpose, Transpose)],
-    norm: Norm::Layer,
-    activation: Activation::Under(&["activation_function"]),
+    norm: NormKind::Layer,
+    activation: ActivationSource::Under(&["activation_function"]),
     rotation: Rotation::None,
     adjust: four_times,
     keys: |keys| {
@@ -49,7 +54,7 @@ const fn layer(qkv: Transform, rest: Transform) -> [Entry; 6] {
 }
 
 /// Li et al. 2023, arXiv 2305.06161: StarCoder and SantaCoder.
-pub(super) const GPT_BIGCODE: Family = Family {
+pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
     model_types: &["gpt_bigcode"],
     architecture: "starcoder",
     defaults: &[
@@ -68,7 +73,7 @@ pub(super) const GPT_BIGCODE: Family = Family {
 };
 
 /// Wang and Komatsuzaki 2021.
-pub(super) const GPTJ: Family = Family {
+pub(super) const GPTJ: HfFamily = HfFamily {
     model_types: &["gptj"],
     architecture: "gptj",
     defaults: &[
@@ -97,7 +102,7 @@ pub(super) const GPTJ: Family = Family {
 };
 
 /// Black et al. 2022, arXiv 2204.06745; also Pythia, Dolly and StableLM-Alpha.
-pub(super) const GPT_NEOX: Family = Family {
+pub(super) const GPT_NEOX: HfFamily = HfFamily {
     model_types: &["gpt_neox"],
     architecture: "gptneox",
     defaults: &[
@@ -122,7 +127,7 @@ pub(super) const GPT_NEOX: Family = Family {
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(Always),
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
     ]],
-    activation: Activation::Under(&["hidden_act"]),
+    activation: ActivationSource::Under(&["hidden_act"]),
     rotation: Rotation::Part,
     keys: |keys| {
         let parallel = keys.settings.switch("use_parallel_residual", true)?;
@@ -132,8 +137,8 @@ pub(super) const GPT_NEOX: Family = Family {
     ..GPT2
 };
 
-/// Zhang et al. 2022, arXiv 2205.01068. GGUF has no names for it; these are ours.
-pub(super) const OPT: Family = Family {
+/// Zhang et al. 2022, arXiv 2205.01068. GGUF has no names for it; these are nybble's own.
+pub(super) const OPT: HfFamily = HfFamily {
     model_types: &["opt"],
     architecture: "opt",
     defaults: &[
@@ -175,19 +180,19 @@ pub(super) const OPT: Family = Family {
     ..GPT2
 };
 
-/// Whether embeddings have another width than the layers, as in OPT-350m.
+/// Whether embeddings and layers have different widths, as in OPT-350m.
 fn is_projected(settings: &Settings) -> Result<bool> {
     let hidden = settings.count(&["hidden_size"])?;
     Ok(settings.optional_count(&["word_embed_proj_dim"])?.is_some_and(|width| width != hidden))
 }
 
-/// There is none where norms follow their layers instead of preceding them.
+/// Whether there is a norm before the output matrix: only where norms precede their layers.
 fn has_last_norm(settings: &Settings) -> Result<bool> {
     Ok(settings.switch("do_layer_norm_before", true)? && !settings.switch("_remove_final_layer_norm", false)?)
 }
 
 /// Lozhkov et al. 2024, arXiv 2402.19173.
-pub(super) const STARCODER2: Family = Family {
+pub(super) const STARCODER2: HfFamily = HfFamily {
     model_types: &["starcoder2"],
     architecture: "starcoder2",
     defaults: &[
@@ -211,7 +216,7 @@ pub(super) const STARCODER2: Family = Family {
         ],
         &attention(Copy, If("use_bias"), If("use_bias")),
     ],
-    norm: Norm::Layer,
-    window: Window::Always,
+    norm: NormKind::Layer,
+    window: WindowRule::Always,
     ..BASE
 };

@@ -1,12 +1,15 @@
 //! Llama and its closest relatives.
 
-use super::*;
+use super::family::{BASE, HfFamily, Rotation, WindowRule};
+use super::parts::{EMBEDDING, NORMS, attention, gated};
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, If, Never, Unless};
 use Transform::{Copy, PairNeighbours, Stack};
 
 /// Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Yi, TinyLlama, SmolLM and many others.
-pub(super) const LLAMA: Family = Family {
+pub(super) const LLAMA: HfFamily = HfFamily {
     model_types: &["llama"],
     architecture: "llama",
     defaults: &[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
@@ -20,7 +23,7 @@ pub(super) const LLAMA: Family = Family {
 };
 
 /// Jiang et al. 2023, arXiv 2310.06825.
-pub(super) const MISTRAL: Family = Family {
+pub(super) const MISTRAL: HfFamily = HfFamily {
     model_types: &["mistral"],
     defaults: &[
         ("rms_norm_eps", "1e-6"),
@@ -29,12 +32,12 @@ pub(super) const MISTRAL: Family = Family {
         ("num_key_value_heads", "8"),
         ("sliding_window", "4096"),
     ],
-    window: Window::Always,
+    window: WindowRule::Always,
     ..LLAMA
 };
 
 /// Jiang et al. 2024, arXiv 2401.04088.
-pub(super) const MIXTRAL: Family = Family {
+pub(super) const MIXTRAL: HfFamily = HfFamily {
     model_types: &["mixtral"],
     defaults: &[
         ("rms_norm_eps", "1e-5"),
@@ -55,7 +58,7 @@ pub(super) const MIXTRAL: Family = Family {
             tensor("ffn_down_exps", "block_sparse_moe.experts.{e}.w2").by(Stack),
         ],
     ],
-    window: Window::Always,
+    window: WindowRule::Always,
     adjust: |_, sizes| {
         sizes.expert_ffn = sizes.ffn;
         Ok(())
@@ -65,7 +68,7 @@ pub(super) const MIXTRAL: Family = Family {
 };
 
 /// IBM Granite 3.
-pub(super) const GRANITE: Family = Family {
+pub(super) const GRANITE: HfFamily = HfFamily {
     model_types: &["granite"],
     architecture: "granite",
     keys: |keys| {
@@ -77,8 +80,8 @@ pub(super) const GRANITE: Family = Family {
     ..LLAMA
 };
 
-/// SmolLM3: some layers do not rotate.
-pub(super) const SMOLLM3: Family = Family {
+/// SmolLM3: some layers do not rotate queries and keys.
+pub(super) const SMOLLM3: HfFamily = HfFamily {
     model_types: &["smollm3"],
     architecture: "smollm3",
     defaults: &[
@@ -91,7 +94,7 @@ pub(super) const SMOLLM3: Family = Family {
         ("tie_word_embeddings", "true"),
         ("use_sliding_window", "false"),
     ],
-    window: Window::Listed,
+    window: WindowRule::Listed,
     keys: |keys| {
         let layers = keys.sizes.layers;
         let listed = keys.settings.per_layer("no_rope_layers", layers, "1 to rotate, 0 not to", |rotates| {
@@ -110,8 +113,8 @@ pub(super) const SMOLLM3: Family = Family {
     ..LLAMA
 };
 
-/// ThreadPool OLMo 2024, arXiv 2501.00656: norms after instead of before, and over all heads at once.
-pub(super) const OLMO2: Family = Family {
+/// Team OLMo 2024, arXiv 2501.00656: norms follow the layers, and those of queries and keys are over all heads together.
+pub(super) const OLMO2: HfFamily = HfFamily {
     model_types: &["olmo2"],
     architecture: "olmo2",
     defaults: &[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
@@ -129,7 +132,7 @@ pub(super) const OLMO2: Family = Family {
 };
 
 /// Stability AI 2024, arXiv 2402.17834.
-pub(super) const STABLELM: Family = Family {
+pub(super) const STABLELM: HfFamily = HfFamily {
     model_types: &["stablelm"],
     architecture: "stablelm",
     defaults: &[
@@ -159,7 +162,7 @@ pub(super) const STABLELM: Family = Family {
         &attention(Copy, If("use_qkv_bias"), Never),
         &gated(Always, Never),
     ],
-    norm: Norm::Layer,
+    norm: NormKind::Layer,
     rotation: Rotation::Part,
     keys: |keys| {
         let parallel = keys.settings.switch("use_parallel_residual", false)?;

@@ -1,11 +1,14 @@
 //! Microsoft's Phi.
 
-use super::*;
+use super::family::{BASE, HfFamily, Rotation, WindowRule};
+use super::parts::{EMBEDDING, NORMS};
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::{Need, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, If};
 
 /// Li et al. 2023, arXiv 2309.05463: Phi 1, 1.5 and 2.
-pub(super) const PHI: Family = Family {
+pub(super) const PHI: HfFamily = HfFamily {
     model_types: &["phi"],
     architecture: "phi2",
     defaults: &[
@@ -30,13 +33,13 @@ pub(super) const PHI: Family = Family {
         tensor("ffn_up", "mlp.fc1").bias(Always),
         tensor("ffn_down", "mlp.fc2").bias(Always),
     ]],
-    norm: Norm::Layer,
+    norm: NormKind::Layer,
     rotation: Rotation::Part,
     ..BASE
 };
 
 /// Abdin et al. 2024, arXiv 2404.14219; also Phi 4.
-pub(super) const PHI3: Family = Family {
+pub(super) const PHI3: HfFamily = HfFamily {
     model_types: &["phi3"],
     architecture: "phi3",
     defaults: &[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "4096")],
@@ -51,6 +54,6 @@ pub(super) const PHI3: Family = Family {
         ],
     ],
     rotation: Rotation::Part,
-    window: Window::Always,
+    window: WindowRule::Always,
     ..BASE
 };

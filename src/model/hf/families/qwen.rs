@@ -1,11 +1,16 @@
 //! Qwen 2 and 3, dense and with experts.
 
-use super::*;
+use super::family::{BASE, HfFamily, WindowRule};
+use super::parts::{EMBEDDING, NORMS, attention, gated, head_norms};
+use crate::error::Result;
+use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::settings::Settings;
+use crate::model::hf::sizes::Sizes;
 use Need::{Always, Dense, If, Never, Sparse};
 use Transform::{Copy, Squeeze, Stack};
 
 /// Yang et al. 2024, arXiv 2407.10671; also Qwen 2.5.
-pub(super) const QWEN2: Family = Family {
+pub(super) const QWEN2: HfFamily = HfFamily {
     model_types: &["qwen2"],
     architecture: "qwen2",
     defaults: &[
@@ -18,11 +23,11 @@ pub(super) const QWEN2: Family = Family {
     ],
     outside: &[EMBEDDING],
     layer: &[NORMS, &attention(Copy, Always, Never), &gated(Always, Never)],
-    window: Window::From("max_window_layers"),
+    window: WindowRule::From("max_window_layers"),
     ..BASE
 };
 
-/// The choice among experts, and the layer of those that have none.
+/// Router and experts, and the dense network of layers without experts.
 const EXPERTS: [Entry; 7] = {
     let [gate, up, down] = gated(Dense, Never);
     [
@@ -36,8 +41,8 @@ const EXPERTS: [Entry; 7] = {
     ]
 };
 
-/// Qwen 1.5 and 2 with experts, one of which is always there.
-pub(super) const QWEN2_MOE: Family = Family {
+/// Qwen 1.5 and 2 with experts and a shared expert.
+pub(super) const QWEN2_MOE: HfFamily = HfFamily {
     model_types: &["qwen2_moe"],
     architecture: "qwen2moe",
     defaults: &[
@@ -71,7 +76,7 @@ pub(super) const QWEN2_MOE: Family = Family {
 };
 
 /// Yang et al. 2025, arXiv 2505.09388.
-pub(super) const QWEN3: Family = Family {
+pub(super) const QWEN3: HfFamily = HfFamily {
     model_types: &["qwen3"],
     architecture: "qwen3",
     defaults: &[
@@ -93,7 +98,7 @@ pub(super) const QWEN3: Family = Family {
 };
 
 /// Qwen 3 with experts.
-pub(super) const QWEN3_MOE: Family = Family {
+pub(super) const QWEN3_MOE: HfFamily = HfFamily {
     model_types: &["qwen3_moe"],
     architecture: "qwen3moe",
     defaults: &[
@@ -109,13 +114,13 @@ pub(super) const QWEN3_MOE: Family = Family {
         ("moe_intermediate_size", "768"),
     ],
     layer: &[NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &head_norms(Copy), &EXPERTS],
-    window: Window::Always,
+    window: WindowRule::Always,
     adjust: sparse_layers,
     keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),
     ..QWEN3
 };
 
-/// Every so many layers have experts, without those that are listed as having none.
+/// Every `decoder_sparse_step`-th layer has experts, except for those in `mlp_only_layers`.
 fn sparse_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     let step = settings.count(&["decoder_sparse_step"])?;
     let without: Vec<u64> = match settings.get("mlp_only_layers") {

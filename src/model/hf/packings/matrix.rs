@@ -1,37 +1,38 @@
-//! One packed matrix: where its codes, scales and zero points are, and its rows as blocks.
+//! A packed matrix: where its codes, scales and zero points are, and its rows as blocks.
 
 use half::f16;
 
-use super::super::transform::Order;
-use super::{Layout, Parts};
+use super::layout::Layout;
+use super::parts::Parts;
 use crate::error::Result;
 use crate::format::safetensors::SafeTensors;
+use crate::model::hf::transform::RowOrder;
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
-/// The values in a block.
+/// Values in a block.
 const BLOCK: usize = 32;
-/// In AWQ's words, the nibble that holds row `i` of eight.
+/// The nibble of a word of AWQ that holds row `i` of eight.
 const AWQ_NIBBLES: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
-/// A packed matrix `(rows, columns)`. All shapes were checked.
+/// A packed matrix `(rows, columns)`. All shapes are checked.
 #[derive(Debug)]
 pub(in super::super) struct Matrix {
     layout: Layout,
     rows: usize,
     columns: usize,
     groups: usize,
-    /// Columns of a group, where they lie together.
+    /// Columns of a group, where they are adjacent.
     pub(super) group: usize,
-    /// The group of each column, where they do not.
+    /// `(columns)`: the group of each column, where they are not.
     order: Option<Vec<u32>>,
-    /// Places among the tensors of the checkpoint: codes, scales, zero points, and what was only looked at.
+    /// Indices among the tensors of the checkpoint: codes, scales, zero points, and those that were only checked.
     codes: usize,
     scales: usize,
     zeros: Option<usize>,
-    beside: Vec<usize>,
+    checked: Vec<usize>,
     scale_type: BlockType,
-    /// The smallest type whose blocks are this matrix's numbers, were the columns of each group side by side.
+    /// The smallest type whose blocks represent this matrix exactly, if the columns of each group are adjacent.
     in_groups: BlockType,
 }
 
@@ -45,13 +46,13 @@ impl Matrix {
         scales: usize,
         scale_type: BlockType,
     ) -> Matrix {
-        let (group, order, beside, in_groups) = (columns, None, Vec::new(), BlockType::F32);
-        Matrix { layout, rows, columns, groups, group, order, codes, scales, zeros, beside, scale_type, in_groups }
+        let (group, order, checked, in_groups) = (columns, None, Vec::new(), BlockType::F32);
+        Matrix { layout, rows, columns, groups, group, order, codes, scales, zeros, checked, scale_type, in_groups }
     }
 
-    /// Adds the place of a tensor that belongs to the matrix and was looked at.
-    pub(super) fn has_seen(&mut self, at: usize) {
-        self.beside.push(at);
+    /// Adds the index of a tensor that belongs to the matrix and was only checked.
+    pub(super) fn add_checked(&mut self, at: usize) {
+        self.checked.push(at);
     }
 
     /// Sets the group of each column.
@@ -60,7 +61,10 @@ impl Matrix {
         self.order = (!is_plain).then_some(groups);
     }
 
-    /// Finds the block type, for which all scales and zero points are looked at.
+    /// Finds the block type, from all scales and zero points.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`](crate::Error::Malformed) for a scale that is not finite.
     pub(super) fn classified(mut self, files: &SafeTensors, parts: &Parts<'_>) -> Result<Matrix> {
         let view = self.view(files);
         let is_blocky = self.columns.is_multiple_of(BLOCK) && (self.groups == 1 || self.group.is_multiple_of(BLOCK));
@@ -86,12 +90,13 @@ impl Matrix {
         Ok(self)
     }
 
-    /// The smallest type whose blocks are this matrix's numbers.
+    /// The smallest type whose blocks represent this matrix exactly.
     fn block_type(&self) -> BlockType {
         if self.order.is_none() { self.in_groups } else { BlockType::F32 }
     }
 
-    /// The columns of the first group, then those of the second and so on, where there is another order than that.
+    /// The columns of the first group, then those of the second, and so on. `None` where the columns have that order, or groups
+    /// differ in size.
     fn sequence(&self) -> Option<Vec<u32>> {
         let order = self.order.as_deref()?;
         let mut sequence: Vec<u32> = (0..order.len() as u32).collect();
@@ -101,10 +106,10 @@ impl Matrix {
         sequence.iter().enumerate().all(is_whole).then_some(sequence)
     }
 
-    /// The places of all its tensors.
+    /// The indices of all its tensors.
     pub(in super::super) fn tensors(&self) -> impl Iterator<Item = usize> {
         let own = [Some(self.codes), Some(self.scales), self.zeros].into_iter().flatten();
-        own.chain(self.beside.iter().copied())
+        own.chain(self.checked.iter().copied())
     }
 
     fn view<'a>(&'a self, files: &'a SafeTensors) -> View<'a> {
@@ -118,7 +123,7 @@ impl Matrix {
     }
 }
 
-/// The type of these two that holds the numbers of both.
+/// The one of two types that represents the numbers of both.
 pub(in super::super) fn wider(one: BlockType, other: BlockType) -> BlockType {
     let rank = |block_type| match block_type {
         BlockType::Q4_0 => 0,
@@ -141,7 +146,7 @@ struct View<'a> {
     zeros: &'a [u8],
 }
 
-/// Nibble `nibble` of word `at`. All shapes were checked, so that no word lies outside.
+/// Nibble `nibble` of word `at`. All shapes are checked, so every word exists.
 fn nibble(bytes: &[u8], at: usize, nibble: u32) -> u8 {
     let word = bytes.as_chunks::<4>().0.get(at).copied().unwrap_or_default();
     (u32::from_le_bytes(word) >> (4 * nibble) & 15) as u8
@@ -159,17 +164,17 @@ impl View<'_> {
         }
     }
 
-    /// 0..=15
+    /// The zero point, 0 to 15.
     fn zero(&self, row: usize, group: usize) -> u8 {
         let Matrix { rows, groups, .. } = *self.matrix;
-        let beside = group * (rows / 8) + row / 8;
+        let word = group * (rows / 8) + row / 8;
         match self.matrix.layout {
             Layout::Gptq { one_less } => {
-                let stored = nibble(self.zeros, beside, (row % 8) as u32);
-                // Less than 0 has become 15.
+                let stored = nibble(self.zeros, word, (row % 8) as u32);
+                // A stored 15 stands for -1.
                 if one_less { (stored + 1) & 15 } else { stored }
             }
-            Layout::Awq => nibble(self.zeros, beside, AWQ_NIBBLES[row % 8]),
+            Layout::Awq => nibble(self.zeros, word, AWQ_NIBBLES[row % 8]),
             Layout::Compressed { symmetric: true } => 8,
             Layout::Compressed { symmetric: false } => nibble(self.zeros, row / 8 * groups + group, (row % 8) as u32),
         }
@@ -183,12 +188,12 @@ impl View<'_> {
         };
         let (size, mut value) = (scale_type.block_bytes(), [0.0]);
         let bytes = self.scales.get(at * size..(at + 1) * size).unwrap_or_default();
-        // It fails for lengths that do not belong together only.
+        // It fails only for lengths that do not match.
         let _ = scale_type.decode(bytes, &mut value);
         value[0]
     }
 
-    /// Appends row `row` in blocks of `block_type`, one that [`wider`] chose; its columns in this sequence, if any.
+    /// Appends row `row` in blocks of `block_type`, which [`wider`] chose, with its columns in this sequence, if there is one.
     fn encode(&self, row: usize, block_type: BlockType, sequence: Option<&[u32]>, out: &mut Vec<u8>) {
         let Matrix { columns, group, .. } = *self.matrix;
         if block_type == BlockType::F32 {
@@ -214,7 +219,7 @@ impl View<'_> {
             match block_type {
                 BlockType::Q4_1 => out.extend(f16::from_f32(-scale * f32::from(zero)).to_le_bytes()),
                 BlockType::Q5_0 => {
-                    // Q5_0's zero point is 16; the fifth bits of all codes stand before the others.
+                    // Q5_0's zero point is 16. The fifth bits of all codes come before the other bits.
                     codes.iter_mut().for_each(|code| *code += 16 - zero);
                     let high = codes.iter().enumerate().fold(0, |high, (i, code)| high | u32::from(code >> 4) << i);
                     out.extend(high.to_le_bytes());
@@ -227,18 +232,18 @@ impl View<'_> {
     }
 }
 
-/// The rows of a tensor of GGUF whose parts are packed.
+/// The rows of a GGUF tensor whose parts are packed.
 pub(in super::super) struct PackedRows<'a> {
     views: Vec<View<'a>>,
-    order: Order,
+    order: RowOrder,
     /// Rows of each part.
     rows: usize,
     block_type: BlockType,
 }
 
 impl<'a> PackedRows<'a> {
-    /// Of matrices of equal shape, one after the other, in an order of rows.
-    pub(in super::super) fn new(files: &'a SafeTensors, matrices: &'a [Matrix], order: Order) -> PackedRows<'a> {
+    /// The rows of matrices of equal shape, one after the other, in the given order.
+    pub(in super::super) fn new(files: &'a SafeTensors, matrices: &'a [Matrix], order: RowOrder) -> PackedRows<'a> {
         let block_type = matrices.iter().map(Matrix::block_type).fold(BlockType::Q4_0, wider);
         let rows = matrices.first().map_or(1, |matrix| matrix.rows.max(1));
         PackedRows { views: matrices.iter().map(|matrix| matrix.view(files)).collect(), order, rows, block_type }
@@ -278,7 +283,7 @@ impl Rows for PackedRows<'_> {
     }
 }
 
-/// Packed rows whose columns are brought together by group.
+/// Packed rows whose columns are reordered so that those of a group are adjacent.
 struct Reordered<'a> {
     rows: &'a PackedRows<'a>,
     sequence: Vec<u32>,

@@ -1,60 +1,51 @@
-//! Checkpoints whose linear layers are in 4 bits already, read without rounding anything again.
+//! Checkpoints whose linear layers are in 4 bits already, read without rounding them again.
 //!
 //! | method | codes | scales | zero points |
 //! | --- | --- | --- | --- |
-//! | `gptq`, `auto-round` | `qweight (in / 8, out)`, columns in a word | `scales (groups, out)` | `qzeros (groups, out / 8)`, in version 1 one less than meant |
+//! | `gptq`, `auto-round` | `qweight (in / 8, out)`, columns in a word | `scales (groups, out)` | `qzeros (groups, out / 8)`, in version 1 stored minus one |
 //! | `awq`, `auto-round` | `qweight (in, out / 8)`, rows in a word, even ones first | `scales (groups, out)` | `qzeros (groups, out / 8)`, in the same order |
 //! | `compressed-tensors` | `weight_packed (out, in / 8)`, columns in a word | `weight_scale (out, groups)` | `weight_zero_point (out / 8, groups)`, or 8 |
 //!
-//! A weight is `scale * (code - zero)`. That is a block type's number exactly: Q4_0's where the zero point is 8, Q4_1's
-//! where `scale * zero` is a number of F16, Q5_0's with any other zero point. Groups that are no multiple of 32 and scales
-//! that F16 does not hold become F32.
+//! A weight is `scale * (code - zero)`, which a block type represents exactly: Q4_0 where the zero point is 8, Q4_1 where
+//! F16 represents `scale * zero`, Q5_0 with any other zero point. Groups whose size is not a multiple of 32, and scales that
+//! F16 does not represent, become F32.
 //!
-//! With `desc_act`, the columns of a group do not lie together (`g_idx` tells their groups). GGUF has no blocks for that, so
-//! that such rows are F32, too; but a model that is loaded brings the columns together by
-//! [`Rows::reordered`](crate::quant::pack::Rows::reordered), and its inputs likewise.
+//! With `desc_act`, the columns of a group are not adjacent (`g_idx` has the group of each column). GGUF has no blocks for
+//! that, so such rows become F32, too, when they are converted. A model that is loaded reorders the columns, and its inputs,
+//! by [`Rows::reordered`](crate::quant::pack::Rows::reordered).
 //!
 //! Sources: AutoGPTQ's and GPTQModel's `QuantLinear`, AutoAWQ's `WQLinear_GEMM`, compressed-tensors' `pack_quantized`,
 //! auto-round's `inference/backend.py`.
 
-mod matrix;
+mod layout;
+pub(super) mod matrix;
+mod parts;
 
 use serde_json::Value;
 
 use super::settings::Settings;
-use crate::error::{Error, Place, Result};
+use crate::error::Result;
 use crate::format::json;
 use crate::format::safetensors::{SafeTensors, TensorInfo};
-pub(super) use matrix::{Matrix, PackedRows};
+use layout::Layout;
+use matrix::Matrix;
+use parts::Parts;
 
 /// How a checkpoint packs its linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Packing {
     layout: Layout,
-    /// Columns that share a scale; none where whole rows do.
+    /// Columns that share a scale. `None` where whole rows do.
     group: Option<usize>,
-    /// Whether the columns of a group do not lie together, which a tensor must tell then.
+    /// Whether the columns of a group are not adjacent. A tensor must then hold the group of each column.
     scattered: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
-    /// Whether zero points are stored one less than they are.
-    Gptq {
-        one_less: bool,
-    },
-    Awq,
-    /// Whether the zero points are 8 and not stored.
-    Compressed {
-        symmetric: bool,
-    },
 }
 
 const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors with 4 bits, and F32, F16 and BF16; take \
                          the original checkpoint, or a GGUF file";
 
 impl Packing {
-    /// What `config.json` says under `quantization_config`, if it does.
+    /// The packing that `quantization_config` of `config.json` describes, if it has one.
     pub(super) fn read(settings: &Settings) -> Result<Option<Packing>> {
         let Some(config) = settings.object("quantization_config")? else { return Ok(None) };
         let method = config.text(&["quant_method"])?.ok_or_else(|| config.missing("quant_method", "a method"))?;
@@ -172,7 +163,7 @@ impl Packing {
                 return Err(weights.unsupported("strategy", what, "supported: group and channel"));
             }
         };
-        // With "weight" and "static", columns were quantized in another order and stored where they belong.
+        // With "weight" and "static", columns were quantized in another order, but stored in their own.
         let scattered = match weights.get("actorder") {
             None | Some(Value::Bool(false)) => false,
             Some(Value::Bool(true)) => true,
@@ -186,7 +177,7 @@ impl Packing {
         Ok(Packing { layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? }, group, scattered })
     }
 
-    /// What the name of the codes ends with instead of `.weight`.
+    /// The suffix of the name of the codes, instead of `.weight`.
     fn codes(self) -> &'static str {
         match self.layout {
             Layout::Gptq { .. } | Layout::Awq => ".qweight",
@@ -194,12 +185,12 @@ impl Packing {
         }
     }
 
-    /// The codes of the matrix that would be called `name`, if the checkpoint has them.
+    /// The codes of the matrix `name`, if the checkpoint has it packed.
     pub(super) fn find<'a>(self, files: &'a SafeTensors, name: &str) -> Option<&'a TensorInfo> {
         files.tensor(&format!("{}{}", name.strip_suffix(".weight")?, self.codes()))
     }
 
-    /// The matrix that would be called `name`, `(rows, columns)`, everything checked.
+    /// The packed matrix `name`, `(rows, columns)`. All shapes and numbers are checked.
     pub(super) fn matrix(self, files: &SafeTensors, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
         let stem = name.strip_suffix(".weight").unwrap_or(name);
         let parts = Parts { files, stem };
@@ -208,7 +199,7 @@ impl Packing {
             Layout::Gptq { .. } | Layout::Awq => {
                 if !rows.is_multiple_of(8) || !columns.is_multiple_of(8) {
                     let found = format_args!("{rows} rows of {columns}");
-                    return Err(parts.malformed(".qweight", found, "multiples of 8, of which a word holds as many"));
+                    return Err(parts.malformed(".qweight", found, "multiples of 8, the numbers in a word"));
                 }
                 let words = if self.layout == Layout::Awq { [columns, rows / 8] } else { [columns / 8, rows] };
                 let codes = parts.words(".qweight", &words)?;
@@ -228,7 +219,7 @@ impl Packing {
             }
         };
         if matches!(self.layout, Layout::Compressed { .. }) {
-            matrix.has_seen(parts.at(".weight_shape")?);
+            matrix.add_checked(parts.at(".weight_shape")?);
         }
         matrix.group = self.group.unwrap_or(columns).max(1);
         let order = match self.layout {
@@ -237,19 +228,19 @@ impl Packing {
             Layout::Compressed { .. } => ".weight_g_idx",
         };
         if self.scattered && groups > 1 || files.tensor(&parts.name(order)).is_some() {
-            matrix.has_seen(parts.at(order)?);
+            matrix.add_checked(parts.at(order)?);
             matrix.order(parts.order(order, columns, groups)?);
         }
         matrix.classified(files, &parts)
     }
 }
 
-/// The columns of a group; none for whole rows.
+/// The columns of a group. `None` for whole rows.
 fn group_size(config: &Settings) -> Result<Option<usize>> {
     let value = config.get("group_size").ok_or_else(|| config.missing("group_size", "columns in a group, or -1"))?;
     match value.as_i64() {
         Some(-1) => Ok(None),
-        // More than any matrix has columns is a whole row, too.
+        // A group of more columns than any matrix has is a whole row, too.
         Some(size) if size > 0 => Ok(Some(usize::try_from(size).unwrap_or(usize::MAX))),
         _ => Err(config.malformed("group_size", value, "columns in a group, or -1 for whole rows")),
     }
@@ -259,86 +250,5 @@ fn four_bits(config: &Settings, key: &str) -> Result<()> {
     match config.count(&[key])? {
         4 => Ok(()),
         other => Err(config.unsupported(key, format_args!("a checkpoint of {other} bits"), "supported: 4")),
-    }
-}
-
-/// The tensors that make up one matrix.
-struct Parts<'a> {
-    files: &'a SafeTensors,
-    /// The name without `.weight`.
-    stem: &'a str,
-}
-
-impl<'a> Parts<'a> {
-    fn name(&self, end: &str) -> String {
-        format!("{}{end}", self.stem)
-    }
-
-    fn at(&self, end: &str) -> Result<usize> {
-        let name = self.name(end);
-        self.files.position(&name).ok_or_else(|| Error::Missing {
-            path: self.files.folder().to_path_buf(),
-            place: Place::Tensor(name),
-            expected: format!("it beside the other parts of {}", self.stem),
-        })
-    }
-
-    fn malformed(&self, end: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
-        let name = self.name(end);
-        let path = self.files.tensor(&name).map_or(self.files.folder(), |tensor| self.files.path(tensor));
-        Error::malformed(path, Place::Tensor(name), found, expected)
-    }
-
-    /// The place of a tensor of one of these types and of that shape.
-    fn part(&self, end: &str, dtypes: &[&str], shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
-        let at = self.at(end)?;
-        // `at` came from the same list.
-        let Some(tensor) = self.files.tensors().get(at) else { return Err(self.malformed(end, "nothing", "a tensor")) };
-        if !dtypes.contains(&tensor.dtype()) {
-            return Err(self.malformed(end, format_args!("the type {}", tensor.dtype()), dtypes.join(" or ")));
-        }
-        if tensor.shape() != shape {
-            let expected = format_args!("{shape:?}, as config.json says");
-            return Err(self.malformed(end, format_args!("shape {:?}", tensor.shape()), expected));
-        }
-        Ok((at, tensor))
-    }
-
-    fn words(&self, end: &str, shape: &[usize]) -> Result<usize> {
-        Ok(self.part(end, &["I32", "U32"], shape)?.0)
-    }
-
-    fn scales(&self, end: &str, shape: &[usize]) -> Result<(usize, crate::quant::block::BlockType)> {
-        let (at, tensor) = self.part(end, &["F16", "BF16", "F32"], shape)?;
-        Ok((at, tensor.block_type().unwrap_or(crate::quant::block::BlockType::F32)))
-    }
-
-    /// Checks what `weight_shape` says.
-    fn shape(&self, expected: [usize; 2]) -> Result<()> {
-        let (_, tensor) = self.part(".weight_shape", &["I64", "I32"], &[2])?;
-        let bytes = self.files.data(tensor);
-        let numbers: Vec<i64> = match tensor.dtype() {
-            "I64" => bytes.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect(),
-            _ => bytes.as_chunks::<4>().0.iter().map(|bytes| i64::from(i32::from_le_bytes(*bytes))).collect(),
-        };
-        if numbers.iter().map(|number| usize::try_from(*number)).ne(expected.map(Ok)) {
-            let expected = format_args!("{expected:?}, as config.json says");
-            return Err(self.malformed(".weight_shape", format_args!("{numbers:?}"), expected));
-        }
-        Ok(())
-    }
-
-    /// The group of each column.
-    fn order(&self, end: &str, columns: usize, groups: usize) -> Result<Vec<u32>> {
-        let (_, tensor) = self.part(end, &["I32"], &[columns])?;
-        let words = self.files.data(tensor).as_chunks::<4>().0.iter();
-        words
-            .map(|bytes| match i32::from_le_bytes(*bytes) {
-                group if (0..groups as i64).contains(&i64::from(group)) => Ok(group as u32),
-                group => {
-                    Err(self.malformed(end, group, format_args!("a group from 0 to {}", groups.saturating_sub(1))))
-                }
-            })
-            .collect()
     }
 }

@@ -1,4 +1,4 @@
-//! The machines here are made of files in a temporary directory.
+//! Tests with machines made of files in a temporary directory.
 
 use std::fs;
 
@@ -33,13 +33,13 @@ fn cgroup2(root: &TempDir, group: &str) {
 }
 
 #[test]
-fn cpu_lists_are_read_as_the_kernel_writes_them() {
+fn cpu_lists_in_the_format_of_the_kernel_are_parsed() {
     let list = |text| cpu_list(text).map(|cpus| cpus.into_iter().collect::<Vec<_>>());
     assert_eq!(list("0-3,8,10-11\n"), Some(vec![0, 1, 2, 3, 8, 10, 11]));
     assert_eq!(list("5"), Some(vec![5]));
     assert_eq!(list("\n"), Some(vec![]));
-    for nonsense in ["3-1", "a", "1-", "-1", "0-4294967295", "0-99999999999999999999", "1 2"] {
-        assert_eq!(list(nonsense), None, "{nonsense}");
+    for invalid in ["3-1", "a", "1-", "-1", "0-4294967295", "0-99999999999999999999", "1 2"] {
+        assert_eq!(list(invalid), None, "{invalid}");
     }
 }
 
@@ -49,14 +49,14 @@ fn a_machine_without_limits_uses_each_core_once() {
 }
 
 #[test]
-fn affinity_limits_to_its_cpus_and_two_on_one_core_count_once() {
+fn affinity_counts_each_allowed_core_once() {
     assert_eq!(usable_cores(machine("0-2", 8).path()), Some(3));
     assert_eq!(usable_cores(machine("1,9", 8).path()), Some(1));
     assert_eq!(usable_cores(machine("1,2,9", 8).path()), Some(2));
 }
 
 #[test]
-fn cpus_of_unknown_topology_are_cores() {
+fn cpus_of_unknown_topology_count_as_cores() {
     let root = machine("0-3", 0);
     assert_eq!(usable_cores(root.path()), Some(4));
     write(&root, "sys/devices/system/cpu/cpu2/topology/core_cpus_list", "2-3\n");
@@ -65,7 +65,7 @@ fn cpus_of_unknown_topology_are_cores() {
 }
 
 #[test]
-fn an_unreadable_affinity_is_no_answer() {
+fn an_unreadable_affinity_gives_none() {
     let root = TempDir::new().unwrap();
     assert_eq!(usable_cores(root.path()), None);
     write(&root, "proc/self/status", "Name:\tnybble\n");
@@ -85,7 +85,7 @@ fn a_quota_is_rounded_down_but_not_to_zero() {
 }
 
 #[test]
-fn the_smallest_quota_on_the_way_to_the_root_counts() {
+fn the_smallest_quota_of_all_ancestors_counts() {
     let root = machine("0-15", 8);
     cgroup2(&root, "/user/job/step");
     write(&root, "sys/fs/cgroup/cpu.max", "700000 100000\n");
@@ -103,7 +103,7 @@ fn a_container_sees_its_quota_at_the_mount_itself() {
     cgroup2(&root, "/");
     write(&root, "sys/fs/cgroup/cpu.max", "250000 100000\n");
     assert_eq!(usable_cores(root.path()), Some(2));
-    // With the path of the host, which is not mounted here, or one outside of the namespace.
+    // With a path on the host, which is not mounted here, or one outside the namespace.
     let foreign = "30 23 0:26 /machine/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
     for group in ["/machine/abc", "/system/x", "/../x"] {
         write(&root, "proc/self/cgroup", &format!("0::{group}\n"));
@@ -113,7 +113,7 @@ fn a_container_sees_its_quota_at_the_mount_itself() {
 }
 
 #[test]
-fn a_quota_of_version_1_is_found_among_its_controllers() {
+fn a_quota_of_cgroup_version_1_is_found() {
     let root = machine("0-15", 8);
     write(&root, "proc/self/cgroup", "5:cpuset:/\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n0::/\n");
     let mounts = "31 30 0:27 /docker/abc /sys/fs/cgroup/cpu\\040set rw - cgroup cgroup rw,cpuset\n\
@@ -132,7 +132,7 @@ fn a_quota_of_version_1_is_found_among_its_controllers() {
 }
 
 #[test]
-fn damaged_files_do_not_limit() {
+fn damaged_files_set_no_limit() {
     let root = machine("0-15", 8);
     for (cgroup, mounts, cpu_max) in [
         ("", "", ""),

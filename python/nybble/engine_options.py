@@ -1,0 +1,81 @@
+"""Options of `Engine`, defined once for Python and for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from nybble.overrides import doc, merged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of `Engine`. Each may also be given there by name.
+
+    Example:
+        ```python
+        options = EngineOptions(max_batch=4, speculation="auto")
+        engine = Engine(model, options)
+        same = Engine(model, max_batch=4, speculation="auto")
+        ```
+
+    Raises:
+        ValueError: `max_queue` is negative. `Engine` checks the other options.
+    """
+
+    max_batch: int = field(default=16, metadata=doc("Requests to compute at the same time."))
+    """Most requests in a batch. Others wait in order of arrival."""
+    max_queue: int | None = field(default=None, metadata=doc("Requests that may wait; more are refused."))
+    """Most requests that may wait; None for no limit. More raise `QueueFullError`."""
+    cache_bytes: int | None = field(default=None, metadata=doc("Bytes of KV cache at most, the prefix cache included."))
+    """Most bytes of KV cache, the prefix cache included.
+
+    None takes half of the memory that is free now, and at least enough for one sequence that fills the context.
+    """
+    prefix_cache: bool = field(default=True, metadata=doc("Compute the common prefix of prompts once."))
+    """Keep keys and values of sequences, so that prompts with a common prefix compute it once."""
+    prefill_chunk: int | None = field(default=None, metadata=doc("Prompt tokens in a step at most."))
+    """Most prompt tokens in a step.
+
+    None chooses the number from measurements, so that a step with prompt tokens takes about two and a half times as
+    long as one without.
+    """
+    speculation: Literal["off", "on", "auto"] = field(
+        default="off", metadata=doc("Confirm several draft tokens per step: same output, often faster.")
+    )
+    """Whether to use draft tokens: `"off"`, `"on"` or `"auto"`. They change the speed, never the output.
+
+    `"auto"` pauses when few draft tokens are accepted or many requests run.
+    """
+
+    def __post_init__(self) -> None:
+        if self.max_queue is not None and self.max_queue < 0:
+            raise ValueError(f"max_queue: found {self.max_queue}, expected None, or 0 or more")
+
+    def replace(self, **overrides: Unpack[EngineOverrides]) -> EngineOptions:
+        """Returns a copy with some options changed."""
+        return dataclasses.replace(self, **overrides)
+
+
+class EngineOverrides(TypedDict, total=False):
+    """Names and types of the fields of `EngineOptions`, for type checkers."""
+
+    max_batch: int
+    max_queue: int | None
+    cache_bytes: int | None
+    prefix_cache: bool
+    prefill_chunk: int | None
+    speculation: Literal["off", "on", "auto"]
+
+
+def merge_engine_options(options: EngineOptions | None, overrides: EngineOverrides) -> EngineOptions:
+    """Returns `options`, or the defaults, with single options replaced.
+
+    Raises:
+        TypeError: An override is not an option. The message lists the options.
+    """
+    return merged(EngineOptions() if options is None else options, overrides)

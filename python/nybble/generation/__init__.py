@@ -1,0 +1,6 @@
+"""Generation: a request is prepared, a driver computes it, a builder assembles its completion."""
+
+from nybble.completion import Completion, FinishReason, Timings, TokenLogprob, Usage
+from nybble.generation.stream import TextStream
+
+__all__ = ["Completion", "FinishReason", "TextStream", "Timings", "TokenLogprob", "Usage"]

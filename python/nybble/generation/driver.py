@@ -1,0 +1,105 @@
+"""The loop of all generation: steps a native scheduler and passes each token to the job it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from nybble import _native, memory
+
+if TYPE_CHECKING:
+    from nybble.engine_options import EngineOptions
+    from nybble.generation.request import PreparedRequest, TextModel
+
+Job = TypeVar("Job")
+
+_PAGE = 64
+"""Tokens per page of the KV cache."""
+
+
+class Driver(Generic[Job]):
+    """Computes requests together, step by step. A job is any hashable object that stands for a request.
+
+    One thread at a time may use a driver, except for `interrupt`.
+
+    Args:
+        model: The model to compute with.
+        options: Limits of the scheduler. Without `cache_bytes`, they follow the memory that is free now.
+        draft: A model for draft tokens.
+        keep_sessions: Keep the session of each job after its end, for `session`.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        options: EngineOptions,
+        draft: TextModel | None = None,
+        *,
+        keep_sessions: bool = False,
+    ) -> None:
+        native = model._native
+        if options.cache_bytes is None:
+            # The session keeps its last page, which the sequence copies.
+            kept = _PAGE * model.info.cache_bytes_per_token if keep_sessions else 0
+            options = options.replace(cache_bytes=memory.for_caches(native) + kept)
+        self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)
+        self._jobs: dict[int, Job] = {}
+        self._ids: dict[Job, int] = {}
+        self._sessions: dict[Job, _native.Session] | None = {} if keep_sessions else None
+
+    def __contains__(self, job: Job) -> bool:
+        """Whether a job is waiting or running."""
+        return job in self._ids
+
+    def __len__(self) -> int:
+        """Number of jobs that are waiting or running."""
+        return len(self._ids)
+
+    def submit(self, request: PreparedRequest, job: Job) -> None:
+        """Queues a request. Its events carry `job`.
+
+        Raises:
+            ValueError: The limit of the request is 0, or its sequence belongs to another model.
+        """
+        number = self._scheduler.submit(request.sequence, request.limit)
+        self._jobs[number], self._ids[job] = job, number
+
+    def step(self, *, signals: bool) -> Iterator[tuple[Job, _native.Sampled | Exception, int]]:
+        """Computes one step. Yields for each job its next tokens, or the exception that ended it.
+
+        With each comes the number of prompt tokens that were not computed. A job that has been cancelled meanwhile gets
+        no more events.
+
+        Args:
+            signals: Run signal handlers during the step, as the main thread can. What a handler raises, such as
+                `KeyboardInterrupt`, ends the step within a layer; the driver is then as it was before the step.
+        """
+        for number, outcome, cached_tokens, session in self._scheduler.step(signals):
+            if (job := self._jobs.get(number)) is not None:
+                if session is not None or isinstance(outcome, Exception):
+                    self._forget(job, number, session)
+                yield job, outcome, cached_tokens
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job and frees its slot. Does nothing if it has ended."""
+        if (number := self._ids.get(job)) is not None:
+            self._forget(job, number, self._scheduler.cancel(number))
+
+    def session(self, job: Job) -> _native.Session | None:
+        """Returns the KV cache of a job as of its latest step. None if it has ended and sessions are not kept."""
+        if (number := self._ids.get(job)) is not None:
+            return self._scheduler.session(number)
+        return None if self._sessions is None else self._sessions.get(job)
+
+    def interrupt(self) -> None:
+        """Stops the present step, and all later ones, with an error. Any thread may call it."""
+        self._scheduler.interrupt()
+
+    def stats(self) -> dict[str, int]:
+        """Returns the scheduler's counts by name."""
+        return self._scheduler.stats()
+
+    def _forget(self, job: Job, number: int, session: _native.Session | None) -> None:
+        del self._jobs[number], self._ids[job]
+        if self._sessions is not None and session is not None:
+            self._sessions[job] = session

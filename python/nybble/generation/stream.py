@@ -1,0 +1,107 @@
+"""Generation in the calling thread: a stream of text, or whole completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from nybble.engine_options import EngineOptions
+from nybble.generation.builder import CompletionBuilder
+from nybble.generation.driver import Driver
+
+if TYPE_CHECKING:
+    from nybble import _native
+    from nybble.completion import Completion
+    from nybble.generation.request import PreparedRequest, TextModel
+
+# Nobody waits for single tokens of a batch, so its prompts may take large steps.
+_BATCH = EngineOptions(max_batch=16, prefill_chunk=512)
+# A lone sequence has nobody to share a prefix with.
+_SINGLE = EngineOptions(max_batch=1, prefill_chunk=512, prefix_cache=False)
+
+
+def generate(model: TextModel, requests: Sequence[PreparedRequest]) -> list[Completion]:
+    """Computes requests together. Returns their completions, in the same order."""
+    builders = [CompletionBuilder(request) for request in requests]
+    driver: Driver[CompletionBuilder] = Driver(model, _SINGLE if len(requests) == 1 else _BATCH)
+    for request, builder in zip(requests, builders, strict=True):
+        if builder.finish_reason is None:
+            driver.submit(request, builder)
+    while len(driver) > 0:
+        _advance(driver)
+    return [builder.completion() for builder in builders]
+
+
+class TextStream(Iterator[str]):
+    """The text of a completion, piece by piece as it is generated.
+
+    `completion` has the finish reason, usage and timings. A stream that is no longer referenced frees its KV cache;
+    `close`, or a `with` block, does so at once.
+
+    Example:
+        ```python
+        stream = model.stream("Once upon a time")
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print(stream.completion.finish_reason)
+        ```
+    """
+
+    def __init__(self, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> None:
+        self._driver: Driver[CompletionBuilder] = Driver(model, _SINGLE, keep_sessions=keep_session)
+        self._builder = CompletionBuilder(request)
+        if self._builder.finish_reason is None:
+            self._driver.submit(request, self._builder)
+
+    def __next__(self) -> str:
+        while self._builder in self._driver:
+            if text := _advance(self._driver):
+                return text
+        raise StopIteration
+
+    @property
+    def completion(self) -> Completion:
+        """The completion so far; complete once the stream has ended."""
+        return self._builder.completion()
+
+    def close(self) -> None:
+        """Ends the stream and frees its KV cache. Its completion then has the finish reason "cancelled"."""
+        if self._builder.finish_reason is None:
+            self._builder.finish_reason = "cancelled"
+        self._driver.cancel(self._builder)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The token ids so far, without the one that ended the completion."""
+        return self._builder.tokens
+
+    @property
+    def session(self) -> _native.Session | None:
+        """The KV cache as of the latest step, for `nybble.Session`. None if there is none, or it was not kept."""
+        return self._driver.session(self._builder)
+
+
+def _advance(driver: Driver[CompletionBuilder]) -> str:
+    """Computes one step. Returns the new text of all sequences.
+
+    Raises:
+        Exception: The error of the first sequence that failed.
+    """
+    text = ""
+    for builder, outcome, cached_tokens in driver.step(signals=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        builder.cached_tokens = cached_tokens
+        text += builder.push(outcome)
+        if builder.finish_reason is not None:
+            driver.cancel(builder)
+    return text

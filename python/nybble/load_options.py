@@ -1,0 +1,101 @@
+"""Options of `Model.load`, defined once for Python and for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from nybble.overrides import doc, merged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of `Model.load`. Each may also be given there by name.
+
+    Example:
+        ```python
+        options = LoadOptions(threads=4, cache_type="int8")
+        model = Model.load("model.gguf", options)
+        same = Model.load("model.gguf", threads=4, cache_type="int8")
+        ```
+    """
+
+    filename: str | None = field(
+        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".')
+    )
+    """A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository."""
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    """Branch, tag or commit of a Hub repository."""
+    kernel: str | None = field(
+        default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
+    )
+    """Instruction set to compute with. `kernels()` lists those that this CPU runs; None takes the best."""
+    threads: int | None = field(
+        default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
+    )
+    """Number of threads. None takes the number of physical cores available to this process."""
+    context: int | None = field(
+        default=None,
+        metadata=doc("Tokens of context, prompt and completion together; the model's limit if not given."),
+    )
+    """Number of tokens in the context, prompt and completion together. None takes the model's training length."""
+    quantize: str | None = field(
+        default="auto", metadata=doc("Quantize F32, F16 and BF16 weights while loading: auto, int4 or int8.")
+    )
+    """How to store weights that the file holds as F32, F16 or BF16.
+
+    - `"int4"`: layers in 4 bits, embedding and output in 8.
+    - `"int8"`: all of them in 8 bits.
+    - `None`: compute with the weights as stored.
+    - `"auto"`: `"int4"` for safetensors, None for GGUF files. Layers stored in 4 bits stay unchanged.
+    - `"int4:g128:gptq"`: what `nybble.quantize` writes, calibrated on its sample and kept in nybble's cache folder.
+      After `int4`, in any order: a recipe, a group size (`g64`; `g0` for whole rows), and a format or `asym`.
+    """
+    cache_type: Literal["f16", "int8", "f32"] | None = field(
+        default=None, metadata=doc("Type of the KV cache; int8 takes half the memory of f16.")
+    )
+    """Type of the KV cache: `"f16"`, `"int8"` (half the memory) or `"f32"`.
+
+    None is `"f16"`, and `"f32"` for models that compute in F32.
+    """
+    mmap: bool = field(
+        default=True,
+        metadata=doc(
+            "Map files into memory while they load. Without it they are read: safe if a file changes meanwhile."
+        ),
+    )
+    """Map the file into memory while it loads.
+
+    False reads it, which takes its size in memory during that time. Use False when another process may shorten or
+    overwrite the file: with a mapped file that can end this process.
+    """
+
+    def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
+        """Returns a copy with some options changed."""
+        return dataclasses.replace(self, **overrides)
+
+
+class LoadOverrides(TypedDict, total=False):
+    """Names and types of the fields of `LoadOptions`, for type checkers."""
+
+    filename: str | None
+    revision: str | None
+    kernel: str | None
+    threads: int | None
+    context: int | None
+    quantize: str | None
+    cache_type: Literal["f16", "int8", "f32"] | None
+    mmap: bool
+
+
+def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) -> LoadOptions:
+    """Returns `options`, or the defaults, with single options replaced.
+
+    Raises:
+        TypeError: an override is not an option. The message lists the options.
+    """
+    return merged(LoadOptions() if options is None else options, overrides)

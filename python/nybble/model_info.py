@@ -1,0 +1,47 @@
+"""`ModelInfo`: properties of a loaded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble import memory
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Properties of a loaded model."""
+
+    file: Path
+    name: str
+    """The model's name in the file; may be empty."""
+    family: str
+    parameters: int
+    """Number of weights in matrices."""
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    context: int
+    """Number of tokens that fit, prompt and completion together."""
+    kernel: str
+    threads: int
+    weight_bytes: int
+    """Bytes of the packed weights in memory."""
+    bytes_per_token: int
+    """Bytes of weights that decoding one token reads. Memory bandwidth divided by this bounds the decoding speed."""
+    cache_type: str
+    """Type of the KV cache: "f16", "int8" or "f32"."""
+    cache_bytes_per_token: int
+    """Bytes of KV cache per token."""
+    cache_bytes: int
+    """Bytes of KV cache of a sequence that fills the context. A shorter sequence takes less."""
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Memory that this process holds now, all models included. None if the system does not report it."""
+        return memory.resident_bytes()
+
+    @property
+    def peak_resident_bytes(self) -> int | None:
+        """Most memory that this process has held so far. None if the system does not report it."""
+        return memory.peak_resident_bytes()

@@ -1,0 +1,44 @@
+"""Lists the models that load without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble.models.default_model import DEFAULT_MODEL
+from nybble.models.files import group_shards
+from nybble.models.paths import cache_dir
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that loads without a download: `Model.load(source, filename=filename)`."""
+
+    source: str | None
+    """None for the default model."""
+    filename: str | None
+    path: Path
+    """The first file."""
+    nbytes: int
+    """The size of all shards."""
+
+
+def cached_models() -> list[CachedModel]:
+    """The GGUF models in nybble's cache and in the cache of the Hugging Face Hub."""
+    from huggingface_hub import constants
+
+    found: list[CachedModel] = []
+    for path in sorted((cache_dir() / "models").glob("*.gguf")):
+        is_default = path.name == DEFAULT_MODEL.file
+        found.append(CachedModel(None if is_default else str(path), None, path, path.stat().st_size))
+    for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        repository = storage.name.removeprefix("models--").replace("--", "/", 1)
+        snapshots = storage / "snapshots"
+        models = group_shards(
+            (path.relative_to(snapshots).as_posix().partition("/")[2], path) for path in snapshots.glob("*/**/*.gguf")
+        )
+        for name, paths in sorted(models.items()):
+            files = {path.name: path for path in sorted(paths)}  # Several revisions may hold the same file.
+            nbytes = sum(path.stat().st_size for path in files.values())
+            found.append(CachedModel(repository, name, min(files.values()), nbytes))
+    return found

@@ -1,0 +1,199 @@
+"""Options of `nybble.quantize`, defined once for Python and for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict
+
+from nybble.overrides import doc, merged
+from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+CALIBRATION_TOKENS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """Options of `nybble.quantize`. Each may also be given there by name.
+
+    Example:
+        ```python
+        options = QuantizeOptions(recipe="gptq", group=128)
+        report = nybble.quantize("org/model", "model.gguf", options)
+        same = nybble.quantize("org/model", "model.gguf", recipe="gptq", group=128)
+        ```
+
+    Raises:
+        ValueError: an option is out of range, or contradicts another.
+    """
+
+    recipe: Recipe = field(
+        default="auto",
+        metadata={
+            **doc(
+                "How codes are found: rtn, gptq, gptq+tune, awq, awq+gptq or signround; auto tries recipes, cheapest "
+                "first, until one meets --target."
+            ),
+            "metavar": "RECIPE",
+        },
+    )
+    """How codes are found.
+
+    - `"rtn"`: rounding to nearest.
+    - `"gptq"`, `"awq"`, `"awq+gptq"`, `"signround"`: rounding that keeps the outputs of layers on the calibration text.
+    - `"gptq+tune"`: tunes scales and norms afterwards. For models of plain decoder blocks, such as Llama's.
+    - `"auto"`: tries rtn, gptq, and gptq+tune or awq+gptq, until one meets `target`; otherwise takes the best.
+    """
+    search: bool = True
+    """Search for the best scale of each group. False takes the scale that fits the largest weight."""
+    group: int | None = field(
+        default=None,
+        metadata={**doc("Weights that share a scale: 32, 64, 128, or 0 for whole rows."), "metavar": "SIZE"},
+    )
+    """Weights that share a scale: a multiple of 32, or 0 for whole rows. None is 32.
+
+    The group is halved for rows that it does not divide.
+    """
+    symmetric: bool | None = None
+    """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` says the same in other words."""
+    format: Format | None = field(
+        default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
+    )
+    """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
+    bits_per_weight: float | None = field(
+        default=None,
+        metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
+    )
+    """Give the most sensitive layers 5 or 8 bits, up to this mean over all linear layers.
+
+    4.5 to 8.5, scales included.
+    """
+    output_type: str = field(
+        default="q8_0", metadata={**doc("Block type of the embedding and the output."), "metavar": "TYPE"}
+    )
+    """Block type of the embedding and the output."""
+    keep: Mapping[str, str] | None = None
+    """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first match counts."""
+    calibration: str | os.PathLike[str] | Sequence[str] = "sample"
+    """The calibration text.
+
+    A file (prose, or JSONL with one document per line), a list of documents, `"sample"` for the short text in the
+    package, or `"self"` for text that the model generates.
+    """
+    calibration_tokens: int = field(
+        default=CALIBRATION_TOKENS, metadata={**doc("Tokens of the calibration text to use."), "metavar": "N"}
+    )
+    """Tokens of the calibration text to use."""
+    evaluation: str | os.PathLike[str] | Sequence[str] | None = None
+    """The text to measure on: a file or a list of documents. None holds out a part of the calibration text."""
+    measure: bool | None = None
+    """Compare the output with the source. None does so if `evaluation` is given; "auto" always does."""
+    target: float | None = None
+    """"auto" ends when the perplexity exceeds the source's by at most this share; 0.01 if None."""
+    budget: float | None = field(
+        default=None, metadata={**doc("Minutes after which auto tries no other recipe."), "metavar": "MINUTES"}
+    )
+    """Minutes after which "auto" tries no other recipe. The first recipe is always tried."""
+    seed: int = field(
+        default=0,
+        metadata={**doc("Seed of generated calibration text and of the order of tuning."), "metavar": "N"},
+    )
+    """Seed of what is drawn at random: generated calibration text (`calibration="self"`), and the order in which
+    gptq+tune uses the windows. Other recipes draw nothing. The same seed gives the same file on any number of threads.
+    """
+    threads: int | None = field(
+        default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
+    )
+    """Number of threads. None takes the number of physical cores available to this process."""
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    """Branch, tag or commit of a Hub repository."""
+    force: bool = False
+    """Overwrite an existing output."""
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe: found {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
+        if None not in (self.format, self.symmetric) and self.symmetric != (self.format != "q4_1"):
+            raise ValueError(
+                f"symmetric: found {self.symmetric} with the format {self.format}, expected one of the two"
+            )
+        if self.group is not None and (self.group < 0 or self.group % 32):
+            raise ValueError(f"group: found {self.group}, expected a multiple of 32, or 0 for whole rows")
+        if self.bits_per_weight is not None and not 4.5 <= self.bits_per_weight <= 8.5:
+            raise ValueError(f"bits_per_weight: found {self.bits_per_weight}, expected 4.5 to 8.5, scales included")
+        if self.target is not None and not 0 < self.target < 1:
+            raise ValueError(f"target: found {self.target}, expected a share of the perplexity such as 0.01")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget: found {self.budget}, expected minutes")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: found {self.seed}, expected 0 to 2**64 - 1")
+        for name in ("target", "budget"):
+            if getattr(self, name) is not None and self.recipe != "auto":
+                found = f"{getattr(self, name)} with the recipe {self.recipe}"
+                raise ValueError(f"{name}: found {found}, expected it with the recipe auto only")
+
+    @property
+    def block_format(self) -> Format:
+        """The block format of linear layers."""
+        return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if self.recipe == "auto" else "q4_0")
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale."""
+        return 32 if self.group is None else self.group
+
+    @property
+    def measures(self) -> bool:
+        """Whether the output is compared with the source."""
+        if self.recipe == "auto" or self.measure is None:
+            return self.recipe == "auto" or self.evaluation is not None
+        return self.measure
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a calibration text is needed."""
+        holds_out = self.measures and self.evaluation is None
+        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None
+
+    def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:
+        """Returns a copy with some options changed."""
+        return dataclasses.replace(self, **overrides)
+
+
+class QuantizeOverrides(TypedDict, total=False):
+    """Names and types of the fields of `QuantizeOptions`, for type checkers."""
+
+    recipe: Recipe
+    search: bool
+    group: int | None
+    symmetric: bool | None
+    format: Format | None
+    bits_per_weight: float | None
+    output_type: str
+    keep: Mapping[str, str] | None
+    calibration: str | os.PathLike[str] | Sequence[str]
+    calibration_tokens: int
+    evaluation: str | os.PathLike[str] | Sequence[str] | None
+    measure: bool | None
+    target: float | None
+    budget: float | None
+    seed: int
+    threads: int | None
+    revision: str | None
+    force: bool
+
+
+def merge_quantize_options(options: QuantizeOptions | None, overrides: QuantizeOverrides) -> QuantizeOptions:
+    """Returns `options`, or the defaults, with single options replaced.
+
+    Raises:
+        TypeError: an override is not an option. The message lists the options.
+    """
+    return merged(QuantizeOptions() if options is None else options, overrides)

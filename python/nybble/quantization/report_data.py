@@ -1,0 +1,64 @@
+"""The values of a quantization report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How one matrix was quantized."""
+
+    name: str
+    type: str
+    group: int
+    """Weights that share a scale."""
+    recipe: str
+    """How the codes were found; "encoded" for types that leave no choice."""
+    relative_error: float | None
+    """Relative squared error of the layer's outputs, or of its weights without calibration; None if encoded."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that was tried, and how far its output is from the source."""
+
+    recipe: str
+    format: str
+    group: int
+    size_bytes: int
+    perplexity: float | None
+    kl_mean: float | None
+    kl_median: float | None
+    kl_p99: float | None
+    top_agreement: float | None
+    seconds: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The values of a report."""
+
+    source: Path
+    out: Path
+    recipe: str
+    size_bytes: int
+    bits_per_weight: float
+    """Mean over the linear layers, scales included."""
+    seconds: float
+    tensors: tuple[TensorReport, ...]
+    chosen_because: str | None = None
+    candidates: tuple[Candidate, ...] = ()
+    """All recipes that were tried, in order; empty if nothing was measured."""
+    reference_perplexity: float | None = None
+    """The perplexity of the source."""
+    kl_by_position: tuple[float, ...] = ()
+    """Mean divergence of the output at each scored position of a window."""
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that became the output; None if nothing was measured."""
+        return next((candidate for candidate in self.candidates if candidate.chosen), None)

@@ -1,0 +1,141 @@
+"""Answers HTTP requests, whole or as server-sent events, and frees the slots of clients that leave or take too long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from nybble.server.errors import INTERNAL_ERROR, ApiError, out_of_memory
+from nybble.server.events import collect
+from nybble.server.generation import AnswerGroup
+from nybble.server.protocols.adapter import Adapter
+from nybble.server.service import Service
+
+_log = logging.getLogger("nybble.server")
+
+T = TypeVar("T")
+
+
+class ClientDisconnected(Exception):  # noqa: N818  Not an error: clients may leave.
+    """The client has closed the connection."""
+
+
+async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Response:
+    """Generates the answers to a request and returns them in its wire protocol.
+
+    Raises:
+        ApiError: the request is invalid or the server is overloaded.
+    """
+    service.admit(adapter.model, adapter.answers)
+    group = await AnswerGroup.submit(service, http, adapter.translate())
+    if adapter.streams:
+        return EventStream(service, group, adapter)
+    with group:
+        return await with_timeout(service, http, _complete_response(group, adapter))
+
+
+async def _complete_response(group: AnswerGroup, adapter: Adapter) -> Response:
+    answers, usage = await collect(group.stream_events())
+    return Response(adapter.dump(adapter.response(answers, usage)), media_type="application/json")
+
+
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects.
+
+    Raises:
+        ClientDisconnected: the client has disconnected.
+    """
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def with_timeout(service: Service, http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response of `work`, within the time limit of requests and while the client is connected.
+
+    Raises:
+        ApiError: the time is over, or memory has run out.
+    """
+    try:
+        return await cancel_on_disconnect(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
+    except ClientDisconnected:
+        return Response(status_code=499)  # Nobody reads it.
+    except (asyncio.TimeoutError, MemoryError) as error:
+        raise _as_api_error(service, error) from error
+
+
+class EventStream(Response):
+    """A response of server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, group: AnswerGroup, adapter: Adapter) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._service = service
+        self._group = group
+        self._adapter = adapter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events until they end, the time is over, or the client disconnects."""
+        with self._group, contextlib.suppress(ClientDisconnected):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await cancel_on_disconnect(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async def emit() -> None:
+            async with contextlib.aclosing(self._messages()) as messages:
+                async for message in messages:
+                    await send(_server_sent(message))
+                    # `send` only waits for slow readers. A pause in between lets a lost connection be noticed.
+                    await asyncio.sleep(0)
+
+        try:
+            await asyncio.wait_for(emit(), self._service.settings.request_seconds)
+            await send(_server_sent(self._adapter.end_of_stream))
+        except Exception as error:
+            # The status line has been sent, so the error is one more event.
+            await send(_server_sent(_as_api_error(self._service, error).body.model_dump_json()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _messages(self) -> AsyncGenerator[str, None]:
+        async with contextlib.aclosing(self._group.stream_events()) as events:
+            async for event in events:
+                for chunk in self._adapter.chunks(event):
+                    yield self._adapter.dump(chunk)
+
+
+def _server_sent(data: str) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+
+
+def _as_api_error(service: Service, error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, asyncio.TimeoutError):
+        # A second try would take as long, and OpenAI's client would make one.
+        message = f"the answer was not complete after {service.settings.request_seconds:g} seconds"
+        return ApiError(408, message, code="timeout", headers={"x-should-retry": "false"})
+    if isinstance(error, MemoryError):
+        return out_of_memory()
+    _log.error("an answer failed", exc_info=error)
+    return ApiError(500, INTERNAL_ERROR)

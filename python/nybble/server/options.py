@@ -1,0 +1,146 @@
+"""The options of `nybble serve`, and the settings of a service. Nothing here imports a web framework."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _option(help: str, **more: Any) -> dict[str, Any]:
+    """The metadata of a field, from which its command-line option is generated.
+
+    `range` holds the least and the greatest value; None stands for no limit.
+    """
+    return {"help": help, **more}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of `nybble serve`.
+
+    Raises:
+        ValueError: a number is out of range, or the API key is empty or cannot be sent in an HTTP header.
+    """
+
+    host: str = field(
+        default="127.0.0.1", metadata=_option("Address to listen on; 0.0.0.0 listens on the whole network.")
+    )
+    port: int = field(default=8000, metadata=_option("Port to listen on; 0 picks a free one.", range=(0, 65535)))
+    api_key: str | None = field(
+        default=None,
+        metadata=_option(
+            "Key that clients must send. The environment variable hides it from the process list.",
+            envvar="NYBBLE_API_KEY",
+        ),
+    )
+    name: str | None = field(
+        default=None, metadata=_option("Name of the model for clients; by default that of its repository or file.")
+    )
+    allow_host: Sequence[str] = field(
+        default=(),
+        metadata=_option("Host name that requests may use besides localhost. Repeatable.", metavar="NAME"),
+    )
+    max_body_mb: float | None = field(
+        default=None,
+        metadata=_option(
+            "Largest request in MB; by default 16 bytes per token of the context, at least 1 MB.",
+            range=(0.001, None),
+        ),
+    )
+    timeout: float = field(default=600, metadata=_option("Seconds that an answer may take.", range=(0.1, None)))
+    drain: float = field(
+        default=30, metadata=_option("Seconds that running answers get after SIGTERM.", range=(0, None))
+    )
+    max_batch: int = field(
+        default=16, metadata=_option("Answers generated at the same time.", range=(1, 1024), panel="Engine")
+    )
+    max_queue: int = field(
+        default=128, metadata=_option("Answers that may wait; more are refused.", range=(0, None), panel="Engine")
+    )
+    cache_gb: float | None = field(
+        default=None,
+        metadata=_option(
+            "Memory for the KV cache in GB; by default half of the free memory.", range=(0, None), panel="Engine"
+        ),
+    )
+    speculation: Literal["off", "on", "auto"] = field(
+        default="off",
+        metadata=_option("Speculative decoding: faster where text repeats, same output.", panel="Engine"),
+    )
+    draft: str | None = field(
+        default=None,
+        metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
+    )
+    pooling: Literal["mean", "last"] = field(
+        default="mean", metadata=_option("Pooling of embeddings; see the card of the embedding model.", panel="Engine")
+    )
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            least, greatest = each.metadata.get("range", (None, None))
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            if (least is not None and not value >= least) or (greatest is not None and not value <= greatest):
+                expected = f"{least} or more" if greatest is None else f"{least} to {greatest}"
+                raise ValueError(f"{each.name}: found {value}, expected {expected}")
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", _checked_key(self.api_key))
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Memory for the KV cache in bytes; None for the engine's default."""
+        return None if self.cache_gb is None else int(self.cache_gb * 1e9)
+
+    def settings(self, *, context: int, allowed_hosts: frozenset[str] | None) -> Settings:
+        """The settings of the service.
+
+        Args:
+            context: the context of the model in tokens, which bounds the default size of a request.
+            allowed_hosts: the host names that requests may use; None for any.
+        """
+        default_body_bytes = max(16 * context, 1_000_000)
+        return Settings(
+            api_key=self.api_key,
+            allowed_hosts=allowed_hosts,
+            max_body_bytes=default_body_bytes if self.max_body_mb is None else int(self.max_body_mb * 1e6),
+            max_answers=self.max_batch + self.max_queue,
+            pooling=self.pooling,
+            request_seconds=self.timeout,
+            drain_seconds=self.drain,
+        )
+
+
+def _checked_key(key: str) -> str:
+    key = key.strip()  # Keys from files often end with a line break, which a header cannot hold.
+    if not key:
+        raise ValueError("api_key: found an empty key, expected at least one character; omit it to need no key")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("api_key: found characters that no header can hold, expected printable ASCII")
+    return key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The limits of a service. Times are in seconds."""
+
+    api_key: str | None = None
+    """The key that clients must send; None for no key."""
+    allowed_hosts: frozenset[str] | None = None
+    """The host names that requests may use; None for any."""
+    max_body_bytes: int = 1_000_000
+    max_answers: int = 144
+    """Answers that are generated or wait at the same time."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the vectors of an input's tokens become one vector."""
+    max_connections: int = 1024
+    request_seconds: float = 600.0
+    """From the last byte of a request to the end of its answer."""
+    receive_seconds: float = 30.0
+    """From the first byte of a request to its last."""
+    stall_seconds: float = 30.0
+    """How long a client may leave an answer unread."""
+    drain_seconds: float = 30.0
+    """How long running answers may continue after SIGTERM."""

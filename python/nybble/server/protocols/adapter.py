@@ -1,0 +1,50 @@
+"""The base of all adapters between a wire protocol and the internal request and events."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from pydantic import BaseModel
+
+from nybble.generation import Usage
+from nybble.server.events import CollectedAnswer, Event
+from nybble.server.generation import GenerationRequest
+
+
+class Adapter(ABC):
+    """One request in a wire protocol: what it asks for, and how its answers are written.
+
+    Args:
+        model: the name of the model that the client asks for; None for any.
+        answers: the number of answers.
+        streams: whether the client asks for a stream.
+    """
+
+    end_of_stream = "[DONE]"
+    """The data of the last server-sent event of a complete stream."""
+
+    def __init__(self, model: str | None, answers: int, streams: bool) -> None:
+        self.model = model
+        self.answers = answers
+        self.streams = streams
+
+    @abstractmethod
+    def translate(self) -> GenerationRequest:
+        """The internal request.
+
+        Raises:
+            ApiError: the request asks for something that the model or the server does not support.
+        """
+
+    @abstractmethod
+    def response(self, answers: Sequence[CollectedAnswer], usage: Usage) -> BaseModel:
+        """The body of the response that holds all answers."""
+
+    @abstractmethod
+    def chunks(self, event: Event) -> Iterable[BaseModel]:
+        """The server-sent events of a stream that an event of the answers gives."""
+
+    def dump(self, body: BaseModel) -> str:
+        """A body or a chunk as JSON, without the fields that were not set."""
+        return body.model_dump_json(exclude_unset=True)

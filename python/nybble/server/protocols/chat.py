@@ -1,0 +1,205 @@
+"""`/v1/chat/completions`: a conversation in, messages and tool calls out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nybble import generation
+from nybble.generation import TokenLogprob
+from nybble.sampling import SamplingOptions
+from nybble.server.errors import ApiError
+from nybble.server.events import (
+    AnswerFinished,
+    AnswerStarted,
+    CollectedAnswer,
+    Event,
+    FinishReason,
+    LogprobsDelta,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallStarted,
+    UsageReported,
+)
+from nybble.server.generation import GenerationRequest, Prompt
+from nybble.server.protocols import chat_schema as schema
+from nybble.server.protocols.adapter import Adapter
+from nybble.server.protocols.chat_schema import (
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatRequest,
+    ChosenTool,
+    Delta,
+    FunctionDefinition,
+)
+from nybble.server.protocols.schema import Usage, finite
+from nybble.server.service import Service
+from nybble.server.tools.formats import ToolFormat, detect_format
+from nybble.server.tools.parser import AnswerParser, PlainText, ToolCallParser
+from nybble.server.tools.reader import new_id
+from nybble.tokenizer.tokenizer import Tokenizer
+
+
+class ChatAdapter(Adapter):
+    """A request for chat completions."""
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        super().__init__(body.model, body.n or 1, bool(body.stream))
+        self._tokenizer = service.engine.model.tokenizer
+        self._body = body
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{new_id()}",
+            "created": service.now(),
+            "model": service.name,
+        }
+        self._pending: list[list[ChatLogprob]] = [[] for _ in range(self.answers)]
+        """Log-probabilities for the next chunk of each answer."""
+
+    def translate(self) -> GenerationRequest:
+        """The conversation, written by the chat template, and a parser for the tool calls of the answers."""
+        body = self._body
+        tool_format = self._tool_format()
+        must_call = body.tool_choice == "required" or isinstance(body.tool_choice, ChosenTool)
+        for param in ("regex", "grammar"):
+            if must_call and getattr(body, param) is not None:
+                raise ApiError(400, f"{param} cannot be combined with a required tool call", param=param)
+        functions = [tool.function for tool in body.tools or () if self._may_call(tool.function.name)]
+        prefix, constraint = "", dict[str, Any]()
+        if tool_format is not None and must_call:
+            prefix, constraint = tool_format.forced_call(functions, self._special_token)
+
+        def prepare() -> list[tuple[Prompt, SamplingOptions]]:
+            options = body.options() | constraint
+            if body.response_format and (answer_schema := body.response_format.answer_schema()) is not None:
+                options["schema"] = answer_schema
+            prompt = self._tokenizer.apply_chat_template(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=True,
+                tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if tool_format else None,
+                **(body.chat_template_kwargs or {}),
+            )
+            ids = self._tokenizer.encode(prompt + prefix)
+            return [(ids, SamplingOptions(**options, seed=seed)) for seed in body.seeds(self.answers)]
+
+        def new_parser() -> AnswerParser:
+            return PlainText() if tool_format is None else self._tool_parser(tool_format, functions, prefix)
+
+        return GenerationRequest(param="messages", prepare=prepare, new_parser=new_parser)
+
+    def _tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None for a request without tools."""
+        body = self._body
+        if not body.tools or body.tool_choice == "none":
+            return None
+        templates = self._tokenizer.chat_templates
+        tool_format = detect_format(templates.get("tool_use", templates.get("default", "")))
+        if tool_format is None:
+            message = "the chat template of this model defines no tool calls in a supported format"
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
+        if body.response_format is not None and body.response_format.type != "text":
+            raise ApiError(400, "response_format cannot be combined with tools", param="response_format")
+        return tool_format
+
+    def _tool_parser(
+        self, tool_format: ToolFormat, functions: Sequence[FunctionDefinition], prefix: str
+    ) -> ToolCallParser:
+        tokens = {self._special_token(marker): marker for marker in tool_format.markers}
+        parser = ToolCallParser(
+            tool_format,
+            {function.name: function.parameters for function in functions},
+            {token: marker for token, marker in tokens.items() if token is not None},
+            stream=self.streams,
+            parallel=self._body.parallel_tool_calls is not False,
+        )
+        parser.push(prefix, ())
+        return parser
+
+    def _special_token(self, text: str) -> int | None:
+        """The id of a special token, which decodes to no text; None if `text` is not a special token."""
+        token = self._tokenizer.id_of(text)
+        return token if token in self._tokenizer.special_ids else None
+
+    def _may_call(self, name: str) -> bool:
+        choice = self._body.tool_choice
+        return not isinstance(choice, ChosenTool) or choice.function.name == name
+
+    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> ChatCompletion:
+        """The completion that holds all answers."""
+        return ChatCompletion(
+            **self._head,
+            object="chat.completion",
+            choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
+            usage=Usage.of(usage),
+        )
+
+    def _choice(self, index: int, answer: CollectedAnswer) -> schema.ChatChoice:
+        message = schema.Answer(role="assistant", content=answer.text, refusal=None)
+        if answer.calls:
+            message.content = answer.text or None
+            message.tool_calls = [
+                schema.Call(
+                    id=call.id,
+                    type="function",
+                    function=schema.CalledFunction(name=call.name, arguments=call.arguments),
+                )
+                for call in answer.calls
+            ]
+        return schema.ChatChoice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(_described(self._tokenizer, answer.logprobs)),
+            finish_reason=answer.reason,
+        )
+
+    def chunks(self, event: Event) -> Iterator[ChatChunk]:
+        """The chunks of an event."""
+        match event:
+            case AnswerStarted(answer):
+                yield self._chunk(answer, Delta(role="assistant", content=""))
+            case LogprobsDelta(answer, tokens):
+                self._pending[answer] += _described(self._tokenizer, tokens)
+            case TextDelta(answer, text):
+                if text:
+                    yield self._chunk(answer, Delta(content=text))
+            case ToolCallStarted(answer, call, id, name):
+                function = schema.FunctionDelta(name=name, arguments="")
+                delta = schema.CallDelta(index=call, id=id, type="function", function=function)
+                yield self._chunk(answer, Delta(tool_calls=[delta]))
+            case ToolCallDelta(answer, call, arguments):
+                delta = schema.CallDelta(index=call, function=schema.FunctionDelta(arguments=arguments))
+                yield self._chunk(answer, Delta(tool_calls=[delta]))
+            case AnswerFinished(answer, reason):
+                yield self._chunk(answer, Delta(), reason)
+            case UsageReported(usage):
+                if self._body.wants_usage:
+                    yield ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=Usage.of(usage))
+
+    def _chunk(self, answer: int, delta: Delta, reason: FinishReason | None = None) -> ChatChunk:
+        pending, self._pending[answer] = self._pending[answer], []
+        choice = schema.ChunkChoice(
+            index=answer,
+            delta=delta,
+            logprobs=self._logprobs(pending) if pending else None,
+            finish_reason=reason,
+        )
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice])
+
+    def _logprobs(self, content: list[ChatLogprob]) -> ChatLogprobs | None:
+        return ChatLogprobs(content=content, refusal=None) if self._body.logprobs else None
+
+
+def _described(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
+    def described(token: int, text: str, logprob: float) -> dict[str, Any]:
+        # Ids that only pad the model's matrices have no bytes.
+        written = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
+        return {"token": text, "logprob": finite(logprob), "bytes": list(written)}
+
+    return [
+        ChatLogprob(
+            **described(found.token, found.text, found.logprob),
+            top_logprobs=[schema.TopLogprob(**described(*other)) for other in found.top],
+        )
+        for found in tokens
+    ]

@@ -1,0 +1,163 @@
+"""`/v1/completions`: prompts as text or tokens in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from nybble import generation
+from nybble.generation import TokenLogprob
+from nybble.sampling import SamplingOptions
+from nybble.server.errors import ApiError
+from nybble.server.events import (
+    AnswerFinished,
+    CollectedAnswer,
+    Event,
+    FinishReason,
+    LogprobsDelta,
+    TextDelta,
+    UsageReported,
+)
+from nybble.server.generation import GenerationRequest, Prompt
+from nybble.server.protocols.adapter import Adapter
+from nybble.server.protocols.schema import Sampling, TokenId, Usage, finite
+from nybble.server.service import Service
+from nybble.server.tools.reader import new_id
+
+Prompts = str | list[TokenId] | list[str] | list[list[TokenId]]
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts = Field(description="A string, token ids, or a list of either.")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: Literal[False] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given. Without a limit, a completion has 16 tokens, as with OpenAI."""
+        given = {"max_tokens": 16, **super().options()}
+        if self.logprobs is not None:
+            given["logprobs"] = self.logprobs
+        return given
+
+
+class TextLogprobs(BaseModel):
+    """The log-probabilities of the tokens of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One of the completions, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(BaseModel):
+    """The completions of prompts, or a piece of them."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class CompletionAdapter(Adapter):
+    """A request for completions."""
+
+    def __init__(self, service: Service, body: CompletionRequest) -> None:
+        self._prompts = _prompts_of(body.prompt)
+        if not self._prompts:
+            raise ApiError(400, "prompt: found an empty list, expected at least one prompt", param="prompt")
+        self._per_prompt = body.n or 1
+        super().__init__(body.model, len(self._prompts) * self._per_prompt, bool(body.stream))
+        self._tokenizer = service.engine.model.tokenizer
+        self._body = body
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{new_id()}",
+            "object": "text_completion",
+            "created": service.now(),
+            "model": service.name,
+        }
+        self._offsets = [0] * self.answers
+        """Characters of each answer so far."""
+        self._pending: list[TextLogprobs | None] = [None] * self.answers
+        """Log-probabilities for the next chunk of each answer."""
+
+    def translate(self) -> GenerationRequest:
+        """The prompts, each as often as answers to it are wanted."""
+
+        def prepare() -> list[tuple[Prompt, SamplingOptions]]:
+            given = self._body.options()
+            encode = self._tokenizer.encode
+            all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
+            seeds = self._body.seeds(self._per_prompt)
+            return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]
+
+        return GenerationRequest(param="prompt", prepare=prepare, prompts=len(self._prompts))
+
+    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
+        """The completion that holds all answers."""
+        choices = [
+            TextChoice(
+                index=index,
+                text=answer.text,
+                logprobs=None if self._body.logprobs is None else _described(answer.logprobs, 0),
+                finish_reason=answer.reason,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return TextCompletion(**self._head, choices=choices, usage=Usage.of(usage))
+
+    def chunks(self, event: Event) -> Iterator[TextCompletion]:
+        """The chunks of an event."""
+        match event:
+            case LogprobsDelta(answer, tokens):
+                self._pending[answer] = _described(tokens, self._offsets[answer])
+                self._offsets[answer] += sum(len(token.text) for token in tokens)
+            case TextDelta(answer, text):
+                yield self._chunk(answer, text)
+            case AnswerFinished(answer, reason):
+                yield self._chunk(answer, "", reason)
+            case UsageReported(usage):
+                if self._body.wants_usage:
+                    yield TextCompletion(**self._head, choices=[], usage=Usage.of(usage))
+
+    def _chunk(self, answer: int, text: str, reason: FinishReason | None = None) -> TextCompletion:
+        logprobs, self._pending[answer] = self._pending[answer], None
+        choice = TextChoice(index=answer, text=text, logprobs=logprobs, finish_reason=reason)
+        return TextCompletion(**self._head, choices=[choice])
+
+
+def _prompts_of(prompt: Prompts) -> list[str | list[int]]:
+    """The prompts of a field that holds one or several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [[token for token in prompt if isinstance(token, int)]]
+    return [item for item in prompt if not isinstance(item, int)]
+
+
+def _described(tokens: Sequence[TokenLogprob], offset: int) -> TextLogprobs:
+    """`offset` is the number of characters before the first token."""
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return TextLogprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[finite(token.logprob) for token in tokens],
+        top_logprobs=[{text: finite(value) for _, text, value in token.top} for token in tokens],
+        text_offset=offsets,
+    )

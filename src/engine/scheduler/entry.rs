@@ -1,0 +1,185 @@
+//! A sequence in a scheduler: its progress, its blocks in the prefix cache and its draft tokens.
+
+use super::super::prefix::{Key, Prefixes, ROOT};
+use super::super::sampler::Sampled;
+use super::super::sequence::Sequence;
+use super::super::speculation::Acceptance;
+use crate::error::{Error, Result};
+use crate::kernels::PAGE;
+use crate::model::{Logits, Session};
+
+/// The outcome of a step for one sequence: its next token or an error.
+#[derive(Debug)]
+pub struct Event {
+    /// The id that [`Scheduler::submit`](super::Scheduler::submit) returned.
+    pub id: u64,
+    /// Prompt tokens that were not computed, because their keys and values were in a cache.
+    pub reused: usize,
+    /// The token. A step in which draft tokens were accepted has several events for a sequence, in order.
+    pub result: Result<Sampled>,
+    /// The sequence, with the last event before it leaves the scheduler: after an error, and when it has reached its limit.
+    pub sequence: Option<Sequence>,
+}
+
+/// A sequence in a scheduler.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) id: u64,
+    pub(super) sequence: Sequence,
+    /// Length of the prompt in tokens.
+    pub(super) prompt: usize,
+    /// Prompt tokens that were not computed.
+    reused: usize,
+    /// Tokens still to be sampled.
+    pub(super) remaining: usize,
+    /// Number of blocks at its beginning that are in the prefix cache, and the id of the last one.
+    pub(super) blocks: usize,
+    pub(super) block: u64,
+    pub(super) acceptance: Acceptance,
+    /// The draft model's KV cache.
+    pub(super) draft_session: Option<Session>,
+    /// Pending tokens that this step computes.
+    pub(super) rows: usize,
+    /// Draft tokens at the end of the pending tokens.
+    pub(super) drafted: usize,
+}
+
+impl Entry {
+    /// An entry that samples up to `remaining` tokens.
+    pub(super) fn new(id: u64, sequence: Sequence, remaining: usize) -> Entry {
+        Entry {
+            id,
+            prompt: sequence.tokens.len(),
+            reused: sequence.session.len(),
+            sequence,
+            remaining,
+            blocks: 0,
+            block: ROOT,
+            acceptance: Acceptance::default(),
+            draft_session: None,
+            rows: 0,
+            drafted: 0,
+        }
+    }
+
+    /// Whether its prompt is computed, so that each step samples a token.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.sequence.pending.len() - self.drafted == 1
+    }
+
+    /// The logits that this step needs.
+    pub(super) fn logits(&self) -> Logits {
+        match () {
+            () if self.rows < self.sequence.pending.len() => Logits::None,
+            () if self.drafted > 0 => Logits::All,
+            () => Logits::Last,
+        }
+    }
+
+    /// The key of the block that it computes next, if its tokens fill one.
+    pub(super) fn next_block(&self) -> Option<Key> {
+        let tokens = self.sequence.tokens.get(self.blocks * PAGE..)?.first_chunk()?;
+        Some(Key { parent: self.block, tokens: *tokens })
+    }
+
+    /// Frees its KV cache. All of its tokens are computed again.
+    pub(super) fn reset(&mut self) {
+        self.sequence.session.truncate(0);
+        self.sequence.pending.clone_from(&self.sequence.tokens);
+        self.draft_session = None;
+        (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, ROOT, 0, 0, 0);
+    }
+
+    /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.
+    pub(super) fn reuse(&mut self, prefixes: &Prefixes) -> usize {
+        let mut reused = 0;
+        // The last token is always computed: its logits are needed.
+        while self.sequence.session.len() == self.blocks * PAGE && self.sequence.pending.len() > 1 {
+            let pending = &self.sequence.pending;
+            let most = pending.len() - 1;
+            let whole = self.next_block().and_then(|key| prefixes.find(&key));
+            let (page, tokens, number) = match whole {
+                Some((number, page)) => (page, most.min(PAGE), Some(number)),
+                None => match prefixes.find_beginning(self.block, &pending[..most]) {
+                    Some((page, tokens)) => (page, tokens, None),
+                    None => break,
+                },
+            };
+            if self.sequence.session.attach_page(&page, tokens).is_err() {
+                break;
+            }
+            self.sequence.pending.drain(..tokens);
+            reused += tokens;
+            if let (PAGE, Some(number)) = (tokens, number) {
+                (self.blocks, self.block) = (self.blocks + 1, number);
+            }
+        }
+        self.reused += reused;
+        reused
+    }
+
+    /// Adds the pages that it has filled to the prefix cache.
+    pub(super) fn share(&mut self, prefixes: &mut Prefixes) {
+        while let (Some(key), Some(page)) = (self.next_block(), self.sequence.session.page(self.blocks)) {
+            let (number, page) = prefixes.insert(key, page);
+            self.sequence.session.replace_page(self.blocks, &page);
+            (self.blocks, self.block) = (self.blocks + 1, number);
+        }
+    }
+
+    /// Discards its draft tokens: the step does not take place.
+    pub(super) fn forget_drafts(&mut self) {
+        let known = self.sequence.pending.len() - self.drafted;
+        self.sequence.pending.truncate(known);
+        (self.drafted, self.rows) = (0, 0);
+        self.truncate_draft_session();
+    }
+
+    /// Removes what the draft model has computed beyond the tokens known.
+    pub(super) fn truncate_draft_session(&mut self) {
+        if let Some(session) = &mut self.draft_session {
+            session.truncate(self.sequence.tokens.len() - 1);
+        }
+    }
+
+    /// An event of this sequence.
+    pub(super) fn event(&self, result: Result<Sampled>) -> Event {
+        Event { id: self.id, reused: self.reused.min(self.prompt), result, sequence: None }
+    }
+
+    /// The event with which the sequence leaves because of an error.
+    pub(super) fn failed(self, error: Error) -> Event {
+        let event = self.event(Err(error));
+        Event { sequence: Some(self.sequence), ..event }
+    }
+
+    /// Samples after each row of `logits` for as long as the draft tokens are right. Returns how many were.
+    pub(super) fn sample(&mut self, logits: &mut [f32], vocabulary: usize, events: &mut Vec<Event>) -> Result<usize> {
+        let sequence = &mut self.sequence;
+        let known = sequence.tokens.len();
+        let draft = sequence.pending.split_off(sequence.pending.len() - self.drafted);
+        sequence.pending.clear();
+        for (i, row) in logits.chunks_mut(vocabulary).enumerate() {
+            match self.sequence.sample(row) {
+                Ok(sampled) => {
+                    let token = sampled.token;
+                    events.push(self.event(Ok(sampled)));
+                    self.remaining -= 1;
+                    if self.remaining == 0 || draft.get(i) != Some(&token) {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    // Every token so far was a draft token, and is computed.
+                    self.sequence.session.truncate(self.sequence.tokens.len());
+                    return Err(error);
+                }
+            }
+        }
+        let sequence = &mut self.sequence;
+        // The last token was sampled only, the draft tokens before it were computed.
+        sequence.session.truncate(sequence.tokens.len() - 1);
+        sequence.pending.extend(sequence.tokens.last());
+        Ok(sequence.tokens.len() - known - 1)
+    }
+}

@@ -1,0 +1,144 @@
+//! AVX-512's registers: a [`Vector`] for generic code, loads and stores for the integer product.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::kernels::avx2;
+use crate::kernels::generic::vector::Vector;
+use crate::quant::packed::{CacheLine, PANEL};
+
+/// Proof that the CPU has AVX-512 F, BW, VL and VNNI, and AVX2, FMA and F16C.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::kernels) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    ///
+    /// The CPU must have AVX-512 F, BW, VL and VNNI, and AVX2, FMA and F16C.
+    #[inline(always)]
+    pub(in crate::kernels) unsafe fn new() -> Self {
+        Avx512(())
+    }
+}
+
+impl Vector for Avx512 {
+    type F32s = __m512;
+
+    const CAPACITY: usize = 32;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` exists, so the CPU has every feature that the intrinsic needs.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(self, x: &[f32; PANEL]) -> __m512 {
+        // SAFETY: as in `splat`. The reference is to 64 readable bytes, and the load needs no alignment.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; PANEL]) -> __m512 {
+        // SAFETY: as in `splat`.
+        unsafe { load_f16(x) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; PANEL]) -> __m512 {
+        // SAFETY: as in `splat`. The reference is to 32 readable bytes, the upper halves of F32; the load needs no alignment.
+        unsafe {
+            let bits = _mm256_loadu_si256(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; PANEL]) -> __m512 {
+        // SAFETY: as in `splat`. The reference is to 16 readable bytes, and the load needs no alignment.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn store(self, x: __m512, out: &mut [f32; PANEL]) {
+        // SAFETY: as in `splat`. The reference is to 64 writable bytes, and the store needs no alignment.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, x: __m512, out: &mut [f16; PANEL]) {
+        // SAFETY: as in `splat`. The reference is to 32 writable bytes, and the store needs no alignment.
+        unsafe {
+            let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
+        }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as in `splat`.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: as in `splat`.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, x: &T) {
+        avx2::prefetch(x);
+    }
+
+    #[inline(always)]
+    fn store_partial(self, x: __m512, out: &mut [f32]) {
+        // SAFETY: as in `splat`.
+        unsafe { store(x, out) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::kernels) fn load(line: &CacheLine) -> __m512i {
+    // SAFETY: a `CacheLine` is 64 readable bytes, aligned to 64.
+    unsafe { _mm512_load_si512(std::ptr::from_ref(line).cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::kernels) fn load_table(table: &[i8; 16]) -> __m128i {
+    // SAFETY: the reference is to 16 readable bytes, and the load needs no alignment.
+    unsafe { _mm_loadu_si128(table.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::kernels) fn load_f16(x: &[f16; PANEL]) -> __m512 {
+    // SAFETY: the reference is to 32 readable bytes, and the load needs no alignment.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::kernels) fn load_f32(x: &[f32; PANEL]) -> __m512 {
+    // SAFETY: the reference is to 64 readable bytes, and the load needs no alignment.
+    unsafe { _mm512_loadu_ps(x.as_ptr()) }
+}
+
+/// Stores as many lanes as `out` holds: the last panel of a matrix may have fewer than 16 rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::kernels) fn store(x: __m512, out: &mut [f32]) {
+    let lanes = if out.len() < PANEL { (1u16 << out.len()) - 1 } else { u16::MAX };
+    // SAFETY: the mask leaves only lanes inside `out`, and a masked store touches no others.
+    unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn store_line(x: __m512i, out: &mut CacheLine) {
+    // SAFETY: a `CacheLine` is 64 writable bytes, aligned to 64.
+    unsafe { _mm512_store_si512(std::ptr::from_mut(out).cast(), x) }
+}

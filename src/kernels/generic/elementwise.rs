@@ -1,0 +1,324 @@
+//! Elementwise operations, norms and reductions, as plain Rust.
+//!
+//! To add one, write it into the list below and its code underneath. Each function is `#[inline(always)]`: the tables of
+//! the instruction sets call it from a `#[target_feature]` function, and the compiler turns the same source into that
+//! set's vectors. Rust never reorders float arithmetic and `mul_add` rounds once everywhere, so the bits are those of the
+//! scalar build. Reductions go over [`LANES`] partial sums, joined in one fixed order for any register width.
+
+use std::ops::Add;
+
+use super::math::{Activation, exp_of_difference, tanh};
+use crate::kernels::activations::RowMut;
+use crate::kernels::kv::{Softmax, SoftmaxMut};
+use crate::quant::packed::BLOCK;
+
+/// The operations of this file, for [`operations!`](crate::kernels::operations::operations).
+macro_rules! elementwise_operations {
+    ($then:ident $argument:tt $($others:tt)*) => {
+        $then! { $argument $($others)* {
+            /// Quantizes a row of activations to INT8 with one scale per 32 values: `scale = max|x| / 127`, ties to even.
+            fn quantize(x: &[f32], out: RowMut<'_>);
+
+            /// Quantizes numbers to INT8 with a single scale, which it returns: `max|x| / 127`, ties to even. If the scale is
+            /// not finite, the codes are unspecified.
+            fn to_int8(x: &[f32], codes: &mut [i8]) -> f32;
+
+            /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
+            fn exp_segment(scores: &mut [f32]) -> (f32, f32);
+
+            /// Joins softmax sums over `more` positions to those so far: with the larger maximum `m` of a query, both are
+            /// multiplied by `exp(max - m)` and added.
+            fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>);
+
+            /// `scores[i] -= slope * (distance - i)`: a bias by the distance to the keys. `distance` is that to the first.
+            fn add_slope(scores: &mut [f32], slope: f32, distance: f32);
+
+            /// `x *= y`, elementwise.
+            fn multiply(x: &mut [f32], y: &[f32]);
+
+            /// `x += scale * y`, elementwise.
+            fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);
+
+            /// `out = x / sqrt(mean(x^2) + eps) * weight`.
+            fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+
+            /// `out = (x - mean) / sqrt(variance + eps) * weight + bias`; no bias if it is empty.
+            fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
+
+            /// `x = activation(x)`, elementwise.
+            fn activate(activation: Activation, x: &mut [f32]);
+
+            /// `gate = activation(gate) * up`, elementwise.
+            fn gate(activation: Activation, gate: &mut [f32], up: &[f32]);
+
+            /// Rotates the pairs `(x[i], x[i + n])` with `n = cos.len()`: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
+            fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
+
+            /// `x = cap * tanh(x / cap)`, elementwise.
+            fn soft_cap(x: &mut [f32], cap: f32);
+
+            /// Sum of a buffer read as `u64`: measures read bandwidth.
+            fn read_sum(data: &[u64]) -> u64;
+        } }
+    };
+}
+pub(in crate::kernels) use elementwise_operations;
+
+/// Partial sums of a reduction.
+const LANES: usize = 32;
+
+/// Goes through `x` with `f(x, lane)` on [`LANES`] partial results from `start` on, then joins those pairwise.
+#[inline(always)]
+fn reduce(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = f(*x, *lane);
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane = f(*x, *lane);
+    }
+    join_lanes(lanes, join)
+}
+
+#[inline(always)]
+fn join_lanes(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = join(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn quantize(x: &[f32], out: RowMut<'_>) {
+    let RowMut { height, row, codes, scales, sums, zeros, half_sums, half_zeros } = out;
+    let (whole, mut tail) = x.as_chunks::<BLOCK>();
+    let blocks = codes.len() / height;
+    for b in 0..blocks {
+        let padded;
+        let x = match whole.get(b) {
+            Some(block) => block,
+            None => {
+                padded = pad(std::mem::take(&mut tail));
+                &padded
+            }
+        };
+        // The order of magnitudes is that of their bits, with NaN on top: a NaN becomes the scale and is not lost.
+        let mut top = 0u32;
+        for x in x {
+            top = top.max(x.abs().to_bits());
+        }
+        let top = f32::from_bits(top);
+        let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
+        let mut rounded = [0i8; BLOCK];
+        for (rounded, x) in rounded.iter_mut().zip(x) {
+            // The low bits of x + 1.5 * 2^23 are x rounded to the nearest integer, ties to even.
+            *rounded = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
+        }
+        codes[b * height + row] = rounded;
+        scales[b * height + row] = if top < 1e-30 { 0.0 } else { top / 127.0 };
+    }
+    // A loop of its own, as the compiler would take the codes out of the vector in which they were made one by one.
+    for b in 0..blocks {
+        let at = b * height + row;
+        let halves: [[i8; BLOCK / 2]; 2] = bytemuck::cast(codes[at]);
+        let (sum, scale) = ([sum(halves[0]), sum(halves[1])], scales[at]);
+        sums[at] = scale * (sum[0] + sum[1]) as f32;
+        zeros[at] = -8 * (sum[0] + sum[1]);
+        for half in 0..2 {
+            half_sums[(2 * b + half) * height + row] = scale * sum[half] as f32;
+            half_zeros[(2 * b + half) * height + row] = -8 * sum[half];
+        }
+    }
+}
+
+/// Sum of half a block, eight codes at a time in a word.
+#[inline(always)]
+fn sum(codes: [i8; BLOCK / 2]) -> i32 {
+    const LOW: u64 = 0x00ff_00ff_00ff_00ff;
+    let mut pairs = 0;
+    for word in bytemuck::cast::<_, [u64; 2]>(codes) {
+        // 128 more than each code, which makes it unsigned.
+        let word = word ^ 0x8080_8080_8080_8080;
+        pairs += (word & LOW) + ((word >> 8) & LOW);
+    }
+    // The upper 16 bits of the product are the sum of the four numbers of 16 bits.
+    (pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48) as i32 - 128 * codes.len() as i32
+}
+
+/// The last block of a row, filled up with zeros.
+#[cold]
+fn pad(x: &[f32]) -> [f32; BLOCK] {
+    std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0))
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
+    // As in `quantize`, a NaN becomes the scale.
+    let mut tops = [0u32; LANES];
+    for chunk in x.chunks(LANES) {
+        for (top, x) in tops.iter_mut().zip(chunk) {
+            *top = (*top).max(x.abs().to_bits());
+        }
+    }
+    let top = f32::from_bits(tops.into_iter().fold(0, u32::max));
+    let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
+    }
+    if top < 1e-30 { 0.0 } else { top / 127.0 }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn add_slope(scores: &mut [f32], slope: f32, distance: f32) {
+    for (i, score) in scores.iter_mut().enumerate() {
+        *score = slope.mul_add(-(distance - i as f32), *score);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
+    // Not `f32::max`, which leaves open which zero is larger. A NaN is passed over here and comes back as a weight.
+    let larger = |x: f32, max: f32| if x > max { x } else { max };
+    let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));
+    // Everything masked: weights of zero, not NaN.
+    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let mut sums = [0.0; LANES];
+    let mut exp = |chunk: &mut [f32; LANES]| {
+        for (x, sum) in chunk.iter_mut().zip(&mut sums) {
+            *x = exp_of_difference(*x - shift);
+            *sum += *x;
+        }
+    };
+    let (chunks, tail) = scores.as_chunks_mut::<LANES>();
+    chunks.iter_mut().for_each(&mut exp);
+    if !tail.is_empty() {
+        // Filled up with what adds nothing, a tail takes as long as a chunk instead of as long as a dozen.
+        let mut padded = [f32::NEG_INFINITY; LANES];
+        padded[..tail.len()].copy_from_slice(tail);
+        exp(&mut padded);
+        tail.copy_from_slice(&padded[..tail.len()]);
+    }
+    (max, join_lanes(sums, Add::add))
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
+    /// Queries whose factors are computed side by side.
+    const TOGETHER: usize = 16;
+    let (n, width) = (so_far.max.len(), so_far.values.len() / so_far.max.len().max(1));
+    for first in (0..n).step_by(TOGETHER) {
+        let last = n.min(first + TOGETHER);
+        let (mut factors, mut others) = ([0.0; TOGETHER], [0.0; TOGETHER]);
+        let (max, sum) = (&mut so_far.max[first..last], &mut so_far.sum[first..last]);
+        let rest = more.max[first..last].iter().zip(&more.sum[first..last]);
+        let factors_of = factors.iter_mut().zip(&mut others);
+        for (((max, sum), (other_max, other_sum)), (factor, other)) in max.iter_mut().zip(sum).zip(rest).zip(factors_of)
+        {
+            let joined = if *max > *other_max { *max } else { *other_max };
+            // Nothing seen so far and nothing now: zeros, not NaN.
+            let shift = if joined == f32::NEG_INFINITY { 0.0 } else { joined };
+            (*factor, *other) = (exp_of_difference(*max - shift), exp_of_difference(*other_max - shift));
+            *sum = (*sum).mul_add(*factor, other_sum * *other);
+            *max = joined;
+        }
+        let values = so_far.values[first * width..last * width].chunks_exact_mut(width);
+        let others = values.zip(more.values[first * width..].chunks_exact(width)).zip(factors.iter().zip(&others));
+        for ((values, more), (factor, other)) in others {
+            for (x, more) in values.iter_mut().zip(more) {
+                *x = (*x).mul_add(*factor, more * other);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn multiply(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x *= y;
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let squares = reduce(x, 0.0, |x, sum| x.mul_add(x, sum), Add::add);
+    let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let n = x.len() as f32;
+    let mean = reduce(x, 0.0, |x, sum| sum + x, Add::add) / n;
+    let squares = reduce(x, 0.0, |x, sum| (x - mean).mul_add(x - mean, sum), Add::add);
+    let scale = 1.0 / (squares / n + eps).sqrt();
+    if bias.is_empty() {
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = (x - mean) * scale * weight;
+        }
+    } else {
+        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = ((x - mean) * scale).mul_add(*weight, *bias);
+        }
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x = y.mul_add(scale, *x);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn activate(activation: Activation, x: &mut [f32]) {
+    // The match stands outside the loops so that each of them is straight-line code.
+    match activation {
+        Activation::Silu => x.iter_mut().for_each(|x| *x = Activation::Silu.apply(*x)),
+        Activation::Gelu => x.iter_mut().for_each(|x| *x = Activation::Gelu.apply(*x)),
+        Activation::GeluTanh => x.iter_mut().for_each(|x| *x = Activation::GeluTanh.apply(*x)),
+        Activation::Relu => x.iter_mut().for_each(|x| *x = Activation::Relu.apply(*x)),
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    let pairs = gate.iter_mut().zip(up);
+    match activation {
+        Activation::Silu => pairs.for_each(|(x, up)| *x = Activation::Silu.apply(*x) * up),
+        Activation::Gelu => pairs.for_each(|(x, up)| *x = Activation::Gelu.apply(*x) * up),
+        Activation::GeluTanh => pairs.for_each(|(x, up)| *x = Activation::GeluTanh.apply(*x) * up),
+        Activation::Relu => pairs.for_each(|(x, up)| *x = Activation::Relu.apply(*x) * up),
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let n = cos.len();
+    let (first, second) = x.split_at_mut(n);
+    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        let (x0, x1) = (*a, *b);
+        *a = x0.mul_add(*cos, -(x1 * sin));
+        *b = x1.mul_add(*cos, x0 * sin);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn soft_cap(x: &mut [f32], cap: f32) {
+    for x in x {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn read_sum(data: &[u64]) -> u64 {
+    data.iter().fold(0, |sum, x| sum.wrapping_add(*x))
+}

@@ -1,0 +1,13 @@
+//! Operations written once for all instruction sets.
+//!
+//! What the compiler vectorizes well is plain Rust (`elementwise.rs`). What needs tiles of registers is generic over a
+//! [`Vector`](vector::Vector) (`attention.rs`, `float.rs`, `convert.rs`). Both are compiled anew with the features of
+//! every instruction set.
+
+pub(super) mod attention;
+pub(super) mod convert;
+pub(super) mod elementwise;
+pub(super) mod float;
+pub(super) mod math;
+pub(super) mod product;
+pub(super) mod vector;

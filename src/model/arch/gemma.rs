@@ -1,0 +1,24 @@
+//! Google's Gemma.
+
+use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Quirks, Residual, family};
+use crate::kernels::Activation::GeluTanh;
+use NormKind::Rms;
+use Position::Rope;
+use Residual::Sequential;
+
+const QUIRKS: Quirks = Quirks { scaled_embedding: true, ..DEFAULT_QUIRKS };
+
+const QUIRKS_2: Quirks =
+    Quirks { window_period: 2, soft_caps: Some((50.0, 30.0)), scaled_by_width: Some(46), ..QUIRKS };
+
+const QUIRKS_3: Quirks =
+    Quirks { window_period: 6, window_rope_base: Some(10000.0), scaled_by_width: Some(62), ..QUIRKS };
+
+pub(super) const FAMILIES: &[Family] = &[
+    // Gemma Team 2024, arXiv 2403.08295.
+    family("gemma", Rms, Sequential, Rope, GeluTanh, QUIRKS),
+    // Gemma Team 2024, arXiv 2408.00118.
+    family("gemma2", Rms, Sequential, Rope, GeluTanh, QUIRKS_2),
+    // Gemma Team 2025, arXiv 2503.19786.
+    family("gemma3", Rms, Sequential, Rope, GeluTanh, QUIRKS_3),
+];

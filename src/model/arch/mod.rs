@@ -1,0 +1,36 @@
+//! The families as data, grouped by kinship: one entry each.
+
+mod alibi;
+mod family;
+mod gemma;
+mod gpt;
+mod llama;
+mod phi;
+mod qwen;
+
+pub use family::{Family, FeedForwardKind, LayerKind, MixerKind, NormKind, Position, Quirks, Residual};
+
+/// Every family that is supported.
+pub fn families() -> impl Iterator<Item = &'static Family> {
+    let groups = [llama::FAMILIES, qwen::FAMILIES, gemma::FAMILIES, phi::FAMILIES, gpt::FAMILIES, alibi::FAMILIES];
+    groups.into_iter().flatten()
+}
+
+/// The family called `name`.
+pub fn by_name(name: &str) -> Option<&'static Family> {
+    families().find(|family| family.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_family_has_a_name_of_its_own_and_at_least_one_kind_of_layer() {
+        let mut names: Vec<_> = families().map(|family| family.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), families().count());
+        assert!(families().all(|family| !family.layers.is_empty()));
+    }
+}

@@ -1,0 +1,198 @@
+//! Converts any checkpoint to a GGUF file that llama.cpp reads.
+
+pub mod requantize;
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Place, Result};
+use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use crate::format::{Checkpoint, Tensor};
+use crate::model::hf::HfFolder;
+use crate::model::weights::loader::Progress;
+use crate::quant::block::BlockType;
+use crate::threads::{Scope, ThreadPool, default_threads};
+use requantize::{decode, encode, target, unfit};
+
+/// Bytes of a piece, which one thread encodes.
+const PIECE: usize = 1 << 20;
+
+/// Writes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, to a GGUF file at `out`.
+///
+/// Matrices are stored as in [`convert`]. `progress` is called with the number of tensors that are done, and that of all.
+///
+/// # Errors
+/// Those of [`Gguf::open`], [`HfFolder::open`], [`HfFolder::tokenizer`] and [`convert`].
+pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Option<Progress<'_>>) -> Result<()> {
+    if source.is_dir() {
+        let folder = HfFolder::open(source)?;
+        convert(&folder, &folder.tokenizer()?, out, wanted, progress)
+    } else {
+        convert(&Gguf::open(source)?, &Metadata::new(), out, wanted, progress)
+    }
+}
+
+/// Writes `checkpoint` to a GGUF file at `out`, with its own keys and those of `more`.
+///
+/// Matrices are stored in the type `wanted`. Tensors that [`target`] exempts become F32; the embedding and the output become
+/// Q8_0 where Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as in llama.cpp's converter.
+/// Tensors that have the right type are copied, and so are those that a Hugging Face checkpoint holds in 4 bits where a block
+/// type is wanted.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. After an error there is no file.
+pub fn convert(
+    checkpoint: &dyn Checkpoint,
+    more: &Metadata,
+    out: &Path,
+    wanted: BlockType,
+    progress: Option<Progress<'_>>,
+) -> Result<()> {
+    if !wanted.can_encode() {
+        let known = BlockType::names(BlockType::can_encode);
+        return Err(Error::argument("type", wanted, format_args!("one of {known}")));
+    }
+    let job = Job {
+        checkpoint,
+        more,
+        file_type: wanted,
+        stored: &|name, tensor| {
+            let found = tensor.rows.block_type();
+            // Tensors that are quantized already would lose precision in other blocks.
+            let is_final = checkpoint.is_quantized(name) && found.block_len() > 1 && wanted.block_len() > 1;
+            if is_final { found } else { stored(name, tensor, wanted) }
+        },
+        made: &|_| Ok(None),
+        pool: &ThreadPool::new(default_threads())?,
+    };
+    job.write(out, progress)
+}
+
+/// How the tensors of a checkpoint are written to a file.
+pub(crate) struct Job<'a> {
+    /// The source of the tensors.
+    pub(crate) checkpoint: &'a dyn Checkpoint,
+    /// Keys in addition to those of the checkpoint.
+    pub(crate) more: &'a Metadata,
+    /// The type that most matrices have.
+    pub(crate) file_type: BlockType,
+    /// The type of each tensor.
+    pub(crate) stored: &'a dyn Fn(&str, &Tensor<'_>) -> BlockType,
+    /// The bytes of tensors that are encoded already; `None` for those to be encoded.
+    pub(crate) made: &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>,
+    /// The threads that encode.
+    pub(crate) pool: &'a ThreadPool,
+}
+
+impl Job<'_> {
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// Those of [`convert`].
+    pub(crate) fn write(&self, out: &Path, progress: Option<Progress<'_>>) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let mut metadata = checkpoint.metadata().clone();
+        for (key, value) in self.more.iter() {
+            metadata.set(key, value.clone());
+        }
+        // Without this number, readers derive it from the tensors.
+        if let Some(file_type) = file_type(self.file_type) {
+            metadata.set("general.file_type", file_type);
+        }
+        metadata.set("general.quantization_version", 2u32);
+        let names = checkpoint.names();
+        let mut planned = Vec::with_capacity(names.len());
+        for name in &names {
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            let stored = (self.stored)(name, &tensor);
+            let found = tensor.rows.block_type();
+            if found != stored && !found.is_supported() {
+                return Err(Error::Unsupported {
+                    path: checkpoint.path().to_path_buf(),
+                    place: Place::Tensor((*name).to_owned()),
+                    what: format!("the type {found}"),
+                    supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
+                });
+            }
+            let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
+            planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
+        }
+        let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
+        for (done, (name, stored, _)) in planned.iter().enumerate() {
+            if let Some(progress) = progress {
+                progress(done, planned.len())?;
+            }
+            if let Some(bytes) = (self.made)(name)? {
+                writer.write_tensor(name, &bytes)?;
+                continue;
+            }
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            let bytes = self.pool.run(|scope| encode_all(scope, &tensor, *stored));
+            writer.write_tensor(name, &bytes.map_err(|error| unfit(checkpoint.path(), name, &error))?)?;
+            drop(tensor);
+            checkpoint.release(name);
+        }
+        writer.finish()?;
+        if let Some(progress) = progress {
+            progress(planned.len(), planned.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// llama.cpp's number for files whose matrices have that type.
+fn file_type(wanted: BlockType) -> Option<u32> {
+    Some(match wanted {
+        BlockType::F32 => 0,
+        BlockType::F16 => 1,
+        BlockType::Q4_0 => 2,
+        BlockType::Q4_1 => 3,
+        BlockType::Q8_0 => 7,
+        BlockType::IQ4_NL => 25,
+        BlockType::BF16 => 32,
+        _ => return None,
+    })
+}
+
+/// The type that a tensor is stored in.
+fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
+    match target(name, &tensor.dims, wanted) {
+        None => BlockType::F32,
+        Some(wanted) if tensor.dims.first().is_some_and(|columns| columns.is_multiple_of(wanted.block_len())) => wanted,
+        Some(_) => BlockType::F16,
+    }
+}
+
+/// The bytes of a whole tensor, encoded by all threads.
+fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Result<Vec<u8>> {
+    let columns = tensor.dims.first().copied().unwrap_or(0);
+    let rows: usize = tensor.dims.iter().skip(1).product();
+    // The writer has checked that the number of bytes does not overflow.
+    let row_bytes = stored.bytes_for(columns).unwrap_or_default();
+    let mut bytes = vec![0; rows * row_bytes];
+    let fault = Mutex::new(None);
+    let rows_per_piece = (PIECE / row_bytes.max(1)).max(1);
+    scope.for_each_chunk(&mut bytes, (rows_per_piece * row_bytes).max(1), |piece, out| {
+        let (mut scratch, mut values, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, out) in out.chunks_exact_mut(row_bytes).enumerate() {
+            let index = piece * rows_per_piece + i;
+            encoded.clear();
+            let done = if tensor.rows.block_type() == stored {
+                encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
+                Ok(())
+            } else {
+                decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values)
+                    .and_then(|()| encode(stored, &values, &mut encoded))
+            };
+            match done {
+                Ok(()) => out.copy_from_slice(&encoded),
+                Err(error) => {
+                    fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    return;
+                }
+            }
+        }
+    });
+    fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(bytes), Err)
+}

@@ -1,0 +1,158 @@
+//! Checkpoints whose matrices are encoded in another type than that of their files, row by row while they are read.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use half::f16;
+
+use crate::error::{Error, Place, Result};
+use crate::format::gguf::Metadata;
+use crate::format::{Checkpoint, Tensor};
+use crate::quant::block::BlockType;
+use crate::quant::pack::Rows;
+
+/// The type to store the tensor `name` in when matrices are wanted in `wanted`. `None` for tensors that are always F32:
+/// vectors, norms, learned positions and routers are small, and the quality depends on them.
+///
+/// The embedding and the output need more bits than the layers: where 4 are wanted, they have 8.
+pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
+    let stem = name.strip_suffix(".weight").unwrap_or(name);
+    let is_small = ["_norm", "position_embd", "ffn_gate_inp"].iter().any(|end| stem.ends_with(end));
+    if dims.len() < 2 || is_small {
+        return None;
+    }
+    let is_outer = matches!(stem, "token_embd" | "output");
+    let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
+    Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
+}
+
+/// A checkpoint with its F32, F16 and BF16 matrices in blocks of fewer bits. Matrices that are in blocks stay as they are.
+pub struct Quantized<'a> {
+    source: &'a dyn Checkpoint,
+    wanted: BlockType,
+    /// The error of the first row that could not be encoded.
+    fault: Mutex<Option<Error>>,
+}
+
+impl<'a> Quantized<'a> {
+    /// `source` with linear layers in `wanted`: [`BlockType::Q4_0`] for INT4, [`BlockType::Q8_0`] for INT8. Rows that do not
+    /// fill whole blocks are padded with zeros.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for types that cannot be encoded.
+    pub fn new(source: &'a dyn Checkpoint, wanted: BlockType) -> Result<Quantized<'a>> {
+        if !wanted.can_encode() {
+            let known = BlockType::names(BlockType::can_encode);
+            return Err(Error::argument("block type", wanted, format_args!("one of {known}")));
+        }
+        Ok(Quantized { source, wanted, fault: Mutex::new(None) })
+    }
+
+    /// Returns the error of a row that could not be encoded. Call it after loading: such rows were read as zeros.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the tensor when one holds NaN, an infinity, or a number too large for its type.
+    pub fn finish(self) -> Result<()> {
+        self.fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+}
+
+impl Checkpoint for Quantized<'_> {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
+
+    fn metadata(&self) -> &Metadata {
+        self.source.metadata()
+    }
+
+    fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let Tensor { dims, rows } = self.source.tensor(name)?;
+        let is_float = matches!(rows.block_type(), BlockType::F32 | BlockType::F16 | BlockType::BF16)
+            && !self.source.is_quantized(name);
+        let Some(wanted) = target(name, &dims, self.wanted).filter(|_| is_float) else {
+            return Some(Tensor { dims, rows });
+        };
+        let owned = name.to_owned();
+        let encoded = Encoded {
+            source: rows,
+            wanted,
+            columns: *dims.first()?,
+            fail: Box::new(move |error: Error| {
+                let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+                fault.get_or_insert_with(|| unfit(self.path(), &owned, &error));
+            }),
+        };
+        Some(Tensor { dims, rows: Box::new(encoded) })
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.source.names()
+    }
+
+    fn is_quantized(&self, name: &str) -> bool {
+        self.source.is_quantized(name)
+    }
+
+    fn release(&self, name: &str) {
+        self.source.release(name);
+    }
+}
+
+/// The error for tensor `name` of the file at `path`, which could not be encoded because of `error`.
+pub(super) fn unfit(path: &Path, name: &str, error: &Error) -> Error {
+    let place = Place::Tensor(name.to_owned());
+    match error {
+        Error::InvalidArgument { found, expected, .. } => Error::malformed(path, place, found, expected),
+        other => Error::malformed(path, place, other, "values that can be encoded"),
+    }
+}
+
+/// Rows of a matrix, encoded in another type.
+struct Encoded<'a> {
+    source: Box<dyn Rows + 'a>,
+    wanted: BlockType,
+    columns: usize,
+    /// Called with the reason why a row cannot be encoded.
+    fail: Box<dyn Fn(Error) + Sync + 'a>,
+}
+
+impl Rows for Encoded<'_> {
+    fn block_type(&self) -> BlockType {
+        self.wanted
+    }
+
+    fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        let mut values = Vec::new();
+        let decoded = decode(self.source.as_ref(), index, self.columns, scratch, &mut values);
+        values.resize(self.columns.next_multiple_of(self.wanted.block_len()), 0.0);
+        scratch.clear();
+        if let Err(error) = decoded.and_then(|()| encode(self.wanted, &values, scratch)) {
+            scratch.resize(self.wanted.bytes_for(values.len()).unwrap_or_default(), 0);
+            (self.fail)(error);
+        }
+        scratch
+    }
+}
+
+/// Decodes the `columns` values of row `index`.
+pub(super) fn decode(
+    rows: &dyn Rows,
+    index: usize,
+    columns: usize,
+    scratch: &mut Vec<u8>,
+    values: &mut Vec<f32>,
+) -> Result<()> {
+    values.resize(columns, 0.0);
+    rows.block_type().decode(rows.row(index, scratch), values)
+}
+
+/// Appends the blocks of `values`. Unlike [`BlockType::encode`] it refuses numbers that would become infinite.
+pub(super) fn encode(wanted: BlockType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    if wanted == BlockType::F16
+        && let Some(large) = values.iter().find(|value| value.is_finite() && f16::from_f32(**value).is_infinite())
+    {
+        return Err(Error::argument("values", large, "values up to 65504, the largest of F16"));
+    }
+    wanted.encode(values, out)
+}

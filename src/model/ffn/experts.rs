@@ -1,0 +1,227 @@
+//! Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): each row goes to a few of many networks.
+
+use super::dense::{self, Mlp};
+use super::router::{Choice, Router};
+use crate::error::Result;
+use crate::kernels;
+use crate::model::buffer::Buffer;
+use crate::model::config::Config;
+use crate::model::fingerprint::FingerprintHasher;
+use crate::model::linear::{Linear, LinearInput};
+use crate::model::pass::Pass;
+use crate::model::weights::loader::{Loader, Part};
+use crate::quant::packed::PANEL;
+
+/// The weights of a mixture of experts.
+#[derive(Debug)]
+pub(in crate::model) struct Experts {
+    router: Router,
+    /// `(experts)`
+    experts: Vec<Mlp>,
+    shared: Option<SharedExpert>,
+}
+
+/// An expert that every row uses.
+#[derive(Debug)]
+struct SharedExpert {
+    mlp: Mlp,
+    /// `(1, hidden)`: the sigmoid of its output is the weight of the expert's output, which is 1 without a gate.
+    gate: Option<Linear>,
+}
+
+/// What a mixture of experts computes with, besides the workspace of a network.
+#[derive(Debug, Default)]
+pub(in crate::model) struct Workspace {
+    /// `(rows, hidden)`: the input of all experts.
+    source: Buffer,
+    /// `(rows, experts used)`
+    choices: Vec<Choice>,
+    /// The rows that chose one expert, and the weights of its output.
+    chosen: Vec<(usize, f32)>,
+    /// `(rows that chose one expert, hidden)`, then the input of its `down`.
+    input: LinearInput,
+    /// `(rows that chose one expert, hidden rounded up to panels)`; also the logits of the router.
+    out: Buffer,
+    /// `(rows)`: weights of the shared expert's output.
+    gates: Vec<f32>,
+}
+
+impl Workspace {
+    /// Allocates memory for `rows` rows: of `hidden` numbers, of inputs of `input` numbers and outputs of `out` numbers.
+    pub(super) fn reserve(&mut self, rows: usize, hidden: usize, input: usize, out: usize) -> Result<()> {
+        self.source.reserve(rows * hidden)?;
+        self.out.reserve(rows * out)?;
+        self.input.reserve(rows, hidden.max(input))
+    }
+}
+
+impl Experts {
+    /// Whether layer `index` of the file has experts.
+    pub(super) fn is_in(loader: &Loader<'_>, index: usize) -> bool {
+        loader.has(&format!("{}.weight", Router::name(index)))
+    }
+
+    /// Reads router, experts and shared expert of layer `index`.
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Experts> {
+        let router = Router::load(loader, config, index)?;
+        let count = config.experts.count;
+        let experts = (0..count).map(|expert| Mlp::load(loader, config, index, "_exps", Some((expert, count))));
+        let experts = experts.collect::<Result<Vec<_>>>()?;
+        for stack in ["gate", "up", "down"] {
+            loader.release(&format!("blk.{index}.ffn_{stack}_exps.weight"));
+        }
+        let shared = match loader.has(&format!("blk.{index}.ffn_up_shexp.weight")) {
+            true => Some(SharedExpert::load(loader, config, index)?),
+            false => None,
+        };
+        Ok(Experts { router, experts, shared })
+    }
+
+    /// Reads the weights of an expert again, which may have changed: that of a number, or the shared one.
+    pub(in crate::model) fn reload(
+        &mut self,
+        loader: &Loader<'_>,
+        config: &Config,
+        index: usize,
+        expert: Option<usize>,
+    ) -> Result<()> {
+        let count = self.experts.len();
+        match (expert, &mut self.shared) {
+            (Some(expert), _) => {
+                self.experts[expert] = Mlp::load(loader, config, index, "_exps", Some((expert, count)))?;
+            }
+            (None, Some(shared)) => shared.mlp = Mlp::load(loader, config, index, "_shexp", None)?,
+            (None, None) => {}
+        }
+        Ok(())
+    }
+
+    /// The experts, in order.
+    pub(in crate::model) fn experts(&self) -> &[Mlp] {
+        &self.experts
+    }
+
+    /// The expert that every row uses.
+    pub(in crate::model) fn shared(&self) -> Option<&Mlp> {
+        self.shared.as_ref().map(|shared| &shared.mlp)
+    }
+
+    /// All networks, the shared one last.
+    pub(super) fn mlps(&self) -> impl Iterator<Item = &Mlp> {
+        self.experts.iter().chain(self.shared())
+    }
+
+    /// Width of a row of the router's logits.
+    pub(super) fn router_width(&self) -> usize {
+        self.router.logits.width()
+    }
+
+    pub(super) fn linears(&self) -> Vec<&Linear> {
+        let mut all = vec![&self.router.logits];
+        all.extend(self.mlps().flat_map(Mlp::linears));
+        all.extend(self.shared.iter().filter_map(|shared| shared.gate.as_ref()));
+        all
+    }
+
+    /// Bytes of the experts that a token does not read, where it uses `used`.
+    pub(super) fn bytes_unused(&self, used: usize) -> usize {
+        let bytes: usize = self.experts.iter().flat_map(Mlp::linears).map(Linear::bytes).sum();
+        bytes / self.experts.len().max(1) * self.experts.len().saturating_sub(used)
+    }
+
+    pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+        let Experts { router: Router { logits }, experts, shared } = self;
+        hasher.linear(logits);
+        experts.iter().for_each(|mlp| mlp.fingerprint(hasher));
+        hasher.optional(shared.as_ref(), |hasher, SharedExpert { mlp, gate }| {
+            mlp.fingerprint(hasher);
+            hasher.optional(gate.as_ref(), FingerprintHasher::linear);
+        });
+    }
+
+    /// `out (rows, hidden rounded up to panels)`: the weighted sum of the outputs of the experts that each row of
+    /// `input (rows, hidden)` chooses. Rows are grouped by expert.
+    ///
+    /// The outputs of a row are added in the order of the experts' numbers, so its bits do not depend on other rows.
+    pub(super) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        input: &mut LinearInput,
+        dense: &mut dense::Workspace,
+        own: &mut Workspace,
+        out: &mut Buffer,
+    ) {
+        let (hidden, used) = (pass.config.hidden, pass.config.experts.used);
+        let rows = input.values.len() / hidden;
+        let width = hidden.next_multiple_of(PANEL);
+        // Every expert reads the input.
+        own.source.copy_from(&input.values);
+        self.router.route(pass, input, &mut own.out, &mut own.choices);
+        out.resize(rows * width);
+        out.fill(0.0);
+        for (expert, mlp) in self.experts.iter().enumerate() {
+            own.chosen.clear();
+            let choices = own.choices.iter().enumerate().filter(|(_, (chosen, _))| *chosen == expert);
+            own.chosen.extend(choices.map(|(at, (_, weight))| (at / used, *weight)));
+            if own.chosen.is_empty() {
+                continue;
+            }
+            own.input.resize(own.chosen.len(), hidden);
+            for ((row, _), input) in own.chosen.iter().zip(own.input.values.chunks_exact_mut(hidden)) {
+                input.copy_from_slice(&own.source[row * hidden..][..hidden]);
+            }
+            mlp.forward(pass, &mut own.input, dense, &mut own.out);
+            for ((row, weight), output) in own.chosen.iter().zip(own.out.chunks(width)) {
+                pass.kernel.add_scaled(&mut out[row * width..][..hidden], &output[..hidden], *weight);
+            }
+        }
+        let Some(shared) = &self.shared else { return };
+        own.input.values.copy_from(&own.source);
+        shared.weights(pass, &mut own.input, &mut own.out, &mut own.gates);
+        shared.mlp.forward(pass, &mut own.input, dense, &mut own.out);
+        for ((out, output), weight) in out.chunks_mut(width).zip(own.out.chunks(width)).zip(&own.gates) {
+            pass.kernel.add_scaled(&mut out[..hidden], &output[..hidden], *weight);
+        }
+    }
+
+    /// The experts that each row of `input (rows, hidden)` chooses: `(rows, experts used)`.
+    pub(in crate::model) fn route(&self, pass: &Pass<'_>, input: &mut LinearInput) -> Vec<Choice> {
+        let mut choices = Vec::new();
+        self.router.route(pass, input, &mut Buffer::default(), &mut choices);
+        choices
+    }
+
+    /// The weights `(rows)` of the shared expert's output; none without a shared expert.
+    pub(in crate::model) fn shared_weights(&self, pass: &Pass<'_>, input: &mut LinearInput) -> Vec<f32> {
+        let mut weights = Vec::new();
+        if let Some(shared) = &self.shared {
+            shared.weights(pass, input, &mut Buffer::default(), &mut weights);
+        }
+        weights
+    }
+}
+
+impl SharedExpert {
+    fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<SharedExpert> {
+        let name = format!("blk.{index}.ffn_gate_inp_shexp");
+        let gate = match loader.dims(&format!("{name}.weight")).map(|dims| dims.len()) {
+            None => None,
+            // One row, written with one dimension or two.
+            Some(1) => Some(loader.row(&name, config.hidden)?),
+            Some(_) => Some(loader.linear(&[Part::new(name, 1)], config.hidden)?),
+        };
+        Ok(SharedExpert { mlp: Mlp::load(loader, config, index, "_shexp", None)?, gate })
+    }
+
+    /// Writes the weights of the expert's output to `weights (rows)`. Overwrites `buffer`.
+    fn weights(&self, pass: &Pass<'_>, input: &mut LinearInput, buffer: &mut Buffer, weights: &mut Vec<f32>) {
+        weights.clear();
+        weights.resize(input.values.len() / pass.config.hidden, 1.0);
+        if let Some(gate) = &self.gate {
+            pass.linear(gate, input, buffer);
+            for (weight, out) in weights.iter_mut().zip(buffer.chunks(gate.width())) {
+                *weight = 1.0 / (1.0 + kernels::exp(-out[0]));
+            }
+        }
+    }
+}

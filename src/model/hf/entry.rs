@@ -1,0 +1,90 @@
+//! Entries of a family's name map: which tensors of the checkpoint become which tensor of GGUF, and how.
+
+use super::settings::Settings;
+use super::sizes::Size;
+use crate::error::Result;
+
+/// How tensors of the checkpoint become one of GGUF.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transform {
+    /// Unchanged.
+    Copy,
+    /// In each head, rows `i` and `i + rotary / 2` become neighbours, the order that llama.cpp rotates in for some families.
+    PairNeighbours,
+    /// Query, key and value rows that are grouped by head, or by key/value head, become all queries, then all keys, then all
+    /// values.
+    Ungroup,
+    /// Rows become columns.
+    Transpose,
+    /// 1 is added to every value.
+    AddOne,
+    /// Without the first rows.
+    Skip(usize),
+    /// Tensors one after the other; the last dimension is their number. `{e}` in the name is the index of the tensor.
+    Stack,
+    /// A matrix of one row becomes a vector.
+    Squeeze,
+}
+
+/// Whether the checkpoint must have a tensor.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Need {
+    Never,
+    Always,
+    /// Used if it is there.
+    Optional,
+    /// When this switch of the configuration is on.
+    If(&'static str),
+    /// When this switch of the configuration is off.
+    Unless(&'static str),
+    /// When this function of the configuration says so.
+    IfSo(fn(&Settings) -> Result<bool>),
+    /// In layers with experts.
+    Sparse,
+    /// In layers without experts.
+    Dense,
+    /// The output matrix: optional where it may be tied to the embedding.
+    Untied,
+}
+
+/// One tensor of GGUF, or two: a weight and its bias.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    /// GGUF's name without `blk.N.` and `.weight`.
+    pub(super) gguf: &'static str,
+    /// The checkpoint's name without `.weight`. `~` stands for the prefix of all names.
+    pub(super) hf: &'static str,
+    pub(super) transform: Transform,
+    pub(super) weight: Need,
+    pub(super) bias: Need,
+    /// Dimensions in GGUF's order, where they differ from those of the [name](Size::named).
+    pub(super) dims: Option<&'static [Size]>,
+}
+
+/// An entry that is required, unchanged and without a bias. Its methods change that.
+pub(super) const fn tensor(gguf: &'static str, hf: &'static str) -> Entry {
+    Entry { gguf, hf, transform: Transform::Copy, weight: Need::Always, bias: Need::Never, dims: None }
+}
+
+impl Entry {
+    pub(super) const fn by(self, transform: Transform) -> Entry {
+        Entry { transform, ..self }
+    }
+
+    pub(super) const fn when(self, weight: Need) -> Entry {
+        Entry { weight, ..self }
+    }
+
+    pub(super) const fn bias(self, bias: Need) -> Entry {
+        Entry { bias, ..self }
+    }
+
+    /// A weight and a bias that are needed together.
+    pub(super) const fn both(self, need: Need) -> Entry {
+        Entry { weight: need, bias: need, ..self }
+    }
+
+    pub(super) const fn dims(self, dims: &'static [Size]) -> Entry {
+        Entry { dims: Some(dims), ..self }
+    }
+}

@@ -1,0 +1,89 @@
+//! What the entry of a family consists of.
+
+use crate::error::Result;
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::Entry;
+use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::settings::{Defaults, Settings};
+use crate::model::hf::sizes::Sizes;
+
+/// Where the activation of the feed-forward layers comes from.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model::hf) enum ActivationSource {
+    /// The first of these keys that has a value.
+    Under(&'static [&'static str]),
+    /// The family: this name in the metadata.
+    Is(&'static str),
+}
+
+/// Which dimensions of queries and keys are rotated.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model::hf) enum Rotation {
+    None,
+    All,
+    /// The number, or the share, that the configuration has.
+    Part,
+    /// All, unless this switch is on.
+    Unless(&'static str),
+}
+
+/// Which layers have the window of `sliding_window`, where there is no `layer_types`.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model::hf) enum WindowRule {
+    /// None, for any `sliding_window`.
+    Never,
+    /// All.
+    Always,
+    /// The layers from the one whose number is under this key.
+    From(&'static str),
+    /// All but every nth. The number is under one of these keys.
+    Period(&'static [&'static str]),
+    /// Only `layer_types` says it.
+    Listed,
+}
+
+/// A family as transformers writes its checkpoints.
+pub(in crate::model::hf) struct HfFamily {
+    /// `model_type` in `config.json`.
+    pub(in crate::model::hf) model_types: &'static [&'static str],
+    /// `general.architecture` in GGUF.
+    pub(in crate::model::hf) architecture: &'static str,
+    /// The defaults of transformers for keys that `config.json` lacks.
+    pub(in crate::model::hf) defaults: Defaults,
+    /// Prefixes that `~` may stand for in names. The first that a tensor begins with is taken.
+    pub(in crate::model::hf) bases: &'static [&'static str],
+    /// Tensors outside the layers.
+    pub(in crate::model::hf) outside: &'static [&'static [Entry]],
+    /// The prefix of the names of layer N's tensors, before N.
+    pub(in crate::model::hf) layers: &'static str,
+    /// Tensors of a layer.
+    pub(in crate::model::hf) layer: &'static [&'static [Entry]],
+    /// Prefixes of the names of tensors that are not needed.
+    pub(in crate::model::hf) ignored: &'static [&'static str],
+    pub(in crate::model::hf) norm: NormKind,
+    pub(in crate::model::hf) activation: ActivationSource,
+    pub(in crate::model::hf) rotation: Rotation,
+    pub(in crate::model::hf) window: WindowRule,
+    /// Corrects sizes that the family defines differently from most.
+    pub(in crate::model::hf) adjust: fn(&Settings, &mut Sizes) -> Result<()>,
+    /// Writes the keys that only this family has.
+    pub(in crate::model::hf) keys: fn(&mut MetadataWriter<'_>) -> Result<()>,
+}
+
+/// A family without tensors, to start from.
+pub(super) const BASE: HfFamily = HfFamily {
+    model_types: &[],
+    architecture: "",
+    defaults: &[],
+    bases: &["model.", ""],
+    outside: &[],
+    layers: "~layers.",
+    layer: &[],
+    ignored: &[],
+    norm: NormKind::Rms,
+    activation: ActivationSource::Under(&["hidden_act"]),
+    rotation: Rotation::All,
+    window: WindowRule::Never,
+    adjust: |_, _| Ok(()),
+    keys: |_| Ok(()),
+};

@@ -1,0 +1,247 @@
+//! Finds the tensors of a checkpoint that each tensor of GGUF is made of, by the name map of the family.
+
+use std::collections::HashSet;
+
+use super::entry::{Entry, Need, Transform};
+use super::families::HfFamily;
+use super::packings::Packing;
+use super::packings::matrix::Matrix;
+use super::settings::Settings;
+use super::sizes::{Size, Sizes};
+use super::transform::RowOrder;
+use crate::error::{Error, Place, Result};
+use crate::format::safetensors::{SafeTensors, TensorInfo};
+use crate::quant::block::BlockType;
+
+/// A tensor of GGUF and the tensors that it is made of. Everything is checked.
+#[derive(Debug)]
+pub(super) struct Planned {
+    /// GGUF's name.
+    pub(super) name: String,
+    /// GGUF's dimensions, the fastest-varying first.
+    pub(super) dims: Vec<usize>,
+    /// The type of the checkpoint's values.
+    pub(super) block_type: BlockType,
+    /// Indices into [`SafeTensors::tensors`]; none where the tensors are packed.
+    pub(super) parts: Vec<usize>,
+    /// The matrices that it is made of, where they are in 4 bits already.
+    pub(super) packed: Vec<Matrix>,
+    pub(super) order: RowOrder,
+}
+
+/// Finds all tensors of a family, and checks that none is left over.
+pub(super) struct Planner<'a> {
+    family: &'a HfFamily,
+    settings: &'a Settings,
+    sizes: &'a Sizes,
+    files: &'a SafeTensors,
+    packing: Option<Packing>,
+    /// The prefix that `~` stands for in names.
+    base: &'static str,
+    planned: Vec<Planned>,
+    /// Names of the checkpoint's tensors that are part of `planned`.
+    used: HashSet<&'a str>,
+}
+
+impl<'a> Planner<'a> {
+    /// All tensors of a family.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the checkpoint's name of the tensor.
+    pub(super) fn plan(
+        family: &'a HfFamily,
+        settings: &'a Settings,
+        sizes: &'a Sizes,
+        files: &'a SafeTensors,
+        packing: Option<Packing>,
+    ) -> Result<Vec<Planned>> {
+        // Checkpoints of a model that was saved without its head lack the first part of every name.
+        let starts_with = |base: &&&str| files.tensors().iter().any(|tensor| tensor.name().starts_with(**base));
+        let base = family.bases.iter().find(starts_with).copied().unwrap_or_default();
+        let mut planner =
+            Planner { family, settings, sizes, files, packing, base, planned: Vec::new(), used: HashSet::new() };
+        for entry in family.outside.iter().flat_map(|entries| entries.iter()) {
+            planner.entry(entry, None)?;
+        }
+        for layer in 0..sizes.layers {
+            for entry in family.layer.iter().flat_map(|entries| entries.iter()) {
+                planner.entry(entry, Some(layer))?;
+            }
+        }
+        planner.check_leftovers()?;
+        Ok(planner.planned)
+    }
+
+    fn entry(&mut self, entry: &Entry, layer: Option<usize>) -> Result<()> {
+        let Entry { gguf, transform, weight, bias, dims, .. } = *entry;
+        let dims: Vec<usize> = dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes)).collect();
+        let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
+        // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
+        let bias_transform = match transform {
+            Transform::Transpose | Transform::AddOne => Transform::Copy,
+            other => other,
+        };
+        for (suffix, need, dims, transform) in
+            [(".weight", weight, dims, transform), (".bias", bias, vector, bias_transform)]
+        {
+            let name = match layer {
+                Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
+                None => format!("{gguf}{suffix}"),
+            };
+            let source = match layer {
+                Some(layer) => format!("{}{layer}.{}{suffix}", self.family.layers, entry.hf),
+                None => format!("{}{suffix}", entry.hf),
+            };
+            let source = source.replace('~', self.base);
+            if self.is_needed(need, layer, &source)? {
+                self.add(name, &source, dims, transform)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_needed(&self, need: Need, layer: Option<usize>, source: &str) -> Result<bool> {
+        let is_there = || self.files.tensor(source).is_some() || self.is_packed(source);
+        let sparse = layer.is_some_and(|layer| self.sizes.is_sparse(layer));
+        Ok(match need {
+            Need::Never => false,
+            Need::Always => true,
+            Need::Optional => is_there(),
+            Need::If(key) => self.settings.switch(key, false)?,
+            Need::Unless(key) => !self.settings.switch(key, false)?,
+            Need::IfSo(is_so) => is_so(self.settings)?,
+            Need::Sparse => sparse,
+            Need::Dense => !sparse,
+            Need::Untied => !self.settings.switch("tie_word_embeddings", false)? || is_there(),
+        })
+    }
+
+    fn add(&mut self, name: String, source: &str, dims: Vec<usize>, transform: Transform) -> Result<()> {
+        // The shape of one part, the slowest-varying dimension first, as in the checkpoint.
+        let mut shape: Vec<usize> = dims.iter().rev().copied().collect();
+        let mut sources = vec![source.to_owned()];
+        match transform {
+            Transform::Stack => {
+                let parts = shape.remove(0);
+                sources = (0..parts).map(|part| source.replace("{e}", &part.to_string())).collect();
+            }
+            Transform::Transpose => shape.reverse(),
+            Transform::Skip(rows) => shape.iter_mut().take(1).for_each(|dim| *dim += rows),
+            Transform::Squeeze => shape.insert(0, 1),
+            _ => {}
+        }
+        let order = RowOrder::new(transform, self.sizes);
+        if sources.first().is_some_and(|source| self.is_packed(source)) {
+            let packed = self.packed(&sources, &shape, transform)?;
+            let planned = Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order };
+            self.planned.push(planned);
+            return Ok(());
+        }
+        let mut parts = Vec::with_capacity(sources.len());
+        let mut block_type = None;
+        for source in sources {
+            let (at, part) = self.part(&source, &shape)?;
+            let found = self.block_type(part)?;
+            if *block_type.get_or_insert(found) != found {
+                let place = Place::Tensor(part.name().to_owned());
+                let expected = format!("the type of the other tensors of {name}");
+                return Err(Error::malformed(self.files.path(part), place, part.dtype(), expected));
+            }
+            self.used.insert(part.name());
+            parts.push(at);
+        }
+        let block_type = block_type.unwrap_or(BlockType::F32);
+        self.planned.push(Planned { name, dims, block_type, parts, packed: Vec::new(), order });
+        Ok(())
+    }
+
+    /// Whether the matrix called `source` is packed in 4 bits.
+    fn is_packed(&self, source: &str) -> bool {
+        self.packing.is_some_and(|packing| packing.find(self.files, &source.replace("{e}", "0")).is_some())
+    }
+
+    /// The packed matrices called `sources`, all of the same shape.
+    fn packed(&mut self, sources: &[String], shape: &[usize], transform: Transform) -> Result<Vec<Matrix>> {
+        let files = self.files;
+        let mut packed = Vec::with_capacity(sources.len());
+        for source in sources {
+            let (Some(packing), &[rows, columns]) = (self.packing, shape) else { continue };
+            if matches!(transform, Transform::Transpose | Transform::AddOne) {
+                return Err(Error::Unsupported {
+                    path: files.folder().to_path_buf(),
+                    place: Place::Tensor(source.clone()),
+                    what: format!("a packed matrix of a {}", self.family.model_types[0]),
+                    supported: "supported: families whose linear layers are stored row by row".to_owned(),
+                });
+            }
+            let matrix = packing.matrix(files, source, rows, columns)?;
+            self.used.extend(matrix.tensors().filter_map(|at| files.tensors().get(at)).map(TensorInfo::name));
+            packed.push(matrix);
+        }
+        Ok(packed)
+    }
+
+    /// The tensor called `name` and its index. It must have this shape.
+    fn part(&self, name: &str, shape: &[usize]) -> Result<(usize, &'a TensorInfo)> {
+        let files = self.files;
+        let Some((at, tensor)) = files.position(name).zip(files.tensor(name)) else {
+            return Err(Error::Missing {
+                path: self.files.folder().to_path_buf(),
+                place: Place::Tensor(name.to_owned()),
+                expected: format!("a tensor of shape {shape:?}, as {} says", self.config()),
+            });
+        };
+        if tensor.shape() != shape {
+            let found = format!("shape {:?}", tensor.shape());
+            let expected = format!("{shape:?}, as {} says", self.config());
+            return Err(Error::malformed(self.files.path(tensor), Place::Tensor(name.to_owned()), found, expected));
+        }
+        Ok((at, tensor))
+    }
+
+    fn config(&self) -> String {
+        self.settings.path().file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    fn block_type(&self, tensor: &TensorInfo) -> Result<BlockType> {
+        tensor.block_type().ok_or_else(|| Error::Unsupported {
+            path: self.files.path(tensor).to_path_buf(),
+            place: Place::Tensor(tensor.name().to_owned()),
+            what: format!("the type {}", tensor.dtype()),
+            supported: "supported: F32, F16, BF16".to_owned(),
+        })
+    }
+
+    /// Returns an error for a tensor that is not used: without it the model would compute something else.
+    fn check_leftovers(&self) -> Result<()> {
+        /// Buffers that older versions of transformers saved: masks and frequencies.
+        const BUFFERS: &[&str] =
+            &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"];
+        let ignored = |name: &str| {
+            BUFFERS.iter().any(|end| name.ends_with(end))
+                || self.family.ignored.iter().any(|start| name.starts_with(start))
+        };
+        // Programs that pack checkpoints give every linear layer a bias, of zeros where it had none.
+        let is_zero_bias = |tensor: &TensorInfo| {
+            self.packing.is_some()
+                && tensor.name().ends_with(".bias")
+                && self.files.data(tensor).iter().all(|b| *b == 0)
+        };
+        let leftover = |tensor: &&TensorInfo| {
+            !self.used.contains(tensor.name()) && !ignored(tensor.name()) && !is_zero_bias(tensor)
+        };
+        match self.files.tensors().iter().find(leftover) {
+            None => Ok(()),
+            Some(tensor) => Err(Error::malformed(
+                self.files.path(tensor),
+                Place::Tensor(tensor.name().to_owned()),
+                "a tensor",
+                format_args!(
+                    "none: according to {} the {} has no such tensor",
+                    self.config(),
+                    self.family.model_types[0]
+                ),
+            )),
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! How attention sees positions: rotary embedding, or ALiBi's bias by distance.
+
+use crate::model::config::Config;
+use crate::model::rope::Rope;
+
+/// How attention sees positions: what follows from the configuration and the file's factors.
+#[derive(Debug)]
+pub(in crate::model) struct Positions {
+    /// Rotations of layers without and with a window.
+    pub(in crate::model) ropes: [Rope; 2],
+    /// `(heads)`: ALiBi's slopes, or empty.
+    pub(in crate::model) slopes: Vec<f32>,
+}
+
+impl Positions {
+    /// Positions of a model of `heads` heads for sessions of `context` tokens. `factors` belong to layers without a window.
+    pub(in crate::model) fn new(config: &Config, context: usize, factors: Option<&[f32]>) -> Positions {
+        let [rope, window_rope] = &config.ropes;
+        let window_factors = if rope == window_rope { factors } else { None };
+        let ropes = [(rope, factors), (window_rope, window_factors)];
+        Positions {
+            ropes: ropes.map(|(rope, factors)| Rope::new(rope, config.rotary, context, factors)),
+            slopes: config.alibi.map_or(Vec::new(), |(max, scale)| slopes(config.heads, max, scale)),
+        }
+    }
+
+    /// The positions as text for the model's fingerprint, with every number written so that it reads back exactly.
+    pub(in crate::model) fn describe(&self) -> String {
+        format!("{:?} {:?}", self.ropes, self.slopes)
+    }
+}
+
+/// ALiBi's slopes: powers of `2^(-max / n)`, and for the heads beyond a power of two every second power of its square root
+/// (Press et al. 2021, arXiv 2108.12409).
+fn slopes(heads: usize, max: f32, scale: f32) -> Vec<f32> {
+    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    let power = |exponent: f64| libm::exp2(-f64::from(max) * exponent / whole as f64) as f32 * scale;
+    let slope = |head: usize| match head {
+        head if head < whole => power((head + 1) as f64),
+        head => power((2 * (head - whole) + 1) as f64 / 2.0),
+    };
+    (0..heads).map(slope).collect()
+}

@@ -1,0 +1,366 @@
+//! A model, from loading to logits.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use super::batch::{Input, Logits};
+use super::config::Config;
+use super::convert::requantize::Quantized;
+use super::fingerprint::Fingerprint;
+use super::forward::Workspace;
+use super::hf::HfFolder;
+use super::mixers::positions::Positions;
+use super::state::cache::{CacheShape, CacheType};
+use super::state::session::Session;
+use super::state::session_file::{self, Owner};
+use super::transformer::{Transformer, Weights, Widths};
+use super::weights::loader::{Loader, Progress};
+use crate::error::{Error, Result};
+use crate::format::Checkpoint;
+use crate::format::gguf::{Gguf, OpenOptions, Value};
+use crate::kernels::{self, Kernel};
+use crate::quant::block::BlockType;
+use crate::threads::{ThreadPool, resolve_threads};
+
+/// How weights that a checkpoint holds as F32, F16 or BF16 are quantized when they are loaded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Quantize {
+    /// [`Quantize::Int4`] for a folder of Hugging Face, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
+    /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
+    #[default]
+    Auto,
+    /// Not at all: they are computed as they are stored.
+    Stored,
+    /// Layers INT4 with a scale per 32 weights; embedding and output INT8.
+    Int4,
+    /// All matrices INT8 with a scale per 32 weights.
+    Int8,
+}
+
+impl Quantize {
+    /// The choice called `auto`, `stored`, `int4` or `int8`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for other names.
+    pub fn by_name(name: &str) -> Result<Quantize> {
+        Ok(match name {
+            "auto" => Quantize::Auto,
+            "stored" => Quantize::Stored,
+            "int4" => Quantize::Int4,
+            "int8" => Quantize::Int8,
+            _ => return Err(Error::argument("quantize", format_args!("{name:?}"), "int4, int8, stored or auto")),
+        })
+    }
+}
+
+/// Options of loading a model.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
+    pub kernel: Option<String>,
+    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise the number that pays off.
+    pub threads: Option<usize>,
+    /// The most tokens of a session, up to the context that the model was made for. Default: that context, or the context
+    /// in training where a longer one changes the results of short prompts.
+    pub context: Option<usize>,
+    /// How weights that are stored as floats are quantized.
+    pub quantize: Quantize,
+    /// How keys and values are stored. Default: F16, or F32 for models whose layers are F32.
+    pub cache_type: Option<CacheType>,
+    /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
+    /// somebody changes or shortens a file while it loads. Default: true.
+    pub mmap: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions {
+            kernel: None,
+            threads: None,
+            context: None,
+            quantize: Quantize::Auto,
+            cache_type: None,
+            mmap: true,
+        }
+    }
+}
+
+/// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
+#[derive(Debug)]
+pub struct Model {
+    /// Distinguishes the sessions of this model from those of others.
+    id: u64,
+    path: PathBuf,
+    /// The name in the file, or empty.
+    name: String,
+    pub(super) transformer: Transformer,
+    shape: CacheShape,
+    context: usize,
+    /// Workspaces of passes that are not running.
+    workspaces: Mutex<Vec<Workspace>>,
+    /// Computed when it is first asked for.
+    fingerprint: OnceLock<Fingerprint>,
+}
+
+impl Model {
+    /// Loads a GGUF file, any of its shards, or a folder of Hugging Face with `config.json` and safetensors files.
+    ///
+    /// # Errors
+    /// Those of [`Gguf::open`] and [`HfFolder::open`]; [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`]
+    /// for keys and tensors; [`Error::UnknownKernel`] and [`Error::InvalidArgument`] for options; [`Error::OutOfMemory`].
+    pub fn load(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Model> {
+        Model::load_with(path, options, None)
+    }
+
+    /// As [`Model::load`]. `progress` is called with the number of weights that are packed, and that of all.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`] and of `progress`.
+    pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
+        let path = path.as_ref();
+        if path.is_dir() {
+            let folder = HfFolder::open_with(path, options.mmap)?;
+            // In a checkpoint that is in 4 bits already, the matrices that are left were worth more bits.
+            let auto = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
+            Model::from_checkpoint(&folder, auto, options, progress)
+        } else {
+            let file = Gguf::open_with(path, &OpenOptions { mmap: options.mmap })?;
+            Model::from_checkpoint(&file, Quantize::Stored, options, progress)
+        }
+    }
+
+    /// Loads a model from an open checkpoint. [`Quantize::Auto`] stands for `auto`.
+    fn from_checkpoint(
+        checkpoint: &dyn Checkpoint,
+        auto: Quantize,
+        options: &LoadOptions,
+        progress: Option<Progress<'_>>,
+    ) -> Result<Model> {
+        let wanted = match if options.quantize == Quantize::Auto { auto } else { options.quantize } {
+            Quantize::Auto | Quantize::Stored => return Model::pack(checkpoint, options, progress),
+            Quantize::Int4 => BlockType::Q4_0,
+            Quantize::Int8 => BlockType::Q8_0,
+        };
+        let quantized = Quantized::new(checkpoint, wanted)?;
+        let model = Model::pack(&quantized, options, progress)?;
+        quantized.finish()?;
+        Ok(model)
+    }
+
+    fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
+        Model::with_weights(checkpoint, options, progress, Weights::load)
+    }
+
+    /// Loads a model whose weights `load` reads, from a loader, for a configuration and a context.
+    pub(super) fn with_weights(
+        checkpoint: &dyn Checkpoint,
+        options: &LoadOptions,
+        progress: Option<Progress<'_>>,
+        load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
+    ) -> Result<Model> {
+        let kernel = kernels::choose(options.kernel.as_deref())?;
+        let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
+        let config = Config::read(checkpoint)?;
+        let context = options.context.unwrap_or(config.default_context());
+        if context == 0 || context > config.context {
+            let expected = format!("1 to {}, the context that the model was made for", config.context);
+            return Err(Error::argument("context", context, expected));
+        }
+        let weights = pool.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
+        let default_type = if weights.is_f32() { CacheType::F32 } else { CacheType::F16 };
+        static MODELS: AtomicU64 = AtomicU64::new(0);
+        Ok(Model {
+            id: MODELS.fetch_add(1, Ordering::Relaxed),
+            path: checkpoint.path().to_path_buf(),
+            name: checkpoint.metadata().get("general.name").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            shape: CacheShape::of(&config, options.cache_type.unwrap_or(default_type)),
+            transformer: Transformer {
+                positions: Positions::new(&config, context, weights.rope_factors.as_deref()),
+                widths: Widths::new(&config, &weights),
+                config,
+                weights,
+                kernel,
+                pool,
+            },
+            context,
+            workspaces: Mutex::default(),
+            fingerprint: OnceLock::new(),
+        })
+    }
+
+    /// Computes a step: all tokens of all inputs, in batches. Appends the wanted logits to `logits`: a row of
+    /// [`vocabulary`](Model::vocabulary) numbers per token, in the order of the inputs; for [`Logits::Hidden`] a row of
+    /// [`hidden`](Config::hidden) numbers. All inputs of a step want logits, or all want hidden states.
+    ///
+    /// The bits of a token's result do not depend on what else is in the step. `interrupted` is called between layers; when
+    /// it returns true the step ends.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown token, no tokens, or a session of another model;
+    /// [`Error::ContextFull`] when the tokens do not fit; [`Error::OutOfMemory`]; [`Error::Interrupted`]. After an error all
+    /// sessions hold the tokens that they held before, and `logits` is as it was.
+    pub fn forward(
+        &self,
+        inputs: &mut [Input<'_>],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        let hidden = inputs.first().is_some_and(|input| input.logits == Logits::Hidden);
+        for input in inputs.iter() {
+            if input.session.model != self.id {
+                return Err(Error::argument("session", "a session of another model", "a session of this model"));
+            }
+            if (input.logits == Logits::Hidden) != hidden {
+                return Err(Error::argument("logits", "both logits and hidden states", "one of them per step"));
+            }
+            if input.tokens.is_empty() {
+                return Err(Error::argument("tokens", "none", "at least one token"));
+            }
+            if let Some(token) = input.tokens.iter().find(|token| **token as usize >= self.vocabulary()) {
+                return Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())));
+            }
+        }
+        self.with_workspace(|workspace| self.transformer.step(workspace, inputs, logits, interrupted))
+    }
+
+    /// Calls `run` with a workspace that no other pass uses, so that threads that share a model wait only for the thread
+    /// pool.
+    pub(super) fn with_workspace<R>(&self, run: impl FnOnce(&mut Workspace) -> R) -> R {
+        let workspaces = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = workspaces().pop();
+        let mut workspace = free.unwrap_or_default();
+        let result = run(&mut workspace);
+        workspaces().push(workspace);
+        result
+    }
+
+    /// An empty session.
+    pub fn session(&self) -> Session {
+        Session::new(self.shape, self.context, self.id)
+    }
+
+    /// The file or folder it was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's name in the file, or empty.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Hyper-parameters.
+    pub fn config(&self) -> &Config {
+        &self.transformer.config
+    }
+
+    /// The most tokens of a session.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Logits per token: the rows of the embedding.
+    pub fn vocabulary(&self) -> usize {
+        self.transformer.weights.vocabulary()
+    }
+
+    /// The kernel that computes.
+    pub fn kernel(&self) -> &'static Kernel {
+        self.transformer.kernel
+    }
+
+    /// How sessions of this model store keys and values.
+    pub fn cache_type(&self) -> CacheType {
+        self.shape.cache_type
+    }
+
+    /// Bytes per token of a session, rounded up. Sessions grow by 64 tokens at a time.
+    pub fn cache_bytes_per_token(&self) -> usize {
+        self.shape.page_bytes().div_ceil(kernels::PAGE)
+    }
+
+    /// Bytes of a page of the cache, which holds 64 tokens.
+    pub fn cache_bytes_per_page(&self) -> usize {
+        self.shape.page_bytes()
+    }
+
+    /// The number of threads that compute.
+    pub fn threads(&self) -> usize {
+        self.transformer.pool.threads()
+    }
+
+    /// The thread pool that computes, for measurements.
+    pub fn pool(&self) -> &ThreadPool {
+        &self.transformer.pool
+    }
+
+    /// The number of weights in matrices. A matrix that is used twice counts once.
+    pub fn parameters(&self) -> usize {
+        self.transformer.weights.parameters()
+    }
+
+    /// Bytes of packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.transformer.weights.bytes()
+    }
+
+    /// Bytes of keys and values of a session that fills the context.
+    pub fn cache_bytes(&self) -> usize {
+        self.shape.bytes(self.context).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes of packed weights that are read for one decoded token.
+    pub fn bytes_per_token(&self) -> usize {
+        self.transformer.weights.bytes_read(self.transformer.config.experts.used)
+    }
+
+    /// A hash of the configuration and of the packed weights. Models with the same one give the same bits, regardless of
+    /// file names, kernel and cache type.
+    ///
+    /// It is computed when it is first asked for, in about a second per 2 GB of weights.
+    pub fn fingerprint(&self) -> &[u8; 32] {
+        self.fingerprint.get_or_init(|| self.transformer.fingerprint()).as_bytes()
+    }
+
+    /// Calls `run` with what a session file must agree with.
+    fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
+        run(&Owner {
+            id: self.id,
+            path: &self.path,
+            fingerprint: &|| (*self.fingerprint()).into(),
+            shape: self.shape,
+            context: self.context,
+            vocabulary: self.vocabulary(),
+        })
+    }
+}
+
+impl Session {
+    /// Whether it is a session of `model`.
+    pub fn is_of(&self, model: &Model) -> bool {
+        self.model == model.id
+    }
+
+    /// Writes the session to a file, which appears under its name when it is complete and replaces an older one. Only the
+    /// user may read it, because it contains the conversation.
+    ///
+    /// `tokens` are those that the session has seen, and any that it has still to see.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
+    /// the session has seen.
+    pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
+        model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()))
+    }
+
+    /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues with the bits with which the saved
+    /// session would have continued, on any kernel and any number of threads.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,
+    /// or belongs to another model, another cache type or a larger context; [`Error::OutOfMemory`].
+    pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<(Session, Vec<u32>)> {
+        model.with_owner(|owner| session_file::load(owner, path.as_ref()))
+    }
+}

@@ -1,0 +1,5 @@
+//! What a sequence remembers: pages of keys and values, in memory and on disk.
+
+pub(super) mod cache;
+pub(super) mod session;
+pub(super) mod session_file;

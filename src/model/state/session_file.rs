@@ -1,0 +1,255 @@
+//! Sessions on disk: the keys and values of a sequence, so that they need not be computed again.
+//!
+//! All numbers are little-endian:
+//!
+//! ```text
+//!  0   8  magic, "NYBBLEKV"
+//!  8   4  version, 1
+//! 12   4  how keys and values are stored: 0 F32, 1 F16, 2 INT8
+//! 16  32  hash of the model, its `fingerprint`
+//! 48   8  number of tokens
+//! 56   8  number of tokens in the cache: the first of them
+//! 64   4  each token
+//!         pages of 64 tokens, as in memory; positions after the last token are zeros
+//!     32  BLAKE3 hash of everything before it
+//! ```
+//!
+//! Counts are checked against the length of the file before anything is allocated, so loading takes no more memory than the
+//! file takes on disk. The hash detects damage, but does not authenticate: a forged file with a correct hash gives other
+//! tokens or [`Error::BadLogits`], and nothing worse.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use blake3::Hasher;
+
+use super::cache::{CacheShape, CacheType, Page};
+use super::session::Session;
+use crate::error::{Error, Place, Result};
+use crate::kernels::PAGE;
+use crate::system::memory;
+
+const MAGIC: [u8; 8] = *b"NYBBLEKV";
+const VERSION: u32 = 1;
+const HEADER: usize = 64;
+const HASH: usize = blake3::OUT_LEN;
+
+// Pages are written as they are in memory, which is little-endian on every CPU that has a kernel.
+const _: () = assert!(cfg!(target_endian = "little"), "sessions on disk are little-endian");
+
+impl CacheType {
+    fn number(self) -> u32 {
+        match self {
+            CacheType::F32 => 0,
+            CacheType::F16 => 1,
+            CacheType::Int8 => 2,
+        }
+    }
+}
+
+/// What a session file must agree with.
+pub(in crate::model) struct Owner<'a> {
+    /// The model's `id`, which its sessions carry.
+    pub(in crate::model) id: u64,
+    /// The model's file, for messages.
+    pub(in crate::model) path: &'a Path,
+    /// The model's fingerprint. It takes time to compute, so the cheap checks come first.
+    pub(in crate::model) fingerprint: &'a dyn Fn() -> blake3::Hash,
+    pub(in crate::model) shape: CacheShape,
+    pub(in crate::model) context: usize,
+    pub(in crate::model) vocabulary: usize,
+}
+
+/// Writes `session` and `tokens` to the file at `path`, which appears under its name when it is complete.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these.
+pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32], path: &Path) -> Result<()> {
+    if session.model != owner.id {
+        return Err(Error::argument("session", "a session of another model", "a session of this model"));
+    }
+    if tokens.len() < session.len() {
+        return Err(Error::argument("tokens", tokens.len(), format_args!("at least the {} seen", session.len())));
+    }
+    let replace = || {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        write(session, owner, tokens, file.as_file_mut())?;
+        file.persist(path).map(drop).map_err(|error| error.error)
+    };
+    replace().map_err(|error| Error::io(path, error))
+}
+
+fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut File) -> std::io::Result<()> {
+    let mut out = Hashed { inner: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
+    out.write_all(&MAGIC)?;
+    out.write_all(&VERSION.to_le_bytes())?;
+    out.write_all(&session.shape.cache_type.number().to_le_bytes())?;
+    out.write_all((owner.fingerprint)().as_bytes())?;
+    out.write_all(&(tokens.len() as u64).to_le_bytes())?;
+    out.write_all(&(session.len() as u64).to_le_bytes())?;
+    for token in tokens {
+        out.write_all(&token.to_le_bytes())?;
+    }
+    let (last, whole) = (session.len() % PAGE, session.len() / PAGE);
+    for page in session.pages.iter().take(whole) {
+        out.write_all(page.bytes())?;
+    }
+    if let Some(page) = session.pages.get(whole).filter(|_| last > 0) {
+        // Tokens that were truncated must not be in the file.
+        let mut page = page.copy(&session.shape).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+        page.clear_from(&session.shape, last);
+        out.write_all(page.bytes())?;
+    }
+    let hash = out.hasher.finalize();
+    out.inner.write_all(hash.as_bytes())?;
+    out.inner.into_inner().map_err(|error| error.into_error())?.sync_all()
+}
+
+/// Reads a session and its tokens from a file that [`save`] wrote.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Malformed`] with the field when the file is not a session, is damaged, or belongs to another model,
+/// another cache type or a larger context; [`Error::OutOfMemory`].
+pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session, Vec<u32>)> {
+    let io = |source| Error::io(path, source);
+    // Checked before the file is opened, because opening a pipe would wait.
+    let kind = std::fs::metadata(path).map_err(io)?;
+    if kind.is_dir() {
+        return Err(io(std::io::ErrorKind::IsADirectory.into()));
+    }
+    if !kind.is_file() {
+        return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
+    let length = file.metadata().map_err(io)?.len();
+    if length < HEADER as u64 {
+        let found = format!("a file of {length} bytes");
+        return Err(Error::malformed(path, Place::File, found, format_args!("{HEADER} bytes for the header")));
+    }
+    let mut file = Hashed { inner: BufReader::with_capacity(1 << 16, file), hasher: Hasher::new() };
+    let mut header = [0; HEADER];
+    file.read_exact(&mut header).map_err(io)?;
+    let Counts { tokens, seen } = check(owner, path, &header, length)?;
+
+    let out_of_memory = |_| Error::OutOfMemory { what: "the tokens of a session", bytes: 4 * tokens, left: None };
+    let mut ids: Vec<u32> = Vec::new();
+    ids.try_reserve_exact(tokens).map_err(out_of_memory)?;
+    ids.resize(tokens, 0);
+    file.read_exact(bytemuck::cast_slice_mut(&mut ids)).map_err(io)?;
+    let mut pages = Vec::new();
+    for _ in 0..seen.div_ceil(PAGE) {
+        memory::check("a page of the key/value cache", owner.shape.page_bytes())?;
+        let mut page = Page::new(&owner.shape)?;
+        file.read_exact(page.bytes_mut()).map_err(io)?;
+        pages.push(Arc::new(page));
+    }
+    let computed = file.hasher.finalize();
+    let mut stored = [0; HASH];
+    file.inner.read_exact(&mut stored).map_err(io)?;
+    if computed != stored {
+        let [found, expected] = [blake3::Hash::from(stored), computed].map(|hash| hash.to_hex());
+        let expected = format!("{expected}, the hash of the file's contents");
+        return Err(Error::malformed(path, Place::Key("checksum".to_owned()), found, expected));
+    }
+    if let Some(token) = ids.iter().find(|token| **token as usize >= owner.vocabulary) {
+        let expected = format!("ids below {}", owner.vocabulary);
+        return Err(Error::malformed(path, Place::Key("tokens".to_owned()), token, expected));
+    }
+    let mut session = Session::new(owner.shape, owner.context, owner.id);
+    session.pages = pages;
+    session.advance(seen);
+    Ok((session, ids))
+}
+
+/// The number of tokens in a file, and how many of them are in its cache.
+struct Counts {
+    tokens: usize,
+    seen: usize,
+}
+
+/// Checks every field of a header against the model, and all of them against the length of the file.
+fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> Result<Counts> {
+    let fault = |field: &str, found: String, expected: String| {
+        Err(Error::malformed(path, Place::Key(field.to_owned()), found, expected))
+    };
+    let mut rest = header.as_slice();
+    let (magic, version) = (take(&mut rest), u32::from_le_bytes(take(&mut rest)));
+    if magic != MAGIC {
+        let found = format!("\"{}\"", magic.escape_ascii());
+        return fault("magic", found, format!("\"{}\", the start of every session", MAGIC.escape_ascii()));
+    }
+    if version != VERSION {
+        return fault("version", version.to_string(), VERSION.to_string());
+    }
+    let (cache_type, own) = (u32::from_le_bytes(take(&mut rest)), owner.shape.cache_type);
+    let hash = blake3::Hash::from(take::<HASH>(&mut rest));
+    let fingerprint = (owner.fingerprint)();
+    if hash != fingerprint {
+        let expected = format!("{}, the hash of the model {}", fingerprint.to_hex(), owner.path.display());
+        return fault("model", format!("the hash {}", hash.to_hex()), expected);
+    }
+    if cache_type != own.number() {
+        let known = [CacheType::F32, CacheType::F16, CacheType::Int8].into_iter().find(|t| t.number() == cache_type);
+        let found = known.map_or_else(|| format!("type {cache_type}"), |known| known.name().to_owned());
+        return fault("cache_type", found, format!("{}, that of the loaded model", own.name()));
+    }
+    let (tokens, seen) = (u64::from_le_bytes(take(&mut rest)), u64::from_le_bytes(take(&mut rest)));
+    if seen > owner.context as u64 {
+        let expected = format!("at most {}, the context that the model was loaded with", owner.context);
+        return fault("tokens in the cache", seen.to_string(), expected);
+    }
+    if tokens < seen {
+        return fault("tokens", tokens.to_string(), format!("at least the {seen} in the cache"));
+    }
+    let counts = usize::try_from(tokens).ok().zip(usize::try_from(seen).ok());
+    let expected = counts.and_then(|(tokens, seen)| {
+        let fixed = tokens.checked_mul(size_of::<u32>())?.checked_add(HEADER + HASH)?;
+        fixed.checked_add(owner.shape.bytes(seen)?)
+    });
+    match (counts, expected) {
+        (Some((tokens, seen)), Some(expected)) if expected as u64 == length => Ok(Counts { tokens, seen }),
+        (_, expected) => {
+            let bytes = expected.map_or_else(|| "more bytes than fit into memory".to_owned(), |n| format!("{n} bytes"));
+            let expected = format!("{bytes} for {tokens} tokens, {seen} of them in the cache");
+            Err(Error::malformed(path, Place::File, format_args!("{length} bytes"), expected))
+        }
+    }
+}
+
+/// Takes the next `N` bytes of a header, which is long enough for all of its fields.
+fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
+    let mut taken = [0; N];
+    let (first, others) = rest.split_at(N);
+    taken.copy_from_slice(first);
+    *rest = others;
+    taken
+}
+
+/// A reader or writer that hashes the bytes that pass through it.
+struct Hashed<T> {
+    inner: T,
+    hasher: Hasher,
+}
+
+impl<T: Read> Read for Hashed<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..count]);
+        Ok(count)
+    }
+}
+
+impl<T: Write> Write for Hashed<T> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+}

@@ -1,0 +1,329 @@
+//! A model in memory: its weights, and what computes with them.
+
+use super::config::Config;
+use super::ffn::FeedForward;
+use super::fingerprint::{Fingerprint, FingerprintHasher};
+use super::linear::Linear;
+use super::mixers::Mixer;
+use super::mixers::positions::Positions;
+use super::norm::Norm;
+use super::rope::Scaling;
+use super::weights::loader::{Loader, Part};
+use super::{ffn, mixers};
+use crate::error::Result;
+use crate::kernels::Kernel;
+use crate::quant::packed::{Code, PANEL, Packed};
+use crate::threads::ThreadPool;
+
+/// Everything that a forward pass reads. It does not change.
+#[derive(Debug)]
+pub(super) struct Transformer {
+    pub(super) config: Config,
+    pub(super) weights: Weights,
+    pub(super) positions: Positions,
+    pub(super) widths: Widths,
+    pub(super) kernel: &'static Kernel,
+    pub(super) pool: ThreadPool,
+}
+
+/// The weights of a model.
+#[derive(Debug)]
+pub(super) struct Weights {
+    /// `(vocabulary, hidden)`, or of the width of the projections.
+    pub(super) embedding: Linear,
+    /// Between the embedding's width and that of the residual stream, where they differ.
+    pub(super) projections: Option<Projections>,
+    /// Of the embeddings.
+    pub(super) embedding_norm: Option<Norm>,
+    /// `(positions, hidden)`: learned vectors.
+    pub(super) positions: Option<Linear>,
+    pub(super) layers: Vec<Layer>,
+    /// Before the output matrix.
+    pub(super) output_norm: Option<Norm>,
+    /// As `embedding`, which takes its place where it is `None`.
+    output: Option<Linear>,
+    /// `(rotary / 2)`: divisors of the rotation's frequencies.
+    pub(super) rope_factors: Option<Vec<f32>>,
+}
+
+/// The projections between an embedding and a residual stream of different widths.
+#[derive(Debug)]
+pub(super) struct Projections {
+    /// `(hidden, embedding)`
+    pub(super) in_proj: Linear,
+    /// `(embedding, hidden)`
+    pub(super) out_proj: Linear,
+}
+
+/// One layer: norm, mixer, join, norm, feed-forward, join.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) mixer_norms: BranchNorms,
+    pub(super) mixer: Mixer,
+    pub(super) ffn_norms: BranchNorms,
+    pub(super) ffn: FeedForward,
+}
+
+/// The norms around a branch of a layer. Those that a family does not have are `None`.
+#[derive(Debug)]
+pub(super) struct BranchNorms {
+    /// Of the branch's input.
+    pub(super) input: Option<Norm>,
+    /// Of the branch's output, before it joins the stream.
+    pub(super) output: Option<Norm>,
+    /// Of the stream, after the output has joined it.
+    pub(super) stream: Option<Norm>,
+}
+
+impl BranchNorms {
+    fn load(loader: &Loader<'_>, config: &Config, [input, output, stream]: [&str; 3]) -> Result<BranchNorms> {
+        Ok(BranchNorms {
+            input: loader.norm(input, config)?,
+            output: loader.norm(output, config)?,
+            stream: loader.norm(stream, config)?,
+        })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.input.is_none() && self.output.is_none() && self.stream.is_none()
+    }
+}
+
+impl Layer {
+    /// Reads layer `index`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing) and [`Error::Malformed`](crate::Error::Malformed) with the tensor; those of
+    /// [`Loader::linear`].
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Layer> {
+        let name = |suffix: &str| format!("blk.{index}.{suffix}");
+        // Of two norms of attention, the second is the mixer's and the first the feed-forward layer's.
+        let inputs = match loader.has(&name("attn_norm_2.weight")) {
+            true => [name("attn_norm_2"), name("attn_norm")],
+            false => [name("attn_norm"), name("ffn_norm")],
+        };
+        let norms = |input: &str, output: &str, stream: &str| {
+            BranchNorms::load(loader, config, [input, &name(output), &name(stream)])
+        };
+        let layer = Layer {
+            mixer_norms: norms(&inputs[0], "post_attention_norm", "attn_output_norm")?,
+            mixer: Mixer::load(loader, config, index)?,
+            ffn_norms: norms(&inputs[1], "post_ffw_norm", "layer_output_norm")?,
+            ffn: FeedForward::load(loader, config, index)?,
+        };
+        let expected = format_args!("{} numbers", config.hidden);
+        if layer.mixer_norms.is_empty() {
+            return Err(loader.missing(&name("attn_norm.weight"), expected));
+        }
+        if !config.parallel && layer.ffn_norms.is_empty() {
+            return Err(loader.missing(&name("ffn_norm.weight"), expected));
+        }
+        Ok(layer)
+    }
+
+    /// The norm of the feed-forward layer's input: its own, or, in parallel blocks, that of the mixer's input.
+    pub(super) fn ffn_norm(&self, config: &Config) -> Option<&Norm> {
+        self.ffn_norms.input.as_ref().or(if config.parallel { self.mixer_norms.input.as_ref() } else { None })
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.mixer.linears().into_iter().chain(self.ffn.linears())
+    }
+
+    /// Bytes of weights that one token reads, where it uses `used` experts.
+    fn bytes_read(&self, used: usize) -> usize {
+        self.mixer.linears().into_iter().map(Linear::bytes).sum::<usize>() + self.ffn.bytes_read(used)
+    }
+
+    fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+        // Every field by name, so that a new one cannot be forgotten.
+        let Layer { mixer_norms, mixer, ffn_norms, ffn } = self;
+        for BranchNorms { input, output, stream } in [mixer_norms, ffn_norms] {
+            for norm in [input, output, stream] {
+                hasher.optional(norm.as_ref(), FingerprintHasher::norm);
+            }
+        }
+        mixer.fingerprint(hasher);
+        ffn.fingerprint(hasher);
+    }
+}
+
+impl Weights {
+    /// Reads all weights, for sessions of `context` tokens.
+    ///
+    /// # Errors
+    /// Those of [`Layer::load`].
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        loader.report_start()?;
+        let mut weights = Weights::without_layers(loader, config, context)?;
+        for index in 0..config.layers.len() {
+            weights.layers.push(Layer::load(loader, config, index)?);
+        }
+        loader.report_end()?;
+        Ok(weights)
+    }
+
+    /// Reads the weights before and after the layers.
+    ///
+    /// # Errors
+    /// Those of [`Layer::load`].
+    pub(super) fn without_layers(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        let Some(table) = loader.dims("token_embd.weight") else {
+            return Err(loader.missing("token_embd.weight", format_args!("shape [{}, vocabulary]", config.hidden)));
+        };
+        let vocabulary = table.get(1).copied().unwrap_or(0);
+        let (width, projections) = match loader.dims("token_embd_proj.weight") {
+            None => (config.hidden, None),
+            Some(dims) => {
+                let width = dims.first().copied().unwrap_or(0);
+                let in_proj = loader.linear(&[Part::new("token_embd_proj", config.hidden)], width)?;
+                let out_proj = loader.linear(&[Part::new("output_proj", width)], config.hidden)?;
+                (width, Some(Projections { in_proj, out_proj }))
+            }
+        };
+        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], width)?;
+        let output = match loader.has("output.weight") {
+            true => Some(loader.linear(&[Part::new("output", vocabulary)], width)?),
+            false => None,
+        };
+        let positions = match loader.dims("position_embd.weight") {
+            Some(dims) => {
+                let rows = dims.get(1).copied().unwrap_or(0);
+                if rows < config.context {
+                    let expected = format_args!("rows for the {} positions of the context", config.context);
+                    return Err(loader.wrong_shape("position_embd.weight", &dims, expected));
+                }
+                Some(loader.linear(&[Part::new("position_embd", rows)], config.hidden)?)
+            }
+            None => None,
+        };
+        let weights = Weights {
+            embedding,
+            projections,
+            embedding_norm: loader.norm("token_embd_norm", config)?,
+            positions,
+            layers: Vec::new(),
+            output_norm: loader.norm("output_norm", config)?,
+            output,
+            rope_factors: rope_factors(loader, config, context)?,
+        };
+        if weights.output_norm.is_none() && !config.family.quirks.optional_output_norm {
+            return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
+        }
+        Ok(weights)
+    }
+
+    /// The matrix that turns the last hidden state into logits.
+    pub(super) fn output(&self) -> &Linear {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Rows of the embedding: logits per token.
+    pub(super) fn vocabulary(&self) -> usize {
+        self.embedding.parts()[0].rows()
+    }
+
+    /// Whether the model computes in single precision: the mixers' input projections are F32.
+    pub(super) fn is_f32(&self) -> bool {
+        let mut parts = self.layers.iter().flat_map(|layer| layer.mixer.in_proj().parts());
+        parts.all(|part: &Packed| part.layout().code == Code::F32)
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
+        let projections = self.projections.iter().flat_map(Projections::linears);
+        ends.into_iter().flatten().chain(projections).chain(self.layers.iter().flat_map(Layer::linears))
+    }
+
+    /// Bytes of all matrices.
+    pub(super) fn bytes(&self) -> usize {
+        self.linears().map(Linear::bytes).sum()
+    }
+
+    /// Bytes of the matrices that one decoded token reads, where it uses `used` experts per layer.
+    pub(super) fn bytes_read(&self, used: usize) -> usize {
+        let projections: usize = self.projections.iter().flat_map(Projections::linears).map(Linear::bytes).sum();
+        let layers: usize = self.layers.iter().map(|layer| layer.bytes_read(used)).sum();
+        layers + projections + self.output().bytes()
+    }
+
+    /// The number of weights in all matrices.
+    pub(super) fn parameters(&self) -> usize {
+        self.linears().flat_map(Linear::parts).map(|part| part.rows() * part.columns()).sum()
+    }
+
+    fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+        // Every field by name, so that a new one cannot be forgotten.
+        let Weights { embedding, projections, embedding_norm, positions, layers, output_norm, output, rope_factors } =
+            self;
+        hasher.linear(embedding);
+        hasher.optional(projections.as_ref(), |hasher, projections| {
+            projections.linears().into_iter().for_each(|linear| hasher.linear(linear));
+        });
+        hasher.optional(embedding_norm.as_ref(), FingerprintHasher::norm);
+        hasher.optional(positions.as_ref(), FingerprintHasher::linear);
+        layers.iter().for_each(|layer| layer.fingerprint(hasher));
+        hasher.optional(output_norm.as_ref(), FingerprintHasher::norm);
+        hasher.optional(output.as_ref(), FingerprintHasher::linear);
+        hasher.optional(rope_factors.as_ref(), |hasher, factors| hasher.bytes(bytemuck::cast_slice(factors)));
+    }
+}
+
+impl Projections {
+    fn linears(&self) -> [&Linear; 2] {
+        [&self.in_proj, &self.out_proj]
+    }
+}
+
+/// Divisors of the rotation's frequencies `(rotary / 2)`: one set, or one for short and one for long contexts.
+fn rope_factors(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Option<Vec<f32>>> {
+    let name = match config.ropes[0].scaling {
+        Scaling::Long { original } if context as f32 > original => "rope_factors_long.weight",
+        Scaling::Long { .. } => "rope_factors_short.weight",
+        _ => "rope_freqs.weight",
+    };
+    if config.rotary == 0 || !loader.has(name) {
+        return Ok(None);
+    }
+    let factors = loader.vector(name, config.rotary / 2)?;
+    match factors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+        Some(bad) => Err(loader.malformed(name, bad, "positive factors")),
+        None => Ok(Some(factors)),
+    }
+}
+
+/// The widest rows of a model, in numbers: what the workspaces of a pass are allocated for.
+#[derive(Debug, Default)]
+pub(super) struct Widths {
+    pub(super) mixers: mixers::Widths,
+    pub(super) ffn: ffn::Widths,
+    /// The input of any linear layer outside the experts.
+    pub(super) input: usize,
+    /// The output of a branch, or of a projection.
+    pub(super) branch: usize,
+}
+
+impl Widths {
+    pub(super) fn new(config: &Config, weights: &Weights) -> Widths {
+        let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
+        for layer in &weights.layers {
+            layer.mixer.widen(&mut widths.mixers);
+            layer.ffn.widen(config, &mut widths.ffn);
+        }
+        widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);
+        for linear in weights.projections.iter().flat_map(Projections::linears) {
+            widths.branch = widths.branch.max(linear.width());
+            widths.input = widths.input.max(linear.columns());
+        }
+        widths
+    }
+}
+
+impl Transformer {
+    /// A hash of the configuration and the packed weights.
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        let mut hasher = FingerprintHasher::new(&self.config, &self.positions.describe());
+        self.weights.fingerprint(&mut hasher);
+        hasher.finish()
+    }
+}

@@ -1,0 +1,56 @@
+//! Errors of the library as Python exceptions.
+
+use std::io::ErrorKind;
+
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::Error;
+
+mod imported {
+    //! Exceptions that the package defines in Python.
+    #![allow(missing_docs, reason = "the classes are described where they are defined")]
+    pyo3::import_exception!(nybble.errors, ModelError);
+    pyo3::import_exception!(nybble.errors, ContextFullError);
+    pyo3::import_exception!(nybble.errors, InternalError);
+}
+pub(super) use imported::InternalError;
+use imported::{ContextFullError, ModelError};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        let message = error.to_string();
+        match error {
+            // With an error number, OSError becomes FileNotFoundError, PermissionError and so on.
+            Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
+            Error::Io { path, source } => match number(&source) {
+                Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
+                None => PyOSError::new_err(message),
+            },
+            Error::ContextFull { used, requested, context } => ContextFullError::new_err((used, requested, context)),
+            Error::UnknownKernel { .. } | Error::InvalidArgument { .. } => PyValueError::new_err(message),
+            Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
+            _ => ModelError::new_err(message),
+        }
+    }
+}
+
+/// The system's error number, also of an error that a library has wrapped.
+fn number(error: &std::io::Error) -> Option<i32> {
+    error.raw_os_error().or(match error.kind() {
+        ErrorKind::NotFound => Some(2),
+        ErrorKind::PermissionDenied => Some(13),
+        ErrorKind::NotADirectory => Some(20),
+        ErrorKind::IsADirectory => Some(21),
+        ErrorKind::FileTooLarge => Some(27),
+        ErrorKind::StorageFull => Some(28),
+        ErrorKind::ReadOnlyFilesystem => Some(30),
+        _ => None,
+    })
+}
+
+/// The system's message, without the number that Python adds itself.
+fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(reason, _)| reason).to_owned()
+}

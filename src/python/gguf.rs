@@ -1,0 +1,118 @@
+//! `nybble._native.GgufFile`: metadata and tensors of GGUF files, and conversion to GGUF.
+
+use std::path::PathBuf;
+
+use pyo3::IntoPyObjectExt;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+
+use super::detach::{guarded, with_progress};
+use crate::format::gguf::{self, Array, Gguf, Value};
+use crate::quant::block::BlockType;
+use crate::{Error, model};
+
+/// Converts a GGUF file or a Hugging Face folder to a GGUF file with matrices of `type`.
+#[pyfunction]
+#[pyo3(signature = (source, out, r#type, progress=None))]
+pub(super) fn convert(
+    py: Python<'_>,
+    source: PathBuf,
+    out: PathBuf,
+    r#type: &str,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let names = || Error::argument("type", format_args!("{type:?}"), "f32, f16, bf16, q8_0, q4_0 or q4_1");
+    let wanted = BlockType::from_name(r#type).ok_or_else(names)?;
+    with_progress(py, progress, |report| model::convert::convert_path(&source, &out, wanted, Some(report)))
+}
+
+/// A tensor's entry in a file.
+#[pyclass(frozen, get_all, module = "nybble._native")]
+pub(super) struct TensorInfo {
+    name: String,
+    r#type: &'static str,
+    /// The contiguous dimension first.
+    shape: Py<PyTuple>,
+    offset: u64,
+    nbytes: usize,
+}
+
+/// An open GGUF file, or the shards of one model.
+#[pyclass(frozen, module = "nybble._native")]
+pub(super) struct GgufFile(Gguf);
+
+#[pymethods]
+impl GgufFile {
+    #[new]
+    #[pyo3(signature = (path, mmap=true))]
+    fn new(py: Python<'_>, path: PathBuf, mmap: bool) -> PyResult<GgufFile> {
+        guarded(py, || Gguf::open_with(path, &gguf::OpenOptions { mmap })).map(GgufFile)
+    }
+
+    /// All keys and values, in a new dict at each access. Invalid UTF-8 becomes lone surrogates.
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (key, value) in self.0.metadata().iter() {
+            dict.set_item(key, to_python(py, value)?)?;
+        }
+        Ok(dict)
+    }
+
+    /// The tensors, in the order of the file.
+    #[getter]
+    fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
+        let info = |tensor: &gguf::TensorInfo| {
+            Ok(TensorInfo {
+                name: tensor.name().to_owned(),
+                r#type: tensor.block_type().name(),
+                shape: PyTuple::new(py, tensor.dims())?.unbind(),
+                offset: tensor.offset(),
+                nbytes: tensor.nbytes(),
+            })
+        };
+        self.0.tensors().iter().map(info).collect()
+    }
+}
+
+fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        Value::U8(v) => v.into_bound_py_any(py)?,
+        Value::I8(v) => v.into_bound_py_any(py)?,
+        Value::U16(v) => v.into_bound_py_any(py)?,
+        Value::I16(v) => v.into_bound_py_any(py)?,
+        Value::U32(v) => v.into_bound_py_any(py)?,
+        Value::I32(v) => v.into_bound_py_any(py)?,
+        Value::F32(v) => v.into_bound_py_any(py)?,
+        Value::Bool(v) => v.into_bound_py_any(py)?,
+        Value::U64(v) => v.into_bound_py_any(py)?,
+        Value::I64(v) => v.into_bound_py_any(py)?,
+        Value::F64(v) => v.into_bound_py_any(py)?,
+        Value::String(bytes) => text(py, bytes)?,
+        Value::Array(array) => match array {
+            // A list of bytes must not become a `bytes`.
+            Array::U8(v) => PyList::new(py, v)?.into_any(),
+            Array::I8(v) => PyList::new(py, v)?.into_any(),
+            Array::U16(v) => PyList::new(py, v)?.into_any(),
+            Array::I16(v) => PyList::new(py, v)?.into_any(),
+            Array::U32(v) => PyList::new(py, v)?.into_any(),
+            Array::I32(v) => PyList::new(py, v)?.into_any(),
+            Array::F32(v) => PyList::new(py, v)?.into_any(),
+            Array::Bool(v) => PyList::new(py, v)?.into_any(),
+            Array::U64(v) => PyList::new(py, v)?.into_any(),
+            Array::I64(v) => PyList::new(py, v)?.into_any(),
+            Array::F64(v) => PyList::new(py, v)?.into_any(),
+            Array::String(v) => {
+                let strings: PyResult<Vec<_>> = v.iter().map(|bytes| text(py, bytes)).collect();
+                PyList::new(py, strings?)?.into_any()
+            }
+        },
+    })
+}
+
+fn text<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
+    match str::from_utf8(bytes) {
+        Ok(text) => Ok(PyString::new(py, text).into_any()),
+        Err(_) => PyBytes::new(py, bytes).call_method1("decode", ("utf-8", "surrogateescape")),
+    }
+}

@@ -1,0 +1,219 @@
+//! `nybble._native.Model` and `Sequence`: a loaded model, and what it computes.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use numpy::PyArray2;
+use numpy::prelude::*;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::constraint::Constraint;
+use super::detach::{detached, guarded, with_progress};
+use super::session::Session;
+use super::tokens::{Options, Sampled, TokenIds};
+use crate::engine;
+use crate::model::{self, Input, LoadOptions, Logits};
+use crate::{Error, threads};
+
+/// The kernels that this CPU runs, best first.
+#[pyfunction]
+pub(super) fn kernels() -> Vec<&'static str> {
+    crate::kernels::available().iter().map(|kernel| kernel.name()).collect()
+}
+
+/// The number of threads that a model computes with by default.
+#[pyfunction]
+pub(super) fn default_threads() -> usize {
+    threads::default_threads()
+}
+
+/// Bytes of memory that this process can still use without swap. None where the system does not report it.
+#[pyfunction]
+pub(super) fn available_bytes() -> Option<usize> {
+    crate::system::memory::available()
+}
+
+/// The attributes of the package's `LoadOptions`, which documents them. Those that name a file are not among them.
+#[derive(FromPyObject)]
+struct Loading {
+    kernel: Option<String>,
+    threads: Option<usize>,
+    context: Option<usize>,
+    quantize: Option<String>,
+    cache_type: Option<String>,
+    mmap: bool,
+}
+
+impl Loading {
+    fn options(self) -> crate::Result<LoadOptions> {
+        let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
+        let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
+        let (kernel, threads, context) = (self.kernel, self.threads, self.context);
+        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mmap: self.mmap })
+    }
+}
+
+/// A model in memory. [`Trim`] runs after the model is freed.
+#[pyclass(frozen, module = "nybble._native")]
+pub(super) struct Model(pub(super) Arc<model::Model>, Trim);
+
+/// Returns the allocator's free memory to the system on drop.
+struct Trim;
+
+impl Drop for Trim {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        crate::system::allocator::trim();
+    }
+}
+
+#[pymethods]
+impl Model {
+    /// Loads a GGUF file or a Hugging Face folder. `options` has the attributes of the package's `LoadOptions`; `progress` is
+    /// called with the work done and the total.
+    #[staticmethod]
+    #[pyo3(signature = (path, options, progress=None))]
+    fn load(py: Python<'_>, path: PathBuf, options: Loading, progress: Option<Py<PyAny>>) -> PyResult<Model> {
+        let options = options.options()?;
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
+            .map(|model| Model(Arc::new(model), Trim))
+    }
+
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the
+    /// package's `SamplingOptions`.
+    #[pyo3(signature = (tokens, options, constraint=None, session=None))]
+    fn sequence(
+        &self,
+        py: Python<'_>,
+        tokens: TokenIds,
+        options: Options,
+        constraint: Option<Bound<'_, Constraint>>,
+        session: Option<Bound<'_, Session>>,
+    ) -> PyResult<Sequence> {
+        let tokens = tokens.checked()?;
+        let session = session.map_or_else(|| self.0.session(), |session| session.get().0.fork());
+        let resumed = guarded(py, || engine::Sequence::resume(&self.0, session, &tokens, options.into()));
+        let mut sequence = resumed?;
+        if let Some(constraint) = constraint {
+            sequence.constrain(constraint.get().0.clone());
+        }
+        Ok(Sequence(Mutex::new(Some(sequence))))
+    }
+
+    /// A session without tokens.
+    fn session(&self) -> Session {
+        Session(self.0.session())
+    }
+
+    /// Writes a session and `tokens` to a file. The session has computed a beginning of `tokens`.
+    fn save_session(
+        &self,
+        py: Python<'_>,
+        session: Bound<'_, Session>,
+        tokens: TokenIds,
+        path: PathBuf,
+    ) -> PyResult<()> {
+        let (tokens, session) = (tokens.checked()?, session.get());
+        guarded(py, || session.0.save(&self.0, &tokens, path))
+    }
+
+    /// Reads a file that `save_session` wrote. Returns the session and the tokens saved with it.
+    fn load_session(&self, py: Python<'_>, path: PathBuf) -> PyResult<(Session, Vec<u32>)> {
+        let (session, tokens) = guarded(py, || model::Session::load(&self.0, path))?;
+        Ok((Session(session), tokens))
+    }
+
+    /// Computes the pending tokens of each sequence and samples a token for each, which is then pending. Measurements use it;
+    /// generation uses a `Scheduler`.
+    fn step(&self, py: Python<'_>, sequences: Vec<Py<Sequence>>) -> PyResult<Vec<Sampled>> {
+        // A step holds its sequences, and waiting here would hold the GIL meanwhile.
+        let mut guards: Vec<_> = sequences
+            .iter()
+            .map(|sequence| sequence.get().0.try_lock().map_err(|_| Sequence::busy()))
+            .collect::<crate::Result<_>>()?;
+        let stepped = guards.iter_mut().map(|guard| guard.as_mut().ok_or_else(Sequence::busy));
+        let mut stepped: Vec<_> = stepped.collect::<crate::Result<_>>()?;
+        let sampled = detached(py, |interrupted| engine::step(&self.0, &mut stepped, interrupted))?;
+        Ok(sampled.into_iter().map(Sampled::from).collect())
+    }
+
+    /// The logits after each token, of shape `(len(ids), vocabulary)`.
+    fn logits<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::All, self.0.vocabulary())
+    }
+
+    /// The hidden state of each token after the last norm, of shape `(len(ids), hidden_size)`.
+    fn hidden_states<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
+    }
+
+    /// The limits of this machine with the model's kernel and threads: bytes read from memory and INT8 operations, both in
+    /// 10^9 per second. Takes about a second and, during it, a buffer of up to 1 GiB.
+    fn machine_limits(&self, py: Python<'_>) -> PyResult<(f64, f64)> {
+        let limits = guarded(py, || Ok(crate::kernels::limits(self.0.pool(), self.0.kernel())))?;
+        Ok((limits.bandwidth_gb_s, limits.int8_gops))
+    }
+
+    /// The fields of the package's `ModelInfo`, by name.
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (model, info) = (&self.0, PyDict::new(py));
+        info.set_item("name", model.name())?;
+        info.set_item("family", model.config().family.name)?;
+        info.set_item("parameters", model.parameters())?;
+        info.set_item("layers", model.config().layers.len())?;
+        info.set_item("hidden_size", model.config().hidden)?;
+        info.set_item("vocabulary", model.vocabulary())?;
+        info.set_item("context", model.context())?;
+        info.set_item("kernel", model.kernel().name())?;
+        info.set_item("threads", model.threads())?;
+        info.set_item("weight_bytes", model.weight_bytes())?;
+        info.set_item("bytes_per_token", model.bytes_per_token())?;
+        info.set_item("cache_type", model.cache_type().name())?;
+        info.set_item("cache_bytes_per_token", model.cache_bytes_per_token())?;
+        info.set_item("cache_bytes", model.cache_bytes())?;
+        Ok(info)
+    }
+}
+
+impl Model {
+    /// Computes `ids` in a new session. Returns `wanted` of each, `width` values per token.
+    fn rows<'py>(
+        &self,
+        py: Python<'py>,
+        ids: TokenIds,
+        wanted: Logits,
+        width: usize,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = ids.checked()?;
+        let rows = ids.len();
+        let values = detached(py, |interrupted| {
+            let mut values = Vec::new();
+            if !ids.is_empty() {
+                let mut session = self.0.session();
+                let input = Input { session: &mut session, tokens: &ids, logits: wanted };
+                self.0.forward(&mut [input], &mut values, interrupted)?;
+            }
+            Ok(values)
+        })?;
+        values.into_pyarray(py).reshape([rows, width])
+    }
+}
+
+/// A prompt and its completion so far. A scheduler takes it out of this object.
+#[pyclass(frozen, module = "nybble._native")]
+pub(super) struct Sequence(Mutex<Option<engine::Sequence>>);
+
+impl Sequence {
+    /// Takes the sequence, for a scheduler.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when a step or a scheduler has it.
+    pub(super) fn take(&self) -> crate::Result<engine::Sequence> {
+        self.0.try_lock().ok().and_then(|mut sequence| sequence.take()).ok_or_else(Sequence::busy)
+    }
+
+    fn busy() -> Error {
+        Error::argument("sequence", "a sequence that a step or a scheduler has", "each sequence in one at a time")
+    }
+}

@@ -1,0 +1,213 @@
+//! The sensitivity of each linear layer: how much the predictions of the model change when it alone is quantized.
+
+use serde_json::json;
+
+use super::allocate::{Choice, allocate};
+use crate::error::{Error, Result};
+use crate::format::Tensor;
+use crate::quant::block::BlockType;
+use crate::quantize::calibration::{Calibration, PassThrough, PatchedCheckpoint, read_rows};
+use crate::quantize::compute::Compute;
+use crate::quantize::context::OpenRun;
+use crate::quantize::format::{Format, GroupedFormat};
+use crate::quantize::layer::{LayerProblem, error};
+use crate::quantize::overrides::{Stored, TensorFormats, is_linear};
+use crate::quantize::recipes::rtn;
+use crate::quantize::resume::ResumeLog;
+
+/// Formats that a sensitive tensor may get instead.
+const FINER: [Format; 2] = [Format::Q5_0, Format::Q8_0];
+
+/// Overrides for [`TensorFormats`] with which the linear layers have at most `bits` per weight, scales included, and the model
+/// loses as little as possible.
+///
+/// The loss of a tensor is the mean divergence of the predictions on the windows of the run when that tensor alone is rounded.
+/// Finer formats reduce it in proportion to the error of the weights. Measurements are read from `log` or added to it.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] if the format of linear layers takes more bits; [`Error::Interrupted`]; those of the forward pass.
+pub(super) fn plan(run: &OpenRun<'_>, bits: f64, log: &mut ResumeLog) -> Result<Vec<(String, BlockType)>> {
+    if !has_spare_bits(run, bits)? {
+        return Ok(Vec::new());
+    }
+    let folder = std::env::temp_dir();
+    let (windows, layers) = (run.context.windows, run.layers);
+    let mut calibration = Calibration::start(layers, windows, &folder)?;
+    let count = layers.config().layers.len();
+    let mut before = Vec::with_capacity(count);
+    for index in 0..count {
+        before.push(calibration.fork()?);
+        calibration.layer(index, &mut PassThrough(run.checkpoint))?;
+    }
+    let reference = logits(&mut calibration, windows.len())?;
+
+    let (mut names, mut tensors, mut weights) = (Vec::new(), Vec::new(), 0usize);
+    for (index, before) in before.iter_mut().enumerate() {
+        for tensor in linear_layers(run, index) {
+            run.check()?;
+            run.report("sensitivity", index, count);
+            let formats = tensor.formats();
+            let numbers = known(log, &tensor.name, || measure(run, index, &tensor, before, &reference))?;
+            let (loss, errors) = (numbers[0], &numbers[1..]);
+            let of = |(grouped, error): (&GroupedFormat, &f64)| Choice {
+                bytes: bytes(grouped.format.block_type(), tensor.weights.len()),
+                loss: if errors[0] > 0.0 { loss * error / errors[0] } else { 0.0 },
+            };
+            tensors.push(formats.iter().zip(errors).map(of).collect::<Vec<Choice>>());
+            weights += tensor.weights.len();
+            names.push((tensor.name, formats));
+        }
+    }
+    let budget = (bits * weights as f64 / 8.0) as u64;
+    let Some(chosen) = allocate(&tensors, budget) else { return Err(too_few(run.formats, bits, weights)) };
+    let finer = names.into_iter().zip(chosen).filter(|(_, choice)| *choice > 0);
+    Ok(finer.map(|((name, formats), choice)| (name, formats[choice].format.block_type())).collect())
+}
+
+/// The loss of a tensor in its own format, then the errors of its weights in each of its formats. `before` has the windows
+/// before the tensor's layer.
+fn measure(
+    run: &OpenRun<'_>,
+    index: usize,
+    tensor: &LinearLayer,
+    before: &mut Calibration<'_>,
+    reference: &[f32],
+) -> Result<Vec<f64>> {
+    let compute = Compute::new(run.layers.pool(), run.layers.kernel());
+    let problem = LayerProblem::new(&tensor.weights, tensor.rows, tensor.columns, &[], &[])?;
+    let rounded =
+        |grouped: &GroupedFormat| rtn::solve(&problem, grouped, true, &compute).decode(grouped, tensor.columns);
+    let errors: Vec<f64> = tensor.formats().iter().map(|grouped| error(&problem, &rounded(grouped))).collect();
+    let mut patched = PatchedCheckpoint::new(run.checkpoint);
+    patched.replace(&tensor.name, 0, rounded(&tensor.grouped));
+    let mut fork = before.fork()?;
+    for later in index..run.layers.config().layers.len() {
+        fork.layer(later, &mut PassThrough(&patched))?;
+    }
+    let found = logits(&mut fork, run.context.windows.len())?;
+    let loss = divergence(reference, &found, run.layers.vocabulary());
+    Ok([&[loss], &errors[..]].concat())
+}
+
+/// The numbers that the log has under a name; if it has none, those that `measure` returns.
+fn known(log: &mut ResumeLog, name: &str, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+    if let Some(bytes) = log.blocks(name, 0)? {
+        return Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect());
+    }
+    let numbers = measure()?;
+    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    log.add(name, 0, json!({ "name": name, "part": 0 }), &bytes)?;
+    Ok(numbers)
+}
+
+fn too_few(formats: &TensorFormats, bits: f64, weights: usize) -> Error {
+    let least = formats.format.block_type();
+    let own = bytes(least, weights) as f64 * 8.0 / weights.max(1) as f64;
+    Error::argument("bits_per_weight", bits, format_args!("at least {own}, the bits of {least}"))
+}
+
+/// Whether the bits suffice for a finer format of any tensor.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] if they do not even suffice for the format of linear layers.
+fn has_spare_bits(run: &OpenRun<'_>, bits: f64) -> Result<bool> {
+    let (own, finer) = (run.formats.format.block_type(), FINER[0].block_type());
+    let of_layer = |index| quantized(run, index).map(|(_, tensor, _)| tensor.dims.iter().product());
+    let sizes: Vec<usize> = (0..run.layers.config().layers.len()).flat_map(of_layer).collect();
+    let weights = sizes.iter().sum();
+    let Some(left) = ((bits * weights as f64 / 8.0) as u64).checked_sub(bytes(own, weights)) else {
+        return Err(too_few(run.formats, bits, weights));
+    };
+    Ok(sizes.iter().any(|size| bytes(finer, *size) <= left + bytes(own, *size)))
+}
+
+fn bytes(block_type: BlockType, weights: usize) -> u64 {
+    (weights / block_type.block_len() * block_type.block_bytes()) as u64
+}
+
+/// A linear layer without override.
+struct LinearLayer {
+    name: String,
+    /// `(rows, columns)`, with the rows of all experts.
+    weights: Vec<f32>,
+    rows: usize,
+    columns: usize,
+    grouped: GroupedFormat,
+}
+
+impl LinearLayer {
+    /// Its own format and the finer ones.
+    fn formats(&self) -> Vec<GroupedFormat> {
+        std::iter::once(self.grouped).chain(FINER.map(|format| GroupedFormat { format, group: 32 })).collect()
+    }
+}
+
+/// The linear layers of a block of the model whose format is not overridden.
+fn quantized<'a>(
+    run: &OpenRun<'a>,
+    index: usize,
+) -> impl Iterator<Item = (&'a str, Tensor<'a>, GroupedFormat)> + use<'a> {
+    let prefix = format!("blk.{index}.");
+    let (checkpoint, formats) = (run.checkpoint, run.formats);
+    let names: Vec<&str> = checkpoint.names().into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    names.into_iter().filter_map(move |name| {
+        let tensor = checkpoint.tensor(name).filter(|_| is_linear(name.strip_suffix(".weight").unwrap_or(name)))?;
+        match formats.stored(name, &tensor.dims) {
+            Stored::Solved(grouped) if grouped.format == formats.format => Some((name, tensor, grouped)),
+            _ => None,
+        }
+    })
+}
+
+/// Reads the layers of [`quantized`], one at a time.
+fn linear_layers(run: &OpenRun<'_>, index: usize) -> impl Iterator<Item = LinearLayer> {
+    quantized(run, index).filter_map(|(name, tensor, grouped)| {
+        let (columns, rows) = (*tensor.dims.first()?, tensor.dims.iter().skip(1).product());
+        let weights = read_rows(&tensor, 0, rows).ok()?;
+        Some(LinearLayer { name: name.to_owned(), weights, rows, columns, grouped })
+    })
+}
+
+/// The logits of all windows after the last layer `(tokens, vocabulary)`.
+fn logits(calibration: &mut Calibration<'_>, windows: usize) -> Result<Vec<f32>> {
+    let mut all = Vec::new();
+    for window in 0..windows {
+        all.extend(calibration.logits(window)?);
+    }
+    Ok(all)
+}
+
+/// The mean over rows of the Kullback-Leibler divergence between the logits `reference` and `found`, both `(rows, vocabulary)`,
+/// in nats.
+fn divergence(reference: &[f32], found: &[f32], vocabulary: usize) -> f64 {
+    let normalizer = |row: &[f32]| {
+        let most = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+        f64::from(most) + row.iter().map(|x| f64::from((x - most).exp())).sum::<f64>().ln()
+    };
+    let rows = reference.chunks(vocabulary).zip(found.chunks(vocabulary));
+    let each = rows.map(|(a, b)| {
+        let (all_a, all_b) = (normalizer(a), normalizer(b));
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| {
+                let (a, b) = (f64::from(*a) - all_a, f64::from(*b) - all_b);
+                a.exp() * (a - b)
+            })
+            .sum::<f64>()
+    });
+    each.sum::<f64>() / (reference.len() / vocabulary).max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_divergence_is_that_of_the_distributions() {
+        // (1/2, 1/2) against (1/4, 3/4), with constants added to the logits; the second rows are equal.
+        let reference = [0.0, 0.0, 5.0, 1.0];
+        let found = [7.0, 7.0 + 3f32.ln(), -5.0, -9.0];
+        let expected = 0.5 * (0.5f64 / 0.25).ln() + 0.5 * (0.5f64 / 0.75).ln();
+        assert!((divergence(&reference, &found, 2) - expected / 2.0).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,360 @@
+//! The windows of a text on their way through the model.
+//!
+//! All windows pass through one layer before the next. Where a linear layer reads its input, the moments of that input are
+//! summed, the layer is quantized, and the windows continue with the quantized weights, so that later layers compensate for
+//! the errors of earlier ones. Memory holds the weights of one layer, the moments of one input, and the activations of all
+//! windows, which spill to a temporary file beyond a limit.
+
+use std::path::Path;
+
+use super::moments::Moments;
+use super::spill_buffer::SpillBuffer;
+use super::visitor::Visitor;
+use crate::error::{Error, Result};
+use crate::model::layerwise::{Layerwise, LoadedLayer, Network, Site};
+use crate::quantize::compute::Compute;
+use crate::quantize::resume::SnapshotFile;
+
+/// Tokens that a calibration text needs at least.
+const MIN_CALIBRATION_TOKENS: usize = 512;
+/// Numbers that each buffer of activations keeps in memory: 256 MiB.
+const IN_MEMORY: usize = 64 << 20;
+
+/// Checks that windows are enough to calibrate on, fit into the context and contain known tokens only.
+///
+/// # Errors
+/// [`Error::InvalidArgument`]
+pub(in crate::quantize) fn check_windows(layers: &Layerwise, windows: &[Vec<u32>]) -> Result<()> {
+    let tokens: usize = windows.iter().map(Vec::len).sum();
+    if tokens < MIN_CALIBRATION_TOKENS {
+        let expected = format_args!("at least {MIN_CALIBRATION_TOKENS}, better 50000").to_string();
+        return Err(Error::argument("calibration", format_args!("{tokens} tokens"), expected));
+    }
+    let (longest, context) = (windows.iter().map(Vec::len).max().unwrap_or(0), layers.context());
+    if longest > context {
+        return Err(Error::argument("window", format_args!("{longest} tokens"), format_args!("at most {context}")));
+    }
+    match windows.iter().flatten().find(|token| **token as usize >= layers.vocabulary()) {
+        Some(token) => Err(Error::argument("token", token, format_args!("an id below {}", layers.vocabulary()))),
+        None => Ok(()),
+    }
+}
+
+/// The activations of all windows between two layers.
+pub(in crate::quantize) struct Calibration<'a> {
+    layers: &'a Layerwise,
+    compute: Compute<'a>,
+    windows: &'a [Vec<u32>],
+    folder: &'a Path,
+    /// Per window `(tokens, hidden)`: the residual stream.
+    residual: SpillBuffer,
+}
+
+impl<'a> Calibration<'a> {
+    /// The embedded windows, before the first layer. Temporary files go to `folder`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; those of the forward pass.
+    pub(in crate::quantize) fn start(
+        layers: &'a Layerwise,
+        windows: &'a [Vec<u32>],
+        folder: &'a Path,
+    ) -> Result<Calibration<'a>> {
+        let mut calibration = Calibration::empty(layers, windows, folder);
+        for (window, tokens) in windows.iter().enumerate() {
+            calibration.residual.put(window, layers.embed(tokens)?)?;
+        }
+        Ok(calibration)
+    }
+
+    /// The windows of a snapshot, and the layer before which they are; `None` without a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub(in crate::quantize) fn resume(
+        layers: &'a Layerwise,
+        windows: &'a [Vec<u32>],
+        folder: &'a Path,
+        file: &SnapshotFile,
+    ) -> Result<Option<(Calibration<'a>, usize)>> {
+        let hidden = layers.config().hidden;
+        let count = windows.iter().map(|tokens| tokens.len() * hidden).sum();
+        let Some(snapshot) = file.open(count)? else { return Ok(None) };
+        let mut calibration = Calibration::empty(layers, windows, folder);
+        let mut at = 0;
+        for (window, tokens) in windows.iter().enumerate() {
+            let mut x = vec![0.0f32; tokens.len() * hidden];
+            snapshot.read(at, &mut x)?;
+            at += x.len();
+            calibration.residual.put(window, x)?;
+        }
+        Ok(Some((calibration, snapshot.position as usize)))
+    }
+
+    /// Saves the windows, which are before layer `layer`, for [`resume`](Calibration::resume).
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub(in crate::quantize) fn save(&mut self, file: &SnapshotFile, layer: usize) -> Result<()> {
+        let mut writer = file.create(layer as u64)?;
+        for window in 0..self.windows.len() {
+            writer.write(&self.residual.get(window)?)?;
+        }
+        writer.finish()
+    }
+
+    fn empty(layers: &'a Layerwise, windows: &'a [Vec<u32>], folder: &'a Path) -> Calibration<'a> {
+        let compute = Compute::new(layers.pool(), layers.kernel());
+        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
+        let residual = SpillBuffer::new(windows.len(), longest * layers.config().hidden, IN_MEMORY, folder);
+        Calibration { layers, compute, windows, folder, residual }
+    }
+
+    /// A copy of the windows, to continue with other weights.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(in crate::quantize) fn fork(&mut self) -> Result<Calibration<'a>> {
+        let mut residual = self.buffer(self.layers.config().hidden);
+        for window in 0..self.windows.len() {
+            residual.put(window, self.residual.get(window)?)?;
+        }
+        Ok(Calibration { residual, ..*self })
+    }
+
+    /// The logits of all tokens of a window `(tokens, vocabulary)`, after the last layer.
+    ///
+    /// # Errors
+    /// Those of temporary files.
+    pub(in crate::quantize) fn logits(&mut self, window: usize) -> Result<Vec<f32>> {
+        Ok(self.layers.logits(self.residual.get(window)?))
+    }
+
+    /// Passes the windows through a layer. `visitor` quantizes its linear layers on the way.
+    ///
+    /// # Errors
+    /// Those of `visitor`, of reading the layer and of temporary files.
+    pub(in crate::quantize) fn layer(&mut self, index: usize, visitor: &mut dyn Visitor) -> Result<()> {
+        let (layers, hidden) = (self.layers, self.layers.config().hidden);
+        let heads = layers.config().heads * layers.config().head_dim;
+        let mut loaded = layers.layer(visitor.checkpoint(), index)?;
+
+        if visitor.wants(index, Site::Qkv) {
+            let mut moments = Moments::new(hidden);
+            for window in 0..self.windows.len() {
+                visitor.step(index, Site::Qkv, window)?;
+                moments.add(&layers.qkv_input(&loaded, &self.residual.get(window)?), &self.compute);
+            }
+            self.solve(&mut loaded, Site::Qkv, Some(moments), visitor)?;
+        } else {
+            self.solve(&mut loaded, Site::Qkv, None, visitor)?;
+        }
+
+        // Holds the output of attention first, then the input of the feed-forward networks.
+        let mut inputs = self.buffer(heads.max(hidden));
+        let mut moments = visitor.wants(index, Site::AttentionOutput).then(|| Moments::new(heads));
+        for window in 0..self.windows.len() {
+            visitor.step(index, Site::AttentionOutput, window)?;
+            let out = layers.attended(&loaded, &self.residual.get(window)?)?;
+            moments.iter_mut().for_each(|moments| moments.add(&out, &self.compute));
+            inputs.put(window, out)?;
+        }
+        self.solve(&mut loaded, Site::AttentionOutput, moments, visitor)?;
+
+        for window in 0..self.windows.len() {
+            let mut x = self.residual.take(window)?;
+            let input = layers.join_attention(&loaded, inputs.take(window)?, &mut x);
+            self.residual.put(window, x)?;
+            inputs.put(window, input)?;
+        }
+        self.networks(&mut loaded, inputs, visitor)
+    }
+
+    /// Passes the windows through the feed-forward networks of a layer, one after the other.
+    fn networks(&mut self, loaded: &mut LoadedLayer, mut inputs: SpillBuffer, visitor: &mut dyn Visitor) -> Result<()> {
+        let (layers, hidden) = (self.layers, self.layers.config().hidden);
+        let networks = loaded.networks();
+        let mut choices = Vec::new();
+        for window in 0..self.windows.len() {
+            choices.push(layers.route(loaded, &inputs.get(window)?));
+        }
+        let mut branch = self.buffer(hidden);
+        let last = networks.last().copied();
+        for network in networks {
+            let mut chosen = Vec::with_capacity(self.windows.len());
+            for (window, choice) in choices.iter().enumerate() {
+                chosen.push(self.chosen(loaded, network, choice, &inputs.get(window)?));
+            }
+            let is_last = Some(network) == last;
+            self.network(loaded, network, is_last, &chosen, (&mut inputs, &mut branch), visitor)?;
+        }
+        for window in 0..self.windows.len() {
+            let mut x = self.residual.take(window)?;
+            layers.join_ffn(loaded, &branch.take(window)?, &mut x);
+            self.residual.put(window, x)?;
+        }
+        Ok(())
+    }
+
+    /// Passes the windows through one network: reads the `chosen` rows of `inputs` and adds the weighted outputs to `branch`.
+    /// The last network consumes `inputs`.
+    fn network(
+        &self,
+        loaded: &mut LoadedLayer,
+        network: Network,
+        is_last: bool,
+        chosen: &[Vec<(usize, f32)>],
+        (inputs, branch): (&mut SpillBuffer, &mut SpillBuffer),
+        visitor: &mut dyn Visitor,
+    ) -> Result<()> {
+        let (layers, hidden, index) = (self.layers, self.layers.config().hidden, loaded.index());
+        let (up, down) = (Site::Up(network), Site::Down(network));
+        let gather = |inputs: &mut SpillBuffer, window: usize, is_last: bool| -> Result<Vec<f32>> {
+            let all = if is_last { inputs.take(window)? } else { inputs.get(window)? };
+            Ok(chosen[window].iter().flat_map(|(row, _)| &all[row * hidden..][..hidden]).copied().collect())
+        };
+        let mut moments = visitor.wants(index, up).then(|| Moments::new(hidden));
+        if let Some(moments) = &mut moments {
+            for window in 0..self.windows.len() {
+                visitor.step(index, up, window)?;
+                moments.add(&gather(inputs, window, false)?, &self.compute);
+            }
+        }
+        self.solve(loaded, up, moments, visitor)?;
+
+        let width = loaded.width(network);
+        let mut inner = self.buffer(width);
+        let mut moments = visitor.wants(index, down).then(|| Moments::new(width));
+        for window in 0..self.windows.len() {
+            visitor.step(index, down, window)?;
+            let out = layers.inner(loaded, network, gather(inputs, window, is_last)?);
+            moments.iter_mut().for_each(|moments| moments.add(&out, &self.compute));
+            inner.put(window, out)?;
+        }
+        self.solve(loaded, down, moments, visitor)?;
+
+        for window in 0..self.windows.len() {
+            let out = layers.down(loaded, network, inner.take(window)?);
+            let mut sum = branch.take(window)?;
+            sum.resize(self.windows[window].len() * hidden, 0.0);
+            for ((row, weight), out) in chosen[window].iter().zip(out.chunks(hidden)) {
+                self.compute.kernel.add_scaled(&mut sum[row * hidden..][..hidden], out, *weight);
+            }
+            branch.put(window, sum)?;
+        }
+        Ok(())
+    }
+
+    /// The rows of a window that a network computes, and the weights of its outputs.
+    fn chosen(
+        &self,
+        loaded: &LoadedLayer,
+        network: Network,
+        choice: &[(usize, f32)],
+        inputs: &[f32],
+    ) -> Vec<(usize, f32)> {
+        let config = self.layers.config();
+        match network {
+            Network::Dense => (0..inputs.len() / config.hidden).map(|row| (row, 1.0)).collect(),
+            Network::Shared => self.layers.shared_weights(loaded, inputs).into_iter().enumerate().collect(),
+            Network::Expert(expert) => {
+                let own = choice.iter().enumerate().filter(|(_, (chosen, _))| *chosen == expert);
+                own.map(|(at, (_, weight))| (at / config.experts.used, *weight)).collect()
+            }
+        }
+    }
+
+    fn solve(
+        &self,
+        loaded: &mut LoadedLayer,
+        site: Site,
+        mut moments: Option<Moments>,
+        visitor: &mut dyn Visitor,
+    ) -> Result<()> {
+        moments.iter_mut().for_each(|moments| moments.finish(&self.compute));
+        visitor.visit(loaded.index(), site, moments)?;
+        self.layers.reload(visitor.checkpoint(), loaded, site)
+    }
+
+    fn longest(&self) -> usize {
+        self.windows.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    fn buffer(&self, width: usize) -> SpillBuffer {
+        SpillBuffer::new(self.windows.len(), self.longest() * width, IN_MEMORY, self.folder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Checkpoint;
+    use crate::model::hf::HfFolder;
+    use crate::model::{Input, LoadOptions, Logits, Model, Quantize};
+
+    /// Wants all moments and changes nothing.
+    struct Spectator<'a> {
+        checkpoint: &'a dyn Checkpoint,
+        seen: Vec<(usize, Site, usize)>,
+    }
+
+    impl Visitor for Spectator<'_> {
+        fn wants(&self, _: usize, _: Site) -> bool {
+            true
+        }
+
+        fn visit(&mut self, layer: usize, site: Site, moments: Option<Moments>) -> Result<()> {
+            self.seen.push((layer, site, moments.map_or(0, |moments| moments.tokens)));
+            Ok(())
+        }
+
+        fn checkpoint(&self) -> &dyn Checkpoint {
+            self.checkpoint
+        }
+
+        fn step(&self, _: usize, _: Site, _: usize) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn layer_by_layer_gives_the_bits_of_the_forward_pass_for_every_family() {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens");
+        let mut families = 0;
+        for folder in std::fs::read_dir(goldens).unwrap() {
+            let folder = folder.unwrap().path();
+            let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
+            let checkpoint = HfFolder::open(&folder).unwrap();
+            let windows: Vec<Vec<u32>> =
+                (0..3).map(|w| (0..40 - w).map(|i| (i * 37 + w * 91) % 320).collect()).collect();
+            let layers = Layerwise::load(&checkpoint, &options).unwrap();
+            let mut spectator = Spectator { checkpoint: &checkpoint, seen: Vec::new() };
+            let mut calibration = Calibration::start(&layers, &windows, Path::new(".")).unwrap();
+            let count = layers.config().layers.len();
+            (0..count).for_each(|index| calibration.layer(index, &mut spectator).unwrap());
+
+            let model = Model::load(&folder, &options).unwrap();
+            for (window, tokens) in windows.iter().enumerate() {
+                let (mut session, mut expected) = (model.session(), Vec::new());
+                let input = Input { session: &mut session, tokens, logits: Logits::All };
+                model.forward(&mut [input], &mut expected, &|| false).unwrap();
+                let found = layers.logits(calibration.residual.get(window).unwrap());
+                assert_eq!(found, expected, "{}, window {window}", folder.display());
+            }
+            let tokens: usize = windows.iter().map(Vec::len).sum();
+            for layer in 0..count {
+                let at = |wanted: fn(&Site) -> bool| {
+                    let own = spectator.seen.iter().filter(move |(of, site, _)| *of == layer && wanted(site));
+                    own.map(|(_, _, tokens)| tokens).sum::<usize>()
+                };
+                assert_eq!(at(|site| *site == Site::Qkv), tokens);
+                assert_eq!(at(|site| *site == Site::AttentionOutput), tokens);
+                let experts = layers.config().experts.used.max(1);
+                let routed = at(|site| matches!(site, Site::Up(Network::Dense | Network::Expert(_))));
+                assert_eq!(routed, tokens * experts, "{}", folder.display());
+            }
+            families += 1;
+        }
+        assert_eq!(families, 30);
+    }
+}

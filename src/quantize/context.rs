@@ -1,0 +1,128 @@
+//! What all parts of a run share: source and output, the calibration text, progress and cancellation.
+
+use std::fmt;
+use std::path::Path;
+
+use super::compute::Compute;
+use super::overrides::TensorFormats;
+use super::resume::ResumeFiles;
+use crate::error::{Error, Result};
+use crate::format::Checkpoint;
+use crate::format::gguf::Gguf;
+use crate::model::LoadOptions;
+use crate::model::hf::HfFolder;
+use crate::model::layerwise::Layerwise;
+
+/// Called with the name of a stage, the units that are done and the total. A unit has no meaning outside of its stage.
+pub type StageProgress<'a> = &'a dyn Fn(&str, usize, usize);
+
+/// Asked often, and from one thread only. True stops the run with [`Error::Interrupted`].
+pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// Source, output, calibration text, progress and cancellation of a run.
+#[derive(Clone, Copy)]
+pub struct RunContext<'a> {
+    /// A GGUF file, or a Hugging Face folder with its tokenizer.
+    pub source: &'a Path,
+    /// The GGUF file to write. The files of an interrupted run are in the same folder.
+    pub out: &'a Path,
+    /// Token ids of the calibration text, each window a sequence of its own. Recipes that need no text ignore them.
+    pub windows: &'a [Vec<u32>],
+    /// Threads to compute with; `None` takes the default. The result does not depend on it.
+    pub threads: Option<usize>,
+    /// Whether an existing output is replaced.
+    pub force: bool,
+    /// Called as the run proceeds.
+    pub progress: StageProgress<'a>,
+    /// Whether to stop.
+    pub interrupted: Interrupted<'a>,
+}
+
+impl<'a> RunContext<'a> {
+    /// A run with the default threads, without progress, that is never interrupted and never replaces a file.
+    pub fn new(source: &'a Path, out: &'a Path, windows: &'a [Vec<u32>]) -> RunContext<'a> {
+        let (progress, interrupted): (StageProgress<'_>, Interrupted<'_>) = (&|_, _, _| {}, &|| false);
+        RunContext { source, out, windows, threads: None, force: false, progress, interrupted }
+    }
+
+    /// How to load the model.
+    pub(super) fn load_options(&self) -> LoadOptions {
+        LoadOptions { threads: self.threads, ..LoadOptions::default() }
+    }
+
+    /// Opens the source and hands it to `act`.
+    ///
+    /// # Errors
+    /// Those of `act`, [`Gguf::open`] and [`HfFolder::open`].
+    pub(super) fn with_checkpoint<T>(&self, act: impl FnOnce(&dyn Checkpoint) -> Result<T>) -> Result<T> {
+        if self.source.is_dir() { act(&HfFolder::open(self.source)?) } else { act(&Gguf::open(self.source)?) }
+    }
+
+    /// Whether the output may be written.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it is the source, or exists and `force` is not set.
+    pub(super) fn check_out(&self) -> Result<()> {
+        let whole = |path: &Path| path.canonicalize().ok();
+        let refused = |what, expected: &str| {
+            Err(Error::argument("out", format_args!("{}, which {what}", self.out.display()), expected))
+        };
+        match whole(self.out) {
+            Some(out) if whole(self.source).is_some_and(|source| source == out) => {
+                refused("is the source", "another file")
+            }
+            Some(_) if !self.force => refused("exists", "a new file, or force"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for RunContext<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RunContext")
+            .field("source", &self.source)
+            .field("out", &self.out)
+            .field("windows", &self.windows.len())
+            .field("threads", &self.threads)
+            .field("force", &self.force)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A run whose checkpoint is open.
+#[derive(Clone, Copy)]
+pub(super) struct OpenRun<'a> {
+    pub(super) context: RunContext<'a>,
+    pub(super) checkpoint: &'a dyn Checkpoint,
+    pub(super) layers: &'a Layerwise,
+    pub(super) formats: &'a TensorFormats,
+    /// Where unfinished work is kept.
+    pub(super) files: &'a ResumeFiles,
+}
+
+impl<'a> OpenRun<'a> {
+    /// The threads and kernel of the model. Computations end early when the run is interrupted.
+    pub(super) fn compute(&self) -> Compute<'a> {
+        Compute::new(self.layers.pool(), self.layers.kernel()).until(self.context.interrupted)
+    }
+
+    /// Reports progress.
+    pub(super) fn report(&self, stage: &str, done: usize, total: usize) {
+        (self.context.progress)(stage, done, total);
+    }
+
+    /// Whether the run may continue.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]
+    pub(super) fn check(&self) -> Result<()> {
+        if (self.context.interrupted)() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    /// Releases the memory of a layer's tensors.
+    pub(super) fn release_layer(&self, layer: usize) {
+        let prefix = format!("blk.{layer}.");
+        let names = self.checkpoint.names();
+        names.iter().filter(|name| name.starts_with(&prefix)).for_each(|name| self.checkpoint.release(name));
+    }
+}

@@ -1,0 +1,28 @@
+//! The options of one run.
+
+use crate::quantize::overrides::TensorFormats;
+use crate::quantize::recipes::Recipe;
+use crate::quantize::tuning::TuningOptions;
+
+/// What to make of a checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizeOptions {
+    /// How codes are found.
+    pub recipe: Recipe,
+    /// How scales and norms are tuned afterwards; `None` leaves them as the recipe found them.
+    pub tuning: Option<TuningOptions>,
+    /// How each tensor is stored.
+    pub formats: TensorFormats,
+}
+
+impl QuantizeOptions {
+    /// The name in reports and on the command line, such as `gptq+tune`.
+    pub fn name(&self) -> String {
+        format!("{}{}", self.recipe.name(), if self.tuning.is_some() { "+tune" } else { "" })
+    }
+
+    /// Whether a calibration text is needed.
+    pub fn needs_text(&self) -> bool {
+        self.recipe.needs_text() || self.tuning.is_some()
+    }
+}

@@ -1,0 +1,239 @@
+//! Quantizes the tensors at each site of the calibration and logs the result.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::error::{Error, Place, Result};
+use crate::format::{Checkpoint, Tensor};
+use crate::model::layerwise::Site;
+use crate::quantize::calibration::{MIN_TOKENS, Moments, PatchedCheckpoint, Visitor, read_rows};
+use crate::quantize::compute::Compute;
+use crate::quantize::context::OpenRun;
+use crate::quantize::format::GroupedFormat;
+use crate::quantize::layer::LayerProblem;
+use crate::quantize::overrides::Stored;
+use crate::quantize::recipes::{NormScaling, Recipe, awq};
+use crate::quantize::resume::ResumeLog;
+
+/// Units of progress per layer.
+const UNITS: usize = 1000;
+
+/// A run while its tensors are quantized.
+pub(super) struct Quantizer<'a, 'l> {
+    run: OpenRun<'a>,
+    recipe: Recipe,
+    log: &'l mut ResumeLog,
+    compute: Compute<'a>,
+    /// The source with the quantized weights of the current layer.
+    patched: PatchedCheckpoint<'a>,
+}
+
+/// Rows of a tensor that are solved together: the whole tensor, or those of one expert.
+struct Piece {
+    name: String,
+    /// Number of the expert, or 0.
+    part: usize,
+    first: usize,
+    rows: usize,
+    columns: usize,
+    stored: Stored,
+}
+
+impl<'a, 'l> Quantizer<'a, 'l> {
+    pub(super) fn new(run: OpenRun<'a>, recipe: Recipe, log: &'l mut ResumeLog) -> Quantizer<'a, 'l> {
+        Quantizer { run, recipe, log, compute: run.compute(), patched: PatchedCheckpoint::new(run.checkpoint) }
+    }
+
+    /// Whether the log has all of a layer.
+    pub(super) fn is_done(&self, layer: usize) -> bool {
+        let prefix = format!("blk.{layer}.");
+        let checkpoint = self.run.checkpoint;
+        let names = checkpoint.names().into_iter().filter(|name| name.starts_with(&prefix));
+        names.filter_map(|name| Some((name, checkpoint.tensor(name)?.dims))).all(|(name, dims)| {
+            let mut parts = 0..dims.iter().skip(2).product();
+            let is_solved = matches!(self.run.formats.stored(name, &dims), Stored::Solved(_));
+            !is_solved || parts.all(|part| self.log.description(name, part).is_some())
+        })
+    }
+
+    /// Releases the memory of a layer whose tensors are all in the log.
+    pub(super) fn finish_layer(&mut self, layer: usize) {
+        self.patched.clear();
+        self.run.release_layer(layer);
+    }
+
+    /// Quantizes the tensors that no token passes through, such as an embedding in four bits.
+    pub(super) fn solve_rest(&mut self) -> Result<()> {
+        let checkpoint = self.run.checkpoint;
+        let names: Vec<String> = checkpoint.names().into_iter().map(str::to_owned).collect();
+        for (done, name) in names.iter().enumerate() {
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            let stored = self.run.formats.stored(name, &tensor.dims);
+            let Stored::Solved(grouped) = stored else { continue };
+            let (columns, rows) = (tensor.dims[0], tensor.dims[1]);
+            for part in 0..tensor.dims.iter().skip(2).product() {
+                self.run.check()?;
+                self.run.report("quantize", done, names.len());
+                if self.log.description(name, part).is_none() {
+                    let piece = Piece { name: name.clone(), part, first: part * rows, rows, columns, stored };
+                    self.solve(&piece, &grouped, &tensor, None, None)?;
+                }
+            }
+            checkpoint.release(name);
+        }
+        Ok(())
+    }
+
+    /// The pieces of the tensors at a site.
+    fn pieces(&self, layer: usize, site: Site) -> Vec<Piece> {
+        let names = site.tensors().into_iter().map(|name| format!("blk.{layer}.{name}"));
+        let piece = |name: String| {
+            let tensor = self.run.checkpoint.tensor(&name)?;
+            let part = site.expert().unwrap_or(0);
+            let stored = self.run.formats.stored(&name, &tensor.dims);
+            let (columns, rows) = (*tensor.dims.first()?, *tensor.dims.get(1)?);
+            Some(Piece { name, part, first: part * rows, rows, columns, stored })
+        };
+        names.filter_map(piece).collect()
+    }
+
+    /// Finds the codes of a piece, with its columns multiplied by `factors` if there are any, and logs them. Returns the decoded
+    /// weights `(rows, columns)`.
+    fn solve(
+        &mut self,
+        piece: &Piece,
+        grouped: &GroupedFormat,
+        tensor: &Tensor<'_>,
+        moments: Option<&Moments>,
+        factors: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        let started = Instant::now();
+        let fault = |error: Error| match error {
+            Error::InvalidArgument { name, found, expected } => {
+                let what = if name == "weights" { found } else { format!("{found} among the moments of its inputs") };
+                Error::malformed(self.run.checkpoint.path(), Place::Tensor(piece.name.clone()), what, expected)
+            }
+            other => other,
+        };
+        let weights = read_rows(tensor, piece.first, piece.rows)?;
+        let known = moments.filter(|moments| moments.tokens >= MIN_TOKENS);
+        let (hessian, magnitude) = known.map_or((&[][..], &[][..]), |known| (&known.hessian, &known.magnitude));
+        let plain = LayerProblem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
+        let scaled =
+            factors.map(|factors| (awq::scale_columns(&weights, factors), awq::scale_moments(&plain, factors)));
+        let problem = match &scaled {
+            Some((weights, (hessian, magnitude))) => LayerProblem { weights, hessian, magnitude, ..plain },
+            None => plain,
+        };
+        let name = match moments {
+            Some(moments) if known.is_none() => format!("rtn ({} tokens of the text reached it)", moments.tokens),
+            None if self.recipe.needs_text() => "rtn".to_owned(),
+            _ => self.recipe.name().to_owned(),
+        };
+        let solution = self.recipe.solve(&problem, grouped, &self.compute);
+        let decoded = solution.decode(grouped, piece.columns);
+        let error = self.compute.error(&problem, &decoded);
+        // An interrupted computation returns a meaningless solution.
+        self.run.check()?;
+        let description = json!({
+            "name": piece.name,
+            "part": piece.part,
+            "recipe": name,
+            "relative_error": error,
+            "seconds": started.elapsed().as_secs_f64(),
+        });
+        self.log.add(&piece.name, piece.part, description, &solution.encode(grouped, piece.columns))?;
+        Ok(decoded)
+    }
+
+    /// The factors of a site's columns, from the log or found now; `None` if the recipe or the model does not scale them.
+    fn factors(
+        &mut self,
+        layer: usize,
+        site: Site,
+        pieces: &[Piece],
+        moments: Option<&Moments>,
+    ) -> Result<Option<Vec<f32>>> {
+        if !self.recipe.scales_columns() {
+            return Ok(None);
+        }
+        let checkpoint = self.run.checkpoint;
+        let Some(scaling) = NormScaling::before(checkpoint, layer, site) else { return Ok(None) };
+        if let Some(moments) = moments.filter(|_| !scaling.is_done(self.log)) {
+            let mut layers = Vec::new();
+            for piece in pieces {
+                if let (Stored::Solved(grouped), Some(tensor)) = (piece.stored, checkpoint.tensor(&piece.name)) {
+                    layers.push((read_rows(&tensor, piece.first, piece.rows)?, grouped));
+                }
+            }
+            scaling.find(&layers, moments, self.log, &self.compute)?;
+        }
+        scaling.factors(self.log)
+    }
+}
+
+impl Visitor for Quantizer<'_, '_> {
+    fn wants(&self, layer: usize, site: Site) -> bool {
+        let is_open = |piece: &Piece| {
+            matches!(piece.stored, Stored::Solved(_)) && self.log.description(&piece.name, piece.part).is_none()
+        };
+        self.pieces(layer, site).iter().any(is_open)
+    }
+
+    fn visit(&mut self, layer: usize, site: Site, moments: Option<Moments>) -> Result<()> {
+        let pieces = self.pieces(layer, site);
+        let factors = self.factors(layer, site, &pieces, moments.as_ref())?;
+        let factors = factors.as_deref();
+        for piece in pieces {
+            self.run.check()?;
+            let Some(tensor) = self.run.checkpoint.tensor(&piece.name) else { continue };
+            let mut values = match (piece.stored, self.log.blocks(&piece.name, piece.part)?) {
+                (stored, Some(blocks)) => {
+                    let mut values = vec![0.0; piece.rows * piece.columns];
+                    stored.block_type().decode(&blocks, &mut values)?;
+                    values
+                }
+                (Stored::Solved(grouped), None) => self.solve(&piece, &grouped, &tensor, moments.as_ref(), factors)?,
+                (Stored::Encoded(block_type), None) => {
+                    let mut values = read_rows(&tensor, piece.first, piece.rows)?;
+                    if let Some(factors) = factors {
+                        values = awq::scale_columns(&values, factors);
+                    }
+                    let mut blocks = Vec::new();
+                    block_type.encode(&values, &mut blocks)?;
+                    block_type.decode(&blocks, &mut values)?;
+                    if factors.is_some() {
+                        let description = json!({ "name": piece.name, "part": piece.part, "recipe": "encoded" });
+                        self.log.add(&piece.name, piece.part, description, &blocks)?;
+                    }
+                    values
+                }
+            };
+            // The calibration continues with the original norm, so the factors are divided out again.
+            for row in values.chunks_mut(piece.columns).filter(|_| factors.is_some()) {
+                row.iter_mut().zip(factors.unwrap_or_default()).for_each(|(value, factor)| *value /= factor);
+            }
+            self.patched.replace(&piece.name, piece.first, values);
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&self) -> &dyn Checkpoint {
+        &self.patched
+    }
+
+    fn step(&self, layer: usize, site: Site, window: usize) -> Result<()> {
+        self.run.check()?;
+        let (sites, at) = match site {
+            Site::Qkv => (4, 0),
+            Site::AttentionOutput => (4, 1),
+            Site::Up(_) => (4, 2),
+            Site::Down(_) => (4, 3),
+        };
+        let (windows, layers) = (self.run.context.windows.len(), self.run.layers.config().layers.len());
+        let within = (at * windows + window) * UNITS / (sites * windows.max(1));
+        self.run.report(&format!("layer {}", layer + 1), layer * UNITS + within, layers * UNITS);
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! Recipes: how the codes and scales of one linear layer are found.
+
+pub(super) mod awq;
+#[cfg(test)]
+pub(super) mod fixtures;
+pub(super) mod gptq;
+mod norm_scaling;
+mod recipe;
+mod refine;
+pub(super) mod rtn;
+mod signround;
+
+pub use gptq::GptqOptions;
+pub(super) use norm_scaling::NormScaling;
+pub use recipe::Recipe;
+pub use signround::SignroundOptions;

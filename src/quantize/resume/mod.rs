@@ -1,0 +1,13 @@
+//! The files next to an output with which an interrupted run continues.
+//!
+//! The log keeps finished tensors; snapshots keep the activations and optimizer state between two layers or steps.
+
+mod digest;
+mod files;
+mod log;
+mod snapshot;
+
+pub(super) use digest::run_key;
+pub(super) use files::ResumeFiles;
+pub(super) use log::ResumeLog;
+pub(super) use snapshot::{SavePace, Snapshot, SnapshotFile};

@@ -1,0 +1,674 @@
+//! The scheduler: sequences in a batch get bit-identical tokens to those they get alone, and share common prefixes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::tiny_model::{ODD, Shape, llama};
+use nybble::Error;
+use nybble::engine::sampler::{Sampled, SamplingOptions};
+use nybble::engine::{Scheduler, SchedulerOptions, Sequence, Speculation, step};
+use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
+use nybble::quant::block::BlockType;
+
+const PAGE: usize = 64;
+
+fn load_as(shape: &Shape, cache_type: Option<CacheType>) -> Arc<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let options = LoadOptions { threads: Some(2), cache_type, ..LoadOptions::default() };
+    Arc::new(Model::load(llama(folder.path(), shape, BlockType::Q4_0), &options).unwrap())
+}
+
+fn load() -> Arc<Model> {
+    load_as(&ODD, None)
+}
+
+fn tokens(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761).wrapping_add(seed * 977) % 101).collect()
+}
+
+fn greedy() -> SamplingOptions {
+    SamplingOptions::greedy()
+}
+
+fn seeded(seed: u64) -> SamplingOptions {
+    SamplingOptions { seed: Some(seed), temperature: 1.2, logprobs: Some(2), ..SamplingOptions::default() }
+}
+
+/// A prompt, options, and the number of tokens to sample.
+#[derive(Clone)]
+struct Job {
+    prompt: Vec<u32>,
+    options: SamplingOptions,
+    limit: usize,
+}
+
+impl Job {
+    fn new(prompt: Vec<u32>, options: SamplingOptions, limit: usize) -> Job {
+        Job { prompt, options, limit }
+    }
+
+    fn sequence(&self, model: &Model) -> Sequence {
+        Sequence::new(model, &self.prompt, self.options.clone()).unwrap()
+    }
+
+    /// Its tokens without a scheduler.
+    fn alone(&self, model: &Model) -> Vec<Sampled> {
+        let mut sequence = self.sequence(model);
+        (0..self.limit).map(|_| step(model, &mut [&mut sequence], &|| false).unwrap().remove(0)).collect()
+    }
+}
+
+/// Jobs of many lengths; every third is greedy, some have penalties.
+fn jobs(count: usize) -> Vec<Job> {
+    let job = |i: usize| {
+        let prompt = tokens(1 + i * 37 % 211, (i % 7) as u32);
+        let options = match i % 3 {
+            0 => greedy(),
+            1 => seeded(i as u64),
+            _ => SamplingOptions { repetition_penalty: 1.3, frequency_penalty: 0.2, ..seeded(i as u64) },
+        };
+        Job::new(prompt, options, 1 + i * 11 % 43)
+    };
+    (0..count).map(job).collect()
+}
+
+fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Scheduler {
+    Scheduler::new(model.clone(), None, options).unwrap()
+}
+
+/// Steps until all sequences have left. Returns the tokens of each.
+fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
+    let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            written.entry(event.id).or_default().push(event.result.unwrap());
+        }
+    }
+    written
+}
+
+/// Runs all jobs together and checks that each gets the tokens that it gets alone.
+fn assert_same(model: &Arc<Model>, jobs: &[Job], scheduler: &mut Scheduler) {
+    let submit = |job: &Job| scheduler.submit(job.sequence(model), job.limit).unwrap();
+    let ids: Vec<u64> = jobs.iter().map(submit).collect();
+    let written = finish(scheduler);
+    for (i, (id, job)) in ids.iter().zip(jobs).enumerate() {
+        assert!(written[id] == job.alone(model), "job {i}");
+    }
+}
+
+#[test]
+fn batching_and_cancelling_never_change_the_tokens_of_a_sequence() {
+    let jobs = jobs(64);
+    for cache_type in [None, Some(CacheType::Int8)] {
+        let model = load_as(&ODD, cache_type);
+        let alone: Vec<_> = jobs.iter().map(|job| job.alone(&model)).collect();
+        for (prefill_chunk, speculation, prefix_cache) in
+            [(None, Speculation::Off, true), (Some(24), Speculation::On, true), (Some(7), Speculation::Auto, false)]
+        {
+            let options = SchedulerOptions { prefill_chunk, speculation, prefix_cache, ..SchedulerOptions::default() };
+            let mut scheduler = scheduler(&model, options);
+            let mut ids = HashMap::new();
+            let mut left = jobs.iter().enumerate();
+            let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
+            // A few join at each step, and every fifth is cancelled halfway.
+            loop {
+                for (i, job) in left.by_ref().take(5) {
+                    ids.insert(scheduler.submit(job.sequence(&model), job.limit).unwrap(), i);
+                }
+                if scheduler.is_idle() {
+                    break;
+                }
+                for event in scheduler.step(&|| false).unwrap() {
+                    let i = ids[&event.id];
+                    written[i].push(event.result.unwrap());
+                    if i % 5 == 4 && written[i].len() > jobs[i].limit / 2 {
+                        scheduler.cancel(event.id);
+                    }
+                }
+            }
+            for (i, written) in written.iter().enumerate() {
+                let is_whole = written.len() == jobs[i].limit;
+                assert!(is_whole || i % 5 == 4, "job {i} ended early");
+                assert!(*written == alone[i][..written.len()], "job {i}, {speculation:?}, {cache_type:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_common_prefix_of_prompts_is_computed_once() {
+    let model = load();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    let shared = tokens(300, 1);
+    let with = |more: &[u32]| Job::new([&shared[..], more].concat(), seeded(3), 12);
+    assert_same(&model, &[with(&[5, 6, 7])], &mut scheduler);
+    assert_eq!((scheduler.stats().prompt_tokens, scheduler.stats().reused_tokens), (303, 0));
+    assert_eq!(scheduler.stats().cached_pages, 4);
+    // Four pages are reused. The fifth was not full, so its tokens are computed again.
+    assert_same(&model, &[with(&[9])], &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, 4 * PAGE);
+    assert_eq!(scheduler.stats().prompt_tokens, 303 + 301 - 4 * PAGE);
+}
+
+#[test]
+fn a_common_prefix_of_simultaneous_prompts_is_computed_once() {
+    let model = load();
+    let shared = tokens(2 * PAGE, 1);
+    let jobs: Vec<_> = (0..8).map(|i| Job::new([&shared[..], &[i, i + 1]].concat(), seeded(7), 9)).collect();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    assert_same(&model, &jobs, &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, 7 * 2 * PAGE);
+    assert_eq!(scheduler.stats().prompt_tokens, 2 * PAGE + 8 * 2);
+}
+
+#[test]
+fn a_prompt_in_the_prefix_cache_computes_one_token_in_its_own_page() {
+    let model = load();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    let job = Job::new(tokens(3 * PAGE, 2), greedy(), 70);
+    let other = Job { options: seeded(1), ..job.clone() };
+    assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
+    // All continue the same last page, not all with the same tokens.
+    assert_same(&model, &[job, other.clone(), other], &mut scheduler);
+    assert_eq!(scheduler.stats().prompt_tokens, 3 * PAGE + 3);
+    assert_eq!(scheduler.stats().reused_tokens, 3 * (3 * PAGE - 1));
+}
+
+#[test]
+fn a_prompt_that_differs_within_a_page_reuses_the_beginning_of_the_page() {
+    let model = load();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    let first = tokens(2 * PAGE, 3);
+    let mut second = first.clone();
+    second[PAGE + 40] = (second[PAGE + 40] + 1) % 101;
+    assert_same(&model, &[Job::new(first.clone(), greedy(), 3)], &mut scheduler);
+    assert_same(&model, &[Job::new(second, greedy(), 80)], &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, PAGE + 40);
+    assert_same(&model, &[Job::new(first, greedy(), 80)], &mut scheduler);
+}
+
+#[test]
+fn the_next_turn_of_a_chat_does_not_compute_its_history() {
+    let model = load();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    let job = Job::new(tokens(50, 4), seeded(5), 100);
+    let answer: Vec<u32> = job.alone(&model).iter().map(|sampled| sampled.token).collect();
+    assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
+    let history = [&job.prompt[..], &answer, &tokens(9, 6)].concat();
+    assert_same(&model, &[Job::new(history, greedy(), 4)], &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, 2 * PAGE);
+}
+
+#[test]
+fn a_page_continues_only_in_its_own_model_and_position() {
+    let (model, other) = (load(), load());
+    let tokens = tokens(PAGE + 10, 1);
+    let logits = |session: &mut Session, tokens: &[u32]| {
+        let mut logits = Vec::new();
+        model.forward(&mut [Input { session, tokens, logits: Logits::Last }], &mut logits, &|| false).unwrap();
+        logits
+    };
+    let mut first = model.session();
+    let expected = logits(&mut first, &tokens);
+    let page = first.page(0).unwrap();
+    assert!(first.page(1).is_none(), "it is not full");
+    assert!(page.is_shared());
+    let bytes = model.cache_bytes_per_page();
+    for held in [PAGE, 40] {
+        let mut second = model.session();
+        second.attach_page(&page, held).unwrap();
+        assert_eq!((second.len(), second.bytes()), (held, bytes));
+        assert_eq!(second.bytes_for(1), bytes, "a new page, or a copy");
+        assert_eq!(logits(&mut second, &tokens[held..]), expected);
+        assert!(second.attach_page(&page, 1).is_err(), "in the middle of a page");
+    }
+    for (session, held) in [(other.session(), PAGE), (model.session(), 0), (model.session(), PAGE + 1)] {
+        let mut session = session;
+        assert!(matches!(session.attach_page(&page, held), Err(Error::InvalidArgument { .. })));
+        assert!(session.is_empty());
+    }
+}
+
+#[test]
+fn without_a_prefix_cache_no_page_is_kept() {
+    let model = load();
+    let options = SchedulerOptions { prefix_cache: false, ..SchedulerOptions::default() };
+    let mut scheduler = scheduler(&model, options);
+    let job = Job::new(tokens(200, 1), greedy(), 5);
+    assert_same(&model, &[job.clone(), job], &mut scheduler);
+    let stats = scheduler.stats();
+    assert_eq!((stats.reused_tokens, stats.cached_pages, stats.cache_bytes), (0, 0, 0));
+}
+
+#[test]
+fn the_least_recently_used_page_is_evicted_first() {
+    let model = load();
+    // A sequence takes three pages while it is computed; two of them stay.
+    let cache_bytes = 6 * model.cache_bytes_per_page();
+    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let job = |seed| Job::new(tokens(2 * PAGE + 1, seed), greedy(), 2);
+    let mut reused = |seed| {
+        let before = scheduler.stats().reused_tokens;
+        assert_same(&model, &[job(seed)], &mut scheduler);
+        assert!(scheduler.stats().cache_bytes <= cache_bytes);
+        scheduler.stats().reused_tokens - before
+    };
+    assert_eq!([reused(1), reused(2)], [0, 0]);
+    assert_eq!(reused(1), 2 * PAGE, "1 is younger than 2 now");
+    assert_eq!([reused(3), reused(1)], [0, 2 * PAGE]);
+    assert_eq!([reused(2), reused(4)], [PAGE, 0], "the last page of 2 was evicted first");
+}
+
+#[test]
+fn the_memory_limit_holds_at_every_step_and_changes_no_token() {
+    let model = load();
+    let jobs = jobs(24);
+    for (pages, speculation) in [(5, Speculation::Off), (9, Speculation::On)] {
+        let cache_bytes = pages * model.cache_bytes_per_page();
+        let mut scheduler =
+            scheduler(&model, SchedulerOptions { cache_bytes, speculation, ..SchedulerOptions::default() });
+        let ids: Vec<u64> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
+        let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
+        let mut most = 0;
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                written.entry(event.id).or_default().push(event.result.unwrap());
+            }
+            assert!(scheduler.stats().cache_bytes <= cache_bytes);
+            most = most.max(scheduler.stats().running);
+        }
+        assert!(most > 1, "some fit together");
+        for (id, job) in ids.iter().zip(&jobs) {
+            assert!(written[id] == job.alone(&model));
+        }
+    }
+}
+
+#[test]
+fn a_sequence_that_outgrows_the_memory_preempts_the_youngest() {
+    let model = load();
+    let cache_bytes = 4 * model.cache_bytes_per_page();
+    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    // Each begins in one page and ends in four.
+    let jobs: Vec<_> = (0..3).map(|i| Job::new(tokens(10, i), seeded(u64::from(i)), 240)).collect();
+    let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
+    let (mut most, mut fewest, mut ended, mut written) = (0, 3, Vec::new(), HashMap::<u64, Vec<Sampled>>::new());
+    while !scheduler.is_idle() {
+        let before = scheduler.stats().running + scheduler.stats().waiting;
+        for event in scheduler.step(&|| false).unwrap() {
+            let own = written.entry(event.id).or_default();
+            own.push(event.result.unwrap());
+            if own.len() == 240 {
+                ended.push(event.id);
+            }
+        }
+        most = most.max(scheduler.stats().running);
+        if before == 3 && scheduler.stats().running > 0 {
+            fewest = fewest.min(scheduler.stats().running);
+        }
+    }
+    assert_eq!(most, 3, "all fit at the beginning");
+    assert_eq!(fewest, 1, "the first needs all of the memory at its end");
+    assert_eq!(ended, ids, "the oldest goes first");
+    for (id, job) in ids.iter().zip(&jobs) {
+        assert!(written[id] == job.alone(&model));
+    }
+}
+
+#[test]
+fn a_sequence_larger_than_the_memory_limit_fails_alone() {
+    let model = load();
+    let cache_bytes = 2 * model.cache_bytes_per_page();
+    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let small = Job::new(tokens(20, 1), greedy(), 9);
+    let grows = Job::new(tokens(100, 2), greedy(), 60);
+    let large = Job::new(tokens(200, 3), greedy(), 5);
+    let ids = [&small, &grows, &large].map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap());
+    let mut written = [0; 3];
+    let mut errors = Vec::new();
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            let i = ids.iter().position(|id| *id == event.id).unwrap();
+            match event.result {
+                Ok(_) => written[i] += 1,
+                Err(error) => errors.push((i, error)),
+            }
+        }
+    }
+    assert_eq!(written, [9, 29, 0], "the growing one fails at the end of its second page");
+    let [(1, Error::OutOfMemory { .. }), (2, Error::OutOfMemory { .. })] = errors[..] else { panic!("{errors:?}") };
+    assert_same(&model, &[small], &mut scheduler);
+}
+
+#[test]
+fn drafts_from_a_repeating_sequence_are_accepted_and_change_nothing() {
+    let model = load();
+    // The bias forces one token, so the sequence repeats itself from its start.
+    let forced = SamplingOptions { logit_bias: vec![(7, 1000.0)], ..greedy() };
+    let repeating = Job::new(tokens(20, 1), forced, 60);
+    let greedy = Job::new(tokens(40, 1), greedy(), 200);
+    for speculation in [Speculation::On, Speculation::Auto] {
+        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let mut scheduler = scheduler(&model, options);
+        assert_same(&model, std::slice::from_ref(&repeating), &mut scheduler);
+        let stats = scheduler.stats();
+        assert!(stats.accepted_tokens > 40, "{stats:?}");
+        assert!(stats.steps < 25, "{stats:?}");
+        assert_same(&model, std::slice::from_ref(&greedy), &mut scheduler);
+        assert_same(&model, &[repeating.clone(), greedy.clone(), repeating.clone()], &mut scheduler);
+    }
+}
+
+#[test]
+fn wrong_drafts_change_nothing_and_pause_speculation() {
+    let model = load();
+    // Four tokens in random order: there is always a draft, and it is mostly wrong.
+    let logit_bias = [3, 14, 15, 92].map(|token| (token, 1000.0)).to_vec();
+    let job = Job::new(tokens(10, 1), SamplingOptions { logit_bias, temperature: 50.0, ..seeded(1) }, 200);
+    let drafted = |speculation| {
+        let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
+        assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
+        let stats = scheduler.stats();
+        assert!(stats.accepted_tokens * 2 <= stats.drafted_tokens, "{stats:?}");
+        stats.drafted_tokens
+    };
+    assert_eq!(drafted(Speculation::Off), 0);
+    let (on, auto) = (drafted(Speculation::On), drafted(Speculation::Auto));
+    assert!(auto > 0 && auto < on / 2, "{auto} of {on}");
+}
+
+#[test]
+fn a_prompt_with_one_token_left_computes_it_before_any_draft() {
+    let model = load();
+    // Two alternating tokens, so that there is a draft at once. The second prompt waits for a page of the first and then has
+    // one token left, while the first takes the whole prefill budget.
+    let long: Vec<u32> = (0..150).map(|i| 3 + 8 * (i % 2)).collect();
+    let jobs = [(150, 4), (65, 12)].map(|(len, limit)| Job::new(long[..len].to_vec(), seeded(2), limit));
+    for speculation in [Speculation::On, Speculation::Auto] {
+        for draft in [None, Some(load())] {
+            let options = SchedulerOptions { speculation, prefill_chunk: Some(1), ..SchedulerOptions::default() };
+            let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
+            assert_same(&model, &jobs, &mut scheduler);
+        }
+    }
+}
+
+#[test]
+fn a_draft_model_never_changes_the_tokens() {
+    let model = load();
+    let twin = load();
+    let stranger = load_as(&Shape { layers: 1, context: 150, ..ODD }, None);
+    let jobs = [
+        Job::new(tokens(30, 1), greedy(), 60),
+        Job::new(tokens(90, 2), seeded(4), 60),
+        Job::new(tokens(140, 3), SamplingOptions { repetition_penalty: 1.4, ..seeded(5) }, 60),
+    ];
+    for speculation in [Speculation::On, Speculation::Auto] {
+        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let mut with_twin = Scheduler::new(model.clone(), Some(twin.clone()), options.clone()).unwrap();
+        assert_same(&model, &jobs, &mut with_twin);
+        let stats = with_twin.stats();
+        assert_eq!(
+            stats.accepted_tokens, stats.drafted_tokens,
+            "the same model with the same random numbers is always right"
+        );
+        assert!(stats.accepted_tokens > 60, "{stats:?}");
+        let mut with_stranger = Scheduler::new(model.clone(), Some(stranger.clone()), options).unwrap();
+        assert_same(&model, &jobs, &mut with_stranger);
+        let stats = with_stranger.stats();
+        assert!(stats.drafted_tokens > 0 && stats.accepted_tokens < stats.drafted_tokens, "{stats:?}");
+    }
+}
+
+#[test]
+fn a_long_prompt_is_computed_in_chunks_while_others_decode_at_each_step() {
+    let model = load();
+    let options = SchedulerOptions { prefill_chunk: Some(16), ..SchedulerOptions::default() };
+    let mut scheduler = scheduler(&model, options);
+    for i in 0..3 {
+        scheduler.submit(Job::new(tokens(4, i), greedy(), 100).sequence(&model), 100).unwrap();
+    }
+    while scheduler.step(&|| false).unwrap().len() < 3 {}
+    let long = scheduler.submit(Job::new(tokens(400, 9), greedy(), 1).sequence(&model), 1).unwrap();
+    let mut steps = 0;
+    loop {
+        let before = scheduler.stats();
+        let events = scheduler.step(&|| false).unwrap();
+        assert!(scheduler.stats().prompt_tokens - before.prompt_tokens <= 16);
+        assert_eq!(events.iter().filter(|event| event.id != long).count(), 3);
+        steps += 1;
+        if events.iter().any(|event| event.id == long) {
+            break;
+        }
+    }
+    assert_eq!(steps, 400 / 16);
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_for_the_prefill_of_a_long_one() {
+    let model = load();
+    let options = SchedulerOptions { prefill_chunk: Some(32), ..SchedulerOptions::default() };
+    let mut scheduler = scheduler(&model, options);
+    let long = scheduler.submit(Job::new(tokens(600, 1), greedy(), 1).sequence(&model), 1).unwrap();
+    let short = scheduler.submit(Job::new(tokens(30, 2), greedy(), 1).sequence(&model), 1).unwrap();
+    let mut order = Vec::new();
+    let mut steps = Vec::new();
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            order.push(event.id);
+            steps.push(scheduler.stats().steps);
+        }
+    }
+    assert_eq!(order, [short, long]);
+    assert_eq!(steps, [2, (600_usize + 30).div_ceil(32)], "half of each step each, and no row is wasted");
+}
+
+#[test]
+fn slots_are_given_in_order_and_a_cancelled_one_is_free_at_once() {
+    let model = load();
+    let options = SchedulerOptions { max_batch: 2, ..SchedulerOptions::default() };
+    let mut scheduler = scheduler(&model, options);
+    let mut submit = |i| scheduler.submit(Job::new(tokens(5, i), greedy(), 50).sequence(&model), 50).unwrap();
+    let ids = [submit(0), submit(1), submit(2), submit(3)];
+    let seen = |scheduler: &mut Scheduler| {
+        let mut ids: Vec<u64> = scheduler.step(&|| false).unwrap().iter().map(|event| event.id).collect();
+        ids.sort_unstable();
+        ids
+    };
+    assert_eq!(seen(&mut scheduler), ids[..2]);
+    assert_eq!((scheduler.stats().running, scheduler.stats().waiting), (2, 2));
+    assert!(scheduler.cancel(ids[0]).is_some());
+    assert!(scheduler.cancel(ids[2]).is_some(), "a waiting sequence leaves, too");
+    assert!(scheduler.cancel(ids[0]).is_none());
+    scheduler.step(&|| false).unwrap();
+    assert_eq!((scheduler.stats().running, scheduler.stats().waiting), (2, 0));
+    assert!(scheduler.cancel(ids[1]).is_some());
+    assert_eq!(seen(&mut scheduler), [ids[3]]);
+}
+
+#[test]
+fn an_interrupted_step_can_be_repeated() {
+    let model = load();
+    for speculation in [Speculation::Off, Speculation::On] {
+        let draft = (speculation == Speculation::On).then(load);
+        let options = SchedulerOptions { speculation, prefill_chunk: Some(20), ..SchedulerOptions::default() };
+        let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
+        let jobs = jobs(6);
+        let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
+        let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
+        let mut interruptions = 0;
+        for after in (0..7).cycle() {
+            if scheduler.is_idle() {
+                break;
+            }
+            let asked = AtomicUsize::new(0);
+            match scheduler.step(&|| after > 0 && asked.fetch_add(1, Ordering::Relaxed) == after - 1) {
+                Ok(events) => {
+                    events.into_iter().for_each(|e| written.entry(e.id).or_default().push(e.result.unwrap()));
+                }
+                Err(Error::Interrupted) => interruptions += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert!(interruptions > 10);
+        for (id, job) in ids.iter().zip(&jobs) {
+            assert!(written[id] == job.alone(&model));
+        }
+    }
+}
+
+#[test]
+fn a_sequence_whose_options_leave_no_token_fails_alone() {
+    let model = load();
+    let mut scheduler = scheduler(&model, SchedulerOptions::default());
+    let nothing = SamplingOptions { logit_bias: (0..101).map(|i| (i, f32::NEG_INFINITY)).collect(), ..greedy() };
+    let bad = scheduler.submit(Job::new(tokens(5, 1), nothing, 9).sequence(&model), 9).unwrap();
+    let good = scheduler.submit(Job::new(tokens(5, 2), greedy(), 2).sequence(&model), 2).unwrap();
+    let mut events = scheduler.step(&|| false).unwrap();
+    events.extend(scheduler.step(&|| false).unwrap());
+    assert!(events.iter().any(|event| event.id == bad && matches!(event.result, Err(Error::BadLogits))));
+    assert_eq!(events.iter().filter(|event| event.id == good && event.result.is_ok()).count(), 2);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn a_sequence_leaves_when_the_context_is_full() {
+    let model = load();
+    let options = SchedulerOptions { speculation: Speculation::On, ..SchedulerOptions::default() };
+    let mut scheduler = scheduler(&model, options);
+    let forced = SamplingOptions { logit_bias: vec![(7, 1000.0)], ..greedy() };
+    scheduler.submit(Job::new(tokens(680, 1), forced, 0).sequence(&model), 1000).unwrap();
+    let written = finish(&mut scheduler);
+    assert_eq!(written[&1].len(), 700 - 680 + 1);
+}
+
+#[test]
+fn invalid_options_and_sequences_are_refused() {
+    let (model, other) = (load(), load_as(&Shape { vocabulary: 77, ..ODD }, None));
+    let refused = |result: nybble::Result<Scheduler>| matches!(result, Err(Error::InvalidArgument { .. }));
+    let options = SchedulerOptions::default();
+    assert!(refused(Scheduler::new(model.clone(), None, SchedulerOptions { max_batch: 0, ..options.clone() })));
+    assert!(refused(Scheduler::new(
+        model.clone(),
+        None,
+        SchedulerOptions { prefill_chunk: Some(0), ..options.clone() }
+    )));
+    assert!(refused(Scheduler::new(model.clone(), Some(other.clone()), options.clone())));
+    let mut scheduler = scheduler(&model, options);
+    let job = Job::new(tokens(5, 1), greedy(), 5);
+    let mut refused = |sequence, limit| matches!(scheduler.submit(sequence, limit), Err(Error::InvalidArgument { .. }));
+    assert!(refused(job.sequence(&model), 0));
+    assert!(refused(Job::new(vec![1], greedy(), 5).sequence(&other), 5));
+    assert!(scheduler.step(&|| false).unwrap().is_empty());
+}
+
+#[test]
+fn a_sequence_continues_in_a_scheduler_where_it_was_left() {
+    let model = load();
+    for (len, before) in [(5, 1), (PAGE - 1, 2), (3 * PAGE, 40)] {
+        let job = Job::new(tokens(len, 1), seeded(7), before + 70);
+        let alone = job.alone(&model);
+        for speculation in [Speculation::Off, Speculation::On] {
+            let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
+            // A second sequence on the same prompt shares the pages that the first one brings along.
+            let other = scheduler.submit(job.sequence(&model), job.limit).unwrap();
+            let mut sequence = job.sequence(&model);
+            let mut written: Vec<Sampled> =
+                (0..before).map(|_| step(&model, &mut [&mut sequence], &|| false).unwrap().remove(0)).collect();
+            let id = scheduler.submit(sequence, 70).unwrap();
+            let mut rest = finish(&mut scheduler);
+            written.append(rest.get_mut(&id).unwrap());
+            assert!(written == alone, "{len} tokens, {speculation:?}");
+            assert!(rest[&other] == alone, "{len} tokens, {speculation:?}");
+        }
+    }
+}
+
+#[test]
+fn a_session_continues_in_a_scheduler_without_computing_its_tokens() {
+    let model = load();
+    let all = tokens(2 * PAGE + 9, 5);
+    let alone = Job::new(all.clone(), seeded(3), 30).alone(&model);
+    let mut session = model.session();
+    let input = Input { session: &mut session, tokens: &all, logits: Logits::None };
+    model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
+    for prefix_cache in [true, false] {
+        let mut scheduler = scheduler(&model, SchedulerOptions { prefix_cache, ..SchedulerOptions::default() });
+        let sequence = Sequence::resume(&model, session.fork(), &all, seeded(3)).unwrap();
+        let id = scheduler.submit(sequence, 30).unwrap();
+        let mut written = Vec::new();
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                assert_eq!((event.id, event.reused), (id, all.len() - 1));
+                written.push(event.result.unwrap());
+            }
+        }
+        assert!(written == alone, "prefix cache: {prefix_cache}");
+        assert_eq!(scheduler.stats().prompt_tokens, 1, "the last token is computed again for its logits");
+    }
+}
+
+#[test]
+fn a_scheduler_hands_back_the_session_of_a_sequence_that_leaves() {
+    let model = load();
+    let job = Job::new(tokens(PAGE + 3, 2), seeded(9), 20);
+    let alone = job.alone(&model);
+    let whole = |count: usize| [&job.prompt[..], &alone[..count].iter().map(|s| s.token).collect::<Vec<_>>()].concat();
+    let continues = |session: Session, count: usize| {
+        assert_eq!(session.len(), job.prompt.len() + count - 1, "the last token was sampled only");
+        let options = SamplingOptions::greedy();
+        let mut resumed = Sequence::resume(&model, session, &whole(count), options.clone()).unwrap();
+        let mut new = Sequence::new(&model, &whole(count), options).unwrap();
+        for _ in 0..5 {
+            let next = step(&model, &mut [&mut resumed, &mut new], &|| false).unwrap();
+            assert!(next[0] == next[1], "after {count} tokens");
+        }
+    };
+    for speculation in [Speculation::Off, Speculation::On] {
+        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let mut scheduler = scheduler(&model, options);
+        // At its limit.
+        scheduler.submit(job.sequence(&model), job.limit).unwrap();
+        let mut last = None;
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                assert!(last.is_none(), "only the last event brings the sequence");
+                last = event.sequence;
+            }
+        }
+        continues(last.unwrap().into_session(), job.limit);
+        // In the middle: a copy, then the sequence itself.
+        let id = scheduler.submit(job.sequence(&model), job.limit).unwrap();
+        let mut count = 0;
+        while count < 5 {
+            count += scheduler.step(&|| false).unwrap().len();
+        }
+        continues(scheduler.sequence(id).unwrap().session().fork(), count);
+        continues(scheduler.cancel(id).unwrap().into_session(), count);
+        assert!(scheduler.sequence(id).is_none());
+    }
+}
+
+#[test]
+fn a_sequence_that_fails_is_handed_back_with_what_it_has_computed() {
+    let model = load();
+    let cache_bytes = 2 * model.cache_bytes_per_page();
+    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let job = Job::new(tokens(100, 2), greedy(), 60);
+    scheduler.submit(job.sequence(&model), job.limit).unwrap();
+    let mut failed = None;
+    while !scheduler.is_idle() {
+        for event in scheduler.step(&|| false).unwrap() {
+            match event.result {
+                Ok(_) => assert!(event.sequence.is_none()),
+                Err(error) => failed = Some((error, event.sequence.unwrap())),
+            }
+        }
+    }
+    let Some((Error::OutOfMemory { .. }, mut sequence)) = failed else { panic!("{failed:?}") };
+    assert_eq!(sequence.session().len(), 2 * PAGE);
+    let next = step(&model, &mut [&mut sequence], &|| false).unwrap().remove(0);
+    assert!(next == job.alone(&model)[29], "it continues outside the limit");
+}

@@ -1,0 +1,17 @@
+//! Models: logits against transformers, the same bits for every kernel, and what is refused when a model is loaded.
+
+#[path = "../common/hf_folder.rs"]
+mod hf_folder;
+#[path = "../common/logits.rs"]
+mod logits;
+#[path = "../common/tiny_model.rs"]
+mod tiny_model;
+
+mod bits;
+mod errors;
+mod goldens;
+mod hf_convert;
+mod hf_packings;
+mod packed_folder;
+mod session_files;
+mod variants;

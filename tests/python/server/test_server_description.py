@@ -1,0 +1,85 @@
+"""The OpenAPI description and the documentation match the server, which random requests verify."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks as openapi_checks
+from serving import Running, serving
+
+from nybble import Model
+from nybble.cli import main
+from nybble.engine import Engine
+from nybble.server.protocols.chat_schema import ChatRequest
+from nybble.server.protocols.completions import CompletionRequest
+from nybble.server.protocols.embeddings import EmbeddingRequest
+
+CHECKS: list[Any] = [
+    schemathesis.checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+    openapi_checks.negative_data_rejection,
+    openapi_checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def running(tiny_model: Model) -> Iterator[Running]:
+    with Engine(tiny_model) as engine, serving(engine) as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_random_requests_match_the_openapi_description(running: Running, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    tried = []
+    for found in schema.get_all_operations():
+        operation = found.ok()  # type: ignore[union-attr]
+
+        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+        @hypothesis.settings(max_examples=50, suppress_health_check=list(hypothesis.HealthCheck))
+        def holds(case: Any) -> None:
+            case.call_and_validate(checks=CHECKS, timeout=60)
+
+        try:
+            holds()
+        except hypothesis.errors.Unsatisfiable:  # A route without parameters has no invalid requests.
+            continue
+        tried.append(operation.path)
+    assert "/v1/chat/completions" in tried
+
+
+DOCUMENT = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
+
+
+def test_the_documentation_names_all_parameters() -> None:
+    rows = dict(re.findall(r"^\| (both|both, ours|chat|completions|embeddings) \| (.*) \|$", DOCUMENT, re.MULTILINE))
+    named = {what: set(re.findall(r"`([a-z_]+)`", row)) for what, row in rows.items()}
+    both = named["both"] | named["both, ours"] | {"model", "stream_options"}
+    assert both | named["chat"] == set(ChatRequest.model_fields)
+    assert both | named["completions"] | {"echo"} == set(CompletionRequest.model_fields)
+    assert named["embeddings"] | {"model", "user"} == set(EmbeddingRequest.model_fields)
+
+
+def test_the_documentation_names_only_existing_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    named = set(re.findall(r"`(--[a-z-]+)", DOCUMENT))
+    assert {"--api-key", "--timeout"} <= named - {"--group"} <= known
+
+
+def test_the_documentation_names_only_existing_metrics(running: Running) -> None:
+    with urllib.request.urlopen(running.url + "/metrics") as answer:
+        text = answer.read().decode()
+    section = DOCUMENT.split("## Metrics")[1].split("##")[0]
+    for name in re.findall(r"`(\w+)`", section):
+        assert f"# TYPE {name if name.startswith('nybble_') else f'nybble_{name}_total'} " in text

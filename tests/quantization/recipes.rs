@@ -1,0 +1,441 @@
+//! Quantization of the tiny checkpoint of every family.
+
+use std::cell::Cell;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nybble::Error;
+use nybble::format::gguf::{Gguf, NewTensor, Writer};
+use nybble::quant::block::BlockType;
+use nybble::quantize::{
+    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, SignroundOptions, Target,
+    TensorFormats, auto, quantize, spend_bits,
+};
+
+use crate::sources::{self, golden, source};
+
+const RTN: Recipe = Recipe::Rtn { search: false };
+
+fn gptq() -> Recipe {
+    Recipe::Gptq(GptqOptions::default())
+}
+
+fn options(recipe: Recipe) -> QuantizeOptions {
+    let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
+    QuantizeOptions { recipe, tuning: None, formats }
+}
+
+fn windows() -> Vec<Vec<u32>> {
+    sources::windows(std::iter::repeat_n(64, 20))
+}
+
+/// The logits of a file on a short text.
+fn logits(file: &Path) -> Vec<f32> {
+    sources::logits(file, &[(0..60).map(|i| (i * i * 31 + 7) % 320).collect()])
+}
+
+fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
+    run_on(source, out, options, 1, &|| false)
+}
+
+fn run_on(
+    source: &Path,
+    out: &Path,
+    options: &QuantizeOptions,
+    threads: usize,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> nybble::Result<Report> {
+    let windows = windows();
+    let context = RunContext { threads: Some(threads), interrupted: stop, ..RunContext::new(source, out, &windows) };
+    quantize(&context, options)
+}
+
+fn run_forced(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
+    let windows = windows();
+    quantize(&RunContext { threads: Some(1), force: true, ..RunContext::new(source, out, &windows) }, options)
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+#[test]
+fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
+    let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    families.sort();
+    assert_eq!(families.len(), 30);
+    for name in families {
+        let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
+        let source = source(&folder, name);
+        let expected = logits(&source);
+        let distance_of = |recipe: Recipe| {
+            let out = folder.path().join("out.gguf");
+            let report = run_forced(&source, &out, &options(recipe)).unwrap();
+            assert_eq!(report.size_bytes, out.metadata().unwrap().len());
+            for tensor in report.tensors.iter().filter(|tensor| tensor.linear) {
+                assert_eq!((tensor.block_type, &*tensor.recipe), (BlockType::Q4_0, recipe.name()), "{}", tensor.name);
+                assert!(tensor.relative_error.unwrap() < 0.02, "{name}: {tensor:?}");
+            }
+            assert_eq!(report.bits_per_weight(), 4.5);
+            distance(&logits(&out), &expected)
+        };
+        let (rounded, own) = (distance_of(RTN), distance_of(gptq()));
+        println!("{name}: {own:.3}, by rounding {rounded:.3}");
+        assert!(own < 0.95 * rounded, "{name}: {own}, by rounding {rounded}");
+    }
+}
+
+#[test]
+fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
+    let mut families: Vec<_> = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    families.sort();
+    let mut scaled = 0;
+    for name in families {
+        let (name, folder) = (name.to_str().unwrap(), tempfile::tempdir().unwrap());
+        let source = source(&folder, name);
+        let expected = logits(&source);
+        let out = folder.path().join("out.gguf");
+        // Five bits keep the difference small. One tensor has an override, and must be scaled as well.
+        let overrides = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
+        let formats = TensorFormats { format: Format::Q5_0, overrides, ..options(RTN).formats };
+        let distance_of = |recipe: Recipe| {
+            run_forced(&source, &out, &QuantizeOptions { formats: formats.clone(), ..options(recipe) }).unwrap();
+            distance(&logits(&out), &expected)
+        };
+        let (rounded, own) = (distance_of(RTN), distance_of(Recipe::Awq(None)));
+        assert!(own < 1.3 * rounded, "{name}: {own}, by rounding {rounded}");
+        let norm = |file: &Path| {
+            let file = Gguf::open(file).unwrap();
+            file.tensor("blk.1.attn_norm.weight").map(|tensor| file.data(tensor).to_vec())
+        };
+        scaled += usize::from(norm(&source) != norm(&out));
+    }
+    assert!(scaled >= 15, "{scaled} families have scaled norms");
+}
+
+#[test]
+fn auto_takes_the_first_recipe_that_meets_the_target() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let evaluation: Vec<Vec<u32>> = windows().into_iter().take(4).collect();
+    let search = |target: Target, force: bool| {
+        let formats = TensorFormats { format: Format::Iq4Nl, ..options(RTN).formats };
+        let options = AutoOptions { formats, target, budget: None, seed: 0 };
+        let windows = windows();
+        let context = RunContext { threads: Some(1), force, ..RunContext::new(&source, &out, &windows) };
+        auto(&context, &options, &evaluation)
+    };
+    let found = search(Target::Divergence(100.0), false).unwrap();
+    assert_eq!((found.outcome.chosen, found.outcome.tried.len()), (0, 1));
+    assert_eq!((found.report.recipe.as_str(), found.report.out.as_path()), ("rtn", out.as_path()));
+    assert!(search(Target::default(), false).unwrap_err().to_string().contains("which exists"));
+
+    let found = search(Target::Divergence(0.0), true).unwrap();
+    let divergences: Vec<f64> = found.outcome.tried.iter().map(|(figures, _)| figures.kl_mean).collect();
+    assert_eq!(divergences.len(), found.names.len());
+    assert!(divergences.iter().all(|kl| *kl >= divergences[found.outcome.chosen]), "{divergences:?}");
+    let json = found.to_json();
+    assert_eq!(json["candidates"].as_array().unwrap().len(), found.names.len());
+    assert_eq!(json["size_bytes"], out.metadata().unwrap().len());
+    assert!(json["chosen_because"].as_str().unwrap().contains("diverges least"));
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "the source and the chosen file are left: {left:?}");
+}
+
+#[test]
+fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let formats = options(RTN).formats;
+    let output = folder.path().join("out.gguf");
+    let spend_until = |formats: &TensorFormats, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
+        let windows = windows();
+        let context = RunContext { threads: Some(1), interrupted: stop, ..RunContext::new(&source, &output, &windows) };
+        spend_bits(&context, formats, bits)
+    };
+    let spend = |bits: f64| spend_until(&formats, bits, &|| false);
+    assert_eq!(spend(4.5).unwrap(), formats);
+    assert!(spend(4.4).unwrap_err().to_string().starts_with("bits_per_weight: found 4.4, expected at least 4.5"));
+    let mut last = f64::INFINITY;
+    for bits in [5.0, 5.5, 7.0, 8.5] {
+        let out = folder.path().join(format!("{bits}.gguf"));
+        let report = run(&source, &out, &QuantizeOptions { formats: spend(bits).unwrap(), ..options(gptq()) }).unwrap();
+        assert!(report.bits_per_weight() <= bits && report.bits_per_weight() > bits - 0.4, "{bits}: {report:?}");
+        let lost = distance(&logits(&out), &logits(&source));
+        assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
+        last = lost;
+    }
+    // Measurements are kept, and a damaged end of the file is measured again.
+    let kept = folder.path().join("out.gguf.bits.resume");
+    let (whole, plan) = (std::fs::read(&kept).unwrap(), spend(5.5).unwrap());
+    assert_eq!(std::fs::read(&kept).unwrap(), whole);
+    std::fs::write(&kept, &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(spend(5.5).unwrap(), plan);
+    assert_eq!(std::fs::read(&kept).unwrap(), whole);
+    let other = TensorFormats { group: 64, ..formats.clone() };
+    assert!(matches!(spend_until(&other, 5.5, &|| true), Err(Error::Interrupted)));
+    assert!(std::fs::metadata(&kept).unwrap().len() < whole.len() as u64, "of another run");
+    run(&source, &output, &options(RTN)).unwrap();
+    assert!(!kept.exists());
+}
+
+#[test]
+fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let signround = SignroundOptions { steps: 20, ..SignroundOptions::default() };
+    for recipe in [Recipe::Awq(None), Recipe::Awq(Some(GptqOptions::default())), Recipe::Signround(signround)] {
+        let of = |threads: usize| {
+            let out = folder.path().join(format!("{}-{threads}.gguf", recipe.name()));
+            run_on(&source, &out, &options(recipe), threads, &|| false).unwrap();
+            std::fs::read(out).unwrap()
+        };
+        assert!(of(1) == of(2), "{}", recipe.name());
+    }
+}
+
+#[test]
+fn the_bytes_are_the_same_on_one_and_two_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama", "qwen2_moe"] {
+        let source = source(&folder, name);
+        let of = |threads: usize| {
+            let out = folder.path().join(format!("{name}-{threads}.gguf"));
+            run_on(&source, &out, &options(gptq()), threads, &|| false).unwrap();
+            std::fs::read(out).unwrap()
+        };
+        assert!(of(1) == of(2), "{name}");
+    }
+}
+
+#[test]
+fn a_stopped_run_continues_to_the_same_bytes() {
+    for (name, recipe) in [("llama", gptq()), ("qwen2_moe", gptq()), ("gpt2", RTN), ("bloom", Recipe::Awq(None))] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let whole = folder.path().join("whole.gguf");
+        let asked = AtomicUsize::new(0);
+        let options = options(recipe);
+        let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
+        let stop = || count() > usize::MAX - 1;
+        run_on(&source, &whole, &options, 1, &stop).unwrap();
+        let (whole, steps) = (std::fs::read(whole).unwrap(), asked.load(Ordering::Relaxed));
+        assert!(steps > 4, "{name} can be stopped {steps} times");
+
+        let out = folder.path().join("out.gguf");
+        // Stops repeatedly, each time a little later.
+        let mut stops = 0;
+        for limit in (1..).map(|i| i * steps / 8) {
+            asked.store(0, Ordering::Relaxed);
+            let stop = || count() > limit;
+            match run_on(&source, &out, &options, 1, &stop) {
+                Ok(_) => break,
+                Err(Error::Interrupted) => stops += 1,
+                Err(error) => panic!("{name}: {error}"),
+            }
+            assert!(!out.exists(), "no file has the final name");
+            // An incomplete record, as after a kill.
+            let log = folder.path().join("out.gguf.resume");
+            let length = log.metadata().unwrap().len();
+            std::fs::File::options().write(true).open(&log).unwrap().set_len(length.saturating_sub(5)).unwrap();
+        }
+        assert!(stops > 2, "{name} was stopped {stops} times");
+        assert!(std::fs::read(&out).unwrap() == whole, "{name}");
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "the source and two files are left: {left:?}");
+    }
+}
+
+#[test]
+fn a_run_with_its_output_in_the_source_folder_continues() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden("llama").join(name), folder.path().join(name)).unwrap();
+    }
+    let out = folder.path().join("out.gguf");
+    let asked = AtomicUsize::new(0);
+    let run = |most: usize| {
+        asked.store(0, Ordering::Relaxed);
+        let stop = || asked.fetch_add(1, Ordering::Relaxed) >= most;
+        run_on(folder.path(), &out, &options(gptq()), 1, &stop)
+    };
+    run(usize::MAX).unwrap();
+    let (whole, steps) = (std::fs::read(&out).unwrap(), asked.load(Ordering::Relaxed));
+    std::fs::remove_file(&out).unwrap();
+    assert!(run(steps * 9 / 10).is_err());
+    run(usize::MAX).unwrap();
+    assert!(asked.load(Ordering::Relaxed) < steps / 2, "{steps}, then {}", asked.load(Ordering::Relaxed));
+    assert!(std::fs::read(&out).unwrap() == whole);
+}
+
+#[test]
+fn finished_work_is_not_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let asked = AtomicUsize::new(0);
+    let all = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
+    run_on(&source, &folder.path().join("all.gguf"), &options(gptq()), 1, &all).unwrap();
+    let most = asked.swap(0, Ordering::Relaxed) * 9 / 10;
+    // Far into the last layer.
+    let stop = || asked.fetch_add(1, Ordering::Relaxed) > most;
+    let first = run_on(&source, &out, &options(gptq()), 1, &stop);
+    assert!(matches!(first, Err(Error::Interrupted)));
+    let log = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
+    let steps = asked.load(Ordering::Relaxed);
+    let second = run_on(&source, &out, &options(gptq()), 1, &|| true);
+    assert!(matches!(second, Err(Error::Interrupted)));
+    assert!(std::fs::read(folder.path().join("out.gguf.resume")).unwrap() == log);
+    // Finished layers are not computed again.
+    asked.store(0, Ordering::Relaxed);
+    let count = || asked.fetch_add(1, Ordering::Relaxed) == usize::MAX;
+    let copy = folder.path().join("copy.gguf");
+    for end in ["resume", "resume-state"] {
+        let own = folder.path().join(format!("out.gguf.{end}"));
+        std::fs::copy(own, folder.path().join(format!("copy.gguf.{end}"))).unwrap();
+    }
+    run_on(&source, &copy, &options(gptq()), 1, &count).unwrap();
+    assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
+    // Other options are another run.
+    let formats = TensorFormats { group: 64, ..options(gptq()).formats };
+    let third = run_on(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }, 1, &|| true);
+    assert!(matches!(third, Err(Error::Interrupted)));
+    assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < log.len() as u64);
+}
+
+#[test]
+fn progress_grows_and_stays_below_the_total() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "qwen3");
+    let last = Cell::new(0);
+    let progress = |stage: &str, done: usize, total: usize| {
+        assert!(done >= last.get() || stage == "quantize", "{stage}: {done} after {}", last.get());
+        assert!(done < total);
+        last.set(done);
+    };
+    let (out, windows) = (folder.path().join("out.gguf"), windows());
+    quantize(&RunContext { progress: &progress, ..RunContext::new(&source, &out, &windows) }, &options(gptq()))
+        .unwrap();
+    assert!(last.get() > 0);
+}
+
+#[test]
+fn formats_and_overrides_are_written_as_requested() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    for (format, group, expected) in [
+        (Format::Q4_0, 64, (BlockType::Q4_0, 64)),
+        (Format::Q4_1, 128, (BlockType::Q4_1, 64)),
+        (Format::Iq4Nl, 0, (BlockType::IQ4_NL, 64)),
+        (Format::Q4_1, 32, (BlockType::Q4_1, 32)),
+    ] {
+        let overrides =
+            [("blk.0.ffn_down", BlockType::Q8_0), ("output", BlockType::F16), ("*.1.attn_?", BlockType::Q4_1)];
+        let overrides = overrides.map(|(pattern, block_type)| (pattern.to_owned(), block_type)).to_vec();
+        let formats = TensorFormats { format, group, output_type: BlockType::Q4_0, overrides };
+        let out = folder.path().join(format!("{format:?}-{group}.gguf"));
+        run(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }).unwrap();
+        let file = Gguf::open(&out).unwrap();
+        let found = |name: &str| file.tensor(name).unwrap().block_type();
+        assert_eq!(found("blk.0.attn_q.weight"), expected.0);
+        assert_eq!(found("blk.0.ffn_down.weight"), BlockType::Q8_0);
+        assert_eq!(found("blk.1.attn_v.weight"), BlockType::Q4_1);
+        assert_eq!(found("output.weight"), BlockType::F16);
+        assert_eq!(found("token_embd.weight"), BlockType::Q4_0);
+        assert_eq!(found("blk.0.attn_norm.weight"), BlockType::F32);
+        // The blocks of a group have the same scale.
+        let tensor = file.tensor("blk.0.attn_q.weight").unwrap();
+        let (bytes, blocks) = (file.data(tensor), expected.1 / 32);
+        let scales: Vec<&[u8]> = bytes.chunks(expected.0.block_bytes()).map(|block| &block[..2]).collect();
+        assert!(scales.chunks(blocks).all(|group| group.iter().all(|scale| *scale == group[0])), "{format:?} {group}");
+        assert!(logits(&out).iter().all(|logit| logit.is_finite()));
+    }
+}
+
+#[test]
+fn experts_with_too_few_tokens_are_rounded_and_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "qwen3_moe"), folder.path().join("out.gguf"));
+    // The same token throughout: enough text, and experts that it never reaches.
+    let windows = vec![vec![7; 32]; 20];
+    let report = quantize(&RunContext::new(&source, &out, &windows), &options(gptq())).unwrap();
+    let experts = report.tensors.iter().filter(|tensor| tensor.name.contains("_exps"));
+    let recipes: Vec<&str> = experts.map(|tensor| &*tensor.recipe).collect();
+    assert!(recipes.iter().any(|recipe| recipe.contains("rtn (0 tokens of the text reached it)")), "{recipes:?}");
+    assert!(recipes.iter().any(|recipe| recipe.contains("gptq")), "{recipes:?}");
+    assert!(logits(&out).iter().all(|logit| logit.is_finite()));
+}
+
+#[test]
+fn errors_name_their_cause_and_leave_no_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let refused = |source: &Path, options: &QuantizeOptions, windows: &[Vec<u32>]| {
+        let error = quantize(&RunContext::new(source, &out, windows), options).unwrap_err().to_string();
+        assert!(!out.exists(), "{error}");
+        error
+    };
+    for (name, at, expected) in [
+        ("blk.1.ffn_up.weight", 70, "tensor \"blk.1.ffn_up.weight\": found NaN"),
+        (
+            "blk.0.attn_norm.weight",
+            3,
+            "tensor \"blk.0.attn_norm.weight\": found NaN at index 3, expected finite numbers",
+        ),
+        ("token_embd.weight", 64 * 5, "tensor \"token_embd.weight\": found NaN or an infinity in row 5"),
+    ] {
+        let damaged = folder.path().join("damaged.gguf");
+        with_nan(&whole, &damaged, name, at);
+        let error = refused(&damaged, &options(gptq()), &windows());
+        assert!(error.contains(expected), "{error}");
+        if name != "token_embd.weight" {
+            assert!(refused(&damaged, &options(RTN), &[]).contains(expected));
+        }
+    }
+    let few = vec![vec![1; 100]; 2];
+    assert!(
+        refused(&whole, &options(gptq()), &few).starts_with("calibration: found 200 tokens, expected at least 512")
+    );
+    let unknown = vec![vec![320; 100]; 6];
+    assert_eq!(refused(&whole, &options(gptq()), &unknown), "token: found 320, expected an id below 320");
+    let long = vec![vec![1; 100_000]];
+    assert!(refused(&whole, &options(gptq()), &long).starts_with("window: found 100000 tokens"));
+    let formats = TensorFormats { group: 33, ..options(RTN).formats };
+    assert!(refused(&whole, &QuantizeOptions { formats, ..options(RTN) }, &[]).starts_with("group: found 33"));
+    assert!(refused(Path::new("nowhere.gguf"), &options(RTN), &[]).starts_with("nowhere.gguf"));
+
+    for (pattern, is_known) in [("blk.7.*", false), ("blk.0.ffn_up", true), ("ffn_up", false), ("*", true)] {
+        let overrides = vec![(pattern.to_owned(), BlockType::Q8_0)];
+        let formats = TensorFormats { overrides, ..options(RTN).formats };
+        let options = QuantizeOptions { formats, ..options(RTN) };
+        if is_known {
+            run(&whole, &out, &options).unwrap();
+            std::fs::remove_file(&out).unwrap();
+        } else {
+            let expected = format!("keep: found {pattern:?}, which matches no tensor, expected the name of a tensor");
+            assert!(refused(&whole, &options, &[]).starts_with(&expected));
+        }
+    }
+    let error = run_forced(&whole, &whole, &options(RTN)).unwrap_err().to_string();
+    assert!(error.ends_with("which is the source, expected another file"), "{error}");
+
+    std::fs::write(&out, "mine").unwrap();
+    let error = run(&whole, &out, &options(RTN)).unwrap_err().to_string();
+    assert!(error.contains("which exists"), "{error}");
+    assert_eq!(std::fs::read(&out).unwrap(), b"mine");
+    run_forced(&whole, &out, &options(RTN)).unwrap();
+    assert!(Gguf::open(&out).is_ok());
+}
+
+/// Copies a file of floats with one number replaced by NaN.
+fn with_nan(source: &Path, out: &Path, name: &str, at: usize) {
+    let file = Gguf::open(source).unwrap();
+    let mut writer = Writer::create(out, file.metadata(), file.tensors().iter().map(NewTensor::from)).unwrap();
+    for tensor in file.tensors() {
+        let mut bytes = file.data(tensor).to_vec();
+        if tensor.name() == name {
+            bytes[4 * at..4 * at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        }
+        writer.write_tensor(tensor.name(), &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}

@@ -14,12 +14,12 @@ _DEFAULT_CACHE_BYTES = 1 << 30
 
 
 def resident_bytes() -> int | None:
-    """Memory that the process holds now, in bytes, with the pages of mapped files. None where the system does not report it."""
+    """Bytes of memory that the process holds, with the pages of mapped files. None where the system does not report it."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory that the process has held so far, in bytes. None where the system does not report it."""
+    """The peak of :func:`resident_bytes` so far. None where the system does not report it."""
     if (peak := _status("VmHWM")) is not None:  # On Linux, getrusage may report the peak of the parent process.
         return peak
     try:

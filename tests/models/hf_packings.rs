@@ -142,7 +142,7 @@ fn a_bias_of_zeros_that_the_family_lacks_is_ignored() {
         packed
     };
     assert_same(&with(0), &plain, BlockType::Q5_0);
-    assert_refused(&with(1), &["up_proj.bias", "without it"]);
+    assert_refused(&with(1), &["up_proj.bias", "expected none"]);
 }
 
 #[test]

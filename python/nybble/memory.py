@@ -14,7 +14,7 @@ _DEFAULT_CACHE_BYTES = 1 << 30
 
 
 def resident_bytes() -> int | None:
-    """Bytes of memory that the process holds, with the pages of mapped files. None where the system does not report it."""
+    """Bytes that the process holds in memory, mapped files included. None where the system does not report it."""
     return _status("VmRSS")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options of `Model.load`. Each may also be given there by name.
+    """Options of `Model.load`, which also takes each of them by name.
 
     Example:
         ```python
@@ -65,13 +65,13 @@ class LoadOptions:
     mmap: bool = field(
         default=True,
         metadata=doc(
-            "Map files into memory while they load. Without it they are read: safe if a file changes meanwhile."
+            "Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."
         ),
     )
     """Map the file into memory while it loads.
 
-    False reads it, which takes its size in memory during that time. Use False when another process may shorten or
-    overwrite the file: with a mapped file that can end this process.
+    False reads it, which takes its size in memory during that time. Use False if another process may shorten or
+    overwrite the file: shortening a mapped file can end this process.
     """
 
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
@@ -96,6 +96,6 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: an override is not an option. The message lists the options.
+        TypeError: An override is not an option. The message lists the options.
     """
     return merged(LoadOptions() if options is None else options, overrides)

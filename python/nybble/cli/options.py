@@ -40,7 +40,7 @@ def load_model(source: str | None, options: LoadOptions) -> Model:
     from nybble.model import Model
 
     terminal.show_log()
-    # A vocabulary is some hundred thousand objects that all stay. Searching them for garbage would take a tenth of the
+    # A vocabulary is a few hundred thousand long-lived objects. Scanning them for garbage would take a tenth of the
     # time to the first token.
     gc.disable()
     try:
@@ -54,7 +54,7 @@ _SAME = object()
 
 @dataclass(frozen=True)
 class _Form:
-    """How a field is written on the command line if its type does not say so.
+    """The command-line form of a field whose type does not determine it.
 
     Attributes:
         type: the type of the option.

@@ -114,11 +114,11 @@ class ServeOptions:
 
 
 def _checked_key(key: str) -> str:
-    key = key.strip()  # Keys from files often end with a line break, which a header cannot hold.
+    key = key.strip()  # Keys from files often end with a line break, which an HTTP header cannot carry.
     if not key:
         raise ValueError("api_key: found an empty key, expected at least one character; omit it to need no key")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("api_key: found characters that no header can hold, expected printable ASCII")
+        raise ValueError("api_key: found characters that an HTTP header cannot carry, expected printable ASCII")
     return key
 
 

@@ -1,4 +1,4 @@
-//! Hyper-parameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
+//! Hyperparameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
 
 use super::arch::{self, Family, LayerKind, NormKind, Position, Residual};
 use super::metadata::MetadataReader;
@@ -8,10 +8,10 @@ use crate::format::Checkpoint;
 use crate::format::gguf::Value;
 use crate::kernels::Activation;
 
-/// The most layers that a file may have, more than any known model.
+/// The largest number of layers that a file may have, more than any known model has.
 const MAX_LAYERS: usize = 1024;
 
-/// Hyper-parameters of a model.
+/// Hyperparameters of a model.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Choices of the family.
@@ -83,7 +83,7 @@ pub struct ExpertsConfig {
 }
 
 impl Config {
-    /// Reads and validates the hyper-parameters.
+    /// Reads and validates the hyperparameters.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Malformed`] or [`Error::Unsupported`] with the key.

@@ -124,7 +124,7 @@ impl Layerwise {
         Ok(Layerwise { model: Model::with_weights(checkpoint, options, None, Weights::without_layers)? })
     }
 
-    /// Hyper-parameters.
+    /// Hyperparameters.
     pub(crate) fn config(&self) -> &Config {
         self.model.config()
     }
@@ -144,7 +144,7 @@ impl Layerwise {
         self.model.vocabulary()
     }
 
-    /// The most tokens of a window.
+    /// The largest number of tokens in a window.
     pub(crate) fn context(&self) -> usize {
         self.model.context()
     }

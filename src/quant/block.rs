@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 /// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the names that users know from file names")]
-#[allow(missing_docs, reason = "the names say it all; `sizes` has the numbers")]
+#[allow(missing_docs, reason = "the names describe the types; `sizes` has the numbers")]
 #[non_exhaustive]
 #[repr(u32)]
 pub enum BlockType {

@@ -119,7 +119,8 @@ impl Packed {
         self.output_scale = output_scale;
     }
 
-    /// [`output_scale`](Self::output_scale) by its former name.
+    /// The former name of [`output_scale`](Self::output_scale).
+    #[deprecated(note = "use `output_scale`")]
     pub fn gain(&self) -> f32 {
         self.output_scale
     }

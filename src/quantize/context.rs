@@ -13,10 +13,10 @@ use crate::model::LoadOptions;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
 
-/// Called with the name of a stage, the units that are done and the total. A unit has no meaning outside of its stage.
+/// Called with the name of a stage, the number of its units that are done and their total. Units differ between stages.
 pub type StageProgress<'a> = &'a dyn Fn(&str, usize, usize);
 
-/// Asked often, and from one thread only. True stops the run with [`Error::Interrupted`].
+/// Called often, and from one thread only. True stops the run with [`Error::Interrupted`].
 pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Source, output, calibration text, progress and cancellation of a run.

@@ -23,7 +23,7 @@ pub struct TensorFormats {
 /// How one tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stored {
-    /// In codes that a recipe finds.
+    /// In codes that a recipe chooses.
     Solved(GroupedFormat),
     /// Encoded by the rule of the block type.
     Encoded(BlockType),

@@ -21,8 +21,8 @@ const SMALLEST_MAP: usize = memory::SMALLEST_CHECKED;
 /// A buffer of `T` that starts at a cache line, zero at first.
 ///
 /// Large buffers are mapped from the system and return to it when they are dropped. Rust's allocator would write the zeros
-/// of memory with such an alignment itself, so one thread would take all page faults, a third of the time of loading. A map
-/// is zero by itself, and a page faults where a worker first writes to it.
+/// of memory with such an alignment itself, so one thread would handle all page faults, a third of the loading time. A map
+/// starts as zeros, and each page fault occurs in the worker that first writes to the page.
 #[derive(Debug)]
 pub(crate) struct AlignedBuf<T = CacheLine> {
     memory: Memory,
@@ -101,7 +101,7 @@ impl<T: Pod> AlignedBuf<T> {
     /// Changes the length to `len`. The contents are unspecified afterwards; memory is never given back.
     ///
     /// # Errors
-    /// As for [`AlignedBuf::try_zeroed`]. The buffer is then as it was.
+    /// As for [`AlignedBuf::try_zeroed`]. The buffer is then unchanged.
     pub(crate) fn try_resize(&mut self, len: usize, purpose: &'static str) -> Result<()> {
         if len > self.capacity() {
             *self = AlignedBuf::try_zeroed(len, purpose)?;

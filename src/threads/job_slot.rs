@@ -47,7 +47,7 @@ impl Job {
     }
 }
 
-/// A value that all threads use, on its own cache line and clear of the neighbour that the prefetcher also loads.
+/// A value that all threads use, on its own cache line and clear of the neighbor that the prefetcher also loads.
 #[derive(Default)]
 #[repr(align(128))]
 struct OwnLine<T>(T);

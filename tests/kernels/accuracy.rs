@@ -10,7 +10,7 @@ fn sweep(low: f64, high: f64) -> Vec<f32> {
     (0..=N).map(|i| (low + (high - low) * i as f64 / N as f64) as f32).collect()
 }
 
-/// The distance between neighbouring F32 numbers at `x`.
+/// The distance between neighboring F32 numbers at `x`.
 fn ulp(x: f64) -> f64 {
     let x = x.abs() as f32;
     f64::from(x.next_up()) - f64::from(x)

@@ -35,7 +35,7 @@ class PreparedRequest:
     prompt: Sequence[int]
     options: SamplingOptions
     limit: int
-    """Most tokens to sample; may be 0."""
+    """Largest number of tokens to sample; may be 0."""
     cached_tokens: int
     """Prompt tokens that a session has computed."""
 

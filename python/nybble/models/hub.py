@@ -27,7 +27,7 @@ def resolve(
     """The local file or folder of a model, downloaded if needed.
 
     Args:
-        source: a file; a folder; a repository on the Hugging Face Hub as `organisation/name`; or None for the default
+        source: a file; a folder; a repository on the Hugging Face Hub as `organization/name`; or None for the default
             model. An existing path is never looked up on the Hub.
         filename: a name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository. The shards
             of a split file count as one.

@@ -52,7 +52,7 @@ class ApiError(Exception):
         status: the HTTP status.
         message: what is wrong.
         param: the parameter that is wrong.
-        code: the code by which programs recognise the error.
+        code: the code by which programs recognize the error.
         headers: more headers of the response.
     """
 

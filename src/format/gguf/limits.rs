@@ -16,7 +16,7 @@ pub(super) const MAX_KEY: usize = 65_535;
 pub(super) const MAX_LENGTH: usize = 1 << 30;
 /// The longest name of a tensor, in bytes.
 pub(super) const MAX_NAME: usize = 63;
-/// The most dimensions of a tensor.
+/// The largest number of dimensions of a tensor.
 pub(super) const MAX_DIMS: usize = 4;
 
 /// What is wrong with `key`. `None` for a valid key.

@@ -14,9 +14,9 @@ use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
-/// The fewest bytes of a key (1 byte) with its value (1 byte).
+/// The smallest size of a key (1 byte) with its value (1 byte).
 const MIN_ENTRY: usize = 8 + 1 + 4 + 1;
-/// The fewest bytes that describe a tensor.
+/// The smallest size of a tensor's description, in bytes.
 const MIN_TENSOR: usize = 8 + 4 + 4 + 8;
 
 /// The contents of one file.

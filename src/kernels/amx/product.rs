@@ -123,9 +123,9 @@ impl<D: Dots> Chunk<'_, '_, D> {
             }
         }
         self.add(&self.x.tile::<R>(row), &mut acc);
-        let gain = if self.blocks.end == self.x.blocks() { self.w.gain() } else { 1.0 };
+        let output_scale = if self.blocks.end == self.x.blocks() { self.w.output_scale() } else { 1.0 };
         for (acc, row) in acc.iter().zip(rows) {
-            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut self.out.row_mut(row)[self.p * PANEL..]);
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(output_scale)), &mut self.out.row_mut(row)[self.p * PANEL..]);
         }
     }
 

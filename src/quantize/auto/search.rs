@@ -65,7 +65,7 @@ pub struct Outcome {
     pub because: String,
 }
 
-/// Tries the candidates `names` in order. `evaluate(index)` makes and measures one, or returns `None` if the time is over
+/// Tries the candidates `names` in order. `evaluate(index)` quantizes and measures one, or returns `None` if the time is over
 /// meanwhile. `reference` is the perplexity of the full-precision model.
 ///
 /// The first candidate that meets the target is chosen. If none does, or if `clock`, the time since the start, passes `budget`,

@@ -1,4 +1,4 @@
-"""Tool-call formats by model family, recognised from the chat template."""
+"""Tool-call formats by model family, recognized from the chat template."""
 
 from __future__ import annotations
 

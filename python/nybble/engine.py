@@ -439,7 +439,7 @@ class _Loop:
         self._stats = EngineStats()
         self._driver_stats: dict[str, int] = {}
         self._pid = os.getpid()
-        # A daemon, so that a program that does not close its engine can exit. The finalizer stops the thread before that.
+        # A daemon, so that a program can exit without closing its engine. The finalizer stops the thread before that.
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
         self._thread.start()
         _LOOPS.add(self)
@@ -449,7 +449,9 @@ class _Loop:
     def check(self, has_capacity: bool) -> None:
         """Raises unless the engine accepts a request."""
         if self._pid != os.getpid():
-            raise ModelError("the engine belongs to the process that this one was forked from: create a new engine here")
+            raise ModelError(
+                "the engine belongs to the process that this one was forked from: create a new engine here"
+            )
         if self._error is not None:
             raise ModelError(f"the engine has failed: {self._error}") from self._error
         if self._ending is not None:

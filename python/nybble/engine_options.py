@@ -31,7 +31,9 @@ class EngineOptions:
     """Largest number of requests in a batch. Others wait in order of arrival."""
     max_queue: int | None = field(default=None, metadata=doc("Requests that may wait; more are refused."))
     """Largest number of requests that may wait; None for no limit. Beyond it, `submit` raises `QueueFullError`."""
-    cache_bytes: int | None = field(default=None, metadata=doc("Limit of the KV cache in bytes, the prefix cache included."))
+    cache_bytes: int | None = field(
+        default=None, metadata=doc("Limit of the KV cache in bytes, the prefix cache included.")
+    )
     """Limit of the KV cache in bytes, the prefix cache included.
 
     None takes half of the memory that is free now, and at least enough for one sequence that fills the context.

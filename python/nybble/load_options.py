@@ -64,9 +64,7 @@ class LoadOptions:
     """
     mmap: bool = field(
         default=True,
-        metadata=doc(
-            "Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."
-        ),
+        metadata=doc("Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."),
     )
     """Map the file into memory while it loads.
 

@@ -206,7 +206,9 @@ def schema_text(schema: object) -> str:
         try:
             return json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"schema: found a value that JSON cannot represent ({error}), expected a JSON Schema") from None
+            raise ValueError(
+                f"schema: found a value that JSON cannot represent ({error}), expected a JSON Schema"
+            ) from None
     raise ValueError(f"schema: found {schema!r:.80}, expected a dict, JSON text or a pydantic model")
 
 

@@ -263,7 +263,7 @@ fn encoding_yields_the_bytes_of_the_reference_implementation() {
 }
 
 #[test]
-fn values_on_the_grid_survive_encoding_exactly() {
+fn representable_values_survive_encoding_exactly() {
     let check = |block_type: BlockType, values: &[f32]| {
         let mut bytes = Vec::new();
         block_type.encode(values, &mut bytes).unwrap();

@@ -57,10 +57,10 @@ class _Form:
     """The command-line form of a field whose type does not determine it.
 
     Attributes:
-        type: the type of the option.
-        metavar: the placeholder of the value in the help.
-        parse: turns the value of the option into that of the field.
-        default: the default of the option, if it is not that of the field.
+        type: The type of the option.
+        metavar: The placeholder of the value in the help.
+        parse: Turns the value of the option into that of the field.
+        default: The default of the option, if it is not that of the field.
     """
 
     type: Any

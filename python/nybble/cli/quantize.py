@@ -47,7 +47,9 @@ def quantize(
     evaluation: Annotated[
         Path | None,
         typer.Option(
-            "--evaluation", help="The text to measure on; a held-out part of the calibration text if not given.", metavar="FILE"
+            "--evaluation",
+            help="The text to measure on; a held-out part of the calibration text if not given.",
+            metavar="FILE",
         ),
     ] = None,
     target: Annotated[

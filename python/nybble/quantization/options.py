@@ -45,7 +45,7 @@ class QuantizeOptions:
     """How to choose codes.
 
     - `"rtn"`: rounding to nearest.
-    - `"gptq"`, `"awq"`, `"awq+gptq"`, `"signround"`: rounding that preserves the outputs of layers on the calibration text.
+    - `"gptq"`, `"awq"`, `"awq+gptq"`, `"signround"`: rounding that preserves layer outputs on the calibration text.
     - `"gptq+tune"`: gptq, then tuning of scales and norms. For models of plain decoder blocks, such as Llama's.
     - `"auto"`: tries rtn, gptq, and gptq+tune or awq+gptq, until one meets `target`; otherwise takes the best.
     """

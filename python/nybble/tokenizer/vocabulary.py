@@ -135,11 +135,11 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
     """Reads the vocabulary of GGUF metadata.
 
     Args:
-        metadata: the keys and values of the file.
-        where: the file, for errors.
+        metadata: The keys and values of the file.
+        where: The file, for errors.
 
     Raises:
-        ModelError: a key is missing, malformed, contradicts another, or needs an unsupported kind of tokenizer.
+        ModelError: A key is missing, malformed, contradicts another, or needs an unsupported kind of tokenizer.
     """
     keys = _Keys(metadata, where)
     model = keys.string("tokenizer.ggml.model")

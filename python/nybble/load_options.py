@@ -33,16 +33,27 @@ class LoadOptions:
     kernel: str | None = field(
         default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
     )
-    """Instruction set to compute with. `kernels()` lists those that this CPU runs; None takes the best."""
+    """Instruction set to compute with. `kernels()` lists those that this CPU runs.
+
+    None takes that of the environment variable `NYBBLE_KERNEL`, or else the best.
+    """
     threads: int | None = field(
         default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
     )
-    """Number of threads. None takes the number of physical cores available to this process."""
+    """Number of threads.
+
+    None takes that of the environment variable `NYBBLE_NUM_THREADS`, or else the number of physical cores available to
+    this process.
+    """
     context: int | None = field(
         default=None,
         metadata=doc("Tokens of context, prompt and completion together; the model's limit if not given."),
     )
-    """Number of tokens in the context, prompt and completion together. None takes the model's training length."""
+    """Number of tokens in the context, prompt and completion together.
+
+    None takes the model's limit, or its original training length if a longer context would change the results of short
+    prompts.
+    """
     quantize: str | None = field(
         default="auto", metadata=doc("Quantize F32, F16 and BF16 weights while loading: auto, int4 or int8.")
     )

@@ -1,4 +1,4 @@
-//! How many prompt tokens a step computes while other sequences decode, so that decoding stays fast.
+//! Limits the prompt tokens in steps in which other sequences decode, so that decoding stays fast.
 
 /// A step with prompt rows may take this many times as long as one without. nybble promises a factor of 4; the estimate
 /// may be wrong by half.

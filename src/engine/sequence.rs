@@ -28,7 +28,7 @@ impl Sequence {
         Sequence::resume(model, model.session(), prompt, options)
     }
 
-    /// A sequence that continues `tokens`, of which `session` has computed a beginning. The penalties count all `tokens`.
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. The penalties count all `tokens`.
     /// If `session` has computed all of them, the last one is computed again, because its logits are needed.
     ///
     /// # Errors

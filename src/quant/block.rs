@@ -7,7 +7,7 @@
 //! Scales come from the file and may be infinite or NaN. Decoding is plain IEEE arithmetic, so the values of such a block are
 //! infinite or NaN too.
 //!
-//! To support another type, add its [`Block`](super::decoder::Block) and its line in `BlockType::decoder`.
+//! To support another type, implement `decoder::Block` for it and add its line in `BlockType::decoder`.
 
 use half::{bf16, f16};
 

@@ -245,7 +245,7 @@ fn bound<B: Block>(row: &[u8]) -> f32 {
 pub(super) trait Float: bytemuck::Pod {
     const CODE: Code;
 
-    /// The number in these little-endian bytes, as many as the type has.
+    /// The number in these little-endian bytes, which are exactly those of the type.
     fn read(bytes: &[u8]) -> Self;
 
     fn to_f32(self) -> f32;

@@ -81,7 +81,7 @@ fn check_gelu(activation: Activation, exact: impl Fn(f64) -> f64, tolerance: f64
 #[test]
 fn gelu_is_within_three_ten_millionths_of_its_argument() {
     let exact = |x: f64| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
-    // erf has an absolute error below 6e-7, half of which is multiplied by x.
+    // erf has an absolute error below 6e-7, and half of it is multiplied by x.
     check_gelu(Activation::Gelu, exact, 3e-7);
 }
 

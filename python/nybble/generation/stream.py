@@ -66,7 +66,7 @@ class TextStream(Iterator[str]):
         return self._builder.completion()
 
     def close(self) -> None:
-        """Ends the stream and frees its KV cache. Its completion then has the finish reason "cancelled"."""
+        """Ends the stream and frees its KV cache. Unless it had ended before, its finish reason is "cancelled"."""
         if self._builder.finish_reason is None:
             self._builder.finish_reason = "cancelled"
         self._driver.cancel(self._builder)

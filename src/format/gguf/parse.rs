@@ -246,7 +246,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A u64 that counts `what`. Each takes `size` bytes or more, all of which must be in the rest of the file.
+    /// A u64 that counts `what`. Each takes `size` bytes or more, and all of them must fit into the rest of the file.
     fn count(&mut self, what: &str, size: usize) -> Result<usize> {
         let start = self.at;
         let count = self.u64("a count")?;

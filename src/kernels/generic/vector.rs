@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::quant::packed::PANEL;
 
-/// An instruction set that computes with registers of F32, of which one or several make a panel of [`PANEL`] values.
+/// An instruction set that computes with registers of F32. One or several of them make a panel of [`PANEL`] values.
 ///
 /// A value of the type proves that the CPU has the instructions, so its methods are safe to call. The methods and all code
 /// generic over them are `#[inline(always)]`: only inside a `#[target_feature]` function of the set does the compiler turn

@@ -1,4 +1,4 @@
-//! The Python module `nybble._native`: converts values, releases the GIL, delegates. It has no logic of its own. The package
+//! The Python module `nybble._native`: converts values, releases the GIL, delegates. It contains no logic. The package
 //! `nybble` builds its API on it, and `_native.pyi` describes it to type checkers.
 
 mod constraint;

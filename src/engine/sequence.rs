@@ -1,4 +1,4 @@
-//! A sequence: its tokens, its KV cache, and how its next token is chosen.
+//! A sequence: its tokens, its KV cache, and its sampler.
 
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
 use super::constraint::Constraint;

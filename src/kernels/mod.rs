@@ -1,4 +1,4 @@
-//! The only place with SIMD intrinsics: a table of functions for each instruction set.
+//! Kernels: a table of functions for each instruction set. SIMD intrinsics occur only here.
 //!
 //! The scalar kernel defines what every operation computes. The other sets compute the same bits: each output is summed
 //! over its inputs in one fixed order with fused multiply-add, integer products cannot overflow or saturate, and

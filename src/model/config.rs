@@ -36,7 +36,7 @@ pub struct Config {
     pub rotary: usize,
     /// The rotation of layers without and with a window.
     pub ropes: [RopeConfig; 2],
-    /// `(layers)`: what differs from layer to layer.
+    /// `(layers)`: the settings that differ between layers.
     pub layers: Vec<LayerConfig>,
     /// ALiBi's largest slope exponent, and the factor of its slopes.
     pub alibi: Option<(f32, f32)>,
@@ -58,7 +58,7 @@ pub struct Config {
     pub experts: ExpertsConfig,
 }
 
-/// What differs from layer to layer.
+/// The settings that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
     /// Its mixer and its feed-forward layer.
@@ -86,7 +86,8 @@ impl Config {
     /// Reads and validates the hyperparameters.
     ///
     /// # Errors
-    /// [`Error::Missing`], [`Error::Malformed`] or [`Error::Unsupported`] with the key.
+    /// [`Error::Missing`](crate::Error::Missing), [`Error::Malformed`](crate::Error::Malformed) or
+    /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
     pub fn read(checkpoint: &dyn Checkpoint) -> Result<Config> {
         let general = MetadataReader::new(checkpoint.path(), checkpoint.metadata());
         let name = general.text("general.architecture")?;

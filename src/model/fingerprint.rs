@@ -1,4 +1,4 @@
-//! A hash of everything that decides what a model computes, which session files carry.
+//! A hash of everything that affects the results of a model. Session files contain it.
 
 use blake3::Hasher;
 

@@ -42,7 +42,7 @@ pub(crate) enum Network {
     Shared,
 }
 
-/// Where a linear layer, or several of them, read an input.
+/// A place in a layer where one or several linear layers read the same input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Site {
     /// Query, key and value.

@@ -323,7 +323,7 @@ impl Model {
         self.fingerprint.get_or_init(|| self.transformer.fingerprint()).as_bytes()
     }
 
-    /// Calls `run` with what a session file must agree with.
+    /// Calls `run` with the model and limits with which a session file must agree.
     fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
         run(&Owner {
             id: self.id,

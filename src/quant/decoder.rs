@@ -156,7 +156,7 @@ pub(super) struct PanelRow<'a, 'b> {
     pub(super) output_scale: f32,
 }
 
-/// What can be done with the rows of a block type. A row is given as the bytes of whole blocks.
+/// The operations on rows of a block type. A row is given as the bytes of whole blocks.
 #[derive(Debug)]
 pub(super) struct Decoder {
     /// The panel layout that holds the type's numbers.

@@ -24,7 +24,7 @@ use crate::system::aligned_buf::AlignedBuf;
 pub use crate::system::aligned_buf::CacheLine;
 use crate::system::memory;
 
-/// What an out-of-memory error calls a packed matrix.
+/// The purpose in out-of-memory errors.
 const PURPOSE: &str = "packed weights";
 
 /// A weight matrix in panels. See the [module](self) for the bytes.

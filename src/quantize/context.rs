@@ -1,4 +1,4 @@
-//! What all parts of a run share: source and output, the calibration text, progress and cancellation.
+//! The shared context of a run: source and output, the calibration text, progress and cancellation.
 
 use std::fmt;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub struct RunContext<'a> {
     pub source: &'a Path,
     /// The GGUF file to write. The files of an interrupted run are in the same folder.
     pub out: &'a Path,
-    /// Token ids of the calibration text, each window a sequence of its own. Recipes that need no text ignore them.
+    /// Token ids of the calibration text, each window a separate sequence. Recipes that need no text ignore them.
     pub windows: &'a [Vec<u32>],
     /// Threads to compute with; `None` takes the default. The result does not depend on it.
     pub threads: Option<usize>,

@@ -1,4 +1,4 @@
-//! How each tensor is stored: the format of linear layers, the type of the others, and overrides by name.
+//! The storage type of each tensor: the format of linear layers, the type of the others, and overrides by name.
 
 use super::format::{Format, GroupedFormat};
 use crate::error::{Error, Result};

@@ -73,8 +73,7 @@ impl<T: Pod> AlignedBuf<T> {
     /// `len` zeros.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when the system or the process's cgroup does not have that much. `purpose` says in it what
-    /// the memory is for.
+    /// [`Error::OutOfMemory`] if the system or the process's cgroup does not have enough memory. It contains `purpose`.
     pub(crate) fn try_zeroed(len: usize, purpose: &'static str) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
         memory::check(purpose, bytes)?;

@@ -52,7 +52,7 @@ impl Job {
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
-/// Where the leader puts jobs and the workers find them. One leader at a time, any number of workers.
+/// The slot into which the leader puts jobs and from which workers take them. One leader at a time, any number of workers.
 pub(super) struct JobSlot {
     /// Indices of the current job that no thread has claimed.
     unclaimed: OwnLine<AtomicUsize>,

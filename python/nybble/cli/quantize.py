@@ -29,7 +29,7 @@ def quantize(
         bool, typer.Option("--no-search", help="Fit scales to the largest weight of a group, without a search.")
     ] = False,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each group a minimum of its own: the format q4_1.")
+        bool, typer.Option("--asymmetric", help="Give each group its own minimum: the format q4_1.")
     ] = False,
     keep: Annotated[
         list[str] | None,

@@ -113,7 +113,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures the perplexity of a model on a text and, with a reference, its divergence from it.
 
-    The text is cut into windows. Each is a sequence of its own, and its second half is scored.
+    The text is cut into windows. Each is a separate sequence, and its second half is scored.
 
     Args:
         model: The model to measure.

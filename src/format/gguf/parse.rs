@@ -1,4 +1,4 @@
-//! Parsing of one file into metadata and a list of tensors, with all checks.
+//! Parses one file into metadata and a list of tensors, with all checks.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -166,7 +166,7 @@ pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize,
     sizes.ok_or_else(|| (found(), format!("fewer than 2^63 values and bytes of {block_type}")))
 }
 
-/// What is being parsed, for error messages.
+/// The part that is being parsed, for error messages.
 #[derive(Clone, Copy)]
 enum Part<'a> {
     Header,

@@ -26,7 +26,7 @@ pub(super) type WCodes = [CacheLine; BLOCK / 4];
 /// Dot products of 32 bits `(MAX_TILE_ROWS, PANEL)`.
 pub(super) type Sums = [CacheLine; MAX_TILE_ROWS];
 
-/// What multiplies integers: the tiles, in tests also plain Rust.
+/// Multiplies integers: with the tiles, or in tests with plain Rust.
 pub(super) trait Dots: fmt::Debug {
     /// Parts of a block that are multiplied one by one, because each has its own scale: 1 or 2.
     const PARTS: usize;

@@ -47,7 +47,7 @@ pub(super) struct Widths {
     qkv: usize,
 }
 
-/// What attention computes with.
+/// The workspace of attention.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     /// `(2, rows, pairs)`: cosines for layers without and with a window.

@@ -49,7 +49,7 @@ impl CacheType {
     }
 }
 
-/// What a session file must agree with.
+/// The model and limits with which a session file must agree.
 pub(in crate::model) struct Owner<'a> {
     /// The model's `id`, which its sessions carry.
     pub(in crate::model) id: u64,

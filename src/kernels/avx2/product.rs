@@ -96,7 +96,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
         let x = self.product.x.tile::<R>(row);
-        let gain = _mm256_set1_ps(self.product.w.gain());
+        let output_scale = _mm256_set1_ps(self.product.w.output_scale());
         for side in (0..SIDES).step_by(T) {
             for first in (0..R).step_by(S) {
                 let prefetched = if row == 0 && first == 0 && side == 0 { self.prefetched } else { &[] };
@@ -104,7 +104,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
                 let out = &mut *self.product.out;
                 for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                     let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
-                    (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], gain), side + t, out));
+                    (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], output_scale), side + t, out));
                 }
             }
         }

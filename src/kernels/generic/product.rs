@@ -1,4 +1,4 @@
-//! What the integer products of all instruction sets share: the choice by layout and the order of tiles.
+//! The shared part of all integer products: the choice by layout and the order of tiles.
 
 use std::ops::Range;
 

@@ -50,13 +50,14 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
     /// The tile of `R` rows at `row`, `S` rows and `T` quarters at a time, which fill the registers.
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        let (x, rows, gain) = (self.product.x.tile::<R>(row), self.product.x.rows(), self.product.w.gain());
+        let (x, rows, output_scale) =
+            (self.product.x.tile::<R>(row), self.product.x.rows(), self.product.w.output_scale());
         for quarter in (0..QUARTERS).step_by(T) {
             for first in (0..R).step_by(S) {
                 let sums = self.strip::<R, S, T>(&x, first, quarter);
                 for (sums, row) in sums.into_iter().zip(row + first..rows) {
                     let out = &mut self.product.out.row_mut(row)[self.p * PANEL..];
-                    (0..T).for_each(|t| store_quarter(vmulq_n_f32(sums[t], gain), quarter + t, out));
+                    (0..T).for_each(|t| store_quarter(vmulq_n_f32(sums[t], output_scale), quarter + t, out));
                 }
             }
         }

@@ -100,7 +100,7 @@ def test_a_cache_too_large_for_memory_is_a_memory_error(tmp_path: Path) -> None:
     """
     done = python(script, file)
     assert done.returncode == 0, done.stderr
-    assert "out of memory: a page of the key/value cache" in done.stdout
+    assert "out of memory: a page of the KV cache" in done.stdout
     assert "usable" in done.stdout
 
 
@@ -246,7 +246,7 @@ def test_reaching_the_cgroup_memory_limit_is_a_memory_error(tmp_path: Path, tiny
     with cgroups.group("memory", first={"memory.limit_in_bytes": most}, second=limits) as folder:
         done = python(cgroups.JOIN + textwrap.dedent(script), folder, tiny_file, big, what)
     assert done.returncode == 0, done.stderr
-    refused = {"a file that is read": "a file", "cache": "the key/value cache", "text": "the key/value cache"}
+    refused = {"a file that is read": "a file", "cache": "the KV cache", "text": "the KV cache"}
     assert done.stdout.count(f"out of memory: {refused.get(what, 'packed weights')} needs") == 2, done.stdout
     assert "the cgroup has" in done.stdout
     assert "usable" in done.stdout

@@ -13,7 +13,7 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, Kernel, KvSlice, PAGE};
+use nybble::kernels::{self, Activation, Activations, Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
@@ -182,19 +182,46 @@ fn attention(criterion: &mut Criterion) {
         settings(&mut group);
         group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
         let mut expected = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-        scalar().scores(&q, HEAD, page, &scales, &mut expected.0, PAGE);
-        scalar().weighted_sum(&expected.0, PAGE, &ranges, page, HEAD, &mut expected.1);
+        scalar().scores(
+            ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales },
+            &mut expected.0,
+            PAGE,
+        );
+        scalar().weighted_sum(
+            WeightedValues { weights: &expected.0, stride: PAGE, ranges: &ranges, values: page, width: HEAD },
+            &mut expected.1,
+        );
         for kernel in compared() {
             let (mut scores, mut sums) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-            kernel.scores(&q, HEAD, page, &scales, &mut scores, PAGE);
-            kernel.weighted_sum(&scores, PAGE, &ranges, page, HEAD, &mut sums);
+            kernel.scores(ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales }, &mut scores, PAGE);
+            kernel.weighted_sum(
+                WeightedValues { weights: &scores, stride: PAGE, ranges: &ranges, values: page, width: HEAD },
+                &mut sums,
+            );
             assert_eq!((&scores, &sums), (&expected.0, &expected.1), "{}", kernel.name());
             let name = kernel.name();
             group.bench_function(BenchmarkId::new(name, "scores"), |b| {
-                b.iter(|| kernel.scores(&q, HEAD, page, &scales, &mut scores, PAGE));
+                b.iter(|| {
+                    kernel.scores(
+                        ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales },
+                        &mut scores,
+                        PAGE,
+                    )
+                });
             });
             group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
-                b.iter(|| kernel.weighted_sum(&expected.0, PAGE, &ranges, page, HEAD, &mut sums));
+                b.iter(|| {
+                    kernel.weighted_sum(
+                        WeightedValues {
+                            weights: &expected.0,
+                            stride: PAGE,
+                            ranges: &ranges,
+                            values: page,
+                            width: HEAD,
+                        },
+                        &mut sums,
+                    )
+                });
             });
         }
         group.finish();

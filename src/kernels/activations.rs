@@ -1,6 +1,7 @@
 //! Activations as INT8 blocks, rows interleaved in tiles, with the sums that products need of each block.
 
 use std::collections::TryReserveError;
+use std::ops::Range;
 
 use crate::quant::packed::{BLOCK, CacheLine};
 
@@ -35,6 +36,22 @@ pub struct Tile<'a, const R: usize> {
     pub half_sums: &'a [[[f32; R]; 2]],
     /// `(blocks, 2, R)`: as `zeros`, for each half of a block.
     pub half_zeros: &'a [[[i32; R]; 2]],
+}
+
+impl<'a, const R: usize> Tile<'a, R> {
+    /// The blocks of `range`: all slices cut to one length, so that a loop over it needs no bounds checks.
+    #[inline(always)]
+    pub(super) fn blocks(&self, range: Range<usize>) -> Tile<'a, R> {
+        let n = range.len();
+        Tile {
+            codes: &self.codes[range.clone()][..n],
+            scales: &self.scales[range.clone()][..n],
+            sums: &self.sums[range.clone()][..n],
+            zeros: &self.zeros[range.clone()][..n],
+            half_sums: &self.half_sums[range.clone()][..n],
+            half_zeros: &self.half_zeros[range][..n],
+        }
+    }
 }
 
 /// One row of [`Activations`] to write to: block `b` of every field is at `b * height + row`.

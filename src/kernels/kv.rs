@@ -1,5 +1,7 @@
 //! The operands of attention: keys and values as the cache stores them, and partial softmax sums.
 
+use std::ops::Range;
+
 use half::f16;
 
 /// Positions in a page of the KV cache: four panels of 16 keys.
@@ -25,6 +27,34 @@ impl KvSlice<'_> {
             KvSlice::Int8(x) => f32::from(x[i]),
         }
     }
+}
+
+/// Queries and a page of keys, whose dot products are the scores.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreInputs<'a> {
+    /// `(n, head_dim)`
+    pub queries: &'a [f32],
+    /// Numbers in a query or key.
+    pub head_dim: usize,
+    /// `(PAGE / 16, head_dim, 16)`
+    pub keys: KvSlice<'a>,
+    /// Factor of the scores of each position.
+    pub scales: &'a [f32; PAGE],
+}
+
+/// A page of values, and each query's weights of its positions.
+#[derive(Debug, Clone, Copy)]
+pub struct WeightedValues<'a> {
+    /// `(n, stride)`
+    pub weights: &'a [f32],
+    /// Distance between the weights of one query and the next.
+    pub stride: usize,
+    /// `(n)`: the positions that each query sees.
+    pub ranges: &'a [Range<usize>],
+    /// `(PAGE, width)`
+    pub values: KvSlice<'a>,
+    /// Numbers in a value, a multiple of 16.
+    pub width: usize,
 }
 
 /// Softmax over some positions for `n` queries, not yet divided by its sum.

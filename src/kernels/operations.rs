@@ -18,7 +18,7 @@ pub(super) mod types {
 
     pub(in crate::kernels) use crate::kernels::activations::{Activations, RowMut};
     pub(in crate::kernels) use crate::kernels::generic::math::Activation;
-    pub(in crate::kernels) use crate::kernels::kv::{KvSlice, PAGE, Softmax, SoftmaxMut};
+    pub(in crate::kernels) use crate::kernels::kv::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
     pub(in crate::kernels) use crate::quant::packed::Packed;
     pub(in crate::kernels) use crate::threads::Columns;
 }
@@ -51,28 +51,13 @@ macro_rules! operations {
                 /// Over the columns in order: `acc = fma(w, x, acc)`.
                 fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) = float;
 
-                /// Dot products of `queries (n, head_dim)` with a page of keys `(PAGE / 16, head_dim, 16)` into
-                /// `scores[i * stride ..][.. PAGE]`, times the scale of the position. Over `head_dim` in order with fused
-                /// multiply-add.
-                fn scores(
-                    queries: &[f32],
-                    head_dim: usize,
-                    keys: KvSlice<'_>,
-                    scales: &[f32; PAGE],
-                    scores: &mut [f32],
-                    stride: usize,
-                ) = attention;
+                /// Dot products of queries with a page of keys into `scores[i * stride ..][.. PAGE]`, times the scale of
+                /// the position. Over `head_dim` in order with fused multiply-add.
+                fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) = attention;
 
-                /// Adds to `out (n, width)` the rows `values (PAGE, width)` of the positions `ranges[i]`, weighted by
-                /// `weights[i * stride ..]`, in order with fused multiply-add. `width` is a multiple of 16.
-                fn weighted_sum(
-                    weights: &[f32],
-                    stride: usize,
-                    ranges: &[Range<usize>],
-                    values: KvSlice<'_>,
-                    width: usize,
-                    out: &mut [f32],
-                ) = attention;
+                /// Adds to `out (n, width)` the values of the positions `ranges[i]`, weighted by `weights[i * stride ..]`,
+                /// in order with fused multiply-add.
+                fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) = attention;
 
                 /// Converts numbers to single precision.
                 fn widen(numbers: KvSlice<'_>, out: &mut [f32]) = convert;

@@ -130,14 +130,8 @@ fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out
     }
 }
 
-fn scores(
-    queries: &[f32],
-    head_dim: usize,
-    keys: KvSlice<'_>,
-    scales: &[f32; PAGE],
-    scores: &mut [f32],
-    stride: usize,
-) {
+fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
+    let ScoreInputs { queries, head_dim, keys, scales } = inputs;
     for (i, query) in queries.chunks_exact(head_dim).enumerate() {
         let scores = &mut scores[i * stride..][..PAGE];
         for (position, (score, scale)) in scores.iter_mut().zip(scales).enumerate() {
@@ -151,14 +145,8 @@ fn scores(
     }
 }
 
-fn weighted_sum(
-    weights: &[f32],
-    stride: usize,
-    ranges: &[Range<usize>],
-    values: KvSlice<'_>,
-    width: usize,
-    out: &mut [f32],
-) {
+fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) {
+    let WeightedValues { weights, stride, ranges, values, width } = inputs;
     for (i, (out, range)) in out.chunks_exact_mut(width).zip(ranges).enumerate() {
         for position in range.clone() {
             let weight = weights[i * stride + position];

@@ -6,7 +6,7 @@ use std::array::from_fn;
 
 use bytemuck::AnyBitPattern;
 
-use super::blocks32::{Half, IQ4_VALUES};
+use super::blocks32::{Half, Iq4, Scales, Sequential, Stored};
 use super::decoder::{Block, Group};
 use super::layout::{Code, Layout};
 use super::panel::{Bytes, Nibbles, nibbles};
@@ -95,7 +95,7 @@ impl Block for Q3K {
 /// The scale and the minimum of each group of 32 in Q4_K and Q5_K, 6 bits each.
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
-struct SixBits {
+pub(super) struct SixBits {
     scale: Half,
     min: Half,
     /// Bytes 0..4 and 4..8 hold scales and minimums of groups 0..4 in their lower 6 bits. Those of groups 4..8 are split:
@@ -103,7 +103,10 @@ struct SixBits {
     packed: [u8; 12],
 }
 
-impl SixBits {
+impl Scales for SixBits {
+    const MIN: bool = true;
+    type Groups = [Group<f32>; 8];
+
     #[inline(always)]
     fn groups(&self) -> [Group<f32>; 8] {
         let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
@@ -130,62 +133,45 @@ fn four_bits(codes: &[[u8; 32]; 4], index: usize) -> [u8; 32] {
 }
 
 /// `scale * code - min`, codes of 4 bits
-#[derive(Clone, Copy, AnyBitPattern)]
-#[repr(C)]
-pub(super) struct Q4K {
-    groups: SixBits,
-    codes: [[u8; 32]; 4],
-}
+pub(super) type Q4K = Sequential<SixBits, FourBits>;
+/// `scale * code - min`, codes of 5 bits
+pub(super) type Q5K = Sequential<SixBits, FiveBits>;
+/// `scale * (group scale - 32) * IQ4_VALUES[code]`
+pub(super) type Iq4Xs = Sequential<SignedSixBits, Iq4<8>>;
 
-impl Block for Q4K {
-    const LAYOUT: Layout = Layout::with_min(Code::Int4, 32);
+/// The codes of Q4_K.
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(transparent)]
+pub(super) struct FourBits([[u8; 32]; 4]);
+
+impl Stored for FourBits {
+    const CODE: Code = Code::Int4;
     type Codes = Nibbles;
-    type Groups = [Group<f32>; 8];
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        let codes = four_bits(&self.codes, index);
+    fn get(&self, index: usize) -> Nibbles {
+        let codes = four_bits(&self.0, index);
         nibbles(|i| codes[i])
     }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        self.groups.groups()
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        self.groups.bounds()
-    }
 }
 
-/// `scale * code - min`, codes of 5 bits
+/// The codes of Q5_K.
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
-pub(super) struct Q5K {
-    groups: SixBits,
+pub(super) struct FiveBits {
     /// Bit `index` of byte `i` is the fifth bit of weight `32 * index + i`.
     fifth: [u8; 32],
     low: [[u8; 32]; 4],
 }
 
-impl Block for Q5K {
-    const LAYOUT: Layout = Layout::with_min(Code::Int8, 32);
+impl Stored for FiveBits {
+    const CODE: Code = Code::Int8;
     type Codes = Bytes;
-    type Groups = [Group<f32>; 8];
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn get(&self, index: usize) -> Bytes {
         let low = four_bits(&self.low, index);
         from_fn(|i| (low[i] | (self.fifth[i] >> index & 1) << 4) as i8)
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        self.groups.groups()
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        self.groups.bounds()
     }
 }
 
@@ -225,27 +211,19 @@ impl Block for Q6K {
     }
 }
 
-/// `scale * (group scale - 32) * IQ4_VALUES[code]`
+/// The scales of IQ4_XS: 6 bits for each group of 32, 32 too high.
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
-pub(super) struct Iq4Xs {
+pub(super) struct SignedSixBits {
     scale: Half,
     /// The upper 2 bits of 8 scales, the first in the lowest bits.
     high_scales: [u8; 2],
     /// The lower 4 bits, the first in the lowest bits.
     low_scales: [u8; 4],
-    codes: [Nibbles; 8],
 }
 
-impl Block for Iq4Xs {
-    const LAYOUT: Layout = Layout::scaled(Code::Table4(IQ4_VALUES), 32);
-    type Codes = Nibbles;
+impl Scales for SignedSixBits {
     type Groups = [Group<f32>; 8];
-
-    #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        self.codes[index]
-    }
 
     #[inline(always)]
     fn groups(&self) -> [Group<f32>; 8] {

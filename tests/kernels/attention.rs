@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::f16;
-use nybble::kernels::{KvSlice, PAGE, Softmax, SoftmaxMut, available};
+use nybble::kernels::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
 use nybble::quant::packed::PANEL;
 
 use crate::support::*;
@@ -53,11 +53,19 @@ fn scores_match_the_scalar_kernel_and_write_only_their_page() {
             let guard = f32::from_bits(0x7fc0_4321);
             for (stored, keys) in keys.all() {
                 let mut expected = vec![guard; n * STRIDE];
-                scalar().scores(&queries, head_dim, keys, &scales, &mut expected, STRIDE);
+                scalar().scores(
+                    ScoreInputs { queries: &queries, head_dim, keys, scales: &scales },
+                    &mut expected,
+                    STRIDE,
+                );
                 for kernel in available() {
                     let what = format!("{}, {n} queries of {head_dim}, {stored}", kernel.name());
                     let mut scores = vec![guard; n * STRIDE];
-                    kernel.scores(&queries, head_dim, keys, &scales, &mut scores, STRIDE);
+                    kernel.scores(
+                        ScoreInputs { queries: &queries, head_dim, keys, scales: &scales },
+                        &mut scores,
+                        STRIDE,
+                    );
                     assert_same(&scores, &expected, &what);
                     for row in scores.chunks(STRIDE) {
                         assert!(row[PAGE..].iter().all(|x| x.to_bits() == guard.to_bits()), "{what}: beyond the page");
@@ -77,7 +85,7 @@ fn scores_are_dot_products_of_queries_and_keys() {
     for kernel in available() {
         for (stored, keys) in keys.all() {
             let mut scores = vec![f32::NAN; n * PAGE];
-            kernel.scores(&queries, head_dim, keys, &scales, &mut scores, PAGE);
+            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scales: &scales }, &mut scores, PAGE);
             for (i, score) in scores.iter().enumerate() {
                 let (query, position) = (i / PAGE, i % PAGE);
                 let terms = (0..head_dim).map(|d| {
@@ -112,10 +120,16 @@ fn weighted_sums_match_the_scalar_kernel() {
                 let before = rng.values(n * width);
                 for (stored, values) in values.all() {
                     let mut expected = before.clone();
-                    scalar().weighted_sum(&weights, STRIDE, &ranges, values, width, &mut expected);
+                    scalar().weighted_sum(
+                        WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
+                        &mut expected,
+                    );
                     for kernel in available() {
                         let mut out = before.clone();
-                        kernel.weighted_sum(&weights, STRIDE, &ranges, values, width, &mut out);
+                        kernel.weighted_sum(
+                            WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
+                            &mut out,
+                        );
                         let what = format!("{}, {n} queries of {width}, {stored}, {ranges:?}", kernel.name());
                         assert_same(&out, &expected, what);
                     }
@@ -134,7 +148,10 @@ fn weighted_sums_are_added_to_the_output() {
     for kernel in available() {
         for (stored, values) in values.all() {
             let mut out = before.clone();
-            kernel.weighted_sum(&weights, STRIDE, &ranges, values, width, &mut out);
+            kernel.weighted_sum(
+                WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
+                &mut out,
+            );
             for (i, found) in out.iter().enumerate() {
                 let (query, column) = (i / width, i % width);
                 let term = |p| f64::from(weights[query * STRIDE + p]) * get(values, p * width + column);
@@ -157,13 +174,34 @@ fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
     for kernel in available() {
         for (stored, page) in values.all() {
             let (mut scores, mut sums) = (vec![f32::NAN; n * PAGE], vec![0.0; n * head_dim]);
-            kernel.scores(&queries, head_dim, page, &scales, &mut scores, PAGE);
-            kernel.weighted_sum(&weights, STRIDE, &ranges, page, head_dim, &mut sums);
+            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys: page, scales: &scales }, &mut scores, PAGE);
+            kernel.weighted_sum(
+                WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values: page, width: head_dim },
+                &mut sums,
+            );
             for i in 0..n {
                 let (mut score, mut sum) = (vec![f32::NAN; PAGE], vec![0.0; head_dim]);
-                kernel.scores(&queries[i * head_dim..][..head_dim], head_dim, page, &scales, &mut score, PAGE);
+                kernel.scores(
+                    ScoreInputs {
+                        queries: &queries[i * head_dim..][..head_dim],
+                        head_dim,
+                        keys: page,
+                        scales: &scales,
+                    },
+                    &mut score,
+                    PAGE,
+                );
                 let weights = &weights[i * STRIDE..][..STRIDE];
-                kernel.weighted_sum(weights, STRIDE, &ranges[i..][..1], page, head_dim, &mut sum);
+                kernel.weighted_sum(
+                    WeightedValues {
+                        weights,
+                        stride: STRIDE,
+                        ranges: &ranges[i..][..1],
+                        values: page,
+                        width: head_dim,
+                    },
+                    &mut sum,
+                );
                 let what = format!("{}, {stored}, query {i}", kernel.name());
                 assert_same(&score, &scores[i * PAGE..][..PAGE], format!("{what}: scores"));
                 assert_same(&sum, &sums[i * head_dim..][..head_dim], format!("{what}: sums"));
@@ -187,8 +225,16 @@ fn widened_numbers_are_exact_and_give_the_same_bits() {
                 assert!(wide.iter().enumerate().all(|(i, x)| f64::from(*x) == get(numbers, i)), "{what}");
                 if count == PAGE * head_dim {
                     let mut scores = [vec![f32::NAN; n * PAGE], vec![f32::NAN; n * PAGE]];
-                    kernel.scores(&queries, head_dim, numbers, &scales, &mut scores[0], PAGE);
-                    kernel.scores(&queries, head_dim, KvSlice::F32(&wide), &scales, &mut scores[1], PAGE);
+                    kernel.scores(
+                        ScoreInputs { queries: &queries, head_dim, keys: numbers, scales: &scales },
+                        &mut scores[0],
+                        PAGE,
+                    );
+                    kernel.scores(
+                        ScoreInputs { queries: &queries, head_dim, keys: KvSlice::F32(&wide), scales: &scales },
+                        &mut scores[1],
+                        PAGE,
+                    );
                     assert_same(&scores[0], &scores[1], what);
                 }
             }
@@ -209,7 +255,10 @@ fn values_outside_the_range_of_a_query_do_not_affect_its_sum() {
             row[..3].fill(2.0);
         }
         let ranges = [0..3, 0..0, 0..1, 0..2, 1..3];
-        kernel.weighted_sum(&weights, PAGE, &ranges, KvSlice::F16(&values), width, &mut out);
+        kernel.weighted_sum(
+            WeightedValues { weights: &weights, stride: PAGE, ranges: &ranges, values: KvSlice::F16(&values), width },
+            &mut out,
+        );
         for (row, expected) in out.chunks(width).zip([6.5, 0.5, 2.5, 4.5, 4.5]) {
             assert_same(row, &vec![expected; width], kernel.name());
         }

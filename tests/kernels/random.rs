@@ -1,7 +1,7 @@
 //! Random shapes and values on every kernel.
 
 use half::f16;
-use nybble::kernels::{Activation, KvSlice, PAGE, Softmax, SoftmaxMut, available};
+use nybble::kernels::{Activation, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
 use nybble::quant::packed::PANEL;
 use nybble::threads::Columns;
 use proptest::prelude::*;
@@ -123,8 +123,8 @@ proptest! {
             let mut outs = vec![];
             for [keys, page] in [[KvSlice::F16(&keys), KvSlice::F16(&page)], int8] {
                 let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
-                kernel.scores(&queries, head_dim, keys, scales.first_chunk().unwrap(), &mut scores, stride);
-                kernel.weighted_sum(&weights, stride, &ranges, page, width, &mut out);
+                kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scales: scales.first_chunk().unwrap() }, &mut scores, stride);
+                kernel.weighted_sum(WeightedValues { weights: &weights, stride, ranges: &ranges, values: page, width }, &mut out);
                 let (mut max, mut sum) = (weights[..n].to_vec(), queries[..n].to_vec());
                 let so_far = SoftmaxMut { max: &mut max, sum: &mut sum, values: &mut out };
                 let [more_max, more_sum, more_values] = &more;

@@ -22,10 +22,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch, store_side};
+use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch};
 use crate::kernels::activations::{Activations, Tile};
 use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
-use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
+use crate::quant::packed::{BLOCK, CacheLine, Packed};
 use crate::threads::Columns;
 
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
@@ -35,7 +35,7 @@ const AHEAD: usize = 12;
 ///
 /// A value proves that the CPU has the instructions. The methods are not functions with target features, because those of
 /// one set could not be inlined into those of another.
-pub(in crate::kernels) trait Adder: Copy {
+pub(in crate::kernels) trait Adder: Copy + Into<Avx2> {
     /// Whether 8-bit codes and table values are multiplied as they are stored, unsigned and 128 too high.
     const UNSIGNED: bool;
 
@@ -92,22 +92,11 @@ impl<A: Adder> ByPanel for A {
 }
 
 impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
-    /// The tile of `R` rows at `row`, `S` rows and `T` sides at a time, as registers are few.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        let x = self.product.x.tile::<R>(row);
-        let output_scale = _mm256_set1_ps(self.product.w.output_scale());
-        for side in (0..SIDES).step_by(T) {
-            for first in (0..R).step_by(S) {
-                let prefetched = if row == 0 && first == 0 && side == 0 { self.prefetched } else { &[] };
-                let sums = self.strip::<R, S, T>(&x, first, side, prefetched);
-                let out = &mut *self.product.out;
-                for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
-                    let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
-                    (0..T).for_each(|t| store_side(_mm256_mul_ps(sums[t], output_scale), side + t, out));
-                }
-            }
-        }
+        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, first, side, prefetched| {
+            panel.strip::<R, S, T>(x, first, side, prefetched)
+        });
     }
 
     /// `S` rows of a tile, from `first` on, times `T` sides of the panel, from `side` on. Prefetches the lines of
@@ -125,10 +114,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         let halves = BLOCK.div_ceil(GROUP);
         let run = GROUP.div_ceil(BLOCK);
         assert!(first + S <= R && side + T <= SIDES);
-        // All cut to the same length once, so that the loop below needs no bounds checks.
-        let (codes, x_scales) = (&x.codes[..blocks], &x.scales[..blocks]);
-        let (zeros, sums) = (&x.zeros[..blocks], &x.sums[..blocks]);
-        let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
+        let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
         let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
         let mut acc = [[_mm256_setzero_ps(); T]; S];

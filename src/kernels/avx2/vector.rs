@@ -28,83 +28,46 @@ impl Avx2 {
     }
 }
 
-impl Vector for Avx2 {
-    type Register = __m256;
-    type Panel = [__m256; SIDES];
+/// Implements [`Vector`] with x86's intrinsics for registers of one width, and those that load and store integers of half and
+/// a quarter of it.
+macro_rules! x86_vector {
+    (
+        $set:ident: $registers:literal registers $register:ident of $lanes:ident;
+        floats: $set1:ident, $load:ident, $store:ident, $mul:ident, $mul_add:ident, $as_floats:ident;
+        halves: $load_half:ident, $store_half:ident, $from_f16:ident, $to_f16:ident;
+        integers: $load_quarter:ident, $from_u16:ident, $shift_left:ident, $from_i8:ident, $to_floats:ident;
+        $(also { $($other:item)* })?
+    ) => {
+        $crate::kernels::generic::vector::vector! {
+            $set: $registers registers $register of $lanes;
+            splat(x) = $set1(x);
+            load load(x: f32) = $load(x.as_ptr());
+            load load_f16(x: f16) = $from_f16($load_half(x.as_ptr().cast()));
+            // The upper halves of F32.
+            load load_bf16(x: bf16) = $as_floats($shift_left::<16>($from_u16($load_half(x.as_ptr().cast()))));
+            load load_i8(x: i8) = $to_floats($from_i8($load_quarter(x.as_ptr().cast())));
+            store store(x, out: f32) = $store(out.as_mut_ptr(), x);
+            store store_f16(x, out: f16) = $store_half(out.as_mut_ptr().cast(), $to_f16::<_MM_FROUND_TO_NEAREST_INT>(x));
+            compute mul(a, b) = $mul(a, b);
+            compute mul_add(a, b, c) = $mul_add(a, b, c);
+            also {
+                #[inline(always)]
+                fn prefetch<T>(self, x: &T) {
+                    $crate::kernels::avx2::prefetch(x);
+                }
 
-    const PARTS: usize = SIDES;
-    const CAPACITY: usize = 16 / SIDES;
-
-    #[inline(always)]
-    fn zeros(self) -> Self::Panel {
-        [self.splat(0.0); SIDES]
-    }
-
-    #[inline(always)]
-    fn splat(self, x: f32) -> __m256 {
-        // SAFETY: `self` exists, so the CPU has every feature that the intrinsic needs.
-        unsafe { _mm256_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    fn load(self, x: &[f32; PANEL], part: usize) -> __m256 {
-        let x = &x.as_chunks::<LANES>().0[part];
-        // SAFETY: as in `splat`. The reference is to 32 readable bytes, and the load needs no alignment.
-        unsafe { _mm256_loadu_ps(x.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn load_f16(self, x: &[f16; PANEL], part: usize) -> __m256 {
-        // SAFETY: as in `splat`.
-        unsafe { load_f16(&x.as_chunks().0[part]) }
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, x: &[bf16; PANEL], part: usize) -> __m256 {
-        let x = &x.as_chunks::<LANES>().0[part];
-        // SAFETY: as in `splat`. The reference is to 16 readable bytes, the upper halves of F32; the load needs no alignment.
-        unsafe {
-            let bits = _mm_loadu_si128(x.as_ptr().cast());
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+                $($($other)*)?
+            }
         }
-    }
+    };
+}
+pub(in crate::kernels) use x86_vector;
 
-    #[inline(always)]
-    fn load_i8(self, x: &[i8; PANEL], part: usize) -> __m256 {
-        let x = &x.as_chunks::<LANES>().0[part];
-        // SAFETY: as in `splat`. The reference is to 8 readable bytes, and the load needs no alignment.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().cast()))) }
-    }
-
-    #[inline(always)]
-    fn store(self, x: __m256, out: &mut [f32; PANEL], part: usize) {
-        // SAFETY: as in `splat`.
-        unsafe { store(x, &mut out.as_chunks_mut().0[part]) }
-    }
-
-    #[inline(always)]
-    fn store_f16(self, x: __m256, out: &mut [f16; PANEL], part: usize) {
-        let out = &mut out.as_chunks_mut::<LANES>().0[part];
-        // SAFETY: as in `splat`. The reference is to 16 writable bytes, and the store needs no alignment.
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: as in `splat`.
-        unsafe { _mm256_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        // SAFETY: as in `splat`.
-        unsafe { _mm256_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, x: &T) {
-        prefetch(x);
-    }
+x86_vector! {
+    Avx2: 16 registers __m256 of LANES;
+    floats: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps, _mm256_fmadd_ps, _mm256_castsi256_ps;
+    halves: _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph;
+    integers: _mm_loadl_epi64, _mm256_cvtepu16_epi32, _mm256_slli_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps;
 }
 
 /// Prefetches the cache line in which `x` begins.
@@ -134,22 +97,6 @@ pub(super) fn load_table(table: &[i8; 16]) -> __m256i {
 pub(super) fn load_f16(x: &[f16; LANES]) -> __m256 {
     // SAFETY: the reference is to 16 readable bytes, and the load needs no alignment.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(x.as_ptr().cast()) })
-}
-
-/// Stores a side of a panel. The last panel of a matrix may have fewer than 16 rows: `out` has only those.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn store_side(x: __m256, side: usize, out: &mut [f32]) {
-    let first = (side * LANES).min(out.len());
-    let out = &mut out[first..];
-    match out.first_chunk_mut() {
-        Some(out) => store(x, out),
-        None => {
-            let mut lanes = [0.0; LANES];
-            store(x, &mut lanes);
-            out.copy_from_slice(&lanes[..out.len()]);
-        }
-    }
 }
 
 #[inline]

@@ -308,11 +308,8 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
     table: __m512i,
     acc: &mut [[__m512; P]; R],
 ) {
-    // All cut to the same length once, so that the loops below need no bounds checks.
     let n = blocks.len();
-    let (codes, scales) = (&x.codes[blocks.clone()][..n], &x.scales[blocks.clone()][..n]);
-    let (zeros, sums) = (&x.zeros[blocks.clone()][..n], &x.sums[blocks.clone()][..n]);
-    let (half_zeros, half_sums) = (&x.half_zeros[blocks.clone()][..n], &x.half_sums[blocks][..n]);
+    let Tile { codes, scales, zeros, sums, half_zeros, half_sums } = x.blocks(blocks);
     if GROUP <= BLOCK {
         let halves = BLOCK / GROUP;
         for b in 0..n {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::kernels::avx2;
+use crate::kernels::avx2::x86_vector;
 use crate::kernels::generic::vector::Vector;
 use crate::quant::packed::{CacheLine, PANEL};
 
@@ -22,87 +22,17 @@ impl Avx512 {
     }
 }
 
-impl Vector for Avx512 {
-    type Register = __m512;
-    type Panel = [__m512; 1];
-
-    const PARTS: usize = 1;
-    const CAPACITY: usize = 32;
-
-    #[inline(always)]
-    fn zeros(self) -> Self::Panel {
-        [self.splat(0.0)]
-    }
-
-    #[inline(always)]
-    fn splat(self, x: f32) -> __m512 {
-        // SAFETY: `self` exists, so the CPU has every feature that the intrinsic needs.
-        unsafe { _mm512_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    fn load(self, x: &[f32; PANEL], _: usize) -> __m512 {
-        // SAFETY: as in `splat`. The reference is to 64 readable bytes, and the load needs no alignment.
-        unsafe { _mm512_loadu_ps(x.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn load_f16(self, x: &[f16; PANEL], _: usize) -> __m512 {
-        // SAFETY: as in `splat`.
-        unsafe { load_f16(x) }
-    }
-
-    #[inline(always)]
-    fn load_bf16(self, x: &[bf16; PANEL], _: usize) -> __m512 {
-        // SAFETY: as in `splat`. The reference is to 32 readable bytes, the upper halves of F32; the load needs no alignment.
-        unsafe {
-            let bits = _mm256_loadu_si256(x.as_ptr().cast());
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+x86_vector! {
+    Avx512: 32 registers __m512 of PANEL;
+    floats: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps, _mm512_fmadd_ps, _mm512_castsi512_ps;
+    halves: _mm256_loadu_si256, _mm256_storeu_si256, _mm512_cvtph_ps, _mm512_cvtps_ph;
+    integers: _mm_loadu_si128, _mm512_cvtepu16_epi32, _mm512_slli_epi32, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps;
+    also {
+        #[inline(always)]
+        fn store_panel(self, x: Self::Panel, out: &mut [f32]) {
+            // SAFETY: as in `splat`.
+            unsafe { store(x[0], out) }
         }
-    }
-
-    #[inline(always)]
-    fn load_i8(self, x: &[i8; PANEL], _: usize) -> __m512 {
-        // SAFETY: as in `splat`. The reference is to 16 readable bytes, and the load needs no alignment.
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
-    }
-
-    #[inline(always)]
-    fn store(self, x: __m512, out: &mut [f32; PANEL], _: usize) {
-        // SAFETY: as in `splat`. The reference is to 64 writable bytes, and the store needs no alignment.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
-    }
-
-    #[inline(always)]
-    fn store_f16(self, x: __m512, out: &mut [f16; PANEL], _: usize) {
-        // SAFETY: as in `splat`. The reference is to 32 writable bytes, and the store needs no alignment.
-        unsafe {
-            let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
-        }
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: as in `splat`.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: as in `splat`.
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, x: &T) {
-        avx2::prefetch(x);
-    }
-
-    #[inline(always)]
-    fn store_panel(self, x: Self::Panel, out: &mut [f32]) {
-        // SAFETY: as in `splat`.
-        unsafe { store(x[0], out) }
     }
 }
 

@@ -41,6 +41,13 @@ unsafe fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut C
     with_adder(unsafe { AvxVnni::new() }, w, panels, x, out);
 }
 
+impl From<AvxVnni> for Avx2 {
+    #[inline(always)]
+    fn from(set: AvxVnni) -> Avx2 {
+        set.0
+    }
+}
+
 impl Adder for AvxVnni {
     const UNSIGNED: bool = true;
 

@@ -6,46 +6,29 @@
 use std::ops::Range;
 
 use super::vector::{Number, Vector, add_products, rows};
-use crate::kernels::kv::{KvSlice, PAGE};
+use crate::kernels::kv::{KvSlice, PAGE, ScoreInputs, WeightedValues};
 use crate::quant::packed::PANEL;
 
 /// Panels in a page.
 const PANELS: usize = PAGE / PANEL;
 
 #[inline(always)]
-pub(in crate::kernels) fn scores<V: Vector>(
-    v: V,
-    queries: &[f32],
-    head_dim: usize,
-    keys: KvSlice<'_>,
-    scales: &[f32; PAGE],
-    scores: &mut [f32],
-    stride: usize,
-) {
-    let n = queries.len() / head_dim.max(1);
-    let scales = scales.as_chunks().0;
-    match keys {
-        KvSlice::F32(keys) => over_tiles(&mut Scores { v, queries, head_dim, keys, scales, scores, stride }, n),
-        KvSlice::F16(keys) => over_tiles(&mut Scores { v, queries, head_dim, keys, scales, scores, stride }, n),
-        KvSlice::Int8(keys) => over_tiles(&mut Scores { v, queries, head_dim, keys, scales, scores, stride }, n),
+pub(in crate::kernels) fn scores<V: Vector>(v: V, inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
+    let n = inputs.queries.len() / inputs.head_dim.max(1);
+    match inputs.keys {
+        KvSlice::F32(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
+        KvSlice::F16(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
+        KvSlice::Int8(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
     }
 }
 
 #[inline(always)]
-pub(in crate::kernels) fn weighted_sum<V: Vector>(
-    v: V,
-    weights: &[f32],
-    stride: usize,
-    ranges: &[Range<usize>],
-    values: KvSlice<'_>,
-    width: usize,
-    out: &mut [f32],
-) {
-    let n = ranges.len();
-    match values {
-        KvSlice::F32(values) => over_tiles(&mut Sums { v, weights, stride, ranges, values, width, out }, n),
-        KvSlice::F16(values) => over_tiles(&mut Sums { v, weights, stride, ranges, values, width, out }, n),
-        KvSlice::Int8(values) => over_tiles(&mut Sums { v, weights, stride, ranges, values, width, out }, n),
+pub(in crate::kernels) fn weighted_sum<V: Vector>(v: V, inputs: WeightedValues<'_>, out: &mut [f32]) {
+    let n = inputs.ranges.len();
+    match inputs.values {
+        KvSlice::F32(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
+        KvSlice::F16(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
+        KvSlice::Int8(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
     }
 }
 
@@ -82,13 +65,9 @@ fn over_tiles<T: Tiles>(work: &mut T, n: usize) {
 /// Dot products of queries and the keys of a page.
 struct Scores<'a, V, T> {
     v: V,
-    /// `(n, head_dim)`
-    queries: &'a [f32],
-    head_dim: usize,
-    /// `(PANELS, head_dim, PANEL)`
+    inputs: ScoreInputs<'a>,
+    /// The keys, by type: `(PANELS, head_dim, PANEL)`.
     keys: &'a [T],
-    /// `(PANELS, PANEL)`
-    scales: &'a [[f32; PANEL]],
     /// `(n, stride)`
     scores: &'a mut [f32],
     stride: usize,
@@ -99,9 +78,10 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
 
     #[inline(always)]
     fn tile<const Q: usize, const P: usize>(&mut self, first: usize) -> usize {
-        let (v, head_dim) = (self.v, self.head_dim);
-        let queries: [&[f32]; Q] = rows(&self.queries[first * head_dim..], head_dim, head_dim);
+        let (v, head_dim) = (self.v, self.inputs.head_dim);
+        let queries: [&[f32]; Q] = rows(&self.inputs.queries[first * head_dim..], head_dim, head_dim);
         let keys: &[[T; PANEL]] = self.keys.as_chunks().0;
+        let scales: &[[f32; PANEL]] = self.inputs.scales.as_chunks().0;
         for panel in (0..PANELS).step_by(P) {
             let keys: [&[[T; PANEL]]; P] = rows(&keys[panel * head_dim..], head_dim, head_dim);
             let mut sums = [[v.zeros(); P]; Q];
@@ -115,7 +95,7 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
                 let scores: &mut [[f32; PANEL]] = self.scores[(first + q) * self.stride..][..PAGE].as_chunks_mut().0;
                 for p in 0..P {
                     for part in 0..V::PARTS {
-                        let score = v.mul(sums[q][p][part], v.load(&self.scales[panel + p], part));
+                        let score = v.mul(sums[q][p][part], v.load(&scales[panel + p], part));
                         v.store(score, &mut scores[panel + p], part);
                     }
                 }
@@ -128,14 +108,9 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
 /// Sums of a page's values, weighted per query.
 struct Sums<'a, V, T> {
     v: V,
-    /// `(n, stride)`
-    weights: &'a [f32],
-    stride: usize,
-    /// The positions that each query sees.
-    ranges: &'a [Range<usize>],
-    /// `(PAGE, width)`
+    inputs: WeightedValues<'a>,
+    /// The values, by type: `(PAGE, width)`.
     values: &'a [T],
-    width: usize,
     /// `(n, width)`
     out: &'a mut [f32],
 }
@@ -146,7 +121,7 @@ impl<V: Vector, T: Number> Tiles for Sums<'_, V, T> {
     /// Sums the positions that all `Q` queries see together, and those before and after one query at a time.
     #[inline(always)]
     fn tile<const Q: usize, const P: usize>(&mut self, first: usize) -> usize {
-        let ranges = &self.ranges[first..first + Q];
+        let ranges = &self.inputs.ranges[first..first + Q];
         let common = common(ranges);
         for (q, range) in ranges.iter().enumerate() {
             self.columns::<1, 4>(first + q, range.start..common.start.min(range.end));
@@ -167,8 +142,8 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
             return;
         }
         let mut column = 0;
-        while column < self.width {
-            column += match self.width - column {
+        while column < self.inputs.width {
+            column += match self.inputs.width - column {
                 left if left >= P * PANEL => self.sum::<Q, P>(first, positions.clone(), column),
                 left if P > 2 && left >= 2 * PANEL => self.sum::<Q, 2>(first, positions.clone(), column),
                 _ => self.sum::<Q, 1>(first, positions.clone(), column),
@@ -179,9 +154,10 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
     /// Does so for the `P` panels from `column` on, and returns their number of columns.
     #[inline(always)]
     fn sum<const Q: usize, const P: usize>(&mut self, first: usize, positions: Range<usize>, column: usize) -> usize {
-        let (v, width) = (self.v, self.width);
-        let start = first * self.stride + positions.start;
-        let weights: [&[f32]; Q] = rows(&self.weights[start..], self.stride, positions.len());
+        let (v, width) = (self.v, self.inputs.width);
+        let WeightedValues { weights, stride, .. } = self.inputs;
+        let start = first * stride + positions.start;
+        let weights: [&[f32]; Q] = rows(&weights[start..], stride, positions.len());
         let mut sums = [[v.zeros(); P]; Q];
         for q in 0..Q {
             let out: &[[f32; PANEL]] = self.out[(first + q) * width + column..][..P * PANEL].as_chunks().0;

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use crate::kernels::activations::{Activations, MAX_TILE_ROWS};
-use crate::quant::packed::{CacheLine, Code, Layout, Packed, Panel};
+use super::vector::Vector;
+use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
+use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// [`Code::Int4`] as a constant parameter.
@@ -19,7 +20,6 @@ const CACHE_BYTES: usize = 256 << 10;
 /// The operands of an integer product, for the instruction set `S`.
 pub(in crate::kernels) struct Product<'a, 'c, S> {
     /// Proof that the CPU has the instructions.
-    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON needs only its existence"))]
     pub(in crate::kernels) set: S,
     pub(in crate::kernels) w: &'a Packed,
     pub(in crate::kernels) panels: Range<usize>,
@@ -100,8 +100,35 @@ pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROU
     /// The values of [`TABLE4`].
     pub(in crate::kernels) table: [i8; 16],
     /// The panel's codes and those after it, to be prefetched by the first tile.
-    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "NEON does not prefetch"))]
     pub(in crate::kernels) prefetched: &'b [CacheLine],
+}
+
+impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, S, CODE, GROUP, MIN> {
+    /// Computes the tile of `R` rows at `row`, `ROWS` rows and `T` registers of the panel at a time, as registers are few.
+    ///
+    /// `strip` returns the sums of the rows from its first number on and the registers from its second number on. It is
+    /// given the lines that it should prefetch.
+    #[inline(always)]
+    pub(in crate::kernels) fn by_strips<V: Vector, const R: usize, const ROWS: usize, const T: usize>(
+        &mut self,
+        v: V,
+        row: usize,
+        strip: impl Fn(&Self, &Tile<'_, R>, usize, usize, &[CacheLine]) -> [[V::Register; T]; ROWS],
+    ) {
+        let x = self.product.x.tile::<R>(row);
+        let gain = v.splat(self.product.w.output_scale());
+        for part in (0..V::PARTS).step_by(T) {
+            for first in (0..R).step_by(ROWS) {
+                let prefetched = if row == 0 && first == 0 && part == 0 { self.prefetched } else { &[] };
+                let sums = strip(self, &x, first, part, prefetched);
+                let out = &mut *self.product.out;
+                for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
+                    let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
+                    (0..T).for_each(|t| v.store_part(v.mul(sums[t], gain), part + t, out));
+                }
+            }
+        }
+    }
 }
 
 impl<S: ByPanel, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile

@@ -56,7 +56,83 @@ pub(in crate::kernels) trait Vector: Copy {
             out.copy_from_slice(&lanes[..out.len()]);
         }
     }
+
+    /// Stores part `part` of a panel, as far as `out`, which begins with the panel, holds it.
+    #[inline(always)]
+    fn store_part(self, x: Self::Register, part: usize, out: &mut [f32]) {
+        if let Some(out) = out.first_chunk_mut() {
+            return self.store(x, out, part);
+        }
+        let mut lanes = [0.0; PANEL];
+        self.store(x, &mut lanes, part);
+        let [first, end] = [part, part + 1].map(|part| (part * (PANEL / Self::PARTS)).min(out.len()));
+        out[first..end].copy_from_slice(&lanes[first..end]);
+    }
 }
+
+/// Implements [`Vector`] for the type that proves an instruction set: an expression of intrinsics for each method.
+///
+/// In the expressions, panels are references to the lanes of one register. They are unsafe code: they may use what the
+/// existence of the type allows, and touch no memory except for what these references are to.
+macro_rules! vector {
+    (
+        $set:ident: $registers:literal registers $register:ident of $lanes:ident;
+        splat($x:ident) = $splat:expr;
+        $(load $load:ident($from:ident: $loaded:ident) = $load_body:expr;)*
+        $(store $store:ident($stored:ident, $to:ident: $target:ident) = $store_body:expr;)*
+        $(compute $compute:ident($($operand:ident),*) = $compute_body:expr;)*
+        $(also { $($other:item)* })?
+    ) => {
+        #[allow(clippy::macro_metavars_in_unsafe, reason = "the expressions are intrinsics, under the contract above")]
+        impl Vector for $set {
+            type Register = $register;
+            type Panel = [$register; PANEL / $lanes];
+
+            const PARTS: usize = PANEL / $lanes;
+            const CAPACITY: usize = $registers / Self::PARTS;
+
+            #[inline(always)]
+            fn zeros(self) -> Self::Panel {
+                [self.splat(0.0); Self::PARTS]
+            }
+
+            #[inline(always)]
+            fn splat(self, $x: f32) -> $register {
+                // SAFETY: `self` exists, so the CPU has every feature that the intrinsics need.
+                unsafe { $splat }
+            }
+
+            $(
+                #[inline(always)]
+                fn $load(self, panel: &[$loaded; PANEL], part: usize) -> $register {
+                    let $from = &panel.as_chunks::<$lanes>().0[part];
+                    // SAFETY: as in `splat`. The reference is to the numbers of a register, and loads need no alignment.
+                    unsafe { $load_body }
+                }
+            )*
+
+            $(
+                #[inline(always)]
+                fn $store(self, $stored: $register, panel: &mut [$target; PANEL], part: usize) {
+                    let $to = &mut panel.as_chunks_mut::<$lanes>().0[part];
+                    // SAFETY: as in `splat`. The reference is to the numbers of a register, and stores need no alignment.
+                    unsafe { $store_body }
+                }
+            )*
+
+            $(
+                #[inline(always)]
+                fn $compute(self, $($operand: $register),*) -> $register {
+                    // SAFETY: as in `splat`.
+                    unsafe { $compute_body }
+                }
+            )*
+
+            $($($other)*)?
+        }
+    };
+}
+pub(in crate::kernels) use vector;
 
 /// A type of number that a [`Vector`] loads as F32.
 pub(super) trait Number: Pod {

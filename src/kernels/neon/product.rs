@@ -16,10 +16,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::vector::{Four, Neon, QUARTERS, load, load_f16, load_i8, store_quarter};
+use super::vector::{Four, Neon, QUARTERS, load, load_f16, load_i8};
 use crate::kernels::activations::{Activations, Tile};
 use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
-use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
+use crate::quant::packed::{BLOCK, CacheLine, Packed};
 use crate::threads::Columns;
 
 #[target_feature(enable = "neon,dotprod")]
@@ -47,20 +47,9 @@ impl ByPanel for Neon {
 }
 
 impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN> {
-    /// The tile of `R` rows at `row`, `S` rows and `T` quarters at a time, which fill the registers.
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        let (x, rows, output_scale) =
-            (self.product.x.tile::<R>(row), self.product.x.rows(), self.product.w.output_scale());
-        for quarter in (0..QUARTERS).step_by(T) {
-            for first in (0..R).step_by(S) {
-                let sums = self.strip::<R, S, T>(&x, first, quarter);
-                for (sums, row) in sums.into_iter().zip(row + first..rows) {
-                    let out = &mut self.product.out.row_mut(row)[self.p * PANEL..];
-                    (0..T).for_each(|t| store_quarter(vmulq_n_f32(sums[t], output_scale), quarter + t, out));
-                }
-            }
-        }
+        self.by_strips(self.product.set, row, |panel, x, first, quarter, _| panel.strip::<R, S, T>(x, first, quarter));
     }
 
     /// `S` rows of a tile, from `first` on, times `T` quarters of the panel, from `quarter` on.
@@ -75,10 +64,8 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
         let (blocks, table) = (x.codes.len(), load_i8(&self.table));
         // A block has one or two groups, or a group one or several blocks.
         let (halves, run) = (BLOCK.div_ceil(GROUP), GROUP.div_ceil(BLOCK));
-        // All cut to the same length once, so that the loop below needs no bounds checks.
-        let codes: &[[[[i8; BLOCK / 2]; 2]; R]] = &bytemuck::cast_slice(x.codes)[..blocks];
-        let (x_scales, zeros, sums) = (&x.scales[..blocks], &x.zeros[..blocks], &x.sums[..blocks]);
-        let (half_zeros, half_sums) = (&x.half_zeros[..blocks], &x.half_sums[..blocks]);
+        let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
+        let codes: &[[[[i8; BLOCK / 2]; 2]; R]] = &bytemuck::cast_slice(codes)[..blocks];
         let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..(blocks * halves).div_ceil(run)];
         let mins: &[Four<f16>] = if MIN { &bytemuck::cast_slice(self.panel.mins)[..scales.len()] } else { scales };
         let mut acc = [[vdupq_n_f32(0.0); T]; S];

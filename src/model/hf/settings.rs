@@ -22,8 +22,8 @@ pub(super) struct Settings {
     defaults: Defaults,
 }
 
-/// Defaults of transformers: keys, and their values as JSON.
-pub(super) type Defaults = &'static [(&'static str, &'static str)];
+/// Defaults of transformers, in lists that families share: keys, and their values as JSON.
+pub(super) type Defaults = &'static [&'static [(&'static str, &'static str)]];
 
 impl Settings {
     /// Reads the file at `path`. `text_config`, in multimodal models, takes precedence.
@@ -56,7 +56,7 @@ impl Settings {
     /// The first of `keys` that has a value, and the value: in the file, otherwise among the defaults.
     pub(super) fn find<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, Value)> {
         let default = |key: &&'k str| {
-            let default = self.defaults.iter().find(|default| default.0 == *key)?.1;
+            let default = self.defaults.iter().copied().flatten().find(|default| default.0 == *key)?.1;
             // A key that the file sets to null has no default.
             if self.values.contains_key(*key) { None } else { serde_json::from_str(default).ok() }
         };

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::kernels::{Kernel, KvSlice, PAGE, Softmax, SoftmaxMut};
+use crate::kernels::{Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
 use crate::model::buffer::Buffer;
 use crate::model::state::cache::PageHead;
 use crate::model::state::session::Session;
@@ -185,7 +185,11 @@ impl CacheAttention<'_> {
             }
             let keys = widened(kernel, keys, PAGE * dim, to - from, &mut work.wide);
             let scores = &mut all_scores[from * SEGMENT + at..];
-            kernel.scores(&work.queries[from * dim..to * dim], dim, keys, &factors, scores, SEGMENT);
+            kernel.scores(
+                ScoreInputs { queries: &work.queries[from * dim..to * dim], head_dim: dim, keys, scales: &factors },
+                scores,
+                SEGMENT,
+            );
         }
         let (values, maxima) = part.split_at_mut(n * width);
         let (maxima, sums) = maxima.split_at_mut(n);
@@ -215,7 +219,10 @@ impl CacheAttention<'_> {
             }
             let stored = widened(kernel, stored, PAGE * width, to - from, &mut work.wide);
             let out = &mut values[from * width..to * width];
-            kernel.weighted_sum(weights, SEGMENT, &work.ranges, stored, width, out);
+            kernel.weighted_sum(
+                WeightedValues { weights, stride: SEGMENT, ranges: &work.ranges, values: stored, width },
+                out,
+            );
         }
     }
 

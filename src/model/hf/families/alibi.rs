@@ -1,8 +1,8 @@
 //! Families with ALiBi (Press et al. 2021, arXiv 2108.12409), or whose first models had it.
 
-use super::family::{ActivationSource, BASE, HfFamily, Rotation};
+use super::family::{ActivationSource, HfFamily, Rotation};
+use super::gpt::GPT2;
 use crate::error::Result;
-use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::settings::Settings;
 use Need::{Always, If, IfSo, Optional};
@@ -15,15 +15,13 @@ const MAX_BIAS: f32 = 8.0;
 pub(super) const BLOOM: HfFamily = HfFamily {
     model_types: &["bloom"],
     architecture: "bloom",
-    defaults: &[("layer_norm_epsilon", "1e-5"), ("seq_length", "2048"), ("tie_word_embeddings", "true")],
-    bases: &["transformer.", ""],
+    defaults: &[&[("layer_norm_epsilon", "1e-5"), ("seq_length", "2048"), ("tie_word_embeddings", "true")]],
     outside: &[&[
         tensor("token_embd", "~word_embeddings"),
         tensor("token_embd_norm", "~word_embeddings_layernorm").bias(Always),
         tensor("output_norm", "~ln_f").bias(Always),
         tensor("output", "lm_head").when(Need::Untied),
     ]],
-    layers: "~h.",
     layer: &[&[
         tensor("attn_norm", "input_layernorm").bias(Always),
         tensor("attn_qkv", "self_attention.query_key_value").by(Ungroup).bias(Always),
@@ -32,9 +30,7 @@ pub(super) const BLOOM: HfFamily = HfFamily {
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(Always),
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(Always),
     ]],
-    norm: NormKind::Layer,
     activation: ActivationSource::Is("gelu_tanh"),
-    rotation: Rotation::None,
     adjust: |_, sizes| {
         (sizes.kv_heads, sizes.ffn) = (sizes.heads, 4 * sizes.hidden);
         Ok(())
@@ -43,26 +39,24 @@ pub(super) const BLOOM: HfFamily = HfFamily {
         keys.set("attention.max_alibi_bias", MAX_BIAS);
         keys.require("apply_residual_connection_post_layernorm", false)
     },
-    ..BASE
+    ..GPT2
 };
 
 /// Almazrouei et al. 2023, arXiv 2311.16867. The RW models have ALiBi.
 pub(super) const FALCON: HfFamily = HfFamily {
     model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
     architecture: "falcon",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_epsilon", "1e-5"),
         ("activation", "\"gelu\""),
         ("max_position_embeddings", "2048"),
         ("tie_word_embeddings", "true"),
-    ],
-    bases: &["transformer.", ""],
+    ]],
     outside: &[&[
         tensor("token_embd", "~word_embeddings"),
         tensor("output_norm", "~ln_f").bias(Always),
         tensor("output", "lm_head").when(Need::Untied),
     ]],
-    layers: "~h.",
     layer: &[&[
         tensor("attn_norm", "input_layernorm").both(IfSo(one_norm)),
         tensor("attn_norm", "ln_mlp").both(IfSo(two_norms)),
@@ -73,7 +67,6 @@ pub(super) const FALCON: HfFamily = HfFamily {
         tensor("ffn_up", "mlp.dense_h_to_4h").bias(If("bias")),
         tensor("ffn_down", "mlp.dense_4h_to_h").bias(If("bias")),
     ]],
-    norm: NormKind::Layer,
     activation: ActivationSource::Under(&["activation"]),
     rotation: Rotation::Unless("alibi"),
     adjust: |settings, sizes| {
@@ -98,7 +91,7 @@ pub(super) const FALCON: HfFamily = HfFamily {
         }
         Ok(())
     },
-    ..BASE
+    ..GPT2
 };
 
 fn serial(settings: &Settings) -> Result<bool> {
@@ -124,8 +117,7 @@ fn one_norm(settings: &Settings) -> Result<bool> {
 pub(super) const MPT: HfFamily = HfFamily {
     model_types: &["mpt"],
     architecture: "mpt",
-    defaults: &[("layer_norm_epsilon", "1e-5"), ("max_seq_len", "2048"), ("tie_word_embeddings", "true")],
-    bases: &["transformer.", ""],
+    defaults: &[&[("layer_norm_epsilon", "1e-5"), ("max_seq_len", "2048"), ("tie_word_embeddings", "true")]],
     outside: &[&[
         tensor("token_embd", "~wte"),
         tensor("position_embd", "~wpe").when(Optional),
@@ -141,9 +133,7 @@ pub(super) const MPT: HfFamily = HfFamily {
         tensor("ffn_up", "ffn.up_proj").bias(Optional),
         tensor("ffn_down", "ffn.down_proj").bias(Optional),
     ]],
-    norm: NormKind::Layer,
     activation: ActivationSource::Is("gelu"),
-    rotation: Rotation::None,
     adjust: |settings, sizes| {
         // transformers ignores `expansion_ratio`.
         sizes.ffn = 4 * sizes.hidden;
@@ -177,5 +167,5 @@ pub(super) const MPT: HfFamily = HfFamily {
         keys.set("attention.max_alibi_bias", max_bias);
         Ok(())
     },
-    ..BASE
+    ..GPT2
 };

@@ -1,5 +1,6 @@
 //! The type of a family's entry.
 
+use super::parts::EMBEDDING;
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::Entry;
@@ -70,13 +71,13 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) keys: fn(&mut MetadataWriter<'_>) -> Result<()>,
 }
 
-/// A family without tensors, to start from.
+/// What most families have in common, without the tensors of layers.
 pub(super) const BASE: HfFamily = HfFamily {
     model_types: &[],
     architecture: "",
     defaults: &[],
     bases: &["model.", ""],
-    outside: &[],
+    outside: &[EMBEDDING],
     layers: "~layers.",
     layer: &[],
     ignored: &[],

@@ -12,7 +12,7 @@ use Transform::{AddOne, Copy};
 pub(super) const GEMMA: HfFamily = HfFamily {
     model_types: &["gemma"],
     architecture: "gemma",
-    defaults: &[("rms_norm_eps", "1e-6"), ("max_position_embeddings", "8192"), ("head_dim", "256")],
+    defaults: &[&[("rms_norm_eps", "1e-6"), ("max_position_embeddings", "8192"), ("head_dim", "256")]],
     outside: &[TIED],
     layer: &[
         &[tensor("attn_norm", "input_layernorm").by(AddOne), tensor("ffn_norm", "post_attention_layernorm").by(AddOne)],
@@ -38,7 +38,7 @@ const FOUR_NORMS: &[Entry] = &[
 pub(super) const GEMMA2: HfFamily = HfFamily {
     model_types: &["gemma2"],
     architecture: "gemma2",
-    defaults: &[
+    defaults: &[&[
         ("rms_norm_eps", "1e-6"),
         ("max_position_embeddings", "8192"),
         ("head_dim", "256"),
@@ -48,7 +48,7 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
         ("final_logit_softcapping", "30.0"),
         ("sliding_window", "4096"),
         ("sliding_window_pattern", "2"),
-    ],
+    ]],
     layer: &[FOUR_NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern"]),
@@ -69,7 +69,7 @@ pub(super) const GEMMA3: HfFamily = HfFamily {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",
     // The files of the larger models have few sizes.
-    defaults: &[
+    defaults: &[&[
         ("vocab_size", "262208"),
         ("rms_norm_eps", "1e-6"),
         ("max_position_embeddings", "131072"),
@@ -82,7 +82,7 @@ pub(super) const GEMMA3: HfFamily = HfFamily {
         ("rope_local_base_freq", "1e4"),
         ("sliding_window", "4096"),
         ("sliding_window_pattern", "6"),
-    ],
+    ]],
     bases: &["language_model.model.", "model.language_model.", "model.", ""],
     layer: &[
         FOUR_NORMS,

@@ -1,7 +1,7 @@
 //! GPT-2 and the families that resemble it: LayerNorm with biases, and a feed-forward layer without a gate.
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING_WITH_BIAS, attention, four_times};
+use super::parts::{EMBEDDING_WITH_BIAS, attention, four_times, parallel_residual};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -13,12 +13,12 @@ use Transform::{Copy, Skip, Transpose, Ungroup};
 pub(super) const GPT2: HfFamily = HfFamily {
     model_types: &["gpt2"],
     architecture: "gpt2",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_epsilon", "1e-5"),
         ("activation_function", "\"gelu_new\""),
         ("n_positions", "1024"),
         ("tie_word_embeddings", "true"),
-    ],
+    ]],
     bases: &["transformer.", ""],
     outside: &[OUTSIDE],
     layers: "~h.",
@@ -57,13 +57,13 @@ const fn layer(qkv: Transform, rest: Transform) -> [Entry; 6] {
 pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
     model_types: &["gpt_bigcode"],
     architecture: "starcoder",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_epsilon", "1e-5"),
         ("activation_function", "\"gelu_pytorch_tanh\""),
         ("n_positions", "1024"),
         ("tie_word_embeddings", "true"),
         ("multi_query", "true"),
-    ],
+    ]],
     layer: &[&layer(Ungroup, Copy)],
     adjust: |settings, sizes| {
         sizes.kv_heads = if settings.switch("multi_query", true)? { 1 } else { sizes.heads };
@@ -76,12 +76,12 @@ pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
 pub(super) const GPTJ: HfFamily = HfFamily {
     model_types: &["gptj"],
     architecture: "gptj",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_epsilon", "1e-5"),
         ("activation_function", "\"gelu_new\""),
         ("n_positions", "2048"),
         ("rotary_dim", "64"),
-    ],
+    ]],
     outside: &[&[
         tensor("token_embd", "~wte"),
         tensor("output_norm", "~ln_f").bias(Always),
@@ -105,13 +105,13 @@ pub(super) const GPTJ: HfFamily = HfFamily {
 pub(super) const GPT_NEOX: HfFamily = HfFamily {
     model_types: &["gpt_neox"],
     architecture: "gptneox",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_eps", "1e-5"),
         ("hidden_act", "\"gelu\""),
         ("max_position_embeddings", "2048"),
         ("rotary_pct", "0.25"),
         ("attention_bias", "true"),
-    ],
+    ]],
     bases: &["gpt_neox.", ""],
     outside: &[&[
         tensor("token_embd", "~embed_in"),
@@ -129,11 +129,7 @@ pub(super) const GPT_NEOX: HfFamily = HfFamily {
     ]],
     activation: ActivationSource::Under(&["hidden_act"]),
     rotation: Rotation::Part,
-    keys: |keys| {
-        let parallel = keys.settings.switch("use_parallel_residual", true)?;
-        keys.set("use_parallel_residual", parallel);
-        Ok(())
-    },
+    keys: |keys| parallel_residual(keys, true),
     ..GPT2
 };
 
@@ -141,14 +137,14 @@ pub(super) const GPT_NEOX: HfFamily = HfFamily {
 pub(super) const OPT: HfFamily = HfFamily {
     model_types: &["opt"],
     architecture: "opt",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_eps", "1e-5"),
         ("activation_function", "\"relu\""),
         ("max_position_embeddings", "2048"),
         ("tie_word_embeddings", "true"),
         ("enable_bias", "true"),
         ("do_layer_norm_before", "true"),
-    ],
+    ]],
     bases: &["model.decoder.", "decoder.", ""],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
@@ -195,13 +191,13 @@ fn has_last_norm(settings: &Settings) -> Result<bool> {
 pub(super) const STARCODER2: HfFamily = HfFamily {
     model_types: &["starcoder2"],
     architecture: "starcoder2",
-    defaults: &[
+    defaults: &[&[
         ("norm_epsilon", "1e-5"),
         ("hidden_act", "\"gelu_pytorch_tanh\""),
         ("max_position_embeddings", "4096"),
         ("tie_word_embeddings", "true"),
         ("use_bias", "true"),
-    ],
+    ]],
     outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[

@@ -1,7 +1,7 @@
 //! Llama and its closest relatives.
 
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING, EMBEDDING_WITH_BIAS, NORMS, attention, gated};
+use super::parts::{EMBEDDING_WITH_BIAS, NORMS, attention, gated, parallel_residual};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -12,8 +12,7 @@ use Transform::{Copy, PairNeighbors, Stack};
 pub(super) const LLAMA: HfFamily = HfFamily {
     model_types: &["llama"],
     architecture: "llama",
-    defaults: &[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
-    outside: &[EMBEDDING],
+    defaults: &[&[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")]],
     layer: &[
         NORMS,
         &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
@@ -25,13 +24,13 @@ pub(super) const LLAMA: HfFamily = HfFamily {
 /// Jiang et al. 2023, arXiv 2310.06825.
 pub(super) const MISTRAL: HfFamily = HfFamily {
     model_types: &["mistral"],
-    defaults: &[
+    defaults: &[&[
         ("rms_norm_eps", "1e-6"),
         ("hidden_act", "\"silu\""),
         ("max_position_embeddings", "131072"),
         ("num_key_value_heads", "8"),
         ("sliding_window", "4096"),
-    ],
+    ]],
     window: WindowRule::Always,
     ..LLAMA
 };
@@ -39,7 +38,7 @@ pub(super) const MISTRAL: HfFamily = HfFamily {
 /// Jiang et al. 2024, arXiv 2401.04088.
 pub(super) const MIXTRAL: HfFamily = HfFamily {
     model_types: &["mixtral"],
-    defaults: &[
+    defaults: &[&[
         ("rms_norm_eps", "1e-5"),
         ("hidden_act", "\"silu\""),
         ("max_position_embeddings", "131072"),
@@ -47,7 +46,7 @@ pub(super) const MIXTRAL: HfFamily = HfFamily {
         ("num_local_experts", "8"),
         ("num_experts_per_tok", "2"),
         ("rope_theta", "1e6"),
-    ],
+    ]],
     layer: &[
         NORMS,
         &attention(PairNeighbors, Never, Never),
@@ -84,7 +83,7 @@ pub(super) const GRANITE: HfFamily = HfFamily {
 pub(super) const SMOLLM3: HfFamily = HfFamily {
     model_types: &["smollm3"],
     architecture: "smollm3",
-    defaults: &[
+    defaults: &[&[
         ("rms_norm_eps", "1e-6"),
         ("hidden_act", "\"silu\""),
         ("max_position_embeddings", "32768"),
@@ -93,7 +92,7 @@ pub(super) const SMOLLM3: HfFamily = HfFamily {
         ("rope_theta", "2e6"),
         ("tie_word_embeddings", "true"),
         ("use_sliding_window", "false"),
-    ],
+    ]],
     window: WindowRule::Listed,
     keys: |keys| {
         let layers = keys.sizes.layers;
@@ -117,7 +116,7 @@ pub(super) const SMOLLM3: HfFamily = HfFamily {
 pub(super) const OLMO2: HfFamily = HfFamily {
     model_types: &["olmo2"],
     architecture: "olmo2",
-    defaults: &[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")],
+    defaults: &[&[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")]],
     layer: &[
         &attention(Copy, If("attention_bias"), If("attention_bias")),
         &[
@@ -135,12 +134,12 @@ pub(super) const OLMO2: HfFamily = HfFamily {
 pub(super) const STABLELM: HfFamily = HfFamily {
     model_types: &["stablelm"],
     architecture: "stablelm",
-    defaults: &[
+    defaults: &[&[
         ("layer_norm_eps", "1e-5"),
         ("hidden_act", "\"silu\""),
         ("max_position_embeddings", "4096"),
         ("partial_rotary_factor", "0.25"),
-    ],
+    ]],
     outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[
@@ -160,10 +159,6 @@ pub(super) const STABLELM: HfFamily = HfFamily {
     ],
     norm: NormKind::Layer,
     rotation: Rotation::Part,
-    keys: |keys| {
-        let parallel = keys.settings.switch("use_parallel_residual", false)?;
-        keys.set("use_parallel_residual", parallel);
-        Ok(())
-    },
+    keys: |keys| parallel_residual(keys, false),
     ..LLAMA
 };

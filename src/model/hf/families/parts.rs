@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::Sizes;
 
@@ -45,6 +46,13 @@ pub(super) const fn gated(need: Need, bias: Need) -> [Entry; 3] {
         tensor("ffn_up", "mlp.up_proj").when(need).bias(bias),
         tensor("ffn_down", "mlp.down_proj").when(need).bias(bias),
     ]
+}
+
+/// Writes whether attention and feed-forward layer share their input, `default` where the configuration does not say it.
+pub(super) fn parallel_residual(keys: &mut MetadataWriter<'_>, default: bool) -> Result<()> {
+    let parallel = keys.settings.switch("use_parallel_residual", default)?;
+    keys.set("use_parallel_residual", parallel);
+    Ok(())
 }
 
 /// Makes the feed-forward layer four times as wide as the model where the configuration has no width.

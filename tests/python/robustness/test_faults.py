@@ -387,7 +387,7 @@ def test_a_signal_stops_loading_and_quantizing_without_leftover_files(
     out.mkdir()
     script = """
         import signal, sys
-        from nybble import LoadOptions, _native
+        from nybble import LoadOptions, QuantizeOptions, _native
         file, out, phase = sys.argv[1:]
         def end(number, frame):
             raise SystemExit(17)
@@ -403,7 +403,8 @@ def test_a_signal_stops_loading_and_quantizing_without_leftover_files(
             elif phase == "convert":
                 _native.convert(file, out + "/model.gguf", "q8_0", progress)
             else:
-                _native.quantize(file, out + "/model.gguf", recipe="rtn", force=True, threads=2, progress=progress)
+                options = QuantizeOptions(recipe="rtn", force=True, threads=2)
+                _native.quantize(file, out + "/model.gguf", options, progress=progress)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(file), str(out), phase]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -473,7 +474,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, tiny_
     # A limit on the size of files stands for a full disk. Python ignores the signal that comes with it.
     script = """
         import resource, sys
-        from nybble import Model, _native
+        from nybble import Model, QuantizeOptions, _native
         model, out, writing = sys.argv[1:]
         loaded = Model.load(model, threads=1)
         session = loaded.session()
@@ -483,7 +484,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, tiny_
             if writing == "convert":
                 _native.convert(model, out, "q8_0")
             elif writing == "quantize":
-                _native.quantize(model, out, recipe="rtn", force=True, threads=1)
+                _native.quantize(model, out, QuantizeOptions(recipe="rtn", force=True, threads=1))
             else:
                 session.save(out)
         except OSError as error:

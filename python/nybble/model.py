@@ -269,7 +269,7 @@ class Model:
         return self.stream(prompt, chosen) if stream else self.generate(prompt, chosen)
 
     def session(self) -> Session:
-        """Returns an empty session: it keeps its KV cache between calls, so no token is computed twice."""
+        """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice."""
         from nybble.session import Session
 
         return Session(self, self._native.session())

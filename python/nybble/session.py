@@ -62,7 +62,7 @@ class Session:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion:
-        """Appends a prompt, generates its completion and appends that, too.
+        """Appends a prompt, generates its completion and appends the completion.
 
         Args:
             prompt: Text or token ids to append. If empty, the model continues the session. Text is tokenized by itself,
@@ -82,9 +82,10 @@ class Session:
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> TextStream:
-        """Generates as `generate` does, piece by piece.
+        """Appends a prompt and generates its completion piece by piece.
 
-        If the stream is abandoned, the session keeps the tokens so far.
+        If the stream is abandoned, the session keeps the tokens so far. Raises as `generate` does; the iterator
+        raises errors of the computation.
         """
         return self._begin(self._extended(prompt), merge(options, overrides))
 

@@ -125,7 +125,7 @@ impl fmt::Debug for Vocabulary {
 fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
     // The first line is the reason; the state of the parser follows.
     let reason = error.to_string();
-    Error::argument(name, reason.lines().next().unwrap_or_default(), "a grammar that can be followed")
+    Error::argument(name, reason.lines().next().unwrap_or_default(), "a grammar that nybble supports")
 }
 
 /// The state of a constraint after the tokens so far.

@@ -215,7 +215,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         """Raises an error for attributes that the sandbox hides. Jinja would continue with an empty string."""
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not for templates")
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed in templates")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Allows `str.format` if the widths in it are small."""
@@ -451,7 +451,7 @@ def _check_method(environment: GuardedEnvironment, owner: Any, name: str, args: 
     if allowed is None:
         return args
     if name not in allowed:
-        raise SecurityError(f"the method {name!r} of {type(owner).__name__} is not for templates")
+        raise SecurityError(f"the method {name!r} of {type(owner).__name__} is not allowed in templates")
     if name in ("center", "ljust", "rjust", "zfill"):
         environment.small(*args)
     elif name == "replace" and len(args) >= 2:

@@ -67,7 +67,7 @@ def speeds(
         lengths: Tokens of the prompts.
         batches: Numbers of sequences.
         generate: Tokens to generate per sequence.
-        rounds: repetitions.
+        rounds: Repetitions.
         advance: Called after each round.
 
     Returns:

@@ -1,7 +1,7 @@
 """Runs nybble on several machines with Ray: `pip install nybble[ray]`.
 
 `generate` completes the rows of a dataset on several workers. Ray replaces a worker that dies and repeats its batch.
-`deployment` makes the server of `nybble serve` an application of Ray Serve with replicas.
+`deployment` turns the server of `nybble serve` into an application of Ray Serve with replicas.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray[Any, Any]]
 
 
 class Worker:
-    """A model in a worker process of Ray, which maps batches of rows. Made by `generate`."""
+    """A model in a worker process of Ray, which maps batches of rows. `generate` creates it."""
 
     def __init__(
         self, source: str | None, load: Mapping[str, Any], options: SamplingOptions, column: str, output: str
@@ -108,7 +108,7 @@ def deployment(
     api_key: str | None = None,
     load: Mapping[str, Any] | None = None,
 ) -> serve.Application:
-    """Makes the server an application of Ray Serve, which distributes requests over replicas.
+    """Turns the server into an application of Ray Serve, which distributes requests over replicas.
 
     Args:
         source: The model, as in `Model.load`.

@@ -31,7 +31,7 @@ def resolve(
             model. An existing path is never looked up on the Hub.
         filename: A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository. The shards
             of a split file count as one.
-        revision: branch, tag or commit of a repository.
+        revision: Branch, tag or commit of a repository.
         only_tokenizer: Download only the tokenizer's files of a repository with a `tokenizer.json`, and return their
             folder.
 

@@ -25,7 +25,7 @@ __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 class Tokenizer:
     """The vocabulary and chat templates of a model.
 
-    `Tokenizer.load` makes one from a model file, a folder or a repository. Threads may share a tokenizer.
+    `Tokenizer.load` reads one from a model file, a folder or a repository. Threads may share a tokenizer.
     """
 
     def __init__(self, parts: _Parts) -> None:
@@ -50,7 +50,7 @@ class Tokenizer:
             source: A GGUF file, with or without weights; a folder with a `tokenizer.json` or a GGUF file; a repository
                 on the Hugging Face Hub (`org/name`); or None for the default model.
             filename: A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository.
-            revision: branch, tag or commit of a repository.
+            revision: Branch, tag or commit of a repository.
             mmap: Map a GGUF file into memory while it is read. False reads it without mapping.
 
         Raises:
@@ -98,7 +98,7 @@ class Tokenizer:
         Args:
             text: Any text. Lone surrogates become U+FFFD.
             add_special: Add the model's start and end tokens if the model was trained with them. A text that already
-                begins with the start token does not get a second one.
+                begins with the start token receives no second one.
             parse_special: Encode special tokens that are spelled out in the text (`<|im_end|>`) as these tokens, which
                 the output of a chat template needs. False encodes them as plain characters, which is safer for
                 untrusted text.

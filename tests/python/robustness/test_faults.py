@@ -473,7 +473,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, tiny_
     (out / "file").write_bytes(b"the old file")
     # A limit on the size of files stands for a full disk. Python ignores the signal that comes with it.
     script = """
-        import sys
+        import resource, sys
         from nybble import Model, _native
         model, out, writing = sys.argv[1:]
         loaded = Model.load(model, threads=1)

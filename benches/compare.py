@@ -39,7 +39,7 @@ class Runtime:
         self.name = name
         command = [python, str(HERE / "peers.py"), name, model, str(threads), str(context)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        # A file, because a pipe that nobody reads blocks its writer when it is full.
+        # A file, because a full pipe would block the process.
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment

@@ -1,4 +1,4 @@
-"""An application of your own around an engine: FastAPI endpoints that stream, and nybble's API next to them.
+"""Build your own application around an engine: FastAPI endpoints that stream, with nybble's API mounted next to them.
 
     NYBBLE_MODEL=model.gguf uvicorn --app-dir examples fastapi_app:app
 

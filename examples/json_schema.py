@@ -14,7 +14,7 @@ from nybble import Model
 
 
 class Review(BaseModel):
-    """What the model fills in."""
+    """The fields that the model fills in."""
 
     sentiment: Literal["positive", "neutral", "negative"]
     stars: int = Field(ge=1, le=5)

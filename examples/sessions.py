@@ -20,12 +20,12 @@ with Model.load(sys.argv[1] if len(sys.argv) > 1 else None) as model, tempfile.T
     session.save(path)
     print(f"saved {len(session)} tokens in {path.stat().st_size / 1e6:.1f} MB")
 
-    # A later process would start here. Nothing of the prompt is computed again.
+    # A later process would start here. No token of the prompt is computed again.
     for continuation in (" Then", " But"):
         branch = model.load_session(path)
         answer = branch.generate(continuation, max_tokens=16, temperature=0)
         print(f"...{continuation}{answer.text} ({answer.usage.cached_tokens} tokens reused)")
 
-    # In one process, forks share the memory of what they have in common.
+    # In one process, forks share the memory of their common tokens.
     fork = session.fork()
     print("..." + fork.generate(" Suddenly", max_tokens=16, temperature=0).text)

@@ -13,7 +13,7 @@ from openai import OpenAI
 
 
 def population(city: str) -> int:
-    """What the tool computes; a real program would look it up."""
+    """Returns the population of a city; a real program would look it up."""
     return {"Paris": 2_100_000, "Rome": 2_750_000}.get(city, 0)
 
 

@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def inspect(wheel: Path) -> list[str]:
-    """Returns what is wrong with the wheel."""
+    """Returns the faults of the wheel."""
     faults = []
     if wheel.stat().st_size > MAX_BYTES:
         faults.append(f"found {wheel.stat().st_size} bytes, expected at most {MAX_BYTES}")

@@ -1,4 +1,4 @@
-"""Makes tests/data/variants: logits that transformers computes for checkpoints of each family in unusual shapes.
+"""Writes tests/data/variants: logits that transformers computes for checkpoints of each family in unusual shapes.
 
     pip install torch transformers==5.23.0
     python scripts/make_variants.py [NAME ...]

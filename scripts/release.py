@@ -34,7 +34,7 @@ def version() -> str:
 
 
 def prepare() -> list[str]:
-    """What has to be done before this commit can be released."""
+    """Returns the reasons why this commit cannot be released yet."""
     wanted = version()
     faults = []
     lock = (ROOT / "Cargo.lock").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def git(*arguments: str) -> str:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the distributions in `folder`. `check_wheel.py` has looked into the wheel."""
+    """Returns the faults of the distributions in `folder`. `check_wheel.py` has checked the contents of the wheel."""
     wanted = version()
     wheels, sources = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
     faults = [

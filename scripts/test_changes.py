@@ -1,6 +1,6 @@
-"""Runs the unit tests of what changed, a part of `make check`: python scripts/test_changes.py [BASE]
+"""Runs the unit tests of changed files, a part of `make check`: python scripts/test_changes.py [BASE]
 
-What changed is what differs from BASE (a commit, HEAD unless given) or is new; with a clean tree, the last commit.
+Changed files differ from BASE (a commit, HEAD by default) or are new; in a clean tree, those of the last commit.
 `make test` runs everything.
 """
 

@@ -31,7 +31,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// Everything that can go wrong, with the data that callers need to handle it.
+/// The errors of the crate, with the data that callers need to handle them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -132,7 +132,7 @@ pub enum Error {
     BadLogits,
 }
 
-/// The end of a message about memory.
+/// The last part of the message of [`Error::OutOfMemory`].
 fn in_cgroup(left: Option<usize>) -> String {
     left.map(|left| format!(", the cgroup has {left} left")).unwrap_or_default()
 }

@@ -1,5 +1,5 @@
-//! The Python module `nybble._native`: converts values, releases the GIL, delegates. It has no logic of its own. The package
-//! `nybble` makes an API of it, and `_native.pyi` describes it to type checkers.
+//! The Python module `nybble._native`: converts values, releases the GIL, delegates. It contains no logic. The package
+//! `nybble` builds its API on it, and `_native.pyi` describes it to type checkers.
 
 mod constraint;
 mod detach;

@@ -138,7 +138,7 @@ impl SentencePiece {
     }
 
     /// The token ids of `text`. With `parse_special`, special tokens in the text (`<s>`) become their ids; otherwise they are
-    /// plain text. User-defined tokens are always recognised.
+    /// plain text. User-defined tokens are always recognized.
     pub fn encode(&self, text: &str, parse_special: bool) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 1);
         let mut rest = text;

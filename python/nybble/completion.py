@@ -10,7 +10,7 @@ Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
 
 Prompts = list[str] | tuple[str, ...]
-"""Several prompts. Not any sequence: to a type checker a string is one, too."""
+"""Several prompts. Not `Sequence[str]`, because type checkers accept a string as one."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a completion ended: see `Completion.finish_reason`."""
@@ -49,7 +49,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of a token in the model's own distribution: before bias, penalties, cuts and temperature."""
+    """The log-probability of a token (natural logarithm) in the model's own distribution.
+
+    Bias, penalties, filters and temperature do not affect it.
+    """
 
     token: int
     text: str

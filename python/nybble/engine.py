@@ -51,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the engine was made, and its state after the latest step."""
+    """Counts since the engine started, and its state after the latest step."""
 
     running: int = 0
     """Requests in the batch."""
@@ -76,14 +76,14 @@ class EngineStats:
     drafted_tokens: int = 0
     """Draft tokens computed."""
     accepted_tokens: int = 0
-    """Draft tokens that were right."""
+    """Draft tokens accepted."""
 
 
 class Request:
-    """A request to an engine. `Engine.submit` makes one; any thread and any event loop may wait for it.
+    """A request to an engine, returned by `Engine.submit`. Any thread and any event loop may wait for it.
 
-    `for piece in request` and `async for piece in request` give its pieces as they are generated. `request.result()`
-    and `await request` give the completion. Leaving an `async for` before its end cancels the request, as cancelling
+    `for piece in request` and `async for piece in request` yield its pieces as they are generated. `request.result()`
+    and `await request` return the completion. Leaving an `async for` before its end cancels the request, as cancelling
     the task does.
     """
 
@@ -439,7 +439,7 @@ class _Loop:
         self._stats = EngineStats()
         self._driver_stats: dict[str, int] = {}
         self._pid = os.getpid()
-        # A daemon, so that a program that forgets its engine ends. Its finalizer stops the thread before Python ends.
+        # A daemon, so that a program can exit without closing its engine. The finalizer stops the thread before that.
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
         self._thread.start()
         _LOOPS.add(self)
@@ -449,7 +449,9 @@ class _Loop:
     def check(self, has_capacity: bool) -> None:
         """Raises unless the engine accepts a request."""
         if self._pid != os.getpid():
-            raise ModelError("the engine was made before this process was forked: make a new one here")
+            raise ModelError(
+                "the engine belongs to the process that this one was forked from: create a new engine here"
+            )
         if self._error is not None:
             raise ModelError(f"the engine has failed: {self._error}") from self._error
         if self._ending is not None:
@@ -572,7 +574,7 @@ class _Loop:
         for request in self._requests:
             request._changed = threading.Condition()
             request._wakers = []
-        self._fail(ModelError("the engine runs in the process from which this one was forked"))
+        self._fail(ModelError("the engine runs in the process that this one was forked from"))
 
 
 _LOOPS: weakref.WeakSet[_Loop] = weakref.WeakSet()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Options of `Engine`. Each may also be given there by name.
+    """Options of `Engine`, which also takes each of them by name.
 
     Example:
         ```python
@@ -28,18 +28,20 @@ class EngineOptions:
     """
 
     max_batch: int = field(default=16, metadata=doc("Requests to compute at the same time."))
-    """Most requests in a batch. Others wait in order of arrival."""
+    """Largest number of requests in a batch. Others wait in order of arrival."""
     max_queue: int | None = field(default=None, metadata=doc("Requests that may wait; more are refused."))
-    """Most requests that may wait; None for no limit. More raise `QueueFullError`."""
-    cache_bytes: int | None = field(default=None, metadata=doc("Bytes of KV cache at most, the prefix cache included."))
-    """Most bytes of KV cache, the prefix cache included.
+    """Largest number of requests that may wait; None for no limit. Beyond it, `submit` raises `QueueFullError`."""
+    cache_bytes: int | None = field(
+        default=None, metadata=doc("Limit of the KV cache in bytes, the prefix cache included.")
+    )
+    """Limit of the KV cache in bytes, the prefix cache included.
 
     None takes half of the memory that is free now, and at least enough for one sequence that fills the context.
     """
     prefix_cache: bool = field(default=True, metadata=doc("Compute the common prefix of prompts once."))
     """Keep keys and values of sequences, so that prompts with a common prefix compute it once."""
-    prefill_chunk: int | None = field(default=None, metadata=doc("Prompt tokens in a step at most."))
-    """Most prompt tokens in a step.
+    prefill_chunk: int | None = field(default=None, metadata=doc("Largest number of prompt tokens in a step."))
+    """Largest number of prompt tokens in a step.
 
     None chooses the number from measurements, so that a step with prompt tokens takes about two and a half times as
     long as one without.

@@ -19,7 +19,7 @@ class ContextFullError(ModelError):
 
     Attributes:
         used: Tokens in the context before the call.
-        requested: Tokens that the call was to add.
+        requested: Tokens that the call would have added.
         context: Tokens that fit in total.
     """
 
@@ -65,8 +65,8 @@ class InternalError(RuntimeError):
     def __str__(self) -> str:
         from importlib.metadata import version
 
-        words = " ".join(str(argument) for argument in self.args)
+        message = " ".join(str(argument) for argument in self.args)
         return (
-            f"{words} - this is a bug in nybble {version('nybble')}: please report it, "
-            "with these words, the lines above and what you called"
+            f"{message} - this is a bug in nybble {version('nybble')}: please report it, "
+            "with this message, the lines above it and the call that failed"
         )

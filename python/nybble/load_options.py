@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options of `Model.load`. Each may also be given there by name.
+    """Options of `Model.load`, which also takes each of them by name.
 
     Example:
         ```python
@@ -33,16 +33,27 @@ class LoadOptions:
     kernel: str | None = field(
         default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
     )
-    """Instruction set to compute with. `kernels()` lists those that this CPU runs; None takes the best."""
+    """Instruction set to compute with. `kernels()` lists those that this CPU runs.
+
+    None takes that of the environment variable `NYBBLE_KERNEL`, or else the best.
+    """
     threads: int | None = field(
         default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
     )
-    """Number of threads. None takes the number of physical cores available to this process."""
+    """Number of threads.
+
+    None takes that of the environment variable `NYBBLE_NUM_THREADS`, or else the number of physical cores available to
+    this process.
+    """
     context: int | None = field(
         default=None,
         metadata=doc("Tokens of context, prompt and completion together; the model's limit if not given."),
     )
-    """Number of tokens in the context, prompt and completion together. None takes the model's training length."""
+    """Number of tokens in the context, prompt and completion together.
+
+    None takes the model's limit, or its original training length if a longer context would change the results of short
+    prompts.
+    """
     quantize: str | None = field(
         default="auto", metadata=doc("Quantize F32, F16 and BF16 weights while loading: auto, int4 or int8.")
     )
@@ -64,14 +75,12 @@ class LoadOptions:
     """
     mmap: bool = field(
         default=True,
-        metadata=doc(
-            "Map files into memory while they load. Without it they are read: safe if a file changes meanwhile."
-        ),
+        metadata=doc("Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."),
     )
     """Map the file into memory while it loads.
 
-    False reads it, which takes its size in memory during that time. Use False when another process may shorten or
-    overwrite the file: with a mapped file that can end this process.
+    False reads it, which takes its size in memory during that time. Use False if another process may shorten or
+    overwrite the file: shortening a mapped file can end this process.
     """
 
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
@@ -96,6 +105,6 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: an override is not an option. The message lists the options.
+        TypeError: An override is not an option. The message lists the options.
     """
     return merged(LoadOptions() if options is None else options, overrides)

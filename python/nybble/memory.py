@@ -14,12 +14,12 @@ _DEFAULT_CACHE_BYTES = 1 << 30
 
 
 def resident_bytes() -> int | None:
-    """Bytes of memory that the process holds, with the pages of mapped files. None where the system does not report it."""
+    """Bytes of memory that the process holds, mapped files included. None if the system does not report it."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The peak of :func:`resident_bytes` so far. None where the system does not report it."""
+    """The peak of :func:`resident_bytes` so far. None if the system does not report it."""
     if (peak := _status("VmHWM")) is not None:  # On Linux, getrusage may report the peak of the parent process.
         return peak
     try:
@@ -31,7 +31,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process can still use without swap, in bytes. None where the system does not report it.
+    """Memory that this process can still use without swap, in bytes. None if the system does not report it.
 
     The least that the machine, the process's cgroup and that group's ancestors have left.
     """

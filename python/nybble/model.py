@@ -77,7 +77,7 @@ class _InBackground(Generic[T]):
 class Model:
     """A language model on the CPU.
 
-    `Model.load` makes one. Any number of threads may use a model at the same time; each call has a state of its own.
+    `Model.load` returns one. Any number of threads may use a model at the same time; each call has its own state.
     Results are bit-identical across thread counts, batch sizes and CPUs.
 
     Attributes:
@@ -167,7 +167,7 @@ class Model:
     ) -> Completion | list[Completion]:
         """Generates the completion of a prompt, or of several prompts as one batch.
 
-        A batch gives the same completions as single calls, in less time.
+        A batch gives the same completions as separate calls, in less time.
 
         Args:
             prompt: A prompt, or a list of prompts.
@@ -211,10 +211,12 @@ class Model:
             **overrides: As in `generate`.
 
         Returns:
-            An iterator over pieces of text. Its `completion` has the finish reason, usage and timings.
+            An iterator over pieces of text. Its `completion` has the finish reason, usage and timings. `close()`, or a
+            `with` block, ends it early and frees its KV cache.
 
         Raises:
             ContextFullError: The prompt does not fit into the context.
+            Exception: Otherwise as `generate` does. Errors of the computation are raised by the iterator.
 
         Example:
             ```python

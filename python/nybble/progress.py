@@ -57,8 +57,8 @@ def _drawn(what: str) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=None)
 
-        def show(done: int, total: int, text: str = what, anew: bool = False) -> None:
-            if anew:
+        def show(done: int, total: int, text: str = what, is_new: bool = False) -> None:
+            if is_new:
                 bars.reset(task)
             bars.update(task, completed=done, total=total, description=text)
 

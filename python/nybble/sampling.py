@@ -22,7 +22,7 @@ _LARGEST = float.fromhex("0x1.fffffep+127")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Options of `generate`, `stream` and `chat`. Each may also be given there by name.
+    """Options of `generate`, `stream` and `chat`, which also take each of them by name.
 
     A sampler applies them in this order: `logit_bias`, penalties, `top_k`, `typical_p`, `top_p`, `min_p`,
     `temperature`. Then it draws one token.
@@ -85,7 +85,7 @@ class SamplingOptions:
     max_tokens: int | None = field(
         default=256, metadata=doc("Stop after this many new tokens; None continues until the context is full.")
     )
-    """Most tokens of a completion; None continues until the context is full."""
+    """Largest number of tokens in a completion; None continues until the context is full."""
     stop: str | Sequence[str] = field(
         default=(), metadata=doc("Stop before any of these strings; the completion does not include them.")
     )
@@ -206,7 +206,9 @@ def schema_text(schema: object) -> str:
         try:
             return json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"schema: found a value that JSON cannot hold ({error}), expected a JSON Schema") from None
+            raise ValueError(
+                f"schema: found a value that JSON cannot represent ({error}), expected a JSON Schema"
+            ) from None
     raise ValueError(f"schema: found {schema!r:.80}, expected a dict, JSON text or a pydantic model")
 
 

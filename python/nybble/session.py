@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Session:
     """A sequence of prompts and completions. Each call appends to it and computes only the new tokens.
 
-    `Model.session` makes an empty session, `Model.load_session` reads one from a file. One thread at a time may use a
+    `Model.session` returns an empty session, `Model.load_session` reads one from a file. One thread at a time may use a
     session; any number may use the model. Completions are bit-identical to those of one long prompt.
 
     Example:
@@ -153,17 +153,17 @@ class Session:
 
     def _extended(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """Returns all tokens with those of `prompt` appended."""
-        held, tokenizer = self.tokens, self._model.tokenizer
+        tokens, tokenizer = self.tokens, self._model.tokenizer
         if not isinstance(prompt, str):
-            return [*held, *prompt]
-        if held:
-            return [*held, *tokenizer.encode(prompt, add_special=False)]
+            return [*tokens, *prompt]
+        if tokens:
+            return [*tokens, *tokenizer.encode(prompt, add_special=False)]
         return prompt_ids(tokenizer, prompt)
 
     def _begin(self, ids: Sequence[int], options: SamplingOptions) -> TextStream:
         """Starts the completion of `ids`. Keys and values of their common prefix with the session are reused."""
-        held, common = self.tokens, 0
-        while common < min(len(held), len(ids)) and held[common] == ids[common]:
+        tokens, common = self.tokens, 0
+        while common < min(len(tokens), len(ids)) and tokens[common] == ids[common]:
             common += 1
         native = self._computed().prefix(common)
         stream = TextStream(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)

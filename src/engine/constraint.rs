@@ -42,7 +42,7 @@ impl Grammar {
             Grammar::JsonSchema(text) => {
                 let mut schema: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
                 let object = schema.as_object_mut().ok_or("JSON that is not an object")?;
-                // Fixed whitespace: with free whitespace, a model that has lost its way writes nothing but spaces.
+                // Fixed whitespace: with free whitespace, a model can degenerate into writing only spaces.
                 let layout = json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " });
                 object.entry("x-guidance").or_insert(layout);
                 // A closed object cannot be merged with other parts of the same object.
@@ -57,8 +57,8 @@ impl Grammar {
     }
 }
 
-/// Forbids properties that an object does not list, unless the schema says something about them. Callers expect the
-/// properties they listed, and a model that may add others does.
+/// Forbids properties that an object does not list, unless the schema says something about them. Callers expect only the
+/// properties that they listed, but models add others if they may.
 fn close(schema: &mut Value) {
     let Some(object) = schema.as_object_mut() else { return };
     for (key, value) in object.iter_mut() {
@@ -77,7 +77,7 @@ fn close(schema: &mut Value) {
     }
 }
 
-/// A vocabulary in the form that grammars need. Make it once per model: that takes about as long as loading a vocabulary.
+/// A vocabulary in the form that grammars need. Create it once per model: that takes about as long as loading a vocabulary.
 pub struct Vocabulary(ParserFactory);
 
 impl Vocabulary {
@@ -171,7 +171,7 @@ impl Constraint {
         let mut ahead = self.matcher.clone();
         let mut bytes = ahead.compute_ff_bytes();
         bytes.truncate(count * LONGEST_TOKEN);
-        // A model mostly spells with the longest tokens.
+        // Models mostly use the longest tokens.
         let mut draft = ahead.tok_env().map_or(Vec::new(), |env| env.tok_trie().greedy_tokenize(&bytes));
         draft.truncate(count);
         draft.truncate(ahead.try_consume_tokens(&draft).unwrap_or(0));

@@ -1,14 +1,14 @@
-//! How many prompt tokens a step computes while other sequences decode, so that decoding stays fast.
+//! Limits the prompt tokens in steps in which other sequences decode, so that decoding stays fast.
 
 /// A step with prompt rows may take this many times as long as one without. nybble promises a factor of 4; the estimate
 /// may be wrong by half.
 const STRETCH: f64 = 2.5;
 /// Prompt rows in a step without decoding sequences.
 const ALONE: usize = 256;
-/// Fewest and most prompt rows in a step with decoding sequences.
+/// Smallest and largest number of prompt rows in a step with decoding sequences.
 const FEWEST: usize = 8;
 const MOST: usize = 256;
-/// Fewest prompt rows, without decoding sequences, from which the time per row is measured.
+/// In steps without decoding sequences, the smallest number of prompt rows from which the time per row is measured.
 const MEASURABLE: usize = 32;
 /// After this many consecutive steps with prompt rows, one step has none, to measure the decode time again.
 const REFRESH: u32 = 64;

@@ -16,7 +16,7 @@ pub(super) type Tokens = [u32; PAGE];
 /// The id of the parent of a first block.
 pub(super) const ROOT: u64 = 0;
 
-/// Fewest tokens for which copying a page is faster than computing them.
+/// Smallest number of tokens for which copying a page is faster than computing them.
 const MIN_COPIED_TOKENS: usize = 8;
 
 /// The key of a block: the id of its parent, and its tokens.

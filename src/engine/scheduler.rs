@@ -2,7 +2,7 @@
 //!
 //! A step computes, in this order: the pending token of every sequence that decodes, draft tokens after it, and then
 //! prompt tokens up to the [`PrefillBudget`], half of them for the oldest prompt and the rest shared by the others.
-//! None of this changes the output: a row is bit-identical in any batch, so every completion is the one of a lone run.
+//! None of this changes the output: a row is bit-identical in any batch, so every completion is bit-identical to running it alone.
 //!
 //! Sequences share KV cache pages through [`Prefixes`]. When the pages exceed the memory limit, pages that no sequence uses
 //! are evicted. If that is not enough, the youngest sequence is preempted and computed again later. The last one fails.
@@ -28,17 +28,17 @@ pub use entry::Event;
 
 type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
-/// Limits of a scheduler, and what it uses.
+/// Limits and features of a scheduler.
 #[derive(Debug, Clone)]
 pub struct SchedulerOptions {
-    /// Most sequences in a step, at least 1. Others wait.
+    /// Largest number of sequences in a step, at least 1. Others wait.
     pub max_batch: usize,
-    /// Most bytes of keys and values, the prefix cache included.
+    /// Limit of the KV cache in bytes, the prefix cache included.
     pub cache_bytes: usize,
     /// Whether prompts reuse keys and values of earlier sequences with the same prefix.
     pub prefix_cache: bool,
-    /// Most prompt tokens in a step, at least 1. With `None`, the number follows measurements: a step stays below four times
-    /// the time of one without prompt tokens.
+    /// Largest number of prompt tokens in a step, at least 1. `None` chooses it from measurements, so that a step takes less
+    /// than four times as long as one without prompt tokens.
     pub prefill_chunk: Option<usize>,
     /// Whether to use draft tokens.
     pub speculation: Speculation,
@@ -56,7 +56,7 @@ impl Default for SchedulerOptions {
     }
 }
 
-/// Counts since the scheduler was made, and its present state.
+/// Counts since the scheduler was created, and its current state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Sequences in the batch.
@@ -75,7 +75,7 @@ pub struct Stats {
     pub reused_tokens: usize,
     /// Draft tokens computed.
     pub drafted_tokens: usize,
-    /// Draft tokens that were right.
+    /// Draft tokens accepted.
     pub accepted_tokens: usize,
 }
 
@@ -114,7 +114,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler without sequences. Draft tokens come from the model `draft` or, without one, from the sequences themselves.
+    /// A scheduler without sequences. Draft tokens come from the model `draft`, or from the sequences themselves if it is `None`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for options out of range, or a draft model whose vocabulary has another size.
@@ -189,7 +189,7 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Counts and present state.
+    /// Counts and current state.
     pub fn stats(&self) -> Stats {
         Stats {
             running: self.running.len(),
@@ -320,7 +320,7 @@ impl Scheduler {
         self.preempt(events, |entry| {
             let session = &entry.sequence.session;
             let bytes = session.bytes() + session.bytes_for(entry.rows);
-            let what = "the key/value cache of one sequence, within the memory allowed,";
+            let what = "the KV cache of one sequence, within the memory limit,";
             Error::OutOfMemory { what, bytes, left: None }
         });
         false

@@ -1,4 +1,4 @@
-//! A sequence: its tokens, its KV cache, and how its next token is chosen.
+//! A sequence: its tokens, its KV cache, and its sampler.
 
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
 use super::constraint::Constraint;
@@ -28,7 +28,8 @@ impl Sequence {
         Sequence::resume(model, model.session(), prompt, options)
     }
 
-    /// A sequence that continues `tokens`. `session` has computed a beginning of them. The penalties count all `tokens`. When `session` has computed all of them, the last one is computed again, because its logits are needed.
+    /// A sequence that continues `tokens`. `session` has computed a beginning of them. The penalties count all `tokens`.
+    /// If `session` has computed all of them, the last one is computed again, because its logits are needed.
     ///
     /// # Errors
     /// As for [`Sequence::new`].
@@ -95,7 +96,7 @@ impl Sequence {
         self.session
     }
 
-    /// Samples the token after `logits` and appends it. It is not pending yet.
+    /// Samples a token from `logits` and appends it. It is not pending yet.
     pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);

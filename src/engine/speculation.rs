@@ -12,11 +12,11 @@
 
 use crate::error::{Error, Result};
 
-/// Most draft tokens of one sequence in a step.
+/// Largest number of draft tokens of one sequence in a step.
 pub(super) const MAX_DRAFT: usize = 8;
-/// Most draft tokens of all sequences in a step.
+/// Largest number of draft tokens of all sequences in a step.
 pub(super) const MAX_DRAFT_ROWS: usize = 48;
-/// With [`Speculation::Auto`], most rows of a step, sequences and draft tokens together. Beyond it a row is no longer cheap.
+/// With [`Speculation::Auto`], the largest number of rows in a step, draft tokens included. Further rows are not cheap.
 pub(super) const MAX_AUTO_ROWS: usize = 12;
 /// Lengths of the n-grams to look up, longest first.
 const NGRAMS: [usize; 2] = [3, 2];

@@ -61,7 +61,7 @@ impl Bytes {
     /// file is not mapped, or on systems without such a call.
     #[allow(unsafe_code, reason = "the advice is unsafe in memmap2, because it loses what was written to a map")]
     pub(super) fn release(&self, range: Range<usize>) {
-        /// The smallest page size of any system. Where pages are larger, the kernel drops whole ones, and a neighbouring
+        /// The smallest page size of any system. Where pages are larger, the kernel drops whole ones, and a neighboring
         /// tensor's part of them is read again when it is accessed.
         const PAGE: usize = 4096;
         #[cfg(unix)]

@@ -1,4 +1,4 @@
-//! File formats: metadata and named tensors. This module knows nothing about models.
+//! File formats: metadata and named tensors. Nothing here depends on models.
 
 pub mod gguf;
 pub(crate) mod json;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
-/// Positions in a page of the key/value cache: four panels of 16 keys.
+/// Positions in a page of the KV cache: four panels of 16 keys.
 pub const PAGE: usize = 64;
 
 /// Stored keys or values. INT8 codes have one scale per position, which the cache stores separately.

@@ -1,4 +1,4 @@
-//! The upper limits of this machine, against which the speed of a model is measured.
+//! Measures the upper limits of this machine, with which the speed of a model is compared.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The only place with SIMD intrinsics: a table of functions for each instruction set.
+//! Kernels: a table of functions for each instruction set. SIMD intrinsics occur only here.
 //!
 //! The scalar kernel defines what every operation computes. The other sets compute the same bits: each output is summed
 //! over its inputs in one fixed order with fused multiply-add, integer products cannot overflow or saturate, and
@@ -36,7 +36,7 @@ pub fn available() -> Vec<&'static Kernel> {
     let mut kernels = vec![];
     #[cfg(target_arch = "x86_64")]
     {
-        // AMX comes last until a CPU with AMX has run its tests, so that nobody gets it without asking for it.
+        // AMX comes last until a CPU with AMX has run its tests, so that it is used only by name.
         let found = [avx512::kernel(), avxvnni::kernel(), avx2::kernel(), amx::kernel()];
         kernels.extend(found.into_iter().flatten());
     }

@@ -1,4 +1,4 @@
-//! What a kernel computes: the list of operations, and [`Kernel`], a table with a function for each of them.
+//! The operations of a kernel: their list, and [`Kernel`], a table with a function for each of them.
 //!
 //! The list is read by macros, so that nothing else repeats it: [`operations!`] calls a macro with the signatures of all
 //! operations, in three groups by where their code comes from. Those of the last group are listed in

@@ -1,4 +1,4 @@
-//! Filling [`Activations`] with a kernel.
+//! Fills [`Activations`] with a kernel.
 
 use super::activations::{Activations, MAX_TILE_ROWS, RowMut};
 use super::operations::Kernel;

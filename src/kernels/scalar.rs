@@ -1,4 +1,4 @@
-//! The definition of correct: plain loops, no intrinsics. Runs on every CPU.
+//! The scalar kernel, which defines the results of all others: plain loops, no intrinsics. Runs on every CPU.
 
 use super::activations::Tile;
 use super::generic::product::{ByTile, by_tile};
@@ -44,7 +44,7 @@ impl ByTile for Panels<'_, '_> {
                             weights.add_wide(&x, r, acc)
                         };
                     }
-                    *out = acc * w.gain();
+                    *out = acc * w.output_scale();
                 }
             }
         }
@@ -124,7 +124,7 @@ fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out
                 for (column, x) in x.iter().enumerate() {
                     acc = panel.float(code, lane, column).mul_add(*x, acc);
                 }
-                *out = acc * w.gain();
+                *out = acc * w.output_scale();
             }
         }
     }

@@ -6,7 +6,7 @@ use super::state::session::Session;
 /// caches.
 const MAX_ROWS: usize = 256;
 
-/// Which logits a caller wants.
+/// The logits that a caller requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Logits {
     /// None: the tokens only fill the cache.
@@ -27,7 +27,7 @@ pub struct Input<'a> {
     pub session: &'a mut Session,
     /// Token ids, at least one.
     pub tokens: &'a [u32],
-    /// Which logits are wanted.
+    /// The logits to return.
     pub logits: Logits,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Row {
     pub(super) position: usize,
     /// Index of the span that it belongs to.
     pub(super) span: usize,
-    /// Whether its logits, or its hidden state, are wanted.
+    /// Whether its logits, or its hidden state, are requested.
     pub(super) wanted: bool,
 }
 

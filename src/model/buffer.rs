@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use crate::error::Result;
 use crate::system::aligned_buf::AlignedBuf;
 
-/// What the memory is for, in errors.
+/// The purpose of the memory, in errors.
 const PURPOSE: &str = "the buffers of a pass";
 
 /// F32 numbers that start at a cache line, so that no register is loaded from two lines.

@@ -1,4 +1,4 @@
-//! Hyper-parameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
+//! Hyperparameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
 
 use super::arch::{self, Family, LayerKind, NormKind, Position, Residual};
 use super::metadata::MetadataReader;
@@ -8,10 +8,10 @@ use crate::format::Checkpoint;
 use crate::format::gguf::Value;
 use crate::kernels::Activation;
 
-/// The most layers that a file may have, more than any known model.
+/// The largest number of layers that a file may have, more than any known model has.
 const MAX_LAYERS: usize = 1024;
 
-/// Hyper-parameters of a model.
+/// Hyperparameters of a model.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Choices of the family.
@@ -36,7 +36,7 @@ pub struct Config {
     pub rotary: usize,
     /// The rotation of layers without and with a window.
     pub ropes: [RopeConfig; 2],
-    /// `(layers)`: what differs from layer to layer.
+    /// `(layers)`: the settings that differ between layers.
     pub layers: Vec<LayerConfig>,
     /// ALiBi's largest slope exponent, and the factor of its slopes.
     pub alibi: Option<(f32, f32)>,
@@ -58,7 +58,7 @@ pub struct Config {
     pub experts: ExpertsConfig,
 }
 
-/// What differs from layer to layer.
+/// The settings that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
     /// Its mixer and its feed-forward layer.
@@ -83,10 +83,11 @@ pub struct ExpertsConfig {
 }
 
 impl Config {
-    /// Reads and validates the hyper-parameters.
+    /// Reads and validates the hyperparameters.
     ///
     /// # Errors
-    /// [`Error::Missing`], [`Error::Malformed`] or [`Error::Unsupported`] with the key.
+    /// [`Error::Missing`](crate::Error::Missing), [`Error::Malformed`](crate::Error::Malformed) or
+    /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
     pub fn read(checkpoint: &dyn Checkpoint) -> Result<Config> {
         let general = MetadataReader::new(checkpoint.path(), checkpoint.metadata());
         let name = general.text("general.architecture")?;

@@ -1,4 +1,4 @@
-//! A hash of everything that decides what a model computes, which session files carry.
+//! A hash of everything that affects the results of a model. Session files contain it.
 
 use blake3::Hasher;
 
@@ -62,7 +62,7 @@ impl FingerprintHasher {
             let layout = part.layout();
             let layout =
                 format!("Layout {{ code: {:?}, group: {:?}, min: {:?} }}", layout.code, layout.group, layout.min);
-            self.bytes(format!("{} {} {layout} {:?}", part.rows(), part.columns(), part.gain()).as_bytes());
+            self.bytes(format!("{} {} {layout} {:?}", part.rows(), part.columns(), part.output_scale()).as_bytes());
             for lines in part.lines() {
                 self.bytes(bytemuck::cast_slice(lines));
             }

@@ -10,7 +10,7 @@ use super::{ffn, mixers};
 use crate::error::{Error, Result};
 use crate::system::memory;
 
-/// What a pass computes with. Its buffers grow to the largest pass seen and are kept.
+/// The workspace of a pass. Its buffers grow to the largest pass so far and are kept.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     pub(super) batch: Batch,

@@ -42,7 +42,7 @@ pub(crate) enum Network {
     Shared,
 }
 
-/// Where a linear layer, or several of them, read an input.
+/// A place in a layer where one or several linear layers read the same input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Site {
     /// Query, key and value.
@@ -124,7 +124,7 @@ impl Layerwise {
         Ok(Layerwise { model: Model::with_weights(checkpoint, options, None, Weights::without_layers)? })
     }
 
-    /// Hyper-parameters.
+    /// Hyperparameters.
     pub(crate) fn config(&self) -> &Config {
         self.model.config()
     }
@@ -144,7 +144,7 @@ impl Layerwise {
         self.model.vocabulary()
     }
 
-    /// The most tokens of a window.
+    /// The largest number of tokens in a window.
     pub(crate) fn context(&self) -> usize {
         self.model.context()
     }

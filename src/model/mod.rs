@@ -3,14 +3,14 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `arch/` | the model families as data |
-//! | `config`, `metadata`, `rope` | hyper-parameters, read from GGUF's keys and checked once |
-//! | `hf/` | folders of Hugging Face, presented as GGUF files would be |
+//! | `config`, `metadata`, `rope` | hyperparameters, read from GGUF's keys and checked once |
+//! | `hf/` | Hugging Face folders, presented as GGUF files |
 //! | `weights/` | reads tensors, checks and packs them |
 //! | `mixers/`, `ffn/` | the two halves of a layer: each kind with its weights, its workspace and its computation |
-//! | `state/` | what a sequence remembers, in memory and on disk |
-//! | `batch`, `buffer`, `linear`, `norm`, `pass` | what every part of a pass uses: rows, memory, products, norms |
+//! | `state/` | the state of a sequence, in memory and on disk |
+//! | `batch`, `buffer`, `linear`, `norm`, `pass` | shared parts of a forward pass: rows, memory, products, norms |
 //! | `transformer`, `forward` | a model in memory, and one step of it |
-//! | `model` | what callers use: loading, sessions, logits |
+//! | `model` | the interface: loading, sessions, logits |
 //! | `layerwise` | the same step one layer at a time, for calibration |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
 

@@ -23,14 +23,14 @@ use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{ThreadPool, resolve_threads};
 
-/// How weights that a checkpoint holds as F32, F16 or BF16 are quantized when they are loaded.
+/// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Quantize {
-    /// [`Quantize::Int4`] for a folder of Hugging Face, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
+    /// [`Quantize::Int4`] for a Hugging Face folder, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
     /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
     #[default]
     Auto,
-    /// Not at all: they are computed as they are stored.
+    /// Keep them as stored.
     Stored,
     /// Layers INT4 with a scale per 32 weights; embedding and output INT8.
     Int4,
@@ -59,17 +59,17 @@ impl Quantize {
 pub struct LoadOptions {
     /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
     pub kernel: Option<String>,
-    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise the number that pays off.
+    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise one per physical core.
     pub threads: Option<usize>,
-    /// The most tokens of a session, up to the context that the model was made for. Default: that context, or the context
-    /// in training where a longer one changes the results of short prompts.
+    /// The largest number of tokens in a session, at most the context that the model was made for. Default: that context,
+    /// or the context in training if a longer one changes the results of short prompts.
     pub context: Option<usize>,
     /// How weights that are stored as floats are quantized.
     pub quantize: Quantize,
     /// How keys and values are stored. Default: F16, or F32 for models whose layers are F32.
     pub cache_type: Option<CacheType>,
     /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
-    /// somebody changes or shortens a file while it loads. Default: true.
+    /// a file changes while it loads. Default: true.
     pub mmap: bool,
 }
 
@@ -99,12 +99,12 @@ pub struct Model {
     context: usize,
     /// Workspaces of passes that are not running.
     workspaces: Mutex<Vec<Workspace>>,
-    /// Computed when it is first asked for.
+    /// Computed on first use.
     fingerprint: OnceLock<Fingerprint>,
 }
 
 impl Model {
-    /// Loads a GGUF file, any of its shards, or a folder of Hugging Face with `config.json` and safetensors files.
+    /// Loads a GGUF file, any of its shards, or a Hugging Face folder with `config.json` and safetensors files.
     ///
     /// # Errors
     /// Those of [`Gguf::open`] and [`HfFolder::open`]; [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`]
@@ -113,7 +113,7 @@ impl Model {
         Model::load_with(path, options, None)
     }
 
-    /// As [`Model::load`]. `progress` is called with the number of weights that are packed, and that of all.
+    /// As [`Model::load`]. `progress` is called with the number of weights packed so far and their total.
     ///
     /// # Errors
     /// Those of [`Model::load`] and of `progress`.
@@ -250,12 +250,12 @@ impl Model {
         &self.name
     }
 
-    /// Hyper-parameters.
+    /// Hyperparameters.
     pub fn config(&self) -> &Config {
         &self.transformer.config
     }
 
-    /// The most tokens of a session.
+    /// The largest number of tokens in a session.
     pub fn context(&self) -> usize {
         self.context
     }
@@ -318,12 +318,12 @@ impl Model {
     /// A hash of the configuration and of the packed weights. Models with the same one give the same bits, regardless of
     /// file names, kernel and cache type.
     ///
-    /// It is computed when it is first asked for, in about a second per 2 GB of weights.
+    /// It is computed on first use, in about a second per 2 GB of weights.
     pub fn fingerprint(&self) -> &[u8; 32] {
         self.fingerprint.get_or_init(|| self.transformer.fingerprint()).as_bytes()
     }
 
-    /// Calls `run` with what a session file must agree with.
+    /// Calls `run` with the model and limits with which a session file must agree.
     fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
         run(&Owner {
             id: self.id,
@@ -345,17 +345,17 @@ impl Session {
     /// Writes the session to a file, which appears under its name when it is complete and replaces an older one. Only the
     /// user may read it, because it contains the conversation.
     ///
-    /// `tokens` are those that the session has seen, and any that it has still to see.
+    /// `tokens` are those that the session has computed, followed by any that it has not computed yet.
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
-    /// the session has seen.
+    /// the session has computed.
     pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
         model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()))
     }
 
-    /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues with the bits with which the saved
-    /// session would have continued, on any kernel and any number of threads.
+    /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues bit-identically to the saved
+    /// session, on any kernel and any number of threads.
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,

@@ -1,4 +1,4 @@
-//! Norms: their weights, and one row through one of them.
+//! Norms: their weights, and their application to a row.
 
 use super::arch::NormKind;
 use super::config::Config;

@@ -1,4 +1,4 @@
-//! What every part of a forward pass shares, and the steps that several parts take: norms, products, joins.
+//! The shared context of a forward pass, and the steps that several parts take: norms, products, joins.
 
 use super::buffer::Buffer;
 use super::config::Config;
@@ -13,7 +13,7 @@ pub(super) const TASKS: usize = 4;
 /// Rows that a task of elementwise work takes together.
 pub(super) const TASK_ROWS: usize = 8;
 
-/// One pass through the layers: the hyper-parameters, the kernel and the threads.
+/// One pass through the layers: the hyperparameters, the kernel and the threads.
 #[derive(Clone, Copy)]
 pub(super) struct Pass<'a> {
     pub(super) config: &'a Config,

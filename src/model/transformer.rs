@@ -1,4 +1,4 @@
-//! A model in memory: its weights, and what computes with them.
+//! A model in memory: its weights, and the kernel and threads that compute with them.
 
 use super::config::Config;
 use super::ffn::FeedForward;

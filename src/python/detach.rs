@@ -9,7 +9,7 @@ use super::errors::InternalError;
 use crate::system::panics;
 use crate::{Error, model};
 
-/// How often signal handlers run while Rust computes. Each time takes the GIL.
+/// How often signal handlers run while Rust computes. Each run takes the GIL.
 const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 /// How often progress is reported, in addition to the start and the end. While another thread runs Python, each report waits
 /// for the GIL, which takes longer than a layer.

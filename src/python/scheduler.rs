@@ -107,7 +107,7 @@ impl Scheduler {
         events?.into_iter().map(convert).collect()
     }
 
-    /// Stops the present step, and all later ones, with an error. Any thread may call it.
+    /// Stops the current step, and all later ones, with an error. Any thread may call it.
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Relaxed);
     }

@@ -42,7 +42,7 @@ impl SentencePiece {
         made.map(SentencePiece)
     }
 
-    /// The token ids of `text`. Special tokens in it are recognised if `parse_special`. Releases the GIL.
+    /// The token ids of `text`. Special tokens in it are recognized if `parse_special`. Releases the GIL.
     fn encode(&self, py: Python<'_>, text: &str, parse_special: bool) -> PyResult<Vec<u32>> {
         super::detach::guarded(py, || Ok(self.0.encode(text, parse_special)))
     }

@@ -7,7 +7,7 @@
 //! Scales come from the file and may be infinite or NaN. Decoding is plain IEEE arithmetic, so the values of such a block are
 //! infinite or NaN too.
 //!
-//! To support another type, add its [`Block`](super::decoder::Block) and its line in `BlockType::decoder`.
+//! To support another type, implement `decoder::Block` for it and add its line in `BlockType::decoder`.
 
 use half::{bf16, f16};
 
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 /// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the names that users know from file names")]
-#[allow(missing_docs, reason = "the names say it all; `sizes` has the numbers")]
+#[allow(missing_docs, reason = "the names describe the types; `sizes` has the numbers")]
 #[non_exhaustive]
 #[repr(u32)]
 pub enum BlockType {

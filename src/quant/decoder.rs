@@ -156,7 +156,7 @@ pub(super) struct PanelRow<'a, 'b> {
     pub(super) output_scale: f32,
 }
 
-/// What can be done with the rows of a block type. A row is given as the bytes of whole blocks.
+/// The operations on rows of a block type. A row is given as the bytes of whole blocks.
 #[derive(Debug)]
 pub(super) struct Decoder {
     /// The panel layout that holds the type's numbers.
@@ -245,7 +245,7 @@ fn bound<B: Block>(row: &[u8]) -> f32 {
 pub(super) trait Float: bytemuck::Pod {
     const CODE: Code;
 
-    /// The number in these little-endian bytes, as many as the type has.
+    /// The number in these little-endian bytes, which are exactly those of the type.
     fn read(bytes: &[u8]) -> Self;
 
     fn to_f32(self) -> f32;

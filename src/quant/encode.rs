@@ -1,7 +1,7 @@
 //! Encoders of quantized blocks.
 //!
-//! An encoder appends one block. It returns false, and what it appended is useless, when a value or a scale is not finite
-//! once rounded to F16.
+//! An encoder appends one block. If a value or a scale is not finite after rounding to F16, it returns false and the appended
+//! bytes are invalid.
 
 use half::f16;
 

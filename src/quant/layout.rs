@@ -1,4 +1,4 @@
-//! What the codes of a packed matrix mean.
+//! The meaning of the codes of a packed matrix.
 
 /// Output rows in a panel. Each row is one SIMD lane.
 pub const PANEL: usize = 16;

@@ -1,10 +1,10 @@
 //! Packing: from the blocks of a file to panels.
 //!
 //! Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and floats are packed exactly. The types whose scales are computed (Q2_K to Q6_K,
-//! IQ4_XS, MXFP4) get them rounded to F16. A power of two, the matrix's
-//! [output scale](super::packed::Packed::output_scale), is divided out first and keeps them in the range of F16.
+//! IQ4_XS, MXFP4) get them rounded to F16. First they are divided by a power of two, the matrix's
+//! [output scale](super::packed::Packed::output_scale), which keeps them in the range of F16.
 //!
-//! A weight that is NaN or infinite makes every output useless. Such weights are looked for while they are in the cache.
+//! A weight that is NaN or infinite makes every output useless. Packing detects such weights while they are in the CPU cache.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -40,7 +40,7 @@ pub trait Rows: Sync {
 pub enum PackError {
     /// A scale, a minimum or a float is NaN or infinite, in this row of the result.
     NotFinite(usize),
-    /// There is no memory for the packed matrix.
+    /// The packed matrix does not fit into memory.
     Memory(Error),
 }
 

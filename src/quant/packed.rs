@@ -24,7 +24,7 @@ use crate::system::aligned_buf::AlignedBuf;
 pub use crate::system::aligned_buf::CacheLine;
 use crate::system::memory;
 
-/// What an out-of-memory error calls a packed matrix.
+/// The purpose in out-of-memory errors.
 const PURPOSE: &str = "packed weights";
 
 /// A weight matrix in panels. See the [module](self) for the bytes.
@@ -119,7 +119,8 @@ impl Packed {
         self.output_scale = output_scale;
     }
 
-    /// [`output_scale`](Self::output_scale) by its former name.
+    /// The former name of [`output_scale`](Self::output_scale).
+    #[deprecated(note = "use `output_scale`")]
     pub fn gain(&self) -> f32 {
         self.output_scale
     }

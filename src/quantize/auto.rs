@@ -1,4 +1,4 @@
-//! The search for a recipe: candidates are made and measured against the full-precision model until one meets the target.
+//! The search for a recipe: candidates are quantized and measured against the full-precision model until one meets the target.
 
 mod search;
 
@@ -22,7 +22,7 @@ use super::tuning::TuningOptions;
 use crate::error::{Error, Result};
 use crate::model::{LoadOptions, Model, Quantize};
 
-/// What to make of a checkpoint, and when the search ends.
+/// How to quantize a checkpoint, and when the search ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AutoOptions {
     /// How each tensor is stored.
@@ -31,7 +31,7 @@ pub struct AutoOptions {
     pub target: Target,
     /// The time after which no other candidate is tried.
     pub budget: Option<Duration>,
-    /// Seed of what candidates draw at random: the order of windows in tuning.
+    /// Seed of the order of windows in tuning.
     pub seed: u64,
 }
 
@@ -134,7 +134,7 @@ impl<'a> Search<'a> {
         Ok((report, outcome, measured))
     }
 
-    /// Makes and measures a candidate; `None` if the budget is used up meanwhile.
+    /// Quantizes and measures a candidate; `None` if the budget is used up meanwhile.
     fn evaluate(&mut self, number: usize) -> Result<Option<Figures>> {
         let (context, name) = (self.context, &self.names[number]);
         let report = |stage: &str, done: usize, total: usize| {

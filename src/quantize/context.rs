@@ -1,4 +1,4 @@
-//! What all parts of a run share: source and output, the calibration text, progress and cancellation.
+//! The shared context of a run: source and output, the calibration text, progress and cancellation.
 
 use std::fmt;
 use std::path::Path;
@@ -13,10 +13,10 @@ use crate::model::LoadOptions;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
 
-/// Called with the name of a stage, the units that are done and the total. A unit has no meaning outside of its stage.
+/// Called with the name of a stage, the number of its units that are done and their total. Units differ between stages.
 pub type StageProgress<'a> = &'a dyn Fn(&str, usize, usize);
 
-/// Asked often, and from one thread only. True stops the run with [`Error::Interrupted`].
+/// Called often, and from one thread only. True stops the run with [`Error::Interrupted`].
 pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Source, output, calibration text, progress and cancellation of a run.
@@ -26,7 +26,7 @@ pub struct RunContext<'a> {
     pub source: &'a Path,
     /// The GGUF file to write. The files of an interrupted run are in the same folder.
     pub out: &'a Path,
-    /// Token ids of the calibration text, each window a sequence of its own. Recipes that need no text ignore them.
+    /// Token ids of the calibration text, each window a separate sequence. Recipes that need no text ignore them.
     pub windows: &'a [Vec<u32>],
     /// Threads to compute with; `None` takes the default. The result does not depend on it.
     pub threads: Option<usize>,

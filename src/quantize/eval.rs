@@ -1,7 +1,7 @@
 //! Perplexity of a model on a text, and its divergence from a reference model.
 //!
 //! The figures are defined as in llama.cpp's perplexity tool (`tools/perplexity/perplexity.cpp`), so that tables can be compared.
-//! The tokens of a text are cut into windows that do not overlap, each window is a sequence of its own, and the second half of
+//! The tokens of a text are cut into windows that do not overlap, each window is a separate sequence, and the second half of
 //! each is scored. A [`Reference`] keeps the log-probabilities of a model in 16 bits; those below -16 do not count.
 
 use std::fs::File;

@@ -71,7 +71,7 @@ impl Format {
         }
     }
 
-    /// The mean distance between neighbouring levels.
+    /// The mean distance between neighboring levels.
     pub fn spacing(self) -> f32 {
         if self == Format::Iq4Nl { 16.0 } else { 1.0 }
     }

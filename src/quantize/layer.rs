@@ -1,4 +1,4 @@
-//! One linear layer as a recipe gets it, and the quantized layer that the recipe returns.
+//! One linear layer as a recipe receives it, and the quantized layer that the recipe returns.
 
 use half::f16;
 

@@ -1,9 +1,9 @@
 //! Quantization: from a full-precision checkpoint to a GGUF file with linear layers in about 4 bits.
 //!
-//! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto`] tries recipes until one meets a [`Target`]. [`spend_bits`]
+//! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto()`] tries recipes until one meets a [`Target`]. [`spend_bits`]
 //! gives sensitive layers more bits. [`eval`] measures perplexity and the divergence from a reference.
 //!
-//! A recipe gets one linear layer at a time, as a `LayerProblem`: its weights and the second moments of its inputs. It returns a
+//! A recipe receives one linear layer at a time, as a `LayerProblem`: its weights and the second moments of its inputs. It returns a
 //! `Solution`: codes and scales of a plain block format.
 
 mod auto;

@@ -1,4 +1,4 @@
-//! How each tensor is stored: the format of linear layers, the type of the others, and overrides by name.
+//! The storage type of each tensor: the format of linear layers, the type of the others, and overrides by name.
 
 use super::format::{Format, GroupedFormat};
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ pub struct TensorFormats {
 /// How one tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stored {
-    /// In codes that a recipe finds.
+    /// In codes that a recipe chooses.
     Solved(GroupedFormat),
     /// Encoded by the rule of the block type.
     Encoded(BlockType),

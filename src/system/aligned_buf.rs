@@ -21,8 +21,8 @@ const SMALLEST_MAP: usize = memory::SMALLEST_CHECKED;
 /// A buffer of `T` that starts at a cache line, zero at first.
 ///
 /// Large buffers are mapped from the system and return to it when they are dropped. Rust's allocator would write the zeros
-/// of memory with such an alignment itself, so one thread would take all page faults, a third of the time of loading. A map
-/// is zero by itself, and a page faults where a worker first writes to it.
+/// of memory with such an alignment itself, so one thread would handle all page faults, a third of the loading time. A map
+/// starts as zeros, and each page fault occurs in the worker that first writes to the page.
 #[derive(Debug)]
 pub(crate) struct AlignedBuf<T = CacheLine> {
     memory: Memory,
@@ -73,8 +73,7 @@ impl<T: Pod> AlignedBuf<T> {
     /// `len` zeros.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when the system or the process's cgroup does not have that much. `purpose` says in it what
-    /// the memory is for.
+    /// [`Error::OutOfMemory`] if the system or the process's cgroup does not have enough memory. It contains `purpose`.
     pub(crate) fn try_zeroed(len: usize, purpose: &'static str) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
         memory::check(purpose, bytes)?;
@@ -101,7 +100,7 @@ impl<T: Pod> AlignedBuf<T> {
     /// Changes the length to `len`. The contents are unspecified afterwards; memory is never given back.
     ///
     /// # Errors
-    /// As for [`AlignedBuf::try_zeroed`]. The buffer is then as it was.
+    /// As for [`AlignedBuf::try_zeroed`]. The buffer is then unchanged.
     pub(crate) fn try_resize(&mut self, len: usize, purpose: &'static str) -> Result<()> {
         if len > self.capacity() {
             *self = AlignedBuf::try_zeroed(len, purpose)?;

@@ -168,11 +168,11 @@ mod tests {
                 prop_oneof![1..3 * SMALLEST_MAP, SMALLEST_MAP - 2..SMALLEST_MAP + 3, Just(3 << 20)], 1..8
             ),
         ) {
-            let mut neighbour = Block::new(sizes[0], align, zeroed);
+            let mut neighbor = Block::new(sizes[0], align, zeroed);
             let mut block = Block::new(sizes[0], align, zeroed);
             for size in &sizes[1..] {
                 block.resize(*size);
-                neighbour.check(sizes[0]);
+                neighbor.check(sizes[0]);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The folders that describe this process's cgroups, in both versions.
+//! Finds the folders of this process's cgroups, in both versions.
 //!
 //! All functions take the root of the file system, so that tests can build one.
 

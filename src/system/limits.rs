@@ -1,6 +1,6 @@
-//! How much memory Linux leaves to this process: `/proc/meminfo` and the memory controllers of both cgroup versions.
+//! Reads the memory that Linux leaves to this process: `/proc/meminfo` and the memory controllers of both cgroup versions.
 //!
-//! All functions take the root of the file system, so that tests can build one. What cannot be read or parsed does not limit.
+//! All functions take the root of the file system, so that tests can build one. A file that cannot be read or parsed sets no limit.
 
 use std::fs::read_to_string;
 use std::path::Path;

@@ -1,7 +1,7 @@
-//! Whether memory that is going to be allocated exists.
+//! Checks that memory is available before a large allocation.
 //!
-//! The kernel grants more than a cgroup may hold and kills a process of it when the memory is written. So large allocations
-//! are compared with the cgroup's limit first and refused where they certainly do not fit: file pages that the kernel can
+//! Linux grants more memory than a cgroup may use, and kills one of its processes when the memory is written. So large
+//! allocations are compared with the cgroup's limit first and refused if they certainly do not fit: file pages that the kernel can
 //! drop do not count as used, and swap counts as free.
 
 use std::sync::{Mutex, PoisonError};
@@ -19,7 +19,7 @@ const SMALLEST_ALLOCATION: usize = super::allocator::SMALLEST_MAP;
 const SMALLEST_ALLOCATION: usize = 32 << 20;
 /// Left for all allocations that are not checked.
 const RESERVE: usize = 8 << 20;
-/// How long a reading is used, less what was granted since.
+/// How long a reading stays valid. Memory granted since is subtracted.
 const READING_LASTS: Duration = Duration::from_millis(50);
 
 /// What was left, and when.
@@ -28,7 +28,7 @@ static LEFT: Mutex<Option<(Instant, usize)>> = Mutex::new(None);
 /// Checks that the cgroup has `bytes` left, which the caller maps from the system next.
 ///
 /// # Errors
-/// [`Error::OutOfMemory`] where it certainly does not.
+/// [`Error::OutOfMemory`] if it certainly does not.
 pub(crate) fn check(purpose: &'static str, bytes: usize) -> Result<()> {
     if bytes < SMALLEST_CHECKED {
         return Ok(());

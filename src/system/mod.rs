@@ -1,4 +1,4 @@
-//! What the system grants this process: memory and limits.
+//! Memory, and the limits that the system sets for this process.
 
 pub(crate) mod aligned_buf;
 #[cfg(all(target_os = "linux", any(feature = "python", test)))]

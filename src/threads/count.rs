@@ -1,6 +1,6 @@
 //! The number of threads to use: one per core that this process may use.
 //!
-//! More threads only get in each other's way: the second hardware thread of a core shares its multipliers, and time beyond
+//! More threads only slow each other down: the second hardware thread of a core shares its multipliers, and time beyond
 //! the quota of a cgroup is throttled for all threads at once.
 
 use std::ffi::OsStr;

@@ -47,12 +47,12 @@ impl Job {
     }
 }
 
-/// A value that all threads use, on its own cache line and clear of the neighbour that the prefetcher also loads.
+/// A value that all threads use, on its own cache line and clear of the neighbor that the prefetcher also loads.
 #[derive(Default)]
 #[repr(align(128))]
 struct OwnLine<T>(T);
 
-/// Where the leader puts jobs and the workers find them. One leader at a time, any number of workers.
+/// The slot into which the leader puts jobs and from which workers take them. One leader at a time, any number of workers.
 pub(super) struct JobSlot {
     /// Indices of the current job that no thread has claimed.
     unclaimed: OwnLine<AtomicUsize>,

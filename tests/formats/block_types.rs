@@ -263,7 +263,7 @@ fn encoding_yields_the_bytes_of_the_reference_implementation() {
 }
 
 #[test]
-fn values_on_the_grid_survive_encoding_exactly() {
+fn representable_values_survive_encoding_exactly() {
     let check = |block_type: BlockType, values: &[f32]| {
         let mut bytes = Vec::new();
         block_type.encode(values, &mut bytes).unwrap();
@@ -310,7 +310,7 @@ fn floats_of_16_bits_round_to_even_and_keep_infinities() {
         block_type.encode(&[value], &mut out).unwrap();
         u16::from_le_bytes([out[0], out[1]])
     };
-    // Halfway between two neighbours, the one with the even last bit.
+    // Halfway between two neighbors, the one with the even last bit.
     assert_eq!(encode(BlockType::F16, 1.0 + 2f32.powi(-11)), 0x3c00);
     assert_eq!(encode(BlockType::F16, 1.0 + 3.0 * 2f32.powi(-11)), 0x3c02);
     assert_eq!(encode(BlockType::BF16, f32::from_bits(0x3f80_8000)), 0x3f80);

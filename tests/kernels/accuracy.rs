@@ -10,7 +10,7 @@ fn sweep(low: f64, high: f64) -> Vec<f32> {
     (0..=N).map(|i| (low + (high - low) * i as f64 / N as f64) as f32).collect()
 }
 
-/// The distance between neighbouring F32 numbers at `x`.
+/// The distance between neighboring F32 numbers at `x`.
 fn ulp(x: f64) -> f64 {
     let x = x.abs() as f32;
     f64::from(x.next_up()) - f64::from(x)
@@ -81,7 +81,7 @@ fn check_gelu(activation: Activation, exact: impl Fn(f64) -> f64, tolerance: f64
 #[test]
 fn gelu_is_within_three_ten_millionths_of_its_argument() {
     let exact = |x: f64| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
-    // erf has an absolute error below 6e-7, half of which is multiplied by x.
+    // erf has an absolute error below 6e-7, and half of it is multiplied by x.
     check_gelu(Activation::Gelu, exact, 3e-7);
 }
 

@@ -47,7 +47,7 @@ fn a_row_alone_gives_the_same_bits_as_in_a_batch() {
 }
 
 #[test]
-fn matrices_of_any_height_and_gain_match_the_scalar_kernel() {
+fn matrices_of_any_height_and_output_scale_match_the_scalar_kernel() {
     let mut rng = Rng(3);
     for layout in layouts() {
         for rows in ROWS {

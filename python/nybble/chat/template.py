@@ -34,12 +34,12 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the Jinja source.
-        where: the name of the template in errors.
-        limits: the limits on its resources.
+        source: The Jinja source.
+        where: The name of the template in errors.
+        limits: The limits on its resources.
 
     Raises:
-        ModelError: the source is invalid, too long or nested too deeply.
+        ModelError: The source is invalid, too long or nested too deeply.
     """
 
     def __init__(self, source: str, where: str = "chat template", limits: Limits = DEFAULT_LIMITS) -> None:
@@ -61,14 +61,14 @@ class ChatTemplate:
         """Writes a conversation as a prompt.
 
         Args:
-            messages: the turns, `[{"role": "user", "content": "Hello"}]`.
-            **variables: more variables of the template. `add_generation_prompt` is false by default.
+            messages: The turns, `[{"role": "user", "content": "Hello"}]`.
+            **variables: More variables of the template. `add_generation_prompt` is false by default.
 
         Returns:
             The prompt.
 
         Raises:
-            ModelError: the template fails, refuses the messages, or exceeds its limits.
+            ModelError: The template fails, refuses the messages, or exceeds its limits.
             TypeError: `messages` is not a list of dicts.
         """
         known = {

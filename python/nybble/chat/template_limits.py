@@ -1,7 +1,7 @@
 """Resource limits for untrusted templates.
 
-Jinja's sandbox denies access to Python's internals, but lets a template loop for hours and fill the memory. A library
-cannot stop it with signals or threads. So every operation that may take long or grow passes a guard:
+Jinja's sandbox denies access to Python's internals, but lets a template loop for hours and fill the memory, and a
+library cannot stop it with signals or threads. So every operation that may take long or grow passes a guard:
 
 - The size and nesting of the source are checked by its tokens, before the recursive parser and compilers run.
 - The syntax tree is rewritten before it is compiled. The values of loops, output, `~` and containers pass filters whose
@@ -68,8 +68,8 @@ def check_source(environment: jinja2.Environment, source: str, limits: Limits = 
     """Checks the size and nesting of a template by its tokens, without recursion.
 
     Raises:
-        LimitsExceeded: the template is too long or nested too deeply.
-        jinja2.TemplateSyntaxError: its tokens are invalid.
+        LimitsExceeded: The template is too long or nested too deeply.
+        jinja2.TemplateSyntaxError: Its tokens are invalid.
     """
     if len(source) > limits.source:
         raise LimitsExceeded(f"found {len(source)} characters of source, expected at most {limits.source}")
@@ -128,7 +128,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         """Counts steps.
 
         Raises:
-            LimitsExceeded: the rendering has taken too many steps or too long.
+            LimitsExceeded: The rendering has taken too many steps or too long.
         """
         self._steps += cost
         if self._steps > self.limits.steps:
@@ -148,7 +148,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return text
 
     def made(self, value: object) -> tuple[int, int]:
-        """Counts a value that the template made. Returns its elements and characters, including nested ones."""
+        """Counts a value that the template created. Returns its elements and characters, including nested ones."""
         elements = characters = 0
         waiting = [_attributes(value) if isinstance(value, Namespace) else value]
         while waiting:
@@ -180,7 +180,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
                 raise LimitsExceeded(f"found the width or count {number}, expected at most {self.limits.number}")
 
     def fits(self, characters: int) -> None:
-        """Checks the length of a string before it is made."""
+        """Checks the length of a string before it is created."""
         if characters > self.limits.text:
             raise LimitsExceeded(f"it would make a string of more than {self.limits.text} characters")
 
@@ -373,8 +373,8 @@ def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter wrapped in guards.
 
     Args:
-        name: the name of the filter in templates.
-        function: the filter.
+        name: The name of the filter in templates.
+        function: The filter.
     """
     wants = str(getattr(function, "jinja_pass_arg", ""))
     check = _FILTER_CHECKS.get(name)

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: the arguments; those of the process if None.
+        arguments: The arguments; those of the process if None.
 
     Returns:
         The exit code: 0, 1 (failure), 2 (wrong usage) or 130 (interrupted).

@@ -26,7 +26,7 @@ def inspect(
         str | None, typer.Option("--filename", help="Which GGUF file of a folder or repository.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="List every tensor, not one line for all layers.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metadata and tensors as one JSON object.")] = False,
 ) -> None:
     """Show the metadata and tensors of a model file."""
     from nybble import _native

@@ -63,12 +63,12 @@ def speeds(
     """Measures all combinations of `lengths` and `batches` with one model.
 
     Args:
-        model: the model.
-        lengths: tokens of the prompts.
-        batches: numbers of sequences.
-        generate: tokens to generate per sequence.
+        model: The model.
+        lengths: Tokens of the prompts.
+        batches: Numbers of sequences.
+        generate: Tokens to generate per sequence.
         rounds: repetitions.
-        advance: called after each round.
+        advance: Called after each round.
 
     Returns:
         The limits, the speeds, and the peak memory of the process in bytes before the limits were measured, which

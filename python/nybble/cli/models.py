@@ -30,7 +30,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
         typer.echo(json.dumps(rows, indent=2))
         return
     if not found:
-        typer.echo("no models in the cache: nybble run downloads the default model, nybble run ORG/NAME one of the Hub")
+        typer.echo(
+            "no models in the cache: nybble run PROMPT downloads the default model, nybble run ORG/NAME PROMPT another"
+        )
         return
     from rich.table import Table
 

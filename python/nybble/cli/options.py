@@ -40,7 +40,7 @@ def load_model(source: str | None, options: LoadOptions) -> Model:
     from nybble.model import Model
 
     terminal.show_log()
-    # A vocabulary is some hundred thousand objects that all stay. Searching them for garbage would take a tenth of the
+    # A vocabulary is a few hundred thousand long-lived objects. Scanning them for garbage would take a tenth of the
     # time to the first token.
     gc.disable()
     try:
@@ -54,13 +54,13 @@ _SAME = object()
 
 @dataclass(frozen=True)
 class _Form:
-    """How a field is written on the command line if its type does not say so.
+    """The command-line form of a field whose type does not determine it.
 
     Attributes:
-        type: the type of the option.
-        metavar: the placeholder of the value in the help.
-        parse: turns the value of the option into that of the field.
-        default: the default of the option, if it is not that of the field.
+        type: The type of the option.
+        metavar: The placeholder of the value in the help.
+        parse: Turns the value of the option into that of the field.
+        default: The default of the option, if it is not that of the field.
     """
 
     type: Any

@@ -29,7 +29,7 @@ def quantize(
         bool, typer.Option("--no-search", help="Fit scales to the largest weight of a group, without a search.")
     ] = False,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each group a minimum of its own: the format q4_1.")
+        bool, typer.Option("--asymmetric", help="Give each group its own minimum: the format q4_1.")
     ] = False,
     keep: Annotated[
         list[str] | None,
@@ -47,7 +47,9 @@ def quantize(
     evaluation: Annotated[
         Path | None,
         typer.Option(
-            "--evaluation", help="The text to measure on; a held-out part of the other if not given.", metavar="FILE"
+            "--evaluation",
+            help="The text to measure on; a held-out part of the calibration text if not given.",
+            metavar="FILE",
         ),
     ] = None,
     target: Annotated[
@@ -65,9 +67,9 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf and the report if they exist.")] = False,
 ) -> None:
-    """Quantize a model to 4 bits and write it as a GGUF file, which llama.cpp runs, too.
+    """Quantize a model to 4 bits and write it as a GGUF file for nybble and llama.cpp.
 
-    After an interruption the same command continues.
+    After an interruption, the same command continues the run.
     """
     from nybble.quantization import api
 
@@ -100,7 +102,7 @@ def quantize(
 
 @contextlib.contextmanager
 def _hint() -> Iterator[None]:
-    """Says after Ctrl-C that nothing is lost."""
+    """Prints after Ctrl-C how to continue."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Generation: a request is prepared, a driver computes it, a builder assembles its completion."""
+"""Generation: `request` prepares a request, `driver` computes it, `builder` assembles its completion."""
 
 from nybble.completion import Completion, FinishReason, Timings, TokenLogprob, Usage
 from nybble.generation.stream import TextStream

@@ -1,4 +1,4 @@
-"""From sampled tokens to a completion: text, stop strings, log-probabilities, timings."""
+"""Builds a completion from sampled tokens: text, stop strings, log-probabilities, timings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompletionBuilder:
         return self._tokens
 
     def push(self, sampled: _native.Sampled) -> str:
-        """Appends a token. Returns the text that is certain now, which may be empty."""
+        """Appends a token. Returns the text that is final now, which may be empty."""
         self._last = time.perf_counter()
         if not self._tokens:
             self._first = self._last

@@ -71,7 +71,7 @@ class Driver(Generic[Job]):
         no more events.
 
         Args:
-            signals: Run signal handlers during the step, as the main thread can. What a handler raises, such as
+            signals: Run signal handlers during the step, as the main thread can. An exception from a handler, such as
                 `KeyboardInterrupt`, ends the step within a layer; the driver is then as it was before the step.
         """
         for number, outcome, cached_tokens, session in self._scheduler.step(signals):
@@ -92,7 +92,7 @@ class Driver(Generic[Job]):
         return None if self._sessions is None else self._sessions.get(job)
 
     def interrupt(self) -> None:
-        """Stops the present step, and all later ones, with an error. Any thread may call it."""
+        """Stops the current step, and all later ones, with an error. Any thread may call it."""
         self._scheduler.interrupt()
 
     def stats(self) -> dict[str, int]:

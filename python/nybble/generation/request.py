@@ -1,4 +1,4 @@
-"""From a prompt and options to a sequence that a scheduler can take."""
+"""Turns a prompt and options into a sequence for a scheduler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TextModel(Protocol):
-    """A loaded model, as far as generation needs it. `nybble.Model` is one."""
+    """The interface that generation requires of a model. `nybble.Model` implements it."""
 
     tokenizer: Tokenizer
     info: ModelInfo
@@ -28,20 +28,20 @@ class TextModel(Protocol):
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A sequence for a scheduler, and what its completion depends on."""
+    """A sequence for a scheduler, and the inputs of its completion."""
 
     sequence: _native.Sequence
     tokenizer: Tokenizer
     prompt: Sequence[int]
     options: SamplingOptions
     limit: int
-    """Most tokens to sample; may be 0."""
+    """Largest number of tokens to sample; may be 0."""
     cached_tokens: int
     """Prompt tokens that a session has computed."""
 
 
 def prepare(model: TextModel, prompt: str | Sequence[int], options: SamplingOptions) -> PreparedRequest:
-    """Tokenizes a prompt and makes a sequence of it. An empty prompt becomes the model's start token.
+    """Tokenizes a prompt and creates its sequence. An empty prompt becomes the model's start token.
 
     Raises as `prepare_tokens` does.
     """
@@ -51,7 +51,7 @@ def prepare(model: TextModel, prompt: str | Sequence[int], options: SamplingOpti
 def prepare_tokens(
     model: TextModel, ids: Sequence[int], options: SamplingOptions, session: _native.Session | None = None
 ) -> PreparedRequest:
-    """Makes a sequence of token ids.
+    """Creates a sequence from token ids.
 
     Args:
         model: The model to compute with.

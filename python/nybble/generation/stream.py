@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from nybble.completion import Completion
     from nybble.generation.request import PreparedRequest, TextModel
 
-# Nobody waits for single tokens of a batch, so its prompts may take large steps.
+# Callers wait for whole completions, so prompts may take large steps.
 _BATCH = EngineOptions(max_batch=16, prefill_chunk=512)
-# A lone sequence has nobody to share a prefix with.
+# A lone sequence has no other sequence to share a prefix with.
 _SINGLE = EngineOptions(max_batch=1, prefill_chunk=512, prefix_cache=False)
 
 
@@ -36,8 +36,8 @@ def generate(model: TextModel, requests: Sequence[PreparedRequest]) -> list[Comp
 class TextStream(Iterator[str]):
     """The text of a completion, piece by piece as it is generated.
 
-    `completion` has the finish reason, usage and timings. A stream that is no longer referenced frees its KV cache;
-    `close`, or a `with` block, does so at once.
+    `completion` has the finish reason, usage and timings. `close`, or a `with` block, ends the stream and
+    frees its KV cache at once; otherwise the cache is freed when the stream is garbage collected.
 
     Example:
         ```python
@@ -66,7 +66,7 @@ class TextStream(Iterator[str]):
         return self._builder.completion()
 
     def close(self) -> None:
-        """Ends the stream and frees its KV cache. Its completion then has the finish reason "cancelled"."""
+        """Ends the stream and frees its KV cache. Unless it had ended before, its finish reason is "cancelled"."""
         if self._builder.finish_reason is None:
             self._builder.finish_reason = "cancelled"
         self._driver.cancel(self._builder)

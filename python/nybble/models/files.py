@@ -41,15 +41,15 @@ def choose(names: Iterable[str], pattern: str | None, where: str) -> Sequence[st
     """Chooses the one GGUF model among file names.
 
     Args:
-        names: the names of all files.
-        pattern: a name or a pattern that a file of the model matches; None if there is only one model.
-        where: the folder or repository, for errors.
+        names: The names of all files.
+        pattern: A name or a pattern that a file of the model matches; None if there is only one model.
+        where: The folder or repository, for errors.
 
     Returns:
         The shards of the model in order; empty if there is no GGUF file and no pattern.
 
     Raises:
-        ModelError: several models match, or none matches `pattern`, or a shard is missing.
+        ModelError: Several models match, or none matches `pattern`, or a shard is missing.
     """
     models = group_shards((name, name) for name in sorted(names))
     matching = [
@@ -78,7 +78,7 @@ def choose_checkpoint(names: Iterable[str], where: str) -> list[str]:
     """Chooses the files of a safetensors checkpoint: weights, their index, configuration and tokenizer.
 
     Raises:
-        ModelError: there is no such checkpoint.
+        ModelError: There is no such checkpoint.
     """
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]

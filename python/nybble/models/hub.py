@@ -27,22 +27,22 @@ def resolve(
     """The local file or folder of a model, downloaded if needed.
 
     Args:
-        source: a file; a folder; a repository on the Hugging Face Hub as `organisation/name`; or None for the default
+        source: A file; a folder; a repository on the Hugging Face Hub as `organization/name`; or None for the default
             model. An existing path is never looked up on the Hub.
-        filename: a name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository. The shards
+        filename: A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository. The shards
             of a split file count as one.
         revision: branch, tag or commit of a repository.
-        only_tokenizer: download only the tokenizer's files of a repository with a `tokenizer.json`, and return their
+        only_tokenizer: Download only the tokenizer's files of a repository with a `tokenizer.json`, and return their
             folder.
 
     Returns:
         The file (the first shard of a split one), or the folder of a safetensors checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or repository. The message says where it was looked for.
-        ConnectionError: the Hub cannot be reached and its cache holds no copy.
-        PermissionError: the repository needs its terms accepted.
-        ModelError: several files match `filename`, or none, a shard is missing, the weights are only in pickles, or a
+        FileNotFoundError: There is no such file, folder or repository. The message says where it was looked for.
+        ConnectionError: The Hub cannot be reached and its cache holds no copy.
+        PermissionError: The repository needs its terms accepted.
+        ModelError: Several files match `filename`, or none, a shard is missing, the weights are only in pickles, or a
             download has the wrong hash.
         ValueError: `filename` or `revision` does not apply to the source.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder that nybble keeps files in between runs: `NYBBLE_CACHE`, or `nybble` in the user's cache folder."""
+    """The folder in which nybble keeps files between runs: `NYBBLE_CACHE`, or `nybble` in the user's cache folder."""
     if own := os.environ.get("NYBBLE_CACHE"):
         return Path(own).expanduser()
     if sys.platform == "darwin":

@@ -32,9 +32,9 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turns errors of the Hub's client into Python's own, with advice for the user.
 
     Raises:
-        PermissionError: the repository needs its terms accepted.
-        FileNotFoundError: there is no such repository or revision.
-        UnreachableError: the Hub cannot be reached.
+        PermissionError: The repository needs its terms accepted.
+        FileNotFoundError: There is no such repository or revision.
+        UnreachableError: The Hub cannot be reached.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError

@@ -38,7 +38,7 @@ def quantize(
     progress: bool | Stages = False,
     **overrides: Unpack[QuantizeOverrides],
 ) -> Report:
-    """Quantizes a checkpoint to 4 bits and writes it as a GGUF file, which nybble and llama.cpp run.
+    """Quantizes a checkpoint to 4 bits and writes it as a GGUF file for nybble and llama.cpp.
 
     A run that was interrupted continues when it is started again with the same arguments.
 
@@ -46,14 +46,14 @@ def quantize(
         source: A folder with safetensors, a GGUF file of F32, F16 or BF16, or a Hub repository.
         out: The file to write.
         options: How to quantize; the defaults of `QuantizeOptions` if None.
-        progress: True draws a progress bar on a terminal. A function is called with the name of a stage, how much of it
-            is done, and the total.
+        progress: True draws a progress bar on a terminal. A function is called with the name of a stage, the
+            number of its units that are done, and their total.
         **overrides: Single options by name, such as `recipe="gptq"` or `group=128`: see `QuantizeOptions`.
 
     Raises:
         FileExistsError: `out` exists and `force` is not set.
         FileNotFoundError, PermissionError, ConnectionError: The source or a text cannot be read or downloaded.
-        ModelError: The source is damaged or not supported, a tensor holds NaN, or there is too little text.
+        ModelError: The source is damaged or not supported, a tensor contains NaN, or the text is too short.
         ValueError: An option is out of range.
         OSError: The file cannot be written, for example because the disk is full. No file is left at `out` then.
 
@@ -97,7 +97,7 @@ def quantize_to_cache(
         spec: What `Spec.parse` reads, such as `int4:g128:gptq`.
         path: The checkpoint.
         threads: Number of threads; None takes the default.
-        progress: Called with how much is done, and the total.
+        progress: Called with the number of units done, and the total.
 
     Returns:
         The GGUF file.
@@ -146,7 +146,7 @@ def _calibration_windows(
 ) -> Windows:
     window, tokens = sources.window(path), options.calibration_tokens
     if options.calibration == calibration.SELF:
-        # Text generated from weights in 8 bits is as good, and ready sooner.
+        # Weights in 8 bits generate text of the same quality in less time.
         return calibration.generate(
             SourceGenerator(path, tokenizer, "int8", options.threads),
             tokens,

@@ -1,4 +1,4 @@
-"""Calibration text: the user's, the sample in the package, or text that the model generates."""
+"""Calibration text: a file or list of documents, the sample in the package, or text that the model generates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str]
     """Returns calibration documents and a name for messages, from a file, a list of documents, or `SAMPLE`.
 
     Raises:
-        FileNotFoundError, PermissionError, ModelError, TypeError: as in `datasets.as_documents`.
+        FileNotFoundError, PermissionError, ModelError, TypeError: As in `datasets.as_documents`.
     """
     if source == SAMPLE:
         text = resources.files("nybble.quantization").joinpath("data/calibration.txt").read_text(encoding="utf-8")

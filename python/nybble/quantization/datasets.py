@@ -1,4 +1,4 @@
-"""Documents for calibration and evaluation, and the windows of tokens that they become."""
+"""Reads documents for calibration and evaluation, and cuts them into windows of tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def read(path: str | os.PathLike[str]) -> list[str]:
     A line of JSONL is a string, or an object with a string under `text` or `content`.
 
     Raises:
-        FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be read.
-        ModelError: the file is not UTF-8, or a line of JSONL is not a document.
+        FileNotFoundError, PermissionError, IsADirectoryError: The file cannot be read.
+        ModelError: The file is not UTF-8, or a line of JSONL is not a document.
     """
     path = Path(path)
     try:
@@ -80,7 +80,7 @@ def windows(
     Each window begins with the start token if the model expects one. `what` names the text in the error.
 
     Raises:
-        ModelError: the text does not fill one window.
+        ModelError: The text does not fill one window.
     """
     import numpy as np
 

@@ -52,13 +52,13 @@ class Evaluation:
     """Root mean square difference of the probabilities of the token that follows."""
     rms_dp_error: float | None = None
     kl_by_position: tuple[float, ...] | None = None
-    """Mean divergence at each scored position of a window."""
+    """Mean divergence at each scored position of a window, in nats."""
 
 
 class Reference:
     """The predictions of a model on a text, with which other models are compared. The model may be closed afterwards.
 
-    They are kept in a temporary file of about two bytes per scored token and token of the vocabulary.
+    A temporary file holds them: about two bytes per scored token and vocabulary entry.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class Reference:
             window: Tokens per window.
             max_tokens: Use at most this many tokens of the text.
             progress: Called with the number of windows that are done, and the total.
+
+        Raises:
+            Exception: As `evaluate` does.
         """
         self._native = _native.Reference(model._native, _windows(model, text, window, max_tokens), progress)
 
@@ -85,13 +88,17 @@ class Reference:
     def of_windows(
         cls, model: Computes, windows: datasets.Windows, *, progress: WindowProgress | None = None
     ) -> Reference:
-        """Records the predictions of a model on token ids `(windows, window)`."""
+        """Records the predictions of a model on token ids of shape `(windows, window)`."""
         reference = cls.__new__(cls)
         reference._native = _native.Reference(model._native, windows, progress)
         return reference
 
     def compare(self, model: Computes, *, progress: WindowProgress | None = None) -> Evaluation:
-        """Evaluates another model with the same vocabulary on the same tokens."""
+        """Evaluates another model on the same tokens.
+
+        Raises:
+            ValueError: The vocabularies differ.
+        """
         return _evaluation(self._native.compare(model._native, progress))
 
 
@@ -106,7 +113,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures the perplexity of a model on a text and, with a reference, its divergence from it.
 
-    The text is cut into windows. Each is a sequence of its own, and its second half is scored.
+    The text is cut into windows. Each is a separate sequence, and its second half is scored.
 
     Args:
         model: The model to measure.

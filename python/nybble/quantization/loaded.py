@@ -1,4 +1,4 @@
-"""What calibration and evaluation need of a loaded model. `nybble.Model` has all of it."""
+"""The interfaces that calibration and evaluation require of a loaded model. `nybble.Model` implements them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares an output with its source, and continues with that after an interruption."""
+"""Compares an output with its source. An interrupted comparison continues in the next run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELD_OUT = 8
 _MOST_HELD_OUT = 16
 
 Stages = Callable[[str, int, int], object]
-"""Called with the name of a stage, how much of it is done, and the total."""
+"""Called with the name of a stage, the number of its units that are done, and their total."""
 
 
 def split(windows: Windows) -> tuple[Windows, Windows]:
@@ -76,7 +76,7 @@ def measure(
 
 
 class Unmeasured:
-    """The record that an output is whole but not measured yet, in a file next to it."""
+    """The record that an output is complete but not measured yet, in a file next to it."""
 
     def __init__(self, out: Path) -> None:
         self._out = out

@@ -19,7 +19,7 @@ CALIBRATION_TOKENS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """Options of `nybble.quantize`. Each may also be given there by name.
+    """Options of `nybble.quantize`, which also takes each of them by name.
 
     Example:
         ```python
@@ -29,24 +29,24 @@ class QuantizeOptions:
         ```
 
     Raises:
-        ValueError: an option is out of range, or contradicts another.
+        ValueError: An option is out of range, or contradicts another.
     """
 
     recipe: Recipe = field(
         default="auto",
         metadata={
             **doc(
-                "How codes are found: rtn, gptq, gptq+tune, awq, awq+gptq or signround; auto tries recipes, cheapest "
+                "How to choose codes: rtn, gptq, gptq+tune, awq, awq+gptq or signround; auto tries recipes, cheapest "
                 "first, until one meets --target."
             ),
             "metavar": "RECIPE",
         },
     )
-    """How codes are found.
+    """How to choose codes.
 
     - `"rtn"`: rounding to nearest.
-    - `"gptq"`, `"awq"`, `"awq+gptq"`, `"signround"`: rounding that keeps the outputs of layers on the calibration text.
-    - `"gptq+tune"`: tunes scales and norms afterwards. For models of plain decoder blocks, such as Llama's.
+    - `"gptq"`, `"awq"`, `"awq+gptq"`, `"signround"`: rounding that preserves layer outputs on the calibration text.
+    - `"gptq+tune"`: gptq, then tuning of scales and norms. For models of plain decoder blocks, such as Llama's.
     - `"auto"`: tries rtn, gptq, and gptq+tune or awq+gptq, until one meets `target`; otherwise takes the best.
     """
     search: bool = True
@@ -60,7 +60,7 @@ class QuantizeOptions:
     The group is halved for rows that it does not divide.
     """
     symmetric: bool | None = None
-    """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` says the same in other words."""
+    """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` includes this choice."""
     format: Format | None = field(
         default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
     )
@@ -78,7 +78,7 @@ class QuantizeOptions:
     )
     """Block type of the embedding and the output."""
     keep: Mapping[str, str] | None = None
-    """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first match counts."""
+    """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
     calibration: str | os.PathLike[str] | Sequence[str] = "sample"
     """The calibration text.
 
@@ -103,8 +103,10 @@ class QuantizeOptions:
         default=0,
         metadata={**doc("Seed of generated calibration text and of the order of tuning."), "metavar": "N"},
     )
-    """Seed of what is drawn at random: generated calibration text (`calibration="self"`), and the order in which
-    gptq+tune uses the windows. Other recipes draw nothing. The same seed gives the same file on any number of threads.
+    """Seed of random choices.
+
+    They are the generated calibration text (`calibration="self"`) and the order in which gptq+tune uses the windows.
+    Other recipes make none. The same seed gives the same file on any number of threads.
     """
     threads: int | None = field(
         default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
@@ -122,7 +124,7 @@ class QuantizeOptions:
             raise ValueError(f"format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
         if None not in (self.format, self.symmetric) and self.symmetric != (self.format != "q4_1"):
             raise ValueError(
-                f"symmetric: found {self.symmetric} with the format {self.format}, expected one of the two"
+                f"symmetric: found {self.symmetric} with the format {self.format}, expected only one of the two"
             )
         if self.group is not None and (self.group < 0 or self.group % 32):
             raise ValueError(f"group: found {self.group}, expected a multiple of 32, or 0 for whole rows")
@@ -131,7 +133,7 @@ class QuantizeOptions:
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"target: found {self.target}, expected a share of the perplexity such as 0.01")
         if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"budget: found {self.budget}, expected minutes")
+            raise ValueError(f"budget: found {self.budget}, expected a number of minutes above 0")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: found {self.seed}, expected 0 to 2**64 - 1")
         for name in ("target", "budget"):
@@ -194,6 +196,6 @@ def merge_quantize_options(options: QuantizeOptions | None, overrides: QuantizeO
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: an override is not an option. The message lists the options.
+        TypeError: An override is not an option. The message lists the options.
     """
     return merged(QuantizeOptions() if options is None else options, overrides)

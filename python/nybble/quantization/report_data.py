@@ -15,7 +15,7 @@ class TensorReport:
     group: int
     """Weights that share a scale."""
     recipe: str
-    """How the codes were found; "encoded" for types that leave no choice."""
+    """How the codes were chosen; "encoded" for types that leave no choice."""
     relative_error: float | None
     """Relative squared error of the layer's outputs, or of its weights without calibration; None if encoded."""
     seconds: float
@@ -31,9 +31,11 @@ class Candidate:
     size_bytes: int
     perplexity: float | None
     kl_mean: float | None
+    """Mean Kullback-Leibler divergence from the source, in nats per token; likewise the median and 99th percentile."""
     kl_median: float | None
     kl_p99: float | None
     top_agreement: float | None
+    """Share of positions at which both models predict the same token."""
     seconds: float
     chosen: bool
 
@@ -56,7 +58,7 @@ class ReportData:
     reference_perplexity: float | None = None
     """The perplexity of the source."""
     kl_by_position: tuple[float, ...] = ()
-    """Mean divergence of the output at each scored position of a window."""
+    """Mean divergence of the output at each scored position of a window, in nats."""
 
     @property
     def chosen(self) -> Candidate | None:

@@ -1,4 +1,4 @@
-"""SVG plots without a library or script. Colours come from the style of the page."""
+"""SVG plots without a library or script. Colors come from the style of the page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, with or without a line."""
+    """Points of one color, with or without a line."""
 
     name: str
     points: Sequence[Point]

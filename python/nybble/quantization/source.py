@@ -1,4 +1,4 @@
-"""What is read of a source before it is quantized."""
+"""Properties of a source that are read before it is quantized."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _log = logging.getLogger("nybble")
 
 
 def log_low_precision(path: Path) -> None:
-    """Logs that the weights of a source are quantized already: what that lost is not recovered."""
+    """Logs if the weights of a source are already quantized: the precision lost then is not recovered."""
     if path.is_dir():
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # The loader reports what is wrong with it.
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # The loader reports the error.
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if method := config.get("quantization_config", {}).get("quant_method"):
                 _log.info("%s is a checkpoint of %s, whose weights are rounded already", path, method)
@@ -37,7 +37,7 @@ def _context(path: Path) -> int:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            return calibration.WINDOW  # The loader reports what is wrong with it.
+            return calibration.WINDOW  # The loader reports the error.
         text = config.get("text_config", config) if isinstance(config, dict) else {}
         config = text if isinstance(text, dict) else {}
         keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")

@@ -1,4 +1,4 @@
-"""The names of recipes and formats, and what `Model.load(quantize="int4:g128:gptq")` asks for."""
+"""The names of recipes and formats, and the parser of `Model.load(quantize="int4:g128:gptq")`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Spec:
         A part is a recipe, a group size such as `g128`, a format, or `sym` or `asym` for q4_0 or q4_1.
 
         Raises:
-            ValueError: a part is none of these, or occurs twice.
+            ValueError: A part is none of these, or occurs twice.
         """
         kind, *parts = text.split(":")
         values: dict[str, Any] = {}

@@ -5,7 +5,7 @@
 1. `middleware` checks the API key and the host, and reads the body.
 2. `protocols` validates the body and translates it to a `generation.GenerationRequest`.
 3. `generation` runs it on the engine and reports `events`.
-4. `delivery` sends what the protocol makes of the events, as a whole or as a stream.
+4. `delivery` sends the answers in the format of the protocol, as a whole or as a stream.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     """Generates the answers to a request and returns them in its wire protocol.
 
     Raises:
-        ApiError: the request is invalid or the server is overloaded.
+        ApiError: The request is invalid or the server is overloaded.
     """
     service.admit(adapter.model, adapter.answers)
     group = await AnswerGroup.submit(service, http, adapter.translate())
@@ -50,7 +50,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnected: the client has disconnected.
+        ClientDisconnected: The client has disconnected.
     """
 
     async def disconnected() -> None:
@@ -73,12 +73,12 @@ async def with_timeout(service: Service, http: HttpRequest, work: Coroutine[Any,
     """The response of `work`, within the time limit of requests and while the client is connected.
 
     Raises:
-        ApiError: the time is over, or memory has run out.
+        ApiError: The time limit has passed, or memory has run out.
     """
     try:
         return await cancel_on_disconnect(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
     except ClientDisconnected:
-        return Response(status_code=499)  # Nobody reads it.
+        return Response(status_code=499)  # The client is gone.
     except (asyncio.TimeoutError, MemoryError) as error:
         raise _as_api_error(service, error) from error
 
@@ -96,7 +96,7 @@ class EventStream(Response):
         self._adapter = adapter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events until they end, the time is over, or the client disconnects."""
+        """Sends the events until they end, the time limit has passed, or the client disconnects."""
         with self._group, contextlib.suppress(ClientDisconnected):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await cancel_on_disconnect(receive, self._send(send))
@@ -106,7 +106,7 @@ class EventStream(Response):
             async with contextlib.aclosing(self._messages()) as messages:
                 async for message in messages:
                     await send(_server_sent(message))
-                    # `send` only waits for slow readers. A pause in between lets a lost connection be noticed.
+                    # `send` waits only for slow readers. A pause in between lets the server notice a lost connection.
                     await asyncio.sleep(0)
 
         try:
@@ -132,7 +132,7 @@ def _as_api_error(service: Service, error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, asyncio.TimeoutError):
-        # A second try would take as long, and OpenAI's client would make one.
+        # OpenAI's client would retry, and a second attempt would take as long.
         message = f"the answer was not complete after {service.settings.request_seconds:g} seconds"
         return ApiError(408, message, code="timeout", headers={"x-should-retry": "false"})
     if isinstance(error, MemoryError):

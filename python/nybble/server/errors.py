@@ -49,11 +49,11 @@ class ApiError(Exception):
     """An error that the client receives.
 
     Args:
-        status: the HTTP status.
-        message: what is wrong.
-        param: the parameter that is wrong.
-        code: the code by which programs recognise the error.
-        headers: more headers of the response.
+        status: The HTTP status.
+        message: What is wrong.
+        param: The parameter that is wrong.
+        code: The code by which programs recognize the error.
+        headers: More headers of the response.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ def as_api_errors(param: str) -> Iterator[None]:
     """Turns errors of the engine into API errors that name a parameter of the request.
 
     Args:
-        param: the parameter that errors name, unless their message begins with another option.
+        param: The parameter that errors name, unless their message begins with another option.
 
     Raises:
-        ApiError: the block raised an error that concerns the client.
+        ApiError: The block raised an error that concerns the client.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The events of a request's answers, which every wire protocol folds into its own format."""
+"""The events of a request's answers, which every wire protocol converts to its own format."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class CollectedAnswer:
 
 
 async def collect(events: AsyncIterator[Event]) -> tuple[list[CollectedAnswer], Usage]:
-    """Folds the events of a request into its whole answers and their usage."""
+    """Collects the events of a request into its whole answers and their usage."""
     answers: list[CollectedAnswer] = []
     usage = Usage(0, 0)
     async for event in events:

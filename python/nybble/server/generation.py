@@ -28,22 +28,22 @@ _LONG_BODY_BYTES = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What a request of any wire protocol asks the engine for."""
+    """A request to the engine, independent of the wire protocol."""
 
     param: str
     """The parameter that holds the prompt, which errors name."""
     prepare: Callable[[], Sequence[tuple[Prompt, SamplingOptions]]]
-    """Gives the prompt and the options of each answer. It runs in a thread, since templates and tokenizers are slow."""
+    """Returns the prompt and the options of each answer. Runs in a thread: templates and tokenizers are slow."""
     prompts: int = 1
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
-    """Makes the parser of one answer."""
+    """Creates the parser of one answer."""
 
 
 class AnswerGroup:
     """The answers to one request, from their submission until their slots are free.
 
-    `AnswerGroup.submit` makes one. It is a context manager: leaving it cancels the answers that are still running.
+    `AnswerGroup.submit` returns one. It is a context manager: leaving it cancels the answers that are still running.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AnswerGroup:
         """Prepares a request and submits its answers to the engine.
 
         Raises:
-            ApiError: the request is invalid, or the engine's queue is full.
+            ApiError: The request is invalid, or the engine's queue is full.
         """
         started_at = time.perf_counter()
         answers: list[Request] = []
@@ -96,11 +96,11 @@ class AnswerGroup:
         self._resources.close()
 
     async def stream_events(self) -> AsyncGenerator[events.Event, None]:
-        """The events of all answers as they come.
+        """Yields the events of all answers in order of arrival.
 
         Raises:
-            ApiError: the server shuts down.
-            Exception: what ended an answer, such as MemoryError.
+            ApiError: The server shuts down.
+            Exception: The error that ended an answer, such as MemoryError.
         """
         parsers = [self._request.new_parser() for _ in self._answers]
         calls = [0] * len(parsers)
@@ -124,7 +124,7 @@ class AnswerGroup:
         yield events.UsageReported(self._usage())
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
-        """The pieces of all answers as they come, each with the number of its answer; None for the end of one."""
+        """Yields pieces in order of arrival, each with the number of its answer; None ends an answer."""
         queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
 
         async def pump(index: int, answer: Request) -> None:

@@ -28,7 +28,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that is bound to an address and does not listen yet.
 
     Raises:
-        OSError: the address is in use or does not belong to this machine.
+        OSError: The address is in use or does not belong to this machine.
     """
     with _naming_address(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -69,12 +69,12 @@ def serve(service: Service, listener: socket.socket, ready: Callable[[str], obje
     """Answers requests until SIGTERM or Ctrl-C, then lets running answers finish. A second signal cancels them.
 
     Args:
-        service: the service to run.
-        listener: a bound socket, as `bind` returns it.
-        ready: called with the URL once the server accepts requests.
+        service: The service to run.
+        listener: A bound socket, as `bind` returns it.
+        ready: Called with the URL once the server accepts requests.
 
     Raises:
-        OSError: the address is in use.
+        OSError: The address is in use.
     """
     # Two processes may bind an address. The second one to listen fails here.
     with _naming_address(*listener.getsockname()[:2]):

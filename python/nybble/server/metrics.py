@@ -32,10 +32,10 @@ _COUNTERS = {
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own.
+    """The metrics of one server, in their own registry.
 
     Args:
-        engine_stats: gives the counters of the engine.
+        engine_stats: Returns the counters of the engine.
     """
 
     def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:

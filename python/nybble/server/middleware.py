@@ -21,9 +21,9 @@ class Middleware:
     """ASGI middleware around the application.
 
     Args:
-        app: the application.
-        service: its settings and metrics are used.
-        paths: the paths that metrics distinguish.
+        app: The application.
+        service: Its settings and metrics are used.
+        paths: The paths that metrics distinguish.
     """
 
     def __init__(self, app: ASGIApp, service: Service, paths: Iterable[str]) -> None:

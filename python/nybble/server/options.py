@@ -21,7 +21,7 @@ class ServeOptions:
     """Options of `nybble serve`.
 
     Raises:
-        ValueError: a number is out of range, or the API key is empty or cannot be sent in an HTTP header.
+        ValueError: A number is out of range, or the API key is empty or cannot be sent in an HTTP header.
     """
 
     host: str = field(
@@ -98,8 +98,8 @@ class ServeOptions:
         """The settings of the service.
 
         Args:
-            context: the context of the model in tokens, which bounds the default size of a request.
-            allowed_hosts: the host names that requests may use; None for any.
+            context: The context of the model in tokens, which bounds the default size of a request.
+            allowed_hosts: The host names that requests may use; None for any.
         """
         default_body_bytes = max(16 * context, 1_000_000)
         return Settings(
@@ -114,11 +114,11 @@ class ServeOptions:
 
 
 def _checked_key(key: str) -> str:
-    key = key.strip()  # Keys from files often end with a line break, which a header cannot hold.
+    key = key.strip()  # Keys from files often end with a line break, which an HTTP header cannot carry.
     if not key:
-        raise ValueError("api_key: found an empty key, expected at least one character; omit it to need no key")
+        raise ValueError("api_key: found an empty key, expected at least one character; omit it to require no key")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError("api_key: found characters that no header can hold, expected printable ASCII")
+        raise ValueError("api_key: found characters that an HTTP header cannot carry, expected printable ASCII")
     return key
 
 

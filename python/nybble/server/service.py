@@ -40,10 +40,10 @@ class Service:
         self._running: set[Request] = set()
 
     def admit(self, model: str | None, answers: int) -> None:
-        """Refuses requests for other models, and requests beyond the limits, before any work is done for them.
+        """Refuses requests for other models and requests beyond the limits, before they cost any work.
 
         Raises:
-            ApiError: the request is refused.
+            ApiError: The request is refused.
         """
         if self.draining:
             raise overloaded("the server is shutting down", 503, "shutting_down")
@@ -60,7 +60,7 @@ class Service:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """The result of `work`, which would block the event loop for too long."""
         # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and
-        # each keeps memory. Some versions of anyio create a limiter only where an event loop runs.
+        # each holds memory. Some versions of anyio create a limiter only where an event loop runs.
         self._threads = self._threads or CapacityLimiter(4)
         return await to_thread.run_sync(work, limiter=self._threads)
 

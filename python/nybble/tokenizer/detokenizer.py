@@ -1,4 +1,4 @@
-"""Decodes token ids to text as they come, and watches the text for stop strings."""
+"""Decodes token ids to text one at a time, and finds stop strings in the text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class TokenSource(Protocol):
-    """What decoding needs to know of a tokenizer."""
+    """The part of a tokenizer that decoding needs."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -26,11 +26,11 @@ class TokenSource(Protocol):
 
 
 class StreamDecoder:
-    """Decodes token ids as they come. The joined pieces equal `Tokenizer.decode` of all ids.
+    """Decodes token ids one at a time. The joined pieces equal `Tokenizer.decode` of all ids.
 
     Args:
-        tokenizer: the tokenizer of the ids.
-        after: the ids that the text continues, such as the prompt. If the vocabulary puts a space before each text,
+        tokenizer: The tokenizer of the ids.
+        after: The ids that the text continues, such as the prompt. If the vocabulary puts a space before each text,
             decoding removes it only at the start of a text: at the very beginning or after a special token.
     """
 
@@ -56,17 +56,17 @@ class StreamDecoder:
 
 
 class StopMatcher:
-    """Watches a text for stop strings as it comes, and holds back only what may become one.
+    """Finds stop strings in a text that arrives in pieces, and holds back only what may become one.
 
     The text ends as soon as a stop string is complete, however the text is split into pieces. If several are complete
     at once, the longest counts. The stop string is not part of the text.
 
     Args:
-        stops: the stop strings.
+        stops: The stop strings.
 
     Raises:
         TypeError: `stops` is a string.
-        ValueError: a stop string is empty.
+        ValueError: A stop string is empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

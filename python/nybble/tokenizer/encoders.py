@@ -21,7 +21,7 @@ class Encoder(Protocol):
     """Encodes text to ids, without start and end tokens."""
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        """The ids of `text`. Special tokens spelled out in it are recognised only if `parse_special`."""
+        """The ids of `text`. Special tokens spelled out in it are recognized only if `parse_special`."""
         raise NotImplementedError
 
 

@@ -31,7 +31,7 @@ class Folder:
 
     encoder: PackageEncoder
     token_bytes: Callable[[str], bytes]
-    """Gives the bytes of a token by its spelling. Added tokens are written literally instead."""
+    """Returns the bytes of a token by its spelling. Added tokens are written literally instead."""
     adds_space: bool
     prefix_ids: Sequence[int]
     """Ids before every text."""
@@ -49,8 +49,8 @@ def read(folder: Path) -> Folder:
     """Reads the tokenizer of a folder.
 
     Raises:
-        FileNotFoundError: there is no tokenizer.json.
-        ModelError: a file is damaged or needs something that is not supported.
+        FileNotFoundError: There is no tokenizer.json.
+        ModelError: A file is damaged or needs something that is not supported.
     """
     path = folder / "tokenizer.json"
     text = _text(path)
@@ -63,12 +63,12 @@ def parse(text: str, where: str, folder: Path | None = None) -> Folder:
     """Reads the content of a `tokenizer.json`, and the files next to it if there is a folder.
 
     Args:
-        text: the content.
-        where: the file, for errors.
-        folder: the folder of the other files.
+        text: The content.
+        where: The file, for errors.
+        folder: The folder of the other files.
 
     Raises:
-        ModelError: a file is damaged or needs something that is not supported.
+        ModelError: A file is damaged or needs something that is not supported.
     """
     description = _parsed(text, where)
     _check_lengths(description, where)
@@ -196,7 +196,7 @@ def _check_ids(description: dict[str, Any], package: tokenizers.Tokenizer, where
 
 
 def _decoding(decoder: Any, where: str) -> tuple[Callable[[str], bytes], bool]:
-    """The function that gives the bytes of a token, and whether decoding removes a space at the start of a text."""
+    """The function that returns the bytes of a token, and whether decoding removes a space at the start of a text."""
     steps = list(_steps(decoder))
     kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:

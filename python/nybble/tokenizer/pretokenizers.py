@@ -38,7 +38,7 @@ def find(name: str | None) -> PreTokenizer:
     """The rule with a name. An unknown or missing name gives a warning and the rule `default`.
 
     Raises:
-        ModelError: the name belongs to a vocabulary that is not byte-level.
+        ModelError: The name belongs to a vocabulary that is not byte-level.
     """
     if name is None:
         warnings.warn(

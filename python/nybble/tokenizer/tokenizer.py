@@ -47,15 +47,15 @@ class Tokenizer:
         """Loads the tokenizer of a model.
 
         Args:
-            source: a GGUF file, with or without weights; a folder with a `tokenizer.json` or a GGUF file; a repository
+            source: A GGUF file, with or without weights; a folder with a `tokenizer.json` or a GGUF file; a repository
                 on the Hugging Face Hub (`org/name`); or None for the default model.
-            filename: a name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository.
+            filename: A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository.
             revision: branch, tag or commit of a repository.
-            mmap: map a GGUF file into memory while it is read. False reads it without mapping.
+            mmap: Map a GGUF file into memory while it is read. False reads it without mapping.
 
         Raises:
-            FileNotFoundError, PermissionError, ConnectionError: the file cannot be read or downloaded.
-            ModelError: the file is damaged or inconsistent, or its kind of tokenizer is not supported.
+            FileNotFoundError, PermissionError, ConnectionError: The file cannot be read or downloaded.
+            ModelError: The file is damaged or inconsistent, or its kind of tokenizer is not supported.
         """
         if source is not None and filename is None:
             folder = Path(source).expanduser()
@@ -71,14 +71,14 @@ class Tokenizer:
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
-        """Makes a tokenizer from the metadata of a GGUF file.
+        """Builds a tokenizer from the metadata of a GGUF file.
 
         Args:
-            metadata: the keys and values of the file.
-            where: the file, for errors.
+            metadata: The keys and values of the file.
+            where: The file, for errors.
 
         Raises:
-            ModelError: the metadata is inconsistent, or its kind of tokenizer is not supported.
+            ModelError: The metadata is inconsistent, or its kind of tokenizer is not supported.
         """
         whole = metadata.get("tokenizer.huggingface.json")
         if isinstance(whole, str) and "tokenizer.ggml.tokens" not in metadata:
@@ -96,10 +96,10 @@ class Tokenizer:
         """Encodes a text to token ids.
 
         Args:
-            text: any text. Lone surrogates become U+FFFD.
-            add_special: add the model's start and end tokens if the model was trained with them. A text that already
+            text: Any text. Lone surrogates become U+FFFD.
+            add_special: Add the model's start and end tokens if the model was trained with them. A text that already
                 begins with the start token does not get a second one.
-            parse_special: encode special tokens that are spelled out in the text (`<|im_end|>`) as these tokens, which
+            parse_special: Encode special tokens that are spelled out in the text (`<|im_end|>`) as these tokens, which
                 the output of a chat template needs. False encodes them as plain characters, which is safer for
                 untrusted text.
 
@@ -128,7 +128,7 @@ class Tokenizer:
         For ids that continue a text, use `StreamDecoder` with the ids before them.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            ValueError: An id is not in the vocabulary.
         """
         decoder = StreamDecoder(self)
         return "".join(map(decoder.push, ids)) + decoder.finish()
@@ -146,19 +146,19 @@ class Tokenizer:
         """Writes a conversation as a prompt, by the model's chat template.
 
         Args:
-            messages: the turns, `[{"role": "user", "content": "Hello"}]`.
-            add_generation_prompt: end with the beginning of the model's answer.
-            template: the name of one of `chat_templates`. None is "tool_use" if there are tools and such a template,
+            messages: The turns, `[{"role": "user", "content": "Hello"}]`.
+            add_generation_prompt: End with the beginning of the model's answer.
+            template: The name of one of `chat_templates`. None is "tool_use" if there are tools and such a template,
                 and "default" otherwise.
-            tools: descriptions of functions that the model may call, for templates that support them.
-            documents: documents to answer from, for templates that support them.
-            **variables: more variables of the template, such as `enable_thinking=False`.
+            tools: Descriptions of functions that the model may call, for templates that support them.
+            documents: Documents to answer from, for templates that support them.
+            **variables: More variables of the template, such as `enable_thinking=False`.
 
         Returns:
             The prompt, for `encode`.
 
         Raises:
-            ModelError: there is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
+            ModelError: There is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
@@ -190,7 +190,7 @@ class Tokenizer:
         """The spelling of a token in the vocabulary, where U+2581 or U+0120 may stand for a space.
 
         Raises:
-            ValueError: the id is not in the vocabulary.
+            ValueError: The id is not in the vocabulary.
         """
         text = self._parts.text_of(token) if 0 <= token < self.vocab_size else None
         if text is None:
@@ -201,7 +201,7 @@ class Tokenizer:
         """The bytes that a token adds to a text. Several tokens may form one character.
 
         Raises:
-            ValueError: the id is not in the vocabulary.
+            ValueError: The id is not in the vocabulary.
         """
         text = self.token_text(token)
         return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
@@ -211,7 +211,7 @@ class Tokenizer:
         """The vocabulary for grammars, built on first use.
 
         Raises:
-            ValueError: the vocabulary has no token that ends a text, which grammars need.
+            ValueError: The vocabulary has no token that ends a text, which grammars need.
         """
         if self._grammar_vocabulary is None:
             if not self.eos_ids:

@@ -135,11 +135,11 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
     """Reads the vocabulary of GGUF metadata.
 
     Args:
-        metadata: the keys and values of the file.
-        where: the file, for errors.
+        metadata: The keys and values of the file.
+        where: The file, for errors.
 
     Raises:
-        ModelError: a key is missing, malformed, contradicts another, or needs an unsupported kind of tokenizer.
+        ModelError: A key is missing, malformed, contradicts another, or needs an unsupported kind of tokenizer.
     """
     keys = _Keys(metadata, where)
     model = keys.string("tokenizer.ggml.model")
@@ -164,7 +164,7 @@ def read(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Vocabular
     end_ids = end_tokens(ids) | {i for i in (eos_id, *other_ends) if i is not None}
     for i in (
         end_ids
-    ):  # They are special tokens even if the file says otherwise: never part of a text, and recognised in prompts.
+    ):  # They are special tokens even if the file says otherwise: never part of a text, and recognized in prompts.
         if kinds[i] != TokenKind.UNKNOWN:
             kinds[i] = int(TokenKind.CONTROL)
     add_bos = keys.flag(

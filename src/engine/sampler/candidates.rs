@@ -125,8 +125,8 @@ impl Candidates {
         self.0.retain(|candidate| candidate.weight >= p);
     }
 
-    /// Draws a token: the candidates lie side by side in order of their ids, each as wide as its mass, and `number(total)`,
-    /// a number below the sum of the masses, falls on one of them. `None` if there are no candidates.
+    /// Draws a token: the candidates form intervals in order of their ids, each as wide as its mass, and `number(total)`,
+    /// a number below the sum of the masses, falls into one of them. `None` if there are no candidates.
     pub(super) fn draw(&mut self, temperature: f32, number: impl FnOnce(u64) -> u64) -> Option<u32> {
         self.0.sort_unstable_by_key(Candidate::id);
         let mut left = match self.weigh(temperature) {

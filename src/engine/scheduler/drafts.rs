@@ -39,7 +39,7 @@ impl Drafter {
                 count = entry.acceptance.draft_len(self.speculation).min(entry.remaining - 1).min(budget);
                 budget -= count;
             }
-            // A constraint knows more about the next tokens than a draft model does.
+            // A constraint predicts the next tokens better than a draft model does.
             if self.model.is_none() || entry.sequence.sampler.constraint().is_some() {
                 look_ahead(entry, std::mem::take(&mut count));
             }

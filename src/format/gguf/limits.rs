@@ -16,10 +16,10 @@ pub(super) const MAX_KEY: usize = 65_535;
 pub(super) const MAX_LENGTH: usize = 1 << 30;
 /// The longest name of a tensor, in bytes.
 pub(super) const MAX_NAME: usize = 63;
-/// The most dimensions of a tensor.
+/// The largest number of dimensions of a tensor.
 pub(super) const MAX_DIMS: usize = 4;
 
-/// What is wrong with `key`. `None` for a valid key.
+/// The fault of an invalid `key`; `None` for a valid one.
 pub(super) fn key_fault(key: &[u8]) -> Option<&'static str> {
     if key.is_empty() {
         Some("an empty key")
@@ -37,7 +37,7 @@ pub(super) fn alignment_is_valid(alignment: u32) -> bool {
     alignment.is_power_of_two() && alignment <= MAX_ALIGNMENT
 }
 
-/// What is wrong with the name of a tensor. `None` for a valid name.
+/// The fault of an invalid name of a tensor; `None` for a valid one.
 pub(super) fn name_fault(name: &str) -> Option<&'static str> {
     if name.len() > MAX_NAME {
         Some("a name of more than 63 bytes")

@@ -2,7 +2,7 @@
 //!
 //! A file is a header, metadata (keys and values), a list of tensors, and their data. [`Gguf::open`] maps the file, reads the
 //! metadata and the list, and checks both. Every count, length, offset and dimension is compared with the size of the file
-//! before it is used. A damaged or hostile file gives an [`Error`] that says where, what was found and what was expected. It
+//! before it is used. A damaged or hostile file gives an [`Error`] with the place, what was found and what was expected. It
 //! never causes a panic, nor an allocation larger than a small multiple of the file.
 //!
 //! [`Writer`] writes version 3, which all current readers accept.

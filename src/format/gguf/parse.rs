@@ -1,4 +1,4 @@
-//! Parsing of one file into metadata and a list of tensors, with all checks.
+//! Parses one file into metadata and a list of tensors, with all checks.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -14,9 +14,9 @@ use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
-/// The fewest bytes of a key (1 byte) with its value (1 byte).
+/// The smallest size of a key (1 byte) with its value (1 byte).
 const MIN_ENTRY: usize = 8 + 1 + 4 + 1;
-/// The fewest bytes that describe a tensor.
+/// The smallest size of a tensor's description, in bytes.
 const MIN_TENSOR: usize = 8 + 4 + 4 + 8;
 
 /// The contents of one file.
@@ -166,7 +166,7 @@ pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize,
     sizes.ok_or_else(|| (found(), format!("fewer than 2^63 values and bytes of {block_type}")))
 }
 
-/// What is being parsed, for error messages.
+/// The part that is being parsed, for error messages.
 #[derive(Clone, Copy)]
 enum Part<'a> {
     Header,
@@ -246,7 +246,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A u64 that counts `what`. Each takes `size` bytes or more, all of which must be in the rest of the file.
+    /// A u64 that counts `what`. Each takes `size` bytes or more, and all of them must fit into the rest of the file.
     fn count(&mut self, what: &str, size: usize) -> Result<usize> {
         let start = self.at;
         let count = self.u64("a count")?;

@@ -1,4 +1,4 @@
-//! An open model.
+//! Reads GGUF models: opens their files and gives access to metadata and tensors.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

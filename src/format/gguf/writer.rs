@@ -1,4 +1,4 @@
-//! Writing of files, tensor by tensor. A file appears when it is complete.
+//! Writes GGUF files tensor by tensor. A file appears when it is complete.
 
 use std::collections::HashSet;
 use std::fs::File;

@@ -26,7 +26,7 @@ pub(super) type WCodes = [CacheLine; BLOCK / 4];
 /// Dot products of 32 bits `(MAX_TILE_ROWS, PANEL)`.
 pub(super) type Sums = [CacheLine; MAX_TILE_ROWS];
 
-/// What multiplies integers: the tiles, in tests also plain Rust.
+/// Multiplies integers: with the tiles, or in tests with plain Rust.
 pub(super) trait Dots: fmt::Debug {
     /// Parts of a block that are multiplied one by one, because each has its own scale: 1 or 2.
     const PARTS: usize;
@@ -123,9 +123,9 @@ impl<D: Dots> Chunk<'_, '_, D> {
             }
         }
         self.add(&self.x.tile::<R>(row), &mut acc);
-        let gain = if self.blocks.end == self.x.blocks() { self.w.gain() } else { 1.0 };
+        let output_scale = if self.blocks.end == self.x.blocks() { self.w.output_scale() } else { 1.0 };
         for (acc, row) in acc.iter().zip(rows) {
-            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut self.out.row_mut(row)[self.p * PANEL..]);
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(output_scale)), &mut self.out.row_mut(row)[self.p * PANEL..]);
         }
     }
 

@@ -134,7 +134,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> Panels
         let Product { w, x, .. } = *self.product;
         let mut acc = [[_mm512_setzero_ps(); P]; R];
         strip::<_, CODE, GROUP, MIN, P, R>(&self.weights, &x.tile::<R>(row), 0..x.blocks(), self.table, &mut acc);
-        save(&acc, w.gain(), row..x.rows().min(row + R), self.written.clone(), self.product.out);
+        save(&acc, w.output_scale(), row..x.rows().min(row + R), self.written.clone(), self.product.out);
     }
 }
 
@@ -212,7 +212,7 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                 }
             }
             for (sums, first) in sums.iter().zip(rows.clone().step_by(MAX_TILE_ROWS)) {
-                save(sums, w.gain(), first..rows.end.min(first + MAX_TILE_ROWS), columns.clone(), out);
+                save(sums, w.output_scale(), first..rows.end.min(first + MAX_TILE_ROWS), columns.clone(), out);
             }
         }
     }
@@ -264,12 +264,12 @@ fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
     }
 }
 
-/// Writes the sums of `rows` and `panels`, multiplied by `gain`.
+/// Writes the sums of `rows` and `panels`, multiplied by `output_scale`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn save<const P: usize>(
     acc: &[[__m512; P]],
-    gain: f32,
+    output_scale: f32,
     rows: Range<usize>,
     panels: Range<usize>,
     out: &mut Columns<'_>,
@@ -277,7 +277,7 @@ fn save<const P: usize>(
     for (acc, row) in acc.iter().zip(rows) {
         let out = out.row_mut(row);
         for (acc, panel) in acc.iter().zip(panels.clone()) {
-            store(_mm512_mul_ps(*acc, _mm512_set1_ps(gain)), &mut out[panel * PANEL..]);
+            store(_mm512_mul_ps(*acc, _mm512_set1_ps(output_scale)), &mut out[panel * PANEL..]);
         }
     }
 }

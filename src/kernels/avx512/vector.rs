@@ -64,7 +64,7 @@ pub(in crate::kernels) fn load_f32(x: &[f32; PANEL]) -> __m512 {
     unsafe { _mm512_loadu_ps(x.as_ptr()) }
 }
 
-/// Stores as many lanes as `out` holds: the last panel of a matrix may have fewer than 16 rows.
+/// Stores the first `out.len()` lanes: the last panel of a matrix may have fewer than 16 rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(in crate::kernels) fn store(x: __m512, out: &mut [f32]) {

@@ -1,4 +1,4 @@
-//! Attention over a page of the key/value cache.
+//! Attention over a page of the KV cache.
 //!
 //! Both operations work in tiles: the keys or values of `P` panels, loaded once for `Q` queries, whose sums stay in
 //! registers.

@@ -91,11 +91,11 @@ impl<V: Vector> Job<'_, V> {
             (0..R).for_each(|r| x_of_k[r] = x[r][k]);
             add_products(v, weights_of_k, x_of_k, &mut sums);
         }
-        let gain = v.splat(self.w.gain());
+        let output_scale = v.splat(self.w.output_scale());
         for r in 0..R {
             for i in 0..P {
                 for part in 0..V::PARTS {
-                    sums[r][i][part] = v.mul(sums[r][i][part], gain);
+                    sums[r][i][part] = v.mul(sums[r][i][part], output_scale);
                 }
                 v.store_panel(sums[r][i], &mut out.row_mut(row + r)[(p + i) * PANEL..]);
             }

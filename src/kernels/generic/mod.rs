@@ -1,6 +1,6 @@
 //! Operations written once for all instruction sets.
 //!
-//! What the compiler vectorizes well is plain Rust (`elementwise.rs`). What needs tiles of registers is generic over a
+//! Code that the compiler vectorizes well is plain Rust (`elementwise.rs`). Code that needs tiles of registers is generic over a
 //! [`Vector`](vector::Vector) (`attention.rs`, `float.rs`, `convert.rs`). Both are compiled anew with the features of
 //! every instruction set.
 

@@ -1,4 +1,4 @@
-//! What generic code needs of an instruction set: registers of floats.
+//! The registers of floats that generic code requires of an instruction set.
 
 use std::ops::IndexMut;
 
@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::quant::packed::PANEL;
 
-/// An instruction set that computes with registers of F32, of which one or several make a panel of [`PANEL`] values.
+/// An instruction set that computes with registers of F32. One or several of them make a panel of [`PANEL`] values.
 ///
 /// A value of the type proves that the CPU has the instructions, so its methods are safe to call. The methods and all code
 /// generic over them are `#[inline(always)]`: only inside a `#[target_feature]` function of the set does the compiler turn
@@ -42,7 +42,7 @@ pub(in crate::kernels) trait Vector: Copy {
     #[inline(always)]
     fn prefetch<T>(self, _: &T) {}
 
-    /// Stores as many values of a panel as `out` holds: the last panel of a matrix may have fewer rows.
+    /// Stores the first `out.len()` values of a panel: the last panel of a matrix may have fewer rows.
     #[inline(always)]
     fn store_panel(self, x: Self::Panel, out: &mut [f32]) {
         let mut lanes = [0.0; PANEL];

@@ -1,4 +1,4 @@
-//! Families in which attention fades with the distance, or did in their first models.
+//! Families with ALiBi, or whose first models had it.
 
 use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Residual, family};
 use crate::kernels::Activation::{Gelu, GeluTanh};

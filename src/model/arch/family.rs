@@ -1,7 +1,7 @@
 //! The choices that families differ in.
 //!
-//! What a file shows by itself is not repeated here: the tensors show whether there is a gate, a bias, a norm of queries
-//! and keys, a norm after a branch or a table of positions, and the keys hold the numbers (scales, caps, windows).
+//! They do not repeat what the file itself determines: its tensors show whether there is a gate, a bias, a norm of queries
+//! and keys, a norm after a branch or a table of positions, and its keys hold the numbers (scales, caps, windows).
 
 use crate::kernels::Activation;
 
@@ -23,7 +23,7 @@ pub enum Residual {
     Parallel,
 }
 
-/// How positions enter, unless the file has a table of them.
+/// How positions are encoded, unless the file has a table of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Position {
     /// Rotary embedding of queries and keys, pairs `(i, i + n / 2)`.
@@ -74,7 +74,7 @@ pub struct Family {
     pub norm: NormKind,
     /// What the two branches of a layer read.
     pub residual: Residual,
-    /// How positions enter.
+    /// How positions are encoded.
     pub position: Position,
     /// Activation of the feed-forward layer.
     pub activation: Activation,

@@ -1,4 +1,4 @@
-//! The families as data, grouped by kinship: one entry each.
+//! The families as data, grouped with their relatives: one entry per family.
 
 mod alibi;
 mod family;

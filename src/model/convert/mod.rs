@@ -17,9 +17,9 @@ use requantize::{decode, encode, target, unfit};
 /// Bytes of a piece, which one thread encodes.
 const PIECE: usize = 1 << 20;
 
-/// Writes the checkpoint at `source`, a GGUF file or a folder of Hugging Face with its tokenizer, to a GGUF file at `out`.
+/// Writes the checkpoint at `source`, a GGUF file or a Hugging Face folder with its tokenizer, to a GGUF file at `out`.
 ///
-/// Matrices are stored as in [`convert`]. `progress` is called with the number of tensors that are done, and that of all.
+/// Matrices are stored as in [`convert`]. `progress` is called with the number of tensors done and their total.
 ///
 /// # Errors
 /// Those of [`Gguf::open`], [`HfFolder::open`], [`HfFolder::tokenizer`] and [`convert`].

@@ -1,4 +1,4 @@
-//! Checkpoints whose matrices are encoded in another type than that of their files, row by row while they are read.
+//! Re-encodes the matrices of a checkpoint in another type, row by row while they are read.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};

@@ -19,7 +19,7 @@ pub(in crate::model) struct Mlp {
     pub(in crate::model) width: usize,
 }
 
-/// What a network computes with.
+/// The workspace of a network.
 #[derive(Debug, Default)]
 pub(in crate::model) struct Workspace {
     /// `(rows, width of up)`: gate and up.

@@ -29,7 +29,7 @@ struct SharedExpert {
     gate: Option<Linear>,
 }
 
-/// What a mixture of experts computes with, besides the workspace of a network.
+/// The workspace of a mixture of experts, besides that of a network.
 #[derive(Debug, Default)]
 pub(in crate::model) struct Workspace {
     /// `(rows, hidden)`: the input of all experts.

@@ -1,4 +1,4 @@
-//! Routers: which experts a row goes to.
+//! Routers choose the experts for each row.
 
 use crate::error::Result;
 use crate::kernels::Kernel;

@@ -9,8 +9,8 @@ use crate::error::Result;
 pub(super) enum Transform {
     /// Unchanged.
     Copy,
-    /// In each head, rows `i` and `i + rotary / 2` become neighbours, the order that llama.cpp rotates in for some families.
-    PairNeighbours,
+    /// In each head, rows `i` and `i + rotary / 2` become neighbors, the order that llama.cpp rotates in for some families.
+    PairNeighbors,
     /// Query, key and value rows that are grouped by head, or by key/value head, become all queries, then all keys, then all
     /// values.
     Ungroup,

@@ -2,7 +2,7 @@
 //!
 //! [`HfFolder::open`] reads `config.json` and the headers of the safetensors files. The folder is then a [`Checkpoint`] like
 //! any other: metadata under the keys that llama.cpp's converter would write, tensors under GGUF's names with GGUF's
-//! dimensions and order of rows. Nothing is copied: rows are read from the mapped files when they are asked for.
+//! dimensions and order of rows. Nothing is copied: rows are read from the mapped files on demand.
 //!
 //! A family is an entry in `families/`: the names in its configuration, and the tensors of GGUF that its tensors become
 //! (`entry.rs`). `planner.rs` finds the tensors, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits

@@ -236,11 +236,7 @@ impl<'a> Planner<'a> {
                 self.files.path(tensor),
                 Place::Tensor(tensor.name().to_owned()),
                 "a tensor",
-                format_args!(
-                    "none: according to {} the {} has no such tensor",
-                    self.config(),
-                    self.family.model_types[0]
-                ),
+                format_args!("none: {} describes a {} without it", self.config(), self.family.model_types[0]),
             )),
         }
     }

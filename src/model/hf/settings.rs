@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Place, Result};
 use crate::format::json;
 
-/// The most bytes of a configuration. Known ones have a few thousand.
+/// The largest size of a configuration in bytes. Known ones have a few thousand.
 const MAX_BYTES: u64 = 16 << 20;
 /// The largest count, more than any dimension of a known model. It bounds what is multiplied.
 const MAX_COUNT: u64 = 1 << 24;

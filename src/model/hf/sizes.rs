@@ -1,4 +1,4 @@
-//! The sizes of a model, and those that the dimensions of tensors consist of.
+//! The sizes of a model, and the dimensions of tensors in terms of them.
 
 use super::settings::Settings;
 use crate::error::Result;

@@ -10,7 +10,7 @@ use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;
 
-/// The most bytes of a file. The largest known vocabularies take 35 MB.
+/// The largest size of a file in bytes. The largest known vocabularies take 35 MB.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// GGUF's numbers for the kinds of tokens.

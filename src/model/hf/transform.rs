@@ -10,8 +10,8 @@ use crate::quant::pack::Rows;
 pub(super) enum RowOrder {
     /// The row of the same number, counted through all parts.
     Same,
-    /// See [`Transform::PairNeighbours`].
-    PairNeighbours { head_dim: usize, rotary: usize },
+    /// See [`Transform::PairNeighbors`].
+    PairNeighbors { head_dim: usize, rotary: usize },
     /// See [`Transform::Ungroup`].
     Ungroup { heads: usize, kv_heads: usize, head_dim: usize },
     /// The row that comes this many rows later.
@@ -27,7 +27,7 @@ impl RowOrder {
         let Sizes { heads, kv_heads, head_dim, rotary, .. } = *sizes;
         match transform {
             Transform::Copy | Transform::Stack | Transform::Squeeze => RowOrder::Same,
-            Transform::PairNeighbours => RowOrder::PairNeighbours { head_dim, rotary },
+            Transform::PairNeighbors => RowOrder::PairNeighbors { head_dim, rotary },
             Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
             Transform::Skip(rows) => RowOrder::Skip(rows),
             Transform::Transpose => RowOrder::Transpose,
@@ -40,7 +40,7 @@ impl RowOrder {
         match self {
             RowOrder::Same | RowOrder::Transpose | RowOrder::AddOne => index,
             RowOrder::Skip(rows) => rows + index,
-            RowOrder::PairNeighbours { head_dim, rotary } => {
+            RowOrder::PairNeighbors { head_dim, rotary } => {
                 let (head, i) = (index / head_dim * head_dim, index % head_dim);
                 if i < rotary { head + i % 2 * (rotary / 2) + i / 2 } else { index }
             }
@@ -146,8 +146,8 @@ mod tests {
     }
 
     #[test]
-    fn pairs_of_a_head_become_neighbours_in_matrices_and_biases() {
-        let order = RowOrder::PairNeighbours { head_dim: 4, rotary: 4 };
+    fn pairs_of_a_head_become_neighbors_in_matrices_and_biases() {
+        let order = RowOrder::PairNeighbors { head_dim: 4, rotary: 4 };
         let found = rows(order, 1, 8 * 2, 8, 2);
         let first: Vec<f32> = found.iter().map(|row| row[0] / 2.0).collect();
         assert_eq!(first, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn dimensions_that_are_not_rotated_keep_their_place() {
-        let order = RowOrder::PairNeighbours { head_dim: 6, rotary: 4 };
+        let order = RowOrder::PairNeighbors { head_dim: 6, rotary: 4 };
         assert_eq!(rows(order, 1, 6, 1, 6), [[0.0, 2.0, 1.0, 3.0, 4.0, 5.0]]);
     }
 

@@ -21,7 +21,7 @@ use crate::model::weights::loader::{Loader, Part, RowMap};
 /// Queries of one head that a task takes together, as long as there are tasks for all threads: enough that converting
 /// keys and values costs little, few enough that their scores stay in the second-level cache.
 const TASK_QUERIES: usize = 128;
-/// The most rows that a task takes.
+/// The largest number of rows that a task takes.
 const SPAN_ROWS: usize = 64;
 
 /// Rows that a span may have when there are `rows` rows in all, so that there are tasks for all threads.
@@ -47,7 +47,7 @@ pub(super) struct Widths {
     qkv: usize,
 }
 
-/// What attention computes with.
+/// The workspace of attention.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     /// `(2, rows, pairs)`: cosines for layers without and with a window.

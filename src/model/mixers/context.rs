@@ -1,10 +1,10 @@
-//! What every mixer reads.
+//! The inputs that all mixers share.
 
 use super::positions::Positions;
 use crate::model::batch::{Batch, Input};
 use crate::model::pass::Pass;
 
-/// What a mixer reads besides its input: the rows of a pass, and what their sequences remember.
+/// What a mixer reads besides its input: the rows of a pass, and the states of their sequences.
 pub(in crate::model) struct MixerContext<'a, 'i> {
     pub(in crate::model) pass: &'a Pass<'a>,
     pub(in crate::model) positions: &'a Positions,

@@ -1,9 +1,9 @@
-//! How attention sees positions: rotary embedding, or ALiBi's bias by distance.
+//! Position encodings of attention: rotary embedding, or ALiBi's bias by distance.
 
 use crate::model::config::Config;
 use crate::model::rope::Rope;
 
-/// How attention sees positions: what follows from the configuration and the file's factors.
+/// The position encoding of a model, derived from the configuration and the file's factors.
 #[derive(Debug)]
 pub(in crate::model) struct Positions {
     /// Rotations of layers without and with a window.

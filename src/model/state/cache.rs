@@ -76,8 +76,8 @@ impl CacheShape {
         CacheShape { layers, kv_heads, head_dim, width: head_dim.next_multiple_of(PANEL), cache_type }
     }
 
-    /// Cache lines of one head's keys, its values, the scales of its keys and those of its values. A page has as many
-    /// positions as a line has bytes, so a byte per position is one line.
+    /// Cache lines of one head's keys, its values, the scales of its keys and those of its values. A page has one
+    /// position per byte of a line, so a byte per position is one line.
     fn head(&self) -> [usize; 4] {
         const { assert!(PAGE == size_of::<CacheLine>()) };
         let (bytes, scales) = (self.cache_type.bytes(), self.cache_type.scale_lines());
@@ -126,7 +126,7 @@ impl Page {
     pub(in crate::model) fn new(shape: &CacheShape) -> Result<Page> {
         let len = shape.page_lines().unwrap_or(usize::MAX);
         // Zeroed memory comes from the system untouched, so a page costs only the part of it that is written.
-        Ok(Page { lines: AlignedBuf::try_zeroed(len, "a page of the key/value cache")? })
+        Ok(Page { lines: AlignedBuf::try_zeroed(len, "a page of the KV cache")? })
     }
 
     /// A copy of the page.

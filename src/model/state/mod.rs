@@ -1,4 +1,4 @@
-//! What a sequence remembers: pages of keys and values, in memory and on disk.
+//! The state of a sequence: pages of keys and values, in memory and on disk.
 
 pub(super) mod cache;
 pub(super) mod session;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::system::memory;
 
-/// Keys and values of 64 positions that sessions of one model may share. Holding it keeps them in memory.
+/// Keys and values of 64 positions that sessions of one model may share. They stay in memory while it exists.
 #[derive(Debug, Clone)]
 pub struct SharedPage {
     page: Arc<Page>,
@@ -58,7 +58,7 @@ impl Session {
         self.len == 0
     }
 
-    /// The most tokens that fit.
+    /// The largest number of tokens that fit.
     pub fn context(&self) -> usize {
         self.context
     }
@@ -68,7 +68,7 @@ impl Session {
         self.pages.len() * self.shape.page_bytes()
     }
 
-    /// Forgets all but the first `len` tokens. Does nothing when there are not more.
+    /// Removes all but the first `len` tokens. Does nothing if there are no more than that.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         self.pages.truncate(self.len.div_ceil(PAGE));
@@ -124,7 +124,7 @@ impl Session {
         let full = Error::ContextFull { used: self.len, requested: tokens, context: self.context };
         let Some(end) = self.len.checked_add(tokens).filter(|end| *end <= self.context) else { return Err(full) };
         // All at once: memory that is granted but not yet written would look free to the next check.
-        memory::check("the key/value cache", self.bytes_for(tokens))?;
+        memory::check("the KV cache", self.bytes_for(tokens))?;
         if let Some(page) = self.pages.get_mut(self.len / PAGE)
             && Arc::get_mut(page).is_none()
         {

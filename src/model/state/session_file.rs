@@ -49,7 +49,7 @@ impl CacheType {
     }
 }
 
-/// What a session file must agree with.
+/// The model and limits with which a session file must agree.
 pub(in crate::model) struct Owner<'a> {
     /// The model's `id`, which its sessions carry.
     pub(in crate::model) id: u64,
@@ -141,7 +141,7 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     file.read_exact(bytemuck::cast_slice_mut(&mut ids)).map_err(io)?;
     let mut pages = Vec::new();
     for _ in 0..seen.div_ceil(PAGE) {
-        memory::check("a page of the key/value cache", owner.shape.page_bytes())?;
+        memory::check("a page of the KV cache", owner.shape.page_bytes())?;
         let mut page = Page::new(&owner.shape)?;
         file.read_exact(page.bytes_mut()).map_err(io)?;
         pages.push(Arc::new(page));

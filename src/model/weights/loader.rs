@@ -14,8 +14,8 @@ use crate::quant::pack;
 use crate::quant::packed::Packed;
 use crate::threads::Scope;
 
-/// Called with how much of a task is done, and how much there is in all. An error ends the task:
-/// [`Error::Interrupted`] to cancel it.
+/// Called with the number of units of a task that are done, and their total. An error ends the task:
+/// [`Error::Interrupted`] cancels it.
 pub type Progress<'a> = &'a (dyn Fn(usize, usize) -> Result<()> + Sync);
 
 /// Maps a row of a packed matrix to the row of the tensor that it is read from.
@@ -133,7 +133,7 @@ impl Loader<'_> {
         self.malformed(name, format_args!("shape {found:?}"), expected)
     }
 
-    /// The error that a tensor has values that nothing can be computed with.
+    /// The error that a tensor has values that are not finite.
     fn not_finite(&self, name: &str, found: impl std::fmt::Display) -> Error {
         self.malformed(name, found, "finite numbers")
     }

@@ -1,3 +1,3 @@
-//! Tensors by name: read, checked and packed. Which tensors a layer consists of is said where the layer is.
+//! Tensors by name: read, checked and packed. The file of a layer lists its tensors.
 
 pub(super) mod loader;

@@ -1,4 +1,4 @@
-//! The choice of a candidate: they are tried cheapest first until one meets the target or the time is over.
+//! The choice of a candidate: they are tried cheapest first until one meets the target or the time is up.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub struct Figures {
     pub top_agreement: f64,
 }
 
-/// What a candidate must reach.
+/// The quality that a candidate must reach.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
     /// A perplexity that exceeds that of the full-precision model by at most this share.
@@ -65,12 +65,12 @@ pub struct Outcome {
     pub because: String,
 }
 
-/// Tries the candidates `names` in order. `evaluate(index)` makes and measures one, or returns `None` if the time is over
-/// meanwhile. `reference` is the perplexity of the full-precision model.
+/// Tries the candidates `names` in order. `evaluate(index)` quantizes and measures one, or returns `None` if the time runs
+/// out meanwhile. `reference` is the perplexity of the full-precision model.
 ///
 /// The first candidate that meets the target is chosen. If none does, or if `clock`, the time since the start, passes `budget`,
 /// the candidate with the least mean divergence is chosen, and the reason says by how much the target was missed. Candidates get
-/// more expensive, so one that would take longer than what is left of the budget is not begun.
+/// more expensive, so one that would take longer than the remaining budget is not started.
 ///
 /// # Errors
 /// Those of `evaluate`; [`Error::InvalidArgument`] without candidates.

@@ -1,4 +1,4 @@
-//! Mixed formats: which linear layers get 5 or 8 bits when the mean number of bits per weight is limited.
+//! Mixed formats: gives sensitive linear layers 5 or 8 bits, up to a mean number of bits per weight.
 
 mod allocate;
 mod sensitivity;

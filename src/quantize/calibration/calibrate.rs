@@ -1,4 +1,4 @@
-//! The windows of a text on their way through the model.
+//! Passes the windows of a text through the model, layer by layer.
 //!
 //! All windows pass through one layer before the next. Where a linear layer reads its input, the moments of that input are
 //! summed, the layer is quantized, and the windows continue with the quantized weights, so that later layers compensate for

@@ -15,7 +15,7 @@ pub(super) struct SpillBuffer {
     lengths: Vec<usize>,
     /// Numbers in memory.
     held: usize,
-    /// The most numbers in memory.
+    /// The largest number of values in memory.
     limit: usize,
     /// Created on first use, without a name, so that the system removes it in any case.
     file: Option<File>,

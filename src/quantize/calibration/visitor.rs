@@ -1,4 +1,4 @@
-//! What happens where a linear layer reads its input.
+//! The interface that calibration calls where a linear layer reads its input.
 
 use super::moments::Moments;
 use crate::error::Result;

@@ -4,12 +4,12 @@ use crate::quantize::overrides::TensorFormats;
 use crate::quantize::recipes::Recipe;
 use crate::quantize::tuning::TuningOptions;
 
-/// What to make of a checkpoint.
+/// How to quantize a checkpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizeOptions {
-    /// How codes are found.
+    /// How codes are chosen.
     pub recipe: Recipe,
-    /// How scales and norms are tuned afterwards; `None` leaves them as the recipe found them.
+    /// How scales and norms are tuned afterwards; `None` leaves them as the recipe chose them.
     pub tuning: Option<TuningOptions>,
     /// How each tensor is stored.
     pub formats: TensorFormats,

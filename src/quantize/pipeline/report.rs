@@ -15,7 +15,7 @@ pub struct TensorReport {
     pub block_type: BlockType,
     /// Columns that share a scale.
     pub group: usize,
-    /// How the codes were found; `encoded` for types that leave no choice.
+    /// How the codes were chosen; `encoded` for types that leave no choice.
     pub recipe: String,
     /// Relative squared error of the layer's outputs, or of its weights without calibration; `None` for encoded matrices.
     pub relative_error: Option<f64>,

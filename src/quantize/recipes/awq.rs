@@ -80,7 +80,7 @@ pub(in crate::quantize) fn scale_moments(problem: &LayerProblem<'_>, factors: &[
     (hessian.collect(), magnitude.collect())
 }
 
-/// Rounds a layer to nearest, with the range of each group clipped to minimise the error of the group's own share of the
+/// Rounds a layer to nearest, with the range of each group clipped to minimize the error of the group's own share of the
 /// output. Without calibration this is [`rtn::solve`].
 pub(in crate::quantize) fn solve(
     problem: &LayerProblem<'_>,
@@ -149,7 +149,7 @@ fn clip(
 fn own_loss(problem: &LayerProblem<'_>, start: usize, d: &[f32]) -> f32 {
     let product = |i: usize| {
         let row = &problem.hessian[(start + i) * problem.columns + start..][..d.len()];
-        // One sum per lane lets the compiler vectorise.
+        // One sum per lane lets the compiler vectorize.
         let blocks = row.as_chunks::<BLOCK>().0.iter().zip(d.as_chunks::<BLOCK>().0);
         let mut sums = [0.0f32; BLOCK];
         for (h, d) in blocks {

@@ -1,4 +1,4 @@
-//! Recipes: how the codes and scales of one linear layer are found.
+//! Recipes: methods that choose the codes and scales of one linear layer.
 
 pub(super) mod awq;
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::quantize::compute::Compute;
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::{LayerProblem, Solution};
 
-/// How the codes of a layer are found.
+/// How the codes of a layer are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Recipe {
     /// Rounding to the nearest code.

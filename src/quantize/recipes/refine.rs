@@ -1,5 +1,5 @@
 //! Coordinate descent on a quantized layer: each code and each scale moves to its best value while all others stay, until
-//! nothing moves (in the manner of CDQuant, Nair and Suggala 2024, arXiv 2406.17542, and of LDLQ's successors).
+//! nothing moves (as in CDQuant, Nair and Suggala 2024, arXiv 2406.17542, and of LDLQ's successors).
 //!
 //! In GPTQ a column never sees the errors of columns rounded after it. Here it does, and every step lowers
 //! `tr((W - Q) H (W - Q)^T)`, so the solution of a recipe can only improve.

@@ -64,7 +64,7 @@ pub(super) fn fit(format: Format, values: &[f32], importance: &[f32], search: bo
     }
 }
 
-/// The level nearest to `x`, by operations that the compiler vectorises.
+/// The level nearest to `x`, by operations that the compiler vectorizes.
 #[inline(always)]
 fn snap(format: Format, x: f32) -> f32 {
     /// Adding it to a number leaves no bits for a fraction.

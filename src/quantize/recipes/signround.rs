@@ -90,7 +90,7 @@ pub(in crate::quantize) fn solve(
     best
 }
 
-/// Codes, scales and minima of a row.
+/// Codes, scales and minimums of a row.
 type Rounded<'a> = (&'a mut [u8], &'a mut [f32], &'a mut [f32]);
 
 /// The state of a row.
@@ -101,7 +101,7 @@ struct Row<'a> {
     missing: &'a [f32],
     /// `(columns)`: `missing H`, half of the negative gradient.
     gradient: &'a [f32],
-    /// Initial scales and minima.
+    /// Initial scales and minimums.
     first: (&'a [f32], &'a [f32]),
     now: Rounded<'a>,
     best: Rounded<'a>,
@@ -109,7 +109,7 @@ struct Row<'a> {
     offsets: &'a mut [f32],
     /// `(groups)`: factors of the scales.
     stretches: &'a mut [f32],
-    /// `(groups)`: added to the minima, in units of the initial scales.
+    /// `(groups)`: added to the minimums, in units of the initial scales.
     shifts: &'a mut [f32],
     /// The loss of `best`.
     least: &'a mut f32,

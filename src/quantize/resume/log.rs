@@ -1,4 +1,4 @@
-//! The log of finished tensors. After a kill the same command reads it and continues.
+//! The log of finished tensors, from which the same command continues after a kill.
 //!
 //! Layout: a line that names the file format, the key of the run, then one record per finished part of a tensor. A record is the
 //! length of its description, the length of its blocks, the description as JSON, the blocks, and a checksum. An incomplete

@@ -1,4 +1,4 @@
-//! The files next to an output with which an interrupted run continues.
+//! The files next to an output from which an interrupted run continues.
 //!
 //! The log keeps finished tensors; snapshots keep the activations and optimizer state between two layers or steps.
 

@@ -1,4 +1,4 @@
-//! Snapshots of numbers with which a run continues after a kill.
+//! Snapshots of numbers, from which a killed run continues.
 //!
 //! Layout: a line that names the file format, the key of the run, the position of the run, a checksum of both and of the
 //! numbers, then the numbers. A file with another key, length or checksum counts as absent.
@@ -21,7 +21,7 @@ const SHARE: u32 = 100;
 /// The longest pause between saves, for a save that took long by accident, for example because the machine slept.
 const LONGEST: Duration = Duration::from_secs(600);
 
-/// Where the snapshots of a run are, and which run that is.
+/// The file for the snapshots of a run, and the key of the run.
 #[derive(Debug, Clone)]
 pub(in crate::quantize) struct SnapshotFile {
     pub(in crate::quantize) path: PathBuf,

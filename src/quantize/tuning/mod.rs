@@ -1,5 +1,5 @@
 //! Tuning after a recipe: the scales of groups and the weights of norms are trained by gradient descent on the mean
-//! Kullback-Leibler divergence from the full-precision model, through the whole model (in the manner of the second phase of
+//! Kullback-Leibler divergence from the full-precision model, through the whole model (as in the second phase of
 //! EfficientQAT, Chen et al. 2024, arXiv 2407.11062, and of QuIP#'s fine-tuning, Tseng et al. 2024, arXiv 2402.04396; the
 //! optimizer is Adam, Kingma and Ba 2014, arXiv 1412.6980).
 //!

@@ -1,4 +1,4 @@
-//! Which models can be tuned.
+//! The models that can be tuned.
 
 use super::backprop::{MATRICES, NORMS};
 use super::weights::BIASES;

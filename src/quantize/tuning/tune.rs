@@ -101,7 +101,7 @@ struct Step<'a> {
     rate: f32,
 }
 
-/// What all steps share.
+/// The shared context of all steps.
 struct Tuner<'a, 'r> {
     run: &'a OpenRun<'r>,
     log: &'a ResumeLog,

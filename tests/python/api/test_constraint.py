@@ -78,7 +78,7 @@ def test_max_tokens_ends_a_constrained_completion(tiny_model: Model) -> None:
         ({"schema": "[1]"}, r"schema: found '\[1\]', expected a dict, JSON text or a pydantic model"),
         ({"schema": "{"}, "schema: found text that is not valid JSON"),
         ({"schema": 5}, "schema: found 5, expected a dict"),
-        ({"schema": {"enum": [float("nan")]}}, "schema: found a value that JSON cannot hold"),
+        ({"schema": {"enum": [float("nan")]}}, "schema: found a value that JSON cannot represent"),
         ({"regex": "("}, "regex: found "),
         ({"regex": ""}, "regex: found '', expected a string that is not empty"),
         ({"grammar": "start: other"}, "grammar: found "),

@@ -197,7 +197,7 @@ def test_a_request_that_exceeds_the_memory_limit_is_a_memory_error(tiny_model: M
     with Engine(tiny_model, cache_bytes=page) as engine:
         requests = [engine.submit(f"{i}" * 10, options) for i in range(3)]
         for request in requests:
-            with pytest.raises(MemoryError, match="key/value cache of one sequence"):
+            with pytest.raises(MemoryError, match="KV cache of one sequence"):
                 request.result(LONG)
             assert request.completion.usage.completion_tokens == 64 - 10 + 1
         assert engine.stats().cache_bytes <= page

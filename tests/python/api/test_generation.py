@@ -125,7 +125,7 @@ def test_the_memory_limit_holds_for_every_way_to_generate(
         "session": lambda: session.generate("abc", options),
     }
     stream = tiny_model.stream("abc", options)
-    with pytest.raises(MemoryError, match="key/value cache of one sequence"):
+    with pytest.raises(MemoryError, match="KV cache of one sequence"):
         generate[way]()
     if way == "stream":
         assert stream.completion.usage.completion_tokens == 64 - 3 + 1

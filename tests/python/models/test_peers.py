@@ -26,9 +26,7 @@ CLEAR = 0.002
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_continues_a_converted_file_as_transformers_continued_the_checkpoint(
-    family: str, tmp_path: Path
-) -> None:
+def test_llama_cpp_continues_a_converted_file_like_transformers(family: str, tmp_path: Path) -> None:
     folder, file = tmp_path / family, tmp_path / f"{family}.gguf"
     shutil.copytree(GOLDENS / family, folder)
     for path in GOLDENS.glob("llama/tokenizer*.json"):  # One vocabulary does for all of them.

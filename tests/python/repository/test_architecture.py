@@ -22,7 +22,7 @@ Graph = dict[str, set[str]]
 
 
 def modules(sources: Mapping[str, str]) -> dict[str, ast.Module]:
-    """Syntax trees by module name. `sources` maps paths below the package's parent to texts."""
+    """Syntax trees by module name. `sources` maps paths below the package's parent to contents."""
     return {name_of(Path(path)): ast.parse(text) for path, text in sources.items()}
 
 

@@ -115,7 +115,7 @@ def test_a_cache_too_large_for_memory_is_a_memory_error(tmp_path: Path) -> None:
         assert model.logits(list(range(64))).shape[0] == 64
         print("usable")
     """
-    assert_contained(python_with_limit(script, file), "a page of the key/value cache")
+    assert_contained(python_with_limit(script, file), "a page of the KV cache")
 
 
 @linux
@@ -247,7 +247,7 @@ def test_reaching_the_cgroup_memory_limit_is_a_memory_error(tmp_path: Path, tiny
     with cgroups.group("memory", first={"memory.limit_in_bytes": most}, second=limits) as folder:
         done = python(cgroups.JOIN + textwrap.dedent(script), folder, tiny_file, big, what)
     assert done.returncode == 0, done.stderr
-    refused = {"a file that is read": "a file", "cache": "the key/value cache", "text": "the key/value cache"}
+    refused = {"a file that is read": "a file", "cache": "the KV cache", "text": "the KV cache"}
     assert done.stdout.count(f"out of memory: {refused.get(what, 'packed weights')} needs") == 2, done.stdout
     assert "the cgroup has" in done.stdout
     assert "usable" in done.stdout
@@ -388,7 +388,7 @@ def test_a_signal_stops_loading_and_quantizing_without_leftover_files(
     out.mkdir()
     script = """
         import signal, sys
-        from nybble import LoadOptions, _native
+        from nybble import LoadOptions, QuantizeOptions, _native
         file, out, phase = sys.argv[1:]
         def end(number, frame):
             raise SystemExit(17)
@@ -404,7 +404,8 @@ def test_a_signal_stops_loading_and_quantizing_without_leftover_files(
             elif phase == "convert":
                 _native.convert(file, out + "/model.gguf", "q8_0", progress)
             else:
-                _native.quantize(file, out + "/model.gguf", recipe="rtn", force=True, threads=2, progress=progress)
+                options = QuantizeOptions(recipe="rtn", force=True, threads=2)
+                _native.quantize(file, out + "/model.gguf", options, progress=progress)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(file), str(out), phase]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -474,7 +475,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, tiny_
     # A limit on the size of files stands for a full disk. Python ignores the signal that comes with it.
     script = """
         import resource, sys
-        from nybble import Model, _native
+        from nybble import Model, QuantizeOptions, _native
         model, out, writing = sys.argv[1:]
         loaded = Model.load(model, threads=1)
         session = loaded.session()
@@ -484,7 +485,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, tiny_
             if writing == "convert":
                 _native.convert(model, out, "q8_0")
             elif writing == "quantize":
-                _native.quantize(model, out, recipe="rtn", force=True, threads=1)
+                _native.quantize(model, out, QuantizeOptions(recipe="rtn", force=True, threads=1))
             else:
                 session.save(out)
         except OSError as error:

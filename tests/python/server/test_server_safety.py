@@ -370,11 +370,11 @@ def test_long_prompts_are_limited_by_tokens_not_by_body_size(engine: Engine) -> 
 def test_an_empty_key_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tiny_file), "--port", "0", "--api-key", ""]) == 2
     error = capsys.readouterr().err
-    assert "api_key: found an empty key, expected at least one character; omit it to need no key" in error
+    assert "api_key: found an empty key, expected at least one character; omit it to require no key" in error
     assert "(try: nybble serve --help)" in error
 
 
-def test_a_key_that_no_header_can_hold_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_no_header_can_carry_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("schlüssel", "a\nb", "a\x00"):
         assert main(["serve", str(tiny_file), "--port", "0", "--api-key", key]) == 2
         assert "expected printable ASCII" in capsys.readouterr().err

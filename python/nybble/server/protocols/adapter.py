@@ -13,12 +13,12 @@ from nybble.server.generation import GenerationRequest
 
 
 class Adapter(ABC):
-    """One request in a wire protocol: what it asks for, and how its answers are written.
+    """A request in a wire protocol, and the format of its answers.
 
     Args:
-        model: the name of the model that the client asks for; None for any.
-        answers: the number of answers.
-        streams: whether the client asks for a stream.
+        model: The name of the model that the client asks for; None for any.
+        answers: The number of answers.
+        streams: Whether the client asks for a stream.
     """
 
     end_of_stream = "[DONE]"
@@ -34,7 +34,7 @@ class Adapter(ABC):
         """The internal request.
 
         Raises:
-            ApiError: the request asks for something that the model or the server does not support.
+            ApiError: The request asks for something that the model or the server does not support.
         """
 
     @abstractmethod

@@ -89,7 +89,7 @@ class ChatAdapter(Adapter):
         return GenerationRequest(param="messages", prepare=prepare, new_parser=new_parser)
 
     def _tool_format(self) -> ToolFormat | None:
-        """How the model writes tool calls; None for a request without tools."""
+        """The format in which the model writes tool calls; None for a request without tools."""
         body = self._body
         if not body.tools or body.tool_choice == "none":
             return None

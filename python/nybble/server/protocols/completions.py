@@ -96,7 +96,7 @@ class CompletionAdapter(Adapter):
         """Log-probabilities for the next chunk of each answer."""
 
     def translate(self) -> GenerationRequest:
-        """The prompts, each as often as answers to it are wanted."""
+        """The prompts, each repeated once per answer."""
 
         def prepare() -> list[tuple[Prompt, SamplingOptions]]:
             given = self._body.options()

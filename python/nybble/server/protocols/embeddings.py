@@ -58,7 +58,7 @@ async def embed(service: Service, http: Request, body: EmbeddingRequest) -> Resp
     """Answers one request for embeddings.
 
     Raises:
-        ApiError: the request is invalid or the server is overloaded.
+        ApiError: The request is invalid or the server is overloaded.
     """
     service.admit(body.model, 1)
     with service.in_flight():

@@ -1,4 +1,4 @@
-"""Tool-call formats by model family, recognised from the chat template."""
+"""Tool-call formats by model family, recognized from the chat template."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class ToolFormat:
     def forced_call(
         self, functions: Sequence[Function], special_token: Callable[[str], int | None]
     ) -> tuple[str, dict[str, Any]]:
-        """What makes an answer a call of one of `functions`.
+        """Returns the constraint that makes an answer a call of one of `functions`.
 
         Args:
-            functions: the functions to choose from.
-            special_token: gives the id of a marker that is a special token, or None.
+            functions: The functions to choose from.
+            special_token: Gives the id of a marker that is a special token, or None.
 
         Returns:
             The text that the answer begins with, and the sampling options that constrain the rest.

@@ -1,4 +1,4 @@
-"""Splits an answer into content and tool calls while it comes."""
+"""Splits an answer into content and tool calls while the model generates it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class ToolCallParser:
     """Finds tool calls in an answer. Text that turns out not to be a call is content.
 
     Args:
-        tool_format: how calls are written.
-        functions: the functions that may be called.
-        special_tokens: the markers of the format that are special tokens, which decode to no text, by id.
-        stream: report a call while it is written, before its end is known. Otherwise each call is reported as a whole,
+        tool_format: How calls are written.
+        functions: The functions that may be called.
+        special_tokens: The markers of the format that are special tokens, which decode to no text, by id.
+        stream: Report a call while it is written, before its end is known. Otherwise each call is reported as a whole,
             its arguments in one piece of normalized JSON, and a call without an end is content.
-        parallel: report all calls. Otherwise the parts after the first call are dropped.
+        parallel: Report all calls. Otherwise the parts after the first call are dropped.
     """
 
     def __init__(

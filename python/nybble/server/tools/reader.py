@@ -45,8 +45,8 @@ class Reader:
     """Reads the text after an opening marker: one call or a list of calls.
 
     Args:
-        syntax: how calls are written; one of the functions below.
-        functions: the functions that may be called.
+        syntax: How calls are written; one of the functions below.
+        functions: The functions that may be called.
     """
 
     def __init__(self, syntax: Callable[[Reader], Steps[None]], functions: Schemas) -> None:
@@ -60,7 +60,7 @@ class Reader:
         """Reads one more character. Returns True if it ended the call or the list.
 
         Raises:
-            NotACallError: the character does not fit the syntax.
+            NotACallError: The character does not fit the syntax.
         """
         try:
             self._steps.send(char)

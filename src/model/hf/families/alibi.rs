@@ -1,4 +1,4 @@
-//! Families in which attention fades with the distance, or did in their first models (Press et al. 2021, arXiv 2108.12409).
+//! Families with ALiBi (Press et al. 2021, arXiv 2108.12409), or whose first models had it.
 
 use super::family::{ActivationSource, HfFamily, Rotation};
 use super::gpt::GPT2;

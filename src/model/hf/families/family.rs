@@ -1,4 +1,4 @@
-//! What the entry of a family consists of.
+//! The type of a family's entry.
 
 use super::parts::EMBEDDING;
 use crate::error::Result;
@@ -39,7 +39,7 @@ pub(in crate::model::hf) enum WindowRule {
     From(&'static str),
     /// All but every nth. The number is under one of these keys.
     Period(&'static [&'static str]),
-    /// Only `layer_types` says it.
+    /// Only `layer_types` lists them.
     Listed,
 }
 

@@ -6,7 +6,7 @@ use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, If, Never, Unless};
-use Transform::{Copy, PairNeighbours, Stack};
+use Transform::{Copy, PairNeighbors, Stack};
 
 /// Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Yi, TinyLlama, SmolLM and many others.
 pub(super) const LLAMA: HfFamily = HfFamily {
@@ -15,7 +15,7 @@ pub(super) const LLAMA: HfFamily = HfFamily {
     defaults: &[&[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")]],
     layer: &[
         NORMS,
-        &attention(PairNeighbours, If("attention_bias"), If("attention_bias")),
+        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
         &gated(Always, If("mlp_bias")),
     ],
     ..BASE
@@ -49,7 +49,7 @@ pub(super) const MIXTRAL: HfFamily = HfFamily {
     ]],
     layer: &[
         NORMS,
-        &attention(PairNeighbours, Never, Never),
+        &attention(PairNeighbors, Never, Never),
         &[
             tensor("ffn_gate_inp", "block_sparse_moe.gate"),
             tensor("ffn_gate_exps", "block_sparse_moe.experts.{e}.w1").by(Stack),

@@ -1,6 +1,6 @@
 //! The families as data: names, shapes and switches of `config.json`, and the names and layouts of tensors.
 //!
-//! A family that resembles another is written as the other one with what differs (`..LLAMA`).
+//! A family that resembles another one is that family with differences (`..LLAMA`).
 
 mod alibi;
 mod family;

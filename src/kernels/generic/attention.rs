@@ -86,10 +86,7 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
             let keys: [&[[T; PANEL]]; P] = rows(&keys[panel * head_dim..], head_dim, head_dim);
             let mut sums = [[v.zeros(); P]; Q];
             for d in 0..head_dim {
-                let (mut keys_of_d, mut queries_of_d) = ([&keys[0][d]; P], [0.0; Q]);
-                (0..P).for_each(|p| keys_of_d[p] = &keys[p][d]);
-                (0..Q).for_each(|q| queries_of_d[q] = queries[q][d]);
-                add_products(v, keys_of_d, queries_of_d, &mut sums);
+                add_products(v, |p| &keys[p][d], |q| queries[q][d], &mut sums);
             }
             for q in 0..Q {
                 let scores: &mut [[f32; PANEL]] = self.scores[(first + q) * self.stride..][..PAGE].as_chunks_mut().0;
@@ -170,10 +167,7 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
         let rows = self.values[positions.start * width..].chunks_exact(width).take(positions.len());
         for (i, row) in rows.enumerate() {
             let row: &[[T; PANEL]] = row[column..][..P * PANEL].as_chunks().0;
-            let (mut values, mut weights_of_i) = ([&row[0]; P], [0.0; Q]);
-            (0..P).for_each(|p| values[p] = &row[p]);
-            (0..Q).for_each(|q| weights_of_i[q] = weights[q][i]);
-            add_products(v, values, weights_of_i, &mut sums);
+            add_products(v, |p| &row[p], |q| weights[q][i], &mut sums);
         }
         for q in 0..Q {
             let out: &mut [[f32; PANEL]] = self.out[(first + q) * width + column..][..P * PANEL].as_chunks_mut().0;

@@ -79,17 +79,14 @@ impl<V: Vector> Job<'_, V> {
         let x: [&[f32]; R] = rows(&self.x[row * self.stride..], self.stride, columns);
         let mut sums = [[v.zeros(); P]; R];
         for k in 0..columns {
-            let (mut weights_of_k, mut x_of_k) = ([&weights[0][k]; P], [0.0; R]);
             for i in 0..P {
                 if P > 1
                     && let Some(later) = weights[i].get(k + AHEAD)
                 {
                     v.prefetch(later);
                 }
-                weights_of_k[i] = &weights[i][k];
             }
-            (0..R).for_each(|r| x_of_k[r] = x[r][k]);
-            add_products(v, weights_of_k, x_of_k, &mut sums);
+            add_products(v, |i| &weights[i][k], |r| x[r][k], &mut sums);
         }
         let output_scale = v.splat(self.w.output_scale());
         for r in 0..R {

@@ -160,21 +160,23 @@ pub(super) fn rows<const N: usize, T>(x: &[T], stride: usize, length: usize) -> 
     std::array::from_fn(|i| &x[i * stride..][..length])
 }
 
-/// Adds `x[p] * factors[q]` to `sums[q][p]`: the inner step of every tile.
+/// Adds `x(p) * factor(q)` to `sums[q][p]`: the inner step of every tile.
+///
+/// `x` and `factor` are called where their value is used: an array of values would keep more registers occupied.
 #[inline(always)]
-pub(super) fn add_products<V: Vector, T: Number, const Q: usize, const P: usize>(
+pub(super) fn add_products<'a, V: Vector, T: Number, const Q: usize, const P: usize>(
     v: V,
-    x: [&[T; PANEL]; P],
-    factors: [f32; Q],
+    x: impl Fn(usize) -> &'a [T; PANEL],
+    factor: impl Fn(usize) -> f32,
     sums: &mut [[V::Panel; P]; Q],
 ) {
     // Either the panels or the factors stay in registers next to the sums: the fewer of them.
     if Q < P * V::PARTS {
         for p in 0..P {
             for part in 0..V::PARTS {
-                let x = T::load(v, x[p], part);
+                let x = T::load(v, x(p), part);
                 for q in 0..Q {
-                    sums[q][p][part] = v.mul_add(x, v.splat(factors[q]), sums[q][p][part]);
+                    sums[q][p][part] = v.mul_add(x, v.splat(factor(q)), sums[q][p][part]);
                 }
             }
         }
@@ -182,11 +184,11 @@ pub(super) fn add_products<V: Vector, T: Number, const Q: usize, const P: usize>
         let mut loaded = [v.zeros(); P];
         for p in 0..P {
             for part in 0..V::PARTS {
-                loaded[p][part] = T::load(v, x[p], part);
+                loaded[p][part] = T::load(v, x(p), part);
             }
         }
         for q in 0..Q {
-            let factor = v.splat(factors[q]);
+            let factor = v.splat(factor(q));
             for p in 0..P {
                 for part in 0..V::PARTS {
                     sums[q][p][part] = v.mul_add(loaded[p][part], factor, sums[q][p][part]);

@@ -49,6 +49,17 @@ impl Checkpoint {
         tensors.into_iter().fold(self, |all, (name, shape)| all.tensor(name, shape))
     }
 
+    /// Adds tensors that are listed as `name rows x columns`, or `name length`, separated by commas. `prefix` comes before
+    /// each name, and `.weight` after those that do not end in `.bias`.
+    pub(crate) fn listed(self, prefix: &str, list: &str) -> Self {
+        list.split(',').fold(self, |all, entry| {
+            let (name, shape) = entry.trim().split_once(' ').expect("a name and a shape");
+            let shape: Vec<usize> = shape.split('x').map(|n| n.trim().parse().expect("a number")).collect();
+            let end = if name.ends_with(".bias") { "" } else { ".weight" };
+            all.tensor(&format!("{prefix}{name}{end}"), &shape)
+        })
+    }
+
     /// Sets a key of `config.json`.
     pub(crate) fn set(mut self, key: &str, value: Value) -> Self {
         self.config[key] = value;
@@ -107,20 +118,13 @@ pub(crate) fn llama() -> Checkpoint {
         "num_hidden_layers": 1, "intermediate_size": 6, "vocab_size": 5, "max_position_embeddings": 32,
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 5000.0, "tie_word_embeddings": false,
     }))
-    .tensors([
-        ("model.embed_tokens.weight", &[5, 8][..]),
-        ("model.norm.weight", &[8]),
-        ("lm_head.weight", &[5, 8]),
-        ("model.layers.0.input_layernorm.weight", &[8]),
-        ("model.layers.0.post_attention_layernorm.weight", &[8]),
-        ("model.layers.0.self_attn.q_proj.weight", &[8, 8]),
-        ("model.layers.0.self_attn.k_proj.weight", &[4, 8]),
-        ("model.layers.0.self_attn.v_proj.weight", &[4, 8]),
-        ("model.layers.0.self_attn.o_proj.weight", &[8, 8]),
-        ("model.layers.0.mlp.gate_proj.weight", &[6, 8]),
-        ("model.layers.0.mlp.up_proj.weight", &[6, 8]),
-        ("model.layers.0.mlp.down_proj.weight", &[8, 6]),
-    ])
+    .listed("model.", "embed_tokens 5x8, norm 8")
+    .listed("", "lm_head 5x8")
+    .listed(
+        "model.layers.0.",
+        "input_layernorm 8, post_attention_layernorm 8, self_attn.q_proj 8x8, self_attn.k_proj 4x8, \
+         self_attn.v_proj 4x8, self_attn.o_proj 8x8, mlp.gate_proj 6x8, mlp.up_proj 6x8, mlp.down_proj 8x6",
+    )
 }
 
 /// A one-layer GPT-2, with a prefix for all tensor names.
@@ -129,25 +133,11 @@ pub(crate) fn gpt2(base: &str) -> Checkpoint {
         "model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "vocab_size": 5, "n_positions": 6,
         "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
     });
-    let tensors: [(&str, &[usize]); 16] = [
-        ("wte.weight", &[5, 4]),
-        ("wpe.weight", &[6, 4]),
-        ("ln_f.weight", &[4]),
-        ("ln_f.bias", &[4]),
-        ("h.0.ln_1.weight", &[4]),
-        ("h.0.ln_1.bias", &[4]),
-        ("h.0.attn.c_attn.weight", &[4, 12]),
-        ("h.0.attn.c_attn.bias", &[12]),
-        ("h.0.attn.c_proj.weight", &[4, 4]),
-        ("h.0.attn.c_proj.bias", &[4]),
-        ("h.0.ln_2.weight", &[4]),
-        ("h.0.ln_2.bias", &[4]),
-        ("h.0.mlp.c_fc.weight", &[4, 16]),
-        ("h.0.mlp.c_fc.bias", &[16]),
-        ("h.0.mlp.c_proj.weight", &[16, 4]),
-        ("h.0.mlp.c_proj.bias", &[4]),
-    ];
-    tensors.iter().fold(Checkpoint::new(config), |all, (name, shape)| all.tensor(&format!("{base}{name}"), shape))
+    Checkpoint::new(config).listed(base, "wte 5x4, wpe 6x4, ln_f 4, ln_f.bias 4").listed(
+        &format!("{base}h.0."),
+        "ln_1 4, ln_1.bias 4, attn.c_attn 4x12, attn.c_attn.bias 12, attn.c_proj 4x4, attn.c_proj.bias 4, ln_2 4, \
+             ln_2.bias 4, mlp.c_fc 4x16, mlp.c_fc.bias 16, mlp.c_proj 16x4, mlp.c_proj.bias 4",
+    )
 }
 
 /// A Llama under the name of another family, with its names of norms.

@@ -75,6 +75,14 @@ pub(crate) fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Schedu
     Scheduler::new(model.clone(), None, options).unwrap()
 }
 
+/// The model, and a scheduler whose memory limit is that many pages.
+pub(crate) fn limited(pages: usize) -> (Arc<Model>, Scheduler) {
+    let model = load();
+    let cache_bytes = pages * model.cache_bytes_per_page();
+    let scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    (model, scheduler)
+}
+
 /// Steps until all sequences have left. Returns the tokens of each.
 pub(crate) fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
     let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::jobs::{Job, PAGE, assert_same, finish, greedy, jobs, load, load_as, scheduler, seeded, tokens};
+use crate::jobs::{Job, PAGE, assert_same, finish, greedy, jobs, limited, load, load_as, scheduler, seeded, tokens};
 use crate::tiny_model::{ODD, Shape};
 use nybble::Error;
 use nybble::engine::sampler::{Sampled, SamplingOptions};
@@ -200,9 +200,7 @@ fn the_memory_limit_holds_at_every_step_and_changes_no_token() {
 
 #[test]
 fn a_sequence_that_outgrows_the_memory_preempts_the_youngest() {
-    let model = load();
-    let cache_bytes = 4 * model.cache_bytes_per_page();
-    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let (model, mut scheduler) = limited(4);
     // Each begins in one page and ends in four.
     let jobs: Vec<_> = (0..3).map(|i| Job::new(tokens(10, i), seeded(u64::from(i)), 240)).collect();
     let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
@@ -231,9 +229,7 @@ fn a_sequence_that_outgrows_the_memory_preempts_the_youngest() {
 
 #[test]
 fn a_sequence_larger_than_the_memory_limit_fails_alone() {
-    let model = load();
-    let cache_bytes = 2 * model.cache_bytes_per_page();
-    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let (model, mut scheduler) = limited(2);
     let small = Job::new(tokens(20, 1), greedy(), 9);
     let grows = Job::new(tokens(100, 2), greedy(), 60);
     let large = Job::new(tokens(200, 3), greedy(), 5);

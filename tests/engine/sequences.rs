@@ -1,6 +1,6 @@
 //! Sequences and sessions: a scheduler continues them where they were left, and hands them back.
 
-use crate::jobs::{Job, PAGE, finish, greedy, load, scheduler, seeded, tokens};
+use crate::jobs::{Job, PAGE, finish, greedy, limited, load, scheduler, seeded, tokens};
 use nybble::Error;
 use nybble::engine::sampler::{Sampled, SamplingOptions};
 use nybble::engine::{SchedulerOptions, Sequence, Speculation, step};
@@ -95,9 +95,7 @@ fn a_scheduler_hands_back_the_session_of_a_sequence_that_leaves() {
 
 #[test]
 fn a_sequence_that_fails_is_handed_back_with_what_it_has_computed() {
-    let model = load();
-    let cache_bytes = 2 * model.cache_bytes_per_page();
-    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let (model, mut scheduler) = limited(2);
     let job = Job::new(tokens(100, 2), greedy(), 60);
     scheduler.submit(job.sequence(&model), job.limit).unwrap();
     let mut failed = None;

@@ -38,25 +38,17 @@ fn gpt_neox_is_reordered_to_queries_keys_values() {
         "intermediate_size": 8, "vocab_size": 5, "max_position_embeddings": 6, "layer_norm_eps": 1e-5,
         "hidden_act": "gelu", "rotary_pct": 1.0, "rotary_emb_base": 20000, "use_parallel_residual": false,
     });
-    let folder = Folder::new(config).tensors([
-        ("gpt_neox.embed_in.weight", &[5, 4][..]),
-        ("gpt_neox.final_layer_norm.weight", &[4]),
-        ("gpt_neox.final_layer_norm.bias", &[4]),
-        ("embed_out.weight", &[5, 4]),
-        ("gpt_neox.layers.0.input_layernorm.weight", &[4]),
-        ("gpt_neox.layers.0.input_layernorm.bias", &[4]),
-        ("gpt_neox.layers.0.post_attention_layernorm.weight", &[4]),
-        ("gpt_neox.layers.0.post_attention_layernorm.bias", &[4]),
-        ("gpt_neox.layers.0.attention.query_key_value.weight", &[12, 4]),
-        ("gpt_neox.layers.0.attention.query_key_value.bias", &[12]),
-        ("gpt_neox.layers.0.attention.dense.weight", &[4, 4]),
-        ("gpt_neox.layers.0.attention.dense.bias", &[4]),
-        ("gpt_neox.layers.0.mlp.dense_h_to_4h.weight", &[8, 4]),
-        ("gpt_neox.layers.0.mlp.dense_h_to_4h.bias", &[8]),
-        ("gpt_neox.layers.0.mlp.dense_4h_to_h.weight", &[4, 8]),
-        ("gpt_neox.layers.0.mlp.dense_4h_to_h.bias", &[4]),
-        ("gpt_neox.layers.0.attention.rotary_emb.inv_freq", &[1]),
-    ]);
+    let folder = Folder::new(config)
+        .listed("gpt_neox.", "embed_in 5x4, final_layer_norm 4, final_layer_norm.bias 4")
+        .listed("", "embed_out 5x4")
+        .listed(
+            "gpt_neox.layers.0.",
+            "input_layernorm 4, input_layernorm.bias 4, post_attention_layernorm 4, post_attention_layernorm.bias 4, \
+             attention.query_key_value 12x4, attention.query_key_value.bias 12, attention.dense 4x4, \
+             attention.dense.bias 4, mlp.dense_h_to_4h 8x4, mlp.dense_h_to_4h.bias 8, mlp.dense_4h_to_h 4x8, \
+             mlp.dense_4h_to_h.bias 4",
+        )
+        .tensor("gpt_neox.layers.0.attention.rotary_emb.inv_freq", &[1]);
     let expected = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11];
     let source = "gpt_neox.layers.0.attention.query_key_value";
     assert_eq!(order(&folder, "blk.0.attn_qkv.weight", &format!("{source}.weight")), expected);
@@ -72,15 +64,10 @@ fn falcon(qkv: usize, norms: &[&str], more: &[(&str, serde_json::Value)]) -> Fol
         "model_type": "falcon", "hidden_size": 8, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 5,
         "layer_norm_epsilon": 1e-5,
     });
-    let mut folder = Folder::new(config).tensors([
-        ("transformer.word_embeddings.weight", &[5, 8][..]),
-        ("transformer.ln_f.weight", &[8]),
-        ("transformer.ln_f.bias", &[8]),
-        ("transformer.h.0.self_attention.query_key_value.weight", &[qkv, 8]),
-        ("transformer.h.0.self_attention.dense.weight", &[8, 8]),
-        ("transformer.h.0.mlp.dense_h_to_4h.weight", &[32, 8]),
-        ("transformer.h.0.mlp.dense_4h_to_h.weight", &[8, 32]),
-    ]);
+    let mut folder = Folder::new(config)
+        .listed("transformer.", "word_embeddings 5x8, ln_f 8, ln_f.bias 8")
+        .tensor("transformer.h.0.self_attention.query_key_value.weight", &[qkv, 8])
+        .listed("transformer.h.0.", "self_attention.dense 8x8, mlp.dense_h_to_4h 32x8, mlp.dense_4h_to_h 8x32");
     for norm in norms {
         folder = folder.tensor(&format!("transformer.h.0.{norm}.weight"), &[8]);
         folder = folder.tensor(&format!("transformer.h.0.{norm}.bias"), &[8]);
@@ -312,22 +299,14 @@ fn opt() -> Folder {
         "model_type": "opt", "hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 6,
         "vocab_size": 5, "max_position_embeddings": 3, "enable_bias": false, "word_embed_proj_dim": 4,
     });
-    Folder::new(config).tensors([
-        ("model.decoder.embed_tokens.weight", &[5, 4][..]),
-        ("model.decoder.embed_positions.weight", &[5, 4]),
-        ("model.decoder.final_layer_norm.weight", &[4]),
-        ("model.decoder.final_layer_norm.bias", &[4]),
-        ("model.decoder.layers.0.self_attn_layer_norm.weight", &[4]),
-        ("model.decoder.layers.0.self_attn_layer_norm.bias", &[4]),
-        ("model.decoder.layers.0.self_attn.q_proj.weight", &[4, 4]),
-        ("model.decoder.layers.0.self_attn.k_proj.weight", &[4, 4]),
-        ("model.decoder.layers.0.self_attn.v_proj.weight", &[4, 4]),
-        ("model.decoder.layers.0.self_attn.out_proj.weight", &[4, 4]),
-        ("model.decoder.layers.0.final_layer_norm.weight", &[4]),
-        ("model.decoder.layers.0.final_layer_norm.bias", &[4]),
-        ("model.decoder.layers.0.fc1.weight", &[6, 4]),
-        ("model.decoder.layers.0.fc2.weight", &[4, 6]),
-    ])
+    Folder::new(config)
+        .listed("model.decoder.", "embed_tokens 5x4, embed_positions 5x4, final_layer_norm 4, final_layer_norm.bias 4")
+        .listed(
+            "model.decoder.layers.0.",
+            "self_attn_layer_norm 4, self_attn_layer_norm.bias 4, self_attn.q_proj 4x4, self_attn.k_proj 4x4, \
+             self_attn.v_proj 4x4, self_attn.out_proj 4x4, final_layer_norm 4, final_layer_norm.bias 4, fc1 6x4, \
+             fc2 4x6",
+        )
 }
 
 #[test]

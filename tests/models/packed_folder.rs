@@ -6,7 +6,7 @@ use nybble::quant::block::BlockType;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use crate::hf_folder::{Checkpoint as Folder, Stored, read};
+use crate::hf_folder::{Checkpoint as Folder, Stored, llama, read};
 
 /// Linear layers of the model: name, rows, columns.
 pub(crate) const LINEAR: [(&str, usize, usize); 7] = [
@@ -31,18 +31,12 @@ impl Dice {
 
 /// Returns a one-layer Llama without its linear layers.
 pub(crate) fn frame() -> Folder {
-    Folder::new(json!({
-        "model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "num_hidden_layers": 1, "intermediate_size": 96, "vocab_size": 5, "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 5000.0, "tie_word_embeddings": false,
-    }))
-    .tensors([
-        ("model.embed_tokens.weight", &[5, 64][..]),
-        ("model.norm.weight", &[64]),
-        ("lm_head.weight", &[5, 64]),
-        ("model.layers.0.input_layernorm.weight", &[64]),
-        ("model.layers.0.post_attention_layernorm.weight", &[64]),
-    ])
+    let mut folder = llama().set("hidden_size", json!(64)).set("intermediate_size", json!(96));
+    folder.tensors.clear();
+    folder
+        .listed("model.", "embed_tokens 5x64, norm 64")
+        .listed("", "lm_head 5x64")
+        .listed("model.layers.0.", "input_layernorm 64, post_attention_layernorm 64")
 }
 
 /// The type and values of scales.

@@ -1,7 +1,7 @@
 //! Sessions on disk: a loaded session continues with the same bits, and any other file is refused.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::tiny_model::{ODD, Shape, llama, metadata, tensors, write};
 use nybble::engine::{Sequence, sampler::SamplingOptions, step};
@@ -9,6 +9,7 @@ use nybble::kernels;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
+use tempfile::TempDir;
 
 const CACHES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
 /// A shape whose files are small enough to change every byte.
@@ -17,6 +18,14 @@ const SMALL: Shape = Shape { hidden: 32, heads: 2, kv_heads: 1, head_dim: 4, ffn
 fn load(path: &Path, cache_type: CacheType) -> Model {
     let options = LoadOptions { threads: Some(2), cache_type: Some(cache_type), ..LoadOptions::default() };
     Model::load(path, &options).unwrap()
+}
+
+/// A folder, a small model in it, and the path of a session.
+fn small() -> (TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = llama(folder.path(), &SMALL, BlockType::Q4_0);
+    let session = folder.path().join("session");
+    (folder, file, session)
 }
 
 fn tokens(count: u32) -> Vec<u32> {
@@ -119,8 +128,7 @@ fn a_resumed_sequence_writes_the_same_tokens() {
 
 #[test]
 fn a_file_with_any_byte_changed_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     for cache_type in CACHES {
         let model = load(&file, cache_type);
         let bytes = saved(&model, &path, 3);
@@ -137,8 +145,7 @@ fn a_file_with_any_byte_changed_is_refused() {
 
 #[test]
 fn a_file_of_another_length_is_refused_with_its_length() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     let model = load(&file, CacheType::F16);
     let bytes = saved(&model, &path, 3);
     for length in 0..bytes.len() {
@@ -161,8 +168,7 @@ fn a_file_of_another_length_is_refused_with_its_length() {
 
 #[test]
 fn another_format_or_version_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     let model = load(&file, CacheType::F16);
     assert_refused(&model, &file, &field("magic"), "\"GGUF", "\"NYBBLEKV\"");
     let mut bytes = saved(&model, &path, 3);
@@ -208,8 +214,7 @@ fn fingerprints_do_not_depend_on_kernel_and_cache_type() {
 
 #[test]
 fn a_session_with_another_cache_type_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     let (f16, int8) = (load(&file, CacheType::F16), load(&file, CacheType::Int8));
     let mut bytes = saved(&f16, &path, 3);
     assert_refused(&int8, &path, &field("cache_type"), "f16", "int8, that of the loaded model");
@@ -220,8 +225,7 @@ fn a_session_with_another_cache_type_is_refused() {
 
 #[test]
 fn counts_beyond_the_file_are_refused_and_allocate_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     let model = load(&file, CacheType::F16);
     let bytes = saved(&model, &path, 3);
     let with = |tokens: u64, seen: u64| {
@@ -245,8 +249,7 @@ fn counts_beyond_the_file_are_refused_and_allocate_nothing() {
 
 #[test]
 fn a_session_longer_than_the_context_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     saved(&load(&file, CacheType::F16), &path, 100);
     let options = LoadOptions { context: Some(80), cache_type: Some(CacheType::F16), ..LoadOptions::default() };
     let short = Model::load(&file, &options).unwrap();
@@ -261,8 +264,7 @@ fn a_session_longer_than_the_context_is_refused() {
 
 #[test]
 fn an_unknown_token_is_refused_despite_a_correct_checksum() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (_folder, file, path) = small();
     let model = load(&file, CacheType::F16);
     model.session().save(&model, &[1, 101], &path).unwrap();
     assert_refused(&model, &path, &field("tokens"), "101", "ids below 101");
@@ -290,8 +292,7 @@ fn a_file_contains_nothing_of_truncated_tokens() {
 
 #[test]
 fn a_failed_save_names_the_file_and_leaves_the_old_one() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, path) = (llama(folder.path(), &SMALL, BlockType::Q4_0), folder.path().join("session"));
+    let (folder, file, path) = small();
     let (model, other) = (load(&file, CacheType::F16), load(&file, CacheType::F16));
     let bytes = saved(&model, &path, 3);
     let session = model.session();

@@ -12,7 +12,7 @@ use nybble::quantize::{
     TensorFormats, auto, quantize, spend_bits,
 };
 
-use crate::sources::{self, golden, source};
+use crate::sources::{self, Stop, golden, source};
 
 const RTN: Recipe = Recipe::Rtn { search: false };
 
@@ -43,16 +43,17 @@ fn run_on(
     out: &Path,
     options: &QuantizeOptions,
     threads: usize,
-    stop: &(dyn Fn() -> bool + Sync),
+    stop: Stop<'_>,
 ) -> nybble::Result<Report> {
     let windows = windows();
-    let context = RunContext { threads: Some(threads), interrupted: stop, ..RunContext::new(source, out, &windows) };
-    quantize(&context, options)
+    quantize(
+        &RunContext { threads: Some(threads), interrupted: stop, ..RunContext::new(source, out, &windows) },
+        options,
+    )
 }
 
 fn run_forced(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
-    let windows = windows();
-    quantize(&RunContext { threads: Some(1), force: true, ..RunContext::new(source, out, &windows) }, options)
+    sources::run_forced(source, out, &windows(), options, 1, &|| false)
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {

@@ -6,6 +6,7 @@ use nybble::format::gguf::Metadata;
 use nybble::model::hf::HfFolder;
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, convert};
 use nybble::quant::block::BlockType;
+use nybble::quantize::{QuantizeOptions, Report, RunContext, quantize};
 use tempfile::TempDir;
 
 /// Tokens in the vocabulary of the golden checkpoints.
@@ -32,6 +33,22 @@ pub(crate) fn windows(lengths: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
         (state >> 8) % VOCABULARY as u32
     };
     lengths.map(|length| (0..length).map(|_| next()).collect()).collect()
+}
+
+/// Whether a run should stop.
+pub(crate) type Stop<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// Quantizes, and overwrites `out` if it exists.
+pub(crate) fn run_forced(
+    source: &Path,
+    out: &Path,
+    windows: &[Vec<u32>],
+    options: &QuantizeOptions,
+    threads: usize,
+    stop: Stop<'_>,
+) -> nybble::Result<Report> {
+    let context = RunContext::new(source, out, windows);
+    quantize(&RunContext { threads: Some(threads), force: true, interrupted: stop, ..context }, options)
 }
 
 /// The logits `(tokens of all windows, VOCABULARY)` of a file whose weights are computed in F32.

@@ -12,7 +12,7 @@ use nybble::quantize::{
     TuningOptions, auto, quantize,
 };
 
-use crate::sources::{self, VOCABULARY, source};
+use crate::sources::{self, VOCABULARY, run_forced, source};
 
 fn options(tuning: Option<TuningOptions>) -> QuantizeOptions {
     let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
@@ -33,20 +33,7 @@ fn logits(file: &Path) -> Vec<f32> {
 }
 
 fn run(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
-    run_until(source, out, options, 1, &|| false)
-}
-
-fn run_until(
-    source: &Path,
-    out: &Path,
-    options: &QuantizeOptions,
-    threads: usize,
-    stop: &(dyn Fn() -> bool + Sync),
-) -> nybble::Result<Report> {
-    let windows = windows();
-    let context =
-        RunContext { threads: Some(threads), force: true, interrupted: stop, ..RunContext::new(source, out, &windows) };
-    quantize(&context, options)
+    run_forced(source, out, &windows(), options, 1, &|| false)
 }
 
 /// The mean Kullback-Leibler divergence of the logits `found` from `wanted`.
@@ -128,17 +115,17 @@ fn neither_threads_nor_interruptions_change_a_byte() {
     let count = || asked.fetch_add(1, Ordering::Relaxed) + 1;
     let whole = folder.path().join("whole.gguf");
     let stop = || count() == usize::MAX;
-    run_until(&source, &whole, &options, 1, &stop).unwrap();
+    run_forced(&source, &whole, &windows(), &options, 1, &stop).unwrap();
     let (whole, steps) = (std::fs::read(whole).unwrap(), asked.load(Ordering::Relaxed));
     let two = folder.path().join("two.gguf");
-    run_until(&source, &two, &options, 2, &|| false).unwrap();
+    run_forced(&source, &two, &windows(), &options, 2, &|| false).unwrap();
     assert!(std::fs::read(two).unwrap() == whole);
 
     let out = folder.path().join("out.gguf");
     let mut stops = 0;
     for limit in (1..).map(|i| i * steps / 8) {
         asked.store(0, Ordering::Relaxed);
-        match run_until(&source, &out, &options, 1, &|| count() > limit) {
+        match run_forced(&source, &out, &windows(), &options, 1, &|| count() > limit) {
             Ok(_) => break,
             Err(Error::Interrupted) => stops += 1,
             Err(error) => panic!("{error}"),

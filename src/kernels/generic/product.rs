@@ -116,7 +116,7 @@ impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_
         strip: impl Fn(&Self, &Tile<'_, R>, usize, usize, &[CacheLine]) -> [[V::Register; T]; ROWS],
     ) {
         let x = self.product.x.tile::<R>(row);
-        let gain = v.splat(self.product.w.output_scale());
+        let output_scale = v.splat(self.product.w.output_scale());
         for part in (0..V::PARTS).step_by(T) {
             for first in (0..R).step_by(ROWS) {
                 let prefetched = if row == 0 && first == 0 && part == 0 { self.prefetched } else { &[] };
@@ -124,7 +124,7 @@ impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_
                 let out = &mut *self.product.out;
                 for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                     let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
-                    (0..T).for_each(|t| v.store_part(v.mul(sums[t], gain), part + t, out));
+                    (0..T).for_each(|t| v.store_part(v.mul(sums[t], output_scale), part + t, out));
                 }
             }
         }

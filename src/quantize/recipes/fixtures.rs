@@ -64,6 +64,22 @@ pub(in crate::quantize) fn error_of(problem: &LayerProblem<'_>, grouped: &Groupe
     error(problem, &solution.decode(grouped, problem.columns))
 }
 
+/// Checks that the error of a recipe is less than `share` of that of another one, `rounding`, in every 4-bit format.
+pub(in crate::quantize) fn assert_beats(
+    threads: usize,
+    share: f64,
+    rounding: impl Fn(&LayerProblem<'_>, &GroupedFormat, &Compute<'_>) -> Solution,
+    solve: impl Fn(&LayerProblem<'_>, &GroupedFormat, &Compute<'_>) -> Solution,
+) {
+    with_layer(threads, |problem, compute| {
+        for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
+            let rounded = error_of(problem, &grouped, &rounding(problem, &grouped, compute));
+            let own = error_of(problem, &grouped, &solve(problem, &grouped, compute));
+            assert!(own < share * rounded, "{grouped:?}: {own}, by rounding {rounded}");
+        }
+    });
+}
+
 /// Checks that a recipe returns the same bits on one thread and on three.
 pub(in crate::quantize) fn assert_threads_change_nothing<R: PartialEq + Debug>(
     solve: impl Fn(&LayerProblem<'_>, &Compute<'_>) -> R,

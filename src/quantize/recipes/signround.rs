@@ -187,14 +187,13 @@ mod tests {
 
     #[test]
     fn the_error_is_far_below_rounding_in_every_format() {
-        with_layer(2, |problem, compute| {
-            for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
-                let learned = solve(problem, &grouped, &SignroundOptions::default(), compute);
-                let own = error_of(problem, &grouped, &learned);
-                let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
-                assert!(own < 0.6 * rounded, "{grouped:?}: {own}, by rounding {rounded}");
-            }
-        });
+        let options = SignroundOptions::default();
+        assert_beats(
+            2,
+            0.6,
+            |p, grouped, compute| rtn::solve(p, grouped, true, compute),
+            |problem, grouped, compute| solve(problem, grouped, &options, compute),
+        );
     }
 
     #[test]

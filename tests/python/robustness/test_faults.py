@@ -28,6 +28,28 @@ def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+LIMIT = """
+    import resource
+    def limit_memory(spare):
+        with open("/proc/self/status") as status:
+            used = int(next(line for line in status if line.startswith("VmSize")).split()[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
+"""
+"""For scripts: leaves `spare` bytes of memory beyond those in use."""
+
+
+def python_with_limit(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script that may call `limit_memory(spare)`."""
+    return python(textwrap.dedent(LIMIT) + textwrap.dedent(script), *arguments)
+
+
+def assert_contained(done: subprocess.CompletedProcess[str], refused: str) -> None:
+    """Checks that a script ran out of memory for `refused` and then found its model usable."""
+    assert done.returncode == 0, done.stderr
+    assert f"out of memory: {refused}" in done.stdout
+    assert "usable" in done.stdout
+
+
 # Bugs
 
 
@@ -60,13 +82,12 @@ def test_a_model_too_large_for_memory_is_a_memory_error(tmp_path: Path, tiny_fil
     big = tmp_path / "big.gguf"
     tiny.write_model(big, layers=1, feed_forward=1 << 20)  # 113 MB in three matrices
     script = """
-        import os, resource, sys
+        import os, sys
         from nybble import LoadOptions, Model, _native
         small, big = sys.argv[1:]
         model = Model.load(small, threads=1)
         before = model.generate("abc", max_tokens=8, temperature=0).text
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + os.path.getsize(big) + (20 << 20), resource.RLIM_INFINITY))
+        limit_memory(os.path.getsize(big) + (20 << 20))
         try:
             _native.Model.load(big, LoadOptions(threads=1))
         except MemoryError as error:
@@ -74,10 +95,7 @@ def test_a_model_too_large_for_memory_is_a_memory_error(tmp_path: Path, tiny_fil
         assert model.generate("abc", max_tokens=8, temperature=0).text == before
         print("usable")
     """
-    done = python(script, tiny_file, big)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory: packed weights" in done.stdout
-    assert "usable" in done.stdout
+    assert_contained(python_with_limit(script, tiny_file, big), "packed weights")
 
 
 @linux
@@ -85,12 +103,11 @@ def test_a_cache_too_large_for_memory_is_a_memory_error(tmp_path: Path) -> None:
     # 512 layers: every page of 64 tokens takes 4 MB.
     file = tiny.write_model(tmp_path / "deep.gguf", layers=512, llama__context_length=1 << 20)
     script = """
-        import os, resource, sys
+        import os, sys
         from nybble import Model, _native
         model = Model.load(sys.argv[1], threads=1)
         model.logits(list(range(64)) * 2)
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), resource.RLIM_INFINITY))
+        limit_memory(24 << 20)
         try:
             model.logits(list(range(64)) * 400)
         except MemoryError as error:
@@ -98,10 +115,7 @@ def test_a_cache_too_large_for_memory_is_a_memory_error(tmp_path: Path) -> None:
         assert model.logits(list(range(64))).shape[0] == 64
         print("usable")
     """
-    done = python(script, file)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory: a page of the KV cache" in done.stdout
-    assert "usable" in done.stdout
+    assert_contained(python_with_limit(script, file), "a page of the KV cache")
 
 
 @linux
@@ -110,21 +124,20 @@ def test_requests_that_exceed_memory_together_wait_and_stay_the_same(tmp_path: P
     # 256 layers: every page of 64 tokens takes 2 MB, so each request needs 10 MB, and all of them 60.
     file = tiny.write_model(tmp_path / "deep.gguf", layers=256, llama__context_length=1 << 20)
     script = """
-        import resource, sys
+        import sys
         from nybble import Engine, Model
         model = Model.load(sys.argv[1], threads=1)
         prompts = [f"{i} " + "abcdefgh" * 30 for i in range(6)]
         alone = [model.generate(prompt, max_tokens=20, temperature=0).tokens for prompt in prompts]
         with Engine(model, speculation=sys.argv[2], prefix_cache=False, cache_bytes=1 << 40) as engine:
-            used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-            resource.setrlimit(resource.RLIMIT_AS, (used + (35 << 20), resource.RLIM_INFINITY))
+            limit_memory(35 << 20)
             sent = [engine.submit(prompt, max_tokens=20, temperature=0) for prompt in prompts]
             assert [answer.result().tokens for answer in sent] == alone
             drafted = engine.stats().drafted_tokens > 0
             assert drafted == (sys.argv[2] == "on")
         print("as alone")
     """
-    done = python(script, file, speculation)
+    done = python_with_limit(script, file, speculation)
     assert done.returncode == 0, done.stderr
     assert "as alone" in done.stdout
 
@@ -133,12 +146,11 @@ def test_requests_that_exceed_memory_together_wait_and_stay_the_same(tmp_path: P
 def test_logits_too_large_for_memory_are_a_memory_error(tmp_path: Path) -> None:
     file = tiny.write_model(tmp_path / "long.gguf", layers=1, llama__context_length=1 << 20)
     script = """
-        import resource, sys
+        import sys
         from nybble import Model
         model = Model.load(sys.argv[1], threads=1)
         before = model.logits(list(range(64)))
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), resource.RLIM_INFINITY))
+        limit_memory(60 << 20)
         try:
             model.logits([0] * 100_000)  # 104 MB of logits
         except MemoryError as error:
@@ -146,10 +158,7 @@ def test_logits_too_large_for_memory_are_a_memory_error(tmp_path: Path) -> None:
         assert (model.logits(list(range(64))) == before).all()
         print("usable")
     """
-    done = python(script, file)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory: logits needs 103600000 bytes" in done.stdout
-    assert "usable" in done.stdout
+    assert_contained(python_with_limit(script, file), "logits needs 103600000 bytes")
 
 
 @linux
@@ -157,12 +166,11 @@ def test_workspaces_too_large_for_memory_are_a_memory_error(tmp_path: Path) -> N
     # A feed-forward layer so wide that 512 rows of it take 537 MB.
     file = tiny.write_model(tmp_path / "wide.gguf", layers=1, feed_forward=1 << 17, llama__context_length=1 << 12)
     script = """
-        import resource, sys
+        import sys
         from nybble import Model
         model = Model.load(sys.argv[1], threads=1)
         before = model.logits([1])
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+        limit_memory(200 << 20)
         try:
             model.logits([0] * 512)
         except MemoryError as error:
@@ -170,10 +178,7 @@ def test_workspaces_too_large_for_memory_are_a_memory_error(tmp_path: Path) -> N
         assert (model.logits([1]) == before).all()
         print("usable")
     """
-    done = python(script, file)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory: the buffers of a pass" in done.stdout
-    assert "usable" in done.stdout
+    assert_contained(python_with_limit(script, file), "the buffers of a pass")
 
 
 @linux
@@ -182,12 +187,11 @@ def test_metadata_too_large_for_memory_is_a_memory_error(tmp_path: Path, tiny_fi
     values = tiny.metadata(general__description=b"x" * (80 << 20))
     tiny.write_gguf(big, values)
     script = """
-        import os, resource, sys
+        import os, sys
         from nybble import Model, _native
         small, big = sys.argv[1:]
         model = Model.load(small, threads=1)
-        used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + os.path.getsize(big) + (30 << 20), resource.RLIM_INFINITY))
+        limit_memory(os.path.getsize(big) + (30 << 20))
         try:
             _native.GgufFile(big)
         except MemoryError as error:
@@ -195,10 +199,7 @@ def test_metadata_too_large_for_memory_is_a_memory_error(tmp_path: Path, tiny_fi
         assert model.generate("abc", max_tokens=8, temperature=0).usage.completion_tokens
         print("usable")
     """
-    done = python(script, tiny_file, big)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory: metadata needs" in done.stdout
-    assert "usable" in done.stdout
+    assert_contained(python_with_limit(script, tiny_file, big), "metadata needs")
 
 
 @linux

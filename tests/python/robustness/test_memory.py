@@ -76,21 +76,12 @@ def wide_model(path: Path, hidden: int = 4096, feed_forward: int = 8192, vocabul
     dice = np.random.default_rng(7)
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
         "token_embd.weight": (tiny.Q8_0, (hidden, vocabulary), blocks(dice, hidden * vocabulary, 32)),
-        "output_norm.weight": norm(hidden),
-    }
-    shapes = {
-        "attn_q": (hidden, hidden),
-        "attn_k": (hidden, kv),
-        "attn_v": (hidden, kv),
-        "attn_output": (hidden, hidden),
-        "ffn_gate": (hidden, feed_forward),
-        "ffn_up": (hidden, feed_forward),
-        "ffn_down": (feed_forward, hidden),
+        "output_norm.weight": tiny.norm(hidden),
     }
     for layer in range(2):
-        tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
-        tensors[f"blk.{layer}.ffn_norm.weight"] = norm(hidden)
-        for name, (columns, rows) in shapes.items():
+        tensors[f"blk.{layer}.attn_norm.weight"] = tiny.norm(hidden)
+        tensors[f"blk.{layer}.ffn_norm.weight"] = tiny.norm(hidden)
+        for name, (columns, rows) in tiny.layer_shapes(hidden, kv, feed_forward).items():
             tensors[f"blk.{layer}.{name}.weight"] = (tiny.Q4_0, (columns, rows), blocks(dice, columns * rows, 16))
     sizes = {
         "llama__embedding_length": hidden,
@@ -106,10 +97,6 @@ def wide_model(path: Path, hidden: int = 4096, feed_forward: int = 8192, vocabul
     }
     tiny.write_gguf(path, tiny.metadata(**sizes), tensors)
     return path
-
-
-def norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
-    return 0, (length,), np.ones(length, np.float32).tobytes()
 
 
 def blocks(dice: np.random.Generator, count: int, code_bytes: int) -> bytes:

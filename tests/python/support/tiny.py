@@ -66,27 +66,32 @@ def write_model(path: Path, layers: int = 2, feed_forward: int = 96, **changes: 
     hidden, kv, vocabulary = 64, 32, len(values["tokenizer.ggml.tokens"])
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
         "token_embd.weight": (Q8_0, (hidden, vocabulary), q8_0(dice.normal(0, 0.2, (vocabulary, hidden)))),
-        "output_norm.weight": _norm(hidden),
+        "output_norm.weight": norm(hidden),
     }
     for layer in range(layers):
-        shapes = {
-            "attn_q": (hidden, hidden),
-            "attn_k": (hidden, kv),
-            "attn_v": (hidden, kv),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (hidden, feed_forward),
-            "ffn_up": (hidden, feed_forward),
-            "ffn_down": (feed_forward, hidden),
-        }
-        tensors[f"blk.{layer}.attn_norm.weight"] = _norm(hidden)
-        tensors[f"blk.{layer}.ffn_norm.weight"] = _norm(hidden)
-        for name, (columns, rows) in shapes.items():
+        tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
+        tensors[f"blk.{layer}.ffn_norm.weight"] = norm(hidden)
+        for name, (columns, rows) in layer_shapes(hidden, kv, feed_forward).items():
             tensors[f"blk.{layer}.{name}.weight"] = (Q4_0, (columns, rows), random_q4_0(dice, columns * rows))
     write_gguf(path, values, tensors)
     return path
 
 
-def _norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
+def layer_shapes(hidden: int, kv: int, feed_forward: int) -> dict[str, tuple[int, int]]:
+    """Returns the columns and rows of the matrices of a layer, by name."""
+    return {
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden, kv),
+        "attn_v": (hidden, kv),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (hidden, feed_forward),
+        "ffn_up": (hidden, feed_forward),
+        "ffn_down": (feed_forward, hidden),
+    }
+
+
+def norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
+    """Returns the type, shape and bytes of a norm of ones."""
     return F32, (length,), np.ones(length, np.float32).tobytes()
 
 

@@ -12,17 +12,14 @@ class TokenSource(Protocol):
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
-        raise NotImplementedError
 
     @property
     def special_ids(self) -> frozenset[int]:
         """The special tokens, which decode to no text."""
-        raise NotImplementedError
 
     @property
     def adds_space(self) -> bool:
         """Whether encoding puts a space before each text, which decoding removes."""
-        raise NotImplementedError
 
 
 class StreamDecoder:

@@ -22,7 +22,6 @@ class Encoder(Protocol):
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """The ids of `text`. Special tokens spelled out in it are recognized only if `parse_special`."""
-        raise NotImplementedError
 
 
 def is_failure(error: BaseException) -> bool:

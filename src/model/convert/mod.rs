@@ -41,7 +41,7 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. After an error there is no file.
+/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left after an error.
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,

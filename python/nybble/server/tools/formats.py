@@ -17,12 +17,10 @@ class Function(Protocol):
     @property
     def name(self) -> str:
         """The name that the model writes."""
-        raise NotImplementedError
 
     @property
     def parameters(self) -> Mapping[str, Any] | None:
         """The JSON Schema of the arguments; None for any object."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

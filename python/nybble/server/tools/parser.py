@@ -29,11 +29,9 @@ class AnswerParser(Protocol):
 
     def push(self, text: str, tokens: Sequence[int]) -> Sequence[Part]:
         """The parts that are certain after one more piece of the answer."""
-        raise NotImplementedError
 
     def finish(self) -> Sequence[Part]:
         """The remaining parts at the end of the answer."""
-        raise NotImplementedError
 
 
 class PlainText:

@@ -27,7 +27,7 @@ pub mod quant;
 pub mod quantize;
 mod system;
 pub mod threads;
-pub mod vocab;
+pub mod tokenizer;
 
 pub use error::{Error, Place, Result};
 

@@ -19,10 +19,10 @@ __all__ = [
     "Reference",
     "Sampled",
     "Scheduler",
-    "SentencePiece",
     "Sequence",
     "Session",
     "TensorInfo",
+    "TokenizerDescription",
     "Vocabulary",
     "__version__",
     "available_bytes",
@@ -30,11 +30,13 @@ __all__ = [
     "default_threads",
     "kernels",
     "perplexity",
+    "pre_tokenizer_names",
     "quantize",
 ]
 __version__: str
 
 def kernels() -> list[str]: ...
+def pre_tokenizer_names() -> list[str]: ...
 def available_bytes() -> int | None: ...
 def convert(
     source: str | os.PathLike[str],
@@ -102,18 +104,43 @@ class GgufFile:
     def tensors(self) -> list[TensorInfo]: ...
 
 @final
-class SentencePiece:
-    def __new__(
-        cls,
-        tokens: list[str],
-        scores: _Sequence[float],
-        kinds: _Sequence[int],
-        *,
-        add_space_prefix: bool,
-        unknown: int | None = None,
-        drop_space_after: _Sequence[int] = ...,
-    ) -> SentencePiece: ...
+class TokenizerDescription:
+    @staticmethod
+    def from_gguf(
+        path: str | os.PathLike[str], mmap: bool, build: Callable[[str], str | None]
+    ) -> TokenizerDescription: ...
+    @staticmethod
+    def from_metadata(
+        metadata: Mapping[str, Any], where: str, build: Callable[[str], str | None]
+    ) -> TokenizerDescription: ...
+    @staticmethod
+    def from_folder(path: str | os.PathLike[str], build: Callable[[str], str | None]) -> TokenizerDescription: ...
+    @property
+    def encodes(self) -> bool: ...
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def framed(self, ids: list[int], parse_special: bool) -> list[int]: ...
+    def token_text(self, token: int) -> str | None: ...
+    def token_bytes(self, token: int) -> bytes | None: ...
+    def id_of(self, text: str) -> int | None: ...
+    def grammar_vocabulary(self) -> Vocabulary: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def end_ids(self) -> list[int]: ...
+    @property
+    def special_ids(self) -> list[int]: ...
+    @property
+    def adds_space(self) -> bool: ...
+    @property
+    def special_texts(self) -> dict[str, str]: ...
+    @property
+    def chat_templates(self) -> dict[str, str]: ...
+    @property
+    def warnings(self) -> list[str]: ...
 
 @final
 class Sampled:

@@ -15,7 +15,8 @@ mod imported {
     pyo3::import_exception!(nybble.errors, InternalError);
 }
 pub(super) use imported::InternalError;
-use imported::{ContextFullError, ModelError};
+use imported::ContextFullError;
+pub(super) use imported::ModelError;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {

@@ -56,7 +56,7 @@ pub struct Piece<'a> {
 /// A SentencePiece vocabulary, ready to encode.
 ///
 /// ```
-/// use nybble::vocab::{Piece, SentencePiece, TokenKind};
+/// use nybble::tokenizer::sentencepiece::{Piece, SentencePiece, TokenKind};
 ///
 /// let pieces = ["a", "b", "ab", "\u{2581}"]
 ///     .map(|text| Piece { text: Some(text), score: text.len() as f32, kind: TokenKind::Normal });

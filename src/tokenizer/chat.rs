@@ -1,0 +1,7 @@
+//! x
+/// m
+#[derive(Debug)]
+pub struct Message;
+/// o
+#[derive(Debug)]
+pub struct ChatOptions;

@@ -12,4 +12,5 @@ mod gguf_writer;
 mod hf_families;
 mod hf_folders;
 mod hf_safetensors;
+mod tokenizers;
 mod vocab;

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tokenizers
 import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import PreTokenizer
 
-from nybble import ModelError, Tokenizer
+from nybble import ModelError, Tokenizer, _native
 
 BYTE_LEVEL = Tokenizer.from_gguf_metadata(vocabularies.byte_level())
 PIECES = Tokenizer.from_gguf_metadata(vocabularies.pieces())

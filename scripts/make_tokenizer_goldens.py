@@ -1,0 +1,78 @@
+"""Writes `tests/data/tokenizers.json`: token ids and texts that Rust and Python must both give.
+
+The ids are those of the packages `tokenizers` (byte-level vocabularies, `tokenizer.json`) and of nybble (SentencePiece).
+Usage: `.venv/bin/python scripts/make_tokenizer_goldens.py`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "python" / "support"), str(ROOT / "tests"), str(ROOT / "tests/python/tokenizer")]
+
+import vocabularies  # noqa: E402
+from test_tokenizer_folders import byte_level, pieces  # noqa: E402
+
+from nybble import Tokenizer, _native  # noqa: E402
+
+TEXTS = [
+    "",
+    " ",
+    "Hello  world, it's 2024!",
+    "IT'S we'Re they\u2019ll 1234567 3.14 x1y22",
+    "for (int i = 0; i < 10; ++i) { sum += i; }\n\n\n\tend\r\n",
+    "   leading, trailing   \n \n  ",
+    "\u00c9COLE helloWorld \u0939\u093f\u0928\u094d\u0926\u0940 \u4e2d\u6587\u5b57 \uac00\ub098 \u3042\u308a\u304c",
+    "\U0001f44d\U0001f3fd\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301 \u212a \u017ft \u0661\u0662\u0663\u0664 \u00bd",
+    "<|start|>a<|end|> <s>b</s><turn> \n c    d<sentinel:12>",
+    "_x=y #tag @name a.b,c;d `e` $5+6^7|8~9 (z)\u2026\u3002\u060c",
+    "a" * 70 + " " * 70 + "\n" * 5 + "0" * 17,
+]
+
+
+def cases(tokenizer: Tokenizer, texts: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for text in texts:
+        for special in (True, False):
+            ids = tokenizer.encode(text, add_special=special, parse_special=special)
+            found.append({"text": text, "special": special, "ids": ids, "decoded": tokenizer.decode(ids)})
+    return found
+
+
+def main() -> None:
+    """Writes the file."""
+    warnings.simplefilter("ignore")
+    vocabulary, rules = vocabularies.byte_level(), list[dict[str, Any]]()
+    for name in _native.pre_tokenizer_names():
+        tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(pre=name))
+        ids = [case["ids"] for case in cases(tokenizer, TEXTS) if not case["special"]]
+        if (same := next((rule for rule in rules if rule["ids"] == ids), None)) is not None:
+            same["names"].append(name)
+        else:
+            rules.append({"names": [name], "ids": ids})
+    files = []
+    for metadata in (vocabulary, vocabularies.pieces(), vocabularies.pieces(general__name="Phi-3", add_space_prefix=False)):
+        tokenizer = Tokenizer.from_gguf_metadata(metadata)
+        files.append({"metadata": metadata, "cases": cases(tokenizer, TEXTS), "ends": sorted(tokenizer.eos_ids)})
+    folders = []
+    for make in (byte_level, pieces):
+        with TemporaryDirectory() as folder:
+            make().save(f"{folder}/tokenizer.json")
+            config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_eos_token": True}
+            Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
+            tokenizer = Tokenizer.from_folder(folder)
+            content = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+            folders.append({"tokenizer": content, "config": config, "cases": cases(tokenizer, TEXTS), "ends": sorted(tokenizer.eos_ids)})
+    golden = {"texts": TEXTS, "rules": rules, "files": files, "folders": folders}
+    path = ROOT / "tests" / "data" / "tokenizers.json"
+    path.write_text(json.dumps(golden, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,8 +40,9 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
+        /// The system's error. It is part of the message, so [`Error::source`](std::error::Error::source) does not return it
+        /// again. In Rust's terms the field is raw, which is how `thiserror` is told.
+        r#source: std::io::Error,
     },
 
     /// A file breaks its format, or its parts contradict each other.

@@ -15,7 +15,7 @@ use source::{code_only, files, paths, read, relative, repository, words};
 
 /// Modules by floor, lowest first. A module may import only modules on lower floors.
 const FLOORS: &[&[&str]] = &[
-    &["error"],
+    &["error", "setters"],
     &["system"],
     &["threads"],
     &["quant"],

@@ -35,11 +35,19 @@ pub trait Checkpoint: Sync {
 }
 
 /// A tensor as rows of blocks.
+#[non_exhaustive]
 pub struct Tensor<'a> {
     /// Dimensions, the fastest-varying first: `[columns, rows]` for a linear layer.
     pub dims: Vec<usize>,
     /// The rows, each of `dims[0]` values.
     pub rows: Box<dyn Rows + 'a>,
+}
+
+impl<'a> Tensor<'a> {
+    /// A tensor of these dimensions, the fastest-varying first, and rows of `dims[0]` values.
+    pub fn new(dims: impl Into<Vec<usize>>, rows: Box<dyn Rows + 'a>) -> Tensor<'a> {
+        Tensor { dims: dims.into(), rows }
+    }
 }
 
 /// Rows that are contiguous in memory.

@@ -1,5 +1,6 @@
 //! Converts any checkpoint to a GGUF file that llama.cpp reads.
 
+#[doc(hidden)]
 pub mod requantize;
 
 use std::path::Path;

@@ -9,6 +9,7 @@ use crate::quantize::layer::{LayerProblem, Solution};
 
 /// How the codes of a layer are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Recipe {
     /// Rounding to the nearest code.
     Rtn {

@@ -51,7 +51,9 @@ lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, 
 	$(BIN)/python scripts/check_language.py
 	cargo clippy --locked --all-targets --features python -- -D warnings
 	cargo clippy --locked --lib -- -D warnings
+	cargo clippy --locked --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" $(BIN)/python scripts/public_api.py
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --features python --document-private-items
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native
@@ -109,7 +111,7 @@ clean:  ## Remove everything that was built, the environment included.
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nybble needs Python 3.10 or later: make PYTHON=...")'
-	@command -v cargo >/dev/null || { echo "building nybble needs Rust 1.95 or later: https://rustup.rs" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "building nybble needs Rust 1.89 or later: https://rustup.rs" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@

@@ -27,9 +27,8 @@
 //! | serve many requests | [`Scheduler`], [`SchedulerOptions`], [`Event`] |
 //! | restrict the output | `Grammar`, `Vocabulary` and `Constraint`, with the feature `grammar` |
 //! | quantize and evaluate | [`quantize`] |
-//! | read and write GGUF, read safetensors | [`format`](mod@format) |
+//! | read and write GGUF | [`format::gguf`] |
 //! | decode and encode block types | [`BlockType`] |
-//! | encode text of SentencePiece models | [`vocab`] |
 //! | choose an instruction set | [`kernels`] |
 //! | handle errors | [`Error`], [`Place`] |
 //!
@@ -60,6 +59,7 @@ pub mod quantize;
 mod system;
 #[doc(hidden)]
 pub mod threads;
+#[doc(hidden)]
 pub mod vocab;
 
 #[cfg(feature = "grammar")]

@@ -3,6 +3,7 @@
 pub mod gguf;
 pub(crate) mod json;
 mod mapped;
+#[doc(hidden)]
 pub mod safetensors;
 
 use std::path::Path;
@@ -12,6 +13,7 @@ use crate::quant::pack::Rows;
 use gguf::{Gguf, Metadata};
 
 /// A source of a model: metadata under GGUF keys and tensors under GGUF names.
+#[doc(hidden)]
 pub trait Checkpoint: Sync {
     /// The file or folder, for error messages.
     fn path(&self) -> &Path;
@@ -35,6 +37,7 @@ pub trait Checkpoint: Sync {
 }
 
 /// A tensor as rows of blocks.
+#[doc(hidden)]
 #[non_exhaustive]
 pub struct Tensor<'a> {
     /// Dimensions, the fastest-varying first: `[columns, rows]` for a linear layer.

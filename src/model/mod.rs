@@ -24,6 +24,7 @@ pub mod convert;
 mod ffn;
 mod fingerprint;
 mod forward;
+#[doc(hidden)]
 pub mod hf;
 pub(crate) mod layerwise;
 mod linear;

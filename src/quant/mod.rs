@@ -12,4 +12,5 @@ pub mod pack;
 pub mod packed;
 mod panel;
 
+#[doc(hidden)]
 pub use pack::Rows;

@@ -30,5 +30,7 @@ pub use format::GroupedFormat;
 pub use overrides::Stored;
 pub use overrides::TensorFormats;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
-pub use recipes::{GptqOptions, Recipe, SignroundOptions};
+pub use recipes::Recipe;
+#[doc(hidden)]
+pub use recipes::{GptqOptions, SignroundOptions};
 pub use tuning::TuningOptions;

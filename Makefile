@@ -87,7 +87,7 @@ docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings a
 
 wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, size and libraries.
 	rm -rf dist
-	$(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
+	$(BIN)/python scripts/notices.py --target host -- $(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
 	$(BIN)/python scripts/check_wheel.py dist
 
 test-wheel: wheel  ## Install the wheel into an empty environment without a compiler, and generate.
@@ -95,6 +95,8 @@ test-wheel: wheel  ## Install the wheel into an empty environment without a comp
 
 release: $(VENV)/.wheel  ## Check version, tree and tests, then build and check the wheel and the source distribution.
 	$(BIN)/python scripts/release.py --prepare
+	$(BIN)/python scripts/notices.py --check
+	cargo publish --locked --dry-run
 	$(MAKE) test docs test-wheel
 	$(BIN)/maturin sdist --out dist
 	$(BIN)/python scripts/release.py --verify dist

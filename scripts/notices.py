@@ -105,7 +105,9 @@ def check() -> list[str]:
     faults = []
     if not NOTICES.is_file() or NOTICES.read_text(encoding="utf-8") != for_all_targets():
         faults.append(f"{NOTICES.name}: does not list what is linked now; run `python scripts/notices.py`")
-    entries = re.search(r"^allow = \[(.*?)\]", (ROOT / "deny.toml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    entries = re.search(
+        r"^allow = \[(.*?)\]", (ROOT / "deny.toml").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     allowed = set(re.findall(r'"([^"]+)"', entries[1])) if entries else set()
     crates = [crate_of(package) for package in metadata()["packages"]]
     faults += [
@@ -153,7 +155,7 @@ def crate_of(package: dict[str, Any]) -> Crate:
 
 
 def linked(target: str) -> list[Crate]:
-    """The crates whose code is in the native module for `target`: no build scripts, macros or tests. nybble is not among them."""
+    """The crates whose code is in the native module for `target`: no build scripts, macros or tests, and not nybble."""
     found = metadata("--filter-platform", target)
     packages = {package["id"]: package for package in found["packages"]}
     nodes = {node["id"]: node for node in found["resolve"]["nodes"]}
@@ -200,22 +202,25 @@ def notices(crates: list[Crate], platform: str, only: dict[Crate, str] | None = 
 def texts_of(crate: Crate) -> list[str]:
     """The license of a crate that applies, and its copyright notices."""
     files = sorted(path for path in crate.folder.iterdir() if path.is_file())
-    read = {path: path.read_text(encoding="utf-8", errors="replace") for path in files if is_named(path, FILES + EXTRA_FILES)}
+    read = {
+        path: path.read_text(encoding="utf-8", errors="replace")
+        for path in files
+        if is_named(path, FILES + EXTRA_FILES)
+    }
     texts = {path: text for path, text in read.items() if is_named(path, FILES)}
     extra = [text for path, text in read.items() if is_named(path, EXTRA_FILES)]
     offered = re.split(r"\s+OR\s+|/", crate.license)
     chosen = next((name for name in PHRASES if name in offered), None)
     if chosen == "Apache-2.0":
         return [apache(), *extra]
-    if chosen is None or " AND " in crate.license or len(texts) == 1:
-        if not texts:
-            raise SystemExit(f"{crate}: found no text of {crate.license} in {crate.folder.name}, expected a file LICENSE")
+    if texts and (chosen is None or " AND " in crate.license or len(texts) == 1):
         return [*texts.values(), *extra]
-    found = [text for text in texts.values() if PHRASES[chosen] in " ".join(text.split())]
+    phrase = PHRASES.get(chosen or "", crate.license)
+    found = [text for text in texts.values() if phrase in " ".join(text.split())]
     if not found and chosen == "MIT":
         found = [f"Copyright (c) {', '.join(crate.authors) or f'the authors of {crate.name}'}\n\n{MIT}"]
     if not found:
-        raise SystemExit(f"{crate}: found no text of {chosen} in {crate.folder.name}, expected a file LICENSE")
+        raise SystemExit(f"{crate}: found no text of {crate.license} in {crate.folder.name}, expected a file LICENSE")
     return found + extra
 
 

@@ -20,6 +20,7 @@ SDIST_FILES = (
     "pyproject.toml",
     "README.md",
     "LICENSE",
+    "THIRD-PARTY-NOTICES",
     "src/lib.rs",
     "python/nybble/__init__.py",
 )

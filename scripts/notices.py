@@ -192,14 +192,14 @@ def notices(crates: list[Crate], platform: str, only: dict[Crate, str] | None = 
     texts[apache()].append(standard_library)
     for crate in crates:
         lines.append(f"{crate}{(only or {}).get(crate, '')}: {crate.license}, {crate.url}")
-        for text in texts_of(crate):
+        for text in terms_of(crate):
             texts[text].append(str(crate))
     for text, users in texts.items():
         lines += ["", RULE, *wrapped(users), RULE, "", text.rstrip()]
     return "\n".join(lines) + "\n"
 
 
-def texts_of(crate: Crate) -> list[str]:
+def terms_of(crate: Crate) -> list[str]:
     """The license of a crate that applies, and its copyright notices."""
     files = sorted(path for path in crate.folder.iterdir() if path.is_file())
     read = {

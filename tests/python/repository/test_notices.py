@@ -30,16 +30,16 @@ def test_one_license_of_several_applies_and_copyright_notices_go_with_it(tmp_pat
     mit = "Copyright X\n\nPermission is hereby granted, free of\ncharge, to"
     files = {"LICENSE-MIT": mit, "LICENSE-ZLIB": "freely, subject to", "NOTICE": "Made by X", "build.rs": ""}
     both = crate(tmp_path, "Zlib OR MIT", files)
-    assert notices.texts_of(both) == [mit, "Made by X"]
-    assert notices.texts_of(crate(tmp_path, "MIT/Apache-2.0", files)) == [notices.apache(), "Made by X"]
-    texts = notices.texts_of(crate(tmp_path, "MIT AND Zlib", files))
-    assert texts == [mit, "freely, subject to", "Made by X"], "all texts of licenses that apply together"
+    assert notices.terms_of(both) == [mit, "Made by X"]
+    assert notices.terms_of(crate(tmp_path, "MIT/Apache-2.0", files)) == [notices.apache(), "Made by X"]
+    texts = notices.terms_of(crate(tmp_path, "MIT AND Zlib", files))
+    assert texts == [mit, "freely, subject to", "Made by X"], "the text of each license that applies"
 
 
 def test_a_crate_without_the_text_of_its_license_gets_it_or_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"made-up 1\.0\.0: found no text of BSD-3-Clause"):
-        notices.texts_of(crate(tmp_path, "BSD-3-Clause", {}))
-    (text,) = notices.texts_of(crate(tmp_path, "MIT", {}))
+        notices.terms_of(crate(tmp_path, "BSD-3-Clause", {}))
+    (text,) = notices.terms_of(crate(tmp_path, "MIT", {}))
     assert text.startswith("Copyright (c) A. Author\n\nPermission is hereby granted")
 
 

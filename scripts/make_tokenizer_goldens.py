@@ -35,6 +35,47 @@ TEXTS = [
     "a" * 70 + " " * 70 + "\n" * 5 + "0" * 17,
 ]
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The <weather> & more",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+CALL = {"id": "c1", "function": {"name": "weather", "arguments": {"town": "Sète", "days": 2, "now": True}}}
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "How warm is <it> in 'Paris'?"},
+    {"role": "assistant", "content": "<think>hm</think>\n", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": '{"degrees": 21}'},
+    {"role": "assistant", "content": " 21 degrees. "},
+    {"role": "user", "content": "Thanks"},
+]
+# In the style of models' templates.
+TEMPLATES = [
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{{ bos_token }}\n{%- if messages[0]['role'] == 'system' %}\n    {%- set first = messages[0]['content'] | trim + '\n' %}\n"
+    "    {%- set rest = messages[1:] %}\n{%- endif %}\n{%- for message in rest %}\n    {%- if loop.first %}{{ first }}{% endif %}\n"
+    "    {%- set role = 'model' if message.role == 'assistant' else message.role %}\n"
+    "    {{- '<start_of_turn>' + role + '\n' + message.content | trim }}\n    {% if not loop.last %}+{% endif %}\n{%- endfor %}\n",
+    "{%- for tool in tools %}{{ tool | tojson }}\n{{ tool.function.parameters | tojson(indent=2) }}\n{% endfor %}"
+    "{%- for message in messages %}{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}{% endfor %}{% endfor %}",
+    "{%- set ns = namespace(last=-1, seen=[]) %}{%- for message in messages[::-1] %}\n"
+    "{%- if ns.last == -1 and message.role == 'user' %}{% set ns.last = messages | length - 1 - loop.index0 %}{% endif %}\n"
+    "{%- endfor %}{{ ns.last }}{% for message in messages %}{% set content = message.content %}\n"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}\n"
+    "    {% generation %}[{{ content.strip() }}]{% endgeneration %}\n{% endfor %}",
+    "{{ true }} {{ false }} {{ none }} {{ missing }} {{ [1, 'a', true, none] }} {{ {'k': 'v'} }} {{ 7 // 2 }} {{ 7 / 2 }} {{ 1.0 }}"
+    "{{ 'x' ~ 1 ~ 'y' }} {{ 'ab'.upper() }} {{ 'a,b'.split(',') | join('+') }} {{ enable_thinking is defined }}"
+    "{% if enable_thinking is defined and enable_thinking is false %} off{% endif %}{{ '%' }}",
+    "{% macro show(text, indent='') %}{{ indent }}- {{ text }}\n{% endmacro %}{% for m in messages %}{{ show(m.role, '  ') }}"
+    "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}{{ messages | map(attribute='role') | join(',') }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{% for key, value in tools[0].function.parameters.properties | dictsort %}{{ key }}={{ value.type }};{% endfor %}",
+]
+
 
 def cases(tokenizer: Tokenizer, texts: list[str]) -> list[dict[str, Any]]:
     found = []
@@ -69,7 +110,18 @@ def main() -> None:
             tokenizer = Tokenizer.from_folder(folder)
             content = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
             folders.append({"tokenizer": content, "config": config, "cases": cases(tokenizer, TEXTS), "ends": sorted(tokenizer.eos_ids)})
-    golden = {"texts": TEXTS, "rules": rules, "files": files, "folders": folders}
+    chats = []
+    for template in TEMPLATES:
+        tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(tokenizer__chat_template=template))
+        for prompt in (True, False):
+            variables = {"tools": [TOOL], "enable_thinking": False} if prompt else {"tools": [TOOL, TOOL]}
+            text = tokenizer.apply_chat_template(TALK, prompt, **variables)
+            messages = [json.dumps(message) for message in TALK]
+            rendered = {key: json.dumps(value) for key, value in variables.items()}
+            chats.append(
+                {"template": template, "messages": messages, "prompt": prompt, "variables": rendered, "text": text}
+            )
+    golden = {"texts": TEXTS, "rules": rules, "files": files, "folders": folders, "chats": chats}
     path = ROOT / "tests" / "data" / "tokenizers.json"
     path.write_text(json.dumps(golden, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")
 

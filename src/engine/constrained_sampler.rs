@@ -1,5 +1,7 @@
 //! A sampler together with the constraint that its tokens must follow.
 
+use std::ops::Range;
+
 use super::constraint::{Allowed, Constraint};
 use super::sampler::{Sampled, Sampler};
 use crate::error::Result;
@@ -18,7 +20,13 @@ impl ConstrainedSampler {
         ConstrainedSampler { sampler, constraint: None, allowed: None }
     }
 
+    /// Never samples ids in these ranges.
+    pub(super) fn exclude(&mut self, ids: Vec<Range<u32>>) {
+        self.sampler.exclude(ids);
+    }
+
     /// Allows only tokens that follow `constraint` from now on.
+    #[cfg(feature = "grammar")]
     pub(super) fn constrain(&mut self, constraint: Constraint) {
         (self.constraint, self.allowed) = (Some(constraint), None);
     }
@@ -44,7 +52,7 @@ impl ConstrainedSampler {
             None => self.sampler.sample(logits)?,
             Some(constraint) => {
                 let allowed = self.allowed.take().unwrap_or_else(|| constraint.allowed())?;
-                let sampled = self.sampler.sample_among(logits, Some(&allowed))?;
+                let sampled = self.sampler.sample_allowed(logits, Some(&allowed))?;
                 constraint.accept(sampled.token)?;
                 sampled
             }

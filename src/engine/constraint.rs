@@ -20,6 +20,7 @@ const LONGEST_TOKEN: usize = 512;
 
 /// A constraint in the form that callers write.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Grammar {
     /// JSON that validates against a [JSON Schema](https://json-schema.org/), given as JSON.
     JsonSchema(String),

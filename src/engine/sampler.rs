@@ -2,7 +2,8 @@
 //!
 //! The steps follow the order of llama.cpp's sampler chain:
 //!
-//! 0. Tokens that a [constraint](super::constraint) forbids get minus infinity.
+//! 0. Rows of the output matrix that have no token ([`Sampler::exclude`]) get minus infinity, and so do the tokens that a
+//!    constraint forbids.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
 //!    negative one, presence subtracts once, frequency subtracts once per occurrence.
@@ -27,6 +28,8 @@ mod math;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::constraint::Allowed;
 use crate::{Error, Result};
@@ -37,6 +40,7 @@ pub use candidates::MAX_VOCAB_SIZE;
 
 /// Options of a [`Sampler`]. The [module](self) describes the order in which they apply.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SamplingOptions {
     /// Randomness: 0 always takes the most likely token, 1 samples the model's own distribution. At least 0.
     pub temperature: f32,
@@ -86,6 +90,21 @@ impl Default for SamplingOptions {
     }
 }
 
+setters!(SamplingOptions {
+    with_temperature(temperature: f32),
+    with_top_k(top_k: u32),
+    with_top_p(top_p: f32),
+    with_min_p(min_p: f32),
+    with_typical_p(typical_p: f32),
+    with_repetition_penalty(repetition_penalty: f32),
+    with_presence_penalty(presence_penalty: f32),
+    with_frequency_penalty(frequency_penalty: f32),
+    with_penalty_window(penalty_window: u32),
+    with_logit_bias(logit_bias: impl Into<Vec<(u32, f32)>>),
+    with_seed(seed: impl Into<Option<u64>>),
+    with_logprobs(logprobs: impl Into<Option<u32>>),
+});
+
 impl SamplingOptions {
     /// Options that always take the most likely token.
     pub fn greedy() -> Self {
@@ -130,6 +149,7 @@ impl SamplingOptions {
 /// A sampled token. Log-probabilities are those of the model's own distribution: the softmax of the logits before bias,
 /// penalties and temperature.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Sampled {
     /// The token's id.
     pub token: u32,
@@ -145,7 +165,7 @@ pub struct Sampled {
 /// ```
 /// use nybble::engine::sampler::{Sampler, SamplingOptions};
 ///
-/// let options = SamplingOptions { logit_bias: vec![(2, f32::NEG_INFINITY)], ..SamplingOptions::greedy() };
+/// let options = SamplingOptions::greedy().with_logit_bias([(2, f32::NEG_INFINITY)]);
 /// let mut sampler = Sampler::new(options, 4)?;
 /// let mut logits = [0.5, 1.5, 9.0, 1.5];
 /// assert_eq!(sampler.sample(&mut logits)?.token, 1);
@@ -155,6 +175,8 @@ pub struct Sampled {
 pub struct Sampler {
     options: SamplingOptions,
     vocab_size: usize,
+    /// Ids that are never sampled.
+    excluded: Arc<[Range<u32>]>,
     random: SplitMix64,
     history: History,
     /// The original values of logits that bias and penalties changed, in the order of the changes.
@@ -182,7 +204,14 @@ impl Sampler {
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let history = History::new(options.penalty_window as usize);
         let (changed, candidates) = (Vec::new(), Candidates::default());
-        Ok(Sampler { options, vocab_size, random: SplitMix64(seed), history, changed, candidates })
+        let (random, excluded) = (SplitMix64(seed), Arc::default());
+        Ok(Sampler { options, vocab_size, excluded, random, history, changed, candidates })
+    }
+
+    /// Never samples ids in these ranges: rows of the output matrix without a token in the vocabulary, which some models have
+    /// so that the matrix has a round size. They have no share of the log-probabilities either.
+    pub fn exclude(&mut self, ids: impl Into<Arc<[Range<u32>]>>) {
+        self.excluded = ids.into();
     }
 
     /// The options it was made with.
@@ -197,14 +226,15 @@ impl Sampler {
         }
     }
 
-    /// Samples a token from logits `(vocab_size)`. It changes them temporarily and restores them.
+    /// Samples a token from logits `(vocab_size)`. It changes them temporarily and restores them; those of excluded ids are
+    /// minus infinity afterwards.
     ///
     /// # Errors
     ///
     /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, with `logit_bias` applied.
     /// [`Error::InvalidArgument`] when the number of logits is not `vocab_size`.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
-        self.sample_among(logits, None)
+        self.sample_allowed(logits, None)
     }
 
     /// Samples like [`sample`](Sampler::sample), but only tokens in `allowed`. The logits of other tokens are minus infinity
@@ -213,9 +243,19 @@ impl Sampler {
     /// # Errors
     ///
     /// Those of [`sample`](Sampler::sample).
+    #[cfg(feature = "grammar")]
     pub fn sample_among(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
+        self.sample_allowed(logits, allowed)
+    }
+
+    /// Samples among all tokens, or only those in `allowed`.
+    pub(super) fn sample_allowed(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
+        }
+        for ids in self.excluded.iter() {
+            let end = logits.len().min(ids.end as usize);
+            logits[end.min(ids.start as usize)..end].fill(f32::NEG_INFINITY);
         }
         let largest = largest(logits)?;
         let normalizer = self.options.logprobs.map(|_| log_sum_exp(logits, largest));

@@ -1,6 +1,9 @@
 //! A sequence: its tokens, its KV cache, and its sampler.
 
+use std::ops::Range;
+
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
+#[cfg(feature = "grammar")]
 use super::constraint::Constraint;
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
@@ -38,10 +41,13 @@ impl Sequence {
     /// # Errors
     /// As for [`Sequence::new`].
     pub fn resume(model: &Model, session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
-        Ok(Sequence::resume_endless(model, session, tokens, options)?.with_ends(model.ends()?))
+        let limits = model.limits()?;
+        let mut sequence = Sequence::resume_endless(model, session, tokens, options)?.with_ends(limits.ends.as_slice());
+        sequence.exclude(limits.missing.clone());
+        Ok(sequence)
     }
 
-    /// As [`Sequence::resume`], but no token ends it.
+    /// As [`Sequence::resume`], but no token ends it, and rows without a token may be sampled.
     pub(crate) fn resume_endless(
         model: &Model,
         mut session: Session,
@@ -86,8 +92,14 @@ impl Sequence {
     }
 
     /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
+    #[cfg(feature = "grammar")]
     pub fn constrain(&mut self, constraint: Constraint) {
         self.sampler.constrain(constraint);
+    }
+
+    /// Never samples ids in these ranges. Pass the rows of the output matrix that have no token in the vocabulary.
+    pub fn exclude(&mut self, ids: Vec<Range<u32>>) {
+        self.sampler.exclude(ids);
     }
 
     /// Appends tokens for the next step to compute, such as the user's next turn of a chat.

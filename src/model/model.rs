@@ -22,10 +22,11 @@ use crate::format::gguf::{Gguf, Metadata, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{ThreadPool, resolve_threads};
-use crate::tokenizer::{self, Tokenizer};
+use crate::tokenizer::{self, Limits, Tokenizer};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Quantize {
     /// [`Quantize::Int4`] for a Hugging Face folder, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
     /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
@@ -57,6 +58,7 @@ impl Quantize {
 
 /// Options of loading a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
     pub kernel: Option<String>,
@@ -87,6 +89,15 @@ impl Default for LoadOptions {
     }
 }
 
+setters!(LoadOptions {
+    with_kernel(kernel: impl Into<Option<String>>),
+    with_threads(threads: impl Into<Option<usize>>),
+    with_context(context: impl Into<Option<usize>>),
+    with_quantize(quantize: Quantize),
+    with_cache_type(cache_type: impl Into<Option<CacheType>>),
+    with_mmap(mmap: bool),
+});
+
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
 pub struct Model {
@@ -104,7 +115,7 @@ pub struct Model {
     fingerprint: OnceLock<Fingerprint>,
     metadata: Metadata,
     /// Computed on first use.
-    ends: OnceLock<Vec<u32>>,
+    limits: OnceLock<Limits>,
 }
 
 impl Model {
@@ -191,7 +202,7 @@ impl Model {
             workspaces: Mutex::default(),
             fingerprint: OnceLock::new(),
             metadata: checkpoint.metadata().clone(),
-            ends: OnceLock::new(),
+            limits: OnceLock::new(),
         })
     }
 
@@ -275,16 +286,20 @@ impl Model {
     /// # Errors
     /// [`Error::Malformed`] with the key, and those of [`Tokenizer::load`] for a folder.
     pub fn ends(&self) -> Result<&[u32]> {
-        if let Some(ends) = self.ends.get() {
-            return Ok(ends);
+        Ok(&self.limits()?.ends)
+    }
+
+    /// The tokens that end a generation, and the rows that have no token.
+    pub(crate) fn limits(&self) -> Result<&Limits> {
+        if let Some(limits) = self.limits.get() {
+            return Ok(limits);
         }
-        let mut ends = tokenizer::end_ids(&self.metadata, &self.path)?;
-        // A tokenizer may have more tokens than the model.
-        ends.retain(|id| (*id as usize) < self.vocabulary());
-        Ok(self.ends.get_or_init(|| ends))
+        let limits = tokenizer::limits(&self.metadata, &self.path, self.vocabulary())?;
+        Ok(self.limits.get_or_init(|| limits))
     }
 
     /// Hyperparameters.
+    #[doc(hidden)]
     pub fn config(&self) -> &Config {
         &self.transformer.config
     }
@@ -325,6 +340,7 @@ impl Model {
     }
 
     /// The thread pool that computes, for measurements.
+    #[doc(hidden)]
     pub fn pool(&self) -> &ThreadPool {
         &self.transformer.pool
     }

@@ -15,12 +15,12 @@ use crate::engine::constraint;
 use crate::error::{Error, Place};
 use crate::format::gguf::{Array, Gguf, Metadata, OpenOptions, StringArray, Value};
 use crate::tokenizer::description::{Build, Description};
-use crate::tokenizer::{self, pre_tokenizers};
+use crate::tokenizer;
 
 /// The names of the rules by which byte-level vocabularies split a text into words.
 #[pyfunction]
 pub(super) fn pre_tokenizer_names() -> Vec<&'static str> {
-    pre_tokenizers::names().collect()
+    tokenizer::pre_tokenizer_names().collect()
 }
 
 /// What a file says about its tokenizer. SentencePiece vocabularies also encode; for others `build`, a function, gets the text
@@ -93,6 +93,11 @@ impl TokenizerDescription {
     /// The vocabulary for grammars.
     fn grammar_vocabulary(&self, py: Python<'_>) -> PyResult<Vocabulary> {
         guarded(py, || constraint::Vocabulary::of_description(&self.0)).map(Vocabulary)
+    }
+
+    /// The ids below `count` without a token, as ranges (first, end) in ascending order.
+    fn missing_ids(&self, count: usize) -> Vec<(u32, u32)> {
+        self.0.missing_ids(count).into_iter().map(|ids| (ids.start, ids.end)).collect()
     }
 
     #[getter]

@@ -6,6 +6,11 @@ mod blocks32;
 mod decoder;
 mod encode;
 mod layout;
+#[doc(hidden)]
 pub mod pack;
+#[doc(hidden)]
 pub mod packed;
 mod panel;
+
+#[doc(hidden)]
+pub use pack::Rows;

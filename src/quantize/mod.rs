@@ -23,8 +23,14 @@ mod tuning;
 pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
 pub use bits::spend_bits;
 pub use context::{Interrupted, RunContext, StageProgress};
-pub use format::{Format, GroupedFormat};
-pub use overrides::{Stored, TensorFormats};
+pub use format::Format;
+#[doc(hidden)]
+pub use format::GroupedFormat;
+#[doc(hidden)]
+pub use overrides::Stored;
+pub use overrides::TensorFormats;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
-pub use recipes::{GptqOptions, Recipe, SignroundOptions};
+pub use recipes::Recipe;
+#[doc(hidden)]
+pub use recipes::{GptqOptions, SignroundOptions};
 pub use tuning::TuningOptions;

@@ -166,7 +166,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// The environment of templates, with the functions that Hugging Face's `transformers` provides.
-fn environment() -> Environment<'static> {
+fn environment<'s>() -> Environment<'s> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);

@@ -4,6 +4,7 @@
 //! the package `tokenizers` there, both from the same `tokenizer.json`, which [`Build`] gets.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -78,6 +79,7 @@ impl Description {
 
     /// As [`token_bytes`](Description::token_bytes), for grammars. A special token begins with the byte 0xFF, which occurs in no
     /// text, so that only a grammar that names the token produces it.
+    #[cfg(feature = "grammar")]
     pub(crate) fn grammar_bytes(&self, id: u32) -> Vec<u8> {
         if self.is_special(id) {
             return [b"\xff", self.token_text(id).unwrap_or_default()].concat();
@@ -104,6 +106,7 @@ impl Description {
     }
 
     /// All special tokens, sorted.
+    #[cfg(feature = "python")]
     pub(crate) fn special(&self) -> &[u32] {
         &self.tokens.special
     }
@@ -130,7 +133,7 @@ impl Description {
     /// # Errors
     /// [`Error::InvalidArgument`] when there is none.
     #[cfg(feature = "chat")]
-    pub(crate) fn chat_template(&self, name: &str) -> Result<&str> {
+    pub(super) fn chat_template(&self, name: &str) -> Result<&str> {
         let listed = || {
             let names: Vec<&str> = self.chat_templates.keys().map(String::as_str).collect();
             let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
@@ -138,6 +141,16 @@ impl Description {
             Error::argument("template", format_args!("{name:?}"), expected)
         };
         self.chat_templates.get(name).map(String::as_str).ok_or_else(listed)
+    }
+
+    /// The ids below `count` without a token, as ranges in ascending order: many models have more rows in their output matrix
+    /// than tokens.
+    pub(crate) fn missing_ids(&self, count: usize) -> Vec<Range<u32>> {
+        let (len, count) = (self.len() as u32, u32::try_from(count).unwrap_or(u32::MAX));
+        let mut gaps: Vec<u32> = self.tokens.missing.iter().copied().filter(|id| *id < count).collect();
+        gaps.sort_unstable();
+        let beyond = (len < count).then_some(len..count);
+        gaps.into_iter().map(|id| id..id + 1).chain(beyond).collect()
     }
 
     /// The error for an id without a token.

@@ -10,7 +10,7 @@ use super::keys::{Keys, quoted};
 use super::pre_tokenizers::{self, Found, Rule};
 use super::sentencepiece::{Piece, SentencePiece, TokenKind};
 use super::token_bytes::{Spelling, byte_of};
-use super::{ends, folder};
+use super::{Limits, ends, folder};
 use crate::error::Result;
 use crate::format::gguf::{Metadata, StringArray};
 
@@ -132,17 +132,17 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     })
 }
 
-/// The tokens that end a generation of the model with these metadata, sorted: as [`describe`] finds them, but without building
-/// a tokenizer. Empty for a file without a vocabulary.
+/// The limits of a model with these metadata and so many rows: as [`describe`] finds them, but without building a tokenizer.
+/// Empty for a file without a vocabulary.
 ///
 /// # Errors
 /// [`Error::Malformed`](crate::Error::Malformed) with the key.
-pub(super) fn end_ids(metadata: &Metadata, path: &Path) -> Result<Vec<u32>> {
+pub(super) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Limits> {
     let keys = Keys { metadata, path };
     if !metadata.contains(TOKENS) {
         return match metadata.contains("tokenizer.huggingface.json") {
-            true => describe(metadata, path, &mut |_| Ok(())).map(|description| description.ends),
-            false => Ok(Vec::new()),
+            true => describe(metadata, path, &mut |_| Ok(())).map(|description| Limits::of(&description, rows)),
+            false => Ok(Limits::default()),
         };
     }
     let texts = tokens(&keys)?;
@@ -158,7 +158,8 @@ pub(super) fn end_ids(metadata: &Metadata, path: &Path) -> Result<Vec<u32>> {
     }
     ids.sort_unstable();
     ids.dedup();
-    Ok(ids)
+    let (tokens, rows) = (texts.len() as u32, rows as u32);
+    Ok(Limits { ends: ids, missing: (tokens < rows).then_some(tokens..rows).into_iter().collect() })
 }
 
 /// The ids of all tokens of these kinds, one kind after the other.

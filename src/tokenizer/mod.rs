@@ -2,7 +2,7 @@
 //!
 //! [`Tokenizer::load`] reads the tokenizer of a GGUF file or of a Hugging Face folder, and
 //! [`Model::tokenizer`](crate::model::Model::tokenizer) that of a loaded model. SentencePiece vocabularies are encoded by
-//! [`sentencepiece`]. Byte-level BPE and `tokenizer.json` are encoded by the crate `tokenizers`, which the default feature
+//! nybble itself. Byte-level BPE and `tokenizer.json` are encoded by the crate `tokenizers`, which the default feature
 //! `tokenizers` adds. Decoding needs no feature.
 //!
 //! The same code describes the tokenizers of the Python package, so both languages give the same ids and texts.
@@ -38,11 +38,13 @@ mod json;
 mod keys;
 #[cfg(feature = "tokenizers")]
 mod package;
-pub(crate) mod pre_tokenizers;
+mod pre_tokenizers;
+#[doc(hidden)]
 pub mod sentencepiece;
 mod stream;
 mod token_bytes;
 
+use std::ops::Range;
 use std::path::Path;
 
 #[cfg(feature = "chat")]
@@ -79,17 +81,7 @@ impl Default for EncodeOptions {
     }
 }
 
-impl EncodeOptions {
-    /// Sets [`add_special`](EncodeOptions::add_special).
-    pub fn with_add_special(self, add_special: bool) -> EncodeOptions {
-        EncodeOptions { add_special, ..self }
-    }
-
-    /// Sets [`parse_special`](EncodeOptions::parse_special).
-    pub fn with_parse_special(self, parse_special: bool) -> EncodeOptions {
-        EncodeOptions { parse_special, ..self }
-    }
-}
+setters!(EncodeOptions { with_add_special(add_special: bool), with_parse_special(parse_special: bool) });
 
 impl Tokenizer {
     /// Loads the tokenizer of a GGUF file, with or without weights, or of a Hugging Face folder with a `tokenizer.json`.
@@ -259,9 +251,16 @@ impl Tokenizer {
     }
 
     /// The description that it was built from.
+    #[cfg(any(feature = "chat", feature = "grammar"))]
     pub(crate) fn description(&self) -> &Description {
         &self.description
     }
+}
+
+/// The names of the rules by which byte-level vocabularies split a text into words.
+#[cfg(feature = "python")]
+pub(crate) fn pre_tokenizer_names() -> impl Iterator<Item = &'static str> {
+    pre_tokenizers::names()
 }
 
 /// Reads the description of the folder at `path`.
@@ -282,17 +281,37 @@ pub(crate) fn describe_metadata(metadata: &Metadata, path: &Path, build: &mut Bu
     gguf::describe(metadata, path, build)
 }
 
-/// The tokens that end a generation of the model at `path` with these metadata, sorted: those that [`Tokenizer::ends`] has,
-/// without building a tokenizer. Empty where the files name none.
+/// What a vocabulary says about generation.
+#[derive(Debug, Default)]
+pub(crate) struct Limits {
+    /// The tokens that end a generation, sorted.
+    pub(crate) ends: Vec<u32>,
+    /// Rows of the output matrix without a token, which are never sampled.
+    pub(crate) missing: Vec<Range<u32>>,
+}
+
+impl Limits {
+    fn of(description: &Description, rows: usize) -> Limits {
+        Limits { ends: description.ends.clone(), missing: description.missing_ids(rows) }
+    }
+}
+
+/// The limits of the model at `path` with these metadata and `rows` rows in its output matrix, without building a tokenizer.
+/// Empty where the files name none.
 ///
 /// # Errors
 /// As for [`Tokenizer::load`].
-pub(crate) fn end_ids(metadata: &Metadata, path: &Path) -> Result<Vec<u32>> {
-    if !path.is_dir() {
-        return gguf::end_ids(metadata, path);
-    }
-    match folder::describe(path, &mut |_| Ok(())) {
-        Err(Error::Missing { .. }) => folder::configured_ends(path),
-        described => Ok(described?.ends),
-    }
+pub(crate) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Limits> {
+    let limits = match path.is_dir() {
+        false => gguf::limits(metadata, path, rows),
+        true => match folder::describe(path, &mut |_| Ok(())) {
+            Err(Error::Missing { .. }) => Ok(Limits { ends: folder::configured_ends(path)?, missing: Vec::new() }),
+            described => described.map(|description| Limits::of(&description, rows)),
+        },
+    };
+    // A tokenizer may have more tokens than the model.
+    limits.map(|mut limits| {
+        limits.ends.retain(|id| (*id as usize) < rows);
+        limits
+    })
 }

@@ -38,7 +38,8 @@ pub(super) fn find(name: Option<&[u8]>) -> Found {
 }
 
 /// The names of all rules.
-pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+#[cfg(feature = "python")]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
     RULES.iter().flat_map(|rule| rule.names.iter().copied())
 }
 

@@ -3,7 +3,9 @@
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
+#[cfg(feature = "grammar")]
 mod constraint;
+mod ends;
 mod jobs;
 mod sampler;
 mod scheduler;

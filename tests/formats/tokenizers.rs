@@ -12,7 +12,7 @@ use nybble::tokenizer::{EncodeOptions, Tokenizer};
 use proptest::prelude::*;
 use serde_json::Value as Json;
 
-fn golden() -> &'static Json {
+pub(crate) fn golden() -> &'static Json {
     static GOLDEN: OnceLock<Json> = OnceLock::new();
     GOLDEN.get_or_init(|| {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tokenizers.json");
@@ -20,7 +20,7 @@ fn golden() -> &'static Json {
     })
 }
 
-fn list(value: &Json) -> &[Json] {
+pub(crate) fn list(value: &Json) -> &[Json] {
     value.as_array().unwrap()
 }
 
@@ -29,7 +29,7 @@ fn ids(value: &Json) -> Vec<u32> {
 }
 
 /// The metadata of a GGUF file, from JSON.
-fn metadata(json: &Json) -> Metadata {
+pub(crate) fn metadata(json: &Json) -> Metadata {
     let mut metadata = Metadata::new();
     for (key, value) in json.as_object().unwrap() {
         let value: Value = match value {

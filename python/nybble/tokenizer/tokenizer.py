@@ -39,6 +39,7 @@ class Tokenizer:
         self._chat_templates = self._native.chat_templates
         self._special_texts = self._native.special_texts
         self._compiled: dict[str, ChatTemplate] = {}
+        self._missing_ids: dict[int, list[tuple[int, int]]] = {}
         self._grammar_vocabulary: _native.Vocabulary | None = None
 
     def _build(self, text: str) -> str | None:
@@ -210,6 +211,15 @@ class Tokenizer:
         if written is None:
             raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
         return written
+
+    def missing_ids(self, count: int) -> Sequence[tuple[int, int]]:
+        """The ids below `count` that have no token, as ranges `(first, end)` in ascending order.
+
+        Many models have more rows in their output matrix than tokens.
+        """
+        if (found := self._missing_ids.get(count)) is None:
+            found = self._missing_ids[count] = self._native.missing_ids(count)
+        return found
 
     @property
     def grammar_vocabulary(self) -> _native.Vocabulary:

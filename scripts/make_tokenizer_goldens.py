@@ -1,8 +1,10 @@
-"""Writes `tests/data/tokenizers.json`: token ids and texts that Rust and Python must both give.
+"""Writes `tests/data/tokenizers.json`: token ids and strings that Rust and Python must both give.
 
 The ids are those of the packages `tokenizers` (byte-level vocabularies, `tokenizer.json`) and of nybble (SentencePiece).
 Usage: `.venv/bin/python scripts/make_tokenizer_goldens.py`
 """
+
+# ruff: noqa: E501  Templates are long lines.
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from test_tokenizer_folders import byte_level, pieces  # noqa: E402
 
 from nybble import Tokenizer, _native  # noqa: E402
 
-TEXTS = [
+STRINGS = [
     "",
     " ",
     "Hello  world, it's 2024!",
@@ -77,9 +79,9 @@ TEMPLATES = [
 ]
 
 
-def cases(tokenizer: Tokenizer, texts: list[str]) -> list[dict[str, Any]]:
+def cases(tokenizer: Tokenizer, strings: list[str]) -> list[dict[str, Any]]:
     found = []
-    for text in texts:
+    for text in strings:
         for special in (True, False):
             ids = tokenizer.encode(text, add_special=special, parse_special=special)
             found.append({"text": text, "special": special, "ids": ids, "decoded": tokenizer.decode(ids)})
@@ -92,15 +94,19 @@ def main() -> None:
     vocabulary, rules = vocabularies.byte_level(), list[dict[str, Any]]()
     for name in _native.pre_tokenizer_names():
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(pre=name))
-        ids = [case["ids"] for case in cases(tokenizer, TEXTS) if not case["special"]]
+        ids = [case["ids"] for case in cases(tokenizer, STRINGS) if not case["special"]]
         if (same := next((rule for rule in rules if rule["ids"] == ids), None)) is not None:
             same["names"].append(name)
         else:
             rules.append({"names": [name], "ids": ids})
     files = []
-    for metadata in (vocabulary, vocabularies.pieces(), vocabularies.pieces(general__name="Phi-3", add_space_prefix=False)):
+    for metadata in (
+        vocabulary,
+        vocabularies.pieces(),
+        vocabularies.pieces(general__name="Phi-3", add_space_prefix=False),
+    ):
         tokenizer = Tokenizer.from_gguf_metadata(metadata)
-        files.append({"metadata": metadata, "cases": cases(tokenizer, TEXTS), "ends": sorted(tokenizer.eos_ids)})
+        files.append({"metadata": metadata, "cases": cases(tokenizer, STRINGS), "ends": sorted(tokenizer.eos_ids)})
     folders = []
     for make in (byte_level, pieces):
         with TemporaryDirectory() as folder:
@@ -109,7 +115,14 @@ def main() -> None:
             Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
             tokenizer = Tokenizer.from_folder(folder)
             content = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
-            folders.append({"tokenizer": content, "config": config, "cases": cases(tokenizer, TEXTS), "ends": sorted(tokenizer.eos_ids)})
+            folders.append(
+                {
+                    "tokenizer": content,
+                    "config": config,
+                    "cases": cases(tokenizer, STRINGS),
+                    "ends": sorted(tokenizer.eos_ids),
+                }
+            )
     chats = []
     for template in TEMPLATES:
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(tokenizer__chat_template=template))
@@ -121,7 +134,7 @@ def main() -> None:
             chats.append(
                 {"template": template, "messages": messages, "prompt": prompt, "variables": rendered, "text": text}
             )
-    golden = {"texts": TEXTS, "rules": rules, "files": files, "folders": folders, "chats": chats}
+    golden = {"strings": STRINGS, "rules": rules, "files": files, "folders": folders, "chats": chats}
     path = ROOT / "tests" / "data" / "tokenizers.json"
     path.write_text(json.dumps(golden, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")
 

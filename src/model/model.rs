@@ -277,7 +277,11 @@ impl Model {
     /// # Errors
     /// As for [`Tokenizer::load`].
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        if self.path.is_dir() { Tokenizer::load(&self.path) } else { Tokenizer::from_metadata(&self.metadata, &self.path) }
+        if self.path.is_dir() {
+            Tokenizer::load(&self.path)
+        } else {
+            Tokenizer::from_metadata(&self.metadata, &self.path)
+        }
     }
 
     /// The tokens that end a generation, as the model's files declare them or known by their spelling. Sorted; empty for files

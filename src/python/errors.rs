@@ -14,8 +14,8 @@ mod imported {
     pyo3::import_exception!(nybble.errors, ContextFullError);
     pyo3::import_exception!(nybble.errors, InternalError);
 }
-pub(super) use imported::InternalError;
 use imported::ContextFullError;
+pub(super) use imported::InternalError;
 pub(super) use imported::ModelError;
 
 impl From<Error> for PyErr {

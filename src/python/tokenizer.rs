@@ -14,8 +14,8 @@ use super::gguf::text;
 use crate::engine::constraint;
 use crate::error::{Error, Place};
 use crate::format::gguf::{Array, Gguf, Metadata, OpenOptions, StringArray, Value};
-use crate::tokenizer::description::{Build, Description};
 use crate::tokenizer;
+use crate::tokenizer::description::{Build, Description};
 
 /// The names of the rules by which byte-level vocabularies split a text into words.
 #[pyfunction]
@@ -39,12 +39,7 @@ impl TokenizerDescription {
 
     /// The description in the keys and values of a GGUF file; `where` is the file, for errors.
     #[staticmethod]
-    fn from_metadata(
-        py: Python<'_>,
-        metadata: &Bound<'_, PyAny>,
-        r#where: String,
-        build: Py<PyAny>,
-    ) -> PyResult<Self> {
+    fn from_metadata(py: Python<'_>, metadata: &Bound<'_, PyAny>, r#where: String, build: Py<PyAny>) -> PyResult<Self> {
         let path = Path::new(&r#where);
         let metadata = from_python(metadata, path)?;
         described(py, &build, |build| tokenizer::describe_metadata(&metadata, path, build))
@@ -135,7 +130,7 @@ impl TokenizerDescription {
 
     /// The special tokens that templates know by name, such as bos_token.
     #[getter]
-    fn special_texts(&self) -> BTreeMap<String, String> {
+    fn special_spellings(&self) -> BTreeMap<String, String> {
         self.0.special_texts.clone()
     }
 
@@ -220,9 +215,8 @@ fn from_python(mapping: &Bound<'_, PyAny>, path: &Path) -> PyResult<Metadata> {
     for item in mapping.call_method0("items")?.try_iter()? {
         let (key, value) = item?.extract::<(String, Bound<'_, PyAny>)>()?;
         if !value.is_none() && (key.starts_with("tokenizer.") || key == "general.name") {
-            let converted = convert(&value)?.map_err(|(found, expected)| {
-                failure(Error::malformed(path, Place::Key(key.clone()), found, expected))
-            });
+            let converted = convert(&value)?
+                .map_err(|(found, expected)| failure(Error::malformed(path, Place::Key(key.clone()), found, expected)));
             metadata.set(key, converted?);
         }
     }

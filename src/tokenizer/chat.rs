@@ -103,7 +103,8 @@ impl Tokenizer {
         let description = self.description();
         let tools = options.variables.iter().rfind(|(name, _)| name == "tools");
         let has_tools = tools.is_some_and(|(_, tools)| tools.is_true());
-        let default = if has_tools && description.chat_templates.contains_key("tool_use") { "tool_use" } else { "default" };
+        let default =
+            if has_tools && description.chat_templates.contains_key("tool_use") { "tool_use" } else { "default" };
         let name = options.template.as_deref().unwrap_or(default);
         let source = description.chat_template(name)?;
         let malformed = |found: String| {
@@ -127,7 +128,9 @@ impl Tokenizer {
         environment.add_template(name, &source).map_err(|error| malformed(one_line(&error)))?;
         let template = environment.get_template(name).map_err(|error| malformed(one_line(&error)))?;
         template.render(variables).map_err(|error| match refusal(&error) {
-            Some(reason) => Error::argument("messages", reason, format_args!("messages that chat template {name:?} accepts")),
+            Some(reason) => {
+                Error::argument("messages", reason, format_args!("messages that chat template {name:?} accepts"))
+            }
             None => malformed(one_line(&error)),
         })
     }
@@ -355,7 +358,17 @@ fn strftime_now(pattern: &str) -> std::result::Result<String, minijinja::Error> 
 
 fn date(seconds: u64, pattern: &str) -> std::result::Result<String, minijinja::Error> {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];

@@ -38,6 +38,7 @@ pub(crate) struct Description {
     /// Every token that ends a generation, sorted.
     pub(crate) ends: Vec<u32>,
     /// Special tokens that templates know by name, such as `bos_token`.
+    #[cfg_attr(not(any(feature = "chat", feature = "python")), allow(dead_code, reason = "only templates use it"))]
     pub(crate) special_texts: BTreeMap<String, String>,
     /// Chat templates by name. The one without a name is called `default`.
     pub(crate) chat_templates: BTreeMap<String, String>,

@@ -31,7 +31,7 @@ pub(super) fn describe(path: &Path, build: &mut Build<'_>) -> Result<Description
     let mut named = files::object(&path.join("special_tokens_map.json"))?;
     named.extend(tokenizer_config.clone());
     let neighbors = Neighbors {
-        special_texts: special_texts(&named),
+        special_texts: special_spellings(&named),
         chat_templates: chat_templates(path, &tokenizer_config)?,
         tokenizer_config,
         model_config,
@@ -208,7 +208,7 @@ impl<'a> Vocabulary<'a> {
             _ => return Err(source.invalid("without a vocabulary")),
         };
         reserve(tokens.len(), tokens.iter().map(|(text, _)| text.len()).sum())?;
-        tokens.sort_unstable_by_key(|(_, id)| *id);
+        tokens.sort_by_key(|(_, id)| *id);
         let model: HashMap<&str, u32> = tokens.iter().copied().collect();
         let mut vocabulary = Vocabulary { size: tokens.len(), model, added: HashMap::new() };
         let mut faults = Vec::new();
@@ -304,8 +304,8 @@ fn decoding(source: &Source<'_>, decoder: Option<&Value>) -> Result<(Spelling, b
     Err(source.part("decoder", found, expected))
 }
 
-/// The texts of special tokens by name.
-fn special_texts(config: &Map<String, Value>) -> BTreeMap<String, String> {
+/// The spellings of special tokens by name.
+fn special_spellings(config: &Map<String, Value>) -> BTreeMap<String, String> {
     let named = config.iter().filter(|(key, _)| key.ends_with("_token"));
     let spelled = named.filter_map(|(key, value)| {
         let content = if value.is_object() { value.get("content")? } else { value };

@@ -132,7 +132,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     })
 }
 
-/// The limits of a model with these metadata and so many rows: as [`describe`] finds them, but without building a tokenizer.
+/// The limits of a model with these metadata and `rows` rows: as [`describe`] finds them, but without building a tokenizer.
 /// Empty for a file without a vocabulary.
 ///
 /// # Errors
@@ -245,9 +245,8 @@ fn merges<'a>(keys: &Keys<'a>) -> Result<Vec<(&'a [u8], &'a [u8])>> {
         (!left.is_empty() && !right.is_empty() && !right.contains(&b' ')).then_some((left, right))
     };
     let expected = "two parts with one space between them";
-    let pairs = merges
-        .iter()
-        .map(|merge| pair(merge).ok_or_else(|| keys.malformed(MERGES, quoted(merge, 40), expected)));
+    let pairs =
+        merges.iter().map(|merge| pair(merge).ok_or_else(|| keys.malformed(MERGES, quoted(merge, 40), expected)));
     pairs.collect()
 }
 
@@ -312,13 +311,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// The content of a `tokenizer.json` that splits text by `rule` and applies the merges to the bytes of each word.
-    fn json(
-        &self,
-        keys: &Keys<'_>,
-        rule: &Rule,
-        drops_space: &[u32],
-        warnings: &mut Vec<String>,
-    ) -> Result<String> {
+    fn json(&self, keys: &Keys<'_>, rule: &Rule, drops_space: &[u32], warnings: &mut Vec<String>) -> Result<String> {
         let all = merges(keys)?;
         let drops_space: HashSet<u32> = drops_space.iter().copied().collect();
         let mut joined = Vec::new();
@@ -342,15 +335,12 @@ impl<'a> Vocabulary<'a> {
             let text = self.texts.get(id as usize)?;
             self.encodable(text).filter(|(_, first)| *first == id).map(|(text, _)| text)
         };
-        let added = [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)].into_iter().flat_map(|(kind, special)| {
-            of_kinds(self.kinds, &[kind]).filter_map(move |id| Some((id, own(id)?, special)))
-        });
-        let added = added.map(|(id, content, special)| AddedToken {
-            id,
-            content,
-            special,
-            rstrip: drops_space.contains(&id),
-        });
+        let added =
+            [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)].into_iter().flat_map(|(kind, special)| {
+                of_kinds(self.kinds, &[kind]).filter_map(move |id| Some((id, own(id)?, special)))
+            });
+        let added =
+            added.map(|(id, content, special)| AddedToken { id, content, special, rstrip: drops_space.contains(&id) });
         let tokens = (0..self.texts.len() as u32).filter_map(|id| Some((own(id)?, id)));
         Ok(Bpe { rule, merges: &merges }.write(tokens, added))
     }

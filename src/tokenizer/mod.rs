@@ -5,7 +5,7 @@
 //! nybble itself. Byte-level BPE and `tokenizer.json` are encoded by the crate `tokenizers`, which the default feature
 //! `tokenizers` adds. Decoding needs no feature.
 //!
-//! The same code describes the tokenizers of the Python package, so both languages give the same ids and texts.
+//! The same code describes the tokenizers of the Python package, so both languages give the same ids and strings.
 //!
 //! ```
 //! use nybble::format::gguf::{Metadata, StringArray};

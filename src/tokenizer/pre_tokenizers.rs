@@ -125,7 +125,7 @@ const QWEN2: &str = concat!(contraction_word_digits_symbols!(r"\p{N}"), "|", spa
 const DEEPSEEK3_TEXT: &str =
     concat!(ascii_symbol_and_word!(), "|", word_with_combining_marks!(), r"| ?[\p{P}\p{S}]+[\r\n]*|", spaces!());
 const DEEPSEEK_EAST_ASIAN: &str = "[\u{4e00}-\u{9fa5}\u{800}-\u{4e00}\u{ac00}-\u{d7ff}]+";
-/// The letters of DeepSeek's first models: the cased letters of Unicode, without later additions.
+/// The words of DeepSeek's first models: the cased characters of Unicode, without later additions.
 const DEEPSEEK_WORD: &str = concat!(
     "\\s?[A-Za-z\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8}-\u{1ba}\u{1bc}-\u{1bf}\u{1c4}-\u{293}\u{295}-",
     "\u{2af}\u{370}-\u{373}\u{376}\u{377}\u{37b}-\u{37d}\u{37f}\u{386}\u{388}-\u{38a}\u{38c}\u{38e}-",

@@ -10,7 +10,7 @@ use nybble::model::{LoadOptions, Model};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Scheduler, Tokenizer};
 
-/// A model with a SentencePiece vocabulary of `count` tokens, of which `end` ends a text.
+/// A model with a SentencePiece vocabulary of `count` tokens. `end` ends a text.
 fn model(count: usize, end: u32) -> Arc<Model> {
     let folder = tempfile::tempdir().unwrap();
     let mut metadata = tiny_model::metadata(&ODD);
@@ -73,7 +73,8 @@ fn a_scheduler_hands_back_a_sequence_that_has_ended() {
         let options = SchedulerOptions::default().with_speculation(speculation);
         let mut scheduler = Scheduler::new(model.clone(), None, options).unwrap();
         let id = scheduler.submit(Sequence::new(&model, &prompt, greedy()).unwrap(), 24).unwrap();
-        let other = scheduler.submit(Sequence::new(&model, &tokens(3, 9), seeded(1)).unwrap().with_ends([]), 30).unwrap();
+        let other =
+            scheduler.submit(Sequence::new(&model, &tokens(3, 9), seeded(1)).unwrap().with_ends([]), 30).unwrap();
         let (mut got, mut back, mut others) = (Vec::new(), None, 0);
         while !scheduler.is_idle() {
             for event in scheduler.step(&|| false).unwrap() {

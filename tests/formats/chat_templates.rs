@@ -54,7 +54,8 @@ fn a_refusal_and_a_failure_are_different_errors() {
     let refused = apply("{{ raise_exception('no role ' ~ messages[0].role) }}");
     assert!(matches!(&refused, Error::InvalidArgument { name: "messages", .. }), "{refused}");
     assert!(refused.to_string().contains("no role judge"), "{refused}");
-    for broken in ["{% if %}", "{{ messages[0].content.no_such() }}", "{{ 1 + 'a' }}", "{{ [1] | tojson(indent=99) }}"] {
+    for broken in ["{% if %}", "{{ messages[0].content.no_such() }}", "{{ 1 + 'a' }}", "{{ [1] | tojson(indent=99) }}"]
+    {
         let failed = apply(broken);
         assert!(matches!(&failed, Error::Malformed { .. }), "{failed}");
         assert!(failed.to_string().starts_with("model.gguf: chat template 'default': found "), "{failed}");

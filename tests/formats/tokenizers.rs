@@ -1,4 +1,4 @@
-//! Tokenizers give the ids and texts of the Python package, whole and in pieces.
+//! Tokenizers give the ids and strings of the Python package, whole and in pieces.
 //!
 //! `tests/data/tokenizers.json` holds what both must give. `NYBBLE_TEST_TOKENIZERS` names a folder with llama.cpp's
 //! vocabularies and the ids that it gives (`NAME.gguf`, `NAME.gguf.inp` and `NAME.gguf.out`), which are checked, too.
@@ -80,7 +80,7 @@ fn in_pieces(tokenizer: &Tokenizer, ids: &[u32]) -> String {
 }
 
 #[test]
-fn ids_texts_and_ends_are_those_of_python() {
+fn ids_strings_and_ends_are_those_of_python() {
     for (tokenizer, file) in all() {
         assert_eq!(tokenizer.ends(), ids(&file["ends"]));
         for case in list(&file["cases"]) {
@@ -103,7 +103,7 @@ fn every_pre_tokenizer_splits_as_in_python() {
             file.set("tokenizer.ggml.pre", name);
             let tokenizer = Tokenizer::from_metadata(&file, "model.gguf").unwrap();
             assert!(tokenizer.warnings().is_empty(), "{:?}", tokenizer.warnings());
-            for (text, expected) in list(&golden()["texts"]).iter().zip(list(&rule["ids"])) {
+            for (text, expected) in list(&golden()["strings"]).iter().zip(list(&rule["ids"])) {
                 let text = text.as_str().unwrap();
                 assert_eq!(tokenizer.encode_with(text, literal()).unwrap(), ids(expected), "{name}: {text:?}");
             }
@@ -130,7 +130,11 @@ fn malformed_keys_are_refused_by_name() {
         assert_eq!(error.to_string(), format!("model.gguf: key {key:?}: {expected}"));
     };
     let count = all()[1].0.len();
-    refused("tokenizer.ggml.model", "bert".into(), "found 'bert', expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece)");
+    refused(
+        "tokenizer.ggml.model",
+        "bert".into(),
+        "found 'bert', expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece)",
+    );
     refused("tokenizer.ggml.tokens", 5u32.into(), "found 5, expected an array of str");
     let few = format!("found 1 elements, expected {count}, one per token");
     refused("tokenizer.ggml.scores", vec![0f32].into(), &few);
@@ -207,5 +211,5 @@ fn real_vocabularies_give_the_ids_of_llama_cpp() {
             checked += 1;
         }
     }
-    assert!(checked > 200, "{checked} texts");
+    assert!(checked > 200, "{checked} strings");
 }

@@ -37,7 +37,7 @@ class Tokenizer:
         self._special_ids = frozenset(self._native.special_ids)
         self._eos_ids = frozenset(self._native.end_ids)
         self._chat_templates = self._native.chat_templates
-        self._special_texts = self._native.special_texts
+        self._special_texts = self._native.special_spellings
         self._compiled: dict[str, ChatTemplate] = {}
         self._missing_ids: dict[int, list[tuple[int, int]]] = {}
         self._grammar_vocabulary: _native.Vocabulary | None = None

@@ -1,4 +1,4 @@
-"""The ids and texts of `tests/data/tokenizers.json`, which Rust gives, too."""
+"""The ids and strings of `tests/data/tokenizers.json`, which Rust gives, too."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_every_pre_tokenizer_gives_the_recorded_ids(rule: dict[str, Any]) -> Non
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tokenizer = Tokenizer.from_gguf_metadata(GOLDEN["files"][0]["metadata"] | {"tokenizer.ggml.pre": name})
-        for text, ids in zip(GOLDEN["texts"], rule["ids"], strict=True):
+        for text, ids in zip(GOLDEN["strings"], rule["ids"], strict=True):
             assert tokenizer.encode(text, add_special=False, parse_special=False) == ids

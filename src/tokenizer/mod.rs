@@ -93,7 +93,7 @@ impl Tokenizer {
     pub fn load(path: impl AsRef<Path>) -> Result<Tokenizer> {
         let path = path.as_ref();
         if path.is_dir() {
-            return Tokenizer::build(path, |build| folder::describe(path, build));
+            return Tokenizer::build(|build| folder::describe(path, build));
         }
         let file = Gguf::open_with(path, &OpenOptions::default())?;
         Tokenizer::from_metadata(file.metadata(), path)
@@ -105,11 +105,11 @@ impl Tokenizer {
     /// As for [`Tokenizer::load`].
     pub fn from_metadata(metadata: &Metadata, path: impl AsRef<Path>) -> Result<Tokenizer> {
         let path = path.as_ref();
-        Tokenizer::build(path, |build| gguf::describe(metadata, path, build))
+        Tokenizer::build(|build| gguf::describe(metadata, path, build))
     }
 
     #[cfg(feature = "tokenizers")]
-    fn build(_: &Path, describe: impl FnOnce(&mut Build<'_>) -> Result<Description>) -> Result<Tokenizer> {
+    fn build(describe: impl FnOnce(&mut Build<'_>) -> Result<Description>) -> Result<Tokenizer> {
         let mut package = None;
         let description = describe(&mut |text| {
             package = Some(package::Package::new(text)?);
@@ -119,7 +119,7 @@ impl Tokenizer {
     }
 
     #[cfg(not(feature = "tokenizers"))]
-    fn build(_: &Path, describe: impl FnOnce(&mut Build<'_>) -> Result<Description>) -> Result<Tokenizer> {
+    fn build(describe: impl FnOnce(&mut Build<'_>) -> Result<Description>) -> Result<Tokenizer> {
         Ok(Tokenizer { description: describe(&mut |_| Ok(()))? })
     }
 

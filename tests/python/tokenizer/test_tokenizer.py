@@ -200,7 +200,7 @@ def rule(name: str) -> PreTokenizer:
     metadata = vocabularies.byte_level(pre=name)
     _native.TokenizerDescription.from_metadata(metadata, "model.gguf", texts.append)
     built = tokenizers.Tokenizer.from_str(texts[0]).pre_tokenizer
-    assert built is not None
+    assert isinstance(built, PreTokenizer)
     return built
 
 

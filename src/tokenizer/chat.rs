@@ -289,7 +289,11 @@ impl Style {
                 out.push_str("null");
                 Ok(())
             }
-            ValueKind::Bool | ValueKind::Number => {
+            ValueKind::Bool => {
+                out.push_str(if value.is_true() { "true" } else { "false" });
+                Ok(())
+            }
+            ValueKind::Number => {
                 out.push_str(&value.to_string());
                 Ok(())
             }

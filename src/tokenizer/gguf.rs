@@ -108,7 +108,8 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let text = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
     let named = [("bos_token", bos), ("eos_token", eos), ("unk_token", unknown)];
     let named = named.into_iter().filter_map(|(name, id)| Some((name.to_owned(), text(id?)?)));
-    let special: Vec<u32> = of_kinds(&kinds, &[CONTROL, UNKNOWN]).collect();
+    let mut special: Vec<u32> = of_kinds(&kinds, &[CONTROL, UNKNOWN]).collect();
+    special.sort_unstable();
     Ok(Description {
         path: keys.path.to_path_buf(),
         sentencepiece,

@@ -252,10 +252,12 @@ fn for_each_chunk(
         let (unscored, scored) = window[..length - 1].split_at(length / 2);
         let first = Input { session: &mut session, tokens: unscored, logits: Logits::None };
         model.forward(&mut [first], &mut logits, interrupted)?;
+        session.check_cache()?;
         for (tokens, next) in scored.chunks(rows).zip(window[length / 2 + 1..].chunks(rows)) {
             logits.clear();
             let input = Input { session: &mut session, tokens, logits: Logits::All };
             model.forward(&mut [input], &mut logits, interrupted)?;
+            session.check_cache()?;
             take(Chunk { logits: &logits, tokens: next })?;
         }
         logits.clear();

@@ -92,15 +92,10 @@ impl Job<'_> {
     /// Those of [`convert`].
     pub(crate) fn write(&self, out: &Path, progress: Option<Progress<'_>>) -> Result<()> {
         let checkpoint = self.checkpoint;
-        let mut metadata = checkpoint.metadata().clone();
+        let mut metadata = checkpoint.metadata().of_model();
         for (key, value) in self.more.iter() {
             metadata.set(key, value.clone());
         }
-        // Without this number, readers derive it from the tensors.
-        if let Some(file_type) = file_type(self.file_type) {
-            metadata.set("general.file_type", file_type);
-        }
-        metadata.set("general.quantization_version", 2u32);
         let names = checkpoint.names();
         let mut planned = Vec::with_capacity(names.len());
         for name in &names {
@@ -118,6 +113,11 @@ impl Job<'_> {
             let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
             planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
         }
+        // Without this number, readers derive it from the tensors.
+        if let Some(file_type) = file_type(most(&planned).unwrap_or(self.file_type)) {
+            metadata.set("general.file_type", file_type);
+        }
+        metadata.set("general.quantization_version", 2u32);
         let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
         for (done, (name, stored, _)) in planned.iter().enumerate() {
             if let Some(progress) = progress {
@@ -149,10 +149,37 @@ fn file_type(wanted: BlockType) -> Option<u32> {
         BlockType::Q4_0 => 2,
         BlockType::Q4_1 => 3,
         BlockType::Q8_0 => 7,
+        BlockType::Q5_0 => 8,
+        BlockType::Q5_1 => 9,
+        BlockType::Q2_K => 10,
+        BlockType::Q3_K => 12,
+        BlockType::Q4_K => 15,
+        BlockType::Q5_K => 17,
+        BlockType::Q6_K => 18,
         BlockType::IQ4_NL => 25,
+        BlockType::IQ4_XS => 30,
         BlockType::BF16 => 32,
+        BlockType::MXFP4 => 38,
         _ => return None,
     })
+}
+
+/// The type that most weights of the layers' matrices have; `None` without such matrices.
+fn most(planned: &[(&str, BlockType, NewTensor)]) -> Option<BlockType> {
+    let mut counts: Vec<(BlockType, u64)> = Vec::new();
+    for (name, stored, tensor) in planned {
+        let dims: Vec<usize> = tensor.dims().iter().map(|dim| *dim as usize).collect();
+        if !name.starts_with("blk.") || target(name, &dims, BlockType::Q4_0).is_none() {
+            continue;
+        }
+        let weights = tensor.dims().iter().product::<u64>();
+        match counts.iter_mut().find(|(known, _)| known == stored) {
+            Some((_, count)) => *count += weights,
+            None => counts.push((*stored, weights)),
+        }
+    }
+    // The first of several with the same count, so that the result does not depend on how they are compared.
+    counts.into_iter().rev().max_by_key(|(_, count)| *count).map(|(stored, _)| stored)
 }
 
 /// The type that a tensor is stored in.

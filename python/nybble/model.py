@@ -327,6 +327,7 @@ class Model:
 
         Raises:
             ContextFullError: A document does not fit into the context.
+            ModelError: A hidden state is not finite, or keys or values do not fit into the cache type.
             ValueError: A document has no tokens, or `pooling` is unknown.
         """
         if pooling not in ("mean", "last"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from nybble import _native
 from nybble.completion import Completion, Message
+from nybble.errors import ModelError
 from nybble.generation.request import TextModel, prepare_tokens, prompt_ids
 from nybble.generation.stream import TextStream
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
@@ -43,10 +44,13 @@ class Session:
         """All tokens before the latest completion."""
         self._stream: TextStream | None = None
         """The latest completion, unless `_tokens` includes it."""
+        self._before = (native, self._tokens)
+        """KV cache and tokens before the latest completion."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids of all tokens, prompts and completions."""
+        self._undo_failed()
         if self._stream is None:
             return self._tokens
         return (*self._tokens, *self._stream.tokens)
@@ -71,7 +75,8 @@ class Session:
             **overrides: As in `Model.generate`.
 
         Raises:
-            ContextFullError: The tokens do not fit into the context. The session is unchanged.
+            ModelError: The model cannot compute the tokens, for example because they do not fit into the context
+                (`ContextFullError`), or their keys or values do not fit into the cache type. The session is unchanged.
             MemoryError: The KV cache does not fit into memory. The session keeps the prompt and the tokens so far.
         """
         return self._finished(self._begin(self._extended(prompt), merge(options, overrides)))
@@ -85,7 +90,7 @@ class Session:
         """Appends a prompt and generates its completion piece by piece.
 
         If the stream is abandoned, the session keeps the tokens so far. Raises as `generate` does; the iterator
-        raises errors of the computation.
+        raises errors of the computation, with the same effect on the session.
         """
         return self._begin(self._extended(prompt), merge(options, overrides))
 
@@ -166,9 +171,11 @@ class Session:
         tokens, common = self.tokens, 0
         while common < min(len(tokens), len(ids)) and tokens[common] == ids[common]:
             common += 1
-        native = self._computed().prefix(common)
+        before = self._computed()
+        native = before.prefix(common)
         stream = TextStream(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
         # The session changes only here, after everything that can fail.
+        self._before = before, tuple(tokens)
         self._native, self._tokens, self._stream = native, tuple(ids), stream
         return stream
 
@@ -178,8 +185,14 @@ class Session:
         self._computed()  # Without the stream its scheduler and buffers are freed.
         return stream.completion
 
+    def _undo_failed(self) -> None:
+        """Restores the session as it was before a completion that the model could not compute."""
+        if self._stream is not None and isinstance(self._stream.error, ModelError):
+            (self._native, self._tokens), self._stream = self._before, None
+
     def _computed(self) -> _native.Session:
         """Returns the KV cache of a beginning of `tokens`. The tokens of the latest stream become the session's own."""
+        self._undo_failed()
         if self._stream is not None:
             tokens, native = self.tokens, self._stream.session
             if native is not None:

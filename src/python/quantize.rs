@@ -14,7 +14,7 @@ use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
     AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target, TensorFormats,
-    TuningOptions, auto, quantize as run, spend_bits,
+    TuningOptions, auto, choose_formats, quantize as run, spend_bits,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -23,6 +23,7 @@ pub(super) struct Options {
     recipe: String,
     search: bool,
     block_format: String,
+    chooses_format: bool,
     group_size: usize,
     bits_per_weight: Option<f64>,
     output_type: String,
@@ -128,6 +129,10 @@ pub(super) fn quantize(
             interrupted: &stop,
             ..RunContext::new(&source, &out, &windows)
         };
+        if options.chooses_format {
+            let weigh = recipe.is_none() && options.bits_per_weight.is_none();
+            formats = choose_formats(&context, &formats, weigh)?;
+        }
         if let Some(bits) = options.bits_per_weight {
             formats = spend_bits(&context, &formats, bits)?;
         }

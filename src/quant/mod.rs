@@ -9,3 +9,4 @@ mod layout;
 pub mod pack;
 pub mod packed;
 mod panel;
+pub(crate) mod scale_range;

@@ -21,10 +21,10 @@ mod resume;
 mod tuning;
 
 pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
-pub use bits::spend_bits;
+pub use bits::{choose_formats, spend_bits};
 pub use context::{Interrupted, RunContext, StageProgress};
 pub use format::{Format, GroupedFormat};
 pub use overrides::{Stored, TensorFormats};
-pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+pub use pipeline::{ExpertCounts, QuantizeOptions, Report, TensorReport, quantize};
 pub use recipes::{GptqOptions, Recipe, SignroundOptions};
 pub use tuning::TuningOptions;

@@ -51,13 +51,19 @@ class TextStream(Iterator[str]):
     def __init__(self, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> None:
         self._driver: Driver[CompletionBuilder] = Driver(model, _SINGLE, keep_sessions=keep_session)
         self._builder = CompletionBuilder(request)
+        self.error: Exception | None = None
+        """The error that ended the stream."""
         if self._builder.finish_reason is None:
             self._driver.submit(request, self._builder)
 
     def __next__(self) -> str:
-        while self._builder in self._driver:
-            if text := _advance(self._driver):
-                return text
+        try:
+            while self._builder in self._driver:
+                if text := _advance(self._driver):
+                    return text
+        except Exception as error:
+            self.error = error
+            raise
         raise StopIteration
 
     @property

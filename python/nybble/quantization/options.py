@@ -64,7 +64,11 @@ class QuantizeOptions:
     format: Format | None = field(
         default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
     )
-    """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
+    """Block format of linear layers.
+
+    Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4 bits
+    gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
+    """
     bits_per_weight: float | None = field(
         default=None,
         metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
@@ -145,6 +149,11 @@ class QuantizeOptions:
     def block_format(self) -> Format:
         """The block format of linear layers."""
         return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if self.recipe == "auto" else "q4_0")
+
+    @property
+    def chooses_format(self) -> bool:
+        """Whether each linear layer may get another 4-bit format: one that holds it exactly, or, for "auto", suits it."""
+        return self.format is None and self.symmetric is None
 
     @property
     def group_size(self) -> int:

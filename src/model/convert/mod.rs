@@ -11,8 +11,9 @@ use crate::format::{Checkpoint, Tensor};
 use crate::model::hf::HfFolder;
 use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
+use crate::quant::scale_range::ScaleRange;
 use crate::threads::{Scope, ThreadPool, default_threads};
-use requantize::{decode, encode, target, unfit};
+use requantize::{check_finite, decode, encode, target, unfit};
 
 /// Bytes of a piece, which one thread encodes.
 const PIECE: usize = 1 << 20;
@@ -191,6 +192,16 @@ fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
     }
 }
 
+/// An error of row `index`.
+fn in_row(error: Error, index: usize) -> Error {
+    match error {
+        Error::InvalidArgument { name, found, expected } => {
+            Error::InvalidArgument { name, found: format!("{found} of row {index}"), expected }
+        }
+        other => other,
+    }
+}
+
 /// The bytes of a whole tensor, encoded by all threads.
 fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Result<Vec<u8>> {
     let columns = tensor.dims.first().copied().unwrap_or(0);
@@ -199,27 +210,43 @@ fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Resu
     let row_bytes = stored.bytes_for(columns).unwrap_or_default();
     let mut bytes = vec![0; rows * row_bytes];
     let fault = Mutex::new(None);
+    let fail = |error| {
+        fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    // A range per matrix of a stack of experts.
+    let matrix = tensor.dims.get(1).copied().unwrap_or(1).max(1);
+    let ranges: Vec<_> = (0..rows.div_ceil(matrix)).map(|_| Mutex::new(ScaleRange::new(stored))).collect();
+    let found = tensor.rows.block_type();
     let rows_per_piece = (PIECE / row_bytes.max(1)).max(1);
     scope.for_each_chunk(&mut bytes, (rows_per_piece * row_bytes).max(1), |piece, out| {
         let (mut scratch, mut values, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
         for (i, out) in out.chunks_exact_mut(row_bytes).enumerate() {
             let index = piece * rows_per_piece + i;
             encoded.clear();
-            let done = if tensor.rows.block_type() == stored {
-                encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
-                Ok(())
-            } else {
-                decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values)
-                    .and_then(|()| encode(stored, &values, &mut encoded))
+            let decoded = match found.is_supported() {
+                true => decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values),
+                // It can only be copied.
+                false => Ok(()),
             };
+            let done = decoded.and_then(|()| {
+                if found == stored {
+                    encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
+                    return check_finite(&values);
+                }
+                encode(stored, &values, &mut encoded)?;
+                ranges[index / matrix].lock().unwrap_or_else(PoisonError::into_inner).add_row(&values);
+                Ok(())
+            });
             match done {
                 Ok(()) => out.copy_from_slice(&encoded),
-                Err(error) => {
-                    fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    return;
-                }
+                Err(error) => return fail(in_row(error, index)),
             }
         }
     });
+    for range in ranges {
+        if let Some((found, expected)) = range.into_inner().unwrap_or_else(PoisonError::into_inner).fault() {
+            fail(Error::argument("values", found, expected));
+        }
+    }
     fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(bytes), Err)
 }

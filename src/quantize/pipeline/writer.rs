@@ -1,32 +1,33 @@
 //! Writes the output from the log, and reports on its tensors.
 
 use super::options::QuantizeOptions;
-use super::report::{Report, TensorReport};
+use super::report::{ExpertCounts, Report, TensorReport};
 use crate::error::{Error, Result};
 use crate::format::Tensor;
 use crate::format::gguf::Metadata;
 use crate::model::convert::Job;
+use crate::quantize::calibration::MIN_TOKENS;
 use crate::quantize::context::OpenRun;
 use crate::quantize::overrides::{Stored, is_linear};
 use crate::quantize::resume::ResumeLog;
 use crate::quantize::tuning;
 
-/// Writes the output of a run whose tensors are all in the log. `metadata` is added to that of the checkpoint.
+/// Writes the output of a run whose tensors are all in the log, with the tuned ones if `is_tuned`. `metadata` is added to that
+/// of the checkpoint.
 ///
 /// # Errors
 /// Those of the log and of writing.
 pub(super) fn write(
     run: &OpenRun<'_>,
     options: &QuantizeOptions,
+    is_tuned: bool,
     log: &ResumeLog,
     metadata: &Metadata,
 ) -> Result<Report> {
     let (checkpoint, out) = (run.checkpoint, run.context.out);
     let stored = |name: &str, tensor: &Tensor<'_>| run.formats.stored(name, &tensor.dims).block_type();
     let made = |name: &str| {
-        if options.tuning.is_some()
-            && let Some(bytes) = log.blocks(&tuning::tuned(name), 0)?
-        {
+        if is_tuned && let Some(bytes) = log.blocks(&tuning::tuned(name), 0)? {
             return Ok(Some(bytes));
         }
         let mut bytes = log.blocks(name, 0)?;
@@ -46,7 +47,24 @@ pub(super) fn write(
             report.add(tensor_report(run, log, name, &tensor));
         }
     }
+    report.experts = experts(run, log);
     Ok(report)
+}
+
+/// Counts the experts by the tokens that reached them.
+fn experts(run: &OpenRun<'_>, log: &ResumeLog) -> ExpertCounts {
+    let mut counts = ExpertCounts::default();
+    for layer in 0..run.layers.config().layers.len() {
+        // Every expert has this matrix, and every token that reaches the expert reaches it.
+        let name = format!("blk.{layer}.ffn_down_exps.weight");
+        let tokens = |part| log.description(&name, part)?["tokens"].as_u64();
+        for tokens in (0..).map_while(tokens) {
+            counts.all += 1;
+            counts.unreached += usize::from(tokens == 0);
+            counts.rounded += usize::from(tokens < MIN_TOKENS as u64);
+        }
+    }
+    counts
 }
 
 fn tensor_report(run: &OpenRun<'_>, log: &ResumeLog, name: &str, tensor: &Tensor<'_>) -> TensorReport {
@@ -64,5 +82,6 @@ fn tensor_report(run: &OpenRun<'_>, log: &ResumeLog, name: &str, tensor: &Tensor
         seconds: sum("seconds"),
         weights: tensor.dims.iter().product(),
         linear: is_linear(name.strip_suffix(".weight").unwrap_or(name)),
+        note: run.formats.why_f16(name, &tensor.dims),
     }
 }

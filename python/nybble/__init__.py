@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nybble.completion import Completion, Message, Timings, TokenLogprob, Usage
     from nybble.engine import Engine, EngineStats, Piece, Request
     from nybble.engine_options import EngineOptions
-    from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
+    from nybble.errors import ContextFullError, EngineError, InternalError, ModelError, QueueFullError
     from nybble.generation.stream import TextStream
     from nybble.load_options import LoadOptions
     from nybble.model import Model
@@ -30,6 +30,7 @@ __all__ = [
     "Completion",
     "ContextFullError",
     "Engine",
+    "EngineError",
     "EngineOptions",
     "EngineStats",
     "Evaluation",
@@ -63,7 +64,7 @@ _MODULES = {
     "completion": ("Completion", "Message", "Timings", "TokenLogprob", "Usage"),
     "engine": ("Engine", "EngineStats", "Piece", "Request"),
     "engine_options": ("EngineOptions",),
-    "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
+    "errors": ("ContextFullError", "EngineError", "InternalError", "ModelError", "QueueFullError"),
     "quantization.evaluation": ("Evaluation", "Reference", "evaluate"),
     "generation.stream": ("TextStream",),
     "load_options": ("LoadOptions",),

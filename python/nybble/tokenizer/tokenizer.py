@@ -31,6 +31,7 @@ class Tokenizer:
     def __init__(self, parts: _Parts) -> None:
         self._parts = parts
         self._compiled: dict[str, ChatTemplate] = {}
+        self._missing_ids: dict[int, list[tuple[int, int]]] = {}
         self._grammar_vocabulary: _native.Vocabulary | None = None
 
     # --- Loading ------------------------------------------------------------------------------------------------------
@@ -205,6 +206,22 @@ class Tokenizer:
         """
         text = self.token_text(token)
         return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
+
+    def missing_ids(self, count: int) -> Sequence[tuple[int, int]]:
+        """The ids below `count` that have no token, as ranges `(first, end)` in ascending order.
+
+        Many models have more rows in their output matrix than tokens.
+        """
+        if (found := self._missing_ids.get(count)) is None:
+            found = []
+            for token in range(count):
+                if token >= self.vocab_size:
+                    found.append((token, count))
+                    break
+                if self._parts.text_of(token) is None:
+                    found.append((token, token + 1))
+            self._missing_ids[count] = found
+        return found
 
     @property
     def grammar_vocabulary(self) -> _native.Vocabulary:

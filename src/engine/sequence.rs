@@ -121,9 +121,8 @@ impl Sequence {
 /// A sequence's tokens are bit-identical to those it gets alone.
 ///
 /// # Errors
-/// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`] when nothing can be
-/// sampled.
-/// [`Error::InvalidArgument`] for a sequence without pending tokens.
+/// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`]
+/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence without pending tokens.
 pub fn step(
     model: &Model,
     sequences: &mut [&mut Sequence],

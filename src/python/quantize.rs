@@ -13,8 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target, TensorFormats,
-    TuningOptions, auto, choose_formats, quantize as run, spend_bits,
+    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target,
+    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, spend_bits, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -34,6 +34,7 @@ pub(super) struct Options {
     budget: Option<f64>,
     seed: u64,
     threads: Option<usize>,
+    imatrix: Option<PathBuf>,
     force: bool,
 }
 
@@ -129,6 +130,16 @@ pub(super) fn quantize(
             interrupted: &stop,
             ..RunContext::new(&source, &out, &windows)
         };
+        let importance = match &options.imatrix {
+            Some(path) => {
+                if !path.exists() {
+                    write_importance(&context, path)?;
+                }
+                Some(Importance::read(path)?)
+            }
+            None => None,
+        };
+        let context = RunContext { importance: importance.as_ref(), ..context };
         if options.chooses_format {
             let weigh = recipe.is_none() && options.bits_per_weight.is_none();
             formats = choose_formats(&context, &formats, weigh)?;

@@ -95,7 +95,8 @@ fn run_on(
     let run = OpenRun { context: *context, checkpoint, layers, formats: &options.formats, files };
     let (formats, exceptions) = exceptions::without_f16_scales(&run)?;
     let windows = if options.recipe.needs_text() { context.windows } else { &[] };
-    let key = run_key(checkpoint, (&options.recipe, &formats), windows);
+    let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
+    let key = run_key(checkpoint, (&options.recipe, &formats, importance.transpose()?), windows);
     let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let run = OpenRun { formats: &formats, ..run };
     if options.tuning.is_some() {

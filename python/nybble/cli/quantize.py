@@ -39,11 +39,20 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            help="The calibration text: prose, or JSONL with one document per line; 'sample' for the short text in the "
-            "package, 'self' for text that the model generates.",
+            help="The calibration text: prose, JSON Lines or Parquet of texts or conversations; 'sample' for the short text "
+            "in the package, 'self' for text that the model generates.",
             metavar="FILE",
         ),
     ] = "sample",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text and "
+            "written if it does not exist.",
+            metavar="FILE",
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(
@@ -85,6 +94,7 @@ def quantize(
         symmetric=False if asymmetric else None,
         keep=dict(map(_rule, keep or [])),
         calibration=calibration,
+        imatrix=imatrix,
         evaluation=evaluation,
         measure=True if report is not None else None,
         target=None if target is None else _share(target),
@@ -167,6 +177,11 @@ def _print(done: Report, pages: list[Path]) -> None:
             f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
         )
         rows["same top token"] = report_page.percent(chosen.top_agreement)
+    if done.experts_rounded:
+        rows["experts"] = (
+            f"{done.experts_rounded} of {done.experts} rounded without calibration, "
+            f"{done.experts_unreached} of them never reached by the text"
+        )
     if done.chosen_because:
         rows["chosen because"] = done.chosen_because
     rows["time"] = report_page.duration(done.seconds)

@@ -81,6 +81,7 @@ def quantize(
             text = _native.quantize(path, out, chosen, windows=windows, evaluation=evaluation, progress=report)
             done = Report.from_json(text)
             _log_smaller_groups(done, chosen.group)
+            _log_notes(done)
         if chosen.measures and held_out is not None and not done.candidates:
             with unmeasured.record(key, done):
                 done = measure(done, path, out, held_out, chosen, report)
@@ -173,6 +174,25 @@ def _log_smaller_groups(done: Report, asked: int | None) -> None:
     for group, count in sorted(Counter(smaller).items(), reverse=True):
         rows = f"the rows of {count} matrices" if count > 1 else "the rows of 1 matrix"
         _log.info("groups of %d do not divide %s: groups of %d there", asked, rows, group)
+
+
+def _log_notes(done: Report) -> None:
+    """Logs which matrices are stored in another type than was asked for, and how many experts were not calibrated."""
+    reasons: dict[str, list[str]] = {}
+    for tensor in done.tensors:
+        if tensor.note is not None:
+            reasons.setdefault(tensor.note, []).append(tensor.name)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        _log.warning("%s%s: %s", names[0], others, reason)
+    if done.experts_rounded:
+        _log.warning(
+            "%d of %d experts were rounded without calibration: fewer than 64 tokens of the text reached them, and none "
+            "reached %d",
+            done.experts_rounded,
+            done.experts,
+            done.experts_unreached,
+        )
 
 
 @contextlib.contextmanager

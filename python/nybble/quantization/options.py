@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from nybble.overrides import doc, merged
 from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
@@ -83,17 +83,25 @@ class QuantizeOptions:
     """Block type of the embedding and the output."""
     keep: Mapping[str, str] | None = None
     """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
-    calibration: str | os.PathLike[str] | Sequence[str] = "sample"
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] = "sample"
     """The calibration text.
 
-    A file (prose, or JSONL with one document per line), a list of documents, `"sample"` for the short text in the
-    package, or `"self"` for text that the model generates.
+    A file (prose, JSON, JSON Lines or Parquet), a list of documents, `"sample"` for the short text in the package, or
+    `"self"` for text that the model generates. A record of JSON or Parquet has a text, or a conversation
+    (`{"messages": [...]}`, `{"conversations": [...]}`, `{"prompt": ..., "completion": ...}`), which the model's chat
+    template writes out.
     """
     calibration_tokens: int = field(
         default=CALIBRATION_TOKENS, metadata={**doc("Tokens of the calibration text to use."), "metavar": "N"}
     )
     """Tokens of the calibration text to use."""
-    evaluation: str | os.PathLike[str] | Sequence[str] | None = None
+    imatrix: str | os.PathLike[str] | None = None
+    """An `imatrix.gguf` file of llama.cpp: the importance of each column, for layers that are rounded without calibration.
+
+    These are all layers for "rtn", and experts that too few tokens reach. A file that does not exist is measured on the
+    calibration text and written.
+    """
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None = None
     """The text to measure on: a file or a list of documents. None holds out a part of the calibration text."""
     measure: bool | None = None
     """Compare the output with the source. None does so if `evaluation` is given; "auto" always does."""
@@ -171,7 +179,8 @@ class QuantizeOptions:
     def needs_text(self) -> bool:
         """Whether a calibration text is needed."""
         holds_out = self.measures and self.evaluation is None
-        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None
+        measures_importance = self.imatrix is not None and not os.path.exists(self.imatrix)
+        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None or measures_importance
 
     def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:
         """Returns a copy with some options changed."""
@@ -189,9 +198,10 @@ class QuantizeOverrides(TypedDict, total=False):
     bits_per_weight: float | None
     output_type: str
     keep: Mapping[str, str] | None
-    calibration: str | os.PathLike[str] | Sequence[str]
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
     calibration_tokens: int
-    evaluation: str | os.PathLike[str] | Sequence[str] | None
+    imatrix: str | os.PathLike[str] | None
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None
     measure: bool | None
     target: float | None
     budget: float | None

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
 use crate::format::{Checkpoint, Tensor};
+use crate::model::config::Config;
 use crate::model::hf::HfFolder;
 use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
@@ -67,7 +68,12 @@ pub fn convert(
         made: &|_| Ok(None),
         pool: &ThreadPool::new(default_threads())?,
     };
-    job.write(out, progress)
+    job.write(out, progress)?;
+    // A model that nybble runs is one afterwards.
+    if Config::read(checkpoint).is_ok() {
+        Config::read(&Gguf::open(out)?)?;
+    }
+    Ok(())
 }
 
 /// How the tensors of a checkpoint are written to a file.

@@ -4,8 +4,9 @@ use super::options::QuantizeOptions;
 use super::report::{ExpertCounts, Report, TensorReport};
 use crate::error::{Error, Result};
 use crate::format::Tensor;
-use crate::format::gguf::Metadata;
+use crate::format::gguf::{Gguf, Metadata};
 use crate::model::convert::Job;
+use crate::model::layerwise::Layerwise;
 use crate::quantize::calibration::MIN_TOKENS;
 use crate::quantize::context::OpenRun;
 use crate::quantize::overrides::{Stored, is_linear};
@@ -40,6 +41,7 @@ pub(super) fn write(
     let file_type = run.formats.format.block_type();
     let job = Job { checkpoint, more: metadata, file_type, stored: &stored, made: &made, pool: run.layers.pool() };
     job.write(out, None)?;
+    read_back(run)?;
     let size = out.metadata().map_err(|source| Error::io(out, source))?.len();
     let mut report = Report::new(checkpoint.path(), out, &options.name(), size);
     for name in checkpoint.names() {
@@ -49,6 +51,21 @@ pub(super) fn write(
     }
     report.experts = experts(run, log);
     Ok(report)
+}
+
+/// Loads the output layer by layer, as a model does.
+///
+/// # Errors
+/// Those of [`Model::load`](crate::model::Model::load).
+fn read_back(run: &OpenRun<'_>) -> Result<()> {
+    let file = Gguf::open(run.context.out)?;
+    let layers = Layerwise::load(&file, &run.context.load_options())?;
+    let count = layers.config().layers.len();
+    for index in 0..count {
+        run.report("reading the output", index, count);
+        layers.layer(&file, index)?;
+    }
+    Ok(())
 }
 
 /// Counts the experts by the tokens that reached them.

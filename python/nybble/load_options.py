@@ -71,7 +71,8 @@ class LoadOptions:
     )
     """Type of the KV cache: `"f16"`, `"int8"` (about half the memory) or `"f32"`.
 
-    Keys or values beyond 65504 raise `ModelError` with `"f16"`; the others hold them. None is `"f16"`, and `"f32"` for models that compute in F32.
+    Keys or values beyond 65504 raise `ModelError` with `"f16"`; the others hold them. None is `"f16"`, and `"f32"` for
+    models that compute in F32.
     """
     mmap: bool = field(
         default=True,

@@ -237,8 +237,8 @@ def _whole(value: Any) -> bool:
 def choice_seed(seed: int, index: int) -> int:
     """Returns the seed of one of several completions of a prompt. The first keeps the seed.
 
-    Seeds of neighboring numbers have nothing in common: with `seed + index`, the second completion of one request would be
-    the first of another.
+    Neighboring seeds give unrelated results. With `seed + index`, the second completion of one request would be the
+    first of another.
     """
     state = seed % 2**64
     if index == 0:

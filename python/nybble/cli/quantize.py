@@ -39,8 +39,8 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            help="The calibration text: prose, JSON Lines or Parquet of texts or conversations; 'sample' for the short text "
-            "in the package, 'self' for text that the model generates.",
+            help="The calibration text: prose, or JSON Lines or Parquet of texts or conversations; 'sample' for the "
+            "short text in the package, 'self' for text that the model generates.",
             metavar="FILE",
         ),
     ] = "sample",
@@ -48,8 +48,8 @@ def quantize(
         Path | None,
         typer.Option(
             "--imatrix",
-            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text and "
-            "written if it does not exist.",
+            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text "
+            "and written if it does not exist.",
             metavar="FILE",
         ),
     ] = None,

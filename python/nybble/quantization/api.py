@@ -187,8 +187,8 @@ def _log_notes(done: Report) -> None:
         _log.warning("%s%s: %s", names[0], others, reason)
     if done.experts_rounded:
         _log.warning(
-            "%d of %d experts were rounded without calibration: fewer than 64 tokens of the text reached them, and none "
-            "reached %d",
+            "%d of %d experts were rounded without calibration: fewer than 64 tokens of the text reached them, and "
+            "none reached %d",
             done.experts_rounded,
             done.experts,
             done.experts_unreached,

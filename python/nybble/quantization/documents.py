@@ -59,8 +59,7 @@ Document = str | Conversation
 def parse(text: str, path: Path) -> list[Document]:
     """Returns the documents of a file with that text.
 
-    A file whose lines are objects is JSON Lines under any name, and a file that is one array of JSON, too. Anything else is one
-    document of prose.
+    JSON Lines of objects, and an array of objects, are recognized under any name. Anything else is one document of prose.
 
     Raises:
         ModelError: A record is not a document, or only a part of the file is JSON.
@@ -111,8 +110,9 @@ def from_list(items: Iterable[Any]) -> list[Document]:
     found: list[Document] = []
     for number, item in enumerate(items, 1):
         if not isinstance(item, (str, Mapping)):
+            kind = type(item).__name__
             raise TypeError(
-                f"documents: found an item that is a {type(item).__name__}, expected a path or a list of str or of records"
+                f"documents: found an item that is a {kind}, expected a path or a list of str or of records"
             )
         found.append(document(item, f"document {number}"))
     return found

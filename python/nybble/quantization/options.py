@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from nybble.overrides import doc, merged
@@ -66,8 +67,8 @@ class QuantizeOptions:
     )
     """Block format of linear layers.
 
-    Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4 bits
-    gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
+    Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4
+    bits gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
     """
     bits_per_weight: float | None = field(
         default=None,
@@ -96,7 +97,7 @@ class QuantizeOptions:
     )
     """Tokens of the calibration text to use."""
     imatrix: str | os.PathLike[str] | None = None
-    """An `imatrix.gguf` file of llama.cpp: the importance of each column, for layers that are rounded without calibration.
+    """An `imatrix.gguf` file of llama.cpp: the importance of columns, for layers that are rounded without calibration.
 
     These are all layers for "rtn", and experts that too few tokens reach. A file that does not exist is measured on the
     calibration text and written.
@@ -160,7 +161,7 @@ class QuantizeOptions:
 
     @property
     def chooses_format(self) -> bool:
-        """Whether each linear layer may get another 4-bit format: one that holds it exactly, or, for "auto", suits it."""
+        """Whether each linear layer may get another 4-bit format, that holds it exactly or, for "auto", suits it."""
         return self.format is None and self.symmetric is None
 
     @property
@@ -179,7 +180,7 @@ class QuantizeOptions:
     def needs_text(self) -> bool:
         """Whether a calibration text is needed."""
         holds_out = self.measures and self.evaluation is None
-        measures_importance = self.imatrix is not None and not os.path.exists(self.imatrix)
+        measures_importance = self.imatrix is not None and not Path(self.imatrix).exists()
         return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None or measures_importance
 
     def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:

@@ -66,7 +66,7 @@ class ReportData:
     experts_unreached: int = 0
     """Those of them that no token of the calibration text reached."""
     experts_rounded: int = 0
-    """Those that so few tokens reached that they were rounded without calibration. The unreached ones are among them."""
+    """Those that too few tokens reached to calibrate them. The unreached ones are among them."""
 
     @property
     def chosen(self) -> Candidate | None:

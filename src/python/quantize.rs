@@ -23,6 +23,7 @@ pub(super) struct Options {
     recipe: String,
     search: bool,
     block_format: String,
+    #[pyo3(default)]
     chooses_format: bool,
     group_size: usize,
     bits_per_weight: Option<f64>,
@@ -34,6 +35,7 @@ pub(super) struct Options {
     budget: Option<f64>,
     seed: u64,
     threads: Option<usize>,
+    #[pyo3(default)]
     imatrix: Option<PathBuf>,
     force: bool,
 }

@@ -51,20 +51,19 @@ class TextStream(Iterator[str]):
     def __init__(self, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> None:
         self._driver: Driver[CompletionBuilder] = Driver(model, _SINGLE, keep_sessions=keep_session)
         self._builder = CompletionBuilder(request)
-        self.error: Exception | None = None
-        """The error that ended the stream."""
         if self._builder.finish_reason is None:
             self._driver.submit(request, self._builder)
 
     def __next__(self) -> str:
-        try:
-            while self._builder in self._driver:
-                if text := _advance(self._driver):
-                    return text
-        except Exception as error:
-            self.error = error
-            raise
+        while self._builder in self._driver:
+            if text := _advance(self._driver):
+                return text
         raise StopIteration
+
+    @property
+    def error(self) -> Exception | None:
+        """The error because of which the completion cannot be computed. An interruption is none."""
+        return self._builder.error
 
     @property
     def completion(self) -> Completion:
@@ -105,6 +104,7 @@ def _advance(driver: Driver[CompletionBuilder]) -> str:
     text = ""
     for builder, outcome, cached_tokens in driver.step(signals=True):
         if isinstance(outcome, Exception):
+            builder.error = outcome
             raise outcome
         builder.cached_tokens = cached_tokens
         text += builder.push(outcome)

@@ -59,7 +59,7 @@ Document = str | Conversation
 def parse(text: str, path: Path) -> list[Document]:
     """Returns the documents of a file with that text.
 
-    JSON Lines of objects, and an array of objects, are recognized under any name. Anything else is one document of prose.
+    JSON Lines of objects and an array of objects are recognized under any name. Anything else is one document.
 
     Raises:
         ModelError: A record is not a document, or only a part of the file is JSON.
@@ -111,9 +111,7 @@ def from_list(items: Iterable[Any]) -> list[Document]:
     for number, item in enumerate(items, 1):
         if not isinstance(item, (str, Mapping)):
             kind = type(item).__name__
-            raise TypeError(
-                f"documents: found an item that is a {kind}, expected a path or a list of str or of records"
-            )
+            raise TypeError(f"documents: found an item that is a {kind}, expected a path, or a list of str or records")
         found.append(document(item, f"document {number}"))
     return found
 

@@ -20,7 +20,7 @@ const CANDIDATES: [Format; 3] = [Format::Q4_0, Format::Q4_1, Format::Iq4Nl];
 /// Tokens on which formats are compared.
 const SAMPLE_TOKENS: usize = 4096;
 /// The share of the error of the default format that another format of the same size must stay below.
-const SAME_SIZE: f64 = 0.9;
+const SAME_SIZE: f64 = 0.75;
 /// The same for a format that takes half a bit more, with which the default format would halve its error.
 const HALF_A_BIT: f64 = 0.5;
 

@@ -29,9 +29,8 @@ pub(in crate::quantize) fn without_f16_scales(run: &OpenRun<'_>) -> Result<(Tens
 fn beyond_f16(run: &OpenRun<'_>) -> Result<Vec<(String, String)>> {
     let (checkpoint, names) = (run.checkpoint, run.checkpoint.names());
     let mut found = Vec::new();
-    for (done, name) in names.iter().enumerate() {
+    for name in &names {
         run.check()?;
-        run.report("reading the source", done, names.len());
         let Some(tensor) = checkpoint.tensor(name).filter(|tensor| tensor.dims.len() > 1) else { continue };
         let (source, stored) = (tensor.rows.block_type(), run.formats.stored(name, &tensor.dims).block_type());
         if source != stored && source.is_supported() {

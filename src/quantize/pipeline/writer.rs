@@ -60,9 +60,8 @@ pub(super) fn write(
 fn read_back(run: &OpenRun<'_>) -> Result<()> {
     let file = Gguf::open(run.context.out)?;
     let layers = Layerwise::load(&file, &run.context.load_options())?;
-    let count = layers.config().layers.len();
-    for index in 0..count {
-        run.report("reading the output", index, count);
+    for index in 0..layers.config().layers.len() {
+        run.check()?;
         layers.layer(&file, index)?;
     }
     Ok(())

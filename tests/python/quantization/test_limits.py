@@ -333,7 +333,7 @@ def test_an_importance_matrix_is_written_and_read(tmp_path: Path) -> None:
     assert divergence(expected, logits(out)) < 1.2 * divergence(expected, logits(tmp_path / "blind.gguf"))
 
 
-def test_a_file_that_is_no_importance_matrix_is_refused(whole: Path, tmp_path: Path) -> None:
+def test_only_an_importance_matrix_of_the_model_is_accepted(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="imatrix"):
         quantize(LLAMA, tmp_path / "out.gguf", recipe="rtn", threads=1, imatrix=whole)
     imatrix = tmp_path / "imatrix.gguf"

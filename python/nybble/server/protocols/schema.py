@@ -42,7 +42,7 @@ class Sampling(Strict):
         default=None,
         ge=1,
         le=MAX_CHOICES,
-        description="The number of answers. With a seed, the first answer uses it, and the others derive theirs from it.",
+        description="The number of answers. The first answer uses the seed, and the others derive theirs from it.",
     )
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None

@@ -44,12 +44,12 @@ def test_conversations_pass_through_the_chat_template(tiny_model: Model) -> None
     ids = datasets.tokens(tokenizer, datasets.as_documents([{"messages": TURNS}])[0])
     written = tokenizer.apply_chat_template(TURNS, add_generation_prompt=False)
     assert ids == list(tokenizer.encode(written, add_special=False))
-    # Texts never become special tokens.
+    # Prose never becomes special tokens.
     plain = datasets.tokens(tokenizer, datasets.as_documents([written])[0])
     assert plain != ids
 
 
-@pytest.mark.parametrize("name", ["texts.json", "texts.jsonl.txt", "texts", "texts.ndjson"])
+@pytest.mark.parametrize("name", ["lines.json", "lines.jsonl.txt", "lines", "lines.ndjson"])
 def test_json_lines_are_known_under_any_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
@@ -71,14 +71,14 @@ def test_prose_with_braces_and_brackets_stays_prose(tmp_path: Path) -> None:
     ['{"title": "x"}\n{"title": "y"}', '{"text": "x"}\nprose', '{"messages": []}', '{"messages": [{"text": "x"}]}'],
 )
 def test_records_without_a_document_are_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "texts.txt"
+    path = tmp_path / "lines.txt"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError, match=r"texts\.txt: (line|item)?"):
+    with pytest.raises(ModelError, match=r"lines\.txt: (line|item)?"):
         datasets.read(path)
 
 
 def test_parquet_is_read_by_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "texts.parquet"
+    path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1....PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ModelError, match="pip install pyarrow"):

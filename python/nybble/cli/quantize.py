@@ -39,7 +39,7 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            help="The calibration text: prose, or JSON Lines or Parquet of texts or conversations; 'sample' for the "
+            help="The calibration text: prose, or JSON Lines or Parquet with prose or conversations; 'sample' for the "
             "short text in the package, 'self' for text that the model generates.",
             metavar="FILE",
         ),

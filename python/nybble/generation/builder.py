@@ -23,7 +23,7 @@ class CompletionBuilder:
         self.finish_reason: FinishReason | None = "length" if request.limit == 0 else None
         """Why the completion has ended; None before that."""
         self.error: Exception | None = None
-        """The error because of which it cannot be computed."""
+        """The error that ended it."""
         self._limit = request.limit
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)

@@ -62,7 +62,7 @@ class TextStream(Iterator[str]):
 
     @property
     def error(self) -> Exception | None:
-        """The error because of which the completion cannot be computed. An interruption is none."""
+        """The error that ended the completion. Interruptions do not count: the completion can continue."""
         return self._builder.error
 
     @property

@@ -12,7 +12,7 @@ from nybble.quantization import documents
 from nybble.quantization.documents import Document
 
 Source = str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
-"""A file of documents, or a list of texts and of records such as `{"messages": [...]}`."""
+"""A file of documents, or a list of str and of records such as `{"messages": [...]}`."""
 
 if TYPE_CHECKING:
     import numpy as np

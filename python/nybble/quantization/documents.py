@@ -1,4 +1,4 @@
-"""Documents of calibration and evaluation files: prose, JSON, JSON Lines and Parquet; texts and conversations."""
+"""Documents of calibration and evaluation files: prose, JSON, JSON Lines and Parquet, with prose or conversations."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_other_cache_types_compute_it(folder: Path, cache_type: str) -> None:
 
 
 def test_every_call_names_the_cache_type(model: Model, bad: str) -> None:
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: model.generate(bad, **OPTIONS),
         lambda: list(model.stream(bad, **OPTIONS)),
         lambda: model.embed(["fine", bad]),

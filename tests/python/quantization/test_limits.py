@@ -266,7 +266,8 @@ def odd_rows(to: Path) -> Path:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
-        return (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        values: npt.NDArray[np.float32] = random.standard_normal((rows, columns), dtype=np.float32)
+        return values / np.float32(np.sqrt(columns))
 
     def replace(tensors: checkpoints.Tensors) -> None:
         tensors.clear()
@@ -340,3 +341,20 @@ def test_only_an_importance_matrix_of_the_model_is_accepted(whole: Path, tmp_pat
     quantize(LLAMA, tmp_path / "a.gguf", recipe="rtn", threads=1, imatrix=imatrix, calibration_tokens=1024)
     with pytest.raises(ValueError, match="imatrix"):
         quantize(odd_rows(tmp_path / "model"), tmp_path / "b.gguf", recipe="rtn", threads=1, imatrix=imatrix)
+
+
+# Experts.
+
+
+def test_experts_that_the_text_does_not_reach_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # One word over and over reaches few experts.
+    with caplog.at_level(logging.WARNING, logger="nybble"):
+        report = quantize(
+            GOLDENS / "mixtral", tmp_path / "q.gguf", recipe="gptq", threads=1, calibration=["dog " * 700]
+        )
+    layers = {tensor.name.split(".")[1] for tensor in report.tensors if tensor.name.endswith("ffn_down_exps.weight")}
+    config = json.loads((GOLDENS / "mixtral" / "config.json").read_text(encoding="utf-8"))
+    assert report.experts == len(layers) * config["num_local_experts"]
+    assert 0 < report.experts_unreached <= report.experts_rounded < report.experts
+    assert f"{report.experts_rounded} of {report.experts} experts" in caplog.text
+    assert quantize(LLAMA, tmp_path / "dense.gguf", recipe="rtn", threads=1).experts == 0

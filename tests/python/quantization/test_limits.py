@@ -266,8 +266,8 @@ def odd_rows(to: Path) -> Path:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
-        values: npt.NDArray[np.float32] = random.standard_normal((rows, columns), dtype=np.float32)
-        return values / np.float32(np.sqrt(columns))
+        values: npt.NDArray[np.float32] = random.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
+        return values
 
     def replace(tensors: checkpoints.Tensors) -> None:
         tensors.clear()

@@ -241,6 +241,11 @@ impl Model {
         Session::new(self.shape, self.context, self.id)
     }
 
+    /// An empty session whose cache has another type than those of the model.
+    pub(crate) fn session_in(&self, cache_type: CacheType) -> Session {
+        Session::new(CacheShape::of(self.config(), cache_type), self.context, self.id)
+    }
+
     /// The file or folder it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path

@@ -10,7 +10,7 @@ import checkpoints
 import numpy as np
 import pytest
 
-from nybble import Engine, Model, ModelError
+from nybble import Engine, Model, ModelError, evaluate
 
 TOKEN = 300
 OPTIONS: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "logit_bias": {TOKEN: -float("inf")}}
@@ -88,6 +88,14 @@ def test_a_session_continues_from_before_the_error(model: Model, bad: str, strea
         list(session.stream(bad, **OPTIONS)) if streams else session.generate(bad, **OPTIONS)
     assert session.tokens == expected.tokens
     assert session.generate("more", **OPTIONS).tokens == expected.generate("more", **OPTIONS).tokens
+
+
+def test_measurements_do_not_depend_on_the_cache_type(model: Model, folder: Path, bad: str) -> None:
+    prose = ["hello " * 40 + bad + " world" * 40]
+    found = evaluate(model, prose, window=64)
+    with Model.load(folder, quantize=None, threads=1, cache_type="f32", progress=False) as exact:
+        expected = evaluate(exact, prose, window=64)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=0.01)
 
 
 def test_hidden_states_that_are_not_finite_are_an_error(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ mod resume;
 mod tuning;
 
 pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
-pub use bits::{choose_formats, spend_bits};
+pub use bits::{choose_formats, spend_bits, write_importance};
 pub use context::{Interrupted, RunContext, StageProgress};
 pub use format::{Format, GroupedFormat};
-pub use importance::{Importance, write_importance};
+pub use importance::Importance;
 pub use overrides::{Stored, TensorFormats};
 pub use pipeline::{ExpertCounts, QuantizeOptions, Report, TensorReport, quantize};
 pub use recipes::{GptqOptions, Recipe, SignroundOptions};

@@ -2,8 +2,10 @@
 
 mod allocate;
 mod choose;
+mod importance;
 mod sensitivity;
 mod spend;
 
 pub use choose::choose_formats;
+pub use importance::write_importance;
 pub use spend::spend_bits;

@@ -70,11 +70,13 @@ pub(in crate::model) struct Owner<'a> {
 /// Writes `session` and `tokens` to the file at `path`, which appears under its name when it is complete.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these.
+/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these;
+/// [`Error::CacheOverflow`].
 pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32], path: &Path) -> Result<()> {
     if session.model != owner.id {
         return Err(Error::argument("session", "a session of another model", "a session of this model"));
     }
+    session.check_cache()?;
     if tokens.len() < session.len() {
         return Err(Error::argument("tokens", tokens.len(), format_args!("at least the {} seen", session.len())));
     }

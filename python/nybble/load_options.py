@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import check_types, chosen, doc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """Options of `Model.load`, which also takes each of them by name.
+
+    Raises:
+        TypeError: An option has the wrong type.
 
     Example:
         ```python
@@ -83,6 +86,10 @@ class LoadOptions:
     overwrite the file: shortening a mapped file can end this process.
     """
 
+    def __post_init__(self) -> None:
+        texts = dict.fromkeys(("filename", "revision", "kernel", "quantize", "cache_type"), str)
+        check_types(self, {**texts, "threads": int, "context": int, "mmap": bool})
+
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
         """Returns a copy with some options changed."""
         return dataclasses.replace(self, **overrides)
@@ -105,6 +112,13 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(LoadOptions() if options is None else options, overrides)
+    return chosen(LoadOptions, options, overrides)
+
+
+def kernels() -> list[str]:
+    """Returns the instruction sets that this CPU can compute with, best first, for `LoadOptions.kernel`."""
+    from nybble import _native
+
+    return _native.kernels()

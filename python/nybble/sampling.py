@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-from nybble.overrides import doc, merged
+from nybble.overrides import chosen, doc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,6 +127,7 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
+        _check("stop", self.stop, isinstance(self.stop, (str, Sequence)), "a string or a list of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
@@ -169,10 +170,10 @@ def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> Samp
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
         ValueError: An option is out of range.
     """
-    return merged(SamplingOptions() if options is None else options, overrides)
+    return chosen(SamplingOptions, options, overrides)
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import chosen, doc
 from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
 
 if TYPE_CHECKING:
@@ -196,6 +196,6 @@ def merge_quantize_options(options: QuantizeOptions | None, overrides: QuantizeO
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(QuantizeOptions() if options is None else options, overrides)
+    return chosen(QuantizeOptions, options, overrides)

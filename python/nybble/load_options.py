@@ -28,20 +28,22 @@ class LoadOptions:
     """
 
     filename: str | None = field(
-        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".')
+        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".', "PATTERN")
     )
     """A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository."""
-    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository.", "NAME"))
     """Branch, tag or commit of a Hub repository."""
     kernel: str | None = field(
-        default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
+        default=None,
+        metadata=doc("Instruction set to compute with; NYBBLE_KERNEL, or else the best one, if not given.", "NAME"),
     )
     """Instruction set to compute with. `kernels()` lists those that this CPU runs.
 
     None takes that of the environment variable `NYBBLE_KERNEL`, or else the best.
     """
     threads: int | None = field(
-        default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
+        default=None,
+        metadata=doc("Threads to compute with; NYBBLE_NUM_THREADS, or else the physical cores, if not given."),
     )
     """Number of threads.
 

@@ -18,9 +18,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def doc(text: str, shell: str | None = None) -> dict[str, str]:
-    """Returns the metadata of a field: its help, and that of the command line where it differs."""
-    return {"help": text if shell is None else shell}
+def doc(text: str, metavar: str | None = None) -> dict[str, str]:
+    """Returns the metadata of a field that is an option of the command line: its help and the placeholder of its value.
+
+    The docstring of the field is for Python.
+    """
+    return {"help": text} if metavar is None else {"help": text, "metavar": metavar}
 
 
 def merged(options: Options, overrides: Mapping[str, object]) -> Options:
@@ -124,4 +127,6 @@ class Returned:
 
 def cannot_pickle(found: object, instead: str) -> TypeError:
     """The error of pickling or copying an object that holds the state of this process."""
-    return TypeError(f"cannot pickle or copy a {type(found).__name__}, which holds state of this process: {instead}")
+    return TypeError(
+        f"{type(found).__name__} objects hold state of this process and cannot be pickled or copied: {instead}"
+    )

@@ -132,46 +132,28 @@ fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
 }
 
 /// The reason of a parser's error on one line: the first, after which the state of the parser follows. An error in a regular
-/// expression takes several lines, which draw a caret below the place.
+/// expression takes several lines, which draw the expression with a caret below the place.
 fn reason(name: &str, error: &str) -> String {
-    const DRAWING: &str = "regex parse error:";
-    /// Lines around an expression of several lines.
-    const RULE: &str = "~~~~";
-    let Some((before, drawing)) = error.split_once(DRAWING) else {
+    let Some((before, drawing)) = error.split_once("regex parse error:") else {
         return error.lines().next().unwrap_or_default().to_owned();
     };
-    let lines = || drawing.lines().map(str::trim);
-    let problem = lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or("not a regular expression");
-    // Alone, a regular expression is the whole option. Otherwise, the position is in text that the parser has made of the
-    // schema or the grammar, and the expression says more.
-    if name != "regex" {
-        let expression = lines().find(|line| !line.is_empty() && !line.starts_with(RULE)).unwrap_or_default();
-        return if before.contains("invalid regex") {
-            format!("{before}{problem}")
-        } else {
-            format!("the regular expression {expression:?}: {problem}")
-        };
-    }
-    match place(drawing, drawing.trim_start().starts_with(RULE)) {
-        Some(place) => format!("{problem} at {place}"),
-        None => problem.to_owned(),
+    let problem = drawing.lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or("not a regular expression");
+    // Before it are the place in a grammar and the whole expression. A regular expression is a grammar of one line, too.
+    let before = if name == "grammar" { before } else { "" };
+    match marked(drawing) {
+        Some(marked) => format!("{before}{problem} at {marked:?}"),
+        None => format!("{before}{problem}"),
     }
 }
 
-/// The first place that the drawing of an error in a regular expression marks with a caret. The lines of an expression of
-/// several lines have numbers.
-fn place(drawing: &str, numbered: bool) -> Option<String> {
+/// The beginning of what a caret marks in the drawing of a regular expression.
+fn marked(drawing: &str) -> Option<String> {
+    const LONGEST: usize = 24;
+    let is_marks = |line: &str| line.contains('^') && line.chars().all(|c| c == '^' || c == ' ');
     let lines: Vec<_> = drawing.lines().collect();
-    let (above, caret) = lines.windows(2).find_map(|pair| {
-        let marks = pair[1].trim();
-        (!marks.is_empty() && marks.chars().all(|c| c == '^' || c == ' '))
-            .then(|| pair[1].find('^').map(|at| (pair[0], at)))?
-    })?;
-    if !numbered {
-        return Some(format!("character {}", caret.checked_sub(3)?));
-    }
-    let (number, _) = above.split_once(": ")?;
-    Some(format!("line {}, character {}", number.trim(), caret.checked_sub(number.len() + 1)?))
+    let pair = lines.windows(2).find(|pair| is_marks(pair[1]))?;
+    let marked: String = pair[0].chars().skip(pair[1].find('^')?).take(LONGEST).collect();
+    (!marked.is_empty()).then_some(marked)
 }
 
 /// The state of a constraint after the tokens so far.

@@ -55,7 +55,9 @@ def quantize(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="auto ends when the perplexity is within this share of the source's.", metavar="SHARE"
+            "--target",
+            help="auto ends when the perplexity is within this share of the source's; 0.01 if not given.",
+            metavar="SHARE",
         ),
     ] = None,
     report: Annotated[

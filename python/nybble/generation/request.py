@@ -143,5 +143,5 @@ def _is_id(item: object) -> bool:
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
-            return tokenizer.grammar_vocabulary.constraint(kind, text)
+            return tokenizer._grammar_vocabulary.constraint(kind, text)
     return None

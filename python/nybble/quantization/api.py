@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 from collections import Counter
@@ -121,9 +122,9 @@ def quantize_to_cache(
 
 def _check_out(out: Path, options: QuantizeOptions) -> None:
     if out.exists() and not options.force:
-        raise FileExistsError(f"{out}: already exists; use force to overwrite it")
+        raise FileExistsError(errno.EEXIST, "already exists; use force to overwrite it", str(out))
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: its folder does not exist")
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(out))
 
 
 def _key(path: Path, options: QuantizeOptions) -> str:

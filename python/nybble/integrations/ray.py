@@ -16,8 +16,9 @@ try:
     import ray.data
     from ray import serve
 except ModuleNotFoundError as _error:
+    _missing = (_error.name or "ray").partition(".")[0]
     raise ModuleNotFoundError(
-        f"nybble.integrations.ray needs {_error.name}: pip install 'nybble[ray]'", name=_error.name
+        f"nybble.integrations.ray needs {_missing}: pip install 'nybble[ray]'", name=_missing
     ) from None
 
 from nybble.model import Model

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
     from nybble.generation.engine_request import Piece, Request
     from nybble.generation.stream import TextStream
-    from nybble.load_options import LoadOptions, LoadOverrides, kernels
+    from nybble.load_options import LoadOptions, LoadOverrides
     from nybble.model import Model
-    from nybble.model_info import ModelInfo
+    from nybble.model_info import ModelInfo, kernels
     from nybble.progress import Progress, StageProgress
     from nybble.quantization.api import quantize
     from nybble.quantization.evaluation import Documents, Evaluation, Reference, evaluate
@@ -93,9 +93,9 @@ _MODULES = {
     "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
     "generation.engine_request": ("Piece", "Request"),
     "generation.stream": ("TextStream",),
-    "load_options": ("LoadOptions", "LoadOverrides", "kernels"),
+    "load_options": ("LoadOptions", "LoadOverrides"),
     "model": ("Model",),
-    "model_info": ("ModelInfo",),
+    "model_info": ("ModelInfo", "kernels"),
     "progress": ("Progress", "StageProgress"),
     "quantization.api": ("quantize",),
     "quantization.evaluation": ("Documents", "Evaluation", "Reference", "evaluate"),

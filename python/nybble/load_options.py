@@ -117,10 +117,3 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
         TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
     return chosen(LoadOptions, options, overrides)
-
-
-def kernels() -> list[str]:
-    """Returns the instruction sets that this CPU can compute with, best first, for `LoadOptions.kernel`."""
-    from nybble import _native
-
-    return _native.kernels()

@@ -32,14 +32,14 @@ def completion(
 
     fish: nybble completion fish > ~/.config/fish/completions/nybble.fish
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     typer.echo(get_completion_script(prog_name="nybble", complete_var=COMPLETE, shell=shell))
 
 
 def words() -> list[str]:
     """Prepares the parser to answer a shell's request for completions. Returns the words after `nybble` in its line."""
-    from typer.completion import completion_init
+    from typer.completion import completion_init  # type: ignore[attr-defined]
 
     completion_init()
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")

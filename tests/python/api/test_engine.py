@@ -517,11 +517,11 @@ def test_an_engine_ends_with_its_async_block_after_its_requests(tiny_model: Mode
 
 def test_an_async_block_lets_tasks_read_while_it_ends(tiny_model: Model) -> None:
     async def main() -> list[str]:
-        async def read() -> list[str]:
-            return [text async for text in engine.stream("abc", max_tokens=50, logit_bias=END)]
+        async def read(running: Engine) -> list[str]:
+            return [text async for text in running.stream("abc", max_tokens=50, logit_bias=END)]
 
         async with Engine(tiny_model) as engine:
-            task = asyncio.create_task(read())
+            task = asyncio.create_task(read(engine))
             await asyncio.sleep(0)
         return await task
 

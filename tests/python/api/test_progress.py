@@ -15,10 +15,7 @@ import nybble
 from nybble import Model, Progress, Reference
 from nybble import progress as shown
 
-TEXT = (
-    "A text of a hundred and twenty characters, which is enough for one window of the evaluation in these tests, and more. "
-    * 3
-)
+TEXT = "A text of several hundred characters, enough for windows of a hundred. " * 5
 
 
 @pytest.fixture
@@ -138,7 +135,7 @@ def test_stages_are_named_in_bars_and_lines(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("progress", [5, "yes", 1])
 def test_any_other_progress_is_refused_by_name(tiny_file: Path, tiny_model: Model, progress: Any) -> None:
     for call in calls(tiny_file, tiny_model).values():
-        with pytest.raises(TypeError, match="progress: found (int|str), expected None, True, False or a function"):
+        with pytest.raises(TypeError, match=r"progress: found (int|str), expected None, True, False or a function"):
             call(progress)
     with pytest.raises(TypeError, match="progress: found"):
         nybble.quantize(tiny_file, tiny_file.with_name("out.gguf"), recipe="rtn", force=True, progress=progress)

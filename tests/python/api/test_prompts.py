@@ -86,7 +86,7 @@ def test_an_error_in_a_list_names_the_prompt(tiny_model: Model) -> None:
 def test_token_ids_that_are_text_are_refused_by_name(tiny_model: Model) -> None:
     for ids in ("abc", None, 5):
         given: Any = ids
-        with pytest.raises(TypeError, match="ids: found (str|NoneType|int), expected token ids"):
+        with pytest.raises(TypeError, match=r"ids: found (str|NoneType|int), expected token ids"):
             tiny_model.detokenize(given)
 
 

@@ -206,7 +206,7 @@ def test_an_error_of_a_file_has_its_number_and_name(
     tmp_path: Path, tiny_model: Model, open_file: Callable[[Path, Model], object], number: int
 ) -> None:
     missing = tmp_path / "missing"
-    with pytest.raises(OSError, match="missing|directory") as caught:
+    with pytest.raises(OSError, match=r"missing|directory") as caught:
         open_file(missing, tiny_model)
     assert type(caught.value) is {2: FileNotFoundError, 21: IsADirectoryError}[number]
     assert caught.value.errno == number

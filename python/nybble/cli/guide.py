@@ -43,7 +43,7 @@ def words() -> list[str]:
 
     completion_init()
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
-    # The word that is being typed is no command yet.
+    # The last word is still being typed, unless a space follows it.
     return line.split()[1 : None if line[-1:].isspace() else -1]
 
 

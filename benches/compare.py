@@ -170,7 +170,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     most = max(len(result["runtimes"]) for result in results)
     figure = Figure(figsize=(8, 2.2 * 2), layout="constrained")
     axes = figure.subplots(2, 1)
-    for axis, what, title in zip(axes, ("prompt", "decode"), ("prefill", "decode"), strict=True):
+    for axis, what, title in zip(axes, ("prompt", "decode"), ("Prompt", "Decoding"), strict=True):
         labelled = set()
         for at, result in enumerate(results):
             speeds = {name: entry[f"{what}_tokens_per_second"] for name, entry in result["runtimes"].items()}
@@ -184,7 +184,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 )
                 labelled.add(name)
                 axis.bar_label(bar, [f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"], fontsize=7)
-        axis.set_title(f"{title}: tokens/s", fontsize=9)
+        axis.set_title(f"{title}: tokens per second", fontsize=9)
         labels = [
             f"{result['model'].removesuffix('.gguf')}\n{result['threads']} threads, {result['prompt']} in"
             for result in results

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from nybble.engine import Engine, EngineStats
     from nybble.engine_options import EngineOptions, EngineOverrides
-    from nybble.errors import ContextFullError, InternalError, ModelError, QueueFullError
+    from nybble.errors import ContextFullError, EngineError, InternalError, ModelError, QueueFullError
     from nybble.generation.engine_request import Piece, Request
     from nybble.generation.stream import TextStream
     from nybble.load_options import LoadOptions, LoadOverrides
@@ -45,6 +45,7 @@ __all__ = [
     "ContextFullError",
     "Documents",
     "Engine",
+    "EngineError",
     "EngineOptions",
     "EngineOverrides",
     "EngineStats",
@@ -90,7 +91,7 @@ _MODULES = {
     "completion": ("Completion", "FinishReason", "Message", "Prompt", "Prompts", "Timings", "TokenLogprob", "Usage"),
     "engine": ("Engine", "EngineStats"),
     "engine_options": ("EngineOptions", "EngineOverrides"),
-    "errors": ("ContextFullError", "InternalError", "ModelError", "QueueFullError"),
+    "errors": ("ContextFullError", "EngineError", "InternalError", "ModelError", "QueueFullError"),
     "generation.engine_request": ("Piece", "Request"),
     "generation.stream": ("TextStream",),
     "load_options": ("LoadOptions", "LoadOverrides"),

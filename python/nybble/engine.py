@@ -11,14 +11,14 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nybble.completion import Completion, Prompt, Prompts
 from nybble.engine_options import EngineOptions, EngineOverrides, merge_engine_options
-from nybble.errors import ModelError, QueueFullError
+from nybble.errors import EngineError, ModelError, QueueFullError
 from nybble.generation.driver import Driver
 from nybble.generation.engine_request import Piece, PieceTexts, Request
 from nybble.generation.request import as_prompts, prepare
@@ -112,7 +112,7 @@ class Engine:
         if draft is not None:
             _check_draft(model, draft, chosen.speculation)
         self.model: Model = model
-        self._loop = _Loop(Driver(model, chosen, draft), chosen.max_batch, chosen.max_queue)
+        self._loop = _Loop(lambda: Driver(model, chosen, draft), chosen.max_batch, chosen.max_queue)
         # Also when the engine is garbage collected, and at the end of the process while Python still runs.
         self._ended = weakref.finalize(self, self._loop.close, drain=False)
 
@@ -204,6 +204,14 @@ class Engine:
         self._loop.close(drain=drain)
         self._ended.detach()
 
+    @property
+    def failure(self) -> Exception | None:
+        """The error of the latest step if it failed as a whole, which ends every running request with `EngineError`.
+
+        Later requests are tried with a new scheduler. None after a step that succeeds.
+        """
+        return self._loop.failure
+
     def __enter__(self) -> Engine:
         return self
 
@@ -248,8 +256,10 @@ def _check_draft(model: Model, draft: Model, speculation: str) -> None:
 class _Loop:
     """The thread that steps the driver, and its inbox."""
 
-    def __init__(self, driver: Driver[Request], max_batch: int, max_queue: int | None) -> None:
-        self._driver = driver
+    def __init__(self, new_driver: Callable[[], Driver[Request]], max_batch: int, max_queue: int | None) -> None:
+        self._new_driver = new_driver
+        # None after a step that failed, until the next request.
+        self._driver: Driver[Request] | None = new_driver()
         self._capacity = None if max_queue is None else max_batch + max_queue
         self._max_batch = max_batch
         self._changed = threading.Condition()
@@ -258,7 +268,8 @@ class _Loop:
         # Requests that have not ended.
         self._requests: set[Request] = set()
         self._ending: Literal["drain", "now"] | None = None
-        self._error: BaseException | None = None
+        self.failure: Exception | None = None
+        """The error of the latest step, if it failed."""
         self._stats = EngineStats()
         self._driver_stats: dict[str, int] = {}
         self._pid = os.getpid()
@@ -275,8 +286,6 @@ class _Loop:
             raise ModelError(
                 "the engine belongs to the process that this one was forked from: create a new engine here"
             )
-        if self._error is not None:
-            raise ModelError(f"the engine has failed: {self._error}") from self._error
         if self._ending is not None:
             raise ModelError("the engine is closed")
         if not has_capacity:
@@ -318,7 +327,7 @@ class _Loop:
             return  # The thread is in the parent process.
         with self._changed:
             self._ending = "drain" if drain and self._ending != "now" else "now"
-            if self._ending == "now":
+            if self._ending == "now" and self._driver is not None:
                 self._driver.interrupt()
             self._changed.notify()
         if threading.current_thread() is not self._thread:
@@ -330,17 +339,16 @@ class _Loop:
     # --- In the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            while self._take():
-                self._step()
-            error: BaseException = ModelError("the engine was closed before the request ended")
-        except BaseException as caught:
-            error = caught
-            if self._ending != "now":
-                self._error = caught
-            else:
-                error = ModelError("the engine was closed before the request ended")
-        self._fail(error)
+        while True:
+            try:
+                while self._take():
+                    self._step()
+                break
+            except Exception as error:
+                if self._ending == "now":
+                    break
+                self._recover(error)
+        self._fail(ModelError("the engine was closed before the request ended"))
 
     def _take(self) -> bool:
         """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""
@@ -349,38 +357,69 @@ class _Loop:
                 self._changed.wait()
             if self._ending == "now" or (self._ending == "drain" and not self._requests):
                 return False
+            if self._driver is None:
+                self._driver = self._new_driver()
+            driver = self._driver
             new, self._new = self._new, deque()
             cancelled, self._cancelled = self._cancelled, deque()
         for request in new:
             prepared, request._prepared = request._prepared, None
             if prepared is not None and not request._is_done:
-                self._driver.submit(prepared, request)
+                try:
+                    driver.submit(prepared, request)
+                except Exception as error:
+                    self._drop(request, error=error)
         for request in cancelled:
             self._drop(request)
         return True
 
     def _step(self) -> None:
+        if (driver := self._driver) is None:
+            return
         tokens = 0
-        for request, outcome, cached_tokens in self._driver.step(signals=False):
+        for request, outcome, cached_tokens in driver.step(signals=False):
             if request._is_done:
                 continue  # It was cancelled during the step, and _take drops it.
             if isinstance(outcome, Exception):
-                request._finish(error=outcome)
-                self._drop(request)
+                self._drop(request, error=outcome)
                 continue
             tokens += 1
-            request._push(outcome, cached_tokens)
+            try:
+                request._push(outcome, cached_tokens)
+            except Exception as error:  # Whatever goes wrong with the text of one request concerns that request alone.
+                self._drop(request, error=error)
+                continue
             if request._is_done and not request._is_cancelled:
                 self._drop(request, finished=1)
+        self.failure = None
         with self._changed:
-            self._driver_stats = self._driver.stats()
+            self._driver_stats = driver.stats()
             self._count(completion_tokens=tokens)
 
-    def _drop(self, request: Request, finished: int = 0) -> None:
-        self._driver.cancel(request)
+    def _drop(self, request: Request, finished: int = 0, error: Exception | None = None) -> None:
+        if error is not None:
+            request._finish(error=error)
+        if self._driver is not None:
+            self._driver.cancel(request)
         with self._changed:
             self._requests.discard(request)
             self._count(finished=finished)
+
+    def _recover(self, error: Exception) -> None:
+        """Ends the requests of a step that failed as a whole. Later ones get a new driver."""
+        self.failure = error
+        with self._changed:
+            failed = self._requests.difference(self._new)
+            if self._driver is None:  # No new driver could be made, for example for lack of memory.
+                failed = set(self._requests)
+                self._new.clear()
+            self._requests -= failed
+            self._cancelled.clear()
+            self._driver, self._driver_stats = None, {}
+        for request in failed:
+            ended = error if isinstance(error, MemoryError) else EngineError(f"the engine has failed: {error}")
+            ended.__cause__ = None if ended is error else error
+            request._finish(error=ended)
 
     def _fail(self, error: BaseException) -> None:
         """Ends all requests with an error."""

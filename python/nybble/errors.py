@@ -56,6 +56,13 @@ class QueueFullError(RuntimeError):
         return f"the queue is full: {self.waiting} requests wait for a slot; try again later"
 
 
+class EngineError(RuntimeError):
+    """The engine failed while it computed this request and others. It accepts requests again.
+
+    The cause is in `__cause__`.
+    """
+
+
 class InternalError(RuntimeError):
     """A bug in nybble, not in your program, model or prompt.
 

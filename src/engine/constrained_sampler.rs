@@ -1,5 +1,7 @@
 //! A sampler together with the constraint that its tokens must follow.
 
+use std::ops::Range;
+
 use super::constraint::{Allowed, Constraint};
 use super::sampler::{Sampled, Sampler};
 use crate::error::Result;
@@ -16,6 +18,11 @@ pub(super) struct ConstrainedSampler {
 impl ConstrainedSampler {
     pub(super) fn new(sampler: Sampler) -> ConstrainedSampler {
         ConstrainedSampler { sampler, constraint: None, allowed: None }
+    }
+
+    /// Never samples ids in these ranges.
+    pub(super) fn exclude(&mut self, ids: Vec<Range<u32>>) {
+        self.sampler.exclude(ids);
     }
 
     /// Allows only tokens that follow `constraint` from now on.

@@ -2,7 +2,8 @@
 //!
 //! The steps follow the order of llama.cpp's sampler chain:
 //!
-//! 0. Tokens that a [constraint](super::constraint) forbids get minus infinity.
+//! 0. Rows of the output matrix that have no token ([`Sampler::exclude`]) get minus infinity, and so do the tokens that a
+//!    [constraint](super::constraint) forbids.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
 //!    negative one, presence subtracts once, frequency subtracts once per occurrence.
@@ -27,6 +28,8 @@ mod math;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::constraint::Allowed;
 use crate::{Error, Result};
@@ -155,6 +158,8 @@ pub struct Sampled {
 pub struct Sampler {
     options: SamplingOptions,
     vocab_size: usize,
+    /// Ids that are never sampled.
+    excluded: Arc<[Range<u32>]>,
     random: SplitMix64,
     history: History,
     /// The original values of logits that bias and penalties changed, in the order of the changes.
@@ -182,7 +187,14 @@ impl Sampler {
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let history = History::new(options.penalty_window as usize);
         let (changed, candidates) = (Vec::new(), Candidates::default());
-        Ok(Sampler { options, vocab_size, random: SplitMix64(seed), history, changed, candidates })
+        let (random, excluded) = (SplitMix64(seed), Arc::default());
+        Ok(Sampler { options, vocab_size, excluded, random, history, changed, candidates })
+    }
+
+    /// Never samples ids in these ranges: rows of the output matrix without a token in the vocabulary, which some models have
+    /// so that the matrix has a round size. They have no share of the log-probabilities either.
+    pub fn exclude(&mut self, ids: impl Into<Arc<[Range<u32>]>>) {
+        self.excluded = ids.into();
     }
 
     /// The options it was made with.
@@ -197,7 +209,8 @@ impl Sampler {
         }
     }
 
-    /// Samples a token from logits `(vocab_size)`. It changes them temporarily and restores them.
+    /// Samples a token from logits `(vocab_size)`. It changes them temporarily and restores them; those of excluded ids are
+    /// minus infinity afterwards.
     ///
     /// # Errors
     ///
@@ -216,6 +229,10 @@ impl Sampler {
     pub fn sample_among(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
+        }
+        for ids in self.excluded.iter() {
+            let end = logits.len().min(ids.end as usize);
+            logits[end.min(ids.start as usize)..end].fill(f32::NEG_INFINITY);
         }
         let largest = largest(logits)?;
         let normalizer = self.options.logprobs.map(|_| log_sum_exp(logits, largest));

@@ -1,5 +1,7 @@
 //! A sequence: its tokens, its KV cache, and its sampler.
 
+use std::ops::Range;
+
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
 use super::constraint::Constraint;
 use super::sampler::{Sampled, Sampler, SamplingOptions};
@@ -50,6 +52,11 @@ impl Sequence {
     /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
     pub fn constrain(&mut self, constraint: Constraint) {
         self.sampler.constrain(constraint);
+    }
+
+    /// Never samples ids in these ranges. Pass the rows of the output matrix that have no token in the vocabulary.
+    pub fn exclude(&mut self, ids: Vec<Range<u32>>) {
+        self.sampler.exclude(ids);
     }
 
     /// Appends tokens for the next step to compute, such as the user's next turn of a chat.

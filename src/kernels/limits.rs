@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::operations::Kernel;
+use crate::system::memory;
 use crate::threads::ThreadPool;
 
 /// The upper limits of a thread pool on this machine.
@@ -36,7 +37,7 @@ const PIECE: Duration = Duration::from_millis(1);
 ///
 /// Both are the best of several rounds. Other work on the machine makes them smaller.
 pub fn limits(pool: &ThreadPool, kernel: &Kernel) -> Limits {
-    let bytes = buffer_bytes(available_memory());
+    let bytes = buffer_bytes(memory::available().map(|bytes| bytes as u64));
     Limits { bandwidth_gb_s: bandwidth(pool, kernel, bytes), int8_gops: int8_gops(pool, kernel) }
 }
 
@@ -101,24 +102,6 @@ fn seconds_of(run: impl FnOnce()) -> f64 {
     begin.elapsed().as_secs_f64().max(1e-9)
 }
 
-/// Bytes available without swapping, if the system reports them: the lesser of the machine's and the container's.
-fn available_memory() -> Option<u64> {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let machine = read("/proc/meminfo").and_then(|text| parse_available(&text));
-    let number = |path| read(path).and_then(|text| text.trim().parse::<u64>().ok());
-    let container = number("/sys/fs/cgroup/memory.max")
-        .zip(number("/sys/fs/cgroup/memory.current"))
-        .map(|(max, current)| max.saturating_sub(current));
-    machine.into_iter().chain(container).min()
-}
-
-/// The line `MemAvailable: 123 kB` of Linux' `/proc/meminfo`, in bytes.
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kilobytes.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,16 +128,5 @@ mod tests {
         assert_eq!(buffer_bytes(Some(1 << 30)), 1 << 28);
         assert_eq!(buffer_bytes(Some(0)), 0);
         assert!(buffer_bytes(None) <= BUFFER_BYTES / 4);
-    }
-
-    #[test]
-    fn available_memory_is_read_from_meminfo() {
-        let text = "MemTotal:       24553188 kB\nMemFree:        1 kB\nMemAvailable:   20155196 kB\nBuffers: 2 kB\n";
-        assert_eq!(parse_available(text), Some(20155196 * 1024));
-        for bad in
-            ["", "MemAvailable:", "MemAvailable: x kB", "MemAvailable: 1 MB", "MemAvailable: 18446744073709551615 kB"]
-        {
-            assert_eq!(parse_available(bad), None, "{bad:?}");
-        }
     }
 }

@@ -8,7 +8,6 @@ use std::path::Path;
 use super::cgroup::Version;
 
 /// Memory that the machine and the process's cgroups have left, in bytes, without swap. `None` where nothing is known.
-#[cfg(any(feature = "python", test))]
 pub(super) fn available(root: &Path) -> Option<usize> {
     let machine = meminfo(root, "MemAvailable:").map(to_usize);
     machine.into_iter().chain(left_in_cgroups(root, 0)).min()

@@ -57,7 +57,6 @@ pub(crate) fn check_allocation(purpose: &'static str, bytes: usize) -> Result<()
 
 /// Bytes that this process can still use without swap: the least that the machine, its cgroup and that group's ancestors
 /// have left. `None` where the system does not say.
-#[cfg(feature = "python")]
 pub(crate) fn available() -> Option<usize> {
     #[cfg(target_os = "linux")]
     return super::limits::available(std::path::Path::new("/"));

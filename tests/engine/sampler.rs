@@ -385,6 +385,28 @@ fn impossible_tokens_are_not_among_the_most_likely() {
 }
 
 #[test]
+fn excluded_ids_are_never_sampled_and_have_no_share_of_the_probability() {
+    let logits = [1.0_f32, 9.0, 2.0, 9.0, 9.0, 9.0];
+    let options = SamplingOptions { logprobs: Some(6), logit_bias: vec![(4, 50.0)], ..neutral() };
+    for (temperature, seed) in (0..200).map(|seed| ([0.0, 1.0, 50.0][seed % 3], seed as u64)) {
+        let options = SamplingOptions { temperature, seed: Some(seed), ..options.clone() };
+        let mut sampler = sampler(&options, logits.len());
+        // The last range ends beyond the vocabulary.
+        sampler.exclude([1..2, 3..99]);
+        let sampled = sampler.sample(&mut logits.to_vec()).unwrap();
+        assert!([0, 2].contains(&sampled.token), "{sampled:?}");
+        assert_eq!(sampled.top, first(&options_without_bias(&options), &[1.0, f32::NEG_INFINITY, 2.0]).top);
+    }
+    let mut all = sampler(&neutral(), 3);
+    all.exclude([0..3]);
+    assert!(matches!(all.sample(&mut [1.0; 3]), Err(Error::BadLogits)));
+}
+
+fn options_without_bias(options: &SamplingOptions) -> SamplingOptions {
+    SamplingOptions { logit_bias: Vec::new(), ..options.clone() }
+}
+
+#[test]
 fn a_bias_or_penalty_that_overflows_still_counts_as_large() {
     let boosts = [
         SamplingOptions { logit_bias: vec![(1, f32::MAX)], ..neutral() },

@@ -95,6 +95,7 @@ class Request(Returned):
             TimeoutError: The request has not ended in time. It continues.
             MemoryError: The KV cache does not fit into the memory limit.
             ModelError: The engine was closed, or the logits contain no finite value.
+            EngineError: A step failed for all of its requests.
             InternalError: A bug in nybble.
         """
         with self._changed:

@@ -73,7 +73,14 @@ def prepare_tokens(
     # The last token needs no position of its own: it is sampled but never computed.
     left = context - len(ids) + 1
     return PreparedRequest(
-        sequence=native.sequence(ids, options, _constraint(model.tokenizer, options), session),
+        sequence=native.sequence(
+            ids,
+            options,
+            _constraint(model.tokenizer, options),
+            session,
+            # Rows of the output matrix beyond the tokenizer's last token decode to nothing.
+            model.tokenizer.missing_ids(model.info.vocabulary),
+        ),
         tokenizer=model.tokenizer,
         prompt=ids,
         options=options,

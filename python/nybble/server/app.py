@@ -107,6 +107,9 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         if service.draining:
             response.status_code = 503
             return Health(status="draining")
+        if service.engine.failure is not None and not await service.recovers():
+            response.status_code = 503
+            return Health(status="failed")
         return Health(status="ok")
 
     @app.get(

@@ -12,7 +12,8 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from nybble.server.errors import INTERNAL_ERROR, ApiError, out_of_memory
+from nybble.errors import EngineError
+from nybble.server.errors import INTERNAL_ERROR, ApiError, engine_failed, out_of_memory
 from nybble.server.events import collect
 from nybble.server.generation import AnswerGroup
 from nybble.server.protocols.adapter import Adapter
@@ -79,7 +80,7 @@ async def with_timeout(service: Service, http: HttpRequest, work: Coroutine[Any,
         return await cancel_on_disconnect(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
     except ClientDisconnected:
         return Response(status_code=499)  # The client is gone.
-    except (asyncio.TimeoutError, MemoryError) as error:
+    except (asyncio.TimeoutError, MemoryError, EngineError) as error:
         raise _as_api_error(service, error) from error
 
 
@@ -137,5 +138,8 @@ def _as_api_error(service: Service, error: Exception) -> ApiError:
         return ApiError(408, message, code="timeout", headers={"x-should-retry": "false"})
     if isinstance(error, MemoryError):
         return out_of_memory()
+    if isinstance(error, EngineError):
+        _log.error("%s", error, exc_info=error)
+        return engine_failed()
     _log.error("an answer failed", exc_info=error)
     return ApiError(500, INTERNAL_ERROR)

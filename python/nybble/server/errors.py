@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from nybble.errors import ContextFullError, QueueFullError
+from nybble.errors import ContextFullError, EngineError, QueueFullError
 
 INTERNAL_ERROR = "internal server error; see the log of the server"
 """The message of unexpected errors, whose details go to the log only."""
@@ -101,6 +101,11 @@ def out_of_memory() -> ApiError:
     return overloaded("not enough memory for this request at the moment", 503, "out_of_memory")
 
 
+def engine_failed() -> ApiError:
+    """The error of a request that was lost with others when the engine failed. The engine accepts requests again."""
+    return overloaded("the engine failed while it computed this request: try again", 503, "engine_failed")
+
+
 @contextlib.contextmanager
 def as_api_errors(param: str) -> Iterator[None]:
     """Turns errors of the engine into API errors that name a parameter of the request.
@@ -121,6 +126,8 @@ def as_api_errors(param: str) -> Iterator[None]:
         raise ApiError(400, "the request is nested too deeply") from error
     except MemoryError as error:
         raise out_of_memory() from error
+    except EngineError as error:
+        raise engine_failed() from error
     except ValueError as error:
         name = str(error).partition(":")[0]
         raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error

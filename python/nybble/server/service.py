@@ -18,6 +18,9 @@ from nybble.server.options import Settings
 
 T = TypeVar("T")
 
+_RECOVERY_SECONDS = 10
+"""How long a health check waits for an engine that has failed."""
+
 
 @dataclass
 class Service:
@@ -68,6 +71,17 @@ class Service:
     def now() -> int:
         """The creation time of answers, in seconds since 1970."""
         return int(time.time())
+
+    async def recovers(self) -> bool:
+        """Whether the engine, which has failed, computes a token again."""
+        try:
+            await asyncio.wait_for(self._one_token(), _RECOVERY_SECONDS)
+        except Exception:
+            return False
+        return True
+
+    async def _one_token(self) -> None:
+        await self.engine.submit([0], max_tokens=1)
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ class Tokenizer(Returned):
     _returned_by = "Tokenizer.load(...)"
     _parts: _Parts
     _compiled: dict[str, ChatTemplate]
+    _missing_ids: dict[int, list[tuple[int, int]]]
     _grammar: _native.Vocabulary | None
 
     @classmethod
@@ -46,7 +47,7 @@ class Tokenizer(Returned):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._parts = state["_parts"]
-        self._compiled, self._grammar = {}, None
+        self._compiled, self._missing_ids, self._grammar = {}, {}, None
 
     # --- Loading ------------------------------------------------------------------------------------------------------
 
@@ -227,6 +228,22 @@ class Tokenizer(Returned):
         """
         text = self.token_text(token)
         return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
+
+    def missing_ids(self, count: int) -> Sequence[tuple[int, int]]:
+        """The ids below `count` that have no token, as ranges `(first, end)` in ascending order.
+
+        Many models have more rows in their output matrix than tokens.
+        """
+        if (found := self._missing_ids.get(count)) is None:
+            found = []
+            for token in range(count):
+                if token >= self.vocab_size:
+                    found.append((token, count))
+                    break
+                if self._parts.text_of(token) is None:
+                    found.append((token, token + 1))
+            self._missing_ids[count] = found
+        return found
 
     @property
     def _grammar_vocabulary(self) -> _native.Vocabulary:

@@ -263,9 +263,7 @@ impl Loader<'_> {
                 path: self.path().to_path_buf(),
                 place: Place::Tensor(name.to_owned()),
                 what: format!("the type {}", block_type.name()),
-                supported: "supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, \
-                            IQ4_NL, IQ4_XS, MXFP4"
-                    .to_owned(),
+                supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
             });
         }
         // The packed form is at most a panel and a block larger than the tensor, which the file has in full: this bounds

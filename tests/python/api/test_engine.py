@@ -21,6 +21,7 @@ from nybble import (
     Completion,
     ContextFullError,
     Engine,
+    EngineError,
     EngineOptions,
     Model,
     ModelError,
@@ -29,6 +30,7 @@ from nybble import (
     SamplingOptions,
 )
 from nybble.engine_options import EngineOverrides
+from nybble.generation.driver import Driver
 
 # Under this bias the model never ends the text by itself.
 END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
@@ -313,16 +315,65 @@ def test_a_request_that_fails_does_not_affect_others(tiny_model: Model, engine: 
     assert good.result(LONG).text == tiny_model.generate("abc", max_tokens=5, seed=1).text
 
 
-def test_an_error_in_the_engine_thread_reaches_every_request(roomy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(roomy, max_batch=1)
-    running, waiting = endless(engine), engine.submit("abc")
-    monkeypatch.setattr(Request, "_push", lambda *_: 1 // 0)
-    for request in (running, waiting):
+def test_an_error_in_the_text_of_a_request_ends_only_that_request(
+    roomy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = roomy.generate("abc", max_tokens=40, seed=1).text
+    push = Request._push
+    with Engine(roomy) as engine:
+        good = engine.submit("abc", max_tokens=40, seed=1)
+        bad = endless(engine)
+        monkeypatch.setattr(Request, "_push", lambda self, *more: 1 // 0 if self is bad else push(self, *more))
         with pytest.raises(ZeroDivisionError):
-            request.result(LONG)
-    with pytest.raises(ModelError, match="engine has failed: integer division"):
-        engine.submit("abc")
-    engine.close()
+            bad.result(LONG)
+        assert good.result(LONG).text == expected
+        assert engine.failure is None
+
+
+def test_a_failed_step_ends_its_requests_and_later_ones_are_tried_again(
+    roomy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Driver.step
+    fails = threading.Event()
+    monkeypatch.setattr(Driver, "step", lambda self, **how: 1 // 0 if fails.is_set() else step(self, **how))
+    with Engine(roomy, max_batch=1) as engine:
+        running, waiting = endless(engine), engine.submit("abc")
+        fails.set()
+        for request in (running, waiting):
+            with pytest.raises(EngineError, match="engine has failed: integer division") as caught:
+                request.result(LONG)
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        with pytest.raises(EngineError):
+            engine.submit("abc").result(LONG)
+        assert isinstance(engine.failure, ZeroDivisionError)
+        fails.clear()
+        assert (
+            engine.submit("abc", max_tokens=9, seed=1).result(LONG).text
+            == roomy.generate("abc", max_tokens=9, seed=1).text
+        )
+        assert engine.failure is None
+        assert engine.stats().running == 0
+
+
+def test_an_engine_that_cannot_start_again_fails_each_request_until_it_can(
+    roomy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Driver.step
+    monkeypatch.setattr(Driver, "step", lambda self, **how: 1 // 0)
+    with Engine(roomy) as engine:
+        with pytest.raises(EngineError):
+            engine.submit("abc").result(LONG)
+        monkeypatch.setattr(Driver, "step", step)
+        create = engine._loop._new_driver
+        engine._loop._new_driver = no_memory
+        with pytest.raises(MemoryError):
+            engine.submit("abc").result(LONG)
+        engine._loop._new_driver = create
+        assert engine.submit("abc", max_tokens=2).result(LONG).usage.completion_tokens == 2
+
+
+def no_memory() -> Driver[Request]:
+    raise MemoryError
 
 
 def test_a_timeout_ends_the_wait_and_not_the_request(roomy: Model) -> None:

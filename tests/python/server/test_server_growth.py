@@ -75,7 +75,9 @@ def test_no_objects_are_kept_of_disconnected_clients(server: Running, kind: str)
     service = server.service
     assert not service._running
     assert not service.engine._loop._requests
-    assert len(service.engine._loop._driver) == 0
+    driver = service.engine._loop._driver
+    assert driver is not None
+    assert len(driver) == 0
     assert service.engine.stats().cache_bytes <= 1_500_000
 
 

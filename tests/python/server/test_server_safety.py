@@ -22,6 +22,7 @@ from serving import Running, serving, wait
 from nybble import Model
 from nybble.cli import main
 from nybble.engine import Engine
+from nybble.generation.driver import Driver
 from nybble.server import http_server
 
 FORBID_END = {str(tiny.IM_END): -100.0, str(tiny.END_OF_TEXT): -100.0}
@@ -291,6 +292,21 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def test_an_engine_that_failed_answers_503_until_it_computes_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "seed": 1}
+    with serving(engine) as running:
+        expected = ask(running, "/v1/completions", body)[1]["choices"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Driver, "step", lambda *_, **__: 1 // 0)
+            assert code(ask(running, "/v1/completions", body)) == (503, "engine_failed")
+            assert ask(running, "/health") == (503, {"status": "failed"})
+        # The health check is an attempt.
+        assert ask(running, "/health") == (200, {"status": "ok"})
+        assert ask(running, "/v1/completions", body)[1]["choices"] == expected
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])

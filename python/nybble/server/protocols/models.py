@@ -27,4 +27,4 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     """Whether the server accepts requests."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]

@@ -1,7 +1,5 @@
 //! Blocks whose codes are computed from few bits: ternary and binary weights, and NVFP4.
 
-use std::array::from_fn;
-
 use bytemuck::AnyBitPattern;
 use half::f16;
 
@@ -172,6 +170,8 @@ fn half_of_e4m3(bits: u8) -> f16 {
 
 #[cfg(test)]
 mod tests {
+    use std::array::from_fn;
+
     use super::*;
 
     #[test]

@@ -3,8 +3,11 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
+mod codebooks;
 mod decoder;
 mod encode;
+mod few_bits;
+mod grids;
 mod layout;
 #[doc(hidden)]
 pub mod pack;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,8 @@ def read(path: str | os.PathLike[str]) -> list[Document]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        # Every message begins with the path.
-        raise type(error)(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a text") from None
+        reason = f"{(error.strerror or 'cannot be read').lower()}, expected a text"
+        raise type(error)(error.errno or errno.EIO, reason, str(path)) from None
     if data[:4] == b"PAR1":
         return documents.parquet(path)
     try:

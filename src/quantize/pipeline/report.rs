@@ -8,6 +8,7 @@ use crate::quant::block::BlockType;
 
 /// How one matrix was quantized.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TensorReport {
     /// The name of the tensor.
     pub name: String,
@@ -42,6 +43,7 @@ pub struct ExpertCounts {
 
 /// The result of a run, tensor by tensor.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Report {
     /// The source.
     pub source: PathBuf,
@@ -89,7 +91,11 @@ impl Report {
     }
 
     /// The report as JSON.
-    pub fn to_json(&self) -> Value {
+    pub fn to_json(&self) -> String {
+        self.to_value().to_string()
+    }
+
+    pub(in crate::quantize) fn to_value(&self) -> Value {
         let tensor = |tensor: &TensorReport| {
             json!({
                 "name": tensor.name,

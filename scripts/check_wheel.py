@@ -90,7 +90,7 @@ def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
     """Crates of the native module that the notices or the bill of materials omit, and crates that are in neither."""
     listed = set(re.findall(r"^(\S+ \d\S*): ", text, re.MULTILINE))
     linked = {str(crate) for crate in notices.linked(notices.host())}
-    known = {f"{part['name']} {part['version']}" for bill in bills for part in bill.get("components", [])}
+    known = {f"{part['name']} {part.get('version')}" for bill in bills for part in bill.get("components", [])}
     return [
         *(f"THIRD-PARTY-NOTICES: {crate} is missing" for crate in sorted(linked - listed)),
         *(f"THIRD-PARTY-NOTICES: {crate} is not linked on this platform" for crate in sorted(listed - linked)),

@@ -128,7 +128,7 @@ def main() -> None:
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(tokenizer__chat_template=template))
         for prompt in (True, False):
             variables = {"tools": [TOOL], "enable_thinking": False} if prompt else {"tools": [TOOL, TOOL]}
-            text = tokenizer.apply_chat_template(TALK, prompt, **variables)
+            text = tokenizer.apply_chat_template(TALK, add_generation_prompt=prompt, **variables)
             messages = [json.dumps(message) for message in TALK]
             rendered = {key: json.dumps(value) for key, value in variables.items()}
             chats.append(

@@ -210,7 +210,7 @@ def terms_of(crate: Crate) -> list[str]:
     }
     texts = {path: text for path, text in read.items() if is_named(path, FILES)}
     extra = [text for path, text in read.items() if is_named(path, EXTRA_FILES)]
-    offered = re.split(r"\s+OR\s+|/", crate.license)
+    offered = re.split(r"\s+OR\s+|\s*/\s*", crate.license)
     chosen = next((name for name in PHRASES if name in offered), None)
     if chosen == "Apache-2.0":
         return [apache(), *extra]

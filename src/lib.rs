@@ -1,8 +1,8 @@
 //! nybble runs language models on CPUs from 4-bit weights.
 //!
 //! [`Model::load`] reads a GGUF file or a Hugging Face folder, and a [`Tokenizer`] turns text into token ids and back. A
-//! [`Sequence`] is a prompt with its completion so far, and [`step`] computes one token for each of several sequences. A [`Scheduler`] batches many requests, reuses common prefixes and can
-//! speculate. [`quantize::quantize`] writes 4-bit files.
+//! [`Sequence`] is a prompt with its completion so far, and [`step`] computes one token for each of several sequences. A
+//! [`Scheduler`] batches many requests, reuses common prefixes and can speculate. [`quantize()`] writes 4-bit files.
 //!
 //! Results are bit-identical across thread counts, batch sizes, prompt chunks and CPUs.
 //!
@@ -30,7 +30,7 @@
 //! | generate | [`Sequence`], [`step`], [`SamplingOptions`] |
 //! | serve many requests | [`Scheduler`], [`SchedulerOptions`], [`Event`] |
 //! | restrict the output | `Grammar`, `Vocabulary` and `Constraint`, with the feature `grammar` |
-//! | quantize and evaluate | [`quantize`] |
+//! | quantize and evaluate | [`quantize()`], [`QuantizeOptions`], [`mod@quantize`] |
 //! | read and write GGUF | [`format::gguf`] |
 //! | decode and encode block types | [`BlockType`] |
 //! | choose an instruction set | [`kernels`] |
@@ -74,6 +74,7 @@ pub use engine::{Event, Scheduler, SchedulerOptions, Sequence, Speculation, step
 pub use error::{Error, Place, Result};
 pub use model::{CacheType, Input, LoadOptions, Logits, Model, Quantize, Session};
 pub use quant::block::BlockType;
+pub use quantize::{QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
 #[cfg(feature = "chat")]
 pub use tokenizer::{ChatOptions, Message};
 pub use tokenizer::{EncodeOptions, StreamDecoder, Tokenizer};

@@ -180,6 +180,9 @@ fn described(
     }
 }
 
+/// The error number of a file that does not exist, on every system.
+const ENOENT: i32 = 2;
+
 /// The exception for an error, in the form of the package's other messages about tokenizers.
 fn failure(error: Error) -> PyErr {
     match error {
@@ -193,7 +196,8 @@ fn failure(error: Error) -> PyErr {
         }
         Error::Missing { path, .. } => {
             let (folder, name) = (path.parent().unwrap_or(Path::new("")), path.file_name().unwrap_or_default());
-            PyFileNotFoundError::new_err(format!("{}: no {}", folder.display(), name.display()))
+            let reason = format!("the folder has no {}", name.display());
+            PyFileNotFoundError::new_err((ENOENT, reason, folder.display().to_string()))
         }
         Error::Io { ref source, .. } if source.raw_os_error().is_none() => ModelError::new_err(error.to_string()),
         other => other.into(),

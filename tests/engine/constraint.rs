@@ -118,7 +118,14 @@ fn an_invalid_constraint_is_refused_by_name() {
         (schema("[]"), "schema: found JSON that is not an object"),
         (schema("{"), "schema: found EOF while parsing"),
         (schema(&format!("{}{}", r#"{"items":"#.repeat(5_000), "}".repeat(5_000))), "schema: found recursion limit"),
-        (Grammar::Regex("(".to_owned()), "regex: found "),
+        (Grammar::Regex("a|(b".to_owned()), "regex: found unclosed group at \"(b\", expected a regular expression"),
+        (
+            Grammar::Regex("a{5,2}".to_owned()),
+            "regex: found invalid repetition count range, the start must be <= the end",
+        ),
+        (Grammar::Regex("é\n\\d(?<=a)b".to_owned()), "regex: found look-around, including look-ahead and look-behind"),
+        (schema(r#"{"type":"string","pattern":"[a"}"#), "schema: found unclosed character class at \"[a"),
+        (Grammar::Lark("start: /a(/".to_owned()), "grammar: found "),
         (Grammar::Lark("no grammar".to_owned()), "grammar: found "),
     ];
     for (grammar, expected) in cases {

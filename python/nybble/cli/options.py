@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli import terminal
+from nybble.cli import guide, terminal
 from nybble.load_options import LoadOptions
 
 if typing.TYPE_CHECKING:
@@ -30,7 +30,12 @@ if typing.TYPE_CHECKING:
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, a folder or a Hub repository.",
+        show_default=False,
+        autocompletion=guide.models,
+    ),
 ]
 """The model of a command; None for the default model."""
 
@@ -100,10 +105,13 @@ _FORMS = {
 }
 """The forms of the fields of `SamplingOptions` whose types have no equivalent on a command line."""
 
-_PANELS = {"LoadOptions": "Model", "SamplingOptions": "Sampling"}
+_METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER", str: "TEXT", str | None: "TEXT"}
+"""Placeholders by type, where the field has none."""
+_PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
+    ("ServeOptions", "cache_bytes"),  # --cache-gb sets it.
 }
 
 
@@ -155,10 +163,10 @@ def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
         declared = typer.Option(
             f"--{name}/--no-{name}" if form.type is bool else f"--{name}",
             help=metadata["help"],
-            metavar=metadata.get("metavar", form.metavar),
+            metavar=metadata.get("metavar", form.metavar or _METAVARS.get(form.type)),
             envvar=metadata.get("envvar"),
             show_default=default not in (None, []),
-            rich_help_panel=metadata.get("panel", _PANELS.get(group.__name__)),
+            rich_help_panel=metadata.get("panel", _panel(group, field.name)),
         )
         found.append(
             inspect.Parameter(
@@ -169,6 +177,12 @@ def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def _panel(group: Any, name: str) -> str | None:
+    """The heading of a field in the help: that of the class which defines it."""
+    owner = next(c for c in reversed(group.__mro__) if name in getattr(c, "__dataclass_fields__", ()))
+    return _PANELS.get(owner.__name__)
 
 
 def _build(group: Any, forms: Mapping[str, _Form], values: dict[str, Any]) -> Any:

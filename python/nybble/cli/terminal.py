@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import io
 import logging
 import os
 import sys
@@ -27,9 +29,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def replace_unencodable() -> None:
+    """Makes standard output replace characters that its encoding lacks, such as emoji in Latin-1."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
 def note(text: str) -> None:
     """Writes a line to standard error, dim on a terminal."""
-    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    # NO_COLOR counts unless it is empty: https://no-color.org
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     text = printable(text)
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
     sys.stderr.flush()
@@ -39,6 +48,13 @@ def complain(text: str) -> None:
     """Writes the one line that says why a command failed."""
     sys.stderr.write(f"nybble: {printable(' '.join(text.split()))}\n")
     sys.stderr.flush()
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error. That of a file begins with the file, as all messages do, and has no error number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 class _Notes(logging.Handler):
@@ -52,6 +68,24 @@ def show_log() -> None:
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
         logger.setLevel(logging.INFO)
+
+
+def log_with_times(name: str, level: str) -> None:
+    """Writes the log of a long-running command to standard error, each line with its time and level."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line("%(asctime)s %(levelname)-7s %(message)s"))
+    for each in (name, "uvicorn", "asyncio"):
+        logger = logging.getLogger(each)
+        logger.handlers = [handler]
+        logger.propagate = False
+    logging.getLogger(name).setLevel(level.upper())
+
+
+class _Line(logging.Formatter):
+    """Times in the format of RFC 3339, with the offset from UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
 
 
 def show_warnings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from nybble.models.cache import CachedModel, cached_models
 from nybble.models.default_model import DEFAULT_MODEL, resolve_default_model
 from nybble.models.files import choose
-from nybble.models.paths import cache_dir
+from nybble.models.paths import cache_dir, expand
 from nybble.models.repository import download
 
 __all__ = ["DEFAULT_MODEL", "CachedModel", "cache_dir", "cached_models", "resolve"]
@@ -46,11 +47,13 @@ def resolve(
             download has the wrong hash.
         ValueError: `filename` or `revision` does not apply to the source.
     """
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: found {type(source).__name__}, expected a path, a repository or None")
     if source is None:
         if filename is not None or revision is not None:
             raise ValueError("filename and revision need a source, found none")
         return resolve_default_model()
-    path = Path(source).expanduser()
+    path = expand(source)
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None and not path.exists()
     if is_repository:
         return download(str(source), filename, revision, only_tokenizer)
@@ -60,21 +63,31 @@ def resolve(
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
         chosen = choose(names, filename, f"folder {path}")
         if not chosen and not any(name.endswith(".json") for name in names):
-            raise FileNotFoundError(f"{path}: the folder holds no model (no .gguf and no config.json)")
+            reason = "the folder holds no model (no .gguf and no config.json)"
+            raise FileNotFoundError(errno.ENOENT, reason, str(path))
         return path / chosen[0] if chosen else path
     if filename is not None and path.exists():
         raise ValueError(f"filename: found {filename!r}, but {path} is a file, not a folder or a repository")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder{_suggestion(path)}")
+        raise FileNotFoundError(errno.ENOENT, _missing(path), str(path))
     return path
 
 
-def _suggestion(path: Path) -> str:
+def _missing(path: Path) -> str:
+    """Why nothing is at a path."""
     import difflib
 
     try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a loop of links"
+    if path.is_symlink():
+        return f"a link to {path.readlink()}, which does not exist"
+    try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return f" (the folder {path.parent} does not exist)"
+        return f"no such file or folder (the folder {path.parent} does not exist)"
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    suggestion = f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    return f"no such file or folder{suggestion}"

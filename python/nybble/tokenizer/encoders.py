@@ -60,6 +60,29 @@ class PackageEncoder:
                 raise ModelError(f"the vocabulary cannot encode {text!r:.60} ({error})") from error
             raise
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at least, without encoding it; 0 where none is known."""
+        if self._coverage is None:
+            return 0
+        longest, uncovered = self._coverage
+        return len(text.encode("utf-8", "replace").translate(None, uncovered)) // longest
+
+    @cached_property
+    def _coverage(self) -> tuple[int, bytes] | None:
+        """The most bytes of a text that a token covers, and the bytes that none covers.
+
+        None if a token may cover more bytes than it has.
+        """
+        package = self.package
+        added: Mapping[int, AddedToken] = package.get_added_tokens_decoder()
+        trims = any(token.lstrip or token.rstrip for token in added.values())
+        if package.normalizer is not None or trims or not isinstance(package.model, models.BPE):
+            return None
+        pieces = package.get_vocab(with_added_tokens=False)
+        # A character stands for a byte in these vocabularies, but for itself in added tokens.
+        longest = max([*map(len, pieces), *(len(token.content.encode()) for token in added.values())])
+        return longest, bytes(byte for byte, char in enumerate(_byte_level_alphabet()) if char not in pieces)
+
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
         """The same tokenizer without special tokens. The package's own switch for that affects all threads.
@@ -76,3 +99,10 @@ class PackageEncoder:
         literal.add_tokens([added[i] for i in sorted(added)])  # This order gives them the same ids.
         literal.encode_special_tokens = True
         return literal
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The characters that stand for bytes in byte-level vocabularies, in the order of the bytes."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

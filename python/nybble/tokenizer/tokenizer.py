@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.models import hub
+from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 from nybble.tokenizer.encoders import PackageEncoder
 
@@ -22,25 +24,76 @@ _Build = Callable[[str], "str | None"]
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 
-class Tokenizer:
+_LONG_TEXT = 100_000
+"""Characters whose encoding takes a noticeable time."""
+
+
+@dataclass(frozen=True)
+class _InGguf:
+    path: str
+    mmap: bool
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_gguf(self.path, self.mmap, build)
+
+
+@dataclass(frozen=True)
+class _InMetadata:
+    metadata: Mapping[str, Any]
+    where: str
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_metadata(self.metadata, self.where, build)
+
+
+@dataclass(frozen=True)
+class _InFolder:
+    folder: str
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_folder(self.folder, build)
+
+
+class Tokenizer(Returned):
     """The vocabulary and chat templates of a model.
 
     `Tokenizer.load` reads one from a model file, a folder or a repository. Threads may share a tokenizer.
     """
 
-    def __init__(self, where: str, describe: Callable[[_Build], _native.TokenizerDescription]) -> None:
-        self._where = where
-        self._package: PackageEncoder | None = None
-        self._native = describe(self._build)
-        for warning in self._native.warnings:
-            warnings.warn(warning, stacklevel=3)
-        self._special_ids = frozenset(self._native.special_ids)
-        self._eos_ids = frozenset(self._native.end_ids)
-        self._chat_templates = self._native.chat_templates
-        self._special_texts = self._native.special_spellings
-        self._compiled: dict[str, ChatTemplate] = {}
-        self._missing_ids: dict[int, list[tuple[int, int]]] = {}
-        self._grammar_vocabulary: _native.Vocabulary | None = None
+    _returned_by = "Tokenizer.load(...)"
+    _where: str
+    _describe: Callable[[_Build], _native.TokenizerDescription]
+    _description: _native.TokenizerDescription
+    _package: PackageEncoder | None
+    _special_ids: frozenset[int]
+    _eos_ids: frozenset[int]
+    _chat_templates: Mapping[str, str]
+    _special_texts: Mapping[str, str]
+    _compiled: dict[str, ChatTemplate]
+    _missing_ids: dict[int, list[tuple[int, int]]]
+    _grammar: _native.Vocabulary | None
+
+    @classmethod
+    def _of(cls, where: str, describe: Callable[[_Build], _native.TokenizerDescription]) -> Tokenizer:
+        tokenizer = cls.__new__(cls)
+        tokenizer.__setstate__({"_where": where, "_describe": describe})
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Everything else is read or built again.
+        return {"_where": self._where, "_describe": self._describe}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._where, self._describe = state["_where"], state["_describe"]
+        self._package = None
+        self._description = self._describe(self._build)
+        for warning in self._description.warnings:
+            warnings.warn(warning, stacklevel=4)
+        self._special_ids = frozenset(self._description.special_ids)
+        self._eos_ids = frozenset(self._description.end_ids)
+        self._chat_templates = self._description.chat_templates
+        self._special_texts = self._description.special_spellings
+        self._compiled, self._missing_ids, self._grammar = {}, {}, None
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -84,7 +137,7 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> Tokenizer:
         """Loads the tokenizer of a GGUF file. See `load` for errors."""
-        return cls(os.fspath(path), lambda build: _native.TokenizerDescription.from_gguf(path, mmap, build))
+        return cls._of(os.fspath(path), _InGguf(os.fspath(path), mmap))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
@@ -97,16 +150,17 @@ class Tokenizer:
         Raises:
             ModelError: The metadata is inconsistent, or its kind of tokenizer is not supported.
         """
-        return cls(where, lambda build: _native.TokenizerDescription.from_metadata(metadata, where, build))
+        return cls._of(where, _InMetadata(dict(metadata), where))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Loads the tokenizer of a folder with a `tokenizer.json`. See `load` for errors."""
-        return cls(os.fspath(folder), lambda build: _native.TokenizerDescription.from_folder(folder, build))
+        return cls._of(os.fspath(folder), _InFolder(os.fspath(folder)))
 
     # --- Encoding and decoding ----------------------------------------------------------------------------------------
 
-    def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
+    @keyword_only("add_special")
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Encodes a text to token ids.
 
         Args:
@@ -122,9 +176,15 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
-        encoder = self._native if self._package is None else self._package
+        encoder = self._description if self._package is None else self._package
         ids = encoder.encode(_without_lone_surrogates(text), parse_special)
-        return self._native.framed(ids, parse_special) if add_special else ids
+        return self._description.framed(ids, parse_special) if add_special else ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that a long text has at least, without encoding it; 0 where none is known."""
+        if len(text) <= _LONG_TEXT or self._package is None:
+            return 0
+        return self._package.fewest_tokens(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes token ids to text, without special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -132,16 +192,20 @@ class Tokenizer:
         For ids that continue a text, use `StreamDecoder` with the ids before them.
 
         Raises:
+            TypeError: `ids` are not token ids.
             ValueError: An id is not in the vocabulary.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids: found {type(ids).__name__}, expected token ids")
         decoder = StreamDecoder(self)
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
+    @keyword_only("add_generation_prompt")
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
         *,
+        add_generation_prompt: bool = True,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
@@ -163,6 +227,8 @@ class Tokenizer:
 
         Raises:
             ModelError: There is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
+            TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
+            ValueError: A message has no role or no content.
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
@@ -196,7 +262,7 @@ class Tokenizer:
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        text = self._native.token_text(token) if 0 <= token < self.vocab_size else None
+        text = self._description.token_text(token) if 0 <= token < self.vocab_size else None
         if text is None:
             raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
         return text
@@ -207,7 +273,7 @@ class Tokenizer:
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        written = self._native.token_bytes(token) if 0 <= token < self.vocab_size else None
+        written = self._description.token_bytes(token) if 0 <= token < self.vocab_size else None
         if written is None:
             raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
         return written
@@ -218,40 +284,40 @@ class Tokenizer:
         Many models have more rows in their output matrix than tokens.
         """
         if (found := self._missing_ids.get(count)) is None:
-            found = self._missing_ids[count] = self._native.missing_ids(count)
+            found = self._missing_ids[count] = self._description.missing_ids(count)
         return found
 
     @property
-    def grammar_vocabulary(self) -> _native.Vocabulary:
+    def _grammar_vocabulary(self) -> _native.Vocabulary:
         """The vocabulary for grammars, built on first use.
 
         Raises:
             ValueError: The vocabulary has no token that ends a text, which grammars need.
         """
-        if self._grammar_vocabulary is None:
+        if self._grammar is None:
             if not self.eos_ids:
                 raise ValueError(f"{self._where}: found no token that ends a text, which grammars need")
-            self._grammar_vocabulary = self._native.grammar_vocabulary()
-        return self._grammar_vocabulary
+            self._grammar = self._description.grammar_vocabulary()
+        return self._grammar
 
     def id_of(self, text: str) -> int | None:
         """The id of the token with this spelling; None if there is none."""
-        return self._native.id_of(text)
+        return self._description.id_of(text)
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens."""
-        return self._native.vocab_size
+        return self._description.vocab_size
 
     @property
     def bos_id(self) -> int | None:
         """The start token, if the model has one."""
-        return self._native.bos_id
+        return self._description.bos_id
 
     @property
     def eos_id(self) -> int | None:
         """The end token, if the model has one."""
-        return self._native.eos_id
+        return self._description.eos_id
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -266,7 +332,7 @@ class Tokenizer:
     @property
     def adds_space(self) -> bool:
         """Whether `encode` puts a space before a text, which `decode` removes."""
-        return self._native.adds_space
+        return self._description.adds_space
 
     @property
     def has_chat_template(self) -> bool:

@@ -160,6 +160,21 @@ impl Description {
     }
 }
 
+/// What a vocabulary says about generation.
+#[derive(Debug, Default)]
+pub(crate) struct Limits {
+    /// The tokens that end a generation, sorted.
+    pub(crate) ends: Vec<u32>,
+    /// Rows of the output matrix without a token, which are never sampled.
+    pub(crate) missing: Vec<Range<u32>>,
+}
+
+impl Limits {
+    pub(super) fn of(description: &Description, rows: usize) -> Limits {
+        Limits { ends: description.ends.clone(), missing: description.missing_ids(rows) }
+    }
+}
+
 /// Reserves and frees as much memory as a vocabulary with these tokens takes: a map that cannot grow aborts the process.
 ///
 /// # Errors

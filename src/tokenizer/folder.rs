@@ -230,9 +230,9 @@ impl<'a> Vocabulary<'a> {
             }
         }
         if !is_list {
-            for pair in tokens.windows(2).filter(|pair| pair[0].1 == pair[1].1) {
-                let (found, id) = (format!("the id {} of {}", pair[0].1, shown(pair[0].0)), shown(pair[1].0));
-                return Err(source.part(&format!("token {id}"), found, "its own"));
+            if let Some([first, second]) = tokens.windows(2).find(|pair| pair[0].1 == pair[1].1) {
+                let found = format_args!("the id {} of {}", first.1, shown(first.0));
+                return Err(source.part(&format!("token {}", shown(second.0)), found, "its own"));
             }
             if let Some((text, id)) = tokens.iter().find(|(_, id)| *id as usize >= vocabulary.size) {
                 let expected = format_args!("one below {}", vocabulary.size);

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::description::{Build, Description, MAX_TOKEN_LENGTH, Tokens, reserve};
+use super::description::{Build, Description, Limits, MAX_TOKEN_LENGTH, Tokens, reserve};
 use super::json::{AddedToken, Bpe};
 use super::keys::{Keys, quoted};
 use super::pre_tokenizers::{self, Found, Rule};
 use super::sentencepiece::{Piece, SentencePiece, TokenKind};
 use super::token_bytes::{Spelling, byte_of};
-use super::{Limits, ends, folder};
+use super::{ends, folder};
 use crate::error::Result;
 use crate::format::gguf::{Metadata, StringArray};
 
@@ -108,7 +108,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let text = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
     let named = [("bos_token", bos), ("eos_token", eos), ("unk_token", unknown)];
     let named = named.into_iter().filter_map(|(name, id)| Some((name.to_owned(), text(id?)?)));
-    let mut special: Vec<u32> = of_kinds(&kinds, &[CONTROL, UNKNOWN]).collect();
+    let mut special: Vec<u32> = of_kinds(&kinds, [CONTROL, UNKNOWN]).collect();
     special.sort_unstable();
     Ok(Description {
         path: keys.path.to_path_buf(),
@@ -117,7 +117,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
             texts: texts.clone(),
             missing: HashSet::new(),
             spelling: if is_sentencepiece { Spelling::Pieces } else { Spelling::ByteLevel },
-            literal: special.iter().copied().chain(of_kinds(&kinds, &[USER_DEFINED])).collect(),
+            literal: special.iter().copied().chain(of_kinds(&kinds, [USER_DEFINED])).collect(),
             special,
             ids: OnceLock::new(),
         },
@@ -164,9 +164,9 @@ pub(super) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Li
 }
 
 /// The ids of all tokens of these kinds, one kind after the other.
-fn of_kinds<'k>(kinds: &'k [u8], wanted: &[u8]) -> impl Iterator<Item = u32> + use<'k> {
+fn of_kinds<const N: usize>(kinds: &[u8], wanted: [u8; N]) -> impl Iterator<Item = u32> {
     let all = move |kind| (0..).zip(kinds).filter(move |(_, other)| **other == kind).map(|(id, _)| id);
-    wanted.to_vec().into_iter().flat_map(all)
+    wanted.into_iter().flat_map(all)
 }
 
 fn is_sentencepiece(keys: &Keys<'_>) -> Result<bool> {
@@ -280,7 +280,7 @@ fn drops_space_after(keys: &Keys<'_>, texts: &StringArray, kinds: &[u8]) -> Resu
     }
     let kept: [&[u8]; 3] = [b"<unk>", b"<s>", b"<|endoftext|>"];
     let drops = |id: &u32| texts.get(*id as usize).is_some_and(|text| !kept.contains(&text));
-    Ok(of_kinds(kinds, &[USER_DEFINED, CONTROL, UNKNOWN]).filter(drops).collect())
+    Ok(of_kinds(kinds, [USER_DEFINED, CONTROL, UNKNOWN]).filter(drops).collect())
 }
 
 fn chat_templates(keys: &Keys<'_>) -> Result<BTreeMap<String, String>> {
@@ -338,7 +338,7 @@ impl<'a> Vocabulary<'a> {
         };
         let added =
             [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)].into_iter().flat_map(|(kind, special)| {
-                of_kinds(self.kinds, &[kind]).filter_map(move |id| Some((id, own(id)?, special)))
+                of_kinds(self.kinds, [kind]).filter_map(move |id| Some((id, own(id)?, special)))
             });
         let added =
             added.map(|(id, content, special)| AddedToken { id, content, special, rstrip: drops_space.contains(&id) });

@@ -44,11 +44,11 @@ pub mod sentencepiece;
 mod stream;
 mod token_bytes;
 
-use std::ops::Range;
 use std::path::Path;
 
 #[cfg(feature = "chat")]
 pub use chat::{ChatOptions, Message};
+pub(crate) use description::Limits;
 use description::{Build, Description};
 pub use stream::StreamDecoder;
 
@@ -179,13 +179,13 @@ impl Tokenizer {
 
     /// A decoder of the ids of a new text, one at a time.
     pub fn decoder(&self) -> StreamDecoder<'_> {
-        StreamDecoder::new(self, &[])
+        StreamDecoder::new(&self.description, &[])
     }
 
     /// A decoder of ids that continue the text of the ids `before`, such as a prompt. If the vocabulary puts a space before
     /// each text, decoding removes it only at the start of a text: at the very beginning or after a special token.
     pub fn decoder_after(&self, before: &[u32]) -> StreamDecoder<'_> {
-        StreamDecoder::new(self, before)
+        StreamDecoder::new(&self.description, before)
     }
 
     /// The number of token ids.
@@ -246,10 +246,6 @@ impl Tokenizer {
         &self.description.warnings
     }
 
-    fn adds_space(&self) -> bool {
-        self.description.adds_space
-    }
-
     /// The description that it was built from.
     #[cfg(any(feature = "chat", feature = "grammar"))]
     pub(crate) fn description(&self) -> &Description {
@@ -279,21 +275,6 @@ pub(crate) fn describe_folder(path: &Path, build: &mut Build<'_>) -> Result<Desc
 #[cfg(feature = "python")]
 pub(crate) fn describe_metadata(metadata: &Metadata, path: &Path, build: &mut Build<'_>) -> Result<Description> {
     gguf::describe(metadata, path, build)
-}
-
-/// What a vocabulary says about generation.
-#[derive(Debug, Default)]
-pub(crate) struct Limits {
-    /// The tokens that end a generation, sorted.
-    pub(crate) ends: Vec<u32>,
-    /// Rows of the output matrix without a token, which are never sampled.
-    pub(crate) missing: Vec<Range<u32>>,
-}
-
-impl Limits {
-    fn of(description: &Description, rows: usize) -> Limits {
-        Limits { ends: description.ends.clone(), missing: description.missing_ids(rows) }
-    }
 }
 
 /// The limits of the model at `path` with these metadata and `rows` rows in its output matrix, without building a tokenizer.

@@ -1,14 +1,15 @@
 //! Decoding token by token.
 
-use super::Tokenizer;
+use super::description::Description;
 use crate::error::Result;
 
-/// Decodes token ids one at a time. The joined pieces equal [`Tokenizer::decode`] of all ids.
+/// Decodes token ids one at a time. The joined pieces equal [`Tokenizer::decode`](super::Tokenizer::decode) of all ids.
 ///
-/// [`Tokenizer::decoder`] and [`Tokenizer::decoder_after`] make one.
+/// [`Tokenizer::decoder`](super::Tokenizer::decoder) and
+/// [`Tokenizer::decoder_after`](super::Tokenizer::decoder_after) make one.
 #[derive(Debug, Clone)]
 pub struct StreamDecoder<'t> {
-    tokenizer: &'t Tokenizer,
+    description: &'t Description,
     /// Bytes of a character that is not complete yet.
     incomplete: Vec<u8>,
     /// Whether the next text loses its first space, which encoding has added.
@@ -16,9 +17,9 @@ pub struct StreamDecoder<'t> {
 }
 
 impl<'t> StreamDecoder<'t> {
-    pub(super) fn new(tokenizer: &'t Tokenizer, after: &[u32]) -> StreamDecoder<'t> {
-        let at_start = after.last().is_none_or(|last| tokenizer.is_special(*last));
-        StreamDecoder { tokenizer, incomplete: Vec::new(), drops_space: tokenizer.adds_space() && at_start }
+    pub(super) fn new(description: &'t Description, after: &[u32]) -> StreamDecoder<'t> {
+        let at_start = after.last().is_none_or(|last| description.is_special(*last));
+        StreamDecoder { description, incomplete: Vec::new(), drops_space: description.adds_space && at_start }
     }
 
     /// The text that this token completes: whole characters only, and none for a special token. Bytes that are not UTF-8
@@ -27,10 +28,10 @@ impl<'t> StreamDecoder<'t> {
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an id that is not in the vocabulary.
     pub fn push(&mut self, token: u32) -> Result<String> {
-        if self.tokenizer.is_special(token) {
+        if self.description.is_special(token) {
             return Ok(String::new());
         }
-        let bytes = self.tokenizer.token_bytes(token)?;
+        let bytes = self.description.token_bytes(token).ok_or_else(|| self.description.unknown(token))?;
         let mut new = bytes.as_slice();
         if self.drops_space && !new.is_empty() {
             self.drops_space = false;

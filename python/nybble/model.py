@@ -306,13 +306,15 @@ class Model:
             MemoryError: The logits do not fit into memory.
             ValueError: A token is unknown.
         """
+        if getattr(ids, "ndim", 1) != 1:
+            raise ValueError(f"ids: found an array of shape {getattr(ids, 'shape', ())}, expected one dimension")
         return self._native.logits(list(ids))
 
     def embed(
         self,
         text: str | Prompts,
         *,
-        pooling: Literal["mean", "last"] = "mean",
+        pooling: Literal["mean", "last"] | None = None,
         normalize: bool = True,
     ) -> npt.NDArray[np.float32]:
         """Returns embeddings of documents, a float32 array of shape (documents, hidden_size).
@@ -322,13 +324,15 @@ class Model:
 
         Args:
             text: A document, or a list of documents.
-            pooling: "mean" of all tokens, or the "last" token.
+            pooling: "mean" of all tokens, or the "last" token. None is what the file says, otherwise "mean".
             normalize: Scale each embedding to length 1.
 
         Raises:
             ContextFullError: A document does not fit into the context.
             ValueError: A document has no tokens, or `pooling` is unknown.
         """
+        if pooling is None:
+            pooling = self.info.pooling
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
         import numpy as np

@@ -86,10 +86,10 @@ class SamplingOptions:
         default=256, metadata=doc("Stop after this many new tokens; None continues until the context is full.")
     )
     """Largest number of tokens in a completion; None continues until the context is full."""
-    stop: str | Sequence[str] = field(
+    stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before any of these strings; the completion does not include them.")
     )
-    """Strings that end the completion, which does not include them."""
+    """Strings that end the completion, which does not include them; None or an empty list for none."""
     logprobs: int | None = field(
         default=None, metadata=doc("Report the log-probability of each token and of this many likely alternatives.")
     )
@@ -127,7 +127,9 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
         if self.schema is not None:
@@ -158,7 +160,7 @@ class SamplingOverrides(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     logprobs: int | None
     schema: Mapping[str, Any] | type | str | None
     regex: str | None

@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (failure), 2 (wrong usage) or 130 (interrupted).
     """
-    from nybble.cli.terminal import complain, show_warnings
+    from nybble.cli.terminal import complain, open_standard_streams, show_warnings
 
+    open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _add_commands(arguments)

@@ -25,7 +25,7 @@ class CompletionBuilder:
         self._limit = request.limit
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)
-        self._stops = StopMatcher(request.options.stop)
+        self._stops = StopMatcher(request.options.stop or ())
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if request.options.logprobs is None else []

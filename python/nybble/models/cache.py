@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.models.default_model import DEFAULT_MODEL
-from nybble.models.files import group_shards
+from nybble.models.files import group_shards, is_companion
 from nybble.models.paths import cache_dir
 
 
@@ -28,14 +28,16 @@ def cached_models() -> list[CachedModel]:
     from huggingface_hub import constants
 
     found: list[CachedModel] = []
-    for path in sorted((cache_dir() / "models").glob("*.gguf")):
+    for path in sorted(path for path in (cache_dir() / "models").glob("*.gguf") if path.is_file()):
         is_default = path.name == DEFAULT_MODEL.file
         found.append(CachedModel(None if is_default else str(path), None, path, path.stat().st_size))
     for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         repository = storage.name.removeprefix("models--").replace("--", "/", 1)
         snapshots = storage / "snapshots"
         models = group_shards(
-            (path.relative_to(snapshots).as_posix().partition("/")[2], path) for path in snapshots.glob("*/**/*.gguf")
+            (path.relative_to(snapshots).as_posix().partition("/")[2], path)
+            for path in snapshots.glob("*/**/*.gguf")
+            if path.is_file() and not is_companion(path.name)  # A link may lead nowhere.
         )
         for name, paths in sorted(models.items()):
             files = {path.name: path for path in sorted(paths)}  # Several revisions may hold the same file.

@@ -149,7 +149,7 @@ def _cached(repository: str, filename: str | None, revision: str | None, only_to
     from huggingface_hub import constants
 
     snapshot = snapshot_folder(repository, revision or constants.DEFAULT_REVISION)
-    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
+    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf") if file.is_file()]
     for_tokenizer = only_tokenizer and filename is None and (snapshot / TOKENIZER).is_file()
     is_checkpoint = not names and filename is None and any(snapshot.glob("*.safetensors"))
     if not names and not for_tokenizer and not is_checkpoint:

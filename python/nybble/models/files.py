@@ -22,6 +22,10 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
+_OLDER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+"""Vocabularies of repositories without `tokenizer.json`."""
+_PACKING_FILES = ("quantize_config.json", "quant_config.json")
+"""What AutoGPTQ and AutoAWQ wrote before `config.json` had it."""
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _PROJECTOR = re.compile(r"(?:^|[-_.])mmproj(?:[-_.]|$)", re.IGNORECASE)
@@ -105,7 +109,8 @@ def choose_checkpoint(names: Iterable[str], where: str) -> list[str]:
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]
     if weights and "config.json" in top:
-        return weights + [name for name in top if name in TOKENIZER_FILES]
+        small = {*TOKENIZER_FILES, *_PACKING_FILES, *(() if TOKENIZER in top else _OLDER_FILES)}
+        return weights + [name for name in top if name in small]
     if pickles := [name for name in top if name.endswith(_PICKLES)]:
         raise ModelError(
             f"{where}: the weights are only in {pickles[0]}, a pickle, which can run any code when it is opened; "

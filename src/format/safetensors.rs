@@ -70,7 +70,7 @@ impl TensorInfo {
     }
 
     /// Whether it has no values.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
 

@@ -20,9 +20,10 @@ pub struct Config {
     /// The longest context that the model was made for.
     pub context: usize,
     /// The longest context of a session: more than `context` where the file stretches the rotation further.
-    pub longest: usize,
+    pub(crate) longest: usize,
     /// How the hidden states of a text become its embedding, where the file says it.
-    pub pooling: Option<Pooling>,
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) pooling: Option<Pooling>,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Query heads.
@@ -65,7 +66,7 @@ pub struct Config {
 
 /// How the hidden states of a text become its embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pooling {
+pub(crate) enum Pooling {
     /// Their mean.
     Mean,
     /// That of the last token.
@@ -74,7 +75,8 @@ pub enum Pooling {
 
 impl Pooling {
     /// Its name in Python and in the server.
-    pub fn name(self) -> &'static str {
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Pooling::Mean => "mean",
             Pooling::Last => "last",

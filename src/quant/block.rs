@@ -83,7 +83,7 @@ impl BlockType {
     }
 
     /// The name of a type that ggml has withdrawn, by its id, and what to take instead.
-    pub fn retired(id: u32) -> Option<(&'static str, &'static str)> {
+    pub(crate) fn retired(id: u32) -> Option<(&'static str, &'static str)> {
         let q4_0 = "a file in Q4_0, whose weights are rearranged while they load";
         let iq4_nl = "a file in IQ4_NL, whose weights are rearranged while they load";
         Some(match id {

@@ -136,7 +136,7 @@ impl Value {
     }
 
     /// An integer of any type from -2^63 to 2^63 - 1.
-    pub fn as_i64(&self) -> Option<i64> {
+    pub(crate) fn as_i64(&self) -> Option<i64> {
         self.as_integer().and_then(|v| i64::try_from(v).ok())
     }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
+#[cfg(feature = "grammar")]
 use super::constraint::Constraint;
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
@@ -50,6 +51,7 @@ impl Sequence {
     }
 
     /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
+    #[cfg(feature = "grammar")]
     pub fn constrain(&mut self, constraint: Constraint) {
         self.sampler.constrain(constraint);
     }
@@ -104,7 +106,12 @@ impl Sequence {
     }
 
     /// Samples a token from `logits` and appends it. It is not pending yet.
+    ///
+    /// # Errors
+    /// [`Error::CacheOverflow`](crate::Error::CacheOverflow) and [`Error::BadLogits`](crate::Error::BadLogits).
     pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        // This error says more than the one about logits, which are NaN for the same reason.
+        self.session.check_cache()?;
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);
         Ok(sampled)
@@ -116,8 +123,8 @@ impl Sequence {
 /// A sequence's tokens are bit-identical to those it gets alone.
 ///
 /// # Errors
-/// Those of [`Model::forward`], with all sequences as they were before; [`Error::BadLogits`] when nothing can be sampled.
-/// [`Error::InvalidArgument`] for a sequence without pending tokens.
+/// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`]
+/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence without pending tokens.
 pub fn step(
     model: &Model,
     sequences: &mut [&mut Sequence],

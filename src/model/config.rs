@@ -14,6 +14,7 @@ const MAX_LAYERS: usize = 1024;
 
 /// Hyperparameters of a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Config {
     /// Choices of the family.
     pub family: &'static Family,
@@ -86,6 +87,7 @@ impl Pooling {
 
 /// The settings that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LayerConfig {
     /// Its mixer and its feed-forward layer.
     pub kind: LayerKind,
@@ -97,6 +99,7 @@ pub struct LayerConfig {
 
 /// Mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct ExpertsConfig {
     /// Experts in a layer.
     pub count: usize,

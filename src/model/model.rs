@@ -25,6 +25,7 @@ use crate::threads::{ThreadPool, resolve_threads};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Quantize {
     /// [`Quantize::Int4`] for a Hugging Face folder, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
     /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
@@ -56,6 +57,7 @@ impl Quantize {
 
 /// Options of loading a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
     pub kernel: Option<String>,
@@ -85,6 +87,15 @@ impl Default for LoadOptions {
         }
     }
 }
+
+setters!(LoadOptions {
+    with_kernel(kernel: impl Into<Option<String>>),
+    with_threads(threads: impl Into<Option<usize>>),
+    with_context(context: impl Into<Option<usize>>),
+    with_quantize(quantize: Quantize),
+    with_cache_type(cache_type: impl Into<Option<CacheType>>),
+    with_mmap(mmap: bool),
+});
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
@@ -193,8 +204,9 @@ impl Model {
     /// [`vocabulary`](Model::vocabulary) numbers per token, in the order of the inputs; for [`Logits::Hidden`] a row of
     /// [`hidden`](Config::hidden) numbers. All inputs of a step want logits, or all want hidden states.
     ///
-    /// The bits of a token's result do not depend on what else is in the step. `interrupted` is called between layers; when
-    /// it returns true the step ends.
+    /// The bits of a token's result do not depend on what else is in the step. The result of an input whose keys or values
+    /// the cache type does not hold is NaN: see [`Session::check_cache`]. `interrupted` is called between layers; when it
+    /// returns true the step ends.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an unknown token, no tokens, or a session of another model;
@@ -240,6 +252,11 @@ impl Model {
         Session::new(self.shape, self.context, self.id)
     }
 
+    /// An empty session whose cache has another type than those of the model.
+    pub(crate) fn session_in(&self, cache_type: CacheType) -> Session {
+        Session::new(CacheShape::of(self.config(), cache_type), self.context, self.id)
+    }
+
     /// The file or folder it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path
@@ -251,6 +268,7 @@ impl Model {
     }
 
     /// Hyperparameters.
+    #[doc(hidden)]
     pub fn config(&self) -> &Config {
         &self.transformer.config
     }
@@ -291,6 +309,7 @@ impl Model {
     }
 
     /// The thread pool that computes, for measurements.
+    #[doc(hidden)]
     pub fn pool(&self) -> &ThreadPool {
         &self.transformer.pool
     }
@@ -330,6 +349,7 @@ impl Model {
             path: &self.path,
             fingerprint: &|| (*self.fingerprint()).into(),
             shape: self.shape,
+            kernel: self.kernel(),
             context: self.context,
             vocabulary: self.vocabulary(),
         })
@@ -355,7 +375,8 @@ impl Session {
     }
 
     /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues bit-identically to the saved
-    /// session, on any kernel and any number of threads.
+    /// session, on any kernel and any number of threads. An INT8 session of a version that had one scale per head is converted;
+    /// it continues with other bits.
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,

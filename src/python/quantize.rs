@@ -13,8 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target, TensorFormats,
-    TuningOptions, auto, quantize as run, spend_bits,
+    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target,
+    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, spend_bits, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -23,6 +23,8 @@ pub(super) struct Options {
     recipe: String,
     search: bool,
     block_format: String,
+    #[pyo3(default)]
+    chooses_format: bool,
     group_size: usize,
     bits_per_weight: Option<f64>,
     output_type: String,
@@ -33,6 +35,8 @@ pub(super) struct Options {
     budget: Option<f64>,
     seed: u64,
     threads: Option<usize>,
+    #[pyo3(default)]
+    imatrix: Option<PathBuf>,
     force: bool,
 }
 
@@ -128,6 +132,20 @@ pub(super) fn quantize(
             interrupted: &stop,
             ..RunContext::new(&source, &out, &windows)
         };
+        let importance = match &options.imatrix {
+            Some(path) => {
+                if !path.exists() {
+                    write_importance(&context, path)?;
+                }
+                Some(Importance::read(path)?)
+            }
+            None => None,
+        };
+        let context = RunContext { importance: importance.as_ref(), ..context };
+        if options.chooses_format {
+            let weigh = recipe.is_none() && options.bits_per_weight.is_none();
+            formats = choose_formats(&context, &formats, weigh)?;
+        }
         if let Some(bits) = options.bits_per_weight {
             formats = spend_bits(&context, &formats, bits)?;
         }
@@ -142,6 +160,6 @@ pub(super) fn quantize(
     });
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
-        None => Ok(report?.to_string()),
+        None => Ok(report?),
     }
 }

@@ -3,9 +3,18 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
+mod codebooks;
 mod decoder;
 mod encode;
+mod few_bits;
+mod grids;
 mod layout;
+#[doc(hidden)]
 pub mod pack;
+#[doc(hidden)]
 pub mod packed;
 mod panel;
+pub(crate) mod scale_range;
+
+#[doc(hidden)]
+pub use pack::Rows;

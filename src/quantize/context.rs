@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::compute::Compute;
+use super::importance::Importance;
 use super::overrides::TensorFormats;
 use super::resume::ResumeFiles;
 use crate::error::{Error, Result};
@@ -21,6 +22,7 @@ pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Source, output, calibration text, progress and cancellation of a run.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct RunContext<'a> {
     /// A GGUF file, or a Hugging Face folder with its tokenizer.
     pub source: &'a Path,
@@ -32,17 +34,26 @@ pub struct RunContext<'a> {
     pub threads: Option<usize>,
     /// Whether an existing output is replaced.
     pub force: bool,
+    /// The importance of columns for tensors that are rounded without calibration.
+    pub importance: Option<&'a Importance>,
     /// Called as the run proceeds.
     pub progress: StageProgress<'a>,
     /// Whether to stop.
     pub interrupted: Interrupted<'a>,
 }
 
+setters!(RunContext<'a> {
+    with_threads(threads: impl Into<Option<usize>>),
+    with_force(force: bool),
+    with_progress(progress: StageProgress<'a>),
+    with_interrupted(interrupted: Interrupted<'a>),
+});
+
 impl<'a> RunContext<'a> {
     /// A run with the default threads, without progress, that is never interrupted and never replaces a file.
     pub fn new(source: &'a Path, out: &'a Path, windows: &'a [Vec<u32>]) -> RunContext<'a> {
         let (progress, interrupted): (StageProgress<'_>, Interrupted<'_>) = (&|_, _, _| {}, &|| false);
-        RunContext { source, out, windows, threads: None, force: false, progress, interrupted }
+        RunContext { source, out, windows, threads: None, force: false, importance: None, progress, interrupted }
     }
 
     /// How to load the model.

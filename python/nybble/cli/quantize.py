@@ -39,11 +39,20 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            help="The calibration text: prose, or JSONL with one document per line; 'sample' for the short text in the "
-            "package, 'self' for text that the model generates.",
+            help="The calibration text: prose, or JSON Lines or Parquet with prose or conversations; 'sample' for the "
+            "short text in the package, 'self' for text that the model generates.",
             metavar="FILE",
         ),
     ] = "sample",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text "
+            "and written if it does not exist.",
+            metavar="FILE",
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +64,9 @@ def quantize(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="auto ends when the perplexity is within this share of the source's.", metavar="SHARE"
+            "--target",
+            help="auto ends when the perplexity is within this share of the source's; 0.01 if not given.",
+            metavar="SHARE",
         ),
     ] = None,
     report: Annotated[
@@ -85,13 +96,14 @@ def quantize(
         symmetric=False if asymmetric else None,
         keep=dict(map(_rule, keep or [])),
         calibration=calibration,
+        imatrix=imatrix,
         evaluation=evaluation,
         measure=True if report is not None else None,
         target=None if target is None else _share(target),
         force=force,
     )
     with _hint():
-        done = api.quantize(source, out, chosen, progress=True)
+        done = api.quantize(source, out, chosen)
     for page in pages:
         done.save(page)
     if as_json:
@@ -130,6 +142,7 @@ def _print(done: Report, pages: list[Path]) -> None:
     from rich.table import Table
 
     from nybble.quantization import report_page
+    from nybble.quantization.html_table import report_rows
 
     console = terminal.console()
     if len(done.candidates) > 1:
@@ -153,23 +166,7 @@ def _print(done: Report, pages: list[Path]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    rows = {
-        "file": f"{done.out}, {terminal.human_bytes(done.size_bytes)}",
-        "recipe": done.recipe,
-        "linear layers": f"{done.bits_per_weight:.2f} bits per weight, scales included",
-        "matrices": ", ".join(report_page.matrices(done)),
-    }
-    if (chosen := done.chosen) is not None:
-        rows["perplexity"] = report_page.number(chosen.perplexity, 4) + (
-            f" (source: {report_page.number(done.reference_perplexity, 4)})" if done.reference_perplexity else ""
-        )
-        rows["divergence"] = (
-            f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
-        )
-        rows["same top token"] = report_page.percent(chosen.top_agreement)
-    if done.chosen_because:
-        rows["chosen because"] = done.chosen_because
-    rows["time"] = report_page.duration(done.seconds)
+    rows = {**report_rows(done), "file": f"{done.out}, {terminal.human_bytes(done.size_bytes)}"}
     if pages:
         rows["report"] = ", ".join(map(str, pages))
     for name, value in rows.items():

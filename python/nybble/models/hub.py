@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ def resolve(
             download has the wrong hash.
         ValueError: `filename` or `revision` does not apply to the source.
     """
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: found {type(source).__name__}, expected a path, a repository or None")
     if source is None:
         if filename is not None or revision is not None:
             raise ValueError("filename and revision need a source, found none")
@@ -64,7 +67,7 @@ def resolve(
     if filename is not None and path.exists():
         raise ValueError(f"filename: found {filename!r}, but {path} is a file, not a folder or a repository")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder{_suggestion(path)}")
+        raise FileNotFoundError(errno.ENOENT, f"no such file or folder{_suggestion(path)}", str(path))
     return path
 
 
@@ -83,7 +86,7 @@ def _in_folder(folder: Path, filename: str | None) -> Path:
     if not any(name.endswith(".json") for name in names):
         companions = [name for name in names if name.lower().endswith(".gguf")]
         found = f"no model among {', '.join(companions)}" if companions else "no .gguf and no config.json"
-        raise FileNotFoundError(f"{folder}: the folder holds no model ({found})")
+        raise FileNotFoundError(errno.ENOENT, f"the folder holds no model ({found})", str(folder))
     return folder
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import chosen, doc
 from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class QuantizeOptions:
     """Search for the best scale of each group. False takes the scale that fits the largest weight."""
     group: int | None = field(
         default=None,
-        metadata={**doc("Weights that share a scale: 32, 64, 128, or 0 for whole rows."), "metavar": "SIZE"},
+        metadata={
+            **doc("Weights that share a scale: 32, 64, 128, or 0 for whole rows; 32 if not given."),
+            "metavar": "SIZE",
+        },
     )
     """Weights that share a scale: a multiple of 32, or 0 for whole rows. None is 32.
 
@@ -62,9 +66,19 @@ class QuantizeOptions:
     symmetric: bool | None = None
     """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` includes this choice."""
     format: Format | None = field(
-        default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
+        default=None,
+        metadata={
+            **doc(
+                "Block format of linear layers: q4_0, q4_1 or iq4_nl; q4_0 if not given, iq4_nl with the recipe auto."
+            ),
+            "metavar": "FORMAT",
+        },
     )
-    """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
+    """Block format of linear layers.
+
+    Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4
+    bits gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
+    """
     bits_per_weight: float | None = field(
         default=None,
         metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
@@ -79,17 +93,25 @@ class QuantizeOptions:
     """Block type of the embedding and the output."""
     keep: Mapping[str, str] | None = None
     """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
-    calibration: str | os.PathLike[str] | Sequence[str] = "sample"
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] = "sample"
     """The calibration text.
 
-    A file (prose, or JSONL with one document per line), a list of documents, `"sample"` for the short text in the
-    package, or `"self"` for text that the model generates.
+    A file (prose, JSON, JSON Lines or Parquet), a list of documents, `"sample"` for the short text in the package, or
+    `"self"` for text that the model generates. A record of JSON or Parquet has a text, or a conversation
+    (`{"messages": [...]}`, `{"conversations": [...]}`, `{"prompt": ..., "completion": ...}`), which the model's chat
+    template writes out.
     """
     calibration_tokens: int = field(
         default=CALIBRATION_TOKENS, metadata={**doc("Tokens of the calibration text to use."), "metavar": "N"}
     )
     """Tokens of the calibration text to use."""
-    evaluation: str | os.PathLike[str] | Sequence[str] | None = None
+    imatrix: str | os.PathLike[str] | None = None
+    """An `imatrix.gguf` file of llama.cpp: the importance of columns, for layers that are rounded without calibration.
+
+    These are all layers for "rtn", and experts that too few tokens reach. A file that does not exist is measured on the
+    calibration text and written.
+    """
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None = None
     """The text to measure on: a file or a list of documents. None holds out a part of the calibration text."""
     measure: bool | None = None
     """Compare the output with the source. None does so if `evaluation` is given; "auto" always does."""
@@ -112,7 +134,7 @@ class QuantizeOptions:
         default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
     )
     """Number of threads. None takes the number of physical cores available to this process."""
-    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository.", "NAME"))
     """Branch, tag or commit of a Hub repository."""
     force: bool = False
     """Overwrite an existing output."""
@@ -147,6 +169,11 @@ class QuantizeOptions:
         return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if self.recipe == "auto" else "q4_0")
 
     @property
+    def chooses_format(self) -> bool:
+        """Whether each linear layer may get another 4-bit format, that holds it exactly or, for "auto", suits it."""
+        return self.format is None and self.symmetric is None
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale."""
         return 32 if self.group is None else self.group
@@ -162,7 +189,8 @@ class QuantizeOptions:
     def needs_text(self) -> bool:
         """Whether a calibration text is needed."""
         holds_out = self.measures and self.evaluation is None
-        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None
+        measures_importance = self.imatrix is not None and not Path(self.imatrix).exists()
+        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None or measures_importance
 
     def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:
         """Returns a copy with some options changed."""
@@ -180,9 +208,10 @@ class QuantizeOverrides(TypedDict, total=False):
     bits_per_weight: float | None
     output_type: str
     keep: Mapping[str, str] | None
-    calibration: str | os.PathLike[str] | Sequence[str]
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
     calibration_tokens: int
-    evaluation: str | os.PathLike[str] | Sequence[str] | None
+    imatrix: str | os.PathLike[str] | None
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None
     measure: bool | None
     target: float | None
     budget: float | None
@@ -196,6 +225,6 @@ def merge_quantize_options(options: QuantizeOptions | None, overrides: QuantizeO
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(QuantizeOptions() if options is None else options, overrides)
+    return chosen(QuantizeOptions, options, overrides)

@@ -49,6 +49,9 @@ class Report(ReportData):
             candidates=tuple(_read(Candidate, {**default, **candidate}) for candidate in value.get("candidates") or ()),
             reference_perplexity=reference.get("perplexity"),
             kl_by_position=tuple(value.get("kl_by_position") or ()),
+            experts=value.get("experts", 0),
+            experts_unreached=value.get("experts_unreached", 0),
+            experts_rounded=value.get("experts_rounded", 0),
         )
 
     def to_json(self, *, indent: int | None = None) -> str:
@@ -63,6 +66,12 @@ class Report(ReportData):
         from nybble.quantization.report_page import render
 
         return render(self)
+
+    def _repr_html_(self) -> str:
+        """The summary in a notebook. `to_html` has the plots and all matrices."""
+        from nybble.quantization.html_table import html_table, report_rows
+
+        return html_table(report_rows(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the HTML page to `path`, or JSON if its name ends in `.json`."""

@@ -12,9 +12,10 @@ use super::limits::{
 };
 use super::metadata::Metadata;
 use super::parse::tensor_size;
+use super::reader::Gguf;
 use super::tensor::TensorInfo;
 use super::value::{Array, Value};
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
 /// A tensor to be written.
@@ -29,6 +30,11 @@ impl NewTensor {
     /// A tensor called `name` with 1 to 4 dimensions, none of them 0, the fastest-varying first: `[columns, rows]`.
     pub fn new(name: impl Into<String>, block_type: BlockType, dims: impl Into<Vec<u64>>) -> Self {
         NewTensor { name: name.into(), block_type, dims: dims.into() }
+    }
+
+    /// Its dimensions, the fastest-varying first.
+    pub(crate) fn dims(&self) -> &[u64] {
+        &self.dims
     }
 }
 
@@ -115,10 +121,11 @@ impl Writer {
         self.write_tensor(name, &bytes)
     }
 
-    /// Flushes the file to disk and renames it to its final path.
+    /// Flushes the file to disk, reads it back and renames it to its final path.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails. No file is left behind.
+    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails, [`Error::Malformed`] when a
+    /// reader finds anything else than was written. No file is left behind.
     pub fn finish(mut self) -> Result<()> {
         if let Some(next) = self.tensors.get(self.written) {
             let found = format!("{} of {} tensors written", self.written, self.tensors.len());
@@ -127,7 +134,32 @@ impl Writer {
         let file = self.file.take().ok_or_else(failed_before)?;
         let file = file.into_inner().map_err(|error| Error::io(&self.path, error.into_error()))?;
         file.sync_all().map_err(|source| Error::io(&self.path, source))?;
+        drop(file);
+        if let Some(temporary) = &self.temporary.path {
+            self.read_back(temporary)?;
+        }
         self.temporary.rename(&self.path)
+    }
+
+    /// Opens the finished file at `path` as a loader does, and compares its tensors with those that were planned.
+    fn read_back(&self, path: &Path) -> Result<()> {
+        let fault = |place, found: String, expected: String| Error::malformed(&self.path, place, found, expected);
+        let file = Gguf::open(path).map_err(|error| match error {
+            Error::Malformed { place, found, expected, .. } => fault(place, found, expected),
+            other => fault(Place::File, other.to_string(), "a file that can be read back".to_owned()),
+        })?;
+        for Planned { tensor, nbytes, .. } in &self.tensors {
+            let found = file.tensor(&tensor.name).map(|found| (NewTensor::from(found), file.data(found).len()));
+            if found.as_ref() != Some(&(tensor.clone(), *nbytes)) {
+                let expected = format!("{} {:?} in {nbytes} bytes", tensor.block_type, tensor.dims);
+                return Err(fault(Place::Tensor(tensor.name.clone()), format!("{found:?}"), expected));
+            }
+        }
+        if file.tensors().len() != self.tensors.len() {
+            let found = format!("{} tensors", file.tensors().len());
+            return Err(fault(Place::File, found, format!("{}", self.tensors.len())));
+        }
+        Ok(())
     }
 
     /// The next tensor, which must be called `name`.

@@ -91,6 +91,7 @@ def calibration_windows(count: int) -> Any:
 
 def test_the_sample_and_generated_text_serve_to_calibrate(source: Path, tmp_path: Path) -> None:
     (sample,), _ = calibration.documents("sample")
+    assert isinstance(sample, str)
     assert len(sample) > 10_000
     for text in ("sample", "self"):
         report = quantize(source, tmp_path / f"{text}.gguf", recipe="gptq", calibration=text, calibration_tokens=1024)

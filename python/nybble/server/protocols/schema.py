@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble import generation
+from nybble.sampling import choice_seed
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -22,7 +23,7 @@ MAX_CHOICES = 16
 class Strict(BaseModel):
     """A part of a request. Values are not converted, and unknown parameters are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -38,7 +39,10 @@ class Sampling(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(
-        default=None, ge=1, le=MAX_CHOICES, description="The number of answers. With a seed, answer i uses seed + i."
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="The number of answers. The first answer uses the seed, and the others derive theirs from it.",
     )
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -98,7 +102,7 @@ class Sampling(Strict):
 
     def seeds(self, count: int) -> list[int | None]:
         """A seed for each of `count` answers."""
-        return [None if self.seed is None else (self.seed + i) % 2**64 for i in range(count)]
+        return [None if self.seed is None else choice_seed(self.seed, i) for i in range(count)]
 
 
 def _token_id(key: str) -> int:

@@ -82,7 +82,7 @@ class ToolCallParser:
         self._after_call = False
         self._awaits_closing = False
         self._has_begun = False
-        self.calls = 0
+        self.calls: int = 0
 
     def push(self, text: str, tokens: Sequence[int]) -> list[Part]:
         """The parts that are certain after one more piece, in the order of the text."""

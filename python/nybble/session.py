@@ -165,7 +165,9 @@ class Session(Returned):
 
         Raises:
             OSError: The file cannot be written.
+            ValueError: `path` is a file of the model, or is not a regular file.
         """
+        native_module.check_output(path, [self._model._source])
         self._model._native.save_session(self._computed(), self.tokens, path)
 
     def __len__(self) -> int:

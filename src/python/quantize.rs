@@ -100,9 +100,9 @@ fn block_type(argument: &'static str, name: &str) -> crate::Result<BlockType> {
 
 /// Quantizes the checkpoint `source` into the GGUF file `out` and returns a report as JSON. `windows (n, window)` are the token
 /// ids to calibrate on, `evaluation (n, window)` those on which `auto` measures. `progress` is called with the name of a stage,
-/// how much of it is done, and the total.
+/// how much of it is done, and the total. `read` are other files that must not be overwritten.
 #[pyfunction]
-#[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None))]
+#[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None, read=Vec::new()))]
 pub(super) fn quantize(
     py: Python<'_>,
     source: PathBuf,
@@ -111,6 +111,7 @@ pub(super) fn quantize(
     windows: Option<PyReadonlyArray2<'_, i32>>,
     evaluation: Option<PyReadonlyArray2<'_, i32>>,
     progress: Option<Py<PyAny>>,
+    read: Vec<PathBuf>,
 ) -> PyResult<String> {
     let (recipe, mut formats, budget) = (options.recipe()?, options.formats()?, options.budget()?);
     let ids = |windows: Option<PyReadonlyArray2<'_, i32>>| windows.as_ref().map_or(Ok(Vec::new()), token_windows);
@@ -126,6 +127,7 @@ pub(super) fn quantize(
             }
         };
         let context = RunContext {
+            read: &read,
             threads: options.threads,
             force: options.force,
             progress: &report,

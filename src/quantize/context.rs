@@ -1,7 +1,7 @@
 //! The shared context of a run: source and output, the calibration text, progress and cancellation.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::compute::Compute;
 use super::importance::Importance;
@@ -10,6 +10,7 @@ use super::resume::ResumeFiles;
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::format::gguf::Gguf;
+use crate::format::output::Sources;
 use crate::model::LoadOptions;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
@@ -28,6 +29,8 @@ pub struct RunContext<'a> {
     pub source: &'a Path,
     /// The GGUF file to write. The files of an interrupted run are in the same folder.
     pub out: &'a Path,
+    /// Other files that were read for the run, such as documents. Like the source, they are never overwritten.
+    pub read: &'a [PathBuf],
     /// Token ids of the calibration text, each window a separate sequence. Recipes that need no text ignore them.
     pub windows: &'a [Vec<u32>],
     /// Threads to compute with; `None` takes the default. The result does not depend on it.
@@ -53,7 +56,17 @@ impl<'a> RunContext<'a> {
     /// A run with the default threads, without progress, that is never interrupted and never replaces a file.
     pub fn new(source: &'a Path, out: &'a Path, windows: &'a [Vec<u32>]) -> RunContext<'a> {
         let (progress, interrupted): (StageProgress<'_>, Interrupted<'_>) = (&|_, _, _| {}, &|| false);
-        RunContext { source, out, windows, threads: None, force: false, importance: None, progress, interrupted }
+        RunContext {
+            source,
+            out,
+            read: &[],
+            windows,
+            threads: None,
+            force: false,
+            importance: None,
+            progress,
+            interrupted,
+        }
     }
 
     /// How to load the model.
@@ -69,22 +82,24 @@ impl<'a> RunContext<'a> {
         if self.source.is_dir() { act(&HfFolder::open(self.source)?) } else { act(&Gguf::open(self.source)?) }
     }
 
-    /// Whether the output may be written.
+    /// Whether the output may be written, and the files of unfinished work.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it is the source, or exists and `force` is not set.
-    pub(super) fn check_out(&self) -> Result<()> {
-        let whole = |path: &Path| path.canonicalize().ok();
-        let refused = |what, expected: &str| {
-            Err(Error::argument("out", format_args!("{}, which {what}", self.out.display()), expected))
-        };
-        match whole(self.out) {
-            Some(out) if whole(self.source).is_some_and(|source| source == out) => {
-                refused("is the source", "another file")
-            }
-            Some(_) if !self.force => refused("exists", "a new file, or force"),
-            _ => Ok(()),
+    /// [`Error::InvalidArgument`] if one of them is read, if the output is not a regular file, or exists and `force` is not set.
+    pub(super) fn check_out(&self, files: &[ResumeFiles]) -> Result<()> {
+        let sources = self.sources();
+        sources.check("out", self.out)?;
+        files.iter().flat_map(ResumeFiles::all).try_for_each(|file| sources.check_working_file("out", &file))?;
+        if self.out.exists() && !self.force {
+            let found = format!("{}, which exists", self.out.display());
+            return Err(Error::argument("out", found, "a new file, or force"));
         }
+        Ok(())
+    }
+
+    /// Everything that is read.
+    pub(super) fn sources(&self) -> Sources {
+        Sources::new(self.read.iter().map(PathBuf::as_path).chain([self.source]))
     }
 }
 

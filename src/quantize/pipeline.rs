@@ -38,8 +38,8 @@ use crate::model::layerwise::Layerwise;
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.formats.check()?;
-    context.check_out()?;
     let files = ResumeFiles::next_to(context.out);
+    context.check_out(std::slice::from_ref(&files))?;
     let report = run(context, &files, options)?;
     files.remove()?;
     Ok(report)

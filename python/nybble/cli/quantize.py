@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
+from nybble.cli.ending import Ended
 from nybble.cli.options import takes_options
 from nybble.quantization.options import QuantizeOptions
 
@@ -103,7 +104,7 @@ def quantize(
         force=force,
     )
     with _hint():
-        done = api.quantize(source, out, chosen)
+        done = api.quantize_and_report(source, out, chosen, pages)
     for page in pages:
         done.save(page)
     if as_json:
@@ -114,10 +115,10 @@ def quantize(
 
 @contextlib.contextmanager
 def _hint() -> Iterator[None]:
-    """Prints after Ctrl-C how to continue."""
+    """Prints after Ctrl-C, or a signal that ends the command, how to continue."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         terminal.note("interrupted: the same command continues from here")
         raise
 

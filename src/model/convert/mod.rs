@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use crate::format::output::Sources;
 use crate::format::{Checkpoint, Tensor};
 use crate::model::config::Config;
 use crate::model::hf::HfFolder;
@@ -104,6 +105,7 @@ impl Job<'_> {
     /// Those of [`convert`].
     pub(crate) fn write(&self, out: &Path, progress: Option<Progress<'_>>) -> Result<()> {
         let checkpoint = self.checkpoint;
+        Sources::new([checkpoint.path()]).check("out", out)?;
         let mut metadata = checkpoint.metadata().of_model();
         for (key, value) in self.more.iter() {
             metadata.set(key, value.clone());

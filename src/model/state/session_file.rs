@@ -29,6 +29,8 @@ use super::cache::{CacheShape, CacheType, Page};
 use super::session::Session;
 use super::whole_head_int8;
 use crate::error::{Error, Place, Result};
+use crate::format::atomic_file::AtomicFile;
+use crate::format::output::Sources;
 use crate::kernels::{Kernel, PAGE};
 use crate::system::memory;
 
@@ -70,8 +72,8 @@ pub(in crate::model) struct Owner<'a> {
 /// Writes `session` and `tokens` to the file at `path`, which appears under its name when it is complete.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these;
-/// [`Error::CacheOverflow`].
+/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these, or
+/// `path` is read as part of the model or is not a regular file; [`Error::CacheOverflow`].
 pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32], path: &Path) -> Result<()> {
     if session.model != owner.id {
         return Err(Error::argument("session", "a session of another model", "a session of this model"));
@@ -80,16 +82,13 @@ pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32
     if tokens.len() < session.len() {
         return Err(Error::argument("tokens", tokens.len(), format_args!("at least the {} seen", session.len())));
     }
-    let replace = || {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        write(session, owner, tokens, file.as_file_mut())?;
-        file.persist(path).map(drop).map_err(|error| error.error)
-    };
-    replace().map_err(|error| Error::io(path, error))
+    Sources::new([owner.path]).check("path", path)?;
+    let mut file = AtomicFile::create(path, true)?;
+    write(session, owner, tokens, &mut file).map_err(|error| Error::io(path, error))?;
+    file.finish()
 }
 
-fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut File) -> std::io::Result<()> {
+fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut AtomicFile) -> std::io::Result<()> {
     let mut out = Hashed { inner: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
     out.write_all(&MAGIC)?;
     out.write_all(&VERSION.to_le_bytes())?;
@@ -112,7 +111,7 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut File) 
     }
     let hash = out.hasher.finalize();
     out.inner.write_all(hash.as_bytes())?;
-    out.inner.into_inner().map_err(|error| error.into_error())?.sync_all()
+    out.inner.flush()
 }
 
 /// Reads a session and its tokens from a file that [`save`] wrote.

@@ -24,6 +24,7 @@ const SAMPLE: (usize, usize) = (2, 128);
 /// [`quantize`](crate::quantize::quantize).
 pub fn spend_bits(context: &RunContext<'_>, formats: &TensorFormats, bits: f64) -> Result<TensorFormats> {
     formats.check()?;
+    context.check_out(&[ResumeFiles::next_to(context.out)])?;
     let (windows, tokens) = SAMPLE;
     let sample = context.windows.iter().take(windows).map(|window| window[..window.len().min(tokens)].to_vec());
     let sample: Vec<Vec<u32>> = sample.collect();

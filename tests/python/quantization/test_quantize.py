@@ -269,7 +269,7 @@ def test_a_source_is_not_overwritten_even_by_force(
     copy.write_bytes(source.read_bytes())
     for recipe in ("rtn", "auto"):
         assert main(["quantize", str(copy), str(copy), "--force", "--recipe", recipe]) == 1
-        assert "which is the source, expected another file" in capsys.readouterr().err
+        assert "which is read, expected another file" in capsys.readouterr().err
     assert copy.read_bytes() == source.read_bytes()
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from nybble import generation
 from nybble.generation import TokenLogprob
+from nybble.generation.request import check_length
 from nybble.sampling import SamplingOptions
 from nybble.server.errors import ApiError
 from nybble.server.events import (
@@ -82,7 +83,8 @@ class CompletionAdapter(Adapter):
             raise ApiError(400, "prompt: found an empty list, expected at least one prompt", param="prompt")
         self._per_prompt = body.n or 1
         super().__init__(body.model, len(self._prompts) * self._per_prompt, bool(body.stream))
-        self._tokenizer = service.engine.model.tokenizer
+        self._model = service.engine.model
+        self._tokenizer = self._model.tokenizer
         self._body = body
         self._head: dict[str, Any] = {
             "id": f"cmpl-{new_id()}",
@@ -100,6 +102,9 @@ class CompletionAdapter(Adapter):
 
         def prepare() -> list[tuple[Prompt, SamplingOptions]]:
             given = self._body.options()
+            for prompt in self._prompts:
+                if isinstance(prompt, str):
+                    check_length(self._model, prompt)
             encode = self._tokenizer.encode
             all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
             seeds = self._body.seeds(self._per_prompt)

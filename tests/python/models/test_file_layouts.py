@@ -110,7 +110,7 @@ def test_valid_layouts_are_read(layout: dict[str, Any], changed: File, tmp_path:
 
 def test_factors_of_the_rotation_apply_in_every_family(tmp_path: Path) -> None:
     for family in ("llama", "qwen2"):
-        _native.convert(GOLDENS / family, tmp_path / f"{family}.gguf", "f32")
+        _native.convert(copy(family, tmp_path / family), tmp_path / f"{family}.gguf", "f32")
         file = File.read(tmp_path / f"{family}.gguf")
         expected = logits(tmp_path / f"{family}.gguf")
         file.tensors["rope_freqs.weight"] = Tensor.of(np.ones(8))

@@ -36,7 +36,7 @@ def copy(
     weights: str = "model.safetensors",
     files: Mapping[str, object] | None = None,
 ) -> Path:
-    """Copies a golden folder with changes.
+    """Copies a golden folder with changes. Those without a tokenizer get that of the llama.
 
     Args:
         family: The name of the golden folder.
@@ -51,6 +51,9 @@ def copy(
     """
     shutil.copytree(GOLDENS / family, to, dirs_exist_ok=True)
     (to / "golden.bin").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (to / name).exists():
+            shutil.copy(GOLDENS / "llama" / name, to)
     _edit(to / "config.json", config, without)
     _edit(to / "tokenizer.json", tokenizer)
     _edit(to / "tokenizer_config.json", tokenizer_config)

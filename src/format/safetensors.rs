@@ -239,7 +239,7 @@ impl SafeTensors {
 }
 
 /// The only file of the folder whose name has this end, if there is one. Files of low-rank adapters, hidden files and those
-/// that macOS writes beside others do not count.
+/// that macOS writes next to others do not count.
 fn only(folder: &Path, end: &str) -> Result<Option<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|source| Error::io(folder, source))? {

@@ -1,5 +1,5 @@
-//! The keys of a family's namespace in GGUF: those that are read, those without influence on the result, and those of which
-//! one value is supported. Any other is refused, because a model with it computes something else.
+//! The keys of a family's namespace in GGUF: those that are read, those without influence on the result, and those with one
+//! supported value. Any other is refused, because a model with it computes something else.
 
 use super::metadata::MetadataReader;
 use crate::error::Result;

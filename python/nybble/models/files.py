@@ -34,9 +34,9 @@ _QUANTIZATION = re.compile(r"(?:^|[-_.])(?:I?Q\d|TQ\d|MXFP\d|B?F16|F32)", re.IGN
 
 
 def is_companion(name: str) -> bool:
-    """Whether a GGUF file is no model by its name.
+    """Whether the name of a GGUF file is that of something else than a model.
 
-    It is then a projector of images, an importance matrix, or what macOS writes beside a file.
+    This can be a projector of images, an importance matrix, or what macOS writes next to a file.
     """
     name = name.rpartition("/")[2]
     is_imatrix = _IMATRIX.search(name) is not None and _QUANTIZATION.search(name) is None

@@ -209,8 +209,8 @@ def test_rope_scaling_takes_the_place_of_rope_parameters(tmp_path: Path) -> None
     plain = logits(copy("llama", tmp_path / "plain"))
     inside = logits(copy("llama", tmp_path / "inside", config={"rope_parameters": YARN}))
     assert (inside != plain).any()
-    beside = logits(copy("llama", tmp_path / "beside", config={"rope_scaling": YARN}))
-    np.testing.assert_array_equal(beside, inside)
+    added = logits(copy("llama", tmp_path / "added", config={"rope_scaling": YARN}))
+    np.testing.assert_array_equal(added, inside)
     for nothing in (None, {}):
         config = {"rope_parameters": YARN, "rope_scaling": nothing}
         np.testing.assert_array_equal(logits(copy("llama", tmp_path / "nothing", config=config)), inside)
@@ -221,8 +221,8 @@ def test_rope_scaling_of_gemma3_changes_layers_without_a_window(tmp_path: Path) 
     rope = json.loads((GOLDENS / "gemma3" / "config.json").read_text())["rope_parameters"]
     inside = {**rope, "full_attention": {**rope["full_attention"], **scaling}}
     expected = logits(copy("gemma3", tmp_path / "inside", config={"rope_parameters": inside}))
-    beside = logits(copy("gemma3", tmp_path / "beside", config={"rope_scaling": scaling}))
-    np.testing.assert_array_equal(beside, expected)
+    added = logits(copy("gemma3", tmp_path / "added", config={"rope_scaling": scaling}))
+    np.testing.assert_array_equal(added, expected)
 
 
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "converted"])

@@ -15,7 +15,7 @@ from nybble.models.names import HubName, hub_name
 
 @pytest.fixture
 def others(tmp_path: Path) -> dict[str, Path]:
-    """Files that are no models: a projector, an importance matrix, an adapter, and what macOS writes beside files."""
+    """Other files than models: a projector, an importance matrix, an adapter, and what macOS writes next to files."""
     kinds = {
         "projector": {"general.architecture": text("clip"), "general.type": text("mmproj")},
         "imatrix": {"general.type": text("imatrix"), "imatrix.datasets": (Kind.ARRAY, (Kind.STRING, [b"a.txt"]))},
@@ -68,7 +68,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("resource fork", "._it-Q4_0"),
     ],
 )
-def test_a_file_beside_the_model_is_no_second_model(
+def test_other_files_next_to_the_model_do_not_count(
     kind: str, name: str, tiny_file: Path, others: dict[str, Path], tmp_path: Path
 ) -> None:
     source = folder(tmp_path / "model", **{"it-Q4_0": tiny_file, name: others[kind]})

@@ -371,7 +371,7 @@ class Model(Returned):
             name = "text" if is_one else f"text[{number}]"
             if isinstance(document, str):
                 check_length(self, document)
-            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name))
+            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name, ends=True))
             row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
         return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)

@@ -134,7 +134,7 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
     let vocabulary = Vocabulary::read(source, &file)?;
     let (spelling, adds_space) = decoding(source, file.get("decoder"))?;
     let Neighbors { special_texts, chat_templates, tokenizer_config, model_config } = neighbors;
-    // Files of a model with a larger vocabulary may be left beside those of another one.
+    // Files of a model with a larger vocabulary may be left next to those of another one.
     let is_known = |id: &u32| (*id as usize) < vocabulary.size;
     let mut warnings = Vec::new();
     let mut configured = |name: &str| {

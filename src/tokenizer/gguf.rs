@@ -83,7 +83,7 @@ fn whole(keys: &Keys<'_>, text: &[u8], build: &mut Build<'_>) -> Result<Descript
     Ok(described)
 }
 
-/// The tokens that end a generation by the keys of the file: `eos`, which ends texts, and others.
+/// The tokens that end a generation by the keys of the file: `eos`, which ends a text, and others.
 fn named_ends(keys: &Keys<'_>, count: usize, eos: Option<u32>) -> Result<Vec<u32>> {
     let mut ends: Vec<u32> = eos.into_iter().collect();
     for name in ENDS {

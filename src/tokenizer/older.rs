@@ -59,7 +59,7 @@ pub(crate) fn byte_level(folder: &Path) -> Result<Option<String>> {
     }
     let id = |content: &str| vocabulary.get(content).and_then(Value::as_u64);
     let mut added = added_tokens(folder, &config, id)?;
-    for content in special_texts(folder, &config)? {
+    for content in special_spellings(folder, &config)? {
         if let Some(id) = id(&content)
             && !added.contains_key(&id)
         {
@@ -126,7 +126,7 @@ fn added_tokens(
 }
 
 /// The spellings of special tokens that the small files name.
-fn special_texts(folder: &Path, config: &Map<String, Value>) -> Result<Vec<String>> {
+fn special_spellings(folder: &Path, config: &Map<String, Value>) -> Result<Vec<String>> {
     let mut named = files::object(&folder.join("special_tokens_map.json"))?;
     named.extend(config.clone());
     let lists = named.get("additional_special_tokens").and_then(Value::as_array).into_iter().flatten();

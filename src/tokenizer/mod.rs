@@ -143,7 +143,8 @@ impl Tokenizer {
     }
 
     /// The token ids of a text that the model continues, such as a chat prompt: as [`Tokenizer::encode`], but without end tokens.
-    /// Programs that fine-tune models leave the switch for them on, and after an end token the model begins another text.
+    /// Programs that fine-tune models leave the switch for them on, and after an end token the model begins another
+    /// text.
     ///
     /// # Errors
     /// As for [`Tokenizer::encode`].

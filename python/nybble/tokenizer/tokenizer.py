@@ -180,7 +180,8 @@ class Tokenizer(Returned):
     def encode_prompt(self, text: str) -> list[int]:
         """Encodes a text that the model continues: as `encode`, but without end tokens.
 
-        Programs that fine-tune models leave the switch for end tokens on, and after an end token the model begins another text.
+        Programs that fine-tune models leave the switch for end tokens on, and after an end token the model begins
+        another text.
 
         Raises:
             TypeError: `text` is not a string.

@@ -176,7 +176,7 @@ def test_every_id_of_eos_token_ids_ends_a_completion(llama: File, tmp_path: Path
 
 
 def test_vocab_json_and_merges_txt_give_the_ids_of_tokenizer_json(tmp_path: Path) -> None:
-    source = GOLDENS / "gpt2"
+    source = copy("gpt2", tmp_path / "source")
     described: Json = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [one if isinstance(one, str) else " ".join(one) for one in described["model"]["merges"]]
     special = {str(one.pop("id")): one for one in described["added_tokens"]}

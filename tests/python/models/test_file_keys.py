@@ -70,7 +70,7 @@ def test_a_key_that_is_not_computed_is_refused_by_name(
         ("llama", {"llama.attention.head_count": array(Kind.U32, [4, 4]), "llama.rope.scaling.type": text("none")}),
         ("gemma3", {"gemma3.vision.block_count": u32(27), "gemma3.mm.tokens_per_image": u32(256)}),
         ("llama", {"general.name": (Kind.STRING, b"caf\xe9"), "some.tags": array(Kind.STRING, [b"a", b""])}),
-        ("qwen3", {"qwen3.pooling_type": (Kind.I32, -1), "qwen3.attention.key_length_swa": u32(16)}),
+        ("qwen3", {"qwen3.pooling_type": (Kind.I32, -1), "qwen3.attention.key_length_swa": u32(32)}),
     ],
     ids=str,
 )

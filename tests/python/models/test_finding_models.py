@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from gguf_files import File, Kind, text
 
-from nybble import Model, ModelError, hub
+from nybble import Model, ModelError
 from nybble.cli import main
+from nybble.models import hub
 from nybble.models.names import HubName, hub_name
 
 

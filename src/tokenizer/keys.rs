@@ -83,7 +83,7 @@ impl<'a> Keys<'a> {
     pub(super) fn token_id(&self, key: &str, tokens: usize, default: Option<u32>) -> Result<Option<u32>> {
         let is_id = |id: &u32| (*id as usize) < tokens;
         let Some(value) = self.metadata.get(key) else { return Ok(default.filter(is_id)) };
-        let Some(number) = value.as_i64() else {
+        let Some(number) = value.as_i64().filter(|number| *number >= -1) else {
             return Err(self.malformed(key, shown(value), format_args!("a token id below {tokens}")));
         };
         let id = u32::try_from(number).ok().filter(is_id);

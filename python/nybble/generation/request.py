@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -105,5 +106,5 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Sequence[in
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
-            return tokenizer.grammar_vocabulary.constraint(kind, text)
+            return constraint(tokenizer.grammar_vocabulary, kind, text)
     return None

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from nybble.constraints.document import SchemaError
 from nybble.errors import ContextFullError, EngineError, QueueFullError
 
 INTERNAL_ERROR = "internal server error; see the log of the server"
@@ -22,7 +23,7 @@ _MAX_MESSAGE = 1000
 """Characters of a message, which may quote what the client sent."""
 
 
-_PARAMS = {name: name for name in ("logit_bias", "stop", "regex", "grammar")} | {"schema": "response_format"}
+_PARAMS = {name: name for name in ("logit_bias", "stop", "stop_token_ids", "regex", "grammar")}
 """The parameter of the request for an option that a message begins with."""
 
 
@@ -107,11 +108,12 @@ def engine_failed() -> ApiError:
 
 
 @contextlib.contextmanager
-def as_api_errors(param: str) -> Iterator[None]:
+def as_api_errors(param: str, parameters: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns errors of the engine into API errors that name a parameter of the request.
 
     Args:
         param: The parameter that errors name, unless their message begins with another option.
+        parameters: The parameters that set options under other names.
 
     Raises:
         ApiError: The block raised an error that concerns the client.
@@ -129,8 +131,17 @@ def as_api_errors(param: str) -> Iterator[None]:
     except EngineError as error:
         raise engine_failed() from error
     except ValueError as error:
-        name = str(error).partition(":")[0]
-        raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error
+        raise _invalid_option(error, param, {**_PARAMS, **(parameters or {})}) from error
+
+
+def _invalid_option(error: ValueError, param: str, parameters: Mapping[str, str]) -> ApiError:
+    """The error of an option, under the name of the parameter that set it."""
+    name, colon, rest = str(error).partition(":")
+    if isinstance(error, SchemaError) and name not in parameters:
+        return ApiError(400, str(error), param=name)
+    if name in parameters:
+        return ApiError(400, f"{parameters[name]}{colon}{rest}", param=parameters[name])
+    return ApiError(400, str(error), param=param)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from fastapi import Request as HttpRequest
@@ -34,6 +34,8 @@ class GenerationRequest:
     """The parameter that holds the prompt, which errors name."""
     prepare: Callable[[], Sequence[tuple[Prompt, SamplingOptions]]]
     """Returns the prompt and the options of each answer. Runs in a thread: templates and tokenizers are slow."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """The parameters of the request that set options of `SamplingOptions` under other names, which errors name."""
     prompts: int = 1
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
@@ -77,7 +79,7 @@ class AnswerGroup:
                     answer = service.engine.submit(prompt, options)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
-            with as_api_errors(request.param):
+            with as_api_errors(request.param, request.parameters):
                 if http.state.body_bytes <= _LONG_BODY_BYTES:
                     await service.in_thread(submit)
                 else:

@@ -53,6 +53,10 @@ class ServeOptions:
     drain: float = field(
         default=30, metadata=_option("Seconds that running answers get after SIGTERM.", range=(0, None))
     )
+    unmarked_tool_calls: bool = field(
+        default=True,
+        metadata=_option("Treat an answer that is only a call in JSON, without the model's markers, as a tool call."),
+    )
     max_batch: int = field(
         default=16, metadata=_option("Answers generated at the same time.", range=(1, 1024), panel="Engine")
     )
@@ -108,6 +112,7 @@ class ServeOptions:
             max_body_bytes=default_body_bytes if self.max_body_mb is None else int(self.max_body_mb * 1e6),
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
+            unmarked_tool_calls=self.unmarked_tool_calls,
             request_seconds=self.timeout,
             drain_seconds=self.drain,
         )
@@ -135,6 +140,8 @@ class Settings:
     """Answers that are generated or wait at the same time."""
     pooling: Literal["mean", "last"] = "mean"
     """How the vectors of an input's tokens become one vector."""
+    unmarked_tool_calls: bool = True
+    """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
     max_connections: int = 1024
     request_seconds: float = 600.0
     """From the last byte of a request to the end of its answer."""

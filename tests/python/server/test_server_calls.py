@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nybble.server.protocols.chat_schema import FunctionDefinition
 from nybble.server.tools.formats import ToolFormat, detect_format
-from nybble.server.tools.parser import CallArguments, Part, ToolCallParser
-from nybble.server.tools.reader import CallStart
+from nybble.server.tools.parser import Part, ToolCallParser
+from nybble.server.tools.reader import CallArguments, CallStart
 
 HERMES = detect_format("... <tool_call> ... </tool_call> ...")
 MISTRAL = detect_format("... [TOOL_CALLS] ...")

@@ -38,7 +38,8 @@ class CompletionRequest(Sampling):
 
     def options(self) -> dict[str, Any]:
         """The options that were given. Without a limit, a completion has 16 tokens, as with OpenAI."""
-        given = {"max_tokens": 16, **super().options()}
+        limit = self.n_predict if self.max_tokens is None else self.max_tokens
+        given = {**super().options(), "max_tokens": 16 if limit is None else self.limit}
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
         return given
@@ -105,7 +106,9 @@ class CompletionAdapter(Adapter):
             seeds = self._body.seeds(self._per_prompt)
             return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]
 
-        return GenerationRequest(param="prompt", prepare=prepare, prompts=len(self._prompts))
+        return GenerationRequest(
+            param="prompt", prepare=prepare, parameters=self._body.form_parameters(), prompts=len(self._prompts)
+        )
 
     def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
         """The completion that holds all answers."""

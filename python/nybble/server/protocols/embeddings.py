@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from nybble.server.delivery import with_timeout
 from nybble.server.errors import as_api_errors
-from nybble.server.protocols.schema import Strict
+from nybble.server.protocols.strict import Strict
 from nybble.server.service import Service
 
 Text = Annotated[str, StringConstraints(min_length=1)]

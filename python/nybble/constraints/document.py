@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,7 +20,7 @@ _MAX_QUESTIONS = 200_000
 _MAX_VALUES = 64
 """Values of a schema that are listed one by one."""
 
-BOUNDS = {
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minimum": ("number", lambda value, bound: value >= bound),
     "maximum": ("number", lambda value, bound: value <= bound),
     "exclusiveMinimum": ("number", lambda value, bound: value > bound),
@@ -53,9 +53,9 @@ FORMATS = frozenset({
 """The formats that grammars enforce. The standard lets others pass."""
 
 CONSTRAINING = _DECIDED | {
-    "format", "multipleOf", "patternProperties", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-    "if", "dependentRequired", "dependentSchemas", "dependencies", "additionalItems", "unevaluatedProperties",
-    "unevaluatedItems", "$dynamicRef", "$recursiveRef",
+    "format", "multipleOf", "patternProperties", "uniqueItems", "contains", "minContains", "maxContains",
+    "propertyNames", "if", "dependentRequired", "dependentSchemas", "dependencies", "additionalItems",
+    "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef",
 }  # fmt: skip
 """Keywords that restrict values."""
 

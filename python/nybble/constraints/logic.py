@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from nybble.constraints.document import BOUNDS, CONSTRAINING, FORMATS, TYPES, Document, Json, Schema, type_of
@@ -11,7 +11,7 @@ from nybble.constraints.document import BOUNDS, CONSTRAINING, FORMATS, TYPES, Do
 Names = Collection[str] | None
 """The property names that objects may have at a place; None if they may have any."""
 
-_OPPOSITES = {
+_OPPOSITES: dict[str, Callable[[Any], Json | None]] = {
     "minimum": lambda n: {"exclusiveMaximum": n},
     "maximum": lambda n: {"exclusiveMinimum": n},
     "exclusiveMinimum": lambda n: {"maximum": n},
@@ -22,7 +22,7 @@ _OPPOSITES = {
     "maxItems": lambda n: {"minItems": n + 1},
     "minProperties": lambda n: {"maxProperties": n - 1} if n else None,
     "maxProperties": lambda n: {"minProperties": n + 1},
-}  # type: dict[str, Callable[[Any], Json | None]]
+}
 """The bound that holds exactly where another does not; None if the other always holds."""
 
 _MAX_DEPTH = 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -10,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -27,7 +29,7 @@ _PARAMS = {name: name for name in ("logit_bias", "stop", "stop_token_ids", "rege
 """The parameter of the request for an option that a message begins with."""
 
 
-_UNION_MEMBER = re.compile(r"str|int|[A-Z]\w+|.*[-\[].*")
+_UNION_MEMBER = re.compile(r"str|int|float|bool|[A-Z]\w+|.*[-\[].*")
 """Pydantic's names for the members of a union. Clients know only parameters."""
 
 
@@ -151,12 +153,15 @@ def add_handlers(app: FastAPI) -> None:
         match error:
             case ApiError():
                 return error.response()
-            case RequestValidationError() if "json" not in request.headers.get("content-type", "json"):
-                return ApiError(
-                    415, "the request body must be JSON, with the header Content-Type: application/json"
-                ).response()
+            case RequestValidationError() if _lacks_json(request):
+                given = request.headers.get("content-type")
+                found = "no Content-Type" if given is None else f"Content-Type: {given}"
+                message = f"found {found}, expected JSON, with the header Content-Type: application/json"
+                return ApiError(415, message).response()
             case RequestValidationError():
                 return _invalid(error.errors()).response()
+            case HTTPException(status_code=404 | 405 as status) if "endpoint" not in request.scope or status == 405:
+                return _unknown_route(app, request, status).response()
             case HTTPException():
                 return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
         # Starlette logs the traceback.
@@ -166,9 +171,49 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, respond)
 
 
+def _lacks_json(request: Request) -> bool:
+    """Whether a request has a body that is not declared as JSON."""
+    has_body = getattr(request.state, "body_bytes", 1) > 0
+    return has_body and "json" not in request.headers.get("content-type", "")
+
+
+def _unknown_route(app: FastAPI, request: Request, status: int) -> ApiError:
+    """The error of a path or a method that does not exist, which names what there is instead."""
+    api = [route for route in app.routes if isinstance(route, APIRoute)]
+    known = [(route.path, sorted(route.methods or ())) for route in api if route.include_in_schema]
+    path = request.url.path
+    if status == 405:
+        fitting = [route for route in api if route.path_regex.match(path)]
+        methods = sorted({method for route in fitting for method in route.methods or ()})
+        message = f"{request.method} {path:.200}: this route takes {' and '.join(methods)}"
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": ", ".join(methods)})
+    advice = _ADVICE.get(path.removeprefix("/v1").rstrip("/"))
+    near = difflib.get_close_matches(path, [route for route, _ in known], 1)
+    if advice is None and near:
+        advice = near[0]
+    routes = ", ".join(f"{'/'.join(methods)} {route}" for route, methods in known)
+    hint = f"; use {advice}" if advice else ""
+    message = f"there is no route {request.method} {path:.200} on this server{hint}. Its routes: {routes}"
+    return ApiError(404, message, code="unknown_route")
+
+
+_ADVICE = {
+    "/responses": "/v1/chat/completions",
+    "/assistants": "/v1/chat/completions",
+    "/threads": "/v1/chat/completions",
+    "/messages": "/v1/chat/completions",
+    "/completion": "/v1/completions",
+    "/infill": "/v1/completions",
+    "/generate": "/v1/completions",
+    "/embedding": "/v1/embeddings",
+    "/docs": "/openapi.json",
+}
+"""What to use instead of routes of other servers."""
+
+
 def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first error of a request. For a union it is the error of the member that matched deepest."""
-    first = max(found, key=lambda error: len(error["loc"])) if _in_union(found) else found[0]
+    """The first error of a request. For a union it is the error of the member that was probably meant."""
+    first = _of_union(found)
     kind, (*path, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]
     if kind == "extra_forbidden" or not _UNION_MEMBER.fullmatch(last):
         path.append(last)
@@ -183,9 +228,30 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param, code=code)
 
 
-def _in_union(found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all errors concern one parameter."""
-    return len(found) > 1 and len({error["loc"][:2] for error in found}) == 1
+def _of_union(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The error to report. Of a union, each member that does not fit has errors of its own."""
+    first = found[0]
+    together = [error for error in found if error["loc"][:2] == first["loc"][:2]]
+    shared = next(
+        (at for at, keys in enumerate(zip(*(error["loc"] for error in together), strict=False)) if len({*keys}) > 1),
+        min(len(error["loc"]) for error in together),
+    )
+    labels = [str(error["loc"][shared]) if len(error["loc"]) > shared else "" for error in together]
+    if len(together) == 1 or not all(_UNION_MEMBER.fullmatch(label) for label in labels):
+        return first
+
+    def rank(index: int) -> tuple[bool, int, int]:
+        """Better the less the value differs from the member: it has the right type, and few parts that do not fit."""
+        error = together[index]
+        depth = len(error["loc"])
+        is_of_other_type = depth == shared + 1 and error["type"].endswith(("_type", "_parsing", "literal_error"))
+        return is_of_other_type, labels.count(labels[index]), -depth
+
+    best = min(range(len(together)), key=rank)
+    if not rank(best)[0]:
+        return together[best]
+    expected = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in together)
+    return {**together[best], "msg": f"Input should be {' or '.join(expected)}"}
 
 
 def _sendable(text: str) -> str:

@@ -36,6 +36,8 @@ class GenerationRequest:
     """Returns the prompt and the options of each answer. Runs in a thread: templates and tokenizers are slow."""
     parameters: Mapping[str, str] = field(default_factory=dict)
     """The parameters of the request that set options of `SamplingOptions` under other names, which errors name."""
+    before: Sequence[Callable[[], None]] = ()
+    """Work with the model itself that comes before the answers. Runs in a thread, one request at a time."""
     prompts: int = 1
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
@@ -80,6 +82,12 @@ class AnswerGroup:
                     answers.append(resources.enter_context(service.tracked(answer)))
 
             with as_api_errors(request.param, request.parameters):
+                if request.before:
+                    async with service.embedding:
+                        for work in request.before:
+                            if await http.is_disconnected():
+                                raise ApiError(400, "the client has disconnected")
+                            await service.in_thread(work)
                 if http.state.body_bytes <= _LONG_BODY_BYTES:
                     await service.in_thread(submit)
                 else:

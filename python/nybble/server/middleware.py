@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nybble.server.errors import ApiError
 from nybble.server.service import Service
 
-_PUBLIC_PATHS = frozenset({"/", "/health"})
+_PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
 """Paths that need no key. The page holds no secret and asks for the key itself."""
 
 
@@ -61,7 +61,7 @@ class Middleware:
     async def _check_and_pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
-            self._check_host(headers)
+            self._check_host(headers, scope.get("http_version", ""))
             self._check_key(scope["path"], headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
@@ -71,16 +71,20 @@ class Middleware:
             scope.setdefault("state", {})["body_bytes"] = len(body)
             await self._app(scope, _replay(body, receive), send)
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, headers: Headers, http_version: str) -> None:
         """Keeps web pages from reaching a local server, by DNS rebinding or from another origin."""
         allowed = self._service.settings.allowed_hosts
         host = headers.get("host", "")
+        if not host and http_version == "1.0":
+            allowed = None  # Health checks of load balancers name no host. Browsers always do.
         if allowed is not None and _hostname(f"//{host}") not in allowed:
             message = f"the host {host!r} is not allowed; add it with --allow-host"
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host.lower():
-            raise ApiError(403, "requests from web pages of other origins are refused", code="foreign_origin")
+        origins = self._service.settings.allowed_origins
+        if origin is not None and _netloc(origin) != host.lower() and not origins & {origin.lower(), "*"}:
+            message = f"requests from web pages of the origin {origin!r:.200} are refused; allow it with --allow-origin"
+            raise ApiError(403, message, code="foreign_origin")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         key = self._service.settings.api_key

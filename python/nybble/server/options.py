@@ -42,10 +42,17 @@ class ServeOptions:
         default=(),
         metadata=_option("Host name that requests may use besides localhost. Repeatable.", metavar="NAME"),
     )
+    allow_origin: Sequence[str] = field(
+        default=(),
+        metadata=_option(
+            "Web page that may send requests, such as https://chat.example.org; * for any. Repeatable.",
+            metavar="ORIGIN",
+        ),
+    )
     max_body_mb: float | None = field(
         default=None,
         metadata=_option(
-            "Largest request in MB; by default 16 bytes per token of the context, at least 1 MB.",
+            "Largest request in MB; by default 16 bytes per token of the context, at least 8 MB.",
             range=(0.001, None),
         ),
     )
@@ -81,6 +88,11 @@ class ServeOptions:
         default="mean", metadata=_option("Pooling of embeddings; see the card of the embedding model.", panel="Engine")
     )
 
+    matryoshka: bool = field(
+        default=False,
+        metadata=_option("Let clients cut embeddings to fewer dimensions, for models trained for it.", panel="Engine"),
+    )
+
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             least, greatest = each.metadata.get("range", (None, None))
@@ -105,13 +117,15 @@ class ServeOptions:
             context: The context of the model in tokens, which bounds the default size of a request.
             allowed_hosts: The host names that requests may use; None for any.
         """
-        default_body_bytes = max(16 * context, 1_000_000)
+        default_body_bytes = max(16 * context, 8_000_000)
         return Settings(
             api_key=self.api_key,
             allowed_hosts=allowed_hosts,
+            allowed_origins=frozenset(origin.rstrip("/").lower() for origin in self.allow_origin),
             max_body_bytes=default_body_bytes if self.max_body_mb is None else int(self.max_body_mb * 1e6),
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
+            matryoshka=self.matryoshka,
             unmarked_tool_calls=self.unmarked_tool_calls,
             request_seconds=self.timeout,
             drain_seconds=self.drain,
@@ -135,11 +149,15 @@ class Settings:
     """The key that clients must send; None for no key."""
     allowed_hosts: frozenset[str] | None = None
     """The host names that requests may use; None for any."""
+    allowed_origins: frozenset[str] = frozenset()
+    """Origins of web pages, in lower case, that may send requests besides the server's own page."""
     max_body_bytes: int = 1_000_000
     max_answers: int = 144
     """Answers that are generated or wait at the same time."""
     pooling: Literal["mean", "last"] = "mean"
     """How the vectors of an input's tokens become one vector."""
+    matryoshka: bool = False
+    """Whether clients may cut embeddings to fewer dimensions."""
     unmarked_tool_calls: bool = True
     """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
     max_connections: int = 1024

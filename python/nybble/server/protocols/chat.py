@@ -178,7 +178,7 @@ class ChatAdapter(Adapter):
             finish_reason=self._reason(answer.reason),
         )
 
-    def _reason(self, reason: FinishReason | None) -> FinishReason | Literal["function_call"] | None:
+    def _reason(self, reason: FinishReason) -> FinishReason | Literal["function_call"]:
         return "function_call" if reason == "tool_calls" and self._body.uses_functions else reason
 
     def chunks(self, event: Event) -> Iterator[ChatChunk]:
@@ -215,7 +215,7 @@ class ChatAdapter(Adapter):
             index=answer,
             delta=delta,
             logprobs=self._logprobs(pending) if pending else None,
-            finish_reason=self._reason(reason),
+            finish_reason=None if reason is None else self._reason(reason),
         )
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice])
 

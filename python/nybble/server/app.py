@@ -31,6 +31,7 @@ from nybble.server.protocols.models import (
     Properties,
     Version,
 )
+from nybble.server.protocols.ollama.routes import add_ollama_routes
 from nybble.server.service import Service
 
 # The middleware checks keys. This only describes them.
@@ -53,6 +54,7 @@ def create_app(service: Service) -> FastAPI:
     add_handlers(app)
     _add_api(app, service)
     _add_pages(app, service)
+    add_ollama_routes(app, service, [_KEY] if service.settings.api_key else [])
     app.add_middleware(
         Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
     )

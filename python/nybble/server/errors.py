@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -89,9 +90,11 @@ class ApiError(Exception):
             )
         )
 
-    def response(self) -> Response:
-        """The response."""
-        return Response(self.body.model_dump_json(), self.status, headers=self.headers, media_type="application/json")
+    def response(self, path: str = "") -> Response:
+        """The response. On routes below `/api` it has Ollama's format."""
+        detail = self.body
+        text = json.dumps({"error": detail.error.message}) if path.startswith("/api/") else detail.model_dump_json()
+        return Response(text, self.status, headers=self.headers, media_type="application/json")
 
 
 def overloaded(message: str, status: int, code: str) -> ApiError:
@@ -133,11 +136,18 @@ def as_api_errors(param: str, parameters: Mapping[str, str] | None = None) -> It
     except EngineError as error:
         raise engine_failed() from error
     except ValueError as error:
-        raise _invalid_option(error, param, {**_PARAMS, **(parameters or {})}) from error
+        raise invalid_option(error, param, parameters or {}) from error
 
 
-def _invalid_option(error: ValueError, param: str, parameters: Mapping[str, str]) -> ApiError:
-    """The error of an option, under the name of the parameter that set it."""
+def invalid_option(error: ValueError, param: str, parameters: Mapping[str, str]) -> ApiError:
+    """The error of an option, under the name of the parameter that set it.
+
+    Args:
+        error: The error, whose message begins with the name of the option.
+        param: The parameter to name if the message begins with no option.
+        parameters: The parameters that set options under other names.
+    """
+    parameters = {**_PARAMS, **parameters}
     name, colon, rest = str(error).partition(":")
     if isinstance(error, SchemaError) and name not in parameters:
         return ApiError(400, str(error), param=name)
@@ -149,23 +159,25 @@ def _invalid_option(error: ValueError, param: str, parameters: Mapping[str, str]
 def add_handlers(app: FastAPI) -> None:
     """Gives every error of the application OpenAI's format."""
 
-    async def respond(request: Request, error: Exception) -> Response:
+    def api_error(request: Request, error: Exception) -> ApiError:
         match error:
             case ApiError():
-                return error.response()
+                return error
             case RequestValidationError() if _lacks_json(request):
                 given = request.headers.get("content-type")
                 found = "no Content-Type" if given is None else f"Content-Type: {given}"
-                message = f"found {found}, expected JSON, with the header Content-Type: application/json"
-                return ApiError(415, message).response()
+                return ApiError(415, f"found {found}, expected JSON, with the header Content-Type: application/json")
             case RequestValidationError():
-                return _invalid(error.errors()).response()
-            case HTTPException(status_code=404 | 405 as status) if "endpoint" not in request.scope or status == 405:
-                return _unknown_route(app, request, status).response()
+                return invalid_request(error.errors())
+            case HTTPException(status_code=404 | 405):
+                return _unknown_route(app, request, error.status_code)
             case HTTPException():
-                return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+                return ApiError(error.status_code, str(error.detail), headers=error.headers)
         # Starlette logs the traceback.
-        return ApiError(500, INTERNAL_ERROR).response()
+        return ApiError(500, INTERNAL_ERROR)
+
+    async def respond(request: Request, error: Exception) -> Response:
+        return api_error(request, error).response(request.url.path)
 
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
@@ -191,7 +203,7 @@ def _unknown_route(app: FastAPI, request: Request, status: int) -> ApiError:
     near = difflib.get_close_matches(path, [route for route, _ in known], 1)
     if advice is None and near:
         advice = near[0]
-    routes = ", ".join(f"{'/'.join(methods)} {route}" for route, methods in known)
+    routes = ", ".join(f"{'/'.join(methods)} {route}" for route, methods in known) + ", and Ollama's below /api"
     hint = f"; use {advice}" if advice else ""
     message = f"there is no route {request.method} {path:.200} on this server{hint}. Its routes: {routes}"
     return ApiError(404, message, code="unknown_route")
@@ -211,7 +223,7 @@ _ADVICE = {
 """What to use instead of routes of other servers."""
 
 
-def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
+def invalid_request(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first error of a request. For a union it is the error of the member that was probably meant."""
     first = _of_union(found)
     kind, (*path, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]

@@ -97,6 +97,11 @@ class AnswerGroup:
                         await service.in_thread(submit)
             return cls(service, request, answers, started_at, resources.pop_all())
 
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """The parameters of the request that set options under other names."""
+        return self._request.parameters
+
     def __enter__(self) -> AnswerGroup:
         return self
 

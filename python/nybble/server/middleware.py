@@ -65,7 +65,7 @@ class Middleware:
             self._check_key(scope["path"], headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         if body is not None:
             scope.setdefault("state", {})["body_bytes"] = len(body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nybble.constraints.document import TYPES, Schema, SchemaError, step
+from nybble.constraints.regex import unsupported
 
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords that map names to schemas."""
@@ -34,6 +35,9 @@ def check(schema: Schema, place: str = "#") -> None:
         raise SchemaError(place, f"found {schema!r:.60}, expected a JSON Schema: an object, true or false")
     for key, value in schema.items():
         _check_keyword(key, value, place)
+        for pattern in [value] if key == "pattern" else value if key == "patternProperties" else ():
+            if (reason := unsupported(pattern)) is not None:
+                raise SchemaError(place, f"{key}: found {pattern!r:.100}: {reason}")
         if key in _NAMED:
             for name, part in value.items():
                 check(part, step(place, key, name))

@@ -26,7 +26,7 @@ _REFUSED = {
 """Keywords that cannot be enforced, with what to do instead."""
 
 
-def rewritten(document: Document, schema: Json, place: str, names: Names) -> Json:
+def rewritten(document: Document, schema: Json, place: str, names: Names, others: Collection[str]) -> Json:
     """A schema with the same values whose own keywords the grammar supports.
 
     Parts in `properties`, `items` and so on stay as they are, and so do those of `anyOf` and `allOf`.
@@ -36,6 +36,7 @@ def rewritten(document: Document, schema: Json, place: str, names: Names) -> Jso
         schema: The schema.
         place: Where it is, for errors.
         names: The property names that objects may have there; None for any.
+        others: Those of them that the schemas beside it list.
 
     Raises:
         SchemaError: A keyword cannot be enforced.
@@ -50,11 +51,13 @@ def rewritten(document: Document, schema: Json, place: str, names: Names) -> Jso
         found.pop("format", None)
     extra: list[Schema] = []
     if "not" in schema:
-        extra.append(_negated(document, schema["not"], place, "not", names))
+        extra.append(_negated(document, schema["not"], place, "not", names, found))
     if "if" in schema and ("then" in schema or "else" in schema):
         extra.append(_conditional(document, schema, place, names))
     if "oneOf" in schema:
-        extra.append(_exclusive(document, schema["oneOf"], place, names))
+        beside = {key: value for key, value in schema.items() if key != "oneOf"}
+        own = None if names is None else [*others, *names_of(document, beside)]
+        extra.append(_exclusive(document, schema["oneOf"], place, own))
     extra += _dependencies(schema)
     extra += _contains(schema, place)
     if schema.get("uniqueItems"):
@@ -72,9 +75,9 @@ _REWRITTEN = frozenset({
 })  # fmt: skip
 
 
-def _negated(document: Document, schema: Schema, place: str, keyword: str, names: Names) -> Schema:
+def _negated(document: Document, schema: Schema, place: str, keyword: str, names: Names, given: Schema) -> Schema:
     try:
-        parts = negation(document, schema, names)
+        parts = negation(document, schema, names, given)
     except CannotNegateError as error:
         raise SchemaError(place, f"{keyword}: the grammar cannot enforce the opposite of {error}") from None
     return {"anyOf": parts} if parts else False
@@ -83,7 +86,8 @@ def _negated(document: Document, schema: Schema, place: str, keyword: str, names
 def _conditional(document: Document, schema: Json, place: str, names: Names) -> Schema:
     condition = schema["if"]
     positive = {"allOf": [condition, schema.get("then", True)]}
-    negative = _negated(document, condition, place, "if", names)
+    given = {key: value for key, value in schema.items() if key not in _REWRITTEN}
+    negative = _negated(document, condition, place, "if", names, given)
     return {"anyOf": [positive, {"allOf": [negative, schema.get("else", True)]}]}
 
 
@@ -103,7 +107,7 @@ def _exclusive(document: Document, parts: Sequence[Schema], place: str, names: N
             if (values := document.values(other)) is not None:
                 other = {"enum": [value for value in values if document.accepts(part, value) is not False]}
             try:
-                excluded.append({"anyOf": negation(document, other, own) or [False]})
+                excluded.append({"anyOf": negation(document, other, own, part) or [False]})
             except CannotNegateError as error:
                 raise SchemaError(
                     place,

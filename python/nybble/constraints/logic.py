@@ -32,13 +32,16 @@ class CannotNegateError(Exception):
     """The opposite of a schema cannot be written as a schema that grammars support. The argument is the keyword."""
 
 
-def negation(document: Document, schema: Schema, names: Names = None, depth: int = 0) -> list[Schema]:
+def negation(
+    document: Document, schema: Schema, names: Names = None, given: Schema = True, depth: int = 0
+) -> list[Schema]:
     """The alternatives that together allow exactly the values that `schema` does not.
 
     Args:
         document: The document of the schema.
         schema: The schema.
-        names: The property names that objects may have anyway.
+        names: The property names that objects may have anyway; None for any.
+        given: A schema that the values follow anyway.
         depth: The nesting so far.
 
     Raises:
@@ -49,15 +52,22 @@ def negation(document: Document, schema: Schema, names: Names = None, depth: int
         return [] if schema else [True]
     if depth > _MAX_DEPTH:
         raise CannotNegateError("$ref")
+    given = document.resolved(given, "#")
+    known = given if isinstance(given, dict) else {}
     found: list[Schema] = []
     for key, value in schema.items():
-        if key in CONSTRAINING and not (key == "format" and value not in FORMATS):
-            found += _negated_keyword(document, schema, key, value, names, depth + 1)
+        is_given = key in _INDEPENDENT and key in known and known[key] == value
+        if key in CONSTRAINING and not is_given and not (key == "format" and value not in FORMATS):
+            found += _negated_keyword(document, schema, key, value, names, known, depth + 1)
     return found
 
 
+_INDEPENDENT = frozenset({"type", "const", "enum", "pattern", "format", "multipleOf", "required", "$ref", *BOUNDS})
+"""Keywords whose meaning does not depend on those beside them."""
+
+
 def _negated_keyword(
-    document: Document, schema: Json, key: str, value: Any, names: Names, depth: int
+    document: Document, schema: Json, key: str, value: Any, names: Names, given: Json, depth: int
 ) -> Sequence[Schema]:
     if key in BOUNDS and not isinstance(value, bool):
         opposite = _OPPOSITES[key](value)
@@ -79,11 +89,11 @@ def _negated_keyword(
             return [
                 {"type": "object", "properties": {name: {"anyOf": parts}}, "required": [name]}
                 for name, part in value.items()
-                if (parts := negation(document, part, None, depth))
+                if (parts := negation(document, part, None, given.get("properties", {}).get(name, True), depth))
             ]
         case "additionalProperties" if "patternProperties" not in schema and names is not None:
             others = [name for name in names if name not in schema.get("properties", {})]
-            parts = negation(document, value, None, depth)
+            parts = negation(document, value, None, True, depth)
             return [
                 {"type": "object", "properties": {name: {"anyOf": parts}}, "required": [name]}
                 for name in others
@@ -92,14 +102,14 @@ def _negated_keyword(
         case "additionalProperties" if value is True:
             return []
         case "anyOf":
-            return [{"allOf": [{"anyOf": _some(negation(document, part, names, depth))} for part in value]}]
+            return [{"allOf": [{"anyOf": _some(negation(document, part, names, given, depth))} for part in value]}]
         case "allOf":
-            return [each for part in value for each in negation(document, part, names, depth)]
+            return [each for part in value for each in negation(document, part, names, given, depth)]
         case "not":
             return [value]
         case "$ref":
             target = document.at(document.pointer_of(value, "#"), "#")
-            return negation(document, target, names, depth)
+            return negation(document, target, names, given, depth)
     raise CannotNegateError(key)
 
 

@@ -127,7 +127,7 @@ class _Rewriter:
         opened = is_open or self._is_open(schema)
         closes = not opened and (others is not None or self._lists_properties(schema))
         names = _joined(others or (), listed) if closes else None
-        found = rewritten(self._document, schema, place, names)
+        found = rewritten(self._document, schema, place, names, others or ())
         units = self._units(found, place)
         result = {key: value for key, value in found.items() if key in CONSTRAINING and key not in _COMBINING}
         self._rewrite_parts(result, place)

@@ -198,6 +198,9 @@ def _object(reader: Reader, first: str) -> Steps[None]:
         elif key in ("arguments", "parameters") and not emitted and early is None:
             if value == '"':
                 early, quoted = (yield from reader.string(value)), True
+            elif value == "n":  # null stands for no arguments.
+                yield from reader.value(value, len)
+                early = "{}"
             elif name is None:
                 parts: list[str] = []
                 yield from reader.value(value, parts.append)

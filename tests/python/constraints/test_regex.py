@@ -1,0 +1,48 @@
+"""Regular expressions: what is not supported is said before the first token."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from nybble import Model
+from nybble.constraints.regex import unsupported
+
+UNSUPPORTED = {
+    "(?=a)[ab]": "look-ahead and look-behind are not supported .*at character 1",
+    "x(?<!a)b": "look-ahead and look-behind are not supported .*at character 2",
+    r"(a|b)\1": "back-references are not supported",
+    "(?P<x>a)(?P=x)": "back-references are not supported",
+    "a{,3}b": "a repetition needs a minimum",
+    "(?>a)b": "atomic groups are not supported",
+    "(a)?(?(1)b|c)": "conditional groups are not supported",
+}
+
+
+@pytest.mark.parametrize("expression", UNSUPPORTED)
+def test_unsupported_syntax_is_named_with_its_position(expression: str, tiny_model: Model) -> None:
+    with pytest.raises(ValueError, match=f"regex: {UNSUPPORTED[expression]}"):
+        tiny_model.generate("x", regex=expression)
+    with pytest.raises(ValueError, match=f"schema: pattern: .*{UNSUPPORTED[expression]}"):
+        tiny_model.generate("x", schema={"type": "string", "pattern": f"{expression}$"})
+
+
+@pytest.mark.parametrize(
+    "expression", [r"[(?=a)\1{,2}]+", r"\(?=", r"\\1", "[]a]{1,2}", "[^]a]", "a{2,}", "(?:a)(?i:b)"]
+)
+def test_supported_syntax_passes(expression: str) -> None:
+    assert unsupported(expression) is None
+
+
+def test_mistakes_are_explained(tiny_model: Model) -> None:
+    with pytest.raises(ValueError, match=r"regex: found '\(a': missing \)"):
+        tiny_model.generate("x", regex="(a")
+
+
+@pytest.mark.parametrize(("expression", "same"), [("^(yes|no)$", "yes|no"), ("[é日]+x", "[é日]+x")])
+def test_completions_match_the_regex(expression: str, same: str, uniform_model: Model) -> None:
+    for seed in range(4):
+        done = uniform_model.generate("x", regex=expression, max_tokens=60, seed=seed)
+        if done.finish_reason == "stop":
+            assert re.fullmatch(same, done.text)

@@ -150,9 +150,10 @@ def invalid_option(error: ValueError, param: str, parameters: Mapping[str, str])
     parameters = {**_PARAMS, **parameters}
     name, colon, rest = str(error).partition(":")
     if isinstance(error, SchemaError) and name not in parameters:
-        return ApiError(400, str(error), param=name)
+        parameters[name] = name
     if name in parameters:
-        return ApiError(400, f"{parameters[name]}{colon}{rest}", param=parameters[name])
+        # The message says where in the parameter.
+        return ApiError(400, f"{parameters[name]}{colon}{rest}", param=parameters[name].partition(".")[0])
     return ApiError(400, str(error), param=param)
 
 

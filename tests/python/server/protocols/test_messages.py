@@ -15,7 +15,7 @@ from nybble.engine import Engine
 from nybble.server.protocols.messages import Message
 
 Json = dict[str, Any]
-HI: list[Json] = [{"role": "user", "content": "Hi"}]
+HI: Any = [{"role": "user", "content": "Hi"}]
 TOOLS: list[Json] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
@@ -69,6 +69,7 @@ def test_fields_without_effect_are_taken(fields: Json, server: Running) -> None:
 def test_every_answer_comes_back_as_the_client_dumps_it(model: Model) -> None:
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>'
     engine, script = scripted(model, call, "It rains.", *["Done."] * 6)
+    turn: Any
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         ask: Any = {"model": "tiny", "tools": TOOLS}
         called = client.chat.completions.create(messages=HI, **ask).choices[0].message

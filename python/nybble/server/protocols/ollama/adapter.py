@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import time
@@ -44,6 +45,9 @@ from nybble.server.service import Service
 
 Body = TypeVar("Body", bound=BaseModel)
 
+_OWN_NAMES = {"json_schema": "format", "response_format": "format"}
+"""Ollama's names of parameters of the other protocols."""
+
 
 class OllamaAdapter(Adapter):
     """A request for a chat or a completion.
@@ -74,8 +78,10 @@ class OllamaAdapter(Adapter):
         """Log-probabilities for the next chunk."""
 
     def translate(self) -> GenerationRequest:
-        """The request of the inner adapter."""
-        return self._inner.translate()
+        """The request of the inner adapter, with Ollama's names of parameters."""
+        request = self._inner.translate()
+        names = {option: _OWN_NAMES.get(name, name) for option, name in request.parameters.items()}
+        return dataclasses.replace(request, parameters=names)
 
     def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> OllamaAnswer:
         """The whole answer."""

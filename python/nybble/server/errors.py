@@ -238,6 +238,8 @@ def invalid_request(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "missing" and param is None:
         return ApiError(400, "the request body is missing, expected JSON", code="missing_required_parameter")
     code = "missing_required_parameter" if kind == "missing" else "invalid_value"
+    if param is None and (named := re.match(r"([a-z_]+)(?:\.\w+)*: ", first["msg"])) is not None:
+        return ApiError(400, first["msg"], param=named[1], code=code)
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param, code=code)
 
 
@@ -253,12 +255,13 @@ def _of_union(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     if len(together) == 1 or not all(_UNION_MEMBER.fullmatch(label) for label in labels):
         return first
 
-    def rank(index: int) -> tuple[bool, int, int]:
-        """Better the less the value differs from the member: it has the right type, and few parts that do not fit."""
+    def rank(index: int) -> tuple[bool, int, int, int]:
+        """Better the less the value differs from the member: in its own type, and in few and late parts."""
         error = together[index]
         depth = len(error["loc"])
         is_of_other_type = depth == shared + 1 and error["type"].endswith(("_type", "_parsing", "literal_error"))
-        return is_of_other_type, labels.count(labels[index]), -depth
+        part = next((key for key in error["loc"][shared + 1 :] if isinstance(key, int)), 0)
+        return is_of_other_type, labels.count(labels[index]), -part, -depth
 
     best = min(range(len(together)), key=rank)
     if not rank(best)[0]:

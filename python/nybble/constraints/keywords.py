@@ -36,7 +36,7 @@ def rewritten(document: Document, schema: Json, place: str, names: Names, others
         schema: The schema.
         place: Where it is, for errors.
         names: The property names that objects may have there; None for any.
-        others: Those of them that the schemas beside it list.
+        others: Those of them that the schemas next to it list.
 
     Raises:
         SchemaError: A keyword cannot be enforced.
@@ -55,8 +55,8 @@ def rewritten(document: Document, schema: Json, place: str, names: Names, others
     if "if" in schema and ("then" in schema or "else" in schema):
         extra.append(_conditional(document, schema, place, names))
     if "oneOf" in schema:
-        beside = {key: value for key, value in schema.items() if key != "oneOf"}
-        own = None if names is None else [*others, *names_of(document, beside)]
+        around = {key: value for key, value in schema.items() if key != "oneOf"}
+        own = None if names is None else [*others, *names_of(document, around)]
         extra.append(_exclusive(document, schema["oneOf"], place, own))
     extra += _dependencies(schema)
     extra += _contains(schema, place)

@@ -63,7 +63,7 @@ def negation(
 
 
 _INDEPENDENT = frozenset({"type", "const", "enum", "pattern", "format", "multipleOf", "required", "$ref", *BOUNDS})
-"""Keywords whose meaning does not depend on those beside them."""
+"""Keywords whose meaning does not depend on those next to them."""
 
 
 def _negated_keyword(

@@ -115,8 +115,8 @@ class _Rewriter:
         Args:
             schema: The schema.
             place: Where it is.
-            others: The properties that the schemas beside it list; None if it stands alone.
-            is_open: Whether a schema beside it says something about other properties.
+            others: The properties that the schemas next to it list; None if it stands alone.
+            is_open: Whether a schema next to it says something about other properties.
         """
         if not isinstance(schema, dict):
             return schema
@@ -156,7 +156,7 @@ class _Rewriter:
                 result[key] = [self._rewrite(part, step(place, key, i)) for i, part in enumerate(result[key])]
 
     def _close(self, result: Json, names: Names, others: Names | None) -> None:
-        """Forbids properties that neither the schema nor those beside it list."""
+        """Forbids properties that neither the schema nor those next to it list."""
         if result.pop("unevaluatedProperties", None) is False:
             result.setdefault("properties", {})
         concerned = result.keys() & _OBJECT_KEYWORDS
@@ -192,9 +192,9 @@ class _Rewriter:
         own = self._names([{key: value for key, value in found.items() if key not in _COMBINING}])
         all_of: list[Schema] = []
         for index, (key, parts) in enumerate(units):
-            beside = _joined(own, others or (), *(names for i, names in enumerate(listed) if i != index))
-            alone = others is None and not beside and len(units) == 1 and not result.keys() & _OBJECT_KEYWORDS
-            rewritten_parts = [self._rewrite(part, where, None if alone else beside, opened) for part, where in parts]
+            around = _joined(own, others or (), *(names for i, names in enumerate(listed) if i != index))
+            alone = others is None and not around and len(units) == 1 and not result.keys() & _OBJECT_KEYWORDS
+            rewritten_parts = [self._rewrite(part, where, None if alone else around, opened) for part, where in parts]
             if key == "anyOf" and "anyOf" not in result:
                 result["anyOf"] = rewritten_parts
             elif key == "anyOf":

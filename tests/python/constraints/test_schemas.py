@@ -38,7 +38,7 @@ COMPOSED: dict[str, Json] = {
         anyOf=[{"$ref": "#/$defs/X"}, {"$ref": "#/$defs/Y"}],
         **{"$defs": {"X": X, "Y": Y}},
     ),
-    "reference beside properties": {
+    "reference with properties": {
         "$ref": "#/$defs/Base",
         "properties": {"own": DIGIT},
         "required": ["own"],

@@ -124,7 +124,7 @@ async def vectors(
 
     Args:
         service: The service.
-        inputs: Texts or token ids.
+        inputs: Documents or token ids.
         dimensions: The width to cut the vectors to; None for that of the model.
         param: The parameter of the request that holds the inputs, for errors.
 

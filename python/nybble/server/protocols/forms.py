@@ -35,7 +35,7 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     definition: Json | None = Field(
-        default=None, alias="schema", description="A JSON Schema, as llama-server takes it beside the type."
+        default=None, alias="schema", description="A JSON Schema, as llama-server takes it next to the type."
     )
 
     @model_validator(mode="after")

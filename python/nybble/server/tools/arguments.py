@@ -110,8 +110,8 @@ def _element(part: str, known: Arguments, key: str, schema: dict[str, Any], para
         return [f"{part}: {opening} {part}_v {closing}", f"{part}_v: %json {body}"]
     values = known.document.values(value)
     if values is not None:
-        texts = dict.fromkeys(each if isinstance(each, str) else json.dumps(each) for each in values)
-        return [f"{part}: {opening} ({' | '.join(map(_literal, texts))}) {closing}"]
+        spelled = dict.fromkeys(each if isinstance(each, str) else json.dumps(each) for each in values)
+        return [f"{part}: {opening} ({' | '.join(map(_literal, spelled))}) {closing}"]
     if types == {"string"} and (pattern := _limited_text(known.document.resolved(value, "#"))) is not None:
         return [f"{part}: {opening} {part.upper()} {closing}", f"{part.upper()}: {pattern}"]
     return [f"{part}: {opening} {part}_v", f'{part}_v[suffix="</parameter>\\n"]: /(?s:.*)/']

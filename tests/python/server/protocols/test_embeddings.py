@@ -49,7 +49,7 @@ def test_token_ids_are_inputs_too(server: Running) -> None:
     assert np.array_equal(vectors(embed(server, [104, 101])), as_text[:1])
 
 
-def test_the_width_of_the_model_is_no_change(server: Running) -> None:
+def test_the_width_of_the_model_changes_nothing(server: Running) -> None:
     plain = vectors(embed(server, ["a"]))
     assert np.array_equal(vectors(embed(server, ["a"], dimensions=plain.shape[1])), plain)
 

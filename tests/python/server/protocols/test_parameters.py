@@ -203,7 +203,7 @@ def test_other_names_of_numbers_work(server: Running) -> None:
         ('root ::= a-b aB\na-b ::= "1"?\naB ::= .', "1z"),
     ],
 )
-def test_grammars_in_gbnf_accept_the_same_texts(gbnf: str, text: str, uniform_model: Model) -> None:
+def test_grammars_in_gbnf_accept_the_same_strings(gbnf: str, text: str, uniform_model: Model) -> None:
     rule = lark_of_gbnf(gbnf)
     forced = {ord(char): 100.0 for char in set(text) if ord(char) < 128}
     done = uniform_model.generate("x", grammar=rule, logit_bias=forced, max_tokens=40, seed=0)

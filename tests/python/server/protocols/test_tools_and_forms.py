@@ -1,4 +1,4 @@
-"""Schemas of tools: references, functions without parameters, values of tagged calls, and tools beside a form."""
+"""Schemas of tools: references, functions without parameters, values of tagged calls, and tools together with a form."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ PARAMETERS: dict[str, Json] = {
     "root reference": TREE,
     "reference at the root": {"$ref": "#/$defs/A", "$defs": {"A": closed({"x": DIGIT})}},
     "composition": {"type": "object", "properties": {"k": DIGIT}, "required": ["k"], "anyOf": [closed({"k": DIGIT})]},
-    "texts": closed({"a": {"type": "string", "maxLength": 3}, "b": {"enum": ["x", "y"]}, "c": {"const": "1"}}),
+    "strings": closed({"a": {"type": "string", "maxLength": 3}, "b": {"enum": ["x", "y"]}, "c": {"const": "1"}}),
 }
 
 
@@ -137,7 +137,7 @@ def test_streams_give_the_same_call_as_responses(template: str, served: Callable
     assert [(name, json.loads("".join(delta["arguments"] for delta in deltas)))] == expected
 
 
-# --- Tools beside a form
+# --- Tools together with a form
 
 FORM = closed({"done": {"type": "boolean"}})
 FORMS: list[Json] = [
@@ -148,7 +148,7 @@ FORMS: list[Json] = [
 
 @pytest.mark.parametrize("template", FORMATS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_answers_beside_tools_are_calls_or_have_the_form(
+def test_answers_with_tools_are_calls_or_have_the_form(
     template: str, stream: bool, served: Callable[[str], Running]
 ) -> None:
     parameters, kinds = closed({"x": DIGIT}), set()

@@ -1,4 +1,4 @@
-"""Schemas of tools: references, functions without parameters, values of tagged calls, and tools together with a form."""
+"""Schemas of tools: references, no parameters, values of tagged calls, and tools together with a form."""
 
 from __future__ import annotations
 

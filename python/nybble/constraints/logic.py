@@ -74,10 +74,10 @@ def _negated_keyword(
         return [] if opposite is None else [{"type": BOUNDS[key][0], **opposite}]
     match key:
         case "type":
-            given = [value] if isinstance(value, str) else value
-            if "integer" in given and "number" not in given:
+            types = [value] if isinstance(value, str) else value
+            if "integer" in types and "number" not in types:
                 raise CannotNegateError("type integer")
-            others = [name for name in TYPES if name not in given]
+            others = [name for name in TYPES if name not in types]
             return [{"type": others}] if others else []
         case "const":
             return _without([value])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,9 @@ from nybble.constraints.schema import grammar_text
 
 if TYPE_CHECKING:
     from nybble import _native
+
+_TERMINAL = re.compile(r"/((?:\\.|[^/\\\n])+)/")
+"""A regular expression in a Lark grammar."""
 
 
 def constraint(
@@ -37,6 +41,9 @@ def constraint(
     except ValueError as error:
         if kind == "regex" and (reason := mistake(text)) is not None:
             raise ValueError(f"regex: found {text!r:.100}: {reason}") from error
+        for pattern in _TERMINAL.findall(text) if kind == "grammar" else ():
+            if (reason := unsupported(pattern) or mistake(pattern)) is not None:
+                raise ValueError(f"grammar: found /{pattern:.100}/: {reason}") from error
         for place, pattern in _patterns(json.loads(source), "#") if kind == "schema" else ():
             if (reason := mistake(pattern)) is not None:
                 raise SchemaError(place, f"pattern: found {pattern!r:.100}: {reason}") from error

@@ -1,8 +1,14 @@
-"""Explains what is wrong with a regular expression: syntax that finite automata cannot hold, and mistakes."""
+"""Explains what is wrong with a regular expression: syntax that automata cannot hold, too many states, mistakes."""
 
 from __future__ import annotations
 
+import functools
 import re
+
+from nybble.constraints.complexity import states
+
+_MAX_STATES = 2000
+"""States at once from which on the parser of the grammar may run out of memory in the middle of an answer."""
 
 _UNSUPPORTED = (
     (re.compile(r"\(\?<?[=!]"), "look-ahead and look-behind are not supported"),
@@ -15,8 +21,9 @@ _UNSUPPORTED = (
 )
 
 
+@functools.lru_cache(maxsize=64)
 def unsupported(expression: str) -> str | None:
-    """What an expression uses that is not supported, with its position; None if nothing of that is in it."""
+    """What an expression uses that is not supported, with its position, or that it is too complex; otherwise None."""
     at, in_class = 0, False
     while at < len(expression):
         char = expression[at]
@@ -35,6 +42,11 @@ def unsupported(expression: str) -> str | None:
         if char == "]":
             in_class = False
         at += 1
+    if states(expression, _MAX_STATES) > _MAX_STATES:
+        return (
+            f"a text can be in more than {_MAX_STATES} states of it at once, which is too complex: use smaller counts "
+            "for nested repetitions, or separate what they repeat"
+        )
     return None
 
 

@@ -48,7 +48,7 @@ class ChatAdapter(Adapter):
     def __init__(self, service: Service, body: ChatRequest) -> None:
         super().__init__(body.model, body.n or 1, bool(body.stream))
         self._tokenizer = service.engine.model.tokenizer
-        self._reads_unmarked_calls = service.settings.unmarked_tool_calls
+        self._reads_unmarked_calls = service.settings.unmarked_calls
         self._body = body
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{new_id()}",

@@ -51,7 +51,9 @@ lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, 
 	$(BIN)/python scripts/check_language.py
 	cargo clippy --locked --all-targets --features python -- -D warnings
 	cargo clippy --locked --lib -- -D warnings
+	cargo clippy --locked --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" $(BIN)/python scripts/public_api.py
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --features python --document-private-items
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native
@@ -85,7 +87,7 @@ docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings a
 
 wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, size and libraries.
 	rm -rf dist
-	$(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
+	$(BIN)/python scripts/notices.py --target host -- $(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
 	$(BIN)/python scripts/check_wheel.py dist
 
 test-wheel: wheel  ## Install the wheel into an empty environment without a compiler, and generate.
@@ -93,6 +95,8 @@ test-wheel: wheel  ## Install the wheel into an empty environment without a comp
 
 release: $(VENV)/.wheel  ## Check version, tree and tests, then build and check the wheel and the source distribution.
 	$(BIN)/python scripts/release.py --prepare
+	$(BIN)/python scripts/notices.py --check
+	cargo publish --locked --dry-run
 	$(MAKE) test docs test-wheel
 	$(BIN)/maturin sdist --out dist
 	$(BIN)/python scripts/release.py --verify dist
@@ -109,7 +113,7 @@ clean:  ## Remove everything that was built, the environment included.
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nybble needs Python 3.10 or later: make PYTHON=...")'
-	@command -v cargo >/dev/null || { echo "building nybble needs Rust 1.95 or later: https://rustup.rs" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "building nybble needs Rust 1.89 or later: https://rustup.rs" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@

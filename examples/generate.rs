@@ -25,7 +25,7 @@ fn main() -> nybble::Result<()> {
     let (start, count) = (Instant::now(), 64);
     for _ in 0..count {
         logits.clear();
-        let input = Input { session: &mut session, tokens: &next, logits: Logits::Last };
+        let input = Input::new(&mut session, &next, Logits::Last);
         model.forward(&mut [input], &mut logits, &|| false)?;
         let best = (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
         print!("{best} ");

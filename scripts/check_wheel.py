@@ -17,10 +17,16 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import notices
 
 MAX_BYTES = 15_000_000
 MAX_GLIBC = (2, 28)
-REQUIRED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed", "LICENSE")
+REQUIRED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed")
+
+# In the folder `licenses` of the wheel's metadata.
+LICENSES = ("LICENSE", "THIRD-PARTY-NOTICES")
 
 GENERATE = """
 import pathlib, shutil, sys
@@ -64,7 +70,11 @@ def inspect(wheel: Path) -> list[str]:
         faults.append("expected a wheel for the stable ABI of Python 3.10 (cp310-abi3)")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        texts = {Path(name).name: archive.read(name).decode() for name in names if ".dist-info/licenses/" in name}
+        bills = [json.loads(archive.read(name)) for name in names if ".dist-info/sboms/" in name]
     faults += [f"{file} is missing" for file in REQUIRED if not any(name.endswith(file) for name in names)]
+    faults += [f"licenses/{file} is missing" for file in LICENSES if file not in texts]
+    faults += notice_faults(texts.get("THIRD-PARTY-NOTICES", ""), bills)
     if platform.system() == "Linux":
         shown = subprocess.run(["auditwheel", "show", "--json", str(wheel)], check=True, capture_output=True, text=True)
         tag = json.loads(shown.stdout)["overall_tag"]
@@ -74,6 +84,18 @@ def inspect(wheel: Path) -> list[str]:
         if tag not in wheel.name:
             print(f"{wheel.name}: also satisfies {tag}")
     return faults
+
+
+def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
+    """Crates of the native module that the notices or the bill of materials omit, and crates that are in neither."""
+    listed = set(re.findall(r"^(\S+ \d\S*): ", text, re.MULTILINE))
+    linked = {str(crate) for crate in notices.linked(notices.host())}
+    known = {f"{part['name']} {part.get('version')}" for bill in bills for part in bill.get("components", [])}
+    return [
+        *(f"THIRD-PARTY-NOTICES: {crate} is missing" for crate in sorted(linked - listed)),
+        *(f"THIRD-PARTY-NOTICES: {crate} is not linked on this platform" for crate in sorted(listed - linked)),
+        *(f"the bill of materials: {crate} is missing" for crate in sorted(linked - known)),
+    ]
 
 
 def generate(wheel: Path) -> None:

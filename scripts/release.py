@@ -20,6 +20,7 @@ SDIST_FILES = (
     "pyproject.toml",
     "README.md",
     "LICENSE",
+    "THIRD-PARTY-NOTICES",
     "src/lib.rs",
     "python/nybble/__init__.py",
 )
@@ -38,8 +39,8 @@ def prepare() -> list[str]:
     wanted = version()
     faults = []
     lock = (ROOT / "Cargo.lock").read_text(encoding="utf-8")
-    if f'name = "nybble"\nversion = "{wanted}"' not in lock:
-        faults.append(f"Cargo.lock: nybble is not at {wanted}; run `cargo update --workspace`")
+    if f'name = "nybble-llm"\nversion = "{wanted}"' not in lock:
+        faults.append(f"Cargo.lock: nybble-llm is not at {wanted}; run `cargo update --workspace`")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     entry = re.search(rf"^## \[{re.escape(wanted)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE)
     if entry is None:

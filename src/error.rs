@@ -40,8 +40,9 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
+        /// The system's error. It is part of the message, so [`source`](std::error::Error::source) does not return it again: the raw
+        /// name tells `thiserror` so.
+        r#source: std::io::Error,
     },
 
     /// A file breaks its format, or its parts contradict each other.
@@ -161,5 +162,25 @@ impl Error {
     /// [`Error::InvalidArgument`] for the argument `name`.
     pub fn argument(name: &'static str, found: impl fmt::Display, expected: impl fmt::Display) -> Self {
         Error::InvalidArgument { name, found: found.to_string(), expected: expected.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_chain_of_errors_says_each_thing_once() {
+        let failed = Error::io("model.gguf", std::io::Error::other("the disk is damaged"));
+        let mut error: &dyn std::error::Error = &failed;
+        let mut chain = error.to_string();
+        while let Some(source) = error.source() {
+            chain = format!("{chain}: {source}");
+            error = source;
+        }
+        assert_eq!(chain, "model.gguf: the disk is damaged");
+        assert!(Error::argument("context", 0, "at least 1").source().is_none());
     }
 }

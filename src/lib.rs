@@ -1,20 +1,51 @@
 //! nybble runs language models on CPUs from 4-bit weights.
 //!
-//! [`model::Model`] loads a checkpoint and computes logits for token ids. [`engine::Sequence`] and [`engine::step`] sample from
-//! them; [`engine::Scheduler`] batches many sequences. [`quantize::quantize`] writes 4-bit files. Results are bit-identical
-//! across thread counts, batch sizes, prompt chunks and CPUs.
+//! [`Model::load`] reads a GGUF file or a Hugging Face folder. A [`Sequence`] is a prompt with its completion so far, and [`step`]
+//! computes one token for each of several sequences. A [`Scheduler`] batches many requests, reuses common prefixes and can
+//! speculate. [`quantize()`] writes 4-bit files.
 //!
-//! | module | contents |
+//! Results are bit-identical across thread counts, batch sizes, prompt chunks and CPUs.
+//!
+//! ```no_run
+//! use nybble::{LoadOptions, Model, SamplingOptions, Sequence, step};
+//!
+//! let model = Model::load("model.gguf", &LoadOptions::default().with_threads(4))?;
+//! let options = SamplingOptions::default().with_temperature(0.7).with_seed(7);
+//! let mut sequence = Sequence::new(&model, &[1, 504, 3575, 282], options)?;
+//! for _ in 0..64 {
+//!     let sampled = step(&model, &mut [&mut sequence], &|| false)?;
+//!     println!("{}", sampled[0].token);
+//! }
+//! # Ok::<(), nybble::Error>(())
+//! ```
+//!
+//! | to | use |
 //! | --- | --- |
-//! | [`model`] | loading, sessions, the forward pass, conversion to GGUF |
-//! | [`engine`] | sampling, constraints, continuous batching, speculation |
-//! | [`quantize`] | recipes, the pipeline, evaluation |
-//! | [`format`](mod@format) | GGUF and safetensors, reading and writing |
-//! | [`kernels`] | instruction sets, and the limits of this machine |
-//! | [`quant`] | block types and packed layouts |
-//! | [`threads`] | the thread pool |
-//! | [`vocab`] | SentencePiece vocabularies |
-//! | [`error`] | [`Error`], [`Place`] and [`Result`] |
+//! | load a model | [`Model`], [`LoadOptions`] |
+//! | compute logits or hidden states | [`Model::forward`] with an [`Input`] per [`Session`] |
+//! | generate | [`Sequence`], [`step`], [`SamplingOptions`] |
+//! | serve many requests | [`Scheduler`], [`SchedulerOptions`], [`Event`] |
+//! | restrict the output | `Grammar`, `Vocabulary` and `Constraint`, with the feature `grammar` |
+//! | quantize and evaluate | [`quantize()`], [`QuantizeOptions`], [`mod@quantize`] |
+//! | read and write GGUF | [`format::gguf`] |
+//! | decode and encode block types | [`BlockType`] |
+//! | choose an instruction set | [`kernels`] |
+//! | handle errors | [`Error`], [`Place`] |
+//!
+//! Structs of options have a setter for each field, such as [`LoadOptions::with_threads`]. Errors name the file or the argument,
+//! what was found and what was expected. Long calls take a closure that can interrupt them.
+//!
+//! # Features
+//!
+//! | feature | default | effect |
+//! | --- | --- | --- |
+//! | `grammar` | yes | constraints: JSON Schema, regular expressions, grammars |
+//! | `python` | no | the Python module; needs an installed Python |
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[macro_use]
+mod setters;
 
 pub mod engine;
 pub mod error;
@@ -26,10 +57,19 @@ mod python;
 pub mod quant;
 pub mod quantize;
 mod system;
+#[doc(hidden)]
 pub mod threads;
+#[doc(hidden)]
 pub mod vocab;
 
+#[cfg(feature = "grammar")]
+pub use engine::constraint::{Constraint, Grammar, Vocabulary};
+pub use engine::sampler::{Sampled, SamplingOptions};
+pub use engine::{Event, Scheduler, SchedulerOptions, Sequence, Speculation, step};
 pub use error::{Error, Place, Result};
+pub use model::{CacheType, Input, LoadOptions, Logits, Model, Quantize, Session};
+pub use quant::block::BlockType;
+pub use quantize::{QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
 
 // Compiles the examples of the README with those of the documentation.
 #[cfg(doctest)]

@@ -44,6 +44,7 @@ impl TokenKind {
 
 /// An entry of a vocabulary. Its id is its index in the list.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Piece<'a> {
     /// The text, with U+2581 for a space. `None` for bytes that are not UTF-8, which no text matches.
     pub text: Option<&'a str>,
@@ -53,13 +54,20 @@ pub struct Piece<'a> {
     pub kind: TokenKind,
 }
 
+impl<'a> Piece<'a> {
+    /// A piece with this text, score and kind.
+    pub fn new(text: impl Into<Option<&'a str>>, score: f32, kind: TokenKind) -> Piece<'a> {
+        Piece { text: text.into(), score, kind }
+    }
+}
+
 /// A SentencePiece vocabulary, ready to encode.
 ///
 /// ```
 /// use nybble::vocab::{Piece, SentencePiece, TokenKind};
 ///
 /// let pieces = ["a", "b", "ab", "\u{2581}"]
-///     .map(|text| Piece { text: Some(text), score: text.len() as f32, kind: TokenKind::Normal });
+///     .map(|text| Piece::new(text, text.len() as f32, TokenKind::Normal));
 /// let vocabulary = SentencePiece::new(pieces);
 /// assert_eq!(vocabulary.encode("ab a", true), [2, 3, 0]);
 /// ```

@@ -15,7 +15,7 @@ use source::{code_only, files, paths, read, relative, repository, words};
 
 /// Modules by floor, lowest first. A module may import only modules on lower floors.
 const FLOORS: &[&[&str]] = &[
-    &["error"],
+    &["error", "setters"],
     &["system"],
     &["threads"],
     &["quant"],
@@ -32,7 +32,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("src/kernels/avx2", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avx512", "enters functions of its instruction set; loads and stores whole registers"),
     ("src/kernels/avxvnni", "executes `vpdpbusd`; enters AVX2's functions"),
-    ("src/kernels/neon", "enters functions of its instruction set; loads and stores whole registers; executes `sdot`"),
+    (
+        "src/kernels/neon",
+        "enters functions of its instruction set; loads and stores whole registers; executes `sdot` and `fcvtl`",
+    ),
     ("src/kernels/generic/vector", "runs the intrinsics that instruction sets list for their registers"),
     ("src/kernels/operations", "calls the functions of a table, which only some CPUs can run"),
     ("src/kernels/scalar", "promises that every CPU can run its table"),

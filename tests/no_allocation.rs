@@ -19,7 +19,7 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 fn allocations(model: &Model, session: &mut Session, tokens: &[u32], logits: &mut Vec<f32>) -> usize {
     logits.clear();
     let region = Region::new(ALLOCATOR);
-    model.forward(&mut [Input { session, tokens, logits: Logits::Last }], logits, &|| false).unwrap();
+    model.forward(&mut [Input::new(session, tokens, Logits::Last)], logits, &|| false).unwrap();
     let change = region.change();
     change.allocations + change.reallocations
 }
@@ -36,7 +36,7 @@ fn round(model: &Model, session: &mut Session, logits: &mut Vec<f32>) -> usize {
 }
 
 fn load(path: &Path, threads: usize) -> Model {
-    Model::load(path, &LoadOptions { threads: Some(threads), ..LoadOptions::default() }).unwrap()
+    Model::load(path, &LoadOptions::default().with_threads(threads)).unwrap()
 }
 
 /// Asserts that three consecutive rounds allocate nothing. With several threads this takes some rounds: a thread grows its

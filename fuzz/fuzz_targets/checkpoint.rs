@@ -12,7 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
     saved("model.safetensors", weights.get(1..).unwrap_or_default());
     let Some(folder) = file.parent() else { return };
     for quantize in [Quantize::Stored, Quantize::Int4] {
-        let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+        let options = LoadOptions::default().with_threads(1).with_quantize(quantize);
         if let Ok(model) = Model::load(folder, &options) {
             step(&model);
         }

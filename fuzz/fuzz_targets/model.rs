@@ -6,7 +6,7 @@ use nybble::model::{LoadOptions, Model};
 use nybble_fuzz::{saved, step};
 
 fuzz_target!(|bytes: &[u8]| {
-    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(1);
     if let Ok(model) = Model::load(saved("file.gguf", bytes), &options) {
         step(&model);
     }

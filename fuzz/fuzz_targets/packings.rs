@@ -14,7 +14,7 @@ fuzz_target!(|bytes: &[u8]| {
     saved("model.safetensors", &[&(header.len() as u64).to_le_bytes(), header, data].concat());
     let Some(folder) = file.parent() else { return };
     for quantize in [Quantize::Auto, Quantize::Stored] {
-        let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+        let options = LoadOptions::default().with_threads(1).with_quantize(quantize);
         if let Ok(model) = Model::load(folder, &options) {
             step(&model);
         }

@@ -24,7 +24,7 @@ thread_local! {
 fn load(cache_type: CacheType) -> Model {
     let file = saved("model.gguf", &[]);
     tiny_model::write(&file, &tiny_model::metadata(&SHAPE), &tiny_model::tensors(&SHAPE), BlockType::Q4_0);
-    let options = LoadOptions { threads: Some(1), cache_type: Some(cache_type), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(1).with_cache_type(cache_type);
     Model::load(&file, &options).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -37,7 +37,7 @@ fn check(model: &Model, bytes: &[u8]) {
     let (again, text) = Session::load(model, &copy).unwrap_or_else(|error| panic!("{error}"));
     assert!(again.len() == session.len() && text == tokens);
     let (mut session, mut logits) = (session.fork(), Vec::new());
-    let input = Input { session: &mut session, tokens: &[7], logits: Logits::Last };
+    let input = Input::new(&mut session, &[7], Logits::Last);
     if model.forward(&mut [input], &mut logits, &|| false).is_ok() {
         assert_eq!(logits.len(), model.vocabulary());
     }

@@ -30,7 +30,7 @@ pub fn step(model: &Model) {
     let mut session = model.session();
     for tokens in [&[0, 0][..], &[0]] {
         let mut logits = Vec::new();
-        let input = Input { session: &mut session, tokens, logits: Logits::Last };
+        let input = Input::new(&mut session, tokens, Logits::Last);
         if model.forward(&mut [input], &mut logits, &|| false).is_ok() {
             assert_eq!(logits.len(), model.vocabulary());
         }

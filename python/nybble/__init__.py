@@ -6,48 +6,75 @@ model = Model.load()
 print(model.generate("Once upon a time", max_tokens=64))
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nybble._native import __version__, kernels
-    from nybble.completion import Completion, Message, Timings, TokenLogprob, Usage
-    from nybble.engine import Engine, EngineStats, Piece, Request
-    from nybble.engine_options import EngineOptions
+    from nybble._native import __version__
+    from nybble.completion import (
+        Completion,
+        FinishReason,
+        Message,
+        Prompt,
+        Prompts,
+        Timings,
+        TokenLogprob,
+        Usage,
+    )
+    from nybble.engine import Engine, EngineStats
+    from nybble.engine_options import EngineOptions, EngineOverrides
     from nybble.errors import ContextFullError, EngineError, InternalError, ModelError, QueueFullError
+    from nybble.generation.engine_request import Piece, Request
     from nybble.generation.stream import TextStream
-    from nybble.load_options import LoadOptions
+    from nybble.load_options import LoadOptions, LoadOverrides
     from nybble.model import Model
-    from nybble.model_info import ModelInfo
+    from nybble.model_info import ModelInfo, kernels
+    from nybble.progress import Progress, StageProgress
     from nybble.quantization.api import quantize
-    from nybble.quantization.evaluation import Evaluation, Reference, evaluate
-    from nybble.quantization.options import QuantizeOptions
+    from nybble.quantization.evaluation import Documents, Evaluation, Reference, evaluate
+    from nybble.quantization.options import QuantizeOptions, QuantizeOverrides
     from nybble.quantization.report import Report
-    from nybble.sampling import SamplingOptions
+    from nybble.quantization.report_data import Candidate, TensorReport
+    from nybble.quantization.spec import Format, Recipe
+    from nybble.sampling import SamplingOptions, SamplingOverrides
     from nybble.session import Session
     from nybble.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
+    "Candidate",
     "Completion",
     "ContextFullError",
+    "Documents",
     "Engine",
     "EngineError",
     "EngineOptions",
+    "EngineOverrides",
     "EngineStats",
     "Evaluation",
+    "FinishReason",
+    "Format",
     "InternalError",
     "LoadOptions",
+    "LoadOverrides",
     "Message",
     "Model",
     "ModelError",
     "ModelInfo",
     "Piece",
+    "Progress",
+    "Prompt",
+    "Prompts",
     "QuantizeOptions",
+    "QuantizeOverrides",
     "QueueFullError",
+    "Recipe",
     "Reference",
     "Report",
     "Request",
     "SamplingOptions",
+    "SamplingOverrides",
     "Session",
+    "StageProgress",
+    "TensorReport",
     "TextStream",
     "Timings",
     "TokenLogprob",
@@ -60,20 +87,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "_native": ("__version__", "kernels"),
-    "completion": ("Completion", "Message", "Timings", "TokenLogprob", "Usage"),
-    "engine": ("Engine", "EngineStats", "Piece", "Request"),
-    "engine_options": ("EngineOptions",),
+    "_native": ("__version__",),
+    "completion": ("Completion", "FinishReason", "Message", "Prompt", "Prompts", "Timings", "TokenLogprob", "Usage"),
+    "engine": ("Engine", "EngineStats"),
+    "engine_options": ("EngineOptions", "EngineOverrides"),
     "errors": ("ContextFullError", "EngineError", "InternalError", "ModelError", "QueueFullError"),
-    "quantization.evaluation": ("Evaluation", "Reference", "evaluate"),
+    "generation.engine_request": ("Piece", "Request"),
     "generation.stream": ("TextStream",),
-    "load_options": ("LoadOptions",),
+    "load_options": ("LoadOptions", "LoadOverrides"),
     "model": ("Model",),
-    "model_info": ("ModelInfo",),
+    "model_info": ("ModelInfo", "kernels"),
+    "progress": ("Progress", "StageProgress"),
     "quantization.api": ("quantize",),
-    "quantization.options": ("QuantizeOptions",),
+    "quantization.evaluation": ("Documents", "Evaluation", "Reference", "evaluate"),
+    "quantization.options": ("QuantizeOptions", "QuantizeOverrides"),
     "quantization.report": ("Report",),
-    "sampling": ("SamplingOptions",),
+    "quantization.report_data": ("Candidate", "TensorReport"),
+    "quantization.spec": ("Format", "Recipe"),
+    "sampling": ("SamplingOptions", "SamplingOverrides"),
     "session": ("Session",),
     "tokenizer.tokenizer": ("Tokenizer",),
 }
@@ -91,22 +122,24 @@ _MOVED = {
     "texts": "quantization.datasets",
 }
 
+# Hidden from type checkers, so that they refuse misspelt names.
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    """Imports a name at its first use (PEP 562), so that weights are packed while `tokenizers` is imported."""
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        """Imports a name at its first use (PEP 562), so that weights are packed while `tokenizers` is imported."""
+        from importlib import import_module
 
-    for module, names in _MODULES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"nybble.{module}"), name)
-            return value
-    if (moved := _MOVED.get(name)) is not None:
-        import warnings
+        for module, names in _MODULES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"nybble.{module}"), name)
+                return value
+        if (moved := _MOVED.get(name)) is not None:
+            import warnings
 
-        warnings.warn(f"nybble.{name} is now nybble.{moved}", DeprecationWarning, stacklevel=2)
-        return import_module(f"nybble.{moved}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            warnings.warn(f"nybble.{name} is now nybble.{moved}", DeprecationWarning, stacklevel=2)
+            return import_module(f"nybble.{moved}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
 
-Prompts = list[str] | tuple[str, ...]
-"""Several prompts. Not `Sequence[str]`, because type checkers accept a string as one."""
+Prompt = str | Sequence[int]
+"""A prompt: text or token ids."""
+
+Prompts = list[str] | tuple[str, ...] | list[Prompt] | Sequence[Sequence[int]]
+"""Several prompts. Not `Sequence[Prompt]`, because type checkers accept a string as one."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a completion ended: see `Completion.finish_reason`."""
@@ -82,3 +85,15 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        """The completion in a notebook."""
+        from html import escape
+
+        rate = self.timings.decode_tokens_per_second
+        counts = f"{self.usage.prompt_tokens} + {self.usage.completion_tokens} tokens"
+        speed = f", {rate:.1f} tokens/s" if rate else ""
+        return (
+            f'<div style="white-space: pre-wrap">{escape(self.text)}</div>'
+            f'<div style="opacity: 0.6; font-size: 85%">{counts}{speed}, {escape(self.finish_reason)}</div>'
+        )

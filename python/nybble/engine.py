@@ -7,23 +7,22 @@ their pieces.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from nybble import _native
-from nybble.completion import Completion, TokenLogprob
+from nybble.completion import Completion, Prompt, Prompts
 from nybble.engine_options import EngineOptions, EngineOverrides, merge_engine_options
 from nybble.errors import EngineError, ModelError, QueueFullError
-from nybble.generation.builder import CompletionBuilder
 from nybble.generation.driver import Driver
-from nybble.generation.request import PreparedRequest, prepare
+from nybble.generation.engine_request import Piece, PieceTexts, Request
+from nybble.generation.request import as_prompts, prepare
+from nybble.overrides import cannot_pickle
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
@@ -31,22 +30,7 @@ if TYPE_CHECKING:
 
     from nybble.model import Model
 
-Prompt = str | Sequence[int]
-"""Text or token ids."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next part of a completion. `str(piece)` is its text."""
-
-    text: str
-    """Whole characters. Empty only at the end, for tokens without text, such as those of a stop string."""
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    """One entry per token if `SamplingOptions.logprobs` was set."""
-
-    def __str__(self) -> str:
-        return self.text
+__all__ = ["Engine", "EngineStats", "Piece", "Prompt", "Request"]
 
 
 @dataclass(frozen=True)
@@ -77,192 +61,6 @@ class EngineStats:
     """Draft tokens computed."""
     accepted_tokens: int = 0
     """Draft tokens accepted."""
-
-
-class Request:
-    """A request to an engine, returned by `Engine.submit`. Any thread and any event loop may wait for it.
-
-    `for piece in request` and `async for piece in request` yield its pieces as they are generated. `request.result()`
-    and `await request` return the completion. Leaving an `async for` before its end cancels the request, as cancelling
-    the task does.
-    """
-
-    def __init__(self, engine: Engine, loop: _Loop, prepared: PreparedRequest) -> None:
-        # A reference to the engine keeps it running.
-        self._engine = engine
-        self._loop = loop
-        self._prepared: PreparedRequest | None = prepared
-        self._builder = CompletionBuilder(prepared)
-        self._changed = threading.Condition()
-        self._pieces: list[Piece] = []
-        self._tokens = 0
-        """Number of tokens in the pieces."""
-        self._is_done = self._builder.finish_reason is not None
-        self._is_cancelled = False
-        self._error: BaseException | None = None
-        self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-
-    def cancel(self) -> None:
-        """Ends the request. Its slot is free before the next step. Does nothing if the request has ended."""
-        if self._finish(cancelled=True):
-            self._loop.leave(self)
-
-    def __iter__(self) -> Iterator[Piece]:
-        count = 0
-        while (piece := self._wait(count)) is not None:
-            yield piece
-            count += 1
-
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return _Pieces(self)
-
-    def result(self, timeout: float | None = None) -> Completion:
-        """Waits for the end of the request. Returns its completion; that of a cancelled request is partial.
-
-        Args:
-            timeout: Seconds to wait; None for no limit.
-
-        Raises:
-            TimeoutError: The request has not ended in time. It continues.
-            MemoryError: The KV cache does not fit into the memory limit.
-            ModelError: The engine was closed, or the logits contain no finite value.
-            EngineError: A step failed for all of its requests.
-            InternalError: A bug in nybble.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout):
-                raise TimeoutError(f"the request has not ended within {timeout} seconds")
-        return self._outcome()
-
-    @property
-    def completion(self) -> Completion:
-        """The completion so far; complete once the request has ended."""
-        with self._changed:
-            done = self._builder.completion()
-            return replace(done, finish_reason="cancelled") if self._is_cancelled else done
-
-    def __await__(self) -> Generator[Any, None, Completion]:
-        return self._finished().__await__()
-
-    async def _finished(self) -> Completion:
-        try:
-            while not self._is_done:
-                await self._change(len(self._pieces))
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        return self._outcome()
-
-    def _outcome(self) -> Completion:
-        if self._error is not None:
-            raise self._error
-        return self.completion
-
-    def _wait(self, count: int) -> Piece | None:
-        """Waits for piece `count`. Returns None if the request ended before it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_done or len(self._pieces) > count)
-        return self._at(count)
-
-    def _at(self, count: int) -> Piece | None:
-        if len(self._pieces) > count:
-            return self._pieces[count]
-        if self._error is not None:
-            raise self._error
-        return None
-
-    async def _change(self, count: int) -> None:
-        """Waits until there are more than `count` pieces or the request has ended."""
-        with self._changed:
-            if self._is_done or len(self._pieces) > count:
-                return
-            loop = asyncio.get_running_loop()
-            future = loop.create_future()
-            self._wakers.append((loop, future))
-        await future
-
-    # --- Called by the engine's thread --------------------------------------------------------------------------------
-
-    def _push(self, sampled: _native.Sampled, cached_tokens: int) -> None:
-        """Appends a token, unless the request has ended."""
-        with self._changed:
-            if self._is_done:
-                return
-            self._builder.cached_tokens = cached_tokens
-            text = self._builder.push(sampled)
-            is_last = self._builder.finish_reason is not None
-            if text or is_last:
-                tokens, logprobs = self._builder.since(self._tokens)
-                if text or tokens:
-                    self._tokens += len(tokens)
-                    self._pieces.append(Piece(text, tokens, logprobs))
-                self._is_done = is_last
-                self._wake()
-
-    def _finish(self, *, cancelled: bool = False, error: BaseException | None = None) -> bool:
-        """Ends the request before its completion has ended. Returns False if the request had ended."""
-        with self._changed:
-            if self._is_done:
-                return False
-            self._is_done, self._is_cancelled, self._error = True, cancelled, error
-            self._wake()
-            return True
-
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        for loop, future in self._wakers:
-            with contextlib.suppress(RuntimeError):  # The event loop was closed.
-                loop.call_soon_threadsafe(_resolve, future)
-        self._wakers.clear()
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class _Pieces(AsyncIterator[Piece]):
-    """The pieces of a request. Dropping the iterator cancels the request."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._count = 0
-
-    async def __anext__(self) -> Piece:
-        request = self._request
-        try:
-            await request._change(self._count)
-        except asyncio.CancelledError:
-            request.cancel()
-            raise
-        if (piece := request._at(self._count)) is None:
-            raise StopAsyncIteration
-        self._count += 1
-        return piece
-
-    async def aclose(self) -> None:
-        """Cancels the request unless it has ended."""
-        self._request.cancel()
-
-    def __del__(self) -> None:
-        self._request.cancel()
-
-
-class _PieceTexts(AsyncIterator[str]):
-    """The text of each piece of a request."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._pieces = _Pieces(request)
-
-    async def __anext__(self) -> str:
-        while True:
-            if text := (await self._pieces.__anext__()).text:
-                return text
-
-    async def aclose(self) -> None:
-        """Cancels the request unless it has ended."""
-        await self._pieces.aclose()
 
 
 class Engine:
@@ -308,9 +106,12 @@ class Engine:
         **overrides: Unpack[EngineOverrides],
     ) -> None:
         chosen = merge_engine_options(options, overrides)
+        for name, given in (("model", model), ("draft", draft)):
+            if given is not None and not hasattr(given, "_native"):
+                raise TypeError(f"{name}: found {type(given).__name__}, expected a Model, which Model.load returns")
         if draft is not None:
             _check_draft(model, draft, chosen.speculation)
-        self.model = model
+        self.model: Model = model
         self._loop = _Loop(lambda: Driver(model, chosen, draft), chosen.max_batch, chosen.max_queue)
         # Also when the engine is garbage collected, and at the end of the process while Python still runs.
         self._ended = weakref.finalize(self, self._loop.close, drain=False)
@@ -331,9 +132,12 @@ class Engine:
             ValueError: An option is out of range, or a token is unknown.
             ModelError: The engine or the model is closed.
         """
+        return self._submit(prompt, merge(options, overrides))
+
+    def _submit(self, prompt: Prompt, options: SamplingOptions, name: str = "prompt") -> Request:
         self._loop.check(self._loop.has_capacity())
-        prepared = prepare(self.model, prompt, merge(options, overrides))
-        request = Request(self, self._loop, prepared)
+        prepared = prepare(self.model, prompt, options, name)
+        request = Request._of(self, self._loop, prepared)
         self._loop.add(request)
         return request
 
@@ -344,29 +148,29 @@ class Engine:
 
         Leaving the loop, or cancelling the task, cancels the request. Raises as `submit` does, when called.
         """
-        return _PieceTexts(self.submit(prompt, options, **overrides))
+        return PieceTexts(self.submit(prompt, options, **overrides))
 
     @overload
     async def generate(
-        self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
-    ) -> Completion: ...
-    @overload
-    async def generate(
         self,
-        prompt: list[str] | tuple[str, ...],
+        prompt: Prompts,
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> list[Completion]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> Completion: ...
     async def generate(
         self,
-        prompt: str | list[str] | tuple[str, ...],
+        prompt: Prompt | Prompts,
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | list[Completion]:
         """Generates the completion of a prompt, or of several prompts. Cancelling the task cancels the requests.
 
         Args:
-            prompt: A prompt, or a list of prompts.
+            prompt: A prompt (text or token ids), or a list of prompts.
             options: As in `Model.generate`.
             **overrides: As in `Model.generate`.
 
@@ -374,16 +178,18 @@ class Engine:
             Exception: As `submit` and `Request.result` do, for the first prompt that fails. The other requests are
                 cancelled.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        chosen = merge(options, overrides)
+        prompts, is_one = as_prompts(prompt)
         requests: list[Request] = []
         try:
-            requests.extend(self.submit(each, options, **overrides) for each in prompts)
+            for number, each in enumerate(prompts):
+                requests.append(self._submit(each, chosen, "prompt" if is_one else f"prompt[{number}]"))
             done = [await request for request in requests]
         except BaseException:
             for request in requests:
                 request.cancel()
             raise
-        return done[0] if isinstance(prompt, str) else done
+        return done[0] if is_one else done
 
     def stats(self) -> EngineStats:
         """Returns counts and the state after the latest step."""
@@ -413,6 +219,22 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(drain=error is None)
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Waiting for the requests in this thread would stop the tasks that read them.
+        try:
+            await asyncio.to_thread(self.close, drain=error is None)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise cannot_pickle(self, "load the model and create an engine in the other process")
 
     def __repr__(self) -> str:
         stats = self.stats()

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import check_types, chosen, doc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,6 +24,7 @@ class EngineOptions:
         ```
 
     Raises:
+        TypeError: An option has the wrong type.
         ValueError: `max_queue` is negative. `Engine` checks the other options.
     """
 
@@ -55,6 +56,8 @@ class EngineOptions:
     """
 
     def __post_init__(self) -> None:
+        numbers = dict.fromkeys(("max_batch", "max_queue", "cache_bytes", "prefill_chunk"), int)
+        check_types(self, {**numbers, "prefix_cache": bool, "speculation": str})
         if self.max_queue is not None and self.max_queue < 0:
             raise ValueError(f"max_queue: found {self.max_queue}, expected None, or 0 or more")
 
@@ -78,6 +81,6 @@ def merge_engine_options(options: EngineOptions | None, overrides: EngineOverrid
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(EngineOptions() if options is None else options, overrides)
+    return chosen(EngineOptions, options, overrides)

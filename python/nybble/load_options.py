@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import check_types, chosen, doc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """Options of `Model.load`, which also takes each of them by name.
+
+    Raises:
+        TypeError: An option has the wrong type.
 
     Example:
         ```python
@@ -25,20 +28,22 @@ class LoadOptions:
     """
 
     filename: str | None = field(
-        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".')
+        default=None, metadata=doc('Which GGUF file of a folder or repository, such as "*Q4_K_M.gguf".', "PATTERN")
     )
     """A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository."""
-    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository.", "NAME"))
     """Branch, tag or commit of a Hub repository."""
     kernel: str | None = field(
-        default=None, metadata=doc("Instruction set to compute with; the best one if not given.")
+        default=None,
+        metadata=doc("Instruction set to compute with; NYBBLE_KERNEL, or else the best one, if not given.", "NAME"),
     )
     """Instruction set to compute with. `kernels()` lists those that this CPU runs.
 
     None takes that of the environment variable `NYBBLE_KERNEL`, or else the best.
     """
     threads: int | None = field(
-        default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
+        default=None,
+        metadata=doc("Threads to compute with; NYBBLE_NUM_THREADS, or else the physical cores, if not given."),
     )
     """Number of threads.
 
@@ -83,6 +88,10 @@ class LoadOptions:
     overwrite the file: shortening a mapped file can end this process.
     """
 
+    def __post_init__(self) -> None:
+        texts = dict.fromkeys(("filename", "revision", "kernel", "quantize", "cache_type"), str)
+        check_types(self, {**texts, "threads": int, "context": int, "mmap": bool})
+
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
         """Returns a copy with some options changed."""
         return dataclasses.replace(self, **overrides)
@@ -105,6 +114,6 @@ def merge_load_options(options: LoadOptions | None, overrides: LoadOverrides) ->
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(LoadOptions() if options is None else options, overrides)
+    return chosen(LoadOptions, options, overrides)

@@ -11,14 +11,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from nybble import _native
-from nybble.completion import Completion, Message, Prompts
+from nybble.completion import Completion, Message, Prompt, Prompts
 from nybble.errors import ModelError
-from nybble.generation.request import prepare, prompt_ids
+from nybble.generation.request import as_prompts, prepare, prompt_ids, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
 from nybble.models import hub
-from nybble.progress import bar
+from nybble.overrides import Returned, keyword_only
+from nybble.progress import Progress, counts
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["Message", "Model", "ModelInfo", "Prompts"]
+__all__ = ["Message", "Model", "ModelInfo", "Prompt", "Prompts"]
 
 
 def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
@@ -74,7 +75,7 @@ class _InBackground(Generic[T]):
         return cast("T", self._result)
 
 
-class Model:
+class Model(Returned):
     """A language model on the CPU.
 
     `Model.load` returns one. Any number of threads may use a model at the same time; each call has its own state.
@@ -95,10 +96,18 @@ class Model:
         ```
     """
 
-    def __init__(self, native: _native.Model, tokenizer: Tokenizer, file: Path) -> None:
-        self._native_model: _native.Model | None = native
-        self.tokenizer = tokenizer
-        self.info = ModelInfo(file=file, **native.info())
+    _returned_by = "Model.load(...)"
+    _instead_of_pickling = "load it in the other process with Model.load, which shares the pages of the file"
+    tokenizer: Tokenizer
+    info: ModelInfo
+    _native_model: _native.Model | None
+
+    @classmethod
+    def _of(cls, native: _native.Model, tokenizer: Tokenizer, file: Path) -> Model:
+        model = cls.__new__(cls)
+        model._native_model, model.tokenizer = native, tokenizer
+        model.info = ModelInfo(file=file, **native.info())
+        return model
 
     @classmethod
     def load(
@@ -106,7 +115,7 @@ class Model:
         source: str | os.PathLike[str] | None = None,
         options: LoadOptions | None = None,
         *,
-        progress: Callable[[int, int], object] | Literal[False] | None = None,
+        progress: Progress = None,
         **overrides: Unpack[LoadOverrides],
     ) -> Model:
         """Loads a model, and downloads it first if it is not on this machine.
@@ -115,9 +124,9 @@ class Model:
             source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
             options: How to load it; the defaults of `LoadOptions` if None.
-            progress: Called from time to time with the number of weights packed and their total. An exception that
-                it raises stops the loading, as Ctrl-C does. None draws a progress bar if standard error is a terminal
-                and loading takes more than a second. False draws none.
+            progress: None draws a progress bar on a terminal or in a notebook if loading takes more than a second, True
+                always reports, False never. A function is called from time to time with the number of weights packed
+                and their total. An exception that it raises stops the loading, as Ctrl-C does.
             **overrides: Single options by name, such as `threads=4` or `filename="*Q4_K_M.gguf"`.
 
         Raises:
@@ -139,29 +148,28 @@ class Model:
         file = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
         mmap = chosen.mmap
         with contextlib.ExitStack() as stack:
-            if progress is None:
-                progress = stack.enter_context(bar(f"loading {file.name}"))
+            report = stack.enter_context(counts(progress, f"loading {file.name}"))
             if chosen.quantize is not None and ":" in chosen.quantize:
                 from nybble.quantization.api import quantize_to_cache
 
-                file = quantize_to_cache(chosen.quantize, file, chosen.threads, progress or None)
+                file = quantize_to_cache(chosen.quantize, file, chosen.threads, report)
                 chosen = chosen.replace(quantize=None)
             # Without mmap the file takes memory while it loads, and reading its vocabulary waits for that memory.
             background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
-            native = _native.Model.load(file, chosen, progress or None)
-        return cls(native, _tokenizer(file, mmap) if background is None else background.result(), file)
+            native = _native.Model.load(file, chosen, report)
+        return cls._of(native, _tokenizer(file, mmap) if background is None else background.result(), file)
 
-    @overload
-    def generate(
-        self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
-    ) -> Completion: ...
     @overload
     def generate(
         self, prompt: Prompts, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> Completion: ...
     def generate(
         self,
-        prompt: str | Prompts,
+        prompt: Prompt | Prompts,
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion | list[Completion]:
@@ -170,7 +178,7 @@ class Model:
         A batch gives the same completions as separate calls, in less time.
 
         Args:
-            prompt: A prompt, or a list of prompts.
+            prompt: A prompt (text or token ids), or a list of prompts.
             options: How to sample and when to stop; the defaults of `SamplingOptions` if None.
             **overrides: Single options by name, such as `max_tokens=64` or `temperature=0`.
 
@@ -191,22 +199,22 @@ class Model:
             first, second = model.generate(["One", "Two"], temperature=0)
             ```
         """
-        if not isinstance(prompt, (str, list, tuple)):
-            raise TypeError(f"prompt: found {type(prompt).__name__}, expected str or a list of str")
         chosen = merge(options, overrides)
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        completions = generate(self, [prepare(self, each, chosen) for each in prompts])
-        return completions[0] if isinstance(prompt, str) else completions
+        prompts, is_one = as_prompts(prompt)
+        names = ["prompt"] if is_one else [f"prompt[{number}]" for number in range(len(prompts))]
+        requests = [prepare(self, each, chosen, name) for each, name in zip(prompts, names, strict=True)]
+        completions = generate(self, requests)
+        return completions[0] if is_one else completions
 
     def stream(
-        self, prompt: str, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+        self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
     ) -> TextStream:
         """Generates the completion of a prompt piece by piece.
 
         The pieces together are the text that `generate` returns.
 
         Args:
-            prompt: The prompt.
+            prompt: The prompt: text or token ids.
             options: As in `generate`.
             **overrides: As in `generate`.
 
@@ -224,7 +232,7 @@ class Model:
                 print(piece, end="", flush=True)
             ```
         """
-        return TextStream(self, prepare(self, prompt, merge(options, overrides)))
+        return TextStream._of(self, prepare(self, prompt, merge(options, overrides)))
 
     @overload
     def chat(
@@ -244,6 +252,15 @@ class Model:
         stream: Literal[True],
         **overrides: Unpack[SamplingOverrides],
     ) -> TextStream: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        *,
+        stream: bool,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> Completion | TextStream: ...
     def chat(
         self,
         messages: Sequence[Message],
@@ -272,7 +289,7 @@ class Model:
         """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice."""
         from nybble.session import Session
 
-        return Session(self, self._native.session())
+        return Session._of(self, self._native.session())
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Reads a session that `Session.save` wrote. It continues with the same tokens as the saved session.
@@ -283,34 +300,40 @@ class Model:
         """
         from nybble.session import Session
 
-        return Session(self, *self._native.load_session(path))
+        return Session._of(self, *self._native.load_session(path))
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Returns the token ids of a text.
 
         Args:
-            text: The text. Special tokens spelled out in it become single tokens.
-            add_special: Add the start token if the model expects one.
+            text: The text.
+            add_special: Add the start and end tokens that the model expects.
+            parse_special: Encode special tokens that are spelled out in the text as these tokens.
         """
-        return self.tokenizer.encode(text, add_special=add_special)
+        return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
         return self.tokenizer.decode(ids)
 
-    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
-        """Returns the logits after each token, a float32 array of shape (len(ids), vocabulary).
+    @keyword_only(ids="prompt")
+    def logits(self, prompt: Prompt | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """Returns the logits after each token, a float32 array of shape (tokens, vocabulary).
+
+        Args:
+            prompt: Text or token ids.
 
         Raises:
             ContextFullError: The tokens do not fit into the context.
             MemoryError: The logits do not fit into memory.
             ValueError: A token is unknown.
         """
-        return self._native.logits(list(ids))
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, "prompt")
+        return self._native.logits(ids)
 
     def embed(
         self,
-        text: str | Prompts,
+        text: Prompt | Prompts,
         *,
         pooling: Literal["mean", "last"] = "mean",
         normalize: bool = True,
@@ -321,7 +344,7 @@ class Model:
         names the pooling. Other models give embeddings of low quality.
 
         Args:
-            text: A document, or a list of documents.
+            text: A document (text or token ids), or a list of documents.
             pooling: "mean" of all tokens, or the "last" token.
             normalize: Scale each embedding to length 1.
 
@@ -334,8 +357,10 @@ class Model:
         import numpy as np
 
         rows = []
-        for document in [text] if isinstance(text, str) else text:
-            states = self._native.hidden_states(prompt_ids(self.tokenizer, document))
+        documents, is_one = as_prompts(text, "text")
+        for number, document in enumerate(documents):
+            name = "text" if is_one else f"text[{number}]"
+            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name))
             row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
         return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)

@@ -1,4 +1,4 @@
-"""`ModelInfo`: properties of a loaded model."""
+"""`ModelInfo`: properties of a loaded model. `kernels`: what it may compute with."""
 
 from __future__ import annotations
 
@@ -45,3 +45,10 @@ class ModelInfo:
     def peak_resident_bytes(self) -> int | None:
         """Most memory that this process has held so far. None if the system does not report it."""
         return memory.peak_resident_bytes()
+
+
+def kernels() -> list[str]:
+    """Returns the instruction sets that this CPU can compute with, best first, for `LoadOptions.kernel`."""
+    from nybble import _native
+
+    return _native.kernels()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-from nybble.overrides import doc, merged
+from nybble.overrides import chosen, doc
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +61,8 @@ class SamplingOptions:
     See Meister et al., "Locally Typical Sampling" (arXiv:2202.00666).
     """
     repetition_penalty: float = field(
-        default=1.0, metadata=doc("Divide positive logits of earlier tokens by this, multiply negative ones; 1: off.")
+        default=1.0,
+        metadata=doc("Divide positive logits of earlier tokens by this, multiply negative ones; 1 does nothing."),
     )
     """Divide the positive logits of earlier tokens by this and multiply the negative ones; 1 turns it off."""
     presence_penalty: float = field(default=0.0, metadata=doc("Subtract this from the logits of earlier tokens."))
@@ -71,23 +72,24 @@ class SamplingOptions:
     )
     """Subtract this from the logit of each earlier token, once per occurrence."""
     penalty_window: int = field(
-        default=64, metadata=doc("Number of latest tokens, prompt included, that the penalties count; 0: all.")
+        default=64, metadata=doc("Number of latest tokens, prompt included, that the penalties count; 0 counts all.")
     )
     """Number of latest tokens, prompt and completion alike, that the penalties count; 0 for all."""
     logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata=doc("Add to the logits of token ids; -inf forbids a token.")
+        default_factory=dict, metadata=doc("Add this to the logit of a token; -inf forbids the token. Repeatable.")
     )
     """Numbers to add to the logits of token ids; `-math.inf` forbids a token."""
     seed: int | None = field(
-        default=None, metadata=doc("Seed of the random numbers; the same seed gives the same completion.")
+        default=None,
+        metadata=doc("Seed of the random numbers: the same seed gives the same output; a new one if not given."),
     )
     """Seed of the random numbers. The same seed gives the same completion; None draws a new seed for each call."""
     max_tokens: int | None = field(
-        default=256, metadata=doc("Stop after this many new tokens; None continues until the context is full.")
+        default=256, metadata=doc("Stop after this many new tokens, or when the context is full.")
     )
     """Largest number of tokens in a completion; None continues until the context is full."""
     stop: str | Sequence[str] = field(
-        default=(), metadata=doc("Stop before any of these strings; the completion does not include them.")
+        default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
     """Strings that end the completion, which does not include them. They may contain special tokens."""
     stop_token_ids: Sequence[int] = field(
@@ -100,13 +102,14 @@ class SamplingOptions:
     """Report the log-probability of each token and of this many of the most likely tokens; None reports none."""
     schema: Mapping[str, Any] | type | str | None = field(
         default=None,
-        metadata=doc("Constrain the output to a JSON Schema: a dict, JSON text or a pydantic model."),
+        metadata=doc("Constrain the output to JSON that follows this JSON Schema: its text, or @ and a file."),
     )
     """Constrain the output to JSON that follows a JSON Schema: a dict, JSON text or a pydantic model class."""
-    regex: str | None = field(default=None, metadata=doc("Constrain the output to a regular expression."))
+    regex: str | None = field(default=None, metadata=doc("Constrain the output to this regular expression.", "REGEX"))
     """Constrain the output to a regular expression, which matches all of it."""
     grammar: str | None = field(
-        default=None, metadata=doc("Constrain the output to a context-free grammar (Lark, as llguidance reads it).")
+        default=None,
+        metadata=doc("Constrain the output to this context-free grammar in Lark's syntax: its text, or @ and a file."),
     )
     """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
 
@@ -131,6 +134,7 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
+        _check("stop", self.stop, isinstance(self.stop, (str, Sequence)), "a string or a list of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
@@ -176,10 +180,10 @@ def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> Samp
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
         ValueError: An option is out of range.
     """
-    return merged(SamplingOptions() if options is None else options, overrides)
+    return chosen(SamplingOptions, options, overrides)
 
 
 @runtime_checkable

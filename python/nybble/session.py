@@ -6,17 +6,18 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
-from nybble import _native
-from nybble.completion import Completion, Message
-from nybble.generation.request import TextModel, prepare_tokens, prompt_ids
+from nybble import _native as native_module
+from nybble.completion import Completion, Message, Prompt
+from nybble.generation.request import TextModel, prepare_tokens, prompt_ids, token_ids
 from nybble.generation.stream import TextStream
+from nybble.overrides import Returned
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Session:
+class Session(Returned):
     """A sequence of prompts and completions. Each call appends to it and computes only the new tokens.
 
     `Model.session` returns an empty session, `Model.load_session` reads one from a file. One thread at a time may use a
@@ -35,14 +36,21 @@ class Session:
         ```
     """
 
-    def __init__(self, model: TextModel, native: _native.Session, tokens: Sequence[int] = ()) -> None:
-        self._model = model
-        self._native = native
-        """The KV cache of a beginning of `_tokens`."""
-        self._tokens = tuple(tokens)
-        """All tokens before the latest completion."""
-        self._stream: TextStream | None = None
-        """The latest completion, unless `_tokens` includes it."""
+    _returned_by = "Model.session() or Model.load_session(...)"
+    _instead_of_pickling = "save it, and call Model.load_session in the other process"
+    _model: TextModel
+    _native: native_module.Session
+    """The KV cache of a beginning of `_tokens`."""
+    _tokens: tuple[int, ...]
+    """All tokens before the latest completion."""
+    _stream: TextStream | None
+    """The latest completion, unless `_tokens` includes it."""
+
+    @classmethod
+    def _of(cls, model: TextModel, native: native_module.Session, tokens: Sequence[int] = ()) -> Session:
+        session = cls.__new__(cls)
+        session._model, session._native, session._tokens, session._stream = model, native, tuple(tokens), None
+        return session
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -58,7 +66,7 @@ class Session:
 
     def generate(
         self,
-        prompt: str | Sequence[int] = "",
+        prompt: Prompt = "",
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> Completion:
@@ -78,7 +86,7 @@ class Session:
 
     def stream(
         self,
-        prompt: str | Sequence[int] = "",
+        prompt: Prompt = "",
         options: SamplingOptions | None = None,
         **overrides: Unpack[SamplingOverrides],
     ) -> TextStream:
@@ -107,6 +115,15 @@ class Session:
         stream: Literal[True],
         **overrides: Unpack[SamplingOverrides],
     ) -> TextStream: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: SamplingOptions | None = None,
+        *,
+        stream: bool,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> Completion | TextStream: ...
     def chat(
         self,
         messages: Sequence[Message],
@@ -132,7 +149,7 @@ class Session:
 
     def fork(self) -> Session:
         """Returns an independent session with the same tokens. Both share the memory of these tokens."""
-        return Session(self._model, self._computed(), self.tokens)
+        return Session._of(self._model, self._computed(), self.tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokens and their KV cache to a file, for `Model.load_session`.
@@ -152,11 +169,11 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session of {len(self)} tokens over {self._model!r}>"
 
-    def _extended(self, prompt: str | Sequence[int]) -> Sequence[int]:
+    def _extended(self, prompt: Prompt) -> Sequence[int]:
         """Returns all tokens with those of `prompt` appended."""
         tokens, tokenizer = self.tokens, self._model.tokenizer
         if not isinstance(prompt, str):
-            return [*tokens, *prompt]
+            return [*tokens, *token_ids(prompt, "prompt")]
         if tokens:
             return [*tokens, *tokenizer.encode(prompt, add_special=False)]
         return prompt_ids(tokenizer, prompt)
@@ -167,7 +184,7 @@ class Session:
         while common < min(len(tokens), len(ids)) and tokens[common] == ids[common]:
             common += 1
         native = self._computed().prefix(common)
-        stream = TextStream(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
+        stream = TextStream._of(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
         # The session changes only here, after everything that can fail.
         self._native, self._tokens, self._stream = native, tuple(ids), stream
         return stream
@@ -178,10 +195,10 @@ class Session:
         self._computed()  # Without the stream its scheduler and buffers are freed.
         return stream.completion
 
-    def _computed(self) -> _native.Session:
+    def _computed(self) -> native_module.Session:
         """Returns the KV cache of a beginning of `tokens`. The tokens of the latest stream become the session's own."""
         if self._stream is not None:
-            tokens, native = self.tokens, self._stream.session
+            tokens, native = self.tokens, self._stream._session
             if native is not None:
                 self._native = native.prefix(len(tokens))
             self._tokens, self._stream = tokens, None

@@ -26,6 +26,7 @@ impl ConstrainedSampler {
     }
 
     /// Allows only tokens that follow `constraint` from now on.
+    #[cfg(feature = "grammar")]
     pub(super) fn constrain(&mut self, constraint: Constraint) {
         (self.constraint, self.allowed) = (Some(constraint), None);
     }
@@ -51,7 +52,7 @@ impl ConstrainedSampler {
             None => self.sampler.sample(logits)?,
             Some(constraint) => {
                 let allowed = self.allowed.take().unwrap_or_else(|| constraint.allowed())?;
-                let sampled = self.sampler.sample_among(logits, Some(&allowed))?;
+                let sampled = self.sampler.sample_allowed(logits, Some(&allowed))?;
                 constraint.accept(sampled.token)?;
                 sampled
             }

@@ -18,6 +18,7 @@ const LONGEST_TOKEN: usize = 512;
 
 /// A constraint in the form that callers write.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Grammar {
     /// JSON that validates against a [JSON Schema](https://json-schema.org/), given as JSON.
     JsonSchema(String),
@@ -123,9 +124,37 @@ impl fmt::Debug for Vocabulary {
 }
 
 fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
-    // The first line is the reason; the state of the parser follows.
-    let reason = error.to_string();
-    Error::argument(name, reason.lines().next().unwrap_or_default(), "a grammar that nybble supports")
+    let expected = match name {
+        "schema" => "a JSON Schema that nybble supports",
+        "regex" => "a regular expression that nybble supports",
+        _ => "a grammar that nybble supports",
+    };
+    Error::argument(name, reason(name, &error.to_string()), expected)
+}
+
+/// The reason of a parser's error on one line: the first, after which the state of the parser follows. An error in a regular
+/// expression takes several lines, which draw the expression with a caret below the place.
+fn reason(name: &str, error: &str) -> String {
+    let Some((before, drawing)) = error.split_once("regex parse error:") else {
+        return error.lines().next().unwrap_or_default().to_owned();
+    };
+    let problem = drawing.lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or("not a regular expression");
+    // Before it are the place in a grammar and the whole expression. A regular expression is a grammar of one line, too.
+    let before = if name == "grammar" { before } else { "" };
+    match marked(drawing) {
+        Some(marked) => format!("{before}{problem} at {marked:?}"),
+        None => format!("{before}{problem}"),
+    }
+}
+
+/// The beginning of what a caret marks in the drawing of a regular expression.
+fn marked(drawing: &str) -> Option<String> {
+    const LONGEST: usize = 24;
+    let is_marks = |line: &str| line.contains('^') && line.chars().all(|c| c == '^' || c == ' ');
+    let lines: Vec<_> = drawing.lines().collect();
+    let pair = lines.windows(2).find(|pair| is_marks(pair[1]))?;
+    let marked: String = pair[0].chars().skip(pair[1].find('^')?).take(LONGEST).collect();
+    (!marked.is_empty()).then_some(marked)
 }
 
 /// The state of a constraint after the tokens so far.

@@ -4,13 +4,19 @@
 //! join a step and with how many tokens.
 
 mod constrained_sampler;
+#[cfg(feature = "grammar")]
 pub mod constraint;
+#[cfg(not(feature = "grammar"))]
+mod no_constraint;
 mod prefill_budget;
 mod prefix;
 pub mod sampler;
 mod scheduler;
 mod sequence;
 mod speculation;
+
+#[cfg(not(feature = "grammar"))]
+use no_constraint as constraint;
 
 pub use scheduler::{Event, Scheduler, SchedulerOptions, Stats};
 pub use sequence::{Sequence, step};

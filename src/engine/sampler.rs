@@ -3,7 +3,7 @@
 //! The steps follow the order of llama.cpp's sampler chain:
 //!
 //! 0. Rows of the output matrix that have no token ([`Sampler::exclude`]) get minus infinity, and so do the tokens that a
-//!    [constraint](super::constraint) forbids.
+//!    constraint forbids.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
 //!    negative one, presence subtracts once, frequency subtracts once per occurrence.
@@ -40,6 +40,7 @@ pub use candidates::MAX_VOCAB_SIZE;
 
 /// Options of a [`Sampler`]. The [module](self) describes the order in which they apply.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SamplingOptions {
     /// Randomness: 0 always takes the most likely token, 1 samples the model's own distribution. At least 0.
     pub temperature: f32,
@@ -89,6 +90,21 @@ impl Default for SamplingOptions {
     }
 }
 
+setters!(SamplingOptions {
+    with_temperature(temperature: f32),
+    with_top_k(top_k: u32),
+    with_top_p(top_p: f32),
+    with_min_p(min_p: f32),
+    with_typical_p(typical_p: f32),
+    with_repetition_penalty(repetition_penalty: f32),
+    with_presence_penalty(presence_penalty: f32),
+    with_frequency_penalty(frequency_penalty: f32),
+    with_penalty_window(penalty_window: u32),
+    with_logit_bias(logit_bias: impl Into<Vec<(u32, f32)>>),
+    with_seed(seed: impl Into<Option<u64>>),
+    with_logprobs(logprobs: impl Into<Option<u32>>),
+});
+
 impl SamplingOptions {
     /// Options that always take the most likely token.
     pub fn greedy() -> Self {
@@ -133,6 +149,7 @@ impl SamplingOptions {
 /// A sampled token. Log-probabilities are those of the model's own distribution: the softmax of the logits before bias,
 /// penalties and temperature.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Sampled {
     /// The token's id.
     pub token: u32,
@@ -148,7 +165,7 @@ pub struct Sampled {
 /// ```
 /// use nybble::engine::sampler::{Sampler, SamplingOptions};
 ///
-/// let options = SamplingOptions { logit_bias: vec![(2, f32::NEG_INFINITY)], ..SamplingOptions::greedy() };
+/// let options = SamplingOptions::greedy().with_logit_bias([(2, f32::NEG_INFINITY)]);
 /// let mut sampler = Sampler::new(options, 4)?;
 /// let mut logits = [0.5, 1.5, 9.0, 1.5];
 /// assert_eq!(sampler.sample(&mut logits)?.token, 1);
@@ -217,7 +234,7 @@ impl Sampler {
     /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, with `logit_bias` applied.
     /// [`Error::InvalidArgument`] when the number of logits is not `vocab_size`.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
-        self.sample_among(logits, None)
+        self.sample_allowed(logits, None)
     }
 
     /// Samples like [`sample`](Sampler::sample), but only tokens in `allowed`. The logits of other tokens are minus infinity
@@ -226,7 +243,13 @@ impl Sampler {
     /// # Errors
     ///
     /// Those of [`sample`](Sampler::sample).
+    #[cfg(feature = "grammar")]
     pub fn sample_among(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
+        self.sample_allowed(logits, allowed)
+    }
+
+    /// Samples among all tokens, or only those in `allowed`.
+    pub(super) fn sample_allowed(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
         }

@@ -30,6 +30,7 @@ type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Limits and features of a scheduler.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct SchedulerOptions {
     /// Largest number of sequences in a step, at least 1. Others wait.
     pub max_batch: usize,
@@ -56,8 +57,17 @@ impl Default for SchedulerOptions {
     }
 }
 
+setters!(SchedulerOptions {
+    with_max_batch(max_batch: usize),
+    with_cache_bytes(cache_bytes: usize),
+    with_prefix_cache(prefix_cache: bool),
+    with_prefill_chunk(prefill_chunk: impl Into<Option<usize>>),
+    with_speculation(speculation: Speculation),
+});
+
 /// Counts since the scheduler was created, and its current state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Sequences in the batch.
     pub running: usize,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
+#[cfg(feature = "grammar")]
 use super::constraint::Constraint;
 use super::sampler::{Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
@@ -50,6 +51,7 @@ impl Sequence {
     }
 
     /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
+    #[cfg(feature = "grammar")]
     pub fn constrain(&mut self, constraint: Constraint) {
         self.sampler.constrain(constraint);
     }

@@ -28,6 +28,7 @@ const PAUSE: u32 = 32;
 
 /// Whether to use draft tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Speculation {
     /// Never.
     #[default]

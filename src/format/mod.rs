@@ -3,6 +3,7 @@
 pub mod gguf;
 pub(crate) mod json;
 mod mapped;
+#[doc(hidden)]
 pub mod safetensors;
 
 use std::path::Path;
@@ -12,6 +13,7 @@ use crate::quant::pack::Rows;
 use gguf::{Gguf, Metadata};
 
 /// A source of a model: metadata under GGUF keys and tensors under GGUF names.
+#[doc(hidden)]
 pub trait Checkpoint: Sync {
     /// The file or folder, for error messages.
     fn path(&self) -> &Path;
@@ -35,11 +37,20 @@ pub trait Checkpoint: Sync {
 }
 
 /// A tensor as rows of blocks.
+#[doc(hidden)]
+#[non_exhaustive]
 pub struct Tensor<'a> {
     /// Dimensions, the fastest-varying first: `[columns, rows]` for a linear layer.
     pub dims: Vec<usize>,
     /// The rows, each of `dims[0]` values.
     pub rows: Box<dyn Rows + 'a>,
+}
+
+impl<'a> Tensor<'a> {
+    /// A tensor of these dimensions, the fastest-varying first, and rows of `dims[0]` values.
+    pub fn new(dims: impl Into<Vec<usize>>, rows: Box<dyn Rows + 'a>) -> Tensor<'a> {
+        Tensor { dims: dims.into(), rows }
+    }
 }
 
 /// Rows that are contiguous in memory.

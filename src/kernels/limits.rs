@@ -9,6 +9,7 @@ use crate::threads::ThreadPool;
 
 /// The upper limits of a thread pool on this machine.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Limits {
     /// Bytes read from memory, in units of 10^9 per second.
     pub bandwidth_gb_s: f64,

@@ -22,10 +22,14 @@ mod operations;
 mod quantize;
 mod scalar;
 
+#[doc(hidden)]
 pub use activations::{Activations, MAX_TILE_ROWS, RowMut, Tile};
+#[doc(hidden)]
 pub use generic::math::Activation;
 pub(crate) use generic::math::exp;
+#[doc(hidden)]
 pub use kv::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
+#[doc(hidden)]
 pub use limits::{Limits, limits};
 pub use operations::Kernel;
 

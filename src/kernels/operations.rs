@@ -83,6 +83,7 @@ macro_rules! declare {
         impl Kernel {
             $($(
                 $(#[$doc])*
+                #[doc(hidden)]
                 #[inline]
                 pub fn $name(&self, $($arg: $type),*) $(-> $result)? {
                     // SAFETY: `self` exists, so `Kernel::new`'s caller has promised that this CPU can run the function.

@@ -8,6 +8,7 @@ const MAX_ROWS: usize = 256;
 
 /// The logits that a caller requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Logits {
     /// None: the tokens only fill the cache.
     None,
@@ -22,6 +23,7 @@ pub enum Logits {
 
 /// Tokens to add to a session.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Input<'a> {
     /// The session; each may occur once per step.
     pub session: &'a mut Session,
@@ -29,6 +31,13 @@ pub struct Input<'a> {
     pub tokens: &'a [u32],
     /// The logits to return.
     pub logits: Logits,
+}
+
+impl<'a> Input<'a> {
+    /// Adds `tokens` to `session` and returns the logits that `logits` names.
+    pub fn new(session: &'a mut Session, tokens: &'a [u32], logits: Logits) -> Input<'a> {
+        Input { session, tokens, logits }
+    }
 }
 
 /// One row of a batch.

@@ -13,6 +13,7 @@ const MAX_LAYERS: usize = 1024;
 
 /// Hyperparameters of a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Config {
     /// Choices of the family.
     pub family: &'static Family,
@@ -60,6 +61,7 @@ pub struct Config {
 
 /// The settings that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LayerConfig {
     /// Its mixer and its feed-forward layer.
     pub kind: LayerKind,
@@ -71,6 +73,7 @@ pub struct LayerConfig {
 
 /// Mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct ExpertsConfig {
     /// Experts in a layer.
     pub count: usize,

@@ -14,14 +14,17 @@
 //! | `layerwise` | the same step one layer at a time, for calibration |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
 
+#[doc(hidden)]
 pub mod arch;
 mod batch;
 mod buffer;
+#[doc(hidden)]
 pub mod config;
 pub mod convert;
 mod ffn;
 mod fingerprint;
 mod forward;
+#[doc(hidden)]
 pub mod hf;
 pub(crate) mod layerwise;
 mod linear;
@@ -37,9 +40,13 @@ mod transformer;
 mod weights;
 
 pub use batch::{Input, Logits};
+#[doc(hidden)]
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};
+#[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};
 pub use state::cache::CacheType;
-pub use state::session::{Session, SharedPage};
+pub use state::session::Session;
+#[doc(hidden)]
+pub use state::session::SharedPage;
 pub use weights::loader::Progress;

@@ -25,6 +25,7 @@ use crate::threads::{ThreadPool, resolve_threads};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Quantize {
     /// [`Quantize::Int4`] for a Hugging Face folder, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
     /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
@@ -56,6 +57,7 @@ impl Quantize {
 
 /// Options of loading a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
     pub kernel: Option<String>,
@@ -85,6 +87,15 @@ impl Default for LoadOptions {
         }
     }
 }
+
+setters!(LoadOptions {
+    with_kernel(kernel: impl Into<Option<String>>),
+    with_threads(threads: impl Into<Option<usize>>),
+    with_context(context: impl Into<Option<usize>>),
+    with_quantize(quantize: Quantize),
+    with_cache_type(cache_type: impl Into<Option<CacheType>>),
+    with_mmap(mmap: bool),
+});
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
@@ -251,6 +262,7 @@ impl Model {
     }
 
     /// Hyperparameters.
+    #[doc(hidden)]
     pub fn config(&self) -> &Config {
         &self.transformer.config
     }
@@ -291,6 +303,7 @@ impl Model {
     }
 
     /// The thread pool that computes, for measurements.
+    #[doc(hidden)]
     pub fn pool(&self) -> &ThreadPool {
         &self.transformer.pool
     }

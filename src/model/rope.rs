@@ -5,6 +5,7 @@ use crate::error::Result;
 
 /// How angles are stretched for contexts longer than in training.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Scaling {
     /// Not at all.
     None,
@@ -42,6 +43,7 @@ pub enum Scaling {
 
 /// The rotation of one kind of layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub base: f32,

@@ -21,12 +21,9 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
         let message = error.to_string();
         match error {
-            // With an error number, OSError becomes FileNotFoundError, PermissionError and so on.
             Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
-            Error::Io { path, source } => match number(&source) {
-                Some(number) => PyOSError::new_err((number, reason(&source), path.into_os_string())),
-                None => PyOSError::new_err(message),
-            },
+            // By the error number, OSError becomes FileNotFoundError, PermissionError and so on.
+            Error::Io { path, source } => PyOSError::new_err((number(&source), reason(&source), path.into_os_string())),
             Error::ContextFull { used, requested, context } => ContextFullError::new_err((used, requested, context)),
             Error::UnknownKernel { .. } | Error::InvalidArgument { .. } => PyValueError::new_err(message),
             Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
@@ -35,17 +32,19 @@ impl From<Error> for PyErr {
     }
 }
 
-/// The system's error number, also of an error that a library has wrapped.
-fn number(error: &std::io::Error) -> Option<i32> {
-    error.raw_os_error().or(match error.kind() {
-        ErrorKind::NotFound => Some(2),
-        ErrorKind::PermissionDenied => Some(13),
-        ErrorKind::NotADirectory => Some(20),
-        ErrorKind::IsADirectory => Some(21),
-        ErrorKind::FileTooLarge => Some(27),
-        ErrorKind::StorageFull => Some(28),
-        ErrorKind::ReadOnlyFilesystem => Some(30),
-        _ => None,
+/// The system's error number, or the nearest one for an error of a library.
+fn number(error: &std::io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(match error.kind() {
+        ErrorKind::NotFound => 2,
+        ErrorKind::PermissionDenied => 13,
+        ErrorKind::AlreadyExists => 17,
+        ErrorKind::NotADirectory => 20,
+        ErrorKind::IsADirectory => 21,
+        ErrorKind::InvalidInput => 22,
+        ErrorKind::FileTooLarge => 27,
+        ErrorKind::StorageFull => 28,
+        ErrorKind::ReadOnlyFilesystem => 30,
+        _ => 5, // An error of input or output.
     })
 }
 

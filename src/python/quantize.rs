@@ -142,6 +142,6 @@ pub(super) fn quantize(
     });
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
-        None => Ok(report?.to_string()),
+        None => Ok(report?),
     }
 }

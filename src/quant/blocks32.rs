@@ -83,7 +83,7 @@ pub(super) type Iq4Nl = Sequential<Half, Iq4<1>>;
 pub(super) type Mxfp4 = Sequential<Exponent, E2m1>;
 
 /// A little-endian F16.
-#[derive(Clone, Copy, AnyBitPattern)]
+#[derive(Clone, Copy, Default, AnyBitPattern)]
 #[repr(transparent)]
 pub(super) struct Half([u8; 2]);
 

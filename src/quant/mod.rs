@@ -3,9 +3,17 @@
 pub mod block;
 mod blocks256;
 mod blocks32;
+mod codebooks;
 mod decoder;
 mod encode;
+mod few_bits;
+mod grids;
 mod layout;
+#[doc(hidden)]
 pub mod pack;
+#[doc(hidden)]
 pub mod packed;
 mod panel;
+
+#[doc(hidden)]
+pub use pack::Rows;

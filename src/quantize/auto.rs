@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use search::search;
 pub use search::{Figures, Outcome, Target};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::context::RunContext;
 use super::eval::{Divergence, Evaluation, Reference};
@@ -24,6 +24,7 @@ use crate::model::{LoadOptions, Model, Quantize};
 
 /// How to quantize a checkpoint, and when the search ends.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct AutoOptions {
     /// How each tensor is stored.
     pub formats: TensorFormats,
@@ -35,8 +36,23 @@ pub struct AutoOptions {
     pub seed: u64,
 }
 
+impl AutoOptions {
+    /// A search for the default target, without a limit of time.
+    pub fn new(formats: TensorFormats) -> AutoOptions {
+        AutoOptions { formats, target: Target::default(), budget: None, seed: 0 }
+    }
+}
+
+setters!(AutoOptions {
+    with_formats(formats: TensorFormats),
+    with_target(target: Target),
+    with_budget(budget: impl Into<Option<Duration>>),
+    with_seed(seed: u64),
+});
+
 /// The result of a search.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct AutoReport {
     /// The report of the chosen candidate.
     pub report: Report,
@@ -214,8 +230,8 @@ fn figures(report: &Report, measured: &Evaluation) -> Figures {
 
 impl AutoReport {
     /// The report of the chosen candidate as JSON, with all candidates and the reason for the choice.
-    pub fn to_json(&self) -> Value {
-        let mut json = self.report.to_json();
+    pub fn to_json(&self) -> String {
+        let mut json = self.report.to_value();
         let candidate = |(number, (figures, duration)): (usize, &(Figures, Duration))| {
             json!({
                 "recipe": self.names[number],
@@ -235,6 +251,6 @@ impl AutoReport {
         json["chosen_because"] = self.outcome.because.clone().into();
         json["reference"] = json!({ "perplexity": self.reference.perplexity.value });
         json["kl_by_position"] = self.kl_by_position.clone().into();
-        json
+        json.to_string()
     }
 }

@@ -21,6 +21,7 @@ pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Source, output, calibration text, progress and cancellation of a run.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct RunContext<'a> {
     /// A GGUF file, or a Hugging Face folder with its tokenizer.
     pub source: &'a Path,
@@ -37,6 +38,13 @@ pub struct RunContext<'a> {
     /// Whether to stop.
     pub interrupted: Interrupted<'a>,
 }
+
+setters!(RunContext<'a> {
+    with_threads(threads: impl Into<Option<usize>>),
+    with_force(force: bool),
+    with_progress(progress: StageProgress<'a>),
+    with_interrupted(interrupted: Interrupted<'a>),
+});
 
 impl<'a> RunContext<'a> {
     /// A run with the default threads, without progress, that is never interrupted and never replaces a file.

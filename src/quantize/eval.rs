@@ -24,6 +24,7 @@ pub type WindowProgress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
 /// A figure with its standard error: the spread between documents of that length.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Estimate {
     /// The value.
     pub value: f64,
@@ -33,6 +34,7 @@ pub struct Estimate {
 
 /// The perplexity of a model, and its divergence from a reference.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Evaluation {
     /// Scored tokens: the last `n - 1 - n / 2` of each window of `n`.
     pub tokens: usize,
@@ -44,6 +46,7 @@ pub struct Evaluation {
 
 /// The divergence of a model's predictions from those of a reference.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Divergence {
     /// The perplexity of the reference.
     pub reference: Estimate,

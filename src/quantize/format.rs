@@ -10,6 +10,7 @@ pub(super) const BLOCK: usize = 32;
 
 /// The value of each code. Every format is a block type of GGUF files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Format {
     /// `scale * (code - 8)`, codes 0 to 15.
     Q4_0,
@@ -50,6 +51,7 @@ impl Format {
 
     /// The level of a code: its value in units of the scale, without the minimum.
     #[inline]
+    #[doc(hidden)]
     pub fn level(self, code: u8) -> f32 {
         match self {
             Format::Q4_0 => f32::from(code) - 8.0,
@@ -61,6 +63,7 @@ impl Format {
     }
 
     /// The lowest and the highest level.
+    #[doc(hidden)]
     pub fn range(self) -> (f32, f32) {
         match self {
             Format::Q4_0 => (-8.0, 7.0),
@@ -72,12 +75,14 @@ impl Format {
     }
 
     /// The mean distance between neighboring levels.
+    #[doc(hidden)]
     pub fn spacing(self) -> f32 {
         if self == Format::Iq4Nl { 16.0 } else { 1.0 }
     }
 
     /// The code with the level nearest to `x`, a value in units of the scale with the minimum subtracted.
     #[inline]
+    #[doc(hidden)]
     pub fn nearest(self, x: f32) -> u8 {
         match self {
             // A cast saturates, maps NaN to 0 and is one instruction; `round` is a call.
@@ -91,6 +96,7 @@ impl Format {
 
     /// The code nearest to a weight of a group with this scale and minimum. A scale of 0 maps every weight to level 0.
     #[inline]
+    #[doc(hidden)]
     pub fn code(self, value: f32, scale: f32, min: f32) -> u8 {
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         self.nearest((value - min) * inverse)
@@ -98,6 +104,7 @@ impl Format {
 
     /// The value of a code, bit-identical to [`BlockType::decode`].
     #[inline]
+    #[doc(hidden)]
     pub fn value(self, code: u8, scale: f32, min: f32) -> f32 {
         let value = scale * self.level(code);
         if self.has_min() { value + min } else { value }
@@ -123,6 +130,7 @@ static IQ4_CODES: [u8; 512] = {
 
 /// A format and the number of weights that share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct GroupedFormat {
     /// The values of the codes.
     pub format: Format,

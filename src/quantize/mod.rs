@@ -3,6 +3,18 @@
 //! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto()`] tries recipes until one meets a [`Target`]. [`spend_bits`]
 //! gives sensitive layers more bits. [`eval`] measures perplexity and the divergence from a reference.
 //!
+//! ```no_run
+//! use nybble::quantize::{Format, QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
+//!
+//! // Token ids of a text, in windows that the model sees one by one.
+//! let windows = vec![vec![1, 504, 3575, 282]];
+//! let formats = TensorFormats::new(Format::Q4_0).with_group(128);
+//! let options = QuantizeOptions::new(Recipe::by_name("gptq")?, formats);
+//! let report = quantize(&RunContext::new("model".as_ref(), "model.gguf".as_ref(), &windows), &options)?;
+//! println!("{:.2} bits per weight", report.bits_per_weight());
+//! # Ok::<(), nybble::Error>(())
+//! ```
+//!
 //! A recipe receives one linear layer at a time, as a `LayerProblem`: its weights and the second moments of its inputs. It returns a
 //! `Solution`: codes and scales of a plain block format.
 
@@ -23,8 +35,14 @@ mod tuning;
 pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
 pub use bits::spend_bits;
 pub use context::{Interrupted, RunContext, StageProgress};
-pub use format::{Format, GroupedFormat};
-pub use overrides::{Stored, TensorFormats};
+pub use format::Format;
+#[doc(hidden)]
+pub use format::GroupedFormat;
+#[doc(hidden)]
+pub use overrides::Stored;
+pub use overrides::TensorFormats;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
-pub use recipes::{GptqOptions, Recipe, SignroundOptions};
+pub use recipes::Recipe;
+#[doc(hidden)]
+pub use recipes::{GptqOptions, SignroundOptions};
 pub use tuning::TuningOptions;

@@ -8,6 +8,7 @@ use crate::quant::block::BlockType;
 
 /// The formats and types of the tensors of a model.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TensorFormats {
     /// The format of linear layers.
     pub format: Format,
@@ -20,8 +21,16 @@ pub struct TensorFormats {
     pub overrides: Vec<(String, BlockType)>,
 }
 
+setters!(TensorFormats {
+    with_format(format: Format),
+    with_group(group: usize),
+    with_output_type(output_type: BlockType),
+    with_overrides(overrides: impl Into<Vec<(String, BlockType)>>),
+});
+
 /// How one tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Stored {
     /// In codes that a recipe chooses.
     Solved(GroupedFormat),
@@ -40,6 +49,11 @@ impl Stored {
 }
 
 impl TensorFormats {
+    /// Linear layers in `format` with a scale per 32 weights, other matrices in Q8_0.
+    pub fn new(format: Format) -> TensorFormats {
+        TensorFormats { format, group: 32, output_type: BlockType::Q8_0, overrides: Vec::new() }
+    }
+
     /// Checks that all types can be written and that the group is a multiple of 32.
     ///
     /// # Errors
@@ -77,6 +91,7 @@ impl TensorFormats {
     }
 
     /// How the tensor with this name and these dimensions is stored.
+    #[doc(hidden)]
     pub fn stored(&self, name: &str, dims: &[usize]) -> Stored {
         let columns = dims.first().copied().unwrap_or(0);
         let stem = stem(name);

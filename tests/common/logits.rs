@@ -7,14 +7,14 @@ use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
 
 /// Loads the model at `path`, for sessions of `context` tokens or its default.
 pub(crate) fn load(path: &Path, quantize: Quantize, threads: usize, context: Option<usize>) -> Model {
-    let options = LoadOptions { quantize, threads: Some(threads), context, ..LoadOptions::default() };
+    let options = LoadOptions::default().with_quantize(quantize).with_threads(threads).with_context(context);
     Model::load(path, &options).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Feeds `tokens` to `session` and returns logits (tokens, vocabulary).
 pub(crate) fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
-    let input = Input { session, tokens, logits: Logits::All };
+    let input = Input::new(session, tokens, Logits::All);
     model.forward(&mut [input], &mut logits, &|| false).unwrap();
     logits
 }

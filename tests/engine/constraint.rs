@@ -37,7 +37,7 @@ fn follows(constraint: &Constraint, text: &str) -> bool {
 /// A random output that the constraint allows.
 fn random_text(constraint: &Constraint, seed: u64) -> Option<String> {
     let mut constraint = constraint.clone();
-    let options = SamplingOptions { top_k: 0, top_p: 1.0, min_p: 0.0, seed: Some(seed), ..SamplingOptions::default() };
+    let options = SamplingOptions::default().with_top_k(0).with_top_p(1.0).with_min_p(0.0).with_seed(seed);
     let mut sampler = Sampler::new(options, 258).unwrap();
     let mut text = Vec::new();
     for _ in 0..2_000 {
@@ -118,7 +118,14 @@ fn an_invalid_constraint_is_refused_by_name() {
         (schema("[]"), "schema: found JSON that is not an object"),
         (schema("{"), "schema: found EOF while parsing"),
         (schema(&format!("{}{}", r#"{"items":"#.repeat(5_000), "}".repeat(5_000))), "schema: found recursion limit"),
-        (Grammar::Regex("(".to_owned()), "regex: found "),
+        (Grammar::Regex("a|(b".to_owned()), "regex: found unclosed group at \"(b\", expected a regular expression"),
+        (
+            Grammar::Regex("a{5,2}".to_owned()),
+            "regex: found invalid repetition count range, the start must be <= the end",
+        ),
+        (Grammar::Regex("é\n\\d(?<=a)b".to_owned()), "regex: found look-around, including look-ahead and look-behind"),
+        (schema(r#"{"type":"string","pattern":"[a"}"#), "schema: found unclosed character class at \"[a"),
+        (Grammar::Lark("start: /a(/".to_owned()), "grammar: found "),
         (Grammar::Lark("no grammar".to_owned()), "grammar: found "),
     ];
     for (grammar, expected) in cases {
@@ -193,7 +200,7 @@ fn written(
     jobs: &[(SamplingOptions, Option<Constraint>)],
     end: u32,
 ) -> (Vec<Vec<Sampled>>, Stats) {
-    let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_speculation(speculation);
     let mut scheduler = Scheduler::new(model.clone(), draft.cloned(), options).unwrap();
     let mut numbers = HashMap::new();
     for (i, (options, constraint)) in jobs.iter().enumerate() {
@@ -251,7 +258,7 @@ fn drafts_change_no_token_of_constrained_sequences() {
             let mut options = SamplingOptions::greedy();
             if seed > 0 {
                 let seed = Some(10 * i as u64 + seed);
-                options = SamplingOptions { seed, temperature: 1.3, logprobs: Some(2), ..SamplingOptions::default() };
+                options = SamplingOptions::default().with_seed(seed).with_temperature(1.3).with_logprobs(2);
             }
             jobs.push((options, Some(constraint.clone())));
         }
@@ -269,7 +276,7 @@ fn drafts_change_no_token_of_constrained_sequences() {
     }
     // Output without a choice is drafted from the first token on.
     for seed in 0..3 {
-        let options = SamplingOptions { seed: Some(seed), ..SamplingOptions::default() };
+        let options = SamplingOptions::default().with_seed(seed);
         let constraint = vocabulary.constraint(&schema(r#"{"const":{"x": [1, 2, 3], "y": "zzzzzz"}}"#)).unwrap();
         let job = [(options, Some(constraint))];
         let (expected, plain) = written(&model, None, Speculation::Off, &job, end);

@@ -13,7 +13,7 @@ pub(crate) const PAGE: usize = 64;
 
 pub(crate) fn load_as(shape: &Shape, cache_type: Option<CacheType>) -> Arc<Model> {
     let folder = tempfile::tempdir().unwrap();
-    let options = LoadOptions { threads: Some(2), cache_type, ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(2).with_cache_type(cache_type);
     Arc::new(Model::load(llama(folder.path(), shape, BlockType::Q4_0), &options).unwrap())
 }
 
@@ -30,7 +30,7 @@ pub(crate) fn greedy() -> SamplingOptions {
 }
 
 pub(crate) fn seeded(seed: u64) -> SamplingOptions {
-    SamplingOptions { seed: Some(seed), temperature: 1.2, logprobs: Some(2), ..SamplingOptions::default() }
+    SamplingOptions::default().with_seed(seed).with_temperature(1.2).with_logprobs(2)
 }
 
 /// A prompt, options, and the number of tokens to sample.
@@ -64,7 +64,7 @@ pub(crate) fn jobs(count: usize) -> Vec<Job> {
         let options = match i % 3 {
             0 => greedy(),
             1 => seeded(i as u64),
-            _ => SamplingOptions { repetition_penalty: 1.3, frequency_penalty: 0.2, ..seeded(i as u64) },
+            _ => seeded(i as u64).with_repetition_penalty(1.3).with_frequency_penalty(0.2),
         };
         Job::new(prompt, options, 1 + i * 11 % 43)
     };
@@ -79,7 +79,7 @@ pub(crate) fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Schedu
 pub(crate) fn limited(pages: usize) -> (Arc<Model>, Scheduler) {
     let model = load();
     let cache_bytes = pages * model.cache_bytes_per_page();
-    let scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let scheduler = scheduler(&model, SchedulerOptions::default().with_cache_bytes(cache_bytes));
     (model, scheduler)
 }
 

@@ -3,6 +3,7 @@
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
+#[cfg(feature = "grammar")]
 mod constraint;
 mod jobs;
 mod sampler;

@@ -7,7 +7,7 @@ use proptest::test_runner::RngSeed;
 
 /// Options that change nothing: the model's own distribution.
 fn neutral() -> SamplingOptions {
-    SamplingOptions { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: Some(0), ..SamplingOptions::default() }
+    SamplingOptions::default().with_temperature(1.0).with_top_k(0).with_top_p(1.0).with_min_p(0.0).with_seed(0)
 }
 
 fn sampler(options: &SamplingOptions, vocab_size: usize) -> Sampler {
@@ -31,7 +31,7 @@ fn histogram(options: &SamplingOptions, logits: &[f32], draws: usize) -> Vec<usi
 
 /// The tokens that the filters keep. A high temperature makes them equally likely, so that each is drawn.
 fn kept(options: &SamplingOptions, logits: &[f32]) -> Vec<usize> {
-    let options = SamplingOptions { temperature: 1e9, ..options.clone() };
+    let options = options.clone().with_temperature(1e9);
     let counts = histogram(&options, logits, 50 * logits.len());
     (0..logits.len()).filter(|id| counts[*id] > 0).collect()
 }
@@ -136,19 +136,20 @@ fn any_options() -> impl Strategy<Value = SamplingOptions> {
         prop::collection::vec((1_u32..20, bias), 0..4),
         any::<u64>(),
     )
-        .prop_map(|(temperature, top_k, shares, penalties, penalty_window, logit_bias, seed)| SamplingOptions {
-            temperature,
-            top_k,
-            top_p: shares.0,
-            typical_p: shares.1,
-            min_p: shares.2,
-            repetition_penalty: penalties.0,
-            presence_penalty: penalties.1,
-            frequency_penalty: penalties.2,
-            penalty_window,
-            logit_bias,
-            seed: Some(seed),
-            logprobs: Some(0),
+        .prop_map(|(temperature, top_k, shares, penalties, penalty_window, logit_bias, seed)| {
+            SamplingOptions::default()
+                .with_temperature(temperature)
+                .with_top_k(top_k)
+                .with_top_p(shares.0)
+                .with_typical_p(shares.1)
+                .with_min_p(shares.2)
+                .with_repetition_penalty(penalties.0)
+                .with_presence_penalty(penalties.1)
+                .with_frequency_penalty(penalties.2)
+                .with_penalty_window(penalty_window)
+                .with_logit_bias(logit_bias)
+                .with_seed(seed)
+                .with_logprobs(0)
         })
 }
 
@@ -197,12 +198,7 @@ proptest! {
                 let (start, end) = share_of(options);
                 start - 1e-5 <= number && number <= end + 1e-5
             };
-            let nudged = |by: f32| SamplingOptions {
-                top_p: if options.top_p < 1.0 { options.top_p * by } else { 1.0 },
-                typical_p: if options.typical_p < 1.0 { options.typical_p * by } else { 1.0 },
-                min_p: options.min_p * by,
-                ..options.clone()
-            };
+            let nudged = |by: f32| options.clone().with_top_p(if options.top_p < 1.0 { options.top_p * by } else { 1.0 }).with_typical_p(if options.typical_p < 1.0 { options.typical_p * by } else { 1.0 }).with_min_p(options.min_p * by);
             let agrees = fits(&options) || [1.0 - 1e-5, 1.0 + 1e-5].into_iter().any(|by| fits(&nudged(by)));
             prop_assert!(agrees, "token {token} for {number}: {:?}", share_of(&options));
             sampler.accept(token);
@@ -218,7 +214,7 @@ proptest! {
                 expected = id;
             }
         }
-        let options = SamplingOptions { top_k, ..SamplingOptions::greedy() };
+        let options = SamplingOptions::greedy().with_top_k(top_k);
         prop_assert_eq!(first(&options, &logits).token as usize, expected);
     }
 
@@ -227,7 +223,7 @@ proptest! {
         let mut expected: Vec<_> = reference::log_softmax(&logits).into_iter().enumerate().collect();
         expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         expected.truncate(logprobs as usize);
-        let options = SamplingOptions { logprobs: Some(logprobs), logit_bias: vec![(3, 7.0)], ..neutral() };
+        let options = neutral().with_logprobs(logprobs).with_logit_bias([(3, 7.0)]);
         let top = first(&options, &logits).top;
         prop_assert_eq!(top.len(), expected.len());
         for ((id, logprob), (expected_id, expected)) in top.into_iter().zip(expected) {
@@ -243,13 +239,7 @@ proptest! {
         temperature in prop_oneof![Just(0.0_f32), Just(1e-45), Just(f32::MAX), 0.1_f32..2.0],
         huge in prop_oneof![Just(f32::MAX), Just(f32::MIN), Just(1e-45)],
     ) {
-        let options = SamplingOptions {
-            temperature,
-            frequency_penalty: huge,
-            repetition_penalty: huge.abs(),
-            logit_bias: vec![(0, huge), (0, huge), (1, f32::NEG_INFINITY)],
-            ..options
-        };
+        let options = options.with_temperature(temperature).with_frequency_penalty(huge).with_repetition_penalty(huge.abs()).with_logit_bias([(0, huge), (0, huge), (1, f32::NEG_INFINITY)]);
         let mut sampler = sampler(&options, logits.len());
         [0, 0, 1, 2, 2, 5, u32::MAX].into_iter().for_each(|token| sampler.accept(token));
         let mut working = logits.clone();
@@ -272,9 +262,9 @@ fn tokens_are_drawn_as_often_as_they_are_likely() {
     let draws = 200_000;
     let options = [
         neutral(),
-        SamplingOptions { temperature: 0.7, ..neutral() },
-        SamplingOptions { temperature: 2.0, top_k: 12, ..neutral() },
-        SamplingOptions { seed: Some(11), ..SamplingOptions::default() },
+        neutral().with_temperature(0.7),
+        neutral().with_temperature(2.0).with_top_k(12),
+        SamplingOptions::default().with_seed(11),
     ];
     for options in options {
         let counts = histogram(&options, &logits, draws);
@@ -298,7 +288,7 @@ fn tokens_are_drawn_as_often_as_they_are_likely() {
 #[test]
 fn the_same_seed_gives_the_same_tokens_in_every_version() {
     let draw = |seed| {
-        let mut sampler = sampler(&SamplingOptions { seed, ..SamplingOptions::default() }, 1000);
+        let mut sampler = sampler(&SamplingOptions::default().with_seed(seed), 1000);
         (0..10).map(|step| sampler.sample(&mut noise(1000, step)).unwrap().token).collect::<Vec<_>>()
     };
     assert_eq!(draw(Some(7)), GOLDEN);
@@ -316,55 +306,53 @@ fn each_filter_keeps_the_documented_tokens() {
     let logits: Vec<f32> = [0.05_f32, 0.3, 0.4, 0.05, 0.2].iter().map(|p| p.ln() + 3.0).collect();
     let keeps = |options: SamplingOptions| kept(&options, &logits);
     assert_eq!(keeps(neutral()), [0, 1, 2, 3, 4]);
-    assert_eq!(keeps(SamplingOptions { top_k: 1, ..neutral() }), [2]);
-    assert_eq!(keeps(SamplingOptions { top_k: 4, ..neutral() }), [0, 1, 2, 4], "the lower id of a tie");
-    assert_eq!(keeps(SamplingOptions { top_p: 0.39, ..neutral() }), [2]);
-    assert_eq!(keeps(SamplingOptions { top_p: 0.41, ..neutral() }), [1, 2]);
-    assert_eq!(keeps(SamplingOptions { top_p: 0.89, ..neutral() }), [1, 2, 4]);
-    assert_eq!(keeps(SamplingOptions { top_p: 0.94, ..neutral() }), [0, 1, 2, 4]);
-    assert_eq!(keeps(SamplingOptions { min_p: 0.51, ..neutral() }), [1, 2]);
-    assert_eq!(keeps(SamplingOptions { min_p: 0.49, ..neutral() }), [1, 2, 4]);
-    assert_eq!(keeps(SamplingOptions { min_p: 1.0, ..neutral() }), [2]);
+    assert_eq!(keeps(neutral().with_top_k(1)), [2]);
+    assert_eq!(keeps(neutral().with_top_k(4)), [0, 1, 2, 4], "the lower id of a tie");
+    assert_eq!(keeps(neutral().with_top_p(0.39)), [2]);
+    assert_eq!(keeps(neutral().with_top_p(0.41)), [1, 2]);
+    assert_eq!(keeps(neutral().with_top_p(0.89)), [1, 2, 4]);
+    assert_eq!(keeps(neutral().with_top_p(0.94)), [0, 1, 2, 4]);
+    assert_eq!(keeps(neutral().with_min_p(0.51)), [1, 2]);
+    assert_eq!(keeps(neutral().with_min_p(0.49)), [1, 2, 4]);
+    assert_eq!(keeps(neutral().with_min_p(1.0)), [2]);
     // The entropy is 1.35 nats; the surprises are 0.92, 1.20, 1.61 and twice 3.00.
-    assert_eq!(keeps(SamplingOptions { typical_p: 0.29, ..neutral() }), [1]);
-    assert_eq!(keeps(SamplingOptions { typical_p: 0.31, ..neutral() }), [1, 4]);
-    assert_eq!(keeps(SamplingOptions { typical_p: 0.51, ..neutral() }), [1, 2, 4]);
+    assert_eq!(keeps(neutral().with_typical_p(0.29)), [1]);
+    assert_eq!(keeps(neutral().with_typical_p(0.31)), [1, 4]);
+    assert_eq!(keeps(neutral().with_typical_p(0.51)), [1, 2, 4]);
     // 0.4 of 0.9 is 0.44: one token reaches 0.43 only with probabilities renormalized after top_k.
-    assert_eq!(keeps(SamplingOptions { top_k: 3, top_p: 0.43, ..neutral() }), [2]);
+    assert_eq!(keeps(neutral().with_top_k(3).with_top_p(0.43)), [2]);
 }
 
 #[test]
 fn penalties_change_only_tokens_of_the_window() {
     let greedy = |options: SamplingOptions, history: &[u32], logits: [f32; 3]| {
-        let mut sampler = sampler(&SamplingOptions { temperature: 0.0, ..options }, 3);
+        let mut sampler = sampler(&options.with_temperature(0.0), 3);
         history.iter().for_each(|token| sampler.accept(*token));
         sampler.sample(&mut logits.to_vec()).unwrap().token
     };
-    let repetition = SamplingOptions { repetition_penalty: 2.0, ..neutral() };
+    let repetition = neutral().with_repetition_penalty(2.0);
     assert_eq!(greedy(repetition.clone(), &[], [3.0, 2.0, 1.0]), 0);
     assert_eq!(greedy(repetition.clone(), &[0, 0, 0], [3.0, 1.4, 1.0]), 0, "halved once, not three times");
     assert_eq!(greedy(repetition.clone(), &[0], [3.0, 1.6, 1.0]), 1);
     assert_eq!(greedy(repetition.clone(), &[0], [-1.0, -1.9, -3.0]), 1, "a negative logit is doubled");
-    let presence = SamplingOptions { presence_penalty: 1.0, ..neutral() };
+    let presence = neutral().with_presence_penalty(1.0);
     assert_eq!(greedy(presence.clone(), &[0, 0, 0], [3.0, 1.9, 0.0]), 0);
     assert_eq!(greedy(presence, &[0, 0, 0], [3.0, 2.1, 0.0]), 1);
-    let frequency = SamplingOptions { frequency_penalty: 1.0, penalty_window: 2, ..neutral() };
+    let frequency = neutral().with_frequency_penalty(1.0).with_penalty_window(2);
     assert_eq!(greedy(frequency.clone(), &[0, 0, 0], [3.0, 0.9, 0.0]), 0, "two of the three are in the window");
     assert_eq!(greedy(frequency.clone(), &[0, 0, 0], [3.0, 1.1, 0.0]), 1);
     assert_eq!(greedy(frequency.clone(), &[0, 0, 0, 2, 2], [3.0, 2.9, 4.0]), 0);
-    let all = SamplingOptions { penalty_window: 0, ..frequency };
+    let all = frequency.with_penalty_window(0);
     assert_eq!(greedy(all, &[0; 500], [400.0, -99.0, -200.0]), 1);
 }
 
 #[test]
 fn log_probabilities_are_the_models_own() {
-    let options = SamplingOptions {
-        temperature: 0.0,
-        logit_bias: vec![(0, f32::NEG_INFINITY)],
-        presence_penalty: 1.0,
-        logprobs: Some(2),
-        ..neutral()
-    };
+    let options = neutral()
+        .with_temperature(0.0)
+        .with_logit_bias([(0, f32::NEG_INFINITY)])
+        .with_presence_penalty(1.0)
+        .with_logprobs(2);
     let logits = [0.5_f32, 0.25, 0.125, 0.125].map(f32::ln);
     let mut sampler = sampler(&options, 4);
     sampler.accept(1);
@@ -373,13 +361,13 @@ fn log_probabilities_are_the_models_own() {
     assert!((sampled.logprob.unwrap() - 0.125_f32.ln()).abs() < 1e-6);
     assert_eq!(sampled.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 1]);
     assert!((sampled.top[0].1 - 0.5_f32.ln()).abs() < 1e-6);
-    let unasked = first(&SamplingOptions { logprobs: None, ..options }, &logits);
+    let unasked = first(&options.with_logprobs(None), &logits);
     assert_eq!((unasked.logprob, unasked.top), (None, vec![]));
 }
 
 #[test]
 fn impossible_tokens_are_not_among_the_most_likely() {
-    let options = SamplingOptions { logprobs: Some(3), ..neutral() };
+    let options = neutral().with_logprobs(3);
     let top = first(&options, &[f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY, 1.0]).top;
     assert_eq!(top, [(1, 0.5_f32.ln()), (3, 0.5_f32.ln())]);
 }
@@ -387,9 +375,9 @@ fn impossible_tokens_are_not_among_the_most_likely() {
 #[test]
 fn excluded_ids_are_never_sampled_and_have_no_share_of_the_probability() {
     let logits = [1.0_f32, 9.0, 2.0, 9.0, 9.0, 9.0];
-    let options = SamplingOptions { logprobs: Some(6), logit_bias: vec![(4, 50.0)], ..neutral() };
+    let options = neutral().with_logprobs(6).with_logit_bias([(4, 50.0)]);
     for (temperature, seed) in (0..200).map(|seed| ([0.0, 1.0, 50.0][seed % 3], seed as u64)) {
-        let options = SamplingOptions { temperature, seed: Some(seed), ..options.clone() };
+        let options = options.clone().with_temperature(temperature).with_seed(seed);
         let mut sampler = sampler(&options, logits.len());
         // The last range ends beyond the vocabulary.
         sampler.exclude([1..2, 3..99]);
@@ -398,24 +386,24 @@ fn excluded_ids_are_never_sampled_and_have_no_share_of_the_probability() {
         assert_eq!(sampled.top, first(&options_without_bias(&options), &[1.0, f32::NEG_INFINITY, 2.0]).top);
     }
     let mut all = sampler(&neutral(), 3);
-    all.exclude([0..3]);
+    all.exclude([0..1, 1..3]);
     assert!(matches!(all.sample(&mut [1.0; 3]), Err(Error::BadLogits)));
 }
 
 fn options_without_bias(options: &SamplingOptions) -> SamplingOptions {
-    SamplingOptions { logit_bias: Vec::new(), ..options.clone() }
+    options.clone().with_logit_bias(Vec::new())
 }
 
 #[test]
 fn a_bias_or_penalty_that_overflows_still_counts_as_large() {
     let boosts = [
-        SamplingOptions { logit_bias: vec![(1, f32::MAX)], ..neutral() },
-        SamplingOptions { presence_penalty: f32::MIN, ..neutral() },
-        SamplingOptions { repetition_penalty: 1e-45, ..neutral() },
+        neutral().with_logit_bias([(1, f32::MAX)]),
+        neutral().with_presence_penalty(f32::MIN),
+        neutral().with_repetition_penalty(1e-45),
     ];
     for options in boosts {
         for temperature in [0.0, 1.0] {
-            let mut sampler = sampler(&SamplingOptions { temperature, ..options.clone() }, 3);
+            let mut sampler = sampler(&options.clone().with_temperature(temperature), 3);
             sampler.accept(1);
             assert_eq!(sampler.sample(&mut [2e38, 1e38, 0.0]).unwrap().token, 1, "{options:?}");
         }
@@ -430,10 +418,10 @@ fn logits_without_a_possible_token_are_refused() {
             let result = sampler(&options, 3).sample(&mut logits.clone());
             assert!(matches!(result, Err(Error::BadLogits)), "{logits:?}");
         }
-        let ban = |ids: &[u32]| ids.iter().map(|id| (*id, f32::NEG_INFINITY)).collect();
-        let none = SamplingOptions { logit_bias: ban(&[0, 1, 2]), ..options.clone() };
+        let ban = |ids: &[u32]| ids.iter().map(|id| (*id, f32::NEG_INFINITY)).collect::<Vec<_>>();
+        let none = options.clone().with_logit_bias(ban(&[0, 1, 2]));
         assert!(matches!(sampler(&none, 3).sample(&mut [1.0, 2.0, 3.0]), Err(Error::BadLogits)));
-        let one = SamplingOptions { logit_bias: ban(&[0, 2]), ..options.clone() };
+        let one = options.clone().with_logit_bias(ban(&[0, 2]));
         assert_eq!(first(&one, &[9.0, -50.0, 9.0]).token, 1);
         assert!(matches!(sampler(&options, 3).sample(&mut [1.0]), Err(Error::InvalidArgument { name: "logits", .. })));
     }
@@ -467,7 +455,7 @@ fn an_option_out_of_its_range_is_refused_by_name() {
             options.validate().unwrap();
         }
     }
-    let far = SamplingOptions { logit_bias: vec![(9, 1.0), (10, 1.0)], ..SamplingOptions::default() };
+    let far = SamplingOptions::default().with_logit_bias([(9, 1.0), (10, 1.0)]);
     let message = Sampler::new(far, 10).unwrap_err().to_string();
     assert_eq!(message, "logit_bias: found token 10, expected tokens below 10, the size of the vocabulary");
     for vocab_size in [0, usize::MAX] {
@@ -483,17 +471,16 @@ fn a_vocabulary_of_262144_tokens_is_filtered_like_a_small_one() {
     let mut sorted: Vec<usize> = (0..logits.len()).collect();
     sorted.sort_by(|a, b| logits[*b].partial_cmp(&logits[*a]).unwrap().then(a.cmp(b)));
     for top_k in [1_u32, 40, 1000] {
-        let options = SamplingOptions { logprobs: Some(top_k), top_k, ..neutral() };
+        let options = neutral().with_logprobs(top_k).with_top_k(top_k);
         let top = first(&options, &logits).top;
         assert!(top.iter().map(|(id, _)| *id as usize).eq(sorted.iter().copied().take(top_k as usize)));
         let kept = &sorted[..top_k as usize];
-        let (mut sampler, mut working) =
-            (sampler(&SamplingOptions { temperature: 9.0, ..options }, 262_144), logits.clone());
+        let (mut sampler, mut working) = (sampler(&options.with_temperature(9.0), 262_144), logits.clone());
         for _ in 0..50 {
             assert!(kept.contains(&(sampler.sample(&mut working).unwrap().token as usize)));
         }
     }
-    let options = SamplingOptions { top_p: 0.9, ..neutral() };
+    let options = neutral().with_top_p(0.9);
     let expected = reference::probabilities(&options, &[], &logits);
     let (mut sampler, mut working) = (sampler(&options, 262_144), logits.clone());
     for _ in 0..20 {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::jobs::{Job, PAGE, assert_same, finish, greedy, jobs, limited, load, load_as, scheduler, seeded, tokens};
 use crate::tiny_model::{ODD, Shape};
 use nybble::Error;
-use nybble::engine::sampler::{Sampled, SamplingOptions};
+use nybble::engine::sampler::Sampled;
 use nybble::engine::{Scheduler, SchedulerOptions, Speculation};
 use nybble::model::{CacheType, Input, Logits, Session};
 
@@ -19,7 +19,10 @@ fn batching_and_cancelling_never_change_the_tokens_of_a_sequence() {
         for (prefill_chunk, speculation, prefix_cache) in
             [(None, Speculation::Off, true), (Some(24), Speculation::On, true), (Some(7), Speculation::Auto, false)]
         {
-            let options = SchedulerOptions { prefill_chunk, speculation, prefix_cache, ..SchedulerOptions::default() };
+            let options = SchedulerOptions::default()
+                .with_prefill_chunk(prefill_chunk)
+                .with_speculation(speculation)
+                .with_prefix_cache(prefix_cache);
             let mut scheduler = scheduler(&model, options);
             let mut ids = HashMap::new();
             let mut left = jobs.iter().enumerate();
@@ -119,7 +122,7 @@ fn a_page_continues_only_in_its_own_model_and_position() {
     let tokens = tokens(PAGE + 10, 1);
     let logits = |session: &mut Session, tokens: &[u32]| {
         let mut logits = Vec::new();
-        model.forward(&mut [Input { session, tokens, logits: Logits::Last }], &mut logits, &|| false).unwrap();
+        model.forward(&mut [Input::new(session, tokens, Logits::Last)], &mut logits, &|| false).unwrap();
         logits
     };
     let mut first = model.session();
@@ -146,7 +149,7 @@ fn a_page_continues_only_in_its_own_model_and_position() {
 #[test]
 fn without_a_prefix_cache_no_page_is_kept() {
     let model = load();
-    let options = SchedulerOptions { prefix_cache: false, ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_prefix_cache(false);
     let mut scheduler = scheduler(&model, options);
     let job = Job::new(tokens(200, 1), greedy(), 5);
     assert_same(&model, &[job.clone(), job], &mut scheduler);
@@ -159,7 +162,7 @@ fn the_least_recently_used_page_is_evicted_first() {
     let model = load();
     // A sequence takes three pages while it is computed; two of them stay.
     let cache_bytes = 6 * model.cache_bytes_per_page();
-    let mut scheduler = scheduler(&model, SchedulerOptions { cache_bytes, ..SchedulerOptions::default() });
+    let mut scheduler = scheduler(&model, SchedulerOptions::default().with_cache_bytes(cache_bytes));
     let job = |seed| Job::new(tokens(2 * PAGE + 1, seed), greedy(), 2);
     let mut reused = |seed| {
         let before = scheduler.stats().reused_tokens;
@@ -180,7 +183,7 @@ fn the_memory_limit_holds_at_every_step_and_changes_no_token() {
     for (pages, speculation) in [(5, Speculation::Off), (9, Speculation::On)] {
         let cache_bytes = pages * model.cache_bytes_per_page();
         let mut scheduler =
-            scheduler(&model, SchedulerOptions { cache_bytes, speculation, ..SchedulerOptions::default() });
+            scheduler(&model, SchedulerOptions::default().with_cache_bytes(cache_bytes).with_speculation(speculation));
         let ids: Vec<u64> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
         let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
         let mut most = 0;
@@ -254,11 +257,11 @@ fn a_sequence_larger_than_the_memory_limit_fails_alone() {
 fn drafts_from_a_repeating_sequence_are_accepted_and_change_nothing() {
     let model = load();
     // The bias forces one token, so the sequence repeats itself from its start.
-    let forced = SamplingOptions { logit_bias: vec![(7, 1000.0)], ..greedy() };
+    let forced = greedy().with_logit_bias([(7, 1000.0)]);
     let repeating = Job::new(tokens(20, 1), forced, 60);
     let greedy = Job::new(tokens(40, 1), greedy(), 200);
     for speculation in [Speculation::On, Speculation::Auto] {
-        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let options = SchedulerOptions::default().with_speculation(speculation);
         let mut scheduler = scheduler(&model, options);
         assert_same(&model, std::slice::from_ref(&repeating), &mut scheduler);
         let stats = scheduler.stats();
@@ -274,9 +277,9 @@ fn wrong_drafts_change_nothing_and_pause_speculation() {
     let model = load();
     // Four tokens in random order: there is always a draft, and it is mostly wrong.
     let logit_bias = [3, 14, 15, 92].map(|token| (token, 1000.0)).to_vec();
-    let job = Job::new(tokens(10, 1), SamplingOptions { logit_bias, temperature: 50.0, ..seeded(1) }, 200);
+    let job = Job::new(tokens(10, 1), seeded(1).with_logit_bias(logit_bias).with_temperature(50.0), 200);
     let drafted = |speculation| {
-        let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
+        let mut scheduler = scheduler(&model, SchedulerOptions::default().with_speculation(speculation));
         assert_same(&model, std::slice::from_ref(&job), &mut scheduler);
         let stats = scheduler.stats();
         assert!(stats.accepted_tokens * 2 <= stats.drafted_tokens, "{stats:?}");
@@ -296,7 +299,7 @@ fn a_prompt_with_one_token_left_computes_it_before_any_draft() {
     let jobs = [(150, 4), (65, 12)].map(|(len, limit)| Job::new(long[..len].to_vec(), seeded(2), limit));
     for speculation in [Speculation::On, Speculation::Auto] {
         for draft in [None, Some(load())] {
-            let options = SchedulerOptions { speculation, prefill_chunk: Some(1), ..SchedulerOptions::default() };
+            let options = SchedulerOptions::default().with_speculation(speculation).with_prefill_chunk(1);
             let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
             assert_same(&model, &jobs, &mut scheduler);
         }
@@ -311,10 +314,10 @@ fn a_draft_model_never_changes_the_tokens() {
     let jobs = [
         Job::new(tokens(30, 1), greedy(), 60),
         Job::new(tokens(90, 2), seeded(4), 60),
-        Job::new(tokens(140, 3), SamplingOptions { repetition_penalty: 1.4, ..seeded(5) }, 60),
+        Job::new(tokens(140, 3), seeded(5).with_repetition_penalty(1.4), 60),
     ];
     for speculation in [Speculation::On, Speculation::Auto] {
-        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let options = SchedulerOptions::default().with_speculation(speculation);
         let mut with_twin = Scheduler::new(model.clone(), Some(twin.clone()), options.clone()).unwrap();
         assert_same(&model, &jobs, &mut with_twin);
         let stats = with_twin.stats();
@@ -333,7 +336,7 @@ fn a_draft_model_never_changes_the_tokens() {
 #[test]
 fn a_long_prompt_is_computed_in_chunks_while_others_decode_at_each_step() {
     let model = load();
-    let options = SchedulerOptions { prefill_chunk: Some(16), ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_prefill_chunk(16);
     let mut scheduler = scheduler(&model, options);
     for i in 0..3 {
         scheduler.submit(Job::new(tokens(4, i), greedy(), 100).sequence(&model), 100).unwrap();
@@ -357,7 +360,7 @@ fn a_long_prompt_is_computed_in_chunks_while_others_decode_at_each_step() {
 #[test]
 fn a_short_prompt_does_not_wait_for_the_prefill_of_a_long_one() {
     let model = load();
-    let options = SchedulerOptions { prefill_chunk: Some(32), ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_prefill_chunk(32);
     let mut scheduler = scheduler(&model, options);
     let long = scheduler.submit(Job::new(tokens(600, 1), greedy(), 1).sequence(&model), 1).unwrap();
     let short = scheduler.submit(Job::new(tokens(30, 2), greedy(), 1).sequence(&model), 1).unwrap();
@@ -376,7 +379,7 @@ fn a_short_prompt_does_not_wait_for_the_prefill_of_a_long_one() {
 #[test]
 fn slots_are_given_in_order_and_a_cancelled_one_is_free_at_once() {
     let model = load();
-    let options = SchedulerOptions { max_batch: 2, ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_max_batch(2);
     let mut scheduler = scheduler(&model, options);
     let mut submit = |i| scheduler.submit(Job::new(tokens(5, i), greedy(), 50).sequence(&model), 50).unwrap();
     let ids = [submit(0), submit(1), submit(2), submit(3)];
@@ -401,7 +404,7 @@ fn an_interrupted_step_can_be_repeated() {
     let model = load();
     for speculation in [Speculation::Off, Speculation::On] {
         let draft = (speculation == Speculation::On).then(load);
-        let options = SchedulerOptions { speculation, prefill_chunk: Some(20), ..SchedulerOptions::default() };
+        let options = SchedulerOptions::default().with_speculation(speculation).with_prefill_chunk(20);
         let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
         let jobs = jobs(6);
         let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
@@ -431,7 +434,7 @@ fn an_interrupted_step_can_be_repeated() {
 fn a_sequence_whose_options_leave_no_token_fails_alone() {
     let model = load();
     let mut scheduler = scheduler(&model, SchedulerOptions::default());
-    let nothing = SamplingOptions { logit_bias: (0..101).map(|i| (i, f32::NEG_INFINITY)).collect(), ..greedy() };
+    let nothing = greedy().with_logit_bias((0..101).map(|i| (i, f32::NEG_INFINITY)).collect::<Vec<_>>());
     let bad = scheduler.submit(Job::new(tokens(5, 1), nothing, 9).sequence(&model), 9).unwrap();
     let good = scheduler.submit(Job::new(tokens(5, 2), greedy(), 2).sequence(&model), 2).unwrap();
     let mut events = scheduler.step(&|| false).unwrap();
@@ -444,9 +447,9 @@ fn a_sequence_whose_options_leave_no_token_fails_alone() {
 #[test]
 fn a_sequence_leaves_when_the_context_is_full() {
     let model = load();
-    let options = SchedulerOptions { speculation: Speculation::On, ..SchedulerOptions::default() };
+    let options = SchedulerOptions::default().with_speculation(Speculation::On);
     let mut scheduler = scheduler(&model, options);
-    let forced = SamplingOptions { logit_bias: vec![(7, 1000.0)], ..greedy() };
+    let forced = greedy().with_logit_bias([(7, 1000.0)]);
     scheduler.submit(Job::new(tokens(680, 1), forced, 0).sequence(&model), 1000).unwrap();
     let written = finish(&mut scheduler);
     assert_eq!(written[&1].len(), 700 - 680 + 1);
@@ -457,12 +460,8 @@ fn invalid_options_and_sequences_are_refused() {
     let (model, other) = (load(), load_as(&Shape { vocabulary: 77, ..ODD }, None));
     let refused = |result: nybble::Result<Scheduler>| matches!(result, Err(Error::InvalidArgument { .. }));
     let options = SchedulerOptions::default();
-    assert!(refused(Scheduler::new(model.clone(), None, SchedulerOptions { max_batch: 0, ..options.clone() })));
-    assert!(refused(Scheduler::new(
-        model.clone(),
-        None,
-        SchedulerOptions { prefill_chunk: Some(0), ..options.clone() }
-    )));
+    assert!(refused(Scheduler::new(model.clone(), None, options.clone().with_max_batch(0))));
+    assert!(refused(Scheduler::new(model.clone(), None, options.clone().with_prefill_chunk(0))));
     assert!(refused(Scheduler::new(model.clone(), Some(other.clone()), options.clone())));
     let mut scheduler = scheduler(&model, options);
     let job = Job::new(tokens(5, 1), greedy(), 5);

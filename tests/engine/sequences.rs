@@ -13,7 +13,7 @@ fn a_sequence_continues_in_a_scheduler_where_it_was_left() {
         let job = Job::new(tokens(len, 1), seeded(7), before + 70);
         let alone = job.alone(&model);
         for speculation in [Speculation::Off, Speculation::On] {
-            let mut scheduler = scheduler(&model, SchedulerOptions { speculation, ..SchedulerOptions::default() });
+            let mut scheduler = scheduler(&model, SchedulerOptions::default().with_speculation(speculation));
             // A second sequence on the same prompt shares the pages that the first one brings along.
             let other = scheduler.submit(job.sequence(&model), job.limit).unwrap();
             let mut sequence = job.sequence(&model);
@@ -34,10 +34,10 @@ fn a_session_continues_in_a_scheduler_without_computing_its_tokens() {
     let all = tokens(2 * PAGE + 9, 5);
     let alone = Job::new(all.clone(), seeded(3), 30).alone(&model);
     let mut session = model.session();
-    let input = Input { session: &mut session, tokens: &all, logits: Logits::None };
+    let input = Input::new(&mut session, &all, Logits::None);
     model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
     for prefix_cache in [true, false] {
-        let mut scheduler = scheduler(&model, SchedulerOptions { prefix_cache, ..SchedulerOptions::default() });
+        let mut scheduler = scheduler(&model, SchedulerOptions::default().with_prefix_cache(prefix_cache));
         let sequence = Sequence::resume(&model, session.fork(), &all, seeded(3)).unwrap();
         let id = scheduler.submit(sequence, 30).unwrap();
         let mut written = Vec::new();
@@ -69,7 +69,7 @@ fn a_scheduler_hands_back_the_session_of_a_sequence_that_leaves() {
         }
     };
     for speculation in [Speculation::Off, Speculation::On] {
-        let options = SchedulerOptions { speculation, ..SchedulerOptions::default() };
+        let options = SchedulerOptions::default().with_speculation(speculation);
         let mut scheduler = scheduler(&model, options);
         // At its limit.
         scheduler.submit(job.sequence(&model), job.limit).unwrap();

@@ -92,6 +92,48 @@ fn golden_blocks_decode_to_the_same_bits() {
     }
 }
 
+/// FNV-1a, 64 bits.
+fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[test]
+fn random_blocks_decode_to_the_bits_of_the_reference() {
+    use BlockType::*;
+    // The type, the byte with the exponent of its F16 scale, and the hash of the values of 64 random blocks. The hashes are of
+    // gguf-py 0.19 (`gguf.quants.dequantize`); those of Q1_0 and Q2_0, which it lacks, of a few lines of numpy.
+    let expected = [
+        (IQ1_S, Some(1), 0x755f_f341_6c78_110b),
+        (IQ1_M, Some(55), 0x7a63_1671_5831_dc52),
+        (IQ2_XXS, Some(1), 0xf66a_44cb_48e8_aec5),
+        (IQ2_XS, Some(1), 0xa70c_0bba_236b_12ed),
+        (IQ2_S, Some(1), 0x71d3_d301_febc_80de),
+        (IQ3_XXS, Some(1), 0x3ad3_a4ec_fb87_d205),
+        (IQ3_S, Some(1), 0x4871_8d18_779d_fbf7),
+        (TQ1_0, Some(53), 0xdd75_19cd_143c_ab0d),
+        (TQ2_0, Some(65), 0xd2ec_c398_0c3b_1b99),
+        (NVFP4, None, 0x0698_3a0f_9437_f190),
+        (Q1_0, Some(1), 0x6994_f71f_ac7c_aa25),
+        (Q2_0, Some(1), 0xbdbe_753f_94a0_3c0f),
+    ];
+    for (block_type, exponent_at, hash) in expected {
+        let mut state = 0x1234_5678u64;
+        let mut bytes: Vec<u8> = (0..64 * block_type.block_bytes())
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 56) as u8
+            })
+            .collect();
+        if let Some(at) = exponent_at {
+            // Below 2, so finite.
+            bytes.iter_mut().skip(at).step_by(block_type.block_bytes()).for_each(|byte| *byte &= 0xbf);
+        }
+        let mut values = vec![f32::NAN; 64 * block_type.block_len()];
+        block_type.decode(&bytes, &mut values).unwrap();
+        assert_eq!(fnv(values.iter().flat_map(|value| value.to_le_bytes())), hash, "{block_type}");
+    }
+}
+
 #[test]
 fn mxfp4_scales_are_exact_powers_of_two_down_to_subnormals() {
     let doubled = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
@@ -208,7 +250,8 @@ fn sizes_match_the_format() {
 #[test]
 fn an_unsupported_type_is_refused_by_name() {
     let supported: Vec<&str> = BlockType::all().filter(|t| t.is_supported()).map(BlockType::name).collect();
-    let listed = "F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, BF16, MXFP4";
+    let listed = "F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S, IQ4_NL, \
+                  IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0";
     assert_eq!(supported.join(", "), listed);
     for block_type in BlockType::all().filter(|t| !t.is_supported()) {
         let bytes = vec![0; block_type.block_bytes()];

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 const SPACE: &str = "\u{2581}";
 
 fn piece(text: &str, score: f32, kind: TokenKind) -> Piece<'_> {
-    Piece { text: Some(text), score, kind }
+    Piece::new(text, score, kind)
 }
 
 fn normal(text: &str, score: f32) -> Piece<'_> {
@@ -136,7 +136,7 @@ fn characters_without_pieces_or_bytes_are_unknown_or_left_out() {
 fn invalid_byte_tokens_and_invalid_utf8_match_nothing() {
     let broken = ["<0x-1>", "<0x>", "<0x0>", "<0x000>", "<0xGG>", "<0x+1>", "0x41"];
     let pieces = broken.iter().map(|text| piece(text, 0.0, TokenKind::Byte));
-    let no_text = Piece { text: None, score: 0.0, kind: TokenKind::Normal };
+    let no_text = Piece::new(None, 0.0, TokenKind::Normal);
     let vocabulary = SentencePiece::new(pieces.chain([no_text]));
     assert!(vocabulary.encode("A\u{0}\u{1}<0x-1>", true).is_empty());
 }

@@ -42,7 +42,8 @@ fn load(path: &Path, kernel: &str, threads: usize) -> Model {
 
 fn load_cached(path: &Path, kernel: &str, threads: usize, cache_type: Option<CacheType>) -> Model {
     let (kernel, threads) = (Some(kernel.to_owned()), Some(threads));
-    Model::load(path, &LoadOptions { kernel, threads, cache_type, ..LoadOptions::default() }).unwrap()
+    Model::load(path, &LoadOptions::default().with_kernel(kernel).with_threads(threads).with_cache_type(cache_type))
+        .unwrap()
 }
 
 fn tokens(count: usize, seed: u32) -> Vec<u32> {
@@ -54,7 +55,7 @@ fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<u32> {
     let mut session = model.session();
     let mut logits = Vec::new();
     for tokens in tokens.chunks(piece) {
-        let input = Input { session: &mut session, tokens, logits: Logits::All };
+        let input = Input::new(&mut session, tokens, Logits::All);
         model.forward(&mut [input], &mut logits, &|| false).unwrap();
     }
     assert!(logits.iter().all(|x| x.is_finite()));
@@ -131,7 +132,7 @@ fn bits_do_not_depend_on_threads_and_batches() {
         assert!(found == expected[..found.len()], "{what}: token by token");
         let (mut session, mut found) = (model.session(), Vec::new());
         for tokens in [&tokens[..590]].into_iter().chain(tokens[590..].chunks(1)) {
-            let input = Input { session: &mut session, tokens, logits: Logits::Last };
+            let input = Input::new(&mut session, tokens, Logits::Last);
             model.forward(&mut [input], &mut found, &|| false).unwrap();
         }
         let last = &expected[589 * model.vocabulary()..];
@@ -190,9 +191,8 @@ fn among_others(model: &Model) {
     let mut together: Vec<Vec<f32>> = vec![Vec::new(); prompts.len()];
     let mut all = Vec::new();
     let pairs = prompts.iter().zip(&mut sessions).filter(|(prompt, _)| prompt.len() > 1);
-    let mut inputs: Vec<_> = pairs
-        .map(|(prompt, session)| Input { session, tokens: &prompt[..prompt.len() - 1], logits: Logits::All })
-        .collect();
+    let mut inputs: Vec<_> =
+        pairs.map(|(prompt, session)| Input::new(session, &prompt[..prompt.len() - 1], Logits::All)).collect();
     model.forward(&mut inputs, &mut all, &|| false).unwrap();
     let mut rows = all.chunks(model.vocabulary());
     for (prompt, logits) in prompts.iter().zip(&mut together) {
@@ -200,9 +200,8 @@ fn among_others(model: &Model) {
     }
     all.clear();
     let pairs = prompts.iter().zip(&mut sessions);
-    let mut inputs: Vec<_> = pairs
-        .map(|(prompt, session)| Input { session, tokens: &prompt[prompt.len() - 1..], logits: Logits::Last })
-        .collect();
+    let mut inputs: Vec<_> =
+        pairs.map(|(prompt, session)| Input::new(session, &prompt[prompt.len() - 1..], Logits::Last)).collect();
     model.forward(&mut inputs, &mut all, &|| false).unwrap();
     for (logits, row) in together.iter_mut().zip(all.chunks(model.vocabulary())) {
         logits.extend_from_slice(row);
@@ -222,12 +221,12 @@ fn a_truncated_session_continues_as_if_it_had_been_shorter() {
     let mut session = model.session();
     let mut found = Vec::new();
     for tokens in [&first, &wrong] {
-        let input = Input { session: &mut session, tokens, logits: Logits::None };
+        let input = Input::new(&mut session, tokens, Logits::None);
         model.forward(&mut [input], &mut found, &|| false).unwrap();
     }
     assert!(found.is_empty());
     session.truncate(70);
-    let input = Input { session: &mut session, tokens: &right, logits: Logits::All };
+    let input = Input::new(&mut session, &right, Logits::All);
     model.forward(&mut [input], &mut found, &|| false).unwrap();
     assert!(found.iter().map(|x| x.to_bits()).eq(expected[70 * 101..].iter().copied()));
 }
@@ -235,7 +234,7 @@ fn a_truncated_session_continues_as_if_it_had_been_shorter() {
 /// The bits of the logits after each of `tokens`.
 fn continue_with(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<u32> {
     let mut logits = Vec::new();
-    model.forward(&mut [Input { session, tokens, logits: Logits::All }], &mut logits, &|| false).unwrap();
+    model.forward(&mut [Input::new(session, tokens, Logits::All)], &mut logits, &|| false).unwrap();
     logits.into_iter().map(f32::to_bits).collect()
 }
 
@@ -286,15 +285,15 @@ fn an_interrupted_step_leaves_the_session_unchanged() {
     let expected = logits(&model, &prompt, 40);
     let mut session = model.session();
     let mut found = Vec::new();
-    let input = Input { session: &mut session, tokens: &prompt[..20], logits: Logits::All };
+    let input = Input::new(&mut session, &prompt[..20], Logits::All);
     model.forward(&mut [input], &mut found, &|| false).unwrap();
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let second_layer = || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1;
-    let input = Input { session: &mut session, tokens: &prompt[20..], logits: Logits::All };
+    let input = Input::new(&mut session, &prompt[20..], Logits::All);
     let error = model.forward(&mut [input], &mut found, &second_layer).unwrap_err();
     assert!(matches!(error, nybble::Error::Interrupted), "{error}");
     assert_eq!((session.len(), found.len()), (20, 20 * 101));
-    let input = Input { session: &mut session, tokens: &prompt[20..], logits: Logits::All };
+    let input = Input::new(&mut session, &prompt[20..], Logits::All);
     model.forward(&mut [input], &mut found, &|| false).unwrap();
     assert!(found.iter().map(|x| x.to_bits()).eq(expected.iter().copied()));
 }

@@ -16,7 +16,7 @@ type Tensors = Vec<(String, Vec<u64>)>;
 
 /// Loads a model after `change` has changed its keys and tensors.
 fn load(change: impl FnOnce(&mut Metadata, &mut Tensors)) -> nybble::Result<Model> {
-    load_with(change, &LoadOptions { threads: Some(1), ..LoadOptions::default() })
+    load_with(change, &LoadOptions::default().with_threads(1))
 }
 
 fn load_with(change: impl FnOnce(&mut Metadata, &mut Tensors), options: &LoadOptions) -> nybble::Result<Model> {
@@ -131,7 +131,7 @@ fn a_rope_base_of_zero_means_the_default() {
         })
         .unwrap();
         let (mut session, mut logits) = (model.session(), Vec::new());
-        let input = Input { session: &mut session, tokens: &[1, 2, 3], logits: Logits::Last };
+        let input = Input::new(&mut session, &[1, 2, 3], Logits::Last);
         model.forward(&mut [input], &mut logits, &|| false).unwrap();
         logits
     };
@@ -207,7 +207,7 @@ fn load_damaged(block_type: BlockType, name: &str, row: u64, at: u64, bytes: &[u
     let mut damaged = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     damaged.seek(SeekFrom::Start(start + row * row_bytes + at)).unwrap();
     damaged.write_all(bytes).unwrap();
-    Model::load(path, &LoadOptions { threads: Some(2), ..LoadOptions::default() })
+    Model::load(path, &LoadOptions::default().with_threads(2))
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn a_norm_that_is_nan_or_infinite_is_refused_with_its_index() {
 fn an_unmapped_file_may_be_cut_while_it_loads() {
     let folder = tempfile::tempdir().unwrap();
     let path = write(&folder.path().join("model.gguf"), &metadata(&ODD), &tensors(&ODD), BlockType::Q4_0);
-    let options = LoadOptions { threads: Some(1), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(1);
     let mapped = Model::load(&path, &options).unwrap();
     // The first report comes when the file is open and nothing is packed. With a mapped file this would end the process.
     let cut = |done: usize, _: usize| {
@@ -283,7 +283,7 @@ fn an_unmapped_file_may_be_cut_while_it_loads() {
         }
         Ok(())
     };
-    let read = Model::load_with(&path, &LoadOptions { mmap: false, ..options }, Some(&cut)).unwrap();
+    let read = Model::load_with(&path, &options.with_mmap(false), Some(&cut)).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
     assert_eq!(read.fingerprint(), mapped.fingerprint());
 }
@@ -297,7 +297,7 @@ fn a_huge_context_allocates_nothing_until_it_is_used() {
         .unwrap();
         let mut session = model.session();
         assert_eq!((session.context(), session.bytes()), (context as usize, 0));
-        let input = Input { session: &mut session, tokens: &[1], logits: Logits::None };
+        let input = Input::new(&mut session, &[1], Logits::None);
         model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap();
         assert!(session.bytes() < 1 << 20, "{} bytes", session.bytes());
     }
@@ -306,7 +306,7 @@ fn a_huge_context_allocates_nothing_until_it_is_used() {
 #[test]
 fn a_context_longer_than_that_of_the_model_is_refused() {
     for context in [0, 701] {
-        let options = LoadOptions { context: Some(context), threads: Some(1), ..LoadOptions::default() };
+        let options = LoadOptions::default().with_context(context).with_threads(1);
         let error = load_with(|_, _| (), &options).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { name: "context", .. }), "{error}");
     }
@@ -314,12 +314,12 @@ fn a_context_longer_than_that_of_the_model_is_refused() {
 
 #[test]
 fn tokens_beyond_the_context_are_refused_without_effect() {
-    let options = LoadOptions { context: Some(70), threads: Some(1), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_context(70).with_threads(1);
     let model = load_with(|_, _| (), &options).unwrap();
     let mut session = model.session();
     let mut feed = |count| {
         let tokens = vec![1; count];
-        let input = Input { session: &mut session, tokens: &tokens, logits: Logits::None };
+        let input = Input::new(&mut session, &tokens, Logits::None);
         let result = model.forward(&mut [input], &mut Vec::new(), &|| false);
         (result, session.len())
     };
@@ -335,7 +335,7 @@ fn unknown_tokens_and_foreign_sessions_are_refused() {
     let (model, other) = (load(|_, _| ()).unwrap(), load(|_, _| ()).unwrap());
     let mut session = model.session();
     for tokens in [&[101][..], &[u32::MAX], &[]] {
-        let input = Input { session: &mut session, tokens, logits: Logits::Last };
+        let input = Input::new(&mut session, tokens, Logits::Last);
         let error = model.forward(&mut [input], &mut Vec::new(), &|| false).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
     }
@@ -345,14 +345,14 @@ fn unknown_tokens_and_foreign_sessions_are_refused() {
     })
     .unwrap()
     .session();
-    let input = Input { session: &mut strange, tokens: &[1], logits: Logits::Last };
+    let input = Input::new(&mut strange, &[1], Logits::Last);
     let error = other.forward(&mut [input], &mut Vec::new(), &|| false).unwrap_err();
     assert!(matches!(error, Error::InvalidArgument { name: "session", .. }), "{error}");
 }
 
 #[test]
 fn an_unknown_kernel_is_refused_with_the_available_ones() {
-    let options = LoadOptions { kernel: Some("abacus".to_owned()), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_kernel("abacus".to_owned());
     let error = load_with(|_, _| (), &options).unwrap_err();
     assert!(error.to_string().contains("abacus") && error.to_string().contains("scalar"), "{error}");
 }

@@ -90,12 +90,8 @@ fn every_family_converts_to_gguf_and_computes_the_same() {
 #[test]
 fn an_int8_cache_stays_close_to_transformers() {
     for golden in goldens() {
-        let options = LoadOptions {
-            quantize: Quantize::Stored,
-            threads: Some(2),
-            cache_type: Some(CacheType::Int8),
-            ..LoadOptions::default()
-        };
+        let options =
+            LoadOptions::default().with_quantize(Quantize::Stored).with_threads(2).with_cache_type(CacheType::Int8);
         let model = Model::load(&golden.folder, &options).unwrap();
         let found = logits(&model, &golden.input[0], 40);
         let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>();
@@ -150,8 +146,7 @@ fn bits_do_not_depend_on_threads_batches_or_other_sessions() {
             }
             let mut sessions: Vec<Session> = golden.input.iter().map(|_| two.session()).collect();
             let inputs = golden.input.iter().zip(&mut sessions);
-            let mut inputs: Vec<_> =
-                inputs.map(|(tokens, session)| Input { session, tokens, logits: Logits::All }).collect();
+            let mut inputs: Vec<_> = inputs.map(|(tokens, session)| Input::new(session, tokens, Logits::All)).collect();
             let mut together = Vec::new();
             two.forward(&mut inputs, &mut together, &|| false).unwrap();
             assert!(bits(&together) == bits(&alone.concat()), "{name}: among other sessions");
@@ -165,8 +160,11 @@ fn bits_do_not_depend_on_the_kernel_or_a_shared_prefix() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let load = |kernel: &str, threads| {
                 let (kernel, threads) = (Some(kernel.to_owned()), Some(threads));
-                Model::load(&golden.folder, &LoadOptions { kernel, threads, quantize, ..LoadOptions::default() })
-                    .unwrap()
+                Model::load(
+                    &golden.folder,
+                    &LoadOptions::default().with_kernel(kernel).with_threads(threads).with_quantize(quantize),
+                )
+                .unwrap()
             };
             let tokens = &golden.input[0];
             let expected = bits(&logits(&load("scalar", 1), tokens, tokens.len()));

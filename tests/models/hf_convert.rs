@@ -253,7 +253,7 @@ fn a_weight_that_is_nan_or_infinite_is_refused_however_it_is_loaded() {
         for ((name, own), value) in tensors.iter().flat_map(|names| [f32::NAN, f32::INFINITY].map(|v| (*names, v))) {
             let mut folder = wide();
             folder.find(name).bytes[..4].copy_from_slice(&value.to_le_bytes());
-            let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+            let options = LoadOptions::default().with_threads(1).with_quantize(quantize);
             let error = Model::load(folder.write().path(), &options).expect_err("a fault").to_string();
             assert!(error.contains(own) && error.contains("expected finite"), "{quantize:?}: {error}");
         }
@@ -264,7 +264,7 @@ fn a_weight_that_is_nan_or_infinite_is_refused_however_it_is_loaded() {
 fn mapped_and_unmapped_folders_load_the_same() {
     let folder = wide().write();
     let load = |mmap| {
-        let options = LoadOptions { threads: Some(1), mmap, ..LoadOptions::default() };
+        let options = LoadOptions::default().with_threads(1).with_mmap(mmap);
         *Model::load(folder.path(), &options).expect("a model").fingerprint()
     };
     assert_eq!(load(true), load(false));

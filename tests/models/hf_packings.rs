@@ -184,7 +184,7 @@ fn a_packed_checkpoint_keeps_its_layers_in_four_bits() {
     let (packed, _) = gptq(Recipe { symmetric: true, ..PLAIN });
     let folder = packed.write();
     let load = |quantize| {
-        let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+        let options = LoadOptions::default().with_threads(1).with_quantize(quantize);
         Model::load(folder.path(), &options).expect("a model")
     };
     let linear: usize = LINEAR.iter().map(|(_, rows, columns)| rows * columns).sum();
@@ -197,10 +197,10 @@ fn a_packed_checkpoint_keeps_its_layers_in_four_bits() {
 /// Logits after a few tokens.
 fn logits(folder: &Folder, quantize: Quantize) -> (Vec<f32>, usize) {
     let folder = folder.write();
-    let options = LoadOptions { threads: Some(1), quantize, ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(1).with_quantize(quantize);
     let model = Model::load(folder.path(), &options).expect("a model");
     let (mut session, mut logits) = (model.session(), Vec::new());
-    let input = Input { session: &mut session, tokens: &[1, 4, 2, 0, 3], logits: Logits::All };
+    let input = Input::new(&mut session, &[1, 4, 2, 0, 3], Logits::All);
     model.forward(&mut [input], &mut logits, &|| false).expect("logits");
     (logits, model.weight_bytes())
 }

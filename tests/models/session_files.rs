@@ -16,7 +16,7 @@ const CACHES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8]
 const SMALL: Shape = Shape { hidden: 32, heads: 2, kv_heads: 1, head_dim: 4, ffn: 32, layers: 1, ..ODD };
 
 fn load(path: &Path, cache_type: CacheType) -> Model {
-    let options = LoadOptions { threads: Some(2), cache_type: Some(cache_type), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_threads(2).with_cache_type(cache_type);
     Model::load(path, &options).unwrap()
 }
 
@@ -35,7 +35,7 @@ fn tokens(count: u32) -> Vec<u32> {
 /// The bits of the logits of each token.
 fn feed(model: &Model, session: &mut Session, tokens: &[u32]) -> Vec<u32> {
     let mut logits = Vec::new();
-    model.forward(&mut [Input { session, tokens, logits: Logits::All }], &mut logits, &|| false).unwrap();
+    model.forward(&mut [Input::new(session, tokens, Logits::All)], &mut logits, &|| false).unwrap();
     logits.into_iter().map(f32::to_bits).collect()
 }
 
@@ -80,12 +80,10 @@ fn a_saved_session_continues_with_the_same_bits() {
                 session.save(&model, &text, &path).unwrap();
                 // By another model of the same file, with another kernel and other threads.
                 for kernel in kernels::available() {
-                    let options = LoadOptions {
-                        kernel: Some(kernel.name().to_owned()),
-                        threads: Some(1),
-                        cache_type: Some(cache_type),
-                        ..LoadOptions::default()
-                    };
+                    let options = LoadOptions::default()
+                        .with_kernel(kernel.name().to_owned())
+                        .with_threads(1)
+                        .with_cache_type(cache_type);
                     let other = Model::load(&file, &options).unwrap();
                     let (mut loaded, read) = Session::load(&other, &path).unwrap();
                     assert_eq!((loaded.len(), loaded.context(), &read), (seen, model.context(), &text));
@@ -102,7 +100,7 @@ fn a_saved_session_continues_with_the_same_bits() {
 fn a_resumed_sequence_writes_the_same_tokens() {
     let folder = tempfile::tempdir().unwrap();
     let model = load(&llama(folder.path(), &ODD, BlockType::Q4_0), CacheType::F16);
-    let options = SamplingOptions { repetition_penalty: 1.3, temperature: 0.0, ..SamplingOptions::default() };
+    let options = SamplingOptions::default().with_repetition_penalty(1.3).with_temperature(0.0);
     let run = |sequence: &mut Sequence, count: usize| {
         let each = (0..count).map(|_| step(&model, &mut [&mut *sequence], &|| false).unwrap()[0].token);
         each.collect::<Vec<u32>>()
@@ -206,7 +204,7 @@ fn fingerprints_do_not_depend_on_kernel_and_cache_type() {
     for kernel in kernels::available() {
         for cache_type in CACHES {
             let kernel = Some(kernel.name().to_owned());
-            let options = LoadOptions { kernel, cache_type: Some(cache_type), ..LoadOptions::default() };
+            let options = LoadOptions::default().with_kernel(kernel).with_cache_type(cache_type);
             assert_eq!(*Model::load(&file, &options).unwrap().fingerprint(), expected);
         }
     }
@@ -251,7 +249,7 @@ fn counts_beyond_the_file_are_refused_and_allocate_nothing() {
 fn a_session_longer_than_the_context_is_refused() {
     let (_folder, file, path) = small();
     saved(&load(&file, CacheType::F16), &path, 100);
-    let options = LoadOptions { context: Some(80), cache_type: Some(CacheType::F16), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_context(80).with_cache_type(CacheType::F16);
     let short = Model::load(&file, &options).unwrap();
     assert_refused(
         &short,

@@ -12,7 +12,7 @@ const WINDOW: usize = 21;
 fn load(shape: &Shape, block_type: BlockType, threads: usize) -> Model {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), shape, block_type);
-    Model::load(path, &LoadOptions { threads: Some(threads), ..LoadOptions::default() }).unwrap()
+    Model::load(path, &LoadOptions::default().with_threads(threads)).unwrap()
 }
 
 /// After each of these tokens 16 bits distinguish the most likely token from the second.
@@ -29,7 +29,7 @@ fn expected(model: &Model, windows: &[Vec<u32>]) -> Vec<(Vec<f64>, usize)> {
     let mut all = Vec::new();
     for window in windows {
         let (mut session, mut logits) = (model.session(), Vec::new());
-        let input = Input { session: &mut session, tokens: window, logits: Logits::All };
+        let input = Input::new(&mut session, window, Logits::All);
         model.forward(&mut [input], &mut logits, &|| false).unwrap();
         for position in WINDOW / 2..WINDOW - 1 {
             let row = &logits[position * model.vocabulary()..][..model.vocabulary()];

@@ -21,8 +21,8 @@ fn gptq() -> Recipe {
 }
 
 fn options(recipe: Recipe) -> QuantizeOptions {
-    let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
-    QuantizeOptions { recipe, tuning: None, formats }
+    let formats = TensorFormats::new(Format::Q4_0);
+    QuantizeOptions::new(recipe, formats)
 }
 
 fn windows() -> Vec<Vec<u32>> {
@@ -46,10 +46,7 @@ fn run_on(
     stop: Stop<'_>,
 ) -> nybble::Result<Report> {
     let windows = windows();
-    quantize(
-        &RunContext { threads: Some(threads), interrupted: stop, ..RunContext::new(source, out, &windows) },
-        options,
-    )
+    quantize(&RunContext::new(source, out, &windows).with_threads(threads).with_interrupted(stop), options)
 }
 
 fn run_forced(source: &Path, out: &Path, options: &QuantizeOptions) -> nybble::Result<Report> {
@@ -98,9 +95,9 @@ fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
         let out = folder.path().join("out.gguf");
         // Five bits keep the difference small. One tensor has an override, and must be scaled as well.
         let overrides = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
-        let formats = TensorFormats { format: Format::Q5_0, overrides, ..options(RTN).formats };
+        let formats = options(RTN).formats.with_format(Format::Q5_0).with_overrides(overrides);
         let distance_of = |recipe: Recipe| {
-            run_forced(&source, &out, &QuantizeOptions { formats: formats.clone(), ..options(recipe) }).unwrap();
+            run_forced(&source, &out, &options(recipe).with_formats(formats.clone())).unwrap();
             distance(&logits(&out), &expected)
         };
         let (rounded, own) = (distance_of(RTN), distance_of(Recipe::Awq(None)));
@@ -120,10 +117,10 @@ fn auto_takes_the_first_recipe_that_meets_the_target() {
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let evaluation: Vec<Vec<u32>> = windows().into_iter().take(4).collect();
     let search = |target: Target, force: bool| {
-        let formats = TensorFormats { format: Format::Iq4Nl, ..options(RTN).formats };
-        let options = AutoOptions { formats, target, budget: None, seed: 0 };
+        let formats = options(RTN).formats.with_format(Format::Iq4Nl);
+        let options = AutoOptions::new(formats).with_target(target);
         let windows = windows();
-        let context = RunContext { threads: Some(1), force, ..RunContext::new(&source, &out, &windows) };
+        let context = RunContext::new(&source, &out, &windows).with_threads(1).with_force(force);
         auto(&context, &options, &evaluation)
     };
     let found = search(Target::Divergence(100.0), false).unwrap();
@@ -135,7 +132,7 @@ fn auto_takes_the_first_recipe_that_meets_the_target() {
     let divergences: Vec<f64> = found.outcome.tried.iter().map(|(figures, _)| figures.kl_mean).collect();
     assert_eq!(divergences.len(), found.names.len());
     assert!(divergences.iter().all(|kl| *kl >= divergences[found.outcome.chosen]), "{divergences:?}");
-    let json = found.to_json();
+    let json: serde_json::Value = serde_json::from_str(&found.to_json()).unwrap();
     assert_eq!(json["candidates"].as_array().unwrap().len(), found.names.len());
     assert_eq!(json["size_bytes"], out.metadata().unwrap().len());
     assert!(json["chosen_because"].as_str().unwrap().contains("diverges least"));
@@ -151,7 +148,7 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
     let output = folder.path().join("out.gguf");
     let spend_until = |formats: &TensorFormats, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
         let windows = windows();
-        let context = RunContext { threads: Some(1), interrupted: stop, ..RunContext::new(&source, &output, &windows) };
+        let context = RunContext::new(&source, &output, &windows).with_threads(1).with_interrupted(stop);
         spend_bits(&context, formats, bits)
     };
     let spend = |bits: f64| spend_until(&formats, bits, &|| false);
@@ -160,7 +157,7 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
     let mut last = f64::INFINITY;
     for bits in [5.0, 5.5, 7.0, 8.5] {
         let out = folder.path().join(format!("{bits}.gguf"));
-        let report = run(&source, &out, &QuantizeOptions { formats: spend(bits).unwrap(), ..options(gptq()) }).unwrap();
+        let report = run(&source, &out, &options(gptq()).with_formats(spend(bits).unwrap())).unwrap();
         assert!(report.bits_per_weight() <= bits && report.bits_per_weight() > bits - 0.4, "{bits}: {report:?}");
         let lost = distance(&logits(&out), &logits(&source));
         assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
@@ -173,7 +170,7 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
     std::fs::write(&kept, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(spend(5.5).unwrap(), plan);
     assert_eq!(std::fs::read(&kept).unwrap(), whole);
-    let other = TensorFormats { group: 64, ..formats.clone() };
+    let other = formats.clone().with_group(64);
     assert!(matches!(spend_until(&other, 5.5, &|| true), Err(Error::Interrupted)));
     assert!(std::fs::metadata(&kept).unwrap().len() < whole.len() as u64, "of another run");
     run(&source, &output, &options(RTN)).unwrap();
@@ -184,7 +181,7 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
 fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");
-    let signround = SignroundOptions { steps: 20, ..SignroundOptions::default() };
+    let signround = SignroundOptions::default().with_steps(20);
     for recipe in [Recipe::Awq(None), Recipe::Awq(Some(GptqOptions::default())), Recipe::Signround(signround)] {
         let of = |threads: usize| {
             let out = folder.path().join(format!("{}-{threads}.gguf", recipe.name()));
@@ -297,8 +294,8 @@ fn finished_work_is_not_repeated() {
     run_on(&source, &copy, &options(gptq()), 1, &count).unwrap();
     assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
     // Other options are another run.
-    let formats = TensorFormats { group: 64, ..options(gptq()).formats };
-    let third = run_on(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }, 1, &|| true);
+    let formats = options(gptq()).formats.with_group(64);
+    let third = run_on(&source, &out, &options(gptq()).with_formats(formats), 1, &|| true);
     assert!(matches!(third, Err(Error::Interrupted)));
     assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < log.len() as u64);
 }
@@ -314,8 +311,7 @@ fn progress_grows_and_stays_below_the_total() {
         last.set(done);
     };
     let (out, windows) = (folder.path().join("out.gguf"), windows());
-    quantize(&RunContext { progress: &progress, ..RunContext::new(&source, &out, &windows) }, &options(gptq()))
-        .unwrap();
+    quantize(&RunContext::new(&source, &out, &windows).with_progress(&progress), &options(gptq())).unwrap();
     assert!(last.get() > 0);
 }
 
@@ -332,9 +328,10 @@ fn formats_and_overrides_are_written_as_requested() {
         let overrides =
             [("blk.0.ffn_down", BlockType::Q8_0), ("output", BlockType::F16), ("*.1.attn_?", BlockType::Q4_1)];
         let overrides = overrides.map(|(pattern, block_type)| (pattern.to_owned(), block_type)).to_vec();
-        let formats = TensorFormats { format, group, output_type: BlockType::Q4_0, overrides };
+        let formats =
+            TensorFormats::new(format).with_group(group).with_output_type(BlockType::Q4_0).with_overrides(overrides);
         let out = folder.path().join(format!("{format:?}-{group}.gguf"));
-        run(&source, &out, &QuantizeOptions { formats, ..options(gptq()) }).unwrap();
+        run(&source, &out, &options(gptq()).with_formats(formats)).unwrap();
         let file = Gguf::open(&out).unwrap();
         let found = |name: &str| file.tensor(name).unwrap().block_type();
         assert_eq!(found("blk.0.attn_q.weight"), expected.0);
@@ -400,14 +397,14 @@ fn errors_name_their_cause_and_leave_no_output() {
     assert_eq!(refused(&whole, &options(gptq()), &unknown), "token: found 320, expected an id below 320");
     let long = vec![vec![1; 100_000]];
     assert!(refused(&whole, &options(gptq()), &long).starts_with("window: found 100000 tokens"));
-    let formats = TensorFormats { group: 33, ..options(RTN).formats };
-    assert!(refused(&whole, &QuantizeOptions { formats, ..options(RTN) }, &[]).starts_with("group: found 33"));
+    let formats = options(RTN).formats.with_group(33);
+    assert!(refused(&whole, &options(RTN).with_formats(formats), &[]).starts_with("group: found 33"));
     assert!(refused(Path::new("nowhere.gguf"), &options(RTN), &[]).starts_with("nowhere.gguf"));
 
     for (pattern, is_known) in [("blk.7.*", false), ("blk.0.ffn_up", true), ("ffn_up", false), ("*", true)] {
         let overrides = vec![(pattern.to_owned(), BlockType::Q8_0)];
-        let formats = TensorFormats { overrides, ..options(RTN).formats };
-        let options = QuantizeOptions { formats, ..options(RTN) };
+        let formats = options(RTN).formats.with_overrides(overrides);
+        let options = options(RTN).with_formats(formats);
         if is_known {
             run(&whole, &out, &options).unwrap();
             std::fs::remove_file(&out).unwrap();

@@ -48,19 +48,19 @@ pub(crate) fn run_forced(
     stop: Stop<'_>,
 ) -> nybble::Result<Report> {
     let context = RunContext::new(source, out, windows);
-    quantize(&RunContext { threads: Some(threads), force: true, interrupted: stop, ..context }, options)
+    quantize(&context.with_threads(threads).with_force(true).with_interrupted(stop), options)
 }
 
 /// The logits `(tokens of all windows, VOCABULARY)` of a file whose weights are computed in F32.
 pub(crate) fn logits(file: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
     let floats = file.with_extension("floats.gguf");
     convert::convert_path(file, &floats, BlockType::F32, None).unwrap();
-    let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
+    let options = LoadOptions::default().with_quantize(Quantize::Stored).with_threads(1);
     let model = Model::load(&floats, &options).unwrap();
     let mut all = Vec::new();
     for tokens in windows {
         let (mut session, mut logits) = (model.session(), Vec::new());
-        let input = Input { session: &mut session, tokens, logits: Logits::All };
+        let input = Input::new(&mut session, tokens, Logits::All);
         model.forward(&mut [input], &mut logits, &|| false).unwrap();
         all.extend(logits);
     }

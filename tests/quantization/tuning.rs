@@ -15,13 +15,13 @@ use nybble::quantize::{
 use crate::sources::{self, VOCABULARY, run_forced, source};
 
 fn options(tuning: Option<TuningOptions>) -> QuantizeOptions {
-    let formats = TensorFormats { format: Format::Q4_0, group: 32, output_type: BlockType::Q8_0, overrides: vec![] };
-    QuantizeOptions { recipe: Recipe::Gptq(GptqOptions::default()), tuning, formats }
+    let formats = TensorFormats::new(Format::Q4_0);
+    QuantizeOptions::new(Recipe::Gptq(GptqOptions::default()), formats).with_tuning(tuning)
 }
 
 /// More and longer steps than the default, because there is little text.
 fn tuning() -> TuningOptions {
-    TuningOptions { rounds: 8, batch: 4, rate: 4e-3, seed: 0 }
+    TuningOptions::default().with_rounds(8).with_batch(4).with_rate(4e-3).with_seed(0)
 }
 
 fn windows() -> Vec<Vec<u32>> {
@@ -61,8 +61,8 @@ fn tuning_reduces_the_divergence_and_keeps_codes() {
         let [plain, tuned] = [None, Some(tuning())].map(|tune| {
             let out = folder.path().join(if tune.is_some() { "tuned.gguf" } else { "plain.gguf" });
             let overrides = vec![("blk.1.ffn_up".to_owned(), BlockType::Q8_0)];
-            let formats = TensorFormats { format, group: 64, overrides, ..options(None).formats };
-            let report = run(&source, &out, &QuantizeOptions { formats, ..options(tune) }).unwrap();
+            let formats = options(None).formats.with_format(format).with_group(64).with_overrides(overrides);
+            let report = run(&source, &out, &options(tune).with_formats(formats)).unwrap();
             assert_eq!(report.recipe, if tune.is_some() { "gptq+tune" } else { "gptq" });
             out
         });
@@ -158,12 +158,8 @@ fn stopped(
     };
     let stop = || now.load(Ordering::Relaxed) > limit * UNITS + 2;
     let windows = windows();
-    let context = RunContext {
-        threads: Some(threads),
-        progress: &progress,
-        interrupted: &stop,
-        ..RunContext::new(source, out, &windows)
-    };
+    let context =
+        RunContext::new(source, out, &windows).with_threads(threads).with_progress(&progress).with_interrupted(&stop);
     let result = quantize(&context, options);
     (result, stages.into_inner(), first.get())
 }
@@ -174,7 +170,7 @@ fn the_seed_of_tuning_changes_the_output() {
     let source = source(&folder, "llama");
     let [first, second, other] = [("a", 0), ("b", 0), ("c", 1)].map(|(name, seed)| {
         let out = folder.path().join(format!("{name}.gguf"));
-        run(&source, &out, &options(Some(TuningOptions { seed, ..TuningOptions::default() }))).unwrap();
+        run(&source, &out, &options(Some(TuningOptions::default().with_seed(seed)))).unwrap();
         std::fs::read(out).unwrap()
     });
     assert!(first == second);
@@ -185,7 +181,7 @@ fn the_seed_of_tuning_changes_the_output() {
 fn tuning_stopped_at_any_step_continues_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
-    let options = options(Some(TuningOptions { rounds: 2, ..tuning() }));
+    let options = options(Some(tuning().with_rounds(2)));
     let (report, stages, first) = stopped(&source, &out, &options, 1, usize::MAX / 8);
     report.unwrap();
     assert!(stages.contains(&"tuning: full precision".to_owned()), "{stages:?}");
@@ -216,7 +212,7 @@ fn tuning_stopped_at_any_step_continues_to_the_same_bytes() {
 fn damaged_snapshots_and_those_of_other_runs_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
-    let tune = TuningOptions { rounds: 1, ..tuning() };
+    let tune = tuning().with_rounds(1);
     let options = options(Some(tune));
     stopped(&source, &out, &options, 1, usize::MAX / 8).0.unwrap();
     let whole = std::fs::read(&out).unwrap();
@@ -235,7 +231,7 @@ fn damaged_snapshots_and_those_of_other_runs_are_ignored() {
     // Another rate is another run, although the codes are the same.
     std::fs::remove_file(&out).unwrap();
     assert!(stopped(&source, &out, &options, 1, 2).0.is_err());
-    let other = QuantizeOptions { tuning: Some(TuningOptions { rate: 2e-3, ..tune }), ..options };
+    let other = options.with_tuning(tune.with_rate(2e-3));
     let (result, stages, first) = stopped(&source, &out, &other, 1, usize::MAX / 8);
     result.unwrap();
     assert_eq!((stages, first), (vec!["tuning: full precision".to_owned(), "tuning".to_owned()], Some(0)));
@@ -247,11 +243,10 @@ fn an_interrupted_search_continues_and_leaves_one_file() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
     let evaluation: Vec<Vec<u32>> = windows().iter().map(|window| window[..40].to_vec()).collect();
-    let options =
-        AutoOptions { formats: options(None).formats, target: Target::Divergence(0.0), budget: None, seed: 0 };
+    let options = AutoOptions::new(options(None).formats).with_target(Target::Divergence(0.0));
     let windows = windows();
     let search = |stop: &(dyn Fn() -> bool + Sync)| {
-        let context = RunContext { threads: Some(1), interrupted: stop, ..RunContext::new(&source, &out, &windows) };
+        let context = RunContext::new(&source, &out, &windows).with_threads(1).with_interrupted(stop);
         auto(&context, &options, &evaluation)
     };
     let asked = AtomicUsize::new(0);

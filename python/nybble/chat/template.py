@@ -69,7 +69,8 @@ class ChatTemplate:
 
         Raises:
             ModelError: The template fails, refuses the messages, or exceeds its limits.
-            TypeError: `messages` is not a list of dicts.
+            TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
+            ValueError: A message has no role or no content.
         """
         known = {
             "add_generation_prompt": False,
@@ -92,12 +93,27 @@ class ChatTemplate:
 
 
 def _turns(messages: object) -> list[dict[str, Any]]:
+    """Returns the messages as dicts, each with a role, and content or what may replace it."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise TypeError(f"messages: found {type(messages).__name__}, expected a list of messages")
-    for message in messages:
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
         if not isinstance(message, Mapping):
-            raise TypeError(f"messages: found a {type(message).__name__} among them, expected a dict")
+            raise TypeError(f'{where}: found {type(message).__name__}, expected a dict with "role" and "content"')
+        for key in ("role", "content"):
+            if key not in message and not (key == "content" and _INSTEAD_OF_CONTENT & message.keys()):
+                keys = ", ".join(repr(each) for each in message) or "none"
+                raise ValueError(f"{where}: found no {key!r} (keys: {keys}), expected a role and content")
+        role, content = message["role"], message.get("content")
+        if not isinstance(role, str):
+            raise TypeError(f"{where}: role: found {type(role).__name__}, expected str")
+        if content is not None and not isinstance(content, (str, Sequence, Mapping)):
+            raise TypeError(f"{where}: content: found {type(content).__name__}, expected str or a list of parts")
     return [message if isinstance(message, dict) else dict(message) for message in messages]
+
+
+_INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "thinking"}
+"""Keys of messages that may have no content."""
 
 
 class _Refused(jinja2.TemplateError):

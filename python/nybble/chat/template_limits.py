@@ -109,12 +109,12 @@ def check_source(environment: jinja2.Environment, source: str, limits: Limits = 
 class GuardedEnvironment(ImmutableSandboxedEnvironment):
     """The environment of one rendering, whose steps it counts."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops: frozenset[str] = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self, limits: Limits, extensions: Sequence[str | type[jinja2.ext.Extension]] = ()) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, cache_size=0)
         self.limits = limits
-        self.filters = {**_FILTERS, **_GUARDS}
+        self.filters: dict[str, Callable[..., Any]] = {**_FILTERS, **_GUARDS}
         del self.globals["lipsum"]
         self._steps = self._written = self._next_look = 0
         self._began = time.thread_time()

@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from nybble.cli import guide
+
 _COMMANDS = {
     "run": "run",
     "chat": "chat",
@@ -25,14 +27,17 @@ _COMMANDS = {
     "eval": "evaluate",
     "bench": "bench",
     "models": "models",
+    "completion": "guide:completion",
+    "help": "guide:show_help",
 }
-"""The commands in the order of the help: the module of each in this package, and the function in the module."""
+"""The commands in the order of the help, with their functions. Their module has their name if no other is given."""
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="nybble",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="nybble help COMMAND lists the arguments and options of a command.",
 )
 
 
@@ -40,7 +45,8 @@ def _add_commands(arguments: Sequence[str]) -> None:
     """Adds the command that `arguments` begin with, or else all. Generating the options of all takes a while."""
     app.registered_commands.clear()
     for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
-        function = getattr(import_module(f"nybble.cli.{name}"), _COMMANDS[name])
+        module, _, function_name = _COMMANDS[name].rpartition(":")
+        function = getattr(import_module(f"nybble.cli.{module or name}"), function_name)
         # The parser sees [MODEL] PROMPT as one list, so the usage line has to name both.
         app.command(name, options_metavar="[OPTIONS] [MODEL]" if name == "run" else "[OPTIONS]")(function)
 
@@ -68,11 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (failure), 2 (wrong usage) or 130 (interrupted).
     """
-    from nybble.cli.terminal import complain, show_warnings
+    from nybble.cli.terminal import complain, explain, show_warnings
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _add_commands(arguments)
+        if arguments[:1] == ["help"] and not {"-h", "--help"} & {*arguments}:
+            arguments = [*arguments[1:], "--help"]
+        if guide.COMPLETE in os.environ:
+            _add_commands(guide.words())
+        else:
+            _add_commands(arguments)
         with warnings.catch_warnings():
             show_warnings()
             code = app(arguments, prog_name="nybble", standalone_mode=False)
@@ -85,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, MemoryError) as error:
-        complain(str(error) or type(error).__name__)
+        complain(explain(error))
         return 1
     except Exception as error:
         # Wrong usage. The class of the parser's errors has moved between versions, these two attributes have not.

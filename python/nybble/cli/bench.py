@@ -31,8 +31,12 @@ def bench(
         str | None,
         typer.Option("--threads", metavar="N,...", help="Numbers of threads; by default the number of physical cores."),
     ] = None,
-    generate: Annotated[int, typer.Option("--generate", help="Tokens to generate per sequence.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option("--rounds", help="Repetitions, whose medians are reported.", min=1)] = 3,
+    generate: Annotated[
+        int, typer.Option("--generate", help="Tokens to generate per sequence.", min=1, metavar="N")
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Repetitions, whose medians are reported.", min=1, metavar="N")
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     compare: Annotated[
         Path | None,

@@ -24,7 +24,7 @@ def chat(
     load: LoadOptions,
     sampling: SamplingOptions,
     source: ModelArgument = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.", metavar="TEXT")] = None,
 ) -> None:
     """Chat with a model.
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def evaluate(
     load: LoadOptions,
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.")],
-    text: Annotated[Path, typer.Option("--text", help="The text: prose, or JSONL with one document per line.")],
+    text: Annotated[
+        Path, typer.Option("--text", help="The text: prose, or JSONL with one document per line.", metavar="FILE")
+    ],
     reference: Annotated[
         str | None,
         typer.Option(
@@ -30,14 +32,19 @@ def evaluate(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Use at most this many tokens of the text.", min=4)
+        int | None, typer.Option("--max-tokens", help="Use at most this many tokens of the text.", min=4, metavar="N")
     ] = None,
     window: Annotated[
-        int, typer.Option("--window", help="Tokens per window. The second half of each window is scored.", min=4)
+        int,
+        typer.Option(
+            "--window", help="Tokens per window. The second half of each window is scored.", min=4, metavar="N"
+        ),
     ] = 512,
     quantize: Annotated[
         str,
-        typer.Option("--quantize", help='How to pack F32, F16 and BF16 weights: "auto", "stored", "int4" or "int8".'),
+        typer.Option(
+            "--quantize", help="How to pack F32, F16 and BF16 weights: auto, stored, int4 or int8.", metavar="TYPE"
+        ),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

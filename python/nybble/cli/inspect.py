@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, a folder or a Hub repository.")],
     filename: Annotated[
-        str | None, typer.Option("--filename", help="Which GGUF file of a folder or repository.")
+        str | None, typer.Option("--filename", help="Which GGUF file of a folder or repository.", metavar="PATTERN")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="List every tensor, not one line for all layers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metadata and tensors as one JSON object.")] = False,

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli import terminal
+from nybble.cli import guide, terminal
 from nybble.load_options import LoadOptions
 
 if typing.TYPE_CHECKING:
@@ -30,7 +30,12 @@ if typing.TYPE_CHECKING:
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A GGUF file, a folder or a Hub repository.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, a folder or a Hub repository.",
+        show_default=False,
+        autocompletion=guide.models,
+    ),
 ]
 """The model of a command; None for the default model."""
 
@@ -100,6 +105,8 @@ _FORMS = {
 }
 """The forms of the fields of `SamplingOptions` whose types have no equivalent on a command line."""
 
+_METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER", str: "TEXT", str | None: "TEXT"}
+"""Placeholders by type, where the field has none."""
 _PANELS = {"LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
@@ -158,7 +165,7 @@ def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
         declared = typer.Option(
             f"--{name}/--no-{name}" if form.type is bool else f"--{name}",
             help=metadata["help"],
-            metavar=metadata.get("metavar", form.metavar),
+            metavar=metadata.get("metavar", form.metavar or _METAVARS.get(form.type)),
             envvar=metadata.get("envvar"),
             show_default=default not in (None, []),
             rich_help_panel=metadata.get("panel", _PANELS.get(group.__name__)),

@@ -55,7 +55,9 @@ def quantize(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="auto ends when the perplexity is within this share of the source's.", metavar="SHARE"
+            "--target",
+            help="auto ends when the perplexity is within this share of the source's; 0.01 if not given.",
+            metavar="SHARE",
         ),
     ] = None,
     report: Annotated[
@@ -91,7 +93,7 @@ def quantize(
         force=force,
     )
     with _hint():
-        done = api.quantize(source, out, chosen, progress=True)
+        done = api.quantize(source, out, chosen)
     for page in pages:
         done.save(page)
     if as_json:
@@ -130,6 +132,7 @@ def _print(done: Report, pages: list[Path]) -> None:
     from rich.table import Table
 
     from nybble.quantization import report_page
+    from nybble.quantization.html_table import report_rows
 
     console = terminal.console()
     if len(done.candidates) > 1:
@@ -153,23 +156,7 @@ def _print(done: Report, pages: list[Path]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    rows = {
-        "file": f"{done.out}, {terminal.human_bytes(done.size_bytes)}",
-        "recipe": done.recipe,
-        "linear layers": f"{done.bits_per_weight:.2f} bits per weight, scales included",
-        "matrices": ", ".join(report_page.matrices(done)),
-    }
-    if (chosen := done.chosen) is not None:
-        rows["perplexity"] = report_page.number(chosen.perplexity, 4) + (
-            f" (source: {report_page.number(done.reference_perplexity, 4)})" if done.reference_perplexity else ""
-        )
-        rows["divergence"] = (
-            f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
-        )
-        rows["same top token"] = report_page.percent(chosen.top_agreement)
-    if done.chosen_because:
-        rows["chosen because"] = done.chosen_because
-    rows["time"] = report_page.duration(done.seconds)
+    rows = {**report_rows(done), "file": f"{done.out}, {terminal.human_bytes(done.size_bytes)}"}
     if pages:
         rows["report"] = ", ".join(map(str, pages))
     for name, value in rows.items():

@@ -29,7 +29,8 @@ def write(text: str) -> None:
 
 def note(text: str) -> None:
     """Writes a line to standard error, dim on a terminal."""
-    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    # NO_COLOR counts unless it is empty: https://no-color.org
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     text = printable(text)
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
     sys.stderr.flush()
@@ -39,6 +40,13 @@ def complain(text: str) -> None:
     """Writes the one line that says why a command failed."""
     sys.stderr.write(f"nybble: {printable(' '.join(text.split()))}\n")
     sys.stderr.flush()
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error. That of a file begins with the file, as all messages do, and has no error number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 class _Notes(logging.Handler):

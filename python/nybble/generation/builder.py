@@ -18,8 +18,8 @@ class CompletionBuilder:
     """Assembles the completion of one request from its tokens."""
 
     def __init__(self, request: PreparedRequest) -> None:
-        self.prompt_tokens = len(request.prompt)
-        self.cached_tokens = request.cached_tokens
+        self.prompt_tokens: int = len(request.prompt)
+        self.cached_tokens: int = request.cached_tokens
         self.finish_reason: FinishReason | None = "length" if request.limit == 0 else None
         """Why the completion has ended; None before that."""
         self._limit = request.limit
@@ -78,6 +78,11 @@ class CompletionBuilder:
     def since(self, count: int) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]:
         """Returns the tokens after the first `count`, and their log-probabilities if the request asked for them."""
         return tuple(self._tokens[count:]), None if self._logprobs is None else tuple(self._logprobs[count:])
+
+    def describe(self) -> str:
+        """Returns the state for people: "12 tokens, running"."""
+        count = len(self._tokens)
+        return f"{count} {'token' if count == 1 else 'tokens'}, {self.finish_reason or 'running'}"
 
     def _rest(self) -> str:
         """Flushes the bytes of an incomplete character and the beginning of a stop string."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError
 
 if TYPE_CHECKING:
     from nybble import _native
+    from nybble.completion import Prompt
     from nybble.model_info import ModelInfo
     from nybble.sampling import SamplingOptions
     from nybble.tokenizer.tokenizer import Tokenizer
@@ -41,12 +43,12 @@ class PreparedRequest:
     """Prompt tokens that a session has computed."""
 
 
-def prepare(model: TextModel, prompt: str | Sequence[int], options: SamplingOptions) -> PreparedRequest:
+def prepare(model: TextModel, prompt: Prompt, options: SamplingOptions, name: str = "prompt") -> PreparedRequest:
     """Tokenizes a prompt and creates its sequence. An empty prompt becomes the model's start token.
 
-    Raises as `prepare_tokens` does.
+    Raises as `prompt_ids` and `prepare_tokens` do.
     """
-    return prepare_tokens(model, prompt_ids(model.tokenizer, prompt), options)
+    return prepare_tokens(model, prompt_ids(model.tokenizer, prompt, name), options)
 
 
 def prepare_tokens(
@@ -89,22 +91,65 @@ def prepare_tokens(
     )
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Sequence[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, name: str = "prompt") -> Sequence[int]:
     """Returns the token ids of a prompt. An empty prompt becomes the model's start token.
 
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Text or token ids.
+        name: The argument, for errors.
+
     Raises:
+        TypeError: `prompt` is neither text nor token ids.
         ValueError: The prompt has no tokens, and the model has no start token.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, name)
     if ids:
         return ids
     if tokenizer.bos_id is None:
-        raise ValueError("prompt: found no tokens, expected at least one")
+        raise ValueError(f"{name}: found no tokens, expected at least one")
     return [tokenizer.bos_id]
+
+
+def token_ids(ids: object, name: str) -> list[int]:
+    """Returns token ids as a list.
+
+    Raises:
+        TypeError: `ids` is something else. The message names the argument and the position.
+    """
+    items = _items(ids, name, "str or a list of token ids")
+    for position, item in enumerate(items):
+        if not _is_id(item):
+            raise TypeError(f"{name}: found {item!r:.40} at position {position}, expected a token id")
+    return [int(item) for item in items]
+
+
+def as_prompts(prompt: object, name: str = "prompt") -> tuple[list[Any], bool]:
+    """Returns the prompts of an argument that takes one or several, and whether it is one.
+
+    A string is one prompt, and so is a list that begins with a token id.
+
+    Raises:
+        TypeError: The argument is neither a prompt nor a list.
+    """
+    if isinstance(prompt, str):
+        return [prompt], True
+    items = _items(prompt, name, "str, a list of token ids, or a list of prompts")
+    return ([items], True) if items and _is_id(items[0]) else (items, False)
+
+
+def _items(found: object, name: str, expected: str) -> list[Any]:
+    if isinstance(found, (str, bytes, bytearray, Mapping, Set)) or not isinstance(found, Iterable):
+        raise TypeError(f"{name}: found {type(found).__name__}, expected {expected}")
+    return list(found)
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, (int, numbers.Integral)) and not isinstance(item, bool)
 
 
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
-            return constraint(tokenizer.grammar_vocabulary, kind, text)
+            return constraint(tokenizer._grammar_vocabulary, kind, text)
     return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nybble.engine_options import EngineOptions
 from nybble.generation.builder import CompletionBuilder
 from nybble.generation.driver import Driver
+from nybble.overrides import Returned
 
 if TYPE_CHECKING:
     from nybble import _native
@@ -33,7 +34,7 @@ def generate(model: TextModel, requests: Sequence[PreparedRequest]) -> list[Comp
     return [builder.completion() for builder in builders]
 
 
-class TextStream(Iterator[str]):
+class TextStream(Returned, Iterator[str]):
     """The text of a completion, piece by piece as it is generated.
 
     `completion` has the finish reason, usage and timings. `close`, or a `with` block, ends the stream and
@@ -48,11 +49,19 @@ class TextStream(Iterator[str]):
         ```
     """
 
-    def __init__(self, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> None:
-        self._driver: Driver[CompletionBuilder] = Driver(model, _SINGLE, keep_sessions=keep_session)
-        self._builder = CompletionBuilder(request)
-        if self._builder.finish_reason is None:
-            self._driver.submit(request, self._builder)
+    _returned_by = "Model.stream(...)"
+    _instead_of_pickling = "iterate over it here and send its text"
+    _driver: Driver[CompletionBuilder]
+    _builder: CompletionBuilder
+
+    @classmethod
+    def _of(cls, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> TextStream:
+        stream = cls.__new__(cls)
+        stream._driver = Driver(model, _SINGLE, keep_sessions=keep_session)
+        stream._builder = CompletionBuilder(request)
+        if stream._builder.finish_reason is None:
+            stream._driver.submit(request, stream._builder)
+        return stream
 
     def __next__(self) -> str:
         while self._builder in self._driver:
@@ -85,9 +94,12 @@ class TextStream(Iterator[str]):
         return self._builder.tokens
 
     @property
-    def session(self) -> _native.Session | None:
+    def _session(self) -> _native.Session | None:
         """The KV cache as of the latest step, for `nybble.Session`. None if there is none, or it was not kept."""
         return self._driver.session(self._builder)
+
+    def __repr__(self) -> str:
+        return f"<TextStream: {self._builder.describe()}>"
 
 
 def _advance(driver: Driver[CompletionBuilder]) -> str:

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import ray.data
-from ray import serve
+
+try:
+    import ray.data
+    from ray import serve
+except ModuleNotFoundError as _error:
+    _missing = (_error.name or "ray").partition(".")[0]
+    raise ModuleNotFoundError(
+        f"nybble.integrations.ray needs {_missing}: pip install 'nybble[ray]'", name=_missing
+    ) from None
 
 from nybble.model import Model
 from nybble.sampling import SamplingOptions
@@ -20,7 +27,12 @@ from nybble.sampling import SamplingOptions
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+__all__ = ["Batch", "Worker", "deployment", "generate"]
+
 Batch = dict[str, np.ndarray[Any, Any]]
+
+# Ray's own types are not named, so that programs without Ray can check theirs.
+Dataset = TypeVar("Dataset")
 
 
 class Worker:
@@ -52,7 +64,7 @@ class Worker:
 
 
 def generate(
-    dataset: ray.data.Dataset,
+    dataset: Dataset,
     source: str | None = None,
     *,
     workers: int = 1,
@@ -62,7 +74,7 @@ def generate(
     options: SamplingOptions | None = None,
     batch_size: int = 64,
     load: Mapping[str, Any] | None = None,
-) -> ray.data.Dataset:
+) -> Dataset:
     """Completes the prompts of a dataset, or answers its conversations.
 
     With a seed or at temperature 0, completions do not depend on the workers that compute them.
@@ -82,7 +94,8 @@ def generate(
     Returns:
         The dataset with the added columns, computed when it is read.
     """
-    return dataset.map_batches(
+    rows: Any = dataset
+    mapped: Dataset = rows.map_batches(
         Worker,
         fn_constructor_kwargs={
             "source": source,
@@ -95,6 +108,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads,
     )
+    return mapped
 
 
 def deployment(
@@ -107,7 +121,7 @@ def deployment(
     max_queue: int = 128,
     api_key: str | None = None,
     load: Mapping[str, Any] | None = None,
-) -> serve.Application:
+) -> Any:
     """Turns the server into an application of Ray Serve, which distributes requests over replicas.
 
     Args:
@@ -144,8 +158,7 @@ def deployment(
         max_ongoing_requests=max_batch + max_queue + 16,
         ray_actor_options={"num_cpus": threads},
     )
-    application: serve.Application = made.bind()
-    return application
+    return made.bind()
 
 
 def _application(

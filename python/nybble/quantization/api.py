@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nybble import _native
 from nybble.models import hub
+from nybble.progress import StageProgress, stages
 from nybble.quantization import calibration, datasets
 from nybble.quantization import source as sources
 from nybble.quantization.loaded import SourceGenerator
@@ -35,7 +36,7 @@ def quantize(
     out: str | os.PathLike[str],
     options: QuantizeOptions | None = None,
     *,
-    progress: bool | Stages = False,
+    progress: StageProgress = None,
     **overrides: Unpack[QuantizeOverrides],
 ) -> Report:
     """Quantizes a checkpoint to 4 bits and writes it as a GGUF file for nybble and llama.cpp.
@@ -46,8 +47,9 @@ def quantize(
         source: A folder with safetensors, a GGUF file of F32, F16 or BF16, or a Hub repository.
         out: The file to write.
         options: How to quantize; the defaults of `QuantizeOptions` if None.
-        progress: True draws a progress bar on a terminal. A function is called with the name of a stage, the
-            number of its units that are done, and their total.
+        progress: None draws a progress bar on a terminal or in a notebook if the run takes more than a second, True
+            always reports, False never. A function is called with the name of a stage, the number of its units that
+            are done, and their total.
         **overrides: Single options by name, such as `recipe="gptq"` or `group=128`: see `QuantizeOptions`.
 
     Raises:
@@ -73,7 +75,8 @@ def quantize(
     if done is None:
         _check_out(out, chosen)
         sources.log_low_precision(path)
-    with _reporter(progress) as report:
+    with stages(progress, "quantizing") as shown:
+        report: Stages = shown or (lambda stage, done, total: None)
         windows, held_out = _windows(path, out, chosen, report)
         if done is None:
             unmeasured.remove()
@@ -109,19 +112,19 @@ def quantize_to_cache(
     out = hub.cache_dir() / "quantized" / f"{path.stem}-{sources.fingerprint(path, parsed)}.gguf"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
-        stages: bool | Stages = False if progress is None else lambda _, done, total: progress(done, total)
+        report: StageProgress = False if progress is None else lambda _, done, total: progress(done, total)
         options = QuantizeOptions(
             recipe=parsed.recipe, group=parsed.group, format=parsed.format, threads=threads, force=True
         )
-        quantize(path, out, options, progress=stages)
+        quantize(path, out, options, progress=report)
     return out
 
 
 def _check_out(out: Path, options: QuantizeOptions) -> None:
     if out.exists() and not options.force:
-        raise FileExistsError(f"{out}: already exists; use force to overwrite it")
+        raise FileExistsError(errno.EEXIST, "already exists; use force to overwrite it", str(out))
     if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: its folder does not exist")
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(out))
 
 
 def _key(path: Path, options: QuantizeOptions) -> str:
@@ -173,14 +176,3 @@ def _log_smaller_groups(done: Report, asked: int | None) -> None:
     for group, count in sorted(Counter(smaller).items(), reverse=True):
         rows = f"the rows of {count} matrices" if count > 1 else "the rows of 1 matrix"
         _log.info("groups of %d do not divide %s: groups of %d there", asked, rows, group)
-
-
-@contextlib.contextmanager
-def _reporter(progress: bool | Stages) -> Iterator[Stages]:
-    if progress is True:
-        from nybble.progress import stages
-
-        with stages("quantizing") as show:
-            yield show
-    else:
-        yield progress or (lambda stage, done, total: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ def read(path: str | os.PathLike[str]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        # Every message begins with the path.
-        raise type(error)(f"{path}: {(error.strerror or 'cannot be read').lower()}, expected a text") from None
+        reason = f"{(error.strerror or 'cannot be read').lower()}, expected a text"
+        raise type(error)(error.errno or errno.EIO, reason, str(path)) from None
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: found invalid UTF-8 at byte {error.start}, expected a text") from None
     if path.suffix.lower() not in (".jsonl", ".ndjson"):

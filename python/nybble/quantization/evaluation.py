@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nybble import _native
+from nybble.progress import Progress, counts
 from nybble.quantization import datasets
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from nybble.quantization.loaded import Computes, LoadedModel
 
 WINDOW = 512
@@ -18,8 +22,17 @@ WINDOW = 512
 
 Documents = str | os.PathLike[str] | Sequence[str]
 """The path of a file (prose, or JSONL with one document per line), or a list of documents."""
-WindowProgress = Callable[[int, int], object]
-"""Called with the number of windows that are done, and the total."""
+
+_TITLES = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the reference",
+    "perplexity_ratio": "ratio",
+    "kl_mean": "KL divergence, mean",
+    "kl_median": "KL divergence, median",
+    "kl_p99": "KL divergence, 99th percentile",
+    "top_agreement": "same top token",
+}
+"""The figures that a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,17 @@ class Evaluation:
     kl_by_position: tuple[float, ...] | None = None
     """Mean divergence at each scored position of a window, in nats."""
 
+    def _repr_html_(self) -> str:
+        """The figures in a notebook."""
+        from nybble.quantization.html_table import html_table
+
+        rows = {"tokens scored": f"{self.tokens:,}"}
+        for name, title in _TITLES.items():
+            value, error = getattr(self, name), getattr(self, f"{name}_error", None)
+            if value is not None:
+                rows[title] = f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}")
+        return html_table(rows)
+
 
 class Reference:
     """The predictions of a model on a text, with which other models are compared. The model may be closed afterwards.
@@ -68,7 +92,7 @@ class Reference:
         *,
         window: int = WINDOW,
         max_tokens: int | None = None,
-        progress: WindowProgress | None = None,
+        progress: Progress = None,
     ) -> None:
         """Records the predictions of a model on a text.
 
@@ -77,29 +101,36 @@ class Reference:
             text: A file or a list of documents.
             window: Tokens per window.
             max_tokens: Use at most this many tokens of the text.
-            progress: Called with the number of windows that are done, and the total.
+            progress: As in `evaluate`.
 
         Raises:
             Exception: As `evaluate` does.
         """
-        self._native = _native.Reference(model._native, _windows(model, text, window, max_tokens), progress)
+        self._record(model, _windows(model, text, window, max_tokens), progress)
 
     @classmethod
-    def of_windows(
-        cls, model: Computes, windows: datasets.Windows, *, progress: WindowProgress | None = None
-    ) -> Reference:
+    def of_windows(cls, model: Computes, windows: npt.NDArray[np.int32], *, progress: Progress = None) -> Reference:
         """Records the predictions of a model on token ids of shape `(windows, window)`."""
         reference = cls.__new__(cls)
-        reference._native = _native.Reference(model._native, windows, progress)
+        reference._record(model, windows, progress)
         return reference
 
-    def compare(self, model: Computes, *, progress: WindowProgress | None = None) -> Evaluation:
-        """Evaluates another model on the same tokens.
+    def _record(self, model: Computes, windows: npt.NDArray[np.int32], progress: Progress) -> None:
+        self._shape = windows.shape
+        with counts(progress, "evaluating the reference") as report:
+            self._native = _native.Reference(model._native, windows, report)
+
+    def compare(self, model: Computes, *, progress: Progress = None) -> Evaluation:
+        """Evaluates another model on the same tokens. `progress` is that of `evaluate`.
 
         Raises:
             ValueError: The vocabularies differ.
         """
-        return _evaluation(self._native.compare(model._native, progress))
+        with counts(progress, "evaluating") as report:
+            return _evaluation(self._native.compare(model._native, report))
+
+    def __repr__(self) -> str:
+        return f"<Reference of {self._shape[0]} windows of {self._shape[1]} tokens>"
 
 
 def evaluate(
@@ -109,7 +140,7 @@ def evaluate(
     reference: LoadedModel | None = None,
     window: int = WINDOW,
     max_tokens: int | None = None,
-    progress: WindowProgress | None = None,
+    progress: Progress = None,
 ) -> Evaluation:
     """Measures the perplexity of a model on a text and, with a reference, its divergence from it.
 
@@ -121,7 +152,9 @@ def evaluate(
         reference: A model with the same vocabulary, such as the same model in full precision.
         window: Tokens per window.
         max_tokens: Use at most this many tokens of the text.
-        progress: Called with the number of windows that are done, and the total; first for the reference.
+        progress: None draws a progress bar on a terminal or in a notebook if it takes more than a second, True always
+            reports, False never. A function is called with the number of windows that are done, and the total; first
+            for the reference.
 
     Raises:
         FileNotFoundError, PermissionError: The text cannot be read.
@@ -138,7 +171,8 @@ def evaluate(
         recorded = Reference(reference, text, window=window, max_tokens=max_tokens, progress=progress)
         return recorded.compare(model, progress=progress)
     cut = _windows(model, text, window, max_tokens)
-    return _evaluation(_native.perplexity(model._native, cut, progress))
+    with counts(progress, "evaluating") as report:
+        return _evaluation(_native.perplexity(model._native, cut, report))
 
 
 def _windows(model: LoadedModel, text: Documents, window: int, max_tokens: int | None) -> datasets.Windows:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from nybble.overrides import doc, merged
+from nybble.overrides import chosen, doc
 from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ class QuantizeOptions:
     """Search for the best scale of each group. False takes the scale that fits the largest weight."""
     group: int | None = field(
         default=None,
-        metadata={**doc("Weights that share a scale: 32, 64, 128, or 0 for whole rows."), "metavar": "SIZE"},
+        metadata={
+            **doc("Weights that share a scale: 32, 64, 128, or 0 for whole rows; 32 if not given."),
+            "metavar": "SIZE",
+        },
     )
     """Weights that share a scale: a multiple of 32, or 0 for whole rows. None is 32.
 
@@ -62,7 +65,13 @@ class QuantizeOptions:
     symmetric: bool | None = None
     """True for codes around 0 (q4_0), False for a minimum per group (q4_1). `format` includes this choice."""
     format: Format | None = field(
-        default=None, metadata={**doc("Block format of linear layers: q4_0, q4_1 or iq4_nl."), "metavar": "FORMAT"}
+        default=None,
+        metadata={
+            **doc(
+                "Block format of linear layers: q4_0, q4_1 or iq4_nl; q4_0 if not given, iq4_nl with the recipe auto."
+            ),
+            "metavar": "FORMAT",
+        },
     )
     """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
     bits_per_weight: float | None = field(
@@ -112,7 +121,7 @@ class QuantizeOptions:
         default=None, metadata=doc("Threads to compute with; the number of physical cores if not given.")
     )
     """Number of threads. None takes the number of physical cores available to this process."""
-    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository."))
+    revision: str | None = field(default=None, metadata=doc("Branch, tag or commit of a repository.", "NAME"))
     """Branch, tag or commit of a Hub repository."""
     force: bool = False
     """Overwrite an existing output."""
@@ -196,6 +205,6 @@ def merge_quantize_options(options: QuantizeOptions | None, overrides: QuantizeO
     """Returns `options`, or the defaults, with single options replaced.
 
     Raises:
-        TypeError: An override is not an option. The message lists the options.
+        TypeError: `options` is of another type, or an override is not an option. The message lists the options.
     """
-    return merged(QuantizeOptions() if options is None else options, overrides)
+    return chosen(QuantizeOptions, options, overrides)

@@ -64,6 +64,12 @@ class Report(ReportData):
 
         return render(self)
 
+    def _repr_html_(self) -> str:
+        """The summary in a notebook. `to_html` has the plots and all matrices."""
+        from nybble.quantization.html_table import html_table, report_rows
+
+        return html_table(report_rows(self))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the HTML page to `path`, or JSON if its name ends in `.json`."""
         path = Path(path)

@@ -73,7 +73,7 @@ class ApiError(Exception):
         self.status = status
         self.param = param
         self.code = code
-        self.headers = dict(headers or {})
+        self.headers: dict[str, str] = dict(headers or {})
 
     @property
     def body(self) -> ErrorBody:

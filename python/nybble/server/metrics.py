@@ -42,17 +42,17 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine_stats))
         ProcessCollector(registry=self._registry)
-        self.requests = Counter(
+        self.requests: Counter = Counter(
             "nybble_http_requests", "HTTP requests answered.", ["path", "status"], registry=self._registry
         )
-        self.seconds = Histogram(
+        self.seconds: Histogram = Histogram(
             "nybble_http_request_seconds",
             "Time from a request to the end of its answer.",
             ["path"],
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self.first_token_seconds = Histogram(
+        self.first_token_seconds: Histogram = Histogram(
             "nybble_first_token_seconds",
             "Time from a prompt to the first piece of its answer.",
             buckets=_SECONDS,

@@ -31,14 +31,14 @@ class Service:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        self.created = self.now()
-        self.metrics = Metrics(self.engine.stats)
-        self.draining = False
-        self.working = 0
+        self.created: int = self.now()
+        self.metrics: Metrics = Metrics(self.engine.stats)
+        self.draining: bool = False
+        self.working: int = 0
         """Requests in flight that use the model."""
-        self.embedding = asyncio.Semaphore(1)
+        self.embedding: asyncio.Semaphore = asyncio.Semaphore(1)
         """Embeddings are computed outside the engine's loop, one request at a time."""
-        self.long_prompts = asyncio.Semaphore(1)
+        self.long_prompts: asyncio.Semaphore = asyncio.Semaphore(1)
         self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
 

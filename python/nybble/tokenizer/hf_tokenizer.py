@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import stat
@@ -55,7 +56,7 @@ def read(folder: Path) -> Folder:
     path = folder / "tokenizer.json"
     text = _text(path)
     if text is None:
-        raise FileNotFoundError(f"{folder}: no tokenizer.json")
+        raise FileNotFoundError(errno.ENOENT, "the folder has no tokenizer.json", str(folder))
     return parse(text, str(path), folder)
 
 

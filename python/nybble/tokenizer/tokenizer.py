@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.models import hub
+from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer import encoders, hf_tokenizer, vocabulary
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 from nybble.tokenizer.token_bytes import byte_level_bytes, plain_bytes, sentencepiece_bytes
@@ -22,17 +23,31 @@ if TYPE_CHECKING:
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 
-class Tokenizer:
+class Tokenizer(Returned):
     """The vocabulary and chat templates of a model.
 
     `Tokenizer.load` reads one from a model file, a folder or a repository. Threads may share a tokenizer.
     """
 
-    def __init__(self, parts: _Parts) -> None:
-        self._parts = parts
-        self._compiled: dict[str, ChatTemplate] = {}
-        self._missing_ids: dict[int, list[tuple[int, int]]] = {}
-        self._grammar_vocabulary: _native.Vocabulary | None = None
+    _returned_by = "Tokenizer.load(...)"
+    _parts: _Parts
+    _compiled: dict[str, ChatTemplate]
+    _missing_ids: dict[int, list[tuple[int, int]]]
+    _grammar: _native.Vocabulary | None
+
+    @classmethod
+    def _of(cls, parts: _Parts) -> Tokenizer:
+        tokenizer = cls.__new__(cls)
+        tokenizer.__setstate__({"_parts": parts})
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled templates and grammars stay in this process: they are built again when they are needed.
+        return {"_parts": self._parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._parts = state["_parts"]
+        self._compiled, self._missing_ids, self._grammar = {}, {}, None
 
     # --- Loading ------------------------------------------------------------------------------------------------------
 
@@ -83,17 +98,18 @@ class Tokenizer:
         """
         whole = metadata.get("tokenizer.huggingface.json")
         if isinstance(whole, str) and "tokenizer.ggml.tokens" not in metadata:
-            return cls(_from_folder(hf_tokenizer.parse(whole, f"{where}: key 'tokenizer.huggingface.json'"), where))
-        return cls(_from_gguf(metadata, where))
+            return cls._of(_from_folder(hf_tokenizer.parse(whole, f"{where}: key 'tokenizer.huggingface.json'"), where))
+        return cls._of(_from_gguf(metadata, where))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Loads the tokenizer of a folder with a `tokenizer.json`. See `load` for errors."""
-        return cls(_from_folder(hf_tokenizer.read(Path(folder)), os.fspath(folder)))
+        return cls._of(_from_folder(hf_tokenizer.read(Path(folder)), os.fspath(folder)))
 
     # --- Encoding and decoding ----------------------------------------------------------------------------------------
 
-    def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
+    @keyword_only("add_special")
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Encodes a text to token ids.
 
         Args:
@@ -129,16 +145,20 @@ class Tokenizer:
         For ids that continue a text, use `StreamDecoder` with the ids before them.
 
         Raises:
+            TypeError: `ids` are not token ids.
             ValueError: An id is not in the vocabulary.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids: found {type(ids).__name__}, expected token ids")
         decoder = StreamDecoder(self)
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
+    @keyword_only("add_generation_prompt")
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
         *,
+        add_generation_prompt: bool = True,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
@@ -160,6 +180,8 @@ class Tokenizer:
 
         Raises:
             ModelError: There is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
+            TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
+            ValueError: A message has no role or no content.
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
@@ -224,18 +246,18 @@ class Tokenizer:
         return found
 
     @property
-    def grammar_vocabulary(self) -> _native.Vocabulary:
+    def _grammar_vocabulary(self) -> _native.Vocabulary:
         """The vocabulary for grammars, built on first use.
 
         Raises:
             ValueError: The vocabulary has no token that ends a text, which grammars need.
         """
-        if self._grammar_vocabulary is None:
+        if self._grammar is None:
             if not self.eos_ids:
                 raise ValueError(f"{self._parts.where}: found no token that ends a text, which grammars need")
             tokens = [self._grammar_bytes(token) for token in range(self.vocab_size)]
-            self._grammar_vocabulary = _native.Vocabulary(tokens, sorted(self.eos_ids))
-        return self._grammar_vocabulary
+            self._grammar = _native.Vocabulary(tokens, sorted(self.eos_ids))
+        return self._grammar
 
     def _grammar_bytes(self, token: int) -> bytes:
         text = self._parts.text_of(token)

@@ -10,6 +10,7 @@ use crate::model::{Logits, Session};
 
 /// The outcome of a step for one sequence: its next token or an error.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Event {
     /// The id that [`Scheduler::submit`](super::Scheduler::submit) returned.
     pub id: u64,

@@ -8,6 +8,7 @@ use crate::format::mapped::Bytes;
 
 /// How to open a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OpenOptions {
     /// Whether to map the file into memory (the default), so that only the parts that are used are read. A mapped file must
     /// not be truncated or overwritten: access to a missing page kills the process (SIGBUS). With false, the whole file is
@@ -20,6 +21,8 @@ impl Default for OpenOptions {
         OpenOptions { mmap: true }
     }
 }
+
+setters!(OpenOptions { with_mmap(mmap: bool) });
 
 /// One file of a model.
 #[derive(Debug)]

@@ -6,6 +6,7 @@ use std::fmt;
 /// The value of a metadata key.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "the names are those of the format")]
+#[non_exhaustive]
 pub enum Value {
     U8(u8),
     I8(i8),
@@ -26,6 +27,7 @@ pub enum Value {
 /// An array of scalars or strings of one type.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "the names are those of the format")]
+#[non_exhaustive]
 pub enum Array {
     U8(Vec<u8>),
     I8(Vec<i8>),

@@ -28,8 +28,9 @@ impl Amx {
 pub(super) fn are_usable() -> bool {
     const TILE: u32 = 1 << 24;
     const INT8: u32 = 1 << 25;
-    // Leaf 7 is read only if it exists.
-    let has = |features| __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & features == features;
+    #[allow(unused_unsafe, reason = "reading a leaf was unsafe in earlier versions of Rust")]
+    // SAFETY: every CPU with 64-bit instructions has CPUID, and leaf 7 is read only if it exists.
+    let has = |features| unsafe { __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & features == features };
     has(TILE | INT8) && ask_for_permission()
 }
 

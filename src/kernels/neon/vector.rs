@@ -1,6 +1,7 @@
 //! NEON's registers: a [`Vector`] for generic code, loads and stores for the integer product.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 use half::{bf16, f16};
 
@@ -40,7 +41,7 @@ vector! {
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(u64::from(codes))))))
     };
     store store(x, out: f32) = vst1q_f32(out.as_mut_ptr(), x);
-    store store_f16(x, out: f16) = vst1_u16(out.as_mut_ptr().cast(), vreinterpret_u16_f16(vcvt_f16_f32(x)));
+    store store_f16(x, out: f16) = vst1_u16(out.as_mut_ptr().cast(), to_f16(x));
     compute mul(a, b) = vmulq_f32(a, b);
     compute mul_add(a, b, c) = vfmaq_f32(c, a, b);
 }
@@ -64,5 +65,34 @@ pub(super) fn load_i8(x: &[i8; 16]) -> int8x16_t {
 #[target_feature(enable = "neon")]
 pub(super) fn load_f16(x: &[f16; LANES]) -> float32x4_t {
     // SAFETY: the reference is to 8 readable bytes, and the load needs no alignment.
-    vcvt_f32_f16(vreinterpret_f16_u16(unsafe { vld1_u16(x.as_ptr().cast()) }))
+    let halves = unsafe { vld1_u16(x.as_ptr().cast()) };
+    let wide: float32x4_t;
+    // The intrinsic, `vcvt_f32_f16`, needs Rust 1.94 and a CPU feature that the instruction does not need.
+    // SAFETY: the instruction touches only these registers and is part of NEON.
+    unsafe {
+        asm!(
+            "fcvtl {wide:v}.4s, {halves:v}.4h",
+            wide = lateout(vreg) wide,
+            halves = in(vreg) halves,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    wide
+}
+
+/// Rounds to nearest even.
+#[inline]
+#[target_feature(enable = "neon")]
+fn to_f16(x: float32x4_t) -> uint16x4_t {
+    let halves: uint16x4_t;
+    // SAFETY: the instruction touches only these registers and is part of NEON.
+    unsafe {
+        asm!(
+            "fcvtn {halves:v}.4h, {x:v}.4s",
+            halves = lateout(vreg) halves,
+            x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    halves
 }

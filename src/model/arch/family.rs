@@ -7,6 +7,7 @@ use crate::kernels::Activation;
 
 /// How a layer normalizes its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NormKind {
     /// Root mean square: scale only.
     Rms,
@@ -16,6 +17,7 @@ pub enum NormKind {
 
 /// What the two branches of a layer read, unless the file's `use_parallel_residual` says otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Residual {
     /// `x += mixer(norm(x)); x += ffn(norm(x))`
     Sequential,
@@ -25,6 +27,7 @@ pub enum Residual {
 
 /// How positions are encoded, unless the file has a table of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Position {
     /// Rotary embedding of queries and keys, pairs `(i, i + n / 2)`.
     Rope,
@@ -39,6 +42,7 @@ pub enum Position {
 
 /// How a layer exchanges information between positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MixerKind {
     /// Softmax attention over keys and values.
     Attention,
@@ -46,6 +50,7 @@ pub enum MixerKind {
 
 /// What a layer applies to each position by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FeedForwardKind {
     /// One network, or, in layers for which the file has a router, experts.
     DenseOrExperts,
@@ -53,6 +58,7 @@ pub enum FeedForwardKind {
 
 /// The two halves of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LayerKind {
     /// The first half.
     pub mixer: MixerKind,
@@ -65,6 +71,7 @@ const ATTENTION: &[LayerKind] = &[LayerKind { mixer: MixerKind::Attention, ffn: 
 
 /// One model family.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Family {
     /// The name under `general.architecture`.
     pub name: &'static str,
@@ -84,6 +91,7 @@ pub struct Family {
 
 /// Choices that few families change.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Quirks {
     /// Embeddings are multiplied with the square root of their width.
     pub scaled_embedding: bool,

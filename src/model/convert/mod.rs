@@ -1,5 +1,6 @@
 //! Converts any checkpoint to a GGUF file that llama.cpp reads.
 
+#[doc(hidden)]
 pub mod requantize;
 
 use std::path::Path;
@@ -19,10 +20,17 @@ const PIECE: usize = 1 << 20;
 
 /// Writes the checkpoint at `source`, a GGUF file or a Hugging Face folder with its tokenizer, to a GGUF file at `out`.
 ///
-/// Matrices are stored as in [`convert`]. `progress` is called with the number of tensors done and their total.
+/// Matrices are stored in the type `wanted`. Vectors, norms and the few matrices that must keep their precision become F32; the embedding and the output become
+/// Q8_0 where Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as in llama.cpp's converter.
+/// Tensors that have the right type are copied, and so are those that a Hugging Face checkpoint holds in 4 bits where a block
+/// type is wanted.
+///
+/// `progress` is called with the number of tensors done and their total.
 ///
 /// # Errors
-/// Those of [`Gguf::open`], [`HfFolder::open`], [`HfFolder::tokenizer`] and [`convert`].
+/// Those of opening the source; [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors
+/// that cannot be decoded; [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`.
+/// No file is left after an error.
 pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Option<Progress<'_>>) -> Result<()> {
     if source.is_dir() {
         let folder = HfFolder::open(source)?;
@@ -34,14 +42,11 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 
 /// Writes `checkpoint` to a GGUF file at `out`, with its own keys and those of `more`.
 ///
-/// Matrices are stored in the type `wanted`. Tensors that [`target`] exempts become F32; the embedding and the output become
-/// Q8_0 where Q4_0 or Q4_1 is wanted; a matrix whose rows do not fill whole blocks becomes F16, as in llama.cpp's converter.
-/// Tensors that have the right type are copied, and so are those that a Hugging Face checkpoint holds in 4 bits where a block
-/// type is wanted.
+/// Tensors are stored as [`convert_path`] says.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a type that cannot be encoded; [`Error::Unsupported`] for tensors that cannot be decoded;
-/// [`Error::Malformed`] for values that do not fit into the type; those of [`Writer`] and of `progress`. No file is left after an error.
+/// As for [`convert_path`], but for opening the source.
+#[doc(hidden)]
 pub fn convert(
     checkpoint: &dyn Checkpoint,
     more: &Metadata,

@@ -177,7 +177,7 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
                 let factors = scaling.floats(theirs)?.ok_or_else(|| scaling.missing(theirs, "a list of numbers"))?;
                 if factors.len() != rotary / 2 || factors.iter().any(|factor| *factor <= 0.0) {
                     let found = format!("{} numbers", factors.len());
-                    let expected = format_args!("{} positive numbers", rotary / 2);
+                    let expected = format!("{} positive numbers", rotary / 2);
                     return Err(scaling.malformed(theirs, found, expected));
                 }
                 keys.tensors.push((format!("{ours}.weight"), factors));

@@ -10,6 +10,7 @@ use crate::system::aligned_buf::AlignedBuf;
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CacheType {
     /// Single precision, for models that compute in it.
     F32,

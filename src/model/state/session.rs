@@ -75,6 +75,7 @@ impl Session {
     }
 
     /// Page `index`, to be shared with other sessions. `None` unless all 64 positions are filled.
+    #[doc(hidden)]
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let page = self.pages.get(index).filter(|_| (index + 1) * PAGE <= self.len)?;
         Some(SharedPage { page: page.clone(), model: self.model })
@@ -86,6 +87,7 @@ impl Session {
     /// # Errors
     /// [`Error::InvalidArgument`] for a page of another model, when this session's last page is not full, or when `tokens`
     /// is not 1 to 64; [`Error::ContextFull`] when they do not fit.
+    #[doc(hidden)]
     pub fn attach_page(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
         if page.model != self.model {
             return Err(Error::argument("page", "a page of another model", "a page of this model"));

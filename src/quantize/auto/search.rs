@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 
 /// The size and quality of a candidate.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Figures {
     /// Size of the file in bytes.
     pub size_bytes: u64,
@@ -23,6 +24,7 @@ pub struct Figures {
 
 /// The quality that a candidate must reach.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Target {
     /// A perplexity that exceeds that of the full-precision model by at most this share.
     Perplexity(f64),
@@ -56,6 +58,7 @@ impl Target {
 
 /// The candidates that were tried, and the choice.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Outcome {
     /// Figures and duration of the candidates that were tried: the first ones.
     pub tried: Vec<(Figures, Duration)>,

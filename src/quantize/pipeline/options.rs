@@ -6,6 +6,7 @@ use crate::quantize::tuning::TuningOptions;
 
 /// How to quantize a checkpoint.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct QuantizeOptions {
     /// How codes are chosen.
     pub recipe: Recipe,
@@ -15,7 +16,18 @@ pub struct QuantizeOptions {
     pub formats: TensorFormats,
 }
 
+setters!(QuantizeOptions {
+    with_recipe(recipe: Recipe),
+    with_tuning(tuning: impl Into<Option<TuningOptions>>),
+    with_formats(formats: TensorFormats),
+});
+
 impl QuantizeOptions {
+    /// Codes that `recipe` chooses, without tuning, in these formats.
+    pub fn new(recipe: Recipe, formats: TensorFormats) -> QuantizeOptions {
+        QuantizeOptions { recipe, tuning: None, formats }
+    }
+
     /// The name in reports and on the command line, such as `gptq+tune`.
     pub fn name(&self) -> String {
         format!("{}{}", self.recipe.name(), if self.tuning.is_some() { "+tune" } else { "" })

@@ -8,6 +8,7 @@ use crate::quant::block::BlockType;
 
 /// How one matrix was quantized.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TensorReport {
     /// The name of the tensor.
     pub name: String,
@@ -29,6 +30,7 @@ pub struct TensorReport {
 
 /// The result of a run, tensor by tensor.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Report {
     /// The source.
     pub source: PathBuf,
@@ -65,7 +67,11 @@ impl Report {
     }
 
     /// The report as JSON.
-    pub fn to_json(&self) -> Value {
+    pub fn to_json(&self) -> String {
+        self.to_value().to_string()
+    }
+
+    pub(in crate::quantize) fn to_value(&self) -> Value {
         let tensor = |tensor: &TensorReport| {
             json!({
                 "name": tensor.name,

@@ -17,6 +17,7 @@ const TASK_ROWS: usize = 16;
 
 /// Options of [`Recipe::Gptq`](super::Recipe::Gptq).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct GptqOptions {
     /// Added to the mean squares of the inputs, in units of their mean: the moments of few tokens are uncertain.
     pub damping: f32,
@@ -33,6 +34,13 @@ impl Default for GptqOptions {
         GptqOptions { damping: 0.003, order: true, search: true, passes: 4 }
     }
 }
+
+setters!(GptqOptions {
+    with_damping(damping: f32),
+    with_order(order: bool),
+    with_search(search: bool),
+    with_passes(passes: usize),
+});
 
 /// Rounds a layer so that its output changes least. Without calibration this is [`rtn::solve`].
 pub(in crate::quantize) fn solve(

@@ -3,12 +3,14 @@
 use super::gptq::{self, GptqOptions};
 use super::signround::{self, SignroundOptions};
 use super::{awq, rtn};
+use crate::error::{Error, Result};
 use crate::quantize::compute::Compute;
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::{LayerProblem, Solution};
 
 /// How the codes of a layer are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Recipe {
     /// Rounding to the nearest code.
     Rtn {
@@ -24,6 +26,24 @@ pub enum Recipe {
 }
 
 impl Recipe {
+    /// The recipe called `rtn`, `gptq`, `awq`, `awq+gptq` or `signround`, with default options.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for other names.
+    pub fn by_name(name: &str) -> Result<Recipe> {
+        Ok(match name {
+            "rtn" => Recipe::Rtn { search: true },
+            "gptq" => Recipe::Gptq(GptqOptions::default()),
+            "awq" => Recipe::Awq(None),
+            "awq+gptq" => Recipe::Awq(Some(GptqOptions::default())),
+            "signround" => Recipe::Signround(SignroundOptions::default()),
+            _ => {
+                let expected = "rtn, gptq, awq, awq+gptq or signround";
+                return Err(Error::argument("recipe", format_args!("{name:?}"), expected));
+            }
+        })
+    }
+
     /// The name in reports and on the command line.
     pub fn name(&self) -> &'static str {
         match self {
@@ -57,5 +77,19 @@ impl Recipe {
             Recipe::Awq(None) => awq::solve(problem, grouped, compute),
             Recipe::Signround(options) => signround::solve(problem, grouped, options, compute),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_is_found_by_its_name() {
+        for name in ["rtn", "gptq", "awq", "awq+gptq", "signround"] {
+            assert_eq!(Recipe::by_name(name).unwrap().name(), name);
+        }
+        let refused = Recipe::by_name("magic").unwrap_err().to_string();
+        assert_eq!(refused, "recipe: found \"magic\", expected rtn, gptq, awq, awq+gptq or signround");
     }
 }

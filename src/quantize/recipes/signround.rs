@@ -19,6 +19,7 @@ const STRETCH: (f32, f32) = (0.5, 1.5);
 
 /// Options of [`Recipe::Signround`](super::Recipe::Signround).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct SignroundOptions {
     /// Number of steps. Their length falls linearly from 1 / `steps` to 0, so that an offset moves by half a code in total.
     pub steps: usize,
@@ -31,6 +32,8 @@ impl Default for SignroundOptions {
         SignroundOptions { steps: 100, search: true }
     }
 }
+
+setters!(SignroundOptions { with_steps(steps: usize), with_search(search: bool) });
 
 /// Rounds a layer so that its output changes least. Without calibration this is [`rtn::solve`].
 pub(in crate::quantize) fn solve(

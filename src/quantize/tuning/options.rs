@@ -2,6 +2,7 @@
 
 /// How scales and norms are trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct TuningOptions {
     /// Passes over the calibration text.
     pub rounds: usize,
@@ -18,3 +19,5 @@ impl Default for TuningOptions {
         TuningOptions { rounds: 1, batch: 4, rate: 1e-3, seed: 0 }
     }
 }
+
+setters!(TuningOptions { with_rounds(rounds: usize), with_batch(batch: usize), with_rate(rate: f32), with_seed(seed: u64) });

@@ -547,3 +547,61 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_m
             Engine(tiny_model, speculation="on", draft=draft)
         with pytest.raises(ValueError, match='speculation is "off"'):
             Engine(tiny_model, draft=draft)
+
+
+# --- async with
+
+
+def test_an_engine_ends_with_its_async_block_after_its_requests(tiny_model: Model) -> None:
+    async def main() -> tuple[Engine, Completion, str]:
+        async with Engine(tiny_model) as engine:
+            waiting = engine.submit("abc", max_tokens=20, logit_bias=END)
+            text = "".join([piece async for piece in engine.stream("abc", max_tokens=3, logit_bias=END, seed=1)])
+        return engine, await waiting, text
+
+    engine, done, text = asyncio.run(main())
+    assert len(done.tokens) == 20, "running requests finish first"
+    assert text == tiny_model.generate("abc", max_tokens=3, logit_bias=END, seed=1).text
+    with pytest.raises(ModelError, match="the engine is closed"):
+        engine.submit("abc")
+
+
+def test_an_async_block_lets_tasks_read_while_it_ends(tiny_model: Model) -> None:
+    async def main() -> list[str]:
+        async def read(running: Engine) -> list[str]:
+            return [text async for text in running.stream("abc", max_tokens=50, logit_bias=END)]
+
+        async with Engine(tiny_model) as engine:
+            task = asyncio.create_task(read(engine))
+            await asyncio.sleep(0)
+        return await task
+
+    assert asyncio.run(main())
+
+
+def test_an_error_or_a_cancelled_task_ends_an_async_block_at_once(roomy: Model) -> None:
+    async def fail() -> Request:
+        async with Engine(roomy) as engine:
+            requests.append(endless(engine))
+            raise RuntimeError("enough")
+
+    async def wait() -> None:
+        async with Engine(roomy) as engine:
+            requests.append(endless(engine))
+            begun.set()
+
+    async def cancel() -> None:
+        task = asyncio.create_task(wait())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    requests: list[Request] = []
+    with pytest.raises(RuntimeError, match="enough"):
+        asyncio.run(fail())
+    begun = asyncio.Event()
+    asyncio.run(cancel())
+    for request in requests:
+        with pytest.raises(ModelError, match="closed"):
+            request.result(LONG)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import signal
@@ -13,7 +12,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -181,20 +180,6 @@ def test_ctrl_c_stops_loading_and_the_next_load_succeeds(tiny_file: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         Model.load(tiny_file, progress=lambda done, total: os.kill(os.getpid(), signal.SIGINT))
     Model.load(tiny_file, progress=False).close()
-
-
-@pytest.mark.parametrize("at_terminal", [True, False])
-@pytest.mark.parametrize("progress", [None, False])
-def test_a_progress_bar_is_drawn_only_on_a_terminal_and_unless_disabled(
-    tiny_file: Path, monkeypatch: pytest.MonkeyPatch, at_terminal: bool, progress: Literal[False] | None
-) -> None:
-    drawn = io.StringIO()
-    drawn.isatty = lambda: at_terminal  # type: ignore[method-assign]
-    monkeypatch.setattr(sys, "stderr", drawn)
-    monkeypatch.setattr("nybble.progress.BAR_AFTER_SECONDS", -1.0)
-    monkeypatch.setenv("TERM", "xterm")
-    Model.load(tiny_file, progress=progress).close()
-    assert ("loading tiny.gguf" in drawn.getvalue()) == (at_terminal and progress is None)
 
 
 # --- Threads

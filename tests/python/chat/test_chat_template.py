@@ -185,7 +185,7 @@ def test_messages_other_than_a_list_are_refused(messages: Any) -> None:
 
 @pytest.mark.parametrize("message", ["Hello", None, ["user", "Hello"]])
 def test_a_message_other_than_a_dict_is_refused(message: Any) -> None:
-    with pytest.raises(TypeError, match=r"messages: found a .* among them"):
+    with pytest.raises(TypeError, match=r"messages\[0\]: found \w+, expected a dict"):
         ChatTemplate("x").render([message])
 
 

@@ -275,7 +275,7 @@ def test_a_conversation_is_written_by_its_template() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     assert tokenizer.has_chat_template
     assert tokenizer.apply_chat_template(messages) == "<|start|>user:Hi<|end|>>"
-    assert tokenizer.apply_chat_template(messages, False, mood="!") == "<|start|>user:Hi<|end|>!"
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False, mood="!") == "<|start|>user:Hi<|end|>!"
     assert tokenizer.apply_chat_template(messages, tools=[1, 2]) == "2 tools"
     assert tokenizer.apply_chat_template(messages, template="rag", documents=["a text"]) == "a text"
     assert tokenizer.apply_chat_template(messages, bos_token="<b>").startswith("<b>user")

@@ -90,7 +90,7 @@ def test_a_folder_gives_the_ids_of_its_tokenizer(tmp_path: Path, config: dict[st
     assert tokenizer.eos_id == package.token_to_id("<|end|>")
     assert tokenizer.eos_ids == {tokenizer.eos_id, package.token_to_id("<|im_end|>")}
     assert tokenizer.vocab_size == package.get_vocab_size()
-    assert tokenizer.apply_chat_template([{"content": "Hi"}]) == "<|start|>Hi<|end|>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<|start|>Hi<|end|>"
 
 
 def test_special_tokens_of_a_folder_are_encoded_only_if_parsed(tmp_path: Path) -> None:

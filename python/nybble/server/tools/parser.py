@@ -81,7 +81,7 @@ class ToolCallParser:
             UnmarkedCalls(functions, tool_format.closing, reads_objects=not tool_format.bare) if unmarked else None
         )
         """Reads the answer from its beginning; None once it is certain that it is more than calls without markers."""
-        self.calls = 0
+        self.calls: int = 0
 
     def push(self, text: str, tokens: Sequence[int]) -> list[Part]:
         """The parts that are certain after one more piece, in the order of the text."""

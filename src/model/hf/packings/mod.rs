@@ -137,7 +137,7 @@ impl Packing {
             _ => Vec::new(),
         };
         let [name] = names.as_slice() else {
-            let what = format_args!("{} groups of layers", names.len());
+            let what = format!("{} groups of layers", names.len());
             return Err(config.unsupported("config_groups", what, "supported: one, all layers alike"));
         };
         let group = groups.object(name)?.ok_or_else(|| groups.missing(name, "an object"))?;
@@ -170,7 +170,7 @@ impl Packing {
             Some(Value::String(order)) if ["group", "dynamic"].iter().any(|o| order.eq_ignore_ascii_case(o)) => true,
             Some(Value::String(order)) if ["weight", "static"].iter().any(|o| order.eq_ignore_ascii_case(o)) => false,
             Some(other) => {
-                let what = format_args!("the order {}", json::brief(&other));
+                let what = format!("the order {}", json::brief(&other));
                 return Err(weights.unsupported("actorder", what, "supported: group, dynamic, weight, static, null"));
             }
         };

@@ -1,0 +1,340 @@
+//! Super-blocks of 256 weights whose codes index a codebook of vectors: the types IQ1, IQ2 and IQ3.
+//!
+//! An entry of the [codebooks](super::grids) gives the absolute values of 8 or 4 weights, or in IQ1 their signed values. Signs
+//! are 8 bits, or 7 bits where the eighth makes their number even.
+
+use std::array::from_fn;
+
+use bytemuck::AnyBitPattern;
+use half::f16;
+
+use super::blocks32::Half;
+use super::decoder::{Block, Group};
+use super::grids;
+use super::layout::{Code, Layout};
+use super::panel::Bytes;
+
+/// The absolute values of IQ2.
+pub(super) const IQ2_VALUES: [i8; 4] = [8, 25, 43, 0];
+/// The absolute values of IQ3_XXS.
+pub(super) const IQ3_XXS_VALUES: [i8; 8] = [4, 12, 20, 28, 36, 44, 52, 62];
+
+/// A little-endian `u16`.
+type Two = [u8; 2];
+
+/// The signs in 7 bits: the eighth makes the number of negative weights even.
+#[inline(always)]
+fn even_signs(bits: u32) -> u8 {
+    let bits = bits as u8 & 127;
+    bits | (bits.count_ones() as u8 & 1) << 7
+}
+
+/// `value`, negative if bit `bit` of `signs` is set.
+#[inline(always)]
+fn signed(value: i8, signs: u8, bit: usize) -> i8 {
+    if signs >> bit & 1 == 0 { value } else { -value }
+}
+
+/// The codes of four vectors of 8. `vector` gives the entry and the signs.
+#[inline(always)]
+fn eights(vector: impl Fn(usize) -> (u16, u8)) -> Bytes {
+    let mut codes = [0; 32];
+    for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (entry, signs) = vector(k);
+        *codes = from_fn(|i| signed(IQ2_VALUES[usize::from(entry >> (2 * i) & 3)], signs, i));
+    }
+    codes
+}
+
+/// The codes of four pairs of vectors of 4. `vector` gives entry `0..8`, and `signs` those of pair `0..4`.
+#[inline(always)]
+fn fours(value: impl Fn(u16) -> i8, vector: impl Fn(usize) -> u16, signs: impl Fn(usize) -> u8) -> Bytes {
+    let mut codes = [0; 32];
+    for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (signs, entries) = (signs(k), [vector(2 * k), vector(2 * k + 1)]);
+        *codes = from_fn(|i| signed(value(entries[i / 4] >> (4 * (i % 4)) & 7), signs, i));
+    }
+    codes
+}
+
+/// The codes of four vectors of IQ1: eight times the values -1, 0 and 1, shifted by one. `vector` gives the entry and whether
+/// the shift is negative.
+#[inline(always)]
+fn thirds(vector: impl Fn(usize) -> (u16, bool)) -> Bytes {
+    let mut codes = [0; 32];
+    for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let (entry, is_negative) = vector(k);
+        let shift = if is_negative { -1 } else { 1 };
+        *codes = from_fn(|i| 8 * ((entry >> (2 * i) & 3) as i8 - 1) + shift);
+    }
+    codes
+}
+
+/// Scale `index` of 4-bit scales, the first of a pair in the low nibble.
+#[inline(always)]
+fn nibble(scales: &[u8], index: usize) -> f32 {
+    f32::from(scales[index / 2] >> (4 * (index % 2)) & 15)
+}
+
+/// `scale * (group scale + 1/2) / 4 * value`, 2.06 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq2Xxs {
+    scale: Half,
+    /// For each 32 weights: 4 entries, then a word of 4 times 7 signs and a scale of 4 bits.
+    parts: [[[u8; 4]; 2]; 8],
+}
+
+impl Block for Iq2Xxs {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let [entries, signs] = self.parts[index];
+        let signs = u32::from_le_bytes(signs);
+        eights(|k| (grids::IQ2_XXS[usize::from(entries[k])], even_signs(signs >> (7 * k))))
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let scale = self.scale.to_f32();
+        self.parts.map(|[_, word]| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.25))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 3.875, 0.0]
+    }
+}
+
+/// `scale * (group scale + 1/2) / 4 * value`, 2.31 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq2Xs {
+    scale: Half,
+    /// For each 8 weights: an entry in the lower 9 bits, and 7 signs.
+    vectors: [[Two; 4]; 8],
+    groups: [u8; 8],
+}
+
+impl Block for Iq2Xs {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let vectors = self.vectors[index].map(u16::from_le_bytes);
+        eights(|k| (grids::IQ2_XS[usize::from(vectors[k] & 511)], even_signs(u32::from(vectors[k] >> 9))))
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let scale = self.scale.to_f32();
+        from_fn(|i| Group::scaled(scale * (0.5 + nibble(&self.groups, i)) * 0.25))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 3.875, 0.0]
+    }
+}
+
+/// `scale * (group scale + 1/2) / 4 * value`, 2.56 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq2S {
+    scale: Half,
+    /// The lower 8 bits of the entries.
+    low: [[u8; 4]; 8],
+    signs: [[u8; 4]; 8],
+    /// The upper 2 bits of 4 entries, the first in the lowest bits.
+    high: [u8; 8],
+    groups: [u8; 8],
+}
+
+impl Block for Iq2S {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let high = u16::from(self.high[index]);
+        eights(|k| {
+            let entry = u16::from(self.low[index][k]) | (high >> (2 * k) & 3) << 8;
+            (grids::IQ2_S[usize::from(entry)], self.signs[index][k])
+        })
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let scale = self.scale.to_f32();
+        from_fn(|i| Group::scaled(scale * (0.5 + nibble(&self.groups, i)) * 0.25))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 3.875, 0.0]
+    }
+}
+
+/// `scale * (group scale + 1/2) / 2 * value`, 3.06 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq3Xxs {
+    scale: Half,
+    entries: [[u8; 8]; 8],
+    /// For each 32 weights: a word of 4 times 7 signs and a scale of 4 bits.
+    words: [[u8; 4]; 8],
+}
+
+impl Block for Iq3Xxs {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let signs = u32::from_le_bytes(self.words[index]);
+        fours(
+            |i| IQ3_XXS_VALUES[usize::from(i)],
+            |k| grids::IQ3_XXS[usize::from(self.entries[index][k])],
+            |k| even_signs(signs >> (7 * k)),
+        )
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let scale = self.scale.to_f32();
+        self.words.map(|word| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.5))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 7.75, 0.0]
+    }
+}
+
+/// `scale * (2 * group scale + 1) * value`, 3.44 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq3S {
+    scale: Half,
+    /// The lower 8 bits of the entries.
+    low: [[u8; 8]; 8],
+    /// The ninth bits.
+    high: [u8; 8],
+    signs: [[u8; 4]; 8],
+    groups: [u8; 4],
+}
+
+impl Block for Iq3S {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let high = u16::from(self.high[index]);
+        fours(
+            |i| 2 * i as i8 + 1,
+            |k| grids::IQ3_S[usize::from(u16::from(self.low[index][k]) | (high >> k & 1) << 8)],
+            |k| self.signs[index][k],
+        )
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let scale = self.scale.to_f32();
+        from_fn(|i| Group::scaled(scale * (1.0 + 2.0 * nibble(&self.groups, i))))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 31.0, 0.0]
+    }
+}
+
+/// `scale * (2 * group scale + 1) * (value ± 1/8)`, 1.56 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq1S {
+    scale: Half,
+    /// The lower 8 bits of the entries.
+    low: [[u8; 4]; 8],
+    /// For each 32 weights, from the lowest bit: 4 times the upper 3 bits of an entry, the scale in 3 bits, and the sign of
+    /// the shift.
+    words: [Two; 8],
+}
+
+impl Block for Iq1S {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        let word = u16::from_le_bytes(self.words[index]);
+        thirds(|k| {
+            let entry = u16::from(self.low[index][k]) | (word >> (3 * k) & 7) << 8;
+            (grids::IQ1[usize::from(entry)], word >> 15 == 1)
+        })
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 8] {
+        let scale = self.scale.to_f32();
+        // Codes are eight times the values.
+        self.words.map(|word| Group::scaled(scale * f32::from(2 * (word[1] >> 4 & 7) + 1) * 0.125))
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale.to_f32().abs() * 1.875, 0.0]
+    }
+}
+
+/// `scale * (2 * group scale + 1) * (value ± 1/8)`, 1.75 bits per weight
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct Iq1M {
+    /// The lower 8 bits of the entries.
+    low: [[u8; 4]; 8],
+    /// For each 8 weights, two in a byte: the upper 3 bits of the entry, and the sign of the shift.
+    high: [[u8; 2]; 8],
+    /// Each holds 4 scales of 3 bits, and in its upper 4 bits a part of the block's scale, the lowest first.
+    scales: [Two; 4],
+}
+
+impl Iq1M {
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        let parts = self.scales.map(|word| u16::from(word[1] >> 4));
+        f16::from_bits(parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12).to_f32()
+    }
+}
+
+impl Block for Iq1M {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
+    type Codes = Bytes;
+    type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        thirds(|k| {
+            let high = self.high[index][k / 2] >> (4 * (k % 2)) & 15;
+            let entry = u16::from(self.low[index][k]) | u16::from(high & 7) << 8;
+            (grids::IQ1[usize::from(entry)], high >> 3 == 1)
+        })
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 16] {
+        let scale = self.scale();
+        from_fn(|i| {
+            let group_scale = u16::from_le_bytes(self.scales[i / 4]) >> (3 * (i % 4)) & 7;
+            Group::scaled(scale * f32::from(2 * group_scale + 1) * 0.125)
+        })
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.scale().abs() * 1.875, 0.0]
+    }
+}

@@ -25,7 +25,7 @@ class TokenSource(Protocol):
 class SpecialTokens(Protocol):
     """The part of a tokenizer that finds special tokens in stop strings."""
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text."""
 
     def token_text(self, token: int) -> str:
@@ -102,7 +102,7 @@ class SpecialStops:
     def _with_placeholders(self, tokenizer: SpecialTokens, stop: str) -> str:
         written = ""
         at = 0
-        ids = tokenizer.encode(stop, False)
+        ids = tokenizer.encode(stop, add_special=False)
         for token in ids if tokenizer.special_ids.intersection(ids) else ():
             text = tokenizer.token_text(token)
             if token not in tokenizer.special_ids or (start := stop.find(text, at)) < 0:

@@ -63,7 +63,7 @@ def combined(
         except SchemaError as error:
             raise SchemaError(error.place, error.reason, parameter) from None
         except RecursionError:
-            raise SchemaError("#", "the schema is nested too deeply", parameter) from None
+            raise SchemaError("#", "the schema is nested too deeply, beyond the recursion limit", parameter) from None
     whole = build(parts)
     if whole is False:
         raise SchemaError("#", "the schema allows no value", schemas[0][1])

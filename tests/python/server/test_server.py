@@ -240,7 +240,7 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
     as_numbers = client.embeddings.create(model="tiny", input="one", encoding_format="float")
     assert np.allclose(as_numbers.data[0].embedding, rows[0])
     wrong: Any
-    for wrong in ("", [], [1.5], "x" * 3000):
+    for wrong in ("", [], [1, 2], "x" * 3000):
         with pytest.raises(openai.BadRequestError) as refused:
             client.embeddings.create(model="tiny", input=wrong)
         assert refused.value.param in ("input", "input.0")

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request, Response
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from nybble.server.delivery import with_timeout
 from nybble.server.errors import ApiError, as_api_errors
-from nybble.server.protocols.schema import TokenId
 from nybble.server.protocols.strict import Strict
 from nybble.server.service import Service
 
@@ -24,20 +24,30 @@ _BATCH_TOKENS = 4096
 _BATCH_INPUTS = 64
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Inputs = (
-    Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-    | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
-)
+
+
+def _only_text(given: Any) -> Any:
+    """Refuses token ids: those of another tokenizer would give wrong vectors that nobody notices."""
+    first = given[0] if isinstance(given, list) and given else None
+    if isinstance(first, int | list) and not isinstance(first, bool):
+        raise PydanticCustomError(
+            "unsupported",
+            "found token ids, expected strings; clients that count tokens for OpenAI's models must send text "
+            "(in LangChain: check_embedding_ctx_length=False)",
+        )
+    return given
+
+
+Inputs = Annotated[
+    Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)], BeforeValidator(_only_text)
+]
 
 
 class EmbeddingRequest(Strict):
     """`POST /v1/embeddings`."""
 
     model: str | None = None
-    input: Inputs = Field(description="A string, token ids, or a list of either.")
+    input: Inputs = Field(description="A string, or a list of strings.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
         default=None, description="The width of the vectors. Only some models allow less than their own width."
@@ -82,7 +92,8 @@ async def embed(service: Service, http: Request, body: EmbeddingRequest) -> Resp
 
 
 async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
-    rows, tokens = await vectors(service, inputs_of(body.input), body.dimensions)
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    rows, tokens = await vectors(service, inputs, body.dimensions)
     data = [
         Embedding(object="embedding", index=index, embedding=_encoded(row, body.encoding_format))
         for index, row in enumerate(rows)
@@ -90,14 +101,6 @@ async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     answer = Embeddings(object="list", model=service.name, data=data, usage=usage)
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def inputs_of(given: str | Sequence[Any]) -> list[str | list[int]]:
-    """The inputs of a field that holds one or several."""
-    if isinstance(given, str):
-        return [given]
-    each: list[Any] = [*given]
-    return [each] if each and isinstance(each[0], int) else each
 
 
 def check_dimensions(service: Service, dimensions: int | None) -> None:

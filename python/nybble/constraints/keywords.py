@@ -63,7 +63,7 @@ def rewritten(document: Document, schema: Json, place: str, names: Names, others
     if schema.get("uniqueItems"):
         extra += _unique(document, schema, place)
     if "propertyNames" in schema:
-        found = _with_named_properties(document, found, schema["propertyNames"], place)
+        found = _with_named_properties(document, found, schema["propertyNames"], place, names)
     if extra:
         found["allOf"] = [*schema.get("allOf", ()), *extra]
     return found
@@ -133,11 +133,19 @@ def _values_of_one(
     return kept
 
 
-def names_of(document: Document, schema: Schema) -> dict[str, None]:
-    """The property names that a schema and the schemas that it combines mention, in their order."""
+def names_of(document: Document, schema: Schema, *, listed: bool = False) -> dict[str, None]:
+    """The property names that a schema and the schemas that it combines mention, in their order.
+
+    Args:
+        document: The document of the schema.
+        schema: The schema.
+        listed: Only those in `properties`, which are evaluated in the sense of `unevaluatedProperties`.
+    """
     found: dict[str, None] = {}
     for part in group_of(document, schema):
         found.update(dict.fromkeys(part.get("properties", ())))
+        if listed:
+            continue
         found.update(dict.fromkeys(part.get("required", ())))
         for key in ("dependentRequired", "dependencies"):
             for name, each in part.get(key, {}).items():
@@ -223,11 +231,17 @@ def _unique(document: Document, schema: Json, place: str) -> Iterator[Schema]:
     yield {"anyOf": [*({"const": list(row)} for row in rows), others]}
 
 
-def _with_named_properties(document: Document, schema: Json, rule: Schema, place: str) -> Json:
+def _with_named_properties(document: Document, schema: Json, rule: Schema, place: str, names: Names) -> Json:
     """`propertyNames` as properties or patterns of names."""
     rule = document.resolved(rule, place)
     if rule is True or (isinstance(rule, dict) and not rule.keys() & (_NAME_KEYWORDS | {"$ref"})):
         return schema
+    if names is not None:
+        decided = {name: document.accepts(rule, name) for name in names}
+        if None in decided.values():
+            raise SchemaError(place, "propertyNames: it is not certain which of the listed names it allows")
+        refused = {name: False for name, fits in decided.items() if not fits}
+        return {**schema, "properties": {**schema.get("properties", {}), **refused}} if refused else schema
     others: Schema = schema.get("additionalProperties", True)
     known = dict(schema.get("properties", {}))
     kept = {name: part if document.accepts(rule, name) is not False else False for name, part in known.items()}

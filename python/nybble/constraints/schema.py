@@ -123,7 +123,11 @@ class _Rewriter:
         self._document.count_question()
         if "$ref" in schema and not schema.keys() & (CONSTRAINING - {"$ref"}):
             return self._reference(schema["$ref"], place, others, is_open)
-        listed = names_of(self._document, schema)
+        if schema.get("unevaluatedProperties") is False:
+            # It sees what this schema combines, and neither required names nor the schemas next to it.
+            listed, others = names_of(self._document, schema, listed=True), others and ()
+        else:
+            listed = names_of(self._document, schema)
         opened = is_open or self._is_open(schema)
         closes = not opened and (others is not None or self._lists_properties(schema))
         names = _joined(others or (), listed) if closes else None
@@ -141,6 +145,9 @@ class _Rewriter:
             possible = [name for name, part in result.get("properties", {}).items() if part is not False]
             if result.keys() & {"minProperties", "maxProperties"}:
                 result = with_counts({"properties": {}, **result}, possible, place)
+        elif result.get("minProperties", 0) > len(result.get("required", ())) + 1:
+            # The grammar would count properties of the same name.
+            raise SchemaError(place, "minProperties: the grammar can enforce it only for properties that are listed")
         return result
 
     def _rewrite_parts(self, result: Json, place: str) -> None:

@@ -203,6 +203,12 @@ KEYWORDS: dict[str, Json] = {
         "propertyNames": {"minLength": 1, "maxLength": 2},
         "additionalProperties": DIGIT,
     },
+    "propertyNames of a closed object": object_of(
+        {"a": DIGIT, "bb": DIGIT, "c": DIGIT}, "a", propertyNames={"maxLength": 1}, unevaluatedProperties=False
+    ),
+    "unevaluatedProperties of a part": object_of(
+        {"a": DIGIT}, anyOf=[object_of({"b": DIGIT, "a": DIGIT}, "b", unevaluatedProperties=False), X]
+    ),
     "minProperties": object_of({"a": DIGIT, "b": DIGIT, "c": DIGIT}, minProperties=2),
     "maxProperties": object_of({"a": DIGIT, "b": DIGIT, "c": DIGIT}, maxProperties=2),
     "if": object_of(
@@ -287,6 +293,8 @@ def test_schemas_of_pydantic_are_enforced(kind: Any, uniform_model: Model) -> No
             {"type": "object", "unevaluatedProperties": DIGIT},
             "schema: unevaluatedProperties: .* use additionalProperties",
         ),
+        ({"type": "object", "minProperties": 2}, "schema: minProperties: .* only for properties that are listed"),
+        (object_of({}, "a", unevaluatedProperties=False), "required property 'a' is unsatisfiable"),
         ({"type": "objekt"}, "schema: type: found 'objekt', expected one or several of array, boolean"),
         ({"properties": {"a": 5}}, "schema: #/properties/a: found 5, expected a JSON Schema"),
         ({"required": "a"}, "schema: required: found 'a', expected a list of property names"),

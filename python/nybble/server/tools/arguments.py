@@ -6,6 +6,7 @@ A value is text if its schema allows a string, and JSON otherwise.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,6 +87,8 @@ def element_rules(rule: str, name: str, schema: dict[str, Any], parameter: str) 
     grammar_schema(schema, parameter)  # Refuses what is invalid.
     known = Arguments(schema)
     required = _required(known.document, schema)
+    for key in required:
+        known.properties.setdefault(key, True)
     rules, parts = [], []
     for index, key in enumerate(known.properties):
         part = f"{rule}_{index}"
@@ -134,12 +137,14 @@ def _combined_parts(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
             waiting.append((pointer, document.at(pointer, place)))
 
 
-def _required(document: Document, schema: Schema) -> set[str]:
-    found, waiting, seen = set[str](), [schema], set[str]()
+def _required(document: Document, schema: Schema) -> dict[str, None]:
+    """The names of the arguments that must be there, in their order."""
+    found: dict[str, None] = {}
+    waiting, seen = [schema], set[str]()
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
-            found.update(part.get("required", ()))
+            found.update(dict.fromkeys(part.get("required", ())))
             waiting += part.get("allOf", ())
             if "$ref" in part and (pointer := document.pointer_of(part["$ref"], "#")) not in seen:
                 seen.add(pointer)
@@ -148,11 +153,24 @@ def _required(document: Document, schema: Schema) -> set[str]:
 
 
 def _limited_text(value: Schema) -> str | None:
-    """A terminal for a text whose length is limited, on one line; None if it is not limited."""
+    """A terminal for a text of limited length or of a pattern, on one line; None if it is not limited."""
     low, high = int(value.get("minLength", 0)), value.get("maxLength")
-    if not (low or high is not None) or max(low, high or 0) > _MAX_LENGTH:
+    if max(low, high or 0) > _MAX_LENGTH:
         return None
-    return f"/[^\\n]{{{low},{'' if high is None else int(high)}}}/"
+    length = f"/[^\\n]{{{low},{'' if high is None else int(high)}}}/" if low or high is not None else None
+    pattern = _line_pattern(value["pattern"]) if "pattern" in value else None
+    return " & ".join(filter(None, (length or "/[^\\n]*/", pattern))) if length or pattern else None
+
+
+def _line_pattern(pattern: str) -> str | None:
+    """A terminal for the lines in which a pattern is found; None if its anchors are not only at its ends."""
+    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = pattern[begins : len(pattern) - ends]
+    if re.search(r"(?<!\\)[$^]", re.sub(r"\[\^", "[", inner)) or ((begins or ends) and "|" in inner):
+        return None
+    any_text = r"[^\n]*"
+    slashes = re.sub(r"(?<!\\)/", r"\/", inner)
+    return f"/{'' if begins else any_text}(?:{slashes}){'' if ends else any_text}/"
 
 
 def _literal(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -186,18 +187,25 @@ def test_the_routes_need_the_key(model: Model) -> None:
 
 def test_the_client_of_ollama_works(server: Running, model: Model) -> None:
     ollama = pytest.importorskip("ollama", reason="install the dependency group test-clients")
-    client = ollama.Client(host=server.url)
-    (card,) = client.list().models
-    assert card.model == "tiny"
-    assert client.show("tiny").capabilities
-    said = client.chat("tiny", messages=HI, options=SHORT).message.content
-    pieces = client.chat("tiny", messages=HI, options=SHORT, stream=True)
-    assert "".join(piece.message.content or "" for piece in pieces) == said
-    assert client.generate("tiny", "Hi", options=SHORT).response == said
-    assert len(client.embed("tiny", ["a", "b"]).embeddings) == 2
-    with pytest.raises(ollama.ResponseError, match="nybble serve MODEL"):
-        client.pull("other")
-    engine, _ = scripted(model, '{"name": "weather", "arguments": {"city": "Rome"}}')
-    with serving(engine) as running:
-        (call,) = ollama.Client(host=running.url).chat("tiny", messages=HI, tools=[WEATHER]).message.tool_calls
-    assert (call.function.name, call.function.arguments) == ("weather", {"city": "Rome"})
+    with contextlib.ExitStack() as stack:
+
+        def client_of(running: Running) -> Any:
+            client = ollama.Client(host=running.url)
+            stack.callback(client._client.close)
+            return client
+
+        client = client_of(server)
+        (card,) = client.list().models
+        assert card.model == "tiny"
+        assert client.show("tiny").capabilities
+        said = client.chat("tiny", messages=HI, options=SHORT).message.content
+        pieces = client.chat("tiny", messages=HI, options=SHORT, stream=True)
+        assert "".join(piece.message.content or "" for piece in pieces) == said
+        assert client.generate("tiny", "Hi", options=SHORT).response == said
+        assert len(client.embed("tiny", ["a", "b"]).embeddings) == 2
+        with pytest.raises(ollama.ResponseError, match="nybble serve MODEL"):
+            client.pull("other")
+        engine, _ = scripted(model, '{"name": "weather", "arguments": {"city": "Rome"}}')
+        with serving(engine) as running:
+            (call,) = client_of(running).chat("tiny", messages=HI, tools=[WEATHER]).message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("weather", {"city": "Rome"})

@@ -93,7 +93,15 @@ PARAMETERS: dict[str, Json] = {
     "root reference": TREE,
     "reference at the root": {"$ref": "#/$defs/A", "$defs": {"A": closed({"x": DIGIT})}},
     "composition": {"type": "object", "properties": {"k": DIGIT}, "required": ["k"], "anyOf": [closed({"k": DIGIT})]},
-    "strings": closed({"a": {"type": "string", "maxLength": 3}, "b": {"enum": ["x", "y"]}, "c": {"const": "1"}}),
+    "strings": closed(
+        {
+            "a": {"type": "string", "maxLength": 3},
+            "b": {"enum": ["x", "y"]},
+            "c": {"const": "1"},
+            "d": {"type": "string", "pattern": "^[A-C]{2}/x$"},
+            "e": {"type": "string", "pattern": "[0-9]", "minLength": 2, "maxLength": 3},
+        }
+    ),
 }
 
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
+use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
@@ -169,59 +169,43 @@ fn attention(criterion: &mut Criterion) {
     let wide = values(PAGE * HEAD);
     let half: Vec<f16> = wide.iter().copied().map(f16::from_f32).collect();
     let codes: Vec<i8> = wide.iter().map(|x| (x * 127.0) as i8).collect();
-    let scales = [0.125; PAGE];
+    let scales = [0.125; 2 * PAGE];
     let cases = [
-        ("3 queries, f16", 3, KvSlice::F16(&half)),
-        ("3 queries, int8", 3, KvSlice::Int8(&codes)),
-        ("8 queries, f32", 8, KvSlice::F32(&wide)),
-        ("128 queries, f32", 128, KvSlice::F32(&wide)),
+        ("3 queries, f16", 3, KvSlice::F16(&half), HEAD),
+        ("3 queries, int8", 3, KvSlice::Int8(&codes), INT8_GROUP),
+        ("8 queries, f32", 8, KvSlice::F32(&wide), HEAD),
+        ("128 queries, f32", 128, KvSlice::F32(&wide), HEAD),
     ];
-    for (name, queries, page) in cases {
+    for (name, queries, page, by) in cases {
         let (q, ranges) = (values(queries * HEAD), vec![0..PAGE; queries]);
         let mut group = criterion.benchmark_group(format!("attention of {name}"));
         settings(&mut group);
         group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
-        let mut expected = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-        scalar().scores(
-            ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales },
-            &mut expected.0,
-            PAGE,
-        );
-        scalar().weighted_sum(
-            WeightedValues { weights: &expected.0, stride: PAGE, ranges: &ranges, values: page, width: HEAD },
-            &mut expected.1,
-        );
+        let inputs = ScoreInputs { queries: &q, head_dim: HEAD, keys: page, group: by, scales: &scales };
+        let (mut weights, mut expected) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
+        scalar().scores(inputs, &mut weights, PAGE);
+        let factors = if by == HEAD { &[][..] } else { &scales };
+        let weighted = WeightedValues {
+            weights: &weights,
+            stride: PAGE,
+            ranges: &ranges,
+            values: page,
+            width: HEAD,
+            group: by,
+            scales: factors,
+        };
+        scalar().weighted_sum(weighted, &mut expected);
         for kernel in compared() {
             let (mut scores, mut sums) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
-            kernel.scores(ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales }, &mut scores, PAGE);
-            kernel.weighted_sum(
-                WeightedValues { weights: &scores, stride: PAGE, ranges: &ranges, values: page, width: HEAD },
-                &mut sums,
-            );
-            assert_eq!((&scores, &sums), (&expected.0, &expected.1), "{}", kernel.name());
+            kernel.scores(inputs, &mut scores, PAGE);
+            kernel.weighted_sum(weighted, &mut sums);
+            assert_eq!((&scores, &sums), (&weights, &expected), "{}", kernel.name());
             let name = kernel.name();
             group.bench_function(BenchmarkId::new(name, "scores"), |b| {
-                b.iter(|| {
-                    kernel.scores(
-                        ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scales: &scales },
-                        &mut scores,
-                        PAGE,
-                    )
-                });
+                b.iter(|| kernel.scores(inputs, &mut scores, PAGE));
             });
             group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
-                b.iter(|| {
-                    kernel.weighted_sum(
-                        WeightedValues {
-                            weights: &expected.0,
-                            stride: PAGE,
-                            ranges: &ranges,
-                            values: page,
-                            width: HEAD,
-                        },
-                        &mut sums,
-                    )
-                });
+                b.iter(|| kernel.weighted_sum(weighted, &mut sums));
             });
         }
         group.finish();

@@ -128,6 +128,24 @@ pub enum Error {
     #[error("interrupted")]
     Interrupted,
 
+    /// Keys or values of a token are beyond the range of the KV cache. The other sequences of the step are not affected.
+    #[error(
+        "the keys or values of token {position} exceed {largest}, the largest number of the KV cache's type {cache_type}: \
+         load the model with cache_type f32 or int8"
+    )]
+    CacheOverflow {
+        /// Position of the first such token.
+        position: usize,
+        /// How the cache stores numbers.
+        cache_type: &'static str,
+        /// The largest number that it holds.
+        largest: f32,
+    },
+
+    /// The model's hidden states are not numbers.
+    #[error("the hidden states contain NaN or infinities: the weights are damaged or overflow")]
+    BadHiddenStates,
+
     /// The model's logits cannot be sampled.
     #[error("the logits contain NaN or no finite value: the weights are damaged or overflow")]
     BadLogits,

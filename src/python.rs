@@ -26,7 +26,7 @@ mod _native {
     #[pymodule_export]
     use super::evaluate::{Reference, perplexity};
     #[pymodule_export]
-    use super::gguf::{GgufFile, TensorInfo, convert};
+    use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
     use super::model::{Model, Sequence, available_bytes, default_threads, kernels};
     #[pymodule_export]

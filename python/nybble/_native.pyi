@@ -26,16 +26,22 @@ __all__ = [
     "Vocabulary",
     "__version__",
     "available_bytes",
+    "check_output",
     "convert",
     "default_threads",
     "kernels",
     "perplexity",
     "quantize",
+    "write_file",
 ]
 __version__: str
 
 def kernels() -> list[str]: ...
 def available_bytes() -> int | None: ...
+def check_output(
+    path: str | os.PathLike[str], sources: _Sequence[str | os.PathLike[str]], is_working: bool = False
+) -> None: ...
+def write_file(path: str | os.PathLike[str], data: bytes, sources: _Sequence[str | os.PathLike[str]]) -> None: ...
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -77,6 +83,7 @@ def quantize(
     windows: npt.NDArray[np.int32] | None = None,
     evaluation: npt.NDArray[np.int32] | None = None,
     progress: Callable[[str, int, int], object] | None = None,
+    read: _Sequence[str | os.PathLike[str]] = ...,
 ) -> str: ...
 def default_threads() -> int: ...
 

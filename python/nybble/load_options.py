@@ -72,11 +72,12 @@ class LoadOptions:
       After `int4`, in any order: a recipe, a group size (`g64`; `g0` for whole rows), and a format or `asym`.
     """
     cache_type: Literal["f16", "int8", "f32"] | None = field(
-        default=None, metadata=doc("Type of the KV cache; int8 takes half the memory of f16.")
+        default=None, metadata=doc("Type of the KV cache; int8 takes about half the memory of f16.")
     )
-    """Type of the KV cache: `"f16"`, `"int8"` (half the memory) or `"f32"`.
+    """Type of the KV cache: `"f16"`, `"int8"` (about half the memory) or `"f32"`.
 
-    None is `"f16"`, and `"f32"` for models that compute in F32.
+    Keys or values beyond 65504 raise `ModelError` with `"f16"`; the others hold them. None is `"f16"`, and `"f32"` for
+    models that compute in F32.
     """
     mmap: bool = field(
         default=True,

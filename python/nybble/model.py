@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 from nybble import _native
 from nybble.completion import Completion, Message, Prompt, Prompts
 from nybble.errors import ModelError
-from nybble.generation.request import as_prompts, prepare, prompt_ids, token_ids
+from nybble.generation.request import as_prompts, check_length, prepare, prompt_ids, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
@@ -101,11 +101,13 @@ class Model(Returned):
     tokenizer: Tokenizer
     info: ModelInfo
     _native_model: _native.Model | None
+    _source: Path
+    """What was loaded. With `quantize`, `info.file` may be a copy of it in the cache."""
 
     @classmethod
-    def _of(cls, native: _native.Model, tokenizer: Tokenizer, file: Path) -> Model:
+    def _of(cls, native: _native.Model, tokenizer: Tokenizer, file: Path, source: Path) -> Model:
         model = cls.__new__(cls)
-        model._native_model, model.tokenizer = native, tokenizer
+        model._native_model, model.tokenizer, model._source = native, tokenizer, source
         model.info = ModelInfo(file=file, **native.info())
         return model
 
@@ -145,7 +147,7 @@ class Model(Returned):
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
-        file = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
+        file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
         mmap = chosen.mmap
         with contextlib.ExitStack() as stack:
             report = stack.enter_context(counts(progress, f"loading {file.name}"))
@@ -157,7 +159,8 @@ class Model(Returned):
             # Without mmap the file takes memory while it loads, and reading its vocabulary waits for that memory.
             background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
             native = _native.Model.load(file, chosen, report)
-        return cls._of(native, _tokenizer(file, mmap) if background is None else background.result(), file)
+        tokenizer = _tokenizer(file, mmap) if background is None else background.result()
+        return cls._of(native, tokenizer, file, original)
 
     @overload
     def generate(
@@ -350,6 +353,7 @@ class Model(Returned):
 
         Raises:
             ContextFullError: A document does not fit into the context.
+            ModelError: A hidden state is not finite, or keys or values do not fit into the cache type.
             ValueError: A document has no tokens, or `pooling` is unknown.
         """
         if pooling not in ("mean", "last"):
@@ -360,6 +364,8 @@ class Model(Returned):
         documents, is_one = as_prompts(text, "text")
         for number, document in enumerate(documents):
             name = "text" if is_one else f"text[{number}]"
+            if isinstance(document, str):
+                check_length(self, document)
             states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name))
             row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)

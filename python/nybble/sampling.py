@@ -248,3 +248,19 @@ def _ids(values: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Returns the seed of one of several completions of a prompt. The first keeps the seed.
+
+    Neighboring seeds give unrelated results. With `seed + index`, the second completion of one request would be the
+    first of another.
+    """
+    state = seed % 2**64
+    if index == 0:
+        return state
+    # SplitMix64 (Steele, Lea and Flood 2014), from a state that differs for each index.
+    state = (state + index * 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from nybble import _native as native_module
 from nybble.completion import Completion, Message, Prompt
+from nybble.errors import ModelError
 from nybble.generation.request import TextModel, prepare_tokens, prompt_ids, token_ids
 from nybble.generation.stream import TextStream
 from nybble.overrides import Returned
@@ -45,16 +46,20 @@ class Session(Returned):
     """All tokens before the latest completion."""
     _stream: TextStream | None
     """The latest completion, unless `_tokens` includes it."""
+    _before: tuple[native_module.Session, tuple[int, ...]]
+    """KV cache and tokens before the latest completion."""
 
     @classmethod
     def _of(cls, model: TextModel, native: native_module.Session, tokens: Sequence[int] = ()) -> Session:
         session = cls.__new__(cls)
         session._model, session._native, session._tokens, session._stream = model, native, tuple(tokens), None
+        session._before = native, session._tokens
         return session
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids of all tokens, prompts and completions."""
+        self._undo_failed()
         if self._stream is None:
             return self._tokens
         return (*self._tokens, *self._stream.tokens)
@@ -79,7 +84,8 @@ class Session(Returned):
             **overrides: As in `Model.generate`.
 
         Raises:
-            ContextFullError: The tokens do not fit into the context. The session is unchanged.
+            ModelError: The model cannot compute the tokens, for example because they do not fit into the context
+                (`ContextFullError`), or their keys or values do not fit into the cache type. The session is unchanged.
             MemoryError: The KV cache does not fit into memory. The session keeps the prompt and the tokens so far.
         """
         return self._finished(self._begin(self._extended(prompt), merge(options, overrides)))
@@ -93,7 +99,7 @@ class Session(Returned):
         """Appends a prompt and generates its completion piece by piece.
 
         If the stream is abandoned, the session keeps the tokens so far. Raises as `generate` does; the iterator
-        raises errors of the computation.
+        raises errors of the computation, with the same effect on the session.
         """
         return self._begin(self._extended(prompt), merge(options, overrides))
 
@@ -159,7 +165,9 @@ class Session(Returned):
 
         Raises:
             OSError: The file cannot be written.
+            ValueError: `path` is a file of the model, or is not a regular file.
         """
+        native_module.check_output(path, [self._model._source])
         self._model._native.save_session(self._computed(), self.tokens, path)
 
     def __len__(self) -> int:
@@ -183,9 +191,11 @@ class Session(Returned):
         tokens, common = self.tokens, 0
         while common < min(len(tokens), len(ids)) and tokens[common] == ids[common]:
             common += 1
-        native = self._computed().prefix(common)
+        before = self._computed()
+        native = before.prefix(common)
         stream = TextStream._of(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
         # The session changes only here, after everything that can fail.
+        self._before = before, tuple(tokens)
         self._native, self._tokens, self._stream = native, tuple(ids), stream
         return stream
 
@@ -195,8 +205,14 @@ class Session(Returned):
         self._computed()  # Without the stream its scheduler and buffers are freed.
         return stream.completion
 
+    def _undo_failed(self) -> None:
+        """Restores the session as it was before a completion that the model could not compute."""
+        if self._stream is not None and isinstance(self._stream._error, ModelError):
+            (self._native, self._tokens), self._stream = self._before, None
+
     def _computed(self) -> native_module.Session:
         """Returns the KV cache of a beginning of `tokens`. The tokens of the latest stream become the session's own."""
+        self._undo_failed()
         if self._stream is not None:
             tokens, native = self.tokens, self._stream._session
             if native is not None:

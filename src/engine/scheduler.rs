@@ -394,6 +394,11 @@ impl Scheduler {
                 _ if entry.rows == 0 => continue,
                 Logits::None => {
                     entry.sequence.pending.drain(..entry.rows);
+                    if let Err(error) = entry.sequence.session.check_cache() {
+                        entry.remaining = 0;
+                        failed.push((entry.id, error));
+                        continue;
+                    }
                     0
                 }
                 Logits::Last => 1,

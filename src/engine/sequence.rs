@@ -106,7 +106,12 @@ impl Sequence {
     }
 
     /// Samples a token from `logits` and appends it. It is not pending yet.
+    ///
+    /// # Errors
+    /// [`Error::CacheOverflow`](crate::Error::CacheOverflow) and [`Error::BadLogits`](crate::Error::BadLogits).
     pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        // This error says more than the one about logits, which are NaN for the same reason.
+        self.session.check_cache()?;
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);
         Ok(sampled)
@@ -118,8 +123,8 @@ impl Sequence {
 /// A sequence's tokens are bit-identical to those it gets alone.
 ///
 /// # Errors
-/// Those of [`Model::forward`], with all sequences as they were before; [`Error::BadLogits`] when nothing can be sampled.
-/// [`Error::InvalidArgument`] for a sequence without pending tokens.
+/// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`]
+/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence without pending tokens.
 pub fn step(
     model: &Model,
     sequences: &mut [&mut Sequence],

@@ -1,8 +1,10 @@
 //! File formats: metadata and named tensors. Nothing here depends on models.
 
+pub(crate) mod atomic_file;
 pub mod gguf;
 pub(crate) mod json;
 mod mapped;
+pub mod output;
 #[doc(hidden)]
 pub mod safetensors;
 

@@ -7,7 +7,11 @@ use half::f16;
 /// Positions in a page of the KV cache: four panels of 16 keys.
 pub const PAGE: usize = 64;
 
-/// Stored keys or values. INT8 codes have one scale per position, which the cache stores separately.
+/// Numbers of a key or value that share a scale in an INT8 cache.
+pub const INT8_GROUP: usize = 32;
+
+/// Stored keys or values. INT8 codes have a scale per position and group of [`INT8_GROUP`] numbers, which the cache stores
+/// separately.
 #[derive(Debug, Clone, Copy)]
 pub enum KvSlice<'a> {
     /// Single precision.
@@ -38,8 +42,10 @@ pub struct ScoreInputs<'a> {
     pub head_dim: usize,
     /// `(PAGE / 16, head_dim, 16)`
     pub keys: KvSlice<'a>,
-    /// Factor of the scores of each position.
-    pub scales: &'a [f32; PAGE],
+    /// Numbers of a key that share a factor; the last group may be smaller.
+    pub group: usize,
+    /// `(groups, PAGE)`: the factor of each group's part of a score.
+    pub scales: &'a [f32],
 }
 
 /// A page of values, and each query's weights of its positions.
@@ -55,6 +61,10 @@ pub struct WeightedValues<'a> {
     pub values: KvSlice<'a>,
     /// Numbers in a value, a multiple of 16.
     pub width: usize,
+    /// Numbers of a value that share a factor, a multiple of 16; the last group may be smaller.
+    pub group: usize,
+    /// `(groups, PAGE)`: the factor of each group of each value; or empty, for values without factors.
+    pub scales: &'a [f32],
 }
 
 /// Softmax over some positions for `n` queries, not yet divided by its sum.

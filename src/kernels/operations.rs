@@ -51,12 +51,13 @@ macro_rules! operations {
                 /// Over the columns in order: `acc = fma(w, x, acc)`.
                 fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) = float;
 
-                /// Dot products of queries with a page of keys into `scores[i * stride ..][.. PAGE]`, times the scale of
-                /// the position. Over `head_dim` in order with fused multiply-add.
+                /// Dot products of queries with a page of keys into `scores[i * stride ..][.. PAGE]`. Over the numbers of a
+                /// group in order: `part = fma(key, query, part)`. Over the groups in order: the first `part * scale`, then
+                /// `score = fma(part, scale, score)`.
                 fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) = attention;
 
                 /// Adds to `out (n, width)` the values of the positions `ranges[i]`, weighted by `weights[i * stride ..]`,
-                /// in order with fused multiply-add.
+                /// times the scale of their group if there are scales, in order with fused multiply-add.
                 fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) = attention;
 
                 /// Converts numbers to single precision.

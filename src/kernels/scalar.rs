@@ -131,26 +131,32 @@ fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out
 }
 
 fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
-    let ScoreInputs { queries, head_dim, keys, scales } = inputs;
+    let ScoreInputs { queries, head_dim, keys, group, scales } = inputs;
     for (i, query) in queries.chunks_exact(head_dim).enumerate() {
         let scores = &mut scores[i * stride..][..PAGE];
-        for (position, (score, scale)) in scores.iter_mut().zip(scales).enumerate() {
-            let mut acc = 0.0f32;
-            for (d, q) in query.iter().enumerate() {
-                let key = keys.get((position / PANEL * head_dim + d) * PANEL + position % PANEL);
-                acc = key.mul_add(*q, acc);
+        for (position, score) in scores.iter_mut().enumerate() {
+            for (g, query) in query.chunks(group).enumerate() {
+                let mut acc = 0.0f32;
+                for (d, q) in query.iter().enumerate() {
+                    let d = g * group + d;
+                    let key = keys.get((position / PANEL * head_dim + d) * PANEL + position % PANEL);
+                    acc = key.mul_add(*q, acc);
+                }
+                let scale = scales[g * PAGE + position];
+                *score = if g == 0 { acc * scale } else { acc.mul_add(scale, *score) };
             }
-            *score = acc * scale;
         }
     }
 }
 
 fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) {
-    let WeightedValues { weights, stride, ranges, values, width } = inputs;
+    let WeightedValues { weights, stride, ranges, values, width, group, scales } = inputs;
     for (i, (out, range)) in out.chunks_exact_mut(width).zip(ranges).enumerate() {
         for position in range.clone() {
             let weight = weights[i * stride + position];
             for (column, out) in out.iter_mut().enumerate() {
+                let scale = scales.get(column / group * PAGE + position);
+                let weight = scale.map_or(weight, |scale| weight * scale);
                 *out = values.get(position * width + column).mul_add(weight, *out);
             }
         }

@@ -83,8 +83,28 @@ impl Transformer {
             for (input, len) in inputs.iter_mut().zip(&w.lengths) {
                 input.session.truncate(*len);
             }
+        } else {
+            self.invalidate_overflowed(inputs, &mut logits[before..]);
         }
         result
+    }
+
+    /// Makes the results of inputs whose keys or values the cache does not hold NaN: where attention skips a key that is
+    /// minus infinity, they would look valid.
+    fn invalidate_overflowed(&self, inputs: &[Input<'_>], mut results: &mut [f32]) {
+        let vocabulary = self.weights.vocabulary();
+        for input in inputs {
+            let len = match input.logits {
+                Logits::None => 0,
+                Logits::Last => vocabulary,
+                Logits::All => input.tokens.len() * vocabulary,
+                Logits::Hidden => input.tokens.len() * self.config.hidden,
+            };
+            let own = results.split_off_mut(..len).unwrap_or_default();
+            if input.session.check_cache().is_err() {
+                own.fill(f32::NAN);
+            }
+        }
     }
 
     /// Allocates memory for the keys and values of all inputs, and for the logits or hidden states that they ask for.

@@ -204,8 +204,9 @@ impl Model {
     /// [`vocabulary`](Model::vocabulary) numbers per token, in the order of the inputs; for [`Logits::Hidden`] a row of
     /// [`hidden`](Config::hidden) numbers. All inputs of a step want logits, or all want hidden states.
     ///
-    /// The bits of a token's result do not depend on what else is in the step. `interrupted` is called between layers; when
-    /// it returns true the step ends.
+    /// The bits of a token's result do not depend on what else is in the step. The result of an input whose keys or values
+    /// the cache type does not hold is NaN: see [`Session::check_cache`]. `interrupted` is called between layers; when it
+    /// returns true the step ends.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an unknown token, no tokens, or a session of another model;
@@ -249,6 +250,11 @@ impl Model {
     /// An empty session.
     pub fn session(&self) -> Session {
         Session::new(self.shape, self.context, self.id)
+    }
+
+    /// An empty session whose cache has another type than those of the model.
+    pub(crate) fn session_in(&self, cache_type: CacheType) -> Session {
+        Session::new(CacheShape::of(self.config(), cache_type), self.context, self.id)
     }
 
     /// The file or folder it was loaded from.
@@ -343,6 +349,7 @@ impl Model {
             path: &self.path,
             fingerprint: &|| (*self.fingerprint()).into(),
             shape: self.shape,
+            kernel: self.kernel(),
             context: self.context,
             vocabulary: self.vocabulary(),
         })
@@ -368,7 +375,8 @@ impl Session {
     }
 
     /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues bit-identically to the saved
-    /// session, on any kernel and any number of threads.
+    /// session, on any kernel and any number of threads. An INT8 session of a version that had one scale per head is converted;
+    /// it continues with other bits.
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,

@@ -1,5 +1,6 @@
 //! `nybble._native.GgufFile`: metadata and tensors of GGUF files, and conversion to GGUF.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use pyo3::IntoPyObjectExt;
@@ -7,7 +8,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use super::detach::{guarded, with_progress};
+use crate::format::atomic_file::AtomicFile;
 use crate::format::gguf::{self, Array, Gguf, Value};
+use crate::format::output::Sources;
 use crate::quant::block::BlockType;
 use crate::{Error, model};
 
@@ -24,6 +27,26 @@ pub(super) fn convert(
     let names = || Error::argument("type", format_args!("{type:?}"), "f32, f16, bf16, q8_0, q4_0 or q4_1");
     let wanted = BlockType::from_name(r#type).ok_or_else(names)?;
     with_progress(py, progress, |report| model::convert::convert_path(&source, &out, wanted, Some(report)))
+}
+
+/// Checks that the file at `path` may be created or replaced: nothing is there, or a regular file that is none of `sources` (files
+/// with all shards, folders with all files). A file for unfinished work, `is_working`, may be in a folder that is read.
+#[pyfunction]
+#[pyo3(signature = (path, sources, is_working=false))]
+pub(super) fn check_output(path: PathBuf, sources: Vec<PathBuf>, is_working: bool) -> PyResult<()> {
+    let sources = Sources::new(sources);
+    Ok(if is_working { sources.check_working_file("out", &path) } else { sources.check("out", &path) }?)
+}
+
+/// Writes `data` to the file at `path`, which appears when it is complete, after [`check_output`].
+#[pyfunction]
+pub(super) fn write_file(py: Python<'_>, path: PathBuf, data: &[u8], sources: Vec<PathBuf>) -> PyResult<()> {
+    guarded(py, || {
+        Sources::new(sources).check("path", &path)?;
+        let mut file = AtomicFile::create(&path, false)?;
+        file.write_all(data).map_err(|source| Error::io(&path, source))?;
+        file.finish()
+    })
 }
 
 /// A tensor's entry in a file.

@@ -195,6 +195,10 @@ impl Model {
                 let mut session = self.0.session();
                 let input = Input { session: &mut session, tokens: &ids, logits: wanted };
                 self.0.forward(&mut [input], &mut values, interrupted)?;
+                session.check_cache()?;
+                if wanted == Logits::Hidden && values.iter().any(|value| !value.is_finite()) {
+                    return Err(Error::BadHiddenStates);
+                }
             }
             Ok(values)
         })?;

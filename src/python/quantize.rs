@@ -13,8 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target, TensorFormats,
-    TuningOptions, auto, quantize as run, spend_bits,
+    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target,
+    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, spend_bits, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -23,6 +23,8 @@ pub(super) struct Options {
     recipe: String,
     search: bool,
     block_format: String,
+    #[pyo3(default)]
+    chooses_format: bool,
     group_size: usize,
     bits_per_weight: Option<f64>,
     output_type: String,
@@ -33,6 +35,8 @@ pub(super) struct Options {
     budget: Option<f64>,
     seed: u64,
     threads: Option<usize>,
+    #[pyo3(default)]
+    imatrix: Option<PathBuf>,
     force: bool,
 }
 
@@ -96,9 +100,9 @@ fn block_type(argument: &'static str, name: &str) -> crate::Result<BlockType> {
 
 /// Quantizes the checkpoint `source` into the GGUF file `out` and returns a report as JSON. `windows (n, window)` are the token
 /// ids to calibrate on, `evaluation (n, window)` those on which `auto` measures. `progress` is called with the name of a stage,
-/// how much of it is done, and the total.
+/// how much of it is done, and the total. `read` are other files that must not be overwritten.
 #[pyfunction]
-#[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None))]
+#[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None, read=Vec::new()))]
 pub(super) fn quantize(
     py: Python<'_>,
     source: PathBuf,
@@ -107,6 +111,7 @@ pub(super) fn quantize(
     windows: Option<PyReadonlyArray2<'_, i32>>,
     evaluation: Option<PyReadonlyArray2<'_, i32>>,
     progress: Option<Py<PyAny>>,
+    read: Vec<PathBuf>,
 ) -> PyResult<String> {
     let (recipe, mut formats, budget) = (options.recipe()?, options.formats()?, options.budget()?);
     let ids = |windows: Option<PyReadonlyArray2<'_, i32>>| windows.as_ref().map_or(Ok(Vec::new()), token_windows);
@@ -122,12 +127,27 @@ pub(super) fn quantize(
             }
         };
         let context = RunContext {
+            read: &read,
             threads: options.threads,
             force: options.force,
             progress: &report,
             interrupted: &stop,
             ..RunContext::new(&source, &out, &windows)
         };
+        let importance = match &options.imatrix {
+            Some(path) => {
+                if !path.exists() {
+                    write_importance(&context, path)?;
+                }
+                Some(Importance::read(path)?)
+            }
+            None => None,
+        };
+        let context = RunContext { importance: importance.as_ref(), ..context };
+        if options.chooses_format {
+            let weigh = recipe.is_none() && options.bits_per_weight.is_none();
+            formats = choose_formats(&context, &formats, weigh)?;
+        }
         if let Some(bits) = options.bits_per_weight {
             formats = spend_bits(&context, &formats, bits)?;
         }

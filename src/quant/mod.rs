@@ -14,6 +14,7 @@ pub mod pack;
 #[doc(hidden)]
 pub mod packed;
 mod panel;
+pub(crate) mod scale_range;
 
 #[doc(hidden)]
 pub use pack::Rows;

@@ -79,7 +79,7 @@ pub struct AutoReport {
 pub fn auto(context: &RunContext<'_>, options: &AutoOptions, evaluation: &[Vec<u32>]) -> Result<AutoReport> {
     let started = Instant::now();
     options.formats.check()?;
-    context.check_out()?;
+    context.check_out(&[ResumeFiles::next_to(context.out)])?;
     let can_tune = pipeline::can_tune(context, &options.formats)?;
     let mut search = Search::begin(context, options, evaluation, can_tune, started)?;
     let result = search.run();
@@ -130,7 +130,11 @@ impl<'a> Search<'a> {
         let reference = Reference::record(&model, evaluation, &measuring, context.interrupted)?;
         let candidates = candidates(options, can_tune);
         let names: Vec<String> = candidates.iter().map(QuantizeOptions::name).collect();
-        let paths = names.iter().map(|name| hidden(context.out, name)).collect();
+        let paths: Vec<_> = names.iter().map(|name| hidden(context.out, name)).collect();
+        let own = |candidate: &QuantizeOptions| ResumeFiles::next_to(&hidden(context.out, candidate.recipe.name()));
+        context.check_out(&candidates.iter().map(own).collect::<Vec<_>>())?;
+        let sources = context.sources();
+        paths.iter().try_for_each(|path| sources.check_working_file("out", path))?;
         let resume_files = vec![ResumeFiles::next_to(context.out)];
         Ok(Search { context, options, started, reference, candidates, names, paths, made: Vec::new(), resume_files })
     }

@@ -1,14 +1,16 @@
 //! The shared context of a run: source and output, the calibration text, progress and cancellation.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::compute::Compute;
+use super::importance::Importance;
 use super::overrides::TensorFormats;
 use super::resume::ResumeFiles;
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::format::gguf::Gguf;
+use crate::format::output::Sources;
 use crate::model::LoadOptions;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
@@ -27,12 +29,16 @@ pub struct RunContext<'a> {
     pub source: &'a Path,
     /// The GGUF file to write. The files of an interrupted run are in the same folder.
     pub out: &'a Path,
+    /// Other files that were read for the run, such as documents. Like the source, they are never overwritten.
+    pub read: &'a [PathBuf],
     /// Token ids of the calibration text, each window a separate sequence. Recipes that need no text ignore them.
     pub windows: &'a [Vec<u32>],
     /// Threads to compute with; `None` takes the default. The result does not depend on it.
     pub threads: Option<usize>,
     /// Whether an existing output is replaced.
     pub force: bool,
+    /// The importance of columns for tensors that are rounded without calibration.
+    pub importance: Option<&'a Importance>,
     /// Called as the run proceeds.
     pub progress: StageProgress<'a>,
     /// Whether to stop.
@@ -50,7 +56,17 @@ impl<'a> RunContext<'a> {
     /// A run with the default threads, without progress, that is never interrupted and never replaces a file.
     pub fn new(source: &'a Path, out: &'a Path, windows: &'a [Vec<u32>]) -> RunContext<'a> {
         let (progress, interrupted): (StageProgress<'_>, Interrupted<'_>) = (&|_, _, _| {}, &|| false);
-        RunContext { source, out, windows, threads: None, force: false, progress, interrupted }
+        RunContext {
+            source,
+            out,
+            read: &[],
+            windows,
+            threads: None,
+            force: false,
+            importance: None,
+            progress,
+            interrupted,
+        }
     }
 
     /// How to load the model.
@@ -66,22 +82,24 @@ impl<'a> RunContext<'a> {
         if self.source.is_dir() { act(&HfFolder::open(self.source)?) } else { act(&Gguf::open(self.source)?) }
     }
 
-    /// Whether the output may be written.
+    /// Whether the output may be written, and the files of unfinished work.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it is the source, or exists and `force` is not set.
-    pub(super) fn check_out(&self) -> Result<()> {
-        let whole = |path: &Path| path.canonicalize().ok();
-        let refused = |what, expected: &str| {
-            Err(Error::argument("out", format_args!("{}, which {what}", self.out.display()), expected))
-        };
-        match whole(self.out) {
-            Some(out) if whole(self.source).is_some_and(|source| source == out) => {
-                refused("is the source", "another file")
-            }
-            Some(_) if !self.force => refused("exists", "a new file, or force"),
-            _ => Ok(()),
+    /// [`Error::InvalidArgument`] if one of them is read, if the output is not a regular file, or exists and `force` is not set.
+    pub(super) fn check_out(&self, files: &[ResumeFiles]) -> Result<()> {
+        let sources = self.sources();
+        sources.check("out", self.out)?;
+        files.iter().flat_map(ResumeFiles::all).try_for_each(|file| sources.check_working_file("out", &file))?;
+        if self.out.exists() && !self.force {
+            let found = format!("{}, which exists", self.out.display());
+            return Err(Error::argument("out", found, "a new file, or force"));
         }
+        Ok(())
+    }
+
+    /// Everything that is read.
+    pub(super) fn sources(&self) -> Sources {
+        Sources::new(self.read.iter().map(PathBuf::as_path).chain([self.source]))
     }
 }
 

@@ -9,7 +9,7 @@ use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
-use crate::model::{Input, Logits, Model};
+use crate::model::{CacheType, Input, Logits, Model, Session};
 
 /// Bytes of logits in memory at a time.
 const LOGIT_BYTES: usize = 32 << 20;
@@ -253,18 +253,42 @@ fn for_each_chunk(
         progress(done, windows.len())?;
         let mut session = model.session();
         let (unscored, scored) = window[..length - 1].split_at(length / 2);
-        let first = Input { session: &mut session, tokens: unscored, logits: Logits::None };
-        model.forward(&mut [first], &mut logits, interrupted)?;
+        advance(model, &mut session, (&[], unscored), Logits::None, &mut logits, interrupted)?;
+        let mut at = unscored.len();
         for (tokens, next) in scored.chunks(rows).zip(window[length / 2 + 1..].chunks(rows)) {
-            logits.clear();
-            let input = Input { session: &mut session, tokens, logits: Logits::All };
-            model.forward(&mut [input], &mut logits, interrupted)?;
+            advance(model, &mut session, (&window[..at], tokens), Logits::All, &mut logits, interrupted)?;
+            at += tokens.len();
             take(Chunk { logits: &logits, tokens: next })?;
         }
         logits.clear();
     }
     progress(windows.len(), windows.len())?;
     Ok(())
+}
+
+/// Computes `tokens`, which follow the tokens `before` in a session, and replaces `logits` by the wanted ones.
+///
+/// Where the cache type does not hold their keys or values, the session becomes one in F32, which holds all: a measurement is
+/// about the weights.
+fn advance(
+    model: &Model,
+    session: &mut Session,
+    (before, tokens): (&[u32], &[u32]),
+    wanted: Logits,
+    logits: &mut Vec<f32>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<()> {
+    logits.clear();
+    model.forward(&mut [Input { session, tokens, logits: wanted }], logits, interrupted)?;
+    if session.check_cache().is_ok() {
+        return Ok(());
+    }
+    logits.clear();
+    *session = model.session_in(CacheType::F32);
+    if !before.is_empty() {
+        model.forward(&mut [Input { session, tokens: before, logits: Logits::None }], logits, interrupted)?;
+    }
+    model.forward(&mut [Input { session, tokens, logits: wanted }], logits, interrupted)
 }
 
 /// The score of one token.

@@ -18,6 +18,8 @@ pub(super) struct LayerProblem<'a> {
     pub hessian: &'a [f32],
     /// `(columns)`: the mean over tokens of `|x|`. Empty without calibration.
     pub magnitude: &'a [f32],
+    /// `(columns)`: the mean square of each input where only that is known. Otherwise empty.
+    pub squares: &'a [f32],
 }
 
 impl<'a> LayerProblem<'a> {
@@ -50,15 +52,23 @@ impl<'a> LayerProblem<'a> {
                 return Err(Error::argument(name, found, "finite numbers"));
             }
         }
-        Ok(LayerProblem { weights, rows, columns, hessian, magnitude })
+        Ok(LayerProblem { weights, rows, columns, hessian, magnitude, squares: &[] })
+    }
+
+    /// Whether nothing is known about the inputs.
+    pub(super) fn is_blind(&self) -> bool {
+        self.hessian.is_empty() && self.squares.is_empty()
     }
 
     /// `(columns)`: the weight of a squared error in each column: the mean square of its input, or 1 without calibration.
     pub(super) fn importance(&self) -> Vec<f32> {
-        if self.hessian.is_empty() {
+        if self.is_blind() {
             return vec![1.0; self.columns];
         }
-        let diagonal: Vec<f32> = self.hessian.iter().step_by(self.columns + 1).copied().collect();
+        let diagonal: Vec<f32> = match self.hessian {
+            [] => self.squares.to_vec(),
+            hessian => hessian.iter().step_by(self.columns + 1).copied().collect(),
+        };
         // A column whose input was always 0 still needs a defined result.
         let mean = diagonal.iter().sum::<f32>() / self.columns as f32;
         let least = if mean > 0.0 { mean * 1e-4 } else { 1.0 };

@@ -25,6 +25,7 @@ mod compute;
 mod context;
 pub mod eval;
 mod format;
+mod importance;
 mod layer;
 mod overrides;
 mod pipeline;
@@ -33,15 +34,16 @@ mod resume;
 mod tuning;
 
 pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
-pub use bits::spend_bits;
+pub use bits::{choose_formats, spend_bits, write_importance};
 pub use context::{Interrupted, RunContext, StageProgress};
 pub use format::Format;
 #[doc(hidden)]
 pub use format::GroupedFormat;
+pub use importance::Importance;
 #[doc(hidden)]
 pub use overrides::Stored;
 pub use overrides::TensorFormats;
-pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+pub use pipeline::{ExpertCounts, QuantizeOptions, Report, TensorReport, quantize};
 pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};

@@ -90,6 +90,20 @@ impl TensorFormats {
         }
     }
 
+    /// Whether an override sets the type of the tensor with this name.
+    pub(super) fn is_overridden(&self, name: &str) -> bool {
+        self.overrides.iter().any(|(pattern, _)| matches(pattern, name) || matches(pattern, stem(name)))
+    }
+
+    /// Why a tensor is stored in F16 although another type was asked for; `None` if it is stored as asked.
+    pub(super) fn why_f16(&self, name: &str, dims: &[usize]) -> Option<String> {
+        let columns = dims.first().copied().unwrap_or(0);
+        let is_fallback = self.stored(name, dims) == Stored::Encoded(BlockType::F16)
+            && !self.is_overridden(name)
+            && !columns.is_multiple_of(super::format::BLOCK);
+        is_fallback.then(|| format!("stored in F16: rows of {columns} weights do not fill blocks of 32"))
+    }
+
     /// How the tensor with this name and these dimensions is stored.
     #[doc(hidden)]
     pub fn stored(&self, name: &str, dims: &[usize]) -> Stored {

@@ -3,6 +3,7 @@
 //! Linear layers are quantized in the order in which tokens pass through them. Finished tensors go to a log next to the output.
 //! When all are done the file is written under a temporary name and renamed.
 
+pub(super) mod exceptions;
 mod options;
 mod quantizer;
 mod report;
@@ -13,7 +14,7 @@ use std::time::Instant;
 
 pub use options::QuantizeOptions;
 use quantizer::Quantizer;
-pub use report::{Report, TensorReport};
+pub use report::{ExpertCounts, Report, TensorReport};
 
 use super::calibration::{Calibration, check_windows, read_rows};
 use super::context::{OpenRun, RunContext};
@@ -37,8 +38,8 @@ use crate::model::layerwise::Layerwise;
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.formats.check()?;
-    context.check_out()?;
     let files = ResumeFiles::next_to(context.out);
+    context.check_out(std::slice::from_ref(&files))?;
     let report = run(context, &files, options)?;
     files.remove()?;
     Ok(report)
@@ -90,11 +91,14 @@ fn run_on(
     let started = Instant::now();
     options.formats.check_names(checkpoint)?;
     check_vectors(checkpoint)?;
-    let windows = if options.recipe.needs_text() { context.windows } else { &[] };
-    let key = run_key(checkpoint, (&options.recipe, &options.formats), windows);
-    let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let layers = &Layerwise::load(checkpoint, &context.load_options())?;
     let run = OpenRun { context: *context, checkpoint, layers, formats: &options.formats, files };
+    let (formats, exceptions) = exceptions::without_f16_scales(&run)?;
+    let windows = if options.recipe.needs_text() { context.windows } else { &[] };
+    let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
+    let key = run_key(checkpoint, (&options.recipe, &formats, importance.transpose()?), windows);
+    let mut log = ResumeLog::open(&files.log(), context.out, key)?;
+    let run = OpenRun { formats: &formats, ..run };
     if options.tuning.is_some() {
         tuning::supports(checkpoint, layers.config())
             .map_err(|found| Error::argument("tune", found, "a model of plain decoder blocks, such as Llama's"))?;
@@ -107,10 +111,13 @@ fn run_on(
         calibrate(&mut quantizer, &run, windows, key)?;
     }
     quantizer.solve_rest()?;
-    if let Some(tuning) = &options.tuning {
+    // Scales and norms of a model whose weights are exact are the best already.
+    let tuning = options.tuning.filter(|_| !quantizer::is_exact(&run, &log));
+    if let Some(tuning) = &tuning {
         tuning::tune(&run, tuning, key, &mut log)?;
     }
-    let mut report = writer::write(&run, options, &log, metadata)?;
+    let mut report = writer::write(&run, options, tuning.is_some(), &log, metadata)?;
+    report.add_notes(exceptions);
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
 }

@@ -39,8 +39,14 @@ fn get(numbers: KvSlice<'_>, i: usize) -> f64 {
     }
 }
 
-fn scales(rng: &mut Rng) -> [f32; PAGE] {
-    std::array::from_fn(|_| rng.unit())
+/// Factors of up to 5 groups `(groups, PAGE)`.
+fn scales(rng: &mut Rng) -> Vec<f32> {
+    (0..5 * PAGE).map(|_| rng.unit()).collect()
+}
+
+/// Numbers per group: all of them together, and fewer.
+fn groups(numbers: usize) -> [usize; 2] {
+    [numbers, numbers.div_ceil(4).next_multiple_of(16)]
 }
 
 #[test]
@@ -51,21 +57,14 @@ fn scores_match_the_scalar_kernel_and_write_only_their_page() {
         for n in QUERIES {
             let queries = rng.values(n * head_dim);
             let guard = f32::from_bits(0x7fc0_4321);
-            for (stored, keys) in keys.all() {
+            for ((stored, keys), group) in keys.all().into_iter().flat_map(|keys| groups(head_dim).map(|g| (keys, g))) {
+                let inputs = ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales };
                 let mut expected = vec![guard; n * STRIDE];
-                scalar().scores(
-                    ScoreInputs { queries: &queries, head_dim, keys, scales: &scales },
-                    &mut expected,
-                    STRIDE,
-                );
+                scalar().scores(inputs, &mut expected, STRIDE);
                 for kernel in available() {
-                    let what = format!("{}, {n} queries of {head_dim}, {stored}", kernel.name());
+                    let what = format!("{}, {n} queries of {head_dim} by {group}, {stored}", kernel.name());
                     let mut scores = vec![guard; n * STRIDE];
-                    kernel.scores(
-                        ScoreInputs { queries: &queries, head_dim, keys, scales: &scales },
-                        &mut scores,
-                        STRIDE,
-                    );
+                    kernel.scores(inputs, &mut scores, STRIDE);
                     assert_same(&scores, &expected, &what);
                     for row in scores.chunks(STRIDE) {
                         assert!(row[PAGE..].iter().all(|x| x.to_bits() == guard.to_bits()), "{what}: beyond the page");
@@ -85,12 +84,13 @@ fn scores_are_dot_products_of_queries_and_keys() {
     for kernel in available() {
         for (stored, keys) in keys.all() {
             let mut scores = vec![f32::NAN; n * PAGE];
-            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scales: &scales }, &mut scores, PAGE);
+            let group = 16;
+            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales }, &mut scores, PAGE);
             for (i, score) in scores.iter().enumerate() {
                 let (query, position) = (i / PAGE, i % PAGE);
                 let terms = (0..head_dim).map(|d| {
                     let key = get(keys, (position / PANEL * head_dim + d) * PANEL + position % PANEL);
-                    key * f64::from(queries[query * head_dim + d]) * f64::from(scales[position])
+                    key * f64::from(queries[query * head_dim + d]) * f64::from(scales[d / group * PAGE + position])
                 });
                 let magnitude: f64 = terms.clone().map(f64::abs).sum();
                 assert_close(*score, terms.sum(), 1e-6 * magnitude, format!("{}, {stored}", kernel.name()));
@@ -112,25 +112,26 @@ fn page(rng: &mut Rng, n: usize, width: usize) -> (Vec<f32>, Vec<Range<usize>>, 
 #[test]
 fn weighted_sums_match_the_scalar_kernel() {
     let mut rng = Rng(42);
+    let factors = scales(&mut rng);
     for width in [16, 32, 48, 64, 80, 112, 128, 576] {
         for n in QUERIES {
             let (weights, ranges, values) = page(&mut rng, n, width);
             let growing = (0..n).map(|i| i / 2..20 + i).collect();
             for ranges in [ranges, vec![0..PAGE; n], growing] {
                 let before = rng.values(n * width);
-                for (stored, values) in values.all() {
+                let all =
+                    values.all().into_iter().flat_map(|values| [&[][..], &factors].map(|scales| (values, scales)));
+                for ((stored, values), scales) in all {
+                    let (weights, group) = (&weights, groups(width)[1]);
+                    let inputs =
+                        WeightedValues { weights, stride: STRIDE, ranges: &ranges, values, width, group, scales };
                     let mut expected = before.clone();
-                    scalar().weighted_sum(
-                        WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
-                        &mut expected,
-                    );
+                    scalar().weighted_sum(inputs, &mut expected);
                     for kernel in available() {
                         let mut out = before.clone();
-                        kernel.weighted_sum(
-                            WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
-                            &mut out,
-                        );
-                        let what = format!("{}, {n} queries of {width}, {stored}, {ranges:?}", kernel.name());
+                        kernel.weighted_sum(inputs, &mut out);
+                        let scaled = if scales.is_empty() { "" } else { ", scaled" };
+                        let what = format!("{}, {n} queries of {width}, {stored}{scaled}, {ranges:?}", kernel.name());
                         assert_same(&out, &expected, what);
                     }
                 }
@@ -144,17 +145,17 @@ fn weighted_sums_are_added_to_the_output() {
     let mut rng = Rng(43);
     let (n, width) = (5, 48);
     let (weights, ranges, values) = page(&mut rng, n, width);
-    let before = rng.values(n * width);
+    let (before, factors) = (rng.values(n * width), scales(&mut rng));
     for kernel in available() {
         for (stored, values) in values.all() {
             let mut out = before.clone();
-            kernel.weighted_sum(
-                WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values, width },
-                &mut out,
-            );
+            let (ranges, group, scales) = (&ranges, 32, &factors);
+            let inputs = WeightedValues { weights: &weights, stride: STRIDE, ranges, values, width, group, scales };
+            kernel.weighted_sum(inputs, &mut out);
             for (i, found) in out.iter().enumerate() {
                 let (query, column) = (i / width, i % width);
-                let term = |p| f64::from(weights[query * STRIDE + p]) * get(values, p * width + column);
+                let weight = |p| f64::from(weights[query * STRIDE + p]) * f64::from(factors[column / 32 * PAGE + p]);
+                let term = |p| weight(p) * get(values, p * width + column);
                 let terms = ranges[query].clone().map(term);
                 let start = f64::from(before[i]);
                 let magnitude: f64 = start.abs() + terms.clone().map(f64::abs).sum::<f64>();
@@ -174,34 +175,19 @@ fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
     for kernel in available() {
         for (stored, page) in values.all() {
             let (mut scores, mut sums) = (vec![f32::NAN; n * PAGE], vec![0.0; n * head_dim]);
-            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys: page, scales: &scales }, &mut scores, PAGE);
-            kernel.weighted_sum(
-                WeightedValues { weights: &weights, stride: STRIDE, ranges: &ranges, values: page, width: head_dim },
-                &mut sums,
-            );
+            let (group, scales) = (32, &scales[..]);
+            let inputs = ScoreInputs { queries: &queries, head_dim, keys: page, group, scales };
+            kernel.scores(inputs, &mut scores, PAGE);
+            let (ranges, stride, width) = (&ranges[..], STRIDE, head_dim);
+            let values = WeightedValues { weights: &weights, stride, ranges, values: page, width, group, scales };
+            kernel.weighted_sum(values, &mut sums);
             for i in 0..n {
                 let (mut score, mut sum) = (vec![f32::NAN; PAGE], vec![0.0; head_dim]);
-                kernel.scores(
-                    ScoreInputs {
-                        queries: &queries[i * head_dim..][..head_dim],
-                        head_dim,
-                        keys: page,
-                        scales: &scales,
-                    },
-                    &mut score,
-                    PAGE,
-                );
+                let own = &queries[i * head_dim..][..head_dim];
+                kernel.scores(ScoreInputs { queries: own, ..inputs }, &mut score, PAGE);
                 let weights = &weights[i * STRIDE..][..STRIDE];
-                kernel.weighted_sum(
-                    WeightedValues {
-                        weights,
-                        stride: STRIDE,
-                        ranges: &ranges[i..][..1],
-                        values: page,
-                        width: head_dim,
-                    },
-                    &mut sum,
-                );
+                let alone = WeightedValues { weights, ranges: &ranges[i..][..1], ..values };
+                kernel.weighted_sum(alone, &mut sum);
                 let what = format!("{}, {stored}, query {i}", kernel.name());
                 assert_same(&score, &scores[i * PAGE..][..PAGE], format!("{what}: scores"));
                 assert_same(&sum, &sums[i * head_dim..][..head_dim], format!("{what}: sums"));
@@ -225,16 +211,9 @@ fn widened_numbers_are_exact_and_give_the_same_bits() {
                 assert!(wide.iter().enumerate().all(|(i, x)| f64::from(*x) == get(numbers, i)), "{what}");
                 if count == PAGE * head_dim {
                     let mut scores = [vec![f32::NAN; n * PAGE], vec![f32::NAN; n * PAGE]];
-                    kernel.scores(
-                        ScoreInputs { queries: &queries, head_dim, keys: numbers, scales: &scales },
-                        &mut scores[0],
-                        PAGE,
-                    );
-                    kernel.scores(
-                        ScoreInputs { queries: &queries, head_dim, keys: KvSlice::F32(&wide), scales: &scales },
-                        &mut scores[1],
-                        PAGE,
-                    );
+                    let inputs = ScoreInputs { queries: &queries, head_dim, keys: numbers, group: 32, scales: &scales };
+                    kernel.scores(inputs, &mut scores[0], PAGE);
+                    kernel.scores(ScoreInputs { keys: KvSlice::F32(&wide), ..inputs }, &mut scores[1], PAGE);
                     assert_same(&scores[0], &scores[1], what);
                 }
             }
@@ -255,10 +234,9 @@ fn values_outside_the_range_of_a_query_do_not_affect_its_sum() {
             row[..3].fill(2.0);
         }
         let ranges = [0..3, 0..0, 0..1, 0..2, 1..3];
-        kernel.weighted_sum(
-            WeightedValues { weights: &weights, stride: PAGE, ranges: &ranges, values: KvSlice::F16(&values), width },
-            &mut out,
-        );
+        let (values, weights, scales) = (KvSlice::F16(&values), &weights, &[]);
+        let inputs = WeightedValues { weights, stride: PAGE, ranges: &ranges, values, width, group: width, scales };
+        kernel.weighted_sum(inputs, &mut out);
         for (row, expected) in out.chunks(width).zip([6.5, 0.5, 2.5, 4.5, 4.5]) {
             assert_same(row, &vec![expected; width], kernel.name());
         }

@@ -57,6 +57,18 @@ fn elementwise_operations_match_the_scalar_kernel() {
         let scale = kernel.to_int8(&x, &mut codes);
         codes.into_iter().map(f32::from).chain([scale]).collect()
     });
+    same_on_every_kernel("expand_scales", |kernel, [x, mut out, _]| {
+        let scales: Vec<u16> = x.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+        kernel.expand_scales(&scales, 0.3, &mut out);
+        out
+    });
+    for block in [1, 2, 4, 8, 16, 64, 128] {
+        same_on_every_kernel("hadamard", |kernel, [mut x, ..]| {
+            let whole = x.len() / block * block;
+            kernel.hadamard(&mut x[..whole], block);
+            x
+        });
+    }
     same_on_every_kernel("add_scaled", |kernel, [mut x, y, _]| {
         kernel.add_scaled(&mut x, &y, 0.7);
         x
@@ -200,7 +212,9 @@ fn int8_codes_are_rounded_to_nearest() {
             let mut codes = vec![0; n];
             let scale = kernel.to_int8(&x, &mut codes);
             let top = x.iter().fold(0.0f32, |top, x| top.max(x.abs()));
-            assert_close(scale, f64::from(top) / 127.0, 1e-7 * f64::from(top), kernel.name());
+            let exact = f64::from(top) / 127.0;
+            assert!(f64::from(scale) >= exact * 0.999_999 && f64::from(scale) <= exact * 1.01, "{scale} for {exact}");
+            assert_eq!(scale.to_bits() & 0xffff, 0, "{scale} is not BF16");
             for (code, x) in codes.iter().zip(&x) {
                 assert_close(*x, f64::from(*code) * f64::from(scale), 0.5001 * f64::from(scale), kernel.name());
             }
@@ -208,6 +222,30 @@ fn int8_codes_are_rounded_to_nearest() {
         let mut codes = [7; 3];
         assert_eq!((kernel.to_int8(&[0.0, -0.0, 1e-38], &mut codes), codes), (0.0, [0; 3]), "{}", kernel.name());
         assert!(kernel.to_int8(&[1.0, f32::NAN, 2.0], &mut codes).is_nan(), "{}", kernel.name());
+    }
+}
+
+#[test]
+fn the_hadamard_transform_is_a_product_with_its_matrix() {
+    let mut rng = Rng(36);
+    for kernel in available() {
+        for block in [1, 2, 4, 8, 32, 64, 256] {
+            let x = rng.values(2 * block);
+            let mut transformed = x.clone();
+            kernel.hadamard(&mut transformed, block);
+            for (i, found) in transformed.iter().enumerate() {
+                let own = &x[i / block * block..][..block];
+                let sign = |j: usize| if (i % block & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let expected: f64 = own.iter().enumerate().map(|(j, x)| sign(j) * f64::from(*x)).sum();
+                assert_close(*found, expected, 1e-5 * block as f64, format!("{}, {block}", kernel.name()));
+            }
+            // Twice the transform is the block times the numbers.
+            kernel.hadamard(&mut transformed, block);
+            for (found, x) in transformed.iter().zip(&x) {
+                let expected = f64::from(*x) * block as f64;
+                assert_close(*found, expected, 1e-5 * (block * block) as f64, format!("{}, {block}", kernel.name()));
+            }
+        }
     }
 }
 

@@ -102,7 +102,7 @@ proptest! {
     #[test]
     fn attention_is_bit_identical_on_every_kernel(
         (n, head_dim, columns) in (1usize..20, 1usize..140, 1usize..9),
-        pad in 0usize..20,
+        (pad, group) in (0usize..20, 16usize..150),
         seed in any::<u64>(),
         wild in any::<bool>(),
     ) {
@@ -110,7 +110,7 @@ proptest! {
         let mut values = |n| if wild { rng.wild_values(n) } else { rng.values(n) };
         let (queries, weights, before) = (values(n * head_dim), values(n * stride), values(n * width));
         let more = [values(n), values(n), values(n * width)];
-        let scales: Vec<f32> = values(PAGE);
+        let scales: Vec<f32> = values(9 * PAGE);
         let (keys, page) = (rng.halves(PAGE * head_dim), rng.halves(PAGE * width));
         let codes: Vec<i8> = (0..PAGE * head_dim.max(width)).map(|_| rng.next() as i8).collect();
         let range = |_| {
@@ -121,10 +121,13 @@ proptest! {
         let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(KvSlice::Int8);
         let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
-            for [keys, page] in [[KvSlice::F16(&keys), KvSlice::F16(&page)], int8] {
+            let halves = [KvSlice::F16(&keys), KvSlice::F16(&page)];
+            for ([keys, page], group, factors) in [(halves, head_dim, &[][..]), (int8, group, &scales[..])] {
                 let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
-                kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scales: scales.first_chunk().unwrap() }, &mut scores, stride);
-                kernel.weighted_sum(WeightedValues { weights: &weights, stride, ranges: &ranges, values: page, width }, &mut out);
+                kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales }, &mut scores, stride);
+                let (weights, ranges, group) = (&weights, &ranges, group.next_multiple_of(PANEL));
+                let inputs = WeightedValues { weights, stride, ranges, values: page, width, group, scales: factors };
+                kernel.weighted_sum(inputs, &mut out);
                 let (mut max, mut sum) = (weights[..n].to_vec(), queries[..n].to_vec());
                 let so_far = SoftmaxMut { max: &mut max, sum: &mut sum, values: &mut out };
                 let [more_max, more_sum, more_values] = &more;

@@ -306,3 +306,67 @@ fn a_failed_save_names_the_file_and_leaves_the_old_one() {
     let left = fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(left, 2, "the model and the session, and nothing half-written");
 }
+
+/// The file of an F32 session of a model of [`ODD`]'s shape as an earlier version wrote the same session in INT8: with a scale
+/// per position and head.
+fn as_whole_head_int8(f32_file: &[u8], tokens: usize, seen: usize) -> Vec<u8> {
+    const PAGE: usize = 64;
+    let (dim, width) = (ODD.head_dim, ODD.head_dim.next_multiple_of(16));
+    let start = 64 + 4 * tokens;
+    let mut file = f32_file[..start].to_vec();
+    file[12..16].copy_from_slice(&2u32.to_le_bytes());
+    let pages: Vec<f32> =
+        f32_file[start..f32_file.len() - 32].as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+    let head = PAGE * (dim + width);
+    assert_eq!(pages.len(), seen.div_ceil(PAGE) * ODD.layers * ODD.kv_heads * head);
+    for head in pages.chunks(head) {
+        let (keys, values) = head.split_at(PAGE * dim);
+        let key_at = |slot: usize, d: usize| (slot / 16 * dim + d) * 16 + slot % 16;
+        let scale = |numbers: &mut dyn Iterator<Item = f32>| numbers.fold(0.0f32, |top, x| top.max(x.abs())) / 127.0;
+        let key_scales: Vec<f32> = (0..PAGE).map(|slot| scale(&mut (0..dim).map(|d| keys[key_at(slot, d)]))).collect();
+        let value_scales: Vec<f32> = values.chunks(width).map(|value| scale(&mut value.iter().copied())).collect();
+        let code = |x: f32, scale: f32| if scale == 0.0 { 0 } else { (x / scale).round() as i8 as u8 };
+        let mut codes = vec![0; PAGE * dim];
+        for slot in 0..PAGE {
+            (0..dim).for_each(|d| codes[key_at(slot, d)] = code(keys[key_at(slot, d)], key_scales[slot]));
+        }
+        file.extend(codes);
+        file.extend(values.iter().enumerate().map(|(i, x)| code(*x, value_scales[i / width])));
+        file.extend(key_scales.iter().chain(&value_scales).flat_map(|scale| scale.to_le_bytes()));
+    }
+    let hash = blake3::hash(&file);
+    file.extend(hash.as_bytes());
+    file
+}
+
+#[test]
+fn an_int8_session_of_an_earlier_version_is_converted() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = llama(folder.path(), &ODD, BlockType::F32);
+    let (exact, int8) = (load(&file, CacheType::F32), load(&file, CacheType::Int8));
+    let path = folder.path().join("session");
+    for seen in [0, 1, 64, 100] {
+        let bytes = as_whole_head_int8(&saved(&exact, &path, seen), seen as usize + 1, seen as usize);
+        fs::write(&path, &bytes).unwrap();
+        let (mut session, read) = Session::load(&int8, &path).unwrap();
+        assert_eq!((session.len(), &read), (seen as usize, &tokens(seen + 1)));
+        let (mut reference, last) = (exact.session(), read[seen as usize]);
+        if seen > 0 {
+            feed(&exact, &mut reference, &read[..seen as usize]);
+        }
+        let expected = feed(&exact, &mut reference, &[last]);
+        let found = feed(&int8, &mut session, &[last]);
+        for (found, expected) in found.iter().zip(&expected) {
+            let (found, expected) = (f32::from_bits(*found), f32::from_bits(*expected));
+            assert!((found - expected).abs() < 0.1, "{found} for {expected} after {seen}");
+        }
+        // Written again, it is in the present form.
+        session.save(&int8, &read, &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap()[12], 3);
+    }
+    let bytes = as_whole_head_int8(&saved(&exact, &path, 3), 4, 3);
+    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert_refused(&int8, &path, &Place::File, &format!("{} bytes", bytes.len() - 1), "");
+    fs::write(&path, &bytes).unwrap();
+    assert_refused(&exact, &path, &field("cache_type"), "int8", "f32, that of the loaded model");
+}

@@ -414,7 +414,7 @@ fn errors_name_their_cause_and_leave_no_output() {
         }
     }
     let error = run_forced(&whole, &whole, &options(RTN)).unwrap_err().to_string();
-    assert!(error.ends_with("which is the source, expected another file"), "{error}");
+    assert!(error.ends_with("which is read, expected another file"), "{error}");
 
     std::fs::write(&out, "mine").unwrap();
     let error = run(&whole, &out, &options(RTN)).unwrap_err().to_string();

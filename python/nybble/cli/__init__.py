@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli import guide
+from nybble.cli.ending import Ended, ending_signals
 
 _COMMANDS = {
     "run": "run",
@@ -72,12 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 (failure), 2 (wrong usage) or 130 (interrupted).
+        The exit code: 0, 1 (failure), 2 (wrong usage), 130 (interrupted), or 128 plus the number of the signal that
+        ended the command.
     """
-    from nybble.cli.terminal import complain, explain, show_warnings
+    with ending_signals():
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
 
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+
+def _run(arguments: list[str]) -> int:
+    from nybble.cli.terminal import complain, explain, replace_unencodable, show_warnings
+
     try:
+        replace_unencodable()
         if arguments[:1] == ["help"] and not {"-h", "--help"} & {*arguments}:
             arguments = [*arguments[1:], "--help"]
         if guide.COMPLETE in os.environ:
@@ -89,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = app(arguments, prog_name="nybble", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except Ended as ended:
+        return int(ended.code or 0)
     except (KeyboardInterrupt, typer.Abort):
         return 130  # The exit code that a shell reports after SIGINT.
     except BrokenPipeError:
@@ -97,6 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (OSError, ValueError, MemoryError) as error:
         complain(explain(error))
+        return 1
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        complain("the system refuses to start another thread: the limit of processes (ulimit -u, pids.max) is reached")
         return 1
     except Exception as error:
         # Wrong usage. The class of the parser's errors has moved between versions, these two attributes have not.

@@ -35,6 +35,7 @@ def convert(
     if out.exists() and not force:
         raise FileExistsError(f"{out}: already exists; --force overwrites it")
     path = hub.resolve(source)
+    _native.check_output(out, [path])
     with bar(f"writing {out.name}") as progress:
         _native.convert(path, out, block_type, progress)
     typer.echo(f"{out}: {terminal.human_bytes(out.stat().st_size)}")

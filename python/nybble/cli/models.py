@@ -10,8 +10,16 @@ import typer
 from nybble.cli import terminal
 
 
-def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its size and hash. Exit code 1 if one differs.")
+    ] = False,
+) -> None:
     """List the models in the caches of nybble and the Hub."""
+    if verify:
+        _verify(as_json)
+        return
     from nybble.models.cache import cached_models
     from nybble.models.default_model import DEFAULT_MODEL
 
@@ -48,3 +56,19 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
             terminal.human_bytes(model.nbytes),
         )
     terminal.console().print(table)
+
+
+def _verify(as_json: bool) -> None:
+    from nybble.models.verify import verify
+
+    found = []
+    for file in verify():
+        found.append(file)
+        if not as_json:
+            where = terminal.printable(f"{file.source or 'default model'}: {file.filename}")
+            typer.echo(f"{where}: {terminal.printable(file.problem or 'ok')}")
+    if as_json:
+        rows = [{"source": f.source, "filename": f.filename, "path": str(f.path), "problem": f.problem} for f in found]
+        typer.echo(json.dumps(rows, indent=2))
+    if any(file.problem for file in found):
+        raise typer.Exit(1)

@@ -107,10 +107,11 @@ _FORMS = {
 
 _METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER", str: "TEXT", str | None: "TEXT"}
 """Placeholders by type, where the field has none."""
-_PANELS = {"LoadOptions": "Model", "SamplingOptions": "Sampling"}
+_PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
+    ("ServeOptions", "cache_bytes"),  # --cache-gb sets it.
 }
 
 
@@ -168,7 +169,7 @@ def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
             metavar=metadata.get("metavar", form.metavar or _METAVARS.get(form.type)),
             envvar=metadata.get("envvar"),
             show_default=default not in (None, []),
-            rich_help_panel=metadata.get("panel", _PANELS.get(group.__name__)),
+            rich_help_panel=metadata.get("panel", _panel(group, field.name)),
         )
         found.append(
             inspect.Parameter(
@@ -179,6 +180,12 @@ def _options(group: Any, forms: Mapping[str, _Form]) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def _panel(group: Any, name: str) -> str | None:
+    """The heading of a field in the help: that of the class which defines it."""
+    owner = next(c for c in reversed(group.__mro__) if name in getattr(c, "__dataclass_fields__", ()))
+    return _PANELS.get(owner.__name__)
 
 
 def _build(group: Any, forms: Mapping[str, _Form], values: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
+from nybble.cli.ending import Ended
 from nybble.cli.options import takes_options
 from nybble.quantization.options import QuantizeOptions
 
@@ -39,11 +40,20 @@ def quantize(
         str,
         typer.Option(
             "--calibration",
-            help="The calibration text: prose, or JSONL with one document per line; 'sample' for the short text in the "
-            "package, 'self' for text that the model generates.",
+            help="The calibration text: prose, or JSON Lines or Parquet with prose or conversations; 'sample' for the "
+            "short text in the package, 'self' for text that the model generates.",
             metavar="FILE",
         ),
     ] = "sample",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text "
+            "and written if it does not exist.",
+            metavar="FILE",
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(
@@ -87,13 +97,14 @@ def quantize(
         symmetric=False if asymmetric else None,
         keep=dict(map(_rule, keep or [])),
         calibration=calibration,
+        imatrix=imatrix,
         evaluation=evaluation,
         measure=True if report is not None else None,
         target=None if target is None else _share(target),
         force=force,
     )
     with _hint():
-        done = api.quantize(source, out, chosen)
+        done = api.quantize_and_report(source, out, chosen, pages)
     for page in pages:
         done.save(page)
     if as_json:
@@ -104,10 +115,10 @@ def quantize(
 
 @contextlib.contextmanager
 def _hint() -> Iterator[None]:
-    """Prints after Ctrl-C how to continue."""
+    """Prints after Ctrl-C, or a signal that ends the command, how to continue."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         terminal.note("interrupted: the same command continues from here")
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None
     """
     try:
         from nybble.server import http_server
+        from nybble.server.certificate import Certificate
         from nybble.server.service import Service
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nybble"):
@@ -33,26 +35,32 @@ def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None
         raise ValueError(f"nybble serve needs {error.name}: pip install 'nybble[serve]'") from None
     from nybble.engine import Engine
 
+    certificate = None
+    if options.ssl_cert is not None and options.ssl_key is not None:
+        certificate = Certificate(Path(options.ssl_cert), Path(options.ssl_key))
     # The address is bound before the model loads, which may take minutes, so that an address in use fails at once.
-    with http_server.bind(options.host, options.port) as listener, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if options.unix_socket is not None:
+            listener = stack.enter_context(http_server.bind_unix(Path(options.unix_socket)))
+        else:
+            listener = stack.enter_context(http_server.bind(options.host, options.port))
         if options.api_key is None and not http_server.is_loopback(listener):
             terminal.note("nybble: anyone who can reach this address may use the model; --api-key restricts access")
+        terminal.log_with_times("nybble.server", options.log_level)
         model = stack.enter_context(load_model(source, load))
         if options.cache_bytes is not None:
             _check_cache(options.cache_bytes, model.info)
-        engine = Engine(
-            model,
-            max_batch=options.max_batch,
-            max_queue=options.max_queue,
-            cache_bytes=options.cache_bytes,
-            speculation=options.speculation,
-            draft=None if options.draft is None else stack.enter_context(load_model(options.draft, load)),
-        )
+        draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
+        engine = Engine(model, options.engine(), draft=draft)
         allowed_hosts = http_server.allowed_hosts(listener, list(options.allow_host))
         settings = options.settings(context=model.info.context, allowed_hosts=allowed_hosts)
         name = options.name or source_name(source, model.info.file.name)
         service = Service(stack.enter_context(engine), name, settings)
-        http_server.serve(service, listener, lambda url: terminal.note(f"{name}\n  page  {url}\n  API   {url}/v1"))
+
+        def ready(url: str) -> None:
+            terminal.note(f"{name}\n  page  {url}\n  API   {url}/v1")
+
+        http_server.serve(service, listener, ready, certificate)
 
 
 def _check_cache(cache_bytes: int, info: ModelInfo) -> None:
@@ -71,4 +79,5 @@ def source_name(source: str | None, file: str) -> str:
     is_repository = source is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
     if source is not None and is_repository and not source.endswith(".gguf") and not Path(source).exists():
         return source
-    return file.removesuffix(".gguf")
+    # Clients receive the name as JSON, which has no characters for bytes that are not UTF-8.
+    return os.fsencode(file).decode("utf-8", "replace").removesuffix(".gguf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import io
 import logging
 import os
 import sys
@@ -25,6 +27,12 @@ def write(text: str) -> None:
     """Writes a piece of a model's text: unchanged to a pipe, without control characters to a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def replace_unencodable() -> None:
+    """Makes standard output replace characters that its encoding lacks, such as emoji in Latin-1."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def note(text: str) -> None:
@@ -60,6 +68,24 @@ def show_log() -> None:
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
         logger.setLevel(logging.INFO)
+
+
+def log_with_times(name: str, level: str) -> None:
+    """Writes the log of a long-running command to standard error, each line with its time and level."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line("%(asctime)s %(levelname)-7s %(message)s"))
+    for each in (name, "uvicorn", "asyncio"):
+        logger = logging.getLogger(each)
+        logger.handlers = [handler]
+        logger.propagate = False
+    logging.getLogger(name).setLevel(level.upper())
+
+
+class _Line(logging.Formatter):
+    """Times in the format of RFC 3339, with the offset from UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
 
 
 def show_warnings() -> None:

@@ -22,6 +22,8 @@ class CompletionBuilder:
         self.cached_tokens: int = request.cached_tokens
         self.finish_reason: FinishReason | None = "length" if request.limit == 0 else None
         """Why the completion has ended; None before that."""
+        self.error: Exception | None = None
+        """The error that ended it."""
         self._limit = request.limit
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)

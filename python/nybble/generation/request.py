@@ -12,6 +12,8 @@ from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nybble import _native
     from nybble.completion import Prompt
     from nybble.model_info import ModelInfo
@@ -24,6 +26,7 @@ class TextModel(Protocol):
 
     tokenizer: Tokenizer
     info: ModelInfo
+    _source: Path
 
     @property
     def _native(self) -> _native.Model: ...
@@ -48,7 +51,20 @@ def prepare(model: TextModel, prompt: Prompt, options: SamplingOptions, name: st
 
     Raises as `prompt_ids` and `prepare_tokens` do.
     """
+    if isinstance(prompt, str):
+        check_length(model, prompt)
     return prepare_tokens(model, prompt_ids(model.tokenizer, prompt, name), options)
+
+
+def check_length(model: TextModel, prompt: str) -> None:
+    """Refuses a prompt of megabytes that cannot fit before it is tokenized, which would take seconds.
+
+    Raises:
+        ContextFullError: The prompt has more tokens than the context, even if all were the longest one.
+    """
+    fewest = model.tokenizer.fewest_tokens(prompt)
+    if fewest > model.info.context:
+        raise ContextFullError(0, fewest, model.info.context)
 
 
 def prepare_tokens(

@@ -70,6 +70,11 @@ class TextStream(Returned, Iterator[str]):
         raise StopIteration
 
     @property
+    def _error(self) -> Exception | None:
+        """The error that ended the completion. Interruptions do not count: the completion can continue."""
+        return self._builder.error
+
+    @property
     def completion(self) -> Completion:
         """The completion so far; complete once the stream has ended."""
         return self._builder.completion()
@@ -111,6 +116,7 @@ def _advance(driver: Driver[CompletionBuilder]) -> str:
     text = ""
     for builder, outcome, cached_tokens in driver.step(signals=True):
         if isinstance(outcome, Exception):
+            builder.error = outcome
             raise outcome
         builder.cached_tokens = cached_tokens
         text += builder.push(outcome)

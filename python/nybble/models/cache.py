@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nybble.models.default_model import DEFAULT_MODEL
 from nybble.models.files import group_shards
-from nybble.models.paths import cache_dir
+from nybble.models.paths import cache_dir, hub_cache
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,17 @@ class CachedModel:
 
 def cached_models() -> list[CachedModel]:
     """The GGUF models in nybble's cache and in the cache of the Hugging Face Hub."""
-    from huggingface_hub import constants
-
     found: list[CachedModel] = []
     for path in sorted((cache_dir() / "models").glob("*.gguf")):
         is_default = path.name == DEFAULT_MODEL.file
         found.append(CachedModel(None if is_default else str(path), None, path, path.stat().st_size))
-    for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+    for storage in sorted(hub_cache().glob("models--*--*")):
         repository = storage.name.removeprefix("models--").replace("--", "/", 1)
         snapshots = storage / "snapshots"
-        models = group_shards(
-            (path.relative_to(snapshots).as_posix().partition("/")[2], path) for path in snapshots.glob("*/**/*.gguf")
-        )
+        files = [path for path in snapshots.glob("*/**/*.gguf") if path.is_file()]  # A link may lead nowhere.
+        models = group_shards((path.relative_to(snapshots).as_posix().partition("/")[2], path) for path in files)
         for name, paths in sorted(models.items()):
-            files = {path.name: path for path in sorted(paths)}  # Several revisions may hold the same file.
-            nbytes = sum(path.stat().st_size for path in files.values())
-            found.append(CachedModel(repository, name, min(files.values()), nbytes))
+            by_name = {path.name: path for path in sorted(paths)}  # Several revisions may hold the same file.
+            nbytes = sum(path.stat().st_size for path in by_name.values())
+            found.append(CachedModel(repository, name, min(by_name.values()), nbytes))
     return found

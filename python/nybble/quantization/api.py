@@ -7,12 +7,13 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nybble import _native
 from nybble.models import hub
+from nybble.models.locks import lock
 from nybble.progress import StageProgress, stages
 from nybble.quantization import calibration, datasets
 from nybble.quantization import source as sources
@@ -65,11 +66,25 @@ def quantize(
         report.save("model.html")
         ```
     """
-    out, chosen = Path(out), merge_quantize_options(options, overrides)
+    return quantize_and_report(source, out, merge_quantize_options(options, overrides), (), progress=progress)
+
+
+def quantize_and_report(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    chosen: QuantizeOptions,
+    pages: Sequence[Path],
+    *,
+    progress: StageProgress = None,
+) -> Report:
+    """`quantize`, after a check that reports can be written to `pages` later, as well."""
+    out = Path(out)
     unmeasured = Unmeasured(out)
     if not unmeasured.exists():
         _check_out(out, chosen)
     path = hub.resolve(source, revision=chosen.revision)
+    read = [path, *_documents(chosen)]
+    _check_outputs(out, pages, read)
     key = _key(path, chosen)
     done = unmeasured.report(key)
     if done is None:
@@ -81,9 +96,12 @@ def quantize(
         if done is None:
             unmeasured.remove()
             evaluation = held_out if chosen.recipe == "auto" else None
-            text = _native.quantize(path, out, chosen, windows=windows, evaluation=evaluation, progress=report)
+            text = _native.quantize(
+                path, out, chosen, windows=windows, evaluation=evaluation, progress=report, read=read
+            )
             done = Report.from_json(text)
             _log_smaller_groups(done, chosen.group)
+            _log_notes(done)
         if chosen.measures and held_out is not None and not done.candidates:
             with unmeasured.record(key, done):
                 done = measure(done, path, out, held_out, chosen, report)
@@ -110,8 +128,12 @@ def quantize_to_cache(
     """
     parsed = Spec.parse(spec)
     out = hub.cache_dir() / "quantized" / f"{path.stem}-{sources.fingerprint(path, parsed)}.gguf"
-    if not out.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_file():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(out.name):
+        if out.is_file():  # Another process or thread has made it meanwhile.
+            return out
         report: StageProgress = False if progress is None else lambda _, done, total: progress(done, total)
         options = QuantizeOptions(
             recipe=parsed.recipe, group=parsed.group, format=parsed.format, threads=threads, force=True
@@ -125,6 +147,23 @@ def _check_out(out: Path, options: QuantizeOptions) -> None:
         raise FileExistsError(errno.EEXIST, "already exists; use force to overwrite it", str(out))
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(out))
+
+
+def _documents(options: QuantizeOptions) -> list[Path]:
+    """The files that a run reads in addition to the source."""
+    named = [source for source in (options.calibration, options.evaluation) if isinstance(source, (str, os.PathLike))]
+    return [Path(source) for source in named if source not in (calibration.SAMPLE, calibration.SELF)]
+
+
+def _check_outputs(out: Path, pages: Sequence[Path], read: Sequence[Path]) -> None:
+    """Checks before any work that a run writes nothing that it reads, and no two outputs to the same file."""
+    _native.check_output(out, read)
+    for working in (_generated(out), Unmeasured.path(out)):
+        _native.check_output(working, read, True)
+    for page in pages:
+        _native.check_output(page, [*read, out])
+        if page.resolve() == out.resolve():
+            raise ValueError(f"report: found {page}, which is the output, expected another file")
 
 
 def _key(path: Path, options: QuantizeOptions) -> str:
@@ -176,3 +215,22 @@ def _log_smaller_groups(done: Report, asked: int | None) -> None:
     for group, count in sorted(Counter(smaller).items(), reverse=True):
         rows = f"the rows of {count} matrices" if count > 1 else "the rows of 1 matrix"
         _log.info("groups of %d do not divide %s: groups of %d there", asked, rows, group)
+
+
+def _log_notes(done: Report) -> None:
+    """Logs which matrices are stored in another type than was asked for, and how many experts were not calibrated."""
+    reasons: dict[str, list[str]] = {}
+    for tensor in done.tensors:
+        if tensor.note is not None:
+            reasons.setdefault(tensor.note, []).append(tensor.name)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        _log.warning("%s%s: %s", names[0], others, reason)
+    if done.experts_rounded:
+        _log.warning(
+            "%d of %d experts were rounded without calibration: fewer than 64 tokens of the text reached them, and "
+            "none reached %d",
+            done.experts_rounded,
+            done.experts,
+            done.experts_unreached,
+        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nybble.quantization import datasets
+from nybble.quantization.datasets import Source
+from nybble.quantization.documents import Document
 from nybble.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _BATCH = 8
 """Windows that are generated together."""
 
 
-def documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str], str]:
+def documents(source: Source) -> tuple[list[Document], str]:
     """Returns calibration documents and a name for messages, from a file, a list of documents, or `SAMPLE`.
 
     Raises:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ModelError
+from nybble.quantization import documents
+from nybble.quantization.documents import Document
+
+Source = str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
+"""A file of documents, or a list of str and of records such as `{"messages": [...]}`."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,49 +25,48 @@ if TYPE_CHECKING:
     """Token ids `(windows, window)`."""
 
 
-def read(path: str | os.PathLike[str]) -> list[str]:
-    """Reads the documents of a file: the whole text, or one document per line of a JSONL file.
+def read(path: str | os.PathLike[str]) -> list[Document]:
+    """Reads the documents of a file: prose, JSON, JSON Lines or Parquet.
 
-    A line of JSONL is a string, or an object with a string under `text` or `content`.
+    A record is a string; an object with a string under `text` or `content`; a conversation under `messages` or
+    `conversations`; or a prompt and its answer, such as `prompt` and `completion`.
 
     Raises:
         FileNotFoundError, PermissionError, IsADirectoryError: The file cannot be read.
-        ModelError: The file is not UTF-8, or a line of JSONL is not a document.
+        ModelError: The file is not UTF-8, or a record is not a document.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         reason = f"{(error.strerror or 'cannot be read').lower()}, expected a text"
         raise type(error)(error.errno or errno.EIO, reason, str(path)) from None
+    if data[:4] == b"PAR1":
+        return documents.parquet(path)
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: found invalid UTF-8 at byte {error.start}, expected a text") from None
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        return [text]
-    return [_document(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return documents.parse(text.replace("\r\n", "\n").replace("\r", "\n"), path)
 
 
-def _document(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict):
-        value = value.get("text", value.get("content"))
-    if not isinstance(value, str):
-        raise ModelError(
-            f'{path}: line {number}: found {line[:40]!r}, expected a string, or an object such as {{"text": "..."}}'
-        )
-    return value
+def tokens(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[int]:
+    """Returns the token ids of all documents in sequence, each after the start token if the model expects one.
 
-
-def tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> list[int]:
-    """Returns the token ids of all documents in sequence, each after the start token if the model expects one."""
+    Raises:
+        ModelError: The chat template refuses a conversation.
+    """
     start = start_token(tokenizer)
-    before = [] if start is None else [start]
     ids: list[int] = []
-    for document in documents:
-        ids += [*before, *tokenizer.encode(document, add_special=False, parse_special=False)]
+    for document in texts:
+        if isinstance(document, str):
+            own = tokenizer.encode(document, add_special=False, parse_special=False)
+        else:
+            own = document.ids(tokenizer)
+        # Chat templates may write the start token themselves.
+        if start is not None and own[:1] != [start]:
+            ids.append(start)
+        ids += own
     return ids
 
 
@@ -74,7 +77,7 @@ def start_token(tokenizer: Tokenizer) -> int | None:
 
 
 def windows(
-    tokenizer: Tokenizer, documents: Sequence[str], window: int, max_tokens: int | None = None, what: str = "the text"
+    tokenizer: Tokenizer, texts: Sequence[Document], window: int, max_tokens: int | None = None, what: str = "the text"
 ) -> Windows:
     """Cuts the tokens of documents into windows `(windows, window)` and drops an incomplete one at the end.
 
@@ -85,7 +88,7 @@ def windows(
     """
     import numpy as np
 
-    ids = tokens(tokenizer, documents)[:max_tokens]
+    ids = tokens(tokenizer, texts)[:max_tokens]
     count = len(ids) // window
     if count == 0:
         raise ModelError(f"{what}: found {len(ids)} tokens, expected at least {window}, one window")
@@ -96,7 +99,7 @@ def windows(
     return cut
 
 
-def as_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[str], str]:
+def as_documents(source: Source) -> tuple[list[Document], str]:
     """Returns documents and a name for messages, from the path of a file or from a list of documents.
 
     Raises:
@@ -104,7 +107,4 @@ def as_documents(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[s
     """
     if isinstance(source, (str, os.PathLike)):
         return read(source), os.fspath(source)
-    documents: list[Any] = list(source)
-    if not all(isinstance(document, str) for document in documents):
-        raise TypeError("documents: found an item that is not a str, expected a path or a list of str")
-    return documents, "the documents"
+    return documents.from_list(source), "the documents"

@@ -37,6 +37,11 @@ def report_rows(done: ReportData) -> dict[str, str]:
             f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
         )
         rows["same top token"] = report_page.percent(chosen.top_agreement)
+    if done.experts_rounded:
+        rows["experts"] = (
+            f"{done.experts_rounded} of {done.experts} rounded without calibration, "
+            f"{done.experts_unreached} of them never reached by the text"
+        )
     if done.chosen_because:
         rows["chosen because"] = done.chosen_because
     rows["time"] = report_page.duration(done.seconds)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nybble import _native
 from nybble.quantization.evaluation import Reference
 from nybble.quantization.loaded import SourceModel
 from nybble.quantization.report import Candidate, Report
@@ -80,7 +81,12 @@ class Unmeasured:
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        self._file = out.with_name(f"{out.name}.resume-report")
+        self._file = self.path(out)
+
+    @staticmethod
+    def path(out: Path) -> Path:
+        """The file of the record for an output."""
+        return out.with_name(f"{out.name}.resume-report")
 
     def exists(self) -> bool:
         """Whether there is a record, of this run or another."""
@@ -100,7 +106,7 @@ class Unmeasured:
     def record(self, key: str, report: Report) -> Iterator[None]:
         """Keeps the record while the output is measured, and after a failure."""
         record = {"key": key, "output": self._stat(), "report": report.to_json()}
-        self._file.write_text(json.dumps(record), encoding="utf-8")
+        _native.write_file(self._file, json.dumps(record).encode(), [])
         yield
         self.remove()
 

@@ -6,7 +6,8 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from nybble.overrides import chosen, doc
 from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
@@ -73,7 +74,11 @@ class QuantizeOptions:
             "metavar": "FORMAT",
         },
     )
-    """Block format of linear layers. Without it and `symmetric` it is q4_0, and iq4_nl for "auto"."""
+    """Block format of linear layers.
+
+    Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4
+    bits gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
+    """
     bits_per_weight: float | None = field(
         default=None,
         metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
@@ -88,17 +93,25 @@ class QuantizeOptions:
     """Block type of the embedding and the output."""
     keep: Mapping[str, str] | None = None
     """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
-    calibration: str | os.PathLike[str] | Sequence[str] = "sample"
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] = "sample"
     """The calibration text.
 
-    A file (prose, or JSONL with one document per line), a list of documents, `"sample"` for the short text in the
-    package, or `"self"` for text that the model generates.
+    A file (prose, JSON, JSON Lines or Parquet), a list of documents, `"sample"` for the short text in the package, or
+    `"self"` for text that the model generates. A record of JSON or Parquet has a text, or a conversation
+    (`{"messages": [...]}`, `{"conversations": [...]}`, `{"prompt": ..., "completion": ...}`), which the model's chat
+    template writes out.
     """
     calibration_tokens: int = field(
         default=CALIBRATION_TOKENS, metadata={**doc("Tokens of the calibration text to use."), "metavar": "N"}
     )
     """Tokens of the calibration text to use."""
-    evaluation: str | os.PathLike[str] | Sequence[str] | None = None
+    imatrix: str | os.PathLike[str] | None = None
+    """An `imatrix.gguf` file of llama.cpp: the importance of columns, for layers that are rounded without calibration.
+
+    These are all layers for "rtn", and experts that too few tokens reach. A file that does not exist is measured on the
+    calibration text and written.
+    """
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None = None
     """The text to measure on: a file or a list of documents. None holds out a part of the calibration text."""
     measure: bool | None = None
     """Compare the output with the source. None does so if `evaluation` is given; "auto" always does."""
@@ -156,6 +169,11 @@ class QuantizeOptions:
         return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if self.recipe == "auto" else "q4_0")
 
     @property
+    def chooses_format(self) -> bool:
+        """Whether each linear layer may get another 4-bit format, that holds it exactly or, for "auto", suits it."""
+        return self.format is None and self.symmetric is None
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale."""
         return 32 if self.group is None else self.group
@@ -171,7 +189,8 @@ class QuantizeOptions:
     def needs_text(self) -> bool:
         """Whether a calibration text is needed."""
         holds_out = self.measures and self.evaluation is None
-        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None
+        measures_importance = self.imatrix is not None and not Path(self.imatrix).exists()
+        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None or measures_importance
 
     def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:
         """Returns a copy with some options changed."""
@@ -189,9 +208,10 @@ class QuantizeOverrides(TypedDict, total=False):
     bits_per_weight: float | None
     output_type: str
     keep: Mapping[str, str] | None
-    calibration: str | os.PathLike[str] | Sequence[str]
+    calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
     calibration_tokens: int
-    evaluation: str | os.PathLike[str] | Sequence[str] | None
+    imatrix: str | os.PathLike[str] | None
+    evaluation: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] | None
     measure: bool | None
     target: float | None
     budget: float | None

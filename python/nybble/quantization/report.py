@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nybble import _native
 from nybble.quantization.report_data import Candidate, ReportData, TensorReport
 
 __all__ = ["Candidate", "Report", "TensorReport"]
@@ -49,6 +50,9 @@ class Report(ReportData):
             candidates=tuple(_read(Candidate, {**default, **candidate}) for candidate in value.get("candidates") or ()),
             reference_perplexity=reference.get("perplexity"),
             kl_by_position=tuple(value.get("kl_by_position") or ()),
+            experts=value.get("experts", 0),
+            experts_unreached=value.get("experts_unreached", 0),
+            experts_rounded=value.get("experts_rounded", 0),
         )
 
     def to_json(self, *, indent: int | None = None) -> str:
@@ -71,10 +75,15 @@ class Report(ReportData):
         return html_table(report_rows(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the HTML page to `path`, or JSON if its name ends in `.json`."""
+        """Writes the HTML page to `path`, or JSON if its name ends in `.json`.
+
+        Raises:
+            ValueError: `path` is the source, a file of its folder, or the output, or is not a regular file.
+            OSError: The file cannot be written.
+        """
         path = Path(path)
         text = self.to_json(indent=1) if path.suffix.lower() == ".json" else self.to_html()
-        path.write_text(text, encoding="utf-8")
+        _native.write_file(path, text.encode(), [self.source, self.out])
 
 
 def _most_common(tensors: list[dict[str, Any]], key: str, default: Any) -> Any:

@@ -19,6 +19,8 @@ class TensorReport:
     relative_error: float | None
     """Relative squared error of the layer's outputs, or of its weights without calibration; None if encoded."""
     seconds: float
+    note: str | None = None
+    """Why it is stored in another type than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class ReportData:
     """The perplexity of the source."""
     kl_by_position: tuple[float, ...] = ()
     """Mean divergence of the output at each scored position of a window, in nats."""
+    experts: int = 0
+    """Experts that tokens choose among, over all layers, in a run with calibration."""
+    experts_unreached: int = 0
+    """Those of them that no token of the calibration text reached."""
+    experts_rounded: int = 0
+    """Those that too few tokens reached to calibrate them. The unreached ones are among them."""
 
     @property
     def chosen(self) -> Candidate | None:

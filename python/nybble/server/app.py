@@ -58,11 +58,11 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
     )
-    if service.settings.allowed_origins:
+    if origins := [name for name in service.settings.allowed_origins if "://" in name or name == "*"]:
         # It answers preflight requests, which carry no key, before the middleware that checks keys.
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=sorted(service.settings.allowed_origins),
+            allow_origins=sorted(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import time
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,12 @@ from nybble.server.service import Service
 
 _PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
 """Paths that need no key. The page holds no secret and asks for the key itself."""
+
+
+_LOGGED_CHARACTERS = 200
+"""Characters of a path in the log."""
+
+_log = logging.getLogger("nybble.server")
 
 
 class Middleware:
@@ -36,6 +43,7 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _use_origin_form(scope)
         path, status, start = scope["path"], 499, time.perf_counter()  # 499: the client left before the answer.
 
         async def send_with_headers(message: Message) -> None:
@@ -56,7 +64,9 @@ class Middleware:
             known = path if path in self._paths else "other"
             metrics = self._service.metrics
             metrics.requests.labels(known, str(status)).inc()
-            metrics.seconds.labels(known).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            metrics.seconds.labels(known).observe(seconds)
+            _log.info("%s", _request_line(scope, status, seconds))
 
     async def _check_and_pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,8 +91,10 @@ class Middleware:
             message = f"the host {host!r} is not allowed; add it with --allow-host"
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
-        origins = self._service.settings.allowed_origins
-        if origin is not None and _netloc(origin) != host.lower() and not origins & {origin.lower(), "*"}:
+        # A reverse proxy may pass on its own name for this server as the host, and the origin as the browser sends it.
+        is_own = origin is None or _netloc(origin) == host.lower()
+        allowed_origins = self._service.settings.allowed_origins
+        if not is_own and not allowed_origins & {(origin or "").lower(), _hostname(origin or ""), "*"}:
             message = f"requests from web pages of the origin {origin!r:.200} are refused; allow it with --allow-origin"
             raise ApiError(403, message, code="foreign_origin")
 
@@ -129,6 +141,32 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_body_first
+
+
+def _use_origin_form(scope: Scope) -> None:
+    """Turns a request target in absolute form into a path. Its host replaces that of the header (RFC 9112)."""
+    target = scope.get("raw_path", b"").decode("latin-1")
+    scheme, colon, rest = target.partition("://")
+    if not colon or scheme.lower() not in ("http", "https"):
+        return
+    netloc, _, path = rest.partition("/")
+    scope["raw_path"] = f"/{path}".encode("latin-1")
+    scope["path"] = unquote(f"/{path}")
+    others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    scope["headers"] = [(b"host", netloc.rpartition("@")[2].encode("latin-1")), *others]
+
+
+def client_name(client: tuple[str, int] | None) -> str:
+    """The address of a client in the log."""
+    return client[0] if client else "unix"
+
+
+def _request_line(scope: Scope, status: int, seconds: float) -> str:
+    """The line of a request in the log. The target is as sent: printable ASCII, with everything else escaped."""
+    target = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+    target = target if len(target) <= _LOGGED_CHARACTERS else f"{target[:_LOGGED_CHARACTERS]}..."
+    method = scope["method"][:20]
+    return f"{client_name(scope.get('client'))} {method} {target} {status} {seconds:.3f} s"
 
 
 def _hostname(url: str) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nybble.engine_options import EngineOptions
+
 
 def _option(help: str, **more: Any) -> dict[str, Any]:
     """The metadata of a field, from which its command-line option is generated.
@@ -17,8 +19,8 @@ def _option(help: str, **more: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """Options of `nybble serve`.
+class ServeOptions(EngineOptions):
+    """Options of `nybble serve`, those of the engine included.
 
     Raises:
         ValueError: A number is out of range, or the API key is empty or cannot be sent in an HTTP header.
@@ -28,6 +30,16 @@ class ServeOptions:
         default="127.0.0.1", metadata=_option("Address to listen on; 0.0.0.0 listens on the whole network.")
     )
     port: int = field(default=8000, metadata=_option("Port to listen on; 0 picks a free one.", range=(0, 65535)))
+    unix_socket: str | None = field(
+        default=None, metadata=_option("Unix socket to listen on instead of an address.", metavar="PATH")
+    )
+    ssl_cert: str | None = field(
+        default=None, metadata=_option("Certificate in PEM, with which the server speaks HTTPS.", metavar="FILE")
+    )
+    ssl_key: str | None = field(default=None, metadata=_option("Key of the certificate in PEM.", metavar="FILE"))
+    log_level: Literal["debug", "info", "warning", "error"] = field(
+        default="info", metadata=_option("Least level of lines in the log; info has a line for each request.")
+    )
     api_key: str | None = field(
         default=None,
         metadata=_option(
@@ -40,7 +52,7 @@ class ServeOptions:
     )
     allow_host: Sequence[str] = field(
         default=(),
-        metadata=_option("Host name that requests may use besides localhost. Repeatable.", metavar="NAME"),
+        metadata=_option("Host name that requests and pages may use besides localhost. Repeatable.", metavar="NAME"),
     )
     allow_origin: Sequence[str] = field(
         default=(),
@@ -67,19 +79,14 @@ class ServeOptions:
     max_batch: int = field(
         default=16, metadata=_option("Answers generated at the same time.", range=(1, 1024), panel="Engine")
     )
-    max_queue: int = field(
-        default=128, metadata=_option("Answers that may wait; more are refused.", range=(0, None), panel="Engine")
-    )
+    max_queue: int = field(default=128, metadata=_option("Answers that may wait; more are refused.", range=(0, None)))
     cache_gb: float | None = field(
         default=None,
         metadata=_option(
             "Memory for the KV cache in GB; by default half of the free memory.", range=(0, None), panel="Engine"
         ),
     )
-    speculation: Literal["off", "on", "auto"] = field(
-        default="off",
-        metadata=_option("Speculative decoding: faster where text repeats, same output.", panel="Engine"),
-    )
+    """Sets `cache_bytes`."""
     draft: str | None = field(
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
@@ -102,13 +109,18 @@ class ServeOptions:
             if (least is not None and not value >= least) or (greatest is not None and not value <= greatest):
                 expected = f"{least} or more" if greatest is None else f"{least} to {greatest}"
                 raise ValueError(f"{each.name}: found {value}, expected {expected}")
+        if (self.ssl_cert is None) != (self.ssl_key is None):
+            found, missing = ("ssl_cert", "ssl_key") if self.ssl_key is None else ("ssl_key", "ssl_cert")
+            raise ValueError(f"{missing}: found {found} alone, expected both or neither")
         if self.api_key is not None:
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
+        if self.cache_gb is not None:
+            object.__setattr__(self, "cache_bytes", int(self.cache_gb * 1e9))
+        super().__post_init__()
 
-    @property
-    def cache_bytes(self) -> int | None:
-        """Memory for the KV cache in bytes; None for the engine's default."""
-        return None if self.cache_gb is None else int(self.cache_gb * 1e9)
+    def engine(self) -> EngineOptions:
+        """The options of the engine alone."""
+        return EngineOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(EngineOptions)})
 
     def settings(self, *, context: int, allowed_hosts: frozenset[str] | None) -> Settings:
         """The settings of the service.
@@ -121,7 +133,9 @@ class ServeOptions:
         return Settings(
             api_key=self.api_key,
             allowed_hosts=allowed_hosts,
-            allowed_origins=frozenset(origin.rstrip("/").lower() for origin in self.allow_origin),
+            allowed_origins=frozenset(
+                [*(name.lower() for name in self.allow_host), *(name.rstrip("/").lower() for name in self.allow_origin)]
+            ),
             max_body_bytes=default_body_bytes if self.max_body_mb is None else int(self.max_body_mb * 1e6),
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
@@ -150,7 +164,10 @@ class Settings:
     allowed_hosts: frozenset[str] | None = None
     """The host names that requests may use; None for any."""
     allowed_origins: frozenset[str] = frozenset()
-    """Origins of web pages, in lower case, that may send requests besides the server's own page."""
+    """Web pages that may send requests besides the server's own: host names, origins with their scheme, or `*` for any.
+
+    Only origins with a scheme, and `*`, get the headers that browsers ask for (CORS).
+    """
     max_body_bytes: int = 1_000_000
     max_answers: int = 144
     """Answers that are generated or wait at the same time."""

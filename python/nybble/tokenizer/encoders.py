@@ -9,11 +9,12 @@ from itertools import chain
 from typing import Protocol
 
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.tokenizer.pretokenizers import PreTokenizer
+from nybble.tokenizer.token_bytes import byte_level_bytes
 from nybble.tokenizer.vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary, ids_of_kinds
 
 
@@ -47,6 +48,30 @@ class PackageEncoder:
             if is_failure(error):
                 raise ModelError(f"the vocabulary cannot encode {text!r:.60} ({error})") from error
             raise
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at least, without encoding it; 0 where none is known."""
+        if self._coverage is None:
+            return 0
+        longest, uncovered = self._coverage
+        return len(text.encode("utf-8", "replace").translate(None, uncovered)) // longest
+
+    @cached_property
+    def _coverage(self) -> tuple[int, bytes] | None:
+        """The most bytes of a text that a token covers, and the bytes that none covers.
+
+        None if a token may cover more bytes than it has.
+        """
+        package = self.package
+        added: Mapping[int, AddedToken] = package.get_added_tokens_decoder()
+        trims = any(token.lstrip or token.rstrip for token in added.values())
+        if package.normalizer is not None or trims or not isinstance(package.model, models.BPE):
+            return None
+        pieces = package.get_vocab(with_added_tokens=False)
+        # A character stands for a byte in these vocabularies, but for itself in added tokens.
+        longest = max([*map(len, pieces), *(len(token.content.encode()) for token in added.values())])
+        covered = {byte_level_bytes(char) for char in pre_tokenizers.ByteLevel.alphabet() if char in pieces}
+        return longest, bytes(byte for byte in range(256) if bytes([byte]) not in covered)
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:

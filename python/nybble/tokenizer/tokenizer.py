@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 
+_LONG_TEXT = 100_000
+"""Characters whose encoding takes a noticeable time."""
+
+
 class Tokenizer(Returned):
     """The vocabulary and chat templates of a model.
 
@@ -138,6 +142,13 @@ class Tokenizer(Returned):
             if ids[-len(after) :] == after:
                 after = []
         return [*before, *ids, *after]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that a long text has at least, without encoding it; 0 where none is known."""
+        encoder = self._parts.encoder
+        if len(text) <= _LONG_TEXT or not isinstance(encoder, encoders.PackageEncoder):
+            return 0
+        return encoder.fewest_tokens(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes token ids to text, without special tokens. Bytes that are not UTF-8 become U+FFFD.

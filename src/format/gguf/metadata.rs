@@ -48,6 +48,16 @@ impl Metadata {
         self.entries.iter().map(|(key, value)| (key.as_str(), value))
     }
 
+    /// The keys that describe the model. Those that describe the file it came from are left out: its part in a split model,
+    /// its alignment, its types, and how it was quantized.
+    pub fn of_model(&self) -> Metadata {
+        let mut model = Metadata::new();
+        for (key, value) in self.iter().filter(|(key, _)| !describes_file(key)) {
+            model.set(key, value.clone());
+        }
+        model
+    }
+
     /// The number of keys.
     pub fn len(&self) -> usize {
         self.entries.len()
@@ -74,5 +84,37 @@ impl Metadata {
             Some(value) => Ok(Some(value)),
             None => Err(Error::malformed(path, Place::Key(key.to_owned()), value, expected)),
         }
+    }
+}
+
+/// Whether a key is about one file rather than about the model in it.
+fn describes_file(key: &str) -> bool {
+    const KEYS: [&str; 5] = [
+        "general.alignment",
+        "general.file_type",
+        "general.quantization_version",
+        "general.quantized_by",
+        "general.filename",
+    ];
+    const PREFIXES: [&str; 3] = ["split.", "quantize.", "imatrix."];
+    KEYS.contains(&key) || PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_about_the_file_are_left_out_of_those_of_the_model() {
+        let mut metadata = Metadata::new();
+        for key in ["general.architecture", "split.no", "split.count", "llama.block_count", "general.alignment"] {
+            metadata.set(key, 1u32);
+        }
+        for key in ["quantize.imatrix.file", "general.file_type", "general.name", "splitter.kind", "split.future"] {
+            metadata.set(key, "x");
+        }
+        let model = metadata.of_model();
+        let kept: Vec<&str> = model.iter().map(|(key, _)| key).collect();
+        assert_eq!(kept, ["general.architecture", "llama.block_count", "general.name", "splitter.kind"]);
     }
 }

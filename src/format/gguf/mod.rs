@@ -47,6 +47,7 @@ mod writer;
 pub use metadata::Metadata;
 pub use reader::Gguf;
 pub use shard::OpenOptions;
+pub(super) use split::shard_paths;
 pub use tensor::TensorInfo;
 pub use value::{Array, StringArray, Value};
 pub use writer::{NewTensor, Writer};

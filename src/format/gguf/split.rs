@@ -69,6 +69,12 @@ fn open_sibling(
     Ok(opened)
 }
 
+/// The paths of all shards of a model, if the file at `path` has the name of one of them.
+pub(in crate::format) fn shard_paths(path: &Path) -> Vec<PathBuf> {
+    let name = ShardName::of(path);
+    name.map_or_else(Vec::new, |name| (0..name.count).map(|number| name.path(path, number)).collect())
+}
+
 /// The part of a file in its model, from its metadata.
 struct Split {
     /// Its number, from 0.

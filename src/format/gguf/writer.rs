@@ -1,10 +1,8 @@
 //! Writes GGUF files tensor by tensor. A file appears when it is complete.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::limits::{
     ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_LENGTH, VERSION, alignment_is_valid, key_fault,
@@ -12,9 +10,11 @@ use super::limits::{
 };
 use super::metadata::Metadata;
 use super::parse::tensor_size;
+use super::reader::Gguf;
 use super::tensor::TensorInfo;
 use super::value::{Array, Value};
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
+use crate::format::atomic_file::AtomicFile;
 use crate::quant::block::BlockType;
 
 /// A tensor to be written.
@@ -29,6 +29,11 @@ impl NewTensor {
     /// A tensor called `name` with 1 to 4 dimensions, none of them 0, the fastest-varying first: `[columns, rows]`.
     pub fn new(name: impl Into<String>, block_type: BlockType, dims: impl Into<Vec<u64>>) -> Self {
         NewTensor { name: name.into(), block_type, dims: dims.into() }
+    }
+
+    /// Its dimensions, the fastest-varying first.
+    pub(crate) fn dims(&self) -> &[u64] {
+        &self.dims
     }
 }
 
@@ -54,9 +59,8 @@ struct Planned {
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
-    temporary: Temporary,
     /// `None` after a failure, when it is unknown how much was written.
-    file: Option<BufWriter<File>>,
+    file: Option<BufWriter<AtomicFile>>,
     alignment: u64,
     tensors: Vec<Planned>,
     /// The number of tensors that were written.
@@ -69,7 +73,8 @@ impl Writer {
     /// The key `general.alignment` sets the alignment of tensors. The default is 32 bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when a reader would refuse the metadata or the tensors, [`Error::Io`] when writing fails.
+    /// [`Error::InvalidArgument`] when a reader would refuse the metadata or the tensors, or something other than a regular file
+    /// is at `path`; [`Error::Io`] when writing fails.
     pub fn create(
         path: impl AsRef<Path>,
         metadata: &Metadata,
@@ -79,9 +84,8 @@ impl Writer {
         let alignment = check_metadata(metadata)?;
         let tensors = plan(tensors, alignment)?;
         let header = header(metadata, &tensors, alignment);
-        let (temporary, file) = Temporary::create_near(&path)?;
-        let file = Some(BufWriter::with_capacity(1 << 20, file));
-        let mut writer = Writer { path, temporary, file, alignment, tensors, written: 0 };
+        let file = Some(BufWriter::with_capacity(1 << 20, AtomicFile::create(&path, false)?));
+        let mut writer = Writer { path, file, alignment, tensors, written: 0 };
         writer.write(&header)?;
         Ok(writer)
     }
@@ -115,10 +119,11 @@ impl Writer {
         self.write_tensor(name, &bytes)
     }
 
-    /// Flushes the file to disk and renames it to its final path.
+    /// Flushes the file to disk, reads it back and renames it to its final path.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails. No file is left behind.
+    /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails, [`Error::Malformed`] when a
+    /// reader finds anything else than was written. No file is left behind.
     pub fn finish(mut self) -> Result<()> {
         if let Some(next) = self.tensors.get(self.written) {
             let found = format!("{} of {} tensors written", self.written, self.tensors.len());
@@ -126,8 +131,29 @@ impl Writer {
         }
         let file = self.file.take().ok_or_else(failed_before)?;
         let file = file.into_inner().map_err(|error| Error::io(&self.path, error.into_error()))?;
-        file.sync_all().map_err(|source| Error::io(&self.path, source))?;
-        self.temporary.rename(&self.path)
+        self.read_back(file.path())?;
+        file.finish()
+    }
+
+    /// Opens the finished file at `path` as a loader does, and compares its tensors with those that were planned.
+    fn read_back(&self, path: &Path) -> Result<()> {
+        let fault = |place, found: String, expected: String| Error::malformed(&self.path, place, found, expected);
+        let file = Gguf::open(path).map_err(|error| match error {
+            Error::Malformed { place, found, expected, .. } => fault(place, found, expected),
+            other => fault(Place::File, other.to_string(), "a file that can be read back".to_owned()),
+        })?;
+        for Planned { tensor, nbytes, .. } in &self.tensors {
+            let found = file.tensor(&tensor.name).map(|found| (NewTensor::from(found), file.data(found).len()));
+            if found.as_ref() != Some(&(tensor.clone(), *nbytes)) {
+                let expected = format!("{} {:?} in {nbytes} bytes", tensor.block_type, tensor.dims);
+                return Err(fault(Place::Tensor(tensor.name.clone()), format!("{found:?}"), expected));
+            }
+        }
+        if file.tensors().len() != self.tensors.len() {
+            let found = format!("{} tensors", file.tensors().len());
+            return Err(fault(Place::File, found, format!("{}", self.tensors.len())));
+        }
+        Ok(())
     }
 
     /// The next tensor, which must be called `name`.
@@ -273,51 +299,5 @@ fn put_array(array: &Array, out: &mut Vec<u8>) {
         Array::U64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
         Array::I64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
         Array::F64(v) => out.extend(v.iter().flat_map(|v| v.to_le_bytes())),
-    }
-}
-
-/// A temporary file that is removed when it is dropped before it was renamed.
-#[derive(Debug)]
-struct Temporary {
-    /// `None` after it was renamed.
-    path: Option<PathBuf>,
-}
-
-impl Temporary {
-    /// Creates a file in the folder of `target`, so that renaming stays within one file system.
-    fn create_near(target: &Path) -> Result<(Temporary, File)> {
-        /// Distinguishes the writers of one process.
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        loop {
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = target.with_file_name(format!(".nybble-{}-{number}.tmp", std::process::id()));
-            match File::create_new(&path) {
-                Ok(file) => return Ok((Temporary { path: Some(path) }, file)),
-                // A killed process with the same id left this file behind.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(Error::io(target, source)),
-            }
-        }
-    }
-
-    /// Renames the file to `target`.
-    fn rename(&mut self, target: &Path) -> Result<()> {
-        if let Some(path) = &self.path {
-            std::fs::rename(path, target).map_err(|source| Error::io(target, source))?;
-            self.path = None;
-        }
-        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
-        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let _ = File::open(folder).and_then(|folder| folder.sync_all());
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // A failure cannot be reported from here.
-            let _ = std::fs::remove_file(path);
-        }
     }
 }

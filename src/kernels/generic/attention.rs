@@ -81,19 +81,28 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
         let (v, head_dim) = (self.v, self.inputs.head_dim);
         let queries: [&[f32]; Q] = rows(&self.inputs.queries[first * head_dim..], head_dim, head_dim);
         let keys: &[[T; PANEL]] = self.keys.as_chunks().0;
-        let scales: &[[f32; PANEL]] = self.inputs.scales.as_chunks().0;
+        let group = self.inputs.group;
         for panel in (0..PANELS).step_by(P) {
             let keys: [&[[T; PANEL]]; P] = rows(&keys[panel * head_dim..], head_dim, head_dim);
-            let mut sums = [[v.zeros(); P]; Q];
-            for d in 0..head_dim {
-                add_products(v, |p| &keys[p][d], |q| queries[q][d], &mut sums);
-            }
-            for q in 0..Q {
-                let scores: &mut [[f32; PANEL]] = self.scores[(first + q) * self.stride..][..PAGE].as_chunks_mut().0;
-                for p in 0..P {
-                    for part in 0..V::PARTS {
-                        let score = v.mul(sums[q][p][part], v.load(&scales[panel + p], part));
-                        v.store(score, &mut scores[panel + p], part);
+            for (g, start) in (0..head_dim).step_by(group).enumerate() {
+                let scales: &[[f32; PANEL]] = self.inputs.scales[g * PAGE..][..PAGE].as_chunks().0;
+                let mut sums = [[v.zeros(); P]; Q];
+                for d in start..(start + group).min(head_dim) {
+                    add_products(v, |p| &keys[p][d], |q| queries[q][d], &mut sums);
+                }
+                // Between groups the scores are in memory: in registers, they would take the place of the sums.
+                for q in 0..Q {
+                    let scores = &mut self.scores[(first + q) * self.stride..][..PAGE];
+                    let scores: &mut [[f32; PANEL]] = scores.as_chunks_mut().0;
+                    for p in 0..P {
+                        for part in 0..V::PARTS {
+                            let (sum, scale) = (sums[q][p][part], v.load(&scales[panel + p], part));
+                            let score = match g {
+                                0 => v.mul(sum, scale),
+                                _ => v.mul_add(sum, scale, v.load(&scores[panel + p], part)),
+                            };
+                            v.store(score, &mut scores[panel + p], part);
+                        }
                     }
                 }
             }
@@ -138,23 +147,57 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
         if positions.is_empty() {
             return;
         }
-        let mut column = 0;
-        while column < self.inputs.width {
-            column += match self.inputs.width - column {
-                left if left >= P * PANEL => self.sum::<Q, P>(first, positions.clone(), column),
-                left if P > 2 && left >= 2 * PANEL => self.sum::<Q, 2>(first, positions.clone(), column),
-                _ => self.sum::<Q, 1>(first, positions.clone(), column),
+        let WeightedValues { weights, stride, width, group, scales, .. } = self.inputs;
+        let count = positions.len();
+        let weights: [&[f32]; Q] = rows(&weights[first * stride + positions.start..], stride, count);
+        if scales.is_empty() {
+            return self.panels::<Q, P>(first, positions, 0..width, &weights);
+        }
+        let mut scaled = [[0.0; PAGE]; Q];
+        for (g, start) in (0..width).step_by(group).enumerate() {
+            let scales = &scales[g * PAGE + positions.start..][..count];
+            for (scaled, weights) in scaled.iter_mut().zip(&weights) {
+                for ((scaled, weight), scale) in scaled.iter_mut().zip(*weights).zip(scales) {
+                    *scaled = weight * scale;
+                }
+            }
+            let mut weights = [&scaled[0][..count]; Q];
+            for (weights, scaled) in weights.iter_mut().zip(&scaled) {
+                *weights = &scaled[..count];
+            }
+            self.panels::<Q, P>(first, positions.clone(), start..(start + group).min(width), &weights);
+        }
+    }
+
+    /// Does so for some columns, with these weights of the positions.
+    #[inline(always)]
+    fn panels<const Q: usize, const P: usize>(
+        &mut self,
+        first: usize,
+        positions: Range<usize>,
+        columns: Range<usize>,
+        weights: &[&[f32]; Q],
+    ) {
+        let mut column = columns.start;
+        while column < columns.end {
+            column += match columns.end - column {
+                left if left >= P * PANEL => self.sum::<Q, P>(first, positions.clone(), column, weights),
+                left if P > 2 && left >= 2 * PANEL => self.sum::<Q, 2>(first, positions.clone(), column, weights),
+                _ => self.sum::<Q, 1>(first, positions.clone(), column, weights),
             };
         }
     }
 
     /// Does so for the `P` panels from `column` on, and returns their number of columns.
     #[inline(always)]
-    fn sum<const Q: usize, const P: usize>(&mut self, first: usize, positions: Range<usize>, column: usize) -> usize {
+    fn sum<const Q: usize, const P: usize>(
+        &mut self,
+        first: usize,
+        positions: Range<usize>,
+        column: usize,
+        weights: &[&[f32]; Q],
+    ) -> usize {
         let (v, width) = (self.v, self.inputs.width);
-        let WeightedValues { weights, stride, .. } = self.inputs;
-        let start = first * stride + positions.start;
-        let weights: [&[f32]; Q] = rows(&weights[start..], stride, positions.len());
         let mut sums = [[v.zeros(); P]; Q];
         for q in 0..Q {
             let out: &[[f32; PANEL]] = self.out[(first + q) * width + column..][..P * PANEL].as_chunks().0;

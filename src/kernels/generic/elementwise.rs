@@ -19,9 +19,16 @@ macro_rules! elementwise_operations {
             /// Quantizes a row of activations to INT8 with one scale per 32 values: `scale = max|x| / 127`, ties to even.
             fn quantize(x: &[f32], out: RowMut<'_>);
 
-            /// Quantizes numbers to INT8 with a single scale, which it returns: `max|x| / 127`, ties to even. If the scale is
-            /// not finite, the codes are unspecified.
+            /// Quantizes numbers to INT8 with a single scale, which it returns: `max|x| / 127`, rounded up to BF16. Codes are
+            /// rounded to nearest, ties to even. If the scale is not finite, they are unspecified.
             fn to_int8(x: &[f32], codes: &mut [i8]) -> f32;
+
+            /// `out = factor * scale`, where `scales` has the upper 16 bits of each scale: BF16.
+            fn expand_scales(scales: &[u16], factor: f32, out: &mut [f32]);
+
+            /// Replaces each `block` numbers, a power of two, by their Walsh-Hadamard transform, without a factor: pairs at
+            /// the distances `block / 2`, `block / 4`, ... 1 become their sum and their difference.
+            fn hadamard(x: &mut [f32], block: usize);
 
             /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
             fn exp_segment(scores: &mut [f32]) -> (f32, f32);
@@ -168,11 +175,58 @@ pub(in crate::kernels) fn to_int8(x: &[f32], codes: &mut [i8]) -> f32 {
         }
     }
     let top = f32::from_bits(tops.into_iter().fold(0, u32::max));
-    let inverse = if top < 1e-30 { 0.0 } else { 127.0 / top };
+    if top < 1e-30 {
+        codes.fill(0);
+        return 0.0;
+    }
+    // Rounded up, so that no code exceeds 127.
+    let scale = f32::from_bits(((top / 127.0).to_bits() + 0xffff) & 0xffff_0000);
+    let inverse = 1.0 / scale;
     for (code, x) in codes.iter_mut().zip(x) {
         *code = x.mul_add(inverse, 12_582_912.0).to_bits() as i8;
     }
-    if top < 1e-30 { 0.0 } else { top / 127.0 }
+    scale
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn expand_scales(scales: &[u16], factor: f32, out: &mut [f32]) {
+    for (out, scale) in out.iter_mut().zip(scales) {
+        *out = factor * f32::from_bits(u32::from(*scale) << 16);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn hadamard(x: &mut [f32], block: usize) {
+    /// Numbers within which the compiler shuffles lanes.
+    const LAST: usize = 8;
+    let (mut distance, least) = (block / 2, if block < LAST { 1 } else { LAST });
+    while distance >= least {
+        butterflies(x, distance);
+        distance /= 2;
+    }
+    if block < LAST {
+        return;
+    }
+    for x in x.as_chunks_mut::<LAST>().0 {
+        for distance in [4, 2, 1] {
+            let before = *x;
+            for i in 0..LAST {
+                let (low, high) = (before[i & !distance], before[i | distance]);
+                x[i] = if i & distance == 0 { low + high } else { low - high };
+            }
+        }
+    }
+}
+
+/// Replaces the pairs at this distance by their sum and their difference.
+#[inline(always)]
+fn butterflies(x: &mut [f32], distance: usize) {
+    for pair in x.chunks_exact_mut(2 * distance) {
+        let (low, high) = pair.split_at_mut(distance);
+        for (low, high) in low.iter_mut().zip(high) {
+            (*low, *high) = (*low + *high, *low - *high);
+        }
+    }
 }
 
 #[inline(always)]

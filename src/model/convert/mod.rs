@@ -8,12 +8,15 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use crate::format::output::Sources;
 use crate::format::{Checkpoint, Tensor};
+use crate::model::config::Config;
 use crate::model::hf::HfFolder;
 use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
+use crate::quant::scale_range::ScaleRange;
 use crate::threads::{Scope, ThreadPool, default_threads};
-use requantize::{decode, encode, target, unfit};
+use requantize::{check_finite, decode, encode, target, unfit};
 
 /// Bytes of a piece, which one thread encodes.
 const PIECE: usize = 1 << 20;
@@ -71,7 +74,12 @@ pub fn convert(
         made: &|_| Ok(None),
         pool: &ThreadPool::new(default_threads())?,
     };
-    job.write(out, progress)
+    job.write(out, progress)?;
+    // A model that nybble runs is one afterwards.
+    if Config::read(checkpoint).is_ok() {
+        Config::read(&Gguf::open(out)?)?;
+    }
+    Ok(())
 }
 
 /// How the tensors of a checkpoint are written to a file.
@@ -97,15 +105,11 @@ impl Job<'_> {
     /// Those of [`convert`].
     pub(crate) fn write(&self, out: &Path, progress: Option<Progress<'_>>) -> Result<()> {
         let checkpoint = self.checkpoint;
-        let mut metadata = checkpoint.metadata().clone();
+        Sources::new([checkpoint.path()]).check("out", out)?;
+        let mut metadata = checkpoint.metadata().of_model();
         for (key, value) in self.more.iter() {
             metadata.set(key, value.clone());
         }
-        // Without this number, readers derive it from the tensors.
-        if let Some(file_type) = file_type(self.file_type) {
-            metadata.set("general.file_type", file_type);
-        }
-        metadata.set("general.quantization_version", 2u32);
         let names = checkpoint.names();
         let mut planned = Vec::with_capacity(names.len());
         for name in &names {
@@ -123,6 +127,11 @@ impl Job<'_> {
             let dims: Vec<u64> = tensor.dims.iter().map(|dim| *dim as u64).collect();
             planned.push((*name, stored, NewTensor::new(*name, stored, dims)));
         }
+        // Without this number, readers derive it from the tensors.
+        if let Some(file_type) = file_type(most(&planned).unwrap_or(self.file_type)) {
+            metadata.set("general.file_type", file_type);
+        }
+        metadata.set("general.quantization_version", 2u32);
         let mut writer = Writer::create(out, &metadata, planned.iter().map(|tensor| tensor.2.clone()))?;
         for (done, (name, stored, _)) in planned.iter().enumerate() {
             if let Some(progress) = progress {
@@ -154,10 +163,37 @@ fn file_type(wanted: BlockType) -> Option<u32> {
         BlockType::Q4_0 => 2,
         BlockType::Q4_1 => 3,
         BlockType::Q8_0 => 7,
+        BlockType::Q5_0 => 8,
+        BlockType::Q5_1 => 9,
+        BlockType::Q2_K => 10,
+        BlockType::Q3_K => 12,
+        BlockType::Q4_K => 15,
+        BlockType::Q5_K => 17,
+        BlockType::Q6_K => 18,
         BlockType::IQ4_NL => 25,
+        BlockType::IQ4_XS => 30,
         BlockType::BF16 => 32,
+        BlockType::MXFP4 => 38,
         _ => return None,
     })
+}
+
+/// The type that most weights of the layers' matrices have; `None` without such matrices.
+fn most(planned: &[(&str, BlockType, NewTensor)]) -> Option<BlockType> {
+    let mut counts: Vec<(BlockType, u64)> = Vec::new();
+    for (name, stored, tensor) in planned {
+        let dims: Vec<usize> = tensor.dims().iter().map(|dim| *dim as usize).collect();
+        if !name.starts_with("blk.") || target(name, &dims, BlockType::Q4_0).is_none() {
+            continue;
+        }
+        let weights = tensor.dims().iter().product::<u64>();
+        match counts.iter_mut().find(|(known, _)| known == stored) {
+            Some((_, count)) => *count += weights,
+            None => counts.push((*stored, weights)),
+        }
+    }
+    // The first of several with the same count, so that the result does not depend on how they are compared.
+    counts.into_iter().rev().max_by_key(|(_, count)| *count).map(|(stored, _)| stored)
 }
 
 /// The type that a tensor is stored in.
@@ -169,6 +205,16 @@ fn stored(name: &str, tensor: &Tensor<'_>, wanted: BlockType) -> BlockType {
     }
 }
 
+/// An error of row `index`.
+fn in_row(error: Error, index: usize) -> Error {
+    match error {
+        Error::InvalidArgument { name, found, expected } => {
+            Error::InvalidArgument { name, found: format!("{found} of row {index}"), expected }
+        }
+        other => other,
+    }
+}
+
 /// The bytes of a whole tensor, encoded by all threads.
 fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Result<Vec<u8>> {
     let columns = tensor.dims.first().copied().unwrap_or(0);
@@ -177,27 +223,43 @@ fn encode_all(scope: &Scope<'_>, tensor: &Tensor<'_>, stored: BlockType) -> Resu
     let row_bytes = stored.bytes_for(columns).unwrap_or_default();
     let mut bytes = vec![0; rows * row_bytes];
     let fault = Mutex::new(None);
+    let fail = |error| {
+        fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    };
+    // A range per matrix of a stack of experts.
+    let matrix = tensor.dims.get(1).copied().unwrap_or(1).max(1);
+    let ranges: Vec<_> = (0..rows.div_ceil(matrix)).map(|_| Mutex::new(ScaleRange::new(stored))).collect();
+    let found = tensor.rows.block_type();
     let rows_per_piece = (PIECE / row_bytes.max(1)).max(1);
     scope.for_each_chunk(&mut bytes, (rows_per_piece * row_bytes).max(1), |piece, out| {
         let (mut scratch, mut values, mut encoded) = (Vec::new(), Vec::new(), Vec::new());
         for (i, out) in out.chunks_exact_mut(row_bytes).enumerate() {
             let index = piece * rows_per_piece + i;
             encoded.clear();
-            let done = if tensor.rows.block_type() == stored {
-                encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
-                Ok(())
-            } else {
-                decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values)
-                    .and_then(|()| encode(stored, &values, &mut encoded))
+            let decoded = match found.is_supported() {
+                true => decode(tensor.rows.as_ref(), index, columns, &mut scratch, &mut values),
+                // It can only be copied.
+                false => Ok(()),
             };
+            let done = decoded.and_then(|()| {
+                if found == stored {
+                    encoded.extend_from_slice(tensor.rows.row(index, &mut scratch));
+                    return check_finite(&values);
+                }
+                encode(stored, &values, &mut encoded)?;
+                ranges[index / matrix].lock().unwrap_or_else(PoisonError::into_inner).add_row(&values);
+                Ok(())
+            });
             match done {
                 Ok(()) => out.copy_from_slice(&encoded),
-                Err(error) => {
-                    fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    return;
-                }
+                Err(error) => return fail(in_row(error, index)),
             }
         }
     });
+    for range in ranges {
+        if let Some((found, expected)) = range.into_inner().unwrap_or_else(PoisonError::into_inner).fault() {
+            fail(Error::argument("values", found, expected));
+        }
+    }
     fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(bytes), Err)
 }

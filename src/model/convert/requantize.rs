@@ -10,6 +10,7 @@ use crate::format::gguf::Metadata;
 use crate::format::{Checkpoint, Tensor};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
+use crate::quant::scale_range::ScaleRange;
 
 /// The type to store the tensor `name` in when matrices are wanted in `wanted`. `None` for tensors that are always F32:
 /// vectors, norms, learned positions and routers are small, and the quality depends on them.
@@ -51,7 +52,7 @@ impl<'a> Quantized<'a> {
     /// Returns the error of a row that could not be encoded. Call it after loading: such rows were read as zeros.
     ///
     /// # Errors
-    /// [`Error::Malformed`] with the tensor when one holds NaN, an infinity, or a number too large for its type.
+    /// [`Error::Malformed`] with the tensor when one holds NaN, an infinity, or numbers too large or too small for its type.
     pub fn finish(self) -> Result<()> {
         self.fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
@@ -78,6 +79,7 @@ impl Checkpoint for Quantized<'_> {
             source: rows,
             wanted,
             columns: *dims.first()?,
+            range: Mutex::new(ScaleRange::new(wanted)),
             fail: Box::new(move |error: Error| {
                 let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
                 fault.get_or_insert_with(|| unfit(self.path(), &owned, &error));
@@ -113,6 +115,8 @@ struct Encoded<'a> {
     source: Box<dyn Rows + 'a>,
     wanted: BlockType,
     columns: usize,
+    /// The range of the rows that were read.
+    range: Mutex<ScaleRange>,
     /// Called with the reason why a row cannot be encoded.
     fail: Box<dyn Fn(Error) + Sync + 'a>,
 }
@@ -125,6 +129,9 @@ impl Rows for Encoded<'_> {
     fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
         let mut values = Vec::new();
         let decoded = decode(self.source.as_ref(), index, self.columns, scratch, &mut values);
+        if values.iter().all(|value| value.is_finite()) {
+            self.range.lock().unwrap_or_else(PoisonError::into_inner).add_row(&values);
+        }
         values.resize(self.columns.next_multiple_of(self.wanted.block_len()), 0.0);
         scratch.clear();
         if let Err(error) = decoded.and_then(|()| encode(self.wanted, &values, scratch)) {
@@ -132,6 +139,15 @@ impl Rows for Encoded<'_> {
             (self.fail)(error);
         }
         scratch
+    }
+}
+
+impl Drop for Encoded<'_> {
+    fn drop(&mut self) {
+        let range = self.range.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some((found, expected)) = range.fault() {
+            (self.fail)(Error::argument("values", found, expected));
+        }
     }
 }
 
@@ -147,12 +163,25 @@ pub(super) fn decode(
     rows.block_type().decode(rows.row(index, scratch), values)
 }
 
-/// Appends the blocks of `values`. Unlike [`BlockType::encode`] it refuses numbers that would become infinite.
+/// Appends the blocks of `values`. Unlike [`BlockType::encode`] it refuses numbers that are not finite, or would become
+/// infinite.
 pub(super) fn encode(wanted: BlockType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    check_finite(values)?;
     if wanted == BlockType::F16
         && let Some(large) = values.iter().find(|value| value.is_finite() && f16::from_f32(**value).is_infinite())
     {
         return Err(Error::argument("values", large, "values up to 65504, the largest of F16"));
     }
     wanted.encode(values, out)
+}
+
+/// Checks that numbers are finite.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] with the first that is not.
+pub(super) fn check_finite(values: &[f32]) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => Err(Error::argument("values", format_args!("{} in column {at}", values[at]), "finite numbers")),
+        None => Ok(()),
+    }
 }

@@ -2,6 +2,7 @@
 //! heads that share a key/value head (Ainslie et al. 2023, arXiv 2305.13245).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::context::MixerContext;
 use super::positions::Positions;
@@ -203,6 +204,7 @@ impl Attention {
             }
             let (first, own) = (rows[row].position, &qkv[row * width..]);
             let (start, shape) = (first / PAGE, input.session.shape);
+            let overflow = AtomicUsize::new(usize::MAX);
             let pages = &mut input.session.pages[start..(first + count).div_ceil(PAGE)];
             pass.scope.for_each_chunk(pages, 1, |p, pages| {
                 let from = first.max((start + p) * PAGE);
@@ -213,10 +215,13 @@ impl Attention {
                     let qkv = &own[(position - first) * width..][..width];
                     for head in 0..config.kv_heads {
                         let [key, value] = [keys, values].map(|start| &qkv[start + head * dim..][..dim]);
-                        page.store(pass.kernel, &shape, layer, head, position % PAGE, key, value);
+                        if !page.store(pass.kernel, &shape, layer, head, position % PAGE, key, value) {
+                            overflow.fetch_min(position, Ordering::Relaxed);
+                        }
                     }
                 }
             });
+            input.session.overflowed_at(overflow.into_inner());
             row += count;
         }
     }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::kernels::{Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
+use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
 use crate::model::buffer::Buffer;
 use crate::model::state::cache::PageHead;
 use crate::model::state::session::Session;
@@ -59,6 +59,8 @@ struct TaskWorkspace {
     ranges: Vec<Range<usize>>,
     /// Keys `(PAGE / 16, head_dim, 16)` or values `(PAGE, width)` of a page in F32.
     wide: Buffer,
+    /// `(groups, PAGE)`: scales of keys or values of a page.
+    factors: Buffer,
     /// The softmax of a segment: see [`CacheAttention::sums`].
     part: Buffer,
     /// The softmax of all segments so far, likewise.
@@ -89,12 +91,12 @@ impl CacheAttention<'_> {
             part.resize(sums);
             total.resize(sums);
             self.begin(task, &mut total);
-            self.gather_queries(task, work);
+            self.gather_queries(kernel, task, work);
             for segment in self.segments(task.first, task.rows) {
                 self.segment(kernel, task, segment, work, &mut part);
                 self.join(kernel, task, segment, &part, &mut total);
             }
-            finish(task, &total, out);
+            finish(kernel, task, &total, out);
             (work.part, work.total) = (part, total);
         });
     }
@@ -110,7 +112,7 @@ impl CacheAttention<'_> {
     ) {
         WORKSPACE.with_borrow_mut(|work| {
             let sums = self.sums(task.rows, task.session.shape.width);
-            self.gather_queries(task, work);
+            self.gather_queries(kernel, task, work);
             for (segment, part) in segments.zip(parts.chunks_exact_mut(stride)) {
                 self.segment(kernel, task, segment, work, &mut part[..sums]);
             }
@@ -127,7 +129,7 @@ impl CacheAttention<'_> {
             for (segment, part) in self.segments(task.first, task.rows).zip(parts.chunks_exact(stride)) {
                 self.join(kernel, task, segment, &part[..sums], total);
             }
-            finish(task, total, out);
+            finish(kernel, task, total, out);
         });
     }
 
@@ -138,13 +140,14 @@ impl CacheAttention<'_> {
         total[n * width..][..n].fill(f32::NEG_INFINITY);
     }
 
-    /// Copies the queries of the task to the workspace.
-    fn gather_queries(&self, task: &Task<'_>, work: &mut TaskWorkspace) {
+    /// Copies the queries of the task to the workspace, rotated as the keys are.
+    fn gather_queries(&self, kernel: &Kernel, task: &Task<'_>, work: &mut TaskWorkspace) {
         let width = self.group * task.session.shape.head_dim;
         work.queries.clear();
         for row in task.queries.chunks(task.stride).take(task.rows) {
             work.queries.extend_from_slice(&row[..width]);
         }
+        kernel.hadamard(&mut work.queries, task.session.shape.rotation());
     }
 
     /// The first query that sees anything from `start` on. Rows are in order of position, so the later ones do, too.
@@ -179,17 +182,24 @@ impl CacheAttention<'_> {
 
         for (at, from, PageHead { keys, scales, .. }) in pages.clone() {
             let to = to(from, &work.seen, at);
-            let mut factors = [self.scale; PAGE];
-            if let Some([scales, _]) = scales {
-                kernel.multiply(&mut factors, scales);
-            }
+            let group = match scales {
+                Some([scales, _]) => {
+                    work.factors.resize(scales.len());
+                    // A power of two undoes the lengthening of queries and keys by the rotation.
+                    kernel.expand_scales(scales, self.scale / shape.rotation() as f32, &mut work.factors);
+                    INT8_GROUP
+                }
+                None => {
+                    work.factors.resize(PAGE);
+                    work.factors.fill(self.scale);
+                    dim
+                }
+            };
             let keys = widened(kernel, keys, PAGE * dim, to - from, &mut work.wide);
             let scores = &mut all_scores[from * SEGMENT + at..];
-            kernel.scores(
-                ScoreInputs { queries: &work.queries[from * dim..to * dim], head_dim: dim, keys, scales: &factors },
-                scores,
-                SEGMENT,
-            );
+            let queries = &work.queries[from * dim..to * dim];
+            let inputs = ScoreInputs { queries, head_dim: dim, keys, group, scales: &work.factors };
+            kernel.scores(inputs, scores, SEGMENT);
         }
         let (values, maxima) = part.split_at_mut(n * width);
         let (maxima, sums) = maxima.split_at_mut(n);
@@ -211,18 +221,15 @@ impl CacheAttention<'_> {
             work.ranges.clear();
             let range = |seen: &Range<usize>| seen.start.max(at) - at..seen.end.min(at + PAGE) - at;
             work.ranges.extend(work.seen[from..to].iter().map(range));
-            let weights = &mut all_scores[from * SEGMENT + at..];
-            if let Some([_, scales]) = scales {
-                for (weights, range) in weights.chunks_mut(SEGMENT).zip(&work.ranges) {
-                    kernel.multiply(&mut weights[range.clone()], &scales[range.clone()]);
-                }
-            }
+            let weights = &all_scores[from * SEGMENT + at..];
+            let scales = scales.map_or(&[][..], |[_, scales]| scales);
+            work.factors.resize(scales.len());
+            kernel.expand_scales(scales, 1.0, &mut work.factors);
             let stored = widened(kernel, stored, PAGE * width, to - from, &mut work.wide);
             let out = &mut values[from * width..to * width];
-            kernel.weighted_sum(
-                WeightedValues { weights, stride: SEGMENT, ranges: &work.ranges, values: stored, width },
-                out,
-            );
+            let (ranges, group, scales) = (&work.ranges, INT8_GROUP, &work.factors);
+            let inputs = WeightedValues { weights, stride: SEGMENT, ranges, values: stored, width, group, scales };
+            kernel.weighted_sum(inputs, out);
         }
     }
 
@@ -255,14 +262,20 @@ fn widened<'a>(
     KvSlice::F32(wide)
 }
 
-/// Divides the values by their sums.
-fn finish(task: &Task<'_>, total: &[f32], out: &mut [f32]) {
-    let (dim, width) = (task.session.shape.head_dim, task.session.shape.width);
+/// Divides the values by their sums, and takes their rotation back.
+fn finish(kernel: &Kernel, task: &Task<'_>, total: &[f32], out: &mut [f32]) {
+    let shape = &task.session.shape;
+    let (dim, width, rotation) = (shape.head_dim, shape.width, shape.rotation());
     let n = total.len() / (width + 2);
     let (values, sums) = (&total[..n * width], &total[n * (width + 1)..]);
     for ((out, values), sum) in out.chunks_exact_mut(dim).zip(values.chunks_exact(width)).zip(sums) {
         // A row always sees itself, so the sum is at least 1, or NaN, which is passed on.
         let inverse = 1.0 / sum;
         out.iter_mut().zip(values).for_each(|(out, x)| *out = x * inverse);
+    }
+    if rotation > 1 {
+        // Twice the rotation is a factor.
+        kernel.hadamard(out, rotation);
+        out.iter_mut().for_each(|x| *x /= rotation as f32);
     }
 }

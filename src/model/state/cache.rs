@@ -3,7 +3,7 @@
 use half::f16;
 
 use crate::error::{Error, Result};
-use crate::kernels::{Kernel, KvSlice, PAGE};
+use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE};
 use crate::model::config::Config;
 use crate::quant::packed::{CacheLine, PANEL};
 use crate::system::aligned_buf::AlignedBuf;
@@ -16,7 +16,8 @@ pub enum CacheType {
     F32,
     /// Half precision.
     F16,
-    /// INT8 with a scale per position and head: half the memory of F16.
+    /// INT8 with a scale per position and 32 numbers: about half the memory of F16. Keys and values are rotated first, so
+    /// that single large numbers do not coarsen the others.
     Int8,
 }
 
@@ -50,14 +51,14 @@ impl CacheType {
         }
     }
 
-    /// Cache lines of the scales of a page: none, or one F32 per position.
-    fn scale_lines(self) -> usize {
-        match self {
-            CacheType::F32 | CacheType::F16 => 0,
-            CacheType::Int8 => PAGE * size_of::<f32>() / size_of::<CacheLine>(),
-        }
+    /// The largest number that it holds; no limit for types that hold all of F32.
+    pub(in crate::model) fn largest(self) -> Option<f32> {
+        (self == CacheType::F16).then(|| f16::MAX.to_f32())
     }
 }
+
+/// The largest number of numbers that are rotated together.
+const MAX_ROTATION: usize = 256;
 
 /// The shape of a KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +82,36 @@ impl CacheShape {
     /// position per byte of a line, so a byte per position is one line.
     fn head(&self) -> [usize; 4] {
         const { assert!(PAGE == size_of::<CacheLine>()) };
-        let (bytes, scales) = (self.cache_type.bytes(), self.cache_type.scale_lines());
+        let (bytes, scales) = (self.cache_type.bytes(), self.groups() * size_of::<u16>());
         [self.head_dim * bytes, self.width * bytes, scales, scales]
+    }
+
+    /// Groups of a key or value that have a scale: none except in INT8.
+    fn groups(&self) -> usize {
+        if self.cache_type == CacheType::Int8 { self.head_dim.div_ceil(INT8_GROUP) } else { 0 }
+    }
+
+    /// Numbers of a key or value that are rotated together before they become INT8: the largest power of two that divides
+    /// the head. 1 for types that are not rotated.
+    ///
+    /// The rotation is a Walsh-Hadamard transform (Ashkboos et al. 2024, arXiv 2404.00456). Queries take it too, which leaves
+    /// the scores as they are, and the result of attention takes it back. It spreads a large number evenly over its block,
+    /// as a few channels of keys have in many models.
+    pub(in crate::model) fn rotation(&self) -> usize {
+        match self.cache_type {
+            CacheType::Int8 => (1 << self.head_dim.trailing_zeros().min(usize::BITS - 1)).min(MAX_ROTATION),
+            CacheType::F32 | CacheType::F16 => 1,
+        }
+    }
+
+    /// Key/value heads of a layer.
+    pub(super) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Key/value heads of all layers.
+    pub(super) fn heads(&self) -> usize {
+        self.layers * self.kv_heads
     }
 
     /// Bytes of the pages for `tokens` tokens. `None` when the number overflows.
@@ -108,8 +137,8 @@ pub(in crate::model) struct PageHead<'a> {
     pub(in crate::model) keys: KvSlice<'a>,
     /// `(PAGE, width)`
     pub(in crate::model) values: KvSlice<'a>,
-    /// Scales of keys and of values, each `(PAGE)`, for INT8.
-    pub(in crate::model) scales: Option<[&'a [f32; PAGE]; 2]>,
+    /// Scales of keys and of values, each `(groups, PAGE)` in BF16, for INT8.
+    pub(in crate::model) scales: Option<[&'a [u16]; 2]>,
 }
 
 /// Keys and values of 64 positions, of every layer and head.
@@ -164,8 +193,8 @@ impl Page {
                 column[kept * bytes..].fill(0);
             }
             bytemuck::cast_slice_mut::<CacheLine, u8>(values)[slot * shape.width * bytes..].fill(0);
-            for scales in bytemuck::cast_slice_mut::<CacheLine, f32>(scales).chunks_exact_mut(PAGE) {
-                scales[slot..].fill(0.0);
+            for scales in bytemuck::cast_slice_mut::<CacheLine, u16>(scales).chunks_exact_mut(PAGE) {
+                scales[slot..].fill(0);
             }
         }
     }
@@ -182,12 +211,13 @@ impl Page {
             CacheType::F16 => KvSlice::F16(bytemuck::cast_slice(lines)),
             CacheType::Int8 => KvSlice::Int8(bytemuck::cast_slice(lines)),
         };
-        let scales: &[[f32; PAGE]] = bytemuck::cast_slice::<CacheLine, f32>(lines).as_chunks().0;
-        let scales = scales.first_chunk().map(|[keys, values]: &[_; 2]| [keys, values]);
+        let (key_scales, value_scales) = lines.split_at(scales);
+        let scales = (scales > 0).then(|| [key_scales, value_scales].map(bytemuck::cast_slice));
         PageHead { keys: slice(keys), values: slice(values), scales }
     }
 
-    /// Stores key and value `(head_dim)` of one head at `slot` of the page.
+    /// Stores key and value `(head_dim)` of one head at `slot` of the page. Returns whether the type holds them: a finite
+    /// number that F16 does not hold is infinite in the page.
     #[allow(clippy::too_many_arguments, reason = "the place, and the two rows")]
     pub(in crate::model) fn store(
         &mut self,
@@ -198,7 +228,7 @@ impl Page {
         slot: usize,
         key: &[f32],
         value: &[f32],
-    ) {
+    ) -> bool {
         let [keys, values, scales, _] = shape.head();
         let len = keys + values + 2 * scales;
         let lines = &mut self.lines[(layer * shape.kv_heads + head) * len..][..len];
@@ -216,14 +246,44 @@ impl Page {
                 kernel.to_f16(key, row);
                 spread(row, panel(bytemuck::cast_slice_mut(keys), shape, slot), slot);
                 kernel.to_f16(value, row);
+                return fits_f16(key) && fits_f16(value);
             }
             CacheType::Int8 => {
                 let row: &mut [i8] = row(bytemuck::cast_slice_mut(values), shape, slot);
-                let scales: &mut [f32] = bytemuck::cast_slice_mut(lines);
-                scales[slot] = kernel.to_int8(key, row);
+                let (key_scales, value_scales) = lines.split_at_mut(scales);
+                to_int8(kernel, shape, key, row, bytemuck::cast_slice_mut(key_scales), slot);
                 spread(row, panel(bytemuck::cast_slice_mut(keys), shape, slot), slot);
-                scales[PAGE + slot] = kernel.to_int8(value, row);
+                to_int8(kernel, shape, value, row, bytemuck::cast_slice_mut(value_scales), slot);
             }
+        }
+        true
+    }
+}
+
+/// Whether F16 holds all finite numbers among `x`.
+fn fits_f16(x: &[f32]) -> bool {
+    // From the first number that is rounded to infinity, 65520, to the largest finite one. Without a branch per number, so
+    // that the compiler vectorizes the loop.
+    const { assert!(f32::from_bits(0x477f_f000) == 65520.0) };
+    let beyond = |x: &f32| (x.abs().to_bits().wrapping_sub(0x477f_f000) <= 0x7f7f_ffff - 0x477f_f000) as u32;
+    x.iter().map(beyond).fold(0, |any, beyond| any | beyond) == 0
+}
+
+/// Rotates a key or value, and stores it as codes and as scales `(groups, PAGE)` at `slot`.
+fn to_int8(kernel: &Kernel, shape: &CacheShape, x: &[f32], codes: &mut [i8], scales: &mut [u16], slot: usize) {
+    // Whole blocks of the rotation and whole groups.
+    let block = shape.rotation();
+    let unit = block.max(INT8_GROUP);
+    let mut rotated = [0.0; MAX_ROTATION];
+    let groups = unit / INT8_GROUP;
+    for (unit, (x, scales)) in codes.chunks_mut(unit).zip(x.chunks(unit).zip(scales.chunks_mut(groups * PAGE))) {
+        let rotated = &mut rotated[..x.len()];
+        rotated.copy_from_slice(x);
+        kernel.hadamard(rotated, block);
+        let groups = rotated.chunks(INT8_GROUP).zip(unit.chunks_mut(INT8_GROUP));
+        for ((x, codes), scales) in groups.zip(scales.chunks_mut(PAGE)) {
+            // BF16 scales are the upper half of an F32.
+            scales[slot] = (kernel.to_int8(x, codes).to_bits() >> 16) as u16;
         }
     }
 }

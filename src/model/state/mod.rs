@@ -3,3 +3,4 @@
 pub(super) mod cache;
 pub(super) mod session;
 pub(super) mod session_file;
+mod whole_head_int8;

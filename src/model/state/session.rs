@@ -33,12 +33,14 @@ pub struct Session {
     context: usize,
     /// The `id` of the model that it belongs to.
     pub(in crate::model) model: u64,
+    /// The first position whose keys or values the cache type does not hold.
+    overflow: Option<usize>,
 }
 
 impl Session {
     /// An empty session of the model with that `id`, for up to `context` tokens.
     pub(in crate::model) fn new(shape: CacheShape, context: usize, model: u64) -> Session {
-        Session { shape, pages: Vec::new(), len: 0, context, model }
+        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None }
     }
 
     /// Another session with the same tokens, independent of this one.
@@ -72,12 +74,37 @@ impl Session {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         self.pages.truncate(self.len.div_ceil(PAGE));
+        self.overflow = self.overflow.filter(|position| *position < self.len);
     }
 
-    /// Page `index`, to be shared with other sessions. `None` unless all 64 positions are filled.
+    /// Checks that the cache holds the keys and values of all tokens.
+    ///
+    /// # Errors
+    /// [`Error::CacheOverflow`] if a token has keys or values beyond the range of the cache type. What was computed from the
+    /// cache is then NaN. Truncating the session to the tokens before that one repairs it.
+    pub fn check_cache(&self) -> Result<()> {
+        let largest = self.shape.cache_type.largest();
+        match self.overflow.zip(largest) {
+            None => Ok(()),
+            Some((position, largest)) => {
+                Err(Error::CacheOverflow { position, cache_type: self.shape.cache_type.name(), largest })
+            }
+        }
+    }
+
+    /// Records that the cache does not hold the keys or values at `position`, unless that is beyond all positions.
+    pub(in crate::model) fn overflowed_at(&mut self, position: usize) {
+        if position < usize::MAX {
+            self.overflow = Some(self.overflow.map_or(position, |first| first.min(position)));
+        }
+    }
+
+    /// Page `index`, to be shared with other sessions. `None` unless all 64 positions are filled with numbers that the cache
+    /// type holds.
     #[doc(hidden)]
     pub fn page(&self, index: usize) -> Option<SharedPage> {
-        let page = self.pages.get(index).filter(|_| (index + 1) * PAGE <= self.len)?;
+        let end = (index + 1) * PAGE;
+        let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
         Some(SharedPage { page: page.clone(), model: self.model })
     }
 

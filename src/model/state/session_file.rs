@@ -5,7 +5,7 @@
 //! ```text
 //!  0   8  magic, "NYBBLEKV"
 //!  8   4  version, 1
-//! 12   4  how keys and values are stored: 0 F32, 1 F16, 2 INT8
+//! 12   4  how keys and values are stored: 0 F32, 1 F16, 3 INT8; 2 INT8 with one scale per head, as earlier versions wrote it
 //! 16  32  hash of the model, its `fingerprint`
 //! 48   8  number of tokens
 //! 56   8  number of tokens in the cache: the first of them
@@ -27,8 +27,11 @@ use blake3::Hasher;
 
 use super::cache::{CacheShape, CacheType, Page};
 use super::session::Session;
+use super::whole_head_int8;
 use crate::error::{Error, Place, Result};
-use crate::kernels::PAGE;
+use crate::format::atomic_file::AtomicFile;
+use crate::format::output::Sources;
+use crate::kernels::{Kernel, PAGE};
 use crate::system::memory;
 
 const MAGIC: [u8; 8] = *b"NYBBLEKV";
@@ -44,10 +47,13 @@ impl CacheType {
         match self {
             CacheType::F32 => 0,
             CacheType::F16 => 1,
-            CacheType::Int8 => 2,
+            CacheType::Int8 => 3,
         }
     }
 }
+
+/// The number of INT8 with one scale per head.
+const WHOLE_HEAD_INT8: u32 = 2;
 
 /// The model and limits with which a session file must agree.
 pub(in crate::model) struct Owner<'a> {
@@ -58,6 +64,7 @@ pub(in crate::model) struct Owner<'a> {
     /// The model's fingerprint. It takes time to compute, so the cheap checks come first.
     pub(in crate::model) fingerprint: &'a dyn Fn() -> blake3::Hash,
     pub(in crate::model) shape: CacheShape,
+    pub(in crate::model) kernel: &'static Kernel,
     pub(in crate::model) context: usize,
     pub(in crate::model) vocabulary: usize,
 }
@@ -65,24 +72,23 @@ pub(in crate::model) struct Owner<'a> {
 /// Writes `session` and `tokens` to the file at `path`, which appears under its name when it is complete.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these.
+/// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these, or
+/// `path` is read as part of the model or is not a regular file; [`Error::CacheOverflow`].
 pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32], path: &Path) -> Result<()> {
     if session.model != owner.id {
         return Err(Error::argument("session", "a session of another model", "a session of this model"));
     }
+    session.check_cache()?;
     if tokens.len() < session.len() {
         return Err(Error::argument("tokens", tokens.len(), format_args!("at least the {} seen", session.len())));
     }
-    let replace = || {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        write(session, owner, tokens, file.as_file_mut())?;
-        file.persist(path).map(drop).map_err(|error| error.error)
-    };
-    replace().map_err(|error| Error::io(path, error))
+    Sources::new([owner.path]).check("path", path)?;
+    let mut file = AtomicFile::create(path, true)?;
+    write(session, owner, tokens, &mut file).map_err(|error| Error::io(path, error))?;
+    file.finish()
 }
 
-fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut File) -> std::io::Result<()> {
+fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut AtomicFile) -> std::io::Result<()> {
     let mut out = Hashed { inner: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
     out.write_all(&MAGIC)?;
     out.write_all(&VERSION.to_le_bytes())?;
@@ -105,7 +111,7 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut File) 
     }
     let hash = out.hasher.finalize();
     out.inner.write_all(hash.as_bytes())?;
-    out.inner.into_inner().map_err(|error| error.into_error())?.sync_all()
+    out.inner.flush()
 }
 
 /// Reads a session and its tokens from a file that [`save`] wrote.
@@ -132,7 +138,7 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     let mut file = Hashed { inner: BufReader::with_capacity(1 << 16, file), hasher: Hasher::new() };
     let mut header = [0; HEADER];
     file.read_exact(&mut header).map_err(io)?;
-    let Counts { tokens, seen } = check(owner, path, &header, length)?;
+    let Counts { tokens, seen, old } = check(owner, path, &header, length)?;
 
     let out_of_memory = |_| Error::OutOfMemory { what: "the tokens of a session", bytes: 4 * tokens, left: None };
     let mut ids: Vec<u32> = Vec::new();
@@ -142,8 +148,15 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     let mut pages = Vec::new();
     for _ in 0..seen.div_ceil(PAGE) {
         memory::check("a page of the KV cache", owner.shape.page_bytes())?;
-        let mut page = Page::new(&owner.shape)?;
-        file.read_exact(page.bytes_mut()).map_err(io)?;
+        let page = if old {
+            let mut bytes = vec![0; whole_head_int8::bytes(&owner.shape, PAGE).unwrap_or_default()];
+            file.read_exact(&mut bytes).map_err(io)?;
+            whole_head_int8::convert(owner.kernel, &owner.shape, &bytes)?
+        } else {
+            let mut page = Page::new(&owner.shape)?;
+            file.read_exact(page.bytes_mut()).map_err(io)?;
+            page
+        };
         pages.push(Arc::new(page));
     }
     let computed = file.hasher.finalize();
@@ -168,6 +181,8 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
 struct Counts {
     tokens: usize,
     seen: usize,
+    /// Whether its pages are INT8 with one scale per head.
+    old: bool,
 }
 
 /// Checks every field of a header against the model, and all of them against the length of the file.
@@ -191,8 +206,10 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         let expected = format!("{}, the hash of the model {}", fingerprint.to_hex(), owner.path.display());
         return fault("model", format!("the hash {}", hash.to_hex()), expected);
     }
-    if cache_type != own.number() {
+    let old = cache_type == WHOLE_HEAD_INT8 && own == CacheType::Int8;
+    if cache_type != own.number() && !old {
         let known = [CacheType::F32, CacheType::F16, CacheType::Int8].into_iter().find(|t| t.number() == cache_type);
+        let known = known.or((cache_type == WHOLE_HEAD_INT8).then_some(CacheType::Int8));
         let found = known.map_or_else(|| format!("type {cache_type}"), |known| known.name().to_owned());
         return fault("cache_type", found, format!("{}, that of the loaded model", own.name()));
     }
@@ -207,10 +224,10 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
     let counts = usize::try_from(tokens).ok().zip(usize::try_from(seen).ok());
     let expected = counts.and_then(|(tokens, seen)| {
         let fixed = tokens.checked_mul(size_of::<u32>())?.checked_add(HEADER + HASH)?;
-        fixed.checked_add(owner.shape.bytes(seen)?)
+        fixed.checked_add(if old { whole_head_int8::bytes(&owner.shape, seen) } else { owner.shape.bytes(seen) }?)
     });
     match (counts, expected) {
-        (Some((tokens, seen)), Some(expected)) if expected as u64 == length => Ok(Counts { tokens, seen }),
+        (Some((tokens, seen)), Some(expected)) if expected as u64 == length => Ok(Counts { tokens, seen, old }),
         (_, expected) => {
             let bytes = expected.map_or_else(|| "more bytes than fit into memory".to_owned(), |n| format!("{n} bytes"));
             let expected = format!("{bytes} for {tokens} tokens, {seen} of them in the cache");

@@ -1,7 +1,11 @@
 //! Mixed formats: gives sensitive linear layers 5 or 8 bits, up to a mean number of bits per weight.
 
 mod allocate;
+mod choose;
+mod importance;
 mod sensitivity;
 mod spend;
 
+pub use choose::choose_formats;
+pub use importance::write_importance;
 pub use spend::spend_bits;

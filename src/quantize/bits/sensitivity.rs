@@ -11,7 +11,7 @@ use crate::quantize::compute::Compute;
 use crate::quantize::context::OpenRun;
 use crate::quantize::format::{Format, GroupedFormat};
 use crate::quantize::layer::{LayerProblem, error};
-use crate::quantize::overrides::{Stored, TensorFormats, is_linear};
+use crate::quantize::overrides::{Stored, is_linear};
 use crate::quantize::recipes::rtn;
 use crate::quantize::resume::ResumeLog;
 
@@ -41,7 +41,7 @@ pub(super) fn plan(run: &OpenRun<'_>, bits: f64, log: &mut ResumeLog) -> Result<
     }
     let reference = logits(&mut calibration, windows.len())?;
 
-    let (mut names, mut tensors, mut weights) = (Vec::new(), Vec::new(), 0usize);
+    let (mut names, mut tensors) = (Vec::new(), Vec::new());
     for (index, before) in before.iter_mut().enumerate() {
         for tensor in linear_layers(run, index) {
             run.check()?;
@@ -54,12 +54,10 @@ pub(super) fn plan(run: &OpenRun<'_>, bits: f64, log: &mut ResumeLog) -> Result<
                 loss: if errors[0] > 0.0 { loss * error / errors[0] } else { 0.0 },
             };
             tensors.push(formats.iter().zip(errors).map(of).collect::<Vec<Choice>>());
-            weights += tensor.weights.len();
             names.push((tensor.name, formats));
         }
     }
-    let budget = (bits * weights as f64 / 8.0) as u64;
-    let Some(chosen) = allocate(&tensors, budget) else { return Err(too_few(run.formats, bits, weights)) };
+    let Some(chosen) = allocate(&tensors, Budget::of(run, bits)?.open) else { return Err(Budget::too_few(run, bits)) };
     let finer = names.into_iter().zip(chosen).filter(|(_, choice)| *choice > 0);
     Ok(finer.map(|((name, formats), choice)| (name, formats[choice].format.block_type())).collect())
 }
@@ -100,10 +98,66 @@ fn known(log: &mut ResumeLog, name: &str, measure: impl FnOnce() -> Result<Vec<f
     Ok(numbers)
 }
 
-fn too_few(formats: &TensorFormats, bits: f64, weights: usize) -> Error {
-    let least = formats.format.block_type();
-    let own = bytes(least, weights) as f64 * 8.0 / weights.max(1) as f64;
-    Error::argument("bits_per_weight", bits, format_args!("at least {own}, the bits of {least}"))
+/// What the linear layers may take.
+struct Budget {
+    /// Bytes for the linear layers whose format is chosen here.
+    open: u64,
+    /// Bytes that these take in their own format.
+    own: u64,
+}
+
+impl Budget {
+    /// The bytes that a number of bits per weight of all linear layers leaves to those whose format is open.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if they do not suffice for the format of linear layers.
+    fn of(run: &OpenRun<'_>, bits: f64) -> Result<Budget> {
+        let (all, fixed, own, _) = sizes(run);
+        let open = ((bits * all as f64 / 8.0) as u64).checked_sub(fixed).filter(|open| *open >= own);
+        open.map(|open| Budget { open, own }).ok_or_else(|| Budget::too_few(run, bits))
+    }
+
+    fn too_few(run: &OpenRun<'_>, bits: f64) -> Error {
+        let (all, fixed, own, widest) = sizes(run);
+        let format = run.formats.format.block_type();
+        // Rounded up, so that asking for this number succeeds.
+        let least = ((fixed + own) as f64 * 8e3 / all.max(1) as f64).ceil() / 1e3;
+        let why = match widest {
+            Some((name, block_type)) => {
+                format!(
+                    "the bits of {format}, and of matrices that are stored in other types, such as {name} in {block_type}"
+                )
+            }
+            None => format!("the bits of {format}"),
+        };
+        Error::argument("bits_per_weight", bits, format_args!("at least {least}, {why}"))
+    }
+}
+
+/// Over all linear layers: their weights, the bytes of those whose type is fixed, the bytes of the others in their own format,
+/// and the first whose type is fixed and larger.
+fn sizes(run: &OpenRun<'_>) -> (usize, u64, u64, Option<(String, BlockType)>) {
+    let (mut all, mut fixed, mut own, mut widest) = (0, 0, 0, None);
+    let default = run.formats.format.block_type();
+    let bits = |block_type: BlockType| block_type.block_bytes() * 8 / block_type.block_len();
+    for name in run.checkpoint.names() {
+        let Some(tensor) = run.checkpoint.tensor(name) else { continue };
+        if tensor.dims.len() < 2 || !is_linear(name.strip_suffix(".weight").unwrap_or(name)) {
+            continue;
+        }
+        let weights = tensor.dims.iter().product();
+        all += weights;
+        let block_type = run.formats.stored(name, &tensor.dims).block_type();
+        if block_type == default {
+            own += bytes(block_type, weights);
+            continue;
+        }
+        fixed += bytes(block_type, weights);
+        if widest.is_none() && bits(block_type) > bits(default) {
+            widest = Some((name.to_owned(), block_type));
+        }
+    }
+    (all, fixed, own, widest)
 }
 
 /// Whether the bits suffice for a finer format of any tensor.
@@ -114,10 +168,8 @@ fn has_spare_bits(run: &OpenRun<'_>, bits: f64) -> Result<bool> {
     let (own, finer) = (run.formats.format.block_type(), FINER[0].block_type());
     let of_layer = |index| quantized(run, index).map(|(_, tensor, _)| tensor.dims.iter().product());
     let sizes: Vec<usize> = (0..run.layers.config().layers.len()).flat_map(of_layer).collect();
-    let weights = sizes.iter().sum();
-    let Some(left) = ((bits * weights as f64 / 8.0) as u64).checked_sub(bytes(own, weights)) else {
-        return Err(too_few(run.formats, bits, weights));
-    };
+    let budget = Budget::of(run, bits)?;
+    let left = budget.open - budget.own;
     Ok(sizes.iter().any(|size| bytes(finer, *size) <= left + bytes(own, *size)))
 }
 

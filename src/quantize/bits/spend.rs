@@ -7,6 +7,7 @@ use crate::model::layerwise::Layerwise;
 use crate::quantize::calibration::check_windows;
 use crate::quantize::context::{OpenRun, RunContext};
 use crate::quantize::overrides::TensorFormats;
+use crate::quantize::pipeline::exceptions::without_f16_scales;
 use crate::quantize::resume::{ResumeFiles, ResumeLog, run_key};
 
 /// Windows on which sensitivity is measured, and tokens of each.
@@ -23,22 +24,23 @@ const SAMPLE: (usize, usize) = (2, 128);
 /// [`quantize`](crate::quantize::quantize).
 pub fn spend_bits(context: &RunContext<'_>, formats: &TensorFormats, bits: f64) -> Result<TensorFormats> {
     formats.check()?;
+    context.check_out(&[ResumeFiles::next_to(context.out)])?;
     let (windows, tokens) = SAMPLE;
     let sample = context.windows.iter().take(windows).map(|window| window[..window.len().min(tokens)].to_vec());
     let sample: Vec<Vec<u32>> = sample.collect();
     if sample.iter().all(Vec::is_empty) {
         return Err(Error::argument("calibration", "no text", "a text on which sensitivity is measured"));
     }
-    let finer = context.with_checkpoint(|checkpoint: &dyn Checkpoint| {
+    context.with_checkpoint(|checkpoint: &dyn Checkpoint| {
         let layers = &Layerwise::load(checkpoint, &context.load_options())?;
         check_windows(layers, context.windows)?;
         formats.check_names(checkpoint)?;
         let files = &ResumeFiles::next_to(context.out);
         let mut log = ResumeLog::open(&files.sensitivity(), context.out, run_key(checkpoint, formats, &sample))?;
         let run = OpenRun { context: RunContext { windows: &sample, ..*context }, checkpoint, layers, formats, files };
-        plan(&run, bits, &mut log)
-    })?;
-    let mut formats = formats.clone();
-    formats.overrides.extend(finer);
-    Ok(formats)
+        let (mut formats, _) = without_f16_scales(&run)?;
+        let finer = plan(&OpenRun { formats: &formats, ..run }, bits, &mut log)?;
+        formats.overrides.extend(finer);
+        Ok(formats)
+    })
 }

@@ -13,9 +13,11 @@ use crate::quantize::context::OpenRun;
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::LayerProblem;
 use crate::quantize::overrides::Stored;
-use crate::quantize::recipes::{NormScaling, Recipe, awq};
+use crate::quantize::recipes::{NormScaling, Recipe, awq, exact};
 use crate::quantize::resume::ResumeLog;
 
+/// The name of the recipe that takes over what the source has.
+pub(super) const EXACT: &str = "exact";
 /// Units of progress per layer.
 const UNITS: usize = 1000;
 
@@ -120,6 +122,9 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         let known = moments.filter(|moments| moments.tokens >= MIN_TOKENS);
         let (hessian, magnitude) = known.map_or((&[][..], &[][..]), |known| (&known.hessian, &known.magnitude));
         let plain = LayerProblem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
+        let importance = self.run.context.importance.filter(|_| known.is_none());
+        let squares = importance.map_or(&[][..], |importance| importance.of(&piece.name, piece.part));
+        let plain = LayerProblem { squares, ..plain };
         let scaled =
             factors.map(|factors| (awq::scale_columns(&weights, factors), awq::scale_moments(&plain, factors)));
         let problem = match &scaled {
@@ -131,7 +136,10 @@ impl<'a, 'l> Quantizer<'a, 'l> {
             None if self.recipe.needs_text() => "rtn".to_owned(),
             _ => self.recipe.name().to_owned(),
         };
-        let solution = self.recipe.solve(&problem, grouped, &self.compute);
+        // Weights that are in few bits already and that the format holds are not rounded again.
+        let held = if factors.is_none() { exact::exact(tensor, piece.first, piece.rows, grouped) } else { None };
+        let name = if held.is_some() { EXACT.to_owned() } else { name };
+        let solution = held.unwrap_or_else(|| self.recipe.solve(&problem, grouped, &self.compute));
         let decoded = solution.decode(grouped, piece.columns);
         let error = self.compute.error(&problem, &decoded);
         // An interrupted computation returns a meaningless solution.
@@ -140,6 +148,7 @@ impl<'a, 'l> Quantizer<'a, 'l> {
             "name": piece.name,
             "part": piece.part,
             "recipe": name,
+            "tokens": moments.map(|moments| moments.tokens),
             "relative_error": error,
             "seconds": started.elapsed().as_secs_f64(),
         });
@@ -159,6 +168,13 @@ impl<'a, 'l> Quantizer<'a, 'l> {
             return Ok(None);
         }
         let checkpoint = self.run.checkpoint;
+        let is_held = |piece: &Piece| match (piece.stored, checkpoint.tensor(&piece.name)) {
+            (Stored::Solved(grouped), Some(tensor)) => exact::is_exact(&tensor, &grouped),
+            _ => false,
+        };
+        if pieces.iter().any(is_held) {
+            return Ok(None);
+        }
         let Some(scaling) = NormScaling::before(checkpoint, layer, site) else { return Ok(None) };
         if let Some(moments) = moments.filter(|_| !scaling.is_done(self.log)) {
             let mut layers = Vec::new();
@@ -171,6 +187,17 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         }
         scaling.factors(self.log)
     }
+}
+
+/// Whether the log has all linear layers as the source has them.
+pub(super) fn is_exact(run: &OpenRun<'_>, log: &ResumeLog) -> bool {
+    let checkpoint = run.checkpoint;
+    checkpoint.names().into_iter().filter_map(|name| Some((name, checkpoint.tensor(name)?.dims))).all(|(name, dims)| {
+        let is_solved = matches!(run.formats.stored(name, &dims), Stored::Solved(_));
+        let mut parts = 0..dims.iter().skip(2).product();
+        let is_held = |part| log.description(name, part).is_some_and(|known| known["recipe"] == EXACT);
+        !is_solved || parts.all(is_held)
+    })
 }
 
 impl Visitor for Quantizer<'_, '_> {
@@ -201,8 +228,11 @@ impl Visitor for Quantizer<'_, '_> {
                         values = awq::scale_columns(&values, factors);
                     }
                     let mut blocks = Vec::new();
-                    block_type.encode(&values, &mut blocks)?;
-                    block_type.decode(&blocks, &mut values)?;
+                    // A tensor that has the type already is copied.
+                    if factors.is_some() || tensor.rows.block_type() != block_type {
+                        block_type.encode(&values, &mut blocks)?;
+                        block_type.decode(&blocks, &mut values)?;
+                    }
                     if factors.is_some() {
                         let description = json!({ "name": piece.name, "part": piece.part, "recipe": "encoded" });
                         self.log.add(&piece.name, piece.part, description, &blocks)?;

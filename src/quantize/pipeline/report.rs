@@ -26,6 +26,19 @@ pub struct TensorReport {
     pub weights: usize,
     /// Whether it is a linear layer inside of a block of the model.
     pub linear: bool,
+    /// Why it is stored in another type than was asked for.
+    pub note: Option<String>,
+}
+
+/// How many of the experts that tokens choose among were calibrated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExpertCounts {
+    /// Experts of all layers.
+    pub all: usize,
+    /// Those that no token of the calibration text reached.
+    pub unreached: usize,
+    /// Those that so few tokens reached that they were rounded without calibration; the unreached ones are among them.
+    pub rounded: usize,
 }
 
 /// The result of a run, tensor by tensor.
@@ -44,16 +57,27 @@ pub struct Report {
     pub seconds: f64,
     /// All matrices.
     pub tensors: Vec<TensorReport>,
+    /// Experts in a run with calibration; zeros otherwise.
+    pub experts: ExpertCounts,
 }
 
 impl Report {
     pub(super) fn new(source: &Path, out: &Path, recipe: &str, size_bytes: u64) -> Report {
         let (source, out, recipe) = (source.to_path_buf(), out.to_path_buf(), recipe.to_owned());
-        Report { source, out, recipe, size_bytes, seconds: 0.0, tensors: Vec::new() }
+        Report { source, out, recipe, size_bytes, seconds: 0.0, tensors: Vec::new(), experts: ExpertCounts::default() }
     }
 
     pub(super) fn add(&mut self, tensor: TensorReport) {
         self.tensors.push(tensor);
+    }
+
+    /// Adds the reasons why tensors are stored in another type, by name.
+    pub(super) fn add_notes(&mut self, notes: Vec<(String, String)>) {
+        for (name, note) in notes {
+            if let Some(tensor) = self.tensors.iter_mut().find(|tensor| tensor.name == name) {
+                tensor.note = Some(note);
+            }
+        }
     }
 
     /// Mean bits per weight over all linear layers, scales included.
@@ -80,6 +104,7 @@ impl Report {
                 "recipe": tensor.recipe,
                 "relative_error": tensor.relative_error,
                 "seconds": tensor.seconds,
+                "note": tensor.note,
             })
         };
         json!({
@@ -89,6 +114,9 @@ impl Report {
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight(),
             "seconds": self.seconds,
+            "experts": self.experts.all,
+            "experts_unreached": self.experts.unreached,
+            "experts_rounded": self.experts.rounded,
             "tensors": self.tensors.iter().map(tensor).collect::<Vec<_>>(),
         })
     }

@@ -1,6 +1,7 @@
 //! Recipes: methods that choose the codes and scales of one linear layer.
 
 pub(super) mod awq;
+pub(super) mod exact;
 #[cfg(test)]
 pub(super) mod fixtures;
 pub(super) mod gptq;

@@ -60,6 +60,7 @@ impl<'a> NormScaling<'a> {
             columns,
             hessian: &moments.hessian,
             magnitude: &moments.magnitude,
+            squares: &[],
         };
         let problems: Vec<LayerProblem<'_>> = layers.iter().map(|(weights, _)| problem(weights)).collect();
         let factors = awq::factors(&problems, grouped, compute);

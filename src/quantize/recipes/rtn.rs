@@ -34,7 +34,7 @@ pub(in crate::quantize) fn solve(
                 let weights = &problem.weights[at..][..group];
                 let of = at % columns;
                 let own = &importance[of..][..group];
-                let own = if problem.hessian.is_empty() { &by_size(weights) } else { own };
+                let own = if problem.is_blind() { &by_size(weights) } else { own };
                 (**scale, *min) = fit(grouped.format, weights, own, search);
                 for (code, weight) in codes.iter_mut().zip(weights) {
                     *code = grouped.format.code(*weight, **scale, *min);

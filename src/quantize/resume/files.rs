@@ -52,12 +52,17 @@ impl ResumeFiles {
         }
     }
 
+    /// All paths. Some of the files exist.
+    pub(in crate::quantize) fn all(&self) -> [PathBuf; SUFFIXES.len()] {
+        SUFFIXES.map(|suffix| self.with_suffix(suffix))
+    }
+
     /// Removes those files that exist.
     ///
     /// # Errors
     /// [`Error::Io`]
     pub(in crate::quantize) fn remove(&self) -> Result<()> {
-        for file in SUFFIXES.map(|suffix| self.with_suffix(suffix)).iter().filter(|file| file.exists()) {
+        for file in self.all().iter().filter(|file| file.exists()) {
             std::fs::remove_file(file).map_err(|source| Error::io(file, source))?;
         }
         Ok(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, get_type_hints
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from nybble import SamplingOptions
-from nybble.sampling import SamplingOverrides, merge
+from nybble.sampling import SamplingOverrides, choice_seed, merge
 
 
 def test_type_checkers_know_every_option_with_its_type() -> None:
@@ -100,3 +101,14 @@ def test_options_are_immutable() -> None:
     options = SamplingOptions()
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.temperature = 0.0  # type: ignore[misc]
+
+
+def test_seeds_of_several_choices_are_far_apart() -> None:
+    seeds = [[choice_seed(seed, index) for index in range(16)] for seed in (0, 1, 2, 2**64 - 1, -1)]
+    # The first choice keeps the seed, so that its text does not depend on the number of choices.
+    assert [row[0] for row in seeds] == [0, 1, 2, 2**64 - 1, 2**64 - 1]
+    distinct = {seed for row in seeds[:4] for seed in row}
+    assert len(distinct) == 4 * 16
+    assert all(0 <= seed < 2**64 for seed in distinct)
+    later = sorted(seed for row in seeds[:4] for seed in row[1:])
+    assert min(b - a for a, b in itertools.pairwise(later)) > 2**40

@@ -91,6 +91,7 @@ def calibration_windows(count: int) -> Any:
 
 def test_the_sample_and_generated_text_serve_to_calibrate(source: Path, tmp_path: Path) -> None:
     (sample,), _ = calibration.documents("sample")
+    assert isinstance(sample, str)
     assert len(sample) > 10_000
     for text in ("sample", "self"):
         report = quantize(source, tmp_path / f"{text}.gguf", recipe="gptq", calibration=text, calibration_tokens=1024)
@@ -268,7 +269,7 @@ def test_a_source_is_not_overwritten_even_by_force(
     copy.write_bytes(source.read_bytes())
     for recipe in ("rtn", "auto"):
         assert main(["quantize", str(copy), str(copy), "--force", "--recipe", recipe]) == 1
-        assert "which is the source, expected another file" in capsys.readouterr().err
+        assert "which is read, expected another file" in capsys.readouterr().err
     assert copy.read_bytes() == source.read_bytes()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from nybble import generation
 from nybble.generation import TokenLogprob
+from nybble.generation.request import check_length
 from nybble.sampling import SamplingOptions
 from nybble.server.errors import ApiError, as_api_errors
 from nybble.server.events import (
@@ -47,7 +48,8 @@ class ChatAdapter(Adapter):
 
     def __init__(self, service: Service, body: ChatRequest) -> None:
         super().__init__(body.model, body.n or 1, bool(body.stream))
-        self._tokenizer = service.engine.model.tokenizer
+        self._model = service.engine.model
+        self._tokenizer = self._model.tokenizer
         self._reads_unmarked_calls = service.settings.unmarked_calls
         self._body = body
         self._head: dict[str, Any] = {
@@ -96,6 +98,7 @@ class ChatAdapter(Adapter):
                 tools=described if tool_format else None,
                 **(body.chat_template_kwargs or {}),
             )
+            check_length(self._model, prompt)
             ids = self._tokenizer.encode(prompt + prefix)
             return [(ids, SamplingOptions(**options, seed=seed)) for seed in body.seeds(self.answers)]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from nybble import generation
 from nybble.generation import TokenLogprob
-from nybble.generation.request import prompt_ids
+from nybble.generation.request import check_length, prompt_ids
 from nybble.sampling import SamplingOptions
 from nybble.server.errors import ApiError
 from nybble.server.events import (
@@ -116,6 +116,9 @@ class CompletionAdapter(Adapter):
 
         def prepare() -> list[tuple[Prompt, SamplingOptions]]:
             given = self._body.options()
+            for prompt in self._prompts:
+                if isinstance(prompt, str):
+                    check_length(self._model, prompt)
             encode = self._tokenizer.encode
             all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
             seeds = self._body.seeds(self._per_prompt)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble import generation
+from nybble.sampling import choice_seed
 from nybble.server.protocols.forms import Formed
 from nybble.server.protocols.strict import Strict
 
@@ -64,7 +65,10 @@ class Sampling(Neutral, Formed):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(
-        default=None, ge=1, le=MAX_CHOICES, description="The number of answers. With a seed, answer i uses seed + i."
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="The number of answers. The first answer uses the seed, and the others derive theirs from it.",
     )
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -140,7 +144,7 @@ class Sampling(Neutral, Formed):
 
     def seeds(self, count: int) -> list[int | None]:
         """A seed for each of `count` answers."""
-        return [None if self.seed is None else (self.seed + i) % 2**64 for i in range(count)]
+        return [None if self.seed is None else choice_seed(self.seed, i) for i in range(count)]
 
 
 _OTHER_NAMES = {"repetition_penalty": "repeat_penalty", "max_tokens": "n_predict"}

@@ -1,0 +1,170 @@
+//! Keeps every writer from overwriting what is read, and from replacing what is not a regular file.
+
+use std::fs::{FileType, Metadata};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::gguf::shard_paths;
+use crate::error::{Error, Result};
+
+/// What a command reads: GGUF files with all their shards, folders with all their files, documents.
+#[derive(Debug, Default)]
+pub struct Sources {
+    files: Vec<Source>,
+    /// Folders in their canonical form.
+    folders: Vec<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Source {
+    path: PathBuf,
+    identity: Identity,
+    /// What an error calls the file.
+    what: String,
+}
+
+impl Sources {
+    /// The files behind `paths`. Paths that do not exist are left to their readers.
+    pub fn new<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Sources {
+        let mut sources = Sources::default();
+        for path in paths {
+            sources.add(path.as_ref());
+        }
+        sources
+    }
+
+    fn add(&mut self, path: &Path) {
+        if !path.is_dir() {
+            self.add_file(path, "which is read".to_owned());
+            for shard in shard_paths(path) {
+                self.add_file(&shard, format!("which is read with {}", path.display()));
+            }
+            return;
+        }
+        self.folders.extend(path.canonicalize());
+        for entry in path.read_dir().into_iter().flatten().flatten() {
+            self.add_file(&entry.path(), in_folder(path));
+        }
+    }
+
+    fn add_file(&mut self, path: &Path, what: String) {
+        if let Some(identity) = identity(path) {
+            self.files.push(Source { path: path.to_path_buf(), identity, what });
+        }
+    }
+
+    /// Checks that the file at `path`, given as the argument `name`, may be created or replaced.
+    ///
+    /// Files are compared by their identity, so it makes no difference whether they are reached through another path, a
+    /// symbolic link or a hard link.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the file is one of the sources or exists in a folder among them; those of
+    /// [`check_replaceable`].
+    pub fn check(&self, name: &'static str, path: &Path) -> Result<()> {
+        if !check_replaceable(name, path)? {
+            return Ok(());
+        }
+        self.check_identity(name, path, |_| true)?;
+        let inside = |folder: &&PathBuf| path.canonicalize().is_ok_and(|path| path.starts_with(folder));
+        match self.folders.iter().find(inside) {
+            Some(folder) => refused(name, path, &in_folder(folder)),
+            None => Ok(()),
+        }
+    }
+
+    /// [`check`](Sources::check) for a file in which a run keeps unfinished work. In a folder that is read, it does not count as a source.
+    ///
+    /// # Errors
+    /// Those of [`check`](Sources::check).
+    pub(crate) fn check_working_file(&self, name: &'static str, path: &Path) -> Result<()> {
+        if !check_replaceable(name, path)? {
+            return Ok(());
+        }
+        let is_other = |source: &Source| source.what == "which is read" || source.path.file_name() != path.file_name();
+        self.check_identity(name, path, is_other)
+    }
+
+    fn check_identity(&self, name: &'static str, path: &Path, counts: impl Fn(&Source) -> bool) -> Result<()> {
+        let Some(found) = identity(path) else { return Ok(()) };
+        match self.files.iter().find(|source| source.identity == found && counts(source)) {
+            Some(source) => refused(name, path, &source.what),
+            None => Ok(()),
+        }
+    }
+}
+
+fn in_folder(folder: &Path) -> String {
+    format!("which is a file of the folder {} that is read", folder.display())
+}
+
+fn refused(name: &'static str, path: &Path, what: &str) -> Result<()> {
+    Err(Error::argument(name, format_args!("{}, {what}", path.display()), "another file"))
+}
+
+/// Whether there is a file at `path`, given as the argument `name`, that a new one would replace.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a folder, a device, a named pipe, a socket, or a link that leads to none of them nor to a file.
+pub fn check_replaceable(name: &'static str, path: &Path) -> Result<bool> {
+    // Other errors are left to the writer, which names the file.
+    let Ok(own) = path.symlink_metadata() else { return Ok(false) };
+    let what = match path.metadata() {
+        Ok(target) if target.is_file() => return Ok(true),
+        Ok(target) => kind(&target).to_owned(),
+        Err(error) if own.is_symlink() => unresolved_link(path, &error),
+        Err(_) => return Ok(true),
+    };
+    Err(Error::argument(name, format_args!("{}, which is {what}", path.display()), "a regular file or a new name"))
+}
+
+/// What a link at `path` that cannot be followed is called.
+pub(super) fn unresolved_link(path: &Path, error: &std::io::Error) -> String {
+    match path.read_link() {
+        Ok(target) if error.kind() == ErrorKind::NotFound => {
+            format!("a link to {}, which does not exist", target.display())
+        }
+        Ok(_) if error.kind() != ErrorKind::PermissionDenied => "a loop of links".to_owned(),
+        _ => "a link that cannot be followed".to_owned(),
+    }
+}
+
+fn kind(metadata: &Metadata) -> &'static str {
+    if metadata.is_dir() { "a folder" } else { special(metadata.file_type()) }
+}
+
+#[cfg(unix)]
+fn special(kind: FileType) -> &'static str {
+    use std::os::unix::fs::FileTypeExt;
+    match kind {
+        _ if kind.is_fifo() => "a named pipe",
+        _ if kind.is_socket() => "a socket",
+        _ if kind.is_char_device() || kind.is_block_device() => "a device",
+        _ => "not a regular file",
+    }
+}
+
+#[cfg(not(unix))]
+fn special(_: FileType) -> &'static str {
+    "not a regular file"
+}
+
+/// The device and the number of a file.
+#[cfg(unix)]
+type Identity = (u64, u64);
+
+#[cfg(unix)]
+fn identity(path: &Path) -> Option<Identity> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = path.metadata().ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// The canonical path of a file.
+#[cfg(not(unix))]
+type Identity = PathBuf;
+
+#[cfg(not(unix))]
+fn identity(path: &Path) -> Option<Identity> {
+    path.canonicalize().ok()
+}

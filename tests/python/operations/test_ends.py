@@ -1,0 +1,122 @@
+"""Commands that a signal ends leave nothing behind, and the next run makes the same file."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from nybble import cli
+from nybble.cli import ending
+
+if sys.platform == "win32":
+    pytest.skip("Windows has no signals of this kind", allow_module_level=True)
+
+MOMENTS = 20
+
+SCRIPT = """
+import os, signal, sys
+from nybble import _native
+from nybble.cli import main
+
+number, moment = int(sys.argv[1]), int(sys.argv[2])
+calls = [0]
+
+def counting(real):
+    def call(*arguments, progress=None, **options):
+        def report(*state):
+            calls[0] += 1
+            if calls[0] == moment:
+                os.kill(os.getpid(), number)
+            return None if progress is None else progress(*state)
+        return real(*arguments, progress=report, **options)
+    return call
+
+native_convert = _native.convert
+_native.convert = lambda source, out, kind, progress=None: counting(
+    lambda progress: native_convert(source, out, kind, progress))(progress=progress)
+_native.quantize = counting(_native.quantize)
+sys.exit(main(sys.argv[3:]))
+"""
+"""Runs a command that sends itself a signal at one of its reports of progress."""
+
+COMMANDS = {
+    "convert": ["convert", "{source}", "{out}", "--type", "f32", "--force"],
+    "quantize": ["quantize", "{source}", "{out}", "--recipe", "gptq", "--calibration", "{text}", "--force"],
+    "search": ["quantize", "{source}", "{out}", "--calibration", "{text}", "--force"],
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("source") / "tiny.gguf", layers=1, feed_forward=32)
+
+
+def _run(command: list[str], number: int = 0, moment: int = 0) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(number), str(moment), *command],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_command_that_is_ended_leaves_nothing(name: str, source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text("Some prose to calibrate on, again and again. " * 60)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / "model.gguf"
+    command = [part.format(source=source, out=out, text=text) for part in COMMANDS[name]]
+    assert _run(command) == 0
+    whole = out.read_bytes()
+    out.unlink()
+    signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL]
+    for moment in range(1, MOMENTS + 1):
+        number = signals[moment % len(signals)]
+        code = _run(command, number, moment)
+        assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
+        left = {path.name for path in folder.iterdir()} - {out.name}
+        if number != signal.SIGKILL:
+            assert all(".resume" in one for one in left), f"{number.name} at report {moment} has left {left}"
+        if code and (number == signal.SIGKILL or moment == MOMENTS):
+            assert _run(command) == 0
+            assert {path.name for path in folder.iterdir()} == {out.name}, f"{number.name} at report {moment}"
+            code = 0
+        if not code:
+            assert out.read_bytes() == whole
+        for path in folder.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_chat_ends_by_a_signal_too(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", lambda arguments: _raise_and_catch(number))
+    before = signal.getsignal(number)
+    assert cli.main([]) == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def _raise_and_catch(number: int) -> int:
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:
+        return 0  # As a chat does, which would continue.
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending.ending_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

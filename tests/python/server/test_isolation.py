@@ -50,6 +50,8 @@ def invalid(number: int) -> Json:
         {"regex": "(?=a)b"},
         {"regex": "("},
         {"regex": "((a|b|ab|ba){1,100}){1,100}c", "temperature": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"grammar": "start: /((a|b|ab|ba){1,100}){1,100}c/", "temperature": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+         "logit_bias": {str(ord("c")): -100}, "max_tokens": 200},
         {"grammar": "start: nowhere"},
         {"json_schema": {"$ref": "#/nowhere"}},
         {"json_schema": {"type": "array", "uniqueItems": True}},

@@ -265,7 +265,7 @@ class Document:
         match key:
             case "type":
                 names = [wanted] if isinstance(wanted, str) else wanted
-                return kind in names or ("integer" in names and kind == "number" and value == int(value))
+                return kind in names or ("integer" in names and kind == "number" and float(value).is_integer())
             case "const":
                 return equal(value, wanted)
             case "enum":

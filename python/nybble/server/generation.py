@@ -41,7 +41,7 @@ class GenerationRequest:
     prompts: int = 1
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
-    """Creates the parser of one answer."""
+    """Creates the parser of one answer, after `prepare` has returned."""
 
 
 class AnswerGroup:

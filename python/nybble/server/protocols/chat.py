@@ -9,7 +9,7 @@ from nybble import generation
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length
 from nybble.sampling import SamplingOptions
-from nybble.server.errors import ApiError, as_api_errors
+from nybble.server.errors import ApiError
 from nybble.server.events import (
     AnswerFinished,
     AnswerStarted,
@@ -75,23 +75,23 @@ class ChatAdapter(Adapter):
             for parameter, function in body.callable_functions().items()
             if choice in ("auto", "required", f"function {function.name}")
         }
-        prefix, constraint = "", dict[str, Any]()
-        with as_api_errors("tools"):
-            if tool_format is not None and (must_call or form is not None):
-                grammar = CallGrammar(tool_format, [*functions.values()], [*functions], self._special_token)
-                if must_call:
-                    prefix, constraint["grammar"] = grammar.forced()
-                elif form is not None:
-                    constraint["grammar"] = grammar.calls_or(form, several=self._allows_several)
         described = [
             {"type": "function", "function": function.model_dump(exclude_unset=True)}
             for function in body.callable_functions().values()
         ]
+        writes_grammar = tool_format is not None and (must_call or form is not None)
+        prefix = ""
 
         def prepare() -> list[tuple[Prompt, SamplingOptions]]:
+            nonlocal prefix
             options = body.options()
-            if constraint:
-                options = {name: value for name, value in options.items() if name != "schema"} | constraint
+            if tool_format is not None and writes_grammar:
+                options.pop("schema", None)
+                grammar = CallGrammar(tool_format, [*functions.values()], [*functions], self._special_token)
+                if must_call:
+                    prefix, options["grammar"] = grammar.forced()
+                elif form is not None:
+                    options["grammar"] = grammar.calls_or(form, several=self._allows_several)
             prompt = self._tokenizer.apply_chat_template(
                 [message.for_template() for message in body.messages],
                 add_generation_prompt=True,
@@ -108,7 +108,7 @@ class ChatAdapter(Adapter):
             unmarked = self._reads_unmarked_calls and form is None and not must_call
             return self._tool_parser(tool_format, [*functions.values()], prefix, unmarked)
 
-        parameters = body.form_parameters() | dict.fromkeys(constraint, "tools")
+        parameters = body.form_parameters() | ({"grammar": "tools"} if writes_grammar else {})
         return GenerationRequest(param="messages", prepare=prepare, parameters=parameters, new_parser=new_parser)
 
     def _tool_format(self) -> ToolFormat | None:

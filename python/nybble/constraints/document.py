@@ -265,7 +265,7 @@ class Document:
         match key:
             case "type":
                 names = [wanted] if isinstance(wanted, str) else wanted
-                return kind in names or ("integer" in names and kind == "number" and float(value).is_integer())
+                return kind in names or ("integer" in names and _is_whole(value))
             case "const":
                 return equal(value, wanted)
             case "enum":
@@ -310,6 +310,10 @@ class Document:
                 answers = [self.accepts(part, value, depth) for part in wanted]
                 return None if None in answers else answers.count(True) == 1
         return None
+
+
+def _is_whole(value: Any) -> bool:
+    return type_of(value) == "number" and (isinstance(value, int) or value.is_integer())
 
 
 def _every(answers: Sequence[bool | None]) -> bool | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from nybble import generation
@@ -36,7 +36,8 @@ from nybble.server.protocols.chat_schema import (
 )
 from nybble.server.protocols.schema import Usage, finite
 from nybble.server.service import Service
-from nybble.server.tools.formats import ToolFormat, detect_format
+from nybble.server.tools.description import with_tools
+from nybble.server.tools.formats import HERMES, ToolFormat, detect_format
 from nybble.server.tools.grammar import CallGrammar
 from nybble.server.tools.parser import AnswerParser, PlainText, ToolCallParser
 from nybble.server.tools.reader import new_id
@@ -79,6 +80,7 @@ class ChatAdapter(Adapter):
             {"type": "function", "function": function.model_dump(exclude_unset=True)}
             for function in body.callable_functions().values()
         ]
+        describes_tools = tool_format is not None and not self._template_knows_tools
         writes_grammar = tool_format is not None and (must_call or form is not None)
         prefix = ""
 
@@ -92,10 +94,13 @@ class ChatAdapter(Adapter):
                     prefix, options["grammar"] = grammar.forced()
                 elif form is not None:
                     options["grammar"] = grammar.calls_or(form, several=self._allows_several)
+            messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in body.messages]
+            if describes_tools:
+                messages = with_tools(messages, described)
             prompt = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
+                messages,
                 add_generation_prompt=True,
-                tools=described if tool_format else None,
+                tools=described if tool_format and not describes_tools else None,
                 **(body.chat_template_kwargs or {}),
             )
             check_length(self._model, prompt)
@@ -111,13 +116,22 @@ class ChatAdapter(Adapter):
         parameters = body.form_parameters() | ({"grammar": "tools"} if writes_grammar else {})
         return GenerationRequest(param="messages", prepare=prepare, parameters=parameters, new_parser=new_parser)
 
+    @property
+    def _tool_template(self) -> str:
+        templates = self._tokenizer.chat_templates
+        return templates.get("tool_use", templates.get("default", ""))
+
+    @property
+    def _template_knows_tools(self) -> bool:
+        """Whether the chat template describes tools. If not, the server does."""
+        return "tools" in self._tool_template or detect_format(self._tool_template) is not None
+
     def _tool_format(self) -> ToolFormat | None:
         """The format in which the model writes tool calls; None for a request without tools."""
         body = self._body
         if not body.callable_functions() or body.choice() == "none":
             return None
-        templates = self._tokenizer.chat_templates
-        tool_format = detect_format(templates.get("tool_use", templates.get("default", "")))
+        tool_format = detect_format(self._tool_template) if self._template_knows_tools else HERMES
         if tool_format is None:
             message = "the chat template of this model defines no tool calls in a supported format"
             param = "functions" if body.uses_functions else "tools"

@@ -44,8 +44,11 @@ class ToolFormat:
         return tuple(marker for marker in (self.opening, *inner, self.closing) if marker)
 
 
+HERMES = ToolFormat("<tool_call>", "</tool_call>")
+"""The format that the server describes to models whose chat template does not know tools."""
+
 _FORMATS = (
-    ToolFormat("<tool_call>", "</tool_call>"),  # Hermes, Qwen 2.5 and 3, SmolLM2 and 3, Granite 4
+    HERMES,  # Hermes, Qwen 2.5 and 3, SmolLM2 and 3, Granite 4
     ToolFormat("[TOOL_CALLS]", syntax=reader.mistral, as_list=True),  # Mistral
     ToolFormat("<|tool_call|>", as_list=True),  # Granite 3
     ToolFormat("<|python_tag|>", arguments_key="parameters", bare=True),  # Llama 3.1 and later

@@ -156,7 +156,8 @@ def _details(service: Service) -> Json:
 def _description(service: Service) -> Json:
     model = service.engine.model
     info, template = model.info, model.tokenizer.chat_templates.get("default", "")
-    tools = detect_format(model.tokenizer.chat_templates.get("tool_use", template)) is not None
+    for_tools = model.tokenizer.chat_templates.get("tool_use", template)
+    tools = detect_format(for_tools) is not None or (template != "" and "tools" not in for_tools)
     return {
         "modelfile": "",
         "parameters": "",

@@ -69,6 +69,9 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = Field(default=None, description="Answers are always text.")
     reasoning_effort: str | None = Field(default=None, description="Ignored.")
     verbosity: str | None = Field(default=None, description="Ignored.")
+    input: Any = Field(
+        default=None, description="Ignored: a parameter of other routes. The conversation is in messages."
+    )
     echo: Literal[False] | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None

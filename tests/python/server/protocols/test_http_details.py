@@ -61,6 +61,8 @@ def test_answers_carry_a_request_id(server: Running) -> None:
 def test_routes_work_without_v1(server: Running) -> None:
     for path, body in (
         ("/chat/completions", CHAT),
+        ("/chat/completions", {**CHAT, "input": "Hi"}),
+        ("/api/chat", {**CHAT, "input": "Hi"}),
         ("/completions", {"prompt": "a", "max_tokens": 1}),
         ("/embeddings", {"input": "a"}),
     ):

@@ -15,10 +15,14 @@ Json = dict[str, Any]
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
-class Options(BaseModel):
-    """How to sample. Options that concern how Ollama loads a model are ignored."""
+class Lenient(BaseModel):
+    """A request. Unknown parameters are ignored, as Ollama does, and values are not converted."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
+
+
+class Options(Lenient):
+    """How to sample. Options that concern how Ollama loads a model are ignored."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -51,7 +55,7 @@ class Options(BaseModel):
         return given
 
 
-class OllamaRequest(Strict):
+class OllamaRequest(Lenient):
     """A request to generate text."""
 
     model: str | None = None
@@ -162,7 +166,7 @@ class OllamaGenerateRequest(OllamaRequest):
         return self
 
 
-class OllamaEmbedRequest(Strict):
+class OllamaEmbedRequest(Lenient):
     """`POST /api/embed`."""
 
     model: str | None = None
@@ -173,7 +177,7 @@ class OllamaEmbedRequest(Strict):
     keep_alive: float | str | None = None
 
 
-class OllamaEmbeddingsRequest(Strict):
+class OllamaEmbeddingsRequest(Lenient):
     """`POST /api/embeddings`, the predecessor of `/api/embed`."""
 
     model: str | None = None
@@ -182,7 +186,7 @@ class OllamaEmbeddingsRequest(Strict):
     keep_alive: float | str | None = None
 
 
-class ShowRequest(Strict):
+class ShowRequest(Lenient):
     """`POST /api/show`."""
 
     model: str | None = None

@@ -135,7 +135,8 @@ def host() -> str:
 
 def metadata(*arguments: str) -> dict[str, Any]:
     """What `cargo metadata` says about the wheel's features."""
-    command = ["cargo", "metadata", "--locked", "--format-version", "1", "--features", "python", *arguments]
+    wanted = ["--no-default-features", "--features", "python"]
+    command = ["cargo", "metadata", "--locked", "--format-version", "1", *wanted, *arguments]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

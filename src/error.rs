@@ -16,6 +16,8 @@ pub enum Place {
     Key(String),
     /// A tensor, by name.
     Tensor(String),
+    /// A part of the file, in words, such as `added token '<eos>'`.
+    Part(String),
     /// The file as a whole.
     File,
 }
@@ -26,6 +28,7 @@ impl fmt::Display for Place {
             Place::Offset(at) => write!(f, "at byte {at}"),
             Place::Key(key) => write!(f, "key {key:?}"),
             Place::Tensor(name) => write!(f, "tensor {name:?}"),
+            Place::Part(part) => f.write_str(part),
             Place::File => f.write_str("the file"),
         }
     }

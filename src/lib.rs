@@ -1,8 +1,8 @@
 //! nybble runs language models on CPUs from 4-bit weights.
 //!
-//! [`Model::load`] reads a GGUF file or a Hugging Face folder. A [`Sequence`] is a prompt with its completion so far, and [`step`]
-//! computes one token for each of several sequences. A [`Scheduler`] batches many requests, reuses common prefixes and can
-//! speculate. [`quantize()`] writes 4-bit files.
+//! [`Model::load`] reads a GGUF file or a Hugging Face folder, and a [`Tokenizer`] turns text into token ids and back. A
+//! [`Sequence`] is a prompt with its completion so far, and [`step`] computes one token for each of several sequences. A
+//! [`Scheduler`] batches many requests, reuses common prefixes and can speculate. [`quantize()`] writes 4-bit files.
 //!
 //! Results are bit-identical across thread counts, batch sizes, prompt chunks and CPUs.
 //!
@@ -10,11 +10,14 @@
 //! use nybble::{LoadOptions, Model, SamplingOptions, Sequence, step};
 //!
 //! let model = Model::load("model.gguf", &LoadOptions::default().with_threads(4))?;
+//! let tokenizer = model.tokenizer()?;
+//! let prompt = tokenizer.encode("Once upon a time")?;
+//! let mut text = tokenizer.decoder_after(&prompt);
 //! let options = SamplingOptions::default().with_temperature(0.7).with_seed(7);
-//! let mut sequence = Sequence::new(&model, &[1, 504, 3575, 282], options)?;
-//! for _ in 0..64 {
+//! let mut sequence = Sequence::new(&model, &prompt, options)?;
+//! while !sequence.has_ended() && sequence.len() < model.context() {
 //!     let sampled = step(&model, &mut [&mut sequence], &|| false)?;
-//!     println!("{}", sampled[0].token);
+//!     print!("{}", text.push(sampled[0].token)?);
 //! }
 //! # Ok::<(), nybble::Error>(())
 //! ```
@@ -22,6 +25,7 @@
 //! | to | use |
 //! | --- | --- |
 //! | load a model | [`Model`], [`LoadOptions`] |
+//! | encode and decode text, apply a chat template | [`Tokenizer`], from [`Model::tokenizer`] |
 //! | compute logits or hidden states | [`Model::forward`] with an [`Input`] per [`Session`] |
 //! | generate | [`Sequence`], [`step`], [`SamplingOptions`] |
 //! | serve many requests | [`Scheduler`], [`SchedulerOptions`], [`Event`] |
@@ -39,7 +43,9 @@
 //!
 //! | feature | default | effect |
 //! | --- | --- | --- |
+//! | `chat` | yes | chat templates: `Tokenizer::apply_chat_template` |
 //! | `grammar` | yes | constraints: JSON Schema, regular expressions, grammars |
+//! | `tokenizers` | yes | encodes byte-level BPE and `tokenizer.json`; SentencePiece needs no feature, nor does decoding |
 //! | `python` | no | the Python module; needs an installed Python |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -59,8 +65,7 @@ pub mod quantize;
 mod system;
 #[doc(hidden)]
 pub mod threads;
-#[doc(hidden)]
-pub mod vocab;
+pub mod tokenizer;
 
 #[cfg(feature = "grammar")]
 pub use engine::constraint::{Constraint, Grammar, Vocabulary};
@@ -70,6 +75,9 @@ pub use error::{Error, Place, Result};
 pub use model::{CacheType, Input, LoadOptions, Logits, Model, Quantize, Session};
 pub use quant::block::BlockType;
 pub use quantize::{QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
+#[cfg(feature = "chat")]
+pub use tokenizer::{ChatOptions, Message};
+pub use tokenizer::{EncodeOptions, StreamDecoder, Tokenizer};
 
 // Compiles the examples of the README with those of the documentation.
 #[cfg(doctest)]

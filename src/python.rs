@@ -10,8 +10,8 @@ mod model;
 mod quantize;
 mod scheduler;
 mod session;
+mod tokenizer;
 mod tokens;
-mod vocab;
 
 /// The allocator of everything in this module. It returns memory to the system when a model is closed.
 #[cfg(target_os = "linux")]
@@ -36,9 +36,9 @@ mod _native {
     #[pymodule_export]
     use super::session::Session;
     #[pymodule_export]
-    use super::tokens::Sampled;
+    use super::tokenizer::{TokenizerDescription, pre_tokenizer_names};
     #[pymodule_export]
-    use super::vocab::SentencePiece;
+    use super::tokens::Sampled;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

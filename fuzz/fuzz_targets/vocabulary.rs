@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use nybble::vocab::{Piece, SentencePiece, TokenKind};
+use nybble::tokenizer::sentencepiece::{Piece, SentencePiece, TokenKind};
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);

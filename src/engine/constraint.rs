@@ -12,6 +12,8 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::description::Description;
 
 /// Longest token in bytes. The trie does not hold longer ones, so they never match a grammar.
 const LONGEST_TOKEN: usize = 512;
@@ -99,6 +101,19 @@ impl Vocabulary {
         let mut factory = ParserFactory::new_simple(&environment).map_err(|error| unusable("tokens", &error))?;
         factory.quiet().limits_mut().verbose_errors = false;
         Ok(Vocabulary(factory))
+    }
+
+    /// The vocabulary of a tokenizer.
+    ///
+    /// # Errors
+    /// As for [`Vocabulary::new`]: the tokenizer has no token that ends a text.
+    pub fn of(tokenizer: &Tokenizer) -> Result<Vocabulary> {
+        Vocabulary::of_description(tokenizer.description())
+    }
+
+    pub(crate) fn of_description(description: &Description) -> Result<Vocabulary> {
+        let ids = 0..u32::try_from(description.len()).unwrap_or(u32::MAX);
+        Vocabulary::new(ids.map(|id| description.grammar_bytes(id)).collect(), &description.ends)
     }
 
     /// The constraint of an empty completion that has to follow `grammar`.

@@ -155,11 +155,11 @@ impl Scheduler {
         })
     }
 
-    /// Takes a sequence, new or partly computed, to sample at most `limit` tokens. It leaves after that, or when the context is
-    /// full. Returns its id.
+    /// Takes a sequence, new or partly computed, to sample at most `limit` tokens. It leaves after that, after a token that ends
+    /// it, or when the context is full. Its last event hands it back, with its session. Returns its id.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a `limit` of 0, or a sequence without pending tokens or of another model.
+    /// [`Error::InvalidArgument`] for a `limit` of 0, or a sequence that has ended, has no pending tokens or is of another model.
     pub fn submit(&mut self, sequence: Sequence, limit: usize) -> Result<u64> {
         if limit == 0 {
             return Err(Error::argument("limit", 0, "at least 1"));
@@ -167,6 +167,7 @@ impl Scheduler {
         if !sequence.session.is_of(&self.model) {
             return Err(Error::argument("sequence", "a sequence of another model", "a sequence of this model"));
         }
+        sequence.check_continues()?;
         if sequence.pending.is_empty() {
             return Err(Error::argument("sequence", "no pending tokens", "at least one"));
         }

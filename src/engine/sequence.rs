@@ -19,14 +19,18 @@ pub struct Sequence {
     pub(super) pending: Vec<u32>,
     pub(super) sampler: ConstrainedSampler,
     vocabulary: usize,
+    /// Tokens that end it.
+    ends: Vec<u32>,
+    has_ended: bool,
 }
 
 impl Sequence {
-    /// A sequence that starts with `prompt`. The penalties count the prompt, too.
+    /// A sequence that starts with `prompt`. The penalties count the prompt, too. It ends with one of the model's own
+    /// [`ends`](Model::ends), unless [`with_ends`](Sequence::with_ends) says otherwise.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for options out of range or a prompt that is empty or has unknown tokens;
-    /// [`Error::ContextFull`] when the prompt does not fit.
+    /// [`Error::ContextFull`] when the prompt does not fit; those of [`Model::ends`].
     pub fn new(model: &Model, prompt: &[u32], options: SamplingOptions) -> Result<Sequence> {
         Sequence::resume(model, model.session(), prompt, options)
     }
@@ -36,7 +40,20 @@ impl Sequence {
     ///
     /// # Errors
     /// As for [`Sequence::new`].
-    pub fn resume(model: &Model, mut session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
+    pub fn resume(model: &Model, session: Session, tokens: &[u32], options: SamplingOptions) -> Result<Sequence> {
+        let limits = model.limits()?;
+        let mut sequence = Sequence::resume_endless(model, session, tokens, options)?.with_ends(limits.ends.as_slice());
+        sequence.exclude(limits.missing.clone());
+        Ok(sequence)
+    }
+
+    /// As [`Sequence::resume`], but no token ends it, and rows without a token may be sampled.
+    pub(crate) fn resume_endless(
+        model: &Model,
+        mut session: Session,
+        tokens: &[u32],
+        options: SamplingOptions,
+    ) -> Result<Sequence> {
         let vocabulary = model.vocabulary();
         let sampler = ConstrainedSampler::new(Sampler::new(options, vocabulary)?);
         let Some(before_last) = tokens.len().checked_sub(1) else {
@@ -44,10 +61,34 @@ impl Sequence {
         };
         session.truncate(before_last);
         let (computed, new) = tokens.split_at(session.len());
-        let mut sequence = Sequence { session, tokens: computed.to_vec(), pending: Vec::new(), sampler, vocabulary };
+        let mut sequence = Sequence {
+            session,
+            tokens: computed.to_vec(),
+            pending: Vec::new(),
+            sampler,
+            vocabulary,
+            ends: Vec::new(),
+            has_ended: false,
+        };
         computed.iter().for_each(|token| sequence.sampler.accept(*token));
         sequence.push(new)?;
         Ok(sequence)
+    }
+
+    /// Sets the tokens that end the sequence. Without any, nothing but the caller ends it.
+    pub fn with_ends(mut self, ends: impl Into<Vec<u32>>) -> Sequence {
+        self.ends = ends.into();
+        self
+    }
+
+    /// Whether the last token sampled ends the sequence. It continues after [`push`](Sequence::push).
+    pub fn has_ended(&self) -> bool {
+        self.has_ended
+    }
+
+    /// All tokens: the prompt, and those sampled. The session has computed a beginning of them.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     /// Allows only tokens that follow `constraint` from now on. The tokens so far do not count for it.
@@ -77,6 +118,7 @@ impl Sequence {
         tokens.iter().for_each(|token| self.sampler.accept(*token));
         self.tokens.extend_from_slice(tokens);
         self.pending.extend_from_slice(tokens);
+        self.has_ended &= tokens.is_empty();
         Ok(())
     }
 
@@ -114,7 +156,17 @@ impl Sequence {
         self.session.check_cache()?;
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);
+        self.has_ended = self.ends.contains(&sampled.token);
         Ok(sampled)
+    }
+
+    /// Checks that there is something to compute.
+    pub(super) fn check_continues(&self) -> Result<()> {
+        if self.has_ended {
+            let expected = "one that continues: push tokens, or set other ends";
+            return Err(Error::argument("sequence", "a sequence that has ended", expected));
+        }
+        Ok(())
     }
 }
 
@@ -124,12 +176,13 @@ impl Sequence {
 ///
 /// # Errors
 /// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`]
-/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence without pending tokens.
+/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence that has ended or has no pending tokens.
 pub fn step(
     model: &Model,
     sequences: &mut [&mut Sequence],
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Sampled>> {
+    sequences.iter().try_for_each(|sequence| sequence.check_continues())?;
     let mut logits = Vec::new();
     let mut inputs = Vec::with_capacity(sequences.len());
     let mut samplers = Vec::with_capacity(sequences.len());

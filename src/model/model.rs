@@ -18,10 +18,11 @@ use super::transformer::{Transformer, Weights, Widths};
 use super::weights::loader::{Loader, Progress};
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
-use crate::format::gguf::{Gguf, OpenOptions, Value};
+use crate::format::gguf::{Gguf, Metadata, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{ThreadPool, resolve_threads};
+use crate::tokenizer::{self, Limits, Tokenizer};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -112,6 +113,9 @@ pub struct Model {
     workspaces: Mutex<Vec<Workspace>>,
     /// Computed on first use.
     fingerprint: OnceLock<Fingerprint>,
+    metadata: Metadata,
+    /// Computed on first use.
+    limits: OnceLock<Limits>,
 }
 
 impl Model {
@@ -197,6 +201,8 @@ impl Model {
             context,
             workspaces: Mutex::default(),
             fingerprint: OnceLock::new(),
+            metadata: checkpoint.metadata().clone(),
+            limits: OnceLock::new(),
         })
     }
 
@@ -265,6 +271,41 @@ impl Model {
     /// The model's name in the file, or empty.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The keys and values of the file. Of a Hugging Face folder: its configuration under GGUF's keys, without the tokenizer.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Loads the model's tokenizer: from the metadata of a GGUF file, which is not opened again, or from the folder.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::load`].
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        if self.path.is_dir() {
+            Tokenizer::load(&self.path)
+        } else {
+            Tokenizer::from_metadata(&self.metadata, &self.path)
+        }
+    }
+
+    /// The tokens that end a generation, as the model's files declare them or known by their spelling. Sorted; empty for files
+    /// without a tokenizer. Computed on first use.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the key, and those of [`Tokenizer::load`] for a folder.
+    pub fn ends(&self) -> Result<&[u32]> {
+        Ok(&self.limits()?.ends)
+    }
+
+    /// The tokens that end a generation, and the rows that have no token.
+    pub(crate) fn limits(&self) -> Result<&Limits> {
+        if let Some(limits) = self.limits.get() {
+            return Ok(limits);
+        }
+        let limits = tokenizer::limits(&self.metadata, &self.path, self.vocabulary())?;
+        Ok(self.limits.get_or_init(|| limits))
     }
 
     /// Hyperparameters.

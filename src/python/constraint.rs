@@ -8,7 +8,7 @@ use crate::engine::constraint::{self, Grammar};
 
 /// A vocabulary in the form that grammars need.
 #[pyclass(frozen, module = "nybble._native")]
-pub(super) struct Vocabulary(constraint::Vocabulary);
+pub(super) struct Vocabulary(pub(super) constraint::Vocabulary);
 
 #[pymethods]
 impl Vocabulary {

@@ -15,12 +15,7 @@ const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 /// for the GIL, which takes longer than a layer.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
-/// Runs `compute`. A panic, which is a bug, becomes an `InternalError`, which `except Exception` catches.
-pub(super) fn caught<R>(compute: impl FnOnce() -> R) -> PyResult<R> {
-    panics::catch(compute).map_err(InternalError::new_err)
-}
-
-/// Runs `compute` without the GIL, with panics [`caught`].
+/// Runs `compute` without the GIL. A panic, which is a bug, becomes an `InternalError`, which `except Exception` catches.
 pub(super) fn guarded<R: Send>(py: Python<'_>, compute: impl FnOnce() -> crate::Result<R> + Send) -> PyResult<R> {
     let result = py.detach(|| panics::catch(compute));
     Ok(result.map_err(InternalError::new_err)??)

@@ -14,8 +14,9 @@ mod imported {
     pyo3::import_exception!(nybble.errors, ContextFullError);
     pyo3::import_exception!(nybble.errors, InternalError);
 }
+use imported::ContextFullError;
 pub(super) use imported::InternalError;
-use imported::{ContextFullError, ModelError};
+pub(super) use imported::ModelError;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {

@@ -94,7 +94,7 @@ impl Model {
     ) -> PyResult<Sequence> {
         let tokens = tokens.checked()?;
         let session = session.map_or_else(|| self.0.session(), |session| session.get().0.fork());
-        let resumed = guarded(py, || engine::Sequence::resume(&self.0, session, &tokens, options.into()));
+        let resumed = guarded(py, || engine::Sequence::resume_endless(&self.0, session, &tokens, options.into()));
         let mut sequence = resumed?;
         sequence.exclude(excluded.into_iter().map(|(first, end)| first..end).collect());
         if let Some(constraint) = constraint {

@@ -8,5 +8,5 @@ pub(crate) mod cgroup;
 #[cfg(any(target_os = "linux", test))]
 mod limits;
 pub(crate) mod memory;
-#[cfg(any(feature = "python", test))]
+#[cfg(any(feature = "python", feature = "tokenizers", test))]
 pub(crate) mod panics;

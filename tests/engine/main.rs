@@ -5,6 +5,7 @@ mod tiny_model;
 
 #[cfg(feature = "grammar")]
 mod constraint;
+mod ends;
 mod jobs;
 mod sampler;
 mod scheduler;

@@ -6,10 +6,14 @@ mod gguf_builder;
 mod hf_folder;
 
 mod block_types;
+#[cfg(all(feature = "chat", feature = "tokenizers"))]
+mod chat_templates;
 mod gguf_malformed;
 mod gguf_reader;
 mod gguf_writer;
 mod hf_families;
 mod hf_folders;
 mod hf_safetensors;
+#[cfg(feature = "tokenizers")]
+mod tokenizers;
 mod vocab;

@@ -1,6 +1,6 @@
-//! `nybble::vocab` against an implementation that is slow and obviously correct.
+//! `nybble::tokenizer::sentencepiece` against an implementation that is slow and obviously correct.
 
-use nybble::vocab::{Piece, SentencePiece, TokenKind};
+use nybble::tokenizer::sentencepiece::{Piece, SentencePiece, TokenKind};
 use proptest::prelude::*;
 
 const SPACE: &str = "\u{2581}";

@@ -1,31 +1,17 @@
-"""Encoders of text to token ids, built from the vocabulary of a GGUF file or from a `tokenizer.json`."""
+"""The encoder of the `tokenizers` package, for vocabularies that nybble's own code does not encode."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import chain
-from typing import Protocol
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models
 
-from nybble import _native
 from nybble.errors import ModelError
-from nybble.tokenizer.pretokenizers import PreTokenizer
-from nybble.tokenizer.token_bytes import byte_level_bytes
-from nybble.tokenizer.vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary, ids_of_kinds
 
 
-class Encoder(Protocol):
-    """Encodes text to ids, without start and end tokens."""
-
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        """The ids of `text`. Special tokens spelled out in it are recognized only if `parse_special`."""
-
-
-def is_failure(error: BaseException) -> bool:
+def _is_failure(error: BaseException) -> bool:
     """Whether an error comes from the `tokenizers` package.
 
     It raises plain `Exception`, and its Rust code panics on some files, which is not an `Exception`.
@@ -34,18 +20,43 @@ def is_failure(error: BaseException) -> bool:
 
 
 class PackageEncoder:
-    """An encoder of the `tokenizers` package."""
+    """An encoder of the `tokenizers` package.
 
-    def __init__(self, package: tokenizers.Tokenizer) -> None:
-        self.package = package
+    Args:
+        text: The content of a `tokenizer.json`.
+
+    Raises:
+        ValueError: The package cannot use it.
+    """
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.package = tokenizers.Tokenizer.from_str(text)
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_failure(error):
+                raise ValueError(str(error)) from error
+            raise
+        self.package.no_truncation()  # Files may be saved with settings for batches of equal length.
+        self.package.no_padding()
+        if isinstance(self.package.model, models.BPE):
+            self.package.model.dropout = None  # Dropout skips random merges, which is for training.
+        try:
+            self.package.encode("a")
+        except BaseException as error:
+            if _is_failure(error):
+                raise ValueError(f"it cannot encode the text 'a': {error}") from error
+            raise
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        """See `Encoder`."""
+        """The ids of `text`, without start and end tokens.
+
+        Special tokens spelled out in it are recognized only if `parse_special`.
+        """
         package = self.package if parse_special else self._literal
         try:
             return list(package.encode(text, add_special_tokens=False).ids)
         except BaseException as error:
-            if is_failure(error):
+            if _is_failure(error):
                 raise ModelError(f"the vocabulary cannot encode {text!r:.60} ({error})") from error
             raise
 
@@ -70,8 +81,7 @@ class PackageEncoder:
         pieces = package.get_vocab(with_added_tokens=False)
         # A character stands for a byte in these vocabularies, but for itself in added tokens.
         longest = max([*map(len, pieces), *(len(token.content.encode()) for token in added.values())])
-        covered = {byte_level_bytes(char) for char in pre_tokenizers.ByteLevel.alphabet() if char in pieces}
-        return longest, bytes(byte for byte in range(256) if bytes([byte]) not in covered)
+        return longest, bytes(byte for byte, char in enumerate(_byte_level_alphabet()) if char not in pieces)
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
@@ -91,55 +101,8 @@ class PackageEncoder:
         return literal
 
 
-def build(vocabulary: Vocabulary) -> Encoder:
-    """The encoder for the vocabulary of a GGUF file."""
-    if vocabulary.pre_tokenizer is not None:
-        return _byte_level(vocabulary, vocabulary.pre_tokenizer)
-    return _native.SentencePiece(
-        list(vocabulary.tokens),
-        vocabulary.scores,
-        vocabulary.kinds,
-        add_space_prefix=vocabulary.add_space_prefix,
-        unknown=vocabulary.unknown_id,
-        drop_space_after=vocabulary.drop_space_after,
-    )
-
-
-def _byte_level(vocabulary: Vocabulary, rule: PreTokenizer) -> PackageEncoder:
-    """An encoder that splits the text into words and applies the vocabulary's merges to the bytes of each word."""
-    ids = _encodable(vocabulary)
-    merges = vocabulary.merges
-    parts, results = set(chain.from_iterable(merges)), map("".join, merges)
-    if not (ids.keys() >= parts and all(map(ids.__contains__, results))):  # The package panics on such merges.
-        merges = [(a, b) for a, b in merges if a in ids and b in ids and a + b in ids]
-        warnings.warn(
-            f"tokenizer.ggml.merges: {len(vocabulary.merges) - len(merges)} of {len(vocabulary.merges)} merges are "
-            "ignored, since their parts or results are not tokens",
-            stacklevel=2,
-        )
-    package = tokenizers.Tokenizer(models.BPE(dict(ids), list(merges), ignore_merges=rule.ignore_merges))
-    package.pre_tokenizer = rule.build()
-    drops_space = frozenset(vocabulary.drop_space_after)
-    added: list[AddedToken] = []
-    for kind in (TokenKind.USER_DEFINED, *SPECIAL_KINDS):
-        for i in ids_of_kinds(vocabulary.kinds, kind):
-            if ids.get(text := vocabulary.tokens[i]) == i:
-                added.append(AddedToken(text, normalized=False, special=kind in SPECIAL_KINDS, rstrip=i in drops_space))
-    package.add_tokens(added)
-    return PackageEncoder(package)
-
-
-def _encodable(vocabulary: Vocabulary) -> Mapping[str, int]:
-    """The tokens that can occur in a text: those that are neither empty nor invalid UTF-8."""
-    ids = vocabulary.ids
-    if "" in ids:
-        ids = {text: i for text, i in ids.items() if text}
-    try:
-        "".join(ids).encode()
-    except UnicodeEncodeError:
-        return {text: i for text, i in ids.items() if not _has_surrogate(text)}
-    return ids
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
+def _byte_level_alphabet() -> list[str]:
+    """The characters that stand for bytes in byte-level vocabularies, in the order of the bytes."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,45 @@ from nybble import _native
 from nybble.errors import ModelError
 from nybble.models import hub
 from nybble.overrides import Returned, keyword_only
-from nybble.tokenizer import encoders, hf_tokenizer, vocabulary
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
-from nybble.tokenizer.token_bytes import byte_level_bytes, plain_bytes, sentencepiece_bytes
-from nybble.tokenizer.vocabulary import SPECIAL_KINDS, TokenKind, ids_of_kinds
+from nybble.tokenizer.encoders import PackageEncoder
 
 if TYPE_CHECKING:
     from nybble.chat.template import ChatTemplate
+
+_Build = Callable[[str], "str | None"]
 
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 
 _LONG_TEXT = 100_000
 """Characters whose encoding takes a noticeable time."""
+
+
+@dataclass(frozen=True)
+class _InGguf:
+    path: str
+    mmap: bool
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_gguf(self.path, self.mmap, build)
+
+
+@dataclass(frozen=True)
+class _InMetadata:
+    metadata: Mapping[str, Any]
+    where: str
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_metadata(self.metadata, self.where, build)
+
+
+@dataclass(frozen=True)
+class _InFolder:
+    folder: str
+
+    def __call__(self, build: _Build) -> _native.TokenizerDescription:
+        return _native.TokenizerDescription.from_folder(self.folder, build)
 
 
 class Tokenizer(Returned):
@@ -34,24 +61,47 @@ class Tokenizer(Returned):
     """
 
     _returned_by = "Tokenizer.load(...)"
-    _parts: _Parts
+    _where: str
+    _describe: Callable[[_Build], _native.TokenizerDescription]
+    _description: _native.TokenizerDescription
+    _package: PackageEncoder | None
+    _special_ids: frozenset[int]
+    _eos_ids: frozenset[int]
+    _chat_templates: Mapping[str, str]
+    _special_texts: Mapping[str, str]
     _compiled: dict[str, ChatTemplate]
     _missing_ids: dict[int, list[tuple[int, int]]]
     _grammar: _native.Vocabulary | None
 
     @classmethod
-    def _of(cls, parts: _Parts) -> Tokenizer:
+    def _of(cls, where: str, describe: Callable[[_Build], _native.TokenizerDescription]) -> Tokenizer:
         tokenizer = cls.__new__(cls)
-        tokenizer.__setstate__({"_parts": parts})
+        tokenizer.__setstate__({"_where": where, "_describe": describe})
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled templates and grammars stay in this process: they are built again when they are needed.
-        return {"_parts": self._parts}
+        # Everything else is read or built again.
+        return {"_where": self._where, "_describe": self._describe}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._parts = state["_parts"]
+        self._where, self._describe = state["_where"], state["_describe"]
+        self._package = None
+        self._description = self._describe(self._build)
+        for warning in self._description.warnings:
+            warnings.warn(warning, stacklevel=4)
+        self._special_ids = frozenset(self._description.special_ids)
+        self._eos_ids = frozenset(self._description.end_ids)
+        self._chat_templates = self._description.chat_templates
+        self._special_texts = self._description.special_spellings
         self._compiled, self._missing_ids, self._grammar = {}, {}, None
+
+    def _build(self, text: str) -> str | None:
+        """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
+        try:
+            self._package = PackageEncoder(text)
+        except ValueError as error:
+            return str(error)
+        return None
 
     # --- Loading ------------------------------------------------------------------------------------------------------
 
@@ -87,7 +137,7 @@ class Tokenizer(Returned):
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> Tokenizer:
         """Loads the tokenizer of a GGUF file. See `load` for errors."""
-        return cls.from_gguf_metadata(_native.GgufFile(path, mmap).metadata, where=os.fspath(path))
+        return cls._of(os.fspath(path), _InGguf(os.fspath(path), mmap))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
@@ -100,15 +150,12 @@ class Tokenizer(Returned):
         Raises:
             ModelError: The metadata is inconsistent, or its kind of tokenizer is not supported.
         """
-        whole = metadata.get("tokenizer.huggingface.json")
-        if isinstance(whole, str) and "tokenizer.ggml.tokens" not in metadata:
-            return cls._of(_from_folder(hf_tokenizer.parse(whole, f"{where}: key 'tokenizer.huggingface.json'"), where))
-        return cls._of(_from_gguf(metadata, where))
+        return cls._of(where, _InMetadata(dict(metadata), where))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Loads the tokenizer of a folder with a `tokenizer.json`. See `load` for errors."""
-        return cls._of(_from_folder(hf_tokenizer.read(Path(folder)), os.fspath(folder)))
+        return cls._of(os.fspath(folder), _InFolder(os.fspath(folder)))
 
     # --- Encoding and decoding ----------------------------------------------------------------------------------------
 
@@ -129,26 +176,15 @@ class Tokenizer(Returned):
         """
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
-        parts = self._parts
-        ids = parts.encoder.encode(_without_lone_surrogates(text), parse_special)
-        if not add_special:
-            return ids
-        before, after = list(parts.prefix_ids), list(parts.suffix_ids)
-        if parse_special and ids:
-            if ids[: len(before)] == before:
-                before = []
-            elif ids[0] == parts.bos_id:
-                before = [i for i in before if i != parts.bos_id]
-            if ids[-len(after) :] == after:
-                after = []
-        return [*before, *ids, *after]
+        encoder = self._description if self._package is None else self._package
+        ids = encoder.encode(_without_lone_surrogates(text), parse_special)
+        return self._description.framed(ids, parse_special) if add_special else ids
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a long text has at least, without encoding it; 0 where none is known."""
-        encoder = self._parts.encoder
-        if len(text) <= _LONG_TEXT or not isinstance(encoder, encoders.PackageEncoder):
+        if len(text) <= _LONG_TEXT or self._package is None:
             return 0
-        return encoder.fewest_tokens(text)
+        return self._package.fewest_tokens(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes token ids to text, without special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -196,7 +232,7 @@ class Tokenizer(Returned):
         """
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-        known = {name: text for name, text in self._parts.special_texts.items() if name not in variables}
+        known = {name: text for name, text in self._special_texts.items() if name not in variables}
         return self._template(template).render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -210,11 +246,11 @@ class Tokenizer(Returned):
         if (compiled := self._compiled.get(name)) is None:
             from nybble.chat.template import ChatTemplate  # Jinja is slow to import, and not every run needs it.
 
-            templates = self._parts.chat_templates
+            templates = self._chat_templates
             if name not in templates:
                 listed = ", ".join(sorted(templates)) or "none"
-                raise ModelError(f"{self._parts.where}: found no chat template {name!r} (chat templates: {listed})")
-            where = f"{self._parts.where}: chat template {name!r}"
+                raise ModelError(f"{self._where}: found no chat template {name!r} (chat templates: {listed})")
+            where = f"{self._where}: chat template {name!r}"
             compiled = self._compiled[name] = ChatTemplate(templates[name], where)
         return compiled
 
@@ -226,7 +262,7 @@ class Tokenizer(Returned):
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        text = self._parts.text_of(token) if 0 <= token < self.vocab_size else None
+        text = self._description.token_text(token) if 0 <= token < self.vocab_size else None
         if text is None:
             raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
         return text
@@ -237,8 +273,10 @@ class Tokenizer(Returned):
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        text = self.token_text(token)
-        return plain_bytes(text) if token in self._parts.plain_ids else self._parts.token_bytes(text)
+        written = self._description.token_bytes(token) if 0 <= token < self.vocab_size else None
+        if written is None:
+            raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
+        return written
 
     def missing_ids(self, count: int) -> Sequence[tuple[int, int]]:
         """The ids below `count` that have no token, as ranges `(first, end)` in ascending order.
@@ -246,14 +284,7 @@ class Tokenizer(Returned):
         Many models have more rows in their output matrix than tokens.
         """
         if (found := self._missing_ids.get(count)) is None:
-            found = []
-            for token in range(count):
-                if token >= self.vocab_size:
-                    found.append((token, count))
-                    break
-                if self._parts.text_of(token) is None:
-                    found.append((token, token + 1))
-            self._missing_ids[count] = found
+            found = self._missing_ids[count] = self._description.missing_ids(count)
         return found
 
     @property
@@ -265,139 +296,56 @@ class Tokenizer(Returned):
         """
         if self._grammar is None:
             if not self.eos_ids:
-                raise ValueError(f"{self._parts.where}: found no token that ends a text, which grammars need")
-            tokens = [self._grammar_bytes(token) for token in range(self.vocab_size)]
-            self._grammar = _native.Vocabulary(tokens, sorted(self.eos_ids))
+                raise ValueError(f"{self._where}: found no token that ends a text, which grammars need")
+            self._grammar = self._description.grammar_vocabulary()
         return self._grammar
-
-    def _grammar_bytes(self, token: int) -> bytes:
-        text = self._parts.text_of(token)
-        if text is None:
-            return b""
-        # The byte 0xFF occurs in no text, so only a grammar that names a special token produces one.
-        return b"\xff" + text.encode("utf-8", "replace") if token in self.special_ids else self.token_bytes(token)
 
     def id_of(self, text: str) -> int | None:
         """The id of the token with this spelling; None if there is none."""
-        return self._parts.id_of(text)
+        return self._description.id_of(text)
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens."""
-        return self._parts.vocab_size
+        return self._description.vocab_size
 
     @property
     def bos_id(self) -> int | None:
         """The start token, if the model has one."""
-        return self._parts.bos_id
+        return self._description.bos_id
 
     @property
     def eos_id(self) -> int | None:
         """The end token, if the model has one."""
-        return self._parts.eos_id
+        return self._description.eos_id
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """All tokens that end a generation: at the end of a text, a turn, or a message to a tool."""
-        return self._parts.end_ids
+        return self._eos_ids
 
     @property
     def special_ids(self) -> frozenset[int]:
         """All special tokens, which `decode` leaves out."""
-        return self._parts.special_ids
+        return self._special_ids
 
     @property
     def adds_space(self) -> bool:
         """Whether `encode` puts a space before a text, which `decode` removes."""
-        return self._parts.adds_space
+        return self._description.adds_space
 
     @property
     def has_chat_template(self) -> bool:
         """Whether there is a default chat template."""
-        return "default" in self._parts.chat_templates
+        return "default" in self._chat_templates
 
     @property
     def chat_templates(self) -> Mapping[str, str]:
         """The chat templates by name."""
-        return dict(self._parts.chat_templates)
+        return dict(self._chat_templates)
 
     def __repr__(self) -> str:
-        return f"<Tokenizer of {self.vocab_size} tokens ({self._parts.where})>"
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The parts of a tokenizer, from a GGUF file or a folder."""
-
-    where: str
-    encoder: encoders.Encoder
-    text_of: Callable[[int], str | None]
-    id_of: Callable[[str], int | None]
-    token_bytes: Callable[[str], bytes]
-    plain_ids: frozenset[int]
-    """Tokens that are written literally."""
-    adds_space: bool
-    vocab_size: int
-    prefix_ids: Sequence[int]
-    """Ids before every text."""
-    suffix_ids: Sequence[int]
-    """Ids after every text."""
-    bos_id: int | None
-    eos_id: int | None
-    end_ids: frozenset[int]
-    special_ids: frozenset[int]
-    special_texts: Mapping[str, str]
-    """The special tokens that templates know by name, such as bos_token."""
-    chat_templates: Mapping[str, str]
-
-
-def _from_gguf(metadata: Mapping[str, Any], where: str) -> _Parts:
-    known = vocabulary.read(metadata, where)
-    tokens, kinds = known.tokens, known.kinds
-
-    special_ids = frozenset(ids_of_kinds(kinds, *SPECIAL_KINDS))
-    ids = {"bos_token": known.bos_id, "eos_token": known.eos_id, "unk_token": known.unknown_id}
-    return _Parts(
-        where=where,
-        encoder=encoders.build(known),
-        text_of=tokens.__getitem__,
-        id_of=known.ids.get,
-        token_bytes=sentencepiece_bytes if known.model == "llama" else byte_level_bytes,
-        plain_ids=special_ids.union(ids_of_kinds(kinds, TokenKind.USER_DEFINED)),
-        adds_space=known.add_space_prefix,
-        vocab_size=len(tokens),
-        prefix_ids=[known.bos_id] if known.add_bos and known.bos_id is not None else [],
-        suffix_ids=[known.eos_id] if known.add_eos and known.eos_id is not None else [],
-        bos_id=known.bos_id,
-        eos_id=known.eos_id,
-        end_ids=known.end_ids,
-        special_ids=special_ids,
-        special_texts={name: tokens[i] for name, i in ids.items() if i is not None},
-        chat_templates=vocabulary.chat_templates(metadata, where),
-    )
-
-
-def _from_folder(folder: hf_tokenizer.Folder, where: str) -> _Parts:
-    package = folder.encoder.package
-    added = package.get_added_tokens_decoder()
-    return _Parts(
-        where=where,
-        encoder=folder.encoder,
-        text_of=package.id_to_token,
-        id_of=package.token_to_id,
-        token_bytes=folder.token_bytes,
-        plain_ids=frozenset(added),
-        adds_space=folder.adds_space,
-        vocab_size=package.get_vocab_size(with_added_tokens=True),
-        prefix_ids=folder.prefix_ids,
-        suffix_ids=folder.suffix_ids,
-        bos_id=folder.bos_id,
-        eos_id=folder.eos_id,
-        end_ids=folder.end_ids,
-        special_ids=frozenset(i for i, token in added.items() if token.special),
-        special_texts=folder.special_texts,
-        chat_templates=folder.chat_templates,
-    )
+        return f"<Tokenizer of {self.vocab_size} tokens ({self._where})>"
 
 
 def _without_lone_surrogates(text: str) -> str:

@@ -18,7 +18,8 @@ pub struct Event {
     pub reused: usize,
     /// The token. A step in which draft tokens were accepted has several events for a sequence, in order.
     pub result: Result<Sampled>,
-    /// The sequence, with the last event before it leaves the scheduler: after an error, and when it has reached its limit.
+    /// The sequence, with the last event before it leaves the scheduler: after an error, when it has ended, and when it has
+    /// reached its limit. [`Sequence::has_ended`] distinguishes the last two; [`Sequence::into_session`] keeps its session.
     pub sequence: Option<Sequence>,
 }
 
@@ -165,7 +166,7 @@ impl Entry {
                 Ok(sampled) => {
                     let token = sampled.token;
                     events.push(self.event(Ok(sampled)));
-                    self.remaining -= 1;
+                    self.remaining = if self.sequence.has_ended() { 0 } else { self.remaining - 1 };
                     if self.remaining == 0 || draft.get(i) != Some(&token) {
                         break;
                     }

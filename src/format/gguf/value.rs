@@ -55,8 +55,8 @@ pub struct StringArray {
 
 impl StringArray {
     /// An array without strings.
-    pub fn new() -> Self {
-        Self::default()
+    pub const fn new() -> Self {
+        StringArray { bytes: Vec::new(), ends: Vec::new() }
     }
 
     /// Reserves memory for `strings` more strings and for `bytes` more bytes of strings.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tokenizers
 import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import PreTokenizer
 
-from nybble import ModelError, Tokenizer
-from nybble.tokenizer import pretokenizers
+from nybble import ModelError, Tokenizer, _native
 
 BYTE_LEVEL = Tokenizer.from_gguf_metadata(vocabularies.byte_level())
 PIECES = Tokenizer.from_gguf_metadata(vocabularies.pieces())
@@ -191,6 +193,17 @@ def test_text_without_piece_or_byte_tokens_is_unknown() -> None:
 # --- Pre-tokenizers ---------------------------------------------------------------------------------------------------
 
 
+@cache
+def rule(name: str) -> PreTokenizer:
+    """The rule as the package `tokenizers` runs it."""
+    texts: list[str] = []
+    metadata = vocabularies.byte_level(pre=name)
+    _native.TokenizerDescription.from_metadata(metadata, "model.gguf", texts.append)
+    built = tokenizers.Tokenizer.from_str(texts[0]).pre_tokenizer
+    assert isinstance(built, PreTokenizer)
+    return built
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -222,14 +235,14 @@ def test_text_without_piece_or_byte_tokens_is_unknown() -> None:
 )
 def test_a_pre_tokenizer_splits_as_in_training(name: str, text: str, words: list[str]) -> None:
     byte_of = {char: bytes([byte]) for byte, char in enumerate(tiny.byte_pieces())}
-    cut = [piece for piece, _ in pretokenizers.find(name).build().pre_tokenize_str(text)]
+    cut = [piece for piece, _ in rule(name).pre_tokenize_str(text)]
     assert [b"".join(byte_of[char] for char in piece).decode() for piece in cut] == words
 
 
-@pytest.mark.parametrize("name", pretokenizers.names())
+@pytest.mark.parametrize("name", _native.pre_tokenizer_names())
 @given(text=st.text())
 def test_no_pre_tokenizer_loses_text(name: str, text: str) -> None:
-    cut = pretokenizers.find(name).build().pre_tokenize_str(text)
+    cut = rule(name).pre_tokenize_str(text)
     byte_of = {char: byte for byte, char in enumerate(tiny.byte_pieces())}
     assert bytes(byte_of[char] for piece, _ in cut for char in piece).decode() == text
 

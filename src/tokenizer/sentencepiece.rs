@@ -64,7 +64,7 @@ impl<'a> Piece<'a> {
 /// A SentencePiece vocabulary, ready to encode.
 ///
 /// ```
-/// use nybble::vocab::{Piece, SentencePiece, TokenKind};
+/// use nybble::tokenizer::sentencepiece::{Piece, SentencePiece, TokenKind};
 ///
 /// let pieces = ["a", "b", "ab", "\u{2581}"]
 ///     .map(|text| Piece::new(text, text.len() as f32, TokenKind::Normal));

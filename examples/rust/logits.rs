@@ -1,4 +1,4 @@
-//! Generates tokens from token ids with the crate alone: `cargo run --release --example generate -- model.gguf 1 2 3`.
+//! Chooses tokens by the logits of the forward pass: `cargo run --release --example logits -- model.gguf 1 2 3`.
 
 use std::io::Write;
 use std::time::Instant;

@@ -1,0 +1,347 @@
+//! The vocabulary of a GGUF file: its `tokenizer.*` keys, checked once, before anything is built from them.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::description::{Build, Description, MAX_TOKEN_LENGTH, Tokens, reserve};
+use super::json::{AddedToken, Bpe};
+use super::keys::{Keys, quoted};
+use super::pre_tokenizers::{self, Found, Rule};
+use super::sentencepiece::{Piece, SentencePiece, TokenKind};
+use super::token_bytes::{Spelling, byte_of};
+use super::{Limits, ends, folder};
+use crate::error::Result;
+use crate::format::gguf::{Metadata, StringArray};
+
+const UNKNOWN: u8 = 2;
+const CONTROL: u8 = 3;
+const USER_DEFINED: u8 = 4;
+const BYTE: u8 = 6;
+
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const MERGES: &str = "tokenizer.ggml.merges";
+
+/// Names of the keys of tokens that end a generation, in addition to `eos`.
+const ENDS: [&str; 5] = ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"];
+
+fn id_key(name: &str) -> String {
+    format!("tokenizer.ggml.{name}_token_id")
+}
+
+/// Reads the tokenizer of the metadata of the file at `path`. `build` gets a `tokenizer.json`, except for SentencePiece.
+///
+/// # Errors
+/// [`Error::Malformed`](crate::Error::Malformed) with the key that is missing, malformed, contradicts another one, or names an
+/// unsupported kind of tokenizer; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub(super) fn describe(metadata: &Metadata, path: &Path, build: &mut Build<'_>) -> Result<Description> {
+    let keys = Keys { metadata, path };
+    const WHOLE: &str = "tokenizer.huggingface.json";
+    if !metadata.contains(TOKENS)
+        && let Some(text) = metadata.get(WHOLE).and_then(|value| value.as_bytes())
+    {
+        return folder::describe_json(text, path, WHOLE, build);
+    }
+    read(&keys, build)
+}
+
+fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
+    let mut warnings = Vec::new();
+    let is_sentencepiece = is_sentencepiece(keys)?;
+    let texts = tokens(keys)?;
+    let count = texts.len();
+    let mut kinds = kinds(keys, texts, is_sentencepiece)?;
+    let rule = if is_sentencepiece { None } else { Some(rule(keys, &mut warnings)?) };
+    reserve(count, texts.iter().map(<[u8]>::len).sum())?;
+    let mut ids: HashMap<&[u8], u32> = HashMap::with_capacity(count);
+    for (id, text) in (0..).zip(texts.iter()) {
+        ids.entry(text).or_insert(id);
+    }
+
+    let (bos, eos, unknown) = if is_sentencepiece { (Some(1), Some(2), Some(0)) } else { (None, None, None) };
+    let bos = keys.token_id(&id_key("bos"), count, bos)?;
+    let eos = keys.token_id(&id_key("eos"), count, eos)?;
+    let unknown = keys.token_id(&id_key("unknown"), count, unknown)?;
+    let mut ends = ends::by_spelling(|text| ids.get(text.as_bytes()).copied());
+    ends.extend(eos);
+    for name in ENDS {
+        ends.extend(keys.token_id(&id_key(name), count, None)?);
+    }
+    let used: Vec<String> = ["bos", "eos", "unknown"].iter().chain(&ENDS).map(|name| id_key(name)).collect();
+    keys.check_other_token_ids(count, &used)?;
+    ends.sort_unstable();
+    ends.dedup();
+    // They are special tokens even if the file says otherwise: never part of a text, and recognized in prompts.
+    for id in &ends {
+        if let Some(kind) = kinds.get_mut(*id as usize).filter(|kind| **kind != UNKNOWN) {
+            *kind = CONTROL;
+        }
+    }
+    let adds_bos = keys.flag("tokenizer.ggml.add_bos_token", rule.map_or(is_sentencepiece, |rule| rule.add_bos))?;
+    let adds_eos = keys.flag("tokenizer.ggml.add_eos_token", false)?;
+    for (name, adds, token) in [("bos", adds_bos, bos), ("eos", adds_eos, eos)] {
+        if adds && token.is_none() && keys.metadata.contains(&format!("tokenizer.ggml.add_{name}_token")) {
+            let expected = format_args!("a token id, since add_{name}_token is true");
+            return Err(keys.malformed(&id_key(name), "nothing", expected));
+        }
+    }
+    let drops_space = drops_space_after(keys, texts, &kinds)?;
+    let adds_space = is_sentencepiece && keys.flag("tokenizer.ggml.add_space_prefix", true)?;
+    let sentencepiece = match rule {
+        None => {
+            let scores = scores(keys, count)?;
+            let pieces = texts.iter().zip(scores).zip(&kinds).map(|((text, score), kind)| Piece {
+                text: str::from_utf8(text).ok(),
+                score,
+                kind: TokenKind::from_id(i64::from(*kind)),
+            });
+            let pieces = SentencePiece::new(pieces).with_space_prefix(adds_space).with_unknown(unknown);
+            Some(pieces.with_space_dropped_after(&drops_space))
+        }
+        Some(rule) => {
+            let vocabulary = Vocabulary { texts, kinds: &kinds, ids: &ids };
+            let json = vocabulary.json(keys, rule, &drops_space, &mut warnings)?;
+            build(&json).map_err(|reason| keys.malformed(TOKENS, reason, "tokens that the merges fit"))?;
+            None
+        }
+    };
+    let text = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
+    let named = [("bos_token", bos), ("eos_token", eos), ("unk_token", unknown)];
+    let named = named.into_iter().filter_map(|(name, id)| Some((name.to_owned(), text(id?)?)));
+    let special: Vec<u32> = of_kinds(&kinds, &[CONTROL, UNKNOWN]).collect();
+    Ok(Description {
+        path: keys.path.to_path_buf(),
+        sentencepiece,
+        tokens: Tokens {
+            texts: texts.clone(),
+            missing: HashSet::new(),
+            spelling: if is_sentencepiece { Spelling::Pieces } else { Spelling::ByteLevel },
+            literal: special.iter().copied().chain(of_kinds(&kinds, &[USER_DEFINED])).collect(),
+            special,
+            ids: OnceLock::new(),
+        },
+        adds_space,
+        prefix: bos.filter(|_| adds_bos).into_iter().collect(),
+        suffix: eos.filter(|_| adds_eos).into_iter().collect(),
+        bos,
+        eos,
+        ends,
+        special_texts: named.collect(),
+        chat_templates: chat_templates(keys)?,
+        warnings,
+    })
+}
+
+/// The limits of a model with these metadata and `rows` rows: as [`describe`] finds them, but without building a tokenizer.
+/// Empty for a file without a vocabulary.
+///
+/// # Errors
+/// [`Error::Malformed`](crate::Error::Malformed) with the key.
+pub(super) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Limits> {
+    let keys = Keys { metadata, path };
+    if !metadata.contains(TOKENS) {
+        return match metadata.contains("tokenizer.huggingface.json") {
+            true => describe(metadata, path, &mut |_| Ok(())).map(|description| Limits::of(&description, rows)),
+            false => Ok(Limits::default()),
+        };
+    }
+    let texts = tokens(&keys)?;
+    let mut spelled: HashMap<&[u8], u32> = HashMap::new();
+    for (id, text) in (0..).zip(texts.iter()).filter(|(_, text)| ends::is_spelling(text)) {
+        spelled.entry(text).or_insert(id);
+    }
+    let mut ids = ends::by_spelling(|text| spelled.get(text.as_bytes()).copied());
+    let default = keys.metadata.get("tokenizer.ggml.model").and_then(|value| value.as_str()) == Some("llama");
+    ids.extend(keys.token_id(&id_key("eos"), texts.len(), default.then_some(2))?);
+    for name in ENDS {
+        ids.extend(keys.token_id(&id_key(name), texts.len(), None)?);
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    let (tokens, rows) = (texts.len() as u32, rows as u32);
+    Ok(Limits { ends: ids, missing: (tokens < rows).then_some(tokens..rows).into_iter().collect() })
+}
+
+/// The ids of all tokens of these kinds, one kind after the other.
+fn of_kinds<'k>(kinds: &'k [u8], wanted: &[u8]) -> impl Iterator<Item = u32> + use<'k> {
+    let all = move |kind| (0..).zip(kinds).filter(move |(_, other)| **other == kind).map(|(id, _)| id);
+    wanted.to_vec().into_iter().flat_map(all)
+}
+
+fn is_sentencepiece(keys: &Keys<'_>) -> Result<bool> {
+    let key = "tokenizer.ggml.model";
+    match keys.string(key)? {
+        Some(b"gpt2") => Ok(false),
+        Some(b"llama") => Ok(true),
+        other => {
+            let found = other.map_or("nothing".to_owned(), |name| quoted(name, 60));
+            Err(keys.malformed(key, found, "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"))
+        }
+    }
+}
+
+fn tokens<'a>(keys: &Keys<'a>) -> Result<&'a StringArray> {
+    let expected = "an array of at least one token";
+    let tokens = keys.strings(TOKENS)?.ok_or_else(|| keys.malformed(TOKENS, "nothing", expected))?;
+    if tokens.is_empty() {
+        return Err(keys.malformed(TOKENS, "an empty array", expected));
+    }
+    for text in tokens.iter().filter(|text| text.len() > MAX_TOKEN_LENGTH) {
+        let characters = String::from_utf8_lossy(text).chars().count();
+        if characters > MAX_TOKEN_LENGTH {
+            let found = format_args!("a token of {characters} characters");
+            return Err(keys.malformed(TOKENS, found, format_args!("at most {MAX_TOKEN_LENGTH}")));
+        }
+    }
+    Ok(tokens)
+}
+
+fn kinds(keys: &Keys<'_>, texts: &StringArray, is_sentencepiece: bool) -> Result<Vec<u8>> {
+    let key = "tokenizer.ggml.token_type";
+    let default = |text: &[u8]| if is_sentencepiece && byte_of(text).is_some() { BYTE } else { 1 };
+    let kinds = match keys.integers(key, texts.len())? {
+        None => texts.iter().map(default).collect(),
+        Some(numbers) => {
+            let kind = |number: i128| {
+                let kind = u8::try_from(number).ok().filter(|kind| *kind <= BYTE);
+                kind.ok_or_else(|| keys.malformed(key, format_args!("the type {number}"), "types of 1 to 6"))
+            };
+            numbers.into_iter().map(kind).collect::<Result<Vec<u8>>>()?
+        }
+    };
+    for (id, (text, kind)) in texts.iter().zip(&kinds).enumerate() {
+        if *kind == BYTE && byte_of(text).is_none() || is_sentencepiece && is_broken_byte(text) {
+            let found = format!("{} as byte token {id}", quoted(text, 40));
+            return Err(keys.malformed(TOKENS, found, "'<0x00>' to '<0xFF>'"));
+        }
+    }
+    Ok(kinds)
+}
+
+/// Whether a token looks like a byte token, but is none.
+fn is_broken_byte(text: &[u8]) -> bool {
+    let Some(inner) = text.strip_prefix(b"<0x").and_then(|rest| rest.strip_suffix(b">")) else { return false };
+    let inner = String::from_utf8_lossy(inner);
+    let starts_as_byte = byte_of(text.get(..6).unwrap_or_default()).is_some();
+    inner.chars().count() <= 8 && !inner.contains('\n') && !starts_as_byte
+}
+
+fn scores(keys: &Keys<'_>, count: usize) -> Result<Vec<f32>> {
+    let key = "tokenizer.ggml.scores";
+    let expected = format_args!("{count} scores, one per token");
+    let scores = keys.floats(key, count)?.ok_or_else(|| keys.malformed(key, "nothing", expected))?;
+    match scores.iter().any(|score| score.is_nan()) {
+        true => Err(keys.malformed(key, "NaN", "numbers")),
+        false => Ok(scores),
+    }
+}
+
+/// The merges, the first one with the highest priority.
+fn merges<'a>(keys: &Keys<'a>) -> Result<Vec<(&'a [u8], &'a [u8])>> {
+    let merges = keys.strings(MERGES)?.ok_or_else(|| keys.malformed(MERGES, "nothing", "an array of merges"))?;
+    let pair = |merge: &'a [u8]| {
+        let at = merge.iter().position(|byte| *byte == b' ')?;
+        let (left, right) = (&merge[..at], &merge[at + 1..]);
+        (!left.is_empty() && !right.is_empty() && !right.contains(&b' ')).then_some((left, right))
+    };
+    let expected = "two parts with one space between them";
+    let pairs =
+        merges.iter().map(|merge| pair(merge).ok_or_else(|| keys.malformed(MERGES, quoted(merge, 40), expected)));
+    pairs.collect()
+}
+
+fn rule(keys: &Keys<'_>, warnings: &mut Vec<String>) -> Result<&'static Rule> {
+    let key = "tokenizer.ggml.pre";
+    let name = keys.string(key)?;
+    let shown = name.map(|name| quoted(name, 60));
+    match (pre_tokenizers::find(name), shown) {
+        (Found::Rule(rule), _) => Ok(rule),
+        (Found::NotByteLevel, shown) => {
+            Err(keys.malformed(key, shown.unwrap_or_default(), "a byte-level pre-tokenizer"))
+        }
+        (Found::Default(rule), shown) => {
+            let problem = match shown {
+                None => "the file does not name its pre-tokenizer".to_owned(),
+                Some(name) => format!("unknown pre-tokenizer {name}"),
+            };
+            let result = "using 'default', which may split words differently from the model's training";
+            warnings.push(format!("{problem} ({key}): {result}"));
+            Ok(rule)
+        }
+    }
+}
+
+/// Phi-3's special tokens, which drop the white space after them. Its files do not mark them as such.
+fn drops_space_after(keys: &Keys<'_>, texts: &StringArray, kinds: &[u8]) -> Result<Vec<u32>> {
+    let name = String::from_utf8_lossy(keys.string("general.name")?.unwrap_or_default()).to_lowercase();
+    if !name.contains("phi-3") && !name.contains("phi3") {
+        return Ok(Vec::new());
+    }
+    let kept: [&[u8]; 3] = [b"<unk>", b"<s>", b"<|endoftext|>"];
+    let drops = |id: &u32| texts.get(*id as usize).is_some_and(|text| !kept.contains(&text));
+    Ok(of_kinds(kinds, &[USER_DEFINED, CONTROL, UNKNOWN]).filter(drops).collect())
+}
+
+fn chat_templates(keys: &Keys<'_>) -> Result<BTreeMap<String, String>> {
+    let mut found = BTreeMap::new();
+    for (key, _) in keys.metadata.iter() {
+        let Some(name) = key.strip_prefix("tokenizer.chat_template") else { continue };
+        let Some(name) = name.strip_prefix('.').or_else(|| name.is_empty().then_some("")) else { continue };
+        if let Some(template) = keys.string(key)?.filter(|template| !template.is_empty()) {
+            let name = if name.is_empty() { "default" } else { name };
+            found.insert(name.to_owned(), String::from_utf8_lossy(template).into_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// A byte-level vocabulary.
+struct Vocabulary<'a> {
+    texts: &'a StringArray,
+    kinds: &'a [u8],
+    /// The first id of each spelling.
+    ids: &'a HashMap<&'a [u8], u32>,
+}
+
+impl<'a> Vocabulary<'a> {
+    /// The id of a token that can occur in a text: one that is neither empty nor invalid UTF-8.
+    fn encodable(&self, text: &[u8]) -> Option<(&'a str, u32)> {
+        let (text, id) = self.ids.get_key_value(text)?;
+        Some((str::from_utf8(text).ok().filter(|text| !text.is_empty())?, *id))
+    }
+
+    /// The content of a `tokenizer.json` that splits text by `rule` and applies the merges to the bytes of each word.
+    fn json(&self, keys: &Keys<'_>, rule: &Rule, drops_space: &[u32], warnings: &mut Vec<String>) -> Result<String> {
+        let all = merges(keys)?;
+        let drops_space: HashSet<u32> = drops_space.iter().copied().collect();
+        let mut joined = Vec::new();
+        let known = |(left, right): &(&[u8], &[u8])| {
+            joined.clear();
+            joined.extend_from_slice(left);
+            joined.extend_from_slice(right);
+            self.encodable(&joined)?;
+            Some((self.encodable(left)?.0, self.encodable(right)?.0))
+        };
+        // The library panics on merges of other parts.
+        let merges: Vec<(&str, &str)> = all.iter().filter_map(known).collect();
+        if merges.len() < all.len() {
+            warnings.push(format!(
+                "{MERGES}: {} of {} merges are ignored, since their parts or results are not tokens",
+                all.len() - merges.len(),
+                all.len()
+            ));
+        }
+        let own = |id: u32| {
+            let text = self.texts.get(id as usize)?;
+            self.encodable(text).filter(|(_, first)| *first == id).map(|(text, _)| text)
+        };
+        let added =
+            [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)].into_iter().flat_map(|(kind, special)| {
+                of_kinds(self.kinds, &[kind]).filter_map(move |id| Some((id, own(id)?, special)))
+            });
+        let added =
+            added.map(|(id, content, special)| AddedToken { id, content, special, rstrip: drops_space.contains(&id) });
+        let tokens = (0..self.texts.len() as u32).filter_map(|id| Some((own(id)?, id)));
+        Ok(Bpe { rule, merges: &merges }.write(tokens, added))
+    }
+}

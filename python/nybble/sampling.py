@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
@@ -91,7 +91,11 @@ class SamplingOptions:
     stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
-    """Strings that end the completion, which does not include them; None or an empty list for none."""
+    """Strings that end the completion, which does not include them. They may contain special tokens. None for none."""
+    stop_token_ids: Sequence[int] = field(
+        default=(), metadata=doc("Stop before any of these tokens; the completion does not include them.")
+    )
+    """Token ids that end the completion, which does not include them, in addition to the model's end tokens."""
     logprobs: int | None = field(
         default=None, metadata=doc("Report the log-probability of each token and of this many likely alternatives.")
     )
@@ -136,6 +140,8 @@ class SamplingOptions:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
+        _check("stop_token_ids", self.stop_token_ids, _ids(self.stop_token_ids), "a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.schema is not None:
             object.__setattr__(self, "schema", schema_text(self.schema))
         given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
@@ -165,6 +171,7 @@ class SamplingOverrides(TypedDict, total=False):
     seed: int | None
     max_tokens: int | None
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
     logprobs: int | None
     schema: Mapping[str, Any] | type | str | None
     regex: str | None
@@ -234,6 +241,11 @@ def _number(value: Any) -> bool:
 def _finite(value: Any) -> bool:
     # Not math.isfinite: it raises OverflowError for integers beyond every float.
     return _number(value) and -_LARGEST <= value <= _LARGEST
+
+
+def _ids(values: Any) -> bool:
+    is_list = isinstance(values, Sequence | Set) and not isinstance(values, str | bytes)
+    return is_list and all(_whole(value) and 0 <= value < 2**32 for value in values)
 
 
 def _whole(value: Any) -> bool:

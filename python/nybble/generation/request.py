@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -168,5 +169,5 @@ def _is_id(item: object) -> bool:
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
-            return tokenizer._grammar_vocabulary.constraint(kind, text)
+            return constraint(tokenizer._grammar_vocabulary, kind, text)
     return None

@@ -211,7 +211,7 @@ def test_rope_scaling_takes_the_place_of_rope_parameters(tmp_path: Path) -> None
     assert (inside != plain).any()
     added = logits(copy("llama", tmp_path / "added", config={"rope_scaling": YARN}))
     np.testing.assert_array_equal(added, inside)
-    for nothing in (None, {}):
+    for nothing in (None, dict[str, Any]()):
         config = {"rope_parameters": YARN, "rope_scaling": nothing}
         np.testing.assert_array_equal(logits(copy("llama", tmp_path / "nothing", config=config)), inside)
 

@@ -85,7 +85,8 @@ class Tensor:
     @property
     def values(self) -> npt.NDArray[np.float32]:
         """The values of an F32 tensor."""
-        return np.frombuffer(self.data, "<f4").reshape(self.shape[::-1]).copy()
+        found: npt.NDArray[np.float32] = np.frombuffer(self.data, "<f4").reshape(self.shape[::-1]).copy()
+        return found
 
 
 @dataclass
@@ -107,9 +108,9 @@ class File:
             file.metadata[key] = kind, reader.value(kind)
         found = [reader.tensor() for _ in range(tensors)]
         begin = reader.at + -reader.at % 32
-        for name, shape, kind, offset in found:
-            size = math.prod(shape) * _BYTES[kind]
-            file.tensors[name] = Tensor(shape, kind, reader.data[begin + offset : begin + offset + size])
+        for name, shape, stored, offset in found:
+            size = math.prod(shape) * _BYTES[stored]
+            file.tensors[name] = Tensor(shape, stored, reader.data[begin + offset : begin + offset + size])
         return file
 
     def copy(self) -> File:
@@ -159,7 +160,7 @@ class File:
 
 def _encoded(kind: Kind, value: Any, order: str) -> bytes:
     if kind is Kind.STRING:
-        return struct.pack(f"{order}Q", len(value)) + value
+        return struct.pack(f"{order}Q", len(value)) + bytes(value)
     if kind is Kind.ARRAY:
         item, items = value
         return struct.pack(f"{order}IQ", item, len(items)) + b"".join(_encoded(item, one, order) for one in items)
@@ -177,7 +178,7 @@ class _Reader:
         return value
 
     def string(self) -> bytes:
-        length = self.number("Q")
+        length = int(self.number("Q"))
         self.at += length
         return self.data[self.at - length : self.at]
 

@@ -85,8 +85,8 @@ class Tensor:
     @property
     def values(self) -> npt.NDArray[np.float32]:
         """The values of an F32 tensor."""
-        values: npt.NDArray[np.float32] = np.frombuffer(self.data, "<f4").reshape(self.shape[::-1]).copy()
-        return values
+        found: npt.NDArray[np.float32] = np.frombuffer(self.data, "<f4").reshape(self.shape[::-1]).copy()
+        return found
 
 
 @dataclass
@@ -108,9 +108,9 @@ class File:
             file.metadata[key] = kind, reader.value(kind)
         found = [reader.tensor() for _ in range(tensors)]
         begin = reader.at + -reader.at % 32
-        for name, shape, tensor_type, offset in found:
-            size = math.prod(shape) * _BYTES[tensor_type]
-            file.tensors[name] = Tensor(shape, tensor_type, reader.data[begin + offset : begin + offset + size])
+        for name, shape, stored, offset in found:
+            size = math.prod(shape) * _BYTES[stored]
+            file.tensors[name] = Tensor(shape, stored, reader.data[begin + offset : begin + offset + size])
         return file
 
     def copy(self) -> File:
@@ -178,7 +178,7 @@ class _Reader:
         return value
 
     def string(self) -> bytes:
-        length = self.number("Q")
+        length = int(self.number("Q"))
         self.at += length
         return self.data[self.at - length : self.at]
 

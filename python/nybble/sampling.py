@@ -88,10 +88,10 @@ class SamplingOptions:
         default=256, metadata=doc("Stop after this many new tokens, or when the context is full.")
     )
     """Largest number of tokens in a completion; None continues until the context is full."""
-    stop: str | Sequence[str] = field(
+    stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
-    """Strings that end the completion, which does not include them. They may contain special tokens."""
+    """Strings that end the completion, which does not include them. They may contain special tokens. None for none."""
     stop_token_ids: Sequence[int] = field(
         default=(), metadata=doc("Stop before any of these tokens; the completion does not include them.")
     )
@@ -134,8 +134,10 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
         _check("stop", self.stop, isinstance(self.stop, (str, Sequence)), "a string or a list of strings")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
         _check("stop_token_ids", self.stop_token_ids, _ids(self.stop_token_ids), "a list of token ids")
@@ -168,7 +170,7 @@ class SamplingOverrides(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     logprobs: int | None
     schema: Mapping[str, Any] | type | str | None

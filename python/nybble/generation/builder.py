@@ -27,7 +27,7 @@ class CompletionBuilder:
         self._limit = request.limit
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)
-        self._special_stops = SpecialStops(request.tokenizer, request.options.stop)
+        self._special_stops = SpecialStops(request.tokenizer, request.options.stop or ())
         self._stops = StopMatcher(self._special_stops.stops)
         self._end_ids = request.tokenizer.eos_ids.union(request.options.stop_token_ids)
         self._pieces: list[str] = []

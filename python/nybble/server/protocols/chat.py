@@ -104,7 +104,7 @@ class ChatAdapter(Adapter):
                 **(body.chat_template_kwargs or {}),
             )
             check_length(self._model, prompt)
-            ids = self._tokenizer.encode(prompt + prefix)
+            ids = self._tokenizer.encode_prompt(prompt + prefix)
             return [(ids, SamplingOptions(**options, seed=seed)) for seed in body.seeds(self.answers)]
 
         def new_parser() -> AnswerParser:

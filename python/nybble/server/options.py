@@ -72,7 +72,7 @@ class ServeOptions(EngineOptions):
     drain: float = field(
         default=30, metadata=_option("Seconds that running answers get after SIGTERM.", range=(0, None))
     )
-    unmarked_calls: bool = field(
+    bare_calls: bool = field(
         default=True,
         metadata=_option("Treat an answer that is only a call in JSON, without the model's markers, as a tool call."),
     )
@@ -144,7 +144,7 @@ class ServeOptions(EngineOptions):
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
             matryoshka=self.matryoshka,
-            unmarked_calls=self.unmarked_calls,
+            bare_calls=self.bare_calls,
             request_seconds=self.timeout,
             drain_seconds=self.drain,
         )
@@ -179,7 +179,7 @@ class Settings:
     """How the vectors of an input's tokens become one vector; None is what the model's file says."""
     matryoshka: bool = False
     """Whether clients may cut embeddings to fewer dimensions."""
-    unmarked_calls: bool = True
+    bare_calls: bool = True
     """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
     max_connections: int = 1024
     request_seconds: float = 600.0

@@ -51,7 +51,7 @@ class ChatAdapter(Adapter):
         super().__init__(body.model, body.n or 1, bool(body.stream))
         self._model = service.engine.model
         self._tokenizer = self._model.tokenizer
-        self._reads_unmarked_calls = service.settings.unmarked_calls
+        self._reads_unmarked_calls = service.settings.bare_calls
         self._body = body
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{new_id()}",

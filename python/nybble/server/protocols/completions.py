@@ -138,6 +138,8 @@ class CompletionAdapter(Adapter):
         if self._body.logprobs is None:
             self._echoes.append((text, None))
             return
+        if isinstance(prompt, str):
+            check_length(self._model, prompt)
         ids = prompt_ids(self._tokenizer, prompt)
         (first, *_) = ids
         tokens = score(self._model, ids, self._body.logprobs)

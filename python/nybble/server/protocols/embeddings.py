@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from nybble.generation.request import check_length
 from nybble.server.delivery import with_timeout
 from nybble.server.errors import ApiError, as_api_errors
 from nybble.server.protocols.strict import Strict
@@ -146,6 +147,9 @@ async def vectors(
         return found
 
     def encode() -> list[Sequence[int]]:
+        for each in inputs:
+            if isinstance(each, str):
+                check_length(model, each)
         return [model.tokenize(each) if isinstance(each, str) else each for each in inputs]
 
     async with service.embedding:

@@ -262,7 +262,7 @@ def test_calls_without_markers_are_calls_unless_turned_off(template: str, served
             chunks = [event["choices"][0] for event in ask(running, tool(None), choice="auto", stream=True).events]
             assert chunks[-1]["finish_reason"] == "tool_calls"
             assert not any(chunk["delta"].get("content") for chunk in chunks)
-        with serving(engine, unmarked_calls=False) as running:
+        with serving(engine, bare_calls=False) as running:
             assert ask(running, tool(None), choice="auto").choice["message"]["content"] == text
 
 

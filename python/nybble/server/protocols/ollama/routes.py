@@ -26,6 +26,8 @@ from nybble.server.tools.formats import detect_format
 
 Json = dict[str, Any]
 
+_LONGEST_TOKEN = 64
+"""Characters of a token, at most, in documents that are cut to the context."""
 _NEVER = "2318-01-01T00:00:00Z"
 """When the model leaves memory."""
 
@@ -106,7 +108,10 @@ async def _embed(
         documents: list[str | list[int]] = [*inputs]
         if truncates:
             model = service.engine.model
-            documents = await service.in_thread(lambda: [model.tokenize(each)[: model.info.context] for each in inputs])
+            context = model.info.context
+            # What is far beyond the context is not tokenized.
+            starts = [each[: context * _LONGEST_TOKEN] for each in inputs]
+            documents = await service.in_thread(lambda: [model.tokenize(each)[:context] for each in starts])
         rows, tokens = await vectors(service, documents, dimensions, param)
         found = [[float(value) for value in row] for row in rows]
         if not is_list:

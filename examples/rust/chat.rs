@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut known: Vec<u32> = Vec::new();
     for line in std::io::stdin().lock().lines() {
         messages.push(Message::user(&line?));
-        let prompt = tokenizer.encode(&tokenizer.apply_chat_template(&messages, &ChatOptions::default())?)?;
+        let prompt = tokenizer.encode_prompt(&tokenizer.apply_chat_template(&messages, &ChatOptions::default())?)?;
         // The session keeps what the conversation so far and the new prompt have in common.
         session.truncate(known.iter().zip(&prompt).take_while(|(old, new)| old == new).count());
         let mut sequence = Sequence::resume(&model, session, &prompt, SamplingOptions::default())?;

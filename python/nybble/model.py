@@ -331,6 +331,9 @@ class Model(Returned):
             MemoryError: The logits do not fit into memory.
             ValueError: A token is unknown.
         """
+        if getattr(prompt, "ndim", 1) != 1:
+            shape = getattr(prompt, "shape", ())
+            raise ValueError(f"prompt: found an array of shape {shape}, expected text or token ids in one dimension")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, "prompt")
         return self._native.logits(ids)
 
@@ -338,7 +341,7 @@ class Model(Returned):
         self,
         text: Prompt | Prompts,
         *,
-        pooling: Literal["mean", "last"] = "mean",
+        pooling: Literal["mean", "last"] | None = None,
         normalize: bool = True,
     ) -> npt.NDArray[np.float32]:
         """Returns embeddings of documents, a float32 array of shape (documents, hidden_size).
@@ -348,7 +351,7 @@ class Model(Returned):
 
         Args:
             text: A document (text or token ids), or a list of documents.
-            pooling: "mean" of all tokens, or the "last" token.
+            pooling: "mean" of all tokens, or the "last" token. None is what the file says, otherwise "mean".
             normalize: Scale each embedding to length 1.
 
         Raises:
@@ -356,6 +359,8 @@ class Model(Returned):
             ModelError: A hidden state is not finite, or keys or values do not fit into the cache type.
             ValueError: A document has no tokens, or `pooling` is unknown.
         """
+        if pooling is None:
+            pooling = self.info.pooling
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
         import numpy as np
@@ -366,7 +371,7 @@ class Model(Returned):
             name = "text" if is_one else f"text[{number}]"
             if isinstance(document, str):
                 check_length(self, document)
-            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name))
+            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name, ends=True))
             row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
         return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nybble import memory
 
@@ -25,6 +26,8 @@ class ModelInfo:
     """Number of tokens that fit, prompt and completion together."""
     kernel: str
     threads: int
+    pooling: Literal["mean", "last"]
+    """How `Model.embed` pools by default: as the file says, otherwise "mean"."""
     weight_bytes: int
     """Bytes of the packed weights in memory."""
     bytes_per_token: int

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
@@ -88,10 +88,14 @@ class SamplingOptions:
         default=256, metadata=doc("Stop after this many new tokens, or when the context is full.")
     )
     """Largest number of tokens in a completion; None continues until the context is full."""
-    stop: str | Sequence[str] = field(
+    stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
-    """Strings that end the completion, which does not include them."""
+    """Strings that end the completion, which does not include them. They may contain special tokens. None for none."""
+    stop_token_ids: Sequence[int] = field(
+        default=(), metadata=doc("Stop before any of these tokens; the completion does not include them.")
+    )
+    """Token ids that end the completion, which does not include them, in addition to the model's end tokens."""
     logprobs: int | None = field(
         default=None, metadata=doc("Report the log-probability of each token and of this many likely alternatives.")
     )
@@ -130,10 +134,14 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
         _check("stop", self.stop, isinstance(self.stop, (str, Sequence)), "a string or a list of strings")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _check("stop", self.stop, all(map(_text, stop)), "strings that are not empty")
         object.__setattr__(self, "stop", stop)
+        _check("stop_token_ids", self.stop_token_ids, _ids(self.stop_token_ids), "a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.schema is not None:
             object.__setattr__(self, "schema", schema_text(self.schema))
         given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
@@ -162,7 +170,8 @@ class SamplingOverrides(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
     logprobs: int | None
     schema: Mapping[str, Any] | type | str | None
     regex: str | None
@@ -232,6 +241,11 @@ def _number(value: Any) -> bool:
 def _finite(value: Any) -> bool:
     # Not math.isfinite: it raises OverflowError for integers beyond every float.
     return _number(value) and -_LARGEST <= value <= _LARGEST
+
+
+def _ids(values: Any) -> bool:
+    is_list = isinstance(values, Sequence | Set) and not isinstance(values, str | bytes)
+    return is_list and all(_whole(value) and 0 <= value < 2**32 for value in values)
 
 
 def _whole(value: Any) -> bool:

@@ -149,7 +149,7 @@ class Session(Returned):
             **overrides: As in `Model.generate`.
         """
         tokenizer = self._model.tokenizer
-        ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        ids = tokenizer.encode_prompt(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
         begun = self._begin(ids, merge(options, overrides))
         return begun if stream else self._finished(begun)
 

@@ -54,7 +54,39 @@ pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     if bytes.len() as u64 > largest {
         return Err(Error::malformed(path, Place::File, format_args!("more than {largest} bytes"), "fewer"));
     }
-    Ok(entries(path, &bytes, Place::File, "a JSON object")?.into_iter().collect())
+    if let Some(error) = super::pointer_error(path, &bytes) {
+        return Err(error);
+    }
+    Ok(entries(path, &quote_constants(bytes), Place::File, "a JSON object")?.into_iter().collect())
+}
+
+/// Puts quotes around NaN, Infinity and -Infinity, which Python writes as numbers and JSON does not have. Where a number is
+/// needed, errors then name the word.
+fn quote_constants(bytes: Vec<u8>) -> Vec<u8> {
+    const WORDS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
+    let (mut out, mut at, mut in_string) = (Vec::with_capacity(bytes.len()), 0, false);
+    while let Some(byte) = bytes.get(at).copied() {
+        let word = WORDS.iter().find(|word| !in_string && bytes[at..].starts_with(word));
+        let length = match (word, byte) {
+            (Some(word), _) => {
+                out.push(b'"');
+                out.extend_from_slice(word);
+                out.push(b'"');
+                at += word.len();
+                continue;
+            }
+            (None, b'\\') if in_string => 2,
+            (None, b'"') => {
+                in_string = !in_string;
+                1
+            }
+            (None, _) => 1,
+        };
+        let end = bytes.len().min(at + length);
+        out.extend_from_slice(&bytes[at..end]);
+        at = end;
+    }
+    out
 }
 
 /// A value for an error message, truncated where it is long.
@@ -63,5 +95,22 @@ pub(crate) fn brief(value: &Value) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn constants_of_python_become_strings_outside_of_strings() {
+        let quoted = |text: &str| String::from_utf8(quote_constants(text.as_bytes().to_vec())).unwrap();
+        assert_eq!(
+            quoted(r#"{"a": NaN, "b": [Infinity, -Infinity], "c": -1}"#),
+            r#"{"a": "NaN", "b": ["Infinity", "-Infinity"], "c": -1}"#
+        );
+        for text in [r#"{"NaN": "Infinity \" NaN", "b\\": "-Infinity"}"#, "\"\\", "\"open NaN"] {
+            assert_eq!(quoted(text), text);
+        }
     }
 }

@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::json;
 use super::mapped::Bytes;
+use super::pointer_error;
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
@@ -22,6 +23,9 @@ const MAX_HEADER: u64 = 100_000_000;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// The ends of the names of other files of weights, and of other indices.
+const END: &str = ".safetensors";
+const INDEX_END: &str = ".safetensors.index.json";
 
 /// The tensors of a folder.
 #[derive(Debug)]
@@ -65,6 +69,11 @@ impl TensorInfo {
         }
     }
 
+    /// Whether it has no values.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
     /// Dimensions, the slowest-varying first: `[rows, columns]`, in the opposite order to GGUF.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -83,7 +92,8 @@ fn value_bytes(dtype: &str) -> Option<usize> {
 }
 
 impl SafeTensors {
-    /// Opens the checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    /// Opens the checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names. Without
+    /// them, the only file or index of another name.
     ///
     /// The files are mapped. They must not be truncated or overwritten while they are open.
     ///
@@ -107,7 +117,19 @@ impl SafeTensors {
             return Ok(all);
         }
         let index = folder.join(INDEX);
-        if exists(&index)? { SafeTensors::open_indexed(folder, &index, mmap) } else { Err(explain_absence(folder)) }
+        if exists(&index)? {
+            return SafeTensors::open_indexed(folder, &index, mmap);
+        }
+        // Programs that pack or convert checkpoints have names of their own. One file leaves no doubt.
+        match (only(folder, INDEX_END)?, only(folder, END)?) {
+            (Some(index), _) => SafeTensors::open_indexed(folder, &index, mmap),
+            (None, Some(single)) => {
+                let mut all = SafeTensors::empty(folder, mmap);
+                all.add(single)?;
+                Ok(all)
+            }
+            (None, None) => Err(explain_absence(folder)),
+        }
     }
 
     fn empty(folder: &Path, mmap: bool) -> SafeTensors {
@@ -216,6 +238,21 @@ impl SafeTensors {
     }
 }
 
+/// The only file of the folder whose name has this end, if there is one. Files of low-rank adapters, hidden files and those
+/// that macOS writes next to others do not count.
+fn only(folder: &Path, end: &str) -> Result<Option<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|source| Error::io(folder, source))? {
+        let entry = entry.map_err(|source| Error::io(folder, source))?;
+        let name = entry.file_name();
+        let counts = |name: &str| name.ends_with(end) && !name.starts_with(['.']) && !name.starts_with("adapter_");
+        if name.to_str().is_some_and(counts) {
+            found.push(entry.path());
+        }
+    }
+    Ok(if found.len() == 1 { found.pop() } else { None })
+}
+
 fn exists(path: &Path) -> Result<bool> {
     match std::fs::metadata(path) {
         Ok(_) => Ok(true),
@@ -263,6 +300,9 @@ fn explain_absence(folder: &Path) -> Error {
 /// The tensors of a file, in the order of their data.
 fn parse(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorInfo>> {
     let whole = |found: String, expected: String| Err(Error::malformed(path, Place::File, found, expected));
+    if let Some(error) = pointer_error(path, bytes) {
+        return Err(error);
+    }
     let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         return whole(format!("{} bytes", bytes.len()), "the 8 bytes of a header's length".to_owned());
     };

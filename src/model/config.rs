@@ -2,6 +2,7 @@
 
 use super::arch::{self, Family, LayerKind, NormKind, Position, Residual};
 use super::metadata::MetadataReader;
+use super::namespace;
 use super::rope::{RopeConfig, Scaling};
 use crate::error::Result;
 use crate::format::Checkpoint;
@@ -19,6 +20,11 @@ pub struct Config {
     pub family: &'static Family,
     /// The longest context that the model was made for.
     pub context: usize,
+    /// The longest context of a session: more than `context` where the file stretches the rotation further.
+    pub(crate) longest: usize,
+    /// How the hidden states of a text become its embedding, where the file says it.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) pooling: Option<Pooling>,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Query heads.
@@ -57,6 +63,26 @@ pub struct Config {
     pub logit_scale: f32,
     /// Experts of feed-forward layers that have them.
     pub experts: ExpertsConfig,
+}
+
+/// How the hidden states of a text become its embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// Their mean.
+    Mean,
+    /// That of the last token.
+    Last,
+}
+
+impl Pooling {
+    /// Its name in Python and in the server.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Pooling::Mean => "mean",
+            Pooling::Last => "last",
+        }
+    }
 }
 
 /// The settings that differ between layers.
@@ -137,7 +163,8 @@ impl Config {
         let fits = rotary.is_multiple_of(2) && rotary <= head_dim;
         keys.check("rope.dimension_count", rotary, fits, format_args!("an even number up to {head_dim}"))?;
         let rope = RopeConfig::read(&keys)?;
-        let window_base = keys.positive("rope.freq_base_swa")?.or(family.quirks.window_rope_base);
+        let window_base = keys.positive(keys.alias(["rope.freq_base_swa", "rope.local.freq_base"]))?;
+        let window_base = window_base.or(family.quirks.window_rope_base);
         let window_rope = window_base.map_or(rope, RopeConfig::plain);
 
         let by_width = family.quirks.scaled_by_width == Some(layers);
@@ -145,9 +172,18 @@ impl Config {
         let (attention_cap, logit_cap) = family.quirks.soft_caps.unzip();
         let logit_scale = keys.positive("logit_scale")?.unwrap_or(1.0);
         let embedding_scale = if family.quirks.scaled_embedding { (hidden as f32).sqrt() } else { 1.0 };
+        let context = keys.count("context_length")?;
+        // Model cards add YaRN and leave the length as it is.
+        let longest = match rope.scaling {
+            Scaling::Yarn { factor, original, .. } if rotary > 0 => context.max((factor * original) as usize),
+            _ => context,
+        };
+        namespace::check(&keys)?;
         Ok(Config {
             family,
-            context: keys.count("context_length")?,
+            context,
+            longest,
+            pooling: pooling(&keys)?,
             hidden,
             heads,
             kv_heads,
@@ -179,6 +215,19 @@ impl Config {
             Scaling::Dynamic { original, .. } | Scaling::Long { original } => self.context.min(original as usize),
             _ => self.context,
         }
+    }
+}
+
+/// How the file wants embeddings to be made, by llama.cpp's numbers.
+fn pooling(keys: &MetadataReader<'_>) -> Result<Option<Pooling>> {
+    let key = "pooling_type";
+    let Some(value) = keys.get(key) else { return Ok(None) };
+    match value.as_i64().ok_or_else(|| keys.malformed(key, value, "an integer"))? {
+        // Not said, or none, as generation needs.
+        -1 | 0 => Ok(None),
+        1 => Ok(Some(Pooling::Mean)),
+        3 => Ok(Some(Pooling::Last)),
+        other => Err(keys.unsupported(key, other, "supported: 0 for none, 1 for the mean, 3 for the last token")),
     }
 }
 
@@ -233,7 +282,10 @@ fn experts(keys: &MetadataReader<'_>, family: &Family) -> Result<ExpertsConfig> 
     Ok(ExpertsConfig {
         count,
         used,
-        normalized: keys.flag("expert_weights_norm")?.unwrap_or(family.quirks.normalized_experts),
+        // The second name is that of Ollama's files.
+        normalized: keys
+            .flag(keys.alias(["expert_weights_norm", "norm_top_k_prob"]))?
+            .unwrap_or(family.quirks.normalized_experts),
         scale: keys.positive("expert_weights_scale")?.unwrap_or(1.0),
     })
 }

@@ -81,6 +81,9 @@ fn describe(config: &Config) -> String {
     let Config {
         family,
         context,
+        // Neither changes the numbers of a session that fits into the context.
+        longest: _,
+        pooling: _,
         hidden,
         heads,
         kv_heads,

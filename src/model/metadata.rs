@@ -29,7 +29,12 @@ impl<'a> MetadataReader<'a> {
         if self.prefix.is_empty() { key.to_owned() } else { format!("{}.{key}", self.prefix) }
     }
 
-    fn malformed(&self, key: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
+    pub(super) fn malformed(
+        &self,
+        key: &str,
+        found: impl std::fmt::Display,
+        expected: impl std::fmt::Display,
+    ) -> Error {
         Error::malformed(self.path, Place::Key(self.full(key)), found, expected)
     }
 
@@ -55,6 +60,17 @@ impl<'a> MetadataReader<'a> {
     /// The value of a key.
     pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.metadata.get(&self.full(key))
+    }
+
+    /// The keys of the family without its name, and their values.
+    pub(super) fn own(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+        let prefix = self.prefix;
+        self.metadata.iter().filter_map(move |(key, value)| Some((key.strip_prefix(prefix)?.strip_prefix('.')?, value)))
+    }
+
+    /// The first of `names` that the file has, otherwise the first.
+    pub(super) fn alias(&self, names: [&'static str; 2]) -> &'static str {
+        if self.get(names[0]).is_none() && self.get(names[1]).is_some() { names[1] } else { names[0] }
     }
 
     /// A text in UTF-8.

@@ -3,7 +3,7 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `arch/` | the model families as data |
-//! | `config`, `metadata`, `rope` | hyperparameters, read from GGUF's keys and checked once |
+//! | `config`, `metadata`, `namespace`, `rope` | hyperparameters, read from GGUF's keys and checked once |
 //! | `hf/` | Hugging Face folders, presented as GGUF files |
 //! | `weights/` | reads tensors, checks and packs them |
 //! | `mixers/`, `ffn/` | the two halves of a layer: each kind with its weights, its workspace and its computation |
@@ -32,6 +32,7 @@ mod metadata;
 mod mixers;
 #[allow(clippy::module_inception, reason = "the file is named after its type")]
 mod model;
+mod namespace;
 mod norm;
 mod pass;
 mod rope;

@@ -178,8 +178,8 @@ impl Model {
         let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
         let context = options.context.unwrap_or(config.default_context());
-        if context == 0 || context > config.context {
-            let expected = format!("1 to {}, the context that the model was made for", config.context);
+        if context == 0 || context > config.longest {
+            let expected = format!("1 to {}, the context that the model was made for", config.longest);
             return Err(Error::argument("context", context, expected));
         }
         let weights = pool.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;

@@ -64,7 +64,8 @@ impl RopeConfig {
     /// # Errors
     /// [`Error::Malformed`](crate::Error::Malformed) and [`Error::Unsupported`](crate::Error::Unsupported) with the key.
     pub(super) fn read(keys: &MetadataReader<'_>) -> Result<RopeConfig> {
-        let base = keys.positive("rope.freq_base")?.unwrap_or(10000.0);
+        // The second name is that of Ollama's first files.
+        let base = keys.positive(keys.alias(["rope.freq_base", "rope.global.freq_base"]))?.unwrap_or(10000.0);
         let kind = keys.optional_text("rope.scaling.type")?;
         let factor = keys.positive("rope.scaling.factor")?.or(keys.positive("rope.scale_linear")?).unwrap_or(1.0);
         let original = match keys.optional_count("rope.scaling.original_context_length")? {

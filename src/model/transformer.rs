@@ -159,6 +159,7 @@ impl Weights {
         for index in 0..config.layers.len() {
             weights.layers.push(Layer::load(loader, config, index)?);
         }
+        loader.check_leftovers()?;
         loader.report_end()?;
         Ok(weights)
     }

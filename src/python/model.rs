@@ -169,6 +169,7 @@ impl Model {
         info.set_item("context", model.context())?;
         info.set_item("kernel", model.kernel().name())?;
         info.set_item("threads", model.threads())?;
+        info.set_item("pooling", model.config().pooling.unwrap_or(model::config::Pooling::Mean).name())?;
         info.set_item("weight_bytes", model.weight_bytes())?;
         info.set_item("bytes_per_token", model.bytes_per_token())?;
         info.set_item("cache_type", model.cache_type().name())?;

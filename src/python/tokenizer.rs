@@ -65,9 +65,10 @@ impl TokenizerDescription {
         guarded(py, || Ok(pieces.encode(text, parse_special)))
     }
 
-    /// `ids` with the tokens that the model expects around every text, without repeating those that are there already.
-    fn framed(&self, ids: Vec<u32>, parse_special: bool) -> Vec<u32> {
-        self.0.framed(ids, parse_special)
+    /// `ids` with the tokens that the model expects around every text, without repeating those that are there already. Without
+    /// `ends`, only those before it.
+    fn framed(&self, ids: Vec<u32>, parse_special: bool, ends: bool) -> Vec<u32> {
+        self.0.framed(ids, parse_special, ends)
     }
 
     /// The spelling of a token. None for an id without a token.

@@ -112,10 +112,12 @@ impl Description {
         &self.tokens.special
     }
 
-    /// `ids` with the tokens that the model expects around every text. Those that are there already, which is possible
-    /// where special tokens in the text were recognized, are not added again.
-    pub(crate) fn framed(&self, ids: Vec<u32>, special_recognized: bool) -> Vec<u32> {
-        let (mut before, mut after) = (self.prefix.clone(), self.suffix.as_slice());
+    /// `ids` with the tokens that the model expects around every text; only before it, for a text that the model continues,
+    /// unless it `ends`. Tokens that are there already, which is possible where special tokens in the text were recognized,
+    /// are not added again.
+    pub(crate) fn framed(&self, ids: Vec<u32>, special_recognized: bool, ends: bool) -> Vec<u32> {
+        let mut before = self.prefix.clone();
+        let mut after = if ends { self.suffix.as_slice() } else { &[] };
         if special_recognized && let Some(first) = ids.first() {
             if ids.starts_with(&before) {
                 before.clear();

@@ -6,12 +6,19 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Place, Result};
+use crate::format::pointer_error;
 
 /// The largest known vocabularies take 35 MB.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// The content of the text file at `path`. `None` when there is none.
 pub(super) fn text(path: &Path) -> Result<Option<String>> {
+    let bytes = bytes(path)?;
+    bytes.map(|bytes| utf8(bytes, path, Place::File)).transpose()
+}
+
+/// The bytes of the file at `path`. `None` when there is none.
+pub(super) fn bytes(path: &Path) -> Result<Option<Vec<u8>>> {
     let io = |source| Error::io(path, source);
     // Checked before opening, which would wait on a pipe.
     let metadata = match std::fs::metadata(path) {
@@ -26,7 +33,10 @@ pub(super) fn text(path: &Path) -> Result<Option<String>> {
         return Err(Error::malformed(path, Place::File, found, format_args!("at most {MAX_BYTES}")));
     }
     let bytes = std::fs::read(path).map_err(io)?;
-    utf8(bytes, path, Place::File).map(Some)
+    match pointer_error(path, &bytes) {
+        Some(error) => Err(error),
+        None => Ok(Some(bytes)),
+    }
 }
 
 /// The text that `bytes` are, from `place` of the file at `path`.

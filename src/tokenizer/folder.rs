@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 
 use super::description::{Build, Description, MAX_TOKEN_LENGTH, Tokens, reserve};
 use super::token_bytes::Spelling;
-use super::{ends, files};
+use super::{ends, files, older};
 use crate::error::{Error, Place, Result};
-use crate::format::gguf::StringArray;
+use crate::format::gguf::{Metadata, StringArray};
 
 /// Characters that a normalizer may make of one. Common normalizers replace one character by another.
 const MAX_GROWTH: usize = 1024;
@@ -22,7 +22,11 @@ const MAX_GROWTH: usize = 1024;
 /// nybble does not support; [`Error::Io`].
 pub(super) fn describe(path: &Path, build: &mut Build<'_>) -> Result<Description> {
     let file = path.join("tokenizer.json");
-    let Some(text) = files::text(&file)? else {
+    let written = match files::text(&file)? {
+        None => older::byte_level(path)?,
+        text => text,
+    };
+    let Some(text) = written else {
         return Err(Error::Missing { path: file, place: Place::File, expected: "a tokenizer".to_owned() });
     };
     let mut model_config = files::object(&path.join("config.json"))?;
@@ -41,13 +45,40 @@ pub(super) fn describe(path: &Path, build: &mut Build<'_>) -> Result<Description
     Ok(Description { path: path.to_path_buf(), ..described })
 }
 
+/// The tokenizer of a folder that has only a vocabulary of SentencePiece, under GGUF's keys. `None` for other folders.
+///
+/// # Errors
+/// As for [`describe`].
+pub(super) fn pieces(path: &Path) -> Result<Option<Metadata>> {
+    if path.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let Some(mut pieces) = older::sentencepiece(path)? else { return Ok(None) };
+    let config = files::object(&path.join("tokenizer_config.json"))?;
+    for (name, template) in chat_templates(path, &config)? {
+        let key = match name.as_str() {
+            "default" => "tokenizer.chat_template".to_owned(),
+            _ => format!("tokenizer.chat_template.{name}"),
+        };
+        pieces.set(key, template);
+    }
+    pieces.set("tokenizer.ggml.eos_token_ids", configured_ends(path)?);
+    Ok(Some(pieces))
+}
+
 /// Reads the tokenizer whose `tokenizer.json` is the value of `key` of the file at `path`.
 ///
 /// # Errors
 /// As for [`describe`].
-pub(super) fn describe_json(text: &[u8], path: &Path, key: &str, build: &mut Build<'_>) -> Result<Description> {
+pub(super) fn describe_json(
+    text: &[u8],
+    path: &Path,
+    key: &str,
+    neighbors: Neighbors,
+    build: &mut Build<'_>,
+) -> Result<Description> {
     let text = files::utf8(text.to_vec(), path, Place::Key(key.to_owned()))?;
-    parse(&Source { path, key: Some(key) }, &text, Neighbors::default(), build)
+    parse(&Source { path, key: Some(key) }, &text, neighbors, build)
 }
 
 /// The tokens that end a generation, sorted, as the files of a folder without `tokenizer.json` say.
@@ -88,12 +119,12 @@ impl Source<'_> {
 
 /// What the other files of a folder say.
 #[derive(Default)]
-struct Neighbors {
-    special_texts: BTreeMap<String, String>,
-    chat_templates: BTreeMap<String, String>,
-    tokenizer_config: Map<String, Value>,
+pub(super) struct Neighbors {
+    pub(super) special_texts: BTreeMap<String, String>,
+    pub(super) chat_templates: BTreeMap<String, String>,
+    pub(super) tokenizer_config: Map<String, Value>,
     /// `config.json`, and `generation_config.json` over it.
-    model_config: Map<String, Value>,
+    pub(super) model_config: Map<String, Value>,
 }
 
 fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Build<'_>) -> Result<Description> {
@@ -103,11 +134,23 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
     let vocabulary = Vocabulary::read(source, &file)?;
     let (spelling, adds_space) = decoding(source, file.get("decoder"))?;
     let Neighbors { special_texts, chat_templates, tokenizer_config, model_config } = neighbors;
-    let token = |name: &str| {
-        let spelled = special_texts.get(&format!("{name}_token")).and_then(|text| vocabulary.id_of(text));
-        spelled.or_else(|| ids(model_config.get(&format!("{name}_token_id"))).first().copied())
+    // Files of a model with a larger vocabulary may be left next to those of another one.
+    let is_known = |id: &u32| (*id as usize) < vocabulary.size;
+    let mut warnings = Vec::new();
+    let mut configured = |name: &str| {
+        let key = format!("{name}_token_id");
+        let (known, unknown): (Vec<u32>, Vec<u32>) = ids(model_config.get(&key)).into_iter().partition(is_known);
+        for id in unknown {
+            warnings.push(format!("ignoring {id} in {key}: expected token ids below {}", vocabulary.size));
+        }
+        known
     };
-    let (bos, eos) = (token("bos"), token("eos"));
+    let (configured_bos, configured_eos) = (configured("bos"), configured("eos"));
+    let token = |name: &str, configured: &[u32]| {
+        let spelled = special_texts.get(&format!("{name}_token")).and_then(|text| vocabulary.id_of(text));
+        spelled.or(configured.first().copied())
+    };
+    let (bos, eos) = (token("bos", &configured_bos), token("eos", &configured_eos));
     let (mut prefix, mut suffix) = frame(file.get("post_processor"));
     if let Some(id) = prefix.iter().chain(&suffix).find(|id| **id as usize >= vocabulary.size) {
         let found = format_args!("the token {id}");
@@ -123,7 +166,7 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
         suffix.extend(add.then_some(eos));
     }
     let mut ends = ends::by_spelling(|text| vocabulary.added.get(text).map(|added| added.0));
-    ends.extend(ids(model_config.get("eos_token_id")));
+    ends.extend(configured_eos);
     ends.extend(eos);
     ends.sort_unstable();
     ends.dedup();
@@ -139,7 +182,7 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
         ends,
         special_texts,
         chat_templates,
-        warnings: Vec::new(),
+        warnings,
     })
 }
 

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::description::{Build, Description, Limits, MAX_TOKEN_LENGTH, Tokens, reserve};
+use super::ends;
+use super::folder::{self, Neighbors};
 use super::json::{AddedToken, Bpe};
 use super::keys::{Keys, quoted};
 use super::pre_tokenizers::{self, Found, Rule};
 use super::sentencepiece::{Piece, SentencePiece, TokenKind};
 use super::token_bytes::{Spelling, byte_of};
-use super::{ends, folder};
 use crate::error::Result;
 use crate::format::gguf::{Metadata, StringArray};
 
@@ -21,6 +22,10 @@ const BYTE: u8 = 6;
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const MERGES: &str = "tokenizer.ggml.merges";
+/// The key of a whole `tokenizer.json`.
+const WHOLE: &str = "tokenizer.huggingface.json";
+/// The key of all tokens that end a generation, in files of Ollama.
+const EOS_IDS: &str = "tokenizer.ggml.eos_token_ids";
 
 /// Names of the keys of tokens that end a generation, in addition to `eos`.
 const ENDS: [&str; 5] = ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"];
@@ -35,14 +40,57 @@ fn id_key(name: &str) -> String {
 /// [`Error::Malformed`](crate::Error::Malformed) with the key that is missing, malformed, contradicts another one, or names an
 /// unsupported kind of tokenizer; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub(super) fn describe(metadata: &Metadata, path: &Path, build: &mut Build<'_>) -> Result<Description> {
-    let keys = Keys { metadata, path };
-    const WHOLE: &str = "tokenizer.huggingface.json";
-    if !metadata.contains(TOKENS)
-        && let Some(text) = metadata.get(WHOLE).and_then(|value| value.as_bytes())
-    {
-        return folder::describe_json(text, path, WHOLE, build);
+    let keys = Keys::new(metadata, path);
+    match (metadata.get(WHOLE).and_then(|value| value.as_bytes()), metadata.contains(TOKENS)) {
+        (Some(text), true) => whole(&keys, text, build),
+        (Some(text), false) => folder::describe_json(text, path, WHOLE, Neighbors::default(), build),
+        (None, _) => read(&keys, build),
     }
-    read(&keys, build)
+}
+
+/// Reads a tokenizer that is also there as a whole `tokenizer.json`, which says more than the other keys: how text is
+/// normalized, for example. Start, end and chat templates come from the keys.
+fn whole(keys: &Keys<'_>, text: &[u8], build: &mut Build<'_>) -> Result<Description> {
+    let texts = tokens(keys)?;
+    let spelled = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
+    let mut neighbors = Neighbors { chat_templates: chat_templates(keys)?, ..Neighbors::default() };
+    let mut eos = None;
+    for (name, theirs) in [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token")] {
+        let id = keys.token_id(&id_key(name), texts.len(), None)?;
+        if let Some(text) = id.and_then(spelled) {
+            neighbors.special_texts.insert(theirs.to_owned(), text);
+        }
+        match name {
+            "bos" => _ = id.map(|id| neighbors.model_config.insert("bos_token_id".to_owned(), id.into())),
+            "eos" => eos = id,
+            _ => {}
+        }
+    }
+    let ends = named_ends(keys, texts.len(), eos)?;
+    neighbors.model_config.insert("eos_token_id".to_owned(), ends.into());
+    for name in ["add_bos_token", "add_eos_token"] {
+        let key = format!("tokenizer.ggml.{name}");
+        if keys.metadata.contains(&key) {
+            neighbors.tokenizer_config.insert(name.to_owned(), keys.flag(&key, false)?.into());
+        }
+    }
+    let mut described = folder::describe_json(text, keys.path, WHOLE, neighbors, build)?;
+    if described.len() > texts.len() {
+        let expected = format_args!("at least {}, the tokens in {WHOLE}", described.len());
+        return Err(keys.malformed(TOKENS, format_args!("{} tokens", texts.len()), expected));
+    }
+    described.warnings.append(&mut keys.warnings.take());
+    Ok(described)
+}
+
+/// The tokens that end a generation by the keys of the file: `eos`, which ends a text, and others.
+fn named_ends(keys: &Keys<'_>, count: usize, eos: Option<u32>) -> Result<Vec<u32>> {
+    let mut ends: Vec<u32> = eos.into_iter().collect();
+    for name in ENDS {
+        ends.extend(keys.token_id(&id_key(name), count, None)?);
+    }
+    ends.extend(keys.token_ids(EOS_IDS, count)?);
+    Ok(ends)
 }
 
 fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
@@ -61,12 +109,10 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let (bos, eos, unknown) = if is_sentencepiece { (Some(1), Some(2), Some(0)) } else { (None, None, None) };
     let bos = keys.token_id(&id_key("bos"), count, bos)?;
     let eos = keys.token_id(&id_key("eos"), count, eos)?;
+    let mut named_ends = named_ends(keys, count, eos)?;
     let unknown = keys.token_id(&id_key("unknown"), count, unknown)?;
     let mut ends = ends::by_spelling(|text| ids.get(text.as_bytes()).copied());
-    ends.extend(eos);
-    for name in ENDS {
-        ends.extend(keys.token_id(&id_key(name), count, None)?);
-    }
+    ends.append(&mut named_ends);
     let used: Vec<String> = ["bos", "eos", "unknown"].iter().chain(&ENDS).map(|name| id_key(name)).collect();
     keys.check_other_token_ids(count, &used)?;
     ends.sort_unstable();
@@ -80,7 +126,8 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let adds_bos = keys.flag("tokenizer.ggml.add_bos_token", rule.map_or(is_sentencepiece, |rule| rule.add_bos))?;
     let adds_eos = keys.flag("tokenizer.ggml.add_eos_token", false)?;
     for (name, adds, token) in [("bos", adds_bos, bos), ("eos", adds_eos, eos)] {
-        if adds && token.is_none() && keys.metadata.contains(&format!("tokenizer.ggml.add_{name}_token")) {
+        let is_named = keys.metadata.contains(&id_key(name));
+        if adds && token.is_none() && !is_named && keys.metadata.contains(&format!("tokenizer.ggml.add_{name}_token")) {
             let expected = format_args!("a token id, since add_{name}_token is true");
             return Err(keys.malformed(&id_key(name), "nothing", expected));
         }
@@ -105,6 +152,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
             None
         }
     };
+    warnings.append(&mut keys.warnings.take());
     let text = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
     let named = [("bos_token", bos), ("eos_token", eos), ("unk_token", unknown)];
     let named = named.into_iter().filter_map(|(name, id)| Some((name.to_owned(), text(id?)?)));
@@ -139,12 +187,12 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
 /// # Errors
 /// [`Error::Malformed`](crate::Error::Malformed) with the key.
 pub(super) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Limits> {
-    let keys = Keys { metadata, path };
+    let keys = Keys::new(metadata, path);
+    if metadata.contains(WHOLE) {
+        return describe(metadata, path, &mut |_| Ok(())).map(|description| Limits::of(&description, rows));
+    }
     if !metadata.contains(TOKENS) {
-        return match metadata.contains("tokenizer.huggingface.json") {
-            true => describe(metadata, path, &mut |_| Ok(())).map(|description| Limits::of(&description, rows)),
-            false => Ok(Limits::default()),
-        };
+        return Ok(Limits::default());
     }
     let texts = tokens(&keys)?;
     let mut spelled: HashMap<&[u8], u32> = HashMap::new();
@@ -153,10 +201,8 @@ pub(super) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Li
     }
     let mut ids = ends::by_spelling(|text| spelled.get(text.as_bytes()).copied());
     let default = keys.metadata.get("tokenizer.ggml.model").and_then(|value| value.as_str()) == Some("llama");
-    ids.extend(keys.token_id(&id_key("eos"), texts.len(), default.then_some(2))?);
-    for name in ENDS {
-        ids.extend(keys.token_id(&id_key(name), texts.len(), None)?);
-    }
+    let eos = keys.token_id(&id_key("eos"), texts.len(), default.then_some(2))?;
+    ids.extend(named_ends(&keys, texts.len(), eos)?);
     ids.sort_unstable();
     ids.dedup();
     let (tokens, rows) = (texts.len() as u32, rows as u32);

@@ -1,5 +1,6 @@
 //! Typed access to `tokenizer.*` keys. Errors name the file, the key, what was found and what was expected.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -9,9 +10,15 @@ use crate::format::gguf::{Array, Metadata, StringArray, Value};
 pub(super) struct Keys<'a> {
     pub(super) metadata: &'a Metadata,
     pub(super) path: &'a Path,
+    /// What was read differently from what the file says.
+    pub(super) warnings: RefCell<Vec<String>>,
 }
 
 impl<'a> Keys<'a> {
+    pub(super) fn new(metadata: &'a Metadata, path: &'a Path) -> Keys<'a> {
+        Keys { metadata, path, warnings: RefCell::default() }
+    }
+
     pub(super) fn malformed(
         &self,
         key: &str,
@@ -71,20 +78,45 @@ impl<'a> Keys<'a> {
         self.array(key, "float", Some(length), Array::to_f32)
     }
 
-    /// A token id. Without the key, `default` if it is an id.
+    /// A token id. Without the key, `default` if it is an id, and also where the file names an id beyond the vocabulary,
+    /// as other readers have it. -1, signed or unsigned, stands for none.
     pub(super) fn token_id(&self, key: &str, tokens: usize, default: Option<u32>) -> Result<Option<u32>> {
         let is_id = |id: &u32| (*id as usize) < tokens;
         let Some(value) = self.metadata.get(key) else { return Ok(default.filter(is_id)) };
-        let expected = format_args!("a token id below {tokens}");
-        value.as_u32().filter(is_id).map(Some).ok_or_else(|| self.malformed(key, shown(value), expected))
+        let Some(number) = value.as_i64().filter(|number| *number >= -1) else {
+            return Err(self.malformed(key, shown(value), format_args!("a token id below {tokens}")));
+        };
+        let id = u32::try_from(number).ok().filter(is_id);
+        if id.is_none() && ![-1, i64::from(u32::MAX)].contains(&number) {
+            let warning = format!("ignoring {key}: found {number}, expected a token id below {tokens}");
+            self.warnings.borrow_mut().push(warning);
+        }
+        Ok(id.or(default.filter(is_id)))
     }
 
-    /// Checks the ids of special tokens that nybble does not use. Here -1, signed or unsigned, stands for none.
+    /// Token ids in an array, or one alone. Those beyond the vocabulary are dropped.
+    pub(super) fn token_ids(&self, key: &str, tokens: usize) -> Result<Vec<u32>> {
+        let Some(value) = self.metadata.get(key) else { return Ok(Vec::new()) };
+        let Value::Array(array) = value else { return Ok(self.token_id(key, tokens, None)?.into_iter().collect()) };
+        let Some(numbers) = array.to_integers::<i128>() else {
+            return Err(self.malformed(key, shown(value), "an array of token ids"));
+        };
+        let ids = numbers.into_iter().filter_map(|number| {
+            let id = u32::try_from(number).ok().filter(|id| (*id as usize) < tokens);
+            if id.is_none() {
+                let warning = format!("ignoring {number} in {key}: expected token ids below {tokens}");
+                self.warnings.borrow_mut().push(warning);
+            }
+            id
+        });
+        Ok(ids.collect())
+    }
+
+    /// Checks the ids of special tokens that nybble does not use.
     pub(super) fn check_other_token_ids(&self, tokens: usize, used: &[String]) -> Result<()> {
-        for (key, value) in self.metadata.iter() {
+        for (key, _) in self.metadata.iter() {
             let is_id = key.starts_with("tokenizer.ggml.") && key.ends_with("_token_id");
-            let is_none = value.as_u32() == Some(u32::MAX) || matches!(shown(value).as_str(), "-1");
-            if is_id && !is_none && !used.iter().any(|name| name == key) {
+            if is_id && !used.iter().any(|name| name == key) {
                 self.token_id(key, tokens, None)?;
             }
         }

@@ -36,6 +36,7 @@ mod folder;
 mod gguf;
 mod json;
 mod keys;
+pub(crate) mod older;
 #[cfg(feature = "tokenizers")]
 mod package;
 mod pre_tokenizers;
@@ -93,7 +94,7 @@ impl Tokenizer {
     pub fn load(path: impl AsRef<Path>) -> Result<Tokenizer> {
         let path = path.as_ref();
         if path.is_dir() {
-            return Tokenizer::build(|build| folder::describe(path, build));
+            return Tokenizer::build(|build| describe_folder(path, build));
         }
         let file = Gguf::open_with(path, &OpenOptions::default())?;
         Tokenizer::from_metadata(file.metadata(), path)
@@ -138,11 +139,25 @@ impl Tokenizer {
     /// # Errors
     /// As for [`Tokenizer::encode`].
     pub fn encode_with(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>> {
+        self.encode_framed(text, options, true)
+    }
+
+    /// The token ids of a text that the model continues, such as a chat prompt: as [`Tokenizer::encode`], but without end tokens.
+    /// Programs that fine-tune models leave the switch for them on, and after an end token the model begins another
+    /// text.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_framed(text, EncodeOptions::default(), false)
+    }
+
+    fn encode_framed(&self, text: &str, options: EncodeOptions, ends: bool) -> Result<Vec<u32>> {
         let ids = match &self.description.sentencepiece {
             Some(pieces) => pieces.encode(text, options.parse_special),
             None => self.encode_by_package(text, options.parse_special)?,
         };
-        Ok(if options.add_special { self.description.framed(ids, options.parse_special) } else { ids })
+        Ok(if options.add_special { self.description.framed(ids, options.parse_special, ends) } else { ids })
     }
 
     #[cfg(feature = "tokenizers")]
@@ -263,9 +278,11 @@ pub(crate) fn pre_tokenizer_names() -> impl Iterator<Item = &'static str> {
 ///
 /// # Errors
 /// As for [`Tokenizer::load`], and those of `build`.
-#[cfg(feature = "python")]
 pub(crate) fn describe_folder(path: &Path, build: &mut Build<'_>) -> Result<Description> {
-    folder::describe(path, build)
+    match folder::pieces(path)? {
+        Some(pieces) => gguf::describe(&pieces, path, build),
+        None => folder::describe(path, build),
+    }
 }
 
 /// Reads the description in the metadata of the file at `path`.
@@ -285,7 +302,7 @@ pub(crate) fn describe_metadata(metadata: &Metadata, path: &Path, build: &mut Bu
 pub(crate) fn limits(metadata: &Metadata, path: &Path, rows: usize) -> Result<Limits> {
     let limits = match path.is_dir() {
         false => gguf::limits(metadata, path, rows),
-        true => match folder::describe(path, &mut |_| Ok(())) {
+        true => match describe_folder(path, &mut |_| Ok(())) {
             Err(Error::Missing { .. }) => Ok(Limits { ends: folder::configured_ends(path)?, missing: Vec::new() }),
             described => described.map(|description| Limits::of(&description, rows)),
         },

@@ -226,9 +226,15 @@ fn no_value_of_any_key_panics() {
 }
 
 #[test]
-fn every_size_is_required() {
-    for key in ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"] {
-        assert_refused(&llama().unset(key), &["config.json", key, "is missing"]);
+fn a_size_that_is_left_out_has_the_default_of_transformers() {
+    for (key, parts) in [
+        ("hidden_size", ["embed_tokens.weight", "4096"]),
+        ("num_attention_heads", ["num_attention_heads", "found 32"]),
+        ("num_hidden_layers", ["model.layers.1.", "missing"]),
+        ("intermediate_size", ["gate_proj.weight", "11008"]),
+        ("vocab_size", ["embed_tokens.weight", "32000"]),
+    ] {
+        assert_refused(&llama().unset(key), &parts);
     }
 }
 
@@ -236,7 +242,7 @@ fn every_size_is_required() {
 fn a_configuration_that_is_not_an_object_is_refused() {
     let written = llama().write();
     let deep = format!("{{\"a\": {}1{}}}", "{\"a\":".repeat(10_000), "}".repeat(10_000));
-    let numbers = ["{\"rms_norm_eps\": NaN}", "{\"rms_norm_eps\": -Infinity}", "{\"rms_norm_eps\": 1e999}"];
+    let numbers = ["{\"rms_norm_eps\": nan}", "{\"rms_norm_eps\": +Infinity}", "{\"rms_norm_eps\": 1e999}"];
     let others = ["", "[]", "null", "{", "{\"a\": 1, \"a\": 2}", &"[".repeat(10_000), &deep];
     for text in others.into_iter().chain(numbers) {
         std::fs::write(written.path().join("config.json"), text).expect("config.json");

@@ -138,9 +138,21 @@ fn malformed_keys_are_refused_by_name() {
     refused("tokenizer.ggml.tokens", 5u32.into(), "found 5, expected an array of str");
     let few = format!("found 1 elements, expected {count}, one per token");
     refused("tokenizer.ggml.scores", vec![0f32].into(), &few);
-    let beyond = format!("found {count}, expected a token id below {count}");
-    refused("tokenizer.ggml.eot_token_id", (count as u32).into(), &beyond);
+    let text = format!("found 'a', expected a token id below {count}");
+    refused("tokenizer.ggml.eot_token_id", "a".into(), &text);
     refused("tokenizer.ggml.add_bos_token", 1u32.into(), "found 1, expected true or false");
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_ignored_with_a_warning() {
+    let mut file = metadata(&golden()["files"][1]["metadata"]);
+    let count = all()[1].0.len();
+    file.set("tokenizer.ggml.eot_token_id", count as u32);
+    file.set("tokenizer.ggml.eos_token_ids", vec![2i32, -1, 1 << 30]);
+    let tokenizer = Tokenizer::from_metadata(&file, "model.gguf").unwrap();
+    assert!(tokenizer.ends().contains(&2) && tokenizer.ends().iter().all(|id| (*id as usize) < count));
+    let warned = |text: &str| tokenizer.warnings().iter().any(|warning| warning.contains(text));
+    assert!(warned("eot_token_id") && warned("1073741824 in tokenizer.ggml.eos_token_ids"));
 }
 
 #[test]

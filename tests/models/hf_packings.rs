@@ -63,6 +63,28 @@ fn activation_order_scatters_groups_and_keeps_all_numbers() {
 }
 
 #[test]
+fn rules_for_single_layers_change_their_groups_or_leave_them_unpacked() {
+    let recipe = Recipe { group: 64, symmetric: true, ..PLAIN };
+    let (mut packed, mut plain) = gptq(recipe);
+    let (others, plain_others) = gptq(Recipe { group: 32, ..recipe });
+    for (folder, others) in [(&mut packed, others), (&mut plain, plain_others)] {
+        folder.tensors.retain(|tensor| !tensor.name.contains("down_proj"));
+        folder.tensors.extend(others.tensors.into_iter().filter(|tensor| tensor.name.contains("down_proj")));
+    }
+    packed.tensors.retain(|tensor| !tensor.name.contains("v_proj"));
+    packed.tensors.push(plain.find("model.layers.0.self_attn.v_proj.weight").clone());
+    let rules = json!({"+:.*down_proj": {"group_size": 32, "desc_act": false}, "-:.*v_proj": {}});
+    let mut config = gptq_config(64);
+    config["dynamic"] = rules;
+    let packed = packed.set("quantization_config", config);
+    let (packed, plain) = (open(&packed), open(&plain));
+    for name in plain.names() {
+        assert_eq!(read(&packed, name), read(&plain, name), "{name}");
+    }
+    assert!(packed.is_quantized("blk.0.ffn_down.weight") && !packed.is_quantized("blk.0.attn_v.weight"));
+}
+
+#[test]
 fn a_checkpoint_without_g_idx_has_groups_in_order() {
     let (mut packed, plain) = gptq(PLAIN);
     packed.tensors.retain(|tensor| !tensor.name.ends_with(".g_idx"));
@@ -265,7 +287,9 @@ fn unsupported_packings_are_refused_with_their_key() {
     refused(json!({"quant_method": "gptq", "bits": 4}), &["quantization_config.group_size", "missing"]);
     refused(with(gptq(), "checkpoint_format", json!("marlin")), &["checkpoint_format", "\"marlin\"", "gptq_v2"]);
     refused(with(gptq(), "is_marlin_format", json!(true)), &["is_marlin_format", "Marlin"]);
-    refused(with(gptq(), "dynamic", json!({"+:.*down.*": {"bits": 8}})), &["dynamic", "single layers"]);
+    refused(with(gptq(), "dynamic", json!({"+:.*down.*": {"bits": 8}})), &["dynamic", "8 bits for \"+:.*down.*\""]);
+    refused(with(gptq(), "dynamic", json!({"a": {"format": "marlin"}})), &["dynamic", "format for \"a\""]);
+    refused(with(gptq(), "dynamic", json!([1])), &["dynamic", "an object of rules"]);
     refused(with(awq(), "version", json!("gemv")), &["version", "\"gemv\"", "gemm"]);
     refused(with(awq(), "zero_point", json!(false)), &["zero_point"]);
     refused(with(round(), "packing_format", json!("auto_round:mx")), &["packing_format", "auto_round:mx"]);

@@ -59,6 +59,16 @@ def tiny_model(tiny_file: Path) -> Iterator[Model]:
 
 
 @pytest.fixture(scope="session")
+def uniform_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A tiny model that predicts all tokens with the same probability."""
+    file = tiny.write_model(
+        tmp_path_factory.mktemp("uniform") / "uniform.gguf", layers=1, uniform=True, llama__context_length=4096
+    )
+    with Model.load(file, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
 def default_file() -> Path:
     """The default model's file, downloaded once per user and kept."""
     try:

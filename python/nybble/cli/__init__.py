@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 (failure), 2 (wrong usage), 130 (interrupted), or 128 plus the number of the signal that
         ended the command.
     """
+    from nybble.cli.terminal import open_standard_streams
+
+    open_standard_streams()
     with ending_signals():
         return _run(sys.argv[1:] if arguments is None else list(arguments))
 

@@ -145,7 +145,10 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _forms(group: Any) -> dict[str, _Form]:
     """The forms of all fields of a dataclass by name."""
-    repeated = {Sequence[str]: _Form(list[str], None, tuple, [])}
+    repeated = {
+        Sequence[str]: _Form(list[str], None, tuple, []),
+        Sequence[int]: _Form(list[int], "ID", tuple, []),
+    }
     return {
         name: _FORMS.get(name, repeated.get(hint, _Form(hint))) for name, hint in typing.get_type_hints(group).items()
     }

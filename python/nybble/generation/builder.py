@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nybble.completion import Completion, FinishReason, Timings, TokenLogprob, Usage
-from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
+from nybble.tokenizer.detokenizer import SpecialStops, StopMatcher, StreamDecoder
 
 if TYPE_CHECKING:
     from nybble import _native
@@ -27,7 +27,9 @@ class CompletionBuilder:
         self._limit = request.limit
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)
-        self._stops = StopMatcher(request.options.stop)
+        self._special_stops = SpecialStops(request.tokenizer, request.options.stop or ())
+        self._stops = StopMatcher(self._special_stops.stops)
+        self._end_ids = request.tokenizer.eos_ids.union(request.options.stop_token_ids)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if request.options.logprobs is None else []
@@ -43,13 +45,13 @@ class CompletionBuilder:
         self._last = time.perf_counter()
         if not self._tokens:
             self._first = self._last
-        if sampled.id in self._tokenizer.eos_ids:
+        if sampled.id in self._end_ids:
             self.finish_reason = "stop"
             return self._keep(self._rest())
         self._tokens.append(sampled.id)
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(self._explain(sampled.id, sampled.logprob, sampled.top))
-        text, hit = self._stops.push(self._decoder.push(sampled.id))
+        text, hit = self._stops.push(self._decoder.push(sampled.id) + self._special_stops.of(sampled.id))
         if hit:
             self.finish_reason = "stop"
         elif len(self._tokens) >= self._limit:
@@ -93,6 +95,7 @@ class CompletionBuilder:
         return text + self._stops.finish()
 
     def _keep(self, text: str) -> str:
+        text = self._special_stops.visible(text)
         if text:
             self._pieces.append(text)
         return text

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -106,19 +107,21 @@ def prepare_tokens(
     )
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, name: str = "prompt") -> Sequence[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, name: str = "prompt", *, ends: bool = False) -> Sequence[int]:
     """Returns the token ids of a prompt. An empty prompt becomes the model's start token.
 
     Args:
         tokenizer: The model's tokenizer.
         prompt: Text or token ids.
         name: The argument, for errors.
+        ends: Whether the tokens of the model that end a text follow. No model continues after them.
 
     Raises:
         TypeError: `prompt` is neither text nor token ids.
         ValueError: The prompt has no tokens, and the model has no start token.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, name)
+    encode = tokenizer.encode if ends else tokenizer.encode_prompt
+    ids = encode(prompt) if isinstance(prompt, str) else token_ids(prompt, name)
     if ids:
         return ids
     if tokenizer.bos_id is None:
@@ -166,5 +169,5 @@ def _is_id(item: object) -> bool:
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
-            return tokenizer._grammar_vocabulary.constraint(kind, text)
+            return constraint(tokenizer._grammar_vocabulary, kind, text)
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.models.default_model import DEFAULT_MODEL
-from nybble.models.files import group_shards
+from nybble.models.files import group_shards, is_companion
 from nybble.models.paths import cache_dir, hub_cache
 
 
@@ -26,13 +26,17 @@ class CachedModel:
 def cached_models() -> list[CachedModel]:
     """The GGUF models in nybble's cache and in the cache of the Hugging Face Hub."""
     found: list[CachedModel] = []
-    for path in sorted((cache_dir() / "models").glob("*.gguf")):
+    for path in sorted(path for path in (cache_dir() / "models").glob("*.gguf") if path.is_file()):
         is_default = path.name == DEFAULT_MODEL.file
         found.append(CachedModel(None if is_default else str(path), None, path, path.stat().st_size))
     for storage in sorted(hub_cache().glob("models--*--*")):
         repository = storage.name.removeprefix("models--").replace("--", "/", 1)
         snapshots = storage / "snapshots"
-        files = [path for path in snapshots.glob("*/**/*.gguf") if path.is_file()]  # A link may lead nowhere.
+        files = [
+            path
+            for path in snapshots.glob("*/**/*.gguf")
+            if path.is_file() and not is_companion(path.name)  # A link may lead nowhere.
+        ]
         models = group_shards((path.relative_to(snapshots).as_posix().partition("/")[2], path) for path in files)
         for name, paths in sorted(models.items()):
             by_name = {path.name: path for path in sorted(paths)}  # Several revisions may hold the same file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +22,25 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
+_OLDER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+"""Vocabularies of repositories without `tokenizer.json`."""
+_PACKING_FILES = ("quantize_config.json", "quant_config.json")
+"""What AutoGPTQ and AutoAWQ wrote before `config.json` had it."""
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_PROJECTOR = re.compile(r"(?:^|[-_.])mmproj(?:[-_.]|$)", re.IGNORECASE)
+_IMATRIX = re.compile(r"(?:^|[-_.])imatrix(?:[-_.]|$)", re.IGNORECASE)
+_QUANTIZATION = re.compile(r"(?:^|[-_.])(?:I?Q\d|TQ\d|MXFP\d|B?F16|F32)", re.IGNORECASE)
+
+
+def is_companion(name: str) -> bool:
+    """Whether the name of a GGUF file is that of something else than a model.
+
+    This can be a projector of images, an importance matrix, or what macOS writes next to a file.
+    """
+    name = name.rpartition("/")[2]
+    is_imatrix = _IMATRIX.search(name) is not None and _QUANTIZATION.search(name) is None
+    return name.startswith(".") or is_imatrix or _PROJECTOR.search(name) is not None
 
 
 def group_shards(files: Iterable[tuple[str, T]]) -> Mapping[str, list[T]]:
@@ -37,13 +54,16 @@ def group_shards(files: Iterable[tuple[str, T]]) -> Mapping[str, list[T]]:
     return models
 
 
-def choose(names: Iterable[str], pattern: str | None, where: str) -> Sequence[str]:
+def choose(
+    names: Iterable[str], pattern: str | None, where: str, is_model: Callable[[str], bool] = lambda _: True
+) -> Sequence[str]:
     """Chooses the one GGUF model among file names.
 
     Args:
         names: The names of all files.
         pattern: A name or a pattern that a file of the model matches; None if there is only one model.
         where: The folder or repository, for errors.
+        is_model: Whether the file of a name is a model; asked if there are several.
 
     Returns:
         The shards of the model in order; empty if there is no GGUF file and no pattern.
@@ -55,6 +75,12 @@ def choose(names: Iterable[str], pattern: str | None, where: str) -> Sequence[st
     matching = [
         shards for shards in models.values() if pattern is None or any(_matches(name, pattern) for name in shards)
     ]
+    # A companion is chosen only by its own name.
+    others = [shards for shards in matching if not is_companion(shards[0])]
+    if others or pattern is None:
+        matching = others
+    if len(matching) > 1:
+        matching = [shards for shards in matching if is_model(shards[0])] or matching
     if len(matching) > 1 or (pattern is not None and not matching):
         problem = f"{len(matching)} models match" if matching else "no GGUF file matches"
         wanted = "" if pattern is None else f" filename={pattern!r}"
@@ -83,7 +109,8 @@ def choose_checkpoint(names: Iterable[str], where: str) -> list[str]:
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]
     if weights and "config.json" in top:
-        return weights + [name for name in top if name in TOKENIZER_FILES]
+        small = {*TOKENIZER_FILES, *_PACKING_FILES, *(() if TOKENIZER in top else _OLDER_FILES)}
+        return weights + [name for name in top if name in small]
     if pickles := [name for name in top if name.endswith(_PICKLES)]:
         raise ModelError(
             f"{where}: the weights are only in {pickles[0]}, a pickle, which can run any code when it is opened; "
@@ -94,7 +121,7 @@ def choose_checkpoint(names: Iterable[str], where: str) -> list[str]:
 
 def _matches(name: str, pattern: str) -> bool:
     name, pattern = name.lower(), pattern.lower()
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
+    return any(fnmatch.fnmatchcase(form, pattern) for form in (name, f"/{name}", name.rpartition("/")[2]))
 
 
 def sha256(path: Path) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 from nybble.models.cache import CachedModel, cached_models
 from nybble.models.default_model import DEFAULT_MODEL, resolve_default_model
-from nybble.models.files import choose
+from nybble.models.files import choose, is_companion
+from nybble.models.names import hub_name
 from nybble.models.paths import cache_dir, expand
 from nybble.models.repository import download
 
 __all__ = ["DEFAULT_MODEL", "CachedModel", "cache_dir", "cached_models", "resolve"]
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(
@@ -28,8 +27,9 @@ def resolve(
     """The local file or folder of a model, downloaded if needed.
 
     Args:
-        source: A file; a folder; a repository on the Hugging Face Hub as `organization/name`; or None for the default
-            model. An existing path is never looked up on the Hub.
+        source: A file; a folder; a repository on the Hugging Face Hub as `organization/name`, also with the name of a
+            quantization (`organization/name:Q4_K_M`) or as a URL; or None for the default model. An existing path is
+            never looked up on the Hub.
         filename: A name or a pattern (`*Q4_K_M.gguf`) of the GGUF file to take from a folder or repository. The shards
             of a split file count as one.
         revision: Branch, tag or commit of a repository.
@@ -54,23 +54,56 @@ def resolve(
             raise ValueError("filename and revision need a source, found none")
         return resolve_default_model()
     path = expand(source)
-    is_repository = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None and not path.exists()
-    if is_repository:
-        return download(str(source), filename, revision, only_tokenizer)
+    named = hub_name(source) if isinstance(source, str) and not path.exists() else None
+    if named is not None:
+        for name, given, found in (("filename", filename, named.filename), ("revision", revision, named.revision)):
+            if None not in (given, found) and given != found:
+                raise ValueError(f"{name}: found {given!r}, but the source {source!r} names {found!r}")
+        return download(named.repository, filename or named.filename, revision or named.revision, only_tokenizer)
     if revision is not None:
         raise ValueError(f"revision: found {revision!r}, but {path} is not a repository on the Hub")
     if path.is_dir():
-        names = [entry.name for entry in path.iterdir() if entry.is_file()]
-        chosen = choose(names, filename, f"folder {path}")
-        if not chosen and not any(name.endswith(".json") for name in names):
-            reason = "the folder holds no model (no .gguf and no config.json)"
-            raise FileNotFoundError(errno.ENOENT, reason, str(path))
-        return path / chosen[0] if chosen else path
+        return _in_folder(path, filename)
     if filename is not None and path.exists():
         raise ValueError(f"filename: found {filename!r}, but {path} is a file, not a folder or a repository")
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, _missing(path), str(path))
     return path
+
+
+def _in_folder(folder: Path, filename: str | None) -> Path:
+    """The model of a folder: a file in it, the folder itself, or a file in one of its subfolders."""
+    where = f"folder {folder}"
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    is_checkpoint = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    models = [name for name in names if name.lower().endswith(".gguf") and not is_companion(name)]
+    if not is_checkpoint and (filename is not None or not models):
+        # As in repositories, each quantization may have a folder of its own.
+        deeper = [file for depth in ("*/*", "*/*/*") for file in folder.glob(depth) if file.suffix.lower() == ".gguf"]
+        names += [file.relative_to(folder).as_posix() for file in deeper if file.is_file()]
+    if chosen := choose(names, filename, where, _is_model(folder)):
+        return folder / chosen[0]
+    if not any(name.endswith(".json") for name in names):
+        companions = [name for name in names if name.lower().endswith(".gguf")]
+        found = f"no model among {', '.join(companions)}" if companions else "no .gguf and no config.json"
+        raise FileNotFoundError(errno.ENOENT, f"the folder holds no model ({found})", str(folder))
+    return folder
+
+
+def _is_model(folder: Path) -> Callable[[str], bool]:
+    """Whether a file of the folder is a model, by its keys."""
+
+    def ask(name: str) -> bool:
+        from nybble import _native
+
+        try:
+            keys = _native.GgufFile(folder / name).metadata
+        except (OSError, ValueError):
+            return True  # Loading it says what is wrong.
+        kind = keys.get("general.type", "model")
+        return kind == "model" and keys.get("general.architecture") != "clip"
+
+    return ask
 
 
 def _missing(path: Path) -> str:
@@ -89,5 +122,8 @@ def _missing(path: Path) -> str:
     except OSError:
         return f"no such file or folder (the folder {path.parent} does not exist)"
     near = difflib.get_close_matches(path.name, names, n=1)
-    suggestion = f" (did you mean {path.with_name(near[0])}?)" if near else ""
-    return f"no such file or folder{suggestion}"
+    if near:
+        return f"no such file or folder (did you mean {path.with_name(near[0])}?)"
+    is_name = path.parent == Path() and path.suffix.lower() != ".gguf"
+    hint = " (a repository on the Hub has the form organization/name)" if is_name else ""
+    return f"no such file or folder{hint}"

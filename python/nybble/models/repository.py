@@ -151,8 +151,11 @@ def _snapshots(repository: str, revision: str | None) -> Iterator[Path]:
 
 def _unlisted(snapshot: Path, filename: str | None, only_tokenizer: bool, where: str) -> Chosen | None:
     """The files of a snapshot that another program has fetched, without a list of what it should hold."""
-    names: Sequence[str] = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf")]
+    names: Sequence[str] = [
+        file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.gguf") if file.is_file()
+    ]
     for_tokenizer = only_tokenizer and filename is None and (snapshot / TOKENIZER).is_file()
-    if for_tokenizer or (not names and filename is None and any(snapshot.glob("*.safetensors"))):
+    chosen = choose(names, filename, where) if names and not for_tokenizer else ()
+    if for_tokenizer or (not chosen and filename is None and any(snapshot.glob("*.safetensors"))):
         return Chosen([], is_folder=True)
-    return Chosen(choose(names, filename, where), is_folder=False) if names else None
+    return Chosen(chosen, is_folder=False) if chosen else None

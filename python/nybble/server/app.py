@@ -12,8 +12,10 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 
 from nybble._native import __version__
+from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
 from nybble.server.errors import RESPONSES, ApiError, add_handlers
 from nybble.server.middleware import Middleware
@@ -21,7 +23,15 @@ from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
 from nybble.server.protocols.completions import CompletionAdapter, CompletionRequest, TextCompletion
 from nybble.server.protocols.embeddings import EmbeddingRequest, Embeddings, embed
-from nybble.server.protocols.models import Health, ModelCard, ModelList
+from nybble.server.protocols.models import (
+    GenerationSettings,
+    Health,
+    ModelCard,
+    ModelList,
+    Properties,
+    Version,
+)
+from nybble.server.protocols.ollama.routes import add_ollama_routes
 from nybble.server.service import Service
 
 # The middleware checks keys. This only describes them.
@@ -44,9 +54,20 @@ def create_app(service: Service) -> FastAPI:
     add_handlers(app)
     _add_api(app, service)
     _add_pages(app, service)
+    add_ollama_routes(app, service, [_KEY] if service.settings.api_key else [])
     app.add_middleware(
         Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
     )
+    if origins := [name for name in service.settings.allowed_origins if "://" in name or name == "*"]:
+        # It answers preflight requests, which carry no key, before the middleware that checks keys.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    app.add_middleware(Conventions)
     return app
 
 
@@ -58,28 +79,34 @@ def _add_api(app: FastAPI, service: Service) -> None:
         created=service.created,
         owned_by="nybble",
         context_length=service.engine.model.info.context,
+        max_model_len=service.engine.model.info.context,
     )
 
+    @app.post("/chat/completions", include_in_schema=False)
     @app.post("/v1/chat/completions", **_generation_route(key, ChatCompletion))
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
         return await respond(service, request, ChatAdapter(service, body))
 
+    @app.post("/completions", include_in_schema=False)
     @app.post("/v1/completions", **_generation_route(key, TextCompletion))
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue prompts."""
         return await respond(service, request, CompletionAdapter(service, body))
 
+    @app.post("/embeddings", include_in_schema=False)
     @app.post("/v1/embeddings", dependencies=key, response_class=Response, responses={200: {"model": Embeddings}})
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Turn inputs into vectors of length 1."""
         return await embed(service, request, body)
 
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", dependencies=key)
     async def models() -> ModelList:
         """List the model that is served."""
         return ModelList(object="list", data=[card])
 
+    @app.get("/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}", dependencies=key)
     async def model(name: str) -> ModelCard:
         """Describe a model."""
@@ -101,6 +128,8 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     page = resources.files("nybble.server").joinpath("page.html").read_text(encoding="utf-8")
     policy = _content_security_policy(page)
 
+    @app.get("/v1/health", include_in_schema=False)
+    @app.get("/ping", include_in_schema=False)
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         """Tell load balancers whether the server accepts requests."""
@@ -121,6 +150,23 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Export metrics for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version", dependencies=key)
+    async def version() -> Version:
+        """Name the version of nybble."""
+        return Version(version=__version__)
+
+    @app.get("/props", dependencies=key)
+    async def props() -> Properties:
+        """Describe the server as llama-server does."""
+        model = service.engine.model
+        return Properties(
+            default_generation_settings=GenerationSettings(n_ctx=model.info.context),
+            total_slots=service.settings.max_answers,
+            model_path=service.name,
+            chat_template=model.tokenizer.chat_templates.get("default", ""),
+            build_info=f"nybble {__version__}",
+        )
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -13,7 +13,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from nybble.errors import EngineError
-from nybble.server.errors import INTERNAL_ERROR, ApiError, engine_failed, out_of_memory
+from nybble.server.errors import INTERNAL_ERROR, ApiError, engine_failed, invalid_option, out_of_memory
 from nybble.server.events import collect
 from nybble.server.generation import AnswerGroup
 from nybble.server.protocols.adapter import Adapter
@@ -39,7 +39,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     if adapter.streams:
         return EventStream(service, group, adapter)
     with group:
-        return await with_timeout(service, http, _complete_response(group, adapter))
+        return await with_timeout(service, http, _complete_response(group, adapter), group.parameters)
 
 
 async def _complete_response(group: AnswerGroup, adapter: Adapter) -> Response:
@@ -70,27 +70,32 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def with_timeout(service: Service, http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+async def with_timeout(
+    service: Service,
+    http: HttpRequest,
+    work: Coroutine[Any, Any, Response],
+    parameters: Mapping[str, str] | None = None,
+) -> Response:
     """The response of `work`, within the time limit of requests and while the client is connected.
 
     Raises:
-        ApiError: The time limit has passed, or memory has run out.
+        ApiError: The time limit has passed, memory has run out, or an option turned out to be invalid. `parameters`
+            are the parameters of the request that set options under other names.
     """
     try:
         return await cancel_on_disconnect(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
     except ClientDisconnected:
         return Response(status_code=499)  # The client is gone.
-    except (asyncio.TimeoutError, MemoryError, EngineError) as error:
-        raise _as_api_error(service, error) from error
+    except (asyncio.TimeoutError, MemoryError, EngineError, ValueError) as error:
+        raise _as_api_error(service, error, parameters) from error
 
 
 class EventStream(Response):
-    """A response of server-sent events."""
-
-    media_type = "text/event-stream"
+    """A response that comes message by message, as server-sent events or in another format of the protocol."""
 
     def __init__(self, service: Service, group: AnswerGroup, adapter: Adapter) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=adapter.media_type)
         del self.headers["content-length"]
         self._service = service
         self._group = group
@@ -106,17 +111,22 @@ class EventStream(Response):
         async def emit() -> None:
             async with contextlib.aclosing(self._messages()) as messages:
                 async for message in messages:
-                    await send(_server_sent(message))
+                    await send(self._framed(message))
                     # `send` waits only for slow readers. A pause in between lets the server notice a lost connection.
                     await asyncio.sleep(0)
 
         try:
             await asyncio.wait_for(emit(), self._service.settings.request_seconds)
-            await send(_server_sent(self._adapter.end_of_stream))
+            if self._adapter.end_of_stream is not None:
+                await send(self._framed(self._adapter.end_of_stream))
         except Exception as error:
-            # The status line has been sent, so the error is one more event.
-            await send(_server_sent(_as_api_error(self._service, error).body.model_dump_json()))
+            # The status line has been sent, so the error is one more message.
+            failed = _as_api_error(self._service, error, self._group.parameters)
+            await send(self._framed(self._adapter.failure(failed)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _framed(self, message: str) -> dict[str, Any]:
+        return {"type": "http.response.body", "body": self._adapter.frame(message), "more_body": True}
 
     async def _messages(self) -> AsyncGenerator[str, None]:
         async with contextlib.aclosing(self._group.stream_events()) as events:
@@ -125,13 +135,11 @@ class EventStream(Response):
                     yield self._adapter.dump(chunk)
 
 
-def _server_sent(data: str) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-
-
-def _as_api_error(service: Service, error: Exception) -> ApiError:
+def _as_api_error(service: Service, error: Exception, parameters: Mapping[str, str] | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ValueError):  # A constraint has exceeded the limits of its parser, for example.
+        return invalid_option(error, "messages", parameters or {})
     if isinstance(error, asyncio.TimeoutError):
         # OpenAI's client would retry, and a second attempt would take as long.
         message = f"the answer was not complete after {service.settings.request_seconds:g} seconds"

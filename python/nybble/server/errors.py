@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -10,9 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from nybble.constraints.document import SchemaError
 from nybble.errors import ContextFullError, EngineError, QueueFullError
 
 INTERNAL_ERROR = "internal server error; see the log of the server"
@@ -22,11 +26,11 @@ _MAX_MESSAGE = 1000
 """Characters of a message, which may quote what the client sent."""
 
 
-_PARAMS = {name: name for name in ("logit_bias", "stop", "regex", "grammar")} | {"schema": "response_format"}
+_PARAMS = {name: name for name in ("logit_bias", "stop", "stop_token_ids", "regex", "grammar")}
 """The parameter of the request for an option that a message begins with."""
 
 
-_UNION_MEMBER = re.compile(r"str|int|[A-Z]\w+|.*[-\[].*")
+_UNION_MEMBER = re.compile(r"str|int|float|bool|[A-Z]\w+|.*[-\[].*")
 """Pydantic's names for the members of a union. Clients know only parameters."""
 
 
@@ -86,9 +90,11 @@ class ApiError(Exception):
             )
         )
 
-    def response(self) -> Response:
-        """The response."""
-        return Response(self.body.model_dump_json(), self.status, headers=self.headers, media_type="application/json")
+    def response(self, path: str = "") -> Response:
+        """The response. On routes below `/api` it has Ollama's format."""
+        detail = self.body
+        text = json.dumps({"error": detail.error.message}) if path.startswith("/api/") else detail.model_dump_json()
+        return Response(text, self.status, headers=self.headers, media_type="application/json")
 
 
 def overloaded(message: str, status: int, code: str) -> ApiError:
@@ -107,11 +113,12 @@ def engine_failed() -> ApiError:
 
 
 @contextlib.contextmanager
-def as_api_errors(param: str) -> Iterator[None]:
+def as_api_errors(param: str, parameters: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns errors of the engine into API errors that name a parameter of the request.
 
     Args:
         param: The parameter that errors name, unless their message begins with another option.
+        parameters: The parameters that set options under other names.
 
     Raises:
         ApiError: The block raised an error that concerns the client.
@@ -129,35 +136,97 @@ def as_api_errors(param: str) -> Iterator[None]:
     except EngineError as error:
         raise engine_failed() from error
     except ValueError as error:
-        name = str(error).partition(":")[0]
-        raise ApiError(400, str(error), param=_PARAMS.get(name, param)) from error
+        raise invalid_option(error, param, parameters or {}) from error
+
+
+def invalid_option(error: ValueError, param: str, parameters: Mapping[str, str]) -> ApiError:
+    """The error of an option, under the name of the parameter that set it.
+
+    Args:
+        error: The error, whose message begins with the name of the option.
+        param: The parameter to name if the message begins with no option.
+        parameters: The parameters that set options under other names.
+    """
+    parameters = {**_PARAMS, **parameters}
+    name, colon, rest = str(error).partition(":")
+    if isinstance(error, SchemaError) and name not in parameters:
+        parameters[name] = name
+    if name in parameters:
+        # The message says where in the parameter.
+        return ApiError(400, f"{parameters[name]}{colon}{rest}", param=parameters[name].partition(".")[0])
+    return ApiError(400, str(error), param=param)
 
 
 def add_handlers(app: FastAPI) -> None:
     """Gives every error of the application OpenAI's format."""
 
-    async def respond(request: Request, error: Exception) -> Response:
+    def api_error(request: Request, error: Exception) -> ApiError:
         match error:
             case ApiError():
-                return error.response()
-            case RequestValidationError() if "json" not in request.headers.get("content-type", "json"):
-                return ApiError(
-                    415, "the request body must be JSON, with the header Content-Type: application/json"
-                ).response()
+                return error
+            case RequestValidationError() if _lacks_json(request):
+                given = request.headers.get("content-type")
+                found = "no Content-Type" if given is None else f"Content-Type: {given}"
+                return ApiError(415, f"found {found}, expected JSON, with the header Content-Type: application/json")
             case RequestValidationError():
-                return _invalid(error.errors()).response()
+                return invalid_request(error.errors())
+            case HTTPException(status_code=404 | 405):
+                return _unknown_route(app, request, error.status_code)
             case HTTPException():
-                return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+                return ApiError(error.status_code, str(error.detail), headers=error.headers)
         # Starlette logs the traceback.
-        return ApiError(500, INTERNAL_ERROR).response()
+        return ApiError(500, INTERNAL_ERROR)
+
+    async def respond(request: Request, error: Exception) -> Response:
+        return api_error(request, error).response(request.url.path)
 
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
 
 
-def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first error of a request. For a union it is the error of the member that matched deepest."""
-    first = max(found, key=lambda error: len(error["loc"])) if _in_union(found) else found[0]
+def _lacks_json(request: Request) -> bool:
+    """Whether a request has a body that is not declared as JSON."""
+    has_body = getattr(request.state, "body_bytes", 1) > 0
+    return has_body and "json" not in request.headers.get("content-type", "")
+
+
+def _unknown_route(app: FastAPI, request: Request, status: int) -> ApiError:
+    """The error of a path or a method that does not exist, which names what there is instead."""
+    api = [route for route in app.routes if isinstance(route, APIRoute)]
+    known = [(route.path, sorted(route.methods or ())) for route in api if route.include_in_schema]
+    path = request.url.path
+    if status == 405:
+        fitting = [route for route in api if route.path_regex.match(path)]
+        methods = sorted({method for route in fitting for method in route.methods or ()})
+        message = f"{request.method} {path:.200}: this route takes {' and '.join(methods)}"
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": ", ".join(methods)})
+    advice = _ADVICE.get(path.removeprefix("/v1").rstrip("/"))
+    near = difflib.get_close_matches(path, [route for route, _ in known], 1)
+    if advice is None and near:
+        advice = near[0]
+    routes = ", ".join(f"{'/'.join(methods)} {route}" for route, methods in known) + ", and Ollama's below /api"
+    hint = f"; use {advice}" if advice else ""
+    message = f"there is no route {request.method} {path:.200} on this server{hint}. Its routes: {routes}"
+    return ApiError(404, message, code="unknown_route")
+
+
+_ADVICE = {
+    "/responses": "/v1/chat/completions",
+    "/assistants": "/v1/chat/completions",
+    "/threads": "/v1/chat/completions",
+    "/messages": "/v1/chat/completions",
+    "/completion": "/v1/completions",
+    "/infill": "/v1/completions",
+    "/generate": "/v1/completions",
+    "/embedding": "/v1/embeddings",
+    "/docs": "/openapi.json",
+}
+"""What to use instead of routes of other servers."""
+
+
+def invalid_request(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first error of a request. For a union it is the error of the member that was probably meant."""
+    first = _of_union(found)
     kind, (*path, last) = first["type"], [str(part) for part in first["loc"] if part != "body"] or [""]
     if kind == "extra_forbidden" or not _UNION_MEMBER.fullmatch(last):
         path.append(last)
@@ -169,12 +238,36 @@ def _invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "missing" and param is None:
         return ApiError(400, "the request body is missing, expected JSON", code="missing_required_parameter")
     code = "missing_required_parameter" if kind == "missing" else "invalid_value"
+    if param is None and (named := re.match(r"([a-z_]+)(?:\.\w+)*: ", first["msg"])) is not None:
+        return ApiError(400, first["msg"], param=named[1], code=code)
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param, code=code)
 
 
-def _in_union(found: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all errors concern one parameter."""
-    return len(found) > 1 and len({error["loc"][:2] for error in found}) == 1
+def _of_union(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The error to report. Of a union, each member that does not fit has errors of its own."""
+    first = found[0]
+    together = [error for error in found if error["loc"][:2] == first["loc"][:2]]
+    shared = next(
+        (at for at, keys in enumerate(zip(*(error["loc"] for error in together), strict=False)) if len({*keys}) > 1),
+        min(len(error["loc"]) for error in together),
+    )
+    labels = [str(error["loc"][shared]) if len(error["loc"]) > shared else "" for error in together]
+    if len(together) == 1 or not all(_UNION_MEMBER.fullmatch(label) for label in labels):
+        return first
+
+    def rank(index: int) -> tuple[bool, int, int, int]:
+        """Better the less the value differs from the member: in its own type, and in few and late parts."""
+        error = together[index]
+        depth = len(error["loc"])
+        is_of_other_type = depth == shared + 1 and error["type"].endswith(("_type", "_parsing", "literal_error"))
+        part = next((key for key in error["loc"][shared + 1 :] if isinstance(key, int)), 0)
+        return is_of_other_type, labels.count(labels[index]), -part, -depth
+
+    best = min(range(len(together)), key=rank)
+    if not rank(best)[0]:
+        return together[best]
+    expected = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in together)
+    return {**together[best], "msg": f"Input should be {' or '.join(expected)}"}
 
 
 def _sendable(text: str) -> str:

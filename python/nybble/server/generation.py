@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from fastapi import Request as HttpRequest
@@ -34,10 +34,14 @@ class GenerationRequest:
     """The parameter that holds the prompt, which errors name."""
     prepare: Callable[[], Sequence[tuple[Prompt, SamplingOptions]]]
     """Returns the prompt and the options of each answer. Runs in a thread: templates and tokenizers are slow."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """The parameters of the request that set options of `SamplingOptions` under other names, which errors name."""
+    before: Sequence[Callable[[], None]] = ()
+    """Work with the model itself that comes before the answers. Runs in a thread, one request at a time."""
     prompts: int = 1
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
-    """Creates the parser of one answer."""
+    """Creates the parser of one answer, after `prepare` has returned."""
 
 
 class AnswerGroup:
@@ -77,7 +81,13 @@ class AnswerGroup:
                     answer = service.engine.submit(prompt, options)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
-            with as_api_errors(request.param):
+            with as_api_errors(request.param, request.parameters):
+                if request.before:
+                    async with service.embedding:
+                        for work in request.before:
+                            if await http.is_disconnected():
+                                raise ApiError(400, "the client has disconnected")
+                            await service.in_thread(work)
                 if http.state.body_bytes <= _LONG_BODY_BYTES:
                     await service.in_thread(submit)
                 else:
@@ -86,6 +96,11 @@ class AnswerGroup:
                             raise ApiError(400, "the client has disconnected")
                         await service.in_thread(submit)
             return cls(service, request, answers, started_at, resources.pop_all())
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """The parameters of the request that set options under other names."""
+        return self._request.parameters
 
     def __enter__(self) -> AnswerGroup:
         return self

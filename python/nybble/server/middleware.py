@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nybble.server.errors import ApiError
 from nybble.server.service import Service
 
-_PUBLIC_PATHS = frozenset({"/", "/health"})
+_PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
 """Paths that need no key. The page holds no secret and asks for the key itself."""
 
 
@@ -71,28 +71,32 @@ class Middleware:
     async def _check_and_pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
-            self._check_host(headers)
+            self._check_host(headers, scope.get("http_version", ""))
             self._check_key(scope["path"], headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         if body is not None:
             scope.setdefault("state", {})["body_bytes"] = len(body)
             await self._app(scope, _replay(body, receive), send)
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, headers: Headers, http_version: str) -> None:
         """Keeps web pages from reaching a local server, by DNS rebinding or from another origin."""
         allowed = self._service.settings.allowed_hosts
         host = headers.get("host", "")
+        if not host and http_version == "1.0":
+            allowed = None  # Health checks of load balancers name no host. Browsers always do.
         if allowed is not None and _hostname(f"//{host}") not in allowed:
             message = f"the host {host!r} is not allowed; add it with --allow-host"
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
         # A reverse proxy may pass on its own name for this server as the host, and the origin as the browser sends it.
         is_own = origin is None or _netloc(origin) == host.lower()
-        if not is_own and _hostname(origin or "") not in self._service.settings.allowed_origins:
-            raise ApiError(403, "requests from web pages of other origins are refused", code="foreign_origin")
+        allowed_origins = self._service.settings.allowed_origins
+        if not is_own and not allowed_origins & {(origin or "").lower(), _hostname(origin or ""), "*"}:
+            message = f"requests from web pages of the origin {origin!r:.200} are refused; allow it with --allow-origin"
+            raise ApiError(403, message, code="foreign_origin")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         key = self._service.settings.api_key

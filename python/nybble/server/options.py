@@ -54,16 +54,27 @@ class ServeOptions(EngineOptions):
         default=(),
         metadata=_option("Host name that requests and pages may use besides localhost. Repeatable.", metavar="NAME"),
     )
+    allow_origin: Sequence[str] = field(
+        default=(),
+        metadata=_option(
+            "Web page that may send requests, such as https://chat.example.org; * for any. Repeatable.",
+            metavar="ORIGIN",
+        ),
+    )
     max_body_mb: float | None = field(
         default=None,
         metadata=_option(
-            "Largest request in MB; by default 16 bytes per token of the context, at least 1 MB.",
+            "Largest request in MB; by default 16 bytes per token of the context, at least 8 MB.",
             range=(0.001, None),
         ),
     )
     timeout: float = field(default=600, metadata=_option("Seconds that an answer may take.", range=(0.1, None)))
     drain: float = field(
         default=30, metadata=_option("Seconds that running answers get after SIGTERM.", range=(0, None))
+    )
+    bare_calls: bool = field(
+        default=True,
+        metadata=_option("Treat an answer that is only a call in JSON, without the model's markers, as a tool call."),
     )
     max_batch: int = field(
         default=16, metadata=_option("Answers generated at the same time.", range=(1, 1024), panel="Engine")
@@ -80,8 +91,17 @@ class ServeOptions(EngineOptions):
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
     )
-    pooling: Literal["mean", "last"] = field(
-        default="mean", metadata=_option("Pooling of embeddings; see the card of the embedding model.", panel="Engine")
+    pooling: Literal["mean", "last"] | None = field(
+        default=None,
+        metadata=_option(
+            "Pooling of embeddings; by default that of the model's file, otherwise mean. See the model's card.",
+            panel="Engine",
+        ),
+    )
+
+    matryoshka: bool = field(
+        default=False,
+        metadata=_option("Let clients cut embeddings to fewer dimensions, for models trained for it.", panel="Engine"),
     )
 
     def __post_init__(self) -> None:
@@ -113,14 +133,18 @@ class ServeOptions(EngineOptions):
             context: The context of the model in tokens, which bounds the default size of a request.
             allowed_hosts: The host names that requests may use; None for any.
         """
-        default_body_bytes = max(16 * context, 1_000_000)
+        default_body_bytes = max(16 * context, 8_000_000)
         return Settings(
             api_key=self.api_key,
             allowed_hosts=allowed_hosts,
-            allowed_origins=frozenset(name.lower() for name in self.allow_host),
+            allowed_origins=frozenset(
+                [*(name.lower() for name in self.allow_host), *(name.rstrip("/").lower() for name in self.allow_origin)]
+            ),
             max_body_bytes=default_body_bytes if self.max_body_mb is None else int(self.max_body_mb * 1e6),
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
+            matryoshka=self.matryoshka,
+            bare_calls=self.bare_calls,
             request_seconds=self.timeout,
             drain_seconds=self.drain,
         )
@@ -144,12 +168,19 @@ class Settings:
     allowed_hosts: frozenset[str] | None = None
     """The host names that requests may use; None for any."""
     allowed_origins: frozenset[str] = frozenset()
-    """Host names whose web pages may send requests, in addition to the name that a request is sent to."""
+    """Web pages that may send requests besides the server's own: host names, origins with their scheme, or `*` for any.
+
+    Only origins with a scheme, and `*`, get the headers that browsers ask for (CORS).
+    """
     max_body_bytes: int = 1_000_000
     max_answers: int = 144
     """Answers that are generated or wait at the same time."""
-    pooling: Literal["mean", "last"] = "mean"
-    """How the vectors of an input's tokens become one vector."""
+    pooling: Literal["mean", "last"] | None = None
+    """How the vectors of an input's tokens become one vector; None is what the model's file says."""
+    matryoshka: bool = False
+    """Whether clients may cut embeddings to fewer dimensions."""
+    bare_calls: bool = True
+    """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
     max_connections: int = 1024
     request_seconds: float = 600.0
     """From the last byte of a request to the end of its answer."""

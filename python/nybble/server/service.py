@@ -50,7 +50,7 @@ class Service:
         """
         if self.draining:
             raise overloaded("the server is shutting down", 503, "shutting_down")
-        if model is not None and model != self.name:
+        if model is not None and model not in (self.name, f"{self.name}:latest"):
             message = f"the model {model!r} does not exist; this server serves {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         limit = self.settings.max_answers

@@ -22,6 +22,24 @@ class TokenSource(Protocol):
         """Whether encoding puts a space before each text, which decoding removes."""
 
 
+class SpecialTokens(Protocol):
+    """The part of a tokenizer that finds special tokens in stop strings."""
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The token ids of a text."""
+
+    def token_text(self, token: int) -> str:
+        """The spelling of a token."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens."""
+
+
+_PLACEHOLDERS = 0xD800
+"""The first of 2048 lone surrogates, which no decoded text contains."""
+
+
 class StreamDecoder:
     """Decodes token ids one at a time. The joined pieces equal `Tokenizer.decode` of all ids.
 
@@ -50,6 +68,49 @@ class StreamDecoder:
     def finish(self) -> str:
         """The remaining text: U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
+
+
+class SpecialStops:
+    """Stop strings in which special tokens count, although they decode to no text.
+
+    Each special token in them gets a placeholder, a lone surrogate, which no text contains. A matcher finds the
+    placeholders in the text, and `visible` removes them.
+
+    Args:
+        tokenizer: The tokenizer of the text.
+        stops: The stop strings. Each also counts as plain text.
+    """
+
+    def __init__(self, tokenizer: SpecialTokens, stops: Sequence[str]) -> None:
+        self._placeholders: dict[int, str] = {}
+        found: list[str] = []
+        for stop in stops:
+            written = self._with_placeholders(tokenizer, stop)
+            found += dict.fromkeys((stop, written))
+        self.stops = tuple(found)
+
+    def of(self, token: int) -> str:
+        """The placeholder of a token; empty for every token that no stop string contains."""
+        return self._placeholders.get(token, "")
+
+    def visible(self, text: str) -> str:
+        """A text without placeholders."""
+        if not self._placeholders:
+            return text
+        return text.translate({ord(char): None for char in self._placeholders.values()})
+
+    def _with_placeholders(self, tokenizer: SpecialTokens, stop: str) -> str:
+        written = ""
+        at = 0
+        ids = tokenizer.encode(stop, add_special=False)
+        for token in ids if tokenizer.special_ids.intersection(ids) else ():
+            text = tokenizer.token_text(token)
+            if token not in tokenizer.special_ids or (start := stop.find(text, at)) < 0:
+                continue
+            char = self._placeholders.setdefault(token, chr(_PLACEHOLDERS + len(self._placeholders)))
+            written += stop[at:start] + char
+            at = start + len(text)
+        return written + stop[at:]
 
 
 class StopMatcher:

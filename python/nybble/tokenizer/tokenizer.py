@@ -174,11 +174,25 @@ class Tokenizer(Returned):
         Raises:
             TypeError: `text` is not a string.
         """
+        ids = self._encoded(text, parse_special)
+        return self._description.framed(ids, parse_special, True) if add_special else ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encodes a text that the model continues: as `encode`, but without end tokens.
+
+        Programs that fine-tune models leave the switch for end tokens on, and after an end token the model begins
+        another text.
+
+        Raises:
+            TypeError: `text` is not a string.
+        """
+        return self._description.framed(self._encoded(text, True), True, False)
+
+    def _encoded(self, text: str, parse_special: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")
         encoder = self._description if self._package is None else self._package
-        ids = encoder.encode(_without_lone_surrogates(text), parse_special)
-        return self._description.framed(ids, parse_special) if add_special else ids
+        return encoder.encode(_without_lone_surrogates(text), parse_special)
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a long text has at least, without encoding it; 0 where none is known."""

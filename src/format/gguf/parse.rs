@@ -12,6 +12,7 @@ use super::metadata::Metadata;
 use super::tensor::TensorInfo;
 use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
+use crate::format::pointer_error;
 use crate::quant::block::BlockType;
 
 /// The smallest size of a key (1 byte) with its value (1 byte).
@@ -31,6 +32,9 @@ pub(super) fn parse(path: &Path, bytes: &[u8], shard: usize) -> Result<Parsed> {
     let mut cursor = Cursor { path, bytes, at: 0, part: Part::Header };
     let magic = cursor.array::<4>("the magic")?;
     if magic != MAGIC {
+        if let Some(error) = pointer_error(path, bytes) {
+            return Err(error);
+        }
         return Err(cursor.fault_at(
             0,
             format_args!("\"{}\"", magic.escape_ascii()),
@@ -77,9 +81,13 @@ pub(super) fn parse(path: &Path, bytes: &[u8], shard: usize) -> Result<Parsed> {
     let mut tensors = Vec::with_capacity(raw.len());
     let mut free_from = data_start;
     for tensor in raw {
+        let is_empty = tensor.elements == 0;
         let info = tensor.locate(&cursor, data_start, free_from, alignment, shard)?;
         free_from = info.bytes.end;
-        tensors.push(info);
+        // A tensor without values is none.
+        if !is_empty {
+            tensors.push(info);
+        }
     }
     Ok(Parsed { version, metadata, tensors })
 }
@@ -407,13 +415,22 @@ impl<'a> Cursor<'a> {
         }
         let dims = (0..n_dims).map(|_| self.u64("a dimension")).collect::<Result<Vec<u64>>>()?;
         let type_id = self.u32("the block type")?;
+        if let Some((name, advice)) = BlockType::retired(type_id) {
+            let what = format!("the type {name}, which ggml has withdrawn,");
+            let supported = format!("supported: {advice}");
+            return Err(Error::Unsupported { path: self.path.to_path_buf(), place: place(), what, supported });
+        }
         let Some(block_type) = BlockType::from_id(type_id) else {
             let expected = "a block type that ggml has (0 to 42 without 4, 5, 31 to 33 and 36 to 38)";
             return Err(self.fault_in(place(), format_args!("block type {type_id}"), expected));
         };
         let offset = self.u64("the offset")?;
-        let (elements, nbytes) =
-            tensor_size(block_type, &dims).map_err(|(found, expected)| self.fault_in(place(), found, expected))?;
+        let (elements, nbytes) = match dims.contains(&0) {
+            true => (0, 0),
+            false => {
+                tensor_size(block_type, &dims).map_err(|(found, expected)| self.fault_in(place(), found, expected))?
+            }
+        };
         self.part = Part::Header;
         Ok(RawTensor { name, block_type, dims, elements, nbytes, offset })
     }

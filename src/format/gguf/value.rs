@@ -137,6 +137,11 @@ impl Value {
         self.as_integer().and_then(|v| u32::try_from(v).ok())
     }
 
+    /// An integer of any type from -2^63 to 2^63 - 1.
+    pub(crate) fn as_i64(&self) -> Option<i64> {
+        self.as_integer().and_then(|v| i64::try_from(v).ok())
+    }
+
     fn as_integer(&self) -> Option<i128> {
         Some(match *self {
             Value::U8(v) => v.into(),

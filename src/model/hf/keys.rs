@@ -7,6 +7,7 @@ use super::metadata::{ComputedTensor, MetadataWriter};
 use super::rope;
 use super::settings::Settings;
 use super::sizes::Sizes;
+use super::switches;
 use crate::error::Result;
 use crate::format::gguf::{Metadata, Value};
 use crate::format::json;
@@ -27,6 +28,9 @@ pub(super) fn write(
     writer.metadata.set("general.architecture", family.architecture).set("general.type", "model");
     if !name.is_empty() {
         writer.metadata.set("general.name", name);
+    }
+    for (key, supported) in switches::REQUIRED.iter().copied() {
+        writer.require(key, supported)?;
     }
     set_sizes(&mut writer);
     norm(&mut writer, family.norm)?;
@@ -76,11 +80,12 @@ fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
 fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Result<()> {
     let name = match source {
         ActivationSource::Is(name) => name,
-        ActivationSource::Under(keys) => {
+        ActivationSource::Under(keys) | ActivationSource::UnderForTanh(keys) => {
             let first = keys.first().copied().unwrap_or_default();
             let name = writer.settings.text(keys)?.ok_or_else(|| writer.settings.missing(first, "an activation"))?;
             match name.as_str() {
                 "silu" | "swish" => "silu",
+                "gelu" if matches!(source, ActivationSource::UnderForTanh(_)) => "gelu_tanh",
                 "gelu" | "gelu_python" => "gelu",
                 "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
                 "relu" => "relu",

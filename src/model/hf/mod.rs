@@ -52,8 +52,10 @@ mod pretokenizer;
 mod rope;
 mod settings;
 mod sizes;
+mod switches;
 mod tokenizer;
 mod transform;
+mod transformers;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -111,8 +113,8 @@ impl HfFolder {
             let supported = format!("supported: {}", known.join(", "));
             return Err(settings.unsupported("model_type", format_args!("the family {model_type:?}"), &supported));
         };
-        let settings = settings.with_defaults(family.defaults);
-        let packing = Packing::read(&settings)?;
+        let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
+        let packing = Packing::read(&settings, path)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         let (metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;

@@ -157,7 +157,7 @@ impl<'a> Planner<'a> {
 
     /// Whether the matrix called `source` is packed in 4 bits.
     fn is_packed(&self, source: &str) -> bool {
-        self.packing.is_some_and(|packing| packing.find(self.files, &source.replace("{e}", "0")).is_some())
+        self.packing.as_ref().is_some_and(|packing| packing.find(self.files, &source.replace("{e}", "0")).is_some())
     }
 
     /// The packed matrices called `sources`, all of the same shape.
@@ -165,7 +165,7 @@ impl<'a> Planner<'a> {
         let files = self.files;
         let mut packed = Vec::with_capacity(sources.len());
         for source in sources {
-            let (Some(packing), &[rows, columns]) = (self.packing, shape) else { continue };
+            let (Some(packing), &[rows, columns]) = (&self.packing, shape) else { continue };
             if matches!(transform, Transform::Transpose | Transform::AddOne) {
                 return Err(Error::Unsupported {
                     path: files.folder().to_path_buf(),
@@ -191,7 +191,9 @@ impl<'a> Planner<'a> {
                 expected: format!("a tensor of shape {shape:?}, as {} says", self.config()),
             });
         };
-        if tensor.shape() != shape {
+        // Dimensions of 1 do not change the order of the values.
+        let dims = |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|dim| *dim != 1).collect() };
+        if dims(tensor.shape()) != dims(shape) {
             let found = format!("shape {:?}", tensor.shape());
             let expected = format!("{shape:?}, as {} says", self.config());
             return Err(Error::malformed(self.files.path(tensor), Place::Tensor(name.to_owned()), found, expected));
@@ -217,8 +219,11 @@ impl<'a> Planner<'a> {
         /// Buffers that older versions of transformers saved: masks and frequencies.
         const BUFFERS: &[&str] =
             &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"];
+        /// Layers that predict several tokens at once, which the model runs without.
+        const DRAFTS: &[&str] = &["mtp.", "model.mtp."];
         let ignored = |name: &str| {
-            BUFFERS.iter().any(|end| name.ends_with(end))
+            DRAFTS.iter().any(|start| name.starts_with(start))
+                || BUFFERS.iter().any(|end| name.ends_with(end))
                 || self.family.ignored.iter().any(|start| name.starts_with(start))
         };
         // Programs that pack checkpoints give every linear layer a bias, of zeros where it had none.
@@ -228,7 +233,7 @@ impl<'a> Planner<'a> {
                 && self.files.data(tensor).iter().all(|b| *b == 0)
         };
         let leftover = |tensor: &&TensorInfo| {
-            !self.used.contains(tensor.name()) && !ignored(tensor.name()) && !is_zero_bias(tensor)
+            !self.used.contains(tensor.name()) && !ignored(tensor.name()) && !tensor.is_empty() && !is_zero_bias(tensor)
         };
         match self.files.tensors().iter().find(leftover) {
             None => Ok(()),

@@ -26,18 +26,14 @@ impl Parameters {
         const THETA: &[&str] = &["rope_theta", "rotary_emb_base"];
         let top = settings.optional_float(THETA)?;
         let old_window = settings.optional_float(&["rope_local_base_freq"])?;
-        let Some(new) = settings.object("rope_parameters")? else {
-            let scaling = settings.object("rope_scaling")?;
-            return Ok(Parameters {
-                scaling,
-                key: "rope_scaling",
-                base: top.unwrap_or(10000.0),
-                window_base: old_window,
-            });
+        let old = settings.object("rope_scaling")?.filter(|old| !old.is_empty());
+        let new = settings.object("rope_parameters")?;
+        let full = match &new {
+            Some(new) => new.object("full_attention")?,
+            None => None,
         };
-        let (scaling, window_base) = match new.object("full_attention")? {
-            None => (new, old_window),
-            Some(full) => {
+        let (scaling, key, window_base) = match (new, full, old) {
+            (Some(new), Some(full), old) => {
                 let window = new.object("sliding_attention")?;
                 if let Some(window) = &window {
                     let kind = kind(window)?;
@@ -49,11 +45,15 @@ impl Parameters {
                     Some(window) => window.optional_float(THETA)?.or(old_window),
                     None => old_window,
                 };
-                (full, base)
+                // Where layers differ, the old key changes those with full attention. Elsewhere it takes the new one's place.
+                let full = old.iter().fold(full, Settings::updated);
+                (Some(full), "rope_parameters", base)
             }
+            (_, _, Some(old)) => (Some(old), "rope_scaling", old_window),
+            (new, _, None) => (new, "rope_parameters", old_window),
         };
-        let base = scaling.optional_float(THETA)?.or(top).unwrap_or(10000.0);
-        Ok(Parameters { scaling: Some(scaling), key: "rope_parameters", base, window_base })
+        let inside = scaling.as_ref().map(|scaling| scaling.optional_float(THETA)).transpose()?.flatten();
+        Ok(Parameters { scaling, key, base: inside.or(top).unwrap_or(10000.0), window_base })
     }
 }
 
@@ -74,13 +74,21 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
         Rotation::All | Rotation::Unless(_) => true,
         Rotation::Part => false,
     };
+    const SHARE: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];
+    let scaling = Parameters::read(settings)?.scaling;
+    let inside = scaling.map(|scaling| scaling.optional_float(SHARE)).transpose()?.flatten();
+    if whole {
+        let share = inside.or(settings.optional_float(&SHARE[..1])?);
+        if share.is_some_and(|share| share != 1.0) {
+            let what = format_args!("rotation of a share of {} of each head", share.unwrap_or_default());
+            return Err(settings.unsupported(SHARE[0], what, "supported in this family: 1"));
+        }
+    }
     let (key, rotary) = match settings.optional_count(&["rotary_dim"])? {
         _ if whole => ("head_dim", sizes.head_dim),
         Some(rotary) => ("rotary_dim", rotary),
         None => {
-            const SHARE: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];
-            let new = settings.object("rope_parameters")?;
-            let share = match new.map(|new| new.optional_float(SHARE)).transpose()?.flatten() {
+            let share = match inside {
                 Some(share) => share,
                 None => settings.optional_float(SHARE)?.unwrap_or(1.0),
             };

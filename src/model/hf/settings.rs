@@ -20,6 +20,11 @@ pub(super) struct Settings {
     prefix: String,
     values: Map<String, Value>,
     defaults: Defaults,
+    /// The defaults of the class in transformers.
+    class: Map<String, Value>,
+    /// The keys that were looked for.
+    #[cfg(test)]
+    read: std::cell::RefCell<std::collections::BTreeSet<String>>,
 }
 
 /// Defaults of transformers, in lists that families share: keys, and their values as JSON.
@@ -36,12 +41,42 @@ impl Settings {
                 }
             }
         }
-        Ok(Settings { path: path.to_path_buf(), prefix: String::new(), values, defaults: &[] })
+        Ok(Settings::new(path.to_path_buf(), String::new(), values))
     }
 
-    /// The settings with the defaults of a family.
-    pub(super) fn with_defaults(self, defaults: Defaults) -> Settings {
-        Settings { defaults, ..self }
+    pub(super) fn new(path: PathBuf, prefix: String, values: Map<String, Value>) -> Settings {
+        Settings {
+            path,
+            prefix,
+            values,
+            defaults: &[],
+            class: Map::new(),
+            #[cfg(test)]
+            read: std::cell::RefCell::default(),
+        }
+    }
+
+    /// The settings with the defaults of a family, and after them those of its class in transformers.
+    pub(super) fn with_defaults(self, defaults: Defaults, class: Map<String, Value>) -> Settings {
+        Settings { defaults, class, ..self }
+    }
+
+    /// These settings with the keys of `more`, which take precedence.
+    pub(super) fn updated(self, more: &Settings) -> Settings {
+        let mut values = self.values;
+        values.extend(more.values.iter().map(|(key, value)| (key.clone(), value.clone())));
+        Settings { values, ..self }
+    }
+
+    /// Whether there are no keys.
+    pub(super) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// The keys that were looked for so far.
+    #[cfg(test)]
+    pub(super) fn keys_read(&self) -> std::collections::BTreeSet<String> {
+        self.read.borrow().clone()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -55,14 +90,21 @@ impl Settings {
 
     /// The first of `keys` that has a value, and the value: in the file, otherwise among the defaults.
     pub(super) fn find<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, Value)> {
+        #[cfg(test)]
+        self.read.borrow_mut().extend(keys.iter().map(|key| (*key).to_owned()));
         let default = |key: &&'k str| {
-            let default = self.defaults.iter().copied().flatten().find(|default| default.0 == *key)?.1;
             // A key that the file sets to null has no default.
-            if self.values.contains_key(*key) { None } else { serde_json::from_str(default).ok() }
+            if self.values.contains_key(*key) {
+                return None;
+            }
+            match self.defaults.iter().copied().flatten().find(|default| default.0 == *key) {
+                Some((_, default)) => serde_json::from_str(default).ok(),
+                None => self.class.get(*key).cloned(),
+            }
         };
         let mut known = keys.iter().filter_map(|key| Some((*key, self.values.get(*key)?.clone())));
         let mut defaults = keys.iter().filter_map(|key| Some((*key, default(key)?)));
-        known.find(|found| !found.1.is_null()).or_else(|| defaults.next())
+        known.find(|found| !found.1.is_null()).or_else(|| defaults.find(|found| !found.1.is_null()))
     }
 
     /// The object under `key` as settings without defaults. Errors name the whole path of keys.
@@ -71,7 +113,7 @@ impl Settings {
             None => Ok(None),
             Some(Value::Object(values)) => {
                 let prefix = format!("{}{key}.", self.prefix);
-                Ok(Some(Settings { path: self.path.clone(), prefix, values, defaults: &[] }))
+                Ok(Some(Settings::new(self.path.clone(), prefix, values)))
             }
             Some(other) => Err(self.malformed(key, json::brief(&other), "an object")),
         }

@@ -9,9 +9,13 @@ use super::pretokenizer;
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;
+use crate::tokenizer::older;
 
 /// The largest size of a file in bytes. The largest known vocabularies take 35 MB.
 const MAX_BYTES: u64 = 256 << 20;
+
+/// The key of a whole `tokenizer.json`.
+const WHOLE: &str = "tokenizer.huggingface.json";
 
 /// GGUF's numbers for the kinds of tokens.
 mod kind {
@@ -30,29 +34,74 @@ mod kind {
 /// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the key of `tokenizer.json`; [`Error::Io`].
 pub(super) fn metadata(folder: &Path, name: Option<&str>, rows: usize) -> Result<Metadata> {
     let path = folder.join("tokenizer.json");
-    let description = match json::read(&path, MAX_BYTES) {
-        Err(Error::Io { path, source }) if source.kind() == std::io::ErrorKind::NotFound => {
-            let expected = "the vocabulary in the format of the tokenizers library".to_owned();
-            return Err(Error::Missing { path, place: Place::File, expected });
-        }
-        other => other?,
-    };
-    let tokenizer = Tokenizer { path, description };
-    let mut metadata = Metadata::new();
-    let ids = tokenizer.vocabulary(rows, &mut metadata)?;
     let files = Files {
         tokenizer: optional(folder, "tokenizer_config.json")?,
         map: optional(folder, "special_tokens_map.json")?,
         generation: optional(folder, "generation_config.json")?,
         model: optional(folder, "config.json")?,
     };
+    let description = match json::read(&path, MAX_BYTES) {
+        Err(Error::Io { path, source }) if source.kind() == std::io::ErrorKind::NotFound => {
+            match older::byte_level(folder)? {
+                Some(text) => json::entries(&path, text.as_bytes(), Place::File, "an object")?.into_iter().collect(),
+                None => match older::sentencepiece(folder)? {
+                    Some(pieces) => return padded(pieces, folder, &files, rows),
+                    None => {
+                        let expected = "the vocabulary in the format of the tokenizers library".to_owned();
+                        return Err(Error::Missing { path, place: Place::File, expected });
+                    }
+                },
+            }
+        }
+        other => other?,
+    };
+    let tokenizer = Tokenizer { path, description };
+    let mut metadata = Metadata::new();
+    let ids = tokenizer.vocabulary(rows, &mut metadata)?;
     files.special_tokens(&ids, &tokenizer.description, rows, &mut metadata);
+    let frame = (metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id"));
+    if tokenizer.says_more(&ids, [frame.0, frame.1].map(|id| id.and_then(|id| id.as_u64()))) {
+        metadata.set(WHOLE, Value::Object(tokenizer.description.clone()).to_string());
+    }
     templates(folder, &files.tokenizer, &mut metadata)?;
     // llama.cpp looks these tokens up in every model with such a name, and fails without them.
     let called_phi3 = name.is_some_and(|name| ["phi-3", "phi3"].iter().any(|part| name.to_lowercase().contains(part)));
     if called_phi3 && !["</s>", "<unk>", "<s>", "<|endoftext|>"].iter().all(|token| ids.contains_key(*token)) {
         metadata.set("general.name", "model");
     }
+    Ok(metadata)
+}
+
+/// The keys of a vocabulary of SentencePiece in a file of its own, with as many tokens as the embedding has rows.
+fn padded(mut metadata: Metadata, folder: &Path, files: &Files, rows: usize) -> Result<Metadata> {
+    let tokens =
+        metadata.get("tokenizer.ggml.tokens").and_then(|value| value.as_strings()).cloned().unwrap_or_default();
+    if tokens.len() > rows {
+        let found = format_args!("{} tokens", tokens.len());
+        return Err(Error::malformed(
+            folder,
+            Place::File,
+            found,
+            format_args!("at most {rows}, the rows of the embedding"),
+        ));
+    }
+    let numbers = |key: &str| metadata.get(key).and_then(|value| value.as_array());
+    let mut kinds: Vec<i32> =
+        numbers("tokenizer.ggml.token_type").and_then(|array| array.to_integers()).unwrap_or_default();
+    let mut scores: Vec<f32> = numbers("tokenizer.ggml.scores").and_then(|array| array.to_f32()).unwrap_or_default();
+    kinds.resize(rows, kind::UNUSED);
+    scores.resize(rows, -10000.0);
+    let mut texts = tokens.clone();
+    for id in tokens.len()..rows {
+        texts.push(&format!("[PAD{id}]"));
+    }
+    metadata.set("tokenizer.ggml.tokens", texts);
+    metadata.set("tokenizer.ggml.token_type", kinds).set("tokenizer.ggml.scores", scores);
+    let eos = metadata.get("tokenizer.ggml.eos_token_id").and_then(|id| id.as_u64());
+    if let Some(other) = files.numbers("eos_token_id", rows).into_iter().find(|id| Some(*id as u64) != eos) {
+        metadata.set("tokenizer.ggml.eot_token_id", other as u32);
+    }
+    templates(folder, &files.tokenizer, &mut metadata)?;
     Ok(metadata)
 }
 
@@ -226,6 +275,45 @@ impl Tokenizer {
         Ok((tokens, ids))
     }
 
+    /// Whether the file says more than GGUF's keys for vocabularies can. `frame` are the start and the end token.
+    fn says_more(&self, ids: &HashMap<String, usize>, frame: [Option<u64>; 2]) -> bool {
+        let byte_level = self.has_step("pre_tokenizer", "pretokenizers", "ByteLevel")
+            || self.has_step("decoder", "decoders", "ByteLevel");
+        let kind = |step: &Value| step.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let flag = |value: &Value, key: &str| value.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let spaces = |step: &&Value| {
+            // The two steps by which pieces contain U+2581 for a space.
+            let replaces = step.pointer("/pattern/String").and_then(Value::as_str) == Some(" ")
+                && step.get("content").and_then(Value::as_str) == Some("\u{2581}");
+            let prepends = step.get("prepend").and_then(Value::as_str) == Some("\u{2581}");
+            !byte_level && (kind(step) == "Replace" && replaces || kind(step) == "Prepend" && prepends)
+        };
+        let normalizes = !self.steps("normalizer", "normalizers").iter().all(|step| step.is_null() || spaces(step));
+        let splits = self.steps("pre_tokenizer", "pretokenizers").into_iter().any(|step| match kind(step).as_str() {
+            "ByteLevel" => flag(step, "add_prefix_space"),
+            // There are no spaces after those steps.
+            "Split" => !byte_level && step.pointer("/pattern/String").and_then(Value::as_str) != Some(" "),
+            // Patterns of byte-level vocabularies have names, and others are refused.
+            _ => !byte_level && !step.is_null() && kind(step) != "Metaspace",
+        });
+        let added = self.description.get("added_tokens").and_then(Value::as_array).into_iter().flatten();
+        let strips =
+            added.into_iter().any(|token| ["lstrip", "rstrip", "single_word"].iter().any(|key| flag(token, key)));
+        let model = self.description.get("model").unwrap_or(&Value::Null);
+        let affix = |key: &str| model.get(key).and_then(Value::as_str).is_some_and(|affix| !affix.is_empty());
+        let processor = self.description.get("post_processor");
+        let (before, after) = frame_of(processor, ids);
+        let own = |id: Option<usize>, token: Option<u64>| id.is_none_or(|id| Some(id as u64) == token);
+        normalizes
+            || splits
+            || strips
+            || affix("end_of_word_suffix")
+            || affix("continuing_subword_prefix")
+            || !own(before, frame[0])
+            || !own(after, frame[1])
+            || has_other_frame(processor)
+    }
+
     /// Whether the tokenizer puts a space before the text.
     fn adds_space(&self) -> bool {
         let metaspace = |step: &&Value| {
@@ -263,6 +351,17 @@ struct Files {
 }
 
 impl Files {
+    /// The ids below `rows` under this name, first those for generation.
+    fn numbers(&self, name: &str, rows: usize) -> Vec<usize> {
+        let values = [&self.generation, &self.model].into_iter().filter_map(|file| file.get(name));
+        let all = values.flat_map(|value| match value {
+            Value::Array(list) => list.as_slice(),
+            one => std::slice::from_ref(one),
+        });
+        let ids = all.filter_map(|id| id.as_u64().and_then(|id| usize::try_from(id).ok()));
+        ids.filter(|id| *id < rows).collect()
+    }
+
     /// Writes the special tokens, and which of them are added to a prompt.
     fn special_tokens(
         &self,
@@ -275,15 +374,7 @@ impl Files {
             let value = [&self.tokenizer, &self.map].into_iter().find_map(|file| file.get(name));
             value.and_then(|value| value.get("content").unwrap_or(value).as_str())
         };
-        let numbers = |name: &str| {
-            let values = [&self.generation, &self.model].into_iter().filter_map(|file| file.get(name));
-            let all = values.flat_map(|value| match value {
-                Value::Array(list) => list.as_slice(),
-                one => std::slice::from_ref(one),
-            });
-            let ids = all.filter_map(|id| id.as_u64().and_then(|id| usize::try_from(id).ok()));
-            ids.filter(|id| *id < rows).collect::<Vec<_>>()
-        };
+        let numbers = |name: &str| self.numbers(name, rows);
         let names = [
             ("bos", "bos"),
             ("eos", "eos"),
@@ -305,7 +396,7 @@ impl Files {
         if let Some(other) = numbers("eos_token_id").into_iter().find(|id| eos.is_some_and(|eos| eos != *id)) {
             metadata.set("tokenizer.ggml.eot_token_id", other as u32);
         }
-        let (before, after) = frame(description.get("post_processor"), ids);
+        let (before, after) = frame_of(description.get("post_processor"), ids);
         let adds = |key: &str, token: Option<usize>, added: Option<usize>| {
             let switch = self.tokenizer.get(key).and_then(Value::as_bool);
             token.is_some() && switch.unwrap_or(added == token)
@@ -316,7 +407,7 @@ impl Files {
 }
 
 /// The special tokens that a post-processor puts before and after the text.
-fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usize>, Option<usize>) {
+fn frame_of(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usize>, Option<usize>) {
     let Some(processor) = processor else { return (None, None) };
     match processor.get("type").and_then(Value::as_str) {
         Some("Sequence") => {
@@ -324,7 +415,7 @@ fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usi
             let frames = steps.map(|step| match step.get("type").and_then(Value::as_str) {
                 // One level deep, as the library writes it. A file could nest without limit.
                 Some("Sequence") => (None, None),
-                _ => frame(Some(step), ids),
+                _ => frame_of(Some(step), ids),
             });
             frames.fold((None, None), |all, one| (all.0.or(one.0), all.1.or(one.1)))
         }
@@ -337,6 +428,25 @@ fn frame(processor: Option<&Value>, ids: &HashMap<String, usize>) -> (Option<usi
             (special(parts.and_then(|parts| parts.first())), special(parts.and_then(|parts| parts.last())))
         }
         _ => (None, None),
+    }
+}
+
+/// Whether a post-processor adds tokens in a way that [`frame_of`] does not find.
+fn has_other_frame(processor: Option<&Value>) -> bool {
+    let Some(processor) = processor else { return false };
+    match processor.get("type").and_then(Value::as_str) {
+        None | Some("ByteLevel") => false,
+        Some("Sequence") => {
+            let steps = processor.get("processors").and_then(Value::as_array).into_iter().flatten();
+            steps.into_iter().any(|step| step.get("processors").is_some() || has_other_frame(Some(step)))
+        }
+        Some("TemplateProcessing") => {
+            let parts = processor.get("single").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+            let is_text = |part: &Value| part.get("Sequence").is_some();
+            let at = parts.iter().position(is_text);
+            at.is_none_or(|at| at > 1 || parts.len() > at + 2 || parts[at + 1..].iter().any(is_text))
+        }
+        Some(_) => true,
     }
 }
 

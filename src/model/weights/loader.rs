@@ -1,6 +1,7 @@
 //! Reads tensors by name, checks their shapes and packs them.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -50,6 +51,29 @@ pub(in crate::model) struct Loader<'a> {
     done: Cell<usize>,
     /// Weights of all matrices; 0 without `progress`.
     total: usize,
+    /// The names of tensors that were read.
+    used: RefCell<HashSet<String>>,
+}
+
+/// Whether a tensor that nothing reads is without influence on the result.
+fn is_harmless(name: &str) -> bool {
+    // Parts that text does not pass through, and layers that predict several tokens at once.
+    const STARTS: &[&str] =
+        &["a.", "audio.", "mm.", "mtp.", "multi_modal_projector.", "v.", "vision.", "vision_tower."];
+    // Factors of other kinds of rotation than the file's, and the plain frequencies of old converters.
+    const WHOLE: &[&str] = &["rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"];
+    const ENDS: &[&str] = &[".attn_rot_embd.weight", ".rope_freqs.weight", ".rotary_emb.inv_freq"];
+    let nextn = name.strip_prefix("blk.").is_some_and(|rest| rest.contains(".nextn."));
+    STARTS.iter().any(|start| name.starts_with(start))
+        || WHOLE.contains(&name)
+        || ENDS.iter().any(|end| name.ends_with(end))
+        || nextn
+}
+
+/// Dimensions without those of 1 at the end, which the format allows to leave out. The first one stays.
+fn trimmed(dims: &[usize]) -> &[usize] {
+    let len = dims.iter().rposition(|dim| *dim != 1).map_or(1, |last| last + 1);
+    &dims[..len.min(dims.len())]
 }
 
 impl<'a> Loader<'a> {
@@ -66,7 +90,7 @@ impl<'a> Loader<'a> {
             }
             None => 0,
         };
-        Loader { scope, checkpoint, progress, done: Cell::new(0), total }
+        Loader { scope, checkpoint, progress, done: Cell::new(0), total, used: RefCell::default() }
     }
 }
 
@@ -106,7 +130,30 @@ impl Loader<'_> {
     }
 
     fn tensor(&self, name: &str, expected: impl std::fmt::Display) -> Result<Tensor<'_>> {
-        self.checkpoint.tensor(name).ok_or_else(|| self.missing(name, expected))
+        self.optional(name).ok_or_else(|| self.missing(name, expected))
+    }
+
+    /// A tensor that will be read, if the file has it.
+    fn optional(&self, name: &str) -> Option<Tensor<'_>> {
+        let tensor = self.checkpoint.tensor(name)?;
+        self.used.borrow_mut().insert(name.to_owned());
+        Some(tensor)
+    }
+
+    /// Checks, when everything is loaded, that the file has no tensor that nothing has read: the model that it comes from
+    /// computes something else.
+    pub(in crate::model) fn check_leftovers(&self) -> Result<()> {
+        let used = self.used.borrow();
+        let leftover = |name: &&str| !used.contains(*name) && !is_harmless(name);
+        match self.checkpoint.names().into_iter().find(leftover) {
+            None => Ok(()),
+            Some(name) => Err(Error::Unsupported {
+                path: self.path().to_path_buf(),
+                place: Place::Tensor(name.to_owned()),
+                what: "a tensor that models of this family do not have".to_owned(),
+                supported: "supported: files without it, because it changes what the model computes".to_owned(),
+            }),
+        }
     }
 
     /// The error that a tensor is missing.
@@ -141,7 +188,7 @@ impl Loader<'_> {
     /// A vector of `width` numbers, decoded.
     pub(in crate::model) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(name, format_args!("{width} numbers"))?;
-        if tensor.dims != [width] {
+        if trimmed(&tensor.dims) != [width] {
             return Err(self.wrong_shape(name, &tensor.dims, format_args!("[{width}]")));
         }
         self.numbers(name, &tensor, width)
@@ -166,16 +213,16 @@ impl Loader<'_> {
 
     /// As [`Loader::vector`], or an empty vector where the file has no such tensor.
     fn optional_vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
-        match self.checkpoint.tensor(name) {
-            Some(_) => self.vector(name, width),
-            None => Ok(Vec::new()),
+        match self.has(name) {
+            true => self.vector(name, width),
+            false => Ok(Vec::new()),
         }
     }
 
     /// The norm called `name`, if the file has it.
     pub(in crate::model) fn norm(&self, name: &str, config: &Config) -> Result<Option<Norm>> {
         let weight_name = format!("{name}.weight");
-        if self.checkpoint.tensor(&weight_name).is_none() {
+        if !self.has(&weight_name) {
             return Ok(None);
         }
         let weight = self.vector(&weight_name, config.hidden)?;
@@ -188,9 +235,9 @@ impl Loader<'_> {
 
     /// The norm of queries or keys: `(head_dim)` shared by the heads, `(heads, head_dim)`, or all heads as one row.
     pub(in crate::model) fn head_norm(&self, name: &str, config: &Config, heads: usize) -> Result<Option<HeadNorm>> {
-        let Some(tensor) = self.checkpoint.tensor(&format!("{name}.weight")) else { return Ok(None) };
+        let Some(tensor) = self.optional(&format!("{name}.weight")) else { return Ok(None) };
         let (dim, all) = (config.head_dim, heads * config.head_dim);
-        let (len, width) = match tensor.dims[..] {
+        let (len, width) = match *trimmed(&tensor.dims) {
             [width] if width == dim => (dim, dim),
             [width] if width == all => (all, all),
             [width, count] if width == dim && count == heads => (all, dim),
@@ -200,11 +247,13 @@ impl Loader<'_> {
             }
         };
         let weight = self.numbers(&format!("{name}.weight"), &tensor, len)?;
-        let bias = match self.checkpoint.tensor(&format!("{name}.bias")) {
-            Some(tensor) if config.family.norm == NormKind::Layer => {
-                self.numbers(&format!("{name}.bias"), &tensor, len)?
-            }
-            _ => Vec::new(),
+        let bias = match config.family.norm {
+            NormKind::Layer => self.optional(&format!("{name}.bias")),
+            NormKind::Rms => None,
+        };
+        let bias = match bias {
+            Some(tensor) => self.numbers(&format!("{name}.bias"), &tensor, len)?,
+            None => Vec::new(),
         };
         Ok(Some(HeadNorm { norm: Norm { weight, bias }, width }))
     }
@@ -217,7 +266,7 @@ impl Loader<'_> {
             let mut wanted = vec![columns, part.of];
             wanted.extend(part.stack);
             let tensor = self.tensor(&name, format_args!("shape {wanted:?}"))?;
-            if tensor.dims != wanted {
+            if trimmed(&tensor.dims) != trimmed(&wanted) {
                 return Err(self.wrong_shape(&name, &tensor.dims, format_args!("{wanted:?}")));
             }
             tensors.push((part, name, tensor));
@@ -281,7 +330,7 @@ impl Loader<'_> {
     pub(in crate::model) fn row(&self, name: &str, columns: usize) -> Result<Linear> {
         let name = format!("{name}.weight");
         let tensor = self.tensor(&name, format_args!("{columns} numbers"))?;
-        if tensor.dims != [columns] {
+        if trimmed(&tensor.dims) != [columns] {
             return Err(self.wrong_shape(&name, &tensor.dims, format_args!("[{columns}]")));
         }
         Ok(Linear::new(vec![(self.pack(&name, tensor.rows.as_ref(), 1, columns, &|row| row)?, Vec::new())]))

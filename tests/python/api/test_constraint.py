@@ -74,7 +74,7 @@ def test_max_tokens_ends_a_constrained_completion(tiny_model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schema": {"type": "objekt"}}, "schema: found Invalid type: objekt, expected"),
+        ({"schema": {"type": "objekt"}}, "schema: type: found 'objekt', expected one or several of"),
         ({"schema": "[1]"}, r"schema: found '\[1\]', expected a dict, JSON text or a pydantic model"),
         ({"schema": "{"}, "schema: found text that is not valid JSON"),
         ({"schema": 5}, "schema: found 5, expected a dict"),

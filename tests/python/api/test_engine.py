@@ -512,43 +512,6 @@ def test_type_checkers_know_every_engine_option_with_its_type() -> None:
     assert all(field.metadata["help"].endswith(".") for field in fields)
 
 
-# Speculation
-
-
-def test_accepted_drafts_save_steps_and_change_nothing(tiny_model: Model) -> None:
-    options = SamplingOptions(temperature=0, max_tokens=60, logit_bias={b"x"[0]: 1000.0})
-    with Engine(tiny_model, speculation="on") as engine:
-        assert same(engine.submit("abc", options).result(LONG), tiny_model.generate("abc", options))
-        stats = engine.stats()
-        assert stats.accepted_tokens > 40
-        assert stats.steps < 30
-
-
-def test_a_draft_model_never_changes_a_completion(tmp_path: Path, tiny_file: Path, tiny_model: Model) -> None:
-    small = tiny.write_model(tmp_path / "small.gguf", layers=1)
-    options = SamplingOptions(seed=3, max_tokens=60, temperature=1.0, logit_bias=END)
-    alone = tiny_model.generate("abc", options)
-    for file in (tiny_file, small):
-        with (
-            Model.load(file, threads=1) as draft,
-            Engine(tiny_model, speculation="on", draft=draft) as engine,
-        ):
-            assert same(engine.submit("abc", options).result(LONG), alone)
-            stats = engine.stats()
-            assert stats.drafted_tokens > 0
-            assert (stats.accepted_tokens == stats.drafted_tokens) == (file == tiny_file)
-
-
-def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_model: Model) -> None:
-    tokens = tiny.metadata()["tokenizer.ggml.tokens"]
-    other = tiny.write_model(tmp_path / "other.gguf", tokenizer__ggml__tokens=[tokens[1], tokens[0], *tokens[2:]])
-    with Model.load(other, threads=1) as draft:
-        with pytest.raises(ValueError, match=r"draft: found .* as token 0"):
-            Engine(tiny_model, speculation="on", draft=draft)
-        with pytest.raises(ValueError, match='speculation is "off"'):
-            Engine(tiny_model, draft=draft)
-
-
 # --- async with
 
 

@@ -73,6 +73,11 @@ def test_any_other_prompt_is_refused_by_name(tiny_model: Model, prompt: Any, mes
         tiny_model.embed(prompt)
 
 
+def test_token_ids_in_two_dimensions_are_refused_by_their_shape(tiny_model: Model) -> None:
+    with pytest.raises(ValueError, match=r"^prompt: found an array of shape \(1, 4\), expected .* one dimension"):
+        tiny_model.logits(np.zeros((1, 4), np.int64))
+
+
 def test_an_error_in_a_list_names_the_prompt(tiny_model: Model) -> None:
     several: Any = ["a", None]
     with pytest.raises(TypeError, match=r"^prompt\[1\]: found NoneType, expected str or a list of token ids"):

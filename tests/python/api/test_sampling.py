@@ -75,8 +75,9 @@ def test_values_at_the_limits_are_accepted(values: dict[str, Any]) -> None:
     assert all(getattr(options, name) == value for name, value in values.items())
 
 
-def test_one_stop_string_is_a_list_of_one() -> None:
+def test_one_stop_string_is_a_list_of_one_and_none_is_an_empty_list() -> None:
     assert SamplingOptions(stop="end").stop == ("end",)
+    assert SamplingOptions(stop=None).stop == SamplingOptions().stop == ()
     assert SamplingOptions(stop=["a", "b"]).stop == ("a", "b")
 
 

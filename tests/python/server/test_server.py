@@ -276,7 +276,7 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Mod
         ({"response_format": {"type": "json_schema"}}, "response_format", "type json_schema requires json_schema"),
         ({"chat_template_kwargs": {"messages": []}}, None, "must not contain"),
         ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not contain"),
-        ({"response_format": DEEP}, "response_format", "recursion limit"),
+        ({"response_format": DEEP}, "response_format", "nested too deeply"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
             "messages.0.content",

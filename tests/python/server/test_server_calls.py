@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from nybble.server.protocols.chat_schema import FunctionDefinition
 from nybble.server.tools.formats import ToolFormat, detect_format
-from nybble.server.tools.parser import CallArguments, Part, ToolCallParser
-from nybble.server.tools.reader import CallStart
+from nybble.server.tools.grammar import CallGrammar
+from nybble.server.tools.parser import Part, ToolCallParser
+from nybble.server.tools.reader import CallArguments, CallStart
 
 HERMES = detect_format("... <tool_call> ... </tool_call> ...")
 MISTRAL = detect_format("... [TOOL_CALLS] ...")
@@ -85,6 +86,7 @@ F = ("f", CALL["arguments"])
         (HERMES, '<tool_call>{"arguments": {"a": 1}, "id": 7, "name": "g"}</tool_call>', "", [("g", {"a": 1})]),
         (HERMES, '<tool_call>{"name": "g", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("g", {"a": 1})]),
         (HERMES, '<tool_call>{"name": "g", "parameters": -1.5e3}</tool_call>', "", [("g", -1500.0)]),
+        (HERMES, '<tool_call>{"name": "g", "arguments": null}</tool_call>', "", [("g", {})]),
         (HERMES, f"<tool_call>{{}}</tool_call>\n<tool_call>{TEXT}</tool_call>", "<tool_call>{}</tool_call>", [F]),
         (HERMES, f"<tool_call> oops <tool_call>{TEXT}", "<tool_call> oops", [F]),
         (MISTRAL, f'[TOOL_CALLS][{{"id": "123456789", {TEXT[1:]}]', "", [F]),
@@ -246,13 +248,18 @@ def test_unsupported_templates_have_no_tool_format() -> None:
 def test_a_forced_call_has_the_schema_of_its_function() -> None:
     f = FunctionDefinition(name="f", parameters={"type": "object", "properties": {"x": {"type": "integer"}}})
     g = FunctionDefinition(name="g")
-    assert HERMES is not None
-    assert MISTRAL is not None
-    assert LLAMA is not None
-    prefix, constraint = HERMES.forced_call([f, g], lambda _: None)
+
+    def schema_of(known: ToolFormat | None, *functions: FunctionDefinition) -> tuple[str, Any]:
+        assert known is not None
+        grammar = CallGrammar(known, functions, [function.name for function in functions], lambda _: None)
+        prefix, text = grammar.forced()
+        return prefix, json.loads(text.removeprefix("start: %json "))
+
+    closed = {**(f.parameters or {}), "additionalProperties": False}
+    prefix, schema = schema_of(HERMES, f, g)
     assert prefix == "<tool_call>\n"
-    assert [choice["properties"]["name"]["const"] for choice in constraint["schema"]["anyOf"]] == ["f", "g"]
-    prefix, constraint = MISTRAL.forced_call([f], lambda _: None)
-    assert (prefix, constraint["schema"]["items"]["properties"]["arguments"]) == ("[TOOL_CALLS]", f.parameters)
-    prefix, constraint = LLAMA.forced_call([f], lambda _: None)
-    assert (prefix, constraint["schema"]["properties"]["parameters"]) == ("", f.parameters)
+    assert [choice["properties"]["name"]["const"] for choice in schema["anyOf"]] == ["f", "g"]
+    prefix, schema = schema_of(MISTRAL, f)
+    assert (prefix, schema["items"]["properties"]["arguments"]) == ("[TOOL_CALLS]", closed)
+    prefix, schema = schema_of(LLAMA, f)
+    assert (prefix, schema["properties"]["parameters"]) == ("", closed)

@@ -185,7 +185,8 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
         raise AssertionError("the prompt was tokenized")
 
     tokenizer = server.service.engine.model.tokenizer
-    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    for name in ("encode", "encode_prompt"):
+        monkeypatch.setattr(type(tokenizer), name, encode)
     text = "x" * 500_000
     bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": text},

@@ -317,9 +317,31 @@ def test_without_tools_nothing_is_parsed_as_a_call(model: Model) -> None:
     assert script.prompts[0] == script.prompts[1]
 
 
-def test_tools_are_refused_if_the_template_defines_no_format(tiny_model: Model) -> None:
-    engine, _ = scripted(tiny_model)
-    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+def test_tools_are_refused_if_the_template_defines_an_unsupported_format(folder: Path) -> None:
+    template = "{{ tools }} <arg_key>" + TOOL_TEMPLATE.replace("<tool_call>", "<call>")
+    file = tiny.write_model(folder / "unsupported.gguf", tokenizer__chat_template=template)
+    with Model.load(file, threads=1) as loaded, client_of(scripted(loaded)[0]) as client:
         with pytest.raises(openai.BadRequestError, match="defines no tool calls in a supported format") as refused:
             client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
         assert refused.value.param == "tools"
+
+
+def test_the_server_describes_tools_if_the_template_does_not(folder: Path) -> None:
+    file = tiny.write_model(folder / "without.gguf", llama__context_length=2048)
+    with Model.load(file, threads=1) as loaded:
+        call = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+        engine, script = scripted(loaded, f"<tool_call>\n{call}\n</tool_call>", call, "Sunny.")
+        with client_of(engine) as client:
+            asked: Any = {"model": "tiny", "tools": [WEATHER]}
+            for _ in range(2):
+                (choice,) = client.chat.completions.create(messages=HELLO, **asked).choices
+                (made,) = choice.message.tool_calls or []
+                assert made.type == "function"
+                assert json.loads(made.function.arguments) == {"city": "Rome"}
+            turns: Any = [{"role": "system", "content": "Be brief."}, *HELLO, choice.message]
+            turns.append({"role": "tool", "tool_call_id": made.id, "content": "sun"})
+            assert client.chat.completions.create(messages=turns, **asked).choices[0].message.content == "Sunny."
+    assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in script.prompts[0]
+    assert "<|im_start|>system\nBe brief.\n\n# Tools" in script.prompts[2]
+    assert f"<|im_start|>assistant\n<tool_call>\n{call}\n</tool_call><|im_end|>" in script.prompts[2]
+    assert "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>" in script.prompts[2]

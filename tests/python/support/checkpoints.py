@@ -4,33 +4,84 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from goldens import GOLDENS
+from goldens import GOLDENS, golden
+
+from nybble import Model
 
 Tensors = dict[str, npt.NDArray[Any]]
+
+IDS: list[int] = golden("llama", "input_ids")[0].tolist()
+"""Token ids that every golden model has."""
+
+
+Change = Mapping[str, Any] | Callable[[dict[str, Any]], object] | None
+"""New values of a JSON object, or a function that edits it in place."""
 
 
 def copy(
     family: str,
     to: Path,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Change = None,
+    without: Iterable[str] = (),
     tensors: Callable[[Tensors], object] | None = None,
+    tokenizer: Change = None,
+    tokenizer_config: Change = None,
+    weights: str = "model.safetensors",
+    files: Mapping[str, object] | None = None,
 ) -> Path:
-    """Copies a golden folder, with new values in `config.json` and with tensors that a function edits in place."""
+    """Copies a golden folder with changes. Those without a tokenizer get that of the llama.
+
+    Args:
+        family: The name of the golden folder.
+        to: The folder to create.
+        config: The change of `config.json`.
+        without: Keys to remove from `config.json`.
+        tensors: Edits the tensors in place.
+        tokenizer: The change of `tokenizer.json`.
+        tokenizer_config: The change of `tokenizer_config.json`.
+        weights: The name of the safetensors file.
+        files: More files by name: text, or a value to write as JSON.
+    """
     shutil.copytree(GOLDENS / family, to, dirs_exist_ok=True)
-    settings = json.loads((to / "config.json").read_text(encoding="utf-8"))
-    (to / "config.json").write_text(json.dumps({**settings, **(config or {})}), encoding="utf-8")
+    (to / "golden.bin").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (to / name).exists():
+            shutil.copy(GOLDENS / "llama" / name, to)
+    _edit(to / "config.json", config, without)
+    _edit(to / "tokenizer.json", tokenizer)
+    _edit(to / "tokenizer_config.json", tokenizer_config)
+    for name, content in (files or {}).items():
+        (to / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     if tensors is not None:
         found = read_safetensors(to / "model.safetensors")
         tensors(found)
         write_safetensors(to / "model.safetensors", found)
+    (to / "model.safetensors").rename(to / weights)
     return to
+
+
+def _edit(path: Path, change: Change, without: Iterable[str] = ()) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if callable(change):
+        change(values)
+    else:
+        values.update(change or {})
+    for key in without:
+        values.pop(key)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def logits(source: Path, **options: Any) -> npt.NDArray[np.float32]:
+    """The logits of a model for the ids of the goldens, without quantizing it."""
+    with Model.load(source, **{"quantize": None, "threads": 1, **options}) as model:
+        return model.logits(IDS)
 
 
 def padded(family: str, to: Path, rows: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import socket
 import threading
@@ -26,6 +27,46 @@ TOOL_TEMPLATE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The answer to a request."""
+
+    status: int
+    headers: dict[str, str]
+    """By name in lower case."""
+    text: str
+
+    @property
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.text)
+
+    @property
+    def choice(self) -> Any:
+        """The first choice of a successful answer."""
+        assert self.status == 200, f"{self.status}: {self.text}"
+        return self.json["choices"][0]
+
+    @property
+    def calls(self) -> list[tuple[str, Any]]:
+        """The name and the arguments of each tool call of the first choice."""
+        found = self.choice["message"].get("tool_calls") or []
+        return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in found]
+
+    @property
+    def error(self) -> str:
+        """The message of an error."""
+        assert self.status >= 400, f"{self.status}: {self.text}"
+        return str(self.json["error"]["message"])
+
+    @property
+    def events(self) -> list[Any]:
+        """The parsed server-sent events of a stream, without the last one, "[DONE]"."""
+        assert self.status == 200, self.text
+        lines = [line.removeprefix("data: ") for line in self.text.splitlines() if line]
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
 @dataclasses.dataclass
 class Running:
     """A running server."""
@@ -37,6 +78,31 @@ class Running:
     def address(self) -> tuple[str, int]:
         host, port = self.url.removeprefix("http://").split(":")
         return host, int(port)
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+        """Sends one request: `body` as it is if it is bytes, otherwise as JSON."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        try:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            kind = {} if data is None or isinstance(body, bytes) else {"Content-Type": "application/json"}
+            connection.request(method, path, data, {**kind, **(headers or {})})
+            response = connection.getresponse()
+            named = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, named, response.read().decode())
+        finally:
+            connection.close()
+
+    def chat(self, messages: Any = None, **parameters: Any) -> Reply:
+        """Asks for a short greedy answer to a conversation."""
+        turns = messages or [{"role": "user", "content": "Hi"}]
+        body = {"messages": turns, "max_tokens": 4, "temperature": 0, **parameters}
+        return self.request("POST", "/v1/chat/completions", body)
+
+    def complete(self, **parameters: Any) -> Reply:
+        """Asks for a short greedy completion."""
+        return self.request(
+            "POST", "/v1/completions", {"prompt": "he", "max_tokens": 3, "temperature": 0, **parameters}
+        )
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Waits until the condition holds."""

@@ -58,15 +58,18 @@ def metadata(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def write_model(path: Path, layers: int = 2, feed_forward: int = 96, **changes: Any) -> Path:
-    """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. Always the same weights."""
+def write_model(path: Path, layers: int = 2, feed_forward: int = 96, *, uniform: bool = False, **changes: Any) -> Path:
+    """Writes the tiny llama: layers of width 64 in Q4_0, tied Q8_0 embedding. Always the same weights.
+
+    A uniform model predicts all tokens with the same probability, so that sampling reaches everything that is allowed.
+    """
     dice = np.random.default_rng(7)
     sizes = {"llama__block_count": layers, "llama__feed_forward_length": feed_forward}
     values = metadata(**{**sizes, **changes})
     hidden, kv, vocabulary = 64, 32, len(values["tokenizer.ggml.tokens"])
     tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
         "token_embd.weight": (Q8_0, (hidden, vocabulary), q8_0(dice.normal(0, 0.2, (vocabulary, hidden)))),
-        "output_norm.weight": norm(hidden),
+        "output_norm.weight": norm(hidden, 0 if uniform else 1),
     }
     for layer in range(layers):
         tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
@@ -90,9 +93,9 @@ def layer_shapes(hidden: int, kv: int, feed_forward: int) -> dict[str, tuple[int
     }
 
 
-def norm(length: int) -> tuple[int, tuple[int, ...], bytes]:
-    """Returns the type, shape and bytes of a norm of ones."""
-    return F32, (length,), np.ones(length, np.float32).tobytes()
+def norm(length: int, value: float = 1) -> tuple[int, tuple[int, ...], bytes]:
+    """Returns the type, shape and bytes of a norm whose weights all have one value."""
+    return F32, (length,), np.full(length, value, np.float32).tobytes()
 
 
 def q8_0(values: np.ndarray[Any, Any]) -> bytes:

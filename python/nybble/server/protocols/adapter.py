@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel
 
 from nybble.generation import Usage
+from nybble.server.errors import ApiError
 from nybble.server.events import CollectedAnswer, Event
 from nybble.server.generation import GenerationRequest
 
@@ -21,8 +22,10 @@ class Adapter(ABC):
         streams: Whether the client asks for a stream.
     """
 
-    end_of_stream = "[DONE]"
-    """The data of the last server-sent event of a complete stream."""
+    end_of_stream: str | None = "[DONE]"
+    """The last message of a complete stream; None if there is none."""
+    media_type = "text/event-stream"
+    """The type of a stream."""
 
     def __init__(self, model: str | None, answers: int, streams: bool) -> None:
         self.model = model
@@ -43,7 +46,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def chunks(self, event: Event) -> Iterable[BaseModel]:
-        """The server-sent events of a stream that an event of the answers gives."""
+        """The messages of a stream that an event of the answers gives."""
+
+    def frame(self, message: str) -> bytes:
+        """A message of a stream as it is sent: here as a server-sent event."""
+        return f"data: {message}\n\n".encode()
+
+    def failure(self, error: ApiError) -> str:
+        """The message that ends a stream with an error."""
+        return error.body.model_dump_json()
 
     def dump(self, body: BaseModel) -> str:
         """A body or a chunk as JSON, without the fields that were not set."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from nybble import generation
 from nybble.generation import TokenLogprob
@@ -31,13 +31,14 @@ from nybble.server.protocols.chat_schema import (
     ChatLogprob,
     ChatLogprobs,
     ChatRequest,
-    ChosenTool,
     Delta,
     FunctionDefinition,
 )
 from nybble.server.protocols.schema import Usage, finite
 from nybble.server.service import Service
-from nybble.server.tools.formats import ToolFormat, detect_format
+from nybble.server.tools.description import with_tools
+from nybble.server.tools.formats import HERMES, ToolFormat, detect_format
+from nybble.server.tools.grammar import CallGrammar
 from nybble.server.tools.parser import AnswerParser, PlainText, ToolCallParser
 from nybble.server.tools.reader import new_id
 from nybble.tokenizer.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class ChatAdapter(Adapter):
         super().__init__(body.model, body.n or 1, bool(body.stream))
         self._model = service.engine.model
         self._tokenizer = self._model.tokenizer
+        self._reads_unmarked_calls = service.settings.bare_calls
         self._body = body
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{new_id()}",
@@ -63,50 +65,81 @@ class ChatAdapter(Adapter):
         """The conversation, written by the chat template, and a parser for the tool calls of the answers."""
         body = self._body
         tool_format = self._tool_format()
-        must_call = body.tool_choice == "required" or isinstance(body.tool_choice, ChosenTool)
-        for param in ("regex", "grammar"):
-            if must_call and getattr(body, param) is not None:
-                raise ApiError(400, f"{param} cannot be combined with a required tool call", param=param)
-        functions = [tool.function for tool in body.tools or () if self._may_call(tool.function.name)]
-        prefix, constraint = "", dict[str, Any]()
-        if tool_format is not None and must_call:
-            prefix, constraint = tool_format.forced_call(functions, self._special_token)
+        choice, form = body.choice(), body.answer_form()
+        must_call = choice not in ("auto", "none")
+        given = body.form()
+        if must_call and tool_format is not None and given is not None and given.kind != "schema":
+            message = f"{given.parameter} cannot be combined with a required tool call"
+            raise ApiError(400, message, param=given.parameter)
+        functions = {
+            parameter: function
+            for parameter, function in body.callable_functions().items()
+            if choice in ("auto", "required", f"function {function.name}")
+        }
+        described = [
+            {"type": "function", "function": function.model_dump(exclude_unset=True)}
+            for function in body.callable_functions().values()
+        ]
+        describes_tools = tool_format is not None and not self._template_knows_tools
+        writes_grammar = tool_format is not None and (must_call or form is not None)
+        prefix = ""
 
         def prepare() -> list[tuple[Prompt, SamplingOptions]]:
-            options = body.options() | constraint
-            if body.response_format and (answer_schema := body.response_format.answer_schema()) is not None:
-                options["schema"] = answer_schema
+            nonlocal prefix
+            options = body.options()
+            if tool_format is not None and writes_grammar:
+                options.pop("schema", None)
+                grammar = CallGrammar(tool_format, [*functions.values()], [*functions], self._special_token)
+                if must_call:
+                    prefix, options["grammar"] = grammar.forced()
+                elif form is not None:
+                    options["grammar"] = grammar.calls_or(form, several=self._allows_several)
+            messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in body.messages]
+            if describes_tools:
+                messages = with_tools(messages, described)
             prompt = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
+                messages,
                 add_generation_prompt=True,
-                tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if tool_format else None,
+                tools=described if tool_format and not describes_tools else None,
                 **(body.chat_template_kwargs or {}),
             )
             check_length(self._model, prompt)
-            ids = self._tokenizer.encode(prompt + prefix)
+            ids = self._tokenizer.encode_prompt(prompt + prefix)
             return [(ids, SamplingOptions(**options, seed=seed)) for seed in body.seeds(self.answers)]
 
         def new_parser() -> AnswerParser:
-            return PlainText() if tool_format is None else self._tool_parser(tool_format, functions, prefix)
+            if tool_format is None:
+                return PlainText()
+            unmarked = self._reads_unmarked_calls and form is None and not must_call
+            return self._tool_parser(tool_format, [*functions.values()], prefix, unmarked)
 
-        return GenerationRequest(param="messages", prepare=prepare, new_parser=new_parser)
+        parameters = body.form_parameters() | ({"grammar": "tools"} if writes_grammar else {})
+        return GenerationRequest(param="messages", prepare=prepare, parameters=parameters, new_parser=new_parser)
+
+    @property
+    def _tool_template(self) -> str:
+        templates = self._tokenizer.chat_templates
+        return templates.get("tool_use", templates.get("default", ""))
+
+    @property
+    def _template_knows_tools(self) -> bool:
+        """Whether the chat template describes tools. If not, the server does."""
+        return "tools" in self._tool_template or detect_format(self._tool_template) is not None
 
     def _tool_format(self) -> ToolFormat | None:
         """The format in which the model writes tool calls; None for a request without tools."""
         body = self._body
-        if not body.tools or body.tool_choice == "none":
+        if not body.callable_functions() or body.choice() == "none":
             return None
-        templates = self._tokenizer.chat_templates
-        tool_format = detect_format(templates.get("tool_use", templates.get("default", "")))
+        tool_format = detect_format(self._tool_template) if self._template_knows_tools else HERMES
         if tool_format is None:
             message = "the chat template of this model defines no tool calls in a supported format"
-            raise ApiError(400, message, param="tools", code="unsupported_parameter")
-        if body.response_format is not None and body.response_format.type != "text":
-            raise ApiError(400, "response_format cannot be combined with tools", param="response_format")
+            param = "functions" if body.uses_functions else "tools"
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
         return tool_format
 
     def _tool_parser(
-        self, tool_format: ToolFormat, functions: Sequence[FunctionDefinition], prefix: str
+        self, tool_format: ToolFormat, functions: Sequence[FunctionDefinition], prefix: str, unmarked: bool
     ) -> ToolCallParser:
         tokens = {self._special_token(marker): marker for marker in tool_format.markers}
         parser = ToolCallParser(
@@ -114,7 +147,8 @@ class ChatAdapter(Adapter):
             {function.name: function.parameters for function in functions},
             {token: marker for token, marker in tokens.items() if token is not None},
             stream=self.streams,
-            parallel=self._body.parallel_tool_calls is not False,
+            parallel=self._allows_several,
+            unmarked=unmarked,
         )
         parser.push(prefix, ())
         return parser
@@ -124,9 +158,10 @@ class ChatAdapter(Adapter):
         token = self._tokenizer.id_of(text)
         return token if token in self._tokenizer.special_ids else None
 
-    def _may_call(self, name: str) -> bool:
-        choice = self._body.tool_choice
-        return not isinstance(choice, ChosenTool) or choice.function.name == name
+    @property
+    def _allows_several(self) -> bool:
+        """Whether an answer may have several calls."""
+        return self._body.parallel_tool_calls is not False and not self._body.uses_functions
 
     def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> ChatCompletion:
         """The completion that holds all answers."""
@@ -141,6 +176,10 @@ class ChatAdapter(Adapter):
         message = schema.Answer(role="assistant", content=answer.text, refusal=None)
         if answer.calls:
             message.content = answer.text or None
+        if answer.calls and self._body.uses_functions:
+            (call,) = answer.calls
+            message.function_call = schema.CalledFunction(name=call.name, arguments=call.arguments)
+        elif answer.calls:
             message.tool_calls = [
                 schema.Call(
                     id=call.id,
@@ -153,8 +192,11 @@ class ChatAdapter(Adapter):
             index=index,
             message=message,
             logprobs=self._logprobs(_described(self._tokenizer, answer.logprobs)),
-            finish_reason=answer.reason,
+            finish_reason=self._reason(answer.reason),
         )
+
+    def _reason(self, reason: FinishReason) -> FinishReason | Literal["function_call"]:
+        return "function_call" if reason == "tool_calls" and self._body.uses_functions else reason
 
     def chunks(self, event: Event) -> Iterator[ChatChunk]:
         """The chunks of an event."""
@@ -169,15 +211,20 @@ class ChatAdapter(Adapter):
             case ToolCallStarted(answer, call, id, name):
                 function = schema.FunctionDelta(name=name, arguments="")
                 delta = schema.CallDelta(index=call, id=id, type="function", function=function)
-                yield self._chunk(answer, Delta(tool_calls=[delta]))
+                yield self._call_chunk(answer, delta)
             case ToolCallDelta(answer, call, arguments):
-                delta = schema.CallDelta(index=call, function=schema.FunctionDelta(arguments=arguments))
-                yield self._chunk(answer, Delta(tool_calls=[delta]))
+                function = schema.FunctionDelta(arguments=arguments)
+                yield self._call_chunk(answer, schema.CallDelta(index=call, function=function))
             case AnswerFinished(answer, reason):
                 yield self._chunk(answer, Delta(), reason)
             case UsageReported(usage):
                 if self._body.wants_usage:
                     yield ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=Usage.of(usage))
+
+    def _call_chunk(self, answer: int, delta: schema.CallDelta) -> ChatChunk:
+        if self._body.uses_functions:
+            return self._chunk(answer, Delta(function_call=delta.function))
+        return self._chunk(answer, Delta(tool_calls=[delta]))
 
     def _chunk(self, answer: int, delta: Delta, reason: FinishReason | None = None) -> ChatChunk:
         pending, self._pending[answer] = self._pending[answer], []
@@ -185,7 +232,7 @@ class ChatAdapter(Adapter):
             index=answer,
             delta=delta,
             logprobs=self._logprobs(pending) if pending else None,
-            finish_reason=reason,
+            finish_reason=None if reason is None else self._reason(reason),
         )
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice])
 

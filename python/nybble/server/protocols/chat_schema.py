@@ -2,103 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.server.events import FinishReason
-from nybble.server.protocols.schema import Count, Sampling, Strict, Usage
+from nybble.server.protocols.messages import Message, Name
+from nybble.server.protocols.schema import Limit, Sampling, Usage
+from nybble.server.protocols.strict import Strict
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Json = dict[str, Any]
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
-
-
-class TextPart(Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _only_text(content: Any) -> Any:
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError(
-                "unsupported", "this model reads text only, found a part of type {kind}", {"kind": repr(kind[:40])}
-            )
-    return content
-
-
-Content = Annotated[str | list[TextPart], BeforeValidator(_only_text)]
-
-
-class FunctionCall(Strict):
-    """The function that the model called, and its arguments."""
-
-    name: Name
-    arguments: str = Field(description="A JSON object.")
-
-
-class ToolCall(Strict):
-    """A tool call of an earlier answer."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    refusal: None = None
-
-    @model_validator(mode="after")
-    def _check_role(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing", "content is missing")
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("invalid", "tool_calls requires the role assistant")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """The message for a chat template: the content as one string, the arguments of tool calls as values."""
-        content = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content or ())
-        role = "system" if self.role == "developer" else self.role
-        turn: dict[str, Any] = {"role": role, "content": content}
-        if self.name is not None:
-            turn["name"] = self.name
-        if self.tool_call_id is not None:
-            turn["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            turn["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-                }
-                for call in self.tool_calls
-            ]
-        return turn
-
-
-def _arguments(text: str) -> Json:
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError("messages: the arguments of a tool call are not a JSON object")
-    return found
 
 
 class FunctionDefinition(Strict):
@@ -107,7 +23,7 @@ class FunctionDefinition(Strict):
     name: Name
     description: str | None = None
     parameters: Json | None = Field(default=None, description="A JSON Schema of the arguments.")
-    strict: bool | None = None
+    strict: bool | None = Field(default=None, description="Ignored: required calls always follow the schema strictly.")
 
 
 class Tool(Strict):
@@ -130,35 +46,6 @@ class ChosenTool(Strict):
     function: ChosenFunction
 
 
-class JsonSchema(Strict):
-    """A JSON Schema that the answer follows."""
-
-    name: Name
-    description: str | None = None
-    # "schema" is a method of pydantic's models.
-    definition: Json = Field(alias="schema")
-    strict: bool | None = Field(default=None, description="Ignored: the answer always follows the schema strictly.")
-
-
-class ResponseFormat(Strict):
-    """The format of the answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("invalid", "type json_schema requires json_schema, other types exclude it")
-        return self
-
-    def answer_schema(self) -> Json | None:
-        """The JSON Schema that the answer follows; None for plain text."""
-        if self.json_schema is not None:
-            return self.json_schema.definition
-        return {"type": "object"} if self.type == "json_object" else None
-
-
 _RESERVED = frozenset({"self", "messages", "tools", "template", "add_generation_prompt"})
 """The variables of chat templates that the server sets itself."""
 
@@ -167,13 +54,27 @@ class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="false: only the first call is returned.")
-    response_format: ResponseFormat | None = None
+    functions: list[FunctionDefinition] | None = Field(
+        default=None, max_length=128, description="The predecessor of tools."
+    )
+    function_call: Literal["none", "auto"] | ChosenFunction | None = Field(
+        default=None, description="The predecessor of tool_choice."
+    )
+    modalities: list[Literal["text"]] | None = Field(default=None, description="Answers are always text.")
+    reasoning_effort: str | None = Field(default=None, description="Ignored.")
+    verbosity: str | None = Field(default=None, description="Ignored.")
+    input: Any = Field(
+        default=None, description="Ignored: a parameter of other routes. The conversation is in messages."
+    )
+    echo: Literal[False] | None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
     chat_template_kwargs: Json | None = Field(
         default=None,
         description='Extension of nybble: more variables for the chat template, such as {"enable_thinking": false}.',
@@ -183,22 +84,52 @@ class ChatRequest(Sampling):
     def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("invalid", "top_logprobs requires logprobs=true")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        if self.functions and self.tools:
+            raise PydanticCustomError("invalid", "functions is the predecessor of tools: give one of them")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise PydanticCustomError("invalid", "tool_choice requires tools")
-        if isinstance(self.tool_choice, ChosenTool):
-            name = self.tool_choice.function.name
-            if all(tool.function.name != name for tool in self.tools or ()):
-                raise PydanticCustomError("invalid", "tool_choice names a function that is not among the tools")
+        if isinstance(self.function_call, ChosenFunction) and not self.functions:
+            raise PydanticCustomError("invalid", "function_call requires functions")
+        for param, chosen in (("tool_choice", self.tool_choice), ("function_call", self.function_call)):
+            function = chosen.function if isinstance(chosen, ChosenTool) else chosen
+            known = [*(tool.function for tool in self.tools or ()), *(self.functions or ())]
+            if isinstance(function, ChosenFunction) and all(each.name != function.name for each in known):
+                raise PydanticCustomError(
+                    "invalid", "{param} names a function that is not among the tools", {"param": param}
+                )
+        if len({*(names := [function.name for function in self.callable_functions().values()])}) < len(names):
+            raise PydanticCustomError("invalid", "tools: found two functions of the same name")
         if taken := _RESERVED.intersection(self.chat_template_kwargs or {}):
             raise PydanticCustomError(
                 "invalid", "chat_template_kwargs must not contain {names}", {"names": sorted(taken)}
             )
         return self
 
+    @property
+    def uses_functions(self) -> bool:
+        """Whether the client asks for calls by the predecessors of `tools`, which allow one call per answer."""
+        return bool(self.functions)
+
+    def callable_functions(self) -> dict[str, FunctionDefinition]:
+        """The functions that the model may call, by the parameter that holds their schema."""
+        if self.functions:
+            return {f"functions.{index}.parameters": function for index, function in enumerate(self.functions)}
+        return {f"tools.{index}.function.parameters": tool.function for index, tool in enumerate(self.tools or ())}
+
+    def choice(self) -> Literal["none", "auto", "required"] | str:
+        """Which function the model must call: none, any, or the one of this name; or whether it may call any."""
+        chosen = self.function_call if self.functions else self.tool_choice
+        if isinstance(chosen, ChosenTool):
+            return f"function {chosen.function.name}"
+        if isinstance(chosen, ChosenFunction):
+            return f"function {chosen.name}"
+        return chosen or "auto"
+
     def options(self) -> dict[str, Any]:
         """The options that were given. Without a limit, an answer may fill the context."""
         given = super().options()
-        given["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        limit = self.limit if self.max_completion_tokens is None else self.max_completion_tokens
+        given["max_tokens"] = None if limit == -1 else limit
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
         return given
@@ -266,6 +197,7 @@ class Answer(BaseModel):
     content: str | None
     refusal: None
     tool_calls: list[Call] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(BaseModel):
@@ -274,7 +206,7 @@ class ChatChoice(BaseModel):
     index: int
     message: Answer
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["function_call"]
 
 
 class ChatCompletion(BaseModel):
@@ -294,6 +226,7 @@ class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[CallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -302,7 +235,7 @@ class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["function_call"] | None
 
 
 class ChatChunk(BaseModel):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from nybble import generation
 from nybble.generation import TokenLogprob
-from nybble.generation.request import check_length
+from nybble.generation.request import check_length, prompt_ids
 from nybble.sampling import SamplingOptions
 from nybble.server.errors import ApiError
 from nybble.server.events import (
     AnswerFinished,
+    AnswerStarted,
     CollectedAnswer,
     Event,
     FinishReason,
@@ -24,6 +26,7 @@ from nybble.server.events import (
 from nybble.server.generation import GenerationRequest, Prompt
 from nybble.server.protocols.adapter import Adapter
 from nybble.server.protocols.schema import Sampling, TokenId, Usage, finite
+from nybble.server.protocols.scoring import score
 from nybble.server.service import Service
 from nybble.server.tools.reader import new_id
 
@@ -35,11 +38,18 @@ class CompletionRequest(Sampling):
 
     prompt: Prompts = Field(description="A string, token ids, or a list of either.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: Literal[False] | None = None
+    echo: bool | None = Field(
+        default=None, description="Put the prompt before the completion, with its log-probabilities if logprobs is set."
+    )
+    suffix: Literal[""] | None = None
+    max_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None, description="-1 stands for no limit. 0 generates nothing, which is useful with echo."
+    )
 
     def options(self) -> dict[str, Any]:
         """The options that were given. Without a limit, a completion has 16 tokens, as with OpenAI."""
-        given = {"max_tokens": 16, **super().options()}
+        limit = self.n_predict if self.max_tokens is None else self.max_tokens
+        given = {**super().options(), "max_tokens": 16 if limit is None else self.limit}
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
         return given
@@ -49,8 +59,10 @@ class TextLogprobs(BaseModel):
     """The log-probabilities of the tokens of a completion."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    """Tokens that share their text with another are called `token_id:ID`."""
     text_offset: list[int]
 
 
@@ -96,6 +108,8 @@ class CompletionAdapter(Adapter):
         """Characters of each answer so far."""
         self._pending: list[TextLogprobs | None] = [None] * self.answers
         """Log-probabilities for the next chunk of each answer."""
+        self._echoes: list[tuple[str, TextLogprobs | None]] = []
+        """The text of each prompt and the log-probabilities of its tokens, if the client asks for an echo."""
 
     def translate(self) -> GenerationRequest:
         """The prompts, each repeated once per answer."""
@@ -110,26 +124,63 @@ class CompletionAdapter(Adapter):
             seeds = self._body.seeds(self._per_prompt)
             return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]
 
-        return GenerationRequest(param="prompt", prepare=prepare, prompts=len(self._prompts))
+        return GenerationRequest(
+            param="prompt",
+            prepare=prepare,
+            parameters=self._body.form_parameters(),
+            prompts=len(self._prompts),
+            before=[functools.partial(self._add_echo, prompt) for prompt in self._prompts] if self._body.echo else (),
+        )
+
+    def _add_echo(self, prompt: str | list[int]) -> None:
+        """Computes the echo of the next prompt."""
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        if self._body.logprobs is None:
+            self._echoes.append((text, None))
+            return
+        if isinstance(prompt, str):
+            check_length(self._model, prompt)
+        ids = prompt_ids(self._tokenizer, prompt)
+        (first, *_) = ids
+        tokens = score(self._model, ids, self._body.logprobs)
+        found = _described(tokens, len(self._tokenizer.decode([first])))
+        self._echoes.append(
+            (
+                text,
+                TextLogprobs(
+                    tokens=[self._tokenizer.decode([first]), *found.tokens],
+                    token_logprobs=[None, *found.token_logprobs],
+                    top_logprobs=[None, *found.top_logprobs],
+                    text_offset=[0, *found.text_offset],
+                ),
+            )
+        )
+
+    def _echo(self, answer: int) -> tuple[str, TextLogprobs | None]:
+        return self._echoes[answer // self._per_prompt] if self._body.echo else ("", None)
 
     def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
         """The completion that holds all answers."""
-        choices = [
-            TextChoice(
-                index=index,
-                text=answer.text,
-                logprobs=None if self._body.logprobs is None else _described(answer.logprobs, 0),
-                finish_reason=answer.reason,
+        choices = []
+        for index, answer in enumerate(answers):
+            text, logprobs = self._echo(index)
+            if self._body.logprobs is not None:
+                logprobs = _joined(logprobs, _described(answer.logprobs, len(text)))
+            choices.append(
+                TextChoice(index=index, text=text + answer.text, logprobs=logprobs, finish_reason=answer.reason)
             )
-            for index, answer in enumerate(answers)
-        ]
         return TextCompletion(**self._head, choices=choices, usage=Usage.of(usage))
 
     def chunks(self, event: Event) -> Iterator[TextCompletion]:
         """The chunks of an event."""
         match event:
+            case AnswerStarted(answer):
+                text, self._pending[answer] = self._echo(answer)
+                self._offsets[answer] = len(text)
+                if text or self._pending[answer] is not None:
+                    yield self._chunk(answer, text)
             case LogprobsDelta(answer, tokens):
-                self._pending[answer] = _described(tokens, self._offsets[answer])
+                self._pending[answer] = _joined(self._pending[answer], _described(tokens, self._offsets[answer]))
                 self._offsets[answer] += sum(len(token.text) for token in tokens)
             case TextDelta(answer, text):
                 yield self._chunk(answer, text)
@@ -163,6 +214,26 @@ def _described(tokens: Sequence[TokenLogprob], offset: int) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[finite(token.logprob) for token in tokens],
-        top_logprobs=[{text: finite(value) for _, text, value in token.top} for token in tokens],
+        top_logprobs=[_named(token) for token in tokens],
         text_offset=offsets,
+    )
+
+
+def _named(token: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens at a position by text. Of several with the same text, one keeps it: the token itself."""
+    names: dict[str, int] = {token.text: token.token}
+    found = {}
+    for other, text, value in token.top:
+        found[text if names.setdefault(text, other) == other else f"token_id:{other}"] = finite(value)
+    return found
+
+
+def _joined(first: TextLogprobs | None, then: TextLogprobs) -> TextLogprobs:
+    if first is None:
+        return then
+    return TextLogprobs(
+        tokens=first.tokens + then.tokens,
+        token_logprobs=first.token_logprobs + then.token_logprobs,
+        top_logprobs=first.top_logprobs + then.top_logprobs,
+        text_offset=first.text_offset + then.text_offset,
     )

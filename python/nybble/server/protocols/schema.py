@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble import generation
 from nybble.sampling import choice_seed
+from nybble.server.protocols.forms import Formed
+from nybble.server.protocols.strict import Strict
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Grammar = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
+Limit = Literal[-1] | Count
+"""A number of tokens; -1 stands for no limit, as with llama-server."""
 
 MAX_CHOICES = 16
-
-
-class Strict(BaseModel):
-    """A part of a request. Values are not converted, and unknown parameters are errors."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
     """What a stream contains in addition to the answers."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="Ignored.")
 
 
-class Sampling(Strict):
+class Neutral(Strict):
+    """Parameters that do not change answers: accepted so that clients need no special case, and ignored.
+
+    Where a value would change answers, only those that do not are accepted.
+    """
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = Field(default=None, description="Speculation finds repetitions by itself.")
+    cache_prompt: bool | None = Field(default=None, description="Prompts are always cached.")
+    guided_decoding_backend: str | None = None
+    priority: int | None = None
+    best_of: Literal[1] | None = None
+    min_tokens: Literal[0] | None = None
+    ignore_eos: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+
+
+class Sampling(Neutral, Formed):
     """The parameters of both chat and completions. Defaults are those of `nybble.SamplingOptions`."""
 
     model: str | None = Field(default=None, description="The name of the model; the served model if omitted.")
@@ -53,10 +79,13 @@ class Sampling(Strict):
     )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    max_tokens: Count | None = None
-    user: str | None = Field(default=None, description="Accepted for compatibility and ignored.")
-    top_k: TokenId | None = Field(
-        default=None, description="Extension of nybble: keep the K likeliest tokens; 0 keeps all."
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
+        default=None, description="Extension of nybble: tokens that end the answer, which does not include them."
+    )
+    max_tokens: Limit | None = None
+    n_predict: Limit | None = Field(default=None, description="Another name of max_tokens, as with llama-server.")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None, description="Extension of nybble: keep the K likeliest tokens; 0 and -1 keep all."
     )
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -65,37 +94,50 @@ class Sampling(Strict):
     typical_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, description="Extension of nybble: keep the most typical tokens that reach this probability."
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
+    repetition_penalty: Repetition | None = Field(
         default=None, description="Extension of nybble: divide the logits of tokens seen before."
+    )
+    repeat_penalty: Repetition | None = Field(
+        default=None, description="Another name of repetition_penalty, as with llama-server."
     )
     penalty_window: TokenId | None = Field(
         default=None, description="Extension of nybble: the number of last tokens that penalties consider; 0 for all."
-    )
-    regex: Grammar | None = Field(
-        default=None, description="Extension of nybble: a regular expression that the whole answer matches."
-    )
-    grammar: Grammar | None = Field(
-        default=None, description="Extension of nybble: a Lark grammar that the whole answer follows."
     )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("invalid", "stream_options requires stream=true")
+        for name, other in _OTHER_NAMES.items():
+            if None not in (a := getattr(self, name), b := getattr(self, other)) and a != b:
+                raise PydanticCustomError(
+                    "invalid", "{other} is another name of {name}: give one of them", {"name": name, "other": other}
+                )
         return self
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def limit(self) -> int | None:
+        """The largest number of tokens that was given; None without a limit."""
+        given = self.n_predict if self.max_tokens is None else self.max_tokens
+        return None if given == -1 else given
 
     def options(self) -> dict[str, Any]:
         """The options that were given, named as in `nybble.SamplingOptions`."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "penalty_window", "stop", "max_tokens", "regex", "grammar",
+            "repetition_penalty", "penalty_window", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.repeat_penalty is not None:
+            given["repetition_penalty"] = self.repeat_penalty
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        given |= self.form_options()
         if self.logit_bias:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         return given
@@ -103,6 +145,10 @@ class Sampling(Strict):
     def seeds(self, count: int) -> list[int | None]:
         """A seed for each of `count` answers."""
         return [None if self.seed is None else choice_seed(self.seed, i) for i in range(count)]
+
+
+_OTHER_NAMES = {"repetition_penalty": "repeat_penalty", "max_tokens": "n_predict"}
+"""Parameters with a second name."""
 
 
 def _token_id(key: str) -> int:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from nybble.server.tools.formats import ToolFormat
-from nybble.server.tools.reader import CallStart, NotACallError, Reader, Schemas, normalized_json
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """A piece of the arguments of the call that started last."""
-
-    text: str
-
+from nybble.server.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, normalized_json
+from nybble.server.tools.unmarked import UnmarkedCalls
 
 Part = str | CallStart | CallArguments
 """A part of an answer: content, the start of a call, or a piece of its arguments."""
@@ -58,6 +50,8 @@ class ToolCallParser:
         stream: Report a call while it is written, before its end is known. Otherwise each call is reported as a whole,
             its arguments in one piece of normalized JSON, and a call without an end is content.
         parallel: Report all calls. Otherwise the parts after the first call are dropped.
+        unmarked: Whether an answer that is nothing but a call, written as JSON without markers, is a call. It is held
+            back until its end, or until it cannot be one.
     """
 
     def __init__(
@@ -68,6 +62,7 @@ class ToolCallParser:
         *,
         stream: bool = False,
         parallel: bool = True,
+        unmarked: bool = False,
     ) -> None:
         self._format = tool_format
         self._functions = functions
@@ -82,6 +77,10 @@ class ToolCallParser:
         self._after_call = False
         self._awaits_closing = False
         self._has_begun = False
+        self._unmarked = (
+            UnmarkedCalls(functions, tool_format.closing, reads_objects=not tool_format.bare) if unmarked else None
+        )
+        """Reads the answer from its beginning; None once it is certain that it is more than calls without markers."""
         self.calls: int = 0
 
     def push(self, text: str, tokens: Sequence[int]) -> list[Part]:
@@ -89,18 +88,34 @@ class ToolCallParser:
         before = self.calls
         parts: list[Part] = []
         # A piece holds the text of its last token; the tokens before it gave no text or are special tokens.
-        self._pending += "".join(self._special_tokens.get(token, "") for token in tokens) + text
+        added = "".join(self._special_tokens.get(token, "") for token in tokens) + text
+        self._pending += added
+        if self._unmarked is not None:
+            if self._unmarked.push(added):
+                return []
+            self._unmarked = None
         while self._pending and self._step(parts):
             pass
         return self._allowed(parts, before)
 
     def finish(self) -> list[Part]:
         """The text that was held back, at the end of the answer."""
+        if self._unmarked is not None:
+            return self._finish_unmarked(self._unmarked)
         if self._after_call and self._format.closing.startswith(self._pending.strip()):
             return []  # An answer may end within the last closing marker.
         rest = self._pending if self._reader is None or self._is_reported else self._read
         self._pending = self._read = ""
         return self._allowed([rest] if rest else [], self.calls)
+
+    def _finish_unmarked(self, unmarked: UnmarkedCalls) -> list[Part]:
+        """The calls without markers that the whole answer consists of; otherwise what its markers say."""
+        if not (found := unmarked.finish()):
+            self._unmarked = None
+            return [*self.push("", ()), *self.finish()]
+        self._pending = ""
+        self.calls = sum(isinstance(part, CallStart) for part in found)
+        return self._allowed([*found], 0)
 
     def _allowed(self, parts: list[Part], calls: int) -> list[Part]:
         """The parts without those after the first call, unless parallel calls are wanted.

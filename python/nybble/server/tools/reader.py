@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nybble.server.tools.arguments import Arguments
+
 T = TypeVar("T")
 Steps = Generator[None, str, T]
 """A coroutine that receives one character per step and returns its result."""
@@ -33,6 +35,13 @@ class CallStart:
     name: str
     quoted: bool = False
     """The arguments were written as a JSON string, whose content is passed on unparsed."""
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """A piece of the arguments of the call that started last."""
+
+    text: str
 
 
 def new_id() -> str:
@@ -189,6 +198,9 @@ def _object(reader: Reader, first: str) -> Steps[None]:
         elif key in ("arguments", "parameters") and not emitted and early is None:
             if value == '"':
                 early, quoted = (yield from reader.string(value)), True
+            elif value == "n":  # null stands for no arguments.
+                yield from reader.value(value, len)
+                early = "{}"
             elif name is None:
                 parts: list[str] = []
                 yield from reader.value(value, parts.append)
@@ -238,12 +250,12 @@ def _arguments(reader: Reader, name: str, first: str) -> Steps[None]:
 def tagged(reader: Reader) -> Steps[None]:
     """`<function=NAME><parameter=KEY>VALUE</parameter>...</function>`.
 
-    A value is plain text if the schema says that it is a string, and JSON otherwise.
+    A value is text if its schema allows a string, and JSON otherwise.
     """
     yield from reader.expect("<function=")
     name, _ = yield from reader.until(">", limit=_MAX_HEAD)
     reader.begin(name)
-    properties = (reader.functions[name] or {}).get("properties")
+    arguments = Arguments(reader.functions[name])
     before = "{"
     while True:
         tag, _ = yield from reader.until(">", limit=_MAX_HEAD)
@@ -256,13 +268,11 @@ def tagged(reader: Reader) -> Steps[None]:
         key = tag.removeprefix("<parameter=")
         reader.emit(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
         before = ", "
-        schema = properties.get(key) if isinstance(properties, dict) else None
-        if isinstance(schema, dict) and schema.get("type") == "string":
+        if arguments.is_text(key):
             yield from _plain_text(reader)
         else:
             value, _ = yield from reader.until("</parameter>")
-            value = value.removeprefix("\n").removesuffix("\n")
-            reader.emit(normalized_json(value) or json.dumps(value, ensure_ascii=False))
+            reader.emit(arguments.json_of(key, value.removeprefix("\n").removesuffix("\n")))
 
 
 def _plain_text(reader: Reader) -> Steps[None]:

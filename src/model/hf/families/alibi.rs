@@ -15,7 +15,7 @@ const MAX_BIAS: f32 = 8.0;
 pub(super) const BLOOM: HfFamily = HfFamily {
     model_types: &["bloom"],
     architecture: "bloom",
-    defaults: &[&[("layer_norm_epsilon", "1e-5"), ("seq_length", "2048"), ("tie_word_embeddings", "true")]],
+    defaults: &[&[("seq_length", "2048")]],
     outside: &[&[
         tensor("token_embd", "~word_embeddings"),
         tensor("token_embd_norm", "~word_embeddings_layernorm").bias(Always),
@@ -46,12 +46,7 @@ pub(super) const BLOOM: HfFamily = HfFamily {
 pub(super) const FALCON: HfFamily = HfFamily {
     model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
     architecture: "falcon",
-    defaults: &[&[
-        ("layer_norm_epsilon", "1e-5"),
-        ("activation", "\"gelu\""),
-        ("max_position_embeddings", "2048"),
-        ("tie_word_embeddings", "true"),
-    ]],
+    defaults: &[&[("new_decoder_architecture", "null")]],
     outside: &[&[
         tensor("token_embd", "~word_embeddings"),
         tensor("output_norm", "~ln_f").bias(Always),
@@ -117,7 +112,6 @@ fn one_norm(settings: &Settings) -> Result<bool> {
 pub(super) const MPT: HfFamily = HfFamily {
     model_types: &["mpt"],
     architecture: "mpt",
-    defaults: &[&[("layer_norm_epsilon", "1e-5"), ("max_seq_len", "2048"), ("tie_word_embeddings", "true")]],
     outside: &[&[
         tensor("token_embd", "~wte"),
         tensor("position_embd", "~wpe").when(Optional),
@@ -133,9 +127,16 @@ pub(super) const MPT: HfFamily = HfFamily {
         tensor("ffn_up", "ffn.up_proj").bias(Optional),
         tensor("ffn_down", "ffn.down_proj").bias(Optional),
     ]],
+    without_influence: &[
+        "embedding_fraction",
+        "expansion_ratio",
+        "init_device",
+        "learned_pos_emb",
+        "no_bias",
+        "norm_type",
+    ],
     activation: ActivationSource::Is("gelu"),
     adjust: |settings, sizes| {
-        // transformers ignores `expansion_ratio`.
         sizes.ffn = 4 * sizes.hidden;
         if let Some(attention) = settings.object("attn_config")? {
             sizes.kv_heads = attention.optional_count(&["kv_n_heads"])?.unwrap_or(sizes.heads);

@@ -13,6 +13,8 @@ use crate::model::hf::sizes::Sizes;
 pub(in crate::model::hf) enum ActivationSource {
     /// The first of these keys that has a value.
     Under(&'static [&'static str]),
+    /// As `Under`, but `gelu` means its approximation by tanh, as transformers reads the first models of Gemma.
+    UnderForTanh(&'static [&'static str]),
     /// The family: this name in the metadata.
     Is(&'static str),
 }
@@ -49,8 +51,11 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) model_types: &'static [&'static str],
     /// `general.architecture` in GGUF.
     pub(in crate::model::hf) architecture: &'static str,
-    /// The defaults of transformers for keys that `config.json` lacks.
+    /// Defaults for keys that `config.json` lacks, where they differ from those of the class in transformers.
     pub(in crate::model::hf) defaults: Defaults,
+    /// Keys of the class without influence on the result, besides those of all families.
+    #[cfg_attr(not(test), allow(dead_code, reason = "a list that a test holds against transformers"))]
+    pub(in crate::model::hf) without_influence: &'static [&'static str],
     /// Prefixes that `~` may stand for in names. The first that a tensor begins with is taken.
     pub(in crate::model::hf) bases: &'static [&'static str],
     /// Tensors outside the layers.
@@ -76,6 +81,7 @@ pub(super) const BASE: HfFamily = HfFamily {
     model_types: &[],
     architecture: "",
     defaults: &[],
+    without_influence: &[],
     bases: &["model.", ""],
     outside: &[EMBEDDING],
     layers: "~layers.",

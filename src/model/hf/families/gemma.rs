@@ -12,7 +12,6 @@ use Transform::{AddOne, Copy};
 pub(super) const GEMMA: HfFamily = HfFamily {
     model_types: &["gemma"],
     architecture: "gemma",
-    defaults: &[&[("rms_norm_eps", "1e-6"), ("max_position_embeddings", "8192"), ("head_dim", "256")]],
     outside: &[TIED],
     layer: &[
         &[tensor("attn_norm", "input_layernorm").by(AddOne), tensor("ffn_norm", "post_attention_layernorm").by(AddOne)],
@@ -20,8 +19,8 @@ pub(super) const GEMMA: HfFamily = HfFamily {
         &gated(Always, Never),
     ],
     ignored: &["lm_head."],
-    // Not that of config.json, which is wrong in the first models.
-    activation: ActivationSource::Is("gelu_tanh"),
+    activation: ActivationSource::UnderForTanh(&["hidden_act"]),
+    keys: |keys| keys.require("tie_word_embeddings", true),
     ..BASE
 };
 
@@ -38,21 +37,12 @@ const FOUR_NORMS: &[Entry] = &[
 pub(super) const GEMMA2: HfFamily = HfFamily {
     model_types: &["gemma2"],
     architecture: "gemma2",
-    defaults: &[&[
-        ("rms_norm_eps", "1e-6"),
-        ("max_position_embeddings", "8192"),
-        ("head_dim", "256"),
-        ("hidden_activation", "\"gelu_pytorch_tanh\""),
-        ("query_pre_attn_scalar", "256"),
-        ("attn_logit_softcapping", "50.0"),
-        ("final_logit_softcapping", "30.0"),
-        ("sliding_window", "4096"),
-        ("sliding_window_pattern", "2"),
-    ]],
+    defaults: &[&[("sliding_window_pattern", "2")]],
     layer: &[FOUR_NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
+        keys.require("tie_word_embeddings", true)?;
         scale(keys)?;
         // Readers assume a cap where the key is missing, so no cap is written as 0.
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
@@ -69,20 +59,7 @@ pub(super) const GEMMA3: HfFamily = HfFamily {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",
     // The files of the larger models have few sizes.
-    defaults: &[&[
-        ("vocab_size", "262208"),
-        ("rms_norm_eps", "1e-6"),
-        ("max_position_embeddings", "131072"),
-        ("num_attention_heads", "8"),
-        ("num_key_value_heads", "4"),
-        ("head_dim", "256"),
-        ("hidden_activation", "\"gelu_pytorch_tanh\""),
-        ("query_pre_attn_scalar", "256"),
-        ("rope_theta", "1e6"),
-        ("rope_local_base_freq", "1e4"),
-        ("sliding_window", "4096"),
-        ("sliding_window_pattern", "6"),
-    ]],
+    defaults: &[&[("rope_theta", "1e6"), ("rope_local_base_freq", "1e4"), ("sliding_window_pattern", "6")]],
     bases: &["language_model.model.", "model.language_model.", "model.", ""],
     layer: &[
         FOUR_NORMS,
@@ -101,8 +78,8 @@ pub(super) const GEMMA3: HfFamily = HfFamily {
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
     keys: |keys| {
+        keys.require("tie_word_embeddings", true)?;
         scale(keys)?;
-        keys.require("use_bidirectional_attention", false)?;
         if keys.settings.get("attn_logit_softcapping").is_some() {
             let key = "attn_logit_softcapping";
             return Err(keys.settings.unsupported(key, "a cap in Gemma 3", "supported: null"));

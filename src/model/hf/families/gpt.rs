@@ -13,12 +13,6 @@ use Transform::{Copy, Skip, Transpose, Ungroup};
 pub(super) const GPT2: HfFamily = HfFamily {
     model_types: &["gpt2"],
     architecture: "gpt2",
-    defaults: &[&[
-        ("layer_norm_epsilon", "1e-5"),
-        ("activation_function", "\"gelu_new\""),
-        ("n_positions", "1024"),
-        ("tie_word_embeddings", "true"),
-    ]],
     bases: &["transformer.", ""],
     outside: &[OUTSIDE],
     layers: "~h.",
@@ -57,17 +51,14 @@ const fn layer(qkv: Transform, rest: Transform) -> [Entry; 6] {
 pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
     model_types: &["gpt_bigcode"],
     architecture: "starcoder",
-    defaults: &[&[
-        ("layer_norm_epsilon", "1e-5"),
-        ("activation_function", "\"gelu_pytorch_tanh\""),
-        ("n_positions", "1024"),
-        ("tie_word_embeddings", "true"),
-        ("multi_query", "true"),
-    ]],
     layer: &[&layer(Ungroup, Copy)],
     adjust: |settings, sizes| {
         sizes.kv_heads = if settings.switch("multi_query", true)? { 1 } else { sizes.heads };
         four_times(settings, sizes)
+    },
+    keys: |keys| {
+        keys.require("scale_attn_weights", true)?;
+        keys.require("add_cross_attention", false)
     },
     ..GPT2
 };
@@ -76,12 +67,6 @@ pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
 pub(super) const GPTJ: HfFamily = HfFamily {
     model_types: &["gptj"],
     architecture: "gptj",
-    defaults: &[&[
-        ("layer_norm_epsilon", "1e-5"),
-        ("activation_function", "\"gelu_new\""),
-        ("n_positions", "2048"),
-        ("rotary_dim", "64"),
-    ]],
     outside: &[&[
         tensor("token_embd", "~wte"),
         tensor("output_norm", "~ln_f").bias(Always),
@@ -105,13 +90,7 @@ pub(super) const GPTJ: HfFamily = HfFamily {
 pub(super) const GPT_NEOX: HfFamily = HfFamily {
     model_types: &["gpt_neox"],
     architecture: "gptneox",
-    defaults: &[&[
-        ("layer_norm_eps", "1e-5"),
-        ("hidden_act", "\"gelu\""),
-        ("max_position_embeddings", "2048"),
-        ("rotary_pct", "0.25"),
-        ("attention_bias", "true"),
-    ]],
+    defaults: &[&[("rotary_pct", "0.25")]],
     bases: &["gpt_neox.", ""],
     outside: &[&[
         tensor("token_embd", "~embed_in"),
@@ -137,14 +116,7 @@ pub(super) const GPT_NEOX: HfFamily = HfFamily {
 pub(super) const OPT: HfFamily = HfFamily {
     model_types: &["opt"],
     architecture: "opt",
-    defaults: &[&[
-        ("layer_norm_eps", "1e-5"),
-        ("activation_function", "\"relu\""),
-        ("max_position_embeddings", "2048"),
-        ("tie_word_embeddings", "true"),
-        ("enable_bias", "true"),
-        ("do_layer_norm_before", "true"),
-    ]],
+    defaults: &[&[("layer_norm_eps", "1e-5")]],
     bases: &["model.decoder.", "decoder.", ""],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
@@ -191,13 +163,6 @@ fn has_last_norm(settings: &Settings) -> Result<bool> {
 pub(super) const STARCODER2: HfFamily = HfFamily {
     model_types: &["starcoder2"],
     architecture: "starcoder2",
-    defaults: &[&[
-        ("norm_epsilon", "1e-5"),
-        ("hidden_act", "\"gelu_pytorch_tanh\""),
-        ("max_position_embeddings", "4096"),
-        ("tie_word_embeddings", "true"),
-        ("use_bias", "true"),
-    ]],
     outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[

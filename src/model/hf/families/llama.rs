@@ -12,7 +12,6 @@ use Transform::{Copy, PairNeighbors, Stack};
 pub(super) const LLAMA: HfFamily = HfFamily {
     model_types: &["llama"],
     architecture: "llama",
-    defaults: &[&[("rms_norm_eps", "1e-6"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")]],
     layer: &[
         NORMS,
         &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
@@ -22,31 +21,12 @@ pub(super) const LLAMA: HfFamily = HfFamily {
 };
 
 /// Jiang et al. 2023, arXiv 2310.06825.
-pub(super) const MISTRAL: HfFamily = HfFamily {
-    model_types: &["mistral"],
-    defaults: &[&[
-        ("rms_norm_eps", "1e-6"),
-        ("hidden_act", "\"silu\""),
-        ("max_position_embeddings", "131072"),
-        ("num_key_value_heads", "8"),
-        ("sliding_window", "4096"),
-    ]],
-    window: WindowRule::Always,
-    ..LLAMA
-};
+pub(super) const MISTRAL: HfFamily = HfFamily { model_types: &["mistral"], window: WindowRule::Always, ..LLAMA };
 
 /// Jiang et al. 2024, arXiv 2401.04088.
 pub(super) const MIXTRAL: HfFamily = HfFamily {
     model_types: &["mixtral"],
-    defaults: &[&[
-        ("rms_norm_eps", "1e-5"),
-        ("hidden_act", "\"silu\""),
-        ("max_position_embeddings", "131072"),
-        ("num_key_value_heads", "8"),
-        ("num_local_experts", "8"),
-        ("num_experts_per_tok", "2"),
-        ("rope_theta", "1e6"),
-    ]],
+    defaults: &[&[("rope_theta", "1e6")]],
     layer: &[
         NORMS,
         &attention(PairNeighbors, Never, Never),
@@ -83,16 +63,7 @@ pub(super) const GRANITE: HfFamily = HfFamily {
 pub(super) const SMOLLM3: HfFamily = HfFamily {
     model_types: &["smollm3"],
     architecture: "smollm3",
-    defaults: &[&[
-        ("rms_norm_eps", "1e-6"),
-        ("hidden_act", "\"silu\""),
-        ("max_position_embeddings", "32768"),
-        ("num_key_value_heads", "4"),
-        ("no_rope_layer_interval", "4"),
-        ("rope_theta", "2e6"),
-        ("tie_word_embeddings", "true"),
-        ("use_sliding_window", "false"),
-    ]],
+    defaults: &[&[("rope_theta", "2e6")]],
     window: WindowRule::Listed,
     keys: |keys| {
         let layers = keys.sizes.layers;
@@ -116,7 +87,6 @@ pub(super) const SMOLLM3: HfFamily = HfFamily {
 pub(super) const OLMO2: HfFamily = HfFamily {
     model_types: &["olmo2"],
     architecture: "olmo2",
-    defaults: &[&[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "2048")]],
     layer: &[
         &attention(Copy, If("attention_bias"), If("attention_bias")),
         &[
@@ -134,12 +104,7 @@ pub(super) const OLMO2: HfFamily = HfFamily {
 pub(super) const STABLELM: HfFamily = HfFamily {
     model_types: &["stablelm"],
     architecture: "stablelm",
-    defaults: &[&[
-        ("layer_norm_eps", "1e-5"),
-        ("hidden_act", "\"silu\""),
-        ("max_position_embeddings", "4096"),
-        ("partial_rotary_factor", "0.25"),
-    ]],
+    defaults: &[&[("partial_rotary_factor", "0.25")]],
     outside: &[EMBEDDING_WITH_BIAS],
     layer: &[
         &[

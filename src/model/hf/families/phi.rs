@@ -11,12 +11,7 @@ use Need::{Always, If};
 pub(super) const PHI: HfFamily = HfFamily {
     model_types: &["phi"],
     architecture: "phi2",
-    defaults: &[&[
-        ("layer_norm_eps", "1e-5"),
-        ("hidden_act", "\"gelu_new\""),
-        ("max_position_embeddings", "2048"),
-        ("partial_rotary_factor", "0.5"),
-    ]],
+    defaults: &[&[("partial_rotary_factor", "0.5")]],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
         tensor("output_norm", "~final_layernorm").bias(Always),
@@ -42,7 +37,6 @@ pub(super) const PHI: HfFamily = HfFamily {
 pub(super) const PHI3: HfFamily = HfFamily {
     model_types: &["phi3"],
     architecture: "phi3",
-    defaults: &[&[("rms_norm_eps", "1e-5"), ("hidden_act", "\"silu\""), ("max_position_embeddings", "4096")]],
     layer: &[
         NORMS,
         &[

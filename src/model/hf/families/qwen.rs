@@ -9,22 +9,10 @@ use crate::model::hf::sizes::Sizes;
 use Need::{Always, Dense, If, Never, Sparse};
 use Transform::{Copy, Squeeze, Stack};
 
-/// What all of them share.
-const DEFAULTS: &[(&str, &str)] = &[
-    ("rms_norm_eps", "1e-6"),
-    ("hidden_act", "\"silu\""),
-    ("max_position_embeddings", "32768"),
-    ("sliding_window", "4096"),
-    ("use_sliding_window", "false"),
-];
-/// Only the last layers have windows.
-const LAST_LAYERS: &[(&str, &str)] = &[("max_window_layers", "28")];
-
 /// Yang et al. 2024, arXiv 2407.10671; also Qwen 2.5.
 pub(super) const QWEN2: HfFamily = HfFamily {
     model_types: &["qwen2"],
     architecture: "qwen2",
-    defaults: &[DEFAULTS, LAST_LAYERS],
     layer: &[NORMS, &attention(Copy, Always, Never), &gated(Always, Never)],
     window: WindowRule::From("max_window_layers"),
     ..BASE
@@ -48,18 +36,6 @@ const EXPERTS: [Entry; 7] = {
 pub(super) const QWEN2_MOE: HfFamily = HfFamily {
     model_types: &["qwen2_moe"],
     architecture: "qwen2moe",
-    defaults: &[
-        DEFAULTS,
-        LAST_LAYERS,
-        &[
-            ("qkv_bias", "true"),
-            ("decoder_sparse_step", "1"),
-            ("num_experts", "60"),
-            ("num_experts_per_tok", "4"),
-            ("moe_intermediate_size", "1408"),
-            ("shared_expert_intermediate_size", "5632"),
-        ],
-    ],
     layer: &[
         NORMS,
         &attention(Copy, If("qkv_bias"), Never),
@@ -80,7 +56,6 @@ pub(super) const QWEN2_MOE: HfFamily = HfFamily {
 pub(super) const QWEN3: HfFamily = HfFamily {
     model_types: &["qwen3"],
     architecture: "qwen3",
-    defaults: &[DEFAULTS, LAST_LAYERS, &[("head_dim", "128")]],
     layer: &[
         NORMS,
         &attention(Copy, If("attention_bias"), If("attention_bias")),
@@ -94,16 +69,6 @@ pub(super) const QWEN3: HfFamily = HfFamily {
 pub(super) const QWEN3_MOE: HfFamily = HfFamily {
     model_types: &["qwen3_moe"],
     architecture: "qwen3moe",
-    defaults: &[
-        DEFAULTS,
-        &[
-            ("num_key_value_heads", "4"),
-            ("decoder_sparse_step", "1"),
-            ("num_experts", "128"),
-            ("num_experts_per_tok", "8"),
-            ("moe_intermediate_size", "768"),
-        ],
-    ],
     layer: &[NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &head_norms(Copy), &EXPERTS],
     window: WindowRule::Always,
     adjust: sparse_layers,

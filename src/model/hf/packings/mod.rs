@@ -17,6 +17,8 @@
 //! Sources: AutoGPTQ's and GPTQModel's `QuantLinear`, AutoAWQ's `WQLinear_GEMM`, compressed-tensors' `pack_quantized`,
 //! auto-round's `inference/backend.py`.
 
+use std::path::Path;
+
 mod layout;
 pub(super) mod matrix;
 mod parts;
@@ -32,11 +34,13 @@ use matrix::Matrix;
 use parts::Parts;
 
 /// How a checkpoint packs its linear layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Packing {
     layout: Layout,
     /// Columns that share a scale. `None` where whole rows do.
     group: Option<usize>,
+    /// As `group`, for the layers of single rules. A matrix's scales show which one it has.
+    other_groups: Vec<Option<usize>>,
     /// Whether the columns of a group are not adjacent. A tensor must then hold the group of each column.
     scattered: bool,
 }
@@ -45,10 +49,18 @@ const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors
                          the original checkpoint, or a GGUF file";
 
 impl Packing {
-    /// The packing that `quantization_config` of `config.json` describes, if it has one.
-    pub(super) fn read(settings: &Settings) -> Result<Option<Packing>> {
-        let Some(config) = settings.object("quantization_config")? else { return Ok(None) };
-        let method = config.text(&["quant_method"])?.ok_or_else(|| config.missing("quant_method", "a method"))?;
+    /// The packing that `quantization_config` of `config.json` describes, or a file of the first versions of AutoGPTQ or
+    /// AutoAWQ in `folder`, if there is one.
+    pub(super) fn read(settings: &Settings, folder: &Path) -> Result<Option<Packing>> {
+        let (config, default) = match settings.object("quantization_config")? {
+            Some(config) => (config, None),
+            None => match Packing::older_file(folder)? {
+                Some((config, method)) => (config, Some(method.to_owned())),
+                None => return Ok(None),
+            },
+        };
+        let method = config.text(&["quant_method"])?.or(default);
+        let method = method.ok_or_else(|| config.missing("quant_method", "a method"))?;
         let packing = match method.as_str() {
             "gptq" => Packing::gptq(&config)?,
             "awq" => Packing::awq(&config)?,
@@ -61,13 +73,41 @@ impl Packing {
         Ok(Some(packing))
     }
 
+    /// The file in which the first versions of AutoGPTQ or AutoAWQ describe the packing, and the name of the method.
+    fn older_file(folder: &Path) -> Result<Option<(Settings, &'static str)>> {
+        for (name, method) in [("quantize_config.json", "gptq"), ("quant_config.json", "awq")] {
+            let path = folder.join(name);
+            if path.is_file() {
+                return Ok(Some((Settings::read(&path)?, method)));
+            }
+        }
+        Ok(None)
+    }
+
     fn gptq(config: &Settings) -> Result<Packing> {
         four_bits(config, "bits")?;
-        if let Some(Value::Object(rules)) = config.get("dynamic")
-            && !rules.is_empty()
-        {
-            let supported = "supported: the same bits and groups in all layers";
-            return Err(config.unsupported("dynamic", "rules for single layers", supported));
+        let rules = match config.get("dynamic") {
+            // Layers of a rule without settings are not packed.
+            None | Some(Value::Bool(false)) => Vec::new(),
+            Some(Value::Object(rules)) => rules.into_iter().filter(|rule| !rule.0.starts_with("-:")).collect(),
+            Some(other) => return Err(config.malformed("dynamic", json::brief(&other), "an object of rules")),
+        };
+        let mut other_groups = Vec::new();
+        let mut scattered = config.switch("desc_act", false)?;
+        for (pattern, rule) in &rules {
+            let unsupported = |what: String, supported: &str| config.unsupported("dynamic", what, supported);
+            match rule.get("bits").map(Value::as_u64) {
+                None | Some(Some(4)) => {}
+                _ => return Err(unsupported(format!("{} bits for {pattern:?}", rule["bits"]), "supported: 4")),
+            }
+            let others = ["format", "method", "quant_method", "pack_dtype"];
+            if let Some(key) = others.into_iter().find(|key| rule.get(key).is_some()) {
+                return Err(unsupported(format!("{key} for {pattern:?}"), "supported: group_size, desc_act and sym"));
+            }
+            if let Some(size) = rule.get("group_size") {
+                other_groups.push(columns_of(config, size)?);
+            }
+            scattered |= rule.get("desc_act").and_then(Value::as_bool).unwrap_or(false);
         }
         let format = config.text(&["checkpoint_format"])?.unwrap_or_else(|| "gptq".to_owned());
         let one_less = match format.as_str() {
@@ -81,12 +121,11 @@ impl Packing {
                 return Err(config.unsupported("checkpoint_format", what, "supported: gptq and gptq_v2"));
             }
         };
-        let scattered = config.switch("desc_act", false)?;
-        Ok(Packing { layout: Layout::Gptq { one_less }, group: group_size(config)?, scattered })
+        Ok(Packing { layout: Layout::Gptq { one_less }, group: group_size(config)?, other_groups, scattered })
     }
 
     fn awq(config: &Settings) -> Result<Packing> {
-        four_bits(config, "bits")?;
+        four_bits(config, if config.get("w_bit").is_some() { "w_bit" } else { "bits" })?;
         let version = config.text(&["version"])?.unwrap_or_else(|| "gemm".to_owned());
         if !version.eq_ignore_ascii_case("gemm") {
             return Err(config.unsupported("version", format_args!("the layout {version:?}"), "supported: gemm"));
@@ -94,7 +133,7 @@ impl Packing {
         if !config.switch("zero_point", true)? {
             return Err(config.unsupported("zero_point", "a layer without zero points", "supported: true"));
         }
-        Ok(Packing { layout: Layout::Awq, group: group_size(config)?, scattered: false })
+        Ok(Packing { layout: Layout::Awq, group: group_size(config)?, other_groups: Vec::new(), scattered: false })
     }
 
     fn auto_round(config: &Settings) -> Result<Packing> {
@@ -119,7 +158,12 @@ impl Packing {
                 return Err(config.unsupported("packing_format", format_args!("the format {other:?}"), supported));
             }
         };
-        Ok(Packing { layout, group: group_size(config)?, scattered: config.switch("desc_act", false)? })
+        Ok(Packing {
+            layout,
+            group: group_size(config)?,
+            other_groups: Vec::new(),
+            scattered: config.switch("desc_act", false)?,
+        })
     }
 
     fn compressed(config: &Settings) -> Result<Packing> {
@@ -174,11 +218,16 @@ impl Packing {
                 return Err(weights.unsupported("actorder", what, "supported: group, dynamic, weight, static, null"));
             }
         };
-        Ok(Packing { layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? }, group, scattered })
+        Ok(Packing {
+            layout: Layout::Compressed { symmetric: weights.switch("symmetric", true)? },
+            group,
+            other_groups: Vec::new(),
+            scattered,
+        })
     }
 
     /// The suffix of the name of the codes, instead of `.weight`.
-    fn codes(self) -> &'static str {
+    fn codes(&self) -> &'static str {
         match self.layout {
             Layout::Gptq { .. } | Layout::Awq => ".qweight",
             Layout::Compressed { .. } => ".weight_packed",
@@ -186,15 +235,16 @@ impl Packing {
     }
 
     /// The codes of the matrix `name`, if the checkpoint has it packed.
-    pub(super) fn find<'a>(self, files: &'a SafeTensors, name: &str) -> Option<&'a TensorInfo> {
+    pub(super) fn find<'a>(&self, files: &'a SafeTensors, name: &str) -> Option<&'a TensorInfo> {
         files.tensor(&format!("{}{}", name.strip_suffix(".weight")?, self.codes()))
     }
 
     /// The packed matrix `name`, `(rows, columns)`. All shapes and numbers are checked.
-    pub(super) fn matrix(self, files: &SafeTensors, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
+    pub(super) fn matrix(&self, files: &SafeTensors, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
         let stem = name.strip_suffix(".weight").unwrap_or(name);
         let parts = Parts { files, stem };
-        let groups = columns.div_ceil(self.group.unwrap_or(columns).max(1));
+        let group = self.group_of(&parts, columns)?;
+        let groups = columns.div_ceil(group);
         let mut matrix = match self.layout {
             Layout::Gptq { .. } | Layout::Awq => {
                 if !rows.is_multiple_of(8) || !columns.is_multiple_of(8) {
@@ -221,7 +271,7 @@ impl Packing {
         if matches!(self.layout, Layout::Compressed { .. }) {
             matrix.add_checked(parts.at(".weight_shape")?);
         }
-        matrix.group = self.group.unwrap_or(columns).max(1);
+        matrix.group = group;
         let order = match self.layout {
             Layout::Gptq { .. } => ".g_idx",
             Layout::Awq => return matrix.classified(files, &parts),
@@ -235,9 +285,36 @@ impl Packing {
     }
 }
 
+impl Packing {
+    /// The columns of a group of a matrix: of the sizes that the rules allow, the one that it has as many scales for.
+    fn group_of(&self, parts: &Parts<'_>, columns: usize) -> Result<usize> {
+        let mut sizes: Vec<usize> = Vec::new();
+        for size in std::iter::once(self.group).chain(self.other_groups.iter().copied()) {
+            let size = size.unwrap_or(columns).clamp(1, columns.max(1));
+            if !sizes.contains(&size) {
+                sizes.push(size);
+            }
+        }
+        let shape = parts.files.tensor(&parts.name(".scales")).map(TensorInfo::shape);
+        let fits = |size: &&usize| shape.and_then(|shape| shape.first()) == Some(&columns.div_ceil(**size));
+        match (sizes.as_slice(), sizes.iter().filter(fits).copied().collect::<Vec<_>>().as_slice()) {
+            ([only], _) | (_, [only]) => Ok(*only),
+            (_, found) => {
+                let what = format!("{} of the group sizes {sizes:?} fit, for {columns} columns", found.len());
+                Err(parts.malformed(".scales", what, "one: quantization_config.dynamic of config.json has these sizes"))
+            }
+        }
+    }
+}
+
 /// The columns of a group. `None` for whole rows.
 fn group_size(config: &Settings) -> Result<Option<usize>> {
-    let value = config.get("group_size").ok_or_else(|| config.missing("group_size", "columns in a group, or -1"))?;
+    let value = config.find(&["group_size", "q_group_size"]).map(|found| found.1);
+    let value = value.ok_or_else(|| config.missing("group_size", "columns in a group, or -1"))?;
+    columns_of(config, &value)
+}
+
+fn columns_of(config: &Settings, value: &Value) -> Result<Option<usize>> {
     match value.as_i64() {
         Some(-1) => Ok(None),
         // A group of more columns than any matrix has is a whole row, too.

@@ -1,0 +1,186 @@
+"""GGUF files and folders of safetensors in unusual layouts, with more or fewer tensors than the model has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import Tensors, copy, logits, read_safetensors, write_safetensors
+from gguf_files import File, Tensor, u32
+from goldens import GOLDENS, golden
+
+from nybble import ModelError, _native
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4683073184\n"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> File:
+    """The golden llama in F32."""
+    out = tmp_path_factory.mktemp("gguf") / "llama.gguf"
+    _native.convert(GOLDENS / "llama", out, "f32")
+    return File.read(out)
+
+
+@pytest.fixture
+def changed(file: File) -> File:
+    return file.copy()
+
+
+def vector(length: int) -> Tensor:
+    return Tensor.of(np.linspace(0.5, 1.5, length))
+
+
+# Tensors of GGUF
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_sinks.weight",
+        "blk.1.attn_norm.bias",
+        "blk.0.attn_sub_norm.weight",
+        "output_norm.bias",
+        "blk.0.attn_q.weight.lora_a",
+        "blk.0.ffn_gate.scale",
+        "blk.2.attn_q.weight",
+        "cls.output.weight",
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_refused_by_name(name: str, changed: File, tmp_path: Path) -> None:
+    changed.tensors[name] = vector(64)
+    with pytest.raises(ModelError, match=f'tensor "{name}"'):
+        logits(changed.write(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v.patch_embd.weight",
+        "mm.0.weight",
+        "blk.0.attn_rot_embd.weight",
+        "rope_factors_long.weight",
+        "mtp.layers.0.weight",
+        "blk.2.nextn.eh_proj.weight",
+    ],
+)
+def test_tensors_without_influence_change_no_logits(name: str, changed: File, tmp_path: Path) -> None:
+    expected = logits(changed.write(tmp_path / "plain.gguf"))
+    changed.tensors[name] = vector(8)
+    np.testing.assert_array_equal(logits(changed.write(tmp_path / "more.gguf")), expected)
+
+
+def test_empty_tensors_and_dimensions_of_one_at_the_end_change_no_logits(changed: File, tmp_path: Path) -> None:
+    expected = logits(changed.write(tmp_path / "plain.gguf"))
+    for name, tensor in changed.tensors.items():
+        more = [1, 1] if "norm" in name else [1]
+        changed.tensors[name] = Tensor([*tensor.shape, *more], tensor.kind, tensor.data)
+    changed.tensors["empty.weight"] = Tensor([64, 0], 0, b"")
+    path = changed.write(tmp_path / "odd.gguf")
+    np.testing.assert_array_equal(logits(path), expected)
+    # Norms keep their type.
+    assert logits(path, quantize="int4").shape == expected.shape
+    np.testing.assert_array_equal(logits(path, quantize="int4"), logits(tmp_path / "plain.gguf", quantize="int4"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "advice"),
+    [(4, "Q4_2", "Q4_0"), (31, "Q4_0_4_4", "Q4_0"), (33, "Q4_0_8_8", "Q4_0"), (37, "IQ4_NL_4_8", "IQ4_NL")],
+)
+def test_withdrawn_types_are_named_with_advice(
+    kind: int, name: str, advice: str, changed: File, tmp_path: Path
+) -> None:
+    old = changed.tensors["blk.0.ffn_up.weight"]
+    changed.tensors["blk.0.ffn_up.weight"] = Tensor(old.shape, kind, old.data)
+    with pytest.raises(ModelError, match=rf"blk.0.ffn_up.weight.*{name},.*a.* file.* in {advice}"):
+        logits(changed.write(tmp_path / "old.gguf"))
+
+
+@pytest.mark.parametrize("layout", [{"gap": 3}, {"version": 2}, {"alignment": 4096}], ids=str)
+def test_valid_layouts_are_read(layout: dict[str, Any], changed: File, tmp_path: Path) -> None:
+    expected = logits(changed.write(tmp_path / "plain.gguf"))
+    if "alignment" in layout:
+        changed.metadata["general.alignment"] = u32(layout["alignment"])
+    np.testing.assert_array_equal(logits(changed.write(tmp_path / "odd.gguf", **layout)), expected)
+
+
+def test_factors_of_the_rotation_apply_in_every_family(tmp_path: Path) -> None:
+    for family in ("llama", "qwen2"):
+        _native.convert(copy(family, tmp_path / family), tmp_path / f"{family}.gguf", "f32")
+        file = File.read(tmp_path / f"{family}.gguf")
+        expected = logits(tmp_path / f"{family}.gguf")
+        file.tensors["rope_freqs.weight"] = Tensor.of(np.ones(8))
+        np.testing.assert_array_equal(logits(file.write(tmp_path / "ones.gguf")), expected)
+        file.tensors["rope_freqs.weight"] = Tensor.of(np.linspace(1, 3, 8))
+        assert (logits(file.write(tmp_path / "others.gguf")) != expected).any()
+
+
+# Folders
+
+
+def is_golden(folder: Path) -> bool:
+    return float(np.abs(logits(folder) - golden("llama", "logits")[0]).max()) <= 2e-3
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "pytorch_model.safetensors"])
+def test_the_only_safetensors_file_may_have_any_name(name: str, tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "model", weights=name)
+    write_safetensors(folder / "adapter_model.safetensors", {"lora.weight": np.zeros((2, 2), np.float32)})
+    (folder / f"._{name}").write_bytes(b"macOS")
+    assert is_golden(folder)
+    write_safetensors(folder / "another.safetensors", {"other.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ModelError, match="several"):
+        logits(folder)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "gptq_model-4bit.safetensors.index.json"])
+def test_an_index_and_its_shards_may_have_any_names(index: str, tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "model")
+    tensors = read_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"one part é.safetensors": names[::2], "zz.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        write_safetensors(folder / shard, {name: tensors[name] for name in members})
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    (folder / index).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert is_golden(folder)
+
+
+def with_more(**more: tuple[int, ...]) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors.update({name.replace("__", "."): np.zeros(shape, np.float32) for name, shape in more.items()})
+
+    return change
+
+
+def with_dimensions_of_one(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.reshape(1, *tensor.shape, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [with_more(empty__weight=(0, 4)), with_more(mtp__fc__weight=(4, 4)), with_dimensions_of_one]
+)
+def test_tensors_of_a_folder_without_influence_are_ignored(change: Callable[[Tensors], None], tmp_path: Path) -> None:
+    assert is_golden(copy("llama", tmp_path / "model", tensors=change))
+
+
+def test_a_tensor_of_a_folder_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "model", tensors=with_more(model__layers__0__self_attn__sinks=(4,)))
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.sinks"):
+        logits(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json", "m.gguf"])
+def test_pointers_of_git_lfs_are_named(name: str, tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "model")
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=rf"{name}.*Git LFS pointer.*git lfs pull"):
+        logits(folder / name if name == "m.gguf" else folder)

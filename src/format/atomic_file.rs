@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::output::check_replaceable;
+use super::replaceable::check_replaceable;
 use crate::error::{Error, Result};
 
 /// A file under a temporary name in the folder of its target. [`AtomicFile::finish`] renames it; dropped before, it is removed.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memmap2::{Mmap, MmapOptions};
 
-use super::output::unresolved_link;
+use super::replaceable::unresolved_link;
 use crate::system::memory;
 
 /// The bytes of a file.

@@ -5,6 +5,7 @@ pub mod gguf;
 pub(crate) mod json;
 mod mapped;
 pub mod output;
+mod replaceable;
 #[doc(hidden)]
 pub mod safetensors;
 

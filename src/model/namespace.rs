@@ -5,8 +5,8 @@ use super::metadata::MetadataReader;
 use crate::error::Result;
 use crate::format::gguf::Value;
 
-/// Keys that [`Config::read`](super::config::Config::read) reads.
-const READ: &[&str] = &[
+/// Keys that `Config::read` reads.
+pub(super) const READ: &[&str] = &[
     "attention.alibi_scale",
     "attention.clamp_kqv",
     "attention.head_count",
@@ -54,7 +54,7 @@ const READ: &[&str] = &[
 ];
 
 /// Keys without influence on the result. One that ends with a dot stands for all that begin with it.
-const WITHOUT_INFLUENCE: &[&str] = &[
+pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
     // Tensors have these sizes.
     "embedding_length_out",
     "expert_feed_forward_length",
@@ -79,7 +79,7 @@ const WITHOUT_INFLUENCE: &[&str] = &[
 ];
 
 /// Keys that are not computed, and the values that mean the same as no key.
-const NEUTRAL: &[(&str, &[f64])] = &[
+pub(super) const NEUTRAL: &[(&str, &[f64])] = &[
     ("attention.causal", &[1.0]),
     ("attention.output_scale", &[0.0, 1.0]),
     ("attention.shared_kv_layers", &[0.0]),
@@ -96,7 +96,7 @@ const NEUTRAL: &[(&str, &[f64])] = &[
 ];
 
 /// Keys that repeat another one, and that one. Another value is not computed.
-const REPEATED: &[(&str, &str)] = &[
+pub(super) const REPEATED: &[(&str, &str)] = &[
     ("attention.key_length_swa", "attention.key_length"),
     ("attention.value_length_swa", "attention.value_length"),
     ("rope.dimension_count_swa", "rope.dimension_count"),
@@ -142,108 +142,4 @@ pub(super) fn check(keys: &MetadataReader<'_>) -> Result<()> {
 fn number(value: &Value) -> Option<f64> {
     let integer = value.as_bool().map(i64::from).or(value.as_i64());
     integer.map(|number| number as f64).or(value.as_f32().map(f64::from))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-    use crate::error::Error;
-    use crate::format::gguf::{Array, Metadata};
-    use crate::format::{Checkpoint, Tensor};
-    use crate::model::config::Config;
-
-    struct Keys(Metadata);
-
-    impl Checkpoint for Keys {
-        fn path(&self) -> &Path {
-            Path::new("test.gguf")
-        }
-
-        fn metadata(&self) -> &Metadata {
-            &self.0
-        }
-
-        fn tensor(&self, _: &str) -> Option<Tensor<'_>> {
-            None
-        }
-
-        fn names(&self) -> Vec<&str> {
-            Vec::new()
-        }
-
-        fn release(&self, _: &str) {}
-    }
-
-    /// Keys with which every other one is read that a model of `family` has.
-    fn metadata(family: &str) -> Metadata {
-        let mut metadata = Metadata::new();
-        metadata.set("general.architecture", family);
-        metadata.set(format!("{family}.embedding_length"), 4u32);
-        for key in ["block_count", "context_length", "attention.head_count", "expert_count"] {
-            metadata.set(format!("{family}.{key}"), 2u32);
-        }
-        metadata.set(format!("{family}.expert_used_count"), 1u32);
-        metadata.set(format!("{family}.rope.scaling.type"), "yarn");
-        for key in ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"] {
-            metadata.set(format!("{family}.{key}"), 1e-5f32);
-        }
-        metadata
-    }
-
-    /// The error of a model of `family` in which `key` has `value`.
-    fn error(family: &str, key: &str, value: Value) -> Option<String> {
-        let mut metadata = metadata(family);
-        let key = format!("{family}.{key}");
-        metadata.set(&*key, value);
-        let error = Config::read(&Keys(metadata)).err()?;
-        let (Error::Malformed { place, .. } | Error::Unsupported { place, .. }) = &error else {
-            panic!("{error}");
-        };
-        assert!(place.to_string().contains(&key), "{key}: {error}");
-        Some(error.to_string())
-    }
-
-    #[test]
-    fn every_key_that_counts_as_read_is_read() {
-        let wrong = || Value::Array(Array::F64(vec![0.5]));
-        for key in READ {
-            // The kind of norm decides which epsilon is read.
-            assert!(["llama", "bloom"].iter().any(|family| error(family, key, wrong()).is_some()), "{key}");
-        }
-    }
-
-    #[test]
-    fn every_key_of_gguf_is_read_listed_or_refused() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf_keys.json");
-        let list: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        for key in list["keys"].as_array().unwrap().iter().map(|key| key.as_str().unwrap()) {
-            let lists = [READ.contains(&key), WITHOUT_INFLUENCE.contains(&key)];
-            let kept = NEUTRAL.iter().map(|known| known.0).chain(REPEATED.iter().map(|known| known.0));
-            if lists == [false, false] {
-                let value = Value::from(vec![true, false]);
-                assert!(error("llama", key, value).is_some(), "{key}");
-            } else {
-                assert!(lists != [true, true] && !kept.into_iter().any(|known| known == key), "{key}: twice");
-            }
-        }
-    }
-
-    #[test]
-    fn keys_that_change_the_computation_are_refused_unless_they_are_neutral() {
-        for (key, neutral, changed) in [
-            ("attention.causal", Value::Bool(true), Value::Bool(false)),
-            ("nextn_predict_layers", Value::U32(0), Value::U32(1)),
-            ("rope.scaling.yarn_ext_factor", Value::F32(-1.0), Value::F32(0.5)),
-            ("attention.temperature_length", Value::U16(0), Value::I32(8192)),
-        ] {
-            for family in ["llama", "qwen2", "bloom", "gemma3"] {
-                assert_eq!(error(family, key, neutral.clone()), None);
-                assert!(error(family, key, changed.clone()).is_some());
-            }
-        }
-        assert_eq!(error("gemma3", "vision.block_count", Value::U32(27)), None);
-        assert!(error("gemma3", "visionary", Value::U32(27)).is_some());
-    }
 }

@@ -103,6 +103,7 @@ fn block_type(argument: &'static str, name: &str) -> crate::Result<BlockType> {
 /// how much of it is done, and the total. `read` are other files that must not be overwritten.
 #[pyfunction]
 #[pyo3(signature = (source, out, options, *, windows=None, evaluation=None, progress=None, read=Vec::new()))]
+#[allow(clippy::too_many_arguments, reason = "Python passes them by name")]
 pub(super) fn quantize(
     py: Python<'_>,
     source: PathBuf,

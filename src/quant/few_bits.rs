@@ -35,7 +35,7 @@ impl Tq1 {
         // A byte is the fraction 0.d0d1d2d3d4 in base 3, in units of 1/256. A multiplication shifts its digits, and the
         // whole part above them is dropped.
         let shifted = byte.wrapping_mul([1, 3, 9, 27, 81][digit]);
-        (u16::from(shifted) * 3 >> 8) as u8
+        ((u16::from(shifted) * 3) >> 8) as u8
     }
 }
 

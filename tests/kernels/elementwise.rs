@@ -235,7 +235,7 @@ fn the_hadamard_transform_is_a_product_with_its_matrix() {
             kernel.hadamard(&mut transformed, block);
             for (i, found) in transformed.iter().enumerate() {
                 let own = &x[i / block * block..][..block];
-                let sign = |j: usize| if (i % block & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if ((i % block) & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let expected: f64 = own.iter().enumerate().map(|(j, x)| sign(j) * f64::from(*x)).sum();
                 assert_close(*found, expected, 1e-5 * block as f64, format!("{}, {block}", kernel.name()));
             }

@@ -44,6 +44,8 @@
 
 mod entry;
 mod families;
+#[cfg(test)]
+mod key_tests;
 mod keys;
 mod metadata;
 mod packings;

@@ -93,7 +93,7 @@ fn padded(mut metadata: Metadata, folder: &Path, files: &Files, rows: usize) -> 
     scores.resize(rows, -10000.0);
     let mut texts = tokens.clone();
     for id in tokens.len()..rows {
-        texts.push(&format!("[PAD{id}]"));
+        texts.push(format!("[PAD{id}]"));
     }
     metadata.set("tokenizer.ggml.tokens", texts);
     metadata.set("tokenizer.ggml.token_type", kinds).set("tokenizer.ggml.scores", scores);

@@ -57,24 +57,3 @@ pub(super) fn by_model_type(name: &str) -> Option<&'static HfFamily> {
 pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().flat_map(|family| family.model_types).copied()
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn defaults_differ_from_those_of_transformers_and_model_types_belong_to_one_family() {
-        for family in FAMILIES {
-            let class = crate::model::hf::transformers::defaults(family);
-            for (key, value) in family.defaults.iter().copied().flatten() {
-                let value: serde_json::Value = serde_json::from_str(value).unwrap();
-                assert_ne!(class.get(*key), Some(&value), "{key} of {:?}", family.model_types);
-            }
-        }
-        let mut names: Vec<_> = model_types().collect();
-        let all = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all);
-    }
-}

@@ -1,0 +1,96 @@
+//! The lists of keys against the classes of transformers.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::switches::WITHOUT_INFLUENCE;
+use crate::model::hf::entry::Need;
+use crate::model::hf::families::{self, HfFamily};
+use crate::model::hf::packings::Packing;
+use crate::model::hf::settings::Settings;
+use crate::model::hf::sizes::Sizes;
+use crate::model::hf::{keys, rope, transformers};
+
+/// The `config.json` of every test model.
+fn configs() -> Vec<Map<String, Value>> {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+    let goldens = list("goldens").map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let variants = list("variants").map(|file| {
+        let bytes = std::fs::read(file).unwrap();
+        let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+        header["__metadata__"]["config"].as_str().unwrap().as_bytes().to_vec()
+    });
+    goldens.chain(variants).map(|bytes| serde_json::from_slice(&bytes).unwrap()).collect()
+}
+
+/// The keys that reading `config` as a model of `family` looks for.
+fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<String> {
+    if let Some(Value::Object(text)) = config.remove("text_config") {
+        config.extend(text);
+    }
+    let settings = Settings::new("config.json".into(), String::new(), config);
+    let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
+    Packing::read(&settings, Path::new("")).unwrap();
+    let mut sizes = Sizes::read(&settings, family.adjust).unwrap();
+    sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
+    // A configuration that is refused has been read that far.
+    _ = keys::write(family, &settings, &sizes, "");
+    for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
+        for need in [entry.weight, entry.bias] {
+            match need {
+                Need::If(key) | Need::Unless(key) => _ = settings.get(key),
+                Need::IfSo(is_so) => _ = is_so(&settings),
+                Need::Untied => _ = settings.get("tie_word_embeddings"),
+                Need::Never | Need::Always | Need::Optional | Need::Sparse | Need::Dense => {}
+            }
+        }
+    }
+    settings.keys_read()
+}
+
+#[test]
+fn every_key_of_transformers_is_read_listed_or_refused() {
+    let mut faults = Vec::new();
+    for family in families::all() {
+        let is_of = |config: &Map<String, Value>| {
+            family.model_types.iter().any(|name| config["model_type"].as_str() == Some(name))
+        };
+        let own = configs().into_iter().filter(is_of);
+        // Without lists per layer, rules and periods are read instead.
+        let plain = |config: &Map<String, Value>| {
+            let mut plain = config.clone();
+            plain.retain(|key, _| !["layer_types", "no_rope_layers"].contains(&key.as_str()));
+            plain.insert("use_sliding_window".to_owned(), Value::Bool(true));
+            plain
+        };
+        let both = own.flat_map(|config| [plain(&config), config]);
+        let read: BTreeSet<String> = both.flat_map(|config| keys_read(family, config)).collect();
+        let listed = || WITHOUT_INFLUENCE.iter().chain(family.without_influence).map(|key| (*key).to_owned());
+        let name = family.model_types[0];
+        let class = transformers::defaults(family).into_iter().map(|(key, _)| key).chain(transformers::base());
+        let known: BTreeSet<String> = read.iter().cloned().chain(listed()).collect();
+        faults.extend(class.filter(|key| !known.contains(key)).map(|key| format!("{name}: {key}: neither")));
+        faults.extend(listed().filter(|key| read.contains(key)).map(|key| format!("{name}: {key}: both")));
+    }
+    assert!(faults.is_empty(), "read or listed as without influence: {faults:#?}");
+}
+
+#[test]
+fn defaults_differ_from_those_of_transformers_and_model_types_belong_to_one_family() {
+    for family in families::all() {
+        let class = transformers::defaults(family);
+        for (key, value) in family.defaults.iter().copied().flatten() {
+            let value: serde_json::Value = serde_json::from_str(value).unwrap();
+            assert_ne!(class.get(*key), Some(&value), "{key} of {:?}", family.model_types);
+        }
+    }
+    let mut names: Vec<_> = families::model_types().collect();
+    let all = names.len();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), all);
+}

@@ -54,7 +54,7 @@ pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     if bytes.len() as u64 > largest {
         return Err(Error::malformed(path, Place::File, format_args!("more than {largest} bytes"), "fewer"));
     }
-    if let Some(error) = super::pointer_error(path, &bytes) {
+    if let Some(error) = super::pointer::pointer_error(path, &bytes) {
         return Err(error);
     }
     Ok(entries(path, &quote_constants(bytes), Place::File, "a JSON object")?.into_iter().collect())

@@ -5,24 +5,16 @@ pub mod gguf;
 pub(crate) mod json;
 mod mapped;
 pub mod output;
+pub(crate) mod pointer;
 mod replaceable;
 #[doc(hidden)]
 pub mod safetensors;
 
 use std::path::Path;
 
-use crate::error::{Error, Place};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 use gguf::{Gguf, Metadata};
-
-/// The error for a file that is a Git LFS pointer, if `bytes` begin like one.
-pub(crate) fn pointer_error(path: &Path, bytes: &[u8]) -> Option<Error> {
-    bytes.starts_with(b"version https://git-lfs.github.com/spec/").then(|| {
-        let expected = "the file that it stands for: run git lfs pull in the clone, or download the file again";
-        Error::malformed(path, Place::File, "a Git LFS pointer", expected)
-    })
-}
 
 /// A source of a model: metadata under GGUF keys and tensors under GGUF names.
 #[doc(hidden)]

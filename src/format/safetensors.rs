@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::json;
 use super::mapped::Bytes;
-use super::pointer_error;
+use super::pointer::pointer_error;
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
 
@@ -245,12 +245,21 @@ fn only(folder: &Path, end: &str) -> Result<Option<PathBuf>> {
     for entry in std::fs::read_dir(folder).map_err(|source| Error::io(folder, source))? {
         let entry = entry.map_err(|source| Error::io(folder, source))?;
         let name = entry.file_name();
-        let counts = |name: &str| name.ends_with(end) && !name.starts_with(['.']) && !name.starts_with("adapter_");
+        let counts = |name: &str| {
+            name.ends_with(end) && !name.starts_with(['.']) && !name.starts_with("adapter_") && !is_one_of_several(name)
+        };
         if name.to_str().is_some_and(counts) {
             found.push(entry.path());
         }
     }
     Ok(if found.len() == 1 { found.pop() } else { None })
+}
+
+/// Whether a name such as `model-00001-of-00002.safetensors` says that there are more files.
+fn is_one_of_several(name: &str) -> bool {
+    let stem = name.strip_suffix(END).unwrap_or_default();
+    let count = stem.rsplit_once("-of-").and_then(|(_, count)| count.parse::<u32>().ok());
+    count.is_some_and(|count| count > 1)
 }
 
 fn exists(path: &Path) -> Result<bool> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Place, Result};
-use crate::format::pointer_error;
+use crate::format::pointer::pointer_error;
 
 /// The largest known vocabularies take 35 MB.
 const MAX_BYTES: u64 = 256 << 20;

@@ -146,7 +146,8 @@ fn a_cap_of_null_in_gemma2_overrides_the_default() {
         ("pre_feedforward_layernorm", 8),
         ("post_feedforward_layernorm", 8),
     ];
-    let folder = renamed("gemma2", &norms).without("lm_head.weight").set("head_dim", json!(4));
+    let folder =
+        renamed("gemma2", &norms).without("lm_head.weight").set("head_dim", json!(4)).unset("tie_word_embeddings");
     let caps = |folder: &Folder| {
         let config = Config::read(&open(folder)).expect("a configuration");
         (config.attention_cap, config.logit_cap)
@@ -390,9 +391,10 @@ fn smollm3_writes_which_layers_rotate() {
 }
 
 #[test]
-fn partial_rotation_applies_only_to_families_that_have_it() {
-    let folder = llama().set("partial_rotary_factor", json!(0.5));
-    assert_eq!(number(&open(&folder), "llama.rope.dimension_count"), 4.0);
+fn partial_rotation_is_refused_in_families_that_do_not_have_it() {
+    assert_refused(&llama().set("partial_rotary_factor", json!(0.5)), &["partial_rotary_factor", "0.5"]);
+    let whole = llama().set("partial_rotary_factor", json!(1.0));
+    assert_eq!(number(&open(&whole), "llama.rope.dimension_count"), 4.0);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::metadata::Metadata;
 use super::tensor::TensorInfo;
 use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
-use crate::format::pointer_error;
+use crate::format::pointer::pointer_error;
 use crate::quant::block::BlockType;
 
 /// The smallest size of a key (1 byte) with its value (1 byte).

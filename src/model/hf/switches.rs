@@ -31,6 +31,7 @@ pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
     "attention_dropout",
     "attn_pdrop",
     "dropout",
+    "emb_pdrop",
     "embd_pdrop",
     "embedding_dropout",
     "hidden_dropout",

@@ -50,8 +50,8 @@ def test_info_describes_the_loaded_model(tiny_file: Path) -> None:
 def test_an_int8_cache_takes_about_half_the_memory(tiny_file: Path) -> None:
     with Model.load(tiny_file) as model, Model.load(tiny_file, cache_type="int8") as small:
         assert (model.info.cache_type, small.info.cache_type) == ("f16", "int8")
-        # Per head and position: 16 keys and 16 values, and with INT8 two scales.
-        assert model.info.cache_bytes_per_token * (32 + 8) == small.info.cache_bytes_per_token * 64
+        # Per head and position: 16 keys and 16 values, and with INT8 two scales of 2 bytes.
+        assert model.info.cache_bytes_per_token * (32 + 4) == small.info.cache_bytes_per_token * 64
         exact, found = model.logits([1, 2, 3, 4]), small.logits([1, 2, 3, 4])
         assert 0 < abs(exact - found).max() < 0.1 * abs(exact).max()
 

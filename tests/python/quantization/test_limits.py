@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import checkpoints
 import numpy as np
 import numpy.typing as npt
 import pytest
+from checkpoints import copy
 from goldens import GOLDENS, golden
 
 from nybble import Model, ModelError, _native, quantize
@@ -347,11 +349,12 @@ def test_only_an_importance_matrix_of_the_model_is_accepted(whole: Path, tmp_pat
 
 
 def test_experts_that_the_text_does_not_reach_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = copy("mixtral", tmp_path / "mixtral")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(LLAMA / name, source)
     # One word over and over reaches few experts.
     with caplog.at_level(logging.WARNING, logger="nybble"):
-        report = quantize(
-            GOLDENS / "mixtral", tmp_path / "q.gguf", recipe="gptq", threads=1, calibration=["dog " * 700]
-        )
+        report = quantize(source, tmp_path / "q.gguf", recipe="gptq", threads=1, calibration=["dog " * 700])
     layers = {tensor.name.split(".")[1] for tensor in report.tensors if tensor.name.endswith("ffn_down_exps.weight")}
     config = json.loads((GOLDENS / "mixtral" / "config.json").read_text(encoding="utf-8"))
     assert report.experts == len(layers) * config["num_local_experts"]

@@ -62,7 +62,12 @@ def test_auto_tries_recipes_and_gives_the_reason_for_its_choice(source: Path, tm
     out = tmp_path / "out.gguf"
     stages: list[str] = []
     report = quantize(
-        source, out, group=64, calibration=[TEXT], target=1e-6, progress=lambda stage, done, total: stages.append(stage)
+        source,
+        out,
+        group=64,
+        calibration=[TEXT[::-1]],
+        target=1e-6,
+        progress=lambda stage, done, total: stages.append(stage),
     )
     assert len(report.candidates) > 1
     assert report.chosen is not None

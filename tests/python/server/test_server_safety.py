@@ -191,10 +191,12 @@ def test_a_full_engine_refuses_and_frees_its_slots(model: Model) -> None:
         assert ask(running, "/v1/chat/completions", SHORT)[0] == 200
 
 
-def test_more_connections_than_allowed_are_refused(engine: Engine) -> None:
+def test_more_connections_than_allowed_are_refused_while_all_are_answered(engine: Engine) -> None:
     with serving(engine, max_connections=2) as running, contextlib.ExitStack() as stack:
         for _ in range(2):
-            stack.enter_context(running.connection())
+            connection = stack.enter_context(running.connection())
+            connection.sendall(running.post("/v1/chat/completions", ENDLESS))
+        running.wait(lambda: engine.stats().running == 2)
         third = stack.enter_context(running.connection())
         assert third.recv(100).startswith(b"HTTP/1.1 503 ")
 

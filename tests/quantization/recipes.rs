@@ -234,8 +234,11 @@ fn a_stopped_run_continues_to_the_same_bytes() {
             assert!(!out.exists(), "no file has the final name");
             // An incomplete record, as after a kill.
             let log = folder.path().join("out.gguf.resume");
-            let length = log.metadata().unwrap().len();
-            std::fs::File::options().write(true).open(&log).unwrap().set_len(length.saturating_sub(5)).unwrap();
+            // There is no log while the scales of the source are checked.
+            if let Ok(found) = log.metadata() {
+                let length = found.len().saturating_sub(5);
+                std::fs::File::options().write(true).open(&log).unwrap().set_len(length).unwrap();
+            }
         }
         assert!(stops > 2, "{name} was stopped {stops} times");
         assert!(std::fs::read(&out).unwrap() == whole, "{name}");
@@ -295,9 +298,12 @@ fn finished_work_is_not_repeated() {
     assert!(asked.load(Ordering::Relaxed) < steps, "{steps} and then {}", asked.load(Ordering::Relaxed));
     // Other options are another run.
     let formats = options(gptq()).formats.with_group(64);
-    let third = run_on(&source, &out, &options(gptq()).with_formats(formats), 1, &|| true);
+    asked.store(0, Ordering::Relaxed);
+    let stop = || asked.fetch_add(1, Ordering::Relaxed) > most / 2;
+    let third = run_on(&source, &out, &options(gptq()).with_formats(formats), 1, &stop);
     assert!(matches!(third, Err(Error::Interrupted)));
-    assert!(std::fs::metadata(folder.path().join("out.gguf.resume")).unwrap().len() < log.len() as u64);
+    let other = std::fs::read(folder.path().join("out.gguf.resume")).unwrap();
+    assert!(other != log && !other.starts_with(&log));
 }
 
 #[test]

@@ -172,6 +172,7 @@ pub struct Sampled {
 /// # Ok::<(), nybble::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[doc(hidden)]
 pub struct Sampler {
     options: SamplingOptions,
     vocab_size: usize,

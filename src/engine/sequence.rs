@@ -150,7 +150,7 @@ impl Sequence {
     /// Samples a token from `logits` and appends it. It is not pending yet.
     ///
     /// # Errors
-    /// [`Error::CacheOverflow`](crate::Error::CacheOverflow) and [`Error::BadLogits`](crate::Error::BadLogits).
+    /// [`Error::CacheOverflow`] and [`Error::BadLogits`].
     pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         // This error says more than the one about logits, which are NaN for the same reason.
         self.session.check_cache()?;

@@ -59,6 +59,7 @@ pub struct AutoReport {
     /// The names of all candidates, cheapest first. The first ones were tried: see `outcome`.
     pub names: Vec<String>,
     /// The figures of the candidates that were tried, and the choice.
+    #[doc(hidden)]
     pub outcome: Outcome,
     /// The full-precision model on the same text.
     pub reference: Evaluation,

@@ -33,8 +33,12 @@ mod recipes;
 mod resume;
 mod tuning;
 
-pub use auto::{AutoOptions, AutoReport, Figures, Outcome, Target, auto};
-pub use bits::{choose_formats, spend_bits, write_importance};
+#[doc(hidden)]
+pub use auto::Outcome;
+pub use auto::{AutoOptions, AutoReport, Figures, Target, auto};
+pub use bits::spend_bits;
+#[doc(hidden)]
+pub use bits::{choose_formats, write_importance};
 pub use context::{Interrupted, RunContext, StageProgress};
 pub use format::Format;
 #[doc(hidden)]
@@ -43,7 +47,9 @@ pub use importance::Importance;
 #[doc(hidden)]
 pub use overrides::Stored;
 pub use overrides::TensorFormats;
-pub use pipeline::{ExpertCounts, QuantizeOptions, Report, TensorReport, quantize};
+#[doc(hidden)]
+pub use pipeline::ExpertCounts;
+pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
 pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};

@@ -18,7 +18,7 @@ use crate::quantize::resume::ResumeLog;
 /// Formats that a sensitive tensor may get instead.
 const FINER: [Format; 2] = [Format::Q5_0, Format::Q8_0];
 
-/// Overrides for [`TensorFormats`] with which the linear layers have at most `bits` per weight, scales included, and the model
+/// Overrides for [`TensorFormats`](super::super::TensorFormats) with which the linear layers have at most `bits` per weight, scales included, and the model
 /// loses as little as possible.
 ///
 /// The loss of a tensor is the mean divergence of the predictions on the windows of the run when that tensor alone is rounded.

@@ -32,6 +32,7 @@ pub struct TensorReport {
 
 /// How many of the experts that tokens choose among were calibrated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExpertCounts {
     /// Experts of all layers.
     pub all: usize,
@@ -58,6 +59,7 @@ pub struct Report {
     /// All matrices.
     pub tensors: Vec<TensorReport>,
     /// Experts in a run with calibration; zeros otherwise.
+    #[doc(hidden)]
     pub experts: ExpertCounts,
 }
 

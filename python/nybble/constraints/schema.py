@@ -17,7 +17,7 @@ from nybble.constraints.document import CONSTRAINING, Document, Json, Schema, Sc
 from nybble.constraints.keywords import group_of, names_of, rewritten, with_counts
 from nybble.constraints.shape import check
 
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LAYOUT: dict[str, object] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One spelling per value: with free white space, a model can degenerate into writing only spaces."""
 
 _OBJECT_KEYWORDS = frozenset({"properties", "required", "minProperties", "maxProperties", "propertyNames"})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-log = logging.getLogger("nybble")
+log: logging.Logger = logging.getLogger("nybble")
 
 HUB_SECONDS = 10.0
 """How long the Hub may take to list a repository before the cache is used instead."""

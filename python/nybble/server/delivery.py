@@ -37,7 +37,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     service.admit(adapter.model, adapter.answers)
     group = await AnswerGroup.submit(service, http, adapter.translate())
     if adapter.streams:
-        return EventStream(service, group, adapter)
+        return _EventStream(service, group, adapter)
     with group:
         return await with_timeout(service, http, _complete_response(group, adapter), group.parameters)
 
@@ -90,7 +90,7 @@ async def with_timeout(
         raise _as_api_error(service, error, parameters) from error
 
 
-class EventStream(Response):
+class _EventStream(Response):
     """A response that comes message by message, as server-sent events or in another format of the protocol."""
 
     def __init__(self, service: Service, group: AnswerGroup, adapter: Adapter) -> None:

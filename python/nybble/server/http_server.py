@@ -58,7 +58,9 @@ def serve(
     make_server(service, ready, certificate).run(sockets=[listener])
 
 
-def make_server(service: Service, ready: Callable[[str], object], certificate: Certificate | None = None) -> Server:
+def make_server(
+    service: Service, ready: Callable[[str], object], certificate: Certificate | None = None
+) -> uvicorn.Server:
     """A server that does not run yet."""
     connections = Connections(limit(service.settings.max_connections))
     config = uvicorn.Config(
@@ -76,10 +78,10 @@ def make_server(service: Service, ready: Callable[[str], object], certificate: C
         backlog=_BACKLOG,
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Malformed requests get an answer, not a log line.
-    return Server(config, service, ready, connections)
+    return _Server(config, service, ready, connections)
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """uvicorn's server. After a signal it refuses new requests with an error until the running ones are answered."""
 
     def __init__(

@@ -87,7 +87,7 @@ class SpecialStops:
         for stop in stops:
             written = self._with_placeholders(tokenizer, stop)
             found += dict.fromkeys((stop, written))
-        self.stops = tuple(found)
+        self.stops: tuple[str, ...] = tuple(found)
 
     def of(self, token: int) -> str:
         """The placeholder of a token; empty for every token that no stop string contains."""

@@ -31,7 +31,7 @@ class PackageEncoder:
 
     def __init__(self, text: str) -> None:
         try:
-            self.package = tokenizers.Tokenizer.from_str(text)
+            self.package: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:
             if isinstance(error, Exception) or _is_failure(error):
                 raise ValueError(str(error)) from error

@@ -25,7 +25,7 @@ class Arguments:
     """
 
     def __init__(self, schema: Mapping[str, Any] | None) -> None:
-        self.document = Document(dict(schema or {}))
+        self.document: Document = Document(dict(schema or {}))
         self.properties: dict[str, Schema] = {}
         self.pointers: dict[str, str] = {}
         """Where the schemas of the properties are."""

@@ -59,7 +59,7 @@ class OllamaAdapter(Adapter):
         is_chat: Whether answers are messages.
     """
 
-    end_of_stream = None
+    end_of_stream: str | None = None
     media_type = "application/x-ndjson"
 
     def __init__(

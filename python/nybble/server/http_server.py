@@ -24,7 +24,7 @@ from nybble.server.middleware import client_name
 from nybble.server.options import Settings
 from nybble.server.service import Service
 
-__all__ = ["Server", "allowed_hosts", "bind", "bind_unix", "is_loopback", "make_server", "serve"]
+__all__ = ["allowed_hosts", "bind", "bind_unix", "is_loopback", "make_server", "serve"]
 
 _BACKLOG = 256
 _READ_BYTES = 1 << 16

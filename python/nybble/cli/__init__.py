@@ -88,12 +88,11 @@ def _run(arguments: list[str]) -> int:
 
     try:
         replace_unencodable()
-        if arguments[:1] == ["help"] and not {"-h", "--help"} & {*arguments}:
-            arguments = [*arguments[1:], "--help"]
         if guide.COMPLETE in os.environ:
             _add_commands(guide.words())
         else:
-            _add_commands(arguments)
+            # `nybble help` shows any of them.
+            _add_commands([] if arguments[:1] == ["help"] else arguments)
         with warnings.catch_warnings():
             show_warnings()
             code = app(arguments, prog_name="nybble", standalone_mode=False)

@@ -12,13 +12,15 @@ COMPLETE = "_NYBBLE_COMPLETE"
 
 
 def show_help(
+    context: typer.Context,
     command: Annotated[
         str | None, typer.Argument(metavar="COMMAND", help="A command; all of them if not given.", show_default=False)
     ] = None,
 ) -> None:
     """Show the help of a command."""
-    # `nybble.cli.main` turns this command into the option --help of the other one.
-    raise NotImplementedError(f"nybble help {command or ''}")
+    root = context.find_root()
+    arguments = [] if command is None else [command]
+    root.command.main([*arguments, "--help"], prog_name=root.info_name, standalone_mode=False)
 
 
 def completion(

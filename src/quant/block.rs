@@ -11,9 +11,11 @@
 
 use half::{bf16, f16};
 
+use super::codebooks::{self, Vectors};
 use super::decoder::Decoder;
 use super::encode::{self, Encoder};
-use super::{blocks32, blocks256, codebooks, few_bits};
+use super::few_bits::{self, OneScale};
+use super::{blocks32, blocks256};
 use crate::error::{Error, Result};
 
 /// How the values of a tensor are stored.
@@ -193,17 +195,17 @@ impl BlockType {
             Q5_K => const { &Decoder::of::<blocks256::Q5K>() },
             Q6_K => const { &Decoder::of::<blocks256::Q6K>() },
             IQ4_XS => const { &Decoder::of::<blocks256::Iq4Xs>() },
-            IQ1_S => const { &Decoder::of::<codebooks::Iq1S>() },
-            IQ1_M => const { &Decoder::of::<codebooks::Iq1M>() },
-            IQ2_XXS => const { &Decoder::of::<codebooks::Iq2Xxs>() },
-            IQ2_XS => const { &Decoder::of::<codebooks::Iq2Xs>() },
-            IQ2_S => const { &Decoder::of::<codebooks::Iq2S>() },
-            IQ3_XXS => const { &Decoder::of::<codebooks::Iq3Xxs>() },
-            IQ3_S => const { &Decoder::of::<codebooks::Iq3S>() },
-            TQ1_0 => const { &Decoder::of::<few_bits::Tq1>() },
-            TQ2_0 => const { &Decoder::of::<few_bits::Tq2>() },
-            Q1_0 => const { &Decoder::of::<few_bits::Q1>() },
-            Q2_0 => const { &Decoder::of::<few_bits::Q2>() },
+            IQ1_S => const { &Decoder::of::<Vectors<codebooks::Iq1S>>() },
+            IQ1_M => const { &Decoder::of::<Vectors<codebooks::Iq1M>>() },
+            IQ2_XXS => const { &Decoder::of::<Vectors<codebooks::Iq2Xxs>>() },
+            IQ2_XS => const { &Decoder::of::<Vectors<codebooks::Iq2Xs>>() },
+            IQ2_S => const { &Decoder::of::<Vectors<codebooks::Iq2S>>() },
+            IQ3_XXS => const { &Decoder::of::<Vectors<codebooks::Iq3Xxs>>() },
+            IQ3_S => const { &Decoder::of::<Vectors<codebooks::Iq3S>>() },
+            TQ1_0 => const { &Decoder::of::<OneScale<few_bits::Tq1>>() },
+            TQ2_0 => const { &Decoder::of::<OneScale<few_bits::Tq2>>() },
+            Q1_0 => const { &Decoder::of::<OneScale<few_bits::Q1>>() },
+            Q2_0 => const { &Decoder::of::<OneScale<few_bits::Q2>>() },
             NVFP4 => const { &Decoder::of::<few_bits::Nvfp4>() },
             _ => return None,
         })

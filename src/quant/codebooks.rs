@@ -9,7 +9,7 @@ use bytemuck::AnyBitPattern;
 use half::f16;
 
 use super::blocks32::Half;
-use super::decoder::{Block, Group};
+use super::decoder::{Block, Group, Groups};
 use super::grids;
 use super::layout::{Code, Layout};
 use super::panel::Bytes;
@@ -76,6 +76,54 @@ fn nibble(scales: &[u8], index: usize) -> f32 {
     f32::from(scales[index / 2] >> (4 * (index % 2)) & 15)
 }
 
+/// A super-block as a file holds it. Its weights are `scale * factor * code`.
+pub(super) trait Codebook: AnyBitPattern {
+    /// The largest factor.
+    const MOST: f32;
+    /// An array of the 8 or 16 groups.
+    type Groups: Groups<Scale = f32>;
+
+    /// The scale of the block.
+    fn scale(&self) -> f32;
+
+    /// The factors of all groups, times the scale.
+    fn groups(&self, scale: f32) -> Self::Groups;
+
+    /// The codes of weights `32 * index..32 * (index + 1)`.
+    fn codes(&self, index: usize) -> Bytes;
+}
+
+/// The [`Block`] of a [`Codebook`].
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(transparent)]
+pub(super) struct Vectors<C>(C);
+
+impl<C: Codebook> Block for Vectors<C> {
+    const LAYOUT: Layout = Layout::scaled(Code::Int8, 256 / C::Groups::COUNT);
+    type Codes = Bytes;
+    type Groups = C::Groups;
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Bytes {
+        self.0.codes(index)
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> C::Groups {
+        self.0.groups(self.0.scale())
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [self.0.scale().abs() * C::MOST, 0.0]
+    }
+}
+
+/// Groups of 16 whose scales in 4 bits count halves of `1/4`: the factors of IQ2_XS and IQ2_S.
+#[inline(always)]
+fn groups_of_16(scale: f32, groups: &[u8; 8]) -> [Group<f32>; 16] {
+    from_fn(|i| Group::scaled(scale * (0.5 + nibble(groups, i)) * 0.25))
+}
+
 /// `scale * (group scale + 1/2) / 4 * value`, 2.06 bits per weight
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
@@ -85,26 +133,25 @@ pub(super) struct Iq2Xxs {
     parts: [[[u8; 4]; 2]; 8],
 }
 
-impl Block for Iq2Xxs {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
-    type Codes = Bytes;
+impl Codebook for Iq2Xxs {
+    const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 8] {
+        self.parts.map(|[_, word]| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.25))
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
         let [entries, signs] = self.parts[index];
         let signs = u32::from_le_bytes(signs);
         eights(|k| (grids::IQ2_XXS[usize::from(entries[k])], even_signs(signs >> (7 * k))))
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        let scale = self.scale.to_f32();
-        self.parts.map(|[_, word]| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.25))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 3.875, 0.0]
     }
 }
 
@@ -118,25 +165,24 @@ pub(super) struct Iq2Xs {
     groups: [u8; 8],
 }
 
-impl Block for Iq2Xs {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
-    type Codes = Bytes;
+impl Codebook for Iq2Xs {
+    const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 16] {
+        groups_of_16(scale, &self.groups)
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
         let vectors = self.vectors[index].map(u16::from_le_bytes);
         eights(|k| (grids::IQ2_XS[usize::from(vectors[k] & 511)], even_signs(u32::from(vectors[k] >> 9))))
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 16] {
-        let scale = self.scale.to_f32();
-        from_fn(|i| Group::scaled(scale * (0.5 + nibble(&self.groups, i)) * 0.25))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 3.875, 0.0]
     }
 }
 
@@ -153,10 +199,19 @@ pub(super) struct Iq2S {
     groups: [u8; 8],
 }
 
-impl Block for Iq2S {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
-    type Codes = Bytes;
+impl Codebook for Iq2S {
+    const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 16];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 16] {
+        groups_of_16(scale, &self.groups)
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
@@ -165,16 +220,6 @@ impl Block for Iq2S {
             let entry = u16::from(self.low[index][k]) | (high >> (2 * k) & 3) << 8;
             (grids::IQ2_S[usize::from(entry)], self.signs[index][k])
         })
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 16] {
-        let scale = self.scale.to_f32();
-        from_fn(|i| Group::scaled(scale * (0.5 + nibble(&self.groups, i)) * 0.25))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 3.875, 0.0]
     }
 }
 
@@ -188,10 +233,19 @@ pub(super) struct Iq3Xxs {
     words: [[u8; 4]; 8],
 }
 
-impl Block for Iq3Xxs {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
-    type Codes = Bytes;
+impl Codebook for Iq3Xxs {
+    const MOST: f32 = 7.75;
     type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 8] {
+        self.words.map(|word| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.5))
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
@@ -201,16 +255,6 @@ impl Block for Iq3Xxs {
             |k| grids::IQ3_XXS[usize::from(self.entries[index][k])],
             |k| even_signs(signs >> (7 * k)),
         )
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        let scale = self.scale.to_f32();
-        self.words.map(|word| Group::scaled(scale * (0.5 + f32::from(word[3] >> 4)) * 0.5))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 7.75, 0.0]
     }
 }
 
@@ -227,10 +271,19 @@ pub(super) struct Iq3S {
     groups: [u8; 4],
 }
 
-impl Block for Iq3S {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
-    type Codes = Bytes;
+impl Codebook for Iq3S {
+    const MOST: f32 = 31.0;
     type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 8] {
+        from_fn(|i| Group::scaled(scale * (1.0 + 2.0 * nibble(&self.groups, i))))
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
@@ -240,16 +293,6 @@ impl Block for Iq3S {
             |k| grids::IQ3_S[usize::from(u16::from(self.low[index][k]) | (high >> k & 1) << 8)],
             |k| self.signs[index][k],
         )
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        let scale = self.scale.to_f32();
-        from_fn(|i| Group::scaled(scale * (1.0 + 2.0 * nibble(&self.groups, i))))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 31.0, 0.0]
     }
 }
 
@@ -265,10 +308,20 @@ pub(super) struct Iq1S {
     words: [Two; 8],
 }
 
-impl Block for Iq1S {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 32);
-    type Codes = Bytes;
+impl Codebook for Iq1S {
+    const MOST: f32 = 1.875;
     type Groups = [Group<f32>; 8];
+
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.scale.to_f32()
+    }
+
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 8] {
+        // Codes are eight times the values.
+        self.words.map(|word| Group::scaled(scale * f32::from(2 * (word[1] >> 4 & 7) + 1) * 0.125))
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
@@ -277,17 +330,6 @@ impl Block for Iq1S {
             let entry = u16::from(self.low[index][k]) | (word >> (3 * k) & 7) << 8;
             (grids::IQ1[usize::from(entry)], word >> 15 == 1)
         })
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 8] {
-        let scale = self.scale.to_f32();
-        // Codes are eight times the values.
-        self.words.map(|word| Group::scaled(scale * f32::from(2 * (word[1] >> 4 & 7) + 1) * 0.125))
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale.to_f32().abs() * 1.875, 0.0]
     }
 }
 
@@ -303,18 +345,23 @@ pub(super) struct Iq1M {
     scales: [Two; 4],
 }
 
-impl Iq1M {
+impl Codebook for Iq1M {
+    const MOST: f32 = 1.875;
+    type Groups = [Group<f32>; 16];
+
     #[inline(always)]
     fn scale(&self) -> f32 {
         let parts = self.scales.map(|word| u16::from(word[1] >> 4));
         f16::from_bits(parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12).to_f32()
     }
-}
 
-impl Block for Iq1M {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
-    type Codes = Bytes;
-    type Groups = [Group<f32>; 16];
+    #[inline(always)]
+    fn groups(&self, scale: f32) -> [Group<f32>; 16] {
+        from_fn(|i| {
+            let group_scale = u16::from_le_bytes(self.scales[i / 4]) >> (3 * (i % 4)) & 7;
+            Group::scaled(scale * f32::from(2 * group_scale + 1) * 0.125)
+        })
+    }
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Bytes {
@@ -323,18 +370,5 @@ impl Block for Iq1M {
             let entry = u16::from(self.low[index][k]) | u16::from(high & 7) << 8;
             (grids::IQ1[usize::from(entry)], high >> 3 == 1)
         })
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f32>; 16] {
-        let scale = self.scale();
-        from_fn(|i| {
-            let group_scale = u16::from_le_bytes(self.scales[i / 4]) >> (3 * (i % 4)) & 7;
-            Group::scaled(scale * f32::from(2 * group_scale + 1) * 0.125)
-        })
-    }
-
-    fn bounds(&self) -> [f32; 2] {
-        [self.scale().abs() * 1.875, 0.0]
     }
 }

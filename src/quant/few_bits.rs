@@ -4,12 +4,45 @@ use bytemuck::AnyBitPattern;
 use half::f16;
 
 use super::blocks32::{Half, MXFP4_VALUES};
-use super::decoder::{Block, Group};
+use super::decoder::{Block, Group, Groups};
 use super::layout::{Code, Layout};
 use super::panel::{Nibbles, nibbles};
 
 /// What panels hold for a weight of -1: they hold 8 more than the weight's integer.
 const MINUS_ONE: u8 = 7;
+
+/// A block of few-bit codes with one scale. Its weights are `scale * (code - 1)`.
+pub(super) trait FewBits: AnyBitPattern {
+    /// An array with the scale of each 32 weights.
+    type Groups: Groups<Scale = f16>;
+
+    /// The scale in as many groups as the block has.
+    fn groups(&self) -> Self::Groups;
+
+    /// The code of a weight, 0 to 3.
+    fn code(&self, weight: usize) -> u8;
+}
+
+/// The [`Block`] of [`FewBits`].
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(transparent)]
+pub(super) struct OneScale<B>(B);
+
+impl<B: FewBits> Block for OneScale<B> {
+    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
+    type Codes = Nibbles;
+    type Groups = B::Groups;
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Nibbles {
+        nibbles(|i| MINUS_ONE + self.0.code(32 * index + i))
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> B::Groups {
+        self.0.groups()
+    }
+}
 
 /// `scale * (code - 1)`, five codes of base 3 in a byte
 #[derive(Clone, Copy, AnyBitPattern)]
@@ -24,7 +57,14 @@ pub(super) struct Tq1 {
     scale: Half,
 }
 
-impl Tq1 {
+impl FewBits for Tq1 {
+    type Groups = [Group<f16>; 8];
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f16>; 8] {
+        [Group::scaled(self.scale.get()); 8]
+    }
+
     #[inline(always)]
     fn code(&self, weight: usize) -> u8 {
         let (byte, digit) = match weight {
@@ -39,22 +79,6 @@ impl Tq1 {
     }
 }
 
-impl Block for Tq1 {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
-    type Codes = Nibbles;
-    type Groups = [Group<f16>; 8];
-
-    #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        nibbles(|i| MINUS_ONE + self.code(32 * index + i))
-    }
-
-    #[inline(always)]
-    fn groups(&self) -> [Group<f16>; 8] {
-        [Group::scaled(self.scale.get()); 8]
-    }
-}
-
 /// `scale * (code - 1)`, codes of 2 bits
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
@@ -64,19 +88,17 @@ pub(super) struct Tq2 {
     scale: Half,
 }
 
-impl Block for Tq2 {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
-    type Codes = Nibbles;
+impl FewBits for Tq2 {
     type Groups = [Group<f16>; 8];
-
-    #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        nibbles(|i| MINUS_ONE + (self.codes[index / 4][i] >> (2 * (index % 4)) & 3))
-    }
 
     #[inline(always)]
     fn groups(&self) -> [Group<f16>; 8] {
         [Group::scaled(self.scale.get()); 8]
+    }
+
+    #[inline(always)]
+    fn code(&self, weight: usize) -> u8 {
+        self.codes[weight / 128][weight % 32] >> (2 * (weight / 32 % 4)) & 3
     }
 }
 
@@ -85,23 +107,20 @@ impl Block for Tq2 {
 #[repr(C)]
 pub(super) struct Q1 {
     scale: Half,
-    bits: [[u8; 4]; 4],
+    bits: [u8; 16],
 }
 
-impl Block for Q1 {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
-    type Codes = Nibbles;
+impl FewBits for Q1 {
     type Groups = [Group<f16>; 4];
-
-    #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        let bits = u32::from_le_bytes(self.bits[index]);
-        nibbles(|i| MINUS_ONE + 2 * (bits >> i & 1) as u8)
-    }
 
     #[inline(always)]
     fn groups(&self) -> [Group<f16>; 4] {
         [Group::scaled(self.scale.get()); 4]
+    }
+
+    #[inline(always)]
+    fn code(&self, weight: usize) -> u8 {
+        2 * (self.bits[weight / 8] >> (weight % 8) & 1)
     }
 }
 
@@ -110,22 +129,20 @@ impl Block for Q1 {
 #[repr(C)]
 pub(super) struct Q2 {
     scale: Half,
-    codes: [[u8; 8]; 2],
+    codes: [u8; 16],
 }
 
-impl Block for Q2 {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
-    type Codes = Nibbles;
+impl FewBits for Q2 {
     type Groups = [Group<f16>; 2];
-
-    #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        nibbles(|i| MINUS_ONE + (self.codes[index][i / 4] >> (2 * (i % 4)) & 3))
-    }
 
     #[inline(always)]
     fn groups(&self) -> [Group<f16>; 2] {
         [Group::scaled(self.scale.get()); 2]
+    }
+
+    #[inline(always)]
+    fn code(&self, weight: usize) -> u8 {
+        self.codes[weight / 4] >> (2 * (weight % 4)) & 3
     }
 }
 

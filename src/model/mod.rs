@@ -24,7 +24,9 @@ pub mod config;
 pub mod convert;
 mod ffn;
 mod fingerprint;
+mod embedding;
 mod forward;
+mod heads;
 #[doc(hidden)]
 pub mod hf;
 pub(crate) mod layerwise;
@@ -42,6 +44,8 @@ mod transformer;
 mod weights;
 
 pub use batch::{Input, Logits};
+pub use config::Pooling;
+pub use embedding::TextTokens;
 #[doc(hidden)]
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};

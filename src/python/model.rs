@@ -194,7 +194,7 @@ impl Model {
             let mut values = Vec::new();
             if !ids.is_empty() {
                 let mut session = self.0.session();
-                let input = Input { session: &mut session, tokens: &ids, logits: wanted };
+                let input = Input::new(&mut session, &ids, wanted);
                 self.0.forward(&mut [input], &mut values, interrupted)?;
                 session.check_cache()?;
                 if wanted == Logits::Hidden && values.iter().any(|value| !value.is_finite()) {

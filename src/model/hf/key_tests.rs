@@ -17,7 +17,8 @@ use crate::model::hf::{keys, rope, transformers};
 fn configs() -> Vec<Map<String, Value>> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
-    let goldens = list("goldens").map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
+    let goldens = list("goldens").chain(encoders).map(|folder| std::fs::read(folder.join("config.json")).unwrap());
     let variants = list("variants").map(|file| {
         let bytes = std::fs::read(file).unwrap();
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -39,7 +40,7 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
     // A configuration that is refused has been read that far.
-    _ = keys::write(family, &settings, &sizes, "");
+    _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
         for need in [entry.weight, entry.bias] {
             match need {

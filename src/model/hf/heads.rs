@@ -1,0 +1,65 @@
+//! What follows the hidden states of a text: a classification head, by the class that `config.json` names.
+
+use serde_json::Value;
+
+use super::metadata::MetadataWriter;
+use super::settings::Settings;
+use crate::error::Result;
+use crate::format::gguf::StringArray;
+
+/// The first class under `architectures`.
+fn class(settings: &Settings) -> Option<String> {
+    let classes = settings.get("architectures")?;
+    Some(classes.as_array()?.first()?.as_str()?.to_owned())
+}
+
+/// Whether the checkpoint is a classifier of whole texts.
+pub(super) fn classifies(settings: &Settings) -> Result<bool> {
+    Ok(class(settings).is_some_and(|class| class.ends_with("ForSequenceClassification")))
+}
+
+/// Whether the checkpoint may lack an output matrix for tokens that is not tied to the embedding.
+pub(super) fn is_headless(settings: &Settings) -> Result<bool> {
+    let is_body = |class: &str| {
+        class.ends_with("Model") && !["LMHeadModel", "DoubleHeadsModel"].iter().any(|end| class.ends_with(end))
+    };
+    Ok(classifies(settings)? || class(settings).is_some_and(|class| is_body(&class)))
+}
+
+/// The names of a classifier's labels; none for other models.
+pub(super) fn labels(settings: &Settings) -> Result<Vec<String>> {
+    const KEY: &str = "id2label";
+    let usual = |count: usize| (0..count).map(|id| format!("LABEL_{id}")).collect();
+    let listed = settings.object(KEY)?;
+    if !classifies(settings)? {
+        return Ok(Vec::new());
+    }
+    let Some(listed) = listed else {
+        return Ok(usual(settings.optional_count(&["num_labels"])?.unwrap_or(2)));
+    };
+    let count = listed.len();
+    let label = |id: usize| match listed.get(&id.to_string()) {
+        Some(Value::String(label)) => Ok(label),
+        Some(other) => Err(listed.malformed(&id.to_string(), other, "a string")),
+        None => Err(listed.missing(&id.to_string(), "a label for each number from 0")),
+    };
+    if count == 0 {
+        return Err(settings.malformed(KEY, "no labels", "at least one"));
+    }
+    (0..count).map(label).collect()
+}
+
+/// Writes the keys of a classification head, and that a classifier has no logits of tokens.
+pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
+    let labels = labels(keys.settings)?;
+    if labels.is_empty() {
+        return Ok(());
+    }
+    keys.set("classifier.output_labels", StringArray::from_iter(labels.iter().map(|label| label.as_bytes())));
+    keys.set("pooling_type", RANK);
+    keys.set("generates", false);
+    Ok(())
+}
+
+/// llama.cpp's number of the pooling of a classification head.
+const RANK: u32 = 4;

@@ -24,7 +24,6 @@ pub mod config;
 pub mod convert;
 mod ffn;
 mod fingerprint;
-mod embedding;
 mod forward;
 mod heads;
 #[doc(hidden)]
@@ -45,7 +44,7 @@ mod weights;
 
 pub use batch::{Input, Logits};
 pub use config::Pooling;
-pub use embedding::TextTokens;
+pub use heads::TextTokens;
 #[doc(hidden)]
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};

@@ -52,7 +52,6 @@ mod metadata;
 mod modules;
 mod packings;
 mod planner;
-mod pretokenizer;
 mod rope;
 mod settings;
 mod sizes;

@@ -1,11 +1,13 @@
 //! Writes the tokenizer under GGUF's keys: `tokenizer.json`, special tokens and chat templates.
 
+mod pretokenizer;
+mod subwords;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::pretokenizer;
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;
@@ -157,8 +159,11 @@ impl Tokenizer {
             || self.has_step("decoder", "decoders", "ByteLevel");
         let pieces = model.get("byte_fallback").and_then(Value::as_bool).unwrap_or(false)
             || self.has_step("decoder", "decoders", "Metaspace");
+        if let Some(subwords) = subwords::Subwords::by_name(kind) {
+            return subwords.vocabulary(self, model, rows, metadata);
+        }
         if kind != "BPE" || !(byte_level || pieces) {
-            let supported = "supported: byte-level BPE, and BPE over pieces with byte fallback";
+            let supported = "supported: byte-level BPE, BPE over pieces with byte fallback, WordPiece and Unigram";
             return Err(self.unsupported("model.type", format!("a vocabulary of type {kind:?}"), supported));
         }
         let merges = self.merges(model)?;
@@ -207,6 +212,14 @@ impl Tokenizer {
         pairs.collect()
     }
 
+    /// An id of a token, which must have a row in the embedding.
+    fn id(&self, key: &str, id: Option<&Value>, rows: usize) -> Result<usize> {
+        let found = id.unwrap_or(&Value::Null);
+        let id = found.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows);
+        let expected = || format!("an id below {rows}, the rows of the embedding");
+        id.ok_or_else(|| self.malformed(key, json::brief(found), expected()))
+    }
+
     /// The tokens by id, and their ids.
     fn tokens(
         &self,
@@ -218,12 +231,7 @@ impl Tokenizer {
         let Some(Value::Object(vocabulary)) = model.get("vocab") else {
             return Err(self.malformed("model.vocab", "no object", "the id of every token"));
         };
-        let id = |key: &str, id: Option<&Value>| {
-            let expected = || format!("an id below {rows}, the rows of the embedding");
-            let found = id.unwrap_or(&Value::Null);
-            let id = found.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows);
-            id.ok_or_else(|| self.malformed(key, json::brief(found), expected()))
-        };
+        let id = |key: &str, id: Option<&Value>| self.id(key, id, rows);
         let mut tokens = Tokens {
             texts: (0..rows).map(|id| format!("[PAD{id}]")).collect(),
             kinds: vec![kind::UNUSED; rows],
@@ -304,7 +312,8 @@ impl Tokenizer {
         let processor = self.description.get("post_processor");
         let (before, after) = frame_of(processor, ids);
         let own = |id: Option<usize>, token: Option<u64>| id.is_none_or(|id| Some(id as u64) == token);
-        normalizes
+        subwords::Subwords::by_name(model.get("type").and_then(Value::as_str).unwrap_or("BPE")).is_some()
+            || normalizes
             || splits
             || strips
             || affix("end_of_word_suffix")
@@ -389,6 +398,20 @@ impl Files {
             if let Some(id) = named.or_else(|| numbers(&format!("{theirs}_token_id")).first().copied()) {
                 metadata.set(format!("tokenizer.ggml.{ours}_token_id"), id as u32);
                 found.insert(theirs, id);
+            }
+        }
+        let is_subwords = metadata.get("tokenizer.ggml.model").and_then(|name| name.as_str());
+        if is_subwords.is_some_and(|name| ["bert", "t5"].contains(&name)) {
+            // The tokens around a text are called by the tasks of the first models.
+            for (theirs, own, key) in [("cls", "bos", "bos"), ("sep", "eos", "eos")] {
+                let named = content(&format!("{theirs}_token")).and_then(|content| ids.get(content).copied());
+                if let (None, Some(id)) = (found.get(own), named) {
+                    metadata.set(format!("tokenizer.ggml.{key}_token_id"), id as u32);
+                    found.insert(own, id);
+                }
+            }
+            if let Some(types) = self.model.get("type_vocab_size").and_then(Value::as_u64) {
+                metadata.set("tokenizer.ggml.token_type_count", types as u32);
             }
         }
         // GGUF has keys for two end-of-sequence tokens.

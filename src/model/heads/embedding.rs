@@ -1,11 +1,11 @@
 //! Vectors and scores of whole texts: hidden states, pooled and taken through the heads of the model.
 
-use super::batch::{Input, Logits};
-use super::config::Pooling;
-use super::forward::Workspace;
-use super::model::Model;
-use super::pass::Pass;
-use super::state::session::Session;
+use crate::model::batch::{Input, Logits};
+use crate::model::config::Pooling;
+use crate::model::forward::Workspace;
+use crate::model::model::Model;
+use crate::model::pass::Pass;
+use crate::model::state::session::Session;
 use crate::error::{Error, Result};
 
 /// Tokens of the texts that are computed in one step, unless one text has more.

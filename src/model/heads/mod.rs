@@ -1,21 +1,25 @@
 //! What follows the hidden states of a text: dense modules of its embedding, and a classification head.
 
-use super::config::{Config, FIRST_DENSE, HeadActivation};
-use super::fingerprint::FingerprintHasher;
-use super::forward::Workspace;
-use super::linear::Linear;
-use super::norm::Norm;
-use super::pass::Pass;
-use super::weights::loader::{Loader, Part};
+mod embedding;
+
+pub use embedding::TextTokens;
+
+use crate::model::config::{Config, FIRST_DENSE, HeadActivation};
+use crate::model::fingerprint::FingerprintHasher;
+use crate::model::forward::Workspace;
+use crate::model::linear::Linear;
+use crate::model::norm::Norm;
+use crate::model::pass::Pass;
+use crate::model::weights::loader::{Loader, Part};
 use crate::error::Result;
 use crate::kernels::Kernel;
 
 /// The heads of a model.
 #[derive(Debug, Default)]
-pub(super) struct Heads {
+pub(in crate::model) struct Heads {
     /// Matrices that a pooled vector passes in order.
     dense: Vec<Dense>,
-    pub(super) classifier: Option<Classifier>,
+    pub(in crate::model) classifier: Option<Classifier>,
 }
 
 /// A matrix and an activation.
@@ -28,7 +32,7 @@ struct Dense {
 
 /// The matrices that turn a pooled vector into a score for each label.
 #[derive(Debug)]
-pub(super) struct Classifier {
+pub(in crate::model) struct Classifier {
     /// `(width, hidden)`
     dense: Option<Dense>,
     /// Of the output of `dense`.
@@ -88,7 +92,7 @@ impl Heads {
     /// # Errors
     /// Those of [`Loader::linear`]; [`Error::Missing`](crate::Error::Missing) for a dense module without a matrix;
     /// [`Error::Malformed`](crate::Error::Malformed) where the names of labels do not fit the matrix.
-    pub(super) fn load(loader: &Loader<'_>, config: &Config) -> Result<Heads> {
+    pub(in crate::model) fn load(loader: &Loader<'_>, config: &Config) -> Result<Heads> {
         let mut dense: Vec<Dense> = Vec::new();
         let mut width = config.hidden;
         loop {
@@ -110,16 +114,16 @@ impl Heads {
     }
 
     /// Width of an embedding.
-    pub(super) fn width(&self, config: &Config) -> usize {
+    pub(in crate::model) fn width(&self, config: &Config) -> usize {
         self.dense.last().map_or(config.hidden, Dense::width)
     }
 
-    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+    pub(in crate::model) fn linears(&self) -> impl Iterator<Item = &Linear> {
         let classifier = self.classifier.iter().flat_map(Classifier::linears);
         self.dense.iter().map(|dense| &dense.linear).chain(classifier)
     }
 
-    pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+    pub(in crate::model) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         // Hashed only where they exist, so that models without them keep their fingerprints.
         self.linears().for_each(|linear| hasher.linear(linear));
         if let Some(norm) = self.classifier.as_ref().and_then(|classifier| classifier.norm.as_ref()) {
@@ -128,7 +132,7 @@ impl Heads {
     }
 
     /// Takes the pooled vectors in the input `(texts, hidden)` through the dense modules.
-    pub(super) fn embed(&self, pass: &Pass<'_>, w: &mut Workspace) {
+    pub(in crate::model) fn embed(&self, pass: &Pass<'_>, w: &mut Workspace) {
         self.dense.iter().for_each(|dense| dense.compute(pass, w));
     }
 }
@@ -152,7 +156,7 @@ impl Classifier {
     }
 
     /// Scores per text.
-    pub(super) fn labels(&self) -> usize {
+    pub(in crate::model) fn labels(&self) -> usize {
         self.output.parts()[0].rows()
     }
 
@@ -161,7 +165,7 @@ impl Classifier {
     }
 
     /// Replaces the pooled vectors in the input `(texts, hidden)` by scores `(texts, labels)`.
-    pub(super) fn compute(&self, pass: &Pass<'_>, w: &mut Workspace) {
+    pub(in crate::model) fn compute(&self, pass: &Pass<'_>, w: &mut Workspace) {
         if let Some(dense) = &self.dense {
             dense.compute(pass, w);
         }

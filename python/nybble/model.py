@@ -383,7 +383,7 @@ class Model(Returned):
         The scores are logits: a softmax, or a sigmoid for labels that exclude nothing, turns them into probabilities.
 
         Args:
-            text: A text or token ids. For a list of them, the array has the shape (texts, labels).
+            text: A text or token ids. For a list of them, the array has the shape (documents, labels).
 
         Raises:
             ContextFullError: A text does not fit into the context.

@@ -103,12 +103,12 @@ impl Batch {
         let longest = span_rows(left.fold(0, usize::saturating_add).min(MAX_ROWS));
         for (i, (input, taken)) in inputs.iter().zip(&mut self.taken).enumerate() {
             let left = input.tokens.len() - *taken;
-            let room = MAX_ROWS.saturating_sub(self.rows.len());
-            if whole && left > room && !self.rows.is_empty() {
+            let free = MAX_ROWS.saturating_sub(self.rows.len());
+            if whole && left > free && !self.rows.is_empty() {
                 // The results are in the order of the inputs, so later ones wait, too.
                 break;
             }
-            let take = if whole { left } else { left.min(room) };
+            let take = if whole { left } else { left.min(free) };
             // A session counts its tokens as they are computed, so its length is the position of the first one.
             let position = input.session.len();
             let spans = self.spans.len();

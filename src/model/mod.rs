@@ -44,9 +44,9 @@ mod weights;
 
 pub use batch::{Input, Logits};
 pub use config::Pooling;
-pub use heads::TextTokens;
 #[doc(hidden)]
 pub use convert::requantize;
+pub use heads::TextTokens;
 pub use model::{LoadOptions, Model, Quantize};
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};

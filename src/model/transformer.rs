@@ -297,12 +297,12 @@ impl Weights {
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let ends =
-            [Some(&self.embedding), self.token_types.as_ref(), self.positions.as_ref(), self.output.as_ref()];
+        let ends = [Some(&self.embedding), self.token_types.as_ref(), self.positions.as_ref(), self.output.as_ref()];
         let projections = self.projections.iter().flat_map(Projections::linears);
         let per_layer = self.per_layer.iter().flat_map(PerLayer::linears);
         let streams = self.streams.iter().flat_map(Streams::linears);
-        let outside = ends.into_iter().flatten().chain(projections).chain(per_layer).chain(streams).chain(self.heads.linears());
+        let outside =
+            ends.into_iter().flatten().chain(projections).chain(per_layer).chain(streams).chain(self.heads.linears());
         outside.chain(self.layers.iter().flat_map(Layer::linears))
     }
 

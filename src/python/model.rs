@@ -150,7 +150,7 @@ impl Model {
         self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
     }
 
-    /// Embeddings of texts in token ids, of shape `(len(texts), embedding_size)`. `pooling` is mean, cls or last.
+    /// Embeddings of documents in token ids, of shape `(len(documents), embedding_size)`. `pooling` is mean, cls or last.
     fn embed<'py>(
         &self,
         py: Python<'py>,
@@ -167,7 +167,7 @@ impl Model {
         values.into_pyarray(py).reshape([texts.len(), self.0.embedding_width()])
     }
 
-    /// Scores of texts by the classification head, of shape `(len(texts), labels)`. A text is its token ids and the index of
+    /// Scores of documents by the classification head, of shape `(len(documents), labels)`. A text is its token ids and the index of
     /// the first token of a second text in it, or None.
     fn classify<'py>(
         &self,
@@ -205,7 +205,7 @@ impl Model {
         info.set_item("pooling", model.config().pooling.unwrap_or(Pooling::Mean).name())?;
         info.set_item("embedding_size", model.embedding_width())?;
         info.set_item("labels", PyTuple::new(py, labels(model))?)?;
-        info.set_item("generates", model.config().generates)?;
+        info.set_item("generates", model.generates())?;
         info.set_item("weight_bytes", model.weight_bytes())?;
         info.set_item("bytes_per_token", model.bytes_per_token())?;
         info.set_item("cache_type", model.cache_type().name())?;

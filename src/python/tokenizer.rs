@@ -71,7 +71,7 @@ impl TokenizerDescription {
         self.0.framed(ids, parse_special, ends)
     }
 
-    /// Two texts as one, with the tokens that the model expects around and between them; and the index of the first token
+    /// Two strings as one, with the tokens that the model expects around and between them; and the index of the first token
     /// of the second text, or None where the model does not tell it from the first.
     fn framed_pair(&self, first: Vec<u32>, second: Vec<u32>) -> (Vec<u32>, Option<usize>) {
         self.0.framed_pair(first, second)

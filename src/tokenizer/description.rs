@@ -33,7 +33,7 @@ pub(crate) struct Description {
     pub(crate) prefix: Vec<u32>,
     /// Ids after every text.
     pub(crate) suffix: Vec<u32>,
-    /// The ids around two texts, such as a query and a document.
+    /// The ids around two strings, such as a query and a document.
     pub(crate) pair: PairFrame,
     pub(crate) bos: Option<u32>,
     pub(crate) eos: Option<u32>,
@@ -48,11 +48,11 @@ pub(crate) struct Description {
     pub(crate) warnings: Vec<String>,
 }
 
-/// The ids around two texts.
+/// The ids around two strings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PairFrame {
     pub(crate) before: Vec<u32>,
-    /// Between the texts.
+    /// Between the strings.
     pub(crate) middle: Vec<u32>,
     pub(crate) after: Vec<u32>,
     /// Whether models tell the second text from the first by its token type.
@@ -144,7 +144,7 @@ impl Description {
         [before.as_slice(), &ids, after].concat()
     }
 
-    /// Two texts as one, and the index of the first token of the second one where models tell it from the first.
+    /// Two strings as one, and the index of the first token of the second one where models tell it from the first.
     pub(crate) fn framed_pair(&self, first: Vec<u32>, second: Vec<u32>) -> (Vec<u32>, Option<usize>) {
         let PairFrame { before, middle, after, has_types } = &self.pair;
         let start = before.len() + first.len() + middle.len();

@@ -401,7 +401,7 @@ fn frame(processor: Option<&Value>) -> (Vec<u32>, Vec<u32>) {
     (parts[..at].iter().flat_map(special).collect(), parts[at + 1..].iter().flat_map(special).collect())
 }
 
-/// The ids that a post-processor puts around two texts. Where it does not say it, those around one text.
+/// The ids that a post-processor puts around two strings. Where it does not say it, those around one text.
 fn pair_frame(processor: Option<&Value>, prefix: &[u32], suffix: &[u32]) -> PairFrame {
     let single = || PairFrame { before: prefix.to_vec(), after: suffix.to_vec(), ..PairFrame::default() };
     let Some(processor) = processor else { return single() };
@@ -410,7 +410,9 @@ fn pair_frame(processor: Option<&Value>, prefix: &[u32], suffix: &[u32]) -> Pair
     let steps: Vec<&Value> = steps.map_or_else(|| vec![processor], |steps| steps.iter().collect());
     let known = ["TemplateProcessing", "BertProcessing", "RobertaProcessing"];
     let Some(step) = steps.into_iter().find(|step| known.contains(&kind(step).as_str())) else { return single() };
-    let token = |key: &str| -> Vec<u32> { step.get(key).and_then(|pair| ids(pair.get(1)).first().copied()).into_iter().collect() };
+    let token = |key: &str| -> Vec<u32> {
+        step.get(key).and_then(|pair| ids(pair.get(1)).first().copied()).into_iter().collect()
+    };
     match kind(step).as_str() {
         "BertProcessing" => {
             PairFrame { before: token("cls"), middle: token("sep"), after: token("sep"), has_types: true }

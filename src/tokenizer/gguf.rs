@@ -109,25 +109,25 @@ fn subwords(keys: &Keys<'_>) -> Result<Option<String>> {
         let found = names.iter().find_map(|name| spelled.iter().position(|text| text == name));
         found.map(|id| id as u32)
     };
-    let named = |names: &[&str], spellings: &[&str], usual: Option<u32>| -> Result<Option<u32>> {
+    let named = |names: &[&str], spellings: &[&str], default: Option<u32>| -> Result<Option<u32>> {
         for name in names {
             if let Some(id) = keys.token_id(&id_key(name), count, None)? {
                 return Ok(Some(id));
             }
         }
-        Ok(by_spelling(spellings).or(usual.filter(|id| (*id as usize) < count)))
+        Ok(by_spelling(spellings).or(default.filter(|id| (*id as usize) < count)))
     };
     // The ids of the first models, which files may leave out.
-    let usual = |of_words: u32, of_pieces: u32| Some(if words { of_words } else { of_pieces });
+    let default = |of_words: u32, of_pieces: u32| Some(if words { of_words } else { of_pieces });
     let bos = named(&["cls", "bos"], &["[CLS]", "<s>"], words.then_some(101))?;
-    let eos = named(&["eos"], &["[SEP]", "</s>"], usual(102, 1))?;
-    let sep = named(&["seperator", "eos"], &["[SEP]", "</s>"], usual(102, 1))?;
-    let unknown = named(&["unknown"], &["[UNK]", "<unk>"], usual(100, 2))?;
+    let eos = named(&["eos"], &["[SEP]", "</s>"], default(102, 1))?;
+    let sep = named(&["seperator", "eos"], &["[SEP]", "</s>"], default(102, 1))?;
+    let unknown = named(&["unknown"], &["[UNK]", "<unk>"], default(100, 2))?;
     keys.check_other_token_ids(count, &["cls", "bos", "eos", "seperator", "unknown"].map(id_key))?;
     let adds = |name: &str, default: bool| keys.flag(&format!("tokenizer.ggml.add_{name}_token"), default);
     let own = |adds: bool, id: Option<u32>| -> Vec<u32> { id.filter(|_| adds).into_iter().collect() };
     let (adds_bos, adds_eos) = (adds("bos", words)?, adds("eos", true)?);
-    // The separator of words ends both texts of a pair; pieces have one more between them.
+    // The separator of words ends both strings of a pair; pieces have one more between them.
     let end = if words { sep } else { eos };
     let frame = Frame {
         before: own(adds_bos, bos),
@@ -165,9 +165,9 @@ fn subwords(keys: &Keys<'_>) -> Result<Option<String>> {
         }
     };
     let mut seen = HashSet::new();
-    let added = [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)].into_iter().flat_map(|(kind, special)| {
-        of_kinds(&kinds, [kind]).map(move |id| (id, special))
-    });
+    let added = [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)]
+        .into_iter()
+        .flat_map(|(kind, special)| of_kinds(&kinds, [kind]).map(move |id| (id, special)));
     let added: Vec<AddedToken<'_>> = added
         .filter_map(|(id, special)| {
             let content = contents.get(id as usize).filter(|text| !text.is_empty())?;
@@ -339,7 +339,11 @@ fn is_sentencepiece(keys: &Keys<'_>) -> Result<bool> {
         Some(b"llama") => Ok(true),
         other => {
             let found = other.map_or("nothing".to_owned(), |name| quoted(name, 60));
-            Err(keys.malformed(key, found, "'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)"))
+            Err(keys.malformed(
+                key,
+                found,
+                "'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)",
+            ))
         }
     }
 }

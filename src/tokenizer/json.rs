@@ -79,7 +79,7 @@ pub(super) enum Subwords<'a> {
     Pieces { pieces: Vec<(String, f32)>, unknown: usize, charsmap: Option<&'a [u8]>, prefix: bool, collapse: bool },
 }
 
-/// The tokens around a text, and around a pair of texts.
+/// The tokens around a text, and around a pair of strings.
 pub(super) struct Frame {
     pub(super) before: Vec<u32>,
     pub(super) middle: Vec<u32>,
@@ -127,9 +127,10 @@ impl Subwords<'_> {
                 };
                 let vocabulary: Vec<Value> = pieces.iter().map(|(text, score)| json!([text, score])).collect();
                 (
-                    charsmap.map_or(Value::Null, |charsmap| {
-                        json!({"type": "Precompiled", "precompiled_charsmap": base64(charsmap)})
-                    }),
+                    charsmap.map_or(
+                        Value::Null,
+                        |charsmap| json!({"type": "Precompiled", "precompiled_charsmap": base64(charsmap)}),
+                    ),
                     split,
                     metaspace,
                     json!({"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": false}),
@@ -203,7 +204,10 @@ mod tests {
 
     #[test]
     fn bytes_become_base_64_with_padding() {
-        assert_eq!(["", "f", "fo", "foo", "foob"].map(|text| base64(text.as_bytes())), ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]);
+        assert_eq!(
+            ["", "f", "fo", "foo", "foob"].map(|text| base64(text.as_bytes())),
+            ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]
+        );
         assert_eq!(base64(&[0xff, 0xef, 0xbe]), "/+++");
     }
 }

@@ -152,7 +152,7 @@ impl Tokenizer {
         self.encode_framed(text, EncodeOptions::default(), false)
     }
 
-    /// The token ids of two texts as one, such as a query and a document, with the tokens that the model expects around and
+    /// The token ids of two strings as one, such as a query and a document, with the tokens that the model expects around and
     /// between them; and the index of the first token of the second text, for models that tell it from the first.
     ///
     /// # Errors

@@ -91,6 +91,9 @@ mod tests {
         assert_eq!(Spelling::Pieces.bytes(b"<0xe2>"), [0xE2]);
         assert_eq!(Spelling::Pieces.bytes(b"<0x+1>"), b"<0x+1>");
         assert_eq!(Spelling::Pieces.bytes(b"\xff\xe2\x96\x81"), b"\xff ");
-        assert_eq!(["##ing", "walk", "##"].map(|text| Spelling::Words.bytes(text.as_bytes())), [&b"ing"[..], b" walk", b" ##"]);
+        assert_eq!(
+            ["##ing", "walk", "##"].map(|text| Spelling::Words.bytes(text.as_bytes())),
+            [&b"ing"[..], b" walk", b" ##"]
+        );
     }
 }

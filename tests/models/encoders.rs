@@ -11,7 +11,7 @@ use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Pooling, Quant
 use nybble::quant::block::BlockType;
 use safetensors::SafeTensors;
 
-/// A checkpoint, its texts in tokens, and what transformers computes of them.
+/// A checkpoint, its documents in tokens, and what transformers computes of them.
 struct Golden {
     name: String,
     folder: PathBuf,
@@ -36,18 +36,19 @@ impl Golden {
         file.tensor(name).ok().map(|tensor| bytemuck::pod_collect_to_vec(tensor.data()))
     }
 
-    fn texts(&self) -> Vec<&[u32]> {
+    fn documents(&self) -> Vec<&[u32]> {
         self.texts.iter().map(Vec::as_slice).collect()
     }
 
-    /// All that the model returns for its texts: scores, or the vectors of each pooling.
+    /// All that the model returns for its documents: scores, or the vectors of each pooling.
     fn outputs(&self, model: &Model) -> Vec<(&'static str, Vec<f32>)> {
         if model.labels() > 0 {
             return vec![("logits", classify(model, &self.texts()))];
         }
-        let mut all: Vec<(&'static str, Vec<f32>)> = [("mean", Pooling::Mean), ("cls", Pooling::Cls), ("last", Pooling::Last)]
-            .map(|(name, pooling)| (name, embed(model, &self.texts(), Some(pooling))))
-            .to_vec();
+        let mut all: Vec<(&'static str, Vec<f32>)> =
+            [("mean", Pooling::Mean), ("cls", Pooling::Cls), ("last", Pooling::Last)]
+                .map(|(name, pooling)| (name, embed(model, &self.texts(), Some(pooling))))
+                .to_vec();
         if self.array("sentence").is_some() {
             // Dense modules follow the pooling, and the other arrays are without them.
             all = vec![("sentence", embed(model, &self.texts(), None))];
@@ -241,7 +242,7 @@ fn all_tokens_of_a_text_see_each_other_and_a_session_cannot_continue() {
 }
 
 #[test]
-fn second_texts_have_a_token_type_of_their_own() {
+fn a_second_text_has_a_token_type_of_its_own() {
     for (name, has_types) in [("bert-classify", true), ("xlm_roberta-classify", false)] {
         let golden = Golden::read(name);
         let model = load(&golden.folder, Quantize::Stored, 2, None);

@@ -1,1 +1,1 @@
-"""Vectors and scores of whole texts."""
+"""Vectors and scores of whole documents."""

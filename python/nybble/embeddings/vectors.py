@@ -23,7 +23,7 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EmbeddingPrompts:
-    """Texts that a model expects before documents or queries."""
+    """Documents that a model expects before documents or queries."""
 
     texts: Mapping[str, str]
     """The prompts by name."""
@@ -52,10 +52,10 @@ def prompts(source: Path) -> EmbeddingPrompts:
     default = found.get("default_prompt_name") if isinstance(found, dict) else None
     texts = {} if known is None else known
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-        raise ModelError(f"{path}: key \"prompts\": found {texts!r:.60}, expected an object of strings")
+        raise ModelError(f'{path}: key "prompts": found {documents!r:.60}, expected an object of strings')
     if default is not None and default not in texts:
         expected = ", ".join(texts) or "null"
-        raise ModelError(f"{path}: key \"default_prompt_name\": found {default!r:.60}, expected {expected}")
+        raise ModelError(f'{path}: key "default_prompt_name": found {default!r:.60}, expected {expected}')
     return EmbeddingPrompts(texts, default)
 
 

@@ -86,7 +86,9 @@ def prepare_tokens(
     native, context = model._native, model.info.context
     if not model.info.generates:
         name = model.info.file.name
-        raise ModelError(f"{name}: {model.info.family} has no output for tokens and generates no text: use embed or classify")
+        raise ModelError(
+            f"{name}: {model.info.family} has no output for tokens and generates no text: use embed or classify"
+        )
     if len(ids) > context:
         raise ContextFullError(0, len(ids), context)
     if options.seed is None:

@@ -189,13 +189,13 @@ class Tokenizer(Returned):
         return self._description.framed(self._encoded(text, True), True, False)
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
-        """Encodes two texts as one, such as a query and a document, for models that compare them.
+        """Encodes two strings as one, such as a query and a document, for models that compare them.
 
-        Special tokens that are spelled out in the texts are encoded as plain characters.
+        Special tokens that are spelled out in the strings are encoded as plain characters.
 
         Returns:
-            The token ids, with those that the model expects around and between the texts; and the index of the first
-            token of the second text. None instead of the index if the model does not distinguish the texts by type.
+            The token ids, with those that the model expects around and between the strings; and the index of the first
+            token of the second text. None instead of the index if the model does not distinguish the strings by type.
 
         Raises:
             TypeError: A text is not a string.

@@ -92,11 +92,11 @@ impl ClassifierConfig {
             None if !causal => Pooling::Cls,
             None => Pooling::Last,
         };
-        let usual = match keys.is_family("modern-bert") {
+        let default = match keys.is_family("modern-bert") {
             true => HeadActivation::Of(Activation::Gelu),
             false => HeadActivation::Tanh,
         };
-        let activation = named(keys, "classifier.activation")?.unwrap_or(usual);
+        let activation = named(keys, "classifier.activation")?.unwrap_or(default);
         Ok(ClassifierConfig { labels, pooling, activation })
     }
 }

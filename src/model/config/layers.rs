@@ -50,7 +50,7 @@ struct Widths {
 
 /// Reads the settings of all `layers` layers. `rotates` says whether the model rotates at all, `causal` whether attention
 /// goes only backwards.
-#[allow(clippy::too_many_arguments, reason = "the model's own settings, of which layers are made")]
+#[allow(clippy::too_many_arguments, reason = "the model's own settings, from which layers are made")]
 pub(super) fn read(
     keys: &MetadataReader<'_>,
     family: &Family,

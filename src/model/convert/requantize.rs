@@ -18,8 +18,9 @@ use crate::quant::scale_range::ScaleRange;
 /// The embedding and the output need more bits than the layers: where 4 are wanted, they have 8.
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
-    let is_small = ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias"].iter().any(|end| stem.ends_with(end))
-        || ["rope_", "cls", "dense_"].iter().any(|start| stem.starts_with(start));
+    let is_small =
+        ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias"].iter().any(|end| stem.ends_with(end))
+            || ["rope_", "cls", "dense_"].iter().any(|start| stem.starts_with(start));
     if dims.len() < 2 || is_small {
         return None;
     }

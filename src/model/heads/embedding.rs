@@ -1,25 +1,25 @@
-//! Vectors and scores of whole texts: hidden states, pooled and taken through the heads of the model.
+//! Vectors and scores of whole documents: hidden states, pooled and taken through the heads of the model.
 
+use crate::error::{Error, Result};
 use crate::model::batch::{Input, Logits};
 use crate::model::config::Pooling;
 use crate::model::forward::Workspace;
 use crate::model::model::Model;
 use crate::model::pass::Pass;
 use crate::model::state::session::Session;
-use crate::error::{Error, Result};
 
-/// Tokens of the texts that are computed in one step, unless one text has more.
+/// Tokens of the documents that are computed in one step, unless one text has more.
 const STEP_TOKENS: usize = 1024;
 
 /// A text in tokens, and the index of the first token of a second text in it: of a document after a query, for example.
 pub type TextTokens<'a> = (&'a [u32], Option<usize>);
 
 impl Model {
-    /// Embeddings of texts, `(texts, `[`embedding_width`](Model::embedding_width)`)`: hidden states after the last norm, made
+    /// Embeddings of documents, `(documents, `[`embedding_width`](Model::embedding_width)`)`: hidden states after the last norm, made
     /// one vector by `pooling`, and taken through the dense modules that the model has. `None` pools as the file says,
     /// otherwise by the mean. `normalize` scales each vector to length 1.
     ///
-    /// The bits of a vector do not depend on the other texts.
+    /// The bits of a vector do not depend on the other documents.
     ///
     /// # Errors
     /// Those of [`Model::forward`]; [`Error::CacheOverflow`] and [`Error::BadHiddenStates`].
@@ -40,15 +40,11 @@ impl Model {
         Ok(vectors)
     }
 
-    /// Scores of texts by the model's classification head, `(texts, `[`labels`](Model::labels)`)`: its logits.
+    /// Scores of documents by the model's classification head, `(documents, `[`labels`](Model::labels)`)`: its logits.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a model without such a head; otherwise as for [`Model::embed`].
-    pub fn classify(
-        &self,
-        texts: &[TextTokens<'_>],
-        interrupted: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Vec<f32>> {
+    pub fn classify(&self, texts: &[TextTokens<'_>], interrupted: &(dyn Fn() -> bool + Sync)) -> Result<Vec<f32>> {
         let Some(classifier) = &self.transformer.weights.heads.classifier else {
             let found = format_args!("{} without a classification head", self.config().family.name);
             return Err(Error::argument("model", found, "a model for classification"));
@@ -61,6 +57,11 @@ impl Model {
         self.transformer.weights.heads.width(self.config())
     }
 
+    /// Whether hidden states become logits of tokens. Encoders and classifiers have none.
+    pub fn generates(&self) -> bool {
+        self.config().generates && self.labels() == 0
+    }
+
     /// Scores per text of the classification head; 0 without one.
     pub fn labels(&self) -> usize {
         self.transformer.weights.heads.classifier.as_ref().map_or(0, |classifier| classifier.labels())
@@ -71,7 +72,7 @@ impl Model {
         &self.config().classifier.labels
     }
 
-    /// Pools the hidden states of texts, and takes the vectors through `head`, which replaces the input of the workspace.
+    /// Pools the hidden states of documents, and takes the vectors through `head`, which replaces the input of the workspace.
     fn pooled(
         &self,
         texts: &[TextTokens<'_>],

@@ -4,6 +4,8 @@ mod embedding;
 
 pub use embedding::TextTokens;
 
+use crate::error::Result;
+use crate::kernels::Kernel;
 use crate::model::config::{Config, FIRST_DENSE, HeadActivation};
 use crate::model::fingerprint::FingerprintHasher;
 use crate::model::forward::Workspace;
@@ -11,8 +13,6 @@ use crate::model::linear::Linear;
 use crate::model::norm::Norm;
 use crate::model::pass::Pass;
 use crate::model::weights::loader::{Loader, Part};
-use crate::error::Result;
-use crate::kernels::Kernel;
 
 /// The heads of a model.
 #[derive(Debug, Default)]
@@ -98,8 +98,8 @@ impl Heads {
         loop {
             let activation = config.dense.get(dense.len());
             let name = format!("dense_{}", FIRST_DENSE + dense.len());
-            let usual = activation.copied().unwrap_or(HeadActivation::Identity);
-            match Dense::load(loader, &name, width, usual)? {
+            let fallback = activation.copied().unwrap_or(HeadActivation::Identity);
+            match Dense::load(loader, &name, width, fallback)? {
                 Some(module) => {
                     width = module.width();
                     dense.push(module);

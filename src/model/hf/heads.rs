@@ -13,7 +13,7 @@ fn class(settings: &Settings) -> Option<String> {
     Some(classes.as_array()?.first()?.as_str()?.to_owned())
 }
 
-/// Whether the checkpoint is a classifier of whole texts.
+/// Whether the checkpoint is a classifier of whole documents.
 pub(super) fn classifies(settings: &Settings) -> Result<bool> {
     Ok(class(settings).is_some_and(|class| class.ends_with("ForSequenceClassification")))
 }
@@ -29,13 +29,13 @@ pub(super) fn is_headless(settings: &Settings) -> Result<bool> {
 /// The names of a classifier's labels; none for other models.
 pub(super) fn labels(settings: &Settings) -> Result<Vec<String>> {
     const KEY: &str = "id2label";
-    let usual = |count: usize| (0..count).map(|id| format!("LABEL_{id}")).collect();
+    let default = |count: usize| (0..count).map(|id| format!("LABEL_{id}")).collect();
     let listed = settings.object(KEY)?;
     if !classifies(settings)? {
         return Ok(Vec::new());
     }
     let Some(listed) = listed else {
-        return Ok(usual(settings.optional_count(&["num_labels"])?.unwrap_or(2)));
+        return Ok(default(settings.optional_count(&["num_labels"])?.unwrap_or(2)));
     };
     let count = listed.len();
     let label = |id: usize| match listed.get(&id.to_string()) {

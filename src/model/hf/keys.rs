@@ -107,7 +107,9 @@ fn per_layer_sizes(writer: &mut MetadataWriter<'_>) {
 fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
     let (key, names): (_, &[&str]) = match kind {
         NormKind::Rms => ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
-        NormKind::Layer => ("attention.layer_norm_epsilon", &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"]),
+        NormKind::Layer => {
+            ("attention.layer_norm_epsilon", &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"])
+        }
     };
     let epsilon = writer.settings.float(names)?;
     if epsilon <= 0.0 {

@@ -174,9 +174,8 @@ impl<'a> MetadataWriter<'a> {
 
     /// Sets the keys of the next dense module: its input and output features, and its activation.
     pub(super) fn dense_module(&mut self, [input, output]: [usize; 2], activation: &str) -> usize {
-        let is_free = |number: &usize| {
-            self.metadata.get(&format!("{}.dense_{number}_activation", self.architecture)).is_none()
-        };
+        let is_free =
+            |number: &usize| self.metadata.get(&format!("{}.dense_{number}_activation", self.architecture)).is_none();
         let number = (FIRST_DENSE..).find(is_free).unwrap_or(FIRST_DENSE);
         self.set(&format!("dense_{number}_activation"), activation);
         self.set(&format!("dense_{number}_feat_in"), input as u32);

@@ -147,7 +147,16 @@ impl HfFolder {
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let names = names.chain(modules.iter().map(|tensor| &tensor.name));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
-        Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, modules, index, rows: sizes.vocabulary })
+        Ok(HfFolder {
+            path: path.to_path_buf(),
+            metadata,
+            files,
+            tensors,
+            computed,
+            modules,
+            index,
+            rows: sizes.vocabulary,
+        })
     }
 
     /// Whether linear layers are in 4 bits already.

@@ -78,7 +78,8 @@ pub(super) fn read(path: &Path, keys: &mut MetadataWriter<'_>) -> Result<Vec<Mod
             found.ok_or_else(|| wrong(format!("module {number}, {key}"), &"no text", "a string"))
         };
         let (kind, folder) = (text("type")?, text("path")?);
-        let inside = Path::new(folder).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        let inside =
+            Path::new(folder).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
         if !inside {
             return Err(wrong(format!("module {number}, path"), &folder, "a folder inside of this one"));
         }

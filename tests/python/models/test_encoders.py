@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> flo
 
 
 @pytest.mark.parametrize("name", ["bert", "xlm_roberta", "modernbert", "nomic_bert", "gemma3-embedding"])
-def test_vectors_of_texts_are_those_of_their_ids_alone_and_in_batches(name: str) -> None:
+def test_vectors_are_the_same_for_ids_and_in_batches(name: str) -> None:
     with Model.load(folder(name), threads=2) as model:
         vectors = model.embed(TEXTS)
         assert vectors.shape == (3, model.info.embedding_size)
@@ -52,7 +53,7 @@ def test_vectors_of_texts_are_those_of_their_ids_alone_and_in_batches(name: str)
         assert not np.allclose(model.embed(TEXTS[0], normalize=False), vectors[0])
 
 
-def test_texts_are_framed_by_the_tokens_of_the_model() -> None:
+def test_a_text_is_framed_by_the_tokens_of_the_model() -> None:
     with Model.load(folder("bert")) as model:
         ids = model.tokenize("the cat")
         assert ids[0] == model.tokenizer.id_of("[CLS]")
@@ -66,7 +67,7 @@ def test_texts_are_framed_by_the_tokens_of_the_model() -> None:
         ids = model.tokenize("the cat")
         pair, second = model.tokenizer.encode_pair("the cat", "a dog")
         assert second is None
-        assert pair[: len(ids) + 1] == [*ids, ids[-1]], "two end tokens between the texts"
+        assert pair[: len(ids) + 1] == [*ids, ids[-1]], "two end tokens between the documents"
 
 
 @pytest.mark.parametrize("name", ["bert", "xlm_roberta", "nomic_bert", "jina_embeddings_v3"])
@@ -114,7 +115,7 @@ def test_an_encoder_generates_nothing_and_says_so() -> None:
             model.embed([list(range(5, 60)) * 2])
 
 
-def test_a_classifier_scores_texts_and_ranks_documents() -> None:
+def test_a_classifier_scores_and_ranks_documents() -> None:
     with Model.load(folder("bert-classify")) as model:
         assert model.info.labels == ("LABEL_0",)
         assert model.classify("a cat").shape == (1,)
@@ -147,7 +148,7 @@ def test_labels_have_the_names_of_the_configuration(tmp_path: Path) -> None:
         Model.load(changed("xlm_roberta-classify", tmp_path / "two", "config.json", two))
 
 
-def test_prompts_precede_texts_but_not_ids(tmp_path: Path) -> None:
+def test_prompts_precede_strings_but_not_ids(tmp_path: Path) -> None:
     def add(config: Any) -> None:
         config.update(prompts={"query": "the ", "document": ""}, default_prompt_name=None)
 
@@ -312,3 +313,56 @@ def test_a_model_without_a_head_does_not_rank(tiny_model: Model) -> None:
         reply = server.request("POST", "/v1/rerank", {"query": "a", "documents": ["b"]})
         assert reply.status == 400
         assert "does not rank" in reply.error
+
+
+def _layer_norm(x: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    centered = x - x.mean(-1, keepdims=True)
+    normed: npt.NDArray[np.float64] = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * weight
+    return normed
+
+
+def _modern_bert(ids: list[int], bases: tuple[float, float], half_window: int) -> npt.NDArray[np.float64]:
+    """The hidden states of the golden ModernBERT, computed by NumPy in double precision."""
+    raw = (folder("modernbert") / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            values = np.frombuffer(raw[8 + length :][start:end], np.float32).astype(np.float64)
+            tensors[name] = values.reshape(entry["shape"])
+    x = _layer_norm(tensors["embeddings.tok_embeddings.weight"][ids], tensors["embeddings.norm.weight"])
+    position = np.arange(len(ids))
+    for layer in range(4):
+        own = {name.split(".", 2)[2]: value for name, value in tensors.items() if name.startswith(f"layers.{layer}.")}
+        is_local = layer % 3 != 0
+        normed = _layer_norm(x, own["attn_norm.weight"]) if layer else x
+        query, key, value = (normed @ own["attn.Wqkv.weight"].T).reshape(len(ids), 3, 4, 8).transpose(1, 2, 0, 3)
+        angles = position[:, None] * bases[is_local] ** -(np.arange(4) / 4)
+        cos, sin = np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)
+        query, key = (part * cos + np.concatenate([-part[..., 4:], part[..., :4]], -1) * sin for part in (query, key))
+        scores = query @ key.transpose(0, 2, 1) / np.sqrt(8)
+        if is_local:
+            scores[:, np.abs(position[:, None] - position) > half_window] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = (weights / weights.sum(-1, keepdims=True)) @ value
+        x = x + attended.transpose(1, 0, 2).reshape(len(ids), 32) @ own["attn.Wo.weight"].T
+        gate, up = np.split(_layer_norm(x, own["mlp_norm.weight"]) @ own["mlp.Wi.weight"].T, 2, axis=-1)
+        erf = np.vectorize(math.erf)
+        x = x + (gate / 2 * (1 + erf(gate / math.sqrt(2))) * up) @ own["mlp.Wo.weight"].T
+    return _layer_norm(x, tensors["final_norm.weight"])
+
+
+@pytest.mark.parametrize("window", [12, 300])
+def test_long_inputs_are_computed_at_once(window: int, tmp_path: Path) -> None:
+    def long(config: Any) -> None:
+        config.update(max_position_embeddings=1024, local_attention=window)
+
+    path = changed("modernbert", tmp_path / "model", "config.json", long)
+    ids = [int(id) for id in np.random.default_rng(7).integers(5, 280, 700)]
+    expected = _modern_bert(ids, (160000.0, 10000.0), window // 2)
+    with Model.load(path, threads=2) as model, Model.load(path, threads=1, kernel="scalar") as scalar:
+        states = model._native.hidden_states(ids)
+        assert np.abs(states - expected).max() < 1e-3
+        assert np.array_equal(model.embed([ids, ids[:300]]), scalar.embed([ids, ids[:300]]))
+        assert np.array_equal(model.embed([ids[:300], ids])[::-1], model.embed([ids, ids[:300]]))

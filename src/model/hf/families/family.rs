@@ -51,7 +51,7 @@ pub(in crate::model::hf) enum WindowRule {
     PeriodThenFull(&'static [&'static str]),
     /// All but the first of this many.
     FullFirst(usize),
-    /// All but the first of as many as this key says.
+    /// All but the first of a period, whose length is under this key.
     FullFirstOf(&'static str),
     /// Only `layer_types` lists them.
     Listed,

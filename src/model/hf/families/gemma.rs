@@ -27,8 +27,7 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     ..BASE
 };
 
-const TIED: &[Entry] =
-    &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), SCORE];
+const TIED: &[Entry] = &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), SCORE];
 
 const FOUR_NORMS: &[Entry] = &[
     tensor("attn_norm", "input_layernorm").by(AddOne),

@@ -97,12 +97,7 @@ impl Subwords {
     }
 
     /// The tokens of the model with their ids and scores.
-    fn tokens<'a>(
-        self,
-        tokenizer: &Tokenizer,
-        model: &'a Value,
-        rows: usize,
-    ) -> Result<Vec<(&'a str, usize, f32)>> {
+    fn tokens<'a>(self, tokenizer: &Tokenizer, model: &'a Value, rows: usize) -> Result<Vec<(&'a str, usize, f32)>> {
         match (self, model.get("vocab")) {
             (Subwords::Words, Some(Value::Object(words))) => {
                 let word = |(text, id): (&'a String, &Value)| {
@@ -129,7 +124,7 @@ impl Subwords {
     }
 }
 
-/// Whether two tokens are between the texts of a pair.
+/// Whether two tokens are between the strings of a pair.
 fn has_two_between(tokenizer: &Tokenizer) -> bool {
     let steps = tokenizer.steps("post_processor", "processors");
     steps.iter().any(|step| match step.get("type").and_then(Value::as_str) {

@@ -1,6 +1,6 @@
 //! Tokenizers of Hugging Face folders: `tokenizer.json` and the small files next to it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -176,10 +176,18 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
     ends.extend(eos);
     ends.sort_unstable();
     ends.dedup();
+    let mut tokens = vocabulary.tokens(spelling)?;
+    if spelling == Spelling::Words {
+        // Files of these vocabularies name their special tokens next to the vocabulary.
+        let named = special_texts.values().filter_map(|text| vocabulary.id_of(text));
+        let all: BTreeSet<u32> = tokens.special.iter().copied().chain(named).collect();
+        tokens.literal.extend(&all);
+        tokens.special = all.into_iter().collect();
+    }
     Ok(Description {
         path: source.path.to_path_buf(),
         sentencepiece: None,
-        tokens: vocabulary.tokens(spelling)?,
+        tokens,
         adds_space,
         prefix,
         suffix,

@@ -284,3 +284,39 @@ fn keys_that_change_what_is_computed_are_read_or_refused() {
         assert!(message.contains(named), "{message}");
     }
 }
+
+#[test]
+fn damaged_files_are_refused_or_run_but_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let mut refused = 0;
+    for name in ["bert-classify", "modernbert-classify", "jina_embeddings_v3", "gemma3-embedding"] {
+        let whole = std::fs::read(data().join(format!("gguf/{name}.gguf"))).unwrap();
+        for _ in 0..60 {
+            let mut bytes = whole.clone();
+            for _ in 0..=random(3) {
+                // Most keys and shapes are in the first half.
+                let at = random(bytes.len() / 2);
+                bytes[at] = random(256) as u8;
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            match Model::load(&path, &LoadOptions::default().with_threads(1)) {
+                Err(_) => refused += 1,
+                Ok(model) => {
+                    let tokens: Vec<u32> = (5..15).collect();
+                    // NaN is an error, too.
+                    _ = model.embed(&[&tokens], None, true, &|| false);
+                    _ = model.classify(&[(&tokens, Some(3))], &|| false);
+                }
+            }
+        }
+    }
+    assert!(refused > 20, "{refused}");
+}

@@ -43,15 +43,15 @@ impl Golden {
     /// All that the model returns for its documents: scores, or the vectors of each pooling.
     fn outputs(&self, model: &Model) -> Vec<(&'static str, Vec<f32>)> {
         if model.labels() > 0 {
-            return vec![("logits", classify(model, &self.texts()))];
+            return vec![("logits", classify(model, &self.documents()))];
         }
         let mut all: Vec<(&'static str, Vec<f32>)> =
             [("mean", Pooling::Mean), ("cls", Pooling::Cls), ("last", Pooling::Last)]
-                .map(|(name, pooling)| (name, embed(model, &self.texts(), Some(pooling))))
+                .map(|(name, pooling)| (name, embed(model, &self.documents(), Some(pooling))))
                 .to_vec();
         if self.array("sentence").is_some() {
             // Dense modules follow the pooling, and the other arrays are without them.
-            all = vec![("sentence", embed(model, &self.texts(), None))];
+            all = vec![("sentence", embed(model, &self.documents(), None))];
         }
         all
     }
@@ -136,7 +136,7 @@ fn files_of_other_converters_compute_what_transformers_computes() {
         count += 1;
         let found = if golden.name == "gemma3-embedding" {
             // The converter leaves the dense modules out.
-            distance(&embed(&model, &golden.texts(), None), &golden.array("mean").unwrap())
+            distance(&embed(&model, &golden.documents(), None), &golden.array("mean").unwrap())
         } else {
             golden.worst(&model)
         };
@@ -178,7 +178,7 @@ fn bits_do_not_depend_on_threads_batches_or_kernels() {
                     assert!(bits(expected) == bits(&found), "{}, {name}, {quantize:?}, {}", golden.name, kernel.name());
                 }
                 // One at a time, and each among many.
-                let texts = golden.texts();
+                let texts = golden.documents();
                 let width = expected[0].1.len() / texts.len();
                 let many: Vec<&[u32]> = texts.iter().copied().cycle().take(60).collect();
                 let of = |texts: &[&[u32]]| match model.labels() {
@@ -264,12 +264,12 @@ fn keys_that_change_what_is_computed_are_read_or_refused() {
     };
     let golden = Golden::read("bert");
     let plain = read("bert", &[]).unwrap();
-    let expected = embed(&plain, &golden.texts(), None);
+    let expected = embed(&plain, &golden.documents(), None);
     assert!(distance(&expected, &golden.array("cls").unwrap()) < 1e-4);
     let mean = read("bert", &[("bert.pooling_type", Value::U32(1))]).unwrap();
-    assert!(distance(&embed(&mean, &golden.texts(), None), &golden.array("mean").unwrap()) < 1e-4);
+    assert!(distance(&embed(&mean, &golden.documents(), None), &golden.array("mean").unwrap()) < 1e-4);
     let causal = read("bert", &[("bert.attention.causal", Value::Bool(true))]).unwrap();
-    assert!(distance(&embed(&causal, &golden.texts(), None), &expected) > 1e-3);
+    assert!(distance(&embed(&causal, &golden.documents(), None), &expected) > 1e-3);
     let wrong = [
         ("bert.pooling_type", Value::U32(9)),
         ("bert.attention.causal", Value::from("no")),

@@ -50,13 +50,13 @@ def prompts(source: Path) -> EmbeddingPrompts:
         raise ModelError(f"{path}: {error}, expected JSON") from None
     known = found.get("prompts") if isinstance(found, dict) else None
     default = found.get("default_prompt_name") if isinstance(found, dict) else None
-    texts = {} if known is None else known
-    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-        raise ModelError(f'{path}: key "prompts": found {documents!r:.60}, expected an object of strings')
-    if default is not None and default not in texts:
-        expected = ", ".join(texts) or "null"
+    named = {} if known is None else known
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+        raise ModelError(f'{path}: key "prompts": found {named!r:.60}, expected an object of strings')
+    if default is not None and default not in named:
+        expected = ", ".join(named) or "null"
         raise ModelError(f'{path}: key "default_prompt_name": found {default!r:.60}, expected {expected}')
-    return EmbeddingPrompts(texts, default)
+    return EmbeddingPrompts(named, default)
 
 
 def embed(

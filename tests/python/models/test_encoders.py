@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from serving import serving
 
-from nybble import Engine, Model, ModelError
+from nybble import Engine, LoadOptions, Model, ModelError
 
 ENCODERS = Path(__file__).resolve().parents[2] / "data" / "encoders"
 TEXTS = ["a cat", "the black dog said he sees a fox", "fog"]
@@ -39,7 +39,7 @@ def cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> flo
 
 @pytest.mark.parametrize("name", ["bert", "xlm_roberta", "modernbert", "nomic_bert", "gemma3-embedding"])
 def test_vectors_are_the_same_for_ids_and_in_batches(name: str) -> None:
-    with Model.load(folder(name), threads=2) as model:
+    with Model.load(folder(name), threads=2, quantize="stored") as model:
         vectors = model.embed(TEXTS)
         assert vectors.shape == (3, model.info.embedding_size)
         assert vectors.dtype == np.float32
@@ -291,7 +291,7 @@ def test_a_decoder_with_attention_in_both_directions_is_an_encoder(tmp_path: Pat
 
 def test_the_server_embeds_and_ranks() -> None:
     with Model.load(folder("bert-classify")) as model, Engine(model) as engine, serving(engine) as server:
-        body = {"query": "a cat", "documents": [*TEXTS, {"text": "a dog"}], "top_n": 2, "return_documents": True}
+        body: dict[str, Any] = {"query": "a cat", "documents": [*TEXTS, {"text": "a dog"}], "top_n": 2, "return_documents": True}
         reply = server.request("POST", "/v1/rerank", body)
         assert reply.status == 200, reply.text
         scores = 1 / (1 + np.exp(-model.rerank("a cat", [*TEXTS, "a dog"]).astype(np.float64)))
@@ -361,7 +361,8 @@ def test_long_inputs_are_computed_at_once(window: int, tmp_path: Path) -> None:
     path = changed("modernbert", tmp_path / "model", "config.json", long)
     ids = [int(id) for id in np.random.default_rng(7).integers(5, 280, 700)]
     expected = _modern_bert(ids, (160000.0, 10000.0), window // 2)
-    with Model.load(path, threads=2) as model, Model.load(path, threads=1, kernel="scalar") as scalar:
+    options = LoadOptions(quantize="stored", threads=2)
+    with Model.load(path, options) as model, Model.load(path, options, threads=1, kernel="scalar") as scalar:
         states = model._native.hidden_states(ids)
         assert np.abs(states - expected).max() < 1e-3
         assert np.array_equal(model.embed([ids, ids[:300]]), scalar.embed([ids, ids[:300]]))

@@ -188,6 +188,8 @@ pub struct Quirks {
     pub weighted_input: bool,
     /// Experts have a gate that is clamped: its factor inside the sigmoid, and the bound.
     pub clamped_gate: Option<(f32, f32)>,
+    /// The activation is xIELU, with parameters that the file has.
+    pub xielu: bool,
     /// YaRN's ramp does not begin and end at whole dimensions, unless the file's `rope.scaling.yarn_truncate` says otherwise.
     pub untruncated_yarn: bool,
 }
@@ -220,6 +222,7 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     weighted_input: false,
     clamped_gate: None,
     untruncated_yarn: false,
+    xielu: false,
 };
 
 /// A family of layers of attention and a feed-forward network.

@@ -72,10 +72,6 @@ pub(in crate::model) const READ: &[&str] = &[
     "rope.scaling.yarn_truncate",
     "router_logit_softcapping",
     "use_parallel_residual",
-    "xielu.alpha_n",
-    "xielu.alpha_p",
-    "xielu.beta",
-    "xielu.eps",
 ];
 
 /// Keys that `Config::read` reads for models of latent attention.

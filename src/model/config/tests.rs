@@ -50,11 +50,6 @@ fn metadata(family: &str) -> Metadata {
         metadata.set(format!("{family}.attention.key_length"), 4u32);
         metadata.set(format!("{family}.attention.value_length"), 4u32);
     }
-    if family == "apertus" {
-        for name in ["alpha_p", "alpha_n", "beta", "eps"] {
-            metadata.set(format!("{family}.xielu.{name}"), 0.5f32);
-        }
-    }
     for key in ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"] {
         metadata.set(format!("{family}.{key}"), 1e-5f32);
     }
@@ -79,7 +74,7 @@ fn every_key_that_counts_as_read_is_read() {
     let wrong = || Value::Array(Array::F64(vec![0.5]));
     for key in READ {
         // The kind of norm decides which epsilon is read, that of the router which of its keys are, and so on.
-        let families = ["llama", "bloom", "llama4", "phimoe", "gpt-oss", "gemma3n", "apertus"];
+        let families = ["llama", "bloom", "llama4", "phimoe", "gpt-oss", "gemma3n"];
         assert!(families.iter().any(|family| error(family, key, wrong()).is_some()), "{key}");
     }
     for key in READ_LATENT {

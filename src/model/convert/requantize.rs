@@ -19,11 +19,12 @@ use crate::quant::scale_range::ScaleRange;
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     let is_small = ["_norm", "position_embd", "ffn_gate_inp", ".bias"].iter().any(|end| stem.ends_with(end))
-        || stem.starts_with("rope_");
+        || ["rope_", "altup_", "per_layer_model_proj"].iter().any(|start| stem.starts_with(start))
+        || [".altup_", ".laurel_"].iter().any(|part| stem.contains(part));
     if dims.len() < 2 || is_small {
         return None;
     }
-    let is_outer = matches!(stem, "token_embd" | "output");
+    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output");
     let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }

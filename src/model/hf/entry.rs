@@ -42,6 +42,8 @@ pub(super) enum Transform {
     /// The part of latent attention's matrix of keys and values that makes keys, transposed; or the part that makes values.
     LatentKeys,
     LatentValues,
+    /// Rows of tokens that stand for other inputs become the first row, as transformers reads them.
+    Placeholders,
     /// Pairs of the rotated part of each head's query, or of the shared key, become neighbors, unless they are already.
     LatentPairs,
     /// A matrix of one row becomes a vector.

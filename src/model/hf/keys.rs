@@ -95,7 +95,11 @@ fn per_layer_sizes(writer: &mut MetadataWriter<'_>) {
 fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
     let (key, names): (_, &[&str]) = match kind {
         NormKind::Rms => ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
-        NormKind::Layer => ("attention.layer_norm_epsilon", &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"]),
+        NormKind::Layer => {
+            const NAMES: &[&str] =
+                &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps"];
+            ("attention.layer_norm_epsilon", NAMES)
+        }
     };
     let epsilon = writer.settings.float(names)?;
     if epsilon <= 0.0 {

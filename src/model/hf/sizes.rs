@@ -44,6 +44,8 @@ pub(super) struct Sizes {
     pub(super) low_rank: usize,
     /// Residual streams.
     pub(super) streams: usize,
+    /// Tokens that stand for other inputs than text; none where they are beyond the vocabulary.
+    pub(super) placeholders: [usize; 2],
 }
 
 /// The sizes of a layer that may differ between layers.
@@ -100,6 +102,7 @@ impl Sizes {
             shared_kv_layers: 0,
             low_rank: 0,
             streams: 0,
+            placeholders: [usize::MAX; 2],
         };
         if sizes.head_dim == 0 {
             if !hidden.is_multiple_of(heads) {

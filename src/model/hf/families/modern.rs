@@ -3,8 +3,7 @@
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::llama::{GRANITE, LLAMA, OLMO2};
 use super::parts::{
-    EMBEDDING, NORMS, attention, expert_list, first_dense, gated, head_norms, rotating_layers, routed, shared_experts,
-    sparse_list,
+    NORMS, attention, expert_list, first_dense, gated, head_norms, rotating_layers, routed, shared_experts, sparse_list,
 };
 use super::qwen::QWEN2;
 use crate::error::Result;
@@ -598,7 +597,6 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     ],
     norm: NormKind::Layer,
     window: WindowRule::Always,
-    defaults: &[&[("layer_norm_eps", "null")]],
     adjust: |_, sizes| {
         sizes.expert_ffn = sizes.ffn;
         Ok(())
@@ -776,7 +774,19 @@ pub(super) const MUSE_GLIMMER: HfFamily = HfFamily {
     model_types: &["muse_glimmer_text", "muse_glimmer"],
     architecture: "muse-glimmer",
     bases: &["model.language_model.", "language_model.model.", "model.", ""],
-    outside: &[EMBEDDING],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens").by(Transform::Placeholders),
+        tensor("output_norm", "~norm"),
+        tensor("output", "@lm_head").when(Need::Untied),
+    ]],
+    adjust: |settings, sizes| {
+        for (token, key) in sizes.placeholders.iter_mut().zip(["image_token_id", "video_token_id"]) {
+            if settings.get(key).is_some() {
+                *token = settings.number(&[key])?;
+            }
+        }
+        Ok(())
+    },
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").by(AddOne),

@@ -7,18 +7,18 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from nybble import _native
 from nybble.completion import Completion, Message, Prompt, Prompts
 from nybble.errors import ModelError
+from nybble.generation.chatting import Chatting
 from nybble.generation.request import as_prompts, check_length, prepare, prompt_ids, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
 from nybble.models import hub
-from nybble.overrides import Returned, keyword_only
+from nybble.overrides import keyword_only
 from nybble.progress import Progress, counts
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
@@ -75,7 +75,7 @@ class _InBackground(Generic[T]):
         return cast("T", self._result)
 
 
-class Model(Returned):
+class Model(Chatting):
     """A language model on the CPU.
 
     `Model.load` returns one. Any number of threads may use a model at the same time; each call has its own state.
@@ -237,56 +237,11 @@ class Model(Returned):
         """
         return TextStream._of(self, prepare(self, prompt, merge(options, overrides)))
 
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[False] = False,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[True],
-        **overrides: Unpack[SamplingOverrides],
-    ) -> TextStream: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion | TextStream: ...
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool = False,
-        **overrides: Unpack[SamplingOverrides],
+    def _next_turn(
+        self, messages: Sequence[Message], options: SamplingOptions, *, stream: bool
     ) -> Completion | TextStream:
-        """Generates the next turn of a conversation, with the model's chat template.
-
-        Args:
-            messages: The turns so far, `[{"role": "user", "content": "Hello"}]`. Roles are system, user and assistant.
-            options: As in `generate`.
-            stream: Return a `TextStream` instead of a completion.
-            **overrides: As in `generate`.
-
-        Raises:
-            ContextFullError: The conversation does not fit into the context.
-            ModelError: The model has no chat template, or the template rejects the messages.
-        """
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        chosen = merge(options, overrides)
-        return self.stream(prompt, chosen) if stream else self.generate(prompt, chosen)
+        return self.stream(prompt, options) if stream else self.generate(prompt, options)
 
     def session(self) -> Session:
         """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice."""
@@ -383,9 +338,7 @@ class Model(Returned):
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

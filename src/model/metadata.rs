@@ -1,5 +1,6 @@
 //! Reads the keys of a GGUF file, with errors that name the file, the key and what was expected.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -29,12 +30,7 @@ impl<'a> MetadataReader<'a> {
         if self.prefix.is_empty() { key.to_owned() } else { format!("{}.{key}", self.prefix) }
     }
 
-    pub(super) fn malformed(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        expected: impl std::fmt::Display,
-    ) -> Error {
+    pub(super) fn malformed(&self, key: &str, found: impl Display, expected: impl Display) -> Error {
         Error::malformed(self.path, Place::Key(self.full(key)), found, expected)
     }
 
@@ -47,13 +43,7 @@ impl<'a> MetadataReader<'a> {
     }
 
     /// Returns an error unless `holds`.
-    pub(super) fn check(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        holds: bool,
-        expected: impl std::fmt::Display,
-    ) -> Result<()> {
+    pub(super) fn check(&self, key: &str, found: impl Display, holds: bool, expected: impl Display) -> Result<()> {
         if holds { Ok(()) } else { Err(self.malformed(key, found, expected)) }
     }
 
@@ -154,7 +144,7 @@ impl<'a> MetadataReader<'a> {
         }
     }
 
-    pub(super) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
+    pub(super) fn unsupported(&self, key: &str, what: impl Display, supported: &str) -> Error {
         Error::Unsupported {
             path: self.path.to_path_buf(),
             place: Place::Key(self.full(key)),

@@ -1,6 +1,7 @@
 //! Typed access to `tokenizer.*` keys. Errors name the file, the key, what was found and what was expected.
 
 use std::cell::RefCell;
+use std::fmt::Display;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -19,12 +20,7 @@ impl<'a> Keys<'a> {
         Keys { metadata, path, warnings: RefCell::default() }
     }
 
-    pub(super) fn malformed(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        expected: impl std::fmt::Display,
-    ) -> Error {
+    pub(super) fn malformed(&self, key: &str, found: impl Display, expected: impl Display) -> Error {
         Error::malformed(self.path, Place::Key(key.to_owned()), found, expected)
     }
 

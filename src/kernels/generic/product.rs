@@ -60,6 +60,13 @@ pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
     }
 }
 
+/// The lines of half `half` of block `b`: 4 of bytes, or 2 of nibbles.
+#[inline(always)]
+pub(in crate::kernels) fn half_block<const CODE: u8>(codes: &[CacheLine], b: usize, half: usize) -> &[CacheLine] {
+    let count = if CODE == INT8 { 4 } else { 2 };
+    &codes[(2 * b + half) * count..][..count]
+}
+
 /// Code that is compiled for each height of a tile of [`Activations`].
 pub(in crate::kernels) trait ByTile {
     /// Runs for the tile of `R` rows that starts at `row`.
@@ -84,8 +91,8 @@ pub(in crate::kernels) fn by_tile(x: &Activations, rows: Range<usize>, code: &mu
 
 /// An instruction set that multiplies one panel at a time by all tiles.
 pub(in crate::kernels) trait ByPanel: Copy {
-    /// Multiplies the panel by the tile of `R` rows that starts at `row`.
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+    /// Multiplies the panel by the tile of `R` rows that starts at `row`, `ROWS` rows at a time.
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
         panel: &mut OnePanel<'_, '_, '_, Self, CODE, GROUP, MIN>,
         row: usize,
     );
@@ -136,7 +143,11 @@ impl<S: ByPanel, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
 {
     #[inline(always)]
     fn tile<const R: usize>(&mut self, row: usize) {
-        S::tile::<CODE, GROUP, MIN, R>(self, row);
+        match R {
+            4.. => S::tile::<CODE, GROUP, MIN, R, 4>(self, row),
+            2.. => S::tile::<CODE, GROUP, MIN, R, 2>(self, row),
+            _ => S::tile::<CODE, GROUP, MIN, R, 1>(self, row),
+        }
     }
 }
 

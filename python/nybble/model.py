@@ -126,9 +126,10 @@ class Model(Chatting):
             source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
             options: How to load it; the defaults of `LoadOptions` if None.
-            progress: None draws a progress bar on a terminal or in a notebook if loading takes more than a second, True
-                always reports, False never. A function is called from time to time with the number of weights packed
-                and their total. An exception that it raises stops the loading, as Ctrl-C does.
+            progress: None draws a progress bar on a terminal or in a notebook if it takes more than a second, True
+                always reports, False never. A function is called from time to time: during a download with the number
+                of bytes and their total, then with the number of weights packed and their total. An exception that it
+                raises stops the loading, as Ctrl-C does.
             **overrides: Single options by name, such as `threads=4` or `filename="*Q4_K_M.gguf"`.
 
         Raises:
@@ -147,7 +148,7 @@ class Model(Chatting):
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
-        file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
+        file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision, progress=progress)
         mmap = chosen.mmap
         with contextlib.ExitStack() as stack:
             report = stack.enter_context(counts(progress, f"loading {file.name}"))

@@ -101,6 +101,26 @@ impl ChatOptions {
 impl Tokenizer {
     /// Writes a conversation as a prompt, by the model's chat template.
     ///
+    /// Models that were trained on text alone have none. This program answers a prompt, or continues it, as `nybble run` does:
+    ///
+    /// ```no_run
+    /// use nybble::{ChatOptions, LoadOptions, Message, Model, SamplingOptions, Sequence, step};
+    ///
+    /// let model = Model::load("model.gguf", &LoadOptions::default())?;
+    /// let tokenizer = model.tokenizer()?;
+    /// let (mut prompt, options) = ("Why is the sky blue?".to_owned(), ChatOptions::default());
+    /// if tokenizer.chat_template(None).is_some() {
+    ///     prompt = tokenizer.apply_chat_template(&[Message::user(&prompt)], &options)?;
+    /// }
+    /// let prompt = tokenizer.encode_prompt(&prompt)?;
+    /// let mut text = tokenizer.decoder_after(&prompt);
+    /// let mut sequence = Sequence::new(&model, &prompt, SamplingOptions::greedy())?;
+    /// while !sequence.has_ended() && sequence.len() < model.context() {
+    ///     print!("{}", text.push(step(&model, &mut [&mut sequence], &|| false)?[0].token)?);
+    /// }
+    /// # Ok::<(), nybble::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::InvalidArgument`] when there is no such template, or it refuses the messages; [`Error::Malformed`] when the
     /// template is invalid, fails, or exceeds its limits.

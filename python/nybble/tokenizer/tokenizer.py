@@ -14,10 +14,10 @@ from nybble.errors import ModelError
 from nybble.models import hub
 from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
-from nybble.tokenizer.encoders import PackageEncoder
 
 if TYPE_CHECKING:
     from nybble.chat.template import ChatTemplate
+    from nybble.tokenizer.encoders import PackageEncoder
 
 T = TypeVar("T")
 _Build = Callable[[str], "str | None"]
@@ -98,6 +98,9 @@ class Tokenizer(Returned):
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
+        # Takes 20 ms, in which `Model.load` packs weights in other threads.
+        from nybble.tokenizer.encoders import PackageEncoder
+
         try:
             self._package = PackageEncoder(text)
         except ValueError as error:

@@ -172,7 +172,7 @@ def _pip_download(model: DefaultModel, folder: str, report: Report | None) -> No
 
 
 def _bytes_in(folder: str) -> int:
-    """The size of all files below a folder, some of which may disappear meanwhile."""
+    """The size of all files below a folder. Files may disappear meanwhile."""
     size = 0
     for where, _, names in os.walk(folder):
         for name in names:

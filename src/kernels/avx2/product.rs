@@ -88,8 +88,8 @@ impl<A: Adder> ByPanel for A {
 impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, first, side, prefetched| {
-            panel.strip::<R, S, T>(x, first, side, prefetched)
+        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, at, prefetched| {
+            panel.strip::<R, S, T>(x, at, prefetched)
         });
     }
 
@@ -99,14 +99,12 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
     fn strip<const R: usize, const S: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
-        first: usize,
-        side: usize,
+        [first, side]: [usize; 2],
         prefetched: &[CacheLine],
     ) -> [[__m256; T]; S] {
         let (adder, panel, blocks) = (self.product.set, &self.panel, x.codes.len());
         let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
-        let halves = BLOCK.div_ceil(GROUP);
-        let run = GROUP.div_ceil(BLOCK);
+        let (halves, run) = (Self::HALVES, Self::RUN);
         assert!(first + S <= R && side + T <= SIDES);
         let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::vector::Vector;
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// [`Code::Int4`] as a constant parameter.
@@ -111,6 +111,11 @@ pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROU
 }
 
 impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, S, CODE, GROUP, MIN> {
+    /// Groups in a block: one or two, or one where a group has several blocks.
+    pub(in crate::kernels) const HALVES: usize = BLOCK.div_ceil(GROUP);
+    /// Blocks in a group: one, or several.
+    pub(in crate::kernels) const RUN: usize = GROUP.div_ceil(BLOCK);
+
     /// Computes the tile of `R` rows at `row`, `ROWS` rows and `T` registers of the panel at a time, as registers are few.
     ///
     /// `strip` returns the sums of the rows from its first number on and the registers from its second number on. It is
@@ -120,14 +125,14 @@ impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_
         &mut self,
         v: V,
         row: usize,
-        strip: impl Fn(&Self, &Tile<'_, R>, usize, usize, &[CacheLine]) -> [[V::Register; T]; ROWS],
+        strip: impl Fn(&Self, &Tile<'_, R>, [usize; 2], &[CacheLine]) -> [[V::Register; T]; ROWS],
     ) {
         let x = self.product.x.tile::<R>(row);
         let output_scale = v.splat(self.product.w.output_scale());
         for part in (0..V::PARTS).step_by(T) {
             for first in (0..R).step_by(ROWS) {
                 let prefetched = if row == 0 && first == 0 && part == 0 { self.prefetched } else { &[] };
-                let sums = strip(self, &x, first, part, prefetched);
+                let sums = strip(self, &x, [first, part], prefetched);
                 let out = &mut *self.product.out;
                 for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                     let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];

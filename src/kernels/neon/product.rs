@@ -43,7 +43,7 @@ impl ByPanel for Neon {
 impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN> {
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips(self.product.set, row, |panel, x, first, quarter, _| panel.strip::<R, S, T>(x, first, quarter));
+        self.by_strips(self.product.set, row, |panel, x, at, _| panel.strip::<R, S, T>(x, at));
     }
 
     /// `S` rows of a tile, from `first` on, times `T` quarters of the panel, from `quarter` on.
@@ -51,13 +51,11 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
     fn strip<const R: usize, const S: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
-        first: usize,
-        quarter: usize,
+        [first, quarter]: [usize; 2],
     ) -> [[float32x4_t; T]; S] {
         assert!(first + S <= R && quarter + T <= QUARTERS);
         let (blocks, table) = (x.codes.len(), load_i8(&self.table));
-        // A block has one or two groups, or a group one or several blocks.
-        let (halves, run) = (BLOCK.div_ceil(GROUP), GROUP.div_ceil(BLOCK));
+        let (halves, run) = (Self::HALVES, Self::RUN);
         let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let codes: &[[[[i8; BLOCK / 2]; 2]; R]] = &bytemuck::cast_slice(codes)[..blocks];
         let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..(blocks * halves).div_ceil(run)];

@@ -25,7 +25,7 @@ use half::f16;
 use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch};
 use crate::kernels::activations::{Activations, Tile};
 use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout, half_block};
-use crate::quant::packed::{BLOCK, CacheLine, Packed};
+use crate::quant::packed::{CacheLine, Packed};
 use crate::threads::Columns;
 
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.

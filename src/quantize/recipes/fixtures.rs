@@ -5,7 +5,6 @@ use std::fmt::Debug;
 use crate::quantize::compute::{Compute, mirror};
 use crate::quantize::format::{Format, GroupedFormat};
 use crate::quantize::layer::{LayerProblem, Solution, error};
-use crate::quantize::recipes::rtn;
 use crate::threads::ThreadPool;
 
 /// Columns of [`layer`].
@@ -65,15 +64,16 @@ pub(in crate::quantize) fn error_of(problem: &LayerProblem<'_>, grouped: &Groupe
     error(problem, &solution.decode(grouped, problem.columns))
 }
 
-/// Checks that the error of a recipe is less than `share` of that of rounding to nearest, in every 4-bit format.
+/// Checks that the error of a recipe is less than `share` of that of another one, `rounding`, in every 4-bit format.
 pub(in crate::quantize) fn assert_beats(
     threads: usize,
     share: f64,
+    rounding: impl Fn(&LayerProblem<'_>, &GroupedFormat, bool, &Compute<'_>) -> Solution,
     solve: impl Fn(&LayerProblem<'_>, &GroupedFormat, &Compute<'_>) -> Solution,
 ) {
     with_layer(threads, |problem, compute| {
         for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
-            let rounded = error_of(problem, &grouped, &rtn::solve(problem, &grouped, true, compute));
+            let rounded = error_of(problem, &grouped, &rounding(problem, &grouped, true, compute));
             let own = error_of(problem, &grouped, &solve(problem, &grouped, compute));
             assert!(own < share * rounded, "{grouped:?}: {own}, by rounding {rounded}");
         }

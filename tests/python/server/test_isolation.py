@@ -6,19 +6,29 @@ import functools
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving import Running, served
+import tiny
+from serving import TOOL_TEMPLATE, Running, serving
 
 from nybble import Model
+from nybble.engine import Engine
 from nybble.tokenizer.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    file = tmp_path_factory.mktemp("isolation") / "tiny.gguf"
+    tiny.write_model(file, llama__context_length=1024, tokenizer__chat_template=TOOL_TEMPLATE)
+    with Model.load(file, threads=2) as loaded:
+        yield loaded
 
 
 def good(number: int) -> Json:
@@ -85,12 +95,10 @@ def together(works: list[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(run, works))
 
 
-def test_32_running_requests_do_not_notice_failures_among_them(
-    tool_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with served(tool_model, max_batch=32, max_answers=232) as running:
+def test_32_running_requests_do_not_notice_failures_among_them(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(model, max_batch=32, max_queue=200) as engine, serving(engine, max_answers=232) as running:
         expected = [text_of(running, good(number)) for number in range(32)]
-        poison = tool_model.tokenizer.encode("\x07")[0]
+        poison = model.tokenizer.encode("\x07")[0]
         found = Tokenizer.token_bytes
 
         def fails(self: Tokenizer, token: int) -> bytes:

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -63,9 +64,8 @@ def tiny_model(tiny_file: Path) -> Iterator[Model]:
 @pytest.fixture(scope="session")
 def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """The tiny llama with a context of 2,048 tokens and a chat template that supports tools."""
-    file = tmp_path_factory.mktemp("tool") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as model:
+    changes: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": TOOL_TEMPLATE}
+    with Model.load(tiny.write_model(tmp_path_factory.mktemp("tool") / "tiny.gguf", **changes), threads=2) as model:
         yield model
 
 

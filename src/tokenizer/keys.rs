@@ -52,7 +52,7 @@ impl<'a> Keys<'a> {
             return Err(self.malformed(key, found, expected()));
         }
         if let Some(length) = length.filter(|length| *length != array.len()) {
-            let found = format_args!("{} elements", array.len());
+            let found = format!("{} elements", array.len());
             return Err(self.malformed(key, found, format_args!("{length}, one per token")));
         }
         Ok(elements)

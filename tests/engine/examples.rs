@@ -30,6 +30,7 @@ fn model(folder: &TempDir, matrix_type: BlockType) -> PathBuf {
         .set("tokenizer.ggml.scores", vec![0f32; shape.vocabulary])
         .set("tokenizer.ggml.bos_token_id", 1u32)
         .set("tokenizer.ggml.eos_token_id", 2u32)
+        .set("tokenizer.ggml.add_space_prefix", false)
         .set("tokenizer.chat_template", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}");
     tiny_model::write(&folder.path().join("model.gguf"), &metadata, &tiny_model::tensors(&shape), matrix_type)
 }

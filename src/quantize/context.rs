@@ -137,6 +137,16 @@ impl<'a> OpenRun<'a> {
         (self.context.progress)(stage, done, total);
     }
 
+    /// Reports the layer that the stage begins.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]
+    pub(super) fn enter_layer(&self, stage: &str, layer: usize) -> Result<()> {
+        self.check()?;
+        self.report(stage, layer, self.layers.config().layers.len());
+        Ok(())
+    }
+
     /// Whether the run may continue.
     ///
     /// # Errors

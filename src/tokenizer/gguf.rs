@@ -76,7 +76,7 @@ fn whole(keys: &Keys<'_>, text: &[u8], build: &mut Build<'_>) -> Result<Descript
     }
     let mut described = folder::describe_json(text, keys.path, WHOLE, neighbors, build)?;
     if described.len() > texts.len() {
-        let expected = format_args!("at least {}, the tokens in {WHOLE}", described.len());
+        let expected = format!("at least {}, the tokens in {WHOLE}", described.len());
         return Err(keys.malformed(TOKENS, format_args!("{} tokens", texts.len()), expected));
     }
     described.warnings.append(&mut keys.warnings.take());

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nybble import _native
 from nybble.models import hub
 from nybble.models.locks import lock
-from nybble.progress import StageProgress, stages
+from nybble.progress import Progress, StageProgress, stages
 from nybble.quantization import calibration, datasets
 from nybble.quantization import source as sources
 from nybble.quantization.loaded import SourceGenerator
@@ -69,6 +69,10 @@ def quantize(
     return quantize_and_report(source, out, merge_quantize_options(options, overrides), (), progress=progress)
 
 
+def _of_download(progress: StageProgress) -> Progress:
+    return (lambda done, total: progress("downloading", done, total)) if callable(progress) else progress
+
+
 def quantize_and_report(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -82,7 +86,7 @@ def quantize_and_report(
     unmeasured = Unmeasured(out)
     if not unmeasured.exists():
         _check_out(out, chosen)
-    path = hub.resolve(source, revision=chosen.revision)
+    path = hub.resolve(source, revision=chosen.revision, progress=_of_download(progress))
     read = [path, *_documents(chosen)]
     _check_outputs(out, pages, read)
     key = _key(path, chosen)

@@ -170,7 +170,7 @@ class QuantizeOptions:
 
     @property
     def chooses_format(self) -> bool:
-        """Whether each linear layer may get another 4-bit format, that holds it exactly or, for "auto", suits it."""
+        """Whether linear layers may differ in format: to be held exactly or, with "auto", for a smaller error."""
         return self.format is None and self.symmetric is None
 
     @property

@@ -6,8 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use crate::error::{Error, Place, Result};
-use crate::format::gguf::Metadata;
-use crate::format::{Checkpoint, Tensor};
+use crate::format::{Checkpoint, Tensor, as_in_source};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 use crate::quant::scale_range::ScaleRange;
@@ -61,13 +60,7 @@ impl<'a> Quantized<'a> {
 }
 
 impl Checkpoint for Quantized<'_> {
-    fn path(&self) -> &Path {
-        self.source.path()
-    }
-
-    fn metadata(&self) -> &Metadata {
-        self.source.metadata()
-    }
+    as_in_source!();
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let Tensor { dims, rows } = self.source.tensor(name)?;
@@ -90,16 +83,8 @@ impl Checkpoint for Quantized<'_> {
         Some(Tensor { dims, rows: Box::new(encoded) })
     }
 
-    fn names(&self) -> Vec<&str> {
-        self.source.names()
-    }
-
     fn is_quantized(&self, name: &str) -> bool {
         self.source.is_quantized(name)
-    }
-
-    fn release(&self, name: &str) {
-        self.source.release(name);
     }
 }
 

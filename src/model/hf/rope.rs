@@ -109,7 +109,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
     if whole {
         let share = inside.or(settings.optional_float(&SHARE[..1])?);
         if share.is_some_and(|share| share != 1.0) {
-            let what = format_args!("rotation of a share of {} of each head", share.unwrap_or_default());
+            let what = format!("rotation of a share of {} of each head", share.unwrap_or_default());
             return Err(settings.unsupported(SHARE[0], what, "supported in this family: 1"));
         }
     }

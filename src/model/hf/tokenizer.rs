@@ -77,7 +77,7 @@ fn padded(mut metadata: Metadata, folder: &Path, files: &Files, rows: usize) -> 
     let tokens =
         metadata.get("tokenizer.ggml.tokens").and_then(|value| value.as_strings()).cloned().unwrap_or_default();
     if tokens.len() > rows {
-        let found = format_args!("{} tokens", tokens.len());
+        let found = format!("{} tokens", tokens.len());
         return Err(Error::malformed(
             folder,
             Place::File,
@@ -242,8 +242,7 @@ impl Tokenizer {
         for (text, number) in vocabulary {
             let id = id("model.vocab", Some(number))?;
             if std::mem::replace(&mut seen[id], true) {
-                let found =
-                    format_args!("the id {id} a second time, for {:?}", text.chars().take(60).collect::<String>());
+                let found = format!("the id {id} a second time, for {:?}", text.chars().take(60).collect::<String>());
                 return Err(self.malformed("model.vocab", found, "each id once"));
             }
             tokens.texts[id].clone_from(text);

@@ -27,7 +27,7 @@ const IN_MEMORY: usize = 64 << 20;
 pub(in crate::quantize) fn check_windows(layers: &Layerwise, windows: &[Vec<u32>]) -> Result<()> {
     let tokens: usize = windows.iter().map(Vec::len).sum();
     if tokens < MIN_CALIBRATION_TOKENS {
-        let expected = format_args!("at least {MIN_CALIBRATION_TOKENS}, better 50000").to_string();
+        let expected = format!("at least {MIN_CALIBRATION_TOKENS}, better 50000");
         return Err(Error::argument("calibration", format_args!("{tokens} tokens"), expected));
     }
     let (longest, context) = (windows.iter().map(Vec::len).max().unwrap_or(0), layers.context());

@@ -9,11 +9,9 @@ from typing import Any
 import jsonschema_rs
 import openai
 import pytest
-import tiny
-from serving import TOOL_TEMPLATE, Running, serving
+from serving import Running, served
 
 from nybble import Model
-from nybble.engine import Engine
 from nybble.server.protocols.gbnf import lark_of_gbnf
 
 Json = dict[str, Any]
@@ -26,10 +24,8 @@ DOG: Json = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    file = tmp_path_factory.mktemp("parameters") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as model, Engine(model) as engine, serving(engine) as running:
+def server(tool_model: Model) -> Iterator[Running]:
+    with served(tool_model) as running:
         yield running
 
 

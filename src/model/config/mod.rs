@@ -85,11 +85,11 @@ pub struct Config {
     pub xielu: Vec<[f32; 4]>,
     /// The factor inside the sigmoid of experts' gates that are clamped, and the bound.
     pub clamped_gate: Option<(f32, f32)>,
-    /// Several residual streams of which one is computed.
+    /// Several residual streams. Layers compute one of them.
     pub streams: Option<StreamsConfig>,
 }
 
-/// Several residual streams of which layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
+/// Several residual streams: layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamsConfig {

@@ -67,7 +67,7 @@ pub(super) enum Need {
     Sparse,
     /// In layers without experts.
     Dense,
-    /// In layers of which this is true.
+    /// In layers that this function chooses.
     Where(fn(&Sizes, usize) -> bool),
     /// The output matrix: optional where it may be tied to the embedding.
     Untied,

@@ -92,7 +92,7 @@ impl<'a> Planner<'a> {
                 Some(layer) => format!("{}{layer}.{}{source_suffix}", self.family.layers, entry.hf),
                 None => format!("{}{source_suffix}", entry.hf),
             };
-            // The head stands beside the model: where that has a part for other inputs, inside of it.
+            // The head is next to the model, which may be a part of a larger one.
             let source = source.replace('~', self.base).replace('@', self.head());
             if self.is_needed(need, layer, &source)? {
                 self.add(name, &source, dims, transform, layer)?;

@@ -205,11 +205,11 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
             let magnitude = yarn_magnitude(&scaling, factor)?;
             // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching,
             // except in families for which readers know.
-            let (truncate, usual) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
-            if truncate && !usual {
+            let (truncate, default) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
+            if truncate && !default {
                 keys.set("rope.scaling.yarn_truncate", true);
             }
-            let factor = if truncate || !usual {
+            let factor = if truncate || !default {
                 factor
             } else {
                 keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));

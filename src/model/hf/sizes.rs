@@ -40,7 +40,7 @@ pub(super) struct Sizes {
     pub(super) interleaved: bool,
     /// Layers at the end that take keys and values from others.
     pub(super) shared_kv_layers: usize,
-    /// Rank of the low-rank branch beside attention.
+    /// Rank of the low-rank branch that joins attention.
     pub(super) low_rank: usize,
     /// Residual streams.
     pub(super) streams: usize,

@@ -1,7 +1,7 @@
 """Opens more connections than a server may have open files: `python tests/connections.py`.
 
-Most of them are idle. The others send a request, and each must be answered, as must /health afterwards. The log must stay
-short. Otherwise the exit code is 1. Without a model, a tiny one with random weights is served.
+Most of them are idle. The others send a request, and each must be answered, as must /health afterwards. The log must
+stay short. Otherwise the exit code is 1. Without a model, a tiny one with random weights is served.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def attack(model: Path, files: int, connections: int, working: int, tokens: int 
         process = subprocess.Popen(
             command,
             stderr=log,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),  # noqa: PLW1509
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
         )
         try:
             port = _port(process, log.fileno())

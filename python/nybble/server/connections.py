@@ -154,7 +154,7 @@ class Listener(socket.socket):
 
 
 def within_open_files(wanted: int) -> Connections:
-    """At most `wanted` connections, as many as the limit of open files allows.
+    """At most `wanted` connections, fewer if the limit of open files demands it.
 
     Raises the soft limit of this process as far as needed and allowed.
     """

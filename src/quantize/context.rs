@@ -91,6 +91,7 @@ impl<'a> RunContext<'a> {
         sources.check("out", self.out)?;
         files.iter().flat_map(ResumeFiles::all).try_for_each(|file| sources.check_working_file("out", &file))?;
         if self.out.exists() && !self.force {
+            remove_leftovers(self.out)?;
             let found = format!("{}, which exists", self.out.display());
             return Err(Error::argument("out", found, "a new file, or force"));
         }
@@ -113,6 +114,14 @@ impl fmt::Debug for RunContext<'_> {
             .field("force", &self.force)
             .finish_non_exhaustive()
     }
+}
+
+/// Removes what a run has left that was killed when its output at `out` was complete.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn remove_leftovers(out: &Path) -> Result<()> {
+    ResumeFiles::next_to(out).remove_if_done()
 }
 
 /// A run whose checkpoint is open.

@@ -89,6 +89,7 @@ def quantize_and_report(
     path = hub.resolve(source, revision=chosen.revision, progress=_of_download(progress))
     read = [path, *_documents(chosen)]
     _check_outputs(out, pages, read)
+    _check_imatrix(out, pages, chosen)
     key = _key(path, chosen)
     done = unmeasured.report(key)
     if done is None:
@@ -148,6 +149,7 @@ def quantize_to_cache(
 
 def _check_out(out: Path, options: QuantizeOptions) -> None:
     if out.exists() and not options.force:
+        _native.remove_leftovers(out)
         raise FileExistsError(errno.EEXIST, "already exists; use force to overwrite it", str(out))
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(out))
@@ -155,7 +157,8 @@ def _check_out(out: Path, options: QuantizeOptions) -> None:
 
 def _documents(options: QuantizeOptions) -> list[Path]:
     """The files that a run reads in addition to the source."""
-    named = [source for source in (options.calibration, options.evaluation) if isinstance(source, (str, os.PathLike))]
+    given = (options.calibration, options.evaluation, options.imatrix)
+    named = [document for document in given if isinstance(document, (str, os.PathLike))]
     return [Path(source) for source in named if source not in (calibration.SAMPLE, calibration.SELF)]
 
 
@@ -168,6 +171,14 @@ def _check_outputs(out: Path, pages: Sequence[Path], read: Sequence[Path]) -> No
         _native.check_output(page, [*read, out])
         if page.resolve() == out.resolve():
             raise ValueError(f"report: found {page}, which is the output, expected another file")
+
+
+def _check_imatrix(out: Path, pages: Sequence[Path], options: QuantizeOptions) -> None:
+    """Checks that an importance matrix that is measured is not written to the place of another output."""
+    if options.imatrix is not None:
+        found = Path(options.imatrix)
+        if found.resolve() in [path.resolve() for path in (out, *pages)]:
+            raise ValueError(f"imatrix: found {found}, which is another output, expected another file")
 
 
 def _key(path: Path, options: QuantizeOptions) -> str:

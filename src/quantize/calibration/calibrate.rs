@@ -326,7 +326,7 @@ mod tests {
             let options = LoadOptions { quantize: Quantize::Stored, threads: Some(1), ..LoadOptions::default() };
             let checkpoint = HfFolder::open(&folder).unwrap();
             let windows: Vec<Vec<u32>> =
-                (0..3).map(|w| (0..40 - w).map(|i| (i * 37 + w * 91) % 320).collect()).collect();
+                (0..3).map(|w| (0..40 - w).map(|i| (i * 37 + w * 91) % 256).collect()).collect();
             let layers = Layerwise::load(&checkpoint, &options).unwrap();
             let mut spectator = Spectator { checkpoint: &checkpoint, seen: Vec::new() };
             let mut calibration = Calibration::start(&layers, &windows, Path::new(".")).unwrap();

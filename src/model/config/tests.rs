@@ -38,7 +38,7 @@ fn metadata(family: &str) -> Metadata {
     for key in ["block_count", "context_length", "attention.head_count", "expert_count"] {
         metadata.set(format!("{family}.{key}"), 2u32);
     }
-    metadata.set(format!("{family}.expert_used_count"), 1u32);
+    metadata.set(format!("{family}.expert_used_count"), if family == "phimoe" { 2u32 } else { 1 });
     metadata.set(format!("{family}.rope.scaling.type"), "yarn");
     // What only some families have.
     for (key, value) in [("altup.num_inputs", 4u32), ("attention.kv_lora_rank", 2), ("rope.dimension_count", 2)] {

@@ -35,10 +35,10 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     let settings = Settings::new("config.json".into(), String::new(), config);
     let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
     Packing::read(&settings, Path::new("")).unwrap();
-    let mut sizes = Sizes::read(&settings, family.adjust).unwrap();
+    // A configuration that is refused has been read that far.
+    let Ok(mut sizes) = Sizes::read(&settings, family.adjust) else { return settings.keys_read() };
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
-    // A configuration that is refused has been read that far.
     _ = keys::write(family, &settings, &sizes, "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
         for need in [entry.weight, entry.bias] {

@@ -48,6 +48,7 @@ pub(super) const GLM4: HfFamily = HfFamily {
 /// GLM 4.5 and later with experts.
 pub(super) const GLM4_MOE: HfFamily = HfFamily {
     model_types: &["glm4_moe"],
+    without_influence: &["num_mtp_layers"],
     architecture: "glm4moe",
     layer: &[
         &[
@@ -81,6 +82,7 @@ pub(super) const DOTS1: HfFamily = HfFamily {
         &shared_experts("mlp.shared_experts"),
     ],
     window: WindowRule::From("max_window_layers"),
+    without_influence: &["layer_types", "max_window_layers"],
     adjust: first_dense,
     keys: |keys| keys.sigmoid_router(),
     ..BASE
@@ -97,6 +99,8 @@ pub(super) const ERNIE4_5: HfFamily = HfFamily {
 /// Baidu 2025, with experts.
 pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
     model_types: &["ernie4_5_moe"],
+    // Weights of a softmax never have so small a sum.
+    without_influence: &["moe_norm_min"],
     architecture: "ernie4_5-moe",
     layer: &[
         NORMS,
@@ -134,6 +138,7 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
 /// Tencent 2025: Hunyuan.
 pub(super) const HUNYUAN_DENSE: HfFamily = HfFamily {
     model_types: &["hunyuan_v1_dense"],
+    without_influence: &["eod_token_id"],
     architecture: "hunyuan-dense",
     layer: &[
         NORMS,
@@ -147,6 +152,7 @@ pub(super) const HUNYUAN_DENSE: HfFamily = HfFamily {
 /// Tencent 2026: HY 3.
 pub(super) const HY_V3: HfFamily = HfFamily {
     model_types: &["hy_v3"],
+    without_influence: &["enable_moe_fp32_combine"],
     architecture: "hy_v3",
     layer: &[
         NORMS,

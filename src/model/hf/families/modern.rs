@@ -267,6 +267,7 @@ pub(super) const fn mixtral_experts() -> [Entry; 3] {
 /// Microsoft 2024: Phi 3.5 with experts.
 pub(super) const PHIMOE: HfFamily = HfFamily {
     model_types: &["phimoe"],
+    without_influence: &["input_jitter_noise"],
     architecture: "phimoe",
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
@@ -298,6 +299,7 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
 /// JetBrains 2026.
 pub(super) const MELLUM: HfFamily = HfFamily {
     model_types: &["mellum"],
+    without_influence: &["mtp_layer_types", "mtp_mlp_layer_types", "num_mtp_layers"],
     architecture: "mellum",
     layer: &[
         NORMS,

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.server.protocols.chat_schema import Tool
-from nybble.server.protocols.strict import Strict
 
 Json = dict[str, Any]
 
@@ -86,7 +85,7 @@ class OllamaRequest(Lenient):
         return given
 
 
-class OllamaFunction(Strict):
+class OllamaFunction(Lenient):
     """A function that the model called."""
 
     name: str
@@ -94,7 +93,7 @@ class OllamaFunction(Strict):
     index: int | None = None
 
 
-class OllamaCall(Strict):
+class OllamaCall(Lenient):
     """A tool call of an earlier answer."""
 
     id: str | None = None
@@ -107,7 +106,7 @@ def _without_images(images: list[Any] | None) -> None:
         raise PydanticCustomError("unsupported", "this model reads text only, found images")
 
 
-class OllamaMessage(Strict):
+class OllamaMessage(Lenient):
     """One turn of a conversation."""
 
     role: str

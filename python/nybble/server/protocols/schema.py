@@ -49,7 +49,6 @@ class Neutral(Strict):
     guided_decoding_backend: str | None = None
     priority: int | None = None
     best_of: Literal[1] | None = None
-    min_tokens: Literal[0] | None = None
     ignore_eos: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
@@ -84,6 +83,9 @@ class Sampling(Neutral, Formed):
     )
     max_tokens: Limit | None = None
     n_predict: Limit | None = Field(default=None, description="Another name of max_tokens, as with llama-server.")
+    min_tokens: TokenId | None = Field(
+        default=None, description="Extension of nybble: the answer does not stop before this many tokens."
+    )
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         default=None, description="Extension of nybble: keep the K likeliest tokens; 0 and -1 keep all."
     )
@@ -130,7 +132,7 @@ class Sampling(Neutral, Formed):
         """The options that were given, named as in `nybble.SamplingOptions`."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "penalty_window", "stop", "stop_token_ids",
+            "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.repeat_penalty is not None:

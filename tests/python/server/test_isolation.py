@@ -187,9 +187,9 @@ def test_a_failed_step_loses_answers_and_changes_none(model: Model, monkeypatch:
             elif "chat.completion.chunk" not in reply.text:
                 assert reply.choice["message"]["content"] == text
             else:
-                pieces = [
-                    event["choices"][0]["delta"].get("content", "") for event in reply.events if "choices" in event
-                ]
+                events = reply.events
+                deltas = [event["choices"][0]["delta"] for event in events if "choices" in event]
+                pieces = [delta.get("content", "") for delta in deltas]
                 errors = [event["error"]["code"] for event in events if "error" in event]
                 lost += len(errors)
                 assert errors in ([], ["engine_failed"])

@@ -50,7 +50,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         max_length: The largest number of tokens of a request; None for the model's context.
         max_gen_toks: The largest number of tokens of a generation, for tasks that do not say it.
         add_bos_token: Put the start token before each request; None does so if the model was trained with it.
-        prefix_token_id: The token before texts that have no context; None for the start token, or the end token if the
+        prefix_token_id: The token before prompts that have no context; None for the start token, or the end token if the
             model has no start token.
         seed: The seed of tasks that sample.
         device: Ignored: nybble runs on the CPU. The command of the harness passes "cuda:0" by default.
@@ -107,7 +107,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before texts that have no context."""
+        """The token before prompts that have no context."""
         tokenizer = self.model.tokenizer
         for token in (self._prefix_token_id, tokenizer.bos_id, tokenizer.eos_id):
             if token is not None:
@@ -194,7 +194,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of the context that do not overlap in what they predict."""
+        """The log-likelihood of whole documents, in windows of the context that do not overlap in what they predict."""
         found = []
         for request in self._progress(requests, "loglikelihood_rolling", disable_tqdm):
             (text,) = request.args

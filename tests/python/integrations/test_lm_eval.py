@@ -129,7 +129,7 @@ def through_server(server: Running) -> Any:
 def test_a_task_gets_the_figures_of_direct_logits(way: str, model: Model, server: Running, folder: Path) -> None:
     lm = by_class(model) if way == "class" else through_server(server)
     results = evaluate(lm, folder, "choices", "rolling", "until")
-    # The server generates one token behind an echo, which takes a place in the context.
+    # The server generates one token behind an echo, which needs a position of the context.
     longest = CONTEXT if way == "class" else CONTEXT - 2
     right = 0
     for question, found in zip(QUESTIONS, responses(results, "choices"), strict=True):

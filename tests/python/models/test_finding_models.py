@@ -77,6 +77,36 @@ def test_other_files_next_to_the_model_do_not_count(
     assert hub.resolve(source, filename="*.gguf").name == "it-Q4_0.gguf"
 
 
+def test_a_projector_in_a_repository_does_not_count(tiny_file: Path, others: dict[str, Path], cache: Path) -> None:
+    cached(cache, "org/eyes", **{"it-Q4_0": tiny_file, "mmproj-f16": others["projector"]})
+    with Model.load("org/eyes", threads=1) as model:
+        assert model.info.file.name == "it-Q4_0.gguf"
+
+
+@pytest.mark.parametrize("source", ["folder", "first", "second"])
+def test_a_model_in_shards_loads_from_each_of_them(source: str, tiny_file: Path, tmp_path: Path) -> None:
+    whole = File.read(tiny_file)
+    names = list(whole.tensors)
+    (tmp_path / "split").mkdir()
+    shards = []
+    for number in range(3):
+        keys = {
+            "split.no": (Kind.U16, number),
+            "split.count": (Kind.U16, 3),
+            "split.tensors.count": (Kind.I32, len(names)),
+        }
+        members = names[number - 1 :: 2] if number else []
+        shard = File({**({} if number else whole.metadata), **keys}, {name: whole.tensors[name] for name in members})
+        shards.append(shard.write(tmp_path / "split" / f"my model-{number + 1:05}-of-00003.gguf"))
+    path = {"folder": tmp_path / "split", "first": shards[0], "second": shards[1]}[source]
+    if source == "second":
+        with pytest.raises(ModelError, match=r"my model-00001-of-00003\.gguf"):
+            Model.load(path)
+        return
+    with Model.load(path, threads=1) as model, Model.load(tiny_file, threads=1) as expected:
+        assert model.generate("he", max_tokens=4, seed=1).tokens == expected.generate("he", max_tokens=4, seed=1).tokens
+
+
 def test_a_folder_without_a_model_says_what_it_holds(others: dict[str, Path], tmp_path: Path) -> None:
     source = folder(tmp_path / "model", mmproj=others["projector"], imatrix=others["imatrix"])
     with pytest.raises(FileNotFoundError, match=r"no model among .*mmproj\.gguf"):

@@ -50,8 +50,8 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         max_length: The largest number of tokens of a request; None for the model's context.
         max_gen_toks: The largest number of tokens of a generation, for tasks that do not say it.
         add_bos_token: Put the start token before each request; None does so if the model was trained with it.
-        prefix_token_id: The token before prompts that have no context; None for the start token, or the end token if the
-            model has no start token.
+        prefix_token_id: The token before requests that have no context; None for the start token, or the end token if
+            the model has no start token.
         seed: The seed of tasks that sample.
         device: Ignored: nybble runs on the CPU. The command of the harness passes "cuda:0" by default.
         batch_size: Ignored: results do not depend on it, and the scheduler chooses it.

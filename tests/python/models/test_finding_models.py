@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import GOLDENS
 from gguf_files import File, Kind, text
 
-from nybble import Model, ModelError
+from nybble import Model, ModelError, _native
 from nybble.cli import main
 from nybble.models import hub
 from nybble.models.names import HubName, hub_name
@@ -84,8 +85,10 @@ def test_a_projector_in_a_repository_does_not_count(tiny_file: Path, others: dic
 
 
 @pytest.mark.parametrize("source", ["folder", "first", "second"])
-def test_a_model_in_shards_loads_from_each_of_them(source: str, tiny_file: Path, tmp_path: Path) -> None:
-    whole = File.read(tiny_file)
+def test_a_model_in_shards_loads_by_any_of_them(source: str, tmp_path: Path) -> None:
+    file = tmp_path / "whole.gguf"
+    _native.convert(GOLDENS / "llama", file, "f32")
+    whole = File.read(file)
     names = list(whole.tensors)
     (tmp_path / "split").mkdir()
     shards = []
@@ -99,12 +102,8 @@ def test_a_model_in_shards_loads_from_each_of_them(source: str, tiny_file: Path,
         shard = File({**({} if number else whole.metadata), **keys}, {name: whole.tensors[name] for name in members})
         shards.append(shard.write(tmp_path / "split" / f"my model-{number + 1:05}-of-00003.gguf"))
     path = {"folder": tmp_path / "split", "first": shards[0], "second": shards[1]}[source]
-    if source == "second":
-        with pytest.raises(ModelError, match=r"my model-00001-of-00003\.gguf"):
-            Model.load(path)
-        return
-    with Model.load(path, threads=1) as model, Model.load(tiny_file, threads=1) as expected:
-        assert model.generate("he", max_tokens=4, seed=1).tokens == expected.generate("he", max_tokens=4, seed=1).tokens
+    with Model.load(path, threads=1) as model, Model.load(file, threads=1) as expected:
+        np.testing.assert_array_equal(model.logits([5, 6, 7]), expected.logits([5, 6, 7]))
 
 
 def test_a_folder_without_a_model_says_what_it_holds(others: dict[str, Path], tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from checkpoints import GOLDENS
 from gguf_files import File, Kind, text
+from goldens import GOLDENS
 
 from nybble import Model, ModelError, _native
 from nybble.cli import main

@@ -76,7 +76,7 @@ test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a rel
 
 # Their packages are compatible with few versions of each other, which uv finds in seconds and pip in an hour.
 test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## Run clients of other projects against the server.
-	PYTHONPATH=python $(CLIENTS)/bin/python -m pytest --numprocesses $(TEST_WORKERS) -p no:cacheprovider \
+	PYTHONPATH=python $(CLIENTS)/bin/python -m pytest --numprocesses $(TEST_WORKERS) \
 		tests/python/clients tests/python/integrations/test_lm_eval.py tests/python/server/protocols/test_ollama.py
 
 fmt: $(VENV)/.check  ## Format everything.

@@ -16,7 +16,7 @@ from nybble.model import Model
 from nybble.sampling import SamplingOptions
 
 try:
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api import model as harness
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
@@ -26,8 +26,11 @@ except ModuleNotFoundError as _error:
         f"nybble.integrations.lm_eval needs {_missing}: pip install 'nybble[lm-eval]'", name=_missing
     ) from None
 
+# The harness's own types are not named, so that programs without it can check theirs.
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
+    _Base = object
+else:
+    _Base = harness.TemplateLM
 
 __all__ = ["NybbleLM"]
 
@@ -42,7 +45,7 @@ Tokens = Sequence[int]
 
 
 @register_model("nybble")
-class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
+class NybbleLM(_Base):
     """A model of nybble for lm-evaluation-harness.
 
     Args:
@@ -69,6 +72,9 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
         results = lm_eval.simple_evaluate(NybbleLM("model.gguf"), tasks=["arc_easy"])
         ```
     """
+
+    cache_hook: Any
+    """Set by the harness."""
 
     def __init__(
         self,
@@ -193,7 +199,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
                     self.cache_hook.add_partial("loglikelihood", key, found[index])
         return found
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole documents, in windows of the context that do not overlap in what they predict."""
         found = []
         for request in self._progress(requests, "loglikelihood_rolling", disable_tqdm):
@@ -210,7 +216,7 @@ class NybbleLM(TemplateLM):  # type: ignore[misc,unused-ignore]
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return found
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to a stop string, the end of the text or the limit of tokens."""
         found: dict[int, str] = {}
         groups: dict[str, list[int]] = {}

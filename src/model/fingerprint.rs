@@ -2,6 +2,7 @@
 
 use blake3::Hasher;
 
+use super::arch::{DEFAULT_QUIRKS, Gating, Quirks, Rotated};
 use super::config::{Config, ExpertsConfig, LayerConfig};
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
@@ -46,7 +47,8 @@ impl FingerprintHasher {
     }
 
     pub(super) fn norm(&mut self, norm: &Norm) {
-        let Norm { weight, bias } = norm;
+        // The epsilons are part of the configuration.
+        let Norm { weight, bias, eps: _ } = norm;
         self.bytes(bytemuck::cast_slice(weight));
         self.bytes(bytemuck::cast_slice(bias));
     }
@@ -103,17 +105,60 @@ fn describe(config: &Config) -> String {
         residual_scale,
         logit_scale,
         experts,
+        latent,
+        temperature,
+        post_norm_eps,
+        unweighted_head_norms,
+        sparsity,
+        xielu,
+        clamped_gate,
+        streams,
     } = config;
     let layer = |layer: &LayerConfig| {
         // The kind follows from the family.
-        let LayerConfig { kind: _, window, rotated } = layer;
-        format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?} }}")
+        let LayerConfig { kind: _, window, rotated, .. } = layer;
+        let usual = LayerConfig {
+            kind: layer.kind,
+            window: *window,
+            chunk: None,
+            rotated: *rotated,
+            heads: *heads,
+            kv_heads: *kv_heads,
+            head_dim: *head_dim,
+            value_dim: *head_dim,
+            rotary: *rotary,
+            shares: None,
+            tempered: false,
+        };
+        let own = if *layer == usual { String::new() } else { format!(", {layer:?}") };
+        format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?}{own} }}")
     };
     let layers: Vec<String> = layers.iter().map(layer).collect();
-    let ExpertsConfig { count, used, normalized, scale } = experts;
-    let experts =
+    let ExpertsConfig { count, used, normalized, scale, gating, groups, logit_cap: router_cap, tolerance } = experts;
+    let mut experts =
         format!("Experts {{ count: {count:?}, used: {used:?}, normalized: {normalized:?}, scale: {scale:?} }}");
+    if (*gating, *groups, *router_cap) != (Gating::Softmax, None, None) {
+        experts.push_str(&format!(" {gating:?} {groups:?} {router_cap:?} {tolerance:?}"));
+    }
     let quirks = &family.quirks;
+    let unrotated_period = match quirks.rotated {
+        Rotated::AllBut(period) => period,
+        Rotated::Windowed => 0,
+    };
+    // The choices that came later count only where they are made.
+    let earlier = Quirks {
+        scaled_embedding: quirks.scaled_embedding,
+        window_period: quirks.window_period,
+        window_rope_base: quirks.window_rope_base,
+        rotated: Rotated::AllBut(unrotated_period),
+        soft_caps: quirks.soft_caps,
+        scaled_by_width: quirks.scaled_by_width,
+        normalized_experts: quirks.normalized_experts,
+        optional_output_norm: quirks.optional_output_norm,
+        divided_logits: quirks.divided_logits,
+        ..DEFAULT_QUIRKS
+    };
+    let later = if *quirks == earlier { String::new() } else { format!(" {quirks:?}") };
     let quirks = format!(
         "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \
          soft_caps: {:?}, scaled_by_width: {:?}, normalized_experts: {:?}, optional_output_norm: {:?}, \
@@ -121,7 +166,7 @@ fn describe(config: &Config) -> String {
         quirks.scaled_embedding,
         quirks.window_period,
         quirks.window_rope_base,
-        quirks.unrotated_period,
+        unrotated_period,
         quirks.soft_caps,
         quirks.scaled_by_width,
         quirks.normalized_experts,
@@ -132,13 +177,28 @@ fn describe(config: &Config) -> String {
         "Family {{ name: {:?}, norm: {:?}, residual: {:?}, position: {:?}, activation: {:?}, more: {quirks} }}",
         family.name, family.norm, family.residual, family.position, family.activation,
     );
+    let mut more = Vec::new();
+    let mut add = |is_made: bool, text: String| {
+        if is_made {
+            more.push(text);
+        }
+    };
+    add(latent.is_some(), format!("latent: {latent:?}"));
+    add(temperature.is_some(), format!("temperature: {temperature:?}"));
+    add(post_norm_eps != norm_eps, format!("post_norm_eps: {post_norm_eps:?}"));
+    add(*unweighted_head_norms, format!("unweighted_head_norms: {unweighted_head_norms:?}"));
+    add(!sparsity.is_empty(), format!("sparsity: {sparsity:?}"));
+    add(!xielu.is_empty(), format!("xielu: {xielu:?}"));
+    add(clamped_gate.is_some(), format!("clamped_gate: {clamped_gate:?}"));
+    add(streams.is_some(), format!("streams: {streams:?}"));
+    let more = more.join(", ");
     format!(
         "Config {{ family: {family}, context: {context:?}, hidden: {hidden:?}, heads: {heads:?}, kv_heads: {kv_heads:?}, \
          head_dim: {head_dim:?}, norm_eps: {norm_eps:?}, activation: {activation:?}, parallel: {parallel:?}, \
          rotary: {rotary:?}, ropes: {ropes:?}, layers: [{}], alibi: {alibi:?}, attention_scale: {attention_scale:?}, \
          clamp_qkv: {clamp_qkv:?}, attention_cap: {attention_cap:?}, logit_cap: {logit_cap:?}, \
          embedding_scale: {embedding_scale:?}, residual_scale: {residual_scale:?}, logit_scale: {logit_scale:?}, \
-         experts: {experts} }}",
+         experts: {experts} }}{later}{more}",
         layers.join(", ")
     )
 }

@@ -6,7 +6,7 @@ use super::linear::LinearInput;
 use super::mixers::{MixerContext, span_rows};
 use super::pass::{Pass, TASK_ROWS};
 use super::transformer::{Layer, Transformer};
-use super::{ffn, mixers};
+use super::{ffn, mixers, streams};
 use crate::error::{Error, Result};
 use crate::system::memory;
 
@@ -26,6 +26,9 @@ pub(super) struct Workspace {
     pub(super) rows: Vec<f32>,
     pub(super) mixers: mixers::Workspace,
     pub(super) ffn: ffn::Workspace,
+    /// `(rows, layers * width)`: the vectors of the layers.
+    pub(super) per_layer: Buffer,
+    pub(super) streams: streams::Workspace,
     /// `(rows with logits, vocabulary rounded up to panels)`
     logits: Buffer,
     /// `(inputs)`: tokens that each session held before the step.
@@ -45,7 +48,12 @@ impl Workspace {
         self.input.reserve(rows, widths.input)?;
         self.branch.reserve(rows * widths.branch)?;
         self.mixer_branch.reserve(if config.parallel { rows * widths.branch } else { 0 })?;
-        self.mixers.reserve(&widths.mixers, config, &model.positions, &self.batch)?;
+        self.mixers.reserve(&widths.mixers, &model.positions, &self.batch)?;
+        let per_layer = model.weights.per_layer.as_ref().map_or(0, |per_layer| per_layer.width());
+        self.per_layer.reserve(rows * per_layer)?;
+        if let Some(streams) = config.streams {
+            self.streams.reserve(rows, config.hidden, streams.count)?;
+        }
         self.ffn.reserve(&widths.ffn, rows, config.hidden)?;
         self.logits.reserve(wanted * model.weights.output().width())
     }
@@ -142,13 +150,25 @@ impl Transformer {
         // Token ids to the residual stream, and what depends on positions alone.
         self.embed(pass, w);
         w.mixers.prepare(&self.positions, &w.batch);
+        if let Some(per_layer) = &self.weights.per_layer {
+            per_layer.compute(pass, w);
+        }
+        if let Some(streams) = &self.weights.streams {
+            streams.begin(pass, w);
+        }
 
         // The layers.
         for (index, layer) in self.weights.layers.iter().enumerate() {
             if interrupted() {
                 return Err(Error::Interrupted);
             }
-            self.layer(pass, layer, index, w, inputs);
+            match &layer.streams {
+                Some(streams) => self.layer_of_streams(pass, layer, streams, index, w, inputs),
+                None => self.layer(pass, layer, index, w, inputs),
+            }
+        }
+        if let Some(streams) = &self.weights.streams {
+            streams.end(pass, w);
         }
         for row in &w.batch.rows {
             inputs[row.input].session.advance(1);
@@ -175,7 +195,7 @@ impl Transformer {
 
     /// One layer: norm, mixer, join, norm, feed-forward, join. Replaces the residual stream `w.x`.
     fn layer(&self, pass: &Pass<'_>, layer: &Layer, index: usize, w: &mut Workspace, inputs: &mut [Input<'_>]) {
-        let (config, Layer { mixer_norms, mixer, ffn_norms, ffn }) = (&self.config, layer);
+        let (config, Layer { mixer_norms, mixer, ffn_norms, ffn, .. }) = (&self.config, layer);
 
         // Norm of the mixer's input.
         pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
@@ -197,7 +217,7 @@ impl Transformer {
         pass.norm(&w.x, layer.ffn_norm(config), &mut w.input);
 
         // Feed-forward layer, and the norm of its output.
-        ffn.forward(pass, &mut w.input, &mut w.ffn, &mut w.branch);
+        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
         pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
 
         // Join.
@@ -206,6 +226,15 @@ impl Transformer {
         }
         pass.join(&mut w.x, &w.branch);
         pass.norm_stream(&mut w.x, ffn_norms.stream.as_ref(), &mut w.input);
+
+        // What the layer adds of its own vector, and its factor.
+        if let Some(per_layer) = &layer.per_layer {
+            per_layer.compute(pass, index, &w.x, &mut w.input, &w.per_layer, &mut w.branch, &mut w.rows);
+            pass.join(&mut w.x, &w.branch);
+        }
+        if let Some(scale) = layer.scale {
+            w.x.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
     /// Writes the embeddings of the batch's tokens to the residual stream `w.x`.

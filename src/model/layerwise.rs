@@ -7,12 +7,12 @@ use super::ffn::FeedForward;
 use super::ffn::dense::Mlp;
 use super::ffn::experts::Experts;
 use super::forward::Workspace;
-use super::mixers::{MixerContext, span_rows};
+use super::mixers::{Mixer, MixerContext, span_rows};
 use super::model::{LoadOptions, Model};
 use super::pass::Pass;
 use super::transformer::{Layer, Weights};
 use super::weights::loader::Loader;
-use crate::error::Result;
+use crate::error::{Error, Place, Result};
 use crate::format::Checkpoint;
 use crate::kernels::Kernel;
 use crate::quant::packed::PANEL;
@@ -103,6 +103,7 @@ impl LoadedLayer {
         match &self.layer.ffn {
             FeedForward::Dense(_) => None,
             FeedForward::Experts(experts) => Some(experts),
+            FeedForward::Both(both) => Some(&both.experts),
         }
     }
 
@@ -111,6 +112,7 @@ impl LoadedLayer {
             (FeedForward::Dense(mlp), _) => mlp,
             (FeedForward::Experts(experts), Network::Expert(index)) => &experts.experts()[index],
             (FeedForward::Experts(experts), _) => experts.shared().unwrap_or(&experts.experts()[0]),
+            (FeedForward::Both(both), _) => &both.dense,
         }
     }
 }
@@ -166,7 +168,23 @@ impl Layerwise {
     pub(crate) fn layer(&self, checkpoint: &dyn Checkpoint, index: usize) -> Result<LoadedLayer> {
         self.model.transformer.pool.run(|scope| {
             let layer = Layer::load(&Loader::new(scope, checkpoint, None), self.config(), index)?;
-            Ok(LoadedLayer { index, layer })
+            let part = match &layer {
+                Layer { streams: Some(_), .. } => Some("altup_router.weight"),
+                Layer { per_layer: Some(_), .. } => Some("inp_gate.weight"),
+                Layer { scale: Some(_), .. } => Some("layer_output_scale.weight"),
+                Layer { ffn: FeedForward::Both(_), .. } => Some("ffn_gate_inp.weight"),
+                Layer { mixer: Mixer::LatentAttention(_), .. } => Some("attn_kv_a_mqa.weight"),
+                _ => None,
+            };
+            match part {
+                None => Ok(LoadedLayer { index, layer }),
+                Some(part) => Err(Error::Unsupported {
+                    path: checkpoint.path().to_path_buf(),
+                    place: Place::Tensor(format!("blk.{index}.{part}")),
+                    what: format!("calibration of a model of the family {}", self.config().family.name),
+                    supported: "supported: recipes without calibration for this family".to_owned(),
+                }),
+            }
         })
     }
 
@@ -190,6 +208,7 @@ impl Layerwise {
                         experts.reload(loader, config, *index, Some(at))
                     }
                     (FeedForward::Experts(experts), _) => experts.reload(loader, config, *index, None),
+                    (FeedForward::Both(_), _) => Ok(()),
                 },
             }
         })

@@ -1,9 +1,11 @@
 //! Linear layers: packed weights in parts that share an input, and their biases.
 
+use std::ops::Range;
+
 use super::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS};
-use crate::quant::packed::{PANEL, Packed};
+use crate::quant::packed::{CacheLine, PANEL, Packed};
 use crate::threads::{Columns, Scope};
 
 /// Weights that are multiplied with the same input, such as query, key and value, side by side in one output row.
@@ -59,18 +61,46 @@ impl LinearInput {
         let size = if layer.order.is_some() { MAX_TILE_ROWS * columns } else { 0 };
         let chunk = MAX_TILE_ROWS * lines;
         scope.for_each_chunk_with(self.codes.lines_mut(), chunk, &mut self.reordered, size, |i, chunk, reordered| {
-            let first = i * MAX_TILE_ROWS;
-            let count = MAX_TILE_ROWS.min(rows - first);
-            let mut tile = &values[first * columns..][..count * columns];
-            if let Some(order) = &layer.order {
-                for (row, out) in tile.chunks_exact(columns).zip(reordered.chunks_exact_mut(columns)) {
-                    out.iter_mut().zip(order).for_each(|(out, column)| *out = row[*column as usize]);
-                }
-                tile = &*reordered;
-            }
-            Activations::fill(kernel, chunk, blocks, count, |row| &tile[row * columns..][..columns]);
+            fill_tile(kernel, layer, values, columns, i, (chunk, blocks), reordered);
         });
     }
+
+    /// As [`LinearInput::prepare`], by one thread.
+    pub(super) fn prepare_alone(&mut self, kernel: &Kernel, layer: &Linear) {
+        if !layer.parts.iter().any(|part| part.layout().is_integer()) {
+            return;
+        }
+        let columns = layer.columns();
+        self.codes.resize(self.values.len() / columns, columns);
+        let (lines, blocks, values) = (self.codes.row_lines(), self.codes.blocks(), &self.values);
+        self.reordered.resize(if layer.order.is_some() { MAX_TILE_ROWS * columns } else { 0 }, 0.0);
+        for (i, chunk) in self.codes.lines_mut().chunks_mut(MAX_TILE_ROWS * lines).enumerate() {
+            fill_tile(kernel, layer, values, columns, i, (chunk, blocks), &mut self.reordered);
+        }
+    }
+}
+
+/// Quantizes tile `i` of `values (rows, columns)` into its cache lines, of so many blocks a row, in the order of the layer's
+/// columns.
+fn fill_tile(
+    kernel: &Kernel,
+    layer: &Linear,
+    values: &[f32],
+    columns: usize,
+    i: usize,
+    (lines, blocks): (&mut [CacheLine], usize),
+    reordered: &mut [f32],
+) {
+    let first = i * MAX_TILE_ROWS;
+    let count = MAX_TILE_ROWS.min(values.len() / columns - first);
+    let mut tile = &values[first * columns..][..count * columns];
+    if let Some(order) = &layer.order {
+        for (row, out) in tile.chunks_exact(columns).zip(reordered.chunks_exact_mut(columns)) {
+            out.iter_mut().zip(order).for_each(|(out, column)| *out = row[*column as usize]);
+        }
+        tile = &*reordered;
+    }
+    Activations::fill(kernel, lines, blocks, count, |row| &tile[row * columns..][..columns]);
 }
 
 impl Linear {
@@ -139,26 +169,36 @@ impl Linear {
         // panels, which kernels multiply together.
         let step = (self.width / PANEL).div_ceil(threads * 4).next_multiple_of(2) * PANEL;
         let mut all = Columns::whole(out, rows, self.width);
-        scope.for_each_columns(&mut all, step, |range, out| {
-            for (part, start) in self.parts.iter().zip(&self.starts) {
-                let first = range.start.max(*start);
-                let last = range.end.min(start + part.panels() * PANEL);
-                if first >= last {
-                    continue;
-                }
-                let panels = (first - start) / PANEL..(last - start) / PANEL;
-                let mut out = out.narrow(first..last);
-                if part.layout().is_integer() {
-                    kernel.product(part, panels, &x.codes, &mut out);
-                } else {
-                    kernel.product_float(part, panels, &x.values, columns, &mut out);
-                }
+        scope.for_each_columns(&mut all, step, |range, out| self.columns_of(kernel, x, range, out));
+    }
+
+    /// As [`Linear::apply`], by one thread.
+    pub(super) fn product_alone(&self, kernel: &Kernel, x: &LinearInput, out: &mut Buffer) {
+        let rows = x.values.len() / self.columns();
+        out.resize(rows * self.width);
+        self.columns_of(kernel, x, 0..self.width, &mut Columns::whole(out, rows, self.width));
+    }
+
+    /// Computes the columns of `range`, whole panels.
+    fn columns_of(&self, kernel: &Kernel, x: &LinearInput, range: Range<usize>, out: &mut Columns<'_>) {
+        for (part, start) in self.parts.iter().zip(&self.starts) {
+            let first = range.start.max(*start);
+            let last = range.end.min(start + part.panels() * PANEL);
+            if first >= last {
+                continue;
             }
-            if !self.bias.is_empty() {
-                for row in 0..rows {
-                    kernel.add_scaled(out.row_mut(row), &self.bias[range.clone()], 1.0);
-                }
+            let panels = (first - start) / PANEL..(last - start) / PANEL;
+            let mut out = out.narrow(first..last);
+            if part.layout().is_integer() {
+                kernel.product(part, panels, &x.codes, &mut out);
+            } else {
+                kernel.product_float(part, panels, &x.values, self.columns(), &mut out);
             }
-        });
+        }
+        if !self.bias.is_empty() {
+            for row in 0..out.rows() {
+                kernel.add_scaled(out.row_mut(row), &self.bias[range.clone()], 1.0);
+            }
+        }
     }
 }

@@ -3,13 +3,14 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `arch/` | the model families as data |
-//! | `config`, `metadata`, `namespace`, `rope` | hyperparameters, read from GGUF's keys and checked once |
+//! | `config/`, `rope` | hyperparameters, read from GGUF's keys and checked once |
 //! | `hf/` | Hugging Face folders, presented as GGUF files |
 //! | `weights/` | reads tensors, checks and packs them |
 //! | `mixers/`, `ffn/` | the two halves of a layer: each kind with its weights, its workspace and its computation |
 //! | `state/` | the state of a sequence, in memory and on disk |
 //! | `batch`, `buffer`, `linear`, `norm`, `pass` | shared parts of a forward pass: rows, memory, products, norms |
 //! | `transformer`, `forward` | a model in memory, and one step of it |
+//! | `per_layer`, `streams` | a vector of the token for each layer, and several residual streams |
 //! | `model` | the interface: loading, sessions, logits |
 //! | `layerwise` | the same step one layer at a time, for calibration |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
@@ -28,15 +29,15 @@ mod forward;
 pub mod hf;
 pub(crate) mod layerwise;
 mod linear;
-mod metadata;
 mod mixers;
 #[allow(clippy::module_inception, reason = "the file is named after its type")]
 mod model;
-mod namespace;
 mod norm;
 mod pass;
+mod per_layer;
 mod rope;
 mod state;
+mod streams;
 mod transformer;
 mod weights;
 

@@ -255,7 +255,7 @@ impl Model {
 
     /// An empty session.
     pub fn session(&self) -> Session {
-        Session::new(self.shape, self.context, self.id)
+        Session::new(self.shape.clone(), self.context, self.id)
     }
 
     /// An empty session whose cache has another type than those of the model.
@@ -389,7 +389,7 @@ impl Model {
             id: self.id,
             path: &self.path,
             fingerprint: &|| (*self.fingerprint()).into(),
-            shape: self.shape,
+            shape: self.shape.clone(),
             kernel: self.kernel(),
             context: self.context,
             vocabulary: self.vocabulary(),

@@ -58,6 +58,18 @@ impl Pass<'_> {
         });
     }
 
+    /// `x (rows, width of the norm) = norm(x)`. `rows` is overwritten.
+    pub(super) fn norm_rows(&self, x: &mut [f32], norm: &Norm, rows: &mut Vec<f32>) {
+        let (config, kernel, width) = (self.config, self.kernel, norm.weight.len());
+        self.scope.for_each_chunk_with(x, TASK_ROWS * width, rows, width, |_, chunk, out| {
+            for row in chunk.chunks_mut(width) {
+                let out = &mut out[..width];
+                norm.apply(config, kernel, row, out);
+                row.copy_from_slice(out);
+            }
+        });
+    }
+
     /// `out (rows, layer.width()) = layer(input)`
     pub(super) fn linear(&self, layer: &Linear, input: &mut LinearInput, out: &mut Buffer) {
         input.prepare(self.scope, self.kernel, layer.columns(), layer);

@@ -7,7 +7,9 @@ use super::linear::Linear;
 use super::mixers::Mixer;
 use super::mixers::positions::Positions;
 use super::norm::Norm;
+use super::per_layer::{LayerInput, PerLayer};
 use super::rope::Scaling;
+use super::streams::{LayerStreams, Streams};
 use super::weights::loader::{Loader, Part};
 use super::{ffn, mixers};
 use crate::error::Result;
@@ -44,6 +46,10 @@ pub(super) struct Weights {
     output: Option<Linear>,
     /// `(rotary / 2)`: divisors of the rotation's frequencies.
     pub(super) rope_factors: Option<Vec<f32>>,
+    /// A vector for each layer that depends on the token.
+    pub(super) per_layer: Option<PerLayer>,
+    /// Projections to and from several residual streams.
+    pub(super) streams: Option<Streams>,
 }
 
 /// The projections between an embedding and a residual stream of different widths.
@@ -62,6 +68,12 @@ pub(super) struct Layer {
     pub(super) mixer: Mixer,
     pub(super) ffn_norms: BranchNorms,
     pub(super) ffn: FeedForward,
+    /// What the layer adds of its own vector.
+    pub(super) per_layer: Option<LayerInput>,
+    /// How the layer computes one of several residual streams.
+    pub(super) streams: Option<LayerStreams>,
+    /// Factor of the residual stream after the layer.
+    pub(super) scale: Option<f32>,
 }
 
 /// The norms around a branch of a layer. Those that a family does not have are `None`.
@@ -78,8 +90,8 @@ pub(super) struct BranchNorms {
 impl BranchNorms {
     fn load(loader: &Loader<'_>, config: &Config, [input, output, stream]: [&str; 3]) -> Result<BranchNorms> {
         Ok(BranchNorms {
-            input: loader.norm(input, config)?,
-            output: loader.norm(output, config)?,
+            input: input_norm(loader, config, input)?,
+            output: loader.norm_of(output, config, config.hidden, config.post_norm_eps)?,
             stream: loader.norm(stream, config)?,
         })
     }
@@ -87,6 +99,12 @@ impl BranchNorms {
     fn is_empty(&self) -> bool {
         self.input.is_none() && self.output.is_none() && self.stream.is_none()
     }
+}
+
+/// A norm before a branch or before the output, which has no weights in some families.
+fn input_norm(loader: &Loader<'_>, config: &Config, name: &str) -> Result<Option<Norm>> {
+    let unweighted = || config.family.quirks.unweighted_norms.then(|| Norm::unweighted(config.hidden, config.norm_eps));
+    Ok(loader.norm(name, config)?.or_else(unweighted))
 }
 
 impl Layer {
@@ -97,19 +115,30 @@ impl Layer {
     /// [`Loader::linear`].
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Layer> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
-        // Of two norms of attention, the second is the mixer's and the first the feed-forward layer's.
-        let inputs = match loader.has(&name("attn_norm_2.weight")) {
-            true => [name("attn_norm_2"), name("attn_norm")],
-            false => [name("attn_norm"), name("ffn_norm")],
+        let has = |suffix: &str| loader.has(&name(suffix));
+        let after = has("post_attention_norm.weight") && !has("ffn_norm.weight") && !has("post_ffw_norm.weight");
+        let inputs = match (has("attn_norm_2.weight"), after) {
+            // Of two norms of attention, the second is the mixer's and the first the feed-forward layer's.
+            (true, _) => [name("attn_norm_2"), name("attn_norm")],
+            // Where nothing is normalized after its branch, the norm after attention is the feed-forward layer's.
+            (false, true) => [name("attn_norm"), name("post_attention_norm")],
+            (false, false) => [name("attn_norm"), name("ffn_norm")],
         };
+        let output = if after { "" } else { "post_attention_norm" };
         let norms = |input: &str, output: &str, stream: &str| {
             BranchNorms::load(loader, config, [input, &name(output), &name(stream)])
         };
         let layer = Layer {
-            mixer_norms: norms(&inputs[0], "post_attention_norm", "attn_output_norm")?,
+            mixer_norms: norms(&inputs[0], output, "attn_output_norm")?,
             mixer: Mixer::load(loader, config, index)?,
             ffn_norms: norms(&inputs[1], "post_ffw_norm", "layer_output_norm")?,
             ffn: FeedForward::load(loader, config, index)?,
+            per_layer: LayerInput::load(loader, config, index)?,
+            streams: LayerStreams::load(loader, config, index)?,
+            scale: match has("layer_output_scale.weight") {
+                true => loader.vector(&name("layer_output_scale.weight"), 1)?.first().copied(),
+                false => None,
+            },
         };
         let expected = format_args!("{} numbers", config.hidden);
         if layer.mixer_norms.is_empty() {
@@ -127,17 +156,20 @@ impl Layer {
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.mixer.linears().into_iter().chain(self.ffn.linears())
+        let per_layer = self.per_layer.iter().flat_map(LayerInput::linears);
+        let streams = self.streams.iter().flat_map(LayerStreams::linears);
+        self.mixer.linears().into_iter().chain(self.ffn.linears()).chain(per_layer).chain(streams)
     }
 
     /// Bytes of weights that one token reads, where it uses `used` experts.
     fn bytes_read(&self, used: usize) -> usize {
-        self.mixer.linears().into_iter().map(Linear::bytes).sum::<usize>() + self.ffn.bytes_read(used)
+        let ffn: usize = self.ffn.linears().into_iter().map(Linear::bytes).sum();
+        self.linears().map(Linear::bytes).sum::<usize>() - ffn + self.ffn.bytes_read(used)
     }
 
     fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         // Every field by name, so that a new one cannot be forgotten.
-        let Layer { mixer_norms, mixer, ffn_norms, ffn } = self;
+        let Layer { mixer_norms, mixer, ffn_norms, ffn, per_layer, streams, scale } = self;
         for BranchNorms { input, output, stream } in [mixer_norms, ffn_norms] {
             for norm in [input, output, stream] {
                 hasher.optional(norm.as_ref(), FingerprintHasher::norm);
@@ -145,6 +177,16 @@ impl Layer {
         }
         mixer.fingerprint(hasher);
         ffn.fingerprint(hasher);
+        // Hashed only where they exist, so that models without them keep their fingerprints.
+        if let Some(per_layer) = per_layer {
+            per_layer.fingerprint(hasher);
+        }
+        if let Some(streams) = streams {
+            streams.fingerprint(hasher);
+        }
+        if let Some(scale) = scale {
+            hasher.bytes(&scale.to_le_bytes());
+        }
     }
 }
 
@@ -201,12 +243,17 @@ impl Weights {
         let weights = Weights {
             embedding,
             projections,
-            embedding_norm: loader.norm("token_embd_norm", config)?,
+            embedding_norm: match loader.norm("token_embd_norm", config)? {
+                None if config.family.quirks.embedding_norm => Some(Norm::unweighted(config.hidden, config.norm_eps)),
+                norm => norm,
+            },
             positions,
             layers: Vec::new(),
-            output_norm: loader.norm("output_norm", config)?,
+            output_norm: input_norm(loader, config, "output_norm")?,
             output,
             rope_factors: rope_factors(loader, config, context)?,
+            per_layer: PerLayer::load(loader, config, vocabulary)?,
+            streams: Streams::load(loader, config)?,
         };
         if weights.output_norm.is_none() && !config.family.quirks.optional_output_norm {
             return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
@@ -233,7 +280,10 @@ impl Weights {
     fn linears(&self) -> impl Iterator<Item = &Linear> {
         let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
         let projections = self.projections.iter().flat_map(Projections::linears);
-        ends.into_iter().flatten().chain(projections).chain(self.layers.iter().flat_map(Layer::linears))
+        let per_layer = self.per_layer.iter().flat_map(PerLayer::linears);
+        let streams = self.streams.iter().flat_map(Streams::linears);
+        let outside = ends.into_iter().flatten().chain(projections).chain(per_layer).chain(streams);
+        outside.chain(self.layers.iter().flat_map(Layer::linears))
     }
 
     /// Bytes of all matrices.
@@ -245,7 +295,9 @@ impl Weights {
     pub(super) fn bytes_read(&self, used: usize) -> usize {
         let projections: usize = self.projections.iter().flat_map(Projections::linears).map(Linear::bytes).sum();
         let layers: usize = self.layers.iter().map(|layer| layer.bytes_read(used)).sum();
-        layers + projections + self.output().bytes()
+        let per_layer = self.per_layer.as_ref().map_or(0, |per_layer| per_layer.projection().bytes());
+        let streams: usize = self.streams.iter().flat_map(Streams::linears).map(Linear::bytes).sum();
+        layers + projections + per_layer + streams + self.output().bytes()
     }
 
     /// The number of weights in all matrices.
@@ -255,8 +307,18 @@ impl Weights {
 
     fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         // Every field by name, so that a new one cannot be forgotten.
-        let Weights { embedding, projections, embedding_norm, positions, layers, output_norm, output, rope_factors } =
-            self;
+        let Weights {
+            embedding,
+            projections,
+            embedding_norm,
+            positions,
+            layers,
+            output_norm,
+            output,
+            rope_factors,
+            per_layer,
+            streams,
+        } = self;
         hasher.linear(embedding);
         hasher.optional(projections.as_ref(), |hasher, projections| {
             projections.linears().into_iter().for_each(|linear| hasher.linear(linear));
@@ -267,6 +329,13 @@ impl Weights {
         hasher.optional(output_norm.as_ref(), FingerprintHasher::norm);
         hasher.optional(output.as_ref(), FingerprintHasher::linear);
         hasher.optional(rope_factors.as_ref(), |hasher, factors| hasher.bytes(bytemuck::cast_slice(factors)));
+        // Hashed only where they exist, so that models without them keep their fingerprints.
+        if let Some(per_layer) = per_layer {
+            per_layer.fingerprint(hasher);
+        }
+        if let Some(streams) = streams {
+            streams.fingerprint(hasher);
+        }
     }
 }
 
@@ -307,12 +376,19 @@ pub(super) struct Widths {
 impl Widths {
     pub(super) fn new(config: &Config, weights: &Weights) -> Widths {
         let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
-        for layer in &weights.layers {
-            layer.mixer.widen(&mut widths.mixers);
+        for (layer, own) in weights.layers.iter().zip(&config.layers) {
+            layer.mixer.widen(config, own, &mut widths.mixers);
             layer.ffn.widen(config, &mut widths.ffn);
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);
         for linear in weights.projections.iter().flat_map(Projections::linears) {
+            widths.branch = widths.branch.max(linear.width());
+            widths.input = widths.input.max(linear.columns());
+        }
+        let per_layer = weights.per_layer.iter().flat_map(PerLayer::linears);
+        let inside = weights.layers.iter().flat_map(|layer| &layer.per_layer).flat_map(LayerInput::linears);
+        let streams = weights.layers.iter().flat_map(|layer| &layer.streams).flat_map(LayerStreams::linears);
+        for linear in per_layer.chain(inside).chain(streams) {
             widths.branch = widths.branch.max(linear.width());
             widths.input = widths.input.max(linear.columns());
         }

@@ -97,3 +97,24 @@ fn relu_replaces_negative_values_by_zero() {
     let relu = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Relu, x);
     check(&[-1.0, -0.0, 0.0, 1.0, f32::MIN, f32::MAX, f32::NEG_INFINITY], relu, |x| x.max(0.0), |_, _| 0.0);
 }
+
+#[test]
+fn activations_of_newer_families_are_close_to_exact() {
+    let inputs: Vec<f32> = (-4000..4000).map(|i| i as f32 / 100.0).collect();
+    let relative = |_: f64, exact: f64| 4e-7 * exact.abs();
+    let relu2 = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Relu2, x);
+    check(&inputs, relu2, |x| x.max(0.0).powi(2), relative);
+    let sigmoid = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Sigmoid, x);
+    check(&inputs, sigmoid, |x| 1.0 / (1.0 + (-x).exp()), relative);
+    let softplus = |kernel: &Kernel, x: &mut [f32]| kernel.activate(Activation::Softplus, x);
+    check(&inputs, softplus, |x| x.max(0.0) + (-x.abs()).exp().ln_1p(), relative);
+    let xielu = |kernel: &Kernel, x: &mut [f32]| kernel.xielu(x, [0.8, 0.7, 0.5, -1e-6]);
+    let exact = |x: f64| {
+        if x > 0.0 {
+            f64::from(0.8f32) * x * x + 0.5 * x
+        } else {
+            (x.min(f64::from(-1e-6f32)).exp_m1() - x) * f64::from(0.7f32) + 0.5 * x
+        }
+    };
+    check(&inputs, xielu, exact, |x, exact| 4e-7 * (exact.abs() + x.abs()));
+}

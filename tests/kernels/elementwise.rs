@@ -6,7 +6,15 @@ use nybble::kernels::{Activation, Kernel, available};
 use crate::support::*;
 
 const LENGTHS: [usize; 13] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000];
-const ACTIVATIONS: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+const ACTIVATIONS: [Activation; 7] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::Relu2,
+    Activation::Sigmoid,
+    Activation::Softplus,
+];
 
 /// Runs an operation on three buffers of each length and compares its result with the scalar kernel's.
 fn same_on_every_kernel(name: &str, operation: impl Fn(&Kernel, [Vec<f32>; 3]) -> Vec<f32>) {
@@ -82,6 +90,16 @@ fn elementwise_operations_match_the_scalar_kernel() {
         let sin: Vec<f32> = angles.iter().map(|x| x.sin()).collect();
         let mut x = [first, second].concat();
         kernel.rope(&mut x, &cos, &sin);
+        x
+    });
+    for limit in [0.5, 7.0] {
+        same_on_every_kernel("clamped_gate", |kernel, [mut gate, up, _]| {
+            kernel.clamped_gate(&mut gate, &up, 1.702, limit);
+            gate
+        });
+    }
+    same_on_every_kernel("xielu", |kernel, [mut x, ..]| {
+        kernel.xielu(&mut x, [0.8, 0.7, 0.5, -1e-6]);
         x
     });
     for activation in ACTIVATIONS {

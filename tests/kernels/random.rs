@@ -62,12 +62,24 @@ proptest! {
         let (weight, other) = (rng.wild_values(x.len()), rng.values(x.len()));
         let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
-            for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            for activation in [
+                Activation::Silu,
+                Activation::Gelu,
+                Activation::GeluTanh,
+                Activation::Relu,
+                Activation::Relu2,
+                Activation::Sigmoid,
+                Activation::Softplus,
+            ] {
                 let (mut activated, mut gated) = (x.clone(), x.clone());
                 kernel.activate(activation, &mut activated);
                 kernel.gate(activation, &mut gated, &weight);
                 outs.extend([activated, gated]);
             }
+            let (mut clamped, mut curved) = (x.clone(), x.clone());
+            kernel.clamped_gate(&mut clamped, &weight, 1.702, a.abs());
+            kernel.xielu(&mut curved, [0.8, 0.7, 0.5, -1e-6]);
+            outs.extend([clamped, curved]);
             let (mut rms, mut layer) = (vec![f32::NAN; x.len()], vec![f32::NAN; x.len()]);
             kernel.rms_norm(&x, &weight, a.abs(), &mut rms);
             kernel.layer_norm(&x, &weight, &other, a.abs(), &mut layer);

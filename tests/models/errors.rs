@@ -77,7 +77,7 @@ fn counts_out_of_range_are_refused() {
     assert_refused("llama.attention.head_count_kv", 4u32, "found 4", "a divisor of the 6 heads");
     assert_refused("llama.attention.head_count_kv", 7u32, "found 7", "a divisor of the 6 heads");
     assert_refused("llama.attention.key_length", 1u32 << 20, "1048576", "at most 65536");
-    assert_refused("llama.attention.value_length", 11u32, "found 11", "22");
+    assert_refused("llama.attention.value_length", 1u32 << 17, "131072", "at most 65536");
     assert_refused("llama.context_length", 0u32, "found 0", "1 to");
     assert_refused("llama.context_length", u32::MAX, "found 4294967295", "1 to 2147483648");
     assert_refused("llama.context_length", "long", "string", "an integer");
@@ -155,8 +155,15 @@ fn a_per_layer_list_of_the_wrong_length_is_refused() {
 }
 
 #[test]
-fn head_counts_that_differ_between_layers_are_refused() {
-    assert_refused("llama.attention.head_count", vec![6u32, 3], "6 in one layer and 3 in another", "the same number");
+fn head_counts_of_layers_must_fit_each_layer_and_the_tensors() {
+    assert_refused("llama.attention.head_count", vec![6u32, 5], "found 3", "a divisor of the 5 heads");
+    assert_refused("llama.attention.head_count", vec![6u32, 6, 6], "3 values", "2, one per layer");
+    assert_refused("llama.attention.head_count", vec![6u32, 0], "found 0", "1 to");
+    let error = load(|metadata, _| {
+        metadata.set("llama.attention.head_count", vec![6u32, 3]);
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("blk.1.attn_q.weight"), "{error}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod tiny_model;
 
 mod bits;
 mod errors;
+mod gguf_files;
 mod goldens;
 mod hf_convert;
 mod hf_packings;

@@ -58,6 +58,14 @@ macro_rules! elementwise_operations {
             /// `gate = activation(gate) * up`, elementwise.
             fn gate(activation: Activation, gate: &mut [f32], up: &[f32]);
 
+            /// `gate = min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (1 + clamp(up, -limit, limit))`, elementwise.
+            fn clamped_gate(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32);
+
+            /// xIELU (Huang and Schlag 2024, arXiv 2411.13010), elementwise: `alpha_p x^2 + beta x` for positive numbers,
+            /// `alpha_n (exp(min(x, eps)) - 1 - x) + beta x` for others. `parameters` are these four, in this order:
+            /// `alpha_p`, `alpha_n`, `beta`, `eps`.
+            fn xielu(x: &mut [f32], parameters: [f32; 4]);
+
             /// Rotates the pairs `(x[i], x[i + n])` with `n = cos.len()`: `(x0 cos - x1 sin, x1 cos + x0 sin)`.
             fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]);
 
@@ -340,6 +348,9 @@ pub(in crate::kernels) fn activate(activation: Activation, x: &mut [f32]) {
         Activation::Gelu => x.iter_mut().for_each(|x| *x = Activation::Gelu.apply(*x)),
         Activation::GeluTanh => x.iter_mut().for_each(|x| *x = Activation::GeluTanh.apply(*x)),
         Activation::Relu => x.iter_mut().for_each(|x| *x = Activation::Relu.apply(*x)),
+        Activation::Relu2 => x.iter_mut().for_each(|x| *x = Activation::Relu2.apply(*x)),
+        Activation::Sigmoid => x.iter_mut().for_each(|x| *x = Activation::Sigmoid.apply(*x)),
+        Activation::Softplus => x.iter_mut().for_each(|x| *x = Activation::Softplus.apply(*x)),
     }
 }
 
@@ -351,6 +362,30 @@ pub(in crate::kernels) fn gate(activation: Activation, gate: &mut [f32], up: &[f
         Activation::Gelu => pairs.for_each(|(x, up)| *x = Activation::Gelu.apply(*x) * up),
         Activation::GeluTanh => pairs.for_each(|(x, up)| *x = Activation::GeluTanh.apply(*x) * up),
         Activation::Relu => pairs.for_each(|(x, up)| *x = Activation::Relu.apply(*x) * up),
+        Activation::Relu2 => pairs.for_each(|(x, up)| *x = Activation::Relu2.apply(*x) * up),
+        Activation::Sigmoid => pairs.for_each(|(x, up)| *x = Activation::Sigmoid.apply(*x) * up),
+        Activation::Softplus => pairs.for_each(|(x, up)| *x = Activation::Softplus.apply(*x) * up),
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn clamped_gate(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
+    for (x, up) in gate.iter_mut().zip(up) {
+        // Comparisons that are false for NaN, which passes through.
+        let gate = if *x > limit { limit } else { *x };
+        let up = if *up > limit { limit } else { *up };
+        let up = if up < -limit { -limit } else { up };
+        *x = gate * Activation::Sigmoid.apply(alpha * gate) * (1.0 + up);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn xielu(x: &mut [f32], parameters: [f32; 4]) {
+    let [alpha_p, alpha_n, beta, eps] = parameters;
+    for x in x {
+        let curved =
+            if *x > 0.0 { alpha_p * *x * *x } else { (libm::expm1f(if *x > eps { eps } else { *x }) - *x) * alpha_n };
+        *x = beta.mul_add(*x, curved);
     }
 }
 

@@ -15,16 +15,23 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`
     Relu,
+    /// `max(x, 0)^2`
+    Relu2,
+    /// `1 / (1 + exp(-x))`
+    Sigmoid,
+    /// `ln(1 + exp(x))`
+    Softplus,
 }
 
 impl Activation {
-    /// The activation called `name`: `silu`, `gelu`, `gelu_tanh` or `relu`.
+    /// The activation called `name`: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2`.
     pub fn by_name(name: &str) -> Option<Activation> {
         Some(match name {
             "silu" => Activation::Silu,
             "gelu" => Activation::Gelu,
             "gelu_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
+            "relu2" => Activation::Relu2,
             _ => return None,
         })
     }
@@ -45,6 +52,13 @@ impl Activation {
                     x
                 }
             }
+            Activation::Relu2 => {
+                let positive = if x < 0.0 { 0.0 } else { x };
+                positive * positive
+            }
+            Activation::Sigmoid => 1.0 / (1.0 + exp(-x)),
+            // The first summand is x for positive numbers and 0 for negative ones; NaN stays.
+            Activation::Softplus => (if x < 0.0 { 0.0 } else { x }) + libm::log1pf(exp(-x.abs())),
         }
     }
 }

@@ -46,6 +46,9 @@ pub enum Position {
 pub enum MixerKind {
     /// Softmax attention over keys and values.
     Attention,
+    /// Softmax attention whose keys and values are products of one short vector per position (DeepSeek-AI 2024, arXiv
+    /// 2405.04434).
+    LatentAttention,
 }
 
 /// What a layer applies to each position by itself.
@@ -69,6 +72,46 @@ pub struct LayerKind {
 /// Layers of attention and a feed-forward network.
 const ATTENTION: &[LayerKind] = &[LayerKind { mixer: MixerKind::Attention, ffn: FeedForwardKind::DenseOrExperts }];
 
+/// Layers of latent attention and a feed-forward network.
+const LATENT_ATTENTION: &[LayerKind] =
+    &[LayerKind { mixer: MixerKind::LatentAttention, ffn: FeedForwardKind::DenseOrExperts }];
+
+/// Which layers rotate queries and keys, where the file does not list them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Rotated {
+    /// All but every nth; all where it is 0.
+    AllBut(usize),
+    /// Those with a window; all where no layer has one.
+    Windowed,
+}
+
+/// How a router turns the logits of experts into weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Gating {
+    /// A softmax over all experts.
+    Softmax,
+    /// The sigmoid of each.
+    Sigmoid,
+    /// A softmax over those that were chosen.
+    SoftmaxOfChosen,
+    /// Two experts, each with the softmax over those whose logits come close to its own (Liu et al. 2023, arXiv 2310.00811).
+    SparseMixer,
+}
+
+/// Queries that grow with the position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Temperature {
+    /// Factor of the logarithm.
+    pub scale: f32,
+    /// Positions per step.
+    pub length: f32,
+    /// Added to the position.
+    pub offset: f32,
+}
+
 /// One model family.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -90,7 +133,7 @@ pub struct Family {
 }
 
 /// Choices that few families change.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Quirks {
     /// Embeddings are multiplied with the square root of their width.
@@ -100,8 +143,8 @@ pub struct Quirks {
     pub window_period: usize,
     /// Base of the rotation in layers with a window, where it differs from that of the others.
     pub window_rope_base: Option<f32>,
-    /// Every n-th layer rotates nothing, unless the file lists them; 0 for none.
-    pub unrotated_period: usize,
+    /// Which layers rotate queries and keys.
+    pub rotated: Rotated,
     /// Soft caps of attention scores and of logits where the file has none.
     pub soft_caps: Option<(f32, f32)>,
     /// Number of layers of the one size whose attention is scaled by `hidden / heads` instead of the head's width.
@@ -112,19 +155,71 @@ pub struct Quirks {
     pub optional_output_norm: bool,
     /// Logits are divided by the file's `logit_scale` instead of multiplied.
     pub divided_logits: bool,
+    /// The layer without a window is the first of a period instead of the last.
+    pub full_layer_first: bool,
+    /// Layers with a window see the positions of their own chunk instead, of this length.
+    pub chunk: Option<usize>,
+    /// Dot products of queries and keys are not scaled.
+    pub unscaled_attention: bool,
+    /// Queries grow with the position: in layers that do not rotate, where the file has no numbers for it.
+    pub temperature: Option<Temperature>,
+    /// Norms of queries and keys come after the rotation.
+    pub norms_after_rotation: bool,
+    /// Queries and keys of layers that rotate are normalized without weights, unless the file's `attention.qk_norm` says
+    /// otherwise.
+    pub unweighted_head_norms: bool,
+    /// Values are normalized, head by head and without weights.
+    pub value_norm: bool,
+    /// The norms before a branch and before the output have no weights.
+    pub unweighted_norms: bool,
+    /// Embeddings are normalized without weights.
+    pub embedding_norm: bool,
+    /// Epsilon of the norms after a branch, where it differs from that of the others.
+    pub post_norm_eps: Option<f32>,
+    /// Epsilon of the norms inside latent attention.
+    pub latent_norm_eps: Option<f32>,
+    /// The output of attention is multiplied by this function of a gate, if the file has one.
+    pub gate: Activation,
+    /// How routers weigh experts, where the file does not say it.
+    pub gating: Gating,
+    /// The best experts whose sum is the score of a group.
+    pub group_best: usize,
+    /// Weights of experts apply to their input.
+    pub weighted_input: bool,
+    /// Experts have a gate that is clamped: its factor inside the sigmoid, and the bound.
+    pub clamped_gate: Option<(f32, f32)>,
+    /// YaRN's ramp does not begin and end at whole dimensions, unless the file's `rope.scaling.yarn_truncate` says otherwise.
+    pub untruncated_yarn: bool,
 }
 
 /// The choices of most families.
-pub(super) const DEFAULT_QUIRKS: Quirks = Quirks {
+pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     scaled_embedding: false,
     window_period: 0,
     window_rope_base: None,
-    unrotated_period: 0,
+    rotated: Rotated::AllBut(0),
     soft_caps: None,
     scaled_by_width: None,
     normalized_experts: true,
     optional_output_norm: false,
     divided_logits: false,
+    full_layer_first: false,
+    chunk: None,
+    unscaled_attention: false,
+    temperature: None,
+    norms_after_rotation: false,
+    unweighted_head_norms: false,
+    value_norm: false,
+    unweighted_norms: false,
+    embedding_norm: false,
+    post_norm_eps: None,
+    latent_norm_eps: None,
+    gate: Activation::Sigmoid,
+    gating: Gating::Softmax,
+    group_best: 2,
+    weighted_input: false,
+    clamped_gate: None,
+    untruncated_yarn: false,
 };
 
 /// A family of layers of attention and a feed-forward network.
@@ -140,6 +235,11 @@ pub(super) const fn family(
 }
 
 impl Family {
+    /// The family with layers of latent attention.
+    pub(super) const fn latent(self) -> Family {
+        Family { layers: LATENT_ATTENTION, ..self }
+    }
+
     /// The kind of layer `index`.
     pub fn layer(&self, index: usize) -> LayerKind {
         self.layers[index % self.layers.len()]

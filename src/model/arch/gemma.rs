@@ -14,6 +14,11 @@ const QUIRKS_2: Quirks =
 const QUIRKS_3: Quirks =
     Quirks { window_period: 6, window_rope_base: Some(10000.0), scaled_by_width: Some(62), ..QUIRKS };
 
+const QUIRKS_3N: Quirks =
+    Quirks { window_period: 5, window_rope_base: Some(10000.0), unscaled_attention: true, value_norm: true, ..QUIRKS };
+
+const QUIRKS_4: Quirks = Quirks { window_period: 6, ..QUIRKS_3N };
+
 pub(super) const FAMILIES: &[Family] = &[
     // Gemma Team 2024, arXiv 2403.08295.
     family("gemma", Rms, Sequential, Rope, GeluTanh, QUIRKS),
@@ -21,4 +26,7 @@ pub(super) const FAMILIES: &[Family] = &[
     family("gemma2", Rms, Sequential, Rope, GeluTanh, QUIRKS_2),
     // Gemma Team 2025, arXiv 2503.19786.
     family("gemma3", Rms, Sequential, Rope, GeluTanh, QUIRKS_3),
+    // Google 2025: Gemma 3n, and 2026: Gemma 4.
+    family("gemma3n", Rms, Sequential, Rope, GeluTanh, QUIRKS_3N),
+    family("gemma4", Rms, Sequential, Rope, GeluTanh, QUIRKS_4),
 ];

@@ -1,10 +1,26 @@
 //! Llama and its closest relatives.
 
-use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Quirks, Residual, family};
-use crate::kernels::Activation::Silu;
+use super::family::{
+    DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Residual, Rotated, Temperature, family,
+};
+use crate::kernels::Activation::{Relu2, Silu};
 use NormKind::{Layer, Rms};
 use Position::{Rope, RopeAdjacent};
 use Residual::Sequential;
+
+/// Chunks instead of windows in three of four layers, and queries that grow in the fourth.
+const LLAMA_4: Quirks = Quirks {
+    window_period: 4,
+    chunk: Some(8192),
+    rotated: Rotated::AllBut(4),
+    temperature: Some(Temperature { scale: 0.1, length: 8192.0, offset: 1.0 }),
+    norms_after_rotation: true,
+    unweighted_head_norms: true,
+    normalized_experts: false,
+    gating: Gating::Sigmoid,
+    weighted_input: true,
+    ..DEFAULT_QUIRKS
+};
 
 pub(super) const FAMILIES: &[Family] = &[
     // Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Mistral, Mixtral, SmolLM, TinyLlama, Yi.
@@ -15,5 +31,27 @@ pub(super) const FAMILIES: &[Family] = &[
     family("olmo2", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
     // IBM Granite 3.
     family("granite", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
-    family("smollm3", Rms, Sequential, RopeAdjacent, Silu, Quirks { unrotated_period: 4, ..DEFAULT_QUIRKS }),
+    // IBM Granite 3 and 4 with experts, and with windows and sinks.
+    family("granitemoe", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    family("granite_swa", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    // Meta 2025.
+    family("llama4", Rms, Sequential, RopeAdjacent, Silu, LLAMA_4),
+    // Mistral AI 2025: Ministral 3.
+    family("mistral3", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    // Arcee AI 2025.
+    family("arcee", Rms, Sequential, RopeAdjacent, Relu2, DEFAULT_QUIRKS),
+    // Groeneveld et al. 2024, arXiv 2402.00838.
+    family("olmo", Layer, Sequential, RopeAdjacent, Silu, Quirks { unweighted_norms: true, ..DEFAULT_QUIRKS }),
+    // Muennighoff et al. 2024, arXiv 2409.02060.
+    family("olmoe", Rms, Sequential, Rope, Silu, Quirks { normalized_experts: false, ..DEFAULT_QUIRKS }),
+    // Ma et al. 2024, arXiv 2402.17764. Its files have weights that are ternary only in value.
+    family("bitnet", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    // Baidu 2025: ERNIE 4.5.
+    family("ernie4_5", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    family("ernie4_5-moe", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    // ByteDance 2025.
+    family("seed_oss", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    // Parmar et al. 2024, arXiv 2402.16819.
+    family("nemotron", Layer, Sequential, Rope, Relu2, DEFAULT_QUIRKS),
+    family("smollm3", Rms, Sequential, RopeAdjacent, Silu, Quirks { rotated: Rotated::AllBut(4), ..DEFAULT_QUIRKS }),
 ];

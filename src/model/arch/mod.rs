@@ -5,15 +5,19 @@ mod family;
 mod gemma;
 mod gpt;
 mod llama;
+mod modern;
 mod phi;
 mod qwen;
 
-pub use family::{Family, FeedForwardKind, LayerKind, MixerKind, NormKind, Position, Quirks, Residual};
+pub(super) use family::DEFAULT_QUIRKS;
+pub use family::{
+    Family, FeedForwardKind, Gating, LayerKind, MixerKind, NormKind, Position, Quirks, Residual, Rotated, Temperature,
+};
 
 /// Every family that is supported.
 pub fn families() -> impl Iterator<Item = &'static Family> {
-    let groups = [llama::FAMILIES, qwen::FAMILIES, gemma::FAMILIES, phi::FAMILIES, gpt::FAMILIES, alibi::FAMILIES];
-    groups.into_iter().flatten()
+    let older = [llama::FAMILIES, qwen::FAMILIES, gemma::FAMILIES, phi::FAMILIES, gpt::FAMILIES, alibi::FAMILIES];
+    older.into_iter().chain([modern::FAMILIES]).flatten()
 }
 
 /// The family called `name`.

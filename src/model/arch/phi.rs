@@ -1,6 +1,6 @@
 //! Microsoft's Phi.
 
-use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Residual, family};
+use super::family::{DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Residual, family};
 use crate::kernels::Activation::{GeluTanh, Silu};
 use NormKind::{Layer, Rms};
 use Position::Rope;
@@ -11,4 +11,6 @@ pub(super) const FAMILIES: &[Family] = &[
     family("phi2", Layer, Parallel, Rope, GeluTanh, DEFAULT_QUIRKS),
     // Abdin et al. 2024, arXiv 2404.14219; also Phi 4.
     family("phi3", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    // Phi 3.5 with experts.
+    family("phimoe", Layer, Sequential, Rope, Silu, Quirks { gating: Gating::SparseMixer, ..DEFAULT_QUIRKS }),
 ];

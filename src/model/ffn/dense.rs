@@ -1,10 +1,12 @@
 //! A dense feed-forward network, with a gate (Shazeer 2020, arXiv 2002.05202) or without.
 
 use crate::error::Result;
+use crate::kernels::Activation;
 use crate::model::buffer::Buffer;
 use crate::model::config::Config;
 use crate::model::fingerprint::FingerprintHasher;
 use crate::model::linear::{Linear, LinearInput};
+use crate::model::norm::Norm;
 use crate::model::pass::{Pass, TASK_ROWS};
 use crate::model::weights::loader::{Loader, Part, RowMap};
 
@@ -17,6 +19,22 @@ pub(in crate::model) struct Mlp {
     pub(in crate::model) down: Linear,
     /// Width between up and down.
     pub(in crate::model) width: usize,
+    inner: Inner,
+    /// Of the input of `down`.
+    inner_norm: Option<Norm>,
+    /// How many deviations above the mean of its row a gate must be, and what is subtracted from it; `None` for all.
+    sparsity: Option<f32>,
+}
+
+/// What is between up and down.
+#[derive(Debug, Clone, Copy)]
+enum Inner {
+    /// `activation(gate) * up`, or `activation(up)`.
+    Activation(Activation),
+    /// The clamped gate with these numbers: the factor inside the sigmoid, and the bound.
+    Clamped(f32, f32),
+    /// xIELU with its parameters.
+    Xielu([f32; 4]),
 }
 
 /// The workspace of a network.
@@ -24,9 +42,30 @@ pub(in crate::model) struct Mlp {
 pub(in crate::model) struct Workspace {
     /// `(rows, width of up)`: gate and up.
     pub(super) up: Buffer,
+    /// `(tasks, width)`: a row for the norm of each task.
+    rows: Vec<f32>,
+}
+
+/// Subtracts what lies `deviations` above the mean from all gates of a row, and makes those below it 0: the few largest stay
+/// (Gemma 3n).
+fn sparsify(gates: &mut [f32], deviations: f32) {
+    let count = gates.len() as f64;
+    let mean = gates.iter().map(|x| f64::from(*x)).sum::<f64>() / count;
+    let variance = gates.iter().map(|x| (f64::from(*x) - mean) * (f64::from(*x) - mean)).sum::<f64>() / count;
+    let cutoff = (mean + variance.sqrt() * f64::from(deviations)) as f32;
+    for x in gates {
+        let above = *x - cutoff;
+        // NaN stays.
+        *x = if above < 0.0 { 0.0 } else { above };
+    }
 }
 
 impl Mlp {
+    /// The name of the tensor of `part` in a layer, without `.weight`.
+    fn name(index: usize, part: &str, suffix: &str) -> String {
+        format!("blk.{index}.ffn_{part}{suffix}")
+    }
+
     /// Reads the network whose tensors in layer `index` have this suffix. For an expert of a stack, `expert` holds its
     /// number and the number of all experts.
     pub(in crate::model) fn load(
@@ -36,11 +75,13 @@ impl Mlp {
         suffix: &str,
         expert: Option<(usize, usize)>,
     ) -> Result<Mlp> {
-        let tensor = |part: &str| format!("blk.{index}.ffn_{part}{suffix}");
+        let tensor = |part: &str| Mlp::name(index, part, suffix);
         let dims = |part: &str| loader.dims(&format!("{}.weight", tensor(part)));
         let required =
             |part: &str| dims(part).ok_or_else(|| loader.missing(&format!("{}.weight", tensor(part)), "a matrix"));
-        let (up, down) = (required("up")?, required("down")?);
+        // Gate and up may be one tensor, under either name.
+        let fused = if dims("gate_up").is_some() { "gate_up" } else { "up" };
+        let (up, down) = (required(fused)?, required("down")?);
         let (width, rows) = (down.first().copied().unwrap_or(0), up.get(1).copied().unwrap_or(0));
         let stack = expert.map(|(_, count)| count);
         // The first row of the expert in a tensor that has `rows` rows per expert.
@@ -54,14 +95,26 @@ impl Mlp {
             vec![part("gate", width, width, &up_order as RowMap<'_>), part("up", width, width, &up_order)]
         } else if rows == 2 * width {
             // Gate and up one after the other in one tensor.
-            vec![part("up", width, rows, &fused_gate as RowMap<'_>), part("up", width, rows, &fused_up)]
+            vec![part(fused, width, rows, &fused_gate as RowMap<'_>), part(fused, width, rows, &fused_up)]
         } else {
             vec![part("up", width, width, &up_order as RowMap<'_>)]
         };
+        let inner = match (config.clamped_gate, config.xielu.get(index)) {
+            (Some((alpha, limit)), _) => Inner::Clamped(alpha, limit),
+            (None, Some(parameters)) => Inner::Xielu(*parameters),
+            (None, None) => Inner::Activation(config.activation),
+        };
+        let is_dense = suffix.is_empty();
         Ok(Mlp {
             up: loader.linear(&up, config.hidden)?,
             down: loader.linear(&[part("down", config.hidden, config.hidden, &down_order)], width)?,
             width,
+            inner,
+            inner_norm: match is_dense {
+                true => loader.norm_of(&tensor("sub_norm"), config, width, config.norm_eps)?,
+                false => None,
+            },
+            sparsity: config.sparsity.get(index).copied().flatten().filter(|_| is_dense),
         })
     }
 
@@ -77,21 +130,32 @@ impl Mlp {
         pass.linear(&self.down, input, out);
     }
 
-    /// Replaces `input (rows, hidden)` by the input of `down (rows, width)`: `activation(gate(input)) * up(input)`, or
-    /// `activation(up(input))` where there is no gate.
+    /// Replaces `input (rows, hidden)` by the input of `down (rows, width)`: `activation(gate(input)) * up(input)`,
+    /// `activation(up(input))` where there is no gate, or what else the family has between them.
     pub(in crate::model) fn inner(&self, pass: &Pass<'_>, input: &mut LinearInput, workspace: &mut Workspace) {
         pass.linear(&self.up, input, &mut workspace.up);
-        let (width, stride, activation) = (self.width, self.up.width(), pass.config.activation);
+        let (width, stride) = (self.width, self.up.width());
         let gated = self.up.parts().len() == 2;
-        let up = &workspace.up;
+        let Workspace { up, rows } = workspace;
+        let up = &*up;
         input.resize(up.len() / stride, width);
-        pass.scope.for_each_chunk(&mut input.values, TASK_ROWS * width, |i, chunk| {
+        let size = if self.inner_norm.is_some() { width } else { 0 };
+        pass.scope.for_each_chunk_with(&mut input.values, TASK_ROWS * width, rows, size, |i, chunk, buffer| {
             for (row, out) in up[i * TASK_ROWS * stride..].chunks(stride).zip(chunk.chunks_mut(width)) {
                 out.copy_from_slice(&row[..width]);
-                if gated {
-                    pass.kernel.gate(activation, out, &row[self.up.start(1)..][..width]);
-                } else {
-                    pass.kernel.activate(activation, out);
+                if let Some(deviations) = self.sparsity {
+                    sparsify(out, deviations);
+                }
+                let other = if gated { &row[self.up.start(1)..][..width] } else { &[] };
+                match self.inner {
+                    Inner::Activation(activation) if gated => pass.kernel.gate(activation, out, other),
+                    Inner::Activation(activation) => pass.kernel.activate(activation, out),
+                    Inner::Clamped(alpha, limit) => pass.kernel.clamped_gate(out, other, alpha, limit),
+                    Inner::Xielu(parameters) => pass.kernel.xielu(out, parameters),
+                }
+                if let Some(norm) = &self.inner_norm {
+                    norm.apply(pass.config, pass.kernel, out, buffer);
+                    out.copy_from_slice(buffer);
                 }
             }
         });
@@ -102,9 +166,14 @@ impl Mlp {
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Mlp { up, down, width } = self;
+        // What is between them follows from the configuration.
+        let Mlp { up, down, width, inner: _, inner_norm, sparsity: _ } = self;
         hasher.number(*width);
         hasher.linear(up);
         hasher.linear(down);
+        // Hashed only where it exists, so that models without it keep their fingerprints.
+        if let Some(norm) = inner_norm {
+            hasher.norm(norm);
+        }
     }
 }

@@ -67,7 +67,7 @@ impl Experts {
         let count = config.experts.count;
         let experts = (0..count).map(|expert| Mlp::load(loader, config, index, "_exps", Some((expert, count))));
         let experts = experts.collect::<Result<Vec<_>>>()?;
-        for stack in ["gate", "up", "down"] {
+        for stack in ["gate", "up", "gate_up", "down"] {
             loader.release(&format!("blk.{index}.ffn_{stack}_exps.weight"));
         }
         let shared = match loader.has(&format!("blk.{index}.ffn_up_shexp.weight")) {
@@ -130,8 +130,8 @@ impl Experts {
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Experts { router: Router { logits }, experts, shared } = self;
-        hasher.linear(logits);
+        let Experts { router, experts, shared } = self;
+        router.fingerprint(hasher);
         experts.iter().for_each(|mlp| mlp.fingerprint(hasher));
         hasher.optional(shared.as_ref(), |hasher, SharedExpert { mlp, gate }| {
             mlp.fingerprint(hasher);
@@ -151,12 +151,34 @@ impl Experts {
         own: &mut Workspace,
         out: &mut Buffer,
     ) {
-        let (hidden, used) = (pass.config.hidden, pass.config.experts.used);
-        let rows = input.values.len() / hidden;
-        let width = hidden.next_multiple_of(PANEL);
         // Every expert reads the input.
         own.source.copy_from(&input.values);
         self.router.route(pass, input, &mut own.out, &mut own.choices);
+        self.compute(pass, dense, own, out);
+    }
+
+    /// As [`Experts::forward`], where the router reads the residual stream `x (rows, hidden)` through a norm of its own.
+    pub(super) fn forward_routed_by(
+        &self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        input: &mut LinearInput,
+        dense: &mut dense::Workspace,
+        own: &mut Workspace,
+        out: &mut Buffer,
+    ) {
+        own.source.copy_from(&input.values);
+        self.router.prepare(pass, x, input);
+        self.router.route(pass, input, &mut own.out, &mut own.choices);
+        self.compute(pass, dense, own, out);
+    }
+
+    /// The weighted sum of the outputs of the experts that were chosen, which read `own.source (rows, hidden)`.
+    fn compute(&self, pass: &Pass<'_>, dense: &mut dense::Workspace, own: &mut Workspace, out: &mut Buffer) {
+        let (hidden, used) = (pass.config.hidden, pass.config.experts.used);
+        let rows = own.source.len() / hidden;
+        let width = hidden.next_multiple_of(PANEL);
+        let weighted_input = pass.config.family.quirks.weighted_input;
         out.resize(rows * width);
         out.fill(0.0);
         for (expert, mlp) in self.experts.iter().enumerate() {
@@ -167,8 +189,12 @@ impl Experts {
                 continue;
             }
             own.input.resize(own.chosen.len(), hidden);
-            for ((row, _), input) in own.chosen.iter().zip(own.input.values.chunks_exact_mut(hidden)) {
-                input.copy_from_slice(&own.source[row * hidden..][..hidden]);
+            for ((row, weight), input) in own.chosen.iter_mut().zip(own.input.values.chunks_exact_mut(hidden)) {
+                input.copy_from_slice(&own.source[*row * hidden..][..hidden]);
+                if weighted_input {
+                    input.iter_mut().for_each(|x| *x *= *weight);
+                    *weight = 1.0;
+                }
             }
             mlp.forward(pass, &mut own.input, dense, &mut own.out);
             for ((row, weight), output) in own.chosen.iter().zip(own.out.chunks(width)) {

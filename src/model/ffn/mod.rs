@@ -14,6 +14,7 @@ use super::buffer::Buffer;
 use super::config::Config;
 use super::fingerprint::FingerprintHasher;
 use super::linear::{Linear, LinearInput};
+use super::norm::Norm;
 use super::pass::Pass;
 use super::weights::loader::Loader;
 use crate::error::Result;
@@ -25,6 +26,50 @@ use crate::quant::packed::PANEL;
 pub(super) enum FeedForward {
     Dense(Mlp),
     Experts(Experts),
+    Both(DenseAndExperts),
+}
+
+/// A dense network and experts side by side, each with its norms (Gemma 4).
+#[derive(Debug)]
+pub(super) struct DenseAndExperts {
+    pub(super) dense: Mlp,
+    /// Of the output of the dense network.
+    dense_norm: Option<Norm>,
+    pub(super) experts: Experts,
+    /// Of the input of the experts.
+    input_norm: Option<Norm>,
+    /// Of the output of the experts.
+    output_norm: Option<Norm>,
+}
+
+impl DenseAndExperts {
+    fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<DenseAndExperts> {
+        let norm = |name: &str| loader.norm(&format!("blk.{index}.{name}"), config);
+        Ok(DenseAndExperts {
+            dense: Mlp::load(loader, config, index, "", None)?,
+            dense_norm: norm("post_ffw_norm_1")?,
+            experts: Experts::load(loader, config, index)?,
+            input_norm: norm("pre_ffw_norm_2")?,
+            output_norm: norm("post_ffw_norm_2")?,
+        })
+    }
+
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        input: &mut LinearInput,
+        workspace: &mut Workspace,
+        out: &mut Buffer,
+    ) {
+        let Workspace { dense, experts, both, rows } = workspace;
+        self.dense.forward(pass, input, dense, out);
+        pass.norm_branch(out, self.dense_norm.as_ref(), rows);
+        pass.norm(x, self.input_norm.as_ref(), input);
+        self.experts.forward_routed_by(pass, x, input, dense, experts, both);
+        pass.norm_branch(both, self.output_norm.as_ref(), rows);
+        pass.kernel.add_scaled(out, both, 1.0);
+    }
 }
 
 /// The widest rows of all feed-forward layers of a model, in numbers.
@@ -36,6 +81,8 @@ pub(super) struct Widths {
     pub(super) input: usize,
     /// Outputs of experts and of the router. 0 without experts.
     experts: usize,
+    /// Outputs of experts beside a dense network. 0 without them.
+    both: usize,
 }
 
 /// The workspaces of all kinds of feed-forward layers. One that no layer uses stays empty.
@@ -43,6 +90,10 @@ pub(super) struct Widths {
 pub(super) struct Workspace {
     pub(super) dense: dense::Workspace,
     pub(super) experts: experts::Workspace,
+    /// `(rows, hidden rounded up to panels)`: the output of experts beside a dense network.
+    both: Buffer,
+    /// `(tasks, hidden)`: a row for the norm of each task.
+    rows: Vec<f32>,
 }
 
 impl FeedForward {
@@ -52,6 +103,11 @@ impl FeedForward {
     /// Those of [`Loader::linear`]; [`Error::Malformed`](crate::Error::Malformed) for a router without a number of experts.
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<FeedForward> {
         match config.layers[index].kind.ffn {
+            FeedForwardKind::DenseOrExperts
+                if Experts::is_in(loader, index) && loader.has(&format!("blk.{index}.ffn_down.weight")) =>
+            {
+                DenseAndExperts::load(loader, config, index).map(FeedForward::Both)
+            }
             FeedForwardKind::DenseOrExperts if Experts::is_in(loader, index) => {
                 Experts::load(loader, config, index).map(FeedForward::Experts)
             }
@@ -59,10 +115,12 @@ impl FeedForward {
         }
     }
 
-    /// `out (rows, hidden rounded up to panels) = ffn(input (rows, hidden))`. Overwrites `input`.
+    /// `out (rows, hidden rounded up to panels) = ffn(input (rows, hidden))`, where `x` is the residual stream that the input
+    /// is the norm of. Overwrites `input`.
     pub(super) fn forward(
         &self,
         pass: &Pass<'_>,
+        x: &[f32],
         input: &mut LinearInput,
         workspace: &mut Workspace,
         out: &mut Buffer,
@@ -72,6 +130,7 @@ impl FeedForward {
             FeedForward::Experts(experts) => {
                 experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out);
             }
+            FeedForward::Both(both) => both.forward(pass, x, input, workspace, out),
         }
     }
 
@@ -80,6 +139,7 @@ impl FeedForward {
         match self {
             FeedForward::Dense(mlp) => mlp.linears().to_vec(),
             FeedForward::Experts(experts) => experts.linears(),
+            FeedForward::Both(both) => both.dense.linears().into_iter().chain(both.experts.linears()).collect(),
         }
     }
 
@@ -89,6 +149,7 @@ impl FeedForward {
         match self {
             FeedForward::Dense(_) => all,
             FeedForward::Experts(experts) => all - experts.bytes_unused(used),
+            FeedForward::Both(both) => all - both.experts.bytes_unused(used),
         }
     }
 
@@ -97,6 +158,13 @@ impl FeedForward {
         match self {
             FeedForward::Dense(mlp) => mlp.fingerprint(hasher),
             FeedForward::Experts(experts) => experts.fingerprint(hasher),
+            FeedForward::Both(DenseAndExperts { dense, dense_norm, experts, input_norm, output_norm }) => {
+                dense.fingerprint(hasher);
+                experts.fingerprint(hasher);
+                for norm in [dense_norm, input_norm, output_norm] {
+                    hasher.optional(norm.as_ref(), FingerprintHasher::norm);
+                }
+            }
         }
     }
 
@@ -104,13 +172,21 @@ impl FeedForward {
     pub(super) fn widen(&self, config: &Config, widths: &mut Widths) {
         let columns = self.linears().into_iter().map(Linear::columns).max();
         widths.input = widths.input.max(columns.unwrap_or(0));
-        match self {
-            FeedForward::Dense(mlp) => widths.up = widths.up.max(mlp.up.width()),
-            FeedForward::Experts(experts) => {
-                let up = experts.mlps().map(|mlp| mlp.up.width()).max();
-                widths.up = widths.up.max(up.unwrap_or(0));
-                let hidden = config.hidden.next_multiple_of(PANEL);
-                widths.experts = widths.experts.max(hidden).max(experts.router_width());
+        let (dense, experts) = match self {
+            FeedForward::Dense(mlp) => (Some(mlp), None),
+            FeedForward::Experts(experts) => (None, Some(experts)),
+            FeedForward::Both(both) => (Some(&both.dense), Some(&both.experts)),
+        };
+        if let Some(mlp) = dense {
+            widths.up = widths.up.max(mlp.up.width());
+        }
+        if let Some(experts) = experts {
+            let up = experts.mlps().map(|mlp| mlp.up.width()).max();
+            widths.up = widths.up.max(up.unwrap_or(0));
+            let hidden = config.hidden.next_multiple_of(PANEL);
+            widths.experts = widths.experts.max(hidden).max(experts.router_width());
+            if dense.is_some() {
+                widths.both = hidden;
             }
         }
     }
@@ -123,6 +199,7 @@ impl Workspace {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
     pub(super) fn reserve(&mut self, widths: &Widths, rows: usize, hidden: usize) -> Result<()> {
         self.dense.up.reserve(rows * widths.up)?;
+        self.both.reserve(rows * widths.both)?;
         if widths.experts > 0 {
             self.experts.reserve(rows, hidden, widths.input, widths.experts)?;
         }

@@ -1,21 +1,30 @@
 //! Routers choose the experts for each row.
 
 use crate::error::Result;
-use crate::kernels::Kernel;
+use crate::kernels::{self, Activation, Kernel};
+use crate::model::arch::Gating;
 use crate::model::buffer::Buffer;
 use crate::model::config::{Config, ExpertsConfig};
+use crate::model::fingerprint::FingerprintHasher;
 use crate::model::linear::{Linear, LinearInput};
+use crate::model::norm::Norm;
 use crate::model::pass::Pass;
 use crate::model::weights::loader::{Loader, Part};
 
 /// An expert that a row chose, and the weight of its output.
 pub(in crate::model) type Choice = (usize, f32);
 
-/// Chooses experts by a softmax over the logits of all.
+/// Chooses experts by the logits of all.
 #[derive(Debug)]
 pub(super) struct Router {
     /// `(experts, hidden)`
     pub(super) logits: Linear,
+    /// `(experts)`, or empty: added to the scores for the choice, but not to the weights.
+    selection_bias: Vec<f32>,
+    /// `(experts)`, or empty: factors of the weights.
+    expert_scale: Vec<f32>,
+    /// Of the residual stream, in routers that read it through a norm of their own.
+    input_norm: Option<Norm>,
 }
 
 impl Router {
@@ -30,7 +39,43 @@ impl Router {
             let name = format!("{name}.weight");
             return Err(loader.malformed(&name, "a router", "expert_count above 0 among the keys"));
         }
-        Ok(Router { logits: loader.linear(&[Part::new(name, count)], config.hidden)? })
+        let optional = |name: &str, width: usize| match loader.has(name) {
+            true => loader.vector(name, width),
+            false => Ok(Vec::new()),
+        };
+        let bias = ["exp_probs_b.bias", "exp_probs_b", "exp_probs_b.weight"].map(|name| format!("blk.{index}.{name}"));
+        let bias = bias.iter().find(|name| loader.has(name)).unwrap_or(&bias[0]);
+        let input_scale = optional(&format!("{name}.scale"), config.hidden)?;
+        let root = (config.hidden as f32).sqrt();
+        Ok(Router {
+            logits: loader.linear(&[Part::new(name, count)], config.hidden)?,
+            selection_bias: optional(bias, count)?,
+            expert_scale: optional(&format!("blk.{index}.ffn_down_exps.scale"), count)?,
+            input_norm: (!input_scale.is_empty()).then(|| Norm {
+                weight: input_scale.iter().map(|scale| scale / root).collect(),
+                bias: Vec::new(),
+                eps: config.norm_eps,
+            }),
+        })
+    }
+
+    pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+        let Router { logits, selection_bias, expert_scale, input_norm } = self;
+        hasher.linear(logits);
+        // Hashed only where they exist, so that models without them keep their fingerprints.
+        for numbers in [selection_bias, expert_scale].into_iter().filter(|numbers| !numbers.is_empty()) {
+            hasher.bytes(bytemuck::cast_slice(numbers));
+        }
+        if let Some(norm) = input_norm {
+            hasher.norm(norm);
+        }
+    }
+
+    /// Makes `input` the norm of the residual stream `x (rows, hidden)`, where the router has one.
+    pub(super) fn prepare(&self, pass: &Pass<'_>, x: &[f32], input: &mut LinearInput) {
+        if self.input_norm.is_some() {
+            pass.norm(x, self.input_norm.as_ref(), input);
+        }
     }
 
     /// Writes the experts that each row of `input` chooses to `choices (rows, experts used)`. Overwrites `logits`.
@@ -44,27 +89,119 @@ impl Router {
         let experts = &pass.config.experts;
         pass.linear(&self.logits, input, logits);
         choices.clear();
+        let mut scores = Vec::new();
         for logits in logits.chunks_mut(self.logits.width()) {
-            choose(pass.kernel, &mut logits[..experts.count], experts, choices);
+            self.choose(pass.kernel, &mut logits[..experts.count], experts, &mut scores, choices);
+        }
+    }
+
+    /// Appends the experts of one row, ties to the lower number. Overwrites `scores`.
+    fn choose(
+        &self,
+        kernel: &Kernel,
+        logits: &mut [f32],
+        experts: &ExpertsConfig,
+        scores: &mut Vec<f32>,
+        choices: &mut Vec<Choice>,
+    ) {
+        if let Some(cap) = experts.logit_cap {
+            kernel.soft_cap(logits, cap);
+        }
+        let first = choices.len();
+        if experts.gating == Gating::SparseMixer {
+            sparse_mixer(logits, experts.tolerance, choices);
+        } else {
+            // The weights of all, except for a softmax over the chosen, whose order is that of the logits.
+            let sum = match experts.gating {
+                Gating::Softmax => kernel.exp_segment(logits).1,
+                Gating::Sigmoid => {
+                    kernel.activate(Activation::Sigmoid, logits);
+                    1.0
+                }
+                Gating::SoftmaxOfChosen | Gating::SparseMixer => 1.0,
+            };
+            scores.clear();
+            scores.extend_from_slice(logits);
+            if !self.selection_bias.is_empty() {
+                // Biases are meant for weights that are divided already.
+                scores.iter_mut().zip(&self.selection_bias).for_each(|(score, bias)| *score = *score / sum + bias);
+            }
+            keep_groups(scores, experts);
+            for _ in 0..experts.used {
+                let best = best(scores);
+                choices.push((best, logits[best] / sum));
+                scores[best] = f32::NEG_INFINITY;
+            }
+        }
+        let chosen = &mut choices[first..];
+        if experts.gating == Gating::SoftmaxOfChosen {
+            softmax(chosen);
+        }
+        let normalized = experts.normalized && matches!(experts.gating, Gating::Softmax | Gating::Sigmoid);
+        let total: f32 = if normalized { chosen.iter().map(|(_, weight)| weight).sum() } else { 1.0 };
+        chosen.iter_mut().for_each(|(_, weight)| *weight *= experts.scale / total);
+        if !self.expert_scale.is_empty() {
+            chosen.iter_mut().for_each(|(expert, weight)| *weight *= self.expert_scale[*expert]);
         }
     }
 }
 
-/// Appends the experts of one row: the likeliest by a softmax over all of `logits (experts)`, ties to the lower number.
-fn choose(kernel: &Kernel, logits: &mut [f32], experts: &ExpertsConfig, choices: &mut Vec<Choice>) {
-    let (_, sum) = kernel.exp_segment(logits);
-    let first = choices.len();
-    for _ in 0..experts.used {
-        let free = |expert: &usize| !choices[first..].iter().any(|(chosen, _)| chosen == expert);
-        let best = (0..logits.len()).filter(free).fold(None, |best: Option<usize>, expert| match best {
-            Some(best) if logits[best] >= logits[expert] => Some(best),
-            _ => Some(expert),
-        });
-        // There are at least as many experts as are used, so one is free.
-        let best = best.unwrap_or(0);
-        choices.push((best, logits[best] / sum));
+/// The first of the largest scores. Scores of minus infinity belong to what is taken already.
+fn best(scores: &[f32]) -> usize {
+    let is_worse = |best: usize, other: usize| scores[best] >= scores[other] || scores[other] == f32::NEG_INFINITY;
+    (1..scores.len()).fold(0, |best, other| if is_worse(best, other) { best } else { other })
+}
+
+/// Makes the scores of all experts minus infinity except for those of the best groups.
+fn keep_groups(scores: &mut [f32], experts: &ExpertsConfig) {
+    let Some(groups) = experts.groups else { return };
+    let size = scores.len() / groups.count;
+    let score = |group: &[f32]| {
+        let mut left = group.to_vec();
+        let mut sum = 0.0;
+        for _ in 0..groups.best {
+            let best = best(&left);
+            sum += left[best];
+            left[best] = f32::NEG_INFINITY;
+        }
+        sum
+    };
+    let mut of_groups: Vec<f32> = scores.chunks(size).map(score).collect();
+    let mut kept = vec![false; groups.count];
+    for _ in 0..groups.used {
+        let best = best(&of_groups);
+        kept[best] = true;
+        of_groups[best] = f32::NEG_INFINITY;
     }
-    let chosen = &mut choices[first..];
-    let total: f32 = if experts.normalized { chosen.iter().map(|(_, weight)| weight).sum() } else { 1.0 };
-    chosen.iter_mut().for_each(|(_, weight)| *weight *= experts.scale / total);
+    for (group, kept) in scores.chunks_mut(size).zip(kept) {
+        if !kept {
+            group.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// Makes the weights a softmax of themselves.
+fn softmax(chosen: &mut [Choice]) {
+    let max = chosen.iter().map(|(_, logit)| *logit).fold(f32::NEG_INFINITY, f32::max);
+    chosen.iter_mut().for_each(|(_, weight)| *weight = kernels::exp(*weight - max));
+    let sum: f32 = chosen.iter().map(|(_, weight)| weight).sum();
+    chosen.iter_mut().for_each(|(_, weight)| *weight /= sum);
+}
+
+/// Appends the best expert and the next one, each with its share of a softmax over the logits that come close to its own:
+/// not further below than the tolerance, as a share of the magnitude.
+fn sparse_mixer(logits: &[f32], tolerance: f32, choices: &mut Vec<Choice>) {
+    let mut left = logits.to_vec();
+    for _ in 0..2 {
+        let chosen = best(&left);
+        let max = left[chosen];
+        let close = |(logit, left): (&f32, &f32)| {
+            let magnitude = logit.abs().max(max);
+            let counts = *left > f32::NEG_INFINITY && (max - logit) / magnitude <= tolerance;
+            if counts { kernels::exp(left - max) } else { 0.0 }
+        };
+        let sum: f32 = logits.iter().zip(&left).map(close).sum();
+        choices.push((chosen, 1.0 / sum));
+        left[chosen] = f32::NEG_INFINITY;
+    }
 }

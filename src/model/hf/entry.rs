@@ -1,7 +1,7 @@
 //! Entries of a family's name map: which tensors of the checkpoint become which tensor of GGUF, and how.
 
 use super::settings::Settings;
-use super::sizes::Size;
+use super::sizes::{Size, Sizes};
 use crate::error::Result;
 
 /// How tensors of the checkpoint become one of GGUF.
@@ -22,6 +22,28 @@ pub(super) enum Transform {
     Skip(usize),
     /// Tensors one after the other; the last dimension is their number. `{e}` in the name is the index of the tensor.
     Stack,
+    /// Of matrices in one tensor, some of the rows of each: those of a part of equal parts.
+    RowsOfPart {
+        part: usize,
+        parts: usize,
+    },
+    /// Of transposed matrices in one tensor, some of the columns of each as rows: every `step`th from `first` on, where they
+    /// alternate, or the part of equal parts with that number.
+    ColumnsOfPart {
+        part: usize,
+        parts: usize,
+        alternate: bool,
+    },
+    /// Of a vector per matrix, every `parts`th number from `part` on.
+    EveryNth {
+        part: usize,
+        parts: usize,
+    },
+    /// The part of latent attention's matrix of keys and values that makes keys, transposed; or the part that makes values.
+    LatentKeys,
+    LatentValues,
+    /// Pairs of the rotated part of each head's query, or of the shared key, become neighbors, unless they are already.
+    LatentPairs,
     /// A matrix of one row becomes a vector.
     Squeeze,
 }
@@ -43,6 +65,8 @@ pub(super) enum Need {
     Sparse,
     /// In layers without experts.
     Dense,
+    /// In layers of which this is true.
+    Where(fn(&Sizes, usize) -> bool),
     /// The output matrix: optional where it may be tied to the embedding.
     Untied,
 }
@@ -59,11 +83,21 @@ pub(super) struct Entry {
     pub(super) bias: Need,
     /// Dimensions in GGUF's order, where they differ from those of the [name](Size::named).
     pub(super) dims: Option<&'static [Size]>,
+    /// What ends the name of the weight, in GGUF and in the checkpoint.
+    pub(super) suffixes: [&'static str; 2],
 }
 
 /// An entry that is required, unchanged and without a bias. Its methods change that.
 pub(super) const fn tensor(gguf: &'static str, hf: &'static str) -> Entry {
-    Entry { gguf, hf, transform: Transform::Copy, weight: Need::Always, bias: Need::Never, dims: None }
+    Entry {
+        gguf,
+        hf,
+        transform: Transform::Copy,
+        weight: Need::Always,
+        bias: Need::Never,
+        dims: None,
+        suffixes: [".weight", ".weight"],
+    }
 }
 
 impl Entry {
@@ -77,6 +111,16 @@ impl Entry {
 
     pub(super) const fn bias(self, bias: Need) -> Entry {
         Entry { bias, ..self }
+    }
+
+    /// A weight whose name in the checkpoint has no `.weight`.
+    pub(super) const fn raw(self) -> Entry {
+        Entry { suffixes: [self.suffixes[0], ""], ..self }
+    }
+
+    /// A weight whose name in GGUF ends with this instead of `.weight`.
+    pub(super) const fn named(self, suffix: &'static str) -> Entry {
+        Entry { suffixes: [suffix, self.suffixes[1]], ..self }
     }
 
     /// A weight and a bias that are needed together.

@@ -37,6 +37,7 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     Packing::read(&settings, Path::new("")).unwrap();
     let mut sizes = Sizes::read(&settings, family.adjust).unwrap();
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
+    sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
     // A configuration that is refused has been read that far.
     _ = keys::write(family, &settings, &sizes, "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
@@ -45,7 +46,7 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
                 Need::If(key) | Need::Unless(key) => _ = settings.get(key),
                 Need::IfSo(is_so) => _ = is_so(&settings),
                 Need::Untied => _ = settings.get("tie_word_embeddings"),
-                Need::Never | Need::Always | Need::Optional | Need::Sparse | Need::Dense => {}
+                Need::Never | Need::Always | Need::Optional | Need::Sparse | Need::Dense | Need::Where(_) => {}
             }
         }
     }

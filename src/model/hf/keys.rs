@@ -6,7 +6,7 @@ use super::families::{ActivationSource, HfFamily, WindowRule};
 use super::metadata::{ComputedTensor, MetadataWriter};
 use super::rope;
 use super::settings::Settings;
-use super::sizes::Sizes;
+use super::sizes::{LayerSizes, Sizes};
 use super::switches;
 use crate::error::Result;
 use crate::format::gguf::{Metadata, Value};
@@ -35,7 +35,7 @@ pub(super) fn write(
     set_sizes(&mut writer);
     norm(&mut writer, family.norm)?;
     activation(&mut writer, family.activation)?;
-    window(&mut writer, family.window)?;
+    writer.windowed = window(&mut writer, family.window)?;
     if sizes.rotary > 0 {
         rope::write(&mut writer)?;
     }
@@ -45,22 +45,50 @@ pub(super) fn write(
 
 fn set_sizes(writer: &mut MetadataWriter<'_>) {
     let sizes = writer.sizes;
+    per_layer_sizes(writer);
     let mut set = |key, size: usize| writer.set(key, size as u32);
     set("vocab_size", sizes.vocabulary);
     set("context_length", sizes.context);
     set("embedding_length", sizes.hidden);
     set("block_count", sizes.layers);
-    set("feed_forward_length", sizes.ffn);
-    set("attention.head_count", sizes.heads);
-    set("attention.head_count_kv", sizes.kv_heads);
+    if sizes.per_layer.is_empty() {
+        set("feed_forward_length", sizes.ffn);
+        set("attention.head_count", sizes.heads);
+        set("attention.head_count_kv", sizes.kv_heads);
+    }
     set("attention.key_length", sizes.head_dim);
     set("attention.value_length", sizes.head_dim);
     if sizes.experts > 0 {
         set("expert_count", sizes.experts);
         set("expert_feed_forward_length", sizes.expert_ffn);
     }
+    if sizes.window_head_dim > 0 {
+        set("attention.key_length_swa", sizes.window_head_dim);
+        set("attention.value_length_swa", sizes.window_head_dim);
+    }
     if sizes.shared_ffn > 0 {
         set("expert_shared_feed_forward_length", sizes.shared_ffn);
+    }
+}
+
+/// The sizes that differ between layers: once where they are the same in all.
+fn per_layer_sizes(writer: &mut MetadataWriter<'_>) {
+    let layers = &writer.sizes.per_layer;
+    if layers.is_empty() {
+        return;
+    }
+    let of = |size: fn(&LayerSizes) -> usize| layers.iter().map(|layer| size(layer) as u32).collect::<Vec<_>>();
+    let keys: [(&str, fn(&LayerSizes) -> usize); 3] = [
+        ("feed_forward_length", |layer| layer.ffn),
+        ("attention.head_count", |layer| layer.heads),
+        ("attention.head_count_kv", |layer| layer.kv_heads),
+    ];
+    for (key, size) in keys {
+        let all = of(size);
+        match all.first().filter(|first| all.iter().all(|other| other == *first)) {
+            Some(first) => writer.set(key, *first),
+            None => writer.set(key, all.clone()),
+        }
     }
 }
 
@@ -80,6 +108,13 @@ fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
 fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Result<()> {
     let name = match source {
         ActivationSource::Is(name) => name,
+        ActivationSource::Xielu => {
+            let name = writer.settings.text(&["hidden_act"])?.unwrap_or_default();
+            if name != "xielu" {
+                return Err(writer.settings.unsupported("hidden_act", format_args!("{name:?}"), "supported: xielu"));
+            }
+            return Ok(());
+        }
         ActivationSource::Under(keys) | ActivationSource::UnderForTanh(keys) => {
             let first = keys.first().copied().unwrap_or_default();
             let name = writer.settings.text(keys)?.ok_or_else(|| writer.settings.missing(first, "an activation"))?;
@@ -89,8 +124,9 @@ fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Resu
                 "gelu" | "gelu_python" => "gelu",
                 "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
                 "relu" => "relu",
+                "relu2" => "relu2",
                 other => {
-                    let supported = "supported: silu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu";
+                    let supported = "supported: silu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, relu2";
                     return Err(writer.settings.unsupported(first, json::brief(&Json::from(other)), supported));
                 }
             }
@@ -101,42 +137,54 @@ fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Resu
 }
 
 /// The window of attention, and which layers have one.
-fn window(writer: &mut MetadataWriter<'_>, rule: WindowRule) -> Result<()> {
+fn window(writer: &mut MetadataWriter<'_>, rule: WindowRule) -> Result<Vec<bool>> {
     let settings = writer.settings;
     if matches!(rule, WindowRule::Never) || !settings.switch("use_sliding_window", true)? {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    let Some(window) = settings.optional_count(&["sliding_window"])? else { return Ok(()) };
-    let kinds = settings.per_layer(
-        "layer_types",
-        writer.sizes.layers,
-        "full_attention or sliding_attention",
-        |kind| match kind.as_str() {
-            Some("full_attention") => Some(false),
-            Some("sliding_attention") => Some(true),
-            _ => None,
-        },
-    )?;
-    let slides = match (kinds, rule) {
-        (Some(kinds), _) => kinds,
-        (None, WindowRule::From(key)) => {
-            let first = settings.get(key).and_then(|first| first.as_u64()).unwrap_or(0);
-            (0..writer.sizes.layers).map(|layer| layer as u64 >= first).collect()
-        }
-        (None, WindowRule::Period(keys)) => {
-            let period = settings.count(keys)?;
-            (0..writer.sizes.layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
-        }
-        (None, WindowRule::Listed) => return Err(settings.missing("layer_types", "a list")),
-        (None, _) => vec![true; writer.sizes.layers],
-    };
+    let Some(window) = settings.optional_count(&["sliding_window"])? else { return Ok(Vec::new()) };
+    let slides = window_kinds(settings, writer.sizes.layers, rule)?;
     if slides.contains(&true) {
         writer.set("attention.sliding_window", window as u32);
         if !matches!(rule, WindowRule::Always) || slides.contains(&false) {
             writer.set("attention.sliding_window_pattern", pattern(&slides));
         }
     }
-    Ok(())
+    Ok(slides)
+}
+
+/// Which layers have a window, in a model that has one.
+pub(super) fn window_kinds(settings: &Settings, layers: usize, rule: WindowRule) -> Result<Vec<bool>> {
+    let kinds = settings.per_layer("layer_types", layers, "full_attention or sliding_attention", |kind| match kind
+        .as_str()
+    {
+        Some("full_attention") => Some(false),
+        Some("sliding_attention") => Some(true),
+        _ => None,
+    })?;
+    Ok(match (kinds, rule) {
+        (Some(kinds), _) => kinds,
+        (None, WindowRule::From(key)) => {
+            let first = settings.get(key).and_then(|first| first.as_u64()).unwrap_or(0);
+            (0..layers).map(|layer| layer as u64 >= first).collect()
+        }
+        (None, WindowRule::Period(keys)) => {
+            let period = settings.count(keys)?;
+            (0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
+        }
+        (None, WindowRule::Pattern(key)) => {
+            // A number, or a letter per layer of a period.
+            let period = match settings.get(key).as_ref().and_then(|pattern| pattern.as_str().map(str::len)) {
+                Some(letters) => letters,
+                None => settings.number(&[key])?,
+            };
+            (0..layers).map(|layer| period > 0 && !(layer + 1).is_multiple_of(period)).collect()
+        }
+        (None, WindowRule::FullFirst(period)) => (0..layers).map(|layer| !layer.is_multiple_of(period)).collect(),
+        (None, WindowRule::Listed) => return Err(settings.missing("layer_types", "a list")),
+        (None, WindowRule::ListedOrNone) => vec![false; layers],
+        (None, _) => vec![true; layers],
+    })
 }
 
 /// Which layers have a window: the period `n` where all but every `n`th have one, otherwise a switch per layer.

@@ -59,6 +59,7 @@ mod switches;
 mod tokenizer;
 mod transform;
 mod transformers;
+mod xielu;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -67,6 +68,7 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
+use families::ActivationSource;
 use metadata::ComputedTensor;
 use packings::Packing;
 use packings::matrix::PackedRows;
@@ -120,7 +122,11 @@ impl HfFolder {
         let packing = Packing::read(&settings, path)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
-        let (metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;
+        sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes)?;
+        let (mut metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;
+        if let ActivationSource::Xielu = family.activation {
+            xielu::write(family, &files, sizes.layers, &mut metadata)?;
+        }
         let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();

@@ -73,31 +73,44 @@ impl<'a> Planner<'a> {
     }
 
     fn entry(&mut self, entry: &Entry, layer: Option<usize>) -> Result<()> {
-        let Entry { gguf, transform, weight, bias, dims, .. } = *entry;
-        let dims: Vec<usize> = dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes)).collect();
+        let Entry { gguf, transform, weight, bias, dims, suffixes, .. } = *entry;
+        let dims: Vec<usize> =
+            dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes, layer)).collect();
         let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
         // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
         let bias_transform = match transform {
             Transform::Transpose | Transform::AddOne => Transform::Copy,
             other => other,
         };
-        for (suffix, need, dims, transform) in
-            [(".weight", weight, dims, transform), (".bias", bias, vector, bias_transform)]
-        {
+        let parts = [(suffixes, weight, dims, transform), ([".bias", ".bias"], bias, vector, bias_transform)];
+        for ([suffix, source_suffix], need, dims, transform) in parts {
             let name = match layer {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
                 None => format!("{gguf}{suffix}"),
             };
             let source = match layer {
-                Some(layer) => format!("{}{layer}.{}{suffix}", self.family.layers, entry.hf),
-                None => format!("{}{suffix}", entry.hf),
+                Some(layer) => format!("{}{layer}.{}{source_suffix}", self.family.layers, entry.hf),
+                None => format!("{}{source_suffix}", entry.hf),
             };
-            let source = source.replace('~', self.base);
+            // The head stands beside the model: where that has a part for other inputs, inside of it.
+            let source = source.replace('~', self.base).replace('@', self.head());
             if self.is_needed(need, layer, &source)? {
-                self.add(name, &source, dims, transform)?;
+                self.add(name, &source, dims, transform, layer)?;
             }
         }
         Ok(())
+    }
+
+    /// What stands before the name of the output matrix: the first part of the base, where it is more than one.
+    fn head(&self) -> &'static str {
+        match self.base.strip_suffix("model.").filter(|outer| !outer.is_empty()) {
+            Some(outer)
+                if self.files.tensors().iter().any(|tensor| tensor.name().starts_with(&format!("{outer}lm_head."))) =>
+            {
+                outer
+            }
+            _ => "",
+        }
     }
 
     fn is_needed(&self, need: Need, layer: Option<usize>, source: &str) -> Result<bool> {
@@ -112,11 +125,19 @@ impl<'a> Planner<'a> {
             Need::IfSo(is_so) => is_so(self.settings)?,
             Need::Sparse => sparse,
             Need::Dense => !sparse,
+            Need::Where(is_so) => layer.is_some_and(|layer| is_so(self.sizes, layer)),
             Need::Untied => !self.settings.switch("tie_word_embeddings", false)? || is_there(),
         })
     }
 
-    fn add(&mut self, name: String, source: &str, dims: Vec<usize>, transform: Transform) -> Result<()> {
+    fn add(
+        &mut self,
+        name: String,
+        source: &str,
+        dims: Vec<usize>,
+        transform: Transform,
+        layer: Option<usize>,
+    ) -> Result<()> {
         // The shape of one part, the slowest-varying dimension first, as in the checkpoint.
         let mut shape: Vec<usize> = dims.iter().rev().copied().collect();
         let mut sources = vec![source.to_owned()];
@@ -128,9 +149,28 @@ impl<'a> Planner<'a> {
             Transform::Transpose => shape.reverse(),
             Transform::Skip(rows) => shape.iter_mut().take(1).for_each(|dim| *dim += rows),
             Transform::Squeeze => shape.insert(0, 1),
+            // (matrices, rows, columns) of the whole tensor.
+            Transform::RowsOfPart { parts, .. } => {
+                let at = shape.len().saturating_sub(2);
+                shape[at] *= parts;
+            }
+            Transform::ColumnsOfPart { parts, .. } => {
+                let len = shape.len();
+                shape[len - 2] *= parts;
+                shape.swap(len - 1, len - 2);
+            }
+            Transform::EveryNth { parts, .. } => {
+                if let Some(last) = shape.last_mut() {
+                    *last *= parts;
+                }
+            }
+            Transform::LatentKeys | Transform::LatentValues => {
+                let latent = self.sizes.latent;
+                shape = vec![self.sizes.of_layer(layer).heads * (latent.plain + latent.value), latent.kv_rank];
+            }
             _ => {}
         }
-        let order = RowOrder::new(transform, self.sizes);
+        let order = RowOrder::new(transform, self.sizes, layer, &dims);
         if sources.first().is_some_and(|source| self.is_packed(source)) {
             let packed = self.packed(&sources, &shape, transform)?;
             let planned = Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order };
@@ -166,7 +206,15 @@ impl<'a> Planner<'a> {
         let mut packed = Vec::with_capacity(sources.len());
         for source in sources {
             let (Some(packing), &[rows, columns]) = (&self.packing, shape) else { continue };
-            if matches!(transform, Transform::Transpose | Transform::AddOne) {
+            let by_row = !matches!(
+                transform,
+                Transform::Transpose
+                    | Transform::AddOne
+                    | Transform::ColumnsOfPart { .. }
+                    | Transform::EveryNth { .. }
+                    | Transform::LatentKeys
+            );
+            if !by_row {
                 return Err(Error::Unsupported {
                     path: files.folder().to_path_buf(),
                     place: Place::Tensor(source.clone()),
@@ -221,8 +269,17 @@ impl<'a> Planner<'a> {
             &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"];
         /// Layers that predict several tokens at once, which the model runs without.
         const DRAFTS: &[&str] = &["mtp.", "model.mtp."];
+        // Layers after the last are for drafts, too, where the configuration counts them.
+        let drafts = self.settings.number(&["num_nextn_predict_layers"])?;
+        let prefix = self.family.layers.replace('~', self.base);
+        let is_draft = |name: &str| {
+            let number = name.strip_prefix(&prefix).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            number.is_some_and(|number| (self.sizes.layers..self.sizes.layers + drafts).contains(&number))
+        };
         let ignored = |name: &str| {
-            DRAFTS.iter().any(|start| name.starts_with(start))
+            is_draft(name)
+                || self.family.unused.iter().any(|end| name.ends_with(end))
+                || DRAFTS.iter().any(|start| name.starts_with(start))
                 || BUFFERS.iter().any(|end| name.ends_with(end))
                 || self.family.ignored.iter().any(|start| name.starts_with(start))
         };

@@ -19,6 +19,8 @@ struct Parameters {
     base: f64,
     /// Base in layers with a sliding window, where it differs.
     window_base: Option<f64>,
+    /// The share of a head that is rotated in layers with a sliding window, if the configuration has one.
+    window_share: Option<f64>,
 }
 
 impl Parameters {
@@ -32,6 +34,7 @@ impl Parameters {
             Some(new) => new.object("full_attention")?,
             None => None,
         };
+        let mut window_share = None;
         let (scaling, key, window_base) = match (new, full, old) {
             (Some(new), Some(full), old) => {
                 let window = new.object("sliding_attention")?;
@@ -42,7 +45,10 @@ impl Parameters {
                     }
                 }
                 let base = match window {
-                    Some(window) => window.optional_float(THETA)?.or(old_window),
+                    Some(window) => {
+                        window_share = window.optional_float(&["partial_rotary_factor"])?;
+                        window.optional_float(THETA)?.or(old_window)
+                    }
                     None => old_window,
                 };
                 // Where layers differ, the old key changes those with full attention. Elsewhere it takes the new one's place.
@@ -53,7 +59,7 @@ impl Parameters {
             (new, _, None) => (new, "rope_parameters", old_window),
         };
         let inside = scaling.as_ref().map(|scaling| scaling.optional_float(THETA)).transpose()?.flatten();
-        Ok(Parameters { scaling, key, base: inside.or(top).unwrap_or(10000.0), window_base })
+        Ok(Parameters { scaling, key, base: inside.or(top).unwrap_or(10000.0), window_base, window_share })
     }
 }
 
@@ -66,16 +72,39 @@ fn kind(scaling: &Settings) -> Result<String> {
     Ok(scaling.text(&["rope_type", "type"])?.unwrap_or_else(|| "default".to_owned()))
 }
 
+/// Dimensions of a head that are rotated in layers with a window, where the configuration says so; 0 where it does not.
+pub(super) fn window_rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> Result<usize> {
+    let width = if sizes.window_head_dim > 0 { sizes.window_head_dim } else { sizes.head_dim };
+    let share = match rotation {
+        Rotation::Part => Parameters::read(settings)?.window_share,
+        _ => (sizes.window_head_dim > 0).then_some(1.0),
+    };
+    let Some(share) = share else { return Ok(0) };
+    let rotary = (width as f64 * share) as usize;
+    if rotary == 0 || rotary > width || !rotary.is_multiple_of(2) {
+        let found = format!("{rotary} dimensions to rotate in layers with a window");
+        return Err(settings.malformed("partial_rotary_factor", found, format_args!("an even number, 2 to {width}")));
+    }
+    Ok(rotary)
+}
+
 /// Dimensions of a head that are rotated.
 pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> Result<usize> {
     let whole = match rotation {
         Rotation::None => return Ok(0),
         Rotation::Unless(key) if settings.switch(key, false)? => return Ok(0),
+        Rotation::Latent => return Ok(sizes.latent.rope),
         Rotation::All | Rotation::Unless(_) => true,
         Rotation::Part => false,
     };
     const SHARE: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];
     let scaling = Parameters::read(settings)?.scaling;
+    if let Some(scaling) = scaling.as_ref().filter(|_| whole) {
+        // The share of a proportional rotation is part of its frequencies.
+        if kind(scaling)? == "proportional" {
+            return Ok(sizes.head_dim);
+        }
+    }
     let inside = scaling.map(|scaling| scaling.optional_float(SHARE)).transpose()?.flatten();
     if whole {
         let share = inside.or(settings.optional_float(&SHARE[..1])?);
@@ -107,7 +136,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
 pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
     let settings = keys.settings;
     let rotary = keys.sizes.rotary;
-    let Parameters { scaling, key, base, window_base } = Parameters::read(settings)?;
+    let Parameters { scaling, key, base, window_base, .. } = Parameters::read(settings)?;
     if !(base > 0.0 && window_base.is_none_or(|base| base > 0.0)) {
         return Err(settings.malformed("rope_theta", base, "a positive number"));
     }
@@ -115,6 +144,9 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
     keys.set("rope.freq_base", base as f32);
     if let Some(base) = window_base {
         keys.set("rope.freq_base_swa", base as f32);
+    }
+    if keys.sizes.window_rotary > 0 {
+        keys.set("rope.dimension_count_swa", keys.sizes.window_rotary as u32);
     }
     let Some(scaling) = scaling else { return Ok(()) };
     let kind = kind(&scaling)?;
@@ -130,6 +162,23 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
         "linear" => {
             keys.set("rope.scaling.type", "linear");
             keys.set("rope.scaling.factor", factor(&scaling)? as f32);
+        }
+        // Hunyuan's way: the base grows once, for any context.
+        "dynamic" if scaling.optional_float(&["alpha"])?.is_some_and(|alpha| alpha > 0.0) => {
+            let alpha = positive(&scaling, "alpha")?;
+            let width = keys.sizes.head_dim as f64;
+            keys.set("rope.freq_base", (base * alpha.powf(width / (width - 2.0))) as f32);
+        }
+        "proportional" => {
+            let share = scaling.optional_float(&["partial_rotary_factor"])?.unwrap_or(1.0);
+            let rotated = (share * rotary as f64 / 2.0).floor() as usize;
+            let stretch = scaling.optional_float(&["factor"])?.unwrap_or(1.0);
+            if !(0.0..=1.0).contains(&share) || stretch <= 0.0 {
+                return Err(scaling.malformed("partial_rotary_factor", share, "a share from 0 to 1"));
+            }
+            // So large a divisor makes the angle 0 at every position.
+            let divisor = |i: usize| if i < rotated { stretch as f32 } else { 1e30 };
+            keys.tensors.push(("rope_freqs.weight".to_owned(), (0..rotary / 2).map(divisor).collect()));
         }
         "dynamic" => {
             let factor = factor(&scaling)?;
@@ -154,8 +203,13 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
                 }
             }
             let magnitude = yarn_magnitude(&scaling, factor)?;
-            // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching.
-            let factor = if scaling.switch("truncate", true)? {
+            // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching,
+            // except in families for which readers know.
+            let (truncate, usual) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
+            if truncate && !usual {
+                keys.set("rope.scaling.yarn_truncate", true);
+            }
+            let factor = if truncate || !usual {
                 factor
             } else {
                 keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));
@@ -164,7 +218,12 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
             };
             keys.set("rope.scaling.factor", factor as f32);
             // GGUF's factor multiplies the magnitude that the method prescribes.
-            let magnitude = magnitude / (0.1 * factor.max(1.0).ln() + 1.0);
+            let prescribed = if keys.sizes.latent.kv_rank > 0 {
+                yarn_sharpness(keys, &scaling)?
+            } else {
+                0.1 * factor.max(1.0).ln() + 1.0
+            };
+            let magnitude = magnitude / prescribed;
             if (magnitude - 1.0).abs() > 1e-6 {
                 keys.set("rope.scaling.attn_factor", magnitude as f32);
             }
@@ -208,6 +267,18 @@ fn positive(scaling: &Settings, key: &str) -> Result<f64> {
 fn factor(scaling: &Settings) -> Result<f64> {
     let factor = positive(scaling, "factor")?;
     if factor < 1e6 { Ok(factor) } else { Err(scaling.malformed("factor", factor, "less than a million")) }
+}
+
+/// Writes how much the stretched rotation of latent attention sharpens scores. Returns the magnitude of cosines and sines
+/// that readers take for it.
+fn yarn_sharpness(keys: &mut MetadataWriter<'_>, scaling: &Settings) -> Result<f64> {
+    let multiplier = scaling.optional_float(&["mscale_all_dim"])?.unwrap_or(0.0);
+    if multiplier > 0.0 {
+        keys.set("rope.scaling.yarn_log_multiplier", (0.1 * multiplier) as f32);
+        return Ok(1.0);
+    }
+    let factor = factor(scaling)?;
+    Ok(0.1 * factor.max(1.0).ln() + 1.0)
 }
 
 /// The factor of cosines and sines in YaRN (Peng et al. 2023, arXiv 2309.00071).

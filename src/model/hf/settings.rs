@@ -169,6 +169,18 @@ impl Settings {
         self.optional_count(keys)?.ok_or_else(|| self.missing(first, "an integer"))
     }
 
+    /// A number from 0 to 2^24 under the first of `keys` that has one; otherwise 0.
+    pub(super) fn number(&self, keys: &[&str]) -> Result<usize> {
+        let expected = format!("an integer from 0 to {MAX_COUNT}");
+        let number = self.typed(keys, &expected, |value| value.as_u64().filter(|number| *number <= MAX_COUNT))?;
+        Ok(number.unwrap_or(0) as usize)
+    }
+
+    /// A list of integers.
+    pub(super) fn list(&self, key: &str) -> Result<Option<Vec<u64>>> {
+        self.typed(&[key], "a list of integers", |value| value.as_array()?.iter().map(Value::as_u64).collect())
+    }
+
     /// A finite number.
     pub(super) fn optional_float(&self, keys: &[&str]) -> Result<Option<f64>> {
         self.typed(keys, "a finite number", |value| value.as_f64().filter(|number| (*number as f32).is_finite()))

@@ -18,6 +18,9 @@ pub(super) struct Sizes {
     pub(super) head_dim: usize,
     /// Dimensions of a head that are rotated; even, and 0 without rotary embedding.
     pub(super) rotary: usize,
+    /// As `head_dim` and `rotary`, in layers with a window; 0 where they do not differ.
+    pub(super) window_head_dim: usize,
+    pub(super) window_rotary: usize,
     /// Width between up and down of the feed-forward layer.
     pub(super) ffn: usize,
     /// The longest context that the model was made for.
@@ -27,6 +30,43 @@ pub(super) struct Sizes {
     pub(super) shared_ffn: usize,
     /// `(layers)`: whether a layer has experts. Empty where all layers have them, or none.
     pub(super) sparse: Vec<bool>,
+    /// `(layers)`: sizes that differ between layers. Empty where they do not.
+    pub(super) per_layer: Vec<LayerSizes>,
+    /// The widths of latent attention; 0 where the family does not have it.
+    pub(super) latent: LatentSizes,
+    /// Width of the vector that each layer has of a token.
+    pub(super) per_layer_input: usize,
+    /// Whether pairs of the rotated part of latent attention are neighbors already.
+    pub(super) interleaved: bool,
+    /// Layers at the end that take keys and values from others.
+    pub(super) shared_kv_layers: usize,
+    /// Rank of the low-rank branch beside attention.
+    pub(super) low_rank: usize,
+    /// Residual streams.
+    pub(super) streams: usize,
+}
+
+/// The sizes of a layer that may differ between layers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LayerSizes {
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) ffn: usize,
+    /// Whether values are copies of keys.
+    pub(super) keys_are_values: bool,
+}
+
+/// The widths of latent attention.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LatentSizes {
+    /// 0 where queries come from the input.
+    pub(super) q_rank: usize,
+    pub(super) kv_rank: usize,
+    /// A head's part that is not rotated, and the one that is.
+    pub(super) plain: usize,
+    pub(super) rope: usize,
+    pub(super) value: usize,
 }
 
 impl Sizes {
@@ -45,12 +85,21 @@ impl Sizes {
             kv_heads: settings.optional_count(&["num_key_value_heads"])?.unwrap_or(heads),
             head_dim: optional(&["head_dim"])?,
             rotary: 0,
-            ffn: optional(&["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"])?,
+            window_head_dim: 0,
+            window_rotary: 0,
+            ffn: optional_uniform(settings, &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"])?,
             context: optional(&["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"])?,
-            experts: optional(&["num_local_experts", "num_experts"])?,
+            experts: optional(&["num_local_experts", "num_experts", "n_routed_experts"])?,
             expert_ffn: optional(&["moe_intermediate_size"])?,
             shared_ffn: optional(&["shared_expert_intermediate_size"])?,
             sparse: Vec::new(),
+            per_layer: Vec::new(),
+            latent: LatentSizes::default(),
+            per_layer_input: 0,
+            interleaved: true,
+            shared_kv_layers: 0,
+            low_rank: 0,
+            streams: 0,
         };
         if sizes.head_dim == 0 {
             if !hidden.is_multiple_of(heads) {
@@ -75,14 +124,29 @@ impl Sizes {
         Ok(sizes)
     }
 
-    /// Rows of all query heads together.
-    pub(super) fn queries(&self) -> usize {
-        self.heads * self.head_dim
+    /// The sizes of a layer; those of the model outside of layers.
+    pub(super) fn of_layer(&self, layer: Option<usize>) -> LayerSizes {
+        let uniform = LayerSizes {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            ffn: self.ffn,
+            keys_are_values: false,
+        };
+        layer.and_then(|layer| self.per_layer.get(layer)).copied().unwrap_or(uniform)
     }
 
-    /// Rows of all key heads together, or of all value heads.
-    pub(super) fn keys(&self) -> usize {
-        self.kv_heads * self.head_dim
+    /// Sets the sizes of the layers, which must fit together in each.
+    pub(super) fn set_layers(&mut self, settings: &Settings, layers: impl Iterator<Item = LayerSizes>) -> Result<()> {
+        self.per_layer = layers.collect();
+        for (index, layer) in self.per_layer.iter().enumerate() {
+            if !layer.heads.is_multiple_of(layer.kv_heads) {
+                let found = format_args!("{} key and value heads in layer {index}", layer.kv_heads);
+                let expected = format_args!("a divisor of its {} heads", layer.heads);
+                return Err(settings.malformed("num_key_value_heads", found, expected));
+            }
+        }
+        Ok(())
     }
 
     /// Whether `layer` has experts.
@@ -94,6 +158,7 @@ impl Sizes {
 /// One dimension of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Size {
+    One,
     Vocabulary,
     Hidden,
     Embedding,
@@ -110,27 +175,73 @@ pub(super) enum Size {
     TwiceFfn,
     Experts,
     ExpertFfn,
+    /// Gate and up of an expert one after the other.
+    TwiceExpertFfn,
     SharedFfn,
+    /// Gate and up of the shared expert one after the other.
+    TwiceSharedFfn,
+    /// The vector that queries are a product of.
+    QRank,
+    /// The vector that keys and values are products of.
+    KvRank,
+    /// That vector and the rotated part of keys.
+    KvRankAndRope,
+    /// The part of a head that is not rotated.
+    Plain,
+    /// The value of a head of latent attention.
+    LatentValue,
+    /// Those of all heads.
+    LatentValues,
+    /// Queries of all heads of latent attention.
+    LatentQueries,
+    /// The vector of a token for one layer, and those for all.
+    LayerInput,
+    LayerInputs,
+    LowRank,
+    Streams,
+    /// Streams but the first.
+    OtherStreams,
+    /// The square of the streams.
+    StreamPairs,
 }
 
 impl Size {
-    pub(super) fn of(self, sizes: &Sizes) -> usize {
+    pub(super) fn of(self, sizes: &Sizes, layer: Option<usize>) -> usize {
+        let own = sizes.of_layer(layer);
+        let latent = sizes.latent;
+        let (queries, keys) = (own.heads * own.head_dim, own.kv_heads * own.head_dim);
         match self {
+            Size::One => 1,
             Size::Vocabulary => sizes.vocabulary,
             Size::Hidden => sizes.hidden,
             Size::Embedding => sizes.embedding,
             Size::Context => sizes.context,
-            Size::Queries => sizes.queries(),
-            Size::Keys => sizes.keys(),
-            Size::QueriesKeysValues => sizes.queries() + 2 * sizes.keys(),
-            Size::HeadDim => sizes.head_dim,
-            Size::Heads => sizes.heads,
-            Size::KvHeads => sizes.kv_heads,
-            Size::Ffn => sizes.ffn,
-            Size::TwiceFfn => 2 * sizes.ffn,
+            Size::Queries => queries,
+            Size::Keys => keys,
+            Size::QueriesKeysValues => queries + 2 * keys,
+            Size::HeadDim => own.head_dim,
+            Size::Heads => own.heads,
+            Size::KvHeads => own.kv_heads,
+            Size::Ffn => own.ffn,
+            Size::TwiceFfn => 2 * own.ffn,
             Size::Experts => sizes.experts,
             Size::ExpertFfn => sizes.expert_ffn,
+            Size::TwiceExpertFfn => 2 * sizes.expert_ffn,
             Size::SharedFfn => sizes.shared_ffn,
+            Size::TwiceSharedFfn => 2 * sizes.shared_ffn,
+            Size::QRank => latent.q_rank,
+            Size::KvRank => latent.kv_rank,
+            Size::KvRankAndRope => latent.kv_rank + latent.rope,
+            Size::Plain => latent.plain,
+            Size::LatentValue => latent.value,
+            Size::LatentValues => own.heads * latent.value,
+            Size::LatentQueries => own.heads * (latent.plain + latent.rope),
+            Size::LayerInput => sizes.per_layer_input,
+            Size::LayerInputs => sizes.layers * sizes.per_layer_input,
+            Size::LowRank => sizes.low_rank,
+            Size::Streams => sizes.streams,
+            Size::OtherStreams => sizes.streams.saturating_sub(1),
+            Size::StreamPairs => sizes.streams * sizes.streams,
         }
     }
 
@@ -154,8 +265,46 @@ impl Size {
             "ffn_down_exps" => &[ExpertFfn, Hidden, Experts],
             "ffn_gate_shexp" | "ffn_up_shexp" => &[Hidden, SharedFfn],
             "ffn_down_shexp" => &[SharedFfn, Hidden],
+            "ffn_gate_up_exps" => &[Hidden, TwiceExpertFfn, Experts],
+            "exp_probs_b" => &[Experts],
+            "attn_sinks" => &[Heads],
+            "attn_gate" => &[Hidden, Queries],
+            "attn_sub_norm" => &[Queries],
+            "ffn_sub_norm" => &[Ffn],
+            "layer_output_scale" => &[One],
+            "attn_q_a" => &[Hidden, QRank],
+            "attn_q_a_norm" => &[QRank],
+            "attn_q_b" => &[QRank, LatentQueries],
+            "attn_kv_a_mqa" => &[Hidden, KvRankAndRope],
+            "attn_kv_a_norm" => &[KvRank],
+            "attn_k_b" => &[Plain, KvRank, Heads],
+            "attn_v_b" => &[KvRank, LatentValue, Heads],
+            "per_layer_token_embd" => &[LayerInputs, Vocabulary],
+            "per_layer_model_proj" => &[Hidden, LayerInputs],
+            "per_layer_proj_norm" => &[LayerInput],
+            "inp_gate" => &[Hidden, LayerInput],
+            "proj" => &[LayerInput, Hidden],
+            "altup_proj" | "altup_unembd_proj" => &[Hidden, Hidden, OtherStreams],
+            "altup_router" => &[Hidden, Streams],
+            "altup_predict_coef" => &[Streams, StreamPairs],
+            "altup_correct_coef" => &[Streams, Streams],
+            "laurel_l" => &[Hidden, LowRank],
+            "laurel_r" => &[LowRank, Hidden],
             // The norms, and the gate of the shared expert.
             _ => &[Hidden],
+        }
+    }
+}
+
+/// A size that is given once, or in a list with the same number for every layer.
+fn optional_uniform(settings: &Settings, keys: &[&str]) -> Result<usize> {
+    let Some((key, value)) = settings.find(keys) else { return Ok(0) };
+    let Some(list) = value.as_array() else { return Ok(settings.optional_count(keys)?.unwrap_or_default()) };
+    let first = list.first().and_then(|first| first.as_u64()).filter(|first| (1..=1 << 24).contains(first));
+    match first.filter(|first| list.iter().all(|other| other.as_u64() == Some(*first))) {
+        Some(first) => Ok(first as usize),
+        None => {
+            Err(settings.unsupported(key, "sizes that differ between layers", "supported: the same in every layer"))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The rows of a GGUF tensor, taken from the tensors of a checkpoint.
 
 use super::entry::Transform;
-use super::sizes::Sizes;
+use super::sizes::{LayerSizes, Sizes};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
@@ -20,12 +20,52 @@ pub(super) enum RowOrder {
     Transpose,
     /// The row of the same number, with 1 added to every value.
     AddOne,
+    /// Of matrices of `of` rows one after the other, `len` rows from `start` on.
+    Slice { of: usize, len: usize, start: usize },
+    /// Of matrices of `rows` rows of `columns` values one after the other, `len` columns of each: values `start`, `start +
+    /// step`, ... of the rows from `first_row` on.
+    Columns { rows: usize, first_row: usize, columns: usize, len: usize, start: usize, step: usize },
+    /// Of a vector, numbers `start`, `start + step`, ...
+    EveryNth { start: usize, step: usize },
+    /// Of heads of `plain + rope` rows, or of `plain` rows once: as `PairNeighbors` for the last `rope`.
+    LatentPairs { plain: usize, rope: usize, interleaved: bool },
 }
 
 impl RowOrder {
-    pub(super) fn new(transform: Transform, sizes: &Sizes) -> RowOrder {
-        let Sizes { heads, kv_heads, head_dim, rotary, .. } = *sizes;
+    /// The order of the rows of a tensor of `dims`, the fastest-varying first, in `layer`.
+    pub(super) fn new(transform: Transform, sizes: &Sizes, layer: Option<usize>, dims: &[usize]) -> RowOrder {
+        let LayerSizes { heads, kv_heads, head_dim, .. } = sizes.of_layer(layer);
+        let (rotary, latent) = (sizes.rotary, sizes.latent);
+        let (columns, rows) = (dims.first().copied().unwrap_or(1), dims.get(1).copied().unwrap_or(1));
         match transform {
+            Transform::RowsOfPart { part, parts } => {
+                RowOrder::Slice { of: parts * rows, len: rows, start: part * rows }
+            }
+            Transform::ColumnsOfPart { part, parts, alternate } => RowOrder::Columns {
+                rows: columns,
+                first_row: 0,
+                columns: parts * rows,
+                len: rows,
+                start: if alternate { part } else { part * rows },
+                step: if alternate { parts } else { 1 },
+            },
+            Transform::EveryNth { part, parts } => RowOrder::EveryNth { start: part, step: parts },
+            Transform::LatentKeys => RowOrder::Columns {
+                rows: latent.plain + latent.value,
+                first_row: 0,
+                columns: latent.kv_rank,
+                len: latent.kv_rank,
+                start: 0,
+                step: 1,
+            },
+            Transform::LatentValues => {
+                let of = latent.plain + latent.value;
+                RowOrder::Slice { of, len: latent.value, start: latent.plain }
+            }
+            Transform::LatentPairs => {
+                let plain = if rows == latent.kv_rank + latent.rope { latent.kv_rank } else { latent.plain };
+                RowOrder::LatentPairs { plain, rope: latent.rope, interleaved: sizes.interleaved }
+            }
             Transform::Copy | Transform::Stack | Transform::Squeeze => RowOrder::Same,
             Transform::PairNeighbors => RowOrder::PairNeighbors { head_dim, rotary },
             Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
@@ -38,7 +78,16 @@ impl RowOrder {
     /// The row of the checkpoint that becomes row `index`.
     pub(super) fn source(self, index: usize) -> usize {
         match self {
-            RowOrder::Same | RowOrder::Transpose | RowOrder::AddOne => index,
+            RowOrder::Same | RowOrder::Transpose | RowOrder::AddOne | RowOrder::Columns { .. } => index,
+            RowOrder::Slice { of, len, start } => index / len * of + start + index % len,
+            RowOrder::EveryNth { start, step } => index * step + start,
+            RowOrder::LatentPairs { plain, rope, interleaved } => {
+                let (head, i) = (index / (plain + rope) * (plain + rope), index % (plain + rope));
+                match i.checked_sub(plain) {
+                    Some(i) if !interleaved => head + plain + i % 2 * (rope / 2) + i / 2,
+                    _ => index,
+                }
+            }
             RowOrder::Skip(rows) => rows + index,
             RowOrder::PairNeighbors { head_dim, rotary } => {
                 let (head, i) = (index / head_dim * head_dim, index % head_dim);
@@ -99,6 +148,15 @@ impl Rows for Arranged<'_> {
             RowOrder::Transpose => {
                 let rows = self.parts[0].len() / row;
                 scratch.extend((0..self.columns).flat_map(|column| self.piece(column * rows + index, value)));
+            }
+            RowOrder::Columns { rows, first_row, columns, len, start, step } => {
+                let (matrix, at) = (index / len, start + index % len * step);
+                let of = |column: usize| (matrix * rows + first_row + column) * columns + at;
+                scratch.extend((0..self.columns).flat_map(|column| self.piece(of(column), value)));
+            }
+            RowOrder::EveryNth { start, step } => {
+                let first = index * self.columns * step;
+                scratch.extend((0..self.columns).flat_map(|column| self.piece(first + column * step + start, value)));
             }
             order if self.is_vector => {
                 scratch.extend((0..self.columns).flat_map(|column| self.piece(order.source(column), value)));

@@ -4,33 +4,40 @@
 
 mod attention;
 mod context;
+mod heads;
+mod latent_attention;
 pub(super) mod positions;
 mod segments;
 
 use attention::Attention;
-pub(super) use attention::span_rows;
 pub(super) use context::MixerContext;
+pub(super) use heads::span_rows;
+use latent_attention::LatentAttention;
 use positions::Positions;
 
 use super::arch::MixerKind;
 use super::batch::Batch;
 use super::buffer::Buffer;
-use super::config::Config;
+use super::config::{Config, LayerConfig};
 use super::fingerprint::FingerprintHasher;
 use super::linear::{Linear, LinearInput};
+use super::rope;
 use super::weights::loader::Loader;
 use crate::error::Result;
 
 /// The mixer of a layer.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one per layer, next to megabytes of weights")]
 pub(super) enum Mixer {
     Attention(Attention),
+    LatentAttention(LatentAttention),
 }
 
 /// The widest rows of all mixers of a model, in numbers.
 #[derive(Debug, Default)]
 pub(super) struct Widths {
     attention: attention::Widths,
+    latent: latent_attention::Widths,
     /// Inputs of linear layers.
     pub(super) input: usize,
 }
@@ -38,7 +45,9 @@ pub(super) struct Widths {
 /// The workspaces of all kinds of mixers. One that no layer uses stays empty.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
+    angles: rope::Angles,
     attention: attention::Workspace,
+    latent: latent_attention::Workspace,
 }
 
 impl Mixer {
@@ -49,6 +58,7 @@ impl Mixer {
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Mixer> {
         match config.layers[index].kind.mixer {
             MixerKind::Attention => Attention::load(loader, config, index).map(Mixer::Attention),
+            MixerKind::LatentAttention => LatentAttention::load(loader, config, index).map(Mixer::LatentAttention),
         }
     }
 
@@ -59,6 +69,7 @@ impl Mixer {
     pub(super) fn reload_in_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
         match self {
             Mixer::Attention(attention) => attention.reload_in_proj(loader, config, index),
+            Mixer::LatentAttention(attention) => attention.reload_in_proj(loader, config, index),
         }
     }
 
@@ -69,6 +80,7 @@ impl Mixer {
     pub(super) fn reload_out_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
         match self {
             Mixer::Attention(attention) => attention.reload_out_proj(loader, config, index),
+            Mixer::LatentAttention(attention) => attention.reload_out_proj(loader, config, index),
         }
     }
 
@@ -88,7 +100,12 @@ impl Mixer {
     /// `(rows, columns of out_proj)`.
     pub(super) fn mix(&self, context: &mut MixerContext<'_, '_>, input: &mut LinearInput, workspace: &mut Workspace) {
         match self {
-            Mixer::Attention(attention) => attention.mix(context, input, &mut workspace.attention),
+            Mixer::Attention(attention) => {
+                attention.mix(context, input, &workspace.angles, &mut workspace.attention);
+            }
+            Mixer::LatentAttention(attention) => {
+                attention.mix(context, input, &workspace.angles, &mut workspace.latent);
+            }
         }
     }
 
@@ -96,6 +113,7 @@ impl Mixer {
     pub(super) fn in_proj(&self) -> &Linear {
         match self {
             Mixer::Attention(attention) => attention.in_proj(),
+            Mixer::LatentAttention(attention) => attention.in_proj(),
         }
     }
 
@@ -103,6 +121,7 @@ impl Mixer {
     pub(super) fn out_proj(&self) -> &Linear {
         match self {
             Mixer::Attention(attention) => attention.out_proj(),
+            Mixer::LatentAttention(attention) => attention.out_proj(),
         }
     }
 
@@ -110,6 +129,7 @@ impl Mixer {
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
             Mixer::Attention(attention) => vec![attention.in_proj(), attention.out_proj()],
+            Mixer::LatentAttention(attention) => attention.linears(),
         }
     }
 
@@ -117,15 +137,17 @@ impl Mixer {
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         match self {
             Mixer::Attention(attention) => attention.fingerprint(hasher),
+            Mixer::LatentAttention(attention) => attention.fingerprint(hasher),
         }
     }
 
-    /// Widens `widths` to the rows of this mixer.
-    pub(super) fn widen(&self, widths: &mut Widths) {
+    /// Widens `widths` to the rows of this mixer of `layer`.
+    pub(super) fn widen(&self, config: &Config, layer: &LayerConfig, widths: &mut Widths) {
         let columns = self.linears().into_iter().map(Linear::columns).max();
         widths.input = widths.input.max(columns.unwrap_or(0));
         match self {
-            Mixer::Attention(attention) => attention.widen(&mut widths.attention),
+            Mixer::Attention(attention) => attention.widen(layer, &mut widths.attention),
+            Mixer::LatentAttention(attention) => attention.widen(config, &mut widths.latent),
         }
     }
 }
@@ -135,18 +157,14 @@ impl Workspace {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
-    pub(super) fn reserve(
-        &mut self,
-        widths: &Widths,
-        config: &Config,
-        positions: &Positions,
-        batch: &Batch,
-    ) -> Result<()> {
-        self.attention.reserve(&widths.attention, config, positions, batch)
+    pub(super) fn reserve(&mut self, widths: &Widths, positions: &Positions, batch: &Batch) -> Result<()> {
+        self.angles.reserve(&positions.ropes, batch.rows.len())?;
+        self.attention.reserve(&widths.attention, batch)?;
+        self.latent.reserve(&widths.latent, batch)
     }
 
     /// Computes what depends on the positions of the rows alone, for all layers.
     pub(super) fn prepare(&mut self, positions: &Positions, batch: &Batch) {
-        self.attention.prepare(positions, batch);
+        self.angles.compute(&positions.ropes, batch.rows.iter().map(|row| row.position));
     }
 }

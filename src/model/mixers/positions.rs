@@ -1,5 +1,6 @@
 //! Position encodings of attention: rotary embedding, or ALiBi's bias by distance.
 
+use crate::model::arch::Temperature;
 use crate::model::config::Config;
 use crate::model::rope::Rope;
 
@@ -10,18 +11,36 @@ pub(in crate::model) struct Positions {
     pub(in crate::model) ropes: [Rope; 2],
     /// `(heads)`: ALiBi's slopes, or empty.
     pub(in crate::model) slopes: Vec<f32>,
+    /// How queries grow with the position, in layers where they do.
+    temperature: Option<Temperature>,
 }
 
 impl Positions {
     /// Positions of a model of `heads` heads for sessions of `context` tokens. `factors` belong to layers without a window.
     pub(in crate::model) fn new(config: &Config, context: usize, factors: Option<&[f32]>) -> Positions {
         let [rope, window_rope] = &config.ropes;
-        let window_factors = if rope == window_rope { factors } else { None };
-        let ropes = [(rope, factors), (window_rope, window_factors)];
+        // The numbers that layers without and with a window rotate; where there are only layers of one kind, the same.
+        let of = |kind: usize| config.layers.iter().find(|layer| layer.rope() == kind).map(|layer| layer.rotary);
+        let rotary = [of(0).unwrap_or(config.rotary), of(1).unwrap_or(config.rotary)];
+        let same = rope == window_rope && rotary[0] == rotary[1];
+        let window_factors = if same { factors } else { None };
         Positions {
-            ropes: ropes.map(|(rope, factors)| Rope::new(rope, config.rotary, context, factors)),
+            ropes: [
+                Rope::new(rope, rotary[0], context, factors),
+                Rope::new(window_rope, rotary[1], context, window_factors),
+            ],
             slopes: config.alibi.map_or(Vec::new(), |(max, scale)| slopes(config.heads, max, scale)),
+            temperature: config.temperature,
         }
+    }
+
+    /// The factor of queries at `position`: `1 + scale ln(1 + floor((position + offset) / length))`.
+    ///
+    /// Computed in double precision by the `libm` crate, so that every platform has the same bits.
+    pub(in crate::model) fn temperature(&self, position: usize) -> f32 {
+        let Some(Temperature { scale, length, offset }) = self.temperature else { return 1.0 };
+        let steps = libm::floor((position as f64 + f64::from(offset)) / f64::from(length));
+        (1.0 + f64::from(scale) * libm::log1p(steps)) as f32
     }
 
     /// The positions as text for the model's fingerprint, with every number written so that it reads back exactly.

@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
+use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, exp};
 use crate::model::buffer::Buffer;
-use crate::model::state::cache::PageHead;
+use crate::model::state::cache::{LayerShape, PageHead};
 use crate::model::state::session::Session;
 
 /// Positions that are reduced together; part of the definition of the result.
@@ -21,7 +21,9 @@ const MANY_QUERIES: usize = 4;
 pub(super) struct CacheAttention<'a> {
     /// Index of the layer in the cache.
     pub(super) layer: usize,
-    /// Query heads per key/value head.
+    /// The keys and values of the layer in a page.
+    pub(super) shape: LayerShape,
+    /// Query heads of a task, which share a key/value head.
     pub(super) group: usize,
     /// Factor of the scores.
     pub(super) scale: f32,
@@ -29,19 +31,26 @@ pub(super) struct CacheAttention<'a> {
     pub(super) cap: Option<f32>,
     /// Positions that a query sees, including its own.
     pub(super) window: Option<usize>,
+    /// A query sees positions of its own chunk, of this length.
+    pub(super) chunk: Option<usize>,
     /// `(heads)`: the slope of each query head, times the distance to a key subtracted from its score; or empty.
     pub(super) slopes: &'a [f32],
+    /// `(heads)`: a score of each query head that takes a share of the softmax without a value; or empty.
+    pub(super) sinks: &'a [f32],
 }
 
-/// One key/value head for consecutive rows of one session.
+/// Query heads that share a key/value head, for consecutive rows of one session.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Task<'a> {
     pub(super) session: &'a Session,
+    /// The key/value head.
     pub(super) head: usize,
+    /// The first query head.
+    pub(super) query: usize,
     /// Position of the first row.
     pub(super) first: usize,
     pub(super) rows: usize,
-    /// The head's queries of the first row `(group * head_dim)`; those of the next row are `stride` numbers further.
+    /// The queries of the first row `(group * head_dim)`; those of the next row are `stride` numbers further.
     pub(super) queries: &'a [f32],
     pub(super) stride: usize,
 }
@@ -72,21 +81,27 @@ thread_local! {
 }
 
 impl CacheAttention<'_> {
+    /// The first position that a query at `position` sees.
+    fn oldest(&self, position: usize) -> usize {
+        let in_window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let in_chunk = self.chunk.map_or(0, |chunk| position / chunk * chunk);
+        in_window.max(in_chunk)
+    }
+
     /// The segments that are seen by any of `rows` rows from position `first` on.
     pub(super) fn segments(&self, first: usize, rows: usize) -> Range<usize> {
-        let oldest = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
-        oldest / SEGMENT..(first + rows).div_ceil(SEGMENT)
+        self.oldest(first) / SEGMENT..(first + rows).div_ceil(SEGMENT)
     }
 
     /// How many numbers a segment of a task is reduced to: `(n, width)` values, `(n)` maximums, `(n)` sums.
-    pub(super) fn sums(&self, rows: usize, width: usize) -> usize {
-        rows * self.group * (width + 2)
+    pub(super) fn sums(&self, rows: usize) -> usize {
+        rows * self.group * (self.shape.width + 2)
     }
 
     /// Computes the whole task into `out (rows, group * head_dim)`.
     pub(super) fn all(&self, kernel: &Kernel, task: &Task<'_>, out: &mut [f32]) {
         WORKSPACE.with_borrow_mut(|work| {
-            let sums = self.sums(task.rows, task.session.shape.width);
+            let sums = self.sums(task.rows);
             let (mut part, mut total) = (std::mem::take(&mut work.part), std::mem::take(&mut work.total));
             part.resize(sums);
             total.resize(sums);
@@ -96,7 +111,7 @@ impl CacheAttention<'_> {
                 self.segment(kernel, task, segment, work, &mut part);
                 self.join(kernel, task, segment, &part, &mut total);
             }
-            finish(kernel, task, &total, out);
+            self.finish(kernel, task, &total, out);
             (work.part, work.total) = (part, total);
         });
     }
@@ -111,7 +126,7 @@ impl CacheAttention<'_> {
         stride: usize,
     ) {
         WORKSPACE.with_borrow_mut(|work| {
-            let sums = self.sums(task.rows, task.session.shape.width);
+            let sums = self.sums(task.rows);
             self.gather_queries(kernel, task, work);
             for (segment, part) in segments.zip(parts.chunks_exact_mut(stride)) {
                 self.segment(kernel, task, segment, work, &mut part[..sums]);
@@ -122,32 +137,32 @@ impl CacheAttention<'_> {
     /// Computes the result of a task, `out (rows, group * head_dim)`, from all its segments, `parts (segments, stride)`.
     pub(super) fn combine(&self, kernel: &Kernel, task: &Task<'_>, parts: &[f32], stride: usize, out: &mut [f32]) {
         WORKSPACE.with_borrow_mut(|work| {
-            let sums = self.sums(task.rows, task.session.shape.width);
+            let sums = self.sums(task.rows);
             let total = &mut work.total;
             total.resize(sums);
             self.begin(task, total);
             for (segment, part) in self.segments(task.first, task.rows).zip(parts.chunks_exact(stride)) {
                 self.join(kernel, task, segment, &part[..sums], total);
             }
-            finish(kernel, task, total, out);
+            self.finish(kernel, task, total, out);
         });
     }
 
     /// Makes `total` a softmax over no positions.
     fn begin(&self, task: &Task<'_>, total: &mut [f32]) {
-        let (n, width) = (task.rows * self.group, task.session.shape.width);
+        let (n, width) = (task.rows * self.group, self.shape.width);
         total.fill(0.0);
         total[n * width..][..n].fill(f32::NEG_INFINITY);
     }
 
     /// Copies the queries of the task to the workspace, rotated as the keys are.
     fn gather_queries(&self, kernel: &Kernel, task: &Task<'_>, work: &mut TaskWorkspace) {
-        let width = self.group * task.session.shape.head_dim;
+        let width = self.group * self.shape.head_dim;
         work.queries.clear();
         for row in task.queries.chunks(task.stride).take(task.rows) {
             work.queries.extend_from_slice(&row[..width]);
         }
-        kernel.hadamard(&mut work.queries, task.session.shape.rotation());
+        kernel.hadamard(&mut work.queries, self.shape.key_rotation());
     }
 
     /// The first query that sees anything from `start` on. Rows are in order of position, so the later ones do, too.
@@ -157,7 +172,7 @@ impl CacheAttention<'_> {
 
     /// Reduces a segment into `part`. The numbers of queries before the segment are unspecified.
     fn segment(&self, kernel: &Kernel, task: &Task<'_>, segment: usize, work: &mut TaskWorkspace, part: &mut [f32]) {
-        let shape = &task.session.shape;
+        let shape = &self.shape;
         let (dim, width, n) = (shape.head_dim, shape.width, task.rows * self.group);
         let start = segment * SEGMENT;
         let end = (task.first + task.rows).min(start + SEGMENT);
@@ -166,15 +181,15 @@ impl CacheAttention<'_> {
         let all_scores = &mut work.scores;
         work.seen.clear();
         work.seen.extend((0..n).map(|q| {
-            let beyond = task.first + q / self.group + 1;
-            let seen = beyond.saturating_sub(start).min(SEGMENT);
-            self.window.map_or(0, |window| beyond.saturating_sub(start + window)).min(seen)..seen
+            let position = task.first + q / self.group;
+            let seen = (position + 1).saturating_sub(start).min(SEGMENT);
+            self.oldest(position).saturating_sub(start).min(seen)..seen
         }));
         // The pages, with the first query that is not before them. Queries whose window is past a page are left out below.
         let session = task.session;
         let pages = session.pages[start / PAGE..end.div_ceil(PAGE)].iter().enumerate().map(|(i, page)| {
             let from = skip.max(self.skip(task, start + i * PAGE));
-            (i * PAGE, from, page.head(shape, self.layer, task.head))
+            (i * PAGE, from, page.head(&session.shape, self.layer, task.head))
         });
         let to = |from: usize, seen: &[Range<usize>], at: usize| {
             from + seen[from..].iter().take_while(|seen| seen.start < at + PAGE).count()
@@ -186,7 +201,7 @@ impl CacheAttention<'_> {
                 Some([scales, _]) => {
                     work.factors.resize(scales.len());
                     // A power of two undoes the lengthening of queries and keys by the rotation.
-                    kernel.expand_scales(scales, self.scale / shape.rotation() as f32, &mut work.factors);
+                    kernel.expand_scales(scales, self.scale / shape.key_rotation() as f32, &mut work.factors);
                     INT8_GROUP
                 }
                 None => {
@@ -209,7 +224,7 @@ impl CacheAttention<'_> {
             if let Some(cap) = self.cap {
                 kernel.soft_cap(scores, cap);
             }
-            if let Some(slope) = self.slopes.get(task.head * self.group + q % self.group) {
+            if let Some(slope) = self.slopes.get(task.query + q % self.group) {
                 let distance = task.first + q / self.group - start - seen.start;
                 kernel.add_slope(scores, *slope, distance as f32);
             }
@@ -235,7 +250,7 @@ impl CacheAttention<'_> {
 
     /// Adds a segment to the softmax of the segments before it.
     fn join(&self, kernel: &Kernel, task: &Task<'_>, segment: usize, part: &[f32], total: &mut [f32]) {
-        let (n, width) = (task.rows * self.group, task.session.shape.width);
+        let (n, width) = (task.rows * self.group, self.shape.width);
         let skip = self.skip(task, segment * SEGMENT);
         let (values, max) = total.split_at_mut(n * width);
         let (max, sum) = max.split_at_mut(n);
@@ -243,6 +258,31 @@ impl CacheAttention<'_> {
         let (values, max) = part.split_at(n * width);
         let (max, sum) = max.split_at(n);
         kernel.join(total, Softmax { max: &max[skip..], sum: &sum[skip..], values: &values[skip * width..] });
+    }
+
+    /// Divides the values by their sums, and takes their rotation back.
+    fn finish(&self, kernel: &Kernel, task: &Task<'_>, total: &[f32], out: &mut [f32]) {
+        let LayerShape { value_dim, width, .. } = self.shape;
+        let n = task.rows * self.group;
+        let (values, rest) = total.split_at(n * width);
+        let (maxima, sums) = rest.split_at(n);
+        let rows = out.chunks_exact_mut(value_dim).zip(values.chunks_exact(width)).zip(maxima.iter().zip(sums));
+        for (q, ((out, values), (max, sum))) in rows.enumerate() {
+            // A row always sees itself, so the sum is at least 1, or NaN, which is passed on.
+            let inverse = match self.sinks.get(task.query + q % self.group) {
+                None => 1.0 / sum,
+                // The sink joins the sums as a position without a value does.
+                Some(sink) if sink > max => exp(max - sink) / sum.mul_add(exp(max - sink), 1.0),
+                Some(sink) => 1.0 / (sum + exp(sink - max)),
+            };
+            out.iter_mut().zip(values).for_each(|(out, x)| *out = x * inverse);
+        }
+        let rotation = self.shape.value_rotation();
+        if rotation > 1 {
+            // Twice the rotation is a factor.
+            kernel.hadamard(out, rotation);
+            out.iter_mut().for_each(|x| *x /= rotation as f32);
+        }
     }
 }
 
@@ -260,22 +300,4 @@ fn widened<'a>(
     wide.resize(count);
     kernel.widen(stored, wide);
     KvSlice::F32(wide)
-}
-
-/// Divides the values by their sums, and takes their rotation back.
-fn finish(kernel: &Kernel, task: &Task<'_>, total: &[f32], out: &mut [f32]) {
-    let shape = &task.session.shape;
-    let (dim, width, rotation) = (shape.head_dim, shape.width, shape.rotation());
-    let n = total.len() / (width + 2);
-    let (values, sums) = (&total[..n * width], &total[n * (width + 1)..]);
-    for ((out, values), sum) in out.chunks_exact_mut(dim).zip(values.chunks_exact(width)).zip(sums) {
-        // A row always sees itself, so the sum is at least 1, or NaN, which is passed on.
-        let inverse = 1.0 / sum;
-        out.iter_mut().zip(values).for_each(|(out, x)| *out = x * inverse);
-    }
-    if rotation > 1 {
-        // Twice the rotation is a factor.
-        kernel.hadamard(out, rotation);
-        out.iter_mut().for_each(|x| *x /= rotation as f32);
-    }
 }

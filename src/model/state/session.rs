@@ -47,7 +47,7 @@ impl Session {
     ///
     /// The two share pages of 64 positions; a shared page is copied when one of them adds to it.
     pub fn fork(&self) -> Session {
-        Session { pages: self.pages.clone(), ..*self }
+        Session { pages: self.pages.clone(), shape: self.shape.clone(), ..*self }
     }
 
     /// Tokens in the cache.

@@ -171,7 +171,7 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
         let expected = format!("ids below {}", owner.vocabulary);
         return Err(Error::malformed(path, Place::Key("tokens".to_owned()), token, expected));
     }
-    let mut session = Session::new(owner.shape, owner.context, owner.id);
+    let mut session = Session::new(owner.shape.clone(), owner.context, owner.id);
     session.pages = pages;
     session.advance(seen);
     Ok((session, ids))

@@ -211,6 +211,15 @@ impl Loader<'_> {
         }
     }
 
+    /// All numbers of a small tensor of this shape, decoded.
+    pub(in crate::model) fn table(&self, name: &str, dims: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name, format_args!("shape {dims:?}"))?;
+        if trimmed(&tensor.dims) != trimmed(dims) {
+            return Err(self.wrong_shape(name, &tensor.dims, format_args!("{dims:?}")));
+        }
+        self.numbers(name, &tensor, dims.iter().product())
+    }
+
     /// As [`Loader::vector`], or an empty vector where the file has no such tensor.
     fn optional_vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
         match self.has(name) {
@@ -219,24 +228,46 @@ impl Loader<'_> {
         }
     }
 
-    /// The norm called `name`, if the file has it.
+    /// The norm of the residual stream called `name`, if the file has it.
     pub(in crate::model) fn norm(&self, name: &str, config: &Config) -> Result<Option<Norm>> {
+        self.norm_of(name, config, config.hidden, config.norm_eps)
+    }
+
+    /// The norm called `name` of `width` numbers, if the file has it.
+    pub(in crate::model) fn norm_of(
+        &self,
+        name: &str,
+        config: &Config,
+        width: usize,
+        eps: f32,
+    ) -> Result<Option<Norm>> {
         let weight_name = format!("{name}.weight");
         if !self.has(&weight_name) {
             return Ok(None);
         }
-        let weight = self.vector(&weight_name, config.hidden)?;
+        let weight = self.vector(&weight_name, width)?;
         let bias = match config.family.norm {
             NormKind::Rms => Vec::new(),
-            NormKind::Layer => self.optional_vector(&format!("{name}.bias"), config.hidden)?,
+            NormKind::Layer => self.optional_vector(&format!("{name}.bias"), width)?,
         };
-        Ok(Some(Norm { weight, bias }))
+        Ok(Some(Norm { weight, bias, eps }))
+    }
+
+    /// Counts a tensor as read that nothing needs.
+    pub(in crate::model) fn ignore(&self, name: &str) {
+        self.used.borrow_mut().insert(name.to_owned());
     }
 
     /// The norm of queries or keys: `(head_dim)` shared by the heads, `(heads, head_dim)`, or all heads as one row.
-    pub(in crate::model) fn head_norm(&self, name: &str, config: &Config, heads: usize) -> Result<Option<HeadNorm>> {
+    pub(in crate::model) fn head_norm(
+        &self,
+        name: &str,
+        config: &Config,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Option<HeadNorm>> {
         let Some(tensor) = self.optional(&format!("{name}.weight")) else { return Ok(None) };
-        let (dim, all) = (config.head_dim, heads * config.head_dim);
+        let all = heads * dim;
         let (len, width) = match *trimmed(&tensor.dims) {
             [width] if width == dim => (dim, dim),
             [width] if width == all => (all, all),
@@ -255,7 +286,7 @@ impl Loader<'_> {
             Some(tensor) => self.numbers(&format!("{name}.bias"), &tensor, len)?,
             None => Vec::new(),
         };
-        Ok(Some(HeadNorm { norm: Norm { weight, bias }, width }))
+        Ok(Some(HeadNorm { norm: Norm { weight, bias, eps: config.norm_eps }, width }))
     }
 
     /// Matrices with `columns` input features, side by side, with their biases.
@@ -291,8 +322,15 @@ impl Loader<'_> {
     }
 
     fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {
-        if part.stack.is_some() {
-            return Ok(Vec::new());
+        if let Some(count) = part.stack {
+            let name = format!("{}.bias", part.name);
+            let Some(tensor) = self.optional(&name) else { return Ok(Vec::new()) };
+            let wanted = [part.of, count];
+            if trimmed(&tensor.dims) != trimmed(&wanted) {
+                return Err(self.wrong_shape(&name, &tensor.dims, format_args!("{wanted:?}")));
+            }
+            let all = self.numbers(&name, &tensor, part.of * count)?;
+            return Ok((0..part.rows).map(|row| all[(part.order)(row)]).collect());
         }
         let bias = self.optional_vector(&format!("{}.bias", part.name), part.of)?;
         Ok(if bias.is_empty() { bias } else { (0..part.rows).map(|row| bias[(part.order)(row)]).collect() })
@@ -326,6 +364,29 @@ impl Loader<'_> {
         })
     }
 
+    /// The transpose of `count` rows of a matrix from row `first` on, a matrix `(columns, count)`; the tensor has `of` rows of
+    /// `columns` numbers.
+    pub(in crate::model) fn transposed(
+        &self,
+        name: &str,
+        [first, count]: [usize; 2],
+        columns: usize,
+        of: usize,
+    ) -> Result<Linear> {
+        let name = format!("{name}.weight");
+        let tensor = self.tensor(&name, format_args!("shape [{columns}, {of}]"))?;
+        if trimmed(&tensor.dims) != trimmed(&[columns, of]) {
+            return Err(self.wrong_shape(&name, &tensor.dims, format_args!("[{columns}, {of}]")));
+        }
+        let block_type = tensor.rows.block_type();
+        let mut values = vec![0.0; count * columns];
+        for (row, out) in values.chunks_exact_mut(columns).enumerate() {
+            block_type.decode(tensor.rows.row(first + row, &mut Vec::new()), out)?;
+        }
+        let source = Transposed { values, columns, count };
+        Ok(Linear::new(vec![(self.pack(&name, &source, columns, count, &|row| row)?, Vec::new())]))
+    }
+
     /// A vector as a matrix of one row, without a bias.
     pub(in crate::model) fn row(&self, name: &str, columns: usize) -> Result<Linear> {
         let name = format!("{name}.weight");
@@ -334,5 +395,26 @@ impl Loader<'_> {
             return Err(self.wrong_shape(&name, &tensor.dims, format_args!("[{columns}]")));
         }
         Ok(Linear::new(vec![(self.pack(&name, tensor.rows.as_ref(), 1, columns, &|row| row)?, Vec::new())]))
+    }
+}
+
+/// The columns of a small matrix as rows.
+struct Transposed {
+    /// `(count, columns)`
+    values: Vec<f32>,
+    columns: usize,
+    count: usize,
+}
+
+impl pack::Rows for Transposed {
+    fn block_type(&self) -> BlockType {
+        BlockType::F32
+    }
+
+    fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        scratch.clear();
+        let column = (0..self.count).map(|row| self.values[row * self.columns + index]);
+        scratch.extend(column.flat_map(f32::to_le_bytes));
+        scratch
     }
 }

@@ -17,6 +17,8 @@ pub(in crate::model::hf) enum ActivationSource {
     UnderForTanh(&'static [&'static str]),
     /// The family: this name in the metadata.
     Is(&'static str),
+    /// xIELU, whose parameters are tensors.
+    Xielu,
 }
 
 /// Which dimensions of queries and keys are rotated.
@@ -28,6 +30,8 @@ pub(in crate::model::hf) enum Rotation {
     Part,
     /// All, unless this switch is on.
     Unless(&'static str),
+    /// The part of latent attention that is rotated.
+    Latent,
 }
 
 /// Which layers have the window of `sliding_window`, where there is no `layer_types`.
@@ -41,8 +45,14 @@ pub(in crate::model::hf) enum WindowRule {
     From(&'static str),
     /// All but every nth. The number is under one of these keys.
     Period(&'static [&'static str]),
+    /// A number n, all but every nth, or a letter per layer of a period, under this key.
+    Pattern(&'static str),
+    /// All but the first of this many.
+    FullFirst(usize),
     /// Only `layer_types` lists them.
     Listed,
+    /// None.
+    ListedOrNone,
 }
 
 /// A family as transformers writes its checkpoints.
@@ -66,6 +76,8 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) layer: &'static [&'static [Entry]],
     /// Prefixes of the names of tensors that are not needed.
     pub(in crate::model::hf) ignored: &'static [&'static str],
+    /// What the names of tensors end with that are not needed.
+    pub(in crate::model::hf) unused: &'static [&'static str],
     pub(in crate::model::hf) norm: NormKind,
     pub(in crate::model::hf) activation: ActivationSource,
     pub(in crate::model::hf) rotation: Rotation,
@@ -87,6 +99,7 @@ pub(super) const BASE: HfFamily = HfFamily {
     layers: "~layers.",
     layer: &[],
     ignored: &[],
+    unused: &[],
     norm: NormKind::Rms,
     activation: ActivationSource::Under(&["hidden_act"]),
     rotation: Rotation::All,

@@ -4,9 +4,12 @@ use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
 use super::parts::{attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::keys;
 use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::settings::Settings;
+use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
 use Need::{Always, If, Never};
-use Transform::{AddOne, Copy};
+use Transform::{AddOne, Copy, Stack};
 
 /// Gemma Team 2024, arXiv 2403.08295.
 pub(super) const GEMMA: HfFamily = HfFamily {
@@ -97,4 +100,264 @@ fn scale(keys: &mut MetadataWriter<'_>) -> Result<()> {
     }
     keys.set("attention.scale", scalar.sqrt().recip() as f32);
     Ok(())
+}
+
+/// The table of per-layer vectors and what makes them.
+const PER_LAYER: [Entry; 3] = [
+    tensor("per_layer_token_embd", "~embed_tokens_per_layer").when(Need::IfSo(has_layer_inputs)),
+    tensor("per_layer_model_proj", "~per_layer_model_projection").when(Need::IfSo(has_layer_inputs)),
+    tensor("per_layer_proj_norm", "~per_layer_projection_norm").when(Need::IfSo(has_layer_inputs)),
+];
+
+/// What a layer makes of its own vector.
+const LAYER_INPUT: [Entry; 3] = [
+    tensor("inp_gate", "per_layer_input_gate").when(Need::IfSo(has_layer_inputs)),
+    tensor("proj", "per_layer_projection").when(Need::IfSo(has_layer_inputs)),
+    tensor("post_norm", "post_per_layer_input_norm").when(Need::IfSo(has_layer_inputs)),
+];
+
+fn has_layer_inputs(settings: &Settings) -> Result<bool> {
+    Ok(settings.number(&["hidden_size_per_layer_input"])? > 0)
+}
+
+/// Norms with plain weights, around both branches.
+const PLAIN_NORMS: [Entry; 4] = [
+    tensor("attn_norm", "input_layernorm"),
+    tensor("post_attention_norm", "post_attention_layernorm"),
+    tensor("ffn_norm", "pre_feedforward_layernorm"),
+    tensor("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+/// Query, key and value with their norms. Keys and values of layers that share those of others may be missing.
+const SHARED_ATTENTION: [Entry; 6] = [
+    tensor("attn_q", "self_attn.q_proj").bias(If("attention_bias")),
+    tensor("attn_k", "self_attn.k_proj").when(Need::Where(has_keys)).bias(If("attention_bias")),
+    tensor("attn_v", "self_attn.v_proj").when(Need::Where(has_values)).bias(Need::Optional),
+    tensor("attn_output", "self_attn.o_proj").bias(If("attention_bias")),
+    tensor("attn_q_norm", "self_attn.q_norm"),
+    tensor("attn_k_norm", "self_attn.k_norm").when(Need::Where(has_keys)),
+];
+
+fn has_keys(sizes: &Sizes, layer: usize) -> bool {
+    layer < sizes.layers - sizes.shared_kv_layers
+}
+
+fn has_values(sizes: &Sizes, layer: usize) -> bool {
+    has_keys(sizes, layer) && !sizes.of_layer(Some(layer)).keys_are_values
+}
+
+/// Keys and values that layers have but do not use.
+const UNUSED: &[&str] = &[
+    ".self_attn.k_proj.weight",
+    ".self_attn.v_proj.weight",
+    ".self_attn.k_norm.weight",
+    ".self_attn.k_proj.bias",
+    ".self_attn.v_proj.bias",
+];
+
+const OTHER_PARTS: &[&str] = &[
+    "lm_head.",
+    "language_model.lm_head.",
+    "vision_tower.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.audio_tower.",
+    "model.embed_vision.",
+    "model.embed_audio.",
+    "model.multi_modal_projector.",
+];
+
+/// Google 2025: Gemma 3n, the text part.
+pub(super) const GEMMA3N: HfFamily = HfFamily {
+    model_types: &["gemma3n_text", "gemma3n"],
+    architecture: "gemma3n",
+    defaults: &[&[("sliding_window_pattern", "5"), ("rope_theta", "1e6"), ("rope_local_base_freq", "1e4")]],
+    bases: &["model.language_model.", "language_model.model.", "model.", ""],
+    outside: &[
+        &[
+            tensor("token_embd", "~embed_tokens"),
+            tensor("output_norm", "~norm"),
+            tensor("altup_proj", "~altup_projections.{e}").by(Stack),
+            tensor("altup_unembd_proj", "~altup_unembed_projections.{e}").by(Stack),
+        ],
+        &PER_LAYER,
+    ],
+    layer: &[
+        &PLAIN_NORMS,
+        &SHARED_ATTENTION,
+        &gated(Always, Never),
+        &LAYER_INPUT,
+        &[
+            tensor("altup_correct_scale", "altup.correct_output_scale").raw(),
+            tensor("altup_correct_coef", "altup.correction_coefs"),
+            tensor("altup_predict_coef", "altup.prediction_coefs"),
+            tensor("altup_router", "altup.modality_router"),
+            tensor("altup_router_norm", "altup.router_norm"),
+            tensor("laurel_l", "laurel.linear_left"),
+            tensor("laurel_r", "laurel.linear_right"),
+            tensor("laurel_post_norm", "laurel.post_laurel_norm"),
+        ],
+    ],
+    ignored: OTHER_PARTS,
+    unused: UNUSED,
+    activation: ActivationSource::Under(&["hidden_activation"]),
+    window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
+    adjust: |settings, sizes| {
+        sizes.per_layer_input = settings.number(&["hidden_size_per_layer_input"])?;
+        sizes.streams = settings.count(&["altup_num_inputs"])?;
+        sizes.low_rank = settings.count(&["laurel_rank"])?;
+        shared_kv_layers(settings, sizes)
+    },
+    keys: |keys| {
+        keys.require("tie_word_embeddings", true)?;
+        keys.require("altup_correct_scale", true)?;
+        let settings = keys.settings;
+        keys.set("altup.num_inputs", keys.sizes.streams as u32);
+        let active = settings.number(&["altup_active_idx"])?;
+        keys.set("altup.active_idx", active as u32);
+        keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);
+        keys.set("attention.shared_kv_layers", keys.sizes.shared_kv_layers as u32);
+        keys.set("activation_sparsity_scale", sparsity(keys)?);
+        keys.copy("final_logit_softcapping", "final_logit_softcapping")
+    },
+    ..GEMMA
+};
+
+fn shared_kv_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    let shared = settings.number(&["num_kv_shared_layers"])?;
+    if shared >= sizes.layers {
+        let expected = format_args!("fewer than the {} layers", sizes.layers);
+        return Err(settings.malformed("num_kv_shared_layers", shared, expected));
+    }
+    sizes.shared_kv_layers = shared;
+    Ok(())
+}
+
+/// For each layer the number of deviations above the mean from which a gate counts: the quantile of the normal distribution
+/// at the share of gates that do not.
+fn sparsity(keys: &MetadataWriter<'_>) -> Result<Vec<f32>> {
+    let layers = keys.sizes.layers;
+    let share = |value: &serde_json::Value| value.as_f64().filter(|share| (0.0..1.0).contains(share));
+    let key = "activation_sparsity_pattern";
+    let listed = match keys.settings.get(key) {
+        // One number for all layers.
+        Some(value) if value.is_number() => share(&value).map(|share| vec![share; layers]),
+        _ => keys.settings.per_layer(key, layers, "a share from 0 to 1", share)?,
+    };
+    let sparse = if layers > 10 { 10 } else { 0 };
+    let shares = listed.unwrap_or_else(|| (0..layers).map(|layer| if layer < sparse { 0.95 } else { 0.0 }).collect());
+    Ok(shares.into_iter().map(|share| if share > 0.0 { quantile(share) as f32 } else { f32::NEG_INFINITY }).collect())
+}
+
+/// The quantile of the normal distribution: the number below which this share of it lies. By bisection of its integral.
+fn quantile(share: f64) -> f64 {
+    let (mut low, mut high) = (-40.0, 40.0);
+    for _ in 0..200 {
+        let middle = (low + high) / 2.0;
+        let below = 0.5 * libm::erfc(-middle * std::f64::consts::FRAC_1_SQRT_2);
+        (low, high) = if below < share { (middle, high) } else { (low, middle) };
+    }
+    (low + high) / 2.0
+}
+
+/// Google 2026: Gemma 4, the text part.
+pub(super) const GEMMA4: HfFamily = HfFamily {
+    model_types: &["gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"],
+    architecture: "gemma4",
+    defaults: &[&[("sliding_window_pattern", "6")]],
+    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")], &PER_LAYER],
+    layer: &[
+        &PLAIN_NORMS,
+        &SHARED_ATTENTION,
+        &gated(Always, Never),
+        &LAYER_INPUT,
+        &[
+            tensor("layer_output_scale", "layer_scalar").raw(),
+            tensor("post_ffw_norm_1", "post_feedforward_layernorm_1").when(If("enable_moe_block")),
+            tensor("post_ffw_norm_2", "post_feedforward_layernorm_2").when(If("enable_moe_block")),
+            tensor("pre_ffw_norm_2", "pre_feedforward_layernorm_2").when(If("enable_moe_block")),
+            tensor("ffn_gate_inp", "router.proj").when(If("enable_moe_block")),
+            tensor("ffn_gate_inp", "router.scale")
+                .raw()
+                .named(".scale")
+                .dims(&[Size::Hidden])
+                .when(If("enable_moe_block")),
+            tensor("ffn_down_exps", "router.per_expert_scale")
+                .raw()
+                .named(".scale")
+                .dims(&[Size::Experts])
+                .when(If("enable_moe_block")),
+            tensor("ffn_gate_up_exps", "experts.gate_up_proj").raw().when(If("enable_moe_block")),
+            tensor("ffn_down_exps", "experts.down_proj").raw().when(If("enable_moe_block")),
+        ],
+    ],
+    adjust: gemma4_sizes,
+    keys: |keys| {
+        keys.require("tie_word_embeddings", true)?;
+        keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);
+        keys.set("attention.shared_kv_layers", keys.sizes.shared_kv_layers as u32);
+        if keys.sizes.experts > 0 {
+            keys.experts_used("top_k_experts", true)?;
+        }
+        keys.copy("final_logit_softcapping", "final_logit_softcapping")
+    },
+    ..GEMMA3N
+};
+
+/// Layers with full attention have heads of another width, and in some models fewer keys, which are values as well.
+fn gemma4_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    sizes.per_layer_input = settings.number(&["hidden_size_per_layer_input"])?;
+    shared_kv_layers(settings, sizes)?;
+    if !settings.switch("enable_moe_block", false)? {
+        sizes.experts = 0;
+    }
+    let same = settings.switch("attention_k_eq_v", false)?;
+    let double = settings.switch("use_double_wide_mlp", false)?;
+    let overrides = settings.object("per_layer_config")?;
+    let global = settings.optional_count(&["global_head_dim"])?.unwrap_or(512);
+    let global_kv = settings.optional_count(&["num_global_key_value_heads"])?.filter(|_| same);
+    let slides = keys::window_kinds(settings, sizes.layers, WindowRule::Period(&["sliding_window_pattern"]))?;
+    let uniform = sizes.of_layer(None);
+    let mut layers = Vec::with_capacity(sizes.layers);
+    for (layer, slides) in slides.iter().enumerate() {
+        let own = match &overrides {
+            Some(overrides) => overrides.object(&layer.to_string())?,
+            None => None,
+        };
+        let (head_dim, kv_heads) = match (&own, &overrides) {
+            (Some(own), _) => (own.optional_count(&["head_dim"])?, own.optional_count(&["num_key_value_heads"])?),
+            (None, Some(_)) => (None, None),
+            (None, None) if *slides => (None, None),
+            (None, None) => (Some(global), global_kv),
+        };
+        let wide = double && layer >= sizes.layers - sizes.shared_kv_layers;
+        layers.push(LayerSizes {
+            heads: uniform.heads,
+            kv_heads: kv_heads.unwrap_or(uniform.kv_heads),
+            head_dim: head_dim.unwrap_or(uniform.head_dim),
+            ffn: uniform.ffn * if wide { 2 } else { 1 },
+            keys_are_values: same && !slides,
+        });
+    }
+    for kind in [false, true] {
+        let mut widths =
+            slides.iter().zip(&layers).filter(|(slides, _)| **slides == kind).map(|(_, layer)| layer.head_dim);
+        let Some(first) = widths.next() else { continue };
+        if let Some(other) = widths.find(|other| *other != first) {
+            let what = format_args!("heads of {first} and of {other} numbers in layers of one kind");
+            return Err(settings.unsupported("per_layer_config", what, "supported: one width for each kind of layer"));
+        }
+        if kind {
+            sizes.window_head_dim = first;
+        } else {
+            sizes.head_dim = first;
+        }
+    }
+    if !slides.contains(&false) {
+        sizes.head_dim = sizes.window_head_dim;
+    }
+    sizes.set_layers(settings, layers.into_iter())
 }

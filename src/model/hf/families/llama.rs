@@ -1,7 +1,7 @@
 //! Llama and its closest relatives.
 
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING_WITH_BIAS, NORMS, attention, gated, parallel_residual};
+use super::parts::{EMBEDDING_WITH_BIAS, NORMS, attention, gated, parallel_residual, rotating_layers};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -66,17 +66,7 @@ pub(super) const SMOLLM3: HfFamily = HfFamily {
     defaults: &[&[("rope_theta", "2e6")]],
     window: WindowRule::Listed,
     keys: |keys| {
-        let layers = keys.sizes.layers;
-        let listed = keys.settings.per_layer("no_rope_layers", layers, "1 to rotate, 0 not to", |rotates| {
-            rotates.as_u64().map(|rotates| rotates != 0)
-        })?;
-        let rotates = match listed {
-            Some(listed) => listed,
-            None => {
-                let period = keys.settings.count(&["no_rope_layer_interval"])?;
-                (0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
-            }
-        };
+        let rotates = rotating_layers(keys, "no_rope_layer_interval")?;
         keys.set("attention.rope_pattern", rotates);
         Ok(())
     },

@@ -3,10 +3,12 @@
 //! A family that resembles another one is that family with differences (`..LLAMA`).
 
 mod alibi;
+mod deepseek;
 mod family;
 mod gemma;
 mod gpt;
 mod llama;
+mod modern;
 mod parts;
 mod phi;
 mod qwen;
@@ -40,6 +42,42 @@ const FAMILIES: &[&HfFamily] = &[
     &alibi::MPT,
     &phi::PHI,
     &phi::PHI3,
+    &gemma::GEMMA3N,
+    &gemma::GEMMA4,
+    &modern::GPT_OSS,
+    &modern::LLAMA4,
+    &modern::MINISTRAL3,
+    &modern::ARCEE,
+    &modern::APERTUS,
+    &modern::BITNET,
+    &modern::OLMO,
+    &modern::OLMO3,
+    &modern::OLMOE,
+    &modern::COHERE,
+    &modern::COHERE2,
+    &modern::EXAONE4,
+    &modern::GLM,
+    &modern::GLM4,
+    &modern::GLM4_MOE,
+    &modern::DOTS1,
+    &modern::ERNIE4_5,
+    &modern::ERNIE4_5_MOE,
+    &modern::HUNYUAN_DENSE,
+    &modern::HY_V3,
+    &modern::SEED_OSS,
+    &modern::NEMOTRON,
+    &modern::MINIMAX_M2,
+    &modern::PHIMOE,
+    &modern::GRANITE_MOE,
+    &modern::GRANITE_MOE_SHARED,
+    &modern::GRANITE_SWA,
+    &modern::GRANITE_MOE_SWA,
+    &modern::MELLUM,
+    &modern::LAGUNA,
+    &modern::MUSE_GLIMMER,
+    &deepseek::DEEPSEEK_V2,
+    &deepseek::DEEPSEEK_V3,
+    &deepseek::GLM4_MOE_LITE,
 ];
 
 /// Every family that can be read.

@@ -48,6 +48,94 @@ pub(super) const fn gated(need: Need, bias: Need) -> [Entry; 3] {
     ]
 }
 
+/// Router and selection bias of layers with experts.
+pub(super) const fn routed(router: &'static str, bias: &'static str) -> [Entry; 2] {
+    [
+        tensor("ffn_gate_inp", router).when(Need::Sparse),
+        tensor("exp_probs_b", bias).raw().named(".bias").when(Need::Sparse),
+    ]
+}
+
+/// Experts that are one tensor each. `{e}` in the prefix of their names is the number of the expert.
+pub(super) const fn expert_list(prefix: &'static str, need: Need) -> [Entry; 3] {
+    let [gate, up, down] = projections(prefix);
+    [
+        tensor("ffn_gate_exps", gate).by(Transform::Stack).when(need),
+        tensor("ffn_up_exps", up).by(Transform::Stack).when(need),
+        tensor("ffn_down_exps", down).by(Transform::Stack).when(need),
+    ]
+}
+
+/// The experts that every token uses, in one network.
+pub(super) const fn shared_experts(prefix: &'static str) -> [Entry; 3] {
+    let [gate, up, down] = projections(prefix);
+    let need = Need::Where(has_shared_experts);
+    [
+        tensor("ffn_gate_shexp", gate).when(need),
+        tensor("ffn_up_shexp", up).when(need),
+        tensor("ffn_down_shexp", down).when(need),
+    ]
+}
+
+fn has_shared_experts(sizes: &Sizes, layer: usize) -> bool {
+    sizes.shared_ffn > 0 && sizes.is_sparse(layer)
+}
+
+/// The names of gate, up and down below these prefixes.
+const fn projections(prefix: &'static str) -> [&'static str; 3] {
+    match prefix.as_bytes() {
+        b"mlp.experts.{e}" => ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj", "mlp.experts.{e}.down_proj"],
+        b"mlp.shared_experts" => {
+            ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"]
+        }
+        b"mlp.shared_expert" => {
+            ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"]
+        }
+        b"mlp.shared_mlp" => ["mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj", "mlp.shared_mlp.down_proj"],
+        _ => panic!("an unknown prefix"),
+    }
+}
+
+/// Reads the sizes of experts under DeepSeek's names, with dense layers first.
+pub(super) fn first_dense(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    sizes.shared_ffn = sizes.expert_ffn * settings.number(&["n_shared_experts"])?;
+    let first = settings.number(&["first_k_dense_replace"])?;
+    let step = settings.optional_count(&["moe_layer_freq"])?.unwrap_or(1);
+    sizes.sparse = (0..sizes.layers).map(|layer| layer >= first && layer.is_multiple_of(step)).collect();
+    Ok(())
+}
+
+/// Reads which layers have experts from `mlp_layer_types`. Where there is no such list, `default` says it.
+pub(super) fn sparse_list(settings: &Settings, sizes: &mut Sizes, default: fn(usize) -> bool) -> Result<()> {
+    let listed =
+        settings.per_layer("mlp_layer_types", sizes.layers, "dense or sparse", |kind| match kind.as_str() {
+            Some("dense") => Some(false),
+            Some("sparse") => Some(true),
+            _ => None,
+        })?;
+    sizes.sparse = listed.unwrap_or_else(|| (0..sizes.layers).map(default).collect());
+    Ok(())
+}
+
+/// Which layers rotate queries and keys: `no_rope_layers` lists them, otherwise all but every nth do, where `period` is the
+/// key of n.
+pub(super) fn rotating_layers(keys: &MetadataWriter<'_>, period: &str) -> Result<Vec<bool>> {
+    let layers = keys.sizes.layers;
+    let listed = match keys.settings.get("no_rope_layers").as_ref().and_then(|list| list.as_array()) {
+        Some(list) if list.is_empty() => None,
+        _ => keys.settings.per_layer("no_rope_layers", layers, "1 to rotate, 0 not to", |rotates| {
+            rotates.as_u64().map(|rotates| rotates != 0)
+        })?,
+    };
+    match listed {
+        Some(listed) => Ok(listed),
+        None => {
+            let period = keys.settings.count(&[period])?;
+            Ok((0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect())
+        }
+    }
+}
+
 /// Writes whether attention and feed-forward layer share their input, `default` where the configuration does not say it.
 pub(super) fn parallel_residual(keys: &mut MetadataWriter<'_>, default: bool) -> Result<()> {
     let parallel = keys.settings.switch("use_parallel_residual", default)?;

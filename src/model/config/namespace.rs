@@ -6,27 +6,44 @@ use crate::error::Result;
 use crate::format::gguf::Value;
 
 /// Keys that `Config::read` reads.
-pub(super) const READ: &[&str] = &[
+pub(in crate::model) const READ: &[&str] = &[
+    "activation_sparsity_scale",
+    "altup.active_idx",
+    "altup.num_inputs",
     "attention.alibi_scale",
+    "attention.chunk_length",
     "attention.clamp_kqv",
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
+    "attention.key_length_swa",
     "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon",
     "attention.max_alibi_bias",
+    "attention.post_norm_epsilon",
+    "attention.qk_norm",
     "attention.rope_pattern",
     "attention.scale",
+    "attention.shared_kv_layers",
     "attention.sliding_window",
     "attention.sliding_window_pattern",
+    "attention.temperature_length",
+    "attention.temperature_scale",
     "attention.value_length",
+    "attention.value_length_swa",
     "attn_logit_softcapping",
     "block_count",
     "context_length",
     "embedding_length",
     "embedding_scale",
     "expert_count",
+    "expert_gate_alpha",
+    "expert_gate_limit",
     "expert_gating_func",
+    "expert_group_best",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_jitter",
     "expert_used_count",
     "expert_weights_norm",
     "expert_weights_scale",
@@ -37,6 +54,7 @@ pub(super) const READ: &[&str] = &[
     "pooling_type",
     "residual_scale",
     "rope.dimension_count",
+    "rope.dimension_count_swa",
     "rope.freq_base",
     "rope.freq_base_swa",
     "rope.global.freq_base",
@@ -51,17 +69,30 @@ pub(super) const READ: &[&str] = &[
     "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_truncate",
+    "router_logit_softcapping",
     "use_parallel_residual",
+    "xielu.alpha_n",
+    "xielu.alpha_p",
+    "xielu.beta",
+    "xielu.eps",
 ];
 
+/// Keys that `Config::read` reads for models of latent attention.
+pub(in crate::model) const READ_LATENT: &[&str] =
+    &["attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length_mla"];
+
 /// Keys without influence on the result. One that ends with a dot stands for all that begin with it.
-pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
+pub(in crate::model) const WITHOUT_INFLUENCE: &[&str] = &[
     // Tensors have these sizes.
     "embedding_length_out",
+    "embedding_length_per_layer_input",
     "expert_feed_forward_length",
     "expert_shared_count",
     "expert_shared_feed_forward_length",
     "feed_forward_length",
+    "interleave_moe_layer_step",
     "leading_dense_block_count",
     "vocab_size",
     // Notes about the file.
@@ -80,37 +111,23 @@ pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
 ];
 
 /// Keys that are not computed, and the values that mean the same as no key.
-pub(super) const NEUTRAL: &[(&str, &[f64])] = &[
+pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
     ("attention.causal", &[1.0]),
     ("attention.output_scale", &[0.0, 1.0]),
-    ("attention.shared_kv_layers", &[0.0]),
-    ("attention.temperature_length", &[0.0]),
-    ("attention.temperature_scale", &[0.0]),
-    ("expert_group_count", &[0.0, 1.0]),
-    ("expert_group_used_count", &[0.0, 1.0]),
     ("nextn_predict_layers", &[0.0]),
     ("rope.freq_scale", &[1.0]),
     ("rope.scaling.alpha", &[0.0]),
     ("rope.scaling.yarn_ext_factor", &[1.0, -1.0]),
-    ("rope.scaling.yarn_log_multiplier", &[0.0]),
-    ("router_logit_softcapping", &[0.0]),
-];
-
-/// Keys that repeat another one, and that one. Another value is not computed.
-pub(super) const REPEATED: &[(&str, &str)] = &[
-    ("attention.key_length_swa", "attention.key_length"),
-    ("attention.value_length_swa", "attention.value_length"),
-    ("rope.dimension_count_swa", "rope.dimension_count"),
 ];
 
 /// Checks that no key of the family has a meaning that is not computed.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
-pub(super) fn check(keys: &MetadataReader<'_>) -> Result<()> {
+pub(in crate::model) fn check(keys: &MetadataReader<'_>, latent: bool) -> Result<()> {
     for (key, value) in keys.own() {
         let ignored = |known: &&str| known.strip_suffix('.').map_or(*known == key, |_| key.starts_with(*known));
-        if READ.contains(&key) || WITHOUT_INFLUENCE.iter().any(ignored) {
+        if READ.contains(&key) || (latent && READ_LATENT.contains(&key)) || WITHOUT_INFLUENCE.iter().any(ignored) {
             continue;
         }
         if let Some((_, neutral)) = NEUTRAL.iter().find(|known| known.0 == key) {
@@ -122,12 +139,6 @@ pub(super) fn check(keys: &MetadataReader<'_>) -> Result<()> {
                 };
                 return Err(keys.unsupported(key, value, &supported));
             }
-            continue;
-        }
-        if let Some((_, other)) = REPEATED.iter().find(|known| known.0 == key)
-            && keys.get(other).and_then(Value::as_u64) == value.as_u64()
-            && value.as_u64().is_some()
-        {
             continue;
         }
         return Err(keys.unsupported(

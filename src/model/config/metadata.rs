@@ -7,7 +7,7 @@ use crate::format::gguf::{Metadata, Value};
 
 /// Reads the keys of one family, with errors that name the file and the key.
 #[derive(Clone, Copy)]
-pub(super) struct MetadataReader<'a> {
+pub(in crate::model) struct MetadataReader<'a> {
     path: &'a Path,
     metadata: &'a Metadata,
     /// The family's name, or nothing for whole keys.
@@ -16,20 +16,25 @@ pub(super) struct MetadataReader<'a> {
 
 impl<'a> MetadataReader<'a> {
     /// A reader of whole keys.
-    pub(super) fn new(path: &'a Path, metadata: &'a Metadata) -> MetadataReader<'a> {
+    pub(in crate::model) fn new(path: &'a Path, metadata: &'a Metadata) -> MetadataReader<'a> {
         MetadataReader { path, metadata, prefix: "" }
     }
 
     /// A reader of the keys that begin with `family` and a dot.
-    pub(super) fn of_family(self, family: &'a str) -> MetadataReader<'a> {
+    pub(in crate::model) fn of_family(self, family: &'a str) -> MetadataReader<'a> {
         MetadataReader { prefix: family, ..self }
+    }
+
+    /// Whether the keys are those of this family.
+    pub(in crate::model) fn is_family(&self, name: &str) -> bool {
+        self.prefix == name
     }
 
     fn full(&self, key: &str) -> String {
         if self.prefix.is_empty() { key.to_owned() } else { format!("{}.{key}", self.prefix) }
     }
 
-    pub(super) fn malformed(
+    pub(in crate::model) fn malformed(
         &self,
         key: &str,
         found: impl std::fmt::Display,
@@ -38,7 +43,7 @@ impl<'a> MetadataReader<'a> {
         Error::malformed(self.path, Place::Key(self.full(key)), found, expected)
     }
 
-    pub(super) fn missing(&self, key: &str) -> Error {
+    pub(in crate::model) fn missing(&self, key: &str) -> Error {
         Error::Missing {
             path: self.path.to_path_buf(),
             place: Place::Key(self.full(key)),
@@ -47,7 +52,7 @@ impl<'a> MetadataReader<'a> {
     }
 
     /// Returns an error unless `holds`.
-    pub(super) fn check(
+    pub(in crate::model) fn check(
         &self,
         key: &str,
         found: impl std::fmt::Display,
@@ -58,58 +63,58 @@ impl<'a> MetadataReader<'a> {
     }
 
     /// The value of a key.
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(in crate::model) fn get(&self, key: &str) -> Option<&'a Value> {
         self.metadata.get(&self.full(key))
     }
 
     /// The keys of the family without its name, and their values.
-    pub(super) fn own(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+    pub(in crate::model) fn own(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
         let prefix = self.prefix;
         self.metadata.iter().filter_map(move |(key, value)| Some((key.strip_prefix(prefix)?.strip_prefix('.')?, value)))
     }
 
     /// The first of `names` that the file has, otherwise the first.
-    pub(super) fn alias(&self, names: [&'static str; 2]) -> &'static str {
+    pub(in crate::model) fn alias(&self, names: [&'static str; 2]) -> &'static str {
         if self.get(names[0]).is_none() && self.get(names[1]).is_some() { names[1] } else { names[0] }
     }
 
     /// A text in UTF-8.
-    pub(super) fn optional_text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(in crate::model) fn optional_text(&self, key: &str) -> Result<Option<&'a str>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.malformed(key, value.type_name(), "text in UTF-8"))
     }
 
     /// As [`MetadataReader::optional_text`], but the key must be there.
-    pub(super) fn text(&self, key: &str) -> Result<&'a str> {
+    pub(in crate::model) fn text(&self, key: &str) -> Result<&'a str> {
         self.optional_text(key)?.ok_or_else(|| self.missing(key))
     }
 
     /// A float.
-    pub(super) fn float(&self, key: &str) -> Result<Option<f32>> {
+    pub(in crate::model) fn float(&self, key: &str) -> Result<Option<f32>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_f32().map(Some).ok_or_else(|| self.malformed(key, value.type_name(), "a float"))
     }
 
     /// A positive and finite number. Zero, which some files write for "none", is none.
-    pub(super) fn positive(&self, key: &str) -> Result<Option<f32>> {
+    pub(in crate::model) fn positive(&self, key: &str) -> Result<Option<f32>> {
         let Some(value) = self.float(key)? else { return Ok(None) };
         self.check(key, value, value.is_finite() && value >= 0.0, "a positive number")?;
         Ok((value > 0.0).then_some(value))
     }
 
     /// As [`MetadataReader::positive`], with `default` where there is no such key. A zero in the file still means none.
-    pub(super) fn positive_or(&self, key: &str, default: Option<f32>) -> Result<Option<f32>> {
+    pub(in crate::model) fn positive_or(&self, key: &str, default: Option<f32>) -> Result<Option<f32>> {
         if self.get(key).is_some() { self.positive(key) } else { Ok(default) }
     }
 
     /// A boolean.
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+    pub(in crate::model) fn flag(&self, key: &str) -> Result<Option<bool>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| self.malformed(key, value.type_name(), "true or false"))
     }
 
     /// An array of booleans, one per layer.
-    pub(super) fn flags(&self, key: &str, layers: usize) -> Result<Option<Vec<bool>>> {
+    pub(in crate::model) fn flags(&self, key: &str, layers: usize) -> Result<Option<Vec<bool>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let flags = value.as_array().and_then(|array| array.as_bools());
         let flags = flags.ok_or_else(|| self.malformed(key, value.type_name(), "an array of booleans"))?;
@@ -119,7 +124,7 @@ impl<'a> MetadataReader<'a> {
     }
 
     /// A count, 1 to 2^31.
-    pub(super) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+    pub(in crate::model) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let count = value.as_u64().ok_or_else(|| self.malformed(key, value.type_name(), "an integer"))?;
         self.check(key, count, (1..=1 << 31).contains(&count), "1 to 2147483648")?;
@@ -127,13 +132,15 @@ impl<'a> MetadataReader<'a> {
     }
 
     /// As [`MetadataReader::optional_count`], but the key must be there.
-    pub(super) fn count(&self, key: &str) -> Result<usize> {
+    pub(in crate::model) fn count(&self, key: &str) -> Result<usize> {
         self.optional_count(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A count that is the same in all layers, given once or per layer.
-    pub(super) fn uniform(&self, key: &str, layers: usize) -> Result<Option<usize>> {
-        let Some(array) = self.get(key).and_then(|value| value.as_array()) else { return self.optional_count(key) };
+    /// Counts per layer, given once or one by one.
+    pub(in crate::model) fn per_layer(&self, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
+        let Some(array) = self.get(key).and_then(|value| value.as_array()) else {
+            return Ok(self.optional_count(key)?.map(|count| vec![count; layers]));
+        };
         let counts: Option<Vec<u32>> = array.to_integers();
         let counts = counts.ok_or_else(|| self.malformed(key, array.type_name(), "integers"))?;
         self.check(
@@ -142,19 +149,27 @@ impl<'a> MetadataReader<'a> {
             counts.len() == layers,
             format_args!("{layers}, one per layer"),
         )?;
-        let first = counts.first().copied().unwrap_or(0);
-        self.check(key, first, first > 0, "1 or more")?;
-        match counts.iter().find(|count| **count != first) {
-            None => Ok(Some(first as usize)),
-            Some(other) => Err(self.unsupported(
-                key,
-                format_args!("{first} in one layer and {other} in another"),
-                "supported: the same number in every layer",
-            )),
+        let known = |count: &u32| (1..=1 << 31).contains(count);
+        match counts.iter().find(|count| !known(count)) {
+            Some(count) => Err(self.malformed(key, count, "1 to 2147483648")),
+            None => Ok(Some(counts.into_iter().map(|count| count as usize).collect())),
         }
     }
 
-    pub(super) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
+    /// Floats per layer, given once or one by one. They may be infinite, but not NaN.
+    pub(in crate::model) fn floats(&self, key: &str, layers: usize) -> Result<Option<Vec<f32>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let floats = match value.as_array() {
+            None => vec![value.as_f32().ok_or_else(|| self.malformed(key, value.type_name(), "floats"))?; layers],
+            Some(array) => array.to_f32().ok_or_else(|| self.malformed(key, array.type_name(), "floats"))?,
+        };
+        let expected = format_args!("{layers}, one per layer");
+        self.check(key, format_args!("{} values", floats.len()), floats.len() == layers, expected)?;
+        self.check(key, f32::NAN, !floats.iter().any(|float| float.is_nan()), "numbers")?;
+        Ok(Some(floats))
+    }
+
+    pub(in crate::model) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
         Error::Unsupported {
             path: self.path.to_path_buf(),
             place: Place::Key(self.full(key)),

@@ -1,0 +1,341 @@
+//! Hyperparameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
+
+mod experts;
+mod latent;
+mod layers;
+pub(super) mod metadata;
+pub(super) mod namespace;
+
+pub use experts::{ExpertsConfig, GroupsConfig};
+pub use latent::LatentConfig;
+pub use layers::LayerConfig;
+
+use super::arch::{self, Family, MixerKind, NormKind, Position, Residual, Temperature};
+use super::rope::{self, RopeConfig, Scaling};
+use crate::error::Result;
+use crate::format::Checkpoint;
+use crate::kernels::Activation;
+use metadata::MetadataReader;
+
+/// The largest number of layers that a file may have, more than any known model has.
+const MAX_LAYERS: usize = 1024;
+
+/// Hyperparameters of a model.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Config {
+    /// Choices of the family.
+    pub family: &'static Family,
+    /// The longest context that the model was made for.
+    pub context: usize,
+    /// The longest context of a session: more than `context` where the file stretches the rotation further.
+    pub(crate) longest: usize,
+    /// How the hidden states of a text become its embedding, where the file says it.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) pooling: Option<Pooling>,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Added to the variance under the square root of a norm.
+    pub norm_eps: f32,
+    /// Activation of the feed-forward layers.
+    pub activation: Activation,
+    /// Whether mixer and feed-forward layer read the same stream.
+    pub parallel: bool,
+    /// Dimensions of a head that are rotated; even, at most `head_dim`; 0 for none.
+    pub rotary: usize,
+    /// The rotation of layers without and with a window.
+    pub ropes: [RopeConfig; 2],
+    /// `(layers)`: the settings that differ between layers.
+    pub layers: Vec<LayerConfig>,
+    /// ALiBi's largest slope exponent, and the factor of its slopes.
+    pub alibi: Option<(f32, f32)>,
+    /// Factor of the dot products of queries and keys.
+    pub attention_scale: f32,
+    /// Queries, keys and values are clamped to plus and minus this.
+    pub clamp_qkv: Option<f32>,
+    /// Soft cap of attention scores.
+    pub attention_cap: Option<f32>,
+    /// Soft cap of logits.
+    pub logit_cap: Option<f32>,
+    /// Factor of the embeddings.
+    pub embedding_scale: f32,
+    /// Factor of a branch's output when it is added to the residual stream.
+    pub residual_scale: f32,
+    /// Factor of the logits.
+    pub logit_scale: f32,
+    /// Experts of feed-forward layers that have them.
+    pub experts: ExpertsConfig,
+    /// The widths of latent attention.
+    pub latent: Option<LatentConfig>,
+    /// How queries of layers that do so grow with the position.
+    pub temperature: Option<Temperature>,
+    /// Epsilon of the norms after a branch.
+    pub post_norm_eps: f32,
+    /// Whether queries and keys of layers that rotate are normalized without weights.
+    pub unweighted_head_norms: bool,
+    /// `(layers)` or empty: how many deviations above its mean a gate must be to count; `None` for all.
+    pub sparsity: Vec<Option<f32>>,
+    /// `(layers)` or empty: the four parameters of xIELU.
+    pub xielu: Vec<[f32; 4]>,
+    /// The factor inside the sigmoid of experts' gates that are clamped, and the bound.
+    pub clamped_gate: Option<(f32, f32)>,
+    /// Several residual streams of which one is computed.
+    pub streams: Option<StreamsConfig>,
+}
+
+/// Several residual streams of which layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StreamsConfig {
+    /// Streams in all.
+    pub count: usize,
+    /// The one that layers compute.
+    pub active: usize,
+}
+
+/// How the hidden states of a text become its embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// Their mean.
+    Mean,
+    /// That of the last token.
+    Last,
+}
+
+impl Pooling {
+    /// Its name in Python and in the server.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Pooling::Mean => "mean",
+            Pooling::Last => "last",
+        }
+    }
+}
+
+impl Config {
+    /// Reads and validates the hyperparameters.
+    ///
+    /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing), [`Error::Malformed`](crate::Error::Malformed) or
+    /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
+    pub fn read(checkpoint: &dyn Checkpoint) -> Result<Config> {
+        let general = MetadataReader::new(checkpoint.path(), checkpoint.metadata());
+        let name = general.text("general.architecture")?;
+        let Some(family) = arch::by_name(name) else {
+            let mut names: Vec<&str> = arch::families().map(|family| family.name).collect();
+            names.sort_unstable();
+            let supported = format!("supported: {}", names.join(", "));
+            return Err(general.unsupported("general.architecture", format_args!("the family {name:?}"), &supported));
+        };
+        let keys = general.of_family(name);
+
+        let hidden = keys.count("embedding_length")?;
+        let layers = keys.count("block_count")?;
+        keys.check("block_count", layers, layers <= MAX_LAYERS, format_args!("at most {MAX_LAYERS}"))?;
+        let eps_key = match family.norm {
+            NormKind::Rms => "attention.layer_norm_rms_epsilon",
+            NormKind::Layer => "attention.layer_norm_epsilon",
+        };
+        let norm_eps = keys.positive(eps_key)?.ok_or_else(|| keys.missing(eps_key))?;
+
+        let default_alibi = (family.position == Position::Alibi).then_some(8.0);
+        let alibi = keys.positive_or("attention.max_alibi_bias", default_alibi)?;
+        let alibi_scale = keys.positive("attention.alibi_scale")?.unwrap_or(1.0);
+        let alibi = alibi.map(|max| (max, alibi_scale));
+        let latent = match family.layer(0).mixer {
+            MixerKind::LatentAttention => Some(latent::read(&keys)?),
+            MixerKind::Attention => None,
+        };
+        let rope = RopeConfig::read(&keys, family.quirks.untruncated_yarn)?;
+        let window_base = keys.positive(keys.alias(["rope.freq_base_swa", "rope.local.freq_base"]))?;
+        let window_base = window_base.or(family.quirks.window_rope_base);
+        let window_rope = window_base.map_or(rope, RopeConfig::plain);
+
+        let original = rope.scaling.yarn().map(|(_, original)| original);
+        let temperature = layers::temperature(&keys, family, original)?;
+        let rotates = layers::rotates(family) && alibi.is_none();
+        let count = layers;
+        let layers = layers::read(&keys, family, count, hidden, rotates, latent.as_ref(), temperature)?;
+        let first = layers.iter().find(|layer| layer.rope() == 0).or(layers.first()).copied();
+        let Some(first) = first else { return Err(keys.missing("block_count")) };
+        let LayerConfig { heads, kv_heads, head_dim, rotary, .. } = first;
+        let (attention_cap, logit_cap) = family.quirks.soft_caps.unzip();
+        let logit_scale = keys.positive("logit_scale")?.unwrap_or(1.0);
+        let embedding_scale = if family.quirks.scaled_embedding { (hidden as f32).sqrt() } else { 1.0 };
+        // llama.cpp's converter writes the embedding length where the configuration does not say what it looks for.
+        let context = match keys.count("context_length")? {
+            width if width == hidden && family.name == "chatglm" => 1 << 17,
+            context => context,
+        };
+        // Model cards add YaRN and leave the length as it is.
+        let longest = match rope.scaling.yarn() {
+            Some((factor, original)) if rotary > 0 => context.max((factor * original) as usize),
+            _ => context,
+        };
+        // Where divisors do the stretching, the factor is 1.
+        let extended = keys.optional_count("rope.scaling.extended_context_length")?;
+        let longest = longest.max(extended.unwrap_or(0));
+        namespace::check(&keys, latent.is_some())?;
+        Ok(Config {
+            family,
+            context,
+            longest,
+            pooling: pooling(&keys)?,
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            norm_eps,
+            activation: activation(&keys)?.unwrap_or(family.activation),
+            parallel: keys.flag("use_parallel_residual")?.unwrap_or(family.residual == Residual::Parallel),
+            rotary,
+            ropes: [rope, window_rope],
+            attention_scale: attention_scale(&keys, family, hidden, &layers, &rope, latent.as_ref())?,
+            layers,
+            alibi,
+            clamp_qkv: keys.positive("attention.clamp_kqv")?,
+            attention_cap: keys.positive_or("attn_logit_softcapping", attention_cap)?,
+            logit_cap: keys.positive_or("final_logit_softcapping", logit_cap)?,
+            embedding_scale: keys.positive("embedding_scale")?.unwrap_or(embedding_scale),
+            residual_scale: keys.positive("residual_scale")?.unwrap_or(1.0),
+            logit_scale: if family.quirks.divided_logits { 1.0 / logit_scale } else { logit_scale },
+            experts: experts::read(&keys, family)?,
+            latent,
+            temperature,
+            post_norm_eps: keys
+                .positive("attention.post_norm_epsilon")?
+                .or(family.quirks.post_norm_eps)
+                .unwrap_or(norm_eps),
+            unweighted_head_norms: unweighted_head_norms(&keys, family)?,
+            sparsity: sparsity(&keys, count)?,
+            xielu: xielu(&keys, count)?,
+            clamped_gate: clamped_gate(&keys, family)?,
+            streams: streams(&keys)?,
+        })
+    }
+}
+
+impl Config {
+    /// The context of a session by default: the longest that the rotation needs no stretching for, where stretching
+    /// for long contexts changes the results of short ones.
+    pub fn default_context(&self) -> usize {
+        match self.ropes[0].scaling {
+            Scaling::Dynamic { original, .. } | Scaling::Long { original } => self.context.min(original as usize),
+            _ => self.context,
+        }
+    }
+}
+
+/// Factor of the dot products of queries and keys.
+fn attention_scale(
+    keys: &MetadataReader<'_>,
+    family: &Family,
+    hidden: usize,
+    layers: &[LayerConfig],
+    rope: &RopeConfig,
+    latent: Option<&LatentConfig>,
+) -> Result<f32> {
+    let (heads, head_dim) = layers.first().map_or((1, 1), |layer| (layer.heads, layer.head_dim));
+    let by_width = family.quirks.scaled_by_width == Some(layers.len());
+    let width = match latent {
+        Some(latent) => (latent.plain + latent.rope) as f32,
+        None if by_width => hidden as f32 / heads as f32,
+        None => head_dim as f32,
+    };
+    let default = if family.quirks.unscaled_attention { 1.0 } else { 1.0 / width.sqrt() };
+    let scale = keys.positive("attention.scale")?.unwrap_or(default);
+    // The stretched rotation of latent attention sharpens the whole score, because a part of it is not rotated.
+    let sharpened = match (latent, rope.scaling.yarn()) {
+        (Some(_), Some((factor, _))) => rope::sharpness(keys, factor)?,
+        _ => 1.0,
+    };
+    Ok(scale * sharpened * sharpened)
+}
+
+/// Whether queries and keys are normalized without weights.
+fn unweighted_head_norms(keys: &MetadataReader<'_>, family: &Family) -> Result<bool> {
+    if !family.quirks.unweighted_head_norms {
+        return Ok(false);
+    }
+    // The largest model of the first family with these norms does without them.
+    let largest = keys.get("expert_count").is_some_and(|count| count.as_u64() == Some(128));
+    Ok(keys.flag("attention.qk_norm")?.unwrap_or(!largest))
+}
+
+/// The numbers of deviations above the mean from which gates count.
+fn sparsity(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<Option<f32>>> {
+    let Some(numbers) = keys.floats("activation_sparsity_scale", layers)? else { return Ok(Vec::new()) };
+    // Minus infinity, and numbers like it, let everything pass.
+    Ok(numbers.into_iter().map(|number| (number > -1e30).then_some(number)).collect())
+}
+
+/// xIELU's parameters, as they apply: without the softplus that training puts around them.
+fn xielu(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<[f32; 4]>> {
+    let list = |name: &str| keys.floats(&format!("xielu.{name}"), layers);
+    let Some(alpha_p) = list("alpha_p")? else { return Ok(Vec::new()) };
+    let others =
+        ["alpha_n", "beta", "eps"].map(|name| Ok(list(name)?.ok_or_else(|| keys.missing(&format!("xielu.{name}")))?));
+    let [alpha_n, beta, eps] = others;
+    let (alpha_n, beta, eps): (Vec<f32>, Vec<f32>, Vec<f32>) = (alpha_n?, beta?, eps?);
+    let softplus = |x: f32| x.max(0.0) + libm::log1pf(libm::expf(-x.abs()));
+    let all = alpha_p.iter().zip(&alpha_n).zip(beta.iter().zip(&eps));
+    Ok(all.map(|((p, n), (beta, eps))| [softplus(*p), beta + softplus(*n), *beta, *eps]).collect())
+}
+
+/// The numbers of clamped gates.
+fn clamped_gate(keys: &MetadataReader<'_>, family: &Family) -> Result<Option<(f32, f32)>> {
+    let (alpha, limit) = (keys.positive("expert_gate_alpha")?, keys.positive("expert_gate_limit")?);
+    match family.quirks.clamped_gate {
+        Some((usual_alpha, usual_limit)) => Ok(Some((alpha.unwrap_or(usual_alpha), limit.unwrap_or(usual_limit)))),
+        None if alpha.is_some() || limit.is_some() => {
+            let supported = "supported: families with clamped gates";
+            Err(keys.unsupported("expert_gate_limit", "a clamped gate", supported))
+        }
+        None => Ok(None),
+    }
+}
+
+fn streams(keys: &MetadataReader<'_>) -> Result<Option<StreamsConfig>> {
+    let Some(count) = keys.optional_count("altup.num_inputs")? else { return Ok(None) };
+    let active = match keys.get("altup.active_idx") {
+        None => 0,
+        Some(value) => {
+            value.as_u64().ok_or_else(|| keys.malformed("altup.active_idx", value, "the number of a stream"))?
+        }
+    };
+    keys.check("altup.num_inputs", count, count <= 64, "at most 64")?;
+    keys.check("altup.active_idx", active, active < count as u64, format_args!("a number below {count}"))?;
+    Ok(Some(StreamsConfig { count, active: active as usize }))
+}
+
+/// How the file wants embeddings to be made, by llama.cpp's numbers.
+fn pooling(keys: &MetadataReader<'_>) -> Result<Option<Pooling>> {
+    let key = "pooling_type";
+    let Some(value) = keys.get(key) else { return Ok(None) };
+    match value.as_i64().ok_or_else(|| keys.malformed(key, value, "an integer"))? {
+        // Not said, or none, as generation needs.
+        -1 | 0 => Ok(None),
+        1 => Ok(Some(Pooling::Mean)),
+        3 => Ok(Some(Pooling::Last)),
+        other => Err(keys.unsupported(key, other, "supported: 0 for none, 1 for the mean, 3 for the last token")),
+    }
+}
+
+/// The activation of feed-forward layers where it is not the family's own.
+fn activation(keys: &MetadataReader<'_>) -> Result<Option<Activation>> {
+    let key = "hidden_activation";
+    let Some(found) = keys.optional_text(key)? else { return Ok(None) };
+    let activation = Activation::by_name(found);
+    keys.check(key, found, activation.is_some(), "silu, gelu, gelu_tanh, relu, relu2 or xielu")?;
+    Ok(activation)
+}
+
+#[cfg(test)]
+mod tests;

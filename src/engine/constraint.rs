@@ -146,7 +146,7 @@ fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
     };
     let reason = reason(name, &error.to_string());
     // The lines after the first draw the grammar with a caret below the place.
-    let (found, drawing) = reason.split_once('\n').map_or((&*reason, ""), |(found, drawing)| (found, drawing));
+    let (found, drawing) = reason.split_once('\n').unwrap_or((&reason, ""));
     match (found, drawing) {
         ("NoExtension" | "NoExtensionBias", _) => Error::argument(name, "a form that no text has", expected),
         (_, "") => Error::argument(name, found, expected),
@@ -158,7 +158,7 @@ fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
 /// several lines, which draw the expression with a caret below the place; here it takes one.
 fn reason(name: &str, error: &str) -> String {
     let Some((before, drawing)) = error.split_once("regex parse error:") else {
-        let ends = ["<non-verbose/>", "<state>", "<backtrace>"];
+        let ends = ["\n<non-verbose/>", "\n<state>", "\n<backtrace>"];
         let end = ends.into_iter().filter_map(|end| error.find(end)).min().unwrap_or(error.len());
         return error[..end].trim_end().to_owned();
     };

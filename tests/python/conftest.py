@@ -36,6 +36,8 @@ from serving import TOOL_TEMPLATE  # noqa: E402
 from nybble import Model  # noqa: E402
 from nybble.models import hub  # noqa: E402
 
+from serving import TOOL_TEMPLATE  # noqa: E402  isort: skip
+
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
@@ -74,6 +76,20 @@ def uniform_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """A tiny model that predicts all tokens with the same probability."""
     file = tiny.write_model(
         tmp_path_factory.mktemp("uniform") / "uniform.gguf", layers=1, uniform=True, llama__context_length=4096
+    )
+    with Model.load(file, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A uniform model with a long context, whose chat template has tools."""
+    file = tiny.write_model(
+        tmp_path_factory.mktemp("chat") / "chat.gguf",
+        layers=1,
+        uniform=True,
+        llama__context_length=8192,
+        tokenizer__chat_template=TOOL_TEMPLATE,
     )
     with Model.load(file, threads=1) as model:
         yield model

@@ -181,6 +181,9 @@ impl Config {
             Some((factor, original)) if rotary > 0 => context.max((factor * original) as usize),
             _ => context,
         };
+        // Where divisors do the stretching, the factor is 1.
+        let extended = keys.optional_count("rope.scaling.extended_context_length")?;
+        let longest = longest.max(extended.unwrap_or(0));
         namespace::check(&keys, latent.is_some())?;
         Ok(Config {
             family,

@@ -62,6 +62,7 @@ pub(in crate::model) const READ: &[&str] = &[
     "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.dynamic_factor",
+    "rope.scaling.extended_context_length",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.type",

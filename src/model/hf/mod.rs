@@ -22,6 +22,7 @@
 //! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors, the divisors of Llama 3 and of YaRN without `truncate` |
 //! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
 //! | `rope.scaling.attn_factor` | YaRN, LongRoPE | a factor of `1 + 0.1 ln(factor)` for YaRN, the whole magnitude for LongRoPE |
+//! | `rope.scaling.extended_context_length` | YaRN without `truncate` | nybble's own: the context with the stretching, which divisors do |
 //! | `rope.scaling.dynamic_factor` | dynamic NTK | nybble's own, with the type `none` for other readers |
 //! | `attention.sliding_window` | where transformers applies it | |
 //! | `attention.sliding_window_pattern` | where not all layers have it | the `n` of "all but every nth", or a switch per layer |

@@ -213,6 +213,7 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
                 factor
             } else {
                 keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));
+                keys.set("rope.scaling.extended_context_length", (before * factor.max(1.0)) as u32);
                 1.0
             };
             keys.set("rope.scaling.factor", factor as f32);

@@ -110,7 +110,7 @@ class CompletionAdapter(Adapter):
             for prompt in self._prompts:
                 if isinstance(prompt, str):
                     check_length(self._model, prompt)
-            encode = self._tokenizer.encode
+            encode = self._tokenizer.encode_prompt
             all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
             seeds = self._body.seeds(self._per_prompt)
             return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]

@@ -44,6 +44,13 @@ def test_a_missing_content_type_is_explained(server: Running) -> None:
     assert server.request("POST", PATH, headers={"Content-Length": "0"}).error.startswith("the request body is missing")
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
+def test_ollama_routes_read_json_whatever_its_type(headers: dict[str, str], server: Running) -> None:
+    body = b'{"prompt": "x", "stream": false, "options": {"num_predict": 2}}'
+    assert server.request("POST", "/api/generate", body, headers).json["eval_count"] == 2
+    assert "not valid JSON" in server.request("POST", "/api/generate", b"{", headers).json["error"]
+
+
 def test_answers_carry_a_request_id(server: Running) -> None:
     assert server.request("GET", "/health", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
     ids = {server.request("POST", PATH, CHAT).headers["x-request-id"] for _ in range(2)}

@@ -49,6 +49,9 @@ def prompt_tokens(reply: Reply) -> int:
         {"content": None, "refusal": "Hello"},
         {"content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]},
         {"content": [{"type": "refusal", "refusal": "Hello"}]},
+        {"content": [{"type": "output_text", "text": "Hello", "annotations": []}]},
+        {"content": [{"type": "thinking", "thinking": "Hm", "signature": "s"}, {"type": "text", "text": "Hello"}]},
+        {"reasoning_details": [{"type": "x"}], "thinking_blocks": [], "extra_content": {"a": 1}},
     ],
     ids=str,
 )

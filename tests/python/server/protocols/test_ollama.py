@@ -134,6 +134,14 @@ def test_unknown_parameters_are_ignored_as_in_ollama(server: Running) -> None:
     assert post(server, "chat", messages=HI, options=SHORT, stream=False, unknown=1)[0]["message"] == plain
 
 
+def test_unknown_fields_of_messages_are_ignored_as_in_ollama(server: Running) -> None:
+    plain = post(server, "chat", messages=HI, options=SHORT, stream=False)[0]["message"]
+    turns = [{**turn, "name": "x", "unknown": 1, "images": []} for turn in HI]
+    assert post(server, "chat", messages=turns, options=SHORT, stream=False)[0]["message"] == plain
+    options = {"num_predict": 5, "temperature": -1, "top_k": -5}
+    assert post(server, "chat", messages=HI, options=options, stream=False)[0]["message"] == plain
+
+
 def test_an_empty_prompt_loads_the_model(server: Running) -> None:
     for path, body in (("chat", {"messages": []}), ("generate", {"prompt": ""}), ("generate", {})):
         (line,) = post(server, path, **body)

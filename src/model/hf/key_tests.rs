@@ -68,8 +68,14 @@ fn every_key_of_transformers_is_read_listed_or_refused() {
             plain.insert("use_sliding_window".to_owned(), Value::Bool(true));
             plain
         };
-        let both = own.flat_map(|config| [plain(&config), config]);
-        let read: BTreeSet<String> = both.flat_map(|config| keys_read(family, config)).collect();
+        // The keys of windows are read where there is one.
+        let windowed = |config: &Map<String, Value>| {
+            let mut windowed = plain(config);
+            windowed.insert("sliding_window".to_owned(), Value::from(8));
+            windowed
+        };
+        let all = own.flat_map(|config| [plain(&config), windowed(&config), config]);
+        let read: BTreeSet<String> = all.flat_map(|config| keys_read(family, config)).collect();
         let listed = || WITHOUT_INFLUENCE.iter().chain(family.without_influence).map(|key| (*key).to_owned());
         let name = family.model_types[0];
         let class = transformers::defaults(family).into_iter().map(|(key, _)| key).chain(transformers::base());

@@ -93,7 +93,6 @@ pub(super) const DEEPSEEK_V3: HfFamily = HfFamily {
 /// GLM 4.7 Flash and others.
 pub(super) const GLM4_MOE_LITE: HfFamily = HfFamily {
     model_types: &["glm4_moe_lite"],
-    without_influence: &[],
     adjust: |settings, sizes| {
         first_dense(settings, sizes)?;
         sparse_list(settings, sizes, |layer| layer > 0)?;

@@ -82,7 +82,6 @@ pub(super) const DOTS1: HfFamily = HfFamily {
         &shared_experts("mlp.shared_experts"),
     ],
     window: WindowRule::From("max_window_layers"),
-    without_influence: &["layer_types", "max_window_layers"],
     adjust: first_dense,
     keys: |keys| keys.sigmoid_router(),
     ..BASE
@@ -196,6 +195,7 @@ pub(super) const SEED_OSS: HfFamily = HfFamily {
 /// MiniMax 2025.
 pub(super) const MINIMAX_M2: HfFamily = HfFamily {
     model_types: &["minimax_m2"],
+    without_influence: &["router_jitter_noise"],
     architecture: "minimax-m2",
     layer: &[
         NORMS,

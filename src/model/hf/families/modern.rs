@@ -75,6 +75,7 @@ const GPT_OSS_EXPERTS: [Entry; 6] = [
 /// Meta 2025.
 pub(super) const LLAMA4: HfFamily = HfFamily {
     model_types: &["llama4_text", "llama4"],
+    without_influence: &["router_jitter_noise"],
     architecture: "llama4",
     bases: &["language_model.model.", "model.language_model.", "model.", ""],
     outside: &[&[

@@ -130,7 +130,7 @@ fn an_invalid_constraint_is_refused_by_name() {
         (Grammar::Lark("start: a\na: a".to_owned()), "grammar: found a form that no text has, expected a grammar"),
         (
             Grammar::Lark("start: b\nb: \"x\" c".to_owned()),
-            "grammar: found at 2(8): unknown name: \"c\", expected a grammar that nybble supports:\n   1 | start: b\n   2 | b: \"x\" c\n",
+            "grammar: found at 2(4): unknown name: \"c\", expected a grammar that nybble supports:\n   1 | start: b\n   2 | b: \"x\" c\n",
         ),
     ];
     for (grammar, expected) in cases {

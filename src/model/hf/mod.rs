@@ -135,7 +135,7 @@ impl HfFolder {
 
     /// Whether linear layers are in 4 bits already.
     pub fn has_packed_layers(&self) -> bool {
-        self.tensors.iter().any(|tensor| !tensor.packed.is_empty())
+        self.tensors.iter().any(Planned::is_packed)
     }
 
     /// The folder's tokenizer and chat templates under GGUF's keys. They are not part of [`Checkpoint::metadata`], because
@@ -173,10 +173,13 @@ impl Checkpoint for HfFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
-        let Some(Planned { dims, block_type, parts, packed, order, .. }) = self.tensors.get(at) else {
+        let Some(Planned { dims, block_type, parts, packed, order, blocks, .. }) = self.tensors.get(at) else {
             let values = &self.computed.get(at - self.tensors.len())?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
+        if let Some(blocks) = blocks {
+            return Some(Tensor { dims: dims.clone(), rows: Box::new(blocks.rows(&self.files)?) });
+        }
         if !packed.is_empty() {
             let rows = PackedRows::new(&self.files, packed, *order);
             return Some(Tensor { dims: dims.clone(), rows: Box::new(rows) });
@@ -198,7 +201,7 @@ impl Checkpoint for HfFolder {
     }
 
     fn is_quantized(&self, name: &str) -> bool {
-        self.index.get(name).and_then(|at| self.tensors.get(*at)).is_some_and(|tensor| !tensor.packed.is_empty())
+        self.index.get(name).and_then(|at| self.tensors.get(*at)).is_some_and(Planned::is_packed)
     }
 
     fn release(&self, name: &str) {

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
+# Clients of other projects pin old versions of packages that nybble's own tools need.
+CLIENTS := .venv-clients
 RUST_SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
 # Processes that run the Python tests. Each test may use two threads.
 TEST_WORKERS ?= 2
@@ -72,6 +74,11 @@ test-arm:  ## Run the kernel and model tests for 64-bit Arm in an emulator. Inst
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
+# Their packages are compatible with few versions of each other, which uv finds in seconds and pip in an hour.
+test-clients: $(VENV)/.installed $(CLIENTS)/.installed  ## Run clients of other projects against the server.
+	PYTHONPATH=python $(CLIENTS)/bin/python -m pytest --numprocesses $(TEST_WORKERS) \
+		tests/python/clients tests/python/integrations/test_lm_eval.py tests/python/server/protocols/test_ollama.py
+
 fmt: $(VENV)/.check  ## Format everything.
 	cargo fmt --all
 	$(BIN)/ruff check --fix .
@@ -97,17 +104,17 @@ release: $(VENV)/.wheel  ## Check version, tree and tests, then build and check 
 	$(BIN)/python scripts/release.py --prepare
 	$(BIN)/python scripts/notices.py --check
 	cargo publish --locked --dry-run
-	$(MAKE) test docs test-wheel
+	$(MAKE) test test-clients docs test-wheel
 	$(BIN)/maturin sdist --out dist
 	$(BIN)/python scripts/release.py --verify dist
 
 clean:  ## Remove everything that was built, the environment included.
 	cargo clean
-	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python scripts tests benches -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo check test lint test-rust test-arm test-python fmt bench docs wheel test-wheel release clean
+.PHONY: help demo check test lint test-rust test-arm test-python test-clients fmt bench docs wheel test-wheel release clean
 
 ## The environment: one stamp per part, renewed when its input changes
 
@@ -120,6 +127,12 @@ $(VENV)/.created:
 
 $(addprefix $(VENV)/.,build check docs wheel): $(VENV)/.%: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --group $*
+	touch $@
+
+$(CLIENTS)/.installed: pyproject.toml $(VENV)/.created
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet uv
+	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python -r pyproject.toml --extra serve --group test-clients
 	touch $@
 
 # Editable: changes in python/ take effect at once, changes in src/ at the next make.

@@ -30,7 +30,7 @@ mod _native {
     #[pymodule_export]
     use super::model::{Model, Sequence, available_bytes, default_threads, kernels};
     #[pymodule_export]
-    use super::quantize::quantize;
+    use super::quantize::{quantize, remove_leftovers};
     #[pymodule_export]
     use super::scheduler::Scheduler;
     #[pymodule_export]

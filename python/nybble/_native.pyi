@@ -33,6 +33,7 @@ __all__ = [
     "perplexity",
     "pre_tokenizer_names",
     "quantize",
+    "remove_leftovers",
     "write_file",
 ]
 __version__: str
@@ -43,6 +44,7 @@ def available_bytes() -> int | None: ...
 def check_output(
     path: str | os.PathLike[str], sources: _Sequence[str | os.PathLike[str]], is_working: bool = False
 ) -> None: ...
+def remove_leftovers(out: str | os.PathLike[str]) -> None: ...
 def write_file(path: str | os.PathLike[str], data: bytes, sources: _Sequence[str | os.PathLike[str]]) -> None: ...
 def convert(
     source: str | os.PathLike[str],
@@ -191,6 +193,7 @@ class Model:
         constraint: Constraint | None = None,
         session: Session | None = None,
         excluded: _Sequence[tuple[int, int]] = ...,
+        ends: _Sequence[int] = ...,
     ) -> Sequence: ...
     def session(self) -> Session: ...
     def save_session(self, session: Session, tokens: _Sequence[int], path: str | os.PathLike[str]) -> None: ...

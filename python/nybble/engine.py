@@ -7,6 +7,7 @@ their pieces.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import threading
 import weakref
@@ -67,7 +68,8 @@ class Engine:
     """Serves many requests over one model at the same time.
 
     Requests join and leave the batch between steps. Batching never changes output: each completion is bit-identical to
-    that of `Model.generate`. Closing the model does not stop the engine.
+    that of `Model.generate`. Closing the model does not stop the engine. In a process forked from this one, such as a
+    worker of a server, the engine starts anew with the first request; requests of the other process raise `ModelError`.
 
     Args:
         model: The model to compute with.
@@ -272,20 +274,21 @@ class _Loop:
         """The error of the latest step, if it failed."""
         self._stats = EngineStats()
         self._driver_stats: dict[str, int] = {}
-        self._pid = os.getpid()
-        # A daemon, so that a program can exit without closing its engine. The finalizer stops the thread before that.
-        self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
-        self._thread.start()
+        # None in a forked process, until the first request.
+        self._thread: threading.Thread | None = None
+        self._start()
         _LOOPS.add(self)
+
+    def _start(self) -> None:
+        # A daemon, so that a program can exit without closing its engine. The finalizer stops the thread before that.
+        thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
+        thread.start()
+        self._thread = thread
 
     # --- From any thread ----------------------------------------------------------------------------------------------
 
     def check(self, has_capacity: bool) -> None:
         """Raises unless the engine accepts a request."""
-        if self._pid != os.getpid():
-            raise ModelError(
-                "the engine belongs to the process that this one was forked from: create a new engine here"
-            )
         if self._ending is not None:
             raise ModelError("the engine is closed")
         if not has_capacity:
@@ -299,6 +302,8 @@ class _Loop:
         """Puts a request into the inbox."""
         with self._changed:
             self.check(self.has_capacity())
+            if self._thread is None:
+                self._start()
             self._count(prompt_tokens=request._builder.prompt_tokens)
             if request._is_done:  # Its max_tokens is 0.
                 self._count(finished=1)
@@ -323,14 +328,12 @@ class _Loop:
             return replace(self._stats, **{**counts, "running": running, "waiting": max(waiting, 0)})
 
     def close(self, *, drain: bool) -> None:
-        if self._pid != os.getpid():
-            return  # The thread is in the parent process.
         with self._changed:
             self._ending = "drain" if drain and self._ending != "now" else "now"
             if self._ending == "now" and self._driver is not None:
                 self._driver.interrupt()
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _count(self, **more: int) -> None:
@@ -431,12 +434,25 @@ class _Loop:
             request._finish(error=error)
 
     def _after_fork(self) -> None:
-        """In the child process: it has no copy of the thread, and nothing will release the locks that were held."""
+        """In the child process: it has no copy of the thread, and nothing will release the locks that were held.
+
+        The next request starts a thread and makes a new driver. Requests of the parent process fail here.
+        """
         self._changed = threading.Condition()
-        for request in self._requests:
+        requests, self._requests = self._requests, set()
+        self._new.clear()
+        self._cancelled.clear()
+        for request in requests:
             request._changed = threading.Condition()
             request._wakers = []
-        self._fail(ModelError("the engine runs in the process that this one was forked from"))
+            request._finish(error=ModelError("the request runs in the process that this one was forked from"))
+        if self._driver is not None:
+            # The thread may have been in the middle of a step. Another reference keeps the driver from being freed.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._driver))
+        self._driver, self._thread, self.failure = None, None, None
+        self._stats, self._driver_stats = EngineStats(), {}
+        if self._ending == "drain":
+            self._ending = "now"
 
 
 _LOOPS: weakref.WeakSet[_Loop] = weakref.WeakSet()

@@ -7,19 +7,19 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from nybble import _native
 from nybble.completion import Completion, Message, Prompt, Prompts
 from nybble.embeddings import vectors
 from nybble.errors import ModelError
+from nybble.generation.chatting import Chatting
 from nybble.generation.request import as_prompts, prepare, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
 from nybble.models import hub
-from nybble.overrides import Returned, keyword_only
+from nybble.overrides import keyword_only
 from nybble.progress import Progress, counts
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
@@ -76,7 +76,7 @@ class _InBackground(Generic[T]):
         return cast("T", self._result)
 
 
-class Model(Returned):
+class Model(Chatting):
     """A language model on the CPU.
 
     `Model.load` returns one. Any number of threads may use a model at the same time; each call has its own state.
@@ -127,9 +127,10 @@ class Model(Returned):
             source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
             options: How to load it; the defaults of `LoadOptions` if None.
-            progress: None draws a progress bar on a terminal or in a notebook if loading takes more than a second, True
-                always reports, False never. A function is called from time to time with the number of weights packed
-                and their total. An exception that it raises stops the loading, as Ctrl-C does.
+            progress: None draws a progress bar on a terminal or in a notebook if it takes more than a second, True
+                always reports, False never. A function is called from time to time: during a download with the number
+                of bytes and their total, then with the number of weights packed and their total. An exception that it
+                raises stops the loading, as Ctrl-C does.
             **overrides: Single options by name, such as `threads=4` or `filename="*Q4_K_M.gguf"`.
 
         Raises:
@@ -148,7 +149,7 @@ class Model(Returned):
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
-        file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision)
+        file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision, progress=progress)
         mmap = chosen.mmap
         with contextlib.ExitStack() as stack:
             report = stack.enter_context(counts(progress, f"loading {file.name}"))
@@ -238,56 +239,11 @@ class Model(Returned):
         """
         return TextStream._of(self, prepare(self, prompt, merge(options, overrides)))
 
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[False] = False,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[True],
-        **overrides: Unpack[SamplingOverrides],
-    ) -> TextStream: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion | TextStream: ...
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool = False,
-        **overrides: Unpack[SamplingOverrides],
+    def _next_turn(
+        self, messages: Sequence[Message], options: SamplingOptions, *, stream: bool
     ) -> Completion | TextStream:
-        """Generates the next turn of a conversation, with the model's chat template.
-
-        Args:
-            messages: The turns so far, `[{"role": "user", "content": "Hello"}]`. Roles are system, user and assistant.
-            options: As in `generate`.
-            stream: Return a `TextStream` instead of a completion.
-            **overrides: As in `generate`.
-
-        Raises:
-            ContextFullError: The conversation does not fit into the context.
-            ModelError: The model has no chat template, or the template rejects the messages.
-        """
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        chosen = merge(options, overrides)
-        return self.stream(prompt, chosen) if stream else self.generate(prompt, chosen)
+        return self.stream(prompt, options) if stream else self.generate(prompt, options)
 
     def session(self) -> Session:
         """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice."""
@@ -420,9 +376,7 @@ class Model(Returned):
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

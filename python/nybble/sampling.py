@@ -88,6 +88,12 @@ class SamplingOptions:
         default=256, metadata=doc("Stop after this many new tokens, or when the context is full.")
     )
     """Largest number of tokens in a completion; None continues until the context is full."""
+    min_tokens: int = field(default=0, metadata=doc("Do not stop before this many new tokens."))
+    """Number of tokens before which a completion does not stop.
+
+    Before it, end tokens and `stop_token_ids` are not sampled unless a constraint allows nothing else. Stop strings
+    are only looked for in the text after these tokens.
+    """
     stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
@@ -134,6 +140,9 @@ class SamplingOptions:
         for name in ("max_tokens", "logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
+        _check("min_tokens", self.min_tokens, _whole(self.min_tokens) and 0 <= self.min_tokens < 2**32, "0 or more")
+        fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        _check("min_tokens", self.min_tokens, fits, f"at most {self.max_tokens}, the value of max_tokens")
         if self.stop is None:
             object.__setattr__(self, "stop", ())
         _check("stop", self.stop, isinstance(self.stop, (str, Sequence)), "a string or a list of strings")
@@ -170,6 +179,7 @@ class SamplingOverrides(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int | None
+    min_tokens: int
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     logprobs: int | None

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 from nybble import _native as native_module
 from nybble.completion import Completion, Message, Prompt
 from nybble.errors import ModelError
+from nybble.generation.chatting import Chatting
 from nybble.generation.request import TextModel, prepare_tokens, prompt_ids, token_ids
 from nybble.generation.stream import TextStream
-from nybble.overrides import Returned
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Session(Returned):
+class Session(Chatting):
     """A sequence of prompts and completions. Each call appends to it and computes only the new tokens.
 
     `Model.session` returns an empty session, `Model.load_session` reads one from a file. One thread at a time may use a
@@ -103,54 +103,12 @@ class Session(Returned):
         """
         return self._begin(self._extended(prompt), merge(options, overrides))
 
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[False] = False,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: Literal[True],
-        **overrides: Unpack[SamplingOverrides],
-    ) -> TextStream: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool,
-        **overrides: Unpack[SamplingOverrides],
-    ) -> Completion | TextStream: ...
-    def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingOptions | None = None,
-        *,
-        stream: bool = False,
-        **overrides: Unpack[SamplingOverrides],
+    def _next_turn(
+        self, messages: Sequence[Message], options: SamplingOptions, *, stream: bool
     ) -> Completion | TextStream:
-        """Generates the next turn of a conversation as `Model.chat` does, but computes only the new tokens.
-
-        The session then holds the conversation: its tokens after their common prefix are dropped.
-
-        Args:
-            messages: As in `Model.chat`.
-            options: As in `Model.generate`.
-            stream: Return a `TextStream` instead of a completion.
-            **overrides: As in `Model.generate`.
-        """
         tokenizer = self._model.tokenizer
         ids = tokenizer.encode_prompt(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        begun = self._begin(ids, merge(options, overrides))
+        begun = self._begin(ids, options)
         return begun if stream else self._finished(begun)
 
     def fork(self) -> Session:

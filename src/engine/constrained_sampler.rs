@@ -25,6 +25,11 @@ impl ConstrainedSampler {
         self.sampler.exclude(ids);
     }
 
+    /// Sets the tokens that end a completion, which `min_tokens` concerns.
+    pub(super) fn set_ends(&mut self, ends: &[u32]) {
+        self.sampler.set_ends(ends);
+    }
+
     /// Allows only tokens that follow `constraint` from now on.
     #[cfg(feature = "grammar")]
     pub(super) fn constrain(&mut self, constraint: Constraint) {

@@ -144,14 +144,23 @@ fn unusable(name: &'static str, error: &impl fmt::Display) -> Error {
         "regex" => "a regular expression that nybble supports",
         _ => "a grammar that nybble supports",
     };
-    Error::argument(name, reason(name, &error.to_string()), expected)
+    let reason = reason(name, &error.to_string());
+    // The lines after the first draw the grammar with a caret below the place.
+    let (found, drawing) = reason.split_once('\n').unwrap_or((&reason, ""));
+    match (found, drawing) {
+        ("NoExtension" | "NoExtensionBias", _) => Error::argument(name, "a form that no text has", expected),
+        (_, "") => Error::argument(name, found, expected),
+        _ => Error::argument(name, found, format_args!("{expected}:\n{drawing}")),
+    }
 }
 
-/// The reason of a parser's error on one line: the first, after which the state of the parser follows. An error in a regular
-/// expression takes several lines, which draw the expression with a caret below the place.
+/// The reason of a parser's error, without the state of the parser that may follow. An error in a regular expression takes
+/// several lines, which draw the expression with a caret below the place; here it takes one.
 fn reason(name: &str, error: &str) -> String {
     let Some((before, drawing)) = error.split_once("regex parse error:") else {
-        return error.lines().next().unwrap_or_default().to_owned();
+        let ends = ["\n<non-verbose/>", "\n<state>", "\n<backtrace>"];
+        let end = ends.into_iter().filter_map(|end| error.find(end)).min().unwrap_or(error.len());
+        return error[..end].trim_end().to_owned();
     };
     let problem = drawing.lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or("not a regular expression");
     // Before it are the place in a grammar and the whole expression. A regular expression is a grammar of one line, too.

@@ -6,7 +6,8 @@
 //!    constraint forbids.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
-//!    negative one, presence subtracts once, frequency subtracts once per occurrence.
+//!    negative one, presence subtracts once, frequency subtracts once per occurrence. Before `min_tokens` tokens, those that
+//!    end a completion get minus infinity, unless nothing else is left.
 //! 3. With `temperature` 0 the largest logit wins. Otherwise these filters follow. Each uses the probabilities (softmax) of
 //!    the tokens that are left and keeps at least one:
 //!    - `top_k` keeps the k most likely tokens.
@@ -63,6 +64,9 @@ pub struct SamplingOptions {
     pub penalty_window: u32,
     /// Added to the logits of single tokens. Minus infinity forbids a token.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Number of tokens to sample before those that end a completion may be sampled. They may come earlier where a constraint
+    /// allows nothing else.
+    pub min_tokens: u32,
     /// Seed of the random numbers. `None` takes a new one each time.
     pub seed: Option<u64>,
     /// Report the log-probability of the chosen token and of this many of the most likely ones. `None` reports none and
@@ -84,6 +88,7 @@ impl Default for SamplingOptions {
             frequency_penalty: 0.0,
             penalty_window: 64,
             logit_bias: Vec::new(),
+            min_tokens: 0,
             seed: None,
             logprobs: None,
         }
@@ -101,6 +106,7 @@ setters!(SamplingOptions {
     with_frequency_penalty(frequency_penalty: f32),
     with_penalty_window(penalty_window: u32),
     with_logit_bias(logit_bias: impl Into<Vec<(u32, f32)>>),
+    with_min_tokens(min_tokens: u32),
     with_seed(seed: impl Into<Option<u64>>),
     with_logprobs(logprobs: impl Into<Option<u32>>),
 });
@@ -178,6 +184,9 @@ pub struct Sampler {
     vocab_size: usize,
     /// Ids that are never sampled.
     excluded: Arc<[Range<u32>]>,
+    /// Ids that end a completion, and the number of tokens to sample before they may be sampled.
+    ends: Arc<[u32]>,
+    held: u32,
     random: SplitMix64,
     history: History,
     /// The original values of logits that bias and penalties changed, in the order of the changes.
@@ -205,14 +214,20 @@ impl Sampler {
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
         let history = History::new(options.penalty_window as usize);
         let (changed, candidates) = (Vec::new(), Candidates::default());
-        let (random, excluded) = (SplitMix64(seed), Arc::default());
-        Ok(Sampler { options, vocab_size, excluded, random, history, changed, candidates })
+        let (random, held) = (SplitMix64(seed), options.min_tokens);
+        let (excluded, ends) = (Arc::default(), Arc::default());
+        Ok(Sampler { options, vocab_size, excluded, ends, held, random, history, changed, candidates })
     }
 
     /// Never samples ids in these ranges: rows of the output matrix without a token in the vocabulary, which some models have
     /// so that the matrix has a round size. They have no share of the log-probabilities either.
     pub fn exclude(&mut self, ids: impl Into<Arc<[Range<u32>]>>) {
         self.excluded = ids.into();
+    }
+
+    /// Sets the tokens that end a completion, which `min_tokens` concerns.
+    pub fn set_ends(&mut self, ends: impl Into<Arc<[u32]>>) {
+        self.ends = ends.into();
     }
 
     /// The options it was made with.
@@ -270,12 +285,14 @@ impl Sampler {
             allowed.apply(logits);
         }
         self.adjust(logits);
+        self.hold_ends(logits);
         let chosen = self.choose(logits);
         // In reverse order: a logit may have been changed twice.
         while let Some((id, logit)) = self.changed.pop() {
             logits[id as usize] = logit;
         }
         let token = chosen?;
+        self.held = self.held.saturating_sub(1);
         Ok(Sampled { token, logprob: logprob(logits[token as usize]), top })
     }
 
@@ -299,6 +316,25 @@ impl Sampler {
                 let penalty = presence_penalty + *count as f32 * frequency_penalty;
                 logit.min(f32::MAX) - penalty.clamp(f32::MIN, f32::MAX)
             });
+        }
+    }
+
+    /// The end of step 2: no token that ends the completion, unless there is no other.
+    fn hold_ends(&mut self, logits: &mut [f32]) {
+        if self.held == 0 {
+            return;
+        }
+        let before = self.changed.len();
+        for id in self.ends.iter() {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                self.changed.push((*id, *logit));
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        if logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+            for (id, logit) in self.changed.drain(before..).rev() {
+                logits[id as usize] = logit;
+            }
         }
     }
 

@@ -78,7 +78,14 @@ impl Sequence {
     /// Sets the tokens that end the sequence. Without any, nothing but the caller ends it.
     pub fn with_ends(mut self, ends: impl Into<Vec<u32>>) -> Sequence {
         self.ends = ends.into();
+        self.sampler.set_ends(&self.ends);
         self
+    }
+
+    /// Sets the tokens that `min_tokens` concerns, where the caller ends the sequence.
+    #[cfg(feature = "python")]
+    pub(crate) fn hold(&mut self, ends: &[u32]) {
+        self.sampler.set_ends(ends);
     }
 
     /// Whether the last token sampled ends the sequence. It continues after [`push`](Sequence::push).

@@ -41,6 +41,28 @@ pub trait Checkpoint: Sync {
     fn release(&self, name: &str);
 }
 
+/// The methods of [`Checkpoint`] that a wrapper of another one, in its field `source`, does not change.
+macro_rules! as_in_source {
+    () => {
+        fn path(&self) -> &std::path::Path {
+            self.source.path()
+        }
+
+        fn metadata(&self) -> &crate::format::gguf::Metadata {
+            self.source.metadata()
+        }
+
+        fn names(&self) -> Vec<&str> {
+            self.source.names()
+        }
+
+        fn release(&self, name: &str) {
+            self.source.release(name);
+        }
+    };
+}
+pub(crate) use as_in_source;
+
 /// A tensor as rows of blocks.
 #[doc(hidden)]
 #[non_exhaustive]

@@ -1,5 +1,6 @@
 //! Keeps every writer from overwriting what is read, and from replacing what is not a regular file.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::gguf::shard_paths;
@@ -12,6 +13,8 @@ pub struct Sources {
     files: Vec<Source>,
     /// Folders in their canonical form.
     folders: Vec<PathBuf>,
+    /// The same folders as they were given.
+    trees: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -44,6 +47,7 @@ impl Sources {
         for entry in path.read_dir().into_iter().flatten().flatten() {
             self.add_file(&entry.path(), in_folder(path));
         }
+        self.trees.push(path.to_path_buf());
     }
 
     fn add_file(&mut self, path: &Path, what: String) {
@@ -66,7 +70,11 @@ impl Sources {
         }
         self.check_identity(name, path, |_| true)?;
         let inside = |folder: &&PathBuf| path.canonicalize().is_ok_and(|path| path.starts_with(folder));
-        match self.folders.iter().find(inside) {
+        if let Some(folder) = self.folders.iter().find(inside) {
+            return refused(name, path, &in_folder(folder));
+        }
+        let Some(wanted) = identity(path) else { return Ok(()) };
+        match self.trees.iter().find(|folder| contains(folder, &wanted)) {
             Some(folder) => refused(name, path, &in_folder(folder)),
             None => Ok(()),
         }
@@ -91,6 +99,25 @@ impl Sources {
             None => Ok(()),
         }
     }
+}
+
+/// Whether a file is in a folder, or in one below it, under any name.
+fn contains(folder: &Path, wanted: &Identity) -> bool {
+    let (mut folders, mut seen) = (vec![folder.to_path_buf()], HashSet::new());
+    while let Some(folder) = folders.pop() {
+        // Links may lead back to a folder that contains them.
+        if !identity(&folder).is_some_and(|identity| seen.insert(identity)) {
+            continue;
+        }
+        for path in folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if identity(&path).as_ref() == Some(wanted) {
+                return true;
+            }
+        }
+    }
+    false
 }
 
 fn in_folder(folder: &Path) -> String {

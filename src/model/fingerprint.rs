@@ -122,7 +122,7 @@ fn describe(config: &Config) -> String {
     let layer = |layer: &LayerConfig| {
         // The kind follows from the family.
         let LayerConfig { kind: _, window, rotated, .. } = layer;
-        let usual = LayerConfig {
+        let default = LayerConfig {
             kind: layer.kind,
             window: *window,
             chunk: None,
@@ -135,7 +135,7 @@ fn describe(config: &Config) -> String {
             shares: None,
             tempered: false,
         };
-        let own = if *layer == usual { String::new() } else { format!(", {layer:?}") };
+        let own = if *layer == default { String::new() } else { format!(", {layer:?}") };
         format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?}{own} }}")
     };
     let layers: Vec<String> = layers.iter().map(layer).collect();

@@ -5,6 +5,7 @@ use super::buffer::Buffer;
 use super::linear::LinearInput;
 use super::mixers::{MixerContext, span_rows};
 use super::pass::{Pass, TASK_ROWS};
+use super::streams::LayerStreams;
 use super::transformer::{Layer, Transformer};
 use super::{ffn, mixers, streams};
 use crate::error::{Error, Result};
@@ -151,10 +152,11 @@ impl Transformer {
         self.embed(pass, w);
         w.mixers.prepare(&self.positions, &w.batch);
         if let Some(per_layer) = &self.weights.per_layer {
-            per_layer.compute(pass, w);
+            let Workspace { batch, x, input, branch, rows, per_layer: out, .. } = w;
+            per_layer.compute(pass, &batch.rows, x, input, branch, rows, out);
         }
         if let Some(streams) = &self.weights.streams {
-            streams.begin(pass, w);
+            streams.begin(pass, &w.x, &mut w.input, &mut w.branch, &mut w.streams);
         }
 
         // The layers.
@@ -168,7 +170,7 @@ impl Transformer {
             }
         }
         if let Some(streams) = &self.weights.streams {
-            streams.end(pass, w);
+            streams.end(pass, &mut w.x, &mut w.input, &mut w.branch, &mut w.streams);
         }
         for row in &w.batch.rows {
             inputs[row.input].session.advance(1);
@@ -234,6 +236,63 @@ impl Transformer {
         }
         if let Some(scale) = layer.scale {
             w.x.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+
+    /// One layer of several streams: predicts all, computes the active one, and corrects the others by it.
+    fn layer_of_streams(
+        &self,
+        pass: &Pass<'_>,
+        layer: &Layer,
+        own: &LayerStreams,
+        index: usize,
+        w: &mut Workspace,
+        inputs: &mut [Input<'_>],
+    ) {
+        let Layer { mixer_norms, mixer, ffn_norms, ffn, per_layer, .. } = layer;
+        let active = pass.config.streams.map_or(0, |streams| streams.active);
+        let (size, hidden) = (w.x.len(), pass.config.hidden);
+        own.predict(pass, &mut w.streams, active, size);
+        w.x.copy_from_slice(&w.streams.predicted[active * size..][..size]);
+
+        // The low-rank branch, which reads the mixer's input.
+        pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
+        w.streams.low_rank.copy_from(&w.input.values);
+        pass.linear(&own.left, &mut w.input, &mut w.branch);
+        let (rank, stride) = (own.right.columns(), own.left.width());
+        w.input.resize(size / hidden, rank);
+        for (out, row) in w.input.values.chunks_exact_mut(rank).zip(w.branch.chunks(stride)) {
+            out.copy_from_slice(&row[..rank]);
+        }
+        pass.linear(&own.right, &mut w.input, &mut w.branch);
+        pass.norm_branch(&mut w.branch, own.low_rank_norm.as_ref(), &mut w.rows);
+        pass.join(&mut w.streams.low_rank, &w.branch);
+
+        // Mixer, and the mean of the two branches, as large as one of them.
+        pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
+        let mut context = MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
+        mixer.forward(&mut context, &mut w.input, &mut w.mixers, &mut w.branch);
+        pass.norm_branch(&mut w.branch, mixer_norms.output.as_ref(), &mut w.rows);
+        pass.join(&mut w.x, &w.branch);
+        let half = std::f32::consts::FRAC_1_SQRT_2;
+        w.x.iter_mut().zip(&*w.streams.low_rank).for_each(|(x, other)| *x = (*x + other) * half);
+
+        // Feed-forward layer.
+        pass.norm(&w.x, ffn_norms.input.as_ref(), &mut w.input);
+        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+        pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
+        pass.join(&mut w.x, &w.branch);
+
+        // Correction, and what the layer adds of its own vector to all streams but the first.
+        own.correct(pass, &mut w.streams, active, &w.x);
+        let Some(per_layer) = per_layer else { return };
+        w.x.copy_from_slice(&w.streams.all[active * size..][..size]);
+        for row in w.x.chunks_exact_mut(hidden) {
+            pass.kernel.multiply(row, &own.correct_scale);
+        }
+        per_layer.compute(pass, index, &w.x, &mut w.input, &w.per_layer, &mut w.branch, &mut w.rows);
+        for stream in w.streams.all.chunks_exact_mut(size).skip(1) {
+            pass.join(stream, &w.branch);
         }
     }
 

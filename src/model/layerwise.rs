@@ -67,9 +67,9 @@ impl Site {
     /// The tensors that may belong to the site, without the layer's prefix. Which of them exist depends on the family.
     pub(crate) fn tensors(self) -> Vec<String> {
         let (parts, network): (&[&str], _) = match self {
-            Site::Qkv => (&["attn_qkv", "attn_q", "attn_k", "attn_v"], Network::Dense),
+            Site::Qkv => (&["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_gate"], Network::Dense),
             Site::AttentionOutput => (&["attn_output"], Network::Dense),
-            Site::Up(network) => (&["ffn_gate", "ffn_up"], network),
+            Site::Up(network) => (&["ffn_gate", "ffn_up", "ffn_gate_up"], network),
             Site::Down(network) => (&["ffn_down"], network),
         };
         let suffix = match network {
@@ -85,6 +85,11 @@ impl LoadedLayer {
     /// The index of the layer.
     pub(crate) fn index(&self) -> usize {
         self.index
+    }
+
+    /// Width of the input of attention's output projection.
+    pub(crate) fn attended_width(&self) -> usize {
+        self.layer.mixer.out_proj().columns()
     }
 
     /// Width between up and down.
@@ -174,6 +179,9 @@ impl Layerwise {
                 Layer { scale: Some(_), .. } => Some("layer_output_scale.weight"),
                 Layer { ffn: FeedForward::Both(_), .. } => Some("ffn_gate_inp.weight"),
                 Layer { mixer: Mixer::LatentAttention(_), .. } => Some("attn_kv_a_mqa.weight"),
+                Layer { ffn: FeedForward::Experts(_), .. } if self.config().family.quirks.weighted_input => {
+                    Some("ffn_gate_inp.weight")
+                }
                 _ => None,
             };
             match part {
@@ -234,7 +242,7 @@ impl Layerwise {
         })
     }
 
-    /// The input of attention's output projection `(tokens, heads * head_dim)`, for the residual stream `x` of a window.
+    /// The input of attention's output projection `(tokens, attended_width)`, for the residual stream `x` of a window.
     ///
     /// # Errors
     /// Those of [`Layerwise::embed`].

@@ -80,7 +80,7 @@ impl LinearInput {
     }
 }
 
-/// Quantizes tile `i` of `values (rows, columns)` into its cache lines, of so many blocks a row, in the order of the layer's
+/// Quantizes tile `i` of `values (rows, columns)` into its cache lines, with this number of blocks a row, in the order of the layer's
 /// columns.
 fn fill_tile(
     kernel: &Kernel,

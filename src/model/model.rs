@@ -21,7 +21,7 @@ use crate::format::Checkpoint;
 use crate::format::gguf::{Gguf, Metadata, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
-use crate::threads::{ThreadPool, resolve_threads};
+use crate::threads::{PerProcess, ThreadPool, resolve_threads};
 use crate::tokenizer::{self, Limits, Tokenizer};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
@@ -110,7 +110,7 @@ pub struct Model {
     shape: CacheShape,
     context: usize,
     /// Workspaces of passes that are not running.
-    workspaces: Mutex<Vec<Workspace>>,
+    workspaces: PerProcess<Mutex<Vec<Workspace>>>,
     /// Computed on first use.
     fingerprint: OnceLock<Fingerprint>,
     metadata: Metadata,
@@ -199,7 +199,7 @@ impl Model {
                 pool,
             },
             context,
-            workspaces: Mutex::default(),
+            workspaces: PerProcess::default(),
             fingerprint: OnceLock::new(),
             metadata: checkpoint.metadata().clone(),
             limits: OnceLock::new(),
@@ -260,7 +260,7 @@ impl Model {
     /// Calls `run` with a workspace that no other pass uses, so that threads that share a model wait only for the thread
     /// pool.
     pub(super) fn with_workspace<R>(&self, run: impl FnOnce(&mut Workspace) -> R) -> R {
-        let workspaces = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let workspaces = || self.workspaces.get().lock().unwrap_or_else(PoisonError::into_inner);
         let free = workspaces().pop();
         let mut workspace = free.unwrap_or_default();
         let result = run(&mut workspace);

@@ -1,10 +1,10 @@
 //! A vector for each layer that depends on the token (Gemma 3n and 4): a row of a table of its own, added to a projection of
 //! the embedding. Layers multiply it with a gate and add the result.
 
+use super::batch::Row;
 use super::buffer::Buffer;
 use super::config::Config;
 use super::fingerprint::FingerprintHasher;
-use super::forward::Workspace;
 use super::linear::{Linear, LinearInput};
 use super::norm::Norm;
 use super::pass::{Pass, TASK_ROWS};
@@ -68,17 +68,27 @@ impl PerLayer {
         hasher.norm(norm);
     }
 
-    /// Computes the vectors of all rows into `w.per_layer (rows, layers * width)`, from the embeddings `w.x`.
-    pub(super) fn compute(&self, pass: &Pass<'_>, w: &mut Workspace) {
+    /// Computes the vectors of all rows into `out (rows, layers * width)`, from the embeddings `x (rows, hidden)`.
+    #[allow(clippy::too_many_arguments, reason = "the input, the output and three buffers")]
+    pub(super) fn compute(
+        &self,
+        pass: &Pass<'_>,
+        rows: &[Row],
+        x: &[f32],
+        input: &mut LinearInput,
+        branch: &mut Buffer,
+        buffers: &mut Vec<f32>,
+        out: &mut Buffer,
+    ) {
         let (width, own) = (self.width(), self.norm.weight.len());
-        pass.norm(&w.x, None, &mut w.input);
-        pass.linear(&self.projection, &mut w.input, &mut w.branch);
-        let (branch, rows, stride) = (&w.branch, &w.batch.rows, self.projection.width());
+        pass.norm(x, None, input);
+        pass.linear(&self.projection, input, branch);
+        let (branch, stride) = (&*branch, self.projection.width());
         let table = self.table.as_ref().map(|table| &table.parts()[0]);
         let scale = (pass.config.hidden as f32).sqrt().recip();
         let table_scale = (own as f32).sqrt();
-        w.per_layer.resize(rows.len() * width);
-        pass.scope.for_each_chunk_with(&mut w.per_layer, TASK_ROWS * width, &mut w.rows, width, |i, chunk, buffer| {
+        out.resize(rows.len() * width);
+        pass.scope.for_each_chunk_with(out, TASK_ROWS * width, buffers, width, |i, chunk, buffer| {
             for (r, out) in chunk.chunks_mut(width).enumerate() {
                 let row = i * TASK_ROWS + r;
                 let projected = &mut buffer[..width];

@@ -1,16 +1,12 @@
-//! Several residual streams of which a layer computes one and predicts the others (AltUp, Baykal et al. 2023, arXiv
-//! 2301.13310), with a low-rank branch beside attention (LAuReL, Menghani et al. 2024, arXiv 2411.07501), as in Gemma 3n.
+//! Several residual streams: a layer computes one and predicts the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
+//! A low-rank branch joins attention (LAuReL, Menghani et al. 2024, arXiv 2411.07501). Gemma 3n has both.
 
-use super::batch::Input;
 use super::buffer::Buffer;
 use super::config::{Config, StreamsConfig};
 use super::fingerprint::FingerprintHasher;
-use super::forward;
-use super::linear::Linear;
-use super::mixers::MixerContext;
+use super::linear::{Linear, LinearInput};
 use super::norm::Norm;
 use super::pass::Pass;
-use super::transformer::{Layer, Transformer};
 use super::weights::loader::{Loader, Part};
 use crate::error::Result;
 use crate::kernels::Kernel;
@@ -32,11 +28,11 @@ pub(super) struct Streams {
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
     /// `(streams, rows, hidden)`
-    all: Buffer,
+    pub(super) all: Buffer,
     /// As `all`: the streams as a layer predicts them.
-    predicted: Buffer,
+    pub(super) predicted: Buffer,
     /// `(rows, hidden)`: the low-rank branch.
-    low_rank: Buffer,
+    pub(super) low_rank: Buffer,
 }
 
 impl Workspace {
@@ -79,30 +75,44 @@ impl Streams {
         begin.iter().chain(end).for_each(|linear| hasher.linear(linear));
     }
 
-    /// Makes all streams of the embeddings `w.x`, each as large as those.
-    pub(super) fn begin(&self, pass: &Pass<'_>, w: &mut forward::Workspace) {
-        let size = w.x.len();
-        w.streams.all.resize((self.begin.len() + 1) * size);
-        w.streams.all[..size].copy_from_slice(&w.x);
+    /// Makes all streams of the embeddings `x (rows, hidden)`, each as large as those.
+    pub(super) fn begin(
+        &self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        input: &mut LinearInput,
+        branch: &mut Buffer,
+        streams: &mut Workspace,
+    ) {
+        let size = x.len();
+        streams.all.resize((self.begin.len() + 1) * size);
+        streams.all[..size].copy_from_slice(x);
         for (linear, at) in self.begin.iter().zip(1..) {
-            pass.norm(&w.x, None, &mut w.input);
-            pass.linear(linear, &mut w.input, &mut w.branch);
-            rescale(pass, &w.x, &w.branch, &mut w.streams.all[at * size..][..size]);
+            pass.norm(x, None, input);
+            pass.linear(linear, input, branch);
+            rescale(pass, x, branch, &mut streams.all[at * size..][..size]);
         }
     }
 
-    /// Makes `w.x` the mean of all streams, each projected and as large as the first.
-    pub(super) fn end(&self, pass: &Pass<'_>, w: &mut forward::Workspace) {
-        let (size, count) = (w.x.len(), self.end.len() + 1);
-        let (first, others) = w.streams.all.split_at_mut(size);
-        w.x.copy_from_slice(first);
+    /// Makes `x (rows, hidden)` the mean of all streams, each projected and as large as the first.
+    pub(super) fn end(
+        &self,
+        pass: &Pass<'_>,
+        x: &mut [f32],
+        input: &mut LinearInput,
+        branch: &mut Buffer,
+        streams: &mut Workspace,
+    ) {
+        let (size, count) = (x.len(), self.end.len() + 1);
+        let (first, others) = streams.all.split_at_mut(size);
+        x.copy_from_slice(first);
         for (linear, stream) in self.end.iter().zip(others.chunks_exact_mut(size)) {
-            pass.norm(stream, None, &mut w.input);
-            pass.linear(linear, &mut w.input, &mut w.branch);
-            rescale(pass, first, &w.branch, stream);
-            pass.kernel.add_scaled(&mut w.x, stream, 1.0);
+            pass.norm(stream, None, input);
+            pass.linear(linear, input, branch);
+            rescale(pass, first, branch, stream);
+            pass.kernel.add_scaled(x, stream, 1.0);
         }
-        w.x.iter_mut().for_each(|x| *x /= count as f32);
+        x.iter_mut().for_each(|x| *x /= count as f32);
     }
 }
 
@@ -129,13 +139,13 @@ pub(super) struct LayerStreams {
     /// `(streams, streams)`
     correct: Vec<f32>,
     /// `(hidden)`: factors of the computed stream, for the layer's own vector.
-    correct_scale: Vec<f32>,
+    pub(super) correct_scale: Vec<f32>,
     /// `(rank, hidden)`
-    left: Linear,
+    pub(super) left: Linear,
     /// `(hidden, rank)`
-    right: Linear,
+    pub(super) right: Linear,
     /// Of the low-rank branch.
-    low_rank_norm: Option<Norm>,
+    pub(super) low_rank_norm: Option<Norm>,
 }
 
 impl LayerStreams {
@@ -188,7 +198,7 @@ impl LayerStreams {
     }
 
     /// Predicts all streams of a layer from those before it.
-    fn predict(&self, pass: &Pass<'_>, streams: &mut Workspace, active: usize, size: usize) {
+    pub(super) fn predict(&self, pass: &Pass<'_>, streams: &mut Workspace, active: usize, size: usize) {
         let (hidden, count) = (pass.config.hidden, streams.all.len() / size);
         let Workspace { all, predicted, .. } = streams;
         predicted.copy_from(all);
@@ -207,7 +217,7 @@ impl LayerStreams {
 
     /// Makes the streams what was predicted, corrected by how far the computed stream `x (rows, hidden)` is from its
     /// prediction.
-    fn correct(&self, pass: &Pass<'_>, streams: &mut Workspace, active: usize, x: &[f32]) {
+    pub(super) fn correct(&self, pass: &Pass<'_>, streams: &mut Workspace, active: usize, x: &[f32]) {
         let (hidden, size) = (pass.config.hidden, x.len());
         let count = streams.all.len() / size;
         let Workspace { all, predicted, .. } = streams;
@@ -222,65 +232,6 @@ impl LayerStreams {
                 let weight = 1.0 + coefficients.iter().zip(&routed).map(|(a, b)| a * b).sum::<f32>();
                 pass.kernel.add_scaled(&mut all[of(to)..][..hidden], &news, weight);
             }
-        }
-    }
-}
-
-impl Transformer {
-    /// One layer of several streams: predicts all, computes the active one, and corrects the others by it.
-    pub(super) fn layer_of_streams(
-        &self,
-        pass: &Pass<'_>,
-        layer: &Layer,
-        own: &LayerStreams,
-        index: usize,
-        w: &mut forward::Workspace,
-        inputs: &mut [Input<'_>],
-    ) {
-        let Layer { mixer_norms, mixer, ffn_norms, ffn, per_layer, .. } = layer;
-        let active = pass.config.streams.map_or(0, |streams| streams.active);
-        let (size, hidden) = (w.x.len(), pass.config.hidden);
-        own.predict(pass, &mut w.streams, active, size);
-        w.x.copy_from_slice(&w.streams.predicted[active * size..][..size]);
-
-        // The low-rank branch, which reads the mixer's input.
-        pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
-        w.streams.low_rank.copy_from(&w.input.values);
-        pass.linear(&own.left, &mut w.input, &mut w.branch);
-        let (rank, stride) = (own.right.columns(), own.left.width());
-        w.input.resize(size / hidden, rank);
-        for (out, row) in w.input.values.chunks_exact_mut(rank).zip(w.branch.chunks(stride)) {
-            out.copy_from_slice(&row[..rank]);
-        }
-        pass.linear(&own.right, &mut w.input, &mut w.branch);
-        pass.norm_branch(&mut w.branch, own.low_rank_norm.as_ref(), &mut w.rows);
-        pass.join(&mut w.streams.low_rank, &w.branch);
-
-        // Mixer, and the mean of the two branches, as large as one of them.
-        pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
-        let mut context = MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
-        mixer.forward(&mut context, &mut w.input, &mut w.mixers, &mut w.branch);
-        pass.norm_branch(&mut w.branch, mixer_norms.output.as_ref(), &mut w.rows);
-        pass.join(&mut w.x, &w.branch);
-        let half = std::f32::consts::FRAC_1_SQRT_2;
-        w.x.iter_mut().zip(&*w.streams.low_rank).for_each(|(x, other)| *x = (*x + other) * half);
-
-        // Feed-forward layer.
-        pass.norm(&w.x, ffn_norms.input.as_ref(), &mut w.input);
-        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
-        pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
-        pass.join(&mut w.x, &w.branch);
-
-        // Correction, and what the layer adds of its own vector to all streams but the first.
-        own.correct(pass, &mut w.streams, active, &w.x);
-        let Some(per_layer) = per_layer else { return };
-        w.x.copy_from_slice(&w.streams.all[active * size..][..size]);
-        for row in w.x.chunks_exact_mut(hidden) {
-            pass.kernel.multiply(row, &own.correct_scale);
-        }
-        per_layer.compute(pass, index, &w.x, &mut w.input, &w.per_layer, &mut w.branch, &mut w.rows);
-        for stream in w.streams.all.chunks_exact_mut(size).skip(1) {
-            pass.join(stream, &w.branch);
         }
     }
 }

@@ -3,11 +3,11 @@
 use super::config::Config;
 use super::ffn::FeedForward;
 use super::fingerprint::{Fingerprint, FingerprintHasher};
-use super::heads::Heads;
 use super::linear::Linear;
 use super::mixers::Mixer;
 use super::mixers::positions::Positions;
 use super::norm::Norm;
+use super::outputs::heads::Heads;
 use super::per_layer::{LayerInput, PerLayer};
 use super::rope::Scaling;
 use super::streams::{LayerStreams, Streams};

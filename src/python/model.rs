@@ -81,8 +81,10 @@ impl Model {
     }
 
     /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the
-    /// package's `SamplingOptions`. Ids in the ranges `excluded` (first, end) are never sampled.
-    #[pyo3(signature = (tokens, options, constraint=None, session=None, excluded=Vec::new()))]
+    /// package's `SamplingOptions`. Ids in the ranges `excluded` (first, end) are never sampled, and those in `ends` not before
+    /// `min_tokens` others.
+    #[pyo3(signature = (tokens, options, constraint=None, session=None, excluded=Vec::new(), ends=Vec::new()))]
+    #[allow(clippy::too_many_arguments, reason = "Python passes them by name")]
     fn sequence(
         &self,
         py: Python<'_>,
@@ -91,12 +93,14 @@ impl Model {
         constraint: Option<Bound<'_, Constraint>>,
         session: Option<Bound<'_, Session>>,
         excluded: Vec<(u32, u32)>,
+        ends: Vec<u32>,
     ) -> PyResult<Sequence> {
         let tokens = tokens.checked()?;
         let session = session.map_or_else(|| self.0.session(), |session| session.get().0.fork());
         let resumed = guarded(py, || engine::Sequence::resume_endless(&self.0, session, &tokens, options.into()));
         let mut sequence = resumed?;
         sequence.exclude(excluded.into_iter().map(|(first, end)| first..end).collect());
+        sequence.hold(&ends);
         if let Some(constraint) = constraint {
             sequence.constrain(constraint.get().0.clone());
         }

@@ -127,6 +127,7 @@ pub(super) fn quantize(
                 raised.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
             }
         };
+        let read: Vec<_> = read.iter().chain(&options.imatrix).cloned().collect();
         let context = RunContext {
             read: &read,
             threads: options.threads,
@@ -165,4 +166,10 @@ pub(super) fn quantize(
         Some(exception) => Err(exception),
         None => Ok(report?),
     }
+}
+
+/// Removes what a run has left that was killed when its output at `out` was complete.
+#[pyfunction]
+pub(super) fn remove_leftovers(out: PathBuf) -> PyResult<()> {
+    Ok(crate::quantize::remove_leftovers(&out)?)
 }

@@ -44,6 +44,7 @@ pub(super) struct Options {
     frequency_penalty: f32,
     penalty_window: u32,
     logit_bias: HashMap<u32, f32>,
+    min_tokens: u32,
     seed: Option<u64>,
     logprobs: Option<u32>,
 }
@@ -64,6 +65,7 @@ impl From<Options> for SamplingOptions {
             frequency_penalty: options.frequency_penalty,
             penalty_window: options.penalty_window,
             logit_bias,
+            min_tokens: options.min_tokens,
             seed: options.seed,
             logprobs: options.logprobs,
         }

@@ -248,7 +248,7 @@ impl BlockType {
             return Err(Error::argument("block type", self.name(), format_args!("one of {known}")));
         };
         let expected = self.bytes_for(out.len()).ok_or_else(|| {
-            let blocks = format_args!("a multiple of {}, the block of {}", self.block_len(), self.name()).to_string();
+            let blocks = format!("a multiple of {}, the block of {}", self.block_len(), self.name());
             Error::argument("values", out.len(), blocks)
         })?;
         if bytes.len() != expected {

@@ -2,8 +2,7 @@
 
 mod search;
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use super::format::Format;
 use super::overrides::TensorFormats;
 use super::pipeline::{self, QuantizeOptions, Report};
 use super::recipes::{GptqOptions, Recipe};
-use super::resume::ResumeFiles;
+use super::resume::{ResumeFiles, candidate_path};
 use super::tuning::TuningOptions;
 use crate::error::{Error, Result};
 use crate::model::{LoadOptions, Model, Quantize};
@@ -131,12 +130,13 @@ impl<'a> Search<'a> {
         let reference = Reference::record(&model, evaluation, &measuring, context.interrupted)?;
         let candidates = candidates(options, can_tune);
         let names: Vec<String> = candidates.iter().map(QuantizeOptions::name).collect();
-        let paths: Vec<_> = names.iter().map(|name| hidden(context.out, name)).collect();
-        let own = |candidate: &QuantizeOptions| ResumeFiles::next_to(&hidden(context.out, candidate.recipe.name()));
+        let paths: Vec<_> = names.iter().map(|name| candidate_path(context.out, name)).collect();
+        let own =
+            |candidate: &QuantizeOptions| ResumeFiles::next_to(&candidate_path(context.out, candidate.recipe.name()));
         context.check_out(&candidates.iter().map(own).collect::<Vec<_>>())?;
         let sources = context.sources();
         paths.iter().try_for_each(|path| sources.check_working_file("out", path))?;
-        let resume_files = vec![ResumeFiles::next_to(context.out)];
+        let resume_files = Vec::new();
         Ok(Search { context, options, started, reference, candidates, names, paths, made: Vec::new(), resume_files })
     }
 
@@ -148,6 +148,7 @@ impl<'a> Search<'a> {
         let (target, budget) = (self.options.target, self.options.budget);
         let outcome = search(&names, perplexity, target, budget, &clock, &mut |number| self.evaluate(number))?;
         let (chosen, out) = (&self.paths[outcome.chosen], self.context.out);
+        ResumeFiles::next_to(out).mark_done(chosen)?;
         std::fs::rename(chosen, out).map_err(|source| Error::io(chosen, source))?;
         let (mut report, measured) = self.made.swap_remove(outcome.chosen);
         report.out = out.to_path_buf();
@@ -162,7 +163,7 @@ impl<'a> Search<'a> {
             (context.progress)(&format!("{name}: {stage}"), done, total);
         };
         // A candidate with tuning starts with the codes of the same recipe without, so that they share a log.
-        let files = ResumeFiles::next_to(&hidden(context.out, self.candidates[number].recipe.name()));
+        let files = ResumeFiles::next_to(&candidate_path(context.out, self.candidates[number].recipe.name()));
         self.resume_files.push(files.clone());
         let (late, budget, started) = (AtomicBool::new(false), self.options.budget, self.started);
         let stop = || {
@@ -196,8 +197,10 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
+    /// Removes the files of the candidates first: those of the output say that the search is done.
     fn remove_resume_files(&self) -> Result<()> {
-        self.resume_files.iter().try_for_each(ResumeFiles::remove)
+        self.resume_files.iter().try_for_each(ResumeFiles::remove)?;
+        ResumeFiles::next_to(self.context.out).remove()
     }
 }
 
@@ -210,14 +213,6 @@ fn candidates(options: &AutoOptions, can_tune: bool) -> Vec<QuantizeOptions> {
     };
     let all = [(Recipe::Rtn { search: true }, None), (Recipe::Gptq(gptq), None), last];
     all.map(|(recipe, tuning)| QuantizeOptions { recipe, tuning, formats: options.formats.clone() }).to_vec()
-}
-
-/// The name of a candidate's file while it is measured.
-fn hidden(out: &Path, recipe: &str) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(out.file_name().unwrap_or_default());
-    name.push(format!(".{recipe}.gguf"));
-    out.with_file_name(name)
 }
 
 fn figures(report: &Report, measured: &Evaluation) -> Figures {

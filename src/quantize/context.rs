@@ -91,6 +91,7 @@ impl<'a> RunContext<'a> {
         sources.check("out", self.out)?;
         files.iter().flat_map(ResumeFiles::all).try_for_each(|file| sources.check_working_file("out", &file))?;
         if self.out.exists() && !self.force {
+            remove_leftovers(self.out)?;
             let found = format!("{}, which exists", self.out.display());
             return Err(Error::argument("out", found, "a new file, or force"));
         }
@@ -115,6 +116,14 @@ impl fmt::Debug for RunContext<'_> {
     }
 }
 
+/// Removes what a run has left that was killed when its output at `out` was complete.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn remove_leftovers(out: &Path) -> Result<()> {
+    ResumeFiles::next_to(out).remove_if_done()
+}
+
 /// A run whose checkpoint is open.
 #[derive(Clone, Copy)]
 pub(super) struct OpenRun<'a> {
@@ -135,6 +144,16 @@ impl<'a> OpenRun<'a> {
     /// Reports progress.
     pub(super) fn report(&self, stage: &str, done: usize, total: usize) {
         (self.context.progress)(stage, done, total);
+    }
+
+    /// Reports the layer that the stage begins.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]
+    pub(super) fn enter_layer(&self, stage: &str, layer: usize) -> Result<()> {
+        self.check()?;
+        self.report(stage, layer, self.layers.config().layers.len());
+        Ok(())
     }
 
     /// Whether the run may continue.

@@ -48,7 +48,7 @@ impl<'a> LayerProblem<'a> {
         }
         for (name, numbers) in [("weights", weights), ("hessian", hessian), ("magnitude", magnitude)] {
             if let Some(at) = numbers.iter().position(|number| !number.is_finite()) {
-                let found = format_args!("{} at index {at}", numbers[at]).to_string();
+                let found = format!("{} at index {at}", numbers[at]);
                 return Err(Error::argument(name, found, "finite numbers"));
             }
         }

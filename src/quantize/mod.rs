@@ -39,6 +39,8 @@ pub use auto::{AutoOptions, AutoReport, Figures, Target, auto};
 pub use bits::spend_bits;
 #[doc(hidden)]
 pub use bits::{choose_formats, write_importance};
+#[doc(hidden)]
+pub use context::remove_leftovers;
 pub use context::{Interrupted, RunContext, StageProgress};
 pub use format::Format;
 #[doc(hidden)]

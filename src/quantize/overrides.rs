@@ -83,8 +83,7 @@ impl TensorFormats {
             None => Ok(()),
             Some((pattern, _)) => {
                 let known = names.iter().find(|name| name.starts_with("blk.")).copied().unwrap_or("token_embd.weight");
-                let expected = format_args!("the name of a tensor, such as {}, or a pattern with * and ?", stem(known))
-                    .to_string();
+                let expected = format!("the name of a tensor, such as {}, or a pattern with * and ?", stem(known));
                 Err(Error::argument("keep", format_args!("{pattern:?}, which matches no tensor"), expected))
             }
         }

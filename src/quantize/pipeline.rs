@@ -148,7 +148,7 @@ fn check_vectors(checkpoint: &dyn Checkpoint) -> Result<()> {
         }
         let values = read_rows(&tensor, 0, 1)?;
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            let found = format_args!("{} at index {at}", values[at]).to_string();
+            let found = format!("{} at index {at}", values[at]);
             return Err(Error::malformed(checkpoint.path(), Place::Tensor(name.to_owned()), found, "finite numbers"));
         }
     }

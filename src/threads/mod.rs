@@ -25,8 +25,10 @@
 mod columns;
 mod count;
 mod job_slot;
+mod per_process;
 mod pool;
 
 pub use columns::Columns;
 pub use count::{MAX_THREADS, default_threads, resolve_threads};
+pub(crate) use per_process::PerProcess;
 pub use pool::{Scope, ThreadPool};

@@ -3,6 +3,9 @@
 //! A template is a Jinja program from an untrusted file. It has no access to anything but its variables, and its steps and its
 //! output are limited.
 
+use std::fmt::Write;
+
+use chrono::{Local, NaiveDateTime};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State};
 
@@ -13,6 +16,8 @@ use crate::error::{Error, Place, Result};
 const MAX_STEPS: u64 = 10_000_000;
 /// Characters of source. Real templates have 30,000.
 const MAX_SOURCE: usize = 1 << 17;
+/// Characters of a pattern of `strftime_now`.
+const MAX_PATTERN: usize = 100;
 
 /// A turn of a conversation.
 #[derive(Debug, Clone)]
@@ -95,6 +100,26 @@ impl ChatOptions {
 
 impl Tokenizer {
     /// Writes a conversation as a prompt, by the model's chat template.
+    ///
+    /// Models that were trained on text alone have none. This program answers a prompt, or continues it, as `nybble run` does:
+    ///
+    /// ```no_run
+    /// use nybble::{ChatOptions, LoadOptions, Message, Model, SamplingOptions, Sequence, step};
+    ///
+    /// let model = Model::load("model.gguf", &LoadOptions::default())?;
+    /// let tokenizer = model.tokenizer()?;
+    /// let (mut prompt, options) = ("Why is the sky blue?".to_owned(), ChatOptions::default());
+    /// if tokenizer.chat_template(None).is_some() {
+    ///     prompt = tokenizer.apply_chat_template(&[Message::user(&prompt)], &options)?;
+    /// }
+    /// let prompt = tokenizer.encode_prompt(&prompt)?;
+    /// let mut text = tokenizer.decoder_after(&prompt);
+    /// let mut sequence = Sequence::new(&model, &prompt, SamplingOptions::greedy())?;
+    /// while !sequence.has_ended() && sequence.len() < model.context() {
+    ///     print!("{}", text.push(step(&model, &mut [&mut sequence], &|| false)?[0].token)?);
+    /// }
+    /// # Ok::<(), nybble::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] when there is no such template, or it refuses the messages; [`Error::Malformed`] when the
@@ -354,76 +379,60 @@ impl Style {
     }
 }
 
-/// The date in UTC, for the patterns that templates use.
+/// The local time in a pattern of `strftime`.
 fn strftime_now(pattern: &str) -> std::result::Result<String, minijinja::Error> {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    date(since.as_secs(), pattern)
+    date(Local::now().naive_local(), pattern)
 }
 
-fn date(seconds: u64, pattern: &str) -> std::result::Result<String, minijinja::Error> {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let days = seconds / 86_400;
-    // Howard Hinnant's algorithm: years begin in March, so that the leap day is the last one.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let part = (5 * of_year + 2) / 153;
-    let (day, month) = (of_year - (153 * part + 2) / 5 + 1, if part < 10 { part + 3 } else { part - 9 });
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
-    let mut out = String::new();
-    let mut chars = pattern.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        match chars.next() {
-            Some('Y') => out.push_str(&year.to_string()),
-            Some('m') => out.push_str(&format!("{month:02}")),
-            Some('d') => out.push_str(&format!("{day:02}")),
-            Some('B') => out.push_str(month_name),
-            Some('b') => out.push_str(&month_name[..3]),
-            Some('A') => out.push_str(day_name),
-            Some('a') => out.push_str(&day_name[..3]),
-            Some('H') => out.push_str(&format!("{:02}", seconds / 3600 % 24)),
-            Some('M') => out.push_str(&format!("{:02}", seconds / 60 % 60)),
-            Some('S') => out.push_str(&format!("{:02}", seconds % 60)),
-            Some('%') => out.push('%'),
-            other => {
-                let found = other.map(String::from).unwrap_or_default();
-                let message = format!("strftime_now: found %{found}, expected %Y %m %d %B %b %A %a %H %M %S");
-                return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
-            }
-        }
+fn date(time: NaiveDateTime, pattern: &str) -> std::result::Result<String, minijinja::Error> {
+    let refused = |why: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {why}"));
+    if pattern.chars().count() > MAX_PATTERN || pattern.contains(|c: char| c.is_ascii_digit()) {
+        return Err(refused("the pattern is too long or contains a width"));
     }
-    Ok(out)
+    let mut out = String::new();
+    // Fails for what chrono does not know, and for the time zone, which a local time does not have.
+    match write!(out, "{}", time.format(pattern)) {
+        Ok(()) => Ok(out),
+        Err(_) => Err(refused(&format!("the pattern {pattern:?} is not supported"))),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Five and three quarter hours east of Greenwich.
+    const ZONE: &str = "XXX-05:45";
+
+    fn at(seconds: i64) -> NaiveDateTime {
+        chrono::DateTime::from_timestamp(seconds, 0).unwrap().naive_utc()
+    }
+
     #[test]
     fn dates_are_written_in_the_patterns_of_templates() {
-        assert_eq!(date(0, "%A %d %B %Y %H:%M:%S").unwrap(), "Thursday 01 January 1970 00:00:00");
-        assert_eq!(date(951_782_399, "%a %d %b %Y").unwrap(), "Mon 28 Feb 2000");
-        assert_eq!(date(951_782_400, "%Y-%m-%d%%").unwrap(), "2000-02-29%");
-        assert!(date(0, "%q").is_err());
+        assert_eq!(date(at(0), "%A %d %B %Y %H:%M:%S").unwrap(), "Thursday 01 January 1970 00:00:00");
+        assert_eq!(date(at(951_782_399), "%a %-d %b %y, %I:%M %p").unwrap(), "Mon 28 Feb 00, 11:59 PM");
+        assert_eq!(date(at(951_782_400), "%Y-%m-%d%%").unwrap(), "2000-02-29%");
+        for refused in ["%Q", "%Z", "%100000Y", &"%Y".repeat(51)] {
+            assert!(date(at(0), refused).is_err(), "{refused}");
+        }
+    }
+
+    #[test]
+    fn templates_see_the_local_time() {
+        // A process cannot change its time zone safely while other threads run, so the test starts itself in this one.
+        if std::env::var("TZ").as_deref() != Ok(ZONE) {
+            let test = "tokenizer::chat::tests::templates_see_the_local_time";
+            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+            let done = command.args([test, "--exact"]).env("TZ", ZONE).output().unwrap();
+            let printed = String::from_utf8_lossy(&done.stdout);
+            assert!(done.status.success() && printed.contains("1 passed"), "{printed}");
+            return;
+        }
+        let east = chrono::TimeDelta::minutes(5 * 60 + 45);
+        let minute = || date(chrono::Utc::now().naive_utc() + east, "%d %H:%M").unwrap();
+        let before = minute();
+        let shown = strftime_now("%d %H:%M").unwrap();
+        assert!([before, minute()].contains(&shown), "{shown}");
     }
 }

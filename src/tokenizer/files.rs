@@ -29,7 +29,7 @@ pub(super) fn bytes(path: &Path) -> Result<Option<Vec<u8>>> {
         return Err(io(std::io::Error::new(ErrorKind::InvalidInput, "not a regular file, expected text")));
     }
     if metadata.len() > MAX_BYTES {
-        let found = format_args!("{} bytes", metadata.len());
+        let found = format!("{} bytes", metadata.len());
         return Err(Error::malformed(path, Place::File, found, format_args!("at most {MAX_BYTES}")));
     }
     let bytes = std::fs::read(path).map_err(io)?;
@@ -42,7 +42,7 @@ pub(super) fn bytes(path: &Path) -> Result<Option<Vec<u8>>> {
 /// The text that `bytes` are, from `place` of the file at `path`.
 pub(super) fn utf8(bytes: Vec<u8>, path: &Path, place: Place) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
-        let found = format_args!("invalid UTF-8 at byte {}", error.utf8_error().valid_up_to());
+        let found = format!("invalid UTF-8 at byte {}", error.utf8_error().valid_up_to());
         Error::malformed(path, place, found, "text")
     })
 }

@@ -289,7 +289,7 @@ impl<'a> Vocabulary<'a> {
         }
         if !is_list {
             if let Some([first, second]) = tokens.windows(2).find(|pair| pair[0].1 == pair[1].1) {
-                let found = format_args!("the id {} of {}", first.1, shown(first.0));
+                let found = format!("the id {} of {}", first.1, shown(first.0));
                 return Err(source.part(&format!("token {}", shown(second.0)), found, "its own"));
             }
             if let Some((text, id)) = tokens.iter().find(|(_, id)| *id as usize >= vocabulary.size) {

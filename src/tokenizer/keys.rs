@@ -1,6 +1,7 @@
 //! Typed access to `tokenizer.*` keys. Errors name the file, the key, what was found and what was expected.
 
 use std::cell::RefCell;
+use std::fmt::Display;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -19,12 +20,7 @@ impl<'a> Keys<'a> {
         Keys { metadata, path, warnings: RefCell::default() }
     }
 
-    pub(super) fn malformed(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        expected: impl std::fmt::Display,
-    ) -> Error {
+    pub(super) fn malformed(&self, key: &str, found: impl Display, expected: impl Display) -> Error {
         Error::malformed(self.path, Place::Key(key.to_owned()), found, expected)
     }
 
@@ -56,7 +52,7 @@ impl<'a> Keys<'a> {
             return Err(self.malformed(key, found, expected()));
         }
         if let Some(length) = length.filter(|length| *length != array.len()) {
-            let found = format_args!("{} elements", array.len());
+            let found = format!("{} elements", array.len());
             return Err(self.malformed(key, found, format_args!("{length}, one per token")));
         }
         Ok(elements)

@@ -52,7 +52,7 @@ pub(crate) fn byte_level(folder: &Path) -> Result<Option<String>> {
     for (at, line) in lines {
         let pair = line.split_once(' ').filter(|(left, right)| !left.is_empty() && !right.trim_end().is_empty());
         let Some((left, right)) = pair else {
-            let found = format_args!("line {} is {:?}", at + 1, line.chars().take(60).collect::<String>());
+            let found = format!("line {} is {:?}", at + 1, line.chars().take(60).collect::<String>());
             return Err(Error::malformed(&merges_path, Place::File, found, "two tokens with a space between them"));
         };
         pairs.push(json!([left, right.trim_end()]));
@@ -210,7 +210,7 @@ pub(crate) fn sentencepiece(folder: &Path) -> Result<Option<Metadata>> {
         let id = usize::try_from(id).unwrap_or(usize::MAX);
         if id > texts.len() {
             let found = format_args!("the id {id} of {:?}", token.content);
-            let expected = format_args!("the ids from {} on", texts.len());
+            let expected = format!("the ids from {} on", texts.len());
             return Err(Error::malformed(folder.join("tokenizer_config.json"), Place::File, found, expected));
         }
         if id == texts.len() {

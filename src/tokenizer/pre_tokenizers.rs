@@ -141,6 +141,10 @@ const DEEPSEEK_WORD: &str = concat!(
     "\u{fb13}-\u{fb17}\u{ff21}-\u{ff3a}\u{ff41}-\u{ff5a}\u{10400}-\u{1044f}\u{104b0}-\u{104d3}\u{104d8}-",
     "\u{104fb}\u{10c80}-\u{10cb2}\u{10cc0}-\u{10cf2}\u{118a0}-\u{118df}\u{1e900}-\u{1e943}]+",
 );
+/// `\d{1,3}(?=(?:\d{3})*\b)`, with the word characters of Oniguruma spelled out, with which the models were trained. Other
+/// regular expressions do not count the Latin-1 superscripts and fractions, or do count joiners.
+const DIGITS_BY_THREES: &str =
+    "\\d{1,3}(?=(?:\\d{3})*(?![\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\u{b2}\u{b3}\u{b9}\u{bc}-\u{be}]))";
 const BLOOM: &str = " ?[^(\\s|.,!?\u{2026}\u{3002}\u{ff0c}\u{3001}\u{964}\u{6d4}\u{60c})]+";
 const AFMOE_SCRIPTS: &str = "[\u{4e00}-\u{9fff}\u{3400}-\u{4dbf}\u{f900}-\u{faff}\u{3040}-\u{309f}\u{30a0}-\u{30ff}\u{ff65}-\u{ff9f}\u{2f00}-\u{2fdf}\u{e00}-\u{e7f}\u{e80}-\u{eff}\u{1780}-\u{17ff}\u{1000}-\u{109f}\u{aa60}-\u{aa7f}\u{a9e0}-\u{a9ff}\u{ac00}-\u{d7af}\u{1100}-\u{11ff}]+";
 
@@ -258,7 +262,7 @@ const RULES: &[Rule] = &[
             cased_with_contraction!(r"\p{N}"),
         ],
     )),
-    rule(&["tiny_aya", "cohere2moe"], &[r"\d{1,3}(?=(?:\d{3})*\b)", cased_with_contraction!(r"\p{N}{1,3}")]),
+    rule(&["tiny_aya", "cohere2moe"], &[DIGITS_BY_THREES, cased_with_contraction!(r"\p{N}{1,3}")]),
     rule(
         &["kimi-k2"],
         &[concat!(
@@ -306,4 +310,30 @@ const fn ignoring_merges(rule: Rule) -> Rule {
 
 const fn with_bos(rule: Rule) -> Rule {
     Rule { add_bos: true, ..rule }
+}
+
+#[cfg(all(test, feature = "tokenizers"))]
+mod tests {
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
+
+    use super::*;
+
+    #[test]
+    fn digits_are_grouped_up_to_the_end_of_a_word_as_oniguruma_defines_it() {
+        let pattern = SplitPattern::Regex(DIGITS_BY_THREES.to_owned());
+        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+        for (text, expected) in [
+            ("12345 a", &["12", "345", " a"][..]),
+            ("12345\u{200d}a", &["12", "345", "\u{200d}a"]),
+            ("12345\u{b2}", &["12345\u{b2}"]),
+            ("12345\u{2460}", &["12", "345", "\u{2460}"]),
+            ("12345_", &["12345_"]),
+        ] {
+            let mut pieces = PreTokenizedString::from(text);
+            split.pre_tokenize(&mut pieces).unwrap();
+            let found = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            assert_eq!(found.iter().map(|piece| piece.0).collect::<Vec<_>>(), expected, "{text}");
+        }
+    }
 }

@@ -127,6 +127,11 @@ fn an_invalid_constraint_is_refused_by_name() {
         (schema(r#"{"type":"string","pattern":"[a"}"#), "schema: found unclosed character class at \"[a"),
         (Grammar::Lark("start: /a(/".to_owned()), "grammar: found "),
         (Grammar::Lark("no grammar".to_owned()), "grammar: found "),
+        (Grammar::Lark("start: a\na: a".to_owned()), "grammar: found a form that no text has, expected a grammar"),
+        (
+            Grammar::Lark("start: b\nb: \"x\" c".to_owned()),
+            "grammar: found at 2(4): unknown name: \"c\", expected a grammar that nybble supports:\n   1 | start: b\n   2 | b: \"x\" c\n",
+        ),
     ];
     for (grammar, expected) in cases {
         let error = vocabulary.constraint(&grammar).expect_err("it is refused").to_string();

@@ -6,6 +6,7 @@ mod tiny_model;
 #[cfg(feature = "grammar")]
 mod constraint;
 mod ends;
+mod examples;
 mod jobs;
 mod sampler;
 mod scheduler;

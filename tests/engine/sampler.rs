@@ -487,3 +487,31 @@ fn a_vocabulary_of_262144_tokens_is_filtered_like_a_small_one() {
         assert!(expected[sampler.sample(&mut working).unwrap().token as usize] > 0.0);
     }
 }
+
+#[test]
+fn ends_are_not_sampled_before_the_least_number_of_tokens() {
+    for options in [SamplingOptions::greedy(), neutral()] {
+        let mut held = sampler(&options.clone().with_min_tokens(3), 4);
+        held.set_ends([1, 3, 99]);
+        let before = [0.5, 9.0, 1.5, 8.0];
+        let mut logits = before;
+        let tokens: Vec<_> = (0..60).map(|_| held.sample(&mut logits).unwrap().token).collect();
+        assert!(tokens[..3].iter().all(|token| [0, 2].contains(token)), "{tokens:?}");
+        assert!(tokens[3..].iter().any(|token| [1, 3].contains(token)), "{tokens:?}");
+        assert_eq!(logits, before, "logits are restored");
+    }
+}
+
+#[test]
+fn an_end_is_sampled_early_where_nothing_else_is_left() {
+    let ban = |id: u32| (id, f32::NEG_INFINITY);
+    let mut held = sampler(&neutral().with_min_tokens(5).with_logit_bias([ban(0), ban(2)]), 3);
+    held.set_ends([1]);
+    assert_eq!(held.sample(&mut [0.0, 0.0, 0.0]).unwrap().token, 1);
+}
+
+#[test]
+fn the_least_number_of_tokens_changes_nothing_without_ends() {
+    let logits = noise(50, 3);
+    assert_eq!(histogram(&neutral().with_min_tokens(9), &logits, 40), histogram(&neutral(), &logits, 40));
+}

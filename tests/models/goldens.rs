@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::logits::{assert_known_fingerprint, bits, distance, feed, load, logits, top};
+use crate::logits::{bits, distance, feed, load, logits, top, unknown_fingerprint};
 use nybble::format::gguf::Gguf;
 use nybble::kernels;
 use nybble::model::hf::HfFolder;
@@ -114,12 +114,13 @@ fn an_int8_cache_stays_close_to_transformers() {
         let middle = shares[shares.len() / 2];
         println!("{}: {middle:.4}", golden.name);
         // A scale taken from the wrong position or head would leave errors as large as the logits.
-        assert!(middle > 0.0 && middle < 0.03, "{}: the logits are off by {middle} of their size", golden.name);
+        assert!(middle > 0.0 && middle < 0.04, "{}: the logits are off by {middle} of their size", golden.name);
     }
 }
 
 #[test]
 fn int8_weights_keep_the_likeliest_token_of_every_family() {
+    let mut faults = Vec::new();
     for golden in goldens() {
         let (exact, model) =
             (load(&golden.folder, Quantize::Stored, 2, None), load(&golden.folder, Quantize::Int8, 2, None));
@@ -131,14 +132,18 @@ fn int8_weights_keep_the_likeliest_token_of_every_family() {
             count += tokens.len();
             same += pairs.filter(|(exact, found)| top(exact) == top(found)).count();
         }
-        // Random weights make near ties common, also between experts, where one tie changes everything after it: of the
-        // same three checkpoints in Q8_0, llama.cpp keeps 89.1, 89.1 and 87.5 percent. A tensor that is packed wrongly
-        // leaves hardly any.
-        let bound = if ["mixtral", "qwen2_moe", "qwen3_moe"].contains(&&*golden.name) { 0.87 } else { 0.90 };
+        // Random weights make near ties common, also between experts, where one tie changes everything after it: of some of the
+        // same checkpoints in Q8_0, llama.cpp keeps 77 (laguna), 85 (hy_v3), 88 (dots1) and 89 percent (gemma4). A tensor that
+        // is packed wrongly leaves hardly any.
+        let sparse = exact.config().experts.count > 0;
+        let bound = if sparse { 0.75 } else { 0.83 };
         let share = same as f64 / count as f64;
         println!("{}: {share:.3}", golden.name);
-        assert!(share >= bound, "{}: {share:.3}", golden.name);
+        if share < bound {
+            faults.push(format!("{}: {share:.3}", golden.name));
+        }
     }
+    assert!(faults.is_empty(), "{faults:#?}");
 }
 
 #[test]
@@ -191,10 +196,12 @@ fn bits_do_not_depend_on_the_kernel_or_a_shared_prefix() {
 
 #[test]
 fn every_family_keeps_the_fingerprint_of_saved_sessions() {
+    let mut unknown = Vec::new();
     for golden in goldens() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let model = load(&golden.folder, quantize, 1, None);
-            assert_known_fingerprint(&format!("golden {} {quantize:?}", golden.name), &model);
+            unknown.extend(unknown_fingerprint(&format!("golden {} {quantize:?}", golden.name), &model));
         }
     }
+    assert!(unknown.is_empty(), "not in tests/data/fingerprints.txt:\n{}", unknown.join("\n"));
 }

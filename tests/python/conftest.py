@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -30,8 +31,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 
+from serving import TOOL_TEMPLATE  # noqa: E402
+
 from nybble import Model  # noqa: E402
 from nybble.models import hub  # noqa: E402
+
+from serving import TOOL_TEMPLATE  # noqa: E402  isort: skip
 
 
 @pytest.fixture
@@ -59,10 +64,32 @@ def tiny_model(tiny_file: Path) -> Iterator[Model]:
 
 
 @pytest.fixture(scope="session")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The tiny llama with a context of 2,048 tokens and a chat template that supports tools."""
+    changes: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": TOOL_TEMPLATE}
+    with Model.load(tiny.write_model(tmp_path_factory.mktemp("tool") / "tiny.gguf", **changes), threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
 def uniform_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """A tiny model that predicts all tokens with the same probability."""
     file = tiny.write_model(
         tmp_path_factory.mktemp("uniform") / "uniform.gguf", layers=1, uniform=True, llama__context_length=4096
+    )
+    with Model.load(file, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A uniform model with a long context, whose chat template has tools."""
+    file = tiny.write_model(
+        tmp_path_factory.mktemp("chat") / "chat.gguf",
+        layers=1,
+        uniform=True,
+        llama__context_length=8192,
+        tokenizer__chat_template=TOOL_TEMPLATE,
     )
     with Model.load(file, threads=1) as model:
         yield model

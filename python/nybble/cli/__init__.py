@@ -45,7 +45,9 @@ app: typer.Typer = typer.Typer(
 def _add_commands(arguments: Sequence[str]) -> None:
     """Adds the command that `arguments` begin with, or else all. Generating the options of all takes a while."""
     app.registered_commands.clear()
-    for name in arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS:
+    # The version needs none, but the parser wants one.
+    first = "help" if list(arguments) == ["--version"] else arguments[0] if arguments else ""
+    for name in [first] if first in _COMMANDS else _COMMANDS:
         module, _, function_name = _COMMANDS[name].rpartition(":")
         function = getattr(import_module(f"nybble.cli.{module or name}"), function_name)
         # The parser sees [MODEL] PROMPT as one list, so the usage line has to name both.

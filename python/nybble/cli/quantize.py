@@ -49,8 +49,8 @@ def quantize(
         Path | None,
         typer.Option(
             "--imatrix",
-            help="An imatrix.gguf file of llama.cpp with the importance of columns; measured on the calibration text "
-            "and written if it does not exist.",
+            help="An imatrix.gguf or imatrix.dat file of llama.cpp with the importance of columns; measured on the "
+            "calibration text and written if it does not exist.",
             metavar="FILE",
         ),
     ] = None,

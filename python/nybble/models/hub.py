@@ -9,10 +9,12 @@ from pathlib import Path
 
 from nybble.models.cache import CachedModel, cached_models
 from nybble.models.default_model import DEFAULT_MODEL, resolve_default_model
+from nybble.models.fetching import reported
 from nybble.models.files import choose, is_companion
 from nybble.models.names import hub_name
 from nybble.models.paths import cache_dir, expand
 from nybble.models.repository import download
+from nybble.progress import Progress
 
 __all__ = ["DEFAULT_MODEL", "CachedModel", "cache_dir", "cached_models", "resolve"]
 
@@ -23,6 +25,7 @@ def resolve(
     filename: str | None = None,
     revision: str | None = None,
     only_tokenizer: bool = False,
+    progress: Progress = None,
 ) -> Path:
     """The local file or folder of a model, downloaded if needed.
 
@@ -35,6 +38,9 @@ def resolve(
         revision: Branch, tag or commit of a repository.
         only_tokenizer: Download only the tokenizer's files of a repository with a `tokenizer.json`, and return their
             folder.
+        progress: How to report a download: None draws a progress bar on a terminal or in a notebook if it takes more
+            than a second, True always reports, False never. A function is called with the number of bytes downloaded
+            and their total. An exception that it raises stops the download.
 
     Returns:
         The file (the first shard of a split one), or the folder of a safetensors checkpoint.
@@ -52,14 +58,18 @@ def resolve(
     if source is None:
         if filename is not None or revision is not None:
             raise ValueError("filename and revision need a source, found none")
-        return resolve_default_model()
+        with reported(progress, DEFAULT_MODEL.name) as report:
+            return resolve_default_model(report)
     path = expand(source)
     named = hub_name(source) if isinstance(source, str) and not path.exists() else None
     if named is not None:
         for name, given, found in (("filename", filename, named.filename), ("revision", revision, named.revision)):
             if None not in (given, found) and given != found:
                 raise ValueError(f"{name}: found {given!r}, but the source {source!r} names {found!r}")
-        return download(named.repository, filename or named.filename, revision or named.revision, only_tokenizer)
+        with reported(progress, named.repository) as report:
+            return download(
+                named.repository, filename or named.filename, revision or named.revision, only_tokenizer, report
+            )
     if revision is not None:
         raise ValueError(f"revision: found {revision!r}, but {path} is not a repository on the Hub")
     if path.is_dir():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nybble.errors import ModelError
+from nybble.models.fetching import Report, hub_download
 from nybble.models.files import TOKENIZER, choose, sha256
 from nybble.models.hub_client import HUB_SECONDS, UnreachableError, ask, log
 from nybble.models.listing import Chosen, HubFile, Listing, choose_files
 from nybble.models.paths import hub_cache, repository_folder, snapshot_folder
 
 
-def download(repository: str, filename: str | None, revision: str | None, only_tokenizer: bool) -> Path:
+def download(
+    repository: str, filename: str | None, revision: str | None, only_tokenizer: bool, report: Report | None = None
+) -> Path:
     """The file or folder of a model in the Hub's cache, downloaded if needed. See `nybble.models.hub.resolve`.
 
     The Hub is asked for the current files of the repository. If it is unreachable, or the download fails, the cached
@@ -42,8 +46,12 @@ def download(repository: str, filename: str | None, revision: str | None, only_t
     if missing := listing.missing(chosen, snapshot):
         listing.keep(snapshot)  # Before the download, which may end at any time.
         try:
-            for name in missing:
-                _fetch(repository, commit, name, snapshot / name, files[name])
+            sizes = [files[name].size or 0 for name in missing]
+            for number, name in enumerate(missing):
+                fetch = functools.partial(
+                    hub_download, repository, commit, name, report, sum(sizes[:number]), sum(sizes)
+                )
+                _fetch(repository, commit, name, snapshot / name, files[name].sha256, fetch)
         except ConnectionError as error:
             with contextlib.suppress(ConnectionError, ModelError):
                 return _cached(repository, filename, revision, only_tokenizer, str(error))
@@ -53,25 +61,18 @@ def download(repository: str, filename: str | None, revision: str | None, only_t
     return chosen.path(snapshot)
 
 
-def _fetch(repository: str, commit: str, name: str, path: Path, file: HubFile) -> None:
+def _fetch(repository: str, commit: str, name: str, path: Path, expected: str | None, fetch: Callable[[], str]) -> None:
     """Downloads a file that is missing or has a wrong length, and verifies its hash.
 
     Raises:
         ConnectionError: The Hub cannot be reached.
         ModelError: The file has arrived damaged twice.
     """
-    from huggingface_hub import hf_hub_download
-
     discard(path)
     wrong = ""
     for attempt in range(2):
         try:
-            ask(
-                repository,
-                commit,
-                lambda: hf_hub_download(repository, name, revision=commit, library_name="nybble"),
-                name,
-            )
+            ask(repository, commit, fetch, name)
         except UnreachableError as error:
             raise ConnectionError(f"repository {repository}: {name}: download failed: {error}") from error
         except OSError as error:
@@ -79,9 +80,9 @@ def _fetch(repository: str, commit: str, name: str, path: Path, file: HubFile) -
                 raise
             # The error of a full disk does not name the file.
             raise OSError(error.errno, error.strerror, str(path)) from error
-        if file.sha256 is None or (found := sha256(path)) == file.sha256:
+        if expected is None or (found := sha256(path)) == expected:
             return
-        wrong = f"{path}: found SHA-256 {found}, expected {file.sha256}"
+        wrong = f"{path}: found SHA-256 {found}, expected {expected}"
         discard(path)  # Or the next call would use it as the cached model.
         log.warning("%s; removed%s", wrong, "" if attempt else ", downloading it again")
     raise ModelError(f"{wrong}; the file was removed")

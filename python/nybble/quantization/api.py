@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nybble import _native
 from nybble.models import hub
 from nybble.models.locks import lock
-from nybble.progress import StageProgress, stages
+from nybble.progress import Progress, StageProgress, stages
 from nybble.quantization import calibration, datasets
 from nybble.quantization import source as sources
 from nybble.quantization.loaded import SourceGenerator
@@ -69,6 +69,10 @@ def quantize(
     return quantize_and_report(source, out, merge_quantize_options(options, overrides), (), progress=progress)
 
 
+def _of_download(progress: StageProgress) -> Progress:
+    return (lambda done, total: progress("downloading", done, total)) if callable(progress) else progress
+
+
 def quantize_and_report(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -82,9 +86,10 @@ def quantize_and_report(
     unmeasured = Unmeasured(out)
     if not unmeasured.exists():
         _check_out(out, chosen)
-    path = hub.resolve(source, revision=chosen.revision)
+    path = hub.resolve(source, revision=chosen.revision, progress=_of_download(progress))
     read = [path, *_documents(chosen)]
     _check_outputs(out, pages, read)
+    _check_imatrix(out, pages, chosen)
     key = _key(path, chosen)
     done = unmeasured.report(key)
     if done is None:
@@ -144,6 +149,7 @@ def quantize_to_cache(
 
 def _check_out(out: Path, options: QuantizeOptions) -> None:
     if out.exists() and not options.force:
+        _native.remove_leftovers(out)
         raise FileExistsError(errno.EEXIST, "already exists; use force to overwrite it", str(out))
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(out))
@@ -151,7 +157,8 @@ def _check_out(out: Path, options: QuantizeOptions) -> None:
 
 def _documents(options: QuantizeOptions) -> list[Path]:
     """The files that a run reads in addition to the source."""
-    named = [source for source in (options.calibration, options.evaluation) if isinstance(source, (str, os.PathLike))]
+    given = (options.calibration, options.evaluation, options.imatrix)
+    named = [document for document in given if isinstance(document, (str, os.PathLike))]
     return [Path(source) for source in named if source not in (calibration.SAMPLE, calibration.SELF)]
 
 
@@ -164,6 +171,14 @@ def _check_outputs(out: Path, pages: Sequence[Path], read: Sequence[Path]) -> No
         _native.check_output(page, [*read, out])
         if page.resolve() == out.resolve():
             raise ValueError(f"report: found {page}, which is the output, expected another file")
+
+
+def _check_imatrix(out: Path, pages: Sequence[Path], options: QuantizeOptions) -> None:
+    """Checks that an importance matrix that is measured is not written to the place of another output."""
+    if options.imatrix is not None:
+        found = Path(options.imatrix)
+        if found.resolve() in [path.resolve() for path in (out, *pages)]:
+            raise ValueError(f"imatrix: found {found}, which is another output, expected another file")
 
 
 def _key(path: Path, options: QuantizeOptions) -> str:

@@ -106,7 +106,8 @@ class QuantizeOptions:
     )
     """Tokens of the calibration text to use."""
     imatrix: str | os.PathLike[str] | None = None
-    """An `imatrix.gguf` file of llama.cpp: the importance of columns, for layers that are rounded without calibration.
+    """An `imatrix.gguf` or `imatrix.dat` file of llama.cpp: the importance of columns, for layers that are rounded
+    without calibration.
 
     These are all layers for "rtn", and experts that too few tokens reach. A file that does not exist is measured on the
     calibration text and written.
@@ -116,7 +117,8 @@ class QuantizeOptions:
     measure: bool | None = None
     """Compare the output with the source. None does so if `evaluation` is given; "auto" always does."""
     target: float | None = None
-    """"auto" ends when the perplexity exceeds the source's by at most this share; 0.01 if None."""
+    """"auto" ends when the perplexity exceeds the source's by at most this share, and the mean KL divergence is at most
+    three times the share; 0.01 if None."""
     budget: float | None = field(
         default=None, metadata={**doc("Minutes after which auto tries no other recipe."), "metavar": "MINUTES"}
     )
@@ -170,7 +172,7 @@ class QuantizeOptions:
 
     @property
     def chooses_format(self) -> bool:
-        """Whether each linear layer may get another 4-bit format, that holds it exactly or, for "auto", suits it."""
+        """Whether linear layers may differ in format: to be held exactly or, with "auto", for a smaller error."""
         return self.format is None and self.symmetric is None
 
     @property

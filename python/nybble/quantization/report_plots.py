@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44
+_RIGHT, _TOP, _BOTTOM = 14, 12, 44
+_TITLE, _DIGIT = 34, 7.5
+"""Space for the title of the upward axis, and for each character of its numbers."""
 _TICKS = 5
 _LABEL_WIDTH, _LABEL_HEIGHT = 150, 14
 
@@ -51,27 +53,29 @@ def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> Markup:
     across = _ticks([point.x for point in points], x.from_zero)
     up = _ticks([point.y for point in points], y.from_zero)
 
+    begin = _TITLE + _DIGIT * max(len(y.write(tick)) for tick in up)
+
     def at(value: float, ticks: Sequence[float], start: float, end: float) -> float:
         return start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)
 
     def left(value: float) -> str:
-        return f"{at(value, across, _LEFT, _WIDTH - _RIGHT):.1f}"
+        return f"{at(value, across, begin, _WIDTH - _RIGHT):.1f}"
 
     def top(value: float) -> str:
         return f"{at(value, up, _HEIGHT - _BOTTOM, _TOP):.1f}"
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in up:
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{top(tick)}" y2="{top(tick)}"/>')
+        parts.append(f'<line class="grid" x1="{begin:.1f}" x2="{_WIDTH - _RIGHT}" y1="{top(tick)}" y2="{top(tick)}"/>')
         parts.append(
-            f'<text class="tick end" x="{_LEFT - 8}" y="{top(tick)}" dy="0.35em">{escape(y.write(tick))}</text>'
+            f'<text class="tick end" x="{begin - 8:.1f}" y="{top(tick)}" dy="0.35em">{escape(y.write(tick))}</text>'
         )
     for tick in across:
         parts.append(
             f'<text class="tick mid" x="{left(tick)}" y="{_HEIGHT - _BOTTOM + 18}">{escape(x.write(tick))}</text>'
         )
     parts.append(
-        f'<text class="axis mid" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}">{escape(x.title)}</text>'
+        f'<text class="axis mid" x="{(begin + _WIDTH - _RIGHT) / 2:.1f}" y="{_HEIGHT - 6}">{escape(x.title)}</text>'
         f'<text class="axis mid" transform="translate(13 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)">'
         f"{escape(y.title)}</text>"
     )

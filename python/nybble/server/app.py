@@ -33,6 +33,16 @@ from nybble.server.protocols.models import (
 )
 from nybble.server.protocols.ollama.routes import add_ollama_routes
 from nybble.server.protocols.rerank import Ranking, RerankRequest, rerank
+from nybble.server.protocols.tokens import (
+    DetokenizeRequest,
+    Text,
+    TokenizeRequest,
+    TokenizerInfo,
+    Tokens,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from nybble.server.service import Service
 
 # The middleware checks keys. This only describes them.
@@ -54,6 +64,7 @@ def create_app(service: Service) -> FastAPI:
     )
     add_handlers(app)
     _add_api(app, service)
+    _add_tokens(app, service)
     _add_pages(app, service)
     add_ollama_routes(app, service, [_KEY] if service.settings.api_key else [])
     app.add_middleware(
@@ -120,6 +131,25 @@ def _add_api(app: FastAPI, service: Service) -> None:
         if name != service.name:
             raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
         return card
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    key = [_KEY] if service.settings.api_key else []
+
+    @app.post("/tokenize", dependencies=key)
+    async def tokens_of(body: TokenizeRequest) -> Tokens:
+        """Turn a text into token ids."""
+        return await tokenize(service, body)
+
+    @app.post("/detokenize", dependencies=key)
+    async def text_of(body: DetokenizeRequest) -> Text:
+        """Turn token ids into a text."""
+        return await detokenize(service, body)
+
+    @app.get("/tokenizer_info", dependencies=key)
+    async def describe_tokenizer() -> TokenizerInfo:
+        """Describe the tokenizer."""
+        return tokenizer_info(service)
 
 
 def _generation_route(key: list[Any], answer: type[BaseModel]) -> dict[str, Any]:

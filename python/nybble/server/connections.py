@@ -14,6 +14,8 @@ _RESERVED_FILES = 64
 """Open files for everything but connections, in addition to those that are open at the start."""
 _CLOSING = 128
 """Connections that may be on their way out beyond the limit: the event loop needs a moment to close them."""
+_SHARE = 8
+"""Both are at most this part of the open files that are allowed."""
 _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -22,10 +24,15 @@ class Connections:
 
     Beyond the limit, a new connection replaces the one that has been idle for longest. One whose request is being
     answered is never replaced. If all are, the new connection is refused.
+
+    Args:
+        limit: The largest number of connections.
+        closing: How many more may be on their way out.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, closing: int = _CLOSING) -> None:
         self.limit = limit
+        self._closing = closing
         self._open: dict[int, _Accepted] = {}
         self._idle: dict[int, None] = {}
         """Numbers of the files of idle connections, those without activity for longest first."""
@@ -46,7 +53,7 @@ class Connections:
 
     def is_waiting(self) -> bool:
         """Whether too many connections are on their way out to accept more at the moment."""
-        return len(self._evicted) >= _CLOSING
+        return len(self._evicted) >= self._closing
 
     def active(self, number: int) -> None:
         """Notes that something was received on an idle connection."""
@@ -146,24 +153,27 @@ class Listener(socket.socket):
             self._spare = os.open(os.devnull, os.O_RDONLY)
 
 
-def limit(wanted: int) -> int:
-    """The number of connections that the limit of open files allows, at most `wanted`.
+def within_open_files(wanted: int) -> Connections:
+    """At most `wanted` connections, fewer if the limit of open files demands it.
 
     Raises the soft limit of this process as far as needed and allowed.
     """
     try:
         import resource
     except ImportError:  # Windows has no such limit.
-        return wanted
-    used = _open_files() + _RESERVED_FILES + _CLOSING
+        return Connections(wanted)
+    used = _open_files()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + used
+    needed = wanted + used + _RESERVED_FILES + _CLOSING
     if soft != resource.RLIM_INFINITY and soft < needed:
         more = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
             soft = more
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - used))
+    if soft == resource.RLIM_INFINITY:
+        return Connections(wanted)
+    closing, reserved = min(_CLOSING, soft // _SHARE), min(_RESERVED_FILES, soft // _SHARE)
+    return Connections(max(1, min(wanted, soft - used - closing - reserved)), closing)
 
 
 def _open_files() -> int:

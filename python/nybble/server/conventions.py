@@ -1,4 +1,4 @@
-"""What clients and proxies expect of every HTTP server: HEAD requests, and ids of requests."""
+"""What clients and proxies expect of every HTTP server: HEAD requests, and ids of requests; and JSON for Ollama."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 class Conventions:
     """ASGI middleware that answers HEAD as GET without a body, and gives each answer the header X-Request-Id.
+
+    Ollama reads bodies as JSON whatever their Content-Type is, and many of its clients send none, or curl's default.
 
     Args:
         app: The application.
@@ -37,4 +39,8 @@ class Conventions:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send_by_convention)
+        scope = {**scope, "method": "GET"} if is_head else scope
+        if scope["path"].startswith("/api/"):
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send_by_convention)

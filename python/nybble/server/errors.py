@@ -26,7 +26,7 @@ _MAX_MESSAGE = 1000
 """Characters of a message, which may quote what the client sent."""
 
 
-_PARAMS = {name: name for name in ("logit_bias", "stop", "stop_token_ids", "regex", "grammar")}
+_PARAMS = {name: name for name in ("logit_bias", "min_tokens", "stop", "stop_token_ids", "regex", "grammar")}
 """The parameter of the request for an option that a message begins with."""
 
 

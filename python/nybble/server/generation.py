@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from fastapi import Request as HttpRequest
 
@@ -105,9 +104,7 @@ class AnswerGroup:
     def __enter__(self) -> AnswerGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._resources.close()
 
     async def stream_events(self) -> AsyncGenerator[events.Event, None]:

@@ -19,7 +19,7 @@ from nybble.server import addresses
 from nybble.server.addresses import allowed_hosts, bind, bind_unix, is_loopback
 from nybble.server.app import create_app
 from nybble.server.certificate import Certificate
-from nybble.server.connections import Connections, Listener, limit
+from nybble.server.connections import Connections, Listener, within_open_files
 from nybble.server.middleware import client_name
 from nybble.server.options import Settings
 from nybble.server.service import Service
@@ -62,7 +62,7 @@ def make_server(
     service: Service, ready: Callable[[str], object], certificate: Certificate | None = None
 ) -> uvicorn.Server:
     """A server that does not run yet."""
-    connections = Connections(limit(service.settings.max_connections))
+    connections = within_open_files(service.settings.max_connections)
     config = uvicorn.Config(
         create_app(service),
         ssl_certfile=None if certificate is None else certificate.file,

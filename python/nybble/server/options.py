@@ -38,7 +38,7 @@ class ServeOptions(EngineOptions):
     )
     ssl_key: str | None = field(default=None, metadata=_option("Key of the certificate in PEM.", metavar="FILE"))
     log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="info", metadata=_option("Least level of lines in the log; info has a line for each request.")
+        default="info", metadata=_option("Lowest level of the log; info has a line for each request.")
     )
     api_key: str | None = field(
         default=None,
@@ -57,7 +57,7 @@ class ServeOptions(EngineOptions):
     allow_origin: Sequence[str] = field(
         default=(),
         metadata=_option(
-            "Web page that may send requests, such as https://chat.example.org; * for any. Repeatable.",
+            "Site whose pages may send requests, such as https://a.org; * for any. Repeatable.",
             metavar="ORIGIN",
         ),
     )

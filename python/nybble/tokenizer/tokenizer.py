@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.models import hub
 from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
-from nybble.tokenizer.encoders import PackageEncoder
 
 if TYPE_CHECKING:
     from nybble.chat.template import ChatTemplate
+    from nybble.tokenizer.encoders import PackageEncoder
 
+T = TypeVar("T")
 _Build = Callable[[str], "str | None"]
 
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
@@ -97,6 +98,9 @@ class Tokenizer(Returned):
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
+        # Takes 20 ms, in which `Model.load` packs weights in other threads.
+        from nybble.tokenizer.encoders import PackageEncoder
+
         try:
             self._package = PackageEncoder(text)
         except ValueError as error:
@@ -290,10 +294,7 @@ class Tokenizer(Returned):
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        text = self._description.token_text(token) if 0 <= token < self.vocab_size else None
-        if text is None:
-            raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
-        return text
+        return self._of_token(token, self._description.token_text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text. Several tokens may form one character.
@@ -301,10 +302,13 @@ class Tokenizer(Returned):
         Raises:
             ValueError: The id is not in the vocabulary.
         """
-        written = self._description.token_bytes(token) if 0 <= token < self.vocab_size else None
-        if written is None:
+        return self._of_token(token, self._description.token_bytes)
+
+    def _of_token(self, token: int, read: Callable[[int], T | None]) -> T:
+        value = read(token) if 0 <= token < self.vocab_size else None
+        if value is None:
             raise ValueError(f"token: found {token}, expected an id below {self.vocab_size}")
-        return written
+        return value
 
     def missing_ids(self, count: int) -> Sequence[tuple[int, int]]:
         """The ids below `count` that have no token, as ranges `(first, end)` in ascending order.

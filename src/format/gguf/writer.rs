@@ -124,7 +124,12 @@ impl Writer {
     /// # Errors
     /// [`Error::InvalidArgument`] when tensors are missing, [`Error::Io`] when writing fails, [`Error::Malformed`] when a
     /// reader finds anything else than was written. No file is left behind.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
+        self.finish_after(|_| Ok(()))
+    }
+
+    /// [`finish`](Writer::finish), which calls `last` with the temporary path of the complete file before it is renamed.
+    pub(crate) fn finish_after(mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         if let Some(next) = self.tensors.get(self.written) {
             let found = format!("{} of {} tensors written", self.written, self.tensors.len());
             return Err(Error::argument("finish", found, format_args!("all of them, {:?} next", next.tensor.name)));
@@ -132,6 +137,7 @@ impl Writer {
         let file = self.file.take().ok_or_else(failed_before)?;
         let file = file.into_inner().map_err(|error| Error::io(&self.path, error.into_error()))?;
         self.read_back(file.path())?;
+        last(file.path())?;
         file.finish()
     }
 

@@ -24,8 +24,8 @@ use half::f16;
 
 use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
-use crate::quant::packed::{BLOCK, CacheLine, Packed};
+use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout, half_block};
+use crate::quant::packed::{CacheLine, Packed};
 use crate::threads::Columns;
 
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
@@ -76,26 +76,20 @@ pub(in crate::kernels) fn with_adder<A: Adder>(
 
 impl<A: Adder> ByPanel for A {
     #[inline(always)]
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
         panel: &mut OnePanel<'_, '_, '_, A, CODE, GROUP, MIN>,
         row: usize,
     ) {
         // SAFETY: the adder exists, so the CPU has every feature that `strips` enables.
-        unsafe {
-            match R {
-                4.. => panel.strips::<R, 4, 1>(row),
-                2.. => panel.strips::<R, 2, 2>(row),
-                _ => panel.strips::<R, 1, 2>(row),
-            }
-        }
+        unsafe { if ROWS == 4 { panel.strips::<R, ROWS, 1>(row) } else { panel.strips::<R, ROWS, SIDES>(row) } }
     }
 }
 
 impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, first, side, prefetched| {
-            panel.strip::<R, S, T>(x, first, side, prefetched)
+        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, at, prefetched| {
+            panel.strip::<R, S, T>(x, at, prefetched)
         });
     }
 
@@ -105,14 +99,12 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
     fn strip<const R: usize, const S: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
-        first: usize,
-        side: usize,
+        [first, side]: [usize; 2],
         prefetched: &[CacheLine],
     ) -> [[__m256; T]; S] {
         let (adder, panel, blocks) = (self.product.set, &self.panel, x.codes.len());
         let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
-        let halves = BLOCK.div_ceil(GROUP);
-        let run = GROUP.div_ceil(BLOCK);
+        let (halves, run) = (Self::HALVES, Self::RUN);
         assert!(first + S <= R && side + T <= SIDES);
         let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
@@ -130,7 +122,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
             for t in 0..T {
                 let mut partial = [_mm256_setzero_si256(); S];
                 for half in 0..2 {
-                    let w = unpack::<A, CODE>(panel.codes, b, half, side + t, table);
+                    let w = unpack::<A, CODE>(half_block::<CODE>(panel.codes, b, half), side + t, table);
                     for r in 0..S {
                         let codes = &codes[b][first + r];
                         for j in 0..4 {
@@ -199,25 +191,17 @@ fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// The weights of half `half` of block `b`: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. They are signed, except
+/// The weights of half a block: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. They are signed, except
 /// for [`INT4`] and adders that take unsigned weights.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<A: Adder, const CODE: u8>(
-    codes: &[CacheLine],
-    b: usize,
-    half: usize,
-    side: usize,
-    table: __m256i,
-) -> [__m256i; 4] {
+fn unpack<A: Adder, const CODE: u8>(lines: &[CacheLine], side: usize, table: __m256i) -> [__m256i; 4] {
     if CODE == INT8 {
-        let lines = &codes[b * 8..][..8];
         let sign = _mm256_set1_epi8(if A::UNSIGNED { 0 } else { -128 });
-        let value = |j: usize| _mm256_xor_si256(load(&lines[4 * half + j], side), sign);
+        let value = |j: usize| _mm256_xor_si256(load(&lines[j], side), sign);
         [value(0), value(1), value(2), value(3)]
     } else {
-        let lines = &codes[b * 4..][..4];
-        let (first, second) = (load(&lines[2 * half], side), load(&lines[2 * half + 1], side));
+        let (first, second) = (load(&lines[0], side), load(&lines[1], side));
         let low = |line| _mm256_and_si256(line, _mm256_set1_epi8(15));
         let high = |line| low(_mm256_srli_epi16::<4>(line));
         let w = [low(first), high(first), low(second), high(second)];

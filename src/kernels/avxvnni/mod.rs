@@ -73,9 +73,7 @@ fn add_dot(_: AvxVnni, mut sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
     unsafe {
         asm!(
             "{{vex}} vpdpbusd {sum}, {w}, {x}",
-            sum = inout(ymm_reg) sum,
-            w = in(ymm_reg) w,
-            x = in(ymm_reg) x,
+            sum = inout(ymm_reg) sum, w = in(ymm_reg) w, x = in(ymm_reg) x,
             options(pure, nomem, nostack, preserves_flags),
         );
     }

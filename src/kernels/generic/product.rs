@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::vector::Vector;
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::quant::packed::{CacheLine, Code, Layout, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// [`Code::Int4`] as a constant parameter.
@@ -60,6 +60,13 @@ pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
     }
 }
 
+/// The lines of half `half` of block `b`: 4 of bytes, or 2 of nibbles.
+#[inline(always)]
+pub(in crate::kernels) fn half_block<const CODE: u8>(codes: &[CacheLine], b: usize, half: usize) -> &[CacheLine] {
+    let count = if CODE == INT8 { 4 } else { 2 };
+    &codes[(2 * b + half) * count..][..count]
+}
+
 /// Code that is compiled for each height of a tile of [`Activations`].
 pub(in crate::kernels) trait ByTile {
     /// Runs for the tile of `R` rows that starts at `row`.
@@ -84,8 +91,8 @@ pub(in crate::kernels) fn by_tile(x: &Activations, rows: Range<usize>, code: &mu
 
 /// An instruction set that multiplies one panel at a time by all tiles.
 pub(in crate::kernels) trait ByPanel: Copy {
-    /// Multiplies the panel by the tile of `R` rows that starts at `row`.
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+    /// Multiplies the panel by the tile of `R` rows that starts at `row`, `ROWS` rows at a time.
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
         panel: &mut OnePanel<'_, '_, '_, Self, CODE, GROUP, MIN>,
         row: usize,
     );
@@ -104,6 +111,11 @@ pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROU
 }
 
 impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, S, CODE, GROUP, MIN> {
+    /// Groups in a block: one or two, or one where a group has several blocks.
+    pub(in crate::kernels) const HALVES: usize = BLOCK.div_ceil(GROUP);
+    /// Blocks in a group: one, or several.
+    pub(in crate::kernels) const RUN: usize = GROUP.div_ceil(BLOCK);
+
     /// Computes the tile of `R` rows at `row`, `ROWS` rows and `T` registers of the panel at a time, as registers are few.
     ///
     /// `strip` returns the sums of the rows from its first number on and the registers from its second number on. It is
@@ -113,14 +125,14 @@ impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_
         &mut self,
         v: V,
         row: usize,
-        strip: impl Fn(&Self, &Tile<'_, R>, usize, usize, &[CacheLine]) -> [[V::Register; T]; ROWS],
+        strip: impl Fn(&Self, &Tile<'_, R>, [usize; 2], &[CacheLine]) -> [[V::Register; T]; ROWS],
     ) {
         let x = self.product.x.tile::<R>(row);
         let output_scale = v.splat(self.product.w.output_scale());
         for part in (0..V::PARTS).step_by(T) {
             for first in (0..R).step_by(ROWS) {
                 let prefetched = if row == 0 && first == 0 && part == 0 { self.prefetched } else { &[] };
-                let sums = strip(self, &x, first, part, prefetched);
+                let sums = strip(self, &x, [first, part], prefetched);
                 let out = &mut *self.product.out;
                 for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                     let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
@@ -136,7 +148,11 @@ impl<S: ByPanel, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
 {
     #[inline(always)]
     fn tile<const R: usize>(&mut self, row: usize) {
-        S::tile::<CODE, GROUP, MIN, R>(self, row);
+        match R {
+            4.. => S::tile::<CODE, GROUP, MIN, R, 4>(self, row),
+            2.. => S::tile::<CODE, GROUP, MIN, R, 2>(self, row),
+            _ => S::tile::<CODE, GROUP, MIN, R, 1>(self, row),
+        }
     }
 }
 

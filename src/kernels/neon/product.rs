@@ -18,7 +18,7 @@ use half::f16;
 
 use super::vector::{Four, Neon, QUARTERS, load, load_f16, load_i8};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout};
+use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout, half_block};
 use crate::quant::packed::{BLOCK, CacheLine, Packed};
 use crate::threads::Columns;
 
@@ -31,25 +31,19 @@ pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &m
 
 impl ByPanel for Neon {
     #[inline(always)]
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
         panel: &mut OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN>,
         row: usize,
     ) {
         // SAFETY: a `Neon` exists, so the CPU has every feature that `strips` enables.
-        unsafe {
-            match R {
-                4.. => panel.strips::<R, 4, 2>(row),
-                2.. => panel.strips::<R, 2, 4>(row),
-                _ => panel.strips::<R, 1, 4>(row),
-            }
-        }
+        unsafe { if ROWS == 4 { panel.strips::<R, ROWS, 2>(row) } else { panel.strips::<R, ROWS, QUARTERS>(row) } }
     }
 }
 
 impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN> {
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips(self.product.set, row, |panel, x, first, quarter, _| panel.strip::<R, S, T>(x, first, quarter));
+        self.by_strips(self.product.set, row, |panel, x, at, _| panel.strip::<R, S, T>(x, at));
     }
 
     /// `S` rows of a tile, from `first` on, times `T` quarters of the panel, from `quarter` on.
@@ -57,13 +51,11 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
     fn strip<const R: usize, const S: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
-        first: usize,
-        quarter: usize,
+        [first, quarter]: [usize; 2],
     ) -> [[float32x4_t; T]; S] {
         assert!(first + S <= R && quarter + T <= QUARTERS);
         let (blocks, table) = (x.codes.len(), load_i8(&self.table));
-        // A block has one or two groups, or a group one or several blocks.
-        let (halves, run) = (BLOCK.div_ceil(GROUP), GROUP.div_ceil(BLOCK));
+        let (halves, run) = (Self::HALVES, Self::RUN);
         let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let codes: &[[[[i8; BLOCK / 2]; 2]; R]] = &bytemuck::cast_slice(codes)[..blocks];
         let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..(blocks * halves).div_ceil(run)];
@@ -83,7 +75,7 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
                         }
                     }
                     for half in part..part + 2 / halves {
-                        let w = unpack::<CODE>(self.panel.codes, b, half, quarter + t, table);
+                        let w = unpack::<CODE>(half_block::<CODE>(self.panel.codes, b, half), quarter + t, table);
                         for r in 0..S {
                             let x = load_i8(&codes[b][first + r][half]);
                             let sum = dot::<1>(dot::<0>(dots[r], w[0], x), w[1], x);
@@ -129,34 +121,23 @@ pub(super) fn dot<const J: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t
     unsafe {
         asm!(
             "sdot {sum:v}.4s, {w:v}.16b, {x:v}.4b[{lane}]",
-            sum = inout(vreg) sum,
-            w = in(vreg) w,
-            x = in(vreg) x,
-            lane = const J,
+            sum = inout(vreg) sum, w = in(vreg) w, x = in(vreg) x, lane = const J,
             options(pure, nomem, nostack, preserves_flags),
         );
     }
     sum
 }
 
-/// The weights of half `half` of block `b`, signed: register `j` holds columns `4 j .. 4 j + 4` of 4 rows.
+/// The weights of half a block, signed: register `j` holds columns `4 j .. 4 j + 4` of 4 rows.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn unpack<const CODE: u8>(
-    codes: &[CacheLine],
-    b: usize,
-    half: usize,
-    quarter: usize,
-    table: int8x16_t,
-) -> [int8x16_t; 4] {
+fn unpack<const CODE: u8>(lines: &[CacheLine], quarter: usize, table: int8x16_t) -> [int8x16_t; 4] {
     if CODE == INT8 {
-        let lines = &codes[b * 8..][..8];
         // Stored 128 too high.
-        let signed = |j: usize| vreinterpretq_s8_u8(veorq_u8(load(&lines[4 * half + j], quarter), vdupq_n_u8(128)));
+        let signed = |j: usize| vreinterpretq_s8_u8(veorq_u8(load(&lines[j], quarter), vdupq_n_u8(128)));
         [signed(0), signed(1), signed(2), signed(3)]
     } else {
-        let lines = &codes[b * 4..][..4];
-        let (first, second) = (load(&lines[2 * half], quarter), load(&lines[2 * half + 1], quarter));
+        let (first, second) = (load(&lines[0], quarter), load(&lines[1], quarter));
         let low = |line| vandq_u8(line, vdupq_n_u8(15));
         let w = [low(first), vshrq_n_u8::<4>(first), low(second), vshrq_n_u8::<4>(second)];
         let value = |w| if CODE == TABLE4 { vqtbl1q_s8(table, w) } else { vreinterpretq_s8_u8(w) };

@@ -29,6 +29,18 @@ impl Neon {
     }
 }
 
+/// An instruction from one register to another.
+macro_rules! convert {
+    ($instruction:literal, $x:expr) => {{
+        let out;
+        // SAFETY: the instruction touches only these registers and is part of NEON.
+        unsafe {
+            asm!($instruction, out = lateout(vreg) out, x = in(vreg) $x, options(pure, nomem, nostack, preserves_flags));
+        }
+        out
+    }};
+}
+
 vector! {
     Neon: 32 registers float32x4_t of LANES;
     splat(x) = vdupq_n_f32(x);
@@ -66,33 +78,13 @@ pub(super) fn load_i8(x: &[i8; 16]) -> int8x16_t {
 pub(super) fn load_f16(x: &[f16; LANES]) -> float32x4_t {
     // SAFETY: the reference is to 8 readable bytes, and the load needs no alignment.
     let halves = unsafe { vld1_u16(x.as_ptr().cast()) };
-    let wide: float32x4_t;
     // The intrinsic, `vcvt_f32_f16`, needs Rust 1.94 and a CPU feature that the instruction does not need.
-    // SAFETY: the instruction touches only these registers and is part of NEON.
-    unsafe {
-        asm!(
-            "fcvtl {wide:v}.4s, {halves:v}.4h",
-            wide = lateout(vreg) wide,
-            halves = in(vreg) halves,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    wide
+    convert!("fcvtl {out:v}.4s, {x:v}.4h", halves)
 }
 
 /// Rounds to nearest even.
 #[inline]
 #[target_feature(enable = "neon")]
 fn to_f16(x: float32x4_t) -> uint16x4_t {
-    let halves: uint16x4_t;
-    // SAFETY: the instruction touches only these registers and is part of NEON.
-    unsafe {
-        asm!(
-            "fcvtn {halves:v}.4h, {x:v}.4s",
-            halves = lateout(vreg) halves,
-            x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags),
-        );
-    }
-    halves
+    convert!("fcvtn {out:v}.4h, {x:v}.4s", x)
 }

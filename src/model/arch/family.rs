@@ -192,6 +192,8 @@ pub struct Quirks {
     pub bidirectional: bool,
     /// The first layer has no norm before attention, because the embeddings are normalized.
     pub optional_first_norm: bool,
+    /// The activation is xIELU, with parameters that the file has.
+    pub xielu: bool,
     /// YaRN's ramp does not begin and end at whole dimensions, unless the file's `rope.scaling.yarn_truncate` says otherwise.
     pub untruncated_yarn: bool,
 }
@@ -226,6 +228,7 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     bidirectional: false,
     optional_first_norm: false,
     untruncated_yarn: false,
+    xielu: false,
 };
 
 /// A family of layers of attention and a feed-forward network.

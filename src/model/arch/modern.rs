@@ -41,8 +41,8 @@ pub(super) const FAMILIES: &[Family] = &[
     family("minimax-m2", Rms, Sequential, Rope, Silu, SIGMOID),
     // rednote-hilab 2025, arXiv 2506.05767.
     family("dots1", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
-    // Swiss AI 2025, arXiv 2509.14233. Its activation is xIELU, which the file has the numbers of.
-    family("apertus", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    // Swiss AI 2025, arXiv 2509.14233.
+    family("apertus", Rms, Sequential, Rope, Silu, Quirks { xielu: true, ..DEFAULT_QUIRKS }),
     // Muse Glimmer: the text part.
     family(
         "muse-glimmer",

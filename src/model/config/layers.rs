@@ -107,7 +107,7 @@ pub(super) fn read(
             Some(first) => {
                 let alike = |other: &usize| windows.applies(*other) == windowed;
                 let source = (0..first).rev().find(alike).ok_or_else(|| {
-                    let found = format_args!("{} layers that share keys and values", layers - first);
+                    let found = format!("{} layers that share keys and values", layers - first);
                     keys.malformed("attention.shared_kv_layers", found, "an earlier layer with the same window as each")
                 })?;
                 let LayerConfig { kv_heads, head_dim, value_dim, .. } = all[source];

@@ -1,5 +1,6 @@
 //! Reads the keys of a GGUF file, with errors that name the file, the key and what was expected.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
@@ -34,12 +35,7 @@ impl<'a> MetadataReader<'a> {
         if self.prefix.is_empty() { key.to_owned() } else { format!("{}.{key}", self.prefix) }
     }
 
-    pub(in crate::model) fn malformed(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        expected: impl std::fmt::Display,
-    ) -> Error {
+    pub(in crate::model) fn malformed(&self, key: &str, found: impl Display, expected: impl Display) -> Error {
         Error::malformed(self.path, Place::Key(self.full(key)), found, expected)
     }
 
@@ -55,9 +51,9 @@ impl<'a> MetadataReader<'a> {
     pub(in crate::model) fn check(
         &self,
         key: &str,
-        found: impl std::fmt::Display,
+        found: impl Display,
         holds: bool,
-        expected: impl std::fmt::Display,
+        expected: impl Display,
     ) -> Result<()> {
         if holds { Ok(()) } else { Err(self.malformed(key, found, expected)) }
     }
@@ -169,7 +165,7 @@ impl<'a> MetadataReader<'a> {
         Ok(Some(floats))
     }
 
-    pub(in crate::model) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
+    pub(in crate::model) fn unsupported(&self, key: &str, what: impl Display, supported: &str) -> Error {
         Error::Unsupported {
             path: self.path.to_path_buf(),
             place: Place::Key(self.full(key)),

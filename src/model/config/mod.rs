@@ -95,11 +95,11 @@ pub struct Config {
     pub xielu: Vec<[f32; 4]>,
     /// The factor inside the sigmoid of experts' gates that are clamped, and the bound.
     pub clamped_gate: Option<(f32, f32)>,
-    /// Several residual streams of which one is computed.
+    /// Several residual streams. Layers compute one of them.
     pub streams: Option<StreamsConfig>,
 }
 
-/// Several residual streams of which layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
+/// Several residual streams: layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamsConfig {
@@ -134,6 +134,13 @@ impl Config {
             NormKind::Layer => "attention.layer_norm_epsilon",
         };
         let norm_eps = keys.positive(eps_key)?.ok_or_else(|| keys.missing(eps_key))?;
+        let context = keys.count("context_length")?;
+        // llama.cpp's converter of GLM looks for the names of older configurations. Where it does not find them, it writes the
+        // width of the model as the context, and 1e-5 as epsilon.
+        let (context, norm_eps) = match family.name {
+            "chatglm" if context == hidden && norm_eps == 1e-5 => (1 << 17, 1.562_5e-7),
+            _ => (context, norm_eps),
+        };
 
         let default_alibi = (family.position == Position::Alibi).then_some(8.0);
         let alibi = keys.positive_or("attention.max_alibi_bias", default_alibi)?;
@@ -164,16 +171,14 @@ impl Config {
         let (attention_cap, logit_cap) = family.quirks.soft_caps.unzip();
         let logit_scale = keys.positive("logit_scale")?.unwrap_or(1.0);
         let embedding_scale = if family.quirks.scaled_embedding { (hidden as f32).sqrt() } else { 1.0 };
-        // llama.cpp's converter writes the embedding length where the configuration does not say what it looks for.
-        let context = match keys.count("context_length")? {
-            width if width == hidden && family.name == "chatglm" => 1 << 17,
-            context => context,
-        };
         // Model cards add YaRN and leave the length as it is.
         let longest = match rope.scaling.yarn() {
             Some((factor, original)) if rotary > 0 => context.max((factor * original) as usize),
             _ => context,
         };
+        // Where divisors do the stretching, the factor is 1.
+        let extended = keys.optional_count("rope.scaling.extended_context_length")?;
+        let longest = longest.max(extended.unwrap_or(0));
         namespace::check(&keys, latent.is_some())?;
         Ok(Config {
             family,
@@ -211,7 +216,7 @@ impl Config {
                 .unwrap_or(norm_eps),
             unweighted_head_norms: unweighted_head_norms(&keys, family)?,
             sparsity: sparsity(&keys, count)?,
-            xielu: xielu(&keys, count)?,
+            xielu: if family.quirks.xielu { xielu(&general, count)? } else { Vec::new() },
             clamped_gate: clamped_gate(&keys, family)?,
             streams: streams(&keys)?,
         })
@@ -272,14 +277,14 @@ fn sparsity(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<Option<f32>>
     Ok(numbers.into_iter().map(|number| (number > -1e30).then_some(number)).collect())
 }
 
-/// xIELU's parameters, as they apply: without the softplus that training puts around them.
+/// xIELU's parameters, whose keys have no family's name, as they apply: without the softplus that training puts around them.
 fn xielu(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<[f32; 4]>> {
     let list = |name: &str| keys.floats(&format!("xielu.{name}"), layers);
-    let Some(alpha_p) = list("alpha_p")? else { return Ok(Vec::new()) };
-    let others =
-        ["alpha_n", "beta", "eps"].map(|name| Ok(list(name)?.ok_or_else(|| keys.missing(&format!("xielu.{name}")))?));
-    let [alpha_n, beta, eps] = others;
-    let (alpha_n, beta, eps): (Vec<f32>, Vec<f32>, Vec<f32>) = (alpha_n?, beta?, eps?);
+    let others = ["alpha_p", "alpha_n", "beta", "eps"]
+        .map(|name| Ok(list(name)?.ok_or_else(|| keys.missing(&format!("xielu.{name}")))?));
+    let [alpha_p, alpha_n, beta, eps] = others;
+    let (alpha_p, alpha_n): (Vec<f32>, Vec<f32>) = (alpha_p?, alpha_n?);
+    let (beta, eps): (Vec<f32>, Vec<f32>) = (beta?, eps?);
     let softplus = |x: f32| x.max(0.0) + libm::log1pf(libm::expf(-x.abs()));
     let all = alpha_p.iter().zip(&alpha_n).zip(beta.iter().zip(&eps));
     Ok(all.map(|((p, n), (beta, eps))| [softplus(*p), beta + softplus(*n), *beta, *eps]).collect())

@@ -67,6 +67,7 @@ pub(in crate::model) const READ: &[&str] = &[
     "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.dynamic_factor",
+    "rope.scaling.extended_context_length",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.type",
@@ -77,10 +78,6 @@ pub(in crate::model) const READ: &[&str] = &[
     "rope.scaling.yarn_truncate",
     "router_logit_softcapping",
     "use_parallel_residual",
-    "xielu.alpha_n",
-    "xielu.alpha_p",
-    "xielu.beta",
-    "xielu.eps",
 ];
 
 /// Keys that `Config::read` reads for models of latent attention.

@@ -38,7 +38,7 @@ fn metadata(family: &str) -> Metadata {
     for key in ["block_count", "context_length", "attention.head_count", "expert_count"] {
         metadata.set(format!("{family}.{key}"), 2u32);
     }
-    metadata.set(format!("{family}.expert_used_count"), 1u32);
+    metadata.set(format!("{family}.expert_used_count"), if family == "phimoe" { 2u32 } else { 1 });
     metadata.set(format!("{family}.rope.scaling.type"), "yarn");
     // What only some families have.
     for (key, value) in [("altup.num_inputs", 4u32), ("attention.kv_lora_rank", 2), ("rope.dimension_count", 2)] {
@@ -49,11 +49,6 @@ fn metadata(family: &str) -> Metadata {
     if family == "deepseek2" {
         metadata.set(format!("{family}.attention.key_length"), 4u32);
         metadata.set(format!("{family}.attention.value_length"), 4u32);
-    }
-    if family == "apertus" {
-        for name in ["alpha_p", "alpha_n", "beta", "eps"] {
-            metadata.set(format!("{family}.xielu.{name}"), 0.5f32);
-        }
     }
     for key in ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"] {
         metadata.set(format!("{family}.{key}"), 1e-5f32);
@@ -79,7 +74,7 @@ fn every_key_that_counts_as_read_is_read() {
     let wrong = || Value::Array(Array::F64(vec![0.5]));
     for key in READ {
         // The kind of norm decides which epsilon is read, that of the router which of its keys are, and so on.
-        let families = ["llama", "bloom", "llama4", "phimoe", "gpt-oss", "gemma3n", "apertus"];
+        let families = ["llama", "bloom", "llama4", "phimoe", "gpt-oss", "gemma3n"];
         assert!(families.iter().any(|family| error(family, key, wrong()).is_some()), "{key}");
     }
     for key in READ_LATENT {
@@ -107,7 +102,6 @@ fn every_key_of_gguf_is_read_listed_or_refused() {
 #[test]
 fn keys_that_change_the_computation_are_refused_unless_they_are_neutral() {
     for (key, neutral, changed) in [
-        ("attention.causal", Value::Bool(true), Value::Bool(false)),
         ("nextn_predict_layers", Value::U32(0), Value::U32(1)),
         ("rope.scaling.yarn_ext_factor", Value::F32(-1.0), Value::F32(0.5)),
         ("attention.output_scale", Value::F32(1.0), Value::I32(3)),

@@ -73,6 +73,7 @@ pub fn convert(
         },
         made: &|_| Ok(None),
         pool: &ThreadPool::new(default_threads())?,
+        last: &|_| Ok(()),
     };
     job.write(out, progress)?;
     // A model that nybble runs is one afterwards.
@@ -96,6 +97,8 @@ pub(crate) struct Job<'a> {
     pub(crate) made: &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>,
     /// The threads that encode.
     pub(crate) pool: &'a ThreadPool,
+    /// Called with the temporary path of the complete file, before it is renamed.
+    pub(crate) last: &'a dyn Fn(&Path) -> Result<()>,
 }
 
 impl Job<'_> {
@@ -147,7 +150,7 @@ impl Job<'_> {
             drop(tensor);
             checkpoint.release(name);
         }
-        writer.finish()?;
+        writer.finish_after(self.last)?;
         if let Some(progress) = progress {
             progress(planned.len(), planned.len())?;
         }

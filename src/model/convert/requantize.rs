@@ -6,8 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use crate::error::{Error, Place, Result};
-use crate::format::gguf::Metadata;
-use crate::format::{Checkpoint, Tensor};
+use crate::format::{Checkpoint, Tensor, as_in_source};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 use crate::quant::scale_range::ScaleRange;
@@ -20,11 +19,12 @@ pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     let is_small =
         ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias"].iter().any(|end| stem.ends_with(end))
-            || ["rope_", "cls", "dense_"].iter().any(|start| stem.starts_with(start));
+            || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
+            || [".altup_", ".laurel_"].iter().any(|part| stem.contains(part));
     if dims.len() < 2 || is_small {
         return None;
     }
-    let is_outer = matches!(stem, "token_embd" | "output");
+    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output");
     let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }
@@ -61,13 +61,7 @@ impl<'a> Quantized<'a> {
 }
 
 impl Checkpoint for Quantized<'_> {
-    fn path(&self) -> &Path {
-        self.source.path()
-    }
-
-    fn metadata(&self) -> &Metadata {
-        self.source.metadata()
-    }
+    as_in_source!();
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let Tensor { dims, rows } = self.source.tensor(name)?;
@@ -90,16 +84,8 @@ impl Checkpoint for Quantized<'_> {
         Some(Tensor { dims, rows: Box::new(encoded) })
     }
 
-    fn names(&self) -> Vec<&str> {
-        self.source.names()
-    }
-
     fn is_quantized(&self, name: &str) -> bool {
         self.source.is_quantized(name)
-    }
-
-    fn release(&self, name: &str) {
-        self.source.release(name);
     }
 }
 

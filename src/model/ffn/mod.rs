@@ -81,7 +81,7 @@ pub(super) struct Widths {
     pub(super) input: usize,
     /// Outputs of experts and of the router. 0 without experts.
     experts: usize,
-    /// Outputs of experts beside a dense network. 0 without them.
+    /// Outputs of experts that a dense network accompanies. 0 without them.
     both: usize,
 }
 
@@ -90,7 +90,7 @@ pub(super) struct Widths {
 pub(super) struct Workspace {
     pub(super) dense: dense::Workspace,
     pub(super) experts: experts::Workspace,
-    /// `(rows, hidden rounded up to panels)`: the output of experts beside a dense network.
+    /// `(rows, hidden rounded up to panels)`: the output of experts that a dense network accompanies.
     both: Buffer,
     /// `(tasks, hidden)`: a row for the norm of each task.
     rows: Vec<f32>,

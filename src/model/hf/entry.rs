@@ -44,6 +44,8 @@ pub(super) enum Transform {
     /// The part of latent attention's matrix of keys and values that makes keys, transposed; or the part that makes values.
     LatentKeys,
     LatentValues,
+    /// Rows of tokens that stand for other inputs become the first row, as transformers reads them.
+    Placeholders,
     /// Pairs of the rotated part of each head's query, or of the shared key, become neighbors, unless they are already.
     LatentPairs,
     /// A matrix of one row becomes a vector.
@@ -67,7 +69,7 @@ pub(super) enum Need {
     Sparse,
     /// In layers without experts.
     Dense,
-    /// In layers of which this is true.
+    /// In layers that this function chooses.
     Where(fn(&Sizes, usize) -> bool),
     /// The output matrix: optional where it may be tied to the embedding.
     Untied,

@@ -2,10 +2,8 @@
 
 use serde_json::Value;
 
-use super::metadata::MetadataWriter;
 use super::settings::Settings;
 use crate::error::Result;
-use crate::format::gguf::StringArray;
 
 /// The first class under `architectures`.
 fn class(settings: &Settings) -> Option<String> {
@@ -48,18 +46,3 @@ pub(super) fn labels(settings: &Settings) -> Result<Vec<String>> {
     }
     (0..count).map(label).collect()
 }
-
-/// Writes the keys of a classification head, and that a classifier has no logits of tokens.
-pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
-    let labels = labels(keys.settings)?;
-    if labels.is_empty() {
-        return Ok(());
-    }
-    keys.set("classifier.output_labels", StringArray::from_iter(labels.iter().map(|label| label.as_bytes())));
-    keys.set("pooling_type", RANK);
-    keys.set("generates", false);
-    Ok(())
-}
-
-/// llama.cpp's number of the pooling of a classification head.
-const RANK: u32 = 4;

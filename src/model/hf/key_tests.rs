@@ -36,10 +36,10 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     let settings = Settings::new("config.json".into(), String::new(), config);
     let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
     Packing::read(&settings, Path::new("")).unwrap();
-    let mut sizes = Sizes::read(&settings, family.adjust).unwrap();
+    // A configuration that is refused has been read that far.
+    let Ok(mut sizes) = Sizes::read(&settings, family.adjust) else { return settings.keys_read() };
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
-    // A configuration that is refused has been read that far.
     _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
         for need in [entry.weight, entry.bias] {
@@ -69,8 +69,14 @@ fn every_key_of_transformers_is_read_listed_or_refused() {
             plain.insert("use_sliding_window".to_owned(), Value::Bool(true));
             plain
         };
-        let both = own.flat_map(|config| [plain(&config), config]);
-        let read: BTreeSet<String> = both.flat_map(|config| keys_read(family, config)).collect();
+        // The keys of windows are read where there is one.
+        let windowed = |config: &Map<String, Value>| {
+            let mut windowed = plain(config);
+            windowed.insert("sliding_window".to_owned(), Value::from(8));
+            windowed
+        };
+        let all = own.flat_map(|config| [plain(&config), windowed(&config), config]);
+        let read: BTreeSet<String> = all.flat_map(|config| keys_read(family, config)).collect();
         let listed = || WITHOUT_INFLUENCE.iter().chain(family.without_influence).map(|key| (*key).to_owned());
         let name = family.model_types[0];
         let class = transformers::defaults(family).into_iter().map(|(key, _)| key).chain(transformers::base());

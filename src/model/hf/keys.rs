@@ -13,7 +13,7 @@ use super::settings::Settings;
 use super::sizes::{LayerSizes, Sizes};
 use super::switches;
 use crate::error::Result;
-use crate::format::gguf::{Metadata, Value};
+use crate::format::gguf::{Metadata, StringArray, Value};
 use crate::format::json;
 use crate::model::arch::NormKind;
 
@@ -42,7 +42,7 @@ pub(super) fn write(
     if !writer.causal {
         writer.set("attention.causal", false);
     }
-    heads::write(&mut writer)?;
+    classifier(&mut writer)?;
     set_sizes(&mut writer);
     norm(&mut writer, family.norm)?;
     activation(&mut writer, family.activation)?;
@@ -54,6 +54,21 @@ pub(super) fn write(
     let modules = modules::read(path, &mut writer)?;
     Ok((writer.metadata, writer.tensors, modules))
 }
+
+/// Writes the keys of a classification head, and that a classifier has no logits of tokens.
+fn classifier(keys: &mut MetadataWriter<'_>) -> Result<()> {
+    let labels = heads::labels(keys.settings)?;
+    if labels.is_empty() {
+        return Ok(());
+    }
+    keys.set("classifier.output_labels", StringArray::from_iter(labels.iter().map(|label| label.as_bytes())));
+    keys.set("pooling_type", RANK);
+    keys.set("generates", false);
+    Ok(())
+}
+
+/// llama.cpp's number of the pooling of a classification head.
+const RANK: u32 = 4;
 
 fn set_sizes(writer: &mut MetadataWriter<'_>) {
     let sizes = writer.sizes;
@@ -108,7 +123,9 @@ fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
     let (key, names): (_, &[&str]) = match kind {
         NormKind::Rms => ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
         NormKind::Layer => {
-            ("attention.layer_norm_epsilon", &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"])
+            const NAMES: &[&str] =
+                &["layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps"];
+            ("attention.layer_norm_epsilon", NAMES)
         }
     };
     let epsilon = writer.settings.float(names)?;

@@ -22,6 +22,7 @@
 //! | `rope.scaling.type`, `.factor`, `.original_context_length` | linear, YaRN, LongRoPE | tensors hold LongRoPE's factors, the divisors of Llama 3 and of YaRN without `truncate` |
 //! | `rope.scaling.yarn_beta_fast`, `.yarn_beta_slow` | YaRN | where the configuration has them |
 //! | `rope.scaling.attn_factor` | YaRN, LongRoPE | a factor of `1 + 0.1 ln(factor)` for YaRN, the whole magnitude for LongRoPE |
+//! | `rope.scaling.extended_context_length` | YaRN without `truncate` | nybble's own: the context with the stretching, which divisors do |
 //! | `rope.scaling.dynamic_factor` | dynamic NTK | nybble's own, with the type `none` for other readers |
 //! | `attention.sliding_window` | where transformers applies it | |
 //! | `attention.sliding_window_pattern` | where not all layers have it | the `n` of "all but every nth", or a switch per layer |
@@ -161,7 +162,7 @@ impl HfFolder {
 
     /// Whether linear layers are in 4 bits already.
     pub fn has_packed_layers(&self) -> bool {
-        self.tensors.iter().any(|tensor| !tensor.packed.is_empty())
+        self.tensors.iter().any(Planned::is_packed)
     }
 
     /// The folder's tokenizer and chat templates under GGUF's keys. They are not part of [`Checkpoint::metadata`], because
@@ -199,7 +200,7 @@ impl Checkpoint for HfFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
-        let Some(Planned { dims, block_type, parts, packed, order, .. }) = self.tensors.get(at) else {
+        let Some(Planned { dims, block_type, parts, packed, order, blocks, .. }) = self.tensors.get(at) else {
             let at = at - self.tensors.len();
             if let Some(module) = at.checked_sub(self.computed.len()) {
                 return self.modules.get(module).map(ModuleTensor::tensor);
@@ -207,6 +208,9 @@ impl Checkpoint for HfFolder {
             let values = &self.computed.get(at)?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
+        if let Some(blocks) = blocks {
+            return Some(Tensor { dims: dims.clone(), rows: Box::new(blocks.rows(&self.files)?) });
+        }
         if !packed.is_empty() {
             let rows = PackedRows::new(&self.files, packed, *order);
             return Some(Tensor { dims: dims.clone(), rows: Box::new(rows) });
@@ -229,7 +233,7 @@ impl Checkpoint for HfFolder {
     }
 
     fn is_quantized(&self, name: &str) -> bool {
-        self.index.get(name).and_then(|at| self.tensors.get(*at)).is_some_and(|tensor| !tensor.packed.is_empty())
+        self.index.get(name).and_then(|at| self.tensors.get(*at)).is_some_and(Planned::is_packed)
     }
 
     fn release(&self, name: &str) {

@@ -7,6 +7,7 @@ use super::families::HfFamily;
 use super::heads;
 use super::packings::Packing;
 use super::packings::matrix::Matrix;
+use super::packings::mxfp4::Blocks;
 use super::settings::Settings;
 use super::sizes::{Size, Sizes};
 use super::transform::RowOrder;
@@ -28,6 +29,15 @@ pub(super) struct Planned {
     /// The matrices that it is made of, where they are in 4 bits already.
     pub(super) packed: Vec<Matrix>,
     pub(super) order: RowOrder,
+    /// Where its rows are, where they are blocks of MXFP4.
+    pub(super) blocks: Option<Blocks>,
+}
+
+impl Planned {
+    /// Whether its weights are in 4 bits already.
+    pub(super) fn is_packed(&self) -> bool {
+        !self.packed.is_empty() || self.blocks.is_some()
+    }
 }
 
 /// Finds all tensors of a family, and checks that none is left over.
@@ -93,7 +103,7 @@ impl<'a> Planner<'a> {
                 Some(layer) => format!("{}{layer}.{}{source_suffix}", self.family.layers, entry.hf),
                 None => format!("{}{source_suffix}", entry.hf),
             };
-            // The head stands beside the model: where that has a part for other inputs, inside of it.
+            // The head is next to the model, which may be a part of a larger one.
             let source = source.replace('~', self.base).replace('@', self.head());
             if self.is_needed(need, layer, &source)? {
                 self.add(name, &source, dims, transform, layer)?;
@@ -176,9 +186,17 @@ impl<'a> Planner<'a> {
             _ => {}
         }
         let order = RowOrder::new(transform, self.sizes, layer, &dims);
+        if let Some((blocks, tensors)) = Blocks::find(self.files, source, &dims, transform)? {
+            let files = self.files;
+            self.used.extend(tensors.into_iter().filter_map(|at| files.tensors().get(at)).map(TensorInfo::name));
+            let (block_type, parts, packed) = (BlockType::MXFP4, tensors.to_vec(), Vec::new());
+            self.planned.push(Planned { name, dims, block_type, parts, packed, order, blocks: Some(blocks) });
+            return Ok(());
+        }
         if sources.first().is_some_and(|source| self.is_packed(source)) {
             let packed = self.packed(&sources, &shape, transform)?;
-            let planned = Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order };
+            let planned =
+                Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order, blocks: None };
             self.planned.push(planned);
             return Ok(());
         }
@@ -196,7 +214,7 @@ impl<'a> Planner<'a> {
             parts.push(at);
         }
         let block_type = block_type.unwrap_or(BlockType::F32);
-        self.planned.push(Planned { name, dims, block_type, parts, packed: Vec::new(), order });
+        self.planned.push(Planned { name, dims, block_type, parts, packed: Vec::new(), order, blocks: None });
         Ok(())
     }
 

@@ -109,7 +109,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
     if whole {
         let share = inside.or(settings.optional_float(&SHARE[..1])?);
         if share.is_some_and(|share| share != 1.0) {
-            let what = format_args!("rotation of a share of {} of each head", share.unwrap_or_default());
+            let what = format!("rotation of a share of {} of each head", share.unwrap_or_default());
             return Err(settings.unsupported(SHARE[0], what, "supported in this family: 1"));
         }
     }
@@ -205,14 +205,15 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
             let magnitude = yarn_magnitude(&scaling, factor)?;
             // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching,
             // except in families for which readers know.
-            let (truncate, usual) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
-            if truncate && !usual {
+            let (truncate, default) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
+            if truncate && !default {
                 keys.set("rope.scaling.yarn_truncate", true);
             }
-            let factor = if truncate || !usual {
+            let factor = if truncate || !default {
                 factor
             } else {
                 keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));
+                keys.set("rope.scaling.extended_context_length", (before * factor.max(1.0)) as u32);
                 1.0
             };
             keys.set("rope.scaling.factor", factor as f32);

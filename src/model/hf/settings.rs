@@ -1,5 +1,6 @@
 //! Reads `config.json`, with errors that name its keys.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -128,16 +129,11 @@ impl Settings {
         Place::Key(format!("{}{key}", self.prefix))
     }
 
-    pub(super) fn malformed(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        expected: impl std::fmt::Display,
-    ) -> Error {
+    pub(super) fn malformed(&self, key: &str, found: impl Display, expected: impl Display) -> Error {
         Error::malformed(&self.path, self.place(key), found, expected)
     }
 
-    pub(super) fn unsupported(&self, key: &str, what: impl std::fmt::Display, supported: &str) -> Error {
+    pub(super) fn unsupported(&self, key: &str, what: impl Display, supported: &str) -> Error {
         Error::Unsupported {
             path: self.path.clone(),
             place: self.place(key),

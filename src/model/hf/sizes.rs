@@ -41,7 +41,7 @@ pub(super) struct Sizes {
     pub(super) interleaved: bool,
     /// Layers at the end that take keys and values from others.
     pub(super) shared_kv_layers: usize,
-    /// Rank of the low-rank branch beside attention.
+    /// Rank of the low-rank branch that joins attention.
     pub(super) low_rank: usize,
     /// Residual streams.
     pub(super) streams: usize,
@@ -53,6 +53,8 @@ pub(super) struct Sizes {
     pub(super) labels: usize,
     /// Width of a projection of the embedding.
     pub(super) projected: usize,
+    /// Tokens that stand for other inputs than text; none where they are beyond the vocabulary.
+    pub(super) placeholders: [usize; 2],
 }
 
 /// The sizes of a layer that may differ between layers.
@@ -113,6 +115,7 @@ impl Sizes {
             padding: 0,
             labels: heads::labels(settings)?.len(),
             projected: 0,
+            placeholders: [usize::MAX; 2],
         };
         if sizes.head_dim == 0 {
             if !hidden.is_multiple_of(heads) {

@@ -39,7 +39,6 @@ pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
     "resid_pdrop",
     "residual_dropout",
     "router_aux_loss_coef",
-    "router_jitter_noise",
     // Heads for classes instead of tokens, whose tensors are refused.
     "classifier_dropout",
     "summary_activation",

@@ -27,6 +27,8 @@ pub(super) enum RowOrder {
     Columns { rows: usize, first_row: usize, columns: usize, len: usize, start: usize, step: usize },
     /// Of a vector, numbers `start`, `start + step`, ...
     EveryNth { start: usize, step: usize },
+    /// The row of the same number, but for these, which come from the first.
+    Placeholders([usize; 2]),
     /// Of heads of `plain + rope` rows, or of `plain` rows once: as `PairNeighbors` for the last `rope`.
     LatentPairs { plain: usize, rope: usize, interleaved: bool },
 }
@@ -62,6 +64,7 @@ impl RowOrder {
                 let of = latent.plain + latent.value;
                 RowOrder::Slice { of, len: latent.value, start: latent.plain }
             }
+            Transform::Placeholders => RowOrder::Placeholders(sizes.placeholders),
             Transform::LatentPairs => {
                 let plain = if rows == latent.kv_rank + latent.rope { latent.kv_rank } else { latent.plain };
                 RowOrder::LatentPairs { plain, rope: latent.rope, interleaved: sizes.interleaved }
@@ -82,6 +85,13 @@ impl RowOrder {
             RowOrder::Same | RowOrder::Transpose | RowOrder::AddOne | RowOrder::Columns { .. } => index,
             RowOrder::Slice { of, len, start } => index / len * of + start + index % len,
             RowOrder::EveryNth { start, step } => index * step + start,
+            RowOrder::Placeholders(tokens) => {
+                if tokens.contains(&index) {
+                    0
+                } else {
+                    index
+                }
+            }
             RowOrder::LatentPairs { plain, rope, interleaved } => {
                 let (head, i) = (index / (plain + rope) * (plain + rope), index % (plain + rope));
                 match i.checked_sub(plain) {

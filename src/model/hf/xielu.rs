@@ -39,7 +39,7 @@ pub(super) fn write(family: &HfFamily, files: &SafeTensors, layers: usize, metad
             }
         };
         let numbers = (0..layers).map(number).collect::<Result<Vec<f32>>>()?;
-        metadata.set(format!("{}.xielu.{parameter}", family.architecture), numbers);
+        metadata.set(format!("xielu.{parameter}"), numbers);
     }
     Ok(())
 }

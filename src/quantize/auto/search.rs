@@ -26,11 +26,15 @@ pub struct Figures {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Target {
-    /// A perplexity that exceeds that of the full-precision model by at most this share.
+    /// A perplexity that exceeds that of the full-precision model by at most this share, and a mean divergence of at most
+    /// three times the share: other predictions may happen to have the same perplexity.
     Perplexity(f64),
     /// A mean divergence of at most this many nats.
     Divergence(f64),
 }
+
+/// The mean divergence that a share of the perplexity allows, in nats.
+const NATS_PER_SHARE: f64 = 3.0;
 
 impl Default for Target {
     fn default() -> Self {
@@ -42,7 +46,9 @@ impl Target {
     /// Whether a candidate meets the target. `reference` is the perplexity of the full-precision model.
     fn is_met(self, figures: &Figures, reference: f64) -> bool {
         match self {
-            Target::Perplexity(share) => figures.perplexity <= reference * (1.0 + share),
+            Target::Perplexity(share) => {
+                figures.perplexity <= reference * (1.0 + share) && figures.kl_mean <= NATS_PER_SHARE * share
+            }
             Target::Divergence(most) => figures.kl_mean <= most,
         }
     }
@@ -50,7 +56,10 @@ impl Target {
     /// The target in words.
     fn text(self) -> String {
         match self {
-            Target::Perplexity(share) => format!("perplexity within {}%", (share * 1e8).round() / 1e6),
+            Target::Perplexity(share) => {
+                let [percent, nats] = [share * 100.0, share * NATS_PER_SHARE].map(|x| (x * 1e6).round() / 1e6);
+                format!("perplexity within {percent}% and mean KL divergence up to {nats}")
+            }
             Target::Divergence(most) => format!("mean KL divergence up to {most}"),
         }
     }
@@ -137,7 +146,7 @@ mod tests {
         Figures { size_bytes: 1, perplexity, kl_mean, kl_median: kl_mean, kl_p99: kl_mean, top_agreement: 0.9 }
     }
 
-    const MEASURED: [(f64, f64); 3] = [(12.0, 0.3), (10.08, 0.1), (10.09, 0.05)];
+    const MEASURED: [(f64, f64); 3] = [(12.0, 0.3), (10.08, 0.03), (10.09, 0.02)];
 
     /// A search in which each candidate takes ten seconds.
     fn run(target: Target, budget: Option<u64>) -> Outcome {
@@ -155,8 +164,20 @@ mod tests {
     fn the_first_candidate_that_meets_the_target_ends_the_search() {
         let outcome = run(Target::default(), None);
         assert_eq!((outcome.chosen, outcome.tried.len()), (1, 2));
-        assert_eq!(outcome.because, "gptq is the cheapest candidate with perplexity within 1%");
-        assert_eq!(run(Target::Divergence(0.07), None).chosen, 2);
+        assert_eq!(
+            outcome.because,
+            "gptq is the cheapest candidate with perplexity within 1% and mean KL divergence up to 0.03"
+        );
+        assert_eq!(run(Target::Divergence(0.025), None).chosen, 2);
+    }
+
+    #[test]
+    fn a_close_perplexity_of_other_predictions_does_not_meet_the_target() {
+        let measured = [(10.01, 0.1), (9.99, 0.04), (10.05, 0.05)];
+        let mut evaluate = |number: usize| Ok(measured.get(number).map(|(perplexity, kl)| figures(*perplexity, *kl)));
+        let clock = || Duration::ZERO;
+        let outcome = search(&names(), 10.0, Target::default(), None, &clock, &mut evaluate).unwrap();
+        assert_eq!((outcome.chosen, outcome.tried.len()), (1, 3));
     }
 
     #[test]
@@ -164,7 +185,7 @@ mod tests {
         let outcome = run(Target::Divergence(0.01), None);
         assert_eq!((outcome.chosen, outcome.tried.len()), (2, 3));
         assert_eq!(outcome.tried[2].1, Duration::from_secs(10));
-        let expected = "awq diverges least (0.0500); none of rtn, gptq, awq has mean KL divergence up to 0.01 \
+        let expected = "awq diverges least (0.0200); none of rtn, gptq, awq has mean KL divergence up to 0.01 \
                         (perplexity 10.09, full precision 10.00)";
         assert_eq!(outcome.because, expected);
     }
@@ -186,8 +207,8 @@ mod tests {
         let clock = || Duration::ZERO;
         let outcome = search(&names(), 10.0, Target::Perplexity(1e-5), None, &clock, &mut evaluate).unwrap();
         assert_eq!((outcome.chosen, outcome.tried.len()), (0, 1));
-        let expected = "rtn diverges least (0.3000); none of the candidates tried has perplexity within 0.001% (perplexity \
-                        12.00, full precision 10.00); there was no time for gptq, awq";
+        let expected = "rtn diverges least (0.3000); none of the candidates tried has perplexity within 0.001% and mean KL \
+                        divergence up to 0.00003 (perplexity 12.00, full precision 10.00); there was no time for gptq, awq";
         assert_eq!(outcome.because, expected);
     }
 

@@ -161,8 +161,6 @@ impl Visitor for Scale<'_> {
     }
 
     fn step(&self, layer: usize, _: Site, _: usize) -> Result<()> {
-        self.run.check()?;
-        self.run.report("choosing formats", layer, self.run.layers.config().layers.len());
-        Ok(())
+        self.run.enter_layer("choosing formats", layer)
     }
 }

@@ -104,8 +104,6 @@ impl Visitor for Collector<'_> {
     }
 
     fn step(&self, layer: usize, _: Site, _: usize) -> Result<()> {
-        self.run.check()?;
-        self.run.report("measuring importance", layer, self.run.layers.config().layers.len());
-        Ok(())
+        self.run.enter_layer("measuring importance", layer)
     }
 }

@@ -1,11 +1,9 @@
 //! A checkpoint with replaced rows: the layer that is being quantized.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use crate::error::Result;
-use crate::format::gguf::Metadata;
-use crate::format::{Checkpoint, Tensor};
+use crate::format::{Checkpoint, Tensor, as_in_source};
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
@@ -33,13 +31,7 @@ impl<'a> PatchedCheckpoint<'a> {
 }
 
 impl Checkpoint for PatchedCheckpoint<'_> {
-    fn path(&self) -> &Path {
-        self.source.path()
-    }
-
-    fn metadata(&self) -> &Metadata {
-        self.source.metadata()
-    }
+    as_in_source!();
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let Tensor { dims, rows } = self.source.tensor(name)?;
@@ -51,14 +43,6 @@ impl Checkpoint for PatchedCheckpoint<'_> {
         }
         let columns = *dims.first()?;
         Some(Tensor { dims, rows: Box::new(DecodedRows { source: rows, columns, replaced }) })
-    }
-
-    fn names(&self) -> Vec<&str> {
-        self.source.names()
-    }
-
-    fn release(&self, name: &str) {
-        self.source.release(name);
     }
 }
 

@@ -123,7 +123,7 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         let (hessian, magnitude) = known.map_or((&[][..], &[][..]), |known| (&known.hessian, &known.magnitude));
         let plain = LayerProblem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
         let importance = self.run.context.importance.filter(|_| known.is_none());
-        let squares = importance.map_or(&[][..], |importance| importance.of(&piece.name, piece.part));
+        let squares = importance.map_or(&[][..], |importance| importance.of(&piece.name, piece.part, piece.columns));
         let plain = LayerProblem { squares, ..plain };
         let scaled =
             factors.map(|factors| (awq::scale_columns(&weights, factors), awq::scale_moments(&plain, factors)));

@@ -39,7 +39,15 @@ pub(super) fn write(
         Ok(bytes)
     };
     let file_type = run.formats.format.block_type();
-    let job = Job { checkpoint, more: metadata, file_type, stored: &stored, made: &made, pool: run.layers.pool() };
+    let job = Job {
+        checkpoint,
+        more: metadata,
+        file_type,
+        stored: &stored,
+        made: &made,
+        pool: run.layers.pool(),
+        last: &|made| run.files.mark_done(made),
+    };
     job.write(out, None)?;
     read_back(run)?;
     let size = out.metadata().map_err(|source| Error::io(out, source))?.len();

@@ -68,12 +68,12 @@ pub(in crate::quantize) fn error_of(problem: &LayerProblem<'_>, grouped: &Groupe
 pub(in crate::quantize) fn assert_beats(
     threads: usize,
     share: f64,
-    rounding: impl Fn(&LayerProblem<'_>, &GroupedFormat, &Compute<'_>) -> Solution,
+    rounding: impl Fn(&LayerProblem<'_>, &GroupedFormat, bool, &Compute<'_>) -> Solution,
     solve: impl Fn(&LayerProblem<'_>, &GroupedFormat, &Compute<'_>) -> Solution,
 ) {
     with_layer(threads, |problem, compute| {
         for grouped in four_bit_formats(&[32, 64, COLUMNS]) {
-            let rounded = error_of(problem, &grouped, &rounding(problem, &grouped, compute));
+            let rounded = error_of(problem, &grouped, &rounding(problem, &grouped, true, compute));
             let own = error_of(problem, &grouped, &solve(problem, &grouped, compute));
             assert!(own < share * rounded, "{grouped:?}: {own}, by rounding {rounded}");
         }

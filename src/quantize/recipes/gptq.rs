@@ -203,12 +203,7 @@ mod tests {
     fn the_error_is_far_below_rounding_in_every_format() {
         for order in [false, true] {
             let options = GptqOptions { order, ..GptqOptions::default() };
-            assert_beats(
-                1,
-                0.5,
-                |p, grouped, compute| rtn::solve(p, grouped, true, compute),
-                |problem, grouped, compute| solve(problem, grouped, &options, compute),
-            );
+            assert_beats(1, 0.5, rtn::solve, |problem, grouped, compute| solve(problem, grouped, &options, compute));
         }
     }
 

@@ -191,12 +191,7 @@ mod tests {
     #[test]
     fn the_error_is_far_below_rounding_in_every_format() {
         let options = SignroundOptions::default();
-        assert_beats(
-            2,
-            0.6,
-            |p, grouped, compute| rtn::solve(p, grouped, true, compute),
-            |problem, grouped, compute| solve(problem, grouped, &options, compute),
-        );
+        assert_beats(2, 0.6, rtn::solve, |problem, grouped, compute| solve(problem, grouped, &options, compute));
     }
 
     #[test]

@@ -8,6 +8,6 @@ mod log;
 mod snapshot;
 
 pub(super) use digest::run_key;
-pub(super) use files::ResumeFiles;
+pub(super) use files::{ResumeFiles, candidate_path};
 pub(super) use log::ResumeLog;
 pub(super) use snapshot::{SavePace, Snapshot, SnapshotFile};

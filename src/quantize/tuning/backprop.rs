@@ -509,29 +509,24 @@ mod tests {
                     };
                     close("input", gradient[i], at(0.01), at(-0.01));
                 }
+                let mut check =
+                    |name, gradient: &[f32], spacing, weight: &dyn Fn(&mut BlockWeights, usize) -> &mut f32| {
+                        for i in (0..gradient.len()).step_by(spacing) {
+                            let mut at = |step: f32| {
+                                let before = *weight(&mut block, i);
+                                *weight(&mut block, i) += step;
+                                let loss = loss(&block, &x);
+                                *weight(&mut block, i) = before;
+                                loss
+                            };
+                            close(name, gradient[i], at(0.01), at(-0.01));
+                        }
+                    };
                 for part in 0..7 {
-                    for i in (0..found[part].len()).step_by(97) {
-                        let mut at = |step: f32| {
-                            let before = block.matrices[part][i];
-                            block.matrices[part][i] += step;
-                            let loss = loss(&block, &x);
-                            block.matrices[part][i] = before;
-                            loss
-                        };
-                        close(MATRICES[part], found[part][i], at(0.01), at(-0.01));
-                    }
+                    check(MATRICES[part], &found[part], 97, &|block, i| &mut block.matrices[part][i]);
                 }
                 for (norm, found) in norms.iter().enumerate() {
-                    for i in (0..found.len()).step_by(5) {
-                        let mut at = |step: f32| {
-                            let before = block.norms[norm][i];
-                            block.norms[norm][i] += step;
-                            let loss = loss(&block, &x);
-                            block.norms[norm][i] = before;
-                            loss
-                        };
-                        close(NORMS[norm], found[i], at(0.01), at(-0.01));
-                    }
+                    check(NORMS[norm], found, 5, &|block, i| &mut block.norms[norm][i]);
                 }
             }
         });

@@ -45,7 +45,7 @@ impl Targets {
         match file.open(ends.last().copied().unwrap_or(0))? {
             Some(snapshot) => Ok(Targets { snapshot, ends }),
             None => {
-                let found = format_args!("{}, which has changed", file.path.display()).to_string();
+                let found = format!("{}, which has changed", file.path.display());
                 Err(Error::argument("out", found, "files that no other process writes"))
             }
         }

@@ -460,29 +460,52 @@ def test_the_interpreter_may_exit_with_an_open_engine(tiny_file: Path, ending: s
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_process_gets_an_error_from_the_engine_of_its_parent(tmp_path: Path) -> None:
+def test_an_engine_starts_again_in_each_forked_process(tmp_path: Path) -> None:
     file = tiny.write_model(tmp_path / "roomy.gguf", llama__context_length=1 << 16)
     script = """
         import os, sys
         from nybble import Engine, Model, ModelError
+        x = {"logit_bias": {120: 1000.0}}
         model = Model.load(sys.argv[1], threads=2)
-        engine = Engine(model)
-        request = engine.submit("x", max_tokens=None, logit_bias={120: 1000.0})
+        engine, closed = Engine(model, max_batch=1), Engine(model)
+        closed.close()
+        request, waiting = (engine.submit("x", max_tokens=None, **x) for _ in range(2))
         next(iter(request))
-        if (child := os.fork()) == 0:
-            for ask in (lambda: request.result(60), lambda: engine.submit("x")):
+
+        def answers(generations):
+            for ask in (lambda: request.result(60), lambda: waiting.result(60), lambda: closed.submit("x")):
                 try:
                     ask()
                     os._exit(1)
                 except ModelError as error:
-                    assert "forked" in str(error), error
+                    assert "forked" in str(error) or "closed" in str(error), error
+            assert engine.stats().running == engine.stats().prompt_tokens == 0
+            for _ in range(2):
+                assert engine.submit("x", max_tokens=3, **x).result(60).text == "xxx"
+            assert engine.stats().finished == 2
+            if generations and (child := os.fork()) == 0:
+                answers(generations - 1)
+            elif generations:
+                ends(child)
             engine.close()
-            with Engine(model) as own:
-                assert own.submit("x", max_tokens=3, logit_bias={120: 1000.0}).result(60).text == "xxx"
-            os._exit(17)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 17, status
+            try:
+                engine.submit("x")
+            except ModelError:
+                sys.exit(17)
+
+        def ends(child):
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == 17, status
+
+        if (child := os.fork()) == 0:
+            answers(1)
+        ends(child)
+        if (child := os.fork()) == 0:  # Closed before it has started again.
+            engine.close()
+            sys.exit(17)
+        ends(child)
         request.cancel()
+        waiting.cancel()
         assert set(request.result(60).text) == {"x"}
         engine.close()
     """

@@ -73,6 +73,16 @@ def test_any_other_prompt_is_refused_by_name(tiny_model: Model, prompt: Any, mes
         tiny_model.embed(prompt)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int64])
+def test_token_ids_may_be_arrays(kind: Any, tiny_model: Model) -> None:
+    expected = tiny_model.logits(range(5, 10))
+    np.testing.assert_array_equal(tiny_model.logits(np.arange(5, 10, dtype=kind)), expected)
+    options: Any = {"max_tokens": np.int64(3), "temperature": 0, "stop": ("zz", "yy"), "min_tokens": np.uint8(1)}
+    options["logit_bias"] = {np.int64(5): np.float32(0)}
+    found = tiny_model.generate([*np.arange(5, 10, dtype=kind)], **options)
+    assert found.tokens == tiny_model.generate([5, 6, 7, 8, 9], max_tokens=3, temperature=0).tokens
+
+
 def test_token_ids_in_two_dimensions_are_refused_by_their_shape(tiny_model: Model) -> None:
     with pytest.raises(ValueError, match=r"^prompt: found an array of shape \(1, 4\), expected .* one dimension"):
         tiny_model.logits(np.zeros((1, 4), np.int64))

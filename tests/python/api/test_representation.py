@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -150,11 +151,20 @@ def test_a_tokenizer_can_be_pickled_after_any_use(tiny_file: Path) -> None:
         assert repr(other) == repr(tokenizer)
 
 
-def test_ray_without_its_package_says_what_to_install() -> None:
-    script = "import sys; sys.modules['ray'] = None; import nybble.integrations.ray"
+def test_completions_and_options_can_be_pickled_and_copied(tiny_model: Model) -> None:
+    done = tiny_model.generate("he", logprobs=1, max_tokens=4, temperature=0)
+    assert pickle.loads(pickle.dumps(done)) == copy.deepcopy(done) == done
+    assert json.loads(json.dumps(dataclasses.asdict(done)))["text"] == done.text
+    options = nybble.SamplingOptions(seed=1, stop="a", logit_bias={1: 2.0}, min_tokens=3)
+    assert pickle.loads(pickle.dumps(options)) == copy.deepcopy(options) == options
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("lm_eval", "lm-eval")])
+def test_an_integration_without_its_package_says_what_to_install(name: str, package: str) -> None:
+    script = f"import sys; sys.modules['{name}'] = None; import nybble.integrations.{name}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     line = done.stderr.splitlines()[-1]
-    assert line == "ModuleNotFoundError: nybble.integrations.ray needs ray: pip install 'nybble[ray]'"
+    assert line == f"ModuleNotFoundError: nybble.integrations.{name} needs {name}: pip install 'nybble[{package}]'"
 
 
 def test_an_engine_of_something_else_names_the_argument(tiny_model: Model) -> None:

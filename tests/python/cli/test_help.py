@@ -74,7 +74,9 @@ def test_help_fits_into_80_columns(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert max(map(len, output(capsys, command, "--help").splitlines())) <= 80
+    shown = output(capsys, command, "--help")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown, "a word is longer than its column"
 
 
 # --- Completion

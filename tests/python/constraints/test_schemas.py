@@ -298,6 +298,8 @@ def test_schemas_of_pydantic_are_enforced(kind: Any, uniform_model: Model) -> No
         ({"type": "objekt"}, "schema: type: found 'objekt', expected one or several of array, boolean"),
         ({"properties": {"a": 5}}, "schema: #/properties/a: found 5, expected a JSON Schema"),
         ({"required": "a"}, "schema: required: found 'a', expected a list of property names"),
+        ({"type": "integer", "minimum": 10**20}, "schema: minimum: found 1.*0, expected an integer of 64 bits"),
+        ({"type": ["integer", "null"], "exclusiveMaximum": -(2**64)}, "schema: exclusiveMaximum: found -1844"),
         ({"anyOf": []}, r"schema: anyOf: found \[\], expected a list of schemas that is not empty"),
         ({"items": {"minLength": -1}}, "schema: #/items: minLength: found -1, expected a whole number"),
         ({"items": {"pattern": "(?=a)b"}}, "schema: #/items: pattern: .* look-ahead and look-behind are not supported"),

@@ -291,7 +291,12 @@ def test_a_decoder_with_attention_in_both_directions_is_an_encoder(tmp_path: Pat
 
 def test_the_server_embeds_and_ranks() -> None:
     with Model.load(folder("bert-classify")) as model, Engine(model) as engine, serving(engine) as server:
-        body: dict[str, Any] = {"query": "a cat", "documents": [*TEXTS, {"text": "a dog"}], "top_n": 2, "return_documents": True}
+        body: dict[str, Any] = {
+            "query": "a cat",
+            "documents": [*TEXTS, {"text": "a dog"}],
+            "top_n": 2,
+            "return_documents": True,
+        }
         reply = server.request("POST", "/v1/rerank", body)
         assert reply.status == 200, reply.text
         scores = 1 / (1 + np.exp(-model.rerank("a cat", [*TEXTS, "a dog"]).astype(np.float64)))

@@ -225,10 +225,11 @@ def test_rope_scaling_of_gemma3_changes_layers_without_a_window(tmp_path: Path) 
     np.testing.assert_array_equal(added, expected)
 
 
+@pytest.mark.parametrize("truncate", [None, False, True], ids=str)
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "converted"])
-def test_yarn_extends_the_context(as_file: bool, tmp_path: Path) -> None:
+def test_yarn_extends_the_context(as_file: bool, truncate: bool | None, tmp_path: Path) -> None:
     def like_a_model_card(config: dict[str, Any]) -> None:
-        scaling = dict(YARN)
+        scaling = {**YARN, **({} if truncate is None else {"truncate": truncate})}
         config.pop("rope_parameters")
         config.update(rope_theta=scaling.pop("rope_theta"), rope_scaling=scaling, max_position_embeddings=80)
 

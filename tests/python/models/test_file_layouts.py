@@ -184,3 +184,10 @@ def test_pointers_of_git_lfs_are_named(name: str, tmp_path: Path) -> None:
     (folder / name).write_text(POINTER)
     with pytest.raises(ModelError, match=rf"{name}.*Git LFS pointer.*git lfs pull"):
         logits(folder / name if name == "m.gguf" else folder)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"lmgg" + bytes(100), b""], ids=str)
+def test_files_of_other_formats_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=r"m\.gguf"):
+        logits(tmp_path / "m.gguf")

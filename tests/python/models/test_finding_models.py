@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf_files import File, Kind, text
+from goldens import GOLDENS
 
-from nybble import Model, ModelError
+from nybble import Model, ModelError, _native
 from nybble.cli import main
 from nybble.models import hub
 from nybble.models.names import HubName, hub_name
@@ -75,6 +77,34 @@ def test_other_files_next_to_the_model_do_not_count(
     source = folder(tmp_path / "model", **{"it-Q4_0": tiny_file, name: others[kind]})
     assert hub.resolve(source).name == "it-Q4_0.gguf"
     assert hub.resolve(source, filename="*.gguf").name == "it-Q4_0.gguf"
+
+
+def test_a_projector_in_a_repository_does_not_count(tiny_file: Path, others: dict[str, Path], cache: Path) -> None:
+    cached(cache, "org/eyes", **{"it-Q4_0": tiny_file, "mmproj-f16": others["projector"]})
+    with Model.load("org/eyes", threads=1) as model:
+        assert model.info.file.name == "it-Q4_0.gguf"
+
+
+@pytest.mark.parametrize("source", ["folder", "first", "second"])
+def test_a_model_in_shards_loads_by_any_of_them(source: str, tmp_path: Path) -> None:
+    file = tmp_path / "whole.gguf"
+    _native.convert(GOLDENS / "llama", file, "f32")
+    whole = File.read(file)
+    names = list(whole.tensors)
+    (tmp_path / "split").mkdir()
+    shards = []
+    for number in range(3):
+        keys = {
+            "split.no": (Kind.U16, number),
+            "split.count": (Kind.U16, 3),
+            "split.tensors.count": (Kind.I32, len(names)),
+        }
+        members = names[number - 1 :: 2] if number else []
+        shard = File({**({} if number else whole.metadata), **keys}, {name: whole.tensors[name] for name in members})
+        shards.append(shard.write(tmp_path / "split" / f"my model-{number + 1:05}-of-00003.gguf"))
+    path = {"folder": tmp_path / "split", "first": shards[0], "second": shards[1]}[source]
+    with Model.load(path, threads=1) as model, Model.load(file, threads=1) as expected:
+        np.testing.assert_array_equal(model.logits([5, 6, 7]), expected.logits([5, 6, 7]))
 
 
 def test_a_folder_without_a_model_says_what_it_holds(others: dict[str, Path], tmp_path: Path) -> None:

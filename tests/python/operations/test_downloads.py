@@ -170,3 +170,37 @@ def test_cached_files_are_compared_with_their_sizes_and_hashes(
     assert f"{REPOSITORY}: config.json: missing" in out
     assert "maker/split: m-00002-of-00002.gguf: missing" in out
     assert out.count(": ok") == 2
+
+
+def test_a_function_is_called_with_the_bytes_of_all_files(fake_hub: FakeHub) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m-00001-of-00002.gguf": b"GGUF" * 1000, "m-00002-of-00002.gguf": b"GG" * 1000}
+    seen: list[tuple[int, int]] = []
+    hub.resolve(REPOSITORY, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {6000}
+    assert [done for done, _ in seen if done in (4000, 6000)] == [4000, 6000]
+    hub.resolve(REPOSITORY, progress=lambda done, total: seen.clear())
+    assert seen, "nothing was downloaded the second time"
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ConnectionError, FileNotFoundError])
+def test_an_exception_of_the_function_stops_the_download(fake_hub: FakeHub, kind: type[Exception]) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+
+    def stop(done: int, total: int) -> None:
+        raise kind("enough")
+
+    with pytest.raises(kind, match="enough"):
+        hub.resolve(REPOSITORY, progress=stop)
+    assert hub.resolve(REPOSITORY).read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("progress", "written"), [(None, ""), (False, ""), (True, f"downloading {REPOSITORY}: 100%\n")]
+)
+def test_a_log_has_lines_of_a_download_only_if_asked(
+    progress: bool | None, written: str, fake_hub: FakeHub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_hub.repositories[REPOSITORY] = {"m.gguf": b"GGUF"}
+    hub.resolve(REPOSITORY, progress=progress)
+    assert capfd.readouterr().err == written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 import tiny
 
-from nybble import cli
+from nybble import cli, quantize
 from nybble.cli import ending
 
 if sys.platform == "win32":
     pytest.skip("Windows has no signals of this kind", allow_module_level=True)
 
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL]
 MOMENTS = 20
+STEP = 1 if os.environ.get("NYBBLE_ALL_MOMENTS") else 5
+"""NYBBLE_ALL_MOMENTS=1 tries each signal at each moment, which takes a quarter of an hour."""
 
 SCRIPT = """
 import os, signal, sys
@@ -47,6 +51,10 @@ sys.exit(main(sys.argv[3:]))
 COMMANDS = {
     "convert": ["convert", "{source}", "{out}", "--type", "f32", "--force"],
     "quantize": ["quantize", "{source}", "{out}", "--recipe", "gptq", "--calibration", "{text}", "--force"],
+    "bits": [
+        *("quantize", "{source}", "{out}", "--recipe", "rtn", "--calibration", "{text}", "--force"),
+        *("--bits-per-weight", "6", "--imatrix", "{folder}/imatrix.gguf", "--report", "{folder}/report.json"),
+    ],
     "search": ["quantize", "{source}", "{out}", "--calibration", "{text}", "--force"],
 }
 
@@ -66,33 +74,53 @@ def _run(command: list[str], number: int = 0, moment: int = 0) -> int:
     return done.returncode
 
 
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_a_command_that_is_ended_leaves_nothing(name: str, source: Path, tmp_path: Path) -> None:
+def test_a_command_that_is_ended_leaves_nothing(
+    name: str, number: signal.Signals, source: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "prose.txt"
     text.write_text("Some prose to calibrate on, again and again. " * 60)
     folder = tmp_path / "out"
     folder.mkdir()
     out = folder / "model.gguf"
-    command = [part.format(source=source, out=out, text=text) for part in COMMANDS[name]]
+    command = [part.format(source=source, out=out, text=text, folder=folder) for part in COMMANDS[name]]
     assert _run(command) == 0
-    whole = out.read_bytes()
-    out.unlink()
-    signals = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL]
-    for moment in range(1, MOMENTS + 1):
-        number = signals[moment % len(signals)]
-        code = _run(command, number, moment)
-        assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
-        left = {path.name for path in folder.iterdir()} - {out.name}
-        if number != signal.SIGKILL:
-            assert all(".resume" in one for one in left), f"{number.name} at report {moment} has left {left}"
-        if code and (number == signal.SIGKILL or moment == MOMENTS):
-            assert _run(command) == 0
-            assert {path.name for path in folder.iterdir()} == {out.name}, f"{number.name} at report {moment}"
-            code = 0
-        if not code:
-            assert out.read_bytes() == whole
+    whole = _contents(folder)
+    for moment in range(1 + SIGNALS.index(number) % STEP, MOMENTS + 1, STEP):
         for path in folder.iterdir():
             path.unlink()
+        code = _run(command, number, moment)
+        assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
+        left = set(_contents(folder)) - set(whole)
+        if number != signal.SIGKILL:
+            # Only what the next run continues from.
+            assert all(".resume" in one for one in left), f"{number.name} at report {moment} has left {left}"
+        if code:
+            assert _run(command) == 0
+        assert _contents(folder) == whole, f"{number.name} at report {moment}"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder. Reports differ in their times."""
+    return {path.name: b"" if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("is_renamed", [True, False])
+def test_what_a_finished_run_has_left_goes_with_the_next(is_renamed: bool, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    quantize(source, out, recipe="rtn")
+    state = out.stat()
+    left = [tmp_path / name for name in ("model.gguf.resume", "model.gguf.resume-state", ".model.gguf.gptq.gguf")]
+    for path in left:
+        path.write_bytes(b"work")
+    mark = tmp_path / "model.gguf.resume-done"
+    mark.write_text(f"{state.st_size} {state.st_mtime_ns if is_renamed else 1}")
+    for _ in range(2):
+        with pytest.raises(FileExistsError):
+            quantize(source, out, recipe="rtn")
+        assert [path.exists() for path in [*left, mark]] == [not is_renamed] * 4
+    assert out.stat().st_mtime_ns == state.st_mtime_ns
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -86,6 +86,17 @@ def _save_report(source: Path, out: Path, inputs: Inputs) -> None:
     report.save(out)
 
 
+def _measure_importance(source: Path, out: Path, inputs: Inputs) -> None:
+    made = inputs.root / "i.gguf"
+    nybble.quantize(
+        source, made, recipe="rtn", calibration=inputs.text, calibration_tokens=512, imatrix=out, force=True
+    )
+
+
+def _spend_bits(source: Path, out: Path, inputs: Inputs) -> None:
+    nybble.quantize(source, out, recipe="rtn", bits_per_weight=6, calibration=inputs.text, force=True)
+
+
 def _save_session(source: Path, out: Path, inputs: Inputs) -> None:
     with Model.load(source, threads=1, quantize="stored") as model:
         session = model.session()
@@ -101,6 +112,8 @@ WRITERS = [
     _quantize_natively,
     _quantize_in_python,
     _save_report,
+    _measure_importance,
+    _spend_bits,
     _save_session,
 ]
 
@@ -139,8 +152,7 @@ def test_no_source_is_overwritten(writer: Callable[[Path, Path, Inputs], None], 
             symbolic, hard = links / f"{source.name}-{number}.symbolic", links / f"{source.name}-{number}.hard"
             symbolic.symlink_to(target)
             ways = [target, symbolic, target.parent / ".." / target.parent.name / target.name]
-            # A hard link to a file of a folder below is none of what is read.
-            if target.is_file() and target.parent.name != "sub":
+            if target.is_file():
                 os.link(target, hard)
                 ways.append(hard)
             for out in ways:
@@ -172,6 +184,24 @@ def test_a_text_that_is_read_is_not_overwritten(writer: Callable[[Path, Path, In
     os.link(inputs.text, hard)
     for out in (inputs.text, hard):
         _attempt(writer, inputs.folder, out, inputs)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
+def test_an_importance_matrix_is_not_overwritten(native: bool, inputs: Inputs) -> None:
+    imatrix, hard, new = (inputs.root / name for name in ("i.gguf", "hard.gguf", "new.gguf"))
+    made = inputs.root / "made.gguf"
+    nybble.quantize(inputs.folder, made, recipe="rtn", calibration=inputs.text, calibration_tokens=512, imatrix=imatrix)
+    before = imatrix.read_bytes()
+    os.link(imatrix, hard)
+    for out in (imatrix, hard):
+        options = QuantizeOptions(recipe="rtn", imatrix=imatrix, force=True)
+        writer: Callable[..., object] = _native.quantize if native else nybble.quantize
+        with pytest.raises(ValueError, match="which is read"):
+            writer(inputs.folder, out, options)
+        assert imatrix.read_bytes() == before
+    with pytest.raises(ValueError, match="another output"):
+        nybble.quantize(inputs.folder, new, recipe="rtn", calibration=inputs.text, imatrix=new)
+    assert not new.exists()
 
 
 def test_a_source_named_like_unfinished_work_is_kept(inputs: Inputs) -> None:

@@ -336,6 +336,25 @@ def test_an_importance_matrix_is_written_and_read(tmp_path: Path) -> None:
     assert divergence(expected, logits(out)) < 1.2 * divergence(expected, logits(tmp_path / "blind.gguf"))
 
 
+def test_an_older_importance_file_gives_the_same_result(tmp_path: Path) -> None:
+    imatrix, older, out = (tmp_path / name for name in ("imatrix.gguf", "imatrix.dat", "out.gguf"))
+    options: Any = {"recipe": "rtn", "format": "q4_0", "threads": 1}
+    quantize(LLAMA, out, imatrix=imatrix, calibration=[text(3, 3000)], calibration_tokens=2048, **options)
+    tensors = {name: np.frombuffer(data, "<f4") for name, _, _, data in GgufReader(imatrix).tensors}
+    names = [name.removesuffix(b".counts") for name in tensors if name.endswith(b".counts")]
+    data = struct.pack("<i", len(names))
+    for name in names:
+        # One chunk, so the values are the means.
+        means = tensors[name + b".in_sum2"] / tensors[name + b".counts"][0]
+        data += struct.pack("<i", len(name)) + name + struct.pack("<ii", 1, len(means)) + means.astype("<f4").tobytes()
+    older.write_bytes(data + struct.pack("<ii", 1, 4) + b"text")
+    quantize(LLAMA, tmp_path / "older.gguf", imatrix=older, **options)
+    assert (tmp_path / "older.gguf").read_bytes() == out.read_bytes()
+    older.write_bytes(data[:-1])
+    with pytest.raises(ModelError, match=r"imatrix\.dat"):
+        quantize(LLAMA, tmp_path / "damaged.gguf", imatrix=older, **options)
+
+
 def test_only_an_importance_matrix_of_the_model_is_accepted(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="imatrix"):
         quantize(LLAMA, tmp_path / "out.gguf", recipe="rtn", threads=1, imatrix=whole)

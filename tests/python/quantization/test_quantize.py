@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import html.parser
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from nybble.cli import main
 from nybble.models import hub
 from nybble.quantization import calibration
 from nybble.quantization.measuring import split
+from nybble.quantization.report_plots import Axis, Point, Series, plot
 from nybble.quantization.spec import Spec
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, does not mind at all. " * 30
@@ -456,3 +458,11 @@ def test_a_model_loaded_by_a_spec_is_quantized_once(
     with Model.load(source, quantize="int4:rtn:g64") as again:
         assert (again.logits([1, 2, 3]) == logits).all()
     assert kept.stat().st_mtime_ns == made
+
+
+def test_long_numbers_of_a_plot_do_not_cover_the_title_of_their_axis() -> None:
+    series = Series("layers", [Point(0, 0.0001234, "a"), Point(1, 0.0003, "b")])
+    page = str(plot([series], Axis("layer", str), Axis("error", "{:.9f}".format), "Errors"))
+    numbers = re.findall(r'<text class="tick end" x="([\d.]+)"[^>]*>([^<]+)<', page)
+    (title,) = re.findall(r"translate\(([\d.]+) ", page)
+    assert all(float(x) - 7 * len(number) > float(title) for x, number in numbers)

@@ -1,8 +1,14 @@
-"""Tests of the check of the public Rust API, on pieces of rustdoc's pages."""
+"""Tests of the crate: the check of its public API, on pieces of rustdoc's pages, and what its package contains."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import public_api
+
+REPOSITORY = Path(__file__).parents[3]
 
 DECLARATION = '<pre class="rust item-decl"><code>{}</code></pre>'
 GROWS = '<div class="code-attribute">#[non_exhaustive]</div>'
@@ -43,3 +49,14 @@ def test_a_change_is_shown_with_what_to_do() -> None:
     assert "+c" in lines
     assert "--update" in lines[-1]
     assert not public_api.difference("a\n", "a\n")
+
+
+def test_the_crate_contains_what_its_sources_include() -> None:
+    listed = subprocess.run(
+        ["cargo", "package", "--list", "--allow-dirty"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+    )
+    packaged = set(listed.stdout.split())
+    for source in (REPOSITORY / "src").rglob("*.rs"):
+        for name in re.findall(r'include_(?:str|bytes)!\("(.+?)"\)', source.read_text(encoding="utf-8")):
+            included = (source.parent / name).resolve().relative_to(REPOSITORY)
+            assert included.as_posix() in packaged, f"{source}: {included}"

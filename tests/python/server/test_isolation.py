@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +19,8 @@ from serving import TOOL_TEMPLATE, Running, serving
 
 from nybble import Model
 from nybble.engine import Engine
+from nybble.errors import ModelError
+from nybble.generation.driver import Driver
 from nybble.tokenizer.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -64,8 +69,32 @@ def invalid(number: int) -> Json:
         {"chat_template_kwargs": {"messages": []}},
         {"model": "another"},
         {"nonsense": 1},
+        {"min_tokens": 100},
+        {"stop": ["e", "t", "a", " "], "stop_token_ids": [*range(97, 110)], "max_tokens": 500},
+        {"messages": [{"role": "user", "content": "x" * 1000}], "max_tokens": 900},
     ]  # fmt: skip
     return {"messages": HI, "max_tokens": 60, **choices[number % len(choices)]}
+
+
+def too_late(running: Running, number: int) -> int:
+    """Sends a request to a server whose time for answers has passed."""
+    body = {"messages": HI, "max_tokens": 900, "seed": number, "min_tokens": 800}
+    return running.request("POST", CHAT, body).status
+
+
+def cancelled(engine: Engine, number: int) -> str:
+    """Submits a request, and cancels it after its first text."""
+    request = engine.submit("x", max_tokens=900, min_tokens=800, seed=number)
+    next(iter(request))
+    request.cancel()
+    return request.result().finish_reason
+
+
+def without_choice(engine: Engine) -> str:
+    """Submits a request for which no token can be sampled."""
+    with pytest.raises(ModelError) as caught:
+        engine.submit("x", logit_bias=dict.fromkeys(range(tiny.VOCABULARY), -math.inf)).result()
+    return str(caught.value)
 
 
 def leave(running: Running, number: int) -> None:
@@ -96,7 +125,10 @@ def together(works: list[Callable[[], Any]]) -> list[Any]:
 
 
 def test_32_running_requests_do_not_notice_failures_among_them(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(model, max_batch=32, max_queue=200) as engine, serving(engine, max_answers=232) as running:
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Engine(model, max_batch=32, max_queue=200))
+        running = stack.enter_context(serving(engine, max_answers=232))
+        hasty = stack.enter_context(serving(engine, max_answers=232, request_seconds=0.0))
         expected = [text_of(running, good(number)) for number in range(32)]
         poison = model.tokenizer.encode("\x07")[0]
         found = Tokenizer.token_bytes
@@ -111,8 +143,12 @@ def test_32_running_requests_do_not_notice_failures_among_them(model: Model, mon
             return running.request("POST", "/v1/completions", body).status
 
         works: list[Callable[[], Any]] = [functools.partial(text_of, running, good(number)) for number in range(32)]
-        works += [functools.partial(running.request, "POST", CHAT, invalid(number)) for number in range(28)]
+        works += [functools.partial(running.request, "POST", CHAT, invalid(number)) for number in range(36)]
         works += [functools.partial(leave, running, number) for number in range(8)]
+        late = len(works)
+        works += [functools.partial(too_late, hasty, number) for number in range(4)]
+        works += [functools.partial(cancelled, engine, number) for number in range(4)]
+        works += [functools.partial(without_choice, engine)] * 4
         works += [lambda: running.request("POST", CHAT, b'{"messages":', {"Content-Type": "application/json"})] * 2
         works += [lambda: running.request("POST", "/v1/embeddings", {"input": "x" * 2000})] * 2
         if not any("\x07" in text for text in expected):
@@ -120,10 +156,44 @@ def test_32_running_requests_do_not_notice_failures_among_them(model: Model, mon
             works += [broken] * 2
         done = together(works)
         assert done[:32] == expected
-        for number, reply in enumerate(done[32:60]):
+        for number, reply in enumerate(done[32:68]):
             assert reply.status in (200, 400, 404), reply.text
             if reply.status != 200:
                 assert json.loads(reply.text)["error"]["type"] == "invalid_request_error", (number, reply.text)
+        assert done[late : late + 8] == [408] * 4 + ["cancelled"] * 4
+        assert all("logits" in message for message in done[late + 8 : late + 12])
         monkeypatch.undo()
         assert running.request("GET", "/health").json == {"status": "ok"}
         assert [text_of(running, good(number)) for number in range(4)] == expected[:4]
+
+
+def test_a_failed_step_loses_answers_and_changes_none(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, steps = Driver.step, itertools.count()
+    fails_at = 25
+    with Engine(model, max_batch=8, max_queue=200) as engine, serving(engine, max_answers=208) as running:
+        expected = [text_of(running, good(number)) for number in range(32)]
+        monkeypatch.setattr(
+            Driver, "step", lambda self, **how: 1 // 0 if next(steps) == fails_at else step(self, **how)
+        )
+        lost = 0
+        for reply, text in zip(
+            together([functools.partial(running.request, "POST", CHAT, good(number)) for number in range(32)]),
+            expected,
+            strict=True,
+        ):
+            if reply.status == 503:
+                lost += 1
+                assert reply.json["error"]["code"] == "engine_failed"
+            elif "chat.completion.chunk" not in reply.text:
+                assert reply.choice["message"]["content"] == text
+            else:
+                events = reply.events
+                deltas = [event["choices"][0]["delta"] for event in events if "choices" in event]
+                pieces = [delta.get("content", "") for delta in deltas]
+                errors = [event["error"]["code"] for event in events if "error" in event]
+                lost += len(errors)
+                assert errors in ([], ["engine_failed"])
+                assert text.startswith("".join(pieces))
+                assert errors or "".join(pieces) == text
+        assert lost > 0
+        assert [text_of(running, good(number)) for number in range(32)] == expected

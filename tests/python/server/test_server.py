@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 import tiny
-from serving import TOOL_TEMPLATE, Running, serving
+from serving import Running, served, serving
 
 from nybble import Model
 from nybble.engine import Engine
@@ -25,16 +25,8 @@ TIME: Any = {"type": "function", "function": {"name": "time"}}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    file = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Engine(model, max_batch=4) as engine, serving(engine) as running:
+def server(tool_model: Model) -> Iterator[Running]:
+    with served(tool_model, max_batch=4) as running:
         yield running
 
 
@@ -44,12 +36,12 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_a_chat_answer_equals_that_of_model_chat(client: openai.OpenAI, model: Model) -> None:
+def test_a_chat_answer_equals_that_of_model_chat(client: openai.OpenAI, tool_model: Model) -> None:
     done = client.chat.completions.create(
         model="tiny", messages=HELLO, max_completion_tokens=8, temperature=0, logit_bias=FORBID_END
     )
     bias = {int(token): value for token, value in FORBID_END.items()}
-    alone = model.chat(HELLO, max_tokens=8, temperature=0, logit_bias=bias)
+    alone = tool_model.chat(HELLO, max_tokens=8, temperature=0, logit_bias=bias)
     assert done.object == "chat.completion"
     assert done.choices[0].message.content == alone.text
     assert (done.choices[0].message.role, done.choices[0].finish_reason) == ("assistant", "length")
@@ -234,10 +226,10 @@ def test_invalid_constraints_are_refused(client: openai.OpenAI, constraint: dict
 # --- Embeddings
 
 
-def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, model: Model) -> None:
+def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, tool_model: Model) -> None:
     done = client.embeddings.create(model="tiny", input=["one", "another"])
     rows = np.array([found.embedding for found in done.data])
-    assert np.array_equal(rows.astype(np.float32), model.embed(["one", "another"]))
+    assert np.array_equal(rows.astype(np.float32), tool_model.embed(["one", "another"]))
     assert (done.usage.prompt_tokens, [found.index for found in done.data]) == (10, [0, 1])
     as_numbers = client.embeddings.create(model="tiny", input="one", encoding_format="float")
     assert np.allclose(as_numbers.data[0].embedding, rows[0])
@@ -320,16 +312,16 @@ def test_a_client_timeout_frees_the_slot(server: Running) -> None:
     server.wait(lambda: server.service.engine.stats().running == 0)
 
 
-def test_an_answer_over_the_time_limit_is_an_error_without_retry(model: Model) -> None:
+def test_an_answer_over_the_time_limit_is_an_error_without_retry(tool_model: Model) -> None:
     asked: Any = {"model": "tiny", "messages": HELLO, "logit_bias": FORBID_END}
-    with Engine(model) as engine, serving(engine, request_seconds=0.0) as running:
+    with served(tool_model, request_seconds=0.0) as running:
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=5) as client:
             with pytest.raises(openai.APIStatusError) as refused:
                 client.chat.completions.create(**asked)
             assert (refused.value.status_code, refused.value.code) == (408, "timeout")
             with pytest.raises(openai.APIError, match="not complete after"):
                 list(client.chat.completions.create(**asked, stream=True))
-        running.wait(lambda: engine.stats().running == 0)
+        running.wait(lambda: running.service.engine.stats().running == 0)
 
 
 def test_the_server_continues_after_a_failing_chat_template(tmp_path: Path, tiny_model: Model) -> None:

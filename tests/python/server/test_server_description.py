@@ -13,11 +13,10 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
-from serving import Running, serving
+from serving import Running, served
 
 from nybble import Model
 from nybble.cli import main
-from nybble.engine import Engine
 from nybble.server.protocols.chat_schema import ChatRequest
 from nybble.server.protocols.completions import CompletionRequest
 from nybble.server.protocols.embeddings import EmbeddingRequest
@@ -34,7 +33,7 @@ CHECKS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def running(tiny_model: Model) -> Iterator[Running]:
-    with Engine(tiny_model) as engine, serving(engine) as server:
+    with served(tiny_model) as server:
         yield server
 
 

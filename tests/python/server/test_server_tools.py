@@ -91,13 +91,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tools")
 
 
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[Model]:
-    file = tiny.write_model(folder / "tiny.gguf", llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as loaded:
-        yield loaded
-
-
 @contextlib.contextmanager
 def client_of(engine: Engine) -> Iterator[openai.OpenAI]:
     with (
@@ -200,9 +193,9 @@ def test_each_family_can_be_forced_to_call_a_tool(family: tuple[str, Model]) -> 
                 client.chat.completions.create(**{**asked, "extra_body": form})
 
 
-def test_tool_results_go_back_through_the_chat_template(model: Model) -> None:
+def test_tool_results_go_back_through_the_chat_template(tool_model: Model) -> None:
     answer = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-    engine, script = scripted(model, answer, "It rains.")
+    engine, script = scripted(tool_model, answer, "It rains.")
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         first = client.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER, TIME])
         (choice,) = first.choices
@@ -257,12 +250,12 @@ def test_markers_are_found_as_special_and_as_normal_tokens(folder: Path, kind: i
         assert not found.message.content
 
 
-def test_a_stream_starts_a_call_before_its_arguments(model: Model) -> None:
+def test_a_stream_starts_a_call_before_its_arguments(tool_model: Model) -> None:
     calls = [{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]
     answer = "Well:\n" + "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n" for call in calls)
     at_once = f"<tool_call>{json.dumps(calls)}</tool_call>"
     asked: Any = {"model": "tiny", "messages": HELLO, "tools": [WEATHER, TIME], "stream": True}
-    with saying(model, answer, answer, at_once) as (client, _):
+    with saying(tool_model, answer, answer, at_once) as (client, _):
         chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
         only_first = [c.choices[0] for c in client.chat.completions.create(**asked, parallel_tool_calls=False)]
         listed = [c.choices[0] for c in client.chat.completions.create(**asked)]
@@ -288,8 +281,8 @@ def test_a_stream_starts_a_call_before_its_arguments(model: Model) -> None:
     assert only_first[-1].finish_reason == "tool_calls"
 
 
-def test_a_stream_cut_off_in_a_call_finishes_with_length(model: Model) -> None:
-    with Engine(model) as engine, client_of(engine) as client:
+def test_a_stream_cut_off_in_a_call_finishes_with_length(tool_model: Model) -> None:
+    with Engine(tool_model) as engine, client_of(engine) as client:
         asked: Any = {
             "model": "tiny",
             "messages": HELLO,
@@ -307,9 +300,9 @@ def test_a_stream_cut_off_in_a_call_finishes_with_length(model: Model) -> None:
     assert (whole.message.content or "").endswith(arguments)
 
 
-def test_without_tools_nothing_is_parsed_as_a_call(model: Model) -> None:
+def test_without_tools_nothing_is_parsed_as_a_call(tool_model: Model) -> None:
     answer = '<tool_call>{"name": "time"}</tool_call>'
-    engine, script = scripted(model, answer, answer)
+    engine, script = scripted(tool_model, answer, answer)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         plain = client.chat.completions.create(model="tiny", messages=HELLO)
         none = client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME], tool_choice="none")

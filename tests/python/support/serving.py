@@ -149,6 +149,13 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
         listener.close()
 
 
+@contextlib.contextmanager
+def served(model: Model, max_batch: int = 16, **settings: Any) -> Iterator[Running]:
+    """Serves a model under the name "tiny"."""
+    with Engine(model, max_batch=max_batch) as engine, serving(engine, **settings) as running:
+        yield running
+
+
 class Scripted:
     """An engine that gives scripted answers, one character per token."""
 

@@ -139,6 +139,14 @@ def test_ids_of_end_tokens_beyond_the_vocabulary_are_ignored_with_a_warning(tmp_
         assert (done.finish_reason, json.loads(done.text) in ("yes", "no")) == ("stop", True)
 
 
+def test_every_end_token_of_generation_config_ends_a_completion(tmp_path: Path) -> None:
+    folder = copy("llama", tmp_path / "model", files={"generation_config.json": {"eos_token_id": [2, 5, 6]}})
+    with Model.load(folder, threads=1) as model:
+        for end in (2, 5, 6):
+            done = model.generate("he", logit_bias={end: 100}, max_tokens=4, temperature=0)
+            assert (done.finish_reason, done.text) == ("stop", "")
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> File:
     out = tmp_path_factory.mktemp("gguf") / "llama.gguf"

@@ -31,6 +31,7 @@ class Tool(Strict):
 
     type: Literal["function"]
     function: FunctionDefinition
+    cache_control: Any = Field(default=None, description="Ignored: prompts are always cached.")
 
 
 class ChosenFunction(Strict):
@@ -58,7 +59,9 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | None = Field(
+        default=None, description='"any" is another name of "required", as with Mistral.'
+    )
     parallel_tool_calls: bool | None = Field(default=None, description="false: only the first call is returned.")
     functions: list[FunctionDefinition] | None = Field(
         default=None, max_length=128, description="The predecessor of tools."
@@ -82,7 +85,7 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("invalid", "top_logprobs requires logprobs=true")
         if self.functions and self.tools:
             raise PydanticCustomError("invalid", "functions is the predecessor of tools: give one of them")
@@ -123,7 +126,7 @@ class ChatRequest(Sampling):
             return f"function {chosen.function.name}"
         if isinstance(chosen, ChosenFunction):
             return f"function {chosen.name}"
-        return chosen or "auto"
+        return "required" if chosen == "any" else chosen or "auto"
 
     def options(self) -> dict[str, Any]:
         """The options that were given. Without a limit, an answer may fill the context."""

@@ -12,17 +12,8 @@ from nybble import generation
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length, prompt_ids
 from nybble.sampling import SamplingOptions
+from nybble.server import events
 from nybble.server.errors import ApiError
-from nybble.server.events import (
-    AnswerFinished,
-    AnswerStarted,
-    CollectedAnswer,
-    Event,
-    FinishReason,
-    LogprobsDelta,
-    TextDelta,
-    UsageReported,
-)
 from nybble.server.generation import GenerationRequest, Prompt
 from nybble.server.protocols.adapter import Adapter
 from nybble.server.protocols.schema import Sampling, TokenId, Usage, finite
@@ -72,7 +63,7 @@ class TextChoice(BaseModel):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: events.FinishReason | None
 
 
 class TextCompletion(BaseModel):
@@ -119,7 +110,7 @@ class CompletionAdapter(Adapter):
             for prompt in self._prompts:
                 if isinstance(prompt, str):
                     check_length(self._model, prompt)
-            encode = self._tokenizer.encode
+            encode = self._tokenizer.encode_prompt
             all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
             seeds = self._body.seeds(self._per_prompt)
             return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]
@@ -159,7 +150,7 @@ class CompletionAdapter(Adapter):
     def _echo(self, answer: int) -> tuple[str, TextLogprobs | None]:
         return self._echoes[answer // self._per_prompt] if self._body.echo else ("", None)
 
-    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> TextCompletion:
+    def response(self, answers: Sequence[events.CollectedAnswer], usage: generation.Usage) -> TextCompletion:
         """The completion that holds all answers."""
         choices = []
         for index, answer in enumerate(answers):
@@ -171,26 +162,26 @@ class CompletionAdapter(Adapter):
             )
         return TextCompletion(**self._head, choices=choices, usage=Usage.of(usage))
 
-    def chunks(self, event: Event) -> Iterator[TextCompletion]:
+    def chunks(self, event: events.Event) -> Iterator[TextCompletion]:
         """The chunks of an event."""
         match event:
-            case AnswerStarted(answer):
+            case events.AnswerStarted(answer):
                 text, self._pending[answer] = self._echo(answer)
                 self._offsets[answer] = len(text)
                 if text or self._pending[answer] is not None:
                     yield self._chunk(answer, text)
-            case LogprobsDelta(answer, tokens):
+            case events.LogprobsDelta(answer, tokens):
                 self._pending[answer] = _joined(self._pending[answer], _described(tokens, self._offsets[answer]))
                 self._offsets[answer] += sum(len(token.text) for token in tokens)
-            case TextDelta(answer, text):
+            case events.TextDelta(answer, text):
                 yield self._chunk(answer, text)
-            case AnswerFinished(answer, reason):
+            case events.AnswerFinished(answer, reason):
                 yield self._chunk(answer, "", reason)
-            case UsageReported(usage):
+            case events.UsageReported(usage):
                 if self._body.wants_usage:
                     yield TextCompletion(**self._head, choices=[], usage=Usage.of(usage))
 
-    def _chunk(self, answer: int, text: str, reason: FinishReason | None = None) -> TextCompletion:
+    def _chunk(self, answer: int, text: str, reason: events.FinishReason | None = None) -> TextCompletion:
         logprobs, self._pending[answer] = self._pending[answer], None
         choice = TextChoice(index=answer, text=text, logprobs=logprobs, finish_reason=reason)
         return TextCompletion(**self._head, choices=[choice])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -16,28 +16,40 @@ Json = dict[str, Any]
 class Part(Strict):
     """A part of a message."""
 
-    type: Literal["text", "refusal"]
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking", "reasoning"]
     text: str | None = None
     refusal: str | None = None
+    thinking: str | None = Field(default=None, description="Ignored.")
+    reasoning: str | None = Field(default=None, description="Ignored.")
+    signature: str | None = Field(default=None, description="Ignored.")
     cache_control: Any = Field(default=None, description="Ignored: prompts are always cached.")
     annotations: Any = Field(default=None, description="Ignored.")
 
     @model_validator(mode="after")
     def _check_text(self) -> Part:
-        if getattr(self, self.type) is None:
-            raise PydanticCustomError("missing", "{name} is missing", {"name": self.type})
+        name = self.type.rpartition("_")[2]
+        if getattr(self, name) is None and not self.is_thought:
+            raise PydanticCustomError("missing", "{name} is missing", {"name": name})
         return self
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether the part is what the model thought before an earlier answer."""
+        return self.type in ("thinking", "reasoning")
 
     @property
     def content(self) -> str:
         """The text of the part."""
-        return str(getattr(self, self.type))
+        return str(getattr(self, self.type.rpartition("_")[2]))
+
+
+_PARTS = get_args(Part.model_fields["type"].annotation)
 
 
 def _only_text(content: Any) -> Any:
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "refusal"):
+        if isinstance(kind, str) and kind not in _PARTS:
             raise PydanticCustomError(
                 "unsupported", "this model reads text only, found a part of type {kind}", {"kind": repr(kind[:40])}
             )
@@ -84,6 +96,9 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = Field(default=None, description="Ignored.")
+    extra_content: Any = Field(default=None, description="Ignored.")
+    provider_specific_fields: Any = Field(default=None, description="Ignored.")
+    caller: Any = Field(default=None, description="Ignored.")
 
 
 class Message(Strict):
@@ -102,6 +117,9 @@ class Message(Strict):
     cache_control: Any = Field(default=None, description="Ignored: prompts are always cached.")
     parsed: Any = Field(default=None, description="Ignored.")
     provider_specific_fields: Any = Field(default=None, description="Ignored.")
+    extra_content: Any = Field(default=None, description="Ignored.")
+    reasoning_details: Any = Field(default=None, description="Ignored.")
+    thinking_blocks: Any = Field(default=None, description="Ignored.")
     type: Literal["text", "message"] | None = Field(default=None, description="Ignored.")
     id: str | None = Field(default=None, description="Ignored.")
     index: int | None = Field(default=None, description="Ignored.")
@@ -138,4 +156,4 @@ class Message(Strict):
             return self.content
         if self.content is None:
             return self.refusal or ""
-        return "\n".join(part.content for part in self.content)
+        return "\n".join(part.content for part in self.content if not part.is_thought)

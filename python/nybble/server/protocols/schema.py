@@ -21,6 +21,9 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Limit = Literal[-1] | Count
 """A number of tokens; -1 stands for no limit, as with llama-server."""
 
+Zero = Annotated[float, Field(ge=0, le=0)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
 MAX_CHOICES = 16
 
 
@@ -48,14 +51,43 @@ class Neutral(Strict):
     cache_prompt: bool | None = Field(default=None, description="Prompts are always cached.")
     guided_decoding_backend: str | None = None
     priority: int | None = None
+    request_id: str | None = None
+    cache_salt: str | None = Field(default=None, description="Prompts are cached by their tokens.")
+    id_slot: int | None = None
+    n_keep: int | None = Field(default=None, description="A prompt that does not fit is an error.")
+    reasoning: Any = None
     best_of: Literal[1] | None = None
-    min_tokens: Literal[0] | None = None
     ignore_eos: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     skip_special_tokens: Literal[True] | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: Literal[False] | None = None
+    detokenize: Literal[True] | None = None
+    return_token_ids: Literal[False] | None = None
+    return_tokens: Literal[False] | None = None
+    timings_per_token: Literal[False] | None = None
+    post_sampling_probs: Literal[False] | None = None
+    reasoning_format: Literal["none", "auto"] | None = None
+    bad_words: Nothing | None = None
+    lora: Nothing | None = None
+    documents: Nothing | None = None
+    n_probs: Zero | None = None
+    top_a: Zero | None = None
+    tfs_z: Annotated[float, Field(ge=1, le=1)] | None = None
+    mirostat: Zero | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dynatemp_range: Zero | None = None
+    dynatemp_exponent: float | None = None
+    xtc_probability: Zero | None = None
+    xtc_threshold: float | None = None
+    dry_multiplier: Zero | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    t_max_predict_ms: Annotated[int, Field(le=0)] | None = None
 
 
 class Sampling(Neutral, Formed):
@@ -84,6 +116,9 @@ class Sampling(Neutral, Formed):
     )
     max_tokens: Limit | None = None
     n_predict: Limit | None = Field(default=None, description="Another name of max_tokens, as with llama-server.")
+    min_tokens: TokenId | None = Field(
+        default=None, description="Extension of nybble: the answer does not stop before this many tokens."
+    )
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         default=None, description="Extension of nybble: keep the K likeliest tokens; 0 and -1 keep all."
     )
@@ -102,6 +137,11 @@ class Sampling(Neutral, Formed):
     )
     penalty_window: TokenId | None = Field(
         default=None, description="Extension of nybble: the number of last tokens that penalties consider; 0 for all."
+    )
+
+    repeat_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None,
+        description="As penalty_window with llama-server: -1 stands for all tokens, and 0 for no penalties.",
     )
 
     @model_validator(mode="after")
@@ -130,11 +170,15 @@ class Sampling(Neutral, Formed):
         """The options that were given, named as in `nybble.SamplingOptions`."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "penalty_window", "stop", "stop_token_ids",
+            "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty
+        if self.repeat_last_n == 0:
+            given |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        elif self.repeat_last_n is not None:
+            given["penalty_window"] = max(self.repeat_last_n, 0)
         if given.get("top_k") == -1:
             given["top_k"] = 0
         given |= self.form_options()
@@ -147,7 +191,11 @@ class Sampling(Neutral, Formed):
         return [None if self.seed is None else choice_seed(self.seed, i) for i in range(count)]
 
 
-_OTHER_NAMES = {"repetition_penalty": "repeat_penalty", "max_tokens": "n_predict"}
+_OTHER_NAMES = {
+    "repetition_penalty": "repeat_penalty",
+    "max_tokens": "n_predict",
+    "penalty_window": "repeat_last_n",
+}
 """Parameters with a second name."""
 
 

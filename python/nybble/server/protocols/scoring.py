@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nybble.generation import TokenLogprob
+from nybble.generation.scoring import logprob_rows
 
 if TYPE_CHECKING:
     from nybble.model import Model
-
-_ROWS = 64
-"""Positions that are computed at a time, which bounds the memory of intermediate values."""
 
 
 def score(model: Model, ids: Sequence[int], top: int) -> list[TokenLogprob]:
@@ -29,19 +27,12 @@ def score(model: Model, ids: Sequence[int], top: int) -> list[TokenLogprob]:
         MemoryError: The logits do not fit into memory.
         ValueError: A token is unknown.
     """
-    if len(ids) < 2:
-        return []
     decode = model.tokenizer.decode
-    logits = model.logits(ids[:-1])
-    top = min(top, logits.shape[1])
+    top = min(top, model.info.vocabulary)
     found = []
-    for start in range(0, len(logits), _ROWS):
-        rows = logits[start : start + _ROWS].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        for row, token in zip(rows, ids[start + 1 :], strict=False):
-            likeliest = np.argpartition(row, -top)[-top:] if top else np.arange(0)
-            likeliest = likeliest[np.lexsort((likeliest, -row[likeliest]))]
-            listed = tuple((int(other), decode([int(other)]), float(row[other])) for other in likeliest)
-            found.append(TokenLogprob(token, decode([token]), float(row[token]), listed))
+    for row, token in zip(logprob_rows(model, ids[:-1]), ids[1:], strict=True):
+        likeliest = np.argpartition(row, -top)[-top:] if top else np.arange(0)
+        likeliest = likeliest[np.lexsort((likeliest, -row[likeliest]))]
+        listed = tuple((int(other), decode([int(other)]), float(row[other])) for other in likeliest)
+        found.append(TokenLogprob(token, decode([token]), float(row[token]), listed))
     return found

@@ -33,6 +33,8 @@ fn has_q_rank(sizes: &Sizes, _: usize) -> bool {
 /// DeepSeek-AI 2024, arXiv 2405.04434.
 pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
     model_types: &["deepseek_v2"],
+    // The class does not divide weights, whatever this says.
+    without_influence: &["norm_topk_prob"],
     architecture: "deepseek2",
     layer: &[
         NORMS,
@@ -72,6 +74,7 @@ pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
 /// DeepSeek-AI 2024, arXiv 2412.19437.
 pub(super) const DEEPSEEK_V3: HfFamily = HfFamily {
     model_types: &["deepseek_v3"],
+    without_influence: &["num_mtp_layers"],
     layer: &[
         NORMS,
         ATTENTION,

@@ -179,6 +179,8 @@ const OTHER_PARTS: &[&str] = &[
 /// Google 2025: Gemma 3n, the text part.
 pub(super) const GEMMA3N: HfFamily = HfFamily {
     model_types: &["gemma3n_text", "gemma3n"],
+    // The tensors show how many tokens have vectors of their own, and training clips.
+    without_influence: &["altup_coef_clip", "vocab_size_per_layer_input"],
     architecture: "gemma3n",
     defaults: &[&[("sliding_window_pattern", "5"), ("rope_theta", "1e6"), ("rope_local_base_freq", "1e4")]],
     bases: &["model.language_model.", "language_model.model.", "model.", ""],
@@ -272,6 +274,7 @@ fn quantile(share: f64) -> f64 {
 /// Google 2026: Gemma 4, the text part.
 pub(super) const GEMMA4: HfFamily = HfFamily {
     model_types: &["gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"],
+    without_influence: &["vocab_size_per_layer_input"],
     architecture: "gemma4",
     defaults: &[&[("sliding_window_pattern", "6")]],
     outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")], &PER_LAYER],

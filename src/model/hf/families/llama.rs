@@ -26,6 +26,7 @@ pub(super) const MISTRAL: HfFamily = HfFamily { model_types: &["mistral"], windo
 /// Jiang et al. 2024, arXiv 2401.04088.
 pub(super) const MIXTRAL: HfFamily = HfFamily {
     model_types: &["mixtral"],
+    without_influence: &["router_jitter_noise"],
     defaults: &[&[("rope_theta", "1e6")]],
     layer: &[
         NORMS,

@@ -7,9 +7,12 @@ mod deepseek;
 mod encoders;
 mod family;
 mod gemma;
+mod glm;
 mod gpt;
+mod granite;
 mod llama;
 mod modern;
+mod olmo;
 mod parts;
 mod phi;
 mod qwen;
@@ -51,28 +54,28 @@ const FAMILIES: &[&HfFamily] = &[
     &modern::ARCEE,
     &modern::APERTUS,
     &modern::BITNET,
-    &modern::OLMO,
-    &modern::OLMO3,
-    &modern::OLMOE,
-    &modern::COHERE,
-    &modern::COHERE2,
-    &modern::EXAONE4,
-    &modern::GLM,
-    &modern::GLM4,
-    &modern::GLM4_MOE,
-    &modern::DOTS1,
-    &modern::ERNIE4_5,
-    &modern::ERNIE4_5_MOE,
-    &modern::HUNYUAN_DENSE,
-    &modern::HY_V3,
-    &modern::SEED_OSS,
+    &olmo::OLMO,
+    &olmo::OLMO3,
+    &olmo::OLMOE,
+    &olmo::COHERE,
+    &olmo::COHERE2,
+    &olmo::EXAONE4,
+    &glm::GLM,
+    &glm::GLM4,
+    &glm::GLM4_MOE,
+    &glm::DOTS1,
+    &glm::ERNIE4_5,
+    &glm::ERNIE4_5_MOE,
+    &glm::HUNYUAN_DENSE,
+    &glm::HY_V3,
+    &glm::SEED_OSS,
     &modern::NEMOTRON,
-    &modern::MINIMAX_M2,
+    &glm::MINIMAX_M2,
     &modern::PHIMOE,
-    &modern::GRANITE_MOE,
-    &modern::GRANITE_MOE_SHARED,
-    &modern::GRANITE_SWA,
-    &modern::GRANITE_MOE_SWA,
+    &granite::GRANITE_MOE,
+    &granite::GRANITE_MOE_SHARED,
+    &granite::GRANITE_SWA,
+    &granite::GRANITE_MOE_SWA,
     &modern::MELLUM,
     &modern::LAGUNA,
     &modern::MUSE_GLIMMER,

@@ -1,10 +1,9 @@
-//! Families of 2025 and 2026 that go ways of their own.
+//! Families of 2024 to 2026 that go ways of their own.
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
-use super::llama::{GRANITE, LLAMA, OLMO2};
+use super::llama::LLAMA;
 use super::parts::{
-    EMBEDDING, NORMS, attention, expert_list, first_dense, gated, head_norms, rotating_layers, routed, shared_experts,
-    sparse_list,
+    NORMS, attention, expert_list, gated, head_norms, rotating_layers, routed, shared_experts, sparse_list,
 };
 use super::qwen::QWEN2;
 use crate::error::Result;
@@ -14,7 +13,7 @@ use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
 use Need::{Always, Dense, If, Never, Sparse};
-use Transform::{AddOne, ColumnsOfPart, Copy, EveryNth, PairNeighbors, RowsOfPart};
+use Transform::{AddOne, ColumnsOfPart, Copy, EveryNth, PairNeighbors};
 
 /// OpenAI 2025, arXiv 2508.10925.
 pub(super) const GPT_OSS: HfFamily = HfFamily {
@@ -39,14 +38,14 @@ pub(super) const GPT_OSS: HfFamily = HfFamily {
     keys: |keys| {
         keys.experts(true)?;
         keys.set("expert_gating_func", 3u32);
-        for (key, name, usual) in
+        for (key, name, default) in
             [("expert_gate_alpha", "swiglu_alpha", 1.702), ("expert_gate_limit", "swiglu_limit", 7.0)]
         {
-            let number = keys.settings.optional_float(&[name])?.unwrap_or(usual);
+            let number = keys.settings.optional_float(&[name])?.unwrap_or(default);
             if number <= 0.0 {
                 return Err(keys.settings.malformed(name, number, "a positive number"));
             }
-            if number != usual {
+            if number != default {
                 keys.set(key, number as f32);
             }
         }
@@ -76,6 +75,7 @@ const GPT_OSS_EXPERTS: [Entry; 6] = [
 /// Meta 2025.
 pub(super) const LLAMA4: HfFamily = HfFamily {
     model_types: &["llama4_text", "llama4"],
+    without_influence: &["router_jitter_noise"],
     architecture: "llama4",
     bases: &["language_model.model.", "model.language_model.", "model.", ""],
     outside: &[&[
@@ -232,291 +232,6 @@ pub(super) const BITNET: HfFamily = HfFamily {
     ..BASE
 };
 
-/// Groeneveld et al. 2024, arXiv 2402.00838: norms without weights.
-pub(super) const OLMO: HfFamily = HfFamily {
-    model_types: &["olmo"],
-    architecture: "olmo",
-    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output", "lm_head").when(Need::Untied)]],
-    layer: &[&attention(PairNeighbors, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
-    defaults: &[&[("layer_norm_eps", "1e-5")]],
-    norm: NormKind::Layer,
-    keys: |keys| keys.copy("attention.clamp_kqv", "clip_qkv"),
-    ..LLAMA
-};
-
-/// Team OLMo 2025, arXiv 2512.13961.
-pub(super) const OLMO3: HfFamily = HfFamily {
-    model_types: &["olmo3"],
-    window: WindowRule::Period(&["sliding_window_pattern"]),
-    defaults: &[&[("sliding_window_pattern", "4")]],
-    keys: |keys| keys.plain_windows(),
-    ..OLMO2
-};
-
-/// Muennighoff et al. 2024, arXiv 2409.02060.
-pub(super) const OLMOE: HfFamily = HfFamily {
-    model_types: &["olmoe"],
-    architecture: "olmoe",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &[
-            tensor("attn_q_norm", "self_attn.q_norm").dims(&[Size::Queries]),
-            tensor("attn_k_norm", "self_attn.k_norm").dims(&[Size::Keys]),
-            tensor("ffn_gate_inp", "mlp.gate"),
-        ],
-        &expert_list("mlp.experts.{e}", Always),
-    ],
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
-    keys: |keys| {
-        keys.copy("attention.clamp_kqv", "clip_qkv")?;
-        keys.experts(keys.settings.switch("norm_topk_prob", false)?)
-    },
-    ..BASE
-};
-
-/// Cohere 2024: Command R.
-pub(super) const COHERE: HfFamily = HfFamily {
-    model_types: &["cohere"],
-    architecture: "command-r",
-    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")]],
-    layer: &[
-        &[
-            tensor("attn_norm", "input_layernorm"),
-            tensor("attn_q_norm", "self_attn.q_norm").when(If("use_qk_norm")).dims(&[Size::HeadDim, Size::Heads]),
-            tensor("attn_k_norm", "self_attn.k_norm").when(If("use_qk_norm")).dims(&[Size::HeadDim, Size::KvHeads]),
-        ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &gated(Always, Never),
-    ],
-    ignored: &["lm_head."],
-    norm: NormKind::Layer,
-    keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
-        keys.copy("logit_scale", "logit_scale")
-    },
-    ..BASE
-};
-
-/// Cohere 2025: Command R7B and A.
-pub(super) const COHERE2: HfFamily = HfFamily {
-    model_types: &["cohere2"],
-    architecture: "cohere2",
-    layer: &[
-        &[tensor("attn_norm", "input_layernorm")],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &gated(Always, Never),
-    ],
-    window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
-    rotation: Rotation::Part,
-    keys: |keys| {
-        keys.rotate_windows(false);
-        (COHERE.keys)(keys)
-    },
-    ..COHERE
-};
-
-/// LG AI Research 2025, arXiv 2507.11407: norms follow the layers.
-pub(super) const EXAONE4: HfFamily = HfFamily {
-    model_types: &["exaone4"],
-    architecture: "exaone4",
-    layer: &[
-        &attention(Copy, Never, Never),
-        &head_norms(Copy),
-        &[
-            tensor("post_attention_norm", "post_attention_layernorm"),
-            tensor("post_ffw_norm", "post_feedforward_layernorm"),
-        ],
-        &gated(Always, Never),
-    ],
-    window: WindowRule::Pattern("sliding_window_pattern"),
-    keys: |keys| {
-        keys.rotate_windows(true);
-        Ok(())
-    },
-    ..BASE
-};
-
-/// GLM Team 2024, arXiv 2406.12793.
-pub(super) const GLM: HfFamily = HfFamily {
-    model_types: &["glm"],
-    architecture: "chatglm",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), Never),
-        &[
-            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
-            tensor("ffn_down", "mlp.down_proj"),
-        ],
-    ],
-    defaults: &[&[("partial_rotary_factor", "0.5")]],
-    rotation: Rotation::Part,
-    ..BASE
-};
-
-/// GLM 4 (0414).
-pub(super) const GLM4: HfFamily = HfFamily {
-    model_types: &["glm4"],
-    architecture: "glm4",
-    layer: &[
-        &[
-            tensor("attn_norm", "input_layernorm"),
-            tensor("ffn_norm", "post_attention_layernorm"),
-            tensor("post_attention_norm", "post_self_attn_layernorm"),
-            tensor("post_ffw_norm", "post_mlp_layernorm"),
-            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
-            tensor("ffn_down", "mlp.down_proj"),
-        ],
-        &attention(Copy, If("attention_bias"), Never),
-    ],
-    ..GLM
-};
-
-/// GLM 4.5 and later with experts.
-pub(super) const GLM4_MOE: HfFamily = HfFamily {
-    model_types: &["glm4_moe"],
-    architecture: "glm4moe",
-    layer: &[
-        &[
-            tensor("attn_norm", "input_layernorm"),
-            tensor("post_attention_norm", "post_attention_layernorm"),
-            tensor("attn_q_norm", "self_attn.q_norm").when(If("use_qk_norm")),
-            tensor("attn_k_norm", "self_attn.k_norm").when(If("use_qk_norm")),
-        ],
-        &attention(Copy, If("attention_bias"), Never),
-        &gated(Dense, Never),
-        &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
-    ],
-    adjust: first_dense,
-    keys: |keys| keys.sigmoid_router(),
-    ..GLM
-};
-
-/// rednote-hilab 2025, arXiv 2506.05767.
-pub(super) const DOTS1: HfFamily = HfFamily {
-    model_types: &["dots1"],
-    architecture: "dots1",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &head_norms(Copy),
-        &gated(Dense, Never),
-        &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
-    ],
-    window: WindowRule::From("max_window_layers"),
-    adjust: first_dense,
-    keys: |keys| keys.sigmoid_router(),
-    ..BASE
-};
-
-/// Baidu 2025.
-pub(super) const ERNIE4_5: HfFamily = HfFamily {
-    model_types: &["ernie4_5"],
-    architecture: "ernie4_5",
-    layer: &[NORMS, &attention(Copy, If("use_bias"), If("use_bias")), &gated(Always, If("use_bias"))],
-    ..BASE
-};
-
-/// Baidu 2025, with experts.
-pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
-    model_types: &["ernie4_5_moe"],
-    architecture: "ernie4_5-moe",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("use_bias"), If("use_bias")),
-        &gated(Dense, If("use_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.moe_statics.e_score_correction_bias").raw().named(".bias").when(Sparse),
-        ],
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
-    ],
-    adjust: |settings, sizes| {
-        sizes.experts = settings.count(&["moe_num_experts"])?;
-        sizes.shared_ffn = sizes.expert_ffn * settings.number(&["moe_num_shared_experts"])?;
-        let (start, step) = (settings.number(&["moe_layer_start_index"])?, settings.count(&["moe_layer_interval"])?);
-        let end = match settings.get("moe_layer_end_index").and_then(|end| end.as_i64()) {
-            Some(end) if end >= 0 => end as usize,
-            _ => sizes.layers.saturating_sub(1),
-        };
-        let is_sparse = |layer: usize| (layer + 1).is_multiple_of(step) && (start..=end).contains(&layer);
-        sizes.sparse = (0..sizes.layers).map(is_sparse).collect();
-        Ok(())
-    },
-    keys: |keys| {
-        keys.experts_used("moe_k", true)?;
-        keys.set("interleave_moe_layer_step", keys.settings.count(&["moe_layer_interval"])? as u32);
-        keys.leading_dense_layers();
-        keys.set("expert_shared_count", keys.settings.number(&["moe_num_shared_experts"])? as u32);
-        Ok(())
-    },
-    ..BASE
-};
-
-/// Tencent 2025: Hunyuan.
-pub(super) const HUNYUAN_DENSE: HfFamily = HfFamily {
-    model_types: &["hunyuan_v1_dense"],
-    architecture: "hunyuan-dense",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &[tensor("attn_q_norm", "self_attn.query_layernorm"), tensor("attn_k_norm", "self_attn.key_layernorm")],
-        &gated(Always, Never),
-    ],
-    ..BASE
-};
-
-/// Tencent 2026: HY 3.
-pub(super) const HY_V3: HfFamily = HfFamily {
-    model_types: &["hy_v3"],
-    architecture: "hy_v3",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &head_norms(Copy),
-        &gated(Dense, If("mlp_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.router.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.expert_bias").raw().named(".bias").when(Sparse),
-        ],
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_mlp"),
-    ],
-    adjust: |settings, sizes| {
-        sizes.shared_ffn = sizes.expert_ffn * settings.number(&["num_shared_experts"])?;
-        sparse_list(settings, sizes, |layer| layer > 0)
-    },
-    defaults: &[&[("num_nextn_predict_layers", "1")]],
-    keys: |keys| {
-        keys.experts(true)?;
-        keys.set("expert_gating_func", 2u32);
-        keys.copy("expert_weights_scale", "router_scaling_factor")?;
-        keys.leading_dense_layers();
-        Ok(())
-    },
-    ..BASE
-};
-
-/// ByteDance 2025.
-pub(super) const SEED_OSS: HfFamily = HfFamily {
-    model_types: &["seed_oss"],
-    architecture: "seed_oss",
-    layer: &[
-        &[tensor("attn_norm", "input_layernorm"), tensor("post_attention_norm", "post_attention_layernorm")],
-        &attention(Copy, If("attention_bias"), If("attention_out_bias")),
-        &gated(Always, If("mlp_bias")),
-    ],
-    ..BASE
-};
-
 /// Parmar et al. 2024, arXiv 2402.16819: LayerNorm with 1 + weight.
 pub(super) const NEMOTRON: HfFamily = HfFamily {
     model_types: &["nemotron"],
@@ -541,36 +256,8 @@ pub(super) const NEMOTRON: HfFamily = HfFamily {
     ..BASE
 };
 
-/// MiniMax 2025.
-pub(super) const MINIMAX_M2: HfFamily = HfFamily {
-    model_types: &["minimax_m2"],
-    architecture: "minimax-m2",
-    layer: &[
-        NORMS,
-        &attention(Copy, Never, Never),
-        &[
-            tensor("attn_q_norm", "self_attn.q_norm").dims(&[Size::Queries]),
-            tensor("attn_k_norm", "self_attn.k_norm").dims(&[Size::Keys]),
-            tensor("ffn_gate_inp", "block_sparse_moe.gate"),
-            tensor("exp_probs_b", "block_sparse_moe.e_score_correction_bias").raw().named(".bias"),
-        ],
-        &mixtral_experts(),
-    ],
-    rotation: Rotation::Part,
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
-    keys: |keys| {
-        keys.experts(true)?;
-        keys.set("expert_gating_func", 2u32);
-        Ok(())
-    },
-    ..BASE
-};
-
 /// Experts under the names of Mixtral.
-const fn mixtral_experts() -> [Entry; 3] {
+pub(super) const fn mixtral_experts() -> [Entry; 3] {
     [
         tensor("ffn_gate_exps", "block_sparse_moe.experts.{e}.w1").by(Transform::Stack),
         tensor("ffn_up_exps", "block_sparse_moe.experts.{e}.w3").by(Transform::Stack),
@@ -581,6 +268,7 @@ const fn mixtral_experts() -> [Entry; 3] {
 /// Microsoft 2024: Phi 3.5 with experts.
 pub(super) const PHIMOE: HfFamily = HfFamily {
     model_types: &["phimoe"],
+    without_influence: &["input_jitter_noise"],
     architecture: "phimoe",
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
@@ -598,7 +286,6 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     ],
     norm: NormKind::Layer,
     window: WindowRule::Always,
-    defaults: &[&[("layer_norm_eps", "null")]],
     adjust: |_, sizes| {
         sizes.expert_ffn = sizes.ffn;
         Ok(())
@@ -610,94 +297,10 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     ..BASE
 };
 
-/// IBM Granite 3 with experts.
-pub(super) const GRANITE_MOE: HfFamily = HfFamily {
-    model_types: &["granitemoe"],
-    architecture: "granitemoe",
-    layer: &[NORMS, &attention(PairNeighbors, If("attention_bias"), If("attention_bias")), &GRANITE_EXPERTS],
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
-    keys: |keys| {
-        keys.experts(true)?;
-        (GRANITE.keys)(keys)
-    },
-    ..GRANITE
-};
-
-const GRANITE_EXPERTS: [Entry; 4] = [
-    tensor("ffn_gate_inp", "block_sparse_moe.router.layer"),
-    tensor("ffn_gate_exps", "block_sparse_moe.input_linear").by(RowsOfPart { part: 0, parts: 2 }),
-    tensor("ffn_up_exps", "block_sparse_moe.input_linear").by(RowsOfPart { part: 1, parts: 2 }),
-    tensor("ffn_down_exps", "block_sparse_moe.output_linear"),
-];
-
-/// IBM Granite 3 with experts and a shared one.
-pub(super) const GRANITE_MOE_SHARED: HfFamily = HfFamily {
-    model_types: &["granitemoeshared"],
-    layer: &[
-        NORMS,
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
-        &GRANITE_EXPERTS,
-        &[
-            tensor("ffn_gate_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 0, parts: 2 }),
-            tensor("ffn_up_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 1, parts: 2 }),
-            tensor("ffn_down_shexp", "shared_mlp.output_linear"),
-        ],
-    ],
-    adjust: |settings, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        sizes.shared_ffn = settings.count(&["shared_intermediate_size"])?;
-        Ok(())
-    },
-    ..GRANITE_MOE
-};
-
-/// IBM Granite with windows and sinks.
-pub(super) const GRANITE_SWA: HfFamily = HfFamily {
-    model_types: &["granite_swa"],
-    architecture: "granite_swa",
-    layer: &[
-        NORMS,
-        &[tensor("attn_sinks", "self_attn.sinks").raw()],
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
-        &gated(Always, If("mlp_bias")),
-    ],
-    window: WindowRule::FullFirst(4),
-    keys: |keys| {
-        keys.layer_bases()?;
-        (GRANITE.keys)(keys)
-    },
-    ..GRANITE
-};
-
-/// IBM Granite with windows, sinks and experts.
-pub(super) const GRANITE_MOE_SWA: HfFamily = HfFamily {
-    model_types: &["granitemoe_swa"],
-    layer: &[
-        NORMS,
-        &[
-            tensor("attn_sinks", "self_attn.sinks").raw(),
-            tensor("ffn_gate_inp", "block_sparse_moe.router"),
-            tensor("ffn_gate_up_exps", "block_sparse_moe.experts.gate_up_proj").raw(),
-            tensor("ffn_down_exps", "block_sparse_moe.experts.down_proj").raw(),
-            tensor("ffn_up_shexp", "shared_mlp.input_linear").dims(&[Size::Hidden, Size::TwiceSharedFfn]),
-            tensor("ffn_down_shexp", "shared_mlp.output_linear"),
-        ],
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
-    ],
-    adjust: GRANITE_MOE_SHARED.adjust,
-    keys: |keys| {
-        keys.layer_bases()?;
-        (GRANITE_MOE.keys)(keys)
-    },
-    ..GRANITE_SWA
-};
-
 /// JetBrains 2026.
 pub(super) const MELLUM: HfFamily = HfFamily {
     model_types: &["mellum"],
+    without_influence: &["mtp_layer_types", "mtp_mlp_layer_types", "num_mtp_layers"],
     architecture: "mellum",
     layer: &[
         NORMS,
@@ -776,7 +379,19 @@ pub(super) const MUSE_GLIMMER: HfFamily = HfFamily {
     model_types: &["muse_glimmer_text", "muse_glimmer"],
     architecture: "muse-glimmer",
     bases: &["model.language_model.", "language_model.model.", "model.", ""],
-    outside: &[EMBEDDING],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens").by(Transform::Placeholders),
+        tensor("output_norm", "~norm"),
+        tensor("output", "@lm_head").when(Need::Untied),
+    ]],
+    adjust: |settings, sizes| {
+        for (token, key) in sizes.placeholders.iter_mut().zip(["image_token_id", "video_token_id"]) {
+            if settings.get(key).is_some() {
+                *token = settings.number(&[key])?;
+            }
+        }
+        Ok(())
+    },
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").by(AddOne),

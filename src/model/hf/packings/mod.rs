@@ -21,6 +21,7 @@ use std::path::Path;
 
 mod layout;
 pub(super) mod matrix;
+pub(super) mod mxfp4;
 mod parts;
 
 use serde_json::Value;
@@ -45,7 +46,7 @@ pub(super) struct Packing {
     scattered: bool,
 }
 
-const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors with 4 bits, and F32, F16 and BF16; take \
+const SUPPORTED: &str = "supported: gptq, awq, auto-round and compressed-tensors with 4 bits, mxfp4, and F32, F16 and BF16; take \
                          the original checkpoint, or a GGUF file";
 
 impl Packing {
@@ -66,6 +67,8 @@ impl Packing {
             "awq" => Packing::awq(&config)?,
             "auto-round" | "auto_round" | "intel/auto-round" => Packing::auto_round(&config)?,
             "compressed-tensors" => Packing::compressed(&config)?,
+            // Its tensors show which matrices are in blocks.
+            "mxfp4" => return Ok(None),
             other => {
                 return Err(config.unsupported("quant_method", format_args!("the method {other:?}"), SUPPORTED));
             }

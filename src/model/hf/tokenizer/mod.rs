@@ -1,12 +1,15 @@
 //! Writes the tokenizer under GGUF's keys: `tokenizer.json`, special tokens and chat templates.
 
+mod description;
 mod pretokenizer;
 mod subwords;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value};
+
+use description::{Tokenizer, kind};
 
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
@@ -18,16 +21,6 @@ const MAX_BYTES: u64 = 256 << 20;
 
 /// The key of a whole `tokenizer.json`.
 const WHOLE: &str = "tokenizer.huggingface.json";
-
-/// GGUF's numbers for the kinds of tokens.
-mod kind {
-    pub(super) const NORMAL: i32 = 1;
-    pub(super) const UNKNOWN: i32 = 2;
-    pub(super) const CONTROL: i32 = 3;
-    pub(super) const USER_DEFINED: i32 = 4;
-    pub(super) const UNUSED: i32 = 5;
-    pub(super) const BYTE: i32 = 6;
-}
 
 /// The vocabulary, special tokens and chat templates of the model in `folder`, called `name`, whose embedding has `rows`
 /// rows.
@@ -79,7 +72,7 @@ fn padded(mut metadata: Metadata, folder: &Path, files: &Files, rows: usize) -> 
     let tokens =
         metadata.get("tokenizer.ggml.tokens").and_then(|value| value.as_strings()).cloned().unwrap_or_default();
     if tokens.len() > rows {
-        let found = format_args!("{} tokens", tokens.len());
+        let found = format!("{} tokens", tokens.len());
         return Err(Error::malformed(
             folder,
             Place::File,
@@ -114,11 +107,6 @@ fn optional(folder: &Path, name: &str) -> Result<Map<String, Value>> {
     }
 }
 
-struct Tokenizer {
-    path: PathBuf,
-    description: Map<String, Value>,
-}
-
 /// Text, kind and score of every token.
 struct Tokens {
     texts: Vec<String>,
@@ -127,29 +115,6 @@ struct Tokens {
 }
 
 impl Tokenizer {
-    fn unsupported(&self, key: &str, what: String, supported: &str) -> Error {
-        let (path, place) = (self.path.clone(), Place::Key(key.to_owned()));
-        Error::Unsupported { path, place, what, supported: supported.to_owned() }
-    }
-
-    fn malformed(&self, key: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
-        Error::malformed(&self.path, Place::Key(key.to_owned()), found, expected)
-    }
-
-    /// The steps of a part, which may be a sequence of steps in `list`.
-    fn steps(&self, part: &str, list: &str) -> Vec<&Value> {
-        match self.description.get(part) {
-            Some(sequence) if sequence.get("type").and_then(Value::as_str) == Some("Sequence") => {
-                sequence.get(list).and_then(Value::as_array).into_iter().flatten().collect()
-            }
-            other => other.into_iter().collect(),
-        }
-    }
-
-    fn has_step(&self, part: &str, list: &str, kind: &str) -> bool {
-        self.steps(part, list).iter().any(|step| step.get("type").and_then(Value::as_str) == Some(kind))
-    }
-
     /// Writes the vocabulary, and returns the ids of the tokens.
     fn vocabulary(&self, rows: usize, metadata: &mut Metadata) -> Result<HashMap<String, usize>> {
         let empty = Value::Null;
@@ -212,14 +177,6 @@ impl Tokenizer {
         pairs.collect()
     }
 
-    /// An id of a token, which must have a row in the embedding.
-    fn id(&self, key: &str, id: Option<&Value>, rows: usize) -> Result<usize> {
-        let found = id.unwrap_or(&Value::Null);
-        let id = found.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows);
-        let expected = || format!("an id below {rows}, the rows of the embedding");
-        id.ok_or_else(|| self.malformed(key, json::brief(found), expected()))
-    }
-
     /// The tokens by id, and their ids.
     fn tokens(
         &self,
@@ -250,8 +207,7 @@ impl Tokenizer {
         for (text, number) in vocabulary {
             let id = id("model.vocab", Some(number))?;
             if std::mem::replace(&mut seen[id], true) {
-                let found =
-                    format_args!("the id {id} a second time, for {:?}", text.chars().take(60).collect::<String>());
+                let found = format!("the id {id} a second time, for {:?}", text.chars().take(60).collect::<String>());
                 return Err(self.malformed("model.vocab", found, "each id once"));
             }
             tokens.texts[id].clone_from(text);
@@ -321,18 +277,6 @@ impl Tokenizer {
             || !own(before, frame[0])
             || !own(after, frame[1])
             || has_other_frame(processor)
-    }
-
-    /// Whether the tokenizer puts a space before the text.
-    fn adds_space(&self) -> bool {
-        let metaspace = |step: &&Value| {
-            let is_one = step.get("type").and_then(Value::as_str) == Some("Metaspace");
-            let old = step.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true);
-            let scheme = step.get("prepend_scheme").and_then(Value::as_str);
-            is_one && scheme.map_or(old, |scheme| scheme != "never")
-        };
-        self.has_step("normalizer", "normalizers", "Prepend")
-            || self.steps("pre_tokenizer", "pretokenizers").iter().any(metaspace)
     }
 }
 

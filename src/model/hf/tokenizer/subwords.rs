@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::{Tokenizer, kind};
+use super::description::{Tokenizer, kind};
 use crate::error::Result;
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;

@@ -59,8 +59,9 @@ fn affinity_counts_each_allowed_core_once() {
 fn cpus_of_unknown_topology_count_as_cores() {
     let root = machine("0-3", 0);
     assert_eq!(usable_cores(root.path()), Some(4));
-    write(&root, "sys/devices/system/cpu/cpu2/topology/core_cpus_list", "2-3\n");
-    write(&root, "sys/devices/system/cpu/cpu3/topology/core_cpus_list", "2-3\n");
+    for cpu in ["cpu2", "cpu3"] {
+        write(&root, &format!("sys/devices/system/cpu/{cpu}/topology/core_cpus_list"), "2-3\n");
+    }
     assert_eq!(usable_cores(root.path()), Some(3));
 }
 
@@ -121,14 +122,14 @@ fn a_quota_of_cgroup_version_1_is_found() {
                   33 30 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
     write(&root, "proc/self/mountinfo", mounts);
     assert_eq!(usable_cores(root.path()), Some(8));
-    write(&root, "sys/fs/cgroup/cpu,cpuacct/abc/cpu.cfs_quota_us", "-1\n");
-    write(&root, "sys/fs/cgroup/cpu,cpuacct/abc/cpu.cfs_period_us", "100000\n");
-    assert_eq!(usable_cores(root.path()), Some(8));
-    write(&root, "sys/fs/cgroup/cpu,cpuacct/abc/cpu.cfs_quota_us", "450000\n");
-    assert_eq!(usable_cores(root.path()), Some(4));
-    write(&root, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "150000\n");
-    write(&root, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "50000\n");
-    assert_eq!(usable_cores(root.path()), Some(3));
+    for (group, quota, period, cores) in
+        [("abc", -1, 100_000, 8), ("abc", 450_000, 100_000, 4), (".", 150_000, 50_000, 3)]
+    {
+        let folder = format!("sys/fs/cgroup/cpu,cpuacct/{group}");
+        write(&root, &format!("{folder}/cpu.cfs_quota_us"), &format!("{quota}\n"));
+        write(&root, &format!("{folder}/cpu.cfs_period_us"), &format!("{period}\n"));
+        assert_eq!(usable_cores(root.path()), Some(cores), "{group} {quota}");
+    }
 }
 
 #[test]

@@ -7,21 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Reply, Running, serving
+from serving import Reply, Running, served
 
 from nybble import Model
-from nybble.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Model) -> Iterator[Engine]:
-    with Engine(tiny_model) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine: Engine) -> Iterator[Running]:
-    with serving(engine, max_body_bytes=8_000_000) as running:
+def server(tiny_model: Model) -> Iterator[Running]:
+    with served(tiny_model, max_body_bytes=8_000_000) as running:
         yield running
 
 
@@ -48,13 +41,13 @@ def test_the_width_of_the_model_changes_nothing(server: Running) -> None:
     assert np.array_equal(vectors(embed(server, ["a"], dimensions=plain.shape[1])), plain)
 
 
-def test_fewer_dimensions_need_a_model_that_allows_them(server: Running, engine: Engine) -> None:
+def test_fewer_dimensions_need_a_model_that_allows_them(server: Running, tiny_model: Model) -> None:
     reply = embed(server, "a", dimensions=32)
     assert (reply.status, reply.json["error"]["param"]) == (400, "dimensions")
     assert "found 32, expected 64" in reply.error
     assert "--matryoshka" in reply.error
     assert "this model's vectors have no more" in embed(server, "a", dimensions=65).error
-    with serving(engine, matryoshka=True) as running:
+    with served(tiny_model, matryoshka=True) as running:
         (cut,) = vectors(embed(running, "a", dimensions=32))
     (whole,) = vectors(embed(server, "a"))
     assert cut.shape == (32,)

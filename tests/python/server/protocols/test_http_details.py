@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import Running, serving
+from serving import Running, served
 
 from nybble import Model
-from nybble.engine import Engine
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "temperature": 0}
 PATH = "/v1/chat/completions"
@@ -18,14 +17,8 @@ PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-He
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Model) -> Iterator[Engine]:
-    with Engine(tiny_model) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine: Engine) -> Iterator[Running]:
-    with serving(engine) as running:
+def server(tiny_model: Model) -> Iterator[Running]:
+    with served(tiny_model) as running:
         yield running
 
 
@@ -49,6 +42,13 @@ def test_a_missing_content_type_is_explained(server: Running) -> None:
         assert reply.status == 415
         assert f"found {found}, expected JSON, with the header Content-Type: application/json" in reply.error
     assert server.request("POST", PATH, headers={"Content-Length": "0"}).error.startswith("the request body is missing")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
+def test_ollama_routes_read_json_whatever_its_type(headers: dict[str, str], server: Running) -> None:
+    body = b'{"prompt": "x", "stream": false, "options": {"num_predict": 2}}'
+    assert server.request("POST", "/api/generate", body, headers).json["eval_count"] == 2
+    assert "not valid JSON" in server.request("POST", "/api/generate", b"{", headers).json["error"]
 
 
 def test_answers_carry_a_request_id(server: Running) -> None:
@@ -97,8 +97,8 @@ def test_a_wrong_method_is_answered_with_the_right_one(server: Running) -> None:
     assert reply.error == f"GET {PATH}: this route takes POST"
 
 
-def test_pages_of_allowed_origins_may_send_requests(engine: Engine) -> None:
-    with serving(engine, allowed_origins=frozenset({ORIGIN}), api_key="key") as running:
+def test_pages_of_allowed_origins_may_send_requests(tiny_model: Model) -> None:
+    with served(tiny_model, allowed_origins=frozenset({ORIGIN}), api_key="key") as running:
         preflight = running.request("OPTIONS", PATH, headers={**PREFLIGHT, "Origin": ORIGIN})
         assert preflight.status == 200
         assert preflight.headers["access-control-allow-origin"] == ORIGIN
@@ -108,8 +108,8 @@ def test_pages_of_allowed_origins_may_send_requests(engine: Engine) -> None:
         assert running.request("POST", PATH, CHAT, {"Origin": ORIGIN}).status == 401
 
 
-def test_pages_of_other_origins_are_refused(engine: Engine, server: Running) -> None:
-    with serving(engine, allowed_origins=frozenset({ORIGIN})) as allowing:
+def test_pages_of_other_origins_are_refused(tiny_model: Model, server: Running) -> None:
+    with served(tiny_model, allowed_origins=frozenset({ORIGIN})) as allowing:
         for running in (allowing, server):
             reply = running.request("POST", PATH, CHAT, {"Origin": "http://other.example"})
             assert reply.status == 403

@@ -7,11 +7,9 @@ from typing import Any
 
 import openai
 import pytest
-import tiny
-from serving import TOOL_TEMPLATE, Reply, Running, scripted, serving
+from serving import Reply, Running, scripted, served, serving
 
 from nybble import Model
-from nybble.engine import Engine
 from nybble.server.protocols.messages import Message
 
 Json = dict[str, Any]
@@ -20,16 +18,8 @@ TOOLS: list[Json] = [{"type": "function", "function": {"name": "weather", "param
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    file = tmp_path_factory.mktemp("messages") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Engine(model) as engine, serving(engine) as running:
+def server(tool_model: Model) -> Iterator[Running]:
+    with served(tool_model) as running:
         yield running
 
 
@@ -59,6 +49,9 @@ def prompt_tokens(reply: Reply) -> int:
         {"content": None, "refusal": "Hello"},
         {"content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]},
         {"content": [{"type": "refusal", "refusal": "Hello"}]},
+        {"content": [{"type": "output_text", "text": "Hello", "annotations": []}]},
+        {"content": [{"type": "thinking", "thinking": "Hm", "signature": "s"}, {"type": "text", "text": "Hello"}]},
+        {"reasoning_details": [{"type": "x"}], "thinking_blocks": [], "extra_content": {"a": 1}},
     ],
     ids=str,
 )
@@ -66,9 +59,9 @@ def test_fields_without_effect_are_taken(fields: Json, server: Running) -> None:
     assert prompt_tokens(with_answer(server, **fields)) == prompt_tokens(with_answer(server))
 
 
-def test_every_answer_comes_back_as_the_client_dumps_it(model: Model) -> None:
+def test_every_answer_comes_back_as_the_client_dumps_it(tool_model: Model) -> None:
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>'
-    engine, script = scripted(model, call, "It rains.", *["Done."] * 6)
+    engine, script = scripted(tool_model, call, "It rains.", *["Done."] * 6)
     turn: Any
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         ask: Any = {"model": "tiny", "tools": TOOLS}

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
-from serving import TOOL_TEMPLATE, Running, scripted, serving
+from serving import Running, scripted, served, serving
 
 from nybble import Model
-from nybble.engine import Engine
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 WEATHER: dict[str, Any] = {
@@ -23,16 +21,8 @@ SHORT: dict[str, Any] = {"num_predict": 5, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    file = tmp_path_factory.mktemp("ollama") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Engine(model) as engine, serving(engine) as running:
+def server(tool_model: Model) -> Iterator[Running]:
+    with served(tool_model) as running:
         yield running
 
 
@@ -96,8 +86,8 @@ def test_a_format_is_followed(stream: bool, server: Running) -> None:
         '{"name": "weather", "arguments": {"city": "Rome"}}',
     ],
 )
-def test_tool_calls_have_arguments_as_objects(text: str, stream: bool, model: Model) -> None:
-    engine, script = scripted(model, text, "Sunny.")
+def test_tool_calls_have_arguments_as_objects(text: str, stream: bool, tool_model: Model) -> None:
+    engine, script = scripted(tool_model, text, "Sunny.")
     with serving(engine) as running:
         lines = post(running, "chat", messages=HI, tools=[WEATHER], stream=stream)
         (call,) = [call for line in lines for call in line["message"].get("tool_calls", [])]
@@ -117,10 +107,10 @@ def test_log_probabilities_come_with_the_text(server: Running) -> None:
     assert sum(len(line.get("logprobs", [])) for line in lines) == 5
 
 
-def test_inputs_become_vectors(server: Running, model: Model) -> None:
+def test_inputs_become_vectors(server: Running, tool_model: Model) -> None:
     (found,) = post(server, "embed", input=["a", "b" * 5000])
     assert len(found["embeddings"]) == 2
-    assert found["embeddings"][0] == pytest.approx(model.embed("a")[0].tolist())
+    assert found["embeddings"][0] == pytest.approx(tool_model.embed("a")[0].tolist())
     assert found["prompt_eval_count"] == 2049, "too long an input is cut"
     (old,) = post(server, "embeddings", prompt="a")
     assert old["embedding"] == pytest.approx(found["embeddings"][0])
@@ -128,12 +118,12 @@ def test_inputs_become_vectors(server: Running, model: Model) -> None:
     assert "the context holds 2048" in reply.json["error"]
 
 
-def test_the_model_is_listed_and_described(server: Running, model: Model) -> None:
+def test_the_model_is_listed_and_described(server: Running, tool_model: Model) -> None:
     for path in ("tags", "ps"):
         (card,) = server.request("GET", f"/api/{path}").json["models"]
         assert (card["name"], card["model"], card["details"]["family"]) == ("tiny", "tiny", "llama")
     shown = server.request("POST", "/api/show", {"model": "tiny"}).json
-    assert shown["model_info"]["llama.context_length"] == model.info.context
+    assert shown["model_info"]["llama.context_length"] == tool_model.info.context
     assert "tools" in shown["capabilities"]
     assert server.request("GET", "/api/version").json["version"]
     assert server.request("HEAD", "/").status == 200
@@ -142,6 +132,14 @@ def test_the_model_is_listed_and_described(server: Running, model: Model) -> Non
 def test_unknown_parameters_are_ignored_as_in_ollama(server: Running) -> None:
     plain = post(server, "chat", messages=HI, options=SHORT, stream=False)[0]["message"]
     assert post(server, "chat", messages=HI, options=SHORT, stream=False, unknown=1)[0]["message"] == plain
+
+
+def test_unknown_fields_of_messages_are_ignored_as_in_ollama(server: Running) -> None:
+    plain = post(server, "chat", messages=HI, options=SHORT, stream=False)[0]["message"]
+    turns = [{**turn, "name": "x", "unknown": 1, "images": []} for turn in HI]
+    assert post(server, "chat", messages=turns, options=SHORT, stream=False)[0]["message"] == plain
+    options = {"num_predict": 5, "temperature": -1, "top_k": -5}
+    assert post(server, "chat", messages=HI, options=options, stream=False)[0]["message"] == plain
 
 
 def test_an_empty_prompt_loads_the_model(server: Running) -> None:
@@ -181,15 +179,15 @@ def test_deleting_says_what_to_do_instead(server: Running) -> None:
     assert "nybble serve MODEL" in server.request("DELETE", "/api/delete", {"model": "tiny"}).json["error"]
 
 
-def test_the_routes_need_the_key(model: Model) -> None:
-    engine, _ = scripted(model)
+def test_the_routes_need_the_key(tool_model: Model) -> None:
+    engine, _ = scripted(tool_model)
     with serving(engine, api_key="key") as running:
         reply = running.request("GET", "/api/tags")
         assert (reply.status, reply.json["error"]) == (401, "the API key is missing: send Authorization: Bearer KEY")
         assert running.request("GET", "/api/tags", headers={"Authorization": "Bearer key"}).status == 200
 
 
-def test_the_client_of_ollama_works(server: Running, model: Model) -> None:
+def test_the_client_of_ollama_works(server: Running, tool_model: Model) -> None:
     ollama = pytest.importorskip("ollama", reason="install the dependency group test-clients")
     with contextlib.ExitStack() as stack:
 
@@ -209,7 +207,7 @@ def test_the_client_of_ollama_works(server: Running, model: Model) -> None:
         assert len(client.embed("tiny", ["a", "b"]).embeddings) == 2
         with pytest.raises(ollama.ResponseError, match="nybble serve MODEL"):
             client.pull("other")
-        engine, _ = scripted(model, '{"name": "weather", "arguments": {"city": "Rome"}}')
+        engine, _ = scripted(tool_model, '{"name": "weather", "arguments": {"city": "Rome"}}')
         with serving(engine) as running:
             (call,) = client_of(running).chat("tiny", messages=HI, tools=[WEATHER]).message.tool_calls
         assert (call.function.name, call.function.arguments) == ("weather", {"city": "Rome"})

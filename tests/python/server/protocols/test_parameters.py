@@ -9,11 +9,9 @@ from typing import Any
 import jsonschema_rs
 import openai
 import pytest
-import tiny
-from serving import TOOL_TEMPLATE, Running, serving
+from serving import Running, served
 
 from nybble import Model
-from nybble.engine import Engine
 from nybble.server.protocols.gbnf import lark_of_gbnf
 
 Json = dict[str, Any]
@@ -26,10 +24,8 @@ DOG: Json = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    file = tmp_path_factory.mktemp("parameters") / "tiny.gguf"
-    tiny.write_model(file, llama__context_length=2048, tokenizer__chat_template=TOOL_TEMPLATE)
-    with Model.load(file, threads=2) as model, Engine(model) as engine, serving(engine) as running:
+def server(tool_model: Model) -> Iterator[Running]:
+    with served(tool_model) as running:
         yield running
 
 
@@ -44,6 +40,11 @@ NEUTRAL: list[Json] = [
     {"prompt_cache_key": "k", "prompt_cache_retention": "24h"},
     {"prediction": {"type": "content", "content": "x"}},
     {"cache_prompt": False},
+    {"mirostat": 0, "mirostat_tau": 5.0, "xtc_probability": 0.0, "xtc_threshold": 0.1, "dry_multiplier": 0, "tfs_z": 1},
+    {"dynatemp_range": 0.0, "n_keep": 0, "id_slot": -1, "n_probs": 0, "lora": [], "top_a": 0, "t_max_predict_ms": 0},
+    {"return_tokens": False, "timings_per_token": False, "post_sampling_probs": False, "reasoning_format": "auto"},
+    {"detokenize": True, "return_token_ids": False, "bad_words": [], "request_id": "r", "cache_salt": "c"},
+    {"reasoning": {"effort": "low"}, "documents": []},
     {"best_of": 1, "min_tokens": 0, "ignore_eos": False, "use_beam_search": False, "length_penalty": 1.0},
     {"n": None, "stop": None, "logit_bias": None, "seed": None, "top_p": None},
     {"top_k": -1},
@@ -95,8 +96,12 @@ def test_the_openai_client_may_send_all_its_parameters(server: Running) -> None:
         ({"nonsense": 1}, "unsupported parameter: nonsense"),
         ({"modalities": ["text", "audio"]}, "modalities.1"),
         ({"best_of": 2}, "best_of: Input should be 1"),
-        ({"min_tokens": 5}, "min_tokens: Input should be 0"),
+        ({"min_tokens": 5}, "min_tokens: found 5, expected at most 4, the value of max_tokens"),
+        ({"min_tokens": -1}, "min_tokens: Input should be greater than or equal to 0"),
         ({"use_beam_search": True}, "use_beam_search"),
+        ({"mirostat": 2}, "mirostat: Input should be less than or equal to 0"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"penalty_window": 5, "repeat_last_n": 6}, "repeat_last_n is another name of penalty_window"),
         ({"tool_choice": "required"}, "tool_choice requires tools"),
         ({"top_k": -2}, "top_k"),
         ({"stop": 5}, "stop: Input should be a valid string or a valid list"),

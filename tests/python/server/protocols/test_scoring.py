@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Running, serving
+from serving import Running, served
 
 from nybble import Model
-from nybble.engine import Engine
 from nybble.generation import TokenLogprob
 from nybble.server.protocols.completions import _named
 
@@ -19,7 +18,7 @@ IDS = [104, 101, 108, 108, 111, 32]
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Model) -> Iterator[Running]:
-    with Engine(tiny_model) as engine, serving(engine) as running:
+    with served(tiny_model) as running:
         yield running
 
 

@@ -13,19 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from nybble import generation
 from nybble.generation import TokenLogprob
+from nybble.server import events
 from nybble.server.errors import ApiError, invalid_request
-from nybble.server.events import (
-    AnswerFinished,
-    CollectedAnswer,
-    CollectedCall,
-    Event,
-    FinishReason,
-    LogprobsDelta,
-    TextDelta,
-    ToolCallDelta,
-    ToolCallStarted,
-    UsageReported,
-)
 from nybble.server.generation import GenerationRequest
 from nybble.server.protocols.adapter import Adapter
 from nybble.server.protocols.chat import ChatAdapter
@@ -72,8 +61,8 @@ class OllamaAdapter(Adapter):
         self._wants_logprobs = bool(body.logprobs)
         self._started_at = time.perf_counter_ns()
         self._first_at: int | None = None
-        self._reason: FinishReason = "stop"
-        self._calls: list[CollectedCall] = []
+        self._reason: events.FinishReason = "stop"
+        self._calls: list[events.CollectedCall] = []
         self._pending: list[TokenLogprob] = []
         """Log-probabilities for the next chunk."""
 
@@ -83,29 +72,31 @@ class OllamaAdapter(Adapter):
         names = {option: _OWN_NAMES.get(name, name) for option, name in request.parameters.items()}
         return dataclasses.replace(request, parameters=names)
 
-    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> OllamaAnswer:
+    def response(self, answers: Sequence[events.CollectedAnswer], usage: generation.Usage) -> OllamaAnswer:
         """The whole answer."""
         (answer,) = answers
         self._pending = answer.logprobs
         return self._finished(answer.text, answer.calls, answer.reason, usage)
 
-    def chunks(self, event: Event) -> Iterator[OllamaAnswer]:
+    def chunks(self, event: events.Event) -> Iterator[OllamaAnswer]:
         """The lines of an event. A tool call is one line."""
-        if self._first_at is None and isinstance(event, LogprobsDelta | TextDelta | ToolCallStarted):
+        if self._first_at is None and isinstance(
+            event, events.LogprobsDelta | events.TextDelta | events.ToolCallStarted
+        ):
             self._first_at = time.perf_counter_ns()
         match event:
-            case LogprobsDelta(_, tokens):
+            case events.LogprobsDelta(_, tokens):
                 self._pending += tokens
-            case TextDelta(_, text) if text:
+            case events.TextDelta(_, text) if text:
                 yield self._answer(text, ())
-            case ToolCallStarted(_, _, id, name):
-                self._calls.append(CollectedCall(id, name))
-            case ToolCallDelta(_, _, arguments):
+            case events.ToolCallStarted(_, _, id, name):
+                self._calls.append(events.CollectedCall(id, name))
+            case events.ToolCallDelta(_, _, arguments):
                 self._calls[-1].arguments += arguments
                 yield self._answer("", [self._calls[-1]])
-            case AnswerFinished(_, reason):
+            case events.AnswerFinished(_, reason):
                 self._reason = reason
-            case UsageReported(usage):
+            case events.UsageReported(usage):
                 yield self._finished("", (), self._reason, usage)
 
     def frame(self, message: str) -> bytes:
@@ -120,7 +111,7 @@ class OllamaAdapter(Adapter):
         """A line, without the fields that are not set."""
         return body.model_dump_json(exclude_none=True)
 
-    def _answer(self, text: str, calls: Sequence[CollectedCall], **more: Any) -> OllamaAnswer:
+    def _answer(self, text: str, calls: Sequence[events.CollectedCall], **more: Any) -> OllamaAnswer:
         pending, self._pending = self._pending, []
         answer = OllamaAnswer(model=self._service.name, created_at=now(), **{"done": False, **more})
         if self._is_chat:
@@ -139,7 +130,7 @@ class OllamaAdapter(Adapter):
         return answer
 
     def _finished(
-        self, text: str, calls: Sequence[CollectedCall], reason: FinishReason, usage: generation.Usage
+        self, text: str, calls: Sequence[events.CollectedCall], reason: events.FinishReason, usage: generation.Usage
     ) -> OllamaAnswer:
         end = time.perf_counter_ns()
         first = end if self._first_at is None else self._first_at
@@ -207,11 +198,11 @@ def generate_adapter(service: Service, body: OllamaGenerateRequest) -> OllamaAda
     return OllamaAdapter(service, body, inner, is_chat=False)
 
 
-def loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool) -> OllamaAnswer:
+def loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) -> OllamaAnswer:
     """The answer to a request without a prompt, which asks Ollama to load or to unload the model."""
     reason: Literal["load", "unload"] = "unload" if body.keep_alive in (0, "0", "0s") else "load"
     answer = OllamaAnswer(model=service.name, created_at=now(), done=True, done_reason=reason)
-    if is_chat:
+    if isinstance(body, OllamaChatRequest):
         answer.message = AnsweredMessage(content="")
     else:
         answer.response = ""

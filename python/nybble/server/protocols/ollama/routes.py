@@ -38,17 +38,14 @@ def add_ollama_routes(app: FastAPI, service: Service, key: list[Any]) -> None:
 
     @app.post("/api/chat", **route)
     async def chat(request: Request, body: OllamaChatRequest) -> Response:
-        if not body.messages:
-            service.admit(body.model, 1)
-            return _json(loaded(service, body, is_chat=True).model_dump(exclude_none=True))
-        return await respond(service, request, chat_adapter(service, body))
+        asked = body.messages
+        return await respond(service, request, chat_adapter(service, body)) if asked else _loaded(service, body)
 
     @app.post("/api/generate", **route)
     async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
-        if not body.prompt:
-            service.admit(body.model, 1)
-            return _json(loaded(service, body, is_chat=False).model_dump(exclude_none=True))
-        return await respond(service, request, generate_adapter(service, body))
+        return (
+            await respond(service, request, generate_adapter(service, body)) if body.prompt else _loaded(service, body)
+        )
 
     @app.post("/api/embed", **route)
     async def embed(request: Request, body: OllamaEmbedRequest) -> Response:
@@ -122,6 +119,11 @@ async def _embed(
 
     with service.in_flight():
         return await with_timeout(service, http, work())
+
+
+def _loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) -> Response:
+    service.admit(body.model, 1)
+    return _json(loaded(service, body).model_dump(exclude_none=True))
 
 
 def _json(body: Json) -> Response:

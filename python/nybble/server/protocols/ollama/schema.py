@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.server.protocols.chat_schema import Tool
-from nybble.server.protocols.strict import Strict
 
 Json = dict[str, Any]
 
@@ -46,10 +45,10 @@ class Options(Lenient):
             "frequency_penalty", "seed", "stop",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if self.repeat_last_n == 0:
-            given["repeat_penalty"] = 1.0
-        elif self.repeat_last_n is not None:
-            given["penalty_window"] = max(self.repeat_last_n, 0)
+        if self.repeat_last_n is not None:
+            given["repeat_last_n"] = max(self.repeat_last_n, -1)
+        # Numbers below 0 stand for the largest effect or none, as 0 does.
+        given |= {name: 0 for name in ("temperature", "top_k") if given.get(name, 0) < 0}
         # 0 loads a model without an answer, and negative numbers stand for no limit.
         given["max_tokens"] = -1 if self.num_predict is None or self.num_predict < 0 else max(self.num_predict, 1)
         return given
@@ -86,7 +85,7 @@ class OllamaRequest(Lenient):
         return given
 
 
-class OllamaFunction(Strict):
+class OllamaFunction(Lenient):
     """A function that the model called."""
 
     name: str
@@ -94,7 +93,7 @@ class OllamaFunction(Strict):
     index: int | None = None
 
 
-class OllamaCall(Strict):
+class OllamaCall(Lenient):
     """A tool call of an earlier answer."""
 
     id: str | None = None
@@ -107,7 +106,7 @@ def _without_images(images: list[Any] | None) -> None:
         raise PydanticCustomError("unsupported", "this model reads text only, found images")
 
 
-class OllamaMessage(Strict):
+class OllamaMessage(Lenient):
     """One turn of a conversation."""
 
     role: str

@@ -1,15 +1,11 @@
 //! What follows the hidden states of a text: dense modules of its embedding, and a classification head.
 
-mod embedding;
-
-pub use embedding::TextTokens;
-
 use crate::error::Result;
 use crate::kernels::Kernel;
+use crate::model::buffer::Buffer;
 use crate::model::config::{Config, FIRST_DENSE, HeadActivation};
 use crate::model::fingerprint::FingerprintHasher;
-use crate::model::forward::Workspace;
-use crate::model::linear::Linear;
+use crate::model::linear::{Linear, LinearInput};
 use crate::model::norm::Norm;
 use crate::model::pass::Pass;
 use crate::model::weights::loader::{Loader, Part};
@@ -54,9 +50,9 @@ impl Dense {
     }
 
     /// Replaces the input `(rows, columns)` by `(rows, width)`.
-    fn compute(&self, pass: &Pass<'_>, w: &mut Workspace) {
-        matrix(pass, &self.linear, w);
-        self.activation.apply(pass.kernel, &mut w.input.values);
+    fn compute(&self, pass: &Pass<'_>, input: &mut LinearInput, branch: &mut Buffer) {
+        matrix(pass, &self.linear, input, branch);
+        self.activation.apply(pass.kernel, &mut input.values);
     }
 }
 
@@ -77,11 +73,11 @@ fn rows(loader: &Loader<'_>, name: &str) -> Option<usize> {
 }
 
 /// Replaces the input `(rows, columns)` by the product `(rows, its rows)`.
-fn matrix(pass: &Pass<'_>, linear: &Linear, w: &mut Workspace) {
-    pass.linear(linear, &mut w.input, &mut w.branch);
+fn matrix(pass: &Pass<'_>, linear: &Linear, input: &mut LinearInput, branch: &mut Buffer) {
+    pass.linear(linear, input, branch);
     let (width, stride) = (linear.parts()[0].rows(), linear.width());
-    w.input.resize(w.branch.len() / stride, width);
-    for (out, row) in w.input.values.chunks_exact_mut(width).zip(w.branch.chunks_exact(stride)) {
+    input.resize(branch.len() / stride, width);
+    for (out, row) in input.values.chunks_exact_mut(width).zip(branch.chunks_exact(stride)) {
         out.copy_from_slice(&row[..width]);
     }
 }
@@ -132,8 +128,8 @@ impl Heads {
     }
 
     /// Takes the pooled vectors in the input `(texts, hidden)` through the dense modules.
-    pub(in crate::model) fn embed(&self, pass: &Pass<'_>, w: &mut Workspace) {
-        self.dense.iter().for_each(|dense| dense.compute(pass, w));
+    pub(in crate::model) fn embed(&self, pass: &Pass<'_>, input: &mut LinearInput, branch: &mut Buffer) {
+        self.dense.iter().for_each(|dense| dense.compute(pass, input, branch));
     }
 }
 
@@ -165,13 +161,13 @@ impl Classifier {
     }
 
     /// Replaces the pooled vectors in the input `(texts, hidden)` by scores `(texts, labels)`.
-    pub(in crate::model) fn compute(&self, pass: &Pass<'_>, w: &mut Workspace) {
+    pub(in crate::model) fn compute(&self, pass: &Pass<'_>, input: &mut LinearInput, branch: &mut Buffer) {
         if let Some(dense) = &self.dense {
-            dense.compute(pass, w);
+            dense.compute(pass, input, branch);
         }
         if let Some(norm) = &self.norm {
-            pass.norm_rows(&mut w.input.values, norm, &mut w.rows);
+            pass.norm_rows(&mut input.values, norm, &mut Vec::new());
         }
-        matrix(pass, &self.output, w);
+        matrix(pass, &self.output, input, branch);
     }
 }

@@ -33,7 +33,8 @@ impl Model {
         let pooling = pooling.or(self.config().pooling).unwrap_or(Pooling::Mean);
         let texts: Vec<TextTokens<'_>> = texts.iter().map(|tokens| (*tokens, None)).collect();
         let heads = &self.transformer.weights.heads;
-        let mut vectors = self.pooled(&texts, pooling, interrupted, |pass, w| heads.embed(pass, w))?;
+        let mut vectors =
+            self.pooled(&texts, pooling, interrupted, |pass, w| heads.embed(pass, &mut w.input, &mut w.branch))?;
         if normalize {
             vectors.chunks_exact_mut(self.embedding_width()).for_each(scale_to_length_1);
         }
@@ -49,7 +50,9 @@ impl Model {
             let found = format_args!("{} without a classification head", self.config().family.name);
             return Err(Error::argument("model", found, "a model for classification"));
         };
-        self.pooled(texts, self.config().classifier.pooling, interrupted, |pass, w| classifier.compute(pass, w))
+        self.pooled(texts, self.config().classifier.pooling, interrupted, |pass, w| {
+            classifier.compute(pass, &mut w.input, &mut w.branch)
+        })
     }
 
     /// Numbers of an embedding: the hidden size, or the width of the last dense module.

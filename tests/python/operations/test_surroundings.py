@@ -1,0 +1,136 @@
+"""Commands in terminals without Unicode, as the first process of a container, and next to one another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from goldens import GOLDENS
+
+if sys.platform == "win32":
+    pytest.skip("Windows has neither these encodings nor these processes", allow_module_level=True)
+
+NYBBLE = [sys.executable, "-m", "nybble"]
+ALONE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def _run(encoding: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run(
+        [*NYBBLE, *map(str, arguments)],
+        capture_output=True,
+        encoding=encoding,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_an_answer_is_written_in_any_encoding(encoding: str, tiny_file: Path) -> None:
+    options = ["--raw", "--max-tokens", "40", "--regex", "a[é\U0001f600]{8}b", "--seed", "1"]
+    full = _run("utf-8", "run", tiny_file, "x", *options).stdout
+    assert "\U0001f600" in full
+    done = _run(encoding, "run", tiny_file, "x", *options)
+    assert done.returncode == 0, done.stderr
+    expected = full.encode(encoding, "replace").decode(encoding)
+    assert len(done.stdout) >= len(expected.strip())
+    assert done.stdout.strip()[0] == "a"
+    assert done.stdout.strip()[-1] == "b"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_path_is_written_in_any_encoding(encoding: str, tiny_file: Path, tmp_path: Path) -> None:
+    file = shutil.copy(tiny_file, tmp_path / "mü\U0001f600ller.gguf")
+    done = _run(encoding, "inspect", file)
+    assert done.returncode == 0, done.stderr
+
+
+def _can_be_alone() -> bool:
+    try:
+        return subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("command", ["run", "quantize"])
+def test_the_first_process_of_a_container_ends_by_a_signal(command: str, number: int, tmp_path: Path) -> None:
+    if not _can_be_alone():
+        pytest.skip("no process namespaces here")
+    file = tiny.write_model(tmp_path / "long.gguf", llama__context_length=1 << 20)
+    text = tmp_path / "prose.txt"
+    text.write_text("Some prose to calibrate on, again and again. " * 100_000)
+    (tmp_path / "out").mkdir()
+    calibration = ["--recipe", "gptq", "--calibration", text, "--calibration-tokens", 1_000_000]
+    arguments = {
+        "run": ["run", file, "x", "--raw", "--max-tokens", 1 << 19, "--logit-bias", f"{ord('x')}=1000"],
+        "quantize": ["quantize", file, tmp_path / "out" / "q.gguf", *calibration],
+    }[command]
+    # Calls of Python functions tell that the command has begun.
+    script = textwrap.dedent("""
+        import sys
+        from nybble import cli
+        run = cli._run
+        cli._run = lambda arguments: (print("begun", flush=True), run(arguments))[1]
+        sys.exit(cli.main(sys.argv[1:]))
+    """)
+    with subprocess.Popen(
+        [*ALONE, sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as outer:
+        assert outer.stdout is not None
+        try:
+            assert outer.stdout.readline() == b"begun\n"
+            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+            os.kill(int(children[0]), number)
+            outer.stdout.read()
+            assert outer.wait(60) == 128 + number
+        finally:
+            outer.kill()
+    assert all(".resume" in path.name for path in (tmp_path / "out").iterdir())
+
+
+SHARED = """
+import sys
+from nybble import Model, _native
+native, calls = _native.quantize, []
+def quantize(*arguments, **options):
+    calls.append(1)
+    sys.stdout.write("quantizing\\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    return native(*arguments, **options)
+_native.quantize = quantize
+with Model.load(sys.argv[1], quantize="int4:g64:gptq", threads=1) as model:
+    print(len(calls), model.generate("hello", max_tokens=3, temperature=0).tokens)
+"""
+
+
+def test_processes_that_quantize_the_same_model_share_one_file(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDENS / "llama", tmp_path / "model")
+    cache = tmp_path / "cache"
+    environment = os.environ | {"NYBBLE_CACHE": str(cache)}
+    command = [sys.executable, "-c", SHARED, str(folder)]
+    with (
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second,
+    ):
+        processes = [first, second]
+        # Both begin; the one that has the lock waits until the other has had time to find it.
+        time.sleep(1)
+        answers = sorted(process.communicate("\n", timeout=120)[0].split("\n", 1) for process in processes)
+        assert [process.returncode for process in processes] == [0, 0]
+    lines = ["".join(answer).splitlines()[-1] for answer in answers]
+    assert sorted(line[0] for line in lines) == ["0", "1"], "one quantizes, the other waits for it"
+    assert lines[0][1:] == lines[1][1:]
+    assert len(list((cache / "quantized").glob("*.gguf"))) == 1

@@ -23,11 +23,9 @@ mod buffer;
 #[doc(hidden)]
 pub mod config;
 pub mod convert;
-
 mod ffn;
 mod fingerprint;
 mod forward;
-
 #[doc(hidden)]
 pub mod hf;
 pub(crate) mod layerwise;

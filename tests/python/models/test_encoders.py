@@ -308,8 +308,8 @@ def test_the_server_embeds_and_ranks() -> None:
         assert server.request("POST", "/v1/embeddings", {"input": TEXTS}).status == 200
         reply = server.request("POST", "/v1/completions", {"prompt": "a"})
         assert reply.status == 400
-        for wrong, field in [({"documents": []}, "documents"), ({"query": ""}, "query"), ({"top_n": 0}, "top_n")]:
-            reply = server.request("POST", "/v1/rerank", {**body, **wrong})
+        for field, wrong in [("documents", []), ("query", ""), ("top_n", 0)]:
+            reply = server.request("POST", "/v1/rerank", {**body, field: wrong})
             assert (reply.status, field in reply.error) == (400, True), reply.text
 
 

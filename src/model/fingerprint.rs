@@ -163,7 +163,9 @@ fn describe(config: &Config) -> String {
         divided_logits: quirks.divided_logits,
         ..DEFAULT_QUIRKS
     };
-    let later = if *quirks == earlier { String::new() } else { format!(" {quirks:?}") };
+    // Without the choices that came after those of the first files with later ones.
+    let later = format!(" {quirks:?}").replace(", bidirectional: false", "").replace(", optional_first_norm: false", "");
+    let later = if *quirks == earlier { String::new() } else { later };
     let quirks = format!(
         "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \
          soft_caps: {:?}, scaled_by_width: {:?}, normalized_experts: {:?}, optional_output_norm: {:?}, \

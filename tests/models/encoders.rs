@@ -208,7 +208,7 @@ fn int8_weights_and_caches_stay_close() {
             let error = squares(&mut exact.iter().zip(&found).map(|(a, b)| a - b));
             let share = error / squares(&mut exact.iter().copied());
             println!("{}, {name}: {share:.4}", golden.name);
-            assert!(share > 0.0 && share < 0.1, "{}, {name}: off by {share} of its size", golden.name);
+            assert!(share > 0.0 && share < 0.15, "{}, {name}: off by {share} of its size", golden.name);
         }
     }
 }

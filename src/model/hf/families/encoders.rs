@@ -74,9 +74,10 @@ fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
     }
 }
 
-/// Liu et al. 2019, arXiv 1907.11692. Positions count from the id of the padding token.
-pub(super) const ROBERTA: HfFamily = HfFamily {
-    model_types: &["roberta"],
+/// Conneau et al. 2019, arXiv 1911.02116, and Liu et al. 2019, arXiv 1907.11692. Positions count from the id of the padding
+/// token.
+pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
+    model_types: &["xlm-roberta", "roberta"],
     bases: &["roberta.", ""],
     outside: &[
         &embeddings(SkipPadding),
@@ -98,9 +99,6 @@ pub(super) const ROBERTA: HfFamily = HfFamily {
     },
     ..BERT
 };
-
-/// Conneau et al. 2019, arXiv 1911.02116.
-pub(super) const XLM_ROBERTA: HfFamily = HfFamily { model_types: &["xlm-roberta"], ..ROBERTA };
 
 /// Nussbaum et al. 2024, arXiv 2402.01613: the names of Hugging Face's class, and those of GPT-2 in published files.
 pub(super) const NOMIC_BERT: HfFamily = HfFamily {

@@ -83,7 +83,6 @@ const FAMILIES: &[&HfFamily] = &[
     &deepseek::DEEPSEEK_V3,
     &deepseek::GLM4_MOE_LITE,
     &encoders::BERT,
-    &encoders::ROBERTA,
     &encoders::XLM_ROBERTA,
     &encoders::MODERN_BERT,
     &encoders::NOMIC_BERT,

@@ -173,26 +173,32 @@ impl Layerwise {
     pub(crate) fn layer(&self, checkpoint: &dyn Checkpoint, index: usize) -> Result<LoadedLayer> {
         self.model.transformer.pool.run(|scope| {
             let layer = Layer::load(&Loader::new(scope, checkpoint, None), self.config(), index)?;
-            let part = match &layer {
-                Layer { streams: Some(_), .. } => Some("altup_router.weight"),
-                Layer { per_layer: Some(_), .. } => Some("inp_gate.weight"),
-                Layer { scale: Some(_), .. } => Some("layer_output_scale.weight"),
-                Layer { ffn: FeedForward::Both(_), .. } => Some("ffn_gate_inp.weight"),
-                Layer { mixer: Mixer::LatentAttention(_), .. } => Some("attn_kv_a_mqa.weight"),
-                Layer { ffn: FeedForward::Experts(_), .. } if self.config().family.quirks.weighted_input => {
-                    Some("ffn_gate_inp.weight")
-                }
-                _ => None,
-            };
-            match part {
-                None => Ok(LoadedLayer { index, layer }),
-                Some(part) => Err(Error::Unsupported {
-                    path: checkpoint.path().to_path_buf(),
-                    place: Place::Tensor(format!("blk.{index}.{part}")),
-                    what: format!("calibration of a model of the family {}", self.config().family.name),
-                    supported: "supported: recipes without calibration for this family".to_owned(),
-                }),
+            Ok(LoadedLayer { index, layer })
+        })
+    }
+
+    /// Checks that a layer of `checkpoint` consists of what this module computes.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with a tensor that shows what it does not compute.
+    pub(crate) fn check(&self, checkpoint: &dyn Checkpoint, loaded: &LoadedLayer) -> Result<()> {
+        let LoadedLayer { index, layer } = loaded;
+        let part = match layer {
+            Layer { streams: Some(_), .. } => "altup_router.weight",
+            Layer { per_layer: Some(_), .. } => "inp_gate.weight",
+            Layer { scale: Some(_), .. } => "layer_output_scale.weight",
+            Layer { ffn: FeedForward::Both(_), .. } => "ffn_gate_inp.weight",
+            Layer { mixer: Mixer::LatentAttention(_), .. } => "attn_kv_a_mqa.weight",
+            Layer { ffn: FeedForward::Experts(_), .. } if self.config().family.quirks.weighted_input => {
+                "ffn_gate_inp.weight"
             }
+            _ => return Ok(()),
+        };
+        Err(Error::Unsupported {
+            path: checkpoint.path().to_path_buf(),
+            place: Place::Tensor(format!("blk.{index}.{part}")),
+            what: format!("calibration of a model of the family {}", self.config().family.name),
+            supported: "supported: recipes without calibration for this family".to_owned(),
         })
     }
 

@@ -484,7 +484,11 @@ proptest! {
             }
         }
         match Saved::new(&bytes).open() {
-            Err(error) => prop_assert!(matches!(error, Error::Malformed { .. } | Error::Missing { .. }), "{error}"),
+            Err(error) => {
+                // A damaged type may be one that ggml has withdrawn.
+                let expected = matches!(error, Error::Malformed { .. } | Error::Missing { .. } | Error::Unsupported { .. });
+                prop_assert!(expected, "{error}");
+            }
             Ok(file) => {
                 for tensor in file.tensors() {
                     prop_assert_eq!(file.data(tensor).len(), tensor.nbytes());

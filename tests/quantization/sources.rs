@@ -25,12 +25,12 @@ pub(crate) fn source(folder: &TempDir, name: &str) -> PathBuf {
     path
 }
 
-/// Windows of those lengths, always with the same tokens.
+/// Windows of those lengths, always with the same tokens, which all checkpoints have.
 pub(crate) fn windows(lengths: impl Iterator<Item = usize>) -> Vec<Vec<u32>> {
     let mut state = 1u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) % VOCABULARY as u32
+        (state >> 8) % 288
     };
     lengths.map(|length| (0..length).map(|_| next()).collect()).collect()
 }

@@ -279,12 +279,11 @@ fn sparsity(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<Option<f32>>
 
 /// xIELU's parameters, whose keys have no family's name, as they apply: without the softplus that training puts around them.
 fn xielu(keys: &MetadataReader<'_>, layers: usize) -> Result<Vec<[f32; 4]>> {
-    let list = |name: &str| keys.floats(&format!("xielu.{name}"), layers);
-    let others = ["alpha_p", "alpha_n", "beta", "eps"]
-        .map(|name| Ok(list(name)?.ok_or_else(|| keys.missing(&format!("xielu.{name}")))?));
-    let [alpha_p, alpha_n, beta, eps] = others;
-    let (alpha_p, alpha_n): (Vec<f32>, Vec<f32>) = (alpha_p?, alpha_n?);
-    let (beta, eps): (Vec<f32>, Vec<f32>) = (beta?, eps?);
+    let list = |name: &str| {
+        let key = format!("xielu.{name}");
+        keys.floats(&key, layers)?.ok_or_else(|| keys.missing(&key))
+    };
+    let (alpha_p, alpha_n, beta, eps) = (list("alpha_p")?, list("alpha_n")?, list("beta")?, list("eps")?);
     let softplus = |x: f32| x.max(0.0) + libm::log1pf(libm::expf(-x.abs()));
     let all = alpha_p.iter().zip(&alpha_n).zip(beta.iter().zip(&eps));
     Ok(all.map(|((p, n), (beta, eps))| [softplus(*p), beta + softplus(*n), *beta, *eps]).collect())

@@ -1,7 +1,7 @@
 //! Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): each row goes to a few of many networks.
 
 use super::dense::{self, Mlp};
-use super::router::{Choice, Router};
+use super::router::{self, Choice, Router};
 use crate::error::Result;
 use crate::kernels;
 use crate::model::buffer::Buffer;
@@ -34,6 +34,7 @@ struct SharedExpert {
 pub(in crate::model) struct Workspace {
     /// `(rows, hidden)`: the input of all experts.
     source: Buffer,
+    routing: router::Scratch,
     /// `(rows, experts used)`
     choices: Vec<Choice>,
     /// The rows that chose one expert, and the weights of its output.
@@ -153,7 +154,7 @@ impl Experts {
     ) {
         // Every expert reads the input.
         own.source.copy_from(&input.values);
-        self.router.route(pass, input, &mut own.out, &mut own.choices);
+        self.router.route(pass, input, &mut own.out, &mut own.routing, &mut own.choices);
         self.compute(pass, dense, own, out);
     }
 
@@ -169,7 +170,7 @@ impl Experts {
     ) {
         own.source.copy_from(&input.values);
         self.router.prepare(pass, x, input);
-        self.router.route(pass, input, &mut own.out, &mut own.choices);
+        self.router.route(pass, input, &mut own.out, &mut own.routing, &mut own.choices);
         self.compute(pass, dense, own, out);
     }
 
@@ -213,7 +214,7 @@ impl Experts {
     /// The experts that each row of `input (rows, hidden)` chooses: `(rows, experts used)`.
     pub(in crate::model) fn route(&self, pass: &Pass<'_>, input: &mut LinearInput) -> Vec<Choice> {
         let mut choices = Vec::new();
-        self.router.route(pass, input, &mut Buffer::default(), &mut choices);
+        self.router.route(pass, input, &mut Buffer::default(), &mut router::Scratch::default(), &mut choices);
         choices
     }
 

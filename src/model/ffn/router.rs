@@ -27,6 +27,15 @@ pub(super) struct Router {
     input_norm: Option<Norm>,
 }
 
+/// The workspace of a router.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// `(experts)`
+    scores: Vec<f32>,
+    /// `(groups)`
+    groups: Vec<f32>,
+}
+
 impl Router {
     /// The name of its matrix in layer `index`.
     pub(super) fn name(index: usize) -> String {
@@ -84,32 +93,33 @@ impl Router {
         pass: &Pass<'_>,
         input: &mut LinearInput,
         logits: &mut Buffer,
+        scratch: &mut Scratch,
         choices: &mut Vec<Choice>,
     ) {
         let experts = &pass.config.experts;
         pass.linear(&self.logits, input, logits);
         choices.clear();
-        let mut scores = Vec::new();
         for logits in logits.chunks_mut(self.logits.width()) {
-            self.choose(pass.kernel, &mut logits[..experts.count], experts, &mut scores, choices);
+            self.choose(pass.kernel, &mut logits[..experts.count], experts, scratch, choices);
         }
     }
 
-    /// Appends the experts of one row, ties to the lower number. Overwrites `scores`.
+    /// Appends the experts of one row, ties to the lower number.
     fn choose(
         &self,
         kernel: &Kernel,
         logits: &mut [f32],
         experts: &ExpertsConfig,
-        scores: &mut Vec<f32>,
+        scratch: &mut Scratch,
         choices: &mut Vec<Choice>,
     ) {
+        let Scratch { scores, groups } = scratch;
         if let Some(cap) = experts.logit_cap {
             kernel.soft_cap(logits, cap);
         }
         let first = choices.len();
         if experts.gating == Gating::SparseMixer {
-            sparse_mixer(logits, experts.tolerance, choices);
+            sparse_mixer(logits, experts.tolerance, scores, choices);
         } else {
             // The weights of all, except for a softmax over the chosen, whose order is that of the logits.
             let sum = match experts.gating {
@@ -126,7 +136,7 @@ impl Router {
                 // Biases are meant for weights that are divided already.
                 scores.iter_mut().zip(&self.selection_bias).for_each(|(score, bias)| *score = *score / sum + bias);
             }
-            keep_groups(scores, experts);
+            keep_groups(scores, experts, groups);
             for _ in 0..experts.used {
                 let best = best(scores);
                 choices.push((best, logits[best] / sum));
@@ -152,29 +162,30 @@ fn best(scores: &[f32]) -> usize {
     (1..scores.len()).fold(0, |best, other| if is_worse(best, other) { best } else { other })
 }
 
-/// Makes the scores of all experts minus infinity except for those of the best groups.
-fn keep_groups(scores: &mut [f32], experts: &ExpertsConfig) {
+/// Makes the scores of all experts minus infinity except for those of the best groups. Overwrites `of_groups`.
+fn keep_groups(scores: &mut [f32], experts: &ExpertsConfig, of_groups: &mut Vec<f32>) {
     let Some(groups) = experts.groups else { return };
     let size = scores.len() / groups.count;
+    // The sum of the best of a group: each is the best of those that are not better than the one before.
     let score = |group: &[f32]| {
-        let mut left = group.to_vec();
-        let mut sum = 0.0;
-        for _ in 0..groups.best {
-            let best = best(&left);
-            sum += left[best];
-            left[best] = f32::NEG_INFINITY;
+        let mut left = groups.best;
+        let (mut sum, mut below) = (0.0, f32::INFINITY);
+        while left > 0 {
+            let next = group.iter().copied().filter(|score| *score < below).fold(f32::NEG_INFINITY, f32::max);
+            let count = group.iter().filter(|score| **score == next).count().clamp(1, left);
+            (0..count).for_each(|_| sum += next);
+            (left, below) = (left - count, next);
         }
         sum
     };
-    let mut of_groups: Vec<f32> = scores.chunks(size).map(score).collect();
-    let mut kept = vec![false; groups.count];
+    of_groups.clear();
+    of_groups.extend(scores.chunks(size).map(score));
     for _ in 0..groups.used {
-        let best = best(&of_groups);
-        kept[best] = true;
+        let best = best(of_groups);
         of_groups[best] = f32::NEG_INFINITY;
     }
-    for (group, kept) in scores.chunks_mut(size).zip(kept) {
-        if !kept {
+    for (group, score) in scores.chunks_mut(size).zip(of_groups) {
+        if *score != f32::NEG_INFINITY {
             group.fill(f32::NEG_INFINITY);
         }
     }
@@ -189,18 +200,19 @@ fn softmax(chosen: &mut [Choice]) {
 }
 
 /// Appends the best expert and the next one, each with its share of a softmax over the logits that come close to its own:
-/// not further below than the tolerance, as a share of the magnitude.
-fn sparse_mixer(logits: &[f32], tolerance: f32, choices: &mut Vec<Choice>) {
-    let mut left = logits.to_vec();
+/// not further below than the tolerance, as a share of the magnitude. Overwrites `left`.
+fn sparse_mixer(logits: &[f32], tolerance: f32, left: &mut Vec<f32>, choices: &mut Vec<Choice>) {
+    left.clear();
+    left.extend_from_slice(logits);
     for _ in 0..2 {
-        let chosen = best(&left);
+        let chosen = best(left);
         let max = left[chosen];
         let close = |(logit, left): (&f32, &f32)| {
             let magnitude = logit.abs().max(max);
             let counts = *left > f32::NEG_INFINITY && (max - logit) / magnitude <= tolerance;
             if counts { kernels::exp(left - max) } else { 0.0 }
         };
-        let sum: f32 = logits.iter().zip(&left).map(close).sum();
+        let sum: f32 = logits.iter().zip(&*left).map(close).sum();
         choices.push((chosen, 1.0 / sum));
         left[chosen] = f32::NEG_INFINITY;
     }

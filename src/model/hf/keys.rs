@@ -105,13 +105,12 @@ fn per_layer_sizes(writer: &mut MetadataWriter<'_>) {
         return;
     }
     let of = |size: fn(&LayerSizes) -> usize| layers.iter().map(|layer| size(layer) as u32).collect::<Vec<_>>();
-    let keys: [(&str, fn(&LayerSizes) -> usize); 3] = [
-        ("feed_forward_length", |layer| layer.ffn),
-        ("attention.head_count", |layer| layer.heads),
-        ("attention.head_count_kv", |layer| layer.kv_heads),
+    let keys = [
+        ("feed_forward_length", of(|layer| layer.ffn)),
+        ("attention.head_count", of(|layer| layer.heads)),
+        ("attention.head_count_kv", of(|layer| layer.kv_heads)),
     ];
-    for (key, size) in keys {
-        let all = of(size);
+    for (key, all) in keys {
         match all.first().filter(|first| all.iter().all(|other| other == *first)) {
             Some(first) => writer.set(key, *first),
             None => writer.set(key, all.clone()),

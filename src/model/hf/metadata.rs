@@ -99,8 +99,8 @@ impl<'a> MetadataWriter<'a> {
     pub(super) fn leading_dense_layers(&mut self) {
         let dense = (0..self.sizes.layers).take_while(|layer| !self.sizes.is_sparse(*layer)).count();
         self.set("leading_dense_block_count", dense as u32);
-        if self.sizes.expert_ffn > 0 {
-            self.set("expert_shared_count", (self.sizes.shared_ffn / self.sizes.expert_ffn) as u32);
+        if let Some(shared) = self.sizes.shared_ffn.checked_div(self.sizes.expert_ffn) {
+            self.set("expert_shared_count", shared as u32);
         }
     }
 

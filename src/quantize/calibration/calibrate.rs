@@ -137,6 +137,7 @@ impl<'a> Calibration<'a> {
     pub(in crate::quantize) fn layer(&mut self, index: usize, visitor: &mut dyn Visitor) -> Result<()> {
         let (layers, hidden) = (self.layers, self.layers.config().hidden);
         let mut loaded = layers.layer(visitor.checkpoint(), index)?;
+        layers.check(visitor.checkpoint(), &loaded)?;
         let heads = loaded.attended_width();
 
         if visitor.wants(index, Site::Qkv) {

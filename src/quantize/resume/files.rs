@@ -91,7 +91,7 @@ impl ResumeFiles {
             let rest = name.as_encoded_bytes().strip_prefix(prefix);
             let is_candidate = rest.is_some_and(|rest| rest.windows(CANDIDATE.len()).any(|part| part == CANDIDATE));
             if is_candidate && entry.file_type().is_ok_and(|kind| kind.is_file()) {
-                std::fs::remove_file(entry.path()).map_err(|source| Error::io(&entry.path(), source))?;
+                std::fs::remove_file(entry.path()).map_err(|source| Error::io(entry.path(), source))?;
             }
         }
         self.remove()

@@ -329,7 +329,7 @@ def test_embeddings_have_one_normalized_row_per_document(tiny_model: Model) -> N
     # The last state depends on all tokens.
     last = tiny_model.embed(["abc", "abd"], pooling="last", normalize=False)
     assert not np.allclose(last[0], last[1])
-    with pytest.raises(ValueError, match="pooling: found 'max', expected mean or last"):
+    with pytest.raises(ValueError, match="pooling: found 'max', expected mean, cls or last"):
         tiny_model.embed("x", pooling="max")  # type: ignore[arg-type]
     with pytest.raises(ContextFullError):
         tiny_model.embed("x" * 500)

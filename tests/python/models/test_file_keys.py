@@ -43,12 +43,11 @@ def load(file: File, folder: Path) -> Model:
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("llama", "attention.causal", boolean(False)),
-        ("qwen2", "attention.causal", boolean(False)),
-        ("gpt2", "attention.causal", boolean(False)),
+        ("llama", "attention.causal", text("no")),
+        ("bloom", "attention.causal", u32(0)),
         ("llama", "attention.temperature_length", u32(8192)),
         ("qwen3", "rope.scaling.yarn_ext_factor", f32(0.5)),
-        ("qwen3", "pooling_type", u32(2)),
+        ("qwen3", "pooling_type", u32(9)),
         ("llama", "ssm.state_size", u32(16)),
         ("gemma3", "rope.dimension_count_swa", u32(8)),
         ("llama", "a_key_of_tomorrow", text("on")),
@@ -102,7 +101,7 @@ def test_keys_with_the_names_of_ollama_mean_the_same(
     np.testing.assert_array_equal(logits(file.write(tmp_path / "renamed.gguf")), expected)
 
 
-@pytest.mark.parametrize(("number", "pooling"), [(None, "mean"), (0, "mean"), (1, "mean"), (3, "last")])
+@pytest.mark.parametrize(("number", "pooling"), [(None, "mean"), (0, "mean"), (1, "mean"), (2, "cls"), (3, "last")])
 def test_the_file_chooses_the_pooling_of_embeddings(
     number: int | None, pooling: str, converted: Callable[[str], File], tmp_path: Path
 ) -> None:
@@ -133,11 +132,28 @@ def test_hyperparameters_may_have_any_integer_type(
 # config.json
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "qwen2_moe", "gemma2", "phi3", "gpt2", "opt"])
+def test_a_model_that_is_not_causal_sees_later_tokens(family: str, tmp_path: Path) -> None:
+    path = copy(family, tmp_path / "model", config={"is_causal": False})
+    ids = list(range(5, 25))
+    with Model.load(path, quantize="stored", threads=1) as model:
+        assert not model.info.generates
+        first = model.embed([ids, [*ids[:-1], 30]], pooling="cls")
+        assert np.abs(first[0] - first[1]).max() > 1e-5
+    with Model.load(copy(family, tmp_path / "causal"), quantize="stored", threads=1) as model:
+        first = model.embed([ids, [*ids[:-1], 30]], pooling="cls")
+        assert np.array_equal(first[0], first[1])
+
+
+def test_distances_in_both_directions_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="max_alibi_bias"):
+        Model.load(copy("bloom", tmp_path / "model", config={"is_causal": False}))
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "qwen2_moe", "gemma2", "phi3", "gpt2", "opt", "bloom"])
-@pytest.mark.parametrize("config", [{"is_causal": False}, {"use_bidirectional_attention": True}], ids=str)
-def test_attention_in_both_directions_is_refused_by_name(family: str, config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=next(iter(config))):
-        logits(copy(family, tmp_path / "model", config=config))
+def test_another_name_of_both_directions_is_refused(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="use_bidirectional_attention"):
+        logits(copy(family, tmp_path / "model", config={"use_bidirectional_attention": True}))
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, overload
 
 from nybble import _native
 from nybble.completion import Completion, Message, Prompt, Prompts
+from nybble.embeddings import vectors
 from nybble.errors import ModelError
 from nybble.generation.chatting import Chatting
-from nybble.generation.request import as_prompts, check_length, prepare, prompt_ids, token_ids
+from nybble.generation.request import as_prompts, prepare, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
@@ -297,40 +298,76 @@ class Model(Chatting):
         self,
         text: Prompt | Prompts,
         *,
-        pooling: Literal["mean", "last"] | None = None,
+        pooling: Literal["mean", "cls", "last"] | None = None,
         normalize: bool = True,
+        prompt: str | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Returns embeddings of documents, a float32 array of shape (documents, hidden_size).
+        """Returns embeddings of documents, a float32 array of shape (documents, `info.embedding_size`).
 
-        An embedding pools the hidden states after the last norm. Use a model trained for embeddings; its model card
-        names the pooling. Other models give embeddings of low quality.
+        An embedding pools the hidden states after the last norm. Dense modules of the model follow. Use a model trained
+        for embeddings. Other models give embeddings of low quality. Batches never change an embedding.
 
         Args:
             text: A document (text or token ids), or a list of documents.
-            pooling: "mean" of all tokens, or the "last" token. None is what the file says, otherwise "mean".
+            pooling: "mean" of all tokens, or the first ("cls") or "last" token. None is what the files say, otherwise
+                "mean".
             normalize: Scale each embedding to length 1.
+            prompt: The name of one of `prompts`, which is put before each text. None is the model's default prompt, if
+                it has one. Token ids stay as they are.
 
         Raises:
             ContextFullError: A document does not fit into the context.
             ModelError: A hidden state is not finite, or keys or values do not fit into the cache type.
-            ValueError: A document has no tokens, or `pooling` is unknown.
-        """
-        if pooling is None:
-            pooling = self.info.pooling
-        if pooling not in ("mean", "last"):
-            raise ValueError(f"pooling: found {pooling!r}, expected mean or last")
-        import numpy as np
+            ValueError: A document has no tokens, or `pooling` or `prompt` is unknown.
 
-        rows = []
-        documents, is_one = as_prompts(text, "text")
-        for number, document in enumerate(documents):
-            name = "text" if is_one else f"text[{number}]"
-            if isinstance(document, str):
-                check_length(self, document)
-            states = self._native.hidden_states(prompt_ids(self.tokenizer, document, name, ends=True))
-            row = states[-1] if pooling == "last" else states.mean(axis=0, dtype=np.float64)
-            rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalize else row)
-        return np.array(rows, np.float32).reshape(len(rows), self.info.hidden_size)
+        Example:
+            ```python
+            vectors = model.embed(["a small boat", "a little ship"])
+            query = model.embed("boats", prompt="query")
+            ```
+        """
+        return vectors.embed(self, text, pooling, normalize, prompt)
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """The model's prompts for `embed` by name, from `config_sentence_transformers.json`."""
+        return vectors.prompts(self.info.file).texts
+
+    def classify(self, text: Prompt | Prompts) -> npt.NDArray[np.float32]:
+        """Returns scores of a text for each of `info.labels`, a float32 array of shape (labels,).
+
+        The scores are logits: a softmax, or a sigmoid for labels that exclude nothing, turns them into probabilities.
+
+        Args:
+            text: A text or token ids. For a list of them, the array has the shape (documents, labels).
+
+        Raises:
+            ContextFullError: A text does not fit into the context.
+            ModelError: The model has no classification head.
+            ValueError: A text has no tokens.
+        """
+        return vectors.classify(self, text)
+
+    def rerank(self, query: str, documents: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Returns the relevance of each document to a query, a float32 array of shape (documents,).
+
+        A higher score is more relevant. The scores are logits: a sigmoid turns them into probabilities.
+
+        Args:
+            query: The query.
+            documents: The documents.
+
+        Raises:
+            ContextFullError: The query and a document do not fit into the context together.
+            ModelError: The model has no classification head with one score, or with the labels yes and no.
+
+        Example:
+            ```python
+            scores = model.rerank("What is a panda?", ["A bear from China.", "A kind of boat."])
+            best = int(scores.argmax())
+            ```
+        """
+        return vectors.rerank(self, query, documents)
 
     def close(self) -> None:
         """Frees the model as soon as calls in other threads have ended. Later calls raise `ModelError`."""

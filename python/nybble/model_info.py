@@ -26,7 +26,7 @@ class ModelInfo:
     """Number of tokens that fit, prompt and completion together."""
     kernel: str
     threads: int
-    pooling: Literal["mean", "last"]
+    pooling: Literal["mean", "cls", "last"]
     """How `Model.embed` pools by default: as the file says, otherwise "mean"."""
     weight_bytes: int
     """Bytes of the packed weights in memory."""
@@ -38,6 +38,12 @@ class ModelInfo:
     """Bytes of KV cache per token."""
     cache_bytes: int
     """Bytes of KV cache of a sequence that fills the context. A shorter sequence takes less."""
+    embedding_size: int = 0
+    """Numbers of an embedding: `hidden_size`, or the width of the last dense module."""
+    labels: tuple[str, ...] = ()
+    """Names of the scores of `Model.classify`; empty for a model without a classification head."""
+    generates: bool = True
+    """Whether the model generates text. Models for embeddings and classification do not."""
 
     @property
     def resident_bytes(self) -> int | None:

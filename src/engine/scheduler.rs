@@ -375,7 +375,7 @@ impl Scheduler {
                 if logits != Logits::None {
                     samplers.push(sampler);
                 }
-                inputs.push(Input { session, tokens: &pending[..entry.rows], logits });
+                inputs.push(Input::new(session, &pending[..entry.rows], logits));
             }
         }
         compute_and_find_allowed(samplers, || self.model.forward(&mut inputs, &mut self.logits, interrupted))?;

@@ -196,7 +196,7 @@ pub fn step(
     for sequence in sequences.iter_mut() {
         let Sequence { session, pending, sampler, .. } = &mut **sequence;
         samplers.push(sampler);
-        inputs.push(Input { session, tokens: pending, logits: Logits::Last });
+        inputs.push(Input::new(session, pending, Logits::Last));
     }
     compute_and_find_allowed(samplers, || model.forward(&mut inputs, &mut logits, interrupted))?;
     let rows = logits.chunks_mut(model.vocabulary());

@@ -47,6 +47,17 @@ pub(crate) fn entries(path: &Path, bytes: &[u8], place: Place, what: &str) -> Re
 
 /// Reads the object in the file at `path`, which may have up to `largest` bytes.
 pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
+    Ok(entries(path, &text(path, largest)?, Place::File, "a JSON object")?.into_iter().collect())
+}
+
+/// As [`read`], of a file with any JSON value.
+pub(crate) fn read_value(path: &Path, largest: u64) -> Result<Value> {
+    let parsed = serde_json::from_slice(&text(path, largest)?);
+    parsed.map_err(|error| Error::malformed(path, Place::File, error, "JSON"))
+}
+
+/// The text of the file at `path`.
+fn text(path: &Path, largest: u64) -> Result<Vec<u8>> {
     let io = |source| Error::io(path, source);
     let file = super::mapped::open(path).map_err(io)?;
     let mut bytes = Vec::new();
@@ -57,7 +68,7 @@ pub(crate) fn read(path: &Path, largest: u64) -> Result<Map<String, Value>> {
     if let Some(error) = super::pointer::pointer_error(path, &bytes) {
         return Err(error);
     }
-    Ok(entries(path, &quote_constants(bytes), Place::File, "a JSON object")?.into_iter().collect())
+    Ok(quote_constants(bytes))
 }
 
 /// Puts quotes around NaN, Infinity and -Infinity, which Python writes as numbers and JSON does not have. Where a number is

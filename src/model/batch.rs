@@ -31,12 +31,21 @@ pub struct Input<'a> {
     pub tokens: &'a [u32],
     /// The logits to return.
     pub logits: Logits,
+    /// Index of the first token of a second text, which models with token types tell from the first: a document after a
+    /// query, for example.
+    pub second_text: Option<usize>,
 }
 
 impl<'a> Input<'a> {
     /// Adds `tokens` to `session` and returns the logits that `logits` names.
     pub fn new(session: &'a mut Session, tokens: &'a [u32], logits: Logits) -> Input<'a> {
-        Input { session, tokens, logits }
+        Input { session, tokens, logits, second_text: None }
+    }
+
+    /// The input with a second text from token `index` on.
+    #[must_use]
+    pub fn with_second_text(self, index: impl Into<Option<usize>>) -> Input<'a> {
+        Input { second_text: index.into(), ..self }
     }
 }
 
@@ -49,6 +58,8 @@ pub(super) struct Row {
     pub(super) position: usize,
     /// Index of the span that it belongs to.
     pub(super) span: usize,
+    /// Whether it belongs to a second text.
+    pub(super) second: bool,
     /// Whether its logits, or its hidden state, are requested.
     pub(super) wanted: bool,
 }
@@ -62,6 +73,8 @@ pub(super) struct Span {
     /// Position of the first row.
     pub(super) position: usize,
     pub(super) len: usize,
+    /// Positions of the session after this batch.
+    pub(super) end: usize,
 }
 
 /// The rows that go through the layers together.
@@ -80,21 +93,29 @@ impl Batch {
         self.taken.resize(inputs, 0);
     }
 
-    /// Takes the next rows from the inputs, up to [`MAX_ROWS`]. Returns false when there are none left. `span_rows` is
-    /// given the number of rows and returns how many of them a span may have.
-    pub(super) fn gather(&mut self, inputs: &[Input<'_>], span_rows: impl Fn(usize) -> usize) -> bool {
+    /// Takes the next rows from the inputs, up to [`MAX_ROWS`]; with `whole`, all rows of each input that fits, and at
+    /// least one input. Returns false when there are none left. `span_rows` is given the number of rows and returns how
+    /// many of them a span may have.
+    pub(super) fn gather(&mut self, inputs: &[Input<'_>], whole: bool, span_rows: impl Fn(usize) -> usize) -> bool {
         self.rows.clear();
         self.spans.clear();
         let left = inputs.iter().zip(&self.taken).map(|(input, taken)| input.tokens.len() - taken);
         let longest = span_rows(left.fold(0, usize::saturating_add).min(MAX_ROWS));
         for (i, (input, taken)) in inputs.iter().zip(&mut self.taken).enumerate() {
-            let take = (input.tokens.len() - *taken).min(MAX_ROWS - self.rows.len());
+            let left = input.tokens.len() - *taken;
+            let free = MAX_ROWS.saturating_sub(self.rows.len());
+            if whole && left > free && !self.rows.is_empty() {
+                // The results are in the order of the inputs, so later ones wait, too.
+                break;
+            }
+            let take = if whole { left } else { left.min(free) };
             // A session counts its tokens as they are computed, so its length is the position of the first one.
             let position = input.session.len();
             let spans = self.spans.len();
             for n in (0..take).step_by(longest) {
                 let len = longest.min(take - n);
-                self.spans.push(Span { input: i, row: self.rows.len() + n, position: position + n, len });
+                let end = position + take;
+                self.spans.push(Span { input: i, row: self.rows.len() + n, position: position + n, len, end });
             }
             for n in 0..take {
                 let last = *taken + n + 1 == input.tokens.len();
@@ -108,6 +129,7 @@ impl Batch {
                     token: input.tokens[*taken + n],
                     position: position + n,
                     span: spans + n / longest,
+                    second: input.second_text.is_some_and(|second| *taken + n >= second),
                     wanted,
                 });
             }

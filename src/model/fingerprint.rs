@@ -86,6 +86,11 @@ fn describe(config: &Config) -> String {
         // Neither changes the numbers of a session that fits into the context.
         longest: _,
         pooling: _,
+        // Hashed below, or no part of a session.
+        causal,
+        generates: _,
+        classifier,
+        dense,
         hidden,
         heads,
         kv_heads,
@@ -158,7 +163,10 @@ fn describe(config: &Config) -> String {
         divided_logits: quirks.divided_logits,
         ..DEFAULT_QUIRKS
     };
-    let later = if *quirks == earlier { String::new() } else { format!(" {quirks:?}") };
+    // Without the choices that came after those of the first files with later ones.
+    let later =
+        format!(" {quirks:?}").replace(", bidirectional: false", "").replace(", optional_first_norm: false", "");
+    let later = if *quirks == earlier { String::new() } else { later };
     let quirks = format!(
         "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \
          soft_caps: {:?}, scaled_by_width: {:?}, normalized_experts: {:?}, optional_output_norm: {:?}, \
@@ -191,6 +199,9 @@ fn describe(config: &Config) -> String {
     add(!xielu.is_empty(), format!("xielu: {xielu:?}"));
     add(clamped_gate.is_some(), format!("clamped_gate: {clamped_gate:?}"));
     add(streams.is_some(), format!("streams: {streams:?}"));
+    add(!causal, "bidirectional".to_owned());
+    add(!classifier.labels.is_empty(), format!("classifier: {classifier:?}"));
+    add(!dense.is_empty(), format!("dense: {dense:?}"));
     let more = more.join(", ");
     format!(
         "Config {{ family: {family}, context: {context:?}, hidden: {hidden:?}, heads: {heads:?}, kv_heads: {kv_heads:?}, \

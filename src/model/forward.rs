@@ -80,7 +80,7 @@ impl Transformer {
         let result = self.reserve(inputs, logits).and_then(|()| {
             self.pool.run(|scope| {
                 w.batch.start(inputs.len());
-                while w.batch.gather(inputs, |rows| span_rows(config, threads, rows)) {
+                while w.batch.gather(inputs, !config.causal, |rows| span_rows(config, threads, rows)) {
                     w.reserve(self, inputs)?;
                     self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, interrupted)?;
                 }
@@ -311,7 +311,7 @@ impl Transformer {
             projections.in_proj.width()
         });
         let branch = &w.branch;
-        let size = if weights.positions.is_some() { hidden } else { 0 };
+        let size = if weights.positions.is_some() || weights.token_types.is_some() { hidden } else { 0 };
         w.x.resize(rows.len() * hidden);
         pass.scope.for_each_chunk_with(&mut w.x, TASK_ROWS * hidden, &mut w.rows, size, |i, chunk, learned| {
             for (r, x) in chunk.chunks_mut(hidden).enumerate() {
@@ -323,6 +323,11 @@ impl Transformer {
                 }
                 if config.embedding_scale != 1.0 {
                     x.iter_mut().for_each(|x| *x *= config.embedding_scale);
+                }
+                if let Some(types) = &weights.token_types {
+                    let kind = usize::from(row.second).min(types.parts()[0].rows() - 1);
+                    types.parts()[0].decode_row(kind, learned);
+                    pass.kernel.add_scaled(x, learned, 1.0);
                 }
                 if let Some(positions) = &weights.positions {
                     positions.parts()[0].decode_row(row.position, learned);

@@ -367,11 +367,11 @@ impl Layerwise {
     ) -> Result<Vec<f32>> {
         let mut session = self.model.session();
         session.reserve(tokens.len())?;
-        let mut inputs = [Input { session: &mut session, tokens, logits: Logits::None }];
+        let mut inputs = [Input::new(&mut session, tokens, Logits::None)];
         let mut out = Vec::new();
         self.pass(|pass, w| {
             w.batch.start(1);
-            while w.batch.gather(&inputs, |rows| span_rows(pass.config, pass.threads, rows)) {
+            while w.batch.gather(&inputs, !pass.config.causal, |rows| span_rows(pass.config, pass.threads, rows)) {
                 step(pass, w, &mut inputs, &mut out);
                 inputs[0].session.advance(w.batch.rows.len());
             }

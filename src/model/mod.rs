@@ -10,6 +10,7 @@
 //! | `state/` | the state of a sequence, in memory and on disk |
 //! | `batch`, `buffer`, `linear`, `norm`, `pass` | shared parts of a forward pass: rows, memory, products, norms |
 //! | `transformer`, `forward` | a model in memory, and one step of it |
+//! | `outputs/` | what hidden states of a whole document become: embeddings and scores of labels |
 //! | `per_layer`, `streams` | a vector of the token for each layer, and several residual streams |
 //! | `model` | the interface: loading, sessions, logits |
 //! | `layerwise` | the same step one layer at a time, for calibration |
@@ -33,6 +34,7 @@ mod mixers;
 #[allow(clippy::module_inception, reason = "the file is named after its type")]
 mod model;
 mod norm;
+mod outputs;
 mod pass;
 mod per_layer;
 mod rope;
@@ -42,9 +44,11 @@ mod transformer;
 mod weights;
 
 pub use batch::{Input, Logits};
+pub use config::Pooling;
 #[doc(hidden)]
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};
+pub use outputs::embedding::TextTokens;
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};
 pub use state::cache::CacheType;

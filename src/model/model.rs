@@ -232,6 +232,7 @@ impl Model {
             if (input.logits == Logits::Hidden) != hidden {
                 return Err(Error::argument("logits", "both logits and hidden states", "one of them per step"));
             }
+            self.check_direction(input)?;
             if input.tokens.is_empty() {
                 return Err(Error::argument("tokens", "none", "at least one token"));
             }
@@ -240,6 +241,20 @@ impl Model {
             }
         }
         self.with_workspace(|workspace| self.transformer.step(workspace, inputs, logits, interrupted))
+    }
+
+    /// Checks that an input asks for nothing that the model does not have.
+    fn check_direction(&self, input: &Input<'_>) -> Result<()> {
+        let (config, name) = (self.config(), self.config().family.name);
+        if !self.generates() && !matches!(input.logits, Logits::None | Logits::Hidden) {
+            let found = format_args!("logits of {name}, a model without an output matrix for tokens");
+            return Err(Error::argument("logits", found, "hidden states"));
+        }
+        if !config.causal && !input.session.is_empty() {
+            let found = format_args!("{} tokens, and attention in both directions", input.session.len());
+            return Err(Error::argument("session", found, "an empty session, because all tokens see each other"));
+        }
+        Ok(())
     }
 
     /// Calls `run` with a workspace that no other pass uses, so that threads that share a model wait only for the thread

@@ -14,8 +14,8 @@ use crate::error::Result;
 /// The weights that all layers share.
 #[derive(Debug)]
 pub(super) struct PerLayer {
-    /// `(vocabulary, layers * width)`
-    table: Linear,
+    /// `(vocabulary, layers * width)`; `None` where the vectors are the projection alone.
+    table: Option<Linear>,
     /// `(layers * width, hidden)`
     projection: Linear,
     /// Of the projection, layer by layer.
@@ -29,22 +29,24 @@ impl PerLayer {
     /// Those of [`Loader::linear`].
     pub(super) fn load(loader: &Loader<'_>, config: &Config, vocabulary: usize) -> Result<Option<PerLayer>> {
         let (name, layers) = ("per_layer_token_embd", config.layers.len());
-        let Some(dims) = loader.dims(&format!("{name}.weight")) else { return Ok(None) };
-        let width = dims.first().copied().unwrap_or(0);
+        let Some((source, dims, width)) = width_of(loader) else { return Ok(None) };
         if width == 0 || !width.is_multiple_of(layers) {
-            let expected = format_args!("[a multiple of the {layers} layers, {vocabulary}]");
-            return Err(loader.wrong_shape(&format!("{name}.weight"), &dims, expected));
+            let expected = format_args!("a multiple of the {layers} layers");
+            return Err(loader.wrong_shape(source, &dims, expected));
         }
         let norm = loader.norm_of("per_layer_proj_norm", config, width / layers, config.norm_eps)?;
         Ok(Some(PerLayer {
-            table: loader.linear(&[Part::new(name, vocabulary)], width)?,
+            table: match loader.has(&format!("{name}.weight")) {
+                true => Some(loader.linear(&[Part::new(name, vocabulary)], width)?),
+                false => None,
+            },
             projection: loader.linear(&[Part::new("per_layer_model_proj", width)], config.hidden)?,
             norm: norm.ok_or_else(|| loader.missing("per_layer_proj_norm.weight", "a norm"))?,
         }))
     }
 
-    pub(super) fn linears(&self) -> [&Linear; 2] {
-        [&self.table, &self.projection]
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.table.iter().chain([&self.projection])
     }
 
     /// The projection of the embedding.
@@ -54,12 +56,14 @@ impl PerLayer {
 
     /// Numbers of all layers' vectors.
     pub(super) fn width(&self) -> usize {
-        self.table.columns()
+        self.projection.parts()[0].rows()
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         let PerLayer { table, projection, norm } = self;
-        hasher.linear(table);
+        if let Some(table) = table {
+            hasher.linear(table);
+        }
         hasher.linear(projection);
         hasher.norm(norm);
     }
@@ -80,7 +84,7 @@ impl PerLayer {
         pass.norm(x, None, input);
         pass.linear(&self.projection, input, branch);
         let (branch, stride) = (&*branch, self.projection.width());
-        let table = &self.table.parts()[0];
+        let table = self.table.as_ref().map(|table| &table.parts()[0]);
         let scale = (pass.config.hidden as f32).sqrt().recip();
         let table_scale = (own as f32).sqrt();
         out.resize(rows.len() * width);
@@ -93,12 +97,23 @@ impl PerLayer {
                 for (x, out) in projected.chunks(own).zip(out.chunks_mut(own)) {
                     self.norm.apply(pass.config, pass.kernel, x, out);
                 }
+                let Some(table) = table else { continue };
                 table.decode_row(rows[row].token as usize, projected);
                 pass.kernel.add_scaled(out, projected, table_scale);
                 out.iter_mut().for_each(|x| *x *= std::f32::consts::FRAC_1_SQRT_2);
             }
         });
     }
+}
+
+/// The tensor that says how many numbers the vectors of all layers have, its dimensions, and that number: the table, or
+/// the projection where there is no table.
+fn width_of(loader: &Loader<'_>) -> Option<(&'static str, Vec<usize>, usize)> {
+    [("per_layer_token_embd.weight", 0), ("per_layer_model_proj.weight", 1)].into_iter().find_map(|(name, at)| {
+        let dims = loader.dims(name)?;
+        let width = dims.get(at).copied().unwrap_or(0);
+        Some((name, dims, width))
+    })
 }
 
 /// The weights of one layer.
@@ -121,7 +136,7 @@ impl LayerInput {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         let Some(dims) = loader.dims(&name("inp_gate.weight")) else { return Ok(None) };
         let width = dims.get(1).copied().unwrap_or(0);
-        let all = loader.dims("per_layer_token_embd.weight").and_then(|dims| dims.first().copied()).unwrap_or(0);
+        let all = width_of(loader).map_or(0, |found| found.2);
         if width == 0 || all != width * config.layers.len() {
             let own = all / config.layers.len();
             return Err(loader.wrong_shape(

@@ -7,6 +7,7 @@ use super::linear::Linear;
 use super::mixers::Mixer;
 use super::mixers::positions::Positions;
 use super::norm::Norm;
+use super::outputs::heads::Heads;
 use super::per_layer::{LayerInput, PerLayer};
 use super::rope::Scaling;
 use super::streams::{LayerStreams, Streams};
@@ -37,6 +38,8 @@ pub(super) struct Weights {
     pub(super) projections: Option<Projections>,
     /// Of the embeddings.
     pub(super) embedding_norm: Option<Norm>,
+    /// `(types, hidden)`: learned vectors of the first text and of a second one.
+    pub(super) token_types: Option<Linear>,
     /// `(positions, hidden)`: learned vectors.
     pub(super) positions: Option<Linear>,
     pub(super) layers: Vec<Layer>,
@@ -50,6 +53,8 @@ pub(super) struct Weights {
     pub(super) per_layer: Option<PerLayer>,
     /// Projections to and from several residual streams.
     pub(super) streams: Option<Streams>,
+    /// What follows the hidden states.
+    pub(super) heads: Heads,
 }
 
 /// The projections between an embedding and a residual stream of different widths.
@@ -141,7 +146,8 @@ impl Layer {
             },
         };
         let expected = format_args!("{} numbers", config.hidden);
-        if layer.mixer_norms.is_empty() {
+        let may_be_without = index == 0 && config.family.quirks.optional_first_norm;
+        if layer.mixer_norms.is_empty() && !may_be_without {
             return Err(loader.missing(&name("attn_norm.weight"), expected));
         }
         if !config.parallel && layer.ffn_norms.is_empty() {
@@ -240,8 +246,20 @@ impl Weights {
             }
             None => None,
         };
+        let token_types = match loader.dims("token_types.weight") {
+            // A table of one row may have one dimension.
+            Some(dims) => {
+                let rows = dims.get(1).copied().unwrap_or(1);
+                if rows == 0 {
+                    return Err(loader.wrong_shape("token_types.weight", &dims, "a row for each type"));
+                }
+                Some(loader.linear(&[Part::new("token_types", rows)], config.hidden)?)
+            }
+            None => None,
+        };
         let weights = Weights {
             embedding,
+            token_types,
             projections,
             embedding_norm: match loader.norm("token_embd_norm", config)? {
                 None if config.family.quirks.embedding_norm => Some(Norm::unweighted(config.hidden, config.norm_eps)),
@@ -254,6 +272,7 @@ impl Weights {
             rope_factors: rope_factors(loader, config, context)?,
             per_layer: PerLayer::load(loader, config, vocabulary)?,
             streams: Streams::load(loader, config)?,
+            heads: Heads::load(loader, config)?,
         };
         if weights.output_norm.is_none() && !config.family.quirks.optional_output_norm {
             return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
@@ -278,11 +297,12 @@ impl Weights {
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let ends = [Some(&self.embedding), self.positions.as_ref(), self.output.as_ref()];
+        let ends = [Some(&self.embedding), self.token_types.as_ref(), self.positions.as_ref(), self.output.as_ref()];
         let projections = self.projections.iter().flat_map(Projections::linears);
         let per_layer = self.per_layer.iter().flat_map(PerLayer::linears);
         let streams = self.streams.iter().flat_map(Streams::linears);
-        let outside = ends.into_iter().flatten().chain(projections).chain(per_layer).chain(streams);
+        let outside =
+            ends.into_iter().flatten().chain(projections).chain(per_layer).chain(streams).chain(self.heads.linears());
         outside.chain(self.layers.iter().flat_map(Layer::linears))
     }
 
@@ -311,6 +331,7 @@ impl Weights {
             embedding,
             projections,
             embedding_norm,
+            token_types,
             positions,
             layers,
             output_norm,
@@ -318,6 +339,7 @@ impl Weights {
             rope_factors,
             per_layer,
             streams,
+            heads,
         } = self;
         hasher.linear(embedding);
         hasher.optional(projections.as_ref(), |hasher, projections| {
@@ -336,6 +358,10 @@ impl Weights {
         if let Some(streams) = streams {
             streams.fingerprint(hasher);
         }
+        if let Some(types) = token_types {
+            hasher.linear(types);
+        }
+        heads.fingerprint(hasher);
     }
 }
 
@@ -382,6 +408,10 @@ impl Widths {
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);
         for linear in weights.projections.iter().flat_map(Projections::linears) {
+            widths.branch = widths.branch.max(linear.width());
+            widths.input = widths.input.max(linear.columns());
+        }
+        for linear in weights.heads.linears() {
             widths.branch = widths.branch.max(linear.width());
             widths.input = widths.input.max(linear.columns());
         }

@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex};
 use numpy::PyArray2;
 use numpy::prelude::*;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::constraint::Constraint;
 use super::detach::{detached, guarded, with_progress};
 use super::session::Session;
 use super::tokens::{Options, Sampled, TokenIds};
 use crate::engine;
-use crate::model::{self, Input, LoadOptions, Logits};
+use crate::model::{self, Input, LoadOptions, Logits, Pooling};
 use crate::{Error, threads};
 
 /// The kernels that this CPU runs, best first.
@@ -154,6 +154,39 @@ impl Model {
         self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
     }
 
+    /// Embeddings of documents in token ids, of shape `(len(documents), embedding_size)`. `pooling` is mean, cls or last.
+    fn embed<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<TokenIds>,
+        pooling: &str,
+        normalize: bool,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let texts = texts.into_iter().map(TokenIds::checked).collect::<crate::Result<Vec<_>>>()?;
+        let pooling = Some(Pooling::by_name(pooling)?);
+        let values = detached(py, |interrupted| {
+            let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+            self.0.embed(&texts, pooling, normalize, interrupted)
+        })?;
+        values.into_pyarray(py).reshape([texts.len(), self.0.embedding_width()])
+    }
+
+    /// Scores of documents by the classification head, of shape `(len(documents), labels)`. A text is its token ids and the index of
+    /// the first token of a second text in it, or None.
+    fn classify<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<(TokenIds, Option<usize>)>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let checked = texts.into_iter().map(|(ids, second)| Ok((ids.checked()?, second)));
+        let texts = checked.collect::<crate::Result<Vec<_>>>()?;
+        let values = detached(py, |interrupted| {
+            let texts: Vec<_> = texts.iter().map(|(ids, second)| (ids.as_slice(), *second)).collect();
+            self.0.classify(&texts, interrupted)
+        })?;
+        values.into_pyarray(py).reshape([texts.len(), self.0.labels()])
+    }
+
     /// The limits of this machine with the model's kernel and threads: bytes read from memory and INT8 operations, both in
     /// 10^9 per second. Takes about a second and, during it, a buffer of up to 1 GiB.
     fn machine_limits(&self, py: Python<'_>) -> PyResult<(f64, f64)> {
@@ -173,7 +206,10 @@ impl Model {
         info.set_item("context", model.context())?;
         info.set_item("kernel", model.kernel().name())?;
         info.set_item("threads", model.threads())?;
-        info.set_item("pooling", model.config().pooling.unwrap_or(model::config::Pooling::Mean).name())?;
+        info.set_item("pooling", model.config().pooling.unwrap_or(Pooling::Mean).name())?;
+        info.set_item("embedding_size", model.embedding_width())?;
+        info.set_item("labels", PyTuple::new(py, labels(model))?)?;
+        info.set_item("generates", model.generates())?;
         info.set_item("weight_bytes", model.weight_bytes())?;
         info.set_item("bytes_per_token", model.bytes_per_token())?;
         info.set_item("cache_type", model.cache_type().name())?;
@@ -198,7 +234,7 @@ impl Model {
             let mut values = Vec::new();
             if !ids.is_empty() {
                 let mut session = self.0.session();
-                let input = Input { session: &mut session, tokens: &ids, logits: wanted };
+                let input = Input::new(&mut session, &ids, wanted);
                 self.0.forward(&mut [input], &mut values, interrupted)?;
                 session.check_cache()?;
                 if wanted == Logits::Hidden && values.iter().any(|value| !value.is_finite()) {
@@ -209,6 +245,12 @@ impl Model {
         })?;
         values.into_pyarray(py).reshape([rows, width])
     }
+}
+
+/// The names of a classifier's labels; their numbers where the file has no names.
+fn labels(model: &model::Model) -> Vec<String> {
+    let named = model.label_names();
+    (0..model.labels()).map(|label| named.get(label).cloned().unwrap_or_else(|| format!("LABEL_{label}"))).collect()
 }
 
 /// A prompt and its completion so far. A scheduler takes it out of this object.

@@ -71,6 +71,12 @@ impl TokenizerDescription {
         self.0.framed(ids, parse_special, ends)
     }
 
+    /// Two strings as one, with the tokens that the model expects around and between them; and the index of the first token
+    /// of the second text, or None where the model does not tell it from the first.
+    fn framed_pair(&self, first: Vec<u32>, second: Vec<u32>) -> (Vec<u32>, Option<usize>) {
+        self.0.framed_pair(first, second)
+    }
+
     /// The spelling of a token. None for an id without a token.
     fn token_text<'py>(&self, py: Python<'py>, token: i64) -> PyResult<Option<Bound<'py, PyAny>>> {
         id(token).and_then(|id| self.0.token_text(id)).map(|bytes| text(py, bytes)).transpose()

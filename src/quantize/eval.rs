@@ -279,16 +279,16 @@ fn advance(
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<()> {
     logits.clear();
-    model.forward(&mut [Input { session, tokens, logits: wanted }], logits, interrupted)?;
+    model.forward(&mut [Input::new(session, tokens, wanted)], logits, interrupted)?;
     if session.check_cache().is_ok() {
         return Ok(());
     }
     logits.clear();
     *session = model.session_in(CacheType::F32);
     if !before.is_empty() {
-        model.forward(&mut [Input { session, tokens: before, logits: Logits::None }], logits, interrupted)?;
+        model.forward(&mut [Input::new(session, before, Logits::None)], logits, interrupted)?;
     }
-    model.forward(&mut [Input { session, tokens, logits: wanted }], logits, interrupted)
+    model.forward(&mut [Input::new(session, tokens, wanted)], logits, interrupted)
 }
 
 /// The score of one token.

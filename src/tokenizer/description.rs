@@ -33,6 +33,8 @@ pub(crate) struct Description {
     pub(crate) prefix: Vec<u32>,
     /// Ids after every text.
     pub(crate) suffix: Vec<u32>,
+    /// The ids around two strings, such as a query and a document.
+    pub(crate) pair: PairFrame,
     pub(crate) bos: Option<u32>,
     pub(crate) eos: Option<u32>,
     /// Every token that ends a generation, sorted.
@@ -44,6 +46,17 @@ pub(crate) struct Description {
     pub(crate) chat_templates: BTreeMap<String, String>,
     /// What the file leaves unclear, and how it was understood.
     pub(crate) warnings: Vec<String>,
+}
+
+/// The ids around two strings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct PairFrame {
+    pub(crate) before: Vec<u32>,
+    /// Between the strings.
+    pub(crate) middle: Vec<u32>,
+    pub(crate) after: Vec<u32>,
+    /// Whether models tell the second text from the first by its token type.
+    pub(crate) has_types: bool,
 }
 
 /// The spellings of all tokens.
@@ -129,6 +142,14 @@ impl Description {
             }
         }
         [before.as_slice(), &ids, after].concat()
+    }
+
+    /// Two strings as one, and the index of the first token of the second one where models tell it from the first.
+    pub(crate) fn framed_pair(&self, first: Vec<u32>, second: Vec<u32>) -> (Vec<u32>, Option<usize>) {
+        let PairFrame { before, middle, after, has_types } = &self.pair;
+        let start = before.len() + first.len() + middle.len();
+        let ids = [before.as_slice(), &first, middle, &second, after].concat();
+        (ids, has_types.then_some(start))
     }
 
     /// The chat template called `name`.

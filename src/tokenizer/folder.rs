@@ -1,12 +1,12 @@
 //! Tokenizers of Hugging Face folders: `tokenizer.json` and the small files next to it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
-use super::description::{Build, Description, MAX_TOKEN_LENGTH, Tokens, reserve};
+use super::description::{Build, Description, MAX_TOKEN_LENGTH, PairFrame, Tokens, reserve};
 use super::token_bytes::Spelling;
 use super::{ends, files, older};
 use crate::error::{Error, Place, Result};
@@ -165,18 +165,33 @@ fn parse(source: &Source<'_>, text: &str, neighbors: Neighbors, build: &mut Buil
         suffix.retain(|id| *id != eos);
         suffix.extend(add.then_some(eos));
     }
+    let pair = pair_frame(file.get("post_processor"), &prefix, &suffix);
+    let framed = [&pair.before, &pair.middle, &pair.after].into_iter().flatten();
+    if let Some(id) = framed.into_iter().find(|id| **id as usize >= vocabulary.size) {
+        let found = format_args!("the token {id}");
+        return Err(source.part("post_processor", found, format_args!("an id below {}", vocabulary.size)));
+    }
     let mut ends = ends::by_spelling(|text| vocabulary.added.get(text).map(|added| added.0));
     ends.extend(configured_eos);
     ends.extend(eos);
     ends.sort_unstable();
     ends.dedup();
+    let mut tokens = vocabulary.tokens(spelling)?;
+    if spelling == Spelling::Words {
+        // Files of these vocabularies name their special tokens next to the vocabulary.
+        let named = special_texts.values().filter_map(|text| vocabulary.id_of(text));
+        let all: BTreeSet<u32> = tokens.special.iter().copied().chain(named).collect();
+        tokens.literal.extend(&all);
+        tokens.special = all.into_iter().collect();
+    }
     Ok(Description {
         path: source.path.to_path_buf(),
         sentencepiece: None,
-        tokens: vocabulary.tokens(spelling)?,
+        tokens,
         adds_space,
         prefix,
         suffix,
+        pair,
         bos,
         eos,
         ends,
@@ -337,13 +352,16 @@ fn decoding(source: &Source<'_>, decoder: Option<&Value>) -> Result<(Spelling, b
         let scheme = step.get("prepend_scheme").and_then(Value::as_str);
         return Ok((Spelling::Pieces, scheme.map_or(old, |scheme| scheme != "never")));
     }
+    if of_kind("WordPiece").is_some() {
+        return Ok((Spelling::Words, true));
+    }
     let known = ["Replace", "ByteFallback", "Fuse", "Strip"];
     if kinds.iter().all(|kind| known.contains(&kind.as_str())) && of_kind("Replace").is_some() {
         let strips = |step: &&Value| kind(step) == "Strip" && step.get("start").and_then(Value::as_u64) > Some(0);
         return Ok((Spelling::Pieces, steps.iter().any(strips)));
     }
     let found = if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") };
-    let expected = "ByteLevel, Metaspace, or a sequence of Replace, ByteFallback, Fuse and Strip";
+    let expected = "ByteLevel, Metaspace, WordPiece, or a sequence of Replace, ByteFallback, Fuse and Strip";
     Err(source.part("decoder", found, expected))
 }
 
@@ -386,12 +404,56 @@ fn frame(processor: Option<&Value>) -> (Vec<u32>, Vec<u32>) {
     if parts.iter().filter(is_text).count() != 1 {
         return Default::default();
     }
-    let special = |part: &Value| {
-        let name = part.pointer("/SpecialToken/id").and_then(Value::as_str).unwrap_or_default();
-        ids(processor.get("special_tokens").and_then(|tokens| tokens.get(name)).and_then(|token| token.get("ids")))
-    };
+    let special = |part: &Value| special_ids(processor, part);
     let at = parts.iter().position(|part| is_text(&part)).unwrap_or_default();
     (parts[..at].iter().flat_map(special).collect(), parts[at + 1..].iter().flat_map(special).collect())
+}
+
+/// The ids that a post-processor puts around two strings. Where it does not say it, those around one text.
+fn pair_frame(processor: Option<&Value>, prefix: &[u32], suffix: &[u32]) -> PairFrame {
+    let single = || PairFrame { before: prefix.to_vec(), after: suffix.to_vec(), ..PairFrame::default() };
+    let Some(processor) = processor else { return single() };
+    let kind = |step: &Value| step.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let steps = processor.get("processors").and_then(Value::as_array);
+    let steps: Vec<&Value> = steps.map_or_else(|| vec![processor], |steps| steps.iter().collect());
+    let known = ["TemplateProcessing", "BertProcessing", "RobertaProcessing"];
+    let Some(step) = steps.into_iter().find(|step| known.contains(&kind(step).as_str())) else { return single() };
+    let token = |key: &str| -> Vec<u32> {
+        step.get(key).and_then(|pair| ids(pair.get(1)).first().copied()).into_iter().collect()
+    };
+    match kind(step).as_str() {
+        "BertProcessing" => {
+            PairFrame { before: token("cls"), middle: token("sep"), after: token("sep"), has_types: true }
+        }
+        "RobertaProcessing" => {
+            let middle = [token("sep"), token("sep")].concat();
+            PairFrame { before: token("cls"), middle, after: token("sep"), has_types: false }
+        }
+        _ => {
+            let parts = step.get("pair").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+            let text = |name: &str| {
+                parts.iter().position(|part| part.pointer("/Sequence/id").and_then(Value::as_str) == Some(name))
+            };
+            let (Some(first), Some(second)) = (text("A"), text("B")) else { return single() };
+            if first > second {
+                return single();
+            }
+            let of = |parts: &[Value]| parts.iter().flat_map(|part| special_ids(step, part)).collect();
+            let has_types = parts[second].pointer("/Sequence/type_id").and_then(Value::as_u64).unwrap_or(0) > 0;
+            PairFrame {
+                before: of(&parts[..first]),
+                middle: of(&parts[first + 1..second]),
+                after: of(&parts[second + 1..]),
+                has_types,
+            }
+        }
+    }
+}
+
+/// The ids of a special token in a template.
+fn special_ids(processor: &Value, part: &Value) -> Vec<u32> {
+    let name = part.pointer("/SpecialToken/id").and_then(Value::as_str).unwrap_or_default();
+    ids(processor.get("special_tokens").and_then(|tokens| tokens.get(name)).and_then(|token| token.get("ids")))
 }
 
 /// The templates by name, from all files that may hold them. Template files take precedence.

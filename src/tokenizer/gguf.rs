@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::description::{Build, Description, Limits, MAX_TOKEN_LENGTH, Tokens, reserve};
+use super::description::{Build, Description, Limits, MAX_TOKEN_LENGTH, PairFrame, Tokens, reserve};
 use super::ends;
 use super::folder::{self, Neighbors};
-use super::json::{AddedToken, Bpe};
+use super::json::{AddedToken, Bpe, Frame, Subwords};
 use super::keys::{Keys, quoted};
 use super::pre_tokenizers::{self, Found, Rule};
 use super::sentencepiece::{Piece, SentencePiece, TokenKind};
 use super::token_bytes::{Spelling, byte_of};
 use crate::error::Result;
-use crate::format::gguf::{Metadata, StringArray};
+use crate::format::gguf::{Array, Metadata, StringArray, Value};
 
 const UNKNOWN: u8 = 2;
 const CONTROL: u8 = 3;
@@ -44,13 +44,28 @@ pub(super) fn describe(metadata: &Metadata, path: &Path, build: &mut Build<'_>) 
     match (metadata.get(WHOLE).and_then(|value| value.as_bytes()), metadata.contains(TOKENS)) {
         (Some(text), true) => whole(&keys, text, build),
         (Some(text), false) => folder::describe_json(text, path, WHOLE, Neighbors::default(), build),
-        (None, _) => read(&keys, build),
+        (None, _) => match subwords(&keys)? {
+            Some(text) => folder::describe_json(text.as_bytes(), path, TOKENS, neighbors(&keys)?, build),
+            None => read(&keys, build),
+        },
     }
 }
 
 /// Reads a tokenizer that is also there as a whole `tokenizer.json`, which says more than the other keys: how text is
 /// normalized, for example. Start, end and chat templates come from the keys.
 fn whole(keys: &Keys<'_>, text: &[u8], build: &mut Build<'_>) -> Result<Description> {
+    let texts = tokens(keys)?;
+    let mut described = folder::describe_json(text, keys.path, WHOLE, neighbors(keys)?, build)?;
+    if described.len() > texts.len() {
+        let expected = format_args!("at least {}, the tokens in {WHOLE}", described.len());
+        return Err(keys.malformed(TOKENS, format_args!("{} tokens", texts.len()), expected));
+    }
+    described.warnings.append(&mut keys.warnings.take());
+    Ok(described)
+}
+
+/// What the keys say besides the vocabulary: start, end and chat templates.
+fn neighbors(keys: &Keys<'_>) -> Result<Neighbors> {
     let texts = tokens(keys)?;
     let spelled = |id: u32| texts.get(id as usize).map(|text| String::from_utf8_lossy(text).into_owned());
     let mut neighbors = Neighbors { chat_templates: chat_templates(keys)?, ..Neighbors::default() };
@@ -74,13 +89,107 @@ fn whole(keys: &Keys<'_>, text: &[u8], build: &mut Build<'_>) -> Result<Descript
             neighbors.tokenizer_config.insert(name.to_owned(), keys.flag(&key, false)?.into());
         }
     }
-    let mut described = folder::describe_json(text, keys.path, WHOLE, neighbors, build)?;
-    if described.len() > texts.len() {
-        let expected = format!("at least {}, the tokens in {WHOLE}", described.len());
-        return Err(keys.malformed(TOKENS, format_args!("{} tokens", texts.len()), expected));
+    Ok(neighbors)
+}
+
+/// The content of a `tokenizer.json` for a vocabulary of words (`bert`) or of pieces with a likelihood (`t5`). `None` for
+/// others.
+fn subwords(keys: &Keys<'_>) -> Result<Option<String>> {
+    let words = match keys.string("tokenizer.ggml.model")? {
+        Some(b"bert") => true,
+        Some(b"t5") => false,
+        _ => return Ok(None),
+    };
+    let texts = tokens(keys)?;
+    let count = texts.len();
+    let kinds = kinds(keys, texts, false)?;
+    reserve(count, texts.iter().map(<[u8]>::len).sum())?;
+    let spelled: Vec<&str> = texts.iter().map(|text| str::from_utf8(text).unwrap_or_default()).collect();
+    let by_spelling = |names: &[&str]| {
+        let found = names.iter().find_map(|name| spelled.iter().position(|text| text == name));
+        found.map(|id| id as u32)
+    };
+    let named = |names: &[&str], spellings: &[&str], default: Option<u32>| -> Result<Option<u32>> {
+        for name in names {
+            if let Some(id) = keys.token_id(&id_key(name), count, None)? {
+                return Ok(Some(id));
+            }
+        }
+        Ok(by_spelling(spellings).or(default.filter(|id| (*id as usize) < count)))
+    };
+    // The ids of the first models, which files may leave out.
+    let default = |of_words: u32, of_pieces: u32| Some(if words { of_words } else { of_pieces });
+    let bos = named(&["cls", "bos"], &["[CLS]", "<s>"], words.then_some(101))?;
+    let eos = named(&["eos"], &["[SEP]", "</s>"], default(102, 1))?;
+    let sep = named(&["seperator", "eos"], &["[SEP]", "</s>"], default(102, 1))?;
+    let unknown = named(&["unknown"], &["[UNK]", "<unk>"], default(100, 2))?;
+    keys.check_other_token_ids(count, &["cls", "bos", "eos", "seperator", "unknown"].map(id_key))?;
+    let adds = |name: &str, default: bool| keys.flag(&format!("tokenizer.ggml.add_{name}_token"), default);
+    let own = |adds: bool, id: Option<u32>| -> Vec<u32> { id.filter(|_| adds).into_iter().collect() };
+    let (adds_bos, adds_eos) = (adds("bos", words)?, adds("eos", true)?);
+    // The separator of words ends both strings of a pair; pieces have one more between them.
+    let end = if words { sep } else { eos };
+    let frame = Frame {
+        before: own(adds_bos, bos),
+        middle: [own(adds_eos, end), own(adds("sep", false)?, sep)].concat(),
+        after: own(adds_eos, end),
+        has_types: words,
+    };
+    let (vocabulary, contents) = match words {
+        true => {
+            // Files mark the beginning of a word, or as the library does its continuation.
+            let marks_start = spelled.iter().zip(&kinds).any(|(text, kind)| *kind == 1 && text.starts_with(SPACE));
+            let spelling = |text: &&str, kind: u8| match text.strip_prefix(SPACE) {
+                _ if kind != 1 || !marks_start => (*text).to_owned(),
+                Some(word) => word.to_owned(),
+                None => format!("##{text}"),
+            };
+            let contents: Vec<String> = spelled.iter().zip(&kinds).map(|(text, kind)| spelling(text, *kind)).collect();
+            let mut seen = HashSet::new();
+            let all = (0..).zip(&contents).filter(|(_, text)| seen.insert(text.as_str()));
+            let tokens = all.map(|(id, text)| (text.clone(), id)).collect();
+            let unknown = unknown.and_then(|id| spelled.get(id as usize).copied()).unwrap_or("[UNK]");
+            let lowercase = keys.flag("tokenizer.ggml.normalizer.lowercase", true)?;
+            (Subwords::Words { tokens, unknown, lowercase }, contents)
+        }
+        false => {
+            let scores = scores(keys, count)?;
+            let contents: Vec<String> = spelled.iter().map(|text| (*text).to_owned()).collect();
+            let pieces = contents.iter().cloned().zip(scores).collect();
+            let expected = "the token of unknown characters";
+            let unknown = unknown.ok_or_else(|| keys.malformed(&id_key("unknown"), "nothing", expected))? as usize;
+            let charsmap = charsmap(keys)?;
+            let prefix = keys.flag("tokenizer.ggml.add_space_prefix", true)?;
+            let collapse = keys.flag("tokenizer.ggml.remove_extra_whitespaces", true)?;
+            (Subwords::Pieces { pieces, unknown, charsmap, prefix, collapse }, contents)
+        }
+    };
+    let mut seen = HashSet::new();
+    let added = [(USER_DEFINED, false), (CONTROL, true), (UNKNOWN, true)]
+        .into_iter()
+        .flat_map(|(kind, special)| of_kinds(&kinds, [kind]).map(move |id| (id, special)));
+    let added: Vec<AddedToken<'_>> = added
+        .filter_map(|(id, special)| {
+            let content = contents.get(id as usize).filter(|text| !text.is_empty())?;
+            seen.insert(content).then_some(AddedToken { id, content, special, rstrip: false })
+        })
+        .collect();
+    Ok(Some(vocabulary.write(&frame, added.into_iter())))
+}
+
+/// The character that begins words in vocabularies.
+const SPACE: char = '\u{2581}';
+
+/// The table by which SentencePiece normalizes text, as bytes.
+fn charsmap<'a>(keys: &Keys<'a>) -> Result<Option<&'a [u8]>> {
+    let key = "tokenizer.ggml.precompiled_charsmap";
+    match keys.metadata.get(key) {
+        None => Ok(None),
+        Some(Value::Array(Array::U8(bytes))) if bytes.is_empty() => Ok(None),
+        Some(Value::Array(Array::U8(bytes))) => Ok(Some(bytes)),
+        Some(Value::Array(Array::I8(bytes))) => Ok(Some(bytemuck::cast_slice(bytes))),
+        Some(other) => Err(keys.malformed(key, other.type_name(), "an array of bytes")),
     }
-    described.warnings.append(&mut keys.warnings.take());
-    Ok(described)
 }
 
 /// The tokens that end a generation by the keys of the file: `eos`, which ends a text, and others.
@@ -132,6 +241,8 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
             return Err(keys.malformed(&id_key(name), "nothing", expected));
         }
     }
+    let separator = keys.token_id(&id_key("seperator"), count, None)?;
+    let own = |adds: bool, id: Option<u32>| -> Vec<u32> { id.filter(|_| adds).into_iter().collect() };
     let drops_space = drops_space_after(keys, texts, &kinds)?;
     let adds_space = is_sentencepiece && keys.flag("tokenizer.ggml.add_space_prefix", true)?;
     let sentencepiece = match rule {
@@ -170,8 +281,14 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
             ids: OnceLock::new(),
         },
         adds_space,
-        prefix: bos.filter(|_| adds_bos).into_iter().collect(),
-        suffix: eos.filter(|_| adds_eos).into_iter().collect(),
+        prefix: own(adds_bos, bos),
+        suffix: own(adds_eos, eos),
+        pair: PairFrame {
+            before: own(adds_bos, bos),
+            middle: [own(adds_eos, eos), own(keys.flag("tokenizer.ggml.add_sep_token", false)?, separator)].concat(),
+            after: own(adds_eos, eos),
+            has_types: false,
+        },
         bos,
         eos,
         ends,
@@ -222,7 +339,11 @@ fn is_sentencepiece(keys: &Keys<'_>) -> Result<bool> {
         Some(b"llama") => Ok(true),
         other => {
             let found = other.map_or("nothing".to_owned(), |name| quoted(name, 60));
-            Err(keys.malformed(key, found, "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"))
+            Err(keys.malformed(
+                key,
+                found,
+                "'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)",
+            ))
         }
     }
 }

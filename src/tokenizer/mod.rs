@@ -152,6 +152,17 @@ impl Tokenizer {
         self.encode_framed(text, EncodeOptions::default(), false)
     }
 
+    /// The token ids of two strings as one, such as a query and a document, with the tokens that the model expects around and
+    /// between them; and the index of the first token of the second text, for models that tell it from the first.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::encode`].
+    pub fn encode_pair(&self, first: &str, second: &str) -> Result<(Vec<u32>, Option<usize>)> {
+        let plain = EncodeOptions { add_special: false, parse_special: false };
+        let (first, second) = (self.encode_with(first, plain)?, self.encode_with(second, plain)?);
+        Ok(self.description.framed_pair(first, second))
+    }
+
     fn encode_framed(&self, text: &str, options: EncodeOptions, ends: bool) -> Result<Vec<u32>> {
         let ids = match &self.description.sentencepiece {
             Some(pieces) => pieces.encode(text, options.parse_special),

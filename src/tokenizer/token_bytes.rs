@@ -7,6 +7,8 @@ pub(super) enum Spelling {
     ByteLevel,
     /// Text in which U+2581 stands for a space, and byte tokens such as `<0x0A>`.
     Pieces,
+    /// A word, or after `##` what continues one.
+    Words,
 }
 
 impl Spelling {
@@ -15,6 +17,10 @@ impl Spelling {
         match self {
             // A token with characters outside the table is taken literally.
             Spelling::ByteLevel => byte_level(text).unwrap_or_else(|| text.to_vec()),
+            Spelling::Words => match text.strip_prefix(b"##") {
+                Some(rest) if !rest.is_empty() => rest.to_vec(),
+                _ => [b" ", text].concat(),
+            },
             Spelling::Pieces => match byte_of(text) {
                 Some(byte) => vec![byte],
                 None => with_spaces(text),
@@ -85,5 +91,9 @@ mod tests {
         assert_eq!(Spelling::Pieces.bytes(b"<0xe2>"), [0xE2]);
         assert_eq!(Spelling::Pieces.bytes(b"<0x+1>"), b"<0x+1>");
         assert_eq!(Spelling::Pieces.bytes(b"\xff\xe2\x96\x81"), b"\xff ");
+        assert_eq!(
+            ["##ing", "walk", "##"].map(|text| Spelling::Words.bytes(text.as_bytes())),
+            [&b"ing"[..], b" walk", b" ##"]
+        );
     }
 }

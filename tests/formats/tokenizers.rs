@@ -132,8 +132,8 @@ fn malformed_keys_are_refused_by_name() {
     let count = all()[1].0.len();
     refused(
         "tokenizer.ggml.model",
-        "bert".into(),
-        "found 'bert', expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece)",
+        "rwkv".into(),
+        "found 'rwkv', expected 'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)",
     );
     refused("tokenizer.ggml.tokens", 5u32.into(), "found 5, expected an array of str");
     let few = format!("found 1 elements, expected {count}, one per token");

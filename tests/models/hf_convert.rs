@@ -367,7 +367,7 @@ fn a_tokenizer_that_is_missing_damaged_or_unknown_is_refused() {
         tokenizer_refusal(&tokenizer)
     };
     for (pointer, value, parts) in [
-        ("/model/type", json!("Unigram"), ["model.type", "Unigram"]),
+        ("/model/type", json!("WordLevel"), ["model.type", "WordLevel"]),
         ("/model/vocab/ab", json!(5), ["model.vocab", "below 5"]),
         ("/model/vocab/ab", json!(0), ["model.vocab", "the id 0 a second time"]),
         ("/model/vocab", json!([]), ["model.vocab", "no object"]),

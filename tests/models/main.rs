@@ -8,6 +8,7 @@ mod logits;
 mod tiny_model;
 
 mod bits;
+mod encoders;
 mod errors;
 mod gguf_files;
 mod goldens;

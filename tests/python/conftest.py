@@ -36,8 +36,6 @@ from serving import TOOL_TEMPLATE  # noqa: E402
 from nybble import Model  # noqa: E402
 from nybble.models import hub  # noqa: E402
 
-from serving import TOOL_TEMPLATE  # noqa: E402  isort: skip
-
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nybble.constraints.native import constraint
-from nybble.errors import ContextFullError
+from nybble.errors import ContextFullError, ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,9 +80,15 @@ def prepare_tokens(
 
     Raises:
         ContextFullError: The prompt does not fit into the context.
+        ModelError: The model generates no text.
         ValueError: The prompt has no tokens or unknown ones, an option is out of range, or the constraint is invalid.
     """
     native, context = model._native, model.info.context
+    if not model.info.generates:
+        name = model.info.file.name
+        raise ModelError(
+            f"{name}: {model.info.family} has no output for tokens and generates no text: use embed or classify"
+        )
     if len(ids) > context:
         raise ContextFullError(0, len(ids), context)
     if options.seed is None:

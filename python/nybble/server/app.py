@@ -32,6 +32,7 @@ from nybble.server.protocols.models import (
     Version,
 )
 from nybble.server.protocols.ollama.routes import add_ollama_routes
+from nybble.server.protocols.rerank import Ranking, RerankRequest, rerank
 from nybble.server.protocols.tokens import (
     DetokenizeRequest,
     Text,
@@ -110,6 +111,12 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Turn inputs into vectors of length 1."""
         return await embed(service, request, body)
+
+    @app.post("/rerank", include_in_schema=False)
+    @app.post("/v1/rerank", dependencies=key, response_class=Response, responses={200: {"model": Ranking}})
+    async def ranking(request: Request, body: RerankRequest) -> Response:
+        """Sort documents by their relevance to a query."""
+        return await rerank(service, request, body)
 
     @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", dependencies=key)

@@ -35,6 +35,9 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
         ApiError: The request is invalid or the server is overloaded.
     """
     service.admit(adapter.model, adapter.answers)
+    if not service.engine.model.info.generates:
+        message = f"the model {service.name!r} generates no text: it is for embeddings or classification"
+        raise ApiError(400, message, param="model")
     group = await AnswerGroup.submit(service, http, adapter.translate())
     if adapter.streams:
         return _EventStream(service, group, adapter)

@@ -91,7 +91,7 @@ class ServeOptions(EngineOptions):
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
     )
-    pooling: Literal["mean", "last"] | None = field(
+    pooling: Literal["mean", "cls", "last"] | None = field(
         default=None,
         metadata=_option(
             "Pooling of embeddings; by default that of the model's file, otherwise mean. See the model's card.",
@@ -175,7 +175,7 @@ class Settings:
     max_body_bytes: int = 1_000_000
     max_answers: int = 144
     """Answers that are generated or wait at the same time."""
-    pooling: Literal["mean", "last"] | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None
     """How the vectors of an input's tokens become one vector; None is what the model's file says."""
     matryoshka: bool = False
     """Whether clients may cut embeddings to fewer dimensions."""

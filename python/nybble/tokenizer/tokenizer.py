@@ -192,6 +192,20 @@ class Tokenizer(Returned):
         """
         return self._description.framed(self._encoded(text, True), True, False)
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+        """Encodes two strings as one, such as a query and a document, for models that compare them.
+
+        Special tokens that are spelled out in the strings are encoded as plain characters.
+
+        Returns:
+            The token ids, with those that the model expects around and between the strings; and the index of the first
+            token of the second text. None instead of the index if the model does not distinguish the strings by type.
+
+        Raises:
+            TypeError: A text is not a string.
+        """
+        return self._description.framed_pair(self._encoded(first, False), self._encoded(second, False))
+
     def _encoded(self, text: str, parse_special: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"text: found {type(text).__name__}, expected str")

@@ -97,7 +97,7 @@ fn ask(
             }
             asked.push((i, !is_behind));
             let logits = if is_behind { Logits::None } else { Logits::Last };
-            inputs.push(Input { session, tokens: new, logits });
+            inputs.push(Input::new(session, new, logits));
         }
         if inputs.is_empty() {
             break;

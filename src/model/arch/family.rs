@@ -188,6 +188,10 @@ pub struct Quirks {
     pub weighted_input: bool,
     /// Experts have a gate that is clamped: its factor inside the sigmoid, and the bound.
     pub clamped_gate: Option<(f32, f32)>,
+    /// Attention goes in both directions, unless the file's `attention.causal` says otherwise.
+    pub bidirectional: bool,
+    /// The first layer has no norm before attention, because the embeddings are normalized.
+    pub optional_first_norm: bool,
     /// The activation is xIELU, with parameters that the file has.
     pub xielu: bool,
     /// YaRN's ramp does not begin and end at whole dimensions, unless the file's `rope.scaling.yarn_truncate` says otherwise.
@@ -221,6 +225,8 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     group_best: 2,
     weighted_input: false,
     clamped_gate: None,
+    bidirectional: false,
+    optional_first_norm: false,
     untruncated_yarn: false,
     xielu: false,
 };

@@ -11,13 +11,13 @@ const QUIRKS: Quirks = Quirks { scaled_embedding: true, ..DEFAULT_QUIRKS };
 const QUIRKS_2: Quirks =
     Quirks { window_period: 2, soft_caps: Some((50.0, 30.0)), scaled_by_width: Some(46), ..QUIRKS };
 
-const QUIRKS_3: Quirks =
+pub(super) const QUIRKS_3: Quirks =
     Quirks { window_period: 6, window_rope_base: Some(10000.0), scaled_by_width: Some(62), ..QUIRKS };
 
 const QUIRKS_3N: Quirks =
     Quirks { window_period: 5, window_rope_base: Some(10000.0), unscaled_attention: true, value_norm: true, ..QUIRKS };
 
-const QUIRKS_4: Quirks = Quirks { window_period: 6, ..QUIRKS_3N };
+pub(super) const QUIRKS_4: Quirks = Quirks { window_period: 6, ..QUIRKS_3N };
 
 pub(super) const FAMILIES: &[Family] = &[
     // Gemma Team 2024, arXiv 2403.08295.

@@ -1,6 +1,7 @@
 //! The families as data, grouped with their relatives: one entry per family.
 
 mod alibi;
+mod encoders;
 mod family;
 mod gemma;
 mod gpt;
@@ -17,7 +18,7 @@ pub use family::{
 /// Every family that is supported.
 pub fn families() -> impl Iterator<Item = &'static Family> {
     let older = [llama::FAMILIES, qwen::FAMILIES, gemma::FAMILIES, phi::FAMILIES, gpt::FAMILIES, alibi::FAMILIES];
-    older.into_iter().chain([modern::FAMILIES]).flatten()
+    older.into_iter().chain([modern::FAMILIES, encoders::FAMILIES]).flatten()
 }
 
 /// The family called `name`.

@@ -12,7 +12,7 @@ use crate::model::arch::{Family, LayerKind, Position, Rotated, Temperature};
 pub struct LayerConfig {
     /// Its mixer and its feed-forward layer.
     pub kind: LayerKind,
-    /// Positions that a query sees, including its own.
+    /// Positions that a query sees, including its own: backwards, and as many forwards where attention is not causal.
     pub window: Option<usize>,
     /// A query sees positions of its own chunk, of this length counted from 0.
     pub chunk: Option<usize>,
@@ -48,13 +48,16 @@ struct Widths {
     rotary: usize,
 }
 
-/// Reads the settings of all `layers` layers. `rotates` says whether the model rotates at all.
+/// Reads the settings of all `layers` layers. `rotates` says whether the model rotates at all, `causal` whether attention
+/// goes only backwards.
+#[allow(clippy::too_many_arguments, reason = "the model's own settings, from which layers are made")]
 pub(super) fn read(
     keys: &MetadataReader<'_>,
     family: &Family,
     layers: usize,
     hidden: usize,
     rotates: bool,
+    causal: bool,
     latent: Option<&LatentConfig>,
     temperature: Option<Temperature>,
 ) -> Result<Vec<LayerConfig>> {
@@ -68,7 +71,11 @@ pub(super) fn read(
         Some(latent) => [latent_widths(latent), latent_widths(latent)],
         None => widths(keys, hidden, heads.first().copied().unwrap_or(1), rotates)?,
     };
-    let windows = Windows::read(keys, family, layers)?;
+    let mut windows = Windows::read(keys, family, layers)?;
+    if !causal {
+        // A window in both directions has its position in the middle.
+        windows.window = windows.window.map(|window| window / 2 + 1);
+    }
     let rotated = keys.flags("attention.rope_pattern", layers)?;
     let is_nth = |period: usize, layer: usize| period > 0 && layer % period == period - 1;
     let any_window = (0..layers).any(|layer| windows.applies(layer));

@@ -1,11 +1,14 @@
 //! Hyperparameters, read from GGUF's keys and validated once. Code that uses them does not check them again.
 
+mod classifier;
 mod experts;
 mod latent;
 mod layers;
 pub(super) mod metadata;
 pub(super) mod namespace;
 
+pub use classifier::Pooling;
+pub(crate) use classifier::{ClassifierConfig, FIRST_DENSE, HeadActivation};
 pub use experts::{ExpertsConfig, GroupsConfig};
 pub use latent::LatentConfig;
 pub use layers::LayerConfig;
@@ -30,9 +33,16 @@ pub struct Config {
     pub context: usize,
     /// The longest context of a session: more than `context` where the file stretches the rotation further.
     pub(crate) longest: usize,
+    /// Whether a position sees no later ones. Otherwise attention goes in both directions, and a text is computed at once.
+    pub causal: bool,
+    /// Whether hidden states become logits of tokens.
+    pub generates: bool,
     /// How the hidden states of a text become its embedding, where the file says it.
-    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
     pub(crate) pooling: Option<Pooling>,
+    /// The labels of a classification head, and what it reads.
+    pub(crate) classifier: ClassifierConfig,
+    /// `(dense modules)`: the activations of dense modules after pooling.
+    pub(crate) dense: Vec<HeadActivation>,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Query heads.
@@ -99,26 +109,6 @@ pub struct StreamsConfig {
     pub active: usize,
 }
 
-/// How the hidden states of a text become its embedding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pooling {
-    /// Their mean.
-    Mean,
-    /// That of the last token.
-    Last,
-}
-
-impl Pooling {
-    /// Its name in Python and in the server.
-    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "only Python pools"))]
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Pooling::Mean => "mean",
-            Pooling::Last => "last",
-        }
-    }
-}
-
 impl Config {
     /// Reads and validates the hyperparameters.
     ///
@@ -169,7 +159,12 @@ impl Config {
         let temperature = layers::temperature(&keys, family, original)?;
         let rotates = layers::rotates(family) && alibi.is_none();
         let count = layers;
-        let layers = layers::read(&keys, family, count, hidden, rotates, latent.as_ref(), temperature)?;
+        let causal = keys.flag("attention.causal")?.unwrap_or(!family.quirks.bidirectional);
+        let layers = layers::read(&keys, family, count, hidden, rotates, causal, latent.as_ref(), temperature)?;
+        if let (false, Some((max, _))) = (causal, alibi) {
+            let supported = "supported: 0 where attention goes in both directions";
+            return Err(keys.unsupported("attention.max_alibi_bias", max, supported));
+        }
         let first = layers.iter().find(|layer| layer.rope() == 0).or(layers.first()).copied();
         let Some(first) = first else { return Err(keys.missing("block_count")) };
         let LayerConfig { heads, kv_heads, head_dim, rotary, .. } = first;
@@ -189,7 +184,11 @@ impl Config {
             family,
             context,
             longest,
-            pooling: pooling(&keys)?,
+            causal,
+            generates: causal && keys.flag("generates")?.unwrap_or(true),
+            pooling: classifier::pooling(&keys)?,
+            classifier: ClassifierConfig::read(&keys, causal)?,
+            dense: classifier::dense(&keys)?,
             hidden,
             heads,
             kv_heads,
@@ -314,19 +313,6 @@ fn streams(keys: &MetadataReader<'_>) -> Result<Option<StreamsConfig>> {
     keys.check("altup.num_inputs", count, count <= 64, "at most 64")?;
     keys.check("altup.active_idx", active, active < count as u64, format_args!("a number below {count}"))?;
     Ok(Some(StreamsConfig { count, active: active as usize }))
-}
-
-/// How the file wants embeddings to be made, by llama.cpp's numbers.
-fn pooling(keys: &MetadataReader<'_>) -> Result<Option<Pooling>> {
-    let key = "pooling_type";
-    let Some(value) = keys.get(key) else { return Ok(None) };
-    match value.as_i64().ok_or_else(|| keys.malformed(key, value, "an integer"))? {
-        // Not said, or none, as generation needs.
-        -1 | 0 => Ok(None),
-        1 => Ok(Some(Pooling::Mean)),
-        3 => Ok(Some(Pooling::Last)),
-        other => Err(keys.unsupported(key, other, "supported: 0 for none, 1 for the mean, 3 for the last token")),
-    }
 }
 
 /// The activation of feed-forward layers where it is not the family's own.

@@ -11,6 +11,7 @@ pub(in crate::model) const READ: &[&str] = &[
     "altup.active_idx",
     "altup.num_inputs",
     "attention.alibi_scale",
+    "attention.causal",
     "attention.chunk_length",
     "attention.clamp_kqv",
     "attention.head_count",
@@ -33,6 +34,9 @@ pub(in crate::model) const READ: &[&str] = &[
     "attention.value_length_swa",
     "attn_logit_softcapping",
     "block_count",
+    "classifier.activation",
+    "classifier.output_labels",
+    "classifier.pooling_type",
     "context_length",
     "embedding_length",
     "embedding_scale",
@@ -48,6 +52,7 @@ pub(in crate::model) const READ: &[&str] = &[
     "expert_weights_norm",
     "expert_weights_scale",
     "final_logit_softcapping",
+    "generates",
     "hidden_activation",
     "logit_scale",
     "norm_top_k_prob",
@@ -79,6 +84,9 @@ pub(in crate::model) const READ: &[&str] = &[
 pub(in crate::model) const READ_LATENT: &[&str] =
     &["attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length_mla"];
 
+/// Keys of dense modules after `dense_` and a number. Tensors have the sizes.
+pub(in crate::model) const READ_DENSE: &[&str] = &["activation", "feat_in", "feat_out"];
+
 /// Keys without influence on the result. One that ends with a dot stands for all that begin with it.
 pub(in crate::model) const WITHOUT_INFLUENCE: &[&str] = &[
     // Tensors have these sizes.
@@ -96,8 +104,6 @@ pub(in crate::model) const WITHOUT_INFLUENCE: &[&str] = &[
     "tensor_data_layout",
     // Parts that text does not pass through.
     "audio.",
-    "classifier.output_labels",
-    "classifier.output_labels.",
     "mm.",
     "projector.",
     "vision.",
@@ -108,7 +114,6 @@ pub(in crate::model) const WITHOUT_INFLUENCE: &[&str] = &[
 
 /// Keys that are not computed, and the values that mean the same as no key.
 pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
-    ("attention.causal", &[1.0]),
     ("attention.output_scale", &[0.0, 1.0]),
     ("nextn_predict_layers", &[0.0]),
     ("rope.freq_scale", &[1.0]),
@@ -123,6 +128,10 @@ pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
 pub(in crate::model) fn check(keys: &MetadataReader<'_>, latent: bool) -> Result<()> {
     for (key, value) in keys.own() {
         let ignored = |known: &&str| known.strip_suffix('.').map_or(*known == key, |_| key.starts_with(*known));
+        let dense = key.strip_prefix("dense_").and_then(|rest| rest.split_once('_'));
+        if dense.is_some_and(|(number, rest)| number.parse::<usize>().is_ok() && READ_DENSE.contains(&rest)) {
+            continue;
+        }
         if READ.contains(&key) || (latent && READ_LATENT.contains(&key)) || WITHOUT_INFLUENCE.iter().any(ignored) {
             continue;
         }

@@ -102,7 +102,6 @@ fn every_key_of_gguf_is_read_listed_or_refused() {
 #[test]
 fn keys_that_change_the_computation_are_refused_unless_they_are_neutral() {
     for (key, neutral, changed) in [
-        ("attention.causal", Value::Bool(true), Value::Bool(false)),
         ("nextn_predict_layers", Value::U32(0), Value::U32(1)),
         ("rope.scaling.yarn_ext_factor", Value::F32(-1.0), Value::F32(0.5)),
         ("attention.output_scale", Value::F32(1.0), Value::I32(3)),

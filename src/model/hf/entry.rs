@@ -20,6 +20,8 @@ pub(super) enum Transform {
     AddOne,
     /// Without the first rows.
     Skip(usize),
+    /// Without the rows of positions that padding has in RoBERTa: those up to the id of the padding token.
+    SkipPadding,
     /// Tensors one after the other; the last dimension is their number. `{e}` in the name is the index of the tensor.
     Stack,
     /// Of matrices in one tensor, some of the rows of each: those of a part of equal parts.

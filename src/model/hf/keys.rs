@@ -1,19 +1,24 @@
 //! Writes `config.json` under GGUF's keys.
 
+use std::path::Path;
+
 use serde_json::Value as Json;
 
 use super::families::{ActivationSource, HfFamily, WindowRule};
+use super::heads;
 use super::metadata::{ComputedTensor, MetadataWriter};
+use super::modules::{self, ModuleTensor};
 use super::rope;
 use super::settings::Settings;
 use super::sizes::{LayerSizes, Sizes};
 use super::switches;
 use crate::error::Result;
-use crate::format::gguf::{Metadata, Value};
+use crate::format::gguf::{Metadata, StringArray, Value};
 use crate::format::json;
 use crate::model::arch::NormKind;
 
-/// All keys of a model called `name`, and the tensors that it has besides those of its files.
+/// All keys of the model called `name` in the folder `path`, the tensors that it has besides those of its files, and those of
+/// modules that follow it.
 ///
 /// # Errors
 /// [`Error::Missing`](crate::Error::Missing), [`Error::Malformed`](crate::Error::Malformed) and
@@ -22,8 +27,9 @@ pub(super) fn write(
     family: &HfFamily,
     settings: &Settings,
     sizes: &Sizes,
+    path: &Path,
     name: &str,
-) -> Result<(Metadata, Vec<ComputedTensor>)> {
+) -> Result<(Metadata, Vec<ComputedTensor>, Vec<ModuleTensor>)> {
     let mut writer = MetadataWriter::new(family.architecture, settings, sizes);
     writer.metadata.set("general.architecture", family.architecture).set("general.type", "model");
     if !name.is_empty() {
@@ -32,16 +38,37 @@ pub(super) fn write(
     for (key, supported) in switches::REQUIRED.iter().copied() {
         writer.require(key, supported)?;
     }
+    writer.causal = settings.switch("is_causal", true)? && !family.encoder;
+    if !writer.causal {
+        writer.set("attention.causal", false);
+    }
+    classifier(&mut writer)?;
     set_sizes(&mut writer);
     norm(&mut writer, family.norm)?;
     activation(&mut writer, family.activation)?;
-    writer.windowed = window(&mut writer, family.window)?;
+    writer.windowed = window(&mut writer, family)?;
     if sizes.rotary > 0 {
         rope::write(&mut writer)?;
     }
     (family.keys)(&mut writer)?;
-    Ok((writer.metadata, writer.tensors))
+    let modules = modules::read(path, &mut writer)?;
+    Ok((writer.metadata, writer.tensors, modules))
 }
+
+/// Writes the keys of a classification head, and that a classifier has no logits of tokens.
+fn classifier(keys: &mut MetadataWriter<'_>) -> Result<()> {
+    let labels = heads::labels(keys.settings)?;
+    if labels.is_empty() {
+        return Ok(());
+    }
+    keys.set("classifier.output_labels", StringArray::from_iter(labels.iter().map(|label| label.as_bytes())));
+    keys.set("pooling_type", RANK);
+    keys.set("generates", false);
+    Ok(())
+}
+
+/// llama.cpp's number of the pooling of a classification head.
+const RANK: u32 = 4;
 
 fn set_sizes(writer: &mut MetadataWriter<'_>) {
     let sizes = writer.sizes;
@@ -122,7 +149,7 @@ fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Resu
             let first = keys.first().copied().unwrap_or_default();
             let name = writer.settings.text(keys)?.ok_or_else(|| writer.settings.missing(first, "an activation"))?;
             match name.as_str() {
-                "silu" | "swish" => "silu",
+                "silu" | "swish" | "swiglu" => "silu",
                 "gelu" if matches!(source, ActivationSource::UnderForTanh(_)) => "gelu_tanh",
                 "gelu" | "gelu_python" => "gelu",
                 "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
@@ -140,12 +167,15 @@ fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Resu
 }
 
 /// The window of attention, and which layers have one.
-fn window(writer: &mut MetadataWriter<'_>, rule: WindowRule) -> Result<Vec<bool>> {
+fn window(writer: &mut MetadataWriter<'_>, family: &HfFamily) -> Result<Vec<bool>> {
+    let rule = family.window;
     let settings = writer.settings;
     if matches!(rule, WindowRule::Never) || !settings.switch("use_sliding_window", true)? {
         return Ok(Vec::new());
     }
-    let Some(window) = settings.optional_count(&["sliding_window"])? else { return Ok(Vec::new()) };
+    let Some(window) = settings.optional_count(&["sliding_window", "local_attention"])? else { return Ok(Vec::new()) };
+    // In GGUF a window in both directions is its whole width.
+    let window = if writer.causal || !family.radius { window } else { 2 * window };
     let slides = window_kinds(settings, writer.sizes.layers, rule)?;
     if slides.contains(&true) {
         writer.set("attention.sliding_window", window as u32);
@@ -166,6 +196,16 @@ pub(super) fn window_kinds(settings: &Settings, layers: usize, rule: WindowRule)
         _ => None,
     })?;
     Ok(match (kinds, rule) {
+        (kinds, WindowRule::PeriodThenFull(keys)) => {
+            let kinds = match kinds {
+                Some(kinds) => kinds,
+                None => {
+                    let period = settings.count(keys)?;
+                    (0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
+                }
+            };
+            kinds.into_iter().enumerate().map(|(layer, slides)| slides && layer + 1 < layers).collect()
+        }
         (Some(kinds), _) => kinds,
         (None, WindowRule::From(key)) => {
             let first = settings.get(key).and_then(|first| first.as_u64()).unwrap_or(0);
@@ -182,6 +222,10 @@ pub(super) fn window_kinds(settings: &Settings, layers: usize, rule: WindowRule)
                 None => settings.number(&[key])?,
             };
             (0..layers).map(|layer| period > 0 && !(layer + 1).is_multiple_of(period)).collect()
+        }
+        (None, WindowRule::FullFirstOf(key)) => {
+            let period = settings.count(&[key])?;
+            (0..layers).map(|layer| !layer.is_multiple_of(period)).collect()
         }
         (None, WindowRule::FullFirst(period)) => (0..layers).map(|layer| !layer.is_multiple_of(period)).collect(),
         (None, WindowRule::Listed) => return Err(settings.missing("layer_types", "a list")),

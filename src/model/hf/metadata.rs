@@ -5,6 +5,7 @@ use super::sizes::Sizes;
 use crate::error::Result;
 use crate::format::gguf::{Metadata, Value};
 use crate::model::arch;
+use crate::model::config::FIRST_DENSE;
 
 /// The name and the values of a vector that follows from the configuration.
 pub(super) type ComputedTensor = (String, Vec<f32>);
@@ -19,6 +20,8 @@ pub(super) struct MetadataWriter<'a> {
     pub(super) tensors: Vec<ComputedTensor>,
     /// `(layers)`: whether a layer has a window.
     pub(super) windowed: Vec<bool>,
+    /// Whether attention goes only backwards.
+    pub(super) causal: bool,
 }
 
 impl<'a> MetadataWriter<'a> {
@@ -30,6 +33,7 @@ impl<'a> MetadataWriter<'a> {
             metadata: Metadata::new(),
             tensors: Vec::new(),
             windowed: Vec::new(),
+            causal: true,
         }
     }
 
@@ -152,6 +156,31 @@ impl<'a> MetadataWriter<'a> {
             self.set("rope.freq_base_swa", base as f32);
         }
         Ok(())
+    }
+
+    /// Sets `key` to the activation of a head that `config.json` calls `name` under `source`.
+    pub(super) fn head_activation(&mut self, key: &str, source: &str, name: &str) -> Result<()> {
+        let known = match name {
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
+            "gelu" | "silu" | "tanh" | "relu" | "sigmoid" | "identity" => name,
+            other => {
+                let supported = "supported: gelu, gelu_new, gelu_pytorch_tanh, identity, relu, sigmoid, silu, tanh";
+                return Err(self.settings.unsupported(source, format_args!("{other:?}"), supported));
+            }
+        };
+        self.set(key, known);
+        Ok(())
+    }
+
+    /// Sets the keys of the next dense module: its input and output features, and its activation.
+    pub(super) fn dense_module(&mut self, [input, output]: [usize; 2], activation: &str) -> usize {
+        let is_free =
+            |number: &usize| self.metadata.get(&format!("{}.dense_{number}_activation", self.architecture)).is_none();
+        let number = (FIRST_DENSE..).find(is_free).unwrap_or(FIRST_DENSE);
+        self.set(&format!("dense_{number}_activation"), activation);
+        self.set(&format!("dense_{number}_feat_in"), input as u32);
+        self.set(&format!("dense_{number}_feat_out"), output as u32);
+        number
     }
 
     /// Sets `key` to the number under `name` of `config.json`, if there is one.

@@ -45,13 +45,14 @@
 
 mod entry;
 mod families;
+mod heads;
 #[cfg(test)]
 mod key_tests;
 mod keys;
 mod metadata;
+mod modules;
 mod packings;
 mod planner;
-mod pretokenizer;
 mod rope;
 mod settings;
 mod sizes;
@@ -70,6 +71,7 @@ use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
 use families::ActivationSource;
 use metadata::ComputedTensor;
+use modules::ModuleTensor;
 use packings::Packing;
 use packings::matrix::PackedRows;
 use planner::{Planned, Planner};
@@ -85,6 +87,8 @@ pub struct HfFolder {
     files: SafeTensors,
     tensors: Vec<Planned>,
     computed: Vec<ComputedTensor>,
+    /// Those of the folders of modules that follow the model.
+    modules: Vec<ModuleTensor>,
     /// The index of each name: among the tensors, then among the computed ones.
     index: HashMap<String, usize>,
     /// Rows of the embedding.
@@ -118,19 +122,42 @@ impl HfFolder {
             let supported = format!("supported: {}", known.join(", "));
             return Err(settings.unsupported("model_type", format_args!("the family {model_type:?}"), &supported));
         };
+        // Some families have another form for attention in both directions.
+        let family = match (settings.switch("use_bidirectional_attention", false)?, family.bidirectional) {
+            (false, _) => family,
+            (true, Some(other)) => other,
+            (true, None) => {
+                let supported = "supported in this family: false";
+                return Err(settings.unsupported("use_bidirectional_attention", true, supported));
+            }
+        };
         let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
         let packing = Packing::read(&settings, path)?;
         let mut sizes = Sizes::read(&settings, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes)?;
-        let (mut metadata, computed) = keys::write(family, &settings, &sizes, &name(path))?;
+        let (mut metadata, computed, modules) = keys::write(family, &settings, &sizes, path, &name(path))?;
         if let ActivationSource::Xielu = family.activation {
             xielu::write(family, &files, sizes.layers, &mut metadata)?;
         }
         let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
+        let has_output = tensors.iter().any(|tensor| tensor.name == "output.weight");
+        if heads::is_headless(&settings)? && !has_output && !settings.switch("tie_word_embeddings", false)? {
+            metadata.set(format!("{}.generates", family.architecture), false);
+        }
         let names = tensors.iter().map(|tensor| &tensor.name).chain(computed.iter().map(|tensor| &tensor.0));
+        let names = names.chain(modules.iter().map(|tensor| &tensor.name));
         let index = names.enumerate().map(|(at, name)| (name.clone(), at)).collect();
-        Ok(HfFolder { path: path.to_path_buf(), metadata, files, tensors, computed, index, rows: sizes.vocabulary })
+        Ok(HfFolder {
+            path: path.to_path_buf(),
+            metadata,
+            files,
+            tensors,
+            computed,
+            modules,
+            index,
+            rows: sizes.vocabulary,
+        })
     }
 
     /// Whether linear layers are in 4 bits already.
@@ -174,7 +201,11 @@ impl Checkpoint for HfFolder {
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
         let Some(Planned { dims, block_type, parts, packed, order, blocks, .. }) = self.tensors.get(at) else {
-            let values = &self.computed.get(at - self.tensors.len())?.1;
+            let at = at - self.tensors.len();
+            if let Some(module) = at.checked_sub(self.computed.len()) {
+                return self.modules.get(module).map(ModuleTensor::tensor);
+            }
+            let values = &self.computed.get(at)?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
         if let Some(blocks) = blocks {
@@ -197,7 +228,8 @@ impl Checkpoint for HfFolder {
 
     fn names(&self) -> Vec<&str> {
         let stored = self.tensors.iter().map(|tensor| tensor.name.as_str());
-        stored.chain(self.computed.iter().map(|tensor| tensor.0.as_str())).collect()
+        let modules = self.modules.iter().map(|tensor| tensor.name.as_str());
+        stored.chain(self.computed.iter().map(|tensor| tensor.0.as_str())).chain(modules).collect()
     }
 
     fn is_quantized(&self, name: &str) -> bool {

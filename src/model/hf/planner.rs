@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::entry::{Entry, Need, Transform};
 use super::families::HfFamily;
+use super::heads;
 use super::packings::Packing;
 use super::packings::matrix::Matrix;
 use super::packings::mxfp4::Blocks;
@@ -136,7 +137,10 @@ impl<'a> Planner<'a> {
             Need::Sparse => sparse,
             Need::Dense => !sparse,
             Need::Where(is_so) => layer.is_some_and(|layer| is_so(self.sizes, layer)),
-            Need::Untied => !self.settings.switch("tie_word_embeddings", false)? || is_there(),
+            Need::Untied => {
+                let tied = self.settings.switch("tie_word_embeddings", false)?;
+                is_there() || !(tied || heads::is_headless(self.settings)?)
+            }
         })
     }
 
@@ -158,6 +162,7 @@ impl<'a> Planner<'a> {
             }
             Transform::Transpose => shape.reverse(),
             Transform::Skip(rows) => shape.iter_mut().take(1).for_each(|dim| *dim += rows),
+            Transform::SkipPadding => shape.iter_mut().take(1).for_each(|dim| *dim += self.sizes.padding),
             Transform::Squeeze => shape.insert(0, 1),
             // (matrices, rows, columns) of the whole tensor.
             Transform::RowsOfPart { parts, .. } => {

@@ -25,9 +25,9 @@ struct Parameters {
 
 impl Parameters {
     fn read(settings: &Settings) -> Result<Parameters> {
-        const THETA: &[&str] = &["rope_theta", "rotary_emb_base"];
+        const THETA: &[&str] = &["rope_theta", "rotary_emb_base", "global_rope_theta"];
         let top = settings.optional_float(THETA)?;
-        let old_window = settings.optional_float(&["rope_local_base_freq"])?;
+        let old_window = settings.optional_float(&["rope_local_base_freq", "local_rope_theta"])?;
         let old = settings.object("rope_scaling")?.filter(|old| !old.is_empty());
         let new = settings.object("rope_parameters")?;
         let full = match &new {

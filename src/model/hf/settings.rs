@@ -69,6 +69,11 @@ impl Settings {
         Settings { values, ..self }
     }
 
+    /// The number of keys.
+    pub(super) fn len(&self) -> usize {
+        self.values.len()
+    }
+
     /// Whether there are no keys.
     pub(super) fn is_empty(&self) -> bool {
         self.values.is_empty()

@@ -1,5 +1,6 @@
 //! The sizes of a model, and the dimensions of tensors in terms of them.
 
+use super::heads;
 use super::settings::Settings;
 use crate::error::Result;
 
@@ -44,6 +45,14 @@ pub(super) struct Sizes {
     pub(super) low_rank: usize,
     /// Residual streams.
     pub(super) streams: usize,
+    /// Vectors that tell a first text from a second one.
+    pub(super) token_types: usize,
+    /// Rows of the table of positions that belong to padding.
+    pub(super) padding: usize,
+    /// Labels of a classification head.
+    pub(super) labels: usize,
+    /// Width of a projection of the embedding.
+    pub(super) projected: usize,
     /// Tokens that stand for other inputs than text; none where they are beyond the vocabulary.
     pub(super) placeholders: [usize; 2],
 }
@@ -102,6 +111,10 @@ impl Sizes {
             shared_kv_layers: 0,
             low_rank: 0,
             streams: 0,
+            token_types: 0,
+            padding: 0,
+            labels: heads::labels(settings)?.len(),
+            projected: 0,
             placeholders: [usize::MAX; 2],
         };
         if sizes.head_dim == 0 {
@@ -206,6 +219,9 @@ pub(super) enum Size {
     OtherStreams,
     /// The square of the streams.
     StreamPairs,
+    TokenTypes,
+    Labels,
+    Projected,
 }
 
 impl Size {
@@ -245,6 +261,9 @@ impl Size {
             Size::Streams => sizes.streams,
             Size::OtherStreams => sizes.streams.saturating_sub(1),
             Size::StreamPairs => sizes.streams * sizes.streams,
+            Size::TokenTypes => sizes.token_types,
+            Size::Labels => sizes.labels,
+            Size::Projected => sizes.projected,
         }
     }
 
@@ -256,6 +275,10 @@ impl Size {
             "token_embd_proj" => &[Embedding, Hidden],
             "output_proj" => &[Hidden, Embedding],
             "position_embd" => &[Hidden, Context],
+            "token_types" => &[Hidden, TokenTypes],
+            "cls" => &[Hidden, Hidden],
+            "cls.output" => &[Hidden, Labels],
+            "dense_2" => &[Hidden, Projected],
             "attn_q" => &[Hidden, Queries],
             "attn_k" | "attn_v" => &[Hidden, Keys],
             "attn_qkv" => &[Hidden, QueriesKeysValues],

@@ -5,15 +5,13 @@
 //! no class defines have no meaning in transformers either.
 
 /// Switches that transformers applies in every family, and the value that is supported.
-pub(super) const REQUIRED: &[(&str, bool)] = &[("is_causal", true), ("use_bidirectional_attention", false)];
+pub(super) const REQUIRED: &[(&str, bool)] = &[];
 
 /// Keys without influence on the result, in any family.
 #[cfg_attr(not(test), allow(dead_code, reason = "a list that the test holds against transformers"))]
 pub(super) const WITHOUT_INFLUENCE: &[&str] = &[
     // What the file is, and what calls return.
-    "architectures",
     "dtype",
-    "id2label",
     "is_decoder",
     "is_encoder_decoder",
     "label2id",

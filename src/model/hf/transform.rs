@@ -73,6 +73,7 @@ impl RowOrder {
             Transform::PairNeighbors => RowOrder::PairNeighbors { head_dim, rotary },
             Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
             Transform::Skip(rows) => RowOrder::Skip(rows),
+            Transform::SkipPadding => RowOrder::Skip(sizes.padding),
             Transform::Transpose => RowOrder::Transpose,
             Transform::AddOne => RowOrder::AddOne,
         }

@@ -181,6 +181,7 @@ impl Attention {
             group: heads::group(&layer),
             scale: config.attention_scale,
             cap: config.attention_cap,
+            causal: config.causal,
             window: layer.window,
             chunk: layer.chunk,
             slopes: &context.positions.slopes,

@@ -134,11 +134,11 @@ pub(super) fn softmax(
         let own = &queries.row(span.row)[query * head_dim..];
         let session = &*inputs[span.input].session;
         let (head, stride) = (query / per_head, queries.stride);
-        Task { session, head, query, first: span.position, rows: span.len, queries: own, stride }
+        Task { session, head, query, first: span.position, rows: span.len, end: span.end, queries: own, stride }
     };
     out.resize(rows.len(), columns);
     let longest = context.batch.longest_span();
-    let most = spans.iter().map(|span| attention.segments(span.position, span.len).len()).max().unwrap_or(0);
+    let most = spans.iter().map(|span| attention.segments(span.position, span.len, span.end).len()).max().unwrap_or(0);
     let tasks = spans.len() * count;
     // Segments per task, and tasks per span and group.
     let share = most.div_ceil((TASKS * pass.threads).div_ceil(tasks));
@@ -149,7 +149,7 @@ pub(super) fn softmax(
         parts.resize(tasks * pieces * share * sums);
         pass.scope.for_each_chunk(parts, share * sums, |i, parts| {
             let (task, piece) = (task(i / pieces), i % pieces);
-            let segments: Range<usize> = attention.segments(task.first, task.rows);
+            let segments: Range<usize> = attention.segments(task.first, task.rows, task.end);
             let first = segments.start + piece * share;
             attention.some(kernel, &task, first..segments.end.min(first + share), parts, sums);
         });

@@ -213,6 +213,7 @@ impl LatentAttention {
             group: heads::group(&layer),
             scale: config.attention_scale,
             cap: config.attention_cap,
+            causal: config.causal,
             window: layer.window,
             chunk: layer.chunk,
             slopes: &[],

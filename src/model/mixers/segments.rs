@@ -29,7 +29,9 @@ pub(super) struct CacheAttention<'a> {
     pub(super) scale: f32,
     /// Soft cap of the scores.
     pub(super) cap: Option<f32>,
-    /// Positions that a query sees, including its own.
+    /// Whether a query sees no later positions than its own.
+    pub(super) causal: bool,
+    /// Positions that a query sees, including its own: backwards, and as many forwards where attention is not causal.
     pub(super) window: Option<usize>,
     /// A query sees positions of its own chunk, of this length.
     pub(super) chunk: Option<usize>,
@@ -50,6 +52,8 @@ pub(super) struct Task<'a> {
     /// Position of the first row.
     pub(super) first: usize,
     pub(super) rows: usize,
+    /// Positions whose keys and values are stored.
+    pub(super) end: usize,
     /// The queries of the first row `(group * head_dim)`; those of the next row are `stride` numbers further.
     pub(super) queries: &'a [f32],
     pub(super) stride: usize,
@@ -88,9 +92,19 @@ impl CacheAttention<'_> {
         in_window.max(in_chunk)
     }
 
-    /// The segments that are seen by any of `rows` rows from position `first` on.
-    pub(super) fn segments(&self, first: usize, rows: usize) -> Range<usize> {
-        self.oldest(first) / SEGMENT..(first + rows).div_ceil(SEGMENT)
+    /// The position after the last that a query at `position` sees, where `end` positions are stored.
+    fn newest(&self, position: usize, end: usize) -> usize {
+        if self.causal {
+            return position + 1;
+        }
+        let in_window = self.window.map_or(end, |window| position.saturating_add(window));
+        let in_chunk = self.chunk.map_or(end, |chunk| (position / chunk + 1).saturating_mul(chunk));
+        in_window.min(in_chunk).min(end)
+    }
+
+    /// The segments that are seen by any of `rows` rows from position `first` on, where `end` positions are stored.
+    pub(super) fn segments(&self, first: usize, rows: usize, end: usize) -> Range<usize> {
+        self.oldest(first) / SEGMENT..self.newest(first + rows - 1, end).div_ceil(SEGMENT)
     }
 
     /// How many numbers a segment of a task is reduced to: `(n, width)` values, `(n)` maximums, `(n)` sums.
@@ -107,7 +121,7 @@ impl CacheAttention<'_> {
             total.resize(sums);
             self.begin(task, &mut total);
             self.gather_queries(kernel, task, work);
-            for segment in self.segments(task.first, task.rows) {
+            for segment in self.segments(task.first, task.rows, task.end) {
                 self.segment(kernel, task, segment, work, &mut part);
                 self.join(kernel, task, segment, &part, &mut total);
             }
@@ -141,7 +155,7 @@ impl CacheAttention<'_> {
             let total = &mut work.total;
             total.resize(sums);
             self.begin(task, total);
-            for (segment, part) in self.segments(task.first, task.rows).zip(parts.chunks_exact(stride)) {
+            for (segment, part) in self.segments(task.first, task.rows, task.end).zip(parts.chunks_exact(stride)) {
                 self.join(kernel, task, segment, &part[..sums], total);
             }
             self.finish(kernel, task, total, out);
@@ -167,7 +181,15 @@ impl CacheAttention<'_> {
 
     /// The first query that sees anything from `start` on. Rows are in order of position, so the later ones do, too.
     fn skip(&self, task: &Task<'_>, start: usize) -> usize {
-        start.saturating_sub(task.first) * self.group
+        let row = match (self.causal, self.window, self.chunk) {
+            (true, ..) => start.saturating_sub(task.first),
+            (false, None, None) => 0,
+            (false, ..) => {
+                let rows = task.first..task.first + task.rows;
+                rows.take_while(|position| self.newest(*position, task.end) <= start).count()
+            }
+        };
+        row * self.group
     }
 
     /// Reduces a segment into `part`. The numbers of queries before the segment are unspecified.
@@ -175,14 +197,14 @@ impl CacheAttention<'_> {
         let shape = &self.shape;
         let (dim, width, n) = (shape.head_dim, shape.width, task.rows * self.group);
         let start = segment * SEGMENT;
-        let end = (task.first + task.rows).min(start + SEGMENT);
+        let end = self.newest(task.first + task.rows - 1, task.end).min(start + SEGMENT);
         let skip = self.skip(task, start);
         work.scores.resize(n * SEGMENT);
         let all_scores = &mut work.scores;
         work.seen.clear();
         work.seen.extend((0..n).map(|q| {
             let position = task.first + q / self.group;
-            let seen = (position + 1).saturating_sub(start).min(SEGMENT);
+            let seen = self.newest(position, task.end).saturating_sub(start).min(SEGMENT);
             self.oldest(position).saturating_sub(start).min(seen)..seen
         }));
         // The pages, with the first query that is not before them. Queries whose window is past a page are left out below.

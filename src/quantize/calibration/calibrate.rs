@@ -341,7 +341,7 @@ mod tests {
             let model = Model::load(&folder, &options).unwrap();
             for (window, tokens) in windows.iter().enumerate() {
                 let (mut session, mut expected) = (model.session(), Vec::new());
-                let input = Input { session: &mut session, tokens, logits: Logits::All };
+                let input = Input::new(&mut session, tokens, Logits::All);
                 model.forward(&mut [input], &mut expected, &|| false).unwrap();
                 let found = layers.logits(calibration.residual.get(window).unwrap());
                 assert_eq!(found, expected, "{}, window {window}", folder.display());

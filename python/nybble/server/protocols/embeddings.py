@@ -110,7 +110,7 @@ def check_dimensions(service: Service, dimensions: int | None) -> None:
     Raises:
         ApiError: The width is refused.
     """
-    width = service.engine.model.info.hidden_size
+    width = service.engine.model.info.embedding_size
     if dimensions is None or dimensions == width or (dimensions < width and service.settings.matryoshka):
         return
     why = (

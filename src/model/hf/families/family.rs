@@ -47,8 +47,12 @@ pub(in crate::model::hf) enum WindowRule {
     Period(&'static [&'static str]),
     /// A number n, all but every nth, or a letter per layer of a period, under this key.
     Pattern(&'static str),
+    /// As `Period`, and never the last layer.
+    PeriodThenFull(&'static [&'static str]),
     /// All but the first of this many.
     FullFirst(usize),
+    /// All but the first of a period, whose length is under this key.
+    FullFirstOf(&'static str),
     /// Only `layer_types` lists them.
     Listed,
     /// None.
@@ -82,6 +86,13 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) activation: ActivationSource,
     pub(in crate::model::hf) rotation: Rotation,
     pub(in crate::model::hf) window: WindowRule,
+    /// Whether attention goes in both directions.
+    pub(in crate::model::hf) encoder: bool,
+    /// Whether a window in both directions is as wide on either side of a position as the configuration says; otherwise
+    /// it is half of that.
+    pub(in crate::model::hf) radius: bool,
+    /// The family that takes its place where `use_bidirectional_attention` is on.
+    pub(in crate::model::hf) bidirectional: Option<&'static HfFamily>,
     /// Corrects sizes that the family defines differently from most.
     pub(in crate::model::hf) adjust: fn(&Settings, &mut Sizes) -> Result<()>,
     /// Writes the keys that only this family has.
@@ -104,6 +115,9 @@ pub(super) const BASE: HfFamily = HfFamily {
     activation: ActivationSource::Under(&["hidden_act"]),
     rotation: Rotation::All,
     window: WindowRule::Never,
+    encoder: false,
+    radius: true,
+    bidirectional: None,
     adjust: |_, _| Ok(()),
     keys: |_| Ok(()),
 };

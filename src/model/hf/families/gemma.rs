@@ -1,7 +1,7 @@
 //! Google's Gemma: norms multiply by 1 + weight, and the output is always tied to the embedding.
 
 use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
-use super::parts::{attention, gated, head_norms};
+use super::parts::{SCORE, attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::keys;
@@ -27,7 +27,7 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     ..BASE
 };
 
-const TIED: &[Entry] = &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne)];
+const TIED: &[Entry] = &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), SCORE];
 
 const FOUR_NORMS: &[Entry] = &[
     tensor("attn_norm", "input_layernorm").by(AddOne),
@@ -58,7 +58,13 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
 };
 
 /// Gemma Team 2025, arXiv 2503.19786: the text part.
-pub(super) const GEMMA3: HfFamily = HfFamily {
+pub(super) const GEMMA3: HfFamily = HfFamily { bidirectional: Some(&GEMMA_EMBEDDING), ..GEMMA3_CAUSAL };
+
+/// Schechter Vera et al. 2025, arXiv 2509.20354: EmbeddingGemma.
+const GEMMA_EMBEDDING: HfFamily =
+    HfFamily { architecture: "gemma-embedding", encoder: true, radius: false, ..GEMMA3_CAUSAL };
+
+const GEMMA3_CAUSAL: HfFamily = HfFamily {
     model_types: &["gemma3_text", "gemma3"],
     architecture: "gemma3",
     // The files of the larger models have few sizes.
@@ -121,7 +127,7 @@ fn has_layer_inputs(settings: &Settings) -> Result<bool> {
 }
 
 /// Norms with plain weights, around both branches.
-const PLAIN_NORMS: [Entry; 4] = [
+pub(super) const PLAIN_NORMS: [Entry; 4] = [
     tensor("attn_norm", "input_layernorm"),
     tensor("post_attention_norm", "post_attention_layernorm"),
     tensor("ffn_norm", "pre_feedforward_layernorm"),
@@ -319,10 +325,31 @@ fn gemma4_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     }
     let same = settings.switch("attention_k_eq_v", false)?;
     let double = settings.switch("use_double_wide_mlp", false)?;
-    let overrides = settings.object("per_layer_config")?;
     let global = settings.optional_count(&["global_head_dim"])?.unwrap_or(512);
     let global_kv = settings.optional_count(&["num_global_key_value_heads"])?.filter(|_| same);
     let slides = keys::window_kinds(settings, sizes.layers, WindowRule::Period(&["sliding_window_pattern"]))?;
+    let layer = PerLayerSizes { slides, global, global_kv, same, double };
+    per_layer_sizes(settings, sizes, &layer)
+}
+
+/// What layers with full attention have of their own.
+pub(super) struct PerLayerSizes {
+    /// `(layers)`: whether a layer has a window.
+    pub(super) slides: Vec<bool>,
+    /// Width of a head, and key and value heads where their number differs.
+    pub(super) global: usize,
+    pub(super) global_kv: Option<usize>,
+    /// Whether values are copies of keys.
+    pub(super) same: bool,
+    /// Whether layers that share keys have a wide feed-forward layer.
+    pub(super) double: bool,
+}
+
+/// Sets the sizes of layers with a window and of the others, as far as `per_layer_config` does not list them.
+pub(super) fn per_layer_sizes(settings: &Settings, sizes: &mut Sizes, own: &PerLayerSizes) -> Result<()> {
+    let PerLayerSizes { slides, global, global_kv, same, double } = own;
+    let (global, global_kv, same, double) = (*global, *global_kv, *same, *double);
+    let overrides = settings.object("per_layer_config")?;
     let uniform = sizes.of_layer(None);
     let mut layers = Vec::with_capacity(sizes.layers);
     for (layer, slides) in slides.iter().enumerate() {

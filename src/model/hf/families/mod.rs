@@ -4,6 +4,7 @@
 
 mod alibi;
 mod deepseek;
+mod encoders;
 mod family;
 mod gemma;
 mod glm;
@@ -81,6 +82,12 @@ const FAMILIES: &[&HfFamily] = &[
     &deepseek::DEEPSEEK_V2,
     &deepseek::DEEPSEEK_V3,
     &deepseek::GLM4_MOE_LITE,
+    &encoders::BERT,
+    &encoders::XLM_ROBERTA,
+    &encoders::MODERN_BERT,
+    &encoders::NOMIC_BERT,
+    &encoders::JINA_V3,
+    &encoders::EMBEDDING_GEMMA2,
 ];
 
 /// Every family that can be read.

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::heads::classifies;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::Sizes;
@@ -11,13 +12,18 @@ pub(super) const EMBEDDING: &[Entry] = &[
     tensor("token_embd", "~embed_tokens"),
     tensor("output_norm", "~norm"),
     tensor("output", "lm_head").when(Need::Untied),
+    SCORE,
 ];
+
+/// The matrix of a classifier that reads the last token.
+pub(super) const SCORE: Entry = tensor("cls.output", "score").when(Need::IfSo(classifies));
 
 /// As [`EMBEDDING`], with a bias of the last norm.
 pub(super) const EMBEDDING_WITH_BIAS: &[Entry] = &[
     tensor("token_embd", "~embed_tokens"),
     tensor("output_norm", "~norm").bias(Need::Always),
     tensor("output", "lm_head").when(Need::Untied),
+    SCORE,
 ];
 
 /// The norms before attention and before the feed-forward layer.

@@ -1,11 +1,16 @@
 //! Writes the tokenizer under GGUF's keys: `tokenizer.json`, special tokens and chat templates.
 
+mod description;
+mod pretokenizer;
+mod subwords;
+
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::pretokenizer;
+use description::{Tokenizer, kind};
+
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Metadata, StringArray};
 use crate::format::json;
@@ -16,16 +21,6 @@ const MAX_BYTES: u64 = 256 << 20;
 
 /// The key of a whole `tokenizer.json`.
 const WHOLE: &str = "tokenizer.huggingface.json";
-
-/// GGUF's numbers for the kinds of tokens.
-mod kind {
-    pub(super) const NORMAL: i32 = 1;
-    pub(super) const UNKNOWN: i32 = 2;
-    pub(super) const CONTROL: i32 = 3;
-    pub(super) const USER_DEFINED: i32 = 4;
-    pub(super) const UNUSED: i32 = 5;
-    pub(super) const BYTE: i32 = 6;
-}
 
 /// The vocabulary, special tokens and chat templates of the model in `folder`, called `name`, whose embedding has `rows`
 /// rows.
@@ -112,11 +107,6 @@ fn optional(folder: &Path, name: &str) -> Result<Map<String, Value>> {
     }
 }
 
-struct Tokenizer {
-    path: PathBuf,
-    description: Map<String, Value>,
-}
-
 /// Text, kind and score of every token.
 struct Tokens {
     texts: Vec<String>,
@@ -125,29 +115,6 @@ struct Tokens {
 }
 
 impl Tokenizer {
-    fn unsupported(&self, key: &str, what: String, supported: &str) -> Error {
-        let (path, place) = (self.path.clone(), Place::Key(key.to_owned()));
-        Error::Unsupported { path, place, what, supported: supported.to_owned() }
-    }
-
-    fn malformed(&self, key: &str, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Error {
-        Error::malformed(&self.path, Place::Key(key.to_owned()), found, expected)
-    }
-
-    /// The steps of a part, which may be a sequence of steps in `list`.
-    fn steps(&self, part: &str, list: &str) -> Vec<&Value> {
-        match self.description.get(part) {
-            Some(sequence) if sequence.get("type").and_then(Value::as_str) == Some("Sequence") => {
-                sequence.get(list).and_then(Value::as_array).into_iter().flatten().collect()
-            }
-            other => other.into_iter().collect(),
-        }
-    }
-
-    fn has_step(&self, part: &str, list: &str, kind: &str) -> bool {
-        self.steps(part, list).iter().any(|step| step.get("type").and_then(Value::as_str) == Some(kind))
-    }
-
     /// Writes the vocabulary, and returns the ids of the tokens.
     fn vocabulary(&self, rows: usize, metadata: &mut Metadata) -> Result<HashMap<String, usize>> {
         let empty = Value::Null;
@@ -157,8 +124,11 @@ impl Tokenizer {
             || self.has_step("decoder", "decoders", "ByteLevel");
         let pieces = model.get("byte_fallback").and_then(Value::as_bool).unwrap_or(false)
             || self.has_step("decoder", "decoders", "Metaspace");
+        if let Some(subwords) = subwords::Subwords::by_name(kind) {
+            return subwords.vocabulary(self, model, rows, metadata);
+        }
         if kind != "BPE" || !(byte_level || pieces) {
-            let supported = "supported: byte-level BPE, and BPE over pieces with byte fallback";
+            let supported = "supported: byte-level BPE, BPE over pieces with byte fallback, WordPiece and Unigram";
             return Err(self.unsupported("model.type", format!("a vocabulary of type {kind:?}"), supported));
         }
         let merges = self.merges(model)?;
@@ -218,12 +188,7 @@ impl Tokenizer {
         let Some(Value::Object(vocabulary)) = model.get("vocab") else {
             return Err(self.malformed("model.vocab", "no object", "the id of every token"));
         };
-        let id = |key: &str, id: Option<&Value>| {
-            let expected = || format!("an id below {rows}, the rows of the embedding");
-            let found = id.unwrap_or(&Value::Null);
-            let id = found.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows);
-            id.ok_or_else(|| self.malformed(key, json::brief(found), expected()))
-        };
+        let id = |key: &str, id: Option<&Value>| self.id(key, id, rows);
         let mut tokens = Tokens {
             texts: (0..rows).map(|id| format!("[PAD{id}]")).collect(),
             kinds: vec![kind::UNUSED; rows],
@@ -303,7 +268,8 @@ impl Tokenizer {
         let processor = self.description.get("post_processor");
         let (before, after) = frame_of(processor, ids);
         let own = |id: Option<usize>, token: Option<u64>| id.is_none_or(|id| Some(id as u64) == token);
-        normalizes
+        subwords::Subwords::by_name(model.get("type").and_then(Value::as_str).unwrap_or("BPE")).is_some()
+            || normalizes
             || splits
             || strips
             || affix("end_of_word_suffix")
@@ -311,18 +277,6 @@ impl Tokenizer {
             || !own(before, frame[0])
             || !own(after, frame[1])
             || has_other_frame(processor)
-    }
-
-    /// Whether the tokenizer puts a space before the text.
-    fn adds_space(&self) -> bool {
-        let metaspace = |step: &&Value| {
-            let is_one = step.get("type").and_then(Value::as_str) == Some("Metaspace");
-            let old = step.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true);
-            let scheme = step.get("prepend_scheme").and_then(Value::as_str);
-            is_one && scheme.map_or(old, |scheme| scheme != "never")
-        };
-        self.has_step("normalizer", "normalizers", "Prepend")
-            || self.steps("pre_tokenizer", "pretokenizers").iter().any(metaspace)
     }
 }
 
@@ -388,6 +342,20 @@ impl Files {
             if let Some(id) = named.or_else(|| numbers(&format!("{theirs}_token_id")).first().copied()) {
                 metadata.set(format!("tokenizer.ggml.{ours}_token_id"), id as u32);
                 found.insert(theirs, id);
+            }
+        }
+        let is_subwords = metadata.get("tokenizer.ggml.model").and_then(|name| name.as_str());
+        if is_subwords.is_some_and(|name| ["bert", "t5"].contains(&name)) {
+            // The tokens around a text are called by the tasks of the first models.
+            for (theirs, own, key) in [("cls", "bos", "bos"), ("sep", "eos", "eos")] {
+                let named = content(&format!("{theirs}_token")).and_then(|content| ids.get(content).copied());
+                if let (None, Some(id)) = (found.get(own), named) {
+                    metadata.set(format!("tokenizer.ggml.{key}_token_id"), id as u32);
+                    found.insert(own, id);
+                }
+            }
+            if let Some(types) = self.model.get("type_vocab_size").and_then(Value::as_u64) {
+                metadata.set("tokenizer.ggml.token_type_count", types as u32);
             }
         }
         // GGUF has keys for two end-of-sequence tokens.

@@ -1,0 +1,295 @@
+//! Encoders: models whose attention goes in both directions.
+
+use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
+use super::gemma::{GEMMA4, PLAIN_NORMS, PerLayerSizes, per_layer_sizes};
+use super::parts::{attention, gated, head_norms};
+use crate::error::Result;
+use crate::model::arch::NormKind;
+use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::heads::classifies;
+use crate::model::hf::keys;
+use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::settings::Settings;
+use crate::model::hf::sizes::{Size, Sizes};
+use Need::{Always, If, IfSo, Never, Optional};
+use Transform::{Copy, SkipPadding};
+
+/// Devlin et al. 2018, arXiv 1810.04805.
+pub(super) const BERT: HfFamily = HfFamily {
+    model_types: &["bert"],
+    architecture: "bert",
+    without_influence: BERT_UNUSED,
+    bases: &["bert.", ""],
+    outside: &[
+        &embeddings(Copy),
+        &[
+            tensor("cls", "~pooler.dense").both(IfSo(classifies)),
+            tensor("cls.output", "classifier").both(IfSo(classifies)),
+        ],
+    ],
+    layers: "~encoder.layer.",
+    layer: &[&[
+        tensor("attn_q", "attention.self.query").bias(Always),
+        tensor("attn_k", "attention.self.key").bias(Always),
+        tensor("attn_v", "attention.self.value").bias(Always),
+        tensor("attn_output", "attention.output.dense").bias(Always),
+        tensor("attn_output_norm", "attention.output.LayerNorm").bias(Always),
+        tensor("ffn_up", "intermediate.dense").bias(Always),
+        tensor("ffn_down", "output.dense").bias(Always),
+        tensor("layer_output_norm", "output.LayerNorm").bias(Always),
+    ]],
+    ignored: &["cls.", "pooler.", "bert.pooler.", "embeddings.position_ids", "bert.embeddings.position_ids"],
+    norm: NormKind::Layer,
+    rotation: Rotation::None,
+    encoder: true,
+    adjust: |settings, sizes| {
+        sizes.token_types = settings.count(&["type_vocab_size"])?;
+        Ok(())
+    },
+    keys: bert_keys,
+    ..BASE
+};
+
+/// Keys of dropout, and of the initial values.
+const BERT_UNUSED: &[&str] = &["attention_probs_dropout_prob", "hidden_dropout_prob", "tie_word_embeddings"];
+
+/// The embeddings of tokens, positions and types, and their norm.
+const fn embeddings(positions: Transform) -> [Entry; 4] {
+    [
+        tensor("token_embd", "~embeddings.word_embeddings"),
+        tensor("position_embd", "~embeddings.position_embeddings").by(positions),
+        tensor("token_types", "~embeddings.token_type_embeddings"),
+        tensor("token_embd_norm", "~embeddings.LayerNorm").bias(Always),
+    ]
+}
+
+fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
+    keys.require("is_decoder", false)?;
+    keys.require("add_cross_attention", false)?;
+    match keys.settings.text(&["position_embedding_type"])? {
+        Some(other) if other != "absolute" => {
+            Err(keys.settings.unsupported("position_embedding_type", format_args!("{other:?}"), "supported: absolute"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Conneau et al. 2019, arXiv 1911.02116, and Liu et al. 2019, arXiv 1907.11692. Positions count from the id of the padding
+/// token.
+pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
+    model_types: &["xlm-roberta", "roberta"],
+    bases: &["roberta.", ""],
+    outside: &[
+        &embeddings(SkipPadding),
+        &[
+            tensor("cls", "classifier.dense").both(IfSo(classifies)),
+            tensor("cls.output", "classifier.out_proj").both(IfSo(classifies)),
+        ],
+    ],
+    ignored: &["lm_head.", "pooler.", "roberta.pooler.", "embeddings.position_ids", "roberta.embeddings.position_ids"],
+    adjust: |settings, sizes| {
+        sizes.token_types = settings.count(&["type_vocab_size"])?;
+        sizes.padding = settings.number(&["pad_token_id"])? + 1;
+        let Some(context) = sizes.context.checked_sub(sizes.padding).filter(|context| *context > 0) else {
+            let expected = format!("more than the {} positions of padding", sizes.padding);
+            return Err(settings.malformed("max_position_embeddings", sizes.context, expected));
+        };
+        sizes.context = context;
+        Ok(())
+    },
+    ..BERT
+};
+
+/// Nussbaum et al. 2024, arXiv 2402.01613: the names of Hugging Face's class, and those of GPT-2 in published files.
+pub(super) const NOMIC_BERT: HfFamily = HfFamily {
+    model_types: &["nomic_bert"],
+    architecture: "nomic-bert",
+    defaults: &[&[("rope_theta", "1e3")]],
+    without_influence: &["attention_probs_dropout_prob", "hidden_dropout_prob"],
+    bases: &["bert.", "nomic_bert.", ""],
+    outside: &[&[
+        tensor("token_embd", "~embeddings.word_embeddings"),
+        tensor("token_types", "~embeddings.token_type_embeddings").when(IfSo(has_types)),
+        tensor("token_embd_norm", "~emb_ln").bias(Always),
+    ]],
+    layers: "~encoder.layers.",
+    layer: &[&[
+        tensor("attn_qkv", "attn.Wqkv").bias(If("qkv_proj_bias")),
+        tensor("attn_output", "attn.out_proj").bias(If("qkv_proj_bias")),
+        tensor("attn_output_norm", "norm1").bias(Always),
+        tensor("ffn_up", "mlp.fc11").bias(If("mlp_fc1_bias")),
+        tensor("ffn_gate", "mlp.fc12").bias(If("mlp_fc1_bias")),
+        tensor("ffn_down", "mlp.fc2").bias(If("mlp_fc2_bias")),
+        tensor("layer_output_norm", "norm2").bias(Always),
+    ]],
+    ignored: &["cls.", "pooler.", "bert.pooler."],
+    norm: NormKind::Layer,
+    activation: ActivationSource::Under(&["hidden_act", "activation_function"]),
+    encoder: true,
+    adjust: |settings, sizes| {
+        sizes.token_types = settings.number(&["type_vocab_size"])?;
+        if let Some(trained) = settings.optional_count(&["max_trained_positions"])? {
+            sizes.context = sizes.context.min(trained);
+        }
+        Ok(())
+    },
+    keys: |keys| {
+        for switch in ["prenorm", "use_rms_norm", "parallel_block", "causal", "rotary_emb_interleaved"] {
+            keys.require(switch, false)?;
+        }
+        for (key, none) in [("moe_every_n_layers", 0.0), ("rotary_emb_fraction", 1.0), ("rotary_scaling_factor", 1.0)] {
+            let found = keys.settings.optional_float(&[key])?.unwrap_or(none);
+            if found != none {
+                return Err(keys.settings.unsupported(key, found, &format!("supported: {none}")));
+            }
+        }
+        Ok(())
+    },
+    ..BASE
+};
+
+fn has_types(settings: &Settings) -> Result<bool> {
+    Ok(settings.number(&["type_vocab_size"])? > 0)
+}
+
+/// Sturua et al. 2024, arXiv 2409.10173, without the adapters for tasks.
+pub(super) const JINA_V3: HfFamily = HfFamily {
+    model_types: &["jina_embeddings_v3"],
+    architecture: "jina-bert-v3",
+    defaults: &[&[("rope_theta", "2e4")]],
+    bases: &["roberta.", "model.", ""],
+    outside: &[&[
+        tensor("token_embd", "~embeddings.word_embeddings"),
+        tensor("token_types", "~embeddings.token_type_embeddings"),
+        tensor("token_embd_norm", "~emb_ln").bias(Always),
+        tensor("cls", "classifier.dense").both(IfSo(classifies)),
+        tensor("cls.output", "classifier.out_proj").both(IfSo(classifies)),
+    ]],
+    layers: "~encoder.layers.",
+    layer: &[&[
+        tensor("attn_qkv", "mixer.Wqkv").bias(Always),
+        tensor("attn_output", "mixer.out_proj").bias(Always),
+        tensor("attn_output_norm", "norm1").bias(Always),
+        tensor("ffn_up", "mlp.fc1").bias(Always),
+        tensor("ffn_down", "mlp.fc2").bias(Always),
+        tensor("layer_output_norm", "norm2").bias(Always),
+    ]],
+    ignored: &["lm_head.", "pooler.", "roberta.pooler.", "model.pooler."],
+    rotation: Rotation::All,
+    keys: |_| Ok(()),
+    ..BERT
+};
+
+/// Warner et al. 2024, arXiv 2412.13663.
+pub(super) const MODERN_BERT: HfFamily = HfFamily {
+    model_types: &["modernbert"],
+    architecture: "modern-bert",
+    defaults: &[&[("rope_theta", "1.6e5"), ("rope_local_base_freq", "1e4"), ("global_attn_every_n_layers", "3")]],
+    without_influence: &[
+        "cls_token_id",
+        "decoder_bias",
+        "deterministic_flash_attn",
+        "initializer_cutoff_factor",
+        "mlp_dropout",
+        "sep_token_id",
+        "sparse_pred_ignore_index",
+        "sparse_prediction",
+        "tie_word_embeddings",
+    ],
+    outside: &[&[
+        tensor("token_embd", "~embeddings.tok_embeddings"),
+        tensor("token_embd_norm", "~embeddings.norm").bias(If("norm_bias")),
+        tensor("output_norm", "~final_norm").bias(If("norm_bias")),
+        tensor("cls", "head.dense").when(IfSo(classifies)).bias(IfSo(head_bias)),
+        tensor("cls.norm", "head.norm").when(IfSo(classifies)).bias(IfSo(head_norm_bias)),
+        tensor("cls.output", "classifier").both(IfSo(classifies)),
+    ]],
+    layer: &[&[
+        tensor("attn_norm", "attn_norm").when(Need::Where(|_, layer| layer > 0)).bias(Optional),
+        tensor("attn_qkv", "attn.Wqkv").bias(If("attention_bias")),
+        tensor("attn_output", "attn.Wo").bias(If("attention_bias")),
+        tensor("ffn_norm", "mlp_norm").bias(If("norm_bias")),
+        tensor("ffn_up", "mlp.Wi").dims(&[Size::Hidden, Size::TwiceFfn]).bias(If("mlp_bias")),
+        tensor("ffn_down", "mlp.Wo").bias(If("mlp_bias")),
+    ]],
+    ignored: &["head.", "decoder."],
+    norm: NormKind::Layer,
+    activation: ActivationSource::Under(&["hidden_activation"]),
+    window: WindowRule::FullFirstOf("global_attn_every_n_layers"),
+    encoder: true,
+    radius: false,
+    keys: |keys| {
+        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "cls".to_owned());
+        let activation = keys.settings.text(&["classifier_activation"])?.unwrap_or_else(|| "gelu".to_owned());
+        if !classifies(keys.settings)? {
+            return Ok(());
+        }
+        let number = match pooling.as_str() {
+            "mean" => 1u32,
+            "cls" => 2,
+            other => {
+                let supported = "supported: cls, mean";
+                return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), supported));
+            }
+        };
+        keys.set("classifier.pooling_type", number);
+        keys.head_activation("classifier.activation", "classifier_activation", &activation)
+    },
+    ..BASE
+};
+
+fn head_bias(settings: &Settings) -> Result<bool> {
+    Ok(classifies(settings)? && settings.switch("classifier_bias", false)?)
+}
+
+fn head_norm_bias(settings: &Settings) -> Result<bool> {
+    Ok(classifies(settings)? && settings.switch("norm_bias", false)?)
+}
+
+/// Google 2026: EmbeddingGemma 2, the text part. Its vectors of layers are projections of the embedding alone.
+pub(super) const EMBEDDING_GEMMA2: HfFamily = HfFamily {
+    model_types: &["embedding_gemma2_text", "embedding_gemma2"],
+    architecture: "gemma-embedding2",
+    defaults: &[&[("sliding_window_pattern", "6"), ("rope_theta", "1e6"), ("rope_local_base_freq", "1e4")]],
+    bases: &["model.language_model.", "language_model.", "model.", ""],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        tensor("output_norm", "~norm"),
+        tensor("dense_2", "~embedding_projection"),
+        tensor("per_layer_model_proj", "~ple.per_layer_model_projection"),
+        tensor("per_layer_proj_norm", "~ple.per_layer_projection_norm"),
+    ]],
+    layer: &[
+        &PLAIN_NORMS,
+        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &head_norms(Copy),
+        &gated(Always, Never),
+        &[
+            tensor("inp_gate", "ple_block.per_layer_input_gate"),
+            tensor("proj", "ple_block.per_layer_projection"),
+            tensor("post_norm", "ple_block.post_per_layer_input_norm"),
+            tensor("layer_output_scale", "layer_scalar").raw(),
+        ],
+    ],
+    window: WindowRule::PeriodThenFull(&["sliding_window_pattern"]),
+    encoder: true,
+    adjust: |settings: &Settings, sizes: &mut Sizes| {
+        sizes.per_layer_input = settings.count(&["hidden_size_per_layer_input"])?;
+        sizes.projected = settings.count(&["embedding_dim"])?;
+        let rule = WindowRule::PeriodThenFull(&["sliding_window_pattern"]);
+        let own = PerLayerSizes {
+            slides: keys::window_kinds(settings, sizes.layers, rule)?,
+            global: settings.optional_count(&["global_head_dim"])?.unwrap_or(512),
+            global_kv: Some(settings.optional_count(&["num_global_key_value_heads"])?.unwrap_or(1)),
+            same: false,
+            double: false,
+        };
+        per_layer_sizes(settings, sizes, &own)
+    },
+    keys: |keys| {
+        keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);
+        keys.dense_module([keys.sizes.hidden, keys.sizes.projected], "identity");
+        Ok(())
+    },
+    ..GEMMA4
+};

@@ -45,11 +45,11 @@ def load(file: File, folder: Path) -> Model:
     [
         ("llama", "attention.causal", text("no")),
         ("bloom", "attention.causal", u32(0)),
-        ("llama", "attention.temperature_length", u32(8192)),
+        ("llama", "attention.output_scale", u32(3)),
         ("qwen3", "rope.scaling.yarn_ext_factor", f32(0.5)),
         ("qwen3", "pooling_type", u32(9)),
         ("llama", "ssm.state_size", u32(16)),
-        ("gemma3", "rope.dimension_count_swa", u32(8)),
+        ("gemma3", "rope.dimension_count_swa", u32(7)),
         ("llama", "a_key_of_tomorrow", text("on")),
     ],
 )

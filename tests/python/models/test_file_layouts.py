@@ -43,7 +43,7 @@ def vector(length: int) -> Tensor:
     [
         "blk.0.attn_sinks.weight",
         "blk.1.attn_norm.bias",
-        "blk.0.attn_sub_norm.weight",
+        "blk.0.attn_q_sub.weight",
         "output_norm.bias",
         "blk.0.attn_q.weight.lora_a",
         "blk.0.ffn_gate.scale",

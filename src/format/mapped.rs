@@ -31,7 +31,7 @@ impl Deref for Bytes {
 }
 
 /// Opens the regular file at `path` for reading.
-pub(super) fn open(path: &Path) -> std::io::Result<File> {
+pub(crate) fn open(path: &Path) -> std::io::Result<File> {
     // Checked before opening, which would wait on a pipe.
     let metadata = std::fs::metadata(path).map_err(|error| name_link(path, error))?;
     if metadata.is_dir() {

@@ -3,7 +3,7 @@
 pub(crate) mod atomic_file;
 pub mod gguf;
 pub(crate) mod json;
-mod mapped;
+pub(crate) mod mapped;
 #[doc(hidden)]
 pub mod output;
 pub(crate) mod pointer;

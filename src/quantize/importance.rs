@@ -8,13 +8,12 @@
 //! name of the text may follow.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use crate::error::{Error, Place, Result};
-use crate::format::Checkpoint;
 use crate::format::gguf::Gguf;
+use crate::format::{Checkpoint, mapped};
 
 /// The end of the names of sums.
 pub(super) const SUMS: &str = ".in_sum2";
@@ -124,7 +123,7 @@ fn read_gguf(path: &Path) -> Result<Layers> {
 
 fn is_gguf(path: &Path) -> Result<bool> {
     let mut magic = [0; 4];
-    let found = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    let found = mapped::open(path).and_then(|mut file| file.read_exact(&mut magic));
     match found {
         Ok(()) => Ok(magic == *b"GGUF"),
         // The readers say what is wrong with a file of less than four bytes.

@@ -53,7 +53,7 @@ def hub_download(
         total: Bytes of all files; those of this one if None.
     """
     from huggingface_hub import hf_hub_download
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     class Reporting(tqdm):  # type: ignore[misc]
         """What the client takes for its progress bar."""

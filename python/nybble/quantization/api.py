@@ -177,7 +177,8 @@ def _check_imatrix(out: Path, pages: Sequence[Path], options: QuantizeOptions) -
     """Checks that an importance matrix that is measured is not written to the place of another output."""
     if options.imatrix is not None:
         found = Path(options.imatrix)
-        if found.resolve() in [path.resolve() for path in (out, *pages)]:
+        # Unlike `Path.resolve`, this takes a loop of links.
+        if os.path.realpath(found) in [os.path.realpath(path) for path in (out, *pages)]:
             raise ValueError(f"imatrix: found {found}, which is another output, expected another file")
 
 

@@ -128,9 +128,13 @@ def test_processes_that_quantize_the_same_model_share_one_file(tmp_path: Path) -
         processes = [first, second]
         # Both begin; the one that has the lock waits until the other has had time to find it.
         time.sleep(1)
-        answers = sorted(process.communicate("\n", timeout=120)[0].split("\n", 1) for process in processes)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        answers = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0]
-    lines = ["".join(answer).splitlines()[-1] for answer in answers]
+    lines = [answer.splitlines()[-1] for answer in answers]
     assert sorted(line[0] for line in lines) == ["0", "1"], "one quantizes, the other waits for it"
     assert lines[0][1:] == lines[1][1:]
     assert len(list((cache / "quantized").glob("*.gguf"))) == 1

@@ -231,7 +231,7 @@ impl Layerwise {
     /// The residual stream `(tokens, hidden)` before the first layer.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), and [`Error::ContextFull`](crate::Error::ContextFull) for a window
+    /// [`Error::OutOfMemory`], and [`Error::ContextFull`] for a window
     /// that is longer than the context.
     pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.in_batches(tokens, |pass, w, _, stream: &mut Vec<f32>| {

@@ -100,6 +100,8 @@ fn describe(config: &Config) -> String {
         parallel,
         rotary,
         ropes,
+        // The frequencies of both rotations are hashed below.
+        plain_windows: _,
         layers,
         alibi,
         attention_scale,

@@ -3,7 +3,8 @@
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
 use super::modern::mixtral_experts;
 use super::parts::{
-    NORMS, attention, expert_list, first_dense, gated, head_norms, routed, shared_experts, sparse_list,
+    EMBEDDING, NORMS, attention, expert_list, first_dense, gated, head_norms, routed, shared_experts, sparse_list,
+    tied_with_bias,
 };
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -61,7 +62,7 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
         &gated(Dense, Never),
         &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
+        &shared_experts("mlp.shared_experts", Never),
     ],
     adjust: first_dense,
     keys: |keys| keys.sigmoid_router(),
@@ -79,7 +80,7 @@ pub(super) const DOTS1: HfFamily = HfFamily {
         &gated(Dense, Never),
         &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
+        &shared_experts("mlp.shared_experts", Never),
     ],
     window: WindowRule::From("max_window_layers"),
     adjust: first_dense,
@@ -98,9 +99,8 @@ pub(super) const ERNIE4_5: HfFamily = HfFamily {
 /// Baidu 2025, with experts.
 pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
     model_types: &["ernie4_5_moe"],
-    // Weights of a softmax never have so small a sum.
-    without_influence: &["moe_norm_min"],
     architecture: "ernie4_5-moe",
+    outside: &[EMBEDDING, &tied_with_bias("use_bias")],
     layer: &[
         NORMS,
         &attention(Copy, If("use_bias"), If("use_bias")),
@@ -110,7 +110,7 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
             tensor("exp_probs_b", "mlp.moe_statics.e_score_correction_bias").raw().named(".bias").when(Sparse),
         ],
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
+        &shared_experts("mlp.shared_experts", If("use_bias")),
     ],
     adjust: |settings, sizes| {
         sizes.experts = settings.count(&["moe_num_experts"])?;
@@ -126,6 +126,10 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
     },
     keys: |keys| {
         keys.experts_used("moe_k", true)?;
+        // Shares of a softmax never have so small a sum.
+        if let Some(least) = keys.settings.optional_float(&["moe_norm_min"])?.filter(|least| *least > 1e-6) {
+            return Err(keys.settings.unsupported("moe_norm_min", least, "supported: up to 1e-6"));
+        }
         keys.set("interleave_moe_layer_step", keys.settings.count(&["moe_layer_interval"])? as u32);
         keys.leading_dense_layers();
         keys.set("expert_shared_count", keys.settings.number(&["moe_num_shared_experts"])? as u32);
@@ -163,10 +167,12 @@ pub(super) const HY_V3: HfFamily = HfFamily {
             tensor("exp_probs_b", "mlp.expert_bias").raw().named(".bias").when(Sparse),
         ],
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_mlp"),
+        &shared_experts("mlp.shared_mlp", If("mlp_bias")),
     ],
     adjust: |settings, sizes| {
-        sizes.shared_ffn = sizes.expert_ffn * settings.number(&["num_shared_experts"])?;
+        // The class takes no shared experts for the width of dense layers.
+        let shared = sizes.expert_ffn * settings.number(&["num_shared_experts"])?;
+        sizes.shared_ffn = if shared > 0 { shared } else { sizes.ffn };
         sparse_list(settings, sizes, |layer| layer > 0)
     },
     defaults: &[&[("num_nextn_predict_layers", "1")]],

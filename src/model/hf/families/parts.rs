@@ -26,6 +26,15 @@ pub(super) const EMBEDDING_WITH_BIAS: &[Entry] = &[
     SCORE,
 ];
 
+/// The bias of an output that this switch adds, and the output's own matrix where it is tied to the embedding: a bias needs
+/// one.
+pub(super) const fn tied_with_bias(switch: &'static str) -> [Entry; 2] {
+    [
+        tensor("output", "lm_head").when(Need::Never).bias(Need::If(switch)),
+        tensor("output", "~embed_tokens").when(Need::Both("tie_word_embeddings", switch)),
+    ]
+}
+
 /// The norms before attention and before the feed-forward layer.
 pub(super) const NORMS: &[Entry] =
     &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "post_attention_layernorm")];
@@ -73,13 +82,13 @@ pub(super) const fn expert_list(prefix: &'static str, need: Need) -> [Entry; 3] 
 }
 
 /// The experts that every token uses, in one network.
-pub(super) const fn shared_experts(prefix: &'static str) -> [Entry; 3] {
+pub(super) const fn shared_experts(prefix: &'static str, bias: Need) -> [Entry; 3] {
     let [gate, up, down] = projections(prefix);
     let need = Need::Where(has_shared_experts);
     [
-        tensor("ffn_gate_shexp", gate).when(need),
-        tensor("ffn_up_shexp", up).when(need),
-        tensor("ffn_down_shexp", down).when(need),
+        tensor("ffn_gate_shexp", gate).when(need).bias(bias),
+        tensor("ffn_up_shexp", up).when(need).bias(bias),
+        tensor("ffn_down_shexp", down).when(need).bias(bias),
     ]
 }
 
@@ -106,8 +115,7 @@ const fn projections(prefix: &'static str) -> [&'static str; 3] {
 pub(super) fn first_dense(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     sizes.shared_ffn = sizes.expert_ffn * settings.number(&["n_shared_experts"])?;
     let first = settings.number(&["first_k_dense_replace"])?;
-    let step = settings.optional_count(&["moe_layer_freq"])?.unwrap_or(1);
-    sizes.sparse = (0..sizes.layers).map(|layer| layer >= first && layer.is_multiple_of(step)).collect();
+    sizes.sparse = (0..sizes.layers).map(|layer| layer >= first).collect();
     Ok(())
 }
 

@@ -4,11 +4,12 @@ use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
 use super::parts::{SCORE, attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::heads::is_headless;
 use crate::model::hf::keys;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
-use Need::{Always, If, Never, Unless};
+use Need::{Always, If, Never};
 use Transform::{AddOne, Copy, Stack};
 
 /// Gemma Team 2024, arXiv 2403.08295.
@@ -30,7 +31,12 @@ const TIED: &[Entry] =
     &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), OUTPUT, SCORE];
 
 /// The output matrix of models whose configuration unties it.
-const OUTPUT: Entry = tensor("output", "@lm_head").when(Unless("tie_word_embeddings"));
+const OUTPUT: Entry = tensor("output", "@lm_head").when(Need::IfSo(is_untied));
+
+/// Whether the model generates by a matrix of its own.
+pub(super) fn is_untied(settings: &Settings) -> Result<bool> {
+    Ok(!settings.switch("tie_word_embeddings", false)? && !is_headless(settings)?)
+}
 
 const FOUR_NORMS: &[Entry] = &[
     tensor("attn_norm", "input_layernorm").by(AddOne),

@@ -208,14 +208,12 @@ impl LatentAttention {
         let layer = context.pass.config.layers[context.layer];
         let Some(shape) = context.inputs.first().map(|input| *input.session.shape.layer(context.layer)) else { return };
         let attention = CacheAttention {
-            layer: context.layer,
             shape,
             group: heads::group(&layer),
             scale: config.attention_scale,
             cap: config.attention_cap,
             causal: config.causal,
-            window: layer.window,
-            chunk: layer.chunk,
+            reach: layer.reach(),
             slopes: &[],
             sinks: &[],
         };

@@ -13,7 +13,7 @@ use nybble::{Error, Place};
 /// One layer of six sees everything.
 const SHAPE: Shape = Shape { layers: 6, context: 3000, ..ODD };
 
-/// A model of which five of six layers see `window` tokens.
+/// A model whose layers but every sixth see `window` tokens.
 fn windowed(shape: &Shape, window: u32) -> Arc<Model> {
     with(shape, "llama.attention.sliding_window", window)
 }

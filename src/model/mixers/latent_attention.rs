@@ -194,6 +194,10 @@ impl LatentAttention {
         let config = context.pass.config;
         let LatentConfig { kv_rank, rope, value, .. } = *latent(config);
         let heads = self.keys.len();
+        if workspace.heads.len() < heads {
+            // A layer that is computed alone: nothing was reserved for the model.
+            workspace.heads.resize_with(heads, HeadWorkspace::default);
+        }
         // Queries, and the vector of keys and values.
         context.pass.linear(&self.in_proj, input, &mut workspace.in_proj);
         self.project_queries(context, workspace);

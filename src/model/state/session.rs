@@ -242,6 +242,15 @@ impl Session {
         Ok(())
     }
 
+    /// Starts again from the first position, with the keys and values that are stored.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(in crate::model) fn rewind(&mut self) -> Result<()> {
+        self.len = 0;
+        self.pages.iter_mut().try_for_each(|page| page.unshare(&self.shape))
+    }
+
     /// Counts `tokens` more tokens, whose keys and values are stored, as seen.
     pub(in crate::model) fn advance(&mut self, tokens: usize) {
         self.len += tokens;

@@ -368,7 +368,7 @@ impl Layerwise {
         })
     }
 
-    /// The output of a dense network and of the experts beside it `(tokens, hidden)`, from the output of each.
+    /// The output of a dense network and of the experts next to it `(tokens, hidden)`, from the output of each.
     pub(crate) fn join_both(&self, loaded: &LoadedLayer, dense: &[f32], experts: &[f32]) -> Vec<f32> {
         let hidden = self.config().hidden;
         self.pass(|pass, w| {

@@ -42,6 +42,7 @@ import nybble
 from nybble import Model, _native
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
+ENCODERS = Path(__file__).parent / "data" / "encoders"
 SECONDS = 1.0
 """CPU time limit per case."""
 MEMORY = 200 << 20
@@ -225,8 +226,12 @@ class Original:
 
 
 def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Returns the golden folders. Those without a tokenizer get llama's, which has the same number of tokens."""
-    for golden in sorted(GOLDENS.iterdir()):
+    """Returns the golden folders of decoders and encoders.
+
+    Those without a tokenizer get llama's, which has the same number of tokens.
+    """
+    encoders = (folder for folder in sorted(ENCODERS.iterdir()) if (folder / "config.json").exists())
+    for golden in [*sorted(GOLDENS.iterdir()), *encoders]:
         lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
         own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
         yield golden.name, lent | own
@@ -288,11 +293,16 @@ def reset_peak() -> None:
 
 
 def attempt(path: Path, quantize: Any) -> str:
-    """Loads a model and generates. Returns the outcome; undocumented exceptions propagate."""
+    """Loads a model and uses it. Returns the outcome; undocumented exceptions propagate."""
     try:
         with Model.load(path, threads=1, quantize=quantize) as model:
             try:
-                model.generate("ab c", max_tokens=2, temperature=0)
+                if model.info.generates:
+                    model.generate("ab c", max_tokens=2, temperature=0)
+                elif model.info.labels:
+                    model.classify("ab c")
+                else:
+                    model.embed("ab c")
             except ValueError as error:
                 return type(error).__name__ + " when used"
             return "loaded"

@@ -296,7 +296,7 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     },
     keys: |keys| {
         keys.experts(false)?;
-        // The router chooses two, whatever the number is.
+        // The router always chooses two.
         keys.set("expert_used_count", 2u32);
         keys.copy("expert_jitter", "router_jitter_noise")?;
         phimoe_magnitude(keys)

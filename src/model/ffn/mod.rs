@@ -53,23 +53,6 @@ impl DenseAndExperts {
             output_norm: norm("post_ffw_norm_2")?,
         })
     }
-
-    fn forward(
-        &self,
-        pass: &Pass<'_>,
-        x: &[f32],
-        input: &mut LinearInput,
-        workspace: &mut Workspace,
-        out: &mut Buffer,
-    ) {
-        let Workspace { dense, experts, both, rows } = workspace;
-        self.dense.forward(pass, input, dense, out);
-        pass.norm_branch(out, self.dense_norm.as_ref(), rows);
-        pass.norm(x, self.input_norm.as_ref(), input);
-        self.experts.forward_routed_by(pass, x, input, dense, experts, both);
-        pass.norm_branch(both, self.output_norm.as_ref(), rows);
-        pass.kernel.add_scaled(out, both, 1.0);
-    }
 }
 
 /// The widest rows of all feed-forward layers of a model, in numbers.
@@ -130,7 +113,15 @@ impl FeedForward {
             FeedForward::Experts(experts) => {
                 experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out);
             }
-            FeedForward::Both(both) => both.forward(pass, x, input, workspace, out),
+            FeedForward::Both(DenseAndExperts { dense: mlp, dense_norm, experts: routed, input_norm, output_norm }) => {
+                let Workspace { dense, experts, both, rows } = workspace;
+                mlp.forward(pass, input, dense, out);
+                pass.norm_branch(out, dense_norm.as_ref(), rows);
+                pass.norm(x, input_norm.as_ref(), input);
+                routed.forward_routed_by(pass, x, input, dense, experts, both);
+                pass.norm_branch(both, output_norm.as_ref(), rows);
+                pass.kernel.add_scaled(out, both, 1.0);
+            }
         }
     }
 

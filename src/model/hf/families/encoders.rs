@@ -100,7 +100,6 @@ pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
 pub(super) const NOMIC_BERT: HfFamily = HfFamily {
     model_types: &["nomic_bert"],
     architecture: "nomic-bert",
-    defaults: &[&[("rope_theta", "1e3")]],
     without_influence: &["attention_probs_dropout_prob", "hidden_dropout_prob"],
     bases: &["bert.", "nomic_bert.", ""],
     outside: &[&[
@@ -119,6 +118,7 @@ pub(super) const NOMIC_BERT: HfFamily = HfFamily {
         tensor("layer_output_norm", "norm2").bias(Always),
     ]],
     ignored: &["cls.", "pooler.", "bert.pooler."],
+    defaults: &[&[("rope_theta", "1e3")]],
     norm: NormKind::Layer,
     activation: ActivationSource::Under(&["hidden_act", "activation_function"]),
     encoder: true,

@@ -4,7 +4,7 @@ use super::family::{BASE, HfFamily, Rotation, WindowRule};
 use super::modern::mixtral_experts;
 use super::parts::{
     DEEPSEEK_EXPERTS, MERGED_GATED, NORMS, attention, default_attention, expert_list, experts_of_ffn_width,
-    first_dense, gated, head_norms, shared_experts, sparse_list,
+    first_dense, gated, head_norms, routed, shared_experts, sparse_list,
 };
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -43,6 +43,7 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
     model_types: &["glm4_moe"],
     without_influence: &["num_mtp_layers"],
     architecture: "glm4moe",
+    defaults: GLM.defaults,
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm"),
@@ -54,9 +55,9 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
         &gated(Dense, Never),
         &DEEPSEEK_EXPERTS,
     ],
-    adjust: first_dense,
-    keys: |keys| keys.sigmoid_router(),
-    ..GLM
+    rotation: Rotation::Part,
+    window: WindowRule::Never,
+    ..DOTS1
 };
 
 /// rednote-hilab 2025, arXiv 2506.05767.
@@ -88,10 +89,7 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
         NORMS,
         &attention(Copy, If("use_bias"), If("use_bias")),
         &gated(Dense, If("use_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.moe_statics.e_score_correction_bias").raw().named(".bias").when(Sparse),
-        ],
+        &routed("mlp.gate", "mlp.moe_statics.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
         &shared_experts("mlp.shared_experts"),
     ],
@@ -141,10 +139,7 @@ pub(super) const HY_V3: HfFamily = HfFamily {
         &default_attention(Copy),
         &head_norms(Copy),
         &gated(Dense, If("mlp_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.router.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.expert_bias").raw().named(".bias").when(Sparse),
-        ],
+        &routed("mlp.router.gate", "mlp.expert_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
         &shared_experts("mlp.shared_mlp"),
     ],

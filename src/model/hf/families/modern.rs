@@ -234,7 +234,6 @@ pub(super) const BITNET: HfFamily = HfFamily {
 pub(super) const NEMOTRON: HfFamily = HfFamily {
     model_types: &["nemotron"],
     architecture: "nemotron",
-    defaults: &[&[("partial_rotary_factor", "0.5")]],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
         tensor("output_norm", "~norm").by(AddOne).bias(Always),
@@ -249,6 +248,7 @@ pub(super) const NEMOTRON: HfFamily = HfFamily {
         ],
         &default_attention(Copy),
     ],
+    defaults: &[&[("partial_rotary_factor", "0.5")]],
     norm: NormKind::Layer,
     rotation: Rotation::Part,
     ..BASE

@@ -53,6 +53,18 @@ impl DenseAndExperts {
             output_norm: norm("post_ffw_norm_2")?,
         })
     }
+
+    /// The input of the experts, from the residual stream `x (rows, hidden)`.
+    pub(super) fn expert_input(&self, pass: &Pass<'_>, x: &[f32], input: &mut LinearInput) {
+        pass.norm(x, self.input_norm.as_ref(), input);
+    }
+
+    /// Adds the output of the experts to that of the dense network, `out`, both `(rows, hidden rounded up to panels)`.
+    pub(super) fn join(&self, pass: &Pass<'_>, out: &mut Buffer, experts: &mut Buffer, rows: &mut Vec<f32>) {
+        pass.norm_branch(out, self.dense_norm.as_ref(), rows);
+        pass.norm_branch(experts, self.output_norm.as_ref(), rows);
+        pass.kernel.add_scaled(out, experts, 1.0);
+    }
 }
 
 /// The widest rows of all feed-forward layers of a model, in numbers.
@@ -113,14 +125,12 @@ impl FeedForward {
             FeedForward::Experts(experts) => {
                 experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out);
             }
-            FeedForward::Both(DenseAndExperts { dense: mlp, dense_norm, experts: routed, input_norm, output_norm }) => {
+            FeedForward::Both(layer) => {
                 let Workspace { dense, experts, both, rows } = workspace;
-                mlp.forward(pass, input, dense, out);
-                pass.norm_branch(out, dense_norm.as_ref(), rows);
-                pass.norm(x, input_norm.as_ref(), input);
-                routed.forward_routed_by(pass, x, input, dense, experts, both);
-                pass.norm_branch(both, output_norm.as_ref(), rows);
-                pass.kernel.add_scaled(out, both, 1.0);
+                layer.dense.forward(pass, input, dense, out);
+                layer.expert_input(pass, x, input);
+                layer.experts.forward_routed_by(pass, x, input, dense, experts, both);
+                layer.join(pass, out, both, rows);
             }
         }
     }

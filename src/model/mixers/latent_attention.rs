@@ -198,6 +198,10 @@ impl LatentAttention {
     ) {
         let LatentConfig { kv_rank, rope, value, .. } = self.sizes;
         let heads = self.keys.len();
+        if workspace.heads.len() < heads {
+            // A layer that is computed alone: nothing was reserved for the model.
+            workspace.heads.resize_with(heads, HeadWorkspace::default);
+        }
         // Queries, and the vector of keys and values.
         context.pass.linear(&self.in_proj, input, &mut workspace.in_proj);
         self.project_queries(context, workspace);

@@ -338,7 +338,7 @@ fn query_order(config: &Config, latent: &LatentConfig) -> impl Fn(usize) -> usiz
 fn load_in_proj(loader: &Loader<'_>, config: &Config, latent: &LatentConfig, index: usize) -> Result<Linear> {
     let LatentConfig { q_rank, kv_rank, plain, rope, .. } = *latent;
     let name = |suffix: &str| format!("blk.{index}.{suffix}");
-    let order = query_order(config, &latent);
+    let order = query_order(config, latent);
     let adjacent = config.family.position == Position::RopeAdjacent;
     let key_order = move |row: usize| match row.checked_sub(kv_rank) {
         Some(i) if adjacent => kv_rank + halves_of_pairs(i, rope),

@@ -251,7 +251,7 @@ impl Model {
             return Err(Error::argument("logits", found, "hidden states"));
         }
         if !config.causal && !input.session.is_empty() {
-            let found = format_args!("{} tokens, and attention in both directions", input.session.len());
+            let found = format!("{} tokens, and attention in both directions", input.session.len());
             return Err(Error::argument("session", found, "an empty session, because all tokens see each other"));
         }
         Ok(())

@@ -403,7 +403,7 @@ impl Widths {
     pub(super) fn new(config: &Config, weights: &Weights) -> Widths {
         let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
         for (layer, own) in weights.layers.iter().zip(&config.layers) {
-            layer.mixer.widen(config, own, &mut widths.mixers);
+            layer.mixer.widen(own, &mut widths.mixers);
             layer.ffn.widen(config, &mut widths.ffn);
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);

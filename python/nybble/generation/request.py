@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError, ModelError
 
 if TYPE_CHECKING:
@@ -176,5 +175,7 @@ def _is_id(item: object) -> bool:
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
+            from nybble.constraints.native import constraint
+
             return constraint(tokenizer._grammar_vocabulary, kind, text)
     return None

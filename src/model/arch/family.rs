@@ -231,22 +231,44 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     xielu: false,
 };
 
-/// A family of layers of attention and a feed-forward network.
-pub(super) const fn family(
-    name: &'static str,
-    norm: NormKind,
-    residual: Residual,
-    position: Position,
-    activation: Activation,
-    quirks: Quirks,
-) -> Family {
-    Family { name, layers: ATTENTION, norm, residual, position, activation, quirks }
+/// A family with the choices of most: layers of attention and a feed-forward network in sequence, RMS norms, rotary embedding
+/// and SiLU. Its methods change that.
+pub(super) const fn family(name: &'static str) -> Family {
+    Family {
+        name,
+        layers: ATTENTION,
+        norm: NormKind::Rms,
+        residual: Residual::Sequential,
+        position: Position::Rope,
+        activation: Activation::Silu,
+        quirks: DEFAULT_QUIRKS,
+    }
 }
 
 impl Family {
+    pub(super) const fn norm(self, norm: NormKind) -> Family {
+        Family { norm, ..self }
+    }
+
+    pub(super) const fn parallel(self) -> Family {
+        Family { residual: Residual::Parallel, ..self }
+    }
+
+    pub(super) const fn position(self, position: Position) -> Family {
+        Family { position, ..self }
+    }
+
+    pub(super) const fn activation(self, activation: Activation) -> Family {
+        Family { activation, ..self }
+    }
+
     /// The family with layers of latent attention.
     pub(super) const fn latent(self) -> Family {
         Family { layers: LATENT_ATTENTION, ..self }
+    }
+
+    pub(super) const fn quirks(self, quirks: Quirks) -> Family {
+        Family { quirks, ..self }
     }
 
     /// The kind of layer `index`.

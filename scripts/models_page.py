@@ -4,7 +4,8 @@ python scripts/models_page.py            # writes the table
 python scripts/models_page.py --check    # fails when the table is not up to date, or when a family is missing from it
 
 The families come from tests/data/families.txt (the crate's own table), their descriptions and sizes from
-docs/families.toml, and what is tested from the checkpoints under tests/data.
+docs/families.json, and what is tested from the checkpoints under tests/data. In docs/families.json, `sizes` are published models with billions of
+weights, and `try` is a repository of the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -54,7 +54,7 @@ def row(family: dict[str, Any], known: dict[str, tuple[str, set[str]]]) -> str:
     architectures = sorted({known[name][0] for name in types} | set(family.get("architectures", [])))
     missing = [name for name in types if not known[name][1] & folders]
     if missing:
-        raise SystemExit(f"docs/families.toml: no checkpoint under tests/data has the model type {missing[0]}")
+        raise SystemExit(f"docs/families.json: no checkpoint under tests/data has the model type {missing[0]}")
     checks = ["folders", "GGUF"]
     if any(file.split("-")[0] in {alias for name in types for alias in known[name][1]} for file in files):
         checks[1] = "GGUF of llama.cpp"
@@ -75,13 +75,13 @@ def _largest(sizes: dict[str, float], memory: int) -> str:
 
 def table() -> str:
     """All of the table."""
-    families = tomllib.loads((ROOT / "docs/families.toml").read_text())["family"]
+    families = json.loads((ROOT / "docs/families.json").read_text())
     known = known_families()
     listed = {known[name][0] for family in families for name in family["types"]}
     listed |= {name for family in families for name in family.get("architectures", [])}
     absent = sorted({architecture for architecture, _ in known.values()} - listed)
     if absent:
-        raise SystemExit(f"docs/families.toml: the architecture {absent[0]} is missing")
+        raise SystemExit(f"docs/families.json: the architecture {absent[0]} is missing")
     memory = " | ".join(f"{gb} GB" for gb in MEMORY_GB)
     head = f"| family | GGUF architecture | tested | {memory} | try it |\n|{' --- |' * (4 + len(MEMORY_GB))}\n"
     return head + "\n".join(row(family, known) for family in families) + "\n"

@@ -4,8 +4,8 @@ python scripts/models_page.py            # writes the table
 python scripts/models_page.py --check    # fails when the table is not up to date, or when a family is missing from it
 
 The families come from tests/data/families.txt (the crate's own table), their descriptions and sizes from
-docs/families.json, and what is tested from the checkpoints under tests/data. In docs/families.json, `sizes` are published models with billions of
-weights, and `try` is a repository of the Hugging Face Hub.
+docs/families.json, and what is tested from the checkpoints under tests/data. In docs/families.json, `sizes` are
+published models with billions of weights, and `try` is a repository of the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"

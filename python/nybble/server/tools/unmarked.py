@@ -20,9 +20,9 @@ _KEYS = ("name", "arguments", "parameters", "function", "id", "type")
 class UnmarkedCalls:
     """Decides, character by character, whether a whole answer is a call, or several, without markers.
 
-    Such an answer is one JSON object, an array of them, or one code fence (of backticks or tildes, as in CommonMark) around
-    either, in which each object names a function. Around it there may be white space, and behind it the closing marker of
-    the format.
+    Such an answer is one JSON object, an array of them, or one code fence around either, in which each object names a
+    function. A fence has three backticks or tildes, or more. Around the answer there may be white space, and behind it
+    the closing marker of the format.
 
     Args:
         functions: The functions that may be called.

@@ -35,7 +35,7 @@ class ModelInfo:
     cache_type: str
     """Type of the KV cache: "f16", "int8" or "f32"."""
     cache_bytes_per_token: int
-    """Bytes of KV cache per token."""
+    """Bytes of KV cache per token. Tokens outside of a window take less."""
     cache_bytes: int
     """Bytes of KV cache of a sequence that fills the context. A shorter sequence takes less."""
     embedding_size: int = 0

@@ -44,6 +44,8 @@ pub(super) struct Prefixes {
     children: HashMap<u64, Vec<u64>>,
     last: u64,
     clock: u64,
+    /// Bytes of all pages.
+    bytes: usize,
 }
 
 impl Prefixes {
@@ -52,9 +54,14 @@ impl Prefixes {
         self.blocks.len()
     }
 
-    /// Number of pages that sequences use, too. Evicting them would free no memory.
-    pub(super) fn in_use(&self) -> usize {
-        self.blocks.values().filter(|block| block.page.is_shared()).count()
+    /// Bytes of all pages.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Bytes that sequences use, too. Evicting them would free no memory.
+    pub(super) fn bytes_in_use(&self) -> usize {
+        self.blocks.values().map(|block| block.page.shared_bytes()).sum()
     }
 
     /// The id and page of the block with this key.
@@ -72,12 +79,18 @@ impl Prefixes {
         (count >= MIN_COPIED_TOKENS).then(|| (block.page.clone(), count))
     }
 
-    /// Adds a block unless there is one with this key. Returns the id and page of the block in the cache.
+    /// Adds a block, or what the block with this key lacks. Returns the id and page of the block in the cache.
     pub(super) fn insert(&mut self, key: Key, page: SharedPage) -> (u64, SharedPage) {
-        if let Some(found) = self.find(&key) {
-            return found;
+        if let Some(number) = self.numbers.get(&key)
+            && let Some(block) = self.blocks.get_mut(number)
+        {
+            self.bytes -= block.page.bytes();
+            block.page.complete_from(&page);
+            self.bytes += block.page.bytes();
+            return (*number, block.page.clone());
         }
         self.last += 1;
+        self.bytes += page.bytes();
         let depth = self.blocks.get(&key.parent).map_or(0, |parent| parent.depth + 1);
         self.numbers.insert(key, self.last);
         self.children.entry(key.parent).or_default().push(self.last);
@@ -94,15 +107,26 @@ impl Prefixes {
         }
     }
 
-    /// Evicts up to `count` pages that no sequence uses and returns how many: the least recently used first, and of these the
-    /// deepest, so that a block never loses its parent.
-    pub(super) fn evict(&mut self, count: usize) -> usize {
+    /// Frees at least `bytes`, as far as sequences do not use them, and returns how many: blocks that no sequence uses, the
+    /// least recently used first, and of these the deepest, so that a block never loses its parent; then what the others hold
+    /// alone, the deepest last.
+    pub(super) fn evict(&mut self, bytes: usize) -> usize {
+        let freed = self.free(bytes);
+        self.bytes -= freed;
+        freed
+    }
+
+    fn free(&mut self, bytes: usize) -> usize {
+        let mut freed = 0;
         let unused = self.blocks.iter().filter(|(_, block)| !block.page.is_shared());
         let mut unused: Vec<_> = unused.map(|(number, b)| (b.used, Reverse(b.depth), *number)).collect();
         unused.sort_unstable();
-        unused.truncate(count);
         for (_, _, number) in &unused {
+            if freed >= bytes {
+                return freed;
+            }
             let Some(block) = self.blocks.remove(number) else { continue };
+            freed += block.page.bytes();
             self.numbers.remove(&block.key);
             if let Some(siblings) = self.children.get_mut(&block.key.parent) {
                 siblings.retain(|sibling| sibling != number);
@@ -111,6 +135,14 @@ impl Prefixes {
                 }
             }
         }
-        unused.len()
+        let mut used: Vec<_> = self.blocks.values_mut().collect();
+        used.sort_unstable_by_key(|block| (block.used, block.depth));
+        for block in used {
+            if freed >= bytes {
+                break;
+            }
+            freed += block.page.free_unshared();
+        }
+        freed
     }
 }

@@ -206,7 +206,7 @@ impl Scheduler {
             running: self.running.len(),
             waiting: self.waiting.len(),
             cached_pages: self.prefixes.len(),
-            cache_bytes: self.bytes(self.prefixes.len()),
+            cache_bytes: self.bytes(self.prefixes.bytes()),
             ..self.counts
         }
     }
@@ -247,14 +247,13 @@ impl Scheduler {
         Ok(events)
     }
 
-    /// Bytes of keys and values, with `shared` pages in the prefix cache.
+    /// Bytes of keys and values, with `shared` bytes in the prefix cache.
     fn bytes(&self, shared: usize) -> usize {
-        let page = self.model.cache_bytes_per_page();
         let own = |entry: &Entry| {
             let draft = entry.draft_session.as_ref().map_or(0, Session::bytes);
-            entry.sequence.session.bytes() - entry.blocks * page + draft
+            entry.sequence.session.bytes_from(entry.blocks).saturating_add(draft)
         };
-        self.running.iter().map(own).fold(shared.saturating_mul(page), usize::saturating_add)
+        self.running.iter().map(own).fold(shared, usize::saturating_add)
     }
 
     /// Admits waiting sequences in order of arrival while there are slots, and memory for their prompts.
@@ -264,9 +263,9 @@ impl Scheduler {
         {
             let reused = if self.options.prefix_cache { entry.reuse(&self.prefixes) } else { 0 };
             self.running.push(entry);
-            let pending = |entry: &Entry| entry.sequence.session.bytes_for(entry.sequence.pending.len());
+            let pending = |entry: &Entry| entry.sequence.session.kept_bytes_for(entry.sequence.pending.len());
             let pending = self.running.iter().map(pending).fold(0, usize::saturating_add);
-            let needed = self.bytes(self.prefixes.in_use()).saturating_add(pending);
+            let needed = self.bytes(self.prefixes.bytes_in_use()).saturating_add(pending);
             if needed > self.options.cache_bytes
                 && self.running.len() > 1
                 && let Some(mut entry) = self.running.pop()
@@ -318,12 +317,12 @@ impl Scheduler {
         let needed = self.running.iter().map(|entry| entry.sequence.session.bytes_for(entry.rows));
         let needed = needed.fold(0, usize::saturating_add);
         let excess = |scheduler: &Scheduler| {
-            let bytes = scheduler.bytes(scheduler.prefixes.len());
+            let bytes = scheduler.bytes(scheduler.prefixes.bytes());
             bytes.saturating_add(needed).saturating_sub(scheduler.options.cache_bytes)
         };
-        let pages = excess(self).div_ceil(self.model.cache_bytes_per_page().max(1));
-        if pages > 0 {
-            self.prefixes.evict(pages);
+        let bytes = excess(self);
+        if bytes > 0 {
+            self.prefixes.evict(bytes);
         }
         if excess(self) == 0 {
             return true;
@@ -372,6 +371,9 @@ impl Scheduler {
             if entry.rows > 0 {
                 let logits = entry.logits();
                 let Sequence { session, pending, sampler, .. } = &mut entry.sequence;
+                if self.options.prefix_cache {
+                    session.keep_unseen();
+                }
                 if logits != Logits::None {
                     samplers.push(sampler);
                 }
@@ -425,6 +427,7 @@ impl Scheduler {
             }
             if self.options.prefix_cache {
                 entry.share(&mut self.prefixes);
+                entry.sequence.session.free_unseen();
             }
         }
         for entry in self.running.extract_if(.., |entry| entry.remaining == 0) {

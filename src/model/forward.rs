@@ -94,6 +94,7 @@ impl Transformer {
             }
         } else {
             self.invalidate_overflowed(inputs, &mut logits[before..]);
+            inputs.iter_mut().for_each(|input| input.session.end_step());
         }
         result
     }

@@ -2,14 +2,16 @@
 //! its input. A layer's weights are in memory only while it computes.
 
 use super::batch::{Input, Logits};
+use super::buffer::Buffer;
 use super::config::Config;
-use super::ffn::FeedForward;
 use super::ffn::dense::Mlp;
 use super::ffn::experts::Experts;
+use super::ffn::{DenseAndExperts, FeedForward};
 use super::forward::Workspace;
-use super::mixers::{Mixer, MixerContext, span_rows};
+use super::mixers::{MixerContext, span_rows};
 use super::model::{LoadOptions, Model};
 use super::pass::Pass;
+use super::state::session::Session;
 use super::transformer::{Layer, Weights};
 use super::weights::loader::Loader;
 use crate::error::{Error, Place, Result};
@@ -55,6 +57,9 @@ pub(crate) enum Site {
     Down(Network),
 }
 
+/// The tensors that read the input of the mixer.
+const QKV: &[&str] = &["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_gate", "attn_q_a", "attn_kv_a_mqa"];
+
 impl Site {
     /// The expert that the site belongs to, if it is one of those that tokens choose.
     pub(crate) fn expert(self) -> Option<usize> {
@@ -67,7 +72,7 @@ impl Site {
     /// The tensors that may belong to the site, without the layer's prefix. Which of them exist depends on the family.
     pub(crate) fn tensors(self) -> Vec<String> {
         let (parts, network): (&[&str], _) = match self {
-            Site::Qkv => (&["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_gate"], Network::Dense),
+            Site::Qkv => (QKV, Network::Dense),
             Site::AttentionOutput => (&["attn_output"], Network::Dense),
             Site::Up(network) => (&["ffn_gate", "ffn_up", "ffn_gate_up"], network),
             Site::Down(network) => (&["ffn_down"], network),
@@ -101,7 +106,20 @@ impl LoadedLayer {
     pub(crate) fn networks(&self) -> Vec<Network> {
         let Some(experts) = self.experts() else { return vec![Network::Dense] };
         let chosen = (0..experts.experts().len()).map(Network::Expert);
-        chosen.chain(experts.shared().map(|_| Network::Shared)).collect()
+        let dense = self.both().map(|_| Network::Dense);
+        dense.into_iter().chain(chosen).chain(experts.shared().map(|_| Network::Shared)).collect()
+    }
+
+    /// Whether a dense network accompanies experts, which have an input of their own.
+    pub(crate) fn has_both(&self) -> bool {
+        self.both().is_some()
+    }
+
+    fn both(&self) -> Option<&DenseAndExperts> {
+        match &self.layer.ffn {
+            FeedForward::Both(both) => Some(both),
+            FeedForward::Dense(_) | FeedForward::Experts(_) => None,
+        }
     }
 
     fn experts(&self) -> Option<&Experts> {
@@ -115,9 +133,11 @@ impl LoadedLayer {
     fn network(&self, network: Network) -> &Mlp {
         match (&self.layer.ffn, network) {
             (FeedForward::Dense(mlp), _) => mlp,
-            (FeedForward::Experts(experts), Network::Expert(index)) => &experts.experts()[index],
-            (FeedForward::Experts(experts), _) => experts.shared().unwrap_or(&experts.experts()[0]),
-            (FeedForward::Both(both), _) => &both.dense,
+            (FeedForward::Both(both), Network::Dense) => &both.dense,
+            (FeedForward::Experts(experts) | FeedForward::Both(DenseAndExperts { experts, .. }), _) => match network {
+                Network::Expert(index) => &experts.experts()[index],
+                _ => experts.shared().unwrap_or(&experts.experts()[0]),
+            },
         }
     }
 }
@@ -185,20 +205,12 @@ impl Layerwise {
     /// [`Error::Unsupported`] with a tensor that shows what it does not compute.
     pub(crate) fn check(&self, checkpoint: &dyn Checkpoint, loaded: &LoadedLayer) -> Result<()> {
         let LoadedLayer { index, layer } = loaded;
-        let part = match layer {
-            Layer { streams: Some(_), .. } => "altup_router.weight",
-            Layer { per_layer: Some(_), .. } => "inp_gate.weight",
-            Layer { scale: Some(_), .. } => "layer_output_scale.weight",
-            Layer { ffn: FeedForward::Both(_), .. } => "ffn_gate_inp.weight",
-            Layer { mixer: Mixer::LatentAttention(_), .. } => "attn_kv_a_mqa.weight",
-            Layer { ffn: FeedForward::Experts(_), .. } if self.config().family.quirks.weighted_input => {
-                "ffn_gate_inp.weight"
-            }
-            _ => return Ok(()),
-        };
+        if layer.streams.is_none() {
+            return Ok(());
+        }
         Err(Error::Unsupported {
             path: checkpoint.path().to_path_buf(),
-            place: Place::Tensor(format!("blk.{index}.{part}")),
+            place: Place::Tensor(format!("blk.{index}.altup_router.weight")),
             what: format!("calibration of a model of the family {}", self.config().family.name),
             supported: "supported: recipes without calibration for this family".to_owned(),
         })
@@ -220,11 +232,13 @@ impl Layerwise {
                         *mlp = Mlp::load(loader, config, *index, "", None)?;
                         Ok(())
                     }
-                    (FeedForward::Experts(experts), Network::Expert(at)) => {
-                        experts.reload(loader, config, *index, Some(at))
+                    (FeedForward::Both(both), Network::Dense) => {
+                        both.dense = Mlp::load(loader, config, *index, "", None)?;
+                        Ok(())
                     }
-                    (FeedForward::Experts(experts), _) => experts.reload(loader, config, *index, None),
-                    (FeedForward::Both(_), _) => Ok(()),
+                    (FeedForward::Experts(experts) | FeedForward::Both(DenseAndExperts { experts, .. }), _) => {
+                        experts.reload(loader, config, *index, site.expert())
+                    }
                 },
             }
         })
@@ -236,7 +250,7 @@ impl Layerwise {
     /// [`Error::OutOfMemory`], and [`Error::ContextFull`] for a window
     /// that is longer than the context.
     pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.in_batches(tokens, |pass, w, _, stream: &mut Vec<f32>| {
+        self.in_batches(tokens, &mut self.session(), |pass, w, _, stream: &mut Vec<f32>| {
             self.model.transformer.embed(pass, w);
             stream.extend_from_slice(&w.x);
         })
@@ -250,15 +264,31 @@ impl Layerwise {
         })
     }
 
-    /// The input of attention's output projection `(tokens, attended_width)`, for the residual stream `x` of a window.
+    /// An empty session.
+    pub(crate) fn session(&self) -> Session {
+        self.model.session()
+    }
+
+    /// Whether a later layer reads the keys and values of layer `index`.
+    pub(crate) fn is_shared(&self, index: usize) -> bool {
+        self.config().layers.iter().any(|layer| layer.shares == Some(index))
+    }
+
+    /// Whether layer `index` or a later one reads keys and values of a layer before it.
+    pub(crate) fn depends_on_earlier(&self, index: usize) -> bool {
+        self.config().layers.iter().skip(index).any(|layer| layer.shares.is_some_and(|source| source < index))
+    }
+
+    /// The input of attention's output projection `(tokens, attended_width)`, for the residual stream `x` of a window. The keys
+    /// and values go to `session`, or come from it where the layer reads those of an earlier one.
     ///
     /// # Errors
     /// Those of [`Layerwise::embed`].
-    pub(crate) fn attended(&self, loaded: &LoadedLayer, x: &[f32]) -> Result<Vec<f32>> {
+    pub(crate) fn attended(&self, loaded: &LoadedLayer, x: &[f32], session: &mut Session) -> Result<Vec<f32>> {
         let (hidden, positions) = (self.config().hidden, &self.model.transformer.positions);
         let LoadedLayer { index, layer: Layer { mixer_norms, mixer, .. } } = loaded;
         let tokens = vec![0; x.len() / hidden];
-        self.in_batches(&tokens, |pass, w, inputs, attended: &mut Vec<f32>| {
+        self.in_batches(&tokens, session, |pass, w, inputs, attended: &mut Vec<f32>| {
             w.mixers.prepare(positions, &w.batch);
             let at = w.batch.rows.first().map_or(0, |row| row.position) * hidden;
             let x = &x[at..][..w.batch.rows.len() * hidden];
@@ -288,10 +318,24 @@ impl Layerwise {
         })
     }
 
-    /// The experts that each token chooses, and their weights `(tokens, experts used)`. Empty for a dense layer.
-    pub(crate) fn route(&self, loaded: &LoadedLayer, input: &[f32]) -> Vec<(usize, f32)> {
+    /// The input of the experts `(tokens, hidden)` that a dense network accompanies, from the stream `x` after attention.
+    pub(crate) fn expert_input(&self, loaded: &LoadedLayer, x: &[f32]) -> Vec<f32> {
+        self.pass(|pass, w| {
+            if let Some(both) = loaded.both() {
+                both.expert_input(pass, x, &mut w.input);
+            }
+            w.input.values.to_vec()
+        })
+    }
+
+    /// The experts that each token chooses, and their weights `(tokens, experts used)`, from the stream `x` after attention and
+    /// the input of the feed-forward networks. Empty for a dense layer.
+    pub(crate) fn route(&self, loaded: &LoadedLayer, x: &[f32], input: &[f32]) -> Vec<(usize, f32)> {
         let Some(experts) = loaded.experts() else { return Vec::new() };
         self.pass(|pass, w| {
+            if loaded.has_both() {
+                return experts.route_by(pass, x, &mut w.input);
+            }
             w.input.values.copy_from(input);
             experts.route(pass, &mut w.input)
         })
@@ -326,19 +370,57 @@ impl Layerwise {
         })
     }
 
-    /// Adds the output of the feed-forward networks `(tokens, hidden)` to the stream `x`.
-    pub(crate) fn join_ffn(&self, loaded: &LoadedLayer, out: &[f32], x: &mut [f32]) {
+    /// The output of a dense network and of the experts next to it `(tokens, hidden)`, from the output of each.
+    pub(crate) fn join_both(&self, loaded: &LoadedLayer, dense: &[f32], experts: &[f32]) -> Vec<f32> {
         let hidden = self.config().hidden;
         self.pass(|pass, w| {
-            let width = hidden.next_multiple_of(PANEL);
-            w.branch.resize(out.len() / hidden * width);
-            for (row, out) in w.branch.chunks_exact_mut(width).zip(out.chunks_exact(hidden)) {
-                row[..hidden].copy_from_slice(out);
+            let mut sum = Buffer::default();
+            pad_rows(dense, hidden, &mut w.branch);
+            pad_rows(experts, hidden, &mut sum);
+            if let Some(both) = loaded.both() {
+                both.join(pass, &mut w.branch, &mut sum, &mut w.rows);
             }
-            pass.norm_branch(&mut w.branch, loaded.layer.ffn_norms.output.as_ref(), &mut w.rows);
+            let width = hidden.next_multiple_of(PANEL);
+            w.branch.chunks(width).flat_map(|row| &row[..hidden]).copied().collect()
+        })
+    }
+
+    /// Adds the output of the feed-forward networks `(tokens, hidden)` to the stream `x` of a window of `tokens`.
+    ///
+    /// # Errors
+    /// Those of [`Layerwise::embed`].
+    pub(crate) fn join_ffn(&self, loaded: &LoadedLayer, tokens: &[u32], out: &[f32], x: &mut [f32]) -> Result<()> {
+        let (hidden, layer) = (self.config().hidden, &loaded.layer);
+        let vectors = self.vectors(loaded, tokens)?;
+        self.pass(|pass, w| {
+            pad_rows(out, hidden, &mut w.branch);
+            pass.norm_branch(&mut w.branch, layer.ffn_norms.output.as_ref(), &mut w.rows);
             pass.join(x, &w.branch);
-            pass.norm_stream(x, loaded.layer.ffn_norms.stream.as_ref(), &mut w.input);
+            pass.norm_stream(x, layer.ffn_norms.stream.as_ref(), &mut w.input);
+            if let Some(per_layer) = &layer.per_layer {
+                per_layer.compute(pass, 0, x, &mut w.input, &vectors, &mut w.branch, &mut w.rows);
+                pass.join(x, &w.branch);
+            }
+            if let Some(scale) = layer.scale {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         });
+        Ok(())
+    }
+
+    /// The vectors of a layer that depend on the tokens `(tokens, width)`; none where it has none.
+    fn vectors(&self, loaded: &LoadedLayer, tokens: &[u32]) -> Result<Vec<f32>> {
+        let transformer = &self.model.transformer;
+        let (Some(all), Some(_)) = (&transformer.weights.per_layer, &loaded.layer.per_layer) else {
+            return Ok(Vec::new());
+        };
+        let width = all.width() / self.config().layers.len();
+        self.in_batches(tokens, &mut self.session(), |pass, w, _, vectors| {
+            transformer.embed(pass, w);
+            let Workspace { batch, x, input, branch, rows, per_layer: out, .. } = w;
+            all.compute(pass, &batch.rows, x, input, branch, rows, out);
+            vectors.extend(out.chunks(all.width()).flat_map(|row| &row[loaded.index * width..][..width]));
+        })
     }
 
     /// The logits `(tokens, vocabulary)` of the stream `x` after the last layer.
@@ -361,15 +443,19 @@ impl Layerwise {
         })
     }
 
-    /// Runs `step` over the tokens of one session, a batch at a time.
+    /// Runs `step` over the tokens of `session`, from its first position on, a batch at a time. A session that is not empty
+    /// holds keys and values of as many tokens.
     fn in_batches(
         &self,
         tokens: &[u32],
+        session: &mut Session,
         mut step: impl FnMut(&Pass<'_>, &mut Workspace, &mut [Input<'_>], &mut Vec<f32>),
     ) -> Result<Vec<f32>> {
-        let mut session = self.model.session();
-        session.reserve(tokens.len())?;
-        let mut inputs = [Input::new(&mut session, tokens, Logits::None)];
+        match session.len() {
+            0 => session.reserve(tokens.len())?,
+            _ => session.rewind()?,
+        }
+        let mut inputs = [Input::new(session, tokens, Logits::None)];
         let mut out = Vec::new();
         self.pass(|pass, w| {
             w.batch.start(1);
@@ -379,5 +465,14 @@ impl Layerwise {
             }
         });
         Ok(out)
+    }
+}
+
+/// Copies `rows (tokens, hidden)` to `out (tokens, hidden rounded up to panels)`.
+fn pad_rows(rows: &[f32], hidden: usize, out: &mut Buffer) {
+    let width = hidden.next_multiple_of(PANEL);
+    out.resize(rows.len() / hidden * width);
+    for (out, row) in out.chunks_exact_mut(width).zip(rows.chunks_exact(hidden)) {
+        out[..hidden].copy_from_slice(row);
     }
 }

@@ -349,7 +349,7 @@ impl Model {
         self.shape.cache_type
     }
 
-    /// Bytes per token of a session, rounded up. Sessions grow by 64 tokens at a time.
+    /// Bytes per token of a session, rounded up, before layers with a window free any. Sessions grow by 64 tokens at a time.
     pub fn cache_bytes_per_token(&self) -> usize {
         self.shape.page_bytes().div_ceil(kernels::PAGE)
     }
@@ -382,7 +382,7 @@ impl Model {
 
     /// Bytes of keys and values of a session that fills the context.
     pub fn cache_bytes(&self) -> usize {
-        self.shape.bytes(self.context).unwrap_or(usize::MAX)
+        self.shape.kept_bytes(self.context)
     }
 
     /// Bytes of packed weights that are read for one decoded token.

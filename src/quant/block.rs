@@ -84,23 +84,6 @@ impl BlockType {
         ALL.into_iter().find(|known| known.id() == id)
     }
 
-    /// The name of a type that ggml has withdrawn, by its id, and what to take instead.
-    pub(crate) fn retired(id: u32) -> Option<(&'static str, &'static str)> {
-        let q4_0 = "a file in Q4_0, whose weights are rearranged while they load";
-        let iq4_nl = "a file in IQ4_NL, whose weights are rearranged while they load";
-        Some(match id {
-            4 => ("Q4_2", "a newer file, for example in Q4_0 or Q4_K"),
-            5 => ("Q4_3", "a newer file, for example in Q4_1 or Q4_K"),
-            31 => ("Q4_0_4_4", q4_0),
-            32 => ("Q4_0_4_8", q4_0),
-            33 => ("Q4_0_8_8", q4_0),
-            36 => ("IQ4_NL_4_4", iq4_nl),
-            37 => ("IQ4_NL_4_8", iq4_nl),
-            38 => ("IQ4_NL_8_8", iq4_nl),
-            _ => return None,
-        })
-    }
-
     /// The type with this [`BlockType::name`], ignoring case.
     pub fn from_name(name: &str) -> Option<BlockType> {
         ALL.into_iter().find(|known| known.name().eq_ignore_ascii_case(name))

@@ -9,6 +9,7 @@ mod encode;
 mod few_bits;
 mod grids;
 mod layout;
+pub(crate) mod other_types;
 #[doc(hidden)]
 pub mod pack;
 #[doc(hidden)]

@@ -12,3 +12,4 @@ mod sampler;
 mod scheduler;
 mod sequences;
 mod threads;
+mod windows;

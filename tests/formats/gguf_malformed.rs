@@ -378,6 +378,16 @@ fn withdrawn_block_types_are_refused_by_name() {
 }
 
 #[test]
+fn types_of_other_programs_are_refused_by_name() {
+    let others = [(36, "I2_S"), (133, "Q6_0"), (139, "IQ4_K"), (158, "IQ1_KT"), (212, "Q4_K_R4"), (399, "Q8_K_R8")];
+    for (type_id, name) in others {
+        let file = Builder::new().tensor("t", &[256], type_id, 0).data([0; 2048]);
+        let error = Saved::new(&file.bytes()).open().unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("ik_llama.cpp"), "{error}");
+    }
+}
+
+#[test]
 fn a_first_dimension_that_does_not_fill_blocks_is_refused() {
     for (type_id, name, block, columns) in [(Q4_0, "Q4_0", 32, 33), (12, "Q4_K", 256, 32), (14, "Q6_K", 256, 1)] {
         // The number of values alone would fill blocks.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nybble::Error;
+use nybble::format::Checkpoint;
 use nybble::format::gguf::{Gguf, NewTensor, Writer};
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
@@ -57,31 +58,31 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
 
-/// The checkpoints of all families that can be calibrated: not those with latent attention, several streams or a vector for
-/// each layer, experts with weighted inputs, or experts next to a dense network.
+/// The checkpoints of all families that can be calibrated: not those with several streams.
 fn calibrated_families() -> Vec<String> {
-    const OTHERS: [&str; 4] = ["deepseek_", "gemma3n", "gemma4", "llama4_"];
     let all = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let can = |name: &String| name != "glm4_moe_lite" && !OTHERS.iter().any(|start| name.starts_with(start));
-    let mut families: Vec<String> = all.filter(can).collect();
+    let mut families: Vec<String> = all.filter(|name| name != "gemma3n").collect();
     families.sort();
-    assert_eq!(families.len(), 60);
+    assert_eq!(families.len(), 70);
     families
+}
+
+/// Whether tokens choose among experts.
+fn has_experts(source: &Path) -> bool {
+    Gguf::open(source).unwrap().names().into_iter().any(|name| name.ends_with("ffn_gate_inp.weight"))
 }
 
 #[test]
 fn families_that_cannot_be_calibrated_are_refused_by_name_and_rounded() {
-    for name in ["deepseek_v3", "gemma3n", "gemma4", "gemma4-moe", "llama4_text", "glm4_moe_lite"] {
-        let folder = tempfile::tempdir().unwrap();
-        let source = source(&folder, name);
-        let out = folder.path().join("out.gguf");
-        let error = run_forced(&source, &out, &options(gptq())).unwrap_err().to_string();
-        assert!(error.contains("calibration of a model of the family"), "{error}");
-        assert!(!out.exists());
-        run_forced(&source, &out, &options(RTN)).unwrap();
-        let (expected, found) = (logits(&source), logits(&out));
-        assert!(distance(&found, &expected) < distance(&expected, &vec![0.0; expected.len()]), "{name}");
-    }
+    let (name, folder) = ("gemma3n", tempfile::tempdir().unwrap());
+    let source = source(&folder, name);
+    let out = folder.path().join("out.gguf");
+    let error = run_forced(&source, &out, &options(gptq())).unwrap_err().to_string();
+    assert!(error.contains("calibration of a model of the family"), "{error}");
+    assert!(!out.exists());
+    run_forced(&source, &out, &options(RTN)).unwrap();
+    let (expected, found) = (logits(&source), logits(&out));
+    assert!(distance(&found, &expected) < distance(&expected, &vec![0.0; expected.len()]), "{name}");
 }
 
 #[test]
@@ -129,7 +130,9 @@ fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
             distance(&logits(&out), &expected)
         };
         let (rounded, own) = (distance_of(RTN), distance_of(Recipe::Awq(None)));
-        assert!(own < 1.3 * rounded, "{name}: {own}, by rounding {rounded}");
+        // A small error sends a token to other experts, so with them both distances are mostly chance.
+        let most = if has_experts(&source) { 2.0 } else { 1.3 };
+        assert!(own < most * rounded, "{name}: {own}, by rounding {rounded}");
         let norm = |file: &Path| {
             let file = Gguf::open(file).unwrap();
             file.tensor("blk.1.attn_norm.weight").map(|tensor| file.data(tensor).to_vec())

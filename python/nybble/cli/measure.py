@@ -112,7 +112,7 @@ def _speed(
     # Each weight is multiplied and added once per token, but only the last token of a prompt needs the output layer.
     weights = info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
     # A step reads the weights once, and the KV cache of each sequence.
-    cached = info.cache_bytes / info.context * (length + generate / 2)
+    cached = info.cache_bytes_per_token * (length + generate / 2)
     step_bytes = info.bytes_per_token + batch * cached
     return Speed(
         threads=info.threads,

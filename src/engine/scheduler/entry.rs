@@ -80,8 +80,13 @@ impl Entry {
 
     /// The key of the block that it computes next, if its tokens fill one.
     pub(super) fn next_block(&self) -> Option<Key> {
-        let tokens = self.sequence.tokens.get(self.blocks * PAGE..)?.first_chunk()?;
-        Some(Key { parent: self.block, tokens: *tokens })
+        self.block_at(self.blocks, self.block)
+    }
+
+    /// The key of block `index` after the block `parent`, if its tokens fill one.
+    fn block_at(&self, index: usize, parent: u64) -> Option<Key> {
+        let tokens = self.sequence.tokens.get(index * PAGE..)?.first_chunk()?;
+        Some(Key { parent, tokens: *tokens })
     }
 
     /// Frees its KV cache. All of its tokens are computed again.
@@ -94,28 +99,44 @@ impl Entry {
 
     /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.
     pub(super) fn reuse(&mut self, prefixes: &Prefixes) -> usize {
-        let mut reused = 0;
+        if self.sequence.session.len() != self.blocks * PAGE {
+            return 0;
+        }
+        let pending = &self.sequence.pending;
         // The last token is always computed: its logits are needed.
-        while self.sequence.session.len() == self.blocks * PAGE && self.sequence.pending.len() > 1 {
-            let pending = &self.sequence.pending;
-            let most = pending.len() - 1;
-            let whole = self.next_block().and_then(|key| prefixes.find(&key));
-            let (page, tokens, number) = match whole {
-                Some((number, page)) => (page, most.min(PAGE), Some(number)),
-                None => match prefixes.find_beginning(self.block, &pending[..most]) {
-                    Some((page, tokens)) => (page, tokens, None),
+        let most = pending.len().saturating_sub(1);
+        let (mut pages, mut numbers, mut tokens, mut parent) = (Vec::new(), Vec::new(), 0, self.block);
+        while tokens < most && tokens.is_multiple_of(PAGE) {
+            let whole = self.block_at(self.blocks + numbers.len(), parent).and_then(|key| prefixes.find(&key));
+            let (page, count) = match whole {
+                Some((number, page)) => {
+                    parent = number;
+                    (page, (most - tokens).min(PAGE))
+                }
+                None => match prefixes.find_beginning(parent, &pending[tokens..most]) {
+                    Some(found) => found,
                     None => break,
                 },
             };
-            if self.sequence.session.attach_page(&page, tokens).is_err() {
+            pages.push(page);
+            numbers.push(parent);
+            tokens += count;
+        }
+        let last = if tokens.is_multiple_of(PAGE) { PAGE } else { tokens % PAGE };
+        let count = self.sequence.session.attachable(&pages, last);
+        let mut reused = 0;
+        for (page, number) in pages.iter().zip(numbers).take(count) {
+            let held = (tokens - reused).min(PAGE);
+            if self.sequence.session.attach_page(page, held).is_err() {
                 break;
             }
-            self.sequence.pending.drain(..tokens);
-            reused += tokens;
-            if let (PAGE, Some(number)) = (tokens, number) {
+            reused += held;
+            if held == PAGE {
                 (self.blocks, self.block) = (self.blocks + 1, number);
             }
         }
+        self.sequence.session.free_unseen();
+        self.sequence.pending.drain(..reused);
         self.reused += reused;
         reused
     }

@@ -14,6 +14,7 @@ use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::format::pointer::pointer_error;
 use crate::quant::block::BlockType;
+use crate::quant::other_types::{self, OtherType};
 
 /// The smallest size of a key (1 byte) with its value (1 byte).
 const MIN_ENTRY: usize = 8 + 1 + 4 + 1;
@@ -415,9 +416,8 @@ impl<'a> Cursor<'a> {
         }
         let dims = (0..n_dims).map(|_| self.u64("a dimension")).collect::<Result<Vec<u64>>>()?;
         let type_id = self.u32("the block type")?;
-        if let Some((name, advice)) = BlockType::retired(type_id) {
-            let what = format!("the type {name}, which ggml has withdrawn,");
-            let supported = format!("supported: {advice}");
+        if let Some(OtherType { name, origin, advice }) = other_types::by_id(type_id) {
+            let (what, supported) = (format!("the type {name}{origin},"), format!("supported: {advice}"));
             return Err(Error::Unsupported { path: self.path.to_path_buf(), place: place(), what, supported });
         }
         let Some(block_type) = BlockType::from_id(type_id) else {

@@ -34,7 +34,30 @@ pub struct LayerConfig {
     pub tempered: bool,
 }
 
+/// How far back queries see.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// As [`LayerConfig::window`].
+    pub(crate) window: Option<usize>,
+    /// As [`LayerConfig::chunk`].
+    pub(crate) chunk: Option<usize>,
+}
+
+impl Reach {
+    /// The first position that a query at `position` sees.
+    pub(crate) fn oldest(&self, position: usize) -> usize {
+        let in_window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let in_chunk = self.chunk.map_or(0, |chunk| position / chunk * chunk);
+        in_window.max(in_chunk)
+    }
+}
+
 impl LayerConfig {
+    /// How far back its queries see.
+    pub(crate) fn reach(&self) -> Reach {
+        Reach { window: self.window, chunk: self.chunk }
+    }
+
     /// The rotation that applies: 0 without a window, 1 with one.
     pub(crate) fn rope(&self) -> usize {
         usize::from(self.window.is_some() || self.chunk.is_some())

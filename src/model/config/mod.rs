@@ -12,6 +12,7 @@ pub(crate) use classifier::{ClassifierConfig, FIRST_DENSE, HeadActivation};
 pub use experts::{ExpertsConfig, GroupsConfig};
 pub use latent::LatentConfig;
 pub use layers::LayerConfig;
+pub(crate) use layers::Reach;
 
 use super::arch::{self, Family, MixerKind, NormKind, Position, Residual, Temperature};
 use super::rope::{self, RopeConfig, Scaling};

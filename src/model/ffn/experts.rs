@@ -218,6 +218,12 @@ impl Experts {
         choices
     }
 
+    /// As [`Experts::route`], where the router reads the residual stream `x (rows, hidden)` through a norm of its own.
+    pub(in crate::model) fn route_by(&self, pass: &Pass<'_>, x: &[f32], input: &mut LinearInput) -> Vec<Choice> {
+        self.router.prepare(pass, x, input);
+        self.route(pass, input)
+    }
+
     /// The weights `(rows)` of the shared expert's output; none without a shared expert.
     pub(in crate::model) fn shared_weights(&self, pass: &Pass<'_>, input: &mut LinearInput) -> Vec<f32> {
         let mut weights = Vec::new();

@@ -64,11 +64,21 @@ impl DenseAndExperts {
     ) {
         let Workspace { dense, experts, both, rows } = workspace;
         self.dense.forward(pass, input, dense, out);
-        pass.norm_branch(out, self.dense_norm.as_ref(), rows);
-        pass.norm(x, self.input_norm.as_ref(), input);
+        self.expert_input(pass, x, input);
         self.experts.forward_routed_by(pass, x, input, dense, experts, both);
-        pass.norm_branch(both, self.output_norm.as_ref(), rows);
-        pass.kernel.add_scaled(out, both, 1.0);
+        self.join(pass, out, both, rows);
+    }
+
+    /// The input of the experts, from the residual stream `x (rows, hidden)`.
+    pub(super) fn expert_input(&self, pass: &Pass<'_>, x: &[f32], input: &mut LinearInput) {
+        pass.norm(x, self.input_norm.as_ref(), input);
+    }
+
+    /// Adds the output of the experts to that of the dense network, `out`, both `(rows, hidden rounded up to panels)`.
+    pub(super) fn join(&self, pass: &Pass<'_>, out: &mut Buffer, experts: &mut Buffer, rows: &mut Vec<f32>) {
+        pass.norm_branch(out, self.dense_norm.as_ref(), rows);
+        pass.norm_branch(experts, self.output_norm.as_ref(), rows);
+        pass.kernel.add_scaled(out, experts, 1.0);
     }
 }
 

@@ -176,14 +176,12 @@ impl Attention {
         let source = layer.shares.unwrap_or(context.layer);
         let Some(shape) = context.inputs.first().map(|input| *input.session.shape.layer(source)) else { return };
         let attention = CacheAttention {
-            layer: source,
             shape,
             group: heads::group(&layer),
             scale: config.attention_scale,
             cap: config.attention_cap,
             causal: config.causal,
-            window: layer.window,
-            chunk: layer.chunk,
+            reach: layer.reach(),
             slopes: &context.positions.slopes,
             sinks: &self.sinks,
         };

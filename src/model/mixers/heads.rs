@@ -2,7 +2,6 @@
 //! and group of heads.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::context::MixerContext;
@@ -74,19 +73,20 @@ pub(super) fn store(context: &mut MixerContext<'_, '_>, keys: HeadRows<'_>, valu
             continue;
         }
         let (first, first_row) = (rows[row].position, row);
-        let (start, shape) = (first / PAGE, &input.session.shape);
-        let LayerShape { kv_heads, head_dim, value_dim, .. } = *shape.layer(layer);
+        let start = first / PAGE;
+        let layer = *input.session.shape.layer(layer);
+        let LayerShape { kv_heads, head_dim, value_dim, .. } = layer;
         let overflow = AtomicUsize::new(usize::MAX);
         let pages = &mut input.session.pages[start..(first + count).div_ceil(PAGE)];
         pass.scope.for_each_chunk(pages, 1, |p, pages| {
             let from = first.max((start + p) * PAGE);
             let to = (first + count).min((start + p + 1) * PAGE);
-            let page = pages.first_mut().and_then(Arc::get_mut).expect("`Session::reserve` has made the page unshared");
+            let mut page = pages[0].layer_mut(&layer);
             for position in from..to {
                 let row = first_row + position - first;
                 for head in 0..kv_heads {
                     let (key, value) = (keys.head(row, head, head_dim), values.head(row, head, value_dim));
-                    if !page.store(pass.kernel, shape, layer, head, position % PAGE, key, value) {
+                    if !page.store(pass.kernel, head, position % PAGE, key, value) {
                         overflow.fetch_min(position, Ordering::Relaxed);
                     }
                 }

@@ -194,6 +194,10 @@ impl LatentAttention {
         let config = context.pass.config;
         let LatentConfig { kv_rank, rope, value, .. } = *latent(config);
         let heads = self.keys.len();
+        if workspace.heads.len() < heads {
+            // A layer that is computed alone: nothing was reserved for the model.
+            workspace.heads.resize_with(heads, HeadWorkspace::default);
+        }
         // Queries, and the vector of keys and values.
         context.pass.linear(&self.in_proj, input, &mut workspace.in_proj);
         self.project_queries(context, workspace);
@@ -208,14 +212,12 @@ impl LatentAttention {
         let layer = context.pass.config.layers[context.layer];
         let Some(shape) = context.inputs.first().map(|input| *input.session.shape.layer(context.layer)) else { return };
         let attention = CacheAttention {
-            layer: context.layer,
             shape,
             group: heads::group(&layer),
             scale: config.attention_scale,
             cap: config.attention_cap,
             causal: config.causal,
-            window: layer.window,
-            chunk: layer.chunk,
+            reach: layer.reach(),
             slopes: &[],
             sinks: &[],
         };

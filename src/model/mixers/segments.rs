@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, exp};
 use crate::model::buffer::Buffer;
+use crate::model::config::Reach;
 use crate::model::state::cache::{LayerShape, PageHead};
 use crate::model::state::session::Session;
 
@@ -19,8 +20,6 @@ const MANY_QUERIES: usize = 4;
 /// Attention of one layer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CacheAttention<'a> {
-    /// Index of the layer in the cache.
-    pub(super) layer: usize,
     /// The keys and values of the layer in a page.
     pub(super) shape: LayerShape,
     /// Query heads of a task, which share a key/value head.
@@ -31,10 +30,8 @@ pub(super) struct CacheAttention<'a> {
     pub(super) cap: Option<f32>,
     /// Whether a query sees no later positions than its own.
     pub(super) causal: bool,
-    /// Positions that a query sees, including its own: backwards, and as many forwards where attention is not causal.
-    pub(super) window: Option<usize>,
-    /// A query sees positions of its own chunk, of this length.
-    pub(super) chunk: Option<usize>,
+    /// How far back a query sees, and as far forwards where attention is not causal.
+    pub(super) reach: Reach,
     /// `(heads)`: the slope of each query head, times the distance to a key subtracted from its score; or empty.
     pub(super) slopes: &'a [f32],
     /// `(heads)`: a score of each query head that takes a share of the softmax without a value; or empty.
@@ -85,26 +82,19 @@ thread_local! {
 }
 
 impl CacheAttention<'_> {
-    /// The first position that a query at `position` sees.
-    fn oldest(&self, position: usize) -> usize {
-        let in_window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        let in_chunk = self.chunk.map_or(0, |chunk| position / chunk * chunk);
-        in_window.max(in_chunk)
-    }
-
     /// The position after the last that a query at `position` sees, where `end` positions are stored.
     fn newest(&self, position: usize, end: usize) -> usize {
         if self.causal {
             return position + 1;
         }
-        let in_window = self.window.map_or(end, |window| position.saturating_add(window));
-        let in_chunk = self.chunk.map_or(end, |chunk| (position / chunk + 1).saturating_mul(chunk));
+        let in_window = self.reach.window.map_or(end, |window| position.saturating_add(window));
+        let in_chunk = self.reach.chunk.map_or(end, |chunk| (position / chunk + 1).saturating_mul(chunk));
         in_window.min(in_chunk).min(end)
     }
 
     /// The segments that are seen by any of `rows` rows from position `first` on, where `end` positions are stored.
     pub(super) fn segments(&self, first: usize, rows: usize, end: usize) -> Range<usize> {
-        self.oldest(first) / SEGMENT..self.newest(first + rows - 1, end).div_ceil(SEGMENT)
+        self.reach.oldest(first) / SEGMENT..self.newest(first + rows - 1, end).div_ceil(SEGMENT)
     }
 
     /// How many numbers a segment of a task is reduced to: `(n, width)` values, `(n)` maximums, `(n)` sums.
@@ -181,7 +171,7 @@ impl CacheAttention<'_> {
 
     /// The first query that sees anything from `start` on. Rows are in order of position, so the later ones do, too.
     fn skip(&self, task: &Task<'_>, start: usize) -> usize {
-        let row = match (self.causal, self.window, self.chunk) {
+        let row = match (self.causal, self.reach.window, self.reach.chunk) {
             (true, ..) => start.saturating_sub(task.first),
             (false, None, None) => 0,
             (false, ..) => {
@@ -205,13 +195,14 @@ impl CacheAttention<'_> {
         work.seen.extend((0..n).map(|q| {
             let position = task.first + q / self.group;
             let seen = self.newest(position, task.end).saturating_sub(start).min(SEGMENT);
-            self.oldest(position).saturating_sub(start).min(seen)..seen
+            self.reach.oldest(position).saturating_sub(start).min(seen)..seen
         }));
-        // The pages, with the first query that is not before them. Queries whose window is past a page are left out below.
-        let session = task.session;
-        let pages = session.pages[start / PAGE..end.div_ceil(PAGE)].iter().enumerate().map(|(i, page)| {
-            let from = skip.max(self.skip(task, start + i * PAGE));
-            (i * PAGE, from, page.head(&session.shape, self.layer, task.head))
+        // The pages that are still seen, with the first query that is not before them. Queries whose window is past a page are
+        // left out below.
+        let first = start.max(self.reach.oldest(task.first)) / PAGE;
+        let pages = task.session.pages[first..end.div_ceil(PAGE)].iter().zip(first..).map(|(page, index)| {
+            let from = skip.max(self.skip(task, index * PAGE));
+            (index * PAGE - start, from, page.head(&self.shape, task.head))
         });
         let to = |from: usize, seen: &[Range<usize>], at: usize| {
             from + seen[from..].iter().take_while(|seen| seen.start < at + PAGE).count()

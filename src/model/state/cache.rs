@@ -1,12 +1,15 @@
 //! The KV cache: keys and values in pages of 64 positions.
+//!
+//! A page has a part for each group of layers whose queries see equally far back. Parts that no later query sees are freed.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
 
 use crate::error::{Error, Result};
 use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE};
-use crate::model::config::{Config, LayerConfig};
+use crate::model::config::{Config, LayerConfig, Reach};
 use crate::quant::packed::{CacheLine, PANEL};
 use crate::system::aligned_buf::AlignedBuf;
 
@@ -76,7 +79,9 @@ pub(in crate::model) struct LayerShape {
     /// Width of a stored value: `value_dim` rounded up to whole registers.
     pub(in crate::model) width: usize,
     cache_type: CacheType,
-    /// The first cache line of the layer in a page; saturating.
+    /// The part of a page that it is in.
+    part: usize,
+    /// The first cache line of the layer in that part; saturating.
     at: usize,
 }
 
@@ -117,10 +122,42 @@ impl LayerShape {
         }
     }
 
-    /// The lines of one head.
-    fn lines(&self, head: usize) -> std::ops::Range<usize> {
+    /// The lines of one head in the part.
+    fn lines(&self, head: usize) -> Range<usize> {
         let len = self.head().iter().sum::<usize>();
         self.at + head * len..self.at + (head + 1) * len
+    }
+
+    /// The lines of all heads in the part.
+    fn all_lines(&self) -> Range<usize> {
+        self.at..self.lines(self.kv_heads).start
+    }
+}
+
+/// The part of a page that holds the layers whose queries see equally far back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::model) struct PartShape {
+    /// How far back queries see; everything where earlier positions are never freed.
+    reach: Reach,
+    /// Cache lines. `None` when the number overflows.
+    lines: Option<usize>,
+}
+
+impl PartShape {
+    /// Bytes, saturating.
+    pub(super) fn bytes(&self) -> usize {
+        self.lines.map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<CacheLine>()))
+    }
+
+    /// The first page that a query at `position` or later sees.
+    pub(super) fn first_seen(&self, position: usize) -> usize {
+        self.reach.oldest(position) / PAGE
+    }
+
+    /// The first page that a sequence of `len` tokens keeps. A page more than it sees, so that the last tokens can be
+    /// taken back.
+    pub(super) fn first_kept(&self, len: usize) -> usize {
+        self.first_seen(len.saturating_sub(PAGE))
     }
 }
 
@@ -128,27 +165,32 @@ impl LayerShape {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::model) struct CacheShape {
     layers: Arc<[LayerShape]>,
+    parts: Arc<[PartShape]>,
     pub(in crate::model) cache_type: CacheType,
-    /// Cache lines of a page. `None` when the number overflows.
-    page_lines: Option<usize>,
 }
 
 impl CacheShape {
     /// The shape of the cache of a model.
     pub(in crate::model) fn of(config: &Config, cache_type: CacheType) -> CacheShape {
-        let mut page_lines = Some(0usize);
-        let layer = |layer: &LayerConfig| {
+        let mut parts: Vec<PartShape> = Vec::new();
+        let layer = |(index, layer): (usize, &LayerConfig)| {
             let kv_heads = if layer.shares.is_some() { 0 } else { layer.kv_heads };
+            let reach = reach(config, index);
+            let part = parts.iter().position(|part| part.reach == reach).unwrap_or(parts.len());
+            if part == parts.len() {
+                parts.push(PartShape { reach, lines: Some(0) });
+            }
             let (head_dim, value_dim) = (layer.head_dim, layer.value_dim);
             let width = value_dim.next_multiple_of(PANEL);
-            let at = page_lines.unwrap_or(usize::MAX);
-            let shape = LayerShape { kv_heads, head_dim, value_dim, width, cache_type, at };
+            let own = &mut parts[part].lines;
+            let at = own.unwrap_or(usize::MAX);
+            let shape = LayerShape { kv_heads, head_dim, value_dim, width, cache_type, part, at };
             let lines = shape.head().iter().sum::<usize>().checked_mul(kv_heads);
-            page_lines = page_lines.zip(lines).and_then(|(before, own)| before.checked_add(own));
+            *own = own.zip(lines).and_then(|(before, own)| before.checked_add(own));
             shape
         };
-        let layers = config.layers.iter().map(layer).collect();
-        CacheShape { layers, cache_type, page_lines }
+        let layers = config.layers.iter().enumerate().map(layer).collect();
+        CacheShape { layers, parts: parts.into(), cache_type }
     }
 
     /// The keys and values of layer `index`.
@@ -161,15 +203,40 @@ impl CacheShape {
         &self.layers
     }
 
-    /// Bytes of the pages for `tokens` tokens. `None` when the number overflows.
+    /// The parts of a page.
+    pub(super) fn parts(&self) -> &[PartShape] {
+        &self.parts
+    }
+
+    /// Bytes of the pages for `tokens` tokens when none is freed. `None` when the number overflows.
     pub(in crate::model) fn bytes(&self, tokens: usize) -> Option<usize> {
-        self.page_lines?.checked_mul(size_of::<CacheLine>())?.checked_mul(tokens.div_ceil(PAGE))
+        self.checked_page_bytes()?.checked_mul(tokens.div_ceil(PAGE))
+    }
+
+    /// Bytes of the pages that a sequence of `tokens` tokens keeps, saturating.
+    pub(in crate::model) fn kept_bytes(&self, tokens: usize) -> usize {
+        let pages = tokens.div_ceil(PAGE);
+        let kept = |part: &PartShape| part.bytes().saturating_mul(pages - part.first_kept(tokens).min(pages));
+        self.parts.iter().map(kept).fold(0, usize::saturating_add)
     }
 
     /// Bytes of a page, saturating.
     pub(in crate::model) fn page_bytes(&self) -> usize {
-        self.page_lines.map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<CacheLine>()))
+        self.checked_page_bytes().unwrap_or(usize::MAX)
     }
+
+    fn checked_page_bytes(&self) -> Option<usize> {
+        let lines = self.parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.lines?));
+        lines?.checked_mul(size_of::<CacheLine>())
+    }
+}
+
+/// How far back the queries see that read the keys and values of layer `index`: its own, and those of layers that share
+/// them. Without limit where they differ, and where attention is not causal, since all positions are computed together then.
+fn reach(config: &Config, index: usize) -> Reach {
+    let own = config.layers[index].reach();
+    let differs = |layer: &LayerConfig| layer.shares == Some(index) && layer.reach() != own;
+    if config.causal && !config.layers.iter().any(differs) { own } else { Reach::default() }
 }
 
 /// The keys and values of one head of one layer in a page.
@@ -183,11 +250,11 @@ pub(in crate::model) struct PageHead<'a> {
     pub(in crate::model) scales: Option<[&'a [u16]; 2]>,
 }
 
-/// Keys and values of 64 positions, of every layer and head.
-#[derive(Debug)]
+/// Keys and values of 64 positions, of every layer and head. A clone shares its parts.
+#[derive(Debug, Clone)]
 pub(in crate::model) struct Page {
-    /// `(layers, kv_heads, keys, values, scales of keys, scales of values)`
-    lines: AlignedBuf,
+    /// Each `(layers, kv_heads, keys, values, scales of keys, scales of values)`; `None` where it is freed.
+    parts: Box<[Option<Arc<AlignedBuf>>]>,
 }
 
 impl Page {
@@ -196,38 +263,113 @@ impl Page {
     /// # Errors
     /// [`Error::OutOfMemory`]
     pub(in crate::model) fn new(shape: &CacheShape) -> Result<Page> {
-        let len = shape.page_lines.unwrap_or(usize::MAX);
-        // Zeroed memory comes from the system untouched, so a page costs only the part of it that is written.
-        Ok(Page { lines: AlignedBuf::try_zeroed(len, "a page of the KV cache")? })
+        Page::with_parts(shape, |_| true)
     }
 
-    /// A copy of the page.
+    /// A page of zeros that has the parts for which `wanted` is true.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]
-    pub(in crate::model) fn copy(&self, shape: &CacheShape) -> Result<Page> {
-        let mut page = Page::new(shape)?;
-        page.lines.copy_from_slice(&self.lines);
-        Ok(page)
+    pub(super) fn with_parts(shape: &CacheShape, wanted: impl Fn(usize) -> bool) -> Result<Page> {
+        let part = |(index, part): (usize, &PartShape)| wanted(index).then(|| zeros(part)).transpose();
+        Ok(Page { parts: shape.parts.iter().enumerate().map(part).collect::<Result<_>>()? })
     }
 
-    /// The bytes of the page, to be written to a file.
-    pub(in crate::model) fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.lines)
+    /// Makes the parts unshared: those that other pages share are copied.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; parts may have been copied then.
+    pub(super) fn unshare(&mut self, shape: &CacheShape) -> Result<()> {
+        for (part, shape) in self.parts.iter_mut().zip(&*shape.parts) {
+            if let Some(part) = part
+                && Arc::get_mut(part).is_none()
+            {
+                let mut copy = AlignedBuf::try_zeroed(part.len(), WHAT)?;
+                copy.copy_from_slice(part);
+                *part = Arc::new(copy);
+            }
+            debug_assert!(part.as_ref().is_none_or(|part| Some(part.len()) == shape.lines));
+        }
+        Ok(())
     }
 
-    /// The bytes of the page, to be read from a file.
-    pub(in crate::model) fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.lines)
+    /// Frees part `index`.
+    pub(super) fn free(&mut self, index: usize) {
+        self.parts[index] = None;
     }
 
-    /// Zeroes the positions from `slot` on.
+    /// Whether it has part `index`.
+    pub(super) fn has(&self, index: usize) -> bool {
+        self.parts[index].is_some()
+    }
+
+    /// Frees the parts that nothing else holds, and returns their bytes.
+    pub(super) fn free_unshared(&mut self) -> usize {
+        let unshared = |part: &&mut Option<Arc<AlignedBuf>>| part.as_ref().is_some_and(|p| Arc::strong_count(p) == 1);
+        let freed = self.parts.iter_mut().filter(unshared).filter_map(Option::take);
+        freed.map(|part| size_of_val::<[CacheLine]>(&part)).sum()
+    }
+
+    /// Takes the parts of `other` that it has not itself.
+    pub(super) fn complete_from(&mut self, other: &Page) {
+        for (own, other) in self.parts.iter_mut().zip(&other.parts) {
+            if own.is_none() {
+                own.clone_from(other);
+            }
+        }
+    }
+
+    /// Replaces parts by those of `other`, as far as it has them.
+    pub(super) fn replace_by(&mut self, other: &Page) {
+        for (own, other) in self.parts.iter_mut().zip(&other.parts) {
+            if own.is_some() && other.is_some() {
+                own.clone_from(other);
+            }
+        }
+    }
+
+    /// Bytes of the parts that it has.
+    pub(super) fn len(&self) -> usize {
+        self.parts.iter().flatten().map(|part| size_of_val::<[CacheLine]>(part)).sum()
+    }
+
+    /// Bytes of the parts that other pages have, too.
+    pub(super) fn shared_len(&self) -> usize {
+        let shared = self.parts.iter().flatten().filter(|part| Arc::strong_count(part) > 1);
+        shared.map(|part| size_of_val::<[CacheLine]>(part)).sum()
+    }
+
+    /// The bytes of part `index`, to be written to a file.
+    pub(super) fn part_bytes(&self, index: usize) -> &[u8] {
+        self.parts[index].as_deref().map_or(&[], |part| bytemuck::cast_slice(part))
+    }
+
+    /// The bytes of part `index`, to be read from a file. Empty where it is shared or freed.
+    pub(super) fn part_bytes_mut(&mut self, index: usize) -> &mut [u8] {
+        let part = self.parts[index].as_mut().and_then(Arc::get_mut);
+        part.map_or(&mut [], |part| bytemuck::cast_slice_mut(part))
+    }
+
+    /// Fills the page with `bytes (layers, heads)`: all layers in order, as if it had a single part.
+    pub(super) fn fill_in_layer_order(&mut self, shape: &CacheShape, bytes: &[u8]) {
+        let mut rest = bytes;
+        for layer in shape.layers() {
+            let lines = layer.all_lines();
+            let (own, others) = rest.split_at(lines.len() * size_of::<CacheLine>());
+            rest = others;
+            let part = self.part_bytes_mut(layer.part);
+            part[lines.start * size_of::<CacheLine>()..][..own.len()].copy_from_slice(own);
+        }
+    }
+
+    /// Zeroes the positions from `slot` on of the parts that are not shared.
     pub(in crate::model) fn clear_from(&mut self, shape: &CacheShape, slot: usize) {
         let bytes = shape.cache_type.bytes();
         for layer in shape.layers() {
             let [keys, values, ..] = layer.head();
+            let Some(part) = self.parts[layer.part].as_mut().and_then(Arc::get_mut) else { continue };
             for head in 0..layer.kv_heads {
-                let (keys, rest) = self.lines[layer.lines(head)].split_at_mut(keys);
+                let (keys, rest) = part[layer.lines(head)].split_at_mut(keys);
                 let (values, scales) = rest.split_at_mut(values);
                 // Each column holds one dimension of 16 positions.
                 let columns = bytemuck::cast_slice_mut::<CacheLine, u8>(keys).chunks_exact_mut(PANEL * bytes);
@@ -243,13 +385,13 @@ impl Page {
         }
     }
 
-    /// The keys and values of one head.
-    pub(in crate::model) fn head(&self, shape: &CacheShape, layer: usize, head: usize) -> PageHead<'_> {
-        let layer = shape.layer(layer);
+    /// The keys and values of one head of a layer, whose part is there.
+    pub(in crate::model) fn head(&self, layer: &LayerShape, head: usize) -> PageHead<'_> {
+        let part = self.parts[layer.part].as_ref().expect("parts that a query sees are kept");
         let [keys, values, key_scales, _] = layer.head();
-        let (keys, lines) = self.lines[layer.lines(head)].split_at(keys);
+        let (keys, lines) = part[layer.lines(head)].split_at(keys);
         let (values, lines) = lines.split_at(values);
-        let slice = |lines| match shape.cache_type {
+        let slice = |lines| match layer.cache_type {
             CacheType::F32 => KvSlice::F32(bytemuck::cast_slice(lines)),
             CacheType::F16 => KvSlice::F16(bytemuck::cast_slice(lines)),
             CacheType::Int8 => KvSlice::Int8(bytemuck::cast_slice(lines)),
@@ -259,25 +401,46 @@ impl Page {
         PageHead { keys: slice(keys), values: slice(values), scales }
     }
 
-    /// Stores key `(head_dim)` and value `(value_dim)` of one head at `slot` of the page. Returns whether the type holds them: a finite
-    /// number that F16 does not hold is infinite in the page.
-    #[allow(clippy::too_many_arguments, reason = "the place, and the two rows")]
+    /// A layer of the page, to be written. Its part is there and not shared.
+    pub(in crate::model) fn layer_mut<'a>(&'a mut self, layer: &'a LayerShape) -> PageLayerMut<'a> {
+        let part = self.parts[layer.part].as_mut().and_then(Arc::get_mut);
+        PageLayerMut { lines: part.expect("`Session::reserve` has made the page unshared"), layer }
+    }
+}
+
+/// What a page is called where memory for it is missing.
+const WHAT: &str = "a page of the KV cache";
+
+/// A part of zeros.
+fn zeros(part: &PartShape) -> Result<Arc<AlignedBuf>> {
+    // Zeroed memory comes from the system untouched, so a page costs only the part of it that is written.
+    Ok(Arc::new(AlignedBuf::try_zeroed(part.lines.unwrap_or(usize::MAX), WHAT)?))
+}
+
+/// The keys and values of one layer in a page, to be written.
+#[derive(Debug)]
+pub(in crate::model) struct PageLayerMut<'a> {
+    /// The part of the page.
+    lines: &'a mut [CacheLine],
+    layer: &'a LayerShape,
+}
+
+impl PageLayerMut<'_> {
+    /// Stores key `(head_dim)` and value `(value_dim)` of one head at `slot` of the page. Returns whether the type holds them:
+    /// a finite number that F16 does not hold is infinite in the page.
     pub(in crate::model) fn store(
         &mut self,
         kernel: &Kernel,
-        shape: &CacheShape,
-        layer: usize,
         head: usize,
         slot: usize,
         key: &[f32],
         value: &[f32],
     ) -> bool {
-        let cache_type = shape.cache_type;
-        let shape = shape.layer(layer);
+        let shape = self.layer;
         let [keys, values, scales, _] = shape.head();
         let (keys, lines) = self.lines[shape.lines(head)].split_at_mut(keys);
         let (values, lines) = lines.split_at_mut(values);
-        match cache_type {
+        match shape.cache_type {
             CacheType::F32 => {
                 let keys: &mut [f32] = bytemuck::cast_slice_mut(keys);
                 spread(key, panel(keys, shape, slot), slot);

@@ -1,7 +1,5 @@
 //! Sessions: the state of one sequence of tokens.
 
-use std::sync::Arc;
-
 use super::cache::{CacheShape, Page};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
@@ -10,37 +8,60 @@ use crate::system::memory;
 /// Keys and values of 64 positions that sessions of one model may share. They stay in memory while it exists.
 #[derive(Debug, Clone)]
 pub struct SharedPage {
-    page: Arc<Page>,
+    page: Page,
     model: u64,
 }
 
 impl SharedPage {
-    /// Whether a session or another `SharedPage` holds this page, too.
+    /// Whether a session or another `SharedPage` holds this page, or a part of it, too.
     pub fn is_shared(&self) -> bool {
-        Arc::strong_count(&self.page) > 1
+        self.shared_bytes() > 0
+    }
+
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.page.len()
+    }
+
+    /// Bytes that a session or another `SharedPage` holds, too.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.page.shared_len()
+    }
+
+    /// Frees what nothing else holds, and returns how many bytes that was.
+    pub(crate) fn free_unshared(&mut self) -> usize {
+        self.page.free_unshared()
+    }
+
+    /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
+    pub(crate) fn complete_from(&mut self, other: &SharedPage) {
+        self.page.complete_from(&other.page);
     }
 }
 
 /// One sequence of tokens of a model: its keys and values.
 ///
-/// Its memory grows by a page of 64 positions at a time.
+/// Its memory grows by a page of 64 positions at a time. Layers whose queries see only a window keep its pages, and one
+/// more; earlier pages are freed.
 #[derive(Debug)]
 pub struct Session {
     pub(in crate::model) shape: CacheShape,
     /// Pages may be shared with other sessions. A page is written only while it is not shared.
-    pub(in crate::model) pages: Vec<Arc<Page>>,
+    pub(in crate::model) pages: Vec<Page>,
     len: usize,
     context: usize,
     /// The `id` of the model that it belongs to.
     pub(in crate::model) model: u64,
     /// The first position whose keys or values the cache type does not hold.
     overflow: Option<usize>,
+    /// Whether pages that no later query sees stay after the next step.
+    keeps_unseen: bool,
 }
 
 impl Session {
     /// An empty session of the model with that `id`, for up to `context` tokens.
     pub(in crate::model) fn new(shape: CacheShape, context: usize, model: u64) -> Session {
-        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None }
+        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None, keeps_unseen: false }
     }
 
     /// Another session with the same tokens, independent of this one.
@@ -67,14 +88,66 @@ impl Session {
 
     /// Bytes of all pages, including those that are shared with a [`fork`](Session::fork).
     pub fn bytes(&self) -> usize {
-        self.pages.len() * self.shape.page_bytes()
+        self.bytes_from(0)
     }
 
-    /// Removes all but the first `len` tokens. Does nothing if there are no more than that.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-        self.pages.truncate(self.len.div_ceil(PAGE));
-        self.overflow = self.overflow.filter(|position| *position < self.len);
+    /// Bytes of the pages from page `index` on.
+    pub(crate) fn bytes_from(&self, index: usize) -> usize {
+        self.pages.iter().skip(index).map(Page::len).sum()
+    }
+
+    /// Removes all but the first `len` tokens, and returns how many are left. Does nothing if there are no more than that.
+    ///
+    /// Fewer than `len` are left, possibly none, where the pages that a layer with a window would see from there have been
+    /// freed: after more than 64 tokens beyond `len`. A [`fork`](Session::fork) made at `len` keeps them.
+    pub fn truncate(&mut self, len: usize) -> usize {
+        if len < self.len {
+            self.len = (0..=len).rev().find(|len| self.sees_from(*len, &[])).unwrap_or(0);
+            self.pages.truncate(self.len.div_ceil(PAGE));
+            self.overflow = self.overflow.filter(|position| *position < self.len);
+        }
+        self.len
+    }
+
+    /// Whether all parts of pages are there that a query at position `len` sees, in this session's pages and in `more` after
+    /// them.
+    fn sees_from(&self, len: usize, more: &[SharedPage]) -> bool {
+        let page = |index: usize| {
+            let own = self.pages.get(index);
+            own.or_else(|| more.get(index - self.pages.len()).map(|shared| &shared.page))
+        };
+        let mut parts = self.shape.parts().iter().enumerate();
+        parts.all(|(part, shape)| {
+            (shape.first_seen(len)..len.div_ceil(PAGE)).all(|index| page(index).is_some_and(|page| page.has(part)))
+        })
+    }
+
+    /// How many of `pages` can be attached so that computing continues after them: the last ones may lack what a window
+    /// shows there. All of them hold 64 tokens, but the last one `tokens`.
+    pub(crate) fn attachable(&self, pages: &[SharedPage], tokens: usize) -> usize {
+        let end = |count: usize| self.len + count * PAGE - if count == pages.len() { PAGE - tokens } else { 0 };
+        (1..=pages.len()).rev().find(|count| self.sees_from(end(*count), pages)).unwrap_or(0)
+    }
+
+    /// Keeps pages that no later query sees after the next step, so that they can be shared before
+    /// [`Session::free_unseen`].
+    pub(crate) fn keep_unseen(&mut self) {
+        self.keeps_unseen = true;
+    }
+
+    /// Frees what no later query sees, unless the session keeps it for now.
+    pub(in crate::model) fn end_step(&mut self) {
+        if !std::mem::take(&mut self.keeps_unseen) {
+            self.free_unseen();
+        }
+    }
+
+    /// Frees the parts of pages that no later query sees, but the last page of them.
+    pub(crate) fn free_unseen(&mut self) {
+        for (part, shape) in self.shape.parts().iter().enumerate() {
+            let first = shape.first_kept(self.len).min(self.pages.len());
+            self.pages[..first].iter_mut().for_each(|page| page.free(part));
+        }
     }
 
     /// Checks that the cache holds the keys and values of all tokens.
@@ -134,15 +207,21 @@ impl Session {
     /// Replaces page `index` by `page`, which was computed from the same tokens and so has the same bits.
     pub(crate) fn replace_page(&mut self, index: usize, page: &SharedPage) {
         if let Some(own) = self.pages.get_mut(index) {
-            *own = page.page.clone();
+            own.replace_by(&page.page);
         }
     }
 
     /// Bytes that the next `tokens` tokens take: new pages, and a copy of the last one where it is shared.
     pub fn bytes_for(&self, tokens: usize) -> usize {
-        let copied = self.pages.get(self.len / PAGE).is_some_and(|page| Arc::strong_count(page) > 1);
+        let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
         let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
-        (new + usize::from(copied)).saturating_mul(self.shape.page_bytes())
+        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied)
+    }
+
+    /// Bytes that the next `tokens` tokens add to what the session keeps, computed in steps of any size.
+    pub(crate) fn kept_bytes_for(&self, tokens: usize) -> usize {
+        let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
+        self.shape.kept_bytes(self.len.saturating_add(tokens)).saturating_sub(self.bytes()).saturating_add(copied)
     }
 
     /// Allocates pages for `tokens` more tokens, and copies the last one where it is shared.
@@ -154,15 +233,22 @@ impl Session {
         let Some(end) = self.len.checked_add(tokens).filter(|end| *end <= self.context) else { return Err(full) };
         // All at once: memory that is granted but not yet written would look free to the next check.
         memory::check("the KV cache", self.bytes_for(tokens))?;
-        if let Some(page) = self.pages.get_mut(self.len / PAGE)
-            && Arc::get_mut(page).is_none()
-        {
-            *page = Arc::new(page.copy(&self.shape)?);
+        if let Some(page) = self.pages.get_mut(self.len / PAGE) {
+            page.unshare(&self.shape)?;
         }
         while self.pages.len() * PAGE < end {
-            self.pages.push(Arc::new(Page::new(&self.shape)?));
+            self.pages.push(Page::new(&self.shape)?);
         }
         Ok(())
+    }
+
+    /// Starts again from the first position, with the keys and values that are stored.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(in crate::model) fn rewind(&mut self) -> Result<()> {
+        self.len = 0;
+        self.pages.iter_mut().try_for_each(|page| page.unshare(&self.shape))
     }
 
     /// Counts `tokens` more tokens, whose keys and values are stored, as seen.

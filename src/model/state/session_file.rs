@@ -4,13 +4,16 @@
 //!
 //! ```text
 //!  0   8  magic, "NYBBLEKV"
-//!  8   4  version, 1
+//!  8   4  version: 1, or 2 where layers differ in how far back their queries see
 //! 12   4  how keys and values are stored: 0 F32, 1 F16, 3 INT8; 2 INT8 with one scale per head, as earlier versions wrote it
 //! 16  32  hash of the model, its `fingerprint`
 //! 48   8  number of tokens
 //! 56   8  number of tokens in the cache: the first of them
-//! 64   4  each token
-//!         pages of 64 tokens, as in memory; positions after the last token are zeros
+//!      8  version 2 only: for each part of a page, the first page that has it
+//!      4  each token
+//!         pages of 64 tokens, as in memory; positions after the last token are zeros. In version 1 a page holds all layers in
+//!         order. In version 2 it consists of parts: layers in order, grouped by how far back their queries see, the groups in
+//!         the order of their first layers. Pages before the first one that has a part are without it.
 //!     32  BLAKE3 hash of everything before it
 //! ```
 //!
@@ -21,7 +24,6 @@
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
-use std::sync::Arc;
 
 use blake3::Hasher;
 
@@ -35,7 +37,10 @@ use crate::kernels::{Kernel, PAGE};
 use crate::system::memory;
 
 const MAGIC: [u8; 8] = *b"NYBBLEKV";
-const VERSION: u32 = 1;
+/// Pages hold all layers in order.
+const WHOLE_PAGES: u32 = 1;
+/// Pages consist of parts, which begin at different pages.
+const PARTS: u32 = 2;
 const HEADER: usize = 64;
 const HASH: usize = blake3::OUT_LEN;
 
@@ -91,23 +96,37 @@ pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32
 fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut AtomicFile) -> std::io::Result<()> {
     let mut out = Hashed { inner: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
     out.write_all(&MAGIC)?;
-    out.write_all(&VERSION.to_le_bytes())?;
+    let parts = session.shape.parts().len();
+    let version = if parts > 1 { PARTS } else { WHOLE_PAGES };
+    out.write_all(&version.to_le_bytes())?;
     out.write_all(&session.shape.cache_type.number().to_le_bytes())?;
     out.write_all((owner.fingerprint)().as_bytes())?;
     out.write_all(&(tokens.len() as u64).to_le_bytes())?;
     out.write_all(&(session.len() as u64).to_le_bytes())?;
+    let pages = &session.pages[..session.len().div_ceil(PAGE)];
+    let first = |part: usize| pages.iter().rposition(|page| !page.has(part)).map_or(0, |last| last + 1);
+    let firsts: Vec<usize> = (0..parts).map(first).collect();
+    if version == PARTS {
+        firsts.iter().try_for_each(|first| out.write_all(&(*first as u64).to_le_bytes()))?;
+    }
     for token in tokens {
         out.write_all(&token.to_le_bytes())?;
     }
     let (last, whole) = (session.len() % PAGE, session.len() / PAGE);
-    for page in session.pages.iter().take(whole) {
-        out.write_all(page.bytes())?;
-    }
-    if let Some(page) = session.pages.get(whole).filter(|_| last > 0) {
+    let mut write = |index: usize, page: &Page| {
+        let present = firsts.iter().enumerate().filter(|(_, first)| **first <= index);
+        present.into_iter().try_for_each(|(part, _)| out.write_all(page.part_bytes(part)))
+    };
+    for (index, page) in pages.iter().enumerate() {
+        if index < whole {
+            write(index, page)?;
+            continue;
+        }
         // Tokens that were truncated must not be in the file.
-        let mut page = page.copy(&session.shape).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+        let mut page = page.clone();
+        page.unshare(&session.shape).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
         page.clear_from(&session.shape, last);
-        out.write_all(page.bytes())?;
+        write(index, &page)?;
     }
     let hash = out.hasher.finalize();
     out.inner.write_all(hash.as_bytes())?;
@@ -138,7 +157,12 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     let mut file = Hashed { inner: BufReader::with_capacity(1 << 16, file), hasher: Hasher::new() };
     let mut header = [0; HEADER];
     file.read_exact(&mut header).map_err(io)?;
-    let Counts { tokens, seen, old } = check(owner, path, &header, length)?;
+    let Header { tokens, seen, format } = check(owner, path, &header, length)?;
+    let pages_count = seen.div_ceil(PAGE);
+    let firsts = match format {
+        Format::Parts => first_pages(owner, path, &mut file, [tokens, seen], length)?,
+        _ => vec![0; owner.shape.parts().len()],
+    };
 
     let out_of_memory = |_| Error::OutOfMemory { what: "the tokens of a session", bytes: 4 * tokens, left: None };
     let mut ids: Vec<u32> = Vec::new();
@@ -146,18 +170,30 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     ids.resize(tokens, 0);
     file.read_exact(bytemuck::cast_slice_mut(&mut ids)).map_err(io)?;
     let mut pages = Vec::new();
-    for _ in 0..seen.div_ceil(PAGE) {
+    for index in 0..pages_count {
         memory::check("a page of the KV cache", owner.shape.page_bytes())?;
-        let page = if old {
-            let mut bytes = vec![0; whole_head_int8::bytes(&owner.shape, PAGE).unwrap_or_default()];
-            file.read_exact(&mut bytes).map_err(io)?;
-            whole_head_int8::convert(owner.kernel, &owner.shape, &bytes)?
-        } else {
-            let mut page = Page::new(&owner.shape)?;
-            file.read_exact(page.bytes_mut()).map_err(io)?;
-            page
+        let page = match format {
+            Format::WholeHeadInt8 => {
+                let mut bytes = vec![0; whole_head_int8::bytes(&owner.shape, PAGE).unwrap_or_default()];
+                file.read_exact(&mut bytes).map_err(io)?;
+                whole_head_int8::convert(owner.kernel, &owner.shape, &bytes)?
+            }
+            Format::WholePages => {
+                let mut page = Page::new(&owner.shape)?;
+                let mut bytes = vec![0; owner.shape.page_bytes()];
+                file.read_exact(&mut bytes).map_err(io)?;
+                page.fill_in_layer_order(&owner.shape, &bytes);
+                page
+            }
+            Format::Parts => {
+                let mut page = Page::with_parts(&owner.shape, |part| firsts[part] <= index)?;
+                for part in 0..firsts.len() {
+                    file.read_exact(page.part_bytes_mut(part)).map_err(io)?;
+                }
+                page
+            }
         };
-        pages.push(Arc::new(page));
+        pages.push(page);
     }
     let computed = file.hasher.finalize();
     let mut stored = [0; HASH];
@@ -174,19 +210,64 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     let mut session = Session::new(owner.shape.clone(), owner.context, owner.id);
     session.pages = pages;
     session.advance(seen);
+    session.free_unseen();
     Ok((session, ids))
 }
 
-/// The number of tokens in a file, and how many of them are in its cache.
-struct Counts {
-    tokens: usize,
-    seen: usize,
-    /// Whether its pages are INT8 with one scale per head.
-    old: bool,
+/// How pages are stored.
+#[derive(Clone, Copy)]
+enum Format {
+    /// INT8 with one scale per head, all layers in order.
+    WholeHeadInt8,
+    /// All layers in order.
+    WholePages,
+    /// The parts that a page has.
+    Parts,
 }
 
-/// Checks every field of a header against the model, and all of them against the length of the file.
-fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> Result<Counts> {
+/// The header of a file.
+struct Header {
+    /// Number of tokens.
+    tokens: usize,
+    /// Tokens in the cache.
+    seen: usize,
+    format: Format,
+}
+
+/// Reads the first page of each part, and checks them against the tokens in the cache and the length of the file.
+fn first_pages(
+    owner: &Owner<'_>,
+    path: &Path,
+    file: &mut impl Read,
+    [tokens, seen]: [usize; 2],
+    length: u64,
+) -> Result<Vec<usize>> {
+    let parts = owner.shape.parts();
+    let pages = seen.div_ceil(PAGE);
+    let (mut firsts, mut expected) = (Vec::new(), (HEADER + HASH + parts.len() * size_of::<u64>()) as u64);
+    expected = expected.saturating_add((tokens as u64).saturating_mul(size_of::<u32>() as u64));
+    for (index, part) in parts.iter().enumerate() {
+        let mut bytes = [0; size_of::<u64>()];
+        file.read_exact(&mut bytes).map_err(|error| Error::io(path, error))?;
+        let (first, last) = (u64::from_le_bytes(bytes), part.first_seen(seen).min(pages));
+        if first > last as u64 {
+            let place = Place::Key(format!("first page of part {index}"));
+            let expected = format!("at most {last}, which the token after {seen} sees");
+            return Err(Error::malformed(path, place, first, expected));
+        }
+        firsts.push(first as usize);
+        expected = expected.saturating_add((part.bytes() as u64).saturating_mul(pages as u64 - first));
+    }
+    if expected != length {
+        let expected = format!("{expected} bytes for {tokens} tokens, {seen} of them in the cache");
+        return Err(Error::malformed(path, Place::File, format_args!("{length} bytes"), expected));
+    }
+    Ok(firsts)
+}
+
+/// Checks every field of a header against the model, and all of them against the length of the file, where it follows from
+/// them.
+fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> Result<Header> {
     let fault = |field: &str, found: String, expected: String| {
         Err(Error::malformed(path, Place::Key(field.to_owned()), found, expected))
     };
@@ -196,8 +277,9 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         let found = format!("\"{}\"", magic.escape_ascii());
         return fault("magic", found, format!("\"{}\", the start of every session", MAGIC.escape_ascii()));
     }
-    if version != VERSION {
-        return fault("version", version.to_string(), VERSION.to_string());
+    if version != WHOLE_PAGES && (version != PARTS || owner.shape.parts().len() == 1) {
+        let expected = if owner.shape.parts().len() == 1 { "1, as this model has" } else { "1 or 2" };
+        return fault("version", version.to_string(), expected.to_owned());
     }
     let (cache_type, own) = (u32::from_le_bytes(take(&mut rest)), owner.shape.cache_type);
     let hash = blake3::Hash::from(take::<HASH>(&mut rest));
@@ -207,7 +289,7 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         return fault("model", format!("the hash {}", hash.to_hex()), expected);
     }
     let old = cache_type == WHOLE_HEAD_INT8 && own == CacheType::Int8;
-    if cache_type != own.number() && !old {
+    if cache_type != own.number() && !(old && version == WHOLE_PAGES) {
         let known = [CacheType::F32, CacheType::F16, CacheType::Int8].into_iter().find(|t| t.number() == cache_type);
         let known = known.or((cache_type == WHOLE_HEAD_INT8).then_some(CacheType::Int8));
         let found = known.map_or_else(|| format!("type {cache_type}"), |known| known.name().to_owned());
@@ -221,13 +303,27 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
     if tokens < seen {
         return fault("tokens", tokens.to_string(), format!("at least the {seen} in the cache"));
     }
+    let format = match version {
+        PARTS => Format::Parts,
+        _ if old => Format::WholeHeadInt8,
+        _ => Format::WholePages,
+    };
     let counts = usize::try_from(tokens).ok().zip(usize::try_from(seen).ok());
     let expected = counts.and_then(|(tokens, seen)| {
         let fixed = tokens.checked_mul(size_of::<u32>())?.checked_add(HEADER + HASH)?;
-        fixed.checked_add(if old { whole_head_int8::bytes(&owner.shape, seen) } else { owner.shape.bytes(seen) }?)
+        fixed.checked_add(match format {
+            Format::WholeHeadInt8 => whole_head_int8::bytes(&owner.shape, seen)?,
+            Format::WholePages => owner.shape.bytes(seen)?,
+            // What the first pages of parts say is checked with them.
+            Format::Parts => owner.shape.parts().len() * size_of::<u64>(),
+        })
     });
     match (counts, expected) {
-        (Some((tokens, seen)), Some(expected)) if expected as u64 == length => Ok(Counts { tokens, seen, old }),
+        (Some((tokens, seen)), Some(expected))
+            if expected as u64 == length || (matches!(format, Format::Parts) && expected as u64 <= length) =>
+        {
+            Ok(Header { tokens, seen, format })
+        }
         (_, expected) => {
             let bytes = expected.map_or_else(|| "more bytes than fit into memory".to_owned(), |n| format!("{n} bytes"));
             let expected = format!("{bytes} for {tokens} tokens, {seen} of them in the cache");

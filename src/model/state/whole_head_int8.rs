@@ -23,7 +23,7 @@ pub(super) fn bytes(shape: &CacheShape, tokens: usize) -> Option<usize> {
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
 pub(super) fn convert(kernel: &Kernel, shape: &CacheShape, mut old: &[u8]) -> Result<Page> {
     let mut page = Page::new(shape)?;
-    for (index, layer) in shape.layers().iter().enumerate() {
+    for layer in shape.layers() {
         let (mut key, mut value) = (vec![0.0; layer.head_dim], vec![0.0; layer.value_dim]);
         for head in 0..layer.kv_heads {
             let Some((own, rest)) = old.split_at_checked(head_bytes(layer)) else { return Ok(page) };
@@ -42,7 +42,7 @@ pub(super) fn convert(kernel: &Kernel, shape: &CacheShape, mut old: &[u8]) -> Re
                 for (d, value) in value.iter_mut().enumerate() {
                     *value = f32::from(values[slot * layer.width + d] as i8) * scale(PAGE + slot);
                 }
-                page.store(kernel, shape, index, head, slot, &key, &value);
+                page.layer_mut(layer).store(kernel, head, slot, &key, &value);
             }
         }
     }

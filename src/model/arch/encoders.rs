@@ -8,7 +8,8 @@ use Position::{Learned, Rope, RopeAdjacent};
 use Residual::Sequential;
 
 /// Norms follow the branches, and the last of them is that of the last layer.
-const QUIRKS: Quirks = Quirks { bidirectional: true, without_output: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
+const QUIRKS: Quirks =
+    Quirks { bidirectional: true, without_output: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
 
 const MODERN_BERT: Quirks = Quirks {
     window_period: 3,

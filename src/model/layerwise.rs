@@ -143,7 +143,7 @@ impl LoadedLayer {
 }
 
 impl Layerwise {
-    /// Loads everything of `checkpoint` except its layers, of which it checks the names and shapes of all tensors.
+    /// Loads everything of `checkpoint` except its layers. It checks the names and shapes of all tensors in them.
     ///
     /// # Errors
     /// Those of [`Model::load`].

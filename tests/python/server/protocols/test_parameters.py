@@ -112,7 +112,10 @@ def test_the_openai_client_may_send_all_its_parameters(server: Running) -> None:
         ({"repeat_penalty": 1.2, "repetition_penalty": 1.1}, "repeat_penalty is another name of repetition_penalty"),
         ({"max_tokens": 5, "n_predict": 6}, "n_predict is another name of max_tokens"),
         ({"regex": "a", "guided_choice": ["b"]}, "regex and guided_choice exclude each other"),
-        ({"structured_outputs": {"regex": "a", "json": {}}}, r"structured_outputs.json and structured_outputs.regex exclude"),
+        (
+            {"structured_outputs": {"regex": "a", "json": {}}},
+            r"structured_outputs.json and structured_outputs.regex exclude",
+        ),
         ({"guided_json": "{"}, "guided_json: expected a JSON Schema"),
         ({"response_format": {"type": "json_schema"}}, "type json_schema requires json_schema"),
         ({"response_format": {"type": "text", "schema": {}}}, "type text excludes json_schema"),

@@ -246,7 +246,7 @@ impl Model {
     /// Checks that an input asks for nothing that the model does not have.
     fn check_direction(&self, input: &Input<'_>) -> Result<()> {
         let (config, name) = (self.config(), self.config().family.name);
-        if !self.generates() && !matches!(input.logits, Logits::None | Logits::Hidden) {
+        if !self.has_logits() && !matches!(input.logits, Logits::None | Logits::Hidden) {
             let found = format_args!("logits of {name}, a model without an output matrix for tokens");
             return Err(Error::argument("logits", found, "hidden states"));
         }

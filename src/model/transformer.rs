@@ -14,9 +14,10 @@ use super::streams::{LayerStreams, Streams};
 use super::weights::loader::{Loader, Part};
 use super::{ffn, mixers};
 use crate::error::Result;
+use crate::format::Checkpoint;
 use crate::kernels::Kernel;
 use crate::quant::packed::{Code, PANEL, Packed};
-use crate::threads::ThreadPool;
+use crate::threads::{Scope, ThreadPool};
 
 /// Everything that a forward pass reads. It does not change.
 #[derive(Debug)]
@@ -210,6 +211,15 @@ impl Weights {
         loader.check_leftovers()?;
         loader.report_end()?;
         Ok(weights)
+    }
+
+    /// Checks that a checkpoint has all tensors of the model and no other that changes what it computes, without reading
+    /// its matrices.
+    ///
+    /// # Errors
+    /// Those of [`Weights::load`], but for values of matrices.
+    pub(super) fn check(scope: &Scope<'_>, checkpoint: &dyn Checkpoint, config: &Config) -> Result<()> {
+        Weights::load(&Loader::hollow(scope, checkpoint), config, config.default_context()).map(drop)
     }
 
     /// Reads the weights before and after the layers.

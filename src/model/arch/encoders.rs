@@ -7,7 +7,8 @@ use NormKind::Layer;
 use Position::{Learned, RopeAdjacent};
 
 /// Norms follow the branches, and the last of them is that of the last layer.
-const QUIRKS: Quirks = Quirks { bidirectional: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
+const QUIRKS: Quirks =
+    Quirks { bidirectional: true, without_output: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
 
 const MODERN_BERT: Quirks = Quirks {
     window_period: 3,

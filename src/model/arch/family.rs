@@ -190,6 +190,8 @@ pub struct Quirks {
     pub clamped_gate: Option<(f32, f32)>,
     /// Attention goes in both directions, unless the file's `attention.causal` says otherwise.
     pub bidirectional: bool,
+    /// Hidden states do not become logits of tokens.
+    pub without_output: bool,
     /// The first layer has no norm before attention, because the embeddings are normalized.
     pub optional_first_norm: bool,
     /// The activation is xIELU, with parameters that the file has.
@@ -226,6 +228,7 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     weighted_input: false,
     clamped_gate: None,
     bidirectional: false,
+    without_output: false,
     optional_first_norm: false,
     untruncated_yarn: false,
     xielu: false,

@@ -92,6 +92,9 @@ docs: $(VENV)/.docs  ## Build the documentation site into site/, with warnings a
 
 ## Ship
 
+man: $(VENV)/.installed  ## Write the man pages of the command line into dist/man.
+	$(BIN)/python scripts/man_pages.py dist/man
+
 wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, size and libraries.
 	rm -rf dist
 	$(BIN)/python scripts/notices.py --target host -- $(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
@@ -114,7 +117,7 @@ clean:  ## Remove everything that was built, the environment included.
 	find python scripts tests benches -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo check test lint test-rust test-arm test-python test-clients fmt bench docs wheel test-wheel release clean
+.PHONY: help demo check test lint test-rust test-arm test-python test-clients fmt bench docs man wheel test-wheel release clean
 
 ## The environment: one stamp per part, renewed when its input changes
 

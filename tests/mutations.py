@@ -233,7 +233,8 @@ def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
     encoders = (folder for folder in sorted(ENCODERS.iterdir()) if (folder / "config.json").exists())
     for golden in [*sorted(GOLDENS.iterdir()), *encoders]:
         lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
-        own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
+        parts = (path for path in sorted(golden.rglob("*")) if path.suffix in (".json", ".safetensors"))
+        own = {path.relative_to(golden).as_posix(): path.read_bytes() for path in parts}
         yield golden.name, lent | own
 
 
@@ -244,6 +245,7 @@ def files(folder: Path) -> list[Original]:
         source = folder / name
         source.mkdir()
         for part, content in parts.items():
+            (source / part).parent.mkdir(exist_ok=True)
             (source / part).write_bytes(content)
         made.append(folder / f"{name}.gguf")
         _native.convert(source, made[-1], ["q4_0", "q8_0", "f16", "q4_1", "bf16", "f32"][i % 6])
@@ -272,6 +274,7 @@ def damage(dice: Dice, original: Original, folder: Path) -> Path:
         ways += [header] * 4
     ways[dice.integers(len(ways))](dice, data)
     for other, content in original.files.items():
+        (folder / other).parent.mkdir(exist_ok=True)
         (folder / other).write_bytes(data if other == name else content)
     return folder / original.model
 
@@ -321,6 +324,7 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection
         originals = files(scratch / "originals") if kind == "files" else folders()
         for original in originals:  # The originals are valid. The first load also pays for imports.
             for name, content in original.files.items():
+                (scratch / name).parent.mkdir(exist_ok=True)
                 (scratch / name).write_bytes(content)
             ended = attempt(scratch / original.model, "auto")
             assert ended == "loaded", f"{original.name}: {ended}"

@@ -18,7 +18,6 @@ from nybble.generation.request import as_prompts, prepare, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
 from nybble.model_info import ModelInfo
-from nybble.models import hub
 from nybble.overrides import keyword_only
 from nybble.progress import Progress, counts
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
@@ -149,6 +148,9 @@ class Model(Chatting):
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
+        # Imports of what not every program needs come late: a program that imports nybble starts sooner.
+        from nybble.models import hub
+
         file = original = hub.resolve(source, filename=chosen.filename, revision=chosen.revision, progress=progress)
         mmap = chosen.mmap
         with contextlib.ExitStack() as stack:

@@ -89,6 +89,7 @@ fn describe(config: &Config) -> String {
         // Hashed below, or no part of a session.
         causal,
         generates: _,
+        has_logits: _,
         classifier,
         dense,
         hidden,

@@ -143,12 +143,14 @@ impl LoadedLayer {
 }
 
 impl Layerwise {
-    /// Loads everything of `checkpoint` except its layers.
+    /// Loads everything of `checkpoint` except its layers. It checks the names and shapes of all tensors in them.
     ///
     /// # Errors
     /// Those of [`Model::load`].
     pub(crate) fn load(checkpoint: &dyn Checkpoint, options: &LoadOptions) -> Result<Layerwise> {
-        Ok(Layerwise { model: Model::with_weights(checkpoint, options, None, Weights::without_layers)? })
+        let model = Model::with_weights(checkpoint, options, None, Weights::without_layers)?;
+        model.pool().run(|scope| Weights::check(scope, checkpoint, model.config()))?;
+        Ok(Layerwise { model })
     }
 
     /// Hyperparameters.

@@ -246,12 +246,12 @@ impl Model {
     /// Checks that an input asks for nothing that the model does not have.
     fn check_direction(&self, input: &Input<'_>) -> Result<()> {
         let (config, name) = (self.config(), self.config().family.name);
-        if !self.generates() && !matches!(input.logits, Logits::None | Logits::Hidden) {
+        if !self.has_logits() && !matches!(input.logits, Logits::None | Logits::Hidden) {
             let found = format_args!("logits of {name}, a model without an output matrix for tokens");
             return Err(Error::argument("logits", found, "hidden states"));
         }
         if !config.causal && !input.session.is_empty() {
-            let found = format_args!("{} tokens, and attention in both directions", input.session.len());
+            let found = format!("{} tokens, and attention in both directions", input.session.len());
             return Err(Error::argument("session", found, "an empty session, because all tokens see each other"));
         }
         Ok(())

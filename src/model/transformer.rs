@@ -14,9 +14,10 @@ use super::streams::{LayerStreams, Streams};
 use super::weights::loader::{Loader, Part};
 use super::{ffn, mixers};
 use crate::error::Result;
+use crate::format::Checkpoint;
 use crate::kernels::Kernel;
 use crate::quant::packed::{Code, PANEL, Packed};
-use crate::threads::ThreadPool;
+use crate::threads::{Scope, ThreadPool};
 
 /// Everything that a forward pass reads. It does not change.
 #[derive(Debug)]
@@ -212,6 +213,15 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Checks that a checkpoint has all tensors of the model and no other that changes what it computes, without reading
+    /// its matrices.
+    ///
+    /// # Errors
+    /// Those of [`Weights::load`], but for values of matrices.
+    pub(super) fn check(scope: &Scope<'_>, checkpoint: &dyn Checkpoint, config: &Config) -> Result<()> {
+        Weights::load(&Loader::hollow(scope, checkpoint), config, config.default_context()).map(drop)
+    }
+
     /// Reads the weights before and after the layers.
     ///
     /// # Errors
@@ -403,7 +413,7 @@ impl Widths {
     pub(super) fn new(config: &Config, weights: &Weights) -> Widths {
         let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
         for (layer, own) in weights.layers.iter().zip(&config.layers) {
-            layer.mixer.widen(config, own, &mut widths.mixers);
+            layer.mixer.widen(own, &mut widths.mixers);
             layer.ffn.widen(config, &mut widths.ffn);
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);

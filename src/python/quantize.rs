@@ -14,7 +14,7 @@ use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
     AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target,
-    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, spend_bits, write_importance,
+    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -151,7 +151,7 @@ pub(super) fn quantize(
             formats = choose_formats(&context, &formats, weigh)?;
         }
         if let Some(bits) = options.bits_per_weight {
-            formats = spend_bits(&context, &formats, bits)?;
+            formats = formats.spend_bits(&context, bits)?;
         }
         match recipe {
             Some((recipe, tuning)) => Ok(run(&context, &QuantizeOptions { recipe, tuning, formats })?.to_json()),

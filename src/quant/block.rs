@@ -18,6 +18,19 @@ use super::few_bits::{self, OneScale};
 use super::{blocks32, blocks256};
 use crate::error::{Error, Result};
 
+/// The decoder of a type: those of floats, and one for each type of blocks.
+macro_rules! decoders {
+    ($type:expr, { $($name:ident => $block:ty,)+ }) => {
+        Some(match $type {
+            F32 => const { &Decoder::float::<f32>() },
+            F16 => const { &Decoder::float::<f16>() },
+            BF16 => const { &Decoder::float::<bf16>() },
+            $($name => const { &Decoder::of::<$block>() },)+
+            _ => return None,
+        })
+    };
+}
+
 /// How the values of a tensor are stored.
 ///
 /// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml.
@@ -161,36 +174,32 @@ impl BlockType {
 
     /// The decoder of the type. `None` where nybble does not support it.
     pub(super) fn decoder(self) -> Option<&'static Decoder> {
-        Some(match self {
-            F32 => const { &Decoder::float::<f32>() },
-            F16 => const { &Decoder::float::<f16>() },
-            BF16 => const { &Decoder::float::<bf16>() },
-            Q4_0 => const { &Decoder::of::<blocks32::Q4_0>() },
-            Q4_1 => const { &Decoder::of::<blocks32::Q4_1>() },
-            Q5_0 => const { &Decoder::of::<blocks32::Q5_0>() },
-            Q5_1 => const { &Decoder::of::<blocks32::Q5_1>() },
-            Q8_0 => const { &Decoder::of::<blocks32::Q8_0>() },
-            IQ4_NL => const { &Decoder::of::<blocks32::Iq4Nl>() },
-            MXFP4 => const { &Decoder::of::<blocks32::Mxfp4>() },
-            Q2_K => const { &Decoder::of::<blocks256::Q2K>() },
-            Q3_K => const { &Decoder::of::<blocks256::Q3K>() },
-            Q4_K => const { &Decoder::of::<blocks256::Q4K>() },
-            Q5_K => const { &Decoder::of::<blocks256::Q5K>() },
-            Q6_K => const { &Decoder::of::<blocks256::Q6K>() },
-            IQ4_XS => const { &Decoder::of::<blocks256::Iq4Xs>() },
-            IQ1_S => const { &Decoder::of::<Vectors<codebooks::Iq1S>>() },
-            IQ1_M => const { &Decoder::of::<Vectors<codebooks::Iq1M>>() },
-            IQ2_XXS => const { &Decoder::of::<Vectors<codebooks::Iq2Xxs>>() },
-            IQ2_XS => const { &Decoder::of::<Vectors<codebooks::Iq2Xs>>() },
-            IQ2_S => const { &Decoder::of::<Vectors<codebooks::Iq2S>>() },
-            IQ3_XXS => const { &Decoder::of::<Vectors<codebooks::Iq3Xxs>>() },
-            IQ3_S => const { &Decoder::of::<Vectors<codebooks::Iq3S>>() },
-            TQ1_0 => const { &Decoder::of::<OneScale<few_bits::Tq1>>() },
-            TQ2_0 => const { &Decoder::of::<OneScale<few_bits::Tq2>>() },
-            Q1_0 => const { &Decoder::of::<OneScale<few_bits::Q1>>() },
-            Q2_0 => const { &Decoder::of::<OneScale<few_bits::Q2>>() },
-            NVFP4 => const { &Decoder::of::<few_bits::Nvfp4>() },
-            _ => return None,
+        decoders!(self, {
+            Q4_0 => blocks32::Q4_0,
+            Q4_1 => blocks32::Q4_1,
+            Q5_0 => blocks32::Q5_0,
+            Q5_1 => blocks32::Q5_1,
+            Q8_0 => blocks32::Q8_0,
+            IQ4_NL => blocks32::Iq4Nl,
+            MXFP4 => blocks32::Mxfp4,
+            Q2_K => blocks256::Q2K,
+            Q3_K => blocks256::Q3K,
+            Q4_K => blocks256::Q4K,
+            Q5_K => blocks256::Q5K,
+            Q6_K => blocks256::Q6K,
+            IQ4_XS => blocks256::Iq4Xs,
+            IQ1_S => Vectors<codebooks::Iq1S>,
+            IQ1_M => Vectors<codebooks::Iq1M>,
+            IQ2_XXS => Vectors<codebooks::Iq2Xxs>,
+            IQ2_XS => Vectors<codebooks::Iq2Xs>,
+            IQ2_S => Vectors<codebooks::Iq2S>,
+            IQ3_XXS => Vectors<codebooks::Iq3Xxs>,
+            IQ3_S => Vectors<codebooks::Iq3S>,
+            TQ1_0 => OneScale<few_bits::Tq1>,
+            TQ2_0 => OneScale<few_bits::Tq2>,
+            Q1_0 => OneScale<few_bits::Q1>,
+            Q2_0 => OneScale<few_bits::Q2>,
+            NVFP4 => few_bits::Nvfp4,
         })
     }
 

@@ -66,6 +66,12 @@ impl Packed {
         packed.unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// The shape of a matrix, without memory for its weights.
+    pub(crate) fn hollow(rows: usize, columns: usize) -> Self {
+        let [codes, scales, mins] = [(); 3].map(|()| AlignedBuf::default());
+        Packed { rows, columns, layout: Layout::float(Code::F32), output_scale: 1.0, codes, scales, mins }
+    }
+
     fn with_memory(
         rows: usize,
         columns: usize,

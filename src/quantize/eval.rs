@@ -235,6 +235,10 @@ fn for_each_chunk(
     interrupted: &(dyn Fn() -> bool + Sync),
     mut take: impl FnMut(Chunk<'_>) -> Result<()>,
 ) -> Result<()> {
+    if !model.generates() {
+        let found = format_args!("{}, which generates no text", model.config().family.name);
+        return Err(Error::argument("model", found, "a model that predicts the next token"));
+    }
     let Some(length) = windows.first().map(Vec::len).filter(|length| *length >= 4) else {
         return Err(Error::argument("windows", "none, or one below 4 tokens", "at least one window"));
     };

@@ -1,7 +1,7 @@
 //! Quantization: from a full-precision checkpoint to a GGUF file with linear layers in about 4 bits.
 //!
-//! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto()`] tries recipes until one meets a [`Target`]. [`spend_bits`]
-//! gives sensitive layers more bits. [`eval`] measures perplexity and the divergence from a reference.
+//! [`quantize`] passes a checkpoint through one [`Recipe`]. [`auto()`] tries recipes until one meets a [`Target`].
+//! [`TensorFormats::spend_bits`] gives sensitive layers more bits. [`eval`] measures perplexity and the divergence from a reference.
 //!
 //! ```no_run
 //! use nybble::quantize::{Format, QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
@@ -36,7 +36,6 @@ mod tuning;
 #[doc(hidden)]
 pub use auto::Outcome;
 pub use auto::{AutoOptions, AutoReport, Figures, Target, auto};
-pub use bits::spend_bits;
 #[doc(hidden)]
 pub use bits::{choose_formats, write_importance};
 #[doc(hidden)]

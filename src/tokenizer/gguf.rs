@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use super::description::{Build, Description, Limits, MAX_TOKEN_LENGTH, PairFrame, Tokens, reserve};
 use super::ends;
 use super::folder::{self, Neighbors};
-use super::json::{AddedToken, Bpe, Frame, Subwords};
+use super::json::{AddedToken, Bpe, Frame, Subwords, Units};
 use super::keys::{Keys, quoted};
 use super::pre_tokenizers::{self, Found, Rule};
 use super::sentencepiece::{Piece, SentencePiece, TokenKind};
@@ -204,11 +204,12 @@ fn named_ends(keys: &Keys<'_>, count: usize, eos: Option<u32>) -> Result<Vec<u32
 
 fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let mut warnings = Vec::new();
-    let is_sentencepiece = is_sentencepiece(keys)?;
+    let model = Model::read(keys)?;
+    let (is_sentencepiece, is_merged) = (model == Model::SentencePiece, matches!(model, Model::Merged { .. }));
     let texts = tokens(keys)?;
     let count = texts.len();
-    let mut kinds = kinds(keys, texts, is_sentencepiece)?;
-    let rule = if is_sentencepiece { None } else { Some(rule(keys, &mut warnings)?) };
+    let mut kinds = kinds(keys, texts, is_sentencepiece || is_merged)?;
+    let rule = if model == Model::ByteLevel { Some(rule(keys, &mut warnings)?) } else { None };
     reserve(count, texts.iter().map(<[u8]>::len).sum())?;
     let mut ids: HashMap<&[u8], u32> = HashMap::with_capacity(count);
     for (id, text) in (0..).zip(texts.iter()) {
@@ -233,6 +234,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
         }
     }
     let adds_bos = keys.flag("tokenizer.ggml.add_bos_token", rule.map_or(is_sentencepiece, |rule| rule.add_bos))?;
+    let adds_bos = adds_bos || model == Model::Merged { always_begins: true };
     let adds_eos = keys.flag("tokenizer.ggml.add_eos_token", false)?;
     for (name, adds, token) in [("bos", adds_bos, bos), ("eos", adds_eos, eos)] {
         let is_named = keys.metadata.contains(&id_key(name));
@@ -245,8 +247,8 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
     let own = |adds: bool, id: Option<u32>| -> Vec<u32> { id.filter(|_| adds).into_iter().collect() };
     let drops_space = drops_space_after(keys, texts, &kinds)?;
     let adds_space = is_sentencepiece && keys.flag("tokenizer.ggml.add_space_prefix", true)?;
-    let sentencepiece = match rule {
-        None => {
+    let sentencepiece = match is_sentencepiece {
+        true => {
             let scores = scores(keys, count)?;
             let pieces = texts.iter().zip(scores).zip(&kinds).map(|((text, score), kind)| Piece {
                 text: str::from_utf8(text).ok(),
@@ -256,9 +258,11 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
             let pieces = SentencePiece::new(pieces).with_space_prefix(adds_space).with_unknown(unknown);
             Some(pieces.with_space_dropped_after(&drops_space))
         }
-        Some(rule) => {
+        false => {
             let vocabulary = Vocabulary { texts, kinds: &kinds, ids: &ids };
-            let json = vocabulary.json(keys, rule, &drops_space, &mut warnings)?;
+            let unknown = unknown.and_then(|id| str::from_utf8(texts.get(id as usize)?).ok());
+            let units = rule.map_or(Units::Characters { unknown }, Units::Bytes);
+            let json = vocabulary.json(keys, units, &drops_space, &mut warnings)?;
             build(&json).map_err(|reason| keys.malformed(TOKENS, reason, "tokens that the merges fit"))?;
             None
         }
@@ -275,7 +279,7 @@ fn read(keys: &Keys<'_>, build: &mut Build<'_>) -> Result<Description> {
         tokens: Tokens {
             texts: texts.clone(),
             missing: HashSet::new(),
-            spelling: if is_sentencepiece { Spelling::Pieces } else { Spelling::ByteLevel },
+            spelling: if rule.is_some() { Spelling::ByteLevel } else { Spelling::Pieces },
             literal: special.iter().copied().chain(of_kinds(&kinds, [USER_DEFINED])).collect(),
             special,
             ids: OnceLock::new(),
@@ -332,18 +336,31 @@ fn of_kinds<const N: usize>(kinds: &[u8], wanted: [u8; N]) -> impl Iterator<Item
     wanted.into_iter().flat_map(all)
 }
 
-fn is_sentencepiece(keys: &Keys<'_>) -> Result<bool> {
-    let key = "tokenizer.ggml.model";
-    match keys.string(key)? {
-        Some(b"gpt2") => Ok(false),
-        Some(b"llama") => Ok(true),
-        other => {
-            let found = other.map_or("nothing".to_owned(), |name| quoted(name, 60));
-            Err(keys.malformed(
-                key,
-                found,
-                "'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)",
-            ))
+/// How a vocabulary splits text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Model {
+    ByteLevel,
+    SentencePiece,
+    /// Merges of characters. `always_begins`: a text begins with the start token whatever the file says, as llama.cpp does.
+    Merged {
+        always_begins: bool,
+    },
+}
+
+impl Model {
+    fn read(keys: &Keys<'_>) -> Result<Model> {
+        let key = "tokenizer.ggml.model";
+        let pre = keys.string("tokenizer.ggml.pre")?.and_then(pre_tokenizers::merges_pieces);
+        match keys.string(key)? {
+            Some(b"gpt2") => Ok(pre.map_or(Model::ByteLevel, |always_begins| Model::Merged { always_begins })),
+            Some(b"gemma4") => Ok(Model::Merged { always_begins: true }),
+            Some(b"llama") => Ok(Model::SentencePiece),
+            other => {
+                let found = other.map_or("nothing".to_owned(), |name| quoted(name, 60));
+                let known = "'gpt2' (byte-level BPE), 'gemma4' (BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' \
+                    (Unigram)";
+                Err(keys.malformed(key, found, known))
+            }
         }
     }
 }
@@ -463,7 +480,7 @@ fn chat_templates(keys: &Keys<'_>) -> Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-/// A byte-level vocabulary.
+/// A vocabulary with merges.
 struct Vocabulary<'a> {
     texts: &'a StringArray,
     kinds: &'a [u8],
@@ -478,8 +495,14 @@ impl<'a> Vocabulary<'a> {
         Some((str::from_utf8(text).ok().filter(|text| !text.is_empty())?, *id))
     }
 
-    /// The content of a `tokenizer.json` that splits text by `rule` and applies the merges to the bytes of each word.
-    fn json(&self, keys: &Keys<'_>, rule: &Rule, drops_space: &[u32], warnings: &mut Vec<String>) -> Result<String> {
+    /// The content of a `tokenizer.json` that applies the merges to `units`.
+    fn json(
+        &self,
+        keys: &Keys<'_>,
+        units: Units<'_>,
+        drops_space: &[u32],
+        warnings: &mut Vec<String>,
+    ) -> Result<String> {
         let all = merges(keys)?;
         let drops_space: HashSet<u32> = drops_space.iter().copied().collect();
         let mut joined = Vec::new();
@@ -510,6 +533,6 @@ impl<'a> Vocabulary<'a> {
         let added =
             added.map(|(id, content, special)| AddedToken { id, content, special, rstrip: drops_space.contains(&id) });
         let tokens = (0..self.texts.len() as u32).filter_map(|id| Some((own(id)?, id)));
-        Ok(Bpe { rule, merges: &merges }.write(tokens, added))
+        Ok(Bpe { units, merges: &merges }.write(tokens, added))
     }
 }

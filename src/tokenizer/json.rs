@@ -1,4 +1,4 @@
-//! Writes the `tokenizer.json` of a vocabulary: byte-level, of words and their parts, or of pieces with a likelihood.
+//! Writes the `tokenizer.json` of a vocabulary: of bytes or characters and their merges, of words and their parts, or of pieces with a likelihood.
 
 use serde_json::{Map, Value, json};
 
@@ -13,10 +13,20 @@ pub(super) struct AddedToken<'a> {
     pub(super) rstrip: bool,
 }
 
-/// Byte-level BPE.
+/// Byte-pair encoding.
 pub(super) struct Bpe<'a> {
-    pub(super) rule: &'a Rule,
+    pub(super) units: Units<'a>,
     pub(super) merges: &'a [(&'a str, &'a str)],
+}
+
+/// What merges apply to.
+#[derive(Clone, Copy)]
+pub(super) enum Units<'a> {
+    /// The bytes of words.
+    Bytes(&'a Rule),
+    /// The characters of the whole text, where `\u{2581}` stands for a space. Characters without a token become byte tokens, or
+    /// the unknown token where there are none.
+    Characters { unknown: Option<&'a str> },
 }
 
 impl Bpe<'_> {
@@ -37,21 +47,22 @@ impl Bpe<'_> {
                 token.rstrip, token.special
             ));
         }
-        out.push_str(r#"],"normalizer":null,"pre_tokenizer":{"type":"Sequence","pretokenizers":["#);
-        for pattern in self.rule.patterns {
-            out.push_str(r#"{"type":"Split","pattern":{"Regex":"#);
-            string(&mut out, pattern);
-            out.push_str(r#"},"behavior":"Isolated","invert":false},"#);
+        match self.units {
+            Units::Bytes(rule) => bytes(&mut out, rule),
+            Units::Characters { unknown } => {
+                out.push_str(r#"],"normalizer":{"type":"Replace","pattern":{"String":" "},"content":"\u2581"},"#);
+                out.push_str(r#""pre_tokenizer":null,"post_processor":null,"decoder":{"type":"Sequence","decoders":["#);
+                out.push_str(r#"{"type":"Replace","pattern":{"String":"\u2581"},"content":" "},"#);
+                out.push_str(r#"{"type":"ByteFallback"},{"type":"Fuse"}]},"model":{"type":"BPE","dropout":null,"#);
+                out.push_str(r#""continuing_subword_prefix":null,"end_of_word_suffix":null,"fuse_unk":true,"#);
+                out.push_str(r#""byte_fallback":true,"ignore_merges":false,"unk_token":"#);
+                match unknown {
+                    None => out.push_str("null"),
+                    Some(text) => string(&mut out, text),
+                }
+                out.push_str(r#","vocab":{"#);
+            }
         }
-        // The last step replaces bytes by the characters that stand for them.
-        out.push_str(r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false}]},"#);
-        out.push_str(r#""post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":true,"#);
-        out.push_str(r#""trim_offsets":true,"use_regex":true},"model":{"type":"BPE","dropout":null,"#);
-        out.push_str(r#""unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"#);
-        out.push_str(&format!(
-            r#""fuse_unk":false,"byte_fallback":false,"ignore_merges":{},"vocab":{{"#,
-            self.rule.ignore_merges
-        ));
         for (i, (text, id)) in tokens.enumerate() {
             separate(&mut out, i);
             string(&mut out, text);
@@ -176,6 +187,24 @@ fn base64(bytes: &[u8]) -> String {
         }
     }
     out
+}
+
+/// The steps from text to the bytes of words, and the beginning of their model.
+fn bytes(out: &mut String, rule: &Rule) {
+    out.push_str(r#"],"normalizer":null,"pre_tokenizer":{"type":"Sequence","pretokenizers":["#);
+    for pattern in rule.patterns {
+        out.push_str(r#"{"type":"Split","pattern":{"Regex":"#);
+        string(out, pattern);
+        out.push_str(r#"},"behavior":"Isolated","invert":false},"#);
+    }
+    // The last step replaces bytes by the characters that stand for them.
+    out.push_str(r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false}]},"#);
+    out.push_str(r#""post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":true,"#);
+    out.push_str(r#""trim_offsets":true,"use_regex":true},"model":{"type":"BPE","dropout":null,"#);
+    out.push_str(r#""unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"#);
+    out.push_str(r#""fuse_unk":false,"byte_fallback":false,"ignore_merges":"#);
+    out.push_str(if rule.ignore_merges { "true" } else { "false" });
+    out.push_str(r#","vocab":{"#);
 }
 
 fn separate(out: &mut String, index: usize) {

@@ -43,7 +43,16 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
     RULES.iter().flat_map(|rule| rule.names.iter().copied())
 }
 
-const NOT_BYTE_LEVEL: &[&str] = &["gemma4", "sarvam-moe", "granite-embed-multi-311m", "whitespace"];
+const NOT_BYTE_LEVEL: &[&str] = &["whitespace"];
+
+/// Names for vocabularies whose merges apply to pieces of text instead of bytes: spaces are part of the pieces.
+const PIECES: &[&str] = &["gemma4", "sarvam-moe", "granite-embed-multi-311m"];
+
+/// Whether merges apply to pieces of text by this name, and whether a text begins with the start token whatever the file says.
+pub(super) fn merges_pieces(name: &[u8]) -> Option<bool> {
+    let known = PIECES.iter().find(|known| known.as_bytes() == name)?;
+    Some(*known != "sarvam-moe")
+}
 
 // Building blocks of the patterns. Macros, because `concat!` takes literals only.
 
@@ -183,7 +192,8 @@ const RULES: &[Rule] = &[
         &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"],
         &[LLAMA3],
     ))),
-    rule(&["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], &[LLAMA3]),
+    rule(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
+    ignoring_merges(rule(&["glm4", "glm5"], &[LLAMA3])),
     rule(
         &["jais-2"],
         &[concat!(

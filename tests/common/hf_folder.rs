@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A tensor to be written.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Stored {
     pub(crate) name: String,
     pub(crate) shape: Vec<usize>,

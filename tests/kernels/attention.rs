@@ -109,6 +109,13 @@ fn page(rng: &mut Rng, n: usize, width: usize) -> (Vec<f32>, Vec<Range<usize>>, 
     (rng.values(n * STRIDE), ranges, Stored::random(rng, PAGE * width))
 }
 
+/// A page, numbers of its queries, and scales.
+#[allow(clippy::type_complexity, reason = "taken apart at once")]
+fn case(seed: u64, n: usize, width: usize) -> ((Vec<f32>, Vec<Range<usize>>, Stored), Vec<f32>, Vec<f32>) {
+    let mut rng = Rng(seed);
+    (page(&mut rng, n, width), rng.values(n * width), scales(&mut rng))
+}
+
 #[test]
 fn weighted_sums_match_the_scalar_kernel() {
     let mut rng = Rng(42);
@@ -142,10 +149,8 @@ fn weighted_sums_match_the_scalar_kernel() {
 
 #[test]
 fn weighted_sums_are_added_to_the_output() {
-    let mut rng = Rng(43);
     let (n, width) = (5, 48);
-    let (weights, ranges, values) = page(&mut rng, n, width);
-    let (before, factors) = (rng.values(n * width), scales(&mut rng));
+    let ((weights, ranges, values), before, factors) = case(43, n, width);
     for kernel in available() {
         for (stored, values) in values.all() {
             let mut out = before.clone();
@@ -168,12 +173,10 @@ fn weighted_sums_are_added_to_the_output() {
 
 #[test]
 fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
-    let mut rng = Rng(44);
     let (n, head_dim) = (13, 64);
-    let (weights, ranges, values) = page(&mut rng, n, head_dim);
-    let (queries, scales) = (rng.values(n * head_dim), scales(&mut rng));
-    for kernel in available() {
-        for (stored, page) in values.all() {
+    let ((weights, ranges, values), queries, scales) = case(44, n, head_dim);
+    for (stored, page) in values.all() {
+        for kernel in available() {
             let (mut scores, mut sums) = (vec![f32::NAN; n * PAGE], vec![0.0; n * head_dim]);
             let (group, scales) = (32, &scales[..]);
             let inputs = ScoreInputs { queries: &queries, head_dim, keys: page, group, scales };

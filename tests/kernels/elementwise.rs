@@ -1,20 +1,11 @@
 //! Elementwise operations and norms: bit-identical on every kernel, and correct.
 
 use half::f16;
-use nybble::kernels::{Activation, Kernel, available};
+use nybble::kernels::{Kernel, available};
 
 use crate::support::*;
 
 const LENGTHS: [usize; 13] = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 1000];
-const ACTIVATIONS: [Activation; 7] = [
-    Activation::Silu,
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::Relu,
-    Activation::Relu2,
-    Activation::Sigmoid,
-    Activation::Softplus,
-];
 
 /// Runs an operation on three buffers of each length and compares its result with the scalar kernel's.
 fn same_on_every_kernel(name: &str, operation: impl Fn(&Kernel, [Vec<f32>; 3]) -> Vec<f32>) {

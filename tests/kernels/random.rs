@@ -1,7 +1,7 @@
 //! Random shapes and values on every kernel.
 
 use half::f16;
-use nybble::kernels::{Activation, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
+use nybble::kernels::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
 use nybble::quant::packed::PANEL;
 use nybble::threads::Columns;
 use proptest::prelude::*;
@@ -62,15 +62,7 @@ proptest! {
         let (weight, other) = (rng.wild_values(x.len()), rng.values(x.len()));
         let all = |kernel: &nybble::kernels::Kernel| {
             let mut outs = vec![];
-            for activation in [
-                Activation::Silu,
-                Activation::Gelu,
-                Activation::GeluTanh,
-                Activation::Relu,
-                Activation::Relu2,
-                Activation::Sigmoid,
-                Activation::Softplus,
-            ] {
+            for activation in ACTIVATIONS {
                 let (mut activated, mut gated) = (x.clone(), x.clone());
                 kernel.activate(activation, &mut activated);
                 kernel.gate(activation, &mut gated, &weight);

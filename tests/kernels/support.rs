@@ -1,7 +1,7 @@
 //! Values, matrices and comparisons for the kernel tests.
 
 use half::f16;
-use nybble::kernels::{self, Activations, Kernel};
+use nybble::kernels::{self, Activation, Activations, Kernel};
 use nybble::quant::packed::{BLOCK, Code, Layout, PANEL, Packed};
 use nybble::threads::Columns;
 
@@ -9,6 +9,17 @@ use nybble::threads::Columns;
 pub(crate) const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 /// A table with the ends of the range.
 pub(crate) const ENDS: [i8; 16] = [-128, 127, -128, 127, 0, -1, 1, -127, -128, -128, 127, 127, 64, -64, 2, -2];
+
+/// Every activation.
+pub(crate) const ACTIVATIONS: [Activation; 7] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::Relu2,
+    Activation::Sigmoid,
+    Activation::Softplus,
+];
 
 /// The scalar kernel, which defines the results.
 pub(crate) fn scalar() -> &'static Kernel {

@@ -3,12 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::goldens::converted;
 use crate::logits::{bits, distance, load};
 use nybble::format::gguf::{Gguf, NewTensor, Value, Writer};
 use nybble::kernels;
-use nybble::model::hf::HfFolder;
-use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Pooling, Quantize, Session, convert};
-use nybble::quant::block::BlockType;
+use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Pooling, Quantize, Session};
 use safetensors::SafeTensors;
 
 /// A checkpoint, its documents in tokens, and what transformers computes of them.
@@ -152,10 +151,7 @@ fn files_of_other_converters_compute_what_transformers_computes() {
 fn every_encoder_converts_to_gguf_and_computes_the_same() {
     let folder = tempfile::tempdir().unwrap();
     for golden in goldens() {
-        let path = folder.path().join("model.gguf");
-        let source = HfFolder::open(&golden.folder).unwrap();
-        convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
-        assert!(Gguf::open(&path).unwrap().get_str("general.architecture").unwrap().is_some());
+        let path = converted(&golden.folder, folder.path());
         let (stored, model) = (load(&golden.folder, Quantize::Stored, 1, None), load(&path, Quantize::Auto, 1, None));
         for ((name, before), (_, after)) in golden.outputs(&stored).iter().zip(golden.outputs(&model)) {
             assert!(bits(before) == bits(&after), "{}, {name}", golden.name);

@@ -80,15 +80,20 @@ fn every_family_computes_what_transformers_computes() {
     }
 }
 
+/// Converts a checkpoint to a GGUF file of F32 weights in the folder `to`.
+pub(crate) fn converted(checkpoint: &Path, to: &Path) -> PathBuf {
+    let path = to.join("model.gguf");
+    let source = HfFolder::open(checkpoint).unwrap();
+    convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
+    assert!(Gguf::open(&path).unwrap().get_str("general.architecture").unwrap().is_some());
+    path
+}
+
 #[test]
 fn every_family_converts_to_gguf_and_computes_the_same() {
     let folder = tempfile::tempdir().unwrap();
     for golden in goldens() {
-        let path = folder.path().join("model.gguf");
-        let source = HfFolder::open(&golden.folder).unwrap();
-        convert::convert(&source, &Default::default(), &path, BlockType::F32, None).unwrap();
-        let file = Gguf::open(&path).unwrap();
-        assert!(file.get_str("general.architecture").unwrap().is_some());
+        let path = converted(&golden.folder, folder.path());
         assert_agrees(&golden, &load(&path, Quantize::Auto, 1, None), "converted");
         std::fs::remove_file(path).unwrap();
     }

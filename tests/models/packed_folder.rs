@@ -40,7 +40,7 @@ pub(crate) fn frame() -> Folder {
 }
 
 /// The type and values of scales.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Scales {
     F16,
     /// Powers of two in F16, whose products with zero points are exact in F16.
@@ -50,7 +50,7 @@ pub(crate) enum Scales {
 }
 
 /// The format of a packed checkpoint.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Recipe {
     pub(crate) group: usize,
     pub(crate) symmetric: bool,

@@ -31,7 +31,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 
-from serving import TOOL_TEMPLATE  # noqa: E402
+from serving import TOOL_TEMPLATE, Running, served  # noqa: E402
 
 from nybble import Model  # noqa: E402
 from nybble.models import hub  # noqa: E402
@@ -107,3 +107,10 @@ def default_model(default_file: Path) -> Iterator[Model]:
     """The loaded default model."""
     with Model.load(default_file) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Running]:
+    """A server of the `model` of the module."""
+    with served(model) as running:
+        yield running

@@ -10,7 +10,7 @@ use nybble::format::gguf::{Gguf, NewTensor, Writer};
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
     AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, SignroundOptions, Target,
-    TensorFormats, auto, quantize, spend_bits,
+    TensorFormats, auto, quantize,
 };
 
 use crate::sources::{self, Stop, golden, source};
@@ -180,7 +180,7 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
     let spend_until = |formats: &TensorFormats, bits: f64, stop: &(dyn Fn() -> bool + Sync)| {
         let windows = windows();
         let context = RunContext::new(&source, &output, &windows).with_threads(1).with_interrupted(stop);
-        spend_bits(&context, formats, bits)
+        formats.spend_bits(&context, bits)
     };
     let spend = |bits: f64| spend_until(&formats, bits, &|| false);
     assert_eq!(spend(4.5).unwrap(), formats);

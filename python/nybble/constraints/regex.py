@@ -16,6 +16,8 @@ _UNSUPPORTED = (
     (re.compile(r"\(\?>"), "atomic groups are not supported"),
     (re.compile(r"\(\?\("), "conditional groups are not supported"),
     (re.compile(r"\(\?(?:R|&|P>|\d)"), "recursion is not supported"),
+    (re.compile(r"\\[bB<>]"), "word boundaries are not supported"),
+    (re.compile(r"\\[ZG]"), "anchors other than ^ and $ are not supported"),
     (re.compile(r"\(\?#"), "comments are not supported"),
     (re.compile(r"\{,\d*\}"), "a repetition needs a minimum: write the count as {0,N}"),
 )

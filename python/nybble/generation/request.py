@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nybble.constraints.native import constraint
 from nybble.errors import ContextFullError, ModelError
 
 if TYPE_CHECKING:
@@ -67,6 +66,19 @@ def check_length(model: TextModel, prompt: str) -> None:
         raise ContextFullError(0, fewest, model.info.context)
 
 
+def check_generates(model: TextModel) -> None:
+    """Refuses a model that does not predict the next token.
+
+    Raises:
+        ModelError: The model generates no text.
+    """
+    if not model.info.generates:
+        name = model.info.file.name
+        raise ModelError(
+            f"{name}: {model.info.family} has no output for tokens and generates no text: use embed or classify"
+        )
+
+
 def prepare_tokens(
     model: TextModel, ids: Sequence[int], options: SamplingOptions, session: _native.Session | None = None
 ) -> PreparedRequest:
@@ -84,11 +96,7 @@ def prepare_tokens(
         ValueError: The prompt has no tokens or unknown ones, an option is out of range, or the constraint is invalid.
     """
     native, context = model._native, model.info.context
-    if not model.info.generates:
-        name = model.info.file.name
-        raise ModelError(
-            f"{name}: {model.info.family} has no output for tokens and generates no text: use embed or classify"
-        )
+    check_generates(model)
     if len(ids) > context:
         raise ContextFullError(0, len(ids), context)
     if options.seed is None:
@@ -176,5 +184,7 @@ def _is_id(item: object) -> bool:
 def _constraint(tokenizer: Tokenizer, options: SamplingOptions) -> _native.Constraint | None:
     for kind in ("schema", "regex", "grammar"):
         if (text := getattr(options, kind)) is not None:
+            from nybble.constraints.native import constraint
+
             return constraint(tokenizer._grammar_vocabulary, kind, text)
     return None

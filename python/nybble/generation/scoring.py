@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nybble.generation.request import check_generates
+
 if TYPE_CHECKING:
     from nybble.model import Model
 
@@ -26,8 +28,10 @@ def logprob_rows(model: Model, ids: Sequence[int], first: int = 0) -> Iterator[n
     Raises:
         ContextFullError: The tokens do not fit into the context.
         MemoryError: The logits do not fit into memory.
+        ModelError: The model does not predict the next token.
         ValueError: A token is unknown.
     """
+    check_generates(model)
     if not ids:
         return
     logits = model.logits(ids)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nybble.generation.scoring import logprob_rows
+from nybble.integrations import _needs
 from nybble.model import Model
 from nybble.sampling import SamplingOptions
 
@@ -21,10 +22,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ModuleNotFoundError as _error:
-    _missing = (_error.name or "lm_eval").partition(".")[0]
-    raise ModuleNotFoundError(
-        f"nybble.integrations.lm_eval needs {_missing}: pip install 'nybble[lm-eval]'", name=_missing
-    ) from None
+    raise _needs("lm_eval", _error) from None
 
 # The harness's own types are not named, so that programs without it can check theirs.
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from nybble.integrations import _needs
+
 try:
     import ray.data
     from ray import serve
 except ModuleNotFoundError as _error:
-    _missing = (_error.name or "ray").partition(".")[0]
-    raise ModuleNotFoundError(
-        f"nybble.integrations.ray needs {_missing}: pip install 'nybble[ray]'", name=_missing
-    ) from None
+    raise _needs("ray", _error) from None
 
 from nybble.model import Model
 from nybble.sampling import SamplingOptions

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nybble import _native
 from nybble.errors import ModelError
-from nybble.models import hub
 from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 
@@ -135,6 +134,8 @@ class Tokenizer(Returned):
             folder = Path(source).expanduser()
             if (folder / "tokenizer.json").is_file():
                 return cls.from_folder(folder)
+        from nybble.models import hub
+
         path = hub.resolve(source, filename=filename, revision=revision, only_tokenizer=True)
         return cls.from_folder(path) if path.is_dir() else cls.from_gguf(path, mmap=mmap)
 

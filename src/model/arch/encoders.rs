@@ -1,14 +1,14 @@
 //! Encoders: models whose attention goes in both directions, for embeddings and classification.
 
-use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Quirks, Residual, family};
+use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Quirks, family};
 use super::gemma::{QUIRKS_3, QUIRKS_4};
-use crate::kernels::Activation::{Gelu, GeluTanh, Silu};
-use NormKind::{Layer, Rms};
-use Position::{Learned, Rope, RopeAdjacent};
-use Residual::Sequential;
+use crate::kernels::Activation::{Gelu, GeluTanh};
+use NormKind::Layer;
+use Position::{Learned, RopeAdjacent};
 
 /// Norms follow the branches, and the last of them is that of the last layer.
-const QUIRKS: Quirks = Quirks { bidirectional: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
+const QUIRKS: Quirks =
+    Quirks { bidirectional: true, without_output: true, optional_output_norm: true, ..DEFAULT_QUIRKS };
 
 const MODERN_BERT: Quirks = Quirks {
     window_period: 3,
@@ -21,17 +21,17 @@ const MODERN_BERT: Quirks = Quirks {
 
 pub(super) const FAMILIES: &[Family] = &[
     // Devlin et al. 2018, arXiv 1810.04805; also RoBERTa and XLM-RoBERTa.
-    family("bert", Layer, Sequential, Learned, Gelu, QUIRKS),
+    family("bert").norm(Layer).position(Learned).activation(Gelu).quirks(QUIRKS),
     // Nussbaum et al. 2024, arXiv 2402.01613.
-    family("nomic-bert", Layer, Sequential, Rope, Silu, QUIRKS),
+    family("nomic-bert").norm(Layer).quirks(QUIRKS),
     // Sturua et al. 2024, arXiv 2409.10173.
-    family("jina-bert-v3", Layer, Sequential, Rope, Gelu, QUIRKS),
+    family("jina-bert-v3").norm(Layer).activation(Gelu).quirks(QUIRKS),
     // Warner et al. 2024, arXiv 2412.13663.
-    family("modern-bert", Layer, Sequential, Rope, Gelu, MODERN_BERT),
+    family("modern-bert").norm(Layer).activation(Gelu).quirks(MODERN_BERT),
     // Schechter Vera et al. 2025, arXiv 2509.20354: EmbeddingGemma.
-    family("gemma-embedding", Rms, Sequential, Rope, GeluTanh, Quirks { bidirectional: true, ..QUIRKS_3 }),
+    family("gemma-embedding").activation(GeluTanh).quirks(Quirks { bidirectional: true, ..QUIRKS_3 }),
     // Google 2026: EmbeddingGemma 2.
-    family("gemma-embedding2", Rms, Sequential, Rope, GeluTanh, Quirks { bidirectional: true, ..QUIRKS_4 }),
+    family("gemma-embedding2").activation(GeluTanh).quirks(Quirks { bidirectional: true, ..QUIRKS_4 }),
     // Llama models in both directions.
-    family("llama-embed", Rms, Sequential, RopeAdjacent, Silu, Quirks { bidirectional: true, ..DEFAULT_QUIRKS }),
+    family("llama-embed").position(RopeAdjacent).quirks(Quirks { bidirectional: true, ..DEFAULT_QUIRKS }),
 ];

@@ -190,6 +190,8 @@ pub struct Quirks {
     pub clamped_gate: Option<(f32, f32)>,
     /// Attention goes in both directions, unless the file's `attention.causal` says otherwise.
     pub bidirectional: bool,
+    /// Hidden states do not become logits of tokens.
+    pub without_output: bool,
     /// The first layer has no norm before attention, because the embeddings are normalized.
     pub optional_first_norm: bool,
     /// The activation is xIELU, with parameters that the file has.
@@ -226,27 +228,50 @@ pub(in crate::model) const DEFAULT_QUIRKS: Quirks = Quirks {
     weighted_input: false,
     clamped_gate: None,
     bidirectional: false,
+    without_output: false,
     optional_first_norm: false,
     untruncated_yarn: false,
     xielu: false,
 };
 
-/// A family of layers of attention and a feed-forward network.
-pub(super) const fn family(
-    name: &'static str,
-    norm: NormKind,
-    residual: Residual,
-    position: Position,
-    activation: Activation,
-    quirks: Quirks,
-) -> Family {
-    Family { name, layers: ATTENTION, norm, residual, position, activation, quirks }
+/// A family with the choices of most: layers of attention and a feed-forward network in sequence, RMS norms, rotary embedding
+/// and SiLU. Its methods change that.
+pub(super) const fn family(name: &'static str) -> Family {
+    Family {
+        name,
+        layers: ATTENTION,
+        norm: NormKind::Rms,
+        residual: Residual::Sequential,
+        position: Position::Rope,
+        activation: Activation::Silu,
+        quirks: DEFAULT_QUIRKS,
+    }
 }
 
 impl Family {
+    pub(super) const fn norm(self, norm: NormKind) -> Family {
+        Family { norm, ..self }
+    }
+
+    pub(super) const fn parallel(self) -> Family {
+        Family { residual: Residual::Parallel, ..self }
+    }
+
+    pub(super) const fn position(self, position: Position) -> Family {
+        Family { position, ..self }
+    }
+
+    pub(super) const fn activation(self, activation: Activation) -> Family {
+        Family { activation, ..self }
+    }
+
     /// The family with layers of latent attention.
     pub(super) const fn latent(self) -> Family {
         Family { layers: LATENT_ATTENTION, ..self }
+    }
+
+    pub(super) const fn quirks(self, quirks: Quirks) -> Family {
+        Family { quirks, ..self }
     }
 
     /// The kind of layer `index`.

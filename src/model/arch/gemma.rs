@@ -1,10 +1,7 @@
 //! Google's Gemma.
 
-use super::family::{DEFAULT_QUIRKS, Family, NormKind, Position, Quirks, Residual, family};
+use super::family::{DEFAULT_QUIRKS, Family, Quirks, family};
 use crate::kernels::Activation::GeluTanh;
-use NormKind::Rms;
-use Position::Rope;
-use Residual::Sequential;
 
 const QUIRKS: Quirks = Quirks { scaled_embedding: true, ..DEFAULT_QUIRKS };
 
@@ -21,12 +18,12 @@ pub(super) const QUIRKS_4: Quirks = Quirks { window_period: 6, ..QUIRKS_3N };
 
 pub(super) const FAMILIES: &[Family] = &[
     // Gemma Team 2024, arXiv 2403.08295.
-    family("gemma", Rms, Sequential, Rope, GeluTanh, QUIRKS),
+    family("gemma").activation(GeluTanh).quirks(QUIRKS),
     // Gemma Team 2024, arXiv 2408.00118.
-    family("gemma2", Rms, Sequential, Rope, GeluTanh, QUIRKS_2),
+    family("gemma2").activation(GeluTanh).quirks(QUIRKS_2),
     // Gemma Team 2025, arXiv 2503.19786.
-    family("gemma3", Rms, Sequential, Rope, GeluTanh, QUIRKS_3),
+    family("gemma3").activation(GeluTanh).quirks(QUIRKS_3),
     // Google 2025: Gemma 3n, and 2026: Gemma 4.
-    family("gemma3n", Rms, Sequential, Rope, GeluTanh, QUIRKS_3N),
-    family("gemma4", Rms, Sequential, Rope, GeluTanh, QUIRKS_4),
+    family("gemma3n").activation(GeluTanh).quirks(QUIRKS_3N),
+    family("gemma4").activation(GeluTanh).quirks(QUIRKS_4),
 ];

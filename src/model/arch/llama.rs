@@ -1,12 +1,9 @@
 //! Llama and its closest relatives.
 
-use super::family::{
-    DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Residual, Rotated, Temperature, family,
-};
-use crate::kernels::Activation::{Relu2, Silu};
-use NormKind::{Layer, Rms};
-use Position::{Rope, RopeAdjacent};
-use Residual::Sequential;
+use super::family::{DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Rotated, Temperature, family};
+use crate::kernels::Activation::Relu2;
+use NormKind::Layer;
+use Position::RopeAdjacent;
 
 /// Chunks instead of windows in three of four layers, and queries that grow in the fourth.
 const LLAMA_4: Quirks = Quirks {
@@ -24,34 +21,34 @@ const LLAMA_4: Quirks = Quirks {
 
 pub(super) const FAMILIES: &[Family] = &[
     // Touvron et al. 2023, arXiv 2302.13971 and 2307.09288; also Mistral, Mixtral, SmolLM, TinyLlama, Yi.
-    family("llama", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    family("llama").position(RopeAdjacent),
     // Stability AI 2024, arXiv 2402.17834.
-    family("stablelm", Layer, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("stablelm").norm(Layer),
     // Team OLMo 2024, arXiv 2501.00656.
-    family("olmo2", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("olmo2"),
     // IBM Granite 3.
-    family("granite", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    family("granite").position(RopeAdjacent).quirks(Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
     // IBM Granite 3 and 4 with experts, and with windows and sinks.
-    family("granitemoe", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
-    family("granite_swa", Rms, Sequential, RopeAdjacent, Silu, Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    family("granitemoe").position(RopeAdjacent).quirks(Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
+    family("granite_swa").position(RopeAdjacent).quirks(Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
     // Meta 2025.
-    family("llama4", Rms, Sequential, RopeAdjacent, Silu, LLAMA_4),
+    family("llama4").position(RopeAdjacent).quirks(LLAMA_4),
     // Mistral AI 2025: Ministral 3.
-    family("mistral3", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    family("mistral3").position(RopeAdjacent),
     // Arcee AI 2025.
-    family("arcee", Rms, Sequential, RopeAdjacent, Relu2, DEFAULT_QUIRKS),
+    family("arcee").position(RopeAdjacent).activation(Relu2),
     // Groeneveld et al. 2024, arXiv 2402.00838.
-    family("olmo", Layer, Sequential, RopeAdjacent, Silu, Quirks { unweighted_norms: true, ..DEFAULT_QUIRKS }),
+    family("olmo").norm(Layer).position(RopeAdjacent).quirks(Quirks { unweighted_norms: true, ..DEFAULT_QUIRKS }),
     // Muennighoff et al. 2024, arXiv 2409.02060.
-    family("olmoe", Rms, Sequential, Rope, Silu, Quirks { normalized_experts: false, ..DEFAULT_QUIRKS }),
+    family("olmoe").quirks(Quirks { normalized_experts: false, ..DEFAULT_QUIRKS }),
     // Ma et al. 2024, arXiv 2402.17764. Its files have weights that are ternary only in value.
-    family("bitnet", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("bitnet"),
     // Baidu 2025: ERNIE 4.5.
-    family("ernie4_5", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
-    family("ernie4_5-moe", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
+    family("ernie4_5").position(RopeAdjacent),
+    family("ernie4_5-moe").position(RopeAdjacent),
     // ByteDance 2025.
-    family("seed_oss", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("seed_oss"),
     // Parmar et al. 2024, arXiv 2402.16819.
-    family("nemotron", Layer, Sequential, Rope, Relu2, DEFAULT_QUIRKS),
-    family("smollm3", Rms, Sequential, RopeAdjacent, Silu, Quirks { rotated: Rotated::AllBut(4), ..DEFAULT_QUIRKS }),
+    family("nemotron").norm(Layer).activation(Relu2),
+    family("smollm3").position(RopeAdjacent).quirks(Quirks { rotated: Rotated::AllBut(4), ..DEFAULT_QUIRKS }),
 ];

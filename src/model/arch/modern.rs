@@ -1,10 +1,9 @@
 //! Families of 2025 and 2026 that go ways of their own: gates, sinks, clamped experts, windows in most layers.
 
-use super::family::{DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Residual, Rotated, family};
-use crate::kernels::Activation::{Silu, Softplus};
-use NormKind::{Layer, Rms};
-use Position::{Rope, RopeAdjacent};
-use Residual::{Parallel, Sequential};
+use super::family::{DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Rotated, family};
+use crate::kernels::Activation::Softplus;
+use NormKind::Layer;
+use Position::RopeAdjacent;
 
 /// Only layers with a window rotate.
 const WINDOWED: Quirks = Quirks { window_period: 4, rotated: Rotated::Windowed, ..DEFAULT_QUIRKS };
@@ -24,46 +23,38 @@ const SIGMOID: Quirks = Quirks { gating: Gating::Sigmoid, ..DEFAULT_QUIRKS };
 
 pub(super) const FAMILIES: &[Family] = &[
     // Agarwal et al. 2025, arXiv 2508.10925.
-    family("gpt-oss", Rms, Sequential, Rope, Silu, GPT_OSS),
+    family("gpt-oss").quirks(GPT_OSS),
     // Cohere 2024 and 2025: Command R and R7B.
-    family("command-r", Layer, Parallel, RopeAdjacent, Silu, DEFAULT_QUIRKS),
-    family("cohere2", Layer, Parallel, RopeAdjacent, Silu, WINDOWED),
+    family("command-r").norm(Layer).parallel().position(RopeAdjacent),
+    family("cohere2").norm(Layer).parallel().position(RopeAdjacent).quirks(WINDOWED),
     // LG AI Research 2025, arXiv 2507.11407.
-    family("exaone4", Rms, Sequential, Rope, Silu, WINDOWED),
+    family("exaone4").quirks(WINDOWED),
     // Tencent 2025 and 2026.
-    family("hunyuan-dense", Rms, Sequential, Rope, Silu, Quirks { norms_after_rotation: true, ..DEFAULT_QUIRKS }),
-    family("hy_v3", Rms, Sequential, Rope, Silu, SIGMOID),
+    family("hunyuan-dense").quirks(Quirks { norms_after_rotation: true, ..DEFAULT_QUIRKS }),
+    family("hy_v3").quirks(SIGMOID),
     // GLM Team 2024, arXiv 2406.12793, and the versions after it.
-    family("chatglm", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
-    family("glm4", Rms, Sequential, RopeAdjacent, Silu, DEFAULT_QUIRKS),
-    family("glm4moe", Rms, Sequential, Rope, Silu, SIGMOID),
+    family("chatglm").position(RopeAdjacent),
+    family("glm4").position(RopeAdjacent),
+    family("glm4moe").quirks(SIGMOID),
     // MiniMax 2025.
-    family("minimax-m2", Rms, Sequential, Rope, Silu, SIGMOID),
+    family("minimax-m2").quirks(SIGMOID),
     // rednote-hilab 2025, arXiv 2506.05767.
-    family("dots1", Rms, Sequential, Rope, Silu, DEFAULT_QUIRKS),
+    family("dots1"),
     // Swiss AI 2025, arXiv 2509.14233.
-    family("apertus", Rms, Sequential, Rope, Silu, Quirks { xielu: true, ..DEFAULT_QUIRKS }),
+    family("apertus").quirks(Quirks { xielu: true, ..DEFAULT_QUIRKS }),
     // Muse Glimmer: the text part.
-    family(
-        "muse-glimmer",
-        Rms,
-        Sequential,
-        RopeAdjacent,
-        Silu,
-        Quirks { embedding_norm: true, post_norm_eps: Some(1e-8), ..WINDOWED },
-    ),
+    family("muse-glimmer").position(RopeAdjacent).quirks(Quirks {
+        embedding_norm: true,
+        post_norm_eps: Some(1e-8),
+        ..WINDOWED
+    }),
     // Poolside 2026.
-    family("laguna", Rms, Sequential, Rope, Silu, LAGUNA),
+    family("laguna").quirks(LAGUNA),
     // JetBrains 2026.
-    family("mellum", Rms, Sequential, Rope, Silu, Quirks { window_period: 4, ..DEFAULT_QUIRKS }),
+    family("mellum").quirks(Quirks { window_period: 4, ..DEFAULT_QUIRKS }),
     // DeepSeek-AI 2024, arXiv 2405.04434 and 2412.19437; also GLM 4 Lite.
-    family(
-        "deepseek2",
-        Rms,
-        Sequential,
-        RopeAdjacent,
-        Silu,
-        Quirks { normalized_experts: false, latent_norm_eps: Some(1e-6), ..DEFAULT_QUIRKS },
-    )
-    .latent(),
+    family("deepseek2")
+        .position(RopeAdjacent)
+        .quirks(Quirks { normalized_experts: false, latent_norm_eps: Some(1e-6), ..DEFAULT_QUIRKS })
+        .latent(),
 ];

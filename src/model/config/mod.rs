@@ -36,8 +36,10 @@ pub struct Config {
     pub(crate) longest: usize,
     /// Whether a position sees no later ones. Otherwise attention goes in both directions, and a text is computed at once.
     pub causal: bool,
-    /// Whether hidden states become logits of tokens.
+    /// Whether the model generates text: hidden states become logits of the next token.
     pub generates: bool,
+    /// Whether hidden states become logits of tokens: of the next one, or where attention goes in both directions.
+    pub(crate) has_logits: bool,
     /// How the hidden states of a text become its embedding, where the file says it.
     pub(crate) pooling: Option<Pooling>,
     /// The labels of a classification head, and what it reads.
@@ -164,9 +166,9 @@ impl Config {
         let count = layers;
         let causal = keys.flag("attention.causal")?.unwrap_or(!family.quirks.bidirectional);
         let layers = layers::read(&keys, family, count, hidden, rotates, causal, latent.as_ref(), temperature)?;
-        if let (false, Some((max, _))) = (causal, alibi) {
-            let supported = "supported: 0 where attention goes in both directions";
-            return Err(keys.unsupported("attention.max_alibi_bias", max, supported));
+        if !causal && alibi.is_some() {
+            let supported = "supported: true where attention.max_alibi_bias is above 0 (is_causal in config.json)";
+            return Err(keys.unsupported("attention.causal", false, supported));
         }
         let first = layers.iter().find(|layer| layer.rope() == 0).or(layers.first()).copied();
         let Some(first) = first else { return Err(keys.missing("block_count")) };
@@ -182,13 +184,15 @@ impl Config {
         // Where divisors do the stretching, the factor is 1.
         let extended = keys.optional_count("rope.scaling.extended_context_length")?;
         let longest = longest.max(extended.unwrap_or(0));
+        let has_logits = !family.quirks.without_output && keys.flag("generates")?.unwrap_or(true);
         namespace::check(&keys, latent.is_some())?;
         Ok(Config {
             family,
             context,
             longest,
             causal,
-            generates: causal && keys.flag("generates")?.unwrap_or(true),
+            generates: causal && has_logits,
+            has_logits,
             pooling: classifier::pooling(&keys)?,
             classifier: ClassifierConfig::read(&keys, causal)?,
             dense: classifier::dense(&keys)?,

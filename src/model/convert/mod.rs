@@ -12,6 +12,7 @@ use crate::format::output::Sources;
 use crate::format::{Checkpoint, Tensor};
 use crate::model::config::Config;
 use crate::model::hf::HfFolder;
+use crate::model::transformer::Weights;
 use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
 use crate::quant::scale_range::ScaleRange;
@@ -61,6 +62,11 @@ pub fn convert(
         let known = BlockType::names(BlockType::can_encode);
         return Err(Error::argument("type", wanted, format_args!("one of {known}")));
     }
+    let pool = &ThreadPool::new(default_threads())?;
+    let config = Config::read(checkpoint).ok();
+    if let Some(config) = &config {
+        check_leftovers(checkpoint, config, pool)?;
+    }
     let job = Job {
         checkpoint,
         more,
@@ -72,15 +78,24 @@ pub fn convert(
             if is_final { found } else { stored(name, tensor, wanted) }
         },
         made: &|_| Ok(None),
-        pool: &ThreadPool::new(default_threads())?,
+        pool,
         last: &|_| Ok(()),
     };
     job.write(out, progress)?;
     // A model that nybble runs is one afterwards.
-    if Config::read(checkpoint).is_ok() {
+    if config.is_some() {
         Config::read(&Gguf::open(out)?)?;
     }
     Ok(())
+}
+
+/// Checks that a model that nybble runs has no tensor that changes what it computes and that nybble does not read.
+fn check_leftovers(checkpoint: &dyn Checkpoint, config: &Config, pool: &ThreadPool) -> Result<()> {
+    match pool.run(|scope| Weights::check(scope, checkpoint, config)) {
+        // Other deviations are in the output as they are in the source, and loading it tells them.
+        Err(error @ Error::Unsupported { place: Place::Tensor(_), .. }) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// How the tensors of a checkpoint are written to a file.

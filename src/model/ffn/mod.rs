@@ -54,21 +54,6 @@ impl DenseAndExperts {
         })
     }
 
-    fn forward(
-        &self,
-        pass: &Pass<'_>,
-        x: &[f32],
-        input: &mut LinearInput,
-        workspace: &mut Workspace,
-        out: &mut Buffer,
-    ) {
-        let Workspace { dense, experts, both, rows } = workspace;
-        self.dense.forward(pass, input, dense, out);
-        self.expert_input(pass, x, input);
-        self.experts.forward_routed_by(pass, x, input, dense, experts, both);
-        self.join(pass, out, both, rows);
-    }
-
     /// The input of the experts, from the residual stream `x (rows, hidden)`.
     pub(super) fn expert_input(&self, pass: &Pass<'_>, x: &[f32], input: &mut LinearInput) {
         pass.norm(x, self.input_norm.as_ref(), input);
@@ -140,7 +125,13 @@ impl FeedForward {
             FeedForward::Experts(experts) => {
                 experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out);
             }
-            FeedForward::Both(both) => both.forward(pass, x, input, workspace, out),
+            FeedForward::Both(layer) => {
+                let Workspace { dense, experts, both, rows } = workspace;
+                layer.dense.forward(pass, input, dense, out);
+                layer.expert_input(pass, x, input);
+                layer.experts.forward_routed_by(pass, x, input, dense, experts, both);
+                layer.join(pass, out, both, rows);
+            }
         }
     }
 

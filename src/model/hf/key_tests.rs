@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::switches::WITHOUT_INFLUENCE;
+use crate::model::arch;
 use crate::model::hf::entry::Need;
 use crate::model::hf::families::{self, HfFamily};
 use crate::model::hf::packings::Packing;
@@ -105,4 +106,21 @@ fn defaults_differ_from_those_of_transformers_and_model_types_belong_to_one_fami
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), all);
+}
+
+/// The page of models is made from this table.
+#[test]
+fn the_table_of_families_is_up_to_date() {
+    let families = families::all().iter().map(|family| (family.architecture, family.model_types));
+    let mut rows: Vec<String> = families.map(|(name, types)| format!("{name}: {}", types.join(" "))).collect();
+    let read = |name: &str| rows.iter().any(|row| row.starts_with(&format!("{name}:")));
+    let others: Vec<_> = arch::families().map(|family| family.name).filter(|name| !read(name)).collect();
+    rows.extend(others.into_iter().map(|name| format!("{name}:")));
+    rows.sort_unstable();
+    let found = rows.join("\n") + "\n";
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families.txt");
+    if std::env::var_os("NYBBLE_UPDATE").is_some() {
+        std::fs::write(&file, &found).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), found, "NYBBLE_UPDATE=1 writes it again");
 }

@@ -180,7 +180,7 @@ fn dense(folder: &Path, keys: &mut MetadataWriter<'_>, tensors: &mut Vec<ModuleT
             return Err(Error::Missing { path: folder.to_path_buf(), place: place(), expected });
         };
         if tensor.shape() != shape {
-            let found = format_args!("shape {:?}", tensor.shape());
+            let found = format!("shape {:?}", tensor.shape());
             return Err(Error::malformed(files.path(tensor), place(), found, format_args!("{shape:?}")));
         }
         let Some(block_type) = tensor.block_type() else {

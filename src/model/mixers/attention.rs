@@ -179,19 +179,9 @@ impl Attention {
             heads::store(context, HeadRows { values: &workspace.in_proj, stride, start }, values);
         }
         // Softmax over the cache.
-        let config = context.pass.config;
         let source = layer.shares.unwrap_or(context.layer);
-        let Some(shape) = context.inputs.first().map(|input| *input.session.shape.layer(source)) else { return };
-        let attention = CacheAttention {
-            shape,
-            group: heads::group(&layer),
-            scale: config.attention_scale,
-            cap: config.attention_cap,
-            causal: config.causal,
-            reach: layer.reach(),
-            slopes: &context.positions.slopes,
-            sinks: &self.sinks,
-        };
+        let Some(attention) = heads::attention(context, source) else { return };
+        let attention = CacheAttention { slopes: &context.positions.slopes, sinks: &self.sinks, ..attention };
         let queries = HeadRows { values: &workspace.in_proj, stride, start: 0 };
         heads::softmax(context, &attention, queries, layer.heads, &mut workspace.heads, input);
         // Gate, and norm of the result.

@@ -33,6 +33,23 @@ pub(super) fn group(layer: &LayerConfig) -> usize {
     }
 }
 
+/// Attention of the current layer to the keys and values of layer `source`, without slopes and sinks. `None` for a step
+/// without inputs.
+pub(super) fn attention(context: &MixerContext<'_, '_>, source: usize) -> Option<CacheAttention<'static>> {
+    let config = context.pass.config;
+    let layer = &config.layers[context.layer];
+    Some(CacheAttention {
+        shape: *context.inputs.first()?.session.shape.layer(source),
+        group: group(layer),
+        scale: config.attention_scale,
+        cap: config.attention_cap,
+        causal: config.causal,
+        reach: layer.reach(),
+        slopes: &[],
+        sinks: &[],
+    })
+}
+
 /// Rows that a span may have when there are `rows` rows in all, so that there are tasks for all threads.
 pub(in crate::model) fn span_rows(config: &Config, threads: usize, rows: usize) -> usize {
     let span = |layer: &LayerConfig| {

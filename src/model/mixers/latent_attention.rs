@@ -7,7 +7,6 @@
 use super::attention::halves_of_pairs;
 use super::context::MixerContext;
 use super::heads::{self, HeadRows};
-use super::segments::CacheAttention;
 use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::model::arch::Position;
@@ -24,6 +23,7 @@ use crate::model::weights::loader::{Loader, Part, RowMap};
 /// The weights of latent attention.
 #[derive(Debug)]
 pub(in crate::model) struct LatentAttention {
+    sizes: LatentConfig,
     /// Queries, or the vector that they are a product of; then the vector of keys and values, and the rotated part of keys.
     in_proj: Linear,
     /// The norm of the queries' vector, and the matrix `(heads * (plain + rope), q_rank)`.
@@ -102,7 +102,11 @@ impl LatentAttention {
     /// Reads the weights of layer `index`.
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<LatentAttention> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
-        let latent = latent(config);
+        let Some(latent) = config.latent else {
+            return Err(
+                loader.missing(&name("attn_kv_a_mqa.weight"), "the widths of latent attention in the file's keys")
+            );
+        };
         let heads = config.layers[index].heads;
         let eps = config.family.quirks.latent_norm_eps.unwrap_or(config.norm_eps);
         let norm = |suffix: &str, width: usize| match loader.norm_of(&name(suffix), config, width, eps)? {
@@ -113,31 +117,32 @@ impl LatentAttention {
             None => None,
             Some(rank) => {
                 let rows = heads * (latent.plain + latent.rope);
-                let order = query_order(config, latent);
+                let order = query_order(config, &latent);
                 let part = Part { name: name("attn_q_b"), rows, order: &order, of: rows, stack: None };
                 Some((norm("attn_q_a_norm", rank)?, loader.linear(&[part], rank)?))
             }
         };
-        let (keys, values) = load_heads(loader, latent, index, heads)?;
+        let (keys, values) = load_heads(loader, &latent, index, heads)?;
         Ok(LatentAttention {
-            in_proj: load_in_proj(loader, config, index)?,
+            sizes: latent,
+            in_proj: load_in_proj(loader, config, &latent, index)?,
             queries,
             kv_norm: norm("attn_kv_a_norm", latent.kv_rank)?,
             keys,
             values,
-            out_proj: load_out_proj(loader, config, index)?,
+            out_proj: load_out_proj(loader, config, &latent, index)?,
         })
     }
 
     /// Reads the projection of the input of layer `index` again.
     pub(super) fn reload_in_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
-        self.in_proj = load_in_proj(loader, config, index)?;
+        self.in_proj = load_in_proj(loader, config, &self.sizes, index)?;
         Ok(())
     }
 
     /// Reads the output projection of layer `index` again.
     pub(super) fn reload_out_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
-        self.out_proj = load_out_proj(loader, config, index)?;
+        self.out_proj = load_out_proj(loader, config, &self.sizes, index)?;
         Ok(())
     }
 
@@ -153,14 +158,14 @@ impl LatentAttention {
 
     /// All linear layers.
     pub(super) fn linears(&self) -> Vec<&Linear> {
-        let LatentAttention { in_proj, queries, kv_norm: _, keys, values, out_proj } = self;
+        let LatentAttention { sizes: _, in_proj, queries, kv_norm: _, keys, values, out_proj } = self;
         let queries = queries.iter().map(|(_, linear)| linear);
         [in_proj].into_iter().chain(queries).chain(keys).chain(values).chain([out_proj]).collect()
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         // Every field by name, so that a new one cannot be forgotten.
-        let LatentAttention { in_proj, queries, kv_norm, keys, values, out_proj } = self;
+        let LatentAttention { sizes: _, in_proj, queries, kv_norm, keys, values, out_proj } = self;
         hasher.linear(in_proj);
         hasher.optional(queries.as_ref(), |hasher, (norm, linear)| {
             hasher.norm(norm);
@@ -171,8 +176,8 @@ impl LatentAttention {
         hasher.linear(out_proj);
     }
 
-    pub(super) fn widen(&self, config: &Config, widths: &mut Widths) {
-        let LatentConfig { q_rank, kv_rank, rope, .. } = *latent(config);
+    pub(super) fn widen(&self, widths: &mut Widths) {
+        let LatentConfig { q_rank, kv_rank, rope, .. } = self.sizes;
         widths.in_proj = widths.in_proj.max(self.in_proj.width());
         widths.queries = widths.queries.max(self.queries.as_ref().map_or(0, |(_, linear)| linear.width()));
         widths.q_rank = q_rank.unwrap_or(0);
@@ -191,8 +196,7 @@ impl LatentAttention {
         angles: &rope::Angles,
         workspace: &mut Workspace,
     ) {
-        let config = context.pass.config;
-        let LatentConfig { kv_rank, rope, value, .. } = *latent(config);
+        let LatentConfig { kv_rank, rope, value, .. } = self.sizes;
         let heads = self.keys.len();
         if workspace.heads.len() < heads {
             // A layer that is computed alone: nothing was reserved for the model.
@@ -209,18 +213,7 @@ impl LatentAttention {
         // From queries to what attends to the vector.
         self.absorb(context, angles, workspace);
         // Softmax over the cache.
-        let layer = context.pass.config.layers[context.layer];
-        let Some(shape) = context.inputs.first().map(|input| *input.session.shape.layer(context.layer)) else { return };
-        let attention = CacheAttention {
-            shape,
-            group: heads::group(&layer),
-            scale: config.attention_scale,
-            cap: config.attention_cap,
-            causal: config.causal,
-            reach: layer.reach(),
-            slopes: &[],
-            sinks: &[],
-        };
+        let Some(attention) = heads::attention(context, context.layer) else { return };
         let stride = heads * (kv_rank + rope);
         let queries = HeadRows { values: &workspace.absorbed, stride, start: 0 };
         heads::softmax(context, &attention, queries, heads, &mut workspace.attention, input);
@@ -246,7 +239,7 @@ impl LatentAttention {
     /// Normalizes the vector of keys and values, and rotates the keys' own part, in place.
     fn rotate(&self, context: &MixerContext<'_, '_>, angles: &rope::Angles, workspace: &mut Workspace) {
         let (pass, stride, start) = (context.pass, self.in_proj.width(), self.in_proj.start(1));
-        let LatentConfig { kv_rank, rope, .. } = *latent(pass.config);
+        let LatentConfig { kv_rank, rope, .. } = self.sizes;
         let rows = &mut workspace.rows;
         pass.scope.for_each_chunk_with(
             &mut workspace.in_proj,
@@ -270,7 +263,7 @@ impl LatentAttention {
     /// parts side by side.
     fn absorb(&self, context: &MixerContext<'_, '_>, angles: &rope::Angles, workspace: &mut Workspace) {
         let pass = context.pass;
-        let LatentConfig { kv_rank, plain, rope, .. } = *latent(pass.config);
+        let LatentConfig { kv_rank, plain, rope, .. } = self.sizes;
         let (rows, heads, key) = (context.batch.rows.len(), self.keys.len(), kv_rank + rope);
         let Workspace { in_proj, queries, absorbed, heads: works, .. } = workspace;
         let (queries, stride) = match &self.queries {
@@ -331,11 +324,6 @@ impl LatentAttention {
     }
 }
 
-/// The widths, which every model with such layers has.
-fn latent(config: &Config) -> &LatentConfig {
-    config.latent.as_ref().expect("`Config::read` reads them for families with latent attention")
-}
-
 /// The order of the queries' rows: pairs `(2i, 2i + 1)` of the rotated part become pairs `(i, i + rope / 2)`.
 fn query_order(config: &Config, latent: &LatentConfig) -> impl Fn(usize) -> usize + Sync + use<> {
     let LatentConfig { plain, rope, .. } = *latent;
@@ -347,8 +335,7 @@ fn query_order(config: &Config, latent: &LatentConfig) -> impl Fn(usize) -> usiz
 }
 
 /// Queries or their vector, and the vector of keys and values.
-fn load_in_proj(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Linear> {
-    let latent = latent(config);
+fn load_in_proj(loader: &Loader<'_>, config: &Config, latent: &LatentConfig, index: usize) -> Result<Linear> {
     let LatentConfig { q_rank, kv_rank, plain, rope, .. } = *latent;
     let name = |suffix: &str| format!("blk.{index}.{suffix}");
     let order = query_order(config, latent);
@@ -401,9 +388,9 @@ fn load_heads(
     Ok((stack("attn_k_b", kv_rank, plain)?, stack("attn_v_b", value, kv_rank)?))
 }
 
-fn load_out_proj(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Linear> {
+fn load_out_proj(loader: &Loader<'_>, config: &Config, latent: &LatentConfig, index: usize) -> Result<Linear> {
     let part = Part::new(format!("blk.{index}.attn_output"), config.hidden);
-    loader.linear(&[part], config.layers[index].heads * latent(config).value)
+    loader.linear(&[part], config.layers[index].heads * latent.value)
 }
 
 impl Linear {

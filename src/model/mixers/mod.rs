@@ -142,12 +142,12 @@ impl Mixer {
     }
 
     /// Widens `widths` to the rows of this mixer of `layer`.
-    pub(super) fn widen(&self, config: &Config, layer: &LayerConfig, widths: &mut Widths) {
+    pub(super) fn widen(&self, layer: &LayerConfig, widths: &mut Widths) {
         let columns = self.linears().into_iter().map(Linear::columns).max();
         widths.input = widths.input.max(columns.unwrap_or(0));
         match self {
             Mixer::Attention(attention) => attention.widen(layer, &mut widths.attention),
-            Mixer::LatentAttention(attention) => attention.widen(config, &mut widths.latent),
+            Mixer::LatentAttention(attention) => attention.widen(&mut widths.latent),
         }
     }
 }

@@ -60,9 +60,14 @@ impl Model {
         self.transformer.weights.heads.width(self.config())
     }
 
-    /// Whether hidden states become logits of tokens. Encoders and classifiers have none.
+    /// Whether the model generates text. Encoders and classifiers do not.
     pub fn generates(&self) -> bool {
         self.config().generates && self.labels() == 0
+    }
+
+    /// Whether hidden states become logits of tokens. A decoder with attention in both directions has logits, too.
+    pub(in crate::model) fn has_logits(&self) -> bool {
+        self.config().has_logits && self.labels() == 0
     }
 
     /// Scores per text of the classification head; 0 without one.

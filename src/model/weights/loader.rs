@@ -53,6 +53,8 @@ pub(in crate::model) struct Loader<'a> {
     total: usize,
     /// The names of tensors that were read.
     used: RefCell<HashSet<String>>,
+    /// Whether matrices get no memory and are not read.
+    is_hollow: bool,
 }
 
 /// Whether a tensor that nothing reads is without influence on the result.
@@ -90,7 +92,12 @@ impl<'a> Loader<'a> {
             }
             None => 0,
         };
-        Loader { scope, checkpoint, progress, done: Cell::new(0), total, used: RefCell::default() }
+        Loader { scope, checkpoint, progress, done: Cell::new(0), total, used: RefCell::default(), is_hollow: false }
+    }
+
+    /// A loader that checks the names and the shapes of matrices without reading their weights.
+    pub(in crate::model) fn hollow(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
+        Loader { is_hollow: true, ..Loader::new(scope, checkpoint, None) }
     }
 }
 
@@ -353,6 +360,9 @@ impl Loader<'_> {
                 supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
             });
         }
+        if self.is_hollow {
+            return Ok(Packed::hollow(rows, columns));
+        }
         // The packed form is at most a panel and a block larger than the tensor, which the file has in full: this bounds
         // the memory that a small file can ask for.
         let job = pack::PackJob { source, rows, columns, order, release: &|| self.checkpoint.release(name) };
@@ -379,6 +389,9 @@ impl Loader<'_> {
             return Err(self.wrong_shape(&name, &tensor.dims, format_args!("[{columns}, {of}]")));
         }
         let block_type = tensor.rows.block_type();
+        if self.is_hollow {
+            return Ok(Linear::new(vec![(Packed::hollow(columns, count), Vec::new())]));
+        }
         let mut values = vec![0.0; count * columns];
         for (row, out) in values.chunks_exact_mut(columns).enumerate() {
             block_type.decode(tensor.rows.row(first + row, &mut Vec::new()), out)?;

@@ -8,4 +8,3 @@ mod spend;
 
 pub use choose::choose_formats;
 pub use importance::write_importance;
-pub use spend::spend_bits;

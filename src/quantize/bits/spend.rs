@@ -13,34 +13,38 @@ use crate::quantize::resume::{ResumeFiles, ResumeLog, run_key};
 /// Windows on which sensitivity is measured, and tokens of each.
 const SAMPLE: (usize, usize) = (2, 128);
 
-/// `formats` with overrides that give the most sensitive linear layers finer formats, so that all linear layers together have at
-/// most `bits` per weight, scales included. Sensitivity is measured on the first windows of the context.
-///
-/// Measurements stay in a file next to the output until [`quantize`](crate::quantize::quantize) has written it, so that an
-/// interrupted run continues with them.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] if the format of linear layers already takes more bits, and for too little text; those of
-/// [`quantize`](crate::quantize::quantize).
-pub fn spend_bits(context: &RunContext<'_>, formats: &TensorFormats, bits: f64) -> Result<TensorFormats> {
-    formats.check()?;
-    context.check_out(&[ResumeFiles::next_to(context.out)])?;
-    let (windows, tokens) = SAMPLE;
-    let sample = context.windows.iter().take(windows).map(|window| window[..window.len().min(tokens)].to_vec());
-    let sample: Vec<Vec<u32>> = sample.collect();
-    if sample.iter().all(Vec::is_empty) {
-        return Err(Error::argument("calibration", "no text", "a text on which sensitivity is measured"));
+impl TensorFormats {
+    /// The formats with overrides that give the most sensitive linear layers finer formats, so that all linear layers together have at
+    /// most `bits` per weight, scales included. Sensitivity is measured on the first windows of the context.
+    ///
+    /// Measurements stay in a file next to the output until [`quantize`](crate::quantize::quantize) has written it, so that an
+    /// interrupted run continues with them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the format of linear layers already takes more bits, and for too little text; those of
+    /// [`quantize`](crate::quantize::quantize).
+    pub fn spend_bits(&self, context: &RunContext<'_>, bits: f64) -> Result<TensorFormats> {
+        let formats = self;
+        formats.check()?;
+        context.check_out(&[ResumeFiles::next_to(context.out)])?;
+        let (windows, tokens) = SAMPLE;
+        let sample = context.windows.iter().take(windows).map(|window| window[..window.len().min(tokens)].to_vec());
+        let sample: Vec<Vec<u32>> = sample.collect();
+        if sample.iter().all(Vec::is_empty) {
+            return Err(Error::argument("calibration", "no text", "a text on which sensitivity is measured"));
+        }
+        context.with_checkpoint(|checkpoint: &dyn Checkpoint| {
+            let layers = &Layerwise::load(checkpoint, &context.load_options())?;
+            check_windows(layers, context.windows)?;
+            formats.check_names(checkpoint)?;
+            let files = &ResumeFiles::next_to(context.out);
+            let mut log = ResumeLog::open(&files.sensitivity(), context.out, run_key(checkpoint, formats, &sample))?;
+            let run =
+                OpenRun { context: RunContext { windows: &sample, ..*context }, checkpoint, layers, formats, files };
+            let (mut formats, _) = without_f16_scales(&run)?;
+            let finer = plan(&OpenRun { formats: &formats, ..run }, bits, &mut log)?;
+            formats.overrides.extend(finer);
+            Ok(formats)
+        })
     }
-    context.with_checkpoint(|checkpoint: &dyn Checkpoint| {
-        let layers = &Layerwise::load(checkpoint, &context.load_options())?;
-        check_windows(layers, context.windows)?;
-        formats.check_names(checkpoint)?;
-        let files = &ResumeFiles::next_to(context.out);
-        let mut log = ResumeLog::open(&files.sensitivity(), context.out, run_key(checkpoint, formats, &sample))?;
-        let run = OpenRun { context: RunContext { windows: &sample, ..*context }, checkpoint, layers, formats, files };
-        let (mut formats, _) = without_f16_scales(&run)?;
-        let finer = plan(&OpenRun { formats: &formats, ..run }, bits, &mut log)?;
-        formats.overrides.extend(finer);
-        Ok(formats)
-    })
 }

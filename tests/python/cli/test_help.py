@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def completions(line: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.fixture
+def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], str]:
+    """The help of a command in a terminal with this number of columns."""
+
+    def shown(command: str, columns: int) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return output(capsys, command, "--help")
+
+    return shown
+
+
 # --- Help
 
 
@@ -57,11 +69,8 @@ def test_help_of_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
-def test_help_speaks_of_the_command_line_not_of_python(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    shown = output(capsys, command, "--help")
+def test_help_speaks_of_the_command_line_not_of_python(command: str, help_of: Callable[[str, int], str]) -> None:
+    shown = help_of(command, 200)
     for word in ("None", "True", "False", "dict", "pydantic", "<str>  A constraint", "math.inf", "Mapping", "()"):
         assert word not in shown, word
     options = [line for line in shown.splitlines() if line.startswith("│ --")]
@@ -70,11 +79,8 @@ def test_help_speaks_of_the_command_line_not_of_python(
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
-def test_help_fits_into_80_columns(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = output(capsys, command, "--help")
+def test_help_fits_into_80_columns(command: str, help_of: Callable[[str, int], str]) -> None:
+    shown = help_of(command, 80)
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown, "a word is longer than its column"
 

@@ -8,16 +8,12 @@ from typing import Any
 
 import clients
 import pytest
-from clients import ANSWER, CALLS, Forecast, weather
+from clients import ANSWER, CALLS, Forecast, llama_index_model, needed, weather
 from serving import scripted, serving
 
 from nybble import Model
 
 pytestmark = clients.IGNORED
-
-
-def needed(module: str) -> Any:
-    return pytest.importorskip(module, reason=f"needs {module}: make test-clients")
 
 
 def openai_agent(url: str, **options: Any) -> tuple[Any, Any]:
@@ -92,15 +88,8 @@ def langgraph(url: str) -> Any:
 
 
 def llama_index(url: str) -> Any:
-    llms, workflow = needed("llama_index.llms.openai_like"), needed("llama_index.core.agent.workflow")
-    model = llms.OpenAILike(
-        model="tiny",
-        api_base=url,
-        api_key="none",
-        is_chat_model=True,
-        is_function_calling_model=True,
-        context_window=8192,
-    )
+    workflow = needed("llama_index.core.agent.workflow")
+    model = llama_index_model(url)
 
     async def run() -> str:
         return str(await workflow.FunctionAgent(tools=[weather], llm=model).run("How is Rome?"))

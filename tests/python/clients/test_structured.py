@@ -8,7 +8,7 @@ from typing import Any
 
 import clients
 import pytest
-from clients import Leg, Trip
+from clients import Leg, Trip, llama_index_model, needed
 from serving import Running, serving
 
 from nybble import Model
@@ -23,10 +23,6 @@ GO: list[dict[str, str]] = [{"role": "user", "content": "Plan a trip."}]
 def server(chat_model: Model) -> Iterator[Running]:
     with Engine(chat_model) as engine, serving(engine) as running:
         yield running
-
-
-def needed(module: str) -> Any:
-    return pytest.importorskip(module, reason=f"needs {module}: make test-clients")
 
 
 def openai_client(url: str) -> Any:
@@ -106,15 +102,7 @@ def langchain_function_calling(url: str) -> Any:
 
 
 def llama_index(url: str) -> Any:
-    model = needed("llama_index.llms.openai_like").OpenAILike(
-        model="tiny",
-        api_base=url,
-        api_key="none",
-        is_chat_model=True,
-        is_function_calling_model=True,
-        context_window=8192,
-    )
-    return model.as_structured_llm(Trip).complete("Plan a trip.").raw
+    return llama_index_model(url).as_structured_llm(Trip).complete("Plan a trip.").raw
 
 
 def openai_agents(url: str) -> Any:

@@ -18,6 +18,9 @@ UNSUPPORTED = {
     "(?P<x>a)(?P=x)": "back-references are not supported",
     "a{,3}b": "a repetition needs a minimum",
     "ab\\": "a backslash at the end escapes nothing .*at character 3",
+    r"\bab\b": r"word boundaries are not supported .*at character 1",
+    r"a\Bb": r"word boundaries are not supported .*at character 2",
+    r"ab\Z": r"anchors other than \^ and \$ are not supported .*at character 3",
     "(?>a)b": "atomic groups are not supported",
     "(a)?(?(1)b|c)": "conditional groups are not supported",
     "((a|b|ab|ba){1,100}){1,100}c": "a text can be in more than 2000 states of it at once",
@@ -34,7 +37,7 @@ def test_unsupported_syntax_is_named_with_its_position(expression: str, tiny_mod
 
 
 @pytest.mark.parametrize(
-    "expression", [r"[(?=a)\1{,2}]+", r"\(?=", r"\\1", "[]a]{1,2}", "[^]a]", "a{2,}", "(?:a)(?i:b)"]
+    "expression", [r"[(?=a)\1{,2}]+", r"\\b[a-b]", r"\(?=", r"\\1", "[]a]{1,2}", "[^]a]", "a{2,}", "(?:a)(?i:b)"]
 )
 def test_supported_syntax_passes(expression: str) -> None:
     assert unsupported(expression) is None

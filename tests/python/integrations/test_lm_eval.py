@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from serving import Running, serving
+from serving import Running
 
 from nybble import Model
-from nybble.engine import Engine
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make test-clients")
 pytestmark = [
@@ -64,12 +63,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     file = tiny.write_model(tmp_path_factory.mktemp("model") / "tiny.gguf", llama__context_length=CONTEXT)
     with Model.load(file, threads=2) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Engine(model) as engine, serving(engine) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from gguf_files import File, Kind, Value, array, boolean, f32, text, u32
 from goldens import GOLDENS
 
 from nybble import Model, ModelError, _native
+from nybble.generation.scoring import logprob_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -140,13 +141,16 @@ def test_a_model_that_is_not_causal_sees_later_tokens(family: str, tmp_path: Pat
         assert not model.info.generates
         first = model.embed([ids, [*ids[:-1], 30]], pooling="cls")
         assert np.abs(first[0] - first[1]).max() > 1e-5
+        assert np.abs(model.logits(ids)[0] - model.logits([*ids[:-1], 30])[0]).max() > 1e-5
+        with pytest.raises(ModelError, match="generates no text"):
+            next(logprob_rows(model, ids))
     with Model.load(copy(family, tmp_path / "causal"), quantize="stored", threads=1) as model:
         first = model.embed([ids, [*ids[:-1], 30]], pooling="cls")
         assert np.array_equal(first[0], first[1])
 
 
 def test_distances_in_both_directions_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="max_alibi_bias"):
+    with pytest.raises(ModelError, match=r"attention\.causal.*max_alibi_bias.*is_causal"):
         Model.load(copy("bloom", tmp_path / "model", config={"is_causal": False}))
 
 

@@ -13,7 +13,8 @@ from checkpoints import Tensors, copy, logits, read_safetensors, write_safetenso
 from gguf_files import File, Tensor, u32
 from goldens import GOLDENS, golden
 
-from nybble import ModelError, _native
+import nybble
+from nybble import Model, ModelError, _native
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4683073184\n"
 
@@ -33,6 +34,28 @@ def changed(file: File) -> File:
 
 def vector(length: int) -> Tensor:
     return Tensor.of(np.linspace(0.5, 1.5, length))
+
+
+TEXT: dict[str, Any] = {
+    "calibration": ["A line of prose, and another one after it. " * 40],
+    "calibration_tokens": 256,
+}
+
+WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    "convert": lambda source, out: _native.convert(source, out, "q8_0"),
+    "rtn": lambda source, out: nybble.quantize(source, out, recipe="rtn"),
+    "gptq": lambda source, out: nybble.quantize(source, out, recipe="gptq", **TEXT),
+    "auto": lambda source, out: nybble.quantize(source, out, recipe="auto", **TEXT),
+    "bits": lambda source, out: nybble.quantize(source, out, bits_per_weight=6, **TEXT),
+    "loading": lambda source, out: Model.load(source, quantize="int4:rtn", threads=1),
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of quantized models, which is empty."""
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 # Tensors of GGUF
@@ -57,6 +80,24 @@ def test_a_tensor_that_nothing_reads_is_refused_by_name(name: str, changed: File
         logits(changed.write(tmp_path / "model.gguf"))
 
 
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_a_tensor_that_nothing_reads_is_refused_before_a_file_is_written(
+    writer: Callable[[Path, Path], object], is_folder: bool, changed: File, cache: Path, tmp_path: Path
+) -> None:
+    if is_folder:
+        more = with_more(model__layers__1__self_attn__sinks=(4,))
+        source, name = copy("llama", tmp_path / "model", tensors=more), "model.layers.1.self_attn.sinks"
+    else:
+        changed.tensors["blk.1.ffn_up.lora_b"] = vector(64)
+        source, name = changed.write(tmp_path / "model.gguf"), "blk.1.ffn_up.lora_b"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=f'tensor "{name}"'):
+        writer(source, tmp_path / "out.gguf")
+    assert sorted({*tmp_path.iterdir()} - {cache}) == before
+    assert not [*cache.rglob("*.gguf")]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -71,7 +112,11 @@ def test_a_tensor_that_nothing_reads_is_refused_by_name(name: str, changed: File
 def test_tensors_without_influence_change_no_logits(name: str, changed: File, tmp_path: Path) -> None:
     expected = logits(changed.write(tmp_path / "plain.gguf"))
     changed.tensors[name] = vector(8)
-    np.testing.assert_array_equal(logits(changed.write(tmp_path / "more.gguf")), expected)
+    more = changed.write(tmp_path / "more.gguf")
+    np.testing.assert_array_equal(logits(more), expected)
+    _native.convert(more, tmp_path / "converted.gguf", "f32")
+    np.testing.assert_array_equal(logits(tmp_path / "converted.gguf"), expected)
+    nybble.quantize(more, tmp_path / "quantized.gguf", recipe="rtn")
 
 
 def test_empty_tensors_and_dimensions_of_one_at_the_end_change_no_logits(changed: File, tmp_path: Path) -> None:

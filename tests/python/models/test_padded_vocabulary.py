@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import padded
-from serving import Running, serving
+from serving import Running, served
 
 from nybble import Engine, Model
 
@@ -66,7 +66,7 @@ def test_a_prompt_may_contain_missing_ids(model: Model) -> None:
 
 
 def test_the_server_answers_when_a_bias_asks_for_a_missing_id(model: Model) -> None:
-    with Engine(model) as engine, serving(engine) as running:
+    with served(model) as running:
         body = {"model": "tiny", "prompt": "he", "max_tokens": 20, "temperature": 0}
         bias = {str(model.tokenizer.vocab_size + 3): 100}
         assert complete(running, {**body, "logit_bias": bias}) == complete(running, body)

@@ -20,6 +20,7 @@ import nybble
 from nybble import Model, _native
 from nybble.cli import main
 from nybble.quantization.options import QuantizeOptions
+from nybble.server.addresses import bind_unix
 
 TEXT = "A line of prose, and another one after it.\n" * 200
 
@@ -64,6 +65,12 @@ def _report(source: Path, out: Path, inputs: Inputs) -> None:
     main(["quantize", str(source), str(inputs.root / "q.gguf"), "--recipe", "rtn", "--report", str(out), "--force"])
 
 
+def _data_of_report(source: Path, out: Path, inputs: Inputs) -> None:
+    """The page gets a new name, and the file of JSON next to it the name of the output."""
+    page = out.with_suffix(".html")
+    main(["quantize", str(source), str(inputs.root / "q.gguf"), "--recipe", "rtn", "--report", str(page), "--force"])
+
+
 def _convert_natively(source: Path, out: Path, inputs: Inputs) -> None:
     _native.convert(source, out, "q8_0")
 
@@ -97,6 +104,11 @@ def _spend_bits(source: Path, out: Path, inputs: Inputs) -> None:
     nybble.quantize(source, out, recipe="rtn", bits_per_weight=6, calibration=inputs.text, force=True)
 
 
+def _listen(source: Path, out: Path, inputs: Inputs) -> None:
+    with bind_unix(out):
+        pass
+
+
 def _save_session(source: Path, out: Path, inputs: Inputs) -> None:
     with Model.load(source, threads=1, quantize="stored") as model:
         session = model.session()
@@ -115,6 +127,8 @@ WRITERS = [
     _measure_importance,
     _spend_bits,
     _save_session,
+    _data_of_report,
+    _listen,
 ]
 
 
@@ -174,6 +188,7 @@ def test_what_is_not_a_regular_file_is_never_replaced(
         os.mknod(places / "device", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(places / "socket"))
+        server.listen()
         for out in sorted(places.iterdir()):
             _attempt(writer, inputs.file, out, inputs)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +102,8 @@ def test_the_first_process_of_a_container_ends_by_a_signal(command: str, number:
 SHARED = """
 import sys
 from nybble import Model, _native
+from nybble.models import locks
+locks.log.info = lambda message, *_: message.startswith("waiting") and print("waiting", flush=True)
 native, calls = _native.quantize, []
 def quantize(*arguments, **options):
     calls.append(1)
@@ -116,6 +117,11 @@ with Model.load(sys.argv[1], quantize="int4:g64:gptq", threads=1) as model:
 """
 
 
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def test_processes_that_quantize_the_same_model_share_one_file(tmp_path: Path) -> None:
     folder = shutil.copytree(GOLDENS / "llama", tmp_path / "model")
     cache = tmp_path / "cache"
@@ -126,8 +132,8 @@ def test_processes_that_quantize_the_same_model_share_one_file(tmp_path: Path) -
         subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second,
     ):
         processes = [first, second]
-        # Both begin; the one that has the lock waits until the other has had time to find it.
-        time.sleep(1)
+        # The one that has the lock quantizes only after the other waits for it.
+        assert sorted(_line(process) for process in processes) == ["quantizing\n", "waiting\n"]
         for process in processes:
             assert process.stdin is not None
             process.stdin.write("\n")

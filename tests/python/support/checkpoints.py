@@ -111,13 +111,13 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """Writes F32 and F16 tensors."""
+    """Writes F32, F16 and U8 tensors."""
     header: dict[str, Any] = {}
     parts: list[bytes] = []
     position = 0
     for name, tensor in tensors.items():
         part = np.ascontiguousarray(tensor).tobytes()
-        kind = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}[tensor.dtype]
+        kind = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint8): "U8"}[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, position + len(part)]}
         parts.append(part)
         position += len(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
@@ -29,6 +29,23 @@ CALLS = {
 }
 """The same call of `weather` as different models write it."""
 ANSWER = "It is warm."
+
+
+def needed(module: str) -> Any:
+    """Imports a module, or skips the test without it."""
+    return pytest.importorskip(module, reason=f"needs {module}: make test-clients")
+
+
+def llama_index_model(url: str) -> Any:
+    """A model of LlamaIndex that a server runs."""
+    return needed("llama_index.llms.openai_like").OpenAILike(
+        model="tiny",
+        api_base=url,
+        api_key="none",
+        is_chat_model=True,
+        is_function_calling_model=True,
+        context_window=8192,
+    )
 
 
 def weather(city: str) -> str:

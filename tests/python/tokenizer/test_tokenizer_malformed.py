@@ -92,7 +92,7 @@ class TestOfBothKinds:
         broken = kind(tokens=["<0x-1>", *tokens[1:]], token_type=[6, *kinds[1:]])
         refused(broken, "tokens", "'<0x-1>'", "'<0x00>' to '<0xFF>'")
 
-    @pytest.mark.parametrize("model", ["rwkv", "gemma4", "plamo2", "", "none"])
+    @pytest.mark.parametrize("model", ["rwkv", "plamo2", "", "none"])
     def test_an_unsupported_kind_of_tokenizer_is_refused(self, kind: Any, model: str) -> None:
         refused(kind(model=model), "model", repr(model), "'gpt2'")
 
@@ -154,7 +154,7 @@ def test_a_missing_start_token_is_refused_if_the_file_adds_it() -> None:
     assert Tokenizer.from_gguf_metadata(implied).bos_id is None
 
 
-@pytest.mark.parametrize("pre", ["gemma4", "whitespace"])
+@pytest.mark.parametrize("pre", ["whitespace"])
 def test_a_pre_tokenizer_for_other_vocabularies_is_refused(pre: str) -> None:
     refused(vocabularies.byte_level(pre=pre), "pre", repr(pre), "a byte-level pre-tokenizer")
 

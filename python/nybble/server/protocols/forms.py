@@ -108,7 +108,7 @@ class Formed(Strict):
         """The constraint of the answers; None if there is none."""
         found = [form for form in self._forms() if form is not None]
         if len(found) > 1:
-            names = " and ".join(form.parameter.partition(".")[0] for form in found[:2])
+            names = " and ".join(form.parameter for form in found[:2])
             raise PydanticCustomError("invalid", "{names} exclude each other: give one of them", {"names": names})
         return found[0] if found else None
 

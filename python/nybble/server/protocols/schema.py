@@ -66,6 +66,8 @@ class Neutral(Strict):
     detokenize: Literal[True] | None = None
     return_token_ids: Literal[False] | None = None
     return_tokens: Literal[False] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    include_reasoning: Literal[True] | None = None
     timings_per_token: Literal[False] | None = None
     post_sampling_probs: Literal[False] | None = None
     reasoning_format: Literal["none", "auto"] | None = None

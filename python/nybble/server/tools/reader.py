@@ -195,12 +195,11 @@ def _object(reader: Reader, first: str) -> Steps[None]:
         value = yield from reader.next_non_space()
         if key == "name" and name is None:
             name = yield from reader.string(value)
-        elif key in ("arguments", "parameters") and not emitted and early is None:
+        elif key == "function" and name is None and early is None and value in '"{':
+            name, early = yield from _function(reader, value)
+        elif key in ("arguments", "parameters") and not emitted and early is None and value != "n":
             if value == '"':
                 early, quoted = (yield from reader.string(value)), True
-            elif value == "n":  # null stands for no arguments.
-                yield from reader.value(value, len)
-                early = "{}"
             elif name is None:
                 parts: list[str] = []
                 yield from reader.value(value, parts.append)
@@ -209,7 +208,7 @@ def _object(reader: Reader, first: str) -> Steps[None]:
                 reader.begin(name)
                 yield from reader.value(value, reader.emit)
                 emitted = True
-        else:
+        else:  # Also null, which stands for no arguments.
             yield from reader.value(value, len)
         if name is not None and early is not None and not emitted:
             reader.begin(name, quoted)
@@ -221,6 +220,24 @@ def _object(reader: Reader, first: str) -> Steps[None]:
     if not emitted:
         reader.begin(name)
         reader.emit("{}")
+
+
+def _function(reader: Reader, first: str) -> Steps[tuple[str | None, str | None]]:
+    """The name and perhaps the arguments under the key `function`: `"NAME"` or `{"name": ..., "arguments": {...}}`."""
+    parts: list[str] = []
+    yield from reader.value(first, parts.append)
+    try:
+        value = json.loads("".join(parts), strict=False)
+    except (ValueError, RecursionError):
+        raise NotACallError from None
+    if not isinstance(value, dict):
+        return value, None
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
+    if not isinstance(name, str):
+        return None, None
+    if isinstance(arguments, str):
+        return name, arguments or "{}"
+    return name, None if arguments is None else json.dumps(arguments, ensure_ascii=False)
 
 
 def name_then_json(reader: Reader) -> Steps[None]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from nybble.server.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, Steps, new_id
 
-_FENCE = "```"
+_FENCES = "`~"
+_LEAST_FENCE = 3
+"""Characters of the shortest code fence."""
 _MAX_INFO = 20
-"""Characters of the language of a code fence."""
+"""Characters of a code fence's length, and of its language."""
 _KEYS = ("name", "arguments", "parameters", "function", "id", "type")
 """The keys of a call. An object with any other key is content."""
 
@@ -19,7 +21,8 @@ class UnmarkedCalls:
     """Decides, character by character, whether a whole answer is a call, or several, without markers.
 
     Such an answer is one JSON object, an array of them, or one code fence around either, in which each object names a
-    function. Around it there may be white space, and behind it the closing marker of the format.
+    function. A fence has three backticks or tildes, or more. Around the answer there may be white space, and behind it
+    the closing marker of the format.
 
     Args:
         functions: The functions that may be called.
@@ -59,9 +62,10 @@ class UnmarkedCalls:
         ]
 
     def _syntax(self, reader: Reader) -> Steps[None]:
+        fence = ""
         first = yield from reader.next_non_space()
-        if is_fenced := first == _FENCE[0]:
-            first = yield from _opening_fence(reader)
+        if first in _FENCES:
+            fence, first = yield from _opening_fence(reader, first)
         if first == "[":
             following = ","
             while following == ",":
@@ -69,12 +73,12 @@ class UnmarkedCalls:
                 following = yield from reader.next_non_space()
             if following != "]":
                 raise NotACallError
-        elif first == "{" and (is_fenced or self._reads_objects):
+        elif first == "{" and (fence or self._reads_objects):
             yield from self._object(reader, first)
         else:
             raise NotACallError
-        if is_fenced:
-            yield from reader.expect(_FENCE)
+        if fence:
+            yield from reader.expect(fence)
 
     def _object(self, reader: Reader, first: str) -> Steps[None]:
         if first != "{":
@@ -98,17 +102,22 @@ class UnmarkedCalls:
         self._calls.append(_call_of(found, reader.functions))
 
 
-def _opening_fence(reader: Reader) -> Steps[str]:
-    """The rest of an opening fence with its language. Returns the first character of the content."""
-    for expected in _FENCE[1:]:
-        if (yield from reader.next()) != expected:
-            raise NotACallError
+def _opening_fence(reader: Reader, first: str) -> Steps[tuple[str, str]]:
+    """The rest of an opening fence with its language. Returns the fence and the first character of the content."""
+    fence = first
+    while (char := (yield from reader.next())) == first and len(fence) < _MAX_INFO:
+        fence += char
+    if len(fence) < _LEAST_FENCE:
+        raise NotACallError
+    while char in " \t":
+        char = yield from reader.next()
     length = 0
-    while (char := (yield from reader.next())).isalnum() or char in "_-+":
+    while char.isalnum() or char in "_-+.":
         length += 1
         if length > _MAX_INFO:
             raise NotACallError
-    return (yield from reader.next_non_space()) if char.isspace() else char
+        char = yield from reader.next()
+    return fence, ((yield from reader.next_non_space()) if char.isspace() else char)
 
 
 def _one_of(reader: Reader, first: str, options: Collection[str]) -> Steps[str]:
@@ -133,7 +142,7 @@ def _call_of(found: Mapping[str, Any], functions: Collection[str]) -> tuple[str,
             raise NotACallError
         found, function = {**found, **function}, None
     name = found.get("name", function)
-    arguments = found.get("arguments", found.get("parameters"))
+    arguments = found.get("parameters") if found.get("arguments") is None else found["arguments"]
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}")
     if not isinstance(name, str) or name not in functions or not isinstance(arguments, dict | None):

@@ -2,6 +2,7 @@
 
 use super::family::{ActivationSource, HfFamily, Rotation};
 use super::gpt::GPT2;
+use super::parts::{biased, named_embedding};
 use crate::error::Result;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::settings::Settings;
@@ -47,11 +48,7 @@ pub(super) const FALCON: HfFamily = HfFamily {
     model_types: &["falcon", "RefinedWeb", "RefinedWebModel"],
     architecture: "falcon",
     defaults: &[&[("new_decoder_architecture", "null")]],
-    outside: &[&[
-        tensor("token_embd", "~word_embeddings"),
-        tensor("output_norm", "~ln_f").bias(Always),
-        tensor("output", "lm_head").when(Need::Untied),
-    ]],
+    outside: &[&named_embedding("~word_embeddings", "~ln_f", tensor("output", "lm_head"))],
     layer: &[&[
         tensor("attn_norm", "input_layernorm").both(IfSo(one_norm)),
         tensor("attn_norm", "ln_mlp").both(IfSo(two_norms)),
@@ -119,14 +116,17 @@ pub(super) const MPT: HfFamily = HfFamily {
         tensor("output", "lm_head").when(Need::Untied),
     ]],
     layers: "~blocks.",
-    layer: &[&[
-        tensor("attn_norm", "norm_1").bias(Optional),
-        tensor("attn_qkv", "attn.Wqkv").bias(Optional),
-        tensor("attn_output", "attn.out_proj").bias(Optional),
-        tensor("ffn_norm", "norm_2").bias(Optional),
-        tensor("ffn_up", "ffn.up_proj").bias(Optional),
-        tensor("ffn_down", "ffn.down_proj").bias(Optional),
-    ]],
+    layer: &[&biased(
+        Optional,
+        [
+            ["attn_norm", "norm_1"],
+            ["attn_qkv", "attn.Wqkv"],
+            ["attn_output", "attn.out_proj"],
+            ["ffn_norm", "norm_2"],
+            ["ffn_up", "ffn.up_proj"],
+            ["ffn_down", "ffn.down_proj"],
+        ],
+    )],
     without_influence: &[
         "embedding_fraction",
         "expansion_ratio",

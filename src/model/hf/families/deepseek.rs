@@ -1,7 +1,7 @@
 //! DeepSeek V2 and V3, and GLM 4 Lite: latent attention.
 
 use super::family::{BASE, HfFamily, Rotation};
-use super::parts::{NORMS, expert_list, first_dense, gated, routed, shared_experts, sparse_list};
+use super::parts::{DEEPSEEK_EXPERTS, NORMS, expert_list, first_dense, gated, shared_experts, sparse_list};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::metadata::MetadataWriter;
@@ -75,14 +75,7 @@ pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
 pub(super) const DEEPSEEK_V3: HfFamily = HfFamily {
     model_types: &["deepseek_v3"],
     without_influence: &["num_mtp_layers"],
-    layer: &[
-        NORMS,
-        ATTENTION,
-        &gated(Dense, Never),
-        &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts", Never),
-    ],
+    layer: &[NORMS, ATTENTION, &gated(Dense, Never), &DEEPSEEK_EXPERTS],
     keys: |keys| {
         keys.sigmoid_router()?;
         latent_keys(keys)

@@ -2,7 +2,7 @@
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::gemma::{GEMMA4, PLAIN_NORMS, PerLayerSizes, per_layer_sizes};
-use super::parts::{attention, gated, head_norms};
+use super::parts::{biased, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -20,24 +20,21 @@ pub(super) const BERT: HfFamily = HfFamily {
     architecture: "bert",
     without_influence: BERT_UNUSED,
     bases: &["bert.", ""],
-    outside: &[
-        &embeddings(Copy),
-        &[
-            tensor("cls", "~pooler.dense").both(IfSo(classifies)),
-            tensor("cls.output", "classifier").both(IfSo(classifies)),
-        ],
-    ],
+    outside: &[&embeddings(Copy), &head("~pooler.dense", "classifier")],
     layers: "~encoder.layer.",
-    layer: &[&[
-        tensor("attn_q", "attention.self.query").bias(Always),
-        tensor("attn_k", "attention.self.key").bias(Always),
-        tensor("attn_v", "attention.self.value").bias(Always),
-        tensor("attn_output", "attention.output.dense").bias(Always),
-        tensor("attn_output_norm", "attention.output.LayerNorm").bias(Always),
-        tensor("ffn_up", "intermediate.dense").bias(Always),
-        tensor("ffn_down", "output.dense").bias(Always),
-        tensor("layer_output_norm", "output.LayerNorm").bias(Always),
-    ]],
+    layer: &[&biased(
+        Always,
+        [
+            ["attn_q", "attention.self.query"],
+            ["attn_k", "attention.self.key"],
+            ["attn_v", "attention.self.value"],
+            ["attn_output", "attention.output.dense"],
+            ["attn_output_norm", "attention.output.LayerNorm"],
+            ["ffn_up", "intermediate.dense"],
+            ["ffn_down", "output.dense"],
+            ["layer_output_norm", "output.LayerNorm"],
+        ],
+    )],
     ignored: &["cls.", "pooler.", "bert.pooler.", "embeddings.position_ids", "bert.embeddings.position_ids"],
     norm: NormKind::Layer,
     rotation: Rotation::None,
@@ -63,6 +60,11 @@ const fn embeddings(positions: Transform) -> [Entry; 4] {
     ]
 }
 
+/// The two matrices of a classification head.
+const fn head(dense: &'static str, output: &'static str) -> [Entry; 2] {
+    [tensor("cls", dense).both(IfSo(classifies)), tensor("cls.output", output).both(IfSo(classifies))]
+}
+
 fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
     keys.require("is_decoder", false)?;
     keys.require("add_cross_attention", false)?;
@@ -79,13 +81,7 @@ fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
 pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
     model_types: &["xlm-roberta", "roberta"],
     bases: &["roberta.", ""],
-    outside: &[
-        &embeddings(SkipPadding),
-        &[
-            tensor("cls", "classifier.dense").both(IfSo(classifies)),
-            tensor("cls.output", "classifier.out_proj").both(IfSo(classifies)),
-        ],
-    ],
+    outside: &[&embeddings(SkipPadding), &head("classifier.dense", "classifier.out_proj")],
     ignored: &["lm_head.", "pooler.", "roberta.pooler.", "embeddings.position_ids", "roberta.embeddings.position_ids"],
     adjust: |settings, sizes| {
         sizes.token_types = settings.count(&["type_vocab_size"])?;
@@ -104,7 +100,6 @@ pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
 pub(super) const NOMIC_BERT: HfFamily = HfFamily {
     model_types: &["nomic_bert"],
     architecture: "nomic-bert",
-    defaults: &[&[("rope_theta", "1e3")]],
     without_influence: &["attention_probs_dropout_prob", "hidden_dropout_prob"],
     bases: &["bert.", "nomic_bert.", ""],
     outside: &[&[
@@ -123,6 +118,7 @@ pub(super) const NOMIC_BERT: HfFamily = HfFamily {
         tensor("layer_output_norm", "norm2").bias(Always),
     ]],
     ignored: &["cls.", "pooler.", "bert.pooler."],
+    defaults: &[&[("rope_theta", "1e3")]],
     norm: NormKind::Layer,
     activation: ActivationSource::Under(&["hidden_act", "activation_function"]),
     encoder: true,
@@ -158,22 +154,26 @@ pub(super) const JINA_V3: HfFamily = HfFamily {
     architecture: "jina-bert-v3",
     defaults: &[&[("rope_theta", "2e4")]],
     bases: &["roberta.", "model.", ""],
-    outside: &[&[
-        tensor("token_embd", "~embeddings.word_embeddings"),
-        tensor("token_types", "~embeddings.token_type_embeddings"),
-        tensor("token_embd_norm", "~emb_ln").bias(Always),
-        tensor("cls", "classifier.dense").both(IfSo(classifies)),
-        tensor("cls.output", "classifier.out_proj").both(IfSo(classifies)),
-    ]],
+    outside: &[
+        &[
+            tensor("token_embd", "~embeddings.word_embeddings"),
+            tensor("token_types", "~embeddings.token_type_embeddings"),
+            tensor("token_embd_norm", "~emb_ln").bias(Always),
+        ],
+        &head("classifier.dense", "classifier.out_proj"),
+    ],
     layers: "~encoder.layers.",
-    layer: &[&[
-        tensor("attn_qkv", "mixer.Wqkv").bias(Always),
-        tensor("attn_output", "mixer.out_proj").bias(Always),
-        tensor("attn_output_norm", "norm1").bias(Always),
-        tensor("ffn_up", "mlp.fc1").bias(Always),
-        tensor("ffn_down", "mlp.fc2").bias(Always),
-        tensor("layer_output_norm", "norm2").bias(Always),
-    ]],
+    layer: &[&biased(
+        Always,
+        [
+            ["attn_qkv", "mixer.Wqkv"],
+            ["attn_output", "mixer.out_proj"],
+            ["attn_output_norm", "norm1"],
+            ["ffn_up", "mlp.fc1"],
+            ["ffn_down", "mlp.fc2"],
+            ["layer_output_norm", "norm2"],
+        ],
+    )],
     ignored: &["lm_head.", "pooler.", "roberta.pooler.", "model.pooler."],
     rotation: Rotation::All,
     keys: |_| Ok(()),
@@ -261,7 +261,7 @@ pub(super) const EMBEDDING_GEMMA2: HfFamily = HfFamily {
     ]],
     layer: &[
         &PLAIN_NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &head_norms(Copy),
         &gated(Always, Never),
         &[

@@ -1,7 +1,7 @@
 //! Google's Gemma: norms multiply by 1 + weight, and the output is always tied to the embedding.
 
 use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
-use super::parts::{SCORE, attention, gated, head_norms};
+use super::parts::{SCORE, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::heads::is_headless;
@@ -19,7 +19,7 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     outside: &[TIED],
     layer: &[
         &[tensor("attn_norm", "input_layernorm").by(AddOne), tensor("ffn_norm", "post_attention_layernorm").by(AddOne)],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &gated(Always, Never),
     ],
     ignored: &["lm_head."],
@@ -50,7 +50,7 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
     model_types: &["gemma2"],
     architecture: "gemma2",
     defaults: &[&[("sliding_window_pattern", "2")]],
-    layer: &[FOUR_NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
+    layer: &[FOUR_NORMS, &default_attention(Copy), &gated(Always, Never)],
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
@@ -78,12 +78,7 @@ const GEMMA3_CAUSAL: HfFamily = HfFamily {
     // The files of the larger models have few sizes.
     defaults: &[&[("rope_theta", "1e6"), ("rope_local_base_freq", "1e4"), ("sliding_window_pattern", "6")]],
     bases: &["language_model.model.", "model.language_model.", "model.", ""],
-    layer: &[
-        FOUR_NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &head_norms(AddOne),
-        &gated(Always, Never),
-    ],
+    layer: &[FOUR_NORMS, &default_attention(Copy), &head_norms(AddOne), &gated(Always, Never)],
     ignored: &[
         "lm_head.",
         "language_model.lm_head.",
@@ -184,6 +179,18 @@ const OTHER_PARTS: &[&str] = &[
     "model.multi_modal_projector.",
 ];
 
+/// The several residual streams of a layer, and its low-rank branch.
+const STREAMS: &[Entry] = &[
+    tensor("altup_correct_scale", "altup.correct_output_scale").raw().when(If("altup_correct_scale")),
+    tensor("altup_correct_coef", "altup.correction_coefs"),
+    tensor("altup_predict_coef", "altup.prediction_coefs"),
+    tensor("altup_router", "altup.modality_router"),
+    tensor("altup_router_norm", "altup.router_norm"),
+    tensor("laurel_l", "laurel.linear_left"),
+    tensor("laurel_r", "laurel.linear_right"),
+    tensor("laurel_post_norm", "laurel.post_laurel_norm"),
+];
+
 /// Google 2025: Gemma 3n, the text part.
 pub(super) const GEMMA3N: HfFamily = HfFamily {
     model_types: &["gemma3n_text", "gemma3n"],
@@ -202,22 +209,7 @@ pub(super) const GEMMA3N: HfFamily = HfFamily {
         ],
         &PER_LAYER,
     ],
-    layer: &[
-        &PLAIN_NORMS,
-        &SHARED_ATTENTION,
-        &gated(Always, Never),
-        &LAYER_INPUT,
-        &[
-            tensor("altup_correct_scale", "altup.correct_output_scale").raw().when(If("altup_correct_scale")),
-            tensor("altup_correct_coef", "altup.correction_coefs"),
-            tensor("altup_predict_coef", "altup.prediction_coefs"),
-            tensor("altup_router", "altup.modality_router"),
-            tensor("altup_router_norm", "altup.router_norm"),
-            tensor("laurel_l", "laurel.linear_left"),
-            tensor("laurel_r", "laurel.linear_right"),
-            tensor("laurel_post_norm", "laurel.post_laurel_norm"),
-        ],
-    ],
+    layer: &[&PLAIN_NORMS, &SHARED_ATTENTION, &gated(Always, Never), &LAYER_INPUT, STREAMS],
     ignored: OTHER_PARTS,
     unused: UNUSED,
     activation: ActivationSource::Under(&["hidden_activation"]),
@@ -297,6 +289,23 @@ fn quantile(share: f64) -> f64 {
     (low + high) / 2.0
 }
 
+/// The factor of a layer, and experts next to its feed-forward network.
+const EXPERTS_AND_SCALE: &[Entry] = &[
+    tensor("layer_output_scale", "layer_scalar").raw(),
+    tensor("post_ffw_norm_1", "post_feedforward_layernorm_1").when(If("enable_moe_block")),
+    tensor("post_ffw_norm_2", "post_feedforward_layernorm_2").when(If("enable_moe_block")),
+    tensor("pre_ffw_norm_2", "pre_feedforward_layernorm_2").when(If("enable_moe_block")),
+    tensor("ffn_gate_inp", "router.proj").when(If("enable_moe_block")),
+    tensor("ffn_gate_inp", "router.scale").raw().named(".scale").dims(&[Size::Hidden]).when(If("enable_moe_block")),
+    tensor("ffn_down_exps", "router.per_expert_scale")
+        .raw()
+        .named(".scale")
+        .dims(&[Size::Experts])
+        .when(If("enable_moe_block")),
+    tensor("ffn_gate_up_exps", "experts.gate_up_proj").raw().when(If("enable_moe_block")),
+    tensor("ffn_down_exps", "experts.down_proj").raw().when(If("enable_moe_block")),
+];
+
 /// Google 2026: Gemma 4, the text part.
 pub(super) const GEMMA4: HfFamily = HfFamily {
     model_types: &["gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"],
@@ -304,31 +313,7 @@ pub(super) const GEMMA4: HfFamily = HfFamily {
     architecture: "gemma4",
     defaults: &[&[("sliding_window_pattern", "6")]],
     outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm"), OUTPUT], &PER_LAYER],
-    layer: &[
-        &PLAIN_NORMS,
-        &SHARED_ATTENTION,
-        &gated(Always, Never),
-        &LAYER_INPUT,
-        &[
-            tensor("layer_output_scale", "layer_scalar").raw(),
-            tensor("post_ffw_norm_1", "post_feedforward_layernorm_1").when(If("enable_moe_block")),
-            tensor("post_ffw_norm_2", "post_feedforward_layernorm_2").when(If("enable_moe_block")),
-            tensor("pre_ffw_norm_2", "pre_feedforward_layernorm_2").when(If("enable_moe_block")),
-            tensor("ffn_gate_inp", "router.proj").when(If("enable_moe_block")),
-            tensor("ffn_gate_inp", "router.scale")
-                .raw()
-                .named(".scale")
-                .dims(&[Size::Hidden])
-                .when(If("enable_moe_block")),
-            tensor("ffn_down_exps", "router.per_expert_scale")
-                .raw()
-                .named(".scale")
-                .dims(&[Size::Experts])
-                .when(If("enable_moe_block")),
-            tensor("ffn_gate_up_exps", "experts.gate_up_proj").raw().when(If("enable_moe_block")),
-            tensor("ffn_down_exps", "experts.down_proj").raw().when(If("enable_moe_block")),
-        ],
-    ],
+    layer: &[&PLAIN_NORMS, &SHARED_ATTENTION, &gated(Always, Never), &LAYER_INPUT, EXPERTS_AND_SCALE],
     adjust: gemma4_sizes,
     keys: |keys| {
         keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);

@@ -3,8 +3,8 @@
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
 use super::modern::mixtral_experts;
 use super::parts::{
-    EMBEDDING, NORMS, attention, expert_list, first_dense, gated, head_norms, routed, shared_experts, sparse_list,
-    tied_with_bias,
+    DEEPSEEK_EXPERTS, EMBEDDING, MERGED_GATED, NORMS, attention, default_attention, expert_list, experts_of_ffn_width,
+    first_dense, gated, head_norms, routed, shared_experts, sparse_list, tied_with_bias,
 };
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -15,14 +15,7 @@ use Transform::Copy;
 pub(super) const GLM: HfFamily = HfFamily {
     model_types: &["glm"],
     architecture: "chatglm",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), Never),
-        &[
-            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
-            tensor("ffn_down", "mlp.down_proj"),
-        ],
-    ],
+    layer: &[NORMS, &attention(Copy, If("attention_bias"), Never), MERGED_GATED],
     defaults: &[&[("partial_rotary_factor", "0.5")]],
     rotation: Rotation::Part,
     ..BASE
@@ -38,9 +31,8 @@ pub(super) const GLM4: HfFamily = HfFamily {
             tensor("ffn_norm", "post_attention_layernorm"),
             tensor("post_attention_norm", "post_self_attn_layernorm"),
             tensor("post_ffw_norm", "post_mlp_layernorm"),
-            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
-            tensor("ffn_down", "mlp.down_proj"),
         ],
+        MERGED_GATED,
         &attention(Copy, If("attention_bias"), Never),
     ],
     ..GLM
@@ -51,6 +43,7 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
     model_types: &["glm4_moe"],
     without_influence: &["num_mtp_layers"],
     architecture: "glm4moe",
+    defaults: GLM.defaults,
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm"),
@@ -60,28 +53,18 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
         ],
         &attention(Copy, If("attention_bias"), Never),
         &gated(Dense, Never),
-        &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts", Never),
+        &DEEPSEEK_EXPERTS,
     ],
-    adjust: first_dense,
-    keys: |keys| keys.sigmoid_router(),
-    ..GLM
+    rotation: Rotation::Part,
+    window: WindowRule::Never,
+    ..DOTS1
 };
 
 /// rednote-hilab 2025, arXiv 2506.05767.
 pub(super) const DOTS1: HfFamily = HfFamily {
     model_types: &["dots1"],
     architecture: "dots1",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &head_norms(Copy),
-        &gated(Dense, Never),
-        &routed("mlp.gate", "mlp.gate.e_score_correction_bias"),
-        &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts", Never),
-    ],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &gated(Dense, Never), &DEEPSEEK_EXPERTS],
     window: WindowRule::From("max_window_layers"),
     adjust: first_dense,
     keys: |keys| keys.sigmoid_router(),
@@ -105,10 +88,7 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
         NORMS,
         &attention(Copy, If("use_bias"), If("use_bias")),
         &gated(Dense, If("use_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.moe_statics.e_score_correction_bias").raw().named(".bias").when(Sparse),
-        ],
+        &routed("mlp.gate", "mlp.moe_statics.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
         &shared_experts("mlp.shared_experts", If("use_bias")),
     ],
@@ -145,7 +125,7 @@ pub(super) const HUNYUAN_DENSE: HfFamily = HfFamily {
     architecture: "hunyuan-dense",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &[tensor("attn_q_norm", "self_attn.query_layernorm"), tensor("attn_k_norm", "self_attn.key_layernorm")],
         &gated(Always, Never),
     ],
@@ -159,13 +139,10 @@ pub(super) const HY_V3: HfFamily = HfFamily {
     architecture: "hy_v3",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &head_norms(Copy),
         &gated(Dense, If("mlp_bias")),
-        &[
-            tensor("ffn_gate_inp", "mlp.router.gate").when(Sparse),
-            tensor("exp_probs_b", "mlp.expert_bias").raw().named(".bias").when(Sparse),
-        ],
+        &routed("mlp.router.gate", "mlp.expert_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
         &shared_experts("mlp.shared_mlp", If("mlp_bias")),
     ],
@@ -215,10 +192,7 @@ pub(super) const MINIMAX_M2: HfFamily = HfFamily {
         &mixtral_experts(),
     ],
     rotation: Rotation::Part,
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.experts(true)?;
         keys.set("expert_gating_func", 2u32);

@@ -1,7 +1,7 @@
 //! GPT-2 and the families that resemble it: LayerNorm with biases, and a feed-forward layer without a gate.
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING_WITH_BIAS, attention, four_times, parallel_residual};
+use super::parts::{EMBEDDING_WITH_BIAS, attention, four_times, named_embedding, parallel_residual};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -67,11 +67,7 @@ pub(super) const GPT_BIGCODE: HfFamily = HfFamily {
 pub(super) const GPTJ: HfFamily = HfFamily {
     model_types: &["gptj"],
     architecture: "gptj",
-    outside: &[&[
-        tensor("token_embd", "~wte"),
-        tensor("output_norm", "~ln_f").bias(Always),
-        tensor("output", "lm_head").when(Need::Untied).bias(Always),
-    ]],
+    outside: &[&named_embedding("~wte", "~ln_f", tensor("output", "lm_head").bias(Always))],
     layer: &[&[
         tensor("attn_norm", "ln_1").bias(Always),
         tensor("attn_q", "attn.q_proj"),
@@ -92,11 +88,7 @@ pub(super) const GPT_NEOX: HfFamily = HfFamily {
     architecture: "gptneox",
     defaults: &[&[("rotary_pct", "0.25")]],
     bases: &["gpt_neox.", ""],
-    outside: &[&[
-        tensor("token_embd", "~embed_in"),
-        tensor("output_norm", "~final_layer_norm").bias(Always),
-        tensor("output", "embed_out").when(Need::Untied),
-    ]],
+    outside: &[&named_embedding("~embed_in", "~final_layer_norm", tensor("output", "embed_out"))],
     layers: "~layers.",
     layer: &[&[
         tensor("attn_norm", "input_layernorm").bias(Always),

@@ -2,7 +2,7 @@
 
 use super::family::{HfFamily, WindowRule};
 use super::llama::GRANITE;
-use super::parts::{NORMS, attention, gated};
+use super::parts::{NORMS, default_attention, experts_of_ffn_width, gated};
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, If};
@@ -12,11 +12,8 @@ use Transform::{PairNeighbors, RowsOfPart};
 pub(super) const GRANITE_MOE: HfFamily = HfFamily {
     model_types: &["granitemoe"],
     architecture: "granitemoe",
-    layer: &[NORMS, &attention(PairNeighbors, If("attention_bias"), If("attention_bias")), &GRANITE_EXPERTS],
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    layer: &[NORMS, &default_attention(PairNeighbors), &GRANITE_EXPERTS],
+    adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.experts(true)?;
         (GRANITE.keys)(keys)
@@ -39,7 +36,7 @@ pub(super) const GRANITE_MOE_SHARED: HfFamily = HfFamily {
     model_types: &["granitemoeshared"],
     layer: &[
         NORMS,
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
+        &default_attention(PairNeighbors),
         &GRANITE_EXPERTS,
         &[
             tensor("ffn_gate_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 0, parts: 2 }).when(SHARED),
@@ -62,7 +59,7 @@ pub(super) const GRANITE_SWA: HfFamily = HfFamily {
     layer: &[
         NORMS,
         &[tensor("attn_sinks", "self_attn.sinks").raw()],
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
+        &default_attention(PairNeighbors),
         &gated(Always, If("mlp_bias")),
     ],
     window: WindowRule::FullFirst(4),
@@ -86,7 +83,7 @@ pub(super) const GRANITE_MOE_SWA: HfFamily = HfFamily {
             tensor("ffn_up_shexp", "shared_mlp.input_linear").dims(&[Size::Hidden, Size::TwiceSharedFfn]).when(SHARED),
             tensor("ffn_down_shexp", "shared_mlp.output_linear").when(SHARED),
         ],
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
+        &default_attention(PairNeighbors),
     ],
     adjust: GRANITE_MOE_SHARED.adjust,
     keys: |keys| {

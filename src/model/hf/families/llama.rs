@@ -1,7 +1,10 @@
 //! Llama and its closest relatives.
 
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
-use super::parts::{EMBEDDING_WITH_BIAS, NORMS, attention, gated, parallel_residual, rotating_layers};
+use super::parts::{
+    EMBEDDING_WITH_BIAS, NORMS, attention, default_attention, experts_of_ffn_width, gated, parallel_residual,
+    rotating_layers,
+};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -12,11 +15,7 @@ use Transform::{Copy, PairNeighbors, Stack};
 pub(super) const LLAMA: HfFamily = HfFamily {
     model_types: &["llama"],
     architecture: "llama",
-    layer: &[
-        NORMS,
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
-        &gated(Always, If("mlp_bias")),
-    ],
+    layer: &[NORMS, &default_attention(PairNeighbors), &gated(Always, If("mlp_bias"))],
     ..BASE
 };
 
@@ -39,10 +38,7 @@ pub(super) const MIXTRAL: HfFamily = HfFamily {
         ],
     ],
     window: WindowRule::Always,
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    adjust: experts_of_ffn_width,
     keys: |keys| keys.experts(true),
     ..LLAMA
 };
@@ -79,7 +75,7 @@ pub(super) const OLMO2: HfFamily = HfFamily {
     model_types: &["olmo2"],
     architecture: "olmo2",
     layer: &[
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &[
             tensor("attn_q_norm", "self_attn.q_norm").dims(&[Size::Queries]),
             tensor("attn_k_norm", "self_attn.k_norm").dims(&[Size::Keys]),

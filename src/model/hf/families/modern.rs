@@ -3,8 +3,8 @@
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::llama::LLAMA;
 use super::parts::{
-    NORMS, attention, expert_list, gated, head_norms, rotating_layers, routed, shared_experts, sparse_list,
-    tied_with_bias,
+    NORMS, attention, default_attention, expert_list, experts_of_ffn_width, gated, head_norms, named_embedding,
+    rotating_layers, routed, shared_experts, sparse_list, tied_with_bias,
 };
 use super::qwen::QWEN2;
 use crate::error::Result;
@@ -27,15 +27,12 @@ pub(super) const GPT_OSS: HfFamily = HfFamily {
             tensor("attn_sinks", "self_attn.sinks").raw(),
             tensor("ffn_gate_inp", "mlp.router").bias(Always),
         ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &GPT_OSS_EXPERTS,
     ],
     window: WindowRule::Period(&["sliding_window_pattern"]),
     defaults: &[&[("sliding_window_pattern", "2")]],
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.experts(true)?;
         keys.set("expert_gating_func", 3u32);
@@ -86,7 +83,7 @@ pub(super) const LLAMA4: HfFamily = HfFamily {
     ]],
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &[
             tensor("ffn_gate", "feed_forward.gate_proj").when(Dense),
             tensor("ffn_up", "feed_forward.up_proj").when(Dense),
@@ -191,7 +188,7 @@ pub(super) const ARCEE: HfFamily = HfFamily {
     architecture: "arcee",
     layer: &[
         NORMS,
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
+        &default_attention(PairNeighbors),
         &[
             tensor("ffn_up", "mlp.up_proj").bias(If("mlp_bias")),
             tensor("ffn_down", "mlp.down_proj").bias(If("mlp_bias")),
@@ -211,7 +208,7 @@ pub(super) const APERTUS: HfFamily = HfFamily {
             tensor("ffn_up", "mlp.up_proj"),
             tensor("ffn_down", "mlp.down_proj"),
         ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &head_norms(Copy),
     ],
     // Read as keys.
@@ -226,7 +223,7 @@ pub(super) const BITNET: HfFamily = HfFamily {
     architecture: "bitnet",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &gated(Always, Never),
         &[tensor("attn_sub_norm", "self_attn.attn_sub_norm"), tensor("ffn_sub_norm", "mlp.ffn_sub_norm")],
     ],
@@ -237,7 +234,6 @@ pub(super) const BITNET: HfFamily = HfFamily {
 pub(super) const NEMOTRON: HfFamily = HfFamily {
     model_types: &["nemotron"],
     architecture: "nemotron",
-    defaults: &[&[("partial_rotary_factor", "0.5")]],
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
         tensor("output_norm", "~norm").by(AddOne).bias(Always),
@@ -250,8 +246,9 @@ pub(super) const NEMOTRON: HfFamily = HfFamily {
             tensor("ffn_up", "mlp.up_proj").bias(If("mlp_bias")),
             tensor("ffn_down", "mlp.down_proj").bias(If("mlp_bias")),
         ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
     ],
+    defaults: &[&[("partial_rotary_factor", "0.5")]],
     norm: NormKind::Layer,
     rotation: Rotation::Part,
     ..BASE
@@ -272,11 +269,7 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     without_influence: &["input_jitter_noise"],
     architecture: "phimoe",
     outside: &[
-        &[
-            tensor("token_embd", "~embed_tokens"),
-            tensor("output_norm", "~norm").bias(Always),
-            tensor("output", "lm_head").when(Need::Untied),
-        ],
+        &named_embedding("~embed_tokens", "~norm", tensor("output", "lm_head")),
         &tied_with_bias("lm_head_bias"),
     ],
     layer: &[
@@ -285,15 +278,12 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
             tensor("ffn_norm", "post_attention_layernorm").bias(Always),
             tensor("ffn_gate_inp", "block_sparse_moe.gate"),
         ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &mixtral_experts(),
     ],
     norm: NormKind::Layer,
     window: WindowRule::Always,
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.experts(false)?;
         // The router always chooses two.
@@ -337,7 +327,7 @@ pub(super) const MELLUM: HfFamily = HfFamily {
     architecture: "mellum",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &head_norms(Copy),
         &gated(Dense, Never),
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
@@ -359,7 +349,7 @@ pub(super) const LAGUNA: HfFamily = HfFamily {
     architecture: "laguna",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &head_norms(Copy),
         &[
             tensor("attn_gate", "self_attn.g_proj").when(Need::IfSo(gates_per_head)).dims(&[Size::Hidden, Size::Heads]),
@@ -436,7 +426,7 @@ pub(super) const MUSE_GLIMMER: HfFamily = HfFamily {
             tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
             tensor("attn_gate", "self_attn.gate_proj"),
         ],
-        &attention(PairNeighbors, If("attention_bias"), If("attention_bias")),
+        &default_attention(PairNeighbors),
         &gated(Always, Never),
     ],
     ignored: &["model.visual.", "model.vision_", "visual.", "vision_tower.", "model.multi_modal_projector."],

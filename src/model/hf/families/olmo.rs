@@ -2,7 +2,7 @@
 
 use super::family::{BASE, HfFamily, WindowRule};
 use super::llama::{LLAMA, OLMO2};
-use super::parts::{NORMS, attention, expert_list, gated, head_norms};
+use super::parts::{NORMS, attention, default_attention, expert_list, experts_of_ffn_width, gated, head_norms};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -14,7 +14,7 @@ pub(super) const OLMO: HfFamily = HfFamily {
     model_types: &["olmo"],
     architecture: "olmo",
     outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output", "lm_head").when(Need::Untied)]],
-    layer: &[&attention(PairNeighbors, If("attention_bias"), If("attention_bias")), &gated(Always, Never)],
+    layer: &[&default_attention(PairNeighbors), &gated(Always, Never)],
     defaults: &[&[("layer_norm_eps", "1e-5")]],
     norm: NormKind::Layer,
     keys: |keys| keys.copy("attention.clamp_kqv", "clip_qkv"),
@@ -36,7 +36,7 @@ pub(super) const OLMOE: HfFamily = HfFamily {
     architecture: "olmoe",
     layer: &[
         NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &[
             tensor("attn_q_norm", "self_attn.q_norm").dims(&[Size::Queries]),
             tensor("attn_k_norm", "self_attn.k_norm").dims(&[Size::Keys]),
@@ -44,10 +44,7 @@ pub(super) const OLMOE: HfFamily = HfFamily {
         ],
         &expert_list("mlp.experts.{e}", Always),
     ],
-    adjust: |_, sizes| {
-        sizes.expert_ffn = sizes.ffn;
-        Ok(())
-    },
+    adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.copy("attention.clamp_kqv", "clip_qkv")?;
         keys.experts(keys.settings.switch("norm_topk_prob", false)?)
@@ -70,7 +67,7 @@ pub(super) const COHERE: HfFamily = HfFamily {
             tensor("attn_q_norm", "self_attn.q_norm").when(If("use_qk_norm")).dims(&[Size::HeadDim, Size::Heads]),
             tensor("attn_k_norm", "self_attn.k_norm").when(If("use_qk_norm")).dims(&[Size::HeadDim, Size::KvHeads]),
         ],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
+        &default_attention(Copy),
         &gated(Always, Never),
     ],
     ignored: &["lm_head."],
@@ -83,11 +80,7 @@ pub(super) const COHERE: HfFamily = HfFamily {
 pub(super) const COHERE2: HfFamily = HfFamily {
     model_types: &["cohere2"],
     architecture: "cohere2",
-    layer: &[
-        &[tensor("attn_norm", "input_layernorm")],
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &gated(Always, Never),
-    ],
+    layer: &[&[tensor("attn_norm", "input_layernorm")], &default_attention(Copy), &gated(Always, Never)],
     window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
     keys: |keys| {
         keys.rotate_windows(false);

@@ -5,7 +5,7 @@ use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::heads::classifies;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
-use crate::model::hf::sizes::Sizes;
+use crate::model::hf::sizes::{Size, Sizes};
 
 /// The embedding, the last norm, and the output where it is not tied to the embedding.
 pub(super) const EMBEDDING: &[Entry] = &[
@@ -35,6 +35,23 @@ pub(super) const fn tied_with_bias(switch: &'static str) -> [Entry; 2] {
     ]
 }
 
+/// As [`EMBEDDING_WITH_BIAS`], under other names and without the matrix of a classifier.
+pub(super) const fn named_embedding(embedding: &'static str, norm: &'static str, output: Entry) -> [Entry; 3] {
+    [tensor("token_embd", embedding), tensor("output_norm", norm).bias(Need::Always), output.when(Need::Untied)]
+}
+
+/// Entries with biases: the names in GGUF and in the checkpoint.
+pub(super) const fn biased<const N: usize>(bias: Need, names: [[&'static str; 2]; N]) -> [Entry; N] {
+    let mut entries = [tensor("", ""); N];
+    let mut index = 0;
+    while index < N {
+        let [gguf, hf] = names[index];
+        entries[index] = tensor(gguf, hf).bias(bias);
+        index += 1;
+    }
+    entries
+}
+
 /// The norms before attention and before the feed-forward layer.
 pub(super) const NORMS: &[Entry] =
     &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "post_attention_layernorm")];
@@ -47,6 +64,11 @@ pub(super) const fn attention(rows: Transform, qkv: Need, output: Need) -> [Entr
         tensor("attn_v", "self_attn.v_proj").bias(qkv),
         tensor("attn_output", "self_attn.o_proj").bias(output),
     ]
+}
+
+/// As [`attention`], with biases where `attention_bias` is on.
+pub(super) const fn default_attention(rows: Transform) -> [Entry; 4] {
+    attention(rows, Need::If("attention_bias"), Need::If("attention_bias"))
 }
 
 /// Norms of the queries and keys of each head.
@@ -62,6 +84,10 @@ pub(super) const fn gated(need: Need, bias: Need) -> [Entry; 3] {
         tensor("ffn_down", "mlp.down_proj").when(need).bias(bias),
     ]
 }
+
+/// A feed-forward layer with a gate, whose gate and up are one matrix.
+pub(super) const MERGED_GATED: &[Entry] =
+    &[tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]), tensor("ffn_down", "mlp.down_proj")];
 
 /// Router and selection bias of layers with experts.
 pub(super) const fn routed(router: &'static str, bias: &'static str) -> [Entry; 2] {
@@ -92,6 +118,14 @@ pub(super) const fn shared_experts(prefix: &'static str, bias: Need) -> [Entry; 
     ]
 }
 
+/// Router, experts and shared experts under DeepSeek's names.
+pub(super) const DEEPSEEK_EXPERTS: [Entry; 8] = {
+    let [router, bias] = routed("mlp.gate", "mlp.gate.e_score_correction_bias");
+    let [gate, up, down] = expert_list("mlp.experts.{e}", Need::Sparse);
+    let [shared_gate, shared_up, shared_down] = shared_experts("mlp.shared_experts", Need::Never);
+    [router, bias, gate, up, down, shared_gate, shared_up, shared_down]
+};
+
 fn has_shared_experts(sizes: &Sizes, layer: usize) -> bool {
     sizes.shared_ffn > 0 && sizes.is_sparse(layer)
 }
@@ -109,6 +143,12 @@ const fn projections(prefix: &'static str) -> [&'static str; 3] {
         b"mlp.shared_mlp" => ["mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj", "mlp.shared_mlp.down_proj"],
         _ => panic!("an unknown prefix"),
     }
+}
+
+/// Makes experts as wide as the feed-forward layer.
+pub(super) fn experts_of_ffn_width(_: &Settings, sizes: &mut Sizes) -> Result<()> {
+    sizes.expert_ffn = sizes.ffn;
+    Ok(())
 }
 
 /// Reads the sizes of experts under DeepSeek's names, with dense layers first.

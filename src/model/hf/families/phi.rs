@@ -1,10 +1,9 @@
 //! Microsoft's Phi.
 
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
-use super::parts::NORMS;
+use super::parts::{MERGED_GATED, NORMS, named_embedding};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, tensor};
-use crate::model::hf::sizes::Size;
 use Need::{Always, If};
 
 /// Li et al. 2023, arXiv 2309.05463: Phi 1, 1.5 and 2.
@@ -12,11 +11,7 @@ pub(super) const PHI: HfFamily = HfFamily {
     model_types: &["phi"],
     architecture: "phi2",
     defaults: &[&[("partial_rotary_factor", "0.5")]],
-    outside: &[&[
-        tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~final_layernorm").bias(Always),
-        tensor("output", "lm_head").when(Need::Untied).bias(Always),
-    ]],
+    outside: &[&named_embedding("~embed_tokens", "~final_layernorm", tensor("output", "lm_head").bias(Always))],
     layer: &[&[
         tensor("attn_norm", "input_layernorm").bias(Always),
         tensor("attn_q", "self_attn.q_proj").bias(Always),
@@ -39,12 +34,8 @@ pub(super) const PHI3: HfFamily = HfFamily {
     architecture: "phi3",
     layer: &[
         NORMS,
-        &[
-            tensor("attn_qkv", "self_attn.qkv_proj"),
-            tensor("attn_output", "self_attn.o_proj"),
-            tensor("ffn_up", "mlp.gate_up_proj").dims(&[Size::Hidden, Size::TwiceFfn]),
-            tensor("ffn_down", "mlp.down_proj"),
-        ],
+        &[tensor("attn_qkv", "self_attn.qkv_proj"), tensor("attn_output", "self_attn.o_proj")],
+        MERGED_GATED,
     ],
     rotation: Rotation::Part,
     window: WindowRule::Always,

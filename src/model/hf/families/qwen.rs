@@ -1,7 +1,7 @@
 //! Qwen 2 and 3, dense and with experts.
 
 use super::family::{BASE, HfFamily, WindowRule};
-use super::parts::{NORMS, attention, gated, head_norms};
+use super::parts::{NORMS, attention, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::settings::Settings;
@@ -56,12 +56,7 @@ pub(super) const QWEN2_MOE: HfFamily = HfFamily {
 pub(super) const QWEN3: HfFamily = HfFamily {
     model_types: &["qwen3"],
     architecture: "qwen3",
-    layer: &[
-        NORMS,
-        &attention(Copy, If("attention_bias"), If("attention_bias")),
-        &head_norms(Copy),
-        &gated(Always, Never),
-    ],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &gated(Always, Never)],
     ..QWEN2
 };
 
@@ -69,7 +64,7 @@ pub(super) const QWEN3: HfFamily = HfFamily {
 pub(super) const QWEN3_MOE: HfFamily = HfFamily {
     model_types: &["qwen3_moe"],
     architecture: "qwen3moe",
-    layer: &[NORMS, &attention(Copy, If("attention_bias"), If("attention_bias")), &head_norms(Copy), &EXPERTS],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &EXPERTS],
     window: WindowRule::Always,
     adjust: sparse_layers,
     keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),

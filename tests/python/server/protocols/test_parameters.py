@@ -49,6 +49,7 @@ NEUTRAL: list[Json] = [
     {"n": None, "stop": None, "logit_bias": None, "seed": None, "top_p": None},
     {"top_k": -1},
     {"stop_token_ids": []},
+    {"return_tokens_as_token_ids": False, "include_reasoning": True},
     {"response_format": {"type": "text"}},
     {"unknown_but_null": None},
 ]
@@ -111,7 +112,10 @@ def test_the_openai_client_may_send_all_its_parameters(server: Running) -> None:
         ({"repeat_penalty": 1.2, "repetition_penalty": 1.1}, "repeat_penalty is another name of repetition_penalty"),
         ({"max_tokens": 5, "n_predict": 6}, "n_predict is another name of max_tokens"),
         ({"regex": "a", "guided_choice": ["b"]}, "regex and guided_choice exclude each other"),
-        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs and structured_outputs exclude"),
+        (
+            {"structured_outputs": {"regex": "a", "json": {}}},
+            r"structured_outputs.json and structured_outputs.regex exclude",
+        ),
         ({"guided_json": "{"}, "guided_json: expected a JSON Schema"),
         ({"response_format": {"type": "json_schema"}}, "type json_schema requires json_schema"),
         ({"response_format": {"type": "text", "schema": {}}}, "type text excludes json_schema"),

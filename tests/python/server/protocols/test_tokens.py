@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import tiny
-from serving import Running, serving
+from serving import Running
 
 from nybble import Model
-from nybble.engine import Engine
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -21,12 +20,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     tiny.write_model(file, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__add_eos_token=True)
     with Model.load(file, threads=1) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Engine(model) as engine, serving(engine) as running:
-        yield running
 
 
 def tokens(server: Running, **body: Any) -> list[int]:

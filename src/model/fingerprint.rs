@@ -167,8 +167,10 @@ fn describe(config: &Config) -> String {
         ..DEFAULT_QUIRKS
     };
     // Without the choices that came after those of the first files with later ones.
-    let later =
-        format!(" {quirks:?}").replace(", bidirectional: false", "").replace(", optional_first_norm: false", "");
+    let later = format!(" {quirks:?}")
+        .replace(", bidirectional: false", "")
+        .replace(", optional_first_norm: false", "")
+        .replace(", without_output: false", "");
     let later = if *quirks == earlier { String::new() } else { later };
     let quirks = format!(
         "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \

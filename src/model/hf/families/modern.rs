@@ -168,9 +168,9 @@ pub(super) const MINISTRAL3: HfFamily = HfFamily {
     layer: &[NORMS, &attention(PairNeighbors, Never, Never), &gated(Always, Never)],
     window: WindowRule::Always,
     keys: |keys| {
-        let Some(rope) = keys.settings.object("rope_parameters")?.filter(|rope| !rope.is_empty()) else {
-            return Ok(());
-        };
+        // The second name is that of older files.
+        let (new, old) = (keys.settings.object("rope_parameters")?, keys.settings.object("rope_scaling")?);
+        let Some(rope) = [new, old].into_iter().flatten().find(|rope| !rope.is_empty()) else { return Ok(()) };
         let Some(scale) = rope.optional_float(&["llama_4_scaling_beta"])? else { return Ok(()) };
         if scale > 0.0 {
             let length = rope.count(&["original_max_position_embeddings"])?;

@@ -74,7 +74,12 @@ RW: Config = {
 
 def rope(kind: str = "default", **more: Any) -> Config:
     """Returns the key `rope_parameters`."""
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | more}
+
+
+def merged(config: Config, **more: Any) -> Config:
+    """Returns the configuration with more keys in `rope_parameters`."""
+    return config | {"rope_parameters": config["rope_parameters"] | more}
 
 
 def yarn(**more: Any) -> Config:
@@ -104,6 +109,32 @@ IMAGES: Config = {
         "patch_size": 4,
     },
     "mm_tokens_per_image": 1, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5,
+}  # fmt: skip
+
+FULL, SLIDING = ["full_attention"], ["sliding_attention"]
+# Layers with windows.
+WINDOWED: Config = PLAIN_GROUPS | {"sliding_window": 12}
+LLAMA3: Config = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+DEFAULT: Config = {"rope_type": "default", "rope_theta": 10000.0}
+LAGUNA: Config = GROUPS | EXPERTS | {
+    "sliding_window": 12, "shared_expert_intermediate_size": 20, "mlp_layer_types": ["sparse", "dense"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    },
+}  # fmt: skip
+LATENT: Config = PLAIN | EXPERTS | {
+    "num_key_value_heads": 3, "num_hidden_layers": 3, "q_lora_rank": 14, "kv_lora_rank": 18, "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6, "head_dim": 6, "v_head_dim": 12, "first_k_dense_replace": 1, "n_routed_experts": 5,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+GEMMA3N: Config = GROUPS | {
+    "hidden_size": 36, "sliding_window": 12, "num_hidden_layers": 3, "num_kv_shared_layers": 1, "laurel_rank": 5,
+    "layer_types": SLIDING + FULL + SLIDING, "hidden_size_per_layer_input": 8, "altup_num_inputs": 3,
+    "vocab_size_per_layer_input": 83, "activation_sparsity_pattern": [0.5, 0.0, 0.9], "intermediate_size": 52,
 }  # fmt: skip
 
 VARIANTS: dict[str, tuple[str, Config]] = {
@@ -223,6 +254,68 @@ VARIANTS: dict[str, tuple[str, Config]] = {
     "smollm3-window": (
         "smollm3",
         PLAIN_GROUPS | {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "attention_bias": True} | WINDOW,
+    ),
+    "cohere-norms": ("cohere", PLAIN_GROUPS | {"use_qk_norm": True, "tie_word_embeddings": False}),
+    "cohere2-share": ("cohere2", WINDOWED | {"num_hidden_layers": 5} | rope(partial_rotary_factor=0.5)),
+    "exaone4-everywhere": ("exaone4", WINDOWED | {"layer_types": ["full_attention"] * 2, "sliding_window_pattern": 4}),
+    "olmoe-clamped": ("olmoe", PLAIN_GROUPS | EXPERTS | {"clip_qkv": 0.8}),
+    "olmo3-llama3": (
+        "olmo3",
+        PLAIN_GROUPS
+        | {"sliding_window": 12, "num_hidden_layers": 4}
+        | {"rope_parameters": {"full_attention": LLAMA3, "sliding_attention": DEFAULT}},
+    ),
+    "minimax_m2-share": (
+        "minimax_m2",
+        GROUPS
+        | {"num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 8, "intermediate_size": 20}
+        | rope(partial_rotary_factor=0.3),
+    ),
+    "laguna-last": ("laguna", LAGUNA | {"layer_types": SLIDING + FULL, "num_attention_heads_per_layer": [6, 2]}),
+    "laguna-gates": ("laguna", LAGUNA | {"layer_types": FULL + SLIDING, "gating": False}),
+    "phimoe-three": (
+        "phimoe",
+        PLAIN_GROUPS
+        | {"num_local_experts": 5, "num_experts_per_tok": 3, "router_jitter_noise": 0.0, "intermediate_size": 20}
+        | {"lm_head_bias": True, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "phimoe-longrope": (
+        "phimoe",
+        PLAIN_GROUPS
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20, "hidden_size": 84}
+        | merged(long(64), short_mscale=1.3, long_mscale=1.3),
+    ),
+    "ernie4_5_moe-biases": (
+        "ernie4_5_moe",
+        PLAIN_GROUPS
+        | {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 1}
+        | {"use_bias": True, "moe_layer_start_index": 1},
+    ),
+    "hy_v3-biases": ("hy_v3", GROUPS | EXPERTS | {"mlp_bias": True, "num_shared_experts": 1}),
+    "hy_v3-unshared": ("hy_v3", GROUPS | EXPERTS | {"num_shared_experts": 0}),
+    "granitemoeshared-unshared": (
+        "granitemoeshared",
+        PLAIN_GROUPS | {"num_local_experts": 3, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
+    ),
+    "deepseek_v3-untruncated": ("deepseek_v3", LATENT | yarn(truncate=False, mscale=1.0, mscale_all_dim=0.7)),
+    "deepseek_v2-biases": (
+        "deepseek_v2",
+        LATENT | {"mlp_bias": True, "attention_bias": True, "topk_method": "greedy", "q_lora_rank": None},
+    ),
+    "glm4_moe_lite-heads": (
+        "glm4_moe_lite", LATENT | {"hidden_size": 40, "mlp_layer_types": ["sparse", "dense"], "num_hidden_layers": 2}
+    ),
+    "gemma3n-widths": (
+        "gemma3n_text",
+        GEMMA3N | {"intermediate_size": [36, 52, 44], "vocab_size_per_layer_input": 50, "altup_correct_scale": False},
+    ),
+    "gemma3n-untied": ("gemma3n_text", GEMMA3N | {"tie_word_embeddings": False, "attention_bias": True}),
+    "gemma4-untied": (
+        "gemma4_text",
+        GROUPS
+        | {"hidden_size": 60, "sliding_window": 12, "hidden_size_per_layer_input": 8, "tie_word_embeddings": False}
+        | {"num_hidden_layers": 3, "layer_types": SLIDING + FULL + SLIDING, "num_kv_shared_layers": 1}
+        | {"attention_bias": True, "vocab_size_per_layer_input": 83, "use_bidirectional_attention": "vision"},
     ),
 }  # fmt: skip
 

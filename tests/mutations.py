@@ -42,6 +42,7 @@ import nybble
 from nybble import Model, _native
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
+ENCODERS = Path(__file__).parent / "data" / "encoders"
 SECONDS = 1.0
 """CPU time limit per case."""
 MEMORY = 200 << 20
@@ -225,10 +226,15 @@ class Original:
 
 
 def goldens() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Returns the golden folders. Those without a tokenizer get llama's, which has the same number of tokens."""
-    for golden in sorted(GOLDENS.iterdir()):
+    """Returns the golden folders of decoders and encoders.
+
+    Those without a tokenizer get llama's, which has the same number of tokens.
+    """
+    encoders = (folder for folder in sorted(ENCODERS.iterdir()) if (folder / "config.json").exists())
+    for golden in [*sorted(GOLDENS.iterdir()), *encoders]:
         lent = {name: (GOLDENS / "llama" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
-        own = {path.name: path.read_bytes() for path in golden.iterdir() if path.suffix in (".json", ".safetensors")}
+        parts = (path for path in sorted(golden.rglob("*")) if path.suffix in (".json", ".safetensors"))
+        own = {path.relative_to(golden).as_posix(): path.read_bytes() for path in parts}
         yield golden.name, lent | own
 
 
@@ -239,6 +245,7 @@ def files(folder: Path) -> list[Original]:
         source = folder / name
         source.mkdir()
         for part, content in parts.items():
+            (source / part).parent.mkdir(exist_ok=True)
             (source / part).write_bytes(content)
         made.append(folder / f"{name}.gguf")
         _native.convert(source, made[-1], ["q4_0", "q8_0", "f16", "q4_1", "bf16", "f32"][i % 6])
@@ -267,6 +274,7 @@ def damage(dice: Dice, original: Original, folder: Path) -> Path:
         ways += [header] * 4
     ways[dice.integers(len(ways))](dice, data)
     for other, content in original.files.items():
+        (folder / other).parent.mkdir(exist_ok=True)
         (folder / other).write_bytes(data if other == name else content)
     return folder / original.model
 
@@ -288,11 +296,16 @@ def reset_peak() -> None:
 
 
 def attempt(path: Path, quantize: Any) -> str:
-    """Loads a model and generates. Returns the outcome; undocumented exceptions propagate."""
+    """Loads a model and uses it. Returns the outcome; undocumented exceptions propagate."""
     try:
         with Model.load(path, threads=1, quantize=quantize) as model:
             try:
-                model.generate("ab c", max_tokens=2, temperature=0)
+                if model.info.generates:
+                    model.generate("ab c", max_tokens=2, temperature=0)
+                elif model.info.labels:
+                    model.classify("ab c")
+                else:
+                    model.embed("ab c")
             except ValueError as error:
                 return type(error).__name__ + " when used"
             return "loaded"
@@ -311,6 +324,7 @@ def work(kind: str, numbers: list[int], seed: int, limit: float, say: Connection
         originals = files(scratch / "originals") if kind == "files" else folders()
         for original in originals:  # The originals are valid. The first load also pays for imports.
             for name, content in original.files.items():
+                (scratch / name).parent.mkdir(exist_ok=True)
                 (scratch / name).write_bytes(content)
             ended = attempt(scratch / original.model, "auto")
             assert ended == "loaded", f"{original.name}: {ended}"

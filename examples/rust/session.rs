@@ -5,9 +5,9 @@ use nybble::{LoadOptions, Model, SamplingOptions, Sequence, Session, step};
 fn main() -> nybble::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let path = arguments.next().unwrap_or_else(|| "model.gguf".to_owned());
-    let file = arguments.next().unwrap_or_else(|| "prompt.session".to_owned());
     let model = Model::load(path, &LoadOptions::default())?;
     let tokenizer = model.tokenizer()?;
+    let file = arguments.next().unwrap_or_else(|| "prompt.session".to_owned());
 
     // The first run computes the prompt. Later ones continue where the last one stopped.
     let (session, tokens) = match std::fs::exists(&file) {

@@ -101,6 +101,8 @@ fn describe(config: &Config) -> String {
         parallel,
         rotary,
         ropes,
+        // The frequencies of both rotations are hashed below.
+        plain_windows: _,
         layers,
         alibi,
         attention_scale,
@@ -165,10 +167,10 @@ fn describe(config: &Config) -> String {
         ..DEFAULT_QUIRKS
     };
     // Without the choices that came after those of the first files with later ones.
-    let later =
-        format!(" {quirks:?}").replace(", bidirectional: false", "").replace(", optional_first_norm: false", "");
-    // A session holds keys and values, which do not depend on the output.
-    let later = later.replace(&format!(", without_output: {}", quirks.without_output), "");
+    let later = format!(" {quirks:?}")
+        .replace(", bidirectional: false", "")
+        .replace(", optional_first_norm: false", "")
+        .replace(", without_output: false", "");
     let later = if *quirks == earlier { String::new() } else { later };
     let quirks = format!(
         "More {{ scaled_embedding: {:?}, window_period: {:?}, window_rope_base: {:?}, unrotated_period: {:?}, \

@@ -44,6 +44,14 @@ impl HeadNorm {
         HeadNorm { norm: Norm::unweighted(width, eps), width }
     }
 
+    /// The norm for heads whose number `i` comes from number `order(i)` of the file's.
+    pub(super) fn reordered(mut self, dim: usize, order: impl Fn(usize) -> usize) -> HeadNorm {
+        for numbers in [&mut self.norm.weight, &mut self.norm.bias] {
+            *numbers = (0..numbers.len()).map(|i| numbers[i / dim * dim + order(i % dim)]).collect();
+        }
+        self
+    }
+
     /// Normalizes `heads` in place, head by head or all heads as one row. `buffer` has at least the norm's width.
     pub(super) fn apply(&self, config: &Config, kernel: &Kernel, heads: &mut [f32], buffer: &mut [f32]) {
         let (width, Norm { weight, bias, eps }) = (self.width, &self.norm);

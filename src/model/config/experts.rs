@@ -2,6 +2,7 @@
 
 use super::metadata::MetadataReader;
 use crate::error::Result;
+use crate::format::gguf::Value;
 use crate::model::arch::{Family, Gating};
 
 /// Mixture of experts.
@@ -68,8 +69,11 @@ pub(super) fn read(keys: &MetadataReader<'_>, family: &Family) -> Result<Experts
     config.logit_cap = keys.positive("router_logit_softcapping")?;
     if config.gating == Gating::SparseMixer {
         keys.check("expert_used_count", used, used == 2, "2, as its router chooses")?;
-        // Twice the noise that training adds.
-        config.tolerance = 2.0 * keys.positive("expert_jitter")?.unwrap_or(0.01);
+        // Twice the noise that training adds. Files of other converters do not have it.
+        config.tolerance = match keys.get("expert_jitter").map(Value::as_f32) {
+            Some(Some(0.0)) => 0.0,
+            _ => 2.0 * keys.positive("expert_jitter")?.unwrap_or(0.01),
+        };
     }
     Ok(config)
 }

@@ -64,6 +64,8 @@ pub struct Config {
     pub rotary: usize,
     /// The rotation of layers without and with a window.
     pub ropes: [RopeConfig; 2],
+    /// Whether layers with a window rotate without the stretching of the others.
+    pub(crate) plain_windows: bool,
     /// `(layers)`: the settings that differ between layers.
     pub layers: Vec<LayerConfig>,
     /// ALiBi's largest slope exponent, and the factor of its slopes.
@@ -203,6 +205,7 @@ impl Config {
             parallel: keys.flag("use_parallel_residual")?.unwrap_or(family.residual == Residual::Parallel),
             rotary,
             ropes: [rope, window_rope],
+            plain_windows: window_base.is_some(),
             attention_scale: attention_scale(&keys, family, hidden, &layers, &rope, latent.as_ref())?,
             layers,
             alibi,

@@ -46,6 +46,8 @@ pub(super) enum Transform {
     LatentValues,
     /// Rows of tokens that stand for other inputs become the first row, as transformers reads them.
     Placeholders,
+    /// The rows that the checkpoint has, then the first one for tokens that have none.
+    PadRows,
     /// Pairs of the rotated part of each head's query, or of the shared key, become neighbors, unless they are already.
     LatentPairs,
     /// A matrix of one row becomes a vector.
@@ -61,6 +63,8 @@ pub(super) enum Need {
     Optional,
     /// When this switch of the configuration is on.
     If(&'static str),
+    /// When both of these switches of the configuration are on.
+    Both(&'static str, &'static str),
     /// When this switch of the configuration is off.
     Unless(&'static str),
     /// When this function of the configuration says so.

@@ -16,6 +16,20 @@ pub(super) fn classifies(settings: &Settings) -> Result<bool> {
     Ok(class(settings).is_some_and(|class| class.ends_with("ForSequenceClassification")))
 }
 
+/// Whether attention between tokens of text goes in both directions.
+pub(super) fn is_bidirectional(settings: &Settings) -> Result<bool> {
+    const KEY: &str = "use_bidirectional_attention";
+    match settings.get(KEY) {
+        Some(Value::String(kind)) => match kind.as_str() {
+            "all" => Ok(true),
+            // Only between the tokens of an image.
+            "vision" => Ok(false),
+            other => Err(settings.unsupported(KEY, format_args!("{other:?}"), "supported: true, false, vision")),
+        },
+        _ => settings.switch(KEY, false),
+    }
+}
+
 /// Whether the checkpoint may lack an output matrix for tokens that is not tied to the embedding.
 pub(super) fn is_headless(settings: &Settings) -> Result<bool> {
     let is_body = |class: &str| {

@@ -12,7 +12,7 @@ use crate::model::hf::families::{self, HfFamily};
 use crate::model::hf::packings::Packing;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::Sizes;
-use crate::model::hf::{keys, rope, transformers};
+use crate::model::hf::{heads, keys, rope, transformers};
 
 /// The `config.json` of every test model.
 fn configs() -> Vec<Map<String, Value>> {
@@ -41,13 +41,14 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     let Ok(mut sizes) = Sizes::read(&settings, family.adjust) else { return settings.keys_read() };
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
-    _ = settings.get("use_bidirectional_attention");
+    _ = heads::is_bidirectional(&settings);
     _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
         for need in [entry.weight, entry.bias] {
             match need {
                 Need::If(key) | Need::Unless(key) => _ = settings.get(key),
                 Need::IfSo(is_so) => _ = is_so(&settings),
+                Need::Both(key, other) => _ = settings.get(key).and(settings.get(other)),
                 Need::Untied => _ = settings.get("tie_word_embeddings"),
                 Need::Never | Need::Always | Need::Optional | Need::Sparse | Need::Dense | Need::Where(_) => {}
             }

@@ -15,7 +15,7 @@ use super::switches;
 use crate::error::Result;
 use crate::format::gguf::{Metadata, StringArray, Value};
 use crate::format::json;
-use crate::model::arch::NormKind;
+use crate::model::arch::{self, NormKind};
 
 /// All keys of the model called `name` in the folder `path`, the tensors that it has besides those of its files, and those of
 /// modules that follow it.
@@ -180,7 +180,9 @@ fn window(writer: &mut MetadataWriter<'_>, family: &HfFamily) -> Result<Vec<bool
     if slides.contains(&true) {
         writer.set("attention.sliding_window", window as u32);
         if !matches!(rule, WindowRule::Always) || slides.contains(&false) {
-            writer.set("attention.sliding_window_pattern", pattern(&slides));
+            let first = arch::by_name(family.architecture).is_some_and(|family| family.quirks.full_layer_first);
+            writer
+                .set("attention.sliding_window_pattern", if first { slides.clone().into() } else { pattern(&slides) });
         }
     }
     Ok(slides)

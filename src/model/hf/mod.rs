@@ -123,7 +123,7 @@ impl HfFolder {
             return Err(settings.unsupported("model_type", format_args!("the family {model_type:?}"), &supported));
         };
         // Some families have another form for attention in both directions.
-        let family = match (settings.switch("use_bidirectional_attention", false)?, family.bidirectional) {
+        let family = match (heads::is_bidirectional(&settings)?, family.bidirectional) {
             (false, _) => family,
             (true, Some(other)) => other,
             (true, None) => {

@@ -94,6 +94,7 @@ impl<'a> Planner<'a> {
             other => other,
         };
         let parts = [(suffixes, weight, dims, transform), ([".bias", ".bias"], bias, vector, bias_transform)];
+        let mut has_weight = matches!(weight, Need::Never);
         for ([suffix, source_suffix], need, dims, transform) in parts {
             let name = match layer {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
@@ -105,8 +106,11 @@ impl<'a> Planner<'a> {
             };
             // The head is next to the model, which may be a part of a larger one.
             let source = source.replace('~', self.base).replace('@', self.head());
-            if self.is_needed(need, layer, &source)? {
+            // A layer without the weight has no bias either.
+            let is_bias = source_suffix == ".bias" && suffix == ".bias";
+            if self.is_needed(need, layer, &source)? && (has_weight || !is_bias) {
                 self.add(name, &source, dims, transform, layer)?;
+                has_weight = true;
             }
         }
         Ok(())
@@ -132,6 +136,7 @@ impl<'a> Planner<'a> {
             Need::Always => true,
             Need::Optional => is_there(),
             Need::If(key) => self.settings.switch(key, false)?,
+            Need::Both(key, other) => self.settings.switch(key, false)? && self.settings.switch(other, false)?,
             Need::Unless(key) => !self.settings.switch(key, false)?,
             Need::IfSo(is_so) => is_so(self.settings)?,
             Need::Sparse => sparse,
@@ -163,6 +168,7 @@ impl<'a> Planner<'a> {
             Transform::Transpose => shape.reverse(),
             Transform::Skip(rows) => shape.iter_mut().take(1).for_each(|dim| *dim += rows),
             Transform::SkipPadding => shape.iter_mut().take(1).for_each(|dim| *dim += self.sizes.padding),
+            Transform::PadRows => shape.iter_mut().take(1).for_each(|dim| *dim = self.sizes.input_vocabulary),
             Transform::Squeeze => shape.insert(0, 1),
             // (matrices, rows, columns) of the whole tensor.
             Transform::RowsOfPart { parts, .. } => {

@@ -105,18 +105,20 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
             return Ok(sizes.head_dim);
         }
     }
+    let is_stretched = scaling.as_ref().map(kind).transpose()?.is_some_and(|kind| kind != "default");
     let inside = scaling.map(|scaling| scaling.optional_float(SHARE)).transpose()?.flatten();
     if whole {
+        // Classes that rotate whole heads do not read the share, except where angles are stretched.
         let share = inside.or(settings.optional_float(&SHARE[..1])?);
-        if share.is_some_and(|share| share != 1.0) {
+        if is_stretched && share.is_some_and(|share| share != 1.0) {
             let what = format!("rotation of a share of {} of each head", share.unwrap_or_default());
             return Err(settings.unsupported(SHARE[0], what, "supported in this family: 1"));
         }
     }
     let (key, rotary) = match settings.optional_count(&["rotary_dim"])? {
         _ if whole => ("head_dim", sizes.head_dim),
-        Some(rotary) => ("rotary_dim", rotary),
-        None => {
+        Some(rotary) if inside.is_none() => ("rotary_dim", rotary),
+        _ => {
             let share = match inside {
                 Some(share) => share,
                 None => settings.optional_float(SHARE)?.unwrap_or(1.0),
@@ -206,10 +208,12 @@ pub(super) fn write(keys: &mut MetadataWriter<'_>) -> Result<()> {
             // In GGUF the ramp begins and ends at whole dimensions. Where it must not, divisors do all of the stretching,
             // except in families for which readers know.
             let (truncate, default) = (scaling.switch("truncate", true)?, !keys.is_smooth_yarn());
-            if truncate && !default {
-                keys.set("rope.scaling.yarn_truncate", true);
+            let is_latent = keys.sizes.latent.kv_rank > 0;
+            if truncate != default && (truncate || is_latent) {
+                keys.set("rope.scaling.yarn_truncate", truncate);
             }
-            let factor = if truncate || !default {
+            // Latent attention needs the factor for its scores, too.
+            let factor = if truncate || !default || is_latent {
                 factor
             } else {
                 keys.tensors.push(("rope_freqs.weight".to_owned(), yarn(&scaling, base, rotary, before, factor)?));

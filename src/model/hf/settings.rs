@@ -37,7 +37,9 @@ impl Settings {
         let mut values = json::read(path, MAX_BYTES)?;
         if let Some(Value::Object(text)) = values.remove("text_config") {
             for (key, value) in text {
-                if key != "model_type" {
+                // The outer class ties its output, whatever it says of its text part.
+                let is_outer = key == "model_type" || key == "tie_word_embeddings" && values.contains_key(&key);
+                if !is_outer {
                     values.insert(key, value);
                 }
             }

@@ -1,5 +1,7 @@
 //! The sizes of a model, and the dimensions of tensors in terms of them.
 
+use serde_json::Value;
+
 use super::heads;
 use super::settings::Settings;
 use crate::error::Result;
@@ -24,6 +26,8 @@ pub(super) struct Sizes {
     pub(super) window_rotary: usize,
     /// Width between up and down of the feed-forward layer.
     pub(super) ffn: usize,
+    /// `(layers)`: as the configuration lists it, or empty.
+    pub(super) ffn_list: Vec<usize>,
     /// The longest context that the model was made for.
     pub(super) context: usize,
     pub(super) experts: usize,
@@ -37,6 +41,8 @@ pub(super) struct Sizes {
     pub(super) latent: LatentSizes,
     /// Width of the vector that each layer has of a token.
     pub(super) per_layer_input: usize,
+    /// Tokens that have such vectors of their own. The others have those of the first.
+    pub(super) input_vocabulary: usize,
     /// Whether pairs of the rotated part of latent attention are neighbors already.
     pub(super) interleaved: bool,
     /// Layers at the end that take keys and values from others.
@@ -98,7 +104,8 @@ impl Sizes {
             rotary: 0,
             window_head_dim: 0,
             window_rotary: 0,
-            ffn: optional_uniform(settings, &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"])?,
+            ffn: 0,
+            ffn_list: Vec::new(),
             context: optional(&["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"])?,
             experts: optional(&["num_local_experts", "num_experts", "n_routed_experts"])?,
             expert_ffn: optional(&["moe_intermediate_size"])?,
@@ -107,6 +114,7 @@ impl Sizes {
             per_layer: Vec::new(),
             latent: LatentSizes::default(),
             per_layer_input: 0,
+            input_vocabulary: 0,
             interleaved: true,
             shared_kv_layers: 0,
             low_rank: 0,
@@ -117,6 +125,22 @@ impl Sizes {
             projected: 0,
             placeholders: [usize::MAX; 2],
         };
+        // Heads of latent attention have widths of their own.
+        const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"];
+        match settings.find(FFN) {
+            Some((key, Value::Array(_))) => {
+                let count = |size: &Value| size.as_u64().filter(|size| (1..=1 << 24).contains(size));
+                let expected = "an integer from 1 to 16777216";
+                let list =
+                    settings.per_layer(key, sizes.layers, expected, |size| count(size).map(|size| size as usize))?;
+                sizes.ffn_list = list.unwrap_or_default();
+                sizes.ffn = sizes.ffn_list.first().copied().unwrap_or_default();
+            }
+            _ => sizes.ffn = optional(FFN)?,
+        }
+        if sizes.head_dim == 0 && settings.get("kv_lora_rank").is_some() {
+            sizes.head_dim = hidden / heads;
+        }
         if sizes.head_dim == 0 {
             if !hidden.is_multiple_of(heads) {
                 let expected = format!("a divisor of the hidden size {hidden}");
@@ -125,6 +149,10 @@ impl Sizes {
             sizes.head_dim = hidden / heads;
         }
         adjust(settings, &mut sizes)?;
+        if sizes.per_layer.is_empty() && sizes.ffn_list.windows(2).any(|pair| pair[0] != pair[1]) {
+            let (what, supported) = ("sizes that differ between layers", "supported: the same in every layer");
+            return Err(settings.unsupported("intermediate_size", what, supported));
+        }
         if !heads.is_multiple_of(sizes.kv_heads) {
             let expected = format!("a divisor of the {heads} heads");
             return Err(settings.malformed("num_key_value_heads", sizes.kv_heads, expected));
@@ -318,19 +346,6 @@ impl Size {
             "laurel_r" => &[LowRank, Hidden],
             // The norms, and the gate of the shared expert.
             _ => &[Hidden],
-        }
-    }
-}
-
-/// A size that is given once, or in a list with the same number for every layer.
-fn optional_uniform(settings: &Settings, keys: &[&str]) -> Result<usize> {
-    let Some((key, value)) = settings.find(keys) else { return Ok(0) };
-    let Some(list) = value.as_array() else { return Ok(settings.optional_count(keys)?.unwrap_or_default()) };
-    let first = list.first().and_then(|first| first.as_u64()).filter(|first| (1..=1 << 24).contains(first));
-    match first.filter(|first| list.iter().all(|other| other.as_u64() == Some(*first))) {
-        Some(first) => Ok(first as usize),
-        None => {
-            Err(settings.unsupported(key, "sizes that differ between layers", "supported: the same in every layer"))
         }
     }
 }

@@ -29,6 +29,8 @@ pub(super) enum RowOrder {
     EveryNth { start: usize, step: usize },
     /// The row of the same number, but for these, which come from the first.
     Placeholders([usize; 2]),
+    /// The row of the same number up to this, then the first.
+    Padded(usize),
     /// Of heads of `plain + rope` rows, or of `plain` rows once: as `PairNeighbors` for the last `rope`.
     LatentPairs { plain: usize, rope: usize, interleaved: bool },
 }
@@ -64,6 +66,7 @@ impl RowOrder {
                 let of = latent.plain + latent.value;
                 RowOrder::Slice { of, len: latent.value, start: latent.plain }
             }
+            Transform::PadRows => RowOrder::Padded(sizes.input_vocabulary),
             Transform::Placeholders => RowOrder::Placeholders(sizes.placeholders),
             Transform::LatentPairs => {
                 let plain = if rows == latent.kv_rank + latent.rope { latent.kv_rank } else { latent.plain };
@@ -90,6 +93,13 @@ impl RowOrder {
                     0
                 } else {
                     index
+                }
+            }
+            RowOrder::Padded(rows) => {
+                if index < rows {
+                    index
+                } else {
+                    0
                 }
             }
             RowOrder::LatentPairs { plain, rope, interleaved } => {

@@ -88,12 +88,19 @@ impl Attention {
                 loader.ignore(&name(unused));
             }
         }
-        let k_norm = if own_keys { loader.head_norm(&name("attn_k_norm"), config, kv_heads, dim)? } else { None };
+        // Weights of norms move with the rows of queries and keys.
+        let order = |i: usize| if i < layer.rotary { halves_of_pairs(i, layer.rotary) } else { i };
+        let adjacent = config.family.position == Position::RopeAdjacent;
+        let head_norm = |suffix: &str, heads: usize| {
+            let norm = loader.head_norm(&name(suffix), config, heads, dim)?;
+            Ok(if adjacent { norm.map(|norm| norm.reordered(dim, order)) } else { norm })
+        };
+        let k_norm = if own_keys { head_norm("attn_k_norm", kv_heads)? } else { None };
         let v_norm = (config.family.quirks.value_norm && own_keys).then(|| HeadNorm::unweighted(layer.value_dim, eps));
         let sinks = name("attn_sinks.weight");
         Ok(Attention {
             in_proj: InProj::load(loader, config, index)?,
-            q_norm: loader.head_norm(&name("attn_q_norm"), config, heads, dim)?.or_else(unweighted),
+            q_norm: head_norm("attn_q_norm", heads)?.or_else(unweighted),
             k_norm: if own_keys { k_norm.or_else(unweighted) } else { None },
             v_norm,
             sinks: if loader.has(&sinks) { loader.vector(&sinks, heads)? } else { Vec::new() },
@@ -235,9 +242,14 @@ impl Attention {
             buffers,
             widest,
             |i, chunk, buffer| {
-                for (r, row) in chunk.chunks_mut(width).enumerate() {
+                let clamp = |part: &mut [f32]| {
                     if let Some(bound) = config.clamp_qkv {
-                        row.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
+                        part.iter_mut().for_each(|x| *x = x.clamp(-bound, bound));
+                    }
+                };
+                for (r, row) in chunk.chunks_mut(width).enumerate() {
+                    if let Some(start) = self.in_proj.values {
+                        clamp(&mut row[start..][..layer.kv_heads * layer.value_dim]);
                     }
                     let at = i * TASK_ROWS + r;
                     let angles = if pairs > 0 { angles.of(rope, at) } else { (&[][..], &[][..]) };
@@ -255,6 +267,7 @@ impl Attention {
                         if !late {
                             normalize(part);
                         }
+                        clamp(part);
                         if pairs > 0 {
                             for head in part.chunks_exact_mut(dim) {
                                 kernel.rope(&mut head[..2 * pairs], angles.0, angles.1);

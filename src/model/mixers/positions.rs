@@ -22,7 +22,7 @@ impl Positions {
         // The numbers that layers without and with a window rotate; where there are only layers of one kind, the same.
         let of = |kind: usize| config.layers.iter().find(|layer| layer.rope() == kind).map(|layer| layer.rotary);
         let rotary = [of(0).unwrap_or(config.rotary), of(1).unwrap_or(config.rotary)];
-        let same = rope == window_rope && rotary[0] == rotary[1];
+        let same = !config.plain_windows && rotary[0] == rotary[1];
         let window_factors = if same { factors } else { None };
         Positions {
             ropes: [

@@ -60,7 +60,7 @@ def _metadata(**changes: object) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
 
 
-def _texts() -> list[str]:
+def _prompts() -> list[str]:
     generator = random.Random(5)
     alphabet = "abehtsT .,\n\n  ()ü🙂\t\u00e9\u4e2d"
     return [*TEXT, "", " ", "\n", "a🙂b", *("".join(generator.choices(alphabet, k=30)) for _ in range(200))]
@@ -69,10 +69,10 @@ def _texts() -> list[str]:
 @pytest.mark.parametrize(
     "changes", [{}, {"model": "gpt2", "pre": "gemma4"}, {"model": "gpt2", "pre": "sarvam-moe"}], ids=str
 )
-def test_ids_and_texts_are_those_of_the_library(changes: dict[str, object]) -> None:
+def test_ids_and_text_are_those_of_the_library(changes: dict[str, object]) -> None:
     library = tokenizers.Tokenizer.from_str(json.dumps(LIBRARY))
     tokenizer = Tokenizer.from_gguf_metadata(_metadata(**changes))
-    for text in _texts():
+    for text in _prompts():
         expected = library.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, add_special=False) == expected, repr(text)
         assert tokenizer.decode(expected) == text

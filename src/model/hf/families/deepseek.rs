@@ -42,7 +42,7 @@ pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
         &gated(Dense, If("mlp_bias")),
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
+        &shared_experts("mlp.shared_experts", If("mlp_bias")),
     ],
     rotation: Rotation::Latent,
     adjust: |settings, sizes| {
@@ -89,7 +89,14 @@ pub(super) const GLM4_MOE_LITE: HfFamily = HfFamily {
     adjust: |settings, sizes| {
         first_dense(settings, sizes)?;
         sparse_list(settings, sizes, |layer| layer > 0)?;
-        latent(settings, sizes)
+        latent(settings, sizes)?;
+        for settings in [settings.object("rope_parameters")?.as_ref(), Some(settings)].into_iter().flatten() {
+            let key = "partial_rotary_factor";
+            if let Some(share) = settings.optional_float(&[key])?.filter(|share| *share != 1.0) {
+                return Err(settings.unsupported(key, share, "supported in this family: 1"));
+            }
+        }
+        Ok(())
     },
     ..DEEPSEEK_V3
 };

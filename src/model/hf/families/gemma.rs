@@ -4,6 +4,7 @@ use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
 use super::parts::{SCORE, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::heads::is_headless;
 use crate::model::hf::keys;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
@@ -23,11 +24,19 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     ],
     ignored: &["lm_head."],
     activation: ActivationSource::UnderForTanh(&["hidden_act"]),
-    keys: |keys| keys.require("tie_word_embeddings", true),
     ..BASE
 };
 
-const TIED: &[Entry] = &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), SCORE];
+const TIED: &[Entry] =
+    &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), OUTPUT, SCORE];
+
+/// The output matrix of models whose configuration unties it.
+const OUTPUT: Entry = tensor("output", "@lm_head").when(Need::IfSo(is_untied));
+
+/// Whether the model generates by a matrix of its own.
+pub(super) fn is_untied(settings: &Settings) -> Result<bool> {
+    Ok(!settings.switch("tie_word_embeddings", false)? && !is_headless(settings)?)
+}
 
 const FOUR_NORMS: &[Entry] = &[
     tensor("attn_norm", "input_layernorm").by(AddOne),
@@ -45,7 +54,6 @@ pub(super) const GEMMA2: HfFamily = HfFamily {
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
         scale(keys)?;
         // Readers assume a cap where the key is missing, so no cap is written as 0.
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
@@ -82,7 +90,6 @@ const GEMMA3_CAUSAL: HfFamily = HfFamily {
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
     keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
         scale(keys)?;
         if keys.settings.get("attn_logit_softcapping").is_some() {
             let key = "attn_logit_softcapping";
@@ -105,7 +112,7 @@ fn scale(keys: &mut MetadataWriter<'_>) -> Result<()> {
 
 /// The table of per-layer vectors and what makes them.
 const PER_LAYER: [Entry; 3] = [
-    tensor("per_layer_token_embd", "~embed_tokens_per_layer").when(Need::IfSo(has_layer_inputs)),
+    tensor("per_layer_token_embd", "~embed_tokens_per_layer").by(Transform::PadRows).when(Need::IfSo(has_layer_inputs)),
     tensor("per_layer_model_proj", "~per_layer_model_projection").when(Need::IfSo(has_layer_inputs)),
     tensor("per_layer_proj_norm", "~per_layer_projection_norm").when(Need::IfSo(has_layer_inputs)),
 ];
@@ -154,6 +161,7 @@ const UNUSED: &[&str] = &[
     ".self_attn.k_norm.weight",
     ".self_attn.k_proj.bias",
     ".self_attn.v_proj.bias",
+    ".altup.correct_output_scale",
 ];
 
 const OTHER_PARTS: &[&str] = &[
@@ -173,7 +181,7 @@ const OTHER_PARTS: &[&str] = &[
 
 /// The several residual streams of a layer, and its low-rank branch.
 const STREAMS: &[Entry] = &[
-    tensor("altup_correct_scale", "altup.correct_output_scale").raw(),
+    tensor("altup_correct_scale", "altup.correct_output_scale").raw().when(If("altup_correct_scale")),
     tensor("altup_correct_coef", "altup.correction_coefs"),
     tensor("altup_predict_coef", "altup.prediction_coefs"),
     tensor("altup_router", "altup.modality_router"),
@@ -186,8 +194,8 @@ const STREAMS: &[Entry] = &[
 /// Google 2025: Gemma 3n, the text part.
 pub(super) const GEMMA3N: HfFamily = HfFamily {
     model_types: &["gemma3n_text", "gemma3n"],
-    // The tensors show how many tokens have vectors of their own, and training clips.
-    without_influence: &["altup_coef_clip", "vocab_size_per_layer_input"],
+    // Training clips.
+    without_influence: &["altup_coef_clip"],
     architecture: "gemma3n",
     defaults: &[&[("sliding_window_pattern", "5"), ("rope_theta", "1e6"), ("rope_local_base_freq", "1e4")]],
     bases: &["model.language_model.", "language_model.model.", "model.", ""],
@@ -195,6 +203,7 @@ pub(super) const GEMMA3N: HfFamily = HfFamily {
         &[
             tensor("token_embd", "~embed_tokens"),
             tensor("output_norm", "~norm"),
+            OUTPUT,
             tensor("altup_proj", "~altup_projections.{e}").by(Stack),
             tensor("altup_unembd_proj", "~altup_unembed_projections.{e}").by(Stack),
         ],
@@ -206,15 +215,24 @@ pub(super) const GEMMA3N: HfFamily = HfFamily {
     activation: ActivationSource::Under(&["hidden_activation"]),
     window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
     adjust: |settings, sizes| {
-        sizes.per_layer_input = settings.number(&["hidden_size_per_layer_input"])?;
+        layer_inputs(settings, sizes)?;
+        let uniform = sizes.of_layer(None);
+        let widths = sizes.ffn_list.clone();
+        if widths.iter().any(|width| *width != uniform.ffn) {
+            sizes.set_layers(settings, widths.into_iter().map(|ffn| LayerSizes { ffn, ..uniform }))?;
+        }
         sizes.streams = settings.count(&["altup_num_inputs"])?;
         sizes.low_rank = settings.count(&["laurel_rank"])?;
         shared_kv_layers(settings, sizes)
     },
     keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
-        keys.require("altup_correct_scale", true)?;
         let settings = keys.settings;
+        if !settings.switch("altup_correct_scale", true)? {
+            for layer in 0..keys.sizes.layers {
+                let ones = vec![1.0; keys.sizes.hidden];
+                keys.tensors.push((format!("blk.{layer}.altup_correct_scale.weight"), ones));
+            }
+        }
         keys.set("altup.num_inputs", keys.sizes.streams as u32);
         let active = settings.number(&["altup_active_idx"])?;
         keys.set("altup.active_idx", active as u32);
@@ -225,6 +243,14 @@ pub(super) const GEMMA3N: HfFamily = HfFamily {
     },
     ..GEMMA
 };
+
+/// Reads the sizes of the vectors that each layer has of a token.
+fn layer_inputs(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    sizes.per_layer_input = settings.number(&["hidden_size_per_layer_input"])?;
+    let rows = settings.optional_count(&["vocab_size_per_layer_input"])?;
+    sizes.input_vocabulary = rows.unwrap_or(sizes.vocabulary);
+    Ok(())
+}
 
 fn shared_kv_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     let shared = settings.number(&["num_kv_shared_layers"])?;
@@ -283,14 +309,13 @@ const EXPERTS_AND_SCALE: &[Entry] = &[
 /// Google 2026: Gemma 4, the text part.
 pub(super) const GEMMA4: HfFamily = HfFamily {
     model_types: &["gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"],
-    without_influence: &["vocab_size_per_layer_input"],
+    without_influence: &[],
     architecture: "gemma4",
     defaults: &[&[("sliding_window_pattern", "6")]],
-    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")], &PER_LAYER],
+    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm"), OUTPUT], &PER_LAYER],
     layer: &[&PLAIN_NORMS, &SHARED_ATTENTION, &gated(Always, Never), &LAYER_INPUT, EXPERTS_AND_SCALE],
     adjust: gemma4_sizes,
     keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
         keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);
         keys.set("attention.shared_kv_layers", keys.sizes.shared_kv_layers as u32);
         if keys.sizes.experts > 0 {
@@ -303,7 +328,7 @@ pub(super) const GEMMA4: HfFamily = HfFamily {
 
 /// Layers with full attention have heads of another width, and in some models fewer keys, which are values as well.
 fn gemma4_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
-    sizes.per_layer_input = settings.number(&["hidden_size_per_layer_input"])?;
+    layer_inputs(settings, sizes)?;
     shared_kv_layers(settings, sizes)?;
     if !settings.switch("enable_moe_block", false)? {
         sizes.experts = 0;

@@ -3,8 +3,8 @@
 use super::family::{BASE, HfFamily, Rotation, WindowRule};
 use super::modern::mixtral_experts;
 use super::parts::{
-    DEEPSEEK_EXPERTS, MERGED_GATED, NORMS, attention, default_attention, expert_list, experts_of_ffn_width,
-    first_dense, gated, head_norms, routed, shared_experts, sparse_list,
+    DEEPSEEK_EXPERTS, EMBEDDING, MERGED_GATED, NORMS, attention, default_attention, expert_list, experts_of_ffn_width,
+    first_dense, gated, head_norms, routed, shared_experts, sparse_list, tied_with_bias,
 };
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
@@ -82,16 +82,15 @@ pub(super) const ERNIE4_5: HfFamily = HfFamily {
 /// Baidu 2025, with experts.
 pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
     model_types: &["ernie4_5_moe"],
-    // Weights of a softmax never have so small a sum.
-    without_influence: &["moe_norm_min"],
     architecture: "ernie4_5-moe",
+    outside: &[EMBEDDING, &tied_with_bias("use_bias")],
     layer: &[
         NORMS,
         &attention(Copy, If("use_bias"), If("use_bias")),
         &gated(Dense, If("use_bias")),
         &routed("mlp.gate", "mlp.moe_statics.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_experts"),
+        &shared_experts("mlp.shared_experts", If("use_bias")),
     ],
     adjust: |settings, sizes| {
         sizes.experts = settings.count(&["moe_num_experts"])?;
@@ -107,6 +106,10 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
     },
     keys: |keys| {
         keys.experts_used("moe_k", true)?;
+        // Shares of a softmax never have so small a sum.
+        if let Some(least) = keys.settings.optional_float(&["moe_norm_min"])?.filter(|least| *least > 1e-6) {
+            return Err(keys.settings.unsupported("moe_norm_min", least, "supported: up to 1e-6"));
+        }
         keys.set("interleave_moe_layer_step", keys.settings.count(&["moe_layer_interval"])? as u32);
         keys.leading_dense_layers();
         keys.set("expert_shared_count", keys.settings.number(&["moe_num_shared_experts"])? as u32);
@@ -141,10 +144,12 @@ pub(super) const HY_V3: HfFamily = HfFamily {
         &gated(Dense, If("mlp_bias")),
         &routed("mlp.router.gate", "mlp.expert_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_mlp"),
+        &shared_experts("mlp.shared_mlp", If("mlp_bias")),
     ],
     adjust: |settings, sizes| {
-        sizes.shared_ffn = sizes.expert_ffn * settings.number(&["num_shared_experts"])?;
+        // The class takes no shared experts for the width of dense layers.
+        let shared = sizes.expert_ffn * settings.number(&["num_shared_experts"])?;
+        sizes.shared_ffn = if shared > 0 { shared } else { sizes.ffn };
         sparse_list(settings, sizes, |layer| layer > 0)
     },
     defaults: &[&[("num_nextn_predict_layers", "1")]],

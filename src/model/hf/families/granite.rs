@@ -28,6 +28,9 @@ const GRANITE_EXPERTS: [Entry; 4] = [
     tensor("ffn_down_exps", "block_sparse_moe.output_linear"),
 ];
 
+/// Where there is a shared expert.
+const SHARED: Need = Need::Where(|sizes, _| sizes.shared_ffn > 0);
+
 /// IBM Granite 3 with experts and a shared one.
 pub(super) const GRANITE_MOE_SHARED: HfFamily = HfFamily {
     model_types: &["granitemoeshared"],
@@ -36,14 +39,14 @@ pub(super) const GRANITE_MOE_SHARED: HfFamily = HfFamily {
         &default_attention(PairNeighbors),
         &GRANITE_EXPERTS,
         &[
-            tensor("ffn_gate_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 0, parts: 2 }),
-            tensor("ffn_up_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 1, parts: 2 }),
-            tensor("ffn_down_shexp", "shared_mlp.output_linear"),
+            tensor("ffn_gate_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 0, parts: 2 }).when(SHARED),
+            tensor("ffn_up_shexp", "shared_mlp.input_linear").by(RowsOfPart { part: 1, parts: 2 }).when(SHARED),
+            tensor("ffn_down_shexp", "shared_mlp.output_linear").when(SHARED),
         ],
     ],
     adjust: |settings, sizes| {
         sizes.expert_ffn = sizes.ffn;
-        sizes.shared_ffn = settings.count(&["shared_intermediate_size"])?;
+        sizes.shared_ffn = settings.number(&["shared_intermediate_size"])?;
         Ok(())
     },
     ..GRANITE_MOE
@@ -77,8 +80,8 @@ pub(super) const GRANITE_MOE_SWA: HfFamily = HfFamily {
             tensor("ffn_gate_inp", "block_sparse_moe.router"),
             tensor("ffn_gate_up_exps", "block_sparse_moe.experts.gate_up_proj").raw(),
             tensor("ffn_down_exps", "block_sparse_moe.experts.down_proj").raw(),
-            tensor("ffn_up_shexp", "shared_mlp.input_linear").dims(&[Size::Hidden, Size::TwiceSharedFfn]),
-            tensor("ffn_down_shexp", "shared_mlp.output_linear"),
+            tensor("ffn_up_shexp", "shared_mlp.input_linear").dims(&[Size::Hidden, Size::TwiceSharedFfn]).when(SHARED),
+            tensor("ffn_down_shexp", "shared_mlp.output_linear").when(SHARED),
         ],
         &default_attention(PairNeighbors),
     ],

@@ -4,7 +4,7 @@ use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::llama::LLAMA;
 use super::parts::{
     NORMS, attention, default_attention, expert_list, experts_of_ffn_width, gated, head_norms, named_embedding,
-    rotating_layers, routed, shared_experts, sparse_list,
+    rotating_layers, routed, shared_experts, sparse_list, tied_with_bias,
 };
 use super::qwen::QWEN2;
 use crate::error::Result;
@@ -268,7 +268,10 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     model_types: &["phimoe"],
     without_influence: &["input_jitter_noise"],
     architecture: "phimoe",
-    outside: &[&named_embedding("~embed_tokens", "~norm", tensor("output", "lm_head").bias(If("lm_head_bias")))],
+    outside: &[
+        &named_embedding("~embed_tokens", "~norm", tensor("output", "lm_head")),
+        &tied_with_bias("lm_head_bias"),
+    ],
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm").bias(Always),
@@ -283,10 +286,39 @@ pub(super) const PHIMOE: HfFamily = HfFamily {
     adjust: experts_of_ffn_width,
     keys: |keys| {
         keys.experts(false)?;
-        keys.copy("expert_jitter", "router_jitter_noise")
+        // The router always chooses two.
+        keys.set("expert_used_count", 2u32);
+        keys.copy("expert_jitter", "router_jitter_noise")?;
+        phimoe_magnitude(keys)
     },
     ..BASE
 };
+
+/// Sets the magnitude of a stretched rotation, for which the class has keys of its own.
+fn phimoe_magnitude(keys: &mut MetadataWriter<'_>) -> Result<()> {
+    let settings = keys.settings;
+    let stretched = match settings.object("rope_scaling")?.filter(|rope| !rope.is_empty()) {
+        Some(rope) => Some(rope),
+        None => settings.object("rope_parameters")?,
+    };
+    let Some(rope) = stretched else { return Ok(()) };
+    let kind = rope.text(&["rope_type", "type"])?.unwrap_or_default();
+    match kind.as_str() {
+        "" | "default" => return Ok(()),
+        "longrope" | "su" => {}
+        other => {
+            let supported = "supported in this family: default, longrope";
+            return Err(rope.unsupported("rope_type", format_args!("{other:?}"), supported));
+        }
+    }
+    let (short, long) = (rope.float(&["short_mscale"])?, rope.float(&["long_mscale"])?);
+    if short != long {
+        let supported = format!("supported: {short}, as short_mscale");
+        return Err(rope.unsupported("long_mscale", long, &supported));
+    }
+    keys.set("rope.scaling.attn_factor", long as f32);
+    Ok(())
+}
 
 /// JetBrains 2026.
 pub(super) const MELLUM: HfFamily = HfFamily {
@@ -302,6 +334,7 @@ pub(super) const MELLUM: HfFamily = HfFamily {
         &expert_list("mlp.experts.{e}", Sparse),
     ],
     window: WindowRule::ListedOrNone,
+    rotation: Rotation::Part,
     adjust: |settings, sizes| sparse_list(settings, sizes, |_| true),
     keys: |keys| {
         keys.plain_windows()?;
@@ -325,7 +358,7 @@ pub(super) const LAGUNA: HfFamily = HfFamily {
         &gated(Dense, Never),
         &routed("mlp.gate", "mlp.experts.e_score_correction_bias"),
         &expert_list("mlp.experts.{e}", Sparse),
-        &shared_experts("mlp.shared_expert"),
+        &shared_experts("mlp.shared_expert", Never),
     ],
     window: WindowRule::ListedOrNone,
     rotation: Rotation::Part,
@@ -349,7 +382,9 @@ fn gates_per_head(settings: &Settings) -> Result<bool> {
         None | Some(serde_json::Value::Bool(true)) => Ok(true),
         Some(serde_json::Value::String(kind)) if kind == "per-head" => Ok(true),
         Some(serde_json::Value::String(kind)) if kind == "per-element" => Ok(false),
-        Some(other) => Err(settings.unsupported("gating", other, "supported: true, per-head, per-element")),
+        // The class has gates whatever the switch says.
+        Some(serde_json::Value::Bool(false)) => Ok(false),
+        Some(other) => Err(settings.unsupported("gating", other, "supported: true, false, per-head, per-element")),
     }
 }
 
@@ -399,10 +434,13 @@ pub(super) const MUSE_GLIMMER: HfFamily = HfFamily {
     defaults: &[&[("sliding_window_pattern", "4")]],
     window: WindowRule::Period(&["sliding_window_pattern"]),
     keys: |keys| {
-        if keys.settings.get("layer_rope_theta").is_none() {
-            keys.rotate_windows(true);
+        // The class reads only whether a base is 0.
+        let layers = keys.sizes.layers;
+        let base = |base: &serde_json::Value| base.as_f64().map(|base| base != 0.0);
+        match keys.settings.per_layer("layer_rope_theta", layers, "a base, or 0", base)? {
+            Some(rotated) => keys.set("attention.rope_pattern", rotated),
+            None => keys.rotate_windows(true),
         }
-        keys.layer_bases()?;
         keys.copy("final_logit_softcapping", "final_logit_softcapping")?;
         keys.copy("logit_scale", "output_multiplier")?;
         keys.copy("attention.post_norm_epsilon", "post_norm_eps")?;

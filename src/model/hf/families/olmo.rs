@@ -1,12 +1,12 @@
 //! OLMo, Cohere's and LG's families: norms without weights or after the layers, windows in most layers.
 
-use super::family::{BASE, HfFamily, Rotation, WindowRule};
+use super::family::{BASE, HfFamily, WindowRule};
 use super::llama::{LLAMA, OLMO2};
 use super::parts::{NORMS, attention, default_attention, expert_list, experts_of_ffn_width, gated, head_norms};
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Need, Transform, tensor};
 use crate::model::hf::sizes::Size;
-use Need::{Always, If, Never};
+use Need::{Always, If, Never, Unless};
 use Transform::{Copy, PairNeighbors};
 
 /// Groeneveld et al. 2024, arXiv 2402.00838: norms without weights.
@@ -56,7 +56,11 @@ pub(super) const OLMOE: HfFamily = HfFamily {
 pub(super) const COHERE: HfFamily = HfFamily {
     model_types: &["cohere"],
     architecture: "command-r",
-    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")]],
+    outside: &[&[
+        tensor("token_embd", "~embed_tokens"),
+        tensor("output_norm", "~norm"),
+        tensor("output", "lm_head").when(Unless("tie_word_embeddings")),
+    ]],
     layer: &[
         &[
             tensor("attn_norm", "input_layernorm"),
@@ -68,10 +72,7 @@ pub(super) const COHERE: HfFamily = HfFamily {
     ],
     ignored: &["lm_head."],
     norm: NormKind::Layer,
-    keys: |keys| {
-        keys.require("tie_word_embeddings", true)?;
-        keys.copy("logit_scale", "logit_scale")
-    },
+    keys: |keys| keys.copy("logit_scale", "logit_scale"),
     ..BASE
 };
 
@@ -81,7 +82,6 @@ pub(super) const COHERE2: HfFamily = HfFamily {
     architecture: "cohere2",
     layer: &[&[tensor("attn_norm", "input_layernorm")], &default_attention(Copy), &gated(Always, Never)],
     window: WindowRule::Period(&["sliding_window_pattern", "_sliding_window_pattern"]),
-    rotation: Rotation::Part,
     keys: |keys| {
         keys.rotate_windows(false);
         (COHERE.keys)(keys)
@@ -104,7 +104,8 @@ pub(super) const EXAONE4: HfFamily = HfFamily {
     ],
     window: WindowRule::Pattern("sliding_window_pattern"),
     keys: |keys| {
-        keys.rotate_windows(true);
+        let windowless = keys.settings.get("sliding_window").is_none();
+        keys.rotate_windows(windowless);
         Ok(())
     },
     ..BASE

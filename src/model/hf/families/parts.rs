@@ -26,6 +26,15 @@ pub(super) const EMBEDDING_WITH_BIAS: &[Entry] = &[
     SCORE,
 ];
 
+/// The bias of an output that this switch adds, and the output's own matrix where it is tied to the embedding: a bias needs
+/// one.
+pub(super) const fn tied_with_bias(switch: &'static str) -> [Entry; 2] {
+    [
+        tensor("output", "lm_head").when(Need::Never).bias(Need::If(switch)),
+        tensor("output", "~embed_tokens").when(Need::Both("tie_word_embeddings", switch)),
+    ]
+}
+
 /// As [`EMBEDDING_WITH_BIAS`], under other names and without the matrix of a classifier.
 pub(super) const fn named_embedding(embedding: &'static str, norm: &'static str, output: Entry) -> [Entry; 3] {
     [tensor("token_embd", embedding), tensor("output_norm", norm).bias(Need::Always), output.when(Need::Untied)]
@@ -99,13 +108,13 @@ pub(super) const fn expert_list(prefix: &'static str, need: Need) -> [Entry; 3] 
 }
 
 /// The experts that every token uses, in one network.
-pub(super) const fn shared_experts(prefix: &'static str) -> [Entry; 3] {
+pub(super) const fn shared_experts(prefix: &'static str, bias: Need) -> [Entry; 3] {
     let [gate, up, down] = projections(prefix);
     let need = Need::Where(has_shared_experts);
     [
-        tensor("ffn_gate_shexp", gate).when(need),
-        tensor("ffn_up_shexp", up).when(need),
-        tensor("ffn_down_shexp", down).when(need),
+        tensor("ffn_gate_shexp", gate).when(need).bias(bias),
+        tensor("ffn_up_shexp", up).when(need).bias(bias),
+        tensor("ffn_down_shexp", down).when(need).bias(bias),
     ]
 }
 
@@ -113,7 +122,7 @@ pub(super) const fn shared_experts(prefix: &'static str) -> [Entry; 3] {
 pub(super) const DEEPSEEK_EXPERTS: [Entry; 8] = {
     let [router, bias] = routed("mlp.gate", "mlp.gate.e_score_correction_bias");
     let [gate, up, down] = expert_list("mlp.experts.{e}", Need::Sparse);
-    let [shared_gate, shared_up, shared_down] = shared_experts("mlp.shared_experts");
+    let [shared_gate, shared_up, shared_down] = shared_experts("mlp.shared_experts", Need::Never);
     [router, bias, gate, up, down, shared_gate, shared_up, shared_down]
 };
 
@@ -146,8 +155,7 @@ pub(super) fn experts_of_ffn_width(_: &Settings, sizes: &mut Sizes) -> Result<()
 pub(super) fn first_dense(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     sizes.shared_ffn = sizes.expert_ffn * settings.number(&["n_shared_experts"])?;
     let first = settings.number(&["first_k_dense_replace"])?;
-    let step = settings.optional_count(&["moe_layer_freq"])?.unwrap_or(1);
-    sizes.sparse = (0..sizes.layers).map(|layer| layer >= first && layer.is_multiple_of(step)).collect();
+    sizes.sparse = (0..sizes.layers).map(|layer| layer >= first).collect();
     Ok(())
 }
 

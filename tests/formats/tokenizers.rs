@@ -133,7 +133,8 @@ fn malformed_keys_are_refused_by_name() {
     refused(
         "tokenizer.ggml.model",
         "rwkv".into(),
-        "found 'rwkv', expected 'gpt2' (byte-level BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' (Unigram)",
+        "found 'rwkv', expected 'gpt2' (byte-level BPE), 'gemma4' (BPE), 'llama' (SentencePiece), 'bert' (WordPiece) or 't5' \
+         (Unigram)",
     );
     refused("tokenizer.ggml.tokens", 5u32.into(), "found 5, expected an array of str");
     let few = format!("found 1 elements, expected {count}, one per token");

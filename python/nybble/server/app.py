@@ -47,7 +47,8 @@ from nybble.server.service import Service
 
 # The middleware checks keys. This only describes them.
 _KEY = Depends(HTTPBearer(auto_error=False, description="The API key of the server."))
-_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+# Without a schema, which some readers apply to the stream and others to each event.
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 _METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 

@@ -163,8 +163,6 @@ def test_another_name_of_both_directions_is_refused(family: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("llama", {"partial_rotary_factor": 0.5}),
-        ("gemma", {"tie_word_embeddings": False}),
         ("gemma3", {"attn_logit_softcapping": 50.0}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
         ("gpt_bigcode", {"scale_attn_weights": False}),

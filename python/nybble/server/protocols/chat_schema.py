@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from nybble.server.events import FinishReason
 from nybble.server.protocols.messages import Message, Name
 from nybble.server.protocols.schema import Limit, Sampling, Usage
-from nybble.server.protocols.strict import Strict
+from nybble.server.protocols.strict import Off, On, Strict
 
 Json = dict[str, Any]
 
@@ -75,9 +75,9 @@ class ChatRequest(Sampling):
     input: Any = Field(
         default=None, description="Ignored: a parameter of other routes. The conversation is in messages."
     )
-    echo: Literal[False] | None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    echo: Off | None = None
+    add_generation_prompt: On | None = None
+    continue_final_message: Off | None = None
     chat_template_kwargs: Json | None = Field(
         default=None,
         description='Extension of nybble: more variables for the chat template, such as {"enable_thinking": false}.',

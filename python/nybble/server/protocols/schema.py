@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from nybble import generation
 from nybble.sampling import choice_seed
 from nybble.server.protocols.forms import Formed
-from nybble.server.protocols.strict import Strict
+from nybble.server.protocols.strict import Off, On, Strict
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -57,19 +57,19 @@ class Neutral(Strict):
     n_keep: int | None = Field(default=None, description="A prompt that does not fit is an error.")
     reasoning: Any = None
     best_of: Literal[1] | None = None
-    ignore_eos: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
+    ignore_eos: Off | None = None
+    use_beam_search: Off | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    skip_special_tokens: Literal[True] | None = None
+    skip_special_tokens: On | None = None
     spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    detokenize: Literal[True] | None = None
-    return_token_ids: Literal[False] | None = None
-    return_tokens: Literal[False] | None = None
-    return_tokens_as_token_ids: Literal[False] | None = None
-    include_reasoning: Literal[True] | None = None
-    timings_per_token: Literal[False] | None = None
-    post_sampling_probs: Literal[False] | None = None
+    include_stop_str_in_output: Off | None = None
+    detokenize: On | None = None
+    return_token_ids: Off | None = None
+    return_tokens: Off | None = None
+    return_tokens_as_token_ids: Off | None = None
+    include_reasoning: On | None = None
+    timings_per_token: Off | None = None
+    post_sampling_probs: Off | None = None
     reasoning_format: Literal["none", "auto"] | None = None
     bad_words: Nothing | None = None
     lora: Nothing | None = None

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _boolean(expected: str) -> Callable[[object], object]:
+    """Refuses numbers, which Python counts as equal to True and False."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, bool):
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return value
+
+    return check
+
+
+Off = Annotated[Literal[False], BeforeValidator(_boolean("False"))]
+On = Annotated[Literal[True], BeforeValidator(_boolean("True"))]
 
 
 class Strict(BaseModel):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -11,7 +9,7 @@ from nybble.generation.request import check_length
 from nybble.server.errors import as_api_errors
 from nybble.server.protocols.messages import Message
 from nybble.server.protocols.schema import TokenId
-from nybble.server.protocols.strict import Strict
+from nybble.server.protocols.strict import Off, On, Strict
 from nybble.server.service import Service
 from nybble.tokenizer.tokenizer import Tokenizer
 
@@ -32,9 +30,9 @@ class TokenizeRequest(Strict):
         "and false for content and messages, as with vLLM and llama-server.",
     )
     add_special: bool | None = Field(default=None, description="Another name of add_special_tokens.")
-    parse_special: Literal[True] | None = None
+    parse_special: On | None = None
     return_token_strs: bool | None = None
-    with_pieces: Literal[False] | None = None
+    with_pieces: Off | None = None
 
     @model_validator(mode="after")
     def _check_text(self) -> TokenizeRequest:

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::jobs::{Job, PAGE, assert_same, greedy, seeded, tokens};
 use crate::tiny_model::{ODD, Shape, metadata, tensors, write};
@@ -106,14 +107,32 @@ fn a_session_is_truncated_as_far_as_its_pages_reach() {
 fn a_failed_step_leaves_the_session_as_it_was() {
     let model = windowed(&SHAPE, 100);
     let text = tokens(1500, 3);
-    let mut session = session(&model, &text[..300], 300);
-    let calls = std::sync::atomic::AtomicUsize::new(0);
-    let interrupted = || calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 8;
-    let input = Input::new(&mut session, &text[300..], Logits::Last);
-    let error = model.forward(&mut [input], &mut Vec::new(), &interrupted).unwrap_err();
-    assert!(matches!(error, Error::Interrupted), "{error}");
-    assert_eq!(session.len(), 300);
-    assert!(feed(&model, &mut session, &text[300..]) == feed(&model, &mut model.session(), &text));
+    let expected = feed(&model, &mut model.session(), &text);
+    // Within the first batch of rows, and after it.
+    for layers in [2, 8] {
+        let mut session = session(&model, &text[..300], 300);
+        let calls = AtomicUsize::new(0);
+        let interrupted = || calls.fetch_add(1, Ordering::Relaxed) > layers;
+        let input = Input::new(&mut session, &text[300..], Logits::Last);
+        let error = model.forward(&mut [input], &mut Vec::new(), &interrupted).unwrap_err();
+        assert!(matches!(error, Error::Interrupted), "{error}");
+        assert_eq!(session.len(), 300);
+        // What the step has reserved is not shared with a fork.
+        let mut fork = session.fork();
+        for session in [&mut session, &mut fork] {
+            assert!(feed(&model, session, &text[300..]) == expected, "{layers}");
+        }
+    }
+}
+
+#[test]
+fn a_page_of_which_a_part_is_freed_is_not_attached() {
+    let model = windowed(&SHAPE, 100);
+    let session = session(&model, &tokens(400, 1), 100);
+    let (first, last) = (session.page(0).unwrap(), session.page(5).unwrap());
+    let error = model.session().attach_page(&first, PAGE).unwrap_err();
+    assert!(matches!(&error, Error::InvalidArgument { name, .. } if *name == "page"), "{error}");
+    model.session().attach_page(&last, PAGE).unwrap();
 }
 
 #[test]

@@ -127,7 +127,7 @@ impl Entry {
         let mut reused = 0;
         for (page, number) in pages.iter().zip(numbers).take(count) {
             let held = (tokens - reused).min(PAGE);
-            if self.sequence.session.attach_page(page, held).is_err() {
+            if self.sequence.session.attach(page, held).is_err() {
                 break;
             }
             reused += held;

@@ -303,6 +303,11 @@ impl Page {
         self.parts[index].is_some()
     }
 
+    /// Whether it has all parts.
+    pub(super) fn is_whole(&self) -> bool {
+        self.parts.iter().all(Option::is_some)
+    }
+
     /// Frees the parts that nothing else holds, and returns their bytes.
     pub(super) fn free_unshared(&mut self) -> usize {
         let unshared = |part: &&mut Option<Arc<AlignedBuf>>| part.as_ref().is_some_and(|p| Arc::strong_count(p) == 1);

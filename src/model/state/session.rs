@@ -103,9 +103,10 @@ impl Session {
     pub fn truncate(&mut self, len: usize) -> usize {
         if len < self.len {
             self.len = (0..=len).rev().find(|len| self.sees_from(*len, &[])).unwrap_or(0);
-            self.pages.truncate(self.len.div_ceil(PAGE));
-            self.overflow = self.overflow.filter(|position| *position < self.len);
         }
+        // Also pages that a step has reserved and not filled: a fork would share them.
+        self.pages.truncate(self.len.div_ceil(PAGE));
+        self.overflow = self.overflow.filter(|position| *position < self.len);
         self.len
     }
 
@@ -185,10 +186,21 @@ impl Session {
     /// tokens. The caller makes sure that both sessions have the same tokens from the first one on.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a page of another model, when this session's last page is not full, or when `tokens`
+    /// [`Error::InvalidArgument`] for a page of another model or one of which a part is freed, when this session's last page is not full, or when `tokens`
     /// is not 1 to 64; [`Error::ContextFull`] when they do not fit.
     #[doc(hidden)]
     pub fn attach_page(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
+        if !page.page.is_whole() {
+            return Err(Error::argument("page", "a page of which a part is freed", "a whole page"));
+        }
+        self.attach(page, tokens)
+    }
+
+    /// As [`Session::attach_page`], but parts of the page may be freed: [`Session::attachable`] says whether that matters.
+    ///
+    /// # Errors
+    /// As for [`Session::attach_page`].
+    pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
         if page.model != self.model {
             return Err(Error::argument("page", "a page of another model", "a page of this model"));
         }

@@ -126,7 +126,7 @@ fn a_failed_step_leaves_the_session_as_it_was() {
 }
 
 #[test]
-fn a_page_of_which_a_part_is_freed_is_not_attached() {
+fn a_page_with_a_freed_part_is_not_attached() {
     let model = windowed(&SHAPE, 100);
     let session = session(&model, &tokens(400, 1), 100);
     let (first, last) = (session.page(0).unwrap(), session.page(5).unwrap());

@@ -186,12 +186,12 @@ impl Session {
     /// tokens. The caller makes sure that both sessions have the same tokens from the first one on.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a page of another model or one of which a part is freed, when this session's last page is not full, or when `tokens`
+    /// [`Error::InvalidArgument`] for a page of another model or one with a freed part, when this session's last page is not full, or when `tokens`
     /// is not 1 to 64; [`Error::ContextFull`] when they do not fit.
     #[doc(hidden)]
     pub fn attach_page(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
         if !page.page.is_whole() {
-            return Err(Error::argument("page", "a page of which a part is freed", "a whole page"));
+            return Err(Error::argument("page", "a page with a freed part", "a whole page"));
         }
         self.attach(page, tokens)
     }

@@ -2,7 +2,7 @@
 
 use blake3::Hasher;
 
-use super::arch::{DEFAULT_QUIRKS, Gating, Quirks, Rotated};
+use super::arch::{DEFAULT_QUIRKS, Gating, LayerKind, Quirks, Rotated};
 use super::config::{Config, ExpertsConfig, LayerConfig};
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
@@ -114,6 +114,7 @@ fn describe(config: &Config) -> String {
         logit_scale,
         experts,
         latent,
+        recurrent,
         temperature,
         post_norm_eps,
         unweighted_head_norms,
@@ -141,6 +142,7 @@ fn describe(config: &Config) -> String {
         let own = if *layer == default { String::new() } else { format!(", {layer:?}") };
         format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?}{own} }}")
     };
+    let kinds: Vec<LayerKind> = layers.iter().map(|layer| layer.kind).collect();
     let layers: Vec<String> = layers.iter().map(layer).collect();
     let ExpertsConfig { count, used, normalized, scale, gating, groups, logit_cap: router_cap, tolerance } = experts;
     let mut experts =
@@ -196,6 +198,7 @@ fn describe(config: &Config) -> String {
             more.push(text);
         }
     };
+    add(recurrent.is_some(), format!("recurrent: {recurrent:?} {kinds:?}"));
     add(latent.is_some(), format!("latent: {latent:?}"));
     add(temperature.is_some(), format!("temperature: {temperature:?}"));
     add(post_norm_eps != norm_eps, format!("post_norm_eps: {post_norm_eps:?}"));

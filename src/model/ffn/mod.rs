@@ -27,6 +27,8 @@ pub(super) enum FeedForward {
     Dense(Mlp),
     Experts(Experts),
     Both(DenseAndExperts),
+    /// Nothing: the layer is a mixer alone.
+    None,
 }
 
 /// A dense network and experts side by side, each with its norms (Gemma 4).
@@ -98,6 +100,7 @@ impl FeedForward {
     /// Those of [`Loader::linear`]; [`Error::Malformed`](crate::Error::Malformed) for a router without a number of experts.
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<FeedForward> {
         match config.layers[index].kind.ffn {
+            FeedForwardKind::None => Ok(FeedForward::None),
             FeedForwardKind::DenseOrExperts
                 if Experts::is_in(loader, index) && loader.has(&format!("blk.{index}.ffn_down.weight")) =>
             {
@@ -132,6 +135,7 @@ impl FeedForward {
                 layer.experts.forward_routed_by(pass, x, input, dense, experts, both);
                 layer.join(pass, out, both, rows);
             }
+            FeedForward::None => {}
         }
     }
 
@@ -141,6 +145,7 @@ impl FeedForward {
             FeedForward::Dense(mlp) => mlp.linears().to_vec(),
             FeedForward::Experts(experts) => experts.linears(),
             FeedForward::Both(both) => both.dense.linears().into_iter().chain(both.experts.linears()).collect(),
+            FeedForward::None => Vec::new(),
         }
     }
 
@@ -148,7 +153,7 @@ impl FeedForward {
     pub(super) fn bytes_read(&self, used: usize) -> usize {
         let all = self.linears().into_iter().map(Linear::bytes).sum();
         match self {
-            FeedForward::Dense(_) => all,
+            FeedForward::Dense(_) | FeedForward::None => all,
             FeedForward::Experts(experts) => all - experts.bytes_unused(used),
             FeedForward::Both(both) => all - both.experts.bytes_unused(used),
         }
@@ -166,6 +171,7 @@ impl FeedForward {
                     hasher.optional(norm.as_ref(), FingerprintHasher::norm);
                 }
             }
+            FeedForward::None => {}
         }
     }
 
@@ -177,6 +183,7 @@ impl FeedForward {
             FeedForward::Dense(mlp) => (Some(mlp), None),
             FeedForward::Experts(experts) => (None, Some(experts)),
             FeedForward::Both(both) => (Some(&both.dense), Some(&both.experts)),
+            FeedForward::None => (None, None),
         };
         if let Some(mlp) = dense {
             widths.up = widths.up.max(mlp.up.width());

@@ -2,8 +2,8 @@
 
 use super::batch::{Batch, Input, Logits, Row};
 use super::buffer::Buffer;
-use super::linear::LinearInput;
 use super::ffn::FeedForward;
+use super::linear::LinearInput;
 use super::mixers::{Mixer, MixerContext, span_rows};
 use super::pass::{Pass, TASK_ROWS};
 use super::state::recurrent::MAX_LOGGED;
@@ -105,8 +105,8 @@ impl Transformer {
             self.invalidate_overflowed(inputs, &mut logits[before..]);
             for input in inputs.iter_mut() {
                 input.session.end_step();
-                if input.session.wants_snapshot() {
-                    self.settle(input.session);
+                // Without memory for a snapshot, there is none.
+                if input.session.wants_snapshot() && self.settle(input.session).is_ok() {
                     input.session.take_snapshot();
                 }
             }
@@ -115,12 +115,17 @@ impl Transformer {
     }
 
     /// Applies all rows that are recorded to the recurrent states of a session.
-    pub(super) fn settle(&self, session: &mut Session) {
-        let Some(state) = session.state_mut() else { return };
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn settle(&self, session: &mut Session) -> Result<()> {
+        let Some(state) = session.state_mut() else { return Ok(()) };
+        state.unshare()?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             layer.mixer.settle(self.kernel, state, index);
         }
         state.end_settling();
+        Ok(())
     }
 
     /// Makes the results of inputs whose keys or values the cache does not hold NaN: where attention skips a key that is

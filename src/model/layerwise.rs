@@ -9,7 +9,7 @@ use super::ffn::experts::Experts;
 use super::ffn::{DenseAndExperts, FeedForward};
 use super::forward::Workspace;
 use super::linear::Linear;
-use super::mixers::{MixerContext, span_rows};
+use super::mixers::{Mixer, MixerContext, span_rows};
 use super::model::{LoadOptions, Model};
 use super::pass::Pass;
 use super::state::session::Session;
@@ -59,7 +59,22 @@ pub(crate) enum Site {
 }
 
 /// The tensors that read the input of the mixer.
-const QKV: &[&str] = &["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_gate", "attn_q_a", "attn_kv_a_mqa"];
+const QKV: &[&str] = &[
+    "attn_qkv",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_gate",
+    "attn_q_a",
+    "attn_kv_a_mqa",
+    "ssm_in",
+    "ssm_alpha",
+    "ssm_beta",
+    "ssm_ba",
+    "ssm_f_a",
+    "ssm_g_a",
+    "shortconv.in_proj",
+];
 
 impl Site {
     /// The expert that the site belongs to, if it is one of those that tokens choose.
@@ -74,7 +89,7 @@ impl Site {
     pub(crate) fn tensors(self) -> Vec<String> {
         let (parts, network): (&[&str], _) = match self {
             Site::Qkv => (QKV, Network::Dense),
-            Site::AttentionOutput => (&["attn_output"], Network::Dense),
+            Site::AttentionOutput => (&["attn_output", "ssm_out", "shortconv.out_proj"], Network::Dense),
             Site::Up(network) => (&["ffn_gate", "ffn_up", "ffn_gate_up"], network),
             Site::Down(network) => (&["ffn_down"], network),
         };
@@ -105,7 +120,9 @@ impl LoadedLayer {
 
     /// The feed-forward networks: experts in order, then the shared one.
     pub(crate) fn networks(&self) -> Vec<Network> {
-        let Some(experts) = self.experts() else { return vec![Network::Dense] };
+        let Some(experts) = self.experts() else {
+            return if matches!(self.layer.ffn, FeedForward::None) { Vec::new() } else { vec![Network::Dense] };
+        };
         let chosen = (0..experts.experts().len()).map(Network::Expert);
         let dense = self.both().map(|_| Network::Dense);
         dense.into_iter().chain(chosen).chain(experts.shared().map(|_| Network::Shared)).collect()
@@ -209,10 +226,7 @@ impl Layerwise {
         let LoadedLayer { index, layer } = loaded;
         let tensor = match (&layer.streams, &layer.mixer) {
             (Some(_), _) => "altup_router.weight",
-            (None, mixer) if self.config().recurrent.is_some() => match mixer.in_proj() {
-                Some(_) => "attn_norm.weight",
-                None => "ffn_up.weight",
-            },
+            (None, Mixer::AttentionAndMamba2(..)) => "ssm_in.weight",
             (None, _) => return Ok(()),
         };
         Err(Error::Unsupported {
@@ -311,10 +325,12 @@ impl Layerwise {
     pub(crate) fn join_attention(&self, loaded: &LoadedLayer, attended: Vec<f32>, x: &mut [f32]) -> Vec<f32> {
         let (layer, config) = (&loaded.layer, self.config());
         self.pass(|pass, w| {
+            let Some(out_proj) = layer.mixer.out_proj() else {
+                pass.norm(x, layer.ffn_norm(config), &mut w.input);
+                return w.input.values.to_vec();
+            };
             w.input.values.copy_from(&attended);
-            if let Some(out_proj) = layer.mixer.out_proj() {
-                pass.linear(out_proj, &mut w.input, &mut w.branch);
-            }
+            pass.linear(out_proj, &mut w.input, &mut w.branch);
             pass.norm_branch(&mut w.branch, layer.mixer_norms.output.as_ref(), &mut w.rows);
             if !config.parallel {
                 pass.join(x, &w.branch);
@@ -477,6 +493,9 @@ impl Layerwise {
             while w.batch.gather(&inputs, whole, |rows| span_rows(pass.config, pass.threads, rows)) {
                 step(pass, w, &mut inputs, &mut out);
                 inputs[0].session.advance(w.batch.rows.len());
+                if let Some(state) = inputs[0].session.state_mut() {
+                    state.end_batch();
+                }
             }
         });
         Ok(out)

@@ -38,10 +38,7 @@ pub(super) const FAMILIES: &[Family] = &[
         .recurrent(Mamba2, WithoutKeys)
         .quirks(Quirks { divided_logits: true, ..DEFAULT_QUIRKS }),
     // NVIDIA 2025, arXiv 2504.03624.
-    family("nemotron_h")
-        .position(Position::Learned)
-        .activation(Relu2)
-        .recurrent(Mamba2, WithoutKeysOrFeedForward),
+    family("nemotron_h").position(Position::Learned).activation(Relu2).recurrent(Mamba2, WithoutKeysOrFeedForward),
     family("nemotron_h_moe")
         .position(Position::Learned)
         .activation(Relu2)

@@ -87,9 +87,9 @@ pub(super) fn read(
     temperature: Option<Temperature>,
 ) -> Result<Vec<LayerConfig>> {
     let least = usize::from(family.recurrent.is_none());
-    let heads = keys.per_layer_from(least, "attention.head_count", layers)?;
+    let heads = keys.per_layer(least, "attention.head_count", layers)?;
     let heads = heads.ok_or_else(|| keys.missing("attention.head_count"))?;
-    let kv_heads = keys.per_layer_from(least, "attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
+    let kv_heads = keys.per_layer(least, "attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
     let kinds = kinds(keys, family, layers, &kv_heads)?;
     let attends = |kind: &LayerKind| {
         matches!(kind.mixer, MixerKind::Attention | MixerKind::LatentAttention | MixerKind::AttentionAndMamba2)
@@ -305,7 +305,7 @@ fn kinds(keys: &MetadataReader<'_>, family: &Family, layers: usize, kv_heads: &[
         }
         RecurrentLayers::WithoutKeysOrFeedForward => {
             let key = "feed_forward_length";
-            let widths = keys.per_layer_from(0, key, layers)?.ok_or_else(|| keys.missing(key))?;
+            let widths = keys.per_layer(0, key, layers)?.ok_or_else(|| keys.missing(key))?;
             for (layer, (kind, width)) in kinds.iter_mut().zip(widths).enumerate() {
                 match (width, kv_heads[layer]) {
                     (0, 0) => *kind = LayerKind { mixer, ffn: FeedForwardKind::None },

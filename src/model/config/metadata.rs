@@ -132,18 +132,8 @@ impl<'a> MetadataReader<'a> {
         self.optional_count(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// Counts per layer, given once or one by one.
-    pub(in crate::model) fn per_layer(&self, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
-        self.per_layer_from(1, key, layers)
-    }
-
-    /// As [`MetadataReader::per_layer`], from `least` on, 0 or 1.
-    pub(in crate::model) fn per_layer_from(
-        &self,
-        least: usize,
-        key: &str,
-        layers: usize,
-    ) -> Result<Option<Vec<usize>>> {
+    /// Counts per layer, given once or one by one, from `least` on, 0 or 1.
+    pub(in crate::model) fn per_layer(&self, least: usize, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
         let Some(array) = self.get(key).and_then(|value| value.as_array()) else {
             let zero = least == 0 && self.get(key).is_some_and(|value| value.as_u64() == Some(0));
             let count = if zero { Some(0) } else { self.optional_count(key)? };

@@ -1,8 +1,8 @@
 //! The hyperparameters of recurrent mixers, and the sizes of their states.
 
+use super::layers::LayerConfig;
 use super::metadata::MetadataReader;
 use crate::error::Result;
-use super::layers::LayerConfig;
 use crate::model::arch::{Family, MixerKind};
 use crate::quant::packed::PANEL;
 
@@ -147,7 +147,12 @@ fn sizes(keys: &MetadataReader<'_>, kind: MixerKind, hidden: usize, heads: usize
     let divides = groups <= heads && heads.is_multiple_of(groups);
     keys.check("ssm.group_count", groups, divides, format_args!("a divisor of the {heads} heads"))?;
     let wide = groups.saturating_mul(config.state);
-    keys.check("ssm.state_size", config.state, wide <= MAX_WIDTH, format_args!("at most {} per group", MAX_WIDTH / groups))?;
+    keys.check(
+        "ssm.state_size",
+        config.state,
+        wide <= MAX_WIDTH,
+        format_args!("at most {} per group", MAX_WIDTH / groups),
+    )?;
     Ok(config)
 }
 

@@ -219,7 +219,7 @@ impl CacheShape {
     }
 
     /// Bytes of the states of a sequence.
-    fn state_bytes(&self) -> usize {
+    pub(in crate::model) fn state_bytes(&self) -> usize {
         self.state.as_ref().map_or(0, |state| state.bytes())
     }
 

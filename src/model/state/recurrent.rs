@@ -76,13 +76,8 @@ impl StateShape {
         (shape.len > 0).then_some(shape)
     }
 
-    /// Numbers of a state.
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
     /// Bytes of a state.
-    pub(super) fn bytes(&self) -> usize {
+    pub(in crate::model) fn bytes(&self) -> usize {
         self.len * size_of::<f32>()
     }
 }
@@ -222,6 +217,11 @@ impl Recurrent {
         is_kept && (self.applied == 0 || len == self.len())
     }
 
+    /// Whether rows are yet to be applied.
+    pub(super) fn has_recorded_rows(&self) -> bool {
+        self.pending > 0
+    }
+
     /// The tokens that the state is after.
     pub(super) fn len(&self) -> usize {
         self.base_len + self.pending
@@ -237,17 +237,26 @@ impl Recurrent {
             self.next = Some(AlignedBuf::try_zeroed(self.shape.len, WHAT)?);
             return Ok(());
         }
-        match &mut self.base {
-            None => self.base = Some(Arc::new(AlignedBuf::try_zeroed(self.shape.len, WHAT)?)),
-            Some(base) => {
-                if Arc::get_mut(base).is_none() {
-                    let mut copy = AlignedBuf::try_zeroed(self.shape.len, WHAT)?;
-                    copy.copy_from_slice(base);
-                    *base = Arc::new(copy);
-                }
-            }
-        }
+        self.unshare()?;
         self.next_log.start(&self.shape, tokens);
+        Ok(())
+    }
+
+    /// Allocates the state, or copies it where it is shared.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
+    pub(in crate::model) fn unshare(&mut self) -> Result<()> {
+        if let Some(base) = &mut self.base
+            && Arc::get_mut(base).is_some()
+        {
+            return Ok(());
+        }
+        let mut own = AlignedBuf::try_zeroed(self.shape.len, WHAT)?;
+        if let Some(base) = &self.base {
+            own.copy_from_slice(base);
+        }
+        self.base = Some(Arc::new(own));
         Ok(())
     }
 
@@ -362,8 +371,20 @@ impl Recurrent {
         }
     }
 
-    /// The numbers of the state, to be written to a file. `None` when rows are pending, or before the first token.
-    pub(super) fn values(&self) -> Option<&[f32]> {
-        self.base.as_deref().filter(|_| self.pending == 0).map(|base| &**base)
+    /// The state, to which all rows are applied, as bytes. Empty before the first token.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        debug_assert_eq!(self.pending, 0, "rows are to be applied first");
+        self.base.as_deref().map_or(&[], |base| bytemuck::cast_slice(base))
+    }
+
+    /// Replaces the state by one after `len` tokens that `read` fills.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), and those of `read`.
+    pub(super) fn read(&mut self, len: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        let mut own = AlignedBuf::try_zeroed(self.shape.len, WHAT)?;
+        read(bytemuck::cast_slice_mut(&mut own))?;
+        self.restore(Some(Arc::new(own)), len);
+        Ok(())
     }
 }

@@ -11,6 +11,8 @@ use crate::system::memory;
 pub struct SharedPage {
     page: Page,
     model: u64,
+    /// Whether the model has recurrent states.
+    is_recurrent: bool,
 }
 
 impl SharedPage {
@@ -32,6 +34,11 @@ impl SharedPage {
     /// Frees what nothing else holds, and returns how many bytes that was.
     pub(crate) fn free_unshared(&mut self) -> usize {
         self.page.free_unshared()
+    }
+
+    /// Whether a session can continue after it: it has the recurrent states there, if the model has any.
+    pub(crate) fn has_state(&self) -> bool {
+        !self.is_recurrent || self.page.snapshot.is_some()
     }
 
     /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
@@ -170,6 +177,13 @@ impl Session {
         self.keeps_unseen = true;
     }
 
+    /// Forgets the recurrent states after page `index`, which something else keeps.
+    pub(crate) fn forget_snapshot(&mut self, index: usize) {
+        if let Some(page) = self.pages.get_mut(index) {
+            page.snapshot = None;
+        }
+    }
+
     /// Keeps the recurrent states after the next step in the last page, if that is full then.
     pub(crate) fn keep_state(&mut self) {
         self.keeps_state = true;
@@ -184,6 +198,11 @@ impl Session {
     /// The states of recurrent layers.
     pub(in crate::model) fn state(&self) -> Option<&Recurrent> {
         self.state.as_ref()
+    }
+
+    /// Whether rows of the last step are yet to be applied to the recurrent states.
+    pub(in crate::model) fn has_recorded_rows(&self) -> bool {
+        self.state.as_ref().is_some_and(Recurrent::has_recorded_rows)
     }
 
     /// As [`Session::state`], to be changed.
@@ -254,7 +273,7 @@ impl Session {
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let end = (index + 1) * PAGE;
         let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
-        Some(SharedPage { page: page.clone(), model: self.model })
+        Some(SharedPage { page: page.clone(), model: self.model, is_recurrent: self.state.is_some() })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these

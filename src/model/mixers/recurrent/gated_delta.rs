@@ -82,9 +82,8 @@ impl GatedDelta {
         let inner = match is_kimi {
             false => None,
             true => {
-                let matrix = |suffix: &str, columns: usize| {
-                    loader.linear(&[Part::new(name(suffix), heads * rows)], columns)
-                };
+                let matrix =
+                    |suffix: &str, columns: usize| loader.linear(&[Part::new(name(suffix), heads * rows)], columns);
                 let width = |suffix: &str| loader.dims(&name(suffix)).and_then(|dims| dims.first().copied());
                 let [gate, output] = ["ssm_f_b.weight", "ssm_g_b.weight"].map(|suffix| width(suffix).unwrap_or(1));
                 Some([matrix("ssm_f_b", gate)?, matrix("ssm_g_b", output)?])
@@ -217,15 +216,9 @@ impl GatedDelta {
         };
         self.convolution.apply(context, runs, raw, at, convolved);
         self.mix_rows(context, convolved, in_proj, out, mixed);
-        matrix::advance_all(
-            (pass, context.inputs, context.layer),
-            &shape,
-            runs,
-            mixed,
-            &[],
-            columns,
-            |step, run| advance_tail(step, channels, &raw[run.row * at[1]..], at, run.len, tail),
-        );
+        matrix::advance_all((pass, context.inputs, context.layer), &shape, runs, mixed, &[], columns, |step, run| {
+            advance_tail(step, channels, &raw[run.row * at[1]..], at, run.len, tail)
+        });
         // The gated norm of each head.
         let width = shape.heads * shape.columns;
         input.resize(count, width);
@@ -234,19 +227,33 @@ impl GatedDelta {
             None => (&**in_proj, [self.in_proj.output_gate, stride]),
         };
         let (runs, columns) = (&*runs, &*columns);
-        pass.scope.for_each_chunk_with(&mut input.values, TASK_ROWS * width, rows, 2 * shape.columns, |i, chunk, buffer| {
-            for (r, out) in chunk.chunks_exact_mut(width).enumerate() {
-                let row = i * TASK_ROWS + r;
-                let gate = &gates[row * gate_at[1] + gate_at[0]..][..width];
-                for (head, (out, gate)) in
-                    out.chunks_exact_mut(shape.columns).zip(gate.chunks_exact(shape.columns)).enumerate()
-                {
-                    matrix::output(&shape, runs, columns, row, head, out);
-                    let weights = [&*self.norm.weight, gate];
-                    gated_norm(pass.kernel, weights, shape.columns, self.norm.eps, (self.activation, false), out, buffer);
+        pass.scope.for_each_chunk_with(
+            &mut input.values,
+            TASK_ROWS * width,
+            rows,
+            2 * shape.columns,
+            |i, chunk, buffer| {
+                for (r, out) in chunk.chunks_exact_mut(width).enumerate() {
+                    let row = i * TASK_ROWS + r;
+                    let gate = &gates[row * gate_at[1] + gate_at[0]..][..width];
+                    for (head, (out, gate)) in
+                        out.chunks_exact_mut(shape.columns).zip(gate.chunks_exact(shape.columns)).enumerate()
+                    {
+                        matrix::output(&shape, runs, columns, row, head, out);
+                        let weights = [&*self.norm.weight, gate];
+                        gated_norm(
+                            pass.kernel,
+                            weights,
+                            shape.columns,
+                            self.norm.eps,
+                            (self.activation, false),
+                            out,
+                            buffer,
+                        );
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Computes what the recurrence reads, `mixed (rows, width)`.

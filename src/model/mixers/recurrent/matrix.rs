@@ -154,14 +154,7 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn panel(
-        &self,
-        kernel: &Kernel,
-        index: usize,
-        state: &mut [f32],
-        columns: &mut [f32],
-        work: &mut TaskWorkspace,
-    ) {
+    fn panel(&self, kernel: &Kernel, index: usize, state: &mut [f32], columns: &mut [f32], work: &mut TaskWorkspace) {
         let (shape, parts, len) = (self.shape, &self.parts, self.len);
         let Shape { rows, gates, .. } = *shape;
         let (head, first) = (index / shape.panels(), index % shape.panels() * PANEL);

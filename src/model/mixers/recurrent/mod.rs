@@ -165,9 +165,7 @@ impl Convolution {
                     let back = taps - 1 - tap;
                     let input = match (row - run.row).checked_sub(back) {
                         Some(at) => Some(&inputs[(run.row + at) * stride + start..][..channels]),
-                        None => {
-                            state.and_then(|state| state.earlier(layer, back - (row - run.row)))
-                        }
+                        None => state.and_then(|state| state.earlier(layer, back - (row - run.row))),
                     };
                     if let Some(input) = input {
                         kernel.add_product(out, input, weight);

@@ -107,6 +107,19 @@ impl StateUpdate<'static> {
     pub(super) const NONE: StateUpdate<'static> = StateUpdate { gate: &[], key: &[], delta: &[0.0; PANEL] };
 }
 
+/// A step of RWKV's mean of values on a panel `(3, 16)` of its state: a channel is a column.
+#[derive(Debug, Clone, Copy)]
+pub struct WkvStep<'a> {
+    /// What the exponents of earlier keys lose, negative.
+    pub decay: &'a [f32; PANEL],
+    /// What the exponent of the current key gains for its own position.
+    pub first: &'a [f32; PANEL],
+    /// The exponents of the current values.
+    pub key: &'a [f32; PANEL],
+    /// The current values.
+    pub value: &'a [f32; PANEL],
+}
+
 /// A step of Mamba's recurrence on a panel `(n, 16)` of its state: a channel is a column.
 #[derive(Debug, Clone, Copy)]
 pub struct SelectiveStep<'a> {

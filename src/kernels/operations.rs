@@ -19,7 +19,7 @@ pub(super) mod types {
     pub(in crate::kernels) use crate::kernels::activations::{Activations, RowMut};
     pub(in crate::kernels) use crate::kernels::generic::math::Activation;
     pub(in crate::kernels) use crate::kernels::kv::{
-        KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues,
+        KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
     };
     pub(in crate::kernels) use crate::quant::packed::{PANEL, Packed};
     pub(in crate::kernels) use crate::threads::Columns;

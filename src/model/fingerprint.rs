@@ -116,6 +116,7 @@ fn describe(config: &Config) -> String {
         latent,
         recurrent,
         temperature,
+        output_norm_eps,
         post_norm_eps,
         unweighted_head_norms,
         sparsity,
@@ -201,6 +202,7 @@ fn describe(config: &Config) -> String {
     add(recurrent.is_some(), format!("recurrent: {recurrent:?} {kinds:?}"));
     add(latent.is_some(), format!("latent: {latent:?}"));
     add(temperature.is_some(), format!("temperature: {temperature:?}"));
+    add(output_norm_eps != norm_eps, format!("output_norm_eps: {output_norm_eps:?}"));
     add(post_norm_eps != norm_eps, format!("post_norm_eps: {post_norm_eps:?}"));
     add(*unweighted_head_norms, format!("unweighted_head_norms: {unweighted_head_norms:?}"));
     add(!sparsity.is_empty(), format!("sparsity: {sparsity:?}"));

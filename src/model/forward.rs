@@ -256,7 +256,13 @@ impl Transformer {
             pass.norm(&w.x, layer.ffn_norm(config), &mut w.input);
 
             // Feed-forward layer, and the norm of its output.
-            ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+            if let FeedForward::ChannelMix(mix) = ffn {
+                let mut context =
+                    MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
+                w.mixers.channel_mix(mix, &mut context, &mut w.input, &mut w.branch);
+            } else {
+                ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+            }
             pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
 
             // Join.

@@ -121,7 +121,11 @@ impl LoadedLayer {
     /// The feed-forward networks: experts in order, then the shared one.
     pub(crate) fn networks(&self) -> Vec<Network> {
         let Some(experts) = self.experts() else {
-            return if matches!(self.layer.ffn, FeedForward::None) { Vec::new() } else { vec![Network::Dense] };
+            return if matches!(self.layer.ffn, FeedForward::ChannelMix(_) | FeedForward::None) {
+                Vec::new()
+            } else {
+                vec![Network::Dense]
+            };
         };
         let chosen = (0..experts.experts().len()).map(Network::Expert);
         let dense = self.both().map(|_| Network::Dense);
@@ -136,21 +140,21 @@ impl LoadedLayer {
     fn both(&self) -> Option<&DenseAndExperts> {
         match &self.layer.ffn {
             FeedForward::Both(both) => Some(both),
-            FeedForward::Dense(_) | FeedForward::Experts(_) | FeedForward::None => None,
+            _ => None,
         }
     }
 
     fn experts(&self) -> Option<&Experts> {
         match &self.layer.ffn {
-            FeedForward::Dense(_) | FeedForward::None => None,
             FeedForward::Experts(experts) => Some(experts),
             FeedForward::Both(both) => Some(&both.experts),
+            _ => None,
         }
     }
 
     fn network(&self, network: Network) -> Option<&Mlp> {
         match (&self.layer.ffn, network) {
-            (FeedForward::None, _) => None,
+            (FeedForward::ChannelMix(_) | FeedForward::None, _) => None,
             (FeedForward::Dense(mlp), _) => Some(mlp),
             (FeedForward::Both(both), Network::Dense) => Some(&both.dense),
             (FeedForward::Experts(experts) | FeedForward::Both(DenseAndExperts { experts, .. }), _) => match network {
@@ -227,6 +231,7 @@ impl Layerwise {
         let tensor = match (&layer.streams, &layer.mixer) {
             (Some(_), _) => "altup_router.weight",
             (None, Mixer::AttentionAndMamba2(..)) => "ssm_in.weight",
+            (None, Mixer::TimeMix(_)) => "time_mix_key.weight",
             (None, _) => return Ok(()),
         };
         Err(Error::Unsupported {
@@ -249,7 +254,7 @@ impl Layerwise {
                 Site::Qkv => layer.mixer.reload_in_proj(loader, config, *index),
                 Site::AttentionOutput => layer.mixer.reload_out_proj(loader, config, *index),
                 Site::Up(network) | Site::Down(network) => match (&mut layer.ffn, network) {
-                    (FeedForward::None, _) => Ok(()),
+                    (FeedForward::ChannelMix(_) | FeedForward::None, _) => Ok(()),
                     (FeedForward::Dense(mlp), _) => {
                         *mlp = Mlp::load(loader, config, *index, "", None)?;
                         Ok(())

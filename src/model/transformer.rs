@@ -95,9 +95,14 @@ pub(super) struct BranchNorms {
 }
 
 impl BranchNorms {
-    fn load(loader: &Loader<'_>, config: &Config, [input, output, stream]: [&str; 3]) -> Result<BranchNorms> {
+    fn load(
+        loader: &Loader<'_>,
+        config: &Config,
+        index: usize,
+        [input, output, stream]: [&str; 3],
+    ) -> Result<BranchNorms> {
         Ok(BranchNorms {
-            input: input_norm(loader, config, input)?,
+            input: input_norm(loader, config, input, config.norm_eps * config.eps_scale(index))?,
             output: loader.norm_of(output, config, config.hidden, config.post_norm_eps)?,
             stream: loader.norm(stream, config)?,
         })
@@ -109,9 +114,9 @@ impl BranchNorms {
 }
 
 /// A norm before a branch or before the output, which has no weights in some families.
-fn input_norm(loader: &Loader<'_>, config: &Config, name: &str) -> Result<Option<Norm>> {
-    let unweighted = || config.family.quirks.unweighted_norms.then(|| Norm::unweighted(config.hidden, config.norm_eps));
-    Ok(loader.norm(name, config)?.or_else(unweighted))
+fn input_norm(loader: &Loader<'_>, config: &Config, name: &str, eps: f32) -> Result<Option<Norm>> {
+    let unweighted = || config.family.quirks.unweighted_norms.then(|| Norm::unweighted(config.hidden, eps));
+    Ok(loader.norm_of(name, config, config.hidden, eps)?.or_else(unweighted))
 }
 
 impl Layer {
@@ -136,11 +141,12 @@ impl Layer {
         let kind = config.layers[index].kind;
         let inputs = match kind {
             LayerKind { mixer: MixerKind::None, .. } => [String::new(), name("attn_norm")],
+            LayerKind { mixer: MixerKind::Rwkv, .. } => [name("attn_norm"), name("attn_norm_2")],
             LayerKind { ffn: FeedForwardKind::None, .. } => [name("attn_norm"), String::new()],
             _ => inputs,
         };
         let norms = |input: &str, output: &str, stream: &str| {
-            BranchNorms::load(loader, config, [input, &name(output), &name(stream)])
+            BranchNorms::load(loader, config, index, [input, &name(output), &name(stream)])
         };
         let layer = Layer {
             mixer_norms: norms(&inputs[0], output, "attn_output_norm")?,
@@ -287,7 +293,10 @@ impl Weights {
             },
             positions,
             layers: Vec::new(),
-            output_norm: input_norm(loader, config, config.family.output_norm)?,
+            output_norm: {
+                let eps = config.output_norm_eps * config.eps_scale(config.layers.len());
+                input_norm(loader, config, config.family.output_norm, eps)?
+            },
             output,
             rope_factors: rope_factors(loader, config, context)?,
             per_layer: PerLayer::load(loader, config, vocabulary)?,
@@ -427,6 +436,9 @@ impl Widths {
         for (layer, own) in weights.layers.iter().zip(&config.layers) {
             layer.mixer.widen(config, own, &mut widths.mixers);
             layer.ffn.widen(config, &mut widths.ffn);
+            if let FeedForward::ChannelMix(mix) = &layer.ffn {
+                widths.mixers.widen_to(mix);
+            }
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);
         for linear in weights.projections.iter().flat_map(Projections::linears) {

@@ -70,9 +70,10 @@ fn numbers(value: &Value) -> Option<Vec<f64>> {
     match value.as_array() {
         Some(all) => match all.as_bools() {
             Some(flags) => Some(flags.iter().map(|flag| f64::from(u8::from(*flag))).collect()),
-            None => all.to_integers::<i32>().map(|all| all.into_iter().map(f64::from).collect()).or_else(|| {
-                all.to_f32().map(|all| floats(&all))
-            }),
+            None => all
+                .to_integers::<i32>()
+                .map(|all| all.into_iter().map(f64::from).collect())
+                .or_else(|| all.to_f32().map(|all| floats(&all))),
         },
         None => {
             let integer = value.as_u32().or(value.as_bool().map(u32::from));

@@ -8,7 +8,7 @@
 use std::ops::Add;
 
 use super::math::{Activation, exp_of_difference, tanh};
-pub(in crate::kernels) use super::recurrence::{add_product, advance_state, selective_step};
+pub(in crate::kernels) use super::recurrence::{add_product, advance_state, selective_step, wkv_step};
 use crate::kernels::activations::RowMut;
 use crate::kernels::kv::{Softmax, SoftmaxMut};
 use crate::quant::packed::BLOCK;
@@ -65,6 +65,12 @@ macro_rules! elementwise_operations {
             /// `s = fma(key[i], delta, exp(time * rates[i]) * s)`, then, unless `read` is empty, `out = fma(s, read[i], out)`
             /// from 0.
             fn selective_step(state: &mut [f32], step: SelectiveStep<'_>, out: &mut [f32; PANEL]);
+
+            /// A step of RWKV's mean on a panel of its state `(3, 16)`: sums of values and of weights without the factor
+            /// `exp(m)`, and `m`. With `m = max(m, key + first)` for the output: `out = (exp(m0 - m) sum0 + exp(key + first -
+            /// m) value) / (exp(m0 - m) sum1 + exp(key + first - m))`; then the state takes the value in with `m = max(m0 +
+            /// decay, key)`. A state without weights has seen nothing.
+            fn wkv_step(state: &mut [f32], step: WkvStep<'_>, out: &mut [f32; PANEL]);
 
             /// `x += scale * y`, elementwise.
             fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);

@@ -2,7 +2,7 @@
 //! lanes.
 
 use super::math::exp;
-use crate::kernels::kv::{SelectiveStep, StateUpdate};
+use crate::kernels::kv::{SelectiveStep, StateUpdate, WkvStep};
 use crate::quant::packed::PANEL;
 
 #[inline(always)]
@@ -88,5 +88,25 @@ pub(in crate::kernels) fn selective_step(state: &mut [f32], step: SelectiveStep<
 pub(in crate::kernels) fn add_product(out: &mut [f32], x: &[f32], y: &[f32]) {
     for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
         *out = x.mul_add(*y, *out);
+    }
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn wkv_step(state: &mut [f32], step: WkvStep<'_>, out: &mut [f32; PANEL]) {
+    let WkvStep { decay, first, key, value } = step;
+    let [values, weights, exponents] = state.as_chunks_mut::<PANEL>().0 else { return };
+    for lane in 0..PANEL {
+        let (sum, weight) = (values[lane], weights[lane]);
+        let before = if weight == 0.0 { f32::MIN } else { exponents[lane] };
+        let own = key[lane] + first[lane];
+        let most = if before > own { before } else { own };
+        let (old, new) = (exp(before - most), exp(own - most));
+        out[lane] = new.mul_add(value[lane], old * sum) / old.mul_add(weight, new);
+        let decayed = before + decay[lane];
+        let most = if decayed > key[lane] { decayed } else { key[lane] };
+        let (old, new) = (exp(decayed - most), exp(key[lane] - most));
+        values[lane] = new.mul_add(value[lane], old * sum);
+        weights[lane] = old.mul_add(weight, new);
+        exponents[lane] = most;
     }
 }

@@ -62,6 +62,8 @@ pub enum MixerKind {
     AttentionAndMamba2,
     /// A convolution over a few positions between two gates (Liquid AI 2025, LFM2).
     ShortConvolution,
+    /// A mean of values weighted by keys that decay (Peng et al. 2023, arXiv 2305.13048).
+    Rwkv,
     /// Nothing: the layer is a feed-forward layer alone.
     None,
 }
@@ -72,6 +74,8 @@ pub enum MixerKind {
 pub enum FeedForwardKind {
     /// One network, or, in layers for which the file has a router, experts.
     DenseOrExperts,
+    /// A network that reads the position before, too, and has a gate (RWKV).
+    ChannelMix,
     /// Nothing: the layer is a mixer alone.
     None,
 }

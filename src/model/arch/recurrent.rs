@@ -1,8 +1,8 @@
 //! Families with layers that carry a state.
 
-use super::MixerKind::{AttentionAndMamba2, GatedDelta, KimiDelta, Mamba, Mamba2, ShortConvolution};
+use super::MixerKind::{AttentionAndMamba2, GatedDelta, KimiDelta, Mamba, Mamba2, Rwkv, ShortConvolution};
 use super::RecurrentLayers::{All, Alone, Listed, WithoutKeys, WithoutKeysOrFeedForward};
-use super::family::{DEFAULT_QUIRKS, Family, Gating, Position, Quirks, Rotated, family};
+use super::family::{DEFAULT_QUIRKS, Family, Gating, NormKind, Position, Quirks, Rotated, family};
 use crate::kernels::Activation::Relu2;
 
 const SIGMOID: Quirks = Quirks { gating: Gating::Sigmoid, ..DEFAULT_QUIRKS };
@@ -44,6 +44,8 @@ pub(super) const FAMILIES: &[Family] = &[
         .activation(Relu2)
         .recurrent(Mamba2, WithoutKeysOrFeedForward)
         .quirks(SIGMOID),
+    // Peng et al. 2023, arXiv 2305.13048: RWKV, version 4.
+    family("rwkv4").norm(NormKind::Layer).position(Position::Learned).recurrent(Rwkv, All),
     // Falcon LLM Team 2025, arXiv 2507.22448.
     family("falcon-h1").recurrent(AttentionAndMamba2, All),
 ];

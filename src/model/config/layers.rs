@@ -298,7 +298,13 @@ fn kinds(keys: &MetadataReader<'_>, family: &Family, layers: usize, kv_heads: &[
     let Some((mixer, recurrent)) = family.recurrent else { return Ok(kinds) };
     match recurrent {
         RecurrentLayers::Alone => kinds.fill(LayerKind { mixer, ffn: FeedForwardKind::None }),
-        RecurrentLayers::All => kinds.iter_mut().for_each(|kind| kind.mixer = mixer),
+        RecurrentLayers::All => {
+            let ffn = match mixer {
+                MixerKind::Rwkv => FeedForwardKind::ChannelMix,
+                _ => FeedForwardKind::DenseOrExperts,
+            };
+            kinds.fill(LayerKind { mixer, ffn });
+        }
         RecurrentLayers::WithoutKeys => {
             let without = kinds.iter_mut().zip(kv_heads).filter(|(_, kv_heads)| **kv_heads == 0);
             without.for_each(|(kind, _)| kind.mixer = mixer);

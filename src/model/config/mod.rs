@@ -95,6 +95,8 @@ pub struct Config {
     pub recurrent: Option<RecurrentConfig>,
     /// How queries of layers that do so grow with the position.
     pub temperature: Option<Temperature>,
+    /// Epsilon of the norm before the output matrix.
+    pub(crate) output_norm_eps: f32,
     /// Epsilon of the norms after a branch.
     pub post_norm_eps: f32,
     /// Whether queries and keys of layers that rotate are normalized without weights.
@@ -227,6 +229,7 @@ impl Config {
             latent,
             recurrent,
             temperature,
+            output_norm_eps: keys.positive("output_norm_epsilon")?.unwrap_or(norm_eps),
             post_norm_eps: keys
                 .positive("attention.post_norm_epsilon")?
                 .or(family.quirks.post_norm_eps)
@@ -241,6 +244,12 @@ impl Config {
 }
 
 impl Config {
+    /// The factor of epsilon in the norms of layer `index`; of the number of layers, in the one before the output matrix.
+    pub(crate) fn eps_scale(&self, index: usize) -> f32 {
+        let period = self.recurrent.map_or(0, |recurrent| recurrent.rescale_every);
+        index.checked_div(period).map_or(1.0, |count| 4f32.powi(count as i32))
+    }
+
     /// The context of a session by default: the longest that the rotation needs no stretching for, where stretching
     /// for long contexts changes the results of short ones.
     pub fn default_context(&self) -> usize {

@@ -3,7 +3,7 @@
 use super::layers::LayerConfig;
 use super::metadata::MetadataReader;
 use crate::error::Result;
-use crate::model::arch::{Family, MixerKind};
+use crate::model::arch::{Family, FeedForwardKind, MixerKind};
 use crate::quant::packed::PANEL;
 
 /// The widest state of a mixer, in numbers: more than any known model has, so that sizes cannot overflow.
@@ -33,6 +33,8 @@ pub struct RecurrentConfig {
     pub unweighted_norms: Option<f32>,
     /// Epsilon of the norm of the output, where it is not that of the other norms.
     pub norm_eps: Option<f32>,
+    /// Every so many layers, norms count their epsilon four times as much; 0 for never.
+    pub rescale_every: usize,
     /// Whether the norm of a gated output comes before the gate.
     pub norm_before_gate: bool,
     /// Whether consecutive heads of values share a head of keys; otherwise every nth does.
@@ -58,6 +60,12 @@ impl RecurrentConfig {
         self.inner / self.heads
     }
 
+    /// The sizes of the state of a feed-forward layer of this kind. `None` for those without one.
+    pub(crate) fn ffn_sizes(&self, kind: FeedForwardKind, hidden: usize) -> Option<StateSizes> {
+        let sizes = StateSizes { tail: 1, channels: hidden, ..StateSizes::default() };
+        (kind == FeedForwardKind::ChannelMix).then_some(sizes)
+    }
+
     /// The sizes of the state of a layer with a mixer of this kind in a model of width `hidden`.
     pub(crate) fn sizes(&self, kind: MixerKind, hidden: usize) -> StateSizes {
         let tail = self.kernel - 1;
@@ -79,6 +87,11 @@ impl RecurrentConfig {
                 StateSizes { tail, channels: self.inner, panels, rows: self.state, vectors }
             }
             MixerKind::ShortConvolution => StateSizes { tail, channels: hidden, ..StateSizes::default() },
+            // Sums of values and of weights, and their exponent.
+            MixerKind::Rwkv => {
+                let panels = self.inner.div_ceil(PANEL);
+                StateSizes { tail, channels: hidden, panels, rows: 3, vectors: panels * PANEL }
+            }
             MixerKind::Attention | MixerKind::LatentAttention | MixerKind::None => StateSizes::default(),
         }
     }
@@ -116,9 +129,20 @@ fn sizes(keys: &MetadataReader<'_>, kind: MixerKind, hidden: usize, heads: usize
         beta_scale: keys.positive("ssm.beta_scale")?.unwrap_or(1.0),
         unweighted_norms: keys.flag("ssm.dt_b_c_rms")?.unwrap_or(false).then_some(inner_eps),
         norm_eps: keys.positive("ssm.norm_epsilon")?,
+        rescale_every: match keys.get("rescale_every") {
+            Some(value) if value.as_u64() == Some(0) => 0,
+            _ => keys.optional_count("rescale_every")?.unwrap_or(0),
+        },
         norm_before_gate: keys.flag("ssm.norm_before_gate")?.unwrap_or(false),
         grouped_values: true,
     };
+    if kind == MixerKind::Rwkv {
+        config.kernel = 2;
+        if keys.get("ssm.inner_size").is_some() {
+            config.inner = count("ssm.inner_size")?;
+        }
+        return Ok(config);
+    }
     let kernel = if kind == MixerKind::ShortConvolution { "shortconv.l_cache" } else { "ssm.conv_kernel" };
     config.kernel = count(kernel)?;
     keys.check(kernel, config.kernel, config.kernel <= 64, "at most 64")?;

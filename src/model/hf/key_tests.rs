@@ -20,7 +20,10 @@ fn configs() -> Vec<Map<String, Value>> {
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
     let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
     let recurrent = list("recurrent").filter(|folder| folder.join("config.json").is_file());
-    let goldens = list("goldens").chain(encoders).chain(recurrent).map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let goldens = list("goldens")
+        .chain(encoders)
+        .chain(recurrent)
+        .map(|folder| std::fs::read(folder.join("config.json")).unwrap());
     let variants = list("variants").map(|file| {
         let bytes = std::fs::read(file).unwrap();
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

@@ -15,7 +15,8 @@ pub(super) use context::MixerContext;
 pub(super) use heads::span_rows;
 use latent_attention::LatentAttention;
 use positions::Positions;
-use recurrent::{GatedDelta, Mamba, Mamba2, ShortConvolution};
+pub(super) use recurrent::ChannelMix;
+use recurrent::{GatedDelta, Mamba, Mamba2, ShortConvolution, TimeMix};
 
 use super::arch::MixerKind;
 use super::batch::Batch;
@@ -42,6 +43,7 @@ pub(super) enum Mixer {
     /// Both read the input, and their outputs are added.
     AttentionAndMamba2(Attention, Mamba2),
     ShortConvolution(ShortConvolution),
+    TimeMix(TimeMix),
     /// Nothing: the layer is a feed-forward layer alone.
     None,
 }
@@ -88,6 +90,7 @@ impl Mixer {
                 Ok(Mixer::AttentionAndMamba2(attention, Mamba2::load(loader, config, index)?))
             }
             MixerKind::ShortConvolution => ShortConvolution::load(loader, config, index).map(Mixer::ShortConvolution),
+            MixerKind::Rwkv => TimeMix::load(loader, config, index).map(Mixer::TimeMix),
             MixerKind::None => Ok(Mixer::None),
         }
     }
@@ -104,6 +107,10 @@ impl Mixer {
             Mixer::Mamba(own) => own.reload_in_proj(loader, config, index),
             Mixer::Mamba2(own) => own.reload_in_proj(loader, config, index),
             Mixer::ShortConvolution(own) => own.reload_in_proj(loader, config, index),
+            Mixer::TimeMix(own) => {
+                *own = TimeMix::load(loader, config, index)?;
+                Ok(())
+            }
             Mixer::AttentionAndMamba2(attention, mamba) => {
                 attention.reload_in_proj(loader, config, index)?;
                 mamba.reload_in_proj(loader, config, index)
@@ -124,6 +131,7 @@ impl Mixer {
             Mixer::Mamba(own) => own.reload_out_proj(loader, config, index),
             Mixer::Mamba2(own) => own.reload_out_proj(loader, config, index),
             Mixer::ShortConvolution(own) => own.reload_out_proj(loader, config, index),
+            Mixer::TimeMix(own) => own.reload_out_proj(loader, config, index),
             Mixer::AttentionAndMamba2(attention, mamba) => {
                 attention.reload_out_proj(loader, config, index)?;
                 mamba.reload_out_proj(loader, config, index)
@@ -170,6 +178,7 @@ impl Mixer {
             Mixer::Mamba(own) => own.mix(context, input, &mut workspace.recurrent),
             Mixer::Mamba2(own) => own.mix(context, input, &mut workspace.recurrent),
             Mixer::ShortConvolution(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::TimeMix(own) => own.mix(context, input, &mut workspace.recurrent),
             Mixer::None => {}
         }
     }
@@ -183,6 +192,7 @@ impl Mixer {
             Mixer::Mamba(own) => Some(own.in_proj()),
             Mixer::Mamba2(own) => Some(own.in_proj()),
             Mixer::ShortConvolution(own) => Some(own.in_proj()),
+            Mixer::TimeMix(own) => Some(own.in_proj()),
             Mixer::None => None,
         }
     }
@@ -196,6 +206,7 @@ impl Mixer {
             Mixer::Mamba(own) => Some(own.out_proj()),
             Mixer::Mamba2(own) => Some(own.out_proj()),
             Mixer::ShortConvolution(own) => Some(own.out_proj()),
+            Mixer::TimeMix(own) => Some(own.out_proj()),
             Mixer::None => None,
         }
     }
@@ -206,6 +217,7 @@ impl Mixer {
             Mixer::LatentAttention(own) => own.linears(),
             Mixer::GatedDelta(own) => own.linears(),
             Mixer::Mamba(own) => own.linears(),
+            Mixer::TimeMix(own) => own.linears(),
             Mixer::AttentionAndMamba2(attention, mamba) => {
                 vec![attention.in_proj(), attention.out_proj(), mamba.in_proj(), mamba.out_proj()]
             }
@@ -220,6 +232,7 @@ impl Mixer {
             Mixer::Mamba(own) => own.settle(kernel, state, index),
             Mixer::Mamba2(own) | Mixer::AttentionAndMamba2(_, own) => own.settle(kernel, state, index),
             Mixer::ShortConvolution(own) => own.settle(state, index),
+            Mixer::TimeMix(own) => own.settle(kernel, state, index),
             Mixer::Attention(_) | Mixer::LatentAttention(_) | Mixer::None => {}
         }
     }
@@ -233,6 +246,7 @@ impl Mixer {
             Mixer::Mamba(own) => own.fingerprint(hasher),
             Mixer::Mamba2(own) => own.fingerprint(hasher),
             Mixer::ShortConvolution(own) => own.fingerprint(hasher),
+            Mixer::TimeMix(own) => own.fingerprint(hasher),
             Mixer::AttentionAndMamba2(attention, mamba) => {
                 attention.fingerprint(hasher);
                 mamba.fingerprint(hasher);
@@ -252,6 +266,7 @@ impl Mixer {
             Mixer::Mamba(own) => own.widen(&mut widths.recurrent),
             Mixer::Mamba2(own) => own.widen(&mut widths.recurrent),
             Mixer::ShortConvolution(own) => own.widen(&mut widths.recurrent),
+            Mixer::TimeMix(own) => own.widen(config, &mut widths.recurrent),
             Mixer::AttentionAndMamba2(attention, mamba) => {
                 attention.widen(layer, &mut widths.attention);
                 mamba.widen(&mut widths.recurrent);
@@ -262,7 +277,26 @@ impl Mixer {
     }
 }
 
+impl Widths {
+    /// Widens to the rows of a feed-forward layer that has a state.
+    pub(super) fn widen_to(&mut self, channel_mix: &ChannelMix) {
+        channel_mix.widen(&mut self.recurrent);
+    }
+}
+
 impl Workspace {
+    /// A feed-forward layer that has a state: `out (rows, hidden rounded up to panels)` from `input (rows, hidden)`, which is
+    /// overwritten.
+    pub(super) fn channel_mix(
+        &mut self,
+        mix: &ChannelMix,
+        context: &mut MixerContext<'_, '_>,
+        input: &mut LinearInput,
+        out: &mut Buffer,
+    ) {
+        mix.forward(context, input, &mut self.recurrent, out);
+    }
+
     /// Allocates memory for the rows of `batch`.
     ///
     /// # Errors

@@ -67,11 +67,14 @@ impl StateShape {
         let mut shape = StateShape::default();
         for layer in &config.layers {
             let sizes = recurrent.sizes(layer.kind.mixer, config.hidden);
-            let own = LayerState { sizes, at: shape.len, log_at: shape.log_len };
-            // Every layer starts at a cache line.
-            shape.len += own.len().next_multiple_of(PANEL);
-            shape.log_len += own.log_len();
-            shape.layers.push(own);
+            // A feed-forward layer with a state follows its mixer.
+            for sizes in [Some(sizes), recurrent.ffn_sizes(layer.kind.ffn, config.hidden)].into_iter().flatten() {
+                let own = LayerState { sizes, at: shape.len, log_at: shape.log_len };
+                // Every layer starts at a cache line.
+                shape.len += own.len().next_multiple_of(PANEL);
+                shape.log_len += own.log_len();
+                shape.layers.push(own);
+            }
         }
         (shape.len > 0).then_some(shape)
     }

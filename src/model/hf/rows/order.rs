@@ -69,7 +69,12 @@ impl HeadOrder {
 
 impl RowOrder {
     /// The order of the rows of a tensor of `dims`, the fastest-varying first, in `layer`.
-    pub(in crate::model::hf) fn new(transform: Transform, sizes: &Sizes, layer: Option<usize>, dims: &[usize]) -> RowOrder {
+    pub(in crate::model::hf) fn new(
+        transform: Transform,
+        sizes: &Sizes,
+        layer: Option<usize>,
+        dims: &[usize],
+    ) -> RowOrder {
         let LayerSizes { heads, kv_heads, head_dim, .. } = sizes.of_layer(layer);
         let (rotary, latent) = (sizes.rotary, sizes.latent);
         let (columns, rows) = (dims.first().copied().unwrap_or(1), dims.get(1).copied().unwrap_or(1));
@@ -104,11 +109,9 @@ impl RowOrder {
                 let plain = if rows == latent.kv_rank + latent.rope { latent.kv_rank } else { latent.plain };
                 RowOrder::LatentPairs { plain, rope: latent.rope, interleaved: sizes.interleaved }
             }
-            Transform::Copy
-            | Transform::Stack
-            | Transform::Squeeze
-            | Transform::Unflatten
-            | Transform::TileColumns => RowOrder::Same,
+            Transform::Copy | Transform::Stack | Transform::Squeeze | Transform::Unflatten | Transform::TileColumns => {
+                RowOrder::Same
+            }
             Transform::Concat => RowOrder::Concat,
             Transform::TileHeads(rows) => {
                 let recurrent = sizes.recurrent;

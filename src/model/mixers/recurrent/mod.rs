@@ -7,11 +7,14 @@ mod gated_delta;
 mod mamba;
 mod mamba2;
 mod matrix;
+mod rwkv;
 mod short_conv;
 
 pub(super) use gated_delta::GatedDelta;
 pub(super) use mamba::Mamba;
 pub(super) use mamba2::Mamba2;
+pub(in crate::model) use rwkv::ChannelMix;
+pub(super) use rwkv::TimeMix;
 pub(super) use short_conv::ShortConvolution;
 
 use super::context::MixerContext;

@@ -67,8 +67,9 @@ const ATTENTION: [Entry; 8] = {
     }
     [
         tensor("attn_q", "self_attn.q_proj").mapped(Scaled(|settings, _| one(settings, "attention_in_multiplier"))),
-        tensor("attn_k", "self_attn.k_proj")
-            .mapped(Scaled(|settings, _| whole([factor(settings, KEY)?, factor(settings, "attention_in_multiplier")?]))),
+        tensor("attn_k", "self_attn.k_proj").mapped(Scaled(|settings, _| {
+            whole([factor(settings, KEY)?, factor(settings, "attention_in_multiplier")?])
+        })),
         tensor("attn_v", "self_attn.v_proj").mapped(Scaled(|settings, _| one(settings, "attention_in_multiplier"))),
         tensor("attn_output", "self_attn.o_proj")
             .mapped(Scaled(|settings, _| one(settings, "attention_out_multiplier"))),
@@ -112,7 +113,8 @@ const FEED_FORWARD: [Entry; 5] = {
     const fn bias(gguf: &'static str, hf: &'static str, dims: &'static [Size]) -> Entry {
         tensor(gguf, hf).raw().named(".bias").dims(dims).when(If("mlp_bias"))
     }
-    let [gate, down] = [Scaled(|settings, _| feed_forward(settings, 0)), Scaled(|settings, _| feed_forward(settings, 1))];
+    let [gate, down] =
+        [Scaled(|settings, _| feed_forward(settings, 0)), Scaled(|settings, _| feed_forward(settings, 1))];
     [
         tensor("ffn_gate", "feed_forward.gate_proj").mapped(gate),
         tensor("ffn_up", "feed_forward.up_proj").bias(If("mlp_bias")),

@@ -226,10 +226,11 @@ const NEMOTRON_FEED_FORWARD: [Entry; 10] = {
         tensor("ffn_gate_inp", "#.gate").when(Sparse),
         tensor("exp_probs_b", "#.gate.e_score_correction_bias").raw().named(".bias").when(Sparse),
         tensor("ffn_up_exps", "#.experts.{e}.up_proj").by(Stack).when(Sparse).dims(&[ExpertInput, ExpertFfn, Experts]),
-        tensor("ffn_down_exps", "#.experts.{e}.down_proj")
-            .by(Stack)
-            .when(Sparse)
-            .dims(&[ExpertFfn, ExpertInput, Experts]),
+        tensor("ffn_down_exps", "#.experts.{e}.down_proj").by(Stack).when(Sparse).dims(&[
+            ExpertFfn,
+            ExpertInput,
+            Experts,
+        ]),
         tensor("ffn_up_shexp", "#.shared_experts.up_proj").when(Sparse).bias(bias),
         tensor("ffn_down_shexp", "#.shared_experts.down_proj").when(Sparse).bias(bias),
         tensor("ffn_latent_down", "#.fc1_latent_proj").when(latent).bias(bias).dims(&[Hidden, ExpertLatent]),
@@ -318,4 +319,3 @@ fn nemotron_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
     }
     keys.groups()
 }
-

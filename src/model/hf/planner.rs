@@ -126,10 +126,8 @@ impl<'a> Planner<'a> {
             Values::NegExp => Some(Mapping::NegExp),
             Values::Scaled(factors) => Some(factors(self.settings, self.sizes)?).filter(is_scaled).map(Mapping::Scale),
         };
-        let parts = [
-            (suffixes, weight, dims, transform, mapping),
-            ([".bias", ".bias"], bias, vector, bias_transform, None),
-        ];
+        let parts =
+            [(suffixes, weight, dims, transform, mapping), ([".bias", ".bias"], bias, vector, bias_transform, None)];
         let mut has_weight = matches!(weight, Need::Never);
         for ([suffix, source_suffix], need, dims, transform, mapping) in parts {
             let name = match layer {
@@ -317,13 +315,13 @@ impl<'a> Planner<'a> {
             let (Some(packing), &[rows, columns]) = (&self.packing, shape) else { continue };
             let by_row = !is_mapped
                 && !matches!(
-                transform,
-                Transform::Transpose
-                    | Transform::Concat
-                    | Transform::ColumnsOfPart { .. }
-                    | Transform::EveryNth { .. }
-                    | Transform::LatentKeys
-            );
+                    transform,
+                    Transform::Transpose
+                        | Transform::Concat
+                        | Transform::ColumnsOfPart { .. }
+                        | Transform::EveryNth { .. }
+                        | Transform::LatentKeys
+                );
             if !by_row {
                 return Err(Error::Unsupported {
                     path: files.folder().to_path_buf(),

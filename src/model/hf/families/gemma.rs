@@ -19,7 +19,10 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     architecture: "gemma",
     outside: &[TIED],
     layer: &[
-        &[tensor("attn_norm", "input_layernorm").mapped(AddOne), tensor("ffn_norm", "post_attention_layernorm").mapped(AddOne)],
+        &[
+            tensor("attn_norm", "input_layernorm").mapped(AddOne),
+            tensor("ffn_norm", "post_attention_layernorm").mapped(AddOne),
+        ],
         &default_attention(Copy),
         &gated(Always, Never),
     ],

@@ -53,7 +53,12 @@ impl HeadOrder {
     /// The order of heads of this many values.
     pub(in crate::model::hf) fn new(sizes: &Sizes, head: usize) -> HeadOrder {
         let key_heads = sizes.recurrent.groups.max(1);
-        HeadOrder { key_heads, per_key: (sizes.recurrent.heads / key_heads).max(1), head: head.max(1) }
+        HeadOrder::of(key_heads, (sizes.recurrent.heads / key_heads).max(1), head.max(1))
+    }
+
+    /// The order of `per_key` heads of `head` values for each of `key_heads` heads.
+    pub(super) fn of(key_heads: usize, per_key: usize, head: usize) -> HeadOrder {
+        HeadOrder { key_heads, per_key, head }
     }
 
     /// The head of the checkpoint that becomes head `index`.
@@ -69,7 +74,12 @@ impl HeadOrder {
 
 impl RowOrder {
     /// The order of the rows of a tensor of `dims`, the fastest-varying first, in `layer`.
-    pub(in crate::model::hf) fn new(transform: Transform, sizes: &Sizes, layer: Option<usize>, dims: &[usize]) -> RowOrder {
+    pub(in crate::model::hf) fn new(
+        transform: Transform,
+        sizes: &Sizes,
+        layer: Option<usize>,
+        dims: &[usize],
+    ) -> RowOrder {
         let LayerSizes { heads, kv_heads, head_dim, .. } = sizes.of_layer(layer);
         let (rotary, latent) = (sizes.rotary, sizes.latent);
         let (columns, rows) = (dims.first().copied().unwrap_or(1), dims.get(1).copied().unwrap_or(1));
@@ -104,11 +114,9 @@ impl RowOrder {
                 let plain = if rows == latent.kv_rank + latent.rope { latent.kv_rank } else { latent.plain };
                 RowOrder::LatentPairs { plain, rope: latent.rope, interleaved: sizes.interleaved }
             }
-            Transform::Copy
-            | Transform::Stack
-            | Transform::Squeeze
-            | Transform::Unflatten
-            | Transform::TileColumns => RowOrder::Same,
+            Transform::Copy | Transform::Stack | Transform::Squeeze | Transform::Unflatten | Transform::TileColumns => {
+                RowOrder::Same
+            }
             Transform::Concat => RowOrder::Concat,
             Transform::TileHeads(rows) => {
                 let recurrent = sizes.recurrent;
@@ -125,6 +133,7 @@ impl RowOrder {
                 RowOrder::DeltaGroups { groups, key: recurrent.state, values: recurrent.inner / groups, gate }
             }
             Transform::PairNeighbors => RowOrder::PairNeighbors { head_dim, rotary },
+            Transform::PairHeads => RowOrder::PairNeighbors { head_dim, rotary: head_dim },
             Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
             Transform::Skip(rows) => RowOrder::Skip(rows),
             Transform::SkipPadding => RowOrder::Skip(sizes.padding),

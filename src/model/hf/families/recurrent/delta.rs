@@ -48,10 +48,8 @@ const GATED_EXPERTS: [Entry; 4] = [
 
 const FUSED_EXPERTS: [Entry; 7] = {
     let [router, gate, up, down, dense_gate, dense_up, dense_down] = EXPERTS;
-    const GATE: Entry = tensor("ffn_gate_exps", "mlp.experts.gate_up_proj")
-        .raw()
-        .by(RowsOfPart { part: 0, parts: 2 })
-        .when(Sparse);
+    const GATE: Entry =
+        tensor("ffn_gate_exps", "mlp.experts.gate_up_proj").raw().by(RowsOfPart { part: 0, parts: 2 }).when(Sparse);
     const UP: Entry =
         tensor("ffn_up_exps", "mlp.experts.gate_up_proj").raw().by(RowsOfPart { part: 1, parts: 2 }).when(Sparse);
     const DOWN: Entry = tensor("ffn_down_exps", "mlp.experts.down_proj").raw().when(Sparse);
@@ -134,9 +132,7 @@ const TILED_DELTA: [Entry; 9] = only(
     [
         tensor("attn_qkv", "#.in_proj_qkv").by(TileHeads(TiledRows::All)).dims(&[Size::Hidden, Size::Channels]),
         tensor("attn_gate", "#.in_proj_z").by(TileHeads(TiledRows::Values)).dims(&[Size::Hidden, Size::Inner]),
-        tensor("ssm_alpha", "#.in_proj_a")
-            .by(TileHeads(TiledRows::Heads))
-            .dims(&[Size::Hidden, Size::RecurrentHeads]),
+        tensor("ssm_alpha", "#.in_proj_a").by(TileHeads(TiledRows::Heads)).dims(&[Size::Hidden, Size::RecurrentHeads]),
         tensor("ssm_beta", "#.in_proj_b").by(TileHeads(TiledRows::Heads)).dims(&[Size::Hidden, Size::RecurrentHeads]),
         tensor("ssm_conv1d", "#.conv1d").by(TileHeads(TiledRows::All)).dims(&[Size::Kernel, Size::Channels]),
         tensor("ssm_dt", "#.dt_bias")
@@ -316,4 +312,3 @@ fn olmo_rotates(settings: &Settings) -> Result<bool> {
         _ => !settings.is_null(BASE),
     })
 }
-

@@ -145,7 +145,13 @@ pub(super) fn require_silu(settings: &Settings, key: &str) -> Result<()> {
 }
 
 /// Checks that the heads of Mamba-2 and their groups fit together: `heads` heads of `width` numbers.
-pub(super) fn check_heads(settings: &Settings, sizes: &Sizes, width: (&str, usize), heads: &str, groups: &str) -> Result<()> {
+pub(super) fn check_heads(
+    settings: &Settings,
+    sizes: &Sizes,
+    width: (&str, usize),
+    heads: &str,
+    groups: &str,
+) -> Result<()> {
     let recurrent = sizes.recurrent;
     if width.1 * recurrent.heads != recurrent.inner {
         let found = format_args!("{} heads of {} numbers", recurrent.heads, width.1);

@@ -33,10 +33,10 @@ pub(in crate::model::hf::families) const FALCON_H1: HfFamily = HfFamily {
     mixer: "mamba",
     activation: ActivationSource::Is("silu"),
     adjust: |settings, sizes| {
-        let inner = settings.optional_count(&["mamba_d_ssm"])?;
+        let expanded = settings.count(&["mamba_expand"])? * sizes.hidden;
         sizes.recurrent = RecurrentSizes {
             kernel: settings.count(&["mamba_d_conv"])?,
-            inner: inner.map_or_else(|| Ok(settings.count(&["mamba_expand"])? * sizes.hidden), Ok)?,
+            inner: settings.optional_count(&["mamba_d_ssm"])?.unwrap_or(expanded),
             state: settings.count(&["mamba_d_state"])?,
             heads: settings.count(&["mamba_n_heads"])?,
             groups: settings.count(&["mamba_n_groups"])?,
@@ -49,8 +49,8 @@ pub(in crate::model::hf::families) const FALCON_H1: HfFamily = HfFamily {
     keys: |keys| {
         recurrent_keys(keys);
         time_step_limits(keys)?;
-        let settings = keys.settings;
-        if settings.switch("mamba_rms_norm", false)? && settings.switch("mamba_norm_before_gate", true)? {
+        let is_first = keys.settings.switch("mamba_norm_before_gate", true)?;
+        if keys.settings.switch("mamba_rms_norm", false)? && is_first {
             keys.set("ssm.norm_before_gate", true);
         }
         Ok(())
@@ -67,8 +67,9 @@ const ATTENTION: [Entry; 8] = {
     }
     [
         tensor("attn_q", "self_attn.q_proj").mapped(Scaled(|settings, _| one(settings, "attention_in_multiplier"))),
-        tensor("attn_k", "self_attn.k_proj")
-            .mapped(Scaled(|settings, _| whole([factor(settings, KEY)?, factor(settings, "attention_in_multiplier")?]))),
+        tensor("attn_k", "self_attn.k_proj").mapped(Scaled(|settings, _| {
+            whole([factor(settings, KEY)?, factor(settings, "attention_in_multiplier")?])
+        })),
         tensor("attn_v", "self_attn.v_proj").mapped(Scaled(|settings, _| one(settings, "attention_in_multiplier"))),
         tensor("attn_output", "self_attn.o_proj")
             .mapped(Scaled(|settings, _| one(settings, "attention_out_multiplier"))),
@@ -112,7 +113,8 @@ const FEED_FORWARD: [Entry; 5] = {
     const fn bias(gguf: &'static str, hf: &'static str, dims: &'static [Size]) -> Entry {
         tensor(gguf, hf).raw().named(".bias").dims(dims).when(If("mlp_bias"))
     }
-    let [gate, down] = [Scaled(|settings, _| feed_forward(settings, 0)), Scaled(|settings, _| feed_forward(settings, 1))];
+    let [gate, down] =
+        [Scaled(|settings, _| feed_forward(settings, 0)), Scaled(|settings, _| feed_forward(settings, 1))];
     [
         tensor("ffn_gate", "feed_forward.gate_proj").mapped(gate),
         tensor("ffn_up", "feed_forward.up_proj").bias(If("mlp_bias")),

@@ -17,7 +17,7 @@ use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
 use Need::{Dense, If, IfSo, Sparse, Untied};
-use Transform::{PairNeighbors, RowsOfPart, Stack};
+use Transform::{PairHeads, PairNeighbors, RowsOfPart, Stack};
 
 /// IBM Granite 4.
 pub(in crate::model::hf::families) const GRANITE_HYBRID: HfFamily = HfFamily {
@@ -192,8 +192,8 @@ pub(in crate::model::hf::families) const NEMOTRON_H: HfFamily = HfFamily {
         &mamba2(If("use_bias"), IfSo(|settings| settings.switch_of(&["mamba_conv_bias", "use_conv_bias"], true))),
         &only(
             [
-                tensor("attn_q", "#.q_proj"),
-                tensor("attn_k", "#.k_proj"),
+                tensor("attn_q", "#.q_proj").by(PairHeads),
+                tensor("attn_k", "#.k_proj").by(PairHeads),
                 tensor("attn_v", "#.v_proj"),
                 tensor("attn_output", "#.o_proj"),
             ],
@@ -226,10 +226,11 @@ const NEMOTRON_FEED_FORWARD: [Entry; 10] = {
         tensor("ffn_gate_inp", "#.gate").when(Sparse),
         tensor("exp_probs_b", "#.gate.e_score_correction_bias").raw().named(".bias").when(Sparse),
         tensor("ffn_up_exps", "#.experts.{e}.up_proj").by(Stack).when(Sparse).dims(&[ExpertInput, ExpertFfn, Experts]),
-        tensor("ffn_down_exps", "#.experts.{e}.down_proj")
-            .by(Stack)
-            .when(Sparse)
-            .dims(&[ExpertFfn, ExpertInput, Experts]),
+        tensor("ffn_down_exps", "#.experts.{e}.down_proj").by(Stack).when(Sparse).dims(&[
+            ExpertFfn,
+            ExpertInput,
+            Experts,
+        ]),
         tensor("ffn_up_shexp", "#.shared_experts.up_proj").when(Sparse).bias(bias),
         tensor("ffn_down_shexp", "#.shared_experts.down_proj").when(Sparse).bias(bias),
         tensor("ffn_latent_down", "#.fc1_latent_proj").when(latent).bias(bias).dims(&[Hidden, ExpertLatent]),
@@ -318,4 +319,3 @@ fn nemotron_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
     }
     keys.groups()
 }
-

@@ -16,13 +16,7 @@ use Transform::Stack;
 pub(in crate::model::hf::families) const KIMI_LINEAR: HfFamily = HfFamily {
     model_types: &["kimi_linear"],
     architecture: "kimi-linear",
-    layer: &[
-        NORMS,
-        &DELTA,
-        &only(LATENT_ATTENTION, attends),
-        &gated(Dense, Never),
-        &EXPERTS,
-    ],
+    layer: &[NORMS, &DELTA, &only(LATENT_ATTENTION, attends), &gated(Dense, Never), &EXPERTS],
     mixer: "self_attn",
     activation: ActivationSource::Is("silu"),
     rotation: Rotation::None,

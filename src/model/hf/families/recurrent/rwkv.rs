@@ -47,7 +47,8 @@ pub(in crate::model::hf::families) const RWKV: HfFamily = HfFamily {
         sizes.kinds = vec![LayerKind::Recurrent; sizes.layers];
         sizes.context = settings.count(&["context_length", "max_position_embeddings"])?;
         // transformers itself cannot step where they differ.
-        if let Some(width) = settings.optional_count(&["attention_hidden_size"])?.filter(|width| *width != sizes.hidden) {
+        if let Some(width) = settings.optional_count(&["attention_hidden_size"])?.filter(|width| *width != sizes.hidden)
+        {
             let supported = format!("supported: {}, as hidden_size", sizes.hidden);
             return Err(settings.unsupported("attention_hidden_size", width, &supported));
         }

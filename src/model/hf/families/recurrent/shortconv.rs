@@ -54,7 +54,8 @@ pub(in crate::model::hf::families) const LFM2_MOE: HfFamily = HfFamily {
         keys.experts(keys.settings.switch("norm_topk_prob", true)?)?;
         keys.set("expert_gating_func", 2u32);
         keys.set("leading_dense_block_count", keys.settings.number(&["num_dense_layers"])? as u32);
-        if let Some(factor) = keys.settings.optional_float(&["routed_scaling_factor"])?.filter(|factor| *factor != 1.0) {
+        if let Some(factor) = keys.settings.optional_float(&["routed_scaling_factor"])?.filter(|factor| *factor != 1.0)
+        {
             keys.set("expert_weights_scale", factor as f32);
         }
         Ok(())
@@ -129,7 +130,9 @@ fn lfm2_width(settings: &Settings) -> Result<usize> {
     let two_thirds = 2 * width / 3;
     let scaled = match settings.optional_float(&["block_ffn_dim_multiplier"])? {
         Some(factor) if factor > 0.0 && factor < 1024.0 => (factor * two_thirds as f64) as usize,
-        Some(factor) => return Err(settings.malformed("block_ffn_dim_multiplier", factor, "more than 0, and below 1024")),
+        Some(factor) => {
+            return Err(settings.malformed("block_ffn_dim_multiplier", factor, "more than 0, and below 1024"));
+        }
         None => two_thirds,
     };
     Ok(scaled.next_multiple_of(settings.count(&["block_multiple_of"])?))

@@ -116,7 +116,7 @@ pub(crate) const ODD_VALUES: [&str; 8] = ["null", "0", "3", "-1", "16777216", "1
 
 /// The checkpoint of a family with recurrent layers from the folder `name` of the test data.
 pub(crate) fn recurrent(name: &str) -> Checkpoint {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/recurrent").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
     let config = serde_json::from_slice(&fs::read(path.join("config.json")).expect("test data")).expect("test data");
     let bytes = fs::read(path.join("model.safetensors")).expect("test data");
     let file = SafeTensors::deserialize(&bytes).expect("test data");

@@ -19,7 +19,6 @@ fn configs() -> Vec<Map<String, Value>> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
     let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
-    let recurrent = list("recurrent").filter(|folder| folder.join("config.json").is_file());
     let goldens = list("goldens")
         .chain(encoders)
         .chain(recurrent)

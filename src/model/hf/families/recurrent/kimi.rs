@@ -52,9 +52,9 @@ const NETWORK: [Entry; 3] = {
         tensor(gguf, published).when(Dense).bias(Never).or(written)
     }
     [
-        part("ffn_gate", "mlp.gate_proj", &tensor("ffn_gate", "block_sparse_moe.gate_proj")),
-        part("ffn_up", "mlp.up_proj", &tensor("ffn_up", "block_sparse_moe.up_proj")),
-        part("ffn_down", "mlp.down_proj", &tensor("ffn_down", "block_sparse_moe.down_proj")),
+        part("ffn_gate", "mlp.gate_proj", &tensor("ffn_gate", "block_sparse_moe.gate_proj").when(Dense)),
+        part("ffn_up", "mlp.up_proj", &tensor("ffn_up", "block_sparse_moe.up_proj").when(Dense)),
+        part("ffn_down", "mlp.down_proj", &tensor("ffn_down", "block_sparse_moe.down_proj").when(Dense)),
     ]
 };
 

@@ -21,6 +21,7 @@ struct Options {
     prefix_cache: bool,
     prefill_chunk: Option<usize>,
     speculation: String,
+    draft_tokens: Option<usize>,
 }
 
 impl Options {
@@ -31,6 +32,7 @@ impl Options {
             prefix_cache: self.prefix_cache,
             prefill_chunk: self.prefill_chunk,
             speculation: Speculation::by_name(&self.speculation)?,
+            draft_tokens: self.draft_tokens,
         })
     }
 }

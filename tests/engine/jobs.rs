@@ -47,7 +47,7 @@ impl Job {
     }
 
     pub(crate) fn sequence(&self, model: &Model) -> Sequence {
-        Sequence::new(model, &self.prompt, self.options.clone()).unwrap()
+        Sequence::new(model, &self.prompt, self.options.clone()).unwrap().with_ends(Vec::new())
     }
 
     /// Its tokens without a scheduler.

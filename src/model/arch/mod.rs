@@ -12,7 +12,8 @@ mod qwen;
 
 pub(super) use family::DEFAULT_QUIRKS;
 pub use family::{
-    Family, FeedForwardKind, Gating, LayerKind, MixerKind, NormKind, Position, Quirks, Residual, Rotated, Temperature,
+    Family, FeedForwardKind, Gating, LayerKind, MixerKind, MtpInput, NormKind, Position, Quirks, Residual, Rotated,
+    Temperature,
 };
 
 /// Every family that is supported.

@@ -84,6 +84,9 @@ pub(in crate::model) const READ: &[&str] = &[
 pub(in crate::model) const READ_LATENT: &[&str] =
     &["attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length_mla"];
 
+/// Keys that `Config::read` reads for families with heads for multi-token prediction.
+pub(in crate::model) const READ_MTP: &[&str] = &["nextn_predict_layers"];
+
 /// Keys of dense modules after `dense_` and a number. Tensors have the sizes.
 pub(in crate::model) const READ_DENSE: &[&str] = &["activation", "feat_in", "feat_out"];
 
@@ -125,14 +128,15 @@ pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
-pub(in crate::model) fn check(keys: &MetadataReader<'_>, latent: bool) -> Result<()> {
+pub(in crate::model) fn check(keys: &MetadataReader<'_>, latent: bool, mtp: bool) -> Result<()> {
     for (key, value) in keys.own() {
         let ignored = |known: &&str| known.strip_suffix('.').map_or(*known == key, |_| key.starts_with(*known));
         let dense = key.strip_prefix("dense_").and_then(|rest| rest.split_once('_'));
         if dense.is_some_and(|(number, rest)| number.parse::<usize>().is_ok() && READ_DENSE.contains(&rest)) {
             continue;
         }
-        if READ.contains(&key) || (latent && READ_LATENT.contains(&key)) || WITHOUT_INFLUENCE.iter().any(ignored) {
+        let special = (latent && READ_LATENT.contains(&key)) || (mtp && READ_MTP.contains(&key));
+        if READ.contains(&key) || special || WITHOUT_INFLUENCE.iter().any(ignored) {
             continue;
         }
         if let Some((_, neutral)) = NEUTRAL.iter().find(|known| known.0 == key) {

@@ -24,7 +24,8 @@ pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType
     if dims.len() < 2 || is_small {
         return None;
     }
-    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output");
+    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output")
+        || [".nextn.embed_tokens", ".nextn.shared_head_head"].iter().any(|end| stem.ends_with(end));
     let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }

@@ -51,6 +51,7 @@ mod key_tests;
 mod keys;
 mod metadata;
 mod modules;
+mod mtp;
 mod packings;
 mod planner;
 mod rope;
@@ -93,6 +94,8 @@ pub struct HfFolder {
     index: HashMap<String, usize>,
     /// Rows of the embedding.
     rows: usize,
+    /// Why the head for multi-token prediction is left out, where the files have a part of one.
+    mtp_fault: Option<String>,
 }
 
 impl HfFolder {
@@ -140,7 +143,13 @@ impl HfFolder {
         if let ActivationSource::Xielu = family.activation {
             xielu::write(family, &files, sizes.layers, &mut metadata)?;
         }
-        let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
+        let rows = sizes.vocabulary;
+        let (tensors, head) = Planner::plan(family, &settings, sizes, &files, packing)?;
+        if let Some(Ok(sizes)) = &head
+            && let Some(head) = &family.mtp
+        {
+            mtp::write_keys(head, &settings, sizes, family.architecture, &mut metadata)?;
+        }
         let has_output = tensors.iter().any(|tensor| tensor.name == "output.weight");
         if heads::is_headless(&settings)? && !has_output && !settings.switch("tie_word_embeddings", false)? {
             metadata.set(format!("{}.generates", family.architecture), false);
@@ -156,7 +165,8 @@ impl HfFolder {
             computed,
             modules,
             index,
-            rows: sizes.vocabulary,
+            rows,
+            mtp_fault: head.and_then(Result::err).map(|error| error.to_string()),
         })
     }
 
@@ -230,6 +240,10 @@ impl Checkpoint for HfFolder {
         let stored = self.tensors.iter().map(|tensor| tensor.name.as_str());
         let modules = self.modules.iter().map(|tensor| tensor.name.as_str());
         stored.chain(self.computed.iter().map(|tensor| tensor.0.as_str())).chain(modules).collect()
+    }
+
+    fn mtp_fault(&self) -> Option<&str> {
+        self.mtp_fault.as_deref()
     }
 
     fn is_quantized(&self, name: &str) -> bool {

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use super::entry::{Entry, Need, Transform};
 use super::families::HfFamily;
 use super::heads;
+use super::mtp::{self, FoundHead};
 use super::packings::Packing;
 use super::packings::matrix::Matrix;
 use super::packings::mxfp4::Blocks;
@@ -40,11 +41,14 @@ impl Planned {
     }
 }
 
+/// Frequencies of the rotation, which older versions of transformers saved.
+const INV_FREQ: &str = ".rotary_emb.inv_freq";
+
 /// Finds all tensors of a family, and checks that none is left over.
 pub(super) struct Planner<'a> {
     family: &'a HfFamily,
     settings: &'a Settings,
-    sizes: &'a Sizes,
+    sizes: Sizes,
     files: &'a SafeTensors,
     packing: Option<Packing>,
     /// The prefix that `~` stands for in names.
@@ -55,38 +59,76 @@ pub(super) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// All tensors of a family.
+    /// All tensors of a family; and, where the checkpoint has a head for multi-token prediction, the sizes of the model with
+    /// the head's layer, or the reason why the head is left out.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the checkpoint's name of the tensor.
     pub(super) fn plan(
         family: &'a HfFamily,
         settings: &'a Settings,
-        sizes: &'a Sizes,
+        sizes: Sizes,
         files: &'a SafeTensors,
         packing: Option<Packing>,
-    ) -> Result<Vec<Planned>> {
+    ) -> Result<(Vec<Planned>, Option<Result<Sizes>>)> {
         // Checkpoints of a model that was saved without its head lack the first part of every name.
         let starts_with = |base: &&&str| files.tensors().iter().any(|tensor| tensor.name().starts_with(**base));
         let base = family.bases.iter().find(starts_with).copied().unwrap_or_default();
         let mut planner =
             Planner { family, settings, sizes, files, packing, base, planned: Vec::new(), used: HashSet::new() };
         for entry in family.outside.iter().flat_map(|entries| entries.iter()) {
-            planner.entry(entry, None)?;
+            planner.entry(entry, None, "")?;
         }
-        for layer in 0..sizes.layers {
-            for entry in family.layer.iter().flat_map(|entries| entries.iter()) {
-                planner.entry(entry, Some(layer))?;
+        for layer in 0..planner.sizes.layers {
+            planner.layer(layer, &format!("{}{layer}.", family.layers))?;
+        }
+        let head = mtp::find(family, settings, &planner.sizes, files, base).transpose();
+        let head = head.map(|found| {
+            let count = planner.planned.len();
+            let planned = found.and_then(|found| planner.add_head(&found));
+            if planned.is_err() {
+                planner.planned.truncate(count);
             }
-        }
+            planned.map(|()| planner.sizes.clone())
+        });
         planner.check_leftovers()?;
-        Ok(planner.planned)
+        Ok((planner.planned, head))
     }
 
-    fn entry(&mut self, entry: &Entry, layer: Option<usize>) -> Result<()> {
+    /// The tensors of a layer, whose names begin with `prefix`.
+    fn layer(&mut self, layer: usize, prefix: &str) -> Result<()> {
+        let mut entries = self.family.layer.iter().flat_map(|entries| entries.iter());
+        entries.try_for_each(|entry| self.entry(entry, Some(layer), prefix))
+    }
+
+    /// The tensors of the head for multi-token prediction, in a layer behind the last.
+    fn add_head(&mut self, found: &FoundHead) -> Result<()> {
+        mtp::add_sizes(&found.head, self.settings, &mut self.sizes)?;
+        let layer = self.sizes.layers;
+        found.head.entries.iter().try_for_each(|entry| self.entry(entry, Some(layer), &found.names))?;
+        self.layer(layer, &found.layer)?;
+        let is_read = |tensor: &TensorInfo| {
+            let is_bias = self.packing.is_some() && tensor.name().ends_with(".bias");
+            self.used.contains(tensor.name()) || is_bias || tensor.is_empty() || tensor.name().ends_with(INV_FREQ)
+        };
+        let own = |tensor: &&TensorInfo| tensor.name().starts_with(&found.layer);
+        match self.files.tensors().iter().filter(own).find(|tensor| !is_read(tensor)) {
+            None => Ok(()),
+            Some(tensor) => Err(self.unknown(tensor)),
+        }
+    }
+
+    /// The error that a tensor is not one of the family.
+    fn unknown(&self, tensor: &TensorInfo) -> Error {
+        let expected = format!("none: {} describes a {} without it", self.config(), self.family.model_types[0]);
+        Error::malformed(self.files.path(tensor), Place::Tensor(tensor.name().to_owned()), "a tensor", expected)
+    }
+
+    /// The tensors of an entry, whose names in the checkpoint begin with `prefix`.
+    fn entry(&mut self, entry: &Entry, layer: Option<usize>, prefix: &str) -> Result<()> {
         let Entry { gguf, transform, weight, bias, dims, suffixes, .. } = *entry;
         let dims: Vec<usize> =
-            dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes, layer)).collect();
+            dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(&self.sizes, layer)).collect();
         let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
         // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
         let bias_transform = match transform {
@@ -100,10 +142,7 @@ impl<'a> Planner<'a> {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
                 None => format!("{gguf}{suffix}"),
             };
-            let source = match layer {
-                Some(layer) => format!("{}{layer}.{}{source_suffix}", self.family.layers, entry.hf),
-                None => format!("{}{source_suffix}", entry.hf),
-            };
+            let source = format!("{prefix}{}{source_suffix}", entry.hf);
             // The head is next to the model, which may be a part of a larger one.
             let source = source.replace('~', self.base).replace('@', self.head());
             // A layer without the weight has no bias either.
@@ -141,7 +180,7 @@ impl<'a> Planner<'a> {
             Need::IfSo(is_so) => is_so(self.settings)?,
             Need::Sparse => sparse,
             Need::Dense => !sparse,
-            Need::Where(is_so) => layer.is_some_and(|layer| is_so(self.sizes, layer)),
+            Need::Where(is_so) => layer.is_some_and(|layer| is_so(&self.sizes, layer)),
             Need::Untied => {
                 let tied = self.settings.switch("tie_word_embeddings", false)?;
                 is_there() || !(tied || heads::is_headless(self.settings)?)
@@ -191,7 +230,7 @@ impl<'a> Planner<'a> {
             }
             _ => {}
         }
-        let order = RowOrder::new(transform, self.sizes, layer, &dims);
+        let order = RowOrder::new(transform, &self.sizes, layer, &dims);
         if let Some((blocks, tensors)) = Blocks::find(self.files, source, &dims, transform)? {
             let files = self.files;
             self.used.extend(tensors.into_iter().filter_map(|at| files.tensors().get(at)).map(TensorInfo::name));
@@ -295,8 +334,8 @@ impl<'a> Planner<'a> {
     fn check_leftovers(&self) -> Result<()> {
         /// Buffers that older versions of transformers saved: masks and frequencies.
         const BUFFERS: &[&str] =
-            &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"];
-        /// Layers that predict several tokens at once, which the model runs without.
+            &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", INV_FREQ];
+        /// Layers that predict several tokens at once: those of a head that is left out, or not used.
         const DRAFTS: &[&str] = &["mtp.", "model.mtp."];
         // Layers after the last are for drafts, too, where the configuration counts them.
         let drafts = self.settings.number(&["num_nextn_predict_layers"])?;
@@ -323,12 +362,7 @@ impl<'a> Planner<'a> {
         };
         match self.files.tensors().iter().find(leftover) {
             None => Ok(()),
-            Some(tensor) => Err(Error::malformed(
-                self.files.path(tensor),
-                Place::Tensor(tensor.name().to_owned()),
-                "a tensor",
-                format_args!("none: {} describes a {} without it", self.config(), self.family.model_types[0]),
-            )),
+            Some(tensor) => Err(self.unknown(tensor)),
         }
     }
 }

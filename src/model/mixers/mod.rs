@@ -109,6 +109,18 @@ impl Mixer {
         }
     }
 
+    /// Stores what later positions read of `input (rows, hidden)`, without computing an output.
+    pub(super) fn store(&self, context: &mut MixerContext<'_, '_>, input: &mut LinearInput, workspace: &mut Workspace) {
+        match self {
+            Mixer::Attention(attention) => {
+                attention.store(context, input, &workspace.angles, &mut workspace.attention);
+            }
+            Mixer::LatentAttention(attention) => {
+                attention.store(context, input, &workspace.angles, &mut workspace.latent);
+            }
+        }
+    }
+
     /// The projection that reads the mixer's input.
     pub(super) fn in_proj(&self) -> &Linear {
         match self {

@@ -1,6 +1,7 @@
 //! Sessions: the state of one sequence of tokens.
 
-use super::cache::{CacheShape, Page};
+use super::cache::{CacheShape, CacheType, Page};
+use super::head::{HeadPage, HeadState};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::system::memory;
@@ -9,6 +10,8 @@ use crate::system::memory;
 #[derive(Debug, Clone)]
 pub struct SharedPage {
     page: Page,
+    /// What belongs to the head for multi-token prediction.
+    head: Option<HeadPage>,
     model: u64,
 }
 
@@ -20,22 +23,25 @@ impl SharedPage {
 
     /// Its bytes.
     pub(crate) fn bytes(&self) -> usize {
-        self.page.len()
+        self.page.len() + self.head.as_ref().map_or(0, HeadPage::bytes)
     }
 
     /// Bytes that a session or another `SharedPage` holds, too.
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.page.shared_len()
+        self.page.shared_len() + self.head.as_ref().map_or(0, HeadPage::shared_bytes)
     }
 
     /// Frees what nothing else holds, and returns how many bytes that was.
     pub(crate) fn free_unshared(&mut self) -> usize {
-        self.page.free_unshared()
+        self.page.free_unshared() + self.head.as_mut().map_or(0, HeadPage::free_unshared)
     }
 
     /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
     pub(crate) fn complete_from(&mut self, other: &SharedPage) {
         self.page.complete_from(&other.page);
+        if self.head.as_ref().is_none_or(|head| !head.is_whole()) {
+            self.head.clone_from(&other.head);
+        }
     }
 }
 
@@ -56,19 +62,24 @@ pub struct Session {
     overflow: Option<usize>,
     /// Whether pages that no later query sees stay after the next step.
     keeps_unseen: bool,
+    /// The first position that has keys and values. Queries do not see earlier ones.
+    pub(in crate::model) first: usize,
+    /// What the session keeps for the head for multi-token prediction, if it follows the session.
+    pub(in crate::model) head: Option<Box<HeadState>>,
 }
 
 impl Session {
     /// An empty session of the model with that `id`, for up to `context` tokens.
     pub(in crate::model) fn new(shape: CacheShape, context: usize, model: u64) -> Session {
-        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None, keeps_unseen: false }
+        let (pages, overflow) = (Vec::new(), None);
+        Session { shape, pages, len: 0, context, model, overflow, keeps_unseen: false, first: 0, head: None }
     }
 
     /// Another session with the same tokens, independent of this one.
     ///
     /// The two share pages of 64 positions; a shared page is copied when one of them adds to it.
     pub fn fork(&self) -> Session {
-        Session { pages: self.pages.clone(), shape: self.shape.clone(), ..*self }
+        Session { pages: self.pages.clone(), shape: self.shape.clone(), head: self.head.clone(), ..*self }
     }
 
     /// Tokens in the cache.
@@ -93,7 +104,8 @@ impl Session {
 
     /// Bytes of the pages from page `index` on.
     pub(crate) fn bytes_from(&self, index: usize) -> usize {
-        self.pages.iter().skip(index).map(Page::len).sum()
+        let pages: usize = self.pages.iter().skip(index).map(Page::len).sum();
+        pages.saturating_add(self.head.as_ref().map_or(0, |head| head.bytes_from(index)))
     }
 
     /// Removes all but the first `len` tokens, and returns how many are left. Does nothing if there are no more than that.
@@ -103,6 +115,8 @@ impl Session {
     pub fn truncate(&mut self, len: usize) -> usize {
         if len < self.len {
             self.len = (0..=len).rev().find(|len| self.sees_from(*len, &[])).unwrap_or(0);
+            let len = self.len;
+            self.head.iter_mut().for_each(|head| head.truncate(len));
         }
         // Also pages that a step has reserved and not filled: a fork would share them.
         self.pages.truncate(self.len.div_ceil(PAGE));
@@ -149,6 +163,41 @@ impl Session {
             let first = shape.first_kept(self.len).min(self.pages.len());
             self.pages[..first].iter_mut().for_each(|page| page.free(part));
         }
+        self.head.iter_mut().for_each(|head| head.free_unseen());
+    }
+
+    /// Makes the pages of the head those of the session, or takes that back, so that mixers compute in them.
+    pub(in crate::model) fn exchange_head(&mut self) {
+        if let Some(head) = &mut self.head {
+            head.exchange(&mut self.shape, &mut self.pages, &mut self.first);
+        }
+    }
+
+    /// Whether the head for multi-token prediction can guess from the next token.
+    pub(crate) fn can_guess(&self) -> bool {
+        self.head.as_ref().is_some_and(|head| head.is_ready(self.len))
+    }
+
+    /// Whether a head for multi-token prediction follows the session.
+    pub(crate) fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Ends guesses after `token`, the next one: what the head has computed for its own guesses is taken back.
+    pub(crate) fn end_guesses(&mut self, token: u32) {
+        let len = self.len;
+        self.head.iter_mut().for_each(|head| head.end_guesses(len, token));
+    }
+
+    /// Lets a head follow the session from now on, if none does. `shape` makes the shape of the head's cache.
+    pub(in crate::model) fn follow(&mut self, shape: impl FnOnce(CacheType) -> CacheShape, hidden: usize) {
+        let (cache_type, len) = (self.shape.cache_type, self.len);
+        self.head.get_or_insert_with(|| Box::new(HeadState::new(shape(cache_type), hidden, len)));
+    }
+
+    /// Frees what the session keeps for a head.
+    pub(crate) fn drop_head(&mut self) {
+        self.head = None;
     }
 
     /// Checks that the cache holds the keys and values of all tokens.
@@ -179,7 +228,8 @@ impl Session {
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let end = (index + 1) * PAGE;
         let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
-        Some(SharedPage { page: page.clone(), model: self.model })
+        let head = self.head.as_ref().and_then(|head| head.page(index));
+        Some(SharedPage { page: page.clone(), head, model: self.model })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these
@@ -193,14 +243,15 @@ impl Session {
         if !page.page.is_whole() {
             return Err(Error::argument("page", "a page with a freed part", "a whole page"));
         }
-        self.attach(page, tokens)
+        self.attach(page, tokens, None)
     }
 
     /// As [`Session::attach_page`], but parts of the page may be freed: [`Session::attachable`] says whether that matters.
+    /// `next` is the token after those in the page, if it is the session's next token, too.
     ///
     /// # Errors
     /// As for [`Session::attach_page`].
-    pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
+    pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize, next: Option<u32>) -> Result<()> {
         if page.model != self.model {
             return Err(Error::argument("page", "a page of another model", "a page of this model"));
         }
@@ -210,6 +261,9 @@ impl Session {
         }
         if tokens > self.context - self.len {
             return Err(Error::ContextFull { used: self.len, requested: tokens, context: self.context });
+        }
+        if let Some(head) = &mut self.head {
+            head.attach(page.head.as_ref(), self.len, tokens, next);
         }
         self.pages.push(page.page.clone());
         self.len += tokens;
@@ -221,19 +275,26 @@ impl Session {
         if let Some(own) = self.pages.get_mut(index) {
             own.replace_by(&page.page);
         }
+        if let (Some(own), Some(page)) = (&mut self.head, &page.head) {
+            own.replace_page(index, page);
+        }
     }
 
     /// Bytes that the next `tokens` tokens take: new pages, and a copy of the last one where it is shared.
     pub fn bytes_for(&self, tokens: usize) -> usize {
         let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
         let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
-        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied)
+        let head = self.head.as_ref().map_or(0, |head| head.bytes_for(self.len.saturating_add(tokens)));
+        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied).saturating_add(head)
     }
 
     /// Bytes that the next `tokens` tokens add to what the session keeps, computed in steps of any size.
     pub(crate) fn kept_bytes_for(&self, tokens: usize) -> usize {
         let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
-        self.shape.kept_bytes(self.len.saturating_add(tokens)).saturating_sub(self.bytes()).saturating_add(copied)
+        let all = self.len.saturating_add(tokens);
+        let head = self.head.as_ref().map_or(0, |head| head.kept_bytes(all));
+        let kept = self.shape.kept_bytes(all).saturating_add(head);
+        kept.saturating_sub(self.bytes()).saturating_add(copied)
     }
 
     /// Allocates pages for `tokens` more tokens, and copies the last one where it is shared.

@@ -151,7 +151,7 @@ impl Scheduler {
         if let Some(count) = options.draft_tokens.filter(|count| !(1..=MAX_DRAFT).contains(count)) {
             return Err(Error::argument("draft_tokens", count, format_args!("1 to {MAX_DRAFT}")));
         }
-        let drafter = Drafter::new(&model, draft, &options)?;
+        let drafter = Drafter::new(&model, draft, options.speculation, options.draft_tokens)?;
         Ok(Scheduler {
             model,
             drafter,

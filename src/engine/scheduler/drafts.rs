@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::super::sampler::Sampler;
 use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, MAX_GUESSES, Speculation, ngram_lookup};
-use super::SchedulerOptions;
 use super::entry::Entry;
 use crate::error::{Error, Result};
 use crate::model::{Guess, Input, Logits, Model, Session};
@@ -36,8 +35,12 @@ impl Drafter {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a model without a head where its drafts are asked for; those of loading it.
-    pub(super) fn new(model: &Arc<Model>, draft: Option<Arc<Model>>, options: &SchedulerOptions) -> Result<Drafter> {
-        let SchedulerOptions { speculation, draft_tokens, .. } = *options;
+    pub(super) fn new(
+        model: &Arc<Model>,
+        draft: Option<Arc<Model>>,
+        speculation: Speculation,
+        draft_tokens: Option<usize>,
+    ) -> Result<Drafter> {
         let source = match (draft, speculation) {
             (Some(_), Speculation::Mtp) => {
                 return Err(Error::argument("draft", "a model", "none, as speculation is \"mtp\""));

@@ -82,8 +82,9 @@ impl<'a> Planner<'a> {
         for layer in 0..planner.sizes.layers {
             planner.layer(layer, &format!("{}{layer}.", family.layers))?;
         }
-        let head = mtp::find(family, settings, &planner.sizes, files, base).transpose();
-        let head = head.map(|found| {
+        let layers = family.layers.replace('~', base);
+        let found = family.mtp.and_then(|head| mtp::find(head, &layers, settings, &planner.sizes, files).transpose());
+        let head = found.map(|found| {
             let count = planner.planned.len();
             let planned = found.and_then(|found| planner.add_head(&found));
             if planned.is_err() {

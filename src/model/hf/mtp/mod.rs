@@ -7,7 +7,6 @@ use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::safetensors::SafeTensors;
 use crate::model::arch;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
-use crate::model::hf::families::HfFamily;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{Size, Sizes};
 
@@ -90,20 +89,19 @@ pub(in crate::model::hf) struct FoundHead {
     pub(in crate::model::hf) layer: String,
 }
 
-/// Finds the head of a checkpoint whose names begin with `base`; `None` where there is no tensor of one. Of several layers, the
-/// first one is used.
+/// Finds the head of a checkpoint whose layers have names that begin with `layers` and their number; `None` where there is no
+/// tensor of one. Of several layers, the first one is used.
 pub(in crate::model::hf) fn find(
-    family: &HfFamily,
+    head: HfHead,
+    layers: &str,
     settings: &Settings,
     sizes: &Sizes,
     files: &SafeTensors,
-    base: &str,
 ) -> Result<Option<FoundHead>> {
-    let Some(head) = family.mtp else { return Ok(None) };
     let is_there = |prefix: &str| files.tensors().iter().any(|tensor| tensor.name().starts_with(prefix));
     Ok(match head.place {
         HeadPlace::BehindLast => {
-            let layer = format!("{}{}.", family.layers.replace('~', base), sizes.layers);
+            let layer = format!("{layers}{}.", sizes.layers);
             let has_head = settings.number(&["num_nextn_predict_layers"])? > 0 && is_there(&layer);
             has_head.then(|| FoundHead { head, names: layer.clone(), layer })
         }

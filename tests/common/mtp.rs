@@ -77,6 +77,6 @@ pub(crate) fn mtp_goldens() -> Vec<MtpGolden> {
         }
     };
     let goldens: Vec<MtpGolden> = folders.into_iter().map(read).collect();
-    assert_eq!(goldens.len(), 2);
+    assert_eq!(goldens.len(), 3);
     goldens
 }

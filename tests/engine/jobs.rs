@@ -47,6 +47,7 @@ impl Job {
     }
 
     pub(crate) fn sequence(&self, model: &Model) -> Sequence {
+        // Tiny models with a vocabulary would end after a few tokens.
         Sequence::new(model, &self.prompt, self.options.clone()).unwrap().with_ends(Vec::new())
     }
 

@@ -11,6 +11,7 @@ mod ends;
 mod examples;
 mod jobs;
 mod mtp;
+mod recurrent;
 mod sampler;
 mod scheduler;
 mod sequences;

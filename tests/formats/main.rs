@@ -13,6 +13,7 @@ mod gguf_reader;
 mod gguf_writer;
 mod hf_families;
 mod hf_folders;
+mod hf_recurrent;
 mod hf_safetensors;
 #[cfg(feature = "tokenizers")]
 mod tokenizers;

@@ -51,7 +51,7 @@ fn goldens() -> Vec<Golden> {
         }
     };
     let goldens: Vec<Golden> = folders.into_iter().map(read).collect();
-    assert_eq!(goldens.len(), 71);
+    assert_eq!(goldens.len(), 91);
     goldens
 }
 

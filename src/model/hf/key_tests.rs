@@ -19,7 +19,11 @@ fn configs() -> Vec<Map<String, Value>> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
     let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
-    let goldens = list("goldens").chain(encoders).map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let recurrent = list("recurrent").filter(|folder| folder.join("config.json").is_file());
+    let goldens = list("goldens")
+        .chain(encoders)
+        .chain(recurrent)
+        .map(|folder| std::fs::read(folder.join("config.json")).unwrap());
     let variants = list("variants").map(|file| {
         let bytes = std::fs::read(file).unwrap();
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -38,7 +42,7 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
     Packing::read(&settings, Path::new("")).unwrap();
     // A configuration that is refused has been read that far.
-    let Ok(mut sizes) = Sizes::read(&settings, family.adjust) else { return settings.keys_read() };
+    let Ok(mut sizes) = Sizes::read(&settings, family.attends, family.adjust) else { return settings.keys_read() };
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
     _ = heads::is_bidirectional(&settings);

@@ -55,11 +55,11 @@ mod mtp;
 mod packings;
 mod planner;
 mod rope;
+mod rows;
 mod settings;
 mod sizes;
 mod switches;
 mod tokenizer;
-mod transform;
 mod transformers;
 mod xielu;
 
@@ -70,15 +70,16 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
+use crate::quant::pack::Rows;
 use families::ActivationSource;
 use metadata::ComputedTensor;
 use modules::ModuleTensor;
 use packings::Packing;
 use packings::matrix::PackedRows;
 use planner::{Planned, Planner};
+use rows::{Arranged, Computed, Mapped, TiledColumns};
 use settings::Settings;
 use sizes::Sizes;
-use transform::{Arranged, Computed};
 
 /// A folder with `config.json` and safetensors files.
 #[derive(Debug)]
@@ -135,8 +136,9 @@ impl HfFolder {
             }
         };
         let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
+        let family = (family.variant)(&settings)?.unwrap_or(family);
         let packing = Packing::read(&settings, path)?;
-        let mut sizes = Sizes::read(&settings, family.adjust)?;
+        let mut sizes = Sizes::read(&settings, family.attends, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes)?;
         let (mut metadata, computed, modules) = keys::write(family, &settings, &sizes, path, &name(path))?;
@@ -186,6 +188,27 @@ impl HfFolder {
     }
 }
 
+impl HfFolder {
+    /// The rows of a tensor as they are in the files, in their order.
+    fn rows_of<'a>(&'a self, planned: &'a Planned) -> Option<Box<dyn Rows + 'a>> {
+        let Planned { dims, block_type, parts, packed, order, blocks, .. } = planned;
+        if let Some(blocks) = blocks {
+            return Some(Box::new(blocks.rows(&self.files)?));
+        }
+        if !packed.is_empty() {
+            return Some(Box::new(PackedRows::new(&self.files, packed, *order)));
+        }
+        let bytes = parts.iter().map(|part| self.files.tensors().get(*part).map(|tensor| self.files.data(tensor)));
+        Some(Box::new(Arranged {
+            block_type: *block_type,
+            parts: bytes.collect::<Option<_>>()?,
+            order: *order,
+            columns: *dims.first()?,
+            is_vector: dims.len() == 1,
+        }))
+    }
+}
+
 /// The name of the model in a folder: that of the folder, or in the cache of the Hub that of the repository.
 fn name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
@@ -210,7 +233,7 @@ impl Checkpoint for HfFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
-        let Some(Planned { dims, block_type, parts, packed, order, blocks, .. }) = self.tensors.get(at) else {
+        let Some(planned) = self.tensors.get(at) else {
             let at = at - self.tensors.len();
             if let Some(module) = at.checked_sub(self.computed.len()) {
                 return self.modules.get(module).map(ModuleTensor::tensor);
@@ -218,22 +241,16 @@ impl Checkpoint for HfFolder {
             let values = &self.computed.get(at)?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
-        if let Some(blocks) = blocks {
-            return Some(Tensor { dims: dims.clone(), rows: Box::new(blocks.rows(&self.files)?) });
+        let mut rows = self.rows_of(planned)?;
+        let dims = planned.dims.clone();
+        let columns = *dims.first()?;
+        if let Some(order) = planned.columns {
+            rows = Box::new(TiledColumns { rows, order, columns });
         }
-        if !packed.is_empty() {
-            let rows = PackedRows::new(&self.files, packed, *order);
-            return Some(Tensor { dims: dims.clone(), rows: Box::new(rows) });
+        if let Some(mapping) = &planned.mapping {
+            rows = Box::new(Mapped { rows, mapping, columns, is_vector: dims.len() == 1 });
         }
-        let bytes = parts.iter().map(|part| self.files.tensors().get(*part).map(|tensor| self.files.data(tensor)));
-        let rows = Arranged {
-            block_type: *block_type,
-            parts: bytes.collect::<Option<_>>()?,
-            order: *order,
-            columns: *dims.first()?,
-            is_vector: dims.len() == 1,
-        };
-        Some(Tensor { dims: dims.clone(), rows: Box::new(rows) })
+        Some(Tensor { dims, rows })
     }
 
     fn names(&self) -> Vec<&str> {

@@ -70,7 +70,7 @@ impl Head {
             loader.linear(&[Part::new(name(suffix), vocabulary)], hidden).map(Some)
         };
         let layer = Layer::load(loader, &whole, index)?;
-        let one = Config { layers: vec![mtp.layer], ..config.clone() };
+        let one = Config { layers: vec![mtp.layer], recurrent: None, ..config.clone() };
         let head = Head {
             input,
             embedding_norm: norm("enorm")?,
@@ -104,7 +104,7 @@ impl Head {
 fn widths(config: &Config, layer: &Layer) -> Widths {
     let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
     if let Some(own) = config.layers.first() {
-        layer.mixer.widen(own, &mut widths.mixers);
+        layer.mixer.widen(config, own, &mut widths.mixers);
     }
     layer.ffn.widen(config, &mut widths.ffn);
     widths.input = (2 * config.hidden).max(widths.mixers.input).max(widths.ffn.input);

@@ -2,6 +2,7 @@
 
 pub(super) mod cache;
 mod head;
+pub(super) mod recurrent;
 pub(super) mod session;
 pub(super) mod session_file;
 mod whole_head_int8;

@@ -55,7 +55,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_m
             Engine(tiny_model, draft=draft)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_5"])
 def test_a_head_guesses_as_in_transformers_and_changes_nothing(family: str, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     _native.convert(MTP / family, file, "f32")

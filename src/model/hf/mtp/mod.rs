@@ -6,9 +6,9 @@ use crate::error::Result;
 use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::safetensors::SafeTensors;
 use crate::model::arch;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Values, tensor};
 use crate::model::hf::settings::Settings;
-use crate::model::hf::sizes::{Size, Sizes};
+use crate::model::hf::sizes::{LayerKind, Size, Sizes};
 
 /// How a family's checkpoints store the head.
 #[derive(Clone, Copy)]
@@ -37,9 +37,10 @@ const SEPARATE: &[&str] = &["mtp.", "model.mtp."];
 /// The projection of embedding and state.
 const PROJECTION: &[Size] = &[Size::TwiceHidden, Size::Hidden];
 
-/// Like the last layer.
+/// Like the last layer of attention.
 fn like_last(_: &Settings, sizes: &Sizes) -> Result<usize> {
-    Ok(sizes.layers.saturating_sub(1))
+    let attends = |layer: &usize| sizes.kind(*layer) == LayerKind::Attention;
+    Ok((0..sizes.layers).rev().find(attends).unwrap_or(sizes.layers.saturating_sub(1)))
 }
 
 /// DeepSeek's names, which GLM has, too.
@@ -68,19 +69,23 @@ pub(in crate::model::hf) const HUNYUAN_HEAD: HfHead = HfHead {
     ..DEEPSEEK_HEAD
 };
 
-/// Qwen's names, with `transform` for the weights of norms.
-pub(in crate::model::hf) const fn qwen_entries(transform: Transform) -> [Entry; 4] {
+/// Qwen's names, with what happens to the weights of norms.
+const fn qwen_entries(norms: Values) -> [Entry; 5] {
     [
         tensor("nextn.eh_proj", "fc").dims(PROJECTION),
-        tensor("nextn.enorm", "pre_fc_norm_embedding").by(transform),
-        tensor("nextn.hnorm", "pre_fc_norm_hidden").by(transform),
-        tensor("nextn.shared_head_norm", "norm").by(transform),
+        tensor("nextn.enorm", "pre_fc_norm_embedding").mapped(norms),
+        tensor("nextn.hnorm", "pre_fc_norm_hidden").mapped(norms),
+        tensor("nextn.shared_head_norm", "norm").mapped(norms),
+        tensor("nextn.embed_tokens", "embed_tokens").when(Need::Optional),
     ]
 }
 
-/// A head under Qwen's names.
-pub(in crate::model::hf) const QWEN_HEAD: HfHead =
-    HfHead { place: HeadPlace::Separate, entries: &qwen_entries(Transform::Copy), ..DEEPSEEK_HEAD };
+/// A head under Qwen's names, as Mellum has it.
+pub(in crate::model::hf) const MELLUM_HEAD: HfHead =
+    HfHead { place: HeadPlace::Separate, entries: &qwen_entries(Values::Same), ..DEEPSEEK_HEAD };
+
+/// A head under Qwen's names, whose norms are of 1 + weight.
+pub(in crate::model::hf) const QWEN_HEAD: HfHead = HfHead { entries: &qwen_entries(Values::AddOne), ..MELLUM_HEAD };
 
 /// The head of a checkpoint: what stands before the names of its tensors and before those of its layer.
 pub(in crate::model::hf) struct FoundHead {

@@ -4,10 +4,13 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::hf_folder::{number, open, read, recurrent};
 use nybble::format::Checkpoint;
 use nybble::format::gguf::{Gguf, Value};
+use nybble::model::convert::convert_path;
 use nybble::model::hf::HfFolder;
 use nybble::quant::block::BlockType;
+use serde_json::json;
 
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
@@ -55,6 +58,7 @@ const ADDED: &[&str] = &[
     "expert_feed_forward_length",
     "expert_gating_func",
     "expert_shared_count",
+    "expert_shared_feed_forward_length",
     "expert_weights_norm",
     "hidden_activation",
     "leading_dense_block_count",
@@ -164,4 +168,95 @@ fn folders_become_the_files_of_llama_cpp() {
         }
     }
     assert!(all.is_empty(), "{all:#?}");
+}
+
+#[test]
+fn families_that_llama_cpp_does_not_have_get_the_names_of_their_relatives() {
+    let folder = open(&recurrent("olmo_hybrid"));
+    let expected: &[(&str, &[usize])] = &[
+        ("blk.0.attn_norm.weight", &[32]),
+        ("blk.0.ffn_norm.weight", &[32]),
+        ("blk.0.attn_qkv.weight", &[32, 96]),
+        ("blk.0.ssm_conv1d.weight", &[4, 96]),
+        ("blk.0.attn_gate.weight", &[32, 48]),
+        ("blk.0.ssm_alpha.weight", &[32, 2]),
+        ("blk.0.ssm_beta.weight", &[32, 2]),
+        ("blk.0.ssm_dt.bias", &[2]),
+        ("blk.0.ssm_a", &[2]),
+        ("blk.0.ssm_norm.weight", &[24]),
+        ("blk.0.ssm_out.weight", &[48, 32]),
+        ("blk.3.post_attention_norm.weight", &[32]),
+        ("blk.3.post_ffw_norm.weight", &[32]),
+        ("blk.3.attn_q_norm.weight", &[32]),
+    ];
+    for (name, dims) in expected {
+        assert_eq!(read(&folder, name).0, *dims, "{name}");
+    }
+    assert!(folder.tensor("blk.3.attn_norm.weight").is_none() && folder.tensor("blk.0.post_ffw_norm.weight").is_none());
+    let source = recurrent("olmo_hybrid");
+    let rows = read(&folder, "blk.0.attn_qkv.weight").1;
+    for (part, first) in [("q", 0), ("k", 24), ("v", 48)] {
+        assert_eq!(
+            rows[first * 32],
+            source.value(&format!("model.layers.0.linear_attn.{part}_proj.weight"), 0),
+            "{part}"
+        );
+    }
+    for (key, expected) in [
+        ("state_size", 12.0),
+        ("inner_size", 48.0),
+        ("group_count", 2.0),
+        ("time_step_rank", 2.0),
+        ("norm_epsilon", 1e-5),
+    ] {
+        assert_eq!(number(&folder, &format!("olmo-hybrid.ssm.{key}")), expected, "{key}");
+    }
+    let folder = open(&recurrent("rwkv"));
+    let expected: &[(&str, &[usize])] = &[
+        ("token_embd_norm.bias", &[32]),
+        ("output_norm.bias", &[32]),
+        ("output.weight", &[32, 288]),
+        ("blk.2.attn_norm.bias", &[32]),
+        ("blk.2.attn_norm_2.weight", &[32]),
+        ("blk.2.time_mix_lerp_k.weight", &[32]),
+        ("blk.2.time_mix_decay.weight", &[32]),
+        ("blk.2.time_mix_output.weight", &[32, 32]),
+        ("blk.2.channel_mix_lerp_r.weight", &[32]),
+        ("blk.2.channel_mix_key.weight", &[32, 48]),
+        ("blk.2.channel_mix_value.weight", &[48, 32]),
+    ];
+    for (name, dims) in expected {
+        assert_eq!(read(&folder, name).0, *dims, "{name}");
+    }
+    for (key, expected) in [
+        ("attention.head_count", 0.0),
+        ("attention.layer_norm_epsilon", 1e-5),
+        ("context_length", 256.0),
+        ("feed_forward_length", 48.0),
+        ("output_norm_epsilon", 1e-5),
+        ("rescale_every", 6.0),
+    ] {
+        assert_eq!(number(&folder, &format!("rwkv4.{key}")), expected, "{key}");
+    }
+    assert_eq!(number(&open(&recurrent("rwkv").set("rescale_every", json!(-1))), "rwkv4.rescale_every"), 0.0);
+}
+
+#[test]
+fn small_tensors_of_mixers_stay_floats_in_converted_files() {
+    for name in ["mamba", "mamba2", "kimi_linear", "qwen3_5_moe", "lfm2", "rwkv"] {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.gguf");
+        convert_path(&data().join("goldens").join(name), &out, BlockType::Q8_0, None).unwrap();
+        let file = Gguf::open(&out).unwrap();
+        let mut blocks = 0;
+        for (tensor, block_type) in file.tensors().iter().map(|tensor| (tensor.name(), tensor.block_type())) {
+            let small = ["conv1d", "shortconv.conv", "_norm", "time_mix_lerp", "gate_inp", ".bias"];
+            if small.iter().any(|part| tensor.contains(part)) || tensor.ends_with("ssm_a") || tensor.ends_with("ssm_d")
+            {
+                assert_eq!(block_type, BlockType::F32, "{name}: {tensor}");
+            }
+            blocks += usize::from(block_type == BlockType::Q8_0);
+        }
+        assert!(blocks > 4, "{name}: matrices are in blocks");
+    }
 }

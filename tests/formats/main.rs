@@ -14,6 +14,7 @@ mod gguf_writer;
 mod hf_families;
 mod hf_folders;
 mod hf_recurrent;
+mod hf_recurrent_settings;
 mod hf_safetensors;
 #[cfg(feature = "tokenizers")]
 mod tokenizers;

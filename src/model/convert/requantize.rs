@@ -12,20 +12,29 @@ use crate::quant::pack::Rows;
 use crate::quant::scale_range::ScaleRange;
 
 /// The type to store the tensor `name` in when matrices are wanted in `wanted`. `None` for tensors that are always F32:
-/// vectors, norms, learned positions, routers and heads are small, and the quality depends on them.
+/// vectors, norms, learned positions, routers, heads, convolutions and decays are small, and the quality depends on them.
 ///
 /// The embedding, the output and what decides how fast recurrent states decay need more bits than the rest: where 4 are
 /// wanted, they have 8.
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
-    let is_small =
-        ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias", ".ssm_a", ".ssm_d", ".shortconv.conv"]
+    let is_small = [
+        "_norm",
+        "position_embd",
+        "token_types",
+        "ffn_gate_inp",
+        "_inp_shexp",
+        ".bias",
+        ".ssm_a",
+        ".ssm_d",
+        ".shortconv.conv",
+    ]
+    .iter()
+    .any(|end| stem.ends_with(end))
+        || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
+        || [".altup_", ".laurel_", ".ssm_conv1d", ".time_mix_lerp", ".channel_mix_lerp"]
             .iter()
-            .any(|end| stem.ends_with(end))
-            || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
-            || [".altup_", ".laurel_", ".ssm_conv1d", ".time_mix_lerp", ".channel_mix_lerp"]
-                .iter()
-                .any(|part| stem.contains(part));
+            .any(|part| stem.contains(part));
     if dims.len() < 2 || is_small {
         return None;
     }

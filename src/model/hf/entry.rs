@@ -11,6 +11,8 @@ pub(super) enum Transform {
     Copy,
     /// In each head, rows `i` and `i + rotary / 2` become neighbors, the order that llama.cpp rotates in for some families.
     PairNeighbors,
+    /// As `PairNeighbors`, for heads that are not rotated: llama.cpp's converter does it for them as well.
+    PairHeads,
     /// Query, key and value rows that are grouped by head, or by key/value head, become all queries, then all keys, then all
     /// values.
     Ungroup,

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::switches::WITHOUT_INFLUENCE;
 use crate::model::arch;
-use crate::model::hf::entry::Need;
+use crate::model::hf::entry::{Need, Values};
 use crate::model::hf::families::{self, HfFamily};
 use crate::model::hf::packings::Packing;
 use crate::model::hf::settings::Settings;
@@ -19,11 +19,7 @@ fn configs() -> Vec<Map<String, Value>> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
     let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
-    let recurrent = list("recurrent").filter(|folder| folder.join("config.json").is_file());
-    let goldens = list("goldens")
-        .chain(encoders)
-        .chain(recurrent)
-        .map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let goldens = list("goldens").chain(encoders).map(|folder| std::fs::read(folder.join("config.json")).unwrap());
     let variants = list("variants").map(|file| {
         let bytes = std::fs::read(file).unwrap();
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -48,6 +44,9 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     _ = heads::is_bidirectional(&settings);
     _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
+        if let Values::Scaled(factors) = entry.values {
+            _ = factors(&settings, &sizes);
+        }
         for need in [entry.weight, entry.bias] {
             match need {
                 Need::If(key) | Need::Unless(key) => _ = settings.get(key),

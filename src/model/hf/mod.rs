@@ -5,7 +5,7 @@
 //! dimensions and order of rows. Nothing is copied: rows are read from the mapped files on demand.
 //!
 //! A family is an entry in `families/`: the names in its configuration, and the tensors of GGUF that its tensors become
-//! (`entry.rs`). `planner.rs` finds the tensors, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits
+//! (`entry.rs`). `planner.rs` finds the tensors, `rows/` arranges their rows, `packings/` reads those that are in 4 bits
 //! already, `keys.rs` and `rope.rs` write the metadata.
 //!
 //! # Keys
@@ -38,8 +38,22 @@
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
 //!
+//! Families with recurrent layers have llama.cpp's keys: `ssm.*`, `shortconv.l_cache`, `kda.head_dim`, and which layers are
+//! recurrent, by zeros in `attention.head_count_kv` or by `attention.recurrent_layers`. In addition, nybble's own:
+//!
+//! | key | in | |
+//! | --- | --- | --- |
+//! | `ssm.time_step_min`, `ssm.time_step_max` | Mamba-2 | bounds of time steps, where there are any |
+//! | `ssm.norm_before_gate` | falcon-h1 | whether the norm of a mixer that has one comes before its gate |
+//! | `ssm.dt_b_c_rms_epsilon` | mamba | epsilon of the norms of time steps, what is written and what is read |
+//! | `ssm.norm_epsilon` | olmo-hybrid | epsilon of `ssm_norm` |
+//! | `ssm.beta_scale` | olmo-hybrid | factor of beta, 1 without the key |
+//! | `output_norm_epsilon` | rwkv4 | epsilon of the last norm |
+//! | `rescale_every` | rwkv4 | layers after which transformers halves the residual stream; 0 for none |
+//!
 //! # Tensors
-//! Tensors have llama.cpp's names. It does not know `opt`, which has the names of its relatives, those of BERT
+//! Tensors have llama.cpp's names. It does not know `olmo-hybrid`, which has the names of `qwen35` with heads of values in the
+//! order of the checkpoint, `rwkv4`, which has those of `rwkv6`, and `opt`, which has the names of its relatives, those of BERT
 //! (`attn_output_norm`, `layer_output_norm`) where norms follow the layers, and nybble's own `token_embd_proj` and
 //! `output_proj` where embedding and layers have different widths.
 

@@ -6,6 +6,9 @@ use super::heads;
 use super::settings::Settings;
 use crate::error::Result;
 
+/// The largest number of layers, more than any known model has.
+const MAX_LAYERS: usize = 1024;
+
 /// The sizes of a model, each 1 to 2^24, or 0 where the family does not have it.
 #[derive(Debug, Clone)]
 pub(super) struct Sizes {
@@ -282,7 +285,11 @@ fn layers(settings: &Settings) -> Result<usize> {
         Some((_, Value::String(letters))) => letters.len(),
         _ => 0,
     };
-    if listed > 0 { Ok(listed) } else { settings.count(KEYS) }
+    let layers = if listed > 0 { listed } else { settings.count(KEYS)? };
+    if layers > MAX_LAYERS {
+        return Err(settings.malformed(KEYS[0], layers, format_args!("at most {MAX_LAYERS}")));
+    }
+    Ok(layers)
 }
 
 /// One dimension of a tensor.

@@ -100,7 +100,7 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) radius: bool,
     /// The family that takes its place where `use_bidirectional_attention` is on.
     pub(in crate::model::hf) bidirectional: Option<&'static HfFamily>,
-    /// Whether layers attend. Otherwise the configuration has no heads, and no length of texts.
+    /// Whether layers attend. Otherwise the configuration has no heads and no context length.
     pub(in crate::model::hf) attends: bool,
     /// The family that takes its place where the configuration describes another architecture.
     pub(in crate::model::hf) variant: fn(&Settings) -> Result<Option<&'static HfFamily>>,

@@ -127,6 +127,44 @@ mod tests {
         found
     }
 
+    /// One row of `bytes` blocks of a type.
+    struct Blocks(BlockType, Vec<u8>);
+
+    impl Rows for Blocks {
+        fn block_type(&self) -> BlockType {
+            self.0
+        }
+
+        fn row<'a>(&'a self, _index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
+            &self.1
+        }
+    }
+
+    #[test]
+    fn heads_of_columns_change_places() {
+        // Two heads of keys with three heads of values each.
+        let order = |head| HeadOrder::of(2, 3, head);
+        let expected = [0.0, 1.0, 6.0, 7.0, 2.0, 3.0, 8.0, 9.0, 4.0, 5.0, 10.0, 11.0];
+        let values: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let rows = TiledColumns { rows: Box::new(Computed(&values)), order: order(2), columns: 12 };
+        let mut scratch = Vec::new();
+        let bytes = rows.row(0, &mut scratch);
+        let found: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        assert_eq!(found, expected);
+        // Blocks within a head move as they are; heads that share a block become floats.
+        let blocks: Vec<u8> = (0..6u8).flat_map(|block| [0, 60].into_iter().chain([block; 16])).collect();
+        let packed = |head| TiledColumns {
+            rows: Box::new(Blocks(BlockType::Q4_0, blocks.clone())),
+            order: order(head),
+            columns: 6 * 32,
+        };
+        let whole = packed(32);
+        assert_eq!(whole.block_type(), BlockType::Q4_0);
+        let moved: Vec<u8> = whole.row(0, &mut scratch).chunks(18).map(|block| block[2]).collect();
+        assert_eq!(moved, [0, 3, 1, 4, 2, 5]);
+        assert_eq!(packed(16).block_type(), BlockType::F32);
+    }
+
     #[test]
     fn values_are_mapped() {
         assert_eq!(mapped(&[0.0, 1.0, 2.0], 3, &Mapping::AddOne), [1.0, 2.0, 3.0]);

@@ -53,7 +53,12 @@ impl HeadOrder {
     /// The order of heads of this many values.
     pub(in crate::model::hf) fn new(sizes: &Sizes, head: usize) -> HeadOrder {
         let key_heads = sizes.recurrent.groups.max(1);
-        HeadOrder { key_heads, per_key: (sizes.recurrent.heads / key_heads).max(1), head: head.max(1) }
+        HeadOrder::of(key_heads, (sizes.recurrent.heads / key_heads).max(1), head.max(1))
+    }
+
+    /// The order of `per_key` heads of `head` values for each of `key_heads` heads.
+    pub(super) fn of(key_heads: usize, per_key: usize, head: usize) -> HeadOrder {
+        HeadOrder { key_heads, per_key, head }
     }
 
     /// The head of the checkpoint that becomes head `index`.
@@ -128,6 +133,7 @@ impl RowOrder {
                 RowOrder::DeltaGroups { groups, key: recurrent.state, values: recurrent.inner / groups, gate }
             }
             Transform::PairNeighbors => RowOrder::PairNeighbors { head_dim, rotary },
+            Transform::PairHeads => RowOrder::PairNeighbors { head_dim, rotary: head_dim },
             Transform::Ungroup => RowOrder::Ungroup { heads, kv_heads, head_dim },
             Transform::Skip(rows) => RowOrder::Skip(rows),
             Transform::SkipPadding => RowOrder::Skip(sizes.padding),

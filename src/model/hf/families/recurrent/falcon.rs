@@ -33,10 +33,10 @@ pub(in crate::model::hf::families) const FALCON_H1: HfFamily = HfFamily {
     mixer: "mamba",
     activation: ActivationSource::Is("silu"),
     adjust: |settings, sizes| {
-        let inner = settings.optional_count(&["mamba_d_ssm"])?;
+        let expanded = settings.count(&["mamba_expand"])? * sizes.hidden;
         sizes.recurrent = RecurrentSizes {
             kernel: settings.count(&["mamba_d_conv"])?,
-            inner: inner.map_or_else(|| Ok(settings.count(&["mamba_expand"])? * sizes.hidden), Ok)?,
+            inner: settings.optional_count(&["mamba_d_ssm"])?.unwrap_or(expanded),
             state: settings.count(&["mamba_d_state"])?,
             heads: settings.count(&["mamba_n_heads"])?,
             groups: settings.count(&["mamba_n_groups"])?,
@@ -49,8 +49,8 @@ pub(in crate::model::hf::families) const FALCON_H1: HfFamily = HfFamily {
     keys: |keys| {
         recurrent_keys(keys);
         time_step_limits(keys)?;
-        let settings = keys.settings;
-        if settings.switch("mamba_rms_norm", false)? && settings.switch("mamba_norm_before_gate", true)? {
+        let is_first = keys.settings.switch("mamba_norm_before_gate", true)?;
+        if keys.settings.switch("mamba_rms_norm", false)? && is_first {
             keys.set("ssm.norm_before_gate", true);
         }
         Ok(())

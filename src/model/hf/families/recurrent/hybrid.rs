@@ -17,7 +17,7 @@ use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
 use Need::{Dense, If, IfSo, Sparse, Untied};
-use Transform::{PairNeighbors, RowsOfPart, Stack};
+use Transform::{PairHeads, PairNeighbors, RowsOfPart, Stack};
 
 /// IBM Granite 4.
 pub(in crate::model::hf::families) const GRANITE_HYBRID: HfFamily = HfFamily {
@@ -192,8 +192,8 @@ pub(in crate::model::hf::families) const NEMOTRON_H: HfFamily = HfFamily {
         &mamba2(If("use_bias"), IfSo(|settings| settings.switch_of(&["mamba_conv_bias", "use_conv_bias"], true))),
         &only(
             [
-                tensor("attn_q", "#.q_proj"),
-                tensor("attn_k", "#.k_proj"),
+                tensor("attn_q", "#.q_proj").by(PairHeads),
+                tensor("attn_k", "#.k_proj").by(PairHeads),
                 tensor("attn_v", "#.v_proj"),
                 tensor("attn_output", "#.o_proj"),
             ],

@@ -23,9 +23,8 @@ pub(super) const BACKBONE: &[Entry] = &[
 /// Gu and Dao 2023, arXiv 2312.00752.
 pub(in crate::model::hf::families) const MAMBA: HfFamily = HfFamily {
     model_types: &["mamba"],
-    // The width follows from `expand`; the others are of training and of ways to compute the same.
+    // Of training and of ways to compute the same.
     without_influence: &[
-        "intermediate_size",
         "rescale_prenorm_residual",
         "residual_in_fp32",
         "time_step_floor",

@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 
 /// Largest number of draft tokens of one sequence in a step.
 pub(super) const MAX_DRAFT: usize = 8;
-/// Largest number of tokens that a head guesses for one sequence in a step, unless the options have another.
-pub(super) const MAX_GUESSES: usize = 4;
+/// Largest number of tokens that a head drafts for one sequence in a step, unless the options have another.
+pub(super) const MAX_HEAD_DRAFT: usize = 4;
 /// Largest number of draft tokens of all sequences in a step.
 pub(super) const MAX_DRAFT_ROWS: usize = 48;
 /// With [`Speculation::Auto`], the largest number of rows in a step, draft tokens included. Further rows are not cheap.

@@ -90,7 +90,7 @@ fn describe(config: &Config) -> String {
         causal,
         generates: _,
         has_logits: _,
-        // Guesses do not change results.
+        // Draft tokens do not change results.
         mtp: _,
         classifier,
         dense,

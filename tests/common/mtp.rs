@@ -1,4 +1,4 @@
-//! Trained heads for multi-token prediction with the guesses of transformers, see tests/data/README.md.
+//! Trained heads for multi-token prediction with the drafts of transformers, see tests/data/README.md.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::path::{Path, PathBuf};
@@ -21,18 +21,18 @@ pub(crate) struct MtpGolden {
     pub(crate) logits: Vec<Vec<f32>>,
     /// `(rows, 48)`
     pub(crate) greedy: Vec<Vec<u32>>,
-    /// `(rows, 47)`: the head's guess of the token after each of `greedy`.
+    /// `(rows, 47)`: the head's draft of the token after each of `greedy`.
     pub(crate) drafts: Vec<Vec<u32>>,
-    /// `(rows, 3)`: guesses in a row after the first of `greedy`.
+    /// `(rows, 3)`: drafts in a row after the first of `greedy`.
     pub(crate) chain: Vec<Vec<u32>>,
 }
 
 impl MtpGolden {
-    /// How many guesses are accepted with one guess in a step, and how many are made.
+    /// How many draft tokens are accepted with one in a step, and how many are made.
     pub(crate) fn accepted(&self, row: usize) -> (usize, usize) {
         let (greedy, drafts) = (&self.greedy[row], &self.drafts[row]);
         let (mut at, mut accepted, mut made) = (0, 0, 0);
-        // The last token is not computed, so it needs no guess.
+        // The last token is not computed, so it needs no draft.
         while at + 2 < GENERATED {
             made += 1;
             let is_right = drafts[at] == greedy[at + 1];

@@ -37,7 +37,7 @@ fn jobs(golden: &MtpGolden) -> Vec<Job> {
 }
 
 #[test]
-fn one_guess_in_a_step_is_accepted_as_often_as_the_goldens_say() {
+fn one_draft_token_in_a_step_is_accepted_as_often_as_the_goldens_say() {
     for golden in mtp_goldens() {
         let model = load(&golden, Quantize::Stored);
         for (row, input) in golden.input.iter().enumerate() {
@@ -57,7 +57,7 @@ fn one_guess_in_a_step_is_accepted_as_often_as_the_goldens_say() {
 }
 
 #[test]
-fn guesses_never_change_a_token_in_any_batch() {
+fn drafts_of_a_head_never_change_a_token_in_any_batch() {
     for golden in mtp_goldens() {
         let jobs = jobs(&golden);
         for quantize in [Quantize::Stored, Quantize::Int4] {
@@ -82,7 +82,7 @@ fn guesses_never_change_a_token_in_any_batch() {
                     let stats = scheduler.stats();
                     assert!(stats.drafted_tokens > 100, "{stats:?}");
                     let share = stats.accepted_tokens as f64 / stats.drafted_tokens as f64;
-                    // Heads in INT4 guess almost as well as they do in F32.
+                    // Heads in INT4 draft almost as well as they do in F32.
                     assert!(share > 0.2, "{}, {speculation:?}, {draft_tokens:?}: {stats:?}", golden.name);
                 }
             }
@@ -105,7 +105,7 @@ fn accepted(model: &Arc<Model>, jobs: &[Job], options: SchedulerOptions) -> Vec<
 }
 
 #[test]
-fn guesses_after_a_prefix_hit_are_those_of_a_whole_prompt() {
+fn drafts_after_a_prefix_hit_are_those_of_a_whole_prompt() {
     for golden in mtp_goldens() {
         let model = load(&golden, Quantize::Stored);
         let jobs = jobs(&golden);
@@ -120,7 +120,7 @@ fn guesses_after_a_prefix_hit_are_those_of_a_whole_prompt() {
 }
 
 #[test]
-fn a_session_that_its_head_did_not_follow_goes_on_with_guesses() {
+fn a_session_that_its_head_did_not_follow_gets_drafts() {
     for golden in mtp_goldens() {
         let model = load(&golden, Quantize::Stored);
         for row in 0..2 {
@@ -140,7 +140,7 @@ fn a_session_that_its_head_did_not_follow_goes_on_with_guesses() {
             }
             assert_eq!(found, golden.greedy[row][10..], "{}", golden.name);
             assert!(scheduler.stats().accepted_tokens > 5, "{}: {:?}", golden.name, scheduler.stats());
-            // The session goes on after other tokens than those that it has ended with.
+            // The session continues with other tokens than those that it has ended with.
             let mut session = session.unwrap();
             session.truncate(30);
             let other = [&tokens[..30], &golden.input[row + 1]].concat();
@@ -161,7 +161,7 @@ fn interrupted_steps_preemption_and_cancellation_change_no_token() {
     for golden in mtp_goldens() {
         let model = load(&golden, Quantize::Stored);
         let jobs = jobs(&golden);
-        // Room for about three of the sequences.
+        // Memory for about three of the sequences.
         let limit = 9 * model.cache_bytes_per_page() * 3 / 2;
         let mut scheduler = scheduler(&model, options(3).with_prefill_chunk(20).with_cache_bytes(limit));
         let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();

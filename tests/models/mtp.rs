@@ -1,4 +1,4 @@
-//! Heads for multi-token prediction: their guesses against those of transformers, and what is refused.
+//! Heads for multi-token prediction: their drafts against those of transformers, and what is refused.
 
 use std::path::Path;
 
@@ -24,19 +24,19 @@ fn assert_agrees(golden: &MtpGolden, model: &Model, what: &str) {
     for (row, input) in golden.input.iter().enumerate() {
         let (greedy, tokens) = (&golden.greedy[row], [&input[..], &golden.greedy[row]].concat());
         let found = head_logits(model, &tokens);
-        let guesses: Vec<u32> = found.chunks(vocabulary).skip(input.len() - 1).map(top).take(47).collect();
-        assert_eq!(guesses, golden.drafts[row], "{name}, {what}: guesses of row {row}");
+        let drafts: Vec<u32> = found.chunks(vocabulary).skip(input.len() - 1).map(top).take(47).collect();
+        assert_eq!(drafts, golden.drafts[row], "{name}, {what}: drafts of row {row}");
         // Also where the prompt comes in larger pieces.
         for piece in [1, 7, 64] {
-            let found = model.mtp_guesses(input, piece, greedy[0], 3).unwrap();
+            let found = model.mtp_drafts(input, piece, greedy[0], 3).unwrap();
             let chain: Vec<u32> = found.chunks(vocabulary).map(top).collect();
-            assert_eq!(chain, golden.chain[row], "{name}, {what}: guesses in a row after row {row}, pieces of {piece}");
+            assert_eq!(chain, golden.chain[row], "{name}, {what}: drafts in a row after row {row}, pieces of {piece}");
         }
     }
 }
 
 #[test]
-fn heads_guess_what_they_guess_in_transformers() {
+fn heads_draft_what_they_draft_in_transformers() {
     let folder = tempfile::tempdir().unwrap();
     for golden in mtp_goldens() {
         assert_agrees(&golden, &load(&golden.folder, Quantize::Stored, 2, None), "as a folder");
@@ -75,7 +75,7 @@ fn a_head_changes_neither_logits_nor_fingerprint_nor_memory_until_it_is_used() {
 }
 
 #[test]
-fn guesses_are_bit_identical_across_threads_kernels_and_pieces() {
+fn drafts_are_bit_identical_across_threads_kernels_and_pieces() {
     for golden in mtp_goldens() {
         let tokens = [&golden.input[0][..], &golden.greedy[0], &golden.input[1], &golden.greedy[1]].concat();
         for (quantize, cache) in
@@ -85,13 +85,13 @@ fn guesses_are_bit_identical_across_threads_kernels_and_pieces() {
                 let options = LoadOptions::default().with_kernel(kernel.to_owned()).with_threads(threads);
                 Model::load(&golden.folder, &options.with_quantize(quantize).with_cache_type(cache)).unwrap()
             };
-            let guesses = |model: &Model, piece: usize| bits(&model.mtp_guesses(&tokens, piece, 7, 4).unwrap());
-            let expected = guesses(&load("scalar", 1), 1);
+            let drafts = |model: &Model, piece: usize| bits(&model.mtp_drafts(&tokens, piece, 7, 4).unwrap());
+            let expected = drafts(&load("scalar", 1), 1);
             for (i, kernel) in kernels::available().iter().enumerate() {
                 let model = load(kernel.name(), 1 + i % 3);
                 for piece in [1, 7, 64, 200] {
                     assert!(
-                        guesses(&model, piece) == expected,
+                        drafts(&model, piece) == expected,
                         "{}, {quantize:?}, {}: {piece}",
                         golden.name,
                         kernel.name()

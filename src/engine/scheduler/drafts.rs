@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::super::sampler::Sampler;
-use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, MAX_GUESSES, Speculation, ngram_lookup};
+use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, MAX_HEAD_DRAFT, Speculation, ngram_lookup};
 use super::entry::Entry;
 use crate::error::{Error, Result};
-use crate::model::{Guess, Input, Logits, Model, Session};
+use crate::model::{HeadDraft, Input, Logits, Model, Session};
 
 /// Tokens of a sequence that the draft model computes in each step until it has caught up and can draft.
 const CATCH_UP: usize = 64;
@@ -98,7 +98,7 @@ impl Drafter {
         match &self.source {
             Source::None => Ok(()),
             Source::Model(model) => ask(model, running, wanted, interrupted),
-            Source::Head(model) => guess(model, running, wanted, interrupted),
+            Source::Head(model) => draft_by_head(model, running, wanted, interrupted),
         }
     }
 
@@ -120,24 +120,24 @@ impl Drafter {
         }
     }
 
-    /// Returns how many guesses of the head are wanted. Appends draft tokens from the sequence itself instead where they promise
+    /// Returns how many draft tokens of the head are wanted. Appends draft tokens from the sequence itself instead where they promise
     /// at least as many accepted ones, and may be used.
     fn choose(&self, entry: &mut Entry, limit: usize) -> usize {
-        let guesses = match (self.speculation, self.draft_tokens) {
+        let by_head = match (self.speculation, self.draft_tokens) {
             (Speculation::Mtp, Some(count)) => count,
-            (_, most) => entry.head_acceptance.draft_len(self.speculation, most.unwrap_or(MAX_GUESSES)),
+            (_, most) => entry.head_acceptance.draft_len(self.speculation, most.unwrap_or(MAX_HEAD_DRAFT)),
         };
-        let guesses = if entry.sequence.session.can_guess() { guesses.min(limit) } else { 0 };
+        let by_head = if entry.sequence.session.can_draft() { by_head.min(limit) } else { 0 };
         entry.by_head = true;
         if self.speculation != Speculation::Auto {
-            return guesses;
+            return by_head;
         }
         let most = self.draft_tokens.unwrap_or(MAX_DRAFT);
         let count = entry.acceptance.draft_len(self.speculation, most).min(limit);
         let draft = look_ahead(entry, count);
-        if guesses > 0 && entry.head_acceptance.expected(guesses) > entry.acceptance.expected(draft.len()) {
+        if by_head > 0 && entry.head_acceptance.expected(by_head) > entry.acceptance.expected(draft.len()) {
             entry.unused = draft;
-            return guesses;
+            return by_head;
         }
         entry.by_head = false;
         entry.add_drafts(&draft);
@@ -155,26 +155,26 @@ fn look_ahead(entry: &mut Entry, count: usize) -> Vec<u32> {
     }
 }
 
-/// Lets the model's head guess up to `wanted` tokens for each sequence.
-fn guess(
+/// Lets the model's head draft up to `wanted` tokens for each sequence.
+fn draft_by_head(
     model: &Model,
     running: &mut [Entry],
     mut wanted: Vec<usize>,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<()> {
     let mut samplers: Vec<_> = running.iter().map(|_| None).collect();
-    let guessing: Vec<bool> = wanted.iter().map(|wanted| *wanted > 0).collect();
+    let drafting: Vec<bool> = wanted.iter().map(|wanted| *wanted > 0).collect();
     for round in 0..MAX_DRAFT {
-        let (mut logits, mut guesses, mut asked) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut logits, mut drafts, mut asked) = (Vec::new(), Vec::new(), Vec::new());
         for (i, entry) in running.iter_mut().enumerate().filter(|(i, _)| round < wanted[*i]) {
             let Some(token) = entry.sequence.pending.last().copied() else { continue };
-            guesses.push(Guess { session: &mut entry.sequence.session, token, round });
+            drafts.push(HeadDraft { session: &mut entry.sequence.session, token, round });
             asked.push(i);
         }
-        if guesses.is_empty() {
+        if drafts.is_empty() {
             break;
         }
-        match model.guess(&mut guesses, &mut logits, interrupted) {
+        match model.draft(&mut drafts, &mut logits, interrupted) {
             Ok(()) => sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted),
             // Without memory for the head, sequences continue without it.
             Err(Error::OutOfMemory { .. }) => break,
@@ -184,9 +184,9 @@ fn guess(
             }
         }
     }
-    for (entry, _) in running.iter_mut().zip(guessing).filter(|(_, guessing)| *guessing) {
+    for (entry, _) in running.iter_mut().zip(drafting).filter(|(_, drafting)| *drafting) {
         if let Some(token) = entry.sequence.tokens.last() {
-            entry.sequence.session.end_guesses(*token);
+            entry.sequence.session.end_drafts(*token);
         }
     }
     Ok(())

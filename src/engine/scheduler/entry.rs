@@ -40,9 +40,9 @@ pub(super) struct Entry {
     /// The same up to where the cache can restore the recurrent states; without any, the same.
     restorable: (usize, u64),
     pub(super) acceptance: Acceptance,
-    /// That of the guesses of the model's own head.
+    /// That of the drafts of the model's own head.
     pub(super) head_acceptance: Acceptance,
-    /// Draft tokens that were not used, because the head's guesses promised more.
+    /// Draft tokens that were not used, because the head's drafts promised more.
     pub(super) unused: Vec<u32>,
     /// The draft model's KV cache.
     pub(super) draft_session: Option<Session>,

@@ -153,7 +153,7 @@ pub struct Temperature {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MtpInput {
-    /// Whether it reads the state after the last norm, and for further guesses its own output after its own last norm.
+    /// Whether it reads the state after the last norm, and for further draft tokens its own output after its own last norm.
     /// Otherwise it reads them before the norm.
     pub normalized: bool,
     /// Whether the state comes before the embedding in the input of the projection.

@@ -37,6 +37,7 @@
 //! | `tensor_data_layout` | falcon | `jploski` |
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
+//! | `nextn_predict_layers` | with a head for multi-token prediction | 1; `block_count` and lists per layer include its layer |
 //!
 //! Families with recurrent layers have llama.cpp's keys: `ssm.*`, `shortconv.l_cache`, `kda.head_dim`, and which layers are
 //! recurrent, by zeros in `attention.head_count_kv` or by `attention.recurrent_layers`. In addition, nybble's own:

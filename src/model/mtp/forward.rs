@@ -1,4 +1,4 @@
-//! From pairs to keys and values of the head's layer, and to guesses.
+//! From pairs to keys and values of the head's layer, and to draft tokens.
 
 use super::head::Head;
 use crate::error::{Error, Result};
@@ -10,18 +10,18 @@ use crate::model::pass::{Pass, TASK_ROWS};
 use crate::model::state::session::Session;
 use crate::model::transformer::Transformer;
 
-/// A session whose head guesses the token after `token`.
+/// A session whose head drafts the token after `token`.
 #[derive(Debug)]
-pub(crate) struct Guess<'a> {
+pub(crate) struct HeadDraft<'a> {
     pub(crate) session: &'a mut Session,
-    /// The session's next token, for the first guess; then the token that was guessed last.
+    /// The session's next token, for the first draft token; then the latest draft token.
     pub(crate) token: u32,
-    /// The number of guesses so far.
+    /// The number of draft tokens so far.
     pub(crate) round: usize,
 }
 
 impl Model {
-    /// Lets the head follow a session, so that it can guess its tokens.
+    /// Lets the head follow a session, so that it can draft tokens of it.
     ///
     /// # Errors
     /// Those of [`Model::head`].
@@ -42,20 +42,20 @@ impl Model {
         for pair in tokens.windows(2) {
             self.forward(&mut [Input::new(&mut session, &pair[..1], Logits::None)], &mut Vec::new(), interrupted)?;
             self.check_token(pair[1])?;
-            let guess = Guess { session: &mut session, token: pair[1], round: 0 };
-            self.guess(&mut [guess], &mut logits, interrupted)?;
-            session.end_guesses(pair[1]);
+            let draft = HeadDraft { session: &mut session, token: pair[1], round: 0 };
+            self.draft(&mut [draft], &mut logits, interrupted)?;
+            session.end_drafts(pair[1]);
         }
         Ok(logits)
     }
 
-    /// Computes `tokens` in steps of `piece`, then lets the head guess `count` tokens in a row after `next`. Returns the logits
-    /// `(count, vocabulary)` of the guesses.
+    /// Computes `tokens` in steps of `piece`, then lets the head draft `count` tokens in a row after `next`. Returns the logits
+    /// `(count, vocabulary)` of the draft tokens.
     ///
     /// # Errors
     /// As for [`Model::mtp_logits`].
     #[doc(hidden)]
-    pub fn mtp_guesses(&self, tokens: &[u32], piece: usize, next: u32, count: usize) -> Result<Vec<f32>> {
+    pub fn mtp_drafts(&self, tokens: &[u32], piece: usize, next: u32, count: usize) -> Result<Vec<f32>> {
         let (mut session, mut logits) = (self.session(), Vec::new());
         self.follow(&mut session)?;
         for tokens in tokens.chunks(piece) {
@@ -63,8 +63,8 @@ impl Model {
         }
         let mut token = next;
         for round in 0..count {
-            let guess = Guess { session: &mut session, token, round };
-            self.guess(&mut [guess], &mut logits, &|| false)?;
+            let draft = HeadDraft { session: &mut session, token, round };
+            self.draft(&mut [draft], &mut logits, &|| false)?;
             let last = &logits[round * self.vocabulary()..];
             let best = (0..last.len()).fold(0, |best, id| if last[id] > last[best] { id } else { best });
             token = best as u32;
@@ -72,13 +72,13 @@ impl Model {
         Ok(logits)
     }
 
-    /// Computes a round of guesses: appends a row of logits per session to `logits`, from which the guessed tokens are sampled.
+    /// Computes a round of drafts: appends a row of logits per session to `logits`, from which the draft tokens are sampled.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] and [`Error::Interrupted`]. The sessions' own tokens are unchanged, also after an error.
-    pub(crate) fn guess(
+    pub(crate) fn draft(
         &self,
-        guesses: &mut [Guess<'_>],
+        drafts: &mut [HeadDraft<'_>],
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
@@ -86,7 +86,7 @@ impl Model {
             return Err(Error::Interrupted);
         }
         let head = self.head()?;
-        self.with_workspace(|w| self.transformer.guess(head, w.head.get_or_insert_default(), guesses, logits))
+        self.with_workspace(|w| self.transformer.draft(head, w.head.get_or_insert_default(), drafts, logits))
     }
 }
 
@@ -137,30 +137,30 @@ impl Transformer {
         Ok(())
     }
 
-    fn guess(&self, head: &Head, w: &mut Workspace, guesses: &mut [Guess<'_>], logits: &mut Vec<f32>) -> Result<()> {
+    fn draft(&self, head: &Head, w: &mut Workspace, drafts: &mut [HeadDraft<'_>], logits: &mut Vec<f32>) -> Result<()> {
         let (config, kernel, threads) = (&head.config, self.kernel, self.pool.threads());
         w.batch.clear();
         w.states.clear();
-        let mut lengths = Vec::with_capacity(guesses.len());
-        for (i, guess) in guesses.iter_mut().enumerate() {
-            let len = guess.session.len();
-            let Some(state) = &mut guess.session.head else { continue };
-            if guess.round == 0 {
-                let positions = state.begin_guesses(len);
+        let mut lengths = Vec::with_capacity(drafts.len());
+        for (i, draft) in drafts.iter_mut().enumerate() {
+            let len = draft.session.len();
+            let Some(state) = &mut draft.session.head else { continue };
+            if draft.round == 0 {
+                let positions = state.begin_drafts(len);
                 lengths.push(positions.len());
                 state.reserve(positions.end)?;
                 let longest = span_rows(config, threads, positions.len());
-                let pairs = positions.clone().map(|position| state.pair(position, Some(guess.token)));
+                let pairs = positions.clone().map(|position| state.pair(position, Some(draft.token)));
                 w.add(i, positions.start, pairs, longest);
             } else {
                 lengths.push(1);
-                let position = len + guess.round;
+                let position = len + draft.round;
                 state.reserve(position + 1)?;
-                w.add(i, position, [(guess.token, state.output())].into_iter(), 1);
+                w.add(i, position, [(draft.token, state.output())].into_iter(), 1);
             }
         }
         w.reserve_layers(config, &head.widths, &self.positions)?;
-        let mut inputs: Vec<_> = guesses.iter_mut().map(|guess| Input::new(guess.session, &[], Logits::None)).collect();
+        let mut inputs: Vec<_> = drafts.iter_mut().map(|draft| Input::new(draft.session, &[], Logits::None)).collect();
         self.pool.run(|scope| {
             let pass = &Pass { config, kernel, scope, threads };
             self.pairs(head, pass, w);
@@ -224,13 +224,13 @@ impl Transformer {
         inputs: &mut [Input<'_>],
         mixer: impl FnOnce(&mut MixerContext<'_, '_>, &mut Workspace),
     ) {
-        inputs.iter_mut().for_each(|input| input.session.exchange_head());
+        inputs.iter_mut().for_each(|input| input.session.swap_head());
         let batch = std::mem::take(&mut w.batch);
         let pass = &Pass { config: &head.config, ..*pass };
         let (positions, batch_of) = (&self.positions, &batch);
         mixer(&mut MixerContext { pass, positions, batch: batch_of, inputs, layer: 0 }, w);
         w.batch = batch;
-        inputs.iter_mut().for_each(|input| input.session.exchange_head());
+        inputs.iter_mut().for_each(|input| input.session.swap_head());
     }
 
     /// From the mixer's output `w.branch` to logits: the rest of the layer, for the last of each input's rows, `lengths` each. The

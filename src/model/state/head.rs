@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::PAGE;
 use crate::system::memory;
 
-/// States that stay after their pairs are stored: as many as a step may take back.
+/// States that stay after their pairs are stored: the largest number that a step may take back.
 const KEPT_STATES: usize = 16;
 
 /// The latest states of the model, of consecutive positions, with their tokens.
@@ -65,7 +65,7 @@ pub(in crate::model) struct HeadState {
     ends: Vec<Option<Arc<[f32]>>>,
     /// The token of the last position that is stored, where the session has not computed that position yet.
     newest: Option<u32>,
-    /// `(hidden)`: the head's output for the latest guess.
+    /// `(hidden)`: the head's output for the latest draft token.
     output: Vec<f32>,
     hidden: usize,
 }
@@ -153,14 +153,14 @@ impl HeadState {
         Ok(())
     }
 
-    /// Exchanges shape, pages and first position with those of the session, so that mixers compute in the head's cache.
-    pub(super) fn exchange(&mut self, shape: &mut CacheShape, pages: &mut Vec<Page>, first: &mut usize) {
+    /// Swaps shape, pages and first position with those of the session, so that mixers compute in the head's cache.
+    pub(super) fn swap_pages(&mut self, shape: &mut CacheShape, pages: &mut Vec<Page>, first: &mut usize) {
         std::mem::swap(&mut self.shape, shape);
         std::mem::swap(&mut self.pages, pages);
         std::mem::swap(&mut self.first, first);
     }
 
-    /// Frees the parts of pages that no later guess sees.
+    /// Frees the parts of pages that no later draft sees.
     pub(in crate::model) fn free_unseen(&mut self) {
         for (part, shape) in self.shape.parts().iter().enumerate() {
             let first = shape.first_kept(self.stored).min(self.pages.len());
@@ -200,7 +200,7 @@ impl HeadState {
         }
     }
 
-    /// Whether all parts of pages are there that a guess at position `len` sees.
+    /// Whether all parts of pages are there that a draft at position `len` sees.
     fn sees_from(&self, len: usize) -> bool {
         self.shape.parts().iter().enumerate().all(|(part, shape)| {
             let seen = shape.first_seen(len).max(self.first / PAGE)..len.div_ceil(PAGE);
@@ -277,29 +277,29 @@ impl HeadState {
         self.latest.keep(first..end, self.hidden);
     }
 
-    /// Whether the state before `position` is known, so that the head can guess from the token at `position`.
+    /// Whether the state before `position` is known, so that the head can draft from the token at `position`.
     pub(in crate::model) fn is_ready(&self, position: usize) -> bool {
         position > 0 && self.latest.end() == position && !self.latest.tokens.is_empty()
     }
 
-    /// Begins guesses from `token` at `position`. Returns the positions whose pairs the head reads.
-    pub(in crate::model) fn begin_guesses(&mut self, position: usize) -> Range<usize> {
+    /// Begins drafts from `token` at `position`. Returns the positions whose pairs the head reads.
+    pub(in crate::model) fn begin_drafts(&mut self, position: usize) -> Range<usize> {
         self.truncate_pairs(position);
         self.open_pairs(position + 1)
     }
 
-    /// Ends guesses from `token` at `position`: their own pairs are taken back.
-    pub(in crate::model) fn end_guesses(&mut self, position: usize, token: u32) {
+    /// Ends drafts from `token` at `position`: their own pairs are taken back.
+    pub(in crate::model) fn end_drafts(&mut self, position: usize, token: u32) {
         self.truncate_pairs(position + 1);
         self.newest = (self.stored == position + 1).then_some(token);
     }
 
-    /// The head's output for the latest guess.
+    /// The head's output for the latest draft token.
     pub(in crate::model) fn output(&self) -> &[f32] {
         &self.output
     }
 
-    /// Takes the head's output for a guess.
+    /// Takes the head's output for a draft token.
     pub(in crate::model) fn set_output(&mut self, output: &[f32]) {
         self.output.clear();
         self.output.extend_from_slice(output);

@@ -273,14 +273,14 @@ impl Session {
     }
 
     /// Makes the pages of the head those of the session, or takes that back, so that mixers compute in them.
-    pub(in crate::model) fn exchange_head(&mut self) {
+    pub(in crate::model) fn swap_head(&mut self) {
         if let Some(head) = &mut self.head {
-            head.exchange(&mut self.shape, &mut self.pages, &mut self.first);
+            head.swap_pages(&mut self.shape, &mut self.pages, &mut self.first);
         }
     }
 
-    /// Whether the head for multi-token prediction can guess from the next token.
-    pub(crate) fn can_guess(&self) -> bool {
+    /// Whether the head for multi-token prediction can draft from the next token.
+    pub(crate) fn can_draft(&self) -> bool {
         self.head.as_ref().is_some_and(|head| head.is_ready(self.len))
     }
 
@@ -289,10 +289,10 @@ impl Session {
         self.head.is_some()
     }
 
-    /// Ends guesses after `token`, the next one: what the head has computed for its own guesses is taken back.
-    pub(crate) fn end_guesses(&mut self, token: u32) {
+    /// Ends drafts after `token`, the next one: what the head has computed for its own draft tokens is taken back.
+    pub(crate) fn end_drafts(&mut self, token: u32) {
         let len = self.len;
-        self.head.iter_mut().for_each(|head| head.end_guesses(len, token));
+        self.head.iter_mut().for_each(|head| head.end_drafts(len, token));
     }
 
     /// Lets a head follow the session from now on, if none does. `shape` makes the shape of the head's cache.

@@ -56,7 +56,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_m
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_5"])
-def test_a_head_guesses_as_in_transformers_and_changes_nothing(family: str, tmp_path: Path) -> None:
+def test_a_head_drafts_as_in_transformers_and_changes_nothing(family: str, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     _native.convert(MTP / family, file, "f32")
     for source in (MTP / family, file):

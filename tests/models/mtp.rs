@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::logits::{bits, distance, load, logits, top};
 use crate::mtp_goldens::{MtpGolden, mtp_goldens};
-use nybble::format::gguf::{Gguf, Metadata, NewTensor, Writer};
+use nybble::format::gguf::{Gguf, Metadata, NewTensor, Value, Writer};
 use nybble::kernels;
 use nybble::model::{CacheType, LoadOptions, Model, Quantize};
 use nybble::quant::block::BlockType;
@@ -104,6 +104,16 @@ fn drafts_are_bit_identical_across_threads_kernels_and_pieces() {
 
 /// Writes a copy of a GGUF file whose tensors `change` changes: each name with its dimensions and bytes, or nothing.
 fn changed(source: &Path, to: &Path, change: impl Fn(&str, Vec<u64>, Vec<u8>) -> Option<(Vec<u64>, Vec<u8>)>) {
+    rewritten(source, to, change, &[]);
+}
+
+/// As [`changed`], with other values of keys.
+fn rewritten(
+    source: &Path,
+    to: &Path,
+    change: impl Fn(&str, Vec<u64>, Vec<u8>) -> Option<(Vec<u64>, Vec<u8>)>,
+    keys: &[(&str, Value)],
+) {
     let file = Gguf::open(source).unwrap();
     let mut kept = Vec::new();
     for tensor in file.tensors() {
@@ -111,7 +121,10 @@ fn changed(source: &Path, to: &Path, change: impl Fn(&str, Vec<u64>, Vec<u8>) ->
             kept.push((tensor.name(), NewTensor::new(tensor.name(), tensor.block_type(), dims), bytes));
         }
     }
-    let metadata: Metadata = file.metadata().clone();
+    let mut metadata: Metadata = file.metadata().clone();
+    for (key, value) in keys {
+        metadata.set(*key, value.clone());
+    }
     let mut writer = Writer::create(to, &metadata, kept.iter().map(|kept| kept.1.clone())).unwrap();
     for (name, _, bytes) in &kept {
         writer.write_tensor(name, bytes).unwrap();
@@ -155,6 +168,26 @@ fn a_damaged_head_is_named_and_does_not_keep_the_model_from_loading() {
                 assert!(notes.iter().all(|note| note.contains(&name)), "{notes:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_head_that_is_not_a_layer_of_attention_is_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let recurrent = vec![true, true, true, false, true];
+    for (name, key, value) in [
+        ("glm4_moe", "glm4moe.attention.shared_kv_layers", Value::U32(1)),
+        ("qwen3_5", "qwen35.attention.recurrent_layers", recurrent.into()),
+    ] {
+        let golden = mtp_goldens().into_iter().find(|golden| golden.name == name).unwrap();
+        let (path, to) = (golden.convert(folder.path(), BlockType::F32), folder.path().join("changed.gguf"));
+        rewritten(&path, &to, |_, dims, bytes| Some((dims, bytes)), &[(key, value)]);
+        let model = load(&to, Quantize::Auto, 1, None);
+        assert!(!model.has_mtp() && model.notes().len() == 1, "{name}: {:?}", model.notes());
+        let expected = bits(&logits(&load(&path, Quantize::Auto, 1, None), &golden.input[0], 40));
+        assert!(bits(&logits(&model, &golden.input[0], 40)) == expected, "{name}");
+        let error = model.mtp_logits(&[1, 2], &|| false).unwrap_err().to_string();
+        assert!(error.contains("nextn_predict_layers") && error.contains("no attention of its own"), "{error}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The weights of a head.
 
 use crate::error::{Error, Place, Result};
-use crate::model::arch::MtpInput;
+use crate::model::arch::{FeedForwardKind, LayerKind, MixerKind, MtpInput};
 use crate::model::config::Config;
 use crate::model::linear::Linear;
 use crate::model::norm::Norm;
@@ -41,13 +41,18 @@ impl Head {
             path: loader.path().to_path_buf(),
             place: Place::Key(format!("{}.nextn_predict_layers", config.family.name)),
             what: what.to_owned(),
-            supported: "supported: heads of one layer in sequence".to_owned(),
+            supported: "supported: heads of a layer of attention and a feed-forward network".to_owned(),
         };
         let (Some(mtp), Some(input)) = (config.mtp, config.family.mtp) else {
             return Err(unsupported("a head for multi-token prediction in this family"));
         };
-        if config.parallel || config.streams.is_some() || !config.causal {
+        if config.parallel || config.streams.is_some() || !config.causal || loader.has("token_embd_proj.weight") {
             return Err(unsupported("a head for multi-token prediction whose branches are not in sequence"));
+        }
+        let LayerKind { mixer, ffn } = mtp.layer.kind;
+        let attends = matches!(mixer, MixerKind::Attention | MixerKind::LatentAttention) && mtp.layer.shares.is_none();
+        if !attends || ffn != FeedForwardKind::DenseOrExperts {
+            return Err(unsupported("a head for multi-token prediction whose layer has no attention of its own"));
         }
         let (index, hidden) = (config.layers.len(), config.hidden);
         let mut whole = config.clone();

@@ -246,6 +246,8 @@ class Engine:
 def _check_draft(model: Model, draft: Model, speculation: str) -> None:
     if speculation == "off":
         raise ValueError('draft: found a model, but speculation is "off", expected "on" or "auto"')
+    if speculation == "mtp":
+        raise ValueError('draft: found a model, but speculation is "mtp", which drafts with the model\'s own head')
     ours, theirs = model.tokenizer, draft.tokenizer
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(f"draft: found {theirs.vocab_size} tokens, expected the {ours.vocab_size} of the model")

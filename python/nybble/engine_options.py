@@ -25,7 +25,7 @@ class EngineOptions:
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: `max_queue` is negative. `Engine` checks the other options.
+        ValueError: `max_queue` or `draft_tokens` is out of range. `Engine` checks the other options.
     """
 
     max_batch: int = field(default=16, metadata=doc("Requests to compute at the same time."))
@@ -47,19 +47,30 @@ class EngineOptions:
     None chooses the number from measurements, so that a step with prompt tokens takes about two and a half times as
     long as one without.
     """
-    speculation: Literal["off", "on", "auto"] = field(
+    speculation: Literal["off", "on", "auto", "mtp"] = field(
         default="off", metadata=doc("Confirm several draft tokens per step: same output, often faster.")
     )
-    """Whether to use draft tokens: `"off"`, `"on"` or `"auto"`. They change the speed, never the output.
+    """Whether to use draft tokens: `"off"`, `"on"`, `"auto"` or `"mtp"`. They change the speed, never the output.
 
-    `"auto"` pauses when few draft tokens are accepted or many requests run.
+    `"mtp"` takes them from the model's own head for multi-token prediction, which some files have. `"auto"` takes them
+    from that head or from the text itself, whichever has paid so far, and pauses when few draft tokens are accepted or
+    many requests run.
+    """
+    draft_tokens: int | None = field(
+        default=None, metadata=doc("Draft tokens per request and step, at most 8; chosen by acceptance if not given.")
+    )
+    """Largest number of draft tokens of a request in a step, 1 to 8; with `"mtp"`, their number.
+
+    None chooses it by how many were accepted.
     """
 
     def __post_init__(self) -> None:
-        numbers = dict.fromkeys(("max_batch", "max_queue", "cache_bytes", "prefill_chunk"), int)
+        numbers = dict.fromkeys(("max_batch", "max_queue", "cache_bytes", "prefill_chunk", "draft_tokens"), int)
         check_types(self, {**numbers, "prefix_cache": bool, "speculation": str})
         if self.max_queue is not None and self.max_queue < 0:
             raise ValueError(f"max_queue: found {self.max_queue}, expected None, or 0 or more")
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= 8:
+            raise ValueError(f"draft_tokens: found {self.draft_tokens}, expected None, or 1 to 8")
 
     def replace(self, **overrides: Unpack[EngineOverrides]) -> EngineOptions:
         """Returns a copy with some options changed."""
@@ -74,7 +85,8 @@ class EngineOverrides(TypedDict, total=False):
     cache_bytes: int | None
     prefix_cache: bool
     prefill_chunk: int | None
-    speculation: Literal["off", "on", "auto"]
+    speculation: Literal["off", "on", "auto", "mtp"]
+    draft_tokens: int | None
 
 
 def merge_engine_options(options: EngineOptions | None, overrides: EngineOverrides) -> EngineOptions:

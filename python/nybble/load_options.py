@@ -79,6 +79,12 @@ class LoadOptions:
     Keys or values beyond 65504 raise `ModelError` with `"f16"`; the others hold them. None is `"f16"`, and `"f32"` for
     models that compute in F32.
     """
+    mtp: bool | None = None
+    """Load the model's head for multi-token prediction, if the file has one, together with the model.
+
+    None loads it from the same file when an engine with `speculation="mtp"` or `"auto"` first needs it. False does not
+    use it.
+    """
     mmap: bool = field(
         default=True,
         metadata=doc("Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."),
@@ -91,7 +97,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         texts = dict.fromkeys(("filename", "revision", "kernel", "quantize", "cache_type"), str)
-        check_types(self, {**texts, "threads": int, "context": int, "mmap": bool})
+        check_types(self, {**texts, "threads": int, "context": int, "mtp": bool, "mmap": bool})
 
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
         """Returns a copy with some options changed."""
@@ -108,6 +114,7 @@ class LoadOverrides(TypedDict, total=False):
     context: int | None
     quantize: str | None
     cache_type: Literal["f16", "int8", "f32"] | None
+    mtp: bool | None
     mmap: bool
 
 

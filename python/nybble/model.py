@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,8 @@ class Model(Chatting):
             # Without mmap the file takes memory while it loads, and reading its vocabulary waits for that memory.
             background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
             native = _native.Model.load(file, chosen, report)
+        for note in native.notes():
+            logging.getLogger("nybble").warning("%s: %s", original, note)
         tokenizer = _tokenizer(file, mmap) if background is None else background.result()
         return cls._of(native, tokenizer, file, original)
 
@@ -295,6 +298,21 @@ class Model(Chatting):
             raise ValueError(f"prompt: found an array of shape {shape}, expected text or token ids in one dimension")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, "prompt")
         return self._native.logits(ids)
+
+    def mtp_logits(self, prompt: Prompt) -> npt.NDArray[np.float32]:
+        """Returns the logits of the model's head for multi-token prediction, of shape (tokens - 1, vocabulary).
+
+        Row `i` predicts token `i + 2` from the model's state at token `i` and token `i + 1`.
+
+        Args:
+            prompt: Text or token ids.
+
+        Raises:
+            ContextFullError: The tokens do not fit into the context.
+            ValueError: The model has no such head, or a token is unknown.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, "prompt")
+        return self._native.mtp_logits(ids)
 
     def embed(
         self,

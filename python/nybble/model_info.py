@@ -46,6 +46,8 @@ class ModelInfo:
     """Names of the scores of `Model.classify`; empty for a model without a classification head."""
     generates: bool = True
     """Whether the model generates text. Models for embeddings and classification do not."""
+    mtp: bool = False
+    """Whether the model has a head for multi-token prediction, which `speculation="mtp"` drafts with."""
 
     @property
     def resident_bytes(self) -> int | None:

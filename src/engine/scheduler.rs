@@ -15,7 +15,7 @@ use super::constrained_sampler::compute_and_find_allowed;
 use super::prefill_budget::PrefillBudget;
 use super::prefix::Prefixes;
 use super::sequence::Sequence;
-use super::speculation::Speculation;
+use super::speculation::{MAX_DRAFT, Speculation};
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model, Session};
 
@@ -41,8 +41,11 @@ pub struct SchedulerOptions {
     /// Largest number of prompt tokens in a step, at least 1. `None` chooses it from measurements, so that a step takes less
     /// than four times as long as one without prompt tokens.
     pub prefill_chunk: Option<usize>,
-    /// Whether to use draft tokens.
+    /// Whether to use draft tokens, and where they come from.
     pub speculation: Speculation,
+    /// Largest number of draft tokens of a sequence in a step, 1 to 8; with [`Speculation::Mtp`], their number. `None` chooses
+    /// it by how many were accepted.
+    pub draft_tokens: Option<usize>,
 }
 
 impl Default for SchedulerOptions {
@@ -53,6 +56,7 @@ impl Default for SchedulerOptions {
             prefix_cache: true,
             prefill_chunk: None,
             speculation: Speculation::Off,
+            draft_tokens: None,
         }
     }
 }
@@ -63,6 +67,7 @@ setters!(SchedulerOptions {
     with_prefix_cache(prefix_cache: bool),
     with_prefill_chunk(prefill_chunk: impl Into<Option<usize>>),
     with_speculation(speculation: Speculation),
+    with_draft_tokens(draft_tokens: impl Into<Option<usize>>),
 });
 
 /// Counts since the scheduler was created, and its current state.
@@ -124,10 +129,12 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler without sequences. Draft tokens come from the model `draft`, or from the sequences themselves if it is `None`.
+    /// A scheduler without sequences. Draft tokens come from the model `draft`; if it is `None`, from the model's own head for
+    /// multi-token prediction or from the sequences themselves, as [`SchedulerOptions::speculation`] says.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for options out of range, or a draft model whose vocabulary has another size.
+    /// [`Error::InvalidArgument`] for options out of range, a draft model whose vocabulary has another size, or
+    /// [`Speculation::Mtp`] with a draft model or for a model without a head; those of [`Model::load`] where the head is loaded.
     pub fn new(model: Arc<Model>, draft: Option<Arc<Model>>, options: SchedulerOptions) -> Result<Scheduler> {
         if options.max_batch == 0 {
             return Err(Error::argument("max_batch", 0, "at least 1"));
@@ -141,9 +148,13 @@ impl Scheduler {
             let expected = format!("{}, as the model has", model.vocabulary());
             return Err(Error::argument("draft", format_args!("{} tokens", draft.vocabulary()), expected));
         }
+        if let Some(count) = options.draft_tokens.filter(|count| !(1..=MAX_DRAFT).contains(count)) {
+            return Err(Error::argument("draft_tokens", count, format_args!("1 to {MAX_DRAFT}")));
+        }
+        let drafter = Drafter::new(&model, draft, options.speculation, options.draft_tokens)?;
         Ok(Scheduler {
             model,
-            drafter: Drafter { speculation: options.speculation, model: draft },
+            drafter,
             prefill: PrefillBudget::new(options.prefill_chunk),
             options,
             running: Vec::new(),
@@ -160,7 +171,7 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `limit` of 0, or a sequence that has ended, has no pending tokens or is of another model.
-    pub fn submit(&mut self, sequence: Sequence, limit: usize) -> Result<u64> {
+    pub fn submit(&mut self, mut sequence: Sequence, limit: usize) -> Result<u64> {
         if limit == 0 {
             return Err(Error::argument("limit", 0, "at least 1"));
         }
@@ -171,6 +182,7 @@ impl Scheduler {
         if sequence.pending.is_empty() {
             return Err(Error::argument("sequence", "no pending tokens", "at least one"));
         }
+        self.drafter.prepare(&mut sequence.session)?;
         self.last += 1;
         // The last token needs no position of its own: it is sampled but never computed.
         let remaining = limit.min(self.model.context() - sequence.tokens.len() + 1);
@@ -415,15 +427,14 @@ impl Scheduler {
             };
             if rows > 0 {
                 let own = logits.split_off_mut(..rows * vocabulary).unwrap_or_default();
-                let drafted = entry.drafted;
+                let known = entry.sequence.tokens.len();
                 match entry.sample(own, vocabulary, events) {
-                    Ok(accepted) if drafted > 0 => {
-                        self.counts.drafted_tokens += drafted;
+                    Ok(accepted) => {
+                        self.counts.drafted_tokens += entry.drafted;
                         self.counts.accepted_tokens += accepted;
-                        entry.acceptance.observe(drafted, accepted);
+                        entry.observe(accepted, known);
                         entry.truncate_draft_session();
                     }
-                    Ok(_) => {}
                     Err(error) => {
                         entry.remaining = 0;
                         failed.push((entry.id, error));

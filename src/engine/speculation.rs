@@ -2,18 +2,22 @@
 //!
 //! A step computes draft tokens after the token that is due. The sequence then samples after each of them: drafts that
 //! equal the sampled token are accepted, the others are discarded. The output is therefore bit-identical to the output
-//! without speculation. Drafts come from one of three sources:
+//! without speculation. Drafts come from one of these sources:
 //!
 //! - the sequence itself ("prompt lookup decoding"): the tokens that followed the last time the same n-gram occurred;
 //! - a smaller model (Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding",
 //!   arXiv:2211.17192). The sampler's own random number replaces the paper's correction, so the output stays that of the
 //!   seed;
+//! - the model's own head for multi-token prediction, in files that have one (DeepSeek-AI, "DeepSeek-V3 Technical Report",
+//!   arXiv:2412.19437);
 //! - the constraint of the sequence, where only one continuation is allowed, such as the keys of a JSON object.
 
 use crate::error::{Error, Result};
 
 /// Largest number of draft tokens of one sequence in a step.
 pub(super) const MAX_DRAFT: usize = 8;
+/// Largest number of tokens that a head drafts for one sequence in a step, unless the options have another.
+pub(super) const MAX_HEAD_DRAFT: usize = 4;
 /// Largest number of draft tokens of all sequences in a step.
 pub(super) const MAX_DRAFT_ROWS: usize = 48;
 /// With [`Speculation::Auto`], the largest number of rows in a step, draft tokens included. Further rows are not cheap.
@@ -35,12 +39,15 @@ pub enum Speculation {
     Off,
     /// Always.
     On,
-    /// While enough drafts are accepted and few sequences run.
+    /// While enough drafts are accepted and few sequences run. Of the model's own head and the sequences themselves, drafts come
+    /// from what promises more accepted ones.
     Auto,
+    /// Always, from the model's own head for multi-token prediction.
+    Mtp,
 }
 
 impl Speculation {
-    /// The choice called `off`, `on` or `auto`.
+    /// The choice called `off`, `on`, `auto` or `mtp`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for other names.
@@ -49,7 +56,8 @@ impl Speculation {
             "off" => Speculation::Off,
             "on" => Speculation::On,
             "auto" => Speculation::Auto,
-            _ => return Err(Error::argument("speculation", format_args!("{name:?}"), "off, on or auto")),
+            "mtp" => Speculation::Mtp,
+            _ => return Err(Error::argument("speculation", format_args!("{name:?}"), "off, on, auto or mtp")),
         })
     }
 }
@@ -84,17 +92,22 @@ impl Default for Acceptance {
 }
 
 impl Acceptance {
-    /// Number of tokens to draft in this step.
-    pub(super) fn draft_len(&mut self, speculation: Speculation) -> usize {
+    /// Number of tokens to draft in this step, up to `most`, at least 1.
+    pub(super) fn draft_len(&mut self, speculation: Speculation, most: usize) -> usize {
         match speculation {
             Speculation::Off => 0,
-            Speculation::On => MAX_DRAFT,
+            Speculation::On => most,
             Speculation::Auto if self.pause > 0 => {
                 self.pause -= 1;
                 0
             }
-            Speculation::Auto => ((self.rate * MAX_DRAFT as f32).ceil() as usize).clamp(1, MAX_DRAFT),
+            Speculation::Auto | Speculation::Mtp => ((self.rate * most as f32).ceil() as usize).clamp(1, most),
         }
+    }
+
+    /// How many of `count` draft tokens are likely to be accepted.
+    pub(super) fn expected(&self, count: usize) -> f32 {
+        self.rate * count as f32
     }
 
     /// Records how many of the drafted tokens were accepted.
@@ -124,27 +137,27 @@ mod tests {
     #[test]
     fn speculation_pauses_when_few_drafts_are_accepted_and_resumes() {
         let mut acceptance = Acceptance::default();
-        assert_eq!(acceptance.draft_len(Speculation::Auto), MAX_DRAFT);
+        assert_eq!(acceptance.draft_len(Speculation::Auto, MAX_DRAFT), MAX_DRAFT);
         let mut steps = 0;
         while acceptance.pause == 0 {
-            let drafted = acceptance.draft_len(Speculation::Auto);
+            let drafted = acceptance.draft_len(Speculation::Auto, MAX_DRAFT);
             acceptance.observe(drafted, 0);
             steps += 1;
         }
         assert!(steps < 10);
         for _ in 0..PAUSE {
-            assert_eq!(acceptance.draft_len(Speculation::Auto), 0);
+            assert_eq!(acceptance.draft_len(Speculation::Auto, MAX_DRAFT), 0);
         }
-        assert!(acceptance.draft_len(Speculation::Auto) > 0);
-        assert_eq!(acceptance.draft_len(Speculation::On), MAX_DRAFT);
-        assert_eq!(acceptance.draft_len(Speculation::Off), 0);
+        assert!(acceptance.draft_len(Speculation::Auto, MAX_DRAFT) > 0);
+        assert_eq!(acceptance.draft_len(Speculation::On, MAX_DRAFT), MAX_DRAFT);
+        assert_eq!(acceptance.draft_len(Speculation::Off, MAX_DRAFT), 0);
     }
 
     #[test]
     fn drafts_get_longer_as_they_are_accepted() {
         let mut acceptance = Acceptance { rate: 0.3, pause: 0 };
-        let before = acceptance.draft_len(Speculation::Auto);
+        let before = acceptance.draft_len(Speculation::Auto, MAX_DRAFT);
         acceptance.observe(before, before);
-        assert!(acceptance.draft_len(Speculation::Auto) > before);
+        assert!(acceptance.draft_len(Speculation::Auto, MAX_DRAFT) > before);
     }
 }

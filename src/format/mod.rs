@@ -37,6 +37,11 @@ pub trait Checkpoint: Sync {
         false
     }
 
+    /// Why the head for multi-token prediction is left out, where there is a part of one.
+    fn mtp_fault(&self) -> Option<&str> {
+        None
+    }
+
     /// Lets the system drop the bytes of a tensor from memory.
     fn release(&self, name: &str);
 }
@@ -54,6 +59,10 @@ macro_rules! as_in_source {
 
         fn names(&self) -> Vec<&str> {
             self.source.names()
+        }
+
+        fn mtp_fault(&self) -> Option<&str> {
+            self.source.mtp_fault()
         }
 
         fn release(&self, name: &str) {

@@ -139,6 +139,27 @@ impl Batch {
         !self.rows.is_empty()
     }
 
+    /// Removes all rows.
+    pub(super) fn clear(&mut self) {
+        self.rows.clear();
+        self.spans.clear();
+    }
+
+    /// Adds `tokens` of one input from `position` on, in spans of up to `longest` rows. No spans where it is 0: the rows are only
+    /// stored.
+    pub(super) fn add(&mut self, input: usize, position: usize, tokens: impl Iterator<Item = u32>, longest: usize) {
+        let (first, spans) = (self.rows.len(), self.spans.len());
+        for (n, token) in tokens.enumerate() {
+            let span = spans + n.checked_div(longest).unwrap_or(0);
+            self.rows.push(Row { input, token, position: position + n, span, second: false, wanted: false });
+        }
+        let count = self.rows.len() - first;
+        for n in (0..count).step_by(longest.max(1)).filter(|_| longest > 0) {
+            let (len, end) = (longest.min(count - n), position + count);
+            self.spans.push(Span { input, row: first + n, position: position + n, len, end });
+        }
+    }
+
     /// Rows of the longest span.
     pub(super) fn longest_span(&self) -> usize {
         self.spans.iter().map(|span| span.len).max().unwrap_or(0)

@@ -90,6 +90,8 @@ fn describe(config: &Config) -> String {
         causal,
         generates: _,
         has_logits: _,
+        // Draft tokens do not change results.
+        mtp: _,
         classifier,
         dense,
         hidden,

@@ -2,14 +2,17 @@
 
 use super::batch::{Batch, Input, Logits, Row};
 use super::buffer::Buffer;
+use super::config::Config;
 use super::ffn::FeedForward;
-use super::linear::LinearInput;
+use super::linear::{Linear, LinearInput};
+use super::mixers::positions::Positions;
 use super::mixers::{Mixer, MixerContext, span_rows};
+use super::mtp::head::Head;
 use super::pass::{Pass, TASK_ROWS};
 use super::state::recurrent::MAX_LOGGED;
 use super::state::session::Session;
 use super::streams::LayerStreams;
-use super::transformer::{Layer, Transformer};
+use super::transformer::{Layer, Transformer, Widths};
 use super::{ffn, mixers, streams};
 use crate::error::{Error, Result};
 use crate::system::memory;
@@ -37,6 +40,10 @@ pub(super) struct Workspace {
     logits: Buffer,
     /// `(inputs)`: tokens that each session held before the step.
     lengths: Vec<usize>,
+    /// `(rows, hidden)`: the states of the pairs that a head reads.
+    pub(super) states: Vec<f32>,
+    /// That of the head for multi-token prediction.
+    pub(super) head: Option<Box<Workspace>>,
 }
 
 impl Workspace {
@@ -45,21 +52,46 @@ impl Workspace {
     /// # Errors
     /// [`Error::OutOfMemory`]
     fn reserve(&mut self, model: &Transformer, inputs: &[Input<'_>]) -> Result<()> {
-        let (config, widths, rows) = (&model.config, &model.widths, self.batch.rows.len());
+        let (config, rows) = (&model.config, self.batch.rows.len());
         let has_logits = |row: &&Row| row.wanted && inputs[row.input].logits != Logits::Hidden;
         let wanted = self.batch.rows.iter().filter(has_logits).count();
-        self.x.reserve(rows * config.hidden)?;
-        self.input.reserve(rows, widths.input)?;
-        self.branch.reserve(rows * widths.branch)?;
-        self.mixer_branch.reserve(if config.parallel { rows * widths.branch } else { 0 })?;
-        self.mixers.reserve(&widths.mixers, &model.positions, &self.batch)?;
+        self.reserve_layers(config, &model.widths, &model.positions)?;
         let per_layer = model.weights.per_layer.as_ref().map_or(0, |per_layer| per_layer.width());
         self.per_layer.reserve(rows * per_layer)?;
         if let Some(streams) = config.streams {
             self.streams.reserve(rows, config.hidden, streams.count)?;
         }
-        self.ffn.reserve(&widths.ffn, rows, config.hidden)?;
         self.logits.reserve(wanted * model.weights.output().width())
+    }
+
+    /// Allocates memory for the rows of the batch in layers with rows of these widths.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn reserve_layers(&mut self, config: &Config, widths: &Widths, positions: &Positions) -> Result<()> {
+        let rows = self.batch.rows.len();
+        self.x.reserve(rows * config.hidden)?;
+        self.input.reserve(rows, widths.input)?;
+        self.branch.reserve(rows * widths.branch)?;
+        self.mixer_branch.reserve(if config.parallel { rows * widths.branch } else { 0 })?;
+        self.mixers.reserve(&widths.mixers, positions, &self.batch)?;
+        self.ffn.reserve(&widths.ffn, rows, config.hidden)
+    }
+
+    /// Adds the pairs of one input, tokens and states, from `position` on to the batch of a head, in spans of up to `longest` rows.
+    pub(super) fn add<'a>(
+        &mut self,
+        input: usize,
+        position: usize,
+        pairs: impl Iterator<Item = (u32, &'a [f32])>,
+        longest: usize,
+    ) {
+        let states = &mut self.states;
+        let tokens = pairs.map(|(token, state)| {
+            states.extend_from_slice(state);
+            token
+        });
+        self.batch.add(input, position, tokens, longest);
     }
 }
 
@@ -74,8 +106,15 @@ impl Transformer {
         w: &mut Workspace,
         inputs: &mut [Input<'_>],
         logits: &mut Vec<f32>,
+        head: Option<&Head>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
+        for input in inputs.iter_mut() {
+            let (len, first) = (input.session.len(), input.tokens.first().copied());
+            if let (Some(head), Some(first)) = (&mut input.session.head, first) {
+                head.begin_step(len, first);
+            }
+        }
         w.lengths.clear();
         w.lengths.extend(inputs.iter().map(|input| input.session.len()));
         let before = logits.len();
@@ -91,7 +130,7 @@ impl Transformer {
                 };
                 while w.batch.gather(inputs, whole, |rows| span_rows(config, threads, rows)) {
                     w.reserve(self, inputs)?;
-                    self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, interrupted)?;
+                    self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, head, interrupted)?;
                 }
                 Ok(())
             })
@@ -176,6 +215,7 @@ impl Transformer {
         w: &mut Workspace,
         inputs: &mut [Input<'_>],
         logits: &mut Vec<f32>,
+        head: Option<&Head>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
         // Token ids to the residual stream, and what depends on positions alone.
@@ -201,6 +241,9 @@ impl Transformer {
         }
         if let Some(streams) = &self.weights.streams {
             streams.end(pass, &mut w.x, &mut w.input, &mut w.branch, &mut w.streams);
+        }
+        if let Some(head) = head {
+            self.follow(head, pass, w, inputs)?;
         }
         for row in &w.batch.rows {
             inputs[row.input].session.advance(1);
@@ -395,6 +438,12 @@ impl Transformer {
                 input.copy_from_slice(&row[..columns]);
             }
         }
+        self.project(pass, w, output, logits);
+    }
+
+    /// Appends the logits of all rows of `w.input`, which are normalized, to `logits`.
+    pub(super) fn project(&self, pass: &Pass<'_>, w: &mut Workspace, output: &Linear, logits: &mut Vec<f32>) {
+        let (config, weights) = (&self.config, &self.weights);
         pass.linear(output, &mut w.input, &mut w.logits);
         let vocabulary = weights.vocabulary();
         for row in w.logits.chunks(output.width()) {

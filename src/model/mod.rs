@@ -10,6 +10,7 @@
 //! | `state/` | the state of a sequence, in memory and on disk |
 //! | `batch`, `buffer`, `linear`, `norm`, `pass` | shared parts of a forward pass: rows, memory, products, norms |
 //! | `transformer`, `forward` | a model in memory, and one step of it |
+//! | `mtp/` | heads for multi-token prediction, which draft tokens for the engine |
 //! | `outputs/` | what hidden states of a whole document become: embeddings and scores of labels |
 //! | `per_layer`, `streams` | a vector of the token for each layer, and several residual streams |
 //! | `model` | the interface: loading, sessions, logits |
@@ -33,6 +34,7 @@ mod linear;
 mod mixers;
 #[allow(clippy::module_inception, reason = "the file is named after its type")]
 mod model;
+mod mtp;
 mod norm;
 mod outputs;
 mod pass;
@@ -48,6 +50,7 @@ pub use config::Pooling;
 #[doc(hidden)]
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};
+pub(crate) use mtp::HeadDraft;
 pub use outputs::embedding::TextTokens;
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};

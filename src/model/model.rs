@@ -11,6 +11,7 @@ use super::fingerprint::Fingerprint;
 use super::forward::Workspace;
 use super::hf::HfFolder;
 use super::mixers::positions::Positions;
+use super::mtp::head::Head;
 use super::state::cache::{CacheShape, CacheType};
 use super::state::session::Session;
 use super::state::session_file::{self, Owner};
@@ -21,7 +22,7 @@ use crate::format::Checkpoint;
 use crate::format::gguf::{Gguf, Metadata, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
-use crate::threads::{PerProcess, ThreadPool, resolve_threads};
+use crate::threads::{PerProcess, Scope, ThreadPool, resolve_threads};
 use crate::tokenizer::{self, Limits, Tokenizer};
 
 /// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
@@ -71,6 +72,9 @@ pub struct LoadOptions {
     pub quantize: Quantize,
     /// How keys and values are stored. Default: F16, or F32 for models whose layers are F32.
     pub cache_type: Option<CacheType>,
+    /// Whether the head for multi-token prediction is loaded with the model. `None` loads it when speculation first needs it,
+    /// from the same file; with `false` there is none. Default: `None`.
+    pub mtp: Option<bool>,
     /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
     /// a file changes while it loads. Default: true.
     pub mmap: bool,
@@ -84,6 +88,7 @@ impl Default for LoadOptions {
             context: None,
             quantize: Quantize::Auto,
             cache_type: None,
+            mtp: None,
             mmap: true,
         }
     }
@@ -95,6 +100,7 @@ setters!(LoadOptions {
     with_context(context: impl Into<Option<usize>>),
     with_quantize(quantize: Quantize),
     with_cache_type(cache_type: impl Into<Option<CacheType>>),
+    with_mtp(mtp: impl Into<Option<bool>>),
     with_mmap(mmap: bool),
 });
 
@@ -116,6 +122,28 @@ pub struct Model {
     metadata: Metadata,
     /// Computed on first use.
     limits: OnceLock<Limits>,
+    head: LazyHead,
+}
+
+/// The head for multi-token prediction, which is loaded on first use.
+#[derive(Debug)]
+struct LazyHead {
+    source: HeadSource,
+    /// How the model was loaded.
+    options: LoadOptions,
+    head: OnceLock<Head>,
+    loading: Mutex<()>,
+}
+
+/// Where the head comes from.
+#[derive(Debug)]
+enum HeadSource {
+    /// The model has none, or is not to have one.
+    None,
+    /// This file or folder, an absolute path.
+    File(PathBuf),
+    /// The files have a part of one, which is not usable for this reason.
+    Fault(String),
 }
 
 impl Model {
@@ -133,38 +161,13 @@ impl Model {
     /// # Errors
     /// Those of [`Model::load`] and of `progress`.
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
-        let path = path.as_ref();
-        if path.is_dir() {
-            let folder = HfFolder::open_with(path, options.mmap)?;
-            // In a checkpoint that is in 4 bits already, the matrices that are left were worth more bits.
-            let auto = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
-            Model::from_checkpoint(&folder, auto, options, progress)
-        } else {
-            let file = Gguf::open_with(path, &OpenOptions { mmap: options.mmap })?;
-            Model::from_checkpoint(&file, Quantize::Stored, options, progress)
+        let model = open(path.as_ref(), options, |checkpoint| {
+            Model::with_weights(checkpoint, options, progress, Weights::load)
+        })?;
+        if options.mtp == Some(true) {
+            model.head()?;
         }
-    }
-
-    /// Loads a model from an open checkpoint. [`Quantize::Auto`] stands for `auto`.
-    fn from_checkpoint(
-        checkpoint: &dyn Checkpoint,
-        auto: Quantize,
-        options: &LoadOptions,
-        progress: Option<Progress<'_>>,
-    ) -> Result<Model> {
-        let wanted = match if options.quantize == Quantize::Auto { auto } else { options.quantize } {
-            Quantize::Auto | Quantize::Stored => return Model::pack(checkpoint, options, progress),
-            Quantize::Int4 => BlockType::Q4_0,
-            Quantize::Int8 => BlockType::Q8_0,
-        };
-        let quantized = Quantized::new(checkpoint, wanted)?;
-        let model = Model::pack(&quantized, options, progress)?;
-        quantized.finish()?;
         Ok(model)
-    }
-
-    fn pack(checkpoint: &dyn Checkpoint, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
-        Model::with_weights(checkpoint, options, progress, Weights::load)
     }
 
     /// Loads a model whose weights `load` reads, from a loader, for a configuration and a context.
@@ -182,7 +185,11 @@ impl Model {
             let expected = format!("1 to {}, the context that the model was made for", config.longest);
             return Err(Error::argument("context", context, expected));
         }
-        let weights = pool.run(|scope| load(&Loader::new(scope, checkpoint, progress), &config, context))?;
+        let (weights, source) = pool.run(|scope| {
+            let weights = load(&Loader::new(scope, checkpoint, progress), &config, context)?;
+            let source = head_source(scope, checkpoint, &config, options, weights.vocabulary());
+            Ok((weights, source))
+        })?;
         let default_type = if weights.is_f32() { CacheType::F32 } else { CacheType::F16 };
         static MODELS: AtomicU64 = AtomicU64::new(0);
         Ok(Model {
@@ -203,6 +210,7 @@ impl Model {
             fingerprint: OnceLock::new(),
             metadata: checkpoint.metadata().clone(),
             limits: OnceLock::new(),
+            head: LazyHead { source, options: options.clone(), head: OnceLock::new(), loading: Mutex::default() },
         })
     }
 
@@ -236,11 +244,69 @@ impl Model {
             if input.tokens.is_empty() {
                 return Err(Error::argument("tokens", "none", "at least one token"));
             }
-            if let Some(token) = input.tokens.iter().find(|token| **token as usize >= self.vocabulary()) {
-                return Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())));
-            }
+            input.tokens.iter().try_for_each(|token| self.check_token(*token))?;
         }
-        self.with_workspace(|workspace| self.transformer.step(workspace, inputs, logits, interrupted))
+        let head = self.head.head.get();
+        self.with_workspace(|workspace| self.transformer.step(workspace, inputs, logits, head, interrupted))
+    }
+
+    /// Whether the model has a head for multi-token prediction.
+    pub fn has_mtp(&self) -> bool {
+        matches!(self.head.source, HeadSource::File(_))
+    }
+
+    /// Loads the head for multi-token prediction, if it is not loaded.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a model without a head, and those of [`Model::load`].
+    pub(crate) fn load_mtp(&self) -> Result<()> {
+        self.head().map(drop)
+    }
+
+    /// What loading has left out, a line each.
+    pub fn notes(&self) -> Vec<String> {
+        match &self.head.source {
+            HeadSource::Fault(fault) => vec![format!("without the head for multi-token prediction: {fault}")],
+            HeadSource::None | HeadSource::File(_) => Vec::new(),
+        }
+    }
+
+    /// The head for multi-token prediction, which is loaded on first use.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a model without a head, and those of [`Model::load`].
+    pub(super) fn head(&self) -> Result<&Head> {
+        let expected = "a model with a complete head for multi-token prediction";
+        let file = match &self.head.source {
+            HeadSource::File(file) => file,
+            HeadSource::Fault(fault) => {
+                return Err(Error::argument(
+                    "speculation",
+                    format_args!("\"mtp\" for a model without one: {fault}"),
+                    expected,
+                ));
+            }
+            HeadSource::None => {
+                let found = format_args!("\"mtp\" for {}, which has none", self.path.display());
+                return Err(Error::argument("speculation", found, expected));
+            }
+        };
+        let _loading = self.head.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(head) = self.head.head.get() {
+            return Ok(head);
+        }
+        let head = open(file, &self.head.options, |checkpoint| {
+            self.pool().run(|scope| Head::load(&Loader::new(scope, checkpoint, None), self.config(), self.vocabulary()))
+        })?;
+        Ok(self.head.head.get_or_init(|| head))
+    }
+
+    /// Checks that a token is in the vocabulary.
+    pub(super) fn check_token(&self, token: u32) -> Result<()> {
+        if (token as usize) < self.vocabulary() {
+            return Ok(());
+        }
+        Err(Error::argument("token", token, format_args!("an id below {}", self.vocabulary())))
     }
 
     /// Checks that an input asks for nothing that the model does not have.
@@ -382,7 +448,7 @@ impl Model {
 
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
-        self.transformer.weights.bytes()
+        self.transformer.weights.bytes() + self.head.head.get().map_or(0, Head::bytes)
     }
 
     /// Bytes of keys and values of a session that fills the context.
@@ -414,6 +480,63 @@ impl Model {
             context: self.context,
             vocabulary: self.vocabulary(),
         })
+    }
+}
+
+/// Opens the checkpoint at `path` and hands it to `act`, with its matrices quantized as `options` say.
+fn open<R>(path: &Path, options: &LoadOptions, act: impl FnOnce(&dyn Checkpoint) -> Result<R>) -> Result<R> {
+    if path.is_dir() {
+        let folder = HfFolder::open_with(path, options.mmap)?;
+        // In a checkpoint that is in 4 bits already, the matrices that are left were worth more bits.
+        let auto = if folder.has_packed_layers() { Quantize::Int8 } else { Quantize::Int4 };
+        quantized(&folder, auto, options, act)
+    } else {
+        let file = Gguf::open_with(path, &OpenOptions { mmap: options.mmap })?;
+        quantized(&file, Quantize::Stored, options, act)
+    }
+}
+
+/// Hands an open checkpoint to `act`. [`Quantize::Auto`] stands for `auto`.
+fn quantized<R>(
+    checkpoint: &dyn Checkpoint,
+    auto: Quantize,
+    options: &LoadOptions,
+    act: impl FnOnce(&dyn Checkpoint) -> Result<R>,
+) -> Result<R> {
+    let wanted = match if options.quantize == Quantize::Auto { auto } else { options.quantize } {
+        Quantize::Auto | Quantize::Stored => return act(checkpoint),
+        Quantize::Int4 => BlockType::Q4_0,
+        Quantize::Int8 => BlockType::Q8_0,
+    };
+    let quantized = Quantized::new(checkpoint, wanted)?;
+    let done = act(&quantized)?;
+    quantized.finish()?;
+    Ok(done)
+}
+
+/// Where the head of a model comes from. Names and shapes of its tensors are checked, their weights are not read.
+fn head_source(
+    scope: &Scope<'_>,
+    checkpoint: &dyn Checkpoint,
+    config: &Config,
+    options: &LoadOptions,
+    vocabulary: usize,
+) -> HeadSource {
+    if options.mtp == Some(false) {
+        return HeadSource::None;
+    }
+    if let Some(fault) = checkpoint.mtp_fault() {
+        return HeadSource::Fault(fault.to_owned());
+    }
+    if config.mtp.is_none() {
+        return HeadSource::None;
+    }
+    let checked = Head::load(&Loader::hollow(scope, checkpoint), config, vocabulary);
+    match checked
+        .and_then(|_| std::path::absolute(checkpoint.path()).map_err(|error| Error::io(checkpoint.path(), error)))
+    {
+        Ok(path) => HeadSource::File(path),
+        Err(fault) => HeadSource::Fault(fault.to_string()),
     }
 }
 

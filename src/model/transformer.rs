@@ -177,7 +177,7 @@ impl Layer {
         self.ffn_norms.input.as_ref().or(if config.parallel { self.mixer_norms.input.as_ref() } else { None })
     }
 
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         let per_layer = self.per_layer.iter().flat_map(LayerInput::linears);
         let streams = self.streams.iter().flat_map(LayerStreams::linears);
         self.mixer.linears().into_iter().chain(self.ffn.linears()).chain(per_layer).chain(streams)
@@ -223,7 +223,7 @@ impl Weights {
         for index in 0..config.layers.len() {
             weights.layers.push(Layer::load(loader, config, index)?);
         }
-        loader.check_leftovers()?;
+        loader.check_leftovers(config)?;
         loader.report_end()?;
         Ok(weights)
     }

@@ -42,6 +42,7 @@ struct Loading {
     context: Option<usize>,
     quantize: Option<String>,
     cache_type: Option<String>,
+    mtp: Option<bool>,
     mmap: bool,
 }
 
@@ -50,7 +51,7 @@ impl Loading {
         let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
         let (kernel, threads, context) = (self.kernel, self.threads, self.context);
-        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mmap: self.mmap })
+        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mtp: self.mtp, mmap: self.mmap })
     }
 }
 
@@ -149,6 +150,13 @@ impl Model {
         self.rows(py, ids, Logits::All, self.0.vocabulary())
     }
 
+    /// The logits of the head for multi-token prediction after each pair of tokens, of shape `(len(ids) - 1, vocabulary)`.
+    fn mtp_logits<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let ids = ids.checked()?;
+        let values = detached(py, |interrupted| self.0.mtp_logits(&ids, interrupted))?;
+        values.into_pyarray(py).reshape([ids.len().saturating_sub(1), self.0.vocabulary()])
+    }
+
     /// The hidden state of each token after the last norm, of shape `(len(ids), hidden_size)`.
     fn hidden_states<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
         self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
@@ -194,6 +202,11 @@ impl Model {
         Ok((limits.bandwidth_gb_s, limits.int8_gops))
     }
 
+    /// What loading has left out, a line each.
+    fn notes(&self) -> Vec<String> {
+        self.0.notes()
+    }
+
     /// The fields of the package's `ModelInfo`, by name.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (model, info) = (&self.0, PyDict::new(py));
@@ -210,6 +223,7 @@ impl Model {
         info.set_item("embedding_size", model.embedding_width())?;
         info.set_item("labels", PyTuple::new(py, labels(model))?)?;
         info.set_item("generates", model.generates())?;
+        info.set_item("mtp", model.has_mtp())?;
         info.set_item("weight_bytes", model.weight_bytes())?;
         info.set_item("bytes_per_token", model.bytes_per_token())?;
         info.set_item("cache_type", model.cache_type().name())?;

@@ -21,6 +21,7 @@ struct Options {
     prefix_cache: bool,
     prefill_chunk: Option<usize>,
     speculation: String,
+    draft_tokens: Option<usize>,
 }
 
 impl Options {
@@ -31,6 +32,7 @@ impl Options {
             prefix_cache: self.prefix_cache,
             prefill_chunk: self.prefill_chunk,
             speculation: Speculation::by_name(&self.speculation)?,
+            draft_tokens: self.draft_tokens,
         })
     }
 }
@@ -65,9 +67,10 @@ impl Scheduler {
     /// `options` has the attributes of the package's `EngineOptions`.
     #[new]
     #[pyo3(signature = (model, options, draft=None))]
-    fn new(model: &Model, options: Options, draft: Option<&Model>) -> PyResult<Scheduler> {
-        let draft = draft.map(|draft| draft.0.clone());
-        let inner = engine::Scheduler::new(model.0.clone(), draft, options.checked()?)?;
+    fn new(py: Python<'_>, model: &Model, options: Options, draft: Option<&Model>) -> PyResult<Scheduler> {
+        let (model, draft, options) = (model.0.clone(), draft.map(|draft| draft.0.clone()), options.checked()?);
+        // It may load the model's head.
+        let inner = guarded(py, || engine::Scheduler::new(model, draft, options))?;
         Ok(Scheduler { inner: Mutex::new(inner), interrupted: AtomicBool::new(false) })
     }
 

@@ -136,7 +136,9 @@ fn stem(name: &str) -> &str {
 pub(super) fn is_linear(stem: &str) -> bool {
     let Some((_, part)) = stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { return false };
     let part = part.strip_suffix("_exps").or_else(|| part.strip_suffix("_shexp")).unwrap_or(part);
-    matches!(part, "attn_qkv" | "attn_q" | "attn_k" | "attn_v" | "attn_output" | "ffn_gate" | "ffn_up" | "ffn_down")
+    const PARTS: &[&str] =
+        &["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "nextn.eh_proj"];
+    PARTS.contains(&part)
 }
 
 /// Whether `pattern` matches all of `text`.
@@ -205,6 +207,9 @@ mod tests {
             ("blk.1.ffn_gate_inp_shexp.weight", vec![576, 1], encoded(BlockType::Q8_0)),
             ("blk.2.ffn_up.weight", vec![576, 1536], solved(Format::Iq4Nl, 64)),
             ("blk.2.ffn_gate.weight", vec![40, 1536], encoded(BlockType::F16)),
+            ("blk.9.nextn.eh_proj.weight", vec![1152, 576], solved(Format::Q4_0, 128)),
+            ("blk.9.nextn.embed_tokens.weight", vec![576, 1000], encoded(BlockType::Q8_0)),
+            ("blk.9.nextn.enorm.weight", vec![576], encoded(BlockType::F32)),
         ] {
             assert_eq!(formats.stored(name, &dims), expected, "{name}");
         }

@@ -1,5 +1,7 @@
 //! The engine: scheduler, sampler, constraints and thread pool.
 
+#[path = "../common/mtp.rs"]
+mod mtp_goldens;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
@@ -8,6 +10,7 @@ mod constraint;
 mod ends;
 mod examples;
 mod jobs;
+mod mtp;
 mod recurrent;
 mod sampler;
 mod scheduler;

@@ -4,6 +4,8 @@
 mod hf_folder;
 #[path = "../common/logits.rs"]
 mod logits;
+#[path = "../common/mtp.rs"]
+mod mtp_goldens;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
@@ -14,6 +16,7 @@ mod gguf_files;
 mod goldens;
 mod hf_convert;
 mod hf_packings;
+mod mtp;
 mod packed_folder;
 mod session_files;
 mod variants;

@@ -1,11 +1,12 @@
-//! Draft tokens of a step: from the sequences themselves, their constraints, or the draft model.
+//! Draft tokens of a step: from the sequences themselves, their constraints, the model's own head, or the draft model.
 
 use std::sync::Arc;
 
-use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, Speculation, ngram_lookup};
+use super::super::sampler::Sampler;
+use super::super::speculation::{MAX_AUTO_ROWS, MAX_DRAFT, MAX_DRAFT_ROWS, MAX_HEAD_DRAFT, Speculation, ngram_lookup};
 use super::entry::Entry;
 use crate::error::{Error, Result};
-use crate::model::{Input, Logits, Model};
+use crate::model::{HeadDraft, Input, Logits, Model, Session};
 
 /// Tokens of a sequence that the draft model computes in each step until it has caught up and can draft.
 const CATCH_UP: usize = 64;
@@ -13,11 +14,62 @@ const CATCH_UP: usize = 64;
 /// Adds draft tokens to sequences before a step.
 #[derive(Debug)]
 pub(super) struct Drafter {
-    pub(super) speculation: Speculation,
-    pub(super) model: Option<Arc<Model>>,
+    speculation: Speculation,
+    /// Largest number of draft tokens of a sequence.
+    draft_tokens: Option<usize>,
+    source: Source,
+}
+
+/// Where draft tokens come from, besides constraints and the sequences themselves.
+#[derive(Debug)]
+enum Source {
+    None,
+    /// A draft model.
+    Model(Arc<Model>),
+    /// The head of the model itself.
+    Head(Arc<Model>),
 }
 
 impl Drafter {
+    /// A drafter for `model`, with a draft model or without.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a model without a head where its drafts are asked for; those of loading it.
+    pub(super) fn new(
+        model: &Arc<Model>,
+        draft: Option<Arc<Model>>,
+        speculation: Speculation,
+        draft_tokens: Option<usize>,
+    ) -> Result<Drafter> {
+        let source = match (draft, speculation) {
+            (Some(_), Speculation::Mtp) => {
+                return Err(Error::argument("draft", "a model", "none, as speculation is \"mtp\""));
+            }
+            (Some(draft), _) => Source::Model(draft),
+            (None, Speculation::Mtp) => Source::Head(model.clone()),
+            (None, Speculation::Auto) if model.has_mtp() => Source::Head(model.clone()),
+            (None, _) => Source::None,
+        };
+        if let Source::Head(model) = &source {
+            model.load_mtp()?;
+        }
+        Ok(Drafter { speculation, draft_tokens, source })
+    }
+
+    /// Lets the model's head follow a session, or frees what it keeps for one that is not used.
+    ///
+    /// # Errors
+    /// Those of loading the head.
+    pub(super) fn prepare(&self, session: &mut Session) -> Result<()> {
+        match &self.source {
+            Source::Head(model) => model.follow(session),
+            Source::None | Source::Model(_) => {
+                session.drop_head();
+                Ok(())
+            }
+        }
+    }
+
     /// Appends draft tokens to the pending tokens of the sequences that decode.
     ///
     /// # Errors
@@ -29,44 +81,141 @@ impl Drafter {
         let decoding = running.iter().filter(|entry| entry.is_decoding()).count();
         let mut budget = match self.speculation {
             Speculation::Auto => MAX_AUTO_ROWS.saturating_sub(decoding),
-            Speculation::On | Speculation::Off => MAX_DRAFT_ROWS,
+            Speculation::On | Speculation::Mtp | Speculation::Off => MAX_DRAFT_ROWS,
         };
         let mut wanted = Vec::with_capacity(running.len());
         for entry in running.iter_mut() {
-            let mut count = 0;
-            if entry.is_decoding() {
+            entry.by_head = false;
+            let count = if entry.is_decoding() {
                 // The last token of the limit is sampled but never computed, so it needs no draft.
-                count = entry.acceptance.draft_len(self.speculation).min(entry.remaining - 1).min(budget);
-                budget -= count;
-            }
-            // A constraint predicts the next tokens better than a draft model does.
-            if self.model.is_none() || entry.sequence.sampler.constraint().is_some() {
-                look_ahead(entry, std::mem::take(&mut count));
-            }
+                self.draft(entry, (entry.remaining - 1).min(budget))
+            } else {
+                0
+            };
+            budget -= entry.drafted + count;
             wanted.push(count);
         }
-        match &self.model {
-            Some(model) => ask(model, running, wanted, interrupted),
-            None => Ok(()),
+        match &self.source {
+            Source::None => Ok(()),
+            Source::Model(model) => ask(model, running, wanted, interrupted),
+            Source::Head(model) => draft_by_head(model, running, wanted, interrupted),
         }
+    }
+
+    /// Appends up to `limit` draft tokens from the sequence itself and from its constraint, or returns how many are wanted of the
+    /// draft model or the head.
+    fn draft(&self, entry: &mut Entry, limit: usize) -> usize {
+        let most = self.draft_tokens.unwrap_or(MAX_DRAFT);
+        let is_constrained = entry.sequence.sampler.constraint().is_some();
+        match &self.source {
+            Source::Model(_) if !is_constrained => entry.acceptance.draft_len(self.speculation, most).min(limit),
+            Source::Head(_) if !is_constrained => self.choose(entry, limit),
+            // A constraint predicts the next tokens better than a model does.
+            _ => {
+                let count = entry.acceptance.draft_len(self.speculation, most).min(limit);
+                let draft = look_ahead(entry, count);
+                entry.add_drafts(&draft);
+                0
+            }
+        }
+    }
+
+    /// Returns how many draft tokens of the head are wanted. Appends draft tokens from the sequence itself instead where they promise
+    /// at least as many accepted ones, and may be used.
+    fn choose(&self, entry: &mut Entry, limit: usize) -> usize {
+        let by_head = match (self.speculation, self.draft_tokens) {
+            (Speculation::Mtp, Some(count)) => count,
+            (_, most) => entry.head_acceptance.draft_len(self.speculation, most.unwrap_or(MAX_HEAD_DRAFT)),
+        };
+        let by_head = if entry.sequence.session.can_draft() { by_head.min(limit) } else { 0 };
+        entry.by_head = true;
+        if self.speculation != Speculation::Auto {
+            return by_head;
+        }
+        let most = self.draft_tokens.unwrap_or(MAX_DRAFT);
+        let count = entry.acceptance.draft_len(self.speculation, most).min(limit);
+        let draft = look_ahead(entry, count);
+        if by_head > 0 && entry.head_acceptance.expected(by_head) > entry.acceptance.expected(draft.len()) {
+            entry.unused = draft;
+            return by_head;
+        }
+        entry.by_head = false;
+        entry.add_drafts(&draft);
+        0
     }
 }
 
-/// Appends up to `count` draft tokens from the sequence itself and from its constraint.
-fn look_ahead(entry: &mut Entry, count: usize) {
+/// Up to `count` draft tokens from the sequence itself and from its constraint.
+fn look_ahead(entry: &mut Entry, count: usize) -> Vec<u32> {
     let sequence = &mut entry.sequence;
-    let mut draft = match sequence.sampler.constraint() {
+    match sequence.sampler.constraint() {
         _ if count == 0 => Vec::new(),
         None => ngram_lookup(&sequence.tokens, count),
         Some(constraint) => constraint.draft(count, |draft| ngram_lookup(&[&sequence.tokens, draft].concat(), count)),
-    };
-    entry.drafted = draft.len();
-    entry.rows += draft.len();
-    sequence.pending.append(&mut draft);
+    }
 }
 
-/// Lets the draft model generate up to `wanted` tokens for each sequence. It samples like the sequence's own sampler, with the
-/// random numbers that the sequence will use, so a good draft model is right with seeds, too.
+/// Lets the model's head draft up to `wanted` tokens for each sequence.
+fn draft_by_head(
+    model: &Model,
+    running: &mut [Entry],
+    mut wanted: Vec<usize>,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<()> {
+    let mut samplers: Vec<_> = running.iter().map(|_| None).collect();
+    let drafting: Vec<bool> = wanted.iter().map(|wanted| *wanted > 0).collect();
+    for round in 0..MAX_DRAFT {
+        let (mut logits, mut drafts, mut asked) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, entry) in running.iter_mut().enumerate().filter(|(i, _)| round < wanted[*i]) {
+            let Some(token) = entry.sequence.pending.last().copied() else { continue };
+            drafts.push(HeadDraft { session: &mut entry.sequence.session, token, round });
+            asked.push(i);
+        }
+        if drafts.is_empty() {
+            break;
+        }
+        match model.draft(&mut drafts, &mut logits, interrupted) {
+            Ok(()) => sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted),
+            // Without memory for the head, sequences continue without it.
+            Err(Error::OutOfMemory { .. }) => break,
+            Err(error) => {
+                running.iter_mut().for_each(Entry::forget_drafts);
+                return Err(error);
+            }
+        }
+    }
+    for (entry, _) in running.iter_mut().zip(drafting).filter(|(_, drafting)| *drafting) {
+        if let Some(token) = entry.sequence.tokens.last() {
+            entry.sequence.session.end_drafts(*token);
+        }
+    }
+    Ok(())
+}
+
+/// Samples a draft token for each sequence in `asked` from its row of logits. It samples like the sequence's own sampler, with the
+/// random numbers that the sequence will use, so good drafts are right with seeds, too.
+fn sample(
+    model: &Model,
+    running: &mut [Entry],
+    samplers: &mut [Option<Sampler>],
+    asked: &[usize],
+    logits: &mut [f32],
+    wanted: &mut [usize],
+) {
+    for (i, row) in asked.iter().zip(logits.chunks_mut(model.vocabulary())) {
+        let entry = &mut running[*i];
+        let sampler = samplers[*i].get_or_insert_with(|| entry.sequence.sampler.unconstrained().clone());
+        // Without usable logits, the model continues alone.
+        let Ok(sampled) = sampler.sample(row) else {
+            wanted[*i] = 0;
+            continue;
+        };
+        sampler.accept(sampled.token);
+        entry.add_drafts(&[sampled.token]);
+    }
+}
+
+/// Lets the draft model generate up to `wanted` tokens for each sequence.
 fn ask(
     model: &Model,
     running: &mut [Entry],
@@ -111,20 +260,8 @@ fn ask(
                 return Err(error);
             }
         }
-        let asked = asked.into_iter().filter_map(|(i, has_logits)| has_logits.then_some(i));
-        for (i, row) in asked.zip(logits.chunks_mut(model.vocabulary())) {
-            let entry = &mut running[i];
-            let sampler = samplers[i].get_or_insert_with(|| entry.sequence.sampler.unconstrained().clone());
-            // Where the draft model gives no usable logits, the model continues alone.
-            let Ok(sampled) = sampler.sample(row) else {
-                wanted[i] = 0;
-                continue;
-            };
-            sampler.accept(sampled.token);
-            entry.sequence.pending.push(sampled.token);
-            entry.drafted += 1;
-            entry.rows += 1;
-        }
+        let asked: Vec<usize> = asked.into_iter().filter_map(|(i, has_logits)| has_logits.then_some(i)).collect();
+        sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted);
     }
     Ok(())
 }

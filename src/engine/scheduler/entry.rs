@@ -43,12 +43,18 @@ pub(super) struct Entry {
     /// keeps the states for others.
     branch: usize,
     pub(super) acceptance: Acceptance,
+    /// That of the drafts of the model's own head.
+    pub(super) head_acceptance: Acceptance,
+    /// Draft tokens that were not used, because the head's drafts promised more.
+    pub(super) unused: Vec<u32>,
     /// The draft model's KV cache.
     pub(super) draft_session: Option<Session>,
     /// Pending tokens that this step computes.
     pub(super) rows: usize,
     /// Draft tokens at the end of the pending tokens.
     pub(super) drafted: usize,
+    /// Whether they come from the model's own head.
+    pub(super) by_head: bool,
 }
 
 impl Entry {
@@ -65,9 +71,12 @@ impl Entry {
             restorable: (0, ROOT),
             branch: 0,
             acceptance: Acceptance::default(),
+            head_acceptance: Acceptance::default(),
+            unused: Vec::new(),
             draft_session: None,
             rows: 0,
             drafted: 0,
+            by_head: false,
         }
     }
 
@@ -138,6 +147,7 @@ impl Entry {
         let pending = &self.sequence.pending;
         // The last token is always computed: its logits are needed.
         let most = pending.len().saturating_sub(1);
+        let has_head = self.sequence.session.has_head();
         let (mut pages, mut numbers, mut tokens, mut parent) = (Vec::new(), Vec::new(), 0, self.block);
         while tokens < most && tokens.is_multiple_of(PAGE) {
             let whole = self.block_at(self.blocks + numbers.len(), parent).and_then(|key| prefixes.find(&key));
@@ -147,7 +157,8 @@ impl Entry {
                     (page, (most - tokens).min(PAGE))
                 }
                 None => match prefixes.find_beginning(parent, &pending[tokens..most]) {
-                    Some(found) => found,
+                    // The last of the common tokens is computed again where a head reads the state after it.
+                    Some((page, count)) => (page, count - usize::from(has_head)),
                     None => break,
                 },
             };
@@ -164,7 +175,8 @@ impl Entry {
         let mut reused = 0;
         for (page, number) in pages.iter().zip(numbers).take(count) {
             let held = (tokens - reused).min(PAGE);
-            if self.sequence.session.attach(page, held).is_err() {
+            let next = self.sequence.pending.get(reused + held).copied().filter(|_| held < PAGE);
+            if self.sequence.session.attach(page, held, next).is_err() {
                 break;
             }
             reused += held;
@@ -200,7 +212,32 @@ impl Entry {
         let known = self.sequence.pending.len() - self.drafted;
         self.sequence.pending.truncate(known);
         (self.drafted, self.rows) = (0, 0);
+        self.unused.clear();
         self.truncate_draft_session();
+    }
+
+    /// Appends draft tokens to the pending tokens.
+    pub(super) fn add_drafts(&mut self, drafts: &[u32]) {
+        self.sequence.pending.extend_from_slice(drafts);
+        self.drafted += drafts.len();
+        self.rows += drafts.len();
+    }
+
+    /// Records how many of this step's draft tokens were accepted, and how many of those that were not used were right, by the
+    /// tokens from number `known` on.
+    pub(super) fn observe(&mut self, accepted: usize, known: usize) {
+        let drafted = self.drafted;
+        let acceptance = if self.by_head { &mut self.head_acceptance } else { &mut self.acceptance };
+        if drafted > 0 {
+            acceptance.observe(drafted, accepted);
+        }
+        let sampled = self.sequence.tokens.get(known..).unwrap_or_default();
+        let pairs = self.unused.iter().zip(sampled);
+        let (count, right) = (pairs.len(), pairs.take_while(|(draft, token)| draft == token).count());
+        if count > 0 {
+            self.acceptance.observe(count, right);
+        }
+        self.unused.clear();
     }
 
     /// Removes what the draft model has computed beyond the tokens known.

@@ -149,6 +149,17 @@ pub struct Temperature {
     pub offset: f32,
 }
 
+/// What a head for multi-token prediction reads (DeepSeek-AI 2024, arXiv 2412.19437).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MtpInput {
+    /// Whether it reads the state after the last norm, and for further draft tokens its own output after its own last norm.
+    /// Otherwise it reads them before the norm.
+    pub normalized: bool,
+    /// Whether the state comes before the embedding in the input of the projection.
+    pub state_first: bool,
+}
+
 /// One model family.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -173,6 +184,8 @@ pub struct Family {
     pub position: Position,
     /// Activation of the feed-forward layer.
     pub activation: Activation,
+    /// What the head for multi-token prediction reads, where files of the family may have one.
+    pub mtp: Option<MtpInput>,
     /// Choices that few families change.
     pub quirks: Quirks,
 }
@@ -293,6 +306,7 @@ pub(super) const fn family(name: &'static str) -> Family {
         residual: Residual::Sequential,
         position: Position::Rope,
         activation: Activation::Silu,
+        mtp: None,
         quirks: DEFAULT_QUIRKS,
     }
 }
@@ -322,6 +336,11 @@ impl Family {
     /// The family with layers of latent attention.
     pub(super) const fn latent(self) -> Family {
         Family { layers: LATENT_ATTENTION, ..self }
+    }
+
+    /// The family with heads for multi-token prediction that read what most do.
+    pub(super) const fn mtp(self) -> Family {
+        Family { mtp: Some(MtpInput { normalized: true, state_first: false }), ..self }
     }
 
     pub(super) const fn quirks(self, quirks: Quirks) -> Family {

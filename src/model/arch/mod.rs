@@ -13,8 +13,8 @@ mod recurrent;
 
 pub(super) use family::DEFAULT_QUIRKS;
 pub use family::{
-    Family, FeedForwardKind, Gating, LayerKind, MixerKind, NormKind, Position, Quirks, RecurrentLayers, Residual,
-    Rotated, Temperature,
+    Family, FeedForwardKind, Gating, LayerKind, MixerKind, MtpInput, NormKind, Position, Quirks, RecurrentLayers,
+    Residual, Rotated, Temperature,
 };
 
 /// Every family that is supported.

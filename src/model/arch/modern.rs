@@ -31,11 +31,11 @@ pub(super) const FAMILIES: &[Family] = &[
     family("exaone4").quirks(WINDOWED),
     // Tencent 2025 and 2026.
     family("hunyuan-dense").quirks(Quirks { norms_after_rotation: true, ..DEFAULT_QUIRKS }),
-    family("hy_v3").quirks(SIGMOID),
+    family("hy_v3").quirks(SIGMOID).mtp(),
     // GLM Team 2024, arXiv 2406.12793, and the versions after it.
     family("chatglm").position(RopeAdjacent),
     family("glm4").position(RopeAdjacent),
-    family("glm4moe").quirks(SIGMOID),
+    family("glm4moe").quirks(SIGMOID).mtp(),
     // MiniMax 2025.
     family("minimax-m2").quirks(SIGMOID),
     // rednote-hilab 2025, arXiv 2506.05767.
@@ -51,10 +51,11 @@ pub(super) const FAMILIES: &[Family] = &[
     // Poolside 2026.
     family("laguna").quirks(LAGUNA),
     // JetBrains 2026.
-    family("mellum").quirks(Quirks { window_period: 4, ..DEFAULT_QUIRKS }),
+    family("mellum").quirks(Quirks { window_period: 4, ..DEFAULT_QUIRKS }).mtp(),
     // DeepSeek-AI 2024, arXiv 2405.04434 and 2412.19437; also GLM 4 Lite.
     family("deepseek2")
         .position(RopeAdjacent)
         .quirks(Quirks { normalized_experts: false, latent_norm_eps: Some(1e-6), ..DEFAULT_QUIRKS })
-        .latent(),
+        .latent()
+        .mtp(),
 ];

@@ -79,7 +79,7 @@ struct Widths {
 pub(super) fn read(
     keys: &MetadataReader<'_>,
     family: &Family,
-    layers: usize,
+    [layers, own]: [usize; 2],
     hidden: usize,
     rotates: bool,
     causal: bool,
@@ -90,7 +90,7 @@ pub(super) fn read(
     let heads = keys.per_layer(least, "attention.head_count", layers)?;
     let heads = heads.ok_or_else(|| keys.missing("attention.head_count"))?;
     let kv_heads = keys.per_layer(least, "attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
-    let kinds = kinds(keys, family, layers, &kv_heads)?;
+    let kinds = kinds(keys, family, [layers, own], &kv_heads)?;
     let attends = |kind: &LayerKind| {
         matches!(kind.mixer, MixerKind::Attention | MixerKind::LatentAttention | MixerKind::AttentionAndMamba2)
     };
@@ -293,7 +293,12 @@ pub(super) fn rotates(keys: &MetadataReader<'_>, family: &Family) -> Result<bool
 }
 
 /// What the halves of each layer are.
-fn kinds(keys: &MetadataReader<'_>, family: &Family, layers: usize, kv_heads: &[usize]) -> Result<Vec<LayerKind>> {
+fn kinds(
+    keys: &MetadataReader<'_>,
+    family: &Family,
+    [layers, own]: [usize; 2],
+    kv_heads: &[usize],
+) -> Result<Vec<LayerKind>> {
     let mut kinds: Vec<LayerKind> = (0..layers).map(|layer| family.layer(layer)).collect();
     let Some((mixer, recurrent)) = family.recurrent else { return Ok(kinds) };
     match recurrent {
@@ -327,7 +332,8 @@ fn kinds(keys: &MetadataReader<'_>, family: &Family, layers: usize, kv_heads: &[
         RecurrentLayers::Listed => {
             let period = keys.optional_count("full_attention_interval")?.unwrap_or(4);
             let listed = keys.flags("attention.recurrent_layers", layers)?;
-            let listed = listed.unwrap_or_else(|| (0..layers).map(|layer| (layer + 1) % period != 0).collect());
+            let listed =
+                listed.unwrap_or_else(|| (0..layers).map(|layer| layer < own && (layer + 1) % period != 0).collect());
             kinds.iter_mut().zip(listed).filter(|(_, is)| *is).for_each(|(kind, _)| kind.mixer = mixer);
         }
     }

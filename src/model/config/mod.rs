@@ -5,6 +5,7 @@ mod experts;
 mod latent;
 mod layers;
 pub(super) mod metadata;
+mod mtp;
 pub(super) mod namespace;
 mod recurrent;
 
@@ -14,6 +15,7 @@ pub use experts::{ExpertsConfig, GroupsConfig};
 pub use latent::LatentConfig;
 pub use layers::LayerConfig;
 pub(crate) use layers::Reach;
+pub(crate) use mtp::MtpConfig;
 pub use recurrent::RecurrentConfig;
 pub(crate) use recurrent::StateSizes;
 
@@ -109,6 +111,8 @@ pub struct Config {
     pub clamped_gate: Option<(f32, f32)>,
     /// Several residual streams. Layers compute one of them.
     pub streams: Option<StreamsConfig>,
+    /// The layers behind the last that predict further tokens.
+    pub(crate) mtp: Option<MtpConfig>,
 }
 
 /// Several residual streams: layers compute one and predict the others (AltUp, Baykal et al. 2023, arXiv 2301.13310).
@@ -139,8 +143,8 @@ impl Config {
         let keys = general.of_family(name);
 
         let hidden = keys.count("embedding_length")?;
-        let layers = keys.count("block_count")?;
-        keys.check("block_count", layers, layers <= MAX_LAYERS, format_args!("at most {MAX_LAYERS}"))?;
+        let blocks = keys.count("block_count")?;
+        keys.check("block_count", blocks, blocks <= MAX_LAYERS, format_args!("at most {MAX_LAYERS}"))?;
         let eps_key = match family.norm {
             // The second name is that of some files of families with this norm.
             NormKind::Rms => keys.alias(["attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"]),
@@ -171,9 +175,11 @@ impl Config {
         let original = rope.scaling.yarn().map(|(_, original)| original);
         let temperature = layers::temperature(&keys, family, original)?;
         let rotates = layers::rotates(&keys, family)? && alibi.is_none();
-        let count = layers;
+        let count = blocks - mtp::extra_layers(&keys, family, blocks)?;
         let causal = keys.flag("attention.causal")?.unwrap_or(!family.quirks.bidirectional);
-        let layers = layers::read(&keys, family, count, hidden, rotates, causal, latent.as_ref(), temperature)?;
+        let sizes = [blocks, count];
+        let mut layers = layers::read(&keys, family, sizes, hidden, rotates, causal, latent.as_ref(), temperature)?;
+        let mtp = MtpConfig::of(layers.split_off(count));
         let recurrent = recurrent::read(&keys, family, hidden, &layers)?;
         if !causal && alibi.is_some() {
             let supported = "supported: true where attention.max_alibi_bias is above 0 (is_causal in config.json)";
@@ -195,7 +201,8 @@ impl Config {
         let extended = keys.optional_count("rope.scaling.extended_context_length")?;
         let longest = longest.max(extended.unwrap_or(0));
         let has_logits = !family.quirks.without_output && keys.flag("generates")?.unwrap_or(true);
-        namespace::check(&keys, [latent.is_some(), family.recurrent.is_some()])?;
+        let special = [latent.is_some(), family.recurrent.is_some(), family.mtp.is_some()];
+        namespace::check(&keys, special)?;
         Ok(Config {
             family,
             context,
@@ -239,6 +246,7 @@ impl Config {
             xielu: if family.quirks.xielu { xielu(&general, count)? } else { Vec::new() },
             clamped_gate: clamped_gate(&keys, family)?,
             streams: streams(&keys)?,
+            mtp,
         })
     }
 }

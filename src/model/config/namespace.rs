@@ -107,6 +107,9 @@ pub(in crate::model) const READ_RECURRENT: &[&str] = &[
     "ssm.time_step_rank",
 ];
 
+/// Keys that `Config::read` reads for families with heads for multi-token prediction.
+pub(in crate::model) const READ_MTP: &[&str] = &["nextn_predict_layers"];
+
 /// Keys of dense modules after `dense_` and a number. Tensors have the sizes.
 pub(in crate::model) const READ_DENSE: &[&str] = &["activation", "feat_in", "feat_out"];
 
@@ -144,18 +147,19 @@ pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
     ("rope.scaling.yarn_ext_factor", &[1.0, -1.0]),
 ];
 
-/// Checks that no key of the family has a meaning that is not computed, in a model with latent attention or recurrent layers.
+/// Checks that no key of the family has a meaning that is not computed, in a model with latent attention, recurrent layers, or a head for
+/// multi-token prediction.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
-pub(in crate::model) fn check(keys: &MetadataReader<'_>, [latent, recurrent]: [bool; 2]) -> Result<()> {
+pub(in crate::model) fn check(keys: &MetadataReader<'_>, [latent, recurrent, mtp]: [bool; 3]) -> Result<()> {
     for (key, value) in keys.own() {
         let ignored = |known: &&str| known.strip_suffix('.').map_or(*known == key, |_| key.starts_with(*known));
         let dense = key.strip_prefix("dense_").and_then(|rest| rest.split_once('_'));
         if dense.is_some_and(|(number, rest)| number.parse::<usize>().is_ok() && READ_DENSE.contains(&rest)) {
             continue;
         }
-        let read = [(true, READ), (latent, READ_LATENT), (recurrent, READ_RECURRENT)];
+        let read = [(true, READ), (latent, READ_LATENT), (recurrent, READ_RECURRENT), (mtp, READ_MTP)];
         if read.iter().any(|(is_read, list)| *is_read && list.contains(&key)) || WITHOUT_INFLUENCE.iter().any(ignored) {
             continue;
         }

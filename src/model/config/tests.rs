@@ -6,7 +6,7 @@ use super::*;
 use crate::error::Error;
 use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Checkpoint, Tensor};
-use crate::model::config::namespace::{NEUTRAL, READ, READ_LATENT, READ_RECURRENT, WITHOUT_INFLUENCE};
+use crate::model::config::namespace::{NEUTRAL, READ, READ_LATENT, READ_MTP, READ_RECURRENT, WITHOUT_INFLUENCE};
 
 struct Keys(Metadata);
 
@@ -101,6 +101,22 @@ fn every_key_that_counts_as_read_is_read() {
         assert!(families.iter().any(|family| error(family, key, wrong()).is_some()), "{key}");
         assert!(error("llama", key, Value::U32(1)).is_some(), "{key}");
     }
+    for key in READ_MTP {
+        assert!(error("glm4moe", key, wrong()).is_some(), "{key}");
+        assert!(error("llama", key, Value::U32(1)).is_some(), "{key}");
+    }
+}
+
+#[test]
+fn layers_of_a_head_do_not_count_as_layers_of_the_model() {
+    let mut keys = metadata("glm4moe");
+    keys.set("glm4moe.nextn_predict_layers", 1u32);
+    let config = Config::read(&Keys(keys)).unwrap();
+    assert_eq!((config.layers.len(), config.mtp.map(|mtp| mtp.layers)), (1, Some(1)));
+    assert_eq!(Config::read(&Keys(metadata("glm4moe"))).unwrap().mtp, None);
+    // A file that counts as many layers for its head as it has has no model.
+    let found = error("glm4moe", "nextn_predict_layers", Value::U32(2)).unwrap();
+    assert!(found.contains("found 2, expected fewer than the 2 layers"), "{found}");
 }
 
 #[test]

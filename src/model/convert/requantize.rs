@@ -31,8 +31,9 @@ pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType
     }
     // What decides how fast states decay is small, and its errors add up over positions.
     let decays = [".ssm_alpha", ".ssm_beta", ".ssm_ba", ".ssm_dt", ".ssm_x", ".ssm_f_a", ".ssm_f_b"];
+    let of_head = [".nextn.embed_tokens", ".nextn.shared_head_head"];
     let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output")
-        || decays.iter().any(|end| stem.ends_with(end));
+        || decays.iter().chain(&of_head).any(|end| stem.ends_with(end));
     let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }

@@ -12,7 +12,7 @@ use crate::model::hf::families::{self, HfFamily};
 use crate::model::hf::packings::Packing;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::Sizes;
-use crate::model::hf::{heads, keys, rope, transformers};
+use crate::model::hf::{heads, keys, mtp, rope, transformers};
 
 /// The `config.json` of every test model.
 fn configs() -> Vec<Map<String, Value>> {
@@ -42,6 +42,10 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
     _ = heads::is_bidirectional(&settings);
+    if let Some(head) = &family.mtp {
+        _ = mtp::add_sizes(head, &settings, &mut sizes.clone());
+        _ = settings.get("num_nextn_predict_layers");
+    }
     _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
         if let Values::Scaled(factors) = entry.values {

@@ -37,6 +37,7 @@
 //! | `tensor_data_layout` | falcon | `jploski` |
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
+//! | `nextn_predict_layers` | with a head for multi-token prediction | 1; `block_count` and lists per layer include its layer |
 //!
 //! Families with recurrent layers have llama.cpp's keys: `ssm.*`, `shortconv.l_cache`, `kda.head_dim`, and which layers are
 //! recurrent, by zeros in `attention.head_count_kv` or by `attention.recurrent_layers`. In addition, nybble's own:
@@ -65,6 +66,7 @@ mod key_tests;
 mod keys;
 mod metadata;
 mod modules;
+mod mtp;
 mod packings;
 mod planner;
 mod rope;
@@ -108,6 +110,8 @@ pub struct HfFolder {
     index: HashMap<String, usize>,
     /// Rows of the embedding.
     rows: usize,
+    /// Why the head for multi-token prediction is left out, where the files have a part of one.
+    mtp_fault: Option<String>,
 }
 
 impl HfFolder {
@@ -156,7 +160,13 @@ impl HfFolder {
         if let ActivationSource::Xielu = family.activation {
             xielu::write(family, &files, sizes.layers, &mut metadata)?;
         }
-        let tensors = Planner::plan(family, &settings, &sizes, &files, packing)?;
+        let rows = sizes.vocabulary;
+        let (tensors, head) = Planner::plan(family, &settings, sizes, &files, packing)?;
+        if let Some(Ok(sizes)) = &head
+            && let Some(head) = &family.mtp
+        {
+            mtp::write_keys(head, &settings, sizes, family.architecture, &mut metadata)?;
+        }
         let has_output = tensors.iter().any(|tensor| tensor.name == "output.weight");
         if heads::is_headless(&settings)? && !has_output && !settings.switch("tie_word_embeddings", false)? {
             metadata.set(format!("{}.generates", family.architecture), false);
@@ -172,7 +182,8 @@ impl HfFolder {
             computed,
             modules,
             index,
-            rows: sizes.vocabulary,
+            rows,
+            mtp_fault: head.and_then(Result::err).map(|error| error.to_string()),
         })
     }
 
@@ -261,6 +272,10 @@ impl Checkpoint for HfFolder {
         let stored = self.tensors.iter().map(|tensor| tensor.name.as_str());
         let modules = self.modules.iter().map(|tensor| tensor.name.as_str());
         stored.chain(self.computed.iter().map(|tensor| tensor.0.as_str())).chain(modules).collect()
+    }
+
+    fn mtp_fault(&self) -> Option<&str> {
+        self.mtp_fault.as_deref()
     }
 
     fn is_quantized(&self, name: &str) -> bool {

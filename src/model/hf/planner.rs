@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use super::entry::{Entry, Need, Segment, Transform, Values};
 use super::families::HfFamily;
 use super::heads;
+use super::mtp::{self, FoundHead};
 use super::packings::Packing;
 use super::packings::matrix::Matrix;
 use super::packings::mxfp4::Blocks;
@@ -45,6 +46,8 @@ impl Planned {
     }
 }
 
+/// Frequencies of the rotation, which older versions of transformers saved.
+const INV_FREQ: &str = ".rotary_emb.inv_freq";
 /// The names that `{a|b}` in a name stands for.
 fn expanded(name: &str) -> Vec<String> {
     let parts = name.split_once('{').and_then(|(start, rest)| Some((start, rest.split_once('}')?)));
@@ -65,7 +68,7 @@ fn is_scaled(segments: &Vec<Segment>) -> bool {
 pub(super) struct Planner<'a> {
     family: &'a HfFamily,
     settings: &'a Settings,
-    sizes: &'a Sizes,
+    sizes: Sizes,
     files: &'a SafeTensors,
     packing: Option<Packing>,
     /// The prefix that `~` stands for in names.
@@ -76,44 +79,87 @@ pub(super) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// All tensors of a family.
+    /// All tensors of a family; and, where the checkpoint has a head for multi-token prediction, the sizes of the model with
+    /// the head's layer, or the reason why the head is left out.
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Malformed`] and [`Error::Unsupported`] with the checkpoint's name of the tensor.
     pub(super) fn plan(
         family: &'a HfFamily,
         settings: &'a Settings,
-        sizes: &'a Sizes,
+        sizes: Sizes,
         files: &'a SafeTensors,
         packing: Option<Packing>,
-    ) -> Result<Vec<Planned>> {
+    ) -> Result<(Vec<Planned>, Option<Result<Sizes>>)> {
         // Checkpoints of a model that was saved without its head lack the first part of every name.
         let starts_with = |base: &&&str| files.tensors().iter().any(|tensor| tensor.name().starts_with(**base));
         let base = family.bases.iter().find(starts_with).copied().unwrap_or_default();
         let mut planner =
             Planner { family, settings, sizes, files, packing, base, planned: Vec::new(), used: HashSet::new() };
         for entry in family.outside.iter().flat_map(|entries| entries.iter()) {
-            planner.entry(entry, None)?;
+            planner.entry(entry, None, "")?;
         }
-        for layer in 0..sizes.layers {
-            for entry in family.layer.iter().flat_map(|entries| entries.iter()) {
-                planner.entry(entry, Some(layer))?;
+        for layer in 0..planner.sizes.layers {
+            planner.layer(layer, &format!("{}{layer}.", family.layers))?;
+        }
+        let layers = family.layers.replace('~', base);
+        let found = family.mtp.and_then(|head| mtp::find(head, &layers, settings, &planner.sizes, files).transpose());
+        let head = found.map(|found| {
+            let count = planner.planned.len();
+            let planned = found.and_then(|found| planner.add_head(&found));
+            if planned.is_err() {
+                planner.planned.truncate(count);
             }
-        }
+            planned.map(|()| planner.sizes.clone())
+        });
         planner.check_leftovers()?;
-        Ok(planner.planned)
+        Ok((planner.planned, head))
     }
 
-    fn entry(&mut self, entry: &Entry, layer: Option<usize>) -> Result<()> {
+    /// The tensors of a layer, whose names begin with `prefix`.
+    fn layer(&mut self, layer: usize, prefix: &str) -> Result<()> {
+        let mut entries = self.family.layer.iter().flat_map(|entries| entries.iter());
+        entries.try_for_each(|entry| self.entry(entry, Some(layer), prefix))
+    }
+
+    /// The tensors of the head for multi-token prediction, in a layer behind the last.
+    fn add_head(&mut self, found: &FoundHead) -> Result<()> {
+        mtp::add_sizes(&found.head, self.settings, &mut self.sizes)?;
+        let layer = self.sizes.layers;
+        found.head.entries.iter().try_for_each(|entry| self.entry(entry, Some(layer), &found.names))?;
+        self.layer(layer, &found.layer)?;
+        let is_read = |tensor: &TensorInfo| {
+            let is_bias = self.packing.is_some() && tensor.name().ends_with(".bias");
+            self.used.contains(tensor.name()) || is_bias || tensor.is_empty() || tensor.name().ends_with(INV_FREQ)
+        };
+        let layers = found.layer.trim_end_matches(|end: char| end == '.' || end.is_ascii_digit());
+        let own = |tensor: &&TensorInfo| {
+            let name = tensor.name();
+            name.starts_with(&found.layer) || (name.starts_with(&found.names) && !name.starts_with(layers))
+        };
+        match self.files.tensors().iter().filter(own).find(|tensor| !is_read(tensor)) {
+            None => Ok(()),
+            Some(tensor) => Err(self.unknown(tensor)),
+        }
+    }
+
+    /// The error that a tensor is not one of the family.
+    fn unknown(&self, tensor: &TensorInfo) -> Error {
+        let expected = format!("none: {} describes a {} without it", self.config(), self.family.model_types[0]);
+        Error::malformed(self.files.path(tensor), Place::Tensor(tensor.name().to_owned()), "a tensor", expected)
+    }
+
+    /// The tensors of an entry, whose names in the checkpoint begin with `prefix`.
+    fn entry(&mut self, entry: &Entry, layer: Option<usize>, prefix: &str) -> Result<()> {
         if let (Some(applies), Some(layer)) = (entry.only, layer)
-            && !applies(self.sizes, layer)
+            && !applies(&self.sizes, layer)
         {
             return Ok(());
         }
-        let entry = self.chosen(entry, layer);
+        let entry = self.chosen(entry, prefix);
         let Entry { gguf, transform, weight, bias, dims, suffixes, .. } = *entry;
         let dims: Vec<usize> =
-            dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes, layer)).collect();
+            dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(&self.sizes, layer)).collect();
         let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
         // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
         let bias_transform = match transform {
@@ -124,7 +170,7 @@ impl<'a> Planner<'a> {
             Values::Same => None,
             Values::AddOne => Some(Mapping::AddOne),
             Values::NegExp => Some(Mapping::NegExp),
-            Values::Scaled(factors) => Some(factors(self.settings, self.sizes)?).filter(is_scaled).map(Mapping::Scale),
+            Values::Scaled(factors) => Some(factors(self.settings, &self.sizes)?).filter(is_scaled).map(Mapping::Scale),
         };
         let parts =
             [(suffixes, weight, dims, transform, mapping), ([".bias", ".bias"], bias, vector, bias_transform, None)];
@@ -134,7 +180,7 @@ impl<'a> Planner<'a> {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
                 None => format!("{gguf}{suffix}"),
             };
-            let source = self.source(entry, source_suffix, layer);
+            let source = self.source(entry, source_suffix, prefix);
             // A layer without the weight has no bias either.
             let is_bias = source_suffix == ".bias" && suffix == ".bias";
             if self.is_needed(need, layer, &source)? && (has_weight || !is_bias) {
@@ -145,20 +191,17 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// The checkpoint's name of an entry's tensor.
-    fn source(&self, entry: &Entry, suffix: &str, layer: Option<usize>) -> String {
-        let source = match layer {
-            Some(layer) => format!("{}{layer}.{}{suffix}", self.family.layers, entry.hf),
-            None => format!("{}{suffix}", entry.hf),
-        };
+    /// The checkpoint's name of an entry's tensor, which begins with `prefix`.
+    fn source(&self, entry: &Entry, suffix: &str, prefix: &str) -> String {
+        let source = format!("{prefix}{}{suffix}", entry.hf);
         // The head is next to the model, which may be a part of a larger one.
         source.replace('~', self.base).replace('@', self.head()).replace('#', self.family.mixer)
     }
 
     /// The entry, or the first of those in its place whose weight the checkpoint has.
-    fn chosen<'e>(&self, entry: &'e Entry, layer: Option<usize>) -> &'e Entry {
+    fn chosen<'e>(&self, entry: &'e Entry, prefix: &str) -> &'e Entry {
         let is_there = |entry: &Entry| {
-            let first = expanded(&self.source(entry, entry.suffixes[1], layer)).swap_remove(0).replace("{e}", "0");
+            let first = expanded(&self.source(entry, entry.suffixes[1], prefix)).swap_remove(0).replace("{e}", "0");
             self.files.tensor(&first).is_some() || self.is_packed(&first)
         };
         std::iter::successors(Some(entry), |entry| entry.alternative).find(|entry| is_there(entry)).unwrap_or(entry)
@@ -189,7 +232,7 @@ impl<'a> Planner<'a> {
             Need::IfSo(is_so) => is_so(self.settings)?,
             Need::Sparse => sparse,
             Need::Dense => !sparse,
-            Need::Where(is_so) => layer.is_some_and(|layer| is_so(self.sizes, layer)),
+            Need::Where(is_so) => layer.is_some_and(|layer| is_so(&self.sizes, layer)),
             Need::Untied => {
                 let tied = self.settings.switch("tie_word_embeddings", false)?;
                 is_there() || !(tied || heads::is_headless(self.settings)?)
@@ -252,10 +295,10 @@ impl<'a> Planner<'a> {
             block_type: BlockType::F32,
             parts: Vec::new(),
             packed: Vec::new(),
-            order: RowOrder::new(transform, self.sizes, layer, &dims),
+            order: RowOrder::new(transform, &self.sizes, layer, &dims),
             blocks: None,
             columns: (transform == Transform::TileColumns)
-                .then(|| HeadOrder::new(self.sizes, self.sizes.recurrent.head_width())),
+                .then(|| HeadOrder::new(&self.sizes, self.sizes.recurrent.head_width())),
             mapping,
         };
         if let Some((blocks, tensors)) = Blocks::find(self.files, source, &dims, transform)? {
@@ -374,8 +417,8 @@ impl<'a> Planner<'a> {
     fn check_leftovers(&self) -> Result<()> {
         /// Buffers that older versions of transformers saved: masks and frequencies.
         const BUFFERS: &[&str] =
-            &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"];
-        /// Layers that predict several tokens at once, which the model runs without.
+            &[".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", INV_FREQ];
+        /// Layers that predict several tokens at once: those of a head that is left out, or not used.
         const DRAFTS: &[&str] = &["mtp.", "model.mtp."];
         // Layers after the last are for drafts, too, where the configuration counts them.
         let drafts = self.settings.number(&["num_nextn_predict_layers"])?;
@@ -402,12 +445,7 @@ impl<'a> Planner<'a> {
         };
         match self.files.tensors().iter().find(leftover) {
             None => Ok(()),
-            Some(tensor) => Err(Error::malformed(
-                self.files.path(tensor),
-                Place::Tensor(tensor.name().to_owned()),
-                "a tensor",
-                format_args!("none: {} describes a {} without it", self.config(), self.family.model_types[0]),
-            )),
+            Some(tensor) => Err(self.unknown(tensor)),
         }
     }
 }

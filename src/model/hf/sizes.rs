@@ -298,6 +298,8 @@ pub(super) enum Size {
     One,
     Vocabulary,
     Hidden,
+    /// An embedding and a state side by side.
+    TwiceHidden,
     Embedding,
     Context,
     Queries,
@@ -376,6 +378,7 @@ impl Size {
             Size::One => 1,
             Size::Vocabulary => sizes.vocabulary,
             Size::Hidden => sizes.hidden,
+            Size::TwiceHidden => 2 * sizes.hidden,
             Size::Embedding => sizes.embedding,
             Size::Context => sizes.context,
             Size::Queries => queries,
@@ -431,7 +434,7 @@ impl Size {
     pub(super) fn named(name: &str) -> &'static [Size] {
         use Size::*;
         match name {
-            "token_embd" | "output" => &[Embedding, Vocabulary],
+            "token_embd" | "output" | "nextn.embed_tokens" | "nextn.shared_head_head" => &[Embedding, Vocabulary],
             "token_embd_proj" => &[Embedding, Hidden],
             "output_proj" => &[Hidden, Embedding],
             "position_embd" => &[Hidden, Context],

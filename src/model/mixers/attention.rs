@@ -163,6 +163,29 @@ impl Attention {
         angles: &rope::Angles,
         workspace: &mut Workspace,
     ) {
+        let (layer, stride) = (context.pass.config.layers[context.layer], self.in_proj.linear.width());
+        self.store(context, input, angles, workspace);
+        // Softmax over the cache.
+        let source = layer.shares.unwrap_or(context.layer);
+        let Some(attention) = heads::attention(context, source) else { return };
+        let attention = CacheAttention { slopes: &context.positions.slopes, sinks: &self.sinks, ..attention };
+        let queries = HeadRows { values: &workspace.in_proj, stride, start: 0 };
+        heads::softmax(context, &attention, queries, layer.heads, &mut workspace.heads, input);
+        // Gate, and norm of the result.
+        self.gate(context, &layer, workspace, input);
+        if let Some(norm) = &self.out_norm {
+            context.pass.norm_rows(&mut input.values, norm, &mut workspace.rows);
+        }
+    }
+
+    /// Computes query, key, value and gate of `input (rows, hidden)`, and stores keys and values in the cache.
+    pub(super) fn store(
+        &self,
+        context: &mut MixerContext<'_, '_>,
+        input: &mut LinearInput,
+        angles: &rope::Angles,
+        workspace: &mut Workspace,
+    ) {
         let layer = context.pass.config.layers[context.layer];
         // Query, key, value and gate.
         context.pass.linear(&self.in_proj.linear, input, &mut workspace.in_proj);
@@ -177,17 +200,6 @@ impl Attention {
                 None => HeadRows { values: &workspace.copied, stride: layer.kv_heads * layer.value_dim, start: 0 },
             };
             heads::store(context, HeadRows { values: &workspace.in_proj, stride, start }, values);
-        }
-        // Softmax over the cache.
-        let source = layer.shares.unwrap_or(context.layer);
-        let Some(attention) = heads::attention(context, source) else { return };
-        let attention = CacheAttention { slopes: &context.positions.slopes, sinks: &self.sinks, ..attention };
-        let queries = HeadRows { values: &workspace.in_proj, stride, start: 0 };
-        heads::softmax(context, &attention, queries, layer.heads, &mut workspace.heads, input);
-        // Gate, and norm of the result.
-        self.gate(context, &layer, workspace, input);
-        if let Some(norm) = &self.out_norm {
-            context.pass.norm_rows(&mut input.values, norm, &mut workspace.rows);
         }
     }
 

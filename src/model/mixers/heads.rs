@@ -8,6 +8,7 @@ use super::context::MixerContext;
 use super::segments::{CacheAttention, Task};
 use crate::kernels::PAGE;
 use crate::model::arch::MixerKind;
+use crate::model::batch::Span;
 use crate::model::buffer::Buffer;
 use crate::model::config::{Config, LayerConfig};
 use crate::model::linear::LinearInput;
@@ -154,7 +155,9 @@ pub(super) fn softmax(
     };
     out.resize(rows.len(), columns);
     let longest = context.batch.longest_span();
-    let most = spans.iter().map(|span| attention.segments(span.position, span.len, span.end).len()).max().unwrap_or(0);
+    let segments_of =
+        |span: &Span| attention.segments(inputs[span.input].session, span.position, span.len, span.end).len();
+    let most = spans.iter().map(segments_of).max().unwrap_or(0);
     let tasks = spans.len() * count;
     // Segments per task, and tasks per span and group.
     let share = most.div_ceil((TASKS * pass.threads).div_ceil(tasks));
@@ -165,7 +168,7 @@ pub(super) fn softmax(
         parts.resize(tasks * pieces * share * sums);
         pass.scope.for_each_chunk(parts, share * sums, |i, parts| {
             let (task, piece) = (task(i / pieces), i % pieces);
-            let segments: Range<usize> = attention.segments(task.first, task.rows, task.end);
+            let segments: Range<usize> = attention.segments(task.session, task.first, task.rows, task.end);
             let first = segments.start + piece * share;
             attention.some(kernel, &task, first..segments.end.min(first + share), parts, sums);
         });

@@ -202,14 +202,8 @@ impl LatentAttention {
             // A layer that is computed alone: nothing was reserved for the model.
             workspace.heads.resize_with(heads, HeadWorkspace::default);
         }
-        // Queries, and the vector of keys and values.
-        context.pass.linear(&self.in_proj, input, &mut workspace.in_proj);
+        self.store(context, input, angles, workspace);
         self.project_queries(context, workspace);
-        self.rotate(context, angles, workspace);
-        // The vector to the cache: with the rotated part as key, alone as value.
-        let (stride, start) = (self.in_proj.width(), self.in_proj.start(1));
-        let vector = HeadRows { values: &workspace.in_proj, stride, start };
-        heads::store(context, vector, vector);
         // From queries to what attends to the vector.
         self.absorb(context, angles, workspace);
         // Softmax over the cache.
@@ -219,6 +213,22 @@ impl LatentAttention {
         heads::softmax(context, &attention, queries, heads, &mut workspace.attention, input);
         // From the vectors that were attended to, to values.
         self.expand(context, input, value, &mut workspace.heads);
+    }
+
+    /// Computes queries, and the vector of keys and values, which it stores in the cache.
+    pub(super) fn store(
+        &self,
+        context: &mut MixerContext<'_, '_>,
+        input: &mut LinearInput,
+        angles: &rope::Angles,
+        workspace: &mut Workspace,
+    ) {
+        context.pass.linear(&self.in_proj, input, &mut workspace.in_proj);
+        self.rotate(context, angles, workspace);
+        // The vector to the cache: with the rotated part as key, alone as value.
+        let (stride, start) = (self.in_proj.width(), self.in_proj.start(1));
+        let vector = HeadRows { values: &workspace.in_proj, stride, start };
+        heads::store(context, vector, vector);
     }
 
     /// Computes queries from their vector, where they have one.

@@ -170,6 +170,20 @@ impl Mixer {
         }
     }
 
+    /// Stores what later positions read of `input (rows, hidden)`, without computing an output. Mixers with a state of their own
+    /// store nothing.
+    pub(super) fn store(&self, context: &mut MixerContext<'_, '_>, input: &mut LinearInput, workspace: &mut Workspace) {
+        match self {
+            Mixer::Attention(attention) => {
+                attention.store(context, input, &workspace.angles, &mut workspace.attention);
+            }
+            Mixer::LatentAttention(attention) => {
+                attention.store(context, input, &workspace.angles, &mut workspace.latent);
+            }
+            _ => {}
+        }
+    }
+
     /// The projection that reads the mixer's input. Of mixers side by side, that of the first.
     pub(super) fn in_proj(&self) -> Option<&Linear> {
         match self {

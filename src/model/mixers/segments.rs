@@ -92,9 +92,15 @@ impl CacheAttention<'_> {
         in_window.min(in_chunk).min(end)
     }
 
-    /// The segments that are seen by any of `rows` rows from position `first` on, where `end` positions are stored.
-    pub(super) fn segments(&self, first: usize, rows: usize, end: usize) -> Range<usize> {
-        self.reach.oldest(first) / SEGMENT..self.newest(first + rows - 1, end).div_ceil(SEGMENT)
+    /// The first position that a query at `position` sees in `session`.
+    fn oldest(&self, session: &Session, position: usize) -> usize {
+        self.reach.oldest(position).max(session.first)
+    }
+
+    /// The segments of `session` that are seen by any of `rows` rows from position `first` on, where `end` positions are
+    /// stored.
+    pub(super) fn segments(&self, session: &Session, first: usize, rows: usize, end: usize) -> Range<usize> {
+        self.oldest(session, first) / SEGMENT..self.newest(first + rows - 1, end).div_ceil(SEGMENT)
     }
 
     /// How many numbers a segment of a task is reduced to: `(n, width)` values, `(n)` maximums, `(n)` sums.
@@ -111,7 +117,7 @@ impl CacheAttention<'_> {
             total.resize(sums);
             self.begin(task, &mut total);
             self.gather_queries(kernel, task, work);
-            for segment in self.segments(task.first, task.rows, task.end) {
+            for segment in self.segments(task.session, task.first, task.rows, task.end) {
                 self.segment(kernel, task, segment, work, &mut part);
                 self.join(kernel, task, segment, &part, &mut total);
             }
@@ -145,7 +151,8 @@ impl CacheAttention<'_> {
             let total = &mut work.total;
             total.resize(sums);
             self.begin(task, total);
-            for (segment, part) in self.segments(task.first, task.rows, task.end).zip(parts.chunks_exact(stride)) {
+            let segments = self.segments(task.session, task.first, task.rows, task.end);
+            for (segment, part) in segments.zip(parts.chunks_exact(stride)) {
                 self.join(kernel, task, segment, &part[..sums], total);
             }
             self.finish(kernel, task, total, out);
@@ -195,11 +202,11 @@ impl CacheAttention<'_> {
         work.seen.extend((0..n).map(|q| {
             let position = task.first + q / self.group;
             let seen = self.newest(position, task.end).saturating_sub(start).min(SEGMENT);
-            self.reach.oldest(position).saturating_sub(start).min(seen)..seen
+            self.oldest(task.session, position).saturating_sub(start).min(seen)..seen
         }));
         // The pages that are still seen, with the first query that is not before them. Queries whose window is past a page are
         // left out below.
-        let first = start.max(self.reach.oldest(task.first)) / PAGE;
+        let first = start.max(self.oldest(task.session, task.first)) / PAGE;
         let pages = task.session.pages[first..end.div_ceil(PAGE)].iter().zip(first..).map(|(page, index)| {
             let from = skip.max(self.skip(task, index * PAGE));
             (index * PAGE - start, from, page.head(&self.shape, task.head))

@@ -288,6 +288,11 @@ impl Page {
         Page::with_parts(shape, |_| true)
     }
 
+    /// A page without any part.
+    pub(super) fn empty(shape: &CacheShape) -> Page {
+        Page { parts: shape.parts.iter().map(|_| None).collect(), snapshot: None }
+    }
+
     /// A page of zeros that has the parts for which `wanted` is true.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Sessions: the state of one sequence of tokens.
 
-use super::cache::{CacheShape, Page};
+use super::cache::{CacheShape, CacheType, Page};
+use super::head::{HeadPage, HeadState};
 use super::recurrent::{Recurrent, Snapshot};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
@@ -10,6 +11,8 @@ use crate::system::memory;
 #[derive(Debug, Clone)]
 pub struct SharedPage {
     page: Page,
+    /// What belongs to the head for multi-token prediction.
+    head: Option<HeadPage>,
     model: u64,
     /// Whether the model has recurrent states.
     is_recurrent: bool,
@@ -23,17 +26,17 @@ impl SharedPage {
 
     /// Its bytes.
     pub(crate) fn bytes(&self) -> usize {
-        self.page.len()
+        self.page.len() + self.head.as_ref().map_or(0, HeadPage::bytes)
     }
 
     /// Bytes that a session or another `SharedPage` holds, too.
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.page.shared_len_with_snapshot()
+        self.page.shared_len_with_snapshot() + self.head.as_ref().map_or(0, HeadPage::shared_bytes)
     }
 
     /// Frees what nothing else holds, and returns how many bytes that was.
     pub(crate) fn free_unshared(&mut self) -> usize {
-        self.page.free_unshared()
+        self.page.free_unshared() + self.head.as_mut().map_or(0, HeadPage::free_unshared)
     }
 
     /// Whether a session can continue after it: it has the recurrent states there, if the model has any.
@@ -44,6 +47,9 @@ impl SharedPage {
     /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
     pub(crate) fn complete_from(&mut self, other: &SharedPage) {
         self.page.complete_from(&other.page);
+        if self.head.as_ref().is_none_or(|head| !head.is_whole()) {
+            self.head.clone_from(&other.head);
+        }
     }
 }
 
@@ -68,6 +74,10 @@ pub struct Session {
     state: Option<Recurrent>,
     /// Whether the last page keeps the state after the next step, if it is full then.
     keeps_state: bool,
+    /// The first position that has keys and values. Queries do not see earlier ones.
+    pub(in crate::model) first: usize,
+    /// What the session keeps for the head for multi-token prediction, if it follows the session.
+    pub(in crate::model) head: Option<Box<HeadState>>,
 }
 
 /// Snapshots of recurrent states that a session keeps, the newest.
@@ -78,15 +88,28 @@ impl Session {
     pub(in crate::model) fn new(shape: CacheShape, context: usize, model: u64) -> Session {
         let state = shape.state().cloned().map(Recurrent::new);
         let (keeps_unseen, keeps_state) = (false, false);
-        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None, keeps_unseen, state, keeps_state }
+        let (pages, overflow) = (Vec::new(), None);
+        Session {
+            shape,
+            pages,
+            len: 0,
+            context,
+            model,
+            overflow,
+            keeps_unseen,
+            state,
+            keeps_state,
+            first: 0,
+            head: None,
+        }
     }
 
     /// Another session with the same tokens, independent of this one.
     ///
     /// The two share pages of 64 positions; a shared page is copied when one of them adds to it.
     pub fn fork(&self) -> Session {
-        let state = self.state.as_ref().map(Recurrent::fork);
-        Session { pages: self.pages.clone(), shape: self.shape.clone(), state, ..*self }
+        let (state, head) = (self.state.as_ref().map(Recurrent::fork), self.head.clone());
+        Session { pages: self.pages.clone(), shape: self.shape.clone(), state, head, ..*self }
     }
 
     /// Tokens in the cache.
@@ -112,7 +135,8 @@ impl Session {
     /// Bytes of the pages from page `index` on, and of the recurrent states.
     pub(crate) fn bytes_from(&self, index: usize) -> usize {
         let state = self.state.as_ref().map_or(0, Recurrent::bytes);
-        self.pages.iter().skip(index).map(Page::len).sum::<usize>() + state
+        let head = self.head.as_ref().map_or(0, |head| head.bytes_from(index));
+        self.pages.iter().skip(index).map(Page::len).sum::<usize>() + state + head
     }
 
     /// Removes all but the first `len` tokens, and returns how many are left. Does nothing if there are no more than that.
@@ -126,6 +150,8 @@ impl Session {
         if len < before {
             let is_left = |len: &usize| self.sees_from(*len, &[]) && self.has_state_at(*len);
             self.len = (0..=len).rev().find(is_left).unwrap_or(0);
+            let len = self.len;
+            self.head.iter_mut().for_each(|head| head.truncate(len));
         }
         if let Some(state) = &mut self.state
             && !state.truncate(self.len)
@@ -243,6 +269,41 @@ impl Session {
             let first = shape.first_kept(self.len).min(self.pages.len());
             self.pages[..first].iter_mut().for_each(|page| page.free(part));
         }
+        self.head.iter_mut().for_each(|head| head.free_unseen());
+    }
+
+    /// Makes the pages of the head those of the session, or takes that back, so that mixers compute in them.
+    pub(in crate::model) fn swap_head(&mut self) {
+        if let Some(head) = &mut self.head {
+            head.swap_pages(&mut self.shape, &mut self.pages, &mut self.first);
+        }
+    }
+
+    /// Whether the head for multi-token prediction can draft from the next token.
+    pub(crate) fn can_draft(&self) -> bool {
+        self.head.as_ref().is_some_and(|head| head.is_ready(self.len))
+    }
+
+    /// Whether a head for multi-token prediction follows the session.
+    pub(crate) fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Ends drafts after `token`, the next one: what the head has computed for its own draft tokens is taken back.
+    pub(crate) fn end_drafts(&mut self, token: u32) {
+        let len = self.len;
+        self.head.iter_mut().for_each(|head| head.end_drafts(len, token));
+    }
+
+    /// Lets a head follow the session from now on, if none does. `shape` makes the shape of the head's cache.
+    pub(in crate::model) fn follow(&mut self, shape: impl FnOnce(CacheType) -> CacheShape, hidden: usize) {
+        let (cache_type, len) = (self.shape.cache_type, self.len);
+        self.head.get_or_insert_with(|| Box::new(HeadState::new(shape(cache_type), hidden, len)));
+    }
+
+    /// Frees what the session keeps for a head.
+    pub(crate) fn drop_head(&mut self) {
+        self.head = None;
     }
 
     /// Checks that the cache holds the keys and values of all tokens.
@@ -273,7 +334,9 @@ impl Session {
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let end = (index + 1) * PAGE;
         let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
-        Some(SharedPage { page: page.clone(), model: self.model, is_recurrent: self.state.is_some() })
+        let head = self.head.as_ref().and_then(|head| head.page(index));
+        let (page, is_recurrent) = (page.clone(), self.state.is_some());
+        Some(SharedPage { page, head, model: self.model, is_recurrent })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these
@@ -290,14 +353,15 @@ impl Session {
         if self.state.is_some() && (page.page.snapshot.is_none() || tokens < PAGE) {
             return Err(Error::argument("page", "a page without the recurrent states after it", "a page with them"));
         }
-        self.attach(page, tokens)
+        self.attach(page, tokens, None)
     }
 
     /// As [`Session::attach_page`], but parts of the page may be freed: [`Session::attachable`] says whether that matters.
+    /// `next` is the token after those in the page, if it is the session's next token, too.
     ///
     /// # Errors
     /// As for [`Session::attach_page`].
-    pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
+    pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize, next: Option<u32>) -> Result<()> {
         if page.model != self.model {
             return Err(Error::argument("page", "a page of another model", "a page of this model"));
         }
@@ -307,6 +371,9 @@ impl Session {
         }
         if tokens > self.context - self.len {
             return Err(Error::ContextFull { used: self.len, requested: tokens, context: self.context });
+        }
+        if let Some(head) = &mut self.head {
+            head.attach(page.head.as_ref(), self.len, tokens, next);
         }
         self.pages.push(page.page.clone());
         self.len += tokens;
@@ -323,6 +390,9 @@ impl Session {
         if let Some(own) = self.pages.get_mut(index) {
             own.replace_by(&page.page);
         }
+        if let (Some(own), Some(page)) = (&mut self.head, &page.head) {
+            own.replace_page(index, page);
+        }
     }
 
     /// Bytes that the next `tokens` tokens take: new pages, and a copy of the last one where it is shared.
@@ -330,13 +400,18 @@ impl Session {
         let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
         let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
         let state = self.state.as_ref().map_or(0, |state| state.bytes_for(tokens));
-        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied).saturating_add(state)
+        let head = self.head.as_ref().map_or(0, |head| head.bytes_for(self.len.saturating_add(tokens)));
+        let pages = new.saturating_mul(self.shape.page_bytes()).saturating_add(copied);
+        pages.saturating_add(state).saturating_add(head)
     }
 
     /// Bytes that the next `tokens` tokens add to what the session keeps, computed in steps of any size.
     pub(crate) fn kept_bytes_for(&self, tokens: usize) -> usize {
         let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
-        self.shape.kept_bytes(self.len.saturating_add(tokens)).saturating_sub(self.bytes()).saturating_add(copied)
+        let all = self.len.saturating_add(tokens);
+        let head = self.head.as_ref().map_or(0, |head| head.kept_bytes(all));
+        let kept = self.shape.kept_bytes(all).saturating_add(head);
+        kept.saturating_sub(self.bytes()).saturating_add(copied)
     }
 
     /// Allocates pages for `tokens` more tokens, and copies the last one where it is shared.

@@ -57,6 +57,14 @@ pub(in crate::model) struct Loader<'a> {
     is_hollow: bool,
 }
 
+/// Rows that a task compares.
+const EQUAL_ROWS: usize = 256;
+
+/// The number of the layer that a tensor belongs to.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
+}
+
 /// Whether a tensor that nothing reads is without influence on the result.
 fn is_harmless(name: &str) -> bool {
     // Parts that text does not pass through, and layers that predict several tokens at once.
@@ -132,7 +140,8 @@ impl Loader<'_> {
         self.progress.map_or(Ok(()), |progress| progress(done, self.total))
     }
 
-    fn path(&self) -> &Path {
+    /// The file or folder, for errors.
+    pub(in crate::model) fn path(&self) -> &Path {
         self.checkpoint.path()
     }
 
@@ -149,10 +158,23 @@ impl Loader<'_> {
 
     /// Checks, when everything is loaded, that the file has no tensor that nothing has read: the model that it comes from
     /// computes something else.
-    pub(in crate::model) fn check_leftovers(&self) -> Result<()> {
+    ///
+    /// The tensors of a head for multi-token prediction are left to [`Loader::check_leftovers_of`].
+    pub(in crate::model) fn check_leftovers(&self, config: &Config) -> Result<()> {
+        let layers = config.layers.len();
+        let head = layers..layers + config.mtp.map_or(0, |mtp| mtp.layers);
+        self.check_names(|name| !is_harmless(name) && !layer_of(name).is_some_and(|layer| head.contains(&layer)))
+    }
+
+    /// As [`Loader::check_leftovers`], for the tensors of layer `index`, a head.
+    pub(in crate::model) fn check_leftovers_of(&self, index: usize) -> Result<()> {
+        self.check_names(|name| layer_of(name) == Some(index))
+    }
+
+    /// Checks that no tensor is left whose name is `wanted`.
+    fn check_names(&self, wanted: impl Fn(&str) -> bool) -> Result<()> {
         let used = self.used.borrow();
-        let leftover = |name: &&str| !used.contains(*name) && !is_harmless(name);
-        match self.checkpoint.names().into_iter().find(leftover) {
+        match self.checkpoint.names().into_iter().find(|name| !used.contains(*name) && wanted(name)) {
             None => Ok(()),
             Some(name) => Err(Error::Unsupported {
                 path: self.path().to_path_buf(),
@@ -161,6 +183,32 @@ impl Loader<'_> {
                 supported: "supported: files without it, because it changes what the model computes".to_owned(),
             }),
         }
+    }
+
+    /// Whether two tensors of the file hold the same rows.
+    pub(in crate::model) fn are_equal(&self, name: &str, other: &str) -> bool {
+        let (Some(one), Some(other)) = (self.checkpoint.tensor(name), self.checkpoint.tensor(other)) else {
+            return false;
+        };
+        if self.is_hollow || one.dims != other.dims || one.rows.block_type() != other.rows.block_type() {
+            return false;
+        }
+        let rows: usize = one.dims.iter().skip(1).product();
+        let is_same = |row: usize| {
+            let (mut scratch, mut more) = (Vec::new(), Vec::new());
+            one.rows.row(row, &mut scratch) == other.rows.row(row, &mut more)
+        };
+        // A few rows tell most tensors apart, so that not all of them are read.
+        let few = [0, rows / 3, rows / 2, rows.saturating_sub(1)];
+        let mut parts = vec![true; rows.div_ceil(EQUAL_ROWS)];
+        if rows == 0 || !few.into_iter().all(is_same) {
+            return false;
+        }
+        self.scope.for_each_chunk(&mut parts, 1, |part, same| {
+            let own = part * EQUAL_ROWS..rows.min((part + 1) * EQUAL_ROWS);
+            same.fill(own.into_iter().all(is_same));
+        });
+        parts.into_iter().all(|same| same)
     }
 
     /// The error that a tensor is missing.

@@ -148,7 +148,9 @@ fn sizes(run: &OpenRun<'_>) -> (usize, u64, u64, Option<(String, BlockType)>) {
         let weights = tensor.dims.iter().product();
         all += weights;
         let block_type = run.formats.stored(name, &tensor.dims).block_type();
-        if block_type == default {
+        // The formats of a head behind the last layer are not chosen.
+        let layer = name.split('.').nth(1).and_then(|layer| layer.parse::<usize>().ok());
+        if block_type == default && layer.is_some_and(|layer| layer < run.layers.config().layers.len()) {
             own += bytes(block_type, weights);
             continue;
         }

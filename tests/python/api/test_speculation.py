@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from goldens import GOLDENS, MTP, golden
 
-from nybble import Engine, Model, SamplingOptions
+import nybble
+from nybble import Engine, Model, SamplingOptions, _native
 
 # Under this bias the model never ends the text by itself.
 END = dict.fromkeys((tiny.END_OF_TEXT, tiny.IM_START, tiny.IM_END), -math.inf)
@@ -48,3 +53,70 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tmp_path: Path, tiny_m
             Engine(tiny_model, speculation="on", draft=draft)
         with pytest.raises(ValueError, match='speculation is "off"'):
             Engine(tiny_model, draft=draft)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_5"])
+def test_a_head_drafts_as_in_transformers_and_changes_nothing(family: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    _native.convert(MTP / family, file, "f32")
+    for source in (MTP / family, file):
+        with Model.load(source, quantize=None, threads=1) as model:
+            assert model.info.mtp
+            prompts, greedy = golden(family, "input_ids", MTP), golden(family, "greedy", MTP)
+            head = golden(family, "mtp_logits", MTP)
+            np.testing.assert_allclose(model.mtp_logits(prompts[1].tolist()), head[1], atol=2e-3)
+            before = model.info.weight_bytes
+            for options in ({"speculation": "mtp"}, {"speculation": "mtp", "draft_tokens": 1}, {"speculation": "auto"}):
+                assert drafted(model, prompts, greedy, options) > 0
+            assert model.info.weight_bytes == before
+
+
+def drafted(model: Model, prompts: Any, greedy: Any, options: dict[str, Any]) -> int:
+    sampling = SamplingOptions(temperature=0, max_tokens=greedy.shape[1], logit_bias={0: -math.inf, 2: -math.inf})
+    alone = [model.generate(prompt.tolist(), sampling).tokens for prompt in prompts]
+    with Engine(model, **options) as engine:
+        requests = [engine.submit(prompt.tolist(), sampling) for prompt in prompts]
+        assert [request.result(LONG).tokens for request in requests] == alone
+        stats = engine.stats()
+        assert 0 < stats.accepted_tokens <= stats.drafted_tokens
+        return stats.drafted_tokens
+
+
+def test_a_quantized_file_keeps_the_head(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    nybble.quantize(MTP / "glm4_moe", file, recipe="rtn")
+    with Model.load(file, threads=1) as model:
+        found, expected = model.mtp_logits([5, 6, 7, 8]), None
+        with Model.load(MTP / "glm4_moe", quantize=None, threads=1) as exact:
+            expected = exact.mtp_logits([5, 6, 7, 8])
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9
+        prompts, greedy = golden("glm4_moe", "input_ids", MTP), golden("glm4_moe", "greedy", MTP)
+        drafted(model, prompts, greedy, {"speculation": "mtp", "draft_tokens": 2})
+
+
+def test_a_model_without_a_head_refuses_to_draft_with_one(
+    tiny_file: Path, tiny_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not tiny_model.info.mtp
+    with pytest.raises(ValueError, match=r'^speculation: found "mtp" for .*, which has none, expected a model with'):
+        Engine(tiny_model, speculation="mtp")
+    with pytest.raises(ValueError, match="which has none"):
+        tiny_model.mtp_logits([1, 2])
+    with (
+        Model.load(tiny_file, threads=1) as draft,
+        pytest.raises(ValueError, match='draft: found a model, but speculation is "mtp"'),
+    ):
+        Engine(tiny_model, speculation="mtp", draft=draft)
+    for wrong in (0, 9, -1):
+        with pytest.raises(ValueError, match=f"draft_tokens: found {wrong}, expected None, or 1 to 8"):
+            Engine(tiny_model, speculation="on", draft_tokens=wrong)
+    with caplog.at_level(logging.INFO, "nybble"), Model.load(GOLDENS / "deepseek_v3", threads=1) as part:
+        assert not part.info.mtp
+        with pytest.raises(ValueError, match=r"model\.layers\.2\.input_layernorm\.weight"):
+            Engine(part, speculation="mtp")
+    assert [record.message.count("without the head") for record in caplog.records] == [1]
+    with (
+        Model.load(MTP / "glm4_moe", threads=1, mtp=False) as without,
+        pytest.raises(ValueError, match="which has none"),
+    ):
+        Engine(without, speculation="mtp")

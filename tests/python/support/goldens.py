@@ -12,9 +12,13 @@ import numpy.typing as npt
 GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 
 
-def golden(family: str, name: str) -> npt.NDArray[Any]:
+MTP = GOLDENS.parent / "mtp"
+"""Checkpoints with heads for multi-token prediction."""
+
+
+def golden(family: str, name: str, folder: Path = GOLDENS) -> npt.NDArray[Any]:
     """An array of a family, from its safetensors file."""
-    raw = (GOLDENS / family / "golden.bin").read_bytes()
+    raw = (folder / family / "golden.bin").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     entry = json.loads(raw[8 : 8 + length])[name]
     start, end = entry["data_offsets"]

@@ -5,6 +5,7 @@ use super::parts::{DEEPSEEK_EXPERTS, NORMS, expert_list, first_dense, gated, sha
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
 use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::mtp::DEEPSEEK_HEAD;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LatentSizes, Size, Sizes};
 use Need::{Dense, If, Never, Sparse};
@@ -76,6 +77,7 @@ pub(super) const DEEPSEEK_V3: HfFamily = HfFamily {
     model_types: &["deepseek_v3"],
     without_influence: &["num_mtp_layers"],
     layer: &[NORMS, &LATENT_ATTENTION, &gated(Dense, Never), &DEEPSEEK_EXPERTS],
+    mtp: Some(DEEPSEEK_HEAD),
     keys: |keys| {
         keys.sigmoid_router()?;
         latent_keys(keys)

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::Entry;
 use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::mtp::HfHead;
 use crate::model::hf::settings::{Defaults, Settings};
 use crate::model::hf::sizes::Sizes;
 
@@ -78,6 +79,8 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) layers: &'static str,
     /// Tensors of a layer.
     pub(in crate::model::hf) layer: &'static [&'static [Entry]],
+    /// The head for multi-token prediction, where the family may have one.
+    pub(in crate::model::hf) mtp: Option<HfHead>,
     /// Prefixes of the names of tensors that are not needed.
     pub(in crate::model::hf) ignored: &'static [&'static str],
     /// What the names of tensors end with that are not needed.
@@ -117,6 +120,7 @@ pub(super) const BASE: HfFamily = HfFamily {
     outside: &[EMBEDDING],
     layers: "~layers.",
     layer: &[],
+    mtp: None,
     ignored: &[],
     unused: &[],
     mixer: "",

@@ -7,6 +7,7 @@ use super::parts::{
     first_dense, gated, head_norms, routed, shared_experts, sparse_list, tied_with_bias,
 };
 use crate::model::hf::entry::{Need, Transform, Values, tensor};
+use crate::model::hf::mtp::{DEEPSEEK_HEAD, HUNYUAN_HEAD};
 use crate::model::hf::sizes::Size;
 use Need::{Always, Dense, If, Never, Sparse};
 use Transform::Copy;
@@ -55,6 +56,7 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
         &gated(Dense, Never),
         &DEEPSEEK_EXPERTS,
     ],
+    mtp: Some(DEEPSEEK_HEAD),
     rotation: Rotation::Part,
     window: WindowRule::Never,
     ..DOTS1
@@ -152,6 +154,7 @@ pub(super) const HY_V3: HfFamily = HfFamily {
         sizes.shared_ffn = if shared > 0 { shared } else { sizes.ffn };
         sparse_list(settings, sizes, |layer| layer > 0)
     },
+    mtp: Some(HUNYUAN_HEAD),
     defaults: &[&[("num_nextn_predict_layers", "1")]],
     keys: |keys| {
         keys.experts(true)?;

@@ -10,7 +10,9 @@ use super::qwen::QWEN2;
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
+use crate::model::hf::keys::window_kinds;
 use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::mtp::{HfHead, MELLUM_HEAD};
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
 use Need::{Always, Dense, If, Never, Sparse};
@@ -324,7 +326,7 @@ fn phimoe_magnitude(keys: &mut MetadataWriter<'_>) -> Result<()> {
 /// JetBrains 2026.
 pub(super) const MELLUM: HfFamily = HfFamily {
     model_types: &["mellum"],
-    without_influence: &["mtp_layer_types", "mtp_mlp_layer_types", "num_mtp_layers"],
+    without_influence: &["num_mtp_layers"],
     architecture: "mellum",
     layer: &[
         NORMS,
@@ -334,6 +336,19 @@ pub(super) const MELLUM: HfFamily = HfFamily {
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
         &expert_list("mlp.experts.{e}", Sparse),
     ],
+    mtp: Some(HfHead {
+        like: |settings, sizes| {
+            let slides = window_kinds(settings, sizes.layers, WindowRule::ListedOrNone)?;
+            let wanted = mtp_kind(settings, "mtp_layer_types", ["full_attention", "sliding_attention"])?;
+            let wanted = wanted && settings.get("sliding_window").is_some();
+            slides.iter().rposition(|slides| *slides == wanted).ok_or_else(|| {
+                let supported = "supported: a kind of attention that a layer of the model has";
+                settings.unsupported("mtp_layer_types", "another kind of attention than all layers have", supported)
+            })
+        },
+        sparse: |settings| mtp_kind(settings, "mtp_mlp_layer_types", ["dense", "sparse"]),
+        ..MELLUM_HEAD
+    }),
     window: WindowRule::ListedOrNone,
     rotation: Rotation::Part,
     adjust: |settings, sizes| sparse_list(settings, sizes, |_| true),
@@ -343,6 +358,20 @@ pub(super) const MELLUM: HfFamily = HfFamily {
     },
     ..QWEN2
 };
+
+/// Which of two kinds the layer of a head has by the first entry of the list under `key`; the second without a list.
+fn mtp_kind(settings: &Settings, key: &str, [first, second]: [&str; 2]) -> Result<bool> {
+    let listed = settings.get(key).and_then(|kinds| kinds.as_array().and_then(|kinds| kinds.first().cloned()));
+    match listed.as_ref().map(|kind| kind.as_str()) {
+        None => Ok(true),
+        Some(Some(kind)) if kind == first => Ok(false),
+        Some(Some(kind)) if kind == second => Ok(true),
+        Some(other) => {
+            let found = format_args!("{:?}", other.unwrap_or_default());
+            Err(settings.unsupported(key, found, &format!("supported: {first}, {second}")))
+        }
+    }
+}
 
 /// Poolside 2026.
 pub(super) const LAGUNA: HfFamily = HfFamily {

@@ -7,6 +7,7 @@ use crate::model::hf::families::family::{BASE, HfFamily, Rotation};
 use crate::model::hf::families::parts::{EMBEDDING, gated};
 use crate::model::hf::families::qwen::{EXPERTS, sparse_layers};
 use crate::model::hf::metadata::MetadataWriter;
+use crate::model::hf::mtp::QWEN_HEAD;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
 use Need::{Always, Never, Sparse, Untied};
@@ -83,6 +84,7 @@ pub(in crate::model::hf::families) const QWEN3_NEXT: HfFamily = HfFamily {
         &FUSED_EXPERTS,
         &GATED_EXPERTS,
     ],
+    mtp: Some(QWEN_HEAD),
     mixer: "linear_attn",
     rotation: Rotation::Part,
     adjust: |settings, sizes| {

@@ -91,7 +91,7 @@ impl Sizes {
     /// differently.
     pub(super) fn read(settings: &Settings, adjust: fn(&Settings, &mut Sizes) -> Result<()>) -> Result<Sizes> {
         let heads = settings.count(&["num_attention_heads", "n_head", "n_heads"])?;
-        let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed"])?;
+        let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed", "dim"])?;
         let optional = |keys: &[&str]| settings.optional_count(keys).map(Option::unwrap_or_default);
         let mut sizes = Sizes {
             layers: settings.count(&["num_hidden_layers", "n_layer", "n_layers"])?,
@@ -126,7 +126,7 @@ impl Sizes {
             placeholders: [usize::MAX; 2],
         };
         // Heads of latent attention have widths of their own.
-        const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"];
+        const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"];
         match settings.find(FFN) {
             Some((key, Value::Array(_))) => {
                 let count = |size: &Value| size.as_u64().filter(|size| (1..=1 << 24).contains(size));

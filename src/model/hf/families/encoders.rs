@@ -2,7 +2,7 @@
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::gemma::{GEMMA4, PLAIN_NORMS, PerLayerSizes, per_layer_sizes};
-use super::parts::{biased, default_attention, gated, head_norms};
+use super::parts::{NORMS, biased, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -79,7 +79,7 @@ fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
 /// Conneau et al. 2019, arXiv 1911.02116, and Liu et al. 2019, arXiv 1907.11692. Positions count from the id of the padding
 /// token.
 pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
-    model_types: &["xlm-roberta", "roberta"],
+    model_types: &["xlm-roberta", "roberta", "camembert"],
     bases: &["roberta.", ""],
     outside: &[&embeddings(SkipPadding), &head("classifier.dense", "classifier.out_proj")],
     ignored: &["lm_head.", "pooler.", "roberta.pooler.", "embeddings.position_ids", "roberta.embeddings.position_ids"],
@@ -93,6 +93,153 @@ pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
         sizes.context = context;
         Ok(())
     },
+    ..BERT
+};
+
+/// Clark et al. 2020, arXiv 2003.10555, with embeddings as wide as the layers.
+pub(super) const ELECTRA: HfFamily = HfFamily {
+    model_types: &["electra"],
+    without_influence: ELECTRA_UNUSED,
+    bases: &["electra.", ""],
+    outside: &[&embeddings(Copy), &head("classifier.dense", "classifier.out_proj")],
+    ignored: &[
+        "discriminator_predictions.",
+        "generator_",
+        "embeddings.position_ids",
+        "electra.embeddings.position_ids",
+    ],
+    keys: |keys| {
+        let [embedding, hidden] = ["embedding_size", "hidden_size"].map(|key| keys.settings.count(&[key]));
+        let (embedding, hidden) = (embedding?, hidden?);
+        if embedding != hidden {
+            let supported = format!("supported: {hidden}, the hidden size");
+            return Err(keys.settings.unsupported("embedding_size", embedding, &supported));
+        }
+        head_of_first_token(keys, "gelu")?;
+        bert_keys(keys)
+    },
+    ..BERT
+};
+
+const ELECTRA_UNUSED: &[&str] = &[
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "summary_activation",
+    "summary_last_dropout",
+    "summary_type",
+    "summary_use_proj",
+    "tie_word_embeddings",
+];
+
+/// The activation of a head for whole documents that reads the first token.
+fn head_of_first_token(keys: &mut MetadataWriter<'_>, activation: &str) -> Result<()> {
+    match classifies(keys.settings)? {
+        true => keys.head_activation("classifier.activation", "hidden_act", activation),
+        false => Ok(()),
+    }
+}
+
+/// Sanh et al. 2019, arXiv 1910.01108.
+pub(super) const DISTILBERT: HfFamily = HfFamily {
+    model_types: &["distilbert"],
+    without_influence: &["attention_dropout", "dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"],
+    bases: &["distilbert.", ""],
+    outside: &[
+        &[
+            tensor("token_embd", "~embeddings.word_embeddings"),
+            tensor("position_embd", "~embeddings.position_embeddings"),
+            tensor("token_embd_norm", "~embeddings.LayerNorm").bias(Always),
+        ],
+        &head("pre_classifier", "classifier"),
+    ],
+    layers: "~transformer.layer.",
+    layer: &[&biased(
+        Always,
+        [
+            ["attn_q", "attention.q_lin"],
+            ["attn_k", "attention.k_lin"],
+            ["attn_v", "attention.v_lin"],
+            ["attn_output", "attention.out_lin"],
+            ["attn_output_norm", "sa_layer_norm"],
+            ["ffn_up", "ffn.lin1"],
+            ["ffn_down", "ffn.lin2"],
+            ["layer_output_norm", "output_layer_norm"],
+        ],
+    )],
+    ignored: &["vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "distilbert.embeddings.position_ids"],
+    // The class has no key for the epsilon.
+    defaults: &[&[("layer_norm_eps", "1e-12")]],
+    activation: ActivationSource::Under(&["activation"]),
+    adjust: |_, _| Ok(()),
+    keys: |keys| head_of_first_token(keys, "relu"),
+    ..BERT
+};
+
+/// Boizard et al. 2025, arXiv 2503.05500.
+pub(super) const EUROBERT: HfFamily = HfFamily {
+    model_types: &["eurobert"],
+    architecture: "eurobert",
+    without_influence: &["mask_token_id", "tie_word_embeddings"],
+    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")], &head("dense", "classifier")],
+    layer: &[NORMS, &default_attention(Copy), &gated(Always, If("mlp_bias"))],
+    ignored: &["lm_head."],
+    encoder: true,
+    keys: |keys| {
+        if !classifies(keys.settings)? {
+            return Ok(());
+        }
+        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "late".to_owned());
+        let number = match pooling.as_str() {
+            "mean" => 1u32,
+            "bos" => 2,
+            other => {
+                let supported = "supported: bos, mean";
+                return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), supported));
+            }
+        };
+        keys.set("classifier.pooling_type", number);
+        head_of_first_token(keys, "gelu")
+    },
+    ..BASE
+};
+
+/// Zhang et al. 2024, arXiv 2407.19669: mGTE.
+pub(super) const GTE: HfFamily = HfFamily {
+    model_types: &["gte"],
+    architecture: "nomic-bert",
+    defaults: &[&[("rope_theta", "1.6e5")]],
+    bases: &["gte.", "model.", ""],
+    outside: &[
+        &[
+            tensor("token_embd", "~embeddings.word_embeddings"),
+            tensor("token_types", "~embeddings.token_type_embeddings").when(IfSo(has_types)),
+            tensor("token_embd_norm", "~embeddings.LayerNorm").bias(Always),
+        ],
+        &head("~pooler.dense", "classifier"),
+    ],
+    layers: "~layers.",
+    layer: &[
+        &biased(
+            Always,
+            [
+                ["attn_q", "self_attn.q_proj"],
+                ["attn_k", "self_attn.k_proj"],
+                ["attn_v", "self_attn.v_proj"],
+                ["attn_output", "self_attn.o_proj"],
+                ["attn_output_norm", "post_attention_layernorm"],
+                ["ffn_down", "mlp.down_proj"],
+                ["layer_output_norm", "post_mlp_layernorm"],
+            ],
+        ),
+        &[tensor("ffn_gate", "mlp.gate_proj"), tensor("ffn_up", "mlp.up_proj")],
+    ],
+    ignored: &["lm_head.", "pooler.", "gte.pooler.", "model.pooler."],
+    rotation: Rotation::All,
+    adjust: |settings, sizes| {
+        sizes.token_types = settings.number(&["type_vocab_size"])?;
+        Ok(())
+    },
+    keys: |_| Ok(()),
     ..BERT
 };
 

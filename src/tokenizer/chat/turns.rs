@@ -14,9 +14,7 @@ const END: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 /// The message without keys that are null, since many templates would write "None", and with all names of its reasoning.
 pub(super) fn turn(message: &Value) -> Turn {
-    let keys = message.try_iter().into_iter().flatten();
-    let entries = keys.map(|key| (message.get_item(&key).unwrap_or_default(), key));
-    let mut turn: Turn = entries.filter(|(value, _)| !value.is_none()).map(|(value, key)| (key, value)).collect();
+    let mut turn: Turn = entries(message).filter(|(_, value)| !value.is_none()).collect();
     if let Some(reasoning) = REASONING.iter().find_map(|name| field(&turn, name)) {
         if field(&turn, "thinking").is_none() {
             turn.insert(0, (Value::from("thinking"), reasoning.clone()));
@@ -24,6 +22,11 @@ pub(super) fn turn(message: &Value) -> Turn {
         set_field(&mut turn, "reasoning_content", reasoning);
     }
     turn
+}
+
+/// Keys and values of an object.
+fn entries(object: &Value) -> impl Iterator<Item = (Value, Value)> {
+    object.try_iter().into_iter().flatten().map(|key| (key.clone(), object.get_item(&key).unwrap_or_default()))
 }
 
 fn field(turn: &Turn, name: &str) -> Option<Value> {
@@ -63,7 +66,7 @@ pub(super) fn mark_end(turns: &mut [Turn], name: &str, source: &str) -> Result<S
     let is_text = |part: &Value| part.get_attr("text").is_ok_and(|text| text.as_str().is_some());
     let part = parts.iter_mut().rfind(|part| is_text(part)).ok_or_else(|| refused("no text"))?;
     let text = part.get_attr("text").unwrap_or_default().to_string();
-    let mut marked = turn(part);
+    let mut marked: Turn = entries(part).collect();
     set_field(&mut marked, "text", Value::from(format!("{text}{END}")));
     *part = Value::from_iter(marked);
     set_field(last, name, Value::from(parts));

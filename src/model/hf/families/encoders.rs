@@ -22,19 +22,16 @@ pub(super) const BERT: HfFamily = HfFamily {
     bases: &["bert.", ""],
     outside: &[&embeddings(Copy), &head("~pooler.dense", "classifier")],
     layers: "~encoder.layer.",
-    layer: &[&biased(
-        Always,
-        [
-            ["attn_q", "attention.self.query"],
-            ["attn_k", "attention.self.key"],
-            ["attn_v", "attention.self.value"],
-            ["attn_output", "attention.output.dense"],
-            ["attn_output_norm", "attention.output.LayerNorm"],
-            ["ffn_up", "intermediate.dense"],
-            ["ffn_down", "output.dense"],
-            ["layer_output_norm", "output.LayerNorm"],
-        ],
-    )],
+    layer: &[&post_norm([
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    ])],
     ignored: &["cls.", "pooler.", "bert.pooler.", "embeddings.position_ids", "bert.embeddings.position_ids"],
     norm: NormKind::Layer,
     rotation: Rotation::None,
@@ -46,6 +43,23 @@ pub(super) const BERT: HfFamily = HfFamily {
     keys: bert_keys,
     ..BASE
 };
+
+/// A layer whose norms follow its parts: queries, keys, values, output and norm of attention, then both matrices of the
+/// feed-forward network and its norm.
+const fn post_norm(names: [&'static str; 8]) -> [Entry; 8] {
+    let [q, k, v, output, norm, up, down, last] = names;
+    let names = [
+        ["attn_q", q],
+        ["attn_k", k],
+        ["attn_v", v],
+        ["attn_output", output],
+        ["attn_output_norm", norm],
+        ["ffn_up", up],
+        ["ffn_down", down],
+        ["layer_output_norm", last],
+    ];
+    biased(Always, names)
+}
 
 /// Keys of dropout, and of the initial values.
 const BERT_UNUSED: &[&str] = &["attention_probs_dropout_prob", "hidden_dropout_prob", "tie_word_embeddings"];
@@ -99,7 +113,12 @@ pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
 /// Clark et al. 2020, arXiv 2003.10555, with embeddings as wide as the layers.
 pub(super) const ELECTRA: HfFamily = HfFamily {
     model_types: &["electra"],
-    without_influence: ELECTRA_UNUSED,
+    without_influence: &[
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+        "summary_last_dropout",
+        "tie_word_embeddings",
+    ],
     bases: &["electra.", ""],
     outside: &[&embeddings(Copy), &head("classifier.dense", "classifier.out_proj")],
     ignored: &[
@@ -120,16 +139,6 @@ pub(super) const ELECTRA: HfFamily = HfFamily {
     },
     ..BERT
 };
-
-const ELECTRA_UNUSED: &[&str] = &[
-    "attention_probs_dropout_prob",
-    "hidden_dropout_prob",
-    "summary_activation",
-    "summary_last_dropout",
-    "summary_type",
-    "summary_use_proj",
-    "tie_word_embeddings",
-];
 
 /// The activation of a head for whole documents that reads the first token.
 fn head_of_first_token(keys: &mut MetadataWriter<'_>, activation: &str) -> Result<()> {
@@ -153,19 +162,16 @@ pub(super) const DISTILBERT: HfFamily = HfFamily {
         &head("pre_classifier", "classifier"),
     ],
     layers: "~transformer.layer.",
-    layer: &[&biased(
-        Always,
-        [
-            ["attn_q", "attention.q_lin"],
-            ["attn_k", "attention.k_lin"],
-            ["attn_v", "attention.v_lin"],
-            ["attn_output", "attention.out_lin"],
-            ["attn_output_norm", "sa_layer_norm"],
-            ["ffn_up", "ffn.lin1"],
-            ["ffn_down", "ffn.lin2"],
-            ["layer_output_norm", "output_layer_norm"],
-        ],
-    )],
+    layer: &[&post_norm([
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "sa_layer_norm",
+        "ffn.lin1",
+        "ffn.lin2",
+        "output_layer_norm",
+    ])],
     ignored: &["vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "distilbert.embeddings.position_ids"],
     // The class has no key for the epsilon.
     defaults: &[&[("layer_norm_eps", "1e-12")]],

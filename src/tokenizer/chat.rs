@@ -5,6 +5,7 @@
 
 mod environment;
 mod json;
+mod methods;
 mod python;
 mod turns;
 

@@ -6,7 +6,7 @@ use chrono::{Local, NaiveDateTime};
 use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, Output, State};
 
-use super::{json, python};
+use super::{json, methods, python};
 
 /// Steps of one rendering. Real templates need about 100 per message.
 const MAX_STEPS: u64 = 10_000_000;
@@ -53,7 +53,7 @@ pub(super) fn environment<'s>() -> Environment<'s> {
     environment.set_fuel(Some(MAX_STEPS));
     environment.set_formatter(format);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(methods::call);
     environment.add_filter("tojson", json::filter);
     python::register(&mut environment);
     environment.add_function("raise_exception", |message: Value| -> std::result::Result<(), minijinja::Error> {

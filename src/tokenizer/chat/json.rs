@@ -25,6 +25,15 @@ pub(super) fn filter(value: Value, options: Kwargs) -> std::result::Result<Strin
     Ok(out)
 }
 
+/// A key as JSON has it.
+fn key_text(key: &Value) -> String {
+    match key.kind() {
+        ValueKind::None => "null".to_owned(),
+        ValueKind::Bool => if key.is_true() { "true" } else { "false" }.to_owned(),
+        _ => python::text(key),
+    }
+}
+
 struct Style {
     indent: Option<usize>,
     item: String,
@@ -46,7 +55,7 @@ impl Style {
                     keys.sort();
                 }
                 self.list(out, '{', '}', level, &keys, |out, key| {
-                    self.string(out, &python::text(key));
+                    self.string(out, &key_text(key));
                     out.push_str(&self.key);
                     self.write(out, &value.get_item(key)?, level + 1)
                 })

@@ -5,10 +5,21 @@ use std::borrow::Cow;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, filters};
 
+use super::methods;
+
 type Result<T> = std::result::Result<T, Error>;
 
-/// Columns of an indentation.
-const MAX_INDENT: usize = 10_000;
+/// Columns of a width or an indentation.
+const MAX_WIDTH: usize = 10_000;
+
+/// A width that a template may ask for.
+pub(super) fn checked_width(width: usize) -> Result<usize> {
+    if width <= MAX_WIDTH {
+        Ok(width)
+    } else {
+        Err(error(format!("found a width of {width}, expected at most {MAX_WIDTH}")))
+    }
+}
 
 /// Replaces filters and tests of the library.
 pub(super) fn register(environment: &mut Environment<'_>) {
@@ -22,6 +33,14 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_filter("join", join);
     environment.add_filter("indent", indent);
     environment.add_filter("items", items);
+    environment.add_filter("int", int);
+    environment.add_filter("round", round);
+    environment.add_filter("escape", |value: Value| escape(&text(&value)));
+    environment.add_filter("e", |value: Value| escape(&text(&value)));
+    environment.add_filter("wordcount", |value: Value| words(&text(&value)));
+    environment.add_filter("center", |value: Value, width: Option<usize>| {
+        methods::pad(&text(&value), "center", width.unwrap_or(80), ' ')
+    });
     environment.add_filter("length", length);
     environment.add_filter("count", length);
     environment.add_test("iterable", is_iterable);
@@ -52,6 +71,50 @@ fn items(value: Value) -> Result<Value> {
     if value.is_undefined() { Ok(Value::from_iter::<[Value; 0]>([])) } else { filters::items(&value) }
 }
 
+/// An integer, or `default` where the value is none.
+fn int(value: Value, default: Option<Value>) -> Value {
+    let of_float = |number: f64| if number.is_finite() { Some(Value::from(number.trunc() as i64)) } else { None };
+    let found = match value.kind() {
+        ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
+        ValueKind::Number if value.is_integer() => Some(value.clone()),
+        ValueKind::Number => f64::try_from(value.clone()).ok().and_then(of_float),
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default().trim_matches(is_space);
+            let whole = text.parse::<i64>().ok().map(Value::from);
+            whole.or_else(|| text.parse::<f64>().ok().and_then(of_float))
+        }
+        _ => None,
+    };
+    found.or(default).unwrap_or_else(|| Value::from(0))
+}
+
+/// Rounds to the nearest number with that many decimals, to the even one of two, or as `method` says.
+fn round(value: Value, precision: Option<usize>, method: Option<&str>) -> Result<Value> {
+    let precision = precision.unwrap_or(0);
+    if value.is_integer() {
+        return Ok(value);
+    }
+    let number = f64::try_from(value)?;
+    let step = 10f64.powi(i32::try_from(checked_width(precision)?).unwrap_or(0));
+    let rounded = match method.unwrap_or("common") {
+        "common" => format!("{number:.precision$}").parse().unwrap_or(number),
+        "ceil" => (number * step).ceil() / step,
+        "floor" => (number * step).floor() / step,
+        other => return Err(error(format!("round: found {other:?}, expected common, ceil or floor"))),
+    };
+    Ok(Value::from(rounded))
+}
+
+/// The text with the characters of HTML replaced, as the package markupsafe writes them.
+fn escape(text: &str) -> String {
+    let text = text.replace('&', "&amp;").replace('>', "&gt;").replace('<', "&lt;");
+    text.replace('\'', "&#39;").replace('"', "&#34;")
+}
+
+fn words(text: &str) -> usize {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
+}
+
 fn capitalize(text: &str) -> String {
     let mut characters = text.chars();
     let first = characters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
@@ -59,7 +122,7 @@ fn capitalize(text: &str) -> String {
 }
 
 /// Whitespace as Python's `str.strip` has it.
-fn is_space(c: char) -> bool {
+pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
@@ -125,12 +188,10 @@ fn indent(
         None => " ".repeat(4),
         Some(width) => match width.as_str() {
             Some(text) => text.to_owned(),
-            None => " ".repeat(usize::try_from(width)?.min(MAX_INDENT + 1)),
+            None => " ".repeat(checked_width(usize::try_from(width)?)?),
         },
     };
-    if margin.len() > MAX_INDENT {
-        return Err(error(format!("indent: expected at most {MAX_INDENT} columns")));
-    }
+    checked_width(margin.len())?;
     let value = text(&value).replace("\r\n", "\n") + "\n";
     let ends =
         |c| matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
@@ -265,6 +326,14 @@ mod tests {
             ("missing | length", "0"),
             ("range(9) | length", "9"),
             ("missing | items | list | length", "0"),
+            (
+                "['x' | int, 'x' | int(5), ' 7 ' | int, '2.9' | int, -2.9 | int, true | int, none | int] | string",
+                "[0, 5, 7, 2, -2, 1, 0]",
+            ),
+            ("[2.5 | round, 3.14159 | round(2), 3.2 | round(0, 'ceil'), 3 | round] | string", "[2.0, 3.14, 4.0, 3]"),
+            ("'<a&\"\\'>' | e", "&lt;a&amp;&#34;&#39;&gt;"),
+            ("'Hi, my_friend 2' | wordcount", "3"),
+            ("('ab' | center(6)) ~ '|'", "  ab  |"),
             (
                 "(none is iterable, missing is iterable, 'a' is iterable, 1 is iterable) | string",
                 "[False, True, True, False]",

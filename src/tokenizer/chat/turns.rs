@@ -16,9 +16,9 @@ const END: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 pub(super) fn turn(message: &Value) -> Turn {
     let mut turn: Turn = entries(message).filter(|(_, value)| !value.is_none()).collect();
     if let Some(reasoning) = REASONING.iter().find_map(|name| field(&turn, name)) {
-        if field(&turn, "thinking").is_none() {
-            turn.insert(0, (Value::from("thinking"), reasoning.clone()));
-        }
+        let thinking = field(&turn, "thinking").unwrap_or_else(|| reasoning.clone());
+        turn.retain(|(key, _)| key.as_str() != Some("thinking"));
+        turn.insert(0, (Value::from("thinking"), thinking));
         set_field(&mut turn, "reasoning_content", reasoning);
     }
     turn

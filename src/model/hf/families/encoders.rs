@@ -12,7 +12,7 @@ use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{Size, Sizes};
 use Need::{Always, If, IfSo, Never, Optional};
-use Transform::{Copy, SkipPadding};
+use Transform::{Copy, RowsOfPart, SkipPadding};
 
 /// Devlin et al. 2018, arXiv 1810.04805.
 pub(super) const BERT: HfFamily = HfFamily {
@@ -151,7 +151,7 @@ fn head_of_first_token(keys: &mut MetadataWriter<'_>, activation: &str) -> Resul
 /// Sanh et al. 2019, arXiv 1910.01108.
 pub(super) const DISTILBERT: HfFamily = HfFamily {
     model_types: &["distilbert"],
-    without_influence: &["attention_dropout", "dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"],
+    without_influence: &["qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds", "tie_word_embeddings"],
     bases: &["distilbert.", ""],
     outside: &[
         &[
@@ -191,10 +191,10 @@ pub(super) const EUROBERT: HfFamily = HfFamily {
     ignored: &["lm_head."],
     encoder: true,
     keys: |keys| {
+        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "late".to_owned());
         if !classifies(keys.settings)? {
             return Ok(());
         }
-        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "late".to_owned());
         let number = match pooling.as_str() {
             "mean" => 1u32,
             "bos" => 2,
@@ -214,7 +214,7 @@ pub(super) const GTE: HfFamily = HfFamily {
     model_types: &["gte"],
     architecture: "nomic-bert",
     defaults: &[&[("rope_theta", "1.6e5")]],
-    bases: &["gte.", "model.", ""],
+    bases: &["gte.", "new.", "model.", ""],
     outside: &[
         &[
             tensor("token_embd", "~embeddings.word_embeddings"),
@@ -223,23 +223,23 @@ pub(super) const GTE: HfFamily = HfFamily {
         ],
         &head("~pooler.dense", "classifier"),
     ],
-    layers: "~layers.",
     layer: &[
         &biased(
             Always,
             [
-                ["attn_q", "self_attn.q_proj"],
-                ["attn_k", "self_attn.k_proj"],
-                ["attn_v", "self_attn.v_proj"],
-                ["attn_output", "self_attn.o_proj"],
-                ["attn_output_norm", "post_attention_layernorm"],
+                ["attn_qkv", "attention.qkv_proj"],
+                ["attn_output", "attention.o_proj"],
+                ["attn_output_norm", "attn_ln"],
                 ["ffn_down", "mlp.down_proj"],
-                ["layer_output_norm", "post_mlp_layernorm"],
+                ["layer_output_norm", "mlp_ln"],
             ],
         ),
-        &[tensor("ffn_gate", "mlp.gate_proj"), tensor("ffn_up", "mlp.up_proj")],
+        &[
+            tensor("ffn_up", "mlp.up_gate_proj").by(RowsOfPart { part: 0, parts: 2 }),
+            tensor("ffn_gate", "mlp.up_gate_proj").by(RowsOfPart { part: 1, parts: 2 }),
+        ],
     ],
-    ignored: &["lm_head.", "pooler.", "gte.pooler.", "model.pooler."],
+    ignored: &["lm_head.", "pooler.", "gte.pooler.", "new.pooler."],
     rotation: Rotation::All,
     adjust: |settings, sizes| {
         sizes.token_types = settings.number(&["type_vocab_size"])?;

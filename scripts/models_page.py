@@ -39,10 +39,9 @@ def known_families() -> dict[str, tuple[str, set[str]]]:
 
 def tested() -> tuple[set[str], set[str]]:
     """Model types of the folders that the tests read, and the names of the GGUF files of other converters."""
-    folders = set()
-    for config in [*ROOT.glob("tests/data/goldens/*/config.json"), *ROOT.glob("tests/data/encoders/*/config.json")]:
-        folders.add(json.loads(config.read_text())["model_type"])
-    files = [*ROOT.glob("tests/data/gguf/*.gguf"), *ROOT.glob("tests/data/encoders/gguf/*.gguf")]
+    configs = ROOT.glob("tests/data/*/*/config.json")
+    folders = {json.loads(config.read_text())["model_type"] for config in configs}
+    files = ROOT.glob("tests/data/**/*.gguf")
     return folders, {file.stem for file in files}
 
 

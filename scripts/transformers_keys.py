@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ROOT / "src" / "model" / "hf" / "transformers.json"
 GGUF_KEYS = ROOT / "tests" / "data" / "gguf_keys.json"
+
+
+def plain(value: Any) -> Any:
+    """A value as transformers writes it to `config.json`: JSON has no infinite numbers."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def defaults(config: type) -> dict[str, Any]:
@@ -45,7 +55,7 @@ def transformers_keys(model_types: list[str]) -> dict[str, Any]:
     families: dict[str, Any] = {}
     for name in sorted(model_types):
         own = defaults(CONFIG_MAPPING[name])
-        families[name] = {key: own[key] for key in sorted(own) if key not in base}
+        families[name] = {key: plain(own[key]) for key in sorted(own) if key not in base}
     return {"version": importlib.metadata.version("transformers"), "base": sorted(base), "families": families}
 
 

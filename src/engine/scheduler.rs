@@ -292,7 +292,7 @@ impl Scheduler {
             entry.rows = usize::from(entry.is_decoding());
             if entry.rows == 0 {
                 // A block that another sequence computes in this step can be shared after it.
-                let block = entry.next_block().filter(|_| self.options.prefix_cache);
+                let block = entry.awaited_block().filter(|_| self.options.prefix_cache);
                 if block.is_none_or(|block| computing.insert(block)) {
                     prompts.push(i);
                 }
@@ -305,7 +305,9 @@ impl Scheduler {
         let shares = std::iter::once(half).chain(std::iter::repeat(share)).take(prompts.len());
         for (i, share) in prompts.iter().zip(shares).chain(prompts.iter().zip(std::iter::repeat(usize::MAX))) {
             let entry = &mut self.running[*i];
-            let more = (entry.sequence.pending.len() - entry.rows).min(share).min(budget);
+            let left = entry.sequence.pending.len() - entry.rows;
+            let most = if self.options.prefix_cache { entry.rows_to_snapshot(entry.rows + left) } else { usize::MAX };
+            let more = left.min(share).min(budget).min(most - entry.rows);
             entry.rows += more;
             budget -= more;
         }
@@ -370,9 +372,13 @@ impl Scheduler {
             prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
             if entry.rows > 0 {
                 let logits = entry.logits();
+                let keeps_state = self.options.prefix_cache && entry.ends_at_last_snapshot();
                 let Sequence { session, pending, sampler, .. } = &mut entry.sequence;
                 if self.options.prefix_cache {
                     session.keep_unseen();
+                    if keeps_state {
+                        session.keep_state();
+                    }
                 }
                 if logits != Logits::None {
                     samplers.push(sampler);

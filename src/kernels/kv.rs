@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use half::f16;
 
+use crate::quant::packed::PANEL;
+
 /// Positions in a page of the KV cache: four panels of 16 keys.
 pub const PAGE: usize = 64;
 
@@ -87,4 +89,48 @@ pub struct SoftmaxMut<'a> {
     pub sum: &'a mut [f32],
     /// `(n, width)`
     pub values: &'a mut [f32],
+}
+
+/// How a step changes a panel `(n, 16)` of a recurrent state: `state = gate * state + key delta^T`.
+#[derive(Debug, Clone, Copy)]
+pub struct StateUpdate<'a> {
+    /// `(n)`
+    pub gate: &'a [f32],
+    /// `(n)`
+    pub key: &'a [f32],
+    /// A number per column.
+    pub delta: &'a [f32; PANEL],
+}
+
+impl StateUpdate<'static> {
+    /// The vectors of no update.
+    pub(super) const NONE: StateUpdate<'static> = StateUpdate { gate: &[], key: &[], delta: &[0.0; PANEL] };
+}
+
+/// A step of RWKV's mean of values on a panel `(3, 16)` of its state: a channel is a column.
+#[derive(Debug, Clone, Copy)]
+pub struct WkvStep<'a> {
+    /// What the exponents of earlier keys lose, negative.
+    pub decay: &'a [f32; PANEL],
+    /// What the exponent of the current key gains for its own position.
+    pub first: &'a [f32; PANEL],
+    /// The exponents of the current values.
+    pub key: &'a [f32; PANEL],
+    /// The current values.
+    pub value: &'a [f32; PANEL],
+}
+
+/// A step of Mamba's recurrence on a panel `(n, 16)` of its state: a channel is a column.
+#[derive(Debug, Clone, Copy)]
+pub struct SelectiveStep<'a> {
+    /// `(n, 16)`: rates of decay, negative.
+    pub rates: &'a [f32],
+    /// The length of the step in each channel.
+    pub time: &'a [f32; PANEL],
+    /// The input of each channel, times `time`.
+    pub delta: &'a [f32; PANEL],
+    /// `(n)`: B.
+    pub key: &'a [f32],
+    /// `(n)`: C, or empty.
+    pub read: &'a [f32],
 }

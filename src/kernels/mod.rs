@@ -28,7 +28,9 @@ pub use activations::{Activations, MAX_TILE_ROWS, RowMut, Tile};
 pub use generic::math::Activation;
 pub(crate) use generic::math::exp;
 #[doc(hidden)]
-pub use kv::{INT8_GROUP, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
+pub use kv::{
+    INT8_GROUP, KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
+};
 #[doc(hidden)]
 pub use limits::{Limits, limits};
 pub use operations::Kernel;

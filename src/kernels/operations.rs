@@ -18,8 +18,10 @@ pub(super) mod types {
 
     pub(in crate::kernels) use crate::kernels::activations::{Activations, RowMut};
     pub(in crate::kernels) use crate::kernels::generic::math::Activation;
-    pub(in crate::kernels) use crate::kernels::kv::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues};
-    pub(in crate::kernels) use crate::quant::packed::Packed;
+    pub(in crate::kernels) use crate::kernels::kv::{
+        KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
+    };
+    pub(in crate::kernels) use crate::quant::packed::{PANEL, Packed};
     pub(in crate::kernels) use crate::threads::Columns;
 }
 

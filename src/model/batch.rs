@@ -93,10 +93,10 @@ impl Batch {
         self.taken.resize(inputs, 0);
     }
 
-    /// Takes the next rows from the inputs, up to [`MAX_ROWS`]; with `whole`, all rows of each input that fits, and at
-    /// least one input. Returns false when there are none left. `span_rows` is given the number of rows and returns how
+    /// Takes the next rows from the inputs, up to [`MAX_ROWS`], but inputs of at most `whole` rows as a whole: those that fit,
+    /// and at least one. Returns false when there are none left. `span_rows` is given the number of rows and returns how
     /// many of them a span may have.
-    pub(super) fn gather(&mut self, inputs: &[Input<'_>], whole: bool, span_rows: impl Fn(usize) -> usize) -> bool {
+    pub(super) fn gather(&mut self, inputs: &[Input<'_>], whole: usize, span_rows: impl Fn(usize) -> usize) -> bool {
         self.rows.clear();
         self.spans.clear();
         let left = inputs.iter().zip(&self.taken).map(|(input, taken)| input.tokens.len() - taken);
@@ -104,6 +104,7 @@ impl Batch {
         for (i, (input, taken)) in inputs.iter().zip(&mut self.taken).enumerate() {
             let left = input.tokens.len() - *taken;
             let free = MAX_ROWS.saturating_sub(self.rows.len());
+            let whole = input.tokens.len() <= whole;
             if whole && left > free && !self.rows.is_empty() {
                 // The results are in the order of the inputs, so later ones wait, too.
                 break;

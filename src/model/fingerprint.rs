@@ -2,7 +2,7 @@
 
 use blake3::Hasher;
 
-use super::arch::{DEFAULT_QUIRKS, Gating, Quirks, Rotated};
+use super::arch::{DEFAULT_QUIRKS, Gating, LayerKind, Quirks, Rotated};
 use super::config::{Config, ExpertsConfig, LayerConfig};
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
@@ -114,7 +114,9 @@ fn describe(config: &Config) -> String {
         logit_scale,
         experts,
         latent,
+        recurrent,
         temperature,
+        output_norm_eps,
         post_norm_eps,
         unweighted_head_norms,
         sparsity,
@@ -141,6 +143,7 @@ fn describe(config: &Config) -> String {
         let own = if *layer == default { String::new() } else { format!(", {layer:?}") };
         format!("LayerConfig {{ window: {window:?}, rotated: {rotated:?}{own} }}")
     };
+    let kinds: Vec<LayerKind> = layers.iter().map(|layer| layer.kind).collect();
     let layers: Vec<String> = layers.iter().map(layer).collect();
     let ExpertsConfig { count, used, normalized, scale, gating, groups, logit_cap: router_cap, tolerance } = experts;
     let mut experts =
@@ -196,8 +199,10 @@ fn describe(config: &Config) -> String {
             more.push(text);
         }
     };
+    add(recurrent.is_some(), format!("recurrent: {recurrent:?} {kinds:?}"));
     add(latent.is_some(), format!("latent: {latent:?}"));
     add(temperature.is_some(), format!("temperature: {temperature:?}"));
+    add(output_norm_eps != norm_eps, format!("output_norm_eps: {output_norm_eps:?}"));
     add(post_norm_eps != norm_eps, format!("post_norm_eps: {post_norm_eps:?}"));
     add(*unweighted_head_norms, format!("unweighted_head_norms: {unweighted_head_norms:?}"));
     add(!sparsity.is_empty(), format!("sparsity: {sparsity:?}"));

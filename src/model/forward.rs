@@ -2,9 +2,12 @@
 
 use super::batch::{Batch, Input, Logits, Row};
 use super::buffer::Buffer;
+use super::ffn::FeedForward;
 use super::linear::LinearInput;
-use super::mixers::{MixerContext, span_rows};
+use super::mixers::{Mixer, MixerContext, span_rows};
 use super::pass::{Pass, TASK_ROWS};
+use super::state::recurrent::MAX_LOGGED;
+use super::state::session::Session;
 use super::streams::LayerStreams;
 use super::transformer::{Layer, Transformer};
 use super::{ffn, mixers, streams};
@@ -80,7 +83,13 @@ impl Transformer {
         let result = self.reserve(inputs, logits).and_then(|()| {
             self.pool.run(|scope| {
                 w.batch.start(inputs.len());
-                while w.batch.gather(inputs, !config.causal, |rows| span_rows(config, threads, rows)) {
+                // Few tokens of a recurrent model are computed together.
+                let whole = match (config.causal, config.recurrent) {
+                    (false, _) => usize::MAX,
+                    (true, Some(_)) => MAX_LOGGED,
+                    (true, None) => 0,
+                };
+                while w.batch.gather(inputs, whole, |rows| span_rows(config, threads, rows)) {
                     w.reserve(self, inputs)?;
                     self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, interrupted)?;
                 }
@@ -94,9 +103,29 @@ impl Transformer {
             }
         } else {
             self.invalidate_overflowed(inputs, &mut logits[before..]);
-            inputs.iter_mut().for_each(|input| input.session.end_step());
+            for input in inputs.iter_mut() {
+                input.session.end_step();
+                // Without memory for a snapshot, there is none.
+                if input.session.wants_snapshot() && self.settle(input.session).is_ok() {
+                    input.session.take_snapshot();
+                }
+            }
         }
         result
+    }
+
+    /// Applies all rows that are recorded to the recurrent states of a session.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(super) fn settle(&self, session: &mut Session) -> Result<()> {
+        let Some(state) = session.state_mut() else { return Ok(()) };
+        state.unshare()?;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            layer.mixer.settle(self.kernel, state, index);
+        }
+        state.end_settling();
+        Ok(())
     }
 
     /// Makes the results of inputs whose keys or values the cache does not hold NaN: where attention skips a key that is
@@ -176,6 +205,9 @@ impl Transformer {
         for row in &w.batch.rows {
             inputs[row.input].session.advance(1);
         }
+        for state in inputs.iter_mut().filter_map(|input| input.session.state_mut()) {
+            state.end_batch();
+        }
 
         // The rows whose logits, or hidden states, are wanted.
         let hidden = self.config.hidden;
@@ -200,35 +232,46 @@ impl Transformer {
     fn layer(&self, pass: &Pass<'_>, layer: &Layer, index: usize, w: &mut Workspace, inputs: &mut [Input<'_>]) {
         let (config, Layer { mixer_norms, mixer, ffn_norms, ffn, .. }) = (&self.config, layer);
 
-        // Norm of the mixer's input.
-        pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
+        if !matches!(mixer, Mixer::None) {
+            // Norm of the mixer's input.
+            pass.norm(&w.x, mixer_norms.input.as_ref(), &mut w.input);
 
-        // Mixer, and the norm of its output.
-        let mut context = MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
-        mixer.forward(&mut context, &mut w.input, &mut w.mixers, &mut w.branch);
-        pass.norm_branch(&mut w.branch, mixer_norms.output.as_ref(), &mut w.rows);
+            // Mixer, and the norm of its output.
+            let mut context = MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
+            mixer.forward(&mut context, &mut w.input, &mut w.mixers, &mut w.branch);
+            pass.norm_branch(&mut w.branch, mixer_norms.output.as_ref(), &mut w.rows);
 
-        // Join. The feed-forward layer of a parallel block reads the stream that the mixer read, so the mixer joins later.
-        if config.parallel {
-            std::mem::swap(&mut w.branch, &mut w.mixer_branch);
-        } else {
+            // Join. The feed-forward layer of a parallel block reads the stream that the mixer read, so the mixer joins
+            // later.
+            if config.parallel {
+                std::mem::swap(&mut w.branch, &mut w.mixer_branch);
+            } else {
+                pass.join(&mut w.x, &w.branch);
+                pass.norm_stream(&mut w.x, mixer_norms.stream.as_ref(), &mut w.input);
+            }
+        }
+
+        if !matches!(ffn, FeedForward::None) {
+            // Norm of the feed-forward layer's input.
+            pass.norm(&w.x, layer.ffn_norm(config), &mut w.input);
+
+            // Feed-forward layer, and the norm of its output.
+            if let FeedForward::ChannelMix(mix) = ffn {
+                let mut context =
+                    MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
+                w.mixers.channel_mix(mix, &mut context, &mut w.input, &mut w.branch);
+            } else {
+                ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+            }
+            pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
+
+            // Join.
+            if config.parallel {
+                pass.join(&mut w.x, &w.mixer_branch);
+            }
             pass.join(&mut w.x, &w.branch);
-            pass.norm_stream(&mut w.x, mixer_norms.stream.as_ref(), &mut w.input);
+            pass.norm_stream(&mut w.x, ffn_norms.stream.as_ref(), &mut w.input);
         }
-
-        // Norm of the feed-forward layer's input.
-        pass.norm(&w.x, layer.ffn_norm(config), &mut w.input);
-
-        // Feed-forward layer, and the norm of its output.
-        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
-        pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
-
-        // Join.
-        if config.parallel {
-            pass.join(&mut w.x, &w.mixer_branch);
-        }
-        pass.join(&mut w.x, &w.branch);
-        pass.norm_stream(&mut w.x, ffn_norms.stream.as_ref(), &mut w.input);
 
         // What the layer adds of its own vector, and its factor.
         if let Some(per_layer) = &layer.per_layer {

@@ -8,7 +8,8 @@ use super::ffn::dense::Mlp;
 use super::ffn::experts::Experts;
 use super::ffn::{DenseAndExperts, FeedForward};
 use super::forward::Workspace;
-use super::mixers::{MixerContext, span_rows};
+use super::linear::Linear;
+use super::mixers::{Mixer, MixerContext, span_rows};
 use super::model::{LoadOptions, Model};
 use super::pass::Pass;
 use super::state::session::Session;
@@ -58,7 +59,22 @@ pub(crate) enum Site {
 }
 
 /// The tensors that read the input of the mixer.
-const QKV: &[&str] = &["attn_qkv", "attn_q", "attn_k", "attn_v", "attn_gate", "attn_q_a", "attn_kv_a_mqa"];
+const QKV: &[&str] = &[
+    "attn_qkv",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_gate",
+    "attn_q_a",
+    "attn_kv_a_mqa",
+    "ssm_in",
+    "ssm_alpha",
+    "ssm_beta",
+    "ssm_ba",
+    "ssm_f_a",
+    "ssm_g_a",
+    "shortconv.in_proj",
+];
 
 impl Site {
     /// The expert that the site belongs to, if it is one of those that tokens choose.
@@ -73,7 +89,7 @@ impl Site {
     pub(crate) fn tensors(self) -> Vec<String> {
         let (parts, network): (&[&str], _) = match self {
             Site::Qkv => (QKV, Network::Dense),
-            Site::AttentionOutput => (&["attn_output"], Network::Dense),
+            Site::AttentionOutput => (&["attn_output", "ssm_out", "shortconv.out_proj"], Network::Dense),
             Site::Up(network) => (&["ffn_gate", "ffn_up", "ffn_gate_up"], network),
             Site::Down(network) => (&["ffn_down"], network),
         };
@@ -94,17 +110,23 @@ impl LoadedLayer {
 
     /// Width of the input of attention's output projection.
     pub(crate) fn attended_width(&self) -> usize {
-        self.layer.mixer.out_proj().columns()
+        self.layer.mixer.out_proj().map_or(0, Linear::columns)
     }
 
     /// Width between up and down.
     pub(crate) fn width(&self, network: Network) -> usize {
-        self.network(network).width
+        self.network(network).map_or(0, |mlp| mlp.width)
     }
 
     /// The feed-forward networks: experts in order, then the shared one.
     pub(crate) fn networks(&self) -> Vec<Network> {
-        let Some(experts) = self.experts() else { return vec![Network::Dense] };
+        let Some(experts) = self.experts() else {
+            return if matches!(self.layer.ffn, FeedForward::ChannelMix(_) | FeedForward::None) {
+                Vec::new()
+            } else {
+                vec![Network::Dense]
+            };
+        };
         let chosen = (0..experts.experts().len()).map(Network::Expert);
         let dense = self.both().map(|_| Network::Dense);
         dense.into_iter().chain(chosen).chain(experts.shared().map(|_| Network::Shared)).collect()
@@ -118,25 +140,26 @@ impl LoadedLayer {
     fn both(&self) -> Option<&DenseAndExperts> {
         match &self.layer.ffn {
             FeedForward::Both(both) => Some(both),
-            FeedForward::Dense(_) | FeedForward::Experts(_) => None,
+            _ => None,
         }
     }
 
     fn experts(&self) -> Option<&Experts> {
         match &self.layer.ffn {
-            FeedForward::Dense(_) => None,
             FeedForward::Experts(experts) => Some(experts),
             FeedForward::Both(both) => Some(&both.experts),
+            _ => None,
         }
     }
 
-    fn network(&self, network: Network) -> &Mlp {
+    fn network(&self, network: Network) -> Option<&Mlp> {
         match (&self.layer.ffn, network) {
-            (FeedForward::Dense(mlp), _) => mlp,
-            (FeedForward::Both(both), Network::Dense) => &both.dense,
+            (FeedForward::ChannelMix(_) | FeedForward::None, _) => None,
+            (FeedForward::Dense(mlp), _) => Some(mlp),
+            (FeedForward::Both(both), Network::Dense) => Some(&both.dense),
             (FeedForward::Experts(experts) | FeedForward::Both(DenseAndExperts { experts, .. }), _) => match network {
-                Network::Expert(index) => &experts.experts()[index],
-                _ => experts.shared().unwrap_or(&experts.experts()[0]),
+                Network::Expert(index) => experts.experts().get(index),
+                _ => experts.shared().or(experts.experts().first()),
             },
         }
     }
@@ -205,12 +228,15 @@ impl Layerwise {
     /// [`Error::Unsupported`] with a tensor that shows what it does not compute.
     pub(crate) fn check(&self, checkpoint: &dyn Checkpoint, loaded: &LoadedLayer) -> Result<()> {
         let LoadedLayer { index, layer } = loaded;
-        if layer.streams.is_none() {
-            return Ok(());
-        }
+        let tensor = match (&layer.streams, &layer.mixer) {
+            (Some(_), _) => "altup_router.weight",
+            (None, Mixer::AttentionAndMamba2(..)) => "ssm_in.weight",
+            (None, Mixer::TimeMix(_)) => "time_mix_key.weight",
+            (None, _) => return Ok(()),
+        };
         Err(Error::Unsupported {
             path: checkpoint.path().to_path_buf(),
-            place: Place::Tensor(format!("blk.{index}.altup_router.weight")),
+            place: Place::Tensor(format!("blk.{index}.{tensor}")),
             what: format!("calibration of a model of the family {}", self.config().family.name),
             supported: "supported: recipes without calibration for this family".to_owned(),
         })
@@ -228,6 +254,7 @@ impl Layerwise {
                 Site::Qkv => layer.mixer.reload_in_proj(loader, config, *index),
                 Site::AttentionOutput => layer.mixer.reload_out_proj(loader, config, *index),
                 Site::Up(network) | Site::Down(network) => match (&mut layer.ffn, network) {
+                    (FeedForward::ChannelMix(_) | FeedForward::None, _) => Ok(()),
                     (FeedForward::Dense(mlp), _) => {
                         *mlp = Mlp::load(loader, config, *index, "", None)?;
                         Ok(())
@@ -303,8 +330,12 @@ impl Layerwise {
     pub(crate) fn join_attention(&self, loaded: &LoadedLayer, attended: Vec<f32>, x: &mut [f32]) -> Vec<f32> {
         let (layer, config) = (&loaded.layer, self.config());
         self.pass(|pass, w| {
+            let Some(out_proj) = layer.mixer.out_proj() else {
+                pass.norm(x, layer.ffn_norm(config), &mut w.input);
+                return w.input.values.to_vec();
+            };
             w.input.values.copy_from(&attended);
-            pass.linear(layer.mixer.out_proj(), &mut w.input, &mut w.branch);
+            pass.linear(out_proj, &mut w.input, &mut w.branch);
             pass.norm_branch(&mut w.branch, layer.mixer_norms.output.as_ref(), &mut w.rows);
             if !config.parallel {
                 pass.join(x, &w.branch);
@@ -354,7 +385,9 @@ impl Layerwise {
     pub(crate) fn inner(&self, loaded: &LoadedLayer, network: Network, input: Vec<f32>) -> Vec<f32> {
         self.pass(|pass, w| {
             w.input.values.copy_from(&input);
-            loaded.network(network).inner(pass, &mut w.input, &mut w.ffn.dense);
+            if let Some(mlp) = loaded.network(network) {
+                mlp.inner(pass, &mut w.input, &mut w.ffn.dense);
+            }
             w.input.values.to_vec()
         })
     }
@@ -364,7 +397,9 @@ impl Layerwise {
         let hidden = self.config().hidden;
         self.pass(|pass, w| {
             w.input.values.copy_from(&inner);
-            pass.linear(&loaded.network(network).down, &mut w.input, &mut w.branch);
+            if let Some(mlp) = loaded.network(network) {
+                pass.linear(&mlp.down, &mut w.input, &mut w.branch);
+            }
             let width = hidden.next_multiple_of(PANEL);
             w.branch.chunks(width).flat_map(|row| &row[..hidden]).copied().collect()
         })
@@ -459,9 +494,13 @@ impl Layerwise {
         let mut out = Vec::new();
         self.pass(|pass, w| {
             w.batch.start(1);
-            while w.batch.gather(&inputs, !pass.config.causal, |rows| span_rows(pass.config, pass.threads, rows)) {
+            let whole = if pass.config.causal { 0 } else { usize::MAX };
+            while w.batch.gather(&inputs, whole, |rows| span_rows(pass.config, pass.threads, rows)) {
                 step(pass, w, &mut inputs, &mut out);
                 inputs[0].session.advance(w.batch.rows.len());
+                if let Some(state) = inputs[0].session.state_mut() {
+                    state.end_batch();
+                }
             }
         });
         Ok(out)

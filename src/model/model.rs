@@ -359,6 +359,11 @@ impl Model {
         self.shape.page_bytes()
     }
 
+    /// Bytes of the recurrent states of a session, whatever its length. 0 for models of attention alone.
+    pub fn state_bytes(&self) -> usize {
+        self.shape.state_bytes()
+    }
+
     /// The number of threads that compute.
     pub fn threads(&self) -> usize {
         self.transformer.pool.threads()
@@ -425,9 +430,14 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
-    /// the session has computed.
+    /// the session has computed; [`Error::OutOfMemory`] for a copy of recurrent states.
     pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
-        model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()))
+        if !self.has_recorded_rows() {
+            return model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()));
+        }
+        let mut settled = self.fork();
+        model.transformer.settle(&mut settled)?;
+        model.with_owner(|owner| session_file::save(&settled, owner, tokens, path.as_ref()))
     }
 
     /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues bit-identically to the saved

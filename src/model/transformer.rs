@@ -1,5 +1,6 @@
 //! A model in memory: its weights, and the kernel and threads that compute with them.
 
+use super::arch::{FeedForwardKind, LayerKind, MixerKind};
 use super::config::Config;
 use super::ffn::FeedForward;
 use super::fingerprint::{Fingerprint, FingerprintHasher};
@@ -94,9 +95,14 @@ pub(super) struct BranchNorms {
 }
 
 impl BranchNorms {
-    fn load(loader: &Loader<'_>, config: &Config, [input, output, stream]: [&str; 3]) -> Result<BranchNorms> {
+    fn load(
+        loader: &Loader<'_>,
+        config: &Config,
+        index: usize,
+        [input, output, stream]: [&str; 3],
+    ) -> Result<BranchNorms> {
         Ok(BranchNorms {
-            input: input_norm(loader, config, input)?,
+            input: input_norm(loader, config, input, config.norm_eps * config.eps_scale(index))?,
             output: loader.norm_of(output, config, config.hidden, config.post_norm_eps)?,
             stream: loader.norm(stream, config)?,
         })
@@ -108,9 +114,9 @@ impl BranchNorms {
 }
 
 /// A norm before a branch or before the output, which has no weights in some families.
-fn input_norm(loader: &Loader<'_>, config: &Config, name: &str) -> Result<Option<Norm>> {
-    let unweighted = || config.family.quirks.unweighted_norms.then(|| Norm::unweighted(config.hidden, config.norm_eps));
-    Ok(loader.norm(name, config)?.or_else(unweighted))
+fn input_norm(loader: &Loader<'_>, config: &Config, name: &str, eps: f32) -> Result<Option<Norm>> {
+    let unweighted = || config.family.quirks.unweighted_norms.then(|| Norm::unweighted(config.hidden, eps));
+    Ok(loader.norm_of(name, config, config.hidden, eps)?.or_else(unweighted))
 }
 
 impl Layer {
@@ -131,8 +137,16 @@ impl Layer {
             (false, false) => [name("attn_norm"), name("ffn_norm")],
         };
         let output = if after { "" } else { "post_attention_norm" };
+        // A layer of one branch has one norm.
+        let kind = config.layers[index].kind;
+        let inputs = match kind {
+            LayerKind { mixer: MixerKind::None, .. } => [String::new(), name("attn_norm")],
+            LayerKind { mixer: MixerKind::Rwkv, .. } => [name("attn_norm"), name("attn_norm_2")],
+            LayerKind { ffn: FeedForwardKind::None, .. } => [name("attn_norm"), String::new()],
+            _ => inputs,
+        };
         let norms = |input: &str, output: &str, stream: &str| {
-            BranchNorms::load(loader, config, [input, &name(output), &name(stream)])
+            BranchNorms::load(loader, config, index, [input, &name(output), &name(stream)])
         };
         let layer = Layer {
             mixer_norms: norms(&inputs[0], output, "attn_output_norm")?,
@@ -148,11 +162,12 @@ impl Layer {
         };
         let expected = format_args!("{} numbers", config.hidden);
         let may_be_without = index == 0 && config.family.quirks.optional_first_norm;
-        if layer.mixer_norms.is_empty() && !may_be_without {
+        if layer.mixer_norms.is_empty() && !may_be_without && kind.mixer != MixerKind::None {
             return Err(loader.missing(&name("attn_norm.weight"), expected));
         }
-        if !config.parallel && layer.ffn_norms.is_empty() {
-            return Err(loader.missing(&name("ffn_norm.weight"), expected));
+        if !config.parallel && layer.ffn_norms.is_empty() && kind.ffn != FeedForwardKind::None {
+            let missing = if kind.mixer == MixerKind::None { "attn_norm.weight" } else { "ffn_norm.weight" };
+            return Err(loader.missing(&name(missing), expected));
         }
         Ok(layer)
     }
@@ -272,12 +287,16 @@ impl Weights {
             token_types,
             projections,
             embedding_norm: match loader.norm("token_embd_norm", config)? {
+                Some(_) if config.family.output_norm == "token_embd_norm" => None,
                 None if config.family.quirks.embedding_norm => Some(Norm::unweighted(config.hidden, config.norm_eps)),
                 norm => norm,
             },
             positions,
             layers: Vec::new(),
-            output_norm: input_norm(loader, config, "output_norm")?,
+            output_norm: {
+                let eps = config.output_norm_eps * config.eps_scale(config.layers.len());
+                input_norm(loader, config, config.family.output_norm, eps)?
+            },
             output,
             rope_factors: rope_factors(loader, config, context)?,
             per_layer: PerLayer::load(loader, config, vocabulary)?,
@@ -285,7 +304,8 @@ impl Weights {
             heads: Heads::load(loader, config)?,
         };
         if weights.output_norm.is_none() && !config.family.quirks.optional_output_norm {
-            return Err(loader.missing("output_norm.weight", format_args!("{} numbers", config.hidden)));
+            let name = format!("{}.weight", config.family.output_norm);
+            return Err(loader.missing(&name, format_args!("{} numbers", config.hidden)));
         }
         Ok(weights)
     }
@@ -302,7 +322,8 @@ impl Weights {
 
     /// Whether the model computes in single precision: the mixers' input projections are F32.
     pub(super) fn is_f32(&self) -> bool {
-        let mut parts = self.layers.iter().flat_map(|layer| layer.mixer.in_proj().parts());
+        let mixers = self.layers.iter().filter_map(|layer| layer.mixer.in_proj());
+        let mut parts = mixers.flat_map(Linear::parts);
         parts.all(|part: &Packed| part.layout().code == Code::F32)
     }
 
@@ -413,8 +434,11 @@ impl Widths {
     pub(super) fn new(config: &Config, weights: &Weights) -> Widths {
         let mut widths = Widths { branch: config.hidden.next_multiple_of(PANEL), ..Widths::default() };
         for (layer, own) in weights.layers.iter().zip(&config.layers) {
-            layer.mixer.widen(own, &mut widths.mixers);
+            layer.mixer.widen(config, own, &mut widths.mixers);
             layer.ffn.widen(config, &mut widths.ffn);
+            if let FeedForward::ChannelMix(mix) = &layer.ffn {
+                widths.mixers.widen_to(mix);
+            }
         }
         widths.input = config.hidden.max(widths.mixers.input).max(widths.ffn.input);
         for linear in weights.projections.iter().flat_map(Projections::linears) {

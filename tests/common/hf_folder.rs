@@ -6,8 +6,8 @@ use std::path::Path;
 
 use nybble::format::Checkpoint as _;
 use nybble::model::hf::HfFolder;
-use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -109,6 +109,28 @@ pub(crate) fn file(tensors: &[Stored]) -> Vec<u8> {
         (tensor.name.as_str(), view.expect("bytes that fill the shape"))
     });
     safetensors::serialize(views, None).expect("a file")
+}
+
+/// Values that no key expects, as JSON.
+pub(crate) const ODD_VALUES: [&str; 8] = ["null", "0", "3", "-1", "16777216", "1e300", "\"x\"", "[]"];
+
+/// The checkpoint of a family with recurrent layers from the folder `name` of the test data.
+pub(crate) fn recurrent(name: &str) -> Checkpoint {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
+    let config = serde_json::from_slice(&fs::read(path.join("config.json")).expect("test data")).expect("test data");
+    let bytes = fs::read(path.join("model.safetensors")).expect("test data");
+    let file = SafeTensors::deserialize(&bytes).expect("test data");
+    let mut folder = Checkpoint::new(config);
+    folder.tensors = file
+        .iter()
+        .map(|(name, tensor)| Stored {
+            name: name.to_owned(),
+            shape: tensor.shape().to_vec(),
+            dtype: tensor.dtype(),
+            bytes: tensor.data().to_vec(),
+        })
+        .collect();
+    folder
 }
 
 /// A one-layer Llama: 2 heads of width 4, one KV head, hidden size 8, feed-forward size 6, vocabulary of 5.

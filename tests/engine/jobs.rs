@@ -47,7 +47,8 @@ impl Job {
     }
 
     pub(crate) fn sequence(&self, model: &Model) -> Sequence {
-        Sequence::new(model, &self.prompt, self.options.clone()).unwrap()
+        // Tiny models with a vocabulary would end after a few tokens.
+        Sequence::new(model, &self.prompt, self.options.clone()).unwrap().with_ends(Vec::new())
     }
 
     /// Its tokens without a scheduler.

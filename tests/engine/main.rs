@@ -8,6 +8,7 @@ mod constraint;
 mod ends;
 mod examples;
 mod jobs;
+mod recurrent;
 mod sampler;
 mod scheduler;
 mod sequences;

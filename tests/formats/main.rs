@@ -13,6 +13,8 @@ mod gguf_reader;
 mod gguf_writer;
 mod hf_families;
 mod hf_folders;
+mod hf_recurrent;
+mod hf_recurrent_settings;
 mod hf_safetensors;
 #[cfg(feature = "tokenizers")]
 mod tokenizers;

@@ -93,6 +93,11 @@ fn elementwise_operations_match_the_scalar_kernel() {
         kernel.xielu(&mut x, [0.8, 0.7, 0.5, -1e-6]);
         x
     });
+    same_on_every_kernel("dot", |kernel, [x, y, _]| vec![kernel.dot(&x, &y)]);
+    same_on_every_kernel("add_product", |kernel, [mut out, x, y]| {
+        kernel.add_product(&mut out, &x, &y);
+        out
+    });
     for activation in ACTIVATIONS {
         same_on_every_kernel(&format!("{activation:?}"), |kernel, [mut x, ..]| {
             kernel.activate(activation, &mut x);

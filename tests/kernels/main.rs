@@ -7,4 +7,5 @@ mod elementwise;
 mod product;
 mod quantize;
 mod random;
+mod recurrence;
 mod support;

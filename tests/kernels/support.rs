@@ -11,7 +11,7 @@ pub(crate) const UNEVEN: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1
 pub(crate) const ENDS: [i8; 16] = [-128, 127, -128, 127, 0, -1, 1, -127, -128, -128, 127, 127, 64, -64, 2, -2];
 
 /// Every activation.
-pub(crate) const ACTIVATIONS: [Activation; 7] = [
+pub(crate) const ACTIVATIONS: [Activation; 8] = [
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
@@ -19,6 +19,7 @@ pub(crate) const ACTIVATIONS: [Activation; 7] = [
     Activation::Relu2,
     Activation::Sigmoid,
     Activation::Softplus,
+    Activation::Exp,
 ];
 
 /// The scalar kernel, which defines the results.

@@ -37,6 +37,8 @@ pub(super) struct Entry {
     /// Number of blocks at its beginning that are in the prefix cache, and the id of the last one.
     pub(super) blocks: usize,
     pub(super) block: u64,
+    /// The same up to where the cache can restore the recurrent states; without any, the same.
+    restorable: (usize, u64),
     pub(super) acceptance: Acceptance,
     /// The draft model's KV cache.
     pub(super) draft_session: Option<Session>,
@@ -57,6 +59,7 @@ impl Entry {
             remaining,
             blocks: 0,
             block: ROOT,
+            restorable: (0, ROOT),
             acceptance: Acceptance::default(),
             draft_session: None,
             rows: 0,
@@ -79,8 +82,32 @@ impl Entry {
     }
 
     /// The key of the block that it computes next, if its tokens fill one.
-    pub(super) fn next_block(&self) -> Option<Key> {
+    fn next_block(&self) -> Option<Key> {
         self.block_at(self.blocks, self.block)
+    }
+
+    /// The key of the first block that others cannot attach before it is computed further: the next one, or the first after
+    /// the last snapshot of recurrent states.
+    pub(super) fn awaited_block(&self) -> Option<Key> {
+        self.block_at(self.restorable.0, self.restorable.1)
+    }
+
+    /// At most `rows` rows of its prompt, so that the step ends where recurrent states are kept.
+    pub(super) fn rows_to_snapshot(&self, rows: usize) -> usize {
+        let session = &self.sequence.session;
+        let Some(regular) = session.next_snapshot() else { return rows };
+        let stops = [regular, self.last_snapshot()].into_iter().filter_map(|stop| stop.checked_sub(session.len()));
+        stops.filter(|left| *left > 0).fold(rows, usize::min)
+    }
+
+    /// Whether the step ends at the last snapshot of its prompt.
+    pub(super) fn ends_at_last_snapshot(&self) -> bool {
+        self.sequence.session.len() + self.rows == self.last_snapshot()
+    }
+
+    /// The end of the last page of its prompt that others can share.
+    fn last_snapshot(&self) -> usize {
+        self.prompt.saturating_sub(1) / PAGE * PAGE
     }
 
     /// The key of block `index` after the block `parent`, if its tokens fill one.
@@ -95,6 +122,7 @@ impl Entry {
         self.sequence.pending.clone_from(&self.sequence.tokens);
         self.draft_session = None;
         (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, ROOT, 0, 0, 0);
+        self.restorable = (0, ROOT);
     }
 
     /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.
@@ -135,6 +163,9 @@ impl Entry {
                 (self.blocks, self.block) = (self.blocks + 1, number);
             }
         }
+        if reused > 0 {
+            self.restorable = (self.blocks, self.block);
+        }
         self.sequence.session.free_unseen();
         self.sequence.pending.drain(..reused);
         self.reused += reused;
@@ -146,7 +177,12 @@ impl Entry {
         while let (Some(key), Some(page)) = (self.next_block(), self.sequence.session.page(self.blocks)) {
             let (number, page) = prefixes.insert(key, page);
             self.sequence.session.replace_page(self.blocks, &page);
+            // The cache keeps it, as long as there is memory.
+            self.sequence.session.forget_snapshot(self.blocks);
             (self.blocks, self.block) = (self.blocks + 1, number);
+            if page.has_state() {
+                self.restorable = (self.blocks, self.block);
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 use std::ops::Add;
 
 use super::math::{Activation, exp_of_difference, tanh};
+pub(in crate::kernels) use super::recurrence::{add_product, advance_state, selective_step, wkv_step};
 use crate::kernels::activations::RowMut;
 use crate::kernels::kv::{Softmax, SoftmaxMut};
 use crate::quant::packed::BLOCK;
@@ -43,6 +44,33 @@ macro_rules! elementwise_operations {
 
             /// `x *= y`, elementwise.
             fn multiply(x: &mut [f32], y: &[f32]);
+
+            /// The sum of `x * y`.
+            fn dot(x: &[f32], y: &[f32]) -> f32;
+
+            /// `out += x * y`, elementwise.
+            fn add_product(out: &mut [f32], x: &[f32], y: &[f32]);
+
+            /// A step of a recurrence on a panel of its state `(n, 16)`. Over the rows `i` in order: with an update,
+            /// `s = fma(key[i], delta, gate[i] * s)`; then, for each of the reads that is not empty, `sum = fma(s, read[i],
+            /// sum)` from 0. The first read needs the second.
+            fn advance_state(
+                state: &mut [f32],
+                update: Option<StateUpdate<'_>>,
+                reads: [&[f32]; 2],
+                sums: [&mut [f32; PANEL]; 2],
+            );
+
+            /// A step of Mamba's recurrence on a panel of its state `(n, 16)`. Over the rows `i` in order:
+            /// `s = fma(key[i], delta, exp(time * rates[i]) * s)`, then, unless `read` is empty, `out = fma(s, read[i], out)`
+            /// from 0.
+            fn selective_step(state: &mut [f32], step: SelectiveStep<'_>, out: &mut [f32; PANEL]);
+
+            /// A step of RWKV's mean on a panel of its state `(3, 16)`: sums of values and of weights without the factor
+            /// `exp(m)`, and `m`. With `m = max(m, key + first)` for the output: `out = (exp(m0 - m) sum0 + exp(key + first -
+            /// m) value) / (exp(m0 - m) sum1 + exp(key + first - m))`; then the state takes the value in with `m = max(m0 +
+            /// decay, key)`. A state without weights has seen nothing.
+            fn wkv_step(state: &mut [f32], step: WkvStep<'_>, out: &mut [f32; PANEL]);
 
             /// `x += scale * y`, elementwise.
             fn add_scaled(x: &mut [f32], y: &[f32], scale: f32);
@@ -324,6 +352,17 @@ pub(in crate::kernels) fn join(so_far: SoftmaxMut<'_>, more: Softmax<'_>) {
 }
 
 #[inline(always)]
+pub(in crate::kernels) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for (x, y) in x.chunks(LANES).zip(y.chunks(LANES)) {
+        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
+            *lane = x.mul_add(*y, *lane);
+        }
+    }
+    join_lanes(lanes, Add::add)
+}
+
+#[inline(always)]
 pub(in crate::kernels) fn multiply(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x *= y;
@@ -374,6 +413,7 @@ pub(in crate::kernels) fn activate(activation: Activation, x: &mut [f32]) {
         Activation::Relu2 => x.iter_mut().for_each(|x| *x = Activation::Relu2.apply(*x)),
         Activation::Sigmoid => x.iter_mut().for_each(|x| *x = Activation::Sigmoid.apply(*x)),
         Activation::Softplus => x.iter_mut().for_each(|x| *x = Activation::Softplus.apply(*x)),
+        Activation::Exp => x.iter_mut().for_each(|x| *x = Activation::Exp.apply(*x)),
     }
 }
 
@@ -388,6 +428,7 @@ pub(in crate::kernels) fn gate(activation: Activation, gate: &mut [f32], up: &[f
         Activation::Relu2 => pairs.for_each(|(x, up)| *x = Activation::Relu2.apply(*x) * up),
         Activation::Sigmoid => pairs.for_each(|(x, up)| *x = Activation::Sigmoid.apply(*x) * up),
         Activation::Softplus => pairs.for_each(|(x, up)| *x = Activation::Softplus.apply(*x) * up),
+        Activation::Exp => pairs.for_each(|(x, up)| *x = Activation::Exp.apply(*x) * up),
     }
 }
 

@@ -21,6 +21,8 @@ pub enum Activation {
     Sigmoid,
     /// `ln(1 + exp(x))`
     Softplus,
+    /// `exp(x)`
+    Exp,
 }
 
 impl Activation {
@@ -57,6 +59,7 @@ impl Activation {
                 positive * positive
             }
             Activation::Sigmoid => 1.0 / (1.0 + exp(-x)),
+            Activation::Exp => exp(x),
             // The first summand is x for positive numbers and 0 for negative ones; NaN stays.
             Activation::Softplus => (if x < 0.0 { 0.0 } else { x }) + libm::log1pf(exp(-x.abs())),
         }

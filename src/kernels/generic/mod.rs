@@ -10,4 +10,5 @@ pub(super) mod elementwise;
 pub(super) mod float;
 pub(super) mod math;
 pub(super) mod product;
+pub(super) mod recurrence;
 pub(super) mod vector;

@@ -49,6 +49,23 @@ pub enum MixerKind {
     /// Softmax attention whose keys and values are products of one short vector per position (DeepSeek-AI 2024, arXiv
     /// 2405.04434).
     LatentAttention,
+    /// A state that every position decays, corrects and reads, with one gate a head (Yang et al. 2024, arXiv 2412.06464).
+    GatedDelta,
+    /// As [`MixerKind::GatedDelta`], with a gate for each number of a key (Kimi Team 2025, arXiv 2510.26692).
+    KimiDelta,
+    /// A state for each channel (Gu and Dao 2023, arXiv 2312.00752).
+    Mamba,
+    /// A state for each head (Dao and Gu 2024, arXiv 2405.21060).
+    Mamba2,
+    /// Attention and Mamba-2 side by side: both read the input, and their outputs are added (Falcon LLM Team 2025, arXiv
+    /// 2507.22448).
+    AttentionAndMamba2,
+    /// A convolution over a few positions between two gates (Liquid AI 2025, LFM2).
+    ShortConvolution,
+    /// A mean of values weighted by keys that decay (Peng et al. 2023, arXiv 2305.13048).
+    Rwkv,
+    /// Nothing: the layer is a feed-forward layer alone.
+    None,
 }
 
 /// What a layer applies to each position by itself.
@@ -57,6 +74,10 @@ pub enum MixerKind {
 pub enum FeedForwardKind {
     /// One network, or, in layers for which the file has a router, experts.
     DenseOrExperts,
+    /// A network that reads the position before, too, and has a gate (RWKV).
+    ChannelMix,
+    /// Nothing: the layer is a mixer alone.
+    None,
 }
 
 /// The two halves of a layer.
@@ -75,6 +96,22 @@ const ATTENTION: &[LayerKind] = &[LayerKind { mixer: MixerKind::Attention, ffn: 
 /// Layers of latent attention and a feed-forward network.
 const LATENT_ATTENTION: &[LayerKind] =
     &[LayerKind { mixer: MixerKind::LatentAttention, ffn: FeedForwardKind::DenseOrExperts }];
+
+/// Which layers are recurrent instead of attending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RecurrentLayers {
+    /// All of them, without feed-forward layers.
+    Alone,
+    /// All of them.
+    All,
+    /// Those that have no key and value heads.
+    WithoutKeys,
+    /// Those without key and value heads and without a feed-forward layer: every layer has one branch.
+    WithoutKeysOrFeedForward,
+    /// Those that `attention.recurrent_layers` lists, or all but every nth of `full_attention_interval`.
+    Listed,
+}
 
 /// Which layers rotate queries and keys, where the file does not list them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,8 +155,16 @@ pub struct Temperature {
 pub struct Family {
     /// The name under `general.architecture`.
     pub name: &'static str,
-    /// The kinds of the layers, repeated until every layer has one.
+    /// The kinds of the layers, repeated until every layer has one, but for recurrent ones.
     pub layers: &'static [LayerKind],
+    /// The mixer of recurrent layers, and which layers these are.
+    pub recurrent: Option<(MixerKind, RecurrentLayers)>,
+    /// Whether consecutive heads of values share a head of keys; otherwise every nth does.
+    pub grouped_values: bool,
+    /// Whether each head's query is followed by its gate.
+    pub gated_queries: bool,
+    /// The name of the norm before the output matrix.
+    pub output_norm: &'static str,
     /// Norm of every layer.
     pub norm: NormKind,
     /// What the two branches of a layer read.
@@ -240,6 +285,10 @@ pub(super) const fn family(name: &'static str) -> Family {
     Family {
         name,
         layers: ATTENTION,
+        recurrent: None,
+        grouped_values: true,
+        gated_queries: false,
+        output_norm: "output_norm",
         norm: NormKind::Rms,
         residual: Residual::Sequential,
         position: Position::Rope,
@@ -265,6 +314,11 @@ impl Family {
         Family { activation, ..self }
     }
 
+    /// The family with recurrent layers.
+    pub(super) const fn recurrent(self, mixer: MixerKind, layers: RecurrentLayers) -> Family {
+        Family { recurrent: Some((mixer, layers)), ..self }
+    }
+
     /// The family with layers of latent attention.
     pub(super) const fn latent(self) -> Family {
         Family { layers: LATENT_ATTENTION, ..self }
@@ -274,7 +328,7 @@ impl Family {
         Family { quirks, ..self }
     }
 
-    /// The kind of layer `index`.
+    /// The kind of layer `index`, unless it is recurrent.
     pub fn layer(&self, index: usize) -> LayerKind {
         self.layers[index % self.layers.len()]
     }

@@ -9,16 +9,18 @@ mod llama;
 mod modern;
 mod phi;
 mod qwen;
+mod recurrent;
 
 pub(super) use family::DEFAULT_QUIRKS;
 pub use family::{
-    Family, FeedForwardKind, Gating, LayerKind, MixerKind, NormKind, Position, Quirks, Residual, Rotated, Temperature,
+    Family, FeedForwardKind, Gating, LayerKind, MixerKind, NormKind, Position, Quirks, RecurrentLayers, Residual,
+    Rotated, Temperature,
 };
 
 /// Every family that is supported.
 pub fn families() -> impl Iterator<Item = &'static Family> {
     let older = [llama::FAMILIES, qwen::FAMILIES, gemma::FAMILIES, phi::FAMILIES, gpt::FAMILIES, alibi::FAMILIES];
-    older.into_iter().chain([modern::FAMILIES, encoders::FAMILIES]).flatten()
+    older.into_iter().chain([modern::FAMILIES, recurrent::FAMILIES, encoders::FAMILIES]).flatten()
 }
 
 /// The family called `name`.

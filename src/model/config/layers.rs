@@ -4,7 +4,9 @@ use super::latent::LatentConfig;
 use super::metadata::MetadataReader;
 use crate::error::Result;
 use crate::format::gguf::Value;
-use crate::model::arch::{Family, LayerKind, Position, Rotated, Temperature};
+use crate::model::arch::{
+    Family, FeedForwardKind, LayerKind, MixerKind, Position, RecurrentLayers, Rotated, Temperature,
+};
 
 /// The settings that differ between layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,15 +86,26 @@ pub(super) fn read(
     latent: Option<&LatentConfig>,
     temperature: Option<Temperature>,
 ) -> Result<Vec<LayerConfig>> {
-    let heads = keys.per_layer("attention.head_count", layers)?.ok_or_else(|| keys.missing("attention.head_count"))?;
-    let kv_heads = keys.per_layer("attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
-    for (heads, kv_heads) in heads.iter().zip(&kv_heads) {
+    let least = usize::from(family.recurrent.is_none());
+    let heads = keys.per_layer(least, "attention.head_count", layers)?;
+    let heads = heads.ok_or_else(|| keys.missing("attention.head_count"))?;
+    let kv_heads = keys.per_layer(least, "attention.head_count_kv", layers)?.unwrap_or_else(|| heads.clone());
+    let kinds = kinds(keys, family, layers, &kv_heads)?;
+    let attends = |kind: &LayerKind| {
+        matches!(kind.mixer, MixerKind::Attention | MixerKind::LatentAttention | MixerKind::AttentionAndMamba2)
+    };
+    for ((heads, kv_heads), _) in heads.iter().zip(&kv_heads).zip(&kinds).filter(|(_, kind)| attends(kind)) {
+        keys.check("attention.head_count", heads, *heads > 0, "at least 1 in layers of attention")?;
+        keys.check("attention.head_count_kv", kv_heads, *kv_heads > 0, "at least 1 in layers of attention")?;
         let expected = format_args!("a divisor of the {heads} heads");
         keys.check("attention.head_count_kv", kv_heads, heads.is_multiple_of(*kv_heads), expected)?;
     }
     let widths = match latent {
         Some(latent) => [latent_widths(latent), latent_widths(latent)],
-        None => widths(keys, hidden, heads.first().copied().unwrap_or(1), rotates)?,
+        None => match heads.iter().zip(&kinds).find(|(_, kind)| attends(kind)) {
+            Some((heads, _)) => widths(keys, hidden, *heads, rotates)?,
+            None => [Widths { key: 0, value: 0, rotary: 0 }, Widths { key: 0, value: 0, rotary: 0 }],
+        },
     };
     let mut windows = Windows::read(keys, family, layers)?;
     if !causal {
@@ -105,7 +118,8 @@ pub(super) fn read(
     let shared = shared_layers(keys, layers)?;
     let mut all: Vec<LayerConfig> = Vec::with_capacity(layers);
     for layer in 0..layers {
-        let windowed = windows.applies(layer);
+        let attends = attends(&kinds[layer]);
+        let windowed = windows.applies(layer) && attends;
         let Widths { key, value, rotary } = &widths[usize::from(windowed)];
         let rotated = match (&rotated, family.quirks.rotated) {
             (Some(flags), _) => flags[layer],
@@ -113,12 +127,16 @@ pub(super) fn read(
             (None, Rotated::Windowed) => windowed || !any_window,
         };
         let own = LayerConfig {
-            kind: family.layer(layer),
+            kind: kinds[layer],
             window: windows.window.filter(|_| windowed),
             chunk: windows.chunk.filter(|_| windowed),
             rotated,
             heads: heads[layer],
-            kv_heads: if latent.is_some() { 1 } else { kv_heads[layer] },
+            kv_heads: match (attends, latent) {
+                (false, _) => 0,
+                (true, Some(_)) => 1,
+                (true, None) => kv_heads[layer],
+            },
             head_dim: *key,
             value_dim: *value,
             rotary: *rotary,
@@ -267,7 +285,51 @@ pub(super) fn temperature(
     Ok(Some(Temperature { scale, length, offset: default.map_or(0.0, |default| default.offset) }))
 }
 
-/// Whether queries and keys of a family are rotated.
-pub(super) fn rotates(family: &Family) -> bool {
-    matches!(family.position, Position::Rope | Position::RopeAdjacent)
+/// Whether queries and keys are rotated.
+pub(super) fn rotates(keys: &MetadataReader<'_>, family: &Family) -> Result<bool> {
+    // Granite's files say with this key whether attention rotates; in others it is a note.
+    let is_off = family.name.starts_with("granite") && keys.flag("rope.scaling.finetuned")? == Some(false);
+    Ok(matches!(family.position, Position::Rope | Position::RopeAdjacent) && !is_off)
+}
+
+/// What the halves of each layer are.
+fn kinds(keys: &MetadataReader<'_>, family: &Family, layers: usize, kv_heads: &[usize]) -> Result<Vec<LayerKind>> {
+    let mut kinds: Vec<LayerKind> = (0..layers).map(|layer| family.layer(layer)).collect();
+    let Some((mixer, recurrent)) = family.recurrent else { return Ok(kinds) };
+    match recurrent {
+        RecurrentLayers::Alone => kinds.fill(LayerKind { mixer, ffn: FeedForwardKind::None }),
+        RecurrentLayers::All => {
+            let ffn = match mixer {
+                MixerKind::Rwkv => FeedForwardKind::ChannelMix,
+                _ => FeedForwardKind::DenseOrExperts,
+            };
+            kinds.fill(LayerKind { mixer, ffn });
+        }
+        RecurrentLayers::WithoutKeys => {
+            let without = kinds.iter_mut().zip(kv_heads).filter(|(_, kv_heads)| **kv_heads == 0);
+            without.for_each(|(kind, _)| kind.mixer = mixer);
+        }
+        RecurrentLayers::WithoutKeysOrFeedForward => {
+            let key = "feed_forward_length";
+            let widths = keys.per_layer(0, key, layers)?.ok_or_else(|| keys.missing(key))?;
+            for (layer, (kind, width)) in kinds.iter_mut().zip(widths).enumerate() {
+                match (width, kv_heads[layer]) {
+                    (0, 0) => *kind = LayerKind { mixer, ffn: FeedForwardKind::None },
+                    (0, _) => kind.ffn = FeedForwardKind::None,
+                    (_, 0) => kind.mixer = MixerKind::None,
+                    (width, _) => {
+                        let expected = format_args!("0 in layer {layer}, which has key and value heads");
+                        return Err(keys.malformed(key, width, expected));
+                    }
+                }
+            }
+        }
+        RecurrentLayers::Listed => {
+            let period = keys.optional_count("full_attention_interval")?.unwrap_or(4);
+            let listed = keys.flags("attention.recurrent_layers", layers)?;
+            let listed = listed.unwrap_or_else(|| (0..layers).map(|layer| (layer + 1) % period != 0).collect());
+            kinds.iter_mut().zip(listed).filter(|(_, is)| *is).for_each(|(kind, _)| kind.mixer = mixer);
+        }
+    }
+    Ok(kinds)
 }

@@ -132,10 +132,12 @@ impl<'a> MetadataReader<'a> {
         self.optional_count(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// Counts per layer, given once or one by one.
-    pub(in crate::model) fn per_layer(&self, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
+    /// Counts per layer, given once or one by one, from `least` on, 0 or 1.
+    pub(in crate::model) fn per_layer(&self, least: usize, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
         let Some(array) = self.get(key).and_then(|value| value.as_array()) else {
-            return Ok(self.optional_count(key)?.map(|count| vec![count; layers]));
+            let zero = least == 0 && self.get(key).is_some_and(|value| value.as_u64() == Some(0));
+            let count = if zero { Some(0) } else { self.optional_count(key)? };
+            return Ok(count.map(|count| vec![count; layers]));
         };
         let counts: Option<Vec<u32>> = array.to_integers();
         let counts = counts.ok_or_else(|| self.malformed(key, array.type_name(), "integers"))?;
@@ -145,9 +147,9 @@ impl<'a> MetadataReader<'a> {
             counts.len() == layers,
             format_args!("{layers}, one per layer"),
         )?;
-        let known = |count: &u32| (1..=1 << 31).contains(count);
+        let known = |count: &u32| (least as u32..=1 << 31).contains(count);
         match counts.iter().find(|count| !known(count)) {
-            Some(count) => Err(self.malformed(key, count, "1 to 2147483648")),
+            Some(count) => Err(self.malformed(key, count, format_args!("{least} to 2147483648"))),
             None => Ok(Some(counts.into_iter().map(|count| count as usize).collect())),
         }
     }

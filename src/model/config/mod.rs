@@ -6,6 +6,7 @@ mod latent;
 mod layers;
 pub(super) mod metadata;
 pub(super) mod namespace;
+mod recurrent;
 
 pub use classifier::Pooling;
 pub(crate) use classifier::{ClassifierConfig, FIRST_DENSE, HeadActivation};
@@ -13,6 +14,8 @@ pub use experts::{ExpertsConfig, GroupsConfig};
 pub use latent::LatentConfig;
 pub use layers::LayerConfig;
 pub(crate) use layers::Reach;
+pub use recurrent::RecurrentConfig;
+pub(crate) use recurrent::StateSizes;
 
 use super::arch::{self, Family, MixerKind, NormKind, Position, Residual, Temperature};
 use super::rope::{self, RopeConfig, Scaling};
@@ -88,8 +91,12 @@ pub struct Config {
     pub experts: ExpertsConfig,
     /// The widths of latent attention.
     pub latent: Option<LatentConfig>,
+    /// The recurrent layers.
+    pub recurrent: Option<RecurrentConfig>,
     /// How queries of layers that do so grow with the position.
     pub temperature: Option<Temperature>,
+    /// Epsilon of the norm before the output matrix.
+    pub(crate) output_norm_eps: f32,
     /// Epsilon of the norms after a branch.
     pub post_norm_eps: f32,
     /// Whether queries and keys of layers that rotate are normalized without weights.
@@ -135,7 +142,8 @@ impl Config {
         let layers = keys.count("block_count")?;
         keys.check("block_count", layers, layers <= MAX_LAYERS, format_args!("at most {MAX_LAYERS}"))?;
         let eps_key = match family.norm {
-            NormKind::Rms => "attention.layer_norm_rms_epsilon",
+            // The second name is that of some files of families with this norm.
+            NormKind::Rms => keys.alias(["attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"]),
             NormKind::Layer => "attention.layer_norm_epsilon",
         };
         let norm_eps = keys.positive(eps_key)?.ok_or_else(|| keys.missing(eps_key))?;
@@ -153,7 +161,7 @@ impl Config {
         let alibi = alibi.map(|max| (max, alibi_scale));
         let latent = match family.layer(0).mixer {
             MixerKind::LatentAttention => Some(latent::read(&keys)?),
-            MixerKind::Attention => None,
+            _ => None,
         };
         let rope = RopeConfig::read(&keys, family.quirks.untruncated_yarn)?;
         let window_base = keys.positive(keys.alias(["rope.freq_base_swa", "rope.local.freq_base"]))?;
@@ -162,15 +170,17 @@ impl Config {
 
         let original = rope.scaling.yarn().map(|(_, original)| original);
         let temperature = layers::temperature(&keys, family, original)?;
-        let rotates = layers::rotates(family) && alibi.is_none();
+        let rotates = layers::rotates(&keys, family)? && alibi.is_none();
         let count = layers;
         let causal = keys.flag("attention.causal")?.unwrap_or(!family.quirks.bidirectional);
         let layers = layers::read(&keys, family, count, hidden, rotates, causal, latent.as_ref(), temperature)?;
+        let recurrent = recurrent::read(&keys, family, hidden, &layers)?;
         if !causal && alibi.is_some() {
             let supported = "supported: true where attention.max_alibi_bias is above 0 (is_causal in config.json)";
             return Err(keys.unsupported("attention.causal", false, supported));
         }
-        let first = layers.iter().find(|layer| layer.rope() == 0).or(layers.first()).copied();
+        let attends = |layer: &&LayerConfig| layer.kv_heads > 0 && layer.rope() == 0;
+        let first = layers.iter().find(attends).or(layers.first()).copied();
         let Some(first) = first else { return Err(keys.missing("block_count")) };
         let LayerConfig { heads, kv_heads, head_dim, rotary, .. } = first;
         let (attention_cap, logit_cap) = family.quirks.soft_caps.unzip();
@@ -217,7 +227,9 @@ impl Config {
             logit_scale: if family.quirks.divided_logits { 1.0 / logit_scale } else { logit_scale },
             experts: experts::read(&keys, family)?,
             latent,
+            recurrent,
             temperature,
+            output_norm_eps: keys.positive("output_norm_epsilon")?.unwrap_or(norm_eps),
             post_norm_eps: keys
                 .positive("attention.post_norm_epsilon")?
                 .or(family.quirks.post_norm_eps)
@@ -232,6 +244,12 @@ impl Config {
 }
 
 impl Config {
+    /// The factor of epsilon in the norms of layer `index`; of the number of layers, in the one before the output matrix.
+    pub(crate) fn eps_scale(&self, index: usize) -> f32 {
+        let period = self.recurrent.map_or(0, |recurrent| recurrent.rescale_every);
+        index.checked_div(period).map_or(1.0, |count| 4f32.powi(count as i32))
+    }
+
     /// The context of a session by default: the longest that the rotation needs no stretching for, where stretching
     /// for long contexts changes the results of short ones.
     pub fn default_context(&self) -> usize {
@@ -258,7 +276,7 @@ fn attention_scale(
         None if by_width => hidden as f32 / heads as f32,
         None => head_dim as f32,
     };
-    let default = if family.quirks.unscaled_attention { 1.0 } else { 1.0 / width.sqrt() };
+    let default = if family.quirks.unscaled_attention || width == 0.0 { 1.0 } else { 1.0 / width.sqrt() };
     let scale = keys.positive("attention.scale")?.unwrap_or(default);
     // The stretched rotation of latent attention sharpens the whole score, because a part of it is not rotated.
     let sharpened = match (latent, rope.scaling.yarn()) {

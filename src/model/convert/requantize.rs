@@ -12,19 +12,36 @@ use crate::quant::pack::Rows;
 use crate::quant::scale_range::ScaleRange;
 
 /// The type to store the tensor `name` in when matrices are wanted in `wanted`. `None` for tensors that are always F32:
-/// vectors, norms, learned positions, routers and heads are small, and the quality depends on them.
+/// vectors, norms, learned positions, routers, heads, convolutions and decays are small, and the quality depends on them.
 ///
-/// The embedding and the output need more bits than the layers: where 4 are wanted, they have 8.
+/// The embedding, the output and what decides how fast recurrent states decay need more bits than the rest: where 4 are
+/// wanted, they have 8.
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
-    let is_small =
-        ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias"].iter().any(|end| stem.ends_with(end))
-            || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
-            || [".altup_", ".laurel_"].iter().any(|part| stem.contains(part));
+    let is_small = [
+        "_norm",
+        "position_embd",
+        "token_types",
+        "ffn_gate_inp",
+        "_inp_shexp",
+        ".bias",
+        ".ssm_a",
+        ".ssm_d",
+        ".shortconv.conv",
+    ]
+    .iter()
+    .any(|end| stem.ends_with(end))
+        || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
+        || [".altup_", ".laurel_", ".ssm_conv1d", ".time_mix_lerp", ".channel_mix_lerp"]
+            .iter()
+            .any(|part| stem.contains(part));
     if dims.len() < 2 || is_small {
         return None;
     }
-    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output");
+    // What decides how fast states decay is small, and its errors add up over positions.
+    let decays = [".ssm_alpha", ".ssm_beta", ".ssm_ba", ".ssm_dt", ".ssm_x", ".ssm_f_a", ".ssm_f_b"];
+    let is_outer = matches!(stem, "token_embd" | "per_layer_token_embd" | "output")
+        || decays.iter().any(|end| stem.ends_with(end));
     let is_coarse = matches!(wanted, BlockType::Q4_0 | BlockType::Q4_1);
     Some(if is_outer && is_coarse { BlockType::Q8_0 } else { wanted })
 }

@@ -14,6 +14,7 @@ use super::buffer::Buffer;
 use super::config::Config;
 use super::fingerprint::FingerprintHasher;
 use super::linear::{Linear, LinearInput};
+use super::mixers::ChannelMix;
 use super::norm::Norm;
 use super::pass::Pass;
 use super::weights::loader::Loader;
@@ -27,6 +28,10 @@ pub(super) enum FeedForward {
     Dense(Mlp),
     Experts(Experts),
     Both(DenseAndExperts),
+    /// With a state, which the mixers' room computes.
+    ChannelMix(ChannelMix),
+    /// Nothing: the layer is a mixer alone.
+    None,
 }
 
 /// A dense network and experts side by side, each with its norms (Gemma 4).
@@ -98,6 +103,8 @@ impl FeedForward {
     /// Those of [`Loader::linear`]; [`Error::Malformed`](crate::Error::Malformed) for a router without a number of experts.
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<FeedForward> {
         match config.layers[index].kind.ffn {
+            FeedForwardKind::None => Ok(FeedForward::None),
+            FeedForwardKind::ChannelMix => ChannelMix::load(loader, config, index).map(FeedForward::ChannelMix),
             FeedForwardKind::DenseOrExperts
                 if Experts::is_in(loader, index) && loader.has(&format!("blk.{index}.ffn_down.weight")) =>
             {
@@ -132,6 +139,7 @@ impl FeedForward {
                 layer.experts.forward_routed_by(pass, x, input, dense, experts, both);
                 layer.join(pass, out, both, rows);
             }
+            FeedForward::ChannelMix(_) | FeedForward::None => {}
         }
     }
 
@@ -141,6 +149,8 @@ impl FeedForward {
             FeedForward::Dense(mlp) => mlp.linears().to_vec(),
             FeedForward::Experts(experts) => experts.linears(),
             FeedForward::Both(both) => both.dense.linears().into_iter().chain(both.experts.linears()).collect(),
+            FeedForward::ChannelMix(own) => own.linears(),
+            FeedForward::None => Vec::new(),
         }
     }
 
@@ -148,7 +158,7 @@ impl FeedForward {
     pub(super) fn bytes_read(&self, used: usize) -> usize {
         let all = self.linears().into_iter().map(Linear::bytes).sum();
         match self {
-            FeedForward::Dense(_) => all,
+            FeedForward::Dense(_) | FeedForward::ChannelMix(_) | FeedForward::None => all,
             FeedForward::Experts(experts) => all - experts.bytes_unused(used),
             FeedForward::Both(both) => all - both.experts.bytes_unused(used),
         }
@@ -166,6 +176,8 @@ impl FeedForward {
                     hasher.optional(norm.as_ref(), FingerprintHasher::norm);
                 }
             }
+            FeedForward::ChannelMix(own) => own.fingerprint(hasher),
+            FeedForward::None => {}
         }
     }
 
@@ -177,6 +189,7 @@ impl FeedForward {
             FeedForward::Dense(mlp) => (Some(mlp), None),
             FeedForward::Experts(experts) => (None, Some(experts)),
             FeedForward::Both(both) => (Some(&both.dense), Some(&both.experts)),
+            FeedForward::ChannelMix(_) | FeedForward::None => (None, None),
         };
         if let Some(mlp) = dense {
             widths.up = widths.up.max(mlp.up.width());

@@ -11,13 +11,13 @@ pub(super) enum Transform {
     Copy,
     /// In each head, rows `i` and `i + rotary / 2` become neighbors, the order that llama.cpp rotates in for some families.
     PairNeighbors,
+    /// As `PairNeighbors`, for heads that are not rotated: llama.cpp's converter does it for them as well.
+    PairHeads,
     /// Query, key and value rows that are grouped by head, or by key/value head, become all queries, then all keys, then all
     /// values.
     Ungroup,
     /// Rows become columns.
     Transpose,
-    /// 1 is added to every value.
-    AddOne,
     /// Without the first rows.
     Skip(usize),
     /// Without the rows of positions that padding has in RoBERTa: those up to the id of the padding token.
@@ -52,6 +52,50 @@ pub(super) enum Transform {
     LatentPairs,
     /// A matrix of one row becomes a vector.
     Squeeze,
+    /// A vector becomes rows.
+    Unflatten,
+    /// Tensors one after the other. `{a|b}` in the name stands for those of all names.
+    Concat,
+    /// Rows of the heads of values of a delta rule: see `HeadOrder`.
+    TileHeads(TiledRows),
+    /// As `TileHeads(TiledRows::Values)`, for columns.
+    TileColumns,
+    /// Rows that are grouped by key head: queries, keys and values, or the gates.
+    DeltaGroups {
+        gate: bool,
+    },
+}
+
+/// Rows that belong to heads of values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TiledRows {
+    /// Queries and keys, which keep their order, then values.
+    All,
+    /// Values.
+    Values,
+    /// One for each head.
+    Heads,
+}
+
+/// What is done with the values of a weight.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Values {
+    Same,
+    /// 1 is added.
+    AddOne,
+    /// The negative exponential.
+    NegExp,
+    /// Rows are multiplied by factors of the configuration.
+    Scaled(fn(&Settings, &Sizes) -> Result<Vec<Segment>>),
+}
+
+/// Rows that have factors in common. Segments follow one another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Segment {
+    /// The number of rows.
+    pub(super) rows: usize,
+    /// The factors, one after the other.
+    pub(super) factors: [f32; 2],
 }
 
 /// Whether the checkpoint must have a tensor.
@@ -84,7 +128,7 @@ pub(super) enum Need {
 pub(super) struct Entry {
     /// GGUF's name without `blk.N.` and `.weight`.
     pub(super) gguf: &'static str,
-    /// The checkpoint's name without `.weight`. `~` stands for the prefix of all names.
+    /// The checkpoint's name without `.weight`. `~` stands for the prefix of all names, `#` for the name of the mixer.
     pub(super) hf: &'static str,
     pub(super) transform: Transform,
     pub(super) weight: Need,
@@ -93,6 +137,11 @@ pub(super) struct Entry {
     pub(super) dims: Option<&'static [Size]>,
     /// What ends the name of the weight, in GGUF and in the checkpoint.
     pub(super) suffixes: [&'static str; 2],
+    pub(super) values: Values,
+    /// The layers that may have it, if not all.
+    pub(super) only: Option<fn(&Sizes, usize) -> bool>,
+    /// The entry that takes its place where the checkpoint has the weight of that one instead.
+    pub(super) alternative: Option<&'static Entry>,
 }
 
 /// An entry that is required, unchanged and without a bias. Its methods change that.
@@ -105,12 +154,19 @@ pub(super) const fn tensor(gguf: &'static str, hf: &'static str) -> Entry {
         bias: Need::Never,
         dims: None,
         suffixes: [".weight", ".weight"],
+        values: Values::Same,
+        only: None,
+        alternative: None,
     }
 }
 
 impl Entry {
     pub(super) const fn by(self, transform: Transform) -> Entry {
         Entry { transform, ..self }
+    }
+
+    pub(super) const fn mapped(self, values: Values) -> Entry {
+        Entry { values, ..self }
     }
 
     pub(super) const fn when(self, weight: Need) -> Entry {
@@ -134,6 +190,16 @@ impl Entry {
     /// A weight and a bias that are needed together.
     pub(super) const fn both(self, need: Need) -> Entry {
         Entry { weight: need, bias: need, ..self }
+    }
+
+    /// Only in layers that this function chooses, whatever else it needs.
+    pub(super) const fn only(self, layers: fn(&Sizes, usize) -> bool) -> Entry {
+        Entry { only: Some(layers), ..self }
+    }
+
+    /// With another entry in its place where the checkpoint has the weight of that one instead.
+    pub(super) const fn or(self, other: &'static Entry) -> Entry {
+        Entry { alternative: Some(other), ..self }
     }
 
     pub(super) const fn dims(self, dims: &'static [Size]) -> Entry {

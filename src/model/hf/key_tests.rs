@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::switches::WITHOUT_INFLUENCE;
 use crate::model::arch;
-use crate::model::hf::entry::Need;
+use crate::model::hf::entry::{Need, Values};
 use crate::model::hf::families::{self, HfFamily};
 use crate::model::hf::packings::Packing;
 use crate::model::hf::settings::Settings;
@@ -38,12 +38,15 @@ fn keys_read(family: &HfFamily, mut config: Map<String, Value>) -> BTreeSet<Stri
     let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
     Packing::read(&settings, Path::new("")).unwrap();
     // A configuration that is refused has been read that far.
-    let Ok(mut sizes) = Sizes::read(&settings, family.adjust) else { return settings.keys_read() };
+    let Ok(mut sizes) = Sizes::read(&settings, family.attends, family.adjust) else { return settings.keys_read() };
     sizes.rotary = rope::rotary(family.rotation, &settings, &sizes).unwrap();
     sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes).unwrap();
     _ = heads::is_bidirectional(&settings);
     _ = keys::write(family, &settings, &sizes, Path::new(""), "");
     for entry in [family.outside, family.layer].into_iter().flatten().copied().flatten() {
+        if let Values::Scaled(factors) = entry.values {
+            _ = factors(&settings, &sizes);
+        }
         for need in [entry.weight, entry.bias] {
             match need {
                 Need::If(key) | Need::Unless(key) => _ = settings.get(key),

@@ -44,7 +44,7 @@ pub(super) fn write(
     }
     classifier(&mut writer)?;
     set_sizes(&mut writer);
-    norm(&mut writer, family.norm)?;
+    norm(&mut writer, family)?;
     activation(&mut writer, family.activation)?;
     writer.windowed = window(&mut writer, family)?;
     if sizes.rotary > 0 {
@@ -81,10 +81,14 @@ fn set_sizes(writer: &mut MetadataWriter<'_>) {
     if sizes.per_layer.is_empty() {
         set("feed_forward_length", sizes.ffn);
         set("attention.head_count", sizes.heads);
+    }
+    if sizes.per_layer.is_empty() && sizes.heads > 0 {
         set("attention.head_count_kv", sizes.kv_heads);
     }
-    set("attention.key_length", sizes.head_dim);
-    set("attention.value_length", sizes.head_dim);
+    if sizes.head_dim > 0 {
+        set("attention.key_length", sizes.head_dim);
+        set("attention.value_length", sizes.head_dim);
+    }
     if sizes.experts > 0 {
         set("expert_count", sizes.experts);
         set("expert_feed_forward_length", sizes.expert_ffn);
@@ -118,8 +122,8 @@ fn per_layer_sizes(writer: &mut MetadataWriter<'_>) {
     }
 }
 
-fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
-    let (key, names): (_, &[&str]) = match kind {
+fn norm(writer: &mut MetadataWriter<'_>, family: &HfFamily) -> Result<()> {
+    let (key, names): (_, &[&str]) = match family.norm {
         NormKind::Rms => ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"]),
         NormKind::Layer => {
             const NAMES: &[&str] =
@@ -127,6 +131,7 @@ fn norm(writer: &mut MetadataWriter<'_>, kind: NormKind) -> Result<()> {
             ("attention.layer_norm_epsilon", NAMES)
         }
     };
+    let names = if family.epsilon.is_empty() { names } else { family.epsilon };
     let epsilon = writer.settings.float(names)?;
     if epsilon <= 0.0 {
         return Err(writer.settings.malformed(names[0], epsilon, "a positive number"));

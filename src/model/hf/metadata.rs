@@ -49,18 +49,18 @@ impl<'a> MetadataWriter<'a> {
 
     /// Sets the keys of a router. `normalize` says whether the weights of the chosen experts are divided by their sum.
     pub(super) fn experts(&mut self, normalize: bool) -> Result<()> {
-        self.experts_used("num_experts_per_tok", normalize)
+        self.experts_used(&["num_experts_per_tok"], normalize)
     }
 
-    /// As [`MetadataWriter::experts`], with the key of `config.json` that holds the number of experts of a token.
-    pub(super) fn experts_used(&mut self, key: &'static str, normalize: bool) -> Result<()> {
+    /// As [`MetadataWriter::experts`], with the keys of `config.json` that may hold the number of experts of a token.
+    pub(super) fn experts_used(&mut self, keys: &[&'static str], normalize: bool) -> Result<()> {
         if self.sizes.experts == 0 {
             return Ok(());
         }
-        let used = self.settings.count(&[key])?;
+        let used = self.settings.count(keys)?;
         if used > self.sizes.experts {
             let expected = format!("at most the {} experts", self.sizes.experts);
-            return Err(self.settings.malformed(key, used, expected));
+            return Err(self.settings.malformed(keys.first().unwrap_or(&""), used, expected));
         }
         self.set("expert_used_count", used as u32);
         self.set("expert_weights_norm", normalize);

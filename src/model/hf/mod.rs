@@ -5,7 +5,7 @@
 //! dimensions and order of rows. Nothing is copied: rows are read from the mapped files on demand.
 //!
 //! A family is an entry in `families/`: the names in its configuration, and the tensors of GGUF that its tensors become
-//! (`entry.rs`). `planner.rs` finds the tensors, `transform.rs` arranges their rows, `packings/` reads those that are in 4 bits
+//! (`entry.rs`). `planner.rs` finds the tensors, `rows/` arranges their rows, `packings/` reads those that are in 4 bits
 //! already, `keys.rs` and `rope.rs` write the metadata.
 //!
 //! # Keys
@@ -38,8 +38,22 @@
 //! | `expert_count`, `expert_used_count`, `expert_feed_forward_length`, `expert_weights_norm` | with experts | |
 //! | `expert_shared_feed_forward_length` | qwen2moe | |
 //!
+//! Families with recurrent layers have llama.cpp's keys: `ssm.*`, `shortconv.l_cache`, `kda.head_dim`, and which layers are
+//! recurrent, by zeros in `attention.head_count_kv` or by `attention.recurrent_layers`. In addition, nybble's own:
+//!
+//! | key | in | |
+//! | --- | --- | --- |
+//! | `ssm.time_step_min`, `ssm.time_step_max` | Mamba-2 | bounds of time steps, where there are any |
+//! | `ssm.norm_before_gate` | falcon-h1 | whether the norm of a mixer that has one comes before its gate |
+//! | `ssm.dt_b_c_rms_epsilon` | mamba | epsilon of the norms of time steps, what is written and what is read |
+//! | `ssm.norm_epsilon` | olmo-hybrid | epsilon of `ssm_norm` |
+//! | `ssm.beta_scale` | olmo-hybrid | factor of beta, 1 without the key |
+//! | `output_norm_epsilon` | rwkv4 | epsilon of the last norm |
+//! | `rescale_every` | rwkv4 | layers after which transformers halves the residual stream; 0 for none |
+//!
 //! # Tensors
-//! Tensors have llama.cpp's names. It does not know `opt`, which has the names of its relatives, those of BERT
+//! Tensors have llama.cpp's names. It does not know `olmo-hybrid`, which has the names of `qwen35` with heads of values in the
+//! order of the checkpoint, `rwkv4`, which has those of `rwkv6`, and `opt`, which has the names of its relatives, those of BERT
 //! (`attn_output_norm`, `layer_output_norm`) where norms follow the layers, and nybble's own `token_embd_proj` and
 //! `output_proj` where embedding and layers have different widths.
 
@@ -54,11 +68,11 @@ mod modules;
 mod packings;
 mod planner;
 mod rope;
+mod rows;
 mod settings;
 mod sizes;
 mod switches;
 mod tokenizer;
-mod transform;
 mod transformers;
 mod xielu;
 
@@ -69,15 +83,16 @@ use crate::error::Result;
 use crate::format::gguf::Metadata;
 use crate::format::safetensors::SafeTensors;
 use crate::format::{Checkpoint, Tensor};
+use crate::quant::pack::Rows;
 use families::ActivationSource;
 use metadata::ComputedTensor;
 use modules::ModuleTensor;
 use packings::Packing;
 use packings::matrix::PackedRows;
 use planner::{Planned, Planner};
+use rows::{Arranged, Computed, Mapped, TiledColumns};
 use settings::Settings;
 use sizes::Sizes;
-use transform::{Arranged, Computed};
 
 /// A folder with `config.json` and safetensors files.
 #[derive(Debug)]
@@ -132,8 +147,9 @@ impl HfFolder {
             }
         };
         let settings = settings.with_defaults(family.defaults, transformers::defaults(family));
+        let family = (family.variant)(&settings)?.unwrap_or(family);
         let packing = Packing::read(&settings, path)?;
-        let mut sizes = Sizes::read(&settings, family.adjust)?;
+        let mut sizes = Sizes::read(&settings, family.attends, family.adjust)?;
         sizes.rotary = rope::rotary(family.rotation, &settings, &sizes)?;
         sizes.window_rotary = rope::window_rotary(family.rotation, &settings, &sizes)?;
         let (mut metadata, computed, modules) = keys::write(family, &settings, &sizes, path, &name(path))?;
@@ -176,6 +192,27 @@ impl HfFolder {
     }
 }
 
+impl HfFolder {
+    /// The rows of a tensor as they are in the files, in their order.
+    fn rows_of<'a>(&'a self, planned: &'a Planned) -> Option<Box<dyn Rows + 'a>> {
+        let Planned { dims, block_type, parts, packed, order, blocks, .. } = planned;
+        if let Some(blocks) = blocks {
+            return Some(Box::new(blocks.rows(&self.files)?));
+        }
+        if !packed.is_empty() {
+            return Some(Box::new(PackedRows::new(&self.files, packed, *order)));
+        }
+        let bytes = parts.iter().map(|part| self.files.tensors().get(*part).map(|tensor| self.files.data(tensor)));
+        Some(Box::new(Arranged {
+            block_type: *block_type,
+            parts: bytes.collect::<Option<_>>()?,
+            order: *order,
+            columns: *dims.first()?,
+            is_vector: dims.len() == 1,
+        }))
+    }
+}
+
 /// The name of the model in a folder: that of the folder, or in the cache of the Hub that of the repository.
 fn name(path: &Path) -> String {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
@@ -200,7 +237,7 @@ impl Checkpoint for HfFolder {
 
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at = *self.index.get(name)?;
-        let Some(Planned { dims, block_type, parts, packed, order, blocks, .. }) = self.tensors.get(at) else {
+        let Some(planned) = self.tensors.get(at) else {
             let at = at - self.tensors.len();
             if let Some(module) = at.checked_sub(self.computed.len()) {
                 return self.modules.get(module).map(ModuleTensor::tensor);
@@ -208,22 +245,16 @@ impl Checkpoint for HfFolder {
             let values = &self.computed.get(at)?.1;
             return Some(Tensor { dims: vec![values.len()], rows: Box::new(Computed(values)) });
         };
-        if let Some(blocks) = blocks {
-            return Some(Tensor { dims: dims.clone(), rows: Box::new(blocks.rows(&self.files)?) });
+        let mut rows = self.rows_of(planned)?;
+        let dims = planned.dims.clone();
+        let columns = *dims.first()?;
+        if let Some(order) = planned.columns {
+            rows = Box::new(TiledColumns { rows, order, columns });
         }
-        if !packed.is_empty() {
-            let rows = PackedRows::new(&self.files, packed, *order);
-            return Some(Tensor { dims: dims.clone(), rows: Box::new(rows) });
+        if let Some(mapping) = &planned.mapping {
+            rows = Box::new(Mapped { rows, mapping, columns, is_vector: dims.len() == 1 });
         }
-        let bytes = parts.iter().map(|part| self.files.tensors().get(*part).map(|tensor| self.files.data(tensor)));
-        let rows = Arranged {
-            block_type: *block_type,
-            parts: bytes.collect::<Option<_>>()?,
-            order: *order,
-            columns: *dims.first()?,
-            is_vector: dims.len() == 1,
-        };
-        Some(Tensor { dims: dims.clone(), rows: Box::new(rows) })
+        Some(Tensor { dims, rows })
     }
 
     fn names(&self) -> Vec<&str> {

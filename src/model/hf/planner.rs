@@ -2,15 +2,16 @@
 
 use std::collections::HashSet;
 
-use super::entry::{Entry, Need, Transform};
+use super::entry::{Entry, Need, Segment, Transform, Values};
 use super::families::HfFamily;
 use super::heads;
 use super::packings::Packing;
 use super::packings::matrix::Matrix;
 use super::packings::mxfp4::Blocks;
+use super::rows::{HeadOrder, Mapping, RowOrder};
 use super::settings::Settings;
 use super::sizes::{Size, Sizes};
-use super::transform::RowOrder;
+
 use crate::error::{Error, Place, Result};
 use crate::format::safetensors::{SafeTensors, TensorInfo};
 use crate::quant::block::BlockType;
@@ -31,6 +32,10 @@ pub(super) struct Planned {
     pub(super) order: RowOrder,
     /// Where its rows are, where they are blocks of MXFP4.
     pub(super) blocks: Option<Blocks>,
+    /// The order of its columns, where it is another.
+    pub(super) columns: Option<HeadOrder>,
+    /// What is done with its values.
+    pub(super) mapping: Option<Mapping>,
 }
 
 impl Planned {
@@ -38,6 +43,22 @@ impl Planned {
     pub(super) fn is_packed(&self) -> bool {
         !self.packed.is_empty() || self.blocks.is_some()
     }
+}
+
+/// The names that `{a|b}` in a name stands for.
+fn expanded(name: &str) -> Vec<String> {
+    let parts = name.split_once('{').and_then(|(start, rest)| Some((start, rest.split_once('}')?)));
+    match parts {
+        Some((start, (names, end))) if names.contains('|') => {
+            names.split('|').map(|name| format!("{start}{name}{end}")).collect()
+        }
+        _ => vec![name.to_owned()],
+    }
+}
+
+/// Whether a factor is other than 1.
+fn is_scaled(segments: &Vec<Segment>) -> bool {
+    segments.iter().any(|segment| segment.factors != [1.0; 2])
 }
 
 /// Finds all tensors of a family, and checks that none is left over.
@@ -84,36 +105,63 @@ impl<'a> Planner<'a> {
     }
 
     fn entry(&mut self, entry: &Entry, layer: Option<usize>) -> Result<()> {
+        if let (Some(applies), Some(layer)) = (entry.only, layer)
+            && !applies(self.sizes, layer)
+        {
+            return Ok(());
+        }
+        let entry = self.chosen(entry, layer);
         let Entry { gguf, transform, weight, bias, dims, suffixes, .. } = *entry;
         let dims: Vec<usize> =
             dims.unwrap_or(Size::named(gguf)).iter().map(|size| size.of(self.sizes, layer)).collect();
         let vector = dims.get(1..2).unwrap_or(&dims).to_vec();
         // Transforms of rows apply to the bias. It has no columns, and adding 1 is for weights.
         let bias_transform = match transform {
-            Transform::Transpose | Transform::AddOne => Transform::Copy,
+            Transform::Transpose | Transform::TileColumns => Transform::Copy,
             other => other,
         };
-        let parts = [(suffixes, weight, dims, transform), ([".bias", ".bias"], bias, vector, bias_transform)];
+        let mapping = match entry.values {
+            Values::Same => None,
+            Values::AddOne => Some(Mapping::AddOne),
+            Values::NegExp => Some(Mapping::NegExp),
+            Values::Scaled(factors) => Some(factors(self.settings, self.sizes)?).filter(is_scaled).map(Mapping::Scale),
+        };
+        let parts =
+            [(suffixes, weight, dims, transform, mapping), ([".bias", ".bias"], bias, vector, bias_transform, None)];
         let mut has_weight = matches!(weight, Need::Never);
-        for ([suffix, source_suffix], need, dims, transform) in parts {
+        for ([suffix, source_suffix], need, dims, transform, mapping) in parts {
             let name = match layer {
                 Some(layer) => format!("blk.{layer}.{gguf}{suffix}"),
                 None => format!("{gguf}{suffix}"),
             };
-            let source = match layer {
-                Some(layer) => format!("{}{layer}.{}{source_suffix}", self.family.layers, entry.hf),
-                None => format!("{}{source_suffix}", entry.hf),
-            };
-            // The head is next to the model, which may be a part of a larger one.
-            let source = source.replace('~', self.base).replace('@', self.head());
+            let source = self.source(entry, source_suffix, layer);
             // A layer without the weight has no bias either.
             let is_bias = source_suffix == ".bias" && suffix == ".bias";
             if self.is_needed(need, layer, &source)? && (has_weight || !is_bias) {
-                self.add(name, &source, dims, transform, layer)?;
+                self.add(name, &source, dims, transform, layer, mapping)?;
                 has_weight = true;
             }
         }
         Ok(())
+    }
+
+    /// The checkpoint's name of an entry's tensor.
+    fn source(&self, entry: &Entry, suffix: &str, layer: Option<usize>) -> String {
+        let source = match layer {
+            Some(layer) => format!("{}{layer}.{}{suffix}", self.family.layers, entry.hf),
+            None => format!("{}{suffix}", entry.hf),
+        };
+        // The head is next to the model, which may be a part of a larger one.
+        source.replace('~', self.base).replace('@', self.head()).replace('#', self.family.mixer)
+    }
+
+    /// The entry, or the first of those in its place whose weight the checkpoint has.
+    fn chosen<'e>(&self, entry: &'e Entry, layer: Option<usize>) -> &'e Entry {
+        let is_there = |entry: &Entry| {
+            let first = expanded(&self.source(entry, entry.suffixes[1], layer)).swap_remove(0).replace("{e}", "0");
+            self.files.tensor(&first).is_some() || self.is_packed(&first)
+        };
+        std::iter::successors(Some(entry), |entry| entry.alternative).find(|entry| is_there(entry)).unwrap_or(entry)
     }
 
     /// What stands before the name of the output matrix: the first part of the base, where it is more than one.
@@ -156,6 +204,7 @@ impl<'a> Planner<'a> {
         dims: Vec<usize>,
         transform: Transform,
         layer: Option<usize>,
+        mapping: Option<Mapping>,
     ) -> Result<()> {
         // The shape of one part, the slowest-varying dimension first, as in the checkpoint.
         let mut shape: Vec<usize> = dims.iter().rev().copied().collect();
@@ -170,6 +219,12 @@ impl<'a> Planner<'a> {
             Transform::SkipPadding => shape.iter_mut().take(1).for_each(|dim| *dim += self.sizes.padding),
             Transform::PadRows => shape.iter_mut().take(1).for_each(|dim| *dim = self.sizes.input_vocabulary),
             Transform::Squeeze => shape.insert(0, 1),
+            Transform::Unflatten => shape = vec![shape.iter().product()],
+            Transform::Concat => sources = expanded(source),
+            Transform::DeltaGroups { .. } => {
+                let recurrent = self.sizes.recurrent;
+                shape[0] = 2 * (recurrent.groups * recurrent.state + recurrent.inner);
+            }
             // (matrices, rows, columns) of the whole tensor.
             Transform::RowsOfPart { parts, .. } => {
                 let at = shape.len().saturating_sub(2);
@@ -191,36 +246,53 @@ impl<'a> Planner<'a> {
             }
             _ => {}
         }
-        let order = RowOrder::new(transform, self.sizes, layer, &dims);
+        let planned = Planned {
+            name,
+            dims: dims.clone(),
+            block_type: BlockType::F32,
+            parts: Vec::new(),
+            packed: Vec::new(),
+            order: RowOrder::new(transform, self.sizes, layer, &dims),
+            blocks: None,
+            columns: (transform == Transform::TileColumns)
+                .then(|| HeadOrder::new(self.sizes, self.sizes.recurrent.head_width())),
+            mapping,
+        };
         if let Some((blocks, tensors)) = Blocks::find(self.files, source, &dims, transform)? {
             let files = self.files;
             self.used.extend(tensors.into_iter().filter_map(|at| files.tensors().get(at)).map(TensorInfo::name));
-            let (block_type, parts, packed) = (BlockType::MXFP4, tensors.to_vec(), Vec::new());
-            self.planned.push(Planned { name, dims, block_type, parts, packed, order, blocks: Some(blocks) });
+            let (block_type, parts, blocks) = (BlockType::MXFP4, tensors.to_vec(), Some(blocks));
+            self.planned.push(Planned { block_type, parts, blocks, ..planned });
             return Ok(());
         }
         if sources.first().is_some_and(|source| self.is_packed(source)) {
-            let packed = self.packed(&sources, &shape, transform)?;
-            let planned =
-                Planned { name, dims, block_type: BlockType::F32, parts: Vec::new(), packed, order, blocks: None };
-            self.planned.push(planned);
+            let packed = self.packed(&sources, &shape, transform, planned.mapping.is_some())?;
+            self.planned.push(Planned { packed, ..planned });
             return Ok(());
         }
         let mut parts = Vec::with_capacity(sources.len());
         let mut block_type = None;
-        for source in sources {
+        let mut rows = shape.first().copied().unwrap_or(1);
+        let last = sources.len() - 1;
+        for (index, source) in sources.into_iter().enumerate() {
+            if transform == Transform::Concat {
+                // The last part has the rows that are left.
+                let found = self.files.tensor(&source).and_then(|part| part.shape().first().copied());
+                shape[0] = found.filter(|found| index < last && *found < rows).unwrap_or(rows);
+                rows -= shape[0];
+            }
             let (at, part) = self.part(&source, &shape)?;
             let found = self.block_type(part)?;
             if *block_type.get_or_insert(found) != found {
                 let place = Place::Tensor(part.name().to_owned());
-                let expected = format!("the type of the other tensors of {name}");
+                let expected = format!("the type of the other tensors of {}", planned.name);
                 return Err(Error::malformed(self.files.path(part), place, part.dtype(), expected));
             }
             self.used.insert(part.name());
             parts.push(at);
         }
         let block_type = block_type.unwrap_or(BlockType::F32);
-        self.planned.push(Planned { name, dims, block_type, parts, packed: Vec::new(), order, blocks: None });
+        self.planned.push(Planned { block_type, parts, ..planned });
         Ok(())
     }
 
@@ -230,19 +302,26 @@ impl<'a> Planner<'a> {
     }
 
     /// The packed matrices called `sources`, all of the same shape.
-    fn packed(&mut self, sources: &[String], shape: &[usize], transform: Transform) -> Result<Vec<Matrix>> {
+    fn packed(
+        &mut self,
+        sources: &[String],
+        shape: &[usize],
+        transform: Transform,
+        is_mapped: bool,
+    ) -> Result<Vec<Matrix>> {
         let files = self.files;
         let mut packed = Vec::with_capacity(sources.len());
         for source in sources {
             let (Some(packing), &[rows, columns]) = (&self.packing, shape) else { continue };
-            let by_row = !matches!(
-                transform,
-                Transform::Transpose
-                    | Transform::AddOne
-                    | Transform::ColumnsOfPart { .. }
-                    | Transform::EveryNth { .. }
-                    | Transform::LatentKeys
-            );
+            let by_row = !is_mapped
+                && !matches!(
+                    transform,
+                    Transform::Transpose
+                        | Transform::Concat
+                        | Transform::ColumnsOfPart { .. }
+                        | Transform::EveryNth { .. }
+                        | Transform::LatentKeys
+                );
             if !by_row {
                 return Err(Error::Unsupported {
                     path: files.folder().to_path_buf(),

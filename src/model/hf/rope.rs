@@ -115,7 +115,7 @@ pub(super) fn rotary(rotation: Rotation, settings: &Settings, sizes: &Sizes) -> 
             return Err(settings.unsupported(SHARE[0], what, "supported in this family: 1"));
         }
     }
-    let (key, rotary) = match settings.optional_count(&["rotary_dim"])? {
+    let (key, rotary) = match settings.optional_count(&["rotary_dim", "attn_rotary_emb"])? {
         _ if whole => ("head_dim", sizes.head_dim),
         Some(rotary) if inside.is_none() => ("rotary_dim", rotary),
         _ => {

@@ -200,6 +200,18 @@ impl Settings {
         Ok(self.typed(&[key], "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
+    /// As [`Settings::switch`], under the first of `keys` that has a value.
+    pub(super) fn switch_of(&self, keys: &[&str], default: bool) -> Result<bool> {
+        Ok(self.typed(keys, "true or false", Value::as_bool)?.unwrap_or(default))
+    }
+
+    /// Whether the file sets `key` to null.
+    pub(super) fn is_null(&self, key: &str) -> bool {
+        #[cfg(test)]
+        self.read.borrow_mut().insert(key.to_owned());
+        self.values.get(key).is_some_and(Value::is_null)
+    }
+
     /// A string.
     pub(super) fn text(&self, keys: &[&str]) -> Result<Option<String>> {
         self.typed(keys, "a string", |value| value.as_str().map(str::to_owned))

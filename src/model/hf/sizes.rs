@@ -6,6 +6,9 @@ use super::heads;
 use super::settings::Settings;
 use crate::error::Result;
 
+/// The largest number of layers, more than any known model has.
+const MAX_LAYERS: usize = 1024;
+
 /// The sizes of a model, each 1 to 2^24, or 0 where the family does not have it.
 #[derive(Debug, Clone)]
 pub(super) struct Sizes {
@@ -61,6 +64,51 @@ pub(super) struct Sizes {
     pub(super) projected: usize,
     /// Tokens that stand for other inputs than text; none where they are beyond the vocabulary.
     pub(super) placeholders: [usize; 2],
+    /// `(layers)`: what a layer consists of. Empty where all layers attend.
+    pub(super) kinds: Vec<LayerKind>,
+    /// The sizes of recurrent layers.
+    pub(super) recurrent: RecurrentSizes,
+    /// Width of the vector that experts work on, where it is not that of the residual stream; otherwise 0.
+    pub(super) expert_latent: usize,
+}
+
+/// How a layer mixes positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LayerKind {
+    Attention,
+    /// With a state.
+    Recurrent,
+    /// By both, side by side.
+    Both,
+    /// Not at all: it is a feed-forward layer.
+    FeedForward,
+}
+
+/// The sizes of recurrent layers; 0 where the family does not have them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct RecurrentSizes {
+    /// Positions that a convolution sees.
+    pub(super) kernel: usize,
+    /// Width of all heads, or of the mixed vector.
+    pub(super) inner: usize,
+    /// Numbers of the state for each of them: in a delta rule the width of a key.
+    pub(super) state: usize,
+    /// Heads, or the rank of time steps in Mamba-1.
+    pub(super) heads: usize,
+    /// Groups of heads that share what is written and read: in a delta rule the heads of keys.
+    pub(super) groups: usize,
+}
+
+impl RecurrentSizes {
+    /// Numbers of a head.
+    pub(super) fn head_width(&self) -> usize {
+        self.inner.checked_div(self.heads).unwrap_or(0)
+    }
+
+    /// Channels of the convolution: those of all heads, and what is written and read.
+    pub(super) fn channels(&self) -> usize {
+        self.inner + 2 * self.groups * self.state
+    }
 }
 
 /// The sizes of a layer that may differ between layers.
@@ -89,25 +137,29 @@ pub(super) struct LatentSizes {
 impl Sizes {
     /// Reads the sizes under the names that families have for them. `adjust` corrects those that the family defines
     /// differently.
-    pub(super) fn read(settings: &Settings, adjust: fn(&Settings, &mut Sizes) -> Result<()>) -> Result<Sizes> {
-        let heads = settings.count(&["num_attention_heads", "n_head", "n_heads"])?;
+    pub(super) fn read(
+        settings: &Settings,
+        attends: bool,
+        adjust: fn(&Settings, &mut Sizes) -> Result<()>,
+    ) -> Result<Sizes> {
+        let heads = if attends { settings.count(&["num_attention_heads", "n_head", "n_heads"])? } else { 0 };
         let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed", "dim"])?;
         let optional = |keys: &[&str]| settings.optional_count(keys).map(Option::unwrap_or_default);
         let mut sizes = Sizes {
-            layers: settings.count(&["num_hidden_layers", "n_layer", "n_layers"])?,
+            layers: layers(settings)?,
             vocabulary: settings.count(&["vocab_size"])?,
             hidden,
             embedding: hidden,
             heads,
-            kv_heads: settings.optional_count(&["num_key_value_heads"])?.unwrap_or(heads),
-            head_dim: optional(&["head_dim"])?,
+            kv_heads: if attends { optional(&["num_key_value_heads"])? } else { 0 },
+            head_dim: if attends { optional(&["head_dim"])? } else { 0 },
             rotary: 0,
             window_head_dim: 0,
             window_rotary: 0,
             ffn: 0,
             ffn_list: Vec::new(),
             context: optional(&["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"])?,
-            experts: optional(&["num_local_experts", "num_experts", "n_routed_experts"])?,
+            experts: settings.number(&["num_local_experts", "num_experts", "n_routed_experts"])?,
             expert_ffn: optional(&["moe_intermediate_size"])?,
             shared_ffn: optional(&["shared_expert_intermediate_size"])?,
             sparse: Vec::new(),
@@ -124,7 +176,13 @@ impl Sizes {
             labels: heads::labels(settings)?.len(),
             projected: 0,
             placeholders: [usize::MAX; 2],
+            kinds: Vec::new(),
+            recurrent: RecurrentSizes::default(),
+            expert_latent: 0,
         };
+        if sizes.kv_heads == 0 {
+            sizes.kv_heads = heads;
+        }
         // Heads of latent attention have widths of their own.
         const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"];
         match settings.find(FFN) {
@@ -138,10 +196,10 @@ impl Sizes {
             }
             _ => sizes.ffn = optional(FFN)?,
         }
-        if sizes.head_dim == 0 && settings.get("kv_lora_rank").is_some() {
+        if attends && sizes.head_dim == 0 && settings.get("kv_lora_rank").is_some() {
             sizes.head_dim = hidden / heads;
         }
-        if sizes.head_dim == 0 {
+        if attends && sizes.head_dim == 0 {
             if !hidden.is_multiple_of(heads) {
                 let expected = format!("a divisor of the hidden size {hidden}");
                 return Err(settings.malformed("num_attention_heads", heads, expected));
@@ -153,7 +211,7 @@ impl Sizes {
             let (what, supported) = ("sizes that differ between layers", "supported: the same in every layer");
             return Err(settings.unsupported("intermediate_size", what, supported));
         }
-        if !heads.is_multiple_of(sizes.kv_heads) {
+        if attends && !heads.is_multiple_of(sizes.kv_heads) {
             let expected = format!("a divisor of the {heads} heads");
             return Err(settings.malformed("num_key_value_heads", sizes.kv_heads, expected));
         }
@@ -161,7 +219,7 @@ impl Sizes {
             return Err(settings.missing("moe_intermediate_size", "an integer"));
         }
         for (size, key) in [(sizes.ffn, "intermediate_size"), (sizes.context, "max_position_embeddings")] {
-            if size == 0 {
+            if attends && size == 0 {
                 return Err(settings.missing(key, "an integer"));
             }
         }
@@ -184,7 +242,7 @@ impl Sizes {
     pub(super) fn set_layers(&mut self, settings: &Settings, layers: impl Iterator<Item = LayerSizes>) -> Result<()> {
         self.per_layer = layers.collect();
         for (index, layer) in self.per_layer.iter().enumerate() {
-            if !layer.heads.is_multiple_of(layer.kv_heads) {
+            if layer.kv_heads > 0 && !layer.heads.is_multiple_of(layer.kv_heads) {
                 let found = format_args!("{} key and value heads in layer {index}", layer.kv_heads);
                 let expected = format_args!("a divisor of its {} heads", layer.heads);
                 return Err(settings.malformed("num_key_value_heads", found, expected));
@@ -193,10 +251,45 @@ impl Sizes {
         Ok(())
     }
 
+    /// Sets what the layers consist of. Those that do not attend have no keys and values.
+    pub(super) fn set_kinds(&mut self, settings: &Settings, kinds: Vec<LayerKind>) -> Result<()> {
+        let (uniform, ffn) = (self.of_layer(None), self.ffn);
+        let is_alone = kinds.contains(&LayerKind::FeedForward);
+        let layers = kinds.iter().map(|kind| LayerSizes {
+            kv_heads: if *kind == LayerKind::Attention { uniform.kv_heads } else { 0 },
+            ffn: if *kind == LayerKind::FeedForward || !is_alone { ffn } else { 0 },
+            ..uniform
+        });
+        self.set_layers(settings, layers)?;
+        self.kinds = kinds;
+        Ok(())
+    }
+
+    /// What `layer` consists of.
+    pub(super) fn kind(&self, layer: usize) -> LayerKind {
+        self.kinds.get(layer).copied().unwrap_or(LayerKind::Attention)
+    }
+
     /// Whether `layer` has experts.
     pub(super) fn is_sparse(&self, layer: usize) -> bool {
         self.experts > 0 && self.sparse.get(layer).copied().unwrap_or(true)
     }
+}
+
+/// The number of layers. Where the configuration does not have it, it lists them.
+fn layers(settings: &Settings) -> Result<usize> {
+    const KEYS: &[&str] = &["num_hidden_layers", "n_layer", "n_layers"];
+    const LISTS: &[&str] = &["layers_block_type", "hybrid_override_pattern"];
+    let listed = match settings.find(LISTS).filter(|_| settings.find(KEYS).is_none()) {
+        Some((_, Value::Array(list))) => list.len(),
+        Some((_, Value::String(letters))) => letters.len(),
+        _ => 0,
+    };
+    let layers = if listed > 0 { listed } else { settings.count(KEYS)? };
+    if layers > MAX_LAYERS {
+        return Err(settings.malformed(KEYS[0], layers, format_args!("at most {MAX_LAYERS}")));
+    }
+    Ok(layers)
 }
 
 /// One dimension of a tensor.
@@ -250,12 +343,34 @@ pub(super) enum Size {
     TokenTypes,
     Labels,
     Projected,
+    /// Queries and their gates.
+    TwiceQueries,
+    /// The mixed vector, and it twice: with its gate.
+    Inner,
+    TwiceInner,
+    /// What Mamba-2 makes of its input: gates, channels of the convolution, and time steps.
+    MixerInput,
+    Channels,
+    Kernel,
+    State,
+    RecurrentHeads,
+    TwiceRecurrentHeads,
+    /// Numbers of a head, and of a group of heads.
+    RecurrentHead,
+    GroupWidth,
+    Groups,
+    /// Time steps of a low rank, what is written and what is read.
+    RankAndStates,
+    ThreeHidden,
+    ExpertLatent,
+    /// The vector that experts read.
+    ExpertInput,
 }
 
 impl Size {
     pub(super) fn of(self, sizes: &Sizes, layer: Option<usize>) -> usize {
         let own = sizes.of_layer(layer);
-        let latent = sizes.latent;
+        let (latent, recurrent) = (sizes.latent, sizes.recurrent);
         let (queries, keys) = (own.heads * own.head_dim, own.kv_heads * own.head_dim);
         match self {
             Size::One => 1,
@@ -292,6 +407,23 @@ impl Size {
             Size::TokenTypes => sizes.token_types,
             Size::Labels => sizes.labels,
             Size::Projected => sizes.projected,
+            Size::TwiceQueries => 2 * queries,
+            Size::Inner => recurrent.inner,
+            Size::TwiceInner => 2 * recurrent.inner,
+            Size::MixerInput => recurrent.inner + recurrent.channels() + recurrent.heads,
+            Size::Channels => recurrent.channels(),
+            Size::Kernel => recurrent.kernel,
+            Size::State => recurrent.state,
+            Size::RecurrentHeads => recurrent.heads,
+            Size::TwiceRecurrentHeads => 2 * recurrent.heads,
+            Size::RecurrentHead => recurrent.head_width(),
+            Size::GroupWidth => recurrent.inner.checked_div(recurrent.groups).unwrap_or(0),
+            Size::Groups => recurrent.groups,
+            Size::RankAndStates => recurrent.heads + 2 * recurrent.state,
+            Size::ThreeHidden => 3 * sizes.hidden,
+            Size::ExpertLatent => sizes.expert_latent,
+            Size::ExpertInput if sizes.expert_latent > 0 => sizes.expert_latent,
+            Size::ExpertInput => sizes.hidden,
         }
     }
 

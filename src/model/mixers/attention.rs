@@ -335,9 +335,13 @@ impl InProj {
             i if !adjacent || i >= rotary => row,
             i => row - i + halves_of_pairs(i, rotary),
         };
+        // For each head its query, then its gate.
+        let gated = config.family.gated_queries;
+        let q_order = move |row: usize| if gated { row / dim * dim + halves(row) } else { halves(row) };
+        let gate_order = move |row: usize| (row / dim + 1) * dim + row;
         let fused = loader.has(&name("attn_qkv.weight"));
         let (k, v) = if fused { (queries, queries + keys) } else { (0, 0) };
-        let (q_order, k_order, v_order) = (halves, move |row| k + halves(row), move |row| v + row);
+        let (k_order, v_order) = (move |row| k + halves(row), move |row| v + row);
         let part = |suffix: &str, rows: usize, order| Part {
             name: name(if fused { "attn_qkv" } else { suffix }),
             rows,
@@ -345,7 +349,8 @@ impl InProj {
             of: if fused { queries + keys + values } else { rows },
             stack: None,
         };
-        let mut parts = vec![part("attn_q", queries, &q_order as RowMap<'_>)];
+        let query = part("attn_q", queries, &q_order as RowMap<'_>);
+        let mut parts = vec![if gated { Part { of: 2 * queries, ..query } } else { query }];
         let own_keys = layer.shares.is_none();
         let mut own_values = false;
         if own_keys {
@@ -358,6 +363,10 @@ impl InProj {
             }
         }
         let gates = match loader.dims(&name("attn_gate.weight")) {
+            None if gated => {
+                parts.push(Part { of: 2 * queries, ..part("attn_q", queries, &gate_order) });
+                Some(queries)
+            }
             None => None,
             Some(dims) => {
                 let (per_head, per_number) = (layer.heads, layer.heads * layer.value_dim);

@@ -25,12 +25,10 @@ const TASK_HEADS: usize = 16;
 /// Query heads that a task takes: those of a key/value head, or fewer where all heads share one.
 pub(super) fn group(layer: &LayerConfig) -> usize {
     let group = layer.heads / layer.kv_heads;
-    match layer.kind.mixer {
-        MixerKind::Attention => group,
-        MixerKind::LatentAttention => {
-            (1..=TASK_HEADS.min(group)).rev().find(|part| group.is_multiple_of(*part)).unwrap_or(1)
-        }
+    if layer.kind.mixer == MixerKind::LatentAttention {
+        return (1..=TASK_HEADS.min(group)).rev().find(|part| group.is_multiple_of(*part)).unwrap_or(1);
     }
+    group
 }
 
 /// Attention of the current layer to the keys and values of layer `source`, without slopes and sinks. `None` for a step
@@ -56,7 +54,8 @@ pub(in crate::model) fn span_rows(config: &Config, threads: usize, rows: usize) 
         let group = group(layer);
         (TASK_QUERIES / group).min(rows * (layer.heads / group) / (TASKS * threads))
     };
-    config.layers.iter().map(span).min().unwrap_or(1).clamp(1, SPAN_ROWS)
+    let attention = config.layers.iter().filter(|layer| layer.kv_heads > 0);
+    attention.map(span).min().unwrap_or(SPAN_ROWS).clamp(1, SPAN_ROWS)
 }
 
 /// Rows of several heads inside wider rows.

@@ -239,6 +239,7 @@ impl LatentAttention {
     /// Normalizes the vector of keys and values, and rotates the keys' own part, in place.
     fn rotate(&self, context: &MixerContext<'_, '_>, angles: &rope::Angles, workspace: &mut Workspace) {
         let (pass, stride, start) = (context.pass, self.in_proj.width(), self.in_proj.start(1));
+        let rotates = pass.config.layers[context.layer].rotated;
         let LatentConfig { kv_rank, rope, .. } = self.sizes;
         let rows = &mut workspace.rows;
         pass.scope.for_each_chunk_with(
@@ -252,7 +253,7 @@ impl LatentAttention {
                     let buffer = &mut buffer[..kv_rank];
                     self.kv_norm.apply(pass.config, pass.kernel, vector, buffer);
                     vector.copy_from_slice(buffer);
-                    let (cos, sin) = angles.of(0, i * TASK_ROWS + r);
+                    let (cos, sin) = if rotates { angles.of(0, i * TASK_ROWS + r) } else { (&[][..], &[][..]) };
                     pass.kernel.rope(key, cos, sin);
                 }
             },
@@ -263,6 +264,7 @@ impl LatentAttention {
     /// parts side by side.
     fn absorb(&self, context: &MixerContext<'_, '_>, angles: &rope::Angles, workspace: &mut Workspace) {
         let pass = context.pass;
+        let rotates = pass.config.layers[context.layer].rotated;
         let LatentConfig { kv_rank, plain, rope, .. } = self.sizes;
         let (rows, heads, key) = (context.batch.rows.len(), self.keys.len(), kv_rank + rope);
         let Workspace { in_proj, queries, absorbed, heads: works, .. } = workspace;
@@ -283,7 +285,7 @@ impl LatentAttention {
         let works = &*works;
         absorbed.resize(rows * heads * key);
         pass.scope.for_each_chunk(absorbed, heads * key, |row, out| {
-            let (cos, sin) = angles.of(0, row);
+            let (cos, sin) = if rotates { angles.of(0, row) } else { (&[][..], &[][..]) };
             for (head, out) in out.chunks_exact_mut(key).enumerate() {
                 let (vector, rotated) = out.split_at_mut(kv_rank);
                 vector.copy_from_slice(&works[head].out[row * self.keys[head].width()..][..kv_rank]);

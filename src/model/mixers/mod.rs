@@ -7,6 +7,7 @@ mod context;
 mod heads;
 mod latent_attention;
 pub(super) mod positions;
+mod recurrent;
 mod segments;
 
 use attention::Attention;
@@ -14,6 +15,8 @@ pub(super) use context::MixerContext;
 pub(super) use heads::span_rows;
 use latent_attention::LatentAttention;
 use positions::Positions;
+pub(super) use recurrent::ChannelMix;
+use recurrent::{GatedDelta, Mamba, Mamba2, ShortConvolution, TimeMix};
 
 use super::arch::MixerKind;
 use super::batch::Batch;
@@ -22,8 +25,11 @@ use super::config::{Config, LayerConfig};
 use super::fingerprint::FingerprintHasher;
 use super::linear::{Linear, LinearInput};
 use super::rope;
+use super::state::recurrent::Recurrent;
 use super::weights::loader::Loader;
 use crate::error::Result;
+use crate::kernels::Kernel;
+use crate::quant::packed::PANEL;
 
 /// The mixer of a layer.
 #[derive(Debug)]
@@ -31,6 +37,15 @@ use crate::error::Result;
 pub(super) enum Mixer {
     Attention(Attention),
     LatentAttention(LatentAttention),
+    GatedDelta(GatedDelta),
+    Mamba(Mamba),
+    Mamba2(Mamba2),
+    /// Both read the input, and their outputs are added.
+    AttentionAndMamba2(Attention, Mamba2),
+    ShortConvolution(ShortConvolution),
+    TimeMix(TimeMix),
+    /// Nothing: the layer is a feed-forward layer alone.
+    None,
 }
 
 /// The widest rows of all mixers of a model, in numbers.
@@ -38,6 +53,9 @@ pub(super) enum Mixer {
 pub(super) struct Widths {
     attention: attention::Widths,
     latent: latent_attention::Widths,
+    recurrent: recurrent::Widths,
+    /// The input of mixers that several read, or 0.
+    shared: usize,
     /// Inputs of linear layers.
     pub(super) input: usize,
 }
@@ -48,6 +66,9 @@ pub(super) struct Workspace {
     angles: rope::Angles,
     attention: attention::Workspace,
     latent: latent_attention::Workspace,
+    recurrent: recurrent::Workspace,
+    /// `(rows, hidden)`: the input of two mixers, and the output of the second, in whole panels.
+    shared: [Buffer; 2],
 }
 
 impl Mixer {
@@ -59,6 +80,18 @@ impl Mixer {
         match config.layers[index].kind.mixer {
             MixerKind::Attention => Attention::load(loader, config, index).map(Mixer::Attention),
             MixerKind::LatentAttention => LatentAttention::load(loader, config, index).map(Mixer::LatentAttention),
+            MixerKind::GatedDelta | MixerKind::KimiDelta => {
+                GatedDelta::load(loader, config, index).map(Mixer::GatedDelta)
+            }
+            MixerKind::Mamba => Mamba::load(loader, config, index).map(Mixer::Mamba),
+            MixerKind::Mamba2 => Mamba2::load(loader, config, index).map(Mixer::Mamba2),
+            MixerKind::AttentionAndMamba2 => {
+                let attention = Attention::load(loader, config, index)?;
+                Ok(Mixer::AttentionAndMamba2(attention, Mamba2::load(loader, config, index)?))
+            }
+            MixerKind::ShortConvolution => ShortConvolution::load(loader, config, index).map(Mixer::ShortConvolution),
+            MixerKind::Rwkv => TimeMix::load(loader, config, index).map(Mixer::TimeMix),
+            MixerKind::None => Ok(Mixer::None),
         }
     }
 
@@ -68,8 +101,21 @@ impl Mixer {
     /// Those of [`Mixer::load`].
     pub(super) fn reload_in_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
         match self {
-            Mixer::Attention(attention) => attention.reload_in_proj(loader, config, index),
-            Mixer::LatentAttention(attention) => attention.reload_in_proj(loader, config, index),
+            Mixer::Attention(own) => own.reload_in_proj(loader, config, index),
+            Mixer::LatentAttention(own) => own.reload_in_proj(loader, config, index),
+            Mixer::GatedDelta(own) => own.reload_in_proj(loader, config, index),
+            Mixer::Mamba(own) => own.reload_in_proj(loader, config, index),
+            Mixer::Mamba2(own) => own.reload_in_proj(loader, config, index),
+            Mixer::ShortConvolution(own) => own.reload_in_proj(loader, config, index),
+            Mixer::TimeMix(own) => {
+                *own = TimeMix::load(loader, config, index)?;
+                Ok(())
+            }
+            Mixer::AttentionAndMamba2(attention, mamba) => {
+                attention.reload_in_proj(loader, config, index)?;
+                mamba.reload_in_proj(loader, config, index)
+            }
+            Mixer::None => Ok(()),
         }
     }
 
@@ -79,8 +125,18 @@ impl Mixer {
     /// Those of [`Mixer::load`].
     pub(super) fn reload_out_proj(&mut self, loader: &Loader<'_>, config: &Config, index: usize) -> Result<()> {
         match self {
-            Mixer::Attention(attention) => attention.reload_out_proj(loader, config, index),
-            Mixer::LatentAttention(attention) => attention.reload_out_proj(loader, config, index),
+            Mixer::Attention(own) => own.reload_out_proj(loader, config, index),
+            Mixer::LatentAttention(own) => own.reload_out_proj(loader, config, index),
+            Mixer::GatedDelta(own) => own.reload_out_proj(loader, config, index),
+            Mixer::Mamba(own) => own.reload_out_proj(loader, config, index),
+            Mixer::Mamba2(own) => own.reload_out_proj(loader, config, index),
+            Mixer::ShortConvolution(own) => own.reload_out_proj(loader, config, index),
+            Mixer::TimeMix(own) => own.reload_out_proj(loader, config, index),
+            Mixer::AttentionAndMamba2(attention, mamba) => {
+                attention.reload_out_proj(loader, config, index)?;
+                mamba.reload_out_proj(loader, config, index)
+            }
+            Mixer::None => Ok(()),
         }
     }
 
@@ -92,67 +148,155 @@ impl Mixer {
         workspace: &mut Workspace,
         out: &mut Buffer,
     ) {
+        if let Mixer::AttentionAndMamba2(attention, mamba) = self {
+            let [mut own, mut second] = std::mem::take(&mut workspace.shared);
+            own.copy_from(&input.values);
+            attention.mix(context, input, &workspace.angles, &mut workspace.attention);
+            context.pass.linear(attention.out_proj(), input, out);
+            input.values.copy_from(&own);
+            mamba.mix(context, input, &mut workspace.recurrent);
+            context.pass.linear(mamba.out_proj(), input, &mut second);
+            context.pass.kernel.add_scaled(out, &second, 1.0);
+            workspace.shared = [own, second];
+            return;
+        }
         self.mix(context, input, workspace);
-        context.pass.linear(self.out_proj(), input, out);
+        if let Some(out_proj) = self.out_proj() {
+            context.pass.linear(out_proj, input, out);
+        }
     }
 
     /// The mixer without its output projection: replaces `input (rows, hidden)` by the projection's input
-    /// `(rows, columns of out_proj)`.
+    /// `(rows, columns of out_proj)`. Of mixers side by side, the first.
     pub(super) fn mix(&self, context: &mut MixerContext<'_, '_>, input: &mut LinearInput, workspace: &mut Workspace) {
         match self {
-            Mixer::Attention(attention) => {
-                attention.mix(context, input, &workspace.angles, &mut workspace.attention);
+            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => {
+                own.mix(context, input, &workspace.angles, &mut workspace.attention);
             }
-            Mixer::LatentAttention(attention) => {
-                attention.mix(context, input, &workspace.angles, &mut workspace.latent);
-            }
+            Mixer::LatentAttention(own) => own.mix(context, input, &workspace.angles, &mut workspace.latent),
+            Mixer::GatedDelta(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::Mamba(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::Mamba2(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::ShortConvolution(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::TimeMix(own) => own.mix(context, input, &mut workspace.recurrent),
+            Mixer::None => {}
         }
     }
 
-    /// The projection that reads the mixer's input.
-    pub(super) fn in_proj(&self) -> &Linear {
+    /// The projection that reads the mixer's input. Of mixers side by side, that of the first.
+    pub(super) fn in_proj(&self) -> Option<&Linear> {
         match self {
-            Mixer::Attention(attention) => attention.in_proj(),
-            Mixer::LatentAttention(attention) => attention.in_proj(),
+            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => Some(own.in_proj()),
+            Mixer::LatentAttention(own) => Some(own.in_proj()),
+            Mixer::GatedDelta(own) => Some(own.in_proj()),
+            Mixer::Mamba(own) => Some(own.in_proj()),
+            Mixer::Mamba2(own) => Some(own.in_proj()),
+            Mixer::ShortConvolution(own) => Some(own.in_proj()),
+            Mixer::TimeMix(own) => Some(own.in_proj()),
+            Mixer::None => None,
         }
     }
 
-    /// The projection that the mixer ends with.
-    pub(super) fn out_proj(&self) -> &Linear {
+    /// The projection that the mixer ends with. Of mixers side by side, that of the first.
+    pub(super) fn out_proj(&self) -> Option<&Linear> {
         match self {
-            Mixer::Attention(attention) => attention.out_proj(),
-            Mixer::LatentAttention(attention) => attention.out_proj(),
+            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => Some(own.out_proj()),
+            Mixer::LatentAttention(own) => Some(own.out_proj()),
+            Mixer::GatedDelta(own) => Some(own.out_proj()),
+            Mixer::Mamba(own) => Some(own.out_proj()),
+            Mixer::Mamba2(own) => Some(own.out_proj()),
+            Mixer::ShortConvolution(own) => Some(own.out_proj()),
+            Mixer::TimeMix(own) => Some(own.out_proj()),
+            Mixer::None => None,
         }
     }
 
     /// The linear layers.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
-            Mixer::Attention(attention) => vec![attention.in_proj(), attention.out_proj()],
-            Mixer::LatentAttention(attention) => attention.linears(),
+            Mixer::LatentAttention(own) => own.linears(),
+            Mixer::GatedDelta(own) => own.linears(),
+            Mixer::Mamba(own) => own.linears(),
+            Mixer::TimeMix(own) => own.linears(),
+            Mixer::AttentionAndMamba2(attention, mamba) => {
+                vec![attention.in_proj(), attention.out_proj(), mamba.in_proj(), mamba.out_proj()]
+            }
+            _ => self.in_proj().into_iter().chain(self.out_proj()).collect(),
+        }
+    }
+
+    /// Applies the rows that are recorded to the recurrent state of layer `index`.
+    pub(super) fn settle(&self, kernel: &Kernel, state: &mut Recurrent, index: usize) {
+        match self {
+            Mixer::GatedDelta(own) => own.settle(kernel, state, index),
+            Mixer::Mamba(own) => own.settle(kernel, state, index),
+            Mixer::Mamba2(own) | Mixer::AttentionAndMamba2(_, own) => own.settle(kernel, state, index),
+            Mixer::ShortConvolution(own) => own.settle(state, index),
+            Mixer::TimeMix(own) => own.settle(kernel, state, index),
+            Mixer::Attention(_) | Mixer::LatentAttention(_) | Mixer::None => {}
         }
     }
 
     /// Hashes the weights.
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
         match self {
-            Mixer::Attention(attention) => attention.fingerprint(hasher),
-            Mixer::LatentAttention(attention) => attention.fingerprint(hasher),
+            Mixer::Attention(own) => own.fingerprint(hasher),
+            Mixer::LatentAttention(own) => own.fingerprint(hasher),
+            Mixer::GatedDelta(own) => own.fingerprint(hasher),
+            Mixer::Mamba(own) => own.fingerprint(hasher),
+            Mixer::Mamba2(own) => own.fingerprint(hasher),
+            Mixer::ShortConvolution(own) => own.fingerprint(hasher),
+            Mixer::TimeMix(own) => own.fingerprint(hasher),
+            Mixer::AttentionAndMamba2(attention, mamba) => {
+                attention.fingerprint(hasher);
+                mamba.fingerprint(hasher);
+            }
+            Mixer::None => {}
         }
     }
 
     /// Widens `widths` to the rows of this mixer of `layer`.
-    pub(super) fn widen(&self, layer: &LayerConfig, widths: &mut Widths) {
+    pub(super) fn widen(&self, config: &Config, layer: &LayerConfig, widths: &mut Widths) {
         let columns = self.linears().into_iter().map(Linear::columns).max();
         widths.input = widths.input.max(columns.unwrap_or(0));
         match self {
-            Mixer::Attention(attention) => attention.widen(layer, &mut widths.attention),
-            Mixer::LatentAttention(attention) => attention.widen(&mut widths.latent),
+            Mixer::Attention(own) => own.widen(layer, &mut widths.attention),
+            Mixer::LatentAttention(own) => own.widen(&mut widths.latent),
+            Mixer::GatedDelta(own) => own.widen(&mut widths.recurrent),
+            Mixer::Mamba(own) => own.widen(&mut widths.recurrent),
+            Mixer::Mamba2(own) => own.widen(&mut widths.recurrent),
+            Mixer::ShortConvolution(own) => own.widen(&mut widths.recurrent),
+            Mixer::TimeMix(own) => own.widen(config, &mut widths.recurrent),
+            Mixer::AttentionAndMamba2(attention, mamba) => {
+                attention.widen(layer, &mut widths.attention);
+                mamba.widen(&mut widths.recurrent);
+                widths.shared = config.hidden.next_multiple_of(PANEL);
+            }
+            Mixer::None => {}
         }
     }
 }
 
+impl Widths {
+    /// Widens to the rows of a feed-forward layer that has a state.
+    pub(super) fn widen_to(&mut self, channel_mix: &ChannelMix) {
+        channel_mix.widen(&mut self.recurrent);
+    }
+}
+
 impl Workspace {
+    /// A feed-forward layer that has a state: `out (rows, hidden rounded up to panels)` from `input (rows, hidden)`, which is
+    /// overwritten.
+    pub(super) fn channel_mix(
+        &mut self,
+        mix: &ChannelMix,
+        context: &mut MixerContext<'_, '_>,
+        input: &mut LinearInput,
+        out: &mut Buffer,
+    ) {
+        mix.forward(context, input, &mut self.recurrent, out);
+    }
+
     /// Allocates memory for the rows of `batch`.
     ///
     /// # Errors
@@ -160,6 +304,8 @@ impl Workspace {
     pub(super) fn reserve(&mut self, widths: &Widths, positions: &Positions, batch: &Batch) -> Result<()> {
         self.angles.reserve(&positions.ropes, batch.rows.len())?;
         self.attention.reserve(&widths.attention, batch)?;
+        self.recurrent.reserve(&widths.recurrent, batch)?;
+        self.shared.iter_mut().try_for_each(|buffer| buffer.reserve(batch.rows.len() * widths.shared))?;
         self.latent.reserve(&widths.latent, batch)
     }
 

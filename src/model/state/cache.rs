@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use half::f16;
 
+use super::recurrent::{Snapshot, StateShape};
 use crate::error::{Error, Result};
 use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE};
 use crate::model::config::{Config, LayerConfig, Reach};
@@ -167,6 +168,8 @@ pub(in crate::model) struct CacheShape {
     layers: Arc<[LayerShape]>,
     parts: Arc<[PartShape]>,
     pub(in crate::model) cache_type: CacheType,
+    /// The states of layers that have one instead of keys and values, or beside them.
+    state: Option<Arc<StateShape>>,
 }
 
 impl CacheShape {
@@ -190,7 +193,7 @@ impl CacheShape {
             shape
         };
         let layers = config.layers.iter().enumerate().map(layer).collect();
-        CacheShape { layers, parts: parts.into(), cache_type }
+        CacheShape { layers, parts: parts.into(), cache_type, state: StateShape::of(config).map(Arc::new) }
     }
 
     /// The keys and values of layer `index`.
@@ -203,6 +206,23 @@ impl CacheShape {
         &self.layers
     }
 
+    /// The states of layers that have one.
+    pub(super) fn state(&self) -> Option<&Arc<StateShape>> {
+        self.state.as_ref()
+    }
+
+    /// Pages from one snapshot of the states to the next. The more, the larger states are beside keys and values, so that
+    /// snapshots take at most about four times as much memory as the pages.
+    pub(super) fn snapshot_interval(&self) -> usize {
+        let (state, page) = (self.state_bytes(), self.page_bytes().max(1));
+        (state / page.saturating_mul(4)).next_power_of_two().clamp(MIN_INTERVAL, MAX_INTERVAL)
+    }
+
+    /// Bytes of the states of a sequence.
+    pub(in crate::model) fn state_bytes(&self) -> usize {
+        self.state.as_ref().map_or(0, |state| state.bytes())
+    }
+
     /// The parts of a page.
     pub(super) fn parts(&self) -> &[PartShape] {
         &self.parts
@@ -213,11 +233,11 @@ impl CacheShape {
         self.checked_page_bytes()?.checked_mul(tokens.div_ceil(PAGE))
     }
 
-    /// Bytes of the pages that a sequence of `tokens` tokens keeps, saturating.
+    /// Bytes of the pages that a sequence of `tokens` tokens keeps, and of its states, saturating.
     pub(in crate::model) fn kept_bytes(&self, tokens: usize) -> usize {
         let pages = tokens.div_ceil(PAGE);
         let kept = |part: &PartShape| part.bytes().saturating_mul(pages - part.first_kept(tokens).min(pages));
-        self.parts.iter().map(kept).fold(0, usize::saturating_add)
+        self.parts.iter().map(kept).fold(self.state_bytes(), usize::saturating_add)
     }
 
     /// Bytes of a page, saturating.
@@ -255,6 +275,8 @@ pub(in crate::model) struct PageHead<'a> {
 pub(in crate::model) struct Page {
     /// Each `(layers, kv_heads, keys, values, scales of keys, scales of values)`; `None` where it is freed.
     parts: Box<[Option<Arc<AlignedBuf>>]>,
+    /// The recurrent states after the last position.
+    pub(super) snapshot: Option<Snapshot>,
 }
 
 impl Page {
@@ -272,7 +294,8 @@ impl Page {
     /// [`Error::OutOfMemory`]
     pub(super) fn with_parts(shape: &CacheShape, wanted: impl Fn(usize) -> bool) -> Result<Page> {
         let part = |(index, part): (usize, &PartShape)| wanted(index).then(|| zeros(part)).transpose();
-        Ok(Page { parts: shape.parts.iter().enumerate().map(part).collect::<Result<_>>()? })
+        let parts = shape.parts.iter().enumerate().map(part).collect::<Result<_>>()?;
+        Ok(Page { parts, snapshot: None })
     }
 
     /// Makes the parts unshared: those that other pages share are copied.
@@ -308,19 +331,24 @@ impl Page {
         self.parts.iter().all(Option::is_some)
     }
 
-    /// Frees the parts that nothing else holds, and returns their bytes.
+    /// Frees the parts and the snapshot that nothing else holds, and returns their bytes.
     pub(super) fn free_unshared(&mut self) -> usize {
         let unshared = |part: &&mut Option<Arc<AlignedBuf>>| part.as_ref().is_some_and(|p| Arc::strong_count(p) == 1);
         let freed = self.parts.iter_mut().filter(unshared).filter_map(Option::take);
-        freed.map(|part| size_of_val::<[CacheLine]>(&part)).sum()
+        let parts: usize = freed.map(|part| size_of_val::<[CacheLine]>(&part)).sum();
+        let snapshot = self.snapshot.take_if(|snapshot| Arc::strong_count(snapshot) == 1);
+        parts + snapshot.map_or(0, |snapshot| size_of_val::<[f32]>(&snapshot))
     }
 
-    /// Takes the parts of `other` that it has not itself.
+    /// Takes the parts of `other`, and its snapshot, that it has not itself.
     pub(super) fn complete_from(&mut self, other: &Page) {
         for (own, other) in self.parts.iter_mut().zip(&other.parts) {
             if own.is_none() {
                 own.clone_from(other);
             }
+        }
+        if self.snapshot.is_none() {
+            self.snapshot.clone_from(&other.snapshot);
         }
     }
 
@@ -333,15 +361,22 @@ impl Page {
         }
     }
 
-    /// Bytes of the parts that it has.
+    /// Bytes of the parts that it has, and of its snapshot.
     pub(super) fn len(&self) -> usize {
-        self.parts.iter().flatten().map(|part| size_of_val::<[CacheLine]>(part)).sum()
+        let snapshot = self.snapshot.as_ref().map_or(0, |snapshot| size_of_val::<[f32]>(snapshot));
+        self.parts.iter().flatten().map(|part| size_of_val::<[CacheLine]>(part)).sum::<usize>() + snapshot
     }
 
     /// Bytes of the parts that other pages have, too.
     pub(super) fn shared_len(&self) -> usize {
         let shared = self.parts.iter().flatten().filter(|part| Arc::strong_count(part) > 1);
         shared.map(|part| size_of_val::<[CacheLine]>(part)).sum()
+    }
+
+    /// As [`Page::shared_len`], with the snapshot, if something else holds it.
+    pub(super) fn shared_len_with_snapshot(&self) -> usize {
+        let shared = self.snapshot.as_ref().filter(|snapshot| Arc::strong_count(snapshot) > 1);
+        self.shared_len() + shared.map_or(0, |snapshot| size_of_val::<[f32]>(snapshot))
     }
 
     /// The bytes of part `index`, to be written to a file.
@@ -412,6 +447,10 @@ impl Page {
         PageLayerMut { lines: part.expect("`Session::reserve` has made the page unshared"), layer }
     }
 }
+
+/// The fewest and the most pages from one snapshot to the next.
+const MIN_INTERVAL: usize = 4;
+const MAX_INTERVAL: usize = 16;
 
 /// What a page is called where memory for it is missing.
 const WHAT: &str = "a page of the KV cache";

@@ -1,6 +1,7 @@
 //! The state of a sequence: pages of keys and values, in memory and on disk.
 
 pub(super) mod cache;
+pub(super) mod recurrent;
 pub(super) mod session;
 pub(super) mod session_file;
 mod whole_head_int8;

@@ -1,6 +1,7 @@
 //! Sessions: the state of one sequence of tokens.
 
 use super::cache::{CacheShape, Page};
+use super::recurrent::{Recurrent, Snapshot};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::system::memory;
@@ -10,6 +11,8 @@ use crate::system::memory;
 pub struct SharedPage {
     page: Page,
     model: u64,
+    /// Whether the model has recurrent states.
+    is_recurrent: bool,
 }
 
 impl SharedPage {
@@ -25,12 +28,17 @@ impl SharedPage {
 
     /// Bytes that a session or another `SharedPage` holds, too.
     pub(crate) fn shared_bytes(&self) -> usize {
-        self.page.shared_len()
+        self.page.shared_len_with_snapshot()
     }
 
     /// Frees what nothing else holds, and returns how many bytes that was.
     pub(crate) fn free_unshared(&mut self) -> usize {
         self.page.free_unshared()
+    }
+
+    /// Whether a session can continue after it: it has the recurrent states there, if the model has any.
+    pub(crate) fn has_state(&self) -> bool {
+        !self.is_recurrent || self.page.snapshot.is_some()
     }
 
     /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
@@ -39,7 +47,7 @@ impl SharedPage {
     }
 }
 
-/// One sequence of tokens of a model: its keys and values.
+/// One sequence of tokens of a model: its keys and values, and the states of recurrent layers.
 ///
 /// Its memory grows by a page of 64 positions at a time. Layers whose queries see only a window keep its pages, and one
 /// more; earlier pages are freed.
@@ -56,19 +64,29 @@ pub struct Session {
     overflow: Option<usize>,
     /// Whether pages that no later query sees stay after the next step.
     keeps_unseen: bool,
+    /// The states of recurrent layers.
+    state: Option<Recurrent>,
+    /// Whether the last page keeps the state after the next step, if it is full then.
+    keeps_state: bool,
 }
+
+/// Snapshots of recurrent states that a session keeps, the newest.
+const SNAPSHOTS: usize = 4;
 
 impl Session {
     /// An empty session of the model with that `id`, for up to `context` tokens.
     pub(in crate::model) fn new(shape: CacheShape, context: usize, model: u64) -> Session {
-        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None, keeps_unseen: false }
+        let state = shape.state().cloned().map(Recurrent::new);
+        let (keeps_unseen, keeps_state) = (false, false);
+        Session { shape, pages: Vec::new(), len: 0, context, model, overflow: None, keeps_unseen, state, keeps_state }
     }
 
     /// Another session with the same tokens, independent of this one.
     ///
     /// The two share pages of 64 positions; a shared page is copied when one of them adds to it.
     pub fn fork(&self) -> Session {
-        Session { pages: self.pages.clone(), shape: self.shape.clone(), ..*self }
+        let state = self.state.as_ref().map(Recurrent::fork);
+        Session { pages: self.pages.clone(), shape: self.shape.clone(), state, ..*self }
     }
 
     /// Tokens in the cache.
@@ -86,28 +104,46 @@ impl Session {
         self.context
     }
 
-    /// Bytes of all pages, including those that are shared with a [`fork`](Session::fork).
+    /// Bytes of all pages and recurrent states, including those that are shared with a [`fork`](Session::fork).
     pub fn bytes(&self) -> usize {
         self.bytes_from(0)
     }
 
-    /// Bytes of the pages from page `index` on.
+    /// Bytes of the pages from page `index` on, and of the recurrent states.
     pub(crate) fn bytes_from(&self, index: usize) -> usize {
-        self.pages.iter().skip(index).map(Page::len).sum()
+        let state = self.state.as_ref().map_or(0, Recurrent::bytes);
+        self.pages.iter().skip(index).map(Page::len).sum::<usize>() + state
     }
 
     /// Removes all but the first `len` tokens, and returns how many are left. Does nothing if there are no more than that.
     ///
     /// Fewer than `len` are left, possibly none, where the pages that a layer with a window would see from there have been
-    /// freed: after more than 64 tokens beyond `len`. A [`fork`](Session::fork) made at `len` keeps them.
+    /// freed: after more than 64 tokens beyond `len`. Recurrent states go back to any token of the last step, if that had at
+    /// most 16 tokens, and otherwise to the last snapshot before `len`; a session keeps four, each after some hundred tokens.
+    /// A [`fork`](Session::fork) made at `len` keeps everything.
     pub fn truncate(&mut self, len: usize) -> usize {
-        if len < self.len {
-            self.len = (0..=len).rev().find(|len| self.sees_from(*len, &[])).unwrap_or(0);
+        let before = self.len;
+        if len < before {
+            let is_left = |len: &usize| self.sees_from(*len, &[]) && self.has_state_at(*len);
+            self.len = (0..=len).rev().find(is_left).unwrap_or(0);
+        }
+        if let Some(state) = &mut self.state
+            && !state.truncate(self.len)
+        {
+            let page = self.len.checked_sub(1).and_then(|last| self.pages.get(last / PAGE));
+            state.restore(page.and_then(|page| page.snapshot.clone()), self.len);
         }
         // Also pages that a step has reserved and not filled: a fork would share them.
         self.pages.truncate(self.len.div_ceil(PAGE));
         self.overflow = self.overflow.filter(|position| *position < self.len);
         self.len
+    }
+
+    /// Whether the recurrent states after `len` tokens are known.
+    fn has_state_at(&self, len: usize) -> bool {
+        let Some(state) = &self.state else { return true };
+        let page = || self.pages.get((len / PAGE).wrapping_sub(1)).filter(|_| len.is_multiple_of(PAGE));
+        len == 0 || state.reaches(len) || page().is_some_and(|page| page.snapshot.is_some())
     }
 
     /// Whether all parts of pages are there that a query at position `len` sees, in this session's pages and in `more` after
@@ -127,7 +163,12 @@ impl Session {
     /// shows there. All of them hold 64 tokens, but the last one `tokens`.
     pub(crate) fn attachable(&self, pages: &[SharedPage], tokens: usize) -> usize {
         let end = |count: usize| self.len + count * PAGE - if count == pages.len() { PAGE - tokens } else { 0 };
-        (1..=pages.len()).rev().find(|count| self.sees_from(end(*count), pages)).unwrap_or(0)
+        let has_state = |count: usize| {
+            let page = &pages[count - 1].page;
+            self.state.is_none() || (end(count).is_multiple_of(PAGE) && page.snapshot.is_some())
+        };
+        let is_whole = |count: &usize| has_state(*count) && self.sees_from(end(*count), pages);
+        (1..=pages.len()).rev().find(is_whole).unwrap_or(0)
     }
 
     /// Keeps pages that no later query sees after the next step, so that they can be shared before
@@ -136,8 +177,61 @@ impl Session {
         self.keeps_unseen = true;
     }
 
-    /// Frees what no later query sees, unless the session keeps it for now.
+    /// Forgets the recurrent states after page `index`, which something else keeps.
+    pub(crate) fn forget_snapshot(&mut self, index: usize) {
+        if let Some(page) = self.pages.get_mut(index) {
+            page.snapshot = None;
+        }
+    }
+
+    /// Keeps the recurrent states after the next step in the last page, if that is full then.
+    pub(crate) fn keep_state(&mut self) {
+        self.keeps_state = true;
+    }
+
+    /// The first number of tokens after the present one at which states are kept. `None` for models without them.
+    pub(crate) fn next_snapshot(&self) -> Option<usize> {
+        let interval = self.shape.snapshot_interval() * PAGE;
+        self.state.as_ref().map(|_| (self.len / interval + 1) * interval)
+    }
+
+    /// The states of recurrent layers.
+    pub(in crate::model) fn state(&self) -> Option<&Recurrent> {
+        self.state.as_ref()
+    }
+
+    /// Whether rows of the last step are yet to be applied to the recurrent states.
+    pub(in crate::model) fn has_recorded_rows(&self) -> bool {
+        self.state.as_ref().is_some_and(Recurrent::has_recorded_rows)
+    }
+
+    /// As [`Session::state`], to be changed.
+    pub(in crate::model) fn state_mut(&mut self) -> Option<&mut Recurrent> {
+        self.state.as_mut()
+    }
+
+    /// Whether the recurrent states after the present tokens are to be kept in the last page. Asked once a step.
+    pub(in crate::model) fn wants_snapshot(&mut self) -> bool {
+        let keeps_state = std::mem::take(&mut self.keeps_state);
+        let pages = self.len / PAGE;
+        let is_due = keeps_state || pages.is_multiple_of(self.shape.snapshot_interval());
+        self.state.is_some() && pages > 0 && self.len.is_multiple_of(PAGE) && is_due
+    }
+
+    /// Keeps the recurrent states after the present tokens, to which no rows are to be applied, in the last page.
+    pub(in crate::model) fn take_snapshot(&mut self) {
+        let snapshot: Option<Snapshot> = self.state.as_ref().and_then(Recurrent::snapshot);
+        let Some(last) = (self.len / PAGE).checked_sub(1) else { return };
+        self.pages[last].snapshot = snapshot;
+        let with = self.pages[..=last].iter_mut().rev().filter(|page| page.snapshot.is_some());
+        with.skip(SNAPSHOTS).for_each(|page| page.snapshot = None);
+    }
+
+    /// Ends a step: frees what no later query sees, unless the session keeps it for now.
     pub(in crate::model) fn end_step(&mut self) {
+        if let Some(state) = &mut self.state {
+            state.end_step(self.len);
+        }
         if !std::mem::take(&mut self.keeps_unseen) {
             self.free_unseen();
         }
@@ -179,7 +273,7 @@ impl Session {
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let end = (index + 1) * PAGE;
         let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
-        Some(SharedPage { page: page.clone(), model: self.model })
+        Some(SharedPage { page: page.clone(), model: self.model, is_recurrent: self.state.is_some() })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these
@@ -192,6 +286,9 @@ impl Session {
     pub fn attach_page(&mut self, page: &SharedPage, tokens: usize) -> Result<()> {
         if !page.page.is_whole() {
             return Err(Error::argument("page", "a page with a freed part", "a whole page"));
+        }
+        if self.state.is_some() && (page.page.snapshot.is_none() || tokens < PAGE) {
+            return Err(Error::argument("page", "a page without the recurrent states after it", "a page with them"));
         }
         self.attach(page, tokens)
     }
@@ -213,6 +310,11 @@ impl Session {
         }
         self.pages.push(page.page.clone());
         self.len += tokens;
+        if let Some(state) = &mut self.state
+            && let Some(snapshot) = page.page.snapshot.clone().filter(|_| tokens == PAGE)
+        {
+            state.restore(Some(snapshot), self.len);
+        }
         Ok(())
     }
 
@@ -227,7 +329,8 @@ impl Session {
     pub fn bytes_for(&self, tokens: usize) -> usize {
         let copied = self.pages.get(self.len / PAGE).map_or(0, Page::shared_len);
         let new = self.len.saturating_add(tokens).div_ceil(PAGE).saturating_sub(self.pages.len());
-        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied)
+        let state = self.state.as_ref().map_or(0, |state| state.bytes_for(tokens));
+        new.saturating_mul(self.shape.page_bytes()).saturating_add(copied).saturating_add(state)
     }
 
     /// Bytes that the next `tokens` tokens add to what the session keeps, computed in steps of any size.
@@ -243,6 +346,9 @@ impl Session {
     pub(in crate::model) fn reserve(&mut self, tokens: usize) -> Result<()> {
         let full = Error::ContextFull { used: self.len, requested: tokens, context: self.context };
         let Some(end) = self.len.checked_add(tokens).filter(|end| *end <= self.context) else { return Err(full) };
+        if self.state.as_ref().is_some_and(|state| state.len() != self.len) {
+            return Err(Error::argument("session", "pages without the recurrent states after them", "pages with them"));
+        }
         // All at once: memory that is granted but not yet written would look free to the next check.
         memory::check("the KV cache", self.bytes_for(tokens))?;
         if let Some(page) = self.pages.get_mut(self.len / PAGE) {
@@ -251,7 +357,7 @@ impl Session {
         while self.pages.len() * PAGE < end {
             self.pages.push(Page::new(&self.shape)?);
         }
-        Ok(())
+        self.state.as_mut().map_or(Ok(()), |state| state.reserve(tokens))
     }
 
     /// Starts again from the first position, with the keys and values that are stored.
@@ -260,6 +366,9 @@ impl Session {
     /// [`Error::OutOfMemory`]
     pub(in crate::model) fn rewind(&mut self) -> Result<()> {
         self.len = 0;
+        if let Some(state) = &mut self.state {
+            state.restore(None, 0);
+        }
         self.pages.iter_mut().try_for_each(|page| page.unshare(&self.shape))
     }
 

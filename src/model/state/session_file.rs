@@ -4,16 +4,17 @@
 //!
 //! ```text
 //!  0   8  magic, "NYBBLEKV"
-//!  8   4  version: 1, or 2 where layers differ in how far back their queries see
+//!  8   4  version: 1, or 2 where layers differ in how far back their queries see; 3 with recurrent states
 //! 12   4  how keys and values are stored: 0 F32, 1 F16, 3 INT8; 2 INT8 with one scale per head, as earlier versions wrote it
 //! 16  32  hash of the model, its `fingerprint`
 //! 48   8  number of tokens
 //! 56   8  number of tokens in the cache: the first of them
-//!      8  version 2 only: for each part of a page, the first page that has it
+//!      8  versions 2 and 3 only: for each part of a page, the first page that has it
 //!      4  each token
 //!         pages of 64 tokens, as in memory; positions after the last token are zeros. In version 1 a page holds all layers in
-//!         order. In version 2 it consists of parts: layers in order, grouped by how far back their queries see, the groups in
+//!         order. In versions 2 and 3 it consists of parts: layers in order, grouped by how far back their queries see, the groups in
 //!         the order of their first layers. Pages before the first one that has a part are without it.
+//!         version 3 only: the recurrent states after the tokens in the cache, as in memory, unless there are none
 //!     32  BLAKE3 hash of everything before it
 //! ```
 //!
@@ -41,6 +42,8 @@ const MAGIC: [u8; 8] = *b"NYBBLEKV";
 const WHOLE_PAGES: u32 = 1;
 /// Pages consist of parts, which begin at different pages.
 const PARTS: u32 = 2;
+/// As [`PARTS`], and recurrent states follow.
+const STATES: u32 = 3;
 const HEADER: usize = 64;
 const HASH: usize = blake3::OUT_LEN;
 
@@ -74,7 +77,7 @@ pub(in crate::model) struct Owner<'a> {
     pub(in crate::model) vocabulary: usize,
 }
 
-/// Writes `session` and `tokens` to the file at `path`, which appears under its name when it is complete.
+/// Writes `session`, whose recurrent states have no rows to be applied, and `tokens` to the file at `path`, which appears under its name when it is complete.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::InvalidArgument`] when `session` belongs to another model or has seen more tokens than these, or
@@ -93,11 +96,20 @@ pub(in crate::model) fn save(session: &Session, owner: &Owner<'_>, tokens: &[u32
     file.finish()
 }
 
+/// The version of files with sessions of this shape.
+fn version_of(shape: &CacheShape) -> u32 {
+    match (shape.state(), shape.parts().len()) {
+        (Some(_), _) => STATES,
+        (None, 1) => WHOLE_PAGES,
+        (None, _) => PARTS,
+    }
+}
+
 fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut AtomicFile) -> std::io::Result<()> {
     let mut out = Hashed { inner: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
     out.write_all(&MAGIC)?;
     let parts = session.shape.parts().len();
-    let version = if parts > 1 { PARTS } else { WHOLE_PAGES };
+    let version = version_of(&session.shape);
     out.write_all(&version.to_le_bytes())?;
     out.write_all(&session.shape.cache_type.number().to_le_bytes())?;
     out.write_all((owner.fingerprint)().as_bytes())?;
@@ -106,7 +118,7 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
     let pages = &session.pages[..session.len().div_ceil(PAGE)];
     let first = |part: usize| pages.iter().rposition(|page| !page.has(part)).map_or(0, |last| last + 1);
     let firsts: Vec<usize> = (0..parts).map(first).collect();
-    if version == PARTS {
+    if version != WHOLE_PAGES {
         firsts.iter().try_for_each(|first| out.write_all(&(*first as u64).to_le_bytes()))?;
     }
     for token in tokens {
@@ -127,6 +139,9 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
         page.unshare(&session.shape).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
         page.clear_from(&session.shape, last);
         write(index, &page)?;
+    }
+    if let Some(state) = session.state() {
+        out.write_all(state.as_bytes())?;
     }
     let hash = out.hasher.finalize();
     out.inner.write_all(hash.as_bytes())?;
@@ -195,6 +210,10 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
         };
         pages.push(page);
     }
+    let mut session = Session::new(owner.shape.clone(), owner.context, owner.id);
+    if let Some(state) = session.state_mut().filter(|_| seen > 0) {
+        state.read(seen, |bytes| file.read_exact(bytes).map_err(io))?;
+    }
     let computed = file.hasher.finalize();
     let mut stored = [0; HASH];
     file.inner.read_exact(&mut stored).map_err(io)?;
@@ -207,7 +226,6 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
         let expected = format!("ids below {}", owner.vocabulary);
         return Err(Error::malformed(path, Place::Key("tokens".to_owned()), token, expected));
     }
-    let mut session = Session::new(owner.shape.clone(), owner.context, owner.id);
     session.pages = pages;
     session.advance(seen);
     session.free_unseen();
@@ -258,6 +276,9 @@ fn first_pages(
         firsts.push(first as usize);
         expected = expected.saturating_add((part.bytes() as u64).saturating_mul(pages as u64 - first));
     }
+    if let Some(state) = owner.shape.state().filter(|_| seen > 0) {
+        expected = expected.saturating_add(state.bytes() as u64);
+    }
     if expected != length {
         let expected = format!("{expected} bytes for {tokens} tokens, {seen} of them in the cache");
         return Err(Error::malformed(path, Place::File, format_args!("{length} bytes"), expected));
@@ -277,9 +298,10 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         let found = format!("\"{}\"", magic.escape_ascii());
         return fault("magic", found, format!("\"{}\", the start of every session", MAGIC.escape_ascii()));
     }
-    if version != WHOLE_PAGES && (version != PARTS || owner.shape.parts().len() == 1) {
-        let expected = if owner.shape.parts().len() == 1 { "1, as this model has" } else { "1 or 2" };
-        return fault("version", version.to_string(), expected.to_owned());
+    let newest = version_of(&owner.shape);
+    if version != newest && (newest, version) != (PARTS, WHOLE_PAGES) {
+        let expected = if newest == PARTS { "1 or 2".to_owned() } else { format!("{newest}, as this model has") };
+        return fault("version", version.to_string(), expected);
     }
     let (cache_type, own) = (u32::from_le_bytes(take(&mut rest)), owner.shape.cache_type);
     let hash = blake3::Hash::from(take::<HASH>(&mut rest));
@@ -304,7 +326,7 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         return fault("tokens", tokens.to_string(), format!("at least the {seen} in the cache"));
     }
     let format = match version {
-        PARTS => Format::Parts,
+        PARTS | STATES => Format::Parts,
         _ if old => Format::WholeHeadInt8,
         _ => Format::WholePages,
     };

@@ -227,6 +227,18 @@ impl Loader<'_> {
         self.numbers(name, &tensor, dims.iter().product())
     }
 
+    /// All numbers of a small tensor of this shape, where dimensions of 1 do not count.
+    pub(in crate::model) fn numbers_of(&self, name: &str, dims: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name, format_args!("shape {dims:?}"))?;
+        let large = |dims: &[usize]| dims.iter().copied().filter(|dim| *dim != 1).collect::<Vec<_>>();
+        if large(&tensor.dims) != large(dims) {
+            return Err(self.wrong_shape(name, &tensor.dims, format_args!("{dims:?}")));
+        }
+        let len: usize = dims.iter().product();
+        let rows = Tensor { dims: tensor.dims.clone(), rows: tensor.rows };
+        self.numbers(name, &rows, len)
+    }
+
     /// As [`Loader::vector`], or an empty vector where the file has no such tensor.
     fn optional_vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
         match self.has(name) {
@@ -248,10 +260,9 @@ impl Loader<'_> {
         width: usize,
         eps: f32,
     ) -> Result<Option<Norm>> {
-        let weight_name = format!("{name}.weight");
-        if !self.has(&weight_name) {
-            return Ok(None);
-        }
+        // The second name is that of one norm in files of Falcon-H1.
+        let names = [format!("{name}.weight"), name.to_owned()];
+        let Some(weight_name) = names.into_iter().find(|name| self.has(name)) else { return Ok(None) };
         let weight = self.vector(&weight_name, width)?;
         let bias = match config.family.norm {
             NormKind::Rms => Vec::new(),

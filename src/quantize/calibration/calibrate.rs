@@ -165,7 +165,8 @@ impl<'a> Calibration<'a> {
         }
         // Holds the output of attention first, then the input of the feed-forward networks.
         let mut inputs = self.buffer(heads.max(hidden));
-        let mut moments = visitor.wants(index, Site::AttentionOutput).then(|| Moments::new(heads));
+        let wants = heads > 0 && visitor.wants(index, Site::AttentionOutput);
+        let mut moments = wants.then(|| Moments::new(heads));
         for window in 0..self.windows.len() {
             visitor.step(index, Site::AttentionOutput, window)?;
             let x = self.residual.get(window)?;
@@ -191,6 +192,9 @@ impl<'a> Calibration<'a> {
     fn networks(&mut self, loaded: &mut LoadedLayer, mut inputs: SpillBuffer, visitor: &mut dyn Visitor) -> Result<()> {
         let (layers, hidden, has_both) = (self.layers, self.layers.config().hidden, loaded.has_both());
         let networks = loaded.networks();
+        if networks.is_empty() {
+            return Ok(());
+        }
         let mut choices = Vec::new();
         let mut expert_inputs = self.buffer(if has_both { hidden } else { 0 });
         for window in 0..self.windows.len() {

@@ -11,7 +11,7 @@ use Need::{Dense, If, Never, Sparse};
 use Transform::{LatentKeys, LatentPairs, LatentValues};
 
 /// The projections of latent attention.
-const ATTENTION: &[Entry] = &[
+pub(super) const LATENT_ATTENTION: [Entry; 9] = [
     tensor("attn_q", "self_attn.q_proj")
         .by(LatentPairs)
         .when(Need::Where(|sizes, _| sizes.latent.q_rank == 0))
@@ -38,7 +38,7 @@ pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
     architecture: "deepseek2",
     layer: &[
         NORMS,
-        ATTENTION,
+        &LATENT_ATTENTION,
         &gated(Dense, If("mlp_bias")),
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
         &expert_list("mlp.experts.{e}", Sparse),
@@ -75,7 +75,7 @@ pub(super) const DEEPSEEK_V2: HfFamily = HfFamily {
 pub(super) const DEEPSEEK_V3: HfFamily = HfFamily {
     model_types: &["deepseek_v3"],
     without_influence: &["num_mtp_layers"],
-    layer: &[NORMS, ATTENTION, &gated(Dense, Never), &DEEPSEEK_EXPERTS],
+    layer: &[NORMS, &LATENT_ATTENTION, &gated(Dense, Never), &DEEPSEEK_EXPERTS],
     keys: |keys| {
         keys.sigmoid_router()?;
         latent_keys(keys)
@@ -101,7 +101,7 @@ pub(super) const GLM4_MOE_LITE: HfFamily = HfFamily {
     ..DEEPSEEK_V3
 };
 
-fn latent(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+pub(super) fn latent(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     let latent = LatentSizes {
         q_rank: settings.optional_count(&["q_lora_rank"])?.unwrap_or(0),
         kv_rank: settings.count(&["kv_lora_rank"])?,

@@ -5,7 +5,7 @@ use super::gemma::{GEMMA4, PLAIN_NORMS, PerLayerSizes, per_layer_sizes};
 use super::parts::{NORMS, biased, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::arch::NormKind;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::heads::classifies;
 use crate::model::hf::keys;
 use crate::model::hf::metadata::MetadataWriter;
@@ -415,7 +415,7 @@ pub(super) const EMBEDDING_GEMMA2: HfFamily = HfFamily {
     layer: &[
         &PLAIN_NORMS,
         &default_attention(Copy),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
         &gated(Always, Never),
         &[
             tensor("inp_gate", "ple_block.per_layer_input_gate"),

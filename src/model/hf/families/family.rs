@@ -82,7 +82,11 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) ignored: &'static [&'static str],
     /// What the names of tensors end with that are not needed.
     pub(in crate::model::hf) unused: &'static [&'static str],
+    /// What `#` stands for in names: a layer's mixer.
+    pub(in crate::model::hf) mixer: &'static str,
     pub(in crate::model::hf) norm: NormKind,
+    /// Where the epsilon of norms is, if not under the names that most families have.
+    pub(in crate::model::hf) epsilon: &'static [&'static str],
     pub(in crate::model::hf) activation: ActivationSource,
     pub(in crate::model::hf) rotation: Rotation,
     pub(in crate::model::hf) window: WindowRule,
@@ -93,6 +97,10 @@ pub(in crate::model::hf) struct HfFamily {
     pub(in crate::model::hf) radius: bool,
     /// The family that takes its place where `use_bidirectional_attention` is on.
     pub(in crate::model::hf) bidirectional: Option<&'static HfFamily>,
+    /// Whether layers attend. Otherwise the configuration has no heads and no context length.
+    pub(in crate::model::hf) attends: bool,
+    /// The family that takes its place where the configuration describes another architecture.
+    pub(in crate::model::hf) variant: fn(&Settings) -> Result<Option<&'static HfFamily>>,
     /// Corrects sizes that the family defines differently from most.
     pub(in crate::model::hf) adjust: fn(&Settings, &mut Sizes) -> Result<()>,
     /// Writes the keys that only this family has.
@@ -111,13 +119,17 @@ pub(super) const BASE: HfFamily = HfFamily {
     layer: &[],
     ignored: &[],
     unused: &[],
+    mixer: "",
     norm: NormKind::Rms,
+    epsilon: &[],
     activation: ActivationSource::Under(&["hidden_act"]),
     rotation: Rotation::All,
     window: WindowRule::Never,
     encoder: false,
     radius: true,
     bidirectional: None,
+    attends: true,
+    variant: |_| Ok(None),
     adjust: |_, _| Ok(()),
     keys: |_| Ok(()),
 };

@@ -3,14 +3,15 @@
 use super::family::{ActivationSource, BASE, HfFamily, WindowRule};
 use super::parts::{SCORE, default_attention, gated, head_norms};
 use crate::error::Result;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::heads::is_headless;
 use crate::model::hf::keys;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
 use Need::{Always, If, Never};
-use Transform::{AddOne, Copy, Stack};
+use Transform::{Copy, Stack};
+use Values::AddOne;
 
 /// Gemma Team 2024, arXiv 2403.08295.
 pub(super) const GEMMA: HfFamily = HfFamily {
@@ -18,7 +19,10 @@ pub(super) const GEMMA: HfFamily = HfFamily {
     architecture: "gemma",
     outside: &[TIED],
     layer: &[
-        &[tensor("attn_norm", "input_layernorm").by(AddOne), tensor("ffn_norm", "post_attention_layernorm").by(AddOne)],
+        &[
+            tensor("attn_norm", "input_layernorm").mapped(AddOne),
+            tensor("ffn_norm", "post_attention_layernorm").mapped(AddOne),
+        ],
         &default_attention(Copy),
         &gated(Always, Never),
     ],
@@ -28,7 +32,7 @@ pub(super) const GEMMA: HfFamily = HfFamily {
 };
 
 const TIED: &[Entry] =
-    &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").by(AddOne), OUTPUT, SCORE];
+    &[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm").mapped(AddOne), OUTPUT, SCORE];
 
 /// The output matrix of models whose configuration unties it.
 const OUTPUT: Entry = tensor("output", "@lm_head").when(Need::IfSo(is_untied));
@@ -39,10 +43,10 @@ pub(super) fn is_untied(settings: &Settings) -> Result<bool> {
 }
 
 const FOUR_NORMS: &[Entry] = &[
-    tensor("attn_norm", "input_layernorm").by(AddOne),
-    tensor("post_attention_norm", "post_attention_layernorm").by(AddOne),
-    tensor("ffn_norm", "pre_feedforward_layernorm").by(AddOne),
-    tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
+    tensor("attn_norm", "input_layernorm").mapped(AddOne),
+    tensor("post_attention_norm", "post_attention_layernorm").mapped(AddOne),
+    tensor("ffn_norm", "pre_feedforward_layernorm").mapped(AddOne),
+    tensor("post_ffw_norm", "post_feedforward_layernorm").mapped(AddOne),
 ];
 
 /// Gemma Team 2024, arXiv 2408.00118.
@@ -319,7 +323,7 @@ pub(super) const GEMMA4: HfFamily = HfFamily {
         keys.set("embedding_length_per_layer_input", keys.sizes.per_layer_input as u32);
         keys.set("attention.shared_kv_layers", keys.sizes.shared_kv_layers as u32);
         if keys.sizes.experts > 0 {
-            keys.experts_used("top_k_experts", true)?;
+            keys.experts_used(&["top_k_experts"], true)?;
         }
         keys.copy("final_logit_softcapping", "final_logit_softcapping")
     },

@@ -6,7 +6,7 @@ use super::parts::{
     DEEPSEEK_EXPERTS, EMBEDDING, MERGED_GATED, NORMS, attention, default_attention, expert_list, experts_of_ffn_width,
     first_dense, gated, head_norms, routed, shared_experts, sparse_list, tied_with_bias,
 };
-use crate::model::hf::entry::{Need, Transform, tensor};
+use crate::model::hf::entry::{Need, Transform, Values, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, Dense, If, Never, Sparse};
 use Transform::Copy;
@@ -64,7 +64,7 @@ pub(super) const GLM4_MOE: HfFamily = HfFamily {
 pub(super) const DOTS1: HfFamily = HfFamily {
     model_types: &["dots1"],
     architecture: "dots1",
-    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &gated(Dense, Never), &DEEPSEEK_EXPERTS],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Values::Same), &gated(Dense, Never), &DEEPSEEK_EXPERTS],
     window: WindowRule::From("max_window_layers"),
     adjust: first_dense,
     keys: |keys| keys.sigmoid_router(),
@@ -105,7 +105,7 @@ pub(super) const ERNIE4_5_MOE: HfFamily = HfFamily {
         Ok(())
     },
     keys: |keys| {
-        keys.experts_used("moe_k", true)?;
+        keys.experts_used(&["moe_k"], true)?;
         // Shares of a softmax never have so small a sum.
         if let Some(least) = keys.settings.optional_float(&["moe_norm_min"])?.filter(|least| *least > 1e-6) {
             return Err(keys.settings.unsupported("moe_norm_min", least, "supported: up to 1e-6"));
@@ -140,7 +140,7 @@ pub(super) const HY_V3: HfFamily = HfFamily {
     layer: &[
         NORMS,
         &default_attention(Copy),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
         &gated(Dense, If("mlp_bias")),
         // llama.cpp's name of this bias has no ending.
         &[

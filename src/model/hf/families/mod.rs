@@ -16,6 +16,7 @@ mod olmo;
 mod parts;
 mod phi;
 mod qwen;
+mod recurrent;
 
 pub(super) use family::{ActivationSource, HfFamily, Rotation, WindowRule};
 
@@ -92,6 +93,22 @@ const FAMILIES: &[&HfFamily] = &[
     &encoders::NOMIC_BERT,
     &encoders::JINA_V3,
     &encoders::EMBEDDING_GEMMA2,
+    &recurrent::QWEN3_NEXT,
+    &recurrent::QWEN3_5,
+    &recurrent::QWEN3_5_MOE,
+    &recurrent::OLMO_HYBRID,
+    &recurrent::KIMI_LINEAR,
+    &recurrent::LFM2,
+    &recurrent::LFM2_MOE,
+    &recurrent::GRANITE_HYBRID,
+    &recurrent::BAMBA,
+    &recurrent::NEMOTRON_H,
+    &recurrent::FALCON_H1,
+    &recurrent::MAMBA,
+    &recurrent::MAMBA2,
+    &recurrent::FALCON_MAMBA,
+    &recurrent::JAMBA,
+    &recurrent::RWKV,
 ];
 
 /// Every family that can be read.

@@ -9,12 +9,13 @@ use super::parts::{
 use super::qwen::QWEN2;
 use crate::error::Result;
 use crate::model::arch::NormKind;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerSizes, Size, Sizes};
 use Need::{Always, Dense, If, Never, Sparse};
-use Transform::{AddOne, ColumnsOfPart, Copy, EveryNth, PairNeighbors};
+use Transform::{ColumnsOfPart, Copy, EveryNth, PairNeighbors};
+use Values::AddOne;
 
 /// OpenAI 2025, arXiv 2508.10925.
 pub(super) const GPT_OSS: HfFamily = HfFamily {
@@ -209,7 +210,7 @@ pub(super) const APERTUS: HfFamily = HfFamily {
             tensor("ffn_down", "mlp.down_proj"),
         ],
         &default_attention(Copy),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
     ],
     // Read as keys.
     unused: &[".act_fn.alpha_p", ".act_fn.alpha_n", ".act_fn.beta", ".act_fn.eps"],
@@ -236,13 +237,13 @@ pub(super) const NEMOTRON: HfFamily = HfFamily {
     architecture: "nemotron",
     outside: &[&[
         tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~norm").by(AddOne).bias(Always),
+        tensor("output_norm", "~norm").mapped(AddOne).bias(Always),
         tensor("output", "lm_head").when(Need::Untied),
     ]],
     layer: &[
         &[
-            tensor("attn_norm", "input_layernorm").by(AddOne).bias(Always),
-            tensor("ffn_norm", "post_attention_layernorm").by(AddOne).bias(Always),
+            tensor("attn_norm", "input_layernorm").mapped(AddOne).bias(Always),
+            tensor("ffn_norm", "post_attention_layernorm").mapped(AddOne).bias(Always),
             tensor("ffn_up", "mlp.up_proj").bias(If("mlp_bias")),
             tensor("ffn_down", "mlp.down_proj").bias(If("mlp_bias")),
         ],
@@ -334,7 +335,7 @@ pub(super) const MELLUM: HfFamily = HfFamily {
     layer: &[
         NORMS,
         &default_attention(Copy),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
         &gated(Dense, Never),
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
         &expert_list("mlp.experts.{e}", Sparse),
@@ -356,7 +357,7 @@ pub(super) const LAGUNA: HfFamily = HfFamily {
     layer: &[
         NORMS,
         &default_attention(Copy),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
         &[
             tensor("attn_gate", "self_attn.g_proj").when(Need::IfSo(gates_per_head)).dims(&[Size::Hidden, Size::Heads]),
             tensor("attn_gate", "self_attn.g_proj").when(Need::IfSo(|settings| Ok(!gates_per_head(settings)?))),
@@ -426,10 +427,10 @@ pub(super) const MUSE_GLIMMER: HfFamily = HfFamily {
     },
     layer: &[
         &[
-            tensor("attn_norm", "input_layernorm").by(AddOne),
-            tensor("post_attention_norm", "post_attention_layernorm").by(AddOne),
-            tensor("ffn_norm", "pre_feedforward_layernorm").by(AddOne),
-            tensor("post_ffw_norm", "post_feedforward_layernorm").by(AddOne),
+            tensor("attn_norm", "input_layernorm").mapped(AddOne),
+            tensor("post_attention_norm", "post_attention_layernorm").mapped(AddOne),
+            tensor("ffn_norm", "pre_feedforward_layernorm").mapped(AddOne),
+            tensor("post_ffw_norm", "post_feedforward_layernorm").mapped(AddOne),
             tensor("attn_gate", "self_attn.gate_proj"),
         ],
         &default_attention(PairNeighbors),

@@ -4,7 +4,7 @@ use super::family::{BASE, HfFamily, WindowRule};
 use super::llama::{LLAMA, OLMO2};
 use super::parts::{NORMS, attention, default_attention, expert_list, experts_of_ffn_width, gated, head_norms};
 use crate::model::arch::NormKind;
-use crate::model::hf::entry::{Need, Transform, tensor};
+use crate::model::hf::entry::{Need, Transform, Values, tensor};
 use crate::model::hf::sizes::Size;
 use Need::{Always, If, Never, Unless};
 use Transform::{Copy, PairNeighbors};
@@ -104,7 +104,7 @@ pub(super) const EXAONE4: HfFamily = HfFamily {
     architecture: "exaone4",
     layer: &[
         &attention(Copy, Never, Never),
-        &head_norms(Copy),
+        &head_norms(Values::Same),
         &[
             tensor("post_attention_norm", "post_attention_layernorm"),
             tensor("post_ffw_norm", "post_feedforward_layernorm"),

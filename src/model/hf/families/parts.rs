@@ -1,7 +1,7 @@
 //! Entries that several families share.
 
 use crate::error::Result;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::heads::classifies;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
@@ -72,8 +72,8 @@ pub(super) const fn default_attention(rows: Transform) -> [Entry; 4] {
 }
 
 /// Norms of the queries and keys of each head.
-pub(super) const fn head_norms(transform: Transform) -> [Entry; 2] {
-    [tensor("attn_q_norm", "self_attn.q_norm").by(transform), tensor("attn_k_norm", "self_attn.k_norm").by(transform)]
+pub(super) const fn head_norms(values: Values) -> [Entry; 2] {
+    [tensor("attn_q_norm", "self_attn.q_norm").mapped(values), tensor("attn_k_norm", "self_attn.k_norm").mapped(values)]
 }
 
 /// A feed-forward layer with a gate.

@@ -3,7 +3,7 @@
 use super::family::{BASE, HfFamily, WindowRule};
 use super::parts::{NORMS, attention, default_attention, gated, head_norms};
 use crate::error::Result;
-use crate::model::hf::entry::{Entry, Need, Transform, tensor};
+use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::Sizes;
 use Need::{Always, Dense, If, Never, Sparse};
@@ -19,7 +19,7 @@ pub(super) const QWEN2: HfFamily = HfFamily {
 };
 
 /// Router and experts, and the dense network of layers without experts.
-const EXPERTS: [Entry; 7] = {
+pub(super) const EXPERTS: [Entry; 7] = {
     let [gate, up, down] = gated(Dense, Never);
     [
         tensor("ffn_gate_inp", "mlp.gate").when(Sparse),
@@ -56,7 +56,7 @@ pub(super) const QWEN2_MOE: HfFamily = HfFamily {
 pub(super) const QWEN3: HfFamily = HfFamily {
     model_types: &["qwen3"],
     architecture: "qwen3",
-    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &gated(Always, Never)],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Values::Same), &gated(Always, Never)],
     ..QWEN2
 };
 
@@ -64,7 +64,7 @@ pub(super) const QWEN3: HfFamily = HfFamily {
 pub(super) const QWEN3_MOE: HfFamily = HfFamily {
     model_types: &["qwen3_moe"],
     architecture: "qwen3moe",
-    layer: &[NORMS, &default_attention(Copy), &head_norms(Copy), &EXPERTS],
+    layer: &[NORMS, &default_attention(Copy), &head_norms(Values::Same), &EXPERTS],
     window: WindowRule::Always,
     adjust: sparse_layers,
     keys: |keys| keys.experts(keys.settings.switch("norm_topk_prob", false)?),
@@ -72,7 +72,7 @@ pub(super) const QWEN3_MOE: HfFamily = HfFamily {
 };
 
 /// Every `decoder_sparse_step`-th layer has experts, except for those in `mlp_only_layers`.
-fn sparse_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+pub(super) fn sparse_layers(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     let step = settings.count(&["decoder_sparse_step"])?;
     let without: Vec<u64> = match settings.get("mlp_only_layers") {
         None => Vec::new(),

@@ -6,7 +6,7 @@ use super::layout::Layout;
 use super::parts::Parts;
 use crate::error::Result;
 use crate::format::safetensors::SafeTensors;
-use crate::model::hf::transform::RowOrder;
+use crate::model::hf::rows::RowOrder;
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 

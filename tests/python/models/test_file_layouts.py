@@ -259,7 +259,7 @@ def test_a_period_of_windows_in_that_place_is_read_as_before(tmp_path: Path) -> 
     for path in (out, older.write(tmp_path / "older.gguf")):
         with Model.load(path, quantize=None, threads=1) as model:
             found.append(model.logits(ids))
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_biases_of_hy_3s_router_have_llama_cpps_names(tmp_path: Path) -> None:

@@ -285,6 +285,12 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20, "hidden_size": 84}
         | merged(long(64), short_mscale=1.3, long_mscale=1.3),
     ),
+    "phimoe-longrope-beyond": (
+        "phimoe",
+        PLAIN_GROUPS
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20, "hidden_size": 84}
+        | merged(long(16), short_mscale=1.3, long_mscale=1.3),
+    ),
     "ernie4_5_moe-biases": (
         "ernie4_5_moe",
         PLAIN_GROUPS

@@ -19,10 +19,7 @@ fn configs() -> Vec<Map<String, Value>> {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let list = |folder: &str| std::fs::read_dir(data.join(folder)).unwrap().map(|entry| entry.unwrap().path());
     let encoders = list("encoders").filter(|folder| folder.join("config.json").is_file());
-    let goldens = list("goldens")
-        .chain(encoders)
-        .chain(recurrent)
-        .map(|folder| std::fs::read(folder.join("config.json")).unwrap());
+    let goldens = list("goldens").chain(encoders).map(|folder| std::fs::read(folder.join("config.json")).unwrap());
     let variants = list("variants").map(|file| {
         let bytes = std::fs::read(file).unwrap();
         let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

@@ -16,7 +16,7 @@ use Transform::Stack;
 pub(in crate::model::hf::families) const KIMI_LINEAR: HfFamily = HfFamily {
     model_types: &["kimi_linear"],
     architecture: "kimi-linear",
-    layer: &[NORMS, &DELTA, &only(LATENT_ATTENTION, attends), &gated(Dense, Never), &EXPERTS],
+    layer: &[NORMS, &DELTA, &only(LATENT_ATTENTION, attends), &DENSE, &EXPERTS],
     mixer: "self_attn",
     activation: ActivationSource::Is("silu"),
     rotation: Rotation::None,
@@ -44,6 +44,15 @@ const DELTA: [Entry; 14] = {
         tensor("ssm_norm", "#.o_norm").dims(&[RecurrentHead]),
     ];
     only(entries, recurs)
+};
+
+/// transformers may save layers without experts under the name of those that have them.
+const DENSE: [Entry; 3] = {
+    const GATE: Entry = tensor("ffn_gate", "block_sparse_moe.gate_proj").when(Dense);
+    const UP: Entry = tensor("ffn_up", "block_sparse_moe.up_proj").when(Dense);
+    const DOWN: Entry = tensor("ffn_down", "block_sparse_moe.down_proj").when(Dense);
+    let [gate, up, down] = gated(Dense, Never);
+    [gate.or(&GATE), up.or(&UP), down.or(&DOWN)]
 };
 
 const EXPERTS: [Entry; 9] = {

@@ -37,7 +37,9 @@ class ModelInfo:
     cache_bytes_per_token: int
     """Bytes of KV cache per token. Tokens outside of a window take less."""
     cache_bytes: int
-    """Bytes of KV cache of a sequence that fills the context. A shorter sequence takes less."""
+    """Bytes of KV cache and recurrent states of a sequence that fills the context. A shorter sequence takes less."""
+    state_bytes: int = 0
+    """Bytes of the recurrent states of a sequence, whatever its length. 0 for models of attention alone."""
     embedding_size: int = 0
     """Numbers of an embedding: `hidden_size`, or the width of the last dense module."""
     labels: tuple[str, ...] = ()

@@ -215,6 +215,7 @@ impl Model {
         info.set_item("cache_type", model.cache_type().name())?;
         info.set_item("cache_bytes_per_token", model.cache_bytes_per_token())?;
         info.set_item("cache_bytes", model.cache_bytes())?;
+        info.set_item("state_bytes", model.state_bytes())?;
         Ok(info)
     }
 }

@@ -138,10 +138,14 @@ fn int8_weights_keep_the_likeliest_token_of_every_family() {
             same += pairs.filter(|(exact, found)| top(exact) == top(found)).count();
         }
         // Random weights make near ties common, also between experts, where one tie changes everything after it: of some of the
-        // same checkpoints in Q8_0, llama.cpp keeps 77 (laguna), 85 (hy_v3), 88 (dots1) and 89 percent (gemma4). A tensor that
-        // is packed wrongly leaves hardly any.
-        let sparse = exact.config().experts.count > 0;
-        let bound = if sparse { 0.75 } else { 0.83 };
+        // same checkpoints in Q8_0, llama.cpp keeps 65 (kimi_linear), 70 (qwen3_next), 72 (qwen3_5_moe), 77 (laguna), 85 (hy_v3),
+        // 88 (dots1) and 89 percent (gemma4). A tensor that is packed wrongly leaves hardly any.
+        let config = exact.config();
+        let bound = match (config.experts.count > 0, config.recurrent.is_some()) {
+            (true, true) => 0.6,
+            (true, false) => 0.75,
+            (false, _) => 0.83,
+        };
         let share = same as f64 / count as f64;
         println!("{}: {share:.3}", golden.name);
         if share < bound {

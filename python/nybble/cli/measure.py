@@ -111,8 +111,8 @@ def _speed(
     prompt_rate, steps = length * batch / reading, generate / writing
     # Each weight is multiplied and added once per token, but only the last token of a prompt needs the output layer.
     weights = info.parameters * info.bytes_per_token / info.weight_bytes - info.vocabulary * info.hidden_size
-    # A step reads the weights once, and the KV cache of each sequence.
-    cached = info.cache_bytes_per_token * (length + generate / 2)
+    # A step reads the weights once, and for each sequence the KV cache, and recurrent states, which it also writes.
+    cached = info.cache_bytes_per_token * (length + generate / 2) + 2 * info.state_bytes
     step_bytes = info.bytes_per_token + batch * cached
     return Speed(
         threads=info.threads,

@@ -65,11 +65,13 @@ def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None
 
 def _check_cache(cache_bytes: int, info: ModelInfo) -> None:
     """Refuses a cache smaller than a page, and notes one that is smaller than the context."""
-    tokens = cache_bytes // info.cache_bytes_per_token
-    if tokens < _PAGE_TOKENS:
-        least = f"{_PAGE_TOKENS * info.cache_bytes_per_token / 1e9:.3g}"
-        raise ValueError(f"cache_gb: found {cache_bytes / 1e9:g}, expected at least {least} for {_PAGE_TOKENS} tokens")
+    # A model of recurrent layers alone takes nothing per token. A step computes its states in a second buffer.
+    least = _PAGE_TOKENS * info.cache_bytes_per_token + 2 * info.state_bytes
+    if cache_bytes < least:
+        expected = f"at least {least / 1e9:.3g} for {_PAGE_TOKENS} tokens"
+        raise ValueError(f"cache_gb: found {cache_bytes / 1e9:g}, expected {expected}")
     if cache_bytes < info.cache_bytes:
+        tokens = (cache_bytes - info.state_bytes) // max(info.cache_bytes_per_token, 1)
         capacity = f"{tokens:,} tokens, less than the context of {info.context:,}"
         terminal.note(f"nybble: --cache-gb holds requests of up to {capacity}")
 

@@ -39,8 +39,9 @@ class Driver(Generic[Job]):
     ) -> None:
         native = model._native
         if options.cache_bytes is None:
-            # The session keeps its last page, which the sequence copies.
-            kept = _PAGE * model.info.cache_bytes_per_token if keep_sessions else 0
+            # The session keeps its last page and its states, which the sequence copies.
+            own = _PAGE * model.info.cache_bytes_per_token + model.info.state_bytes
+            kept = own if keep_sessions else 0
             options = options.replace(cache_bytes=memory.for_caches(native) + kept)
         self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)
         self._jobs: dict[int, Job] = {}

@@ -161,6 +161,8 @@ pub struct Family {
     pub recurrent: Option<(MixerKind, RecurrentLayers)>,
     /// Whether consecutive heads of values share a head of keys; otherwise every nth does.
     pub grouped_values: bool,
+    /// Whether each head's query is followed by its gate.
+    pub gated_queries: bool,
     /// The name of the norm before the output matrix.
     pub output_norm: &'static str,
     /// Norm of every layer.
@@ -285,6 +287,7 @@ pub(super) const fn family(name: &'static str) -> Family {
         layers: ATTENTION,
         recurrent: None,
         grouped_values: true,
+        gated_queries: false,
         output_norm: "output_norm",
         norm: NormKind::Rms,
         residual: Residual::Sequential,

@@ -14,9 +14,9 @@ const KIMI: Quirks = Quirks { rotated: Rotated::AllBut(1), latent_norm_eps: Some
 
 pub(super) const FAMILIES: &[Family] = &[
     // Qwen 2025 and 2026: Qwen3-Next, Qwen 3.5 and 3.6. The later files have the heads of values in another order.
-    family("qwen3next").recurrent(GatedDelta, Listed),
-    Family { grouped_values: false, ..family("qwen35").recurrent(GatedDelta, Listed) },
-    Family { grouped_values: false, ..family("qwen35moe").recurrent(GatedDelta, Listed) },
+    Family { gated_queries: true, ..family("qwen3next").recurrent(GatedDelta, Listed) },
+    Family { gated_queries: true, grouped_values: false, ..family("qwen35").recurrent(GatedDelta, Listed) },
+    Family { gated_queries: true, grouped_values: false, ..family("qwen35moe").recurrent(GatedDelta, Listed) },
     // Ai2 2026.
     family("olmo-hybrid").recurrent(GatedDelta, Listed),
     // Kimi Team 2025, arXiv 2510.26692.

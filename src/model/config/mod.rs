@@ -195,7 +195,7 @@ impl Config {
         let extended = keys.optional_count("rope.scaling.extended_context_length")?;
         let longest = longest.max(extended.unwrap_or(0));
         let has_logits = !family.quirks.without_output && keys.flag("generates")?.unwrap_or(true);
-        namespace::check(&keys, latent.is_some())?;
+        namespace::check(&keys, [latent.is_some(), family.recurrent.is_some()])?;
         Ok(Config {
             family,
             context,

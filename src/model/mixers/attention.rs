@@ -336,7 +336,7 @@ impl InProj {
             i => row - i + halves_of_pairs(i, rotary),
         };
         // For each head its query, then its gate.
-        let gated = loader.dims(&name("attn_q.weight")).is_some_and(|dims| dims.get(1) == Some(&(2 * queries)));
+        let gated = config.family.gated_queries;
         let q_order = move |row: usize| if gated { row / dim * dim + halves(row) } else { halves(row) };
         let gate_order = move |row: usize| (row / dim + 1) * dim + row;
         let fused = loader.has(&name("attn_qkv.weight"));

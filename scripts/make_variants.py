@@ -382,7 +382,7 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "mlp_bias": True}
         | {"mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 3, "ssm_state_size": 10, "chunk_size": 16}
         | {"use_bias": True, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2}
-        | {"moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28}
+        | {"moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28, "moe_latent_size": 18}
         | {"routed_scaling_factor": 1.7, "norm_topk_prob": False, "time_step_min": 1e-6, "conv_kernel": 3},
     ),
     "falcon_h1-normed": ("falcon_h1", FALCON_H1 | {"tie_word_embeddings": True}),

@@ -232,6 +232,20 @@ fn prefixes_with_snapshots_are_shared() {
 }
 
 #[test]
+fn states_are_kept_where_prompts_part() {
+    let model = load("mamba2", None, 2);
+    let shared = tokens(700, 1);
+    let jobs: Vec<Job> = (0..8).map(|i| Job::new([&shared[..], &tokens(90, 10 + i)].concat(), greedy(), 5)).collect();
+    let mut scheduler = Scheduler::new(model.clone(), None, SchedulerOptions::default()).unwrap();
+    assert_same(&model, &jobs, &mut scheduler);
+    // The second computes the shared pages again, since the states after them were not kept; the others go on from there.
+    let shared = 700 / PAGE * PAGE;
+    assert_eq!(scheduler.stats().reused_tokens, 6 * shared, "{:?}", scheduler.stats());
+    assert_same(&model, &jobs[3..5], &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, 6 * shared + 2 * (790 / PAGE * PAGE), "{:?}", scheduler.stats());
+}
+
+#[test]
 fn sequences_wait_for_a_prefix_that_another_computes() {
     let model = load("mamba2", None, 2);
     let shared = tokens(600, 1);

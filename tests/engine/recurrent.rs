@@ -261,6 +261,24 @@ fn sequences_wait_for_a_prefix_that_another_computes() {
 }
 
 #[test]
+fn a_draft_model_with_states_goes_back_to_before_its_guesses() {
+    for name in ["mamba2", "qwen3_5"] {
+        let model = load(name, None, 2);
+        let jobs: Vec<Job> = (0..3).map(|i| Job::new(tokens(40 + 9 * i, i as u32), greedy(), 60)).collect();
+        let options = SchedulerOptions::default().with_speculation(Speculation::On);
+        // A model guesses its own tokens, unless what it has computed is wrong; another one guesses badly.
+        let mut scheduler = Scheduler::new(model.clone(), Some(model.clone()), options.clone()).unwrap();
+        assert_same(&model, &jobs, &mut scheduler);
+        let stats = scheduler.stats();
+        assert!(stats.drafted_tokens > 100 && stats.accepted_tokens == stats.drafted_tokens, "{name}: {stats:?}");
+        let other = load("lfm2", None, 2);
+        let mut scheduler = Scheduler::new(model.clone(), Some(other), options).unwrap();
+        assert_same(&model, &jobs, &mut scheduler);
+        assert!(scheduler.stats().drafted_tokens > 100, "{name}");
+    }
+}
+
+#[test]
 fn a_small_cache_changes_no_token() {
     let model = load("mamba2", None, 2);
     let jobs: Vec<Job> = (0..6).map(|i| Job::new(tokens(200 + 70 * i, i as u32), seeded(i as u64), 60)).collect();

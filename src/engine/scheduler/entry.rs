@@ -49,6 +49,8 @@ pub(super) struct Entry {
     pub(super) unused: Vec<u32>,
     /// The draft model's KV cache.
     pub(super) draft_session: Option<Session>,
+    /// The same before the first draft token, for draft models with recurrent states.
+    pub(super) draft_before: Option<Session>,
     /// Pending tokens that this step computes.
     pub(super) rows: usize,
     /// Draft tokens at the end of the pending tokens.
@@ -74,6 +76,7 @@ impl Entry {
             head_acceptance: Acceptance::default(),
             unused: Vec::new(),
             draft_session: None,
+            draft_before: None,
             rows: 0,
             drafted: 0,
             by_head: false,
@@ -134,7 +137,7 @@ impl Entry {
     pub(super) fn reset(&mut self) {
         self.sequence.session.truncate(0);
         self.sequence.pending.clone_from(&self.sequence.tokens);
-        self.draft_session = None;
+        (self.draft_session, self.draft_before) = (None, None);
         (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, ROOT, 0, 0, 0);
         (self.restorable, self.branch) = ((0, ROOT), 0);
     }
@@ -243,7 +246,14 @@ impl Entry {
     /// Removes what the draft model has computed beyond the tokens known.
     pub(super) fn truncate_draft_session(&mut self) {
         if let Some(session) = &mut self.draft_session {
-            session.truncate(self.sequence.tokens.len() - 1);
+            let (known, before) = (self.sequence.tokens.len() - 1, self.draft_before.take());
+            let expected = known.min(session.len());
+            if session.truncate(known) < expected
+                && let Some(mut before) = before
+                && before.truncate(known) > session.len()
+            {
+                *session = before;
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use minijinja::value::{Value, from_args};
 use minijinja::{Error, ErrorKind, State};
 use minijinja_contrib::pycompat;
 
-use super::python::{checked_width, is_space};
+use super::python::{checked_width, is_space, pad};
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -82,18 +82,6 @@ fn rsplit(text: &str, separator: Option<&str>, most: Option<usize>) -> Vec<Strin
         parts.push(rest);
     }
     parts.into_iter().rev().map(str::to_owned).collect()
-}
-
-/// Pads a text as the method of this name does.
-pub(super) fn pad(text: &str, method: &str, width: usize, fill: char) -> Result<String> {
-    let missing = checked_width(width)?.saturating_sub(text.chars().count());
-    let left = match method {
-        "ljust" => 0,
-        "rjust" => missing,
-        _ => missing / 2 + (missing & width & 1),
-    };
-    let filled = |count: usize| String::from(fill).repeat(count);
-    Ok(filled(left) + text + &filled(missing - left))
 }
 
 #[cfg(test)]

@@ -5,8 +5,6 @@ use std::borrow::Cow;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, filters};
 
-use super::methods;
-
 type Result<T> = std::result::Result<T, Error>;
 
 /// Columns of a width or an indentation.
@@ -39,7 +37,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_filter("e", |value: Value| escape(&text(&value)));
     environment.add_filter("wordcount", |value: Value| words(&text(&value)));
     environment.add_filter("center", |value: Value, width: Option<usize>| {
-        methods::pad(&text(&value), "center", width.unwrap_or(80), ' ')
+        pad(&text(&value), "center", width.unwrap_or(80), ' ')
     });
     environment.add_filter("length", length);
     environment.add_filter("count", length);
@@ -103,6 +101,18 @@ fn round(value: Value, precision: Option<usize>, method: Option<&str>) -> Result
         other => return Err(error(format!("round: found {other:?}, expected common, ceil or floor"))),
     };
     Ok(Value::from(rounded))
+}
+
+/// Pads a text as the method of this name does.
+pub(super) fn pad(text: &str, method: &str, width: usize, fill: char) -> Result<String> {
+    let missing = checked_width(width)?.saturating_sub(text.chars().count());
+    let left = match method {
+        "ljust" => 0,
+        "rjust" => missing,
+        _ => missing / 2 + (missing & width & 1),
+    };
+    let filled = |count: usize| String::from(fill).repeat(count);
+    Ok(filled(left) + text + &filled(missing - left))
 }
 
 /// The text with the characters of HTML replaced, as the package markupsafe writes them.

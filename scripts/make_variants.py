@@ -139,7 +139,8 @@ GEMMA3N: Config = GROUPS | {
 
 LIMITS: Config = {"time_step_limit": [1.0, 1.5]}
 MAMBA: Config = {
-    "vocab_size": 67, "hidden_size": 36, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    "vocab_size": 67, "hidden_size": 36, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 0,
 }  # fmt: skip
 # Three groups of two heads.
 MAMBA2: Config = {
@@ -153,6 +154,7 @@ DELTA: Config = GROUPS | {
     "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 10, "linear_value_head_dim": 14,
     "linear_conv_kernel_dim": 3, "num_hidden_layers": 3, "attention_bias": True,
 } | MIXED  # fmt: skip
+PLAIN_DELTA: Config = {key: value for key, value in DELTA.items() if key != "head_dim"}
 TWO: Config = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 FALCON_H1: Config = GROUPS | MAMBA2 | LIMITS | {
     "mamba_d_ssm": 90, "mamba_d_head": 15, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True,
@@ -368,12 +370,16 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         | {"num_experts": 5, "num_experts_per_tok": 2, "mamba_proj_bias": True, "mamba_conv_bias": False}
         | {"mamba_d_state": 5, "mamba_d_conv": 3, "intermediate_size": 20},
     ),
-    "bamba-biases": ("bamba", HYBRID | {"attn_layer_indices": [1], "mlp_bias": True, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "bamba-biases": (
+        "bamba",
+        HYBRID | {"attn_layer_indices": [1], "mlp_bias": True, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
     "granitemoehybrid-rotated": (
         "granitemoehybrid",
         HYBRID
         | MIXED
-        | {"position_embedding_type": "rope", "num_local_experts": 5, "num_experts_per_tok": 2, "mamba_conv_bias": False}
+        | {"position_embedding_type": "rope", "num_local_experts": 5, "num_experts_per_tok": 2}
+        | {"mamba_conv_bias": False}
         | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "shared_intermediate_size": 28},
     ),
     "granitemoehybrid-experts": (
@@ -418,10 +424,10 @@ VARIANTS: dict[str, tuple[str, Config]] = {
     "qwen3_5_moe-heads": ("qwen3_5_moe_text", DELTA | TWO | SHARED | rope(partial_rotary_factor=0.6)),
     "olmo_hybrid-unrotated": (
         "olmo_hybrid",
-        {key: value for key, value in DELTA.items() if key != "head_dim"}
+        PLAIN_DELTA
         | {"hidden_size": 60, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": None}},
     ),
-    "olmo_hybrid-groups": ("olmo_hybrid", {key: value for key, value in DELTA.items() if key != "head_dim"} | rope() | {"hidden_size": 60}),
+    "olmo_hybrid-groups": ("olmo_hybrid", PLAIN_DELTA | rope() | {"hidden_size": 60}),
     "kimi_linear-groups": (
         "kimi_linear",
         LATENT

@@ -16,7 +16,7 @@ fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
 }
 
-/// The checkpoints of which there is a folder and a file of llama.cpp's converter.
+/// The checkpoints with a folder and a file of llama.cpp's converter.
 const NAMES: [&str; 17] = [
     "bamba",
     "falcon_h1",

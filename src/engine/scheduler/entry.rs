@@ -117,7 +117,7 @@ impl Entry {
         stops.filter(|left| *left > 0).fold(rows, usize::min)
     }
 
-    /// Whether the step ends where others may go on.
+    /// Whether the step ends where others may continue.
     pub(super) fn ends_at_snapshot(&self) -> bool {
         [self.branch, self.last_snapshot()].contains(&(self.sequence.session.len() + self.rows))
     }

@@ -28,7 +28,7 @@ pub(super) enum FeedForward {
     Dense(Mlp),
     Experts(Experts),
     Both(DenseAndExperts),
-    /// With a state, which the mixers' room computes.
+    /// A layer with a state, which `mixers` computes.
     ChannelMix(ChannelMix),
     /// Nothing: the layer is a mixer alone.
     None,

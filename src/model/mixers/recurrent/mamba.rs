@@ -254,7 +254,7 @@ impl Mamba {
         let LayerStep { matrix, source, pending, log, .. } = step;
         let (source, records) = (source.as_ref().map(|[_, matrix]| *matrix), log.is_some());
         pass.scope.for_each_chunk_with(matrix, count * panel, columns, count * size, |i, matrix, columns| {
-            // Where the state stays, it goes on in a copy.
+            // Where the state stays, a copy continues.
             let mut copy = COPY.take();
             copy.resize(panel, 0.0);
             for (j, state) in matrix.chunks_exact_mut(panel).enumerate() {

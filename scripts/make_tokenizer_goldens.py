@@ -54,6 +54,28 @@ TALK: list[dict[str, Any]] = [
     {"role": "assistant", "content": " 21 degrees. "},
     {"role": "user", "content": "Thanks"},
 ]
+# What programs send: keys without a value, and reasoning under several names.
+LONG_TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": None}], "name": None},
+    {"role": "assistant", "content": None, "reasoning": "Well\n", "tool_calls": [CALL]},
+    {"role": "tool", "content": {"degrees": 21.0, "far": 1e20, "small": 1e-07, "tiny": -0.5}},
+    {"role": "assistant", "thinking": "So", "content": "Blue "},
+]
+OTHER_TYPES = (
+    "{% for m in messages %}{{ m.content | trim }} {{ m.tool_calls | length }} {{ m.tool_calls is iterable }} "
+    "{{ m.content is sequence }} {{ m | upper }} {{ m.content | string | replace(',', ';', 1) }}\n"
+    "{{ m | tojson(indent=2) | indent(3, true) }}\n{{ m.values() | join('|') }}{% endfor %}"
+)
+KEYS = (
+    "{% for m in messages %}{% for key, value in m.items() %}{{ key }}={{ value }} {{ value | tojson }};{% endfor %}\n{% endfor %}"
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+)
+CONTINUED = [
+    ("content", "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}{{ m.content }}\n{% endfor %}"),
+    ("content", "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}\n{% endfor %}"),
+    ("reasoning_content", "{% for m in messages %}[{{ m.role }}]<{{ m.thinking }}>{{ m.content }}\n{% endfor %}"),
+    ("thinking", "{% for m in messages %}[{{ m.role }}]<{{ m.reasoning_content | trim }}>\n{% endfor %}"),
+]
 # In the style of models' templates.
 TEMPLATES = [
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -123,7 +145,7 @@ def main() -> None:
                     "ends": sorted(tokenizer.eos_ids),
                 }
             )
-    chats = []
+    chats = list[dict[str, Any]]()
     for template in TEMPLATES:
         tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(tokenizer__chat_template=template))
         for prompt in (True, False):
@@ -134,6 +156,21 @@ def main() -> None:
             chats.append(
                 {"template": template, "messages": messages, "prompt": prompt, "variables": rendered, "text": text}
             )
+    for template, field in [(KEYS, None), (OTHER_TYPES, None), *((template, field) for field, template in CONTINUED)]:
+        tokenizer = Tokenizer.from_gguf_metadata(vocabularies.byte_level(tokenizer__chat_template=template))
+        text = tokenizer.apply_chat_template(
+            LONG_TALK, add_generation_prompt=False, continue_final_message=field or False
+        )
+        chats.append(
+            {
+                "template": template,
+                "messages": [json.dumps(message) for message in LONG_TALK],
+                "prompt": False,
+                "continued": field,
+                "variables": {},
+                "text": text,
+            }
+        )
     golden = {"strings": STRINGS, "rules": rules, "files": files, "folders": folders, "chats": chats}
     path = ROOT / "tests" / "data" / "tokenizers.json"
     path.write_text(json.dumps(golden, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")

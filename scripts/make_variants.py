@@ -137,6 +137,32 @@ GEMMA3N: Config = GROUPS | {
     "vocab_size_per_layer_input": 83, "activation_sparsity_pattern": [0.5, 0.0, 0.9], "intermediate_size": 52,
 }  # fmt: skip
 
+LIMITS: Config = {"time_step_limit": [1.0, 1.5]}
+MAMBA: Config = {
+    "vocab_size": 67, "hidden_size": 36, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 0,
+}  # fmt: skip
+# Three groups of two heads.
+MAMBA2: Config = {
+    "mamba_n_heads": 6, "mamba_d_head": 20, "mamba_n_groups": 3, "mamba_d_state": 10, "mamba_d_conv": 3,
+    "mamba_expand": 2, "mamba_chunk_size": 16, "mamba_proj_bias": True,
+}  # fmt: skip
+HYBRID: Config = PLAIN_GROUPS | MAMBA2 | LIMITS | {"num_hidden_layers": 3, "attention_bias": True}
+MIXED: Config = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+# Three heads of values for each head of keys.
+DELTA: Config = GROUPS | {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 10, "linear_value_head_dim": 14,
+    "linear_conv_kernel_dim": 3, "num_hidden_layers": 3, "attention_bias": True,
+} | MIXED  # fmt: skip
+PLAIN_DELTA: Config = {key: value for key, value in DELTA.items() if key != "head_dim"}
+TWO: Config = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+FALCON_H1: Config = GROUPS | MAMBA2 | LIMITS | {
+    "mamba_d_ssm": 90, "mamba_d_head": 15, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True,
+    "attention_bias": True, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.7, "mlp_multipliers": [0.9, 0.8],
+    "key_multiplier": 0.6, "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.1,
+    "ssm_out_multiplier": 0.8, "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2],
+}  # fmt: skip
+
 VARIANTS: dict[str, tuple[str, Config]] = {
     "llama": ("llama", ODD),
     "llama-biases": ("llama", GROUPS | {"attention_bias": True, "mlp_bias": True}),
@@ -285,6 +311,12 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20, "hidden_size": 84}
         | merged(long(64), short_mscale=1.3, long_mscale=1.3),
     ),
+    "phimoe-longrope-beyond": (
+        "phimoe",
+        PLAIN_GROUPS
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 20, "hidden_size": 84}
+        | merged(long(16), short_mscale=1.3, long_mscale=1.3),
+    ),
     "ernie4_5_moe-biases": (
         "ernie4_5_moe",
         PLAIN_GROUPS
@@ -317,6 +349,94 @@ VARIANTS: dict[str, tuple[str, Config]] = {
         | {"num_hidden_layers": 3, "layer_types": SLIDING + FULL + SLIDING, "num_kv_shared_layers": 1}
         | {"attention_bias": True, "vocab_size_per_layer_input": 83, "use_bidirectional_attention": "vision"},
     ),
+    "mamba-biases": (
+        "mamba",
+        MAMBA
+        | {"state_size": 5, "conv_kernel": 3, "expand": 3, "time_step_rank": 7, "use_bias": True}
+        | {"use_conv_bias": False, "tie_word_embeddings": False},
+    ),
+    "falcon_mamba-norms": ("falcon_mamba", MAMBA | {"state_size": 5, "mixer_rms_eps": 0.1, "layer_norm_epsilon": 0.01}),
+    "mamba2-limits": (
+        "mamba2",
+        MAMBA
+        | LIMITS
+        | {"num_heads": 6, "head_dim": 12, "n_groups": 3, "state_size": 10, "conv_kernel": 3, "chunk_size": 16}
+        | {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+    ),
+    "jamba-biases": (
+        "jamba",
+        PLAIN_GROUPS
+        | {"num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_offset": 0}
+        | {"num_experts": 5, "num_experts_per_tok": 2, "mamba_proj_bias": True, "mamba_conv_bias": False}
+        | {"mamba_d_state": 5, "mamba_d_conv": 3, "intermediate_size": 20},
+    ),
+    "bamba-biases": (
+        "bamba",
+        HYBRID | {"attn_layer_indices": [1], "mlp_bias": True, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
+    "granitemoehybrid-rotated": (
+        "granitemoehybrid",
+        HYBRID
+        | MIXED
+        | {"position_embedding_type": "rope", "num_local_experts": 5, "num_experts_per_tok": 2}
+        | {"mamba_conv_bias": False}
+        | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "shared_intermediate_size": 28},
+    ),
+    "granitemoehybrid-experts": (
+        "granitemoehybrid",
+        HYBRID
+        | {"layer_types": ["full_attention"] * 3, "num_local_experts": 3, "num_experts_per_tok": 2}
+        | {"shared_intermediate_size": 28, "logits_scaling": 3.0},
+    ),
+    "nemotron_h-mixed": (
+        "nemotron_h",
+        GROUPS
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "mlp_bias": True}
+        | {"mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 3, "ssm_state_size": 10, "chunk_size": 16}
+        | {"use_bias": True, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2}
+        | {"moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28, "moe_latent_size": 18}
+        | {"routed_scaling_factor": 1.7, "norm_topk_prob": False, "time_step_min": 1e-6, "conv_kernel": 3},
+    ),
+    "falcon_h1-normed": ("falcon_h1", FALCON_H1 | {"tie_word_embeddings": True}),
+    "falcon_h1-gated": ("falcon_h1", FALCON_H1 | {"mamba_norm_before_gate": False, "mamba_conv_bias": False}),
+    "lfm2-biases": (
+        "lfm2",
+        PLAIN_GROUPS
+        | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}
+        | {"conv_L_cache": 5, "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe-plain": (
+        "lfm2_moe",
+        PLAIN_GROUPS
+        | EXPERTS
+        | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "use_expert_bias": False}
+        | {"norm_topk_prob": False, "routed_scaling_factor": 1.7, "num_dense_layers": 1},
+    ),
+    "qwen3_next-dense": (
+        "qwen3_next",
+        DELTA
+        | TWO
+        | SHARED
+        | {"mlp_only_layers": [1], "norm_topk_prob": False, "rms_norm_eps": 0.1}
+        | rope(partial_rotary_factor=0.6),
+    ),
+    "qwen3_5-heads": ("qwen3_5_text", DELTA | {"tie_word_embeddings": True} | rope(partial_rotary_factor=0.6)),
+    "qwen3_5_moe-heads": ("qwen3_5_moe_text", DELTA | TWO | SHARED | rope(partial_rotary_factor=0.6)),
+    "olmo_hybrid-unrotated": (
+        "olmo_hybrid",
+        PLAIN_DELTA
+        | {"hidden_size": 60, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": None}},
+    ),
+    "olmo_hybrid-groups": ("olmo_hybrid", PLAIN_DELTA | rope() | {"hidden_size": 60}),
+    "kimi_linear-groups": (
+        "kimi_linear",
+        LATENT
+        | MIXED
+        | {"linear_num_heads": 3, "linear_head_dim": 10, "linear_conv_kernel_dim": 3, "num_experts": 6}
+        | {"num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2}
+        | {"attention_bias": True, "routed_scaling_factor": 1.7},
+    ),
+    "rwkv-rescaled": ("rwkv", MAMBA | {"num_hidden_layers": 5, "rescale_every": 2, "layer_norm_epsilon": 0.01}),
 }  # fmt: skip
 
 

@@ -384,7 +384,7 @@ impl Scheduler {
             prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
             if entry.rows > 0 {
                 let logits = entry.logits();
-                let keeps_state = self.options.prefix_cache && entry.ends_at_last_snapshot();
+                let keeps_state = self.options.prefix_cache && entry.ends_at_snapshot();
                 let Sequence { session, pending, sampler, .. } = &mut entry.sequence;
                 if self.options.prefix_cache {
                     session.keep_unseen();

@@ -147,11 +147,24 @@ fn describe(config: &Config) -> String {
     };
     let kinds: Vec<LayerKind> = layers.iter().map(|layer| layer.kind).collect();
     let layers: Vec<String> = layers.iter().map(layer).collect();
-    let ExpertsConfig { count, used, normalized, scale, gating, groups, logit_cap: router_cap, tolerance } = experts;
+    let ExpertsConfig {
+        count,
+        used,
+        normalized,
+        scale,
+        gating,
+        groups,
+        logit_cap: router_cap,
+        tolerance,
+        latent: narrow,
+    } = experts;
     let mut experts =
         format!("Experts {{ count: {count:?}, used: {used:?}, normalized: {normalized:?}, scale: {scale:?} }}");
     if (*gating, *groups, *router_cap) != (Gating::Softmax, None, None) {
         experts.push_str(&format!(" {gating:?} {groups:?} {router_cap:?} {tolerance:?}"));
+    }
+    if let Some(width) = narrow {
+        experts.push_str(&format!(" latent: {width:?}"));
     }
     let quirks = &family.quirks;
     let unrotated_period = match quirks.rotated {

@@ -232,6 +232,7 @@ impl Layerwise {
             (Some(_), _) => "altup_router.weight",
             (None, Mixer::AttentionAndMamba2(..)) => "ssm_in.weight",
             (None, Mixer::TimeMix(_)) => "time_mix_key.weight",
+            (None, _) if self.config().experts.latent.is_some() => "ffn_latent_down.weight",
             (None, _) => return Ok(()),
         };
         Err(Error::Unsupported {

@@ -1,5 +1,5 @@
 //! Models with recurrent states: the same bits in any batch, after a fork, from a file, after tokens are taken back, and with
-//! prefixes and guesses.
+//! prefixes and draft tokens.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,7 +62,7 @@ fn pieces_kernels_threads_and_crowds_do_not_change_the_bits() {
                 assert!(found == expected, "{name}: {} on {threads} threads", kernel.name());
             }
         }
-        // Sixteen sessions at different positions, several steps together: long pieces beside single tokens.
+        // Sixteen sessions at different positions, several steps together: long pieces next to single tokens.
         let mut sessions: Vec<Session> = (0..16).map(|_| model.session()).collect();
         let mut seen = [0; 16];
         for step in 0..12 {
@@ -94,12 +94,12 @@ fn the_last_tokens_are_taken_back_and_forks_go_their_own_way() {
         let expected = feed(&model, &mut model.session(), &text);
         let rest = |from: usize| &expected[from * model.vocabulary()..];
         for kept in [0, 1, 5, 8, 9] {
-            // Nine guesses, of which some are right, twice.
+            // Nine draft tokens, some of them right, twice.
             let mut session = model.session();
             feed(&model, &mut session, &text[..50]);
             for start in [50, 50 + kept] {
-                let guess = [&text[start..start + kept], &other[..9 - kept]].concat();
-                feed(&model, &mut session, &guess);
+                let draft = [&text[start..start + kept], &other[..9 - kept]].concat();
+                feed(&model, &mut session, &draft);
                 assert_eq!(session.truncate(start + kept), start + kept, "{name}");
             }
             let mut fork = session.fork();
@@ -232,6 +232,20 @@ fn prefixes_with_snapshots_are_shared() {
 }
 
 #[test]
+fn states_are_kept_where_prompts_part() {
+    let model = load("mamba2", None, 2);
+    let shared = tokens(700, 1);
+    let jobs: Vec<Job> = (0..8).map(|i| Job::new([&shared[..], &tokens(90, 10 + i)].concat(), greedy(), 5)).collect();
+    let mut scheduler = Scheduler::new(model.clone(), None, SchedulerOptions::default()).unwrap();
+    assert_same(&model, &jobs, &mut scheduler);
+    // The second computes the shared pages again, since the states after them were not kept; the others continue from there.
+    let shared = 700 / PAGE * PAGE;
+    assert_eq!(scheduler.stats().reused_tokens, 6 * shared, "{:?}", scheduler.stats());
+    assert_same(&model, &jobs[3..5], &mut scheduler);
+    assert_eq!(scheduler.stats().reused_tokens, 6 * shared + 2 * (790 / PAGE * PAGE), "{:?}", scheduler.stats());
+}
+
+#[test]
 fn sequences_wait_for_a_prefix_that_another_computes() {
     let model = load("mamba2", None, 2);
     let shared = tokens(600, 1);
@@ -243,6 +257,24 @@ fn sequences_wait_for_a_prefix_that_another_computes() {
         // Each computes what follows the last whole page: 25 tokens, and one of its own.
         let computed = scheduler.stats().prompt_tokens;
         assert!(computed <= 601 + 11 * 26, "{computed} tokens with {chunk:?}");
+    }
+}
+
+#[test]
+fn a_draft_model_with_states_goes_back_to_before_its_drafts() {
+    for name in ["mamba2", "qwen3_5"] {
+        let model = load(name, None, 2);
+        let jobs: Vec<Job> = (0..3).map(|i| Job::new(tokens(40 + 9 * i, i as u32), greedy(), 60)).collect();
+        let options = SchedulerOptions::default().with_speculation(Speculation::On);
+        // A model drafts its own tokens, unless what it has computed is wrong; the drafts of another one are bad.
+        let mut scheduler = Scheduler::new(model.clone(), Some(model.clone()), options.clone()).unwrap();
+        assert_same(&model, &jobs, &mut scheduler);
+        let stats = scheduler.stats();
+        assert!(stats.drafted_tokens > 100 && stats.accepted_tokens == stats.drafted_tokens, "{name}: {stats:?}");
+        let other = load("lfm2", None, 2);
+        let mut scheduler = Scheduler::new(model.clone(), Some(other), options).unwrap();
+        assert_same(&model, &jobs, &mut scheduler);
+        assert!(scheduler.stats().drafted_tokens > 100, "{name}");
     }
 }
 

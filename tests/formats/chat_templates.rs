@@ -20,6 +20,9 @@ fn prompts_are_those_of_python() {
         let messages: Vec<Message> =
             list(&chat["messages"]).iter().map(|json| Message::from_json(json.as_str().unwrap()).unwrap()).collect();
         let mut options = ChatOptions::default().with_generation_prompt(chat["prompt"].as_bool().unwrap());
+        if let Some(field) = chat["continued"].as_str() {
+            options = options.with_continued_message(field);
+        }
         for (name, json) in chat["variables"].as_object().unwrap() {
             options = options.with_variable(name, json.as_str().unwrap()).unwrap();
         }
@@ -54,11 +57,37 @@ fn a_refusal_and_a_failure_are_different_errors() {
     let refused = apply("{{ raise_exception('no role ' ~ messages[0].role) }}");
     assert!(matches!(&refused, Error::InvalidArgument { name: "messages", .. }), "{refused}");
     assert!(refused.to_string().contains("no role judge"), "{refused}");
-    for broken in ["{% if %}", "{{ messages[0].content.no_such() }}", "{{ 1 + 'a' }}", "{{ [1] | tojson(indent=99) }}"]
-    {
+    for broken in [
+        "{{ [][::-1] | list }}",
+        "{% if %}",
+        "{{ messages[0].content.no_such() }}",
+        "{{ 1 + 'a' }}",
+        "{{ [1] | tojson(indent=99) }}",
+    ] {
         let failed = apply(broken);
         assert!(matches!(&failed, Error::Malformed { .. }), "{failed}");
         assert!(failed.to_string().starts_with("model.gguf: chat template 'default': found "), "{failed}");
+    }
+}
+
+#[test]
+fn a_message_that_cannot_be_continued_is_refused() {
+    let apply = |template: &str, messages: &[Message], field: &str| {
+        let options = ChatOptions::default().with_continued_message(field);
+        with_template(template).apply_chat_template(messages, &options).unwrap_err().to_string()
+    };
+    let message = [Message::assistant("Hello")];
+    let written = "{{ messages[0].content }}";
+    let image = Message::from_json(r#"{"role": "assistant", "content": [{"image": 1}]}"#).unwrap();
+    for (found, template, messages, field) in [
+        ("no messages", written, &[][..], "content"),
+        ("no such field", written, &message, "reasoning_content"),
+        ("a chat template that does not name it", written, &message, "role"),
+        ("no text", written, &[image], "content"),
+        ("\"content\"", "{# content #}", &message, "content"),
+    ] {
+        let error = apply(template, messages, field);
+        assert!(error.starts_with(&format!("continued message: found {found}, expected ")), "{error}");
     }
 }
 

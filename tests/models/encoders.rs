@@ -71,7 +71,7 @@ fn goldens() -> Vec<Golden> {
     let mut names: Vec<String> = folders.map(|name| name.to_string_lossy().into_owned()).collect();
     names.retain(|name| name != "gguf");
     names.sort();
-    assert_eq!(names.len(), 11);
+    assert_eq!(names.len(), 15);
     names.iter().map(|name| Golden::read(name)).collect()
 }
 

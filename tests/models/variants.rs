@@ -26,7 +26,7 @@ fn variants() -> Vec<Variant> {
     let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/variants");
     let mut files: Vec<_> = std::fs::read_dir(all).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
-    assert_eq!(files.len(), 94);
+    assert_eq!(files.len(), 114);
     let variant = |path: &std::path::PathBuf| {
         let bytes = std::fs::read(path).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();

@@ -19,6 +19,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from nybble.chat.conversation import cut_after_end, mark_end, plain, turns
 from nybble.chat.template_limits import (
     DEFAULT_LIMITS,
     GuardedEnvironment,
@@ -45,6 +46,7 @@ class ChatTemplate:
     def __init__(self, source: str, where: str = "chat template", limits: Limits = DEFAULT_LIMITS) -> None:
         self._where = where
         self._limits = limits
+        self._source = source
         self._code = self._compile(source)
 
     def _compile(self, source: str) -> CodeType:
@@ -57,11 +59,15 @@ class ChatTemplate:
         except Exception as error:  # Jinja and Python's compiler raise many kinds of errors on invalid input.
             raise ModelError(f"{self._where}: {_one_line(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool | str = False, **variables: Any
+    ) -> str:
         """Writes a conversation as a prompt.
 
         Args:
             messages: The turns, `[{"role": "user", "content": "Hello"}]`.
+            continue_final_message: End within the last message, which the model continues, after its content or after
+                the field with this name.
             **variables: More variables of the template. `add_generation_prompt` is false by default.
 
         Returns:
@@ -70,14 +76,25 @@ class ChatTemplate:
         Raises:
             ModelError: The template fails, refuses the messages, or exceeds its limits.
             TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
-            ValueError: A message has no role or no content.
+            ValueError: A message has no role or no content, or the last one cannot be continued.
         """
+        conversation = turns(messages)
+        field = continue_final_message if isinstance(continue_final_message, str) else "content"
+        continued = mark_end(conversation, field, self._source) if continue_final_message else None
+        prompt = self._rendered(conversation, variables)
+        if continued is None:
+            return prompt
+        if (cut := cut_after_end(prompt, continued)) is None:
+            raise ValueError(f"continue_final_message: {self._where} does not write the {field} of the last message")
+        return cut
+
+    def _rendered(self, conversation: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         known = {
             "add_generation_prompt": False,
             "tools": None,
             "documents": None,
-            **variables,
-            "messages": _turns(messages),
+            **{name: plain(value, name) for name, value in variables.items()},
+            "messages": conversation,
         }
         # Each call has its own environment, which counts the steps of this call. Making one is cheap.
         environment = _environment(self._limits)
@@ -90,30 +107,6 @@ class ChatTemplate:
             raise ModelError(f"{self._where}: {error}") from error
         except Exception as error:  # A template may raise anything.
             raise ModelError(f"{self._where} fails: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _turns(messages: object) -> list[dict[str, Any]]:
-    """Returns the messages as dicts, each with a role, and content or what may replace it."""
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
-        raise TypeError(f"messages: found {type(messages).__name__}, expected a list of messages")
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, Mapping):
-            raise TypeError(f'{where}: found {type(message).__name__}, expected a dict with "role" and "content"')
-        for key in ("role", "content"):
-            if key not in message and not (key == "content" and _INSTEAD_OF_CONTENT & message.keys()):
-                keys = ", ".join(repr(each) for each in message) or "none"
-                raise ValueError(f"{where}: found no {key!r} (keys: {keys}), expected a role and content")
-        role, content = message["role"], message.get("content")
-        if not isinstance(role, str):
-            raise TypeError(f"{where}: role: found {type(role).__name__}, expected str")
-        if content is not None and not isinstance(content, (str, Sequence, Mapping)):
-            raise TypeError(f"{where}: content: found {type(content).__name__}, expected str or a list of parts")
-    return [message if isinstance(message, dict) else dict(message) for message in messages]
-
-
-_INSTEAD_OF_CONTENT = {"tool_calls", "function_call", "reasoning_content", "thinking"}
-"""Keys of messages that may have no content."""
 
 
 class _Refused(jinja2.TemplateError):

@@ -68,7 +68,11 @@ class Chatting(Returned, ABC):
         Raises:
             ContextFullError: The conversation does not fit into the context.
             ModelError: The model has no chat template, or the template rejects the messages.
+            ValueError: A message has an image or another part that is not text.
         """
+        from nybble.chat.conversation import check_text_only
+
+        check_text_only(messages)
         return self._next_turn(messages, merge(options, overrides), stream=stream)
 
     @abstractmethod

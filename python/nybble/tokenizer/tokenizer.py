@@ -238,7 +238,8 @@ class Tokenizer(Returned):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
@@ -248,7 +249,10 @@ class Tokenizer(Returned):
 
         Args:
             messages: The turns, `[{"role": "user", "content": "Hello"}]`.
-            add_generation_prompt: End with the beginning of the model's answer.
+            add_generation_prompt: End with the beginning of the model's answer. None does so unless the last message
+                is continued.
+            continue_final_message: End within the last message, which the model continues: after its content, or after
+                the field with this name, such as "reasoning_content".
             template: The name of one of `chat_templates`. None is "tool_use" if there are tools and such a template,
                 and "default" otherwise.
             tools: Descriptions of functions that the model may call, for templates that support them.
@@ -261,14 +265,19 @@ class Tokenizer(Returned):
         Raises:
             ModelError: There is no such template, it is invalid, it refuses the messages, or it exceeds its limits.
             TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
-            ValueError: A message has no role or no content.
+            ValueError: A message has no role or no content, or the last one cannot be continued.
         """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt: found True, expected False with continue_final_message")
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         known = {name: text for name, text in self._special_texts.items() if name not in variables}
         return self._template(template).render(
             messages,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
             **known,

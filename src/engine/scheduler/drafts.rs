@@ -231,8 +231,12 @@ fn ask(
             if round >= wanted[i] {
                 continue;
             }
-            let Entry { draft_session, sequence, drafted, .. } = entry;
+            let Entry { draft_session, draft_before, sequence, drafted, .. } = entry;
             let session = draft_session.get_or_insert_with(|| model.session());
+            // Recurrent states do not go back over several steps.
+            if round == 1 && model.state_bytes() > 0 {
+                *draft_before = Some(session.fork());
+            }
             // After the first round only the last draft token is new to the draft model.
             let new = if round == 0 { &sequence.tokens[session.len()..] } else { &sequence.pending[*drafted..] };
             let is_behind = round == 0 && new.len() > CATCH_UP;

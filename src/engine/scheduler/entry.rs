@@ -39,6 +39,9 @@ pub(super) struct Entry {
     pub(super) block: u64,
     /// The same up to where the cache can restore the recurrent states; without any, the same.
     restorable: (usize, u64),
+    /// Where pages in the cache end that it cannot attach, because there are no recurrent states: it computes them again, and
+    /// keeps the states for others.
+    branch: usize,
     pub(super) acceptance: Acceptance,
     /// That of the drafts of the model's own head.
     pub(super) head_acceptance: Acceptance,
@@ -46,6 +49,8 @@ pub(super) struct Entry {
     pub(super) unused: Vec<u32>,
     /// The draft model's KV cache.
     pub(super) draft_session: Option<Session>,
+    /// The same before the first draft token, for draft models with recurrent states.
+    pub(super) draft_before: Option<Session>,
     /// Pending tokens that this step computes.
     pub(super) rows: usize,
     /// Draft tokens at the end of the pending tokens.
@@ -66,10 +71,12 @@ impl Entry {
             blocks: 0,
             block: ROOT,
             restorable: (0, ROOT),
+            branch: 0,
             acceptance: Acceptance::default(),
             head_acceptance: Acceptance::default(),
             unused: Vec::new(),
             draft_session: None,
+            draft_before: None,
             rows: 0,
             drafted: 0,
             by_head: false,
@@ -105,13 +112,14 @@ impl Entry {
     pub(super) fn rows_to_snapshot(&self, rows: usize) -> usize {
         let session = &self.sequence.session;
         let Some(regular) = session.next_snapshot() else { return rows };
-        let stops = [regular, self.last_snapshot()].into_iter().filter_map(|stop| stop.checked_sub(session.len()));
+        let stops = [regular, self.branch, self.last_snapshot()];
+        let stops = stops.into_iter().filter_map(|stop| stop.checked_sub(session.len()));
         stops.filter(|left| *left > 0).fold(rows, usize::min)
     }
 
-    /// Whether the step ends at the last snapshot of its prompt.
-    pub(super) fn ends_at_last_snapshot(&self) -> bool {
-        self.sequence.session.len() + self.rows == self.last_snapshot()
+    /// Whether the step ends where others may continue.
+    pub(super) fn ends_at_snapshot(&self) -> bool {
+        [self.branch, self.last_snapshot()].contains(&(self.sequence.session.len() + self.rows))
     }
 
     /// The end of the last page of its prompt that others can share.
@@ -129,9 +137,9 @@ impl Entry {
     pub(super) fn reset(&mut self) {
         self.sequence.session.truncate(0);
         self.sequence.pending.clone_from(&self.sequence.tokens);
-        self.draft_session = None;
+        (self.draft_session, self.draft_before) = (None, None);
         (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, ROOT, 0, 0, 0);
-        self.restorable = (0, ROOT);
+        (self.restorable, self.branch) = ((0, ROOT), 0);
     }
 
     /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.
@@ -163,6 +171,10 @@ impl Entry {
         }
         let last = if tokens.is_multiple_of(PAGE) { PAGE } else { tokens % PAGE };
         let count = self.sequence.session.attachable(&pages, last);
+        let whole = tokens / PAGE;
+        if count < whole {
+            self.branch = self.sequence.session.len() + whole * PAGE;
+        }
         let mut reused = 0;
         for (page, number) in pages.iter().zip(numbers).take(count) {
             let held = (tokens - reused).min(PAGE);
@@ -234,7 +246,14 @@ impl Entry {
     /// Removes what the draft model has computed beyond the tokens known.
     pub(super) fn truncate_draft_session(&mut self) {
         if let Some(session) = &mut self.draft_session {
-            session.truncate(self.sequence.tokens.len() - 1);
+            let (known, before) = (self.sequence.tokens.len() - 1, self.draft_before.take());
+            let expected = known.min(session.len());
+            if session.truncate(known) < expected
+                && let Some(mut before) = before
+                && before.truncate(known) > session.len()
+            {
+                *session = before;
+            }
         }
     }
 

@@ -20,7 +20,7 @@ const MODERN_BERT: Quirks = Quirks {
 };
 
 pub(super) const FAMILIES: &[Family] = &[
-    // Devlin et al. 2018, arXiv 1810.04805; also RoBERTa and XLM-RoBERTa.
+    // Devlin et al. 2018, arXiv 1810.04805; also RoBERTa, ELECTRA and DistilBERT.
     family("bert").norm(Layer).position(Learned).activation(Gelu).quirks(QUIRKS),
     // Nussbaum et al. 2024, arXiv 2402.01613.
     family("nomic-bert").norm(Layer).quirks(QUIRKS),
@@ -32,6 +32,8 @@ pub(super) const FAMILIES: &[Family] = &[
     family("gemma-embedding").activation(GeluTanh).quirks(Quirks { bidirectional: true, ..QUIRKS_3 }),
     // Google 2026: EmbeddingGemma 2.
     family("gemma-embedding2").activation(GeluTanh).quirks(Quirks { bidirectional: true, ..QUIRKS_4 }),
+    // Boizard et al. 2025, arXiv 2503.05500.
+    family("eurobert").quirks(Quirks { bidirectional: true, without_output: true, ..DEFAULT_QUIRKS }),
     // Llama models in both directions.
     family("llama-embed").position(RopeAdjacent).quirks(Quirks { bidirectional: true, ..DEFAULT_QUIRKS }),
 ];

@@ -26,6 +26,8 @@ pub struct ExpertsConfig {
     /// How far below the best logit others may be to count, as a share of the larger magnitude. For
     /// [`Gating::SparseMixer`].
     pub tolerance: f32,
+    /// The width that experts compute in, where it is not that of the residual stream.
+    pub latent: Option<usize>,
 }
 
 /// Groups of experts.
@@ -52,6 +54,7 @@ pub(super) fn read(keys: &MetadataReader<'_>, family: &Family) -> Result<Experts
         groups: None,
         logit_cap: None,
         tolerance: 0.0,
+        latent: None,
     };
     // Files of dense models may have a count of 0.
     if keys.get("expert_count").is_none_or(|count| count.as_u64() == Some(0)) {
@@ -67,6 +70,10 @@ pub(super) fn read(keys: &MetadataReader<'_>, family: &Family) -> Result<Experts
     config.scale = keys.positive("expert_weights_scale")?.unwrap_or(1.0);
     config.groups = groups(keys, quirks.group_best, count, used)?;
     config.logit_cap = keys.positive("router_logit_softcapping")?;
+    config.latent = keys.optional_count("moe_latent_size")?;
+    if let Some(width) = config.latent {
+        keys.check("moe_latent_size", width, width <= 1 << 16, "at most 65536")?;
+    }
     if config.gating == Gating::SparseMixer {
         keys.check("expert_used_count", used, used == 2, "2, as its router chooses")?;
         // Twice the noise that training adds. Files of other converters do not have it.

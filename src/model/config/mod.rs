@@ -201,7 +201,9 @@ impl Config {
         let extended = keys.optional_count("rope.scaling.extended_context_length")?;
         let longest = longest.max(extended.unwrap_or(0));
         let has_logits = !family.quirks.without_output && keys.flag("generates")?.unwrap_or(true);
-        namespace::check(&keys, latent.is_some(), family.mtp.is_some())?;
+        // Files of Granite 4 list the sizes of recurrent layers in models without any.
+        let lists_recurrent = family.recurrent.is_some() || matches!(family.name, "granite" | "granitemoe");
+        namespace::check(&keys, [latent.is_some(), lists_recurrent, family.mtp.is_some()])?;
         Ok(Config {
             family,
             context,

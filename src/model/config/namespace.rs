@@ -23,7 +23,6 @@ pub(in crate::model) const READ: &[&str] = &[
     "attention.max_alibi_bias",
     "attention.post_norm_epsilon",
     "attention.qk_norm",
-    "attention.recurrent_layers",
     "attention.rope_pattern",
     "attention.scale",
     "attention.shared_kv_layers",
@@ -53,15 +52,13 @@ pub(in crate::model) const READ: &[&str] = &[
     "expert_weights_norm",
     "expert_weights_scale",
     "final_logit_softcapping",
-    "full_attention_interval",
     "generates",
     "hidden_activation",
-    "kda.head_dim",
     "logit_scale",
+    "moe_latent_size",
     "norm_top_k_prob",
     "output_norm_epsilon",
     "pooling_type",
-    "rescale_every",
     "residual_scale",
     "rope.dimension_count",
     "rope.dimension_count_swa",
@@ -82,6 +79,19 @@ pub(in crate::model) const READ: &[&str] = &[
     "rope.scaling.yarn_log_multiplier",
     "rope.scaling.yarn_truncate",
     "router_logit_softcapping",
+    "use_parallel_residual",
+];
+
+/// Keys that `Config::read` reads for models of latent attention.
+pub(in crate::model) const READ_LATENT: &[&str] =
+    &["attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length_mla"];
+
+/// Keys that `Config::read` reads for models with recurrent layers.
+pub(in crate::model) const READ_RECURRENT: &[&str] = &[
+    "attention.recurrent_layers",
+    "full_attention_interval",
+    "kda.head_dim",
+    "rescale_every",
     "shortconv.l_cache",
     "ssm.beta_scale",
     "ssm.conv_kernel",
@@ -95,12 +105,7 @@ pub(in crate::model) const READ: &[&str] = &[
     "ssm.time_step_max",
     "ssm.time_step_min",
     "ssm.time_step_rank",
-    "use_parallel_residual",
 ];
-
-/// Keys that `Config::read` reads for models of latent attention.
-pub(in crate::model) const READ_LATENT: &[&str] =
-    &["attention.key_length_mla", "attention.kv_lora_rank", "attention.q_lora_rank", "attention.value_length_mla"];
 
 /// Keys that `Config::read` reads for families with heads for multi-token prediction.
 pub(in crate::model) const READ_MTP: &[&str] = &["nextn_predict_layers"];
@@ -142,19 +147,20 @@ pub(in crate::model) const NEUTRAL: &[(&str, &[f64])] = &[
     ("rope.scaling.yarn_ext_factor", &[1.0, -1.0]),
 ];
 
-/// Checks that no key of the family has a meaning that is not computed.
+/// Checks that no key of the family has a meaning that is not computed, in a model with latent attention, recurrent layers, or a head for
+/// multi-token prediction.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) with the key.
-pub(in crate::model) fn check(keys: &MetadataReader<'_>, latent: bool, mtp: bool) -> Result<()> {
+pub(in crate::model) fn check(keys: &MetadataReader<'_>, [latent, recurrent, mtp]: [bool; 3]) -> Result<()> {
     for (key, value) in keys.own() {
         let ignored = |known: &&str| known.strip_suffix('.').map_or(*known == key, |_| key.starts_with(*known));
         let dense = key.strip_prefix("dense_").and_then(|rest| rest.split_once('_'));
         if dense.is_some_and(|(number, rest)| number.parse::<usize>().is_ok() && READ_DENSE.contains(&rest)) {
             continue;
         }
-        let special = (latent && READ_LATENT.contains(&key)) || (mtp && READ_MTP.contains(&key));
-        if READ.contains(&key) || special || WITHOUT_INFLUENCE.iter().any(ignored) {
+        let read = [(true, READ), (latent, READ_LATENT), (recurrent, READ_RECURRENT), (mtp, READ_MTP)];
+        if read.iter().any(|(is_read, list)| *is_read && list.contains(&key)) || WITHOUT_INFLUENCE.iter().any(ignored) {
             continue;
         }
         if let Some((_, neutral)) = NEUTRAL.iter().find(|known| known.0 == key) {

@@ -33,7 +33,7 @@ pub struct RecurrentConfig {
     pub unweighted_norms: Option<f32>,
     /// Epsilon of the norm of the output, where it is not that of the other norms.
     pub norm_eps: Option<f32>,
-    /// Every so many layers, norms count their epsilon four times as much; 0 for never.
+    /// After each group of this many layers, norms count their epsilon four times as much; 0 for never.
     pub rescale_every: usize,
     /// Whether the norm of a gated output comes before the gate.
     pub norm_before_gate: bool,

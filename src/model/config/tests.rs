@@ -6,7 +6,7 @@ use super::*;
 use crate::error::Error;
 use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Checkpoint, Tensor};
-use crate::model::config::namespace::{NEUTRAL, READ, READ_LATENT, READ_MTP, WITHOUT_INFLUENCE};
+use crate::model::config::namespace::{NEUTRAL, READ, READ_LATENT, READ_MTP, READ_RECURRENT, WITHOUT_INFLUENCE};
 
 struct Keys(Metadata);
 
@@ -46,6 +46,21 @@ fn metadata(family: &str) -> Metadata {
             metadata.set(format!("{family}.{key}"), value);
         }
     }
+    if arch::by_name(family).is_some_and(|family| family.recurrent.is_some()) {
+        for (key, value) in [("conv_kernel", 4u32), ("inner_size", 8), ("state_size", 2), ("time_step_rank", 2)] {
+            metadata.set(format!("{family}.ssm.{key}"), value);
+        }
+        metadata.set(format!("{family}.shortconv.l_cache"), 3u32);
+        metadata.set(format!("{family}.kda.head_dim"), 2u32);
+        metadata.set(format!("{family}.attention.head_count_kv"), vec![0u32, 1]);
+    }
+    if family == "kimi-linear" {
+        for key in ["attention.key_length_mla", "attention.value_length_mla"] {
+            metadata.set(format!("{family}.{key}"), 4u32);
+        }
+        metadata.set(format!("{family}.attention.kv_lora_rank"), 2u32);
+        metadata.set(format!("{family}.rope.dimension_count"), 2u32);
+    }
     if family == "deepseek2" {
         metadata.set(format!("{family}.attention.key_length"), 4u32);
         metadata.set(format!("{family}.attention.value_length"), 4u32);
@@ -79,6 +94,11 @@ fn every_key_that_counts_as_read_is_read() {
     }
     for key in READ_LATENT {
         assert!(error("deepseek2", key, wrong()).is_some(), "{key}");
+        assert!(error("llama", key, Value::U32(1)).is_some(), "{key}");
+    }
+    for key in READ_RECURRENT {
+        let families = ["qwen35", "kimi-linear", "lfm2", "mamba", "mamba2", "rwkv4"];
+        assert!(families.iter().any(|family| error(family, key, wrong()).is_some()), "{key}");
         assert!(error("llama", key, Value::U32(1)).is_some(), "{key}");
     }
     for key in READ_MTP {

@@ -18,23 +18,14 @@ use crate::quant::scale_range::ScaleRange;
 /// wanted, they have 8.
 pub fn target(name: &str, dims: &[usize], wanted: BlockType) -> Option<BlockType> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
-    let is_small = [
-        "_norm",
-        "position_embd",
-        "token_types",
-        "ffn_gate_inp",
-        "_inp_shexp",
-        ".bias",
-        ".ssm_a",
-        ".ssm_d",
-        ".shortconv.conv",
-    ]
-    .iter()
-    .any(|end| stem.ends_with(end))
-        || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
-        || [".altup_", ".laurel_", ".ssm_conv1d", ".time_mix_lerp", ".channel_mix_lerp"]
+    let is_small =
+        ["_norm", "position_embd", "token_types", "ffn_gate_inp", ".bias", ".ssm_a", ".ssm_d", ".shortconv.conv"]
             .iter()
-            .any(|part| stem.contains(part));
+            .any(|end| stem.ends_with(end))
+            || ["rope_", "altup_", "per_layer_model_proj", "cls", "dense_"].iter().any(|start| stem.starts_with(start))
+            || [".altup_", ".laurel_", ".ssm_conv1d", ".time_mix_lerp", ".channel_mix_lerp"]
+                .iter()
+                .any(|part| stem.contains(part));
     if dims.len() < 2 || is_small {
         return None;
     }

@@ -75,6 +75,18 @@ impl Mlp {
         suffix: &str,
         expert: Option<(usize, usize)>,
     ) -> Result<Mlp> {
+        Mlp::load_of_width(loader, config, index, suffix, expert, config.hidden)
+    }
+
+    /// As [`Mlp::load`], with inputs and outputs of `hidden` numbers.
+    pub(super) fn load_of_width(
+        loader: &Loader<'_>,
+        config: &Config,
+        index: usize,
+        suffix: &str,
+        expert: Option<(usize, usize)>,
+        hidden: usize,
+    ) -> Result<Mlp> {
         let tensor = |part: &str| Mlp::name(index, part, suffix);
         let dims = |part: &str| loader.dims(&format!("{}.weight", tensor(part)));
         let required =
@@ -86,7 +98,7 @@ impl Mlp {
         let stack = expert.map(|(_, count)| count);
         // The first row of the expert in a tensor that has `rows` rows per expert.
         let first = |rows: usize| expert.map_or(0, |(index, _)| index * rows);
-        let (up_row, down_row, both_row) = (first(width), first(config.hidden), first(2 * width));
+        let (up_row, down_row, both_row) = (first(width), first(hidden), first(2 * width));
         let up_order = move |row| up_row + row;
         let down_order = move |row| down_row + row;
         let (fused_gate, fused_up) = (move |row| both_row + row, move |row| both_row + width + row);
@@ -106,8 +118,8 @@ impl Mlp {
         };
         let is_dense = suffix.is_empty();
         Ok(Mlp {
-            up: loader.linear(&up, config.hidden)?,
-            down: loader.linear(&[part("down", config.hidden, config.hidden, &down_order)], width)?,
+            up: loader.linear(&up, hidden)?,
+            down: loader.linear(&[part("down", hidden, hidden, &down_order)], width)?,
             width,
             inner,
             inner_norm: match is_dense {

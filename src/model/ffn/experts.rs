@@ -16,9 +16,34 @@ use crate::quant::packed::PANEL;
 #[derive(Debug)]
 pub(in crate::model) struct Experts {
     router: Router,
+    /// The projections to and from the width that experts compute in, where that is not the stream's.
+    latent: Option<Latent>,
     /// `(experts)`
     experts: Vec<Mlp>,
     shared: Option<SharedExpert>,
+}
+
+/// A narrower vector that experts read and write.
+#[derive(Debug)]
+struct Latent {
+    width: usize,
+    /// `(width, hidden)`
+    down: Linear,
+    /// `(hidden, width)`
+    up: Linear,
+}
+
+impl Latent {
+    fn load(loader: &Loader<'_>, config: &Config, index: usize, width: usize) -> Result<Latent> {
+        let matrix = |name: &str, rows: usize, columns: usize| {
+            loader.linear(&[Part::new(format!("blk.{index}.{name}"), rows)], columns)
+        };
+        Ok(Latent {
+            width,
+            down: matrix("ffn_latent_down", width, config.hidden)?,
+            up: matrix("ffn_latent_up", config.hidden, width)?,
+        })
+    }
 }
 
 /// An expert that every row uses.
@@ -34,6 +59,8 @@ struct SharedExpert {
 pub(in crate::model) struct Workspace {
     /// `(rows, hidden)`: the input of all experts.
     source: Buffer,
+    /// `(rows, width)`: what experts read instead, and the sum of what they write, in whole panels.
+    latent: [Buffer; 2],
     routing: router::Scratch,
     /// `(rows, experts used)`
     choices: Vec<Choice>,
@@ -48,9 +75,18 @@ pub(in crate::model) struct Workspace {
 }
 
 impl Workspace {
-    /// Allocates memory for `rows` rows: of `hidden` numbers, of inputs of `input` numbers and outputs of `out` numbers.
-    pub(super) fn reserve(&mut self, rows: usize, hidden: usize, input: usize, out: usize) -> Result<()> {
+    /// Allocates memory for `rows` rows: of `hidden` numbers, of inputs of `input` numbers and outputs of `out` numbers, and of
+    /// `latent` numbers that experts compute in.
+    pub(super) fn reserve(
+        &mut self,
+        rows: usize,
+        hidden: usize,
+        input: usize,
+        out: usize,
+        latent: usize,
+    ) -> Result<()> {
         self.source.reserve(rows * hidden)?;
+        self.latent.iter_mut().try_for_each(|buffer| buffer.reserve(rows * latent))?;
         self.out.reserve(rows * out)?;
         self.input.reserve(rows, hidden.max(input))
     }
@@ -66,7 +102,10 @@ impl Experts {
     pub(super) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Experts> {
         let router = Router::load(loader, config, index)?;
         let count = config.experts.count;
-        let experts = (0..count).map(|expert| Mlp::load(loader, config, index, "_exps", Some((expert, count))));
+        let latent = config.experts.latent.map(|width| Latent::load(loader, config, index, width)).transpose()?;
+        let width = latent.as_ref().map_or(config.hidden, |latent| latent.width);
+        let experts =
+            (0..count).map(|expert| Mlp::load_of_width(loader, config, index, "_exps", Some((expert, count)), width));
         let experts = experts.collect::<Result<Vec<_>>>()?;
         for stack in ["gate", "up", "gate_up", "down"] {
             loader.release(&format!("blk.{index}.ffn_{stack}_exps.weight"));
@@ -75,7 +114,7 @@ impl Experts {
             true => Some(SharedExpert::load(loader, config, index)?),
             false => None,
         };
-        Ok(Experts { router, experts, shared })
+        Ok(Experts { router, latent, experts, shared })
     }
 
     /// Reads the weights of an expert again, which may have changed: that of a number, or the shared one.
@@ -89,7 +128,9 @@ impl Experts {
         let count = self.experts.len();
         match (expert, &mut self.shared) {
             (Some(expert), _) => {
-                self.experts[expert] = Mlp::load(loader, config, index, "_exps", Some((expert, count)))?;
+                let width = self.latent.as_ref().map_or(config.hidden, |latent| latent.width);
+                let place = Some((expert, count));
+                self.experts[expert] = Mlp::load_of_width(loader, config, index, "_exps", place, width)?;
             }
             (None, Some(shared)) => shared.mlp = Mlp::load(loader, config, index, "_shexp", None)?,
             (None, None) => {}
@@ -112,6 +153,11 @@ impl Experts {
         self.experts.iter().chain(self.shared())
     }
 
+    /// Width of a row that experts compute in, in whole panels; 0 where it is the stream's.
+    pub(super) fn latent_width(&self) -> usize {
+        self.latent.as_ref().map_or(0, |latent| latent.down.width())
+    }
+
     /// Width of a row of the router's logits.
     pub(super) fn router_width(&self) -> usize {
         self.router.logits.width()
@@ -119,6 +165,7 @@ impl Experts {
 
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let mut all = vec![&self.router.logits];
+        all.extend(self.latent.iter().flat_map(|latent| [&latent.down, &latent.up]));
         all.extend(self.mlps().flat_map(Mlp::linears));
         all.extend(self.shared.iter().filter_map(|shared| shared.gate.as_ref()));
         all
@@ -131,8 +178,13 @@ impl Experts {
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Experts { router, experts, shared } = self;
+        let Experts { router, latent, experts, shared } = self;
         router.fingerprint(hasher);
+        // Hashed only where they exist, so that models without them keep their fingerprints.
+        if let Some(Latent { width: _, down, up }) = latent {
+            hasher.linear(down);
+            hasher.linear(up);
+        }
         experts.iter().for_each(|mlp| mlp.fingerprint(hasher));
         hasher.optional(shared.as_ref(), |hasher, SharedExpert { mlp, gate }| {
             mlp.fingerprint(hasher);
@@ -180,7 +232,43 @@ impl Experts {
         let rows = own.source.len() / hidden;
         let width = hidden.next_multiple_of(PANEL);
         let weighted_input = pass.config.family.quirks.weighted_input;
-        out.resize(rows * width);
+        let Some(latent) = &self.latent else {
+            out.resize(rows * width);
+            self.compute_chosen(pass, dense, own, [hidden, used], weighted_input, out);
+            return self.add_shared(pass, dense, own, out);
+        };
+        // Experts read and write a narrower vector.
+        let [mut narrow, mut sum] = std::mem::take(&mut own.latent);
+        own.input.values.copy_from(&own.source);
+        pass.linear(&latent.down, &mut own.input, &mut sum);
+        narrow.resize(rows * latent.width);
+        for (to, from) in narrow.chunks_exact_mut(latent.width).zip(sum.chunks_exact(latent.down.width())) {
+            to.copy_from_slice(&from[..latent.width]);
+        }
+        std::mem::swap(&mut own.source, &mut narrow);
+        self.compute_chosen(pass, dense, own, [latent.width, used], weighted_input, &mut sum);
+        std::mem::swap(&mut own.source, &mut narrow);
+        own.input.resize(rows, latent.width);
+        for (to, from) in own.input.values.chunks_exact_mut(latent.width).zip(sum.chunks_exact(latent.down.width())) {
+            to.copy_from_slice(&from[..latent.width]);
+        }
+        pass.linear(&latent.up, &mut own.input, out);
+        own.latent = [narrow, sum];
+        self.add_shared(pass, dense, own, out);
+    }
+
+    /// `out (rows, hidden rounded up to panels)`: the weighted sum of the outputs of the experts that were chosen, which read
+    /// `own.source (rows, hidden)`.
+    fn compute_chosen(
+        &self,
+        pass: &Pass<'_>,
+        dense: &mut dense::Workspace,
+        own: &mut Workspace,
+        [hidden, used]: [usize; 2],
+        weighted_input: bool,
+        out: &mut Buffer,
+    ) {
+        let width = hidden.next_multiple_of(PANEL);
         out.fill(0.0);
         for (expert, mlp) in self.experts.iter().enumerate() {
             own.chosen.clear();
@@ -202,7 +290,13 @@ impl Experts {
                 pass.kernel.add_scaled(&mut out[row * width..][..hidden], &output[..hidden], *weight);
             }
         }
+    }
+
+    /// Adds the weighted output of the expert that every row uses to `out (rows, hidden rounded up to panels)`.
+    fn add_shared(&self, pass: &Pass<'_>, dense: &mut dense::Workspace, own: &mut Workspace, out: &mut Buffer) {
         let Some(shared) = &self.shared else { return };
+        let hidden = pass.config.hidden;
+        let width = hidden.next_multiple_of(PANEL);
         own.input.values.copy_from(&own.source);
         shared.weights(pass, &mut own.input, &mut own.out, &mut own.gates);
         shared.mlp.forward(pass, &mut own.input, dense, &mut own.out);

@@ -28,7 +28,7 @@ pub(super) enum FeedForward {
     Dense(Mlp),
     Experts(Experts),
     Both(DenseAndExperts),
-    /// With a state, which the mixers' room computes.
+    /// A layer with a state, which `mixers` computes.
     ChannelMix(ChannelMix),
     /// Nothing: the layer is a mixer alone.
     None,
@@ -83,6 +83,8 @@ pub(super) struct Widths {
     experts: usize,
     /// Outputs of experts that a dense network accompanies. 0 without them.
     both: usize,
+    /// What experts compute in where it is not the stream's width. 0 without.
+    latent: usize,
 }
 
 /// The workspaces of all kinds of feed-forward layers. One that no layer uses stays empty.
@@ -198,7 +200,8 @@ impl FeedForward {
             let up = experts.mlps().map(|mlp| mlp.up.width()).max();
             widths.up = widths.up.max(up.unwrap_or(0));
             let hidden = config.hidden.next_multiple_of(PANEL);
-            widths.experts = widths.experts.max(hidden).max(experts.router_width());
+            widths.experts = widths.experts.max(hidden).max(experts.router_width()).max(experts.latent_width());
+            widths.latent = widths.latent.max(experts.latent_width());
             if dense.is_some() {
                 widths.both = hidden;
             }
@@ -215,7 +218,7 @@ impl Workspace {
         self.dense.up.reserve(rows * widths.up)?;
         self.both.reserve(rows * widths.both)?;
         if widths.experts > 0 {
-            self.experts.reserve(rows, hidden, widths.input, widths.experts)?;
+            self.experts.reserve(rows, hidden, widths.input, widths.experts, widths.latent)?;
         }
         Ok(())
     }

@@ -171,6 +171,9 @@ fn activation(writer: &mut MetadataWriter<'_>, source: ActivationSource) -> Resu
     Ok(())
 }
 
+/// Architectures for which llama.cpp reads a switch per layer, and no period.
+const LISTED_WINDOWS: [&str; 2] = ["gemma4", "granite_swa"];
+
 /// The window of attention, and which layers have one.
 fn window(writer: &mut MetadataWriter<'_>, family: &HfFamily) -> Result<Vec<bool>> {
     let rule = family.window;
@@ -186,8 +189,9 @@ fn window(writer: &mut MetadataWriter<'_>, family: &HfFamily) -> Result<Vec<bool
         writer.set("attention.sliding_window", window as u32);
         if !matches!(rule, WindowRule::Always) || slides.contains(&false) {
             let first = arch::by_name(family.architecture).is_some_and(|family| family.quirks.full_layer_first);
+            let listed = first || LISTED_WINDOWS.contains(&family.architecture);
             writer
-                .set("attention.sliding_window_pattern", if first { slides.clone().into() } else { pattern(&slides) });
+                .set("attention.sliding_window_pattern", if listed { slides.clone().into() } else { pattern(&slides) });
         }
     }
     Ok(slides)

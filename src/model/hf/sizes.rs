@@ -143,7 +143,7 @@ impl Sizes {
         adjust: fn(&Settings, &mut Sizes) -> Result<()>,
     ) -> Result<Sizes> {
         let heads = if attends { settings.count(&["num_attention_heads", "n_head", "n_heads"])? } else { 0 };
-        let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed"])?;
+        let hidden = settings.count(&["hidden_size", "n_embd", "d_model", "n_embed", "dim"])?;
         let optional = |keys: &[&str]| settings.optional_count(keys).map(Option::unwrap_or_default);
         let mut sizes = Sizes {
             layers: layers(settings)?,
@@ -184,7 +184,7 @@ impl Sizes {
             sizes.kv_heads = heads;
         }
         // Heads of latent attention have widths of their own.
-        const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"];
+        const FFN: &[&str] = &["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"];
         match settings.find(FFN) {
             Some((key, Value::Array(_))) => {
                 let count = |size: &Value| size.as_u64().filter(|size| (1..=1 << 24).contains(size));

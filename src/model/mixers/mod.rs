@@ -103,19 +103,11 @@ impl Mixer {
         match self {
             Mixer::Attention(own) => own.reload_in_proj(loader, config, index),
             Mixer::LatentAttention(own) => own.reload_in_proj(loader, config, index),
-            Mixer::GatedDelta(own) => own.reload_in_proj(loader, config, index),
-            Mixer::Mamba(own) => own.reload_in_proj(loader, config, index),
-            Mixer::Mamba2(own) => own.reload_in_proj(loader, config, index),
-            Mixer::ShortConvolution(own) => own.reload_in_proj(loader, config, index),
-            Mixer::TimeMix(own) => {
-                *own = TimeMix::load(loader, config, index)?;
+            // These projections are most of the others.
+            _ => {
+                *self = Mixer::load(loader, config, index)?;
                 Ok(())
             }
-            Mixer::AttentionAndMamba2(attention, mamba) => {
-                attention.reload_in_proj(loader, config, index)?;
-                mamba.reload_in_proj(loader, config, index)
-            }
-            Mixer::None => Ok(()),
         }
     }
 
@@ -127,16 +119,11 @@ impl Mixer {
         match self {
             Mixer::Attention(own) => own.reload_out_proj(loader, config, index),
             Mixer::LatentAttention(own) => own.reload_out_proj(loader, config, index),
-            Mixer::GatedDelta(own) => own.reload_out_proj(loader, config, index),
-            Mixer::Mamba(own) => own.reload_out_proj(loader, config, index),
-            Mixer::Mamba2(own) => own.reload_out_proj(loader, config, index),
-            Mixer::ShortConvolution(own) => own.reload_out_proj(loader, config, index),
-            Mixer::TimeMix(own) => own.reload_out_proj(loader, config, index),
-            Mixer::AttentionAndMamba2(attention, mamba) => {
-                attention.reload_out_proj(loader, config, index)?;
-                mamba.reload_out_proj(loader, config, index)
+            // These projections are most of the others.
+            _ => {
+                *self = Mixer::load(loader, config, index)?;
+                Ok(())
             }
-            Mixer::None => Ok(()),
         }
     }
 

@@ -168,7 +168,7 @@ pub(in crate::model) struct CacheShape {
     layers: Arc<[LayerShape]>,
     parts: Arc<[PartShape]>,
     pub(in crate::model) cache_type: CacheType,
-    /// The states of layers that have one instead of keys and values, or beside them.
+    /// The states of layers that have one, instead of keys and values or in addition to them.
     state: Option<Arc<StateShape>>,
 }
 
@@ -211,8 +211,8 @@ impl CacheShape {
         self.state.as_ref()
     }
 
-    /// Pages from one snapshot of the states to the next. The more, the larger states are beside keys and values, so that
-    /// snapshots take at most about four times as much memory as the pages.
+    /// Pages from one snapshot of the states to the next. The larger states are compared with keys and values, the more, so
+    /// that snapshots take at most about four times as much memory as the pages.
     pub(super) fn snapshot_interval(&self) -> usize {
         let (state, page) = (self.state_bytes(), self.page_bytes().max(1));
         (state / page.saturating_mul(4)).next_power_of_two().clamp(MIN_INTERVAL, MAX_INTERVAL)

@@ -4,7 +4,7 @@
 //!
 //! A short step leaves the state as it was and records its rows in a log, a few vectors each. The next step first applies the
 //! rows that still count, in the same pass in which it reads the state. So the last tokens can be taken back without a
-//! copy: guesses that were wrong, or a step that was interrupted. A long step computes a second buffer, which replaces the
+//! copy: rejected draft tokens, or an interrupted step. A long step computes a second buffer, which replaces the
 //! state when the step has ended.
 
 use std::sync::Arc;
@@ -157,7 +157,7 @@ pub(in crate::model) struct Recurrent {
     /// The state after `base_len` tokens. `None` before the first one: zeros.
     base: Option<Snapshot>,
     base_len: usize,
-    /// The rows after `base_len`, of which the first `pending` count.
+    /// The rows after `base_len`. The first `pending` count.
     log: Log,
     pending: usize,
     /// Layers below this one have applied the pending rows to their part of the base: a step was interrupted.
@@ -185,7 +185,7 @@ impl Recurrent {
         }
     }
 
-    /// The same state, which is copied when one of the two goes on.
+    /// The same state, which is copied when one of the two continues.
     pub(super) fn fork(&self) -> Recurrent {
         Recurrent {
             shape: self.shape.clone(),

@@ -236,3 +236,35 @@ def test_files_of_other_formats_are_refused_by_name(content: bytes, tmp_path: Pa
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=r"m\.gguf"):
         logits(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-moe", "gemma4-k_eq_v", "granite_swa"])
+def test_converted_files_list_windows_where_llama_cpp_reads_a_list(family: str, tmp_path: Path) -> None:
+    _native.convert(GOLDENS / family, tmp_path / "model.gguf", "f32")
+    metadata = _native.GgufFile(tmp_path / "model.gguf").metadata
+    architecture = metadata["general.architecture"]
+    config = json.loads((GOLDENS / family / "config.json").read_text(encoding="utf-8"))
+    kinds = config.get("text_config", config)["layer_types"]
+    listed = metadata[f"{architecture}.attention.sliding_window_pattern"]
+    assert listed == [kind == "sliding_attention" for kind in kinds]
+
+
+def test_a_period_of_windows_in_that_place_is_read_as_before(tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    _native.convert(GOLDENS / "gemma4-moe", out, "f32")
+    older = File.read(out)
+    older.metadata["gemma4.attention.sliding_window_pattern"] = u32(3)
+    ids = golden("gemma4-moe", "input_ids")[0].tolist()
+    found = []
+    for path in (out, older.write(tmp_path / "older.gguf")):
+        with Model.load(path, quantize=None, threads=1) as model:
+            found.append(model.logits(ids))
+    assert np.array_equal(found[0], found[1])
+
+
+def test_biases_of_hy_3s_router_have_llama_cpps_names(tmp_path: Path) -> None:
+    _native.convert(GOLDENS / "hy_v3", tmp_path / "model.gguf", "f32")
+    tensors = _native.GgufFile(tmp_path / "model.gguf").tensors
+    names = [tensor.name for tensor in tensors if "exp_probs" in tensor.name]
+    assert names
+    assert all(name.endswith(".exp_probs_b") for name in names)

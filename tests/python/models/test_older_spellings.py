@@ -36,3 +36,21 @@ def test_the_older_spelling_of_rotations_computes_the_same(family: str, tmp_path
     ids = golden(family, "input_ids")[0].tolist()
     with Model.load(folder, quantize=None, threads=1) as model:
         assert np.abs(model.logits(ids) - golden(family, "logits")[0]).max() <= 2e-3
+
+
+def test_olmo_3_takes_the_base_at_the_top_for_layers_without_a_window(tmp_path: Path) -> None:
+    def nested(config: dict[str, Any]) -> None:
+        config["rope_parameters"]["sliding_attention"]["rope_theta"] = 500000.0
+
+    def published(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")["full_attention"]
+        config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
+
+    ids = golden("olmo3", "input_ids")[0].tolist()
+    found = []
+    for change in (nested, published):
+        folder = copy("olmo3", tmp_path / change.__name__, config=change)
+        with Model.load(folder, quantize=None, threads=1) as model:
+            found.append(model.logits(ids))
+    assert np.array_equal(found[0], found[1])
+    assert np.abs(found[0] - golden("olmo3", "logits")[0]).max() > 0.1, "the base of windows has an effect"

@@ -268,6 +268,7 @@ def test_embeddings_equal_those_of_model_embed(client: openai.OpenAI, tool_model
         ({"response_format": {"type": "json_schema"}}, "response_format", "type json_schema requires json_schema"),
         ({"chat_template_kwargs": {"messages": []}}, None, "must not contain"),
         ({"chat_template_kwargs": {"self": 1, "template": {}}}, None, "must not contain"),
+        ({"chat_template_kwargs": {"continue_final_message": True}}, None, "must not contain"),
         ({"response_format": DEEP}, "response_format", "nested too deeply"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},

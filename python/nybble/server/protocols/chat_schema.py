@@ -47,7 +47,7 @@ class ChosenTool(Strict):
     function: ChosenFunction
 
 
-_RESERVED = frozenset({"self", "messages", "tools", "template", "add_generation_prompt"})
+_RESERVED = frozenset({"self", "messages", "tools", "template", "add_generation_prompt", "continue_final_message"})
 """The variables of chat templates that the server sets itself."""
 
 

@@ -2,7 +2,7 @@
 
 use super::family::{ActivationSource, BASE, HfFamily, Rotation, WindowRule};
 use super::gemma::{GEMMA4, PLAIN_NORMS, PerLayerSizes, per_layer_sizes};
-use super::parts::{biased, default_attention, gated, head_norms};
+use super::parts::{NORMS, biased, default_attention, gated, head_norms};
 use crate::error::Result;
 use crate::model::arch::NormKind;
 use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
@@ -12,7 +12,7 @@ use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{Size, Sizes};
 use Need::{Always, If, IfSo, Never, Optional};
-use Transform::{Copy, SkipPadding};
+use Transform::{Copy, RowsOfPart, SkipPadding};
 
 /// Devlin et al. 2018, arXiv 1810.04805.
 pub(super) const BERT: HfFamily = HfFamily {
@@ -22,19 +22,16 @@ pub(super) const BERT: HfFamily = HfFamily {
     bases: &["bert.", ""],
     outside: &[&embeddings(Copy), &head("~pooler.dense", "classifier")],
     layers: "~encoder.layer.",
-    layer: &[&biased(
-        Always,
-        [
-            ["attn_q", "attention.self.query"],
-            ["attn_k", "attention.self.key"],
-            ["attn_v", "attention.self.value"],
-            ["attn_output", "attention.output.dense"],
-            ["attn_output_norm", "attention.output.LayerNorm"],
-            ["ffn_up", "intermediate.dense"],
-            ["ffn_down", "output.dense"],
-            ["layer_output_norm", "output.LayerNorm"],
-        ],
-    )],
+    layer: &[&post_norm([
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    ])],
     ignored: &["cls.", "pooler.", "bert.pooler.", "embeddings.position_ids", "bert.embeddings.position_ids"],
     norm: NormKind::Layer,
     rotation: Rotation::None,
@@ -46,6 +43,23 @@ pub(super) const BERT: HfFamily = HfFamily {
     keys: bert_keys,
     ..BASE
 };
+
+/// A layer whose norms follow its parts: queries, keys, values, output and norm of attention, then both matrices of the
+/// feed-forward network and its norm.
+const fn post_norm(names: [&'static str; 8]) -> [Entry; 8] {
+    let [q, k, v, output, norm, up, down, last] = names;
+    let names = [
+        ["attn_q", q],
+        ["attn_k", k],
+        ["attn_v", v],
+        ["attn_output", output],
+        ["attn_output_norm", norm],
+        ["ffn_up", up],
+        ["ffn_down", down],
+        ["layer_output_norm", last],
+    ];
+    biased(Always, names)
+}
 
 /// Keys of dropout, and of the initial values.
 const BERT_UNUSED: &[&str] = &["attention_probs_dropout_prob", "hidden_dropout_prob", "tie_word_embeddings"];
@@ -79,7 +93,7 @@ fn bert_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
 /// Conneau et al. 2019, arXiv 1911.02116, and Liu et al. 2019, arXiv 1907.11692. Positions count from the id of the padding
 /// token.
 pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
-    model_types: &["xlm-roberta", "roberta"],
+    model_types: &["xlm-roberta", "roberta", "camembert"],
     bases: &["roberta.", ""],
     outside: &[&embeddings(SkipPadding), &head("classifier.dense", "classifier.out_proj")],
     ignored: &["lm_head.", "pooler.", "roberta.pooler.", "embeddings.position_ids", "roberta.embeddings.position_ids"],
@@ -93,6 +107,145 @@ pub(super) const XLM_ROBERTA: HfFamily = HfFamily {
         sizes.context = context;
         Ok(())
     },
+    ..BERT
+};
+
+/// Clark et al. 2020, arXiv 2003.10555, with embeddings as wide as the layers.
+pub(super) const ELECTRA: HfFamily = HfFamily {
+    model_types: &["electra"],
+    without_influence: &[
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+        "summary_last_dropout",
+        "tie_word_embeddings",
+    ],
+    bases: &["electra.", ""],
+    outside: &[&embeddings(Copy), &head("classifier.dense", "classifier.out_proj")],
+    ignored: &[
+        "discriminator_predictions.",
+        "generator_",
+        "embeddings.position_ids",
+        "electra.embeddings.position_ids",
+    ],
+    keys: |keys| {
+        let [embedding, hidden] = ["embedding_size", "hidden_size"].map(|key| keys.settings.count(&[key]));
+        let (embedding, hidden) = (embedding?, hidden?);
+        if embedding != hidden {
+            let supported = format!("supported: {hidden}, the hidden size");
+            return Err(keys.settings.unsupported("embedding_size", embedding, &supported));
+        }
+        head_of_first_token(keys, "gelu")?;
+        bert_keys(keys)
+    },
+    ..BERT
+};
+
+/// The activation of a head for whole documents that reads the first token.
+fn head_of_first_token(keys: &mut MetadataWriter<'_>, activation: &str) -> Result<()> {
+    match classifies(keys.settings)? {
+        true => keys.head_activation("classifier.activation", "hidden_act", activation),
+        false => Ok(()),
+    }
+}
+
+/// Sanh et al. 2019, arXiv 1910.01108.
+pub(super) const DISTILBERT: HfFamily = HfFamily {
+    model_types: &["distilbert"],
+    without_influence: &["qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds", "tie_word_embeddings"],
+    bases: &["distilbert.", ""],
+    outside: &[
+        &[
+            tensor("token_embd", "~embeddings.word_embeddings"),
+            tensor("position_embd", "~embeddings.position_embeddings"),
+            tensor("token_embd_norm", "~embeddings.LayerNorm").bias(Always),
+        ],
+        &head("pre_classifier", "classifier"),
+    ],
+    layers: "~transformer.layer.",
+    layer: &[&post_norm([
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "sa_layer_norm",
+        "ffn.lin1",
+        "ffn.lin2",
+        "output_layer_norm",
+    ])],
+    ignored: &["vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "distilbert.embeddings.position_ids"],
+    // The class has no key for the epsilon.
+    defaults: &[&[("layer_norm_eps", "1e-12")]],
+    activation: ActivationSource::Under(&["activation"]),
+    adjust: |_, _| Ok(()),
+    keys: |keys| head_of_first_token(keys, "relu"),
+    ..BERT
+};
+
+/// Boizard et al. 2025, arXiv 2503.05500.
+pub(super) const EUROBERT: HfFamily = HfFamily {
+    model_types: &["eurobert"],
+    architecture: "eurobert",
+    without_influence: &["mask_token_id", "tie_word_embeddings"],
+    outside: &[&[tensor("token_embd", "~embed_tokens"), tensor("output_norm", "~norm")], &head("dense", "classifier")],
+    layer: &[NORMS, &default_attention(Copy), &gated(Always, If("mlp_bias"))],
+    ignored: &["lm_head."],
+    encoder: true,
+    keys: |keys| {
+        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "late".to_owned());
+        if !classifies(keys.settings)? {
+            return Ok(());
+        }
+        let number = match pooling.as_str() {
+            "mean" => 1u32,
+            "bos" => 2,
+            other => {
+                let supported = "supported: bos, mean";
+                return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), supported));
+            }
+        };
+        keys.set("classifier.pooling_type", number);
+        head_of_first_token(keys, "gelu")
+    },
+    ..BASE
+};
+
+/// Zhang et al. 2024, arXiv 2407.19669: mGTE.
+pub(super) const GTE: HfFamily = HfFamily {
+    model_types: &["gte"],
+    architecture: "nomic-bert",
+    defaults: &[&[("rope_theta", "1.6e5")]],
+    bases: &["gte.", "new.", "model.", ""],
+    outside: &[
+        &[
+            tensor("token_embd", "~embeddings.word_embeddings"),
+            tensor("token_types", "~embeddings.token_type_embeddings").when(IfSo(has_types)),
+            tensor("token_embd_norm", "~embeddings.LayerNorm").bias(Always),
+        ],
+        &head("~pooler.dense", "classifier"),
+    ],
+    layer: &[
+        &biased(
+            Always,
+            [
+                ["attn_qkv", "attention.qkv_proj"],
+                ["attn_output", "attention.o_proj"],
+                ["attn_output_norm", "attn_ln"],
+                ["ffn_down", "mlp.down_proj"],
+                ["layer_output_norm", "mlp_ln"],
+            ],
+        ),
+        &[
+            tensor("ffn_up", "mlp.up_gate_proj").by(RowsOfPart { part: 0, parts: 2 }),
+            tensor("ffn_gate", "mlp.up_gate_proj").by(RowsOfPart { part: 1, parts: 2 }),
+        ],
+    ],
+    ignored: &["lm_head.", "pooler.", "gte.pooler.", "new.pooler."],
+    rotation: Rotation::All,
+    adjust: |settings, sizes| {
+        sizes.token_types = settings.number(&["type_vocab_size"])?;
+        Ok(())
+    },
+    keys: |_| Ok(()),
     ..BERT
 };
 

@@ -144,7 +144,11 @@ pub(super) const HY_V3: HfFamily = HfFamily {
         &default_attention(Copy),
         &head_norms(Values::Same),
         &gated(Dense, If("mlp_bias")),
-        &routed("mlp.router.gate", "mlp.expert_bias"),
+        // llama.cpp's name of this bias has no ending.
+        &[
+            tensor("ffn_gate_inp", "mlp.router.gate").when(Sparse),
+            tensor("exp_probs_b", "mlp.expert_bias").raw().named("").when(Sparse),
+        ],
         &expert_list("mlp.experts.{e}", Sparse),
         &shared_experts("mlp.shared_mlp", If("mlp_bias")),
     ],

@@ -320,6 +320,12 @@ fn phimoe_magnitude(keys: &mut MetadataWriter<'_>) -> Result<()> {
         return Err(rope.unsupported("long_mscale", long, &supported));
     }
     keys.set("rope.scaling.attn_factor", long as f32);
+    // The class computes with the short factors in any context.
+    let short = keys.tensors.iter().find(|(name, _)| name.starts_with("rope_factors_short")).map(|(_, x)| x.clone());
+    let long = keys.tensors.iter_mut().find(|(name, _)| name.starts_with("rope_factors_long"));
+    if let (Some(short), Some((_, long))) = (short, long) {
+        *long = short;
+    }
     Ok(())
 }
 

@@ -25,8 +25,17 @@ pub(super) const OLMO: HfFamily = HfFamily {
 pub(super) const OLMO3: HfFamily = HfFamily {
     model_types: &["olmo3"],
     window: WindowRule::Period(&["sliding_window_pattern"]),
-    defaults: &[&[("sliding_window_pattern", "4")]],
-    keys: |keys| keys.plain_windows(),
+    defaults: &[&[("sliding_window_pattern", "4"), ("rope_theta", "5e5")]],
+    keys: |keys| {
+        // The class takes `rope_theta` at the top for layers without a window only.
+        let rotation = keys.settings.object("rope_parameters")?;
+        let window = rotation.map(|rotation| rotation.object("sliding_attention")).transpose()?.flatten();
+        let base = window.map(|window| window.optional_float(&["rope_theta"])).transpose()?.flatten();
+        if base.is_none() && keys.windowed.contains(&true) {
+            keys.set("rope.freq_base_swa", 500_000.0f32);
+        }
+        keys.plain_windows()
+    },
     ..OLMO2
 };
 

@@ -109,26 +109,6 @@ impl GatedDelta {
         })
     }
 
-    pub(in crate::model::mixers) fn reload_in_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.in_proj = InProj::load(loader, config, &self.shape, index)?;
-        Ok(())
-    }
-
-    pub(in crate::model::mixers) fn reload_out_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.out_proj = load_out_proj(loader, config, index, self.out_proj.columns())?;
-        Ok(())
-    }
-
     pub(in crate::model::mixers) fn in_proj(&self) -> &Linear {
         &self.in_proj.linear
     }

@@ -1,5 +1,7 @@
 //! Mamba: a state per channel, with a rate of decay for each of its numbers (Gu and Dao 2023, arXiv 2312.00752).
 
+use std::cell::Cell;
+
 use super::{Convolution, Widths, Workspace, advance_tail, panels_of_task, run_of};
 use crate::error::Result;
 use crate::kernels::{Activation, Kernel, SelectiveStep};
@@ -13,6 +15,11 @@ use crate::model::pass::{Pass, TASK_ROWS};
 use crate::model::state::recurrent::{LayerStep, Recurrent};
 use crate::model::weights::loader::{Loader, Part};
 use crate::quant::packed::PANEL;
+
+thread_local! {
+    /// A panel of the state, kept by the thread.
+    static COPY: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// The weights of a Mamba mixer.
 #[derive(Debug)]
@@ -81,26 +88,6 @@ impl Mamba {
             skip: loader.numbers_of(&name("ssm_d"), &[inner])?,
             out_proj: load_out_proj(loader, config, index, inner)?,
         })
-    }
-
-    pub(in crate::model::mixers) fn reload_in_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.in_proj = load_in_proj(loader, config, index, self.inner)?;
-        Ok(())
-    }
-
-    pub(in crate::model::mixers) fn reload_out_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.out_proj = load_out_proj(loader, config, index, self.inner)?;
-        Ok(())
     }
 
     pub(in crate::model::mixers) fn in_proj(&self) -> &Linear {
@@ -267,8 +254,9 @@ impl Mamba {
         let LayerStep { matrix, source, pending, log, .. } = step;
         let (source, records) = (source.as_ref().map(|[_, matrix]| *matrix), log.is_some());
         pass.scope.for_each_chunk_with(matrix, count * panel, columns, count * size, |i, matrix, columns| {
-            // Where the state stays, it goes on in a copy.
-            let mut copy = vec![0.0; if records { panel } else { 0 }];
+            // Where the state stays, a copy continues.
+            let mut copy = COPY.take();
+            copy.resize(panel, 0.0);
             for (j, state) in matrix.chunks_exact_mut(panel).enumerate() {
                 let index = i * count + j;
                 if let Some(source) = source {
@@ -295,6 +283,7 @@ impl Mamba {
                     pass.kernel.selective_step(state, step, output);
                 }
             }
+            COPY.set(copy);
         });
         if let Some(log) = log {
             for (vectors, row) in log.vectors.chunks_exact_mut(parts.query).zip(mixed.chunks_exact(parts.width)) {

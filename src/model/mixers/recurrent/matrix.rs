@@ -189,7 +189,7 @@ impl Rows<'_> {
         }
         for row in 0..len {
             let mixed = &self.mixed[row * parts.width..][..parts.width];
-            // From the second recorded row on, the state goes on in a copy.
+            // From the second recorded row on, a copy of the state continues.
             let state = match (self.records, row) {
                 (false, _) | (true, 0) => &mut *state,
                 (true, 1) => {

@@ -127,16 +127,6 @@ impl TimeMix {
         })
     }
 
-    pub(in crate::model::mixers) fn reload_out_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.out_proj = load_out_proj(loader, config, index, self.out_proj.columns())?;
-        Ok(())
-    }
-
     pub(in crate::model::mixers) fn in_proj(&self) -> &Linear {
         &self.key.linear
     }

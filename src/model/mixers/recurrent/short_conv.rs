@@ -35,26 +35,6 @@ impl ShortConvolution {
         })
     }
 
-    pub(in crate::model::mixers) fn reload_in_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.in_proj = load_in_proj(loader, config, index)?;
-        Ok(())
-    }
-
-    pub(in crate::model::mixers) fn reload_out_proj(
-        &mut self,
-        loader: &Loader<'_>,
-        config: &Config,
-        index: usize,
-    ) -> Result<()> {
-        self.out_proj = load_out_proj(loader, config, index)?;
-        Ok(())
-    }
-
     pub(in crate::model::mixers) fn in_proj(&self) -> &Linear {
         &self.in_proj
     }

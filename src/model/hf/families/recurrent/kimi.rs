@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::families::deepseek::{LATENT_ATTENTION, latent};
 use crate::model::hf::families::family::{ActivationSource, BASE, HfFamily, Rotation};
-use crate::model::hf::families::parts::{NORMS, gated, sparse_list};
+use crate::model::hf::families::parts::{NORMS, sparse_list};
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
@@ -16,7 +16,7 @@ use Transform::Stack;
 pub(in crate::model::hf::families) const KIMI_LINEAR: HfFamily = HfFamily {
     model_types: &["kimi_linear"],
     architecture: "kimi-linear",
-    layer: &[NORMS, &DELTA, &only(LATENT_ATTENTION, attends), &gated(Dense, Never), &EXPERTS],
+    layer: &[NORMS, &DELTA, &only(LATENT_ATTENTION, attends), &NETWORK, &EXPERTS],
     mixer: "self_attn",
     activation: ActivationSource::Is("silu"),
     rotation: Rotation::None,
@@ -44,6 +44,18 @@ const DELTA: [Entry; 14] = {
         tensor("ssm_norm", "#.o_norm").dims(&[RecurrentHead]),
     ];
     only(entries, recurs)
+};
+
+/// Published files name dense layers in one way, transformers writes them in the other.
+const NETWORK: [Entry; 3] = {
+    const fn part(gguf: &'static str, published: &'static str, written: &'static Entry) -> Entry {
+        tensor(gguf, published).when(Dense).bias(Never).or(written)
+    }
+    [
+        part("ffn_gate", "mlp.gate_proj", &tensor("ffn_gate", "block_sparse_moe.gate_proj").when(Dense)),
+        part("ffn_up", "mlp.up_proj", &tensor("ffn_up", "block_sparse_moe.up_proj").when(Dense)),
+        part("ffn_down", "mlp.down_proj", &tensor("ffn_down", "block_sparse_moe.down_proj").when(Dense)),
+    ]
 };
 
 const EXPERTS: [Entry; 9] = {

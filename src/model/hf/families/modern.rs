@@ -342,19 +342,7 @@ pub(super) const MELLUM: HfFamily = HfFamily {
         &[tensor("ffn_gate_inp", "mlp.gate").when(Sparse)],
         &expert_list("mlp.experts.{e}", Sparse),
     ],
-    mtp: Some(HfHead {
-        like: |settings, sizes| {
-            let slides = window_kinds(settings, sizes.layers, WindowRule::ListedOrNone)?;
-            let wanted = mtp_kind(settings, "mtp_layer_types", ["full_attention", "sliding_attention"])?;
-            let wanted = wanted && settings.get("sliding_window").is_some();
-            slides.iter().rposition(|slides| *slides == wanted).ok_or_else(|| {
-                let supported = "supported: a kind of attention that a layer of the model has";
-                settings.unsupported("mtp_layer_types", "another kind of attention than all layers have", supported)
-            })
-        },
-        sparse: |settings| mtp_kind(settings, "mtp_mlp_layer_types", ["dense", "sparse"]),
-        ..MELLUM_HEAD
-    }),
+    mtp: Some(MELLUM_MTP),
     window: WindowRule::ListedOrNone,
     rotation: Rotation::Part,
     adjust: |settings, sizes| sparse_list(settings, sizes, |_| true),
@@ -363,6 +351,21 @@ pub(super) const MELLUM: HfFamily = HfFamily {
         keys.experts(keys.settings.switch("norm_topk_prob", true)?)
     },
     ..QWEN2
+};
+
+/// Its head, whose layer has a window unless the configuration says otherwise.
+const MELLUM_MTP: HfHead = HfHead {
+    like: |settings, sizes| {
+        let slides = window_kinds(settings, sizes.layers, WindowRule::ListedOrNone)?;
+        let wanted = mtp_kind(settings, "mtp_layer_types", ["full_attention", "sliding_attention"])?;
+        let wanted = wanted && settings.get("sliding_window").is_some();
+        slides.iter().rposition(|slides| *slides == wanted).ok_or_else(|| {
+            let supported = "supported: a kind of attention that a layer of the model has";
+            settings.unsupported("mtp_layer_types", "another kind of attention than all layers have", supported)
+        })
+    },
+    sparse: |settings| mtp_kind(settings, "mtp_mlp_layer_types", ["dense", "sparse"]),
+    ..MELLUM_HEAD
 };
 
 /// Which of two kinds the layer of a head has by the first entry of the list under `key`; the second without a list.

@@ -60,7 +60,7 @@ fn expanded(name: &str) -> Vec<String> {
 }
 
 /// Whether a factor is other than 1.
-fn is_scaled(segments: &Vec<Segment>) -> bool {
+fn is_scaled(segments: &[Segment]) -> bool {
     segments.iter().any(|segment| segment.factors != [1.0; 2])
 }
 

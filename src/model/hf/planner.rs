@@ -170,7 +170,9 @@ impl<'a> Planner<'a> {
             Values::Same => None,
             Values::AddOne => Some(Mapping::AddOne),
             Values::NegExp => Some(Mapping::NegExp),
-            Values::Scaled(factors) => Some(factors(self.settings, &self.sizes)?).filter(is_scaled).map(Mapping::Scale),
+            Values::Scaled(factors) => {
+                Some(factors(self.settings, &self.sizes)?).filter(|segments| is_scaled(segments)).map(Mapping::Scale)
+            }
         };
         let parts =
             [(suffixes, weight, dims, transform, mapping), ([".bias", ".bias"], bias, vector, bias_transform, None)];

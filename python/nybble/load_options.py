@@ -79,7 +79,9 @@ class LoadOptions:
     Keys or values beyond 65504 raise `ModelError` with `"f16"`; the others hold them. None is `"f16"`, and `"f32"` for
     models that compute in F32.
     """
-    mtp: bool | None = None
+    mtp: bool | None = field(
+        default=None, metadata=doc("Load the head for multi-token prediction together with the model, or never.")
+    )
     """Load the model's head for multi-token prediction, if the file has one, together with the model.
 
     None loads it from the same file when an engine with `speculation="mtp"` or `"auto"` first needs it. False does not

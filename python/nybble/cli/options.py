@@ -111,6 +111,7 @@ _PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions":
 _NOT_OPTIONS = {
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
+    ("LoadOptions", "mtp"),  # --speculation loads the head where it is needed.
     ("ServeOptions", "cache_bytes"),  # --cache-gb sets it.
 }
 

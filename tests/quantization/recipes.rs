@@ -10,7 +10,7 @@ use nybble::format::gguf::{Gguf, NewTensor, Writer};
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
     AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, SignroundOptions, Target,
-    TensorFormats, auto, quantize,
+    TensorFormats, TensorReport, auto, quantize,
 };
 
 use crate::sources::{self, Stop, golden, source};
@@ -58,12 +58,15 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
 
-/// The checkpoints of all families that can be calibrated: not those with several streams.
+/// Families that cannot be calibrated: with several streams, two mixers in a layer, and feed-forward layers with a state.
+const NOT_CALIBRATED: [&str; 3] = ["falcon_h1", "gemma3n", "rwkv"];
+
+/// The checkpoints of all families that can be calibrated.
 fn calibrated_families() -> Vec<String> {
     let all = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let mut families: Vec<String> = all.filter(|name| name != "gemma3n").collect();
+    let mut families: Vec<String> = all.filter(|name| !NOT_CALIBRATED.contains(&&**name)).collect();
     families.sort();
-    assert_eq!(families.len(), 70);
+    assert_eq!(families.len(), 88);
     families
 }
 
@@ -74,15 +77,17 @@ fn has_experts(source: &Path) -> bool {
 
 #[test]
 fn families_that_cannot_be_calibrated_are_refused_by_name_and_rounded() {
-    let (name, folder) = ("gemma3n", tempfile::tempdir().unwrap());
-    let source = source(&folder, name);
-    let out = folder.path().join("out.gguf");
-    let error = run_forced(&source, &out, &options(gptq())).unwrap_err().to_string();
-    assert!(error.contains("calibration of a model of the family"), "{error}");
-    assert!(!out.exists());
-    run_forced(&source, &out, &options(RTN)).unwrap();
-    let (expected, found) = (logits(&source), logits(&out));
-    assert!(distance(&found, &expected) < distance(&expected, &vec![0.0; expected.len()]), "{name}");
+    for name in NOT_CALIBRATED {
+        let folder = tempfile::tempdir().unwrap();
+        let source = source(&folder, name);
+        let out = folder.path().join("out.gguf");
+        let error = run_forced(&source, &out, &options(gptq())).unwrap_err().to_string();
+        assert!(error.contains("calibration of a model of the family"), "{error}");
+        assert!(!out.exists());
+        run_forced(&source, &out, &options(RTN)).unwrap();
+        let (expected, found) = (logits(&source), logits(&out));
+        assert!(distance(&found, &expected) < distance(&expected, &vec![0.0; expected.len()]), "{name}");
+    }
 }
 
 #[test]
@@ -103,7 +108,9 @@ fn gptq_keeps_the_logits_of_every_family_better_than_rounding() {
                 assert!(tensor.block_type == BlockType::Q4_0 && is_own, "{tensor:?}");
                 assert!(tensor.relative_error.unwrap() < 0.02, "{name}: {tensor:?}");
             }
-            assert!(report.bits_per_weight() == 4.5 || !whole);
+            // What decides how fast states decay has 8 bits.
+            let finer = |tensor: &TensorReport| tensor.name.starts_with("blk.") && tensor.block_type == BlockType::Q8_0;
+            assert!(report.bits_per_weight() == 4.5 || !whole || report.tensors.iter().any(finer));
             distance(&logits(&out), &expected)
         };
         let (rounded, own) = (distance_of(RTN), distance_of(gptq()));
@@ -123,7 +130,9 @@ fn awq_keeps_the_function_of_every_family_when_norms_are_scaled() {
         let expected = logits(&source);
         let out = folder.path().join("out.gguf");
         // Five bits keep the difference small. One tensor has an override, and must be scaled as well.
-        let overrides = vec![("blk.*.ffn_up*".to_owned(), BlockType::F32)];
+        let is_feed_forward = Gguf::open(&source).unwrap().names().iter().any(|name| name.contains(".ffn_up"));
+        let pattern = if is_feed_forward { "blk.*.ffn_up*" } else { "blk.*.ssm_out*" };
+        let overrides = vec![(pattern.to_owned(), BlockType::F32)];
         let formats = options(RTN).formats.with_format(Format::Q5_0).with_overrides(overrides);
         let distance_of = |recipe: Recipe| {
             run_forced(&source, &out, &options(recipe).with_formats(formats.clone())).unwrap();

@@ -1,6 +1,7 @@
 //! Every fault in a model's keys and tensors is a clear error.
 
 use std::io::{Seek, SeekFrom, Write as _};
+use std::path::Path;
 
 use crate::tiny_model::{ODD, Shape, metadata, tensors, write};
 use half::{bf16, f16};
@@ -377,5 +378,31 @@ fn an_unknown_cache_type_is_refused_with_the_known_ones() {
         let error = CacheType::by_name(unknown).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { name: "cache_type", .. }), "{error}");
         assert!(error.to_string().contains("f16, int8 or f32") && error.to_string().contains(unknown), "{error}");
+    }
+}
+
+#[test]
+fn a_tensor_of_another_size_is_an_error_in_recurrent_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf");
+    for name in ["kimi_linear", "qwen3_5", "lfm2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba", "mamba2"] {
+        let file = Gguf::open(data.join(format!("{name}.gguf"))).unwrap();
+        let shapes: Vec<(String, Vec<u64>)> =
+            file.tensors().iter().map(|tensor| (tensor.name().to_owned(), tensor.dims().to_vec())).collect();
+        let parts = ["ssm_", "shortconv", "attn_qkv", "attn_gate"];
+        let own = |name: &str| name.starts_with("blk.0.") && parts.iter().any(|part| name.contains(part));
+        for (i, (tensor, dims)) in shapes.iter().enumerate().filter(|(_, (name, _))| own(name)) {
+            for (d, dim) in dims.iter().enumerate().filter(|(_, dim)| **dim > 1) {
+                for changed in [dim - 1, dim + 32] {
+                    let mut shapes = shapes.clone();
+                    shapes[i].1[d] = changed;
+                    write(&path, file.metadata(), &shapes, BlockType::F32);
+                    let error = Model::load(&path, &LoadOptions::default()).unwrap_err();
+                    let is_named = matches!(&error, Error::Malformed { place: Place::Tensor(_), .. });
+                    assert!(is_named, "{name}: {tensor} {dims:?}, {changed}: {error}");
+                }
+            }
+        }
     }
 }

@@ -84,8 +84,8 @@ impl GatedDelta {
             true => {
                 let matrix =
                     |suffix: &str, columns: usize| loader.linear(&[Part::new(name(suffix), heads * rows)], columns);
-                let width = |suffix: &str| loader.dims(&name(suffix)).and_then(|dims| dims.first().copied());
-                let [gate, output] = ["ssm_f_b.weight", "ssm_g_b.weight"].map(|suffix| width(suffix).unwrap_or(1));
+                let width = |suffix: &str| loader.dims(&name(suffix)).and_then(|dims| dims.get(1).copied());
+                let [gate, output] = ["ssm_f_a.weight", "ssm_g_a.weight"].map(|suffix| width(suffix).unwrap_or(1));
                 Some([matrix("ssm_f_b", gate)?, matrix("ssm_g_b", output)?])
             }
         };

@@ -262,6 +262,9 @@ def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys:
     for name in ("load_seconds", "peak_rss_bytes", "weight_bytes", "cache_bytes"):
         assert found[name] > 0, name
     assert found["peak_rss_bytes"] > found["weight_bytes"]
+    assert found["huge_page_bytes"] is None or found["huge_page_bytes"] >= 0
+    for choice in found["tuning"]:
+        assert choice["kernel"] in choice["gops"], choice
     assert [limit["threads"] for limit in found["limits"]] == [1, 2]
     assert all(limit["bandwidth_gb_s"] > 0 and limit["int8_gops"] > 0 for limit in found["limits"])
     combinations = {(speed["threads"], speed["length"], speed["batch"]) for speed in found["speeds"]}
@@ -269,6 +272,19 @@ def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys:
     assert len(found["speeds"]) == 8
     for speed in found["speeds"]:
         assert all(value > 0 for value in speed.values()), speed
+
+
+def test_bench_shows_what_kernels_were_chosen_by(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble._native.tuning", list)
+    assert "no choice of kernels" in run(capsys, "bench", tiny_file, "--tuning", *FAST)
+    speeds = [("wide", 310.4), ("narrow", 342.0)]
+    monkeypatch.setattr("nybble._native.tuning", lambda: [("int4, groups of 32 with minimums", 64, 2, "narrow", speeds)])
+    lines = run(capsys, "bench", tiny_file, "--tuning", *FAST).splitlines()
+    row = next(line for line in lines if line.startswith("int4, groups of 32"))
+    assert row.split() == "int4, groups of 32 with minimums 64 2 narrow wide 310, narrow 342".split()
+    assert max(map(len, lines)) <= 80
 
 
 def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

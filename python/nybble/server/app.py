@@ -21,7 +21,7 @@ from nybble.server.errors import RESPONSES, ApiError, add_handlers
 from nybble.server.middleware import Middleware
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
-from nybble.server.protocols.completions import CompletionAdapter, CompletionRequest, TextCompletion
+from nybble.server.protocols.completions.adapter import CompletionAdapter, CompletionRequest, TextCompletion
 from nybble.server.protocols.embeddings import EmbeddingRequest, Embeddings, embed
 from nybble.server.protocols.models import (
     GenerationSettings,

@@ -18,7 +18,7 @@ from serving import Running, served
 from nybble import Model
 from nybble.cli import main
 from nybble.server.protocols.chat_schema import ChatRequest
-from nybble.server.protocols.completions import CompletionRequest
+from nybble.server.protocols.completions.adapter import CompletionRequest
 from nybble.server.protocols.embeddings import EmbeddingRequest
 
 CHECKS: list[Any] = [

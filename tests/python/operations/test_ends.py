@@ -25,7 +25,9 @@ STEP = 1 if os.environ.get("NYBBLE_ALL_MOMENTS") else 5
 
 SCRIPT = """
 import os, signal, sys
-from nybble import _native, quantize
+import rich.table, tokenizers
+import nybble.cli.convert, nybble.cli.quantize, nybble.quantization.report_page, nybble.tokenizer.encoders
+from nybble import _native
 from nybble.cli import main
 
 for line in sys.stdin:
@@ -58,7 +60,7 @@ _native.quantize = counting(_native.quantize)
 sys.exit(main(sys.argv[1:]))
 """
 """Runs a command once for each line of its input, and prints the exit code. The command sends itself a signal at one of its
-reports of progress. Each run is a fork, because nybble takes longer to import than the command to run."""
+reports of progress. Each run is a fork, because imports take several times as long as the command."""
 
 COMMANDS = {
     "convert": ["convert", "{source}", "{out}", "--type", "f32", "--force"],

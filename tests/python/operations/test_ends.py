@@ -59,8 +59,8 @@ _native.convert = lambda source, out, kind, progress=None: counting(
 _native.quantize = counting(_native.quantize)
 sys.exit(main(sys.argv[1:]))
 """
-"""Runs a command once for each line of its input, and prints the exit code. The command sends itself a signal at one of its
-reports of progress. Each run is a fork, because imports take several times as long as the command."""
+"""Runs a command once for each line of its input, and prints the exit code. The command sends itself a signal at one of
+its reports of progress. Each run is a fork, because imports take several times as long as the command."""
 
 COMMANDS = {
     "convert": ["convert", "{source}", "{out}", "--type", "f32", "--force"],
@@ -108,10 +108,14 @@ def test_a_command_that_is_ended_leaves_nothing(
         run = _runs(process)
         assert run() == 0
         whole = _contents(folder)
-        for moment in range(1 + SIGNALS.index(number) % STEP, MOMENTS + 1, STEP):
+        codes = []
+        # A conversion of a small model reports twice, the others at all moments.
+        first = 1 + SIGNALS.index(number) % (min(STEP, 2) if name == "convert" else STEP)
+        for moment in range(first, MOMENTS + 1, STEP):
             for path in folder.iterdir():
                 path.unlink()
             code = run(number, moment)
+            codes.append(code)
             assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
             left = set(_contents(folder)) - set(whole)
             if number != signal.SIGKILL:
@@ -120,6 +124,7 @@ def test_a_command_that_is_ended_leaves_nothing(
             if code:
                 assert run() == 0
             assert _contents(folder) == whole, f"{number.name} at report {moment}"
+        assert any(codes), f"no {number.name} has ended the command"
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -61,7 +61,9 @@ def row(family: dict[str, Any], known: dict[str, tuple[str, set[str]]]) -> str:
     source = family.get("try", "FOLDER")
     example = f'`Model.load("{source}").embed(texts)`' if family.get("embeds") else f"`nybble run {source}`"
     names = ", ".join(f"`{name}`" for name in architectures)
-    cells = [f"{family['title']}: {family['includes']}", names, ", ".join(checks), *fits, example]
+    title, includes = family["title"], family["includes"]
+    description = includes if includes.startswith(title) else f"{title}: {includes}"
+    cells = [description, names, ", ".join(checks), *fits, example]
     return "| " + " | ".join(cells) + " |"
 
 

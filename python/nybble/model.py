@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +164,9 @@ class Model(Chatting):
             background = stack.enter_context(_InBackground(lambda: _tokenizer(file, mmap))) if mmap else None
             native = _native.Model.load(file, chosen, report)
         for note in native.notes():
+            # Imported here, as most files need no note, and the module takes longer to import than this one.
+            import logging
+
             logging.getLogger("nybble").warning("%s: %s", original, note)
         tokenizer = _tokenizer(file, mmap) if background is None else background.result()
         return cls._of(native, tokenizer, file, original)

@@ -3,12 +3,20 @@
 
 use std::path::Path;
 
+use nybble::kernels;
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
 
 /// Loads the model at `path`, for sessions of `context` tokens or its default.
 pub(crate) fn load(path: &Path, quantize: Quantize, threads: usize, context: Option<usize>) -> Model {
     let options = LoadOptions::default().with_quantize(quantize).with_threads(threads).with_context(context);
     Model::load(path, &options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Every eighth of `all` if the scalar kernel is the default, otherwise all: for promises that involve a kernel only through
+/// operations whose bits are compared on every kernel. The scalar one takes ten times as long.
+pub(crate) fn sample_if_scalar<T>(all: Vec<T>) -> impl Iterator<Item = T> {
+    let is_scalar = kernels::choose(None).unwrap().name() == "scalar";
+    all.into_iter().step_by(if is_scalar { 8 } else { 1 })
 }
 
 /// Feeds `tokens` to `session` and returns logits (tokens, vocabulary).

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::tiny_model::{ODD, Shape, llama};
+use nybble::Error;
 use nybble::engine::sampler::{Sampled, SamplingOptions};
 use nybble::engine::{Scheduler, SchedulerOptions, Sequence, step};
 use nybble::model::{CacheType, LoadOptions, Model};
@@ -95,12 +97,44 @@ pub(crate) fn finish(scheduler: &mut Scheduler) -> HashMap<u64, Vec<Sampled>> {
     written
 }
 
+/// Steps until all sequences have left, and interrupts most steps, each a little later. `after_step` sees what has been
+/// written. Returns the tokens of each sequence.
+pub(crate) fn finish_interrupted(
+    scheduler: &mut Scheduler,
+    mut after_step: impl FnMut(&mut Scheduler, &HashMap<u64, Vec<Sampled>>),
+) -> HashMap<u64, Vec<Sampled>> {
+    let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
+    let mut interruptions = 0;
+    for after in (0..7).cycle() {
+        if scheduler.is_idle() {
+            break;
+        }
+        let asked = AtomicUsize::new(0);
+        match scheduler.step(&|| after > 0 && asked.fetch_add(1, Ordering::Relaxed) == after - 1) {
+            Ok(events) => {
+                events.into_iter().for_each(|e| written.entry(e.id).or_default().push(e.result.unwrap()));
+                after_step(scheduler, &written);
+            }
+            Err(Error::Interrupted) => interruptions += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(interruptions > 10);
+    written
+}
+
 /// Runs all jobs together and checks that each gets the tokens that it gets alone.
 pub(crate) fn assert_same(model: &Arc<Model>, jobs: &[Job], scheduler: &mut Scheduler) {
+    let alone: Vec<_> = jobs.iter().map(|job| job.alone(model)).collect();
+    assert_written(model, jobs, &alone, scheduler);
+}
+
+/// Runs all jobs together and checks that each gets its tokens in `expected`.
+pub(crate) fn assert_written(model: &Arc<Model>, jobs: &[Job], expected: &[Vec<Sampled>], scheduler: &mut Scheduler) {
     let submit = |job: &Job| scheduler.submit(job.sequence(model), job.limit).unwrap();
     let ids: Vec<u64> = jobs.iter().map(submit).collect();
     let written = finish(scheduler);
-    for (i, (id, job)) in ids.iter().zip(jobs).enumerate() {
-        assert!(written[id] == job.alone(model), "job {i}");
+    for (i, (id, expected)) in ids.iter().zip(expected).enumerate() {
+        assert!(written[id] == *expected, "job {i}");
     }
 }

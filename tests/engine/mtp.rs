@@ -1,13 +1,9 @@
 //! Draft tokens of a model's own head: as many are accepted as the goldens say, and no token changes.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::jobs::{Job, assert_same, greedy, scheduler, seeded};
+use crate::jobs::{Job, assert_same, assert_written, finish_interrupted, greedy, scheduler, seeded};
 use crate::mtp_goldens::{GENERATED, MtpGolden, mtp_goldens};
-use nybble::Error;
-use nybble::engine::sampler::Sampled;
 use nybble::engine::{Scheduler, SchedulerOptions, Speculation};
 use nybble::model::{LoadOptions, Model, Quantize};
 
@@ -62,6 +58,7 @@ fn drafts_of_a_head_never_change_a_token_in_any_batch() {
         let jobs = jobs(&golden);
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let model = load(&golden, quantize);
+            let alone: Vec<_> = jobs.iter().map(|job| job.alone(&model)).collect();
             for (speculation, draft_tokens) in [
                 (Speculation::Mtp, Some(1)),
                 (Speculation::Mtp, Some(3)),
@@ -76,9 +73,9 @@ fn drafts_of_a_head_never_change_a_token_in_any_batch() {
                         .with_prefix_cache(prefix_cache)
                         .with_max_batch(max_batch);
                     let mut scheduler = scheduler(&model, options);
-                    assert_same(&model, &jobs, &mut scheduler);
+                    assert_written(&model, &jobs, &alone, &mut scheduler);
                     // Again, with what is in the prefix cache.
-                    assert_same(&model, &jobs, &mut scheduler);
+                    assert_written(&model, &jobs, &alone, &mut scheduler);
                     let stats = scheduler.stats();
                     assert!(stats.drafted_tokens > 100, "{stats:?}");
                     let share = stats.accepted_tokens as f64 / stats.drafted_tokens as f64;
@@ -165,26 +162,12 @@ fn interrupted_steps_preemption_and_cancellation_change_no_token() {
         let limit = 9 * model.cache_bytes_per_page() * 3 / 2;
         let mut scheduler = scheduler(&model, options(3).with_prefill_chunk(20).with_cache_bytes(limit));
         let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
-        let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
-        let mut interruptions = 0;
-        for after in (0..7).cycle() {
-            if scheduler.is_idle() {
-                break;
+        let written = finish_interrupted(&mut scheduler, |scheduler, written| {
+            if written.get(&ids[4]).is_some_and(|written| written.len() > 9) {
+                scheduler.cancel(ids[4]);
             }
-            let asked = AtomicUsize::new(0);
-            match scheduler.step(&|| after > 0 && asked.fetch_add(1, Ordering::Relaxed) == after - 1) {
-                Ok(events) => {
-                    events.into_iter().for_each(|e| written.entry(e.id).or_default().push(e.result.unwrap()));
-                    if written.get(&ids[4]).is_some_and(|written| written.len() > 9) {
-                        scheduler.cancel(ids[4]);
-                    }
-                    assert!(scheduler.stats().cache_bytes < 2 * limit);
-                }
-                Err(Error::Interrupted) => interruptions += 1,
-                Err(error) => panic!("{error}"),
-            }
-        }
-        assert!(interruptions > 10);
+            assert!(scheduler.stats().cache_bytes < 2 * limit);
+        });
         for (id, job) in ids.iter().zip(&jobs) {
             let alone = job.alone(&model);
             assert!(written[id] == alone[..written[id].len()], "{}", golden.name);

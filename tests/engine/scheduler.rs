@@ -1,9 +1,10 @@
 //! The scheduler: sequences in a batch get bit-identical tokens to those they get alone, and share common prefixes.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::jobs::{Job, PAGE, assert_same, finish, greedy, jobs, limited, load, load_as, scheduler, seeded, tokens};
+use crate::jobs::{
+    Job, PAGE, assert_same, finish, finish_interrupted, greedy, jobs, limited, load, load_as, scheduler, seeded, tokens,
+};
 use crate::tiny_model::{ODD, Shape};
 use nybble::Error;
 use nybble::engine::sampler::Sampled;
@@ -408,22 +409,7 @@ fn an_interrupted_step_can_be_repeated() {
         let mut scheduler = Scheduler::new(model.clone(), draft, options).unwrap();
         let jobs = jobs(6);
         let ids: Vec<_> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
-        let mut written: HashMap<u64, Vec<Sampled>> = HashMap::new();
-        let mut interruptions = 0;
-        for after in (0..7).cycle() {
-            if scheduler.is_idle() {
-                break;
-            }
-            let asked = AtomicUsize::new(0);
-            match scheduler.step(&|| after > 0 && asked.fetch_add(1, Ordering::Relaxed) == after - 1) {
-                Ok(events) => {
-                    events.into_iter().for_each(|e| written.entry(e.id).or_default().push(e.result.unwrap()));
-                }
-                Err(Error::Interrupted) => interruptions += 1,
-                Err(error) => panic!("{error}"),
-            }
-        }
-        assert!(interruptions > 10);
+        let written = finish_interrupted(&mut scheduler, |_, _| ());
         for (id, job) in ids.iter().zip(&jobs) {
             assert!(written[id] == job.alone(&model));
         }

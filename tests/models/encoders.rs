@@ -161,7 +161,7 @@ fn every_encoder_converts_to_gguf_and_computes_the_same() {
 }
 
 #[test]
-fn bits_do_not_depend_on_threads_batches_or_kernels() {
+fn every_kernel_and_any_batch_give_the_same_bits() {
     for golden in goldens() {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let scalar = LoadOptions::default().with_kernel("scalar".to_owned()).with_quantize(quantize);
@@ -176,7 +176,9 @@ fn bits_do_not_depend_on_threads_batches_or_kernels() {
                 // One at a time, and each among many.
                 let texts = golden.documents();
                 let width = expected[0].1.len() / texts.len();
-                let many: Vec<&[u32]> = texts.iter().copied().cycle().take(60).collect();
+                // More tokens than a step of embeddings takes; on the scalar kernel, than a batch of rows.
+                let count = if kernel.name() == "scalar" { 12 } else { 45 };
+                let many: Vec<&[u32]> = texts.iter().copied().cycle().take(count).collect();
                 let of = |texts: &[&[u32]]| match model.labels() {
                     0 => embed(&model, texts, if expected[0].0 == "sentence" { None } else { Some(Pooling::Mean) }),
                     _ => classify(&model, texts),

@@ -75,7 +75,7 @@ fn a_head_changes_neither_logits_nor_fingerprint_nor_memory_until_it_is_used() {
 }
 
 #[test]
-fn drafts_are_bit_identical_across_threads_kernels_and_pieces() {
+fn every_kernel_drafts_the_same_bits_in_any_pieces() {
     for golden in mtp_goldens() {
         let tokens = [&golden.input[0][..], &golden.greedy[0], &golden.input[1], &golden.greedy[1]].concat();
         for (quantize, cache) in

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::hf_folder::{Checkpoint, Stored};
-use crate::logits::{bits, distance, feed, load, logits, unknown_fingerprint};
+use crate::logits::{bits, distance, feed, load, logits, sample_if_scalar, unknown_fingerprint};
 use nybble::model::hf::HfFolder;
 use nybble::model::{Quantize, convert};
 use nybble::quant::block::BlockType;
@@ -95,14 +95,14 @@ fn folder_and_file_compute_what_transformers_computes() {
 
 #[test]
 fn bits_do_not_depend_on_threads_batches_or_other_sessions() {
-    for Variant { name, folder, input, .. } in variants() {
+    for Variant { name, folder, input, .. } in sample_if_scalar(variants()) {
         for quantize in [Quantize::Stored, Quantize::Int4] {
             let [one, two] = [1, 2].map(|threads| load(folder.path(), quantize, threads, Some(TOKENS)));
             let whole = bits(&logits(&one, &input, TOKENS));
-            for piece in [1, 7, 64] {
+            for piece in [1, 7] {
                 assert!(bits(&logits(&two, &input, piece)) == whole, "{name}, {quantize:?}: pieces of {piece}");
             }
-            // Next to another session.
+            // In one piece, next to another session.
             let (mut first, mut second) = (two.session(), two.session());
             feed(&two, &mut second, &input[..5]);
             assert!(bits(&feed(&two, &mut first, &input)) == whole, "{name}, {quantize:?}: next to another session");

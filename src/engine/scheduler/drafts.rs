@@ -174,15 +174,11 @@ fn draft_by_head(
         if drafts.is_empty() {
             break;
         }
-        match model.draft(&mut drafts, &mut logits, interrupted) {
-            Ok(()) => sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted),
-            // Without memory for the head, sequences continue without it.
-            Err(Error::OutOfMemory { .. }) => break,
-            Err(error) => {
-                running.iter_mut().for_each(Entry::forget_drafts);
-                return Err(error);
-            }
+        let result = model.draft(&mut drafts, &mut logits, interrupted);
+        if !has_drafted(result, running)? {
+            break;
         }
+        sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted);
     }
     for (entry, _) in running.iter_mut().zip(drafting).filter(|(_, drafting)| *drafting) {
         if let Some(token) = entry.sequence.tokens.last() {
@@ -190,6 +186,21 @@ fn draft_by_head(
         }
     }
     Ok(())
+}
+
+/// Whether a round of drafting has logits. Without memory for the head or the draft model, sequences continue without it.
+///
+/// # Errors
+/// All others. No drafts are left.
+fn has_drafted(result: Result<()>, running: &mut [Entry]) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(Error::OutOfMemory { .. }) => Ok(false),
+        Err(error) => {
+            running.iter_mut().for_each(Entry::forget_drafts);
+            Err(error)
+        }
+    }
 }
 
 /// Samples a draft token for each sequence in `asked` from its row of logits. It samples like the sequence's own sampler, with the
@@ -255,14 +266,9 @@ fn ask(
         if inputs.is_empty() {
             break;
         }
-        match model.forward(&mut inputs, &mut logits, interrupted) {
-            Ok(()) => {}
-            // Without memory for the draft model, sequences continue without it.
-            Err(Error::OutOfMemory { .. }) => break,
-            Err(error) => {
-                running.iter_mut().for_each(Entry::forget_drafts);
-                return Err(error);
-            }
+        let result = model.forward(&mut inputs, &mut logits, interrupted);
+        if !has_drafted(result, running)? {
+            break;
         }
         let asked: Vec<usize> = asked.into_iter().filter_map(|(i, has_logits)| has_logits.then_some(i)).collect();
         sample(model, running, &mut samplers, &asked, &mut logits, &mut wanted);

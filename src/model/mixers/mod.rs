@@ -186,28 +186,23 @@ impl Mixer {
 
     /// The projection that reads the mixer's input. Of mixers side by side, that of the first.
     pub(super) fn in_proj(&self) -> Option<&Linear> {
-        match self {
-            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => Some(own.in_proj()),
-            Mixer::LatentAttention(own) => Some(own.in_proj()),
-            Mixer::GatedDelta(own) => Some(own.in_proj()),
-            Mixer::Mamba(own) => Some(own.in_proj()),
-            Mixer::Mamba2(own) => Some(own.in_proj()),
-            Mixer::ShortConvolution(own) => Some(own.in_proj()),
-            Mixer::TimeMix(own) => Some(own.in_proj()),
-            Mixer::None => None,
-        }
+        self.projections().map(|(in_proj, _)| in_proj)
     }
 
     /// The projection that the mixer ends with. Of mixers side by side, that of the first.
     pub(super) fn out_proj(&self) -> Option<&Linear> {
+        self.projections().map(|(_, out_proj)| out_proj)
+    }
+
+    fn projections(&self) -> Option<(&Linear, &Linear)> {
         match self {
-            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => Some(own.out_proj()),
-            Mixer::LatentAttention(own) => Some(own.out_proj()),
-            Mixer::GatedDelta(own) => Some(own.out_proj()),
-            Mixer::Mamba(own) => Some(own.out_proj()),
-            Mixer::Mamba2(own) => Some(own.out_proj()),
-            Mixer::ShortConvolution(own) => Some(own.out_proj()),
-            Mixer::TimeMix(own) => Some(own.out_proj()),
+            Mixer::Attention(own) | Mixer::AttentionAndMamba2(own, _) => Some((own.in_proj(), own.out_proj())),
+            Mixer::LatentAttention(own) => Some((own.in_proj(), own.out_proj())),
+            Mixer::GatedDelta(own) => Some((own.in_proj(), own.out_proj())),
+            Mixer::Mamba(own) => Some((own.in_proj(), own.out_proj())),
+            Mixer::Mamba2(own) => Some((own.in_proj(), own.out_proj())),
+            Mixer::ShortConvolution(own) => Some((own.in_proj(), own.out_proj())),
+            Mixer::TimeMix(own) => Some((own.in_proj(), own.out_proj())),
             Mixer::None => None,
         }
     }

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,22 @@ STEP = 1 if os.environ.get("NYBBLE_ALL_MOMENTS") else 5
 
 SCRIPT = """
 import os, signal, sys
+import rich.table, tokenizers
+import nybble.cli.convert, nybble.cli.quantize, nybble.quantization.report_page, nybble.tokenizer.encoders
 from nybble import _native
 from nybble.cli import main
 
-number, moment = int(sys.argv[1]), int(sys.argv[2])
+for line in sys.stdin:
+    number, moment = map(int, line.split())
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+
+os.dup2(2, 1)
+signal.alarm(120)
 calls = [0]
 
 def counting(real):
@@ -44,9 +57,10 @@ native_convert = _native.convert
 _native.convert = lambda source, out, kind, progress=None: counting(
     lambda progress: native_convert(source, out, kind, progress))(progress=progress)
 _native.quantize = counting(_native.quantize)
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(sys.argv[1:]))
 """
-"""Runs a command that sends itself a signal at one of its reports of progress."""
+"""Runs a command once for each line of its input, and prints the exit code. The command sends itself a signal at one of
+its reports of progress. Each run is a fork, because imports take several times as long as the command."""
 
 COMMANDS = {
     "convert": ["convert", "{source}", "{out}", "--type", "f32", "--force"],
@@ -64,14 +78,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("source") / "tiny.gguf", layers=1, feed_forward=32)
 
 
-def _run(command: list[str], number: int = 0, moment: int = 0) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(number), str(moment), *command],
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode
+def _runs(process: subprocess.Popen[str]) -> Callable[..., int]:
+    """Returns a function that runs the command of `process` and returns its exit code."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    questions, answers = process.stdin, process.stdout
+
+    def run(number: int = 0, moment: int = 0) -> int:
+        print(int(number), moment, file=questions, flush=True)
+        return int(answers.readline())
+
+    return run
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -85,20 +102,29 @@ def test_a_command_that_is_ended_leaves_nothing(
     folder.mkdir()
     out = folder / "model.gguf"
     command = [part.format(source=source, out=out, text=text, folder=folder) for part in COMMANDS[name]]
-    assert _run(command) == 0
-    whole = _contents(folder)
-    for moment in range(1 + SIGNALS.index(number) % STEP, MOMENTS + 1, STEP):
-        for path in folder.iterdir():
-            path.unlink()
-        code = _run(command, number, moment)
-        assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
-        left = set(_contents(folder)) - set(whole)
-        if number != signal.SIGKILL:
-            # Only what the next run continues from.
-            assert all(".resume" in one for one in left), f"{number.name} at report {moment} has left {left}"
-        if code:
-            assert _run(command) == 0
-        assert _contents(folder) == whole, f"{number.name} at report {moment}"
+    start = [sys.executable, "-c", SCRIPT, *command]
+    pipe, devnull = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(start, stdin=pipe, stdout=pipe, stderr=devnull, text=True) as process:
+        run = _runs(process)
+        assert run() == 0
+        whole = _contents(folder)
+        codes = []
+        # A conversion of a small model reports twice, the others at all moments.
+        first = 1 + SIGNALS.index(number) % (min(STEP, 2) if name == "convert" else STEP)
+        for moment in range(first, MOMENTS + 1, STEP):
+            for path in folder.iterdir():
+                path.unlink()
+            code = run(number, moment)
+            codes.append(code)
+            assert code in (0, 128 + number, -number), f"{number.name} at report {moment}: exit code {code}"
+            left = set(_contents(folder)) - set(whole)
+            if number != signal.SIGKILL:
+                # Only what the next run continues from.
+                assert all(".resume" in one for one in left), f"{number.name} at report {moment} has left {left}"
+            if code:
+                assert run() == 0
+            assert _contents(folder) == whole, f"{number.name} at report {moment}"
+        assert any(codes), f"no {number.name} has ended the command"
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -215,7 +215,7 @@ def test_the_default_thread_count_respects_the_cgroup_quota(quota: int, expected
 @pytest.mark.parametrize("what", ["weights", "many small weights", "a file that is read", "cache", "text"])
 def test_reaching_the_cgroup_memory_limit_is_a_memory_error(tmp_path: Path, tiny_file: Path, what: str) -> None:
     big = tmp_path / "big.gguf"
-    if what in ("cache", "text"):  # Every page of 64 tokens takes 4 MB.
+    if what in ("cache", "text"):  # Every page of 64 tokens takes 8 MB in F32.
         tiny.write_model(big, layers=512, llama__context_length=1 << 20)
     elif what == "many small weights":
         tiny.write_model(big, layers=130, feed_forward=1 << 14)  # 225 MB, in pieces of half a megabyte
@@ -229,11 +229,11 @@ def test_reaching_the_cgroup_memory_limit_is_a_memory_error(tmp_path: Path, tiny
         for _ in range(2):
             try:
                 if what == "cache":
-                    with Model.load(big, threads=1) as deep:
+                    with Model.load(big, threads=1, cache_type="f32") as deep:
                         deep.logits(list(range(64)) * 2)
                         deep.logits(list(range(64)) * 400)
                 elif what == "text":
-                    with Model.load(big, threads=1) as deep:
+                    with Model.load(big, threads=1, cache_type="f32") as deep:
                         deep.generate("a" * 25600, max_tokens=1)
                 else:
                     _native.Model.load(big, LoadOptions(threads=1, mmap=what != "a file that is read"))

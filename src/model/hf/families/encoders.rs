@@ -190,21 +190,9 @@ pub(super) const EUROBERT: HfFamily = HfFamily {
     layer: &[NORMS, &default_attention(Copy), &gated(Always, If("mlp_bias"))],
     ignored: &["lm_head."],
     encoder: true,
-    keys: |keys| {
-        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "late".to_owned());
-        if !classifies(keys.settings)? {
-            return Ok(());
-        }
-        let number = match pooling.as_str() {
-            "mean" => 1u32,
-            "bos" => 2,
-            other => {
-                let supported = "supported: bos, mean";
-                return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), supported));
-            }
-        };
-        keys.set("classifier.pooling_type", number);
-        head_of_first_token(keys, "gelu")
+    keys: |keys| match classifier_pooling(keys, "late", "bos")? {
+        true => head_of_first_token(keys, "gelu"),
+        false => Ok(()),
     },
     ..BASE
 };
@@ -372,24 +360,34 @@ pub(super) const MODERN_BERT: HfFamily = HfFamily {
     encoder: true,
     radius: false,
     keys: |keys| {
-        let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| "cls".to_owned());
         let activation = keys.settings.text(&["classifier_activation"])?.unwrap_or_else(|| "gelu".to_owned());
-        if !classifies(keys.settings)? {
-            return Ok(());
+        match classifier_pooling(keys, "cls", "cls")? {
+            true => keys.head_activation("classifier.activation", "classifier_activation", &activation),
+            false => Ok(()),
         }
-        let number = match pooling.as_str() {
-            "mean" => 1u32,
-            "cls" => 2,
-            other => {
-                let supported = "supported: cls, mean";
-                return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), supported));
-            }
-        };
-        keys.set("classifier.pooling_type", number);
-        keys.head_activation("classifier.activation", "classifier_activation", &activation)
     },
     ..BASE
 };
+
+/// Writes what a classification head reads: the mean of the hidden states, or the state of the `first` token. Returns whether
+/// the model has such a head.
+fn classifier_pooling(keys: &mut MetadataWriter<'_>, default: &str, first: &str) -> Result<bool> {
+    // Read in any case: a key that nobody reads is refused.
+    let pooling = keys.settings.text(&["classifier_pooling"])?.unwrap_or_else(|| default.to_owned());
+    if !classifies(keys.settings)? {
+        return Ok(false);
+    }
+    let number = match pooling.as_str() {
+        "mean" => 1u32,
+        other if other == first => 2,
+        other => {
+            let supported = format!("supported: {first}, mean");
+            return Err(keys.settings.unsupported("classifier_pooling", format_args!("{other:?}"), &supported));
+        }
+    };
+    keys.set("classifier.pooling_type", number);
+    Ok(true)
+}
 
 fn head_bias(settings: &Settings) -> Result<bool> {
     Ok(classifies(settings)? && settings.switch("classifier_bias", false)?)

@@ -2,7 +2,7 @@
 //! as in Kimi Linear (Kimi Team 2025, arXiv 2510.26692).
 
 use super::matrix::{self, Shape};
-use super::{Convolution, Widths, Workspace, advance_tail, gated_norm};
+use super::{Convolution, Widths, Workspace, advance_tail, gated_norm, sizes};
 use crate::error::Result;
 use crate::kernels::{Activation, Kernel};
 use crate::model::arch::MixerKind;
@@ -57,9 +57,7 @@ impl GatedDelta {
     pub(in crate::model::mixers) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<GatedDelta> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
         let is_kimi = config.layers[index].kind.mixer == MixerKind::KimiDelta;
-        let Some(recurrent) = config.recurrent else {
-            return Err(loader.missing(&name("ssm_a"), "the widths of recurrent layers in the file's keys"));
-        };
+        let recurrent = sizes(loader, config, &name("ssm_a"))?;
         let shape = Shape {
             groups: recurrent.groups,
             heads: recurrent.heads,

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use super::{Convolution, Widths, Workspace, advance_tail, panels_of_task, run_of};
+use super::{Convolution, Widths, Workspace, advance_tail, panels_of_task, run_of, sizes};
 use crate::error::Result;
 use crate::kernels::{Activation, Kernel, SelectiveStep};
 use crate::model::buffer::Buffer;
@@ -59,9 +59,7 @@ impl Mamba {
     /// Reads the weights of layer `index`.
     pub(in crate::model::mixers) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Mamba> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
-        let Some(recurrent) = config.recurrent else {
-            return Err(loader.missing(&name("ssm_a"), "the widths of recurrent layers in the file's keys"));
-        };
+        let recurrent = sizes(loader, config, &name("ssm_a"))?;
         let RecurrentConfig { inner, state, heads: rank, kernel, .. } = recurrent;
         let norm = |suffix: &str, width: usize| {
             let norm = loader.norm_of(&name(suffix), config, width, config.norm_eps)?;

@@ -2,7 +2,7 @@
 
 use super::gated_delta::pad_heads;
 use super::matrix::{self, Shape};
-use super::{Convolution, Widths, Workspace, advance_tail, gated_norm};
+use super::{Convolution, Widths, Workspace, advance_tail, gated_norm, sizes};
 use crate::error::Result;
 use crate::kernels::{Activation, Kernel};
 use crate::model::buffer::Buffer;
@@ -40,9 +40,7 @@ impl Mamba2 {
     /// Reads the weights of layer `index`.
     pub(in crate::model::mixers) fn load(loader: &Loader<'_>, config: &Config, index: usize) -> Result<Mamba2> {
         let name = |suffix: &str| format!("blk.{index}.{suffix}");
-        let Some(recurrent) = config.recurrent else {
-            return Err(loader.missing(&name("ssm_a"), "the widths of recurrent layers in the file's keys"));
-        };
+        let recurrent = sizes(loader, config, &name("ssm_a"))?;
         let shape = Shape {
             groups: recurrent.groups,
             heads: recurrent.heads,

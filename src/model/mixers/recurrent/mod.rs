@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::kernels::{Activation, Kernel};
 use crate::model::batch::{Batch, Input};
 use crate::model::buffer::Buffer;
+use crate::model::config::{Config, RecurrentConfig};
 use crate::model::fingerprint::FingerprintHasher;
 use crate::model::pass::TASK_ROWS;
 use crate::model::state::recurrent::{LayerStep, Recurrent};
@@ -93,6 +94,11 @@ impl Workspace {
             self.columns.resize_with(self.runs.len(), Vec::new);
         }
     }
+}
+
+/// The sizes of recurrent layers. A file with `tensor` must have them.
+fn sizes(loader: &Loader<'_>, config: &Config, tensor: &str) -> Result<RecurrentConfig> {
+    config.recurrent.ok_or_else(|| loader.missing(tensor, "the widths of recurrent layers in the file's keys"))
 }
 
 /// The index of the run that row `row` belongs to.

@@ -6,11 +6,22 @@ use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, Values, tensor};
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
-use crate::model::hf::sizes::{LayerKind, Size, Sizes};
-use Need::{Always, If};
+use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
+use Need::{Always, If, Untied};
 
 /// What llama.cpp writes for models without a length of their own.
 pub(super) const ANY_CONTEXT: usize = 1 << 20;
+
+/// The embedding, the last norm and the output under the names of Jamba and Bamba.
+pub(super) const FINAL_LAYERNORM: &[Entry] = &[
+    tensor("token_embd", "~embed_tokens"),
+    tensor("output_norm", "~final_layernorm"),
+    tensor("output", "lm_head").when(Untied),
+];
+
+/// The norms of a layer under the names of Jamba and Bamba.
+pub(super) const PRE_FF_NORMS: &[Entry] =
+    &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "pre_ff_layernorm")];
 
 /// Whether a layer has a state.
 pub(super) fn recurs(sizes: &Sizes, layer: usize) -> bool {
@@ -88,6 +99,18 @@ pub(super) fn listed_kinds(settings: &Settings, keys: &[&str], layers: usize) ->
 pub(super) fn kinds(layers: usize, is_recurrent: impl Fn(usize) -> bool) -> Vec<LayerKind> {
     let kind = |layer| if is_recurrent(layer) { LayerKind::Recurrent } else { LayerKind::Attention };
     (0..layers).map(kind).collect()
+}
+
+/// Reads the sizes of a mixer, except heads and groups, under the names that begin with `mamba_`.
+pub(super) fn mamba_sizes(settings: &Settings, sizes: &mut Sizes, heads: usize, groups: usize) -> Result<()> {
+    sizes.recurrent = RecurrentSizes {
+        kernel: settings.count(&["mamba_d_conv"])?,
+        inner: settings.count(&["mamba_expand"])? * sizes.hidden,
+        state: settings.count(&["mamba_d_state"])?,
+        heads,
+        groups,
+    };
+    Ok(())
 }
 
 /// The count under `key`, or `default` where it is `"auto"`.

@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::entries::{
-    ANY_CONTEXT, attends, auto_count, biased_attention, check_heads, kinds, listed_kinds, mamba2, only, recurrent_keys,
-    require_silu, time_step_limits,
+    ANY_CONTEXT, FINAL_LAYERNORM, PRE_FF_NORMS, attends, auto_count, biased_attention, check_heads, kinds,
+    listed_kinds, mamba_sizes, mamba2, only, recurrent_keys, require_silu, time_step_limits,
 };
 use super::mamba::BACKBONE;
 use crate::error::Result;
@@ -16,7 +16,7 @@ use crate::model::hf::families::parts::NORMS;
 use crate::model::hf::metadata::MetadataWriter;
 use crate::model::hf::settings::Settings;
 use crate::model::hf::sizes::{LayerKind, RecurrentSizes, Size, Sizes};
-use Need::{Dense, If, IfSo, Sparse, Untied};
+use Need::{Dense, If, IfSo, Sparse};
 use Transform::{PairHeads, PairNeighbors, RowsOfPart, Stack};
 
 /// IBM Granite 4.
@@ -83,7 +83,7 @@ fn granite_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     if sizes.experts == 0 {
         sizes.ffn = sizes.shared_ffn;
     }
-    mamba_sizes(settings, sizes)?;
+    mamba2_sizes(settings, sizes)?;
     if kinds.contains(&LayerKind::Recurrent) {
         let width = auto_count(settings, "mamba_d_head", sizes.recurrent.head_width())?;
         check_heads(settings, sizes, ("mamba_d_head", width), "mamba_n_heads", "mamba_n_groups")?;
@@ -92,16 +92,9 @@ fn granite_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
     sizes.set_kinds(settings, kinds)
 }
 
-/// Reads the sizes of a mixer under the names that begin with `mamba_`.
-fn mamba_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
-    sizes.recurrent = RecurrentSizes {
-        kernel: settings.count(&["mamba_d_conv"])?,
-        inner: settings.count(&["mamba_expand"])? * sizes.hidden,
-        state: settings.count(&["mamba_d_state"])?,
-        heads: settings.count(&["mamba_n_heads"])?,
-        groups: settings.count(&["mamba_n_groups"])?,
-    };
-    Ok(())
+/// Reads the sizes of a mixer of Mamba-2 under the names that begin with `mamba_`.
+fn mamba2_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
+    mamba_sizes(settings, sizes, settings.count(&["mamba_n_heads"])?, settings.count(&["mamba_n_groups"])?)
 }
 
 fn granite_keys(keys: &mut MetadataWriter<'_>) -> Result<()> {
@@ -123,13 +116,9 @@ pub(in crate::model::hf::families) const BAMBA: HfFamily = HfFamily {
     without_influence: &["mamba_chunk_size", "num_logits_to_keep", "z_loss_coefficient"],
     architecture: "granitehybrid",
     defaults: &[&[("partial_rotary_factor", "0.5")]],
-    outside: &[&[
-        tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~final_layernorm"),
-        tensor("output", "lm_head").when(Untied),
-    ]],
+    outside: &[FINAL_LAYERNORM],
     layer: &[
-        &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "pre_ff_layernorm")],
+        PRE_FF_NORMS,
         &biased_attention(PairNeighbors),
         &mamba2(If("mamba_proj_bias"), If("mamba_conv_bias")),
         &[
@@ -143,7 +132,7 @@ pub(in crate::model::hf::families) const BAMBA: HfFamily = HfFamily {
     rotation: Rotation::Part,
     adjust: |settings, sizes| {
         let attends = settings.list("attn_layer_indices")?.unwrap_or_default();
-        mamba_sizes(settings, sizes)?;
+        mamba2_sizes(settings, sizes)?;
         let width = auto_count(settings, "mamba_d_head", sizes.recurrent.head_width())?;
         check_heads(settings, sizes, ("mamba_d_head", width), "mamba_n_heads", "mamba_n_groups")?;
         require_silu(settings, "hidden_act")?;

@@ -1,8 +1,8 @@
 //! Mamba and Mamba-2 without attention, and Jamba.
 
 use super::entries::{
-    ANY_CONTEXT, attends, auto_count, check_heads, kinds, mamba1, mamba2, only, recurrent_keys, recurs, require_silu,
-    time_step_limits,
+    ANY_CONTEXT, FINAL_LAYERNORM, PRE_FF_NORMS, attends, auto_count, check_heads, kinds, mamba_sizes, mamba1, mamba2,
+    only, recurrent_keys, recurs, require_silu, time_step_limits,
 };
 use crate::error::Result;
 use crate::model::hf::entry::{Entry, Need, Transform, tensor};
@@ -45,15 +45,7 @@ pub(in crate::model::hf::families) const MAMBA: HfFamily = HfFamily {
     rotation: Rotation::None,
     attends: false,
     adjust: |settings, sizes| {
-        recurrent_only(sizes);
-        sizes.recurrent = RecurrentSizes {
-            kernel: settings.count(&["conv_kernel"])?,
-            inner: settings.count(&["expand"])? * sizes.hidden,
-            state: settings.count(&["state_size"])?,
-            heads: auto_count(settings, "time_step_rank", sizes.hidden.div_ceil(16))?,
-            groups: 0,
-        };
-        require_silu(settings, "hidden_act")
+        recurrent_only(settings, sizes, auto_count(settings, "time_step_rank", sizes.hidden.div_ceil(16))?, 0)
     },
     keys: |keys| {
         recurrent_keys(keys);
@@ -89,16 +81,8 @@ pub(in crate::model::hf::families) const MAMBA2: HfFamily = HfFamily {
     architecture: "mamba2",
     layer: &[&[tensor("attn_norm", "norm")], &mamba2(If("use_bias"), If("use_conv_bias"))],
     adjust: |settings, sizes| {
-        recurrent_only(sizes);
-        sizes.recurrent = RecurrentSizes {
-            kernel: settings.count(&["conv_kernel"])?,
-            inner: settings.count(&["expand"])? * sizes.hidden,
-            state: settings.count(&["state_size"])?,
-            heads: settings.count(&["num_heads"])?,
-            groups: settings.count(&["n_groups"])?,
-        };
-        check_heads(settings, sizes, ("head_dim", settings.count(&["head_dim"])?), "num_heads", "n_groups")?;
-        require_silu(settings, "hidden_act")
+        recurrent_only(settings, sizes, settings.count(&["num_heads"])?, settings.count(&["n_groups"])?)?;
+        check_heads(settings, sizes, ("head_dim", settings.count(&["head_dim"])?), "num_heads", "n_groups")
     },
     keys: |keys| {
         recurrent_keys(keys);
@@ -107,10 +91,18 @@ pub(in crate::model::hf::families) const MAMBA2: HfFamily = HfFamily {
     ..MAMBA
 };
 
-/// Layers have a mixer and no feed-forward layer.
-fn recurrent_only(sizes: &mut Sizes) {
+/// Reads the sizes of models whose layers are mixers without feed-forward networks.
+fn recurrent_only(settings: &Settings, sizes: &mut Sizes, heads: usize, groups: usize) -> Result<()> {
     sizes.kinds = vec![LayerKind::Recurrent; sizes.layers];
     (sizes.ffn, sizes.context) = (0, ANY_CONTEXT);
+    sizes.recurrent = RecurrentSizes {
+        kernel: settings.count(&["conv_kernel"])?,
+        inner: settings.count(&["expand"])? * sizes.hidden,
+        state: settings.count(&["state_size"])?,
+        heads,
+        groups,
+    };
+    require_silu(settings, "hidden_act")
 }
 
 /// Lieber et al. 2024, arXiv 2403.19887.
@@ -118,13 +110,9 @@ pub(in crate::model::hf::families) const JAMBA: HfFamily = HfFamily {
     model_types: &["jamba"],
     without_influence: &["use_associative_scan", "use_mamba_kernels", "use_mambapy"],
     architecture: "jamba",
-    outside: &[&[
-        tensor("token_embd", "~embed_tokens"),
-        tensor("output_norm", "~final_layernorm"),
-        tensor("output", "lm_head").when(Untied),
-    ]],
+    outside: &[FINAL_LAYERNORM],
     layer: &[
-        &[tensor("attn_norm", "input_layernorm"), tensor("ffn_norm", "pre_ff_layernorm")],
+        PRE_FF_NORMS,
         &mamba1("mamba_proj_bias", "mamba_conv_bias"),
         &[
             tensor("ssm_dt_norm", "#.dt_layernorm").dims(&[Size::RecurrentHeads]).only(recurs),
@@ -167,13 +155,7 @@ fn jamba_sizes(settings: &Settings, sizes: &mut Sizes) -> Result<()> {
         sizes.experts = 0;
     }
     (sizes.sparse, sizes.expert_ffn) = (sparse, sizes.ffn);
-    sizes.recurrent = RecurrentSizes {
-        kernel: settings.count(&["mamba_d_conv"])?,
-        inner: settings.count(&["mamba_expand"])? * sizes.hidden,
-        state: settings.count(&["mamba_d_state"])?,
-        heads: auto_count(settings, "mamba_dt_rank", sizes.hidden.div_ceil(16))?,
-        groups: 0,
-    };
+    mamba_sizes(settings, sizes, auto_count(settings, "mamba_dt_rank", sizes.hidden.div_ceil(16))?, 0)?;
     require_silu(settings, "hidden_act")?;
     sizes.set_kinds(settings, kinds(sizes.layers, |layer| !attends[layer]))
 }

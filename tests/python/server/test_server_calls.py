@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nybble.chat.tools.formats import ToolFormat, detect_format
+from nybble.chat.tools.grammar import CallGrammar
+from nybble.chat.tools.parser import Part, ToolCallParser
+from nybble.chat.tools.reader import CallArguments, CallStart
 from nybble.server.protocols.chat_schema import FunctionDefinition
-from nybble.server.tools.formats import ToolFormat, detect_format
-from nybble.server.tools.grammar import CallGrammar
-from nybble.server.tools.parser import Part, ToolCallParser
-from nybble.server.tools.reader import CallArguments, CallStart
 
 HERMES = detect_format("... <tool_call> ... </tool_call> ...")
 MISTRAL = detect_format("... [TOOL_CALLS] ...")
@@ -157,8 +157,8 @@ def test_arguments_are_passed_on_as_they_are_written() -> None:
         (ARGS, '[TOOL_CALLS]f[ARGS]{"x": "ab', '{"x": "ab'),
         (NAMED, '<function=f>{"x": "ab', '{"x": "ab'),
         (LLAMA, '{"name": "f", "parameters": {"x": "ab', '{"x": "ab'),
-        # The last characters may be the closing tag.
-        (CODER, "<tool_call><function=g><parameter=s>one, two, three, four", '{"s": "one, two'),
+        # The last characters may begin the closing tag.
+        (CODER, "<tool_call><function=g><parameter=s>one, two\n</param", '{"s": "one, two'),
     ):
         _, *rest = pieces(known, text)
         assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == expected
@@ -241,7 +241,7 @@ def test_results_do_not_depend_on_how_the_text_is_split(parts: list[str], cuts: 
 
 
 def test_unsupported_templates_have_no_tool_format() -> None:
-    for template in ("", "plain", "<tool_call>{name}<arg_key>", "<seed:tool_call><function=f><parameter=x>", "[ARGS]"):
+    for template in ("", "plain", "[ARGS]", "<tools> <tool_cal>", "{{ tools }} <call>"):
         assert detect_format(template) is None
 
 
@@ -253,7 +253,7 @@ def test_a_forced_call_has_the_schema_of_its_function() -> None:
         assert known is not None
         grammar = CallGrammar(known, functions, [function.name for function in functions], lambda _: None)
         prefix, text = grammar.forced()
-        return prefix, json.loads(text.removeprefix("start: %json "))
+        return prefix, json.loads(text.removeprefix("start: named\nnamed: %json "))
 
     closed = {**(f.parameters or {}), "additionalProperties": False}
     prefix, schema = schema_of(HERMES, f, g)

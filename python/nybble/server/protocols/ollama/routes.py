@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from nybble._native import __version__
+from nybble.chat.tools.formats import detect_format
 from nybble.server.delivery import respond, with_timeout
 from nybble.server.errors import ApiError
 from nybble.server.protocols.embeddings import MAX_INPUTS, check_dimensions, vectors
@@ -22,7 +23,6 @@ from nybble.server.protocols.ollama.schema import (
     ShowRequest,
 )
 from nybble.server.service import Service
-from nybble.server.tools.formats import detect_format
 
 Json = dict[str, Any]
 

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 from tool_conversations import Conversation, Family, Generator, parsed, pieces_of
@@ -65,6 +66,14 @@ def test_calls_are_read_as_the_template_wrote_them(family: Family) -> None:
 
 
 @each_family
+def test_a_format_reads_what_it_writes(family: Family) -> None:
+    for conversation, _ in conversations(family):
+        written = family.tool_format.write(conversation.calls)
+        content, calls = parsed(ToolCallParser(family.tool_format, conversation.functions), [*written])
+        assert (content, calls) == ("", [*conversation.calls]), written
+
+
+@each_family
 def test_without_parallel_calls_only_the_first_is_reported(family: Family) -> None:
     for conversation, answer in conversations(family):
         for stream in (False, True):
@@ -85,3 +94,15 @@ def test_calls_of_unknown_functions_and_broken_calls_are_text(family: Family) ->
 
 def test_every_format_has_a_template_that_is_tested() -> None:
     assert {known.name for known in FORMATS} == {family.format for family in FAMILIES}
+
+
+def test_the_documentation_lists_every_format() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = {}
+    for known in FORMATS:
+        call = "".join(known.write([("NAME", {"KEY": "VALUE"})]).splitlines()).replace("|", r"\|")
+        fence = "``` " if "`" in call else "`"
+        rows[known.name] = f"| {known.families} | {fence}{call}{fence[::-1]} |"
+    listed = sorted(rows.values(), key=str.lower)
+    table = "\n".join(["| families | a call |", "| --- | --- |", *listed])
+    assert table in page, f"docs/serving.md should have this table:\n{table}"

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.chat.tools.formats import ToolFormat, detect_format
+from nybble.chat.tools.formats import detect_format
 from nybble.chat.tools.grammar import CallGrammar
 from nybble.chat.tools.parser import Part, ToolCallParser
 from nybble.chat.tools.reader import CallArguments, CallStart
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.server.protocols.chat_schema import FunctionDefinition
 
 HERMES = detect_format("... <tool_call> ... </tool_call> ...")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nybble.chat.template import ChatTemplate
-from nybble.chat.tools.formats import ToolFormat, detect_format
+from nybble.chat.tools.formats import detect_format
 from nybble.chat.tools.parser import Part, ToolCallParser
 from nybble.chat.tools.reader import CallStart
 from nybble.chat.tools.support import tool_support
+from nybble.chat.tools.tool_format import ToolFormat
 
 Json = dict[str, Any]
 Call = tuple[str, Json]
@@ -44,7 +45,7 @@ class Family:
     one_call: bool = False
     """An answer has one call; the template refuses others or leaves them out."""
     no_text: bool = False
-    """The template leaves out the text beside calls."""
+    """The template leaves out the text next to calls."""
     no_null: bool = False
     """The template leaves out arguments that are null."""
     no_break: bool = False
@@ -74,7 +75,7 @@ class Family:
 
     def render(self, messages: Sequence[Json], tools: Sequence[Json], prompt: bool = False) -> str:
         """A conversation as text."""
-        names = {"bos_token": "", "eos_token": self.ends[0], "enable_thinking": False}
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.ends[0], "enable_thinking": False}
         turns, listed = tool_support(self.source).prepare(messages, tools)
         return self._compiled.render(turns, tools=listed, add_generation_prompt=prompt, **names)
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nybble.chat.tools.formats import HERMES, ToolFormat
+from nybble.chat.tools.formats import HERMES
+from nybble.chat.tools.tool_format import ToolFormat
 
 _INSTRUCTIONS = """\
 # Tools

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.chat.tools.formats import Function, ToolFormat
 from nybble.chat.tools.syntaxes import rules as syntax_rules
 from nybble.chat.tools.syntaxes.json_calls import JsonCalls
 from nybble.chat.tools.syntaxes.rules import CallRules, arguments_schema, json_rule
+from nybble.chat.tools.tool_format import Function, ToolFormat
 
 Schema = Any
 
@@ -86,8 +86,10 @@ class CallGrammar:
             closing = ""
         begin, end = (known.section[0] + opening).removeprefix(known.prompted), known.section[1]
         first = ["calls:", text(begin) if begin else "", "named", text(closing) if closing else ""]
+        # The line break before the end may come before another call, too, so it is a literal of its own.
+        lines = ['"\\n"', end[1:]] if end.startswith("\n") else ["", end]
         if several and not known.syntax.as_list and not known.ends_turn:
             between = text(known.separator + opening) if known.separator + opening else ""
             first.append(" ".join(filter(None, ["(", between, "named", text(closing) if closing else "", ")*"])))
-        rules.append(" ".join(filter(None, [*first, text(end) if end else ""])))
+        rules.append(" ".join(filter(None, [*first, lines[0], text(lines[1]) if end else ""])))
         return "\n".join(rules)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from nybble.chat.tools.formats import ToolFormat
 from nybble.chat.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, normalized_json
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.chat.tools.unmarked import UnmarkedCalls
 
 Part = str | CallStart | CallArguments

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from nybble.chat.template import ChatTemplate
 from nybble.chat.tools.description import Turn, arguments_as_text, calls_as_text, with_tools
-from nybble.chat.tools.formats import HERMES, ToolFormat, detect_format
+from nybble.chat.tools.formats import HERMES, detect_format
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.errors import ModelError
 
 _log = logging.getLogger("nybble.chat")
@@ -33,17 +34,20 @@ _TOOL: dict[str, Any] = {
     },
 }
 _USER: Turn = {"role": "user", "content": "Question"}
-_HISTORY: tuple[Turn, ...] = (
-    _USER,
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {"argument": _VALUE}}}
-        ],
-    },
-    {"role": "tool", "tool_call_id": "call00000", "name": _NAME, "content": _RESULT},
-)
+
+
+def _conversation(text: str) -> list[Turn]:
+    """A call next to a text, and its result."""
+    function = {"name": _NAME, "arguments": {"argument": _VALUE}}
+    return [
+        _USER,
+        {
+            "role": "assistant",
+            "content": text,
+            "tool_calls": [{"id": "call00000", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "call00000", "name": _NAME, "content": _RESULT},
+    ]
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,15 @@ def tool_support(template: str) -> ToolSupport:
         except ModelError:
             return None
 
+    def is_written(text: str, history: History) -> bool:
+        """Whether the template writes a call next to this text, and its result."""
+        prompt = rendered(_prepared(_conversation(text), history, known))
+        return prompt is not None and _VALUE in prompt and _RESULT in prompt
+
     asked = rendered([_USER])
     lists_tools = "tools" in template if asked is None else _NAME in asked
     kinds: tuple[History, ...] = ("values", "arguments as text", "calls as text")
-    history = next((kind for kind in kinds if _is_complete(rendered(_prepared(_HISTORY, kind, known)))), None)
-    return ToolSupport(known, lists_tools, history or "turns as text")
-
-
-def _is_complete(prompt: str | None) -> bool:
-    """Whether a prompt has the call and its result."""
-    return prompt is not None and _VALUE in prompt and _RESULT in prompt
+    history: History = next(
+        (kind for kind in kinds if all(is_written(text, kind) for text in ("", "Text"))), "turns as text"
+    )
+    return ToolSupport(known, lists_tools, history)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from nybble import generation
-from nybble.chat.tools.formats import ToolFormat
 from nybble.chat.tools.grammar import CallGrammar
 from nybble.chat.tools.parser import AnswerParser, PlainText, ToolCallParser
 from nybble.chat.tools.reader import new_id
 from nybble.chat.tools.support import ToolSupport, tool_support
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length
 from nybble.sampling import SamplingOptions

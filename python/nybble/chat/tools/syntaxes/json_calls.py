@@ -103,7 +103,7 @@ class JsonCalls:
         return {"type": "object", "properties": keys, "required": [*keys], "additionalProperties": False}
 
     def write(self, calls: Sequence[Call], number: int = 0) -> str:
-        """The text of calls between the markers, of which the first has this number."""
+        """The text of calls between the markers. Numbering begins with `number`."""
         objects = [
             {**dict.fromkeys(self.extra, str(number + index)), self.name_key: name, self.arguments_key: arguments}
             for index, (name, arguments) in enumerate(calls)

@@ -53,7 +53,7 @@ class NamedCalls:
         yield from reader.value("{", reader.emit)
 
     def write(self, calls: Sequence[Call], number: int = 0) -> str:
-        """The text of calls between the markers, of which the first has this number."""
+        """The text of calls between the markers. Numbering begins with `number`."""
         if self.or_objects is not None and self.writes_objects:
             return self.or_objects.write(calls, number)
         return "\n".join(

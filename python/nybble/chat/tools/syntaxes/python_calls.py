@@ -30,7 +30,10 @@ class PythonCalls:
     """The calls are elements of a list. Otherwise each is alone."""
     tokens: tuple[str, ...] = ()
 
-    as_list = True
+    @property
+    def as_list(self) -> bool:
+        """Whether several calls share their markers."""
+        return self.listed
 
     @property
     def starts(self) -> str:
@@ -94,7 +97,7 @@ class PythonCalls:
             f"{name}({self.separator.join(f'{key}={_literal(value)}' for key, value in arguments.items())})"
             for name, arguments in calls
         ]
-        return f"[{', '.join(written)}]" if self.listed else "\n".join(written)
+        return f"[{', '.join(written)}]" if self.listed else written[0]
 
 
 def _literal(value: Any) -> str:

@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from nybble._native import __version__
-from nybble.chat.tools.formats import detect_format
 from nybble.server.delivery import respond, with_timeout
 from nybble.server.errors import ApiError
 from nybble.server.protocols.embeddings import MAX_INPUTS, check_dimensions, vectors
@@ -163,8 +162,6 @@ def _details(service: Service) -> Json:
 def _description(service: Service) -> Json:
     model = service.engine.model
     info, template = model.info, model.tokenizer.chat_templates.get("default", "")
-    for_tools = model.tokenizer.chat_templates.get("tool_use", template)
-    tools = detect_format(for_tools) is not None or (template != "" and "tools" not in for_tools)
     return {
         "modelfile": "",
         "parameters": "",
@@ -178,6 +175,6 @@ def _description(service: Service) -> Json:
             f"{info.family}.embedding_length": info.hidden_size,
             f"{info.family}.block_count": info.layers,
         },
-        "capabilities": ["completion", *(["tools"] if tools else []), "embedding"],
+        "capabilities": ["completion", *(["tools"] if template else []), "embedding"],
         "modified_at": _time(service.created),
     }

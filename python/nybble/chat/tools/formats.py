@@ -71,7 +71,7 @@ FORMATS = (
         ("<|channel|>", "<|message|>", "functions."),
         NamedCalls(
             " <|constrain|>json<|message|>",
-            r"(?P<name>[\w.-]+?)\s*(?:<\|channel\|>.*?)?(?:<\|constrain\|>)?\s*(?:\w+)?\s*<\|message\|>",
+            r"(?P<name>[\w.-]+)\s*(?:<\|channel\|>.*?)?(?:<\|constrain\|>\w*|\b\w+)?\s*<\|message\|>",
         ),
         opening="<|start|>assistant<|channel|>commentary to=functions.",
         closing=("<|call|>",),

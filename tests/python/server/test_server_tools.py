@@ -113,11 +113,8 @@ def family(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[str, 
     name: str = request.param
     markers = [marker for marker in ("[TOOL_CALLS]", "[ARGS]") if marker in TEMPLATES[name]]
     values: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": template(name)}
-    known = tiny.metadata()
     if markers:  # Special tokens, as in Mistral's vocabularies.
-        values["llama__vocab_size"] = tiny.VOCABULARY + len(markers)
-        values["tokenizer__ggml__tokens"] = [*known["tokenizer.ggml.tokens"], *markers]
-        values["tokenizer__ggml__token_type"] = [*known["tokenizer.ggml.token_type"], *(3 for _ in markers)]
+        values |= tiny.with_special_tokens(markers)
     with Model.load(tiny.write_model(folder / f"{name}.gguf", **values), threads=2) as loaded:
         yield name, loaded
 

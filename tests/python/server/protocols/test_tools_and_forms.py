@@ -27,6 +27,7 @@ TURNS = (
 )
 FORMATS = {known.name: " ".join(known.needles) for known in formats.FORMATS}
 """What chat templates of each format contain."""
+MARKERS = {known.name: known.markers for known in formats.FORMATS}
 WITH_ALL_SCHEMAS = ("hermes", "qwen3-coder", "mistral", "mistral-args", "gemma4", "lfm2", "glm", "deepseek-v3.2")
 """A format of each kind, which is tried with all schemas. The others are tried with a few."""
 
@@ -34,18 +35,21 @@ WITH_ALL_SCHEMAS = ("hermes", "qwen3-coder", "mistral", "mistral-args", "gemma4"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Running]]:
     """Serves the uniform model with a tool-call format."""
-    running: dict[str, Running] = {}
+    running: dict[tuple[str, bool], Running] = {}
     with ExitStack() as stack:
 
-        def start(name: str) -> Running:
-            if name not in running:
+        def start(name: str, special_markers: bool = False) -> Running:
+            key = name, special_markers
+            if key not in running:
                 file = tmp_path_factory.mktemp("tools") / "tiny.gguf"
                 template = TURNS.replace("FORMAT", FORMATS[name])
                 changes: Json = {"llama__context_length": 4096, "tokenizer__chat_template": template}
+                if special_markers:
+                    changes |= tiny.with_special_tokens(MARKERS[name])
                 tiny.write_model(file, layers=1, uniform=True, **changes)
                 model = stack.enter_context(Model.load(file, threads=1))
-                running[name] = stack.enter_context(serving(stack.enter_context(Engine(model))))
-            return running[name]
+                running[key] = stack.enter_context(serving(stack.enter_context(Engine(model))))
+            return running[key]
 
         yield start
 
@@ -118,6 +122,17 @@ def test_required_calls_follow_their_schema(name: str, template: str, served: Ca
         for called, arguments in reply.calls:
             assert called == "f" or (choice == "required" and called == "g")
             jsonschema_rs.validate(PARAMETERS[name] if called == "f" else closed({}), arguments)
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_required_calls_follow_their_schema_if_markers_are_special_tokens(
+    template: str, served: Callable[..., Running]
+) -> None:
+    reply = ask(served(template, special_markers=True), tool(PARAMETERS["strings"]))
+    assert reply.choice["finish_reason"] == "tool_calls", reply.text
+    ((name, arguments),) = reply.calls
+    assert name == "f"
+    jsonschema_rs.validate(PARAMETERS["strings"], arguments)
 
 
 @pytest.mark.parametrize("template", FORMATS)

@@ -104,13 +104,16 @@ class ElementRules:
 
     def _any_text(self, rule: str) -> str:
         """Any text, and what closes it."""
-        closing = self._element.closing(True)
-        if (literal := self._text(closing.lstrip("\n"))).startswith("<["):
-            self.written.append(f"{rule.upper()}: /(?s:.+)/")
-            return f"{rule.upper()}? {literal}"
         # The line break before a closing marker belongs to the text here, so that the text may be empty.
-        self.written.append(f"{rule}[suffix={json.dumps(closing.lstrip(chr(10)), ensure_ascii=False)}]: /(?s:.*)/")
-        return rule
+        closing = self._element.closing(True).lstrip("\n")
+        begun = self._rules.before_token(closing)
+        if begun is None:
+            self.written.append(f"{rule}[suffix={json.dumps(closing, ensure_ascii=False)}]: /(?s:.*)/")
+            return rule
+        # Text never contains special tokens, so it ends where the first one comes.
+        end = re.sub(r"[^\w\s<>｜]", r"\\\g<0>", begun)
+        self.written.append(f"{rule.upper()}: /(?s:{'.*' if begun else '.+'}){end}/")
+        return f"{rule.upper()}{'' if begun else '?'} {self._text(closing.removeprefix(begun))}"
 
     def _text(self, text: str) -> str:
         return self._rules.text(text) if text else ""

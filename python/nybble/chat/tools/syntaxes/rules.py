@@ -43,13 +43,20 @@ class CallRules:
 
     def text(self, text: str) -> str:
         """Exactly this text, in which markers that are special tokens are tokens."""
-        parts = [text] if self._pattern is None else self._pattern.split(text)
-        written = [
+        return " ".join(
             f"<[{self._tokens[part]}]>" if part in self._tokens else json.dumps(part, ensure_ascii=False)
-            for part in parts
+            for part in self._parts(text)
             if part
-        ]
-        return " ".join(written)
+        )
+
+    def before_token(self, text: str) -> str | None:
+        """The beginning of a text up to its first special token; None if it has none."""
+        first, *rest = self._parts(text)
+        return first if rest else None
+
+    def _parts(self, text: str) -> list[str]:
+        """A text, split at its special tokens."""
+        return [text] if self._pattern is None else self._pattern.split(text)
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> Json:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.chat.tools.syntaxes import rules as syntax_rules
 from nybble.chat.tools.syntaxes.json_calls import JsonCalls
-from nybble.chat.tools.syntaxes.rules import CallRules, arguments_schema, json_rule
+from nybble.chat.tools.syntaxes.rules import AllowedFunction, CallRules, arguments_schema, json_rule
 from nybble.chat.tools.tool_format import Function, ToolFormat
 
 Schema = Any
@@ -43,7 +42,7 @@ class CallGrammar:
         tokens = {marker: special_token(marker) for marker in (*tool_format.markers, *tool_format.tokens)}
         self._rules = CallRules(
             [
-                syntax_rules.Function(function.name, arguments_schema(function.parameters), parameter)
+                AllowedFunction(function.name, arguments_schema(function.parameters), parameter)
                 for function, parameter in zip(functions, parameters, strict=True)
             ],
             {marker: token for marker, token in tokens.items() if token is not None},

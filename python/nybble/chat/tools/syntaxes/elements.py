@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nybble.chat.tools.arguments import Arguments, required_names
-from nybble.chat.tools.syntaxes.rules import CallRules, Function
+from nybble.chat.tools.syntaxes.rules import AllowedFunction, CallRules
 from nybble.constraints.document import Schema
 from nybble.constraints.schema import grammar_schema
 
@@ -44,7 +44,7 @@ class ElementRules:
         element: How arguments are written.
     """
 
-    def __init__(self, rules: CallRules, rule: str, function: Function, element: Element) -> None:
+    def __init__(self, rules: CallRules, rule: str, function: AllowedFunction, element: Element) -> None:
         self._rules = rules
         self._rule = rule
         self._function = function

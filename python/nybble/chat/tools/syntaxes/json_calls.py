@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nybble.chat.tools.reader import NotACallError, Reader, Steps
-from nybble.chat.tools.syntaxes.rules import Call, CallRules, Function, Schema, json_rule
+from nybble.chat.tools.syntaxes.rules import AllowedFunction, Call, CallRules, Schema, json_rule
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class JsonCalls:
         schemas = [(each.schema, each.parameter) for each in rules.functions]
         return [f"named: {json_rule([*schemas, *([form] if form is not None else [])], build)}"]
 
-    def _object_schema(self, function: Function, arguments: Schema) -> Schema:
+    def _object_schema(self, function: AllowedFunction, arguments: Schema) -> Schema:
         """The schema of a call of a function."""
         keys = {**self.extra, self.name_key: {"const": function.name}, self.arguments_key: arguments}
         return {"type": "object", "properties": keys, "required": [*keys], "additionalProperties": False}

@@ -17,7 +17,7 @@ Call = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Function:
+class AllowedFunction:
     """A function that the grammar lets the model call."""
 
     name: str
@@ -35,7 +35,7 @@ class CallRules:
         special_tokens: The markers of the format that are special tokens, with their ids.
     """
 
-    def __init__(self, functions: Sequence[Function], special_tokens: Mapping[str, int]) -> None:
+    def __init__(self, functions: Sequence[AllowedFunction], special_tokens: Mapping[str, int]) -> None:
         self.functions = functions
         self._tokens = special_tokens
         longest_first = sorted(special_tokens, key=len, reverse=True)

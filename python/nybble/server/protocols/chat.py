@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from nybble import generation
+from nybble.chat.tools.formats import HERMES, detect_format
 from nybble.chat.tools.grammar import CallGrammar
 from nybble.chat.tools.parser import AnswerParser, PlainText, ToolCallParser
 from nybble.chat.tools.reader import new_id
-from nybble.chat.tools.support import ToolSupport, tool_support
+from nybble.chat.tools.support import tool_support
 from nybble.chat.tools.tool_format import ToolFormat
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length
@@ -95,8 +96,9 @@ class ChatAdapter(Adapter):
                     options["grammar"] = grammar.calls_or(form, several=self._allows_several)
             messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in body.messages]
             tools: Sequence[Mapping[str, Any]] | None = described if tool_format is not None else None
-            if tools or any("tool_calls" in message for message in messages):
-                messages, tools = self._tool_support(bool(tools)).prepare(messages, tools or ())
+            template = self._chat_template(with_tools=bool(tools))
+            if tools or (detect_format(template) and any("tool_calls" in message for message in messages)):
+                messages, tools = tool_support(template).prepare(messages, tools or ())
             prompt = self._tokenizer.apply_chat_template(
                 messages,
                 add_generation_prompt=True,
@@ -116,17 +118,17 @@ class ChatAdapter(Adapter):
         parameters = body.form_parameters() | ({"grammar": "tools"} if writes_grammar else {})
         return GenerationRequest(param="messages", prepare=prepare, parameters=parameters, new_parser=new_parser)
 
-    def _tool_support(self, with_tools: bool) -> ToolSupport:
-        """What the chat template knows about tools: the one for requests with tools, or the default one."""
+    def _chat_template(self, with_tools: bool) -> str:
+        """The source of the chat template for requests with tools, or without."""
         templates = self._tokenizer.chat_templates
         default = templates.get("default", "")
-        return tool_support(templates.get("tool_use", default) if with_tools else default)
+        return templates.get("tool_use", default) if with_tools else default
 
     def _tool_format(self) -> ToolFormat | None:
         """The format in which the model writes tool calls; None for a request without tools."""
         if not self._body.callable_functions() or self._body.choice() == "none":
             return None
-        return self._tool_support(with_tools=True).tool_format
+        return detect_format(self._chat_template(with_tools=True)) or HERMES
 
     def _tool_parser(
         self, tool_format: ToolFormat, functions: Sequence[FunctionDefinition], prefix: str, unmarked: bool

@@ -242,7 +242,7 @@ def test_results_do_not_depend_on_how_the_text_is_split(parts: list[str], cuts: 
 
 
 def test_unsupported_templates_have_no_tool_format() -> None:
-    for template in ("", "plain", "[ARGS]", "<tools> <tool_cal>", "{{ tools }} <call>"):
+    for template in ("", "plain", "[ARGS]", "<tools> <tool_cal>", "{{ tools }} <call>", "]<]minimax[>[<tool_call>"):
         assert detect_format(template) is None
 
 

@@ -57,7 +57,7 @@ def streamed(running: Running, **parameters: Any) -> tuple[str, list[Call], str]
 @each_family
 def test_streams_and_responses_have_the_calls_that_the_template_writes(family: Family, tmp_path: Path) -> None:
     given = conversations(family)
-    answers = [family.answer(conversation) for conversation in given]
+    answers = [family.after_reasoning(each.tools) + family.answer(each) for each in given]
     with saying(
         family, tmp_path, [answer for answer in answers for _ in range(4 - family.template.endswith("tool_use"))]
     ) as (running, script):
@@ -81,7 +81,8 @@ def test_streams_and_responses_have_the_calls_that_the_template_writes(family: F
 @each_family
 def test_earlier_calls_and_results_are_in_the_prompt(family: Family, tmp_path: Path) -> None:
     given = conversations(family)
-    with saying(family, tmp_path, ["Done."] * len(given)) as (running, script):
+    answers = [f"{family.after_reasoning(each.tools)}Done." for each in given]
+    with saying(family, tmp_path, answers) as (running, script):
         for conversation in given:
             turn = conversation.turn
             for call in turn["tool_calls"]:

@@ -28,6 +28,8 @@ _THOUGHT = re.compile(
     re.DOTALL,
 )
 """Reasoning before an answer, which does not reach the parser."""
+_REASONING = {"<think>": "</think>", "<|START_THINKING|>": "<|END_THINKING|>"}
+"""The markers around reasoning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +75,24 @@ class Family:
     def _compiled(self) -> ChatTemplate:
         return ChatTemplate(self.source)
 
-    def render(self, messages: Sequence[Json], tools: Sequence[Json], prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Json], tools: Sequence[Json], prompt: bool = False, **variables: Any) -> str:
         """A conversation as text."""
-        names: dict[str, Any] = {"bos_token": "", "eos_token": self.ends[0], "enable_thinking": False}
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.ends[0], **variables}
         turns, listed = tool_support(self.source).prepare(messages, tools)
         return self._compiled.render(turns, tools=listed, add_generation_prompt=prompt, **names)
 
+    def after_reasoning(self, tools: Sequence[Json]) -> str:
+        """What an answer begins with if the prompt has begun reasoning."""
+        prompt = self.render([USER], tools, prompt=True).rstrip()
+        return next((f"So.{end}\n\n" for opening, end in _REASONING.items() if prompt.endswith(opening)), "")
+
     def answer(self, conversation: Conversation) -> str:
         """The answer with the calls, as the model would write it after the prompt."""
-        whole = self.render([USER, conversation.turn], conversation.tools)
+        whole = self.render([USER, conversation.turn], conversation.tools, enable_thinking=False)
         if self.start:
             length = whole.index(self.start, whole.rindex(USER["content"])) + len(self.start)
         else:
-            prompt = self.render([USER], conversation.tools, prompt=True)
+            prompt = self.render([USER], conversation.tools, prompt=True, enable_thinking=False)
             length = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         answer = _THOUGHT.sub("", whole[length:], count=1) if _THOUGHT.match(whole[length:]) else whole[length:]
         end = next((end for end in self.ends if end in answer), None)

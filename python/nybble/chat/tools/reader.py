@@ -162,6 +162,18 @@ class Reader:
             if limit is not None and len(text) > limit:
                 raise NotACallError
 
+    def text_until(self, end: str, emit: Emit) -> Steps[None]:
+        """The text before `end`, passed on as a part of a JSON string while it comes."""
+        pending = ""
+        while True:
+            pending += yield from self.next()
+            held = next((size for size in range(len(end), 0, -1) if pending.endswith(end[:size])), 0)
+            if certain := pending[: len(pending) - held]:
+                emit(json.dumps(certain, ensure_ascii=False)[1:-1])
+            if held == len(end):
+                return
+            pending = pending[len(certain) :]
+
     def head(self, before: str, limit: int = MAX_HEAD) -> Steps[str]:
         """The text before the arguments, which begin with `{`: the name of a function and markers.
 

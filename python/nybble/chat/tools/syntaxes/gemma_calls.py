@@ -39,9 +39,15 @@ class GemmaCalls:
         before = "{"
         while (first := (yield from reader.next_non_space())) != "}":
             key = yield from self._key(reader, first)
-            value = yield from self._value(reader, (yield from reader.next_non_space()), 0)
-            reader.emit(f"{before}{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}")
+            reader.emit(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
             before = ", "
+            first = yield from reader.next_non_space()
+            if (yield from self._begins_string(reader, first)):
+                reader.emit('"')
+                yield from reader.text_until(self.quote, reader.emit)
+                reader.emit('"')
+            else:
+                reader.emit(json.dumps((yield from self._value(reader, first, 0)), ensure_ascii=False))
             if (following := (yield from reader.next_non_space())) == "}":
                 break
             if following != ",":
@@ -58,17 +64,22 @@ class GemmaCalls:
         key, _ = yield from reader.until(":", limit=MAX_HEAD)
         return (first + key).strip()
 
-    def _string(self, reader: Reader, first: str) -> Steps[str | None]:
-        """A string that begins with `first`; None if there is no quote, whose characters are pushed back then."""
-        if first == '"':
-            return (yield from reader.string(first))
+    def _begins_string(self, reader: Reader, first: str) -> Steps[bool]:
+        """Reads a quote that begins with `first`. If there is none, its other characters are pushed back."""
         text = first
         while text != self.quote:
-            char = yield from reader.next()
-            if not self.quote.startswith(text + char):
-                reader.push_back(text[1:] + char)
-                return None
-            text += char
+            if not self.quote.startswith(text):
+                reader.push_back(text[1:])
+                return False
+            text += yield from reader.next()
+        return True
+
+    def _string(self, reader: Reader, first: str) -> Steps[str | None]:
+        """A string that begins with `first`; None if there is no quote."""
+        if first == '"':
+            return (yield from reader.string(first))
+        if not (yield from self._begins_string(reader, first)):
+            return None
         text, _ = yield from reader.until(self.quote)
         return text
 

@@ -24,6 +24,8 @@ LLAMA = detect_format("... <|python_tag|> ...")
 GRANITE = detect_format("... <|tool_call|> ...")
 NAMED = detect_format("... <function= ... </function> ...")
 CODER = detect_format("... <tool_call> ... <function= ... <parameter= ...")
+GEMMA = detect_format("... <|tool_call> ... <tool_call|> ...")
+LFM2 = detect_format("... <|tool_call_start|> ...")
 CALL = {"name": "f", "arguments": {"x": [1, {"y": "}]</tool_call>"}]}}
 TEXT = json.dumps(CALL)
 RAW = json.dumps(CALL["arguments"])
@@ -160,6 +162,8 @@ def test_arguments_are_passed_on_as_they_are_written() -> None:
         (LLAMA, '{"name": "f", "parameters": {"x": "ab', '{"x": "ab'),
         # The last characters may begin the closing tag.
         (CODER, "<tool_call><function=g><parameter=s>one, two\n</param", '{"s": "one, two'),
+        (GEMMA, '<|tool_call>call:g{s:<|"|>one, two<|"', '{"s": "one, two'),
+        (LFM2, "<|tool_call_start|>[g(s='one, two", '{"s": "one, two'),
     ):
         _, *rest = pieces(known, text)
         assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == expected
@@ -192,6 +196,7 @@ def test_without_a_call_no_character_is_lost(parts: list[str | int]) -> None:
 
 
 SCRAPS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<function=", "</function>", "<parameter=s>"]
+SCRAPS += ["<|tool_call>", "<tool_call|>", "call:f{", 's:<|"|>', '<|"|>', "<|tool_call_start|>[", "f(s=", "'", ")]"]
 SCRAPS += [
     "</parameter>",
     "<|python_tag|>",
@@ -237,7 +242,7 @@ def test_results_do_not_depend_on_how_the_text_is_split(parts: list[str], cuts: 
                 merged.append([kind, text])
         return merged
 
-    for known in (HERMES, MISTRAL, ARGS, LLAMA, GRANITE, NAMED, CODER):
+    for known in (HERMES, MISTRAL, ARGS, LLAMA, GRANITE, NAMED, CODER, GEMMA, LFM2):
         assert parts_of(known, pieces) == parts_of(known, [text])
 
 

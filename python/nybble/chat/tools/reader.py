@@ -90,10 +90,16 @@ class Reader:
 
     def emit(self, text: str) -> None:
         """Adds a piece of the arguments."""
+        if not text:
+            return
         if self._found and isinstance(self._found[-1], str):
             self._found[-1] += text
         else:
             self._found.append(text)
+
+    def emit_in_string(self, text: str) -> None:
+        """Adds a part of a JSON string."""
+        self.emit(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def next(self) -> Steps[str]:
         """The next character."""
@@ -163,13 +169,13 @@ class Reader:
                 raise NotACallError
 
     def text_until(self, end: str, emit: Emit) -> Steps[None]:
-        """The text before `end`, passed on as a part of a JSON string while it comes."""
+        """The text before `end`, passed on while it comes."""
         pending = ""
         while True:
             pending += yield from self.next()
             held = next((size for size in range(len(end), 0, -1) if pending.endswith(end[:size])), 0)
             if certain := pending[: len(pending) - held]:
-                emit(json.dumps(certain, ensure_ascii=False)[1:-1])
+                emit(certain)
             if held == len(end):
                 return
             pending = pending[len(certain) :]

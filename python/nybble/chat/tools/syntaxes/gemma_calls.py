@@ -44,7 +44,7 @@ class GemmaCalls:
             first = yield from reader.next_non_space()
             if (yield from self._begins_string(reader, first)):
                 reader.emit('"')
-                yield from reader.text_until(self.quote, reader.emit)
+                yield from reader.text_until(self.quote, reader.emit_in_string)
                 reader.emit('"')
             else:
                 reader.emit(json.dumps((yield from self._value(reader, first, 0)), ensure_ascii=False))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nybble.chat.tools.reader import MAX_HEAD, NotACallError, Reader, Steps
+from nybble.chat.tools.reader import MAX_HEAD, Emit, NotACallError, Reader, Steps
 from nybble.chat.tools.syntaxes.elements import Element, ElementRules
 from nybble.chat.tools.syntaxes.rules import Call, CallRules
 
@@ -18,6 +18,8 @@ _AFTER_STRING = ",)]}:"
 """What may follow a string. A quote before anything else belongs to the string: some templates do not escape quotes."""
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_LONGEST_ESCAPE = 12
+"""Characters of the longest escapes that belong together: two for a character beyond the basic plane."""
 _MAX_DEPTH = 200
 
 
@@ -67,9 +69,15 @@ class PythonCalls:
             key = (first + key).strip()
             if not key.isidentifier() and not re.fullmatch(r"[\w.-]+", key):
                 raise NotACallError
-            value = yield from _value(reader, (yield from reader.next_non_space()), 0)
-            reader.emit(f"{before}{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}")
+            reader.emit(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
             before = ", "
+            first = yield from reader.next_non_space()
+            if first in "\"'":
+                reader.emit('"')
+                yield from _pass_string(reader, first, reader.emit_in_string)
+                reader.emit('"')
+            else:
+                reader.emit(json.dumps((yield from _value(reader, first, 0)), ensure_ascii=False))
             following = yield from reader.next_non_space()
             if following == ")":
                 break
@@ -174,7 +182,14 @@ def number_or_constant(text: str) -> Any:
 
 
 def _string(reader: Reader, quote: str) -> Steps[str]:
-    """The rest of a string. A quote ends it only before a character that may follow a string."""
+    """The rest of a string."""
+    parts: list[str] = []
+    yield from _pass_string(reader, quote, parts.append)
+    return "".join(parts)
+
+
+def _pass_string(reader: Reader, quote: str, emit: Emit) -> Steps[None]:
+    """The rest of a string, passed on while it comes. A quote ends it only before a character that may follow it."""
     text = ""
     while True:
         char = yield from reader.next()
@@ -188,8 +203,12 @@ def _string(reader: Reader, quote: str) -> Steps[str]:
                 gap += following
             reader.push_back(gap + following)
             if following in _AFTER_STRING:
-                return _unescaped(text)
+                emit(_unescaped(text))
+                return
             text += char
+        if "\\" not in text[-_LONGEST_ESCAPE:]:
+            emit(_unescaped(text))
+            text = ""
 
 
 def _unescaped(text: str) -> str:

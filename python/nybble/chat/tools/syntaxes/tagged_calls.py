@@ -54,7 +54,7 @@ class TaggedCalls:
             before = ", "
             if is_text or (is_text is None and arguments.is_text(key)):
                 reader.emit('"')
-                yield from self._value(reader, lambda text: reader.emit(json.dumps(text, ensure_ascii=False)[1:-1]))
+                yield from self._value(reader, reader.emit_in_string)
                 reader.emit('"')
             else:
                 parts: list[str] = []

@@ -101,7 +101,7 @@ def test_the_documentation_lists_every_format() -> None:
     rows = {}
     for known in FORMATS:
         call = "".join(known.write([("NAME", {"KEY": "VALUE"})]).splitlines()).replace("|", r"\|")
-        fence = "``` " if "`" in call else "`"
+        fence = "`` " if "`" in call else "`"
         rows[known.name] = f"| {known.families} | {fence}{call}{fence[::-1]} |"
     listed = sorted(rows.values(), key=str.lower)
     table = "\n".join(["| families | a call |", "| --- | --- |", *listed])

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from fastapi import Request as HttpRequest
 
 from nybble.chat.reasoning_splitter import OutputPart
+from nybble.chat.tools.parser import AnswerParser, Part, PlainText
+from nybble.chat.tools.reader import CallStart
 from nybble.engine import Piece, Request
 from nybble.sampling import SamplingOptions
 from nybble.server import events
 from nybble.server.errors import ApiError, as_api_errors, overloaded
 from nybble.server.service import Service
-from nybble.server.tools.parser import AnswerParser, Part, PlainText
-from nybble.server.tools.reader import CallStart
 
 Prompt = str | list[int]
 

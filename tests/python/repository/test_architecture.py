@@ -10,7 +10,17 @@ PACKAGE = Path(__file__).parents[3] / "python" / "nybble"
 
 # From the lowest floor up, by the first name below `nybble`. A module imports its own floor and lower ones.
 FLOORS = [
-    {"_native", "engine_options", "errors", "load_options", "memory", "overrides", "progress", "sampling"},
+    {
+        "_native",
+        "constraints",
+        "engine_options",
+        "errors",
+        "load_options",
+        "memory",
+        "overrides",
+        "progress",
+        "sampling",
+    },
     {"chat", "models"},
     {"tokenizer"},
     {"*"},  # Every module that is not listed, the package's own `__init__` included.

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nybble.chat.tools.formats import detect_format
+from nybble.chat.tools.grammar import CallGrammar
+from nybble.chat.tools.parser import Part, ToolCallParser
+from nybble.chat.tools.reader import CallArguments, CallStart
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.server.protocols.chat_schema import FunctionDefinition
-from nybble.server.tools.formats import ToolFormat, detect_format
-from nybble.server.tools.grammar import CallGrammar
-from nybble.server.tools.parser import Part, ToolCallParser
-from nybble.server.tools.reader import CallArguments, CallStart
 
 HERMES = detect_format("... <tool_call> ... </tool_call> ...")
 MISTRAL = detect_format("... [TOOL_CALLS] ...")
@@ -23,6 +24,8 @@ LLAMA = detect_format("... <|python_tag|> ...")
 GRANITE = detect_format("... <|tool_call|> ...")
 NAMED = detect_format("... <function= ... </function> ...")
 CODER = detect_format("... <tool_call> ... <function= ... <parameter= ...")
+GEMMA = detect_format("... <|tool_call> ... <tool_call|> ...")
+LFM2 = detect_format("... <|tool_call_start|> ...")
 CALL = {"name": "f", "arguments": {"x": [1, {"y": "}]</tool_call>"}]}}
 TEXT = json.dumps(CALL)
 RAW = json.dumps(CALL["arguments"])
@@ -157,8 +160,10 @@ def test_arguments_are_passed_on_as_they_are_written() -> None:
         (ARGS, '[TOOL_CALLS]f[ARGS]{"x": "ab', '{"x": "ab'),
         (NAMED, '<function=f>{"x": "ab', '{"x": "ab'),
         (LLAMA, '{"name": "f", "parameters": {"x": "ab', '{"x": "ab'),
-        # The last characters may be the closing tag.
-        (CODER, "<tool_call><function=g><parameter=s>one, two, three, four", '{"s": "one, two'),
+        # The last characters may begin the closing tag.
+        (CODER, "<tool_call><function=g><parameter=s>one, two\n</param", '{"s": "one, two'),
+        (GEMMA, '<|tool_call>call:g{s:<|"|>one, two<|"', '{"s": "one, two'),
+        (LFM2, "<|tool_call_start|>[g(s='one, two", '{"s": "one, two'),
     ):
         _, *rest = pieces(known, text)
         assert "".join(part.text for part in rest if isinstance(part, CallArguments)) == expected
@@ -191,6 +196,7 @@ def test_without_a_call_no_character_is_lost(parts: list[str | int]) -> None:
 
 
 SCRAPS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<function=", "</function>", "<parameter=s>"]
+SCRAPS += ["<|tool_call>", "<tool_call|>", "call:f{", 's:<|"|>', '<|"|>', "<|tool_call_start|>[", "f(s=", "'", ")]"]
 SCRAPS += [
     "</parameter>",
     "<|python_tag|>",
@@ -236,12 +242,12 @@ def test_results_do_not_depend_on_how_the_text_is_split(parts: list[str], cuts: 
                 merged.append([kind, text])
         return merged
 
-    for known in (HERMES, MISTRAL, ARGS, LLAMA, GRANITE, NAMED, CODER):
+    for known in (HERMES, MISTRAL, ARGS, LLAMA, GRANITE, NAMED, CODER, GEMMA, LFM2):
         assert parts_of(known, pieces) == parts_of(known, [text])
 
 
 def test_unsupported_templates_have_no_tool_format() -> None:
-    for template in ("", "plain", "<tool_call>{name}<arg_key>", "<seed:tool_call><function=f><parameter=x>", "[ARGS]"):
+    for template in ("", "plain", "[ARGS]", "<tools> <tool_cal>", "{{ tools }} <call>", "]<]minimax[>[<tool_call>"):
         assert detect_format(template) is None
 
 
@@ -253,7 +259,7 @@ def test_a_forced_call_has_the_schema_of_its_function() -> None:
         assert known is not None
         grammar = CallGrammar(known, functions, [function.name for function in functions], lambda _: None)
         prefix, text = grammar.forced()
-        return prefix, json.loads(text.removeprefix("start: %json "))
+        return prefix, json.loads(text.removeprefix("start: named\nnamed: %json "))
 
     closed = {**(f.parameters or {}), "additionalProperties": False}
     prefix, schema = schema_of(HERMES, f, g)

@@ -113,11 +113,8 @@ def family(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[str, 
     name: str = request.param
     markers = [marker for marker in ("[TOOL_CALLS]", "[ARGS]") if marker in TEMPLATES[name]]
     values: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": template(name)}
-    known = tiny.metadata()
     if markers:  # Special tokens, as in Mistral's vocabularies.
-        values["llama__vocab_size"] = tiny.VOCABULARY + len(markers)
-        values["tokenizer__ggml__tokens"] = [*known["tokenizer.ggml.tokens"], *markers]
-        values["tokenizer__ggml__token_type"] = [*known["tokenizer.ggml.token_type"], *(3 for _ in markers)]
+        values |= tiny.with_special_tokens(markers)
     with Model.load(tiny.write_model(folder / f"{name}.gguf", **values), threads=2) as loaded:
         yield name, loaded
 
@@ -310,13 +307,18 @@ def test_without_tools_nothing_is_parsed_as_a_call(tool_model: Model) -> None:
     assert script.prompts[0] == script.prompts[1]
 
 
-def test_tools_are_refused_if_the_template_defines_an_unsupported_format(folder: Path) -> None:
+def test_a_template_in_an_unknown_format_does_not_refuse_tools(folder: Path) -> None:
     template = "{{ tools }} <arg_key>" + TOOL_TEMPLATE.replace("<tool_call>", "<call>")
-    file = tiny.write_model(folder / "unsupported.gguf", tokenizer__chat_template=template)
-    with Model.load(file, threads=1) as loaded, client_of(scripted(loaded)[0]) as client:
-        with pytest.raises(openai.BadRequestError, match="defines no tool calls in a supported format") as refused:
-            client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME])
-        assert refused.value.param == "tools"
+    file = tiny.write_model(folder / "unknown.gguf", tokenizer__chat_template=template, llama__context_length=2048)
+    call = json.dumps({"name": "time", "arguments": {}})
+    with Model.load(file, threads=1) as loaded:
+        engine, script = scripted(loaded, f"<tool_call>\n{call}\n</tool_call>")
+        with client_of(engine) as client:
+            (choice,) = client.chat.completions.create(model="tiny", messages=HELLO, tools=[TIME]).choices
+    (made,) = choice.message.tool_calls or []
+    assert made.type == "function"
+    assert (made.function.name, made.function.arguments) == ("time", "{}")
+    assert f"<tools>\n{json.dumps(TIME)}\n</tools>" in script.prompts[0]
 
 
 def test_the_server_describes_tools_if_the_template_does_not(folder: Path) -> None:

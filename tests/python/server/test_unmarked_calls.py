@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.server.tools.formats import ToolFormat, detect_format
-from nybble.server.tools.parser import Part, ToolCallParser
-from nybble.server.tools.reader import CallArguments, CallStart
+from nybble.chat.tools.formats import detect_format
+from nybble.chat.tools.parser import Part, ToolCallParser
+from nybble.chat.tools.reader import CallArguments, CallStart
+from nybble.chat.tools.tool_format import ToolFormat
 
 FORMATS: dict[str, ToolFormat | None] = {
     "hermes": detect_format("<tool_call>"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ def metadata(**changes: Any) -> dict[str, Any]:
     }
     values.update({key.replace("__", "."): value for key, value in changes.items()})
     return {key: value for key, value in values.items() if value is not None}
+
+
+def with_special_tokens(texts: Sequence[str]) -> dict[str, Any]:
+    """Changes of the metadata that add special tokens."""
+    known = metadata()
+    return {
+        "llama__vocab_size": VOCABULARY + len(texts),
+        "tokenizer__ggml__tokens": [*known["tokenizer.ggml.tokens"], *texts],
+        "tokenizer__ggml__token_type": [*known["tokenizer.ggml.token_type"], *(3 for _ in texts)],
+    }
 
 
 def write_model(path: Path, layers: int = 2, feed_forward: int = 96, *, uniform: bool = False, **changes: Any) -> Path:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from nybble.chat.tools.formats import HERMES, detect_format
+from nybble.chat.tools.grammar import CallGrammar
+from nybble.chat.tools.parser import AnswerParser, PlainText, ToolCallParser
+from nybble.chat.tools.reader import new_id
+from nybble.chat.tools.support import tool_support
+from nybble.chat.tools.tool_format import ToolFormat
 from nybble.generation import TokenLogprob
 from nybble.generation.reasoning import chat_prompt
 from nybble.generation.request import check_length
@@ -38,11 +44,6 @@ from nybble.server.protocols.chat_schema import (
 )
 from nybble.server.protocols.schema import Usage, finite
 from nybble.server.service import Service
-from nybble.server.tools.description import with_tools
-from nybble.server.tools.formats import HERMES, ToolFormat, detect_format
-from nybble.server.tools.grammar import CallGrammar
-from nybble.server.tools.parser import AnswerParser, PlainText, ToolCallParser
-from nybble.server.tools.reader import new_id
 from nybble.tokenizer.tokenizer import Tokenizer
 
 
@@ -82,7 +83,6 @@ class ChatAdapter(CollectingAdapter):
             {"type": "function", "function": function.model_dump(exclude_unset=True)}
             for function in body.callable_functions().values()
         ]
-        describes_tools = tool_format is not None and not self._template_knows_tools
         writes_grammar = tool_format is not None and (must_call or form is not None)
         prefix = ""
 
@@ -97,13 +97,15 @@ class ChatAdapter(CollectingAdapter):
                 elif form is not None:
                     options["grammar"] = grammar.calls_or(form, several=self._allows_several)
             messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in body.messages]
-            if describes_tools:
-                messages = with_tools(messages, described)
+            tools: Sequence[Mapping[str, Any]] | None = described if tool_format is not None else None
+            template = self._chat_template(with_tools=bool(tools))
+            if tools or (detect_format(template) and any("tool_calls" in message for message in messages)):
+                messages, tools = tool_support(template).prepare(messages, tools or ())
             prompt, budget = chat_prompt(
                 self._tokenizer,
                 messages,
                 choice=body.reasoning_choice(),
-                tools=described if tool_format and not describes_tools else None,
+                tools=tools,
                 variables=body.chat_template_kwargs,
                 continues=body.continues,
                 answers_now=must_call,
@@ -130,27 +132,17 @@ class ChatAdapter(CollectingAdapter):
             separates_reasoning=body.separates_reasoning,
         )
 
-    @property
-    def _tool_template(self) -> str:
+    def _chat_template(self, with_tools: bool) -> str:
+        """The source of the chat template for requests with tools, or without."""
         templates = self._tokenizer.chat_templates
-        return templates.get("tool_use", templates.get("default", ""))
-
-    @property
-    def _template_knows_tools(self) -> bool:
-        """Whether the chat template describes tools. If not, the server does."""
-        return "tools" in self._tool_template or detect_format(self._tool_template) is not None
+        default = templates.get("default", "")
+        return templates.get("tool_use", default) if with_tools else default
 
     def _tool_format(self) -> ToolFormat | None:
         """The format in which the model writes tool calls; None for a request without tools."""
-        body = self._body
-        if not body.callable_functions() or body.choice() == "none":
+        if not self._body.callable_functions() or self._body.choice() == "none":
             return None
-        tool_format = detect_format(self._tool_template) if self._template_knows_tools else HERMES
-        if tool_format is None:
-            message = "the chat template of this model defines no tool calls in a supported format"
-            param = "functions" if body.uses_functions else "tools"
-            raise ApiError(400, message, param=param, code="unsupported_parameter")
-        return tool_format
+        return detect_format(self._chat_template(with_tools=True)) or HERMES
 
     def _tool_parser(
         self, tool_format: ToolFormat, functions: Sequence[FunctionDefinition], prefix: str, unmarked: bool

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from nybble.chat.tools.grammar import AnswerForm
 from nybble.server.protocols.gbnf import is_gbnf, lark_of_gbnf
 from nybble.server.protocols.strict import Strict
-from nybble.server.tools.grammar import AnswerForm
 
 Json = dict[str, Any]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]

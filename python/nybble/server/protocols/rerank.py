@@ -9,12 +9,12 @@ import numpy as np
 from fastapi import Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
+from nybble.chat.tools.reader import new_id
 from nybble.generation.request import check_length
 from nybble.server.delivery import with_timeout
 from nybble.server.errors import ApiError, as_api_errors
 from nybble.server.protocols.strict import Strict
 from nybble.server.service import Service
-from nybble.server.tools.reader import new_id
 
 MAX_DOCUMENTS = 2048
 """Documents of a request."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from serving import Reply, Running, scripted, serving
 
 from nybble import Model
+from nybble.chat.tools import formats
 from nybble.engine import Engine
 
 HI: Any = [{"role": "user", "content": "Hi"}]
@@ -24,32 +25,42 @@ TURNS = (
     "{{ m.content or '' }}<|im_end|>\n{% endfor %}{# FORMAT #}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORMATS = {
-    "hermes": "<tool_call>",
-    "qwen3-coder": "<tool_call> <function= <parameter=",
-    "mistral": "[TOOL_CALLS]",
-    "mistral-args": "[TOOL_CALLS] [ARGS]",
-    "granite": "<|tool_call|>",
-    "llama": "<|python_tag|>",
-    "functionary": "<function=",
-}
+FORMATS = {known.name: " ".join(known.needles) for known in formats.FORMATS}
+"""What chat templates of each format contain."""
+MARKERS = {known.name: known.markers for known in formats.FORMATS}
+OF_EACH_KIND = (
+    "hermes",
+    "qwen3-coder",
+    "mistral",
+    "mistral-args",
+    "granite",
+    "llama",
+    "functionary",
+    "gemma4",
+    "lfm2",
+    "glm",
+)
+"""A format of each kind. Some tests try only these."""
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Running]]:
     """Serves the uniform model with a tool-call format."""
-    running: dict[str, Running] = {}
+    running: dict[tuple[str, bool], Running] = {}
     with ExitStack() as stack:
 
-        def start(name: str) -> Running:
-            if name not in running:
+        def start(name: str, special_markers: bool = False) -> Running:
+            key = name, special_markers
+            if key not in running:
                 file = tmp_path_factory.mktemp("tools") / "tiny.gguf"
                 template = TURNS.replace("FORMAT", FORMATS[name])
                 changes: Json = {"llama__context_length": 4096, "tokenizer__chat_template": template}
+                if special_markers:
+                    changes |= tiny.with_special_tokens(MARKERS[name])
                 tiny.write_model(file, layers=1, uniform=True, **changes)
                 model = stack.enter_context(Model.load(file, threads=1))
-                running[name] = stack.enter_context(serving(stack.enter_context(Engine(model))))
-            return running[name]
+                running[key] = stack.enter_context(serving(stack.enter_context(Engine(model))))
+            return running[key]
 
         yield start
 
@@ -67,7 +78,7 @@ def tool(parameters: Json | None, name: str = "f") -> Json:
 def ask(server: Running, *tools: Json, choice: Any = "required", **parameters: Any) -> Reply:
     """Draws one of all calls that the schemas allow."""
     bias = {str(token): value for token, value in END_STRINGS.items()}
-    drawn: Json = {"seed": 1, "max_tokens": 400, "logit_bias": bias, **EVERY_TOKEN}
+    drawn: Json = {"seed": 1, "max_tokens": 800, "logit_bias": bias, **EVERY_TOKEN}
     return server.chat(HI, tools=list(tools), tool_choice=choice, **{**drawn, **parameters})
 
 
@@ -105,8 +116,15 @@ PARAMETERS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (each, name)
+        for each in FORMATS
+        for name in PARAMETERS
+        if each in OF_EACH_KIND or name in ("strings", "pydantic")
+    ],
+)
 def test_required_calls_follow_their_schema(name: str, template: str, served: Callable[[str], Running]) -> None:
     named = {"type": "function", "function": {"name": "f"}}
     for choice, seed in (("required", 1), (named, 2)):
@@ -118,6 +136,17 @@ def test_required_calls_follow_their_schema(name: str, template: str, served: Ca
 
 
 @pytest.mark.parametrize("template", FORMATS)
+def test_required_calls_follow_their_schema_if_markers_are_special_tokens(
+    template: str, served: Callable[..., Running]
+) -> None:
+    reply = ask(served(template, special_markers=True), tool(PARAMETERS["strings"]))
+    assert reply.choice["finish_reason"] == "tool_calls", reply.text
+    ((name, arguments),) = reply.calls
+    assert name == "f"
+    jsonschema_rs.validate(PARAMETERS["strings"], arguments)
+
+
+@pytest.mark.parametrize("template", OF_EACH_KIND)
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}], ids=str)
 def test_functions_without_parameters_get_no_arguments(
     parameters: Json | None, template: str, served: Callable[[str], Running]
@@ -131,9 +160,9 @@ def test_every_function_is_reachable(hermes: Running) -> None:
     assert {ask(hermes, *tools, seed=seed).calls[0][0] for seed in range(16)} == {"f", "g"}
 
 
-@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize("template", OF_EACH_KIND)
 def test_streams_give_the_same_call_as_responses(template: str, served: Callable[[str], Running]) -> None:
-    asked: Json = {"temperature": 0, "max_tokens": 200}
+    asked: Json = {"temperature": 0, "max_tokens": 400}
     tools = tool(closed({"x": DIGIT, "y": {"type": "boolean"}}))
     expected = ask(served(template), tools, **asked).calls
     deltas = [
@@ -192,7 +221,7 @@ def test_without_a_choice_of_tools_the_form_is_followed(hermes: Running) -> None
 # --- Errors
 
 
-@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize("template", OF_EACH_KIND)
 def test_errors_name_the_tool_and_the_place(template: str, served: Callable[[str], Running]) -> None:
     bad = closed({"a": {"type": "array", "uniqueItems": True}})
     reply = ask(served(template), tool(closed({}), "g"), tool(bad))
@@ -252,7 +281,7 @@ def test_values_that_may_be_strings_keep_their_text(
 BARE = '{"name": "f", "arguments": {"x": 1}}'
 
 
-@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize("template", OF_EACH_KIND)
 def test_calls_without_markers_are_calls_unless_turned_off(template: str, served: Callable[[str], Running]) -> None:
     model = served(template).service.engine.model
     for text in (f"[{BARE}]", f"```json\n{BARE}\n```"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nybble.chat.tools.reader import new_id
 from nybble.server import events
 from nybble.server.errors import ApiError
 from nybble.server.generation import GenerationRequest
@@ -34,7 +35,6 @@ from nybble.server.protocols.anthropic.schema import (
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatRequest
 from nybble.server.service import Service
-from nybble.server.tools.reader import new_id
 
 _SIGNATURE = "nybble"
 """Clients drop thinking without a signature. The server does not check it."""

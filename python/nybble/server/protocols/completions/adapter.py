@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from nybble.chat.tools.reader import new_id
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length, prompt_ids
 from nybble.sampling import SamplingOptions
@@ -19,7 +20,6 @@ from nybble.server.protocols.adapter import CollectingAdapter
 from nybble.server.protocols.completions.scoring import score
 from nybble.server.protocols.schema import Sampling, TokenId, Usage, finite
 from nybble.server.service import Service
-from nybble.server.tools.reader import new_id
 
 Prompts = str | list[TokenId] | list[str] | list[list[TokenId]]
 

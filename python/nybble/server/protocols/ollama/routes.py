@@ -23,7 +23,6 @@ from nybble.server.protocols.ollama.schema import (
     ShowRequest,
 )
 from nybble.server.service import Service
-from nybble.server.tools.formats import detect_format
 
 Json = dict[str, Any]
 
@@ -163,8 +162,6 @@ def _details(service: Service) -> Json:
 def _description(service: Service) -> Json:
     model = service.engine.model
     info, template = model.info, model.tokenizer.chat_templates.get("default", "")
-    for_tools = model.tokenizer.chat_templates.get("tool_use", template)
-    tools = detect_format(for_tools) is not None or (template != "" and "tools" not in for_tools)
     return {
         "modelfile": "",
         "parameters": "",
@@ -180,7 +177,7 @@ def _description(service: Service) -> Json:
         },
         "capabilities": [
             "completion",
-            *(["tools"] if tools else []),
+            *(["tools"] if template else []),
             *(["thinking"] if reasoning_format(model.tokenizer) else []),
             "embedding",
         ],

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
+from nybble.chat.tools.reader import new_id
 from nybble.sampling import SamplingOptions
 from nybble.server import events
 from nybble.server.errors import ApiError
@@ -30,7 +31,6 @@ from nybble.server.protocols.responses.schema import (
 from nybble.server.protocols.responses.store import Stored
 from nybble.server.protocols.schema import Sampler
 from nybble.server.service import Service
-from nybble.server.tools.reader import new_id
 
 Json = dict[str, Any]
 

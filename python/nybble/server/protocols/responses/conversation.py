@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+from nybble.chat.tools.reader import new_id
 from nybble.server.errors import ApiError, sendable
 from nybble.server.protocols.responses.items import (
     ITEMS,
@@ -16,7 +17,6 @@ from nybble.server.protocols.responses.items import (
     ReasoningItem,
     ReferenceItem,
 )
-from nybble.server.tools.reader import new_id
 
 Json = dict[str, Any]
 

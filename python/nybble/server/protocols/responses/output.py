@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nybble.chat.tools.reader import new_id
 from nybble.generation import TokenLogprob
 from nybble.server import events
 from nybble.server.protocols.adapter import TypedEvent
@@ -18,7 +19,6 @@ from nybble.server.protocols.responses.schema import (
     ReasoningText,
     Status,
 )
-from nybble.server.tools.reader import new_id
 
 
 class OutputBuilder:

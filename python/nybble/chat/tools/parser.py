@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from nybble.server.tools.formats import ToolFormat
-from nybble.server.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, normalized_json
-from nybble.server.tools.unmarked import UnmarkedCalls
+from nybble.chat.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, normalized_json
+from nybble.chat.tools.tool_format import ToolFormat
+from nybble.chat.tools.unmarked import UnmarkedCalls
 
 Part = str | CallStart | CallArguments
 """A part of an answer: content, the start of a call, or a piece of its arguments."""
@@ -69,16 +69,27 @@ class ToolCallParser:
         self._special_tokens = special_tokens or {}
         self._stream = stream
         self._parallel = parallel
-        self._pending = ""
+        self._pending = self._prompted = tool_format.prompted
+        """The text that was not read yet. The end of the prompt, which it begins with, never becomes content."""
         # What is being read as calls: all of its text, and the calls in it.
         self._reader: Reader | None = None
         self._read = ""
         self._found: list[CallStart | str] = []
-        self._after_call = False
-        self._awaits_closing = False
+        self._in_section = False
+        """Whether another call may follow without text in between."""
+        self._section_opening = ""
+        """The text of the opening marker of a section in which no call has begun yet."""
+        self._awaited: tuple[str, ...] | None = None
+        """After a call: the closing markers that may still come."""
         self._has_begun = False
         self._unmarked = (
-            UnmarkedCalls(functions, tool_format.closing, reads_objects=not tool_format.bare) if unmarked else None
+            UnmarkedCalls(
+                functions,
+                tool_format.closings[-1] if tool_format.closings else "",
+                reads_objects=not (tool_format.bare and "{" in tool_format.syntax.starts),
+            )
+            if unmarked
+            else None
         )
         """Reads the answer from its beginning; None once it is certain that it is more than calls without markers."""
         self.calls: int = 0
@@ -102,11 +113,24 @@ class ToolCallParser:
         """The text that was held back, at the end of the answer."""
         if self._unmarked is not None:
             return self._finish_unmarked(self._unmarked)
-        if self._after_call and self._format.closing.startswith(self._pending.strip()):
-            return []  # An answer may end within the last closing marker.
-        rest = self._pending if self._reader is None or self._is_reported else self._read
-        self._pending = self._read = ""
-        return self._allowed([rest] if rest else [], self.calls)
+        before, parts = self.calls, list[Part]()
+        if self._reader is not None:
+            if not self._is_reported:
+                self._put(parts, self._read)
+            self._reader, self._read = None, ""
+            return self._allowed(parts, before)
+        # An answer may end within the last closing markers.
+        ends = (*(self._awaited or ()), *((self._format.section[1].strip(),) if self._in_section else ()))
+        if self._awaited is not None or (self._in_section and not self._section_opening):
+            rest = self._pending.strip()
+            if not rest or any(end.startswith(rest) for end in ends):
+                return []
+        rest = self._section_opening + self._pending
+        for marker in self._format.text_markers:
+            rest = rest.replace(marker, "")
+        self._put(parts, rest)
+        self._pending = self._section_opening = ""
+        return self._allowed(parts, before)
 
     def _finish_unmarked(self, unmarked: UnmarkedCalls) -> list[Part]:
         """The calls without markers that the whole answer consists of; otherwise what its markers say."""
@@ -138,29 +162,88 @@ class ToolCallParser:
         return self._stream and bool(self._found)
 
     def _step(self, parts: list[Part]) -> bool:
-        """Reads one call or one stretch of content. False when more text is needed."""
+        """Reads one call, one marker or one stretch of content. False when more text is needed."""
         if self._reader is not None:
             return self._read_call(self._reader, parts)
-        if self._after_call and not self._skip_closing():
+        if self._awaited is not None and not self._skip_closing():
             return False
-        if self._format.bare and not self._has_begun and self._pending.lstrip().startswith("{"):
+        if self._in_section:
+            return self._step_in_section(parts)
+        if self._format.bare and not self._has_begun and self._begins_bare(self._pending.lstrip()):
             self._start_reading(parts, "", "")
             return True
-        before, opening, _ = self._pending.partition(self._format.opening)
-        if opening:
+        pattern = self._format.pattern
+        found = None if pattern is None else pattern.search(self._pending)
+        if found is None:
+            self._emit(parts, self._certain_length(self._pending))
+            return False
+        marker = found[0]
+        rest = self._pending[found.start() :]
+        if any(longer.startswith(rest) and longer != rest for longer in self._format.scan):
+            self._emit(parts, self._certain_length(self._pending[: found.start()], is_followed=True))
+            return False  # It may be the beginning of a longer marker.
+        before = self._pending[: found.start()]
+        if marker in self._format.text_markers:
+            self._emit(parts, len(before))
+            self._pending = self._pending[len(marker) :]
+            self._prompted = ""
+        elif marker in self._format.openings:
+            self._start_reading(parts, before, marker)
+        else:
+            self._emit(parts, len(before.rstrip()))
+            length = self._pending.index(marker) + len(marker)
+            self._section_opening, self._pending = self._pending[:length], self._pending[length:]
+            self._in_section = True
+        return True
+
+    def _step_in_section(self, parts: list[Part]) -> bool:
+        """Begins to read the next call of a section, or leaves the section. False when more text is needed."""
+        rest = self._pending.lstrip()
+        closing = self._format.section[1].strip()
+        openings = self._format.openings
+        if not rest:
+            return False
+        opening = next((marker for marker in openings if rest.startswith(marker)), None)
+        if opening is None and self._begins_without_opening(rest):
+            opening = ""
+        if opening is not None:
+            space = self._pending[: len(self._pending) - len(rest)]
+            self._section_opening, before = "", self._section_opening + space
+            self._pending = before + rest
             self._start_reading(parts, before, opening)
             return True
-        self._emit(parts, self._certain_length())
-        return False
+        if not self._section_opening and closing and rest.startswith(closing):
+            self._pending, self._in_section, self._awaited = rest[len(closing) :], False, ()
+            return True
+        if any(marker.startswith(rest) for marker in (closing, *openings) if marker):
+            return False
+        if self._section_opening:  # No call has come.
+            self._put(parts, self._section_opening)
+            self._section_opening = ""
+        self._in_section = False
+        return True
+
+    def _begins_without_opening(self, rest: str) -> bool:
+        """Whether a text in a section begins a call that has no opening marker of its own."""
+        if self._format.opening and not self._format.bare:
+            return False
+        return self._begins_bare(rest) if self._format.syntax.starts else not self._ends_section(rest)
+
+    def _ends_section(self, rest: str) -> bool:
+        closing = self._format.section[1].strip()
+        return bool(closing) and (rest.startswith(closing) or closing.startswith(rest))
+
+    def _begins_bare(self, rest: str) -> bool:
+        return rest[:1] != "" and rest[0] in self._format.syntax.starts
 
     def _start_reading(self, parts: list[Part], before: str, opening: str) -> None:
         """Begins to read calls after an opening marker. White space before the marker belongs to it."""
-        content = len(before.rstrip())
+        content = 0 if self._in_section else len(before.rstrip())
         self._emit(parts, content)
         length = len(before) - content + len(opening)
         self._read, self._pending = self._pending[:length], self._pending[length:]
-        self._reader, self._found = Reader(self._format.syntax, self._functions), []
-        self._after_call = False
+        self._reader, self._found = Reader(self._format.syntax.read, self._functions), []
+        self._awaited = None
 
     def _read_call(self, reader: Reader, parts: list[Part]) -> bool:
         """Reads calls. False when the text has ended before the calls."""
@@ -190,37 +273,53 @@ class ToolCallParser:
         if not self._is_reported:
             whole = None if failed else _whole_calls(self._found)
             if whole is None:
-                parts.append(self._read)
+                self._put(parts, self._read)
+                self._in_section = False
                 return
             parts += whole
             self.calls += sum(isinstance(part, CallStart) for part in whole)
-        self._after_call = self._awaits_closing = not failed
+        self._prompted = ""
+        self._awaited = None if failed else self._format.closings
+        self._in_section = not failed and (self._format.bare or self._format.section[0] != "")
 
     def _skip_closing(self) -> bool:
-        """Drops the closing marker after a call, and the white space around it. False while it may still come."""
-        rest, closing = self._pending.lstrip(), self._format.closing
-        if self._awaits_closing and closing.startswith(rest[: len(closing)]):
-            if len(rest) < len(closing):
-                self._pending = rest
-                return False
-            rest, self._awaits_closing = rest[len(closing) :].lstrip(), False
-        self._pending, self._after_call = rest, not rest
-        return bool(rest)
+        """Drops the closing markers after a call, and the white space around them. False while they may still come."""
+        rest, awaited = self._pending.lstrip(), self._awaited or ()
+        while awaited and rest:
+            index = next((index for index, marker in enumerate(awaited) if rest.startswith(marker)), None)
+            if index is None:
+                break
+            rest, awaited = rest[len(awaited[index]) :].lstrip(), awaited[index + 1 :]
+        self._pending, self._awaited = rest, awaited
+        if not rest or any(marker.startswith(rest) for marker in awaited):
+            return False
+        self._awaited = None
+        return True
 
-    def _certain_length(self) -> int:
-        """The number of pending characters that cannot belong to an opening marker or the white space before one."""
-        text, opening = self._pending, self._format.opening
-        for length in range(min(len(opening) - 1, len(text)), 0, -1):
-            if opening.startswith(text[-length:]):
+    def _certain_length(self, text: str, *, is_followed: bool = False) -> int:
+        """The number of characters that cannot belong to a marker or the white space before one.
+
+        `is_followed` says that the beginning of a marker follows the text.
+        """
+        longest = 0 if is_followed else min(max(map(len, self._format.scan), default=1) - 1, len(text))
+        for length in range(longest, 0, -1):
+            if any(marker.startswith(text[-length:]) for marker in self._format.scan):
                 text = text[:-length]
                 break
         return len(text.rstrip())
 
     def _emit(self, parts: list[Part], length: int) -> None:
+        """Makes the beginning of the pending text content."""
         if length:
-            self._has_begun = True
-            parts.append(self._pending[:length])
+            self._put(parts, self._pending[:length])
             self._pending = self._pending[length:]
+
+    def _put(self, parts: list[Part], text: str) -> None:
+        """Adds content, without the end of the prompt."""
+        self._has_begun = True
+        text, self._prompted = text.removeprefix(self._prompted), ""
+        if text:
+            parts.append(text)
 
 
 def _whole_calls(found: Sequence[CallStart | str]) -> list[Part] | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nybble.server.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, Steps, new_id
+from nybble.chat.tools.reader import CallArguments, CallStart, NotACallError, Reader, Schemas, Steps, new_id
 
 _FENCES = "`~"
 _LEAST_FENCE = 3

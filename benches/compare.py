@@ -5,12 +5,12 @@
         [--peer NAME[=PROGRAM[:MODEL]] ...] [--json] [--png FILE] [--with EARLIER.json ...]
 
 Peers are llama.cpp (`pip install llama-cpp-python`, which builds it for this CPU), openvino (`openvino-genai`),
-mistral.rs (`mistralrs`) and neural-speed. PROGRAM is the interpreter of an environment with the peer, so that peers with
-conflicting requirements can be compared. MODEL is another file for a runtime that cannot read this one. Without --peer,
-llama.cpp in this environment is compared.
+mistral.rs (`mistralrs`) and neural-speed. PROGRAM is the interpreter of an environment with the peer, so that peers
+with conflicting requirements can be compared. MODEL is another file for a runtime that cannot read this one. Without
+--peer, llama.cpp in this environment is compared.
 
-Other peers are programs called `llama-bench`: `llama-bench=PROGRAM` is llama.cpp's, `ik=PROGRAM` that of ik_llama.cpp, and
-`ik-rtr=PROGRAM` the same with `-rtr 1`, which rearranges the weights when it loads them.
+Other peers are programs called `llama-bench`: `llama-bench=PROGRAM` is llama.cpp's, `ik=PROGRAM` that of ik_llama.cpp,
+and `ik-rtr=PROGRAM` the same with `-rtr 1`, which rearranges the weights when it loads them.
 
 Each runtime has its own process and keeps the model loaded. While one computes, the others are stopped, so that their
 spinning threads cost it nothing. Prints medians over the rounds, the ratios of each round's speeds (median, minimum and

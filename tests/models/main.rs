@@ -9,6 +9,7 @@ mod mtp_goldens;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
+mod adapters;
 mod bits;
 mod encoders;
 mod errors;

@@ -1,6 +1,7 @@
 //! Vectors and scores of whole documents: hidden states, pooled and taken through the heads of the model.
 
 use crate::error::{Error, Result};
+use crate::model::adapter::rows::AdapterRows;
 use crate::model::batch::{Input, Logits};
 use crate::model::config::Pooling;
 use crate::model::forward::Workspace;
@@ -126,7 +127,7 @@ impl Model {
                 w.input.values.copy_from_slice(&pooled);
                 model.pool.run(|scope| {
                     let (config, kernel, threads) = (&model.config, model.kernel, model.pool.threads());
-                    head(&Pass { config, kernel, scope, threads }, w);
+                    head(&Pass { config, kernel, scope, threads, adapters: AdapterRows::default() }, w);
                 });
                 out.extend_from_slice(&w.input.values);
                 Ok(())

@@ -340,7 +340,7 @@ fn adapters_are_loaded_replaced_and_removed_by_name() {
     let model = stored(&data().join("goldens/llama"));
     let golden = Golden::read("llama-all");
     let error = |result: nybble::Result<Session>| result.unwrap_err().to_string();
-    assert!(error(model.session_with_adapter("a")).contains("without adapters"));
+    assert!(error(model.session_with_adapter("a")).contains("no adapters that are chosen by name"));
     model.load_adapter("a", data().join("adapters/llama")).unwrap();
     let before = model.session_with_adapter("a").unwrap();
     model.load_adapter("a", &golden.folder).unwrap();

@@ -41,6 +41,8 @@ class GenerationRequest:
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
     """Creates the parser of one answer, after `prepare` has returned."""
+    lora: str | None = None
+    """The LoRA adapter to compute with; None for the model alone."""
 
 
 class AnswerGroup:
@@ -77,7 +79,8 @@ class AnswerGroup:
 
             def submit() -> None:
                 for prompt, options in request.prepare():
-                    answer = service.engine.submit(prompt, options)
+                    chosen = options if request.lora is None else options.replace(adapter=request.lora)
+                    answer = service.engine.submit(prompt, chosen)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
             with as_api_errors(request.param, request.parameters):

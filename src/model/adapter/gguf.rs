@@ -110,6 +110,7 @@ fn delta(file: &Gguf, name: &str, pair: [&TensorInfo; 2], dims: [usize; 3], alph
         let is_deep = tensor.dims().get(3..).is_some_and(|more| more.iter().any(|dim| *dim != 1));
         if size(tensor) != expected || is_deep || rank == 0 {
             let found = format!("shape {:?}", tensor.dims());
+            let expected = if count == 1 { &expected[..2] } else { &expected };
             let expected = format!("{expected:?}, for a matrix of {rows} rows and {columns} columns");
             return Err(Error::malformed(file.path(), Place::Tensor(tensor.name().to_owned()), found, expected));
         }

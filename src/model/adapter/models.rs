@@ -88,12 +88,20 @@ impl Model {
             None => {
                 let names = self.adapter_names();
                 let expected = match names.as_slice() {
-                    [] => "no name: the model was loaded without adapters".to_owned(),
+                    [] => "no name: the model has no adapters that are chosen by name".to_owned(),
                     names => format!("one of {}", names.join(", ")),
                 };
                 Err(Error::argument("adapter", format_args!("{name:?}"), expected))
             }
         }
+    }
+
+    /// As [`Model::session_with_adapter`], or [`Model::session`] without a name.
+    ///
+    /// # Errors
+    /// Those of [`Model::session_with_adapter`].
+    pub(crate) fn session_with(&self, adapter: Option<&str>) -> Result<Session> {
+        adapter.map_or_else(|| Ok(self.session()), |name| self.session_with_adapter(name))
     }
 
     fn read_adapter(&self, name: &str, path: &Path) -> Result<(Adapter, Vec<String>)> {

@@ -118,7 +118,7 @@ class SamplingOptions:
         metadata=doc("Constrain the output to this context-free grammar in Lark's syntax: its text, or @ and a file."),
     )
     """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
-    adapter: str | None = None
+    adapter: str | None = field(default=None, metadata=doc("Compute with the adapter of this name.", "NAME"))
     """The name of the adapter to compute with, one of `Model.adapters`. None computes with the model alone."""
 
     def __post_init__(self) -> None:

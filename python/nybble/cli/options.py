@@ -126,6 +126,7 @@ _METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER",
 """Placeholders by type, where the field has none."""
 _PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
+    ("SamplingOptions", "adapter"),  # --adapter applies one to everything.
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
     ("LoadOptions", "mtp"),  # --speculation loads the head where it is needed.

@@ -164,7 +164,7 @@ fn compare_all(file: &mut AdapterFile, weights: &Weights) -> Result<()> {
         let own = if copy.tensor == "output" { weights.output() } else { &weights.embedding };
         let table = &own.parts()[0];
         let shape = [table.rows(), table.columns()];
-        copy.compare(shape, !table.layout().is_integer(), |index, row| table.decode_row(index, row))?;
+        copy.compare(shape, table.layout().is_integer(), |index, row| table.decode_row(index, row))?;
     }
     file.note_copies();
     Ok(())

@@ -7,6 +7,7 @@ use super::factors::{Delta, Factors, transposed};
 use super::file::{AdapterFile, Base};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, TensorInfo};
+use crate::system::memory;
 
 /// The name of the embedding, whose matrices are transposed.
 const EMBEDDING: &str = "token_embd";
@@ -116,6 +117,9 @@ fn delta(file: &Gguf, name: &str, pair: [&TensorInfo; 2], dims: [usize; 3], alph
         }
     }
     let scale = if alpha == 0.0 { 1.0 } else { alpha / rank as f32 };
+    // The shapes are checked, so these are the numbers of values.
+    let values = rank.saturating_mul(columns.saturating_add(rows)).saturating_mul(count);
+    memory::check("the matrices of an adapter", values.saturating_mul(size_of::<f32>()))?;
     let (a, b) = (file.decode(a)?, file.decode(b)?);
     let matrices = a.chunks_exact(a.len() / count).zip(b.chunks_exact(b.len() / count)).map(|(a, b)| {
         Some(match is_table {

@@ -64,8 +64,8 @@ impl<'a> Merged<'a> {
             let Some(tensor) = own.iter().find_map(|name| source.tensor(name)) else { continue };
             let shape = [tensor.dims.get(1).copied().unwrap_or(1), tensor.dims.first().copied().unwrap_or(0)];
             let block_type = tensor.rows.block_type();
-            let is_exact = block_type.block_len() == 1;
-            copy.compare(shape, is_exact, |row, out| decode(tensor.rows.as_ref(), row, out))?;
+            let is_quantized = block_type.block_len() > 1;
+            copy.compare(shape, is_quantized, |row, out| decode(tensor.rows.as_ref(), row, out))?;
         }
         file.note_copies();
         let changed = |name: &str| file.deltas.contains_key(name);

@@ -1,6 +1,6 @@
 //! Adapters in folders that PEFT has saved: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use super::experts;
@@ -10,6 +10,7 @@ use super::peft_config::PeftConfig;
 use crate::error::{Error, Place, Result};
 use crate::format::safetensors::{SafeTensors, TensorInfo};
 use crate::model::hf::placement::Placement;
+use crate::system::memory;
 
 /// The file of matrices.
 const FILE: &str = "adapter_model.safetensors";
@@ -54,7 +55,6 @@ enum Role<'a> {
 }
 
 fn role<'a>(name: &'a str) -> Role<'a> {
-    const DORA: &str = "a magnitude of DoRA";
     let module = name.strip_prefix(PREFIX).unwrap_or(name);
     let ends: [(&str, fn(&'a str) -> Role<'a>); 6] = [
         (".lora_A.weight", Role::A),
@@ -68,9 +68,9 @@ fn role<'a>(name: &'a str) -> Role<'a> {
         return Role::Other("a module that was trained as a whole (modules_to_save)");
     }
     match ends.into_iter().find_map(|(end, role)| Some(role(module.strip_suffix(end)?))) {
-        Some(Role::Base(own)) if own.contains(".lora_") || own.ends_with("lora_magnitude_vector") => Role::Other(DORA),
+        _ if name.contains("lora_magnitude_vector") => Role::Other("a magnitude of DoRA"),
+        Some(Role::Base(own)) if own.contains(".lora_") => Role::Other("a tensor that is no part of LoRA"),
         Some(role) => role,
-        None if name.contains("lora_magnitude_vector") => Role::Other(DORA),
         None if name.ends_with(".bias") => Role::Other("a trained bias"),
         None => Role::Other("a tensor that is no part of LoRA"),
     }
@@ -125,19 +125,24 @@ pub(super) fn read(path: &Path, base: &Base<'_>) -> Result<AdapterFile> {
     }
     experts::take(&folder, &mut modules, base, &mut read)?;
     let placements = chosen(&folder, &modules, base)?;
-    let mut used: BTreeMap<&str, usize> = BTreeMap::new();
+    let by_tail: HashMap<&str, &str> = modules.keys().map(|name| (tail(name), *name)).collect();
+    let find = |name: &String| {
+        let name = *by_tail.get(tail(name))?;
+        Some((name, modules.get(name)?))
+    };
+    let mut used: HashSet<&str> = HashSet::new();
     for placement in &placements {
-        let own: Vec<_> = placement.modules.iter().map(|module| find(&modules, module)).collect();
+        let own: Vec<_> = placement.modules.iter().map(find).collect();
         if own.iter().all(Option::is_none) {
             continue;
         }
-        own.iter().flatten().for_each(|(name, _)| *used.entry(name).or_default() += 1);
+        used.extend(own.iter().flatten().map(|(name, _)| *name));
         let delta = folder.delta(placement, &own)?;
         if read.deltas.insert(placement.tensor.clone(), delta).is_some() {
             return Err(folder.twice(&placement.tensor));
         }
     }
-    if let Some((name, module)) = modules.iter().find(|(name, _)| !used.contains_key(*name)) {
+    if let Some((name, module)) = modules.iter().find(|(name, _)| !used.contains(*name)) {
         return Err(folder.unknown(name, module));
     }
     for (module, matrix) in copies {
@@ -146,17 +151,11 @@ pub(super) fn read(path: &Path, base: &Base<'_>) -> Result<AdapterFile> {
     Ok(read)
 }
 
-/// The module of the file that is the one of this name in the checkpoint.
-fn find<'m, 'a>(modules: &'m BTreeMap<&'a str, Module<'a>>, name: &str) -> Option<(&'a str, &'m Module<'a>)> {
-    let wanted = tail(name);
-    modules.get_key_value(name).or_else(|| modules.iter().find(|(own, _)| tail(own) == wanted)).map(|(n, m)| (*n, m))
-}
-
 /// Where the modules belong: of the possible answers, the first that has them all.
 fn chosen(folder: &Folder, modules: &BTreeMap<&str, Module<'_>>, base: &Base<'_>) -> Result<Vec<Placement>> {
     let mut best: Option<(usize, Vec<Placement>)> = None;
     for placements in (base.placements)()? {
-        let known: std::collections::HashSet<&str> =
+        let known: HashSet<&str> =
             placements.iter().flat_map(|placement| &placement.modules).map(|module| tail(module)).collect();
         let count = modules.keys().filter(|module| known.contains(tail(module))).count();
         if best.as_ref().is_none_or(|(most, _)| count > *most) {
@@ -216,7 +215,9 @@ impl Folder {
         let Some(block_type) = matrix.tensor.block_type() else {
             return Err(self.malformed(matrix.tensor, matrix.tensor.dtype(), "F32, F16 or BF16"));
         };
-        let mut values = vec![0.0; matrix.rows.saturating_mul(matrix.columns)];
+        let count = matrix.rows.saturating_mul(matrix.columns);
+        memory::check("the matrices of an adapter", count.saturating_mul(size_of::<f32>()))?;
+        let mut values = vec![0.0; count];
         block_type.decode(self.files.data(matrix.tensor), &mut values)?;
         Ok(values)
     }
@@ -226,8 +227,8 @@ impl Folder {
     fn pair(&self, name: &str, module: &Module<'_>, rows: usize, columns: usize) -> Result<Factors> {
         let (Some(a), Some(b)) = (module.a, module.b) else {
             let missing = if module.a.is_none() { "A" } else { "B" };
-            let place = Place::Part(format!("the module {name}"));
-            let expected = format!("both matrices; lora_{missing} is missing");
+            let place = Place::Tensor(format!("{PREFIX}{name}.lora_{missing}.weight"));
+            let expected = "both matrices of a module".to_owned();
             return Err(Error::Missing { path: self.files.folder().join(FILE), place, expected });
         };
         let rank = a.rows;

@@ -12,6 +12,8 @@ use crate::format::json;
 const MAX_BYTES: u64 = 4 << 20;
 /// The largest size of a compiled pattern in bytes.
 const MAX_PATTERN: usize = 1 << 20;
+/// The largest number of patterns of a key.
+const MAX_PATTERNS: usize = 1 << 12;
 
 /// Keys without influence on what a trained adapter computes: they say which modules have matrices, which the file shows, or how
 /// it was trained.
@@ -203,6 +205,10 @@ impl Keys<'_> {
     fn patterns(&self, key: &str) -> Result<Vec<(Regex, f64)>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let Value::Object(patterns) = value else { return Err(self.malformed(key, value, "an object")) };
+        if patterns.len() > MAX_PATTERNS {
+            let found = Value::from(patterns.len());
+            return Err(self.malformed(key, &found, &format!("at most {MAX_PATTERNS} patterns")));
+        }
         let compiled = patterns.iter().map(|(pattern, value)| {
             let whole = match pattern.starts_with('^') {
                 true => pattern.clone(),

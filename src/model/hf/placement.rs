@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::HfFolder;
-use super::entry::{Entry, Transform};
+use super::entry::{Entry, Transform, Values};
 use super::families;
 use super::planner::{Planned, expanded};
 use super::rows::{Arranged, Computed, HeadOrder, Mapped, Mapping, RowOrder, TiledColumns};
@@ -54,6 +54,8 @@ impl Placement {
     pub(in crate::model) fn source_rows(&self) -> usize {
         match self.order {
             Some(RowOrder::Same | RowOrder::Concat) | None => self.dims[1],
+            // The last rows of a matrix may belong to another tensor.
+            Some(RowOrder::Slice { of, len, .. }) => self.dims[1].div_ceil(len.max(1)).saturating_mul(of),
             Some(order) => (0..self.dims[1]).map(|row| order.source(row) + 1).max().unwrap_or(0),
         }
     }
@@ -133,7 +135,7 @@ pub(in crate::model) fn placements_of(
     let own = families::of_architecture(config.family.name);
     let of_family = |family: &families::HfFamily| {
         let name = |entry: &Entry| entry.hf.replace(['~', '@'], "").replace('#', family.mixer);
-        let mut placements = Vec::new();
+        let mut placements: Vec<Placement> = Vec::new();
         let mut place = |entry: &Entry, layer: Option<usize>, prefix: &str| {
             let alternatives = std::iter::successors(Some(entry), |entry| entry.alternative);
             for entry in alternatives.filter(|entry| entry.suffixes == [".weight", ".weight"]) {
@@ -144,12 +146,17 @@ pub(in crate::model) fn placements_of(
                     Transform::Stack => (0..dims[2]).map(|at| source.replace("{e}", &at.to_string())).collect(),
                     _ => expanded(&source),
                 };
-                let order = order(entry.transform, config, layer);
-                let placement = Placement::new(&format!("{tensor}.weight"), &dims, modules, RowOrder::Same);
-                placements.extend(placement.map(|placement| Placement {
-                    order: order.filter(|_| matches!(entry.values, super::entry::Values::Same)),
-                    ..placement
-                }));
+                let order = order(entry.transform, config, layer, dims[1]);
+                let order = order.filter(|_| matches!(entry.values, Values::Same));
+                let Some(new) = Placement::new(&format!("{tensor}.weight"), &dims, modules, RowOrder::Same) else {
+                    continue;
+                };
+                let is_same = |old: &&mut Placement| old.tensor == new.tensor && old.modules == new.modules;
+                match placements.iter_mut().find(is_same) {
+                    // The configuration of the checkpoint, which is not known, chooses the order.
+                    Some(old) => old.order = old.order.filter(|own| Some(*own) == order),
+                    None => placements.push(Placement { order, ..new }),
+                }
             }
         };
         family.outside.iter().flat_map(|entries| entries.iter()).for_each(|entry| place(entry, None, ""));
@@ -163,16 +170,22 @@ pub(in crate::model) fn placements_of(
     own.map(of_family).collect()
 }
 
-/// The order of rows that a transform makes, where the model's configuration says enough.
-fn order(transform: Transform, config: &Config, layer: Option<usize>) -> Option<RowOrder> {
+/// The order of the `rows` rows that a transform makes, where the model's configuration says enough.
+fn order(transform: Transform, config: &Config, layer: Option<usize>, rows: usize) -> Option<RowOrder> {
     let own = config.layers.get(layer.unwrap_or(0))?;
     let (heads, kv_heads, head_dim) = (own.heads, own.kv_heads, own.head_dim);
+    // Layers without rotation have the order of the others, or that of a whole head if there are none.
+    let others = config.layers.iter().map(|layer| layer.rotary).max().filter(|rotary| *rotary > 0);
+    let rotary = if own.rotary > 0 { own.rotary } else { others.unwrap_or(head_dim) };
     match transform {
         Transform::Copy | Transform::Stack | Transform::Transpose => Some(RowOrder::Same),
         Transform::Concat => Some(RowOrder::Concat),
-        Transform::PairNeighbors => Some(RowOrder::PairNeighbors { head_dim, rotary: own.rotary }),
+        Transform::PairNeighbors => Some(RowOrder::PairNeighbors { head_dim, rotary }),
         Transform::PairHeads => Some(RowOrder::PairNeighbors { head_dim, rotary: head_dim }),
         Transform::Ungroup => Some(RowOrder::Ungroup { heads, kv_heads, head_dim }),
+        Transform::RowsOfPart { part, parts } => {
+            Some(RowOrder::Slice { of: parts.checked_mul(rows)?, len: rows, start: part * rows })
+        }
         _ => None,
     }
 }

@@ -193,7 +193,7 @@ class Model(Chatting):
         computed in one batch. An adapter of the same name is replaced; requests and sessions that have it keep it.
 
         Args:
-            name: Letters, digits, `.`, `_` and `-`.
+            name: Characters of A-Z, a-z, 0-9, `.`, `_` and `-`.
             path: A folder that PEFT has saved, or a GGUF file.
 
         Raises:

@@ -41,7 +41,7 @@ fn batches_of_several_adapters_never_change_a_token() {
             for _ in 0..2 {
                 assert_same(&model, &jobs, &mut scheduler);
             }
-            assert!(scheduler.stats().reused_tokens > 0);
+            assert!(pages.is_some() || scheduler.stats().reused_tokens > 0);
         }
     }
 }

@@ -352,7 +352,7 @@ fn adapters_are_loaded_replaced_and_removed_by_name() {
     assert!(model.unload_adapter("a") && !model.unload_adapter("a"));
     assert_eq!((model.adapter_names(), model.adapter_bytes()), (vec![], 0));
     for name in ["", "a b", "a:b", "ä", &"x".repeat(129)] {
-        assert!(model.load_adapter(name, &golden.folder).unwrap_err().to_string().contains("1 to 128 letters"));
+        assert!(model.load_adapter(name, &golden.folder).unwrap_err().to_string().contains("1 to 128 characters"));
     }
     let (model, _) = model.with_adapter(&golden.folder).unwrap();
     assert!(model.load_adapter("a", &golden.folder).unwrap_err().to_string().contains("applies to everything"));

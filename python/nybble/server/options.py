@@ -198,7 +198,9 @@ def check_adapter_name(name: str) -> None:
     if name == "latest":  # Ollama's clients add it to the name of the base.
         raise ValueError("adapter: found the name 'latest', which stands for the model alone, expected another")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
-        raise ValueError(f"adapter: found the name {name!r:.200}, expected 1 to 128 letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"adapter: found the name {name!r:.200}, expected 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'"
+        )
 
 
 def _checked_key(key: str) -> str:

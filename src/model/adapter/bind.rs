@@ -119,13 +119,13 @@ fn pack(scope: &Scope<'_>, part: &PartSource, own: &Factors, columns: usize, fir
 }
 
 /// Rows of numbers, in the smallest type of floats that holds them exactly.
-struct Numbers<'a> {
+struct FloatRows<'a> {
     values: &'a [f32],
     columns: usize,
     block_type: BlockType,
 }
 
-impl Rows for Numbers<'_> {
+impl Rows for FloatRows<'_> {
     fn block_type(&self) -> BlockType {
         self.block_type
     }
@@ -150,7 +150,7 @@ fn pack_rows(
 ) -> Result<Packed> {
     let is_short = values.iter().all(|value| value.to_bits() & 0xffff == 0);
     let block_type = if is_short { BlockType::BF16 } else { BlockType::F32 };
-    let source = Numbers { values, columns, block_type };
+    let source = FloatRows { values, columns, block_type };
     let job = PackJob { source: &source, rows, columns, order, release: &|| {} };
     job.run(scope).map_err(|error| match error {
         PackError::Memory(error) => error,

@@ -31,7 +31,7 @@ pub(super) fn read(path: &Path, base: &Base<'_>) -> Result<AdapterFile> {
             return Err(unsupported(
                 &file,
                 Place::Tensor(name.to_owned()),
-                "a tensor that is no part of LoRA",
+                "a tensor that does not belong to LoRA",
                 expected,
             ));
         };

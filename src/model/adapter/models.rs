@@ -44,14 +44,14 @@ impl Model {
     /// that have it keep it. Returns what the adapter's files say that has no influence, a line each.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a name with other characters than letters, digits, `.`, `_` and `-`, or for a model with an
+    /// [`Error::InvalidArgument`] for a name with other characters than `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`, or for a model with an
     /// adapter that applies to everything; [`Error::Io`], [`Error::Malformed`] and [`Error::Missing`] for the files;
     /// [`Error::Unsupported`] with the setting or the tensor for what is not computed: nothing is applied in part;
     /// [`Error::OutOfMemory`].
     pub fn load_adapter(&self, name: &str, path: impl AsRef<Path>) -> Result<Vec<String>> {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(is_plain) {
-            let expected = format!("1 to {MAX_NAME} letters, digits, '.', '_' and '-'");
+            let expected = format!("1 to {MAX_NAME} characters of A-Z, a-z, 0-9, '.', '_' and '-'");
             return Err(Error::argument("adapter", format_args!("the name {name:?}"), expected));
         }
         if self.adapters.default_adapter().is_some() {

@@ -69,10 +69,10 @@ fn role<'a>(name: &'a str) -> Role<'a> {
     }
     match ends.into_iter().find_map(|(end, role)| Some(role(module.strip_suffix(end)?))) {
         _ if name.contains("lora_magnitude_vector") => Role::Other("a magnitude of DoRA"),
-        Some(Role::Base(own)) if own.contains(".lora_") => Role::Other("a tensor that is no part of LoRA"),
+        Some(Role::Base(own)) if own.contains(".lora_") => Role::Other("a tensor that does not belong to LoRA"),
         Some(role) => role,
         None if name.ends_with(".bias") => Role::Other("a trained bias"),
-        None => Role::Other("a tensor that is no part of LoRA"),
+        None => Role::Other("a tensor that does not belong to LoRA"),
     }
 }
 

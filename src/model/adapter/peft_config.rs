@@ -60,7 +60,7 @@ pub(super) struct PeftConfig {
     is_rank_stabilized: bool,
     ranks: Vec<(Regex, f64)>,
     alphas: Vec<(Regex, f64)>,
-    /// Parameters that are no modules and have matrices.
+    /// Parameters with matrices, where the module has several.
     pub(super) parameters: Vec<String>,
 }
 
@@ -100,7 +100,7 @@ impl PeftConfig {
             is_rank_stabilized: keys.switch("use_rslora")?,
             ranks: keys.patterns("rank_pattern")?,
             alphas: keys.patterns("alpha_pattern")?,
-            parameters: keys.texts("target_parameters")?,
+            parameters: keys.strings("target_parameters")?,
             path,
         })
     }
@@ -193,12 +193,12 @@ impl Keys<'_> {
         number.ok_or_else(|| self.malformed(key, value, "a number above 0"))
     }
 
-    fn texts(&self, key: &str) -> Result<Vec<String>> {
+    fn strings(&self, key: &str) -> Result<Vec<String>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let texts = value.as_array().and_then(|values| {
+        let strings = value.as_array().and_then(|values| {
             values.iter().map(|value| value.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
         });
-        texts.ok_or_else(|| self.malformed(key, value, "a list of strings"))
+        strings.ok_or_else(|| self.malformed(key, value, "a list of strings"))
     }
 
     /// Numbers by patterns of modules' names: a pattern matches the last parts of a name, or, if it begins with `^`, a beginning.

@@ -50,7 +50,7 @@ impl Placement {
         self.order.is_some() && !matches!(self.mapping, Some(Mapping::AddOne | Mapping::NegExp))
     }
 
-    /// Rows that the modules have together, of which the tensor's rows are.
+    /// Rows that the modules have together. The tensor's rows are among them.
     pub(in crate::model) fn source_rows(&self) -> usize {
         match self.order {
             Some(RowOrder::Same | RowOrder::Concat) | None => self.dims[1],

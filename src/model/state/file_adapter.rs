@@ -44,13 +44,13 @@ impl FileAdapter {
             Err(Error::malformed(path, Place::Key("adapter".to_owned()), found, expected))
         };
         let (mut length, mut hash) = ([0; size_of::<u32>()], [0; blake3::OUT_LEN]);
-        let room = left.saturating_sub((length.len() + hash.len()) as u64);
-        if room == 0 {
+        let left_for_name = left.saturating_sub((length.len() + hash.len()) as u64);
+        if left_for_name == 0 {
             return fault("the end of the file".to_owned(), "a name and a hash".to_owned());
         }
         file.read_exact(&mut length).map_err(io)?;
         let length = u32::from_le_bytes(length);
-        let most = MAX_NAME.min(u32::try_from(room).unwrap_or(u32::MAX));
+        let most = MAX_NAME.min(u32::try_from(left_for_name).unwrap_or(u32::MAX));
         if length > most {
             return fault(format!("a name of {length} bytes"), format!("at most {most}"));
         }

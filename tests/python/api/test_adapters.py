@@ -152,7 +152,7 @@ def test_an_unknown_adapter_is_an_error_that_lists_the_known_ones(model: Model, 
 def test_wrong_arguments_are_refused(base: Path, paths: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter: found adapters as well"):
         Model.load(base, adapter=paths["one"], adapters=paths)
-    with pytest.raises(ValueError, match='the name "a b", expected 1 to 128 letters'):
+    with pytest.raises(ValueError, match='the name "a b", expected 1 to 128 characters'):
         Model.load(base, adapters={"a b": paths["one"]})
     with pytest.raises(FileNotFoundError, match="missing"):
         Model.load(base, adapter=tmp_path / "missing")

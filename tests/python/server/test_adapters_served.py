@@ -21,7 +21,7 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapters that clients may load, and one beside it."""
+    """A folder with adapters that clients may load, and one that is not in it."""
     folder = tmp_path_factory.mktemp("served") / "adapters"
     adapters.write_peft(folder / "one", 1)
     adapters.write_gguf(folder / "two.gguf", 2)
@@ -137,8 +137,8 @@ def test_a_path_outside_the_folder_is_refused(loading: Running, path: str) -> No
     ("body", "message"),
     [
         ({"lora_name": "latest", "lora_path": "one"}, "latest"),
-        ({"lora_name": "a:b", "lora_path": "one"}, "expected 1 to 128 letters"),
-        ({"lora_name": "", "lora_path": "one"}, "expected 1 to 128 letters"),
+        ({"lora_name": "a:b", "lora_path": "one"}, "expected 1 to 128 characters"),
+        ({"lora_name": "", "lora_path": "one"}, "expected 1 to 128 characters"),
         ({"lora_name": "a", "lora_path": "broken"}, "adapter_config.json"),
         ({"lora_name": "a"}, "lora_path"),
         ({"lora_name": "a", "lora_path": "one", "load_inplace": True}, "load_inplace"),

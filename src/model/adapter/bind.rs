@@ -6,6 +6,7 @@ use std::path::Path;
 use super::factors::Factors;
 use super::file::{AdapterFile, Base};
 use super::low_rank::{Adapter, LowRank, LowRankLinear, LowRankTable};
+use super::read;
 use crate::error::{Error, Place, Result};
 use crate::model::config::Config;
 use crate::model::hf::placement::Placement;
@@ -30,7 +31,7 @@ pub(super) fn dims(weights: &Weights, name: &str) -> Option<[usize; 3]> {
 /// that has no influence.
 ///
 /// # Errors
-/// Those of [`AdapterFile::read`]; [`Error::OutOfMemory`].
+/// Those of [`read::read`]; [`Error::OutOfMemory`].
 pub(super) fn load(
     scope: &Scope<'_>,
     name: &str,
@@ -44,7 +45,7 @@ pub(super) fn load(
         known.extend(adaptable.parts.iter().map(|source| (source.name.as_str(), source.dims)));
     }
     let dims = |name: &str| known.get(name).copied().or_else(|| dims(weights, name));
-    let mut file = AdapterFile::read(path, &Base { config, dims: &dims, placements })?;
+    let mut file = read::read(path, &Base { config, dims: &dims, placements })?;
     compare_all(&mut file, weights)?;
     let (mut used, mut linears) = (HashSet::new(), HashMap::new());
     for linear in weights.adaptable() {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::factors::{Delta, Factors};
 use super::file::{AdapterFile, Base};
-use super::peft::{Folder, Module};
+use super::peft_folder::{Folder, Module};
 use crate::error::Result;
 
 /// Families whose experts are stored as columns in the checkpoint.

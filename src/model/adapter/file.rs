@@ -1,10 +1,9 @@
 //! An adapter as its file describes it: factors of matrices, under GGUF's names and in GGUF's order of rows.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::factors::{Delta, Factors};
-use super::{gguf, peft};
 use crate::error::{Error, Place, Result};
 use crate::model::config::Config;
 use crate::model::hf::placement::Placement;
@@ -84,21 +83,6 @@ impl BaseCopy {
 }
 
 impl AdapterFile {
-    /// Reads the adapter at `path`: a PEFT folder, or a GGUF file.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Malformed`] and [`Error::Missing`] with the place; [`Error::Unsupported`] for what is not computed.
-    pub(super) fn read(path: &Path, base: &Base<'_>) -> Result<AdapterFile> {
-        let file = if path.is_dir() { peft::read(path, base)? } else { gguf::read(path, base)? };
-        if file.deltas.is_empty() {
-            return Err(Error::malformed(path, Place::File, "no matrices of an adapter", "at least one"));
-        }
-        for (name, delta) in &file.deltas {
-            delta.check(path, name)?;
-        }
-        Ok(file)
-    }
-
     /// Notes that the copies of the base's matrices have no influence, which the caller has checked.
     pub(super) fn note_copies(&mut self) {
         let notes = self.copies.drain(..).map(|copy| format!("{} repeats the base and has no influence", copy.source));

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::bind;
 use super::factors::Delta;
 use super::file::{AdapterFile, Base};
+use super::{bind, read};
 use crate::error::{Error, Place, Result};
 use crate::format::gguf::Metadata;
 use crate::format::{Checkpoint, Tensor};
@@ -35,7 +35,7 @@ impl<'a> Merged<'a> {
     /// `source`, a model of `config`, with the adapter at `path`.
     ///
     /// # Errors
-    /// Those of [`AdapterFile::read`]; [`Error::Unsupported`] for matrices that cannot be decoded.
+    /// Those of [`read::read`]; [`Error::Unsupported`] for matrices that cannot be decoded.
     pub(in crate::model) fn new(
         scope: &Scope<'_>,
         source: &'a dyn Checkpoint,
@@ -46,7 +46,7 @@ impl<'a> Merged<'a> {
         let weights = Weights::load(&Loader::hollow(scope, source), config, config.default_context())?;
         let dims = |name: &str| bind::dims(&weights, name);
         let base = Base { config, dims: &dims, placements: &|| Ok(placements(config, &dims)) };
-        let mut file = AdapterFile::read(path, &base)?;
+        let mut file = read::read(path, &base)?;
         for name in file.deltas.keys() {
             let tensor = source.tensor(&format!("{name}.weight"));
             let found = tensor.map(|tensor| tensor.rows.block_type());

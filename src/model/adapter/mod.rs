@@ -3,7 +3,8 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `file`, `factors` | an adapter as its file describes it, under GGUF's names and in GGUF's order of rows |
-//! | `peft`, `peft_config`, `experts` | folders that PEFT has saved |
+//! | `read` | an adapter in any format |
+//! | `peft`, `peft_folder`, `peft_config`, `experts` | folders that PEFT has saved |
 //! | `gguf` | GGUF files |
 //! | `bind`, `low_rank` | an adapter in memory, packed for the linear layers of a model |
 //! | `rows` | the products of a batch whose rows have different adapters |
@@ -20,5 +21,7 @@ pub(super) mod merged;
 mod models;
 mod peft;
 mod peft_config;
+mod peft_folder;
+mod read;
 pub(super) mod registry;
 pub(super) mod rows;

@@ -7,10 +7,10 @@ use super::experts;
 use super::factors::{Delta, Factors, transposed};
 use super::file::{AdapterFile, Base, BaseCopy};
 use super::peft_config::PeftConfig;
+use super::peft_folder::{Folder, Matrix, Module};
 use crate::error::{Error, Place, Result};
-use crate::format::safetensors::{SafeTensors, TensorInfo};
+use crate::format::safetensors::SafeTensors;
 use crate::model::hf::placement::Placement;
-use crate::system::memory;
 
 /// The file of matrices.
 const FILE: &str = "adapter_model.safetensors";
@@ -18,29 +18,6 @@ const FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 /// Parts of names in front of a module that differ between classes of the same model.
 const WRAPPERS: &[&str] = &["model", "language_model", "text_model", "transformer", "gpt_neox", "backbone", "decoder"];
-
-/// A matrix of the file.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    pub(super) tensor: &'a TensorInfo,
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-}
-
-/// The matrices of a module.
-#[derive(Default, Clone, Copy)]
-pub(super) struct Module<'a> {
-    pub(super) a: Option<Matrix<'a>>,
-    pub(super) b: Option<Matrix<'a>>,
-    /// Whether it is an embedding, whose matrices are transposed.
-    is_table: bool,
-}
-
-/// The open files of an adapter.
-pub(super) struct Folder {
-    pub(super) config: PeftConfig,
-    pub(super) files: SafeTensors,
-}
 
 /// What a tensor of the file is.
 enum Role<'a> {
@@ -174,19 +151,6 @@ fn chosen(folder: &Folder, modules: &BTreeMap<&str, Module<'_>>, base: &Base<'_>
 }
 
 impl Folder {
-    pub(super) fn malformed(&self, tensor: &TensorInfo, found: impl std::fmt::Display, expected: &str) -> Error {
-        Error::malformed(self.files.path(tensor), Place::Tensor(tensor.name().to_owned()), found, expected)
-    }
-
-    pub(super) fn unsupported(&self, tensor: &TensorInfo, what: &str) -> Error {
-        Error::Unsupported {
-            path: self.files.path(tensor).to_path_buf(),
-            place: Place::Tensor(tensor.name().to_owned()),
-            what: what.to_owned(),
-            supported: "supported: matrices of LoRA for linear layers, the embedding and the output".to_owned(),
-        }
-    }
-
     fn twice(&self, tensor: &str) -> Error {
         let expected = "modules of different tensors";
         Error::malformed(self.files.folder(), Place::Tensor(format!("{tensor}.weight")), "several modules", expected)
@@ -198,28 +162,6 @@ impl Folder {
             Some(matrix) => self.unsupported(matrix.tensor, &format!("an adapter of {name}")),
             None => Error::malformed(self.files.folder(), Place::File, name, "modules with matrices"),
         }
-    }
-
-    fn matrix<'a>(&self, tensor: &'a TensorInfo) -> Result<Matrix<'a>> {
-        let &[rows, columns] = tensor.shape() else {
-            return Err(self.malformed(tensor, format_args!("shape {:?}", tensor.shape()), "a matrix"));
-        };
-        if rows == 0 || columns == 0 {
-            return Err(self.malformed(tensor, format_args!("shape {:?}", tensor.shape()), "rows and columns"));
-        }
-        Ok(Matrix { tensor, rows, columns })
-    }
-
-    /// The numbers of a matrix.
-    pub(super) fn values(&self, matrix: Matrix<'_>) -> Result<Vec<f32>> {
-        let Some(block_type) = matrix.tensor.block_type() else {
-            return Err(self.malformed(matrix.tensor, matrix.tensor.dtype(), "F32, F16 or BF16"));
-        };
-        let count = matrix.rows.saturating_mul(matrix.columns);
-        memory::check("the matrices of an adapter", count.saturating_mul(size_of::<f32>()))?;
-        let mut values = vec![0.0; count];
-        block_type.decode(self.files.data(matrix.tensor), &mut values)?;
-        Ok(values)
     }
 
     /// The matrices of the module called `name`, `A (rank, columns)` and `B (rows, rank)`. Those of an embedding are transposed,

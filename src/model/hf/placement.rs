@@ -22,6 +22,8 @@ pub(in crate::model) struct Placement {
     pub(in crate::model) modules: Vec<String>,
     /// Whether each module is a matrix of its own.
     pub(in crate::model) is_stack: bool,
+    /// Rows that the modules have together, where the checkpoint is at hand.
+    height: Option<usize>,
     order: Option<RowOrder>,
     columns: Option<HeadOrder>,
     mapping: Option<Mapping>,
@@ -42,7 +44,8 @@ impl Placement {
         };
         let tensor = name.strip_suffix(".weight")?.to_owned();
         let is_stack = count > 1 && modules.len() == count;
-        Some(Placement { tensor, dims: [columns, rows, count], modules, is_stack, order, columns: None, mapping: None })
+        let dims = [columns, rows, count];
+        Some(Placement { tensor, dims, modules, is_stack, height: None, order, columns: None, mapping: None })
     }
 
     /// Whether an adapter of the modules can be one of the tensor.
@@ -53,6 +56,7 @@ impl Placement {
     /// Rows that the modules have together. The tensor's rows are among them.
     pub(in crate::model) fn source_rows(&self) -> usize {
         match self.order {
+            _ if self.height.is_some() => self.height.unwrap_or_default(),
             Some(RowOrder::Same | RowOrder::Concat) | None => self.dims[1],
             // The last rows of a matrix may belong to another tensor.
             Some(RowOrder::Slice { of, len, .. }) => self.dims[1].div_ceil(len.max(1)).saturating_mul(of),
@@ -109,7 +113,11 @@ impl HfFolder {
             let codes = planned.packed.iter().filter_map(|matrix| self.files.tensors().get(matrix.tensors().next()?));
             modules.extend(codes.filter_map(|tensor| Some(tensor.name().rsplit_once('.')?.0.to_owned())));
             let placement = Placement::new(&planned.name, &planned.dims, modules, planned.order)?;
-            Some(Placement { columns: planned.columns, mapping: planned.mapping.clone(), ..placement })
+            let parts = planned.parts.iter().map(|part| self.files.tensors().get(*part)?.shape().first().copied());
+            // The modules of a transposed matrix have its columns as rows.
+            let is_plain = planned.order != RowOrder::Transpose && !planned.parts.is_empty();
+            let height = parts.sum::<Option<usize>>().filter(|_| is_plain && planned.packed.is_empty());
+            Some(Placement { height, columns: planned.columns, mapping: planned.mapping.clone(), ..placement })
         };
         with_output(self.tensors.iter().filter_map(place).collect())
     }

@@ -98,7 +98,7 @@ class ServeOptions(EngineOptions):
         metadata=_option(
             "LoRA adapter to serve as the model BASE:NAME: a folder that PEFT has saved, or a GGUF file. Repeatable.",
             metavar="NAME=PATH",
-            panel="Engine",
+            panel="Adapters",
         ),
     )
     adapter_folder: str | None = field(
@@ -106,7 +106,7 @@ class ServeOptions(EngineOptions):
         metadata=_option(
             "Folder from which clients may load LoRA adapters with /v1/load_lora_adapter; otherwise they may not.",
             metavar="FOLDER",
-            panel="Engine",
+            panel="Adapters",
         ),
     )
     pooling: Literal["mean", "cls", "last"] | None = field(

@@ -18,6 +18,24 @@ const ALPHA: usize = 2 * RANK;
 /// Families whose linear layers have a row per input in the checkpoint.
 const TRANSPOSED: [&str; 1] = ["gpt2"];
 
+/// Families whose linear layers are all computed, in either format of the model.
+const WHOLE: [&str; 14] = [
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "ministral3",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+];
+
 /// A linear layer: the name of its weight, and its shape in the checkpoint.
 struct Module {
     name: String,
@@ -124,24 +142,7 @@ fn assert_adds(name: &str, model: &Model, checkpoint: &Checkpoint, what: &str) -
     let found = crate::logits::feed(model, &mut session, &tokens);
     let change = distance(&base, &expected);
     let error = distance(&found, &expected);
-    if error >= 0.01 * change {
-        for (kind, own) in &modules {
-            write_adapter(folder.path(), own.iter(), is_transposed);
-            if model.load_adapter("x", folder.path()).is_err() {
-                continue;
-            }
-            let mut merged = checkpoint.clone();
-            own.iter().for_each(|module| merge(&mut merged, module, is_transposed));
-            merged.write_to(folder.path());
-            let expected = logits(&load(folder.path(), Quantize::Stored, 1, None), &tokens, 12);
-            let mut session = model.session_with_adapter("x").unwrap();
-            let found = crate::logits::feed(model, &mut session, &tokens);
-            println!("{name} {what} {kind}: {} of {}", distance(&found, &expected), distance(&base, &expected));
-        }
-    }
-    if error >= 0.01 * change {
-        println!("{name}, {what}: differs by {error}, where the adapter changes {change}");
-    }
+    assert!(error < 0.01 * change, "{name}, {what}: differs by {error}, where the adapter changes {change}");
     refused
 }
 
@@ -159,7 +160,10 @@ fn adapters_of_every_family_add_what_merging_gives() {
         let folder = tempfile::tempdir().unwrap();
         let gguf = converted(&path, folder.path());
         let in_gguf = assert_adds(name, &load(&gguf, Quantize::Auto, 1, None), &checkpoint, "GGUF");
-        lines.push(format!("{name}: folder {in_folder:?}, GGUF {in_gguf:?}"));
+        let line = format!("{name}: refused for a folder {in_folder:?}, for GGUF {in_gguf:?}");
+        let is_whole = in_folder.is_empty() && in_gguf.is_empty();
+        assert!(is_whole || !WHOLE.contains(&name.as_str()), "{line}");
+        lines.push(line);
     }
     println!("{}", lines.join("\n"));
 }

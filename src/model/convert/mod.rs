@@ -52,6 +52,7 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
 /// # Errors
 /// As for [`convert_path`]; [`Error::Io`], [`Error::Malformed`] and [`Error::Missing`] for the adapter's files;
 /// [`Error::Unsupported`] with the setting or the tensor for what is not computed.
+#[doc(hidden)]
 pub fn convert_with_adapter(
     source: &Path,
     adapter: &Path,

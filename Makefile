@@ -71,6 +71,9 @@ test-rust:  ## Run the Rust tests with this CPU's best kernel, then with the sca
 test-arm:  ## Run the kernel and model tests for 64-bit Arm in an emulator. Installs Debian packages.
 	scripts/test_arm.sh
 
+test-amx:  ## Run the kernel and model tests on an emulated CPU with AMX, in an hour or two. Installs Debian packages.
+	scripts/test_amx.sh
+
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
@@ -117,7 +120,7 @@ clean:  ## Remove everything that was built, the environment included.
 	find python scripts tests benches -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo check test lint test-rust test-arm test-python test-clients fmt bench docs man wheel test-wheel release clean
+.PHONY: help demo check test lint test-rust test-arm test-amx test-python test-clients fmt bench docs man wheel test-wheel release clean
 
 ## The environment: one stamp per part, renewed when its input changes
 

@@ -2,12 +2,15 @@
 """Measure nybble and other runtimes in turn on the same file.
 
     python benches/compare.py model.gguf [--threads 2] [--prompt 512] [--generate 64] [--rounds 5]
-        [--peer NAME[=PYTHON[:MODEL]] ...] [--json] [--png FILE] [--with EARLIER.json ...]
+        [--peer NAME[=PROGRAM[:MODEL]] ...] [--json] [--png FILE] [--with EARLIER.json ...]
 
 Peers are llama.cpp (`pip install llama-cpp-python`, which builds it for this CPU), openvino (`openvino-genai`),
-mistral.rs (`mistralrs`) and neural-speed. PYTHON is the interpreter of an environment with the peer, so that peers with
+mistral.rs (`mistralrs`) and neural-speed. PROGRAM is the interpreter of an environment with the peer, so that peers with
 conflicting requirements can be compared. MODEL is another file for a runtime that cannot read this one. Without --peer,
 llama.cpp in this environment is compared.
+
+Other peers are programs called `llama-bench`: `llama-bench=PROGRAM` is llama.cpp's, `ik=PROGRAM` that of ik_llama.cpp, and
+`ik-rtr=PROGRAM` the same with `-rtr 1`, which rearranges the weights when it loads them.
 
 Each runtime has its own process and keeps the model loaded. While one computes, the others are stopped, so that their
 spinning threads cost it nothing. Prints medians over the rounds, the ratios of each round's speeds (median, minimum and
@@ -32,12 +35,18 @@ from typing import Any, cast
 HERE = Path(__file__).resolve().parent
 
 
+PROGRAMS = ("llama-bench", "ik", "ik-rtr")
+"""Peers that are programs and not packages."""
+
+
 class Runtime:
     """A runtime in its own process, stopped except while it answers a request."""
 
-    def __init__(self, name: str, python: str, model: str, threads: int, context: int) -> None:
+    def __init__(self, name: str, program: str, model: str, threads: int, context: int) -> None:
         self.name = name
-        command = [python, str(HERE / "peers.py"), name, model, str(threads), str(context)]
+        command = [program, str(HERE / "peers.py"), name, model, str(threads), str(context)]
+        if name in PROGRAMS:
+            command = [sys.executable, *command[1:], program]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         # A file, because a full pipe would block the process.
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -79,12 +88,14 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     wanted = [("nybble", sys.executable, str(model))]
     for peer in options.peer or ["llama.cpp"]:
         name, _, rest = peer.partition("=")
-        python, _, other = rest.partition(":")
-        wanted.append((name, python or sys.executable, other or str(model)))
+        program, _, other = rest.partition(":")
+        if name in PROGRAMS and not program:
+            raise SystemExit(f"--peer {name}: expected {name}=PROGRAM, the path of llama-bench")
+        wanted.append((name, program or sys.executable, other or str(model)))
     runtimes: list[Runtime] = []
     try:
-        for name, python, path in wanted:
-            runtimes.append(Runtime(name, python, path, options.threads, context))
+        for name, program, path in wanted:
+            runtimes.append(Runtime(name, program, path, options.threads, context))
         return rounds(model, runtimes, options)
     finally:
         for runtime in runtimes:
@@ -204,7 +215,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens to decode after the prompt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", action="append", metavar="NAME[=PYTHON[:MODEL]]", help="a runtime to compare with")
+    parser.add_argument("--peer", action="append", metavar="NAME[=PROGRAM[:MODEL]]", help="a runtime to compare with")
     parser.add_argument("--json", action="store_true", help="print a list of results instead of tables")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw a chart (`pip install --group chart`)")
     parser.add_argument(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs one runtime for `compare.py`, which starts it with the interpreter of the runtime's environment.
 
-    python benches/peers.py NAME MODEL THREADS CONTEXT
+    python benches/peers.py NAME MODEL THREADS CONTEXT [PROGRAM]
 
 Needs only the runtime itself. Prints `{"load_seconds": ...}` when the model is loaded. For each input line
 `{"prompt": [ids], "generate": n}` it prints `{"prompt_seconds": ..., "decode_seconds": ...}`: the time to the first
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -140,17 +141,48 @@ def neural_speed(path: str, threads: int, context: int) -> tuple[Round, dict[str
     return run, {"version": importlib.metadata.version("neural-speed")}
 
 
-RUNTIMES: dict[str, Callable[[str, int, int], tuple[Round, dict[str, Any]]]] = {
+def bench(path: str, threads: int, *options: str) -> tuple[Round, dict[str, Any]]:
+    """The program `llama-bench`, the first of `options`, which loads the model for every round and times itself."""
+    common = ["-m", path, "-t", str(threads), "-fa", "1", "-r", "1", "-o", "json", *options[1:]]
+
+    def speed(*what: str) -> tuple[float, str]:
+        found = subprocess.run([options[0], *common, *what], stdout=subprocess.PIPE, check=True)
+        # Some versions print a line before the list.
+        last = json.loads(found.stdout[found.stdout.index(b"[") :])[-1]
+        return last["avg_ts"], last["build_commit"]
+
+    def run(prompt: list[int], generate: int) -> tuple[float, float]:
+        read, _ = speed("-p", str(len(prompt)), "-n", "0")
+        behind = ("-gp", f"{len(prompt)},{generate}") if is_ik else ("-n", str(generate), "-d", str(len(prompt)))
+        written, _ = speed("-p", "0", *(("-n", "0") if is_ik else ()), *behind)
+        return len(prompt) / read, generate / written
+
+    is_ik = b"-rtr" in subprocess.run([options[0], "--help"], stdout=subprocess.PIPE, check=False).stdout
+    return run, {"version": speed("-p", "1", "-n", "0")[1]}
+
+
+def llama_bench(path: str, threads: int, context: int, program: str) -> tuple[Round, dict[str, Any]]:
+    return bench(path, threads, program)
+
+
+def ik_repacked(path: str, threads: int, context: int, program: str) -> tuple[Round, dict[str, Any]]:
+    return bench(path, threads, program, "-rtr", "1")
+
+
+RUNTIMES: dict[str, Callable[..., tuple[Round, dict[str, Any]]]] = {
     "nybble": nybble,
     "llama.cpp": llama_cpp,
     "openvino": openvino,
     "mistral.rs": mistral_rs,
     "neural-speed": neural_speed,
+    "llama-bench": llama_bench,
+    "ik": llama_bench,
+    "ik-rtr": ik_repacked,
 }
 
 
 def main() -> int:
-    name, path, threads, context = sys.argv[1:]
+    name, path, threads, context, *program = sys.argv[1:]
     # Answers go to standard output; what runtimes print there is redirected to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -160,7 +192,7 @@ def main() -> int:
         answers.flush()
 
     start = time.perf_counter()
-    run, facts = RUNTIMES[name](path, int(threads), int(context))
+    run, facts = RUNTIMES[name](path, int(threads), int(context), *program)
     limits = facts.pop("limits", None)
     answer({"load_seconds": time.perf_counter() - start, **facts})
     for line in sys.stdin:

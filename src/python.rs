@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
-    use super::model::{Model, Sequence, available_bytes, default_threads, kernels};
+    use super::model::{Model, Sequence, available_bytes, default_threads, kernels, tuning};
     #[pymodule_export]
     use super::quantize::{quantize, remove_leftovers};
     #[pymodule_export]

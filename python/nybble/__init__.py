@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nybble._native import __version__
+    from nybble.chat.reasoning_splitter import OutputPart
     from nybble.completion import (
         Completion,
         FinishReason,
@@ -59,6 +60,7 @@ __all__ = [
     "Model",
     "ModelError",
     "ModelInfo",
+    "OutputPart",
     "Piece",
     "Progress",
     "Prompt",
@@ -88,6 +90,7 @@ __all__ = [
 
 _MODULES = {
     "_native": ("__version__",),
+    "chat.reasoning_splitter": ("OutputPart",),
     "completion": ("Completion", "FinishReason", "Message", "Prompt", "Prompts", "Timings", "TokenLogprob", "Usage"),
     "engine": ("Engine", "EngineStats"),
     "engine_options": ("EngineOptions", "EngineOverrides"),

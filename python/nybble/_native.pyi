@@ -34,11 +34,13 @@ __all__ = [
     "pre_tokenizer_names",
     "quantize",
     "remove_leftovers",
+    "tuning",
     "write_file",
 ]
 __version__: str
 
 def kernels() -> list[str]: ...
+def tuning() -> list[tuple[str, int, int, str, list[tuple[str, float]]]]: ...
 def pre_tokenizer_names() -> list[str]: ...
 def available_bytes() -> int | None: ...
 def check_output(

@@ -82,6 +82,13 @@ class Completion:
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry per token if `SamplingOptions.logprobs` was set."""
+    reasoning: str = ""
+    """What the model thought before the text, without its markers. Only results of `chat` have it apart."""
+
+    reasoning_tokens: int = 0
+    """Number of tokens that are reasoning or end it."""
+    stop_string: str | None = None
+    """The string of `SamplingOptions.stop` that ended the text."""
 
     def __str__(self) -> str:
         return self.text

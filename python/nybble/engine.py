@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from nybble.chat.reasoning import NO_LIMIT
 from nybble.completion import Completion, Prompt, Prompts
 from nybble.engine_options import EngineOptions, EngineOverrides, merge_engine_options
 from nybble.errors import EngineError, ModelError, QueueFullError
@@ -119,13 +120,20 @@ class Engine:
         self._ended = weakref.finalize(self, self._loop.close, drain=False)
 
     def submit(
-        self, prompt: Prompt, options: SamplingOptions | None = None, **overrides: Unpack[SamplingOverrides]
+        self,
+        prompt: Prompt,
+        options: SamplingOptions | None = None,
+        *,
+        separate_reasoning: bool = False,
+        **overrides: Unpack[SamplingOverrides],
     ) -> Request:
         """Queues a request and returns at once. Any thread may call it.
 
         Args:
             prompt: Text or token ids.
             options: As in `Model.generate`.
+            separate_reasoning: Keep reasoning apart from the text, as `Model.chat` does: in `Completion.reasoning`, and
+                in the `parts` of each piece.
             **overrides: As in `Model.generate`.
 
         Raises:
@@ -134,12 +142,16 @@ class Engine:
             ValueError: An option is out of range, or a token is unknown.
             ModelError: The engine or the model is closed.
         """
-        return self._submit(prompt, merge(options, overrides))
+        return self._submit(prompt, merge(options, overrides), separates=separate_reasoning)
 
-    def _submit(self, prompt: Prompt, options: SamplingOptions, name: str = "prompt") -> Request:
+    def _submit(
+        self, prompt: Prompt, options: SamplingOptions, name: str = "prompt", *, separates: bool = False
+    ) -> Request:
         self._loop.check(self._loop.has_capacity())
+        if separates and options.reasoning_budget is None:
+            options = options.replace(reasoning_budget=NO_LIMIT)
         prepared = prepare(self.model, prompt, options, name)
-        request = Request._of(self, self._loop, prepared)
+        request = Request._of(self, self._loop, prepared, separates=separates)
         self._loop.add(request)
         return request
 
@@ -396,6 +408,11 @@ class _Loop:
                 continue
             if request._is_done and not request._is_cancelled:
                 self._drop(request, finished=1)
+            elif (continuation := request._builder.take_continuation()) is not None:
+                try:
+                    driver.proceed(request, continuation)
+                except Exception as error:
+                    self._drop(request, error=error)
         self.failure = None
         with self._changed:
             self._driver_stats = driver.stats()

@@ -30,6 +30,11 @@ def peak_resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def huge_page_bytes() -> int | None:
+    """Bytes of this process's memory that lie on huge pages. None if the system does not report them."""
+    return _kibibytes("/proc/self/smaps_rollup", "AnonHugePages")
+
+
 def available_bytes() -> int | None:
     """Memory that this process can still use without swap, in bytes. None if the system does not report it.
 
@@ -48,8 +53,13 @@ def for_caches(model: _native.Model) -> int:
 
 
 def _status(name: str) -> int | None:
+    return _kibibytes("/proc/self/status", name)
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    """The number of KiB behind `name` in a file of the system, in bytes."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(path).read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

@@ -300,11 +300,15 @@ class Model(Chatting):
         """
         return TextStream._of(self, prepare(self, prompt, merge(options, overrides)))
 
-    def _next_turn(
-        self, messages: Sequence[Message], options: SamplingOptions, *, stream: bool
-    ) -> Completion | TextStream:
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return self.stream(prompt, options) if stream else self.generate(prompt, options)
+    def _next_turn(self, prompt: str, options: SamplingOptions, *, stream: bool) -> Completion | TextStream:
+        request = prepare(self, prompt, options)
+        if stream:
+            return TextStream._of(self, request, separates=True)
+        return generate(self, [request], separates=True)[0]
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.tokenizer
 
     def session(self, *, adapter: str | None = None) -> Session:
         """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice.

@@ -59,6 +59,14 @@ class ModelInfo:
         """Most memory that this process has held so far. None if the system does not report it."""
         return memory.peak_resident_bytes()
 
+    @property
+    def huge_page_bytes(self) -> int | None:
+        """Memory of this process that lies on huge pages, all models included. None if the system does not report it.
+
+        Linux only. Weights and large caches ask for huge pages, which speed up decoding; the system may refuse them.
+        """
+        return memory.huge_page_bytes()
+
 
 def kernels() -> list[str]:
     """Returns the instruction sets that this CPU can compute with, best first, for `LoadOptions.kernel`."""

@@ -120,6 +120,14 @@ class SamplingOptions:
     """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
     adapter: str | None = field(default=None, metadata=doc("Compute with the adapter of this name.", "NAME"))
     """The name of the adapter to compute with, one of `Model.adapters`. None computes with the model alone."""
+    reasoning_budget: int | None = field(
+        default=None, metadata=doc("End reasoning after this many tokens, and answer; no limit if not given.")
+    )
+    """Largest number of tokens of reasoning. The model then has to answer. None for no limit.
+
+    With a budget, `schema`, `regex`, `grammar` and `stop` concern the answer alone: a prompt that ends within
+    reasoning, as many chat templates write it, first gets its reasoning. Models that do not mark reasoning ignore it.
+    """
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _finite(self.temperature) and self.temperature >= 0, "0 or more")
@@ -139,7 +147,7 @@ class SamplingOptions:
             fits = _whole(token) and 0 <= token < 2**32 and _number(bias) and (_finite(bias) or bias == -math.inf)
             _check("logit_bias", {token: bias}, fits, "token ids with finite numbers or -inf")
         _check("seed", self.seed, self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**64), "0 to 2**64 - 1")
-        for name in ("max_tokens", "logprobs"):
+        for name in ("max_tokens", "logprobs", "reasoning_budget"):
             value = getattr(self, name)
             _check(name, value, value is None or (_whole(value) and 0 <= value < 2**32), "None, or 0 or more")
         _check("min_tokens", self.min_tokens, _whole(self.min_tokens) and 0 <= self.min_tokens < 2**32, "0 or more")
@@ -190,6 +198,7 @@ class SamplingOverrides(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     adapter: str | None
+    reasoning_budget: int | None
 
 
 def merge(options: SamplingOptions | None, overrides: SamplingOverrides) -> SamplingOptions:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nybble import _native as native_module
-from nybble.completion import Completion, Message, Prompt
+from nybble.completion import Completion, Prompt
 from nybble.errors import ModelError
 from nybble.generation.chatting import Chatting
 from nybble.generation.request import TextModel, prepare_tokens, prompt_ids, token_ids
@@ -16,6 +16,8 @@ from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from nybble.tokenizer.tokenizer import Tokenizer
 
 
 class Session(Chatting):
@@ -111,13 +113,13 @@ class Session(Chatting):
         """
         return self._begin(self._extended(prompt), merge(options, overrides))
 
-    def _next_turn(
-        self, messages: Sequence[Message], options: SamplingOptions, *, stream: bool
-    ) -> Completion | TextStream:
-        tokenizer = self._model.tokenizer
-        ids = tokenizer.encode_prompt(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        begun = self._begin(ids, options)
+    def _next_turn(self, prompt: str, options: SamplingOptions, *, stream: bool) -> Completion | TextStream:
+        begun = self._begin(self._tokenizer.encode_prompt(prompt), options, separates=True)
         return begun if stream else self._finished(begun)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self._model.tokenizer
 
     def fork(self) -> Session:
         """Returns an independent session with the same tokens. Both share the memory of these tokens."""
@@ -152,14 +154,15 @@ class Session(Chatting):
             return [*tokens, *tokenizer.encode(prompt, add_special=False)]
         return prompt_ids(tokenizer, prompt)
 
-    def _begin(self, ids: Sequence[int], options: SamplingOptions) -> TextStream:
+    def _begin(self, ids: Sequence[int], options: SamplingOptions, *, separates: bool = False) -> TextStream:
         """Starts the completion of `ids`. Keys and values of their common prefix with the session are reused."""
         tokens, common = self.tokens, 0
         while common < min(len(tokens), len(ids)) and tokens[common] == ids[common]:
             common += 1
         before = self._computed()
         native = before.prefix(common)
-        stream = TextStream._of(self._model, prepare_tokens(self._model, ids, options, native), keep_session=True)
+        request = prepare_tokens(self._model, ids, options, native)
+        stream = TextStream._of(self._model, request, keep_session=True, separates=separates)
         # The session changes only here, after everything that can fail.
         self._before = before, tuple(tokens)
         self._native, self._tokens, self._stream = native, tuple(ids), stream

@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::operations::Kernel;
+use crate::system::aligned_buf::AlignedBuf;
 use crate::system::memory;
 use crate::threads::ThreadPool;
 
@@ -51,11 +52,14 @@ fn buffer_bytes(available: Option<u64>) -> u64 {
 /// 10^9 bytes per second that the pool reads out of a buffer of `bytes`.
 fn bandwidth(pool: &ThreadPool, kernel: &Kernel, bytes: u64) -> f64 {
     let mut length = (bytes as usize / size_of::<u64>()).max(CHUNK);
-    // A failed allocation would end the process, so the size is tried first.
-    while length > CHUNK && Vec::<u64>::new().try_reserve_exact(length).is_err() {
-        length /= 2;
-    }
-    let mut buffer = vec![0u64; length];
+    // On huge pages, as weights.
+    let mut buffer = loop {
+        match AlignedBuf::<u64>::on_huge_pages(length) {
+            Some(buffer) => break buffer,
+            None if length > CHUNK => length /= 2,
+            None => break AlignedBuf::zeroed(length),
+        }
+    };
     let seconds = pool.run(|scope| {
         // Pages that were never written all map to the same page of zeros, which is in the cache. So each page is written, by
         // one of the threads: on a NUMA machine that spreads the buffer over the nodes.

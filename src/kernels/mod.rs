@@ -7,6 +7,7 @@
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod available;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -21,9 +22,11 @@ mod neon;
 mod operations;
 mod quantize;
 mod scalar;
+pub(crate) mod tuning;
 
 #[doc(hidden)]
 pub use activations::{Activations, MAX_TILE_ROWS, RowMut, Tile};
+pub use available::available;
 #[doc(hidden)]
 pub use generic::math::Activation;
 pub(crate) use generic::math::exp;
@@ -34,27 +37,15 @@ pub use kv::{
 #[doc(hidden)]
 pub use limits::{Limits, limits};
 pub use operations::Kernel;
+#[doc(hidden)]
+pub use tuning::{Choice, choices};
 
 use crate::error::{Error, Result};
 
-/// The kernels that this CPU can run, best first. Never empty: `scalar` is always there.
-pub fn available() -> Vec<&'static Kernel> {
-    let mut kernels = vec![];
-    #[cfg(target_arch = "x86_64")]
-    {
-        // AMX comes last until a CPU with AMX has run its tests, so that it is used only by name.
-        let found = [avx512::kernel(), avxvnni::kernel(), avx2::kernel(), amx::kernel()];
-        kernels.extend(found.into_iter().flatten());
-    }
-    #[cfg(target_arch = "aarch64")]
-    kernels.extend(neon::kernel());
-    kernels.push(scalar::kernel());
-    kernels
-}
-
-/// The fastest kernel that this CPU can run.
+/// The fastest kernel that this CPU can run: the first of [`available`], whose products other kernels compute where loading a
+/// model measured that they are faster.
 pub fn best() -> &'static Kernel {
-    available()[0]
+    tuning::kernel().unwrap_or_else(|| available()[0])
 }
 
 /// The kernel called `name`.

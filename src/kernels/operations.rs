@@ -114,6 +114,11 @@ impl Kernel {
         Kernel(table)
     }
 
+    /// The functions.
+    pub(super) fn table(&self) -> Table {
+        self.0
+    }
+
     /// The name by which users choose the kernel.
     pub fn name(&self) -> &'static str {
         self.0.name

@@ -189,6 +189,7 @@ impl Model {
         }
         let (weights, source) = pool.run(|scope| {
             let weights = load(&Loader::new(scope, checkpoint, progress), &config, context)?;
+            kernels::tuning::tune(kernel, scope, pool.threads(), weights.linears().flat_map(|layer| layer.parts()));
             let source = head_source(scope, checkpoint, &config, options, weights.vocabulary());
             Ok((weights, source))
         })?;

@@ -340,7 +340,8 @@ impl Weights {
         parts.all(|part: &Packed| part.layout().code == Code::F32)
     }
 
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
+    /// The matrices of all layers, and outside of them.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         let ends = [Some(&self.embedding), self.token_types.as_ref(), self.positions.as_ref(), self.output.as_ref()];
         let projections = self.projections.iter().flat_map(Projections::linears);
         let per_layer = self.per_layer.iter().flat_map(PerLayer::linears);

@@ -22,6 +22,14 @@ pub(super) fn kernels() -> Vec<&'static str> {
     crate::kernels::available().iter().map(|kernel| kernel.name()).collect()
 }
 
+/// What was measured to choose kernels: for each layout, number of rows and of threads the chosen kernel and the speed of each one
+/// in 10^9 operations per second.
+#[pyfunction]
+pub(super) fn tuning() -> Vec<(String, usize, usize, String, Vec<(String, f64)>)> {
+    let choices = crate::kernels::choices().into_iter();
+    choices.map(|choice| (choice.layout, choice.rows, choice.threads, choice.kernel, choice.gops)).collect()
+}
+
 /// The number of threads that a model computes with by default.
 #[pyfunction]
 pub(super) fn default_threads() -> usize {

@@ -4,6 +4,7 @@
 //! the form that panels hold. [`Decoder`] derives everything else from it: values, panels and the range of the scales.
 
 use bytemuck::AnyBitPattern;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::layout::{BLOCK, Code, Layout, PANEL};
@@ -56,6 +57,10 @@ pub(super) trait Groups {
     type Scale: Scale;
 
     fn as_slice(&self) -> &[Group<Self::Scale>];
+
+    /// Calls `store` with the index, the scale and the minimum of each group, as panels hold them: 0 for the minimum where there
+    /// is none.
+    fn to_panel(&self, has_min: bool, output_scale: f32, store: impl FnMut(usize, f16, f16));
 }
 
 impl<S: Scale, const N: usize> Groups for [Group<S>; N] {
@@ -66,6 +71,13 @@ impl<S: Scale, const N: usize> Groups for [Group<S>; N] {
     fn as_slice(&self) -> &[Group<S>] {
         self
     }
+
+    #[inline(always)]
+    fn to_panel(&self, has_min: bool, output_scale: f32, mut store: impl FnMut(usize, f16, f16)) {
+        let scales = S::to_panel(self.map(|group| group.scale), output_scale);
+        let mins = if has_min { S::to_panel(self.map(|group| group.min), output_scale) } else { [f16::ZERO; N] };
+        scales.into_iter().zip(mins).enumerate().for_each(|(i, (scale, min))| store(i, scale, min));
+    }
 }
 
 /// A scale or a minimum: `f16` where the file holds it as such and panels keep it, `f32` where it is computed and rounded.
@@ -75,8 +87,8 @@ pub(super) trait Scale: Copy + Default {
 
     fn to_f32(self) -> f32;
 
-    /// The number divided by the matrix's output scale, as panels hold it.
-    fn to_panel(self, output_scale: f32) -> f16;
+    /// The numbers divided by the matrix's output scale, as panels hold them.
+    fn to_panel<const N: usize>(numbers: [Self; N], output_scale: f32) -> [f16; N];
 }
 
 impl Scale for f16 {
@@ -88,8 +100,8 @@ impl Scale for f16 {
     }
 
     #[inline(always)]
-    fn to_panel(self, _output_scale: f32) -> f16 {
-        self
+    fn to_panel<const N: usize>(numbers: [f16; N], _output_scale: f32) -> [f16; N] {
+        numbers
     }
 }
 
@@ -102,8 +114,11 @@ impl Scale for f32 {
     }
 
     #[inline(always)]
-    fn to_panel(self, output_scale: f32) -> f16 {
-        f16::from_f32(self / output_scale)
+    fn to_panel<const N: usize>(numbers: [f32; N], output_scale: f32) -> [f16; N] {
+        // All at once, because each conversion asks for the CPU's features first.
+        let mut converted = [f16::ZERO; N];
+        converted.convert_from_f32_slice(&numbers.map(|number| number / output_scale));
+        converted
     }
 }
 
@@ -228,12 +243,12 @@ fn pack<B: Block>(row: &[u8], PanelRow { panel, lane, output_scale, .. }: PanelR
         for index in 0..parts {
             block.codes(index).store(panel, lane, b * parts + index);
         }
-        for (i, group) in block.groups().as_slice().iter().enumerate() {
-            panel.scales[b * groups + i][lane] = group.scale.to_panel(output_scale);
+        block.groups().to_panel(B::LAYOUT.min, output_scale, |i, scale, min| {
+            panel.scales[b * groups + i][lane] = scale;
             if B::LAYOUT.min {
-                panel.mins[b * groups + i][lane] = group.min.to_panel(output_scale);
+                panel.mins[b * groups + i][lane] = min;
             }
-        }
+        });
     }
 }
 

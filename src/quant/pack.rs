@@ -13,6 +13,7 @@ pub use super::blocks32::{IQ4_VALUES, MXFP4_VALUES};
 use super::decoder::{Decoder, PanelRow};
 use super::packed::{PANEL, Packed, PanelMut};
 use crate::error::Error;
+use crate::system::arena::{Arena, ForEach};
 use crate::threads::Scope;
 
 /// Weights that are packed before the source may release what was read: enough for all threads, and 32 MiB of F32.
@@ -57,6 +58,8 @@ pub struct PackJob<'a> {
     /// Called after every few million weights of the source, which will not be read again soon, so that a tensor that is
     /// half of a model is not in memory twice.
     pub release: &'a (dyn Fn() + Sync),
+    /// Where the result lies.
+    pub(crate) arena: &'a Arena,
 }
 
 impl PackJob<'_> {
@@ -70,7 +73,8 @@ impl PackJob<'_> {
     pub fn run(&self, scope: &Scope<'_>) -> Result<Packed, PackError> {
         let decoder = self.source.block_type().decoder().expect("callers check that the type is supported");
         let slab = (SLAB / self.columns.max(1) / PANEL).max(1); // panels
-        let packed = Packed::try_zeroed(self.rows, self.columns, decoder.layout, 1.0);
+        let for_each: ForEach<'_> = &|count, item| scope.for_each(count, item);
+        let packed = Packed::try_zeroed_in(self.arena, for_each, [self.rows, self.columns], decoder.layout);
         let mut packed = packed.map_err(PackError::Memory)?;
         let output_scale = match decoder.bound {
             Some(bound) if self.columns > 0 => output_scale(self.bound(scope, slab, bound)),
@@ -93,7 +97,8 @@ impl PackJob<'_> {
         if non_finite < self.rows {
             return Err(PackError::NotFinite(non_finite));
         }
-        packed.merge_groups().map_err(PackError::Memory)?;
+        packed.merge_groups();
+        packed.shorten_in(self.arena);
         Ok(packed)
     }
 

@@ -22,7 +22,7 @@ pub use super::panel::{Panel, PanelMut};
 use crate::error::Result;
 use crate::system::aligned_buf::AlignedBuf;
 pub use crate::system::aligned_buf::CacheLine;
-use crate::system::memory;
+use crate::system::arena::{Arena, ForEach};
 
 /// The purpose in out-of-memory errors.
 const PURPOSE: &str = "packed weights";
@@ -34,12 +34,9 @@ pub struct Packed {
     columns: usize,
     layout: Layout,
     output_scale: f32,
-    /// `(panels, blocks, lines_per_block)`
-    codes: AlignedBuf,
-    /// `(panels, scale_lines)`, each panel `(groups, PANEL)` F16 and padding to a line
-    scales: AlignedBuf,
-    /// As `scales`; empty without minimums.
-    mins: AlignedBuf,
+    /// Codes `(panels, blocks, lines_per_block)`; scales `(panels, scale_lines)`, each panel `(groups, PANEL)` F16 and padding to
+    /// a line; minimums as scales, if there are any.
+    memory: AlignedBuf,
 }
 
 impl Packed {
@@ -53,8 +50,17 @@ impl Packed {
     /// # Panics
     /// If the code does not have groups of that size.
     pub fn try_zeroed(rows: usize, columns: usize, layout: Layout, output_scale: f32) -> Result<Self> {
-        memory::check(PURPOSE, Packed::bytes_needed(rows, columns, layout))?;
         Packed::with_memory(rows, columns, layout, output_scale, |lines| AlignedBuf::try_zeroed(lines, PURPOSE))
+    }
+
+    /// As [`try_zeroed`](Self::try_zeroed), in an arena.
+    pub(super) fn try_zeroed_in(
+        arena: &Arena,
+        for_each: ForEach<'_>,
+        [rows, columns]: [usize; 2],
+        layout: Layout,
+    ) -> Result<Self> {
+        Packed::with_memory(rows, columns, layout, 1.0, |lines| arena.take(lines, PURPOSE, for_each))
     }
 
     /// As [`try_zeroed`](Self::try_zeroed), for callers that cannot handle an error.
@@ -68,8 +74,8 @@ impl Packed {
 
     /// The shape of a matrix, without memory for its weights.
     pub(crate) fn hollow(rows: usize, columns: usize) -> Self {
-        let [codes, scales, mins] = [(); 3].map(|()| AlignedBuf::default());
-        Packed { rows, columns, layout: Layout::float(Code::F32), output_scale: 1.0, codes, scales, mins }
+        let layout = Layout::float(Code::F32);
+        Packed { rows, columns, layout, output_scale: 1.0, memory: AlignedBuf::default() }
     }
 
     fn with_memory(
@@ -81,14 +87,8 @@ impl Packed {
     ) -> Result<Self> {
         let is_wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
         assert!(is_wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
-        let [codes, scales, mins] = [(); 3].map(|()| AlignedBuf::default());
-        let mut packed = Packed { rows, columns, layout, output_scale, codes, scales, mins };
-        let (panels, scale_lines) = (packed.panels(), packed.scale_lines());
-        packed.codes = memory(panels * packed.panel_lines())?;
-        packed.scales = memory(panels * scale_lines)?;
-        if layout.min {
-            packed.mins = memory(panels * scale_lines)?;
-        }
+        let mut packed = Packed { rows, columns, layout, output_scale, memory: AlignedBuf::default() };
+        packed.memory = memory(Packed::bytes_needed(rows, columns, layout) / size_of::<CacheLine>())?;
         Ok(packed)
     }
 
@@ -148,12 +148,19 @@ impl Packed {
 
     /// Bytes of codes, scales and minimums, which a product reads.
     pub fn bytes(&self) -> usize {
-        (self.codes.len() + self.scales.len() + self.mins.len()) * size_of::<CacheLine>()
+        self.memory.len() * size_of::<CacheLine>()
     }
 
     /// All memory: codes, scales and minimums.
     pub fn lines(&self) -> [&[CacheLine]; 3] {
-        [&self.codes, &self.scales, &self.mins]
+        let (codes, rest) = self.memory.split_at(self.code_lines());
+        let (scales, mins) = rest.split_at(self.panels() * self.scale_lines());
+        [codes, scales, mins]
+    }
+
+    /// Lines of all codes. 0 without memory for weights.
+    fn code_lines(&self) -> usize {
+        (self.panels() * self.panel_lines()).min(self.memory.len())
     }
 
     fn panel_lines(&self) -> usize {
@@ -167,36 +174,34 @@ impl Packed {
     /// Merges groups of 32 columns into groups of 128 or 64 where their scales and minimums are equal.
     ///
     /// A file whose block type has smaller groups than its quantization repeats scales.
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory). The matrix is then as it was.
-    pub fn merge_groups(&mut self) -> Result<()> {
+    pub fn merge_groups(&mut self) {
         let is_mergeable = self.layout.code == Code::Int4 && self.layout.group == BLOCK;
-        match [128, 64].into_iter().find(|group| is_mergeable && self.runs_are_equal(group / BLOCK)) {
-            Some(group) => self.set_group(group),
-            None => Ok(()),
+        if let Some(group) = [128, 64].into_iter().find(|group| is_mergeable && self.runs_are_equal(group / BLOCK)) {
+            self.set_group(group);
         }
     }
 
-    /// Keeps the first scale and minimum of every `group` columns.
-    fn set_group(&mut self, group: usize) -> Result<()> {
+    /// Keeps the first scale and minimum of every `group` columns. They move towards the codes.
+    fn set_group(&mut self, group: usize) {
         let groups = (self.blocks() * BLOCK).div_ceil(group);
-        let lines = groups.div_ceil(2);
-        let merge = |of: fn(Panel<'_>) -> &[[f16; PANEL]]| -> Result<AlignedBuf> {
-            let mut merged = AlignedBuf::try_zeroed(self.panels() * lines, PURPOSE)?;
-            for (index, merged) in merged.chunks_mut(lines.max(1)).enumerate() {
-                let firsts = of(self.panel(index)).iter().step_by(group / BLOCK);
-                numbers_mut(merged, groups).iter_mut().zip(firsts).for_each(|(merged, first)| *merged = *first);
-            }
-            Ok(merged)
-        };
-        let scales = merge(|panel| panel.scales)?;
-        if self.layout.min {
-            self.mins = merge(|panel| panel.mins)?;
+        let [lines, old_lines] = [groups.div_ceil(2), self.scale_lines()];
+        let (start, panels, run) = (self.code_lines(), self.panels(), group / BLOCK);
+        let tables = if self.layout.min { 2 * panels } else { panels };
+        let numbers: &mut [[f16; PANEL]] = bytemuck::cast_slice_mut(&mut self.memory[start..]);
+        // Every number moves to a place that was read before.
+        for table in 0..tables {
+            let [to, from] = [2 * table * lines, 2 * table * old_lines];
+            (0..groups).for_each(|group| numbers[to + group] = numbers[from + group * run]);
+            numbers[to + groups..to + 2 * lines].fill([f16::ZERO; PANEL]);
         }
-        self.scales = scales;
+        self.memory.truncate(start + tables * lines);
         self.layout.group = group;
-        Ok(())
+    }
+
+    /// Returns memory that [`merge_groups`](Self::merge_groups) has freed to the arena that the matrix lies in.
+    pub(super) fn shorten_in(&mut self, arena: &Arena) {
+        let lines = self.memory.len();
+        arena.shorten(&mut self.memory, lines);
     }
 
     /// Whether the scales and minimums of every `run` groups are bit-identical.
@@ -214,12 +219,13 @@ impl Packed {
     /// If `index >= self.panels()`.
     #[inline]
     pub fn panel(&self, index: usize) -> Panel<'_> {
-        let (lines, scale_lines) = (self.panel_lines(), self.scale_lines());
-        let mins = if self.layout.min { index * scale_lines..(index + 1) * scale_lines } else { 0..0 };
+        let (lines, scale_lines, panels) = (self.panel_lines(), self.scale_lines(), self.panels());
+        let scales = panels * lines + index * scale_lines;
+        let mins = if self.layout.min { scales + panels * scale_lines } else { 0 };
         Panel {
-            codes: &self.codes[index * lines..][..lines],
-            scales: numbers(&self.scales[index * scale_lines..][..scale_lines], self.groups()),
-            mins: numbers(&self.mins[mins], if self.layout.min { self.groups() } else { 0 }),
+            codes: &self.memory[index * lines..][..lines],
+            scales: numbers(&self.memory[scales..][..scale_lines], self.groups()),
+            mins: numbers(&self.memory[mins..][..scale_lines], if self.layout.min { self.groups() } else { 0 }),
         }
     }
 
@@ -229,15 +235,18 @@ impl Packed {
     /// If `index > self.panels()`.
     #[inline]
     pub fn codes_from(&self, index: usize) -> &[CacheLine] {
-        &self.codes[index * self.panel_lines()..]
+        &self.memory[index * self.panel_lines()..self.code_lines()]
     }
 
     /// All panels, to be filled in parallel.
     pub fn panels_mut(&mut self) -> Vec<PanelMut<'_>> {
         let (lines, scale_lines, groups) = (self.panel_lines(), self.scale_lines(), self.groups());
-        let mut scales = self.scales.chunks_mut(scale_lines.max(1));
-        let mut mins = self.mins.chunks_mut(scale_lines.max(1));
-        self.codes
+        let (code_lines, all_scales) = (self.code_lines(), self.panels() * scale_lines);
+        let (codes, rest) = self.memory.split_at_mut(code_lines);
+        let (scales, mins) = rest.split_at_mut(all_scales);
+        let mut scales = scales.chunks_mut(scale_lines.max(1));
+        let mut mins = mins.chunks_mut(scale_lines.max(1));
+        codes
             .chunks_mut(lines.max(1))
             .map(|codes| PanelMut {
                 codes,

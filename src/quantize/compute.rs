@@ -332,7 +332,7 @@ mod tests {
         let (x, w) = (numbers(rows * k), numbers(n * k));
         let of = |threads| {
             let pool = ThreadPool::new(threads).unwrap();
-            let compute = Compute::new(&pool, crate::kernels::best());
+            let compute = Compute::new(&pool, crate::kernels::choose(None).unwrap());
             let mut out = vec![f32::NAN; rows * n];
             compute.product(&x, &w, k, &mut out);
             let mut moments = vec![0.0; k * k];
@@ -368,7 +368,7 @@ mod tests {
             row[7] = 0.0;
         }
         let pool = ThreadPool::new(2).unwrap();
-        let compute = Compute::new(&pool, crate::kernels::best());
+        let compute = Compute::new(&pool, crate::kernels::choose(None).unwrap());
         let mut hessian = vec![0.0; n * n];
         compute.add_moments(&x, n, &mut hessian);
         mirror(&mut hessian, n, 1.0 / 400.0);

@@ -3,20 +3,19 @@
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 use memmap2::MmapMut;
 
+pub use super::cache_line::CacheLine;
+use super::huge_pages::{HUGE_PAGE, Piece};
 use super::memory;
 use crate::error::{Error, Result};
-
-/// A cache line. A load of a whole line never touches two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub struct CacheLine(pub [u8; 64]);
 
 /// Buffers of this many bytes and more are mapped from the system. Smaller ones come from the allocator, which needs no
 /// system call for each.
 const SMALLEST_MAP: usize = memory::SMALLEST_CHECKED;
+/// Maps of this many bytes and more ask for huge pages, but for their last part.
+const SMALLEST_HUGE_MAP: usize = 2 * HUGE_PAGE;
 
 /// A buffer of `T` that starts at a cache line, zero at first.
 ///
@@ -36,12 +35,17 @@ enum Memory {
     Allocated(Vec<CacheLine>),
     /// Whole cache lines.
     Mapped(MmapMut),
+    /// A part of a map with huge pages.
+    Huge(Piece),
 }
 
 impl Memory {
     /// Zeroed memory of `lines` cache lines. `None` when there is none.
     fn zeroed(lines: usize) -> Option<Memory> {
         let bytes = lines.checked_mul(size_of::<CacheLine>())?;
+        if bytes >= SMALLEST_HUGE_MAP {
+            return Piece::alone(lines, true).map(Memory::Huge);
+        }
         if bytes >= SMALLEST_MAP {
             return MmapMut::map_anon(bytes).ok().map(Memory::Mapped);
         }
@@ -52,6 +56,7 @@ impl Memory {
         match self {
             Memory::Allocated(lines) => lines,
             Memory::Mapped(map) => bytemuck::cast_slice(map),
+            Memory::Huge(piece) => piece.lines(),
         }
     }
 
@@ -59,7 +64,20 @@ impl Memory {
         match self {
             Memory::Allocated(lines) => lines,
             Memory::Mapped(map) => bytemuck::cast_slice_mut(map),
+            Memory::Huge(piece) => piece.lines_mut(),
         }
+    }
+}
+
+impl AlignedBuf {
+    /// The cache lines of `piece`.
+    pub(super) fn from_piece(piece: Piece) -> AlignedBuf {
+        AlignedBuf { len: piece.lines().len(), memory: Memory::Huge(piece), item: PhantomData }
+    }
+
+    /// The part of a map that holds the buffer, if it may be shared.
+    pub(super) fn piece_mut(&mut self) -> Option<&mut Piece> {
+        if let Memory::Huge(piece) = &mut self.memory { Some(piece) } else { None }
     }
 }
 
@@ -92,9 +110,20 @@ impl<T: Pod> AlignedBuf<T> {
         AlignedBuf { memory, len, item: PhantomData }
     }
 
+    /// `len` zeros on huge pages where the system grants them, however long that takes. `None` when there is no memory.
+    pub(crate) fn on_huge_pages(len: usize) -> Option<Self> {
+        let memory = Memory::Huge(Piece::alone(len.div_ceil(Self::PER_LINE), false)?);
+        Some(AlignedBuf { memory, len, item: PhantomData })
+    }
+
     /// Items that fit without new memory.
     pub(crate) fn capacity(&self) -> usize {
         self.memory.lines().len() * Self::PER_LINE
+    }
+
+    /// Shortens the buffer to `len` items, or leaves it alone if it is shorter. Keeps its memory.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
     }
 
     /// Changes the length to `len`. The contents are unspecified afterwards; memory is never given back.
@@ -147,10 +176,11 @@ mod tests {
 
     #[test]
     fn buffers_are_zero_and_as_long_as_asked() {
-        let large = SMALLEST_MAP / size_of::<CacheLine>();
-        for len in [0, 1, large - 1, large, large + 1] {
+        let [large, huge] = [SMALLEST_MAP, SMALLEST_HUGE_MAP].map(|bytes| bytes / size_of::<CacheLine>());
+        for len in [0, 1, large - 1, large, large + 1, huge - 1, huge, huge + 1] {
             let mut lines = AlignedBuf::<CacheLine>::zeroed(len);
-            assert_eq!(matches!(lines.memory, Memory::Mapped(_)), len >= large);
+            assert_eq!(matches!(lines.memory, Memory::Allocated(_)), len < large);
+            assert_eq!(matches!(lines.memory, Memory::Huge(_)), len >= huge);
             assert_eq!(lines.len(), len);
             assert!(lines.iter().all(|line| line.0 == [0; 64]));
             assert_eq!(*AlignedBuf::<CacheLine>::try_zeroed(len, "a test").unwrap(), *lines);

@@ -63,15 +63,21 @@ fn logits(model: &Model, tokens: &[u32], piece: usize) -> Vec<u32> {
     logits.into_iter().map(f32::to_bits).collect()
 }
 
+/// The kernel that `NYBBLE_KERNEL` names, or the best.
+fn chosen() -> &'static str {
+    kernels::choose(None).unwrap().name()
+}
+
 #[test]
 fn every_kernel_has_the_bits_of_scalar_for_every_block_type() {
     let folder = tempfile::tempdir().unwrap();
     for block_type in TYPES {
         let path = llama(folder.path(), &shape_of(block_type), block_type);
-        let tokens = tokens(19, 1);
-        let expected = logits(&load(&path, "scalar", 1), &tokens, 19);
+        // In steps of 33 rows and fewer: kernels may treat many rows in another way.
+        let tokens = tokens(97, 1);
+        let expected = logits(&load(&path, "scalar", 1), &tokens, 97);
         for kernel in kernels::available() {
-            let found = logits(&load(&path, kernel.name(), 2), &tokens, 19);
+            let found = logits(&load(&path, kernel.name(), 2), &tokens, 33);
             assert!(found == expected, "{} on {}", block_type.name(), kernel.name());
         }
     }
@@ -114,7 +120,7 @@ fn bits_do_not_depend_on_threads_and_batches() {
     for (folder, shape, block_type, cache) in cases {
         std::fs::create_dir_all(folder).unwrap();
         let path = llama(folder, shape, block_type);
-        let kernel = kernels::best().name();
+        let kernel = chosen();
         // Longer than two segments of attention and than a batch of rows.
         let tokens = tokens(600, 2);
         let expected = logits(&load_cached(&path, kernel, 1, cache), &tokens, tokens.len());
@@ -143,7 +149,7 @@ fn bits_do_not_depend_on_threads_and_batches() {
 #[test]
 fn a_window_hides_earlier_tokens_in_any_batching() {
     let folder = tempfile::tempdir().unwrap();
-    let kernel = kernels::best().name();
+    let kernel = chosen();
     let tokens = tokens(600, 6);
     // Windows within a page, over pages and over segments, which skip whole pages and segments.
     for window in [40, 150, 300] {
@@ -178,7 +184,7 @@ fn a_session_has_the_same_bits_alone_and_among_others() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q4_1);
     for cache_type in CACHES {
-        among_others(&load_cached(&path, kernels::best().name(), 2, cache_type));
+        among_others(&load_cached(&path, chosen(), 2, cache_type));
     }
 }
 
@@ -215,7 +221,7 @@ fn among_others(model: &Model) {
 fn a_truncated_session_continues_as_if_it_had_been_shorter() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q8_0);
-    let model = load(&path, kernels::best().name(), 2);
+    let model = load(&path, chosen(), 2);
     let (first, wrong, right) = (tokens(70, 1), tokens(90, 2), tokens(33, 3));
     let expected = logits(&model, &[&first[..], &right].concat(), 103);
     let mut session = model.session();
@@ -243,7 +249,7 @@ fn forked_sessions_have_the_bits_of_independent_ones() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q8_0);
     for cache_type in CACHES {
-        let model = load_cached(&path, kernels::best().name(), 2, cache_type);
+        let model = load_cached(&path, chosen(), 2, cache_type);
         // In the middle of a page, at its end, and with nothing in common.
         for shared in [300, 128, 0] {
             let (start, ends) = (tokens(shared, 1), [tokens(90, 2), tokens(70, 3), tokens(5, 4)]);
@@ -280,7 +286,7 @@ fn forked_sessions_have_the_bits_of_independent_ones() {
 fn an_interrupted_step_leaves_the_session_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = llama(folder.path(), &ODD, BlockType::Q4_0);
-    let model = load(&path, kernels::best().name(), 2);
+    let model = load(&path, chosen(), 2);
     let prompt = tokens(40, 1);
     let expected = logits(&model, &prompt, 40);
     let mut session = model.session();

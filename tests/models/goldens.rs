@@ -187,16 +187,19 @@ fn bits_do_not_depend_on_the_kernel_or_a_shared_prefix() {
                 )
                 .unwrap()
             };
-            let tokens = &golden.input[0];
-            let expected = bits(&logits(&load("scalar", 1), tokens, tokens.len()));
+            // In steps of 33 and 64 rows: kernels may treat many rows in another way.
+            let scalar = load("scalar", 1);
+            let length = scalar.context().min(97);
+            let tokens: Vec<u32> = golden.input[0].iter().copied().cycle().take(length).collect();
+            let expected = bits(&logits(&scalar, &tokens, length));
             for (i, kernel) in kernels::available().iter().enumerate() {
                 let model = load(kernel.name(), 1 + i % 3);
                 let mut start = model.session();
-                let mut found = feed(&model, &mut start, &tokens[..17]);
+                let mut found = feed(&model, &mut start, &tokens[..33]);
                 // Two sessions use the same prefix.
                 let mut other = start.fork();
                 feed(&model, &mut other, &tokens[20..25]);
-                found.extend(feed(&model, &mut start, &tokens[17..]));
+                found.extend(feed(&model, &mut start, &tokens[33..]));
                 assert!(bits(&found) == expected, "{}, {quantize:?} on {}", golden.name, kernel.name());
             }
         }

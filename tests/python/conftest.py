@@ -31,7 +31,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 
-from serving import TOOL_TEMPLATE, Running, served  # noqa: E402
+from serving import REASONING_TEMPLATE, TOOL_TEMPLATE, Running, served  # noqa: E402
 
 from nybble import Model  # noqa: E402
 from nybble.models import hub  # noqa: E402
@@ -66,6 +66,14 @@ def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """The tiny llama with a context of 2,048 tokens and a chat template that supports tools."""
     changes: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": TOOL_TEMPLATE}
     with Model.load(tiny.write_model(tmp_path_factory.mktemp("tool") / "tiny.gguf", **changes), threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def reasoning_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The tiny llama with a chat template that opens reasoning, which the model never closes by itself."""
+    changes: dict[str, Any] = {"llama__context_length": 2048, "tokenizer__chat_template": REASONING_TEMPLATE}
+    with Model.load(tiny.write_model(tmp_path_factory.mktemp("thinks") / "tiny.gguf", **changes), threads=1) as model:
         yield model
 
 

@@ -8,6 +8,7 @@ before it is parsed, and every operation costs steps while it runs.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,13 @@ from types import CodeType
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from nybble.chat.conversation import cut_after_end, mark_end, plain, turns
+from nybble.chat.reasoning import for_template
 from nybble.chat.template_limits import (
     DEFAULT_LIMITS,
     GuardedEnvironment,
@@ -59,6 +62,12 @@ class ChatTemplate:
         except Exception as error:  # Jinja and Python's compiler raise many kinds of errors on invalid input.
             raise ModelError(f"{self._where}: {_one_line(error)}") from error
 
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads, those that it sets itself aside."""
+        # The source has been checked, and compiled.
+        return frozenset(jinja2.meta.find_undeclared_variables(_environment(self._limits).parse(self._source)))
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, continue_final_message: bool | str = False, **variables: Any
     ) -> str:
@@ -78,7 +87,7 @@ class ChatTemplate:
             TypeError: `messages` is not a list of dicts, or a value in a message has the wrong type.
             ValueError: A message has no role or no content, or the last one cannot be continued.
         """
-        conversation = turns(messages)
+        conversation = for_template(turns(messages), self._source)
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         continued = mark_end(conversation, field, self._source) if continue_final_message else None
         prompt = self._rendered(conversation, variables)

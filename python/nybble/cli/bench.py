@@ -38,6 +38,9 @@ def bench(
         int, typer.Option("--rounds", help="Repetitions, whose medians are reported.", min=1, metavar="N")
     ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    tuning: Annotated[
+        bool, typer.Option("--tuning", help="Show the kernels that loading chose for this CPU, and their speeds.")
+    ] = False,
     compare: Annotated[
         Path | None,
         typer.Option("--compare", metavar="FILE", help="Output of an earlier run with --json, to compare with."),
@@ -56,7 +59,7 @@ def bench(
     before = None if compare is None else _earlier(compare)
     terminal.show_log()
     hub.resolve(source, filename=load.filename, revision=load.revision)  # A download does not count as loading.
-    limits, speeds, load_seconds, peak = [], [], [], None
+    limits, speeds, load_seconds, memory = [], [], [], None
     total, done = len(counts) * len(lengths) * len(batches) * rounds, 0
     for count in counts:
         start = time.perf_counter()
@@ -74,16 +77,18 @@ def bench(
                 done += 1
                 advance(done, total)
 
-            limit, found, highest = measure.speeds(model, lengths, batches, generate, rounds, step)
-            peak = peak or highest  # Later peaks include the buffer of the limits.
+            limit, found, held = measure.speeds(model, lengths, batches, generate, rounds, step)
+            memory = memory or held  # Later peaks include the buffer of the limits.
             limits.append(limit)
             speeds += found
-    result = measure.report(model.info, min(load_seconds), limits, speeds, peak)
+    result = measure.report(model.info, min(load_seconds), limits, speeds, memory or measure.Memory(None, None))
     result |= {"generate": generate, "rounds": rounds}
     if as_json:
         typer.echo(json.dumps(result if before is None else {**result, "before": before}))
         return
     _print_head(result)
+    if tuning:
+        _print_tuning(result["tuning"])
     if before is None:
         _print_speeds(speeds)
     else:
@@ -111,13 +116,14 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 
 def _print_head(result: dict[str, Any]) -> None:
-    peak = result["peak_rss_bytes"]
+    sizes = [("peak memory", result["peak_rss_bytes"]), ("on huge pages", result["huge_page_bytes"])]
+    memory = [f"{name} {terminal.human_bytes(size)}" for name, size in sizes if size is not None]
     lines = [
         result["model"],
         f"{result['cpu']}, kernel {result['kernel']}",
         f"loaded in {result['load_seconds']:.2f} s; weights {terminal.human_bytes(result['weight_bytes'])}, KV cache "
-        f"{terminal.human_bytes(result['cache_bytes'])} for {result['context']} tokens"
-        + (f", peak memory {terminal.human_bytes(peak)}" if peak is not None else ""),
+        f"{terminal.human_bytes(result['cache_bytes'])} for {result['context']} tokens",
+        *([", ".join(memory)] if memory else []),
         *(
             f"limits with {limit['threads']} {'thread' if limit['threads'] == 1 else 'threads'}: "
             f"{limit['bandwidth_gb_s']:.1f} GB/s, {limit['int8_gops']:.0f} INT8 GOPS"
@@ -138,6 +144,19 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _print_tuning(choices: list[dict[str, Any]]) -> None:
+    console = terminal.console()
+    if not choices:
+        console.print("no choice of kernels: one was named, or this CPU runs only one, or NYBBLE_TUNING is off\n")
+        return
+    table = _table("layout", "rows", "threads", "kernel", "INT8 GOPS of each")
+    for choice in choices:
+        speeds = ", ".join(f"{kernel} {gops:.0f}" for kernel, gops in choice["gops"].items())
+        table.add_row(choice["layout"], str(choice["rows"]), str(choice["threads"]), choice["kernel"], speeds)
+    console.print(table)
+    console.print()
 
 
 def _print_speeds(speeds: list[Speed]) -> None:

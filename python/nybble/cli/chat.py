@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import AdapterOption, ModelArgument, load_model, takes_options
+from nybble.cli.options import (
+    AdapterOption,
+    EffortOption,
+    ModelArgument,
+    ThinkOption,
+    load_model,
+    takes_options,
+)
 from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
@@ -26,11 +33,15 @@ def chat(
     source: ModelArgument = None,
     adapter: AdapterOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.", metavar="TEXT")] = None,
+    think: ThinkOption = None,
+    reasoning_effort: EffortOption = None,
 ) -> None:
     """Chat with a model.
 
-    Without MODEL, it uses the default model, which is downloaded on first use.
+    Without MODEL, it uses the default model, which is downloaded on first use. What the model thinks before its answer
+    is dim on a terminal; a pipe receives the answer alone.
     """
+    choice = think, reasoning_effort
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     is_terminal = sys.stdin.isatty()
@@ -59,22 +70,28 @@ def chat(
             elif text in ("/help", "/?"):
                 terminal.note(_HELP)
             elif text:
-                messages = _turn(model, messages, text, sampling)
+                messages = _turn(model, messages, text, sampling, choice)
 
 
-def _turn(model: Model, messages: list[Message], text: str, sampling: SamplingOptions) -> list[Message]:
+def _turn(
+    model: Model,
+    messages: list[Message],
+    text: str,
+    sampling: SamplingOptions,
+    choice: tuple[bool | None, str | None],
+) -> list[Message]:
     """Streams the answer to a message. Returns the conversation with both, or unchanged if there was no answer."""
     from nybble.errors import ContextFullError
 
     extended: list[Message] = [*messages, {"role": "user", "content": text}]
     try:
-        stream = model.chat(extended, sampling, stream=True)
+        think, effort = choice
+        stream = model.chat(extended, sampling, stream=True, enable_thinking=think, reasoning_effort=effort)
     except ContextFullError as error:
         terminal.complain(f"{error}; /clear starts a new conversation")
         return messages
     try:
-        for piece in stream:
-            terminal.write(piece)
+        terminal.write_parts(stream.parts())
         stopped = ""
     except KeyboardInterrupt:
         stopped = " [stopped]"
@@ -84,4 +101,5 @@ def _turn(model: Model, messages: list[Message], text: str, sampling: SamplingOp
         terminal.note(f"{done.usage.completion_tokens} tokens, {done.timings.decode_tokens_per_second:.1f} tokens/s")
     if not done.text:
         return messages
-    return [*extended, {"role": "assistant", "content": done.text}]
+    answer = {"role": "assistant", "content": done.text}
+    return [*extended, {**answer, "reasoning_content": done.reasoning} if done.reasoning else answer]

@@ -52,6 +52,14 @@ class Speed:
         return self.threads, self.length, self.batch
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the process, in bytes. None where the system does not report it."""
+
+    peak_bytes: int | None
+    huge_page_bytes: int | None
+
+
 def speeds(
     model: Model,
     lengths: Sequence[int],
@@ -59,7 +67,7 @@ def speeds(
     generate: int,
     rounds: int,
     advance: Callable[[], None],
-) -> tuple[Limits, list[Speed], int | None]:
+) -> tuple[Limits, list[Speed], Memory]:
     """Measures all combinations of `lengths` and `batches` with one model.
 
     Args:
@@ -71,8 +79,8 @@ def speeds(
         advance: Called after each round.
 
     Returns:
-        The limits, the speeds, and the peak memory of the process in bytes before the limits were measured, which
-        takes a buffer larger than all CPU caches.
+        The limits, the speeds, and the memory of the process before the limits were measured, which takes a buffer
+        larger than all CPU caches.
     """
     info, native = model.info, model._native
     measured: list[tuple[int, int, float, float]] = []
@@ -85,10 +93,10 @@ def speeds(
                 advance()
             reading, writing = (statistics.median(column) for column in zip(*seconds, strict=True))
             measured.append((length, batch, reading, writing))
-    peak = info.peak_resident_bytes
+    memory = Memory(info.peak_resident_bytes, info.huge_page_bytes)
     limits = Limits(info.threads, *native.machine_limits())
     found = [_speed(info, limits, length, batch, generate, *times) for length, batch, *times in measured]
-    return limits, found, peak
+    return limits, found, memory
 
 
 def _round(native: _native.Model, info: ModelInfo, length: int, batch: int, generate: int) -> tuple[float, float]:
@@ -131,7 +139,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(
-    info: ModelInfo, load_seconds: float, limits: Sequence[Limits], measured: Sequence[Speed], peak: int | None
+    info: ModelInfo, load_seconds: float, limits: Sequence[Limits], measured: Sequence[Speed], memory: Memory
 ) -> dict[str, Any]:
     """A run for `--json`."""
     return {
@@ -143,10 +151,18 @@ def report(
         "weight_bytes": info.weight_bytes,
         "cache_bytes": info.cache_bytes,
         "context": info.context,
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": memory.peak_bytes,
+        "huge_page_bytes": memory.huge_page_bytes,
+        "tuning": tuning(),
         "limits": [dataclasses.asdict(limit) for limit in limits],
         "speeds": [dataclasses.asdict(speed) for speed in measured],
     }
+
+
+def tuning() -> list[dict[str, Any]]:
+    """The kernels that loading chose on this machine, and the speeds it chose by. Empty where there is no choice."""
+    names = ("layout", "rows", "threads", "kernel", "gops")
+    return [dict(zip(names, (*choice[:4], dict(choice[4])), strict=True)) for choice in _native.tuning()]
 
 
 def read(run: Any) -> list[Speed]:

@@ -28,6 +28,20 @@ from nybble.load_options import LoadOptions
 if typing.TYPE_CHECKING:
     from nybble.model import Model
 
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think", help="Whether to reason before the answer; by default as the chat template does."
+    ),
+]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reasoning-effort",
+        help="How much to reason, for chat templates that know efforts: low, medium or high.",
+        metavar="NAME",
+    ),
+]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(

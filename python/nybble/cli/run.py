@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import AdapterOption, load_model, takes_options
+from nybble.cli.options import AdapterOption, EffortOption, ThinkOption, load_model, takes_options
 from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
@@ -32,10 +32,13 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
     adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the completion as one JSON object.")] = False,
+    think: ThinkOption = None,
+    reasoning_effort: EffortOption = None,
 ) -> None:
     """Answer a prompt.
 
-    With --raw, or if the model has no chat template, continue it.
+    With --raw, or if the model has no chat template, continue it. What the model thinks before its answer is dim on a
+    terminal; a pipe receives the answer alone.
 
     Without MODEL, it uses the default model, which is downloaded on first use.
     """
@@ -51,11 +54,19 @@ def run(
         stream = (
             model.stream(prompt, sampling)
             if raw or not model.tokenizer.has_chat_template
-            else model.chat([{"role": "user", "content": prompt}], sampling, stream=True)
+            else model.chat(
+                [{"role": "user", "content": prompt}],
+                sampling,
+                stream=True,
+                enable_thinking=think,
+                reasoning_effort=reasoning_effort,
+            )
         )
-        for piece in stream:
-            if not as_json:
-                terminal.write(piece)
+        if as_json:
+            for _ in stream:
+                pass
+        else:
+            terminal.write_parts(stream.parts())
         done = stream.completion
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done)))

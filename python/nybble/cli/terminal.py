@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
+
+    from nybble.chat.reasoning_splitter import OutputPart
 
 _UNPRINTABLE: dict[int, str | None] = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 # Bytes that are not UTF-8 come as lone surrogates, which a terminal cannot print.
@@ -28,6 +32,23 @@ def write(text: str) -> None:
     """Writes a piece of a model's text: unchanged to a pipe, without control characters to a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def write_parts(parts: Iterable[OutputPart]) -> None:
+    """Writes the parts of an answer: reasoning dim, or not at all to a pipe, and an empty line before the content."""
+    is_after_reasoning = False
+    for kind, text, _ in parts:
+        if kind == "content":
+            write(f"\n\n{text}" if is_after_reasoning and sys.stdout.isatty() else text)
+        elif sys.stdout.isatty():
+            sys.stdout.write(f"\x1b[2m{printable(text)}\x1b[0m" if _has_colors() else printable(text))
+            sys.stdout.flush()
+        is_after_reasoning = kind == "reasoning"
+
+
+def _has_colors() -> bool:
+    # NO_COLOR counts unless it is empty: https://no-color.org
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def open_standard_streams() -> None:
@@ -48,8 +69,7 @@ def replace_unencodable() -> None:
 
 def note(text: str) -> None:
     """Writes a line to standard error, dim on a terminal."""
-    # NO_COLOR counts unless it is empty: https://no-color.org
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    dim = sys.stderr.isatty() and _has_colors()
     text = printable(text)
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
     sys.stderr.flush()

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nybble import _native, memory
+from nybble.generation.request import prepare_tokens
 
 if TYPE_CHECKING:
     from nybble.engine_options import EngineOptions
+    from nybble.generation.builder import Continuation
     from nybble.generation.request import PreparedRequest, TextModel
 
 Job = TypeVar("Job")
@@ -43,6 +45,7 @@ class Driver(Generic[Job]):
             own = _PAGE * model.info.cache_bytes_per_token + model.info.state_bytes
             kept = own if keep_sessions else 0
             options = options.replace(cache_bytes=memory.for_caches(native) + kept)
+        self._model = model
         self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)
         self._jobs: dict[int, Job] = {}
         self._ids: dict[Job, int] = {}
@@ -80,6 +83,20 @@ class Driver(Generic[Job]):
                 if session is not None or isinstance(outcome, Exception):
                     self._forget(job, number, session)
                 yield job, outcome, cached_tokens
+
+    def proceed(self, job: Job, continuation: Continuation) -> None:
+        """Continues a job with other tokens or another constraint.
+
+        Keys and values of the common beginning are kept.
+        """
+        session = self._scheduler.cancel(number) if (number := self._ids.get(job)) is not None else None
+        if number is not None:
+            self._forget(job, number, None)
+        ids = continuation.tokens
+        if session is not None:
+            session = session.prefix(min(len(session), len(ids) - 1))
+        request = prepare_tokens(self._model, ids, continuation.options, session, continuation.constraint)
+        self.submit(request, job)
 
     def cancel(self, job: Job) -> None:
         """Ends a job and frees its slot. Does nothing if it has ended."""

@@ -15,6 +15,7 @@ from nybble.overrides import Returned
 
 if TYPE_CHECKING:
     from nybble import _native
+    from nybble.chat.reasoning_splitter import OutputPart
     from nybble.generation.request import PreparedRequest
 
 
@@ -30,10 +31,17 @@ class Piece:
     """The next part of a completion. `str(piece)` is its text."""
 
     text: str
-    """Whole characters. Empty only at the end, for tokens without text, such as those of a stop string."""
+    """Whole characters. Empty for tokens without text, such as those of a stop string at the end, and for reasoning."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry per token if `SamplingOptions.logprobs` was set."""
+    parts: tuple[OutputPart, ...] = ()
+    """Reasoning and text in their order, for requests with `separate_reasoning`."""
+
+    @property
+    def reasoning(self) -> str:
+        """The next part of the reasoning, for requests with `separate_reasoning`."""
+        return "".join(part.text for part in self.parts if part.kind == "reasoning")
 
     def __str__(self) -> str:
         return self.text
@@ -51,21 +59,24 @@ class Request(Returned):
     _instead_of_pickling = "wait for its result here and send that"
 
     @classmethod
-    def _of(cls, engine: object, loop: _Loop, prepared: PreparedRequest) -> Request:
+    def _of(cls, engine: object, loop: _Loop, prepared: PreparedRequest, *, separates: bool = False) -> Request:
         request = cls.__new__(cls)
-        request._begin(engine, loop, prepared)
+        request._begin(engine, loop, prepared, separates)
         return request
 
-    def _begin(self, engine: object, loop: _Loop, prepared: PreparedRequest) -> None:
+    def _begin(self, engine: object, loop: _Loop, prepared: PreparedRequest, separates: bool) -> None:
         # A reference to the engine keeps it running.
         self._engine = engine
         self._loop = loop
         self._prepared: PreparedRequest | None = prepared
-        self._builder = CompletionBuilder(prepared)
+        self._builder = CompletionBuilder(prepared, separates=separates)
+        self._separates = separates
         self._changed = threading.Condition()
         self._pieces: list[Piece] = []
         self._tokens = 0
         """Number of tokens in the pieces."""
+        self._parts = 0
+        """Number of parts in the pieces."""
         self._is_done = self._builder.finish_reason is not None
         self._is_cancelled = False
         self._error: BaseException | None = None
@@ -167,14 +178,16 @@ class Request(Returned):
         with self._changed:
             if self._is_done:
                 return
-            self._builder.cached_tokens = cached_tokens
+            self._builder.report_cached(cached_tokens)
             text = self._builder.push(sampled)
             is_last = self._builder.finish_reason is not None
-            if text or is_last:
+            parts = tuple(self._builder.parts(self._parts)) if self._separates else ()
+            if text or parts or is_last:
                 tokens, logprobs = self._builder.since(self._tokens)
-                if text or tokens:
+                if text or parts or tokens:
                     self._tokens += len(tokens)
-                    self._pieces.append(Piece(text, tokens, logprobs))
+                    self._parts += len(parts)
+                    self._pieces.append(Piece(text, tokens, logprobs, parts))
                 self._is_done = is_last
                 self._wake()
 

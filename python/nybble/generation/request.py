@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nybble.errors import ContextFullError, ModelError
+from nybble.generation.reasoning import ReasoningWatch, watch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +44,10 @@ class PreparedRequest:
     """Largest number of tokens to sample; may be 0."""
     cached_tokens: int
     """Prompt tokens that a session has computed."""
+    watch: ReasoningWatch | None = None
+    """Follows the reasoning of the completion; None if nothing depends on it."""
+    answer_constraint: _native.Constraint | None = None
+    """The constraint of the answer, if reasoning comes before it."""
 
 
 def prepare(model: TextModel, prompt: Prompt, options: SamplingOptions, name: str = "prompt") -> PreparedRequest:
@@ -80,7 +85,11 @@ def check_generates(model: TextModel) -> None:
 
 
 def prepare_tokens(
-    model: TextModel, ids: Sequence[int], options: SamplingOptions, session: _native.Session | None = None
+    model: TextModel,
+    ids: Sequence[int],
+    options: SamplingOptions,
+    session: _native.Session | None = None,
+    constraint: _native.Constraint | None = None,
 ) -> PreparedRequest:
     """Creates a sequence from token ids.
 
@@ -89,6 +98,7 @@ def prepare_tokens(
         ids: The prompt.
         options: How to sample and when to stop. Without a seed, the request gets a random one.
         session: A session that has computed a beginning of the prompt. Its adapter applies.
+        constraint: The constraint, if it was already made from the options.
 
     Raises:
         ContextFullError: The prompt does not fit into the context.
@@ -104,11 +114,14 @@ def prepare_tokens(
         options = options.replace(seed=int.from_bytes(os.urandom(8), "little"))
     # The last token needs no position of its own: it is sampled but never computed.
     left = context - len(ids) + 1
+    constraint = _constraint(model.tokenizer, options) if constraint is None else constraint
+    watched = watch(model.tokenizer, ids, options.reasoning_budget)
+    waits = watched is not None and watched.is_open
     return PreparedRequest(
         sequence=native.sequence(
             ids,
             options,
-            _constraint(model.tokenizer, options),
+            None if waits else constraint,
             session,
             # Rows of the output matrix beyond the tokenizer's last token decode to nothing.
             model.tokenizer.missing_ids(model.info.vocabulary),
@@ -121,6 +134,8 @@ def prepare_tokens(
         limit=left if options.max_tokens is None else min(left, options.max_tokens),
         # The last token of the prompt is computed in any case: its logits are needed.
         cached_tokens=0 if session is None else min(len(session), len(ids) - 1),
+        watch=watched,
+        answer_constraint=constraint if waits else None,
     )
 
 

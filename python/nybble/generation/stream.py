@@ -12,6 +12,7 @@ from nybble.overrides import Returned
 
 if TYPE_CHECKING:
     from nybble import _native
+    from nybble.chat.reasoning_splitter import OutputPart
     from nybble.completion import Completion
     from nybble.generation.request import PreparedRequest, TextModel
 
@@ -21,9 +22,15 @@ _BATCH = EngineOptions(max_batch=16, prefill_chunk=512)
 _SINGLE = EngineOptions(max_batch=1, prefill_chunk=512, prefix_cache=False)
 
 
-def generate(model: TextModel, requests: Sequence[PreparedRequest]) -> list[Completion]:
-    """Computes requests together. Returns their completions, in the same order."""
-    builders = [CompletionBuilder(request) for request in requests]
+def generate(model: TextModel, requests: Sequence[PreparedRequest], *, separates: bool = False) -> list[Completion]:
+    """Computes requests together. Returns their completions, in the same order.
+
+    Args:
+        model: The model to compute with.
+        requests: The requests.
+        separates: Whether completions keep reasoning apart from the text.
+    """
+    builders = [CompletionBuilder(request, separates=separates) for request in requests]
     driver: Driver[CompletionBuilder] = Driver(model, _SINGLE if len(requests) == 1 else _BATCH)
     for request, builder in zip(requests, builders, strict=True):
         if builder.finish_reason is None:
@@ -52,12 +59,17 @@ class TextStream(Returned, Iterator[str]):
     _instead_of_pickling = "iterate over it here and send its text"
     _driver: Driver[CompletionBuilder]
     _builder: CompletionBuilder
+    _seen: int
+    """Parts that `parts` has yielded."""
 
     @classmethod
-    def _of(cls, model: TextModel, request: PreparedRequest, *, keep_session: bool = False) -> TextStream:
+    def _of(
+        cls, model: TextModel, request: PreparedRequest, *, keep_session: bool = False, separates: bool = False
+    ) -> TextStream:
         stream = cls.__new__(cls)
         stream._driver = Driver(model, _SINGLE, keep_sessions=keep_session)
-        stream._builder = CompletionBuilder(request)
+        stream._builder = CompletionBuilder(request, separates=separates)
+        stream._seen = 0
         if stream._builder.finish_reason is None:
             stream._driver.submit(request, stream._builder)
         return stream
@@ -67,6 +79,21 @@ class TextStream(Returned, Iterator[str]):
             if text := _advance(self._driver):
                 return text
         raise StopIteration
+
+    def parts(self) -> Iterator[OutputPart]:
+        """Yields the parts of the output as they are generated. A part has a `text` and a `kind`.
+
+        The kind is "reasoning" or "content". Only streams of `chat` have reasoning. Iterating over the stream itself
+        yields the content alone.
+        """
+        while True:
+            fresh = self._builder.parts(self._seen)
+            self._seen += len(fresh)
+            yield from (part for part in fresh if part.text)
+            if not fresh:
+                if self._builder not in self._driver:
+                    return
+                _advance(self._driver)
 
     @property
     def _error(self) -> Exception | None:
@@ -115,8 +142,10 @@ def _advance(driver: Driver[CompletionBuilder]) -> str:
         if isinstance(outcome, Exception):
             builder.error = outcome
             raise outcome
-        builder.cached_tokens = cached_tokens
+        builder.report_cached(cached_tokens)
         text += builder.push(outcome)
         if builder.finish_reason is not None:
             driver.cancel(builder)
+        elif (continuation := builder.take_continuation()) is not None:
+            driver.proceed(builder, continuation)
     return text

@@ -20,9 +20,10 @@ from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
 from nybble.server.errors import RESPONSES, ApiError, add_handlers
 from nybble.server.middleware import Middleware
+from nybble.server.protocols.anthropic.routes import add_messages_routes
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
-from nybble.server.protocols.completions import CompletionAdapter, CompletionRequest, TextCompletion
+from nybble.server.protocols.completions.adapter import CompletionAdapter, CompletionRequest, TextCompletion
 from nybble.server.protocols.embeddings import EmbeddingRequest, Embeddings, embed
 from nybble.server.protocols.models import (
     GenerationSettings,
@@ -35,6 +36,7 @@ from nybble.server.protocols.models import (
 )
 from nybble.server.protocols.ollama.routes import add_ollama_routes
 from nybble.server.protocols.rerank import Ranking, RerankRequest, rerank
+from nybble.server.protocols.responses.routes import add_responses_routes
 from nybble.server.protocols.tokens import (
     DetokenizeRequest,
     Text,
@@ -59,7 +61,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="nybble",
         version=__version__,
-        description="A language model with OpenAI's API.",
+        description="A language model with the APIs of OpenAI and Anthropic.",
         # FastAPI's pages load scripts from other sites. Tools read /openapi.json.
         docs_url=None,
         redoc_url=None,
@@ -69,9 +71,12 @@ def create_app(service: Service) -> FastAPI:
     _add_api(app, service)
     _add_tokens(app, service)
     _add_pages(app, service)
-    add_ollama_routes(app, service, [_KEY] if service.settings.api_key else [])
+    key = [_KEY] if service.settings.api_key else []
+    add_responses_routes(app, service, key, _STREAM)
+    add_messages_routes(app, service, key, _STREAM)
+    add_ollama_routes(app, service, key)
     if service.settings.adapter_folder is not None:
-        add_adapter_routes(app, service, service.settings.adapter_folder, [_KEY] if service.settings.api_key else [])
+        add_adapter_routes(app, service, service.settings.adapter_folder, key)
     app.add_middleware(
         Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
     )
@@ -80,7 +85,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
@@ -110,6 +115,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return await embed(service, request, body)
 
     @app.post("/rerank", include_in_schema=False)
+    @app.post("/v2/rerank", include_in_schema=False)
     @app.post("/v1/rerank", dependencies=key, response_class=Response, responses={200: {"model": Ranking}})
     async def ranking(request: Request, body: RerankRequest) -> Response:
         """Sort documents by their relevance to a query."""

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 
 from nybble.errors import EngineError
 from nybble.server.errors import INTERNAL_ERROR, ApiError, engine_failed, invalid_option, out_of_memory
-from nybble.server.events import collect
 from nybble.server.generation import AnswerGroup
 from nybble.server.protocols.adapter import Adapter
 from nybble.server.service import Service
@@ -48,8 +47,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
 
 
 async def _complete_response(group: AnswerGroup, adapter: Adapter) -> Response:
-    answers, usage = await collect(group.stream_events())
-    return Response(adapter.dump(adapter.response(answers, usage)), media_type="application/json")
+    return Response(adapter.dump(await adapter.collected(group.stream_events())), media_type="application/json")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -116,28 +114,29 @@ class _EventStream(Response):
         async def emit() -> None:
             async with contextlib.aclosing(self._messages()) as messages:
                 async for message in messages:
-                    await send(self._framed(message))
+                    await send(_body(message))
                     # `send` waits only for slow readers. A pause in between lets the server notice a lost connection.
                     await asyncio.sleep(0)
 
         try:
             await asyncio.wait_for(emit(), self._service.settings.request_seconds)
-            if self._adapter.end_of_stream is not None:
-                await send(self._framed(self._adapter.end_of_stream))
+            if end := self._adapter.end_of_stream:
+                await send(_body(end))
         except Exception as error:
             # The status line has been sent, so the error is one more message.
             failed = _as_api_error(self._service, error, self._group.parameters)
-            await send(self._framed(self._adapter.failure(failed)))
+            await send(_body(self._adapter.failure(failed)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _framed(self, message: str) -> dict[str, Any]:
-        return {"type": "http.response.body", "body": self._adapter.frame(message), "more_body": True}
-
-    async def _messages(self) -> AsyncGenerator[str, None]:
+    async def _messages(self) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(self._group.stream_events()) as events:
             async for event in events:
                 for chunk in self._adapter.chunks(event):
-                    yield self._adapter.dump(chunk)
+                    yield self._adapter.frame(chunk)
+
+
+def _body(message: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": message, "more_body": True}
 
 
 def _as_api_error(service: Service, error: Exception, parameters: Mapping[str, str] | None = None) -> ApiError:

@@ -26,7 +26,7 @@ _MAX_MESSAGE = 1000
 """Characters of a message, which may quote what the client sent."""
 
 
-_PARAMS = {name: name for name in ("logit_bias", "min_tokens", "stop", "stop_token_ids", "regex", "grammar")}
+_PARAMS = {name: name for name in ("logit_bias", "min_tokens", "stop", "stop_token_ids", "regex", "grammar", "suffix")}
 """The parameter of the request for an option that a message begins with."""
 
 
@@ -80,20 +80,31 @@ class ApiError(Exception):
         """The body of the response. Lone surrogates that a client sent are replaced."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        text = _sendable(str(self))
+        text = sendable(str(self))
         return ErrorBody(
             error=ErrorDetail(
                 message=text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}...",
                 type=kind,
-                param=None if self.param is None else _sendable(self.param)[:100],
+                param=None if self.param is None else sendable(self.param)[:100],
                 code=self.code,
             )
         )
 
+    def anthropic_body(self) -> str:
+        """The body of the response in Anthropic's format."""
+        kinds = {404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
+        detail = self.body.error
+        kind = kinds.get(self.status) or ("api_error" if self.status >= 500 else detail.type)
+        return json.dumps({"type": "error", "error": {"type": kind, "message": detail.message}})
+
     def response(self, path: str = "") -> Response:
-        """The response. On routes below `/api` it has Ollama's format."""
-        detail = self.body
-        text = json.dumps({"error": detail.error.message}) if path.startswith("/api/") else detail.model_dump_json()
+        """The response, in the format of the protocol that the path belongs to."""
+        if path.startswith("/api/"):
+            text = json.dumps({"error": self.body.error.message})
+        elif path.startswith("/v1/messages"):
+            text = self.anthropic_body()
+        else:
+            text = self.body.model_dump_json()
         return Response(text, self.status, headers=self.headers, media_type="application/json")
 
 
@@ -211,12 +222,10 @@ def _unknown_route(app: FastAPI, request: Request, status: int) -> ApiError:
 
 
 _ADVICE = {
-    "/responses": "/v1/chat/completions",
     "/assistants": "/v1/chat/completions",
     "/threads": "/v1/chat/completions",
-    "/messages": "/v1/chat/completions",
     "/completion": "/v1/completions",
-    "/infill": "/v1/completions",
+    "/infill": "/v1/completions with suffix",
     "/generate": "/v1/completions",
     "/embedding": "/v1/embeddings",
     "/docs": "/openapi.json",
@@ -270,7 +279,8 @@ def _of_union(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return {**together[best], "msg": f"Input should be {' or '.join(expected)}"}
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
+    """A text that UTF-8 can carry: lone surrogates that a client sent are replaced."""
     return text.encode("utf-8", "replace").decode()
 
 

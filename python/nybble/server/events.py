@@ -8,6 +8,14 @@ from typing import Literal
 
 from nybble.generation import TokenLogprob, Usage
 
+
+@dataclass(frozen=True)
+class AnswerUsage(Usage):
+    """The tokens of the answers of a request."""
+
+    reasoning_tokens: int = 0
+
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -19,8 +27,11 @@ class AnswerEvent:
     """The number of the answer within the request."""
 
 
+@dataclass(frozen=True)
 class AnswerStarted(AnswerEvent):
     """An answer begins. All answers of a request begin before the first text."""
+
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,13 @@ class LogprobsDelta(AnswerEvent):
 @dataclass(frozen=True)
 class TextDelta(AnswerEvent):
     """The next piece of content. It is empty if the tokens gave no text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ReasoningDelta(AnswerEvent):
+    """The next piece of reasoning."""
 
     text: str
 
@@ -60,16 +78,27 @@ class AnswerFinished(AnswerEvent):
     """An answer ends."""
 
     reason: FinishReason
+    stop_string: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True)
 class UsageReported:
     """The tokens of all answers. This is the last event of a request."""
 
-    usage: Usage
+    usage: AnswerUsage
 
 
-Event = AnswerStarted | LogprobsDelta | TextDelta | ToolCallStarted | ToolCallDelta | AnswerFinished | UsageReported
+Event = (
+    AnswerStarted
+    | LogprobsDelta
+    | TextDelta
+    | ReasoningDelta
+    | ToolCallStarted
+    | ToolCallDelta
+    | AnswerFinished
+    | UsageReported
+)
 
 
 @dataclass
@@ -86,6 +115,7 @@ class CollectedAnswer:
     """A whole answer."""
 
     pieces: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     calls: list[CollectedCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason = "stop"
@@ -95,11 +125,16 @@ class CollectedAnswer:
         """The content."""
         return "".join(self.pieces)
 
+    @property
+    def reasoning(self) -> str:
+        """What the model thought before the content."""
+        return "".join(self.thoughts)
 
-async def collect(events: AsyncIterator[Event]) -> tuple[list[CollectedAnswer], Usage]:
+
+async def collect(events: AsyncIterator[Event]) -> tuple[list[CollectedAnswer], AnswerUsage]:
     """Collects the events of a request into its whole answers and their usage."""
     answers: list[CollectedAnswer] = []
-    usage = Usage(0, 0)
+    usage = AnswerUsage(0, 0)
     async for event in events:
         match event:
             case AnswerStarted():
@@ -108,6 +143,8 @@ async def collect(events: AsyncIterator[Event]) -> tuple[list[CollectedAnswer], 
                 answers[answer].logprobs += tokens
             case TextDelta(answer, text):
                 answers[answer].pieces.append(text)
+            case ReasoningDelta(answer, text):
+                answers[answer].thoughts.append(text)
             case ToolCallStarted(answer, _, id, name):
                 answers[answer].calls.append(CollectedCall(id, name))
             case ToolCallDelta(answer, call, arguments):

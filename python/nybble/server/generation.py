@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request as HttpRequest
 
+from nybble.chat.reasoning_splitter import OutputPart
 from nybble.engine import Piece, Request
-from nybble.generation import Usage
 from nybble.sampling import SamplingOptions
 from nybble.server import events
 from nybble.server.errors import ApiError, as_api_errors, overloaded
 from nybble.server.service import Service
-from nybble.server.tools.parser import AnswerParser, PlainText
+from nybble.server.tools.parser import AnswerParser, Part, PlainText
 from nybble.server.tools.reader import CallStart
 
 Prompt = str | list[int]
@@ -43,6 +43,8 @@ class GenerationRequest:
     """Creates the parser of one answer, after `prepare` has returned."""
     lora: str | None = None
     """The LoRA adapter to compute with; None for the model alone."""
+    separates_reasoning: bool = False
+    """Whether reasoning is reported apart from the content, which alone reaches the parser."""
 
 
 class AnswerGroup:
@@ -80,7 +82,7 @@ class AnswerGroup:
             def submit() -> None:
                 for prompt, options in request.prepare():
                     chosen = options if request.lora is None else options.replace(adapter=request.lora)
-                    answer = service.engine.submit(prompt, chosen)
+                    answer = service.engine.submit(prompt, chosen, separate_reasoning=request.separates_reasoning)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
             with as_api_errors(request.param, request.parameters):
@@ -117,25 +119,17 @@ class AnswerGroup:
             ApiError: The server shuts down.
             Exception: The error that ended an answer, such as MemoryError.
         """
-        parsers = [self._request.new_parser() for _ in self._answers]
-        calls = [0] * len(parsers)
-        for answer in range(len(parsers)):
-            yield events.AnswerStarted(answer)
+        converters = [_Converter(answer, self._request.new_parser()) for answer in range(len(self._answers))]
+        for answer, request in enumerate(self._answers):
+            yield events.AnswerStarted(answer, request.completion.usage.prompt_tokens)
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for answer, piece in pieces:
-                parser = parsers[answer]
-                if piece is not None and piece.logprobs is not None:
-                    yield events.LogprobsDelta(answer, piece.logprobs)
-                for part in parser.finish() if piece is None else parser.push(piece.text, piece.tokens):
-                    if isinstance(part, str):
-                        yield events.TextDelta(answer, part)
-                    elif isinstance(part, CallStart):
-                        calls[answer] += 1
-                        yield events.ToolCallStarted(answer, calls[answer] - 1, part.id, part.name)
-                    else:
-                        yield events.ToolCallDelta(answer, calls[answer] - 1, part.text)
+                converter = converters[answer]
+                for event in converter.finish() if piece is None else converter.push(piece):
+                    yield event
                 if piece is None:
-                    yield events.AnswerFinished(answer, self._finish_reason(answer, parser))
+                    stop = self._answers[answer].completion.stop_string
+                    yield events.AnswerFinished(answer, self._finish_reason(answer, converter.parser), stop)
         yield events.UsageReported(self._usage())
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
@@ -174,12 +168,48 @@ class AnswerGroup:
             return "length"
         return "tool_calls" if parser.calls else "stop"
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> events.AnswerUsage:
         """The tokens of all answers. Each prompt counts once, for any number of answers."""
-        usages = [answer.completion.usage for answer in self._answers]
+        completions = [answer.completion for answer in self._answers]
+        usages = [completion.usage for completion in completions]
         per_prompt = usages[:: len(usages) // self._request.prompts]
-        return Usage(
+        return events.AnswerUsage(
             prompt_tokens=sum(usage.prompt_tokens for usage in per_prompt),
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in per_prompt),
+            reasoning_tokens=sum(completion.reasoning_tokens for completion in completions),
         )
+
+
+class _Converter:
+    """Turns the pieces of one answer into events."""
+
+    def __init__(self, answer: int, parser: AnswerParser) -> None:
+        self.parser = parser
+        self._answer = answer
+        self._calls = 0
+
+    def push(self, piece: Piece) -> Iterator[events.Event]:
+        """The events of a piece."""
+        if piece.logprobs is not None:
+            yield events.LogprobsDelta(self._answer, piece.logprobs)
+        # Without parts, all of the piece is content.
+        for part in piece.parts or (OutputPart("content", piece.text, piece.tokens),):
+            if part.kind == "reasoning":
+                yield events.ReasoningDelta(self._answer, part.text)
+            else:
+                yield from self._content(self.parser.push(part.text, part.tokens))
+
+    def finish(self) -> Iterator[events.Event]:
+        """The events of what the parser has held back."""
+        yield from self._content(self.parser.finish())
+
+    def _content(self, parts: Sequence[Part]) -> Iterator[events.Event]:
+        for part in parts:
+            if isinstance(part, str):
+                yield events.TextDelta(self._answer, part)
+            elif isinstance(part, CallStart):
+                self._calls += 1
+                yield events.ToolCallStarted(self._answer, self._calls - 1, part.id, part.name)
+            else:
+                yield events.ToolCallDelta(self._answer, self._calls - 1, part.text)

@@ -103,8 +103,9 @@ class Middleware:
         if key is None or path in _PUBLIC_PATHS:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_correct = hmac.compare_digest(given.strip().encode(), key.encode())
-        if scheme.lower() != "bearer" or not is_correct:
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")  # As Anthropic's clients send it.
+        if not hmac.compare_digest(given.strip().encode(), key.encode()):
             message = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

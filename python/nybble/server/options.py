@@ -74,6 +74,12 @@ class ServeOptions(EngineOptions):
     drain: float = field(
         default=30, metadata=_option("Seconds that running answers get after SIGTERM.", range=(0, None))
     )
+    store_mb: float = field(
+        default=64,
+        metadata=_option(
+            "Memory for responses that clients continue by their id, in MB; 0 keeps none.", range=(0, None)
+        ),
+    )
     bare_calls: bool = field(
         default=True,
         metadata=_option("Treat an answer that is only a call in JSON, without the model's markers, as a tool call."),
@@ -184,6 +190,7 @@ class ServeOptions(EngineOptions):
             matryoshka=self.matryoshka,
             adapter_folder=None if self.adapter_folder is None else Path(self.adapter_folder),
             bare_calls=self.bare_calls,
+            store_bytes=int(self.store_mb * 1e6),
             request_seconds=self.timeout,
             drain_seconds=self.drain,
         )
@@ -236,6 +243,8 @@ class Settings:
     """The folder from which clients may load LoRA adapters; None if they may not."""
     bare_calls: bool = True
     """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
+    store_bytes: int = 64_000_000
+    """Size of the responses that are kept for `previous_response_id`."""
     max_connections: int = 1024
     request_seconds: float = 600.0
     """From the last byte of a request to the end of its answer."""

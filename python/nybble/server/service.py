@@ -15,6 +15,7 @@ from nybble.engine import Engine, Request
 from nybble.server.errors import ApiError, overloaded
 from nybble.server.metrics import Metrics
 from nybble.server.options import Settings
+from nybble.server.protocols.responses.store import ResponseStore
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Service:
         self.embedding: asyncio.Semaphore = asyncio.Semaphore(1)
         """Embeddings are computed outside the engine's loop, one request at a time."""
         self.long_prompts: asyncio.Semaphore = asyncio.Semaphore(1)
+        self.responses: ResponseStore = ResponseStore(self.settings.store_bytes)
         self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
 

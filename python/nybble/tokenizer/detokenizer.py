@@ -83,11 +83,15 @@ class SpecialStops:
 
     def __init__(self, tokenizer: SpecialTokens, stops: Sequence[str]) -> None:
         self._placeholders: dict[int, str] = {}
-        found: list[str] = []
+        self._spelled: dict[str, str] = {}
         for stop in stops:
             written = self._with_placeholders(tokenizer, stop)
-            found += dict.fromkeys((stop, written))
-        self.stops: tuple[str, ...] = tuple(found)
+            self._spelled |= {stop: stop, written: stop}
+        self.stops: tuple[str, ...] = tuple(self._spelled)
+
+    def spelled(self, stop: str) -> str:
+        """One of `stops` as it was given."""
+        return self._spelled[stop]
 
     def of(self, token: int) -> str:
         """The placeholder of a token; empty for every token that no stop string contains."""
@@ -134,17 +138,18 @@ class StopMatcher:
             raise ValueError("stop: found an empty string, expected strings of at least one character")
         self._stops = tuple(stops)
         self._pending = ""
-        self._is_stopped = False
+        self.found: str | None = None
+        """The stop string that has ended the text."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Takes the next piece. Returns the text that is certain, and whether a stop string was found."""
-        if self._is_stopped:
+        if self.found is not None:
             return "", True
         text = self._pending + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            self._is_stopped, self._pending = True, ""
-            _, start = min(found)
+            end, start = min(found)
+            self.found, self._pending = text[start:end], ""
             return text[:start], True
         split = len(text) - self._possible_start(text)
         self._pending = text[split:]

@@ -13,6 +13,7 @@ from nybble import _native
 from nybble.errors import ModelError
 from nybble.overrides import Returned, keyword_only
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
+from nybble.tokenizer.infill import InfillTokens, find_infill_tokens, infill_prompt
 
 if TYPE_CHECKING:
     from nybble.chat.template import ChatTemplate
@@ -36,6 +37,9 @@ class _InGguf:
     def __call__(self, build: _Build) -> _native.TokenizerDescription:
         return _native.TokenizerDescription.from_gguf(self.path, self.mmap, build)
 
+    def metadata_of_file(self) -> Mapping[str, Any]:
+        return _native.GgufFile(self.path, self.mmap).metadata
+
 
 @dataclass(frozen=True)
 class _InMetadata:
@@ -45,6 +49,9 @@ class _InMetadata:
     def __call__(self, build: _Build) -> _native.TokenizerDescription:
         return _native.TokenizerDescription.from_metadata(self.metadata, self.where, build)
 
+    def metadata_of_file(self) -> Mapping[str, Any]:
+        return self.metadata
+
 
 @dataclass(frozen=True)
 class _InFolder:
@@ -52,6 +59,9 @@ class _InFolder:
 
     def __call__(self, build: _Build) -> _native.TokenizerDescription:
         return _native.TokenizerDescription.from_folder(self.folder, build)
+
+    def metadata_of_file(self) -> Mapping[str, Any]:
+        return {}
 
 
 class Tokenizer(Returned):
@@ -62,7 +72,7 @@ class Tokenizer(Returned):
 
     _returned_by = "Tokenizer.load(...)"
     _where: str
-    _describe: Callable[[_Build], _native.TokenizerDescription]
+    _describe: _InGguf | _InMetadata | _InFolder
     _description: _native.TokenizerDescription
     _package: PackageEncoder | None
     _special_ids: frozenset[int]
@@ -72,9 +82,10 @@ class Tokenizer(Returned):
     _compiled: dict[str, ChatTemplate]
     _missing_ids: dict[int, list[tuple[int, int]]]
     _grammar: _native.Vocabulary | None
+    _infill: InfillTokens | None
 
     @classmethod
-    def _of(cls, where: str, describe: Callable[[_Build], _native.TokenizerDescription]) -> Tokenizer:
+    def _of(cls, where: str, describe: _InGguf | _InMetadata | _InFolder) -> Tokenizer:
         tokenizer = cls.__new__(cls)
         tokenizer.__setstate__({"_where": where, "_describe": describe})
         return tokenizer
@@ -93,7 +104,7 @@ class Tokenizer(Returned):
         self._eos_ids = frozenset(self._description.end_ids)
         self._chat_templates = self._description.chat_templates
         self._special_texts = self._description.special_spellings
-        self._compiled, self._missing_ids, self._grammar = {}, {}, None
+        self._compiled, self._missing_ids, self._grammar, self._infill = {}, {}, None, None
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -193,6 +204,40 @@ class Tokenizer(Returned):
         """
         return self._description.framed(self._encoded(text, True), True, False)
 
+    def encode_infill(self, prefix: str, suffix: str) -> list[int]:
+        """Encodes a prompt whose completion fills the gap between two strings, by the model's own tokens for that.
+
+        Special tokens that are spelled out in the strings are encoded as plain characters.
+
+        Args:
+            prefix: The text before the gap.
+            suffix: The text after it.
+
+        Raises:
+            TypeError: A text is not a string.
+            ValueError: The vocabulary has no such tokens: the model cannot fill a gap.
+        """
+        return infill_prompt(self, self._infill_tokens, prefix, suffix)
+
+    @property
+    def infill_ids(self) -> tuple[int, ...]:
+        """The tokens around a gap that the model fills. A completion that reaches one of them has ended.
+
+        Raises:
+            ValueError: The vocabulary has no such tokens.
+        """
+        return self._infill_tokens.ids
+
+    @property
+    def _infill_tokens(self) -> InfillTokens:
+        if self._infill is None:
+            self._infill = find_infill_tokens(self.id_of, self._describe.metadata_of_file)
+        if self._infill is None:
+            raise ValueError(
+                "suffix: the model's vocabulary has no tokens for filling in the middle, such as <|fim_prefix|>"
+            )
+        return self._infill
+
     def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
         """Encodes two strings as one, such as a query and a document, for models that compare them.
 
@@ -283,6 +328,14 @@ class Tokenizer(Returned):
             **known,
             **variables,
         )
+
+    def template_variables(self, name: str = "default") -> frozenset[str]:
+        """The variables that one of `chat_templates` reads, such as `enable_thinking`; empty without this template.
+
+        Raises:
+            ModelError: The template is invalid.
+        """
+        return self._template(name).variables if name in self._chat_templates else frozenset()
 
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:

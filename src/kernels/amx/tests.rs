@@ -147,4 +147,6 @@ fn tiles_match_the_scalar_product() {
         assert_eq!(found, expected, "half {part}");
     }
     assert_eq!(kernel.peak_int8(2).0, 2 * kernel.peak_int8(1).0);
+    // Six tiles of 16 x 16 sums of 64 products of -5 and 3, in every round.
+    assert_eq!([0, 1, 2].map(|rounds| kernel.peak_int8(rounds).1), [0, 1, 2].map(|rounds| rounds * 6 * 256 * 64 * -15));
 }

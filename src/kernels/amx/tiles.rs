@@ -5,6 +5,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::hint::black_box;
 use std::marker::PhantomData;
 
 use super::product::{Dots, Sums, WCodes, XCodes};
@@ -167,10 +168,15 @@ pub(super) unsafe fn peak(amx: Amx, rounds: usize) -> (u64, i32) {
     const SUMS: usize = 6;
     // SAFETY: the caller's promise, and no other is made here.
     let _tiles = unsafe { Configured::new(amx, &[(16, 64); 8]) };
+    let (x, w) = black_box(([CacheLine([0xfb; 64]); 16], [CacheLine([3; 64]); 16]));
+    let mut sums = [[CacheLine([0; 64]); 16]; SUMS];
     if rounds > 0 {
-        // SAFETY: the tiles were just configured, which also zeroes them, and the instructions access no memory.
+        // SAFETY: the tiles were just configured, which also zeroes them. The loads read 16 lines each, which `x` and `w` have,
+        // and the stores write 16 lines each, which together are all of `sums`.
         unsafe {
             asm!(
+                "tileloadd tmm6, [{x} + {line}*1]",
+                "tileloadd tmm7, [{w} + {line}*1]",
                 "2:",
                 "tdpbsud tmm0, tmm6, tmm7",
                 "tdpbsud tmm1, tmm6, tmm7",
@@ -180,6 +186,16 @@ pub(super) unsafe fn peak(amx: Amx, rounds: usize) -> (u64, i32) {
                 "tdpbsud tmm5, tmm6, tmm7",
                 "dec {rounds}",
                 "jnz 2b",
+                "tilestored [{sums} + {line}*1], tmm0",
+                "tilestored [{sums} + {line}*1 + 1024], tmm1",
+                "tilestored [{sums} + {line}*1 + 2048], tmm2",
+                "tilestored [{sums} + {line}*1 + 3072], tmm3",
+                "tilestored [{sums} + {line}*1 + 4096], tmm4",
+                "tilestored [{sums} + {line}*1 + 5120], tmm5",
+                x = in(reg) x.as_ptr(),
+                w = in(reg) w.as_ptr(),
+                sums = in(reg) sums.as_mut_ptr(),
+                line = in(reg) size_of::<CacheLine>(),
                 rounds = inout(reg) rounds => _,
                 out("tmm0") _,
                 out("tmm1") _,
@@ -187,10 +203,14 @@ pub(super) unsafe fn peak(amx: Amx, rounds: usize) -> (u64, i32) {
                 out("tmm3") _,
                 out("tmm4") _,
                 out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
                 options(nostack),
             );
         }
     }
+    let lanes: &[i32] = bytemuck::cast_slice(sums.as_flattened());
+    let checksum = lanes.iter().fold(0, |sum: i32, lane| sum.wrapping_add(*lane));
     // Each sum has 16 x 16 dot products of 64 columns.
-    (rounds as u64 * (SUMS * 16 * 16 * 64 * 2) as u64, 0)
+    (rounds as u64 * (SUMS * 16 * 16 * 64 * 2) as u64, checksum)
 }

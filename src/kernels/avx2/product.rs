@@ -4,16 +4,21 @@
 //! from 0 to 15, the 8 pairs of a whole block cannot saturate: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are widened to 32
 //! bits once per group. 8-bit codes and table values are signed and multiplied as |w| times sign(w) x: a pair is at most
 //! 2 * 128 * 127 = 32512 and is widened at once. [`Avx2`] adds in this way; an [`Adder`] with `vpdpbusd` adds in 32 bits
-//! from the start. In pseudo-code, for `S` activation rows and a side of a panel:
+//! from the start.
+//!
+//! The end of a group is a chain of dependent conversions, and with it in the loop over products the CPU waits for it. So
+//! the dot products of a few groups go to memory first (the first-level cache), and their scales are applied together. In
+//! pseudo-code, for `S` activation rows and a side of a panel:
 //!
 //! ```text
-//! for each half of a block of 32 columns:
-//!     w[0..4] = unpacked codes of 2 or 4 lines    (4 registers: 8 rows x 4 weights each, used for all S rows)
-//!     for each of S rows:
-//!         pairs += vpmaddubsw(w[j], x[j]) for j in 0..4           (4-bit codes times activations, broadcast)
-//!         dot += vpmaddwd(vpmaddubsw(|w[j]|, sign(w[j]) x[j]), 1) for j in 0..4           (signed weights)
-//!     at the end of a group:
-//!         dot = zero point + vpmaddwd(pairs, 1)                   (4-bit codes)
+//! for every CHUNK blocks:
+//!     for each block of 32 columns:
+//!         w[0..8] = unpacked codes of 4 or 8 lines    (8 registers: 8 rows x 4 weights each, used for all S rows)
+//!         for each of S rows:
+//!             pairs[block] = sum of vpmaddubsw(w[j], x[j]) for j in 0..8         (4-bit codes times activations, broadcast)
+//!             dot[block] = sum of vpmaddwd(vpmaddubsw(|w[j]|, sign(w[j]) x[j]), 1)       (signed weights)
+//!     for each block, for each of S rows:
+//!         dot = zero point + vpmaddwd(pairs[block], 1)                (4-bit codes)
 //!         acc = fma(dot, weight scales * activation scale, acc)
 //! ```
 
@@ -28,6 +33,9 @@ use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, T
 use crate::quant::packed::{CacheLine, Packed};
 use crate::threads::Columns;
 
+/// Blocks whose dot products are computed before their scales are applied: enough to hide the latency of conversions, and
+/// few enough for the first-level cache.
+const CHUNK: usize = 4;
 /// Blocks between a line's prefetch and its use, so that memory and not the product sets the pace.
 const AHEAD: usize = 12;
 
@@ -76,90 +84,80 @@ pub(in crate::kernels) fn with_adder<A: Adder>(
 
 impl<A: Adder> ByPanel for A {
     #[inline(always)]
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
         panel: &mut OnePanel<'_, '_, '_, A, CODE, GROUP, MIN>,
         row: usize,
     ) {
         // SAFETY: the adder exists, so the CPU has every feature that `strips` enables.
-        unsafe { if ROWS == 4 { panel.strips::<R, ROWS, 1>(row) } else { panel.strips::<R, ROWS, SIDES>(row) } }
+        unsafe { if R < 4 { panel.strips::<R, SIDES>(row) } else { panel.strips::<R, 1>(row) } }
     }
 }
 
 impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
+    /// The rows of a tile times the panel, `T` sides at a time.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips::<Avx2, _, _, _>(self.product.set.into(), row, |panel, x, at, prefetched| {
-            panel.strip::<R, S, T>(x, at, prefetched)
+    fn strips<const R: usize, const T: usize>(&mut self, row: usize) {
+        self.by_strips::<Avx2, R, R, T>(self.product.set.into(), row, |panel, x, [_, side], prefetched| {
+            panel.strip::<R, T>(x, side, prefetched)
         });
     }
 
-    /// `S` rows of a tile, from `first` on, times `T` sides of the panel, from `side` on. Prefetches the lines of
-    /// `prefetched` ahead of their use.
+    /// The rows of a tile times `T` sides of the panel, from `side` on. Prefetches the lines of `prefetched` ahead of their
+    /// use.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn strip<const R: usize, const S: usize, const T: usize>(
+    fn strip<const R: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
-        [first, side]: [usize; 2],
+        side: usize,
         prefetched: &[CacheLine],
-    ) -> [[__m256; T]; S] {
-        let (adder, panel, blocks) = (self.product.set, &self.panel, x.codes.len());
+    ) -> [[__m256; T]; R] {
+        let (panel, blocks) = (&self.panel, x.codes.len());
         let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
-        let (halves, run) = (Self::HALVES, Self::RUN);
-        assert!(first + S <= R && side + T <= SIDES);
-        let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
-        let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..(blocks * halves).div_ceil(run)];
-        let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..scales.len()] } else { scales };
-        let mut acc = [[_mm256_setzero_ps(); T]; S];
+        assert!(side + T <= SIDES);
+        let x = x.blocks(0..blocks);
+        let groups = (blocks * Self::HALVES).div_ceil(Self::RUN);
+        let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..groups];
+        let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..groups] } else { scales };
+        let mut acc = [[_mm256_setzero_ps(); T]; R];
         // The sums of the blocks of a group.
-        let mut parts = [[_mm256_setzero_ps(); T]; S];
+        let mut parts = [[_mm256_setzero_ps(); T]; R];
+        let mut dots = [[[[_mm256_setzero_si256(); R]; T]; 2]; CHUNK];
         let lines = if CODE == INT8 { 8 } else { 4 };
-        for b in 0..blocks {
-            for i in 0..lines {
-                if let Some(line) = prefetched.get((b + AHEAD) * lines + i) {
-                    prefetch(line);
+        for first in (0..blocks).step_by(CHUNK) {
+            let chunk = first..blocks.min(first + CHUNK);
+            for (b, dots) in chunk.clone().zip(&mut dots) {
+                for i in 0..lines {
+                    if let Some(line) = prefetched.get((b + AHEAD) * lines + i) {
+                        prefetch(line);
+                    }
                 }
+                self.dots(&x.codes[b], b, side, table, dots);
             }
-            for t in 0..T {
-                let mut partial = [_mm256_setzero_si256(); S];
-                for half in 0..2 {
-                    let w = unpack::<A, CODE>(half_block::<CODE>(panel.codes, b, half), side + t, table);
-                    for r in 0..S {
-                        let codes = &codes[b][first + r];
-                        for j in 0..4 {
-                            partial[r] = adder.add::<CODE>(partial[r], w[j], _mm256_set1_epi32(codes[4 * half + j]));
-                        }
-                    }
-                    if halves == 1 && half == 0 {
-                        continue;
-                    }
-                    let group = b * halves / run + if halves == 1 { 0 } else { half };
-                    let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
-                    for r in 0..S {
-                        let mut dot = adder.total::<CODE>(partial[r]);
-                        let too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
-                        if too_high {
-                            let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][half][first + r] };
-                            // 128 is 16 times the zero point of 4-bit codes.
-                            let zero = if CODE == INT4 { zero } else { 16 * zero };
-                            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
-                        }
-                        partial[r] = _mm256_setzero_si256();
-                        let (dot, x_scale) = (_mm256_cvtepi32_ps(dot), _mm256_set1_ps(x_scales[b][first + r]));
-                        if run == 1 {
-                            acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, x_scale), acc[r][t]);
-                            if MIN {
-                                let sum = if halves == 1 { sums[b][first + r] } else { half_sums[b][half][first + r] };
-                                acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+            for (b, dots) in chunk.zip(&dots) {
+                for half in 0..Self::HALVES {
+                    let group = b * Self::HALVES / Self::RUN + half;
+                    for t in 0..T {
+                        let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
+                        for r in 0..R {
+                            let dot = self.dot(dots[half][t][r], &x, [b, half, r]);
+                            let x_scale = _mm256_set1_ps(x.scales[b][r]);
+                            if Self::RUN == 1 {
+                                acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale, x_scale), acc[r][t]);
+                                if MIN {
+                                    let whole = Self::HALVES == 1;
+                                    let sum = if whole { x.sums[b][r] } else { x.half_sums[b][half][r] };
+                                    acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sum), acc[r][t]);
+                                }
+                                continue;
                             }
-                            continue;
-                        }
-                        parts[r][t] = _mm256_fmadd_ps(dot, x_scale, parts[r][t]);
-                        if (b + 1) % run == 0 || b + 1 == blocks {
-                            acc[r][t] = _mm256_fmadd_ps(parts[r][t], scale, acc[r][t]);
-                            parts[r][t] = _mm256_setzero_ps();
-                            if MIN {
-                                for sums in &sums[b / run * run..=b] {
-                                    acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sums[first + r]), acc[r][t]);
+                            parts[r][t] = _mm256_fmadd_ps(dot, x_scale, parts[r][t]);
+                            if (b + 1).is_multiple_of(Self::RUN) || b + 1 == blocks {
+                                acc[r][t] = _mm256_fmadd_ps(parts[r][t], scale, acc[r][t]);
+                                parts[r][t] = _mm256_setzero_ps();
+                                if MIN {
+                                    for sums in &x.sums[b / Self::RUN * Self::RUN..=b] {
+                                        acc[r][t] = _mm256_fmadd_ps(min, _mm256_set1_ps(sums[r]), acc[r][t]);
+                                    }
                                 }
                             }
                         }
@@ -168,6 +166,61 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
             }
         }
         acc
+    }
+
+    /// The sums of a block's products, or of each half if it has two groups, as [`Adder::total`] takes them.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dots<const R: usize, const T: usize>(
+        &self,
+        codes: &[[i32; 8]; R],
+        b: usize,
+        side: usize,
+        table: __m256i,
+        dots: &mut [[[__m256i; R]; T]; 2],
+    ) {
+        let adder = self.product.set;
+        let part = |half, t| unpack::<A, CODE>(half_block::<CODE>(self.panel.codes, b, half), side + t, table);
+        let add = |mut sum, w: [__m256i; 4], codes: &[i32]| {
+            for j in 0..4 {
+                sum = adder.add::<CODE>(sum, w[j], _mm256_set1_epi32(codes[j]));
+            }
+            sum
+        };
+        for t in 0..T {
+            // Signed weights take twice as many registers, so theirs are unpacked by halves.
+            if Self::HALVES == 1 && (CODE == INT4 || A::UNSIGNED) {
+                let w = [part(0, t), part(1, t)];
+                for r in 0..R {
+                    let sum = add(_mm256_setzero_si256(), w[0], &codes[r][..4]);
+                    dots[0][t][r] = add(sum, w[1], &codes[r][4..]);
+                }
+                continue;
+            }
+            for half in 0..2 {
+                let w = part(half, t);
+                let of = if Self::HALVES == 1 { 0 } else { half };
+                for r in 0..R {
+                    let sum = if half > of { dots[of][t][r] } else { _mm256_setzero_si256() };
+                    dots[of][t][r] = add(sum, w, &codes[r][4 * half..][..4]);
+                }
+            }
+        }
+    }
+
+    /// The dot product of a row with a group of block `b`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dot<const R: usize>(&self, sum: __m256i, x: &Tile<'_, R>, [b, half, r]: [usize; 3]) -> __m256 {
+        let mut dot = self.product.set.total::<CODE>(sum);
+        let is_too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
+        if is_too_high {
+            let zero = if Self::HALVES == 1 { x.zeros[b][r] } else { x.half_zeros[b][half][r] };
+            // 128 is 16 times the zero point of 4-bit codes.
+            let zero = if CODE == INT4 { zero } else { 16 * zero };
+            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
+        }
+        _mm256_cvtepi32_ps(dot)
     }
 }
 

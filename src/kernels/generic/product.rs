@@ -91,8 +91,8 @@ pub(in crate::kernels) fn by_tile(x: &Activations, rows: Range<usize>, code: &mu
 
 /// An instruction set that multiplies one panel at a time by all tiles.
 pub(in crate::kernels) trait ByPanel: Copy {
-    /// Multiplies the panel by the tile of `R` rows that starts at `row`, `ROWS` rows at a time.
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
+    /// Multiplies the panel by the tile of `R` rows that starts at `row`.
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
         panel: &mut OnePanel<'_, '_, '_, Self, CODE, GROUP, MIN>,
         row: usize,
     );
@@ -148,11 +148,7 @@ impl<S: ByPanel, const CODE: u8, const GROUP: usize, const MIN: bool> ByTile
 {
     #[inline(always)]
     fn tile<const R: usize>(&mut self, row: usize) {
-        match R {
-            4.. => S::tile::<CODE, GROUP, MIN, R, 4>(self, row),
-            2.. => S::tile::<CODE, GROUP, MIN, R, 2>(self, row),
-            _ => S::tile::<CODE, GROUP, MIN, R, 1>(self, row),
-        }
+        S::tile::<CODE, GROUP, MIN, R>(self, row);
     }
 }
 

@@ -31,12 +31,18 @@ pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &m
 
 impl ByPanel for Neon {
     #[inline(always)]
-    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize, const ROWS: usize>(
+    fn tile<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
         panel: &mut OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN>,
         row: usize,
     ) {
         // SAFETY: a `Neon` exists, so the CPU has every feature that `strips` enables.
-        unsafe { if ROWS == 4 { panel.strips::<R, ROWS, 2>(row) } else { panel.strips::<R, ROWS, QUARTERS>(row) } }
+        unsafe {
+            match R {
+                4.. => panel.strips::<R, 4, 2>(row),
+                2.. => panel.strips::<R, 2, QUARTERS>(row),
+                _ => panel.strips::<R, 1, QUARTERS>(row),
+            }
+        }
     }
 }
 

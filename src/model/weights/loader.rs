@@ -13,6 +13,7 @@ use crate::model::norm::{HeadNorm, Norm};
 use crate::quant::block::BlockType;
 use crate::quant::pack;
 use crate::quant::packed::Packed;
+use crate::system::arena::Arena;
 use crate::threads::Scope;
 
 /// Called with the number of units of a task that are done, and their total. An error ends the task:
@@ -55,6 +56,8 @@ pub(in crate::model) struct Loader<'a> {
     used: RefCell<HashSet<String>>,
     /// Whether matrices get no memory and are not read.
     is_hollow: bool,
+    /// Where matrices lie.
+    arena: Arena,
 }
 
 /// Rows that a task compares.
@@ -92,15 +95,24 @@ impl<'a> Loader<'a> {
         checkpoint: &'a dyn Checkpoint,
         progress: Option<Progress<'a>>,
     ) -> Loader<'a> {
+        let tensors = || checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name));
+        let weights = |tensor: &Tensor<'_>| tensor.dims.iter().fold(1, |all: usize, dim| all.saturating_mul(*dim));
         let total = match progress {
-            Some(_) => {
-                let tensors = checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name));
-                let dims = tensors.map(|tensor| tensor.dims).filter(|dims| dims.len() > 1);
-                dims.map(|dims| dims.iter().product::<usize>()).sum()
-            }
+            Some(_) => tensors().filter(|tensor| tensor.dims.len() > 1).map(|tensor| weights(&tensor)).sum(),
             None => 0,
         };
-        Loader { scope, checkpoint, progress, done: Cell::new(0), total, used: RefCell::default(), is_hollow: false }
+        let bytes = |tensor: Tensor<'_>| tensor.rows.block_type().bytes_for(weights(&tensor)).unwrap_or(0);
+        let expected = tensors().map(bytes).fold(0, usize::saturating_add);
+        Loader {
+            scope,
+            checkpoint,
+            progress,
+            done: Cell::new(0),
+            total,
+            used: RefCell::default(),
+            is_hollow: false,
+            arena: Arena::new(expected),
+        }
     }
 
     /// A loader that checks the names and the shapes of matrices without reading their weights.
@@ -430,7 +442,14 @@ impl Loader<'_> {
         }
         // The packed form is at most a panel and a block larger than the tensor, which the file has in full: this bounds
         // the memory that a small file can ask for.
-        let job = pack::PackJob { source, rows, columns, order, release: &|| self.checkpoint.release(name) };
+        let job = pack::PackJob {
+            source,
+            rows,
+            columns,
+            order,
+            release: &|| self.checkpoint.release(name),
+            arena: &self.arena,
+        };
         job.run(self.scope).map_err(|error| match error {
             pack::PackError::Memory(error) => error,
             pack::PackError::NotFinite(row) => {

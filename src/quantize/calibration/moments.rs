@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn moments_are_means_over_all_tokens() {
         let pool = crate::threads::ThreadPool::new(1).unwrap();
-        let compute = Compute::new(&pool, crate::kernels::best());
+        let compute = Compute::new(&pool, crate::kernels::choose(None).unwrap());
         let mut moments = Moments::new(2);
         // More than one batch.
         for _ in 0..3000 {

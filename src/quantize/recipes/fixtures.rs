@@ -40,7 +40,7 @@ pub(in crate::quantize) fn layer(compute: &Compute<'_>) -> (Vec<f32>, Vec<f32>) 
 /// Runs a function with a pool of that many threads.
 pub(in crate::quantize) fn with_threads<R>(threads: usize, run: impl FnOnce(&Compute<'_>) -> R) -> R {
     let pool = ThreadPool::new(threads).unwrap();
-    run(&Compute::new(&pool, crate::kernels::best()))
+    run(&Compute::new(&pool, crate::kernels::choose(None).unwrap()))
 }
 
 /// Runs a function with the layer as a problem, on a pool of that many threads.

@@ -192,7 +192,7 @@ mod tests {
 
     fn solved(problem: &LayerProblem<'_>, grouped: &GroupedFormat, search: bool, threads: usize) -> Solution {
         let pool = ThreadPool::new(threads).unwrap();
-        solve(problem, grouped, search, &Compute::new(&pool, crate::kernels::best()))
+        solve(problem, grouped, search, &Compute::new(&pool, crate::kernels::choose(None).unwrap()))
     }
 
     #[test]

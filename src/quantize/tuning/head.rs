@@ -105,7 +105,7 @@ mod tests {
             (0..4).map(|i| probability(wanted, i) * (probability(wanted, i) / probability(found, i)).ln()).sum()
         };
         let (mut probabilities, mut gradient) = (wanted, found);
-        gradient_of_row(crate::kernels::best(), &mut probabilities, &mut gradient, 2);
+        gradient_of_row(crate::kernels::choose(None).unwrap(), &mut probabilities, &mut gradient, 2);
         assert!((probabilities.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         for i in 0..4 {
             let [up, down] = [0.01, -0.01].map(|step| {

@@ -23,7 +23,7 @@ ANSWER = f'start: "ab" <[{tiny.IM_START}]> "cd"'
         ([f"b{DELIMITER}"], "a"),
         ([f"{DELIMITER}c"], "ab"),
         ([f"b{DELIMITER}c"], "a"),
-        ([DELIMITER, "a"], ""),
+        (["a", DELIMITER], ""),
     ],
     ids=str,
 )
@@ -31,6 +31,8 @@ def test_a_special_token_in_a_stop_string_stops(stop: Any, text: str, uniform_mo
     options: dict[str, Any] = {"stop": stop, "grammar": ANSWER, "max_tokens": 20}
     done = uniform_model.generate("x", **options)
     assert (done.finish_reason, done.text) == ("stop", text)
+    given = [stop] if isinstance(stop, str) else stop
+    assert done.stop_string == next(each for each in given if each in f"ab{DELIMITER}cd")
     assert "".join(uniform_model.stream("x", **options)) == text
     with Engine(uniform_model, max_batch=2) as engine:
         assert engine.submit("x", **options).result().text == text
@@ -38,7 +40,8 @@ def test_a_special_token_in_a_stop_string_stops(stop: Any, text: str, uniform_mo
 
 @pytest.mark.parametrize("stop", [(), [f"{DELIMITER}x"], ["<|im_end|>"], [f"a{DELIMITER}"]], ids=str)
 def test_a_special_token_outside_of_a_stop_string_does_not_stop(stop: Any, uniform_model: Model) -> None:
-    assert uniform_model.generate("x", grammar=ANSWER, stop=stop, max_tokens=20).text == "abcd"
+    done = uniform_model.generate("x", grammar=ANSWER, stop=stop, max_tokens=20)
+    assert (done.text, done.stop_string) == ("abcd", None)
 
 
 def test_a_special_token_that_is_spelled_out_stops_too(uniform_model: Model) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import tiny
 from fake_hub import FakeHub
+from serving import REASONING_TEMPLATE
 
 from nybble import SamplingOptions
 from nybble.cli import main, terminal
@@ -262,6 +263,9 @@ def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys:
     for name in ("load_seconds", "peak_rss_bytes", "weight_bytes", "cache_bytes"):
         assert found[name] > 0, name
     assert found["peak_rss_bytes"] > found["weight_bytes"]
+    assert found["huge_page_bytes"] is None or found["huge_page_bytes"] >= 0
+    for choice in found["tuning"]:
+        assert choice["kernel"] in choice["gops"], choice
     assert [limit["threads"] for limit in found["limits"]] == [1, 2]
     assert all(limit["bandwidth_gb_s"] > 0 and limit["int8_gops"] > 0 for limit in found["limits"])
     combinations = {(speed["threads"], speed["length"], speed["batch"]) for speed in found["speeds"]}
@@ -269,6 +273,21 @@ def test_bench_json_is_one_object_with_all_measurements(tiny_file: Path, capsys:
     assert len(found["speeds"]) == 8
     for speed in found["speeds"]:
         assert all(value > 0 for value in speed.values()), speed
+
+
+def test_bench_shows_what_kernels_were_chosen_by(
+    tiny_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble._native.tuning", list)
+    assert "no choice of kernels" in run(capsys, "bench", tiny_file, "--tuning", *FAST)
+    speeds = [("wide", 310.4), ("narrow", 342.0)]
+    monkeypatch.setattr(
+        "nybble._native.tuning", lambda: [("int4, groups of 32 with minimums", 64, 2, "narrow", speeds)]
+    )
+    lines = run(capsys, "bench", tiny_file, "--tuning", *FAST).splitlines()
+    row = next(line for line in lines if line.startswith("int4, groups of 32"))
+    assert row.split() == "int4, groups of 32 with minimums 64 2 narrow wide 310, narrow 342".split()
+    assert max(map(len, lines)) <= 80
 
 
 def test_bench_prints_a_table_in_80_columns(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,6 +469,48 @@ def test_a_terminal_gets_no_control_characters_of_the_model(tiny_file: Path) -> 
     assert terminal.end() == 0
     piped = nybble("run", tiny_file, "abc", "--max-tokens", "5", "--logit-bias", escape)
     assert piped.stdout == "\x1b" * 5 + "\n", "a pipe gets the text unchanged"
+
+
+@pytest.fixture(scope="session")
+def reasoning_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template that opens reasoning."""
+    path = tmp_path_factory.mktemp("thinks") / "thinks.gguf"
+    return tiny.write_model(path, llama__context_length=512, tokenizer__chat_template=REASONING_TEMPLATE)
+
+
+REASONS = ("--max-tokens", "17", "--reasoning-budget", "4", "--logit-bias", WRITE_X)
+"""Four tokens of reasoning, eleven that end it, and two of the answer."""
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_pipe_receives_the_answer_without_the_reasoning(command: str, reasoning_file: Path) -> None:
+    prompt = ("Hi",) if command == "run" else ()
+    done = nybble(command, reasoning_file, *prompt, *REASONS, stdin="Hi\n")
+    assert (done.returncode, done.stdout) == (0, "xx\n")
+    off = nybble(command, reasoning_file, *prompt, *REASONS, "--no-think", stdin="Hi\n")
+    assert off.stdout == "x" * 17 + "\n"
+
+
+def test_json_has_the_reasoning(reasoning_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "run", "--json", reasoning_file, "Hi", *REASONS))
+    assert (found["reasoning"], found["text"]) == ("xxxx", "xx")
+    longer = json.loads(run(capsys, "run", "--json", reasoning_file, "Hi", "--reasoning-effort", "low", *REASONS))
+    assert longer["usage"]["prompt_tokens"] > found["usage"]["prompt_tokens"]
+
+
+@needs_pty
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_reasoning_is_dim_on_a_terminal(command: str, reasoning_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = Terminal(command, reasoning_file, *(("Hi",) if command == "run" else ()), *REASONS)
+    if command == "chat":
+        terminal.wait_for("> ")
+        terminal.type("Hi\n")
+    assert terminal.wait_for("\r\n\r\nxx").endswith("\x1b[2mx\x1b[0m" * 4)
+    terminal.wait_for("tokens/s")
+    if command == "chat":
+        terminal.type("/exit\n")
+    assert terminal.end() == 0
 
 
 # --- Start-up

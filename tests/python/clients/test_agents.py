@@ -41,6 +41,19 @@ def openai_agents_streamed(url: str) -> Any:
     return asyncio.run(run())
 
 
+def openai_agents_responses(url: str) -> Any:
+    agents, openai = needed("agents"), needed("openai")
+    agents.set_tracing_disabled(True)
+
+    async def run() -> Any:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+            model = agents.OpenAIResponsesModel(model="tiny", openai_client=client)
+            agent = agents.Agent(name="a", model=model, tools=[agents.function_tool(weather)])
+            return (await agents.Runner.run(agent, "How is Rome?")).final_output
+
+    return asyncio.run(run())
+
+
 def pydantic_agent(url: str, **options: Any) -> Any:
     pydantic_ai = needed("pydantic_ai")
     models, providers = needed("pydantic_ai.models.openai"), needed("pydantic_ai.providers.openai")
@@ -50,6 +63,13 @@ def pydantic_agent(url: str, **options: Any) -> Any:
 
 def pydantic_ai(url: str) -> Any:
     return asyncio.run(pydantic_agent(url).run("How is Rome?")).output
+
+
+def pydantic_ai_responses(url: str) -> Any:
+    models, providers = needed("pydantic_ai.models.openai"), needed("pydantic_ai.providers.openai")
+    model = models.OpenAIResponsesModel("tiny", provider=providers.OpenAIProvider(base_url=url, api_key="none"))
+    agent = needed("pydantic_ai").Agent(model, tools=[weather])
+    return asyncio.run(agent.run("How is Rome?")).output
 
 
 def pydantic_ai_streamed(url: str) -> Any:
@@ -67,6 +87,14 @@ def langchain_model(url: str) -> Any:
 def langchain(url: str) -> Any:
     agent = needed("langchain.agents").create_agent(langchain_model(url), [weather])
     return agent.invoke({"messages": [("user", "How is Rome?")]})["messages"][-1].content
+
+
+def langchain_responses(url: str) -> Any:
+    model = needed("langchain_openai").ChatOpenAI(
+        base_url=url, api_key="none", model="tiny", max_retries=0, use_responses_api=True
+    )
+    agent = needed("langchain.agents").create_agent(model, [weather])
+    return agent.invoke({"messages": [("user", "How is Rome?")]})["messages"][-1].text
 
 
 def langchain_streamed(url: str) -> Any:
@@ -140,6 +168,14 @@ def litellm_as_ollama_streamed(url: str) -> Any:
     return with_litellm("ollama_chat/tiny", url.removesuffix("/v1"), stream=True)
 
 
+def litellm_as_anthropic(url: str) -> Any:
+    return with_litellm("anthropic/tiny", url.removesuffix("/v1"), stream=False)
+
+
+def litellm_as_anthropic_streamed(url: str) -> Any:
+    return with_litellm("anthropic/tiny", url.removesuffix("/v1"), stream=True)
+
+
 def ollama(url: str) -> Any:
     client = needed("ollama").Client(host=url.removesuffix("/v1"))
     messages: list[Any] = [{"role": "user", "content": "How is Rome?"}]
@@ -163,7 +199,9 @@ def openai_functions(url: str) -> Any:
 
 AGENTS: list[Callable[[str], Any]] = [
     openai_agents, openai_agents_streamed, pydantic_ai, pydantic_ai_streamed, langchain, langchain_streamed, langgraph,
-    llama_index, litellm, litellm_streamed, litellm_as_ollama, litellm_as_ollama_streamed, ollama, openai_functions,
+    openai_agents_responses, pydantic_ai_responses, langchain_responses, litellm_as_anthropic,
+    litellm_as_anthropic_streamed, llama_index,
+    litellm, litellm_streamed, litellm_as_ollama, litellm_as_ollama_streamed, ollama, openai_functions,
 ]  # fmt: skip
 
 

@@ -305,10 +305,14 @@ def test_the_server_embeds_and_ranks() -> None:
         assert np.allclose([each["relevance_score"] for each in reply.json["results"]], scores[order])
         assert reply.json["results"][0]["document"]["text"] == [*TEXTS, "a dog"][order[0]]
         assert reply.json["usage"]["prompt_tokens"] > 0
+        cohere = server.request("POST", "/v2/rerank", {"query": "a cat", "documents": TEXTS, "priority": 1}).json
+        assert len(cohere["results"]) == len(TEXTS)
+        assert cohere["id"] != reply.json["id"]
+        assert cohere["meta"]["api_version"]["version"] == "2"
         assert server.request("POST", "/v1/embeddings", {"input": TEXTS}).status == 200
         reply = server.request("POST", "/v1/completions", {"prompt": "a"})
         assert reply.status == 400
-        for field, wrong in [("documents", []), ("query", ""), ("top_n", 0)]:
+        for field, wrong in [("documents", []), ("query", ""), ("top_n", 0), ("rank_fields", ["a"])]:
             reply = server.request("POST", "/v1/rerank", {**body, field: wrong})
             assert (reply.status, field in reply.error) == (400, True), reply.text
 

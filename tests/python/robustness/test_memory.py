@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,15 @@ with Model.load(sys.argv[1], threads=2) as model:
     resident = info.resident_bytes
     print(json.dumps([loaded, resident, info.peak_resident_bytes, info.weight_bytes, info.cache_bytes]))
 """
+HUGE_PAGES = """
+import sys
+from nybble import Model
+from nybble.memory import huge_page_bytes
+before = huge_page_bytes()
+with Model.load(sys.argv[1], threads=2) as model:
+    ids = model.generate("a" * 600, max_tokens=8, temperature=0).tokens
+    print(model.info.huge_page_bytes - before, model.info.weight_bytes, [token.id for token in ids])
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports the peak of one process")
@@ -54,6 +64,25 @@ def test_the_peak_is_at_most_packed_weights_cache_and_150_mb(tmp_path: Path) -> 
     assert path.stat().st_size > 2 * ALLOWED, "a smaller file would pass even if it were in memory twice"
     assert weights <= loaded <= weights + ALLOWED
     assert weights <= resident <= peak <= weights + cache + ALLOWED
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports huge pages")
+def test_weights_lie_on_huge_pages_unless_switched_off_and_results_are_the_same(tmp_path: Path) -> None:
+    path = wide_model(tmp_path / "wide.gguf", hidden=1024, feed_forward=4096, vocabulary=8192)
+
+    def run(switch: str) -> tuple[int, int, str]:
+        environment = {**os.environ, "NYBBLE_HUGE_PAGES": switch}
+        command = [sys.executable, "-c", HUGE_PAGES, path]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        huge, weights, ids = done.stdout.split(maxsplit=2)
+        return int(huge), int(weights), ids
+
+    huge, weights, ids = run("")
+    ordinary, _, same_ids = run("off")
+    assert ids == same_ids
+    assert ordinary == 0
+    # At most the last page is not full; a system may have no huge pages left, or grant none.
+    assert 0 <= huge <= weights + ALLOWED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems use their own allocator")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Running, serving
+from serving import Running, scripted, serving
 
 from nybble import Model, SamplingOptions
 from nybble.engine import Engine, Request
@@ -148,6 +148,24 @@ def test_answers_are_rendered_as_text_never_as_markup(page: Page) -> None:
     assert [found.text for found in page.all("#log strong, #log p code, #log li")] == ["code", "bold", "one", "two"]
     assert page.find("#log pre").text == "<script>alert(2)</script>"
     assert "<img src=x onerror=alert(1)>" in page.find("#log").text
+
+
+def test_reasoning_is_folded_above_the_answer(chromium: Any, reasoning_model: Model) -> None:
+    engine, script = scripted(reasoning_model, "I <b>think</b>.</think>Yes.", "Again.</think>No.")
+    with serving(engine) as running:
+        page = Page(chromium, running.url)
+        page.press("Is it?", Keys.ENTER)
+        page.until(page.answered)
+        page.look("light-reasoning")
+        assert page.find(".turn.assistant .text > p").text == "Yes."
+        thought = page.find(".turn.assistant details p")
+        assert not thought.is_displayed()
+        page.find(".turn.assistant summary").click()
+        page.until(thought.is_displayed)
+        assert thought.text == "I <b>think</b>."
+        page.find("#prompt").send_keys("Really?", Keys.ENTER)
+        page.until(lambda: len(page.all(".turn.assistant")) == 2 and page.answered())
+    assert "<think>\nI <b>think</b>.\n</think>\n\nYes.<|im_end|>" in script.prompts[1]
 
 
 def test_settings_are_kept_and_sent(page: Page) -> None:

@@ -11,15 +11,20 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
+from pydantic import BaseModel
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks as openapi_checks
 from serving import Running, served
 
 from nybble import Model
 from nybble.cli import main
+from nybble.server.protocols.anthropic.schema import MessagesRequest
 from nybble.server.protocols.chat_schema import ChatRequest
-from nybble.server.protocols.completions import CompletionRequest
+from nybble.server.protocols.completions.adapter import CompletionRequest
 from nybble.server.protocols.embeddings import EmbeddingRequest
+from nybble.server.protocols.reasoning import Reasoned
+from nybble.server.protocols.responses.schema import ResponsesRequest
+from nybble.server.protocols.schema import Sampler
 
 CHECKS: list[Any] = [
     schemathesis.checks.not_a_server_error,
@@ -54,7 +59,7 @@ def test_random_requests_match_the_openapi_description(running: Running, mode: G
         except hypothesis.errors.Unsatisfiable:  # A route without parameters has no invalid requests.
             continue
         tried.append(operation.path)
-    assert "/v1/chat/completions" in tried
+    assert {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/responses/{response_id}"} <= {*tried}
 
 
 DOCUMENT = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
@@ -69,6 +74,18 @@ def test_the_documentation_names_all_parameters() -> None:
     assert both | named["chat"] == set(ChatRequest.model_fields)
     assert both | named["completions"] == set(CompletionRequest.model_fields)
     assert named["embeddings"] | {"model", "user"} == set(EmbeddingRequest.model_fields)
+
+
+@pytest.mark.parametrize(("section", "request_type"), [("Responses", ResponsesRequest), ("Messages", MessagesRequest)])
+def test_the_documentation_names_the_parameters_of_other_protocols(section: str, request_type: type[BaseModel]) -> None:
+    text = DOCUMENT.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    shared = {*Sampler.model_fields, *Reasoned.model_fields, "model", "stream", "stream_options"}
+    own = {
+        name
+        for name, field in request_type.model_fields.items()
+        if name not in shared and not (field.description or "").startswith("Ignored")
+    }
+    assert own - set(re.findall(r"`([a-z_]+)", text)) == set()
 
 
 def test_the_documentation_names_only_existing_options(capsys: pytest.CaptureFixture[str]) -> None:

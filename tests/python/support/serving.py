@@ -14,7 +14,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from nybble import Model, SamplingOptions
+from nybble.chat.reasoning import reasoning_format
+from nybble.chat.reasoning_splitter import Specials, Splitter, new_splitter
 from nybble.engine import Engine, Piece
+from nybble.generation import Usage
 from nybble.server import Service, Settings, http_server
 
 TOOL_TEMPLATE = (
@@ -25,6 +28,20 @@ TOOL_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+REASONING_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
+    "Write <tool_call>JSON</tool_call>.<|im_end|>\n{% endif %}"
+    "{% if reasoning_effort %}<|im_start|>system\nEffort: {{ reasoning_effort }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    "{% endif %}"
+)
+"""Opens the reasoning in the prompt, and writes that of earlier answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +80,7 @@ class Reply:
     def events(self) -> list[Any]:
         """The parsed server-sent events of a stream, without the last one, "[DONE]"."""
         assert self.status == 200, self.text
-        lines = [line.removeprefix("data: ") for line in self.text.splitlines() if line]
+        lines = [line.removeprefix("data: ") for line in self.text.splitlines() if line.startswith("data: ")]
         return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
@@ -165,24 +182,39 @@ class Scripted:
         self.prompts: list[str] = []
         self.options: list[SamplingOptions] = []
 
-    def submit(self, prompt: Sequence[int], options: SamplingOptions) -> Any:
-        self.prompts.append(b"".join(map(self.model.tokenizer.token_bytes, prompt)).decode())
+    def submit(self, prompt: Sequence[int], options: SamplingOptions, *, separate_reasoning: bool = False) -> Any:
+        tokenizer = self.model.tokenizer
+        self.prompts.append(b"".join(map(tokenizer.token_bytes, prompt)).decode())
         self.options.append(options)
-        return _ScriptedRequest(self.answers.pop(0))
+        known = reasoning_format(tokenizer) if separate_reasoning else None
+        splitter = None if known is None else new_splitter(known, self.prompts[-1], Specials())
+        return _ScriptedRequest(self.answers.pop(0), splitter)
 
     def stats(self) -> Any:
         return SimpleNamespace()
 
 
 class _ScriptedRequest:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, splitter: Splitter | None) -> None:
         self._text = text
-        usage = SimpleNamespace(prompt_tokens=1, completion_tokens=len(text), cached_tokens=0)
-        self.completion = SimpleNamespace(text=text, finish_reason="stop", usage=usage, logprobs=None)
+        self._splitter = splitter
+        self.completion = SimpleNamespace(
+            text=text,
+            finish_reason="stop",
+            usage=Usage(1, len(text)),
+            logprobs=None,
+            stop_string=None,
+            reasoning_tokens=0,
+        )
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         for char in self._text:
-            yield Piece(text=char, tokens=(ord(char),), logprobs=None)
+            if self._splitter is None:
+                yield Piece(text=char, tokens=(ord(char),))
+            elif parts := self._splitter.push(char):
+                yield Piece(text="", tokens=(ord(char),), parts=tuple(parts))
+        if self._splitter is not None and (parts := self._splitter.finish()):
+            yield Piece(text="", tokens=(), parts=tuple(parts))
 
     def cancel(self) -> None:
         pass

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from nybble import generation
 from nybble.generation import TokenLogprob
+from nybble.generation.reasoning import chat_prompt
 from nybble.generation.request import check_length
 from nybble.sampling import SamplingOptions
 from nybble.server.errors import ApiError
 from nybble.server.events import (
     AnswerFinished,
     AnswerStarted,
+    AnswerUsage,
     CollectedAnswer,
     Event,
     FinishReason,
     LogprobsDelta,
+    ReasoningDelta,
     TextDelta,
     ToolCallDelta,
     ToolCallStarted,
@@ -24,7 +26,7 @@ from nybble.server.events import (
 )
 from nybble.server.generation import GenerationRequest, Prompt
 from nybble.server.protocols import chat_schema as schema
-from nybble.server.protocols.adapter import Adapter
+from nybble.server.protocols.adapter import CollectingAdapter
 from nybble.server.protocols.chat_schema import (
     ChatChunk,
     ChatCompletion,
@@ -44,7 +46,7 @@ from nybble.server.tools.reader import new_id
 from nybble.tokenizer.tokenizer import Tokenizer
 
 
-class ChatAdapter(Adapter):
+class ChatAdapter(CollectingAdapter):
     """A request for chat completions."""
 
     def __init__(self, service: Service, body: ChatRequest) -> None:
@@ -97,12 +99,18 @@ class ChatAdapter(Adapter):
             messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in body.messages]
             if describes_tools:
                 messages = with_tools(messages, described)
-            prompt = self._tokenizer.apply_chat_template(
+            prompt, budget = chat_prompt(
+                self._tokenizer,
                 messages,
-                add_generation_prompt=True,
+                choice=body.reasoning_choice(),
                 tools=described if tool_format and not describes_tools else None,
-                **(body.chat_template_kwargs or {}),
+                variables=body.chat_template_kwargs,
+                continues=body.continues,
+                answers_now=must_call,
+                constrained=not options.keys().isdisjoint(("schema", "regex", "grammar")),
             )
+            if body.separates_reasoning or body.reasoning_choice().budget is not None:
+                options["reasoning_budget"] = budget
             check_length(self._model, prompt)
             ids = self._tokenizer.encode_prompt(prompt + prefix)
             return [(ids, SamplingOptions(**options, seed=seed)) for seed in body.seeds(self.answers)]
@@ -114,7 +122,13 @@ class ChatAdapter(Adapter):
             return self._tool_parser(tool_format, [*functions.values()], prefix, unmarked)
 
         parameters = body.form_parameters() | ({"grammar": "tools"} if writes_grammar else {})
-        return GenerationRequest(param="messages", prepare=prepare, parameters=parameters, new_parser=new_parser)
+        return GenerationRequest(
+            param="messages",
+            prepare=prepare,
+            parameters=parameters,
+            new_parser=new_parser,
+            separates_reasoning=body.separates_reasoning,
+        )
 
     @property
     def _tool_template(self) -> str:
@@ -163,7 +177,7 @@ class ChatAdapter(Adapter):
         """Whether an answer may have several calls."""
         return self._body.parallel_tool_calls is not False and not self._body.uses_functions
 
-    def response(self, answers: Sequence[CollectedAnswer], usage: generation.Usage) -> ChatCompletion:
+    def response(self, answers: Sequence[CollectedAnswer], usage: AnswerUsage) -> ChatCompletion:
         """The completion that holds all answers."""
         return ChatCompletion(
             **self._head,
@@ -174,6 +188,8 @@ class ChatAdapter(Adapter):
 
     def _choice(self, index: int, answer: CollectedAnswer) -> schema.ChatChoice:
         message = schema.Answer(role="assistant", content=answer.text, refusal=None)
+        if answer.reasoning and self._body.shows_reasoning:
+            message.reasoning_content = answer.reasoning
         if answer.calls:
             message.content = answer.text or None
         if answer.calls and self._body.uses_functions:
@@ -191,7 +207,7 @@ class ChatAdapter(Adapter):
         return schema.ChatChoice(
             index=index,
             message=message,
-            logprobs=self._logprobs(_described(self._tokenizer, answer.logprobs)),
+            logprobs=self._logprobs(described_logprobs(self._tokenizer, answer.logprobs)),
             finish_reason=self._reason(answer.reason),
         )
 
@@ -204,10 +220,13 @@ class ChatAdapter(Adapter):
             case AnswerStarted(answer):
                 yield self._chunk(answer, Delta(role="assistant", content=""))
             case LogprobsDelta(answer, tokens):
-                self._pending[answer] += _described(self._tokenizer, tokens)
+                self._pending[answer] += described_logprobs(self._tokenizer, tokens)
             case TextDelta(answer, text):
                 if text:
                     yield self._chunk(answer, Delta(content=text))
+            case ReasoningDelta(answer, text):
+                if text and self._body.shows_reasoning:
+                    yield self._chunk(answer, Delta(reasoning_content=text))
             case ToolCallStarted(answer, call, id, name):
                 function = schema.FunctionDelta(name=name, arguments="")
                 delta = schema.CallDelta(index=call, id=id, type="function", function=function)
@@ -240,7 +259,9 @@ class ChatAdapter(Adapter):
         return ChatLogprobs(content=content, refusal=None) if self._body.logprobs else None
 
 
-def _described(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
+def described_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
+    """The log-probabilities of tokens as clients of OpenAI's APIs receive them."""
+
     def described(token: int, text: str, logprob: float) -> dict[str, Any]:
         # Ids that only pad the model's matrices have no bytes.
         written = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""

@@ -9,8 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from nybble.server.events import FinishReason
 from nybble.server.protocols.messages import Message, Name
+from nybble.server.protocols.reasoning import Reasoned
 from nybble.server.protocols.schema import Limit, Sampling, Usage
-from nybble.server.protocols.strict import Off, On, Strict
+from nybble.server.protocols.strict import Off, Strict
 
 Json = dict[str, Any]
 
@@ -51,7 +52,7 @@ _RESERVED = frozenset({"self", "messages", "tools", "template", "add_generation_
 """The variables of chat templates that the server sets itself."""
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, Reasoned):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
@@ -70,14 +71,15 @@ class ChatRequest(Sampling):
         default=None, description="The predecessor of tool_choice."
     )
     modalities: list[Literal["text"]] | None = Field(default=None, description="Answers are always text.")
-    reasoning_effort: str | None = Field(default=None, description="Ignored.")
     verbosity: str | None = Field(default=None, description="Ignored.")
     input: Any = Field(
         default=None, description="Ignored: a parameter of other routes. The conversation is in messages."
     )
     echo: Off | None = None
-    add_generation_prompt: On | None = None
-    continue_final_message: Off | None = None
+    add_generation_prompt: bool | None = Field(default=None, description="The opposite of continue_final_message.")
+    continue_final_message: bool | None = Field(
+        default=None, description="Extension of nybble: continue the last message, which is an answer, as with vLLM."
+    )
     chat_template_kwargs: Json | None = Field(
         default=None,
         description='Extension of nybble: more variables for the chat template, such as {"enable_thinking": false}.',
@@ -87,6 +89,10 @@ class ChatRequest(Sampling):
     def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("invalid", "top_logprobs requires logprobs=true")
+        if self.add_generation_prompt is not None and self.add_generation_prompt == self.continues:
+            raise PydanticCustomError("invalid", "add_generation_prompt must be the opposite of continue_final_message")
+        if self.continues and self.messages[-1].role != "assistant":
+            raise PydanticCustomError("invalid", "continue_final_message requires a last message of the role assistant")
         if self.functions and self.tools:
             raise PydanticCustomError("invalid", "functions is the predecessor of tools: give one of them")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
@@ -107,6 +113,11 @@ class ChatRequest(Sampling):
                 "invalid", "chat_template_kwargs must not contain {names}", {"names": sorted(taken)}
             )
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message."""
+        return bool(self.continue_final_message)
 
     @property
     def uses_functions(self) -> bool:
@@ -198,6 +209,8 @@ class Answer(BaseModel):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    """What the model thought before the content."""
     refusal: None
     tool_calls: list[Call] | None = None
     function_call: CalledFunction | None = None
@@ -228,6 +241,7 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[CallDelta] | None = None
     function_call: FunctionDelta | None = None
 

@@ -9,7 +9,8 @@ from pydantic_core import PydanticCustomError, from_json
 
 from nybble.server.protocols.strict import Strict
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+"""The name of a function. OpenAI allows 64 characters, Anthropic 128."""
 Json = dict[str, Any]
 
 
@@ -19,11 +20,12 @@ class Part(Strict):
     type: Literal["text", "input_text", "output_text", "refusal", "thinking", "reasoning"]
     text: str | None = None
     refusal: str | None = None
-    thinking: str | None = Field(default=None, description="Ignored.")
-    reasoning: str | None = Field(default=None, description="Ignored.")
+    thinking: str | None = Field(default=None, description="Passed on to the chat template.")
+    reasoning: str | None = Field(default=None, description="Passed on to the chat template.")
     signature: str | None = Field(default=None, description="Ignored.")
     cache_control: Any = Field(default=None, description="Ignored: prompts are always cached.")
     annotations: Any = Field(default=None, description="Ignored.")
+    logprobs: Any = Field(default=None, description="Ignored.")
 
     @model_validator(mode="after")
     def _check_text(self) -> Part:
@@ -40,7 +42,7 @@ class Part(Strict):
     @property
     def content(self) -> str:
         """The text of the part."""
-        return str(getattr(self, self.type.rpartition("_")[2]))
+        return str(getattr(self, self.type.rpartition("_")[2]) or "")
 
 
 _PARTS = get_args(Part.model_fields["type"].annotation)
@@ -112,7 +114,7 @@ class Message(Strict):
     function_call: FunctionCall | None = None
     refusal: str | None = None
     reasoning_content: str | None = Field(default=None, description="Passed on to the chat template.")
-    reasoning: Any = Field(default=None, description="Ignored.")
+    reasoning: Any = Field(default=None, description="Another name of reasoning_content, if it is a string.")
     annotations: Any = Field(default=None, description="Ignored.")
     cache_control: Any = Field(default=None, description="Ignored: prompts are always cached.")
     parsed: Any = Field(default=None, description="Ignored.")
@@ -137,9 +139,11 @@ class Message(Strict):
         """The message for a chat template: the content as one string, the arguments of tool calls as values."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         turn: Json = {"role": role, "content": self._text()}
-        for name in ("name", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id"):
             if (value := getattr(self, name)) is not None:
                 turn[name] = value
+        if reasoning := self._reasoning():
+            turn["reasoning_content"] = reasoning
         calls = [(call.id, call.function) for call in self.tool_calls or ()]
         if self.function_call is not None:
             calls.append((None, self.function_call))
@@ -150,6 +154,14 @@ class Message(Strict):
                 for index, (id, function) in enumerate(calls)
             ]
         return turn
+
+    def _reasoning(self) -> str:
+        """What the model thought before this answer."""
+        for given in (self.reasoning_content, self.reasoning):
+            if isinstance(given, str) and given:
+                return given
+        parts = self.content if isinstance(self.content, list) else []
+        return "\n".join(part.content for part in parts if part.is_thought and part.content)
 
     def _text(self) -> str:
         if isinstance(self.content, str):

@@ -14,6 +14,7 @@ from nybble.server.delivery import with_timeout
 from nybble.server.errors import ApiError, as_api_errors
 from nybble.server.protocols.strict import Strict
 from nybble.server.service import Service
+from nybble.server.tools.reader import new_id
 
 MAX_DOCUMENTS = 2048
 """Documents of a request."""
@@ -39,6 +40,7 @@ class RerankRequest(Strict):
         default=None, description="The number of documents to return, the most relevant ones; all by default."
     )
     return_documents: bool = Field(default=False, description="Return the documents with their scores.")
+    priority: int | None = Field(default=None, description="Ignored.")
 
 
 class RankedText(BaseModel):
@@ -62,13 +64,34 @@ class RerankUsage(BaseModel):
     total_tokens: int
 
 
-class Ranking(BaseModel):
-    """The documents, the most relevant first."""
+class BilledUnits(BaseModel):
+    """What Cohere counts: a request is one search."""
 
+    search_units: Literal[1] = 1
+
+
+class ApiVersion(BaseModel):
+    """The version of Cohere's API."""
+
+    version: Literal["2"] = "2"
+
+
+class Meta(BaseModel):
+    """What Cohere says about a request."""
+
+    api_version: ApiVersion = Field(default_factory=ApiVersion)
+    billed_units: BilledUnits = Field(default_factory=BilledUnits)
+
+
+class Ranking(BaseModel):
+    """The documents, the most relevant first, in the formats of Jina and Cohere."""
+
+    id: str
     object: Literal["list"]
     model: str
     results: list[Ranked]
     usage: RerankUsage
+    meta: Meta = Field(default_factory=Meta)
 
 
 async def rerank(service: Service, http: Request, body: RerankRequest) -> Response:
@@ -114,5 +137,7 @@ async def _ranking(service: Service, body: RerankRequest) -> Response:
         for index in order
     ]
     usage = RerankUsage(prompt_tokens=tokens, total_tokens=tokens)
-    answer = Ranking(object="list", model=service.name_of(body.model), results=results, usage=usage)
+    answer = Ranking(
+        id=f"rerank-{new_id()}", object="list", model=service.name_of(body.model), results=results, usage=usage
+    )
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble import generation
 from nybble.sampling import choice_seed
+from nybble.server.events import AnswerUsage
 from nybble.server.protocols.forms import Formed
 from nybble.server.protocols.strict import Off, On, Strict
 
@@ -55,7 +55,6 @@ class Neutral(Strict):
     cache_salt: str | None = Field(default=None, description="Prompts are cached by their tokens.")
     id_slot: int | None = None
     n_keep: int | None = Field(default=None, description="A prompt that does not fit is an error.")
-    reasoning: Any = None
     best_of: Literal[1] | None = None
     ignore_eos: Off | None = None
     use_beam_search: Off | None = None
@@ -67,10 +66,8 @@ class Neutral(Strict):
     return_token_ids: Off | None = None
     return_tokens: Off | None = None
     return_tokens_as_token_ids: Off | None = None
-    include_reasoning: On | None = None
     timings_per_token: Off | None = None
     post_sampling_probs: Off | None = None
-    reasoning_format: Literal["none", "auto"] | None = None
     bad_words: Nothing | None = None
     lora: Nothing | None = None
     documents: Nothing | None = None
@@ -92,18 +89,9 @@ class Neutral(Strict):
     t_max_predict_ms: Annotated[int, Field(le=0)] | None = None
 
 
-class Sampling(Neutral, Formed):
-    """The parameters of both chat and completions. Defaults are those of `nybble.SamplingOptions`."""
+class Sampler(Strict):
+    """How tokens are sampled, and what ends an answer. Defaults are those of `nybble.SamplingOptions`."""
 
-    model: str | None = Field(default=None, description="The name of the model; the served model if omitted.")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_CHOICES,
-        description="The number of answers. The first answer uses the seed, and the others derive theirs from it.",
-    )
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Penalty | None = None
@@ -116,8 +104,6 @@ class Sampling(Neutral, Formed):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
         default=None, description="Extension of nybble: tokens that end the answer, which does not include them."
     )
-    max_tokens: Limit | None = None
-    n_predict: Limit | None = Field(default=None, description="Another name of max_tokens, as with llama-server.")
     min_tokens: TokenId | None = Field(
         default=None, description="Extension of nybble: the answer does not stop before this many tokens."
     )
@@ -134,13 +120,44 @@ class Sampling(Neutral, Formed):
     repetition_penalty: Repetition | None = Field(
         default=None, description="Extension of nybble: divide the logits of tokens seen before."
     )
-    repeat_penalty: Repetition | None = Field(
-        default=None, description="Another name of repetition_penalty, as with llama-server."
-    )
     penalty_window: TokenId | None = Field(
         default=None, description="Extension of nybble: the number of last tokens that penalties consider; 0 for all."
     )
 
+    def options(self) -> dict[str, Any]:
+        """The options that were given, named as in `nybble.SamplingOptions`."""
+        given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if self.logit_bias:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        return given
+
+
+_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids",
+)  # fmt: skip
+"""Parameters that are options of the same name."""
+
+
+class Sampling(Neutral, Formed, Sampler):
+    """The parameters of both chat and completions."""
+
+    model: str | None = Field(default=None, description="The name of the model; the served model if omitted.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="The number of answers. The first answer uses the seed, and the others derive theirs from it.",
+    )
+    max_tokens: Limit | None = None
+    n_predict: Limit | None = Field(default=None, description="Another name of max_tokens, as with llama-server.")
+    repeat_penalty: Repetition | None = Field(
+        default=None, description="Another name of repetition_penalty, as with llama-server."
+    )
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         default=None,
         description="As penalty_window with llama-server: -1 stands for all tokens, and 0 for no penalties.",
@@ -170,22 +187,14 @@ class Sampling(Neutral, Formed):
 
     def options(self) -> dict[str, Any]:
         """The options that were given, named as in `nybble.SamplingOptions`."""
-        names = (
-            "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-            "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids",
-        )  # fmt: skip
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = super().options()
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty
         if self.repeat_last_n == 0:
             given |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         elif self.repeat_last_n is not None:
             given["penalty_window"] = max(self.repeat_last_n, 0)
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
         given |= self.form_options()
-        if self.logit_bias:
-            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         return given
 
     def seeds(self, count: int) -> list[int | None]:
@@ -213,6 +222,12 @@ class PromptDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionDetails(BaseModel):
+    """What the tokens of the answers are."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """The tokens of a request and its answers."""
 
@@ -220,15 +235,17 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
     @classmethod
-    def of(cls, usage: generation.Usage) -> Usage:
+    def of(cls, usage: AnswerUsage) -> Usage:
         """The usage as clients receive it."""
         return cls(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
             prompt_tokens_details=PromptDetails(cached_tokens=usage.cached_tokens),
+            completion_tokens_details=CompletionDetails(reasoning_tokens=usage.reasoning_tokens),
         )
 
 

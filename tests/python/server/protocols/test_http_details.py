@@ -78,7 +78,7 @@ def test_routes_work_without_v1(server: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "advice"),
     [
-        ("POST", "/v1/responses", "; use /v1/chat/completions."),
+        ("POST", "/v1/assistants", "; use /v1/chat/completions."),
         ("POST", "/completion", "; use /v1/completions."),
         ("GET", "/v1/model", "; use /v1/models."),
         ("GET", "/xyz", " on this server. Its routes: POST /v1/chat/completions, "),

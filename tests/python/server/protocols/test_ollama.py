@@ -187,6 +187,8 @@ def test_the_routes_need_the_key(tool_model: Model) -> None:
         assert running.request("GET", "/api/tags", headers={"Authorization": "Bearer key"}).status == 200
 
 
+# Python may find here what the clients of earlier tests have left open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_client_of_ollama_works(server: Running, tool_model: Model) -> None:
     ollama = pytest.importorskip("ollama", reason="install the dependency group test-clients")
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from serving import Running, served
 
 from nybble import Model
 from nybble.generation import TokenLogprob
-from nybble.server.protocols.completions import _named
+from nybble.server.protocols.completions.adapter import _named
 
 IDS = [104, 101, 108, 108, 111, 32]
 

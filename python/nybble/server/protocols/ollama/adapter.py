@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from nybble import generation
 from nybble.generation import TokenLogprob
 from nybble.server import events
-from nybble.server.errors import ApiError, invalid_request
+from nybble.server.errors import ApiError
 from nybble.server.generation import GenerationRequest
-from nybble.server.protocols.adapter import Adapter
+from nybble.server.protocols.adapter import Adapter, CollectingAdapter, call_values, inner_request, renamed
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatRequest
-from nybble.server.protocols.completions import CompletionAdapter, CompletionRequest
+from nybble.server.protocols.completions.adapter import CompletionAdapter, CompletionRequest
 from nybble.server.protocols.ollama.schema import (
     AnsweredCall,
     AnsweredFunction,
@@ -32,13 +30,11 @@ from nybble.server.protocols.ollama.schema import (
 from nybble.server.protocols.schema import finite
 from nybble.server.service import Service
 
-Body = TypeVar("Body", bound=BaseModel)
-
 _OWN_NAMES = {"json_schema": "format", "response_format": "format"}
 """Ollama's names of parameters of the other protocols."""
 
 
-class OllamaAdapter(Adapter):
+class OllamaAdapter(CollectingAdapter):
     """A request for a chat or a completion.
 
     Args:
@@ -48,7 +44,7 @@ class OllamaAdapter(Adapter):
         is_chat: Whether answers are messages.
     """
 
-    end_of_stream: str | None = None
+    end_of_stream = b""
     media_type = "application/x-ndjson"
 
     def __init__(
@@ -68,20 +64,18 @@ class OllamaAdapter(Adapter):
 
     def translate(self) -> GenerationRequest:
         """The request of the inner adapter, with Ollama's names of parameters."""
-        request = self._inner.translate()
-        names = {option: _OWN_NAMES.get(name, name) for option, name in request.parameters.items()}
-        return dataclasses.replace(request, parameters=names)
+        return renamed(self._inner.translate(), _OWN_NAMES)
 
-    def response(self, answers: Sequence[events.CollectedAnswer], usage: generation.Usage) -> OllamaAnswer:
+    def response(self, answers: Sequence[events.CollectedAnswer], usage: events.AnswerUsage) -> OllamaAnswer:
         """The whole answer."""
         (answer,) = answers
         self._pending = answer.logprobs
-        return self._finished(answer.text, answer.calls, answer.reason, usage)
+        return self._finished(answer.text, answer.calls, answer.reason, usage, answer.reasoning)
 
     def chunks(self, event: events.Event) -> Iterator[OllamaAnswer]:
         """The lines of an event. A tool call is one line."""
         if self._first_at is None and isinstance(
-            event, events.LogprobsDelta | events.TextDelta | events.ToolCallStarted
+            event, events.LogprobsDelta | events.TextDelta | events.ReasoningDelta | events.ToolCallStarted
         ):
             self._first_at = time.perf_counter_ns()
         match event:
@@ -89,6 +83,8 @@ class OllamaAdapter(Adapter):
                 self._pending += tokens
             case events.TextDelta(_, text) if text:
                 yield self._answer(text, ())
+            case events.ReasoningDelta(_, text) if text:
+                yield self._answer("", (), text)
             case events.ToolCallStarted(_, _, id, name):
                 self._calls.append(events.CollectedCall(id, name))
             case events.ToolCallDelta(_, _, arguments):
@@ -99,44 +95,52 @@ class OllamaAdapter(Adapter):
             case events.UsageReported(usage):
                 yield self._finished("", (), self._reason, usage)
 
-    def frame(self, message: str) -> bytes:
+    def frame(self, chunk: BaseModel) -> bytes:
         """A message as a line."""
-        return f"{message}\n".encode()
+        return f"{self.dump(chunk)}\n".encode()
 
-    def failure(self, error: ApiError) -> str:
+    def failure(self, error: ApiError) -> bytes:
         """The error that ends a stream, as the Ollama client expects it."""
-        return json.dumps({"error": error.body.error.message})
+        return json.dumps({"error": error.body.error.message}).encode() + b"\n"
 
     def dump(self, body: BaseModel) -> str:
         """A line, without the fields that are not set."""
         return body.model_dump_json(exclude_none=True)
 
-    def _answer(self, text: str, calls: Sequence[events.CollectedCall], **more: Any) -> OllamaAnswer:
+    def _answer(
+        self, text: str, calls: Sequence[events.CollectedCall], reasoning: str = "", **more: Any
+    ) -> OllamaAnswer:
         pending, self._pending = self._pending, []
         answer = OllamaAnswer(model=self._service.name_of(self.model), created_at=now(), **{"done": False, **more})
         if self._is_chat:
-            answer.message = AnsweredMessage(content=text)
+            answer.message = AnsweredMessage(content=text, thinking=reasoning or None)
             if calls:
                 answer.message.tool_calls = [
                     AnsweredCall(
-                        id=call.id, function=AnsweredFunction(name=call.name, arguments=_values(call.arguments))
+                        id=call.id, function=AnsweredFunction(name=call.name, arguments=call_values(call.arguments))
                     )
                     for call in calls
                 ]
         else:
-            answer.response = text
+            answer.response, answer.thinking = text, reasoning or None
         if self._wants_logprobs and pending:
             answer.logprobs = [self._described(token) for token in pending]
         return answer
 
     def _finished(
-        self, text: str, calls: Sequence[events.CollectedCall], reason: events.FinishReason, usage: generation.Usage
+        self,
+        text: str,
+        calls: Sequence[events.CollectedCall],
+        reason: events.FinishReason,
+        usage: events.AnswerUsage,
+        reasoning: str = "",
     ) -> OllamaAnswer:
         end = time.perf_counter_ns()
         first = end if self._first_at is None else self._first_at
         return self._answer(
             text,
             calls,
+            reasoning,
             done=True,
             done_reason="length" if reason == "length" else "stop",
             total_duration=end - self._started_at,
@@ -163,7 +167,7 @@ def chat_adapter(service: Service, body: OllamaChatRequest) -> OllamaAdapter:
     Raises:
         ApiError: The request is invalid.
     """
-    request = _request(
+    request = inner_request(
         ChatRequest,
         {
             **body.parameters(),
@@ -183,17 +187,16 @@ def generate_adapter(service: Service, body: OllamaGenerateRequest) -> OllamaAda
     """
     prompt = body.prompt or ""
     inner: Adapter
-    if body.raw or not service.engine.model.tokenizer.has_chat_template:
+    if body.raw or body.suffix or not service.engine.model.tokenizer.has_chat_template:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         text = f"{body.system}\n\n{prompt}" if body.system else prompt
-        inner = CompletionAdapter(
-            service, _request(CompletionRequest, {**body.parameters(), "prompt": text, "logprobs": logprobs})
-        )
+        own = {"prompt": text, "suffix": body.suffix, "logprobs": logprobs}
+        inner = CompletionAdapter(service, inner_request(CompletionRequest, {**body.parameters(), **own}))
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": prompt}]
         inner = ChatAdapter(
-            service, _request(ChatRequest, {**body.parameters(), **body.chat_parameters(), "messages": messages})
+            service, inner_request(ChatRequest, {**body.parameters(), **body.chat_parameters(), "messages": messages})
         )
     return OllamaAdapter(service, body, inner, is_chat=False)
 
@@ -212,19 +215,3 @@ def loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) ->
 def now() -> str:
     """The time as Ollama writes it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat().replace("+00:00", "Z")
-
-
-def _request(kind: type[Body], values: dict[str, Any]) -> Body:
-    try:
-        return kind.model_validate({name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        raise invalid_request(error.errors()) from None
-
-
-def _values(arguments: str) -> dict[str, Any]:
-    """The arguments of a call, which are text if they are not a JSON object."""
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"arguments": arguments}

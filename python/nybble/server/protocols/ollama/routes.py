@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from nybble._native import __version__
+from nybble.chat.reasoning import reasoning_format
 from nybble.server.delivery import respond, with_timeout
 from nybble.server.errors import ApiError
 from nybble.server.protocols.embeddings import MAX_INPUTS, check_dimensions, vectors
@@ -43,9 +44,8 @@ def add_ollama_routes(app: FastAPI, service: Service, key: list[Any]) -> None:
 
     @app.post("/api/generate", **route)
     async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
-        return (
-            await respond(service, request, generate_adapter(service, body)) if body.prompt else _loaded(service, body)
-        )
+        asked = body.prompt or body.suffix
+        return await respond(service, request, generate_adapter(service, body)) if asked else _loaded(service, body)
 
     @app.post("/api/embed", **route)
     async def embed(request: Request, body: OllamaEmbedRequest) -> Response:
@@ -178,6 +178,11 @@ def _description(service: Service) -> Json:
             f"{info.family}.embedding_length": info.hidden_size,
             f"{info.family}.block_count": info.layers,
         },
-        "capabilities": ["completion", *(["tools"] if tools else []), "embedding"],
+        "capabilities": [
+            "completion",
+            *(["tools"] if tools else []),
+            *(["thinking"] if reasoning_format(model.tokenizer) else []),
+            "embedding",
+        ],
         "modified_at": _time(service.created),
     }

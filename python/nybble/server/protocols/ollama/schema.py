@@ -62,7 +62,7 @@ class OllamaRequest(Lenient):
     format: Literal["", "json"] | Json | None = None
     options: Options | None = None
     keep_alive: float | str | None = Field(default=None, description="Ignored: the model is always loaded.")
-    think: bool | str | None = Field(default=None, description="Sets enable_thinking of the chat template.")
+    think: bool | str | None = Field(default=None, description="Whether to reason, or how much.")
     logprobs: bool | None = None
     top_logprobs: int | None = None
     truncate: bool | None = Field(default=None, description="Ignored: a prompt that does not fit is an error.")
@@ -80,8 +80,10 @@ class OllamaRequest(Lenient):
     def chat_parameters(self) -> Json:
         """The parameters that only chats have."""
         given: Json = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs if self.logprobs else None}
-        if self.think is not None:
-            given["chat_template_kwargs"] = {"enable_thinking": bool(self.think)}
+        if isinstance(self.think, bool):
+            given["enable_thinking"] = self.think
+        elif self.think:
+            given["reasoning_effort"] = self.think
         return given
 
 
@@ -151,7 +153,7 @@ class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = Field(default=None, description="Use the prompt as it is, without the chat template.")
-    suffix: Literal[""] | None = None
+    suffix: str | None = Field(default=None, description="The text after the answer. The prompt is used as it is.")
     template: Literal[""] | None = None
     context: Annotated[list[Any], Field(max_length=0)] | None = None
     images: list[Any] | None = None
@@ -225,6 +227,7 @@ class AnsweredMessage(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str
+    thinking: str | None = None
     tool_calls: list[AnsweredCall] | None = None
 
 
@@ -235,6 +238,7 @@ class OllamaAnswer(BaseModel):
     created_at: str
     message: AnsweredMessage | None = None
     response: str | None = None
+    thinking: str | None = None
     logprobs: list[OllamaLogprob] | None = None
     done: bool
     done_reason: Literal["stop", "length", "load", "unload"] | None = None

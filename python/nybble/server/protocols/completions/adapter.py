@@ -6,18 +6,18 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from nybble import generation
 from nybble.generation import TokenLogprob
 from nybble.generation.request import check_length, prompt_ids
 from nybble.sampling import SamplingOptions
 from nybble.server import events
 from nybble.server.errors import ApiError
 from nybble.server.generation import GenerationRequest, Prompt
-from nybble.server.protocols.adapter import Adapter
+from nybble.server.protocols.adapter import CollectingAdapter
+from nybble.server.protocols.completions.scoring import score
 from nybble.server.protocols.schema import Sampling, TokenId, Usage, finite
-from nybble.server.protocols.scoring import score
 from nybble.server.service import Service
 from nybble.server.tools.reader import new_id
 
@@ -32,10 +32,23 @@ class CompletionRequest(Sampling):
     echo: bool | None = Field(
         default=None, description="Put the prompt before the completion, with its log-probabilities if logprobs is set."
     )
-    suffix: Literal[""] | None = None
+    suffix: str | None = Field(
+        default=None, description="The text after the completion, for models with tokens for filling in the middle."
+    )
+    reasoning: Any = Field(default=None, description="Ignored, as the other parameters of reasoning: text has none.")
+    include_reasoning: bool | None = Field(default=None, description="Ignored.")
+    reasoning_format: str | None = Field(default=None, description="Ignored.")
     max_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         default=None, description="-1 stands for no limit. 0 generates nothing, which is useful with echo."
     )
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> CompletionRequest:
+        if self.suffix and self.echo:
+            raise PydanticCustomError("invalid", "suffix cannot be combined with echo")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in prompts_of(self.prompt)):
+            raise PydanticCustomError("invalid", "suffix requires prompts that are text, found token ids")
+        return self
 
     def options(self) -> dict[str, Any]:
         """The options that were given. Without a limit, a completion has 16 tokens, as with OpenAI."""
@@ -77,11 +90,11 @@ class TextCompletion(BaseModel):
     usage: Usage | None = None
 
 
-class CompletionAdapter(Adapter):
+class CompletionAdapter(CollectingAdapter):
     """A request for completions."""
 
     def __init__(self, service: Service, body: CompletionRequest) -> None:
-        self._prompts = _prompts_of(body.prompt)
+        self._prompts = prompts_of(body.prompt)
         if not self._prompts:
             raise ApiError(400, "prompt: found an empty list, expected at least one prompt", param="prompt")
         self._per_prompt = body.n or 1
@@ -111,8 +124,10 @@ class CompletionAdapter(Adapter):
             for prompt in self._prompts:
                 if isinstance(prompt, str):
                     check_length(self._model, prompt)
-            encode = self._tokenizer.encode_prompt
-            all_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._prompts]
+            all_ids = [self._ids(prompt) for prompt in self._prompts]
+            if self._body.suffix:
+                ends = given.get("stop_token_ids", ())
+                given["stop_token_ids"] = [*ends, *self._tokenizer.infill_ids]
             seeds = self._body.seeds(self._per_prompt)
             return [(ids, SamplingOptions(**given, seed=seed)) for ids in all_ids for seed in seeds]
 
@@ -123,6 +138,14 @@ class CompletionAdapter(Adapter):
             prompts=len(self._prompts),
             before=[functools.partial(self._add_echo, prompt) for prompt in self._prompts] if self._body.echo else (),
         )
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if suffix := self._body.suffix:
+            check_length(self._model, suffix)
+            return self._tokenizer.encode_infill(prompt, suffix)
+        return self._tokenizer.encode_prompt(prompt)
 
     def _add_echo(self, prompt: str | list[int]) -> None:
         """Computes the echo of the next prompt."""
@@ -151,7 +174,7 @@ class CompletionAdapter(Adapter):
     def _echo(self, answer: int) -> tuple[str, TextLogprobs | None]:
         return self._echoes[answer // self._per_prompt] if self._body.echo else ("", None)
 
-    def response(self, answers: Sequence[events.CollectedAnswer], usage: generation.Usage) -> TextCompletion:
+    def response(self, answers: Sequence[events.CollectedAnswer], usage: events.AnswerUsage) -> TextCompletion:
         """The completion that holds all answers."""
         choices = []
         for index, answer in enumerate(answers):
@@ -188,7 +211,7 @@ class CompletionAdapter(Adapter):
         return TextCompletion(**self._head, choices=[choice])
 
 
-def _prompts_of(prompt: Prompts) -> list[str | list[int]]:
+def prompts_of(prompt: Prompts) -> list[str | list[int]]:
     """The prompts of a field that holds one or several."""
     if isinstance(prompt, str):
         return [prompt]

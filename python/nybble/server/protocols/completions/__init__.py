@@ -1,0 +1,1 @@
+"""`/v1/completions`: prompts as text or tokens in, text out."""

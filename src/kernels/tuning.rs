@@ -1,0 +1,222 @@
+//! Which instruction set multiplies matrices of a layout fastest, measured on this machine.
+//!
+//! No rule holds on all CPUs: one row may be faster with narrow registers, because the CPU lowers its clock for wide ones, and
+//! tiles may cost more than they save. All sets return the same bits, so the choice is nobody's concern but the clock's. It
+//! is made when a model is loaded, on that model's matrices, and kept in a file in the cache folder.
+#![allow(unsafe_code, reason = "a table of functions that only some CPUs can run")]
+
+mod record;
+
+use std::hint::black_box;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::Instant;
+
+pub use self::record::Choice;
+use self::record::{Record, fastest};
+use super::activations::Activations;
+use super::available::available;
+use super::operations::{Kernel, Table};
+use super::scalar;
+use crate::quant::packed::{Code, Layout, PANEL, Packed};
+use crate::threads::{Columns, Scope};
+
+/// Rows of the products that are measured. A product of `n` rows takes the choice for the largest number up to `n`.
+const HEIGHTS: [usize; 3] = [1, 8, 64];
+/// Bytes of weights that are multiplied with each number of rows: for one row more than most caches hold.
+const BYTES: [usize; 3] = [24 << 20, 8 << 20, 1 << 20];
+/// Layouts that take less than this in a model are not measured for it: their share of its time is small.
+const LEAST: usize = 1 << 20;
+/// Panels that a task multiplies.
+const PANELS: usize = 8;
+/// Rounds of a measurement. The fastest counts, because other work can only slow a round down.
+const ROUNDS: usize = 4;
+/// Integer layouts: three codes, four groups, with minimums and without.
+const LAYOUTS: usize = 3 * 4 * 2;
+
+/// The chosen kernel for each layout and height: its index in [`candidates`]. The first at the beginning.
+static CHOICES: [[AtomicU8; HEIGHTS.len()]; LAYOUTS] = [const { [const { AtomicU8::new(0) }; HEIGHTS.len()] }; LAYOUTS];
+
+/// What was measured or read in this process.
+static KNOWN: Mutex<Option<Record>> = Mutex::new(None);
+
+/// The kernels to choose from: all that this CPU runs but the scalar one.
+pub(super) fn candidates() -> &'static [&'static Kernel] {
+    static CANDIDATES: LazyLock<Vec<&'static Kernel>> =
+        LazyLock::new(|| available().into_iter().filter(|kernel| kernel.name() != scalar::kernel().name()).collect());
+    &CANDIDATES
+}
+
+/// The first candidate, whose products are computed by the candidate that was measured to be the fastest. `None` if there is
+/// nothing to choose.
+pub(super) fn kernel() -> Option<&'static Kernel> {
+    static TUNED: LazyLock<Option<Kernel>> = LazyLock::new(|| {
+        let [first, _, ..] = candidates() else { return None };
+        // SAFETY: candidates are available, so this CPU runs all functions of the first one. The product has no needs of its own.
+        Some(unsafe { Kernel::new(Table { product, ..first.table() }) })
+    });
+    TUNED.as_ref()
+}
+
+/// [`Kernel::product`] by the kernel chosen for the layout and the number of rows.
+fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+    let height = HEIGHTS.iter().rposition(|height| *height <= x.rows()).unwrap_or(0);
+    let choice = CHOICES[index_of(w.layout())][height].load(Ordering::Relaxed);
+    candidates()[usize::from(choice)].product(w, panels, x, out);
+}
+
+/// The index of an integer layout.
+fn index_of(layout: Layout) -> usize {
+    let code = match layout.code {
+        Code::Int4 => 0,
+        Code::Table4(_) => 1,
+        _ => 2,
+    };
+    let group = match layout.group {
+        16 => 0,
+        32 => 1,
+        64 => 2,
+        _ => 3,
+    };
+    (code * 4 + group) * 2 + usize::from(layout.min)
+}
+
+/// The name of the layout with this index.
+fn name_of(index: usize) -> String {
+    let (code, group) = (["int4", "table4", "int8"][index / 8], [16, 32, 64, 128][index / 2 % 4]);
+    let min = if index % 2 == 1 { " with minimums" } else { "" };
+    format!("{code}, groups of {group}{min}")
+}
+
+/// Chooses kernels for the layouts of `matrices`, unless that was done before. `NYBBLE_TUNING` may say `off`, to use
+/// the first kernel for everything, or `retune`, to ignore the file of earlier measurements.
+pub(crate) fn tune<'a>(kernel: &Kernel, scope: &Scope<'_>, threads: usize, matrices: impl Iterator<Item = &'a Packed>) {
+    let wish = std::env::var("NYBBLE_TUNING").unwrap_or_default();
+    if wish == "off" || !self::kernel().is_some_and(|tuned| std::ptr::eq(tuned, kernel)) {
+        return;
+    }
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
+    let names: Vec<&str> = candidates().iter().map(|kernel| kernel.name()).collect();
+    let mut layouts: [Vec<&Packed>; LAYOUTS] = Default::default();
+    for matrix in matrices.filter(|matrix| matrix.layout().is_integer()) {
+        layouts[index_of(matrix.layout())].push(matrix);
+    }
+    let mut is_new = false;
+    for (index, matrices) in layouts.iter().enumerate() {
+        if matrices.iter().map(|matrix| matrix.bytes()).sum::<usize>() < LEAST {
+            continue;
+        }
+        for (height, (rows, bytes)) in HEIGHTS.into_iter().zip(BYTES).enumerate() {
+            let layout = name_of(index);
+            let gops = record.speeds(&layout, rows, threads, &names).unwrap_or_else(|| {
+                is_new = true;
+                let gops = measure(scope, candidates(), matrices, rows, bytes);
+                record.add(layout, rows, threads, &names, &gops);
+                gops
+            });
+            CHOICES[index][height].store(fastest(&gops) as u8, Ordering::Relaxed);
+        }
+    }
+    if is_new {
+        record.write();
+    }
+}
+
+/// What was measured on this machine for this version, also by earlier processes if a model is loaded. Empty on a CPU with nothing to
+/// choose.
+pub fn choices() -> Vec<Choice> {
+    let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.as_ref().map(Record::choices).unwrap_or_default()
+}
+
+/// The speed of each kernel: 10^9 operations per second for products of `rows` rows with about `bytes` of the matrices.
+fn measure(
+    scope: &Scope<'_>,
+    kernels: &[&'static Kernel],
+    matrices: &[&Packed],
+    rows: usize,
+    bytes: usize,
+) -> Vec<f64> {
+    // Tasks of several panels, of as many matrices as there is time for.
+    let mut tasks: Vec<(usize, Range<usize>)> = vec![];
+    let (mut taken, mut weights) = (0, 0);
+    for (i, matrix) in matrices.iter().enumerate() {
+        for first in (0..matrix.panels()).step_by(PANELS) {
+            if taken < bytes {
+                let panels = first..matrix.panels().min(first + PANELS);
+                taken += matrix.bytes() * panels.len() / matrix.panels();
+                weights += panels.len() * PANEL * matrix.columns();
+                tasks.push((i, panels));
+            }
+        }
+    }
+    let inputs: Vec<Activations> = matrices
+        .iter()
+        .map(|matrix| {
+            // The time does not depend on the numbers, but they should not be zeros.
+            let values: Vec<f32> = (0..rows * matrix.columns()).map(|i| (i * 7919 % 255) as f32 - 127.0).collect();
+            let mut input = Activations::default();
+            input.quantize(kernels[0], &values, matrix.columns());
+            input
+        })
+        .collect();
+    let mut best = vec![f64::INFINITY; kernels.len()];
+    for _ in 0..ROUNDS {
+        for (kernel, best) in kernels.iter().zip(&mut best) {
+            let start = Instant::now();
+            scope.for_each(tasks.len(), |task| {
+                let (matrix, panels) = &tasks[task];
+                let mut out = [0.0; HEIGHTS[HEIGHTS.len() - 1] * PANELS * PANEL];
+                let out = &mut out[..rows * panels.len() * PANEL];
+                let mut columns = Columns::whole(out, rows, panels.len() * PANEL);
+                kernel.product(matrices[*matrix], panels.clone(), &inputs[*matrix], &mut columns);
+                black_box(out);
+            });
+            *best = best.min(start.elapsed().as_secs_f64());
+        }
+    }
+    best.into_iter().map(|seconds| 2.0 * (weights * rows) as f64 / seconds / 1e9).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::threads::ThreadPool;
+
+    fn layouts() -> Vec<Layout> {
+        let codes = [(Code::Int4, &[16, 32, 64, 128][..]), (Code::Table4([1; 16]), &[16, 32]), (Code::Int8, &[16, 32])];
+        let with = |code, group| [false, true].map(|min| Layout { code, group, min });
+        codes.iter().flat_map(|(code, groups)| groups.iter().flat_map(|group| with(*code, *group))).collect()
+    }
+
+    #[test]
+    fn every_layout_has_its_own_choice_and_name() {
+        let mut indices: Vec<usize> = layouts().into_iter().map(index_of).collect();
+        let names: std::collections::BTreeSet<String> = indices.iter().map(|index| name_of(*index)).collect();
+        indices.sort_unstable();
+        indices.dedup();
+        assert_eq!((indices.len(), names.len()), (layouts().len(), layouts().len()));
+        assert!(
+            names.contains("int4, groups of 32 with minimums") && names.contains("int8, groups of 16"),
+            "{names:?}"
+        );
+    }
+
+    #[test]
+    fn every_kernel_is_measured_on_every_layout_and_height() {
+        let kernels = available();
+        let pool = ThreadPool::new(2).unwrap();
+        for layout in layouts() {
+            // More panels than a task takes, a last one that is not whole, and a matrix of another shape.
+            let matrices = [Packed::zeroed(150, 70, layout, 1.0), Packed::zeroed(16, 33, layout, 1.0)];
+            let matrices: Vec<&Packed> = matrices.iter().collect();
+            for rows in HEIGHTS {
+                let gops = pool.run(|scope| measure(scope, &kernels, &matrices, rows, usize::MAX));
+                assert_eq!(gops.len(), kernels.len());
+                assert!(gops.iter().all(|gops| gops.is_finite() && *gops > 0.0), "{layout:?}: {gops:?}");
+            }
+        }
+    }
+}

@@ -15,6 +15,7 @@ use crate::model::transformer::Weights;
 use crate::quant::block::BlockType;
 use crate::quant::pack::{PackError, PackJob, Rows};
 use crate::quant::packed::Packed;
+use crate::system::arena::Arena;
 use crate::threads::Scope;
 
 /// The tensors of `weights` that adapters may change, and their dimensions.
@@ -152,7 +153,9 @@ fn pack_rows(
     let is_short = values.iter().all(|value| value.to_bits() & 0xffff == 0);
     let block_type = if is_short { BlockType::BF16 } else { BlockType::F32 };
     let source = FloatRows { values, columns, block_type };
-    let job = PackJob { source: &source, rows, columns, order, release: &|| {} };
+    // The matrices are too small for maps of several.
+    let arena = Arena::new(0);
+    let job = PackJob { source: &source, rows, columns, order, release: &|| {}, arena: &arena };
     job.run(scope).map_err(|error| match error {
         PackError::Memory(error) => error,
         PackError::NotFinite(row) => Error::argument("adapter", format_args!("NaN in row {row}"), "finite numbers"),

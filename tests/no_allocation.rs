@@ -41,9 +41,12 @@ fn load(path: &Path, threads: usize) -> Model {
 
 /// Asserts that three consecutive rounds allocate nothing. With several threads this takes some rounds: a thread grows its
 /// buffers when it first gets each kind of task.
-fn assert_allocations_stop(what: &str, path: &Path) {
+fn assert_allocations_stop(what: &str, path: &Path, adapter: Option<&Path>) {
     for threads in [1, 2] {
-        let model = load(path, threads);
+        let mut model = load(path, threads);
+        if let Some(adapter) = adapter {
+            (model, _) = model.with_adapter(adapter).unwrap();
+        }
         let (mut session, mut logits) = (model.session(), Vec::new());
         allocations(&model, &mut session, &[7], &mut logits);
         let mut counts = Vec::new();
@@ -60,11 +63,16 @@ fn assert_allocations_stop(what: &str, path: &Path) {
 fn a_step_of_a_known_size_allocates_nothing() {
     let folder = tempfile::tempdir().unwrap();
     for block_type in [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q8_0, BlockType::F32] {
-        assert_allocations_stop(block_type.name(), &llama(folder.path(), &ODD, block_type));
+        assert_allocations_stop(block_type.name(), &llama(folder.path(), &ODD, block_type), None);
     }
     // With norms of queries, keys and branch outputs, learned positions, experts.
     for family in ["gemma3", "qwen3", "qwen2_moe", "gpt2"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(family);
-        assert_allocations_stop(family, &path);
+        assert_allocations_stop(family, &path, None);
+    }
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    for (family, adapter) in [("llama", "llama-embeddings"), ("mixtral", "mixtral-experts")] {
+        let (path, adapter) = (data.join("goldens").join(family), data.join("adapters").join(adapter));
+        assert_allocations_stop("with an adapter", &path, Some(&adapter));
     }
 }

@@ -42,6 +42,11 @@ def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
     return Tokenizer.load(file, mmap=mmap)
 
 
+def _warn(path: str | os.PathLike[str], notes: Sequence[str]) -> None:
+    for note in notes:
+        logging.getLogger("nybble").warning("%s: %s", os.fspath(path), note)
+
+
 class _InBackground(Generic[T]):
     """Runs a function in a thread during a `with` block.
 
@@ -117,6 +122,8 @@ class Model(Chatting):
         source: str | os.PathLike[str] | None = None,
         options: LoadOptions | None = None,
         *,
+        adapter: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         progress: Progress = None,
         **overrides: Unpack[LoadOverrides],
     ) -> Model:
@@ -126,6 +133,8 @@ class Model(Chatting):
             source: A GGUF file, a folder of its shards, a folder with `config.json` and safetensors files, a Hub
                 repository (`org/name`), or None for the default model.
             options: How to load it; the defaults of `LoadOptions` if None.
+            adapter: A LoRA adapter that applies to everything: a folder that PEFT has saved, or a GGUF file.
+            adapters: LoRA adapters by name. Each call chooses one with `adapter="name"`, or none of them.
             progress: None draws a progress bar on a terminal or in a notebook if it takes more than a second, True
                 always reports, False never. A function is called from time to time: during a download with the number
                 of bytes and their total, then with the number of weights packed and their total. An exception that it
@@ -134,8 +143,9 @@ class Model(Chatting):
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: The file cannot be read or downloaded.
-            ModelError: The file is damaged or not supported.
-            ValueError: An argument is out of range. For an unknown kernel the message lists those that this CPU runs.
+            ModelError: The file or an adapter is damaged or not supported. Nothing of an adapter is applied in part.
+            ValueError: An argument is out of range, or both `adapter` and `adapters` are given. For an unknown kernel
+                the message lists those that this CPU runs.
             MemoryError: The weights do not fit into memory.
 
         Example:
@@ -144,6 +154,8 @@ class Model(Chatting):
             model = Model.load("Qwen/Qwen2.5-0.5B-Instruct-GGUF", filename="*Q4_K_M.gguf")
             ```
         """
+        if adapter is not None and adapters:
+            raise ValueError("adapter: found adapters as well, expected one for everything or several by name")
         chosen = merge_load_options(options, overrides)
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
@@ -169,7 +181,51 @@ class Model(Chatting):
 
             logging.getLogger("nybble").warning("%s: %s", original, note)
         tokenizer = _tokenizer(file, mmap) if background is None else background.result()
-        return cls._of(native, tokenizer, file, original)
+        model = cls._of(native, tokenizer, file, original)
+        if adapter is not None:
+            _warn(adapter, native.set_adapter(adapter))
+        for name, path in (adapters or {}).items():
+            model.load_adapter(name, path)
+        return model
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Loads a LoRA adapter under a name, with which later calls choose it.
+
+        The weights of the model stay as they are, and all adapters share them. Requests with different adapters are
+        computed in one batch. An adapter of the same name is replaced; requests and sessions that have it keep it.
+
+        Args:
+            name: Characters of A-Z, a-z, 0-9, `.`, `_` and `-`.
+            path: A folder that PEFT has saved, or a GGUF file.
+
+        Raises:
+            FileNotFoundError, PermissionError: A file cannot be read.
+            ModelError: The adapter is damaged, belongs to another model, or has a part that is not supported. The
+                message names it.
+            ValueError: The name has other characters, or an adapter applies to everything.
+
+        Example:
+            ```python
+            model.load_adapter("pirate", "pirate-lora")
+            print(model.generate("Hello", adapter="pirate"))
+            ```
+        """
+        _warn(path, self._native.load_adapter(name, path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Removes an adapter. Requests and sessions that have it keep it, and its memory is freed with the last.
+
+        Raises:
+            ValueError: No adapter has this name.
+        """
+        if not self._native.unload_adapter(name):
+            expected = ", ".join(self.adapters) or "no name: the model has no adapters"
+            raise ValueError(f"adapter: found {name!r}, expected {expected}")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that calls can choose."""
+        return tuple(self._native.adapters())
 
     @overload
     def generate(
@@ -256,18 +312,26 @@ class Model(Chatting):
     def _tokenizer(self) -> Tokenizer:
         return self.tokenizer
 
-    def session(self) -> Session:
-        """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice."""
+    def session(self, *, adapter: str | None = None) -> Session:
+        """Returns an empty session, which keeps its KV cache between calls, so that no token is computed twice.
+
+        Args:
+            adapter: The name of the adapter that the session is computed with; None for the model alone.
+
+        Raises:
+            ValueError: No adapter has this name.
+        """
         from nybble.session import Session
 
-        return Session._of(self, self._native.session())
+        return Session._of(self, self._native.session(adapter))
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Reads a session that `Session.save` wrote. It continues with the same tokens as the saved session.
 
         Raises:
             FileNotFoundError, PermissionError: The file cannot be read.
-            ModelError: The file is damaged, or belongs to another model, another `cache_type` or a larger context.
+            ModelError: The file is damaged, or belongs to another model, another adapter, another `cache_type` or a
+                larger context.
         """
         from nybble.session import Session
 
@@ -288,22 +352,25 @@ class Model(Chatting):
         return self.tokenizer.decode(ids)
 
     @keyword_only(ids="prompt")
-    def logits(self, prompt: Prompt | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, prompt: Prompt | npt.NDArray[np.integer[Any]], *, adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """Returns the logits after each token, a float32 array of shape (tokens, vocabulary).
 
         Args:
             prompt: Text or token ids.
+            adapter: The name of the adapter to compute with; None for the model alone.
 
         Raises:
             ContextFullError: The tokens do not fit into the context.
             MemoryError: The logits do not fit into memory.
-            ValueError: A token is unknown.
+            ValueError: A token or the adapter is unknown.
         """
         if getattr(prompt, "ndim", 1) != 1:
             shape = getattr(prompt, "shape", ())
             raise ValueError(f"prompt: found an array of shape {shape}, expected text or token ids in one dimension")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt, "prompt")
-        return self._native.logits(ids)
+        return self._native.logits(ids, adapter)
 
     def mtp_logits(self, prompt: Prompt) -> npt.NDArray[np.float32]:
         """Returns the logits of the model's head for multi-token prediction, of shape (tokens - 1, vocabulary).
@@ -327,6 +394,7 @@ class Model(Chatting):
         pooling: Literal["mean", "cls", "last"] | None = None,
         normalize: bool = True,
         prompt: str | None = None,
+        adapter: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Returns embeddings of documents, a float32 array of shape (documents, `info.embedding_size`).
 
@@ -340,11 +408,12 @@ class Model(Chatting):
             normalize: Scale each embedding to length 1.
             prompt: The name of one of `prompts`, which is put before each text. None is the model's default prompt, if
                 it has one. Token ids stay as they are.
+            adapter: The name of the adapter to compute with; None for the model alone.
 
         Raises:
             ContextFullError: A document does not fit into the context.
             ModelError: A hidden state is not finite, or keys or values do not fit into the cache type.
-            ValueError: A document has no tokens, or `pooling` or `prompt` is unknown.
+            ValueError: A document has no tokens, or `pooling`, `prompt` or `adapter` is unknown.
 
         Example:
             ```python
@@ -352,29 +421,30 @@ class Model(Chatting):
             query = model.embed("boats", prompt="query")
             ```
         """
-        return vectors.embed(self, text, pooling, normalize, prompt)
+        return vectors.embed(self, text, pooling, normalize, prompt, adapter)
 
     @property
     def prompts(self) -> Mapping[str, str]:
         """The model's prompts for `embed` by name, from `config_sentence_transformers.json`."""
         return vectors.prompts(self.info.file).texts
 
-    def classify(self, text: Prompt | Prompts) -> npt.NDArray[np.float32]:
+    def classify(self, text: Prompt | Prompts, *, adapter: str | None = None) -> npt.NDArray[np.float32]:
         """Returns scores of a text for each of `info.labels`, a float32 array of shape (labels,).
 
         The scores are logits: a softmax, or a sigmoid for labels that exclude nothing, turns them into probabilities.
 
         Args:
             text: A text or token ids. For a list of them, the array has the shape (documents, labels).
+            adapter: The name of the adapter to compute with; None for the model alone.
 
         Raises:
             ContextFullError: A text does not fit into the context.
             ModelError: The model has no classification head.
-            ValueError: A text has no tokens.
+            ValueError: A text has no tokens, or the adapter is unknown.
         """
-        return vectors.classify(self, text)
+        return vectors.classify(self, text, adapter)
 
-    def rerank(self, query: str, documents: Sequence[str]) -> npt.NDArray[np.float32]:
+    def rerank(self, query: str, documents: Sequence[str], *, adapter: str | None = None) -> npt.NDArray[np.float32]:
         """Returns the relevance of each document to a query, a float32 array of shape (documents,).
 
         A higher score is more relevant. The scores are logits: a sigmoid turns them into probabilities.
@@ -382,6 +452,7 @@ class Model(Chatting):
         Args:
             query: The query.
             documents: The documents.
+            adapter: The name of the adapter to compute with; None for the model alone.
 
         Raises:
             ContextFullError: The query and a document do not fit into the context together.
@@ -393,7 +464,7 @@ class Model(Chatting):
             best = int(scores.argmax())
             ```
         """
-        return vectors.rerank(self, query, documents)
+        return vectors.rerank(self, query, documents, adapter)
 
     def close(self) -> None:
         """Frees the model as soon as calls in other threads have ended. Later calls raise `ModelError`."""

@@ -118,7 +118,8 @@ class SamplingOptions:
         metadata=doc("Constrain the output to this context-free grammar in Lark's syntax: its text, or @ and a file."),
     )
     """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
-
+    adapter: str | None = field(default=None, metadata=doc("Compute with the adapter of this name.", "NAME"))
+    """The name of the adapter to compute with, one of `Model.adapters`. None computes with the model alone."""
     reasoning_budget: int | None = field(
         default=None, metadata=doc("End reasoning after this many tokens, and answer; no limit if not given.")
     )
@@ -166,6 +167,7 @@ class SamplingOptions:
         _check(" and ".join(given), "each of them", len(given) <= 1, "at most one of schema, regex and grammar")
         for name in given:
             _check(name, getattr(self, name), _text(getattr(self, name)), "a string that is not empty")
+        _check("adapter", self.adapter, self.adapter is None or _text(self.adapter), "None or the name of an adapter")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
@@ -195,6 +197,7 @@ class SamplingOverrides(TypedDict, total=False):
     schema: Mapping[str, Any] | type | str | None
     regex: str | None
     grammar: str | None
+    adapter: str | None
     reasoning_budget: int | None
 
 

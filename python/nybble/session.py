@@ -67,6 +67,14 @@ class Session(Chatting):
         return (*self._tokens, *self._stream.tokens)
 
     @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that all tokens are computed with, None for the model alone.
+
+        Calls may name it again, but no other.
+        """
+        return self._native.adapter or None
+
+    @property
     def text(self) -> str:
         """The text of all tokens, without special tokens."""
         return self._model.tokenizer.decode(self.tokens)

@@ -8,13 +8,19 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use crate::kernels::PAGE;
-use crate::model::SharedPage;
+use crate::model::{Session, SharedPage};
 
 /// The tokens of a page.
 pub(super) type Tokens = [u32; PAGE];
 
-/// The id of the parent of a first block.
-pub(super) const ROOT: u64 = 0;
+/// The id of the parent of a first block of sequences with the adapter of `session`. It is not the id of a block: those count
+/// from 1, and ids of adapters have the highest bit set.
+pub(super) fn root(session: &Session) -> u64 {
+    match session.adapter_id() {
+        0 => 0,
+        adapter => 1 << 63 | adapter,
+    }
+}
 
 /// Smallest number of tokens for which copying a page is faster than computing them.
 const MIN_COPIED_TOKENS: usize = 8;

@@ -132,6 +132,16 @@ impl SafeTensors {
         }
     }
 
+    /// Opens one file of the folder.
+    ///
+    /// # Errors
+    /// Those of [`SafeTensors::open`].
+    pub(crate) fn open_file(folder: &Path, name: &str, mmap: bool) -> Result<SafeTensors> {
+        let mut all = SafeTensors::empty(folder, mmap);
+        all.add(folder.join(name))?;
+        Ok(all)
+    }
+
     fn empty(folder: &Path, mmap: bool) -> SafeTensors {
         let (files, tensors, index) = (Vec::new(), Vec::new(), HashMap::new());
         SafeTensors { folder: folder.to_path_buf(), mmap, files, tensors, index }

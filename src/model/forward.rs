@@ -1,5 +1,6 @@
 //! The forward pass: rows of tokens from any number of sessions in, logits out.
 
+use super::adapter::rows;
 use super::batch::{Batch, Input, Logits, Row};
 use super::buffer::Buffer;
 use super::config::Config;
@@ -36,6 +37,7 @@ pub(super) struct Workspace {
     /// `(rows, layers * width)`: the vectors of the layers.
     pub(super) per_layer: Buffer,
     pub(super) streams: streams::Workspace,
+    adapters: rows::Workspace,
     /// `(rows with logits, vocabulary rounded up to panels)`
     logits: Buffer,
     /// `(inputs)`: tokens that each session held before the step.
@@ -119,6 +121,8 @@ impl Transformer {
         w.lengths.extend(inputs.iter().map(|input| input.session.len()));
         let before = logits.len();
         let (config, kernel, threads) = (&self.config, self.kernel, self.pool.threads());
+        let mut adapters = std::mem::take(&mut w.adapters);
+        adapters.start(inputs.iter().map(|input| input.session.adapter()));
         let result = self.reserve(inputs, logits).and_then(|()| {
             self.pool.run(|scope| {
                 w.batch.start(inputs.len());
@@ -130,11 +134,15 @@ impl Transformer {
                 };
                 while w.batch.gather(inputs, whole, |rows| span_rows(config, threads, rows)) {
                     w.reserve(self, inputs)?;
-                    self.batch(&Pass { config, kernel, scope, threads }, w, inputs, logits, head, interrupted)?;
+                    adapters.plan(w.batch.rows.iter().map(|row| (row.input, row.wanted)))?;
+                    let pass = Pass { config, kernel, scope, threads, adapters: adapters.rows() };
+                    self.batch(&pass, w, inputs, logits, head, interrupted)?;
                 }
                 Ok(())
             })
         });
+        adapters.end();
+        w.adapters = adapters;
         if result.is_err() {
             logits.truncate(before);
             for (input, len) in inputs.iter_mut().zip(&w.lengths) {
@@ -243,7 +251,8 @@ impl Transformer {
             streams.end(pass, &mut w.x, &mut w.input, &mut w.branch, &mut w.streams);
         }
         if let Some(head) = head {
-            self.follow(head, pass, w, inputs)?;
+            // The head drafts for the base; the model verifies its drafts.
+            self.follow(head, &pass.without_adapters(), w, inputs)?;
         }
         for row in &w.batch.rows {
             inputs[row.input].session.advance(1);
@@ -266,7 +275,7 @@ impl Transformer {
             logits.extend_from_slice(&w.input.values);
         } else if wanted > 0 {
             // The last norm and the output matrix.
-            self.head(pass, w, logits);
+            self.head(&Pass { adapters: pass.adapters.wanted(), ..*pass }, w, logits);
         }
         Ok(())
     }
@@ -391,13 +400,14 @@ impl Transformer {
         let projected = weights.projections.as_ref().map(|projections| {
             let columns = embedding.columns();
             w.input.resize(rows.len(), columns);
-            for (input, row) in w.input.values.chunks_mut(columns).zip(rows) {
+            for (index, (input, row)) in w.input.values.chunks_mut(columns).zip(rows).enumerate() {
                 embedding.decode_row(row.token as usize, input);
+                pass.adapters.embed(pass.kernel, index, row.token as usize, input);
             }
             pass.linear(&projections.in_proj, &mut w.input, &mut w.branch);
             projections.in_proj.width()
         });
-        let branch = &w.branch;
+        let (branch, kernel, adapters) = (&w.branch, pass.kernel, pass.adapters);
         let size = if weights.positions.is_some() || weights.token_types.is_some() { hidden } else { 0 };
         w.x.resize(rows.len() * hidden);
         pass.scope.for_each_chunk_with(&mut w.x, TASK_ROWS * hidden, &mut w.rows, size, |i, chunk, learned| {
@@ -406,7 +416,10 @@ impl Transformer {
                 let row = &rows[index];
                 match projected {
                     Some(width) => x.copy_from_slice(&branch[index * width..][..hidden]),
-                    None => embedding.decode_row(row.token as usize, x),
+                    None => {
+                        embedding.decode_row(row.token as usize, x);
+                        adapters.embed(kernel, index, row.token as usize, x);
+                    }
                 }
                 if config.embedding_scale != 1.0 {
                     x.iter_mut().for_each(|x| *x *= config.embedding_scale);
@@ -414,11 +427,11 @@ impl Transformer {
                 if let Some(types) = &weights.token_types {
                     let kind = usize::from(row.second).min(types.parts()[0].rows() - 1);
                     types.parts()[0].decode_row(kind, learned);
-                    pass.kernel.add_scaled(x, learned, 1.0);
+                    kernel.add_scaled(x, learned, 1.0);
                 }
                 if let Some(positions) = &weights.positions {
                     positions.parts()[0].decode_row(row.position, learned);
-                    pass.kernel.add_scaled(x, learned, 1.0);
+                    kernel.add_scaled(x, learned, 1.0);
                 }
             }
         });

@@ -1,6 +1,7 @@
 //! The forward pass one layer at a time over many windows of tokens, for calibration: it stops wherever a linear layer reads
 //! its input. A layer's weights are in memory only while it computes.
 
+use super::adapter::rows::AdapterRows;
 use super::batch::{Input, Logits};
 use super::buffer::Buffer;
 use super::config::Config;
@@ -474,7 +475,7 @@ impl Layerwise {
         self.model.with_workspace(|workspace| {
             transformer.pool.run(|scope| {
                 let (config, kernel, threads) = (&transformer.config, transformer.kernel, transformer.pool.threads());
-                run(&Pass { config, kernel, scope, threads }, workspace)
+                run(&Pass { config, kernel, scope, threads, adapters: AdapterRows::default() }, workspace)
             })
         })
     }

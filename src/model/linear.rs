@@ -1,6 +1,7 @@
 //! Linear layers: packed weights in parts that share an input, and their biases.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::buffer::Buffer;
 use crate::error::{Error, Result};
@@ -20,6 +21,57 @@ pub(super) struct Linear {
     /// `(columns)`: the input column that each column of the integer parts is multiplied with, where it is not the one
     /// of the same number.
     order: Option<Vec<u32>>,
+    /// Where the parts come from, if adapters may add to the product.
+    adaptable: Option<Adaptable>,
+}
+
+/// The tensors of a layer to whose product adapters may add.
+#[derive(Debug)]
+pub(super) struct Adaptable {
+    /// Distinguishes the layer from all others.
+    pub(super) id: u64,
+    /// `(parts)`
+    pub(super) parts: Vec<PartSource>,
+}
+
+/// The rows of a tensor that a part consists of.
+#[derive(Debug)]
+pub(super) struct PartSource {
+    /// The tensor's name without `.weight`.
+    pub(super) name: String,
+    /// The tensor's dimensions: columns, rows, and the number of matrices.
+    pub(super) dims: [usize; 3],
+    /// Rows of the part.
+    pub(super) count: usize,
+    /// The row of the tensor, counted through all matrices, that each row of the part comes from.
+    pub(super) rows: RowSource,
+}
+
+/// The rows of a tensor, in the order of a part.
+#[derive(Debug)]
+pub(super) enum RowSource {
+    /// The rows from this one on.
+    From(usize),
+    Listed(Vec<u32>),
+}
+
+impl RowSource {
+    /// `count` rows in the order that `order` gives.
+    pub(super) fn new(count: usize, order: impl Fn(usize) -> usize) -> RowSource {
+        let first = order(0);
+        match (0..count).all(|row| order(row) == first + row) {
+            true => RowSource::From(first),
+            false => RowSource::Listed((0..count).map(|row| order(row) as u32).collect()),
+        }
+    }
+
+    /// The row of the tensor that becomes row `row`.
+    pub(super) fn source(&self, row: usize) -> usize {
+        match self {
+            RowSource::From(first) => first + row,
+            RowSource::Listed(rows) => rows[row] as usize,
+        }
+    }
 }
 
 /// The input of linear layers: F32, and INT8 for integer weights.
@@ -106,7 +158,7 @@ fn fill_tile(
 impl Linear {
     /// Parts with their biases (empty for none), in the order of the output.
     pub(super) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
-        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0, order: None };
+        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0, order: None, adaptable: None };
         let biased = parts.iter().any(|(_, bias)| !bias.is_empty());
         for (part, bias) in parts {
             linear.starts.push(linear.width);
@@ -123,6 +175,23 @@ impl Linear {
     /// The layer with columns that are multiplied with the inputs of these numbers, each below the number of columns.
     pub(super) fn with_order(self, order: Option<Vec<u32>>) -> Linear {
         Linear { order, ..self }
+    }
+
+    /// The layer with parts that come from these tensors, so that adapters may add to its product. The products of such a layer
+    /// are those of [`Pass::linear`](super::pass::Pass::linear).
+    pub(super) fn with_sources(self, parts: Vec<PartSource>) -> Linear {
+        static LAYERS: AtomicU64 = AtomicU64::new(0);
+        Linear { adaptable: Some(Adaptable { id: LAYERS.fetch_add(1, Ordering::Relaxed), parts }), ..self }
+    }
+
+    /// The layer without the names of its tensors: no adapter adds to its product.
+    pub(super) fn without_adapters(self) -> Linear {
+        Linear { adaptable: None, ..self }
+    }
+
+    /// Where the parts come from, if adapters may add to the product.
+    pub(super) fn adaptable(&self) -> Option<&Adaptable> {
+        self.adaptable.as_ref()
     }
 
     /// Width of an output row: every part rounded up to whole panels.

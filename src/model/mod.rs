@@ -15,8 +15,10 @@
 //! | `per_layer`, `streams` | a vector of the token for each layer, and several residual streams |
 //! | `model` | the interface: loading, sessions, logits |
 //! | `layerwise` | the same step one layer at a time, for calibration |
+//! | `adapter/` | low-rank adapters: reads their files, adds their products, merges them into a checkpoint |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
 
+mod adapter;
 #[doc(hidden)]
 pub mod arch;
 mod batch;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::adapter::registry::Adapters;
 use super::batch::{Input, Logits};
 use super::config::Config;
 use super::convert::requantize::Quantized;
@@ -123,6 +124,7 @@ pub struct Model {
     /// Computed on first use.
     limits: OnceLock<Limits>,
     head: LazyHead,
+    pub(super) adapters: Adapters,
 }
 
 /// The head for multi-token prediction, which is loaded on first use.
@@ -212,6 +214,7 @@ impl Model {
             metadata: checkpoint.metadata().clone(),
             limits: OnceLock::new(),
             head: LazyHead { source, options: options.clone(), head: OnceLock::new(), loading: Mutex::default() },
+            adapters: Adapters::default(),
         })
     }
 
@@ -335,14 +338,15 @@ impl Model {
         result
     }
 
-    /// An empty session.
+    /// An empty session, with the adapter that applies to everything if the model has one.
     pub fn session(&self) -> Session {
-        Session::new(self.shape.clone(), self.context, self.id)
+        Session::new(self.shape.clone(), self.context, self.id).with_adapter(self.adapters.default_adapter())
     }
 
     /// An empty session whose cache has another type than those of the model.
     pub(crate) fn session_in(&self, cache_type: CacheType) -> Session {
-        Session::new(CacheShape::of(self.config(), cache_type), self.context, self.id)
+        let shape = CacheShape::of(self.config(), cache_type);
+        Session::new(shape, self.context, self.id).with_adapter(self.adapters.default_adapter())
     }
 
     /// The file or folder it was loaded from.
@@ -480,6 +484,7 @@ impl Model {
             kernel: self.kernel(),
             context: self.context,
             vocabulary: self.vocabulary(),
+            adapters: &self.adapters,
         })
     }
 }

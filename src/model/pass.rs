@@ -1,5 +1,6 @@
 //! The shared context of a forward pass, and the steps that several parts take: norms, products, joins.
 
+use super::adapter::rows::AdapterRows;
 use super::buffer::Buffer;
 use super::config::Config;
 use super::linear::{Linear, LinearInput};
@@ -20,6 +21,8 @@ pub(super) struct Pass<'a> {
     pub(super) kernel: &'static Kernel,
     pub(super) scope: &'a Scope<'a>,
     pub(super) threads: usize,
+    /// The adapters of the rows.
+    pub(super) adapters: AdapterRows<'a>,
 }
 
 impl Pass<'_> {
@@ -70,10 +73,16 @@ impl Pass<'_> {
         });
     }
 
-    /// `out (rows, layer.width()) = layer(input)`
+    /// The same pass for the base of the model: rows without adapters.
+    pub(super) fn without_adapters(&self) -> Pass<'_> {
+        Pass { adapters: AdapterRows::default(), ..*self }
+    }
+
+    /// `out (rows, layer.width()) = layer(input)`, and what the adapters of the rows add.
     pub(super) fn linear(&self, layer: &Linear, input: &mut LinearInput, out: &mut Buffer) {
         input.prepare(self.scope, self.kernel, layer.columns(), layer);
         layer.apply(self.scope, self.threads, self.kernel, input, out);
+        self.adapters.add(self.scope, self.threads, self.kernel, layer, &input.values, out);
     }
 
     /// `x (rows, hidden) += residual_scale * branch (rows, hidden rounded up to panels)`

@@ -315,6 +315,19 @@ impl Weights {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The output matrix, where it is not the embedding.
+    pub(super) fn own_output(&self) -> Option<&Linear> {
+        self.output.as_ref()
+    }
+
+    /// The linear layers between the embedding and the output, to whose products adapters may add.
+    pub(super) fn adaptable(&self) -> impl Iterator<Item = &Linear> {
+        let projections = self.projections.iter().flat_map(Projections::linears);
+        let per_layer = self.per_layer.iter().map(PerLayer::projection);
+        let streams = self.streams.iter().flat_map(Streams::linears);
+        projections.chain(per_layer).chain(streams).chain(self.layers.iter().flat_map(Layer::linears))
+    }
+
     /// Rows of the embedding: logits per token.
     pub(super) fn vocabulary(&self) -> usize {
         self.embedding.parts()[0].rows()

@@ -14,19 +14,24 @@ use crate::format::output::Sources;
 use crate::quant::block::BlockType;
 use crate::{Error, model};
 
-/// Converts a GGUF file or a Hugging Face folder to a GGUF file with matrices of `type`.
+/// Converts a GGUF file or a Hugging Face folder to a GGUF file with matrices of `type`. The adapter at `adapter` is merged first.
+/// Returns what the adapter's files say that has no influence, a line each.
 #[pyfunction]
-#[pyo3(signature = (source, out, r#type, progress=None))]
+#[pyo3(signature = (source, out, r#type, progress=None, adapter=None))]
 pub(super) fn convert(
     py: Python<'_>,
     source: PathBuf,
     out: PathBuf,
     r#type: &str,
     progress: Option<Py<PyAny>>,
-) -> PyResult<()> {
+    adapter: Option<PathBuf>,
+) -> PyResult<Vec<String>> {
     let names = || Error::argument("type", format_args!("{type:?}"), "f32, f16, bf16, q8_0, q4_0 or q4_1");
     let wanted = BlockType::from_name(r#type).ok_or_else(names)?;
-    with_progress(py, progress, |report| model::convert::convert_path(&source, &out, wanted, Some(report)))
+    with_progress(py, progress, |report| match &adapter {
+        Some(adapter) => model::convert::convert_with_adapter(&source, adapter, &out, wanted, Some(report)),
+        None => model::convert::convert_path(&source, &out, wanted, Some(report)).map(|()| Vec::new()),
+    })
 }
 
 /// Checks that the file at `path` may be created or replaced: nothing is there, or a regular file that is none of `sources` (files

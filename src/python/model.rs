@@ -91,8 +91,10 @@ impl Model {
 
     /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the
     /// package's `SamplingOptions`. Ids in the ranges `excluded` (first, end) are never sampled, and those in `ends` not before
-    /// `min_tokens` others.
-    #[pyo3(signature = (tokens, options, constraint=None, session=None, excluded=Vec::new(), ends=Vec::new()))]
+    /// `min_tokens` others. `adapter` is the name of an adapter; that of `session` if None.
+    #[pyo3(signature = (
+        tokens, options, constraint=None, session=None, excluded=Vec::new(), ends=Vec::new(), adapter=None
+    ))]
     #[allow(clippy::too_many_arguments, reason = "Python passes them by name")]
     fn sequence(
         &self,
@@ -103,9 +105,13 @@ impl Model {
         session: Option<Bound<'_, Session>>,
         excluded: Vec<(u32, u32)>,
         ends: Vec<u32>,
+        adapter: Option<&str>,
     ) -> PyResult<Sequence> {
         let tokens = tokens.checked()?;
-        let session = session.map_or_else(|| self.0.session(), |session| session.get().0.fork());
+        let session = match session {
+            Some(session) => session.get().with_adapter(adapter)?.fork(),
+            None => self.0.session_with(adapter)?,
+        };
         let resumed = guarded(py, || engine::Sequence::resume_endless(&self.0, session, &tokens, options.into()));
         let mut sequence = resumed?;
         sequence.exclude(excluded.into_iter().map(|(first, end)| first..end).collect());
@@ -116,9 +122,30 @@ impl Model {
         Ok(Sequence(Mutex::new(Some(sequence))))
     }
 
-    /// A session without tokens.
-    fn session(&self) -> Session {
-        Session(self.0.session())
+    /// A session without tokens, with the adapter called `adapter`, or that for everything.
+    #[pyo3(signature = (adapter=None))]
+    fn session(&self, adapter: Option<&str>) -> PyResult<Session> {
+        Ok(Session(self.0.session_with(adapter)?))
+    }
+
+    /// Applies the adapter at `path` to everything. Returns what its files say that has no influence, a line each.
+    fn set_adapter(&self, py: Python<'_>, path: PathBuf) -> PyResult<Vec<String>> {
+        guarded(py, || self.0.set_adapter(&path))
+    }
+
+    /// Loads the adapter at `path` under a name. Returns what its files say that has no influence, a line each.
+    fn load_adapter(&self, py: Python<'_>, name: &str, path: PathBuf) -> PyResult<Vec<String>> {
+        guarded(py, || self.0.load_adapter(name, path))
+    }
+
+    /// Removes the adapter called `name`. Returns whether there was one.
+    fn unload_adapter(&self, name: &str) -> bool {
+        self.0.unload_adapter(name)
+    }
+
+    /// The names of the adapters that can be chosen, sorted.
+    fn adapters(&self) -> Vec<String> {
+        self.0.adapter_names()
     }
 
     /// Writes a session and `tokens` to a file. The session has computed a beginning of `tokens`.
@@ -154,8 +181,14 @@ impl Model {
     }
 
     /// The logits after each token, of shape `(len(ids), vocabulary)`.
-    fn logits<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        self.rows(py, ids, Logits::All, self.0.vocabulary())
+    #[pyo3(signature = (ids, adapter=None))]
+    fn logits<'py>(
+        &self,
+        py: Python<'py>,
+        ids: TokenIds,
+        adapter: Option<&str>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::All, self.0.vocabulary(), adapter)
     }
 
     /// The logits of the head for multi-token prediction after each pair of tokens, of shape `(len(ids) - 1, vocabulary)`.
@@ -166,39 +199,49 @@ impl Model {
     }
 
     /// The hidden state of each token after the last norm, of shape `(len(ids), hidden_size)`.
-    fn hidden_states<'py>(&self, py: Python<'py>, ids: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        self.rows(py, ids, Logits::Hidden, self.0.config().hidden)
+    #[pyo3(signature = (ids, adapter=None))]
+    fn hidden_states<'py>(
+        &self,
+        py: Python<'py>,
+        ids: TokenIds,
+        adapter: Option<&str>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, ids, Logits::Hidden, self.0.config().hidden, adapter)
     }
 
     /// Embeddings of documents in token ids, of shape `(len(documents), embedding_size)`. `pooling` is mean, cls or last.
+    #[pyo3(signature = (texts, pooling, normalize, adapter=None))]
     fn embed<'py>(
         &self,
         py: Python<'py>,
         texts: Vec<TokenIds>,
         pooling: &str,
         normalize: bool,
+        adapter: Option<&str>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let texts = texts.into_iter().map(TokenIds::checked).collect::<crate::Result<Vec<_>>>()?;
         let pooling = Some(Pooling::by_name(pooling)?);
         let values = detached(py, |interrupted| {
             let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
-            self.0.embed(&texts, pooling, normalize, interrupted)
+            self.0.embed_with(adapter, &texts, pooling, normalize, interrupted)
         })?;
         values.into_pyarray(py).reshape([texts.len(), self.0.embedding_width()])
     }
 
     /// Scores of documents by the classification head, of shape `(len(documents), labels)`. A text is its token ids and the index of
     /// the first token of a second text in it, or None.
+    #[pyo3(signature = (texts, adapter=None))]
     fn classify<'py>(
         &self,
         py: Python<'py>,
         texts: Vec<(TokenIds, Option<usize>)>,
+        adapter: Option<&str>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let checked = texts.into_iter().map(|(ids, second)| Ok((ids.checked()?, second)));
         let texts = checked.collect::<crate::Result<Vec<_>>>()?;
         let values = detached(py, |interrupted| {
             let texts: Vec<_> = texts.iter().map(|(ids, second)| (ids.as_slice(), *second)).collect();
-            self.0.classify(&texts, interrupted)
+            self.0.classify_with(adapter, &texts, interrupted)
         })?;
         values.into_pyarray(py).reshape([texts.len(), self.0.labels()])
     }
@@ -250,13 +293,14 @@ impl Model {
         ids: TokenIds,
         wanted: Logits,
         width: usize,
+        adapter: Option<&str>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let ids = ids.checked()?;
         let rows = ids.len();
         let values = detached(py, |interrupted| {
             let mut values = Vec::new();
             if !ids.is_empty() {
-                let mut session = self.0.session();
+                let mut session = self.0.session_with(adapter)?;
                 let input = Input::new(&mut session, &ids, wanted);
                 self.0.forward(&mut [input], &mut values, interrupted)?;
                 session.check_cache()?;

@@ -114,6 +114,30 @@ pub fn write(path: &Path, metadata: &Metadata, tensors: &[(String, Vec<u64>)], m
     path.to_path_buf()
 }
 
+/// Writes an adapter of all layers of a model of this shape.
+pub fn adapter(path: &Path, shape: &Shape, rank: usize, seed: u64) -> PathBuf {
+    let mut metadata = Metadata::new();
+    metadata
+        .set("general.type", "adapter")
+        .set("general.architecture", "llama")
+        .set("adapter.type", "lora")
+        .set("adapter.lora.alpha", 2.0 * rank as f32);
+    let layers = tensors(shape).into_iter().filter(|(name, dims)| name.starts_with("blk.") && dims.len() == 2);
+    let pairs = layers.flat_map(|(name, dims)| {
+        [(format!("{name}.lora_a"), vec![dims[0], rank as u64]), (format!("{name}.lora_b"), vec![rank as u64, dims[1]])]
+    });
+    let pairs: Vec<_> = pairs.collect();
+    let infos = pairs.iter().map(|(name, dims)| NewTensor::new(name.clone(), BlockType::F32, dims.clone()));
+    let mut writer = Writer::create(path, &metadata, infos).unwrap();
+    let mut random = Random(seed);
+    for (name, dims) in &pairs {
+        let values = random.values((dims[0] * dims[1]) as usize, 0.3);
+        writer.write_values(name, &values).unwrap();
+    }
+    writer.finish().unwrap();
+    path.to_path_buf()
+}
+
 /// Returns random blocks of a type that has no encoder, with scales that keep weights small.
 fn blocks(block_type: BlockType, count: usize, random: &mut Random) -> Vec<u8> {
     let halves: &[usize] = match block_type {

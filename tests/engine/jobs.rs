@@ -41,16 +41,22 @@ pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
     pub(crate) options: SamplingOptions,
     pub(crate) limit: usize,
+    /// The name of the adapter, if any.
+    pub(crate) adapter: Option<String>,
 }
 
 impl Job {
     pub(crate) fn new(prompt: Vec<u32>, options: SamplingOptions, limit: usize) -> Job {
-        Job { prompt, options, limit }
+        Job { prompt, options, limit, adapter: None }
     }
 
     pub(crate) fn sequence(&self, model: &Model) -> Sequence {
         // Tiny models with a vocabulary would end after a few tokens.
-        Sequence::new(model, &self.prompt, self.options.clone()).unwrap().with_ends(Vec::new())
+        let session = match &self.adapter {
+            Some(name) => model.session_with_adapter(name).unwrap(),
+            None => model.session(),
+        };
+        Sequence::resume(model, session, &self.prompt, self.options.clone()).unwrap().with_ends(Vec::new())
     }
 
     /// Its tokens without a scheduler.

@@ -5,6 +5,7 @@ mod mtp_goldens;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
+mod adapters;
 #[cfg(feature = "grammar")]
 mod constraint;
 mod ends;

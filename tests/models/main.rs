@@ -9,6 +9,9 @@ mod mtp_goldens;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
+mod adapter_damage;
+mod adapter_families;
+mod adapters;
 mod bits;
 mod encoders;
 mod errors;

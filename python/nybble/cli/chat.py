@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import EffortOption, ModelArgument, ThinkOption, load_model, takes_options
+from nybble.cli.options import (
+    AdapterOption,
+    EffortOption,
+    ModelArgument,
+    ThinkOption,
+    load_model,
+    takes_options,
+)
 from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
@@ -24,6 +31,7 @@ def chat(
     load: LoadOptions,
     sampling: SamplingOptions,
     source: ModelArgument = None,
+    adapter: AdapterOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.", metavar="TEXT")] = None,
     think: ThinkOption = None,
     reasoning_effort: EffortOption = None,
@@ -37,7 +45,7 @@ def chat(
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     is_terminal = sys.stdin.isatty()
-    with load_model(source, load) as model:
+    with load_model(source, load, adapter) as model:
         if is_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # Gives input() line editing and history.

@@ -24,6 +24,14 @@ def convert(
             metavar="TYPE",
         ),
     ] = "f16",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            help="LoRA adapter to merge before the matrices are stored: a folder that PEFT has saved, or a GGUF file.",
+            metavar="PATH",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf if it exists.")] = False,
 ) -> None:
     """Convert a model to a GGUF file, with tokenizer and chat template."""
@@ -35,7 +43,9 @@ def convert(
     if out.exists() and not force:
         raise FileExistsError(f"{out}: already exists; --force overwrites it")
     path = hub.resolve(source)
-    _native.check_output(out, [path])
+    _native.check_output(out, [path] if adapter is None else [path, adapter])
     with bar(f"writing {out.name}") as progress:
-        _native.convert(path, out, block_type, progress)
+        notes = _native.convert(path, out, block_type, progress, adapter)
+    for note in notes:
+        terminal.note(f"nybble: {adapter}: {note}")
     typer.echo(f"{out}: {terminal.human_bytes(out.stat().st_size)}")

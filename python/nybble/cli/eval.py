@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import load_model, takes_options
+from nybble.cli.options import AdapterOption, load_model, takes_options
 from nybble.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def evaluate(
             "--quantize", help="How to pack F32, F16 and BF16 weights: auto, stored, int4 or int8.", metavar="TYPE"
         ),
     ] = "auto",
+    adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the perplexity of a model on a text and, with --reference, its divergence from another model.
@@ -61,7 +62,7 @@ def evaluate(
         plain = dataclasses.replace(load, filename=None, revision=None, quantize="stored")
         with load_model(reference, plain) as model, bar("evaluating the reference") as advance:
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
-    with load_model(source, load.replace(quantize=quantize)) as model, bar("evaluating") as advance:
+    with load_model(source, load.replace(quantize=quantize), adapter) as model, bar("evaluating") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:

@@ -54,7 +54,24 @@ ModelArgument = Annotated[
 """The model of a command; None for the default model."""
 
 
-def load_model(source: str | None, options: LoadOptions) -> Model:
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="LoRA adapter to apply: a folder that PEFT has saved, or a GGUF file.",
+        metavar="PATH",
+        rich_help_panel="Model",
+    ),
+]
+"""The adapter that applies to everything that a command computes."""
+
+
+def load_model(
+    source: str | None,
+    options: LoadOptions,
+    adapter: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
+) -> Model:
     """Loads a model. Draws a progress bar on a terminal if that takes long."""
     from nybble.model import Model
 
@@ -63,7 +80,7 @@ def load_model(source: str | None, options: LoadOptions) -> Model:
     # time to the first token.
     gc.disable()
     try:
-        return Model.load(source, options)
+        return Model.load(source, options, adapter=adapter, adapters=adapters)
     finally:
         gc.enable()
 
@@ -123,6 +140,7 @@ _METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER",
 """Placeholders by type, where the field has none."""
 _PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
+    ("SamplingOptions", "adapter"),  # --adapter applies one to everything.
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
     ("LoadOptions", "mtp"),  # --speculation loads the head where it is needed.

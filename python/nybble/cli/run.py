@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli import terminal
-from nybble.cli.options import EffortOption, ThinkOption, load_model, takes_options
+from nybble.cli.options import AdapterOption, EffortOption, ThinkOption, load_model, takes_options
 from nybble.load_options import LoadOptions
 from nybble.sampling import SamplingOptions
 
@@ -30,6 +30,7 @@ def run(
     load: LoadOptions,
     sampling: SamplingOptions,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
+    adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the completion as one JSON object.")] = False,
     think: ThinkOption = None,
     reasoning_effort: EffortOption = None,
@@ -49,7 +50,7 @@ def run(
     if prompt == "-":
         prompt = sys.stdin.read()
 
-    with load_model(source, load) as model:
+    with load_model(source, load, adapter) as model:
         stream = (
             model.stream(prompt, sampling)
             if raw or not model.tokenizer.has_chat_template

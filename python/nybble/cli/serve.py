@@ -47,7 +47,7 @@ def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None
         if options.api_key is None and not http_server.is_loopback(listener):
             terminal.note("nybble: anyone who can reach this address may use the model; --api-key restricts access")
         terminal.log_with_times("nybble.server", options.log_level)
-        model = stack.enter_context(load_model(source, load))
+        model = stack.enter_context(load_model(source, load, adapters=options.adapters()))
         if options.cache_bytes is not None:
             _check_cache(options.cache_bytes, model.info)
         draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))

@@ -60,7 +60,7 @@ def prompts(source: Path) -> EmbeddingPrompts:
 
 
 def embed(
-    model: TextModel, text: Any, pooling: str | None, normalize: bool, prompt: str | None
+    model: TextModel, text: Any, pooling: str | None, normalize: bool, prompt: str | None, adapter: str | None = None
 ) -> npt.NDArray[np.float32]:
     """See `Model.embed`."""
     if pooling is None:
@@ -70,7 +70,7 @@ def embed(
     start = _prompt(model, prompt)
     documents, is_one = as_prompts(text, "text")
     documents = [start + each if isinstance(each, str) else each for each in documents]
-    return model._native.embed(_encoded(model, documents, is_one), pooling, normalize)
+    return model._native.embed(_encoded(model, documents, is_one), pooling, normalize, adapter)
 
 
 def _prompt(model: TextModel, name: str | None) -> str:
@@ -93,15 +93,17 @@ def _encoded(model: TextModel, texts: Sequence[Any], is_one: bool) -> list[Seque
     return encoded
 
 
-def classify(model: TextModel, text: Any) -> npt.NDArray[np.float32]:
+def classify(model: TextModel, text: Any, adapter: str | None = None) -> npt.NDArray[np.float32]:
     """See `Model.classify`."""
     _check_head(model)
     texts, is_one = as_prompts(text, "text")
-    scores = model._native.classify([(ids, None) for ids in _encoded(model, texts, is_one)])
+    scores = model._native.classify([(ids, None) for ids in _encoded(model, texts, is_one)], adapter)
     return scores[0] if is_one else scores
 
 
-def rerank(model: TextModel, query: str, documents: Sequence[str]) -> npt.NDArray[np.float32]:
+def rerank(
+    model: TextModel, query: str, documents: Sequence[str], adapter: str | None = None
+) -> npt.NDArray[np.float32]:
     """See `Model.rerank`."""
     _check_head(model)
     if isinstance(documents, (str, bytes)):
@@ -121,7 +123,7 @@ def rerank(model: TextModel, query: str, documents: Sequence[str]) -> npt.NDArra
             # The query first: a document that spells a place of the template stays as it is.
             head, _, tail = template.replace("{query}", query).rpartition("{document}")
             pairs.append((model.tokenizer.encode(head + document + tail), None))
-    scores = model._native.classify(pairs)
+    scores = model._native.classify(pairs, adapter)
     if len(labels) == 1:
         return scores[:, 0]
     yes = [label.lower() for label in labels].index("yes")

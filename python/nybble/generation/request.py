@@ -97,13 +97,14 @@ def prepare_tokens(
         model: The model to compute with.
         ids: The prompt.
         options: How to sample and when to stop. Without a seed, the request gets a random one.
-        session: A session that has computed a beginning of the prompt.
+        session: A session that has computed a beginning of the prompt. Its adapter applies.
         constraint: The constraint, if it was already made from the options.
 
     Raises:
         ContextFullError: The prompt does not fit into the context.
         ModelError: The model generates no text.
-        ValueError: The prompt has no tokens or unknown ones, an option is out of range, or the constraint is invalid.
+        ValueError: The prompt has no tokens or unknown ones, an option is out of range, the constraint is invalid,
+            or no adapter has the name in the options.
     """
     native, context = model._native, model.info.context
     check_generates(model)
@@ -125,6 +126,7 @@ def prepare_tokens(
             # Rows of the output matrix beyond the tokenizer's last token decode to nothing.
             model.tokenizer.missing_ids(model.info.vocabulary),
             sorted(model.tokenizer.eos_ids.union(options.stop_token_ids)) if options.min_tokens else (),
+            options.adapter,
         ),
         tokenizer=model.tokenizer,
         prompt=ids,

@@ -17,13 +17,16 @@ _ROWS = 64
 """Positions that are computed at a time, which bounds the memory of intermediate values."""
 
 
-def logprob_rows(model: Model, ids: Sequence[int], first: int = 0) -> Iterator[npt.NDArray[np.float64]]:
+def logprob_rows(
+    model: Model, ids: Sequence[int], first: int = 0, adapter: str | None = None
+) -> Iterator[npt.NDArray[np.float64]]:
     """The log-probabilities of all tokens after each token, from position `first` on.
 
     Args:
         model: The model.
         ids: The tokens.
         first: The position of the first token to report.
+        adapter: The name of the adapter to compute with; None for the model alone.
 
     Raises:
         ContextFullError: The tokens do not fit into the context.
@@ -34,7 +37,7 @@ def logprob_rows(model: Model, ids: Sequence[int], first: int = 0) -> Iterator[n
     check_generates(model)
     if not ids:
         return
-    logits = model.logits(ids)
+    logits = model.logits(ids, adapter=adapter)
     for start in range(first, len(logits), _ROWS):
         rows = logits[start : start + _ROWS].astype(np.float64)
         rows -= rows.max(axis=1, keepdims=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from nybble._native import __version__
+from nybble.server.admin.adapters import add_adapter_routes
 from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
 from nybble.server.errors import RESPONSES, ApiError, add_handlers
@@ -31,6 +32,7 @@ from nybble.server.protocols.models import (
     ModelList,
     Properties,
     Version,
+    model_card,
 )
 from nybble.server.protocols.ollama.routes import add_ollama_routes
 from nybble.server.protocols.rerank import Ranking, RerankRequest, rerank
@@ -73,6 +75,8 @@ def create_app(service: Service) -> FastAPI:
     add_responses_routes(app, service, key, _STREAM)
     add_messages_routes(app, service, key, _STREAM)
     add_ollama_routes(app, service, key)
+    if service.settings.adapter_folder is not None:
+        add_adapter_routes(app, service, service.settings.adapter_folder, key)
     app.add_middleware(
         Middleware, service=service, paths=[route.path for route in app.routes if hasattr(route, "path")]
     )
@@ -91,14 +95,6 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_api(app: FastAPI, service: Service) -> None:
     key = [_KEY] if service.settings.api_key else []
-    card = ModelCard(
-        id=service.name,
-        object="model",
-        created=service.created,
-        owned_by="nybble",
-        context_length=service.engine.model.info.context,
-        max_model_len=service.engine.model.info.context,
-    )
 
     @app.post("/chat/completions", include_in_schema=False)
     @app.post("/v1/chat/completions", **_generation_route(key, ChatCompletion))
@@ -128,16 +124,16 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", dependencies=key)
     async def models() -> ModelList:
-        """List the model that is served."""
-        return ModelList(object="list", data=[card])
+        """List the model that is served, and the model with each of its LoRA adapters."""
+        return ModelList(object="list", data=[model_card(service, name) for name in service.models()])
 
     @app.get("/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}", dependencies=key)
     async def model(name: str) -> ModelCard:
         """Describe a model."""
-        if name != service.name:
+        if name not in service.models():
             raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-        return card
+        return model_card(service, name)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -37,7 +38,8 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     if not service.engine.model.info.generates:
         message = f"the model {service.name!r} generates no text: it is for embeddings or classification"
         raise ApiError(400, message, param="model")
-    group = await AnswerGroup.submit(service, http, adapter.translate())
+    request = replace(adapter.translate(), lora=service.lora_of(adapter.model))
+    group = await AnswerGroup.submit(service, http, request)
     if adapter.streams:
         return _EventStream(service, group, adapter)
     with group:

@@ -41,6 +41,8 @@ class GenerationRequest:
     """The number of different prompts. The answers of one prompt follow one another."""
     new_parser: Callable[[], AnswerParser] = PlainText
     """Creates the parser of one answer, after `prepare` has returned."""
+    lora: str | None = None
+    """The LoRA adapter to compute with; None for the model alone."""
     separates_reasoning: bool = False
     """Whether reasoning is reported apart from the content, which alone reaches the parser."""
 
@@ -79,7 +81,8 @@ class AnswerGroup:
 
             def submit() -> None:
                 for prompt, options in request.prepare():
-                    answer = service.engine.submit(prompt, options, separate_reasoning=request.separates_reasoning)
+                    chosen = options if request.lora is None else options.replace(adapter=request.lora)
+                    answer = service.engine.submit(prompt, chosen, separate_reasoning=request.separates_reasoning)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
             with as_api_errors(request.param, request.parameters):

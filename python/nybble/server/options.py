@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from nybble.engine_options import EngineOptions
@@ -97,6 +99,22 @@ class ServeOptions(EngineOptions):
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
     )
+    adapter: Sequence[str] = field(
+        default=(),
+        metadata=_option(
+            "LoRA adapter to serve as the model BASE:NAME: a folder that PEFT has saved, or a GGUF file. Repeatable.",
+            metavar="NAME=PATH",
+            panel="Adapters",
+        ),
+    )
+    adapter_folder: str | None = field(
+        default=None,
+        metadata=_option(
+            "Folder from which clients may load LoRA adapters with /v1/load_lora_adapter; otherwise they may not.",
+            metavar="FOLDER",
+            panel="Adapters",
+        ),
+    )
     pooling: Literal["mean", "cls", "last"] | None = field(
         default=None,
         metadata=_option(
@@ -126,7 +144,27 @@ class ServeOptions(EngineOptions):
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
         if self.cache_gb is not None:
             object.__setattr__(self, "cache_bytes", int(self.cache_gb * 1e9))
+        self.adapters()
+        if self.adapter_folder is not None and not Path(self.adapter_folder).is_dir():
+            raise ValueError(f"adapter_folder: found {self.adapter_folder!r}, expected a folder")
         super().__post_init__()
+
+    def adapters(self) -> dict[str, Path]:
+        """The paths of the adapters by name.
+
+        Raises:
+            ValueError: An entry is not NAME=PATH, or a name occurs twice.
+        """
+        found: dict[str, Path] = {}
+        for entry in self.adapter:
+            name, equals, path = entry.partition("=")
+            if not equals or not path:
+                raise ValueError(f"adapter: found {entry!r}, expected NAME=PATH")
+            check_adapter_name(name)
+            if name in found:
+                raise ValueError(f"adapter: found the name {name!r} twice, expected different names")
+            found[name] = Path(path)
+        return found
 
     def engine(self) -> EngineOptions:
         """The options of the engine alone."""
@@ -150,10 +188,25 @@ class ServeOptions(EngineOptions):
             max_answers=self.max_batch + self.max_queue,
             pooling=self.pooling,
             matryoshka=self.matryoshka,
+            adapter_folder=None if self.adapter_folder is None else Path(self.adapter_folder),
             bare_calls=self.bare_calls,
             store_bytes=int(self.store_mb * 1e6),
             request_seconds=self.timeout,
             drain_seconds=self.drain,
+        )
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuses a name that would not reach its adapter as the model `base:name`.
+
+    Raises:
+        ValueError: The name is refused.
+    """
+    if name == "latest":  # Ollama's clients add it to the name of the base.
+        raise ValueError("adapter: found the name 'latest', which stands for the model alone, expected another")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
+        raise ValueError(
+            f"adapter: found the name {name!r:.200}, expected 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'"
         )
 
 
@@ -186,6 +239,8 @@ class Settings:
     """How the vectors of an input's tokens become one vector; None is what the model's file says."""
     matryoshka: bool = False
     """Whether clients may cut embeddings to fewer dimensions."""
+    adapter_folder: Path | None = None
+    """The folder from which clients may load LoRA adapters; None if they may not."""
     bare_calls: bool = True
     """Whether an answer that is only a call in JSON, without the model's markers, is a tool call."""
     store_bytes: int = 64_000_000

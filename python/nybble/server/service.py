@@ -52,8 +52,9 @@ class Service:
         """
         if self.draining:
             raise overloaded("the server is shutting down", 503, "shutting_down")
-        if model is not None and model not in (self.name, f"{self.name}:latest"):
-            message = f"the model {model!r} does not exist; this server serves {self.name!r}"
+        if model is not None and model not in (self.name, f"{self.name}:latest") and self.lora_of(model) is None:
+            names = " and ".join(repr(name) for name in self.models())
+            message = f"the model {model!r} does not exist; this server serves {names}"
             raise ApiError(404, message, param="model", code="model_not_found")
         limit = self.settings.max_answers
         if answers > limit:
@@ -61,6 +62,20 @@ class Service:
             raise ApiError(400, message, code="too_many_answers")
         if len(self._running) + answers > limit:
             raise overloaded("the server has too many requests at the moment", 429, "queue_full")
+
+    def lora_of(self, model: str | None) -> str | None:
+        """The name of the LoRA adapter that the model `base:name` has; None for the base and unknown models."""
+        base, _, lora = (model or "").rpartition(":")
+        return lora if base == self.name and lora in self.engine.model.adapters else None
+
+    def name_of(self, model: str | None) -> str:
+        """The name of the model that answers a request for `model`."""
+        lora = self.lora_of(model)
+        return self.name if lora is None else f"{self.name}:{lora}"
+
+    def models(self) -> list[str]:
+        """The names of all models: the base, and the base with each of its LoRA adapters."""
+        return [self.name, *(f"{self.name}:{lora}" for lora in self.engine.model.adapters)]
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """The result of `work`, which would block the event loop for too long."""

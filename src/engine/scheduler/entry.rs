@@ -1,6 +1,6 @@
 //! A sequence in a scheduler: its progress, its blocks in the prefix cache and its draft tokens.
 
-use super::super::prefix::{Key, Prefixes, ROOT};
+use super::super::prefix::{Key, Prefixes, root};
 use super::super::sampler::Sampled;
 use super::super::sequence::Sequence;
 use super::super::speculation::Acceptance;
@@ -62,6 +62,7 @@ pub(super) struct Entry {
 impl Entry {
     /// An entry that samples up to `remaining` tokens.
     pub(super) fn new(id: u64, sequence: Sequence, remaining: usize) -> Entry {
+        let root = root(&sequence.session);
         Entry {
             id,
             prompt: sequence.tokens.len(),
@@ -69,8 +70,8 @@ impl Entry {
             sequence,
             remaining,
             blocks: 0,
-            block: ROOT,
-            restorable: (0, ROOT),
+            block: root,
+            restorable: (0, root),
             branch: 0,
             acceptance: Acceptance::default(),
             head_acceptance: Acceptance::default(),
@@ -138,8 +139,9 @@ impl Entry {
         self.sequence.session.truncate(0);
         self.sequence.pending.clone_from(&self.sequence.tokens);
         (self.draft_session, self.draft_before) = (None, None);
-        (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, ROOT, 0, 0, 0);
-        (self.restorable, self.branch) = ((0, ROOT), 0);
+        let root = root(&self.sequence.session);
+        (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, root, 0, 0, 0);
+        (self.restorable, self.branch) = ((0, root), 0);
     }
 
     /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.

@@ -10,8 +10,10 @@ use crate::error::{Error, Place, Result};
 use crate::format::gguf::{Gguf, Metadata, NewTensor, Writer};
 use crate::format::output::Sources;
 use crate::format::{Checkpoint, Tensor};
+use crate::model::adapter::merged::{Merged, Placements};
 use crate::model::config::Config;
 use crate::model::hf::HfFolder;
+use crate::model::hf::placement::placements_of;
 use crate::model::transformer::Weights;
 use crate::model::weights::loader::Progress;
 use crate::quant::block::BlockType;
@@ -41,6 +43,37 @@ pub fn convert_path(source: &Path, out: &Path, wanted: BlockType, progress: Opti
         convert(&folder, &folder.tokenizer()?, out, wanted, progress)
     } else {
         convert(&Gguf::open(source)?, &Metadata::new(), out, wanted, progress)
+    }
+}
+
+/// As [`convert_path`], with the adapter at `adapter` merged in F32 before matrices are stored. `adapter` is a folder that PEFT has
+/// saved, or a GGUF file. Returns what its files say that has no influence, a line each.
+///
+/// # Errors
+/// As for [`convert_path`]; [`Error::Io`], [`Error::Malformed`] and [`Error::Missing`] for the adapter's files;
+/// [`Error::Unsupported`] with the setting or the tensor for what is not computed.
+#[doc(hidden)]
+pub fn convert_with_adapter(
+    source: &Path,
+    adapter: &Path,
+    out: &Path,
+    wanted: BlockType,
+    progress: Option<Progress<'_>>,
+) -> Result<Vec<String>> {
+    Sources::new([source, adapter]).check("out", out)?;
+    let merge = |checkpoint: &dyn Checkpoint, more: &Metadata, placements: &Placements<'_>| {
+        let config = Config::read(checkpoint)?;
+        let pool = ThreadPool::new(default_threads())?;
+        let merged = pool.run(|scope| Merged::new(scope, checkpoint, &config, adapter, placements))?;
+        drop(pool);
+        convert(&merged, more, out, wanted, progress)?;
+        Ok(merged.notes().to_vec())
+    };
+    if source.is_dir() {
+        let folder = HfFolder::open(source)?;
+        merge(&folder, &folder.tokenizer()?, &|_, _| vec![folder.placements()])
+    } else {
+        merge(&Gguf::open(source)?, &Metadata::new(), &placements_of)
     }
 }
 

@@ -4,6 +4,7 @@ use super::dense::{self, Mlp};
 use super::router::{self, Choice, Router};
 use crate::error::Result;
 use crate::kernels;
+use crate::model::adapter::rows::RowPlan;
 use crate::model::buffer::Buffer;
 use crate::model::config::Config;
 use crate::model::fingerprint::FingerprintHasher;
@@ -66,6 +67,8 @@ pub(in crate::model) struct Workspace {
     choices: Vec<Choice>,
     /// The rows that chose one expert, and the weights of its output.
     chosen: Vec<(usize, f32)>,
+    /// The adapters of the rows that chose one expert.
+    plan: RowPlan,
     /// `(rows that chose one expert, hidden)`, then the input of its `down`.
     input: LinearInput,
     /// `(rows that chose one expert, hidden rounded up to panels)`; also the logits of the router.
@@ -285,6 +288,8 @@ impl Experts {
                     *weight = 1.0;
                 }
             }
+            let rows = own.chosen.iter().map(|(row, _)| *row);
+            let pass = &Pass { adapters: pass.adapters.select(rows, &mut own.plan), ..*pass };
             mlp.forward(pass, &mut own.input, dense, &mut own.out);
             for ((row, weight), output) in own.chosen.iter().zip(own.out.chunks(width)) {
                 pass.kernel.add_scaled(&mut out[row * width..][..hidden], &output[..hidden], *weight);

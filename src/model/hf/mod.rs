@@ -68,6 +68,7 @@ mod metadata;
 mod modules;
 mod mtp;
 mod packings;
+pub(in crate::model) mod placement;
 mod planner;
 mod rope;
 mod rows;

@@ -49,7 +49,7 @@ impl Planned {
 /// Frequencies of the rotation, which older versions of transformers saved.
 const INV_FREQ: &str = ".rotary_emb.inv_freq";
 /// The names that `{a|b}` in a name stands for.
-fn expanded(name: &str) -> Vec<String> {
+pub(super) fn expanded(name: &str) -> Vec<String> {
     let parts = name.split_once('{').and_then(|(start, rest)| Some((start, rest.split_once('}')?)));
     match parts {
         Some((start, (names, end))) if names.contains('|') => {

@@ -383,7 +383,8 @@ fn load_heads(
         let keys = keys.collect::<Result<Vec<_>>>()?;
         let values = (0..heads).map(|head| {
             let order = move |row| head * (plain + value) + plain + row;
-            loader.linear(&[Part { name: both.clone(), rows: value, order: &order, of, stack: None }], kv_rank)
+            let part = Part { name: both.clone(), rows: value, order: &order, of, stack: None };
+            loader.linear(&[part], kv_rank).map(Linear::without_adapters)
         });
         return Ok((keys, values.collect::<Result<Vec<_>>>()?));
     }
@@ -391,7 +392,7 @@ fn load_heads(
         let all = (0..heads).map(|head| {
             let order = move |row| head * rows + row;
             let part = Part { name: name(suffix), rows, order: &order, of: rows, stack: Some(heads) };
-            loader.linear(&[part], columns)
+            loader.linear(&[part], columns).map(Linear::without_adapters)
         });
         let all = all.collect::<Result<Vec<_>>>();
         loader.release(&name(&format!("{suffix}.weight")));

@@ -2,6 +2,7 @@
 
 use super::head::Head;
 use crate::error::{Error, Result};
+use crate::model::adapter::rows::AdapterRows;
 use crate::model::batch::{Input, Logits};
 use crate::model::forward::Workspace;
 use crate::model::mixers::{MixerContext, span_rows};
@@ -162,7 +163,7 @@ impl Transformer {
         w.reserve_layers(config, &head.widths, &self.positions)?;
         let mut inputs: Vec<_> = drafts.iter_mut().map(|draft| Input::new(draft.session, &[], Logits::None)).collect();
         self.pool.run(|scope| {
-            let pass = &Pass { config, kernel, scope, threads };
+            let pass = &Pass { config, kernel, scope, threads, adapters: AdapterRows::default() };
             self.pairs(head, pass, w);
             self.in_head(head, pass, w, &mut inputs, |context, w| {
                 head.layer.mixer.forward(context, &mut w.input, &mut w.mixers, &mut w.branch);

@@ -1,6 +1,7 @@
 //! Vectors and scores of whole documents: hidden states, pooled and taken through the heads of the model.
 
 use crate::error::{Error, Result};
+use crate::model::adapter::rows::AdapterRows;
 use crate::model::batch::{Input, Logits};
 use crate::model::config::Pooling;
 use crate::model::forward::Workspace;
@@ -30,11 +31,27 @@ impl Model {
         normalize: bool,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Vec<f32>> {
+        self.embed_with(None, texts, pooling, normalize, interrupted)
+    }
+
+    /// As [`Model::embed`], with the adapter of this name.
+    ///
+    /// # Errors
+    /// Those of [`Model::embed`] and [`Model::session_with_adapter`].
+    pub fn embed_with(
+        &self,
+        adapter: Option<&str>,
+        texts: &[&[u32]],
+        pooling: Option<Pooling>,
+        normalize: bool,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<f32>> {
         let pooling = pooling.or(self.config().pooling).unwrap_or(Pooling::Mean);
         let texts: Vec<TextTokens<'_>> = texts.iter().map(|tokens| (*tokens, None)).collect();
         let heads = &self.transformer.weights.heads;
-        let mut vectors =
-            self.pooled(&texts, pooling, interrupted, |pass, w| heads.embed(pass, &mut w.input, &mut w.branch))?;
+        let session = self.session_with(adapter)?;
+        let head = |pass: &Pass<'_>, w: &mut Workspace| heads.embed(pass, &mut w.input, &mut w.branch);
+        let mut vectors = self.pooled(&session, &texts, pooling, interrupted, head)?;
         if normalize {
             vectors.chunks_exact_mut(self.embedding_width()).for_each(scale_to_length_1);
         }
@@ -46,11 +63,25 @@ impl Model {
     /// # Errors
     /// [`Error::InvalidArgument`] for a model without such a head; otherwise as for [`Model::embed`].
     pub fn classify(&self, texts: &[TextTokens<'_>], interrupted: &(dyn Fn() -> bool + Sync)) -> Result<Vec<f32>> {
+        self.classify_with(None, texts, interrupted)
+    }
+
+    /// As [`Model::classify`], with the adapter of this name.
+    ///
+    /// # Errors
+    /// Those of [`Model::classify`] and [`Model::session_with_adapter`].
+    pub fn classify_with(
+        &self,
+        adapter: Option<&str>,
+        texts: &[TextTokens<'_>],
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<f32>> {
         let Some(classifier) = &self.transformer.weights.heads.classifier else {
             let found = format_args!("{} without a classification head", self.config().family.name);
             return Err(Error::argument("model", found, "a model for classification"));
         };
-        self.pooled(texts, self.config().classifier.pooling, interrupted, |pass, w| {
+        let session = self.session_with(adapter)?;
+        self.pooled(&session, texts, self.config().classifier.pooling, interrupted, |pass, w| {
             classifier.compute(pass, &mut w.input, &mut w.branch)
         })
     }
@@ -80,9 +111,10 @@ impl Model {
         &self.config().classifier.labels
     }
 
-    /// Pools the hidden states of documents, and takes the vectors through `head`, which replaces the input of the workspace.
+    /// Pools the hidden states of documents, each in a fork of the empty `session`, and takes the vectors through `head`, which replaces the input of the workspace.
     fn pooled(
         &self,
+        session: &Session,
         texts: &[TextTokens<'_>],
         pooling: Pooling,
         interrupted: &(dyn Fn() -> bool + Sync),
@@ -98,7 +130,7 @@ impl Model {
             };
             let (step, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
             rest = later;
-            let mut sessions: Vec<Session> = step.iter().map(|_| self.session()).collect();
+            let mut sessions: Vec<Session> = step.iter().map(|_| session.fork()).collect();
             let inputs = step.iter().zip(&mut sessions);
             let mut inputs: Vec<Input<'_>> = inputs
                 .map(|((tokens, second), session)| {
@@ -126,7 +158,7 @@ impl Model {
                 w.input.values.copy_from_slice(&pooled);
                 model.pool.run(|scope| {
                     let (config, kernel, threads) = (&model.config, model.kernel, model.pool.threads());
-                    head(&Pass { config, kernel, scope, threads }, w);
+                    head(&Pass { config, kernel, scope, threads, adapters: AdapterRows::default() }, w);
                 });
                 out.extend_from_slice(&w.input.values);
                 Ok(())

@@ -1,6 +1,7 @@
 //! The state of a sequence: pages of keys and values, in memory and on disk.
 
 pub(super) mod cache;
+mod file_adapter;
 mod head;
 pub(super) mod recurrent;
 pub(super) mod session;

@@ -1,10 +1,13 @@
 //! Sessions: the state of one sequence of tokens.
 
+use std::sync::Arc;
+
 use super::cache::{CacheShape, CacheType, Page};
 use super::head::{HeadPage, HeadState};
 use super::recurrent::{Recurrent, Snapshot};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
+use crate::model::adapter::low_rank::Adapter;
 use crate::system::memory;
 
 /// Keys and values of 64 positions that sessions of one model may share. They stay in memory while it exists.
@@ -14,6 +17,8 @@ pub struct SharedPage {
     /// What belongs to the head for multi-token prediction.
     head: Option<HeadPage>,
     model: u64,
+    /// The id of the adapter that it was computed with, or 0.
+    adapter: u64,
     /// Whether the model has recurrent states.
     is_recurrent: bool,
 }
@@ -76,6 +81,8 @@ pub struct Session {
     keeps_state: bool,
     /// The first position that has keys and values. Queries do not see earlier ones.
     pub(in crate::model) first: usize,
+    /// The adapter that all of its tokens are computed with, if any.
+    adapter: Option<Arc<Adapter>>,
     /// What the session keeps for the head for multi-token prediction, if it follows the session.
     pub(in crate::model) head: Option<Box<HeadState>>,
 }
@@ -100,8 +107,30 @@ impl Session {
             state,
             keeps_state,
             first: 0,
+            adapter: None,
             head: None,
         }
+    }
+
+    /// The session, which must be empty, with an adapter that all of its tokens are computed with.
+    pub(in crate::model) fn with_adapter(self, adapter: Option<Arc<Adapter>>) -> Session {
+        Session { adapter, ..self }
+    }
+
+    /// The adapter that its tokens are computed with, if any.
+    pub(in crate::model) fn adapter(&self) -> Option<&Arc<Adapter>> {
+        self.adapter.as_ref()
+    }
+
+    /// The name of the adapter that its tokens are computed with, if any.
+    pub fn adapter_name(&self) -> Option<&str> {
+        self.adapter.as_ref().map(|adapter| adapter.name())
+    }
+
+    /// A number that distinguishes the adapter of the session from all others; 0 without one. Sessions with different numbers
+    /// never share pages.
+    pub(crate) fn adapter_id(&self) -> u64 {
+        self.adapter.as_ref().map_or(0, |adapter| adapter.id())
     }
 
     /// Another session with the same tokens, independent of this one.
@@ -109,7 +138,8 @@ impl Session {
     /// The two share pages of 64 positions; a shared page is copied when one of them adds to it.
     pub fn fork(&self) -> Session {
         let (state, head) = (self.state.as_ref().map(Recurrent::fork), self.head.clone());
-        Session { pages: self.pages.clone(), shape: self.shape.clone(), state, head, ..*self }
+        let (pages, shape, adapter) = (self.pages.clone(), self.shape.clone(), self.adapter.clone());
+        Session { pages, shape, state, adapter, head, ..*self }
     }
 
     /// Tokens in the cache.
@@ -336,7 +366,7 @@ impl Session {
         let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
         let head = self.head.as_ref().and_then(|head| head.page(index));
         let (page, is_recurrent) = (page.clone(), self.state.is_some());
-        Some(SharedPage { page, head, model: self.model, is_recurrent })
+        Some(SharedPage { page, head, model: self.model, adapter: self.adapter_id(), is_recurrent })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these
@@ -364,6 +394,9 @@ impl Session {
     pub(crate) fn attach(&mut self, page: &SharedPage, tokens: usize, next: Option<u32>) -> Result<()> {
         if page.model != self.model {
             return Err(Error::argument("page", "a page of another model", "a page of this model"));
+        }
+        if page.adapter != self.adapter_id() {
+            return Err(Error::argument("page", "a page of another adapter", "a page of the session's adapter"));
         }
         if !self.len.is_multiple_of(PAGE) || !(1..=PAGE).contains(&tokens) {
             let found = format!("{tokens} tokens after {}", self.len);

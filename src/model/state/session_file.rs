@@ -4,11 +4,12 @@
 //!
 //! ```text
 //!  0   8  magic, "NYBBLEKV"
-//!  8   4  version: 1, or 2 where layers differ in how far back their queries see; 3 with recurrent states
+//!  8   4  version: 1, or 2 where layers differ in how far back their queries see; 3 with recurrent states; 256 more with an adapter
 //! 12   4  how keys and values are stored: 0 F32, 1 F16, 3 INT8; 2 INT8 with one scale per head, as earlier versions wrote it
 //! 16  32  hash of the model, its `fingerprint`
 //! 48   8  number of tokens
 //! 56   8  number of tokens in the cache: the first of them
+//!         with an adapter only: the 4-byte length of its name, the name, and the 32-byte hash of its weights
 //!      8  versions 2 and 3 only: for each part of a page, the first page that has it
 //!      4  each token
 //!         pages of 64 tokens, as in memory; positions after the last token are zeros. In version 1 a page holds all layers in
@@ -29,12 +30,14 @@ use std::path::Path;
 use blake3::Hasher;
 
 use super::cache::{CacheShape, CacheType, Page};
+use super::file_adapter::{self, FileAdapter};
 use super::session::Session;
 use super::whole_head_int8;
 use crate::error::{Error, Place, Result};
 use crate::format::atomic_file::AtomicFile;
 use crate::format::output::Sources;
 use crate::kernels::{Kernel, PAGE};
+use crate::model::adapter::registry::Adapters;
 use crate::system::memory;
 
 const MAGIC: [u8; 8] = *b"NYBBLEKV";
@@ -75,6 +78,8 @@ pub(in crate::model) struct Owner<'a> {
     pub(in crate::model) kernel: &'static Kernel,
     pub(in crate::model) context: usize,
     pub(in crate::model) vocabulary: usize,
+    /// The adapters that a session may have.
+    pub(in crate::model) adapters: &'a Adapters,
 }
 
 /// Writes `session`, whose recurrent states have no rows to be applied, and `tokens` to the file at `path`, which appears under its name when it is complete.
@@ -110,11 +115,16 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
     out.write_all(&MAGIC)?;
     let parts = session.shape.parts().len();
     let version = version_of(&session.shape);
-    out.write_all(&version.to_le_bytes())?;
+    let adapter = session.adapter().map(|adapter| FileAdapter::of(adapter));
+    let flag = if adapter.is_some() { file_adapter::FLAG } else { 0 };
+    out.write_all(&(version | flag).to_le_bytes())?;
     out.write_all(&session.shape.cache_type.number().to_le_bytes())?;
     out.write_all((owner.fingerprint)().as_bytes())?;
     out.write_all(&(tokens.len() as u64).to_le_bytes())?;
     out.write_all(&(session.len() as u64).to_le_bytes())?;
+    if let Some(adapter) = &adapter {
+        out.write_all(&adapter.bytes())?;
+    }
     let pages = &session.pages[..session.len().div_ceil(PAGE)];
     let first = |part: usize| pages.iter().rposition(|page| !page.has(part)).map_or(0, |last| last + 1);
     let firsts: Vec<usize> = (0..parts).map(first).collect();
@@ -152,7 +162,7 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Malformed`] with the field when the file is not a session, is damaged, or belongs to another model,
-/// another cache type or a larger context; [`Error::OutOfMemory`].
+/// another adapter, another cache type or a larger context; [`Error::OutOfMemory`].
 pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session, Vec<u32>)> {
     let io = |source| Error::io(path, source);
     // Checked before the file is opened, because opening a pipe would wait.
@@ -172,10 +182,16 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
     let mut file = Hashed { inner: BufReader::with_capacity(1 << 16, file), hasher: Hasher::new() };
     let mut header = [0; HEADER];
     file.read_exact(&mut header).map_err(io)?;
-    let Header { tokens, seen, format } = check(owner, path, &header, length)?;
+    let stored = match header.starts_with(&MAGIC) && file_adapter::is_flagged(&header[MAGIC.len()..]) {
+        true => Some(FileAdapter::read(&mut file, path, length - HEADER as u64)?),
+        false => None,
+    };
+    let fixed = HEADER + HASH + stored.as_ref().map_or(0, |adapter| adapter.bytes().len());
+    let Header { tokens, seen, format } = check(owner, path, &header, [length, fixed as u64])?;
+    let adapter = FileAdapter::find(stored.as_ref(), owner.adapters, path)?;
     let pages_count = seen.div_ceil(PAGE);
     let firsts = match format {
-        Format::Parts => first_pages(owner, path, &mut file, [tokens, seen], length)?,
+        Format::Parts => first_pages(owner, path, &mut file, [tokens, seen], [length, fixed as u64])?,
         _ => vec![0; owner.shape.parts().len()],
     };
 
@@ -210,7 +226,7 @@ pub(in crate::model) fn load(owner: &Owner<'_>, path: &Path) -> Result<(Session,
         };
         pages.push(page);
     }
-    let mut session = Session::new(owner.shape.clone(), owner.context, owner.id);
+    let mut session = Session::new(owner.shape.clone(), owner.context, owner.id).with_adapter(adapter);
     if let Some(state) = session.state_mut().filter(|_| seen > 0) {
         state.read(seen, |bytes| file.read_exact(bytes).map_err(io))?;
     }
@@ -258,11 +274,11 @@ fn first_pages(
     path: &Path,
     file: &mut impl Read,
     [tokens, seen]: [usize; 2],
-    length: u64,
+    [length, fixed]: [u64; 2],
 ) -> Result<Vec<usize>> {
     let parts = owner.shape.parts();
     let pages = seen.div_ceil(PAGE);
-    let (mut firsts, mut expected) = (Vec::new(), (HEADER + HASH + parts.len() * size_of::<u64>()) as u64);
+    let (mut firsts, mut expected) = (Vec::new(), fixed + (parts.len() * size_of::<u64>()) as u64);
     expected = expected.saturating_add((tokens as u64).saturating_mul(size_of::<u32>() as u64));
     for (index, part) in parts.iter().enumerate() {
         let mut bytes = [0; size_of::<u64>()];
@@ -287,8 +303,8 @@ fn first_pages(
 }
 
 /// Checks every field of a header against the model, and all of them against the length of the file, where it follows from
-/// them.
-fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> Result<Header> {
+/// them. `fixed` is the length of what every file has.
+fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], [length, fixed]: [u64; 2]) -> Result<Header> {
     let fault = |field: &str, found: String, expected: String| {
         Err(Error::malformed(path, Place::Key(field.to_owned()), found, expected))
     };
@@ -298,7 +314,7 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
         let found = format!("\"{}\"", magic.escape_ascii());
         return fault("magic", found, format!("\"{}\", the start of every session", MAGIC.escape_ascii()));
     }
-    let newest = version_of(&owner.shape);
+    let (newest, version) = (version_of(&owner.shape), version & !file_adapter::FLAG);
     if version != newest && (newest, version) != (PARTS, WHOLE_PAGES) {
         let expected = if newest == PARTS { "1 or 2".to_owned() } else { format!("{newest}, as this model has") };
         return fault("version", version.to_string(), expected);
@@ -332,7 +348,7 @@ fn check(owner: &Owner<'_>, path: &Path, header: &[u8; HEADER], length: u64) -> 
     };
     let counts = usize::try_from(tokens).ok().zip(usize::try_from(seen).ok());
     let expected = counts.and_then(|(tokens, seen)| {
-        let fixed = tokens.checked_mul(size_of::<u32>())?.checked_add(HEADER + HASH)?;
+        let fixed = tokens.checked_mul(size_of::<u32>())?.checked_add(usize::try_from(fixed).ok()?)?;
         fixed.checked_add(match format {
             Format::WholeHeadInt8 => whole_head_int8::bytes(&owner.shape, seen)?,
             Format::WholePages => owner.shape.bytes(seen)?,

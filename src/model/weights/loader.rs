@@ -8,7 +8,7 @@ use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
 use crate::model::arch::NormKind;
 use crate::model::config::Config;
-use crate::model::linear::Linear;
+use crate::model::linear::{Linear, PartSource, RowSource};
 use crate::model::norm::{HeadNorm, Norm};
 use crate::quant::block::BlockType;
 use crate::quant::pack;
@@ -396,7 +396,13 @@ impl Loader<'_> {
         for part in parts.iter().filter(|part| part.stack.is_none()) {
             self.checkpoint.release(&format!("{}.weight", part.name));
         }
-        Ok(Linear::new(packed).with_order(order))
+        let sources = parts.iter().map(|part| PartSource {
+            name: part.name.clone(),
+            dims: [columns, part.of, part.stack.unwrap_or(1)],
+            count: part.rows,
+            rows: RowSource::new(part.rows, part.order),
+        });
+        Ok(Linear::new(packed).with_order(order).with_sources(sources.collect()))
     }
 
     fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {

@@ -59,7 +59,7 @@ class ChatAdapter(CollectingAdapter):
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{new_id()}",
             "created": service.now(),
-            "model": service.name,
+            "model": service.name_of(body.model),
         }
         self._pending: list[list[ChatLogprob]] = [[] for _ in range(self.answers)]
         """Log-probabilities for the next chunk of each answer."""

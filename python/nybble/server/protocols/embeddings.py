@@ -94,13 +94,13 @@ async def embed(service: Service, http: Request, body: EmbeddingRequest) -> Resp
 
 async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    rows, tokens = await vectors(service, inputs, body.dimensions)
+    rows, tokens = await vectors(service, inputs, body.dimensions, lora=service.lora_of(body.model))
     data = [
         Embedding(object="embedding", index=index, embedding=_encoded(row, body.encoding_format))
         for index, row in enumerate(rows)
     ]
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-    answer = Embeddings(object="list", model=service.name, data=data, usage=usage)
+    answer = Embeddings(object="list", model=service.name_of(body.model), data=data, usage=usage)
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
@@ -122,7 +122,11 @@ def check_dimensions(service: Service, dimensions: int | None) -> None:
 
 
 async def vectors(
-    service: Service, inputs: Sequence[str | list[int]], dimensions: int | None, param: str = "input"
+    service: Service,
+    inputs: Sequence[str | list[int]],
+    dimensions: int | None,
+    param: str = "input",
+    lora: str | None = None,
 ) -> tuple[list[npt.NDArray[np.float32]], int]:
     """The vectors of inputs, and the number of their tokens.
 
@@ -131,6 +135,7 @@ async def vectors(
         inputs: Documents or token ids.
         dimensions: The width to cut the vectors to; None for that of the model.
         param: The parameter of the request that holds the inputs, for errors.
+        lora: The LoRA adapter to compute with; None for the model alone.
 
     Raises:
         ApiError: An input is invalid or too long.
@@ -140,7 +145,7 @@ async def vectors(
 
     def compute(batch: list[Sequence[int]]) -> npt.NDArray[np.float32]:
         documents: Any = batch  # Token ids are documents, too.
-        found = model.embed(documents, pooling=service.settings.pooling)
+        found = model.embed(documents, pooling=service.settings.pooling, adapter=lora)
         if dimensions is not None and dimensions < found.shape[1]:
             found = found[:, :dimensions]
             found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from nybble.server.service import Service
+
 
 class ModelCard(BaseModel):
     """A model that is served."""
@@ -17,6 +19,22 @@ class ModelCard(BaseModel):
     context_length: int
     max_model_len: int
     """The context again, under vLLM's name."""
+    parent: str | None = None
+    """The base of a model with a LoRA adapter."""
+
+
+def model_card(service: Service, name: str) -> ModelCard:
+    """The card of a model of this name, which is served."""
+    context = service.engine.model.info.context
+    return ModelCard(
+        id=name,
+        object="model",
+        created=service.created,
+        owned_by="nybble",
+        context_length=context,
+        max_model_len=context,
+        parent=None if name == service.name else service.name,
+    )
 
 
 class ModelList(BaseModel):

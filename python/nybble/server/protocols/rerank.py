@@ -108,7 +108,7 @@ async def rerank(service: Service, http: Request, body: RerankRequest) -> Respon
 
 
 async def _ranking(service: Service, body: RerankRequest) -> Response:
-    model = service.engine.model
+    model, lora = service.engine.model, service.lora_of(body.model)
     scores: list[float] = []
 
     def count() -> int:
@@ -125,7 +125,7 @@ async def _ranking(service: Service, body: RerankRequest) -> Response:
             # One batch per call, so that a disconnected client is noticed in between.
             for start in range(0, len(body.documents), _BATCH):
                 batch = body.documents[start : start + _BATCH]
-                found = await service.in_thread(functools.partial(model.rerank, body.query, batch))
+                found = await service.in_thread(functools.partial(model.rerank, body.query, batch, adapter=lora))
                 scores += [float(score) for score in 1 / (1 + np.exp(-found.astype(np.float64)))]
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
     results = [
@@ -137,5 +137,7 @@ async def _ranking(service: Service, body: RerankRequest) -> Response:
         for index in order
     ]
     usage = RerankUsage(prompt_tokens=tokens, total_tokens=tokens)
-    answer = Ranking(id=f"rerank-{new_id()}", object="list", model=service.name, results=results, usage=usage)
+    answer = Ranking(
+        id=f"rerank-{new_id()}", object="list", model=service.name_of(body.model), results=results, usage=usage
+    )
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

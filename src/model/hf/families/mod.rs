@@ -122,6 +122,11 @@ pub(super) fn by_model_type(name: &str) -> Option<&'static HfFamily> {
     FAMILIES.iter().find(|family| family.model_types.contains(&name)).copied()
 }
 
+/// The families whose GGUF files have this architecture.
+pub(super) fn of_architecture(name: &str) -> impl Iterator<Item = &'static HfFamily> {
+    FAMILIES.iter().filter(move |family| family.architecture == name).copied()
+}
+
 /// Every `model_type` that can be read.
 pub(super) fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().flat_map(|family| family.model_types).copied()

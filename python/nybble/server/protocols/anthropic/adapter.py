@@ -140,7 +140,7 @@ class MessagesAdapter(TypedEventAdapter):
         self._shows_thinking = thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
         self._message = AnsweredMessage(
             id=f"msg_{new_id()}{new_id()}",
-            model=service.name,
+            model=service.name_of(body.model),
             content=[],
             usage=MessageUsage(input_tokens=0, output_tokens=0),
         )

@@ -101,12 +101,13 @@ class CompletionAdapter(CollectingAdapter):
         super().__init__(body.model, len(self._prompts) * self._per_prompt, bool(body.stream))
         self._model = service.engine.model
         self._tokenizer = self._model.tokenizer
+        self._lora = service.lora_of(body.model)
         self._body = body
         self._head: dict[str, Any] = {
             "id": f"cmpl-{new_id()}",
             "object": "text_completion",
             "created": service.now(),
-            "model": service.name,
+            "model": service.name_of(body.model),
         }
         self._offsets = [0] * self.answers
         """Characters of each answer so far."""
@@ -156,7 +157,7 @@ class CompletionAdapter(CollectingAdapter):
             check_length(self._model, prompt)
         ids = prompt_ids(self._tokenizer, prompt)
         (first, *_) = ids
-        tokens = score(self._model, ids, self._body.logprobs)
+        tokens = score(self._model, ids, self._body.logprobs, self._lora)
         found = _described(tokens, len(self._tokenizer.decode([first])))
         self._echoes.append(
             (

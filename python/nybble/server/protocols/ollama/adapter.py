@@ -111,7 +111,7 @@ class OllamaAdapter(CollectingAdapter):
         self, text: str, calls: Sequence[events.CollectedCall], reasoning: str = "", **more: Any
     ) -> OllamaAnswer:
         pending, self._pending = self._pending, []
-        answer = OllamaAnswer(model=self._service.name, created_at=now(), **{"done": False, **more})
+        answer = OllamaAnswer(model=self._service.name_of(self.model), created_at=now(), **{"done": False, **more})
         if self._is_chat:
             answer.message = AnsweredMessage(content=text, thinking=reasoning or None)
             if calls:
@@ -204,7 +204,7 @@ def generate_adapter(service: Service, body: OllamaGenerateRequest) -> OllamaAda
 def loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) -> OllamaAnswer:
     """The answer to a request without a prompt, which asks Ollama to load or to unload the model."""
     reason: Literal["load", "unload"] = "unload" if body.keep_alive in (0, "0", "0s") else "load"
-    answer = OllamaAnswer(model=service.name, created_at=now(), done=True, done_reason=reason)
+    answer = OllamaAnswer(model=service.name_of(body.model), created_at=now(), done=True, done_reason=reason)
     if isinstance(body, OllamaChatRequest):
         answer.message = AnsweredMessage(content="")
     else:

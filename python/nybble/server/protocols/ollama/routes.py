@@ -108,13 +108,13 @@ async def _embed(
             # What is far beyond the context is not tokenized.
             starts = [each[: context * _LONGEST_TOKEN] for each in inputs]
             documents = await service.in_thread(lambda: [model.tokenize(each)[:context] for each in starts])
-        rows, tokens = await vectors(service, documents, dimensions, param)
+        rows, tokens = await vectors(service, documents, dimensions, param, service.lora_of(body.model))
         found = [[float(value) for value in row] for row in rows]
         if not is_list:
             return _json({"embedding": found[0]})
         duration = time.perf_counter_ns() - started_at
         counts = {"total_duration": duration, "load_duration": 0, "prompt_eval_count": tokens}
-        return _json({"model": service.name, "embeddings": found, **counts})
+        return _json({"model": service.name_of(body.model), "embeddings": found, **counts})
 
     with service.in_flight():
         return await with_timeout(service, http, work())

@@ -151,7 +151,7 @@ class ResponsesAdapter(TypedEventAdapter):
             max_output_tokens=body.max_output_tokens,
             max_tool_calls=body.max_tool_calls,
             metadata=given["metadata"] or {},
-            model=self._service.name,
+            model=self._service.name_of(body.model),
             output=[],
             parallel_tool_calls=body.parallel_tool_calls is not False,
             previous_response_id=body.previous_response_id,

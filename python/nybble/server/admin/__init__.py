@@ -1,0 +1,1 @@
+"""Routes that change what the server serves. They are off by default."""

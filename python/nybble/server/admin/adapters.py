@@ -1,0 +1,96 @@
+"""Loads and unloads LoRA adapters while the server runs, with vLLM's routes and names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+
+from nybble.server.errors import ApiError, as_api_errors
+from nybble.server.options import check_adapter_name
+from nybble.server.protocols.models import ModelCard, model_card
+from nybble.server.protocols.strict import Strict
+from nybble.server.service import Service
+
+MAX_ADAPTERS = 256
+"""Adapters that clients may load. Each takes memory."""
+
+
+class LoadAdapterRequest(Strict):
+    """`POST /v1/load_lora_adapter`."""
+
+    lora_name: str = Field(description="The name of the adapter. The model `base:name` has it.")
+    lora_path: str = Field(description="The folder or file, relative to the server's folder of adapters.")
+
+
+class UnloadAdapterRequest(Strict):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[str, Field(description="The name of the adapter.")]
+
+
+class Unloaded(BaseModel):
+    """An adapter that was removed. Answers that it computes are finished."""
+
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
+def add_adapter_routes(app: FastAPI, service: Service, folder: Path, key: list[Any]) -> None:
+    """Adds the routes, which load adapters from `folder` and from nowhere else."""
+
+    @app.post("/v1/load_lora_adapter", dependencies=key)
+    async def load(body: LoadAdapterRequest) -> ModelCard:
+        """Load a LoRA adapter, or replace the one of this name."""
+        with as_api_errors("lora_name"):
+            check_adapter_name(body.lora_name)
+        path = _inside(folder, body.lora_path)
+        loaded = service.engine.model.adapters
+        if body.lora_name not in loaded and len(loaded) >= MAX_ADAPTERS:
+            raise ApiError(400, f"found {MAX_ADAPTERS} adapters, expected fewer; unload one", code="too_many_adapters")
+        # One at a time, as other work with the model itself.
+        async with service.embedding:
+            await service.in_thread(lambda: _load(service, body.lora_name, path))
+        return model_card(service, f"{service.name}:{body.lora_name}")
+
+    @app.post("/v1/unload_lora_adapter", dependencies=key)
+    async def unload(body: UnloadAdapterRequest) -> Unloaded:
+        """Remove a LoRA adapter."""
+        try:
+            service.engine.model.unload_adapter(body.lora_name)
+        except ValueError:
+            message = f"the adapter {body.lora_name!r:.200} does not exist"
+            raise ApiError(404, message, param="lora_name", code="adapter_not_found") from None
+        return Unloaded(id=f"{service.name}:{body.lora_name}", object="model", deleted=True)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of an adapter in the folder, after links.
+
+    Raises:
+        ApiError: The path leaves the folder, or nothing is there.
+    """
+    refused = ApiError(400, f"lora_path: found {name!r:.200}, expected a path in the folder", param="lora_path")
+    try:
+        folder = folder.resolve()
+        path = (folder / name).resolve()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):  # Too long, a zero byte, a circle of links.
+        raise refused from None
+    if path == folder or not path.is_relative_to(folder):
+        raise refused
+    if not exists:
+        raise ApiError(404, f"lora_path: found {name!r:.200}, which does not exist", param="lora_path")
+    return path
+
+
+def _load(service: Service, name: str, path: Path) -> None:
+    try:
+        service.engine.model.load_adapter(name, path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ApiError(400, str(error), param="lora_path", code="invalid_adapter") from error

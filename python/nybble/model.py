@@ -43,6 +43,8 @@ def _tokenizer(file: Path, mmap: bool) -> Tokenizer:
 
 
 def _warn(path: str | os.PathLike[str], notes: Sequence[str]) -> None:
+    import logging
+
     for note in notes:
         logging.getLogger("nybble").warning("%s: %s", os.fspath(path), note)
 

@@ -7,9 +7,8 @@
 
 mod record;
 
-use std::hint::black_box;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -20,7 +19,7 @@ use super::available::available;
 use super::operations::{Kernel, Table};
 use super::scalar;
 use crate::quant::packed::{Code, Layout, PANEL, Packed};
-use crate::threads::{Columns, Scope};
+use crate::threads::{Columns, PerProcess, Scope};
 
 /// Rows of the products that are measured. A product of `n` rows takes the choice for the largest number up to `n`.
 const HEIGHTS: [usize; 3] = [1, 8, 64];
@@ -39,7 +38,7 @@ const LAYOUTS: usize = 3 * 4 * 2;
 static CHOICES: [[AtomicU8; HEIGHTS.len()]; LAYOUTS] = [const { [const { AtomicU8::new(0) }; HEIGHTS.len()] }; LAYOUTS];
 
 /// What was measured or read in this process.
-static KNOWN: Mutex<Option<Record>> = Mutex::new(None);
+static KNOWN: LazyLock<PerProcess<Mutex<Option<Record>>>> = LazyLock::new(PerProcess::default);
 
 /// The kernels to choose from: all that this CPU runs but the scalar one.
 pub(super) fn candidates() -> &'static [&'static Kernel] {
@@ -96,7 +95,7 @@ pub(crate) fn tune<'a>(kernel: &Kernel, scope: &Scope<'_>, threads: usize, matri
     if wish == "off" || !self::kernel().is_some_and(|tuned| std::ptr::eq(tuned, kernel)) {
         return;
     }
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
     let names: Vec<&str> = candidates().iter().map(|kernel| kernel.name()).collect();
     let mut layouts: [Vec<&Packed>; LAYOUTS] = Default::default();
@@ -127,7 +126,7 @@ pub(crate) fn tune<'a>(kernel: &Kernel, scope: &Scope<'_>, threads: usize, matri
 /// What was measured on this machine for this version, also by earlier processes if a model is loaded. Empty on a CPU with nothing to
 /// choose.
 pub fn choices() -> Vec<Choice> {
-    let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     known.as_ref().map(Record::choices).unwrap_or_default()
 }
 
@@ -152,7 +151,9 @@ fn measure(
             }
         }
     }
-    let inputs: Vec<Activations> = matrices
+    // Only of the matrices that tasks multiply, which are the first.
+    let used = tasks.last().map_or(0, |(last, _)| last + 1);
+    let inputs: Vec<Activations> = matrices[..used]
         .iter()
         .map(|matrix| {
             // The time does not depend on the numbers, but they should not be zeros.
@@ -163,8 +164,9 @@ fn measure(
         })
         .collect();
     let mut best = vec![f64::INFINITY; kernels.len()];
+    let checksums: Vec<AtomicU64> = kernels.iter().map(|_| AtomicU64::new(0)).collect();
     for _ in 0..ROUNDS {
-        for (kernel, best) in kernels.iter().zip(&mut best) {
+        for ((kernel, best), checksum) in kernels.iter().zip(&mut best).zip(&checksums) {
             let start = Instant::now();
             scope.for_each(tasks.len(), |task| {
                 let (matrix, panels) = &tasks[task];
@@ -172,12 +174,17 @@ fn measure(
                 let out = &mut out[..rows * panels.len() * PANEL];
                 let mut columns = Columns::whole(out, rows, panels.len() * PANEL);
                 kernel.product(matrices[*matrix], panels.clone(), &inputs[*matrix], &mut columns);
-                black_box(out);
+                let bits = out.iter().fold(0u64, |sum, x| sum.wrapping_add(u64::from(x.to_bits())));
+                checksum.fetch_add(bits, Ordering::Relaxed);
             });
             *best = best.min(start.elapsed().as_secs_f64());
         }
     }
-    best.into_iter().map(|seconds| 2.0 * (weights * rows) as f64 / seconds / 1e9).collect()
+    let speed = |seconds: f64| 2.0 * (weights * rows) as f64 / seconds / 1e9;
+    // A kernel with other results than the first is not used, however fast it is.
+    let expected = checksums.first().map_or(0, |first| first.load(Ordering::Relaxed));
+    let agrees = checksums.iter().map(|checksum| checksum.load(Ordering::Relaxed) == expected);
+    best.into_iter().zip(agrees).map(|(seconds, agrees)| if agrees { speed(seconds) } else { 0.0 }).collect()
 }
 
 #[cfg(test)]
@@ -202,6 +209,19 @@ mod tests {
             names.contains("int4, groups of 32 with minimums") && names.contains("int8, groups of 16"),
             "{names:?}"
         );
+    }
+
+    #[test]
+    fn a_kernel_with_other_results_has_no_speed() {
+        fn wrong(_: &Packed, _: Range<usize>, _: &Activations, _: &mut Columns<'_>) {}
+        // SAFETY: every CPU runs the scalar kernel, and the product has no needs.
+        let wrong = Box::leak(Box::new(unsafe { Kernel::new(Table { product: wrong, ..scalar::kernel().table() }) }));
+        let mut matrix = Packed::zeroed(16, 64, Layout { code: Code::Int4, group: 32, min: false }, 1.0);
+        matrix.panels_mut().iter_mut().for_each(|panel| panel.scales.fill([half::f16::ONE; PANEL]));
+        let pool = ThreadPool::new(1).unwrap();
+        let gops = pool.run(|scope| measure(scope, &[scalar::kernel(), wrong], &[&matrix], 1, usize::MAX));
+        assert!(gops[0] > 0.0 && gops[1] == 0.0, "{gops:?}");
+        assert_eq!(fastest(&gops), 0);
     }
 
     #[test]

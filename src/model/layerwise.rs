@@ -218,7 +218,7 @@ impl Layerwise {
     /// Those of [`Model::load`].
     pub(crate) fn layer(&self, checkpoint: &dyn Checkpoint, index: usize) -> Result<LoadedLayer> {
         self.model.transformer.pool.run(|scope| {
-            let layer = Layer::load(&Loader::new(scope, checkpoint, None), self.config(), index)?;
+            let layer = Layer::load(&Loader::separate(scope, checkpoint), self.config(), index)?;
             Ok(LoadedLayer { index, layer })
         })
     }
@@ -251,7 +251,7 @@ impl Layerwise {
     pub(crate) fn reload(&self, checkpoint: &dyn Checkpoint, loaded: &mut LoadedLayer, site: Site) -> Result<()> {
         let (config, LoadedLayer { index, layer }) = (self.config(), loaded);
         self.model.pool().run(|scope| {
-            let loader = &Loader::new(scope, checkpoint, None);
+            let loader = &Loader::separate(scope, checkpoint);
             match site {
                 Site::Qkv => layer.mixer.reload_in_proj(loader, config, *index),
                 Site::AttentionOutput => layer.mixer.reload_out_proj(loader, config, *index),

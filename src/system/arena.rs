@@ -23,8 +23,13 @@ use crate::error::{Error, Result};
 
 /// Models with fewer bytes of weights lie in maps of their own, since a page that is partly used is in memory as a whole.
 const SMALLEST_MODEL: usize = 16 << 20;
-/// Bytes of a map, unless a matrix needs more. What is not used of the last one takes no memory.
+/// The smallest map in bytes.
 const MAP: usize = 64 << 20;
+/// The largest map in bytes, unless a matrix needs more.
+const LARGEST_MAP: usize = 1 << 30;
+/// Maps of a model. A matrix that does not fit into what is left of a map begins another one, and what is left is lost: up to a huge
+/// page of memory, beyond that only addresses.
+const MAPS: usize = 16;
 /// A huge page that takes longer than this to become available is compared with ordinary pages.
 const SLOW: Duration = Duration::from_millis(1);
 
@@ -42,7 +47,9 @@ pub(crate) struct Arena(Mutex<State>);
 struct State {
     /// The map from which buffers are taken.
     region: Option<Arc<Region>>,
-    /// Lines of it that are taken.
+    /// Bytes of a map, unless a matrix needs more.
+    map: usize,
+    /// Lines of the map that are taken.
     taken: usize,
     /// Lines of it that are in memory: whole huge pages.
     present: usize,
@@ -67,7 +74,8 @@ impl Arena {
     /// An arena for a model with about `expected` bytes of weights.
     pub(crate) fn new(expected: usize) -> Arena {
         let pages = if expected >= SMALLEST_MODEL && are_wanted() { Pages::Huge } else { Pages::Separate };
-        Arena(Mutex::new(State { region: None, taken: 0, present: 0, pages, ordinary: vec![] }))
+        let map = (expected / MAPS).clamp(MAP, LARGEST_MAP);
+        Arena(Mutex::new(State { region: None, map, taken: 0, present: 0, pages, ordinary: vec![] }))
     }
 
     /// `lines` zeroed cache lines. `for_each` fetches their memory from the system.
@@ -107,7 +115,7 @@ impl State {
             Some(region) if lines <= region.len() - self.taken => Arc::clone(region),
             _ => {
                 let region = Arc::new(Region::new(
-                    lines.checked_mul(size_of::<CacheLine>())?.checked_next_multiple_of(HUGE_PAGE)?.max(MAP),
+                    lines.checked_mul(size_of::<CacheLine>())?.max(self.map).checked_next_multiple_of(HUGE_PAGE)?,
                 )?);
                 (self.taken, self.present) = (0, 0);
                 Arc::clone(self.region.insert(region))
@@ -136,7 +144,7 @@ impl State {
             if self.pages == Pages::Huge && time > SLOW && left > 0 {
                 // Where memory itself is slow to get, as in a virtual machine that is given it page by page, ordinary pages
                 // are not faster.
-                let (first, count) = (first + count, left.min(4));
+                let (first, count) = (first + count, left.min(2));
                 region.advise(Advice::NoHugePage, first, count);
                 self.present += count * HUGE_LINES;
                 let ordinary = fetch(&region, first, count, for_each) / count as u32;
@@ -237,7 +245,7 @@ mod tests {
 
     #[test]
     fn the_next_buffer_gets_what_the_last_one_returns() {
-        let arena = Arena::new(usize::MAX);
+        let arena = Arena::new(SMALLEST_MODEL);
         let mut first = take(&arena, 100);
         let mut second = take(&arena, 100);
         fill(&mut first, 1);
@@ -258,7 +266,7 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_errors_and_leave_the_arena_usable() {
-        let arena = Arena::new(usize::MAX);
+        let arena = Arena::new(SMALLEST_MODEL);
         for lines in [usize::MAX, 1 << 57, 1 << 50] {
             let error = arena.take(lines, "a test", &one_by_one).unwrap_err();
             assert!(matches!(error, Error::OutOfMemory { what: "a test", .. }), "{error}");
@@ -269,7 +277,7 @@ mod tests {
     #[test]
     fn every_kind_of_pages_gives_zeroed_memory() {
         for pages in [Pages::Huge, Pages::HugeAsFast, Pages::Ordinary] {
-            let arena = Arena::new(usize::MAX);
+            let arena = Arena::new(SMALLEST_MODEL);
             arena.0.lock().unwrap().pages = pages;
             fill(&mut take(&arena, 3 * HUGE_LINES + 1), 1);
             fill(&mut take(&arena, 40 * HUGE_LINES), 2);
@@ -278,7 +286,7 @@ mod tests {
 
     #[test]
     fn contents_stay_while_pages_are_moved() {
-        let arena = Arena::new(usize::MAX);
+        let arena = Arena::new(SMALLEST_MODEL);
         arena.0.lock().unwrap().pages = Pages::Ordinary;
         let mut kept = take(&arena, 3 * HUGE_LINES);
         let mut dropped = take(&arena, MAP / 64);

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use memmap2::{Advice, MmapMut};
+use memmap2::{Advice, MmapMut, MmapRaw};
 
 use super::cache_line::CacheLine;
 
@@ -27,13 +27,10 @@ pub(super) fn are_wanted() -> bool {
 /// A map that buffers share. It is returned to the system with the last of them.
 #[derive(Debug)]
 pub(super) struct Region {
-    map: MmapMut,
+    map: MmapRaw,
     /// Bytes of the map before its first huge page.
     offset: usize,
 }
-
-// SAFETY: the map is accessed through `Piece`s, which are disjoint, and through advice, which leaves its contents alone.
-unsafe impl Sync for Region {}
 
 /// A part of a region that nothing else accesses.
 #[derive(Debug)]
@@ -48,18 +45,22 @@ pub(super) struct Piece {
 impl Region {
     /// A map of at least `bytes` from its first huge page on.
     pub(super) fn new(bytes: usize) -> Option<Region> {
-        let map = MmapMut::map_anon(bytes.checked_add(HUGE_PAGE)?).ok()?;
+        let map: MmapRaw = MmapMut::map_anon(bytes.checked_add(HUGE_PAGE)?).ok()?.into();
         let offset = map.as_ptr().addr().next_multiple_of(HUGE_PAGE) - map.as_ptr().addr();
         Some(Region { map, offset })
     }
 
-    /// Cache lines from the first huge page on.
+    /// Cache lines of whole huge pages.
     pub(super) fn len(&self) -> usize {
-        (self.map.len() - self.offset) / size_of::<CacheLine>()
+        (self.map.len() - self.offset) / HUGE_PAGE * HUGE_LINES
     }
 
     /// Gives `advice` for huge pages `first..first + count`. Systems that do not know it do nothing.
+    ///
+    /// # Panics
+    /// If they are not in the map.
     pub(super) fn advise(&self, advice: Advice, first: usize, count: usize) -> bool {
+        assert!((first + count) * HUGE_LINES <= self.len());
         self.map.advise_range(advice, self.offset + first * HUGE_PAGE, count * HUGE_PAGE).is_ok()
     }
 
@@ -81,9 +82,8 @@ impl Region {
     }
 
     fn at(&self, line: usize) -> *mut CacheLine {
-        debug_assert!(line <= self.len());
-        // The pointer to shared bytes is written through: see `Piece`.
-        self.map.as_ptr().wrapping_add(self.offset).cast::<CacheLine>().cast_mut().wrapping_add(line)
+        debug_assert!(self.offset + line * size_of::<CacheLine>() <= self.map.len());
+        self.map.as_mut_ptr().wrapping_add(self.offset).cast::<CacheLine>().wrapping_add(line)
     }
 }
 

@@ -44,8 +44,11 @@ class Service:
         self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
 
-    def admit(self, model: str | None, answers: int) -> None:
+    def admit(self, model: str | None, answers: int) -> str | None:
         """Refuses requests for other models and requests beyond the limits, before they cost any work.
+
+        Returns:
+            The name of the LoRA adapter to compute with; None for the model alone.
 
         Raises:
             ApiError: The request is refused.
@@ -62,6 +65,7 @@ class Service:
             raise ApiError(400, message, code="too_many_answers")
         if len(self._running) + answers > limit:
             raise overloaded("the server has too many requests at the moment", 429, "queue_full")
+        return self.lora_of(model)
 
     def lora_of(self, model: str | None) -> str | None:
         """The name of the LoRA adapter that the model `base:name` has; None for the base and unknown models."""

@@ -1,6 +1,6 @@
 //! AMX with INT8: products of many rows by tiles of 8 rows of activations and 16 rows of weights, the rest by AVX-512.
 //!
-//! No CPU with AMX has run it yet, so it is used only when its name is given.
+//! Its results were compared on an emulated CPU; its speed was never measured. So it is chosen by measurement, or by name.
 #![allow(unsafe_code, reason = "the tiles' instructions, and functions with target features")]
 
 mod product;

@@ -16,7 +16,7 @@ use crate::quant::block::BlockType;
 use crate::quant::pack::{PackError, PackJob, Rows};
 use crate::quant::packed::Packed;
 use crate::system::arena::Arena;
-use crate::threads::Scope;
+use crate::threads::ThreadPool;
 
 /// The tensors of `weights` that adapters may change, and their dimensions.
 pub(super) fn dims(weights: &Weights, name: &str) -> Option<[usize; 3]> {
@@ -31,10 +31,12 @@ pub(super) fn dims(weights: &Weights, name: &str) -> Option<[usize; 3]> {
 /// Reads the adapter at `path` for the model with these weights, and attaches it under `name`. Returns it, and what its file says
 /// that has no influence.
 ///
+/// Uses the pool for each matrix on its own, so that steps of the model go on in between.
+///
 /// # Errors
 /// Those of [`read::read`]; [`Error::OutOfMemory`].
 pub(super) fn load(
-    scope: &Scope<'_>,
+    pool: &ThreadPool,
     name: &str,
     path: &Path,
     config: &Config,
@@ -51,17 +53,17 @@ pub(super) fn load(
     let (mut used, mut linears) = (HashSet::new(), HashMap::new());
     for linear in weights.adaptable() {
         let Some(adaptable) = linear.adaptable() else { continue };
-        add(scope, &file, adaptable.id, &adaptable.parts, &mut used, &mut linears)?;
+        add(pool, &file, adaptable.id, &adaptable.parts, &mut used, &mut linears)?;
     }
     // The output may be the embedding, which the other entry changes.
     let table = weights.embedding.adaptable();
     let output = weights.own_output().and_then(Linear::adaptable);
     if let Some(adaptable) = output {
-        add(scope, &file, adaptable.id, &adaptable.parts, &mut used, &mut linears)?;
+        add(pool, &file, adaptable.id, &adaptable.parts, &mut used, &mut linears)?;
     } else if let (Some(adaptable), [part]) = (table, weights.embedding.parts()) {
         let dims = [part.columns(), part.rows(), 1];
         let parts = [PartSource { name: "output".to_owned(), dims, count: part.rows(), rows: RowSource::From(0) }];
-        add(scope, &file, adaptable.id, &parts, &mut used, &mut linears)?;
+        add(pool, &file, adaptable.id, &parts, &mut used, &mut linears)?;
     }
     let embedding = file.factors("token_embd", 0).map(|own| LowRankTable {
         weights: own.up.clone(),
@@ -84,7 +86,7 @@ pub(super) fn load(
 
 /// Adds what `file` has for the layer with this id and these parts to `linears`.
 fn add(
-    scope: &Scope<'_>,
+    pool: &ThreadPool,
     file: &AdapterFile,
     id: u64,
     parts: &[PartSource],
@@ -102,7 +104,7 @@ fn add(
         }
         let index = part.rows.source(0) / of.max(1);
         let own = file.factors(&part.name, index);
-        packed.push(own.map(|own| pack(scope, part, own, columns, index * of)).transpose()?);
+        packed.push(own.map(|own| pack(pool, part, own, columns, index * of)).transpose()?);
     }
     if packed.iter().any(Option::is_some) {
         linears.insert(id, LowRankLinear { parts: packed });
@@ -111,12 +113,12 @@ fn add(
 }
 
 /// The factors of a part whose tensor's matrix begins at row `first`.
-fn pack(scope: &Scope<'_>, part: &PartSource, own: &Factors, columns: usize, first: usize) -> Result<LowRank> {
+fn pack(pool: &ThreadPool, part: &PartSource, own: &Factors, columns: usize, first: usize) -> Result<LowRank> {
     let count = part.count;
     let order = |row: usize| part.rows.source(row) - first;
     Ok(LowRank {
-        down: pack_rows(scope, &own.down, own.rank, columns, &|row| row)?,
-        up: pack_rows(scope, &own.up, count, own.rank, &order)?,
+        down: pack_rows(pool, &own.down, own.rank, columns, &|row| row)?,
+        up: pack_rows(pool, &own.up, count, own.rank, &order)?,
     })
 }
 
@@ -144,7 +146,7 @@ impl Rows for FloatRows<'_> {
 }
 
 fn pack_rows(
-    scope: &Scope<'_>,
+    pool: &ThreadPool,
     values: &[f32],
     rows: usize,
     columns: usize,
@@ -156,7 +158,7 @@ fn pack_rows(
     // The matrices are too small for maps of several.
     let arena = Arena::new(0);
     let job = PackJob { source: &source, rows, columns, order, release: &|| {}, arena: &arena };
-    job.run(scope).map_err(|error| match error {
+    pool.run(|scope| job.run(scope)).map_err(|error| match error {
         PackError::Memory(error) => error,
         PackError::NotFinite(row) => Error::argument("adapter", format_args!("NaN in row {row}"), "finite numbers"),
     })

@@ -18,9 +18,10 @@ const KEYS: &[&str] = &["adapter.type", "adapter.lora.alpha", "adapter.lora.task
 /// Reads the adapter in the GGUF file at `path`.
 ///
 /// # Errors
-/// Those of [`Gguf::open`]; [`Error::Malformed`], [`Error::Missing`] and [`Error::Unsupported`] with the key or the tensor.
+/// Those of [`Gguf::open_unmapped`]; [`Error::Malformed`], [`Error::Missing`] and [`Error::Unsupported`] with the key or the tensor.
 pub(super) fn read(path: &Path, base: &Base<'_>) -> Result<AdapterFile> {
-    let file = Gguf::open(path)?;
+    // Read instead of mapped, because clients may have it loaded while others write to it.
+    let file = Gguf::open_unmapped(path)?;
     let alpha = settings(&file, base)?;
     let mut pairs: BTreeMap<&str, [Option<&TensorInfo>; 2]> = BTreeMap::new();
     for tensor in file.tensors() {

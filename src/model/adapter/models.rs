@@ -111,6 +111,6 @@ impl Model {
             true => Ok(vec![HfFolder::open(self.path())?.placements()]),
             false => Ok(placements_of(config, &dims)),
         };
-        self.pool().run(|scope| bind::load(scope, name, path, config, weights, &placements))
+        bind::load(self.pool(), name, path, config, weights, &placements)
     }
 }

@@ -11,7 +11,7 @@ use crate::format::json;
 /// The largest size of the file in bytes.
 const MAX_BYTES: u64 = 4 << 20;
 /// The largest size of a compiled pattern in bytes.
-const MAX_PATTERN: usize = 1 << 20;
+const MAX_PATTERN: usize = 1 << 16;
 /// The largest number of patterns of a key.
 const MAX_PATTERNS: usize = 1 << 12;
 

@@ -103,21 +103,18 @@ impl<'a> Loader<'a> {
         };
         let bytes = |tensor: Tensor<'_>| tensor.rows.block_type().bytes_for(weights(&tensor)).unwrap_or(0);
         let expected = tensors().map(bytes).fold(0, usize::saturating_add);
-        Loader {
-            scope,
-            checkpoint,
-            progress,
-            done: Cell::new(0),
-            total,
-            used: RefCell::default(),
-            is_hollow: false,
-            arena: Arena::new(expected),
-        }
+        Loader { progress, total, arena: Arena::new(expected), ..Loader::separate(scope, checkpoint) }
+    }
+
+    /// A loader of matrices that are freed one by one.
+    pub(in crate::model) fn separate(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
+        let (done, used, arena) = (Cell::new(0), RefCell::default(), Arena::new(0));
+        Loader { scope, checkpoint, progress: None, done, total: 0, used, is_hollow: false, arena }
     }
 
     /// A loader that checks the names and the shapes of matrices without reading their weights.
     pub(in crate::model) fn hollow(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
-        Loader { is_hollow: true, ..Loader::new(scope, checkpoint, None) }
+        Loader { is_hollow: true, ..Loader::separate(scope, checkpoint) }
     }
 }
 

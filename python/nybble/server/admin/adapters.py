@@ -48,11 +48,12 @@ def add_adapter_routes(app: FastAPI, service: Service, folder: Path, key: list[A
         with as_api_errors("lora_name"):
             check_adapter_name(body.lora_name)
         path = _inside(folder, body.lora_path)
-        loaded = service.engine.model.adapters
-        if body.lora_name not in loaded and len(loaded) >= MAX_ADAPTERS:
-            raise ApiError(400, f"found {MAX_ADAPTERS} adapters, expected fewer; unload one", code="too_many_adapters")
         # One at a time, as other work with the model itself.
         async with service.embedding:
+            loaded = service.engine.model.adapters
+            if body.lora_name not in loaded and len(loaded) >= MAX_ADAPTERS:
+                message = f"found {MAX_ADAPTERS} adapters, expected fewer; unload one"
+                raise ApiError(400, message, code="too_many_adapters")
             await service.in_thread(lambda: _load(service, body.lora_name, path))
         return model_card(service, f"{service.name}:{body.lora_name}")
 

@@ -86,15 +86,15 @@ async def embed(service: Service, http: Request, body: EmbeddingRequest) -> Resp
     Raises:
         ApiError: The request is invalid or the server is overloaded.
     """
-    service.admit(body.model, 1)
+    lora = service.admit(body.model, 1)
     check_dimensions(service, body.dimensions)
     with service.in_flight():
-        return await with_timeout(service, http, _embeddings(service, body))
+        return await with_timeout(service, http, _embeddings(service, body, lora))
 
 
-async def _embeddings(service: Service, body: EmbeddingRequest) -> Response:
+async def _embeddings(service: Service, body: EmbeddingRequest, lora: str | None) -> Response:
     inputs = [body.input] if isinstance(body.input, str) else body.input
-    rows, tokens = await vectors(service, inputs, body.dimensions, lora=service.lora_of(body.model))
+    rows, tokens = await vectors(service, inputs, body.dimensions, lora=lora)
     data = [
         Embedding(object="embedding", index=index, embedding=_encoded(row, body.encoding_format))
         for index, row in enumerate(rows)

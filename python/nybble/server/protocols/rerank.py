@@ -100,15 +100,15 @@ async def rerank(service: Service, http: Request, body: RerankRequest) -> Respon
     Raises:
         ApiError: The request is invalid, the model does not rank, or the server is overloaded.
     """
-    service.admit(body.model, 1)
+    lora = service.admit(body.model, 1)
     if not service.engine.model.info.labels:
         raise ApiError(400, f"the model {service.name!r} does not rank: it has no classification head", param="model")
     with service.in_flight():
-        return await with_timeout(service, http, _ranking(service, body))
+        return await with_timeout(service, http, _ranking(service, body, lora))
 
 
-async def _ranking(service: Service, body: RerankRequest) -> Response:
-    model, lora = service.engine.model, service.lora_of(body.model)
+async def _ranking(service: Service, body: RerankRequest, lora: str | None) -> Response:
+    model = service.engine.model
     scores: list[float] = []
 
     def count() -> int:

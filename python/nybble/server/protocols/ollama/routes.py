@@ -93,7 +93,7 @@ async def _embed(
     param, started_at = "input" if is_list else "prompt", time.perf_counter_ns()
     dimensions = body.dimensions if isinstance(body, OllamaEmbedRequest) else None
     truncates = not isinstance(body, OllamaEmbedRequest) or body.truncate is not False
-    service.admit(body.model, 1)
+    lora = service.admit(body.model, 1)
     check_dimensions(service, dimensions)
     if len(inputs) > MAX_INPUTS:
         raise ApiError(400, f"input: found {len(inputs)} inputs, expected at most {MAX_INPUTS}", param="input")
@@ -108,7 +108,7 @@ async def _embed(
             # What is far beyond the context is not tokenized.
             starts = [each[: context * _LONGEST_TOKEN] for each in inputs]
             documents = await service.in_thread(lambda: [model.tokenize(each)[:context] for each in starts])
-        rows, tokens = await vectors(service, documents, dimensions, param, service.lora_of(body.model))
+        rows, tokens = await vectors(service, documents, dimensions, param, lora)
         found = [[float(value) for value in row] for row in rows]
         if not is_list:
             return _json({"embedding": found[0]})

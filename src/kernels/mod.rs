@@ -42,7 +42,7 @@ pub use tuning::{Choice, choices};
 
 use crate::error::{Error, Result};
 
-/// The fastest kernel that this CPU can run: the first of [`available`], whose products other kernels compute where loading a
+/// The fastest kernel that this CPU can run: the first of [`available()`], whose products other kernels compute where loading a
 /// model measured that they are faster.
 pub fn best() -> &'static Kernel {
     tuning::kernel().unwrap_or_else(|| available()[0])

@@ -100,7 +100,7 @@ operations! { declare {} }
 
 /// Everything that a forward pass computes, for one instruction set.
 ///
-/// [`available`](super::available) returns only kernels that this CPU can run. All of them return the same bits as the
+/// [`available`](fn@super::available) returns only kernels that this CPU can run. All of them return the same bits as the
 /// scalar one.
 pub struct Kernel(Table);
 

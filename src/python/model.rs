@@ -22,10 +22,12 @@ pub(super) fn kernels() -> Vec<&'static str> {
     crate::kernels::available().iter().map(|kernel| kernel.name()).collect()
 }
 
-/// What was measured to choose kernels: for each layout, number of rows and of threads the chosen kernel and the speed of each one
-/// in 10^9 operations per second.
+/// Layout, rows, threads, the kernel that is used, and each kernel's speed in 10^9 operations per second.
+type KernelChoice = (String, usize, usize, String, Vec<(String, f64)>);
+
+/// What was measured to choose kernels.
 #[pyfunction]
-pub(super) fn tuning() -> Vec<(String, usize, usize, String, Vec<(String, f64)>)> {
+pub(super) fn tuning() -> Vec<KernelChoice> {
     let choices = crate::kernels::choices().into_iter();
     choices.map(|choice| (choice.layout, choice.rows, choice.threads, choice.kernel, choice.gops)).collect()
 }

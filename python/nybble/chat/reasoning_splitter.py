@@ -76,6 +76,11 @@ class Splitter(ABC):
         """Whether the output is within reasoning."""
 
     @property
+    def is_calling(self) -> bool:
+        """Whether the output is within a tool call, which an end token ends with the answer."""
+        return False
+
+    @property
     @abstractmethod
     def is_undecided(self) -> bool:
         """Whether it is open what the text that is held back belongs to."""
@@ -307,6 +312,10 @@ class _Channels(Splitter):
     @property
     def is_reasoning(self) -> bool:
         return self._state == "reasoning"
+
+    @property
+    def is_calling(self) -> bool:
+        return self._state == "call"
 
     @property
     def is_undecided(self) -> bool:

@@ -64,7 +64,7 @@ def _check_keyword(key: str, value: Any, place: str) -> None:
         known = {*TYPES, "integer"}
         if not (isinstance(names, list) and names and all(isinstance(n, str) and n in known for n in names)):
             expected = f"one or several of {', '.join(sorted(known))}"
-    elif key in _COUNTS and not (_is_number(value) and value >= 0 and value == int(value)):
+    elif key in _COUNTS and not (_is_number(value) and value >= 0 and value % 1 == 0):
         expected = "a whole number, 0 or more"
     elif (key in _NUMBERS and not _is_number(value)) or (
         key in _NUMBERS_OR_SWITCHES and not (_is_number(value) or isinstance(value, bool))

@@ -156,7 +156,9 @@ class CompletionBuilder:
     @property
     def _waits_for_answer(self) -> bool:
         """Whether the constraint concerns an answer that has not begun."""
-        return self._request.answer_constraint is not None and not self._has_proceeded
+        request = self._request
+        is_calling = request.watch is not None and request.watch.splitter.is_calling
+        return request.answer_constraint is not None and not self._has_proceeded and not is_calling
 
     def _proceed(self) -> None:
         """Continues the sequence after reasoning, under the constraint of the answer."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nybble.chat.reasoning_splitter import OutputPart
 from nybble.completion import Completion, TokenLogprob
 from nybble.generation.builder import CompletionBuilder
 from nybble.overrides import Returned
@@ -71,6 +72,7 @@ class Request(Returned):
         self._prepared: PreparedRequest | None = prepared
         self._builder = CompletionBuilder(prepared, separates=separates)
         self._separates = separates
+        self._splits = separates and prepared.watch is not None
         self._changed = threading.Condition()
         self._pieces: list[Piece] = []
         self._tokens = 0
@@ -187,6 +189,9 @@ class Request(Returned):
                 if text or parts or tokens:
                     self._tokens += len(tokens)
                     self._parts += len(parts)
+                    if self._splits and not parts:
+                        # Markers that were cut off: nothing of them is content.
+                        parts = (OutputPart("content", ""),)
                     self._pieces.append(Piece(text, tokens, logprobs, parts))
                 self._is_done = is_last
                 self._wake()

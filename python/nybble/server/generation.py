@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request as HttpRequest
 
+from nybble.chat.reasoning import reasoning_format
 from nybble.chat.reasoning_splitter import OutputPart
 from nybble.chat.tools.parser import AnswerParser, Part, PlainText
 from nybble.chat.tools.reader import CallStart
@@ -79,10 +80,13 @@ class AnswerGroup:
         with contextlib.ExitStack() as resources:
             resources.enter_context(service.in_flight())
 
+            # Without reasoning, the tokens of pieces hold the special tokens of calls.
+            separates = request.separates_reasoning and reasoning_format(service.engine.model.tokenizer) is not None
+
             def submit() -> None:
                 for prompt, options in request.prepare():
                     chosen = options if request.lora is None else options.replace(adapter=request.lora)
-                    answer = service.engine.submit(prompt, chosen, separate_reasoning=request.separates_reasoning)
+                    answer = service.engine.submit(prompt, chosen, separate_reasoning=separates)
                     answers.append(resources.enter_context(service.tracked(answer)))
 
             with as_api_errors(request.param, request.parameters):

@@ -58,7 +58,7 @@ impl Record {
 
     /// The record of this CPU and version; one without measurements if there is none, or if it is damaged.
     pub(super) fn read() -> Record {
-        path().and_then(|path| Record::read_from(path)).unwrap_or_else(Record::new)
+        path().and_then(Record::read_from).unwrap_or_else(Record::new)
     }
 
     fn read_from(path: PathBuf) -> Option<Record> {
@@ -128,14 +128,17 @@ fn cpu() -> String {
         use std::arch::x86_64::__cpuid;
         #[allow(unused_unsafe, reason = "reading a leaf was unsafe in earlier versions of Rust")]
         // SAFETY: every CPU with 64-bit instructions has CPUID, and the leaves are read only if they exist.
-        let words: Vec<u32> = unsafe {
-            let has_name = __cpuid(0x8000_0000).eax >= 0x8000_0004;
-            let name = (0x8000_0002..=0x8000_0004).filter(|_| has_name).map(|leaf| __cpuid(leaf));
-            let words = name.flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
-            words.chain([__cpuid(1).eax]).collect()
+        let (words, stepping) = unsafe {
+            let mut words = vec![];
+            if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+                for leaf in 0x8000_0002..=0x8000_0004 {
+                    let leaf = __cpuid(leaf);
+                    words.extend([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+                }
+            }
+            (words, __cpuid(1).eax)
         };
-        let (stepping, name) = words.split_last().unwrap_or((&0, &[]));
-        let name: Vec<u8> = name.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let name: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let name = String::from_utf8_lossy(&name);
         format!("{} ({stepping:x})", name.trim_matches(|letter: char| letter.is_whitespace() || letter == '\0'))
     }

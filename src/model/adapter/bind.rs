@@ -31,7 +31,7 @@ pub(super) fn dims(weights: &Weights, name: &str) -> Option<[usize; 3]> {
 /// Reads the adapter at `path` for the model with these weights, and attaches it under `name`. Returns it, and what its file says
 /// that has no influence.
 ///
-/// Uses the pool for each matrix on its own, so that steps of the model go on in between.
+/// Uses the pool for each matrix on its own, so that steps of the model run in between.
 ///
 /// # Errors
 /// Those of [`read::read`]; [`Error::OutOfMemory`].

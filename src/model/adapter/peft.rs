@@ -33,7 +33,8 @@ enum Role<'a> {
 
 fn role<'a>(name: &'a str) -> Role<'a> {
     let module = name.strip_prefix(PREFIX).unwrap_or(name);
-    let ends: [(&str, fn(&'a str) -> Role<'a>); 6] = [
+    type Make<'a> = fn(&'a str) -> Role<'a>;
+    let ends: [(&str, Make<'a>); 6] = [
         (".lora_A.weight", Role::A),
         (".lora_B.weight", Role::B),
         (".lora_embedding_A", Role::TableA),

@@ -14,7 +14,7 @@ from nybble.chat.template import ChatTemplate
 from nybble.chat.tools.description import with_tools
 from nybble.chat.tools.formats import FORMATS, HERMES
 from nybble.chat.tools.parser import ToolCallParser
-from nybble.chat.tools.support import tool_support
+from nybble.chat.tools.support import one_call_a_turn, tool_support
 from nybble.chat.tools.tool_format import ToolFormat
 
 TOOL: dict[str, Any] = {
@@ -111,3 +111,67 @@ def test_a_template_without_tools_gets_a_description_without_a_warning(caplog: p
     with caplog.at_level(logging.WARNING, logger="nybble.chat"):
         assert "# Tools" in prompt(template)
     assert caplog.records == []
+
+
+BARE: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather"}},
+    {"type": "function", "function": {"name": "weather", "parameters": {}}},
+    {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}},
+]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_functions_may_lack_a_description_and_parameters(name: str) -> None:
+    for tool in BARE:
+        messages, tools = tool_support(source(name)).prepare([USER], [tool])
+        text = ChatTemplate(source(name)).render(messages, tools=tools, bos_token="", eos_token="")
+        assert "weather" in text
+
+
+def test_functions_stay_as_they_are_if_the_template_does_not_need_more() -> None:
+    template = "{% for t in tools or [] %}{{ t|tojson }}{% endfor %}<tool_call>"
+    assert tool_support(template).prepare([USER], BARE)[1] == BARE
+
+
+CALLS = [{**CALL, "id": f"call_{'x' * 24}{number}"} for number in range(3)]
+PARALLEL: list[Any] = [
+    USER,
+    {"role": "assistant", "content": "Both.", "tool_calls": CALLS, "reasoning_content": "Hm."},
+    *(
+        {"role": "tool", "tool_call_id": call["id"], "name": "weather", "content": f"of {call['id']}"}
+        for call in CALLS[::-1]
+    ),
+]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_several_calls_with_ids_of_other_servers_reach_every_template(name: str) -> None:
+    messages, tools = tool_support(source(name)).prepare(PARALLEL, [TOOL])
+    text = ChatTemplate(source(name)).render(messages, tools=tools, bos_token="", eos_token="")
+    assert text.count("Rome") >= 3
+    assert all(f"of {call['id']}" in text for call in CALLS)
+
+
+def test_calls_of_a_turn_become_turns_with_their_own_results() -> None:
+    turns = one_call_a_turn(PARALLEL)
+    assert [turn["role"] for turn in turns] == ["user", *["assistant", "tool"] * 3]
+    assert [turn["content"] for turn in turns[1::2]] == ["Both.", "", ""]
+    assert [turn["tool_calls"][0]["id"] for turn in turns[1::2]] == [call["id"] for call in CALLS]
+    assert [turn["tool_call_id"] for turn in turns[2::2]] == [call["id"] for call in CALLS]
+    assert "reasoning_content" not in turns[3]
+
+
+def test_calls_and_results_without_matching_ids_keep_their_order() -> None:
+    results = [{"role": "tool", "content": content} for content in ("a", "b", "c", "d")]
+    turns = one_call_a_turn([{"role": "assistant", "content": "", "tool_calls": CALLS}, *results, USER])
+    assert [turn["content"] for turn in turns] == ["", "a", "", "b", "", "c", "d", USER["content"]]
+
+
+def test_long_ids_become_the_same_short_ones_for_a_call_and_its_result() -> None:
+    template = source("mistralai-Mistral-Nemo-Instruct-2407")
+    messages, _ = tool_support(template).prepare(PARALLEL, [TOOL])
+    ids = [call["id"] for call in messages[1]["tool_calls"]]
+    assert len({*ids}) == 3
+    assert all(len(id) == 9 and id.isalnum() for id in ids)
+    assert [turn["tool_call_id"] for turn in messages[2:]] == ids[::-1]
+    assert tool_support(template).prepare(HISTORY, [TOOL])[0] == HISTORY

@@ -351,3 +351,9 @@ def test_any_combination_of_keywords_is_enforced_or_refused(uniform_model: Model
         return
     if done.finish_reason == "stop":
         jsonschema_rs.validate(schema, json.loads(done.text))
+
+
+@pytest.mark.parametrize("count", [float("inf"), 1.5, -1])
+def test_counts_that_are_not_whole_numbers_are_refused(count: float) -> None:
+    with pytest.raises(ValueError, match="maxLength"):
+        grammar_schema({"type": "string", "maxLength": count})

@@ -219,7 +219,17 @@ def test_grammars_in_gbnf_accept_the_same_strings(gbnf: str, text: str, uniform_
     assert done.finish_reason in ("stop", "length")
 
 
-@pytest.mark.parametrize("gbnf", ["root ::= ~", 'x ::= "a', "root ::= []", '"a" root ::= "b"'])
+@pytest.mark.parametrize(
+    "gbnf",
+    [
+        "root ::= ~",
+        'x ::= "a',
+        "root ::= []",
+        '"a" root ::= "b"',
+        'root ::= "a"{' + 50_000 * " ",
+        'root ::= "a"{' + 50_000 * "1",
+    ],
+)
 def test_invalid_gbnf_is_refused(gbnf: str) -> None:
     with pytest.raises(ValueError, match="found"):
         lark_of_gbnf(gbnf)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from serving import scripted, serving
+from serving import scripted, served, serving
 
 from nybble import Model
 
@@ -63,3 +63,19 @@ def test_reasoning_text_and_calls_come_apart(name: str, stream: bool, tmp_path: 
             found["arguments"] += call["function"]["arguments"]
     assert (found["reasoning_content"], found["content"]) == ("Hm.", "I call.")
     assert json.loads(found["arguments"]) == {"city": "Rome"}
+
+
+def test_calls_in_special_tokens_are_read_without_a_format_of_reasoning(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]"
+        "{{ c.function.arguments|tojson }}{% endfor %}{% endfor %}{% if tools %}{{ tools|tojson }}{% endif %}"
+    )
+    special = tiny.with_special_tokens(["[TOOL_CALLS]", "[ARGS]"])
+    changes = {"llama__context_length": 4096, "tokenizer__chat_template": template, **special}
+    with Model.load(tiny.write_model(tmp_path / "tiny.gguf", **changes)) as model, served(model) as running:
+        marker, arguments = (model.tokenizer.id_of(name) for name in ("[TOOL_CALLS]", "[ARGS]"))
+        grammar = f'start: "Hi " <[{marker}]> "weather" <[{arguments}]> "{{\\"city\\": \\"Rome\\"}}"'
+        message = running.chat(tools=[WEATHER], max_tokens=60, grammar=grammar).json["choices"][0]["message"]
+        assert message["content"].strip() == "Hi"
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather"]
+        assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "Rome"}

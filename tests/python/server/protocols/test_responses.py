@@ -98,6 +98,9 @@ def test_a_conversation_continues_from_a_stored_response(server: Running, reason
         assert second["previous_response_id"] == first["id"]
         path = f"/v1/responses/{third['id']}"
         assert running.request("GET", path).json == third
+        assert running.request("GET", f"{path}?stream=false").json == third
+        refused = running.request("GET", f"{path}?stream=true")
+        assert (refused.status, refused.json["error"]["param"]) == (400, "stream")
         listed = running.request("GET", f"{path}/input_items?order=asc").json
         assert [item["type"] for item in listed["data"]] == [
             "message", "reasoning", "function_call", "function_call_output", "reasoning", "message", "message",

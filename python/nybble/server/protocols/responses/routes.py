@@ -55,8 +55,10 @@ def add_responses_routes(app: FastAPI, service: Service, key: list[Any], stream:
 
     @app.get("/responses/{response_id}", include_in_schema=False)
     @app.get("/v1/responses/{response_id}", dependencies=key)
-    async def retrieve(response_id: str, stream: Literal[False] = False) -> ResponseObject:
+    async def retrieve(response_id: str, stream: bool = False) -> ResponseObject:
         """Return a stored response."""
+        if stream:
+            raise ApiError(400, "stream: found true, expected false: stored responses are not streamed", param="stream")
         return ResponseObject.model_validate(stored(response_id).response)
 
     @app.delete("/responses/{response_id}", include_in_schema=False)

@@ -25,6 +25,19 @@ class Stored:
         return [*self.input, *self.response["output"]]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A response and its input as JSON, which takes a fraction of the memory of its values."""
+
+    text: bytes
+    items: frozenset[str]
+    """The ids of all items."""
+
+    def read(self) -> Stored:
+        response, input = json.loads(self.text)
+        return Stored(response, input)
+
+
 class ResponseStore:
     """Responses by id. When they exceed the limit, those that were used longest ago are forgotten.
 
@@ -34,7 +47,7 @@ class ResponseStore:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._stored: OrderedDict[str, tuple[Stored, int]] = OrderedDict()
+        self._stored: OrderedDict[str, _Kept] = OrderedDict()
         self._size = 0
 
     def __len__(self) -> int:
@@ -42,32 +55,34 @@ class ResponseStore:
 
     def add(self, stored: Stored) -> None:
         """Keeps a response, unless it exceeds the limit alone."""
-        size = len(json.dumps([stored.response, *stored.input]))
-        if size > self._limit:
+        text = json.dumps([stored.response, stored.input]).encode()
+        if len(text) > self._limit:
             return
         self.remove(stored.response["id"])
-        self._stored[stored.response["id"]] = stored, size
-        self._size += size
+        ids = frozenset(item["id"] for item in stored.conversation if "id" in item)
+        self._stored[stored.response["id"]] = _Kept(text, ids)
+        self._size += len(text)
         while self._size > self._limit:
-            _, (_, freed) = self._stored.popitem(last=False)
-            self._size -= freed
+            _, freed = self._stored.popitem(last=False)
+            self._size -= len(freed.text)
 
     def get(self, id: str) -> Stored | None:
         """A response; None if it is not stored, or no longer."""
         if id not in self._stored:
             return None
         self._stored.move_to_end(id)
-        return self._stored[id][0]
+        return self._stored[id].read()
 
     def remove(self, id: str) -> bool:
         """Forgets a response. False if there was none."""
         found = self._stored.pop(id, None)
-        self._size -= 0 if found is None else found[1]
+        self._size -= 0 if found is None else len(found.text)
         return found is not None
 
     def items(self, ids: Set[str]) -> dict[str, Json]:
         """Those items of all stored conversations that have one of these ids, by id."""
-        if not ids:
-            return {}
-        found = (item for stored, _ in self._stored.values() for item in stored.conversation)
-        return {item["id"]: item for item in found if item["id"] in ids}
+        found: dict[str, Json] = {}
+        for kept in reversed(self._stored.values()):
+            if missing := (ids & kept.items) - found.keys():
+                found |= {item["id"]: item for item in kept.read().conversation if item.get("id") in missing}
+        return found

@@ -54,8 +54,8 @@ def counting(real):
     return call
 
 native_convert = _native.convert
-_native.convert = lambda source, out, kind, progress=None: counting(
-    lambda progress: native_convert(source, out, kind, progress))(progress=progress)
+_native.convert = lambda source, out, kind, progress=None, adapter=None: counting(
+    lambda progress: native_convert(source, out, kind, progress, adapter))(progress=progress)
 _native.quantize = counting(_native.quantize)
 sys.exit(main(sys.argv[1:]))
 """

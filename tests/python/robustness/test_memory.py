@@ -51,8 +51,8 @@ from nybble import Model
 from nybble.memory import huge_page_bytes
 before = huge_page_bytes()
 with Model.load(sys.argv[1], threads=2) as model:
-    ids = model.generate("a" * 600, max_tokens=8, temperature=0).tokens
-    print(model.info.huge_page_bytes - before, model.info.weight_bytes, [token.id for token in ids])
+    tokens = model.generate("a" * 600, max_tokens=8, temperature=0).tokens
+    print(model.info.huge_page_bytes - before, model.info.weight_bytes, *tokens)
 """
 
 

@@ -62,7 +62,8 @@ lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, 
 
 # What runs a kernel directly or through a model's forward pass runs a second time on the scalar kernel, except tests that
 # choose kernels themselves (all of `bits`), which would be the same. The engine and quantization compute through the same
-# calls, on a kernel that is ten times slower.
+# calls, on a kernel that is ten times slower. No test writes measurements of this machine to the cache folder of the user.
+test-rust: export NYBBLE_TUNING = off
 test-rust:  ## Run the Rust tests with this CPU's best kernel, then with the scalar one, and the benchmarks once.
 	cargo test --locked
 	NYBBLE_KERNEL=scalar cargo test --locked --lib --test kernels --test models --test no_allocation -- --skip every_kernel --skip bits::

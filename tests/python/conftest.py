@@ -28,6 +28,7 @@ os.environ["HF_ENDPOINT"] = HUB.url
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nybble-tests-")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NYBBLE_TUNING"] = "off"  # Measures nothing, and writes nothing to the cache folder of the user.
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 

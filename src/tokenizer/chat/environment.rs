@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     /// Five and three quarter hours east of Greenwich.
-    const ZONE: &str = "XXX-05:45";
+    const ZONE: &str = "NPT-05:45";
 
     fn at(seconds: i64) -> NaiveDateTime {
         chrono::DateTime::from_timestamp(seconds, 0).unwrap().naive_utc()

@@ -139,6 +139,26 @@ class Reader:
         else:
             raise NotACallError
 
+    def objects(self, first: str, read: Callable[[Reader, str], Steps[None]]) -> Steps[None]:
+        """Reads an object, or a list of objects that is not empty.
+
+        Args:
+            first: The first character.
+            read: Reads an object, given its first character.
+
+        Raises:
+            NotACallError: It is neither.
+        """
+        if first != "[":
+            yield from read(self, first)
+            return
+        following = ","
+        while following == ",":
+            yield from read(self, (yield from self.next_non_space()))
+            following = yield from self.next_non_space()
+        if following != "]":
+            raise NotACallError
+
     def _rest_of_string(self, emit: Emit) -> Steps[None]:
         escaped = False
         while (char := (yield from self.next())) != '"' or escaped:

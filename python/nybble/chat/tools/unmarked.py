@@ -66,17 +66,9 @@ class UnmarkedCalls:
         first = yield from reader.next_non_space()
         if first in _FENCES:
             fence, first = yield from _opening_fence(reader, first)
-        if first == "[":
-            following = ","
-            while following == ",":
-                yield from self._object(reader, (yield from reader.next_non_space()))
-                following = yield from reader.next_non_space()
-            if following != "]":
-                raise NotACallError
-        elif first == "{" and (fence or self._reads_objects):
-            yield from self._object(reader, first)
-        else:
+        if first == "{" and not (fence or self._reads_objects):
             raise NotACallError
+        yield from reader.objects(first, self._object)
         if fence:
             yield from reader.expect(fence)
 

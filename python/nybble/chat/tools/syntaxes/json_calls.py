@@ -31,16 +31,7 @@ class JsonCalls:
 
     def read(self, reader: Reader) -> Steps[None]:
         """Reads one object, or a list of objects."""
-        first = yield from reader.next_non_space()
-        if first != "[":
-            yield from self._object(reader, first)
-            return
-        following = ","
-        while following == ",":
-            yield from self._object(reader, (yield from reader.next_non_space()))
-            following = yield from reader.next_non_space()
-        if following != "]":
-            raise NotACallError
+        yield from reader.objects((yield from reader.next_non_space()), self._object)
 
     def _object(self, reader: Reader, first: str) -> Steps[None]:
         if first != "{":
@@ -123,15 +114,7 @@ class KeyedJsonCalls:
 
     def read(self, reader: Reader) -> Steps[None]:
         """Reads one object, or a list of objects. An object may hold several calls."""
-        first = yield from reader.next_non_space()
-        is_list, following = first == "[", ","
-        while following == ",":
-            yield from self._object(reader, (yield from reader.next_non_space()) if is_list else first)
-            if not is_list:
-                return
-            following = yield from reader.next_non_space()
-        if following != "]":
-            raise NotACallError
+        yield from reader.objects((yield from reader.next_non_space()), self._object)
 
     def _object(self, reader: Reader, first: str) -> Steps[None]:
         if first != "{":

@@ -1,7 +1,7 @@
 //! Memory for the weights of a model: few large maps on huge pages.
 //!
 //! A product reads every weight of a matrix once, so each page is looked up once per token. With pages of 4 KiB that costs up to
-//! a fifth of the bandwidth, most in virtual machines, where a look-up walks the tables of guest and host. Linux grants pages of 2 MiB to
+//! a third of the bandwidth, most in virtual machines, where a look-up walks the tables of guest and host. Linux grants pages of 2 MiB to
 //! maps that ask for them, if it has free memory in such pieces. Matrices are smaller than that or end within a page, so
 //! they lie side by side in maps that start at one.
 //!

@@ -52,6 +52,7 @@ class Page:
         self.script: Any = None
         """The scripted engine behind the page, if there is one."""
         driver.get(url)
+        self.complaints()  # Those of another page.
 
     def find(self, selector: str) -> Any:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
@@ -130,6 +131,15 @@ class Page:
         if folder := os.environ.get("NYBBLE_SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+    def copied(self) -> str:
+        """The text in the clipboard."""
+        return str(self.run("return navigator.clipboard.readText()"))
+
+    def allow_clipboard(self) -> None:
+        """Lets the page write to the clipboard, and the test read it."""
+        permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        self.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
 
     def complaints(self) -> list[str]:
         """What the browser has logged since the last call: errors, and breaches of the page's policy."""

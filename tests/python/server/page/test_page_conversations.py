@@ -237,7 +237,7 @@ def test_imported_text_does_not_act(chat: Chat, tmp_path: Path) -> None:
 
 def test_a_full_storage_is_reported_and_the_conversation_continues(chat: Chat) -> None:
     page = chat("One.", "Two.")
-    page.driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", {"origin": page.url, "quotaSize": 1})
+    page.run("IDBObjectStore.prototype.put = () => { throw new DOMException('full', 'QuotaExceededError'); }")
     page.say("Hello")
     page.until(lambda: "no space left" in page.find("#notice-text").text)
     page.look("light-full")

@@ -37,7 +37,13 @@ def test_the_page_fits_the_screen_in_both_themes(chat: Chat, reasoning_model: Mo
     with page.screen(width, height):
         for theme in ("light", "dark"):
             page.driver.execute_cdp_cmd(
-                "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+                "Emulation.setEmulatedMedia",
+                {
+                    "features": [
+                        {"name": "prefers-color-scheme", "value": theme},
+                        {"name": "prefers-reduced-motion", "value": "reduce"},
+                    ]
+                },
             )
             page.driver.refresh()
             page.ready()

@@ -69,10 +69,10 @@ function show(node) {
     choose(conversation, node);
     keep();
   }
-  const shown = node && document.activeElement?.getAttribute("aria-label");
-  log.show(conversation, running?.conversation === conversation ? running.node : null);
+  const pressed = node && document.activeElement?.getAttribute("aria-label");
+  log.show(conversation, running?.conversation === conversation ? running.node : null, Boolean(running));
   // The button that was pressed has been replaced.
-  if (shown) $("log").querySelector(`[aria-label="${CSS.escape(shown)}"]:not(:disabled)`)?.focus();
+  if (pressed) log.focusBranches(node, pressed);
 }
 
 function start() {

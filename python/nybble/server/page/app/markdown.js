@@ -3,7 +3,7 @@
 
 import { copyText, make, textButton } from "./dom.js";
 
-const { Marked } = globalThis.marked;
+const { Lexer, Marked } = globalThis.marked;
 const { DOMPurify, hljs } = globalThis;
 
 const BARE_TAG = /^<\/?(?:br|sub|sup|kbd|b|i|em|strong|u|s|del|mark|small)\s*\/?>$/i;
@@ -14,14 +14,18 @@ const SANITIZER = {
   ],
   ALLOWED_ATTR: ["align", "class", "href", "start", "title"],
   ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:)/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],  // The pattern would apply to these, too.
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
 /** Longer code is not highlighted, which takes time. */
-const MAX_HIGHLIGHTED = 50_000;
+const MAX_HIGHLIGHTED = 20_000;
 /** A longer code block that is still being written is extended, not parsed again. */
 const LONG_CODE = 4_000;
+
+/** Emphasis and links within a longer paragraph are not looked for, which can take time that grows with its square. */
+const MAX_INLINE = 4_000;
 
 const escaped = text => text.replace(/[&<>"']/g, found => `&#${found.charCodeAt(0)};`);
 
@@ -45,6 +49,14 @@ const parser = new Marked({
     checkbox: ({ checked }) => (checked ? "\u2611 " : "\u2610 "),
   },
 });
+
+class BoundedLexer extends Lexer {
+  inlineTokens(text, tokens = []) {
+    if (text.length <= MAX_INLINE) return super.inlineTokens(text, tokens);
+    tokens.push({ type: "text", raw: text, text, escaped: false });
+    return tokens;
+  }
+}
 
 DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
   if (data.attrName === "class" && !/^(?:raw|language-[\w.+#-]{1,40}|hljs-[\w -]{1,60})$/.test(data.attrValue)) {
@@ -136,7 +148,7 @@ function closes(text, fence) {
 
 function lex(text) {
   try {
-    return parser.lexer(text);
+    return new BoundedLexer(parser.defaults).lex(text);
   } catch {  // Nested too deeply.
     return [{ type: "text", raw: text, text, plain: true }];
   }

@@ -52,14 +52,14 @@ class Kept {
 
   /** Keeps a conversation, together with the messages that another tab has added to it. */
   async put(conversation) {
-    await this.change((full, summaries) => {
-      full.get(conversation.id).onsuccess = ({ target }) => {
+    await this.change((full, summaries, attempt) => {
+      full.get(conversation.id).onsuccess = ({ target }) => attempt(() => {
         const own = new Set(conversation.nodes.map(node => node.id));
         // An answer without content may be one that was replaced here.
         conversation.nodes.push(...(target.result?.nodes ?? []).filter(node => !own.has(node.id) && (node.content || node.files)));
         full.put(conversation);
         summaries.put(summaryOf(conversation));
-      };
+      });
     });
     this.known.add(conversation.id);
   }
@@ -83,18 +83,21 @@ class Kept {
     await this.change((full, summaries) => { full.clear(); summaries.clear(); });
   }
 
-  /** All of a change, or nothing of it. */
+  /** All of a change, or nothing of it. `work` wraps what it does later in `attempt`. */
   async change(work) {
     const transaction = this.database.transaction(["conversations", "summaries"], "readwrite");
+    let fault = null;
+    const attempt = action => {
+      try {
+        action();
+      } catch (error) {
+        fault = error;
+        transaction.abort();
+      }
+    };
     const done = settled(transaction);
-    try {
-      work(transaction.objectStore("conversations"), transaction.objectStore("summaries"));
-    } catch (error) {
-      done.catch(() => {});
-      transaction.abort();
-      throw error;
-    }
-    await done;
+    attempt(() => work(transaction.objectStore("conversations"), transaction.objectStore("summaries"), attempt));
+    await done.catch(error => { throw fault ?? error; });
     this.tabs?.postMessage("changed");
   }
 }

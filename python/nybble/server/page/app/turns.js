@@ -12,9 +12,9 @@ const ENDS = { length: "reached the length limit", stopped: "stopped", cut: "inc
 export const joined = parts => parts.filter(Boolean).join(" · ");
 
 /** What is known about an answer, for the line below it. */
-export function factsOf({ content, reasoning, stats, end }) {
+export function factsOf({ stats, end }) {
   return joined([
-    stats && (content || reasoning) && `${stats.tokens} tokens`,
+    stats?.tokens > 0 && `${stats.tokens} tokens`,
     stats?.speed > 0 && `${stats.speed.toFixed(1)} tokens/s`,
     stats?.first > 0 && `first token after ${stats.first.toFixed(2)} s`,
     ENDS[end ?? (stats ? "cut" : "")],  // The page was closed while it was written.
@@ -40,14 +40,14 @@ export class Log {
     $("latest").onclick = () => this.toEnd();
   }
 
-  /** Shows the chosen branch. Turns that are shown already keep their elements. */
-  show(conversation, writing = null) {
+  /** Shows the chosen branch. Turns that are shown already keep their elements. While busy, nothing can be changed. */
+  show(conversation, writing, isBusy) {
     const line = path(conversation), before = this.turns;
     this.turns = new Map();
     for (const node of line) {
       const count = siblings(conversation, node), isWriting = node === writing;
       const turn = before.get(node.id) ?? new Turn(node, this.actions);
-      turn.finish(node, count, isWriting, writing !== null);
+      turn.finish(node, count, isWriting, isBusy);
       this.turns.set(node.id, turn);
     }
     const elements = [...this.turns.values()].map(turn => turn.element);
@@ -57,6 +57,12 @@ export class Log {
     });
     $("welcome").hidden = line.length > 0;
     $("log").hidden = line.length === 0;
+  }
+
+  /** Moves the focus to a button for branches of a message: to that of this name, or to the other at an end. */
+  focusBranches(node, name) {
+    const buttons = [...this.turns.get(node.id).element.querySelectorAll(".branches button:not(:disabled)")];
+    (buttons.find(button => button.getAttribute("aria-label") === name) ?? buttons[0])?.focus();
   }
 
   /** Forgets what is shown. */

@@ -181,7 +181,7 @@ def test_each_model_has_its_own_settings_and_answers_by_name(chromium: Any, adap
         assert page.shown("#model option") == ["tiny", "tiny:poet"]
         page.set(max_tokens=2)
         page.say("Hi")
-        assert page.find(".turn:last-child .speed").text.startswith("2 tokens")
+        assert page.find(".turn:last-child .speed").text.startswith("tiny · 2 tokens")
         choice = page.find("#model select")
         choice.send_keys("tiny:poet")
         page.until(lambda: page.find("#settings-model").get_attribute("textContent") == "tiny:poet")
@@ -189,7 +189,7 @@ def test_each_model_has_its_own_settings_and_answers_by_name(chromium: Any, adap
         assert page.find("#max_tokens").get_attribute("value") == ""
         page.set(max_tokens=3)
         page.say("Hi")
-        assert page.find(".turn:last-child .speed").text.startswith("3 tokens")
+        assert page.find(".turn:last-child .speed").text.startswith("tiny:poet · 3 tokens")
         page.driver.refresh()
         page.ready()
         assert page.find("#model select").get_attribute("value") == "tiny:poet"
@@ -240,6 +240,13 @@ def test_errors_are_shown_in_words_and_a_retry_replaces_them(chromium: Any, chat
         page.button("Try again").click()
         page.until(lambda: page.answered() and page.shown(".answer") == ["Here I am."])
         assert (page.all(".failed"), page.all(".branches")) == ([], [])
+        page.say("Are you?")
+        script.answers.append("Here again.")
+        page.say("And now?")
+        script.answers.append("I was.")
+        page.button("Try again", within=".turn:nth-child(4)").click()
+        page.until(lambda: page.answered() and page.shown(".answer") == ["Here I am.", "I was."])
+        assert page.shown(".place") == ["2/2"], "what follows a failed answer is not lost"
         page.run("document.getElementById('prompt').value = 'x'.repeat(9000)")
         page.say("!")
         expected = "Error: this is too long for the server: the request body is larger than 8000 bytes"

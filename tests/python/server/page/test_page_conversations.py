@@ -118,7 +118,7 @@ def test_text_files_go_into_the_message_and_others_are_refused(chat: Chat, tmp_p
     )
     page.until(lambda: page.find("#notice").is_displayed())
     assert page.find("#notice-text").text == (
-        "photo.png: not a text file in UTF-8; zero.txt: not a text file; big.txt: 256 KiB, expected at most 256 KiB"
+        "photo.png: not a text file in UTF-8; zero.txt: not a text file; big.txt: 257 KiB, expected at most 256 KiB"
     )
     page.find("#files").send_keys(str(tmp_path / "fits.txt"))
     page.until(lambda: page.shown("#chips .chip-name") == ["notes.txt", "fits.txt"])

@@ -11,8 +11,13 @@ from pathlib import Path
 import notices
 import pytest
 from serving import Running, served
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from nybble import Model
+from nybble.engine import Engine
+from nybble.server import Service, Settings, create_app
 from nybble.server.page import routes
 
 FOLDER = Path(routes.__file__).parent
@@ -154,3 +159,12 @@ def test_colors_have_the_contrast_of_wcag_aa_in_both_themes() -> None:
         for theme in (0, 1):
             found = contrast(colors[text][theme], colors[ground][theme])
             assert found >= least, f"{text} on {ground}, {('light', 'dark')[theme]}: {found:.2f}, expected {least}"
+
+
+def test_the_page_works_below_a_path_of_another_application(tiny_model: Model) -> None:
+    with Engine(tiny_model) as engine:
+        app = Starlette(routes=[Mount("/deep/er", create_app(Service(engine, "tiny", Settings(allowed_hosts=None))))])
+        with TestClient(app) as client:
+            html = client.get("/deep/er/").text
+            for name in ["v1/models", *re.findall(r'(?:src|href)="([^"#]+)"', html)]:
+                assert client.get(f"/deep/er/{name}").status_code == 200, name

@@ -93,7 +93,7 @@ const templates = new Map();
 
 /** How a model can reason: whether it can be turned on and off, and whether it knows efforts. */
 export async function reasoningOf(model) {
-  if (!templates.has(model)) {
+  if (!templates.get(model)) {  // It is empty until the model is loaded.
     const answer = await ask(`props?model=${encodeURIComponent(model)}`);
     templates.set(model, String((await answer.json()).chat_template ?? ""));
   }

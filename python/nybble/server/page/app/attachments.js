@@ -69,7 +69,7 @@ async function textOf(file) {
   return text.replace(/\r\n?/g, "\n");
 }
 
-const size = bytes => (bytes < 1024 ? `${bytes} bytes` : `${Math.round(bytes / 1024).toLocaleString("en")} KiB`);
+const size = bytes => (bytes < 1024 ? `${bytes} bytes` : `${Math.ceil(bytes / 1024).toLocaleString("en")} KiB`);
 
 /** A file as a chip; with `remove`, it has a button. */
 export function chip(file, remove) {

@@ -16,7 +16,7 @@ const KEEP_EVERY = 3000;
 const store = await openStore();
 let cards = [], model = "", conversation = newConversation(""), running = null;
 
-const log = new Log({ choose: show, edit, retry });
+const log = new Log({ choose: show, edit, retry, namesModels: () => cards.length > 1 });
 const sidebar = new Sidebar(store, { open, rename, removed });
 
 // --- Models -------------------------------------------------------------------------------------
@@ -31,6 +31,13 @@ async function introduce() {
   }
 }
 
+/** Shows which models are loaded now. */
+async function refresh() {
+  const known = JSON.stringify(cards);
+  cards = await models().catch(() => cards);
+  if (JSON.stringify(cards) !== known && document.activeElement?.id !== "model-choice") selectModel(model);
+}
+
 function selectModel(id) {
   const card = cards.find(each => each.id === id);
   if (!card) return;
@@ -42,7 +49,10 @@ function selectModel(id) {
     return;
   }
   const field = make("select", { id: "model-choice", "aria-label": "Model" });
-  for (const each of cards) field.append(new Option(each.id, each.id, each.id === id, each.id === id));
+  for (const each of cards) {
+    const label = each.loaded === false ? `${each.id} (not loaded)` : each.id;
+    field.append(new Option(label, each.id, each.id === id, each.id === id));
+  }
   field.onchange = () => {
     kept.set("nybble.model", field.value);
     selectModel(field.value);
@@ -153,7 +163,7 @@ function edit(node, text) {
 function retry(node) {
   if (running) return;
   choose(conversation, conversation.nodes.find(each => each.id === node.parent));
-  if (!node.content) drop(conversation, node);
+  if (!node.content && !conversation.nodes.some(each => each.parent === node.id)) drop(conversation, node);
   answer(node.parent);
 }
 
@@ -165,6 +175,7 @@ async function answer(parent = path(conversation).at(-1).id) {
   own.model = model;
   const run = running = new Answer(own, node, progress);
   busy(true);
+  if (cards.find(card => card.id === model)?.loaded === false) $("live").textContent = `Loading ${model}…`;
   show();
   log.toEnd();
   announce("Generating an answer");
@@ -180,6 +191,7 @@ async function answer(parent = path(conversation).at(-1).id) {
   if (follows) log.toEnd();
   announce(node.error ? "The answer failed" : `Answer complete. ${factsOf(node)}`);
   await keep(own);
+  if (cards.length > 1) refresh();
   const field = document.activeElement;
   if (!matchMedia("(pointer: coarse)").matches && (field === document.body || field === $("stop"))) $("prompt").focus();
 }

@@ -98,7 +98,7 @@ export class Markdown {
     }
     const rest = text.slice(this.done), tokens = lex(rest);
     const blocks = tokens.filter(token => token.type !== "space");
-    this.show(blocks, isComplete);
+    this.show(blocks);
     if (tokens.reduce((sum, token) => sum + token.raw.length, 0) !== rest.length) return;
     // The last line may be incomplete, so the last two blocks can still become one.
     for (const last = blocks.at(-2); last && tokens[0] !== last; tokens.shift()) {
@@ -109,8 +109,8 @@ export class Markdown {
   }
 
   /** Shows the blocks behind those that are done, and keeps the elements of equal ones. */
-  show(blocks, isComplete) {
-    const same = blocks.findIndex((block, index) => block.raw !== this.tail[index]?.raw || (isComplete && block.type === "code"));
+  show(blocks) {
+    const same = blocks.findIndex((block, index) => block.raw !== this.tail[index]?.raw);
     const first = same < 0 ? blocks.length : same;
     for (const { nodes } of this.tail.splice(first)) nodes.forEach(node => node.remove());
     for (const block of blocks.slice(first)) {
@@ -141,9 +141,9 @@ export class Markdown {
   }
 }
 
-/** Whether a line of this text closes a block of code, or may when it is complete. */
+/** Whether a line of this text, after its first line break, closes a block of code. */
 function closes(text, fence) {
-  return text.split("\n").slice(1).some(line => line.trim().startsWith(fence));
+  return new RegExp(`\\n {0,3}${fence[0]}{${fence.length},}[ \\t]*(?:\\n|$)`).test(text);
 }
 
 function lex(text) {

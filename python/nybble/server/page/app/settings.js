@@ -35,7 +35,7 @@ function keep(name, values) {
 /** Shows the settings of a model. */
 export function useModel(card) {
   model = card.id;
-  $("max_tokens").max = card.context_length;
+  $("max_tokens").max = card.context_length ?? "";
   $("settings-model").textContent = card.id;
   show(settingsOf(model));
 }

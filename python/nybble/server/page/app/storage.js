@@ -26,6 +26,7 @@ class Kept {
   constructor(database) {
     this.isKept = true;
     this.database = database;
+    database.onversionchange = () => database.close();  // A later version of the page is open in another tab.
     this.known = new Set();
     this.tabs = typeof BroadcastChannel === "undefined" ? null : new BroadcastChannel("nybble");
   }
@@ -54,9 +55,11 @@ class Kept {
   async put(conversation) {
     await this.change((full, summaries, attempt) => {
       full.get(conversation.id).onsuccess = ({ target }) => attempt(() => {
+        const known = target.result?.nodes ?? [], parents = new Set(known.map(node => node.parent));
         const own = new Set(conversation.nodes.map(node => node.id));
-        // An answer without content may be one that was replaced here.
-        conversation.nodes.push(...(target.result?.nodes ?? []).filter(node => !own.has(node.id) && (node.content || node.files)));
+        // An answer without content that nothing follows may be one that was replaced here.
+        const isWanted = node => !own.has(node.id) && (node.content || node.files || parents.has(node.id));
+        conversation.nodes.push(...known.filter(isWanted));
         full.put(conversation);
         summaries.put(summaryOf(conversation));
       });

@@ -12,16 +12,18 @@ const ENDS = { length: "reached the length limit", stopped: "stopped", cut: "inc
 export const joined = parts => parts.filter(Boolean).join(" · ");
 
 /** What is known about an answer, for the line below it. */
-export function factsOf({ stats, end }) {
+export function factsOf({ stats, end, model }, isNamed = false) {
   return joined([
+    isNamed && model,
     stats?.tokens > 0 && `${stats.tokens} tokens`,
     stats?.speed > 0 && `${stats.speed.toFixed(1)} tokens/s`,
     stats?.first > 0 && `first token after ${stats.first.toFixed(2)} s`,
-    ENDS[end ?? (stats ? "cut" : "")],  // The page was closed while it was written.
+    // Without an end, the page was closed while it was written.
+    (end !== "cut" || stats?.tokens > 0) && ENDS[end ?? (stats ? "cut" : "")],
   ]);
 }
 
-/** The view of one conversation. `actions` has `choose`, `edit` and `retry`, which take a message. */
+/** The view of one conversation. `actions` has `choose`, `edit` and `retry`, which take a message, and `namesModels()`. */
 export class Log {
   constructor(actions) {
     this.actions = actions;
@@ -132,7 +134,7 @@ class Turn {
     this.foot.replaceChildren();
     if (isWriting) return;
     this.foot.append(...this.branches(node, branches, isBusy), ...this.tools(node, isBusy));
-    const facts = factsOf(node);
+    const facts = factsOf(node, this.actions.namesModels());
     if (node.role === "assistant") this.foot.append(make("span", { class: "speed" }, facts));
   }
 

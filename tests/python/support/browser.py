@@ -62,8 +62,12 @@ class Page:
         return found
 
     def shown(self, selector: str) -> list[str]:
-        """The visible text of each element."""
-        return [str(element.text) for element in self.all(selector)]
+        """The visible text of each element, read at one moment."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.localName === 'option' ? e.textContent"
+            " : e.checkVisibility() ? e.innerText.trim().replace(/\\n+/g, '\\n') : '')"
+        )
+        return list(self.run(script, selector))
 
     def until(self, condition: Callable[[], Any]) -> Any:
         return WebDriverWait(self.driver, 60, poll_frequency=0.02).until(lambda _: condition())

@@ -275,11 +275,12 @@ def test_the_policy_stops_what_would_pass_the_sanitizer(page: Page) -> None:
 
 @pytest.mark.parametrize("step", [1, 7, 64])
 def test_an_answer_in_pieces_looks_like_the_whole(page: Page, step: int) -> None:
-    code = "\n".join(f"line {i} = '`' * {i}" for i in range(190))
+    code = "\n".join(f"line {i} = '`' * {i}" for i in range(190 if step > 1 else 20))
     documents = [
         DOCUMENT,
         "- a\n\n- b\n\n      code\n\n  text\n\n1. x\n1. y\n\npara\n===\n\n<div>\n\nx\n\n</div>\n",
-        f"Long code:\n\n````python\n{code}\n```\nstill code\n````js\nand more\n    ````\n````\n\nafter\n\n```\nopen {code}",
+        f"Long code:\n\n````python\n{code}\n```\nstill code\n````js\nand more\n    ````\n````\n\nafter",
+        f"Open:\n\n```\nopen {code}",
         f"1. list\n\n   ```\n   {code[:200]}\n   ```\n\n2. more\n\n~~~~ js\n{code}\n~~~\n~~~~~\nend",
         "a\n\n\n\nb\n\t\n| a |\n|-|\n| b |\n\nc  \nd\\\ne\n\n    indented\n\n    more\n\n[x]: /y\n\n[x] [z]\n\n[z]: https://z.org",
         "> a\nlazy\n\n> b\n\n\n***\n- - -\n+ x\n* y\n\n<!-- comment\n\nstill -->\n\nend",

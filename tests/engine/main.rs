@@ -6,10 +6,12 @@ mod mtp_goldens;
 mod tiny_model;
 
 mod adapters;
+mod beams;
 #[cfg(feature = "grammar")]
 mod constraint;
 mod ends;
 mod examples;
+mod filters;
 mod jobs;
 mod mtp;
 mod recurrent;

@@ -199,6 +199,29 @@ def test_each_model_has_its_own_settings_and_answers_by_name(chromium: Any, adap
         page.forget()
 
 
+def test_models_that_are_not_loaded_are_marked_and_unknown_ones_are_an_error(chat: Chat) -> None:
+    page = chat("Yes.")
+    cards = '{"data": [{"id": "gone", "context_length": null, "loaded": false}, {"id": "tiny", "context_length": 9}]}'
+    stub = "const real = fetch; window.fetch = (path, o) => path === 'v1/models' ? Promise.resolve(new Response("
+    stub += f"'{cards}')) : new Promise(done => setTimeout(done, 50)).then(() => real(path, o));"
+    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": stub})
+    try:
+        page.driver.refresh()
+        page.until(lambda: page.shown("#model option") == ["gone (not loaded)", "tiny"])
+        page.find("#prompt").send_keys("Hi", Keys.ENTER)
+        page.until(lambda: page.find("#live").text == "Loading gone…")
+        page.until(page.answered)
+        assert page.shown(".failed")[0].startswith(
+            "Error: the server does not have this: the model 'gone' does not exist"
+        )
+        page.find("#model select").send_keys("tiny")
+        page.button("Try again").click()
+        page.until(lambda: page.answered() and page.shown(".answer") == ["Yes."])
+        page.complaints()  # The browser reports the 404.
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
 def test_settings_of_earlier_versions_apply_until_they_are_changed(chat: Chat) -> None:
     page = chat("One.", "Two.")
     page.run("""localStorage.setItem("nybble.settings", '{"temperature": "0.25", "system": "", "top_k": "7"}')""")

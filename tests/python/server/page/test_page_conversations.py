@@ -288,6 +288,32 @@ def test_a_change_in_another_tab_is_shown(chat: Chat) -> None:
         page.driver.switch_to.window(first)
 
 
+TWO_TABS = """(async () => {
+  const { newConversation, add, drop } = await import('./page/app/tree.js');
+  const store = await m.openStore(), one = newConversation('m');
+  const question = add(one, null, { role: 'user', content: 'Q' });
+  const lost = add(one, question.id, { role: 'assistant', content: '' });
+  await store.put(one);
+  const other = await store.get(one.id);
+  drop(one, lost);
+  add(one, question.id, { role: 'assistant', content: 'from one' });
+  await store.put(one);
+  add(other, question.id, { role: 'assistant', content: 'from the other' });
+  await store.put(other);
+  await store.put(one);
+  const kept = await store.get(one.id), deleted = [await store.isDeleted(one.id)];
+  await (await m.openStore()).remove(one.id);
+  deleted.push(await store.isDeleted(one.id));
+  return [kept.nodes.map(node => node.content), deleted];
+})()"""
+
+
+def test_messages_that_two_tabs_add_are_both_kept(chat: Chat) -> None:
+    contents, deleted = chat().module("storage", TWO_TABS)
+    assert sorted(contents) == ["Q", "from one", "from the other"], "the empty answer was replaced"
+    assert deleted == [False, True]
+
+
 def test_a_question_without_an_answer_is_left_out_of_later_requests(chat: Chat) -> None:
     page = chat()
     conversation = page.module(

@@ -397,7 +397,7 @@ class _Loop:
         for request, outcome, cached_tokens in driver.step(signals=False):
             if request._is_done:
                 continue  # It was cancelled during the step, and _take drops it.
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 self._drop(request, error=outcome)
                 continue
             tokens += 1
@@ -418,7 +418,7 @@ class _Loop:
             self._driver_stats = driver.stats()
             self._count(completion_tokens=tokens)
 
-    def _drop(self, request: Request, finished: int = 0, error: Exception | None = None) -> None:
+    def _drop(self, request: Request, finished: int = 0, error: BaseException | None = None) -> None:
         if error is not None:
             request._finish(error=error)
         if self._driver is not None:

@@ -200,10 +200,10 @@ impl Scheduler {
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
             let entry = self.running.remove(at);
             self.prefixes.touch(entry.block);
-            return Some(entry.sequence);
+            return Some(entry.into_sequence());
         }
         let at = self.waiting.iter().position(|entry| entry.id == id)?;
-        self.waiting.remove(at).map(|entry| entry.sequence)
+        self.waiting.remove(at).map(Entry::into_sequence)
     }
 
     /// A sequence that has not left.

@@ -68,7 +68,7 @@ class Driver(Generic[Job]):
         number = self._scheduler.submit(request.sequence, request.limit)
         self._jobs[number], self._ids[job] = job, number
 
-    def step(self, *, signals: bool) -> Iterator[tuple[Job, _native.Sampled | Exception, int]]:
+    def step(self, *, signals: bool) -> Iterator[tuple[Job, _native.Sampled | BaseException, int]]:
         """Computes one step. Yields for each job its next tokens, or the exception that ended it.
 
         With each comes the number of prompt tokens that were not computed. A job that has been cancelled meanwhile gets
@@ -80,7 +80,7 @@ class Driver(Generic[Job]):
         """
         for number, outcome, cached_tokens, session in self._scheduler.step(signals):
             if (job := self._jobs.get(number)) is not None:
-                if session is not None or isinstance(outcome, Exception):
+                if session is not None or isinstance(outcome, BaseException):
                     self._forget(job, number, session)
                 yield job, outcome, cached_tokens
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.overrides import Returned, keyword_only
-from nybble.tokenizer.breakers import breaker_sequences
+from nybble.tokenizer.breakers import Breakers
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 from nybble.tokenizer.infill import InfillTokens, find_infill_tokens, infill_prompt
 
@@ -87,6 +87,7 @@ class Tokenizer(Returned):
     _grammar: _native.Vocabulary | None
     _infill: InfillTokens | None
     _breakers: dict[tuple[str, ...], list[list[int]]]
+    _breaker_search: Breakers | None
 
     @classmethod
     def _of(cls, where: str, describe: _InGguf | _InMetadata | _InFolder) -> Tokenizer:
@@ -109,7 +110,7 @@ class Tokenizer(Returned):
         self._chat_templates = self._description.chat_templates
         self._special_texts = self._description.special_spellings
         self._compiled, self._missing_ids, self._grammar, self._infill = {}, {}, None, None
-        self._breakers = {}
+        self._breakers, self._breaker_search = {}, None
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -392,7 +393,9 @@ class Tokenizer(Returned):
         if (found := self._breakers.get(breakers)) is None:
             if len(self._breakers) >= _KEPT_BREAKERS:
                 self._breakers.clear()
-            found = self._breakers[breakers] = breaker_sequences(self, breakers)
+            if self._breaker_search is None:
+                self._breaker_search = Breakers(self)
+            found = self._breakers[breakers] = self._breaker_search.sequences(breakers)
         return found
 
     @property

@@ -366,6 +366,8 @@ class _Loop:
                     break
                 self._recover(error)
         self._fail(ModelError("the engine was closed before the request ended"))
+        with self._changed:
+            self._driver = None  # Its KV cache is freed, even if somebody still holds a request.
 
     def _take(self) -> bool:
         """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""

@@ -81,6 +81,8 @@ class Tokenizer(Returned):
     _special_ids: frozenset[int]
     _eos_ids: frozenset[int]
     _chat_templates: Mapping[str, str]
+    _own_template: str | None
+    """What replaces the chat templates of the files."""
     _special_texts: Mapping[str, str]
     _compiled: dict[str, ChatTemplate]
     _missing_ids: dict[int, list[tuple[int, int]]]
@@ -97,7 +99,7 @@ class Tokenizer(Returned):
 
     def __getstate__(self) -> dict[str, Any]:
         # Everything else is read or built again.
-        return {"_where": self._where, "_describe": self._describe}
+        return {"_where": self._where, "_describe": self._describe, "_own_template": self._own_template}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._where, self._describe = state["_where"], state["_describe"]
@@ -111,6 +113,9 @@ class Tokenizer(Returned):
         self._special_texts = self._description.special_spellings
         self._compiled, self._missing_ids, self._grammar, self._infill = {}, {}, None, None
         self._breakers, self._breaker_search = {}, None
+        self._own_template = None
+        if (template := state.get("_own_template")) is not None:
+            self.replace_chat_template(template)
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -342,6 +347,22 @@ class Tokenizer(Returned):
             ModelError: The template is invalid.
         """
         return self._template(name).variables if name in self._chat_templates else frozenset()
+
+    def replace_chat_template(self, template: str) -> None:
+        """Uses a chat template for all conversations instead of those of the model.
+
+        Raises:
+            ModelError: The template is invalid.
+        """
+        before = self._chat_templates, self._compiled
+        others = {name: text for name, text in self._chat_templates.items() if name != "tool_use"}
+        self._chat_templates, self._compiled = {**others, "default": template}, {}
+        try:
+            self._template("default")
+        except ModelError:
+            self._chat_templates, self._compiled = before
+            raise
+        self._own_template = template
 
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:

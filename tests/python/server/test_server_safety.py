@@ -370,7 +370,7 @@ def test_without_the_extra_the_error_says_what_to_install(
 
 
 def test_the_default_name_is_that_of_the_repository_or_file() -> None:
-    from nybble.cli.serve import source_name
+    from nybble.server.pool.spec import source_name
 
     assert source_name("org/model", "whatever-q4.gguf") == "org/model"
     assert source_name("folder/model.gguf", "model.gguf") == "model"

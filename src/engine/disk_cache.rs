@@ -5,14 +5,14 @@
 //! rest at the end, when nobody waits.
 //!
 //! Two threads access the files, so that no step waits for a disk. The writer holds a page only while it copies it, and rests nine
-//! times as long as it works while sequences are computed. The reader passes on pages a few at a time.
+//! times as long as that takes while sequences are computed. The reader passes on pages a few at a time.
 //!
 //! Nothing here is needed for a result: whatever fails is counted, reported once for each kind, and computed instead.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -31,10 +31,12 @@ pub(super) type Prefix = [u8; 32];
 pub(super) const LONG: usize = 16;
 /// How long nothing is written after a failure, such as a full disk.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// How many times as long as it works the writer rests, while sequences are computed.
+/// How many times as long as it computes the writer rests, while sequences are computed.
 const REST: u32 = 9;
 /// The longest rest.
 const LONGEST_REST: Duration = Duration::from_secs(2);
+/// How long the end waits for a thread that a disk may have stopped.
+const LONGEST_END: Duration = Duration::from_secs(5);
 /// Bytes of pages that are read before the scheduler takes them.
 const READ_AHEAD: usize = 64 << 20;
 /// What a report ends with.
@@ -94,6 +96,8 @@ struct Shared {
     changed: Condvar,
     /// Held while the writer keeps a page in memory.
     copying: Mutex<()>,
+    /// Whether nobody waits for the reader any more, until it has read a page.
+    is_stalled: AtomicBool,
     errors: AtomicUsize,
     reports: Mutex<Reports>,
 }
@@ -106,6 +110,8 @@ pub(super) struct DiskCache {
     work: Option<Sender<Work>>,
     reads: Option<Sender<Read>>,
     threads: Vec<JoinHandle<()>>,
+    /// Disconnected once both threads have ended. In a mutex, because a receiver alone cannot be shared between threads.
+    ended: Mutex<Receiver<()>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -129,22 +135,24 @@ impl DiskCache {
             activity: Mutex::default(),
             changed: Condvar::new(),
             copying: Mutex::new(()),
+            is_stalled: AtomicBool::new(false),
             errors: AtomicUsize::new(0),
             reports: Mutex::default(),
         });
         shared.make_space(0);
         let (work, works) = channel();
         let (reads, jobs) = channel();
-        let (writer, reader) = (shared.clone(), shared.clone());
+        let (ends, ended) = channel();
+        let (writer, reader, end) = (shared.clone(), shared.clone(), ends.clone());
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
             spawned.map_err(|source| Error::io(path, source))
         };
         let threads = vec![
-            spawn("nybble-cache-writer", Box::new(move || write_all(&writer, &works)))?,
-            spawn("nybble-cache-reader", Box::new(move || read_all(&reader, &jobs)))?,
+            spawn("nybble-cache-writer", Box::new(move || write_all(&writer, &works, end)))?,
+            spawn("nybble-cache-reader", Box::new(move || read_all(&reader, &jobs, ends)))?,
         ];
-        Ok(DiskCache { shared, work: Some(work), reads: Some(reads), threads })
+        Ok(DiskCache { shared, work: Some(work), reads: Some(reads), threads, ended: Mutex::new(ended) })
     }
 
     /// The prefix of a first page of sequences whose adapter has this hash.
@@ -152,9 +160,12 @@ impl DiskCache {
         self.shared.model.first_prefix(adapter)
     }
 
-    /// Whether the page with this prefix is on disk, and whether recurrent states are with it.
+    /// Whether the page with this prefix can be read, and whether recurrent states are with it.
     pub(super) fn stored(&self, prefix: &Prefix) -> Option<bool> {
         let index = lock(&self.shared.index);
+        if self.shared.is_stalled.load(Ordering::Relaxed) {
+            return None;
+        }
         index.stored.get(prefix).filter(|stored| stored.is_usable).map(|stored| stored.has_states)
     }
 
@@ -182,6 +193,12 @@ impl DiskCache {
             let _ = reads.send(Read { ids, pages });
         }
         receiver
+    }
+
+    /// Records that nobody waits any longer for pages that are being read. No others are asked for until one arrives.
+    pub(super) fn give_up(&self) {
+        self.shared.is_stalled.store(true, Ordering::Relaxed);
+        self.shared.fail("stalled", format!("{}: the disk does not answer {ONCE}", self.shared.folder.name()));
     }
 
     /// Tells the writer whether sequences are computed.
@@ -233,6 +250,11 @@ impl Drop for DiskCache {
         lock(&self.shared.activity).has_ended = true;
         self.shared.changed.notify_all();
         (self.work, self.reads) = (None, None);
+        let ended = self.ended.get_mut().map(|ended| ended.recv_timeout(LONGEST_END));
+        if !matches!(ended, Ok(Err(RecvTimeoutError::Disconnected))) {
+            // They end when the disk answers.
+            return;
+        }
         for thread in self.threads.drain(..) {
             // A thread that has panicked has said so.
             let _ = thread.join();
@@ -286,11 +308,14 @@ impl Shared {
         if before.is_some_and(|stored| stored.has_states || !has_states || !stored.is_usable) {
             return Ok(());
         }
+        let started = Instant::now();
         let bytes = {
             let _copying = lock(&self.copying);
             page.upgrade().and_then(|page| self.model.page_file(id, &page))
         };
         let Some(bytes) = bytes.filter(|bytes| bytes.len() as u64 <= self.limit) else { return Ok(()) };
+        // Waiting for the disk takes nothing from sequences, copying and hashing do.
+        self.rest((started.elapsed() * REST).min(LONGEST_REST));
         self.make_space(bytes.len() as u64);
         let stored = Stored { index: id.index, has_states: *has_states, bytes: bytes.len() as u64, is_usable: true };
         self.folder.write(&id.prefix, &stored, &bytes, *used)?;
@@ -345,7 +370,7 @@ impl Shared {
 }
 
 /// The thread that writes.
-fn write_all(shared: &Shared, works: &Receiver<Work>) {
+fn write_all(shared: &Shared, works: &Receiver<Work>, _ends: Sender<()>) {
     let mut paused: Option<Instant> = None;
     for work in works {
         match work {
@@ -353,12 +378,10 @@ fn write_all(shared: &Shared, works: &Receiver<Work>) {
                 if shared.has_ended() || paused.is_some_and(|failed| failed.elapsed() < PAUSE_AFTER_FAILURE) {
                     continue;
                 }
-                let started = Instant::now();
                 paused = shared.save(&save).err().map(|error| {
                     shared.fail("write", format!("{error}: pages are not written for a minute {ONCE}"));
                     Instant::now()
                 });
-                shared.rest((started.elapsed() * REST).min(LONGEST_REST));
             }
             Work::Use(prefixes, used) => {
                 for prefix in prefixes {
@@ -376,12 +399,14 @@ fn write_all(shared: &Shared, works: &Receiver<Work>) {
 }
 
 /// The thread that reads.
-fn read_all(shared: &Shared, jobs: &Receiver<Read>) {
+fn read_all(shared: &Shared, jobs: &Receiver<Read>, _ends: Sender<()>) {
     for Read { ids, pages } in jobs {
         let used = SystemTime::now();
         for id in &ids {
+            let page = shared.read(id, used);
+            shared.is_stalled.store(false, Ordering::Relaxed);
             // Nobody receives the pages of a request that was cancelled.
-            if shared.has_ended() || !shared.read(id, used).is_some_and(|page| pages.send(page).is_ok()) {
+            if shared.has_ended() || !page.is_some_and(|page| pages.send(page).is_ok()) {
                 break;
             }
         }

@@ -6,6 +6,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::time::Instant;
 
 use super::disk_cache::{DiskCache, Prefix};
 use crate::kernels::PAGE;
@@ -51,6 +52,8 @@ struct Block {
     prefix: Prefix,
     /// Whether the page was handed to the disk cache, and whether it had recurrent states then.
     saved: Option<bool>,
+    /// When the time of its file was last set.
+    marked: Option<Instant>,
 }
 
 /// The tree of blocks. It keeps their pages until they are evicted.
@@ -124,7 +127,17 @@ impl Prefixes {
         let prefix = self.prefix_after(key.parent, &key.tokens).unwrap_or_default();
         self.numbers.insert(key, self.last);
         self.children.entry(key.parent).or_default().push(self.last);
-        let block = Block { key, page: page.clone(), depth, used: self.clock, users: 0, root, prefix, saved: None };
+        let block = Block {
+            key,
+            page: page.clone(),
+            depth,
+            used: self.clock,
+            users: 0,
+            root,
+            prefix,
+            saved: None,
+            marked: None,
+        };
         self.blocks.insert(self.last, block);
         (self.last, page)
     }

@@ -226,6 +226,7 @@ impl Scheduler {
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
             let entry = self.running.remove(at);
             self.prefixes.touch(entry.block);
+            self.note_activity();
             return Some(entry.sequence);
         }
         let at = self.waiting.iter().position(|entry| entry.id == id)?;
@@ -286,10 +287,15 @@ impl Scheduler {
     /// sequences are then as they were before. An error of one sequence is in its event, and the others continue.
     pub fn step(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Event>> {
         let events = self.compute(interrupted);
+        self.note_activity();
+        events
+    }
+
+    /// Tells the prefix cache whether sequences wait for the CPU, which writing would slow down.
+    fn note_activity(&self) {
         if let Some(disk) = self.prefixes.disk() {
             disk.set_busy(!self.is_idle());
         }
-        events
     }
 
     /// Computes one step.

@@ -68,15 +68,25 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], and [`Error::InvalidArgument`] if something other than a regular file is there by now. The file is
     /// removed then.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
+        let target = self.target.clone();
+        self.finish_name()?;
+        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
+        let _ = File::open(folder(&target)).and_then(|folder| folder.sync_all());
+        Ok(())
+    }
+
+    /// As [`AtomicFile::finish`], but the new name may be lost if the machine stops soon.
+    ///
+    /// # Errors
+    /// As for [`AtomicFile::finish`].
+    pub(crate) fn finish_name(mut self) -> Result<()> {
         self.file.sync_all().map_err(|source| Error::io(&self.target, source))?;
         check_replaceable("path", &self.target)?;
         if let Some(path) = &self.temporary {
             std::fs::rename(path, &self.target).map_err(|source| Error::io(&self.target, source))?;
             self.temporary = None;
         }
-        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
-        let _ = File::open(folder(&self.target)).and_then(|folder| folder.sync_all());
         Ok(())
     }
 }

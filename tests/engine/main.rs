@@ -8,6 +8,7 @@ mod tiny_model;
 mod adapters;
 #[cfg(feature = "grammar")]
 mod constraint;
+#[cfg(unix)]
 mod disk_cache;
 mod ends;
 mod examples;

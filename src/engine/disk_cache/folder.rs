@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, FileType, Metadata};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::Prefix;
 use crate::error::{Error, Result};
@@ -25,6 +25,8 @@ use crate::model::is_page_file;
 
 /// The largest number of files.
 pub(super) const MAX_FILES: usize = 1 << 17;
+/// How long an empty folder of a model stays.
+const UNUSED: Duration = Duration::from_secs(24 * 60 * 60);
 /// The beginning of the names of folders of models, before 16 hexadecimal digits.
 const FOLDER: &str = "nybble-";
 const DIGITS: usize = 16;
@@ -114,6 +116,11 @@ impl Folder {
         trusted.map(|entry| entry.path()).collect()
     }
 
+    /// The name of the folder, for messages.
+    pub(super) fn name(&self) -> impl std::fmt::Display {
+        self.own.display()
+    }
+
     /// The file of a page.
     pub(super) fn path(&self, prefix: &Prefix, stored: &Stored) -> PathBuf {
         let kind = if stored.has_states { "state" } else { "page" };
@@ -176,8 +183,12 @@ impl Folder {
                 page.own.map(|prefix| listed.own.remove(&prefix));
             }
         }
-        // Folders of models that are not used any more. A folder with files stays.
-        for folder in self.of_models().iter().filter(|folder| **folder != self.own) {
+        // Folders of models that are not used any more. A folder with files stays, and one that was just made.
+        let is_old = |folder: &PathBuf| {
+            let changed = folder.metadata().and_then(|metadata| metadata.modified());
+            changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > UNUSED))
+        };
+        for folder in self.of_models().iter().filter(|folder| **folder != self.own && is_old(folder)) {
             let _ = fs::remove_dir(folder);
         }
         listed
@@ -194,7 +205,7 @@ impl Folder {
         self.make().map_err(io)?;
         let mut file = AtomicFile::create_only(&path, true)?;
         file.write_all(bytes).map_err(io)?;
-        file.finish()?;
+        file.finish_name()?;
         mark_used(&path, used);
         Ok(())
     }

@@ -2,13 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::super::disk_cache::{DiskCache, LONG, Prefix};
 use super::{Prefixes, Tokens, root};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::{Model, PageId, Session, next_prefix};
+
+/// How often the time of a file is set, at most.
+const MARK_EVERY: Duration = Duration::from_secs(10);
 
 impl Prefixes {
     /// An empty cache for `model`, whose blocks are kept in a folder, too, if there is one. Where the system refuses the folder, they
@@ -106,8 +109,10 @@ impl Prefixes {
         }
         let is_long = self.blocks.get(&number).is_some_and(|block| block.depth + 1 >= LONG);
         let (mut numbers, mut known) = (Vec::new(), Vec::new());
-        while let Some(block) = self.blocks.get(&number) {
-            if block.saved.is_some() {
+        while let Some(block) = self.blocks.get_mut(&number) {
+            // A file system may take a while for each.
+            if block.saved.is_some() && block.marked.is_none_or(|marked| marked.elapsed() > MARK_EVERY) {
+                block.marked = Some(Instant::now());
                 known.push(block.prefix);
             }
             if block.users > 1 || is_long {
@@ -131,7 +136,7 @@ impl Prefixes {
         let Some((_, adapter_hash)) = self.roots.get(&block.root).filter(|_| is_new && block.page.is_whole()) else {
             return;
         };
-        block.saved = Some(has_states);
+        (block.saved, block.marked) = (Some(has_states), Some(Instant::now()));
         let (prefix, index, tokens) = (block.prefix, block.depth, block.key.tokens);
         let id = PageId { prefix, index, tokens, adapter: block.root & !(1 << 63), adapter_hash: *adapter_hash };
         disk.save(id, &block.page, used);

@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::super::disk_cache::DiskCache;
 use super::super::prefix::{Key, Prefixes, Tokens, root};
 use super::entry::Entry;
 use crate::error::{Error, Result};
@@ -13,6 +14,8 @@ use crate::model::SharedPage;
 
 /// How long a step waits for a page before it asks whether it is interrupted.
 const WAIT: Duration = Duration::from_millis(20);
+/// How long a sequence waits for a page before it is computed.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// What waiting sequences get from disk, one after the other.
 #[derive(Debug, Default)]
@@ -63,6 +66,9 @@ impl Restores {
                         continue;
                     }
                 }
+                Arrival::Later if pages.asked.elapsed() > LONGEST_WAIT => {
+                    prefixes.disk().into_iter().for_each(DiskCache::give_up);
+                }
                 Arrival::Later => match alone {
                     Some(interrupted) if !interrupted() => continue,
                     _ => {
@@ -93,6 +99,8 @@ struct Restore {
     root: u64,
     /// Pages that have arrived.
     restored: usize,
+    /// Since when the next page is awaited.
+    asked: Instant,
 }
 
 /// The next page of a [`Restore`].
@@ -116,14 +124,17 @@ impl Restore {
         ids.truncate(most);
         let left = ids.iter().map(|id| id.tokens).collect();
         let pages = Mutex::new(prefixes.disk()?.read(ids));
-        Some(Restore { pages, left, parent, root: root(session), restored: 0 })
+        Some(Restore { pages, left, parent, root: root(session), restored: 0, asked: Instant::now() })
     }
 
     /// The next page, after waiting for it at most this long.
     fn next(&mut self, wait: Duration) -> Arrival {
         let Ok(pages) = self.pages.get_mut() else { return Arrival::End };
         match pages.recv_timeout(wait) {
-            Ok(page) => Arrival::Page(page),
+            Ok(page) => {
+                self.asked = Instant::now();
+                Arrival::Page(page)
+            }
             Err(RecvTimeoutError::Timeout) => Arrival::Later,
             Err(RecvTimeoutError::Disconnected) => Arrival::End,
         }

@@ -24,7 +24,7 @@ if sys.platform == "win32":
     pytest.skip("Windows has no signals of this kind", allow_module_level=True)
 
 PAGE = 64
-SYSTEM = "".join(f"Rule {number}: answer politely. " for number in range(150))[:4000]
+SYSTEM = "".join(f"Rule {number}: answer politely. " for number in range(200))[:4000]
 """A system prompt of 4,000 tokens: a token of the tiny model is a byte."""
 
 
@@ -75,32 +75,32 @@ class Server:
                 self.url = found[1].rstrip("/")
                 break
 
-    def end(self, number: signal.Signals) -> str:
-        """Ends the process. Returns the rest of its log."""
-        self.process.send_signal(number)
-        return self.process.communicate(timeout=60)[1]
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
 def test_a_restarted_server_computes_at_most_the_last_page(file: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "prefixes"
     options = ("--cache-dir", str(folder), "--cache-dir-size", "0.5")
-    server = Server(file, *options)
-    assert ask(server.url, "Who are you?")[1] == 0
-    expected = ask(server.url, "What is a page?")[0]
-    # A long prompt is written while the server runs, one that only one request had at its end.
-    wait(lambda: len(pages(folder)) >= 4000 // PAGE)
-    assert metric(server.url, "restored_tokens") == 0
-    server.end(number)
-    server = Server(file, *options)
-    try:
+    with Server(file, *options) as server:
+        assert ask(server.url, "Who are you?")[1] == 0
+        expected = ask(server.url, "What is a page?")[0]
+        # A long prompt is written while the server runs.
+        wait(lambda: len(pages(folder)) >= 4000 // PAGE)
+        assert metric(server.url, "restored_tokens") == 0
+        server.process.send_signal(number)
+        assert server.process.wait(60) == (0 if number == signal.SIGTERM else -number)
+    with Server(file, *options) as server:
         text, cached = ask(server.url, "What is a page?")
-        assert (text, cached) == (expected, 4016 // PAGE * PAGE)
+        assert (text, cached) == (expected, 4000 // PAGE * PAGE)
         assert metric(server.url, "restored_tokens") == cached
         assert (metric(server.url, "disk_cache_hits"), metric(server.url, "disk_cache_errors")) == (1, 0)
         assert metric(server.url, "disk_cache_bytes") == sum(page.stat().st_size for page in pages(folder))
-    finally:
-        server.end(signal.SIGTERM)
 
 
 def test_options_of_the_folder_are_checked(
@@ -148,7 +148,7 @@ with Model.load(sys.argv[1], threads=1) as model, Engine(model, cache_dir=folder
     for number in range(first, first + count):
         # Each prompt has more than sixteen pages, which are written at once.
         prompt = f"{number}. " + "word " * 230
-        print(number, engine.submit(prompt, max_tokens=2, temperature=0).result().token_ids, flush=True)
+        print(number, engine.submit(prompt, max_tokens=2, temperature=0).result().tokens, flush=True)
     print("errors", engine.stats().disk_cache_errors, flush=True)
 """
 """Answers prompts of its own, and prints the answers."""

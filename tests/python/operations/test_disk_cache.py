@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -170,10 +171,14 @@ def answers(file: Path, folder: Path, count: int, **options: Any) -> tuple[list[
 def test_a_process_that_is_killed_while_it_writes_leaves_only_whole_pages(file: Path, tmp_path: Path) -> None:
     expected, _ = answers(file, tmp_path / "whole", 6)
     folder = tmp_path / "killed"
+
+    def has_files(count: int) -> bool:
+        return len(list(folder.glob("nybble-*/*"))) >= count
+
     for count in (1, 7, 20, 45, 70):
         with writer(file, folder, 0, 10_000) as process:
             # Written one after the other, so the next one is being written.
-            wait(lambda count=count: len(list(folder.glob("nybble-*/*"))) >= count)
+            wait(functools.partial(has_files, count))
             process.kill()
             process.communicate()
         found, log = answers(file, folder, 6)

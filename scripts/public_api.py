@@ -133,6 +133,8 @@ def shape_faults(page: str) -> list[str]:
     faults = []
     if not can_grow and re.search(r"^pub enum |^pub struct .*(\{\n(.*\n)*? +pub |\(pub )", text, re.MULTILINE):
         faults.append("public fields or variants, expected #[non_exhaustive]")
+    # Long lists of variants are behind a summary.
+    code = re.sub(r"<details[^>]*><summary.*?</summary>", "", code, flags=re.DOTALL)
     # Names that a declaration introduces are not links: the item itself, its variants, parameters of types.
     code = re.sub(r"\b(struct|enum|trait|type|fn|const)\s+\w+", "", LINK.sub("", code))
     code = plain(re.sub(r"(?m)^    [A-Z]\w*", "", code))

@@ -145,6 +145,10 @@ pub enum Error {
         largest: f32,
     },
 
+    /// A logits processor of the caller failed.
+    #[error("a logits processor failed: {0}")]
+    LogitsProcessor(Box<dyn std::error::Error + Send + Sync>),
+
     /// The model's hidden states are not numbers.
     #[error("the hidden states contain NaN or infinities: the weights are damaged or overflow")]
     BadHiddenStates,

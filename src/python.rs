@@ -7,6 +7,7 @@ mod errors;
 mod evaluate;
 mod gguf;
 mod model;
+mod processor;
 mod quantize;
 mod scheduler;
 mod session;

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nybble.engine_options import EngineOptions
 from nybble.load_options import LoadOptions
-from nybble.sampling import SamplingOptions
+from nybble.sampling import LogitsProcessor, SamplingOptions
 
 __all__ = [
     "Constraint",
@@ -199,6 +199,9 @@ class Model:
         session: Session | None = None,
         excluded: _Sequence[tuple[int, int]] = ...,
         ends: _Sequence[int] = ...,
+        ignored: _Sequence[int] = ...,
+        dry_breakers: _Sequence[_Sequence[int]] = ...,
+        processor: LogitsProcessor | None = None,
         adapter: str | None = None,
     ) -> Sequence: ...
     def session(self, adapter: str | None = None) -> Session: ...

@@ -87,6 +87,8 @@ class Completion:
 
     reasoning_tokens: int = 0
     """Number of tokens that are reasoning or end it."""
+    beam_score: float | None = None
+    """The score of a beam search: the log-probability of the tokens divided by a power of their number; else None."""
     stop_string: str | None = None
     """The string of `SamplingOptions.stop` that ended the text."""
 

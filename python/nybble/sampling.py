@@ -6,15 +6,29 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 from nybble.overrides import chosen, doc
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Unpack
 
+    LogitsProcessor = Callable[[npt.NDArray[np.int64], npt.NDArray[np.float32]], npt.ArrayLike | None]
+    """A function of tokens and logits that returns logits: see `SamplingOptions.logits_processor`."""
+else:
+    # Importing NumPy takes longer than everything else here.
+    LogitsProcessor = Callable[[Any, Any], Any]
+
+
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""The default of `SamplingOptions.dry_sequence_breakers`."""
+
+MAX_BEAMS = 256
+"""The largest number of beams of a search."""
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
 """The largest finite number in single precision, which the sampler uses."""
@@ -24,8 +38,9 @@ _LARGEST = float.fromhex("0x1.fffffep+127")
 class SamplingOptions:
     """Options of `generate`, `stream` and `chat`, which also take each of them by name.
 
-    A sampler applies them in this order: `logit_bias`, penalties, `top_k`, `typical_p`, `top_p`, `min_p`,
-    `temperature`. Then it draws one token.
+    A sampler applies them in this order: `logits_processor`, `logit_bias`, penalties, DRY, `top_n_sigma`, `top_k`,
+    `typical_p`, `top_p`, `min_p`, XTC, `temperature`. Then it draws one token. Mirostat replaces the filters from
+    `top_n_sigma` to XTC. With `num_beams` over 1, a beam search replaces sampling.
 
     Raises:
         ValueError: An option is out of range. The message names it, its value and what is expected.
@@ -60,6 +75,72 @@ class SamplingOptions:
 
     See Meister et al., "Locally Typical Sampling" (arXiv:2202.00666).
     """
+    top_n_sigma: float = field(
+        default=0.0,
+        metadata=doc("Keep tokens with a logit at most N standard deviations below the highest; 0 keeps all."),
+    )
+    """Keep tokens with a logit at most this many standard deviations, of all logits, below the highest; 0 keeps all.
+
+    See Tang et al., "Top-nσ: Not All Logits Are You Need" (arXiv:2411.07641).
+    """
+    xtc_probability: float = field(
+        default=0.0, metadata=doc("Probability with which XTC removes the most likely tokens; 0 turns it off.")
+    )
+    """The probability of XTC: of the tokens with at least `xtc_threshold`, only the least likely one stays.
+
+    By [p-e-w](https://github.com/oobabooga/text-generation-webui/pull/6335). 0 turns it off.
+    """
+    xtc_threshold: float = field(
+        default=0.1, metadata=doc("Probability from which on XTC removes tokens; over 0.5 it removes none.")
+    )
+    """The probability from which on XTC removes tokens. Over 0.5 it removes none."""
+    dynatemp_range: float = field(
+        default=0.0, metadata=doc("How far the temperature follows the entropy, up and down; 0 keeps it fixed.")
+    )
+    """How far the temperature follows the entropy of the remaining tokens, up and down; 0 keeps it fixed.
+
+    It is lowest where one token is certain, and highest where all are equally likely. Temperature 0 stays greedy.
+    """
+    dynatemp_exponent: float = field(
+        default=1.0, metadata=doc("The power of the entropy, between 0 and 1, in the dynamic temperature.")
+    )
+    """The power of the entropy, between 0 and 1, in the dynamic temperature."""
+    mirostat: int = field(
+        default=0, metadata=doc("2 keeps the surprise of tokens near mirostat_tau, instead of filters; 0 turns it off.")
+    )
+    """2 keeps the surprise of the tokens near `mirostat_tau`, with no other filters; 0 turns it off.
+
+    See Basu et al., "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity" (arXiv:2007.14966).
+    Its version 1 is not supported.
+    """
+    mirostat_tau: float = field(default=5.0, metadata=doc("The surprise that Mirostat aims for, in bits."))
+    """The surprise that Mirostat aims for, in bits."""
+    mirostat_eta: float = field(default=0.1, metadata=doc("How fast Mirostat corrects its error."))
+    """How fast Mirostat corrects its error."""
+    dry_multiplier: float = field(
+        default=0.0, metadata=doc("Size of the DRY penalties for repetition of sequences; 0 turns them off.")
+    )
+    """The size of the DRY penalties for tokens that would continue a repetition; 0 turns them off.
+
+    A token that would continue a repetition of `n` tokens loses
+    `dry_multiplier * dry_base ** (n - dry_allowed_length)`. By
+    [p-e-w](https://github.com/oobabooga/text-generation-webui/pull/5677).
+    """
+    dry_base: float = field(default=1.75, metadata=doc("How fast DRY penalties grow with the repetition."))
+    """How fast DRY penalties grow with the length of the repetition. At least 1."""
+    dry_allowed_length: int = field(
+        default=2, metadata=doc("Longest repetition whose next token has no DRY penalty, in tokens.")
+    )
+    """The length of a repetition, in tokens, from which on DRY penalizes its next token."""
+    dry_window: int = field(
+        default=0, metadata=doc("Number of latest tokens in which DRY finds repetitions; 0 is all.")
+    )
+    """Number of latest tokens, prompt and completion alike, in which DRY finds repetitions; 0 for all."""
+    dry_sequence_breakers: Sequence[str] = field(
+        default=DRY_BREAKERS,
+        metadata=doc('Text that ends a repetition for DRY, instead of the defaults: newline : " *. Repeatable.'),
+    )
+    """Strings that end a repetition: DRY does not look beyond the last one."""
     repetition_penalty: float = field(
         default=1.0,
         metadata=doc("Divide positive logits of earlier tokens by this, multiply negative ones; 1 does nothing."),
@@ -94,6 +175,10 @@ class SamplingOptions:
     Before it, end tokens and `stop_token_ids` are not sampled unless a constraint allows nothing else. Stop strings
     are only looked for in the text after these tokens.
     """
+    ignore_eos: bool = field(
+        default=False, metadata=doc("Do not sample the model's end tokens, as benchmarks need it.")
+    )
+    """Do not sample the model's end tokens, unless a constraint allows nothing else."""
     stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")
     )
@@ -115,9 +200,42 @@ class SamplingOptions:
     """Constrain the output to a regular expression, which matches all of it."""
     grammar: str | None = field(
         default=None,
-        metadata=doc("Constrain the output to this context-free grammar in Lark's syntax: its text, or @ and a file."),
+        metadata=doc("Constrain the output to this context-free grammar, Lark or GBNF: its text, or @ and a file."),
     )
-    """Constrain the output to a context-free grammar in Lark's syntax, as llguidance reads it."""
+    """Constrain the output to a context-free grammar, in llguidance's form of Lark's syntax or in llama.cpp's GBNF."""
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = field(
+        default=None, metadata=doc("Change the logits before each token, by functions of Python.")
+    )
+    """A function that changes the logits before each token is sampled, or several, which are called in order.
+
+    It is called with the token ids so far, prompt included, as int64 of shape `(tokens,)`, and with the logits as
+    float32 of shape `(vocabulary,)`. It returns logits of that shape, or None after it has changed the array itself.
+    Minus infinity forbids a token; NaN and infinity are errors. Its exceptions end the completion. Log-probabilities
+    are those before it; a constraint applies after it.
+    """
+    num_beams: int = field(
+        default=1, metadata=doc("Find the most likely output with this many beams, instead of sampling; 1 samples.")
+    )
+    """Search for the most likely completion with this many beams instead of sampling; 1 samples.
+
+    The completions are those of `transformers`, `GenerationMixin.generate(num_beams=...)`. The text arrives at the end.
+    Temperature, filters and seed have no effect. Penalties, DRY, Mirostat, constraints and logits processors are
+    refused.
+    """
+    length_penalty: float = field(
+        default=1.0, metadata=doc("Power of the length that a beam's log-probability is divided by.")
+    )
+    """The power of the length by which the log-probability of a beam is divided: over 0 favors long completions."""
+    early_stopping: bool | Literal["never"] = field(
+        default=False,
+        metadata=doc("End a beam search with its first NUM-BEAMS outputs, or never before a better one is impossible."),
+    )
+    """When a beam search ends, once it has `num_beams` completions.
+
+    - `True`: at once.
+    - `False`: when the best open beam would score lower than all of them, if it ended now.
+    - `"never"`: when no open beam can score higher any more.
+    """
     adapter: str | None = field(default=None, metadata=doc("Compute with the adapter of this name.", "NAME"))
     """The name of the adapter to compute with, one of `Model.adapters`. None computes with the model alone."""
     reasoning_budget: int | None = field(
@@ -138,6 +256,7 @@ class SamplingOptions:
             value = getattr(self, name)
             _check(name, value, _finite(value) and 0 < value <= 1, "more than 0 and at most 1")
         _check("min_p", self.min_p, _finite(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
+        self._check_samplers()
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, _finite(penalty) and penalty > 0, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -163,12 +282,58 @@ class SamplingOptions:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.schema is not None:
             object.__setattr__(self, "schema", schema_text(self.schema))
+        _check("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
         given = [name for name in ("schema", "regex", "grammar") if getattr(self, name) is not None]
         _check(" and ".join(given), "each of them", len(given) <= 1, "at most one of schema, regex and grammar")
         for name in given:
             _check(name, getattr(self, name), _text(getattr(self, name)), "a string that is not empty")
         _check("adapter", self.adapter, self.adapter is None or _text(self.adapter), "None or the name of an adapter")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        self._check_beams(given)
+
+    def _check_samplers(self) -> None:
+        """Checks the options of XTC, dynamic temperature, Mirostat and DRY, and the logits processors."""
+        for name in ("xtc_probability", "xtc_threshold"):
+            value = getattr(self, name)
+            _check(name, value, _finite(value) and 0 <= value <= 1, "from 0 to 1")
+        sizes = ("top_n_sigma", "dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "dry_multiplier")
+        for name in sizes:
+            value = getattr(self, name)
+            _check(name, value, _finite(value) and value >= 0, "0 or more")
+        _check("mirostat", self.mirostat, _whole(self.mirostat) and self.mirostat in (0, 2), "0 or 2")
+        _check("dry_base", self.dry_base, _finite(self.dry_base) and self.dry_base >= 1, "1 or more")
+        for name in ("dry_allowed_length", "dry_window"):
+            value = getattr(self, name)
+            _check(name, value, _whole(value) and 0 <= value < 2**32, "a whole number, 0 or more")
+        breakers = self.dry_sequence_breakers
+        fits = isinstance(breakers, Sequence) and not isinstance(breakers, str) and all(map(_text, breakers))
+        _check("dry_sequence_breakers", breakers, fits, "a list of strings that are not empty")
+        object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
+        given = self.logits_processor
+        processors = tuple(given) if isinstance(given, Sequence) else () if given is None else (given,)
+        _check("logits_processor", given, all(map(callable, processors)), "a function, a list of functions or None")
+        object.__setattr__(self, "logits_processor", processors or None)
+
+    def _check_beams(self, constraints: Sequence[str]) -> None:
+        """Checks the options of a beam search, and that it obeys all others."""
+        beams = self.num_beams
+        _check("num_beams", beams, _whole(beams) and 1 <= beams <= MAX_BEAMS, f"a whole number from 1 to {MAX_BEAMS}")
+        penalty = self.length_penalty
+        _check("length_penalty", penalty, _finite(penalty) and -50 <= penalty <= 50, "from -50 to 50")
+        stopping = self.early_stopping
+        _check("early_stopping", stopping, isinstance(stopping, bool) or stopping == "never", 'True, False or "never"')
+        if beams == 1:
+            return
+        expected = f"none with num_beams={beams}: a beam search does not use it"
+        neutral = {
+            "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "mirostat": 0,
+            "logits_processor": None,
+        }  # fmt: skip
+        for name, value in neutral.items():
+            _check(name, getattr(self, name), getattr(self, name) == value, expected)
+        for name in constraints:
+            _check(name, getattr(self, name), False, expected)
+        _check("logprobs", self.logprobs, not self.logprobs, f"None or 0 with num_beams={beams}")
 
     def replace(self, **overrides: Unpack[SamplingOverrides]) -> SamplingOptions:
         """Returns a copy with some options changed."""
@@ -183,6 +348,19 @@ class SamplingOverrides(TypedDict, total=False):
     top_p: float
     min_p: float
     typical_p: float
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_window: int
+    dry_sequence_breakers: Sequence[str]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -191,12 +369,17 @@ class SamplingOverrides(TypedDict, total=False):
     seed: int | None
     max_tokens: int | None
     min_tokens: int
+    ignore_eos: bool
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     logprobs: int | None
     schema: Mapping[str, Any] | type | str | None
     regex: str | None
     grammar: str | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
     adapter: str | None
     reasoning_budget: int | None
 

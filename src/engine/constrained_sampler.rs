@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::constraint::{Allowed, Constraint};
-use super::sampler::{Sampled, Sampler};
+use super::sampler::{Process, Sampled, Sampler};
 use crate::error::Result;
 
 /// Samples tokens, only those that its constraint allows if it has one.
@@ -30,6 +30,11 @@ impl ConstrainedSampler {
         self.sampler.set_ends(ends);
     }
 
+    /// Sets the tokens that end a completion and are never sampled, unless nothing else is allowed.
+    pub(super) fn ignore(&mut self, ends: &[u32]) {
+        self.sampler.ignore(ends);
+    }
+
     /// Allows only tokens that follow `constraint` from now on.
     #[cfg(feature = "grammar")]
     pub(super) fn constrain(&mut self, constraint: Constraint) {
@@ -39,6 +44,11 @@ impl ConstrainedSampler {
     /// The constraint, if there is one.
     pub(super) fn constraint(&self) -> Option<&Constraint> {
         self.constraint.as_ref()
+    }
+
+    /// The sampler without its constraint, for a beam search, which has none.
+    pub(super) fn unconstrained_mut(&mut self) -> &mut Sampler {
+        &mut self.sampler
     }
 
     /// The sampler without its constraint.
@@ -51,13 +61,13 @@ impl ConstrainedSampler {
         self.sampler.accept(token);
     }
 
-    /// Samples the next token and adds it to the history.
-    pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+    /// Samples the next token, after `process` has changed the logits, and adds it to the history.
+    pub(super) fn sample(&mut self, logits: &mut [f32], process: Option<Process<'_>>) -> Result<Sampled> {
         let sampled = match &mut self.constraint {
-            None => self.sampler.sample(logits)?,
+            None => self.sampler.sample_allowed(logits, None, process)?,
             Some(constraint) => {
                 let allowed = self.allowed.take().unwrap_or_else(|| constraint.allowed())?;
-                let sampled = self.sampler.sample_allowed(logits, Some(&allowed))?;
+                let sampled = self.sampler.sample_allowed(logits, Some(&allowed), process)?;
                 constraint.accept(sampled.token)?;
                 sampled
             }

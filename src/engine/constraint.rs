@@ -194,6 +194,7 @@ impl Constraint {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] when the parser exceeds its limits.
+    #[doc(hidden)]
     pub fn allowed(&mut self) -> Result<Allowed> {
         let set = if self.matcher.stop_reason().is_ok() && self.matcher.is_stopped() {
             self.ends.clone()
@@ -251,6 +252,7 @@ impl fmt::Debug for Constraint {
 
 /// A set of tokens.
 #[derive(Clone)]
+#[doc(hidden)]
 pub struct Allowed(SimpleVob);
 
 impl Allowed {

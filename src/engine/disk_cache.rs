@@ -321,7 +321,7 @@ impl Shared {
         self.folder.write(&id.prefix, &stored, &bytes, *used)?;
         let mut index = lock(&self.index);
         index.bytes += stored.bytes;
-        index.written += stored.bytes;
+        index.written = index.written.saturating_add(stored.bytes);
         if let Some(before) = index.stored.insert(id.prefix, stored).filter(|before| before.has_states != *has_states) {
             index.bytes = index.bytes.saturating_sub(before.bytes);
             drop(index);
@@ -348,8 +348,11 @@ impl Shared {
             }
         };
         match fault {
-            // Another process has removed it.
-            PageFault::Vanished => forget(),
+            // Somebody has removed it, perhaps with others: the folder is listed again before the next page is written.
+            PageFault::Vanished => {
+                forget();
+                lock(&self.index).written = u64::MAX;
+            }
             PageFault::Foreign(found) => {
                 if let Some(stored) = lock(&self.index).stored.get_mut(&id.prefix) {
                     stored.is_usable = false;

@@ -3,6 +3,7 @@
 //! [`step`] computes one token for each sequence it is given. A [`Scheduler`] keeps sequences and decides which of them
 //! join a step and with how many tokens.
 
+mod beams;
 mod constrained_sampler;
 #[cfg(feature = "grammar")]
 pub mod constraint;
@@ -11,6 +12,7 @@ mod disk_cache;
 mod no_constraint;
 mod prefill_budget;
 mod prefix;
+mod processor;
 pub mod sampler;
 mod scheduler;
 mod sequence;

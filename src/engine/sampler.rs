@@ -6,10 +6,13 @@
 //!    constraint forbids.
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
-//!    negative one, presence subtracts once, frequency subtracts once per occurrence. Before `min_tokens` tokens, those that
-//!    end a completion get minus infinity, unless nothing else is left.
-//! 3. With `temperature` 0 the largest logit wins. Otherwise these filters follow. Each uses the probabilities (softmax) of
-//!    the tokens that are left and keeps at least one:
+//!    negative one, presence subtracts once, frequency subtracts once per occurrence. DRY subtracts from the logits of tokens
+//!    that would continue a repetition ([`SamplingOptions::dry_multiplier`]). Before `min_tokens` tokens, and always with `ignore_eos`, those that end a
+//!    completion get minus infinity, unless nothing else is left.
+//! 3. With `temperature` 0 the largest logit wins. Otherwise, without Mirostat, these filters follow. Each uses the probabilities
+//!    (softmax) of the tokens that are left and keeps at least one:
+//!    - `top_n_sigma` keeps tokens with a logit at most n standard deviations, of all logits, below the largest (Tang et al.,
+//!      "Top-nσ: Not All Logits Are You Need", arXiv:2411.07641).
 //!    - `top_k` keeps the k most likely tokens.
 //!    - `typical_p` keeps the tokens with a surprise (negative log-probability) nearest to the mean surprise, the fewest
 //!      that together reach probability p (Meister et al., "Locally Typical Sampling", arXiv:2202.00666).
@@ -17,15 +20,23 @@
 //!      Text Degeneration", arXiv:1904.09751).
 //!    - `min_p` keeps tokens with at least p times the highest probability (Nguyen et al., "Turning Up the Heat: Min-p
 //!      Sampling", arXiv:2407.01082).
-//! 4. The remaining logits are divided by `temperature`, and one random number chooses a token.
+//!    - XTC removes, with `xtc_probability`, all tokens with at least probability `xtc_threshold` except the least likely of them
+//!      (p-e-w, <https://github.com/oobabooga/text-generation-webui/pull/6335>).
+//! 4. The remaining logits are divided by `temperature`, and one random number chooses a token. With a `dynatemp_range`, the
+//!    temperature is between `temperature - dynatemp_range` and `temperature + dynatemp_range`: the lower end where one token
+//!    is certain, the upper where all that remain are equally likely (kalomaze, <https://github.com/ggml-org/llama.cpp/pull/4972>).
+//!    Mirostat keeps the tokens whose surprise is below a limit, which follows its error after each token ([`SamplingOptions::mirostat`]).
 //!
 //! In every tie the lower id goes first.
 //!
-//! **The same seed gives the same tokens** on every machine and in every version: the random number generator and `exp` are
-//! implemented here, probabilities are summed as integers, and every token that is not greedy consumes exactly one number.
+//! **The same seed gives the same tokens** on every machine and in every version: the random number generator, `exp` and `ln`
+//! are implemented here, probabilities are summed as integers, and every token that is not greedy consumes
+//! exactly one number, or two with XTC.
 
 mod candidates;
+mod dry;
 mod math;
+mod options;
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -35,122 +46,11 @@ use std::sync::Arc;
 use super::constraint::Allowed;
 use crate::{Error, Result};
 use candidates::Candidates;
-use math::{largest, log_sum_exp};
+use dry::Repetitions;
+use math::{deviation, largest, log_sum_exp, power};
 
 pub use candidates::MAX_VOCAB_SIZE;
-
-/// Options of a [`Sampler`]. The [module](self) describes the order in which they apply.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct SamplingOptions {
-    /// Randomness: 0 always takes the most likely token, 1 samples the model's own distribution. At least 0.
-    pub temperature: f32,
-    /// Keep only this many of the most likely tokens. 0 keeps all.
-    pub top_k: u32,
-    /// Keep the most likely tokens that together reach this probability. In (0, 1]; 1 keeps all.
-    pub top_p: f32,
-    /// Drop tokens below this share of the highest probability. In [0, 1]; 0 keeps all.
-    pub min_p: f32,
-    /// Keep the most typical tokens that together reach this probability. In (0, 1]; 1 keeps all.
-    pub typical_p: f32,
-    /// Divides the positive logits of tokens in the history and multiplies the negative ones. Over 0; 1 changes
-    /// nothing.
-    pub repetition_penalty: f32,
-    /// Subtracted from the logits of tokens in the history.
-    pub presence_penalty: f32,
-    /// Subtracted from the logits of tokens in the history, once per occurrence.
-    pub frequency_penalty: f32,
-    /// Number of latest tokens, prompt included, in the history that the penalties use. 0: all.
-    pub penalty_window: u32,
-    /// Added to the logits of single tokens. Minus infinity forbids a token.
-    pub logit_bias: Vec<(u32, f32)>,
-    /// Number of tokens to sample before those that end a completion may be sampled. They may come earlier where a constraint
-    /// allows nothing else.
-    pub min_tokens: u32,
-    /// Seed of the random numbers. `None` takes a new one each time.
-    pub seed: Option<u64>,
-    /// Report the log-probability of the chosen token and of this many of the most likely ones. `None` reports none and
-    /// saves a pass over the vocabulary.
-    pub logprobs: Option<u32>,
-}
-
-impl Default for SamplingOptions {
-    /// The defaults of llama.cpp: temperature 0.8, `top_k` 40, `top_p` 0.95, `min_p` 0.05.
-    fn default() -> Self {
-        SamplingOptions {
-            temperature: 0.8,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            typical_p: 1.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            penalty_window: 64,
-            logit_bias: Vec::new(),
-            min_tokens: 0,
-            seed: None,
-            logprobs: None,
-        }
-    }
-}
-
-setters!(SamplingOptions {
-    with_temperature(temperature: f32),
-    with_top_k(top_k: u32),
-    with_top_p(top_p: f32),
-    with_min_p(min_p: f32),
-    with_typical_p(typical_p: f32),
-    with_repetition_penalty(repetition_penalty: f32),
-    with_presence_penalty(presence_penalty: f32),
-    with_frequency_penalty(frequency_penalty: f32),
-    with_penalty_window(penalty_window: u32),
-    with_logit_bias(logit_bias: impl Into<Vec<(u32, f32)>>),
-    with_min_tokens(min_tokens: u32),
-    with_seed(seed: impl Into<Option<u64>>),
-    with_logprobs(logprobs: impl Into<Option<u32>>),
-});
-
-impl SamplingOptions {
-    /// Options that always take the most likely token.
-    pub fn greedy() -> Self {
-        SamplingOptions { temperature: 0.0, ..SamplingOptions::default() }
-    }
-
-    /// Checks every option.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidArgument`] with the name of the first option that is out of its range or not a number.
-    pub fn validate(&self) -> Result<()> {
-        // Comparisons with NaN are false, so every condition below rejects NaN.
-        let check = |name, value: f32, fits: bool, expected| match fits {
-            true => Ok(()),
-            false => Err(Error::argument(name, value, expected)),
-        };
-        let finite = f32::is_finite;
-        check("temperature", self.temperature, finite(self.temperature) && self.temperature >= 0.0, "0 or more")?;
-        for (name, p) in [("top_p", self.top_p), ("typical_p", self.typical_p)] {
-            check(name, p, p > 0.0 && p <= 1.0, "more than 0 and at most 1")?;
-        }
-        check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1")?;
-        let repetition = self.repetition_penalty;
-        check("repetition_penalty", repetition, finite(repetition) && repetition > 0.0, "more than 0")?;
-        check("presence_penalty", self.presence_penalty, finite(self.presence_penalty), "a finite number")?;
-        check("frequency_penalty", self.frequency_penalty, finite(self.frequency_penalty), "a finite number")?;
-        for (token, bias) in &self.logit_bias {
-            if bias.is_nan() || *bias == f32::INFINITY {
-                let found = format!("{bias} for token {token}");
-                return Err(Error::argument("logit_bias", found, "a finite number or minus infinity"));
-            }
-        }
-        Ok(())
-    }
-
-    fn penalizes(&self) -> bool {
-        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
-    }
-}
+pub use options::{EarlyStopping, SamplingOptions};
 
 /// A sampled token. Log-probabilities are those of the model's own distribution: the softmax of the logits before bias,
 /// penalties and temperature.
@@ -165,6 +65,9 @@ pub struct Sampled {
     /// rules out the others.
     pub top: Vec<(u32, f32)>,
 }
+
+/// Changes logits before they are sampled.
+pub(super) type Process<'a> = &'a mut dyn FnMut(&mut [f32]) -> Result<()>;
 
 /// Chooses the next token of one sequence. It keeps the history for the penalties and the state of the random numbers.
 ///
@@ -187,8 +90,13 @@ pub struct Sampler {
     /// Ids that end a completion, and the number of tokens to sample before they may be sampled.
     ends: Arc<[u32]>,
     held: u32,
+    /// Ids that end a completion, where they are never sampled.
+    ignored: Arc<[u32]>,
     random: SplitMix64,
     history: History,
+    repetitions: Option<Repetitions>,
+    /// The largest surprise that Mirostat allows, in bits.
+    most_surprise: f64,
     /// The original values of logits that bias and penalties changed, in the order of the changes.
     changed: Vec<(u32, f32)>,
     candidates: Candidates,
@@ -215,8 +123,23 @@ impl Sampler {
         let history = History::new(options.penalty_window as usize);
         let (changed, candidates) = (Vec::new(), Candidates::default());
         let (random, held) = (SplitMix64(seed), options.min_tokens);
-        let (excluded, ends) = (Arc::default(), Arc::default());
-        Ok(Sampler { options, vocab_size, excluded, ends, held, random, history, changed, candidates })
+        let (excluded, ends, ignored) = (Arc::default(), Arc::default(), Arc::default());
+        let repetitions = Repetitions::new(&options);
+        let most_surprise = 2.0 * f64::from(options.mirostat_tau);
+        Ok(Sampler {
+            options,
+            vocab_size,
+            excluded,
+            ends,
+            held,
+            ignored,
+            random,
+            history,
+            repetitions,
+            most_surprise,
+            changed,
+            candidates,
+        })
     }
 
     /// Never samples ids in these ranges: rows of the output matrix without a token in the vocabulary, which some models have
@@ -230,6 +153,11 @@ impl Sampler {
         self.ends = ends.into();
     }
 
+    /// Sets the tokens that end a completion and are never sampled, unless nothing else is allowed.
+    pub fn ignore(&mut self, ends: impl Into<Arc<[u32]>>) {
+        self.ignored = ends.into();
+    }
+
     /// The options it was made with.
     pub fn options(&self) -> &SamplingOptions {
         &self.options
@@ -239,6 +167,9 @@ impl Sampler {
     pub fn accept(&mut self, token: u32) {
         if self.options.penalizes() {
             self.history.push(token);
+        }
+        if let Some(repetitions) = &mut self.repetitions {
+            repetitions.push(token);
         }
     }
 
@@ -250,7 +181,7 @@ impl Sampler {
     /// [`Error::BadLogits`] when a logit is NaN or plus infinity, or when all are minus infinity, with `logit_bias` applied.
     /// [`Error::InvalidArgument`] when the number of logits is not `vocab_size`.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
-        self.sample_allowed(logits, None)
+        self.sample_allowed(logits, None, None)
     }
 
     /// Samples like [`sample`](Sampler::sample), but only tokens in `allowed`. The logits of other tokens are minus infinity
@@ -261,18 +192,21 @@ impl Sampler {
     /// Those of [`sample`](Sampler::sample).
     #[cfg(feature = "grammar")]
     pub fn sample_among(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
-        self.sample_allowed(logits, allowed)
+        self.sample_allowed(logits, allowed, None)
     }
 
-    /// Samples among all tokens, or only those in `allowed`.
-    pub(super) fn sample_allowed(&mut self, logits: &mut [f32], allowed: Option<&Allowed>) -> Result<Sampled> {
+    /// Samples among all tokens, or only those in `allowed`, after `process` has changed the logits. What it changes stays
+    /// changed.
+    pub(super) fn sample_allowed(
+        &mut self,
+        logits: &mut [f32],
+        allowed: Option<&Allowed>,
+        process: Option<Process<'_>>,
+    ) -> Result<Sampled> {
         if logits.len() != self.vocab_size {
             return Err(Error::argument("logits", logits.len(), format!("{} of them", self.vocab_size)));
         }
-        for ids in self.excluded.iter() {
-            let end = logits.len().min(ids.end as usize);
-            logits[end.min(ids.start as usize)..end].fill(f32::NEG_INFINITY);
-        }
+        self.mask_excluded(logits);
         let largest = largest(logits)?;
         let normalizer = self.options.logprobs.map(|_| log_sum_exp(logits, largest));
         let logprob = |logit: f32| Some((f64::from(logit) - normalizer?) as f32);
@@ -280,6 +214,13 @@ impl Sampler {
         if let Some(count @ 1..) = self.options.logprobs {
             self.candidates.keep_largest(logits, count as usize);
             top.extend(self.candidates.sorted().filter_map(|(id, logit)| Some((id, logprob(logit)?))));
+        }
+        // Log-probabilities are those before it.
+        let mut before = None;
+        if let Some(process) = process {
+            before = normalizer.map(|_| logits.to_vec());
+            process(logits)?;
+            self.mask_excluded(logits);
         }
         if let Some(allowed) = allowed {
             allowed.apply(logits);
@@ -293,7 +234,30 @@ impl Sampler {
         }
         let token = chosen?;
         self.held = self.held.saturating_sub(1);
-        Ok(Sampled { token, logprob: logprob(logits[token as usize]), top })
+        let logit = before.as_deref().unwrap_or(logits)[token as usize];
+        Ok(Sampled { token, logprob: logprob(logit), top })
+    }
+
+    /// The log-probabilities of all tokens, and the `count` candidates for the next token of a beam: the largest after bias and the
+    /// end of step 2, with their log-probabilities, largest first. `held` says whether ends are held back.
+    pub(super) fn best(&mut self, logits: &mut [f32], count: usize, sampled: usize) -> Result<Vec<(u32, f64)>> {
+        self.mask_excluded(logits);
+        let largest = largest(logits)?;
+        let normalizer = log_sum_exp(logits, largest);
+        self.held = self.options.min_tokens.saturating_sub(u32::try_from(sampled).unwrap_or(u32::MAX));
+        self.adjust(logits);
+        self.hold_ends(logits);
+        self.changed.clear();
+        self.candidates.keep_largest(logits, count);
+        Ok(self.candidates.sorted().map(|(id, logit)| (id, f64::from(logit) - normalizer)).collect())
+    }
+
+    /// Step 0: rows of the output matrix without a token.
+    fn mask_excluded(&self, logits: &mut [f32]) {
+        for ids in self.excluded.iter() {
+            let end = logits.len().min(ids.end as usize);
+            logits[end.min(ids.start as usize)..end].fill(f32::NEG_INFINITY);
+        }
     }
 
     /// Steps 1 and 2: bias and penalties.
@@ -317,15 +281,19 @@ impl Sampler {
                 logit.min(f32::MAX) - penalty.clamp(f32::MIN, f32::MAX)
             });
         }
+        if let Some(repetitions) = &mut self.repetitions {
+            repetitions.penalties().iter().for_each(|(id, penalty)| change(*id, &|logit| logit - penalty));
+        }
     }
 
     /// The end of step 2: no token that ends the completion, unless there is no other.
     fn hold_ends(&mut self, logits: &mut [f32]) {
-        if self.held == 0 {
+        let held: &[u32] = if self.held > 0 { &self.ends } else { &[] };
+        if held.is_empty() && self.ignored.is_empty() {
             return;
         }
         let before = self.changed.len();
-        for id in self.ends.iter() {
+        for id in held.iter().chain(self.ignored.iter()) {
             if let Some(logit) = logits.get_mut(*id as usize) {
                 self.changed.push((*id, *logit));
                 *logit = f32::NEG_INFINITY;
@@ -346,15 +314,43 @@ impl Sampler {
             let first = logits.iter().position(|logit| *logit == largest);
             return first.map(|id| id as u32).ok_or(Error::BadLogits);
         }
-        let top_k = if options.top_k == 0 { logits.len() } else { options.top_k as usize };
         let candidates = &mut self.candidates;
+        if options.mirostat > 0 {
+            candidates.keep_largest(logits, logits.len());
+            candidates.keep_expected(self.most_surprise, options.temperature);
+            let (token, surprise) =
+                candidates.draw(options.temperature, |total| self.random.below(total)).ok_or(Error::BadLogits)?;
+            self.most_surprise -= f64::from(options.mirostat_eta) * (surprise - f64::from(options.mirostat_tau));
+            return Ok(token);
+        }
+        let top_k = if options.top_k == 0 { logits.len() } else { options.top_k as usize };
         candidates.keep_largest(logits, top_k);
+        if options.top_n_sigma > 0.0 {
+            let largest = largest(logits)?;
+            candidates.keep_from(f64::from(largest) - f64::from(options.top_n_sigma) * deviation(logits));
+        }
         candidates.keep_typical(options.typical_p);
         candidates.keep_top(options.top_p);
         candidates.keep_likely(options.min_p);
-        candidates.draw(options.temperature, |total| self.random.below(total)).ok_or(Error::BadLogits)
+        if options.xtc_probability > 0.0 && self.random.fraction() < f64::from(options.xtc_probability) {
+            candidates.drop_top(options.xtc_threshold);
+        }
+        let temperature = match options.dynatemp_range {
+            0.0 => options.temperature,
+            range => {
+                let lowest = (options.temperature - range).max(0.0);
+                let share = power(candidates.evenness(), options.dynatemp_exponent);
+                // Not 0, by which nothing can be divided.
+                (lowest + (options.temperature + range - lowest) * share).max(LOWEST_TEMPERATURE)
+            }
+        };
+        let drawn = candidates.draw(temperature, |total| self.random.below(total));
+        drawn.map(|(token, _)| token).ok_or(Error::BadLogits)
     }
 }
+
+/// The lowest dynamic temperature.
+const LOWEST_TEMPERATURE: f32 = 1e-6;
 
 /// The tokens that the penalties use, and the count of each.
 #[derive(Debug, Clone)]
@@ -401,6 +397,11 @@ impl SplitMix64 {
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+
+    /// A random number in [0, 1).
+    fn fraction(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
     /// A random number below `end`, which is not 0. Uniform up to one part in `2^64 / end`.

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::beams::BeamSearch;
 use super::constrained_sampler::compute_and_find_allowed;
 use super::disk_cache::DiskCache;
 use super::prefill_budget::PrefillBudget;
@@ -19,7 +20,7 @@ use super::prefix::Prefixes;
 use super::sequence::Sequence;
 use super::speculation::{MAX_DRAFT, Speculation};
 use crate::error::{Error, Result};
-use crate::model::{Input, Logits, Model, Session};
+use crate::model::{Input, Logits, Model};
 
 mod drafts;
 mod entry;
@@ -212,7 +213,11 @@ impl Scheduler {
         if sequence.pending.is_empty() {
             return Err(Error::argument("sequence", "no pending tokens", "at least one"));
         }
-        self.drafter.prepare(&mut sequence.session)?;
+        if sequence.searches() {
+            sequence.session.drop_head(); // Beams have no draft tokens.
+        } else {
+            self.drafter.prepare(&mut sequence.session)?;
+        }
         self.prefixes.add_root(&sequence.session);
         self.last += 1;
         // The last token needs no position of its own: it is sampled but never computed.
@@ -332,11 +337,7 @@ impl Scheduler {
 
     /// Bytes of keys and values, with `shared` bytes in the prefix cache.
     fn bytes(&self, shared: usize) -> usize {
-        let own = |entry: &Entry| {
-            let draft = entry.draft_session.as_ref().map_or(0, Session::bytes);
-            entry.sequence.session.bytes_from(entry.blocks).saturating_add(draft)
-        };
-        self.running.iter().map(own).fold(shared, usize::saturating_add)
+        self.running.iter().map(Entry::bytes).fold(shared, usize::saturating_add)
     }
 
     /// Admits waiting sequences in order of arrival while there are slots, and memory for their prompts.
@@ -375,7 +376,7 @@ impl Scheduler {
 
     /// Decides how many tokens of each sequence the step computes.
     fn plan(&mut self) {
-        let decoding = self.running.iter().filter(|entry| entry.is_decoding()).count();
+        let decoding = self.running.iter().map(Entry::decoding_rows).sum();
         let mut budget = self.prefill.rows(decoding);
         let mut computing = HashSet::new();
         let mut prompts = Vec::new();
@@ -384,7 +385,7 @@ impl Scheduler {
                 self.counts.reused_tokens += entry.reuse(&self.prefixes);
             }
             // A sequence with one pending token by now decodes in this step: its draft tokens follow that token.
-            entry.rows = usize::from(entry.is_decoding());
+            entry.rows = entry.decoding_rows();
             if entry.rows == 0 {
                 // A block that another sequence computes in this step can be shared after it.
                 let block = entry.awaited_block().filter(|_| self.options.prefix_cache);
@@ -411,7 +412,7 @@ impl Scheduler {
     /// Evicts and preempts until the step fits into the memory limit. Returns false after a preemption: then the step needs a
     /// new plan.
     fn free_memory(&mut self, events: &mut Vec<Event>) -> bool {
-        let needed = self.running.iter().map(|entry| entry.sequence.session.bytes_for(entry.rows));
+        let needed = self.running.iter().map(Entry::bytes_for_step);
         let needed = needed.fold(0, usize::saturating_add);
         let excess = |scheduler: &Scheduler| {
             let bytes = scheduler.bytes(scheduler.prefixes.bytes());
@@ -425,8 +426,7 @@ impl Scheduler {
             return true;
         }
         self.preempt(events, |entry| {
-            let session = &entry.sequence.session;
-            let bytes = session.bytes() + session.bytes_for(entry.rows);
+            let bytes = entry.sequence.session.bytes().max(entry.bytes()) + entry.bytes_for_step();
             let what = "the KV cache of one sequence, within the memory limit,";
             Error::OutOfMemory { what, bytes, left: None }
         });
@@ -460,12 +460,17 @@ impl Scheduler {
         let (mut decoding, mut prompt_rows, mut prompt_tokens) = (0, 0, 0);
         for entry in &mut self.running {
             if entry.is_decoding() {
-                decoding += 1;
+                decoding += entry.decoding_rows();
             } else {
                 prompt_rows += entry.rows;
             }
             prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
-            if entry.rows > 0 {
+            if entry.is_searching() {
+                for beam in entry.search.iter_mut().flat_map(BeamSearch::beams_mut) {
+                    let (session, token) = beam.input();
+                    inputs.push(Input::new(session, token, Logits::Last));
+                }
+            } else if entry.rows > 0 {
                 let logits = entry.logits();
                 let keeps_state = self.options.prefix_cache && entry.ends_at_snapshot();
                 let Sequence { session, pending, sampler, .. } = &mut entry.sequence;
@@ -511,7 +516,16 @@ impl Scheduler {
             if rows > 0 {
                 let own = logits.split_off_mut(..rows * vocabulary).unwrap_or_default();
                 let known = entry.sequence.tokens.len();
-                match entry.sample(own, vocabulary, events) {
+                let sampled = match entry.search {
+                    Some(_) if self.options.prefix_cache && !entry.is_searching() => {
+                        // Before the beams share its pages, so that they share those of the cache.
+                        entry.share(&mut self.prefixes);
+                        entry.extend_beams(own, events).map(|()| 0)
+                    }
+                    Some(_) => entry.extend_beams(own, events).map(|()| 0),
+                    None => entry.sample(own, vocabulary, events),
+                };
+                match sampled {
                     Ok(accepted) => {
                         self.counts.drafted_tokens += entry.drafted;
                         self.counts.accepted_tokens += accepted;

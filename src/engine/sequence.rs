@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::constrained_sampler::{ConstrainedSampler, compute_and_find_allowed};
 #[cfg(feature = "grammar")]
 use super::constraint::Constraint;
-use super::sampler::{Sampled, Sampler, SamplingOptions};
+use super::processor::{Failure, LogitsProcessor};
+use super::sampler::{Process, Sampled, Sampler, SamplingOptions};
 use crate::error::{Error, Result};
 use crate::model::{Input, Logits, Model, Session};
 
@@ -18,10 +19,11 @@ pub struct Sequence {
     /// Tokens that the next step computes. During a step of a scheduler, draft tokens follow them.
     pub(super) pending: Vec<u32>,
     pub(super) sampler: ConstrainedSampler,
+    processor: Option<LogitsProcessor>,
     vocabulary: usize,
     /// Tokens that end it.
-    ends: Vec<u32>,
-    has_ended: bool,
+    pub(super) ends: Vec<u32>,
+    pub(super) has_ended: bool,
 }
 
 impl Sequence {
@@ -66,6 +68,7 @@ impl Sequence {
             tokens: computed.to_vec(),
             pending: Vec::new(),
             sampler,
+            processor: None,
             vocabulary,
             ends: Vec::new(),
             has_ended: false,
@@ -79,13 +82,44 @@ impl Sequence {
     pub fn with_ends(mut self, ends: impl Into<Vec<u32>>) -> Sequence {
         self.ends = ends.into();
         self.sampler.set_ends(&self.ends);
+        if self.options().ignore_eos {
+            self.sampler.ignore(&self.ends);
+        }
         self
     }
 
-    /// Sets the tokens that `min_tokens` concerns, where the caller ends the sequence.
+    /// Calls `process` before each token is sampled, with all tokens so far, prompt included, and the logits `(vocabulary)` of the
+    /// next one. It may set logits to minus infinity, but not to NaN or infinity; its errors end the sequence. Bias, penalties,
+    /// filters and constraints follow it; log-probabilities are those before it.
+    ///
+    /// ```no_run
+    /// # use nybble::engine::{Sequence, sampler::SamplingOptions};
+    /// # let model = nybble::model::Model::load("model.gguf", &Default::default())?;
+    /// let sequence = Sequence::new(&model, &[1, 2, 3], SamplingOptions::greedy())?;
+    /// let sequence = sequence.with_logits_processor(|tokens, logits| {
+    ///     // No token comes twice.
+    ///     tokens.iter().for_each(|token| logits[*token as usize] = f32::NEG_INFINITY);
+    ///     Ok(())
+    /// });
+    /// # Ok::<(), nybble::Error>(())
+    /// ```
+    pub fn with_logits_processor(
+        mut self,
+        process: impl Fn(&[u32], &mut [f32]) -> std::result::Result<(), Failure> + Send + Sync + 'static,
+    ) -> Sequence {
+        self.processor = Some(LogitsProcessor::new(process));
+        self
+    }
+
+    /// Sets the tokens that end a completion where the caller ends the sequence: `ends`, which `min_tokens` holds back and beams end
+    /// with, and of these those `ignored`, which are not sampled at all.
     #[cfg(feature = "python")]
-    pub(crate) fn hold(&mut self, ends: &[u32]) {
-        self.sampler.set_ends(ends);
+    pub(crate) fn hold(&mut self, ends: Vec<u32>, ignored: &[u32]) {
+        self.sampler.set_ends(&ends);
+        self.sampler.ignore(ignored);
+        if self.searches() {
+            self.ends = ends;
+        }
     }
 
     /// Whether the last token sampled ends the sequence. It continues after [`push`](Sequence::push).
@@ -154,14 +188,26 @@ impl Sequence {
         self.session
     }
 
+    /// Whether a beam search continues it.
+    pub(super) fn searches(&self) -> bool {
+        self.options().num_beams > 1
+    }
+
+    /// The options it was made with.
+    pub(super) fn options(&self) -> &SamplingOptions {
+        self.sampler.unconstrained().options()
+    }
+
     /// Samples a token from `logits` and appends it. It is not pending yet.
     ///
     /// # Errors
-    /// [`Error::CacheOverflow`] and [`Error::BadLogits`].
+    /// [`Error::CacheOverflow`] and [`Error::BadLogits`]; those of the logits processor.
     pub(super) fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         // This error says more than the one about logits, which are NaN for the same reason.
         self.session.check_cache()?;
-        let sampled = self.sampler.sample(logits)?;
+        let Sequence { tokens, processor, sampler, .. } = self;
+        let mut process = processor.as_ref().map(|processor| |logits: &mut [f32]| processor.apply(tokens, logits));
+        let sampled = sampler.sample(logits, process.as_mut().map(|process| process as Process<'_>))?;
         self.tokens.push(sampled.token);
         self.has_ended = self.ends.contains(&sampled.token);
         Ok(sampled)
@@ -173,7 +219,12 @@ impl Sequence {
             let expected = "one that continues: push tokens, or set other ends";
             return Err(Error::argument("sequence", "a sequence that has ended", expected));
         }
-        Ok(())
+        let refuse = |name, is_set| match is_set {
+            true => Err(Error::argument(name, "one with num_beams", "none: a beam search does not use it")),
+            false => Ok(()),
+        };
+        refuse("constraint", self.searches() && self.sampler.constraint().is_some())?;
+        refuse("logits_processor", self.searches() && self.processor.is_some())
     }
 }
 
@@ -183,13 +234,17 @@ impl Sequence {
 ///
 /// # Errors
 /// Those of [`Model::forward`], with all sequences as they were before; [`Error::CacheOverflow`], and [`Error::BadLogits`]
-/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence that has ended or has no pending tokens.
+/// when nothing can be sampled; [`Error::InvalidArgument`] for a sequence that has ended, has no pending tokens, or has a beam
+/// search.
 pub fn step(
     model: &Model,
     sequences: &mut [&mut Sequence],
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Vec<Sampled>> {
     sequences.iter().try_for_each(|sequence| sequence.check_continues())?;
+    if sequences.iter().any(|sequence| sequence.searches()) {
+        return Err(Error::argument("sequence", "one with a beam search", "one that samples: a Scheduler searches"));
+    }
     let mut logits = Vec::new();
     let mut inputs = Vec::with_capacity(sequences.len());
     let mut samplers = Vec::with_capacity(sequences.len());

@@ -28,6 +28,11 @@ impl From<Error> for PyErr {
             Error::ContextFull { used, requested, context } => ContextFullError::new_err((used, requested, context)),
             Error::UnknownKernel { .. } | Error::InvalidArgument { .. } => PyValueError::new_err(message),
             Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
+            // The exception of a callable of Python, as it was raised.
+            Error::LogitsProcessor(source) => match source.downcast::<PyErr>() {
+                Ok(exception) => *exception,
+                Err(_) => ModelError::new_err(message),
+            },
             _ => ModelError::new_err(message),
         }
     }

@@ -10,6 +10,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::constraint::Constraint;
 use super::detach::{detached, guarded, with_progress};
+use super::processor::with_python_processor;
 use super::session::Session;
 use super::tokens::{Options, Sampled, TokenIds};
 use crate::engine;
@@ -93,9 +94,12 @@ impl Model {
 
     /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the
     /// package's `SamplingOptions`. Ids in the ranges `excluded` (first, end) are never sampled, and those in `ends` not before
-    /// `min_tokens` others. `adapter` is the name of an adapter; that of `session` if None.
+    /// `min_tokens` others; those in `ignored` only where nothing else is allowed. `dry_breakers` are the token sequences that end a
+    /// repetition. `processor` takes the tokens and logits and returns logits. `adapter` is the name of an adapter; that of
+    /// `session` if None.
     #[pyo3(signature = (
-        tokens, options, constraint=None, session=None, excluded=Vec::new(), ends=Vec::new(), adapter=None
+        tokens, options, constraint=None, session=None, excluded=Vec::new(), ends=Vec::new(), ignored=Vec::new(),
+        dry_breakers=Vec::new(), processor=None, adapter=None
     ))]
     #[allow(clippy::too_many_arguments, reason = "Python passes them by name")]
     fn sequence(
@@ -107,6 +111,9 @@ impl Model {
         session: Option<Bound<'_, Session>>,
         excluded: Vec<(u32, u32)>,
         ends: Vec<u32>,
+        ignored: Vec<u32>,
+        dry_breakers: Vec<Vec<u32>>,
+        processor: Option<Py<PyAny>>,
         adapter: Option<&str>,
     ) -> PyResult<Sequence> {
         let tokens = tokens.checked()?;
@@ -114,12 +121,16 @@ impl Model {
             Some(session) => session.get().with_adapter(adapter)?.fork(),
             None => self.0.session_with(adapter)?,
         };
-        let resumed = guarded(py, || engine::Sequence::resume_endless(&self.0, session, &tokens, options.into()));
+        let options = options.sampling(dry_breakers)?;
+        let resumed = guarded(py, || engine::Sequence::resume_endless(&self.0, session, &tokens, options));
         let mut sequence = resumed?;
         sequence.exclude(excluded.into_iter().map(|(first, end)| first..end).collect());
-        sequence.hold(&ends);
+        sequence.hold(ends, &ignored);
         if let Some(constraint) = constraint {
             sequence.constrain(constraint.get().0.clone());
+        }
+        if let Some(processor) = processor {
+            sequence = with_python_processor(sequence, processor);
         }
         Ok(Sequence(Mutex::new(Some(sequence))))
     }

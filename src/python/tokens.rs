@@ -6,7 +6,7 @@ use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 
 use crate::Error;
-use crate::engine::sampler::{self, SamplingOptions};
+use crate::engine::sampler::{self, EarlyStopping, SamplingOptions};
 
 /// Token ids. Python's integers have any size: one that does not fit here is an unknown id like any other.
 pub(super) struct TokenIds(Vec<i64>);
@@ -39,6 +39,22 @@ pub(super) struct Options {
     top_p: f32,
     min_p: f32,
     typical_p: f32,
+    top_n_sigma: f32,
+    xtc_probability: f32,
+    xtc_threshold: f32,
+    dynatemp_range: f32,
+    dynatemp_exponent: f32,
+    mirostat: u32,
+    mirostat_tau: f32,
+    mirostat_eta: f32,
+    dry_multiplier: f32,
+    dry_base: f32,
+    dry_allowed_length: u32,
+    dry_window: u32,
+    ignore_eos: bool,
+    num_beams: u32,
+    length_penalty: f32,
+    early_stopping: Stopping,
     repetition_penalty: f32,
     presence_penalty: f32,
     frequency_penalty: f32,
@@ -49,17 +65,58 @@ pub(super) struct Options {
     logprobs: Option<u32>,
 }
 
-impl From<Options> for SamplingOptions {
-    fn from(options: Options) -> SamplingOptions {
+/// `early_stopping` of the package's `SamplingOptions`: False, True or "never".
+#[derive(FromPyObject)]
+enum Stopping {
+    Switch(bool),
+    Name(String),
+}
+
+impl Stopping {
+    fn checked(self) -> crate::Result<EarlyStopping> {
+        match self {
+            Stopping::Switch(false) => Ok(EarlyStopping::Heuristic),
+            Stopping::Switch(true) => Ok(EarlyStopping::Always),
+            Stopping::Name(name) if name == "never" => Ok(EarlyStopping::Never),
+            Stopping::Name(name) => Err(Error::argument("early_stopping", name, "False, True or \"never\"")),
+        }
+    }
+}
+
+impl Options {
+    /// The options of a sampler. `dry_breakers` are the token sequences that end a repetition.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown `early_stopping`.
+    pub(super) fn sampling(self, dry_breakers: Vec<Vec<u32>>) -> crate::Result<SamplingOptions> {
+        let options = self;
+        let early_stopping = options.early_stopping.checked()?;
         // Sorted: a map has no order, and results must not depend on one.
         let mut logit_bias: Vec<_> = options.logit_bias.into_iter().collect();
         logit_bias.sort_by_key(|(token, _)| *token);
-        SamplingOptions {
+        Ok(SamplingOptions {
             temperature: options.temperature,
             top_k: options.top_k,
             top_p: options.top_p,
             min_p: options.min_p,
             typical_p: options.typical_p,
+            top_n_sigma: options.top_n_sigma,
+            xtc_probability: options.xtc_probability,
+            xtc_threshold: options.xtc_threshold,
+            dynatemp_range: options.dynatemp_range,
+            dynatemp_exponent: options.dynatemp_exponent,
+            mirostat: options.mirostat,
+            mirostat_tau: options.mirostat_tau,
+            mirostat_eta: options.mirostat_eta,
+            dry_multiplier: options.dry_multiplier,
+            dry_base: options.dry_base,
+            dry_allowed_length: options.dry_allowed_length,
+            dry_window: options.dry_window,
+            dry_sequence_breakers: dry_breakers,
+            ignore_eos: options.ignore_eos,
+            num_beams: options.num_beams,
+            length_penalty: options.length_penalty,
+            early_stopping,
             repetition_penalty: options.repetition_penalty,
             presence_penalty: options.presence_penalty,
             frequency_penalty: options.frequency_penalty,
@@ -68,7 +125,7 @@ impl From<Options> for SamplingOptions {
             min_tokens: options.min_tokens,
             seed: options.seed,
             logprobs: options.logprobs,
-        }
+        })
     }
 }
 

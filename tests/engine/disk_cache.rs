@@ -500,6 +500,28 @@ fn two_schedulers_share_a_folder() {
 }
 
 #[test]
+fn pages_that_somebody_removes_are_computed_and_written_again() {
+    let place = Place::new(&SMALL);
+    let (model, jobs) = (place.load(), [Job::new(tokens(4 * PAGE + 1, 1), greedy(), 2)]);
+    let expected = alone(&model, &jobs);
+    run(&model, &jobs, &expected, place.options());
+    for removed in 0..4 {
+        let mut scheduler = scheduler(&model, place.options());
+        place.files()[removed..].iter().for_each(|file| fs::remove_file(file).unwrap());
+        assert_written(&model, &jobs, &expected, &mut scheduler);
+        assert_eq!(scheduler.stats().restored_tokens, removed * PAGE);
+        scheduler.save_prefixes(LONG);
+        assert_eq!((scheduler.stats().disk_cache_errors, place.files().len()), (0, 4));
+    }
+    fs::remove_dir_all(&place.cache).unwrap();
+    let mut scheduler = scheduler(&model, place.options());
+    fs::remove_dir_all(&place.cache).unwrap();
+    assert_written(&model, &jobs, &expected, &mut scheduler);
+    scheduler.save_prefixes(LONG);
+    assert_eq!(place.files().len(), 4);
+}
+
+#[test]
 fn what_a_killed_process_has_left_is_removed() {
     let one = OnePage::new();
     let left = one.file.with_file_name(".nybble-0123456789abcdef-1-2.tmp");

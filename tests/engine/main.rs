@@ -6,12 +6,14 @@ mod mtp_goldens;
 mod tiny_model;
 
 mod adapters;
+mod beams;
 #[cfg(feature = "grammar")]
 mod constraint;
 #[cfg(unix)]
 mod disk_cache;
 mod ends;
 mod examples;
+mod filters;
 mod jobs;
 mod mtp;
 mod recurrent;

@@ -74,7 +74,7 @@ mod reference {
         *logits = rows.into_iter().map(|row| (row.1, row.2)).collect();
     }
 
-    /// The probability of each token after all steps, as they are documented.
+    /// The probability of each token after all steps, as they are documented, if XTC removes tokens.
     pub(super) fn probabilities(options: &SamplingOptions, history: &[u32], logits: &[f32]) -> Vec<f64> {
         let mut all: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
         for (id, bias) in &options.logit_bias {
@@ -91,6 +91,13 @@ mod reference {
             }
         }
         let mut left: Vec<(usize, f64)> = all.into_iter().enumerate().filter(|l| l.1 > f64::NEG_INFINITY).collect();
+        if options.top_n_sigma > 0.0 {
+            let mean = left.iter().map(|l| l.1).sum::<f64>() / left.len() as f64;
+            let variance = left.iter().map(|l| (l.1 - mean).powi(2)).sum::<f64>() / left.len() as f64;
+            let largest = left.iter().fold(f64::NEG_INFINITY, |max, l| max.max(l.1));
+            let least = largest - f64::from(options.top_n_sigma) * variance.sqrt();
+            left.retain(|l| l.1 >= least);
+        }
         if options.top_k > 0 {
             left.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0))); // -0 ties with 0
             left.truncate(options.top_k as usize);
@@ -105,7 +112,24 @@ mod reference {
         let highest = softmax(&left).into_iter().fold(0.0, f64::max);
         let mut rows: Vec<_> = left.iter().copied().zip(softmax(&left)).collect();
         rows.retain(|row| row.1 >= highest * f64::from(options.min_p) * (1.0 - 1e-12));
-        let left: Vec<_> = rows.iter().map(|(l, _)| (l.0, l.1 / f64::from(options.temperature))).collect();
+        let mut left: Vec<_> = rows.into_iter().map(|(l, _)| l).collect();
+        if options.xtc_probability > 0.0 {
+            let mut likely: Vec<_> = left.iter().copied().zip(softmax(&left)).collect();
+            likely.retain(|row| row.1 >= f64::from(options.xtc_threshold) * (1.0 - 1e-12));
+            likely.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.0.cmp(&b.0.0)));
+            likely.pop();
+            left.retain(|l| likely.iter().all(|row| row.0.0 != l.0));
+        }
+        let mut temperature = f64::from(options.temperature);
+        if options.dynatemp_range > 0.0 {
+            let range = f64::from(options.dynatemp_range);
+            let entropy: f64 = softmax(&left).iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum();
+            let most = (left.len() as f64).ln();
+            let share = if most > 0.0 { (entropy / most).powf(f64::from(options.dynatemp_exponent)) } else { 0.0 };
+            let lowest = (temperature - range).max(0.0);
+            temperature = (lowest + (temperature + range - lowest) * share).max(1e-6);
+        }
+        let left: Vec<_> = left.iter().map(|l| (l.0, l.1 / temperature)).collect();
         let mut probabilities = vec![0.0; logits.len()];
         for ((id, _), p) in left.iter().zip(softmax(&left)) {
             probabilities[*id] = p;
@@ -127,6 +151,9 @@ fn any_options() -> impl Strategy<Value = SamplingOptions> {
     let share = || prop_oneof![Just(1.0_f32), 0.02_f32..1.0];
     let penalties = prop_oneof![Just((1.0_f32, 0.0_f32, 0.0_f32)), (0.5_f32..2.0, -1.0_f32..2.0, -1.0_f32..1.0)];
     let bias = prop_oneof![Just(f32::NEG_INFINITY), -5.0_f32..5.0];
+    let sigma = prop_oneof![Just(0.0_f32), 0.3_f32..3.0];
+    let xtc = prop_oneof![Just((0.0_f32, 0.1_f32)), (Just(1.0_f32), 0.005_f32..0.4)];
+    let dynamic = prop_oneof![Just((0.0_f32, 1.0_f32)), (0.1_f32..1.5, prop_oneof![Just(1.0_f32), 0.2_f32..3.0])];
     (
         prop_oneof![Just(1.0_f32), 0.2_f32..3.0],
         prop_oneof![Just(0_u32), 1_u32..50, Just(1000)],
@@ -135,9 +162,16 @@ fn any_options() -> impl Strategy<Value = SamplingOptions> {
         prop_oneof![Just(0_u32), 1_u32..12],
         prop::collection::vec((1_u32..20, bias), 0..4),
         any::<u64>(),
+        (sigma, xtc, dynamic),
     )
-        .prop_map(|(temperature, top_k, shares, penalties, penalty_window, logit_bias, seed)| {
+        .prop_map(|(temperature, top_k, shares, penalties, penalty_window, logit_bias, seed, filters)| {
+            let (sigma, xtc, dynamic) = filters;
             SamplingOptions::default()
+                .with_top_n_sigma(sigma)
+                .with_xtc_probability(xtc.0)
+                .with_xtc_threshold(xtc.1)
+                .with_dynatemp_range(dynamic.0)
+                .with_dynatemp_exponent(dynamic.1)
                 .with_temperature(temperature)
                 .with_top_k(top_k)
                 .with_top_p(shares.0)
@@ -193,12 +227,14 @@ proptest! {
                 let start: f64 = shares[..token as usize].iter().sum();
                 (start, start + shares[token as usize])
             };
-            let number = reference::uniform(options.seed.unwrap(), n);
+            // XTC takes a number for itself before it.
+            let count = if options.xtc_probability > 0.0 { 2 } else { 1 };
+            let number = reference::uniform(options.seed.unwrap(), count * n);
             let fits = |options: &SamplingOptions| {
                 let (start, end) = share_of(options);
                 start - 1e-5 <= number && number <= end + 1e-5
             };
-            let nudged = |by: f32| options.clone().with_top_p(if options.top_p < 1.0 { options.top_p * by } else { 1.0 }).with_typical_p(if options.typical_p < 1.0 { options.typical_p * by } else { 1.0 }).with_min_p(options.min_p * by);
+            let nudged = |by: f32| options.clone().with_top_n_sigma(options.top_n_sigma * by).with_xtc_threshold(options.xtc_threshold * by).with_top_p(if options.top_p < 1.0 { options.top_p * by } else { 1.0 }).with_typical_p(if options.typical_p < 1.0 { options.typical_p * by } else { 1.0 }).with_min_p(options.min_p * by);
             let agrees = fits(&options) || [1.0 - 1e-5, 1.0 + 1e-5].into_iter().any(|by| fits(&nudged(by)));
             prop_assert!(agrees, "token {token} for {number}: {:?}", share_of(&options));
             sampler.accept(token);
@@ -319,6 +355,16 @@ fn each_filter_keeps_the_documented_tokens() {
     assert_eq!(keeps(neutral().with_typical_p(0.29)), [1]);
     assert_eq!(keeps(neutral().with_typical_p(0.31)), [1, 4]);
     assert_eq!(keeps(neutral().with_typical_p(0.51)), [1, 2, 4]);
+    // The standard deviation of the logits is 0.89; they are 0, 0.29, 0.69 and twice 2.08 below the largest.
+    assert_eq!(keeps(neutral().with_top_n_sigma(0.32)), [2]);
+    assert_eq!(keeps(neutral().with_top_n_sigma(0.33)), [1, 2]);
+    assert_eq!(keeps(neutral().with_top_n_sigma(0.9)), [1, 2, 4]);
+    let xtc = |threshold: f32| neutral().with_xtc_probability(1.0).with_xtc_threshold(threshold);
+    assert_eq!(keeps(xtc(0.5)), [0, 1, 2, 3, 4], "no token is that likely");
+    assert_eq!(keeps(xtc(0.35)), [0, 1, 2, 3, 4], "one token is");
+    assert_eq!(keeps(xtc(0.25)), [0, 1, 3, 4]);
+    assert_eq!(keeps(xtc(0.15)), [0, 3, 4]);
+    assert_eq!(keeps(xtc(0.04)), [3], "the higher id of a tie");
     // 0.4 of 0.9 is 0.44: one token reaches 0.43 only with probabilities renormalized after top_k.
     assert_eq!(keeps(neutral().with_top_k(3).with_top_p(0.43)), [2]);
 }

@@ -141,6 +141,9 @@ _METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER",
 _PANELS = {"EngineOptions": "Engine", "LoadOptions": "Model", "SamplingOptions": "Sampling"}
 _NOT_OPTIONS = {
     ("SamplingOptions", "adapter"),  # --adapter applies one to everything.
+    ("SamplingOptions", "dry_sequence_breakers"),  # The rest of DRY and of beam search is there.
+    ("SamplingOptions", "early_stopping"),
+    ("SamplingOptions", "logits_processor"),  # A function of Python.
     ("SamplingOptions", "logprobs"),  # Log-probabilities are for programs, which have the Python API.
     ("LoadOptions", "quantize"),
     ("LoadOptions", "mtp"),  # --speculation loads the head where it is needed.

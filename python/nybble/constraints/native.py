@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from nybble.constraints.document import SchemaError, step
+from nybble.constraints.gbnf import is_gbnf, lark_of_gbnf
 from nybble.constraints.regex import mistake, unsupported
 from nybble.constraints.schema import grammar_text
 
@@ -25,7 +26,7 @@ def constraint(
 
     Args:
         vocabulary: The vocabulary of the model.
-        kind: What `text` is: JSON Schema as JSON, a regular expression, or a Lark grammar.
+        kind: What `text` is: JSON Schema as JSON, a regular expression, or a grammar in Lark's syntax or GBNF.
         text: The source of the constraint.
 
     Raises:
@@ -34,6 +35,11 @@ def constraint(
     source = text
     if kind == "schema":
         text = grammar_text(text)
+    elif kind == "grammar" and is_gbnf(text):
+        try:
+            text = lark_of_gbnf(text)
+        except ValueError as error:
+            raise ValueError(f"grammar: {error}") from None
     elif kind == "regex" and (reason := unsupported(text)) is not None:
         raise ValueError(f"regex: {reason}")
     try:

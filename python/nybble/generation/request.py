@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nybble.errors import ContextFullError, ModelError
+from nybble.generation.processors import processor
 from nybble.generation.reasoning import ReasoningWatch, watch
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def prepare_tokens(
     constraint = _constraint(model.tokenizer, options) if constraint is None else constraint
     watched = watch(model.tokenizer, ids, options.reasoning_budget)
     waits = watched is not None and watched.is_open
+    ends = sorted(model.tokenizer.eos_ids.union(options.stop_token_ids))
     return PreparedRequest(
         sequence=native.sequence(
             ids,
@@ -125,7 +127,10 @@ def prepare_tokens(
             session,
             # Rows of the output matrix beyond the tokenizer's last token decode to nothing.
             model.tokenizer.missing_ids(model.info.vocabulary),
-            sorted(model.tokenizer.eos_ids.union(options.stop_token_ids)) if options.min_tokens else (),
+            ends if options.min_tokens or options.num_beams > 1 else (),
+            sorted(model.tokenizer.eos_ids) if options.ignore_eos else (),
+            model.tokenizer.breaker_sequences(tuple(options.dry_sequence_breakers)) if options.dry_multiplier else (),
+            processor(options),
             options.adapter,
         ),
         tokenizer=model.tokenizer,

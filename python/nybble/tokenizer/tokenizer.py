@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.overrides import Returned, keyword_only
+from nybble.tokenizer.breakers import breaker_sequences
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 from nybble.tokenizer.infill import InfillTokens, find_infill_tokens, infill_prompt
 
@@ -27,6 +28,8 @@ __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 _LONG_TEXT = 100_000
 """Characters whose encoding takes a noticeable time."""
+_KEPT_BREAKERS = 16
+"""Lists of strings whose token sequences are kept. Finding them takes a look at the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Tokenizer(Returned):
     _missing_ids: dict[int, list[tuple[int, int]]]
     _grammar: _native.Vocabulary | None
     _infill: InfillTokens | None
+    _breakers: dict[tuple[str, ...], list[list[int]]]
 
     @classmethod
     def _of(cls, where: str, describe: _InGguf | _InMetadata | _InFolder) -> Tokenizer:
@@ -105,6 +109,7 @@ class Tokenizer(Returned):
         self._chat_templates = self._description.chat_templates
         self._special_texts = self._description.special_spellings
         self._compiled, self._missing_ids, self._grammar, self._infill = {}, {}, None, None
+        self._breakers = {}
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -380,6 +385,14 @@ class Tokenizer(Returned):
         """
         if (found := self._missing_ids.get(count)) is None:
             found = self._missing_ids[count] = self._description.missing_ids(count)
+        return found
+
+    def breaker_sequences(self, breakers: tuple[str, ...]) -> list[list[int]]:
+        """The token sequences after which a text contains one of some strings, for `dry_sequence_breakers`."""
+        if (found := self._breakers.get(breakers)) is None:
+            if len(self._breakers) >= _KEPT_BREAKERS:
+                self._breakers.clear()
+            found = self._breakers[breakers] = breaker_sequences(self, breakers)
         return found
 
     @property

@@ -1,12 +1,15 @@
 //! The tokens that the filters have kept so far.
 
-use super::math::{LANES, exp};
+use std::f64::consts::LOG2_E;
+
+use super::math::{LANES, exp, ln};
 
 /// The mass of the most likely token. Rounding of other masses is negligible, and the sum over a vocabulary fits into 64
 /// bits.
 const UNIT: f32 = (1_u64 << 40) as f32;
 
 /// Largest size of a vocabulary in tokens. (The largest ones known have about 2^18.)
+#[doc(hidden)]
 pub const MAX_VOCAB_SIZE: usize = 1 << 23;
 
 /// A token that may be chosen.
@@ -35,6 +38,11 @@ impl Candidate {
 
     fn id(&self) -> u32 {
         self.key as u32
+    }
+
+    /// The difference to the largest logit.
+    fn height(&self, largest: f32) -> f64 {
+        f64::from(self.logit - largest).max(-1e30)
     }
 
     /// The weight as an integer, in units of 1 / [`UNIT`].
@@ -94,12 +102,9 @@ impl Candidates {
         let total = self.weigh(1.0);
         let largest = self.largest();
         // Surprise is ln(total) - (logit - largest). The mean contains the same logarithm, so it cancels out.
-        let height = |candidate: &Candidate| f64::from(candidate.logit - largest).max(-1e30);
-        // Each term is at most UNIT / e, so that the sum fits. Rounding each term makes the sum independent of the order.
-        let moment: i64 = self.0.iter().map(|c| (f64::from(c.weight * UNIT) * height(c)) as i64).sum();
-        let mean = moment as f64 / total as f64;
+        let mean = self.mean_height(total as f64);
         for candidate in &mut self.0 {
-            *candidate = candidate.with_rank((height(candidate) - mean).abs() as f32);
+            *candidate = candidate.with_rank((candidate.height(largest) - mean).abs() as f32);
         }
         self.keep_mass(p, total);
     }
@@ -125,11 +130,49 @@ impl Candidates {
         self.0.retain(|candidate| candidate.weight >= p);
     }
 
+    /// Keeps the candidates with at least this logit.
+    pub(super) fn keep_from(&mut self, logit: f64) {
+        self.0.retain(|candidate| f64::from(candidate.logit) >= logit);
+    }
+
+    /// Drops all candidates with at least probability `threshold` but the least likely of them.
+    pub(super) fn drop_top(&mut self, threshold: f32) {
+        let least = (f64::from(threshold) * self.weigh(1.0) as f64) as u64;
+        let likely = |candidate: &Candidate| candidate.mass() >= least;
+        let last = self.0.iter().filter(|candidate| likely(candidate));
+        let last = last.max_by_key(|candidate| candidate.with_rank(-candidate.logit).key).map(Candidate::id);
+        self.0.retain(|candidate| !likely(candidate) || Some(candidate.id()) == last);
+    }
+
+    /// How even the probabilities are, from 0 to 1: their entropy divided by its largest value.
+    pub(super) fn evenness(&mut self) -> f64 {
+        let count = self.0.len();
+        if count < 2 {
+            return 0.0;
+        }
+        let total = self.weigh(1.0) as f64;
+        let entropy = ln(total / f64::from(UNIT)) - self.mean_height(total);
+        (entropy / ln(count as f64)).clamp(0.0, 1.0)
+    }
+
+    /// Keeps the candidates with a surprise of at most `most` bits at this temperature, at least the most likely one.
+    pub(super) fn keep_expected(&mut self, most: f64, temperature: f32) {
+        let total = self.weigh(temperature) as f64;
+        let largest = self.largest();
+        let total_bits = ln(total) * LOG2_E;
+        self.0.retain(|candidate| {
+            candidate.logit == largest
+                || candidate.mass() > 0 && total_bits - ln(candidate.mass() as f64) * LOG2_E <= most
+        });
+    }
+
     /// Draws a token: the candidates form intervals in order of their ids, each as wide as its mass, and `number(total)`,
-    /// a number below the sum of the masses, falls into one of them. `None` if there are no candidates.
-    pub(super) fn draw(&mut self, temperature: f32, number: impl FnOnce(u64) -> u64) -> Option<u32> {
+    /// a number below the sum of the masses, falls into one of them. Returns the token and its surprise in bits. `None` if there
+    /// are no candidates.
+    pub(super) fn draw(&mut self, temperature: f32, number: impl FnOnce(u64) -> u64) -> Option<(u32, f64)> {
         self.0.sort_unstable_by_key(Candidate::id);
-        let mut left = match self.weigh(temperature) {
+        let total = self.weigh(temperature);
+        let mut left = match total {
             0 => return None,
             total => number(total),
         };
@@ -138,7 +181,15 @@ impl Candidates {
             left = left.saturating_sub(candidate.mass());
             hit
         });
-        drawn.map(|candidate| candidate.id())
+        drawn.map(|candidate| (candidate.id(), ln(total as f64 / candidate.mass() as f64) * LOG2_E))
+    }
+
+    /// The mean difference to the largest logit, weighted by probabilities. `total` is the sum of the masses at temperature 1.
+    fn mean_height(&self, total: f64) -> f64 {
+        let largest = self.largest();
+        // Each term is at most UNIT / e, so that the sum fits. Rounding each term makes the sum independent of the order.
+        let moment: i64 = self.0.iter().map(|c| (f64::from(c.weight * UNIT) * c.height(largest)) as i64).sum();
+        moment as f64 / total
     }
 
     fn largest(&self) -> f32 {

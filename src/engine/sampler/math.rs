@@ -42,6 +42,43 @@ pub(super) fn log_sum_exp(logits: &[f32], largest: f32) -> f64 {
     sum.ln() + f64::from(largest)
 }
 
+/// The standard deviation of all finite logits.
+pub(super) fn deviation(logits: &[f32]) -> f64 {
+    let finite = || logits.iter().filter(|logit| logit.is_finite()).map(|logit| f64::from(*logit));
+    let (count, sum) = finite().fold((0.0, 0.0), |(count, sum), logit| (count + 1.0, sum + logit));
+    if count == 0.0 {
+        return 0.0;
+    }
+    let mean = sum / count;
+    (finite().map(|logit| (logit - mean) * (logit - mean)).sum::<f64>() / count).sqrt()
+}
+
+/// `x^y` for `x` in [0, 1] and `y >= 0`.
+pub(super) fn power(x: f64, y: f32) -> f32 {
+    match (x, y) {
+        (_, 0.0) => 1.0,
+        (0.0, _) => 0.0,
+        _ => exp((f64::from(y) * ln(x)) as f32),
+    }
+}
+
+/// The natural logarithm of a positive normal number, within a few units in the last place. The system's own differs between
+/// systems.
+///
+/// `x = 2^n m` with `m` near 1, and `ln m = 2 artanh((m - 1) / (m + 1))` as a series.
+pub(super) fn ln(x: f64) -> f64 {
+    const MANTISSA: u64 = (1 << 52) - 1;
+    let bits = x.to_bits();
+    let (mut n, mut m) = ((bits >> 52) as i32 - 1023, f64::from_bits(bits & MANTISSA | 1.0_f64.to_bits()));
+    if m > std::f64::consts::SQRT_2 {
+        (n, m) = (n + 1, m / 2.0);
+    }
+    let s = (m - 1.0) / (m + 1.0);
+    let square = s * s;
+    let series = (0..12).rev().fold(0.0, |sum, k| sum * square + 1.0 / f64::from(2 * k + 1));
+    f64::from(n) * std::f64::consts::LN_2 + 2.0 * s * series
+}
+
 /// `exp(x)` for `x <= 0`, within 2 units in the last place; 0 below -87.
 ///
 /// Cephes' `expf`: `x = n ln 2 + r` with ln 2 in two parts, a polynomial in `r`, and `n` added to the exponent. It has no
@@ -74,5 +111,23 @@ mod tests {
             x -= 0.000_37 + x.abs() * 1e-6;
         }
         assert_eq!([exp(0.0), exp(-0.0), exp(-87.1), exp(f32::MIN), exp(f32::NEG_INFINITY)], [1.0, 1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn ln_and_power_are_those_of_the_system_within_rounding() {
+        let mut x = 1e-12_f64;
+        while x < 1e13 {
+            assert!((ln(x) - x.ln()).abs() <= 4e-16 * x.ln().abs().max(1.0), "ln({x}) = {}, not {}", x.ln(), ln(x));
+            x *= 1.003_7;
+        }
+        for (x, y) in [(0.5, 2.0), (0.3, 0.5), (1.0, 7.0), (0.0, 0.0), (0.0, 3.0), (0.999, 1.0)] {
+            assert!((power(x, y) - x.powf(f64::from(y)) as f32).abs() < 1e-6, "{x}^{y} is not {}", power(x, y));
+        }
+    }
+
+    #[test]
+    fn the_deviation_is_that_of_finite_logits() {
+        assert_eq!(deviation(&[1.0, 3.0, f32::NEG_INFINITY]), 1.0);
+        assert_eq!([deviation(&[]), deviation(&[5.0])], [0.0, 0.0]);
     }
 }

@@ -86,7 +86,7 @@ impl Drafter {
         let mut wanted = Vec::with_capacity(running.len());
         for entry in running.iter_mut() {
             entry.by_head = false;
-            let count = if entry.is_decoding() {
+            let count = if entry.is_decoding() && entry.search.is_none() {
                 // The last token of the limit is sampled but never computed, so it needs no draft.
                 self.draft(entry, (entry.remaining - 1).min(budget))
             } else {

@@ -1,5 +1,6 @@
 //! A sequence in a scheduler: its progress, its blocks in the prefix cache and its draft tokens.
 
+use super::super::beams::BeamSearch;
 use super::super::prefix::{Key, Prefixes, root};
 use super::super::sampler::Sampled;
 use super::super::sequence::Sequence;
@@ -34,6 +35,8 @@ pub(super) struct Entry {
     reused: usize,
     /// Tokens still to be sampled.
     pub(super) remaining: usize,
+    /// The beam search that continues it after its prompt, if it does not sample.
+    pub(super) search: Option<BeamSearch>,
     /// Number of blocks at its beginning that are in the prefix cache, and the id of the last one.
     pub(super) blocks: usize,
     pub(super) block: u64,
@@ -63,12 +66,14 @@ impl Entry {
     /// An entry that samples up to `remaining` tokens.
     pub(super) fn new(id: u64, sequence: Sequence, remaining: usize) -> Entry {
         let root = root(&sequence.session);
+        let search = BeamSearch::new(sequence.options(), &sequence.ends, remaining);
         Entry {
             id,
             prompt: sequence.tokens.len(),
             reused: sequence.session.len(),
             sequence,
             remaining,
+            search,
             blocks: 0,
             block: root,
             restorable: (0, root),
@@ -86,12 +91,49 @@ impl Entry {
 
     /// Whether its prompt is computed, so that each step samples a token.
     pub(super) fn is_decoding(&self) -> bool {
-        self.sequence.pending.len() - self.drafted == 1
+        self.is_searching() || self.sequence.pending.len() - self.drafted == 1
+    }
+
+    /// Rows that a step computes without prompt and draft tokens.
+    pub(super) fn decoding_rows(&self) -> usize {
+        match &self.search {
+            Some(search) if self.is_searching() => search.beams().len(),
+            _ => usize::from(self.is_decoding()),
+        }
+    }
+
+    /// Whether its beam search is under way, so that each step computes a row of each beam and none of the sequence.
+    pub(super) fn is_searching(&self) -> bool {
+        self.search.as_ref().is_some_and(|search| !search.beams().is_empty())
+    }
+
+    /// Bytes that the next step adds.
+    pub(super) fn bytes_for_step(&self) -> usize {
+        match &self.search {
+            Some(search) if self.is_searching() => {
+                search.beams().iter().map(|beam| beam.session.bytes_for(1)).fold(0, usize::saturating_add)
+            }
+            _ => self.sequence.session.bytes_for(self.rows),
+        }
+    }
+
+    /// Bytes of its keys and values, without the pages in the prefix cache.
+    pub(super) fn bytes(&self) -> usize {
+        let session = &self.sequence.session;
+        let own = match &self.search {
+            Some(search) if self.is_searching() => {
+                let beams = search.beams().iter().map(|beam| &beam.session);
+                Session::bytes_together(beams.chain([session]), self.blocks)
+            }
+            _ => session.bytes_from(self.blocks),
+        };
+        own.saturating_add(self.draft_session.as_ref().map_or(0, Session::bytes))
     }
 
     /// The logits that this step needs.
     pub(super) fn logits(&self) -> Logits {
         match () {
+            () if self.is_searching() => Logits::All,
             () if self.rows < self.sequence.pending.len() => Logits::None,
             () if self.drafted > 0 => Logits::All,
             () => Logits::Last,
@@ -139,6 +181,7 @@ impl Entry {
         self.sequence.session.truncate(0);
         self.sequence.pending.clone_from(&self.sequence.tokens);
         (self.draft_session, self.draft_before) = (None, None);
+        self.search.iter_mut().for_each(BeamSearch::reset);
         let root = root(&self.sequence.session);
         (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, root, 0, 0, 0);
         (self.restorable, self.branch) = ((0, root), 0);
@@ -268,6 +311,34 @@ impl Entry {
     pub(super) fn failed(self, error: Error) -> Event {
         let event = self.event(Err(error));
         Event { sequence: Some(self.sequence), ..event }
+    }
+
+    /// Extends the beams by the rows of `logits`. At the end of the search, its best continuation becomes that of the sequence.
+    pub(super) fn extend_beams(&mut self, logits: &mut [f32], events: &mut Vec<Event>) -> Result<()> {
+        let is_searching = self.is_searching();
+        let Some(search) = &mut self.search else { return Ok(()) };
+        let sampler = self.sequence.sampler.unconstrained_mut();
+        let has_ended = if is_searching {
+            search.advance(logits, sampler)?
+        } else {
+            self.sequence.session.check_cache()?;
+            self.sequence.pending.clear();
+            search.start(self.sequence.session.fork(), logits, sampler)?
+        };
+        if has_ended && let Some(search) = self.search.take() {
+            let best = search.into_best();
+            if best.is_empty() {
+                return Err(Error::BadLogits);
+            }
+            for (token, logprob) in best {
+                self.sequence.tokens.push(token);
+                self.sequence.pending.push(token);
+                self.sequence.has_ended = self.sequence.ends.contains(&token);
+                events.push(self.event(Ok(Sampled { token, logprob: Some(logprob), top: Vec::new() })));
+            }
+            self.remaining = 0;
+        }
+        Ok(())
     }
 
     /// Samples after each row of `logits` for as long as the draft tokens are right. Returns how many were.

@@ -382,6 +382,13 @@ impl Page {
         self.parts.iter().flatten().map(|part| size_of_val::<[CacheLine]>(part)).sum::<usize>() + snapshot
     }
 
+    /// The address and bytes of each of its parts and of its snapshot, which clones share.
+    pub(super) fn buffers(&self) -> impl Iterator<Item = (usize, usize)> {
+        let snapshot = self.snapshot.iter().map(|snapshot| (snapshot.as_ptr().addr(), size_of_val::<[f32]>(snapshot)));
+        let parts = self.parts.iter().flatten();
+        parts.map(|part| (part.as_ptr().addr(), size_of_val::<[CacheLine]>(part))).chain(snapshot)
+    }
+
     /// Bytes of the parts that other pages have, too.
     pub(super) fn shared_len(&self) -> usize {
         let shared = self.parts.iter().flatten().filter(|part| Arc::strong_count(part) > 1);

@@ -1,5 +1,6 @@
 //! Sessions: the state of one sequence of tokens.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::cache::{CacheShape, CacheType, Page};
@@ -182,6 +183,16 @@ impl Session {
         let state = self.state.as_ref().map_or(0, Recurrent::bytes);
         let head = self.head.as_ref().map_or(0, |head| head.bytes_from(index));
         self.pages.iter().skip(index).map(Page::len).sum::<usize>() + state + head
+    }
+
+    /// Bytes of the pages of several sessions from page `index` on, each counted once, and of their recurrent states.
+    pub(crate) fn bytes_together<'a>(sessions: impl Iterator<Item = &'a Session>, index: usize) -> usize {
+        let (mut counted, mut states) = (HashMap::new(), 0);
+        for session in sessions {
+            counted.extend(session.pages.iter().skip(index).flat_map(Page::buffers));
+            states += session.state.as_ref().map_or(0, Recurrent::bytes);
+        }
+        counted.into_values().fold(states, usize::saturating_add)
     }
 
     /// Removes all but the first `len` tokens, and returns how many are left. Does nothing if there are no more than that.

@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.chat.tools.grammar import AnswerForm
-from nybble.server.protocols.gbnf import is_gbnf, lark_of_gbnf
+from nybble.constraints.gbnf import is_gbnf, lark_of_gbnf
 from nybble.server.protocols.strict import Strict
 
 Json = dict[str, Any]

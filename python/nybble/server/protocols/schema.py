@@ -14,6 +14,8 @@ from nybble.server.protocols.strict import Off, On, Strict
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -25,6 +27,8 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 MAX_CHOICES = 16
+MAX_SERVED_BEAMS = 16
+"""The largest number of beams of a request. Each one computes as much as a request."""
 
 
 class StreamOptions(Strict):
@@ -56,9 +60,7 @@ class Neutral(Strict):
     id_slot: int | None = None
     n_keep: int | None = Field(default=None, description="A prompt that does not fit is an error.")
     best_of: Literal[1] | None = None
-    ignore_eos: Off | None = None
     use_beam_search: Off | None = None
-    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     skip_special_tokens: On | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: Off | None = None
@@ -74,18 +76,6 @@ class Neutral(Strict):
     n_probs: Zero | None = None
     top_a: Zero | None = None
     tfs_z: Annotated[float, Field(ge=1, le=1)] | None = None
-    mirostat: Zero | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    dynatemp_range: Zero | None = None
-    dynatemp_exponent: float | None = None
-    xtc_probability: Zero | None = None
-    xtc_threshold: float | None = None
-    dry_multiplier: Zero | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: list[str] | None = None
     t_max_predict_ms: Annotated[int, Field(le=0)] | None = None
 
 
@@ -123,12 +113,57 @@ class Sampler(Strict):
     penalty_window: TokenId | None = Field(
         default=None, description="Extension of nybble: the number of last tokens that penalties consider; 0 for all."
     )
+    ignore_eos: bool | None = Field(
+        default=None, description="As with vLLM and llama-server: the model's end tokens are not sampled."
+    )
+    top_n_sigma: Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="As with llama-server: keep tokens up to this many standard deviations below the likeliest one; "
+        "0 and -1 keep all.",
+    )
+    xtc_probability: Share | None = Field(
+        default=None, description="As with llama-server: the probability with which XTC removes the likeliest tokens."
+    )
+    xtc_threshold: Share | None = Field(
+        default=None, description="As with llama-server: the probability from which on XTC removes tokens."
+    )
+    dynatemp_range: Size | None = Field(
+        default=None, description="As with llama-server: how far the temperature follows the entropy."
+    )
+    dynatemp_exponent: Size | None = None
+    mirostat: Literal[0, 2] | None = Field(
+        default=None, description="As with llama-server: 2 for Mirostat 2, 0 for none. Version 1 is not supported."
+    )
+    mirostat_tau: Size | None = None
+    mirostat_eta: Size | None = None
+    dry_multiplier: Size | None = Field(
+        default=None, description="As with llama-server: the size of the penalties for repeated sequences; 0 for none."
+    )
+    dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
+    dry_allowed_length: TokenId | None = None
+    dry_window: TokenId | None = Field(
+        default=None, description="Extension of nybble: the number of last tokens that DRY considers; 0 for all."
+    )
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None, description="As dry_window with llama-server: -1 stands for all tokens, and 0 for no penalties."
+    )
+    dry_sequence_breakers: Annotated[list[Stop], Field(max_length=64)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MAX_SERVED_BEAMS)] | None = Field(
+        default=None, description="Extension of nybble: find the most likely answer with this many beams."
+    )
+    length_penalty: Annotated[float, Field(ge=-50, le=50, allow_inf_nan=False)] | None = None
+    early_stopping: bool | Literal["never"] | None = Field(
+        default=None, description="Extension of nybble: when a beam search ends, as in transformers."
+    )
 
     def options(self) -> dict[str, Any]:
         """The options that were given, named as in `nybble.SamplingOptions`."""
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
+        given |= {name: 0 for name in ("top_k", "top_n_sigma") if given.get(name, 0) < 0}
+        if self.dry_penalty_last_n == 0:
+            given["dry_multiplier"] = 0.0
+        elif self.dry_penalty_last_n is not None:
+            given["dry_window"] = max(self.dry_penalty_last_n, 0)
         if self.logit_bias:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         return given
@@ -136,7 +171,10 @@ class Sampler(Strict):
 
 _OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids",
+    "repetition_penalty", "penalty_window", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "top_n_sigma",
+    "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau",
+    "mirostat_eta", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_window", "dry_sequence_breakers",
+    "num_beams", "length_penalty", "early_stopping",
 )  # fmt: skip
 """Parameters that are options of the same name."""
 
@@ -206,6 +244,7 @@ _OTHER_NAMES = {
     "repetition_penalty": "repeat_penalty",
     "max_tokens": "n_predict",
     "penalty_window": "repeat_last_n",
+    "dry_window": "dry_penalty_last_n",
 }
 """Parameters with a second name."""
 

@@ -161,7 +161,7 @@ def test_an_empty_prompt_loads_the_model(server: Running) -> None:
         ("copy", {"source": "x"}, 501, "nybble serve MODEL"),
         ("chat", {"messages": [{"role": "user", "content": "x", "images": ["AA"]}]}, 400, "found images"),
         ("chat", {"messages": HI, "options": {"temperature": "x"}}, 400, "options.temperature"),
-        ("chat", {"messages": HI, "options": {"mirostat": 2}}, 400, "options.mirostat"),
+        ("chat", {"messages": HI, "options": {"mirostat": 1}}, 400, "options.mirostat"),
         ("chat", {"messages": HI, "format": {"type": "wombat"}}, 400, "format: type: found 'wombat'"),
         ("generate", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     ],

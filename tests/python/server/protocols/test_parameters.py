@@ -12,7 +12,8 @@ import pytest
 from serving import Running, served
 
 from nybble import Model
-from nybble.server.protocols.gbnf import lark_of_gbnf
+from nybble.constraints.gbnf import lark_of_gbnf
+from nybble.sampling import DRY_BREAKERS
 
 Json = dict[str, Any]
 DOG: Json = {
@@ -100,7 +101,11 @@ def test_the_openai_client_may_send_all_its_parameters(server: Running) -> None:
         ({"min_tokens": 5}, "min_tokens: found 5, expected at most 4, the value of max_tokens"),
         ({"min_tokens": -1}, "min_tokens: Input should be greater than or equal to 0"),
         ({"use_beam_search": True}, "use_beam_search"),
-        ({"mirostat": 2}, "mirostat: Input should be less than or equal to 0"),
+        ({"mirostat": 1}, "mirostat: Input should be 0 or 2"),
+        ({"num_beams": 2, "frequency_penalty": 0.5}, "frequency_penalty: found 0.5, expected none with num_beams=2"),
+        ({"num_beams": 17}, "num_beams: Input should be less than or equal to 16"),
+        ({"xtc_probability": 1.5}, "xtc_probability: Input should be less than or equal to 1"),
+        ({"dry_base": 0.5}, "dry_base: Input should be greater than or equal to 1"),
         ({"bad_words": ["x"]}, "bad_words"),
         ({"penalty_window": 5, "repeat_last_n": 6}, "repeat_last_n is another name of penalty_window"),
         ({"tool_choice": "required"}, "tool_choice requires tools"),
@@ -202,6 +207,33 @@ def test_other_names_of_numbers_work(server: Running) -> None:
         == (server.complete(**body, repetition_penalty=1.9).text.split('"choices"')[1].split('"usage"')[0])
     )
     assert server.complete(max_tokens=-1, stop=["x"], logit_bias={str(ord("x")): 100}).choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "options"),
+    [
+        ({"num_beams": 3, "early_stopping": "never"}, {"num_beams": 3, "early_stopping": "never"}),
+        ({"dry_multiplier": 5.0, "dry_penalty_last_n": -1}, {"dry_multiplier": 5.0}),
+        ({"dry_multiplier": 5, "dry_window": 9}, {"dry_multiplier": 5.0, "dry_window": 9}),
+        ({"dry_multiplier": 5.0, "dry_penalty_last_n": 0}, {}),
+        (
+            {"dry_multiplier": 5.0, "dry_sequence_breakers": ["a"]},
+            {"dry_multiplier": 5.0, "dry_sequence_breakers": "a"},
+        ),
+        ({"mirostat": 2, "mirostat_tau": 2.0}, {"mirostat": 2, "mirostat_tau": 2.0}),
+        ({"top_n_sigma": -1}, {}),
+        ({"top_n_sigma": 0.7}, {"top_n_sigma": 0.7}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.01}, {"xtc_probability": 1.0, "xtc_threshold": 0.01}),
+        ({"dynatemp_range": 0.9}, {"dynatemp_range": 0.9}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
+    ],
+    ids=str,
+)
+def test_samplers_of_llama_server_work(parameters: Json, options: Json, server: Running, tool_model: Model) -> None:
+    options = {**options, "dry_sequence_breakers": tuple(options.get("dry_sequence_breakers", DRY_BREAKERS))}
+    body: Json = {"max_tokens": 12, "temperature": 1.2, "seed": 4, "top_k": 0}
+    done = server.complete(prompt="abcabcab", **body, **parameters)
+    assert done.choice["text"] == tool_model.generate("abcabcab", **body, **options).text
 
 
 @pytest.mark.parametrize(

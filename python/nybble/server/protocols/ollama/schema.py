@@ -35,14 +35,16 @@ class Options(Lenient):
     seed: int | None = None
     stop: str | list[str] | None = None
     num_predict: int | None = None
-    mirostat: Literal[0] | None = None
+    mirostat: Literal[0, 2] | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
     tfs_z: Annotated[float, Field(ge=1, le=1)] | None = None
 
     def parameters(self) -> Json:
         """The options as parameters of the other protocols."""
         names = (
             "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "stop",
+            "frequency_penalty", "seed", "stop", "mirostat", "mirostat_tau", "mirostat_eta",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.repeat_last_n is not None:

@@ -14,7 +14,7 @@ _TOKEN = re.compile(
     |(?P<text>"(?:[^"\\\n]|\\.)*")
     |(?P<chars>\[(?:[^\]\\]|\\.)*\])
     |(?P<repeat>\{[ ]*(?:\d+[ ]*)?(?:,[ ]*(?:\d+[ ]*)?)?\}|[*+?])
-    |(?P<other>[().|])""",
+    |(?P<other>!?<(?:[^<>\s\[\]]+|\[\d+\])>|[().|])""",
     re.VERBOSE,
 )
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
@@ -30,27 +30,64 @@ def lark_of_gbnf(text: str) -> str:
     """The same grammar in Lark's syntax.
 
     Raises:
-        ValueError: The text is not valid GBNF. The message names the line.
+        ValueError: The text is not valid GBNF, or uses single tokens (`<think>`, `!<[42]>`), which have no equivalent
+            here. The message names the rule and the line.
     """
-    rules: list[str] = []
-    for kind, word in _tokens(text):
+    rules: dict[str, list[str]] = {}
+    uses: list[tuple[str, str, int]] = []
+    rule, depth, before = "", 0, "is"
+    for kind, word, line in _tokens(text):
+        place = f"rule {rule!r}, line {line}" if rule else f"line {line}"
         if kind == "define":
-            rules.append(_name(word) + ":")
-        elif not rules:
-            raise ValueError(f"found {word!r} before the first rule")
+            if depth:
+                raise ValueError(f"{place}: found no end of {depth} group(s), expected ')'")
+            if word in rules:
+                raise ValueError(f"line {line}: found a second rule {word!r}, expected one definition of each")
+            rule, rules[word] = word, []
+        elif not rule:
+            raise ValueError(f"{place}: found {word!r} before the first rule, expected a name and '::='")
+        elif kind == "other" and word[0] in "<!":
+            raise ValueError(f"{place}: found {word!r:.40}, a single token, expected characters or rules")
+        elif kind == "repeat" and before in ("is", "(", "|", "repeat"):
+            raise ValueError(f"{place}: found {word!r} after nothing, expected characters or a rule before it")
         elif kind != "is":
-            rules[-1] += f" {_translated(kind, word)}"
-    return "\n".join(["start: root_", *rules])
+            depth += {"(": 1, ")": -1}.get(word, 0) if kind == "other" else 0
+            if depth < 0:
+                raise ValueError(f"{place}: found ')' without '('")
+            if kind == "name":
+                uses.append((word, rule, line))
+            try:
+                rules[rule].append(_translated(kind, word))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+        before = word if kind == "other" else kind
+    if depth:
+        raise ValueError(f"rule {rule!r}: found no end of {depth} group(s), expected ')'")
+    for name, user, line in uses:
+        if name not in rules:
+            raise ValueError(f"rule {user!r}, line {line}: found {name!r}, which no rule defines")
+    return "\n".join(["start: root_", *(f"{_name(name)}: {_alternatives(parts)}" for name, parts in rules.items())])
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    at = 0
+def _alternatives(parts: list[str]) -> str:
+    """The body of a rule. An empty alternative, which GBNF allows, is an empty string in Lark."""
+    filled: list[str] = []
+    for index, part in enumerate(parts):
+        filled.append(part)
+        if part in ("|", "(") and (index + 1 == len(parts) or parts[index + 1] in ("|", ")")):
+            filled.append('""')
+    return " ".join(filled if filled and filled[0] != "|" else ['""', *filled])
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+    """The parts of a grammar: kind, text and line."""
+    at, line = 0, 1
     while at < len(text):
         if (found := _TOKEN.match(text, at)) is None:
-            line = text.count("\n", 0, at) + 1
             raise ValueError(f"line {line}: found {text[at : at + 20]!r}, expected GBNF")
         if found.lastgroup != "space":
-            yield str(found.lastgroup), found[0]
+            yield str(found.lastgroup), found[0], line
+        line += found[0].count("\n")
         at = found.end()
 
 

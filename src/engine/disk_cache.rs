@@ -22,10 +22,8 @@ use crate::model::{Model, PageFault, PageId, SharedPage, WeakPage};
 
 mod folder;
 
+pub(super) use folder::Prefix;
 use folder::{Folder, Stored, mark_used};
-
-/// The hash of a prefix.
-pub(super) type Prefix = [u8; 32];
 
 /// Pages of a request from which on all of them are written.
 pub(super) const LONG: usize = 16;

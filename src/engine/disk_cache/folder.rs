@@ -18,10 +18,12 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::Prefix;
 use crate::error::{Error, Result};
 use crate::format::atomic_file::{AtomicFile, remove_all_leftovers};
 use crate::model::is_page_file;
+
+/// The hash of a prefix.
+pub(in crate::engine) type Prefix = [u8; 32];
 
 /// The largest number of files.
 pub(super) const MAX_FILES: usize = 1 << 17;

@@ -73,7 +73,7 @@ class EngineOptions:
     It needs `prefix_cache`, and is made if it does not exist. Files in it hold prompts and answers, so only the user
     may read them.
     """
-    cache_dir_bytes: int | None = None
+    cache_dir_bytes: int | None = field(default=None, metadata=doc("Limit of the files in that folder in bytes."))
     """Limit of the files in `cache_dir` in bytes. The least recently used ones are removed.
 
     None takes 10 GB, but at most a tenth of the disk.

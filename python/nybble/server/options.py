@@ -98,7 +98,9 @@ class ServeOptions(EngineOptions):
     cache_dir: str | None = field(
         default=None,
         metadata=_option(
-            "Folder that keeps the prefix cache between runs, with prompts and answers.", metavar="DIR", panel="Engine"
+            "Folder that keeps the prefix cache between runs, with prompts and answers.",
+            metavar="DIR",
+            panel="Prefix cache on disk",
         ),
     )
     cache_dir_size: float | None = field(
@@ -106,7 +108,7 @@ class ServeOptions(EngineOptions):
         metadata=_option(
             "Limit of that folder in GB; by default 10, but at most a tenth of the disk.",
             range=(0, None),
-            panel="Engine",
+            panel="Prefix cache on disk",
         ),
     )
     """Sets `cache_dir_bytes`."""

@@ -407,7 +407,7 @@ fn read_all(shared: &Shared, jobs: &Receiver<Read>, _ends: Sender<()>) {
             let page = shared.read(id, used);
             shared.is_stalled.store(false, Ordering::Relaxed);
             // Nobody receives the pages of a request that was cancelled.
-            if shared.has_ended() || !page.is_some_and(|page| pages.send(page).is_ok()) {
+            if shared.has_ended() || page.is_none_or(|page| pages.send(page).is_err()) {
                 break;
             }
         }

@@ -1,7 +1,7 @@
 """Finds turns of phrase and old names that the project's language rules replace: python scripts/check_language.py
 
-Checks comments, strings, documents and function names in every tracked *.py, *.rs, *.md, *.html and *.toml file. Prints
-`file:line: found -> better` for each place and exits with 1 if there is any.
+Checks comments, strings, documents and function names in every tracked *.py, *.rs, *.js, *.css, *.md, *.html and *.toml
+file. Prints `file:line: found -> better` for each place and exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {".py", ".rs", ".md", ".html", ".toml"}
-SKIPPED = ("tests/data/", "scripts/check_language.py", "tests/python/repository/test_language.py")
+SUFFIXES = {".py", ".rs", ".js", ".css", ".md", ".html", ".toml"}
+SKIPPED = (
+    "tests/data/",
+    "scripts/check_language.py",
+    "tests/python/repository/test_language.py",
+    "python/nybble/server/page/vendor/",  # The libraries of others.
+)
 
 # Phrases in prose and in function names. A space matches any white space, line breaks included. A match of the group
 # `ok` is correct use.
@@ -99,6 +104,10 @@ NAMES = [
 COMMENT_OR_STRING = {
     ".rs": re.compile(
         r"""//[^\n]*|/\*.*?\*/|b?r(?P<hashes>#*)".*?"(?P=hashes)|b?"(?:\\.|[^"\\])*"|(?P<skip>'(?:\\.|[^\\'\n])')""",
+        re.S,
+    ),
+    ".js": re.compile(
+        r"""//[^\n]*|/\*.*?\*/|`(?:\\.|[^`\\])*`|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""",
         re.S,
     ),
     ".py": re.compile(

@@ -23,7 +23,15 @@ import notices
 
 MAX_BYTES = 15_000_000
 MAX_GLIBC = (2, 28)
-REQUIRED = ("nybble/__init__.py", "nybble/_native.abi3.so", "nybble/_native.pyi", "nybble/py.typed")
+REQUIRED = (
+    "nybble/__init__.py",
+    "nybble/_native.abi3.so",
+    "nybble/_native.pyi",
+    "nybble/py.typed",
+    "nybble/server/page/index.html",
+    "nybble/server/page/app/main.js",
+    "nybble/server/page/vendor/manifest.json",
+)
 
 # In the folder `licenses` of the wheel's metadata.
 LICENSES = ("LICENSE", "THIRD-PARTY-NOTICES")
@@ -87,13 +95,14 @@ def inspect(wheel: Path) -> list[str]:
 
 
 def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
-    """Crates of the native module that the notices or the bill of materials omit, and crates that are in neither."""
+    """Crates and libraries that the notices omit or name in vain, and crates that the bill of materials omits."""
     listed = set(re.findall(r"^(\S+ \d\S*): ", text, re.MULTILINE))
+    libraries = {str(library) for library in notices.vendored()}
     linked = {str(crate) for crate in notices.linked(notices.host())}
     known = {f"{part['name']} {part.get('version')}" for bill in bills for part in bill.get("components", [])}
     return [
-        *(f"THIRD-PARTY-NOTICES: {crate} is missing" for crate in sorted(linked - listed)),
-        *(f"THIRD-PARTY-NOTICES: {crate} is not linked on this platform" for crate in sorted(listed - linked)),
+        *(f"THIRD-PARTY-NOTICES: {crate} is missing" for crate in sorted((linked | libraries) - listed)),
+        *(f"THIRD-PARTY-NOTICES: {crate} is not in the wheel" for crate in sorted(listed - linked - libraries)),
         *(f"the bill of materials: {crate} is missing" for crate in sorted(linked - known)),
     ]
 

@@ -1,4 +1,5 @@
-"""Writes THIRD-PARTY-NOTICES: the crates in the native module of a wheel, and their licenses.
+"""Writes THIRD-PARTY-NOTICES: the crates in the native module of a wheel, the libraries of its chat page, and their
+licenses.
 
 python scripts/notices.py                                  # for all platforms with a wheel; the file in the repository
 python scripts/notices.py --check                          # whether that file and the list in deny.toml are up to date
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NOTICES = ROOT / "THIRD-PARTY-NOTICES"
+VENDORED = ROOT / "python" / "nybble" / "server" / "page" / "vendor"
 # The platforms with a wheel, as in .github/workflows/wheels.yml, and their names in the file.
 TARGETS = {
     "x86_64-unknown-linux-gnu": "Linux",
@@ -62,7 +64,7 @@ RULE = "-" * 80
 
 @dataclass(frozen=True)
 class Crate:
-    """A crate of the dependency graph."""
+    """A crate of the dependency graph, or a library of the chat page."""
 
     name: str
     version: str
@@ -175,6 +177,15 @@ def linked(target: str) -> list[Crate]:
     return sorted((crate_of(packages[package]) for package in seen - {root}), key=str)
 
 
+def vendored() -> list[Crate]:
+    """The libraries of the chat page, which every wheel contains."""
+    listed = json.loads((VENDORED / "manifest.json").read_text(encoding="utf-8"))
+    return [
+        Crate(each["name"], each["version"], each["license"], each["url"], (VENDORED / each["file"]).parent, ())
+        for each in sorted(listed, key=lambda each: str(each["name"]))
+    ]
+
+
 def for_all_targets() -> str:
     """The notices of everything that is linked on some platform with a wheel."""
     platforms = defaultdict(list)
@@ -186,12 +197,15 @@ def for_all_targets() -> str:
 
 
 def notices(crates: list[Crate], platform: str, only: dict[Crate, str] | None = None) -> str:
-    """The file: a list of the crates, and each text of a license once, with the crates that it applies to."""
+    """The file: a list of crates and libraries, and each text of a license once, with those that it applies to."""
     standard_library = "Rust standard library"
     lines = [f"nybble's native module for {platform} contains these crates and the {standard_library}.", ""]
     texts: defaultdict[str, list[str]] = defaultdict(list)
     texts[apache()].append(standard_library)
-    for crate in crates:
+    libraries = vendored()
+    for crate in [*crates, *libraries]:
+        if libraries and crate is libraries[0]:
+            lines += ["", "nybble's chat page contains these JavaScript libraries.", ""]
         lines.append(f"{crate}{(only or {}).get(crate, '')}: {crate.license}, {crate.url}")
         for text in terms_of(crate):
             texts[text].append(str(crate))

@@ -24,9 +24,9 @@ pub(crate) fn files(folders: &[&str], extensions: &[&str]) -> Vec<PathBuf> {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for path in entries.map(|entry| entry.expect("a folder of the repository can be listed").path()) {
             if path.is_dir() {
-                // Build folders of sub-crates and bytecode of Python.
-                let built = path.file_name().is_some_and(|name| name == "target" || name == "__pycache__");
-                if !built {
+                // Build folders of sub-crates, bytecode of Python, and libraries that stay as their authors publish them.
+                let skipped = ["target", "__pycache__", "vendor"];
+                if !path.file_name().is_some_and(|name| skipped.iter().any(|each| name == *each)) {
                     waiting.push(path);
                 }
             } else if path.extension().is_some_and(|e| extensions.iter().any(|wanted| e == *wanted)) {

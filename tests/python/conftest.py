@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -32,10 +33,14 @@ os.environ["NYBBLE_TUNING"] = "off"  # Measures nothing, and writes nothing to t
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "NYBBLE_KERNEL"):
     os.environ.pop(name, None)
 
-from serving import REASONING_TEMPLATE, TOOL_TEMPLATE, Running, served  # noqa: E402
+from serving import REASONING_TEMPLATE, TOOL_TEMPLATE, Running, scripted, served, serving  # noqa: E402
 
 from nybble import Model  # noqa: E402
+from nybble.engine import Engine  # noqa: E402
 from nybble.models import hub  # noqa: E402
+
+if TYPE_CHECKING:
+    from browser import Chat, Page
 
 
 @pytest.fixture
@@ -123,3 +128,55 @@ def server(model: Model) -> Iterator[Running]:
     """A server of the `model` of the module."""
     with served(model) as running:
         yield running
+
+
+# The chat page. The browser is imported only where a test uses it.
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser."""
+    from browser import launched
+
+    with launched() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def default_server(default_model: Model) -> Iterator[Running]:
+    """A server of the default model."""
+    with Engine(default_model) as engine, serving(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def page(chromium: Any, default_server: Running) -> Iterator[Page]:
+    """The page of the default model. The browser must not complain."""
+    from browser import Page
+
+    made = Page(chromium, default_server.url).ready()
+    yield made
+    assert made.complaints() == []
+    made.forget()
+
+
+@pytest.fixture
+def chat(chromium: Any, chat_model: Model) -> Iterator[Chat]:
+    """Opens the page of a server with scripted answers. The browser must not complain."""
+    from browser import Page
+
+    opened: list[Page] = []
+    with contextlib.ExitStack() as stack:
+
+        def opening(*answers: str, model: Model = chat_model) -> Page:
+            engine, script = scripted(model, *answers)
+            made = Page(chromium, stack.enter_context(serving(engine)).url).ready()
+            made.script = script
+            opened.append(made)
+            return made
+
+        yield opening
+        complaints = [message for made in opened for message in made.complaints()]
+        for made in opened:
+            made.forget()
+    assert complaints == []

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from importlib import resources
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -20,6 +16,7 @@ from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
 from nybble.server.errors import RESPONSES, ApiError, add_handlers
 from nybble.server.middleware import Middleware
+from nybble.server.page.routes import add_page_routes
 from nybble.server.protocols.anthropic.routes import add_messages_routes
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.chat_schema import ChatCompletion, ChatRequest
@@ -70,7 +67,8 @@ def create_app(service: Service) -> FastAPI:
     add_handlers(app)
     _add_api(app, service)
     _add_tokens(app, service)
-    _add_pages(app, service)
+    _add_status(app, service)
+    add_page_routes(app)
     key = [_KEY] if service.settings.api_key else []
     add_responses_routes(app, service, key, _STREAM)
     add_messages_routes(app, service, key, _STREAM)
@@ -163,10 +161,8 @@ def _generation_route(key: list[Any], answer: type[BaseModel]) -> dict[str, Any]
     }
 
 
-def _add_pages(app: FastAPI, service: Service) -> None:
+def _add_status(app: FastAPI, service: Service) -> None:
     key = [_KEY] if service.settings.api_key else []
-    page = resources.files("nybble.server").joinpath("page.html").read_text(encoding="utf-8")
-    policy = _content_security_policy(page)
 
     @app.get("/v1/health", include_in_schema=False)
     @app.get("/ping", include_in_schema=False)
@@ -207,21 +203,3 @@ def _add_pages(app: FastAPI, service: Service) -> None:
             chat_template=model.tokenizer.chat_templates.get("default", ""),
             build_info=f"nybble {__version__}",
         )
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-        return Response(page, media_type="text/html", headers=headers)
-
-
-def _content_security_policy(page: str) -> str:
-    """Lets the page run its own script and style and send requests to this server, and nothing else."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in found)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

@@ -12,10 +12,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.server.errors import ApiError
+from nybble.server.page.routes import PREFIX
 from nybble.server.service import Service
 
 _PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
-"""Paths that need no key. The page holds no secret and asks for the key itself."""
+"""Paths that need no key. The page and its files hold no secret, and the page asks for the key itself."""
 
 
 _LOGGED_CHARACTERS = 200
@@ -100,7 +101,7 @@ class Middleware:
 
     def _check_key(self, path: str, headers: Headers) -> None:
         key = self._service.settings.api_key
-        if key is None or path in _PUBLIC_PATHS:
+        if key is None or path in _PUBLIC_PATHS or path.startswith(PREFIX):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":

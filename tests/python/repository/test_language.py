@@ -13,6 +13,8 @@ def test_phrases_are_found_in_comments_strings_and_function_names() -> None:
     text = 'x = 1\n# the loop goes\n# on\n"to the bit"\n\ndef test_it_goes_on() -> None: ...\n'
     assert found("a.py", text) == [(4, "to the bit"), (2, "goes on"), (6, "goes on")]
     assert found("a.rs", "let c = '\"'; // beside\nlet beside = 1;\n") == [(1, "beside")]
+    script = "const beside = 'x'; // beside\n/* b\n beside */ let y = \"so many\";\n"
+    assert sorted(found("a.js", script)) == [(1, "beside"), (3, "beside"), (3, "so many")]
 
 
 def test_code_and_correct_uses_are_not_found() -> None:

@@ -61,10 +61,15 @@ def test_an_expression_of_licenses_is_compared_with_those_allowed(expression: st
 def test_a_wheel_must_name_what_is_linked_and_nothing_else() -> None:
     crates = [str(crate) for crate in notices.linked(notices.host())]
     parts = [dict(zip(("name", "version"), crate.split(), strict=True)) for crate in crates]
-    text = "".join(f"{crate}: MIT, https://example.org\n" for crate in crates)
+    libraries = [str(library) for library in notices.vendored()]
+    text = "".join(f"{name}: MIT, https://example.org\n" for name in [*crates, *libraries])
     assert not check_wheel.notice_faults(text, [{"components": parts}])
     assert check_wheel.notice_faults(text + "other 1.0.0: MIT, x\n", [{"components": parts}]) == [
-        "THIRD-PARTY-NOTICES: other 1.0.0 is not linked on this platform"
+        "THIRD-PARTY-NOTICES: other 1.0.0 is not in the wheel"
     ]
     faults = check_wheel.notice_faults(text.partition("\n")[2], [{"components": parts[1:]}])
     assert faults == [f"THIRD-PARTY-NOTICES: {crates[0]} is missing", f"the bill of materials: {crates[0]} is missing"]
+    shorter = text.replace(f"{libraries[0]}: ", "")
+    assert check_wheel.notice_faults(shorter, [{"components": parts}]) == [
+        f"THIRD-PARTY-NOTICES: {libraries[0]} is missing"
+    ]

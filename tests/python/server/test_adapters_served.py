@@ -95,6 +95,15 @@ def test_every_route_computes_with_the_adapter_of_its_model(server: Running, mod
         "tiny:one",
         model.chat(HELLO, OPTIONS, adapter="one").text,
     )
+    body = {"model": "tiny:one", "input": HELLO, "temperature": 0, "max_output_tokens": 8}
+    response = server.request("POST", "/v1/responses", body).json
+    assert (response["model"], response["output"][0]["content"][0]["text"]) == (
+        "tiny:one",
+        answer["message"]["content"],
+    )
+    body = {"model": "tiny:one", "messages": HELLO, "temperature": 0, "max_tokens": 8}
+    said = server.request("POST", "/v1/messages", body).json
+    assert (said["model"], said["content"][0]["text"]) == ("tiny:one", answer["message"]["content"])
     found = server.request("POST", "/api/embed", {"model": "tiny:two", "input": "text"}).json
     assert found["embeddings"][0] == pytest.approx(embedded["data"][0]["embedding"], abs=1e-6)
 

@@ -48,6 +48,24 @@ class ChosenTool(Strict):
     function: ChosenFunction
 
 
+class AllowedTools(Strict):
+    """The tools that the model may call, and whether it must call one of them."""
+
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool] = Field(min_length=1, max_length=128)
+
+
+class AllowedChoice(Strict):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    def names(self) -> set[str]:
+        """The names of the functions that the model may call."""
+        return {tool.function.name for tool in self.allowed_tools.tools}
+
+
 _RESERVED = frozenset({"self", "messages", "tools", "template", "add_generation_prompt", "continue_final_message"})
 """The variables of chat templates that the server sets itself."""
 
@@ -60,7 +78,7 @@ class ChatRequest(Sampling, Reasoned):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | None = Field(
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | AllowedChoice | None = Field(
         default=None, description='"any" is another name of "required", as with Mistral.'
     )
     parallel_tool_calls: bool | None = Field(default=None, description="false: only the first call is returned.")
@@ -99,14 +117,17 @@ class ChatRequest(Sampling, Reasoned):
             raise PydanticCustomError("invalid", "tool_choice requires tools")
         if isinstance(self.function_call, ChosenFunction) and not self.functions:
             raise PydanticCustomError("invalid", "function_call requires functions")
+        known = [function.name for function in (*(tool.function for tool in self.tools or ()), *(self.functions or ()))]
         for param, chosen in (("tool_choice", self.tool_choice), ("function_call", self.function_call)):
             function = chosen.function if isinstance(chosen, ChosenTool) else chosen
-            known = [*(tool.function for tool in self.tools or ()), *(self.functions or ())]
-            if isinstance(function, ChosenFunction) and all(each.name != function.name for each in known):
+            named = chosen.names() if isinstance(chosen, AllowedChoice) else set()
+            if isinstance(function, ChosenFunction):
+                named = {function.name}
+            if not named.issubset(known):
                 raise PydanticCustomError(
                     "invalid", "{param} names a function that is not among the tools", {"param": param}
                 )
-        if len({*(names := [function.name for function in self.callable_functions().values()])}) < len(names):
+        if len({*known}) < len(known):
             raise PydanticCustomError("invalid", "tools: found two functions of the same name")
         if taken := _RESERVED.intersection(self.chat_template_kwargs or {}):
             raise PydanticCustomError(
@@ -128,7 +149,11 @@ class ChatRequest(Sampling, Reasoned):
         """The functions that the model may call, by the parameter that holds their schema."""
         if self.functions:
             return {f"functions.{index}.parameters": function for index, function in enumerate(self.functions)}
-        return {f"tools.{index}.function.parameters": tool.function for index, tool in enumerate(self.tools or ())}
+        return {
+            f"tools.{index}.function.parameters": tool.function
+            for index, tool in enumerate(self.tools or ())
+            if not isinstance(self.tool_choice, AllowedChoice) or tool.function.name in self.tool_choice.names()
+        }
 
     def choice(self) -> Literal["none", "auto", "required"] | str:
         """Which function the model must call: none, any, or the one of this name; or whether it may call any."""
@@ -137,6 +162,8 @@ class ChatRequest(Sampling, Reasoned):
             return f"function {chosen.function.name}"
         if isinstance(chosen, ChosenFunction):
             return f"function {chosen.name}"
+        if isinstance(chosen, AllowedChoice):
+            return chosen.allowed_tools.mode
         return "required" if chosen == "any" else chosen or "auto"
 
     def options(self) -> dict[str, Any]:

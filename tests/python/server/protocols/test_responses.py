@@ -173,6 +173,58 @@ def test_text_follows_a_schema_and_is_cut_at_the_limit(stream: bool, server: Run
     assert usage["total_tokens"] == usage["input_tokens"] + 4
 
 
+def turn(number: int, words: int = 60) -> list[dict[str, Any]]:
+    """A turn with a call and its result."""
+    return [
+        {"role": "user", "content": f"Question {number}. " + "word " * words},
+        {"type": "function_call", "call_id": f"c{number}", "name": "weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": f"c{number}", "output": f"result {number}."},
+        {"role": "assistant", "content": f"Answer {number}."},
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_that_does_not_fit_loses_its_oldest_turns(stream: bool, reasoning_model: Model) -> None:
+    last = {"role": "user", "content": "And now?"}
+    conversation = [{"role": "developer", "content": "Be kind."}, *(item for n in range(30) for item in turn(n)), last]
+    more: dict[str, Any] = {"truncation": "auto", "max_output_tokens": 100, "tools": [WEATHER], "stream": stream}
+    found, prompt = answered(reasoning_model, f"No.</think>{CALL}", input=conversation, **more)
+    response = found[-1]["response"] if stream else found[0]
+    assert response["truncation"] == "auto"
+    assert [item["type"] for item in response["output"]] == ["reasoning", "function_call"]
+    kept = [number for number in range(30) if f"Question {number}." in prompt]
+    assert kept == list(range(kept[0], 30)), "the latest turns are left, whole"
+    assert all((f"result {number}." in prompt) == (number in kept) for number in range(30))
+    assert "Be kind." in prompt
+    assert "And now?" in prompt
+    used = len(reasoning_model.tokenize(prompt))
+    assert used <= 2048 - 100 < used + len(reasoning_model.tokenize(json.dumps(turn(0)))), "no more than needed"
+    _, prompt = answered(reasoning_model, "No.</think>Yes", input=[*turn(1), last], **more)
+    assert "Question 1." in prompt, "nothing is lost where all fits"
+
+
+def test_a_last_turn_that_does_not_fit_is_an_error(server: Running) -> None:
+    reply = ask(server, input=[*turn(0), {"role": "user", "content": "x" * 5000}], truncation="auto")
+    assert reply.status == 400
+    assert reply.json["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(("mode", "called"), [("auto", False), ("required", True)])
+def test_only_allowed_functions_are_called(mode: str, called: bool, server: Running, reasoning_model: Model) -> None:
+    choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "weather"}]}
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    tools = [{**WEATHER, "name": name, "parameters": city} for name in ("time", "weather", "news")]
+    if called:
+        reply = ask(server, tools=tools, tool_choice=choice, max_output_tokens=100, temperature=1.0, seed=1)
+        assert [item["name"] for item in reply.json["output"] if item["type"] == "function_call"] == ["weather"]
+    other = CALL.replace("weather", "time")
+    (found,), prompt = answered(reasoning_model, f"No.</think>{other}{CALL}", tools=tools, tool_choice=choice)
+    assert [item["name"] for item in found["output"] if item["type"] == "function_call"] == ["weather"]
+    assert '"name": "weather"' in prompt
+    assert '"name": "time"' not in prompt
+    assert found["tool_choice"] == choice
+
+
 def test_a_response_is_the_answer_of_a_chat(server: Running) -> None:
     options: dict[str, Any] = {"seed": 5, "temperature": 1.5, "top_k": 30, "reasoning_budget": 5}
     found = ask(server, max_output_tokens=40, include=["message.output_text.logprobs"], top_logprobs=2, **options).json
@@ -194,9 +246,11 @@ def test_a_response_is_the_answer_of_a_chat(server: Running) -> None:
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id", "Field required"),
         ({"background": True}, "background", "Input should be False"),
         ({"conversation": "c"}, "conversation", "unsupported parameter: conversation"),
-        ({"truncation": "auto"}, "truncation", "Input should be 'disabled'"),
+        ({"truncation": "end"}, "truncation", "Input should be 'disabled' or 'auto'"),
         ({"max_output_tokens": 0}, "max_output_tokens", ""),
         ({"tool_choice": "required"}, None, "tool_choice requires tools"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "function", "name": "time"}]}}, None, "tool_choice names a function that is not among the tools"),
         ({"tools": [{**WEATHER, "parameters": {"type": "strin"}}], "tool_choice": "required"}, "tools",
          "tools.0.parameters: type"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}}, "text",

@@ -311,6 +311,18 @@ def test_functions_are_called_as_before_tools(served: Callable[[str], Running]) 
     assert "f g " in script.prompts[0]
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_a_chat_may_allow_some_of_its_functions(mode: str, hermes: Running) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "h")]
+    allowed = {"mode": mode, "tools": [tools[1]]}
+    body: Json = {"tools": tools, "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}, "max_tokens": 100}
+    message = hermes.chat(HI, **body).choice["message"]
+    if mode == "required":
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["g"]
+    allowed["tools"] = [{"type": "function", "function": {"name": "other"}}]
+    assert "names a function that is not among the tools" in hermes.chat(HI, **body).error
+
+
 def test_a_named_function_must_be_called(hermes: Running) -> None:
     body: Json = {"functions": [{"name": "f"}, {"name": "g"}], "function_call": {"name": "g"}, "max_tokens": 100}
     assert hermes.chat(HI, **body).choice["message"]["function_call"] == {"name": "g", "arguments": "{}"}

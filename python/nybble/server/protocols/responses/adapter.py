@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ from nybble.server.protocols.reasoning import Reasoned
 from nybble.server.protocols.responses.conversation import echoed, messages_of, new_items
 from nybble.server.protocols.responses.output import OutputBuilder
 from nybble.server.protocols.responses.schema import (
+    AllowedFunctions,
     ChosenFunction,
     Conversation,
     Incomplete,
@@ -29,6 +31,7 @@ from nybble.server.protocols.responses.schema import (
     ResponseUsage,
 )
 from nybble.server.protocols.responses.store import Stored
+from nybble.server.protocols.responses.truncation import Shortened
 from nybble.server.protocols.schema import Sampler
 from nybble.server.service import Service
 
@@ -74,6 +77,12 @@ def chat_request(body: Conversation, items: Sequence[Json], **more: Any) -> tupl
     values["tool_choice"] = body.tool_choice
     if isinstance(body.tool_choice, ChosenFunction):
         values["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+    elif isinstance(body.tool_choice, AllowedFunctions):
+        chosen = [{"type": "function", "function": {"name": tool.name}} for tool in body.tool_choice.tools]
+        values["tool_choice"] = {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": body.tool_choice.mode, "tools": chosen},
+        }
     form = body.text.format if body.text is not None else None
     if form is not None and form.type != "text":
         schema = {"json_schema": {"name": form.name, "schema": form.definition}} if form.type == "json_schema" else {}
@@ -89,10 +98,7 @@ class ResponsesAdapter(TypedEventAdapter):
         self._service = service
         self._body = body
         self._items = conversation_of(service, body)
-        logprobs: Json = {"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.wants_logprobs else {}
-        request, self._names = chat_request(body, self._items, max_tokens=body.max_output_tokens, **logprobs)
-        request.stream = body.stream
-        self._inner = ChatAdapter(service, request)
+        self._inner, self._names = self._chat(self._items)
         tokenizer = service.engine.model.tokenizer
         self._output = OutputBuilder(
             lambda tokens: [each.model_dump() for each in described_logprobs(tokenizer, tokens)],
@@ -106,7 +112,25 @@ class ResponsesAdapter(TypedEventAdapter):
 
     def translate(self) -> GenerationRequest:
         """The request of the inner adapter, with the names of this protocol."""
-        return renamed(self._inner.translate(), self._names)
+        request = renamed(self._inner.translate(), self._names)
+        if self._body.truncation != "auto":
+            return request
+        context = self._service.engine.model.info.context
+        shortened = Shortened(
+            self._items,
+            lambda items: self._chat(items)[0].translate(),
+            context,
+            min(self._body.max_output_tokens or context // 8, context // 2),
+        )
+        return replace(request, prepare=shortened.prepare, new_parser=lambda: shortened.request.new_parser())
+
+    def _chat(self, items: Sequence[Json]) -> tuple[ChatAdapter, dict[str, str]]:
+        """The adapter of a conversation as a chat, and the names of its parameters by those of chats."""
+        body = self._body
+        logprobs: Json = {"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.wants_logprobs else {}
+        request, names = chat_request(body, items, max_tokens=body.max_output_tokens, **logprobs)
+        request.stream = body.stream
+        return ChatAdapter(self._service, request), names
 
     def chunks(self, event: events.Event) -> Iterator[TypedEvent]:
         """The events of the stream."""
@@ -165,6 +189,7 @@ class ResponsesAdapter(TypedEventAdapter):
             tools=given["tools"] or [],
             top_logprobs=body.top_logprobs or 0,
             top_p=_DEFAULTS.top_p if body.top_p is None else body.top_p,
+            truncation=body.truncation or "disabled",
             user=given["user"],
         )
         response.model_dump_json()  # Fails where it is nested too deeply.

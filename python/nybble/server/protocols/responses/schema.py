@@ -48,6 +48,14 @@ class ChosenFunction(Strict):
     name: Name
 
 
+class AllowedFunctions(Strict):
+    """The functions that the model may call, and whether it must call one of them."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ChosenFunction] = Field(min_length=1, max_length=128)
+
+
 class TextFormat(Strict):
     """The format of the answer."""
 
@@ -103,11 +111,12 @@ class Conversation(Sampler, Reasoned):
         default=None, description="A stored response, whose conversation this request continues."
     )
     tools: Annotated[list[FunctionTool], Field(max_length=128), BeforeValidator(_only_functions)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="false: only the first call is returned.")
     text: TextConfig | None = None
-    truncation: Literal["disabled"] | None = Field(
-        default=None, description="A conversation that does not fit into the context is an error."
+    truncation: Literal["disabled", "auto"] | None = Field(
+        default=None,
+        description="auto: a conversation that does not fit loses its oldest turns. Otherwise it is an error.",
     )
     chat_template_kwargs: Json | None = Field(
         default=None, description="Extension of nybble: more variables for the chat template."
@@ -279,7 +288,7 @@ class ResponseObject(BaseModel):
     tools: list[Any]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["disabled", "auto"] = "disabled"
     usage: ResponseUsage | None = None
     user: str | None
 

@@ -1,0 +1,326 @@
+"""Conversations that the browser keeps: the list, branches, files, export and import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import NEEDS_BROWSER, Chat, Keys, Page
+
+pytestmark = NEEDS_BROWSER
+
+
+def titles(page: Page) -> list[str]:
+    return page.shown(".open-conversation")
+
+
+def reload(page: Page) -> None:
+    page.driver.refresh()
+    page.ready()
+
+
+def test_conversations_are_kept_listed_renamed_and_deleted(chat: Chat) -> None:
+    page = chat("One.", "Two.", "Three.")
+    assert page.find("#no-conversations").is_displayed()
+    page.say("First question")
+    page.click("#new")
+    page.say("Second question, " + "which is much too long for a title " * 3)
+    page.until(lambda: len(titles(page)) == 2)
+    assert titles(page)[0].endswith("…")
+    reload(page)
+    page.until(lambda: len(titles(page)) == 2)
+    assert page.all(".turn") == []
+    page.button("First question").click()
+    page.until(lambda: page.shown(".answer") == ["One."])
+    assert page.find("[aria-current=true]").text == "First question"
+    page.look("light-list")
+
+    page.button("Rename First question").click()
+    page.press("Birds", Keys.ENTER)
+    page.until(lambda: "Birds" in titles(page))
+    page.button("Rename Birds").click()
+    page.press("Cats", Keys.ESCAPE)
+    page.until(lambda: "Birds" in titles(page))
+    page.say("Third question")
+    page.until(lambda: titles(page)[0] == "Birds")
+    assert page.script.prompts[2].count("question") == 2, "the model receives the conversation"
+
+    page.button("Delete Birds").click()
+    page.look("light-confirm")
+    page.press(Keys.ENTER)
+    assert len(titles(page)) == 2, "the first button gives up"
+    page.button("Delete Birds").click()
+    page.click("#confirm-yes")
+    page.until(lambda: len(titles(page)) == 1 and page.all(".turn") == [])
+    page.click("#delete-all")
+    page.click("#confirm-yes")
+    page.until(lambda: titles(page) == [])
+    reload(page)
+    assert page.find("#no-conversations").is_displayed()
+    assert not page.find("#export").is_enabled()
+
+
+def test_editing_a_question_makes_a_branch_with_its_own_answer(chat: Chat) -> None:
+    page = chat("A1", "A2", "B1", "B2")
+    page.say("Question A")
+    page.say("More on A")
+    page.button("Edit", within=".turn.user:first-child").click()
+    field = page.find(".edit textarea")
+    assert field.get_attribute("value") == "Question A"
+    page.look("light-edit")
+    page.press(Keys.CONTROL, "a", Keys.NULL, "Question B", Keys.ENTER)
+    page.until(lambda: page.answered() and page.shown(".answer") == ["B1"])
+    assert page.shown(".turn.user .text") == ["Question B"]
+    assert page.find(".place").text == "2/2"
+    page.say("More on B")
+    assert page.script.prompts[3].count("Question A") == 0
+
+    page.button("Previous version").click()
+    page.until(lambda: page.shown(".answer") == ["A1", "A2"])
+    assert page.shown(".turn.user .text") == ["Question A", "More on A"]
+    reload(page)
+    page.click(".open-conversation")
+    page.until(lambda: page.shown(".answer") == ["A1", "A2"])
+    page.button("Next version").click()
+    page.until(lambda: page.shown(".answer") == ["B1", "B2"])
+    page.look("light-branches")
+    assert not page.button("Next version").is_enabled()
+
+
+def test_another_answer_and_an_edited_answer_are_branches(chat: Chat) -> None:
+    page = chat("First", "Second", "After")
+    page.say("Question")
+    page.button("Try again").click()
+    page.until(lambda: page.answered() and page.shown(".answer") == ["Second"])
+    assert page.shown(".place") == ["2/2"]
+    page.button("Edit", within=".turn.assistant").click()
+    page.press(Keys.CONTROL, "a", Keys.NULL, "My own words", Keys.ENTER, "and more")
+    page.button("Save").click()
+    page.until(lambda: page.shown(".place") == ["3/3"])
+    page.say("Next")
+    assert "My own words\nand more<|im_end|>" in page.script.prompts[2]
+    page.button("Previous answer").click()
+    page.until(lambda: page.shown(".answer") == ["Second"])
+    page.button("Edit", within=".turn.assistant").click()
+    page.press("never", Keys.ESCAPE)
+    assert page.shown(".answer") == ["Second"]
+
+
+def test_text_files_go_into_the_message_and_others_are_refused(chat: Chat, tmp_path: Path) -> None:
+    page = chat("I see.", "Again.")
+    files = {"notes.txt": b"line one\r\nline ```` two\n", "photo.png": b"\x89PNG\x00\xff", "zero.txt": b"a\x00b"}
+    for name, content in {**files, "big.txt": b"x" * (256 * 1024 + 1), "fits.txt": b"y" * 100}.items():
+        (tmp_path / name).write_bytes(content)
+    page.find("#files").send_keys(
+        "\n".join(str(tmp_path / name) for name in ("notes.txt", "photo.png", "zero.txt", "big.txt"))
+    )
+    page.until(lambda: page.find("#notice").is_displayed())
+    assert page.find("#notice-text").text == (
+        "photo.png: not a text file in UTF-8; zero.txt: not a text file; big.txt: 257 KiB, expected at most 256 KiB"
+    )
+    page.find("#files").send_keys(str(tmp_path / "fits.txt"))
+    page.until(lambda: page.shown("#chips .chip-name") == ["notes.txt", "fits.txt"])
+    page.look("light-files")
+    page.button("Remove fits.txt").click()
+    page.say("What is this?")
+    assert page.shown(".turn.user .chip-name") == ["notes.txt"]
+    assert not page.find("#chips").is_displayed()
+    expected = "What is this?\n\nFile notes.txt:\n`````\nline one\nline ```` two\n`````<|im_end|>"
+    assert expected in page.script.prompts[0]
+    page.button("Edit", within=".turn.user").click()
+    page.press(Keys.CONTROL, "a", Keys.NULL, "And now?", Keys.ENTER)
+    page.until(lambda: page.answered() and page.shown(".answer") == ["Again."])
+    assert expected.replace("What is this?", "And now?") in page.script.prompts[1], "the file stays with the message"
+
+
+def downloaded(page: Page, folder: Path) -> Path:
+    """The file that the button Export saves."""
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    page.click("#export")
+    return Path(page.until(lambda: next(folder.glob("nybble-conversations-*.json"), None)))
+
+
+def test_conversations_are_exported_and_imported(chat: Chat, tmp_path: Path) -> None:
+    page = chat("A", "B", "C")
+    page.say("Birds?")
+    page.button("Try again").click()
+    page.until(lambda: page.shown(".place") == ["2/2"])
+    page.click("#new")
+    page.say("Cats?")
+    page.until(lambda: len(titles(page)) == 2)
+    file = downloaded(page, tmp_path)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert (content["format"], content["version"]) == ("nybble-conversations", 1)
+    assert [each["title"] for each in content["conversations"]] in (["Birds?", "Cats?"], ["Cats?", "Birds?"])
+
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: "0 of 2 conversations imported; the others exist already" in page.find("#notice-text").text)
+    page.click("#delete-all")
+    page.click("#confirm-yes")
+    page.until(lambda: titles(page) == [])
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: len(titles(page)) == 2)
+    page.button("Birds?").click()
+    page.until(lambda: page.shown(".answer") == ["B"] and page.shown(".place") == ["2/2"])
+    for each in content["conversations"]:
+        each["nodes"][0]["content"] = "Changed"
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(content), encoding="utf-8")
+    page.find("#import-file").send_keys(str(changed))
+    page.until(lambda: len(titles(page)) == 4)
+
+
+NODE: dict[str, Any] = {"id": "n1", "parent": None, "role": "user", "content": "Hi", "created": 1}
+GOOD: dict[str, Any] = {
+    "id": "c1",
+    "title": "T",
+    "created": 1,
+    "updated": 2,
+    "model": "m",
+    "nodes": [NODE],
+    "chosen": {"": "n1"},
+}
+
+
+def file_of(**changes: Any) -> str:
+    return json.dumps({"format": "nybble-conversations", "version": 1, "conversations": [{**GOOD, **changes}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the file is not valid JSON"),
+        ("[]", 'format must be "nybble-conversations"'),
+        ('{"format": "nybble-conversations", "version": 2}', "version: found 2, expected 1"),
+        ('{"format": "nybble-conversations", "version": 1}', "conversations: expected a list"),
+        (file_of(id="../x"), 'conversations[0].id: found "../x"'),
+        (file_of(title=3), "conversations[0].title: found 3"),
+        (file_of(updated="now"), 'conversations[0].updated: found "now"'),
+        (file_of(nodes={}), "conversations[0].nodes: found {}"),
+        (file_of(nodes=[7]), "conversations[0].nodes[0]: expected an object"),
+        (file_of(nodes=[{**NODE, "role": "system"}]), 'conversations[0].nodes[0].role: found "system"'),
+        (file_of(nodes=[{**NODE, "role": "assistant"}]), "cannot follow one of the same role"),
+        (file_of(nodes=[{**NODE, "parent": "n1"}]), '.parent: "n1" is not an earlier message'),
+        (file_of(nodes=[{**NODE, "id": "__proto__"}]), 'nodes[0].id: found "__proto__"'),
+        (file_of(nodes=[NODE, NODE]), 'nodes[1].id: "n1" occurs twice'),
+        (file_of(nodes=[{**NODE, "files": [{"name": "x"}]}]), "nodes[0].files[0].text: found undefined"),
+        (file_of(nodes=[{**NODE, "stats": {"tokens": -1}}]), "nodes[0].stats.tokens: found -1"),
+        (file_of(chosen={"": "n2"}), 'chosen: "n2" does not follow ""'),
+        (file_of(chosen={"n1": "n1"}), 'chosen: "n1" does not follow "n1"'),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_place(chat: Chat, text: str, message: str) -> None:
+    page = chat()
+    with pytest.raises(AssertionError) as caught:
+        page.module("tree", "m.fromFile(a[0])", text)
+    assert message in str(caught.value)
+
+
+def test_imported_text_does_not_act(chat: Chat, tmp_path: Path) -> None:
+    page = chat()
+    evil = "<img src=x onerror=act()>"
+    answer = {**NODE, "id": "n2", "parent": "n1", "role": "assistant", "error": evil, "reasoning": evil, "model": evil}
+    question = {**NODE, "content": evil, "files": [{"name": evil, "text": evil}], "onload": evil}
+    file = tmp_path / "evil.json"
+    file.write_text(
+        file_of(title=evil, model=evil, nodes=[question, {**answer, "content": evil}], chosen={}), encoding="utf-8"
+    )
+    page.run("window.acted = 0; window.act = () => { acted += 1; }")
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: titles(page) == [evil])
+    page.click(".open-conversation")
+    page.until(lambda: page.shown(".answer") == [evil])
+    assert (page.all("img"), page.run("return acted")) == ([], 0)
+
+
+def test_a_full_storage_is_reported_and_the_conversation_continues(chat: Chat) -> None:
+    page = chat("One.", "Two.")
+    page.run("IDBObjectStore.prototype.put = () => { throw new DOMException('full', 'QuotaExceededError'); }")
+    page.say("Hello")
+    page.until(lambda: "no space left" in page.find("#notice-text").text)
+    page.look("light-full")
+    page.say("And again")
+    assert page.shown(".answer") == ["One.", "Two."]
+    assert titles(page) == []
+
+
+def test_a_browser_that_keeps_nothing_still_has_conversations(chat: Chat) -> None:
+    page = chat("One.")
+    block = "Object.defineProperty(window, 'indexedDB', { get() { throw new DOMException('no', 'SecurityError'); } });"
+    block += (
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } });"
+    )
+    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": block})
+    try:
+        reload(page)
+        assert "keeps nothing" in page.find("#storage").text
+        page.say("Hello")
+        page.until(lambda: titles(page) == ["Hello"])
+        page.click("#new")
+        page.button("Hello").click()
+        page.until(lambda: page.shown(".answer") == ["One."])
+        page.click("#theme")
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_a_change_in_another_tab_is_shown(chat: Chat) -> None:
+    page = chat("One.", "Two.")
+    first = page.driver.current_window_handle
+    page.say("Hello")
+    page.driver.switch_to.new_window("tab")
+    try:
+        page.driver.get(page.url)
+        page.ready()
+        page.until(lambda: titles(page) == ["Hello"])
+        page.click(".open-conversation")
+        page.until(lambda: page.shown(".answer") == ["One."])
+        page.say("And here?")
+        page.driver.switch_to.window(first)
+        page.until(lambda: page.shown(".answer") == ["One.", "Two."])
+    finally:
+        for handle in page.driver.window_handles:
+            if handle != first:
+                page.driver.switch_to.window(handle)
+                page.driver.close()
+        page.driver.switch_to.window(first)
+
+
+TWO_TABS = """(async () => {
+  const { newConversation, add, drop } = await import('./page/app/tree.js');
+  const store = await m.openStore(), one = newConversation('m');
+  const question = add(one, null, { role: 'user', content: 'Q' });
+  const lost = add(one, question.id, { role: 'assistant', content: '' });
+  await store.put(one);
+  const other = await store.get(one.id);
+  drop(one, lost);
+  add(one, question.id, { role: 'assistant', content: 'from one' });
+  await store.put(one);
+  add(other, question.id, { role: 'assistant', content: 'from the other' });
+  await store.put(other);
+  await store.put(one);
+  const kept = await store.get(one.id), deleted = [await store.isDeleted(one.id)];
+  await (await m.openStore()).remove(one.id);
+  deleted.push(await store.isDeleted(one.id));
+  return [kept.nodes.map(node => node.content), deleted];
+})()"""
+
+
+def test_messages_that_two_tabs_add_are_both_kept(chat: Chat) -> None:
+    contents, deleted = chat().module("storage", TWO_TABS)
+    assert sorted(contents) == ["Q", "from one", "from the other"], "the empty answer was replaced"
+    assert deleted == [False, True]
+
+
+def test_a_question_without_an_answer_is_left_out_of_later_requests(chat: Chat) -> None:
+    page = chat()
+    conversation = page.module(
+        "tree",
+        "(() => { const c = m.newConversation('m'); let last = null;"
+        "for (const [role, content] of a[0]) last = m.add(c, last?.id ?? null, { role, content });"
+        "return m.requestMessages(c, last, 'Be kind.'); })()",
+        [["user", "lost"], ["assistant", ""], ["user", "asked"], ["assistant", "said"], ["user", "now"]],
+    )  # fmt: skip
+    assert [each["content"] for each in conversation] == ["Be kind.", "asked", "said", "now"]

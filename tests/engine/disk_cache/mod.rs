@@ -527,7 +527,7 @@ fn what_a_killed_process_has_left_is_removed() {
     let left = one.file.with_file_name(".nybble-0123456789abcdef-1-2.tmp");
     fs::write(&left, &one.bytes[..100]).unwrap();
     assert_eq!(one.run().0.restored_tokens, PAGE);
-    assert_eq!(one.place.files(), [one.file.clone()]);
+    assert_eq!(one.place.files(), std::slice::from_ref(&one.file));
 }
 
 #[test]

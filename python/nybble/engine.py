@@ -63,6 +63,14 @@ class EngineStats:
     """Draft tokens computed."""
     accepted_tokens: int = 0
     """Draft tokens accepted."""
+    disk_cache_hits: int = 0
+    """Requests with keys and values from `cache_dir`."""
+    restored_tokens: int = 0
+    """Tokens whose keys and values were read from `cache_dir`."""
+    disk_cache_errors: int = 0
+    """Files in `cache_dir` that could not be read or written."""
+    disk_cache_bytes: int = 0
+    """Bytes of the files in `cache_dir`."""
 
 
 class Engine:
@@ -366,6 +374,8 @@ class _Loop:
                     break
                 self._recover(error)
         self._fail(ModelError("the engine was closed before the request ended"))
+        if self._driver is not None:
+            self._driver.save_prefixes()
         with self._changed:
             self._driver = None  # Its KV cache is freed, even if somebody still holds a request.
 

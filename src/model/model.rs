@@ -471,7 +471,7 @@ impl Model {
     }
 
     /// Calls `run` with the model and limits with which a session file must agree.
-    fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
+    pub(super) fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
         run(&Owner {
             id: self.id,
             path: &self.path,

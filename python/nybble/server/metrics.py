@@ -18,10 +18,14 @@ _GAUGES = {
     "waiting": "Answers that wait for a slot.",
     "cached_pages": "Pages of keys and values in the prefix cache.",
     "cache_bytes": "Bytes of the KV cache.",
+    "disk_cache_bytes": "Bytes of the prefix cache on disk.",
 }
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts.",
     "reused_tokens": "Tokens of prompts found in the prefix cache.",
+    "restored_tokens": "Tokens whose keys and values were read from disk.",
+    "disk_cache_hits": "Requests with keys and values from disk.",
+    "disk_cache_errors": "Files of the prefix cache that could not be read or written.",
     "completion_tokens": "Tokens generated.",
     "drafted_tokens": "Draft tokens proposed by speculation.",
     "accepted_tokens": "Draft tokens accepted.",

@@ -95,6 +95,23 @@ class ServeOptions(EngineOptions):
         ),
     )
     """Sets `cache_bytes`."""
+    cache_dir: str | None = field(
+        default=None,
+        metadata=_option(
+            "Folder that keeps the prefix cache between runs, with prompts and answers.",
+            metavar="DIR",
+            panel="Prefix cache on disk",
+        ),
+    )
+    cache_dir_size: float | None = field(
+        default=None,
+        metadata=_option(
+            "Limit of that folder in GB; by default 10, but at most a tenth of the disk.",
+            range=(0, None),
+            panel="Prefix cache on disk",
+        ),
+    )
+    """Sets `cache_dir_bytes`."""
     draft: str | None = field(
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
@@ -181,6 +198,10 @@ class ServeOptions(EngineOptions):
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
         if self.cache_gb is not None:
             object.__setattr__(self, "cache_bytes", int(self.cache_gb * 1e9))
+        if self.cache_dir_size is not None:
+            if self.cache_dir is None:
+                raise ValueError("cache_dir_size: found a limit, but no cache_dir, expected both or neither")
+            object.__setattr__(self, "cache_dir_bytes", int(self.cache_dir_size * 1e9))
         self.adapters()
         if self.max_memory is not None:
             parse_size("max_memory", self.max_memory)

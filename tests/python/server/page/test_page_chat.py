@@ -212,7 +212,7 @@ def test_models_that_are_not_loaded_are_marked_and_unknown_ones_are_an_error(cha
         page.until(lambda: page.find("#live").text == "Loading gone…")
         page.until(page.answered)
         assert page.shown(".failed")[0].startswith(
-            "Error: the server does not have this: the model 'gone' does not exist"
+            "Error: not found: the model 'gone' does not exist"
         )
         page.find("#model select").send_keys("tiny")
         page.button("Try again").click()

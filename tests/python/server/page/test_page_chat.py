@@ -211,9 +211,7 @@ def test_models_that_are_not_loaded_are_marked_and_unknown_ones_are_an_error(cha
         page.find("#prompt").send_keys("Hi", Keys.ENTER)
         page.until(lambda: page.find("#live").text == "Loading gone…")
         page.until(page.answered)
-        assert page.shown(".failed")[0].startswith(
-            "Error: not found: the model 'gone' does not exist"
-        )
+        assert page.shown(".failed")[0].startswith("Error: not found: the model 'gone' does not exist")
         page.find("#model select").send_keys("tiny")
         page.button("Try again").click()
         page.until(lambda: page.answered() and page.shown(".answer") == ["Yes."])

@@ -52,7 +52,7 @@ window.fetch = (path, options) => {
   const write = data => out.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));
   window.feed = content => write(JSON.stringify({ choices: [{ delta: { content } }] }));
   window.finish = () => { write('{"choices": [{"delta": {}, "finish_reason": "stop"}]}'); write("[DONE]"); };
-  window.asked = JSON.parse(options.body);
+  window.signal = options.signal;
   options.signal.addEventListener("abort", () => out.error(new DOMException("stopped", "AbortError")));
   return Promise.resolve(new Response(body));
 };

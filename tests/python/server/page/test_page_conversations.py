@@ -239,6 +239,57 @@ def test_imported_text_does_not_act(chat: Chat, tmp_path: Path) -> None:
     assert (page.all("img"), page.run("return acted")) == ([], 0)
 
 
+def branch(contents: list[str]) -> str:
+    """A file with one conversation, whose messages have these contents."""
+    nodes = [
+        {
+            **NODE,
+            "id": f"n{i}",
+            "parent": f"n{i - 1}" if i else None,
+            "role": ("user", "assistant")[i % 2],
+            "content": text,
+        }
+        for i, text in enumerate(contents)
+    ]
+    chosen = {each["parent"] or "": each["id"] for each in nodes}
+    return file_of(title="T" * 500, nodes=nodes, chosen=chosen)
+
+
+def test_the_end_of_a_long_conversation_is_shown_first(chat: Chat, tmp_path: Path) -> None:
+    page = chat("Yes.")
+    file = tmp_path / "long.json"
+    file.write_text(branch([f"Message {i}" for i in range(250)]), encoding="utf-8")
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: titles(page) == ["T" * 119 + "…"])
+    page.click(".open-conversation")
+    page.until(lambda: len(page.all(".turn")) == 100)
+    top = "return document.querySelectorAll('.turn')[arguments[0]].getBoundingClientRect().top"
+    page.run("document.getElementById('scroll').scrollTop = 0")
+    before = page.run(top, 0)
+    assert page.find("#earlier").text == "Show earlier messages (150)"
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 200)
+    assert abs(page.run(top, 100) - before) < 2, "what was read stays in place"
+    page.say("More?")
+    assert len(page.all(".turn")) == 202
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 252)
+    assert not page.find("#earlier").is_displayed()
+    assert page.shown(".turn .text")[0] == "Message 0"
+
+
+def test_long_messages_are_shown_a_few_at_a_time(chat: Chat, tmp_path: Path) -> None:
+    page = chat()
+    file = tmp_path / "long.json"
+    file.write_text(branch(["word " * 30_000] * 8), encoding="utf-8")
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: len(titles(page)) == 1)
+    page.click(".open-conversation")
+    page.until(lambda: len(page.all(".turn")) == 2)
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 4)
+
+
 def test_a_full_storage_is_reported_and_the_conversation_continues(chat: Chat) -> None:
     page = chat("One.", "Two.")
     page.run("IDBObjectStore.prototype.put = () => { throw new DOMException('full', 'QuotaExceededError'); }")

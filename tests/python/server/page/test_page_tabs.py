@@ -166,9 +166,9 @@ def test_an_edit_stays_when_another_tab_changes_the_conversation(chat: Chat, key
     with page.tabs() as (first, _):
         opened(page, "Hello", ["One."])
         page.say("More")
-        page.click("#new")
-        page.chosen(first).until(lambda: len(page.stored()[0]["nodes"]) == 4)
-        page.module("storage", "m.openStore().then(store => store.list())")
+        page.button("Rename Hello").click()
+        page.press("Birds", Keys.ENTER)
+        page.chosen(first).until(lambda: titles(page) == ["Birds"])
         field = page.find(".edit textarea")
         assert field.get_attribute("value") == "Hello there"
         field.send_keys(key)

@@ -47,7 +47,7 @@ function askForKey(refused, signal) {
     };
     if (refused) say("The key is wrong. Please try again.", true);
     else say("Enter the API key of this server. The page keeps it until this tab is closed.", false);
-    $("key").value = "";
+    $("key").value = dialog.returnValue = "";
     dialog.querySelector("form").onsubmit = event => {
       const entered = $("key").value.trim();
       if (!entered || isKey(entered)) return;
@@ -58,7 +58,7 @@ function askForKey(refused, signal) {
     dialog.addEventListener("close", () => {
       asking = null;
       const entered = $("key").value.trim();
-      if (!entered) return reject(new ServerError("this server needs an API key"));
+      if (!entered || dialog.returnValue !== "given") return reject(new ServerError("this server needs an API key"));
       kept.set("nybble.key", entered, session);
       resolve();
       given();

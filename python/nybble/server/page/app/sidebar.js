@@ -66,9 +66,9 @@ export class Sidebar {
       rows.set(each.id, before?.dataset.title === each.title ? before : this.row(each));
     }
     this.rows = rows;
-    const wanted = [...rows.values()];
-    for (const row of [...list.children]) if (!wanted.includes(row)) row.remove();
-    wanted.forEach((row, index) => {
+    const wanted = new Set(rows.values());
+    for (const row of [...list.children]) if (!wanted.has(row)) row.remove();
+    [...wanted].forEach((row, index) => {
       if (list.children[index] !== row) list.insertBefore(row, list.children[index] ?? null);
     });
     for (const [id, row] of rows) {

@@ -29,7 +29,7 @@ mod _native {
     #[pymodule_export]
     use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
-    use super::model::{Model, Sequence, available_bytes, default_threads, kernels, tuning};
+    use super::model::{Model, Sequence, available_bytes, default_threads, kernels, model_needs, tuning};
     #[pymodule_export]
     use super::quantize::{quantize, remove_leftovers};
     #[pymodule_export]

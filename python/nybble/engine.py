@@ -63,6 +63,14 @@ class EngineStats:
     """Draft tokens computed."""
     accepted_tokens: int = 0
     """Draft tokens accepted."""
+    disk_cache_hits: int = 0
+    """Requests with keys and values from `cache_dir`."""
+    restored_tokens: int = 0
+    """Tokens whose keys and values were read from `cache_dir`."""
+    disk_cache_errors: int = 0
+    """Files in `cache_dir` that could not be read or written."""
+    disk_cache_bytes: int = 0
+    """Bytes of the files in `cache_dir`."""
 
 
 class Engine:
@@ -366,6 +374,10 @@ class _Loop:
                     break
                 self._recover(error)
         self._fail(ModelError("the engine was closed before the request ended"))
+        if self._driver is not None:
+            self._driver.save_prefixes()
+        with self._changed:
+            self._driver = None  # Its KV cache is freed, even if somebody still holds a request.
 
     def _take(self) -> bool:
         """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""
@@ -397,7 +409,7 @@ class _Loop:
         for request, outcome, cached_tokens in driver.step(signals=False):
             if request._is_done:
                 continue  # It was cancelled during the step, and _take drops it.
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 self._drop(request, error=outcome)
                 continue
             tokens += 1
@@ -418,7 +430,7 @@ class _Loop:
             self._driver_stats = driver.stats()
             self._count(completion_tokens=tokens)
 
-    def _drop(self, request: Request, finished: int = 0, error: Exception | None = None) -> None:
+    def _drop(self, request: Request, finished: int = 0, error: BaseException | None = None) -> None:
         if error is not None:
             request._finish(error=error)
         if self._driver is not None:

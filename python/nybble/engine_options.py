@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -25,7 +26,8 @@ class EngineOptions:
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: `max_queue` or `draft_tokens` is out of range. `Engine` checks the other options.
+        ValueError: `max_queue`, `draft_tokens` or `cache_dir_bytes` is out of range, or `cache_dir` comes without
+            `prefix_cache`. `Engine` checks the other options.
     """
 
     max_batch: int = field(default=16, metadata=doc("Requests to compute at the same time."))
@@ -63,10 +65,32 @@ class EngineOptions:
 
     None chooses it by how many were accepted.
     """
+    cache_dir: str | os.PathLike[str] | None = field(
+        default=None, metadata=doc("Folder that keeps the prefix cache between runs.", "DIR")
+    )
+    """A folder that keeps the prefix cache after the end of the process, for any number of models.
+
+    It needs `prefix_cache`, and is made if it does not exist. Files in it hold prompts and answers, so only the user
+    may read them.
+    """
+    cache_dir_bytes: int | None = field(default=None, metadata=doc("Limit of the files in that folder in bytes."))
+    """Limit of the files in `cache_dir` in bytes. The least recently used ones are removed.
+
+    None takes 10 GB, but at most a tenth of the disk.
+    """
 
     def __post_init__(self) -> None:
-        numbers = dict.fromkeys(("max_batch", "max_queue", "cache_bytes", "prefill_chunk", "draft_tokens"), int)
-        check_types(self, {**numbers, "prefix_cache": bool, "speculation": str})
+        names = ("max_batch", "max_queue", "cache_bytes", "prefill_chunk", "draft_tokens", "cache_dir_bytes")
+        numbers = dict.fromkeys(names, int)
+        folder = (str, os.PathLike)
+        check_types(self, {**numbers, "prefix_cache": bool, "speculation": str, "cache_dir": folder})
+        if self.cache_dir is not None:
+            if not os.fspath(self.cache_dir):
+                raise ValueError("cache_dir: found an empty path, expected a folder, or a name for a new one")
+            if not self.prefix_cache:
+                raise ValueError("cache_dir: found a folder, but prefix_cache=False, expected True")
+        if self.cache_dir_bytes is not None and self.cache_dir_bytes < 0:
+            raise ValueError(f"cache_dir_bytes: found {self.cache_dir_bytes}, expected None, or 0 or more")
         if self.max_queue is not None and self.max_queue < 0:
             raise ValueError(f"max_queue: found {self.max_queue}, expected None, or 0 or more")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= 8:
@@ -87,6 +111,8 @@ class EngineOverrides(TypedDict, total=False):
     prefill_chunk: int | None
     speculation: Literal["off", "on", "auto", "mtp"]
     draft_tokens: int | None
+    cache_dir: str | os.PathLike[str] | None
+    cache_dir_bytes: int | None
 
 
 def merge_engine_options(options: EngineOptions | None, overrides: EngineOverrides) -> EngineOptions:

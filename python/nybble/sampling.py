@@ -175,9 +175,7 @@ class SamplingOptions:
     Before it, end tokens and `stop_token_ids` are not sampled unless a constraint allows nothing else. Stop strings
     are only looked for in the text after these tokens.
     """
-    ignore_eos: bool = field(
-        default=False, metadata=doc("Do not sample the model's end tokens, as benchmarks need it.")
-    )
+    ignore_eos: bool = field(default=False, metadata=doc("Do not sample the model's end tokens, for benchmarks."))
     """Do not sample the model's end tokens, unless a constraint allows nothing else."""
     stop: str | Sequence[str] | None = field(
         default=(), metadata=doc("Stop before this text, which the output does not include. Repeatable.")

@@ -30,15 +30,27 @@ struct Continuation {
     tokens: Vec<(u32, f32)>,
     /// The last token.
     next: Vec<u32>,
-    /// The sum of the log-probabilities.
-    logprob: f64,
+    /// The sum of the log-probabilities after bias, by which beams compete.
+    sum: f64,
 }
 
 impl Continuation {
-    fn extended(&self, token: u32, logprob: f64) -> Continuation {
-        let tokens = self.tokens.iter().copied().chain([(token, logprob as f32)]).collect();
-        Continuation { tokens, next: vec![token], logprob: self.logprob + logprob }
+    fn extended(&self, next: Next) -> Continuation {
+        let tokens = self.tokens.iter().copied().chain([(next.token, next.logprob)]).collect();
+        Continuation { tokens, next: vec![next.token], sum: next.sum }
     }
+}
+
+/// A token that extends a beam.
+#[derive(Debug, Clone, Copy)]
+struct Next {
+    /// The number of the beam.
+    parent: usize,
+    token: u32,
+    /// Its log-probability, in the model's own distribution.
+    logprob: f32,
+    /// The sum of the extended beam.
+    sum: f64,
 }
 
 /// A search over the continuations of one prompt.
@@ -110,23 +122,24 @@ impl BeamSearch {
             beam.session.check_cache()?;
             let sampled = beam.continuation.tokens.len();
             let best = sampler.best(logits, kept, sampled)?;
-            let sum = beam.continuation.logprob;
-            found.extend(best.into_iter().map(|(token, logprob)| (sum + logprob, parent, token, logprob)));
+            let sum = beam.continuation.sum;
+            let next = |(token, biased, logprob)| Next { parent, token, logprob, sum: sum + biased };
+            found.extend(best.into_iter().map(next));
         }
         // Stable: of equal ones, the better beam and then the lower id goes first.
-        found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        found.sort_by(|a: &Next, b: &Next| b.sum.total_cmp(&a.sum));
         found.truncate(kept);
         let length = self.beams.first().map_or(0, |beam| beam.continuation.tokens.len()) + 1;
         let is_full = self.ended.len() >= count;
         let mut open = Vec::new();
-        for (rank, (sum, parent, token, logprob)) in found.into_iter().enumerate() {
-            if !self.ends.contains(&token) && length < self.limit {
+        for (rank, next) in found.into_iter().enumerate() {
+            if !self.ends.contains(&next.token) && length < self.limit {
                 if open.len() < count {
-                    open.push((parent, token, logprob));
+                    open.push(next);
                 }
             } else if rank < count && !(is_full && self.early_stopping == EarlyStopping::Always) {
-                let continuation = self.beams[parent].continuation.extended(token, logprob);
-                self.ended.push((self.score(sum, length), continuation));
+                let continuation = self.beams[next.parent].continuation.extended(next);
+                self.ended.push((self.score(next.sum, length), continuation));
             }
         }
         self.ended.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -139,26 +152,26 @@ impl BeamSearch {
         Ok(has_ended)
     }
 
-    /// The tokens of the best continuation, with their log-probabilities.
-    pub(super) fn into_best(self) -> Vec<(u32, f32)> {
-        self.ended.into_iter().next().map(|(_, continuation)| continuation.tokens).unwrap_or_default()
+    /// The score of the best continuation, and its tokens with their log-probabilities.
+    pub(super) fn into_best(self) -> Option<(f64, Vec<(u32, f32)>)> {
+        self.ended.into_iter().next().map(|(score, continuation)| (score, continuation.tokens))
     }
 
     fn score(&self, logprob: f64, length: usize) -> f64 {
         logprob / (length as f64).powf(f64::from(self.length_penalty))
     }
 
-    /// Replaces the beams by extensions of them: parent, token and its log-probability.
-    fn extend(&mut self, open: &[(usize, u32, f64)]) {
+    /// Replaces the beams by extensions of them.
+    fn extend(&mut self, open: &[Next]) {
         let mut parents: Vec<_> = std::mem::take(&mut self.beams).into_iter().map(Some).collect();
-        for (at, (parent, token, logprob)) in open.iter().enumerate() {
-            let is_last = open[at + 1..].iter().all(|(other, ..)| other != parent);
-            let Some(beam) = &mut parents[*parent] else { continue };
-            let continuation = beam.continuation.extended(*token, *logprob);
+        for (at, next) in open.iter().enumerate() {
+            let is_last = open[at + 1..].iter().all(|other| other.parent != next.parent);
+            let Some(beam) = &mut parents[next.parent] else { continue };
+            let continuation = beam.continuation.extended(*next);
             let session = beam.session.fork();
             if is_last {
                 // Its pages need no copy when they are not shared any more.
-                parents[*parent] = None;
+                parents[next.parent] = None;
             }
             self.beams.push(Beam { session, continuation });
         }
@@ -174,6 +187,6 @@ impl BeamSearch {
             EarlyStopping::Never if self.length_penalty > 0.0 => self.limit,
             EarlyStopping::Never | EarlyStopping::Heuristic => length,
         };
-        self.score(best.continuation.logprob, longest) <= *worst
+        self.score(best.continuation.sum, longest) <= *worst
     }
 }

@@ -7,6 +7,7 @@ mod beams;
 mod constrained_sampler;
 #[cfg(feature = "grammar")]
 pub mod constraint;
+mod disk_cache;
 #[cfg(not(feature = "grammar"))]
 mod no_constraint;
 mod prefill_budget;

@@ -2,13 +2,17 @@
 //!
 //! A block is 64 tokens, the page with their keys and values, and the block before it. A page depends on all tokens before
 //! it, so a block is looked up by the id of its parent and its own tokens. Blocks form a tree. Tokens are compared in full:
-//! a hash collision cannot mix up two sequences.
+//! a hash collision cannot mix up two sequences. `persistence` keeps blocks on disk, too.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::time::Instant;
 
+use super::disk_cache::{DiskCache, Prefix};
 use crate::kernels::PAGE;
 use crate::model::{Session, SharedPage};
+
+mod persistence;
 
 /// The tokens of a page.
 pub(super) type Tokens = [u32; PAGE];
@@ -40,6 +44,16 @@ struct Block {
     depth: usize,
     /// When a sequence last used it.
     used: u64,
+    /// Sequences that have used it.
+    users: usize,
+    /// The id of the parent of the first block before it.
+    root: u64,
+    /// The hash of all tokens up to its last, for the file on disk.
+    prefix: Prefix,
+    /// Whether the page was handed to the disk cache, and whether it had recurrent states then.
+    saved: Option<bool>,
+    /// When the time of its file was last set.
+    marked: Option<Instant>,
 }
 
 /// The tree of blocks. It keeps their pages until they are evicted.
@@ -52,6 +66,12 @@ pub(super) struct Prefixes {
     clock: u64,
     /// Bytes of all pages.
     bytes: usize,
+    /// Where pages are kept, too.
+    disk: Option<DiskCache>,
+    /// Why they are not.
+    reports: Vec<String>,
+    /// The prefixes of first blocks by their parents' ids, and the hashes of adapters, where pages are kept on disk.
+    roots: HashMap<u64, (Prefix, Option<[u8; 32]>)>,
 }
 
 impl Prefixes {
@@ -68,6 +88,11 @@ impl Prefixes {
     /// Bytes that sequences use, too. Evicting them would free no memory.
     pub(super) fn bytes_in_use(&self) -> usize {
         self.blocks.values().map(|block| block.page.shared_bytes()).sum()
+    }
+
+    /// Whether block `number` is in memory.
+    pub(super) fn has(&self, number: u64) -> bool {
+        self.blocks.contains_key(&number)
     }
 
     /// The id and page of the block with this key.
@@ -97,15 +122,39 @@ impl Prefixes {
         }
         self.last += 1;
         self.bytes += page.bytes();
-        let depth = self.blocks.get(&key.parent).map_or(0, |parent| parent.depth + 1);
+        let parent = self.blocks.get(&key.parent);
+        let (depth, root) = parent.map_or((0, key.parent), |parent| (parent.depth + 1, parent.root));
+        let prefix = self.prefix_after(key.parent, &key.tokens).unwrap_or_default();
         self.numbers.insert(key, self.last);
         self.children.entry(key.parent).or_default().push(self.last);
-        self.blocks.insert(self.last, Block { key, page: page.clone(), depth, used: self.clock });
+        let block = Block {
+            key,
+            page: page.clone(),
+            depth,
+            used: self.clock,
+            users: 0,
+            root,
+            prefix,
+            saved: None,
+            marked: None,
+        };
+        self.blocks.insert(self.last, block);
         (self.last, page)
     }
 
-    /// Records that block `number` and all blocks before it were used now.
-    pub(super) fn touch(&mut self, mut number: u64) {
+    /// Records that a sequence leaves that has used block `number` and all blocks before it.
+    pub(super) fn touch(&mut self, number: u64) {
+        self.refresh(number);
+        let mut next = number;
+        while let Some(block) = self.blocks.get_mut(&next) {
+            block.users += 1;
+            next = block.key.parent;
+        }
+        self.save_chain(number);
+    }
+
+    /// Records that block `number` and all blocks before it are used now.
+    pub(super) fn refresh(&mut self, mut number: u64) {
         self.clock += 1;
         while let Some(block) = self.blocks.get_mut(&number) {
             block.used = self.clock;
@@ -117,8 +166,18 @@ impl Prefixes {
     /// least recently used first, and of these the deepest, so that a block never loses its parent; then what the others hold
     /// alone, the deepest last.
     pub(super) fn evict(&mut self, bytes: usize) -> usize {
-        let freed = self.free(bytes);
+        let mut freed = self.free(bytes);
         self.bytes -= freed;
+        if freed < bytes && self.disk.is_some() {
+            // A page that the disk cache is copying counts as used.
+            let disk = self.disk.take();
+            let held = disk.as_ref().map(DiskCache::hold_writer);
+            let more = self.free(bytes - freed);
+            drop(held);
+            self.disk = disk;
+            self.bytes -= more;
+            freed += more;
+        }
         freed
     }
 

@@ -64,6 +64,8 @@ pub struct Sampled {
     /// The ids and log-probabilities of the most likely tokens, most likely first: `logprobs` of them, or fewer if the model
     /// rules out the others.
     pub top: Vec<(u32, f32)>,
+    /// The score of the continuation that the token belongs to, if a beam search found it.
+    pub beam_score: Option<f64>,
 }
 
 /// Changes logits before they are sampled.
@@ -217,6 +219,7 @@ impl Sampler {
         }
         // Log-probabilities are those before it.
         let mut before = None;
+        let was_processed = process.is_some();
         if let Some(process) = process {
             before = normalizer.map(|_| logits.to_vec());
             process(logits)?;
@@ -232,24 +235,33 @@ impl Sampler {
         while let Some((id, logit)) = self.changed.pop() {
             logits[id as usize] = logit;
         }
-        let token = chosen?;
+        let token = match chosen {
+            Err(Error::BadLogits) if was_processed => {
+                let found = "a processor that leaves no token which the constraint and logit_bias allow";
+                return Err(Error::argument("logits_processor", found, "at least one such token"));
+            }
+            chosen => chosen?,
+        };
         self.held = self.held.saturating_sub(1);
         let logit = before.as_deref().unwrap_or(logits)[token as usize];
-        Ok(Sampled { token, logprob: logprob(logit), top })
+        Ok(Sampled { token, logprob: logprob(logit), top, beam_score: None })
     }
 
-    /// The log-probabilities of all tokens, and the `count` candidates for the next token of a beam: the largest after bias and the
-    /// end of step 2, with their log-probabilities, largest first. `held` says whether ends are held back.
-    pub(super) fn best(&mut self, logits: &mut [f32], count: usize, sampled: usize) -> Result<Vec<(u32, f64)>> {
+    /// The `count` best tokens for the next step of a beam after `sampled` tokens, best first: each with its log-probability after
+    /// bias, by which beams compete, and before it.
+    pub(super) fn best(&mut self, logits: &mut [f32], count: usize, sampled: usize) -> Result<Vec<(u32, f64, f32)>> {
         self.mask_excluded(logits);
         let largest = largest(logits)?;
         let normalizer = log_sum_exp(logits, largest);
         self.held = self.options.min_tokens.saturating_sub(u32::try_from(sampled).unwrap_or(u32::MAX));
         self.adjust(logits);
         self.hold_ends(logits);
-        self.changed.clear();
         self.candidates.keep_largest(logits, count);
-        Ok(self.candidates.sorted().map(|(id, logit)| (id, f64::from(logit) - normalizer)).collect())
+        let changed = std::mem::take(&mut self.changed);
+        let before = |id, logit| changed.iter().find(|(other, _)| *other == id).map_or(logit, |(_, before)| *before);
+        let logprob = |logit| f64::from(logit) - normalizer;
+        let best = self.candidates.sorted();
+        Ok(best.map(|(id, logit)| (id, logprob(logit), logprob(before(id, logit)) as f32)).collect())
     }
 
     /// Step 0: rows of the output matrix without a token.

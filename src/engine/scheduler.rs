@@ -8,11 +8,13 @@
 //! are evicted. If that is not enough, the youngest sequence is preempted and computed again later. The last one fails.
 
 use std::collections::{HashSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::beams::BeamSearch;
 use super::constrained_sampler::compute_and_find_allowed;
+use super::disk_cache::DiskCache;
 use super::prefill_budget::PrefillBudget;
 use super::prefix::Prefixes;
 use super::sequence::Sequence;
@@ -22,10 +24,12 @@ use crate::model::{Input, Logits, Model};
 
 mod drafts;
 mod entry;
+mod restore;
 
 use drafts::Drafter;
 use entry::Entry;
 pub use entry::Event;
+use restore::Restores;
 
 type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -47,7 +51,14 @@ pub struct SchedulerOptions {
     /// Largest number of draft tokens of a sequence in a step, 1 to 8; with [`Speculation::Mtp`], their number. `None` chooses
     /// it by how many were accepted.
     pub draft_tokens: Option<usize>,
+    /// A folder that keeps the prefix cache after the end of the process. Needs `prefix_cache`.
+    pub cache_dir: Option<PathBuf>,
+    /// Limit of the files in `cache_dir` in bytes. The least recently used ones are removed.
+    pub cache_dir_bytes: u64,
 }
+
+/// The default of [`SchedulerOptions::cache_dir_bytes`].
+const CACHE_DIR_BYTES: u64 = 10_000_000_000;
 
 impl Default for SchedulerOptions {
     fn default() -> SchedulerOptions {
@@ -58,6 +69,8 @@ impl Default for SchedulerOptions {
             prefill_chunk: None,
             speculation: Speculation::Off,
             draft_tokens: None,
+            cache_dir: None,
+            cache_dir_bytes: CACHE_DIR_BYTES,
         }
     }
 }
@@ -69,6 +82,8 @@ setters!(SchedulerOptions {
     with_prefill_chunk(prefill_chunk: impl Into<Option<usize>>),
     with_speculation(speculation: Speculation),
     with_draft_tokens(draft_tokens: impl Into<Option<usize>>),
+    with_cache_dir(cache_dir: impl Into<Option<PathBuf>>),
+    with_cache_dir_bytes(cache_dir_bytes: u64),
 });
 
 /// Counts since the scheduler was created, and its current state.
@@ -93,6 +108,14 @@ pub struct Stats {
     pub drafted_tokens: usize,
     /// Draft tokens accepted.
     pub accepted_tokens: usize,
+    /// Sequences with keys and values from [`SchedulerOptions::cache_dir`].
+    pub disk_cache_hits: usize,
+    /// Tokens whose keys and values were read from there.
+    pub restored_tokens: usize,
+    /// Files there that could not be read or written.
+    pub disk_cache_errors: usize,
+    /// Bytes of the files there.
+    pub disk_cache_bytes: u64,
 }
 
 /// Computes many sequences together, step by step.
@@ -122,6 +145,8 @@ pub struct Scheduler {
     /// Oldest first.
     running: Vec<Entry>,
     waiting: VecDeque<Entry>,
+    /// What waiting sequences get from disk. Dropped before the prefix cache, whose reader waits until pages are received.
+    restores: Restores,
     prefixes: Prefixes,
     prefill: PrefillBudget,
     logits: Vec<f32>,
@@ -152,7 +177,11 @@ impl Scheduler {
         if let Some(count) = options.draft_tokens.filter(|count| !(1..=MAX_DRAFT).contains(count)) {
             return Err(Error::argument("draft_tokens", count, format_args!("1 to {MAX_DRAFT}")));
         }
+        if options.cache_dir.is_some() && !options.prefix_cache {
+            return Err(Error::argument("cache_dir", "a folder, but no prefix_cache", "prefix_cache or no folder"));
+        }
         let drafter = Drafter::new(&model, draft, options.speculation, options.draft_tokens)?;
+        let prefixes = Prefixes::open(&model, options.cache_dir.as_deref(), options.cache_dir_bytes)?;
         Ok(Scheduler {
             model,
             drafter,
@@ -160,7 +189,8 @@ impl Scheduler {
             options,
             running: Vec::new(),
             waiting: VecDeque::new(),
-            prefixes: Prefixes::default(),
+            prefixes,
+            restores: Restores::default(),
             logits: Vec::new(),
             last: 0,
             counts: Stats::default(),
@@ -188,6 +218,7 @@ impl Scheduler {
         } else {
             self.drafter.prepare(&mut sequence.session)?;
         }
+        self.prefixes.add_root(&sequence.session);
         self.last += 1;
         // The last token needs no position of its own: it is sampled but never computed.
         let remaining = limit.min(self.model.context() - sequence.tokens.len() + 1);
@@ -200,10 +231,12 @@ impl Scheduler {
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
             let entry = self.running.remove(at);
             self.prefixes.touch(entry.block);
-            return Some(entry.sequence);
+            self.note_activity();
+            return Some(entry.into_sequence());
         }
         let at = self.waiting.iter().position(|entry| entry.id == id)?;
-        self.waiting.remove(at).map(|entry| entry.sequence)
+        self.restores.cancel(id);
+        self.waiting.remove(at).map(Entry::into_sequence)
     }
 
     /// A sequence that has not left.
@@ -224,7 +257,31 @@ impl Scheduler {
             waiting: self.waiting.len(),
             cached_pages: self.prefixes.len(),
             cache_bytes: self.bytes(self.prefixes.bytes()),
+            disk_cache_bytes: self.prefixes.disk().map_or(0, DiskCache::bytes),
+            disk_cache_hits: self.restores.hits,
+            restored_tokens: self.restores.tokens,
+            disk_cache_errors: self.prefixes.disk().map_or(0, DiskCache::errors),
             ..self.counts
+        }
+    }
+
+    /// What has failed since the last call without an effect on any sequence, such as writing to
+    /// [`cache_dir`](SchedulerOptions::cache_dir). Each kind of failure is reported once.
+    pub fn take_reports(&mut self) -> Vec<String> {
+        self.prefixes.take_reports()
+    }
+
+    /// Writes the prefix cache to [`cache_dir`](SchedulerOptions::cache_dir) as far as it is not there, for at most `limit`. Pages
+    /// that several sequences have used, and those of long prompts, are written earlier.
+    pub fn save_prefixes(&mut self, limit: Duration) {
+        self.prefixes.save_all(limit);
+    }
+
+    /// Waits until the pages that are being written to [`cache_dir`](SchedulerOptions::cache_dir) are there, for at most `limit`.
+    #[doc(hidden)]
+    pub fn flush_disk_cache(&self, limit: Duration) {
+        if let Some(disk) = self.prefixes.disk() {
+            disk.flush(limit);
         }
     }
 
@@ -234,8 +291,22 @@ impl Scheduler {
     /// [`Error::Interrupted`] when `interrupted`, which is called between layers, returns true. The scheduler and all
     /// sequences are then as they were before. An error of one sequence is in its event, and the others continue.
     pub fn step(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Event>> {
+        let events = self.compute(interrupted);
+        self.note_activity();
+        events
+    }
+
+    /// Tells the prefix cache whether sequences wait for the CPU, which writing would slow down.
+    fn note_activity(&self) {
+        if let Some(disk) = self.prefixes.disk() {
+            disk.set_busy(!self.is_idle());
+        }
+    }
+
+    /// Computes one step.
+    fn compute(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Event>> {
         let mut events = Vec::new();
-        self.admit();
+        self.admit(interrupted)?;
         loop {
             self.plan();
             self.drafter.propose(&mut self.running, interrupted)?;
@@ -270,8 +341,9 @@ impl Scheduler {
     }
 
     /// Admits waiting sequences in order of arrival while there are slots, and memory for their prompts.
-    fn admit(&mut self) {
+    fn admit(&mut self, interrupted: Interrupted<'_>) -> Result<()> {
         while self.running.len() < self.options.max_batch
+            && self.restore(interrupted)?
             && let Some(mut entry) = self.waiting.pop_front()
         {
             let reused = if self.options.prefix_cache { entry.reuse(&self.prefixes) } else { 0 };
@@ -289,6 +361,17 @@ impl Scheduler {
             }
             self.counts.reused_tokens += reused;
         }
+        Ok(())
+    }
+
+    /// Reads what the first waiting sequence can reuse from disk. Returns false when it must wait for that while others run.
+    fn restore(&mut self, interrupted: Interrupted<'_>) -> Result<bool> {
+        if self.waiting.is_empty() || self.options.cache_dir.is_none() {
+            return Ok(true);
+        }
+        let space = self.options.cache_bytes.saturating_sub(self.bytes(0));
+        let is_alone = self.running.is_empty();
+        self.restores.advance(self.waiting.front(), &mut self.prefixes, space, is_alone.then_some(interrupted))
     }
 
     /// Decides how many tokens of each sequence the step computes.

@@ -213,6 +213,14 @@ impl Sequence {
         Ok(sampled)
     }
 
+    /// Makes the last token pending again if a beam search has computed it, so that its logits can be had.
+    pub(super) fn restore_pending(&mut self) {
+        if self.pending.is_empty() {
+            self.session.truncate(self.tokens.len().saturating_sub(1));
+            self.pending.extend_from_slice(&self.tokens[self.session.len()..]);
+        }
+    }
+
     /// Checks that there is something to compute.
     pub(super) fn check_continues(&self) -> Result<()> {
         if self.has_ended {

@@ -26,11 +26,20 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`]; [`Error::InvalidArgument`] if something other than a regular file is at `target`.
     pub(crate) fn create(target: &Path, private: bool) -> Result<AtomicFile> {
+        remove_leftovers(folder(target), &prefix(target));
+        AtomicFile::create_only(target, private)
+    }
+
+    /// As [`AtomicFile::create`], but leaves what a killed process has left for the target: listing a folder of many files for each of
+    /// them takes too long. [`remove_all_leftovers`] removes it.
+    ///
+    /// # Errors
+    /// As for [`AtomicFile::create`].
+    pub(crate) fn create_only(target: &Path, private: bool) -> Result<AtomicFile> {
         /// Distinguishes the files of one process.
         static NEXT: AtomicU64 = AtomicU64::new(0);
         check_replaceable("path", target)?;
         let prefix = prefix(target);
-        remove_leftovers(target, &prefix);
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = target.with_file_name(format!("{prefix}{}-{number}.tmp", std::process::id()));
@@ -59,15 +68,25 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], and [`Error::InvalidArgument`] if something other than a regular file is there by now. The file is
     /// removed then.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
+        let target = self.target.clone();
+        self.finish_name()?;
+        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
+        let _ = File::open(folder(&target)).and_then(|folder| folder.sync_all());
+        Ok(())
+    }
+
+    /// As [`AtomicFile::finish`], but the new name may be lost if the machine stops soon.
+    ///
+    /// # Errors
+    /// As for [`AtomicFile::finish`].
+    pub(crate) fn finish_name(mut self) -> Result<()> {
         self.file.sync_all().map_err(|source| Error::io(&self.target, source))?;
         check_replaceable("path", &self.target)?;
         if let Some(path) = &self.temporary {
             std::fs::rename(path, &self.target).map_err(|source| Error::io(&self.target, source))?;
             self.temporary = None;
         }
-        // The new name is durable once the folder is flushed. Some file systems refuse this, which does not affect the file.
-        let _ = File::open(folder(&self.target)).and_then(|folder| folder.sync_all());
         Ok(())
     }
 }
@@ -112,12 +131,20 @@ fn folder(target: &Path) -> &Path {
 fn prefix(target: &Path) -> String {
     let name = target.file_name().unwrap_or_default();
     let hash = blake3::hash(name.as_encoded_bytes()).to_hex();
-    format!(".nybble-{}-", &hash[..16])
+    format!("{PREFIX}{}-", &hash[..16])
 }
 
-/// Removes the files for the same target that no process has locked.
-fn remove_leftovers(target: &Path, prefix: &str) {
-    for entry in folder(target).read_dir().into_iter().flatten().flatten() {
+/// The beginning of all temporary names.
+const PREFIX: &str = ".nybble-";
+
+/// Removes the files in a folder that killed processes have left, for any target.
+pub(crate) fn remove_all_leftovers(folder: &Path) {
+    remove_leftovers(folder, PREFIX);
+}
+
+/// Removes the files in a folder whose temporary names begin with `prefix` and that no process has locked.
+fn remove_leftovers(folder: &Path, prefix: &str) {
+    for entry in folder.read_dir().into_iter().flatten().flatten() {
         if !entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix) && name.ends_with(".tmp"))
             || !entry.file_type().is_ok_and(|kind| kind.is_file())
         {

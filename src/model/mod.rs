@@ -14,6 +14,7 @@
 //! | `outputs/` | what hidden states of a whole document become: embeddings and scores of labels |
 //! | `per_layer`, `streams` | a vector of the token for each layer, and several residual streams |
 //! | `model` | the interface: loading, sessions, logits |
+//! | `needs` | the memory that a model takes, from the headers of its files |
 //! | `layerwise` | the same step one layer at a time, for calibration |
 //! | `adapter/` | low-rank adapters: reads their files, adds their products, merges them into a checkpoint |
 //! | `convert/` | any checkpoint to a GGUF file, or to another type while it is loaded |
@@ -37,6 +38,7 @@ mod mixers;
 #[allow(clippy::module_inception, reason = "the file is named after its type")]
 mod model;
 mod mtp;
+mod needs;
 mod norm;
 mod outputs;
 mod pass;
@@ -53,10 +55,13 @@ pub use config::Pooling;
 pub use convert::requantize;
 pub use model::{LoadOptions, Model, Quantize};
 pub(crate) use mtp::HeadDraft;
+#[doc(hidden)]
+pub use needs::Needs;
 pub use outputs::embedding::TextTokens;
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};
 pub use state::cache::CacheType;
+pub(crate) use state::page_file::{PageFault, PageId, WeakPage, is_page_file, next_prefix};
 pub use state::session::Session;
 #[doc(hidden)]
 pub use state::session::SharedPage;

@@ -182,11 +182,7 @@ impl Model {
         let kernel = kernels::choose(options.kernel.as_deref())?;
         let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
-        let context = options.context.unwrap_or(config.default_context());
-        if context == 0 || context > config.longest {
-            let expected = format!("1 to {}, the context that the model was made for", config.longest);
-            return Err(Error::argument("context", context, expected));
-        }
+        let context = config.context_or_default(options.context)?;
         let (weights, source) = pool.run(|scope| {
             let weights = load(&Loader::new(scope, checkpoint, progress), &config, context)?;
             kernels::tuning::tune(kernel, scope, pool.threads(), weights.linears().flat_map(|layer| layer.parts()));
@@ -475,7 +471,7 @@ impl Model {
     }
 
     /// Calls `run` with the model and limits with which a session file must agree.
-    fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
+    pub(super) fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
         run(&Owner {
             id: self.id,
             path: &self.path,
@@ -490,7 +486,7 @@ impl Model {
 }
 
 /// Opens the checkpoint at `path` and hands it to `act`, with its matrices quantized as `options` say.
-fn open<R>(path: &Path, options: &LoadOptions, act: impl FnOnce(&dyn Checkpoint) -> Result<R>) -> Result<R> {
+pub(super) fn open<R>(path: &Path, options: &LoadOptions, act: impl FnOnce(&dyn Checkpoint) -> Result<R>) -> Result<R> {
     if path.is_dir() {
         let folder = HfFolder::open_with(path, options.mmap)?;
         // In a checkpoint that is in 4 bits already, the matrices that are left were worth more bits.

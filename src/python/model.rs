@@ -45,9 +45,26 @@ pub(super) fn available_bytes() -> Option<usize> {
     crate::system::memory::available()
 }
 
+/// What the model at `path` needs once it is loaded, by name, from the headers of its files. `options` has the attributes of
+/// the package's `LoadOptions`.
+#[pyfunction]
+pub(super) fn model_needs(py: Python<'_>, path: PathBuf, options: Loading) -> PyResult<Bound<'_, PyDict>> {
+    let options = options.options()?;
+    let needs = guarded(py, || model::Needs::read(path, &options))?;
+    let found = PyDict::new(py);
+    found.set_item("family", needs.family)?;
+    found.set_item("parameters", needs.parameters)?;
+    found.set_item("context", needs.context)?;
+    found.set_item("weight_bytes", needs.weight_bytes)?;
+    found.set_item("cache_bytes", needs.cache_bytes)?;
+    found.set_item("cache_bytes_per_token", needs.cache_bytes_per_token)?;
+    found.set_item("state_bytes", needs.state_bytes)?;
+    Ok(found)
+}
+
 /// The attributes of the package's `LoadOptions`, which documents them. Those that name a file are not among them.
 #[derive(FromPyObject)]
-struct Loading {
+pub(super) struct Loading {
     kernel: Option<String>,
     threads: Option<usize>,
     context: Option<usize>,

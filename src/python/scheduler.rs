@@ -1,7 +1,9 @@
 //! `nybble._native.Scheduler`: continuous batching, which all generation goes through.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -22,10 +24,13 @@ struct Options {
     prefill_chunk: Option<usize>,
     speculation: String,
     draft_tokens: Option<usize>,
+    cache_dir: Option<PathBuf>,
+    cache_dir_bytes: Option<u64>,
 }
 
 impl Options {
     fn checked(self) -> crate::Result<SchedulerOptions> {
+        let default = SchedulerOptions::default();
         Ok(SchedulerOptions {
             max_batch: self.max_batch,
             cache_bytes: self.cache_bytes.unwrap_or(usize::MAX),
@@ -33,6 +38,8 @@ impl Options {
             prefill_chunk: self.prefill_chunk,
             speculation: Speculation::by_name(&self.speculation)?,
             draft_tokens: self.draft_tokens,
+            cache_dir: self.cache_dir,
+            cache_dir_bytes: self.cache_dir_bytes.unwrap_or(default.cache_dir_bytes),
         })
     }
 }
@@ -115,6 +122,22 @@ impl Scheduler {
         self.interrupted.store(true, Ordering::Relaxed);
     }
 
+    /// What has failed without an effect on any sequence since the last call, once for each kind of failure.
+    fn take_reports(&self) -> PyResult<Vec<String>> {
+        Ok(self.inner()?.take_reports())
+    }
+
+    /// Writes the prefix cache to its folder on disk, for at most `seconds`.
+    fn save_prefixes(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
+        let limit = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        let mut inner = self.inner()?;
+        let inner = &mut *inner;
+        guarded(py, || {
+            inner.save_prefixes(limit);
+            Ok(())
+        })
+    }
+
     /// Counts, by name.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (stats, dict) = (self.inner()?.stats(), PyDict::new(py));
@@ -126,6 +149,10 @@ impl Scheduler {
         dict.set_item("reused_tokens", stats.reused_tokens)?;
         dict.set_item("drafted_tokens", stats.drafted_tokens)?;
         dict.set_item("accepted_tokens", stats.accepted_tokens)?;
+        dict.set_item("disk_cache_hits", stats.disk_cache_hits)?;
+        dict.set_item("restored_tokens", stats.restored_tokens)?;
+        dict.set_item("disk_cache_errors", stats.disk_cache_errors)?;
+        dict.set_item("disk_cache_bytes", stats.disk_cache_bytes)?;
         Ok(dict)
     }
 }

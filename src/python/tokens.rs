@@ -135,10 +135,12 @@ pub(super) struct Sampled {
     id: u32,
     logprob: Option<f32>,
     top: Vec<(u32, f32)>,
+    beam_score: Option<f64>,
 }
 
 impl From<sampler::Sampled> for Sampled {
     fn from(sampled: sampler::Sampled) -> Sampled {
-        Sampled { id: sampled.token, logprob: sampled.logprob, top: sampled.top }
+        let sampler::Sampled { token, logprob, top, beam_score } = sampled;
+        Sampled { id: token, logprob, top, beam_score }
     }
 }

@@ -220,6 +220,23 @@ fn the_sequence_returns_with_its_continuation() {
 }
 
 #[test]
+fn a_cancelled_search_can_be_submitted_again() {
+    for (model, prompt) in [(load(), tokens(PAGE + 3, 2)), (load(), tokens(5, 1))] {
+        let mut scheduler = scheduler(&model, SchedulerOptions::default());
+        let case = Search { options: searching(4), ends: vec![], limit: 30 };
+        let expected = case.naive(&model, &prompt);
+        let id = scheduler.submit(case.sequence(&model, &prompt), case.limit).unwrap();
+        while scheduler.stats().steps < 6 {
+            assert!(scheduler.step(&|| false).unwrap().is_empty());
+        }
+        let sequence = scheduler.cancel(id).unwrap();
+        assert_eq!(sequence.tokens(), prompt);
+        let again = scheduler.submit(sequence, case.limit).unwrap();
+        assert_found(&finish(&mut scheduler).remove(&again).unwrap(), &expected, &prompt);
+    }
+}
+
+#[test]
 fn what_a_search_does_not_use_is_refused_by_name() {
     let model = load();
     let refused = |options: SamplingOptions| Sequence::new(&model, &[1], options).unwrap_err().to_string();

@@ -9,6 +9,8 @@ mod adapters;
 mod beams;
 #[cfg(feature = "grammar")]
 mod constraint;
+#[cfg(unix)]
+mod disk_cache;
 mod ends;
 mod examples;
 mod filters;

@@ -53,6 +53,23 @@ fn one_draft_token_in_a_step_is_accepted_as_often_as_the_goldens_say() {
 }
 
 #[test]
+fn a_head_drafts_after_a_prefix_from_disk() {
+    for golden in mtp_goldens() {
+        let (folder, jobs, model) = (tempfile::tempdir().unwrap(), jobs(&golden), load(&golden, Quantize::Stored));
+        let alone: Vec<_> = jobs.iter().map(|job| job.alone(&model)).collect();
+        let options = options(None).with_cache_dir(folder.path().join("cache"));
+        for restored in [0, 2 * 64] {
+            let model = load(&golden, Quantize::Stored);
+            let mut scheduler = scheduler(&model, options.clone());
+            assert_written(&model, &jobs, &alone, &mut scheduler);
+            scheduler.save_prefixes(std::time::Duration::from_secs(600));
+            let stats = scheduler.stats();
+            assert!(stats.restored_tokens >= restored && stats.drafted_tokens > 100, "{}: {stats:?}", golden.name);
+        }
+    }
+}
+
+#[test]
 fn drafts_of_a_head_never_change_a_token_in_any_batch() {
     for golden in mtp_goldens() {
         let jobs = jobs(&golden);

@@ -1,40 +1,58 @@
-"""`nybble serve`: serves a model to OpenAI's clients and on a chat page."""
+"""`nybble serve`: serves models to OpenAI's clients and on a chat page."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from nybble.cli import terminal
-from nybble.cli.options import ModelArgument, load_model, takes_options
+import typer
+
+from nybble.cli import guide, terminal
+from nybble.cli.options import load_model, takes_options
 from nybble.load_options import LoadOptions
 from nybble.server.options import ServeOptions
+from nybble.server.pool.spec import source_name
 
 if TYPE_CHECKING:
-    from nybble.model import ModelInfo
+    import socket
 
-_PAGE_TOKENS = 64
-"""Tokens of a page of the KV cache."""
+    from nybble.model import ModelInfo
+    from nybble.server.pool.pool import Pool
+    from nybble.server.pool.spec import ModelSpec
+    from nybble.server.service import Service
+
+ModelsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF files, folders or Hub repositories.",
+        show_default=False,
+        autocompletion=guide.models,
+    ),
+]
+"""The models of the command; None for the default model."""
 
 
 @takes_options
-def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None) -> None:
-    """Serve a model to OpenAI's clients at /v1, and a chat page at /.
+def serve(command: typer.Context, options: ServeOptions, load: LoadOptions, sources: ModelsArgument = None) -> None:
+    """Serve models to OpenAI's clients at /v1, and a chat page at /.
 
-    Without MODEL, it serves the default model, which is downloaded on first use.
+    Without MODEL, it serves the default model, which is downloaded on first use. Several models are loaded when
+    requests ask for them, and unloaded when others need the memory.
     """
     try:
         from nybble.server import http_server
         from nybble.server.certificate import Certificate
-        from nybble.server.service import Service
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nybble"):
             raise
         raise ValueError(f"nybble serve needs {error.name}: pip install 'nybble[serve]'") from None
-    from nybble.engine import Engine
 
+    specs: list[ModelSpec] | None = None
+    if len(sources or ()) > 1 or options.loads_on_demand:
+        options, specs = _several(command, sources or [], options, load)
     certificate = None
     if options.ssl_cert is not None and options.ssl_key is not None:
         certificate = Certificate(Path(options.ssl_cert), Path(options.ssl_key))
@@ -47,39 +65,83 @@ def serve(options: ServeOptions, load: LoadOptions, source: ModelArgument = None
         if options.api_key is None and not http_server.is_loopback(listener):
             terminal.note("nybble: anyone who can reach this address may use the model; --api-key restricts access")
         terminal.log_with_times("nybble.server", options.log_level)
-        model = stack.enter_context(load_model(source, load, adapters=options.adapters()))
-        if options.cache_bytes is not None:
-            _check_cache(options.cache_bytes, model.info)
-        draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
-        engine = Engine(model, options.engine(), draft=draft)
-        allowed_hosts = http_server.allowed_hosts(listener, list(options.allow_host))
-        settings = options.settings(context=model.info.context, allowed_hosts=allowed_hosts)
-        name = options.name or source_name(source, model.info.file.name)
-        service = Service(stack.enter_context(engine), name, settings)
+        served: Service | Pool
+        if specs is None:
+            served = _one(stack, sources[0] if sources else None, options, load, listener)
+            title = served.name
+        else:
+            from nybble.server.pool.sources import new_pool
+
+            terminal.show_log()
+            served = new_pool(specs, options, http_server.allowed_hosts(listener, list(options.allow_host)))
+            stack.callback(served.close)
+            title = "\n".join(spec.name for spec in specs)
 
         def ready(url: str) -> None:
-            terminal.note(f"{name}\n  page  {url}\n  API   {url}/v1")
+            terminal.note(f"{title}\n  page  {url}\n  API   {url}/v1")
 
-        http_server.serve(service, listener, ready, certificate)
+        http_server.serve(served, listener, ready, certificate)
+
+
+def _one(
+    stack: contextlib.ExitStack,
+    source: str | None,
+    options: ServeOptions,
+    load: LoadOptions,
+    listener: socket.socket,
+) -> Service:
+    """Loads the only model, which `stack` closes."""
+    from nybble.engine import Engine
+    from nybble.server import http_server
+    from nybble.server.service import Service
+
+    model = stack.enter_context(load_model(source, load, adapters=options.adapters()))
+    if options.cache_bytes is not None:
+        _check_cache(options.cache_bytes, model.info)
+    draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
+    engine = Engine(model, options.engine(), draft=draft)
+    allowed_hosts = http_server.allowed_hosts(listener, list(options.allow_host))
+    settings = options.settings(context=model.info.context, allowed_hosts=allowed_hosts)
+    name = options.name or source_name(source, model.info.file.name)
+    return Service(stack.enter_context(engine), name, settings)
+
+
+def _several(
+    command: typer.Context, sources: Sequence[str], options: ServeOptions, load: LoadOptions
+) -> tuple[ServeOptions, list[ModelSpec]]:
+    """The options with those of the configuration file, and the models of the command line, the file and the folder."""
+    from nybble.server.pool.config import configured_models, read_config, with_config
+    from nybble.server.pool.sources import models_in, named_models
+
+    specs = []
+    config = None
+    if options.config is not None:
+        config = read_config(Path(options.config))
+        options, load = with_config(
+            config, options, load, [name for name in command.params if _is_given(command, name)]
+        )
+    has_others = bool(options.models_dir or (config is not None and config.models))
+    if sources or not has_others:
+        specs += named_models(sources or [None], options, load)
+    if config is not None:
+        specs += configured_models(config, options, load)
+    if options.models_dir is not None:
+        specs += models_in(Path(options.models_dir), options, load)
+    return options, specs
+
+
+def _is_given(command: typer.Context, name: str) -> bool:
+    """Whether the command line or the environment sets an option."""
+    source = command.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _check_cache(cache_bytes: int, info: ModelInfo) -> None:
     """Refuses a cache smaller than a page, and notes one that is smaller than the context."""
-    # A model of recurrent layers alone takes nothing per token. A step computes its states in a second buffer.
-    least = _PAGE_TOKENS * info.cache_bytes_per_token + 2 * info.state_bytes
-    if cache_bytes < least:
-        expected = f"at least {least / 1e9:.3g} for {_PAGE_TOKENS} tokens"
-        raise ValueError(f"cache_gb: found {cache_bytes / 1e9:g}, expected {expected}")
+    from nybble.server.pool.needs import check_cache_bytes
+
+    check_cache_bytes(cache_bytes, info)
     if cache_bytes < info.cache_bytes:
         tokens = (cache_bytes - info.state_bytes) // max(info.cache_bytes_per_token, 1)
         capacity = f"{tokens:,} tokens, less than the context of {info.context:,}"
         terminal.note(f"nybble: --cache-gb holds requests of up to {capacity}")
-
-
-def source_name(source: str | None, file: str) -> str:
-    """The default name of a model: that of its repository, or else that of its file."""
-    is_repository = source is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    if source is not None and is_repository and not source.endswith(".gguf") and not Path(source).exists():
-        return source
-    # Clients receive the name as JSON, which has no characters for bytes that are not UTF-8.
-    return os.fsencode(file).decode("utf-8", "replace").removesuffix(".gguf")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,10 +53,7 @@ class CompletionBuilder:
         self._parts: list[OutputPart] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if request.options.logprobs is None else []
-        self._logprob = 0.0
-        """The log-probability of all tokens, the end token included, where it is known."""
-        self._sampled = 0
-        """The number of these tokens."""
+        self._beam_score: float | None = None
         self._began = self._first = self._last = time.perf_counter()
 
     @property
@@ -70,7 +66,7 @@ class CompletionBuilder:
         self._last = time.perf_counter()
         if not self._tokens:
             self._first = self._last
-        self._logprob, self._sampled = self._logprob + (sampled.logprob or 0.0), self._sampled + 1
+        self._beam_score = sampled.beam_score
         if sampled.id in self._end_ids and not self._waits_for_answer:
             self.finish_reason = "stop"
             return self._finish()
@@ -145,13 +141,6 @@ class CompletionBuilder:
         """Returns the state for people: "12 tokens, running"."""
         count = len(self._tokens)
         return f"{count} {'token' if count == 1 else 'tokens'}, {self.finish_reason or 'running'}"
-
-    @property
-    def _beam_score(self) -> float | None:
-        options = self._request.options
-        if options.num_beams == 1 or not self._sampled:
-            return None
-        return self._logprob / math.pow(self._sampled, options.length_penalty)
 
     def _finish(self) -> str:
         """Takes what the text has held back. Returns the text that is final now."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nybble import _native, memory
@@ -15,8 +19,12 @@ if TYPE_CHECKING:
 
 Job = TypeVar("Job")
 
+_log = logging.getLogger("nybble")
+
 _PAGE = 64
 """Tokens per page of the KV cache."""
+_SAVING_SECONDS = 10.0
+"""How long the end of an engine may wait for the prefix cache to be written to disk."""
 
 
 class Driver(Generic[Job]):
@@ -45,11 +53,15 @@ class Driver(Generic[Job]):
             own = _PAGE * model.info.cache_bytes_per_token + model.info.state_bytes
             kept = own if keep_sessions else 0
             options = options.replace(cache_bytes=memory.for_caches(native) + kept)
+        if options.cache_dir is not None and options.cache_dir_bytes is None:
+            options = options.replace(cache_dir_bytes=_default_size(options.cache_dir))
+        self._keeps_prefixes = options.cache_dir is not None
         self._model = model
         self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)
         self._jobs: dict[int, Job] = {}
         self._ids: dict[Job, int] = {}
         self._sessions: dict[Job, _native.Session] | None = {} if keep_sessions else None
+        self._log_reports()
 
     def __contains__(self, job: Job) -> bool:
         """Whether a job is waiting or running."""
@@ -68,7 +80,7 @@ class Driver(Generic[Job]):
         number = self._scheduler.submit(request.sequence, request.limit)
         self._jobs[number], self._ids[job] = job, number
 
-    def step(self, *, signals: bool) -> Iterator[tuple[Job, _native.Sampled | Exception, int]]:
+    def step(self, *, signals: bool) -> Iterator[tuple[Job, _native.Sampled | BaseException, int]]:
         """Computes one step. Yields for each job its next tokens, or the exception that ended it.
 
         With each comes the number of prompt tokens that were not computed. A job that has been cancelled meanwhile gets
@@ -78,9 +90,11 @@ class Driver(Generic[Job]):
             signals: Run signal handlers during the step, as the main thread can. An exception from a handler, such as
                 `KeyboardInterrupt`, ends the step within a layer; the driver is then as it was before the step.
         """
-        for number, outcome, cached_tokens, session in self._scheduler.step(signals):
+        stepped = self._scheduler.step(signals)
+        self._log_reports()
+        for number, outcome, cached_tokens, session in stepped:
             if (job := self._jobs.get(number)) is not None:
-                if session is not None or isinstance(outcome, Exception):
+                if session is not None or isinstance(outcome, BaseException):
                     self._forget(job, number, session)
                 yield job, outcome, cached_tokens
 
@@ -117,7 +131,24 @@ class Driver(Generic[Job]):
         """Returns the scheduler's counts by name."""
         return self._scheduler.stats()
 
+    def save_prefixes(self) -> None:
+        """Writes the prefix cache to `cache_dir`, if there is one. Waits for that at most ten seconds."""
+        if self._keeps_prefixes:
+            self._scheduler.save_prefixes(_SAVING_SECONDS)
+            self._log_reports()
+
+    def _log_reports(self) -> None:
+        if self._keeps_prefixes:
+            for report in self._scheduler.take_reports():
+                _log.warning("cache_dir: %s", report)
+
     def _forget(self, job: Job, number: int, session: _native.Session | None) -> None:
         del self._jobs[number], self._ids[job]
         if self._sessions is not None and session is not None:
             self._sessions[job] = session
+
+
+def _default_size(folder: str | os.PathLike[str]) -> int:
+    """The default of `cache_dir_bytes`: 10 GB, but at most a tenth of the disk that holds the folder."""
+    existing = next(path for path in (Path(folder).absolute() / "_").parents if path.exists())
+    return min(10_000_000_000, shutil.disk_usage(existing).total // 10)

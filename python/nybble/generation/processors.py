@@ -40,7 +40,11 @@ def _checked(returned: npt.ArrayLike, by: LogitsProcessor, shape: tuple[int, ...
 
     name = getattr(by, "__name__", type(by).__name__)
     try:
-        logits = np.array(returned, np.float32)
+        found = np.asarray(returned)
+        if found.dtype.kind not in "fiu":
+            raise TypeError
+        with np.errstate(over="ignore"):  # What becomes infinite is refused later.
+            logits = np.array(found, np.float32)
     except (TypeError, ValueError):
         raise ValueError(
             f"logits_processor: {name} returned {type(returned).__name__}, expected an array of shape {shape} or None"

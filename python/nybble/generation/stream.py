@@ -139,8 +139,9 @@ def _advance(driver: Driver[CompletionBuilder]) -> str:
     """
     text = ""
     for builder, outcome, cached_tokens in driver.step(signals=True):
-        if isinstance(outcome, Exception):
-            builder.error = outcome
+        if isinstance(outcome, BaseException):
+            # Others end the program, as Ctrl-C in a logits processor does.
+            builder.error = outcome if isinstance(outcome, Exception) else None
             raise outcome
         builder.report_cached(cached_tokens)
         text += builder.push(outcome)

@@ -1,11 +1,12 @@
-"""An HTTP server for one model: OpenAI's API and a chat page. Needs `nybble[serve]`.
+"""An HTTP server for one model or several: OpenAI's API and a chat page. Needs `nybble[serve]`.
 
 `nybble serve` runs it; `create_app` makes an ASGI application. A request passes these modules:
 
 1. `middleware` checks the API key and the host, and reads the body.
-2. `protocols` validates the body and translates it to a `generation.GenerationRequest`.
-3. `generation` runs it on the engine and reports `events`.
-4. `delivery` sends the answers in the format of the protocol, as a whole or as a stream.
+2. `pool` chooses the model, and loads it if needed.
+3. `protocols` validates the body and translates it to a `generation.GenerationRequest`.
+4. `generation` runs it on the engine and reports `events`.
+5. `delivery` sends the answers in the format of the protocol, as a whole or as a stream.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -111,6 +111,18 @@ class ApiError(Exception):
 def overloaded(message: str, status: int, code: str) -> ApiError:
     """A temporary error. Clients are asked to try again after a second."""
     return ApiError(status, message, code=code, headers={"Retry-After": "1"})
+
+
+def shutting_down() -> ApiError:
+    """The error of requests that come after the signal to end."""
+    return overloaded("the server is shutting down", 503, "shutting_down")
+
+
+def unknown_model(model: str, known: Iterable[str]) -> ApiError:
+    """The error of a request for a model that the server does not have."""
+    names = " and ".join(repr(name) for name in known)
+    message = f"the model {model!r} does not exist; this server serves {names}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def out_of_memory() -> ApiError:

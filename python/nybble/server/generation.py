@@ -17,7 +17,7 @@ from nybble.chat.tools.reader import CallStart
 from nybble.engine import Piece, Request
 from nybble.sampling import SamplingOptions
 from nybble.server import events
-from nybble.server.errors import ApiError, as_api_errors, overloaded
+from nybble.server.errors import ApiError, as_api_errors, shutting_down
 from nybble.server.service import Service
 
 Prompt = str | list[int]
@@ -145,7 +145,7 @@ class AnswerGroup:
                 async for piece in answer:
                     queue.put_nowait((index, piece))
                 if answer.completion.finish_reason == "cancelled":
-                    raise overloaded("the server is shutting down", 503, "shutting_down")
+                    raise shutting_down()
                 queue.put_nowait((index, None))
             except Exception as error:
                 queue.put_nowait((index, error))
@@ -159,7 +159,7 @@ class AnswerGroup:
                     raise piece
                 if is_first:
                     is_first = False
-                    self._service.metrics.first_token_seconds.observe(time.perf_counter() - self._started_at)
+                    self._service.observe_first_token(time.perf_counter() - self._started_at)
                 unfinished -= piece is None
                 yield index, piece
         finally:

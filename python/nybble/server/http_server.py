@@ -22,6 +22,7 @@ from nybble.server.certificate import Certificate
 from nybble.server.connections import Connections, Listener, within_open_files
 from nybble.server.middleware import client_name
 from nybble.server.options import Settings
+from nybble.server.pool.pool import Pool
 from nybble.server.service import Service
 
 __all__ = ["allowed_hosts", "bind", "bind_unix", "is_loopback", "make_server", "serve"]
@@ -36,7 +37,7 @@ _log = logging.getLogger("nybble.server")
 
 
 def serve(
-    service: Service,
+    served: Service | Pool,
     listener: socket.socket,
     ready: Callable[[str], object] = lambda _: None,
     certificate: Certificate | None = None,
@@ -44,7 +45,7 @@ def serve(
     """Answers requests until SIGTERM, SIGHUP or Ctrl-C, then lets running answers finish. A second signal cancels them.
 
     Args:
-        service: The service to run.
+        served: The model or the models to serve.
         listener: A bound socket, as `bind` returns it.
         ready: Called with the URL once the server accepts requests.
         certificate: With which the server speaks HTTPS; None for plain HTTP.
@@ -55,19 +56,20 @@ def serve(
     # Two processes may bind an address. The second one to listen fails here.
     with addresses.naming_address(addresses.name(listener)):
         listener.listen(_BACKLOG)
-    make_server(service, ready, certificate).run(sockets=[listener])
+    make_server(served, ready, certificate).run(sockets=[listener])
 
 
 def make_server(
-    service: Service, ready: Callable[[str], object], certificate: Certificate | None = None
+    served: Service | Pool, ready: Callable[[str], object], certificate: Certificate | None = None
 ) -> uvicorn.Server:
     """A server that does not run yet."""
-    connections = within_open_files(service.settings.max_connections)
+    pool = Pool.of(served)
+    connections = within_open_files(pool.settings.max_connections)
     config = uvicorn.Config(
-        create_app(service),
+        create_app(pool),
         ssl_certfile=None if certificate is None else certificate.file,
         ssl_keyfile=None if certificate is None else certificate.key,
-        http=_protocol(service.settings, connections),
+        http=_protocol(pool.settings, connections),
         loop="asyncio",  # Its event loop accepts connections through the listener.
         ws="none",
         log_config=None,
@@ -78,18 +80,18 @@ def make_server(
         backlog=_BACKLOG,
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Malformed requests get an answer, not a log line.
-    return _Server(config, service, ready, connections)
+    return _Server(config, pool, ready, connections)
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server. After a signal it refuses new requests with an error until the running ones are answered."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, ready: Callable[[str], object], connections: Connections
+        self, config: uvicorn.Config, pool: Pool, ready: Callable[[str], object], connections: Connections
     ) -> None:
         super().__init__(config)
         self._connections = connections
-        self._service = service
+        self._pool = pool
         self._ready = ready
         self._deadline = 0.0
 
@@ -105,16 +107,20 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal starts the drain, the second ends it."""
-        if self._service.draining:
+        shared = self._pool.shared
+        if shared.draining:
             self._deadline = 0.0
         else:
-            self._deadline = time.monotonic() + self._service.settings.drain_seconds
-            self._service.draining = True
+            self._deadline = time.monotonic() + self._pool.settings.drain_seconds
+            shared.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ends the server when all requests are answered or the drain time is over."""
-        if self._service.draining and (self._service.working == 0 or time.monotonic() >= self._deadline):
-            self._service.stop()
+        shared = self._pool.shared
+        if shared.draining:
+            self._pool.refuse_waiting()
+        if shared.draining and (shared.working == 0 or time.monotonic() >= self._deadline):
+            self._pool.stop()
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -18,10 +18,14 @@ _GAUGES = {
     "waiting": "Answers that wait for a slot.",
     "cached_pages": "Pages of keys and values in the prefix cache.",
     "cache_bytes": "Bytes of the KV cache.",
+    "disk_cache_bytes": "Bytes of the prefix cache on disk.",
 }
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts.",
     "reused_tokens": "Tokens of prompts found in the prefix cache.",
+    "restored_tokens": "Tokens whose keys and values were read from disk.",
+    "disk_cache_hits": "Requests with keys and values from disk.",
+    "disk_cache_errors": "Files of the prefix cache that could not be read or written.",
     "completion_tokens": "Tokens generated.",
     "drafted_tokens": "Draft tokens proposed by speculation.",
     "accepted_tokens": "Draft tokens accepted.",
@@ -31,16 +35,25 @@ _COUNTERS = {
 }
 
 
+GAUGES = tuple(_GAUGES)
+"""The engine's statistics of the present. The others are counts."""
+
+
 class Metrics:
     """The metrics of one server, in their own registry.
 
     Args:
-        engine_stats: Returns the counters of the engine.
+        engine_stats: Returns the counters of the engines by model. A server of one model calls it None: its metrics
+            have no label `model`, so that the names of their series stay as they are.
+        is_labelled: Whether metrics of answers have the label `model`.
     """
 
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, engine_stats: Callable[[], Mapping[str | None, EngineStats]], *, is_labelled: bool = False
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine_stats))
+        self._registry.register(_EngineCollector(engine_stats, is_labelled))
+        self._is_labelled = is_labelled
         ProcessCollector(registry=self._registry)
         self.requests: Counter = Counter(
             "nybble_http_requests", "HTTP requests answered.", ["path", "status"], registry=self._registry
@@ -52,12 +65,22 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self.first_token_seconds: Histogram = Histogram(
+        self._first_token_seconds = Histogram(
             "nybble_first_token_seconds",
             "Time from a prompt to the first piece of its answer.",
+            _labels(is_labelled),
             buckets=_SECONDS,
             registry=self._registry,
         )
+
+    def observe_first_token(self, model: str, seconds: float) -> None:
+        """Counts the time from a prompt to the first piece of its answer."""
+        histogram = self._first_token_seconds
+        (histogram.labels(model) if self._is_labelled else histogram).observe(seconds)
+
+    def add(self, collector: Collector) -> None:
+        """Adds more metrics."""
+        self._registry.register(collector)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -65,14 +88,22 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the counters of the engine whenever Prometheus reads the metrics."""
+    """Reads the counters of the engines whenever Prometheus reads the metrics."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, engine_stats: Callable[[], Mapping[str | None, EngineStats]], is_labelled: bool) -> None:
         self._engine_stats = engine_stats
+        self._labels = _labels(is_labelled)
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._engine_stats()
-        for name, description in _GAUGES.items():
-            yield GaugeMetricFamily(f"nybble_{name}", description, value=getattr(stats, name))
-        for name, description in _COUNTERS.items():
-            yield CounterMetricFamily(f"nybble_{name}", description, value=getattr(stats, name))
+        by_model = self._engine_stats()
+        kinds = ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS))
+        for kind, names in kinds:
+            for name, description in names.items():
+                family = kind(f"nybble_{name}", description, labels=self._labels)
+                for model, stats in by_model.items():
+                    family.add_metric([] if model is None else [model], getattr(stats, name))
+                yield family
+
+
+def _labels(is_labelled: bool) -> list[str]:
+    return ["model"] if is_labelled else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import time
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.server.errors import ApiError
 from nybble.server.page.routes import PREFIX
-from nybble.server.service import Service
+from nybble.server.pool.pool import Pool
 
 _PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
 """Paths that need no key. The page and its files hold no secret, and the page asks for the key itself."""
@@ -30,13 +31,13 @@ class Middleware:
 
     Args:
         app: The application.
-        service: Its settings and metrics are used.
+        pool: Its settings and metrics are used.
         paths: The paths that metrics distinguish.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, pool: Pool, paths: Iterable[str]) -> None:
         self._app = app
-        self._service = service
+        self._pool = pool
         self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +64,7 @@ class Middleware:
             raise
         finally:
             known = path if path in self._paths else "other"
-            metrics = self._service.metrics
+            metrics = self._pool.shared.metrics
             metrics.requests.labels(known, str(status)).inc()
             seconds = time.perf_counter() - start
             metrics.seconds.labels(known).observe(seconds)
@@ -79,12 +80,15 @@ class Middleware:
             await error.response(scope["path"])(scope, receive, send)
             return
         if body is not None:
-            scope.setdefault("state", {})["body_bytes"] = len(body)
-            await self._app(scope, _replay(body, receive), send)
+            state = scope.setdefault("state", {})
+            state["body_bytes"] = len(body)
+            # A model that the request uses stays loaded until the answer has been sent.
+            with contextlib.ExitStack() as state["leases"]:
+                await self._app(scope, _replay(body, receive), send)
 
     def _check_host(self, headers: Headers, http_version: str) -> None:
         """Keeps web pages from reaching a local server, by DNS rebinding or from another origin."""
-        allowed = self._service.settings.allowed_hosts
+        allowed = self._pool.settings.allowed_hosts
         host = headers.get("host", "")
         if not host and http_version == "1.0":
             allowed = None  # Health checks of load balancers name no host. Browsers always do.
@@ -94,13 +98,13 @@ class Middleware:
         origin = headers.get("origin")
         # A reverse proxy may pass on its own name for this server as the host, and the origin as the browser sends it.
         is_own = origin is None or _netloc(origin) == host.lower()
-        allowed_origins = self._service.settings.allowed_origins
+        allowed_origins = self._pool.settings.allowed_origins
         if not is_own and not allowed_origins & {(origin or "").lower(), _hostname(origin or ""), "*"}:
             message = f"requests from web pages of the origin {origin!r:.200} are refused; allow it with --allow-origin"
             raise ApiError(403, message, code="foreign_origin")
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        key = self._service.settings.api_key
+        key = self._pool.settings.api_key
         if key is None or path in _PUBLIC_PATHS or path.startswith(PREFIX):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -112,7 +116,7 @@ class Middleware:
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, or None if the client disconnected. The connection limits the time."""
-        limit = self._service.settings.max_body_bytes
+        limit = self._pool.max_body_bytes
         too_large = ApiError(413, f"the request body is larger than {limit} bytes", code="body_too_large")
         length = headers.get("content-length", "")
         if length.isascii() and length.isdigit() and int(length[:20]) > limit:

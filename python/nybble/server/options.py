@@ -95,6 +95,23 @@ class ServeOptions(EngineOptions):
         ),
     )
     """Sets `cache_bytes`."""
+    cache_dir: str | None = field(
+        default=None,
+        metadata=_option(
+            "Folder that keeps the prefix cache between runs, with prompts and answers.",
+            metavar="DIR",
+            panel="Prefix cache on disk",
+        ),
+    )
+    cache_dir_size: float | None = field(
+        default=None,
+        metadata=_option(
+            "Limit of that folder in GB; by default 10, but at most a tenth of the disk.",
+            range=(0, None),
+            panel="Prefix cache on disk",
+        ),
+    )
+    """Sets `cache_dir_bytes`."""
     draft: str | None = field(
         default=None,
         metadata=_option("Smaller model of the same vocabulary that drafts tokens.", metavar="MODEL", panel="Engine"),
@@ -123,6 +140,43 @@ class ServeOptions(EngineOptions):
         ),
     )
 
+    config: str | None = field(
+        default=None,
+        metadata=_option("File in TOML with models and options of the server.", metavar="FILE", panel="Several models"),
+    )
+    models_dir: str | None = field(
+        default=None,
+        metadata=_option(
+            "Folder whose models are served: GGUF files and folders with safetensors files.",
+            metavar="FOLDER",
+            panel="Several models",
+        ),
+    )
+    max_memory: str | None = field(
+        default=None,
+        metadata=_option(
+            "Memory for loaded models, such as 16GB; by default nine tenths of what is free at the start.",
+            metavar="SIZE",
+            panel="Several models",
+        ),
+    )
+    max_loaded: int | None = field(
+        default=None,
+        metadata=_option(
+            "Models that may be loaded at the same time; all that fit if not given.",
+            range=(1, None),
+            panel="Several models",
+        ),
+    )
+    unload_after: float | None = field(
+        default=None,
+        metadata=_option(
+            "Seconds without a request after which a model is unloaded; never if not given.",
+            range=(0, None),
+            panel="Several models",
+        ),
+    )
+
     matryoshka: bool = field(
         default=False,
         metadata=_option("Let clients cut embeddings to fewer dimensions, for models trained for it.", panel="Engine"),
@@ -144,7 +198,13 @@ class ServeOptions(EngineOptions):
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
         if self.cache_gb is not None:
             object.__setattr__(self, "cache_bytes", int(self.cache_gb * 1e9))
+        if self.cache_dir_size is not None:
+            if self.cache_dir is None:
+                raise ValueError("cache_dir_size: found a limit, but no cache_dir, expected both or neither")
+            object.__setattr__(self, "cache_dir_bytes", int(self.cache_dir_size * 1e9))
         self.adapters()
+        if self.max_memory is not None:
+            parse_size("max_memory", self.max_memory)
         if self.adapter_folder is not None and not Path(self.adapter_folder).is_dir():
             raise ValueError(f"adapter_folder: found {self.adapter_folder!r}, expected a folder")
         super().__post_init__()
@@ -165,6 +225,17 @@ class ServeOptions(EngineOptions):
                 raise ValueError(f"adapter: found the name {name!r} twice, expected different names")
             found[name] = Path(path)
         return found
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The memory for loaded models in bytes; None if it was not given."""
+        return None if self.max_memory is None else parse_size("max_memory", self.max_memory)
+
+    @property
+    def loads_on_demand(self) -> bool:
+        """Whether models are loaded by requests, not when the server starts."""
+        given = (self.config, self.models_dir, self.max_memory, self.max_loaded, self.unload_after)
+        return any(value is not None for value in given)
 
     def engine(self) -> EngineOptions:
         """The options of the engine alone."""
@@ -194,6 +265,26 @@ class ServeOptions(EngineOptions):
             request_seconds=self.timeout,
             drain_seconds=self.drain,
         )
+
+
+_UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {
+    f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)
+}
+"""Bytes of the units of sizes."""
+
+
+def parse_size(name: str, text: str) -> int:
+    """The bytes of a size such as `16GB` or `500 MiB`.
+
+    Raises:
+        ValueError: It is not a size, or 0. The message begins with `name`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    unit = None if match is None else units.get(match[2].lower(), units.get(f"{match[2]}b".lower()))
+    if match is None or unit is None or (found := int(float(match[1]) * unit)) <= 0:
+        raise ValueError(f"{name}: found {text!r:.100}, expected a size with its unit, such as 16GB or 500MB")
+    return found
 
 
 def check_adapter_name(name: str) -> None:

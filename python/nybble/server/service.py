@@ -1,4 +1,4 @@
-"""The state that all routes share: the engine, the settings, and the requests in flight."""
+"""A model that is served: its engine, settings and requests in flight; and what the models of a server share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
 from nybble.engine import Engine, Request
-from nybble.server.errors import ApiError, overloaded
+from nybble.server.errors import ApiError, overloaded, shutting_down, unknown_model
 from nybble.server.metrics import Metrics
 from nybble.server.options import Settings
 from nybble.server.protocols.responses.store import ResponseStore
@@ -24,25 +24,59 @@ _RECOVERY_SECONDS = 10
 
 
 @dataclass
+class Shared:
+    """What the models of a server have in common."""
+
+    metrics: Metrics
+    responses: ResponseStore
+    draining: bool = False
+    working: int = 0
+    """Requests in flight that use a model."""
+
+
+@dataclass
 class Service:
-    """An engine that is served under a name."""
+    """An engine that is served under a name, and under other names if it has any.
+
+    `in_common` is what the service shares with those of the other models of the server; its own if None.
+    """
 
     engine: Engine
     name: str
     settings: Settings = field(default_factory=Settings)
+    aliases: tuple[str, ...] = ()
+    in_common: InitVar[Shared | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, in_common: Shared | None) -> None:
         self.created: int = self.now()
-        self.metrics: Metrics = Metrics(self.engine.stats)
-        self.draining: bool = False
-        self.working: int = 0
-        """Requests in flight that use the model."""
+        self.shared: Shared = in_common or Shared(
+            Metrics(lambda: {None: self.engine.stats()}), ResponseStore(self.settings.store_bytes)
+        )
         self.embedding: asyncio.Semaphore = asyncio.Semaphore(1)
         """Embeddings are computed outside the engine's loop, one request at a time."""
         self.long_prompts: asyncio.Semaphore = asyncio.Semaphore(1)
-        self.responses: ResponseStore = ResponseStore(self.settings.store_bytes)
         self._threads: CapacityLimiter | None = None
         self._running: set[Request] = set()
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of the server."""
+        return self.shared.metrics
+
+    @property
+    def responses(self) -> ResponseStore:
+        """The responses that clients may continue, whatever model has given them."""
+        return self.shared.responses
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server shuts down."""
+        return self.shared.draining
+
+    @property
+    def working(self) -> int:
+        """Requests in flight that use a model of the server."""
+        return self.shared.working
 
     def admit(self, model: str | None, answers: int) -> str | None:
         """Refuses requests for other models and requests beyond the limits, before they cost any work.
@@ -54,11 +88,9 @@ class Service:
             ApiError: The request is refused.
         """
         if self.draining:
-            raise overloaded("the server is shutting down", 503, "shutting_down")
-        if model is not None and model not in (self.name, f"{self.name}:latest") and self.lora_of(model) is None:
-            names = " and ".join(repr(name) for name in self.models())
-            message = f"the model {model!r} does not exist; this server serves {names}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise shutting_down()
+        if model is not None and not self._is_base(model) and self.lora_of(model) is None:
+            raise unknown_model(model, self.models())
         limit = self.settings.max_answers
         if answers > limit:
             message = f"found {answers} answers in one request, expected at most {limit}"
@@ -70,7 +102,10 @@ class Service:
     def lora_of(self, model: str | None) -> str | None:
         """The name of the LoRA adapter that the model `base:name` has; None for the base and unknown models."""
         base, _, lora = (model or "").rpartition(":")
-        return lora if base == self.name and lora in self.engine.model.adapters else None
+        return lora if base in (self.name, *self.aliases) and lora in self.engine.model.adapters else None
+
+    def _is_base(self, model: str) -> bool:
+        return any(model in (name, f"{name}:latest") for name in (self.name, *self.aliases))
 
     def name_of(self, model: str | None) -> str:
         """The name of the model that answers a request for `model`."""
@@ -93,6 +128,10 @@ class Service:
         """The creation time of answers, in seconds since 1970."""
         return int(time.time())
 
+    def observe_first_token(self, seconds: float) -> None:
+        """Counts the time from a prompt to the first piece of its answer."""
+        self.metrics.observe_first_token(self.name, seconds)
+
     async def recovers(self) -> bool:
         """Whether the engine, which has failed, computes a token again."""
         try:
@@ -107,11 +146,11 @@ class Service:
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
         """Counts a request that uses the model, for the duration of the block."""
-        self.working += 1
+        self.shared.working += 1
         try:
             yield
         finally:
-            self.working -= 1
+            self.shared.working -= 1
 
     @contextlib.contextmanager
     def tracked(self, request: Request) -> Iterator[Request]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
+
+_MAX_BYTES = 40
+"""Bytes of a string that count, as in llama.cpp. Longer strings are cut."""
+_MAX_TAIL = 20
+"""Tokens after the first one of a sequence, as in llama.cpp."""
 
 
 class Vocabulary(Protocol):
@@ -27,33 +34,56 @@ class Vocabulary(Protocol):
         """The token ids of a text."""
 
 
-def breaker_sequences(tokenizer: Vocabulary, breakers: Sequence[str]) -> list[list[int]]:
-    """The shortest token sequences after which a text contains one of some strings.
+class Breakers:
+    """Finds token sequences in the vocabulary of a tokenizer."""
 
-    A token that contains a string is a sequence of its own. For a token that ends with the beginning of a string, the
-    tokens of the rest follow, as in llama.cpp.
+    def __init__(self, tokenizer: Vocabulary) -> None:
+        self._tokenizer = tokenizer
+        self._spellings = [_spelling(tokenizer, token) for token in range(tokenizer.vocab_size)]
 
-    Args:
-        tokenizer: The tokenizer of the model.
-        breakers: Strings that are not empty. They may be the spelling of special tokens.
-    """
-    wanted = [breaker.encode() for breaker in breakers]
-    rests: dict[bytes, list[int]] = {}
-    sequences = []
-    for token in range(tokenizer.vocab_size):
-        text = _spelling(tokenizer, token)
-        if any(breaker in text for breaker in wanted):
-            sequences.append([token])
-            continue
+    def sequences(self, breakers: Sequence[str]) -> list[list[int]]:
+        """The shortest token sequences after which a text contains one of some strings.
+
+        A token that contains a string is a sequence of its own. For a token that ends with the beginning of a string,
+        the tokens of the rest follow, as in llama.cpp.
+
+        Args:
+            breakers: Strings that are not empty. They may be the spelling of special tokens.
+        """
+        wanted = sorted({breaker.encode()[:_MAX_BYTES] for breaker in breakers})
+        if not wanted:
+            return []
+        contains = re.compile(b"|".join(map(re.escape, wanted))).search
+        rests: dict[bytes, list[list[int]]] = defaultdict(list)
         for breaker in wanted:
-            for length in range(1, min(len(breaker), len(text) + 1)):
-                if text.endswith(breaker[:length]):
-                    rest = breaker[length:]
-                    if rest not in rests:
-                        rests[rest] = _tokens_within_text(tokenizer, rest)
-                    if rests[rest]:
-                        sequences.append([token, *rests[rest]])
-    return sequences
+            for length in range(1, len(breaker)):
+                if tail := self._tokens_within_text(breaker[length:]):
+                    rests[breaker[:length]].append(tail)
+        longest = max(map(len, rests), default=0)
+        found = []
+        for token, text in enumerate(self._spellings):
+            if contains(text):
+                found.append([token])
+            else:
+                for length in range(1, min(longest, len(text)) + 1):
+                    found += [[token, *tail] for tail in rests.get(text[-length:], ())]
+        return found
+
+    def _tokens_within_text(self, rest: bytes) -> list[int]:
+        """The tokens that spell the end of a text; empty where no text ends with them."""
+        try:
+            text = rest.decode()
+        except UnicodeDecodeError:  # The string was cut within a character.
+            return []
+        # Many tokenizers encode the beginning of a text differently, such as with a space before it.
+        for before in ("", "\n", "a"):
+            ids = self._tokenizer.encode(before + text, add_special=False)
+            spelled = b""
+            for index in range(len(ids) - 1, -1, -1):
+                spelled = self._spellings[ids[index]] + spelled
+                if spelled == rest:
+                    return ids[index:] if len(ids) - index <= _MAX_TAIL else []
+        return []
 
 
 def _spelling(tokenizer: Vocabulary, token: int) -> bytes:
@@ -63,20 +93,3 @@ def _spelling(tokenizer: Vocabulary, token: int) -> bytes:
         return tokenizer.token_bytes(token)
     except ValueError:  # An id between others that has no token.
         return b""
-
-
-def _tokens_within_text(tokenizer: Vocabulary, rest: bytes) -> list[int]:
-    """The tokens that spell the end of a text; empty where no text ends with them."""
-    try:
-        text = rest.decode()
-    except UnicodeDecodeError:  # The string was cut within a character.
-        return []
-    # Many tokenizers encode the beginning of a text differently, such as with a space before it.
-    for before in ("", "\n", "a"):
-        ids = tokenizer.encode(before + text, add_special=False)
-        spelled = b""
-        for index in range(len(ids) - 1, -1, -1):
-            spelled = _spelling(tokenizer, ids[index]) + spelled
-            if spelled == rest:
-                return ids[index:]
-    return []

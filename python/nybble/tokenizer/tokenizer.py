@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nybble import _native
 from nybble.errors import ModelError
 from nybble.overrides import Returned, keyword_only
-from nybble.tokenizer.breakers import breaker_sequences
+from nybble.tokenizer.breakers import Breakers
 from nybble.tokenizer.detokenizer import StopMatcher, StreamDecoder
 from nybble.tokenizer.infill import InfillTokens, find_infill_tokens, infill_prompt
 
@@ -81,12 +81,15 @@ class Tokenizer(Returned):
     _special_ids: frozenset[int]
     _eos_ids: frozenset[int]
     _chat_templates: Mapping[str, str]
+    _own_template: str | None
+    """What replaces the chat templates of the files."""
     _special_texts: Mapping[str, str]
     _compiled: dict[str, ChatTemplate]
     _missing_ids: dict[int, list[tuple[int, int]]]
     _grammar: _native.Vocabulary | None
     _infill: InfillTokens | None
     _breakers: dict[tuple[str, ...], list[list[int]]]
+    _breaker_search: Breakers | None
 
     @classmethod
     def _of(cls, where: str, describe: _InGguf | _InMetadata | _InFolder) -> Tokenizer:
@@ -96,7 +99,7 @@ class Tokenizer(Returned):
 
     def __getstate__(self) -> dict[str, Any]:
         # Everything else is read or built again.
-        return {"_where": self._where, "_describe": self._describe}
+        return {"_where": self._where, "_describe": self._describe, "_own_template": self._own_template}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._where, self._describe = state["_where"], state["_describe"]
@@ -109,7 +112,10 @@ class Tokenizer(Returned):
         self._chat_templates = self._description.chat_templates
         self._special_texts = self._description.special_spellings
         self._compiled, self._missing_ids, self._grammar, self._infill = {}, {}, None, None
-        self._breakers = {}
+        self._breakers, self._breaker_search = {}, None
+        self._own_template = None
+        if (template := state.get("_own_template")) is not None:
+            self.replace_chat_template(template)
 
     def _build(self, text: str) -> str | None:
         """Makes the encoder from the content of a `tokenizer.json`. Returns the reason if that is impossible."""
@@ -342,6 +348,22 @@ class Tokenizer(Returned):
         """
         return self._template(name).variables if name in self._chat_templates else frozenset()
 
+    def replace_chat_template(self, template: str) -> None:
+        """Uses a chat template for all conversations instead of those of the model.
+
+        Raises:
+            ModelError: The template is invalid.
+        """
+        before = self._chat_templates, self._compiled
+        others = {name: text for name, text in self._chat_templates.items() if name != "tool_use"}
+        self._chat_templates, self._compiled = {**others, "default": template}, {}
+        try:
+            self._template("default")
+        except ModelError:
+            self._chat_templates, self._compiled = before
+            raise
+        self._own_template = template
+
     def _template(self, name: str) -> ChatTemplate:
         if (compiled := self._compiled.get(name)) is None:
             from nybble.chat.template import ChatTemplate  # Jinja is slow to import, and not every run needs it.
@@ -392,7 +414,9 @@ class Tokenizer(Returned):
         if (found := self._breakers.get(breakers)) is None:
             if len(self._breakers) >= _KEPT_BREAKERS:
                 self._breakers.clear()
-            found = self._breakers[breakers] = breaker_sequences(self, breakers)
+            if self._breaker_search is None:
+                self._breaker_search = Breakers(self)
+            found = self._breakers[breakers] = self._breaker_search.sequences(breakers)
         return found
 
     @property

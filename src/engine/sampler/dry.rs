@@ -12,8 +12,8 @@ pub(super) struct Repetitions {
     base: f32,
     allowed_length: usize,
     window: usize,
-    /// Token sequences that end a repetition.
-    breakers: Arc<[Vec<u32>]>,
+    /// Token sequences that end a repetition: what follows their first tokens.
+    breakers: Arc<HashMap<u32, Vec<Box<[u32]>>>>,
     /// All tokens of the history, oldest first.
     tokens: Vec<u32>,
     /// Lengths of repetitions. Kept for its memory.
@@ -30,7 +30,7 @@ impl Repetitions {
             base: options.dry_base,
             allowed_length: options.dry_allowed_length as usize,
             window: if options.dry_window == 0 { usize::MAX } else { options.dry_window as usize },
-            breakers: options.dry_sequence_breakers.as_slice().into(),
+            breakers: Arc::new(by_first(&options.dry_sequence_breakers)),
             tokens: Vec::new(),
             lengths: Vec::new(),
             penalties: Vec::new(),
@@ -61,7 +61,8 @@ impl Repetitions {
                 *known = length.max(*known);
             }
         }
-        let is_breaker = |token: u32| self.breakers.iter().any(|breaker| *breaker == [token]);
+        let is_breaker =
+            |token| self.breakers.get(&token).is_some_and(|tails| tails.iter().any(|tail| tail.is_empty()));
         let (multiplier, base) = (self.multiplier, self.base);
         let penalty = |length: usize| (multiplier * power(base, length - allowed)).min(f32::MAX);
         let penalized = lengths.into_iter().filter(|(token, _)| !is_breaker(*token));
@@ -71,12 +72,21 @@ impl Repetitions {
     }
 }
 
+/// Sequences by their first tokens. A vocabulary may have thousands of tokens that begin one.
+fn by_first(breakers: &[Vec<u32>]) -> HashMap<u32, Vec<Box<[u32]>>> {
+    let mut found: HashMap<u32, Vec<Box<[u32]>>> = HashMap::new();
+    for (first, tail) in breakers.iter().filter_map(|breaker| breaker.split_first()) {
+        found.entry(*first).or_default().push(tail.into());
+    }
+    found
+}
+
 /// The number of tokens after the last sequence that breaks repetitions; all of them if there is none.
-fn unbroken(recent: &[u32], breakers: &[Vec<u32>]) -> usize {
+fn unbroken(recent: &[u32], breakers: &HashMap<u32, Vec<Box<[u32]>>>) -> usize {
     // Of sequences that start at one token, the longest counts.
     let broken_at = |start: usize| {
-        let ends = breakers.iter().filter(|breaker| recent[start..].starts_with(breaker));
-        ends.map(|breaker| start + breaker.len()).max()
+        let tails = breakers.get(&recent[start])?.iter().filter(|tail| recent[start + 1..].starts_with(tail));
+        tails.map(|tail| start + 1 + tail.len()).max()
     };
     let end = (0..recent.len()).rev().find_map(broken_at);
     recent.len() - end.unwrap_or(0)

@@ -307,10 +307,16 @@ impl Entry {
         Event { id: self.id, reused: self.reused.min(self.prompt), result, sequence: None }
     }
 
+    /// The sequence as it is, which can be continued.
+    pub(super) fn into_sequence(mut self) -> Sequence {
+        self.sequence.restore_pending();
+        self.sequence
+    }
+
     /// The event with which the sequence leaves because of an error.
     pub(super) fn failed(self, error: Error) -> Event {
         let event = self.event(Err(error));
-        Event { sequence: Some(self.sequence), ..event }
+        Event { sequence: Some(self.into_sequence()), ..event }
     }
 
     /// Extends the beams by the rows of `logits`. At the end of the search, its best continuation becomes that of the sequence.
@@ -326,15 +332,14 @@ impl Entry {
             search.start(self.sequence.session.fork(), logits, sampler)?
         };
         if has_ended && let Some(search) = self.search.take() {
-            let best = search.into_best();
-            if best.is_empty() {
-                return Err(Error::BadLogits);
-            }
+            let (score, best) = search.into_best().ok_or(Error::BadLogits)?;
+            self.sequence.restore_pending();
             for (token, logprob) in best {
                 self.sequence.tokens.push(token);
                 self.sequence.pending.push(token);
                 self.sequence.has_ended = self.sequence.ends.contains(&token);
-                events.push(self.event(Ok(Sampled { token, logprob: Some(logprob), top: Vec::new() })));
+                let sampled = Sampled { token, logprob: Some(logprob), top: Vec::new(), beam_score: Some(score) };
+                events.push(self.event(Ok(sampled)));
             }
             self.remaining = 0;
         }

@@ -21,7 +21,7 @@ pub(crate) use recurrent::StateSizes;
 
 use super::arch::{self, Family, MixerKind, NormKind, Position, Residual, Temperature};
 use super::rope::{self, RopeConfig, Scaling};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::kernels::Activation;
 use metadata::MetadataReader;
@@ -266,6 +266,19 @@ impl Config {
             Scaling::Dynamic { original, .. } | Scaling::Long { original } => self.context.min(original as usize),
             _ => self.context,
         }
+    }
+
+    /// The context of a session: the `wanted` one, or else the default.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the model was made for less.
+    pub(super) fn context_or_default(&self, wanted: Option<usize>) -> Result<usize> {
+        let context = wanted.unwrap_or(self.default_context());
+        if context == 0 || context > self.longest {
+            let expected = format!("1 to {}, the context that the model was made for", self.longest);
+            return Err(Error::argument("context", context, expected));
+        }
+        Ok(context)
     }
 }
 

@@ -288,6 +288,16 @@ impl Page {
         Page::with_parts(shape, |_| true)
     }
 
+    /// A page of these parts, in order.
+    pub(super) fn of(parts: impl IntoIterator<Item = Arc<AlignedBuf>>, snapshot: Option<Snapshot>) -> Page {
+        Page { parts: parts.into_iter().map(Some).collect(), snapshot }
+    }
+
+    /// The parts that it has.
+    pub(super) fn parts(&self) -> impl Iterator<Item = &Arc<AlignedBuf>> {
+        self.parts.iter().flatten()
+    }
+
     /// A page without any part.
     pub(super) fn empty(shape: &CacheShape) -> Page {
         Page { parts: shape.parts.iter().map(|_| None).collect(), snapshot: None }

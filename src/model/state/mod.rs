@@ -3,6 +3,7 @@
 pub(super) mod cache;
 mod file_adapter;
 mod head;
+pub(super) mod page_file;
 pub(super) mod recurrent;
 pub(super) mod session;
 pub(super) mod session_file;

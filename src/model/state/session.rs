@@ -14,14 +14,14 @@ use crate::system::memory;
 /// Keys and values of 64 positions that sessions of one model may share. They stay in memory while it exists.
 #[derive(Debug, Clone)]
 pub struct SharedPage {
-    page: Page,
+    pub(super) page: Page,
     /// What belongs to the head for multi-token prediction.
-    head: Option<HeadPage>,
-    model: u64,
+    pub(super) head: Option<HeadPage>,
+    pub(super) model: u64,
     /// The id of the adapter that it was computed with, or 0.
-    adapter: u64,
+    pub(super) adapter: u64,
     /// Whether the model has recurrent states.
-    is_recurrent: bool,
+    pub(super) is_recurrent: bool,
 }
 
 impl SharedPage {
@@ -43,6 +43,16 @@ impl SharedPage {
     /// Frees what nothing else holds, and returns how many bytes that was.
     pub(crate) fn free_unshared(&mut self) -> usize {
         self.page.free_unshared() + self.head.as_mut().map_or(0, HeadPage::free_unshared)
+    }
+
+    /// Whether it has all of its parts.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.page.is_whole()
+    }
+
+    /// Whether it has recurrent states.
+    pub(crate) fn has_snapshot(&self) -> bool {
+        self.page.snapshot.is_some()
     }
 
     /// Whether a session can continue after it: it has the recurrent states there, if the model has any.
@@ -132,6 +142,11 @@ impl Session {
     /// never share pages.
     pub(crate) fn adapter_id(&self) -> u64 {
         self.adapter.as_ref().map_or(0, |adapter| adapter.id())
+    }
+
+    /// The hash of the weights of its adapter, if any. Pages of adapters with the same one have the same bits.
+    pub(crate) fn adapter_hash(&self) -> Option<[u8; 32]> {
+        self.adapter.as_ref().map(|adapter| *adapter.hash().as_bytes())
     }
 
     /// Another session with the same tokens, independent of this one.

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!  0   8  magic, "NYBBLEKV"
-//!  8   4  version: 1, or 2 where layers differ in how far back their queries see; 3 with recurrent states; 256 more with an adapter
+//!  8   4  version: 1, or 2 where layers differ in how far back their queries see; 3 with recurrent states; 256 more with an adapter;
+//!         512 more in a page of the prefix cache, which `page_file` describes
 //! 12   4  how keys and values are stored: 0 F32, 1 F16, 3 INT8; 2 INT8 with one scale per head, as earlier versions wrote it
 //! 16  32  hash of the model, its `fingerprint`
 //! 48   8  number of tokens
@@ -40,21 +41,21 @@ use crate::kernels::{Kernel, PAGE};
 use crate::model::adapter::registry::Adapters;
 use crate::system::memory;
 
-const MAGIC: [u8; 8] = *b"NYBBLEKV";
+pub(super) const MAGIC: [u8; 8] = *b"NYBBLEKV";
 /// Pages hold all layers in order.
 const WHOLE_PAGES: u32 = 1;
 /// Pages consist of parts, which begin at different pages.
-const PARTS: u32 = 2;
+pub(super) const PARTS: u32 = 2;
 /// As [`PARTS`], and recurrent states follow.
-const STATES: u32 = 3;
+pub(super) const STATES: u32 = 3;
 const HEADER: usize = 64;
-const HASH: usize = blake3::OUT_LEN;
+pub(super) const HASH: usize = blake3::OUT_LEN;
 
 // Pages are written as they are in memory, which is little-endian on every CPU that has a kernel.
 const _: () = assert!(cfg!(target_endian = "little"), "sessions on disk are little-endian");
 
 impl CacheType {
-    fn number(self) -> u32 {
+    pub(super) fn number(self) -> u32 {
         match self {
             CacheType::F32 => 0,
             CacheType::F16 => 1,
@@ -380,9 +381,9 @@ fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
 }
 
 /// A reader or writer that hashes the bytes that pass through it.
-struct Hashed<T> {
-    inner: T,
-    hasher: Hasher,
+pub(super) struct Hashed<T> {
+    pub(super) inner: T,
+    pub(super) hasher: Hasher,
 }
 
 impl<T: Read> Read for Hashed<T> {

@@ -21,6 +21,7 @@ from nybble import (
     Engine,
     Evaluation,
     Model,
+    ModelError,
     Reference,
     Report,
     Request,
@@ -149,6 +150,18 @@ def test_a_tokenizer_can_be_pickled_after_any_use(tiny_file: Path) -> None:
         assert other.apply_chat_template(messages) == prompt
         assert other.decode(other.encode(prompt)) == tokenizer.decode(tokenizer.encode(prompt))
         assert repr(other) == repr(tokenizer)
+
+
+def test_a_chat_template_that_replaces_the_models_own_is_kept(tiny_file: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_file)
+    messages = [{"role": "user", "content": "Hello"}]
+    before = tokenizer.apply_chat_template(messages)
+    with pytest.raises(ModelError, match="line 1"):
+        tokenizer.replace_chat_template("{% if %}")
+    assert tokenizer.apply_chat_template(messages) == before
+    tokenizer.replace_chat_template("<{{ messages[0].content }}>")
+    for other in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert other.apply_chat_template(messages) == "<Hello>"
 
 
 def test_completions_and_options_can_be_pickled_and_copied(tiny_model: Model) -> None:

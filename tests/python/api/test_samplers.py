@@ -93,11 +93,24 @@ def test_the_exception_of_a_processor_reaches_its_caller_alone(tiny_model: Model
         ("logits", "<lambda> returned str, expected an array of shape"),
         ({"a": 1}, "<lambda> returned dict, expected an array of shape"),
         (math.nan, r"<lambda> returned an array of shape \(\)"),
+        (np.zeros(3, complex), "<lambda> returned ndarray, expected an array of shape"),
     ],
 )
 def test_a_processor_that_returns_something_else_is_named(returned: Any, message: str, tiny_model: Model) -> None:
     with pytest.raises(ValueError, match=f"^logits_processor: {message}"):
         tiny_model.generate("a", logits_processor=lambda _tokens, _logits: returned)
+
+
+def test_what_ends_the_program_passes_a_processor(tiny_model: Model) -> None:
+    def interrupts(_tokens: Tokens, _logits: Logits) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model.generate("a", logits_processor=interrupts)
+    with Engine(tiny_model) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit("a", logits_processor=interrupts).result()
+        assert engine.submit("a", logits_processor=counting, max_tokens=2).result().text == "bc"
 
 
 def test_logits_that_cannot_be_sampled_are_refused(tiny_model: Model) -> None:
@@ -113,6 +126,11 @@ def test_logits_that_cannot_be_sampled_are_refused(tiny_model: Model) -> None:
         ValueError, match=r"^logits_processor: found a processor that sets all logits to minus infinity"
     ):
         tiny_model.generate("a", logits_processor=nothing)
+    left = "found a processor that leaves no token which the constraint and logit_bias allow"
+    with pytest.raises(ValueError, match=f"^logits_processor: {left}"):
+        tiny_model.generate("a", logits_processor=counting, regex="[xyz]")
+    with pytest.raises(ValueError, match=f"^logits_processor: {left}"):
+        tiny_model.generate("a", logits_processor=counting, logit_bias={ord("b"): -math.inf})
 
 
 # --- Beam search
@@ -157,6 +175,16 @@ def test_beams_work_in_every_kind_of_call(tool_model: Model) -> None:
     whole = tool_model.tokenize("one two") + list(session.tokens[len(tool_model.tokenize("one two")) :])
     assert len(whole) == len(session.tokens)
     assert rest.usage.completion_tokens <= 4
+
+
+def test_the_score_is_that_of_the_search_and_log_probabilities_are_the_models(tiny_model: Model) -> None:
+    whole = tiny_model.generate("abc", num_beams=4, max_tokens=12, logit_bias=END)
+    stopped = tiny_model.generate("abc", num_beams=4, max_tokens=12, logit_bias=END, stop=whole.text[2:4])
+    assert len(stopped.tokens) < len(whole.tokens)
+    assert stopped.beam_score == whole.beam_score
+    biased = tiny_model.generate("abc", num_beams=2, max_tokens=3, logit_bias={**END, ord("b"): 8.0}, logprobs=0)
+    assert biased.logprobs is not None
+    assert all(token.logprob < 0 for token in biased.logprobs)
 
 
 def test_stops_and_end_tokens_end_a_beam(tiny_model: Model) -> None:
@@ -264,15 +292,27 @@ def test_a_grammar_may_be_written_in_gbnf(tiny_model: Model) -> None:
     ("gbnf", "message"),
     [
         ('root ::= "a" b', "rule 'root', line 1: found 'b', which no rule defines"),
-        ('root ::= "a"\n\nx ::= ("b" | "c"', "rule 'x': found no end of 1 group"),
-        ('root ::= "a"\nx ::= ("b"\ny ::= "c"', "rule 'x', line 3: found no end of 1 group"),
-        ('root ::= "a" )', r"rule 'root', line 1: found '\)' without '\('"),
-        ('root ::= "a"\nroot ::= "b"', "line 2: found a second rule 'root'"),
+        ('root ::= "a"\n\nx ::= ("b" | "c"', "rule 'x', line 3: found '', expected '\\)'"),
+        ('root ::= "a" )', "rule 'root', line 1: found '\\)', expected the end of the line"),
+        ('root ::= "a"\nroot ::= "b"', "rule 'root', line 2: found a second rule 'root'"),
         ("root ::= * x", "rule 'root', line 1: found '\\*' after nothing"),
         ('root ::=\n "a" <think>', "rule 'root', line 2: found '<think>', a single token"),
         ('root ::= !<[42]> "a"', "rule 'root', line 1: found '!<\\[42\\]>', a single token"),
-        ('root ::= "\\UFFFFFFFF"', "rule 'root', line 1: found an invalid character code"),
-        ("root ::= ~", "line 1: found '~', expected GBNF"),
+        ('root ::= "\\UFFFFFFFF"', "rule 'root', line 1: found .*, an invalid character code"),
+        ('root ::= "\\uD83D"', "rule 'root', line 1: found .*, an invalid character code"),
+        ('root ::= "\\x4"', "rule 'root', line 1: found '\\\\x4\"', expected 2 hexadecimal digits"),
+        (r"root ::= [\d]+", "rule 'root', line 1: found the escape '\\\\d', expected one of x, u, U"),
+        ("root ::= [z-a]", "rule 'root', line 1: found the range 'z' to 'a'"),
+        ("root ::= []", r"rule 'root', line 1: found '\[\]', expected characters"),
+        ("root ::= [a", "rule 'root', line 1: found the end of the grammar within characters"),
+        ('root ::= "a"{2,1}', "rule 'root', line 1: found 2 to 1 repetitions"),
+        ('root ::= "a"{}', "rule 'root', line 1: found '}', expected a number of repetitions"),
+        ('root ::= "a"{9999}', "rule 'root', line 1: found 9999 repetitions, expected at most"),
+        ('root ::= "a" ::= "b"', "rule 'root', line 1: found '::= .*, expected the end of the line"),
+        ('root ::= "a"\n"b"', "line 2: found '\"b\"', expected GBNF"),
+        ('root ::= "a"\nb', "line 2: found '' after 'b', expected '::='"),
+        ("root ::= " + 200 * "(" + '"a"' + 200 * ")", "rule 'root', line 1: found groups nested more than 100 deep"),
+        ("root ::= ~", "rule 'root', line 1: found '~', expected the end of the line"),
     ],
 )
 def test_gbnf_that_cannot_be_translated_is_refused_by_rule(gbnf: str, message: str, tiny_model: Model) -> None:
@@ -282,5 +322,30 @@ def test_gbnf_that_cannot_be_translated_is_refused_by_rule(gbnf: str, message: s
         tiny_model.generate("a", grammar=gbnf)
 
 
-def test_empty_alternatives_are_empty_strings() -> None:
-    assert lark_of_gbnf('root ::= | "a" (|"b"|)') == 'start: root_\nroot_: "" | "a" ( "" | "b" | "" )'
+@pytest.mark.parametrize(
+    ("gbnf", "text"),
+    [
+        ('root ::= "if" " x" | name\nname ::= [a-z]+ "!"', "ifx!"),
+        ('root ::= "ab" "x" | [a-z] "b" "y"', "aby"),
+        ('root ::= "null" | [a-z]+ "!"', "nullx!"),
+        ('root ::= ("ab" "c"?){2}', "abcab"),
+        ('root ::= "a"++ "b"', "aab"),
+        ('root ::= "a"{0} "b"{2} "c"{1,2}', "bbc"),
+        ('root ::= 1st-rule [\\]\\-x]\n1st-rule ::=\n  "q" |\n  "r"', "q]"),
+        ('root ::= ("a"\n  | "b"\n) # comment\n\n# more\n', "b"),
+        ('root ::= "é\\u00e9\\U0001F600" [^a-z] .', "éé😀1z"),
+        ('root ::= "line\nbreak"', "line\nbreak"),
+        ('root ::= | "a" ("b" |) "c"', "ac"),
+        ('root ::= root "a" | "b"', "baa"),
+    ],
+)
+def test_a_grammar_allows_what_it_describes(gbnf: str, text: str, uniform_model: Model) -> None:
+    wanted = list(text.encode())
+
+    def write(tokens: Tokens, logits: Logits) -> None:
+        at = len(tokens) - 1
+        logits[:] = -20
+        logits[wanted[at] if at < len(wanted) else tiny.END_OF_TEXT] = 20
+
+    done = uniform_model.generate("x", grammar=gbnf, logits_processor=write, max_tokens=40, temperature=0)
+    assert (done.text, done.finish_reason) == (text, "stop")

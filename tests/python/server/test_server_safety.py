@@ -116,14 +116,13 @@ def test_requests_from_other_origins_are_refused(engine: Engine) -> None:
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_may_run_only_its_own_script(engine: Engine) -> None:
+def test_the_page_may_run_only_its_own_scripts(engine: Engine) -> None:
     with serving(engine) as running, urllib.request.urlopen(running.url) as page:
         policy = page.headers["Content-Security-Policy"]
         text = page.read().decode()
-    assert re.match(r"default-src 'none'; script-src 'sha256-\S+'; style-src 'sha256-\S+'; connect-src 'self'", policy)
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
     assert "unsafe" not in policy
-    assert "innerHTML" not in text
-    assert not re.search(r"""(?:src|href)=["'](?!data:)""", text)
+    assert not re.search(r"""<script(?![^>]*\bsrc=)|\son\w+=|(?:src|href)=["'](?:\w+:)?//""", text)
 
 
 # --- Limits
@@ -370,7 +369,7 @@ def test_without_the_extra_the_error_says_what_to_install(
 
 
 def test_the_default_name_is_that_of_the_repository_or_file() -> None:
-    from nybble.cli.serve import source_name
+    from nybble.server.pool.spec import source_name
 
     assert source_name("org/model", "whatever-q4.gguf") == "org/model"
     assert source_name("folder/model.gguf", "model.gguf") == "model"

@@ -10,15 +10,20 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from nybble import Model, SamplingOptions
+from nybble import LoadOptions, Model, SamplingOptions
 from nybble.chat.reasoning import reasoning_format
 from nybble.chat.reasoning_splitter import Specials, Splitter, new_splitter
 from nybble.engine import Engine, Piece
 from nybble.generation import Usage
-from nybble.server import Service, Settings, http_server
+from nybble.server import ServeOptions, Service, Settings, http_server
+from nybble.server.pool.entry import Entry
+from nybble.server.pool.pool import Pool
+from nybble.server.pool.sources import new_pool
+from nybble.server.pool.spec import ModelSpec
 
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
@@ -85,11 +90,10 @@ class Reply:
 
 
 @dataclasses.dataclass
-class Running:
-    """A running server."""
+class Client:
+    """A client of a running server."""
 
     url: str
-    service: Service
 
     @property
     def address(self) -> tuple[str, int]:
@@ -138,6 +142,28 @@ class Running:
         return f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
+@dataclasses.dataclass
+class Running(Client):
+    """A running server of one model."""
+
+    service: Service
+
+
+@dataclasses.dataclass
+class RunningPool(Client):
+    """A running server of several models."""
+
+    pool: Pool
+
+    def entry(self, name: str) -> Entry:
+        """A model."""
+        return self.pool.names.find(name)
+
+    def loaded(self) -> list[str]:
+        """The names of the models that are loaded."""
+        return [entry.name for entry in self.pool.entries if entry.state == "loaded"]
+
+
 def wait(condition: Callable[[], bool]) -> None:
     """Waits until the condition holds, at most a minute."""
     deadline = time.monotonic() + 60
@@ -149,21 +175,44 @@ def wait(condition: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def serving(engine: Engine, **settings: Any) -> Iterator[Running]:
     """Serves an engine under the name "tiny"."""
-    listener = http_server.bind("127.0.0.1", 0)
-    hosts = http_server.allowed_hosts(listener, [])
-    service = Service(engine, "tiny", Settings(**{"allowed_hosts": hosts, **settings}))
+    with http_server.bind("127.0.0.1", 0) as listener:
+        hosts = http_server.allowed_hosts(listener, [])
+        service = Service(engine, "tiny", Settings(**{"allowed_hosts": hosts, **settings}))
+        with _in_thread(Pool.of(service), listener) as url:
+            yield Running(url, service)
+
+
+@contextlib.contextmanager
+def serving_several(specs: Sequence[ModelSpec], **options: Any) -> Iterator[RunningPool]:
+    """Serves models that are loaded on demand."""
+    with http_server.bind("127.0.0.1", 0) as listener:
+        pool = new_pool(specs, ServeOptions(**options), http_server.allowed_hosts(listener, []))
+        with contextlib.closing(pool), _in_thread(pool, listener) as url:
+            yield RunningPool(url, pool)
+
+
+def spec(name: str, source: str | Path, **changes: Any) -> ModelSpec:
+    """A model to serve with one thread. `changes` are fields of `ModelSpec`, and options of `ServeOptions`."""
+    fields = {each.name for each in dataclasses.fields(ModelSpec)}
+    options = ServeOptions(**{key: value for key, value in changes.items() if key not in fields})
+    own = {key: value for key, value in changes.items() if key in fields}
+    return ModelSpec(**{"name": name, "source": str(source), "load": LoadOptions(threads=1), "options": options, **own})
+
+
+@contextlib.contextmanager
+def _in_thread(pool: Pool, listener: socket.socket) -> Iterator[str]:
+    """Runs a server in a thread during the block. Yields its URL."""
     found: list[str] = []
-    server = http_server.make_server(service, found.append)
+    server = http_server.make_server(pool, found.append)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         wait(lambda: bool(found) or not thread.is_alive())
-        yield Running(found[0], service)
+        yield found[0]
     finally:
         server.should_exit = True
-        service.stop()
+        pool.stop()
         thread.join()
-        listener.close()
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 
 from nybble.server.errors import ApiError, as_api_errors
 from nybble.server.options import check_adapter_name
+from nybble.server.pool.entry import Entry
+from nybble.server.pool.pool import Pool
 from nybble.server.protocols.models import ModelCard, model_card
 from nybble.server.protocols.strict import Strict
 from nybble.server.service import Service
@@ -23,12 +25,14 @@ class LoadAdapterRequest(Strict):
 
     lora_name: str = Field(description="The name of the adapter. The model `base:name` has it.")
     lora_path: str = Field(description="The folder or file, relative to the server's folder of adapters.")
+    model: str | None = Field(default=None, description="The base; the first model of the server if not given.")
 
 
 class UnloadAdapterRequest(Strict):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(description="The name of the adapter.")]
+    model: str | None = Field(default=None, description="The base; the first model of the server if not given.")
 
 
 class Unloaded(BaseModel):
@@ -39,33 +43,48 @@ class Unloaded(BaseModel):
     deleted: bool
 
 
-def add_adapter_routes(app: FastAPI, service: Service, folder: Path, key: list[Any]) -> None:
+def add_adapter_routes(app: FastAPI, pool: Pool, folder: Path, key: list[Any]) -> None:
     """Adds the routes, which load adapters from `folder` and from nowhere else."""
 
     @app.post("/v1/load_lora_adapter", dependencies=key)
-    async def load(body: LoadAdapterRequest) -> ModelCard:
+    async def load(request: Request, body: LoadAdapterRequest) -> ModelCard:
         """Load a LoRA adapter, or replace the one of this name."""
         with as_api_errors("lora_name"):
             check_adapter_name(body.lora_name)
+        entry = pool.names.find(body.model)
+        _check_free(pool, entry, body.lora_name)
         path = _inside(folder, body.lora_path)
+        service = await pool.lease(request, entry.name)
         # One at a time, as other work with the model itself.
         async with service.embedding:
             loaded = service.engine.model.adapters
             if body.lora_name not in loaded and len(loaded) >= MAX_ADAPTERS:
                 message = f"found {MAX_ADAPTERS} adapters, expected fewer; unload one"
                 raise ApiError(400, message, code="too_many_adapters")
-            await service.in_thread(lambda: _load(service, body.lora_name, path))
-        return model_card(service, f"{service.name}:{body.lora_name}")
+            with pool.adding_adapter(entry, body.lora_name, path):
+                await service.in_thread(lambda: _load(service, body.lora_name, path))
+        return model_card(pool, entry, body.lora_name)
 
     @app.post("/v1/unload_lora_adapter", dependencies=key)
     async def unload(body: UnloadAdapterRequest) -> Unloaded:
         """Remove a LoRA adapter."""
-        try:
-            service.engine.model.unload_adapter(body.lora_name)
-        except ValueError:
+        entry = pool.names.find(body.model)
+        if body.lora_name not in entry.lora_names:
             message = f"the adapter {body.lora_name!r:.200} does not exist"
-            raise ApiError(404, message, param="lora_name", code="adapter_not_found") from None
-        return Unloaded(id=f"{service.name}:{body.lora_name}", object="model", deleted=True)
+            raise ApiError(404, message, param="lora_name", code="adapter_not_found")
+        pool.remove_adapter(entry, body.lora_name)
+        return Unloaded(id=f"{entry.name}:{body.lora_name}", object="model", deleted=True)
+
+
+def _check_free(pool: Pool, entry: Entry, name: str) -> None:
+    """Refuses a name with which a request would ask for another model.
+
+    Raises:
+        ApiError: There is such a model.
+    """
+    for base in (entry.name, *entry.aliases):
+        if pool.names.is_taken(model := f"{base}:{name}"):
+            raise ApiError(400, f"lora_name: found {name!r}, but {model!r} is another model", param="lora_name")
 
 
 def _inside(folder: Path, name: str) -> Path:

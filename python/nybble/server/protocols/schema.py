@@ -20,6 +20,7 @@ Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Breaker = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 Limit = Literal[-1] | Count
 """A number of tokens; -1 stands for no limit, as with llama-server."""
 
@@ -114,7 +115,7 @@ class Sampler(Strict):
         default=None, description="Extension of nybble: the number of last tokens that penalties consider; 0 for all."
     )
     ignore_eos: bool | None = Field(
-        default=None, description="As with vLLM and llama-server: the model's end tokens are not sampled."
+        default=None, description="As with llama-server: the model's end tokens are not sampled."
     )
     top_n_sigma: Annotated[float, Field(ge=-1, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -132,7 +133,8 @@ class Sampler(Strict):
     )
     dynatemp_exponent: Size | None = None
     mirostat: Literal[0, 2] | None = Field(
-        default=None, description="As with llama-server: 2 for Mirostat 2, 0 for none. Version 1 is not supported."
+        default=None,
+        description="2 for Mirostat 2, 0 for none, as with llama-server. Penalties and DRY apply before it.",
     )
     mirostat_tau: Size | None = None
     mirostat_eta: Size | None = None
@@ -145,9 +147,10 @@ class Sampler(Strict):
         default=None, description="Extension of nybble: the number of last tokens that DRY considers; 0 for all."
     )
     dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
-        default=None, description="As dry_window with llama-server: -1 stands for all tokens, and 0 for no penalties."
+        default=None,
+        description="As dry_window with llama-server: -1, the default here, stands for all tokens, 0 for no penalties.",
     )
-    dry_sequence_breakers: Annotated[list[Stop], Field(max_length=64)] | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], Field(max_length=32)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=MAX_SERVED_BEAMS)] | None = Field(
         default=None, description="Extension of nybble: find the most likely answer with this many beams."
     )
@@ -205,6 +208,8 @@ class Sampling(Neutral, Formed, Sampler):
     def _check_stream_options(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("invalid", "stream_options requires stream=true")
+        if (self.n or 1) > 1 and (self.num_beams or 1) > 1:
+            raise PydanticCustomError("invalid", "n: expected 1 with num_beams, which gives one answer")
         for name, other in _OTHER_NAMES.items():
             if None not in (a := getattr(self, name), b := getattr(self, other)) and a != b:
                 raise PydanticCustomError(

@@ -103,6 +103,8 @@ def test_the_openai_client_may_send_all_its_parameters(server: Running) -> None:
         ({"use_beam_search": True}, "use_beam_search"),
         ({"mirostat": 1}, "mirostat: Input should be 0 or 2"),
         ({"num_beams": 2, "frequency_penalty": 0.5}, "frequency_penalty: found 0.5, expected none with num_beams=2"),
+        ({"num_beams": 2, "n": 2}, "n: expected 1 with num_beams"),
+        ({"dry_sequence_breakers": ["x" * 41]}, "dry_sequence_breakers.0: String should have at most 40 characters"),
         ({"num_beams": 17}, "num_beams: Input should be less than or equal to 16"),
         ({"xtc_probability": 1.5}, "xtc_probability: Input should be less than or equal to 1"),
         ({"dry_base": 0.5}, "dry_base: Input should be greater than or equal to 1"),
@@ -192,7 +194,7 @@ def test_errors_of_a_form_name_the_parameter_that_holds_it(server: Running) -> N
         ({"response_format": {"type": "json_object", "schema": bad}}, "response_format.schema"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
-        ({"grammar": "root ::= ~"}, "grammar: line 1: found '~'"),
+        ({"grammar": "root ::= ~"}, "grammar: rule 'root', line 1: found '~'"),
     ):
         for stream in (False, True):
             reply = server.chat(stream=stream, **form)

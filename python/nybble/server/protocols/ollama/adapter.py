@@ -201,10 +201,10 @@ def generate_adapter(service: Service, body: OllamaGenerateRequest) -> OllamaAda
     return OllamaAdapter(service, body, inner, is_chat=False)
 
 
-def loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) -> OllamaAnswer:
-    """The answer to a request without a prompt, which asks Ollama to load or to unload the model."""
+def loaded(name: str, body: OllamaChatRequest | OllamaGenerateRequest) -> OllamaAnswer:
+    """The answer to a request without a prompt, which asks to load or to unload the model of this name."""
     reason: Literal["load", "unload"] = "unload" if body.keep_alive in (0, "0", "0s") else "load"
-    answer = OllamaAnswer(model=service.name_of(body.model), created_at=now(), done=True, done_reason=reason)
+    answer = OllamaAnswer(model=name, created_at=now(), done=True, done_reason=reason)
     if isinstance(body, OllamaChatRequest):
         answer.message = AnsweredMessage(content="")
     else:

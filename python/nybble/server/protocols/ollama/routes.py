@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from typing import Any
@@ -13,14 +14,18 @@ from nybble._native import __version__
 from nybble.chat.reasoning import reasoning_format
 from nybble.server.delivery import respond, with_timeout
 from nybble.server.errors import ApiError
+from nybble.server.pool.entry import Entry
+from nybble.server.pool.pool import Pool
 from nybble.server.protocols.embeddings import MAX_INPUTS, check_dimensions, vectors
 from nybble.server.protocols.ollama.adapter import chat_adapter, generate_adapter, loaded
 from nybble.server.protocols.ollama.schema import (
+    KeptRequest,
     OllamaChatRequest,
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
     OllamaGenerateRequest,
     ShowRequest,
+    keep_alive_seconds,
 )
 from nybble.server.service import Service
 
@@ -32,47 +37,51 @@ _NEVER = "2318-01-01T00:00:00Z"
 """When the model leaves memory."""
 
 
-def add_ollama_routes(app: FastAPI, service: Service, key: list[Any]) -> None:
+def add_ollama_routes(app: FastAPI, pool: Pool, key: list[Any]) -> None:
     """Adds the routes below `/api`."""
     route: Json = {"dependencies": key, "include_in_schema": False}
 
     @app.post("/api/chat", **route)
     async def chat(request: Request, body: OllamaChatRequest) -> Response:
-        asked = body.messages
-        return await respond(service, request, chat_adapter(service, body)) if asked else _loaded(service, body)
+        if not body.messages:
+            return await _loaded(pool, request, body)
+        service = await _lease(pool, request, body)
+        return await respond(service, request, chat_adapter(service, body))
 
     @app.post("/api/generate", **route)
     async def generate(request: Request, body: OllamaGenerateRequest) -> Response:
-        asked = body.prompt or body.suffix
-        return await respond(service, request, generate_adapter(service, body)) if asked else _loaded(service, body)
+        if not (body.prompt or body.suffix):
+            return await _loaded(pool, request, body)
+        service = await _lease(pool, request, body)
+        return await respond(service, request, generate_adapter(service, body))
 
     @app.post("/api/embed", **route)
     async def embed(request: Request, body: OllamaEmbedRequest) -> Response:
         inputs = [body.input] if isinstance(body.input, str) else body.input
-        return await _embed(service, request, body, inputs)
+        return await _embed(await _lease(pool, request, body), request, body, inputs)
 
     @app.post("/api/embeddings", **route)
     async def embeddings(request: Request, body: OllamaEmbeddingsRequest) -> Response:
-        return await _embed(service, request, body, [body.prompt])
+        return await _embed(await _lease(pool, request, body), request, body, [body.prompt])
 
     @app.get("/api/tags", **route)
     async def tags() -> Json:
-        return {"models": [_card(service)]}
+        return {"models": [_card(entry) for entry in pool.entries]}
 
     @app.get("/api/ps", **route)
     async def ps() -> Json:
-        model = service.engine.model
-        running = {"expires_at": _NEVER, "size_vram": 0, "context_length": model.info.context}
-        return {"models": [{**_card(service), **running}]}
+        return {"models": [_running(entry) for entry in pool.entries if entry.state == "loaded"]}
 
     @app.get("/api/version", **route)
     async def version() -> Json:
         return {"version": __version__}
 
     @app.post("/api/show", **route)
-    async def show(body: ShowRequest) -> Json:
-        service.admit(body.model or body.name, 1)
-        return _description(service)
+    async def show(request: Request, body: ShowRequest) -> Json:
+        model = body.model or body.name
+        service = await pool.lease(request, model)
+        service.admit(model, 1)
+        return _description(pool.names.find(model), service)
 
     for path in ("pull", "push", "create", "copy", "delete", "blobs/{digest}"):
         app.add_api_route(f"/api/{path}", _refused, methods=["POST", "DELETE", "HEAD"], **route)
@@ -120,53 +129,96 @@ async def _embed(
         return await with_timeout(service, http, work())
 
 
-def _loaded(service: Service, body: OllamaChatRequest | OllamaGenerateRequest) -> Response:
-    service.admit(body.model, 1)
-    return _json(loaded(service, body).model_dump(exclude_none=True))
+async def _lease(pool: Pool, http: Request, body: KeptRequest) -> Service:
+    """The model of a request, which stays loaded after it for as long as the request says."""
+    seconds = keep_alive_seconds(body.keep_alive) if pool.fixed is None else None
+    service = await pool.lease(http, body.model)
+    pool.keep(pool.names.find(body.model), seconds)
+    return service
+
+
+async def _loaded(pool: Pool, http: Request, body: OllamaChatRequest | OllamaGenerateRequest) -> Response:
+    """Loads a model, or unloads it when its requests have ended."""
+    entry = pool.names.find(body.model)
+    if pool.fixed is None and keep_alive_seconds(body.keep_alive) == 0:
+        pool.keep(entry, 0)
+    else:
+        service = await _lease(pool, http, body)
+        service.admit(body.model, 1)
+    return _json(loaded(_name_of(entry, body.model), body).model_dump(exclude_none=True))
+
+
+def _name_of(entry: Entry, model: str | None) -> str:
+    """The name of the model that answers a request for `model`."""
+    lora = (model or "").rpartition(":")[2]
+    return (
+        f"{entry.name}:{lora}" if lora in entry.lora_names and model not in (entry.name, *entry.aliases) else entry.name
+    )
 
 
 def _json(body: Json) -> Response:
     return JSONResponse(body)
 
 
-def _card(service: Service) -> Json:
-    info = service.engine.model.info
-    digest = hashlib.sha256(f"{service.name} {info.parameters} {info.weight_bytes}".encode()).hexdigest()
+def _card(entry: Entry) -> Json:
+    parameters, nbytes = _figures(entry)
+    digest = hashlib.sha256(f"{entry.name} {parameters} {nbytes}".encode()).hexdigest()
     return {
-        "name": service.name,
-        "model": service.name,
-        "modified_at": _time(service.created),
-        "size": info.weight_bytes,
+        "name": entry.name,
+        "model": entry.name,
+        "modified_at": _time(entry.created),
+        "size": nbytes,
         "digest": digest,
-        "details": _details(service),
+        "details": _details(entry),
     }
+
+
+def _running(entry: Entry) -> Json:
+    timer = entry.timer
+    # The timers of the event loop count from another time than the clock.
+    left = None if timer is None else timer.when() - asyncio.get_running_loop().time()
+    if left is None and entry.users:
+        left = entry.idle_seconds
+    ends_at = _NEVER if left is None else _time(int(time.time() + left))
+    return {**_card(entry), "expires_at": ends_at, "size_vram": 0, "context_length": entry.context}
+
+
+def _figures(entry: Entry) -> tuple[int, int]:
+    """The number of weights, and the bytes of them; 0 where they are not known."""
+    if entry.needs is not None:  # The same figures whether the model is loaded or not.
+        return entry.needs.parameters, entry.needs.weight_bytes
+    info = None if entry.service is None else entry.service.engine.model.info
+    return (0, 0) if info is None else (info.parameters, info.weight_bytes)
 
 
 def _time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _details(service: Service) -> Json:
-    info = service.engine.model.info
-    size = f"{info.parameters / 1e9:.1f}B" if info.parameters >= 1e9 else f"{info.parameters / 1e6:.2f}M"
+def _details(entry: Entry) -> Json:
+    parameters, _ = _figures(entry)
+    family = "" if entry.needs is None else entry.needs.family
+    if entry.service is not None:
+        family = entry.service.engine.model.info.family
+    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
     return {
         "parent_model": "",
         "format": "gguf",
-        "family": info.family,
-        "families": [info.family],
+        "family": family,
+        "families": [family],
         "parameter_size": size,
         "quantization_level": "",
     }
 
 
-def _description(service: Service) -> Json:
+def _description(entry: Entry, service: Service) -> Json:
     model = service.engine.model
     info, template = model.info, model.tokenizer.chat_templates.get("default", "")
     return {
         "modelfile": "",
         "parameters": "",
         "template": template,
-        "details": _details(service),
+        "details": _details(entry),
         "model_info": {
             "general.architecture": info.family,
             "general.name": info.name,
@@ -181,5 +233,5 @@ def _description(service: Service) -> Json:
             *(["thinking"] if reasoning_format(model.tokenizer) else []),
             "embedding",
         ],
-        "modified_at": _time(service.created),
+        "modified_at": _time(entry.created),
     }

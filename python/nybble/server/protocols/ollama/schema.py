@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from nybble.server.errors import ApiError
 from nybble.server.protocols.chat_schema import Tool
 
 Json = dict[str, Any]
@@ -56,14 +59,51 @@ class Options(Lenient):
         return given
 
 
-class OllamaRequest(Lenient):
-    """A request to generate text."""
+class KeptRequest(Lenient):
+    """A request for a model, which says how long the model stays loaded."""
 
     model: str | None = None
+    keep_alive: float | str | None = Field(
+        default=None, description="Seconds, or a duration such as 5m. A server of one model ignores it."
+    )
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+
+
+def keep_alive_seconds(given: float | str | None) -> float | None:
+    """How long a model stays loaded after a request: infinitely for negative durations, None if not given.
+
+    Raises:
+        ApiError: It is not a duration.
+    """
+    if given is None or given == "":
+        return None
+    seconds = given if isinstance(given, int | float) else _duration(given)
+    if seconds is None or math.isnan(seconds):
+        message = f"keep_alive: found {given!r:.100}, expected seconds or a duration such as 5m or 1h30m"
+        raise ApiError(400, message, param="keep_alive")
+    return math.inf if seconds < 0 else float(seconds)
+
+
+def _duration(text: str) -> float | None:
+    """The seconds of a duration as Go writes it; None if it is none."""
+    sign = -1 if text.startswith("-") else 1
+    digits = text[1:] if text[0] in "+-" else text
+    if re.fullmatch(r"\d+(\.\d*)?", digits):
+        return sign * float(digits)
+    if not re.fullmatch(f"(?:{_DURATION.pattern})+", digits):
+        return None
+    return sign * sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(digits))
+
+
+class OllamaRequest(KeptRequest):
+    """A request to generate text."""
+
     stream: bool | None = Field(default=None, description="Answers are streams unless this is false.")
     format: Literal["", "json"] | Json | None = None
     options: Options | None = None
-    keep_alive: float | str | None = Field(default=None, description="Ignored: the model is always loaded.")
     think: bool | str | None = Field(default=None, description="Whether to reason, or how much.")
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -169,24 +209,20 @@ class OllamaGenerateRequest(OllamaRequest):
         return self
 
 
-class OllamaEmbedRequest(Lenient):
+class OllamaEmbedRequest(KeptRequest):
     """`POST /api/embed`."""
 
-    model: str | None = None
     input: str | list[str]
     truncate: bool | None = Field(default=None, description="false: an input that does not fit is an error.")
     dimensions: int | None = Field(default=None, ge=1)
     options: Options | None = None
-    keep_alive: float | str | None = None
 
 
-class OllamaEmbeddingsRequest(Lenient):
+class OllamaEmbeddingsRequest(KeptRequest):
     """`POST /api/embeddings`, the predecessor of `/api/embed`."""
 
-    model: str | None = None
     prompt: str
     options: Options | None = None
-    keep_alive: float | str | None = None
 
 
 class ShowRequest(Lenient):

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Query, Request, Response
 
 from nybble.server.delivery import respond
 from nybble.server.errors import ApiError
+from nybble.server.pool.pool import Pool
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.counting import count_tokens
 from nybble.server.protocols.responses.adapter import ResponsesAdapter, chat_request, conversation_of
@@ -20,10 +21,9 @@ from nybble.server.protocols.responses.schema import (
     TokenCount,
 )
 from nybble.server.protocols.responses.store import Stored
-from nybble.server.service import Service
 
 
-def add_responses_routes(app: FastAPI, service: Service, key: list[Any], stream: dict[str, Any]) -> None:
+def add_responses_routes(app: FastAPI, pool: Pool, key: list[Any], stream: dict[str, Any]) -> None:
     """Adds the routes below `/v1/responses`."""
 
     @app.post("/responses", include_in_schema=False)
@@ -35,6 +35,7 @@ def add_responses_routes(app: FastAPI, service: Service, key: list[Any], stream:
     )
     async def create(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation with items."""
+        service = await pool.lease(request, body.model)
         service.admit(body.model, 1)
         return await respond(service, request, ResponsesAdapter(service, body))
 
@@ -42,13 +43,14 @@ def add_responses_routes(app: FastAPI, service: Service, key: list[Any], stream:
     @app.post("/v1/responses/input_tokens", dependencies=key)
     async def count(request: Request, body: Conversation) -> TokenCount:
         """Count the tokens of a prompt."""
+        service = await pool.lease(request, body.model)
         service.admit(body.model, 0)
         chat, names = chat_request(body, conversation_of(service, body))
         counted = await count_tokens(service, request, ChatAdapter(service, chat), names)
         return TokenCount(input_tokens=counted)
 
     def stored(id: str) -> Stored:
-        if (found := service.responses.get(id)) is None:
+        if (found := pool.shared.responses.get(id)) is None:
             message = f"the response {id!r:.100} is not stored on this server, or no longer"
             raise ApiError(404, message, param="response_id", code="response_not_found")
         return found
@@ -65,7 +67,7 @@ def add_responses_routes(app: FastAPI, service: Service, key: list[Any], stream:
     @app.delete("/v1/responses/{response_id}", dependencies=key)
     async def delete(response_id: str) -> Deleted:
         """Forget a stored response."""
-        service.responses.remove(stored(response_id).response["id"])
+        pool.shared.responses.remove(stored(response_id).response["id"])
         return Deleted(id=response_id)
 
     @app.get("/responses/{response_id}/input_items", include_in_schema=False)

@@ -1,0 +1,106 @@
+//! The memory that a model takes, from the headers of its files, before it is loaded.
+
+use std::path::Path;
+
+use super::config::Config;
+use super::model::{LoadOptions, open};
+use super::state::cache::{CacheShape, CacheType};
+use crate::error::Result;
+use crate::format::{Checkpoint, Tensor};
+use crate::kernels;
+use crate::quant::block::BlockType;
+use crate::threads::resolve_threads;
+
+/// Rows of a panel, to which matrices are filled up.
+const PANEL_ROWS: usize = 16;
+/// Tensors with as few columns are filters of convolutions and the like, which are not packed.
+const FILTER_COLUMNS: usize = 8;
+/// Columns of a pair of groups, to which rows are filled up.
+const PAIR_COLUMNS: usize = 64;
+
+/// What a model needs once it is loaded. No weight is read to find out.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Needs {
+    /// The name of the family.
+    pub family: &'static str,
+    /// The number of weights in matrices.
+    pub parameters: usize,
+    /// The largest number of tokens in a session.
+    pub context: usize,
+    /// Bytes of the packed weights, at most.
+    pub weight_bytes: usize,
+    /// Bytes of keys, values and states of a session that fills the context.
+    pub cache_bytes: usize,
+    /// Bytes per token of a session.
+    pub cache_bytes_per_token: usize,
+    /// Bytes of the recurrent states of a session.
+    pub state_bytes: usize,
+}
+
+impl Needs {
+    /// What the model at `path` needs when it is loaded with `options`.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`](super::Model::load) for the header, the configuration and options.
+    pub fn read(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Needs> {
+        open(path.as_ref(), options, |checkpoint| Needs::of(checkpoint, options))
+    }
+
+    fn of(checkpoint: &dyn Checkpoint, options: &LoadOptions) -> Result<Needs> {
+        // They cost nothing, but a wrong one is known now.
+        kernels::choose(options.kernel.as_deref())?;
+        resolve_threads(options.threads)?;
+        let config = Config::read(checkpoint)?;
+        let context = config.context_or_default(options.context)?;
+        let (mut parameters, mut weight_bytes, mut in_layers, mut f32_in_layers) = (0usize, 0usize, 0usize, 0usize);
+        for name in checkpoint.names() {
+            let Some(tensor) = checkpoint.tensor(name) else { continue };
+            weight_bytes = weight_bytes.saturating_add(packed_bytes(name, &tensor));
+            if tensor.dims.len() < 2 {
+                continue;
+            }
+            let count = count(&tensor.dims);
+            parameters = parameters.saturating_add(count);
+            if name.starts_with("blk.") {
+                in_layers = in_layers.saturating_add(count);
+                if tensor.rows.block_type() == BlockType::F32 {
+                    f32_in_layers = f32_in_layers.saturating_add(count);
+                }
+            }
+        }
+        // As the model chooses by its input projections, which make up a good part of the layers.
+        let default_type = if f32_in_layers > in_layers / 2 { CacheType::F32 } else { CacheType::F16 };
+        let shape = CacheShape::of(&config, options.cache_type.unwrap_or(default_type));
+        Ok(Needs {
+            family: config.family.name,
+            parameters,
+            context,
+            weight_bytes,
+            cache_bytes: shape.kept_bytes(context),
+            cache_bytes_per_token: shape.page_bytes().div_ceil(kernels::PAGE),
+            state_bytes: shape.state_bytes(),
+        })
+    }
+}
+
+/// Bytes of a tensor in memory, at most: what the file holds, with its rows and columns filled up.
+fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
+    let block_type = tensor.rows.block_type();
+    let columns = tensor.dims.first().copied().unwrap_or(0);
+    let is_plain = tensor.dims.len() == 1 && (name.contains("norm") || name.ends_with(".bias"));
+    if is_plain || columns <= FILTER_COLUMNS {
+        return count(&tensor.dims).saturating_mul(size_of::<f32>());
+    }
+    let columns = columns.checked_next_multiple_of(PAIR_COLUMNS.max(block_type.block_len())).unwrap_or(usize::MAX);
+    let of_row = block_type.bytes_for(columns).unwrap_or_else(|| columns.saturating_mul(size_of::<f32>()));
+    // Other vectors may be packed as matrices of one row.
+    let rows = tensor.dims.get(1).map_or(1, |rows| *rows);
+    let rows = rows.checked_next_multiple_of(PANEL_ROWS).unwrap_or(usize::MAX);
+    let matrices = tensor.dims.get(2..).map_or(1, count);
+    of_row.saturating_mul(rows).saturating_mul(matrices)
+}
+
+fn count(dims: &[usize]) -> usize {
+    dims.iter().fold(1, |all: usize, dim| all.saturating_mul(*dim))
+}

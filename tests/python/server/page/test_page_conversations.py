@@ -196,7 +196,7 @@ def file_of(**changes: Any) -> str:
         ("[]", 'format must be "nybble-conversations"'),
         ('{"format": "nybble-conversations", "version": 2}', "version: found 2, expected 1"),
         ('{"format": "nybble-conversations", "version": 1}', "conversations: expected a list"),
-        (file_of(id="../x"), 'conversations[0].id: found "../x", expected an id of up to 64 letters'),
+        (file_of(id="../x"), 'conversations[0].id: found "../x", expected an id of up to 64 characters'),
         (file_of(title=3), "conversations[0].title: found 3, expected a string"),
         (file_of(updated="now"), 'conversations[0].updated: found "now", expected milliseconds since 1970'),
         (file_of(nodes={}), "conversations[0].nodes: found {}, expected a list"),

@@ -245,7 +245,7 @@ def test_failures_of_the_storage_are_reported(chat: Chat) -> None:
 
     def reported() -> str:
         page.until(lambda: page.find("#notice").is_displayed())
-        text = page.find("#notice-text").text
+        text = str(page.find("#notice-text").text)
         page.click("#notice-close")
         return text
 

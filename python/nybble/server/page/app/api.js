@@ -52,7 +52,7 @@ function askForKey(refused, signal) {
       const entered = $("key").value.trim();
       if (!entered || isKey(entered)) return;
       event.preventDefault();
-      say("An API key has only printable ASCII characters, such as digits and letters without accents. Please check it.", true);
+      say("An API key has only printable ASCII characters, and no accented ones. Please check it.", true);
     };
     dialog.showModal();
     dialog.addEventListener("close", () => {

@@ -208,7 +208,7 @@ function reader(given, where) {
 }
 
 const isName = value => typeof value === "string" && /^[\w-]{1,64}$/.test(value) && value !== "__proto__";
-const NAME = { expected: "an id of up to 64 letters, digits, - and _", is: isName };
+const NAME = { expected: "an id of up to 64 characters: A-Z, a-z, 0-9, - and _", is: isName };
 const PARENT = { expected: "the id of a message or null", is: value => value === null || isName(value) };
 const TEXT = { expected: "a string", is: value => typeof value === "string" };
 const LIST = { expected: "a list", is: Array.isArray };

@@ -375,10 +375,10 @@ def test_a_table_that_would_become_much_larger_is_shown_as_text(page: Page, text
     assert (rows > 0) == is_table
     assert shown.count("b") >= text.count("b"), "nothing is lost"
     if not is_table:
-        assert page.module("markdown", GROWN, text) == 0
+        assert page.module("markdown", GROWN_CELLS, text) == 0
 
 
-GROWN = """(() => {
+GROWN_CELLS = """(() => {
   const e = document.createElement('div'), shown = new m.Markdown(e);
   for (let end = 0; end < a[0].length; end += 997) shown.update(a[0].slice(0, end));
   shown.update(a[0], true);

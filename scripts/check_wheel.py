@@ -95,7 +95,7 @@ def inspect(wheel: Path) -> list[str]:
 
 
 def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
-    """Crates and libraries that the notices omit or name in vain, and crates that the bill of materials omits."""
+    """Crates and libraries that the notices omit, or list but the wheel does not contain; crates that bills omit."""
     listed = set(re.findall(r"^(\S+ \d\S*): ", text, re.MULTILINE))
     libraries = {str(library) for library in notices.vendored()}
     linked = {str(crate) for crate in notices.linked(notices.host())}

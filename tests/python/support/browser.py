@@ -43,6 +43,22 @@ def launched() -> Iterator[Any]:
         driver.quit()
 
 
+STREAM = """
+const real = window.realFetch ??= window.fetch;
+window.fetch = (path, options) => {
+  if (!String(path).startsWith("v1/chat")) return real(path, options);
+  let out;
+  const body = new ReadableStream({ start: controller => { out = controller; } });
+  const write = data => out.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));
+  window.feed = content => write(JSON.stringify({ choices: [{ delta: { content } }] }));
+  window.finish = () => { write('{"choices": [{"delta": {}, "finish_reason": "stop"}]}'); write("[DONE]"); };
+  window.signal = options.signal;
+  options.signal.addEventListener("abort", () => out.error(new DOMException("stopped", "AbortError")));
+  return Promise.resolve(new Response(body));
+};
+"""
+
+
 class Page:
     """The page, operated as a person does."""
 
@@ -76,6 +92,10 @@ class Page:
         """Waits for the model's name, which the page asks for when everything else is in place."""
         self.until(lambda: self.find("#model").text != "")
         return self
+
+    def reload(self) -> None:
+        self.driver.refresh()
+        self.ready()
 
     def press(self, *keys: str) -> None:
         self.driver.switch_to.active_element.send_keys(*keys)
@@ -120,6 +140,52 @@ class Page:
         )
         assert found[0], found[1]
         return found[1]
+
+    def chosen(self, handle: str) -> Page:
+        """The page in the tab of this handle, which the driver then operates."""
+        self.driver.switch_to.window(handle)
+        return self
+
+    @contextlib.contextmanager
+    def tabs(self) -> Iterator[tuple[str, str]]:
+        """The handles of this tab and of another one, which is chosen and shows the same page until the end."""
+        first = str(self.driver.current_window_handle)
+        self.driver.switch_to.new_window("tab")
+        second = str(self.driver.current_window_handle)
+        try:
+            self.driver.get(self.url)
+            self.ready()
+            yield first, second
+        finally:
+            self.chosen(second).driver.close()
+            self.chosen(first)
+
+    @contextlib.contextmanager
+    def before_load(self, script: str) -> Iterator[None]:
+        """Loads the page again with a script that runs before those of the page, and does so until the end."""
+        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+        try:
+            self.driver.refresh()
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+    def hold_answers(self) -> None:
+        """Replaces the server for answers, which `feed` writes and `finish` completes."""
+        self.run(STREAM)
+
+    def feed(self, text: str) -> None:
+        """Writes more of the answer that is held."""
+        self.until(lambda: self.run("return typeof feed === 'function'"))
+        self.run("feed(arguments[0])", text)
+
+    def finish(self) -> None:
+        self.run("finish()")
+        self.until(lambda: self.find("#send").is_displayed())
+
+    def stored(self) -> list[dict[str, Any]]:
+        """The conversations that the browser keeps."""
+        return list(self.module("storage", "m.openStore().then(store => store.all())"))
 
     @contextlib.contextmanager
     def screen(self, width: int, height: int) -> Iterator[None]:

@@ -204,22 +204,16 @@ def test_models_that_are_not_loaded_are_marked_and_unknown_ones_are_an_error(cha
     cards = '{"data": [{"id": "gone", "context_length": null, "loaded": false}, {"id": "tiny", "context_length": 9}]}'
     stub = "const real = fetch; window.fetch = (path, o) => path === 'v1/models' ? Promise.resolve(new Response("
     stub += f"'{cards}')) : new Promise(done => setTimeout(done, 50)).then(() => real(path, o));"
-    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": stub})
-    try:
-        page.driver.refresh()
+    with page.before_load(stub):
         page.until(lambda: page.shown("#model option") == ["gone (not loaded)", "tiny"])
         page.find("#prompt").send_keys("Hi", Keys.ENTER)
         page.until(lambda: page.find("#live").text == "Loading gone…")
         page.until(page.answered)
-        assert page.shown(".failed")[0].startswith(
-            "Error: the server does not have this: the model 'gone' does not exist"
-        )
+        assert page.shown(".failed")[0].startswith("Error: not found: the model 'gone' does not exist")
         page.find("#model select").send_keys("tiny")
         page.button("Try again").click()
         page.until(lambda: page.answered() and page.shown(".answer") == ["Yes."])
         page.complaints()  # The browser reports the 404.
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 def test_settings_of_earlier_versions_apply_until_they_are_changed(chat: Chat) -> None:
@@ -243,10 +237,18 @@ def test_the_page_asks_for_the_key(chromium: Any, chat_model: Model) -> None:
         page.until(lambda: page.all("#ask[open]"))
         page.press("wrong", Keys.ENTER)
         page.until(lambda: "key is wrong" in page.find("#ask-text").text)
+        page.press("schlüssel€", Keys.ENTER)
+        page.until(lambda: "printable ASCII" in page.find("#ask-text").text)
         page.look("light-key")
+        page.press(Keys.ESCAPE)
+        page.until(lambda: page.find("#model").text == "Error: this server needs an API key")
+        page.find("#prompt").send_keys("Hello", Keys.ENTER)
+        page.until(lambda: page.all("#ask[open]"))
+        assert page.find("#key").get_attribute("value") == ""
         page.press("s3cret", Keys.ENTER)
-        page.ready()
-        page.say("Hello")
+        page.until(page.answered)
+        page.until(lambda: "Error" not in page.find("#model").text)
+        assert page.shown(".answer") == ["Hello."]
         assert page.all(".failed") == []
         assert all("401" in message for message in page.complaints())
         page.forget()
@@ -307,3 +309,68 @@ def test_the_view_follows_an_answer_unless_the_reader_has_scrolled_up(chat: Chat
     page.look("light-scrolled")
     page.click("#latest")
     page.until(lambda: page.run(at_end) < 2 and not page.find("#latest").is_displayed())
+
+
+def test_models_are_asked_for_again_after_a_failure(chat: Chat) -> None:
+    page = chat("Hello.")
+    name = page.find("#model").text
+    stub = (
+        "const real = fetch; let count = 0; window.fetch = (path, o) => path === 'v1/models' && !count++"
+        " ? Promise.reject(new TypeError('gone')) : real(path, o);"
+    )
+    with page.before_load(stub):
+        page.until(lambda: page.find("#model").text == "Error: the server cannot be reached. Is it running?")
+        page.say("Hi")
+        page.until(lambda: page.find("#model").text == name)
+
+
+PRESS = """document.getElementById('prompt').dispatchEvent(
+  new KeyboardEvent('keydown', {bubbles: true, cancelable: true, ...arguments[0]}))"""
+
+
+@pytest.mark.parametrize("composing", [{"isComposing": True}, {"keyCode": 229}])
+def test_keys_of_an_input_method_neither_send_nor_stop(chat: Chat, composing: dict[str, Any]) -> None:
+    page = chat()
+    page.press("kanji")
+    page.run(PRESS, {"key": "Enter", **composing})
+    assert page.all(".turn") == []
+    page.hold_answers()
+    page.press(Keys.ENTER)
+    page.feed("One")
+    page.run(PRESS, {"key": "Escape", **composing})
+    assert page.run("return signal.aborted") is False
+    page.run(PRESS, {"key": "Escape"})
+    page.until(page.answered)
+    assert "stopped" in page.find(".speed").text
+
+
+def test_nothing_else_can_be_asked_while_an_answer_is_written(chat: Chat) -> None:
+    page = chat()
+    page.hold_answers()
+    page.press("Hi", Keys.ENTER)
+    page.feed("One")
+    page.click("#new")
+    assert not any(button.is_enabled() for button in page.all("#ideas button"))
+    page.press("And this?", Keys.ENTER)
+    assert page.find("#notice-text").text == "An answer is being written. Wait until it is complete, or stop it."
+    assert page.find("#prompt").get_attribute("value") == "And this?"
+    page.finish()
+    page.until(lambda: all(button.is_enabled() for button in page.all("#ideas button")))
+    assert not page.find("#notice").is_displayed()
+
+
+@pytest.mark.parametrize(
+    ("node", "facts"),
+    [
+        ({"content": "Yes", "end": "stop", "stats": {"tokens": 1, "speed": 0, "first": 0}}, "1 token"),
+        ({"content": "Yes", "end": "length", "stats": {"tokens": 2, "speed": 3, "first": 0.5}},
+         "2 tokens · 3.0 tokens/s · first token after 0.50 s · reached the length limit"),
+        ({"content": "Yes", "stats": {"tokens": 2, "speed": 0, "first": 0}}, "2 tokens · incomplete"),
+        ({"content": "Yes"}, ""),
+        ({"content": ""}, "incomplete"),
+        ({"content": "", "end": "cut", "error": "gone"}, ""),
+        ({"content": "Y", "end": "cut", "error": "gone"}, "incomplete"),
+    ],
+)  # fmt: skip
+def test_the_line_below_an_answer_says_what_is_known(chat: Chat, node: dict[str, Any], facts: str) -> None:
+    assert chat().module("turns", "m.factsOf(a[0])", node) == facts

@@ -16,11 +16,6 @@ def titles(page: Page) -> list[str]:
     return page.shown(".open-conversation")
 
 
-def reload(page: Page) -> None:
-    page.driver.refresh()
-    page.ready()
-
-
 def test_conversations_are_kept_listed_renamed_and_deleted(chat: Chat) -> None:
     page = chat("One.", "Two.", "Three.")
     assert page.find("#no-conversations").is_displayed()
@@ -29,7 +24,7 @@ def test_conversations_are_kept_listed_renamed_and_deleted(chat: Chat) -> None:
     page.say("Second question, " + "which is much too long for a title " * 3)
     page.until(lambda: len(titles(page)) == 2)
     assert titles(page)[0].endswith("…")
-    reload(page)
+    page.reload()
     page.until(lambda: len(titles(page)) == 2)
     assert page.all(".turn") == []
     page.button("First question").click()
@@ -57,7 +52,7 @@ def test_conversations_are_kept_listed_renamed_and_deleted(chat: Chat) -> None:
     page.click("#delete-all")
     page.click("#confirm-yes")
     page.until(lambda: titles(page) == [])
-    reload(page)
+    page.reload()
     assert page.find("#no-conversations").is_displayed()
     assert not page.find("#export").is_enabled()
 
@@ -80,7 +75,7 @@ def test_editing_a_question_makes_a_branch_with_its_own_answer(chat: Chat) -> No
     page.button("Previous version").click()
     page.until(lambda: page.shown(".answer") == ["A1", "A2"])
     assert page.shown(".turn.user .text") == ["Question A", "More on A"]
-    reload(page)
+    page.reload()
     page.click(".open-conversation")
     page.until(lambda: page.shown(".answer") == ["A1", "A2"])
     page.button("Next version").click()
@@ -156,7 +151,13 @@ def test_conversations_are_exported_and_imported(chat: Chat, tmp_path: Path) -> 
     assert [each["title"] for each in content["conversations"]] in (["Birds?", "Cats?"], ["Cats?", "Birds?"])
 
     page.find("#import-file").send_keys(str(file))
-    page.until(lambda: "0 of 2 conversations imported; the others exist already" in page.find("#notice-text").text)
+    page.until(lambda: "no conversation imported; 2 already exist." in page.find("#notice-text").text)
+    page.button("Delete Cats?").click()
+    page.click("#confirm-yes")
+    page.until(lambda: titles(page) == ["Birds?"])
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: len(titles(page)) == 2)
+    page.until(lambda: "1 conversation imported; 1 already exists." in page.find("#notice-text").text)
     page.click("#delete-all")
     page.click("#confirm-yes")
     page.until(lambda: titles(page) == [])
@@ -195,18 +196,21 @@ def file_of(**changes: Any) -> str:
         ("[]", 'format must be "nybble-conversations"'),
         ('{"format": "nybble-conversations", "version": 2}', "version: found 2, expected 1"),
         ('{"format": "nybble-conversations", "version": 1}', "conversations: expected a list"),
-        (file_of(id="../x"), 'conversations[0].id: found "../x"'),
-        (file_of(title=3), "conversations[0].title: found 3"),
-        (file_of(updated="now"), 'conversations[0].updated: found "now"'),
-        (file_of(nodes={}), "conversations[0].nodes: found {}"),
+        (file_of(id="../x"), 'conversations[0].id: found "../x", expected an id of up to 64 characters'),
+        (file_of(title=3), "conversations[0].title: found 3, expected a string"),
+        (file_of(updated="now"), 'conversations[0].updated: found "now", expected milliseconds since 1970'),
+        (file_of(nodes={}), "conversations[0].nodes: found {}, expected a list"),
         (file_of(nodes=[7]), "conversations[0].nodes[0]: expected an object"),
         (file_of(nodes=[{**NODE, "role": "system"}]), 'conversations[0].nodes[0].role: found "system"'),
         (file_of(nodes=[{**NODE, "role": "assistant"}]), "cannot follow one of the same role"),
         (file_of(nodes=[{**NODE, "parent": "n1"}]), '.parent: "n1" is not an earlier message'),
         (file_of(nodes=[{**NODE, "id": "__proto__"}]), 'nodes[0].id: found "__proto__"'),
         (file_of(nodes=[NODE, NODE]), 'nodes[1].id: "n1" occurs twice'),
-        (file_of(nodes=[{**NODE, "files": [{"name": "x"}]}]), "nodes[0].files[0].text: found undefined"),
-        (file_of(nodes=[{**NODE, "stats": {"tokens": -1}}]), "nodes[0].stats.tokens: found -1"),
+        (file_of(nodes=[{**NODE, "files": [{"name": "x"}]}]), "nodes[0].files[0].text: missing, expected a string"),
+        (
+            file_of(nodes=[{**NODE, "stats": {"tokens": -1}}]),
+            "nodes[0].stats.tokens: found -1, expected a number of 0 or more",
+        ),
         (file_of(chosen={"": "n2"}), 'chosen: "n2" does not follow ""'),
         (file_of(chosen={"n1": "n1"}), 'chosen: "n1" does not follow "n1"'),
     ],
@@ -235,6 +239,57 @@ def test_imported_text_does_not_act(chat: Chat, tmp_path: Path) -> None:
     assert (page.all("img"), page.run("return acted")) == ([], 0)
 
 
+def branch(contents: list[str]) -> str:
+    """A file with one conversation, whose messages have these contents."""
+    nodes = [
+        {
+            **NODE,
+            "id": f"n{i}",
+            "parent": f"n{i - 1}" if i else None,
+            "role": ("user", "assistant")[i % 2],
+            "content": text,
+        }
+        for i, text in enumerate(contents)
+    ]
+    chosen = {each["parent"] or "": each["id"] for each in nodes}
+    return file_of(title="T" * 500, nodes=nodes, chosen=chosen)
+
+
+def test_the_end_of_a_long_conversation_is_shown_first(chat: Chat, tmp_path: Path) -> None:
+    page = chat("Yes.")
+    file = tmp_path / "long.json"
+    file.write_text(branch([f"Message {i}" for i in range(250)]), encoding="utf-8")
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: titles(page) == ["T" * 119 + "…"])
+    page.click(".open-conversation")
+    page.until(lambda: len(page.all(".turn")) == 100)
+    top = "return document.querySelectorAll('.turn')[arguments[0]].getBoundingClientRect().top"
+    page.run("document.getElementById('scroll').scrollTop = 0")
+    before = page.run(top, 0)
+    assert page.find("#earlier").text == "Show earlier messages (150)"
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 200)
+    assert abs(page.run(top, 100) - before) < 2, "what was read stays in place"
+    page.say("More?")
+    assert len(page.all(".turn")) == 202
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 252)
+    assert not page.find("#earlier").is_displayed()
+    assert page.shown(".turn .text")[0] == "Message 0"
+
+
+def test_long_messages_are_shown_a_few_at_a_time(chat: Chat, tmp_path: Path) -> None:
+    page = chat()
+    file = tmp_path / "long.json"
+    file.write_text(branch(["word " * 30_000] * 8), encoding="utf-8")
+    page.find("#import-file").send_keys(str(file))
+    page.until(lambda: len(titles(page)) == 1)
+    page.click(".open-conversation")
+    page.until(lambda: len(page.all(".turn")) == 2)
+    page.click("#earlier")
+    page.until(lambda: len(page.all(".turn")) == 4)
+
+
 def test_a_full_storage_is_reported_and_the_conversation_continues(chat: Chat) -> None:
     page = chat("One.", "Two.")
     page.run("IDBObjectStore.prototype.put = () => { throw new DOMException('full', 'QuotaExceededError'); }")
@@ -252,9 +307,8 @@ def test_a_browser_that_keeps_nothing_still_has_conversations(chat: Chat) -> Non
     block += (
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } });"
     )
-    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": block})
-    try:
-        reload(page)
+    with page.before_load(block):
+        page.ready()
         assert "keeps nothing" in page.find("#storage").text
         page.say("Hello")
         page.until(lambda: titles(page) == ["Hello"])
@@ -262,59 +316,9 @@ def test_a_browser_that_keeps_nothing_still_has_conversations(chat: Chat) -> Non
         page.button("Hello").click()
         page.until(lambda: page.shown(".answer") == ["One."])
         page.click("#theme")
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
-def test_a_change_in_another_tab_is_shown(chat: Chat) -> None:
-    page = chat("One.", "Two.")
-    first = page.driver.current_window_handle
-    page.say("Hello")
-    page.driver.switch_to.new_window("tab")
-    try:
-        page.driver.get(page.url)
-        page.ready()
-        page.until(lambda: titles(page) == ["Hello"])
-        page.click(".open-conversation")
-        page.until(lambda: page.shown(".answer") == ["One."])
-        page.say("And here?")
-        page.driver.switch_to.window(first)
-        page.until(lambda: page.shown(".answer") == ["One.", "Two."])
-    finally:
-        for handle in page.driver.window_handles:
-            if handle != first:
-                page.driver.switch_to.window(handle)
-                page.driver.close()
-        page.driver.switch_to.window(first)
-
-
-TWO_TABS = """(async () => {
-  const { newConversation, add, drop } = await import('./page/app/tree.js');
-  const store = await m.openStore(), one = newConversation('m');
-  const question = add(one, null, { role: 'user', content: 'Q' });
-  const lost = add(one, question.id, { role: 'assistant', content: '' });
-  await store.put(one);
-  const other = await store.get(one.id);
-  drop(one, lost);
-  add(one, question.id, { role: 'assistant', content: 'from one' });
-  await store.put(one);
-  add(other, question.id, { role: 'assistant', content: 'from the other' });
-  await store.put(other);
-  await store.put(one);
-  const kept = await store.get(one.id), deleted = [await store.isDeleted(one.id)];
-  await (await m.openStore()).remove(one.id);
-  deleted.push(await store.isDeleted(one.id));
-  return [kept.nodes.map(node => node.content), deleted];
-})()"""
-
-
-def test_messages_that_two_tabs_add_are_both_kept(chat: Chat) -> None:
-    contents, deleted = chat().module("storage", TWO_TABS)
-    assert sorted(contents) == ["Q", "from one", "from the other"], "the empty answer was replaced"
-    assert deleted == [False, True]
-
-
-def test_a_question_without_an_answer_is_left_out_of_later_requests(chat: Chat) -> None:
+def test_a_question_without_an_answer_goes_with_the_next_one(chat: Chat) -> None:
     page = chat()
     conversation = page.module(
         "tree",
@@ -323,4 +327,4 @@ def test_a_question_without_an_answer_is_left_out_of_later_requests(chat: Chat) 
         "return m.requestMessages(c, last, 'Be kind.'); })()",
         [["user", "lost"], ["assistant", ""], ["user", "asked"], ["assistant", "said"], ["user", "now"]],
     )  # fmt: skip
-    assert [each["content"] for each in conversation] == ["Be kind.", "asked", "said", "now"]
+    assert [each["content"] for each in conversation] == ["Be kind.", "lost\n\nasked", "said", "now"]

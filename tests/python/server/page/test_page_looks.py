@@ -104,6 +104,16 @@ def test_the_list_is_a_column_that_can_be_closed_on_wide_screens(chat: Chat) -> 
     assert page.find("#sidebar").is_displayed()
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_placeholders_have_the_contrast_of_quiet_text(chat: Chat, theme: str) -> None:
+    page = chat()
+    page.run("document.documentElement.dataset.theme = arguments[0]", theme)
+    quiet = page.run("return getComputedStyle(document.getElementById('storage')).color")
+    for field in ("system", "top_p", "max_tokens", "prompt"):
+        style = f"getComputedStyle(document.getElementById('{field}'), '::placeholder')"
+        assert page.run(f"return [{style}.color, {style}.opacity]") == [quiet, "1"]
+
+
 NAMES = """
 const shown = [...document.querySelectorAll('button, input, textarea, select, a')];
 return shown.filter(e => {

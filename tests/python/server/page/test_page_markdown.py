@@ -352,6 +352,54 @@ def test_a_paragraph_without_end_is_shown_without_its_emphasis(page: Page) -> No
     assert rendered(page, ("*a* " * 1100).strip()) == "<p>" + " ".join(["*a*"] * 1100) + "</p>"
 
 
+def table(columns: int, rows: int, cells: int) -> str:
+    """A table whose rows have this many cells each."""
+    return "|a" * columns + "|\n" + "|-" * columns + "|\n" + ("|b" * cells + "|\n") * rows
+
+
+@pytest.mark.parametrize(
+    ("text", "is_table"),
+    [
+        (table(20, 500, 20), True),
+        (table(10, 30, 1), True),
+        (table(800, 800, 1), False),
+        (table(100, 100, 2), False),
+        (table(100, 201, 100), False),
+    ],
+    ids=["full", "small", "wide", "sparse", "large"],
+)
+def test_a_table_that_would_become_much_larger_is_shown_as_text(page: Page, text: str, is_table: bool) -> None:
+    rows, shown = page.module(
+        "markdown", "(e => [e.querySelectorAll('tr').length, e.textContent])(m.render(a[0])[0])", text
+    )
+    assert (rows > 0) == is_table
+    assert shown.count("b") >= text.count("b"), "nothing is lost"
+    if not is_table:
+        assert page.module("markdown", GROWN_CELLS, text) == 0
+
+
+GROWN_CELLS = """(() => {
+  const e = document.createElement('div'), shown = new m.Markdown(e);
+  for (let end = 0; end < a[0].length; end += 997) shown.update(a[0].slice(0, end));
+  shown.update(a[0], true);
+  return e.querySelectorAll('td').length;
+})()"""
+
+
+def test_long_lines_of_code_are_not_highlighted(page: Page) -> None:
+    for length, is_highlighted in ((1000, True), (1001, False)):
+        line = "if " + "x" * (length - 3)
+        assert ("hljs-keyword" in rendered(page, f"```py\n{line}\n```")) == is_highlighted
+    assert "hljs" not in rendered(page, "```xml\n" + "<" * 19_000 + "\n```")
+
+
+def test_a_text_of_a_million_characters_is_shown_as_it_is(page: Page) -> None:
+    text = "**a** b\n\n" * 120_000
+    assert page.module("markdown", "m.render(a[0]).map(n => [n.className, n.textContent.length])", text) == [
+        ["raw", len(text)]
+    ]
+
+
 def test_code_that_cannot_be_highlighted_is_shown_as_it_is(page: Page) -> None:
     long = "x = 1\n" * 20_000
     for language in ("nonsense", "__proto__", "constructor", "python"):
@@ -369,3 +417,16 @@ def test_a_copy_of_an_answer_is_its_markdown(chat: Chat) -> None:
     page.button("Copy", within=".turn.assistant").click()
     page.until(lambda: "Copied" in page.shown(".turn.assistant .small"))
     assert page.copied() == "**bold** and `code`"
+    assert page.find("#status").get_attribute("textContent") == "Copied"
+
+
+def test_copying_works_on_an_address_without_a_clipboard(chat: Chat) -> None:
+    page = chat("**bold**\nand more")
+    page.say("Hi")
+    page.allow_clipboard()
+    page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    page.button("Copy", within=".turn.assistant").click()
+    page.until(lambda: "Copied" in page.shown(".turn.assistant .small"))
+    page.run("delete navigator.clipboard")
+    assert page.copied() == "**bold**\nand more"
+    assert page.all("body > textarea") == []

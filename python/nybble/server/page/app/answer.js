@@ -9,9 +9,11 @@ const PACE = 40;
 
 /** Writes an answer into a message of a conversation. */
 export class Answer {
-  constructor(conversation, node, onprogress) {
+  /** `ontoken` is called for each piece of the answer; `onprogress` when more can be shown, which never happens in a hidden tab. */
+  constructor(conversation, node, ontoken, onprogress) {
     this.conversation = conversation;
     this.node = node;
+    this.ontoken = ontoken;
     this.onprogress = onprogress;
     this.controller = new AbortController();
     this.timer = 0;
@@ -49,6 +51,7 @@ export class Answer {
         node.content += (content ?? "").replace(/\r\n?/g, "\n");
         if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;
         measure();
+        this.ontoken(this);
         this.showSoon();
       }
     } catch (error) {

@@ -4,13 +4,22 @@ import { $, kept } from "./dom.js";
 
 const session = () => sessionStorage;
 
+/** Keys are printable ASCII. Others cannot be sent in a header. */
+const isKey = text => /^[\x20-\x7e]+$/.test(text);
+
+/** The key that was entered in this tab, or null. */
+function keyOfTab() {
+  const key = kept.get("nybble.key", session);
+  return key && isKey(key) ? key : null;
+}
+
 /** An error that a person can act on. */
 export class ServerError extends Error {}
 
 /** Sends a request. Asks for the API key if the server wants one, and throws errors in words. */
 export async function ask(path, options = {}) {
   for (;;) {
-    const key = kept.get("nybble.key", session);
+    const key = keyOfTab();
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     const answer = await fetch(path, { ...options, headers }).catch(error => {
       throw error.name === "AbortError" ? error : new ServerError("the server cannot be reached. Is it running?");
@@ -21,26 +30,38 @@ export async function ask(path, options = {}) {
   }
 }
 
-let asking = null;
+let asking = null, given = () => {};
+
+/** Calls back when a person has entered a key. */
+export function onKey(callback) { given = callback; }
 
 /** Asks for the key, once for all requests that wait for it. */
 function askForKey(refused, signal) {
-  const key = kept.get("nybble.key", session);
+  const key = keyOfTab();
   if (key && key !== refused) return null;  // Another request has asked meanwhile.
   asking ??= new Promise((resolve, reject) => {
     const dialog = $("ask");
-    $("ask-text").textContent = refused
-      ? "The key is wrong. Please try again."
-      : "Enter the API key of this server. The page keeps it until this tab is closed.";
-    $("ask-text").classList.toggle("wrong", Boolean(refused));
-    $("key").value = "";
+    const say = (text, isWrong) => {
+      $("ask-text").textContent = text;
+      $("ask-text").classList.toggle("wrong", isWrong);
+    };
+    if (refused) say("The key is wrong. Please try again.", true);
+    else say("Enter the API key of this server. The page keeps it until this tab is closed.", false);
+    $("key").value = dialog.returnValue = "";
+    dialog.querySelector("form").onsubmit = event => {
+      const entered = $("key").value.trim();
+      if (!entered || isKey(entered)) return;
+      event.preventDefault();
+      say("An API key has only printable ASCII characters, and no accented ones. Please check it.", true);
+    };
     dialog.showModal();
     dialog.addEventListener("close", () => {
       asking = null;
       const entered = $("key").value.trim();
-      if (!entered) return reject(new ServerError("this server needs an API key"));
+      if (!entered || dialog.returnValue !== "given") return reject(new ServerError("this server needs an API key"));
       kept.set("nybble.key", entered, session);
       resolve();
+      given();
     }, { once: true });
   });
   return Promise.race([asking, new Promise((_, reject) => {
@@ -54,7 +75,7 @@ async function failure(answer) {
   let message;
   try { message = JSON.parse(text).error.message; } catch { message = `status ${answer.status}`; }
   const lead = {
-    404: "the server does not have this",
+    404: "not found",
     413: "this is too long for the server",
     429: "the server is busy. Try again in a moment",
     503: "the server cannot answer now. Try again in a moment",

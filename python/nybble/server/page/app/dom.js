@@ -36,17 +36,32 @@ export function textButton(text, onclick, kind = "small") {
   return button;
 }
 
+/** A number with its noun. */
+export const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+
+/** Whether a key belongs to an input method, which composes a character. Safari has only the code. */
+export const isComposing = event => event.isComposing || event.keyCode === 229;
+
 /** Copies a text and says so on the button for a moment. */
 export async function copyText(text, button) {
   const before = button.dataset.name ?? button.textContent;
   button.dataset.name = before;
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    button.textContent = "Not allowed";
-  }
+  const isCopied = await navigator.clipboard?.writeText(text).then(() => true, () => false) || copiedByCommand(text);
+  button.textContent = isCopied ? "Copied" : "Not allowed";
+  announce(isCopied ? "Copied" : "The browser does not allow copying");
   setTimeout(() => { button.textContent = before; }, 1500);
+}
+
+/** Copies a text without `navigator.clipboard`, which exists on secure origins only. */
+function copiedByCommand(text) {
+  const focused = document.activeElement, field = make("textarea", { class: "unseen", readonly: "" });
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const isCopied = document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+  return isCopied;
 }
 
 /** Tells users of screen readers what has happened. */

@@ -1,34 +1,41 @@
 // The page: one conversation is shown, and at most one answer is written at a time.
 
-import { $, announce, kept, make, notice } from "./dom.js";
+import { $, announce, counted, isComposing, kept, make, notice } from "./dom.js";
 import { Answer } from "./answer.js";
-import { models } from "./api.js";
+import { models, onKey } from "./api.js";
 import { connectAttachments, hasFiles, takeFiles } from "./attachments.js";
 import { connectSettings, parameters, systemPrompt, useModel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { explain, openStore } from "./storage.js";
-import { add, choose, drop, newConversation, path, requestMessages } from "./tree.js";
+import { attempted, openStore } from "./storage.js";
+import { add, choose, drop, newConversation, path, rename, requestMessages, takeTitle } from "./tree.js";
 import { factsOf, joined, Log } from "./turns.js";
 
-/** Milliseconds after which an answer that is being written is kept again. */
-const KEEP_EVERY = 3000;
+/** Milliseconds after which an answer that is being written is kept again, and the share of the time that this may take. */
+const KEEP_EVERY = 500, KEEPING = 0.1;
+const BUSY = "An answer is being written. Wait until it is complete, or stop it.";
 
 const store = await openStore();
 let cards = [], model = "", conversation = newConversation(""), running = null;
+let isIntroducing = false, isStale = false;
 
-const log = new Log({ choose: show, edit, retry, namesModels: () => cards.length > 1 });
-const sidebar = new Sidebar(store, { open, rename, removed });
+const log = new Log({ choose: show, edit, retry, closed: () => { if (isStale) follow(); }, namesModels: () => cards.length > 1 });
+const sidebar = new Sidebar(store, { open, rename: renameKept, removed });
 
 // --- Models -------------------------------------------------------------------------------------
 
+/** Shows the models of the server, once it says which it has. */
 async function introduce() {
+  if (isIntroducing || cards.length) return;
+  isIntroducing = true;
   try {
     cards = await models();
+    if (!cards.length) throw new Error("the server lists no models");
     const wanted = conversation.model || kept.get("nybble.model");
     selectModel(cards.find(card => card.id === wanted)?.id ?? cards[0].id);
   } catch (error) {
     $("model").replaceChildren(make("span", { class: "model-name wrong" }, `Error: ${error.message}`));
   }
+  isIntroducing = false;
 }
 
 /** Shows which models are loaded now. */
@@ -65,11 +72,9 @@ function selectModel(id) {
 
 /** Keeps a conversation in the browser, or says why it cannot. */
 async function keep(each = conversation) {
-  try {
-    await store.put(each);
-  } catch (error) {
-    notice(explain(error));
-  }
+  const hasTaken = await attempted(() => store.put(each), "This conversation is not kept.");
+  if (hasTaken === undefined) return;
+  if (hasTaken && each === conversation) show();
   await sidebar.show(conversation.id);
 }
 
@@ -94,7 +99,7 @@ function start() {
 }
 
 async function open(id) {
-  const found = running?.conversation.id === id ? running.conversation : await store.get(id);
+  const found = running?.conversation.id === id ? running.conversation : await attempted(() => store.get(id));
   if (!found) return sidebar.show();
   conversation = found;
   log.clear();
@@ -105,11 +110,10 @@ async function open(id) {
   if (!matchMedia("(pointer: coarse)").matches) $("prompt").focus();
 }
 
-async function rename(id, title) {
-  const found = [conversation, running?.conversation].find(each => each?.id === id) ?? await store.get(id);
+async function renameKept(id, title) {
+  const found = [running?.conversation, conversation].find(each => each?.id === id) ?? await attempted(() => store.get(id));
   if (!found) return;
-  found.title = title;
-  found.renamed = true;
+  rename(found, title);
   await keep(found);
 }
 
@@ -122,8 +126,9 @@ function removed(id) {
   if (id === null || conversation.id === id) start();
 }
 
-store.onchange(async () => {
-  // Another tab has changed something. What is being written here remains, unless it was deleted there.
+/** Shows what another tab has changed. What is being written here remains, unless it was deleted there. */
+async function follow() {
+  isStale = false;
   if (running && await store.isDeleted(running.conversation.id)) {
     running.isForgotten = true;
     running.stop();
@@ -132,12 +137,26 @@ store.onchange(async () => {
     start();
   } else if (!running && conversation.nodes.length) {
     const found = await store.get(conversation.id);
-    if (found && !running && found.id === conversation.id && found.updated > conversation.updated) {
-      conversation = found;
-      log.clear();
-      show();
+    if (found && !running && found.id === conversation.id) {
+      takeTitle(conversation, found);
+      if (found.updated > conversation.updated) reload(found);
     }
   }
+}
+
+/** Shows a later state of the conversation; if a message is being edited, when that is over. */
+function reload(found) {
+  if (log.isEditing) {
+    isStale = true;
+    return;
+  }
+  conversation = found;
+  log.clear();
+  show();
+}
+
+store.onchange(async () => {
+  await attempted(follow);
   sidebar.show();
 });
 
@@ -151,7 +170,10 @@ function send(text, files) {
 
 /** A change of a question is a new branch with an answer of its own; a change of an answer is a new branch alone. */
 function edit(node, text) {
-  if (running) return;
+  if (running) {
+    notice(BUSY);
+    return false;
+  }
   const { role, files, parent, model: author } = node;
   add(conversation, parent, { role, content: text, ...(files ? { files } : {}), ...(author ? { model: author, end: "edited" } : {}) });
   if (role === "user") return answer();
@@ -173,14 +195,14 @@ async function answer(parent = path(conversation).at(-1).id) {
   const messages = requestMessages(own, question, systemPrompt());
   const node = add(own, parent, { role: "assistant", content: "", model });
   own.model = model;
-  const run = running = new Answer(own, node, progress);
+  const run = running = new Answer(own, node, keepSoon, progress);
   busy(true);
   if (cards.find(card => card.id === model)?.loaded === false) $("live").textContent = `Loading ${model}…`;
   show();
   log.toEnd();
   announce("Generating an answer");
   keep(own);
-  run.keptAt = performance.now();
+  run.keptAt = run.keepAfter = 0;
   await run.write({ model: model || undefined, messages, ...parameters() });
   running = null;
   own.updated = Date.now();
@@ -192,6 +214,7 @@ async function answer(parent = path(conversation).at(-1).id) {
   announce(node.error ? "The answer failed" : `Answer complete. ${factsOf(node)}`);
   await keep(own);
   if (cards.length > 1) refresh();
+  else introduce();
   const field = document.activeElement;
   if (!matchMedia("(pointer: coarse)").matches && (field === document.body || field === $("stop"))) $("prompt").focus();
 }
@@ -201,13 +224,23 @@ function progress(run) {
   log.update(run.node);
   const { tokens, speed } = run.node.stats;
   const place = run.conversation === conversation ? "" : `in “${run.conversation.title}”`;
-  $("live").textContent = joined([place, `${tokens} tokens`, speed > 0 && `${speed.toFixed(1)} tokens/s`]);
-  if (performance.now() - run.keptAt < KEEP_EVERY || run.isForgotten) return;
+  $("live").textContent = joined([place, counted(tokens, "token"), speed > 0 && `${speed.toFixed(1)} tokens/s`]);
+}
+
+/** Keeps an answer that is being written: its first token, and later as often as time allows. */
+async function keepSoon(run) {
+  const began = performance.now();
+  if (run.isForgotten || run.isKeeping || began - run.keptAt < run.keepAfter) return;
+  run.isKeeping = true;
+  await store.put(run.conversation, true).catch(() => {});  // The put after the answer reports a failure.
+  run.isKeeping = false;
   run.keptAt = performance.now();
-  store.put(run.conversation).catch(() => {});  // The end of the answer tells.
+  run.keepAfter = Math.max(KEEP_EVERY, (run.keptAt - began) / KEEPING);
 }
 
 function busy(is) {
+  for (const button of $("ideas").children) button.disabled = is;
+  if (!is && $("notice-text").textContent === BUSY) $("notice").hidden = true;
   $("stop").hidden = !is;
   $("send").hidden = is;
   $("keys").hidden = is;
@@ -226,7 +259,8 @@ function fit() {
 
 function submit() {
   const text = $("prompt").value.trim();
-  if (running || !(text || hasFiles())) return;
+  if (!(text || hasFiles())) return;
+  if (running) return notice(BUSY);
   $("prompt").value = "";
   $("notice").hidden = true;
   send(text, takeFiles());
@@ -236,10 +270,10 @@ function submit() {
 $("form").onsubmit = event => { event.preventDefault(); submit(); };
 $("prompt").oninput = fit;
 $("prompt").onkeydown = event => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
+  if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) { event.preventDefault(); submit(); }
 };
 document.addEventListener("keydown", event => {
-  if (event.key === "Escape" && running && !document.querySelector("dialog:modal")) running.stop();
+  if (event.key === "Escape" && !isComposing(event) && running && !document.querySelector("dialog:modal")) running.stop();
 });
 $("stop").onclick = () => { running?.stop(); $("prompt").focus(); };
 $("new").onclick = start;
@@ -251,7 +285,8 @@ $("theme").onclick = () => {
   kept.set("nybble.theme", root.dataset.theme);
 };
 
-addEventListener("pagehide", () => { if (running && !running.isForgotten) store.put(running.conversation).catch(() => {}); });
+addEventListener("pagehide", () => { if (running && !running.isForgotten) store.putAtOnce(running.conversation).catch(() => {}); });
+onKey(introduce);
 
 connectAttachments(fit);
 connectSettings();

@@ -21,17 +21,34 @@ const SANITIZER = {
 };
 /** Longer code is not highlighted, which takes time. */
 const MAX_HIGHLIGHTED = 20_000;
+/** Code with a longer line is not highlighted: some grammars take quadratic time for a line. */
+const LONG_LINE = /[^\n]{1001}/;
 /** A longer code block that is still being written is extended, not parsed again. */
 const LONG_CODE = 4_000;
 
-/** Emphasis and links within a longer paragraph are not looked for, which can take time that grows with its square. */
+/** Longer paragraphs are shown without emphasis and links, because finding them can take quadratic time. */
 const MAX_INLINE = 4_000;
+/** Larger tables are shown as text. */
+const MAX_CELLS = 20_000;
+/** Tables of more cells are shown as text if most cells are missing. The parser adds them: a row of one takes the width of the head. */
+const MAX_PADDED_CELLS = 400;
+/** A longer text is shown as it is. */
+const MAX_TEXT = 1_000_000;
 
 const escaped = text => text.replace(/[&<>"']/g, found => `&#${found.charCodeAt(0)};`);
 
 const parser = new Marked({
   gfm: true,
   breaks: true,
+  tokenizer: {
+    /** Looks for a table only if it is small enough: `undefined` means none, and `false` the parser's own way. */
+    table(text) {
+      const [raw, , columns, rows] = this.rules.block.table.exec(text) ?? [];
+      if (!rows) return false;
+      const cells = columns.split("|").length * rows.split("\n").length;
+      return cells > MAX_CELLS || (cells > MAX_PADDED_CELLS && cells > raw.length) ? undefined : false;
+    },
+  },
   renderer: {
     html({ text, block }) {
       if (BARE_TAG.test(text.trim())) return text;
@@ -148,8 +165,9 @@ function closes(text, fence) {
 
 function lex(text) {
   try {
+    if (text.length > MAX_TEXT) throw new RangeError();
     return new BoundedLexer(parser.defaults).lex(text);
-  } catch {  // Nested too deeply.
+  } catch {  // Too long, or nested too deeply.
     return [{ type: "text", raw: text, text, plain: true }];
   }
 }
@@ -184,7 +202,7 @@ function codeBlock(language, text) {
 }
 
 function highlighted(language, text) {
-  if (!language || text.length > MAX_HIGHLIGHTED || !hljs.getLanguage(language)) return [text];
+  if (!language || text.length > MAX_HIGHLIGHTED || LONG_LINE.test(text) || !hljs.getLanguage(language)) return [text];
   const { value } = hljs.highlight(text, { language, ignoreIllegals: true });
   return [DOMPurify.sanitize(value, SANITIZER)];
 }

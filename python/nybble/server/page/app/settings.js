@@ -25,6 +25,7 @@ function settingsOf(name) {
   return Object.fromEntries(NAMES.filter(each => typeof found[each] === "string" && found[each] !== "").map(each => [each, found[each]]));
 }
 
+/** Keeps the settings of a model. Other tabs may have changed those of other models. */
 function keep(name, values) {
   const all = parsed(KEY);
   // An empty set means the defaults, and not the former settings.
@@ -42,7 +43,8 @@ export function useModel(card) {
 
 function show(values) {
   for (const name of NAMES) {
-    $(name).value = values[name] ?? "";
+    const value = values[name] ?? "";
+    if ($(name).value !== value) $(name).value = value;  // Typing is not interrupted.
     showValue(name);
   }
 }
@@ -84,7 +86,7 @@ export const systemPrompt = () => $("system").value.trim();
 async function showReasoning() {
   const asked = model;
   let known = { toggle: false, effort: false };
-  try { known = await reasoningOf(asked); } catch { /* The server does not say: the model's own way applies. */ }
+  try { known = await reasoningOf(asked); } catch { /* The dialog offers no switches if the server sends no template. */ }
   if (asked !== model) return;
   // A value that was set before remains visible, so that it can be changed.
   $("reasoning-row").hidden = !known.toggle && !$("reasoning").value;
@@ -98,8 +100,9 @@ export function connectSettings() {
     const name = event.target.dataset.setting;
     if (!name) return;
     showValue(name, event.target);
-    keep(model, Object.fromEntries(NAMES.map(each => [each, $(each).value])));
+    keep(model, { ...settingsOf(model), [name]: $(name).value });
   });
+  addEventListener("storage", event => { if (event.key === KEY) show(settingsOf(model)); });  // Another tab has changed them.
   $("defaults").onclick = () => { show({}); keep(model, {}); };
   $("open").onclick = () => { showReasoning(); dialog.showModal(); };
   $("close").onclick = () => dialog.close();

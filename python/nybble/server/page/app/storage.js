@@ -2,6 +2,9 @@
 //
 // Two stores: `conversations` by id, and `summaries` {id, title, updated} for the list, which needs no messages.
 
+import { notice } from "./dom.js";
+import { isOwn, takeTitle } from "./tree.js";
+
 const summaryOf = ({ id, title, updated }) => ({ id, title, updated });
 const latestFirst = (a, b) => b.updated - a.updated;
 
@@ -51,20 +54,31 @@ class Kept {
 
   all() { return settled(this.database.transaction("conversations").objectStore("conversations").getAll()); }
 
-  /** Keeps a conversation, together with the messages that another tab has added to it. */
-  async put(conversation) {
+  /**
+   * Keeps a conversation, together with what another tab has changed in it, unless it was deleted. Returns whether it
+   * has taken something from another tab. With `isQuiet`, other tabs do not read it again.
+   */
+  async put(conversation, isQuiet = false) {
+    let hasTaken = false;
     await this.change((full, summaries, attempt) => {
       full.get(conversation.id).onsuccess = ({ target }) => attempt(() => {
-        const known = target.result?.nodes ?? [], parents = new Set(known.map(node => node.parent));
-        const own = new Set(conversation.nodes.map(node => node.id));
-        // An answer without content that nothing follows may be one that was replaced here.
-        const isWanted = node => !own.has(node.id) && (node.content || node.files || parents.has(node.id));
-        conversation.nodes.push(...known.filter(isWanted));
+        if (!target.result && this.known.has(conversation.id)) return;
+        if (target.result) hasTaken = merge(conversation, target.result);
         full.put(conversation);
         summaries.put(summaryOf(conversation));
       });
-    });
+    }, isQuiet);
     this.known.add(conversation.id);
+    return hasTaken;
+  }
+
+  /** Keeps a conversation when the page is closed, which leaves no time to read what another tab has kept. */
+  putAtOnce(conversation) {
+    return this.change((full, summaries) => {
+      full.put(conversation);
+      summaries.put(summaryOf(conversation));
+      full.transaction.commit();
+    });
   }
 
   putNew(conversations) {
@@ -77,17 +91,15 @@ class Kept {
   }
 
   async remove(id) {
-    this.known.delete(id);
     await this.change((full, summaries) => { full.delete(id); summaries.delete(id); });
   }
 
   async clear() {
-    this.known.clear();
     await this.change((full, summaries) => { full.clear(); summaries.clear(); });
   }
 
   /** All of a change, or nothing of it. `work` wraps what it does later in `attempt`. */
-  async change(work) {
+  async change(work, isQuiet = false) {
     const transaction = this.database.transaction(["conversations", "summaries"], "readwrite");
     let fault = null;
     const attempt = action => {
@@ -101,8 +113,30 @@ class Kept {
     const done = settled(transaction);
     attempt(() => work(transaction.objectStore("conversations"), transaction.objectStore("summaries"), attempt));
     await done.catch(error => { throw fault ?? error; });
-    this.tabs?.postMessage("changed");
+    if (!isQuiet) this.tabs?.postMessage("changed");
   }
+}
+
+/** Takes from a kept conversation what this tab does not have. Returns whether there was something. */
+function merge(conversation, kept) {
+  const own = new Map(conversation.nodes.map(node => [node.id, node]));
+  const parents = new Set(kept.nodes.map(node => node.parent));
+  let hasTaken = takeTitle(conversation, kept);
+  for (const node of kept.nodes) {
+    const ours = own.get(node.id);
+    if (!ours) {
+      // An answer without content that nothing follows may be one that was replaced here.
+      if (!node.content && !node.files && !parents.has(node.id)) continue;
+      conversation.nodes.push(node);
+      hasTaken = true;
+    } else if (!isOwn(ours) || (node.end && !ours.end)) {
+      // This tab has read the message earlier, maybe while another one was still writing it.
+      hasTaken ||= ours.content !== node.content || ours.end !== node.end;
+      Object.assign(ours, node);
+    }
+  }
+  conversation.updated = Math.max(conversation.updated, kept.updated);
+  return hasTaken;
 }
 
 class InMemory {
@@ -116,7 +150,8 @@ class InMemory {
   async list() { return [...this.found.values()].map(summaryOf).sort(latestFirst); }
   async get(id) { return this.found.get(id); }
   async all() { return [...this.found.values()]; }
-  async put(conversation) { this.found.set(conversation.id, conversation); }
+  async put(conversation) { this.found.set(conversation.id, conversation); return false; }
+  async putAtOnce() {}
   async putNew(conversations) { for (const each of conversations) this.found.set(each.id, each); }
   async remove(id) { this.found.delete(id); }
   async clear() { this.found.clear(); }
@@ -131,9 +166,19 @@ export async function openStore() {
   }
 }
 
-/** What to tell a person when a conversation could not be kept. */
-export function explain(error) {
-  return error.name === "QuotaExceededError"
-    ? "The browser has no space left, so this conversation is not kept. Export conversations, then delete some."
-    : `This conversation could not be kept in the browser: ${error.message || error.name}.`;
+/** What to tell a person when the browser could not store or read something; `result` says what follows. */
+export function explain(error, result = "") {
+  const lead = error.name === "QuotaExceededError"
+    ? "The browser has no space left for conversations. Export conversations, then delete some."
+    : `The browser's storage failed: ${(error.message || error.name).replace(/\.+$/, "")}.`;
+  return [lead, result].filter(Boolean).join(" ");
+}
+
+/** The result of an action on the store. If the action fails, a notice says why, and the result is `undefined`. */
+export async function attempted(action, result = "") {
+  try {
+    return await action();
+  } catch (error) {
+    notice(explain(error, result));
+  }
 }

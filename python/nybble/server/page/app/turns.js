@@ -1,64 +1,88 @@
 // The messages on the screen.
 
-import { $, copyText, iconButton, make, textButton } from "./dom.js";
+import { $, copyText, counted, iconButton, isComposing, make, textButton } from "./dom.js";
 import { chip } from "./attachments.js";
 import { Markdown } from "./markdown.js";
-import { contentOf, path, siblings } from "./tree.js";
+import { branches, contentOf } from "./tree.js";
 
 /** Pixels from the end at which the view follows an answer again. */
 const NEAR = 24;
+/** Messages, and their characters, that are shown of a long conversation before the reader asks for more. */
+const MAX_TURNS = 100, MAX_CHARACTERS = 400_000;
 
 const ENDS = { length: "reached the length limit", stopped: "stopped", cut: "incomplete", edited: "edited" };
 export const joined = parts => parts.filter(Boolean).join(" · ");
 
 /** What is known about an answer, for the line below it. */
-export function factsOf({ stats, end, model }, isNamed = false) {
+export function factsOf({ content, error, stats, end, model }, isNamed = false) {
   return joined([
     isNamed && model,
-    stats?.tokens > 0 && `${stats.tokens} tokens`,
+    stats?.tokens > 0 && counted(stats.tokens, "token"),
     stats?.speed > 0 && `${stats.speed.toFixed(1)} tokens/s`,
     stats?.first > 0 && `first token after ${stats.first.toFixed(2)} s`,
-    // Without an end, the page was closed while it was written.
-    (end !== "cut" || stats?.tokens > 0) && ENDS[end ?? (stats ? "cut" : "")],
+    // Without an end, the page was closed while it was written. An error says itself that there is no answer.
+    !(error && !content) && ENDS[end ?? (stats || !content ? "cut" : "")],
   ]);
 }
 
-/** The view of one conversation. `actions` has `choose`, `edit` and `retry`, which take a message, and `namesModels()`. */
+/**
+ * The view of one conversation. `actions` has `choose`, `edit` and `retry`, which take a message, `namesModels()`, and
+ * `closed()`, which is called when an edit is over. `edit` returns false if the message cannot be changed now.
+ */
 export class Log {
   constructor(actions) {
     this.actions = actions;
     this.turns = new Map();
     this.box = $("scroll");
     this.follows = true;
+    this.start = null;  // The place of the first message that is shown, once there are messages.
     let before = 0;
     this.box.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.box, distance = scrollHeight - scrollTop - clientHeight;
-      // Only a reader moves up. However slowly, it ends the following.
+      // Only a reader scrolls up, so the view no longer follows the answer, however small the step.
       if (scrollTop < before && distance > 2) this.follows = false;
       else if (distance < NEAR) this.follows = true;
       before = scrollTop;
       $("latest").hidden = this.follows;
     }, { passive: true });
     $("latest").onclick = () => this.toEnd();
+    $("earlier").onclick = () => this.showEarlier();
   }
+
+  /** Whether a message is being edited. */
+  get isEditing() { return $("log").querySelector(".edit") !== null; }
 
   /** Shows the chosen branch. Turns that are shown already keep their elements. While busy, nothing can be changed. */
   show(conversation, writing, isBusy) {
-    const line = path(conversation), before = this.turns;
+    const line = branches(conversation), before = this.turns;
+    this.shown = [conversation, writing, isBusy];
+    if (this.start === null || this.start >= line.length) this.start = startOf(line, line.length);
+    this.line = line;
     this.turns = new Map();
-    for (const node of line) {
-      const count = siblings(conversation, node), isWriting = node === writing;
+    for (const { shown: node, options } of line.slice(this.start)) {
       const turn = before.get(node.id) ?? new Turn(node, this.actions);
-      turn.finish(node, count, isWriting, isBusy);
+      turn.finish(node, options, node === writing, isBusy);
       this.turns.set(node.id, turn);
     }
-    const elements = [...this.turns.values()].map(turn => turn.element);
-    for (const turn of before.values()) if (!elements.includes(turn.element)) turn.element.remove();
-    elements.forEach((element, index) => {
-      if ($("log").children[index] !== element) $("log").insertBefore(element, $("log").children[index] ?? null);
-    });
+    for (const [id, turn] of before) if (!this.turns.has(id)) turn.element.remove();
+    let next = $("log").firstElementChild;
+    for (const { element } of this.turns.values()) {
+      if (element === next) next = next.nextElementSibling;
+      else $("log").insertBefore(element, next);
+    }
     $("welcome").hidden = line.length > 0;
     $("log").hidden = line.length === 0;
+    $("earlier").hidden = this.start === 0;
+    $("earlier").textContent = `Show earlier messages (${this.start})`;
+  }
+
+  /** Shows more of the messages before those that are shown, which keep their place on the screen. */
+  showEarlier() {
+    const { scrollHeight, scrollTop } = this.box, first = this.turns.values().next().value;
+    this.start = startOf(this.line, this.start);
+    this.show(...this.shown);
+    this.box.scrollTop = this.box.scrollHeight - (scrollHeight - scrollTop);
+    if (this.start === 0) first?.element.querySelector("button")?.focus({ preventScroll: true });
   }
 
   /** Moves the focus to a button for branches of a message: to that of this name, or to the other at an end. */
@@ -70,6 +94,7 @@ export class Log {
   /** Forgets what is shown. */
   clear() {
     this.turns.clear();
+    this.start = null;
     $("log").replaceChildren();
   }
 
@@ -87,6 +112,18 @@ export class Log {
     this.follows = true;
     $("latest").hidden = true;
   }
+}
+
+const sizeOf = ({ content, reasoning }) => content.length + (reasoning?.length ?? 0);
+
+/** The place from which messages before `end` are shown: at least the last two. */
+function startOf(line, end) {
+  let start = end;
+  for (let size = 0; start > 0 && end - start < MAX_TURNS; start -= 1) {
+    size += sizeOf(line[start - 1].shown);
+    if (size > MAX_CHARACTERS && end - start >= 2) break;
+  }
+  return start;
 }
 
 class Turn {
@@ -111,6 +148,7 @@ class Turn {
   write(node, isComplete = false) {
     if (node.reasoning) this.think(node, isComplete);
     this.markdown.update(node.content, isComplete);
+    this.written = sizeOf(node);
   }
 
   think(node, isComplete) {
@@ -126,7 +164,8 @@ class Turn {
 
   /** Shows the state of a message: complete or being written, its branches, and what can be done with it. */
   finish(node, branches, isWriting, isBusy) {
-    if (node.role === "assistant" && !this.isComplete) this.write(node, !isWriting);
+    // Another tab may have written more of it.
+    if (node.role === "assistant" && (!this.isComplete || this.written !== sizeOf(node))) this.write(node, !isWriting);
     this.isComplete = !isWriting;
     this.element.setAttribute("aria-busy", String(isWriting));
     this.element.querySelector(".failed")?.remove();
@@ -172,18 +211,18 @@ class Turn {
       this.text.hidden = this.foot.hidden = false;
       this.element.classList.remove("edited");
       $("prompt").focus();
+      this.actions.closed();
     };
     const form = make("form", { class: "edit" }, field, make("div", { class: "edit-buttons" },
       textButton("Cancel", close, "plain"), make("button", { class: "full" }, isQuestion ? "Send" : "Save")));
     form.onsubmit = event => {
       event.preventDefault();
       if (!field.value.trim() && !node.files?.length) return;
-      close();
-      this.actions.edit(node, field.value.trim());
+      if (this.actions.edit(node, field.value.trim()) !== false) close();
     };
     form.onkeydown = event => {
-      if (event.key === "Escape") { event.stopPropagation(); close(); }
-      if (event.key === "Enter" && !event.isComposing && (event.ctrlKey || event.metaKey || (isQuestion && !event.shiftKey && event.target === field))) {
+      if (event.key === "Escape" && !isComposing(event)) { event.stopPropagation(); close(); }
+      if (event.key === "Enter" && !isComposing(event) && (event.ctrlKey || event.metaKey || (isQuestion && !event.shiftKey && event.target === field))) {
         event.preventDefault();
         form.requestSubmit();
       }

@@ -243,6 +243,29 @@ def test_adapters_are_loaded_into_the_model_that_is_named(server: RunningPool) -
     assert server.chat(HELLO, model="gpt-4o:new").json["model"] == "small:new"
 
 
+def test_a_failed_model_that_is_unloaded_meanwhile_leaves_the_server_healthy(server: RunningPool) -> None:
+    server.chat(HELLO, model="small")
+    entry = server.entry("small")
+    assert (service := entry.service) is not None
+    service.engine._loop.failure = RuntimeError("a step has failed")
+    leaves = True
+
+    async def recovers() -> bool:
+        if leaves:
+            server.pool._unload(entry)
+        return False
+
+    service.recovers = recovers  # type: ignore[method-assign]
+    assert server.request("GET", "/health").json == {"status": "ok"}
+    wait(lambda: entry.state == "unloaded")
+    server.chat(HELLO, model="small")
+    leaves = False
+    assert (service := entry.service) is not None
+    service.engine._loop.failure = RuntimeError("a step has failed")
+    service.recovers = recovers  # type: ignore[method-assign]
+    assert server.request("GET", "/health").json == {"status": "failed"}
+
+
 def test_ollama_keeps_models_and_lets_them_go(server: RunningPool) -> None:
     def post(path: str, **body: Any) -> Any:
         return server.request("POST", f"/api/{path}", body)

@@ -55,8 +55,8 @@ class Service:
         self.embedding: asyncio.Semaphore = asyncio.Semaphore(1)
         """Embeddings are computed outside the engine's loop, one request at a time."""
         self.long_prompts: asyncio.Semaphore = asyncio.Semaphore(1)
-        # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and each
-        # holds memory.
+        # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and
+        # each holds memory.
         self._threads: asyncio.Semaphore = asyncio.Semaphore(4)
         self._running: set[Request] = set()
 

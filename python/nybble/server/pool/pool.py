@@ -136,7 +136,7 @@ class Pool:
         ticket = Ticket()
         entry.waiting.append(ticket)
         self._schedule()
-        seconds = self.settings.request_seconds
+        seconds = max(0, http.state.deadline - time.monotonic())
         departure = asyncio.ensure_future(_departure(http))
         try:
             try:
@@ -149,7 +149,7 @@ class Pool:
                 return ticket.ended.result()
             if not isinstance(left, asyncio.CancelledError):
                 raise ApiError(400, "the client has disconnected")
-            message = f"the model {entry.name!r} was not loaded within {seconds:g} seconds"
+            message = f"the model {entry.name!r} was not loaded within {self.settings.request_seconds:g} seconds"
             raise overloaded(message, 503, "model_not_loaded")
         except BaseException:
             self._abandon(entry, ticket)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,8 +71,8 @@ class Loading:
 class Caller:
     """A request, as the pool sees it."""
 
-    def __init__(self) -> None:
-        self.state = SimpleNamespace(leases=contextlib.ExitStack())
+    def __init__(self, seconds: float) -> None:
+        self.state = SimpleNamespace(leases=contextlib.ExitStack(), deadline=time.monotonic() + seconds)
         self.is_gone = asyncio.Event()
 
     async def receive(self) -> dict[str, str]:
@@ -88,7 +89,7 @@ class Requests:
         self.tasks: dict[str, asyncio.Task[Service]] = {}
 
     def ask(self, request: str, model: str) -> asyncio.Task[Service]:
-        caller = self.callers[request] = Caller()
+        caller = self.callers[request] = Caller(self.pool.settings.request_seconds)
         task = self.tasks[request] = asyncio.ensure_future(self.pool.lease(cast("Any", caller), model))
         return task
 

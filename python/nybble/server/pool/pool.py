@@ -240,7 +240,7 @@ class Pool:
         nbytes = 0 if entry.spec is None else adapter_bytes(path)
         entry.nbytes += nbytes  # An adapter that it replaces stays in memory until the block has ended.
         try:
-            await self._make_room(nbytes)
+            await self._free_memory(nbytes)
             yield
         except BaseException:
             entry.nbytes -= nbytes
@@ -248,7 +248,7 @@ class Pool:
         entry.nbytes -= entry.adapter_sizes.get(name, 0)
         entry.adapters[name], entry.adapter_sizes[name] = path, nbytes
 
-    async def _make_room(self, nbytes: int) -> None:
+    async def _free_memory(self, nbytes: int) -> None:
         """Unloads idle models until the reserved memory, that of a new adapter included, is within the limit.
 
         Raises:

@@ -148,7 +148,7 @@ _NOT_OPTIONS = {
     ("LoadOptions", "quantize"),
     ("LoadOptions", "mtp"),  # --speculation loads the head where it is needed.
     ("ServeOptions", "cache_bytes"),  # --cache-gb sets it.
-    ("ServeOptions", "cache_dir_bytes"),  # --cache-dir-size sets it.
+    ("ServeOptions", "cache_dir_bytes"),  # --cache-dir-gb sets it.
 }
 
 

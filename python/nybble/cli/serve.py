@@ -12,7 +12,7 @@ import typer
 from nybble.cli import guide, terminal
 from nybble.cli.options import load_model, takes_options
 from nybble.load_options import LoadOptions
-from nybble.server.options import ServeOptions
+from nybble.server.options import ServeOptions, check_cache_dir
 from nybble.server.pool.spec import source_name
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def serve(command: typer.Context, options: ServeOptions, load: LoadOptions, sour
     specs: list[ModelSpec] | None = None
     if len(sources or ()) > 1 or options.loads_on_demand:
         options, specs = _several(command, sources or [], options, load)
+    try:
+        check_cache_dir([options] if specs is None else [options, *(spec.options for spec in specs)])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     certificate = None
     if options.ssl_cert is not None and options.ssl_key is not None:
         certificate = Certificate(Path(options.ssl_cert), Path(options.ssl_key))

@@ -178,7 +178,9 @@ def _add_status(app: FastAPI, pool: Pool) -> None:
             response.status_code = 503
             return Health(status="draining")
         for service in pool.services():
-            if service.engine.failure is not None and not await service.recovers():
+            if service.engine.failure is None or await service.recovers():
+                continue
+            if service in pool.services():  # Otherwise it was unloaded meanwhile.
                 response.status_code = 503
                 return Health(status="failed")
         return Health(status="ok")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ async def respond(service: Service, http: HttpRequest, adapter: Adapter) -> Resp
     request = replace(adapter.translate(), lora=service.lora_of(adapter.model))
     group = await AnswerGroup.submit(service, http, request)
     if adapter.streams:
-        return _EventStream(service, group, adapter)
+        return _EventStream(service, group, adapter, http.state.deadline)
     with group:
         return await with_timeout(service, http, _complete_response(group, adapter), group.parameters)
 
@@ -86,23 +87,29 @@ async def with_timeout(
             are the parameters of the request that set options under other names.
     """
     try:
-        return await cancel_on_disconnect(http.receive, asyncio.wait_for(work, service.settings.request_seconds))
+        return await cancel_on_disconnect(http.receive, _before(http.state.deadline, work))
     except ClientDisconnected:
         return Response(status_code=499)  # The client is gone.
     except (asyncio.TimeoutError, MemoryError, EngineError, ValueError) as error:
         raise _as_api_error(service, error, parameters) from error
 
 
+async def _before(deadline: float, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled at the deadline, a time of `time.monotonic`."""
+    return await asyncio.wait_for(work, max(0, deadline - time.monotonic()))
+
+
 class _EventStream(Response):
     """A response that comes message by message, as server-sent events or in another format of the protocol."""
 
-    def __init__(self, service: Service, group: AnswerGroup, adapter: Adapter) -> None:
+    def __init__(self, service: Service, group: AnswerGroup, adapter: Adapter, deadline: float) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type=adapter.media_type)
         del self.headers["content-length"]
         self._service = service
         self._group = group
         self._adapter = adapter
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until they end, the time limit has passed, or the client disconnects."""
@@ -119,7 +126,7 @@ class _EventStream(Response):
                     await asyncio.sleep(0)
 
         try:
-            await asyncio.wait_for(emit(), self._service.settings.request_seconds)
+            await _before(self._deadline, emit())
             if end := self._adapter.end_of_stream:
                 await send(_body(end))
         except Exception as error:

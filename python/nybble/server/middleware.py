@@ -82,6 +82,8 @@ class Middleware:
         if body is not None:
             state = scope.setdefault("state", {})
             state["body_bytes"] = len(body)
+            # Waiting for a model and the answer itself have one time limit together.
+            state["deadline"] = time.monotonic() + self._pool.settings.request_seconds
             # A model that the request uses stays loaded until the answer has been sent.
             with contextlib.ExitStack() as state["leases"]:
                 await self._app(scope, _replay(body, receive), send)

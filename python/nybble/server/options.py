@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,10 @@ def _option(help: str, **more: Any) -> dict[str, Any]:
     `range` holds the least and the greatest value; None stands for no limit.
     """
     return {"help": help, **more}
+
+
+_LARGEST_CONTEXT = 1 << 22
+"""Tokens that a model whose files have not been read may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ class ServeOptions(EngineOptions):
             panel="Prefix cache on disk",
         ),
     )
-    cache_dir_size: float | None = field(
+    cache_dir_gb: float | None = field(
         default=None,
         metadata=_option(
             "Limit of that folder in GB; by default 10, but at most a tenth of the disk.",
@@ -198,10 +202,8 @@ class ServeOptions(EngineOptions):
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
         if self.cache_gb is not None:
             object.__setattr__(self, "cache_bytes", int(self.cache_gb * 1e9))
-        if self.cache_dir_size is not None:
-            if self.cache_dir is None:
-                raise ValueError("cache_dir_size: found a limit, but no cache_dir, expected both or neither")
-            object.__setattr__(self, "cache_dir_bytes", int(self.cache_dir_size * 1e9))
+        if self.cache_dir_gb is not None:
+            object.__setattr__(self, "cache_dir_bytes", int(self.cache_dir_gb * 1e9))
         self.adapters()
         if self.max_memory is not None:
             parse_size("max_memory", self.max_memory)
@@ -241,14 +243,15 @@ class ServeOptions(EngineOptions):
         """The options of the engine alone."""
         return EngineOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(EngineOptions)})
 
-    def settings(self, *, context: int, allowed_hosts: frozenset[str] | None) -> Settings:
+    def settings(self, *, context: int | None, allowed_hosts: frozenset[str] | None) -> Settings:
         """The settings of the service.
 
         Args:
-            context: The context of the model in tokens, which bounds the default size of a request.
+            context: The context of the model in tokens, which bounds the default size of a request; None if it is not
+                known yet.
             allowed_hosts: The host names that requests may use; None for any.
         """
-        default_body_bytes = max(16 * context, 8_000_000)
+        default_body_bytes = max(16 * (_LARGEST_CONTEXT if context is None else context), 8_000_000)
         return Settings(
             api_key=self.api_key,
             allowed_hosts=allowed_hosts,
@@ -285,6 +288,20 @@ def parse_size(name: str, text: str) -> int:
     if match is None or unit is None or (found := int(float(match[1]) * unit)) <= 0:
         raise ValueError(f"{name}: found {text!r:.100}, expected a size with its unit, such as 16GB or 500MB")
     return found
+
+
+def check_cache_dir(models: Iterable[ServeOptions]) -> None:
+    """Refuses a limit of the prefix cache on disk where no model has a folder for it.
+
+    Args:
+        models: The options of all models, complete with those of a configuration file.
+
+    Raises:
+        ValueError: The limit is refused.
+    """
+    found = [*models]
+    if any(each.cache_dir_gb is not None for each in found) and all(each.cache_dir is None for each in found):
+        raise ValueError("cache_dir_gb: found a limit, but no cache_dir, expected both or neither")
 
 
 def check_adapter_name(name: str) -> None:

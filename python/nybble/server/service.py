@@ -55,7 +55,9 @@ class Service:
         self.embedding: asyncio.Semaphore = asyncio.Semaphore(1)
         """Embeddings are computed outside the engine's loop, one request at a time."""
         self.long_prompts: asyncio.Semaphore = asyncio.Semaphore(1)
-        self._threads: CapacityLimiter | None = None
+        # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and
+        # each holds memory.
+        self._threads: asyncio.Semaphore = asyncio.Semaphore(4)
         self._running: set[Request] = set()
 
     @property
@@ -117,11 +119,18 @@ class Service:
         return [self.name, *(f"{self.name}:{lora}" for lora in self.engine.model.adapters)]
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which would block the event loop for too long."""
-        # Two threads for embeddings and long prompts and two for short prompts. More would wait for each other, and
-        # each holds memory. Some versions of anyio create a limiter only where an event loop runs.
-        self._threads = self._threads or CapacityLimiter(4)
-        return await to_thread.run_sync(work, limiter=self._threads)
+        """The result of `work`, which would block the event loop for too long.
+
+        A caller that is cancelled waits until the work has ended: the work uses the model, which must stay loaded.
+        """
+        async with self._threads:
+            # The limiter belongs to this call. That of anyio is shared by everything in the process.
+            task = asyncio.ensure_future(to_thread.run_sync(work, limiter=CapacityLimiter(1)))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                await _ended(task)
+                raise
 
     @staticmethod
     def now() -> int:
@@ -166,3 +175,12 @@ class Service:
         """Cancels all answers. Their clients receive an error."""
         for request in list(self._running):
             request.cancel()
+
+
+async def _ended(task: asyncio.Future[T]) -> None:
+    """Waits until a task has ended, even if the caller is cancelled again."""
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # Otherwise asyncio logs an error that nobody has asked for.

@@ -107,7 +107,7 @@ def test_every_sampling_option_is_an_option_of_run_and_chat(capsys: pytest.Captu
 @pytest.mark.parametrize(("command", "group"), [("run", LoadOptions), ("bench", LoadOptions), ("serve", ServeOptions)])
 def test_every_field_with_help_becomes_an_option(command: str, group: Any, capsys: pytest.CaptureFixture[str]) -> None:
     output = run(capsys, command, "--help")
-    # Options of other commands, --cache-gb, --cache-dir-size and --speculation.
+    # Options of other commands, --cache-gb, --cache-dir-gb and --speculation.
     other = ("quantize", "cache_bytes", "cache_dir_bytes", "mtp")
     names = [field.name for field in dataclasses.fields(group) if "help" in field.metadata and field.name not in other]
     assert len(names) > 5

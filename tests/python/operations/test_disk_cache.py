@@ -87,7 +87,7 @@ class Server:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
 def test_a_restarted_server_computes_at_most_the_last_page(file: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "prefixes"
-    options = ("--cache-dir", str(folder), "--cache-dir-size", "0.5")
+    options = ("--cache-dir", str(folder), "--cache-dir-gb", "0.5")
     with Server(file, *options) as server:
         assert ask(server.url, "Who are you?")[1] == 0
         expected = ask(server.url, "What is a page?")[0]
@@ -110,8 +110,8 @@ def test_options_of_the_folder_are_checked(
     monkeypatch.setattr(http_server, "serve", lambda *_: None)
     start = ["serve", str(file), "--port", "0"]
     for options, status, error in [
-        (["--cache-dir-size", "1"], 2, "cache_dir_size: found a limit, but no cache_dir"),
-        (["--cache-dir", str(tmp_path), "--cache-dir-size", "-1"], 2, "cache_dir_size: found -1"),
+        (["--cache-dir-gb", "1"], 2, "cache_dir_gb: found a limit, but no cache_dir"),
+        (["--cache-dir", str(tmp_path), "--cache-dir-gb", "-1"], 2, "cache_dir_gb: found -1"),
         (["--cache-dir", str(tmp_path), "--no-prefix-cache"], 2, "cache_dir: found a folder, but prefix_cache=False"),
         (["--cache-dir", ""], 2, "cache_dir: found an empty path"),
         (["--cache-dir", str(file)], 1, f"cache_dir: found {file}, expected a folder"),
@@ -123,7 +123,7 @@ def test_options_of_the_folder_are_checked(
             EngineOptions(cache_dir=tmp_path, cache_dir_bytes=negative)
     with pytest.raises(TypeError, match="cache_dir: found 5"):
         EngineOptions(cache_dir=5)  # type: ignore[arg-type]
-    assert ServeOptions(cache_dir="x", cache_dir_size=0.25).engine().cache_dir_bytes == 250_000_000
+    assert ServeOptions(cache_dir="x", cache_dir_gb=0.25).engine().cache_dir_bytes == 250_000_000
 
 
 def test_the_end_of_an_engine_writes_what_one_request_used(model: Model, tmp_path: Path) -> None:

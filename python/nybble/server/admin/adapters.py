@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ def add_adapter_routes(app: FastAPI, pool: Pool, folder: Path, key: list[Any]) -
             if body.lora_name not in loaded and len(loaded) >= MAX_ADAPTERS:
                 message = f"found {MAX_ADAPTERS} adapters, expected fewer; unload one"
                 raise ApiError(400, message, code="too_many_adapters")
-            with pool.adding_adapter(entry, body.lora_name, path):
+            async with pool.adding_adapter(entry, body.lora_name, path):
                 await service.in_thread(lambda: _load(service, body.lora_name, path))
         return model_card(pool, entry, body.lora_name)
 
@@ -72,7 +73,9 @@ def add_adapter_routes(app: FastAPI, pool: Pool, folder: Path, key: list[Any]) -
         if body.lora_name not in entry.lora_names:
             message = f"the adapter {body.lora_name!r:.200} does not exist"
             raise ApiError(404, message, param="lora_name", code="adapter_not_found")
-        pool.remove_adapter(entry, body.lora_name)
+        # One at a time with loading, so that an adapter is removed after it has been loaded.
+        async with contextlib.nullcontext() if entry.service is None else entry.service.embedding:
+            pool.remove_adapter(entry, body.lora_name)
         return Unloaded(id=f"{entry.name}:{body.lora_name}", object="model", deleted=True)
 
 

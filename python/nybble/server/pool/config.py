@@ -18,7 +18,7 @@ from nybble.engine_options import EngineOptions
 from nybble.load_options import LoadOptions
 from nybble.models.names import hub_name
 from nybble.models.paths import expand
-from nybble.server.options import ServeOptions, check_adapter_name
+from nybble.server.options import ServeOptions, check_adapter_name, check_cache_dir
 from nybble.server.pool.spec import ModelSpec, default_name
 
 # Part of Python since 3.11.
@@ -28,7 +28,7 @@ Table = Mapping[str, Any]
 
 _PATHS = ("PATH", "FILE", "FOLDER", "DIR")
 """Placeholders of options whose values are paths, which are relative to the file."""
-_NOT_IN_FILES = ("config", "name", "adapter", "cache_bytes")
+_NOT_IN_FILES = ("config", "name", "adapter", "cache_bytes", "cache_dir_bytes")
 """Options of the command line that a file has in other places."""
 _LOAD = tuple(each.name for each in dataclasses.fields(LoadOptions) if each.name not in ("quantize", "mtp"))
 _SERVE = tuple(
@@ -37,6 +37,7 @@ _SERVE = tuple(
 _OF_MODEL = (
     *(each.name for each in dataclasses.fields(EngineOptions) if each.name in _SERVE),
     "cache_gb",
+    "cache_dir_gb",
     "draft",
     "pooling",
     "matryoshka",
@@ -118,6 +119,11 @@ def _model(file: Path, where: str, table: Table, options: ServeOptions, load: Lo
     own_options, own_load = _replaced(
         where, options, load, {name: value for name, value in table.items() if name not in _OWN}
     )
+    if "cache_dir_gb" in table:
+        try:
+            check_cache_dir([own_options])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     adapters = {}
     for name, path in table.get("adapters", {}).items():
         try:
@@ -156,8 +162,9 @@ def _chat_template(where: str, folder: Path, name: str | None) -> str | None:
 def _replaced(where: str, options: ServeOptions, load: LoadOptions, found: Table) -> tuple[ServeOptions, LoadOptions]:
     """The options with some replaced. Errors name the place."""
     of_serve = {name: value for name, value in found.items() if name in _SERVE}
-    if "cache_gb" in of_serve:
-        of_serve["cache_bytes"] = None
+    for name, derived in (("cache_gb", "cache_bytes"), ("cache_dir_gb", "cache_dir_bytes")):
+        if name in of_serve:
+            of_serve[derived] = None
     try:
         return (
             dataclasses.replace(options, **of_serve),

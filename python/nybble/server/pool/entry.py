@@ -78,6 +78,8 @@ class Entry:
     """Whether the headers must be read again, because the model could not be loaded."""
     nbytes: int = 0
     """Memory that is reserved for the model."""
+    lost_bytes: int = 0
+    """Memory that the model may still take, because unloading it has failed."""
     loaded: Loaded | None = None
     users: int = 0
     """Requests that use the model."""
@@ -86,6 +88,8 @@ class Entry:
     """A number that grows with each use of any model."""
     adapters: dict[str, Path] = field(default_factory=dict)
     """The paths of the LoRA adapters that the model is loaded with."""
+    adapter_sizes: dict[str, int] = field(default_factory=dict)
+    """What each adapter of the loaded model takes, as part of `nbytes`. Its files may have changed since."""
     job: Job[Needs] | Job[Loaded] | Job[None] | None = None
     timer: asyncio.TimerHandle | None = None
     """Unloads the model when it has been idle for long enough."""
@@ -165,6 +169,7 @@ class Entry:
     def unload(self) -> Loaded | None:
         """Takes the loaded model out of the entry, to be closed. Its counts stay."""
         loaded, self.loaded = self.loaded, None
+        self.adapter_sizes = {}
         if loaded is not None:
             stats = loaded.service.engine.stats()
             self._earlier = dataclasses.replace(_sum(self._earlier, stats), **dict.fromkeys(GAUGES, 0))
@@ -205,7 +210,8 @@ def load(
         engine = Engine(model, spec.options.engine().replace(cache_bytes=needs.cache_bytes), draft=draft)
         stack.callback(engine.close)
         service = Service(engine, spec.name, settings, spec.aliases, shared)
-        weight_bytes = needs.weight_bytes if draft is not None else model.info.weight_bytes
+        # The engine may have loaded a head for multi-token prediction. A draft model has a cache of its own.
+        weight_bytes = needs.weight_bytes if draft is not None else model._native.info()["weight_bytes"]
         return Loaded(service, weight_bytes + needs.cache_bytes, stack.pop_all())
 
 

@@ -35,7 +35,7 @@ class _PoolCollector(Collector):
         """The metrics."""
         gauges: dict[str, tuple[str, Callable[[Entry], float]]] = {
             "loaded": ("1 for a loaded model, 0 for another.", lambda entry: entry.state == "loaded"),
-            "bytes": ("Memory that is reserved for the model.", lambda entry: entry.nbytes),
+            "bytes": ("Memory that is reserved for the model.", lambda entry: entry.nbytes + entry.lost_bytes),
             "requests_in_progress": ("Requests that use the model.", lambda entry: entry.users),
             "requests_waiting": ("Requests that wait for the model.", lambda entry: len(entry.waiting)),
         }

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from fastapi import Request
@@ -35,6 +37,8 @@ from nybble.server.service import Service, Shared
 
 _STOP_SECONDS = 5
 """How long `close` waits for models that are being loaded."""
+_CLOSE_SECONDS = 30
+"""How long `close` waits for all models. Each may write its prefix cache to disk."""
 
 _log = logging.getLogger("nybble.server")
 
@@ -63,6 +67,8 @@ class Pool:
         self._uses = itertools.count(1)
         self._retiring: frozenset[Entry] = frozenset()
         """Models that are in use and must be unloaded: they take no new requests."""
+        self._unload_ended = asyncio.Event()
+        """Set when a model has been unloaded, and then replaced."""
         self._is_closed = False
 
     @classmethod
@@ -90,7 +96,12 @@ class Pool:
     @property
     def used_bytes(self) -> int:
         """Memory that is reserved for models."""
-        return sum(entry.nbytes for entry in self.entries)
+        return self.lost_bytes + sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Memory that models may still take, because unloading them has failed."""
+        return sum(entry.lost_bytes for entry in self.entries)
 
     @property
     def max_body_bytes(self) -> int:
@@ -125,7 +136,7 @@ class Pool:
         ticket = Ticket()
         entry.waiting.append(ticket)
         self._schedule()
-        seconds = self.settings.request_seconds
+        seconds = max(0, http.state.deadline - time.monotonic())
         departure = asyncio.ensure_future(_departure(http))
         try:
             try:
@@ -138,7 +149,7 @@ class Pool:
                 return ticket.ended.result()
             if not isinstance(left, asyncio.CancelledError):
                 raise ApiError(400, "the client has disconnected")
-            message = f"the model {entry.name!r} was not loaded within {seconds:g} seconds"
+            message = f"the model {entry.name!r} was not loaded within {self.settings.request_seconds:g} seconds"
             raise overloaded(message, 503, "model_not_loaded")
         except BaseException:
             self._abandon(entry, ticket)
@@ -181,16 +192,19 @@ class Pool:
             service.stop()
 
     def close(self) -> None:
-        """Ends what is being loaded, and frees all models. The event loop has ended."""
+        """Ends what is being loaded, and frees all models at the same time. The event loop has ended."""
         self._is_closed = True
+        threads = {}
         for entry in self.entries:
             entry.cancel_timer()
-            if entry.job is not None:
-                entry.job.stop(_STOP_SECONDS)
-                if not entry.job.is_delivered and isinstance(entry.job.result, Loaded):
-                    entry.job.result.close()
-            if entry.spec is not None and (loaded := entry.unload()) is not None:
-                loaded.close()
+            # A daemon, so that a model that does not end keeps no process alive.
+            threads[entry] = threading.Thread(target=_close, args=[entry], name="nybble-closing", daemon=True)
+            threads[entry].start()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for entry, thread in threads.items():
+            thread.join(max(0, deadline - time.monotonic()))
+            if thread.is_alive():
+                _log.warning("the model %s was not unloaded within %d seconds", entry.name, _CLOSE_SECONDS)
 
     # --- Idle models --------------------------------------------------------------------------------------------------
 
@@ -216,46 +230,53 @@ class Pool:
 
     # --- Adapters -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def adding_adapter(self, entry: Entry, name: str, path: Path) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def adding_adapter(self, entry: Entry, name: str, path: Path) -> AsyncIterator[None]:
         """Reserves memory for an adapter, which a model in use gets in the block and has again whenever it is loaded.
 
         Raises:
             ApiError: There is no memory, although idle models are unloaded.
         """
-        before = entry.adapters.get(name)
-        entry.adapters[name] = path
-        reserved = entry.nbytes
+        nbytes = 0 if entry.spec is None else adapter_bytes(path)
+        entry.nbytes += nbytes  # An adapter that it replaces stays in memory until the block has ended.
         try:
-            if entry.spec is not None:
-                self._reserve(entry, adapter_bytes(path) - (0 if before is None else adapter_bytes(before)))
+            await self._free_memory(nbytes)
             yield
         except BaseException:
-            entry.nbytes = reserved
-            if before is None:
-                del entry.adapters[name]
-            else:
-                entry.adapters[name] = before
+            entry.nbytes -= nbytes
             raise
+        entry.nbytes -= entry.adapter_sizes.get(name, 0)
+        entry.adapters[name], entry.adapter_sizes[name] = path, nbytes
 
-    def _reserve(self, entry: Entry, nbytes: int) -> None:
-        """Reserves more memory for a model in use. Idle models are unloaded if needed."""
-        idle = [each for each in self.entries if each.state == "loaded" and not each.users and each.spec is not None]
-        lacking = 0 if self.limits.max_bytes is None else self.used_bytes + nbytes - self.limits.max_bytes
-        if lacking > sum(each.nbytes for each in idle):
-            message = f"the adapter needs {size(nbytes)}, and the models that are in use leave too little memory"
-            raise overloaded(message, 503, "out_of_memory")
-        entry.nbytes += nbytes
-        for each in sorted(idle, key=lambda each: each.used_at):
-            if lacking > 0:
-                lacking -= each.nbytes
-                self._unload(each)
+    async def _free_memory(self, nbytes: int) -> None:
+        """Unloads idle models until the reserved memory, that of a new adapter included, is within the limit.
+
+        Raises:
+            ApiError: The models in use take too much.
+        """
+        while (lacking := self._lacking()) > 0:
+            leaving = sum(each.nbytes for each in self.entries if each.state == "unloading")
+            idle = [each for each in self.entries if each.state == "loaded" and not each.users and each.spec]
+            if lacking > leaving + sum(each.nbytes for each in idle):
+                message = f"the adapter needs {size(nbytes)}, and the models that are in use leave too little memory"
+                raise overloaded(message, 503, "out_of_memory")
+            for each in sorted(idle, key=lambda each: each.used_at):
+                if lacking > leaving:
+                    leaving += each.nbytes
+                    self._unload(each)
+            await self._unload_ended.wait()
+
+    def _lacking(self) -> int:
+        """By how many bytes the reserved memory exceeds the limit."""
+        return 0 if self.limits.max_bytes is None else max(0, self.used_bytes - self.limits.max_bytes)
 
     def remove_adapter(self, entry: Entry, name: str) -> None:
         """Removes an adapter of a model, loaded or not."""
         entry.adapters.pop(name, None)
+        entry.nbytes -= entry.adapter_sizes.pop(name, 0)
         if entry.service is not None and name in entry.service.engine.model.adapters:
             entry.service.engine.model.unload_adapter(name)
+        self._schedule()
 
     # --- Loading ------------------------------------------------------------------------------------------------------
 
@@ -319,8 +340,11 @@ class Pool:
             work = functools.partial(prepare, spec, self.limits)
             entry.job = Job(work, functools.partial(self._prepared, entry))
             return
+        limits = self.limits
+        if limits.max_bytes is not None:
+            limits = dataclasses.replace(limits, max_bytes=max(0, limits.max_bytes - self.lost_bytes))
         try:
-            check_fits(entry.name, entry.needs, entry.adapter_bytes, self.limits)
+            check_fits(entry.name, entry.needs, entry.adapter_bytes, limits)
         except ValueError as error:
             _refuse(entry, ApiError(500, str(error), code="model_too_large", headers={"x-should-retry": "false"}))
 
@@ -352,8 +376,12 @@ class Pool:
             entry.state, entry.nbytes, entry.is_stale = "unloaded", 0, True
             self._failed(entry, job.error)
         else:
-            entry.state, entry.loaded, entry.nbytes = "loaded", job.result, job.result.nbytes
-            entry.nbytes += entry.adapter_bytes
+            entry.state, entry.loaded = "loaded", job.result
+            entry.adapter_sizes = {name: adapter_bytes(path) for name, path in entry.adapters.items()}
+            entry.nbytes = job.result.nbytes + sum(entry.adapter_sizes.values())
+            model = job.result.service.engine.model
+            for name in set(model.adapters) - set(entry.adapters):  # It was removed meanwhile.
+                model.unload_adapter(name)
             entry.loads += 1
             entry.used_at = next(self._uses)
             # All requests that have come until now, even if others that came before wait for another model: loading a
@@ -380,12 +408,15 @@ class Pool:
         entry.job = Job(lambda _: loaded.close(), functools.partial(self._unloaded, entry))
 
     def _unloaded(self, entry: Entry, job: Job[None]) -> None:
-        entry.job, entry.state, entry.nbytes = None, "unloaded", 0
-        entry.unloads += 1
         if job.error is not None:
-            _log.error("the model %s could not be unloaded", entry.name, exc_info=job.error)
+            entry.lost_bytes += entry.nbytes
+            _log.error("the model %s could not be unloaded: its memory stays reserved", entry.name, exc_info=job.error)
         else:
             _log.info("unloaded the model %s", entry.name)
+        entry.job, entry.state, entry.nbytes = None, "unloaded", 0
+        entry.unloads += 1
+        self._unload_ended.set()
+        self._unload_ended = asyncio.Event()
         self._schedule()
 
     def _stats(self) -> Mapping[str | None, EngineStats]:
@@ -401,3 +432,17 @@ async def _departure(http: Request) -> None:
 def _refuse(entry: Entry, error: ApiError) -> None:
     for ticket in entry.tickets(None):
         ticket.refuse(error)
+
+
+def _close(entry: Entry) -> None:
+    """Ends what is being loaded, and frees a model that does not stay loaded. Never raises."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if entry.spec is not None and (loaded := entry.unload()) is not None:
+                stack.callback(loaded.close)
+            if entry.job is not None:
+                entry.job.stop(_CLOSE_SECONDS if entry.state == "unloading" else _STOP_SECONDS)
+                if not entry.job.is_delivered and isinstance(entry.job.result, Loaded):
+                    stack.callback(entry.job.result.close)
+    except Exception:
+        _log.exception("the model %s could not be unloaded", entry.name)

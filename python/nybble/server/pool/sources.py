@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,17 +73,31 @@ def models_in(folder: Path, options: ServeOptions, load: LoadOptions) -> list[Mo
 def _paths(folder: Path, depth: int) -> Iterator[Path]:
     """The files and folders of models, those of a folder before those of its subfolders."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = {entry.name: entry for entry in entries if entry.is_file()}
+    modes = {entry: _mode(entry) for entry in entries}
+    files = {entry.name: entry for entry in entries if stat.S_ISREG(modes[entry])}
     for name in sorted(group_shards((name, path) for name, path in files.items())):
         if not is_companion(name) and _is_model(path := folder / name):
             yield path
-    for entry in entries:
-        if entry.is_dir():
-            names = [each.name for each in entry.iterdir()]
-            if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-                yield entry
-            elif depth > 1:
-                yield from _paths(entry, depth - 1)
+    for subfolder in (entry for entry in entries if stat.S_ISDIR(modes[entry])):
+        try:
+            names = [each.name for each in subfolder.iterdir()]
+            is_checkpoint = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+            found = [subfolder] if is_checkpoint else [*_paths(subfolder, depth - 1)] if depth > 1 else []
+        except OSError as error:
+            _log.warning("models_dir: a folder is left out, because it cannot be read: %s", error)
+            continue
+        yield from found
+
+
+def _mode(path: Path) -> int:
+    """The mode of a file or folder, which says what it is. 0 if there is none, or if it cannot be reached."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:  # A link to nothing.
+        return 0
+    except OSError as error:
+        _log.warning("models_dir: a file is left out, because it cannot be read: %s", error)
+        return 0
 
 
 def _is_model(file: Path) -> bool:
@@ -107,11 +122,11 @@ def new_pool(specs: Sequence[ModelSpec], options: ServeOptions, allowed_hosts: f
     limits = Limits.of(options.max_memory_bytes, options.max_loaded, len(specs))
     entries = []
     for spec in specs:
-        settings = spec.options.settings(context=0, allowed_hosts=allowed_hosts)
+        settings = spec.options.settings(context=None, allowed_hosts=allowed_hosts)
         entry = Entry(spec.name, settings, spec, unload_after=options.unload_after, adapters=dict(spec.adapters))
         _check_adapters(spec)
         entries.append(entry)
-    pool = Pool(entries, options.settings(context=0, allowed_hosts=allowed_hosts), limits)
+    pool = Pool(entries, options.settings(context=None, allowed_hosts=allowed_hosts), limits)
     for entry, spec in zip(entries, specs, strict=True):
         if spec.is_local:
             _read_header(pool, entry, spec)

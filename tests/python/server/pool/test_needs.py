@@ -10,7 +10,7 @@ import adapters
 import pytest
 import tiny
 from goldens import GOLDENS, MTP
-from serving import spec
+from serving import serving_several, spec
 
 from nybble import LoadOptions, ModelError, _native
 from nybble.server.options import ServeOptions, parse_size
@@ -118,6 +118,19 @@ def test_a_draft_model_and_adapters_count(tiny_file: Path, tmp_path: Path) -> No
     for limit, adapter in ((alone.total_bytes - 1, 0), (alone.total_bytes, 1)):
         with pytest.raises(ValueError, match=r"max_memory: the model 'tiny' needs .* but models may take"):
             check_fits("tiny", alone, adapter, Limits(limit))
+
+
+@pytest.mark.parametrize("speculation", ["off", "mtp", "auto"])
+def test_the_reserved_memory_is_what_the_loaded_model_takes(speculation: str) -> None:
+    model = spec("m", MTP / "glm4_moe", speculation=speculation, cache_bytes=4_000_000)
+    with serving_several([model]) as server:
+        assert server.request("POST", "/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 2}).status == 200
+        entry = server.entry("m")
+        _, needs = entry.plan
+        assert entry.service is not None
+        taken = entry.service.engine.model._native.info()["weight_bytes"]
+        assert taken <= needs.weight_bytes
+        assert entry.nbytes == taken + 4_000_000
 
 
 def test_a_tiny_context_needs_less_than_a_long_one(tmp_path: Path) -> None:

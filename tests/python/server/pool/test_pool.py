@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,17 @@ from nybble.server.pool.pool import Pool
 from nybble.server.pool.spec import ModelSpec
 
 SIZE = 100
+
+
+class FakeModel:
+    """A model with adapters and nothing else."""
+
+    def __init__(self, adapters: tuple[str, ...]) -> None:
+        self.adapters = adapters
+        self.info = SimpleNamespace(context=128)
+
+    def unload_adapter(self, name: str) -> None:
+        self.adapters = tuple(each for each in self.adapters if each != name)
 
 
 class Loading:
@@ -49,7 +61,7 @@ class Loading:
             job.report(0, 1)
         if (error := self.errors.get(spec.name)) is not None:
             raise error
-        model = SimpleNamespace(adapters=tuple(adapters), info=SimpleNamespace(context=128))
+        model = FakeModel(tuple(adapters))
         engine = cast("Engine", SimpleNamespace(model=model, stats=lambda: EngineStats(finished=1), failure=None))
         stack = contextlib.ExitStack()
         stack.callback(self.closed.append, spec.name)
@@ -59,8 +71,8 @@ class Loading:
 class Caller:
     """A request, as the pool sees it."""
 
-    def __init__(self) -> None:
-        self.state = SimpleNamespace(leases=contextlib.ExitStack())
+    def __init__(self, seconds: float) -> None:
+        self.state = SimpleNamespace(leases=contextlib.ExitStack(), deadline=time.monotonic() + seconds)
         self.is_gone = asyncio.Event()
 
     async def receive(self) -> dict[str, str]:
@@ -77,7 +89,7 @@ class Requests:
         self.tasks: dict[str, asyncio.Task[Service]] = {}
 
     def ask(self, request: str, model: str) -> asyncio.Task[Service]:
-        caller = self.callers[request] = Caller()
+        caller = self.callers[request] = Caller(self.pool.settings.request_seconds)
         task = self.tasks[request] = asyncio.ensure_future(self.pool.lease(cast("Any", caller), model))
         return task
 
@@ -397,16 +409,18 @@ def test_adapters_count_and_come_back_with_their_model(loading: Loading, tmp_pat
         pool = requests.pool
         (first, _) = pool.entries
         await requests.served("a1", "a")
-        with pytest.raises(ValueError, match="damaged"), pool.adding_adapter(first, "new", file):
-            raise ValueError("damaged")
+        with pytest.raises(ValueError, match="damaged"):
+            async with pool.adding_adapter(first, "new", file):
+                raise ValueError("damaged")
         await requests.served("b0", "b")
-        with pytest.raises(ApiError, match="the adapter needs 20 bytes"), pool.adding_adapter(first, "new", file):
-            raise AssertionError("there is no memory")
+        with pytest.raises(ApiError, match="the adapter needs 20 bytes"):
+            async with pool.adding_adapter(first, "new", file):
+                raise AssertionError("there is no memory")
         assert (pool.used_bytes, first.adapters) == (2 * SIZE, {})
         requests.finish("b0")
-        with pool.adding_adapter(first, "new", file):
-            assert states(requests) == {"a": "loaded", "b": "unloading"}
-        await settled(requests)
+        async with pool.adding_adapter(first, "new", file):
+            # It is loaded once the other model is gone.
+            assert states(requests) == {"a": "loaded", "b": "unloaded"}
         assert pool.used_bytes == SIZE + 20
         requests.finish("a1")
         await requests.served("b1", "b")  # 220 bytes are too many for both.
@@ -420,6 +434,159 @@ def test_adapters_count_and_come_back_with_their_model(loading: Loading, tmp_pat
         assert pool.names.listed() == ["a", "b"]
 
     run(test, entry("a"), entry("b"))
+
+
+def test_an_adapter_that_is_removed_returns_its_memory(loading: Loading, tmp_path: Path) -> None:
+    file, other = tmp_path / "lora.gguf", tmp_path / "other.gguf"
+    gate = loading.hold("b")
+
+    async def test(requests: Requests) -> None:
+        pool = requests.pool
+        first, second = pool.entries
+        await requests.served("a1", "a")
+        for path, nbytes in ((file, 10), (file, 15), (other, 5)):  # It replaces the one before.
+            path.write_bytes(b"x" * nbytes)
+            async with pool.adding_adapter(first, "new", path):
+                pass
+            assert pool.used_bytes == SIZE + 2 * nbytes
+        other.unlink()
+        pool.remove_adapter(first, "new")
+        assert pool.used_bytes == SIZE
+        # A model that is being loaded has the adapter at first.
+        second.adapters["early"] = file
+        task = requests.ask("b1", "b")
+        await until(lambda: second.state == "loading")
+        pool.remove_adapter(second, "early")
+        gate.set()
+        await task
+        assert (second.lora_names, pool.used_bytes) == ((), 2 * SIZE)
+
+    run(test, entry("a"), entry("b"), max_bytes=10 * SIZE)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_adapter_may_be_removed_while_it_is_added(loading: Loading, tmp_path: Path, fails: bool) -> None:
+    old, new = tmp_path / "old.gguf", tmp_path / "new.gguf"
+    old.write_bytes(b"x" * 5)
+    new.write_bytes(b"x" * 7)
+
+    async def test(requests: Requests) -> None:
+        pool, first = requests.pool, requests.pool.entries[0]
+        await requests.served("a1", "a")
+        async with pool.adding_adapter(first, "new", old):
+            pass
+        with pytest.raises(ValueError, match="damaged") if fails else contextlib.nullcontext():
+            async with pool.adding_adapter(first, "new", new):
+                pool.remove_adapter(first, "new")
+                if fails:
+                    raise ValueError("damaged")
+        assert first.adapters == ({} if fails else {"new": new})
+        assert pool.used_bytes == SIZE + (0 if fails else 14)
+
+    run(test)
+
+
+def test_adapters_wait_for_the_memory_of_a_model_that_leaves(loading: Loading, tmp_path: Path) -> None:
+    file = tmp_path / "lora.gguf"
+    file.write_bytes(b"x" * 5)
+    gate = threading.Event()
+
+    async def test(requests: Requests) -> None:
+        pool = requests.pool
+        first, second, _ = pool.entries
+        added: list[str] = []
+
+        async def add(name: str) -> None:
+            async with pool.adding_adapter(first, name, file):
+                assert pool.used_bytes <= 2 * SIZE
+                added.append(name)
+
+        await requests.served("a1", "a")
+        await requests.served("b1", "b")
+        requests.finish("b1")
+        assert second.loaded is not None
+        second.loaded.resources.callback(gate.wait)
+        tasks = [asyncio.ensure_future(add(name)) for name in ("one", "two")]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (states(requests)["b"], added) == ("unloading", [])
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert sorted(added) == ["one", "two"]
+
+    run(test)
+
+
+def test_memory_of_a_model_that_cannot_be_unloaded_stays_reserved(
+    loading: Loading, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(requests: Requests) -> None:
+        first = requests.pool.entries[0]
+        await requests.served("a1", "a")
+        assert first.loaded is not None
+        first.loaded.resources.callback(_fail)
+        requests.finish("a1")
+        requests.pool.keep(first, 0)
+        await until(lambda: first.state == "unloaded")
+        assert requests.pool.used_bytes == SIZE
+        await requests.served("a2", "a")
+        assert requests.pool.used_bytes == 2 * SIZE
+        with pytest.raises(ApiError, match=r"'large' needs 150 bytes .* but models may take 100 bytes"):
+            await requests.ask("c1", "large")
+
+    run(test, entry("a"), entry("large", SIZE + SIZE // 2))
+    assert "the model a could not be unloaded: its memory stays reserved" in caplog.text
+
+
+def _fail() -> None:
+    raise RuntimeError("damaged")
+
+
+def test_closing_a_pool_frees_all_models_together_even_if_one_fails(
+    loading: Loading, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = threading.Barrier(2)
+
+    async def test(requests: Requests) -> None:
+        for name in "abc":
+            await requests.served(name, name)
+        first, *others = [each.loaded for each in requests.pool.entries]
+        assert first is not None
+        first.resources.callback(_fail)
+        for loaded in others:
+            assert loaded is not None
+            loaded.resources.callback(both.wait, 60)
+
+    run(test, max_bytes=None)
+    assert sorted(loading.closed) == ["a", "b", "c"]
+    assert not both.broken
+    assert "the model a could not be unloaded" in caplog.text
+
+
+def test_work_in_a_thread_ends_before_the_lease_of_a_cancelled_request(loading: Loading) -> None:
+    started, gate, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        gate.wait(60)
+        ended.set()
+        raise ValueError("nobody asks for it")
+
+    async def test(requests: Requests) -> None:
+        service = await requests.ask("a1", "a")
+        task = asyncio.ensure_future(service.in_thread(work))
+        await until(started.is_set)
+        for _ in range(3):
+            task.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not task.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    run(test)
 
 
 @pytest.fixture(autouse=True)

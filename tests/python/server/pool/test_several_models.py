@@ -243,6 +243,56 @@ def test_adapters_are_loaded_into_the_model_that_is_named(server: RunningPool) -
     assert server.chat(HELLO, model="gpt-4o:new").json["model"] == "small:new"
 
 
+def test_a_failed_model_that_is_unloaded_meanwhile_leaves_the_server_healthy(server: RunningPool) -> None:
+    server.chat(HELLO, model="small")
+    entry = server.entry("small")
+    service = entry.service
+    assert service is not None
+    service.engine._loop.failure = RuntimeError("a step has failed")
+    leaves = True
+
+    async def recovers() -> bool:
+        if leaves:
+            server.pool._unload(entry)
+        return False
+
+    service.recovers = recovers  # type: ignore[method-assign]
+    assert server.request("GET", "/health").json == {"status": "ok"}
+    wait(lambda: entry.state == "unloaded")
+    server.chat(HELLO, model="small")
+    leaves = False
+    service = entry.service
+    assert service is not None
+    service.engine._loop.failure = RuntimeError("a step has failed")
+    service.recovers = recovers  # type: ignore[method-assign]
+    assert server.request("GET", "/health").json == {"status": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "he", "max_tokens": 100}),
+        ("/v1/completions", {"prompt": "he", "max_tokens": 100, "stream": True}),
+        ("/v1/embeddings", {"input": "he"}),
+        ("/api/embed", {"input": "he"}),
+    ],
+)
+def test_loading_and_answering_have_one_time_limit(
+    server: RunningPool, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    lease = Pool.lease
+
+    async def slow(pool: Pool, http: Any, model: str | None) -> Any:
+        service = await lease(pool, http, model)
+        http.state.deadline -= pool.settings.request_seconds  # As if loading had taken all of the time.
+        return service
+
+    monkeypatch.setattr(Pool, "lease", slow)
+    reply = server.request("POST", path, {"model": "small", **body})
+    assert reply.status == (200 if "stream" in body else 408)
+    assert "the answer was not complete after 600 seconds" in reply.text
+
+
 def test_ollama_keeps_models_and_lets_them_go(server: RunningPool) -> None:
     def post(path: str, **body: Any) -> Any:
         return server.request("POST", f"/api/{path}", body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,11 @@ def test_a_file_has_models_and_options_of_the_server(folder: Path) -> None:
         ("[[models]]\nsource = 'small.gguf'\nchat_template = 'no.jinja'", "models[1] (small.gguf): chat_template: "),
         ("[[models]]\nsource = 'small.gguf'\nchat_template = 'broken.jinja'", "broken.jinja: line 1: "),
         ("[[models]]\nsource = 'ftp://a/b'", "models[1] (ftp://a/b): source: found the URL"),
+        ("cache_dir_bytes = 9", "found the unknown key 'cache_dir_bytes'; did you mean 'cache_dir"),
+        (
+            "[[models]]\nsource = 'small.gguf'\ncache_dir_gb = 2",
+            "models[1] (small.gguf): cache_dir_gb: found a limit, but no cache_dir",
+        ),
         ("[[models]]\nsource = 4", "models[1]: source: found 4, expected a string"),
         ("[[models]]\nsource = 'small.gguf'\naliases = [1]", "aliases: found [1], expected a list of strings"),
     ],
@@ -142,6 +147,70 @@ def test_a_wrong_file_is_refused_with_its_place(folder: Path, text: str, message
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         configured(file, text)
     assert str(error.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "expected"),
+    [
+        ("cache_dir = 'p'\ncache_dir_gb = 1.5", "", ("p", 1_500_000_000)),
+        ("cache_dir = 'p'\ncache_dir_gb = 1.5", "cache_dir_gb = 2", ("p", 2_000_000_000)),
+        ("cache_dir = 'p'", "cache_dir = 'q'\ncache_dir_gb = 0", ("q", 0)),
+        ("cache_dir_gb = 1", "cache_dir = 'q'", ("q", 1_000_000_000)),
+        ("cache_dir = 'p'", "", ("p", None)),
+    ],
+)
+def test_each_model_may_have_its_prefix_cache_on_disk(
+    folder: Path, text: str, own: str, expected: tuple[str, int | None]
+) -> None:
+    (model,) = configured(folder / "disk.toml", f"{text}\n[[models]]\nsource = 'small.gguf'\n{own}")
+    engine = model.options.engine()
+    assert (engine.cache_dir, engine.cache_dir_bytes) == (str(folder / expected[0]), expected[1])
+
+
+def test_the_file_and_the_command_line_have_the_disk_cache_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools: list[Pool] = []
+    monkeypatch.setattr(http_server, "serve", lambda served, *_: pools.append(served))
+    file = folder / "disk.toml"
+    start = ["serve", "--config", str(file), "--port", "0", "--cache-dir-gb", "5"]
+    for text, status in (("cache_dir = 'p'", 0), ("", 2)):
+        file.write_text(f"{text}\n[[models]]\nsource = 'small.gguf'", encoding="utf-8")
+        assert main(start) == status
+    assert "cache_dir_gb: found a limit, but no cache_dir" in capsys.readouterr().err
+    ((spec, _),) = [entry.plan for entry in pools[0].entries]
+    assert (spec.options.cache_dir, spec.options.cache_dir_bytes) == (str(folder / "p"), 5 * 10**9)
+
+
+def test_what_cannot_be_read_in_a_folder_is_left_out_with_a_warning(
+    folder: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("lost+found", "other"):
+        (folder / name / "deep").mkdir(parents=True)
+        shutil.copy(tiny_file, folder / name / "deep" / "model.gguf")
+    (folder / "unreachable.gguf").symlink_to(folder / "lost+found" / "secret.gguf")
+    (folder / "nothing.gguf").symlink_to(folder / "missing.gguf")
+
+    # Permissions do not restrict root, which may run the tests.
+    def refusing(call: Callable[..., Any], refused: Path) -> Callable[..., Any]:
+        def wrapper(path: Path, **options: Any) -> Any:
+            if path == refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(Path, "iterdir", refusing(Path.iterdir, folder / "lost+found"))
+    monkeypatch.setattr(Path, "stat", refusing(Path.stat, folder / "unreachable.gguf"))
+    names = [model.name for model in models_in(folder, ServeOptions(), LoadOptions())]
+    assert names == ["small", "other/deep/model"]
+    first, second = [record.getMessage() for record in caplog.records]
+    assert "a file is left out" in first
+    assert str(folder / "unreachable.gguf") in first
+    assert "a folder is left out" in second
+    assert str(folder / "lost+found") in second
+    with pytest.raises(PermissionError, match=r"lost\+found"):
+        models_in(folder / "lost+found", ServeOptions(), LoadOptions())
 
 
 def test_a_folder_holds_models_by_their_names(folder: Path, tiny_file: Path, tmp_path: Path) -> None:
@@ -268,7 +337,11 @@ def test_a_repository_is_downloaded_by_its_first_request(fake_hub: FakeHub, tiny
     with serving_several(specs) as server:
         cards = {card["id"]: card for card in server.request("GET", "/v1/models").json["data"]}
         assert (cards["org/model"]["context_length"], cards["local"]["context_length"]) == (None, 128)
+        # A model whose files have not been read may take a long request.
+        large = {"model": "none", "prompt": "x" * 9_000_000}
+        assert server.request("POST", "/v1/completions", large).status == 404
         assert server.chat(model="org/model").status == 200
+        assert server.request("POST", "/v1/completions", large).status == 413
         assert server.request("GET", "/v1/models/org/model").json["context_length"] == 128
         fake_hub.reset()
         assert server.chat(model="local").status == 200

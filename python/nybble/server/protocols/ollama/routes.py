@@ -90,8 +90,8 @@ def add_ollama_routes(app: FastAPI, pool: Pool, key: list[Any]) -> None:
 async def _refused(request: Request) -> Response:
     raise ApiError(
         501,
-        f"{request.url.path:.100}: nybble does not change models through its API. It serves the model that its command "
-        "line names: `nybble serve MODEL` downloads a model from the Hugging Face Hub on first use",
+        f"{request.url.path:.100}: nybble does not change models through its API. It serves those of its command "
+        "line and configuration file: `nybble serve MODEL` downloads a model from the Hugging Face Hub on first use",
     )
 
 

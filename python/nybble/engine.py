@@ -392,12 +392,15 @@ class _Loop:
             # Outside the lock, since a disk may take its time. The KV cache is freed, even if somebody holds a request.
             driver.close()
 
+    def _must_end(self) -> bool:
+        return self._ending == "now" or (self._ending == "drain" and not self._requests)
+
     def _take(self) -> bool:
         """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""
         with self._changed:
             while not (self._requests or self._ending):
                 self._changed.wait()
-            if self._ending == "now" or (self._ending == "drain" and not self._requests):
+            if self._must_end():
                 return False
             driver = self._driver
         if driver is None:
@@ -405,7 +408,7 @@ class _Loop:
             driver = self._new_driver()
         with self._changed:
             self._driver = driver
-            if self._ending == "now":
+            if self._must_end():
                 return False
             new, self._new = self._new, deque()
             cancelled, self._cancelled = self._cancelled, deque()

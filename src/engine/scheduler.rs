@@ -29,7 +29,7 @@ mod restore;
 use drafts::Drafter;
 use entry::Entry;
 pub use entry::Event;
-use restore::{Pace, Restores, fastest_row};
+use restore::{Bounds, Restores, fastest_row};
 
 type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -380,7 +380,7 @@ impl Scheduler {
         let space = self.options.cache_bytes.saturating_sub(self.bytes(0));
         let row_seconds = self.prefill.row_seconds().unwrap_or_else(|| fastest_row(&self.model));
         let alone = self.running.is_empty().then_some(interrupted);
-        self.restores.ready(&mut self.waiting, &mut self.prefixes, &Pace { space, row_seconds }, alone)
+        self.restores.ready(&mut self.waiting, &mut self.prefixes, &Bounds { space, row_seconds }, alone)
     }
 
     /// Decides how many tokens of each sequence the step computes.

@@ -26,14 +26,14 @@ pub(super) fn fastest_row(model: &Model) -> f64 {
 }
 
 /// What bounds reading.
-pub(super) struct Pace {
+pub(super) struct Bounds {
     /// Bytes that the prefix cache may take.
     pub(super) space: usize,
     /// Seconds in which a prompt token is computed.
     pub(super) row_seconds: f64,
 }
 
-impl Pace {
+impl Bounds {
     /// Whether computing is faster than reading, after `spent` in which `pages` were read.
     fn is_slow(&self, pages: usize, spent: Duration) -> bool {
         spent.as_secs_f64() > ((pages + 1) * PAGE) as f64 * self.row_seconds + GRACE
@@ -66,10 +66,10 @@ impl Restores {
         &mut self,
         waiting: &mut VecDeque<Entry>,
         prefixes: &mut Prefixes,
-        pace: &Pace,
+        bounds: &Bounds,
         alone: Option<Interrupted<'_>>,
     ) -> Result<Option<usize>> {
-        if self.advance(waiting.front(), prefixes, pace, None)? {
+        if self.advance(waiting.front(), prefixes, bounds, None)? {
             return Ok(Some(0));
         }
         let mut is_on_disk = |entry: &mut Entry| {
@@ -79,7 +79,7 @@ impl Restores {
         if let Some(at) = waiting.iter_mut().skip(1).position(|entry| !is_on_disk(entry)) {
             return Ok(Some(at + 1));
         }
-        Ok((alone.is_some() && self.advance(waiting.front(), prefixes, pace, alone)?).then_some(0))
+        Ok((alone.is_some() && self.advance(waiting.front(), prefixes, bounds, alone)?).then_some(0))
     }
 
     /// Adds the pages of the first waiting sequence that have arrived to the prefix cache. Returns whether all have, or no others are
@@ -91,12 +91,12 @@ impl Restores {
         &mut self,
         first: Option<&Entry>,
         prefixes: &mut Prefixes,
-        pace: &Pace,
+        bounds: &Bounds,
         alone: Option<Interrupted<'_>>,
     ) -> Result<bool> {
         let (Some(entry), Some(disk)) = (first, prefixes.disk()) else { return Ok(true) };
         disk.set_busy(true);
-        let (started, space) = (Instant::now(), pace.space);
+        let (started, space) = (Instant::now(), bounds.space);
         let mut restore = match self.current.take() {
             Some((id, restore)) if id == entry.id => restore,
             _ => Restore::begin(entry, prefixes, space),
@@ -108,13 +108,13 @@ impl Restores {
                     if prefixes.evict(excess) >= excess && pages.add(page, prefixes) {
                         self.tokens += PAGE;
                         self.hits += usize::from(pages.restored == 1);
-                        if pages.left.is_empty() || !pace.is_slow(pages.restored, pages.spent) {
+                        if pages.left.is_empty() || !bounds.is_slow(pages.restored, pages.spent) {
                             continue;
                         }
                         prefixes.disk().into_iter().for_each(DiskCache::give_up);
                     }
                 }
-                Arrival::Later if pace.is_slow(pages.restored, pages.spent + pages.asked.elapsed()) => {
+                Arrival::Later if bounds.is_slow(pages.restored, pages.spent + pages.asked.elapsed()) => {
                     prefixes.disk().into_iter().for_each(DiskCache::give_up);
                 }
                 Arrival::Later => {
@@ -225,9 +225,9 @@ mod tests {
             (0.01, 9, 8.3, 8.5),
             (1.0, 99, 6401.0, 6403.0),
         ] {
-            let pace = Pace { space: 0, row_seconds };
-            assert!(!pace.is_slow(pages, seconds(last)), "{row_seconds} {pages} {last}");
-            assert!(pace.is_slow(pages, seconds(first)), "{row_seconds} {pages} {first}");
+            let bounds = Bounds { space: 0, row_seconds };
+            assert!(!bounds.is_slow(pages, seconds(last)), "{row_seconds} {pages} {last}");
+            assert!(bounds.is_slow(pages, seconds(first)), "{row_seconds} {pages} {first}");
         }
     }
 }

@@ -16,6 +16,8 @@ use tempfile::TempDir;
 
 /// Longer than writing takes: the tests wait for the end of it.
 const LONG: Duration = Duration::from_secs(600);
+/// A user that owns nothing.
+const NOBODY: u32 = 65534;
 /// A shape whose files are small enough to change every byte.
 const SMALL: Shape = Shape { hidden: 32, heads: 2, kv_heads: 1, head_dim: 4, ffn: 32, layers: 1, ..ODD };
 
@@ -242,11 +244,133 @@ fn only_the_user_may_read_the_files() {
         refuse("others may write");
     }
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+    // Nor one in a folder where others may replace it.
+    for mode in [0o777, 0o720] {
+        fs::set_permissions(&place.cache, fs::Permissions::from_mode(mode)).unwrap();
+        refuse("others may write");
+    }
+    fs::set_permissions(&place.cache, fs::Permissions::from_mode(0o1777)).unwrap();
+    assert_eq!(run(&model, &jobs, &alone(&model, &jobs), place.options()).0.restored_tokens, PAGE);
+    fs::set_permissions(&place.cache, fs::Permissions::from_mode(0o700)).unwrap();
+    // Only root can give a folder away.
+    for folder in [&place.cache, &folder] {
+        if std::os::unix::fs::chown(folder, Some(NOBODY), None).is_ok() {
+            refuse("belongs to user 65534");
+            std::os::unix::fs::chown(folder, Some(0), None).unwrap();
+        }
+    }
     let moved = place.cache.with_file_name("moved");
     fs::rename(&folder, &moved).unwrap();
     std::os::unix::fs::symlink(&moved, &folder).unwrap();
     refuse("a link");
     assert!(moved.join(file.file_name().unwrap()).exists());
+}
+
+#[test]
+fn a_file_that_others_may_have_written_is_left_alone() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let one = OnePage::new();
+    let assert_ignored = |reason: &str| {
+        let (stats, reports) = one.run();
+        assert_eq!((stats.restored_tokens, stats.disk_cache_errors), (0, 1));
+        assert!(reports[0].contains(one.file.to_str().unwrap()) && reports[0].contains(reason), "{reports:?}");
+        assert_eq!(fs::read(&one.file).unwrap(), one.bytes);
+    };
+    for mode in [0o620, 0o602] {
+        fs::set_permissions(&one.file, fs::Permissions::from_mode(mode)).unwrap();
+        assert_ignored("others may write");
+    }
+    fs::set_permissions(&one.file, fs::Permissions::from_mode(0o600)).unwrap();
+    // Only root can give a file away.
+    if chown(&one.file, Some(NOBODY), None).is_ok() {
+        assert_ignored("belongs to user 65534");
+        chown(&one.file, Some(0), None).unwrap();
+    }
+    assert_eq!(one.run().0.restored_tokens, PAGE);
+}
+
+#[test]
+fn a_folder_that_is_replaced_later_is_neither_read_nor_written() {
+    use std::os::unix::fs::PermissionsExt;
+    let one = OnePage::new();
+    let folder = one.file.parent().unwrap();
+    let moved = one.place.cache.with_file_name("moved");
+    let restore = |change: &dyn Fn()| {
+        let mut scheduler = scheduler(&one.model, one.place.options());
+        change();
+        assert_written(&one.model, &one.jobs, &one.expected, &mut scheduler);
+        let stats = scheduler.stats();
+        let other = [Job::new(tokens(PAGE + 1, 5), greedy(), 2)];
+        assert_written(&one.model, &other, &alone(&one.model, &other), &mut scheduler);
+        scheduler.save_prefixes(LONG);
+        (stats.restored_tokens, stats.disk_cache_errors, scheduler.take_reports().join(" "))
+    };
+    let (restored, errors, reports) = restore(&|| {
+        fs::rename(folder, &moved).unwrap();
+        std::os::unix::fs::symlink(&moved, folder).unwrap();
+    });
+    assert_eq!((restored, errors, moved.read_dir().unwrap().count()), (0, 1, 1));
+    assert!(reports.contains("a link"), "{reports}");
+    fs::remove_file(folder).unwrap();
+    fs::rename(&moved, folder).unwrap();
+    for changed in [folder, &one.place.cache] {
+        let mode = |mode| fs::set_permissions(changed, fs::Permissions::from_mode(mode)).unwrap();
+        let (restored, errors, reports) = restore(&|| mode(0o777));
+        assert_eq!((restored, errors, one.place.files().len()), (0, 1, 1));
+        assert!(reports.contains("others may write"), "{reports}");
+        mode(0o700);
+    }
+    assert_eq!(restore(&|| ()), (PAGE, 0, String::new()));
+    assert_eq!(one.place.files().len(), 2);
+}
+
+#[test]
+fn requests_without_pages_do_not_wait_for_the_disk() {
+    let place = Place::new(&ODD);
+    let model = place.load();
+    let stored = |seed, limit| Job::new(tokens(4 * PAGE + 1, seed), greedy(), limit);
+    let first = [stored(1, 3), stored(2, 3)];
+    run(&model, &first, &alone(&model, &first), place.options());
+    let jobs =
+        [stored(1, 40), stored(2, 40), Job::new(tokens(9, 3), greedy(), 2), Job::new(tokens(70, 4), greedy(), 2)];
+    let expected = alone(&model, &jobs);
+    for max_batch in [1, 2, 4] {
+        let mut scheduler = scheduler(&model, place.options().with_max_batch(max_batch));
+        scheduler.hold_disk_reader(true);
+        let ids: Vec<u64> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
+        let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
+        let mut ended = Vec::new();
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                let at = ids.iter().position(|id| *id == event.id).unwrap();
+                written[at].push(event.result.unwrap());
+                if event.sequence.is_some() {
+                    ended.push(at);
+                }
+            }
+            // The disk answers once those two have ended.
+            scheduler.hold_disk_reader(ended.len() < 2);
+        }
+        assert_eq!(written, expected, "{max_batch}");
+        assert_eq!(ended[..2], [2, 3], "{max_batch}");
+    }
+}
+
+#[test]
+fn pages_of_a_disk_that_does_not_answer_are_computed() {
+    let place = Place::new(&SMALL);
+    let (model, jobs) = (place.load(), [Job::new(tokens(4 * PAGE + 1, 1), greedy(), 2)]);
+    let expected = alone(&model, &jobs);
+    run(&model, &jobs, &expected, place.options());
+    let mut scheduler = scheduler(&model, place.options());
+    scheduler.hold_disk_reader(true);
+    // A step that is interrupted meanwhile says so.
+    scheduler.submit(jobs[0].sequence(&model), 1).unwrap();
+    assert!(matches!(scheduler.step(&|| true), Err(Error::Interrupted)));
+    assert_written(&model, &jobs, &expected, &mut scheduler);
+    let reports = scheduler.take_reports();
+    assert_eq!((scheduler.stats().restored_tokens, scheduler.stats().disk_cache_errors), (0, 1));
+    assert!(reports.len() == 1 && reports[0].contains("reading takes longer than computing"), "{reports:?}");
 }
 
 #[test]

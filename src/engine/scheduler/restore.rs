@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::super::disk_cache::DiskCache;
 use super::super::prefix::{Key, Prefixes, Tokens, root};
-use super::Interrupted;
 use super::entry::Entry;
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::{Model, PageId, SharedPage};
+
+type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// How long a step waits for pages when nothing else can be computed.
 const WAIT: Duration = Duration::from_millis(20);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import threading
 import weakref
@@ -21,7 +22,7 @@ from nybble.chat.reasoning import NO_LIMIT
 from nybble.completion import Completion, Prompt, Prompts
 from nybble.engine_options import EngineOptions, EngineOverrides, merge_engine_options
 from nybble.errors import EngineError, ModelError, QueueFullError
-from nybble.generation.driver import Driver
+from nybble.generation.driver import SAVING_SECONDS, Driver
 from nybble.generation.engine_request import Piece, PieceTexts, Request
 from nybble.generation.request import as_prompts, prepare
 from nybble.overrides import cannot_pickle
@@ -217,13 +218,20 @@ class Engine:
         """Returns counts and the state after the latest step."""
         return self._loop.stats()
 
-    def close(self, *, drain: bool = False) -> None:
+    def close(self, *, drain: bool = False, saving_seconds: float = SAVING_SECONDS) -> None:
         """Stops the engine. Later requests raise `ModelError`. The model stays open.
 
         Args:
             drain: Finish all running and waiting requests first. Otherwise they fail with `ModelError`.
+            saving_seconds: How long writing the prefix cache to `cache_dir` may take after that, about. What is not
+                written by then is computed again. With 0, nothing more is written.
+
+        Raises:
+            ValueError: `saving_seconds` is negative or not a number.
         """
-        self._loop.close(drain=drain)
+        if not saving_seconds >= 0:
+            raise ValueError(f"saving_seconds: found {saving_seconds}, expected 0 or more")
+        self._loop.close(drain=drain, saving_seconds=saving_seconds)
         self._ended.detach()
 
     @property
@@ -292,6 +300,7 @@ class _Loop:
         # Requests that have not ended.
         self._requests: set[Request] = set()
         self._ending: Literal["drain", "now"] | None = None
+        self._saving_seconds = math.inf
         self.failure: Exception | None = None
         """The error of the latest step, if it failed."""
         self._stats = EngineStats()
@@ -349,8 +358,9 @@ class _Loop:
             waiting = len(self._requests) - running - len(self._cancelled)
             return replace(self._stats, **{**counts, "running": running, "waiting": max(waiting, 0)})
 
-    def close(self, *, drain: bool) -> None:
+    def close(self, *, drain: bool, saving_seconds: float = SAVING_SECONDS) -> None:
         with self._changed:
+            self._saving_seconds = min(self._saving_seconds, saving_seconds)
             self._ending = "drain" if drain and self._ending != "now" else "now"
             if self._ending == "now" and self._driver is not None:
                 self._driver.interrupt()
@@ -375,20 +385,31 @@ class _Loop:
                 self._recover(error)
         self._fail(ModelError("the engine was closed before the request ended"))
         if self._driver is not None:
-            self._driver.save_prefixes()
+            self._driver.save_prefixes(self._saving_seconds)
         with self._changed:
-            self._driver = None  # Its KV cache is freed, even if somebody still holds a request.
+            driver, self._driver = self._driver, None
+        if driver is not None:
+            # Outside the lock, since a disk may take its time. The KV cache is freed, even if somebody holds a request.
+            driver.close()
+
+    def _must_end(self) -> bool:
+        return self._ending == "now" or (self._ending == "drain" and not self._requests)
 
     def _take(self) -> bool:
         """Waits for something to do, and passes the inbox to the driver. Returns False at the end."""
         with self._changed:
             while not (self._requests or self._ending):
                 self._changed.wait()
-            if self._ending == "now" or (self._ending == "drain" and not self._requests):
+            if self._must_end():
                 return False
-            if self._driver is None:
-                self._driver = self._new_driver()
             driver = self._driver
+        if driver is None:
+            # Outside the lock, since it lists a folder.
+            driver = self._new_driver()
+        with self._changed:
+            self._driver = driver
+            if self._must_end():
+                return False
             new, self._new = self._new, deque()
             cancelled, self._cancelled = self._cancelled, deque()
         for request in new:
@@ -449,11 +470,13 @@ class _Loop:
                 self._new.clear()
             self._requests -= failed
             self._cancelled.clear()
-            self._driver, self._driver_stats = None, {}
+            driver, self._driver, self._driver_stats = self._driver, None, {}
         for request in failed:
             ended = error if isinstance(error, MemoryError) else EngineError(f"the engine has failed: {error}")
             ended.__cause__ = None if ended is error else error
             request._finish(error=ended)
+        if driver is not None:
+            driver.close()
 
     def _fail(self, error: BaseException) -> None:
         """Ends all requests with an error."""

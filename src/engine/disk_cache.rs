@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -37,6 +37,10 @@ const LONGEST_REST: Duration = Duration::from_secs(2);
 const LONGEST_END: Duration = Duration::from_secs(5);
 /// Bytes of pages that are read before the scheduler takes them.
 const READ_AHEAD: usize = 64 << 20;
+/// How long nothing is read after reading was slower than computing.
+const PAUSE_AFTER_SLOW: Duration = Duration::from_secs(60);
+/// Pages and uses that wait for the writer, at most. A disk that does not answer must not fill the memory.
+const MOST_WORK: usize = 1 << 14;
 /// What a report ends with.
 const ONCE: &str = "(said once; the metrics count more)";
 
@@ -59,7 +63,7 @@ enum Work {
 /// Pages to be read, in order, until one is missing.
 struct Read {
     ids: Vec<PageId>,
-    pages: SyncSender<SharedPage>,
+    pages: SyncSender<(SharedPage, Duration)>,
 }
 
 #[derive(Debug, Default)]
@@ -76,6 +80,8 @@ struct Activity {
     /// Whether sequences are computed.
     is_busy: bool,
     has_ended: bool,
+    /// Whether the reader waits, as for a disk that does not answer.
+    is_reader_held: bool,
 }
 
 #[derive(Debug, Default)]
@@ -94,8 +100,10 @@ struct Shared {
     changed: Condvar,
     /// Held while the writer keeps a page in memory.
     copying: Mutex<()>,
-    /// Whether nobody waits for the reader any more, until it has read a page.
-    is_stalled: AtomicBool,
+    /// When reading was last given up.
+    gave_up: Mutex<Option<Instant>>,
+    /// Work that waits for the writer.
+    waiting: AtomicUsize,
     errors: AtomicUsize,
     reports: Mutex<Reports>,
 }
@@ -133,7 +141,8 @@ impl DiskCache {
             activity: Mutex::default(),
             changed: Condvar::new(),
             copying: Mutex::new(()),
-            is_stalled: AtomicBool::new(false),
+            gave_up: Mutex::default(),
+            waiting: AtomicUsize::new(0),
             errors: AtomicUsize::new(0),
             reports: Mutex::default(),
         });
@@ -160,43 +169,59 @@ impl DiskCache {
 
     /// Whether the page with this prefix can be read, and whether recurrent states are with it.
     pub(super) fn stored(&self, prefix: &Prefix) -> Option<bool> {
-        let index = lock(&self.shared.index);
-        if self.shared.is_stalled.load(Ordering::Relaxed) {
+        if lock(&self.shared.gave_up).is_some_and(|at| at.elapsed() < PAUSE_AFTER_SLOW) {
             return None;
         }
+        let index = lock(&self.shared.index);
         index.stored.get(prefix).filter(|stored| stored.is_usable).map(|stored| stored.has_states)
     }
 
-    /// Writes a page later, unless it has been evicted by then.
-    pub(super) fn save(&self, id: PageId, page: &SharedPage, used: SystemTime) {
-        if let (Some(work), Some(weak)) = (&self.work, WeakPage::of(page)) {
-            let has_states = page.has_snapshot();
-            // The writer has ended only after a panic.
-            let _ = work.send(Work::Save(Box::new(Save { id, page: weak, has_states, used })));
-        }
+    /// Writes a page later, unless it has been evicted by then. Returns false if too many wait already.
+    pub(super) fn save(&self, id: PageId, page: &SharedPage, used: SystemTime) -> bool {
+        let has_states = page.has_snapshot();
+        let save = |page| Work::Save(Box::new(Save { id, page, has_states, used }));
+        WeakPage::of(page).is_none_or(|page| self.work_on(save(page)))
     }
 
     /// Records that a request has used these pages.
     pub(super) fn mark_used(&self, prefixes: Vec<Prefix>, used: SystemTime) {
-        if let Some(work) = &self.work {
-            let _ = work.send(Work::Use(prefixes, used));
-        }
+        self.work_on(Work::Use(prefixes, used));
     }
 
-    /// Reads pages in the background. They arrive in order, until one cannot be read.
-    pub(super) fn read(&self, ids: Vec<PageId>) -> Receiver<SharedPage> {
-        let ahead = READ_AHEAD / self.shared.model.shared_page_bytes().max(1);
-        let (pages, receiver) = sync_channel(ahead.clamp(2, 64));
+    /// Hands work to the writer. Returns false if too much waits already.
+    fn work_on(&self, work: Work) -> bool {
+        let Some(sender) = self.work.as_ref().filter(|_| self.shared.waiting.load(Ordering::Relaxed) < MOST_WORK)
+        else {
+            return false;
+        };
+        self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+        // The writer has ended only after a panic.
+        sender.send(work).is_ok()
+    }
+
+    /// Reads pages in the background, at most about `bytes` before they are received. They arrive in order, until one cannot be read,
+    /// each with the time that reading it took.
+    pub(super) fn read(&self, ids: Vec<PageId>, bytes: usize) -> Receiver<(SharedPage, Duration)> {
+        let ahead = READ_AHEAD.min(bytes) / self.shared.model.shared_page_bytes().max(1);
+        let (pages, receiver) = sync_channel(ahead.clamp(1, 64));
         if let Some(reads) = &self.reads {
             let _ = reads.send(Read { ids, pages });
         }
         receiver
     }
 
-    /// Records that nobody waits any longer for pages that are being read. No others are asked for until one arrives.
+    /// Records that computing is faster than reading. No pages are asked for during the next minute.
     pub(super) fn give_up(&self) {
-        self.shared.is_stalled.store(true, Ordering::Relaxed);
-        self.shared.fail("stalled", format!("{}: the disk does not answer {ONCE}", self.shared.folder.name()));
+        *lock(&self.shared.gave_up) = Some(Instant::now());
+        let name = self.shared.folder.name();
+        self.shared
+            .fail("slow", format!("{name}: reading takes longer than computing, no page is read for a minute {ONCE}"));
+    }
+
+    /// Lets the reader wait, as a disk that does not answer does, or continue.
+    pub(super) fn hold_reader(&self, is_held: bool) {
+        lock(&self.shared.activity).is_reader_held = is_held;
+        self.shared.changed.notify_all();
     }
 
     /// Tells the writer whether sequences are computed.
@@ -330,6 +355,11 @@ impl Shared {
 
     /// Reads a page. `None` where that fails.
     fn read(&self, id: &PageId, used: SystemTime) -> Option<SharedPage> {
+        // Somebody may have changed or replaced the folder.
+        if let Some(reason) = self.folder.distrust() {
+            self.fail("distrusted", format!("{reason}: its pages are computed instead {ONCE}"));
+            return None;
+        }
         let stored = lock(&self.index).stored.get(&id.prefix).copied().filter(|stored| stored.is_usable)?;
         let path = self.folder.path(&id.prefix, &stored);
         let fault = match self.model.read_page(id, &path) {
@@ -356,7 +386,7 @@ impl Shared {
                     stored.is_usable = false;
                 }
                 let message =
-                    format!("{}: ignored a file that is not a page of this version: {found} {ONCE}", path.display());
+                    format!("{}: ignored what is not a page of this version and user: {found} {ONCE}", path.display());
                 self.fail("foreign", message);
             }
             PageFault::Damaged(error) => {
@@ -374,6 +404,9 @@ impl Shared {
 fn write_all(shared: &Shared, works: &Receiver<Work>, _ends: Sender<()>) {
     let mut paused: Option<Instant> = None;
     for work in works {
+        if !matches!(work, Work::Answer(_)) {
+            shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
         match work {
             Work::Save(save) => {
                 if shared.has_ended() || paused.is_some_and(|failed| failed.elapsed() < PAUSE_AFTER_FAILURE) {
@@ -404,10 +437,12 @@ fn read_all(shared: &Shared, jobs: &Receiver<Read>, _ends: Sender<()>) {
     for Read { ids, pages } in jobs {
         let used = SystemTime::now();
         for id in &ids {
+            let started = Instant::now();
+            let waits = |activity: &mut Activity| activity.is_reader_held && !activity.has_ended;
+            drop(shared.changed.wait_while(lock(&shared.activity), waits));
             let page = shared.read(id, used);
-            shared.is_stalled.store(false, Ordering::Relaxed);
             // Nobody receives the pages of a request that was cancelled.
-            if shared.has_ended() || page.is_none_or(|page| pages.send(page).is_err()) {
+            if shared.has_ended() || page.is_none_or(|page| pages.send((page, started.elapsed())).is_err()) {
                 break;
             }
         }

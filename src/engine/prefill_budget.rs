@@ -49,6 +49,11 @@ impl PrefillBudget {
         }
     }
 
+    /// Seconds that a prompt row takes, once that is measured.
+    pub(super) fn row_seconds(&self) -> Option<f64> {
+        self.row_seconds
+    }
+
     /// Records the duration of a step.
     pub(super) fn observe(&mut self, decoding: usize, prompt_rows: usize, seconds: f64) {
         if prompt_rows == 0 {

@@ -29,7 +29,7 @@ mod restore;
 use drafts::Drafter;
 use entry::Entry;
 pub use entry::Event;
-use restore::Restores;
+use restore::{Bounds, Restores, fastest_row};
 
 type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -285,7 +285,14 @@ impl Scheduler {
         }
     }
 
-    /// Computes one step and returns the tokens sampled. Does nothing when there are no sequences.
+    /// Lets the reader of [`cache_dir`](SchedulerOptions::cache_dir) wait, as a disk that does not answer does, or continue.
+    #[doc(hidden)]
+    pub fn hold_disk_reader(&self, is_held: bool) {
+        self.prefixes.disk().into_iter().for_each(|disk| disk.hold_reader(is_held));
+    }
+
+    /// Computes one step and returns the tokens sampled. Does nothing when there are no sequences, and little while the only ones
+    /// wait for pages from [`cache_dir`](SchedulerOptions::cache_dir).
     ///
     /// # Errors
     /// [`Error::Interrupted`] when `interrupted`, which is called between layers, returns true. The scheduler and all
@@ -340,11 +347,12 @@ impl Scheduler {
         self.running.iter().map(Entry::bytes).fold(shared, usize::saturating_add)
     }
 
-    /// Admits waiting sequences in order of arrival while there are slots, and memory for their prompts.
+    /// Admits waiting sequences while there are slots, and memory for their prompts: in order of arrival, except that those without
+    /// pages on disk do not wait for those of others.
     fn admit(&mut self, interrupted: Interrupted<'_>) -> Result<()> {
         while self.running.len() < self.options.max_batch
-            && self.restore(interrupted)?
-            && let Some(mut entry) = self.waiting.pop_front()
+            && let Some(at) = self.ready(interrupted)?
+            && let Some(mut entry) = self.waiting.remove(at)
         {
             let reused = if self.options.prefix_cache { entry.reuse(&self.prefixes) } else { 0 };
             self.running.push(entry);
@@ -356,7 +364,7 @@ impl Scheduler {
                 && let Some(mut entry) = self.running.pop()
             {
                 entry.reset();
-                self.waiting.push_front(entry);
+                self.waiting.insert(at, entry);
                 break;
             }
             self.counts.reused_tokens += reused;
@@ -364,14 +372,15 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Reads what the first waiting sequence can reuse from disk. Returns false when it must wait for that while others run.
-    fn restore(&mut self, interrupted: Interrupted<'_>) -> Result<bool> {
+    /// The position of the first waiting sequence that has what it can reuse from disk. `None` if all must wait for that.
+    fn ready(&mut self, interrupted: Interrupted<'_>) -> Result<Option<usize>> {
         if self.waiting.is_empty() || self.options.cache_dir.is_none() {
-            return Ok(true);
+            return Ok((!self.waiting.is_empty()).then_some(0));
         }
         let space = self.options.cache_bytes.saturating_sub(self.bytes(0));
-        let is_alone = self.running.is_empty();
-        self.restores.advance(self.waiting.front(), &mut self.prefixes, space, is_alone.then_some(interrupted))
+        let row_seconds = self.prefill.row_seconds().unwrap_or_else(|| fastest_row(&self.model));
+        let alone = self.running.is_empty().then_some(interrupted);
+        self.restores.ready(&mut self.waiting, &mut self.prefixes, &Bounds { space, row_seconds }, alone)
     }
 
     /// Decides how many tokens of each sequence the step computes.

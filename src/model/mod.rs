@@ -61,7 +61,7 @@ pub use outputs::embedding::TextTokens;
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};
 pub use state::cache::CacheType;
-pub(crate) use state::page_file::{PageFault, PageId, WeakPage, is_page_file, next_prefix};
+pub(crate) use state::page_file::{PageFault, PageId, WeakPage, distrust, distrust_owner, is_page_file, next_prefix};
 pub use state::session::Session;
 #[doc(hidden)]
 pub use state::session::SharedPage;

@@ -51,13 +51,14 @@ type Event = (u64, Py<PyAny>, usize, Option<Session>);
 /// Computes many sequences over one model. One thread at a time may use it.
 #[pyclass(frozen, module = "nybble._native")]
 pub(super) struct Scheduler {
-    inner: Mutex<engine::Scheduler>,
+    /// `None` after `close`.
+    inner: Mutex<Option<engine::Scheduler>>,
     interrupted: AtomicBool,
 }
 
 impl Scheduler {
     /// A step holds the lock, and waiting for it here would hold the GIL meanwhile.
-    fn inner(&self) -> crate::Result<MutexGuard<'_, engine::Scheduler>> {
+    fn lock(&self) -> crate::Result<MutexGuard<'_, Option<engine::Scheduler>>> {
         match self.inner.try_lock() {
             Ok(guard) => Ok(guard),
             // After a panic the scheduler is sound, if not complete.
@@ -65,6 +66,14 @@ impl Scheduler {
             Err(TryLockError::WouldBlock) => {
                 Err(Error::argument("scheduler", "a scheduler that another thread uses", "one thread at a time"))
             }
+        }
+    }
+
+    /// Calls `use_it` with the scheduler.
+    fn with<R>(&self, use_it: impl FnOnce(&mut engine::Scheduler) -> R) -> crate::Result<R> {
+        match self.lock()?.as_mut() {
+            Some(inner) => Ok(use_it(inner)),
+            None => Err(Error::argument("scheduler", "a scheduler that was closed", "one that is open")),
         }
     }
 }
@@ -78,35 +87,34 @@ impl Scheduler {
         let (model, draft, options) = (model.0.clone(), draft.map(|draft| draft.0.clone()), options.checked()?);
         // It may load the model's head.
         let inner = guarded(py, || engine::Scheduler::new(model, draft, options))?;
-        Ok(Scheduler { inner: Mutex::new(inner), interrupted: AtomicBool::new(false) })
+        Ok(Scheduler { inner: Mutex::new(Some(inner)), interrupted: AtomicBool::new(false) })
     }
 
     /// Takes a sequence, to sample at most `limit` tokens. Returns its id.
     fn submit(&self, sequence: &Sequence, limit: usize) -> PyResult<u64> {
-        let mut inner = self.inner()?;
-        Ok(inner.submit(sequence.take()?, limit)?)
+        self.with(|inner| Ok(inner.submit(sequence.take()?, limit)?))?
     }
 
     /// Removes a sequence. Returns its session, or None when it has left already.
     fn cancel(&self, id: u64) -> PyResult<Option<Session>> {
-        Ok(self.inner()?.cancel(id).map(|sequence| Session(sequence.into_session())))
+        Ok(self.with(|inner| inner.cancel(id))?.map(|sequence| Session(sequence.into_session())))
     }
 
     /// The session of a sequence as of the latest step, or None when it has left. The sequence continues.
     fn session(&self, id: u64) -> PyResult<Option<Session>> {
-        Ok(self.inner()?.sequence(id).map(|sequence| Session(sequence.session().fork())))
+        Ok(self.with(|inner| inner.sequence(id).map(|sequence| Session(sequence.session().fork())))?)
     }
 
     /// Computes a step. With `signals`, signal handlers run meanwhile, which only the main thread can do.
     fn step(&self, py: Python<'_>, signals: bool) -> PyResult<Vec<Event>> {
-        let mut guard = self.inner()?;
-        let inner = &mut *guard;
         let stopped = || self.interrupted.load(Ordering::Relaxed);
-        let events = if signals {
-            detached(py, |interrupted| inner.step(&|| stopped() || interrupted()))
-        } else {
-            guarded(py, || inner.step(&stopped))
-        };
+        let events = self.with(|inner| {
+            if signals {
+                detached(py, |interrupted| inner.step(&|| stopped() || interrupted()))
+            } else {
+                guarded(py, || inner.step(&stopped))
+            }
+        })?;
         let convert = |event: engine::Event| {
             let outcome = match event.result {
                 Ok(sampled) => Py::new(py, Sampled::from(sampled))?.into_any(),
@@ -124,23 +132,33 @@ impl Scheduler {
 
     /// What has failed without an effect on any sequence since the last call, once for each kind of failure.
     fn take_reports(&self) -> PyResult<Vec<String>> {
-        Ok(self.inner()?.take_reports())
+        Ok(self.with(engine::Scheduler::take_reports)?)
     }
 
     /// Writes the prefix cache to its folder on disk, for at most `seconds`.
     fn save_prefixes(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
         let limit = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        let mut inner = self.inner()?;
-        let inner = &mut *inner;
+        self.with(|inner| {
+            guarded(py, || {
+                inner.save_prefixes(limit);
+                Ok(())
+            })
+        })?
+    }
+
+    /// Frees the KV cache, and ends the threads that access the disk. Nothing else can be called later, except `interrupt`.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = self.lock()?.take();
+        // A disk may take its time, and so does memory.
         guarded(py, || {
-            inner.save_prefixes(limit);
+            drop(inner);
             Ok(())
         })
     }
 
     /// Counts, by name.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (stats, dict) = (self.inner()?.stats(), PyDict::new(py));
+        let (stats, dict) = (self.with(|inner| inner.stats())?, PyDict::new(py));
         dict.set_item("running", stats.running)?;
         dict.set_item("waiting", stats.waiting)?;
         dict.set_item("cached_pages", stats.cached_pages)?;

@@ -23,8 +23,10 @@ _log = logging.getLogger("nybble")
 
 _PAGE = 64
 """Tokens per page of the KV cache."""
-_SAVING_SECONDS = 10.0
-"""How long the end of an engine may wait for the prefix cache to be written to disk."""
+SAVING_SECONDS = 10.0
+"""How long the end of an engine waits for the prefix cache to be written to disk, by default."""
+_CACHE_DIR_BYTES = 10_000_000_000
+"""The default of `cache_dir_bytes` on a large disk."""
 
 
 class Driver(Generic[Job]):
@@ -131,11 +133,15 @@ class Driver(Generic[Job]):
         """Returns the scheduler's counts by name."""
         return self._scheduler.stats()
 
-    def save_prefixes(self) -> None:
-        """Writes the prefix cache to `cache_dir`, if there is one. Waits for that at most ten seconds."""
-        if self._keeps_prefixes:
-            self._scheduler.save_prefixes(_SAVING_SECONDS)
+    def save_prefixes(self, seconds: float) -> None:
+        """Writes the prefix cache to `cache_dir`, if there is one, for at most this long."""
+        if self._keeps_prefixes and seconds > 0:
+            self._scheduler.save_prefixes(seconds)
             self._log_reports()
+
+    def close(self) -> None:
+        """Frees the KV cache and leaves `cache_dir`. Only `interrupt` may be called later."""
+        self._scheduler.close()
 
     def _log_reports(self) -> None:
         if self._keeps_prefixes:
@@ -150,5 +156,9 @@ class Driver(Generic[Job]):
 
 def _default_size(folder: str | os.PathLike[str]) -> int:
     """The default of `cache_dir_bytes`: 10 GB, but at most a tenth of the disk that holds the folder."""
-    existing = next(path for path in (Path(folder).absolute() / "_").parents if path.exists())
-    return min(10_000_000_000, shutil.disk_usage(existing).total // 10)
+    try:
+        existing = next(path for path in (Path(folder).absolute() / "_").parents if path.exists())
+        return min(_CACHE_DIR_BYTES, shutil.disk_usage(existing).total // 10)
+    except OSError:
+        # A folder that cannot be reached is reported when it is opened.
+        return _CACHE_DIR_BYTES

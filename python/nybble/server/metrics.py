@@ -18,7 +18,7 @@ _GAUGES = {
     "waiting": "Answers that wait for a slot.",
     "cached_pages": "Pages of keys and values in the prefix cache.",
     "cache_bytes": "Bytes of the KV cache.",
-    "disk_cache_bytes": "Bytes of the prefix cache on disk.",
+    "disk_cache_bytes": "Bytes of the prefix cache on disk, of all models in its folder.",
 }
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts.",

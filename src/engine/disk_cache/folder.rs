@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::format::atomic_file::{AtomicFile, remove_all_leftovers};
-use crate::model::is_page_file;
+use crate::model::{distrust, distrust_owner, is_page_file};
 
 /// The hash of a prefix.
 pub(in crate::engine) type Prefix = [u8; 32];
@@ -75,7 +75,7 @@ impl Folder {
     /// The folder of the model whose first pages have this prefix, in the folder `base`. Both are made if they do not exist.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for something other than a folder, or a folder of the model's that others may write to;
+    /// [`Error::InvalidArgument`] for something other than a folder, or one of the two that others may write to;
     /// [`Error::Io`].
     pub(super) fn open(base: &Path, first: &Prefix) -> Result<Folder> {
         let base = std::path::absolute(base).map_err(|source| Error::io(base, source))?;
@@ -84,12 +84,13 @@ impl Folder {
         if folder.base.exists() && !folder.base.is_dir() {
             return Err(Error::argument("cache_dir", folder.base.display(), "a folder, or a name for a new one"));
         }
+        let check = || match folder.distrust() {
+            Some(found) => Err(Error::argument("cache_dir", found, "a folder that only this user may write to")),
+            None => Ok(()),
+        };
+        check()?;
         folder.make().map_err(|source| Error::io(&folder.own, source))?;
-        let metadata = folder.own.symlink_metadata().map_err(|source| Error::io(&folder.own, source))?;
-        if let Some(reason) = distrust(&metadata) {
-            let found = format!("{}, {reason}", folder.own.display());
-            return Err(Error::argument("cache_dir", found, "a folder that only this user may write to"));
-        }
+        check()?;
         folder.of_models().iter().for_each(|folder| remove_all_leftovers(folder));
         Ok(folder)
     }
@@ -106,6 +107,15 @@ impl Folder {
         builder.create(&self.own)
     }
 
+    /// The folder to which others may write by now, and why. `None` where there is no folder, either.
+    pub(super) fn distrust(&self) -> Option<String> {
+        // The user may have chosen a link, but nybble makes none.
+        let base = self.base.metadata().ok().and_then(|base| distrust_base(&base));
+        let own = self.own.symlink_metadata().ok().and_then(|own| distrust_pages(&own));
+        let named = |folder: &Path, reason: String| format!("{}, {reason}", folder.display());
+        base.map(|reason| named(&self.base, reason)).or_else(|| own.map(|reason| named(&self.own, reason)))
+    }
+
     /// The folders of all models that this user trusts.
     fn of_models(&self) -> Vec<PathBuf> {
         let entries = self.base.read_dir().into_iter().flatten().flatten();
@@ -114,7 +124,7 @@ impl Folder {
             digits.is_some_and(|digits| digits.len() == DIGITS && digits.iter().all(|d| nibble(*d).is_some()))
         };
         let named = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_model));
-        let trusted = named.filter(|entry| entry.path().symlink_metadata().is_ok_and(|m| distrust(&m).is_none()));
+        let trusted = named.filter(|entry| entry.path().symlink_metadata().is_ok_and(|m| distrust_pages(&m).is_none()));
         trusted.map(|entry| entry.path()).collect()
     }
 
@@ -205,6 +215,9 @@ impl Folder {
         let io = |source| Error::io(&path, source);
         // Another process may have removed the folder of a model that it does not use.
         self.make().map_err(io)?;
+        if let Some(found) = self.distrust() {
+            return Err(io(std::io::Error::new(ErrorKind::PermissionDenied, found)));
+        }
         let mut file = AtomicFile::create_only(&path, true)?;
         file.write_all(bytes).map_err(io)?;
         file.finish_name()?;
@@ -227,26 +240,25 @@ pub(super) fn mark_used(path: &Path, used: SystemTime) {
     let _ = File::open(path).and_then(|file| file.set_modified(used));
 }
 
-/// Why files in a folder may be those of others. `None` if only this user, or the system's administrator, may write to it.
-fn distrust(folder: &Metadata) -> Option<String> {
+/// Why files in a folder of pages may be those of others. `None` if only this user, or the system's administrator, may write to it.
+fn distrust_pages(folder: &Metadata) -> Option<String> {
     let kind: FileType = folder.file_type();
     if !kind.is_dir() {
         return Some(if kind.is_symlink() { "a link".to_owned() } else { "not a folder".to_owned() });
     }
+    distrust(folder)
+}
+
+/// Why others may replace a folder of pages in this folder. With the sticky bit, they cannot replace what belongs to somebody else.
+fn distrust_base(folder: &Metadata) -> Option<String> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        let (mode, owner) = (folder.mode() & 0o777, folder.uid());
-        if mode & 0o022 != 0 {
-            return Some(format!("to which others may write (mode {mode:o})"));
-        }
-        // The owner of this process, where the system shows it.
-        let own = fs::metadata("/proc/self").map(|process| process.uid());
-        if own.is_ok_and(|own| owner != own && owner != 0) {
-            return Some(format!("which belongs to user {owner}"));
+        if folder.mode() & 0o1000 != 0 {
+            return distrust_owner(folder);
         }
     }
-    None
+    distrust(folder)
 }
 
 fn hex(bytes: &[u8]) -> String {

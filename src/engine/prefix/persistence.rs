@@ -136,10 +136,11 @@ impl Prefixes {
         let Some((_, adapter_hash)) = self.roots.get(&block.root).filter(|_| is_new && block.page.is_whole()) else {
             return;
         };
-        (block.saved, block.marked) = (Some(has_states), Some(Instant::now()));
         let (prefix, index, tokens) = (block.prefix, block.depth, block.key.tokens);
         let id = PageId { prefix, index, tokens, adapter: block.root & !(1 << 63), adapter_hash: *adapter_hash };
-        disk.save(id, &block.page, used);
+        if disk.save(id, &block.page, used) {
+            (block.saved, block.marked) = (Some(has_states), Some(Instant::now()));
+        }
     }
 
     /// Writes all blocks to disk, as far as that takes at most `limit`: the most recently used first.

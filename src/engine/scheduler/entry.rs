@@ -37,6 +37,8 @@ pub(super) struct Entry {
     pub(super) remaining: usize,
     /// The beam search that continues it after its prompt, if it does not sample.
     pub(super) search: Option<BeamSearch>,
+    /// Whether pages on disk spare it computing, where that was looked up while it waited behind others.
+    pub(super) is_on_disk: Option<bool>,
     /// Number of blocks at its beginning that are in the prefix cache, and the id of the last one.
     pub(super) blocks: usize,
     pub(super) block: u64,
@@ -71,6 +73,7 @@ impl Entry {
             id,
             prompt: sequence.tokens.len(),
             reused: sequence.session.len(),
+            is_on_disk: None,
             sequence,
             remaining,
             search,

@@ -10,12 +10,36 @@ use super::super::prefix::{Key, Prefixes, Tokens, root};
 use super::entry::Entry;
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
-use crate::model::SharedPage;
+use crate::model::{Model, PageId, SharedPage};
 
-/// How long a step waits for a page before it asks whether it is interrupted.
+type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// How long a step waits for pages when nothing else can be computed.
 const WAIT: Duration = Duration::from_millis(20);
-/// How long a sequence waits for a page before it is computed.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// How much longer than computing them reading pages may take, in seconds. Less tells nothing about a disk.
+const GRACE: f64 = 2.0;
+/// Bytes of weights that a fast machine applies to a token in a second.
+const FASTEST: f64 = 2e12;
+
+/// Seconds per prompt token on a fast machine, until they are measured on this one.
+pub(super) fn fastest_row(model: &Model) -> f64 {
+    model.weight_bytes() as f64 / FASTEST
+}
+
+/// What bounds reading.
+pub(super) struct Bounds {
+    /// Bytes that the prefix cache may take.
+    pub(super) space: usize,
+    /// Seconds in which a prompt token is computed.
+    pub(super) row_seconds: f64,
+}
+
+impl Bounds {
+    /// Whether computing is faster than reading, after `spent` in which `pages` were read.
+    fn is_slow(&self, pages: usize, spent: Duration) -> bool {
+        spent.as_secs_f64() > ((pages + 1) * PAGE) as f64 * self.row_seconds + GRACE
+    }
+}
 
 /// What waiting sequences get from disk, one after the other.
 #[derive(Debug, Default)]
@@ -34,48 +58,71 @@ impl Restores {
         self.current.take_if(|(of, _)| *of == id);
     }
 
-    /// Adds the pages of the first waiting sequence that have arrived to the prefix cache, which may take `space` bytes. Returns
-    /// whether all have. With `alone`, which says whether the step is interrupted, it waits for them.
+    /// The position of the first of the waiting sequences that has got its pages, or has none on disk. `None` if all must wait. Without
+    /// others to compute, `alone` says whether the step is interrupted: then it waits for a moment.
     ///
     /// # Errors
     /// [`Error::Interrupted`]
-    pub(super) fn advance(
+    pub(super) fn ready(
+        &mut self,
+        waiting: &mut VecDeque<Entry>,
+        prefixes: &mut Prefixes,
+        bounds: &Bounds,
+        alone: Option<Interrupted<'_>>,
+    ) -> Result<Option<usize>> {
+        if self.advance(waiting.front(), prefixes, bounds, None)? {
+            return Ok(Some(0));
+        }
+        let mut is_on_disk = |entry: &mut Entry| {
+            let known = entry.is_on_disk.unwrap_or_else(|| pages_of(entry, prefixes).is_some());
+            *entry.is_on_disk.insert(known)
+        };
+        if let Some(at) = waiting.iter_mut().skip(1).position(|entry| !is_on_disk(entry)) {
+            return Ok(Some(at + 1));
+        }
+        Ok((alone.is_some() && self.advance(waiting.front(), prefixes, bounds, alone)?).then_some(0))
+    }
+
+    /// Adds the pages of the first waiting sequence that have arrived to the prefix cache. Returns whether all have, or no others are
+    /// worth waiting for. With `alone`, it waits for them for a moment.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]
+    fn advance(
         &mut self,
         first: Option<&Entry>,
         prefixes: &mut Prefixes,
-        space: usize,
-        alone: Option<&(dyn Fn() -> bool + Sync)>,
+        bounds: &Bounds,
+        alone: Option<Interrupted<'_>>,
     ) -> Result<bool> {
         let (Some(entry), Some(disk)) = (first, prefixes.disk()) else { return Ok(true) };
         disk.set_busy(true);
-        let page_bytes = disk.page_bytes().max(1);
+        let (started, space) = (Instant::now(), bounds.space);
         let mut restore = match self.current.take() {
             Some((id, restore)) if id == entry.id => restore,
-            _ => {
-                let free = space.saturating_sub(prefixes.bytes_in_use());
-                Restore::begin(entry, prefixes, free / page_bytes)
-            }
+            _ => Restore::begin(entry, prefixes, space),
         };
         while let Some(pages) = &mut restore {
-            match pages.next(alone.map_or(Duration::ZERO, |_| WAIT)) {
+            match pages.next(alone.map_or(Duration::ZERO, |_| WAIT.saturating_sub(started.elapsed()))) {
                 Arrival::Page(page) => {
                     let excess = prefixes.bytes().saturating_add(page.bytes()).saturating_sub(space);
                     if prefixes.evict(excess) >= excess && pages.add(page, prefixes) {
                         self.tokens += PAGE;
                         self.hits += usize::from(pages.restored == 1);
-                        continue;
+                        if pages.left.is_empty() || !bounds.is_slow(pages.restored, pages.spent) {
+                            continue;
+                        }
+                        prefixes.disk().into_iter().for_each(DiskCache::give_up);
                     }
                 }
-                Arrival::Later if pages.asked.elapsed() > LONGEST_WAIT => {
+                Arrival::Later if bounds.is_slow(pages.restored, pages.spent + pages.asked.elapsed()) => {
                     prefixes.disk().into_iter().for_each(DiskCache::give_up);
                 }
-                Arrival::Later => match alone {
-                    Some(interrupted) if !interrupted() => continue,
-                    _ => {
-                        self.current = Some((entry.id, restore));
-                        return alone.map_or(Ok(false), |_| Err(Error::Interrupted));
-                    }
-                },
+                Arrival::Later => {
+                    self.current = Some((entry.id, restore));
+                    let is_interrupted = alone.is_some_and(|interrupted| interrupted());
+                    return if is_interrupted { Err(Error::Interrupted) } else { Ok(false) };
+                }
                 Arrival::End => {}
             }
             restore = None;
@@ -86,11 +133,21 @@ impl Restores {
     }
 }
 
+/// The pages on disk that the prompt of a sequence can reuse, and the block before them. `None` if there are none.
+fn pages_of(entry: &Entry, prefixes: &mut Prefixes) -> Option<(u64, Vec<PageId>)> {
+    let session = &entry.sequence.session;
+    let tokens = entry.sequence.tokens.get(entry.blocks * PAGE..)?;
+    if session.len() != entry.blocks * PAGE {
+        return None;
+    }
+    prefixes.on_disk(session, [entry.block, entry.blocks as u64], tokens)
+}
+
 /// The pages of a sequence that are read.
 #[derive(Debug)]
 struct Restore {
     /// In a mutex, because a receiver alone cannot be shared between threads.
-    pages: Mutex<Receiver<SharedPage>>,
+    pages: Mutex<Receiver<(SharedPage, Duration)>>,
     /// The tokens of the pages that have not arrived.
     left: VecDeque<Tokens>,
     /// The block before them.
@@ -99,6 +156,8 @@ struct Restore {
     root: u64,
     /// Pages that have arrived.
     restored: usize,
+    /// How long reading them took. Not since the beginning: steps of other sequences take their time, too.
+    spent: Duration,
     /// Since when the next page is awaited.
     asked: Instant,
 }
@@ -113,26 +172,26 @@ enum Arrival {
 }
 
 impl Restore {
-    /// Begins to read the pages that the prompt of `entry` can reuse, at most `most`. `None` if there are none.
-    fn begin(entry: &Entry, prefixes: &mut Prefixes, most: usize) -> Option<Restore> {
-        let session = &entry.sequence.session;
-        let tokens = entry.sequence.tokens.get(entry.blocks * PAGE..)?;
-        if session.len() != entry.blocks * PAGE {
-            return None;
-        }
-        let (parent, mut ids) = prefixes.on_disk(session, [entry.block, entry.blocks as u64], tokens)?;
-        ids.truncate(most);
+    /// Begins to read the pages that the prompt of `entry` can reuse, as far as they fit into `space` bytes with those in use. `None`
+    /// if there are none.
+    fn begin(entry: &Entry, prefixes: &mut Prefixes, space: usize) -> Option<Restore> {
+        let (parent, mut ids) = pages_of(entry, prefixes)?;
+        let (used, unused) = (prefixes.bytes_in_use(), space.saturating_sub(prefixes.bytes()));
+        let disk = prefixes.disk()?;
+        ids.truncate(space.saturating_sub(used) / disk.page_bytes().max(1));
         let left = ids.iter().map(|id| id.tokens).collect();
-        let pages = Mutex::new(prefixes.disk()?.read(ids));
-        Some(Restore { pages, left, parent, root: root(session), restored: 0, asked: Instant::now() })
+        let (pages, root) = (Mutex::new(disk.read(ids, unused)), root(&entry.sequence.session));
+        let (spent, asked) = (Duration::ZERO, Instant::now());
+        Some(Restore { pages, left, parent, root, restored: 0, spent, asked })
     }
 
     /// The next page, after waiting for it at most this long.
     fn next(&mut self, wait: Duration) -> Arrival {
         let Ok(pages) = self.pages.get_mut() else { return Arrival::End };
         match pages.recv_timeout(wait) {
-            Ok(page) => {
+            Ok((page, took)) => {
                 self.asked = Instant::now();
+                self.spent += took;
                 Arrival::Page(page)
             }
             Err(RecvTimeoutError::Timeout) => Arrival::Later,
@@ -150,5 +209,26 @@ impl Restore {
         prefixes.refresh(number);
         (self.parent, self.restored) = (number, self.restored + 1);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_stops_when_computing_is_faster() {
+        let seconds = Duration::from_secs_f64;
+        for (row_seconds, pages, last, first) in [
+            (0.0, 0, 1.9, 2.1),
+            (0.0, 500, 1.9, 2.1),
+            (0.01, 0, 2.6, 2.7),
+            (0.01, 9, 8.3, 8.5),
+            (1.0, 99, 6401.0, 6403.0),
+        ] {
+            let bounds = Bounds { space: 0, row_seconds };
+            assert!(!bounds.is_slow(pages, seconds(last)), "{row_seconds} {pages} {last}");
+            assert!(bounds.is_slow(pages, seconds(first)), "{row_seconds} {pages} {first}");
+        }
     }
 }

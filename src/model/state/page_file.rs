@@ -20,7 +20,7 @@
 //! A reader knows the whole header before it opens the file, so it compares rather than interprets: nothing in the file decides
 //! how much is read or allocated. As with sessions, the hash detects damage, but does not authenticate.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -284,10 +284,10 @@ fn read(owner: &Owner<'_>, id: &PageId, path: &Path) -> Result<SharedPage, PageF
     Ok(SharedPage { page, head: None, model: owner.id, adapter: id.adapter, is_recurrent })
 }
 
-/// Opens a regular file, without following a link and without waiting for the other end of a pipe.
+/// Opens a regular file that others cannot have written, without following a link and without waiting for the other end of a pipe.
 ///
 /// # Errors
-/// Those of the system; [`ErrorKind::InvalidInput`] for anything that is not a regular file.
+/// Those of the system; [`ErrorKind::InvalidInput`] for any other file.
 fn open(path: &Path) -> std::io::Result<File> {
     let special = || std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
     if !path.symlink_metadata()?.is_file() {
@@ -302,5 +302,42 @@ fn open(path: &Path) -> std::io::Result<File> {
         options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
     }
     let file = options.open(path)?;
-    if file.metadata()?.is_file() { Ok(file) } else { Err(special()) }
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(special());
+    }
+    match distrust(&metadata) {
+        Some(reason) => Err(std::io::Error::new(ErrorKind::InvalidInput, format!("a file {reason}"))),
+        None => Ok(file),
+    }
+}
+
+/// Why others may have written a file or a folder. `None` if only this user and the system's administrator can write to it.
+pub(crate) fn distrust(metadata: &Metadata) -> Option<String> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let mode = metadata.mode() & 0o7777;
+        if mode & 0o022 != 0 {
+            return Some(format!("to which others may write (mode {mode:o})"));
+        }
+    }
+    distrust_owner(metadata)
+}
+
+/// Why a file or a folder is not this user's, or the system administrator's.
+pub(crate) fn distrust_owner(metadata: &Metadata) -> Option<String> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let owner = metadata.uid();
+        // The owner of this process, where the system shows it.
+        let own = std::fs::metadata("/proc/self").map(|process| process.uid());
+        if own.is_ok_and(|own| owner != own && owner != 0) {
+            return Some(format!("which belongs to user {owner}"));
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = metadata;
+    None
 }

@@ -14,6 +14,8 @@ use nybble::quant::block::BlockType;
 use nybble::{Error, kernels};
 use tempfile::TempDir;
 
+mod trust;
+
 /// Longer than writing takes: the tests wait for the end of it.
 const LONG: Duration = Duration::from_secs(600);
 /// A shape whose files are small enough to change every byte.
@@ -222,31 +224,52 @@ fn inode(file: &Path) -> u64 {
 }
 
 #[test]
-fn only_the_user_may_read_the_files() {
-    use std::os::unix::fs::PermissionsExt;
-    let place = Place::new(&SMALL);
-    let (model, jobs) = (place.load(), [Job::new(tokens(PAGE + 1, 1), greedy(), 2)]);
-    run(&model, &jobs, &alone(&model, &jobs), place.options());
-    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    let [file] = place.files().try_into().unwrap();
-    assert_eq!((mode(&file), mode(file.parent().unwrap()), mode(&place.cache)), (0o600, 0o700, 0o700));
-    // A folder that others may write to is not read.
-    let folder = file.parent().unwrap().to_path_buf();
-    let refuse = |expected: &str| {
-        let error = Scheduler::new(model.clone(), None, place.options()).unwrap_err();
-        assert!(matches!(&error, Error::InvalidArgument { name: "cache_dir", .. }), "{error}");
-        assert!(error.to_string().contains(expected), "{error}");
-    };
-    for mode in [0o770, 0o707] {
-        fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
-        refuse("others may write");
+fn requests_without_pages_do_not_wait_for_the_disk() {
+    let place = Place::new(&ODD);
+    let model = place.load();
+    let stored = |seed, limit| Job::new(tokens(4 * PAGE + 1, seed), greedy(), limit);
+    let first = [stored(1, 3), stored(2, 3)];
+    run(&model, &first, &alone(&model, &first), place.options());
+    let jobs =
+        [stored(1, 40), stored(2, 40), Job::new(tokens(9, 3), greedy(), 2), Job::new(tokens(70, 4), greedy(), 2)];
+    let expected = alone(&model, &jobs);
+    for max_batch in [1, 2, 4] {
+        let mut scheduler = scheduler(&model, place.options().with_max_batch(max_batch));
+        scheduler.hold_disk_reader(true);
+        let ids: Vec<u64> = jobs.iter().map(|job| scheduler.submit(job.sequence(&model), job.limit).unwrap()).collect();
+        let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
+        let mut ended = Vec::new();
+        while !scheduler.is_idle() {
+            for event in scheduler.step(&|| false).unwrap() {
+                let at = ids.iter().position(|id| *id == event.id).unwrap();
+                written[at].push(event.result.unwrap());
+                if event.sequence.is_some() {
+                    ended.push(at);
+                }
+            }
+            // The disk answers once those two have ended.
+            scheduler.hold_disk_reader(ended.len() < 2);
+        }
+        assert_eq!(written, expected, "{max_batch}");
+        assert_eq!(ended[..2], [2, 3], "{max_batch}");
     }
-    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
-    let moved = place.cache.with_file_name("moved");
-    fs::rename(&folder, &moved).unwrap();
-    std::os::unix::fs::symlink(&moved, &folder).unwrap();
-    refuse("a link");
-    assert!(moved.join(file.file_name().unwrap()).exists());
+}
+
+#[test]
+fn pages_of_a_disk_that_does_not_answer_are_computed() {
+    let place = Place::new(&SMALL);
+    let (model, jobs) = (place.load(), [Job::new(tokens(4 * PAGE + 1, 1), greedy(), 2)]);
+    let expected = alone(&model, &jobs);
+    run(&model, &jobs, &expected, place.options());
+    let mut scheduler = scheduler(&model, place.options());
+    scheduler.hold_disk_reader(true);
+    // A step that is interrupted meanwhile says so.
+    scheduler.submit(jobs[0].sequence(&model), 1).unwrap();
+    assert!(matches!(scheduler.step(&|| true), Err(Error::Interrupted)));
+    assert_written(&model, &jobs, &expected, &mut scheduler);
+    let reports = scheduler.take_reports();
+    assert_eq!((scheduler.stats().restored_tokens, scheduler.stats().disk_cache_errors), (0, 1));
+    assert!(reports.len() == 1 && reports[0].contains("reading takes longer than computing"), "{reports:?}");
 }
 
 #[test]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ import pytest
 import tiny
 from serving import wait
 
-from nybble import Engine, EngineOptions, Model
+from nybble import Engine, EngineError, EngineOptions, Model, _native
 from nybble.cli import main
+from nybble.engine import Request
+from nybble.generation.driver import Driver
 from nybble.server import http_server
 from nybble.server.options import ServeOptions
 
@@ -135,6 +139,82 @@ def test_the_end_of_an_engine_writes_what_one_request_used(model: Model, tmp_pat
             assert engine.submit(prompt, max_tokens=4, temperature=0).result().text == expected.text
         stats = engine.stats()
     assert (stats.restored_tokens, stats.disk_cache_hits, len(pages(tmp_path))) == (3 * PAGE, 1, 3)
+
+
+def test_the_end_waits_for_the_disk_as_long_as_it_is_told(model: Model, tmp_path: Path) -> None:
+    for seconds in (-1, float("nan")):
+        engine = Engine(model, cache_dir=tmp_path)
+        with pytest.raises(ValueError, match="saving_seconds: found"):
+            engine.close(saving_seconds=seconds)
+        engine.close()
+    for seconds, count in ((0, 0), (float("inf"), 3)):
+        engine = Engine(model, cache_dir=tmp_path)
+        engine.submit(SYSTEM[: 3 * PAGE + 5], max_tokens=1, temperature=0).result()
+        engine.close(drain=True, saving_seconds=seconds)
+        assert len(pages(tmp_path)) == count
+
+
+def test_a_closed_scheduler_says_so(model: Model, tmp_path: Path) -> None:
+    scheduler = _native.Scheduler(model._native, EngineOptions(cache_dir=tmp_path))
+    scheduler.close()
+    scheduler.close()
+    scheduler.interrupt()
+    for call in (scheduler.stats, scheduler.take_reports, lambda: scheduler.step(False), lambda: scheduler.cancel(1)):
+        with pytest.raises(ValueError, match="a scheduler that was closed"):
+            call()
+
+
+def test_opening_and_closing_the_folder_leaves_other_threads_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    seen: list[str] = []
+
+    def ask(name: str) -> None:
+        # Another thread gets the engine's lock meanwhile.
+        def get() -> None:
+            engine.stats()
+            seen.append(name)
+
+        thread = threading.Thread(target=get)
+        thread.start()
+        thread.join(30)
+
+    def opening() -> Driver[Request]:
+        ask("open")
+        return new()
+
+    def closing(self: Driver[Any]) -> None:
+        ask("close")
+        close(self)
+
+    new, close, step = engine._loop._new_driver, Driver.close, Driver.step
+
+    def failing(self: Driver[Any], **_: Any) -> Any:
+        monkeypatch.setattr(Driver, "step", step)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Driver, "close", closing)
+    monkeypatch.setattr(Driver, "step", failing)
+    engine._loop._new_driver = opening
+    with pytest.raises(EngineError, match="broken"):
+        engine.submit("a", max_tokens=1).result()
+    assert engine.submit("a", max_tokens=1).result().tokens
+    engine.close()
+    assert seen == ["close", "open", "close"]
+
+
+def test_a_folder_whose_disk_cannot_be_asked_is_reported(
+    model: Model, tmp_path: Path, caplog: Any, monkeypatch: Any
+) -> None:
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    (tmp_path / "file").write_text("")
+    with Engine(model, cache_dir=tmp_path / "file" / "inside") as engine:
+        assert engine.submit("a", max_tokens=1).result().tokens
+    assert "the prefix cache is not kept on disk" in caplog.text
 
 
 # --- Processes

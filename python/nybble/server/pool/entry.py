@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from nybble.engine import Engine, EngineStats
+from nybble.generation.driver import SAVING_SECONDS
 from nybble.model import Model
 from nybble.server.metrics import GAUGES
 from nybble.server.options import Settings
@@ -34,8 +35,13 @@ class Loaded:
     """The weights, and the largest size of the KV cache. Adapters are not counted."""
     resources: contextlib.ExitStack
 
-    def close(self) -> None:
-        """Frees the model, whose requests have ended."""
+    def close(self, saving_seconds: float = SAVING_SECONDS) -> None:
+        """Frees the model, whose requests have ended.
+
+        Args:
+            saving_seconds: How long writing the prefix cache to its folder may take, about.
+        """
+        self.service.engine.close(saving_seconds=saving_seconds)
         self.resources.close()
 
 

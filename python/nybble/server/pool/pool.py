@@ -39,6 +39,8 @@ _STOP_SECONDS = 5
 """How long `close` waits for models that are being loaded."""
 _CLOSE_SECONDS = 30
 """How long `close` waits for all models. Each may write its prefix cache to disk."""
+_UNLOAD_SAVING_SECONDS = 1.0
+"""How long a model that is unloaded may write its prefix cache to disk: other requests may wait for its memory."""
 
 _log = logging.getLogger("nybble.server")
 
@@ -405,7 +407,7 @@ class Pool:
             return
         entry.cancel_timer()
         entry.state = "unloading"
-        entry.job = Job(lambda _: loaded.close(), functools.partial(self._unloaded, entry))
+        entry.job = Job(lambda _: loaded.close(_UNLOAD_SAVING_SECONDS), functools.partial(self._unloaded, entry))
 
     def _unloaded(self, entry: Entry, job: Job[None]) -> None:
         if job.error is not None:

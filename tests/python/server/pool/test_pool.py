@@ -62,10 +62,12 @@ class Loading:
         if (error := self.errors.get(spec.name)) is not None:
             raise error
         model = FakeModel(tuple(adapters))
-        engine = cast("Engine", SimpleNamespace(model=model, stats=lambda: EngineStats(finished=1), failure=None))
+        stats = EngineStats(finished=1)
+        fake = SimpleNamespace(model=model, stats=lambda: stats, failure=None, close=lambda saving_seconds: None)
         stack = contextlib.ExitStack()
         stack.callback(self.closed.append, spec.name)
-        return Loaded(Service(engine, spec.name, settings, spec.aliases, shared), needs.total_bytes, stack)
+        service = Service(cast("Engine", fake), spec.name, settings, spec.aliases, shared)
+        return Loaded(service, needs.total_bytes, stack)
 
 
 class Caller:

@@ -68,7 +68,7 @@ pub(super) struct Prefixes {
     bytes: usize,
     /// Where pages are kept, too.
     disk: Option<DiskCache>,
-    /// Why they are not.
+    /// Reports that nobody has taken yet.
     reports: Vec<String>,
     /// The prefixes of first blocks by their parents' ids, and the hashes of adapters, where pages are kept on disk.
     roots: HashMap<u64, (Prefix, Option<[u8; 32]>)>,
@@ -142,7 +142,7 @@ impl Prefixes {
         (self.last, page)
     }
 
-    /// Records that a sequence leaves that has used block `number` and all blocks before it.
+    /// Records that a sequence that has used block `number` and all blocks before it leaves.
     pub(super) fn touch(&mut self, number: u64) {
         self.refresh(number);
         let mut next = number;

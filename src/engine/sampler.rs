@@ -7,8 +7,8 @@
 //! 1. `logit_bias` is added to the logits.
 //! 2. The penalties change the logits of tokens in the history: repetition divides a positive logit and multiplies a
 //!    negative one, presence subtracts once, frequency subtracts once per occurrence. DRY subtracts from the logits of tokens
-//!    that would continue a repetition ([`SamplingOptions::dry_multiplier`]). Before `min_tokens` tokens, and always with `ignore_eos`, those that end a
-//!    completion get minus infinity, unless nothing else is left.
+//!    that would continue a repetition ([`SamplingOptions::dry_multiplier`]). Before `min_tokens` tokens, and always with
+//!    `ignore_eos`, those that end a completion get minus infinity, unless nothing else is left.
 //! 3. With `temperature` 0 the largest logit wins. Otherwise, without Mirostat, these filters follow. Each uses the probabilities
 //!    (softmax) of the tokens that are left and keeps at least one:
 //!    - `top_n_sigma` keeps tokens with a logit at most n standard deviations, of all logits, below the largest (Tang et al.,
@@ -24,14 +24,15 @@
 //!      (p-e-w, <https://github.com/oobabooga/text-generation-webui/pull/6335>).
 //! 4. The remaining logits are divided by `temperature`, and one random number chooses a token. With a `dynatemp_range`, the
 //!    temperature is between `temperature - dynatemp_range` and `temperature + dynatemp_range`: the lower end where one token
-//!    is certain, the upper where all that remain are equally likely (kalomaze, <https://github.com/ggml-org/llama.cpp/pull/4972>).
-//!    Mirostat keeps the tokens whose surprise is below a limit, which follows its error after each token ([`SamplingOptions::mirostat`]).
+//!    is certain, the upper where all that remain are equally likely (kalomaze,
+//!    <https://github.com/ggml-org/llama.cpp/pull/4972>). Mirostat keeps the tokens whose surprise is below a limit, which
+//!    follows its error after each token ([`SamplingOptions::mirostat`]).
 //!
 //! In every tie the lower id goes first.
 //!
 //! **The same seed gives the same tokens** on every machine and in every version: the random number generator, `exp` and `ln`
-//! are implemented here, probabilities are summed as integers, and every token that is not greedy consumes
-//! exactly one number, or two with XTC.
+//! are implemented here, probabilities are summed as integers, and every token that is not greedy consumes exactly one
+//! number, or two with XTC.
 
 mod candidates;
 mod dry;

@@ -29,7 +29,7 @@ mod restore;
 use drafts::Drafter;
 use entry::Entry;
 pub use entry::Event;
-use restore::{Bounds, Restores, fastest_row};
+use restore::{Bounds, GRACE, Restores};
 
 type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -112,7 +112,7 @@ pub struct Stats {
     pub disk_cache_hits: usize,
     /// Tokens whose keys and values were read from there.
     pub restored_tokens: usize,
-    /// Files there that could not be read or written.
+    /// Files there that could not be read or written, or were read too slowly.
     pub disk_cache_errors: usize,
     /// Bytes of the files there.
     pub disk_cache_bytes: u64,
@@ -147,6 +147,7 @@ pub struct Scheduler {
     waiting: VecDeque<Entry>,
     /// What waiting sequences get from disk. Dropped before the prefix cache, whose reader waits until pages are received.
     restores: Restores,
+    disk_patience: Duration,
     prefixes: Prefixes,
     prefill: PrefillBudget,
     logits: Vec<f32>,
@@ -191,6 +192,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             prefixes,
             restores: Restores::default(),
+            disk_patience: GRACE,
             logits: Vec::new(),
             last: 0,
             counts: Stats::default(),
@@ -283,6 +285,12 @@ impl Scheduler {
         if let Some(disk) = self.prefixes.disk() {
             disk.flush(limit);
         }
+    }
+
+    /// Sets how much longer than computing them reading pages from [`cache_dir`](SchedulerOptions::cache_dir) may take.
+    #[doc(hidden)]
+    pub fn set_disk_patience(&mut self, patience: Duration) {
+        self.disk_patience = patience;
     }
 
     /// Lets the reader of [`cache_dir`](SchedulerOptions::cache_dir) wait, as a disk that does not answer does, or continue.
@@ -378,9 +386,9 @@ impl Scheduler {
             return Ok((!self.waiting.is_empty()).then_some(0));
         }
         let space = self.options.cache_bytes.saturating_sub(self.bytes(0));
-        let row_seconds = self.prefill.row_seconds().unwrap_or_else(|| fastest_row(&self.model));
+        let bounds = Bounds::new(space, self.prefill.row_seconds(), &self.model, self.disk_patience);
         let alone = self.running.is_empty().then_some(interrupted);
-        self.restores.ready(&mut self.waiting, &mut self.prefixes, &Bounds { space, row_seconds }, alone)
+        self.restores.ready(&mut self.waiting, &mut self.prefixes, &bounds, alone)
     }
 
     /// Decides how many tokens of each sequence the step computes.

@@ -213,7 +213,7 @@ impl Sequence {
         Ok(sampled)
     }
 
-    /// Makes the last token pending again if a beam search has computed it, so that its logits can be had.
+    /// Makes the last token pending again if a beam search has computed it, so that the sequence can be continued.
     pub(super) fn restore_pending(&mut self) {
         if self.pending.is_empty() {
             self.session.truncate(self.tokens.len().saturating_sub(1));

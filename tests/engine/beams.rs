@@ -98,6 +98,21 @@ fn assert_found(found: &[Sampled], expected: &[(u32, f64)], context: &dyn std::f
     }
 }
 
+/// A model whose layers but every third see 40 tokens.
+fn windowed() -> Arc<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = Shape { layers: 3, ..ODD };
+    let mut metadata = metadata(&shape);
+    metadata.set("llama.attention.sliding_window", 40_u32).set("llama.attention.sliding_window_pattern", 3_u32);
+    let path = write(&folder.path().join("model.gguf"), &metadata, &tensors(&shape), BlockType::Q4_0);
+    Arc::new(Model::load(path, &LoadOptions::default().with_threads(2)).unwrap())
+}
+
+fn golden(name: &str) -> Arc<Model> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
+    Arc::new(Model::load(path, &LoadOptions::default().with_threads(2)).unwrap())
+}
+
 /// Searches of many kinds.
 fn searches() -> Vec<Search> {
     let stopping = [EarlyStopping::Heuristic, EarlyStopping::Always, EarlyStopping::Never];
@@ -147,22 +162,10 @@ fn sequences_and_scores_are_those_of_transformers() {
 
 #[test]
 fn searches_find_what_the_definition_says() {
-    let long_window = || {
-        let folder = tempfile::tempdir().unwrap();
-        let shape = Shape { layers: 3, ..ODD };
-        let mut metadata = metadata(&shape);
-        metadata.set("llama.attention.sliding_window", 40_u32).set("llama.attention.sliding_window_pattern", 3_u32);
-        let path = write(&folder.path().join("model.gguf"), &metadata, &tensors(&shape), BlockType::Q4_0);
-        Arc::new(Model::load(path, &LoadOptions::default().with_threads(2)).unwrap())
-    };
-    let golden = |name| {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/goldens").join(name);
-        Arc::new(Model::load(path, &LoadOptions::default().with_threads(2)).unwrap())
-    };
     let models = [
         ("f16", load()),
         ("int8", load_as(&ODD, Some(CacheType::Int8))),
-        ("window", long_window()),
+        ("window", windowed()),
         ("attention and states", golden("jamba")),
         ("states alone", golden("mamba2")),
     ];
@@ -221,7 +224,15 @@ fn the_sequence_returns_with_its_continuation() {
 
 #[test]
 fn a_cancelled_search_can_be_submitted_again() {
-    for (model, prompt) in [(load(), tokens(PAGE + 3, 2)), (load(), tokens(5, 1))] {
+    let (window, states) = (windowed(), golden("jamba"));
+    for (model, prompt) in [
+        (load(), tokens(PAGE + 3, 2)),
+        (load(), tokens(5, 1)),
+        (window.clone(), tokens(3 * PAGE, 1)),
+        (window, tokens(3 * PAGE + 1, 1)),
+        (states.clone(), tokens(PAGE + 3, 2)),
+        (states, tokens(5, 1)),
+    ] {
         let mut scheduler = scheduler(&model, SchedulerOptions::default());
         let case = Search { options: searching(4), ends: vec![], limit: 30 };
         let expected = case.naive(&model, &prompt);

@@ -59,12 +59,14 @@ fn dry_ends_a_repetition_that_greedy_decoding_continues() {
     let mut fresh = Sampler::new(options, 4).unwrap();
     assert_eq!(fresh.sample(&mut logits.clone()).unwrap().token, 3);
 
-    // A model that repeats itself does not with it, also where drafts are checked.
+    // The same in a batch with draft tokens, and not what comes without it.
     let model = load();
     let prompt = tokens(20, 1).repeat(4);
     let dry = |options: SamplingOptions| options.with_dry_multiplier(5.0).with_dry_window(60);
     for options in [dry(greedy()), dry(seeded(4))] {
-        let job = Job::new(prompt.clone(), options, 40);
+        let job = Job::new(prompt.clone(), options.clone(), 40);
+        let plain = Job::new(prompt.clone(), options.with_dry_multiplier(0.0), 40);
+        assert!(job.alone(&model) != plain.alone(&model));
         let mut scheduler = scheduler(&model, SchedulerOptions::default().with_speculation(Speculation::On));
         let id = scheduler.submit(job.sequence(&model), job.limit).unwrap();
         assert!(finish(&mut scheduler)[&id] == job.alone(&model));

@@ -79,7 +79,7 @@ impl Folder {
     /// [`Error::Io`].
     pub(super) fn open(base: &Path, first: &Prefix) -> Result<Folder> {
         let base = std::path::absolute(base).map_err(|source| Error::io(base, source))?;
-        let own = base.join(format!("{FOLDER}{}", hex(&first[..DIGITS / 2])));
+        let own = base.join(format!("{FOLDER}{}", &hex(first)[..DIGITS]));
         let folder = Folder { base, own };
         if folder.base.exists() && !folder.base.is_dir() {
             return Err(Error::argument("cache_dir", folder.base.display(), "a folder, or a name for a new one"));
@@ -261,8 +261,8 @@ fn distrust_base(folder: &Metadata) -> Option<String> {
     distrust(folder)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+fn hex(prefix: &Prefix) -> String {
+    blake3::Hash::from(*prefix).to_hex().to_string()
 }
 
 /// The value of a lower-case hexadecimal digit.

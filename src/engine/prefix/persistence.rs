@@ -60,13 +60,14 @@ impl Prefixes {
     }
 
     /// The blocks of `tokens` after block `parent` that are on disk and not in memory, up to the first that is in neither. Returns
-    /// the last block in memory, too. With `needs_states`, up to the last block from which recurrent states continue.
+    /// the last block in memory, too. For a model with recurrent states, up to the last block that has them.
     ///
     /// `index` is the number of blocks up to `parent`.
     pub(in crate::engine) fn on_disk(
         &mut self,
         session: &Session,
-        [mut parent, mut index]: [u64; 2],
+        mut parent: u64,
+        mut index: usize,
         tokens: &[u32],
     ) -> Option<(u64, Vec<PageId>)> {
         let disk = self.disk.as_ref()?;
@@ -91,7 +92,7 @@ impl Prefixes {
             prefix = next_prefix(&prefix, tokens);
             let Some(has_states) = disk.stored(&prefix) else { break };
             let (adapter, adapter_hash) = (session.adapter_id(), session.adapter_hash());
-            let at = index as usize + ids.len();
+            let at = index + ids.len();
             ids.push(PageId { prefix, index: at, tokens: *tokens, adapter, adapter_hash });
             if has_states || session.next_snapshot().is_none() {
                 restorable = ids.len();

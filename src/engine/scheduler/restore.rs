@@ -7,24 +7,18 @@ use std::time::{Duration, Instant};
 
 use super::super::disk_cache::DiskCache;
 use super::super::prefix::{Key, Prefixes, Tokens, root};
+use super::Interrupted;
 use super::entry::Entry;
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::{Model, PageId, SharedPage};
 
-type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
-
 /// How long a step waits for pages when nothing else can be computed.
 const WAIT: Duration = Duration::from_millis(20);
-/// How much longer than computing them reading pages may take, in seconds. Less tells nothing about a disk.
-const GRACE: f64 = 2.0;
-/// Bytes of weights that a fast machine applies to a token in a second.
-const FASTEST: f64 = 2e12;
-
-/// Seconds per prompt token on a fast machine, until they are measured on this one.
-pub(super) fn fastest_row(model: &Model) -> f64 {
-    model.weight_bytes() as f64 / FASTEST
-}
+/// How much longer than computing them reading pages may take. A shorter delay says nothing about a disk.
+pub(super) const GRACE: Duration = Duration::from_secs(2);
+/// Bytes of weights that a thread of a fast machine applies to a prompt token in a second.
+const FASTEST: f64 = 1e11;
 
 /// What bounds reading.
 pub(super) struct Bounds {
@@ -32,12 +26,22 @@ pub(super) struct Bounds {
     pub(super) space: usize,
     /// Seconds in which a prompt token is computed.
     pub(super) row_seconds: f64,
+    /// Whether they are measured, so that a slower disk is worth a report and a rest.
+    pub(super) is_measured: bool,
+    /// How much longer than computing them reading pages may take.
+    pub(super) grace: Duration,
 }
 
 impl Bounds {
+    /// Bounds with the measured time of a prompt token, or that of a fast machine.
+    pub(super) fn new(space: usize, measured: Option<f64>, model: &Model, grace: Duration) -> Bounds {
+        let row_seconds = measured.unwrap_or_else(|| model.weight_bytes() as f64 / (FASTEST * model.threads() as f64));
+        Bounds { space, row_seconds, is_measured: measured.is_some(), grace }
+    }
+
     /// Whether computing is faster than reading, after `spent` in which `pages` were read.
     fn is_slow(&self, pages: usize, spent: Duration) -> bool {
-        spent.as_secs_f64() > ((pages + 1) * PAGE) as f64 * self.row_seconds + GRACE
+        spent.as_secs_f64() > ((pages + 1) * PAGE) as f64 * self.row_seconds + self.grace.as_secs_f64()
     }
 }
 
@@ -112,7 +116,7 @@ impl Restores {
                         if pages.left.is_empty() || !bounds.is_slow(pages.restored, pages.spent) {
                             continue;
                         }
-                        prefixes.disk().into_iter().for_each(DiskCache::give_up);
+                        prefixes.disk().filter(|_| bounds.is_measured).into_iter().for_each(DiskCache::give_up);
                     }
                 }
                 Arrival::Later if bounds.is_slow(pages.restored, pages.spent + pages.asked.elapsed()) => {
@@ -140,7 +144,7 @@ fn pages_of(entry: &Entry, prefixes: &mut Prefixes) -> Option<(u64, Vec<PageId>)
     if session.len() != entry.blocks * PAGE {
         return None;
     }
-    prefixes.on_disk(session, [entry.block, entry.blocks as u64], tokens)
+    prefixes.on_disk(session, entry.block, entry.blocks, tokens)
 }
 
 /// The pages of a sequence that are read.
@@ -226,7 +230,7 @@ mod tests {
             (0.01, 9, 8.3, 8.5),
             (1.0, 99, 6401.0, 6403.0),
         ] {
-            let bounds = Bounds { space: 0, row_seconds };
+            let bounds = Bounds { space: 0, row_seconds, is_measured: true, grace: GRACE };
             assert!(!bounds.is_slow(pages, seconds(last)), "{row_seconds} {pages} {last}");
             assert!(bounds.is_slow(pages, seconds(first)), "{row_seconds} {pages} {first}");
         }

@@ -57,8 +57,11 @@ fn load(file: &Path, options: LoadOptions) -> Arc<Model> {
     Arc::new(Model::load(file, &options).unwrap())
 }
 
+/// A scheduler that waits for a slow disk.
 fn scheduler(model: &Arc<Model>, options: SchedulerOptions) -> Scheduler {
-    Scheduler::new(model.clone(), None, options).unwrap()
+    let mut scheduler = Scheduler::new(model.clone(), None, options).unwrap();
+    scheduler.set_disk_patience(LONG);
+    scheduler
 }
 
 /// Runs jobs over a new scheduler, which ends after it has written its cache. Returns its counts and reports.
@@ -211,11 +214,11 @@ fn pages_are_written_when_shared_or_long_and_all_at_the_end() {
     scheduler.save_prefixes(LONG);
     assert_eq!(place.files().len(), 2 + 16 + 1);
     // Every page once: the same work writes nothing.
-    let times = |files: Vec<PathBuf>| files.iter().map(|file| inode(file)).collect::<Vec<_>>();
-    let before = times(place.files());
+    let inodes = |files: Vec<PathBuf>| files.iter().map(|file| inode(file)).collect::<Vec<_>>();
+    let before = inodes(place.files());
     assert_same(&model, &[short(4), short(5)], &mut scheduler);
     scheduler.save_prefixes(LONG);
-    assert_eq!(times(place.files()), before);
+    assert_eq!(inodes(place.files()), before);
 }
 
 fn inode(file: &Path) -> u64 {
@@ -262,6 +265,7 @@ fn pages_of_a_disk_that_does_not_answer_are_computed() {
     let expected = alone(&model, &jobs);
     run(&model, &jobs, &expected, place.options());
     let mut scheduler = scheduler(&model, place.options());
+    scheduler.set_disk_patience(Duration::from_millis(100));
     scheduler.hold_disk_reader(true);
     // A step that is interrupted meanwhile says so.
     scheduler.submit(jobs[0].sequence(&model), 1).unwrap();
@@ -432,7 +436,7 @@ fn a_page_of_another_prefix_or_model_is_not_used_under_a_new_name() {
     assert_eq!(run(&other, &job(1), &alone(&other, &job(1)), place.options()).0.restored_tokens, 0);
     assert_eq!(place.cache.read_dir().unwrap().count(), 4);
     // Also where its pages have the same shape and are moved to the folder of the model.
-    let [folder, ..] = [files[0].parent().unwrap().to_path_buf()];
+    let folder = files[0].parent().unwrap().to_path_buf();
     for entry in place.cache.read_dir().unwrap().map(|entry| entry.unwrap().path()).filter(|path| *path != folder) {
         for file in entry.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
             fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();

@@ -31,6 +31,10 @@ REQUIRED = (
     "nybble/server/page/index.html",
     "nybble/server/page/app/main.js",
     "nybble/server/page/vendor/manifest.json",
+    *(
+        f"nybble/server/page/vendor/{path.relative_to(notices.VENDORED).as_posix()}"
+        for path in notices.vendored_files()
+    ),
 )
 
 # In the folder `licenses` of the wheel's metadata.

@@ -179,11 +179,20 @@ def linked(target: str) -> list[Crate]:
 
 def vendored() -> list[Crate]:
     """The libraries of the chat page, which every wheel contains."""
-    listed = json.loads((VENDORED / "manifest.json").read_text(encoding="utf-8"))
     return [
         Crate(each["name"], each["version"], each["license"], each["url"], (VENDORED / each["file"]).parent, ())
-        for each in sorted(listed, key=lambda each: str(each["name"]))
+        for each in sorted(_listed(), key=lambda each: str(each["name"]))
     ]
+
+
+def vendored_files() -> list[Path]:
+    """The files of these libraries."""
+    return [VENDORED / each["file"] for each in _listed()]
+
+
+def _listed() -> list[dict[str, str]]:
+    listed: list[dict[str, str]] = json.loads((VENDORED / "manifest.json").read_text(encoding="utf-8"))
+    return listed
 
 
 def for_all_targets() -> str:
@@ -203,10 +212,10 @@ def notices(crates: list[Crate], platform: str, only: dict[Crate, str] | None = 
     texts: defaultdict[str, list[str]] = defaultdict(list)
     texts[apache()].append(standard_library)
     libraries = vendored()
+    lines += [f"{crate}{(only or {}).get(crate, '')}: {crate.license}, {crate.url}" for crate in crates]
+    lines += ["", "nybble's chat page contains these JavaScript libraries.", ""]
+    lines += [f"{library}: {library.license}, {library.url}" for library in libraries]
     for crate in [*crates, *libraries]:
-        if libraries and crate is libraries[0]:
-            lines += ["", "nybble's chat page contains these JavaScript libraries.", ""]
-        lines.append(f"{crate}{(only or {}).get(crate, '')}: {crate.license}, {crate.url}")
         for text in terms_of(crate):
             texts[text].append(str(crate))
     for text, users in texts.items():

@@ -69,7 +69,7 @@ class EngineStats:
     restored_tokens: int = 0
     """Tokens whose keys and values were read from `cache_dir`."""
     disk_cache_errors: int = 0
-    """Files in `cache_dir` that could not be read or written."""
+    """Files in `cache_dir` that could not be read or written, or were read too slowly."""
     disk_cache_bytes: int = 0
     """Bytes of the files in `cache_dir`."""
 
@@ -223,12 +223,15 @@ class Engine:
 
         Args:
             drain: Finish all running and waiting requests first. Otherwise they fail with `ModelError`.
-            saving_seconds: How long writing the prefix cache to `cache_dir` may take after that, about. What is not
-                written by then is computed again. With 0, nothing more is written.
+            saving_seconds: Approximate limit, in seconds, for writing the prefix cache to `cache_dir` afterwards. What
+                is not written by then is computed again. With 0, nothing more is written.
 
         Raises:
-            ValueError: `saving_seconds` is negative or not a number.
+            TypeError: `saving_seconds` is not a number.
+            ValueError: `saving_seconds` is negative or NaN.
         """
+        if not isinstance(saving_seconds, int | float):
+            raise TypeError(f"saving_seconds: found {saving_seconds!r:.80}, expected a number")
         if not saving_seconds >= 0:
             raise ValueError(f"saving_seconds: found {saving_seconds}, expected 0 or more")
         self._loop.close(drain=drain, saving_seconds=saving_seconds)

@@ -89,8 +89,10 @@ class EngineOptions:
                 raise ValueError("cache_dir: found an empty path, expected a folder, or a name for a new one")
             if not self.prefix_cache:
                 raise ValueError("cache_dir: found a folder, but prefix_cache=False, expected True")
-        if self.cache_dir_bytes is not None and self.cache_dir_bytes < 0:
-            raise ValueError(f"cache_dir_bytes: found {self.cache_dir_bytes}, expected None, or 0 or more")
+        for name in ("cache_bytes", "cache_dir_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**64:
+                raise ValueError(f"{name}: found {value}, expected None, or 0 to 2**64 - 1")
         if self.max_queue is not None and self.max_queue < 0:
             raise ValueError(f"max_queue: found {self.max_queue}, expected None, or 0 or more")
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= 8:

@@ -129,7 +129,7 @@ class SamplingOptions:
     dry_base: float = field(default=1.75, metadata=doc("How fast DRY penalties grow with the repetition."))
     """How fast DRY penalties grow with the length of the repetition. At least 1."""
     dry_allowed_length: int = field(
-        default=2, metadata=doc("Longest repetition whose next token has no DRY penalty, in tokens.")
+        default=2, metadata=doc("Length of a repetition, in tokens, from which on DRY penalizes its next token.")
     )
     """The length of a repetition, in tokens, from which on DRY penalizes its next token."""
     dry_window: int = field(
@@ -305,7 +305,8 @@ class SamplingOptions:
             _check(name, value, _whole(value) and 0 <= value < 2**32, "a whole number, 0 or more")
         breakers = self.dry_sequence_breakers
         fits = isinstance(breakers, Sequence) and not isinstance(breakers, str) and all(map(_text, breakers))
-        _check("dry_sequence_breakers", breakers, fits, "a list of strings that are not empty")
+        fits = fits and all(map(_encodes, breakers))
+        _check("dry_sequence_breakers", breakers, fits, "a list of Unicode strings that are not empty")
         object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
         given = self.logits_processor
         processors = tuple(given) if isinstance(given, Sequence) else () if given is None else (given,)
@@ -436,6 +437,15 @@ def _check(name: str, value: object, fits: bool, expected: str) -> None:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import typer
 from nybble.cli import guide, terminal
 from nybble.cli.options import load_model, takes_options
 from nybble.load_options import LoadOptions
-from nybble.server.options import ServeOptions, check_cache_dir
+from nybble.server.options import ServeOptions, check_cache_dir, check_certificate
 from nybble.server.pool.spec import source_name
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ModelsArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="MODEL",
+        metavar="[MODEL]...",
         help="GGUF files, folders or Hub repositories.",
         show_default=False,
         autocompletion=guide.models,
@@ -37,7 +37,7 @@ ModelsArgument = Annotated[
 
 @takes_options
 def serve(command: typer.Context, options: ServeOptions, load: LoadOptions, sources: ModelsArgument = None) -> None:
-    """Serve models to OpenAI's clients at /v1, and a chat page at /.
+    """Serve models to the clients of OpenAI, Anthropic and Ollama, and a chat page at /.
 
     Without MODEL, it serves the default model, which is downloaded on first use. Several models are loaded when
     requests ask for them, and unloaded when others need the memory.
@@ -54,6 +54,7 @@ def serve(command: typer.Context, options: ServeOptions, load: LoadOptions, sour
     if len(sources or ()) > 1 or options.loads_on_demand:
         options, specs = _several(command, sources or [], options, load)
     try:
+        check_certificate(options)
         check_cache_dir([options] if specs is None else [options, *(spec.options for spec in specs)])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -125,8 +126,8 @@ def _several(
             config, options, load, [name for name in command.params if _is_given(command, name)]
         )
     has_others = bool(options.models_dir or (config is not None and config.models))
-    if sources or not has_others:
-        specs += named_models(sources or [None], options, load)
+    if sources or not has_others or options.name or options.adapter:
+        specs += named_models(sources if has_others else sources or [None], options, load)
     if config is not None:
         specs += configured_models(config, options, load)
     if options.models_dir is not None:

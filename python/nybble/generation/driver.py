@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nybble import _native, memory
 from nybble.generation.request import prepare_tokens
+from nybble.models.paths import expand
 
 if TYPE_CHECKING:
     from nybble.engine_options import EngineOptions
@@ -55,8 +56,10 @@ class Driver(Generic[Job]):
             own = _PAGE * model.info.cache_bytes_per_token + model.info.state_bytes
             kept = own if keep_sessions else 0
             options = options.replace(cache_bytes=memory.for_caches(native) + kept)
-        if options.cache_dir is not None and options.cache_dir_bytes is None:
-            options = options.replace(cache_dir_bytes=_default_size(options.cache_dir))
+        if options.cache_dir is not None:
+            options = options.replace(cache_dir=expand(options.cache_dir))
+            if options.cache_dir_bytes is None:
+                options = options.replace(cache_dir_bytes=_default_size(options.cache_dir))
         self._keeps_prefixes = options.cache_dir is not None
         self._model = model
         self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)

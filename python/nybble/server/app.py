@@ -14,7 +14,7 @@ from nybble._native import __version__
 from nybble.server.admin.adapters import add_adapter_routes
 from nybble.server.conventions import Conventions
 from nybble.server.delivery import respond
-from nybble.server.errors import RESPONSES, ApiError, add_handlers
+from nybble.server.errors import RESPONSES, add_handlers
 from nybble.server.middleware import Middleware
 from nybble.server.page.routes import add_page_routes
 from nybble.server.pool.pool import Pool
@@ -29,6 +29,7 @@ from nybble.server.protocols.models import (
     ModelList,
     Properties,
     Version,
+    model_card,
     model_cards,
     properties,
 )
@@ -132,11 +133,7 @@ def _add_api(app: FastAPI, pool: Pool) -> None:
     @app.get("/v1/models/{name:path}", dependencies=key, response_model_exclude_unset=True)
     async def model(name: str) -> ModelCard:
         """Describe a model."""
-        own = pool.names.find(name).name if pool.names.is_taken(name) else name
-        for card in model_cards(pool):
-            if card.id == own:
-                return card
-        raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+        return model_card(pool, *pool.names.resolve(name))
 
 
 def _add_tokens(app: FastAPI, pool: Pool) -> None:

@@ -25,7 +25,7 @@ _COUNTERS = {
     "reused_tokens": "Tokens of prompts found in the prefix cache.",
     "restored_tokens": "Tokens whose keys and values were read from disk.",
     "disk_cache_hits": "Requests with keys and values from disk.",
-    "disk_cache_errors": "Files of the prefix cache that could not be read or written.",
+    "disk_cache_errors": "Files of the prefix cache that could not be read or written, or were read too slowly.",
     "completion_tokens": "Tokens generated.",
     "drafted_tokens": "Draft tokens proposed by speculation.",
     "accepted_tokens": "Draft tokens accepted.",

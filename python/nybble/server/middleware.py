@@ -46,7 +46,7 @@ class Middleware:
             await self._app(scope, receive, send)
             return
         _use_origin_form(scope)
-        path, status, start = scope["path"], 499, time.perf_counter()  # 499: the client left before the answer.
+        path, status, start = _own_path(scope), 499, time.perf_counter()  # 499: the client left before the answer.
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -74,10 +74,10 @@ class Middleware:
         try:
             headers = Headers(scope=scope)
             self._check_host(headers, scope.get("http_version", ""))
-            self._check_key(scope["path"], headers)
+            self._check_key(_own_path(scope), headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
-            await error.response(scope["path"])(scope, receive, send)
+            await error.response(_own_path(scope))(scope, receive, send)
             return
         if body is not None:
             state = scope.setdefault("state", {})
@@ -135,6 +135,12 @@ class Middleware:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def _own_path(scope: Scope) -> str:
+    """The path of a request within the application, which may be mounted below another path."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -192,12 +192,11 @@ class ServeOptions(EngineOptions):
             value = getattr(self, each.name)
             if value is None:
                 continue
+            if each.name in _SIZES and not value < _LARGEST_GB:
+                raise ValueError(f"{each.name}: found {value}, expected less than {_LARGEST_GB:g}")
             if (least is not None and not value >= least) or (greatest is not None and not value <= greatest):
                 expected = f"{least} or more" if greatest is None else f"{least} to {greatest}"
                 raise ValueError(f"{each.name}: found {value}, expected {expected}")
-        if (self.ssl_cert is None) != (self.ssl_key is None):
-            found, missing = ("ssl_cert", "ssl_key") if self.ssl_key is None else ("ssl_key", "ssl_cert")
-            raise ValueError(f"{missing}: found {found} alone, expected both or neither")
         if self.api_key is not None:
             object.__setattr__(self, "api_key", _checked_key(self.api_key))
         if self.cache_gb is not None:
@@ -270,6 +269,11 @@ class ServeOptions(EngineOptions):
         )
 
 
+_SIZES = ("cache_gb", "cache_dir_gb", "store_mb", "max_body_mb")
+"""Options that are sizes, which must be finite."""
+_LARGEST_GB = 1e9
+"""The end of their range, below which bytes fit into 64 bits."""
+
 _UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}} | {
     f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)
 }
@@ -285,9 +289,25 @@ def parse_size(name: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     unit = None if match is None else units.get(match[2].lower(), units.get(f"{match[2]}b".lower()))
-    if match is None or unit is None or (found := int(float(match[1]) * unit)) <= 0:
+    # The largest sizes have more digits than a float.
+    amount = 0.0 if match is None else min(float(match[1]), 1e15)
+    if match is None or unit is None or (found := int(amount * unit)) <= 0:
         raise ValueError(f"{name}: found {text!r:.100}, expected a size with its unit, such as 16GB or 500MB")
     return found
+
+
+def check_certificate(options: ServeOptions) -> None:
+    """Refuses a certificate without its key, and a key without its certificate.
+
+    Args:
+        options: The options, complete with those of a configuration file.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
+    if (options.ssl_cert is None) != (options.ssl_key is None):
+        found, missing = ("ssl_cert", "ssl_key") if options.ssl_key is None else ("ssl_key", "ssl_cert")
+        raise ValueError(f"{missing}: found {found} alone, expected both or neither")
 
 
 def check_cache_dir(models: Iterable[ServeOptions]) -> None:

@@ -141,6 +141,13 @@ def test_the_end_of_an_engine_writes_what_one_request_used(model: Model, tmp_pat
     assert (stats.restored_tokens, stats.disk_cache_hits, len(pages(tmp_path))) == (3 * PAGE, 1, 3)
 
 
+def test_the_folder_may_be_in_the_home_folder(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Engine(model, cache_dir="~/cache") as engine:
+        engine.submit("a" * 200, max_tokens=1).result()
+    assert pages(tmp_path / "cache")
+
+
 def test_the_end_waits_for_the_disk_as_long_as_it_is_told(model: Model, tmp_path: Path) -> None:
     for seconds in (-1, float("nan")):
         engine = Engine(model, cache_dir=tmp_path)

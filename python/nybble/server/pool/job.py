@@ -1,4 +1,4 @@
-"""Work in a thread of its own, whose end the event loop learns of."""
+"""Runs work in a thread, and calls back in the event loop when it ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job(Generic[T]):
         """Continues the work unless it was asked to stop.
 
         Raises:
-            StoppedError: It was.
+            StoppedError: `stop` was called.
         """
         if self._stops.is_set():
             raise StoppedError

@@ -26,15 +26,32 @@ class Names:
         Raises:
             ApiError: There is no such model.
         """
+        return self.resolve(model)[0]
+
+    def resolve(self, model: str | None) -> tuple[Entry, str | None]:
+        """The model that a request asks for, and the name of its LoRA adapter; None for the model alone.
+
+        Raises:
+            ApiError: There is no such model.
+        """
         if model is None:
-            return self._entries[0]
+            return self._entries[0], None
         if (found := self._by_name.get(model)) is not None:
-            return found
+            return found, None
         base, _, lora = model.rpartition(":")
         found = self._by_name.get(base)
         if found is None or not (lora == "latest" or lora in found.lora_names):
             raise unknown_model(model, self.listed())
-        return found
+        return found, lora if lora in found.lora_names else None
+
+    def own_name(self, model: str | None) -> str:
+        """The name of the model that answers a request for `model`, which may be an alias.
+
+        Raises:
+            ApiError: There is no such model.
+        """
+        entry, lora = self.resolve(model)
+        return entry.name if lora is None else f"{entry.name}:{lora}"
 
     def listed(self) -> list[str]:
         """The names of all models, each followed by those of its LoRA adapters."""

@@ -103,7 +103,7 @@ def check_cache_bytes(cache_bytes: int, shape: CacheShape) -> None:
     """Refuses a KV cache that is smaller than a page.
 
     Raises:
-        ValueError: It is.
+        ValueError: The cache is smaller than a page.
     """
     if cache_bytes < (least := least_cache_bytes(shape)):
         expected = f"at least {least / 1e9:.3g} for {PAGE_TOKENS} tokens"
@@ -133,7 +133,7 @@ def check_fits(name: str, needs: Needs, adapter_bytes: int, limits: Limits) -> N
     """Refuses a model that does not fit even alone.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The model does not fit.
     """
     if limits.max_bytes is not None and needs.total_bytes + adapter_bytes > limits.max_bytes:
         more = f", and {size(adapter_bytes)} for adapters" if adapter_bytes else ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from fastapi import Request
 
 from nybble.engine import EngineStats
+from nybble.server.delivery import disconnected
 from nybble.server.errors import ApiError, overloaded, shutting_down
 from nybble.server.metrics import Metrics
 from nybble.server.options import Settings
@@ -139,7 +140,7 @@ class Pool:
         entry.waiting.append(ticket)
         self._schedule()
         seconds = max(0, http.state.deadline - time.monotonic())
-        departure = asyncio.ensure_future(_departure(http))
+        departure = asyncio.ensure_future(disconnected(http.receive))
         try:
             try:
                 await asyncio.wait((ticket.ended, departure), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -367,6 +368,11 @@ class Pool:
 
     def _load(self, entry: Entry) -> None:
         spec, needs = entry.plan
+        for lora, path in [*entry.adapters.items()]:
+            # What a client has loaded must not keep the model from all others.
+            if lora not in spec.adapters and not path.exists():
+                del entry.adapters[lora]
+                _log.warning("the adapter %s of the model %s is gone: %s does not exist", lora, entry.name, path)
         entry.state, entry.nbytes = "loading", entry.needed_bytes
         _log.info("loading the model %s, which needs up to %s", entry.name, needs.described())
         work = functools.partial(load, spec, dict(entry.adapters), needs, entry.settings, self.shared)
@@ -423,12 +429,6 @@ class Pool:
 
     def _stats(self) -> Mapping[str | None, EngineStats]:
         return {entry.name: entry.stats() for entry in self.entries}
-
-
-async def _departure(http: Request) -> None:
-    """Returns when the client has disconnected."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _refuse(entry: Entry, error: ApiError) -> None:

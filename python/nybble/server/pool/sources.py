@@ -1,4 +1,4 @@
-"""The models of a server: those of the command line, of a configuration file and of a folder."""
+"""The models of the command line and of a folder, and the pool of all models of a server."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ class ModelCard(BaseModel):
     parent: str | None = None
     """The base of a model with a LoRA adapter."""
     loaded: bool | None = None
-    """Whether the model is in memory. Only servers of several models say so."""
+    """Whether the model is in memory. Not said by servers that load their only model at the start."""
     aliases: list[str] | None = None
-    """Other names of the model. Only servers of several models say so."""
+    """Other names of the model. Not said by servers that load their only model at the start."""
 
 
 def model_cards(pool: Pool) -> list[ModelCard]:
@@ -86,7 +86,7 @@ class Properties(BaseModel):
     chat_template: str
     build_info: str
     models: list[ModelCard] | None = None
-    """All models. Only servers of several models list them."""
+    """All models. Not listed by servers that load their only model at the start."""
 
 
 def properties(pool: Pool, model: str | None) -> Properties:

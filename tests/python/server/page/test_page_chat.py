@@ -203,15 +203,17 @@ def test_models_that_are_not_loaded_are_marked_and_unknown_ones_are_an_error(cha
     page = chat("Yes.")
     cards = '{"data": [{"id": "gone", "context_length": null, "loaded": false}, {"id": "tiny", "context_length": 9}]}'
     stub = "const real = fetch; window.fetch = (path, o) => path === 'v1/models' ? Promise.resolve(new Response("
-    stub += f"'{cards}')) : new Promise(done => setTimeout(done, 50)).then(() => real(path, o));"
+    stub += f"'{cards}')) : new Promise(done => window.release = done).then(() => real(path, o));"
     with page.before_load(stub):
         page.until(lambda: page.shown("#model option") == ["gone (not loaded)", "tiny"])
         page.find("#prompt").send_keys("Hi", Keys.ENTER)
         page.until(lambda: page.find("#live").text == "Loading gone…")
+        page.run("window.release()")
         page.until(page.answered)
         assert page.shown(".failed")[0].startswith("Error: not found: the model 'gone' does not exist")
         page.find("#model select").send_keys("tiny")
         page.button("Try again").click()
+        page.run("window.release()")
         page.until(lambda: page.answered() and page.shown(".answer") == ["Yes."])
         page.complaints()  # The browser reports the 404.
 

@@ -163,8 +163,12 @@ def test_colors_have_the_contrast_of_wcag_aa_in_both_themes() -> None:
 
 def test_the_page_works_below_a_path_of_another_application(tiny_model: Model) -> None:
     with Engine(tiny_model) as engine:
-        app = Starlette(routes=[Mount("/deep/er", create_app(Service(engine, "tiny", Settings(allowed_hosts=None))))])
+        settings = Settings(allowed_hosts=None, api_key="key")
+        app = Starlette(routes=[Mount("/deep/er", create_app(Service(engine, "tiny", settings)))])
         with TestClient(app) as client:
             html = client.get("/deep/er/").text
-            for name in ["v1/models", *re.findall(r'(?:src|href)="([^"#]+)"', html)]:
+            for name in ["health", *re.findall(r'(?:src|href)="([^"#]+)"', html)]:
                 assert client.get(f"/deep/er/{name}").status_code == 200, name
+            assert client.get("/deep/er/v1/models").status_code == 401
+            assert client.get("/deep/er/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+            assert client.post("/deep/er/v1/messages", json={}).json()["type"] == "error", "in Anthropic's format"

@@ -185,7 +185,8 @@ def broken(folder: Path, tmp_path: Path) -> Iterator[tuple[RunningPool, Path]]:
 
 def test_a_load_error_is_an_error_in_the_format_of_each_route(broken: tuple[RunningPool, Path], folder: Path) -> None:
     server, file = broken
-    for path, body in ROUTES.items():
+    loading = {path: body for path, body in ROUTES.items() if path != "/api/show"}  # Shows what a file's header says.
+    for path, body in loading.items():
         reply = server.request("POST", path, {"model": "broken", **body})
         assert reply.status == 500
         message = error_of(path, reply)
@@ -195,7 +196,7 @@ def test_a_load_error_is_an_error_in_the_format_of_each_route(broken: tuple[Runn
     assert server.chat(HELLO, model="good").status == 200
     assert server.request("GET", "/health").status == 200
     text = server.request("GET", "/metrics").text
-    assert f'nybble_model_load_failures_total{{model="broken"}} {float(len(ROUTES))}' in text
+    assert f'nybble_model_load_failures_total{{model="broken"}} {float(len(loading))}' in text
     shutil.copy(folder / "small.gguf", file)
     assert server.chat(HELLO, model="broken").status == 200
 
@@ -241,6 +242,21 @@ def test_adapters_are_loaded_into_the_model_that_is_named(server: RunningPool) -
     assert server.chat(HELLO, model="large:new").status == 404
     assert post("unload_lora_adapter", lora_name="new", model="large").status == 404
     assert server.chat(HELLO, model="gpt-4o:new").json["model"] == "small:new"
+    assert server.request("GET", "/v1/models/gpt-4o:new").json["id"] == "small:new"
+    assert server.request("GET", "/v1/models/s:latest").json["id"] == "small"
+    assert server.request("GET", "/v1/models/s:other").status == 404
+
+
+def test_an_adapter_whose_file_is_gone_does_not_keep_its_model_away(folder: Path, tmp_path: Path) -> None:
+    adapters.write_gguf(tmp_path / "two.gguf", 2)
+    specs = [spec(name, folder / f"{name}.gguf") for name in ("small", "large")]
+    with serving_several(specs, max_loaded=1, adapter_folder=str(tmp_path)) as server:
+        body = {"lora_name": "new", "lora_path": "two.gguf"}
+        assert server.request("POST", "/v1/load_lora_adapter", body).status == 200
+        assert server.chat(HELLO, model="large").status == 200
+        (tmp_path / "two.gguf").unlink()
+        assert server.chat(HELLO, model="small").status == 200
+        assert server.chat(HELLO, model="small:new").status == 404
 
 
 def test_a_failed_model_that_is_unloaded_meanwhile_leaves_the_server_healthy(server: RunningPool) -> None:
@@ -303,6 +319,10 @@ def test_ollama_keeps_models_and_lets_them_go(server: RunningPool) -> None:
     post("chat", model="small", messages=HELLO, stream=False, keep_alive="1h30m", options={"num_predict": 1})
     server.wait(lambda: not server.entry("small").users)
     assert not server.request("GET", "/api/ps").json["models"][0]["expires_at"].startswith("2318")
+    post("chat", model="small", messages=HELLO, stream=False, keep_alive=1e20, options={"num_predict": 1})
+    assert server.request("GET", "/api/ps").json["models"][0]["expires_at"].startswith("2318")
+    shown = [post("show", model=name).json["details"]["family"] for name in ("small", "large")]
+    assert (shown, server.loaded()) == (["llama"] * 2, ["small"])
     assert post("generate", model="small", keep_alive=0).json["done_reason"] == "unload"
     server.wait(lambda: server.loaded() == [])
     post("embed", model="large", input="a", keep_alive="0s")

@@ -34,7 +34,9 @@ Json = dict[str, Any]
 _LONGEST_TOKEN = 64
 """Characters of a token, at most, in documents that are cut to the context."""
 _NEVER = "2318-01-01T00:00:00Z"
-"""When the model leaves memory."""
+"""When a model leaves memory that stays for good."""
+_LONGEST = 1e9
+"""Seconds that a model stays, at most, before that counts as for good."""
 
 
 def add_ollama_routes(app: FastAPI, pool: Pool, key: list[Any]) -> None:
@@ -77,11 +79,8 @@ def add_ollama_routes(app: FastAPI, pool: Pool, key: list[Any]) -> None:
         return {"version": __version__}
 
     @app.post("/api/show", **route)
-    async def show(request: Request, body: ShowRequest) -> Json:
-        model = body.model or body.name
-        service = await pool.lease(request, model)
-        service.admit(model, 1)
-        return _description(pool.names.find(model), service)
+    async def show(body: ShowRequest) -> Json:
+        return _description(pool.names.find(body.model or body.name))
 
     for path in ("pull", "push", "create", "copy", "delete", "blobs/{digest}"):
         app.add_api_route(f"/api/{path}", _refused, methods=["POST", "DELETE", "HEAD"], **route)
@@ -145,15 +144,7 @@ async def _loaded(pool: Pool, http: Request, body: OllamaChatRequest | OllamaGen
     else:
         service = await _lease(pool, http, body)
         service.admit(body.model, 1)
-    return _json(loaded(_name_of(entry, body.model), body).model_dump(exclude_none=True))
-
-
-def _name_of(entry: Entry, model: str | None) -> str:
-    """The name of the model that answers a request for `model`."""
-    lora = (model or "").rpartition(":")[2]
-    return (
-        f"{entry.name}:{lora}" if lora in entry.lora_names and model not in (entry.name, *entry.aliases) else entry.name
-    )
+    return _json(loaded(pool.names.own_name(body.model), body).model_dump(exclude_none=True))
 
 
 def _json(body: Json) -> Response:
@@ -179,7 +170,7 @@ def _running(entry: Entry) -> Json:
     left = None if timer is None else timer.when() - asyncio.get_running_loop().time()
     if left is None and entry.users:
         left = entry.idle_seconds
-    ends_at = _NEVER if left is None else _time(int(time.time() + left))
+    ends_at = _NEVER if left is None or left > _LONGEST else _time(int(time.time() + left))
     return {**_card(entry), "expires_at": ends_at, "size_vram": 0, "context_length": entry.context}
 
 
@@ -211,8 +202,25 @@ def _details(entry: Entry) -> Json:
     }
 
 
-def _description(entry: Entry, service: Service) -> Json:
-    model = service.engine.model
+def _description(entry: Entry) -> Json:
+    """What is known of a model, which is not loaded for this: without its template until it is."""
+    if entry.service is None:
+        family, parameters = _details(entry)["family"], _figures(entry)[0]
+        return {
+            "modelfile": "",
+            "parameters": "",
+            "template": "",
+            "details": _details(entry),
+            "model_info": {
+                "general.architecture": family,
+                "general.name": entry.name,
+                "general.parameter_count": parameters,
+                f"{family}.context_length": entry.context,
+            },
+            "capabilities": ["completion", "embedding"],
+            "modified_at": _time(entry.created),
+        }
+    model = entry.service.engine.model
     info, template = model.info, model.tokenizer.chat_templates.get("default", "")
     return {
         "modelfile": "",

@@ -64,7 +64,8 @@ class KeptRequest(Lenient):
 
     model: str | None = None
     keep_alive: float | str | None = Field(
-        default=None, description="Seconds, or a duration such as 5m. A server of one model ignores it."
+        default=None,
+        description="Seconds, or a duration such as 5m. A server that loads its only model at the start ignores it.",
     )
 
 

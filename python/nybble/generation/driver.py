@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +56,10 @@ class Driver(Generic[Job]):
             kept = own if keep_sessions else 0
             options = options.replace(cache_bytes=memory.for_caches(native) + kept)
         if options.cache_dir is not None:
-            options = options.replace(cache_dir=expand(options.cache_dir))
+            folder = expand(options.cache_dir)
+            options = options.replace(cache_dir=folder)
             if options.cache_dir_bytes is None:
-                options = options.replace(cache_dir_bytes=_default_size(options.cache_dir))
+                options = options.replace(cache_dir_bytes=_default_size(folder))
         self._keeps_prefixes = options.cache_dir is not None
         self._model = model
         self._scheduler = _native.Scheduler(native, options, None if draft is None else draft._native)
@@ -157,10 +157,10 @@ class Driver(Generic[Job]):
             self._sessions[job] = session
 
 
-def _default_size(folder: str | os.PathLike[str]) -> int:
+def _default_size(folder: Path) -> int:
     """The default of `cache_dir_bytes`: 10 GB, but at most a tenth of the disk that holds the folder."""
     try:
-        existing = next(path for path in (Path(folder).absolute() / "_").parents if path.exists())
+        existing = next(path for path in (folder.absolute() / "_").parents if path.exists())
         return min(_CACHE_DIR_BYTES, shutil.disk_usage(existing).total // 10)
     except OSError:
         # A folder that cannot be reached is reported when it is opened.

@@ -59,10 +59,13 @@ fn dry_ends_a_repetition_that_greedy_decoding_continues() {
     let mut fresh = Sampler::new(options, 4).unwrap();
     assert_eq!(fresh.sample(&mut logits.clone()).unwrap().token, 3);
 
-    // The same in a batch with draft tokens, and not what comes without it.
+    // The same in a batch with draft tokens, and not what comes without it: three tokens are likely enough to repeat.
     let model = load();
+    let likely = [(1, 50.0), (2, 50.0), (3, 50.0)];
     let prompt = tokens(20, 1).repeat(4);
-    let dry = |options: SamplingOptions| options.with_dry_multiplier(5.0).with_dry_window(60);
+    let dry = |options: SamplingOptions| {
+        options.with_dry_multiplier(5.0).with_dry_window(60).with_logit_bias(likely)
+    };
     for options in [dry(greedy()), dry(seeded(4))] {
         let job = Job::new(prompt.clone(), options.clone(), 40);
         let plain = Job::new(prompt.clone(), options.with_dry_multiplier(0.0), 40);

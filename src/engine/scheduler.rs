@@ -27,11 +27,9 @@ mod entry;
 mod restore;
 
 use drafts::Drafter;
-use entry::Entry;
 pub use entry::Event;
+use entry::{Entry, Interrupted};
 use restore::{Bounds, GRACE, Restores};
-
-type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Limits and features of a scheduler.
 #[derive(Debug, Clone)]

@@ -63,9 +63,7 @@ fn dry_ends_a_repetition_that_greedy_decoding_continues() {
     let model = load();
     let likely = [(1, 50.0), (2, 50.0), (3, 50.0)];
     let prompt = tokens(20, 1).repeat(4);
-    let dry = |options: SamplingOptions| {
-        options.with_dry_multiplier(5.0).with_dry_window(60).with_logit_bias(likely)
-    };
+    let dry = |options: SamplingOptions| options.with_dry_multiplier(5.0).with_dry_window(60).with_logit_bias(likely);
     for options in [dry(greedy()), dry(seeded(4))] {
         let job = Job::new(prompt.clone(), options.clone(), 40);
         let plain = Job::new(prompt.clone(), options.with_dry_multiplier(0.0), 40);

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::{Logits, Session};
 
+/// Whether the caller asks a step to end early.
+pub(super) type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
+
 /// The outcome of a step for one sequence: its next token or an error.
 #[derive(Debug)]
 #[non_exhaustive]

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::super::disk_cache::DiskCache;
 use super::super::prefix::{Key, Prefixes, Tokens, root};
-use super::Interrupted;
-use super::entry::Entry;
+use super::entry::{Entry, Interrupted};
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::{Model, PageId, SharedPage};

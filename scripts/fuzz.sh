@@ -8,10 +8,10 @@ cd "$(dirname "$0")/.."
 seconds=${1:-60}
 shift || true
 targets=("$@")
-((${#targets[@]})) || targets=(gguf model checkpoint packings vocabulary session)
+((${#targets[@]})) || targets=(gguf model checkpoint packings vocabulary session states)
 cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
 
-mkdir -p fuzz/corpus/{gguf,model,checkpoint,packings,vocabulary,session}
+mkdir -p fuzz/corpus/{gguf,model,checkpoint,packings,vocabulary,session,states}
 ${PYTHON:-.venv/bin/python} scripts/fuzz_seeds.py fuzz/corpus
 for target in "${targets[@]}"; do
     dictionary=fuzz/dictionaries/gguf.dict

@@ -20,7 +20,7 @@ CORPUS = Path(sys.argv[1])
 
 
 def main() -> None:
-    """Writes a GGUF file and a checkpoint per family, packed checkpoints, a vocabulary with a string, and sessions."""
+    """Writes a GGUF file and a checkpoint per family, packed checkpoints, a vocabulary with a string, sessions, and calls."""
     with tempfile.TemporaryDirectory() as folder:
         for original in mutations.files(Path(folder)):
             (data,) = original.files.values()
@@ -51,6 +51,10 @@ def main() -> None:
             tokens = struct.pack(f"<{seen + 2}I", *range(seen + 2))
             content = header + tokens + bytes(-(-seen // 64) * page + 32)
             (CORPUS / "session" / f"{cache_type}-{seen}").write_bytes(content)
+    # A model, then calls: steps of 40 tokens, a fork, a step of both, the last tokens back, a file, and a damaged one.
+    calls = [(0, 39), (0, 39), (3, 0), (2, 20), (4, 9), (5, 0), (12, 23), (0, 1), (6, 5)]
+    for model in range(5):
+        (CORPUS / "states" / str(model)).write_bytes(bytes([model, *(byte for call in calls for byte in call)]))
 
 
 HIDDEN, INNER, VOCABULARY, GROUP = 64, 96, 5, 32

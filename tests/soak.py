@@ -171,10 +171,12 @@ def one_round(source: str | None, dice: random.Random, pool: ThreadPoolExecutor,
     with Model.load(
         source, threads=threads, kernel=kernel, context=1024, cache_type=cache_type, progress=False
     ) as model:
+        # One sequence that fills the context, in the middle of a step, with its snapshots.
+        least = model.info.cache_bytes + 6 * model.info.state_bytes
         engine = Engine(
             model,
             max_batch=dice.choice([1, 3, 16]),
-            cache_bytes=dice.choice([None, model.info.cache_bytes, 3 * model.info.cache_bytes]),
+            cache_bytes=dice.choice([None, least, 3 * least]),
             prefix_cache=dice.random() < 0.7,
             prefill_chunk=dice.choice([None, 1, 64, 1000]),
             speculation=dice.choice(["off", "on", "auto"]),

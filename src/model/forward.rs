@@ -10,7 +10,7 @@ use super::mixers::positions::Positions;
 use super::mixers::{Mixer, MixerContext, span_rows};
 use super::mtp::head::Head;
 use super::pass::{Pass, TASK_ROWS};
-use super::state::recurrent::MAX_LOGGED;
+use super::state::recurrent::{MAX_LOGGED, Recurrent};
 use super::state::session::Session;
 use super::streams::LayerStreams;
 use super::transformer::{Layer, Transformer, Widths};
@@ -255,10 +255,10 @@ impl Transformer {
             self.follow(head, &pass.without_adapters(), w, inputs)?;
         }
         for row in &w.batch.rows {
-            inputs[row.input].session.advance(1);
-        }
-        for state in inputs.iter_mut().filter_map(|input| input.session.state_mut()) {
-            state.end_batch();
+            let session = &mut *inputs[row.input].session;
+            session.advance(1);
+            // Sessions whose rows are in later batches have not begun.
+            session.state_mut().into_iter().for_each(Recurrent::end_batch);
         }
 
         // The rows whose logits, or hidden states, are wanted.

@@ -62,14 +62,15 @@ fn pieces_kernels_threads_and_crowds_do_not_change_the_bits() {
                 assert!(found == expected, "{name}: {} on {threads} threads", kernel.name());
             }
         }
-        // Sixteen sessions at different positions, several steps together: long pieces next to single tokens.
+        // Sixteen sessions at different positions, several steps together: long pieces next to single tokens, more rows than go
+        // through the layers together.
         let mut sessions: Vec<Session> = (0..16).map(|_| model.session()).collect();
         let mut seen = [0; 16];
         for step in 0..12 {
             let mut inputs = Vec::new();
             let mut ranges = Vec::new();
             for (i, session) in sessions.iter_mut().enumerate() {
-                let count = [1, 3, 40, 16, 20][(i + step) % 5].min(text.len() - seen[i]);
+                let count = [1, 3, 60, 16, 40][(i + step) % 5].min(text.len() - seen[i]);
                 if count > 0 {
                     ranges.push(seen[i]..seen[i] + count);
                     inputs.push(Input::new(session, &text[seen[i]..seen[i] + count], Logits::All));

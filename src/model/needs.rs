@@ -12,6 +12,8 @@ use crate::quant::block::BlockType;
 use crate::quant::packed::{Code, Layout, Packed};
 use crate::threads::resolve_threads;
 
+/// Columns to which rows are filled up. Layouts need less, but parts of a tensor may be packed one by one.
+const FILLED_COLUMNS: usize = 64;
 /// Tensors with as few columns are filters of convolutions and the like, which are not packed.
 const FILTER_COLUMNS: usize = 8;
 
@@ -92,6 +94,7 @@ fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
     let rows = tensor.dims.get(1).map_or(1, |rows| *rows);
     let matrices = tensor.dims.get(2..).map_or(1, count);
     let layout = tensor.rows.block_type().packed_layout().unwrap_or(Layout::float(Code::F32));
+    let columns = columns.checked_next_multiple_of(FILLED_COLUMNS).unwrap_or(usize::MAX);
     Packed::bytes_needed(rows, columns, layout).saturating_mul(matrices)
 }
 

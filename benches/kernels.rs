@@ -17,13 +17,20 @@ use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Kernel, KvSlice
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
-/// The layouts of Q4_0, Q4_K, IQ4_NL, Q8_0, Q6_K and F16, and whether each is measured in all shapes.
-const LAYOUTS: [(&str, Layout, bool); 6] = [
+/// The layouts of Q4_0, Q4_K, IQ4_NL, Q8_0, TQ2_0, Q2_K, Q3_K, Q5_0, Q5_K, Q6_K and F16, and whether each is measured in all
+/// shapes. `int8 by 16` is for comparison with `int6`.
+const LAYOUTS: [(&str, Layout, bool); 12] = [
     ("int4", Layout { code: Code::Int4, group: 32, min: false }, true),
     ("int4+min", Layout { code: Code::Int4, group: 32, min: true }, false),
     ("table4", Layout { code: Code::Table4(IQ4_NL), group: 32, min: false }, false),
     ("int8", Layout { code: Code::Int8, group: 32, min: false }, true),
     ("int8 by 16", Layout { code: Code::Int8, group: 16, min: false }, false),
+    ("int2", Layout { code: Code::Int2, group: 256, min: false }, true),
+    ("int2+min", Layout { code: Code::Int2, group: 16, min: true }, false),
+    ("int3", Layout { code: Code::Int3, group: 16, min: false }, false),
+    ("int5", Layout { code: Code::Int5, group: 32, min: false }, false),
+    ("int5+min", Layout { code: Code::Int5, group: 32, min: true }, false),
+    ("int6", Layout { code: Code::Int6, group: 16, min: false }, false),
     ("f16", Layout::float(Code::F16), false),
 ];
 const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];

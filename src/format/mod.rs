@@ -13,7 +13,6 @@ pub mod safetensors;
 
 use std::path::Path;
 
-use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 use gguf::{Gguf, Metadata};
 
@@ -89,23 +88,6 @@ impl<'a> Tensor<'a> {
     }
 }
 
-/// Rows that are contiguous in memory.
-struct Contiguous<'a> {
-    block_type: BlockType,
-    bytes: &'a [u8],
-    row_bytes: usize,
-}
-
-impl Rows for Contiguous<'_> {
-    fn block_type(&self) -> BlockType {
-        self.block_type
-    }
-
-    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
-        &self.bytes[index * self.row_bytes..][..self.row_bytes]
-    }
-}
-
 impl Checkpoint for Gguf {
     fn path(&self) -> &Path {
         self.path()
@@ -118,12 +100,8 @@ impl Checkpoint for Gguf {
     fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let tensor = self.tensor(name)?;
         // The reader has checked that every dimension and the number of bytes fit into the file.
-        let dims = tensor.dims().iter().map(|dim| *dim as usize).collect();
-        let row_bytes = tensor.nbytes() / tensor.rows().max(1);
-        Some(Tensor {
-            dims,
-            rows: Box::new(Contiguous { block_type: tensor.block_type(), bytes: self.data(tensor), row_bytes }),
-        })
+        let dims: Vec<usize> = tensor.dims().iter().map(|dim| *dim as usize).collect();
+        Some(Tensor::new(dims, self.rows(tensor)))
     }
 
     fn names(&self) -> Vec<&str> {

@@ -38,7 +38,7 @@ macro_rules! operations {
                 /// `acc = fma(integer dot, weight scale * activation scale, acc)`, then, with minimums,
                 /// `acc = fma(min, activation scale * sum of codes, acc)`. Where a group has several blocks, over its blocks
                 /// `part = fma(integer dot, activation scale, part)`, then `acc = fma(part, weight scale, acc)`, then the
-                /// minimums.
+                /// minimums. Groups of 256 columns are summed as two of 128.
                 fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>);
 
                 /// Runs `rounds` rounds of independent integer dot products in registers and returns the number of

@@ -4,7 +4,7 @@ use super::activations::Tile;
 use super::generic::product::{ByTile, by_tile};
 use super::operations::types::*;
 use super::operations::{Kernel, Table, operations, plain};
-use crate::quant::packed::{BLOCK, Code, Layout, PANEL, Panel};
+use crate::quant::packed::{BLOCK, LONGEST_RUN, Layout, PANEL, Panel};
 
 /// The scalar kernel.
 #[allow(unsafe_code, reason = "the promise that this CPU has the instruction set of the table")]
@@ -84,31 +84,37 @@ impl Group<'_> {
             _ => (x.half_zeros[block][half][r], x.half_sums[block][half][r]),
         };
         let mut dot = self.dot(self.group * layout.group..(self.group + 1) * layout.group, x, r);
-        if layout.code == Code::Int4 && !layout.min {
-            dot += zero;
-        }
+        dot += self.zero(zero);
         let acc = (dot as f32).mul_add(self.scale() * x.scales[block][r], acc);
         if layout.min { self.min().mul_add(sum, acc) } else { acc }
     }
 
-    /// Adds a group of several blocks: first its blocks, each times the activations' scale, then their sum times the
-    /// weights' scale.
-    fn add_wide<const R: usize>(&self, x: &Tile<'_, R>, r: usize, acc: f32) -> f32 {
-        let run = self.layout.group / BLOCK;
-        let blocks = self.group * run..((self.group + 1) * run).min(x.codes.len());
-        let mut part = 0.0f32;
-        for block in blocks.clone() {
-            let mut dot = self.dot(block * BLOCK..(block + 1) * BLOCK, x, r);
-            if !self.layout.min {
-                dot += x.zeros[block][r];
+    /// Adds a group of several blocks: in runs of [`LONGEST_RUN`] columns, first the blocks of a run, each times the activations' scale,
+    /// then their sum times the weights' scale.
+    fn add_wide<const R: usize>(&self, x: &Tile<'_, R>, r: usize, mut acc: f32) -> f32 {
+        let of_group = self.layout.group / BLOCK;
+        let blocks = self.group * of_group..((self.group + 1) * of_group).min(x.codes.len());
+        for first in blocks.clone().step_by(LONGEST_RUN / BLOCK) {
+            let run = first..blocks.end.min(first + LONGEST_RUN / BLOCK);
+            let mut part = 0.0f32;
+            for block in run.clone() {
+                let dot = self.dot(block * BLOCK..(block + 1) * BLOCK, x, r) + self.zero(x.zeros[block][r]);
+                part = (dot as f32).mul_add(x.scales[block][r], part);
             }
-            part = (dot as f32).mul_add(x.scales[block][r], part);
+            acc = part.mul_add(self.scale(), acc);
+            if self.layout.min {
+                acc = run.fold(acc, |acc, block| self.min().mul_add(x.sums[block][r], acc));
+            }
         }
-        let acc = part.mul_add(self.scale(), acc);
-        if !self.layout.min {
-            return acc;
+        acc
+    }
+
+    /// What the zero point of the codes adds to a dot product, from `of_int4`, which 4-bit codes need.
+    fn zero(&self, of_int4: i32) -> i32 {
+        match self.layout.code.zero() {
+            Some(zero) if !self.layout.min => of_int4 / 8 * zero,
+            _ => 0,
         }
-        blocks.fold(acc, |acc, block| self.min().mul_add(x.sums[block][r], acc))
     }
 }
 

@@ -31,8 +31,12 @@ const LEAST: usize = 1 << 20;
 const PANELS: usize = 8;
 /// Rounds of a measurement. The fastest counts, because other work can only slow a round down.
 const ROUNDS: usize = 4;
-/// Integer layouts: three codes, four groups, with minimums and without.
-const LAYOUTS: usize = 3 * 4 * 2;
+/// The names of integer codes.
+const CODES: [&str; 7] = ["int4", "table4", "int8", "int2", "int3", "int5", "int6"];
+/// Columns of groups.
+const GROUPS: [usize; 5] = [16, 32, 64, 128, 256];
+/// Integer layouts: codes, groups, with minimums and without.
+const LAYOUTS: usize = CODES.len() * GROUPS.len() * 2;
 
 /// The chosen kernel for each layout and height: its index in [`candidates`]. The first at the beginning.
 static CHOICES: [[AtomicU8; HEIGHTS.len()]; LAYOUTS] = [const { [const { AtomicU8::new(0) }; HEIGHTS.len()] }; LAYOUTS];
@@ -70,20 +74,19 @@ fn index_of(layout: Layout) -> usize {
     let code = match layout.code {
         Code::Int4 => 0,
         Code::Table4(_) => 1,
-        _ => 2,
+        Code::Int2 => 3,
+        Code::Int3 => 4,
+        Code::Int5 => 5,
+        Code::Int6 => 6,
+        Code::Int8 | Code::F32 | Code::F16 | Code::BF16 => 2,
     };
-    let group = match layout.group {
-        16 => 0,
-        32 => 1,
-        64 => 2,
-        _ => 3,
-    };
-    (code * 4 + group) * 2 + usize::from(layout.min)
+    let group = GROUPS.iter().position(|group| *group == layout.group).unwrap_or(0);
+    (code * GROUPS.len() + group) * 2 + usize::from(layout.min)
 }
 
 /// The name of the layout with this index.
 fn name_of(index: usize) -> String {
-    let (code, group) = (["int4", "table4", "int8"][index / 8], [16, 32, 64, 128][index / 2 % 4]);
+    let (code, group) = (CODES[index / 2 / GROUPS.len()], GROUPS[index / 2 % GROUPS.len()]);
     let min = if index % 2 == 1 { " with minimums" } else { "" };
     format!("{code}, groups of {group}{min}")
 }
@@ -98,7 +101,7 @@ pub(crate) fn tune<'a>(kernel: &Kernel, scope: &Scope<'_>, threads: usize, matri
     let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
     let names: Vec<&str> = candidates().iter().map(|kernel| kernel.name()).collect();
-    let mut layouts: [Vec<&Packed>; LAYOUTS] = Default::default();
+    let mut layouts: [Vec<&Packed>; LAYOUTS] = std::array::from_fn(|_| vec![]);
     for matrix in matrices.filter(|matrix| matrix.layout().is_integer()) {
         layouts[index_of(matrix.layout())].push(matrix);
     }
@@ -193,9 +196,11 @@ mod tests {
     use crate::threads::ThreadPool;
 
     fn layouts() -> Vec<Layout> {
-        let codes = [(Code::Int4, &[16, 32, 64, 128][..]), (Code::Table4([1; 16]), &[16, 32]), (Code::Int8, &[16, 32])];
-        let with = |code, group| [false, true].map(|min| Layout { code, group, min });
-        codes.iter().flat_map(|(code, groups)| groups.iter().flat_map(|group| with(*code, *group))).collect()
+        let codes =
+            [Code::Int2, Code::Int3, Code::Int4, Code::Int5, Code::Int6, Code::Table4([1; 16]), Code::Int8].into_iter();
+        let with =
+            |code| GROUPS.into_iter().flat_map(move |group| [false, true].map(|min| Layout { code, group, min }));
+        codes.flat_map(with).filter(Layout::is_known).collect()
     }
 
     #[test]

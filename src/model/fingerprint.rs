@@ -61,13 +61,15 @@ impl FingerprintHasher {
 
     pub(super) fn linear(&mut self, linear: &Linear) {
         for part in linear.parts() {
-            let layout = part.layout();
+            // Products of both forms are bit-identical, and sessions do not depend on how much memory the weights take.
+            let layout = part.wide_layout();
             let layout =
                 format!("Layout {{ code: {:?}, group: {:?}, min: {:?} }}", layout.code, layout.group, layout.min);
             self.bytes(format!("{} {} {layout} {:?}", part.rows(), part.columns(), part.output_scale()).as_bytes());
-            for lines in part.lines() {
-                self.bytes(bytemuck::cast_slice(lines));
-            }
+            part.for_each_wide(|length, for_each| {
+                self.0.update(&(length as u64).to_le_bytes());
+                for_each(&mut |bytes| _ = self.0.update(bytes));
+            });
         }
         self.bytes(bytemuck::cast_slice(linear.bias()));
         self.optional(linear.order(), |hasher, order| hasher.bytes(bytemuck::cast_slice(order)));

@@ -9,14 +9,13 @@ use crate::error::Result;
 use crate::format::{Checkpoint, Tensor};
 use crate::kernels;
 use crate::quant::block::BlockType;
+use crate::quant::packed::{Code, Layout, Packed};
 use crate::threads::resolve_threads;
 
-/// Rows of a panel, to which matrices are filled up.
-const PANEL_ROWS: usize = 16;
+/// Columns to which rows are filled up. Layouts need less, but parts of a tensor may be packed one by one.
+const FILLED_COLUMNS: usize = 64;
 /// Tensors with as few columns are filters of convolutions and the like, which are not packed.
 const FILTER_COLUMNS: usize = 8;
-/// Columns of a pair of groups, to which rows are filled up.
-const PAIR_COLUMNS: usize = 64;
 
 /// What a model needs once it is loaded. No weight is read to find out.
 #[derive(Debug, Clone)]
@@ -84,21 +83,19 @@ impl Needs {
     }
 }
 
-/// Bytes of a tensor in memory, at most: what the file holds, with its rows and columns filled up.
+/// Bytes of a tensor in memory, at most.
 fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
-    let block_type = tensor.rows.block_type();
     let columns = tensor.dims.first().copied().unwrap_or(0);
     let is_plain = tensor.dims.len() == 1 && (name.contains("norm") || name.ends_with(".bias"));
     if is_plain || columns <= FILTER_COLUMNS {
         return count(&tensor.dims).saturating_mul(size_of::<f32>());
     }
-    let columns = columns.checked_next_multiple_of(PAIR_COLUMNS.max(block_type.block_len())).unwrap_or(usize::MAX);
-    let of_row = block_type.bytes_for(columns).unwrap_or_else(|| columns.saturating_mul(size_of::<f32>()));
     // Other vectors may be packed as matrices of one row.
     let rows = tensor.dims.get(1).map_or(1, |rows| *rows);
-    let rows = rows.checked_next_multiple_of(PANEL_ROWS).unwrap_or(usize::MAX);
     let matrices = tensor.dims.get(2..).map_or(1, count);
-    of_row.saturating_mul(rows).saturating_mul(matrices)
+    let layout = tensor.rows.block_type().packed_layout().unwrap_or(Layout::float(Code::F32));
+    let columns = columns.checked_next_multiple_of(FILLED_COLUMNS).unwrap_or(usize::MAX);
+    Packed::bytes_needed(rows, columns, layout).saturating_mul(matrices)
 }
 
 fn count(dims: &[usize]) -> usize {

@@ -15,6 +15,7 @@ use super::codebooks::{self, Vectors};
 use super::decoder::Decoder;
 use super::encode::{self, Encoder};
 use super::few_bits::{self, OneScale};
+use super::layout::Layout;
 use super::{blocks32, blocks256};
 use crate::error::{Error, Result};
 
@@ -33,7 +34,8 @@ macro_rules! decoders {
 
 /// How the values of a tensor are stored.
 ///
-/// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml.
+/// Names and discriminants are the names (`Q4_0`, `IQ2_XXS`...) and type ids of ggml, of bitnet.cpp for `I2_S`, and of PrismML for
+/// `PQ2_0`. A block of `I2_S` is 128 codes and the scale, which a file has once, after the codes of the whole tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the names that users know from file names")]
 #[allow(missing_docs, reason = "the names describe the types; `sizes` has the numbers")]
@@ -71,18 +73,21 @@ pub enum BlockType {
     BF16 = 30,
     TQ1_0 = 34,
     TQ2_0 = 35,
+    I2_S = 36,
     MXFP4 = 39,
     NVFP4 = 40,
     Q1_0 = 41,
     Q2_0 = 42,
+    PQ2_0 = 142,
 }
 
 use BlockType::*;
 
 /// Every type, in the order of the ids.
-const ALL: [BlockType; 35] = [
+const ALL: [BlockType; 37] = [
     F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S,
-    IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, I8, I16, I32, I64, F64, IQ1_M, BF16, TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0,
+    IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, I8, I16, I32, I64, F64, IQ1_M, BF16, TQ1_0, TQ2_0, I2_S, MXFP4, NVFP4, Q1_0, Q2_0,
+    PQ2_0,
 ];
 
 impl BlockType {
@@ -91,8 +96,8 @@ impl BlockType {
         ALL.into_iter()
     }
 
-    /// The type with ggml's type id `id`. `None` for ids that ggml has not assigned or has withdrawn (4, 5, 31 to 33 and 36
-    /// to 38).
+    /// The type with the id `id`: ggml's types, bitnet.cpp's [`I2_S`](BlockType::I2_S) and PrismML's [`PQ2_0`](BlockType::PQ2_0).
+    /// `None` for ids that are not assigned or that ggml has withdrawn.
     pub fn from_id(id: u32) -> Option<BlockType> {
         ALL.into_iter().find(|known| known.id() == id)
     }
@@ -102,7 +107,7 @@ impl BlockType {
         ALL.into_iter().find(|known| known.name().eq_ignore_ascii_case(name))
     }
 
-    /// ggml's id of the type.
+    /// The id of the type in files.
     pub fn id(self) -> u32 {
         self as u32
     }
@@ -160,6 +165,8 @@ impl BlockType {
             NVFP4 => ("NVFP4", 64, 36),
             Q1_0 => ("Q1_0", 128, 18),
             Q2_0 => ("Q2_0", 64, 18),
+            I2_S => ("I2_S", 128, 36),
+            PQ2_0 => ("PQ2_0", 128, 34),
         }
     }
 
@@ -198,9 +205,16 @@ impl BlockType {
             TQ1_0 => OneScale<few_bits::Tq1>,
             TQ2_0 => OneScale<few_bits::Tq2>,
             Q1_0 => OneScale<few_bits::Q1>,
-            Q2_0 => OneScale<few_bits::Q2>,
+            Q2_0 => OneScale<few_bits::Q2<16, 2>>,
+            PQ2_0 => OneScale<few_bits::Q2<32, 4>>,
+            I2_S => few_bits::I2S,
             NVFP4 => few_bits::Nvfp4,
         })
+    }
+
+    /// The layout of packed matrices of the type, or a larger one. `None` where nybble does not support the type.
+    pub(crate) fn packed_layout(self) -> Option<Layout> {
+        self.decoder().map(|decoder| decoder.merged)
     }
 
     /// The encoder of a quantized type. `None` where nybble does not encode it.
@@ -314,8 +328,8 @@ mod tests {
     #[test]
     fn the_list_of_types_is_complete_and_in_order() {
         assert!(ALL.is_sorted_by_key(|known| known.id()));
-        // Q2_0 is the last variant. A type that is missing from the list would leave a gap in the assigned ids.
-        let given = (0..=Q2_0.id()).filter(|id| !matches!(id, 4 | 5 | 31..=33 | 36..=38));
+        // Q2_0 is the last type of ggml. A type that is missing from the list would leave a gap in the assigned ids.
+        let given = (0..=Q2_0.id()).filter(|id| !matches!(id, 4 | 5 | 31..=33 | 37 | 38)).chain([PQ2_0.id()]);
         assert!(given.eq(ALL.into_iter().map(BlockType::id)));
         for known in ALL {
             assert_eq!(format!("{known:?}"), known.name());

@@ -9,7 +9,7 @@ use bytemuck::AnyBitPattern;
 use super::blocks32::{Half, Iq4, Scales, Sequential, Stored};
 use super::decoder::{Block, Group};
 use super::layout::{Code, Layout};
-use super::panel::{Bytes, Nibbles, nibbles};
+use super::panel::{Nibbles, Planes, nibbles};
 
 /// `scale * code - min`, codes of 2 bits
 #[derive(Clone, Copy, AnyBitPattern)]
@@ -23,14 +23,13 @@ pub(super) struct Q2K {
 }
 
 impl Block for Q2K {
-    const LAYOUT: Layout = Layout::with_min(Code::Int4, 16);
-    type Codes = Nibbles;
+    const LAYOUT: Layout = Layout::with_min(Code::Int2, 16);
+    type Codes = Planes<2, 0>;
     type Groups = [Group<f32>; 16];
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        let codes = two_bits(&self.codes, index);
-        nibbles(|i| codes[i])
+    fn codes(&self, index: usize) -> Planes<2, 0> {
+        Planes(two_bits(&self.codes, index))
     }
 
     #[inline(always)]
@@ -66,15 +65,14 @@ pub(super) struct Q3K {
 }
 
 impl Block for Q3K {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 16);
-    type Codes = Nibbles;
+    const LAYOUT: Layout = Layout::scaled(Code::Int3, 16);
+    type Codes = Planes<2, 1>;
     type Groups = [Group<f32>; 16];
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
+    fn codes(&self, index: usize) -> Planes<2, 1> {
         let low = two_bits(&self.low, index);
-        // Panels hold 8 more than the weight's integer, which is 4 less than the code.
-        nibbles(|i| 4 + (low[i] | (self.third[i] >> index & 1) << 2))
+        Planes(from_fn(|i| low[i] | (self.third[i] >> index & 1) << 2))
     }
 
     #[inline(always)]
@@ -165,13 +163,13 @@ pub(super) struct FiveBits {
 }
 
 impl Stored for FiveBits {
-    const CODE: Code = Code::Int8;
-    type Codes = Bytes;
+    const CODE: Code = Code::Int5;
+    type Codes = Planes<4, 1>;
 
     #[inline(always)]
-    fn get(&self, index: usize) -> Bytes {
+    fn get(&self, index: usize) -> Planes<4, 1> {
         let low = four_bits(&self.low, index);
-        from_fn(|i| (low[i] | (self.fifth[i] >> index & 1) << 4) as i8)
+        Planes(from_fn(|i| low[i] | (self.fifth[i] >> index & 1) << 4))
     }
 }
 
@@ -188,16 +186,16 @@ pub(super) struct Q6K {
 }
 
 impl Block for Q6K {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 16);
-    type Codes = Bytes;
+    const LAYOUT: Layout = Layout::scaled(Code::Int6, 16);
+    type Codes = Planes<4, 2>;
     type Groups = [Group<f32>; 16];
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Planes<4, 2> {
         let (half, quarter) = (index / 4, index % 4);
         let low = &self.low[half][quarter % 2];
         let high = two_bits(&self.high, index);
-        from_fn(|i| (low[i] >> (4 * (quarter / 2)) & 15 | high[i] << 4) as i8 - 32)
+        Planes(from_fn(|i| low[i] >> (4 * (quarter / 2)) & 15 | high[i] << 4))
     }
 
     #[inline(always)]

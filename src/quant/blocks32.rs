@@ -5,7 +5,7 @@ use half::f16;
 
 use super::decoder::{Block, Codes, Group, Groups};
 use super::layout::{Code, Layout};
-use super::panel::{Bytes, Nibbles};
+use super::panel::{Bytes, Nibbles, Planes};
 
 /// The values of the codes of IQ4_NL and IQ4_XS.
 pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -72,9 +72,9 @@ pub(super) type Q4_0 = Sequential<Half, FourBits>;
 /// `scale * code + min`
 pub(super) type Q4_1 = Sequential<HalfWithMin, FourBits>;
 /// `scale * (code - 16)`, codes of 5 bits
-pub(super) type Q5_0 = Sequential<Half, FiveBits<16>>;
+pub(super) type Q5_0 = Sequential<Half, FiveBits>;
 /// `scale * code + min`, codes of 5 bits
-pub(super) type Q5_1 = Sequential<HalfWithMin, FiveBits<0>>;
+pub(super) type Q5_1 = Sequential<HalfWithMin, FiveBits>;
 /// `scale * code`, signed codes of 8 bits
 pub(super) type Q8_0 = Sequential<Half, EightBits>;
 /// `scale * IQ4_VALUES[code]`
@@ -186,27 +186,27 @@ stored! {
     E2m1(Nibbles) = Code::Table4(MXFP4_VALUES);
 }
 
-/// Codes of 5 bits, `ZERO` too high.
+/// Codes of 5 bits.
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
-pub(super) struct FiveBits<const ZERO: i8> {
+pub(super) struct FiveBits {
     /// Bit `i` is the highest bit of code `i`.
     fifth: [u8; 4],
     low: Nibbles,
 }
 
-impl<const ZERO: i8> Stored for FiveBits<ZERO> {
-    const CODE: Code = Code::Int8;
-    type Codes = Bytes;
+impl Stored for FiveBits {
+    const CODE: Code = Code::Int5;
+    type Codes = Planes<4, 1>;
 
     #[inline(always)]
-    fn get(&self, _index: usize) -> Bytes {
+    fn get(&self, _index: usize) -> Planes<4, 1> {
         let fifth = u32::from_le_bytes(self.fifth);
-        let mut codes = self.low.unpack();
+        let mut codes = self.low.unpack().map(|code| code as u8);
         for (i, code) in codes.iter_mut().enumerate() {
-            *code = (*code | ((fifth >> i & 1) << 4) as i8) - ZERO;
+            *code |= ((fifth >> i & 1) << 4) as u8;
         }
-        codes
+        Planes(codes)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Super-blocks of 256 weights whose codes index a codebook of vectors: the types IQ1, IQ2 and IQ3.
 //!
 //! An entry of the [codebooks](super::grids) gives the absolute values of 8 or 4 weights, or in IQ1 their signed values. Signs
-//! are 8 bits, or 7 bits where the eighth makes their number even.
+//! are 8 bits, or 7 bits where the eighth makes their number even. Each type has at most 16 different values, so panels hold their
+//! indices in a table.
 
 use std::array::from_fn;
 
@@ -12,12 +13,31 @@ use super::blocks32::Half;
 use super::decoder::{Block, Group, Groups};
 use super::grids;
 use super::layout::{Code, Layout};
-use super::panel::Bytes;
+use super::panel::{Nibbles, nibbles};
 
-/// The absolute values of IQ2.
-pub(super) const IQ2_VALUES: [i8; 4] = [8, 25, 43, 0];
-/// The absolute values of IQ3_XXS.
-pub(super) const IQ3_XXS_VALUES: [i8; 8] = [4, 12, 20, 28, 36, 44, 52, 62];
+/// The values of IQ2: four absolute values, and from [`NEGATIVE`] on the same with the other sign.
+const IQ2_VALUES: [i8; 16] = both_signs([8, 25, 43, 0, 0, 0, 0, 0]);
+/// The values of IQ3_XXS.
+const IQ3_XXS_VALUES: [i8; 16] = both_signs([4, 12, 20, 28, 36, 44, 52, 62]);
+/// The values of IQ3_S.
+const IQ3_S_VALUES: [i8; 16] = both_signs([1, 3, 5, 7, 9, 11, 13, 15]);
+/// The values of IQ1: eight times -1, 0 and 1, plus 1, and from [`NEGATIVE`] on minus 1.
+const IQ1_VALUES: [i8; 16] = [-7, 1, 9, 0, 0, 0, 0, 0, -9, -1, 7, 0, 0, 0, 0, 0];
+
+/// The bit of an index that stands for a negative value, or in IQ1 a negative shift.
+const NEGATIVE: u8 = 8;
+
+/// Absolute values, then the negative ones.
+const fn both_signs(values: [i8; 8]) -> [i8; 16] {
+    let mut table = [0; 16];
+    let mut i = 0;
+    while i < 8 {
+        table[i] = values[i];
+        table[i + 8] = -values[i];
+        i += 1;
+    }
+    table
+}
 
 /// A little-endian `u16`.
 type Two = [u8; 2];
@@ -29,45 +49,43 @@ fn even_signs(bits: u32) -> u8 {
     bits | (bits.count_ones() as u8 & 1) << 7
 }
 
-/// `value`, negative if bit `bit` of `signs` is set.
+/// The index of a value from that of its absolute value. It is negative if bit `bit` of `signs` is set.
 #[inline(always)]
-fn signed(value: i8, signs: u8, bit: usize) -> i8 {
-    if signs >> bit & 1 == 0 { value } else { -value }
+fn signed(index: u16, signs: u8, bit: usize) -> u8 {
+    index as u8 | ((signs >> bit & 1) * NEGATIVE)
 }
 
 /// The codes of four vectors of 8. `vector` gives the entry and the signs.
 #[inline(always)]
-fn eights(vector: impl Fn(usize) -> (u16, u8)) -> Bytes {
+fn eights(vector: impl Fn(usize) -> (u16, u8)) -> Nibbles {
     let mut codes = [0; 32];
     for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let (entry, signs) = vector(k);
-        *codes = from_fn(|i| signed(IQ2_VALUES[usize::from(entry >> (2 * i) & 3)], signs, i));
+        *codes = from_fn(|i| signed(entry >> (2 * i) & 3, signs, i));
     }
-    codes
+    nibbles(|i| codes[i])
 }
 
 /// The codes of four pairs of vectors of 4. `vector` gives entry `0..8`, and `signs` those of pair `0..4`.
 #[inline(always)]
-fn fours(value: impl Fn(u16) -> i8, vector: impl Fn(usize) -> u16, signs: impl Fn(usize) -> u8) -> Bytes {
+fn fours(vector: impl Fn(usize) -> u16, signs: impl Fn(usize) -> u8) -> Nibbles {
     let mut codes = [0; 32];
     for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let (signs, entries) = (signs(k), [vector(2 * k), vector(2 * k + 1)]);
-        *codes = from_fn(|i| signed(value(entries[i / 4] >> (4 * (i % 4)) & 7), signs, i));
+        *codes = from_fn(|i| signed(entries[i / 4] >> (4 * (i % 4)) & 7, signs, i));
     }
-    codes
+    nibbles(|i| codes[i])
 }
 
-/// The codes of four vectors of IQ1: eight times the values -1, 0 and 1, shifted by one. `vector` gives the entry and whether
-/// the shift is negative.
+/// The codes of four vectors of IQ1. `vector` gives the entry and whether the shift is negative.
 #[inline(always)]
-fn thirds(vector: impl Fn(usize) -> (u16, bool)) -> Bytes {
+fn thirds(vector: impl Fn(usize) -> (u16, bool)) -> Nibbles {
     let mut codes = [0; 32];
     for (k, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let (entry, is_negative) = vector(k);
-        let shift = if is_negative { -1 } else { 1 };
-        *codes = from_fn(|i| 8 * ((entry >> (2 * i) & 3) as i8 - 1) + shift);
+        *codes = from_fn(|i| signed(entry >> (2 * i) & 3, u8::from(is_negative), 0));
     }
-    codes
+    nibbles(|i| codes[i])
 }
 
 /// Scale `index` of 4-bit scales, the first of a pair in the low nibble.
@@ -76,8 +94,10 @@ fn nibble(scales: &[u8], index: usize) -> f32 {
     f32::from(scales[index / 2] >> (4 * (index % 2)) & 15)
 }
 
-/// A super-block as a file holds it. Its weights are `scale * factor * code`.
+/// A super-block as a file holds it. Its weights are `scale * factor * VALUES[code]`.
 pub(super) trait Codebook: AnyBitPattern {
+    /// The values of codes.
+    const VALUES: [i8; 16];
     /// The largest factor.
     const MOST: f32;
     /// An array of the 8 or 16 groups.
@@ -90,7 +110,7 @@ pub(super) trait Codebook: AnyBitPattern {
     fn groups(&self, scale: f32) -> Self::Groups;
 
     /// The codes of weights `32 * index..32 * (index + 1)`.
-    fn codes(&self, index: usize) -> Bytes;
+    fn codes(&self, index: usize) -> Nibbles;
 }
 
 /// The [`Block`] of a [`Codebook`].
@@ -99,12 +119,12 @@ pub(super) trait Codebook: AnyBitPattern {
 pub(super) struct Vectors<C>(C);
 
 impl<C: Codebook> Block for Vectors<C> {
-    const LAYOUT: Layout = Layout::scaled(Code::Int8, 256 / C::Groups::COUNT);
-    type Codes = Bytes;
+    const LAYOUT: Layout = Layout::scaled(Code::Table4(C::VALUES), 256 / C::Groups::COUNT);
+    type Codes = Nibbles;
     type Groups = C::Groups;
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         self.0.codes(index)
     }
 
@@ -134,6 +154,7 @@ pub(super) struct Iq2Xxs {
 }
 
 impl Codebook for Iq2Xxs {
+    const VALUES: [i8; 16] = IQ2_VALUES;
     const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 8];
 
@@ -148,7 +169,7 @@ impl Codebook for Iq2Xxs {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let [entries, signs] = self.parts[index];
         let signs = u32::from_le_bytes(signs);
         eights(|k| (grids::IQ2_XXS[usize::from(entries[k])], even_signs(signs >> (7 * k))))
@@ -166,6 +187,7 @@ pub(super) struct Iq2Xs {
 }
 
 impl Codebook for Iq2Xs {
+    const VALUES: [i8; 16] = IQ2_VALUES;
     const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 16];
 
@@ -180,7 +202,7 @@ impl Codebook for Iq2Xs {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let vectors = self.vectors[index].map(u16::from_le_bytes);
         eights(|k| (grids::IQ2_XS[usize::from(vectors[k] & 511)], even_signs(u32::from(vectors[k] >> 9))))
     }
@@ -200,6 +222,7 @@ pub(super) struct Iq2S {
 }
 
 impl Codebook for Iq2S {
+    const VALUES: [i8; 16] = IQ2_VALUES;
     const MOST: f32 = 3.875;
     type Groups = [Group<f32>; 16];
 
@@ -214,7 +237,7 @@ impl Codebook for Iq2S {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let high = u16::from(self.high[index]);
         eights(|k| {
             let entry = u16::from(self.low[index][k]) | (high >> (2 * k) & 3) << 8;
@@ -234,6 +257,7 @@ pub(super) struct Iq3Xxs {
 }
 
 impl Codebook for Iq3Xxs {
+    const VALUES: [i8; 16] = IQ3_XXS_VALUES;
     const MOST: f32 = 7.75;
     type Groups = [Group<f32>; 8];
 
@@ -248,13 +272,9 @@ impl Codebook for Iq3Xxs {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let signs = u32::from_le_bytes(self.words[index]);
-        fours(
-            |i| IQ3_XXS_VALUES[usize::from(i)],
-            |k| grids::IQ3_XXS[usize::from(self.entries[index][k])],
-            |k| even_signs(signs >> (7 * k)),
-        )
+        fours(|k| grids::IQ3_XXS[usize::from(self.entries[index][k])], |k| even_signs(signs >> (7 * k)))
     }
 }
 
@@ -272,6 +292,7 @@ pub(super) struct Iq3S {
 }
 
 impl Codebook for Iq3S {
+    const VALUES: [i8; 16] = IQ3_S_VALUES;
     const MOST: f32 = 31.0;
     type Groups = [Group<f32>; 8];
 
@@ -286,10 +307,9 @@ impl Codebook for Iq3S {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let high = u16::from(self.high[index]);
         fours(
-            |i| 2 * i as i8 + 1,
             |k| grids::IQ3_S[usize::from(u16::from(self.low[index][k]) | (high >> k & 1) << 8)],
             |k| self.signs[index][k],
         )
@@ -309,6 +329,7 @@ pub(super) struct Iq1S {
 }
 
 impl Codebook for Iq1S {
+    const VALUES: [i8; 16] = IQ1_VALUES;
     const MOST: f32 = 1.875;
     type Groups = [Group<f32>; 8];
 
@@ -324,7 +345,7 @@ impl Codebook for Iq1S {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         let word = u16::from_le_bytes(self.words[index]);
         thirds(|k| {
             let entry = u16::from(self.low[index][k]) | (word >> (3 * k) & 7) << 8;
@@ -346,6 +367,7 @@ pub(super) struct Iq1M {
 }
 
 impl Codebook for Iq1M {
+    const VALUES: [i8; 16] = IQ1_VALUES;
     const MOST: f32 = 1.875;
     type Groups = [Group<f32>; 16];
 
@@ -364,7 +386,7 @@ impl Codebook for Iq1M {
     }
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Bytes {
+    fn codes(&self, index: usize) -> Nibbles {
         thirds(|k| {
             let high = self.high[index][k / 2] >> (4 * (k % 2)) & 15;
             let entry = u16::from(self.low[index][k]) | u16::from(high & 7) << 8;

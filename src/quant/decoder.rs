@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::layout::{BLOCK, Code, Layout, PANEL};
-use super::panel::{Bytes, Nibbles, PanelMut};
+use super::panel::{Bytes, Nibbles, PanelMut, Planes};
 
 /// A block as it lies in a file, a struct of bytes.
 ///
@@ -18,7 +18,11 @@ pub(super) trait Block: AnyBitPattern {
     const LAYOUT: Layout;
     /// Weights in a block, a multiple of [`BLOCK`].
     const WEIGHTS: usize = Self::LAYOUT.group * Self::Groups::COUNT;
-    /// [`Nibbles`] or [`Bytes`].
+    /// Weights that share a scale, if every block repeats its scales.
+    const SHARED: usize = Self::LAYOUT.group;
+    /// Whether all blocks of a tensor have the same scale, which becomes the output scale of the matrix.
+    const IS_ONE_SCALE: bool = false;
+    /// [`Nibbles`], [`Bytes`] or [`Planes`].
     type Codes: Codes;
     /// An array of [`Group`]s.
     type Groups: Groups;
@@ -160,6 +164,18 @@ impl Codes for Bytes {
     }
 }
 
+impl<const LOW: usize, const HIGH: usize> Codes for Planes<LOW, HIGH> {
+    #[inline(always)]
+    fn unpack(self) -> [i8; BLOCK] {
+        self.0.map(|code| code as i8)
+    }
+
+    #[inline(always)]
+    fn store(&self, panel: &mut PanelMut<'_>, lane: usize, block: usize) {
+        panel.set_planes(lane, block, LOW, HIGH, &self.0);
+    }
+}
+
 /// A row of a panel that is to be packed.
 pub(super) struct PanelRow<'a, 'b> {
     pub(super) panel: &'a mut PanelMut<'b>,
@@ -176,6 +192,8 @@ pub(super) struct PanelRow<'a, 'b> {
 pub(super) struct Decoder {
     /// The panel layout that holds the type's numbers.
     pub(super) layout: Layout,
+    /// The layout of a packed matrix, in which groups with equal scales are merged. Single matrices may be smaller.
+    pub(super) merged: Layout,
     /// Weights and bytes of a block.
     #[cfg_attr(not(test), expect(dead_code, reason = "a test compares it with the table of sizes"))]
     pub(super) size: [usize; 2],
@@ -185,6 +203,8 @@ pub(super) struct Decoder {
     pub(super) pack: fn(&[u8], PanelRow<'_, '_>),
     /// The largest finite bound of a row's scales and minimums. `None` for types whose scales panels hold exactly.
     pub(super) bound: Option<fn(&[u8]) -> f32>,
+    /// As [`Block::IS_ONE_SCALE`].
+    pub(super) is_one_scale: bool,
 }
 
 impl Decoder {
@@ -192,10 +212,12 @@ impl Decoder {
     pub(super) const fn of<B: Block>() -> Decoder {
         Decoder {
             layout: B::LAYOUT,
+            merged: Layout { group: B::SHARED, ..B::LAYOUT },
             size: [B::WEIGHTS, size_of::<B>()],
             decode: decode::<B>,
             pack: pack::<B>,
             bound: if <B::Groups as Groups>::Scale::IS_COMPUTED { Some(bound::<B>) } else { None },
+            is_one_scale: B::IS_ONE_SCALE,
         }
     }
 
@@ -203,10 +225,12 @@ impl Decoder {
     pub(super) const fn float<F: Float>() -> Decoder {
         Decoder {
             layout: Layout::float(F::CODE),
+            merged: Layout::float(F::CODE),
             size: [1, size_of::<F>()],
             decode: decode_floats::<F>,
             pack: pack_floats::<F>,
             bound: None,
+            is_one_scale: false,
         }
     }
 }

@@ -1,15 +1,14 @@
 //! Blocks whose codes are computed from few bits: ternary and binary weights, and NVFP4.
 
+use std::array::from_fn;
+
 use bytemuck::AnyBitPattern;
 use half::f16;
 
 use super::blocks32::{Half, MXFP4_VALUES};
 use super::decoder::{Block, Group, Groups};
 use super::layout::{Code, Layout};
-use super::panel::{Nibbles, nibbles};
-
-/// What panels hold for a weight of -1: they hold 8 more than the weight's integer.
-const MINUS_ONE: u8 = 7;
+use super::panel::{Nibbles, Planes, nibbles};
 
 /// A block of few-bit codes with one scale. Its weights are `scale * (code - 1)`.
 pub(super) trait FewBits: AnyBitPattern {
@@ -29,13 +28,14 @@ pub(super) trait FewBits: AnyBitPattern {
 pub(super) struct OneScale<B>(B);
 
 impl<B: FewBits> Block for OneScale<B> {
-    const LAYOUT: Layout = Layout::scaled(Code::Int4, 32);
-    type Codes = Nibbles;
+    const LAYOUT: Layout = Layout::scaled(Code::Int2, 32);
+    const SHARED: usize = Self::WEIGHTS;
+    type Codes = Planes<2, 0>;
     type Groups = B::Groups;
 
     #[inline(always)]
-    fn codes(&self, index: usize) -> Nibbles {
-        nibbles(|i| MINUS_ONE + self.0.code(32 * index + i))
+    fn codes(&self, index: usize) -> Planes<2, 0> {
+        Planes(from_fn(|i| self.0.code(32 * index + i)))
     }
 
     #[inline(always)]
@@ -124,25 +124,58 @@ impl FewBits for Q1 {
     }
 }
 
-/// `scale * (code - 1)`, codes of 2 bits in the order of the weights
+/// `scale * (code - 1)`, codes of 2 bits in the order of the weights, a scale for `4 * BYTES` of them
 #[derive(Clone, Copy, AnyBitPattern)]
 #[repr(C)]
-pub(super) struct Q2 {
+pub(super) struct Q2<const BYTES: usize, const GROUPS: usize> {
     scale: Half,
-    codes: [u8; 16],
+    codes: [u8; BYTES],
 }
 
-impl FewBits for Q2 {
-    type Groups = [Group<f16>; 2];
+impl<const BYTES: usize, const GROUPS: usize> FewBits for Q2<BYTES, GROUPS> {
+    type Groups = [Group<f16>; GROUPS];
 
     #[inline(always)]
-    fn groups(&self) -> [Group<f16>; 2] {
-        [Group::scaled(self.scale.get()); 2]
+    fn groups(&self) -> [Group<f16>; GROUPS] {
+        const { assert!(4 * BYTES == 32 * GROUPS) };
+        [Group::scaled(self.scale.get()); GROUPS]
     }
 
     #[inline(always)]
     fn code(&self, weight: usize) -> u8 {
         self.codes[weight / 4] >> (2 * (weight % 4)) & 3
+    }
+}
+
+/// `scale * (code - 1)`, codes of 2 bits, the scale of the whole tensor in each block
+#[derive(Clone, Copy, AnyBitPattern)]
+#[repr(C)]
+pub(super) struct I2S {
+    /// Each pair of bits in the 32 bytes belongs to another 32 weights, the highest to the first ones.
+    codes: [u8; 32],
+    /// A little-endian F32.
+    scale: [u8; 4],
+}
+
+impl Block for I2S {
+    const LAYOUT: Layout = Layout::scaled(Code::Int2, 32);
+    const SHARED: usize = 256;
+    const IS_ONE_SCALE: bool = true;
+    type Codes = Planes<2, 0>;
+    type Groups = [Group<f32>; 4];
+
+    #[inline(always)]
+    fn codes(&self, index: usize) -> Planes<2, 0> {
+        Planes(self.codes.map(|byte| byte >> (6 - 2 * index) & 3))
+    }
+
+    #[inline(always)]
+    fn groups(&self) -> [Group<f32>; 4] {
+        [Group::scaled(f32::from_le_bytes(self.scale)); 4]
+    }
+
+    fn bounds(&self) -> [f32; 2] {
+        [f32::from_le_bytes(self.scale).abs(), 0.0]
     }
 }
 
@@ -187,8 +220,6 @@ fn half_of_e4m3(bits: u8) -> f16 {
 
 #[cfg(test)]
 mod tests {
-    use std::array::from_fn;
-
     use super::*;
 
     #[test]

@@ -2,16 +2,16 @@
 //!
 //! An entry holds the indices of 8 values in 2 bits each, or of 4 values in 4 bits each, the first in the lowest bits.
 
-/// Indices of [`super::codebooks::IQ2_VALUES`].
+/// Indices of the absolute values of IQ2.
 pub(super) const IQ2_XXS: [u16; 256] = table(include_bytes!("grids/iq2_xxs.txt"));
 
-/// Indices of [`super::codebooks::IQ2_VALUES`].
+/// Indices of the absolute values of IQ2.
 pub(super) const IQ2_XS: [u16; 512] = table(include_bytes!("grids/iq2_xs.txt"));
 
-/// Indices of [`super::codebooks::IQ2_VALUES`].
+/// Indices of the absolute values of IQ2.
 pub(super) const IQ2_S: [u16; 1024] = table(include_bytes!("grids/iq2_s.txt"));
 
-/// Indices of [`super::codebooks::IQ3_XXS_VALUES`].
+/// Indices of the absolute values of IQ3_XXS.
 pub(super) const IQ3_XXS: [u16; 256] = table(include_bytes!("grids/iq3_xxs.txt"));
 
 /// Indices of the odd numbers from 1.

@@ -4,20 +4,29 @@
 //! columns. The codes of a panel's block fill cache lines of 64 bytes:
 //!
 //! ```text
-//! 4-bit: line j (0..4), byte 4 * row + i (row 0..16, i 0..4)
-//!          low nibble:  column 8 * j + i        high nibble: column 8 * j + 4 + i
-//! 8-bit: line j (0..8), byte 4 * row + i:       column 4 * j + i
-//! float: line per column (F32) or per two columns (F16, BF16): 16 rows side by side
+//! plane of 4 bits: line j (0..4), byte 4 * row + i (row 0..16, i 0..4)
+//!                    low nibble: column 8 * j + i      high nibble: column 8 * j + 4 + i
+//! plane of 2 bits: line j (0..2), the pairs of byte 4 * row + i from the lowest on
+//!                    column 16 * j + i, 16 * j + 4 + i, 16 * j + 8 + i, 16 * j + 12 + i
+//! plane of 1 bit:  one line, the bits of byte 4 * row + i from the lowest on
+//!                    column i, 4 + i, ..., 28 + i
+//! 8-bit:           line j (0..8), byte 4 * row + i: column 4 * j + i
+//! float:           line per column (F32) or per two columns (F16, BF16): 16 rows side by side
 //! ```
+//!
+//! Codes of 2 and 4 bits are one plane. Codes of 3 bits are a plane with their lower 2 bits, then one with the highest bit; codes of 5 and
+//! 6 bits are a plane with their lower 4 bits, then one with the others.
 //!
 //! One 64-byte load thus holds 4 weights of each of 16 rows, the operand of a `vpdpbusd` against four broadcast activations.
 //! Nothing is summed across lanes: AVX-512 takes 16 rows at once, AVX2 twice 8, NEON four times 4, from the same bytes. Each
 //! group has 16 F16 scales, one per row, and perhaps 16 minimums. The last panel is padded with zero rows, the last block
 //! with zero columns.
 
+mod wide;
+
 use half::f16;
 
-pub use super::layout::{BLOCK, Code, Layout, PANEL};
+pub use super::layout::{BLOCK, Code, LONGEST_RUN, Layout, PANEL};
 pub use super::panel::{Panel, PanelMut};
 use crate::error::Result;
 use crate::system::aligned_buf::AlignedBuf;
@@ -48,7 +57,7 @@ impl Packed {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
     ///
     /// # Panics
-    /// If the code does not have groups of that size.
+    /// If no kernel [knows](Layout::is_known) the layout.
     pub fn try_zeroed(rows: usize, columns: usize, layout: Layout, output_scale: f32) -> Result<Self> {
         Packed::with_memory(rows, columns, layout, output_scale, |lines| AlignedBuf::try_zeroed(lines, PURPOSE))
     }
@@ -66,7 +75,7 @@ impl Packed {
     /// As [`try_zeroed`](Self::try_zeroed), for callers that cannot handle an error.
     ///
     /// # Panics
-    /// If there is no memory, or the code does not have groups of that size.
+    /// If there is no memory, or no kernel [knows](Layout::is_known) the layout.
     pub fn zeroed(rows: usize, columns: usize, layout: Layout, output_scale: f32) -> Self {
         let packed = Packed::with_memory(rows, columns, layout, output_scale, |lines| Ok(AlignedBuf::zeroed(lines)));
         packed.unwrap_or_else(|error| panic!("{error}"))
@@ -85,8 +94,7 @@ impl Packed {
         output_scale: f32,
         memory: impl Fn(usize) -> Result<AlignedBuf>,
     ) -> Result<Self> {
-        let is_wide = layout.code == Code::Int4 && matches!(layout.group, 64 | 128);
-        assert!(is_wide || matches!(layout.group, 16 | 32), "groups of {} columns", layout.group);
+        assert!(!layout.is_integer() || layout.is_known(), "{layout:?}");
         let mut packed = Packed { rows, columns, layout, output_scale, memory: AlignedBuf::default() };
         packed.memory = memory(Packed::bytes_needed(rows, columns, layout) / size_of::<CacheLine>())?;
         Ok(packed)
@@ -116,7 +124,7 @@ impl Packed {
         self.layout
     }
 
-    /// What every output is multiplied with at the end, a power of two.
+    /// What every output is multiplied with at the end: a power of two, or the only scale of the matrix.
     pub fn output_scale(&self) -> f32 {
         self.output_scale
     }
@@ -171,13 +179,13 @@ impl Packed {
         self.groups().div_ceil(2)
     }
 
-    /// Merges groups of 32 columns into groups of 128 or 64 where their scales and minimums are equal.
+    /// Merges groups of 32 columns into larger ones where their scales and minimums are equal.
     ///
     /// A file whose block type has smaller groups than its quantization repeats scales.
     pub fn merge_groups(&mut self) {
-        let is_mergeable = self.layout.code == Code::Int4 && self.layout.group == BLOCK;
-        if let Some(group) = [128, 64].into_iter().find(|group| is_mergeable && self.runs_are_equal(group / BLOCK)) {
-            self.set_group(group);
+        let groups = self.layout.merged_groups();
+        if let Some(group) = groups.iter().find(|group| self.runs_are_equal(**group / BLOCK)) {
+            self.set_group(*group);
         }
     }
 

@@ -9,11 +9,31 @@ use crate::system::aligned_buf::CacheLine;
 pub(super) type Nibbles = [u8; BLOCK / 2];
 /// 32 signed codes of 8 bits.
 pub(super) type Bytes = [i8; BLOCK];
+/// 32 unsigned codes, which panels hold in a plane of `LOW` and one of `HIGH` bits.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Planes<const LOW: usize, const HIGH: usize>(pub(super) [u8; BLOCK]);
 
 /// [`Nibbles`] of codes that are given one by one.
 #[inline(always)]
 pub(super) fn nibbles(code: impl Fn(usize) -> u8) -> Nibbles {
     std::array::from_fn(|j| code(j) | code(j + 16) << 4)
+}
+
+/// The word of line `line` of a plane of `bits` bits for one row: the bits of its columns from bit `from` of their codes on. `codes` are
+/// the row's codes, four in a word.
+#[inline(always)]
+fn plane_word(codes: &[u32; BLOCK / 4], bits: usize, from: usize, line: usize) -> u32 {
+    let (per_byte, mask) = (8 / bits, (255 >> (8 - bits)) * 0x0101_0101);
+    let words = &codes[line * per_byte..][..per_byte];
+    words.iter().enumerate().fold(0, |all, (q, word)| all | (word >> from & mask) << (bits * q))
+}
+
+/// The bits of `column` in one row of a plane of `bits` bits.
+#[inline(always)]
+fn plane_bits(lines: &[CacheLine], bits: usize, lane: usize, column: usize) -> u8 {
+    let columns = BLOCK / bits;
+    let byte = lines[column / columns].0[4 * lane + column % 4];
+    byte >> (bits * (column % columns / 4)) & (255 >> (8 - bits)) as u8
 }
 
 /// One panel of a [`Packed`](super::packed::Packed) matrix.
@@ -39,20 +59,23 @@ pub struct PanelMut<'a> {
 }
 
 impl Panel<'_> {
-    /// The integer at (`lane`, `column`), signed; 0..=15 for [`Code::Int4`].
+    /// The integer at (`lane`, `column`): signed, or the code if codes are [unsigned](Code::zero).
     ///
     /// # Panics
     /// If `code` is a float.
     #[inline]
     pub fn integer(&self, code: Code, lane: usize, column: usize) -> i32 {
+        let stored = i32::from(self.stored(code.planes(), lane, column));
+        code.integer(if code == Code::Int8 { stored - 128 } else { stored })
+    }
+
+    /// The bits at (`lane`, `column`) of planes of these numbers of bits.
+    #[inline(always)]
+    fn stored(&self, [low, high]: [usize; 2], lane: usize, column: usize) -> u8 {
         let (block, column) = (column / BLOCK, column % BLOCK);
-        code.integer(match code {
-            Code::Int8 => i32::from(self.codes[block * 8 + column / 4].0[4 * lane + column % 4]) - 128,
-            _ => {
-                let byte = self.codes[block * 4 + column / 8].0[4 * lane + column % 4];
-                i32::from(if column % 8 < 4 { byte & 15 } else { byte >> 4 })
-            }
-        })
+        let (lower, upper) = self.codes[block * (low + high)..][..low + high].split_at(low);
+        let bits = plane_bits(lower, low, lane, column);
+        if high == 0 { bits } else { bits | plane_bits(upper, high, lane, column) << low }
     }
 
     /// The float at (`lane`, `column`).
@@ -65,7 +88,7 @@ impl Panel<'_> {
             Code::F32 => bytemuck::cast_slice::<CacheLine, f32>(self.codes)[column * PANEL + lane],
             Code::F16 => bytemuck::cast_slice::<CacheLine, f16>(self.codes)[column * PANEL + lane].to_f32(),
             Code::BF16 => bytemuck::cast_slice::<CacheLine, bf16>(self.codes)[column * PANEL + lane].to_f32(),
-            Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
+            _ => unreachable!("integers have scales"),
         }
     }
 
@@ -100,7 +123,7 @@ impl PanelMut<'_> {
             Code::F32 => mark(bytemuck::cast_slice::<CacheLine, u32>(self.codes), 0x7f80_0000, &mut bad),
             Code::F16 => mark(bytemuck::cast_slice::<CacheLine, u16>(self.codes), 0x7c00, &mut bad),
             Code::BF16 => mark(bytemuck::cast_slice::<CacheLine, u16>(self.codes), 0x7f80, &mut bad),
-            Code::Int4 | Code::Table4(_) | Code::Int8 => {
+            _ => {
                 mark(bytemuck::cast_slice::<_, u16>(self.scales), 0x7c00, &mut bad);
                 mark(bytemuck::cast_slice::<_, u16>(self.mins), 0x7c00, &mut bad);
             }
@@ -108,21 +131,27 @@ impl PanelMut<'_> {
         bad.iter().position(|bad| *bad)
     }
 
-    /// Stores the codes of block `block` of row `lane`: 0..=15 for 4-bit codes, -128..=127 for 8-bit ones.
+    /// Stores the codes of block `block` of row `lane`: -128..=127 for 8-bit codes, the lower bits of others.
+    ///
+    /// # Panics
+    /// If `code` is a float.
     #[inline]
     pub fn set_codes(&mut self, code: Code, lane: usize, block: usize, codes: &[i8; BLOCK]) {
-        match code {
-            Code::Int4 | Code::Table4(_) => self.set_nibbles(lane, block, &nibbles(|i| (codes[i] & 15) as u8)),
-            Code::Int8 => {
-                let lines = &mut self.codes[block * 8..][..8];
-                for (line, codes) in lines.iter_mut().zip(codes.as_chunks::<4>().0) {
-                    let bytes = &mut line.0[4 * lane..][..4];
-                    for i in 0..4 {
-                        bytes[i] = (codes[i] as u8) ^ 0x80;
-                    }
-                }
+        let [low, high] = code.planes();
+        let sign = if code == Code::Int8 { 0x80 } else { 0 };
+        self.set_planes(lane, block, low, high, &codes.map(|code| code as u8 ^ sign));
+    }
+
+    /// Stores codes in a plane of `low` and one of `high` bits.
+    #[inline(always)]
+    pub(super) fn set_planes(&mut self, lane: usize, block: usize, low: usize, high: usize, codes: &[u8; BLOCK]) {
+        let codes: &[[u8; 4]; BLOCK / 4] = bytemuck::cast_ref(codes);
+        let words = codes.map(u32::from_le_bytes);
+        let (lower, upper) = self.codes[block * (low + high)..][..low + high].split_at_mut(low);
+        for (lines, bits, from) in [(lower, low, 0), (upper, high, low)] {
+            for (i, line) in lines.iter_mut().enumerate() {
+                line.0[4 * lane..][..4].copy_from_slice(&plane_word(&words, bits, from, i).to_le_bytes());
             }
-            Code::F32 | Code::F16 | Code::BF16 => unreachable!("floats have no integer codes"),
         }
     }
 
@@ -149,7 +178,7 @@ impl PanelMut<'_> {
             Code::BF16 => {
                 bytemuck::cast_slice_mut::<CacheLine, bf16>(self.codes)[at] = bf16::from_f32(value);
             }
-            Code::Int4 | Code::Table4(_) | Code::Int8 => unreachable!("integers have scales"),
+            _ => unreachable!("integers have scales"),
         }
     }
 }

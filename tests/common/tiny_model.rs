@@ -145,15 +145,21 @@ fn blocks(block_type: BlockType, count: usize, random: &mut Random) -> Vec<u8> {
         BlockType::Q2_K => &[80, 82],
         BlockType::Q3_K => &[108],
         BlockType::Q6_K => &[208],
+        BlockType::TQ2_0 => &[64],
         BlockType::MXFP4 => &[],
         _ => &[0],
+    };
+    let scale = match block_type {
+        // Their codes stand for numbers up to 2.
+        BlockType::TQ2_0 | BlockType::Q2_0 | BlockType::PQ2_0 => 0.05,
+        _ => 0.0005,
     };
     let mut bytes = Vec::new();
     for _ in 0..count / block_type.block_len() {
         let start = bytes.len();
         bytes.extend((0..block_type.block_bytes()).map(|_| (random.next() * 128.0) as i8 as u8));
         for at in halves {
-            let scale = half::f16::from_f32(random.next().abs() * 0.0005);
+            let scale = half::f16::from_f32(random.next().abs() * scale);
             bytes[start + at..][..2].copy_from_slice(&scale.to_le_bytes());
         }
         if block_type == BlockType::MXFP4 {

@@ -100,8 +100,8 @@ fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
 #[test]
 fn random_blocks_decode_to_the_bits_of_the_reference() {
     use BlockType::*;
-    // The type, the byte with the exponent of its F16 scale, and the hash of the values of 64 random blocks. The hashes are of
-    // gguf-py 0.19 (`gguf.quants.dequantize`); those of Q1_0 and Q2_0, which it lacks, of a few lines of numpy.
+    // The type, the byte with the exponent of its scale, and the hash of the values of 64 random blocks. The hashes are of
+    // gguf-py 0.19 (`gguf.quants.dequantize`); those of Q1_0, Q2_0, I2_S and PQ2_0, which it lacks, of a few lines of numpy.
     let expected = [
         (IQ1_S, Some(1), 0x755f_f341_6c78_110b),
         (IQ1_M, Some(55), 0x7a63_1671_5831_dc52),
@@ -115,6 +115,8 @@ fn random_blocks_decode_to_the_bits_of_the_reference() {
         (NVFP4, None, 0x0698_3a0f_9437_f190),
         (Q1_0, Some(1), 0x6994_f71f_ac7c_aa25),
         (Q2_0, Some(1), 0xbdbe_753f_94a0_3c0f),
+        (I2_S, Some(35), 0xe758_11be_216a_c095),
+        (PQ2_0, Some(1), 0xf32e_6438_ed29_b6ba),
     ];
     for (block_type, exponent_at, hash) in expected {
         let mut state = 0x1234_5678u64;
@@ -186,7 +188,7 @@ fn types_are_found_by_name_and_by_id() {
         assert_eq!(block_type.to_string(), block_type.name());
     }
     assert_eq!(BlockType::from_name("Q9_9"), None);
-    for id in [4, 5, 31, 32, 33, 36, 37, 38, 43, u32::MAX] {
+    for id in [4, 5, 31, 32, 33, 37, 38, 43, 141, 143, u32::MAX] {
         assert_eq!(BlockType::from_id(id), None, "{id}");
     }
 }
@@ -230,6 +232,8 @@ fn sizes_match_the_format() {
         (NVFP4, 40, 64, 36),
         (Q1_0, 41, 128, 18),
         (Q2_0, 42, 64, 18),
+        (I2_S, 36, 128, 36),
+        (PQ2_0, 142, 128, 34),
     ];
     assert_eq!(sizes.len(), BlockType::all().count());
     for (block_type, id, len, bytes) in sizes {
@@ -251,7 +255,7 @@ fn sizes_match_the_format() {
 fn an_unsupported_type_is_refused_by_name() {
     let supported: Vec<&str> = BlockType::all().filter(|t| t.is_supported()).map(BlockType::name).collect();
     let listed = "F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S, IQ4_NL, \
-                  IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0";
+                  IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, TQ1_0, TQ2_0, I2_S, MXFP4, NVFP4, Q1_0, Q2_0, PQ2_0";
     assert_eq!(supported.join(", "), listed);
     for block_type in BlockType::all().filter(|t| !t.is_supported()) {
         let bytes = vec![0; block_type.block_bytes()];

@@ -16,6 +16,7 @@ mod hf_folders;
 mod hf_recurrent;
 mod hf_recurrent_settings;
 mod hf_safetensors;
+mod shared_ids;
 #[cfg(feature = "tokenizers")]
 mod tokenizers;
 mod vocab;

@@ -106,13 +106,13 @@ fn ends(layout: Layout) -> (fn(Layout, i8) -> i64, Vec<i8>) {
     fn value(layout: Layout, code: i8) -> i64 {
         match layout.code {
             Code::Table4(table) => i64::from(table[code as usize]),
-            Code::Int4 if !layout.min => i64::from(code) - 8,
+            other if !layout.min => i64::from(code) - i64::from(other.zero().unwrap_or(0)),
             _ => i64::from(code),
         }
     }
     let codes = match layout.code {
         Code::Int8 => vec![-128, -127, 127, 0],
-        _ => vec![0, 1, 15, 8],
+        code => vec![0, 1, top(code), code.zero().unwrap_or(8) as i8],
     };
     (value, codes)
 }

@@ -29,18 +29,17 @@ pub(crate) fn scalar() -> &'static Kernel {
 
 /// All integer layouts.
 pub(crate) fn integer_layouts() -> Vec<Layout> {
-    let mut layouts = vec![];
-    for code in [Code::Int4, Code::Table4(UNEVEN), Code::Table4(ENDS), Code::Int8] {
-        for group in [16, 32] {
-            for min in [false, true] {
-                layouts.push(Layout { code, group, min });
-            }
-        }
-    }
-    for group in [64, 128] {
-        layouts.extend([false, true].map(|min| Layout { code: Code::Int4, group, min }));
-    }
-    layouts
+    let tables = [Code::Table4(UNEVEN), Code::Table4(ENDS)];
+    let codes = [Code::Int2, Code::Int3, Code::Int4, Code::Int5, Code::Int6, Code::Int8].into_iter().chain(tables);
+    let groups = [16, 32, 64, 128, 256].into_iter().flat_map(|group| [(group, false), (group, true)]);
+    let all = codes.flat_map(|code| groups.clone().map(move |(group, min)| Layout { code, group, min }));
+    all.filter(Layout::is_known).collect()
+}
+
+/// The largest code that is not signed.
+pub(crate) fn top(code: Code) -> i8 {
+    let bits = Layout { code, group: 32, min: false }.lines_per_block();
+    ((1 << bits) - 1) as i8
 }
 
 /// All layouts.
@@ -108,9 +107,14 @@ impl Rng {
     pub(crate) fn code(&mut self, code: Code) -> i8 {
         match code {
             Code::Int8 => self.next() as i8,
+            code if layout_is_integer(code) => self.next() as i8 & top(code),
             _ => (self.next() & 15) as i8,
         }
     }
+}
+
+fn layout_is_integer(code: Code) -> bool {
+    Layout::float(code).is_integer()
 }
 
 /// A matrix of random codes, scales and minimums.

@@ -7,8 +7,8 @@ use nybble::kernels;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
 use nybble::quant::block::BlockType;
 
-/// Block types with a layout of their own, and for types of 256 columns a shape that allows them.
-const TYPES: [BlockType; 16] = [
+/// Block types with a layout of their own, and for types of more than 32 columns a shape that allows them.
+const TYPES: [BlockType; 20] = [
     BlockType::F32,
     BlockType::F16,
     BlockType::BF16,
@@ -25,12 +25,16 @@ const TYPES: [BlockType; 16] = [
     BlockType::IQ4_NL,
     BlockType::IQ4_XS,
     BlockType::MXFP4,
+    BlockType::TQ2_0,
+    BlockType::Q2_0,
+    BlockType::PQ2_0,
+    BlockType::IQ2_XS,
 ];
 
 const WIDE: Shape = Shape { hidden: 256, heads: 8, kv_heads: 2, head_dim: 32, ffn: 256, layers: 1, ..ODD };
 
 fn shape_of(block_type: BlockType) -> Shape {
-    if block_type.block_len() == 256 { WIDE } else { ODD }
+    if block_type.block_len() > 32 { WIDE } else { ODD }
 }
 
 /// All cache types, the model's default first.

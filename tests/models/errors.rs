@@ -229,7 +229,7 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
     let singles = [f32::NAN, f32::INFINITY].map(|x| x.to_le_bytes().to_vec());
     // Offsets in a row of numbers that must be finite: scales and minimums.
     type Case<'a> = (BlockType, &'a [u64], &'a [Vec<u8>]);
-    let places: [Case<'_>; 15] = [
+    let places: [Case<'_>; 16] = [
         (BlockType::F32, &[0, 4 * 95], &singles),
         (BlockType::F16, &[0, 2 * 95], &halves),
         (BlockType::BF16, &[0, 2 * 95], &brains),
@@ -245,6 +245,7 @@ fn weights_that_are_nan_or_infinite_are_refused_with_tensor_and_row() {
         (BlockType::Q6_K, &[208], &halves),
         (BlockType::IQ4_NL, &[0, 18], &halves),
         (BlockType::IQ4_XS, &[0], &halves),
+        (BlockType::TQ2_0, &[64], &halves),
     ];
     for (block_type, places, values) in places {
         // Packing reorders the rows of queries. The error has the row of the file.

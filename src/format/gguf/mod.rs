@@ -39,6 +39,7 @@ mod metadata;
 mod parse;
 mod reader;
 mod shard;
+mod shared_ids;
 mod split;
 mod tensor;
 mod value;

@@ -9,6 +9,7 @@ use super::limits::{
     name_fault,
 };
 use super::metadata::Metadata;
+use super::shared_ids;
 use super::tensor::TensorInfo;
 use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
@@ -79,6 +80,7 @@ pub(super) fn parse(path: &Path, bytes: &[u8], shard: usize) -> Result<Parsed> {
 
     // Data start at the next multiple of the alignment. A file without tensors may end before that.
     let data_start = cursor.at.next_multiple_of(alignment);
+    resolve_shared_ids(&cursor, &mut raw, bytes.len().saturating_sub(data_start))?;
     let mut tensors = Vec::with_capacity(raw.len());
     let mut free_from = data_start;
     for tensor in raw {
@@ -91,6 +93,34 @@ pub(super) fn parse(path: &Path, bytes: &[u8], shard: usize) -> Result<Parsed> {
         }
     }
     Ok(Parsed { version, metadata, tensors })
+}
+
+/// Gives the tensors whose type id has two meanings the type that fits the `data_len` bytes of data.
+fn resolve_shared_ids(cursor: &Cursor<'_>, tensors: &mut [RawTensor<'_>], data_len: usize) -> Result<()> {
+    let ends = tensors.iter().skip(1).map(|next| next.offset).chain([data_len as u64]);
+    let sizes: Vec<usize> = tensors
+        .iter()
+        .zip(ends)
+        .map(|(tensor, end)| usize::try_from(end.saturating_sub(tensor.offset)).unwrap_or(usize::MAX))
+        .collect();
+    for (tensor, size) in tensors.iter().zip(&sizes) {
+        let is_other = match tensor.block_type {
+            BlockType::PQ2_0 => shared_ids::is_iq2_tn(tensor.elements, *size),
+            BlockType::I2_S => shared_ids::is_withdrawn(tensor.elements, *size),
+            _ => false,
+        };
+        if is_other {
+            return Err(tensor.unsupported(cursor));
+        }
+    }
+    let q2_0 = tensors.iter().zip(&sizes).filter(|(tensor, _)| tensor.block_type == BlockType::Q2_0);
+    if shared_ids::is_pq2_0(q2_0.map(|(tensor, size)| (tensor.elements, *size))) {
+        for tensor in tensors.iter_mut().filter(|tensor| tensor.block_type == BlockType::Q2_0) {
+            tensor.block_type = BlockType::PQ2_0;
+            (tensor.elements, tensor.nbytes) = tensor.size(cursor)?;
+        }
+    }
+    Ok(())
 }
 
 /// The alignment of tensors, in bytes.
@@ -119,6 +149,26 @@ struct RawTensor<'a> {
 impl RawTensor<'_> {
     fn place(&self) -> Place {
         Place::Tensor(self.name.to_owned())
+    }
+
+    /// The number of values and bytes.
+    fn size(&self, cursor: &Cursor<'_>) -> Result<(usize, usize)> {
+        if self.dims.contains(&0) {
+            return Ok((0, 0));
+        }
+        let size = tensor_size(self.block_type, &self.dims);
+        size.map_err(|(found, expected)| cursor.fault_in(self.place(), found, expected))
+    }
+
+    /// The error for a type that is not read.
+    fn unsupported(&self, cursor: &Cursor<'_>) -> Error {
+        let id = self.block_type.id();
+        let (what, supported) = match other_types::by_id(id) {
+            Some(OtherType { name, origin, advice }) => (format!("the type {name}{origin},"), advice.to_owned()),
+            None => (format!("the type {}", self.block_type), BlockType::names(BlockType::is_supported)),
+        };
+        let supported = format!("supported: {supported}");
+        Error::Unsupported { path: cursor.path.to_path_buf(), place: self.place(), what, supported }
     }
 
     /// Locates the data and checks that they are aligned, inside the file, and after those of the previous tensor.
@@ -154,7 +204,7 @@ impl RawTensor<'_> {
     }
 }
 
-/// The number of values and bytes of a tensor. The error is what was found and what was expected.
+/// The number of values and bytes in a file of a tensor. The error is what was found and what was expected.
 pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize, usize), (String, String)> {
     if dims.is_empty() || dims.len() > MAX_DIMS {
         return Err((format!("{} dimensions", dims.len()), format!("1 to {MAX_DIMS} dimensions")));
@@ -171,7 +221,7 @@ pub(super) fn tensor_size(block_type: BlockType, dims: &[u64]) -> Result<(usize,
     // Sizes stay below 2^63, to fit the signed integers of other readers.
     let fits = |n: &usize| i64::try_from(*n).is_ok();
     let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(usize::try_from(*dim).ok()?));
-    let sizes = elements.filter(fits).and_then(|n| Some((n, block_type.bytes_for(n).filter(fits)?)));
+    let sizes = elements.filter(fits).and_then(|n| Some((n, shared_ids::bytes_in_file(block_type, n).filter(fits)?)));
     sizes.ok_or_else(|| (found(), format!("fewer than 2^63 values and bytes of {block_type}")))
 }
 
@@ -416,22 +466,19 @@ impl<'a> Cursor<'a> {
         }
         let dims = (0..n_dims).map(|_| self.u64("a dimension")).collect::<Result<Vec<u64>>>()?;
         let type_id = self.u32("the block type")?;
-        if let Some(OtherType { name, origin, advice }) = other_types::by_id(type_id) {
+        let block_type = BlockType::from_id(type_id);
+        if let (None, Some(OtherType { name, origin, advice })) = (block_type, other_types::by_id(type_id)) {
             let (what, supported) = (format!("the type {name}{origin},"), format!("supported: {advice}"));
             return Err(Error::Unsupported { path: self.path.to_path_buf(), place: place(), what, supported });
         }
-        let Some(block_type) = BlockType::from_id(type_id) else {
-            let expected = "a block type that ggml has (0 to 42 without 4, 5, 31 to 33 and 36 to 38)";
+        let Some(block_type) = block_type else {
+            let expected = "a block type that ggml has (0 to 42 without 4, 5, 31 to 33, 37 and 38), or 142";
             return Err(self.fault_in(place(), format_args!("block type {type_id}"), expected));
         };
         let offset = self.u64("the offset")?;
-        let (elements, nbytes) = match dims.contains(&0) {
-            true => (0, 0),
-            false => {
-                tensor_size(block_type, &dims).map_err(|(found, expected)| self.fault_in(place(), found, expected))?
-            }
-        };
+        let mut tensor = RawTensor { name, block_type, dims, elements: 0, nbytes: 0, offset };
+        (tensor.elements, tensor.nbytes) = tensor.size(self)?;
         self.part = Part::Header;
-        Ok(RawTensor { name, block_type, dims, elements, nbytes, offset })
+        Ok(tensor)
     }
 }

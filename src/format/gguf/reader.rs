@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 
 use super::metadata::Metadata;
 use super::shard::{OpenOptions, Shard};
+use super::shared_ids::I2_S_TAIL;
 use super::split;
 use super::tensor::TensorInfo;
 use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::quant::block::BlockType;
+use crate::quant::pack::Rows;
 
 /// A GGUF model: its metadata, its tensors, and access to their bytes.
 ///
@@ -217,7 +219,8 @@ impl Gguf {
         self.index.get(name).and_then(|at| self.tensors.get(*at))
     }
 
-    /// The [`TensorInfo::nbytes`] bytes of `tensor`, which must belong to this model. Empty for a tensor outside its files.
+    /// The [`TensorInfo::nbytes`] bytes of `tensor`, which must belong to this model: its blocks, or for I2_S the codes of all blocks
+    /// and their scale. Empty for a tensor outside its files.
     /// The bytes are aligned in the file, but not necessarily in memory.
     pub fn data(&self, tensor: &TensorInfo) -> &[u8] {
         let bytes = self.shards.get(tensor.shard).and_then(|shard| shard.bytes.get(tensor.bytes.clone()));
@@ -239,8 +242,25 @@ impl Gguf {
             });
         }
         let mut values = vec![0.0; tensor.elements];
-        block_type.decode(self.data(tensor), &mut values)?;
+        match block_type {
+            BlockType::I2_S => {
+                let (rows, mut scratch) = (TernaryRows::new(self.data(tensor), tensor.rows()), Vec::new());
+                for (index, out) in values.chunks_exact_mut(tensor.columns()).enumerate() {
+                    block_type.decode(rows.row(index, &mut scratch), out)?;
+                }
+            }
+            _ => block_type.decode(self.data(tensor), &mut values)?,
+        }
         Ok(values)
+    }
+
+    /// The rows of `tensor`.
+    pub(in crate::format) fn rows<'a>(&'a self, tensor: &TensorInfo) -> Box<dyn Rows + 'a> {
+        let bytes = self.data(tensor);
+        match tensor.block_type {
+            BlockType::I2_S => Box::new(TernaryRows::new(bytes, tensor.rows())),
+            block_type => Box::new(Contiguous { block_type, bytes, row_bytes: bytes.len() / tensor.rows().max(1) }),
+        }
     }
 
     /// Lets the system drop the pages of `tensor` from memory. The bytes can still be read, from the disk. Does nothing when
@@ -249,5 +269,55 @@ impl Gguf {
         if let Some(shard) = self.shards.get(tensor.shard) {
             shard.bytes.release(tensor.bytes.clone());
         }
+    }
+}
+
+/// Rows that are contiguous in memory.
+struct Contiguous<'a> {
+    block_type: BlockType,
+    bytes: &'a [u8],
+    row_bytes: usize,
+}
+
+impl Rows for Contiguous<'_> {
+    fn block_type(&self) -> BlockType {
+        self.block_type
+    }
+
+    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        &self.bytes[index * self.row_bytes..][..self.row_bytes]
+    }
+}
+
+/// The rows of an I2_S tensor, in blocks that each have the scale of the tensor.
+struct TernaryRows<'a> {
+    codes: &'a [u8],
+    /// The end of the file's bytes begins with it.
+    scale: &'a [u8],
+    /// Bytes of the codes of a row.
+    row_bytes: usize,
+}
+
+impl<'a> TernaryRows<'a> {
+    /// `bytes` as a file has them.
+    fn new(bytes: &'a [u8], rows: usize) -> Self {
+        let (codes, tail) = bytes.split_at(bytes.len().saturating_sub(I2_S_TAIL));
+        TernaryRows { codes, scale: &tail[..size_of::<f32>().min(tail.len())], row_bytes: codes.len() / rows.max(1) }
+    }
+}
+
+impl Rows for TernaryRows<'_> {
+    fn block_type(&self) -> BlockType {
+        BlockType::I2_S
+    }
+
+    fn row<'a>(&'a self, index: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        scratch.clear();
+        let codes = BlockType::I2_S.block_bytes() - self.scale.len();
+        for codes in self.codes[index * self.row_bytes..][..self.row_bytes].chunks_exact(codes) {
+            scratch.extend_from_slice(codes);
+            scratch.extend_from_slice(self.scale);
+        }
+        scratch
     }
 }

@@ -229,6 +229,10 @@ fn plan(tensors: impl IntoIterator<Item = NewTensor>, alignment: u64) -> Result<
         if !names.insert(name.clone()) {
             return Err(Error::argument("tensors", format_args!("{name:?} a second time"), "each tensor once"));
         }
+        if tensor.block_type == BlockType::I2_S {
+            let found = format!("{name:?} of I2_S, which has its scale after the last row");
+            return Err(Error::argument("tensors", found, "a type whose rows are independent, for example TQ2_0"));
+        }
         let (_, nbytes) = tensor_size(tensor.block_type, &tensor.dims)
             .map_err(|(found, expected)| Error::argument("tensors", format_args!("{found} of {name:?}"), expected))?;
         let end = offset.checked_add(nbytes as u64).and_then(|end| end.checked_next_multiple_of(alignment));

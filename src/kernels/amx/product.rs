@@ -14,9 +14,9 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::kernels::avx512::{Avx512, load, load_f16, load_f32, load_table, store, unpack};
-use crate::kernels::generic::product::{ByTile, INT4, TABLE4, by_tile};
-use crate::quant::packed::{BLOCK, CacheLine, Code, PANEL, Packed, Panel};
+use crate::kernels::avx512::{Avx512, becomes_int4, load, load_f16, load_f32, load_table, store, unpack};
+use crate::kernels::generic::product::{ByLayout, ByTile, by_layout, by_tile, lines_of_block, run_of};
+use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// The codes of a block of activations.
@@ -60,7 +60,7 @@ fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, 
         let blocks = first..x.blocks().min(first + CHUNK);
         for (p, index) in panels.clone().enumerate() {
             let panel = w.panel(index);
-            let codes = bytes(w.layout().code, &panel, blocks.clone(), &mut unpacked);
+            let codes = bytes(w.layout(), &panel, blocks.clone(), &mut unpacked);
             let mut chunk = Chunk { dots, w, panel, codes, blocks: blocks.clone(), x, p, out };
             by_tile(x, 0..x.rows(), &mut chunk);
         }
@@ -69,20 +69,46 @@ fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, 
 
 /// The codes of some blocks as unsigned bytes: 8-bit codes in place, others copied to `unpacked`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn bytes<'a>(code: Code, panel: &Panel<'a>, blocks: Range<usize>, unpacked: &'a mut [WCodes; CHUNK]) -> &'a [WCodes] {
-    if code == Code::Int8 {
+fn bytes<'a>(
+    layout: Layout,
+    panel: &Panel<'a>,
+    blocks: Range<usize>,
+    unpacked: &'a mut [WCodes; CHUNK],
+) -> &'a [WCodes] {
+    if layout.code == Code::Int8 {
         return &panel.codes.as_chunks().0[blocks];
     }
-    let (count, packed) = (blocks.len(), &panel.codes.as_chunks().0[blocks]);
-    match code {
-        // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
-        Code::Table4(table) => {
-            let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(&table)), _mm512_set1_epi8(-128));
-            unpack::<TABLE4>(packed, table, unpacked);
+    by_layout(layout, Unpack { panel, blocks: blocks.clone(), unpacked });
+    &unpacked[..blocks.len()]
+}
+
+/// Copies the codes of some blocks.
+struct Unpack<'a, 'b> {
+    panel: &'a Panel<'b>,
+    blocks: Range<usize>,
+    unpacked: &'a mut [WCodes; CHUNK],
+}
+
+impl ByLayout for Unpack<'_, '_> {
+    #[inline(always)]
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
+        let lines = lines_of_block(CODE) * self.blocks.start..lines_of_block(CODE) * self.blocks.end;
+        // SAFETY: only `bytes` unpacks, which has the features that the functions enable.
+        unsafe {
+            // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
+            let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
+            unpack::<CODE, MIN>(&self.panel.codes[lines], table, self.unpacked);
         }
-        _ => unpack::<INT4>(packed, _mm512_setzero_si512(), unpacked),
     }
-    &unpacked[..count]
+}
+
+/// Whether [`bytes`] returns unsigned 4-bit codes, rather than 8-bit codes.
+struct BecomesInt4<'a>(&'a mut bool);
+
+impl ByLayout for BecomesInt4<'_> {
+    fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, _: &[i8; 16]) {
+        *self.0 = becomes_int4(CODE, MIN);
+    }
 }
 
 /// A chunk of a panel times all tiles.
@@ -134,8 +160,10 @@ impl<D: Dots> Chunk<'_, '_, D> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn add<const R: usize>(&self, x: &Tile<'_, R>, acc: &mut [__m512; R]) {
         let layout = self.w.layout();
-        // Blocks per group, if it has several.
-        let run = layout.group.div_ceil(BLOCK);
+        // Blocks that are summed before they are multiplied with their scale.
+        let run = run_of(layout.group);
+        let mut is_int4 = false;
+        by_layout(layout, BecomesInt4(&mut is_int4));
         let mut parts = [_mm512_setzero_ps(); R];
         let mut codes = [[0; BLOCK]; MAX_TILE_ROWS];
         let mut sums = [CacheLine([0; 64]); MAX_TILE_ROWS];
@@ -144,16 +172,15 @@ impl<D: Dots> Chunk<'_, '_, D> {
             codes[..R].copy_from_slice(bytemuck::cast_slice(&x.codes[b]));
             for part in 0..D::PARTS {
                 self.dots.dots(&codes, w, part, &mut sums);
-                let group = b * D::PARTS / run + part;
+                let group = if D::PARTS == 1 { b * BLOCK / layout.group } else { b * D::PARTS + part };
                 let scale = load_f16(&self.panel.scales[group]);
                 for r in 0..R {
                     let mut dot = load(&sums[r]);
-                    if layout.code != Code::Int4 || !layout.min {
+                    if !is_int4 || !layout.min {
                         let zero =
                             _mm512_set1_epi32(if D::PARTS == 1 { x.zeros[b][r] } else { x.half_zeros[b][part][r] });
                         // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
-                        let four_bits = layout.code == Code::Int4;
-                        dot = _mm512_add_epi32(dot, if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) });
+                        dot = _mm512_add_epi32(dot, if is_int4 { zero } else { _mm512_slli_epi32::<4>(zero) });
                     }
                     let (dot, x_scale) = (_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x.scales[b][r]));
                     if run == 1 {

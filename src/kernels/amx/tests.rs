@@ -51,13 +51,10 @@ impl Rng {
 
 fn layouts() -> Vec<Layout> {
     let uneven = Code::Table4([-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127]);
-    let mut layouts = vec![];
-    for (code, groups) in [(Code::Int4, &[16, 32, 64, 128][..]), (uneven, &[16, 32]), (Code::Int8, &[16, 32])] {
-        for &group in groups {
-            layouts.extend([false, true].map(|min| Layout { code, group, min }));
-        }
-    }
-    layouts
+    let codes = [Code::Int2, Code::Int3, Code::Int4, Code::Int5, Code::Int6, uneven, Code::Int8];
+    let groups = [16, 32, 64, 128, 256].into_iter().flat_map(|group| [(group, false), (group, true)]);
+    let all = codes.into_iter().flat_map(|code| groups.clone().map(move |(group, min)| Layout { code, group, min }));
+    all.filter(Layout::is_known).collect()
 }
 
 fn matrix(rng: &mut Rng, rows: usize, columns: usize, layout: Layout) -> Packed {
@@ -68,15 +65,7 @@ fn matrix(rng: &mut Rng, rows: usize, columns: usize, layout: Layout) -> Packed 
             let numbers = panel.scales.iter_mut().chain(panel.mins.iter_mut());
             numbers.for_each(|numbers| numbers[lane] = f16::from_f32(0.05 * rng.unit()));
             for block in 0..blocks {
-                panel.set_codes(
-                    layout.code,
-                    lane,
-                    block,
-                    &std::array::from_fn(|_| match layout.code {
-                        Code::Int8 => rng.next() as i8,
-                        _ => (rng.next() & 15) as i8,
-                    }),
-                );
+                panel.set_codes(layout.code, lane, block, &std::array::from_fn(|_| rng.next() as i8));
             }
         }
     }

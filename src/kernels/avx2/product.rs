@@ -1,10 +1,10 @@
 //! The integer product.
 //!
 //! `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs of products in 16 bits, where it saturates. With codes
-//! from 0 to 15, the 8 pairs of a whole block cannot saturate: 2 * 15 * 127 * 8 = 30480. So 4-bit codes are widened to 32
-//! bits once per group. 8-bit codes and table values are signed and multiplied as |w| times sign(w) x: a pair is at most
-//! 2 * 128 * 127 = 32512 and is widened at once. [`Avx2`] adds in this way; an [`Adder`] with `vpdpbusd` adds in 32 bits
-//! from the start.
+//! from 0 to 15, the 8 pairs of a whole block cannot saturate: 2 * 15 * 127 * 8 = 30480. So codes of up to 4 bits are widened to 32
+//! bits once per group, codes of 5 bits after 4 pairs (31496) and of 6 bits after 2 (32004). 8-bit codes and table values are signed and
+//! multiplied as |w| times sign(w) x: a pair is at most 2 * 128 * 127 = 32512 and is widened at once. An [`Adder`] with `vpdpbusd` adds in
+//! 32 bits from the start.
 //!
 //! The end of a group is a chain of dependent conversions, and with it in the loop over products the CPU waits for it. So
 //! the dot products of a few groups go to memory first (the first-level cache), and their scales are applied together. In
@@ -13,12 +13,12 @@
 //! ```text
 //! for every CHUNK blocks:
 //!     for each block of 32 columns:
-//!         w[0..8] = unpacked codes of 4 or 8 lines    (8 registers: 8 rows x 4 weights each, used for all S rows)
+//!         w[0..8] = unpacked codes of 2 to 8 lines    (8 registers: 8 rows x 4 weights each, used for all S rows)
 //!         for each of S rows:
-//!             pairs[block] = sum of vpmaddubsw(w[j], x[j]) for j in 0..8         (4-bit codes times activations, broadcast)
+//!             pairs[block] = sum of vpmaddubsw(w[j], x[j]) for j in 0..8         (codes times activations, broadcast)
 //!             dot[block] = sum of vpmaddwd(vpmaddubsw(|w[j]|, sign(w[j]) x[j]), 1)       (signed weights)
 //!     for each block, for each of S rows:
-//!         dot = zero point + vpmaddwd(pairs[block], 1)                (4-bit codes)
+//!         dot = zero point + vpmaddwd(pairs[block], 1)                (codes of up to 4 bits)
 //!         acc = fma(dot, weight scales * activation scale, acc)
 //! ```
 
@@ -27,9 +27,13 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::vector::{Avx2, Both, SIDES, load, load_f16, load_table, prefetch};
+use super::unpack::register;
+use super::vector::{Avx2, Both, SIDES, load_f16, load_table, prefetch};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout, half_block};
+use crate::kernels::generic::product::{
+    ByPanel, INT2, INT3, INT4, INT5, INT6, OnePanel, Product, block_lines, by_layout, is_unsigned, lines_of_block,
+    zero_point,
+};
 use crate::quant::packed::{CacheLine, Packed};
 use crate::threads::Columns;
 
@@ -47,8 +51,8 @@ pub(in crate::kernels) trait Adder: Copy + Into<Avx2> {
     /// Whether 8-bit codes and table values are multiplied as they are stored, unsigned and 128 too high.
     const UNSIGNED: bool;
 
-    /// Adds the products of 4 columns of 8 rows: `(8, 4)` weights times the same 4 activations in every lane.
-    fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i;
+    /// Adds the products of half a block of 8 rows: `(8, 4)` weights in each of `w` times the same 4 activations of `x` in every lane.
+    fn add<const CODE: u8>(self, sum: __m256i, w: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
 
     /// The dot products in 32 bits.
     fn total<const CODE: u8>(self, sum: __m256i) -> __m256i;
@@ -58,15 +62,15 @@ impl Adder for Avx2 {
     const UNSIGNED: bool = false;
 
     #[inline(always)]
-    fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-        // SAFETY: `self` exists, so the CPU has every feature that `add_dot` enables.
-        unsafe { add_dot::<CODE>(sum, w, x) }
+    fn add<const CODE: u8>(self, sum: __m256i, w: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        // SAFETY: `self` exists, so the CPU has every feature that `add_dots` enables.
+        unsafe { add_dots::<CODE>(sum, w, x) }
     }
 
     #[inline(always)]
     fn total<const CODE: u8>(self, sum: __m256i) -> __m256i {
         // SAFETY: as in `add`.
-        if CODE == INT4 { unsafe { add_pairs(sum) } } else { sum }
+        if stays_in_16_bits(CODE) { unsafe { add_pairs(sum) } } else { sum }
     }
 }
 
@@ -115,14 +119,14 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
         assert!(side + T <= SIDES);
         let x = x.blocks(0..blocks);
-        let groups = (blocks * Self::HALVES).div_ceil(Self::RUN);
+        let groups = Self::groups(blocks);
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..groups];
         let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..groups] } else { scales };
         let mut acc = [[_mm256_setzero_ps(); T]; R];
         // The sums of the blocks of a group.
         let mut parts = [[_mm256_setzero_ps(); T]; R];
         let mut dots = [[[[_mm256_setzero_si256(); R]; T]; 2]; CHUNK];
-        let lines = if CODE == INT8 { 8 } else { 4 };
+        let lines = lines_of_block(CODE);
         for first in (0..blocks).step_by(CHUNK) {
             let chunk = first..blocks.min(first + CHUNK);
             for (b, dots) in chunk.clone().zip(&mut dots) {
@@ -135,7 +139,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
             }
             for (b, dots) in chunk.zip(&dots) {
                 for half in 0..Self::HALVES {
-                    let group = b * Self::HALVES / Self::RUN + half;
+                    let group = Self::group_of(b, half);
                     for t in 0..T {
                         let (scale, min) = (load_f16(&scales[group][side + t]), load_f16(&mins[group][side + t]));
                         for r in 0..R {
@@ -180,16 +184,24 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         dots: &mut [[[__m256i; R]; T]; 2],
     ) {
         let adder = self.product.set;
-        let part = |half, t| unpack::<A, CODE>(half_block::<CODE>(self.panel.codes, b, half), side + t, table);
-        let add = |mut sum, w: [__m256i; 4], codes: &[i32]| {
+        let lines = block_lines::<CODE>(self.panel.codes, b);
+        let part = |half: usize, t| {
+            let mut w = [_mm256_setzero_si256(); 4];
             for j in 0..4 {
-                sum = adder.add::<CODE>(sum, w[j], _mm256_set1_epi32(codes[j]));
+                w[j] = register::<CODE>(lines, 4 * half + j, side + t, A::UNSIGNED, table);
             }
-            sum
+            w
+        };
+        let add = |sum, w: [__m256i; 4], codes: &[i32]| {
+            let mut x = [_mm256_setzero_si256(); 4];
+            for j in 0..4 {
+                x[j] = _mm256_set1_epi32(codes[j]);
+            }
+            adder.add::<CODE>(sum, w, x)
         };
         for t in 0..T {
             // Signed weights take twice as many registers, so theirs are unpacked by halves.
-            if Self::HALVES == 1 && (CODE == INT4 || A::UNSIGNED) {
+            if Self::HALVES == 1 && (is_unsigned(CODE) || A::UNSIGNED) {
                 let w = [part(0, t), part(1, t)];
                 for r in 0..R {
                     let sum = add(_mm256_setzero_si256(), w[0], &codes[r][..4]);
@@ -197,13 +209,15 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
                 }
                 continue;
             }
-            for half in 0..2 {
-                let w = part(half, t);
-                let of = if Self::HALVES == 1 { 0 } else { half };
-                for r in 0..R {
-                    let sum = if half > of { dots[of][t][r] } else { _mm256_setzero_si256() };
-                    dots[of][t][r] = add(sum, w, &codes[r][4 * half..][..4]);
-                }
+            let w = part(0, t);
+            for r in 0..R {
+                dots[0][t][r] = add(_mm256_setzero_si256(), w, &codes[r][..4]);
+            }
+            let w = part(1, t);
+            let of = Self::HALVES - 1;
+            for r in 0..R {
+                let sum = if of == 0 { dots[0][t][r] } else { _mm256_setzero_si256() };
+                dots[of][t][r] = add(sum, w, &codes[r][4..]);
             }
         }
     }
@@ -213,15 +227,18 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
     #[target_feature(enable = "avx2,fma,f16c")]
     fn dot<const R: usize>(&self, sum: __m256i, x: &Tile<'_, R>, [b, half, r]: [usize; 3]) -> __m256 {
         let mut dot = self.product.set.total::<CODE>(sum);
-        let is_too_high = if CODE == INT4 { !MIN } else { A::UNSIGNED };
+        let is_too_high = if is_unsigned(CODE) { !MIN } else { A::UNSIGNED };
         if is_too_high {
             let zero = if Self::HALVES == 1 { x.zeros[b][r] } else { x.half_zeros[b][half][r] };
-            // 128 is 16 times the zero point of 4-bit codes.
-            let zero = if CODE == INT4 { zero } else { 16 * zero };
-            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero));
+            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero_point(CODE, zero)));
         }
         _mm256_cvtepi32_ps(dot)
     }
+}
+
+/// Whether the products of a whole block are added up in 16 bits.
+const fn stays_in_16_bits(code: u8) -> bool {
+    matches!(code, INT2 | INT3 | INT4)
 }
 
 /// Adds the pairs of sums in 16 bits.
@@ -231,34 +248,20 @@ fn add_pairs(sum: __m256i) -> __m256i {
     _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
 }
 
-/// Adds the products of 4 columns: pairs in 16 bits for [`INT4`], else whole dot products in 32 bits.
+/// Adds the products of half a block: in 16 bits for codes of up to 4 bits, else whole dot products in 32 bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_dot<const CODE: u8>(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    if CODE == INT4 {
-        _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x))
-    } else {
-        // |w| <= 128 and |x| <= 127: a pair is at most 32512 and does not saturate.
-        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        _mm256_add_epi32(sum, add_pairs(pairs))
-    }
-}
-
-/// The weights of half a block: register `j` holds columns `4 j .. 4 j + 4` of 8 rows. They are signed, except
-/// for [`INT4`] and adders that take unsigned weights.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<A: Adder, const CODE: u8>(lines: &[CacheLine], side: usize, table: __m256i) -> [__m256i; 4] {
-    if CODE == INT8 {
-        let sign = _mm256_set1_epi8(if A::UNSIGNED { 0 } else { -128 });
-        let value = |j: usize| _mm256_xor_si256(load(&lines[j], side), sign);
-        [value(0), value(1), value(2), value(3)]
-    } else {
-        let (first, second) = (load(&lines[0], side), load(&lines[1], side));
-        let low = |line| _mm256_and_si256(line, _mm256_set1_epi8(15));
-        let high = |line| low(_mm256_srli_epi16::<4>(line));
-        let w = [low(first), high(first), low(second), high(second)];
-        let value = |w| if CODE == TABLE4 { _mm256_shuffle_epi8(table, w) } else { w };
-        [value(w[0]), value(w[1]), value(w[2]), value(w[3])]
+fn add_dots<const CODE: u8>(sum: __m256i, w: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+    let pairs = |j: usize| match is_unsigned(CODE) {
+        true => _mm256_maddubs_epi16(w[j], x[j]),
+        false => _mm256_maddubs_epi16(_mm256_abs_epi8(w[j]), _mm256_sign_epi8(x[j], w[j])),
+    };
+    let two = |a, b| _mm256_add_epi16(a, b);
+    let whole = |sum, pairs| _mm256_add_epi32(sum, add_pairs(pairs));
+    match CODE {
+        INT5 => whole(sum, two(two(pairs(0), pairs(1)), two(pairs(2), pairs(3)))),
+        INT6 => whole(whole(sum, two(pairs(0), pairs(1))), two(pairs(2), pairs(3))),
+        _ if stays_in_16_bits(CODE) => two(two(two(two(sum, pairs(0)), pairs(1)), pairs(2)), pairs(3)),
+        _ => whole(whole(whole(whole(sum, pairs(0)), pairs(1)), pairs(2)), pairs(3)),
     }
 }

@@ -2,12 +2,13 @@
 #![allow(unsafe_code, reason = "intrinsics that load and store, and functions with target features")]
 
 mod product;
+mod unpack;
 mod vector;
 
 use std::arch::x86_64::*;
 
 use self::product::product;
-pub(super) use product::unpack;
+pub(super) use unpack::{becomes_int4, unpack};
 pub(super) use vector::{Avx512, load, load_f16, load_f32, load_table, store};
 
 use super::avx2;

@@ -22,16 +22,16 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
-use super::vector::{Avx512, load, load_f16, load_f32, load_table, store, store_line};
+use super::unpack::{becomes_int4, register, unpack};
+use super::vector::{Avx512, load_f16, load_f32, load_table, store};
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx2::prefetch;
-use crate::kernels::generic::product::{ByLayout, ByTile, INT4, INT8, Product, TABLE4, by_layout, by_tile};
+use crate::kernels::generic::product::{
+    ByLayout, ByTile, INT4, INT8, Product, block_lines, by_layout, by_tile, is_unsigned, lines_of_block, run_of,
+    zero_point,
+};
 use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
-
-/// 4-bit codes and table values that were unpacked to bytes.
-const INT4_BYTES: u8 = 3;
-const BYTES: u8 = 4;
 
 /// Panels that a broadcast activation is multiplied by.
 const PAIR: usize = 2;
@@ -64,8 +64,8 @@ impl ByLayout for Product<'_, '_, Avx512> {
                 0 => {}
                 1 => few::<CODE, GROUP, MIN, 1>(self, table),
                 2..=FEW => few::<CODE, GROUP, MIN, PAIR>(self, table),
-                _ if CODE == INT4 => many::<CODE, INT4_BYTES, GROUP, MIN>(self, table),
-                _ => many::<CODE, BYTES, GROUP, MIN>(self, table),
+                _ if becomes_int4(CODE, MIN) => many::<CODE, INT4, GROUP, MIN>(self, table),
+                _ => many::<CODE, INT8, GROUP, MIN>(self, table),
             }
         }
     }
@@ -73,7 +73,7 @@ impl ByLayout for Product<'_, '_, Avx512> {
 
 /// `P` panels as [`strip`] reads them, from its first block on.
 struct Weights<'a, N, const P: usize> {
-    /// Lines of the blocks (4 per block if they are packed, otherwise 8), possibly followed by other lines.
+    /// Lines of the blocks (as packed, or 8 of bytes), possibly followed by other lines.
     codes: [&'a [CacheLine]; P],
     /// 16 F16 or F32 per group.
     scales: [&'a [N]; P],
@@ -133,7 +133,13 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize> Panels
     fn one_tile<const R: usize>(&mut self, row: usize) {
         let Product { w, x, .. } = *self.product;
         let mut acc = [[_mm512_setzero_ps(); P]; R];
-        strip::<_, CODE, GROUP, MIN, P, R>(&self.weights, &x.tile::<R>(row), 0..x.blocks(), self.table, &mut acc);
+        strip::<_, CODE, false, GROUP, MIN, P, R>(
+            &self.weights,
+            &x.tile::<R>(row),
+            0..x.blocks(),
+            self.table,
+            &mut acc,
+        );
         save(&acc, w.output_scale(), row..x.rows().min(row + R), self.written.clone(), self.product.out);
     }
 }
@@ -149,7 +155,8 @@ struct Unpacked {
 type Sums = [[__m512; PAIR]; MAX_TILE_ROWS];
 
 /// Many rows, in slices that stay in the second-level cache: each pair of panels, chunk by chunk, times every tile. The
-/// first-level cache holds 16 KiB of unpacked codes, 16 KiB of sums and the current tile.
+/// first-level cache holds 16 KiB of unpacked codes, 16 KiB of sums and the current tile. The codes become bytes with the meaning of
+/// `UNPACKED`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>(
     product: Product<'_, '_, Avx512>,
@@ -237,8 +244,8 @@ fn fill<const CODE: u8, const GROUP: usize, const MIN: bool>(
     for (p, index) in indices.into_iter().enumerate() {
         let panel = w.panel(index);
         if CODE != INT8 {
-            let packed = panel.codes[4 * blocks.start..4 * blocks.end].as_chunks::<4>().0;
-            unpack::<CODE>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
+            let packed = &panel.codes[lines_of_block(CODE) * blocks.start..lines_of_block(CODE) * blocks.end];
+            unpack::<CODE, MIN>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
         }
         widen(&panel.scales[groups.clone()], &mut unpacked.scales[p]);
         if MIN {
@@ -259,7 +266,13 @@ fn add<const CODE: u8, const GROUP: usize, const MIN: bool, const R: usize>(
     if let Some(sums) = sums.first_chunk_mut::<R>() {
         // The compiler knows that nothing else refers to a copy, so it can keep it in registers.
         let mut acc = *sums;
-        strip::<_, CODE, GROUP, MIN, PAIR, R>(weights, &x.tile::<R>(row), blocks, _mm512_setzero_si512(), &mut acc);
+        strip::<_, CODE, true, GROUP, MIN, PAIR, R>(
+            weights,
+            &x.tile::<R>(row),
+            blocks,
+            _mm512_setzero_si512(),
+            &mut acc,
+        );
         *sums = acc;
     }
 }
@@ -285,11 +298,7 @@ fn save<const P: usize>(
 /// Prefetches the lines of packed codes [`AHEAD`] blocks after block `b`.
 #[inline]
 fn prefetch_block<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: usize) {
-    let lines = match CODE {
-        INT4 | TABLE4 => 4,
-        INT8 => 8,
-        _ => return,
-    };
+    let lines = lines_of_block(CODE);
     for codes in w.codes {
         for i in 0..lines {
             if let Some(line) = codes.get((b + AHEAD) * lines + i) {
@@ -299,9 +308,17 @@ fn prefetch_block<N, const CODE: u8, const P: usize>(w: &Weights<'_, N, P>, b: u
     }
 }
 
-/// Adds the products of `blocks` of a tile of `R` rows with `P` panels to `acc`.
+/// Adds the products of `blocks` of a tile of `R` rows with `P` panels to `acc`. The codes are packed, or `BYTES`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize, const R: usize>(
+fn strip<
+    N: Pod,
+    const CODE: u8,
+    const BYTES: bool,
+    const GROUP: usize,
+    const MIN: bool,
+    const P: usize,
+    const R: usize,
+>(
     w: &Weights<'_, N, P>,
     x: &Tile<'_, R>,
     blocks: Range<usize>,
@@ -313,10 +330,12 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
     if GROUP <= BLOCK {
         let halves = BLOCK / GROUP;
         for b in 0..n {
-            prefetch_block::<_, CODE, P>(w, b);
+            if !BYTES {
+                prefetch_block::<_, CODE, P>(w, b);
+            }
             for half in 0..halves {
                 let zeros = if halves == 1 { &zeros[b] } else { &half_zeros[b][half] };
-                let dots = dots::<_, CODE, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
+                let dots = dots::<_, CODE, BYTES, MIN, P, R>(w, b, half, halves, &codes[b], zeros, table);
                 let scale = numbers(&w.scales, b * halves + half);
                 for r in 0..R {
                     for p in 0..P {
@@ -331,12 +350,14 @@ fn strip<N: Pod, const CODE: u8, const GROUP: usize, const MIN: bool, const P: u
             }
         }
     } else {
-        for first in (0..n).step_by(GROUP / BLOCK) {
-            let run = first..n.min(first + GROUP / BLOCK);
+        for first in (0..n).step_by(run_of(GROUP)) {
+            let run = first..n.min(first + run_of(GROUP));
             let mut part = [[_mm512_setzero_ps(); P]; R];
             for b in run.clone() {
-                prefetch_block::<_, CODE, P>(w, b);
-                let dots = dots::<_, CODE, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
+                if !BYTES {
+                    prefetch_block::<_, CODE, P>(w, b);
+                }
+                let dots = dots::<_, CODE, BYTES, MIN, P, R>(w, b, 0, 1, &codes[b], &zeros[b], table);
                 for r in 0..R {
                     for p in 0..P {
                         let scale = _mm512_set1_ps(scales[b][r]);
@@ -372,7 +393,7 @@ fn add_mins<const P: usize, const R: usize>(mins: [__m512; P], sums: &[f32; R], 
 /// The dot products of a block, or of one half if the block has two `halves`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
+fn dots<N, const CODE: u8, const BYTES: bool, const MIN: bool, const P: usize, const R: usize>(
     w: &Weights<'_, N, P>,
     b: usize,
     half: usize,
@@ -382,35 +403,47 @@ fn dots<N, const CODE: u8, const MIN: bool, const P: usize, const R: usize>(
     table: __m512i,
 ) -> [[__m512i; P]; R] {
     let mut dots = [[_mm512_setzero_si512(); P]; R];
-    let four_bits = CODE == INT4 || CODE == INT4_BYTES;
-    if !four_bits || !MIN {
+    if !is_unsigned(CODE) || !MIN {
         for r in 0..R {
-            let zero = _mm512_set1_epi32(zeros[r]);
-            // 8-bit codes and table values are stored 128 too high, 16 times the zero point of 4-bit codes.
-            dots[r] = [if four_bits { zero } else { _mm512_slli_epi32::<4>(zero) }; P];
+            dots[r] = [_mm512_set1_epi32(zero_point(CODE, zeros[r])); P];
         }
     }
-    let quads = 8 / halves;
-    for pair in half * quads / 2..(half + 1) * quads / 2 {
-        let mut pairs = [[_mm512_setzero_si512(); P]; 2];
+    if halves == 1 || half == 0 {
+        add_pair::<_, CODE, BYTES, P, R, 0>(w, b, codes, table, &mut dots);
+        add_pair::<_, CODE, BYTES, P, R, 1>(w, b, codes, table, &mut dots);
+    }
+    if halves == 1 || half == 1 {
+        add_pair::<_, CODE, BYTES, P, R, 2>(w, b, codes, table, &mut dots);
+        add_pair::<_, CODE, BYTES, P, R, 3>(w, b, codes, table, &mut dots);
+    }
+    dots
+}
+
+/// Adds the dot products of columns `8 * PAIR .. 8 * PAIR + 8` of a block.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_pair<N, const CODE: u8, const BYTES: bool, const P: usize, const R: usize, const PAIR_OF_BLOCK: usize>(
+    w: &Weights<'_, N, P>,
+    b: usize,
+    codes: &[[i32; 8]; R],
+    table: __m512i,
+    dots: &mut [[__m512i; P]; R],
+) {
+    for j in [2 * PAIR_OF_BLOCK, 2 * PAIR_OF_BLOCK + 1] {
+        let mut weights = [_mm512_setzero_si512(); P];
         for p in 0..P {
-            [pairs[0][p], pairs[1][p]] = if CODE == INT4 || CODE == TABLE4 {
-                nibbles::<CODE>(load(&w.codes[p][4 * b..][..4][pair]), table)
-            } else {
-                let lines = &w.codes[p][8 * b..][..8];
-                [load(&lines[2 * pair]), load(&lines[2 * pair + 1])]
+            weights[p] = match BYTES {
+                true => register::<INT8>(block_lines::<INT8>(w.codes[p], b), j, table),
+                false => register::<CODE>(block_lines::<CODE>(w.codes[p], b), j, table),
             };
         }
-        for (i, w) in pairs.into_iter().enumerate() {
-            for r in 0..R {
-                let x = _mm512_set1_epi32(codes[r][2 * pair + i]);
-                for p in 0..P {
-                    dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], w[p], x);
-                }
+        for r in 0..R {
+            let x = _mm512_set1_epi32(codes[r][j]);
+            for p in 0..P {
+                dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p], x);
             }
         }
     }
-    dots
 }
 
 /// The numbers of a group of each panel as F32.
@@ -427,34 +460,6 @@ fn numbers<N: Pod, const P: usize>(of: &[&[N]; P], group: usize) -> [__m512; P] 
         };
     }
     numbers
-}
-
-/// Low and high nibbles, or their values in the table.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn nibbles<const CODE: u8>(line: __m512i, table: __m512i) -> [__m512i; 2] {
-    let nibble = _mm512_set1_epi8(15);
-    let [low, high] = [_mm512_and_si512(line, nibble), _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibble)];
-    match CODE {
-        TABLE4 => [_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high)],
-        _ => [low, high],
-    }
-}
-
-/// The weights of blocks as unsigned bytes: line `j` holds columns `4 j .. 4 j + 4` of the 16 rows.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in crate::kernels) fn unpack<const CODE: u8>(
-    packed: &[[CacheLine; 4]],
-    table: __m512i,
-    out: &mut [[CacheLine; 8]],
-) {
-    for (lines, out) in packed.iter().zip(out) {
-        for i in 0..4 {
-            let [low, high] = nibbles::<CODE>(load(&lines[i]), table);
-            store_line(low, &mut out[2 * i]);
-            store_line(high, &mut out[2 * i + 1]);
-        }
-    }
 }
 
 /// Scales or minimums as F32.

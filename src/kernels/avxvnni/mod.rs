@@ -52,9 +52,12 @@ impl Adder for AvxVnni {
     const UNSIGNED: bool = true;
 
     #[inline(always)]
-    fn add<const CODE: u8>(self, sum: __m256i, w: __m256i, x: __m256i) -> __m256i {
-        // SAFETY: `self` has the proof that the CPU has AVX2.
-        unsafe { add_dot(self, sum, w, x) }
+    fn add<const CODE: u8>(self, mut sum: __m256i, w: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        for j in 0..4 {
+            // SAFETY: `self` has the proof that the CPU has AVX2.
+            sum = unsafe { add_dot(self, sum, w[j], x[j]) };
+        }
+        sum
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::vector::Vector;
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, CacheLine, Code, LONGEST_RUN, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
 /// [`Code::Int4`] as a constant parameter.
@@ -13,6 +13,45 @@ pub(in crate::kernels) const INT4: u8 = 0;
 pub(in crate::kernels) const TABLE4: u8 = 1;
 /// [`Code::Int8`] as a constant parameter.
 pub(in crate::kernels) const INT8: u8 = 2;
+/// [`Code::Int2`] as a constant parameter.
+pub(in crate::kernels) const INT2: u8 = 3;
+/// [`Code::Int3`] as a constant parameter.
+pub(in crate::kernels) const INT3: u8 = 4;
+/// [`Code::Int5`] as a constant parameter.
+pub(in crate::kernels) const INT5: u8 = 5;
+/// [`Code::Int6`] as a constant parameter.
+pub(in crate::kernels) const INT6: u8 = 6;
+
+/// Lines of a block of a panel.
+pub(in crate::kernels) const fn lines_of_block(code: u8) -> usize {
+    match code {
+        INT2 => 2,
+        INT3 => 3,
+        INT5 => 5,
+        INT6 => 6,
+        INT8 => 8,
+        _ => 4,
+    }
+}
+
+/// Whether codes are unsigned: integers if there is a minimum, and otherwise higher than these by their zero point.
+pub(in crate::kernels) const fn is_unsigned(code: u8) -> bool {
+    !matches!(code, TABLE4 | INT8)
+}
+
+/// What to add to dot products for the zero point of the codes, from what 4-bit codes need. Signed codes count as 128 too high, as they
+/// are where they are made unsigned.
+#[inline(always)]
+pub(in crate::kernels) const fn zero_point(code: u8, of_int4: i32) -> i32 {
+    match code {
+        INT2 => of_int4 >> 3,
+        INT3 => of_int4 >> 1,
+        INT5 => of_int4 << 1,
+        INT6 => of_int4 << 2,
+        TABLE4 | INT8 => of_int4 << 4,
+        _ => of_int4,
+    }
+}
 
 /// Bytes of activations that stay in the second-level cache while the panels pass.
 const CACHE_BYTES: usize = 256 << 10;
@@ -35,11 +74,20 @@ pub(in crate::kernels) trait ByLayout {
     fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]);
 }
 
-/// Runs the code for `layout`, which must be one of integers.
+/// Runs the code for `layout`, which must be a [known](Layout::is_known) one of integers.
 #[inline(always)]
 pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
     const NONE: [i8; 16] = [0; 16];
     match (layout.code, layout.group, layout.min) {
+        (Code::Int2, _, true) => code.run::<INT2, 16, true>(&NONE),
+        (Code::Int2, 32, false) => code.run::<INT2, 32, false>(&NONE),
+        (Code::Int2, 64, false) => code.run::<INT2, 64, false>(&NONE),
+        (Code::Int2, 128, false) => code.run::<INT2, 128, false>(&NONE),
+        (Code::Int2, _, false) => code.run::<INT2, 256, false>(&NONE),
+        (Code::Int3, ..) => code.run::<INT3, 16, false>(&NONE),
+        (Code::Int5, _, false) => code.run::<INT5, 32, false>(&NONE),
+        (Code::Int5, _, true) => code.run::<INT5, 32, true>(&NONE),
+        (Code::Int6, ..) => code.run::<INT6, 16, false>(&NONE),
         (Code::Int4, 16, false) => code.run::<INT4, 16, false>(&NONE),
         (Code::Int4, 16, true) => code.run::<INT4, 16, true>(&NONE),
         (Code::Int4, 32, false) => code.run::<INT4, 32, false>(&NONE),
@@ -60,11 +108,11 @@ pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
     }
 }
 
-/// The lines of half `half` of block `b`: 4 of bytes, or 2 of nibbles.
+/// The lines of block `b`.
 #[inline(always)]
-pub(in crate::kernels) fn half_block<const CODE: u8>(codes: &[CacheLine], b: usize, half: usize) -> &[CacheLine] {
-    let count = if CODE == INT8 { 4 } else { 2 };
-    &codes[(2 * b + half) * count..][..count]
+pub(in crate::kernels) fn block_lines<const CODE: u8>(codes: &[CacheLine], b: usize) -> &[CacheLine] {
+    let lines = lines_of_block(CODE);
+    &codes[b * lines..][..lines]
 }
 
 /// Code that is compiled for each height of a tile of [`Activations`].
@@ -98,6 +146,12 @@ pub(in crate::kernels) trait ByPanel: Copy {
     );
 }
 
+/// Blocks whose sums are multiplied with the scale of their group together. Groups of more columns than [`LONGEST_RUN`] are summed in
+/// parts of that length, so that merging groups does not change results.
+pub(in crate::kernels) const fn run_of(group: usize) -> usize {
+    if group > LONGEST_RUN { LONGEST_RUN / BLOCK } else { group.div_ceil(BLOCK) }
+}
+
 /// One panel of a [`Product`].
 pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROUP: usize, const MIN: bool> {
     pub(in crate::kernels) product: &'a mut Product<'b, 'c, S>,
@@ -113,8 +167,19 @@ pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROU
 impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, S, CODE, GROUP, MIN> {
     /// Groups in a block: one or two, or one where a group has several blocks.
     pub(in crate::kernels) const HALVES: usize = BLOCK.div_ceil(GROUP);
-    /// Blocks in a group: one, or several.
-    pub(in crate::kernels) const RUN: usize = GROUP.div_ceil(BLOCK);
+    /// Blocks whose sums are multiplied with the scale of their group together: one, or several.
+    pub(in crate::kernels) const RUN: usize = run_of(GROUP);
+
+    /// The number of groups of `blocks` blocks.
+    pub(in crate::kernels) const fn groups(blocks: usize) -> usize {
+        (blocks * BLOCK).div_ceil(GROUP)
+    }
+
+    /// The group of half `half` of block `b`, or of the whole block if it has one group.
+    #[inline(always)]
+    pub(in crate::kernels) const fn group_of(b: usize, half: usize) -> usize {
+        if GROUP < BLOCK { b * Self::HALVES + half } else { b / (GROUP / BLOCK) }
+    }
 
     /// Computes the tile of `R` rows at `row`, `ROWS` rows and `T` registers of the panel at a time, as registers are few.
     ///

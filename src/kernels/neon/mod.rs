@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "intrinsics that load and store, and functions with target features")]
 
 mod product;
+mod unpack;
 mod vector;
 
 use std::arch::aarch64::*;

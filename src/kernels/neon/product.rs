@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each half of a block of 32 columns:
-//!     w[0..4] = codes of 2 or 4 lines, signed        (4 registers a quarter: 4 rows x 4 weights each, used for all S rows)
+//!     w[0..4] = codes of 1 to 4 lines, signed        (4 registers a quarter: 4 rows x 4 weights each, used for all S rows)
 //!     for each of S rows:
 //!         x = 16 codes of the activations             (1 register, a lane for each w)
 //!         dot += sdot(w[j], x.lane[j]) for j in 0..4  (from the zero point on: -8 * sum of the activation's codes)
@@ -16,10 +16,11 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::vector::{Four, Neon, QUARTERS, load, load_f16, load_i8};
+use super::unpack::register;
+use super::vector::{Four, Neon, QUARTERS, load_f16, load_i8};
 use crate::kernels::activations::{Activations, Tile};
-use crate::kernels::generic::product::{ByPanel, INT4, INT8, OnePanel, Product, TABLE4, by_layout, half_block};
-use crate::quant::packed::{BLOCK, CacheLine, Packed};
+use crate::kernels::generic::product::{ByPanel, OnePanel, Product, block_lines, by_layout, is_unsigned, zero_point};
+use crate::quant::packed::{BLOCK, Packed};
 use crate::threads::Columns;
 
 #[target_feature(enable = "neon,dotprod")]
@@ -64,24 +65,29 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
         let (halves, run) = (Self::HALVES, Self::RUN);
         let Tile { codes, scales: x_scales, zeros, sums, half_zeros, half_sums } = x.blocks(0..blocks);
         let codes: &[[[[i8; BLOCK / 2]; 2]; R]] = &bytemuck::cast_slice(codes)[..blocks];
-        let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..(blocks * halves).div_ceil(run)];
+        let groups = Self::groups(blocks);
+        let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..groups];
         let mins: &[Four<f16>] = if MIN { &bytemuck::cast_slice(self.panel.mins)[..scales.len()] } else { scales };
         let mut acc = [[vdupq_n_f32(0.0); T]; S];
         // The sums of the blocks of a group.
         let mut parts = [[vdupq_n_f32(0.0); T]; S];
         for b in 0..blocks {
             for part in 0..halves {
-                let group = b * halves / run + part;
+                let group = Self::group_of(b, part);
                 for t in 0..T {
                     let mut dots = [vdupq_n_s32(0); S];
-                    if CODE == INT4 && !MIN {
+                    if is_unsigned(CODE) && !MIN {
                         for r in 0..S {
                             let zero = if halves == 1 { zeros[b][first + r] } else { half_zeros[b][part][first + r] };
-                            dots[r] = vdupq_n_s32(zero);
+                            dots[r] = vdupq_n_s32(zero_point(CODE, zero));
                         }
                     }
                     for half in part..part + 2 / halves {
-                        let w = unpack::<CODE>(half_block::<CODE>(self.panel.codes, b, half), quarter + t, table);
+                        let lines = block_lines::<CODE>(self.panel.codes, b);
+                        let mut w = [vdupq_n_s8(0); 4];
+                        for j in 0..4 {
+                            w[j] = register::<CODE>(lines, 4 * half + j, quarter + t, table);
+                        }
                         for r in 0..S {
                             let x = load_i8(&codes[b][first + r][half]);
                             let sum = dot::<1>(dot::<0>(dots[r], w[0], x), w[1], x);
@@ -132,21 +138,4 @@ pub(super) fn dot<const J: usize>(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t
         );
     }
     sum
-}
-
-/// The weights of half a block, signed: register `j` holds columns `4 j .. 4 j + 4` of 4 rows.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn unpack<const CODE: u8>(lines: &[CacheLine], quarter: usize, table: int8x16_t) -> [int8x16_t; 4] {
-    if CODE == INT8 {
-        // Stored 128 too high.
-        let signed = |j: usize| vreinterpretq_s8_u8(veorq_u8(load(&lines[j], quarter), vdupq_n_u8(128)));
-        [signed(0), signed(1), signed(2), signed(3)]
-    } else {
-        let (first, second) = (load(&lines[0], quarter), load(&lines[1], quarter));
-        let low = |line| vandq_u8(line, vdupq_n_u8(15));
-        let w = [low(first), vshrq_n_u8::<4>(first), low(second), vshrq_n_u8::<4>(second)];
-        let value = |w| if CODE == TABLE4 { vqtbl1q_s8(table, w) } else { vreinterpretq_s8_u8(w) };
-        [value(w[0]), value(w[1]), value(w[2]), value(w[3])]
-    }
 }

@@ -37,7 +37,7 @@ impl Fed {
         Fed { session: model.session(), tokens: Vec::new() }
     }
 
-    /// The next tokens that `argument` asks for, as many as there is room for.
+    /// The next tokens that `argument` asks for, as long as there is space.
     fn next(&self, argument: u8) -> Vec<u32> {
         let count = (1 + usize::from(argument) % 40).min(MOST - self.tokens.len());
         (0..count as u32).map(|i| 3 + (u32::from(argument) + i * 7) % 280).collect()

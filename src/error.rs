@@ -145,6 +145,11 @@ pub enum Error {
         largest: f32,
     },
 
+    /// A stage of a pipeline has ended, cannot be reached, or has other sessions than its driver. What it had computed is to be computed
+    /// again.
+    #[error("a stage of the pipeline is lost: {0}")]
+    StageLost(String),
+
     /// A logits processor of the caller failed.
     #[error("a logits processor failed: {0}")]
     LogitsProcessor(Box<dyn std::error::Error + Send + Sync>),

@@ -7,6 +7,7 @@ mod errors;
 mod evaluate;
 mod gguf;
 mod model;
+mod pipeline;
 mod processor;
 mod quantize;
 mod scheduler;
@@ -30,6 +31,8 @@ mod _native {
     use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
     use super::model::{Model, Sequence, available_bytes, default_threads, kernels, model_needs, tuning};
+    #[pymodule_export]
+    use super::pipeline::{Stage, divide, pipeline};
     #[pymodule_export]
     use super::quantize::{quantize, remove_leftovers};
     #[pymodule_export]

@@ -21,6 +21,7 @@ __all__ = [
     "Scheduler",
     "Sequence",
     "Session",
+    "Stage",
     "TensorInfo",
     "TokenizerDescription",
     "Vocabulary",
@@ -29,9 +30,11 @@ __all__ = [
     "check_output",
     "convert",
     "default_threads",
+    "divide",
     "kernels",
     "model_needs",
     "perplexity",
+    "pipeline",
     "pre_tokenizer_names",
     "quantize",
     "remove_leftovers",
@@ -228,6 +231,22 @@ class Model:
     def info(self) -> dict[str, Any]: ...
     def notes(self) -> list[str]: ...
     def machine_limits(self) -> tuple[float, float]: ...
+
+def divide(path: str | os.PathLike[str], options: LoadOptions, stages: int) -> list[tuple[int, int]]: ...
+def pipeline(path: str | os.PathLike[str], options: LoadOptions, stages: object) -> Model: ...
+
+@final
+class Stage:
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        options: LoadOptions,
+        first: int,
+        end: int,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Stage: ...
+    def run(self, plan: bytes, received: bytes) -> bytes: ...
+    def info(self) -> dict[str, Any]: ...
 
 @final
 class Scheduler:

@@ -29,7 +29,7 @@ from nybble.overrides import cannot_pickle
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from nybble.model import Model
 
@@ -245,7 +245,7 @@ class Engine:
         """
         return self._loop.failure
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -253,7 +253,7 @@ class Engine:
     ) -> None:
         self.close(drain=error is None)
 
-    async def __aenter__(self) -> Engine:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -25,7 +25,7 @@ from nybble.sampling import SamplingOptions, SamplingOverrides, merge
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from nybble.session import Session
     from nybble.tokenizer.tokenizer import Tokenizer
@@ -110,9 +110,11 @@ class Model(Chatting):
     _native_model: _native.Model | None
     _source: Path
     """What was loaded. With `quantize`, `info.file` may be a copy of it in the cache."""
+    _cache_limit: int | None = None
+    """The default size of the KV cache in bytes; None follows the free memory of this process."""
 
     @classmethod
-    def _of(cls, native: _native.Model, tokenizer: Tokenizer, file: Path, source: Path) -> Model:
+    def _of(cls, native: _native.Model, tokenizer: Tokenizer, file: Path, source: Path) -> Self:
         model = cls.__new__(cls)
         model._native_model, model.tokenizer, model._source = native, tokenizer, source
         model.info = ModelInfo(file=file, **native.info())
@@ -472,7 +474,7 @@ class Model(Chatting):
         """Frees the model as soon as calls in other threads have ended. Later calls raise `ModelError`."""
         self._native_model = None
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -90,6 +90,14 @@ impl Prefixes {
         self.blocks.values().map(|block| block.page.shared_bytes()).sum()
     }
 
+    /// Forgets all blocks in memory.
+    pub(super) fn clear(&mut self) {
+        self.blocks.clear();
+        self.numbers.clear();
+        self.children.clear();
+        self.bytes = 0;
+    }
+
     /// Whether block `number` is in memory.
     pub(super) fn has(&self, number: u64) -> bool {
         self.blocks.contains_key(&number)

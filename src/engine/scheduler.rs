@@ -10,25 +10,26 @@
 use std::collections::{HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::beams::BeamSearch;
-use super::constrained_sampler::compute_and_find_allowed;
 use super::disk_cache::DiskCache;
 use super::prefill_budget::PrefillBudget;
 use super::prefix::Prefixes;
 use super::sequence::Sequence;
 use super::speculation::{MAX_DRAFT, Speculation};
 use crate::error::{Error, Result};
-use crate::model::{Input, Logits, Model};
+use crate::model::{Logits, Model};
 
 mod drafts;
 mod entry;
+mod flights;
 mod restore;
+mod steps;
 
 use drafts::Drafter;
 pub use entry::Event;
 use entry::{Entry, Interrupted};
+use flights::Flight;
 use restore::{Bounds, GRACE, Restores};
 
 /// Limits and features of a scheduler.
@@ -148,6 +149,12 @@ pub struct Scheduler {
     disk_patience: Duration,
     prefixes: Prefixes,
     prefill: PrefillBudget,
+    /// Steps that are begun, oldest first: one, or one for each stage of a pipeline.
+    flights: VecDeque<Flight>,
+    /// Steps begun.
+    begun: u64,
+    /// How often the stages of a pipeline had lost their sessions.
+    epoch: u64,
     logits: Vec<f32>,
     last: u64,
     counts: Stats,
@@ -179,6 +186,14 @@ impl Scheduler {
         if options.cache_dir.is_some() && !options.prefix_cache {
             return Err(Error::argument("cache_dir", "a folder, but no prefix_cache", "prefix_cache or no folder"));
         }
+        if options.cache_dir.is_some() && model.is_pipeline() {
+            return Err(Error::argument(
+                "cache_dir",
+                "a folder for a pipeline",
+                "no folder: its stages keep the pages",
+            ));
+        }
+        let epoch = model.epoch();
         let drafter = Drafter::new(&model, draft, options.speculation, options.draft_tokens)?;
         let prefixes = Prefixes::open(&model, options.cache_dir.as_deref(), options.cache_dir_bytes)?;
         Ok(Scheduler {
@@ -191,6 +206,9 @@ impl Scheduler {
             prefixes,
             restores: Restores::default(),
             disk_patience: GRACE,
+            flights: VecDeque::new(),
+            begun: 0,
+            epoch,
             logits: Vec::new(),
             last: 0,
             counts: Stats::default(),
@@ -218,6 +236,9 @@ impl Scheduler {
         } else {
             self.drafter.prepare(&mut sequence.session)?;
         }
+        if sequence.session.is_lost() {
+            sequence.restart();
+        }
         self.prefixes.add_root(&sequence.session);
         self.last += 1;
         // The last token needs no position of its own: it is sampled but never computed.
@@ -229,8 +250,11 @@ impl Scheduler {
     /// Removes a sequence and returns it; its slot is free for the next step. `None` when it has left already.
     pub fn cancel(&mut self, id: u64) -> Option<Sequence> {
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
-            let entry = self.running.remove(at);
+            let mut entry = self.running.remove(at);
             self.prefixes.touch(entry.block);
+            if entry.flight.is_some() {
+                entry.reset(); // Nobody will see the results of its step.
+            }
             self.note_activity();
             return Some(entry.into_sequence());
         }
@@ -316,36 +340,20 @@ impl Scheduler {
         }
     }
 
-    /// Computes one step.
+    /// Computes one step. In a pipeline, as many are begun as there are stages, and the oldest one ends.
     fn compute(&mut self, interrupted: Interrupted<'_>) -> Result<Vec<Event>> {
         let mut events = Vec::new();
+        self.keep_up();
         self.admit(interrupted)?;
         loop {
-            self.plan();
-            self.drafter.propose(&mut self.running, interrupted)?;
-            if !self.free_memory(&mut events) {
-                continue;
-            }
-            if self.running.is_empty() {
-                return Ok(events);
-            }
-            match self.forward(interrupted) {
-                Ok(()) => break,
-                // The system has less memory than the limit allows: evict the prefix cache, then preempt.
-                Err(error @ Error::OutOfMemory { .. }) => {
-                    self.forget_drafts();
-                    if self.prefixes.evict(usize::MAX) == 0 {
-                        self.preempt(&mut events, |_| error);
-                    }
-                }
-                Err(error) => {
-                    self.forget_drafts();
-                    return Err(error);
-                }
+            let launched = self.launch_all(&mut events, interrupted);
+            match launched.and_then(|()| self.land(&mut events, interrupted)) {
+                Ok(true) => return Ok(events),
+                Ok(false) => {}
+                Err(error @ Error::StageLost(_)) => self.recover(error)?,
+                Err(error) => return Err(error),
             }
         }
-        self.collect(&mut events);
-        Ok(events)
     }
 
     /// Bytes of keys and values, with `shared` bytes in the prefix cache.
@@ -391,11 +399,12 @@ impl Scheduler {
 
     /// Decides how many tokens of each sequence the step computes.
     fn plan(&mut self) {
-        let decoding = self.running.iter().map(Entry::decoding_rows).sum();
-        let mut budget = self.prefill.rows(decoding);
-        let mut computing = HashSet::new();
+        let chosen = self.running.iter().filter(|entry| entry.is_chosen);
+        let mut budget = self.prefill.rows(chosen.map(Entry::decoding_rows).sum());
+        let in_flight = self.running.iter().filter(|entry| entry.flight.is_some());
+        let mut computing: HashSet<_> = in_flight.filter_map(Entry::awaited_block).collect();
         let mut prompts = Vec::new();
-        for (i, entry) in self.running.iter_mut().enumerate() {
+        for (i, entry) in self.running.iter_mut().enumerate().filter(|(_, entry)| entry.is_chosen) {
             if self.options.prefix_cache && !entry.is_decoding() {
                 self.counts.reused_tokens += entry.reuse(&self.prefixes);
             }
@@ -427,7 +436,7 @@ impl Scheduler {
     /// Evicts and preempts until the step fits into the memory limit. Returns false after a preemption: then the step needs a
     /// new plan.
     fn free_memory(&mut self, events: &mut Vec<Event>) -> bool {
-        let needed = self.running.iter().map(Entry::bytes_for_step);
+        let needed = self.running.iter().filter(|entry| entry.is_chosen).map(Entry::bytes_for_step);
         let needed = needed.fold(0, usize::saturating_add);
         let excess = |scheduler: &Scheduler| {
             let bytes = scheduler.bytes(scheduler.prefixes.bytes());
@@ -454,6 +463,9 @@ impl Scheduler {
         let Some(mut entry) = self.running.pop() else { return };
         if self.running.is_empty() {
             let error = error(&entry);
+            if entry.flight.is_some() {
+                entry.reset();
+            }
             events.push(entry.failed(error));
         } else {
             entry.reset();
@@ -463,59 +475,17 @@ impl Scheduler {
 
     /// Discards all draft tokens: the step does not take place.
     fn forget_drafts(&mut self) {
-        self.running.iter_mut().for_each(Entry::forget_drafts);
+        self.running.iter_mut().filter(|entry| entry.is_chosen).for_each(Entry::forget_drafts);
     }
 
-    /// Computes the rows of the step.
-    fn forward(&mut self, interrupted: Interrupted<'_>) -> Result<()> {
-        let started = Instant::now();
-        self.logits.clear();
-        let mut inputs = Vec::with_capacity(self.running.len());
-        let mut samplers = Vec::new();
-        let (mut decoding, mut prompt_rows, mut prompt_tokens) = (0, 0, 0);
-        for entry in &mut self.running {
-            if entry.is_decoding() {
-                decoding += entry.decoding_rows();
-            } else {
-                prompt_rows += entry.rows;
-            }
-            prompt_tokens += entry.rows.min(entry.prompt.saturating_sub(entry.sequence.session.len()));
-            if entry.is_searching() {
-                for beam in entry.search.iter_mut().flat_map(BeamSearch::beams_mut) {
-                    let (session, token) = beam.input();
-                    inputs.push(Input::new(session, token, Logits::Last));
-                }
-            } else if entry.rows > 0 {
-                let logits = entry.logits();
-                let keeps_state = self.options.prefix_cache && entry.ends_at_snapshot();
-                let Sequence { session, pending, sampler, .. } = &mut entry.sequence;
-                if self.options.prefix_cache {
-                    session.keep_unseen();
-                    if keeps_state {
-                        session.keep_state();
-                    }
-                }
-                if logits != Logits::None {
-                    samplers.push(sampler);
-                }
-                inputs.push(Input::new(session, &pending[..entry.rows], logits));
-            }
-        }
-        compute_and_find_allowed(samplers, || self.model.forward(&mut inputs, &mut self.logits, interrupted))?;
-        self.prefill.observe(decoding, prompt_rows, started.elapsed().as_secs_f64());
-        self.counts.steps += 1;
-        self.counts.prompt_tokens += prompt_tokens;
-        Ok(())
-    }
-
-    /// Samples for all sequences whose pending tokens are computed, and removes those that have ended.
-    fn collect(&mut self, events: &mut Vec<Event>) {
+    /// Samples for all sequences of step `flight` whose pending tokens are computed, and removes those that have ended.
+    fn collect(&mut self, flight: u64, events: &mut Vec<Event>) {
         let vocabulary = self.model.vocabulary();
         let mut logits = &mut self.logits[..];
         let mut failed = Vec::new();
-        for entry in &mut self.running {
+        for entry in self.running.iter_mut().filter(|entry| entry.flight == Some(flight)) {
+            entry.flight = None;
             let rows = match entry.logits() {
-                _ if entry.rows == 0 => continue,
                 Logits::None => {
                     entry.sequence.pending.drain(..entry.rows);
                     if let Err(error) = entry.sequence.session.check_cache() {

@@ -221,6 +221,12 @@ impl Sequence {
         }
     }
 
+    /// Computes all tokens again.
+    pub(super) fn restart(&mut self) {
+        self.session.truncate(0);
+        self.pending.clone_from(&self.tokens);
+    }
+
     /// Checks that there is something to compute.
     pub(super) fn check_continues(&self) -> Result<()> {
         if self.has_ended {

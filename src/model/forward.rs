@@ -100,6 +100,9 @@ impl Workspace {
 impl Transformer {
     /// Computes a step: all tokens of all inputs, in batches, and appends the wanted logits to `logits`.
     ///
+    /// A stage of a pipeline is given the rows `received (tokens, row_width)` that the stage before it has appended to its
+    /// `logits`; the first stage, and a whole model, none.
+    ///
     /// # Errors
     /// [`Error::ContextFull`], [`Error::OutOfMemory`], [`Error::Interrupted`]. After an error all sessions hold the tokens
     /// that they held before, and `logits` is as it was.
@@ -107,6 +110,7 @@ impl Transformer {
         &self,
         w: &mut Workspace,
         inputs: &mut [Input<'_>],
+        mut received: &[f32],
         logits: &mut Vec<f32>,
         head: Option<&Head>,
         interrupted: &(dyn Fn() -> bool + Sync),
@@ -136,6 +140,13 @@ impl Transformer {
                     w.reserve(self, inputs)?;
                     adapters.plan(w.batch.rows.iter().map(|row| (row.input, row.wanted)))?;
                     let pass = Pass { config, kernel, scope, threads, adapters: adapters.rows() };
+                    let (first, rows) = (self.held.layers.start, w.batch.rows.len());
+                    if !self.held.embedding
+                        && let Some(rows) = received.split_off(..rows * self.handover.width(first))
+                    {
+                        let buffers = [&mut w.x, &mut w.streams.all, &mut w.per_layer];
+                        self.handover.receive(first, rows, buffers);
+                    }
                     self.batch(&pass, w, inputs, logits, head, interrupted)?;
                 }
                 Ok(())
@@ -149,16 +160,50 @@ impl Transformer {
                 input.session.truncate(*len);
             }
         } else {
-            self.invalidate_overflowed(inputs, &mut logits[before..]);
+            if self.held.head {
+                self.invalidate_overflowed(inputs, &mut logits[before..]);
+            }
             for input in inputs.iter_mut() {
                 input.session.end_step();
-                // Without memory for a snapshot, there is none.
-                if input.session.wants_snapshot() && self.settle(input.session).is_ok() {
-                    input.session.take_snapshot();
+                if input.session.wants_snapshot() {
+                    match self.settle(input.session) {
+                        Ok(()) => input.session.take_snapshot(),
+                        // Without memory for a snapshot, there is none. But the other stages of a pipeline have it.
+                        Err(error) if !self.held.is_whole() => return Err(error),
+                        Err(_) => {}
+                    }
                 }
             }
         }
         result
+    }
+
+    /// Counts the tokens of all inputs as computed, for sessions without memory.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], and nothing is counted then.
+    pub(super) fn count(&self, inputs: &mut [Input<'_>]) -> Result<()> {
+        for at in 0..inputs.len() {
+            let tokens = inputs[at].tokens.len();
+            if let Err(error) = inputs[at].session.reserve(tokens) {
+                for input in &mut inputs[..=at] {
+                    input.session.truncate(input.session.len());
+                }
+                return Err(error);
+            }
+        }
+        for input in inputs {
+            input.session.advance(input.tokens.len());
+            if let Some(state) = input.session.state_mut() {
+                state.end_batch();
+            }
+            input.session.end_step();
+            if input.session.wants_snapshot() {
+                self.settle(input.session)?;
+                input.session.take_snapshot();
+            }
+        }
+        Ok(())
     }
 
     /// Applies all rows that are recorded to the recurrent states of a session.
@@ -168,25 +213,29 @@ impl Transformer {
     pub(super) fn settle(&self, session: &mut Session) -> Result<()> {
         let Some(state) = session.state_mut() else { return Ok(()) };
         state.unshare()?;
-        for (index, layer) in self.weights.layers.iter().enumerate() {
-            layer.mixer.settle(self.kernel, state, index);
+        for index in self.held.layers.clone() {
+            self.weights.layers[index].mixer.settle(self.kernel, state, index);
         }
         state.end_settling();
         Ok(())
     }
 
+    /// Numbers of logits, or of hidden states, that an input asks for, saturating.
+    pub(super) fn result_len(&self, input: &Input<'_>) -> usize {
+        let vocabulary = self.weights.vocabulary();
+        match input.logits {
+            Logits::None => 0,
+            Logits::Last => vocabulary,
+            Logits::All => input.tokens.len().saturating_mul(vocabulary),
+            Logits::Hidden => input.tokens.len().saturating_mul(self.config.hidden),
+        }
+    }
+
     /// Makes the results of inputs whose keys or values the cache does not hold NaN: where attention skips a key that is
     /// minus infinity, they would look valid.
-    fn invalidate_overflowed(&self, inputs: &[Input<'_>], mut results: &mut [f32]) {
-        let vocabulary = self.weights.vocabulary();
+    pub(super) fn invalidate_overflowed(&self, inputs: &[Input<'_>], mut results: &mut [f32]) {
         for input in inputs {
-            let len = match input.logits {
-                Logits::None => 0,
-                Logits::Last => vocabulary,
-                Logits::All => input.tokens.len() * vocabulary,
-                Logits::Hidden => input.tokens.len() * self.config.hidden,
-            };
-            let own = results.split_off_mut(..len).unwrap_or_default();
+            let own = results.split_off_mut(..self.result_len(input)).unwrap_or_default();
             if input.session.check_cache().is_err() {
                 own.fill(f32::NAN);
             }
@@ -201,12 +250,10 @@ impl Transformer {
         for input in inputs.iter_mut() {
             input.session.reserve(input.tokens.len())?;
         }
-        let vocabulary = self.weights.vocabulary();
-        let wanted = inputs.iter().map(|input| match input.logits {
-            Logits::None => 0,
-            Logits::Last => vocabulary,
-            Logits::All => input.tokens.len().saturating_mul(vocabulary),
-            Logits::Hidden => input.tokens.len().saturating_mul(self.config.hidden),
+        let passed_on = self.handover.width(self.held.layers.end);
+        let wanted = inputs.iter().map(|input| match self.held.head {
+            true => self.result_len(input),
+            false => input.tokens.len().saturating_mul(passed_on),
         });
         let count = wanted.fold(0, usize::saturating_add);
         let bytes = count.saturating_mul(size_of::<f32>());
@@ -226,19 +273,15 @@ impl Transformer {
         head: Option<&Head>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
-        // Token ids to the residual stream, and what depends on positions alone.
-        self.embed(pass, w);
+        // What depends on positions alone, and token ids to the residual stream.
         w.mixers.prepare(&self.positions, &w.batch);
-        if let Some(per_layer) = &self.weights.per_layer {
-            let Workspace { batch, x, input, branch, rows, per_layer: out, .. } = w;
-            per_layer.compute(pass, &batch.rows, x, input, branch, rows, out);
-        }
-        if let Some(streams) = &self.weights.streams {
-            streams.begin(pass, &w.x, &mut w.input, &mut w.branch, &mut w.streams);
+        if self.held.embedding {
+            self.begin(pass, w);
         }
 
         // The layers.
-        for (index, layer) in self.weights.layers.iter().enumerate() {
+        for index in self.held.layers.clone() {
+            let layer = &self.weights.layers[index];
             if interrupted() {
                 return Err(Error::Interrupted);
             }
@@ -247,7 +290,7 @@ impl Transformer {
                 None => self.layer(pass, layer, index, w, inputs),
             }
         }
-        if let Some(streams) = &self.weights.streams {
+        if let Some(streams) = self.weights.streams.as_ref().filter(|_| self.held.head) {
             streams.end(pass, &mut w.x, &mut w.input, &mut w.branch, &mut w.streams);
         }
         if let Some(head) = head {
@@ -259,6 +302,11 @@ impl Transformer {
             session.advance(1);
             // Sessions whose rows are in later batches have not begun.
             session.state_mut().into_iter().for_each(Recurrent::end_batch);
+        }
+        if !self.held.head {
+            let rows = [&*w.x, &*w.streams.all, &*w.per_layer];
+            self.handover.pass_on(self.held.layers.end, rows, w.batch.rows.len(), logits);
+            return Ok(());
         }
 
         // The rows whose logits, or hidden states, are wanted.
@@ -278,6 +326,18 @@ impl Transformer {
             self.head(&Pass { adapters: pass.adapters.wanted(), ..*pass }, w, logits);
         }
         Ok(())
+    }
+
+    /// Token ids to the residual stream, or streams, and to the vectors of the layers.
+    fn begin(&self, pass: &Pass<'_>, w: &mut Workspace) {
+        self.embed(pass, w);
+        if let Some(per_layer) = &self.weights.per_layer {
+            let Workspace { batch, x, input, branch, rows, per_layer: out, .. } = w;
+            per_layer.compute(pass, &batch.rows, x, input, branch, rows, out);
+        }
+        if let Some(streams) = &self.weights.streams {
+            streams.begin(pass, &w.x, &mut w.input, &mut w.branch, &mut w.streams);
+        }
     }
 
     /// One layer: norm, mixer, join, norm, feed-forward, join. Replaces the residual stream `w.x`.

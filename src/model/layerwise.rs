@@ -11,10 +11,12 @@ use super::ffn::{DenseAndExperts, FeedForward};
 use super::forward::Workspace;
 use super::linear::Linear;
 use super::mixers::{Mixer, MixerContext, span_rows};
-use super::model::{LoadOptions, Model};
+use super::model::Model;
 use super::pass::Pass;
+use super::pipeline::held::Held;
 use super::state::session::Session;
 use super::transformer::{Layer, Weights};
+use super::weights::load_options::LoadOptions;
 use super::weights::loader::Loader;
 use crate::error::{Error, Place, Result};
 use crate::format::Checkpoint;
@@ -172,7 +174,10 @@ impl Layerwise {
     /// # Errors
     /// Those of [`Model::load`].
     pub(crate) fn load(checkpoint: &dyn Checkpoint, options: &LoadOptions) -> Result<Layerwise> {
-        let model = Model::with_weights(checkpoint, options, None, Weights::without_layers)?;
+        let whole = |config: &Config| Held::whole(config.layers.len());
+        let load =
+            |loader: &Loader<'_>, config: &Config, context, _: &Held| Weights::without_layers(loader, config, context);
+        let model = Model::with_weights(checkpoint, options, None, whole, load)?;
         model.pool().run(|scope| Weights::check(scope, checkpoint, model.config()))?;
         Ok(Layerwise { model })
     }

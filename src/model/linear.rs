@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::kernels::{Activations, Kernel, MAX_TILE_ROWS};
-use crate::quant::packed::{CacheLine, PANEL, Packed};
+use crate::quant::packed::{CacheLine, Code, PANEL, Packed};
 use crate::threads::{Columns, Scope};
 
 /// Weights that are multiplied with the same input, such as query, key and value, side by side in one output row.
@@ -23,6 +23,8 @@ pub(super) struct Linear {
     order: Option<Vec<u32>>,
     /// Where the parts come from, if adapters may add to the product.
     adaptable: Option<Adaptable>,
+    /// Where the parts have no memory: whether their weights would be F32.
+    hollow: Option<bool>,
 }
 
 /// The tensors of a layer to whose product adapters may add.
@@ -158,7 +160,8 @@ fn fill_tile(
 impl Linear {
     /// Parts with their biases (empty for none), in the order of the output.
     pub(super) fn new(parts: Vec<(Packed, Vec<f32>)>) -> Linear {
-        let mut linear = Linear { parts: vec![], bias: vec![], starts: vec![], width: 0, order: None, adaptable: None };
+        let (parts_of, bias, starts) = (vec![], vec![], vec![]);
+        let mut linear = Linear { parts: parts_of, bias, starts, width: 0, order: None, adaptable: None, hollow: None };
         let biased = parts.iter().any(|(_, bias)| !bias.is_empty());
         for (part, bias) in parts {
             linear.starts.push(linear.width);
@@ -187,6 +190,21 @@ impl Linear {
     /// The layer without the names of its tensors: no adapter adds to its product.
     pub(super) fn without_adapters(self) -> Linear {
         Linear { adaptable: None, ..self }
+    }
+
+    /// The layer, whose parts have no memory. `is_f32` says whether their weights would be F32.
+    pub(super) fn hollow(self, is_f32: bool) -> Linear {
+        Linear { hollow: Some(is_f32), ..self }
+    }
+
+    /// Whether the parts have no memory.
+    pub(super) fn is_hollow(&self) -> bool {
+        self.hollow.is_some()
+    }
+
+    /// Whether the weights are F32, or would be if they had memory.
+    pub(super) fn is_f32(&self) -> bool {
+        self.hollow.unwrap_or_else(|| self.parts.iter().all(|part| part.layout().code == Code::F32))
     }
 
     /// Where the parts come from, if adapters may add to the product.

@@ -43,6 +43,8 @@ mod norm;
 mod outputs;
 mod pass;
 mod per_layer;
+#[doc(hidden)]
+pub mod pipeline;
 mod rope;
 mod state;
 mod streams;
@@ -53,16 +55,18 @@ pub use batch::{Input, Logits};
 pub use config::Pooling;
 #[doc(hidden)]
 pub use convert::requantize;
-pub use model::{LoadOptions, Model, Quantize};
+pub use model::Model;
 pub(crate) use mtp::HeadDraft;
 #[doc(hidden)]
 pub use needs::Needs;
 pub use outputs::embedding::TextTokens;
+pub(crate) use pipeline::Ticket;
 #[doc(hidden)]
 pub use rope::{RopeConfig, Scaling};
 pub use state::cache::CacheType;
 pub(crate) use state::page_file::{PageFault, PageId, WeakPage, distrust, distrust_owner, is_page_file, next_prefix};
 pub use state::session::Session;
 #[doc(hidden)]
-pub use state::session::SharedPage;
+pub use state::shared_page::SharedPage;
+pub use weights::load_options::{LoadOptions, Quantize};
 pub use weights::loader::Progress;

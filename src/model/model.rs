@@ -13,10 +13,14 @@ use super::forward::Workspace;
 use super::hf::HfFolder;
 use super::mixers::positions::Positions;
 use super::mtp::head::Head;
+use super::pipeline::handover::Handover;
+use super::pipeline::held::Held;
+use super::pipeline::remote::{Remote, mirrored};
 use super::state::cache::{CacheShape, CacheType};
 use super::state::session::Session;
 use super::state::session_file::{self, Owner};
 use super::transformer::{Transformer, Weights, Widths};
+use super::weights::load_options::{LoadOptions, Quantize};
 use super::weights::loader::{Loader, Progress};
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
@@ -25,85 +29,6 @@ use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
 use crate::threads::{PerProcess, Scope, ThreadPool, resolve_threads};
 use crate::tokenizer::{self, Limits, Tokenizer};
-
-/// How F32, F16 and BF16 weights of a checkpoint are quantized while loading.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Quantize {
-    /// [`Quantize::Int4`] for a Hugging Face folder, [`Quantize::Stored`] for a GGUF file. In a folder whose linear
-    /// layers are in 4 bits already, those stay as they are and the rest becomes INT8.
-    #[default]
-    Auto,
-    /// Keep them as stored.
-    Stored,
-    /// Layers INT4 with a scale per 32 weights; embedding and output INT8.
-    Int4,
-    /// All matrices INT8 with a scale per 32 weights.
-    Int8,
-}
-
-impl Quantize {
-    /// The choice called `auto`, `stored`, `int4` or `int8`.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for other names.
-    pub fn by_name(name: &str) -> Result<Quantize> {
-        Ok(match name {
-            "auto" => Quantize::Auto,
-            "stored" => Quantize::Stored,
-            "int4" => Quantize::Int4,
-            "int8" => Quantize::Int8,
-            _ => return Err(Error::argument("quantize", format_args!("{name:?}"), "int4, int8, stored or auto")),
-        })
-    }
-}
-
-/// Options of loading a model.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct LoadOptions {
-    /// Name of the kernel. Default: that of `NYBBLE_KERNEL`, otherwise the fastest.
-    pub kernel: Option<String>,
-    /// Number of threads. Default: that of `NYBBLE_NUM_THREADS`, otherwise one per physical core.
-    pub threads: Option<usize>,
-    /// The largest number of tokens in a session, at most the context that the model was made for. Default: that context,
-    /// or the context in training if a longer one changes the results of short prompts.
-    pub context: Option<usize>,
-    /// How weights that are stored as floats are quantized.
-    pub quantize: Quantize,
-    /// How keys and values are stored. Default: F16, or F32 for models whose layers are F32.
-    pub cache_type: Option<CacheType>,
-    /// Whether the head for multi-token prediction is loaded with the model. `None` loads it when speculation first needs it,
-    /// from the same file; with `false` there is none. Default: `None`.
-    pub mtp: Option<bool>,
-    /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
-    /// a file changes while it loads. Default: true.
-    pub mmap: bool,
-}
-
-impl Default for LoadOptions {
-    fn default() -> LoadOptions {
-        LoadOptions {
-            kernel: None,
-            threads: None,
-            context: None,
-            quantize: Quantize::Auto,
-            cache_type: None,
-            mtp: None,
-            mmap: true,
-        }
-    }
-}
-
-setters!(LoadOptions {
-    with_kernel(kernel: impl Into<Option<String>>),
-    with_threads(threads: impl Into<Option<usize>>),
-    with_context(context: impl Into<Option<usize>>),
-    with_quantize(quantize: Quantize),
-    with_cache_type(cache_type: impl Into<Option<CacheType>>),
-    with_mtp(mtp: impl Into<Option<bool>>),
-    with_mmap(mmap: bool),
-});
 
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
@@ -125,6 +50,8 @@ pub struct Model {
     limits: OnceLock<Limits>,
     head: LazyHead,
     pub(super) adapters: Adapters,
+    /// The stages of a pipeline, which have the layers.
+    remote: Option<Remote>,
 }
 
 /// The head for multi-token prediction, which is loaded on first use.
@@ -164,7 +91,7 @@ impl Model {
     /// Those of [`Model::load`] and of `progress`.
     pub fn load_with(path: impl AsRef<Path>, options: &LoadOptions, progress: Option<Progress<'_>>) -> Result<Model> {
         let model = open(path.as_ref(), options, |checkpoint| {
-            Model::with_weights(checkpoint, options, progress, Weights::load)
+            Model::with_part(checkpoint, options, progress, |config| Held::whole(config.layers.len()))
         })?;
         if options.mtp == Some(true) {
             model.head()?;
@@ -172,20 +99,34 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads a model whose weights `load` reads, from a loader, for a configuration and a context.
+    /// Loads the part of a model that `held` chooses by its configuration.
+    pub(super) fn with_part(
+        checkpoint: &dyn Checkpoint,
+        options: &LoadOptions,
+        progress: Option<Progress<'_>>,
+        held: impl FnOnce(&Config) -> Held,
+    ) -> Result<Model> {
+        Model::with_weights(checkpoint, options, progress, held, Weights::load_part)
+    }
+
+    /// Loads the part of a model that `held` chooses. `load` reads its weights from a loader, for a configuration and a context.
     pub(super) fn with_weights(
         checkpoint: &dyn Checkpoint,
         options: &LoadOptions,
         progress: Option<Progress<'_>>,
-        load: impl FnOnce(&Loader<'_>, &Config, usize) -> Result<Weights>,
+        held: impl FnOnce(&Config) -> Held,
+        load: impl FnOnce(&Loader<'_>, &Config, usize, &Held) -> Result<Weights>,
     ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
         let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
         let config = Config::read(checkpoint)?;
         let context = config.context_or_default(options.context)?;
+        let held = held(&config);
         let (weights, source) = pool.run(|scope| {
-            let weights = load(&Loader::new(scope, checkpoint, progress), &config, context)?;
-            kernels::tuning::tune(kernel, scope, pool.threads(), weights.linears().flat_map(|layer| layer.parts()));
+            let loader = Loader::new(scope, checkpoint, progress, &|name| held.may_need(name));
+            let weights = load(&loader, &config, context, &held)?;
+            let present = weights.linears().filter(|layer| !layer.is_hollow());
+            kernels::tuning::tune(kernel, scope, pool.threads(), present.flat_map(|layer| layer.parts()));
             let source = head_source(scope, checkpoint, &config, options, weights.vocabulary());
             Ok((weights, source))
         })?;
@@ -195,8 +136,10 @@ impl Model {
             id: MODELS.fetch_add(1, Ordering::Relaxed),
             path: checkpoint.path().to_path_buf(),
             name: checkpoint.metadata().get("general.name").and_then(Value::as_str).unwrap_or_default().to_owned(),
-            shape: CacheShape::of(&config, options.cache_type.unwrap_or(default_type)),
+            shape: CacheShape::of_part(&config, options.cache_type.unwrap_or(default_type), &held),
             transformer: Transformer {
+                handover: Handover::new(&config, weights.per_layer.as_ref().map_or(0, |per_layer| per_layer.width())),
+                held,
                 positions: Positions::new(&config, context, weights.rope_factors.as_deref()),
                 widths: Widths::new(&config, &weights),
                 config,
@@ -211,7 +154,18 @@ impl Model {
             limits: OnceLock::new(),
             head: LazyHead { source, options: options.clone(), head: OnceLock::new(), loading: Mutex::default() },
             adapters: Adapters::default(),
+            remote: None,
         })
+    }
+
+    /// The model, which holds nothing, as the driver of stages.
+    pub(super) fn driving(self, remote: Remote) -> Model {
+        Model { remote: Some(remote), ..self }
+    }
+
+    /// The stages of a pipeline.
+    pub(super) fn remote(&self) -> Option<&Remote> {
+        self.remote.as_ref()
     }
 
     /// Computes a step: all tokens of all inputs, in batches. Appends the wanted logits to `logits`: a row of
@@ -232,6 +186,18 @@ impl Model {
         logits: &mut Vec<f32>,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<()> {
+        self.check_inputs(inputs)?;
+        match &self.remote {
+            Some(remote) => self.forward_by_stages(remote, inputs, logits, interrupted),
+            None => self.compute(inputs, logits, interrupted),
+        }
+    }
+
+    /// Checks the inputs of a step.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`]
+    pub(super) fn check_inputs(&self, inputs: &[Input<'_>]) -> Result<()> {
         let hidden = inputs.first().is_some_and(|input| input.logits == Logits::Hidden);
         for input in inputs.iter() {
             if input.session.model != self.id {
@@ -246,8 +212,29 @@ impl Model {
             }
             input.tokens.iter().try_for_each(|token| self.check_token(*token))?;
         }
+        Ok(())
+    }
+
+    /// Computes a step whose inputs are checked.
+    pub(super) fn compute(
+        &self,
+        inputs: &mut [Input<'_>],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        self.compute_from(inputs, &[], logits, interrupted)
+    }
+
+    /// As [`Model::compute`], from the rows that the stage of a pipeline before this one has returned.
+    pub(super) fn compute_from(
+        &self,
+        inputs: &mut [Input<'_>],
+        received: &[f32],
+        logits: &mut Vec<f32>,
+        interrupted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
         let head = self.head.head.get();
-        self.with_workspace(|workspace| self.transformer.step(workspace, inputs, logits, head, interrupted))
+        self.with_workspace(|w| self.transformer.step(w, inputs, received, logits, head, interrupted))
     }
 
     /// Whether the model has a head for multi-token prediction.
@@ -296,7 +283,9 @@ impl Model {
             return Ok(head);
         }
         let head = open(file, &self.head.options, |checkpoint| {
-            self.pool().run(|scope| Head::load(&Loader::new(scope, checkpoint, None), self.config(), self.vocabulary()))
+            self.pool().run(|scope| {
+                Head::load(&Loader::new(scope, checkpoint, None, &|_| true), self.config(), self.vocabulary())
+            })
         })?;
         Ok(self.head.head.get_or_init(|| head))
     }
@@ -336,7 +325,8 @@ impl Model {
 
     /// An empty session, with the adapter that applies to everything if the model has one.
     pub fn session(&self) -> Session {
-        Session::new(self.shape.clone(), self.context, self.id).with_adapter(self.adapters.default_adapter())
+        let session = Session::new(self.shape.clone(), self.context, self.id);
+        mirrored(session.with_adapter(self.adapters.default_adapter()), self.remote.as_ref())
     }
 
     /// An empty session whose cache has another type than those of the model.
@@ -557,6 +547,7 @@ impl Session {
     /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
     /// the session has computed; [`Error::OutOfMemory`] for a copy of recurrent states.
     pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
+        model.check_whole("session")?;
         if !self.has_recorded_rows() {
             return model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()));
         }
@@ -573,6 +564,7 @@ impl Session {
     /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,
     /// or belongs to another model, another cache type or a larger context; [`Error::OutOfMemory`].
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<(Session, Vec<u32>)> {
+        model.check_whole("session")?;
         model.with_owner(|owner| session_file::load(owner, path.as_ref()))
     }
 }

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use super::config::Config;
-use super::model::{LoadOptions, open};
+use super::model::open;
 use super::state::cache::{CacheShape, CacheType};
+use super::weights::load_options::LoadOptions;
 use crate::error::Result;
 use crate::format::{Checkpoint, Tensor};
 use crate::kernels;
@@ -84,7 +85,7 @@ impl Needs {
 }
 
 /// Bytes of a tensor in memory, at most.
-fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
+pub(super) fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
     let columns = tensor.dims.first().copied().unwrap_or(0);
     let is_plain = tensor.dims.len() == 1 && (name.contains("norm") || name.ends_with(".bias"));
     if is_plain || columns <= FILTER_COLUMNS {

@@ -7,6 +7,7 @@ use super::fingerprint::FingerprintHasher;
 use super::linear::{Linear, LinearInput};
 use super::norm::Norm;
 use super::pass::Pass;
+use super::pipeline::held::Held;
 use super::weights::loader::{Loader, Part};
 use crate::error::Result;
 use crate::kernels::Kernel;
@@ -52,10 +53,10 @@ impl Streams {
     ///
     /// # Errors
     /// Those of [`Loader::linear`].
-    pub(super) fn load(loader: &Loader<'_>, config: &Config) -> Result<Option<Streams>> {
+    pub(super) fn load(loader: &Loader<'_>, config: &Config, held: &Held) -> Result<Option<Streams>> {
         let Some(StreamsConfig { count, .. }) = config.streams else { return Ok(None) };
         let (others, hidden) = (count - 1, config.hidden);
-        let stack = |name: &str| {
+        let stack = |loader: &Loader<'_>, name: &str| {
             let one = |index: usize| {
                 let order = move |row| index * hidden + row;
                 let part = Part { name: name.to_owned(), rows: hidden, order: &order, of: hidden, stack: Some(others) };
@@ -63,7 +64,9 @@ impl Streams {
             };
             (0..others).map(one).collect::<Result<Vec<_>>>()
         };
-        Ok(Some(Streams { begin: stack("altup_proj")?, end: stack("altup_unembd_proj")? }))
+        let begin = loader.load_if(held.embedding, |loader| stack(loader, "altup_proj"))?;
+        let end = loader.load_if(held.head, |loader| stack(loader, "altup_unembd_proj"))?;
+        Ok(Some(Streams { begin, end }))
     }
 
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {

@@ -10,6 +10,8 @@ use super::mixers::positions::Positions;
 use super::norm::Norm;
 use super::outputs::heads::Heads;
 use super::per_layer::{LayerInput, PerLayer};
+use super::pipeline::handover::Handover;
+use super::pipeline::held::Held;
 use super::rope::Scaling;
 use super::streams::{LayerStreams, Streams};
 use super::weights::loader::{Loader, Part};
@@ -17,14 +19,18 @@ use super::{ffn, mixers};
 use crate::error::Result;
 use crate::format::Checkpoint;
 use crate::kernels::Kernel;
-use crate::quant::packed::{Code, PANEL, Packed};
+use crate::quant::packed::PANEL;
 use crate::threads::{Scope, ThreadPool};
 
 /// Everything that a forward pass reads. It does not change.
 #[derive(Debug)]
 pub(super) struct Transformer {
     pub(super) config: Config,
+    /// What of the model is in memory. Of everything else, matrices have no weights.
+    pub(super) held: Held,
     pub(super) weights: Weights,
+    /// What stages of a pipeline hand over.
+    pub(super) handover: Handover,
     pub(super) positions: Positions,
     pub(super) widths: Widths,
     pub(super) kernel: &'static Kernel,
@@ -218,10 +224,19 @@ impl Weights {
     /// # Errors
     /// Those of [`Layer::load`].
     pub(super) fn load(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        Weights::load_part(loader, config, context, &Held::whole(config.layers.len()))
+    }
+
+    /// Reads the weights that are held, for sessions of `context` tokens. Names and shapes of all others are checked.
+    ///
+    /// # Errors
+    /// Those of [`Layer::load`].
+    pub(super) fn load_part(loader: &Loader<'_>, config: &Config, context: usize, held: &Held) -> Result<Weights> {
         loader.report_start()?;
-        let mut weights = Weights::without_layers(loader, config, context)?;
+        let mut weights = Weights::ends(loader, config, context, held)?;
         for index in 0..config.layers.len() {
-            weights.layers.push(Layer::load(loader, config, index)?);
+            let is_held = held.layers.contains(&index);
+            weights.layers.push(loader.load_if(is_held, |loader| Layer::load(loader, config, index))?);
         }
         loader.check_leftovers(config)?;
         loader.report_end()?;
@@ -242,6 +257,12 @@ impl Weights {
     /// # Errors
     /// Those of [`Layer::load`].
     pub(super) fn without_layers(loader: &Loader<'_>, config: &Config, context: usize) -> Result<Weights> {
+        Weights::ends(loader, config, context, &Held::whole(config.layers.len()))
+    }
+
+    fn ends(loader: &Loader<'_>, config: &Config, context: usize, held: &Held) -> Result<Weights> {
+        let linear =
+            |wanted: bool, part: Part<'_>, width: usize| loader.load_if(wanted, |loader| loader.linear(&[part], width));
         let Some(table) = loader.dims("token_embd.weight") else {
             return Err(loader.missing("token_embd.weight", format_args!("shape [{}, vocabulary]", config.hidden)));
         };
@@ -250,14 +271,16 @@ impl Weights {
             None => (config.hidden, None),
             Some(dims) => {
                 let width = dims.first().copied().unwrap_or(0);
-                let in_proj = loader.linear(&[Part::new("token_embd_proj", config.hidden)], width)?;
-                let out_proj = loader.linear(&[Part::new("output_proj", width)], config.hidden)?;
+                let in_proj = linear(held.embedding, Part::new("token_embd_proj", config.hidden), width)?;
+                let out_proj = linear(held.head, Part::new("output_proj", width), config.hidden)?;
                 (width, Some(Projections { in_proj, out_proj }))
             }
         };
-        let embedding = loader.linear(&[Part::new("token_embd", vocabulary)], width)?;
-        let output = match loader.has("output.weight") {
-            true => Some(loader.linear(&[Part::new("output", vocabulary)], width)?),
+        let has_output = loader.has("output.weight");
+        let is_needed = held.embedding || (held.head && !has_output);
+        let embedding = linear(is_needed, Part::new("token_embd", vocabulary), width)?;
+        let output = match has_output {
+            true => Some(linear(held.head, Part::new("output", vocabulary), width)?),
             false => None,
         };
         let positions = match loader.dims("position_embd.weight") {
@@ -267,7 +290,7 @@ impl Weights {
                     let expected = format_args!("rows for the {} positions of the context", config.context);
                     return Err(loader.wrong_shape("position_embd.weight", &dims, expected));
                 }
-                Some(loader.linear(&[Part::new("position_embd", rows)], config.hidden)?)
+                Some(linear(held.embedding, Part::new("position_embd", rows), config.hidden)?)
             }
             None => None,
         };
@@ -278,7 +301,7 @@ impl Weights {
                 if rows == 0 {
                     return Err(loader.wrong_shape("token_types.weight", &dims, "a row for each type"));
                 }
-                Some(loader.linear(&[Part::new("token_types", rows)], config.hidden)?)
+                Some(linear(held.embedding, Part::new("token_types", rows), config.hidden)?)
             }
             None => None,
         };
@@ -299,9 +322,9 @@ impl Weights {
             },
             output,
             rope_factors: rope_factors(loader, config, context)?,
-            per_layer: PerLayer::load(loader, config, vocabulary)?,
-            streams: Streams::load(loader, config)?,
-            heads: Heads::load(loader, config)?,
+            per_layer: loader.load_if(held.embedding, |loader| PerLayer::load(loader, config, vocabulary))?,
+            streams: Streams::load(loader, config, held)?,
+            heads: loader.load_if(held.head, |loader| Heads::load(loader, config))?,
         };
         if weights.output_norm.is_none() && !config.family.quirks.optional_output_norm {
             let name = format!("{}.weight", config.family.output_norm);
@@ -335,9 +358,7 @@ impl Weights {
 
     /// Whether the model computes in single precision: the mixers' input projections are F32.
     pub(super) fn is_f32(&self) -> bool {
-        let mixers = self.layers.iter().filter_map(|layer| layer.mixer.in_proj());
-        let mut parts = mixers.flat_map(Linear::parts);
-        parts.all(|part: &Packed| part.layout().code == Code::F32)
+        self.layers.iter().filter_map(|layer| layer.mixer.in_proj()).all(Linear::is_f32)
     }
 
     /// The matrices of all layers, and outside of them.

@@ -75,7 +75,7 @@ pub(super) struct Loading {
 }
 
 impl Loading {
-    fn options(self) -> crate::Result<LoadOptions> {
+    pub(super) fn options(self) -> crate::Result<LoadOptions> {
         let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
         let (kernel, threads, context) = (self.kernel, self.threads, self.context);
@@ -86,6 +86,12 @@ impl Loading {
 /// A model in memory. [`Trim`] runs after the model is freed.
 #[pyclass(frozen, module = "nybble._native")]
 pub(super) struct Model(pub(super) Arc<model::Model>, Trim);
+
+impl Model {
+    pub(super) fn new(model: model::Model) -> Model {
+        Model(Arc::new(model), Trim)
+    }
+}
 
 /// Returns the allocator's free memory to the system on drop.
 struct Trim;
@@ -105,8 +111,7 @@ impl Model {
     #[pyo3(signature = (path, options, progress=None))]
     fn load(py: Python<'_>, path: PathBuf, options: Loading, progress: Option<Py<PyAny>>) -> PyResult<Model> {
         let options = options.options()?;
-        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report)))
-            .map(|model| Model(Arc::new(model), Trim))
+        with_progress(py, progress, |report| model::Model::load_with(path, &options, Some(report))).map(Model::new)
     }
 
     /// A sequence that continues `tokens`. `session` has computed a beginning of them. `options` has the attributes of the

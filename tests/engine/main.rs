@@ -2,6 +2,8 @@
 
 #[path = "../common/mtp.rs"]
 mod mtp_goldens;
+#[path = "../common/stages.rs"]
+mod stages;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 
@@ -16,6 +18,7 @@ mod examples;
 mod filters;
 mod jobs;
 mod mtp;
+mod pipeline;
 mod recurrent;
 mod sampler;
 mod scheduler;

@@ -18,7 +18,8 @@ from nybble.server.pool.spec import source_name
 if TYPE_CHECKING:
     import socket
 
-    from nybble.model import ModelInfo
+    from nybble.engine import Engine
+    from nybble.model import Model, ModelInfo
     from nybble.server.pool.pool import Pool
     from nybble.server.pool.spec import ModelSpec
     from nybble.server.service import Service
@@ -100,15 +101,35 @@ def _one(
     from nybble.server import http_server
     from nybble.server.service import Service
 
-    model = stack.enter_context(load_model(source, load, adapters=options.adapters()))
+    draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
+    engine: Engine
+    if options.stages is not None:
+        engine = stack.enter_context(_pipeline(source, options, load, draft))
+    else:
+        model = stack.enter_context(load_model(source, load, adapters=options.adapters()))
+        engine = stack.enter_context(Engine(model, options.engine(), draft=draft))
+    model = engine.model
     if options.cache_bytes is not None:
         _check_cache(options.cache_bytes, model.info)
-    draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
-    engine = Engine(model, options.engine(), draft=draft)
     allowed_hosts = http_server.allowed_hosts(listener, list(options.allow_host))
     settings = options.settings(context=model.info.context, allowed_hosts=allowed_hosts)
     name = options.name or source_name(source, model.info.file.name)
-    return Service(stack.enter_context(engine), name, settings)
+    return Service(engine, name, settings)
+
+
+def _pipeline(source: str | None, options: ServeOptions, load: LoadOptions, draft: Model | None) -> Engine:
+    """Starts the stages of a model, on this machine or on a Ray cluster, and an engine over them."""
+    chosen, stages = options.engine(), options.stages or 1
+    if options.ray is None:
+        from nybble import pipeline
+
+        return pipeline.processes(source, stages=stages, load=load, options=chosen, draft=draft)
+    from nybble.integrations import ray
+
+    threads = load.threads or 1
+    return ray.pipeline(
+        source, stages=stages, threads=threads, address=options.ray, load=load, options=chosen, draft=draft
+    )
 
 
 def _several(

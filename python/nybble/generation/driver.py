@@ -54,7 +54,8 @@ class Driver(Generic[Job]):
             # The session keeps its last page and its states, which the sequence copies.
             own = _PAGE * model.info.cache_bytes_per_token + model.info.state_bytes
             kept = own if keep_sessions else 0
-            options = options.replace(cache_bytes=memory.for_caches(native) + kept)
+            limit = memory.for_caches(native) if model._cache_limit is None else model._cache_limit
+            options = options.replace(cache_bytes=limit + kept)
         if options.cache_dir is not None:
             folder = expand(options.cache_dir)
             options = options.replace(cache_dir=folder)

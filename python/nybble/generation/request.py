@@ -28,6 +28,7 @@ class TextModel(Protocol):
     tokenizer: Tokenizer
     info: ModelInfo
     _source: Path
+    _cache_limit: int | None
 
     @property
     def _native(self) -> _native.Model: ...

@@ -1,12 +1,14 @@
 """Runs nybble on several machines with Ray: `pip install nybble[ray]`.
 
 `generate` completes the rows of a dataset on several workers. Ray replaces a worker that dies and repeats its batch.
-`deployment` turns the server of `nybble serve` into an application of Ray Serve with replicas.
+`deployment` turns the server of `nybble serve` into an application of Ray Serve with replicas. `pipeline` divides one
+model into stages on several machines.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,16 +19,23 @@ from nybble.integrations import _needs
 try:
     import ray.data
     from ray import serve
+
+    from nybble.integrations.ray_stages import RayStages
 except ModuleNotFoundError as _error:
     raise _needs("ray", _error) from None
 
+from nybble.load_options import LoadOptions
 from nybble.model import Model
+from nybble.pipeline.engine import Pipeline, Source, open_pipeline
 from nybble.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from typing_extensions import Unpack
 
-__all__ = ["Batch", "Worker", "deployment", "generate"]
+    from nybble.engine_options import EngineOptions, EngineOverrides
+
+__all__ = ["Batch", "Worker", "deployment", "generate", "pipeline"]
 
 Batch = dict[str, np.ndarray[Any, Any]]
 
@@ -158,6 +167,63 @@ def deployment(
         ray_actor_options={"num_cpus": threads},
     )
     return made.bind()
+
+
+def pipeline(
+    source: Source | None = None,
+    *,
+    stages: int = 2,
+    threads: int = 1,
+    cuts: Sequence[int] | None = None,
+    address: str | None = None,
+    load: LoadOptions | None = None,
+    options: EngineOptions | None = None,
+    draft: Model | None = None,
+    **overrides: Unpack[EngineOverrides],
+) -> Pipeline:
+    """Divides a model into stages, each an actor of Ray, and returns an engine over them.
+
+    Each stage reads only its layers. Ray places the stages on as many machines as it has. Results are bit-identical to
+    those of one process. A stage that dies is started again, and its requests are computed again from their tokens.
+
+    Args:
+        source: The model, as in `Model.load`: a path that exists on all machines and on this one, or a repository that
+            each downloads.
+        stages: Number of stages.
+        threads: Threads of each stage, and CPUs that Ray reserves for it.
+        cuts: The first layers of all stages but the first; the number of layers stands for the model's output. None
+            divides the weights evenly.
+        address: The address of the cluster, as in `ray.init`, if Ray is not connected yet.
+        load: How each stage loads its part, but for `threads`. The defaults of `LoadOptions` if None.
+        options: As in `Engine`.
+        draft: As in `Engine`; it computes in this process.
+        **overrides: Single options of the engine by name.
+
+    Raises:
+        ValueError: An option is out of range, or the model cannot be divided so, or does not generate text.
+        FileNotFoundError, PermissionError, ConnectionError: The file cannot be read or downloaded.
+
+    Example:
+        ```python
+        from nybble.integrations.ray import pipeline
+
+        with pipeline("model.gguf", stages=4, threads=16, address="auto") as engine:
+            print(engine.submit("Once upon a time", max_tokens=64).result())
+        ```
+    """
+    if not ray.is_initialized():
+        ray.init(address=address)
+    name = None if source is None else os.fspath(source)
+    return open_pipeline(
+        source,
+        lambda _, units: RayStages(name, units, threads),
+        stages,
+        options,
+        load=(load or LoadOptions()).replace(threads=threads),
+        cuts=cuts,
+        draft=draft,
+        overrides=overrides,
+    )
 
 
 def _application(

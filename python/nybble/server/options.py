@@ -136,6 +136,20 @@ class ServeOptions(EngineOptions):
             panel="Adapters",
         ),
     )
+    stages: int | None = field(
+        default=None,
+        metadata=_option(
+            "Divide the model into this many processes, each with some of the layers.", range=(1, 256), panel="Stages"
+        ),
+    )
+    ray: str | None = field(
+        default=None,
+        metadata=_option(
+            "Address of a Ray cluster that runs the stages, such as auto; by default this machine does.",
+            metavar="ADDRESS",
+            panel="Stages",
+        ),
+    )
     pooling: Literal["mean", "cls", "last"] | None = field(
         default=None,
         metadata=_option(
@@ -204,11 +218,23 @@ class ServeOptions(EngineOptions):
         if self.cache_dir_gb is not None:
             object.__setattr__(self, "cache_dir_bytes", int(self.cache_dir_gb * 1e9))
         self.adapters()
+        self._check_stages()
         if self.max_memory is not None:
             parse_size("max_memory", self.max_memory)
         if self.adapter_folder is not None and not Path(self.adapter_folder).is_dir():
             raise ValueError(f"adapter_folder: found {self.adapter_folder!r}, expected a folder")
         super().__post_init__()
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            if self.ray is not None:
+                raise ValueError(f"ray: found {self.ray!r}, but no stages, expected their number as well")
+            return
+        for name in ("adapter", "adapter_folder", "cache_dir"):
+            if found := getattr(self, name):
+                raise ValueError(f"{name}: found {found!r}, expected none together with stages")
+        if self.loads_on_demand:
+            raise ValueError(f"stages: found {self.stages} together with several models, expected one model")
 
     def adapters(self) -> dict[str, Path]:
         """The paths of the adapters by name.

@@ -78,13 +78,17 @@ impl Drafter {
         if self.speculation == Speculation::Off {
             return Ok(());
         }
-        let decoding = running.iter().filter(|entry| entry.is_decoding()).count();
+        let decoding = running.iter().filter(|entry| entry.is_chosen && entry.is_decoding()).count();
         let mut budget = match self.speculation {
             Speculation::Auto => MAX_AUTO_ROWS.saturating_sub(decoding),
             Speculation::On | Speculation::Mtp | Speculation::Off => MAX_DRAFT_ROWS,
         };
         let mut wanted = Vec::with_capacity(running.len());
         for entry in running.iter_mut() {
+            if !entry.is_chosen {
+                wanted.push(0);
+                continue;
+            }
             entry.by_head = false;
             let count = if entry.is_decoding() && entry.search.is_none() {
                 // The last token of the limit is sampled but never computed, so it needs no draft.
@@ -197,7 +201,7 @@ fn has_drafted(result: Result<()>, running: &mut [Entry]) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(Error::OutOfMemory { .. }) => Ok(false),
         Err(error) => {
-            running.iter_mut().for_each(Entry::forget_drafts);
+            running.iter_mut().filter(|entry| entry.is_chosen).for_each(Entry::forget_drafts);
             Err(error)
         }
     }

@@ -65,6 +65,12 @@ pub(super) struct Entry {
     pub(super) drafted: usize,
     /// Whether they come from the model's own head.
     pub(super) by_head: bool,
+    /// Whether the step that is being planned may compute it.
+    pub(super) is_chosen: bool,
+    /// The number of the step that computes it.
+    pub(super) flight: Option<u64>,
+    /// The number of the latest step that has computed it.
+    pub(super) latest: u64,
 }
 
 impl Entry {
@@ -92,6 +98,9 @@ impl Entry {
             rows: 0,
             drafted: 0,
             by_head: false,
+            is_chosen: false,
+            flight: None,
+            latest: 0,
         }
     }
 
@@ -134,6 +143,26 @@ impl Entry {
             _ => session.bytes_from(self.blocks),
         };
         own.saturating_add(self.draft_session.as_ref().map_or(0, Session::bytes))
+    }
+
+    /// Rows of logits that its step returns.
+    pub(super) fn logit_rows(&self) -> usize {
+        match self.logits() {
+            Logits::None => 0,
+            Logits::Last => 1,
+            Logits::All | Logits::Hidden => self.rows,
+        }
+    }
+
+    /// Records for its sessions the positions whose keys or values the stages of a pipeline do not hold.
+    pub(super) fn note_overflows(&mut self, overflows: &[Option<usize>]) {
+        let is_searching = self.is_searching();
+        let Entry { sequence, search, .. } = self;
+        let beams = search.iter_mut().flat_map(BeamSearch::beams_mut).filter(|_| is_searching);
+        let own = std::iter::once(&mut sequence.session).filter(|_| !is_searching);
+        for (session, overflow) in own.chain(beams.map(|beam| &mut beam.session)).zip(overflows) {
+            overflow.iter().for_each(|position| session.overflowed_at(*position));
+        }
     }
 
     /// The logits that this step needs.
@@ -184,13 +213,14 @@ impl Entry {
 
     /// Frees its KV cache. All of its tokens are computed again.
     pub(super) fn reset(&mut self) {
-        self.sequence.session.truncate(0);
-        self.sequence.pending.clone_from(&self.sequence.tokens);
+        self.sequence.restart();
         (self.draft_session, self.draft_before) = (None, None);
         self.search.iter_mut().for_each(BeamSearch::reset);
         let root = root(&self.sequence.session);
         (self.blocks, self.block, self.reused, self.rows, self.drafted) = (0, root, 0, 0, 0);
         (self.restorable, self.branch) = ((0, root), 0);
+        (self.is_chosen, self.flight) = (false, None);
+        self.unused.clear();
     }
 
     /// Attaches pages of the prefix cache that match its next tokens. Returns the number of tokens that they hold.

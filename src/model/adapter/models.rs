@@ -29,6 +29,7 @@ impl Model {
 
     /// As [`Model::with_adapter`], before the model is used.
     pub(crate) fn set_adapter(&self, path: &Path) -> Result<Vec<String>> {
+        self.check_whole("adapter")?;
         let (adapter, notes) = self.read_adapter("", path)?;
         if self.adapter_names().is_empty() && self.adapters.set_default(adapter) {
             return Ok(notes);
@@ -49,6 +50,7 @@ impl Model {
     /// [`Error::Unsupported`] with the setting or the tensor for what is not computed: nothing is applied in part;
     /// [`Error::OutOfMemory`].
     pub fn load_adapter(&self, name: &str, path: impl AsRef<Path>) -> Result<Vec<String>> {
+        self.check_whole("adapter")?;
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(is_plain) {
             let expected = format!("1 to {MAX_NAME} characters of A-Z, a-z, 0-9, '.', '_' and '-'");

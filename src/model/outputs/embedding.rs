@@ -46,6 +46,7 @@ impl Model {
         normalize: bool,
         interrupted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Vec<f32>> {
+        self.check_whole("embed")?;
         let pooling = pooling.or(self.config().pooling).unwrap_or(Pooling::Mean);
         let texts: Vec<TextTokens<'_>> = texts.iter().map(|tokens| (*tokens, None)).collect();
         let heads = &self.transformer.weights.heads;

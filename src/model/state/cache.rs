@@ -7,61 +7,14 @@ use std::sync::Arc;
 
 use half::f16;
 
+pub use super::cache_type::CacheType;
+use super::counted::Counted;
 use super::recurrent::{Snapshot, StateShape};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE};
 use crate::model::config::{Config, LayerConfig, Reach};
+use crate::model::pipeline::held::Held;
 use crate::quant::packed::{CacheLine, PANEL};
-use crate::system::aligned_buf::AlignedBuf;
-
-/// How keys and values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum CacheType {
-    /// Single precision, for models that compute in it.
-    F32,
-    /// Half precision.
-    F16,
-    /// INT8 with a scale per position and 32 numbers: about half the memory of F16. Keys and values are rotated first, so
-    /// that single large numbers do not coarsen the others.
-    Int8,
-}
-
-impl CacheType {
-    const ALL: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
-
-    /// The type called `f32`, `f16` or `int8`.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for other names.
-    pub fn by_name(name: &str) -> Result<CacheType> {
-        let found = CacheType::ALL.into_iter().find(|known| known.name() == name);
-        found.ok_or_else(|| Error::argument("cache_type", format_args!("{name:?}"), "f16, int8 or f32"))
-    }
-
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            CacheType::F32 => "f32",
-            CacheType::F16 => "f16",
-            CacheType::Int8 => "int8",
-        }
-    }
-
-    /// Bytes per number.
-    fn bytes(self) -> usize {
-        match self {
-            CacheType::F32 => 4,
-            CacheType::F16 => 2,
-            CacheType::Int8 => 1,
-        }
-    }
-
-    /// The largest number that it holds; no limit for types that hold all of F32.
-    pub(in crate::model) fn largest(self) -> Option<f32> {
-        (self == CacheType::F16).then(|| f16::MAX.to_f32())
-    }
-}
 
 /// The largest number of numbers that are rotated together.
 const MAX_ROTATION: usize = 256;
@@ -142,12 +95,14 @@ pub(in crate::model) struct PartShape {
     reach: Reach,
     /// Cache lines. `None` when the number overflows.
     lines: Option<usize>,
+    /// Cache lines that a limit counts: those of all stages in the driver of a pipeline, which has none itself.
+    counted: Option<usize>,
 }
 
 impl PartShape {
     /// Bytes, saturating.
     pub(super) fn bytes(&self) -> usize {
-        self.lines.map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<CacheLine>()))
+        self.counted.map_or(usize::MAX, |lines| lines.saturating_mul(size_of::<CacheLine>()))
     }
 
     /// The first page that a query at `position` or later sees.
@@ -170,30 +125,51 @@ pub(in crate::model) struct CacheShape {
     pub(in crate::model) cache_type: CacheType,
     /// The states of layers that have one, instead of keys and values or in addition to them.
     state: Option<Arc<StateShape>>,
+    /// Pages from one snapshot of the states to the next.
+    interval: usize,
 }
 
 impl CacheShape {
     /// The shape of the cache of a model.
     pub(in crate::model) fn of(config: &Config, cache_type: CacheType) -> CacheShape {
+        CacheShape::of_part(config, cache_type, &Held::whole(config.layers.len()))
+    }
+
+    /// The shape of the cache of a part of a model. Its sessions have the pages, parts of pages and snapshots of the whole model's
+    /// and make the same decisions, but the other layers have no bytes.
+    pub(in crate::model) fn of_part(config: &Config, cache_type: CacheType, held: &Held) -> CacheShape {
+        let counts_all = held.is_nothing();
+        let mut whole = (0usize, StateShape::of(config, &Held::whole(config.layers.len())));
         let mut parts: Vec<PartShape> = Vec::new();
         let layer = |(index, layer): (usize, &LayerConfig)| {
             let kv_heads = if layer.shares.is_some() { 0 } else { layer.kv_heads };
             let reach = reach(config, index);
             let part = parts.iter().position(|part| part.reach == reach).unwrap_or(parts.len());
             if part == parts.len() {
-                parts.push(PartShape { reach, lines: Some(0) });
+                parts.push(PartShape { reach, lines: Some(0), counted: Some(0) });
             }
             let (head_dim, value_dim) = (layer.head_dim, layer.value_dim);
             let width = value_dim.next_multiple_of(PANEL);
-            let own = &mut parts[part].lines;
-            let at = own.unwrap_or(usize::MAX);
+            let (own, is_held) = (&mut parts[part], held.layers.contains(&index));
+            let at = own.lines.unwrap_or(usize::MAX);
             let shape = LayerShape { kv_heads, head_dim, value_dim, width, cache_type, part, at };
             let lines = shape.head().iter().sum::<usize>().checked_mul(kv_heads);
-            *own = own.zip(lines).and_then(|(before, own)| before.checked_add(own));
-            shape
+            whole.0 = whole.0.saturating_add(lines.unwrap_or(usize::MAX));
+            let add = |before: Option<usize>| before.zip(lines).and_then(|(before, own)| before.checked_add(own));
+            if is_held {
+                own.lines = add(own.lines);
+            }
+            if is_held || counts_all {
+                own.counted = add(own.counted);
+            }
+            LayerShape { kv_heads: if is_held { kv_heads } else { 0 }, ..shape }
         };
         let layers = config.layers.iter().enumerate().map(layer).collect();
-        CacheShape { layers, parts: parts.into(), cache_type, state: StateShape::of(config).map(Arc::new) }
+        let (lines, states) = whole;
+        let interval =
+            snapshot_interval(states.map_or(0, |states| states.bytes()), lines.saturating_mul(size_of::<CacheLine>()));
+        let state = StateShape::of(config, held).map(Arc::new);
+        CacheShape { layers, parts: parts.into(), cache_type, state, interval }
     }
 
     /// The keys and values of layer `index`.
@@ -211,11 +187,9 @@ impl CacheShape {
         self.state.as_ref()
     }
 
-    /// Pages from one snapshot of the states to the next. The larger states are compared with keys and values, the more, so
-    /// that snapshots take at most about four times as much memory as the pages.
+    /// Pages from one snapshot of the states to the next.
     pub(super) fn snapshot_interval(&self) -> usize {
-        let (state, page) = (self.state_bytes(), self.page_bytes().max(1));
-        (state / page.saturating_mul(4)).next_power_of_two().clamp(MIN_INTERVAL, MAX_INTERVAL)
+        self.interval
     }
 
     /// Bytes of the states of a sequence.
@@ -246,9 +220,15 @@ impl CacheShape {
     }
 
     fn checked_page_bytes(&self) -> Option<usize> {
-        let lines = self.parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.lines?));
+        let lines = self.parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.counted?));
         lines?.checked_mul(size_of::<CacheLine>())
     }
+}
+
+/// Pages from one snapshot of the states to the next. The larger states are compared with keys and values, the more, so
+/// that snapshots take at most about four times as much memory as the pages.
+fn snapshot_interval(state_bytes: usize, page_bytes: usize) -> usize {
+    (state_bytes / page_bytes.max(1).saturating_mul(4)).next_power_of_two().clamp(MIN_INTERVAL, MAX_INTERVAL)
 }
 
 /// How far back the queries see that read the keys and values of layer `index`: its own, and those of layers that share
@@ -274,7 +254,7 @@ pub(in crate::model) struct PageHead<'a> {
 #[derive(Debug, Clone)]
 pub(in crate::model) struct Page {
     /// Each `(layers, kv_heads, keys, values, scales of keys, scales of values)`; `None` where it is freed.
-    parts: Box<[Option<Arc<AlignedBuf>>]>,
+    parts: Box<[Option<Arc<Counted>>]>,
     /// The recurrent states after the last position.
     pub(super) snapshot: Option<Snapshot>,
 }
@@ -283,18 +263,18 @@ impl Page {
     /// A page of zeros.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
     pub(in crate::model) fn new(shape: &CacheShape) -> Result<Page> {
         Page::with_parts(shape, |_| true)
     }
 
     /// A page of these parts, in order.
-    pub(super) fn of(parts: impl IntoIterator<Item = Arc<AlignedBuf>>, snapshot: Option<Snapshot>) -> Page {
+    pub(super) fn of(parts: impl IntoIterator<Item = Arc<Counted>>, snapshot: Option<Snapshot>) -> Page {
         Page { parts: parts.into_iter().map(Some).collect(), snapshot }
     }
 
     /// The parts that it has.
-    pub(super) fn parts(&self) -> impl Iterator<Item = &Arc<AlignedBuf>> {
+    pub(super) fn parts(&self) -> impl Iterator<Item = &Arc<Counted>> {
         self.parts.iter().flatten()
     }
 
@@ -306,7 +286,7 @@ impl Page {
     /// A page of zeros that has the parts for which `wanted` is true.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
     pub(super) fn with_parts(shape: &CacheShape, wanted: impl Fn(usize) -> bool) -> Result<Page> {
         let part = |(index, part): (usize, &PartShape)| wanted(index).then(|| zeros(part)).transpose();
         let parts = shape.parts.iter().enumerate().map(part).collect::<Result<_>>()?;
@@ -316,13 +296,13 @@ impl Page {
     /// Makes the parts unshared: those that other pages share are copied.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; parts may have been copied then.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); parts may have been copied then.
     pub(super) fn unshare(&mut self, shape: &CacheShape) -> Result<()> {
         for (part, shape) in self.parts.iter_mut().zip(&*shape.parts) {
             if let Some(part) = part
                 && Arc::get_mut(part).is_none()
             {
-                let mut copy = AlignedBuf::try_zeroed(part.len(), WHAT)?;
+                let mut copy = Counted::try_zeroed(part.len(), part.bytes(), WHAT)?;
                 copy.copy_from_slice(part);
                 *part = Arc::new(copy);
             }
@@ -341,6 +321,11 @@ impl Page {
         self.parts[index].is_some()
     }
 
+    /// Number of its parts, those that are freed included.
+    pub(super) fn count(&self) -> usize {
+        self.parts.len()
+    }
+
     /// Whether it has all parts.
     pub(super) fn is_whole(&self) -> bool {
         self.parts.iter().all(Option::is_some)
@@ -348,11 +333,11 @@ impl Page {
 
     /// Frees the parts and the snapshot that nothing else holds, and returns their bytes.
     pub(super) fn free_unshared(&mut self) -> usize {
-        let unshared = |part: &&mut Option<Arc<AlignedBuf>>| part.as_ref().is_some_and(|p| Arc::strong_count(p) == 1);
+        let unshared = |part: &&mut Option<Arc<Counted>>| part.as_ref().is_some_and(|p| Arc::strong_count(p) == 1);
         let freed = self.parts.iter_mut().filter(unshared).filter_map(Option::take);
-        let parts: usize = freed.map(|part| size_of_val::<[CacheLine]>(&part)).sum();
+        let parts: usize = freed.map(|part| part.bytes()).sum();
         let snapshot = self.snapshot.take_if(|snapshot| Arc::strong_count(snapshot) == 1);
-        parts + snapshot.map_or(0, |snapshot| size_of_val::<[f32]>(&snapshot))
+        parts + snapshot.map_or(0, |snapshot| snapshot.bytes())
     }
 
     /// Takes the parts of `other`, and its snapshot, that it has not itself.
@@ -378,27 +363,26 @@ impl Page {
 
     /// Bytes of the parts that it has, and of its snapshot.
     pub(super) fn len(&self) -> usize {
-        let snapshot = self.snapshot.as_ref().map_or(0, |snapshot| size_of_val::<[f32]>(snapshot));
-        self.parts.iter().flatten().map(|part| size_of_val::<[CacheLine]>(part)).sum::<usize>() + snapshot
+        let snapshot = self.snapshot.as_ref().map_or(0, |snapshot| snapshot.bytes());
+        self.parts.iter().flatten().map(|part| part.bytes()).sum::<usize>() + snapshot
     }
 
     /// The address and bytes of each of its parts and of its snapshot, which clones share.
     pub(super) fn buffers(&self) -> impl Iterator<Item = (usize, usize)> {
-        let snapshot = self.snapshot.iter().map(|snapshot| (snapshot.as_ptr().addr(), size_of_val::<[f32]>(snapshot)));
-        let parts = self.parts.iter().flatten();
-        parts.map(|part| (part.as_ptr().addr(), size_of_val::<[CacheLine]>(part))).chain(snapshot)
+        let snapshot = self.snapshot.iter().map(|snapshot| (Arc::as_ptr(snapshot).addr(), snapshot.bytes()));
+        self.parts.iter().flatten().map(|part| (Arc::as_ptr(part).addr(), part.bytes())).chain(snapshot)
     }
 
     /// Bytes of the parts that other pages have, too.
     pub(super) fn shared_len(&self) -> usize {
         let shared = self.parts.iter().flatten().filter(|part| Arc::strong_count(part) > 1);
-        shared.map(|part| size_of_val::<[CacheLine]>(part)).sum()
+        shared.map(|part| part.bytes()).sum()
     }
 
     /// As [`Page::shared_len`], with the snapshot, if something else holds it.
     pub(super) fn shared_len_with_snapshot(&self) -> usize {
         let shared = self.snapshot.as_ref().filter(|snapshot| Arc::strong_count(snapshot) > 1);
-        self.shared_len() + shared.map_or(0, |snapshot| size_of_val::<[f32]>(snapshot))
+        self.shared_len() + shared.map_or(0, |snapshot| snapshot.bytes())
     }
 
     /// The bytes of part `index`, to be written to a file.
@@ -478,9 +462,9 @@ const MAX_INTERVAL: usize = 16;
 const WHAT: &str = "a page of the KV cache";
 
 /// A part of zeros.
-fn zeros(part: &PartShape) -> Result<Arc<AlignedBuf>> {
+fn zeros(part: &PartShape) -> Result<Arc<Counted>> {
     // Zeroed memory comes from the system untouched, so a page costs only the part of it that is written.
-    Ok(Arc::new(AlignedBuf::try_zeroed(part.lines.unwrap_or(usize::MAX), WHAT)?))
+    Ok(Arc::new(Counted::try_zeroed(part.lines.unwrap_or(usize::MAX), part.bytes(), WHAT)?))
 }
 
 /// The keys and values of one layer in a page, to be written.

@@ -28,12 +28,12 @@ use std::sync::{Arc, Weak};
 use blake3::Hasher;
 
 use super::cache::{CacheType, Page};
-use super::session::SharedPage;
+use super::counted::Counted;
 use super::session_file::{HASH, Hashed, MAGIC, Owner, PARTS, STATES};
+use super::shared_page::SharedPage;
 use crate::error::{Error, Place};
 use crate::kernels::PAGE;
 use crate::model::model::Model;
-use crate::system::aligned_buf::AlignedBuf;
 use crate::system::memory;
 
 /// The bit in the version of these files.
@@ -117,8 +117,8 @@ pub(crate) fn next_prefix(prefix: &[u8; 32], tokens: &[u32; PAGE]) -> [u8; 32] {
 /// A page that does not stay in memory for this reference.
 #[derive(Debug)]
 pub(crate) struct WeakPage {
-    parts: Vec<Weak<AlignedBuf>>,
-    snapshot: Option<Weak<AlignedBuf<f32>>>,
+    parts: Vec<Weak<Counted>>,
+    snapshot: Option<Weak<Counted<f32>>>,
     model: u64,
     adapter: u64,
     is_recurrent: bool,
@@ -127,7 +127,7 @@ pub(crate) struct WeakPage {
 impl WeakPage {
     /// A reference to `page`, without what belongs to a head. `None` unless it has all parts.
     pub(crate) fn of(page: &SharedPage) -> Option<WeakPage> {
-        let SharedPage { page, head: _, model, adapter, is_recurrent } = page;
+        let SharedPage { page, head: _, model, adapter, is_recurrent, mirror: _ } = page;
         page.is_whole().then(|| WeakPage {
             parts: page.parts().map(Arc::downgrade).collect(),
             snapshot: page.snapshot.as_ref().map(Arc::downgrade),
@@ -145,7 +145,7 @@ impl WeakPage {
             None => None,
         };
         let (model, adapter, is_recurrent) = (self.model, self.adapter, self.is_recurrent);
-        Some(SharedPage { page: Page::of(parts, snapshot), head: None, model, adapter, is_recurrent })
+        Some(SharedPage { page: Page::of(parts, snapshot), head: None, model, adapter, is_recurrent, mirror: None })
     }
 }
 
@@ -269,7 +269,8 @@ fn read(owner: &Owner<'_>, id: &PageId, path: &Path) -> Result<SharedPage, PageF
     }
     if has_states {
         let len = owner.shape.state_bytes() / size_of::<f32>();
-        let mut state = AlignedBuf::try_zeroed(len, "the recurrent state").map_err(PageFault::Failed)?;
+        let bytes = owner.shape.state_bytes();
+        let mut state = Counted::try_zeroed(len, bytes, "the recurrent state").map_err(PageFault::Failed)?;
         file.read_exact(bytemuck::cast_slice_mut(&mut state)).map_err(failed)?;
         page.snapshot = Some(Arc::new(state));
     }
@@ -281,7 +282,7 @@ fn read(owner: &Owner<'_>, id: &PageId, path: &Path) -> Result<SharedPage, PageF
         return damaged(Place::Key("checksum".to_owned()), found, expected);
     }
     let is_recurrent = owner.shape.state().is_some();
-    Ok(SharedPage { page, head: None, model: owner.id, adapter: id.adapter, is_recurrent })
+    Ok(SharedPage { page, head: None, model: owner.id, adapter: id.adapter, is_recurrent, mirror: None })
 }
 
 /// Opens a regular file that others cannot have written, without following a link and without waiting for the other end of a pipe.

@@ -9,10 +9,11 @@
 
 use std::sync::Arc;
 
+use super::counted::Counted;
 use crate::error::Result;
 use crate::model::config::{Config, StateSizes};
+use crate::model::pipeline::held::Held;
 use crate::quant::packed::PANEL;
-use crate::system::aligned_buf::AlignedBuf;
 
 /// What a state is called where memory for it is missing.
 const WHAT: &str = "the recurrent state";
@@ -20,7 +21,7 @@ const WHAT: &str = "the recurrent state";
 pub(in crate::model) const MAX_LOGGED: usize = 16;
 
 /// The state after some token.
-pub(super) type Snapshot = Arc<AlignedBuf<f32>>;
+pub(super) type Snapshot = Arc<Counted<f32>>;
 
 /// The region of one layer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -56,32 +57,41 @@ pub(in crate::model) struct StateShape {
     layers: Vec<LayerState>,
     /// Numbers of a state.
     len: usize,
+    /// Numbers of a state that limits count: those of all stages in the driver of a pipeline, which has none itself.
+    counted: usize,
     /// Numbers of a row of the log.
     log_len: usize,
 }
 
 impl StateShape {
-    /// The states of a model. `None` when no layer has one.
-    pub(in crate::model) fn of(config: &Config) -> Option<StateShape> {
+    /// The states of the layers that are held. `None` when no layer of the model has one.
+    pub(in crate::model) fn of(config: &Config, held: &Held) -> Option<StateShape> {
         let recurrent = config.recurrent.as_ref()?;
         let mut shape = StateShape::default();
-        for layer in &config.layers {
+        let mut all = 0;
+        for (index, layer) in config.layers.iter().enumerate() {
             let sizes = recurrent.sizes(layer.kind.mixer, config.hidden);
             // A feed-forward layer with a state follows its mixer.
             for sizes in [Some(sizes), recurrent.ffn_sizes(layer.kind.ffn, config.hidden)].into_iter().flatten() {
-                let own = LayerState { sizes, at: shape.len, log_at: shape.log_len };
+                let mut own = LayerState { sizes, at: shape.len, log_at: shape.log_len };
                 // Every layer starts at a cache line.
-                shape.len += own.len().next_multiple_of(PANEL);
-                shape.log_len += own.log_len();
+                all += own.len().next_multiple_of(PANEL);
+                if held.layers.contains(&index) {
+                    shape.len += own.len().next_multiple_of(PANEL);
+                    shape.log_len += own.log_len();
+                } else {
+                    own.sizes = StateSizes::default();
+                }
                 shape.layers.push(own);
             }
         }
-        (shape.len > 0).then_some(shape)
+        shape.counted = if held.is_nothing() { all } else { shape.len };
+        (all > 0).then_some(shape)
     }
 
     /// Bytes of a state.
     pub(in crate::model) fn bytes(&self) -> usize {
-        self.len * size_of::<f32>()
+        self.counted * size_of::<f32>()
     }
 }
 
@@ -165,7 +175,7 @@ pub(in crate::model) struct Recurrent {
     /// The log of the current step, if it is recorded.
     next_log: Log,
     /// The state that the current step computes, if it is not.
-    next: Option<AlignedBuf<f32>>,
+    next: Option<Counted<f32>>,
     /// Whether a batch of the current step has gone through all layers.
     has_begun: bool,
 }
@@ -237,7 +247,7 @@ impl Recurrent {
     pub(super) fn reserve(&mut self, tokens: usize) -> Result<()> {
         self.abort();
         if tokens > MAX_LOGGED {
-            self.next = Some(AlignedBuf::try_zeroed(self.shape.len, WHAT)?);
+            self.next = Some(Counted::try_zeroed(self.shape.len, self.shape.bytes(), WHAT)?);
             return Ok(());
         }
         self.unshare()?;
@@ -255,7 +265,7 @@ impl Recurrent {
         {
             return Ok(());
         }
-        let mut own = AlignedBuf::try_zeroed(self.shape.len, WHAT)?;
+        let mut own = Counted::try_zeroed(self.shape.len, self.shape.bytes(), WHAT)?;
         if let Some(base) = &self.base {
             own.copy_from_slice(base);
         }
@@ -343,7 +353,7 @@ impl Recurrent {
     /// What layer `index` reads and writes in this step. `None` where the layer has no state.
     pub(in crate::model) fn step(&mut self, index: usize) -> Option<LayerStep<'_>> {
         let layer = self.shape.layers[index];
-        let region = |state: &AlignedBuf<f32>| {
+        let region = |state: &Counted<f32>| {
             debug_assert!(layer.at + layer.len() <= state.len());
             layer.at..layer.at + layer.len()
         };
@@ -385,7 +395,7 @@ impl Recurrent {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), and those of `read`.
     pub(super) fn read(&mut self, len: usize, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
-        let mut own = AlignedBuf::try_zeroed(self.shape.len, WHAT)?;
+        let mut own = Counted::try_zeroed(self.shape.len, self.shape.bytes(), WHAT)?;
         read(bytemuck::cast_slice_mut(&mut own))?;
         self.restore(Some(Arc::new(own)), len);
         Ok(())

@@ -4,70 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::cache::{CacheShape, CacheType, Page};
-use super::head::{HeadPage, HeadState};
+use super::head::HeadState;
+use super::journal::{Change, Mirror};
 use super::recurrent::{Recurrent, Snapshot};
+use super::shared_page::SharedPage;
 use crate::error::{Error, Result};
 use crate::kernels::PAGE;
 use crate::model::adapter::low_rank::Adapter;
 use crate::system::memory;
-
-/// Keys and values of 64 positions that sessions of one model may share. They stay in memory while it exists.
-#[derive(Debug, Clone)]
-pub struct SharedPage {
-    pub(super) page: Page,
-    /// What belongs to the head for multi-token prediction.
-    pub(super) head: Option<HeadPage>,
-    pub(super) model: u64,
-    /// The id of the adapter that it was computed with, or 0.
-    pub(super) adapter: u64,
-    /// Whether the model has recurrent states.
-    pub(super) is_recurrent: bool,
-}
-
-impl SharedPage {
-    /// Whether a session or another `SharedPage` holds this page, or a part of it, too.
-    pub fn is_shared(&self) -> bool {
-        self.shared_bytes() > 0
-    }
-
-    /// Its bytes.
-    pub(crate) fn bytes(&self) -> usize {
-        self.page.len() + self.head.as_ref().map_or(0, HeadPage::bytes)
-    }
-
-    /// Bytes that a session or another `SharedPage` holds, too.
-    pub(crate) fn shared_bytes(&self) -> usize {
-        self.page.shared_len_with_snapshot() + self.head.as_ref().map_or(0, HeadPage::shared_bytes)
-    }
-
-    /// Frees what nothing else holds, and returns how many bytes that was.
-    pub(crate) fn free_unshared(&mut self) -> usize {
-        self.page.free_unshared() + self.head.as_mut().map_or(0, HeadPage::free_unshared)
-    }
-
-    /// Whether it has all of its parts.
-    pub(crate) fn is_whole(&self) -> bool {
-        self.page.is_whole()
-    }
-
-    /// Whether it has recurrent states.
-    pub(crate) fn has_snapshot(&self) -> bool {
-        self.page.snapshot.is_some()
-    }
-
-    /// Whether a session can continue after it: it has the recurrent states there, if the model has any.
-    pub(crate) fn has_state(&self) -> bool {
-        !self.is_recurrent || self.page.snapshot.is_some()
-    }
-
-    /// Takes the parts of `other`, computed from the same tokens, that this page lacks.
-    pub(crate) fn complete_from(&mut self, other: &SharedPage) {
-        self.page.complete_from(&other.page);
-        if self.head.as_ref().is_none_or(|head| !head.is_whole()) {
-            self.head.clone_from(&other.head);
-        }
-    }
-}
 
 /// One sequence of tokens of a model: its keys and values, and the states of recurrent layers.
 ///
@@ -96,6 +40,8 @@ pub struct Session {
     adapter: Option<Arc<Adapter>>,
     /// What the session keeps for the head for multi-token prediction, if it follows the session.
     pub(in crate::model) head: Option<Box<HeadState>>,
+    /// The session in the stages of a pipeline. It has no memory here then.
+    pub(in crate::model) mirror: Option<Mirror>,
 }
 
 /// Snapshots of recurrent states that a session keeps, the newest.
@@ -120,7 +66,13 @@ impl Session {
             first: 0,
             adapter: None,
             head: None,
+            mirror: None,
         }
+    }
+
+    /// The session, which must be empty, as the mirror of one in the stages of a pipeline.
+    pub(in crate::model) fn mirrored(self, mirror: Mirror) -> Session {
+        Session { mirror: Some(mirror), ..self }
     }
 
     /// The session, which must be empty, with an adapter that all of its tokens are computed with.
@@ -155,7 +107,8 @@ impl Session {
     pub fn fork(&self) -> Session {
         let (state, head) = (self.state.as_ref().map(Recurrent::fork), self.head.clone());
         let (pages, shape, adapter) = (self.pages.clone(), self.shape.clone(), self.adapter.clone());
-        Session { pages, shape, state, adapter, head, ..*self }
+        let mirror = self.mirror.as_ref().map(Mirror::fork);
+        Session { pages, shape, state, adapter, head, mirror, ..*self }
     }
 
     /// Tokens in the cache.
@@ -202,6 +155,7 @@ impl Session {
     /// most 16 tokens, and otherwise to the last snapshot before `len`; a session keeps four, each after some hundred tokens.
     /// A [`fork`](Session::fork) made at `len` keeps everything.
     pub fn truncate(&mut self, len: usize) -> usize {
+        self.renew_if_lost();
         let before = self.len;
         if len < before {
             let is_left = |len: &usize| self.sees_from(*len, &[]) && self.has_state_at(*len);
@@ -218,7 +172,30 @@ impl Session {
         // Also pages that a step has reserved and not filled: a fork would share them.
         self.pages.truncate(self.len.div_ceil(PAGE));
         self.overflow = self.overflow.filter(|position| *position < self.len);
+        self.record(|session| Change::Truncate { session, len: self.len });
         self.len
+    }
+
+    /// Whether the stages of a pipeline have lost the session: all of its tokens are to be computed again.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.mirror.as_ref().is_some_and(Mirror::is_lost)
+    }
+
+    /// Makes the session an empty one if the stages of a pipeline have lost it.
+    fn renew_if_lost(&mut self) {
+        if let Some(mirror) = self.mirror.take_if(|mirror| mirror.is_lost()) {
+            self.mirror = Some(mirror.renewed());
+            (self.len, self.overflow) = (0, None);
+            self.pages.clear();
+            self.state.iter_mut().for_each(|state| state.restore(None, 0));
+        }
+    }
+
+    /// Records a call of the session with this id, if it is one of a pipeline.
+    fn record(&self, change: impl FnOnce(u64) -> Change) {
+        if let Some(mirror) = &self.mirror {
+            mirror.record(change(mirror.id()));
+        }
     }
 
     /// Whether the recurrent states after `len` tokens are known.
@@ -263,7 +240,13 @@ impl Session {
     pub(crate) fn forget_snapshot(&mut self, index: usize) {
         if let Some(page) = self.pages.get_mut(index) {
             page.snapshot = None;
+            self.record(|session| Change::ForgetSnapshot { session, index });
         }
+    }
+
+    /// What [`Session::keep_unseen`] and [`Session::keep_state`] have set for the next step.
+    pub(in crate::model) fn keeps(&self) -> [bool; 2] {
+        [self.keeps_unseen, self.keeps_state]
     }
 
     /// Keeps the recurrent states after the next step in the last page, if that is full then.
@@ -315,12 +298,17 @@ impl Session {
             state.end_step(self.len);
         }
         if !std::mem::take(&mut self.keeps_unseen) {
-            self.free_unseen();
+            self.free_parts();
         }
     }
 
     /// Frees the parts of pages that no later query sees, but the last page of them.
     pub(crate) fn free_unseen(&mut self) {
+        self.free_parts();
+        self.record(|session| Change::FreeUnseen { session });
+    }
+
+    fn free_parts(&mut self) {
         for (part, shape) in self.shape.parts().iter().enumerate() {
             let first = shape.first_kept(self.len).min(self.pages.len());
             self.pages[..first].iter_mut().for_each(|page| page.free(part));
@@ -377,8 +365,13 @@ impl Session {
         }
     }
 
+    /// The first position whose keys or values the cache does not hold.
+    pub(in crate::model) fn overflow(&self) -> Option<usize> {
+        self.overflow
+    }
+
     /// Records that the cache does not hold the keys or values at `position`, unless that is beyond all positions.
-    pub(in crate::model) fn overflowed_at(&mut self, position: usize) {
+    pub(crate) fn overflowed_at(&mut self, position: usize) {
         if position < usize::MAX {
             self.overflow = Some(self.overflow.map_or(position, |first| first.min(position)));
         }
@@ -389,10 +382,15 @@ impl Session {
     #[doc(hidden)]
     pub fn page(&self, index: usize) -> Option<SharedPage> {
         let end = (index + 1) * PAGE;
-        let page = self.pages.get(index).filter(|_| end <= self.overflow.unwrap_or(self.len))?;
+        (end <= self.overflow.unwrap_or(self.len)).then(|| self.shared_page(index))?
+    }
+
+    /// Page `index`, to be shared with other sessions, whatever it holds.
+    pub(in crate::model) fn shared_page(&self, index: usize) -> Option<SharedPage> {
+        let (page, is_recurrent) = (self.pages.get(index)?.clone(), self.state.is_some());
         let head = self.head.as_ref().and_then(|head| head.page(index));
-        let (page, is_recurrent) = (page.clone(), self.state.is_some());
-        Some(SharedPage { page, head, model: self.model, adapter: self.adapter_id(), is_recurrent })
+        let mirror = self.mirror.as_ref().map(|mirror| Arc::new(mirror.share(index)));
+        Some(SharedPage { page, head, model: self.model, adapter: self.adapter_id(), is_recurrent, mirror })
     }
 
     /// Appends the first `tokens` positions of a page that another session has filled, as if this session had seen these
@@ -431,6 +429,13 @@ impl Session {
         if tokens > self.context - self.len {
             return Err(Error::ContextFull { used: self.len, requested: tokens, context: self.context });
         }
+        let mirrors = self.mirror.as_ref().zip(page.mirror.as_ref());
+        if self.mirror.is_some() && mirrors.is_none_or(|(session, page)| session.is_lost() || page.is_lost()) {
+            return Err(Error::argument("page", "a page that the stages have lost", "a page that they hold"));
+        }
+        if let Some((session, page)) = mirrors {
+            session.record(Change::Attach { session: session.id(), page: page.id(), tokens });
+        }
         if let Some(head) = &mut self.head {
             head.attach(page.head.as_ref(), self.len, tokens, next);
         }
@@ -451,6 +456,9 @@ impl Session {
         }
         if let (Some(own), Some(page)) = (&mut self.head, &page.head) {
             own.replace_page(index, page);
+        }
+        if let Some(page) = &page.mirror {
+            self.record(|session| Change::Replace { session, index, page: page.id() });
         }
     }
 
@@ -484,7 +492,9 @@ impl Session {
             return Err(Error::argument("session", "pages without the recurrent states after them", "pages with them"));
         }
         // All at once: memory that is granted but not yet written would look free to the next check.
-        memory::check("the KV cache", self.bytes_for(tokens))?;
+        if self.mirror.is_none() {
+            memory::check("the KV cache", self.bytes_for(tokens))?;
+        }
         if let Some(page) = self.pages.get_mut(self.len / PAGE) {
             page.unshare(&self.shape)?;
         }

@@ -55,7 +55,7 @@ pub(in crate::model) struct Loader<'a> {
     /// The names of tensors that were read.
     used: RefCell<HashSet<String>>,
     /// Whether matrices get no memory and are not read.
-    is_hollow: bool,
+    is_hollow: Cell<bool>,
     /// Where matrices lie.
     arena: Arena,
 }
@@ -64,7 +64,7 @@ pub(in crate::model) struct Loader<'a> {
 const EQUAL_ROWS: usize = 256;
 
 /// The number of the layer that a tensor belongs to.
-fn layer_of(name: &str) -> Option<usize> {
+pub(in crate::model) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
@@ -90,12 +90,15 @@ fn trimmed(dims: &[usize]) -> &[usize] {
 }
 
 impl<'a> Loader<'a> {
+    /// A loader of the tensors whose names `needs` accepts, and perhaps of others. They lie side by side in memory.
     pub(in crate::model) fn new(
         scope: &'a Scope<'a>,
         checkpoint: &'a dyn Checkpoint,
         progress: Option<Progress<'a>>,
+        needs: &dyn Fn(&str) -> bool,
     ) -> Loader<'a> {
-        let tensors = || checkpoint.names().into_iter().filter_map(|name| checkpoint.tensor(name));
+        let needed = || checkpoint.names().into_iter().filter(|name| needs(name));
+        let tensors = || needed().filter_map(|name| checkpoint.tensor(name));
         let weights = |tensor: &Tensor<'_>| tensor.dims.iter().fold(1, |all: usize, dim| all.saturating_mul(*dim));
         let total = match progress {
             Some(_) => tensors().filter(|tensor| tensor.dims.len() > 1).map(|tensor| weights(&tensor)).sum(),
@@ -109,16 +112,25 @@ impl<'a> Loader<'a> {
     /// A loader of matrices that are freed one by one.
     pub(in crate::model) fn separate(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
         let (done, used, arena) = (Cell::new(0), RefCell::default(), Arena::new(0));
-        Loader { scope, checkpoint, progress: None, done, total: 0, used, is_hollow: false, arena }
+        Loader { scope, checkpoint, progress: None, done, total: 0, used, is_hollow: Cell::new(false), arena }
     }
 
     /// A loader that checks the names and the shapes of matrices without reading their weights.
     pub(in crate::model) fn hollow(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
-        Loader { is_hollow: true, ..Loader::separate(scope, checkpoint) }
+        Loader { is_hollow: Cell::new(true), ..Loader::separate(scope, checkpoint) }
     }
 }
 
 impl Loader<'_> {
+    /// Calls `load`. Unless it is `wanted`, names and shapes of matrices are checked, and their weights are not read.
+    pub(in crate::model) fn load_if<T>(&self, wanted: bool, load: impl FnOnce(&Self) -> T) -> T {
+        let before = self.is_hollow.get();
+        self.is_hollow.set(before || !wanted);
+        let loaded = load(self);
+        self.is_hollow.set(before);
+        loaded
+    }
+
     /// The dimensions of a tensor, the fastest-varying first, if the file has it.
     pub(in crate::model) fn dims(&self, name: &str) -> Option<Vec<usize>> {
         self.checkpoint.tensor(name).map(|tensor| tensor.dims)
@@ -199,7 +211,7 @@ impl Loader<'_> {
         let (Some(one), Some(other)) = (self.checkpoint.tensor(name), self.checkpoint.tensor(other)) else {
             return false;
         };
-        if self.is_hollow || one.dims != other.dims || one.rows.block_type() != other.rows.block_type() {
+        if self.is_hollow.get() || one.dims != other.dims || one.rows.block_type() != other.rows.block_type() {
             return false;
         }
         let rows: usize = one.dims.iter().skip(1).product();
@@ -399,7 +411,9 @@ impl Loader<'_> {
             count: part.rows,
             rows: RowSource::new(part.rows, part.order),
         });
-        Ok(Linear::new(packed).with_order(order).with_sources(sources.collect()))
+        let is_f32 = tensors.iter().all(|(_, _, tensor)| tensor.rows.block_type() == BlockType::F32);
+        let linear = Linear::new(packed).with_order(order).with_sources(sources.collect());
+        Ok(if self.is_hollow.get() { linear.hollow(is_f32) } else { linear })
     }
 
     fn bias(&self, part: &Part<'_>) -> Result<Vec<f32>> {
@@ -434,7 +448,7 @@ impl Loader<'_> {
                 supported: format!("supported: {}", BlockType::names(BlockType::is_supported)),
             });
         }
-        if self.is_hollow {
+        if self.is_hollow.get() {
             return Ok(Packed::hollow(rows, columns));
         }
         // The packed form is at most a panel and a block larger than the tensor, which the file has in full: this bounds
@@ -470,7 +484,7 @@ impl Loader<'_> {
             return Err(self.wrong_shape(&name, &tensor.dims, format_args!("[{columns}, {of}]")));
         }
         let block_type = tensor.rows.block_type();
-        if self.is_hollow {
+        if self.is_hollow.get() {
             return Ok(Linear::new(vec![(Packed::hollow(columns, count), Vec::new())]));
         }
         let mut values = vec![0.0; count * columns];

@@ -129,3 +129,27 @@ def test_replicas_answer_like_the_server(cluster: Any, tiny_file: Path, tiny_mod
         thread.join()
     serve.shutdown()
     assert answers == [alone] * 8
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_model_in_stages_on_actors_answers_the_same(
+    cluster: Any, tmp_path_factory: pytest.TempPathFactory, killed: bool
+) -> None:
+    import tiny
+
+    import nybble.integrations.ray
+
+    file = tiny.write_model(tmp_path_factory.mktemp("deep") / "deep.gguf", layers=4)
+    options: Any = {"max_tokens": 24, "ignore_eos": True}
+    with Model.load(file, threads=1) as model:
+        expected = [model.generate(prompt, seed=n, **options).text for n, prompt in enumerate(PROMPTS[:16])]
+    with nybble.integrations.ray.pipeline(file, stages=3, speculation="on") as engine:
+        assert len(engine.model.stage_infos) == 3
+        requests = [engine.submit(prompt, seed=n, **options) for n, prompt in enumerate(PROMPTS[:16])]
+        if killed:
+            next(iter(requests[0]))
+            actors = pids("StageActor")
+            assert len(actors) == 3
+            os.kill(actors[1], signal.SIGKILL)
+        assert [request.result(timeout=300).text for request in requests] == expected
+        assert engine.failure is None

@@ -25,11 +25,13 @@ def own_group(controller: str) -> tuple[Path, int]:
 
 
 @contextlib.contextmanager
-def group(controller: str, *, first: Mapping[str, object], second: Mapping[str, object]) -> Iterator[Path]:
-    """Creates a group with limits named as in version 1 or 2. Skips the test if that is not permitted."""
+def group(
+    controller: str, *, first: Mapping[str, object], second: Mapping[str, object], number: int = 0
+) -> Iterator[Path]:
+    """Creates group `number` with limits named as in version 1 or 2. Skips the test if that is not permitted."""
     try:
         parent, version = own_group(controller)
-        folder = parent / f"nybble-test-{os.getpid()}"
+        folder = parent / f"nybble-test-{os.getpid()}-{number}"
         folder.mkdir()
     except (OSError, StopIteration) as error:
         pytest.skip(f"cannot create a control group: {error}")

@@ -90,6 +90,32 @@ def write_model(path: Path, layers: int = 2, feed_forward: int = 96, *, uniform:
     return path
 
 
+def write_large(path: Path, layers: int, hidden: int, feed_forward: int) -> Path:
+    """Writes a llama with the tiny vocabulary. All of its wide layers have the same random weights in Q8_0."""
+    dice = np.random.default_rng(7)
+    sizes: dict[str, Any] = {"llama__block_count": layers, "llama__feed_forward_length": feed_forward}
+    heads = {
+        "llama__embedding_length": hidden,
+        "llama__attention__head_count": 16,
+        "llama__attention__head_count_kv": 8,
+    }
+    values = metadata(**sizes, **heads, llama__rope__dimension_count=hidden // 16)
+    vocabulary = len(values["tokenizer.ggml.tokens"])
+    tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
+        "token_embd.weight": (Q8_0, (hidden, vocabulary), random_q8_0(dice, vocabulary * hidden)),
+        "output_norm.weight": norm(hidden),
+    }
+    shapes = layer_shapes(hidden, hidden // 2, feed_forward)
+    weights = {name: random_q8_0(dice, columns * rows) for name, (columns, rows) in shapes.items()}
+    for layer in range(layers):
+        tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
+        tensors[f"blk.{layer}.ffn_norm.weight"] = norm(hidden)
+        for name, shape in shapes.items():
+            tensors[f"blk.{layer}.{name}.weight"] = (Q8_0, shape, weights[name])
+    write_gguf(path, values, tensors)
+    return path
+
+
 def layer_shapes(hidden: int, kv: int, feed_forward: int) -> dict[str, tuple[int, int]]:
     """Returns the columns and rows of the matrices of a layer, by name."""
     return {
@@ -114,6 +140,13 @@ def q8_0(values: np.ndarray[Any, Any]) -> bytes:
     scales = (np.abs(blocks).max(axis=1) / 127).astype(np.float16)
     codes = np.rint(blocks / scales.astype(np.float32)[:, None]).clip(-127, 127).astype(np.int8)
     return b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, codes, strict=True))
+
+
+def random_q8_0(dice: np.random.Generator, count: int) -> bytes:
+    """Makes random Q8_0 data: blocks of 32 with an F16 scale and 32 signed bytes."""
+    scale = np.frombuffer(np.float16(0.0002).tobytes(), np.uint8)
+    codes = np.frombuffer(dice.bytes(count), np.uint8).reshape(-1, BLOCK)
+    return np.hstack([np.broadcast_to(scale, (len(codes), 2)), codes]).tobytes()
 
 
 def random_q4_0(dice: np.random.Generator, count: int) -> bytes:

@@ -28,7 +28,7 @@ Table = Mapping[str, Any]
 
 _PATHS = ("PATH", "FILE", "FOLDER", "DIR")
 """Placeholders of options whose values are paths, which are relative to the file."""
-_NOT_IN_FILES = ("config", "name", "adapter", "cache_bytes", "cache_dir_bytes")
+_NOT_IN_FILES = ("config", "name", "adapter", "cache_bytes", "cache_dir_bytes", "stages", "ray")
 """Options of the command line that a file has in other places."""
 _LOAD = tuple(each.name for each in dataclasses.fields(LoadOptions) if each.name not in ("quantize", "mtp"))
 _SERVE = tuple(

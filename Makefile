@@ -1,8 +1,15 @@
 # Every task of this repository. `make help` lists them.
 
-PYTHON ?= python3
 VENV := .venv
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := $(abspath $(VENV))/Scripts
+separator := ;
+else
+PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
+separator := :
+endif
 # Clients of other projects pin old versions of packages that nybble's own tools need.
 CLIENTS := .venv-clients
 RUST_SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
@@ -11,7 +18,7 @@ TEST_WORKERS ?= 2
 
 # Rust finds this Python and maturin this environment, whatever is active in the shell.
 export VIRTUAL_ENV := $(abspath $(VENV))
-export PATH := $(BIN):$(PATH)
+export PATH := $(BIN)$(separator)$(PATH)
 export PYO3_PYTHON := $(BIN)/python
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -163,8 +163,8 @@ def notice_faults(text: str, bills: list[dict[str, Any]], target: str | None = N
 def generate(wheel: Path) -> None:
     """Installs the wheel into an empty environment and generates, with only that environment in PATH."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True, symlinks=True)
-        commands = Path(folder, "bin")
+        venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+        commands = Path(folder, "Scripts" if os.name == "nt" else "bin")
         python = str(commands / "python")
         environment = {**os.environ, "PATH": str(commands)}
         for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYO3_PYTHON"):

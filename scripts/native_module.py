@@ -65,9 +65,7 @@ def read(path: Path) -> NativeModule:
     else:
         raise ValueError(f"{path.name}: not a shared library for Linux, Windows or macOS")
     debug = any(re.match(r"\.?(z?debug_|__debug)", str(section.name)) for section in binary.sections)
-    return NativeModule(
-        _MACHINES.get(machine, machine), tuple(sorted(libraries)), frozenset(names), system, debug
-    )
+    return NativeModule(_MACHINES.get(machine, machine), tuple(sorted(libraries)), frozenset(names), system, debug)
 
 
 def _own_name(binary: lief.MachO.Binary) -> str | None:

@@ -16,7 +16,8 @@ def main() -> None:
     with tarfile.open(source) as archive:
         (name,) = [name for name in archive.getnames() if name.endswith("/data.zip")]
         data = archive.extractfile(name)
-        assert data is not None, "a file"
+        if data is None:
+            raise SystemExit(f"{source}: {name} is not a file")
         packed = data.read()
     with zipfile.ZipFile(io.BytesIO(packed)) as files:
         for entry in files.infolist():

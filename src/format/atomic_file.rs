@@ -111,12 +111,12 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Says so if Windows refuses to replace a file that is in use, such as that of a loaded model.
+/// Says so if Windows refuses to replace a file that is in use, such as that of a model that loads.
 fn named_if_in_use(error: std::io::Error, is_windows: bool) -> std::io::Error {
     /// Access denied, a sharing violation, and a file that is mapped into memory.
     const CODES: [i32; 3] = [5, 32, 1224];
     if is_windows && error.raw_os_error().is_some_and(|code| CODES.contains(&code)) {
-        let reason = "Windows cannot replace it while a program or a loaded model uses it, or if it is read-only";
+        let reason = "Windows cannot replace it while a program has it open, or if it is read-only";
         return std::io::Error::new(ErrorKind::PermissionDenied, reason);
     }
     error
@@ -216,7 +216,7 @@ mod tests {
     fn a_file_in_use_is_named_as_such_on_windows() {
         for (code, is_windows, is_named) in [(5, true, true), (32, true, true), (2, true, false), (32, false, false)] {
             let error = named_if_in_use(std::io::Error::from_raw_os_error(code), is_windows);
-            assert_eq!(error.to_string().contains("a loaded model uses it"), is_named, "{code}");
+            assert_eq!(error.to_string().contains("while a program has it open"), is_named, "{code}");
         }
     }
 
@@ -230,7 +230,7 @@ mod tests {
         file.write_all(b"new").unwrap();
         match file.finish() {
             Ok(()) => assert_eq!(std::fs::read(&target).unwrap(), b"new"),
-            Err(error) => assert!(cfg!(windows) && error.to_string().contains("a loaded model uses it"), "{error}"),
+            Err(error) => assert!(cfg!(windows) && error.to_string().contains("while a program has it open"), "{error}"),
         }
         assert_eq!(*mapped, *b"old");
         assert_eq!(names(folder.path()), ["model.gguf"]);

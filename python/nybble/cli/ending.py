@@ -1,4 +1,4 @@
-"""Ends commands on SIGTERM, SIGHUP, and Ctrl-Break on Windows as on Ctrl-C: cleanup runs, and nothing is left behind."""
+"""Ends commands on SIGTERM, SIGHUP and Ctrl-Break as on Ctrl-C: cleanup runs, and nothing is left behind."""
 
 from __future__ import annotations
 

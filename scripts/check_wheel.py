@@ -97,7 +97,7 @@ def inspect(wheel: Path) -> list[str]:
     tag = tags.split(".")[-1]
     target = next((target for pattern, target in TARGETS.items() if re.fullmatch(pattern, tag)), None)
     if target is None:
-        return [*faults, f"is for the platform {tags}, expected one that nybble has wheels for"]
+        return [*faults, f"is for the platform {tags}, expected a platform in TARGETS"]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         texts = {Path(name).name: archive.read(name).decode() for name in names if ".dist-info/licenses/" in name}

@@ -67,7 +67,9 @@ def _status(name: str) -> int | None:
 
 
 def _kibibytes(path: str, name: str) -> int | None:
-    """The number of KiB behind `name` in a file of the system, in bytes."""
+    """The number of KiB behind `name` in a file of Linux, in bytes."""
+    if sys.platform != "linux":
+        return None
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):

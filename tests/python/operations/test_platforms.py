@@ -94,7 +94,7 @@ def test_a_path_of_more_than_260_characters_is_read(tiny_file: Path, tmp_path: P
 @pytest.mark.parametrize(
     "path", ["C:\\models\\tiny.gguf", "C:/models/tiny.gguf", "C:tiny.gguf", "models\\tiny", ".\\tiny"]
 )
-def test_a_path_with_a_drive_or_backslashes_is_no_repository(path: str) -> None:
+def test_a_path_with_a_drive_or_backslashes_is_not_a_repository(path: str) -> None:
     assert hub_name(path) is None
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         Model.load(path)

@@ -121,12 +121,10 @@ def inspect(wheel: Path) -> list[str]:
 
 
 def module_name(abi: str, target: str) -> str:
-    """The file name of the native module."""
-    machine = target.partition("-")[0]
+    """The file name of the native module. Wheels without the stable ABI are for Linux."""
     if abi == "abi3":
         return "nybble/_native.pyd" if "windows" in target else "nybble/_native.abi3.so"
-    suffix = {"windows": "win_amd64.pyd", "darwin": "darwin.so"}.get(target.split("-")[2], f"{machine}-linux-gnu.so")
-    return f"nybble/_native.{'' if 'windows' in target else 'cpython-'}{abi.replace('cp', '', 1)}-{suffix}"
+    return f"nybble/_native.cpython-{abi.removeprefix('cp')}-{target.partition('-')[0]}-linux-gnu.so"
 
 
 def glibc_faults(wheel: Path) -> list[str]:

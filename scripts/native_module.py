@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import lief
+from typing import Any
 
 # Libraries of the platform that a wheel may link, in lower case. Everything else must be inside the module.
 LIBRARIES = {
@@ -46,6 +45,8 @@ def read(path: Path) -> NativeModule:
     Raises:
         ValueError: The file is not a shared library for Linux, Windows or macOS.
     """
+    import lief  # Only those who check wheels need it.
+
     binary = lief.parse(path)
     if isinstance(binary, lief.ELF.Binary):
         machine, exports, system = str(binary.header.machine_type), binary.exported_symbols, None
@@ -68,12 +69,10 @@ def read(path: Path) -> NativeModule:
     return NativeModule(_MACHINES.get(machine, machine), tuple(sorted(libraries)), frozenset(names), system, debug)
 
 
-def _own_name(binary: lief.MachO.Binary) -> str | None:
-    """The name that a library gives itself, which its list of libraries contains, too."""
-    for command in binary.commands:
-        if command.command == lief.MachO.LoadCommand.TYPE.ID_DYLIB:
-            return str(command.name)  # type: ignore[attr-defined]
-    return None
+def _own_name(binary: Any) -> str | None:
+    """The name that a library for macOS gives itself, which its list of libraries contains, too."""
+    names = [str(command.name) for command in binary.commands if str(command.command).endswith(".ID_DYLIB")]
+    return names[0] if names else None
 
 
 def faults(module: NativeModule, platform_tag: str) -> list[str]:

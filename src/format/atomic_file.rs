@@ -230,7 +230,9 @@ mod tests {
         file.write_all(b"new").unwrap();
         match file.finish() {
             Ok(()) => assert_eq!(std::fs::read(&target).unwrap(), b"new"),
-            Err(error) => assert!(cfg!(windows) && error.to_string().contains("while a program has it open"), "{error}"),
+            Err(error) => {
+                assert!(cfg!(windows) && error.to_string().contains("while a program has it open"), "{error}")
+            }
         }
         assert_eq!(*mapped, *b"old");
         assert_eq!(names(folder.path()), ["model.gguf"]);

@@ -1,8 +1,15 @@
 # Every task of this repository. `make help` lists them.
 
-PYTHON ?= python3
 VENV := .venv
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := $(abspath $(VENV))/Scripts
+separator := ;
+else
+PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
+separator := :
+endif
 # Clients of other projects pin old versions of packages that nybble's own tools need.
 CLIENTS := .venv-clients
 RUST_SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
@@ -11,7 +18,7 @@ TEST_WORKERS ?= 2
 
 # Rust finds this Python and maturin this environment, whatever is active in the shell.
 export VIRTUAL_ENV := $(abspath $(VENV))
-export PATH := $(BIN):$(PATH)
+export PATH := $(BIN)$(separator)$(PATH)
 export PYO3_PYTHON := $(BIN)/python
 unexport CONDA_PREFIX PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -72,6 +79,12 @@ test-rust:  ## Run the Rust tests with this CPU's best kernel, then with the sca
 test-arm:  ## Run the kernel and model tests for 64-bit Arm in an emulator. Installs Debian packages.
 	scripts/test_arm.sh
 
+test-windows: $(VENV)/.wheel  ## Run all Rust tests and the Python tests for Windows under wine. Installs Debian packages.
+	scripts/test_windows.sh
+
+test-wheel-arm: $(VENV)/.wheel  ## Run the Python tests with the wheel for 64-bit Arm in an emulator. Installs Debian packages.
+	scripts/test_wheel_arm.sh
+
 test-amx:  ## Run the kernel and model tests on an emulated CPU with AMX, in an hour or two. Installs Debian packages.
 	scripts/test_amx.sh
 
@@ -104,6 +117,18 @@ wheel: $(VENV)/.wheel  ## Build the wheel into dist/ and check its tag, size and
 	$(BIN)/python scripts/notices.py --target host -- $(BIN)/maturin build --release --locked $(WHEEL_PLATFORM) --out dist
 	$(BIN)/python scripts/check_wheel.py dist
 
+# Wheels for other platforms, built on Linux. What a machine of that platform builds is the same but for the compiler.
+wheel-windows wheel-macos wheel-arm wheel-musl wheel-freethreaded: wheel-%: $(VENV)/.wheel  ## Build the wheel for this platform on Debian, into target/wheels.
+	rm -rf target/wheels
+	scripts/wheel.sh $*
+	$(BIN)/python scripts/check_wheel.py target/wheels
+
+wheels: $(VENV)/.wheel wheel  ## Build the wheels for all platforms on Debian, into target/wheels.
+	rm -rf target/wheels
+	scripts/wheel.sh windows macos arm musl freethreaded
+	cp dist/*.whl target/wheels
+	$(BIN)/python scripts/check_wheel.py target/wheels
+
 test-wheel: wheel  ## Install the wheel into an empty environment without a compiler, and generate.
 	$(BIN)/python scripts/check_wheel.py dist --generate
 
@@ -121,7 +146,8 @@ clean:  ## Remove everything that was built, the environment included.
 	find python scripts tests benches -name __pycache__ -prune -exec rm -rf {} +
 	find python -name '_native*.so' -delete
 
-.PHONY: help demo check test lint test-rust test-arm test-amx test-python test-clients fmt bench docs man wheel test-wheel release clean
+.PHONY: help demo check test lint test-rust test-arm test-windows test-wheel-arm test-amx test-python test-clients fmt bench \
+	docs man wheel wheels wheel-windows wheel-macos wheel-arm wheel-musl wheel-freethreaded test-wheel release clean
 
 ## The environment: one stamp per part, renewed when its input changes
 

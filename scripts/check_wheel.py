@@ -1,7 +1,7 @@
-"""Checks the wheel in a folder, for `make wheel` and `make test-wheel`.
+"""Checks the wheels in a folder, for `make wheel`, `make wheels` and `make test-wheel`.
 
-python scripts/check_wheel.py dist             # tag, size, contents and linked libraries
-python scripts/check_wheel.py dist --generate  # also installs it without a compiler and generates
+python scripts/check_wheel.py dist             # tags, size, contents, symbols and linked libraries of each wheel
+python scripts/check_wheel.py dist --generate  # also installs the only wheel without a compiler and generates
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,13 +18,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import native_module
 import notices
 
 MAX_BYTES = 15_000_000
 MAX_GLIBC = (2, 28)
 REQUIRED = (
     "nybble/__init__.py",
-    "nybble/_native.abi3.so",
     "nybble/_native.pyi",
     "nybble/py.typed",
     "nybble/server/page/index.html",
@@ -36,6 +35,16 @@ REQUIRED = (
         for path in notices.vendored_files()
     ),
 )
+# Interpreter and ABI: the stable ABI of Python 3.10, and free-threaded Python, which has no stable one yet.
+ABIS = ("cp310-abi3", "cp314-cp314t")
+# The platforms of wheels, by the ends of their tags, and the target whose crates they contain.
+TARGETS = {
+    r"manylinux_\d+_\d+_x86_64|musllinux_\d+_\d+_x86_64": "x86_64-unknown-linux-gnu",
+    r"manylinux_\d+_\d+_aarch64|musllinux_\d+_\d+_aarch64": "aarch64-unknown-linux-gnu",
+    r"win_amd64": "x86_64-pc-windows-msvc",
+    r"macosx_\d+_\d+_x86_64": "x86_64-apple-darwin",
+    r"macosx_\d+_\d+_arm64": "aarch64-apple-darwin",
+}
 
 # In the folder `licenses` of the wheel's metadata.
 LICENSES = ("LICENSE", "THIRD-PARTY-NOTICES")
@@ -54,22 +63,26 @@ with nybble.Model.load() as model:
 
 
 def main() -> int:
-    """Checks the wheel and prints the result. Returns the exit code."""
+    """Checks the wheels and prints the result. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with exactly one wheel")
+    parser.add_argument("folder", type=Path, help="folder with wheels")
     parser.add_argument("--generate", action="store_true", help="install the wheel and generate with the default model")
     arguments = parser.parse_args()
     wheels = sorted(arguments.folder.glob("*.whl"))
-    if len(wheels) != 1:
-        print(f"{arguments.folder}: found {len(wheels)} wheels, expected one", file=sys.stderr)
+    if not wheels or (arguments.generate and len(wheels) > 1):
+        expected = "one" if arguments.generate else "at least one"
+        print(f"{arguments.folder}: found {len(wheels)} wheels, expected {expected}", file=sys.stderr)
         return 1
-    (wheel,) = wheels
-    if faults := inspect(wheel):
-        print("\n".join(f"{wheel.name}: {fault}" for fault in faults), file=sys.stderr)
+    all_faults = []
+    for wheel in wheels:
+        faults = inspect(wheel)
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {f'{len(faults)} faults' if faults else 'good'}")
+        all_faults += [f"{wheel.name}: {fault}" for fault in faults]
+    if all_faults:
+        print("\n".join(all_faults), file=sys.stderr)
         return 1
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
     if arguments.generate:
-        generate(wheel.resolve())
+        generate(wheels[0].resolve())
     return 0
 
 
@@ -78,31 +91,65 @@ def inspect(wheel: Path) -> list[str]:
     faults = []
     if wheel.stat().st_size > MAX_BYTES:
         faults.append(f"found {wheel.stat().st_size} bytes, expected at most {MAX_BYTES}")
-    if "-cp310-abi3-" not in wheel.name:
-        faults.append("expected a wheel for the stable ABI of Python 3.10 (cp310-abi3)")
+    _, _, interpreter, abi, tags = wheel.stem.rsplit("-", 4)
+    if f"{interpreter}-{abi}" not in ABIS:
+        faults.append(f"is for {interpreter}-{abi}, expected {' or '.join(ABIS)}")
+    tag = tags.split(".")[-1]
+    target = next((target for pattern, target in TARGETS.items() if re.fullmatch(pattern, tag)), None)
+    if target is None:
+        return [*faults, f"is for the platform {tags}, expected a platform in TARGETS"]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         texts = {Path(name).name: archive.read(name).decode() for name in names if ".dist-info/licenses/" in name}
         bills = [json.loads(archive.read(name)) for name in names if ".dist-info/sboms/" in name]
-    faults += [f"{file} is missing" for file in REQUIRED if not any(name.endswith(file) for name in names)]
+        modules = [name for name in names if re.fullmatch(r"nybble/_native\..*(so|pyd)", name)]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in modules:
+                module = native_module.read(Path(archive.extract(name, folder)))
+                faults += [f"{name} {fault}" for fault in native_module.faults(module, tag)]
+    if modules != [module_name(abi, target)]:
+        faults.append(f"the native module is {modules}, expected {module_name(abi, target)}")
+    faults += [f"{file} is missing" for file in REQUIRED if file not in names]
     faults += [f"licenses/{file} is missing" for file in LICENSES if file not in texts]
-    faults += notice_faults(texts.get("THIRD-PARTY-NOTICES", ""), bills)
-    if platform.system() == "Linux":
-        shown = subprocess.run(["auditwheel", "show", "--json", str(wheel)], check=True, capture_output=True, text=True)
-        tag = json.loads(shown.stdout)["overall_tag"]
-        glibc = re.match(r"manylinux_(\d+)_(\d+)_", tag)
-        if glibc is None or (int(glibc[1]), int(glibc[2])) > MAX_GLIBC:
-            faults.append(f"auditwheel found {tag}, expected manylinux_2_28 or older")
-        if tag not in wheel.name:
-            print(f"{wheel.name}: also satisfies {tag}")
+    faults += notice_faults(texts.get("THIRD-PARTY-NOTICES", ""), bills, target)
+    if tag.startswith("manylinux"):
+        faults += glibc_faults(wheel)
+    # That of free-threaded Python has no stable ABI to compare with.
+    if abi == "abi3" and subprocess.run(["abi3audit", "--strict", str(wheel)], check=False).returncode:
+        faults.append("uses what is not in the stable ABI of Python 3.10")
     return faults
 
 
-def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
-    """Crates and libraries that the notices omit, or list but the wheel does not contain; crates that bills omit."""
+def module_name(abi: str, target: str) -> str:
+    """The file name of the native module. Wheels without the stable ABI are for Linux."""
+    if abi == "abi3":
+        return "nybble/_native.pyd" if "windows" in target else "nybble/_native.abi3.so"
+    return f"nybble/_native.cpython-{abi.removeprefix('cp')}-{target.partition('-')[0]}-linux-gnu.so"
+
+
+def glibc_faults(wheel: Path) -> list[str]:
+    """Whether the wheel needs a newer glibc than it says."""
+    shown = subprocess.run(["auditwheel", "show", "--json", str(wheel)], check=True, capture_output=True, text=True)
+    tag = json.loads(shown.stdout)["overall_tag"]
+    glibc = re.match(r"manylinux_(\d+)_(\d+)_", tag)
+    if glibc is None or (int(glibc[1]), int(glibc[2])) > MAX_GLIBC:
+        return [f"auditwheel found {tag}, expected manylinux_2_28 or older"]
+    if tag not in wheel.name:
+        print(f"{wheel.name}: also satisfies {tag}")
+    return []
+
+
+def notice_faults(text: str, bills: list[dict[str, Any]], target: str | None = None) -> list[str]:
+    """Crates and libraries that the notices omit, or list but the wheel does not contain; crates that bills omit.
+
+    Args:
+        text: THIRD-PARTY-NOTICES.
+        bills: The bills of materials.
+        target: The platform of the wheel; this machine's if None.
+    """
     listed = set(re.findall(r"^(\S+ \d\S*): ", text, re.MULTILINE))
     libraries = {str(library) for library in notices.vendored()}
-    linked = {str(crate) for crate in notices.linked(notices.host())}
+    linked = {str(crate) for crate in notices.linked(target or notices.host())}
     known = {f"{part['name']} {part.get('version')}" for bill in bills for part in bill.get("components", [])}
     return [
         *(f"THIRD-PARTY-NOTICES: {crate} is missing" for crate in sorted((linked | libraries) - listed)),
@@ -114,8 +161,8 @@ def notice_faults(text: str, bills: list[dict[str, Any]]) -> list[str]:
 def generate(wheel: Path) -> None:
     """Installs the wheel into an empty environment and generates, with only that environment in PATH."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True, symlinks=True)
-        commands = Path(folder, "bin")
+        venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+        commands = Path(folder, "Scripts" if os.name == "nt" else "bin")
         python = str(commands / "python")
         environment = {**os.environ, "PATH": str(commands)}
         for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYO3_PYTHON"):

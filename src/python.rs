@@ -30,7 +30,9 @@ mod _native {
     #[pymodule_export]
     use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
-    use super::model::{Model, Sequence, available_bytes, default_threads, kernels, model_needs, tuning};
+    use super::model::{
+        Model, Sequence, available_bytes, default_threads, kernels, model_needs, resident_bytes, tuning,
+    };
     #[pymodule_export]
     use super::pipeline::{Stage, divide, pipeline};
     #[pymodule_export]

@@ -15,7 +15,9 @@ _DEFAULT_CACHE_BYTES = 1 << 30
 
 def resident_bytes() -> int | None:
     """Bytes of memory that the process holds, mapped files included. None if the system does not report it."""
-    return _status("VmRSS")
+    if (resident := _status("VmRSS")) is not None:
+        return resident
+    return _from_system()[0]
 
 
 def peak_resident_bytes() -> int | None:
@@ -24,8 +26,8 @@ def peak_resident_bytes() -> int | None:
         return peak
     try:
         import resource
-    except ImportError:
-        return None
+    except ImportError:  # Windows
+        return _from_system()[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -38,7 +40,8 @@ def huge_page_bytes() -> int | None:
 def available_bytes() -> int | None:
     """Memory that this process can still use without swap, in bytes. None if the system does not report it.
 
-    The least that the machine, the process's cgroup and that group's ancestors have left.
+    The least that the machine and the limits of the process have left: its cgroup and that group's ancestors on Linux,
+    its job on Windows.
     """
     from nybble import _native
 
@@ -52,14 +55,23 @@ def for_caches(model: _native.Model) -> int:
     return max(int(info["cache_bytes"]), _DEFAULT_CACHE_BYTES if available is None else available // 2)
 
 
+def _from_system() -> tuple[int | None, int | None]:
+    """Bytes that the process holds, now and at most, where a call reports them and no file."""
+    from nybble import _native
+
+    return _native.resident_bytes()
+
+
 def _status(name: str) -> int | None:
     return _kibibytes("/proc/self/status", name)
 
 
 def _kibibytes(path: str, name: str) -> int | None:
-    """The number of KiB behind `name` in a file of the system, in bytes."""
+    """The number of KiB behind `name` in a file of Linux, in bytes."""
+    if sys.platform != "linux":
+        return None
     try:
-        for line in Path(path).read_text().splitlines():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

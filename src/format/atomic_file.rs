@@ -84,7 +84,8 @@ impl AtomicFile {
         self.file.sync_all().map_err(|source| Error::io(&self.target, source))?;
         check_replaceable("path", &self.target)?;
         if let Some(path) = &self.temporary {
-            std::fs::rename(path, &self.target).map_err(|source| Error::io(&self.target, source))?;
+            let renamed = std::fs::rename(path, &self.target);
+            renamed.map_err(|source| Error::io(&self.target, named_if_in_use(source, cfg!(windows))))?;
             self.temporary = None;
         }
         Ok(())
@@ -108,6 +109,17 @@ impl Drop for AtomicFile {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Says so if Windows refuses to replace a file that is in use, such as that of a model that loads.
+fn named_if_in_use(error: std::io::Error, is_windows: bool) -> std::io::Error {
+    /// Access denied, a sharing violation, and a file that is mapped into memory.
+    const CODES: [i32; 3] = [5, 32, 1224];
+    if is_windows && error.raw_os_error().is_some_and(|code| CODES.contains(&code)) {
+        let reason = "Windows cannot replace it while a program has it open, or if it is read-only";
+        return std::io::Error::new(ErrorKind::PermissionDenied, reason);
+    }
+    error
 }
 
 fn options(private: bool) -> OpenOptions {
@@ -197,6 +209,32 @@ mod tests {
         assert_eq!(std::fs::read(&target).unwrap(), b"first");
         second.finish().unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), b"second");
+        assert_eq!(names(folder.path()), ["model.gguf"]);
+    }
+
+    #[test]
+    fn a_file_in_use_is_named_as_such_on_windows() {
+        for (code, is_windows, is_named) in [(5, true, true), (32, true, true), (2, true, false), (32, false, false)] {
+            let error = named_if_in_use(std::io::Error::from_raw_os_error(code), is_windows);
+            assert_eq!(error.to_string().contains("while a program has it open"), is_named, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_mapped_file_is_replaced_or_the_error_says_that_it_is_in_use() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model.gguf");
+        std::fs::write(&target, "old").unwrap();
+        let mapped = crate::format::mapped::Bytes::open(&target, true).unwrap();
+        let mut file = AtomicFile::create(&target, false).unwrap();
+        file.write_all(b"new").unwrap();
+        match file.finish() {
+            Ok(()) => assert_eq!(std::fs::read(&target).unwrap(), b"new"),
+            Err(error) => {
+                assert!(cfg!(windows) && error.to_string().contains("while a program has it open"), "{error}")
+            }
+        }
+        assert_eq!(*mapped, *b"old");
         assert_eq!(names(folder.path()), ["model.gguf"]);
     }
 

@@ -70,16 +70,18 @@ impl Bytes {
         /// The smallest page size of any system. Where pages are larger, the kernel drops whole ones, and a neighboring
         /// tensor's part of them is read again when it is accessed.
         const PAGE: usize = 4096;
-        #[cfg(unix)]
-        if let Bytes::Mapped(map) = self {
-            let start = range.start.next_multiple_of(PAGE);
-            let end = range.end / PAGE * PAGE;
-            if start < end && end <= map.len() {
-                // SAFETY: nothing was ever written to the map, so dropped pages come back from the file with the same bytes,
-                // and slices into them stay valid. A failure only costs memory, so it is ignored.
-                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-            }
+        let Bytes::Mapped(map) = self else { return };
+        let start = range.start.next_multiple_of(PAGE);
+        let end = range.end / PAGE * PAGE;
+        if start >= end || end > map.len() {
+            return;
         }
+        // SAFETY: nothing was ever written to the map, so dropped pages come back from the file with the same bytes,
+        // and slices into them stay valid. A failure only costs memory, so it is ignored.
+        #[cfg(unix)]
+        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+        #[cfg(windows)]
+        crate::system::windows::drop_pages(&map[start..end]);
     }
 }
 

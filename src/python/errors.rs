@@ -1,5 +1,6 @@
 //! Errors of the library as Python exceptions.
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 
 use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
@@ -23,8 +24,7 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error {
             Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => PyMemoryError::new_err(message),
-            // By the error number, OSError becomes FileNotFoundError, PermissionError and so on.
-            Error::Io { path, source } => PyOSError::new_err((number(&source), reason(&source), path.into_os_string())),
+            Error::Io { path, source } => os_error(&source, path.into_os_string()),
             Error::ContextFull { used, requested, context } => ContextFullError::new_err((used, requested, context)),
             Error::UnknownKernel { .. } | Error::InvalidArgument { .. } => PyValueError::new_err(message),
             Error::OutOfMemory { .. } => PyMemoryError::new_err(message),
@@ -36,6 +36,16 @@ impl From<Error> for PyErr {
             _ => ModelError::new_err(message),
         }
     }
+}
+
+/// By its number, an OSError becomes a FileNotFoundError, a PermissionError and so on.
+fn os_error(error: &std::io::Error, path: OsString) -> PyErr {
+    #[cfg(windows)]
+    if let Some(code) = error.raw_os_error() {
+        // Windows has numbers of its own, from which Python derives the first argument.
+        return PyOSError::new_err((0, reason(error), path, code));
+    }
+    PyOSError::new_err((number(error), reason(error), path))
 }
 
 /// The system's error number, or the nearest one for an error of a library.

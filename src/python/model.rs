@@ -45,6 +45,13 @@ pub(super) fn available_bytes() -> Option<usize> {
     crate::system::memory::available()
 }
 
+/// Bytes of memory that this process holds, now and at most so far. None for what the system reports in another way, or not
+/// at all.
+#[pyfunction]
+pub(super) fn resident_bytes() -> (Option<usize>, Option<usize>) {
+    (crate::system::memory::resident(), crate::system::memory::peak_resident())
+}
+
 /// What the model at `path` needs once it is loaded, by name, from the headers of its files. `options` has the attributes of
 /// the package's `LoadOptions`.
 #[pyfunction]

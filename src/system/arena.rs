@@ -14,10 +14,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use memmap2::Advice;
-
 use super::aligned_buf::{AlignedBuf, CacheLine};
-use super::huge_pages::{ARE_SLOW, HUGE_LINES, HUGE_PAGE, Piece, Region, are_wanted};
+use super::huge_pages::{ARE_SLOW, Advice, HUGE_LINES, HUGE_PAGE, Piece, Region, are_wanted};
 use super::memory;
 use crate::error::{Error, Result};
 
@@ -138,14 +136,14 @@ impl State {
             self.present += count * HUGE_LINES;
             let is_huge = self.pages != Pages::Ordinary;
             // A system that refuses has ordinary pages instead.
-            region.advise(if is_huge { Advice::HugePage } else { Advice::NoHugePage }, first, count);
+            region.advise(if is_huge { Advice::Huge } else { Advice::Ordinary }, first, count);
             let time = fetch(&region, first, count, for_each) / count as u32;
             let left = region.len() / HUGE_LINES - first - count;
             if self.pages == Pages::Huge && time > SLOW && left > 0 {
                 // Where memory itself is slow to get, as in a virtual machine that is given it page by page, ordinary pages
                 // are not faster.
                 let (first, count) = (first + count, left.min(2));
-                region.advise(Advice::NoHugePage, first, count);
+                region.advise(Advice::Ordinary, first, count);
                 self.present += count * HUGE_LINES;
                 let ordinary = fetch(&region, first, count, for_each) / count as u32;
                 let are_slow = time > 2 * ordinary;
@@ -161,7 +159,7 @@ impl State {
     /// Notes that huge pages `first..first + count` lie on ordinary ones.
     fn keep_ordinary(&mut self, region: &Arc<Region>, first: usize, count: usize) {
         // The kernel may merge them, too.
-        region.advise(Advice::HugePage, first, count);
+        region.advise(Advice::Huge, first, count);
         self.ordinary.push((Arc::downgrade(region), first..first + count));
     }
 }
@@ -201,7 +199,7 @@ fn fetch(region: &Region, first: usize, count: usize, for_each: ForEach<'_>) -> 
     let start = Instant::now();
     for_each(count, &|page| {
         // Before Linux 5.14, and where there is no memory, the first write fetches the page.
-        region.advise(Advice::PopulateWrite, first + page, 1);
+        region.advise(Advice::Fetch, first + page, 1);
     });
     start.elapsed()
 }

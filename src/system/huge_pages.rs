@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use memmap2::{Advice, MmapMut, MmapRaw};
+use memmap2::{MmapMut, MmapRaw};
 
 use super::cache_line::CacheLine;
 
@@ -22,6 +22,28 @@ pub(super) fn are_wanted() -> bool {
         cfg!(target_os = "linux") && std::env::var_os("NYBBLE_HUGE_PAGES").is_none_or(|value| value != "off")
     });
     *WANTED
+}
+
+/// What the system should do with pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Advice {
+    /// Use huge pages.
+    Huge,
+    /// Use ordinary pages.
+    Ordinary,
+    /// Fetch the memory.
+    Fetch,
+}
+
+#[cfg(target_os = "linux")]
+impl Advice {
+    fn of_linux(self) -> memmap2::Advice {
+        match self {
+            Advice::Huge => memmap2::Advice::HugePage,
+            Advice::Ordinary => memmap2::Advice::NoHugePage,
+            Advice::Fetch => memmap2::Advice::PopulateWrite,
+        }
+    }
 }
 
 /// A map that buffers share. It is returned to the system with the last of them.
@@ -59,9 +81,12 @@ impl Region {
     ///
     /// # Panics
     /// If they are not in the map.
-    pub(super) fn advise(&self, advice: Advice, first: usize, count: usize) -> bool {
+    pub(super) fn advise(&self, advice: Advice, first: usize, count: usize) {
         assert!((first + count) * HUGE_LINES <= self.len());
-        self.map.advise_range(advice, self.offset + first * HUGE_PAGE, count * HUGE_PAGE).is_ok()
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise_range(advice.of_linux(), self.offset + first * HUGE_PAGE, count * HUGE_PAGE);
+        #[cfg(not(target_os = "linux"))]
+        let _ = advice;
     }
 
     /// Moves the contents of a huge page, which lie on ordinary ones, to a huge one.
@@ -95,7 +120,7 @@ impl Piece {
         let region = Region::new(lines.checked_mul(size_of::<CacheLine>())?)?;
         // Only whole pages, so that no memory is taken beyond the end.
         if are_wanted() && !(is_soon && ARE_SLOW.load(Ordering::Relaxed)) {
-            region.advise(Advice::HugePage, 0, lines / HUGE_LINES);
+            region.advise(Advice::Huge, 0, lines / HUGE_LINES);
         }
         Some(Piece { region: Arc::new(region), start: 0, len: lines })
     }

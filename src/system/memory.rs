@@ -55,12 +55,37 @@ pub(crate) fn check_allocation(purpose: &'static str, bytes: usize) -> Result<()
     if bytes < SMALLEST_ALLOCATION { Ok(()) } else { check(purpose, bytes) }
 }
 
-/// Bytes that this process can still use without swap: the least that the machine, its cgroup and that group's ancestors
-/// have left. `None` where the system does not say.
+/// Bytes that this process can still use without swap: the least that the machine and the limits of the process leave. These are
+/// its cgroup and that group's ancestors, or its job on Windows. `None` where the system does not say.
 pub(crate) fn available() -> Option<usize> {
     #[cfg(target_os = "linux")]
     return super::limits::available(std::path::Path::new("/"));
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(target_os = "macos")]
+    return super::macos::available();
+    #[cfg(windows)]
+    return super::windows::available();
+    #[cfg(not(any(target_os = "linux", target_os = "macos", windows)))]
+    None
+}
+
+/// Bytes of memory that the process holds, mapped files included. `None` on Linux, where a file says so, and where the
+/// system does not say.
+#[cfg(feature = "python")]
+pub(crate) fn resident() -> Option<usize> {
+    #[cfg(target_os = "macos")]
+    return super::macos::resident();
+    #[cfg(windows)]
+    return super::windows::resident().map(|[now, _]| now);
+    #[cfg(not(any(target_os = "macos", windows)))]
+    None
+}
+
+/// The peak of [`resident`] so far. `None` on Unix, where `getrusage` says so, and where the system does not say.
+#[cfg(feature = "python")]
+pub(crate) fn peak_resident() -> Option<usize> {
+    #[cfg(windows)]
+    return super::windows::resident().map(|[_, peak]| peak);
+    #[cfg(not(windows))]
     None
 }
 
@@ -76,6 +101,14 @@ fn cgroup_left() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_available_memory_is_known_and_plausible() {
+        let available = available();
+        if cfg!(any(target_os = "linux", target_os = "macos", windows)) {
+            assert!(available.is_some_and(|bytes| (1 << 20..1 << 50).contains(&bytes)), "{available:?}");
+        }
+    }
 
     #[test]
     fn only_a_cgroup_limit_refuses_an_impossible_size() {

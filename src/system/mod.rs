@@ -7,9 +7,17 @@ pub(crate) mod arena;
 mod cache_line;
 #[cfg(any(target_os = "linux", test))]
 pub(crate) mod cgroup;
+#[cfg(any(all(windows, target_env = "gnu"), test))]
+mod fused;
 mod huge_pages;
 #[cfg(any(target_os = "linux", test))]
 mod limits;
+#[cfg(target_os = "macos")]
+pub(crate) mod macos;
 pub(crate) mod memory;
 #[cfg(any(feature = "python", feature = "tokenizers", test))]
 pub(crate) mod panics;
+#[cfg(any(windows, test))]
+mod topology;
+#[cfg(windows)]
+pub(crate) mod windows;

@@ -16,17 +16,25 @@ pub const MAX_THREADS: usize = 1024;
 /// The environment variable that overrides [`default_threads`] if no number is given in code.
 const VARIABLE: &str = "NYBBLE_NUM_THREADS";
 
-/// The default number of threads: the physical cores that the process may run on, limited by the CPU quota of its cgroup
-/// (rounded down, at least 1).
+/// The default number of threads: the physical cores that the process may run on, limited by the CPU quota of its cgroup, or
+/// by the CPU rate of its job on Windows (rounded down, at least 1).
 ///
-/// On systems other than Linux it is the standard library's
+/// On macOS, only the cores of the fastest kind count. Where the system does not say, it is the standard library's
 /// [`available_parallelism`](std::thread::available_parallelism).
 pub fn default_threads() -> usize {
+    usable_cores().unwrap_or_else(available_cpus).min(MAX_THREADS)
+}
+
+/// The physical cores to use, at least 1. `None` if the system does not say.
+fn usable_cores() -> Option<usize> {
     #[cfg(target_os = "linux")]
-    if let Some(count) = linux::usable_cores(std::path::Path::new("/")) {
-        return count.min(MAX_THREADS);
-    }
-    available_cpus().min(MAX_THREADS)
+    return linux::usable_cores(std::path::Path::new("/"));
+    #[cfg(target_os = "macos")]
+    return crate::system::macos::usable_cores();
+    #[cfg(windows)]
+    return crate::system::windows::usable_cores();
+    #[cfg(not(any(target_os = "linux", target_os = "macos", windows)))]
+    None
 }
 
 /// The number of threads to use: `requested`, else the environment variable `NYBBLE_NUM_THREADS` unless it is empty,
@@ -95,6 +103,7 @@ mod tests {
 
     #[test]
     fn the_default_is_from_one_to_the_available_cpus() {
+        assert_eq!(usable_cores().is_some(), cfg!(any(target_os = "linux", target_os = "macos", windows)));
         assert!((1..=available_cpus().max(1)).contains(&default_threads()));
     }
 }

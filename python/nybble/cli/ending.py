@@ -1,4 +1,4 @@
-"""Ends commands on SIGTERM and SIGHUP as on Ctrl-C: cleanup runs, and nothing is left behind."""
+"""Ends commands on SIGTERM, SIGHUP and Ctrl-Break as on Ctrl-C: cleanup runs, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_ENDING = ("SIGTERM", "SIGHUP")
+_ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")
+"""Not all systems have all of them. Windows sends SIGBREAK for Ctrl-Break, and when a console is closed."""
 
 
 class Ended(SystemExit):
@@ -20,7 +21,7 @@ class Ended(SystemExit):
 
 @contextlib.contextmanager
 def ending_signals() -> Iterator[None]:
-    """Raises `Ended` in the main thread on SIGTERM and SIGHUP, for the duration of the block.
+    """Raises `Ended` in the main thread on SIGTERM, SIGHUP and SIGBREAK, for the duration of the block.
 
     The kernel ignores a signal to the first process of a container unless that process handles it. A signal that is
     ignored from the start, as `nohup` does for SIGHUP, stays ignored.

@@ -251,14 +251,18 @@ fn distrust_pages(folder: &Metadata) -> Option<String> {
 
 /// Why others may replace a folder of pages in this folder. With the sticky bit, they cannot replace what belongs to somebody else.
 fn distrust_base(folder: &Metadata) -> Option<String> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        if folder.mode() & 0o1000 != 0 {
-            return distrust_owner(folder);
-        }
-    }
-    distrust(folder)
+    if is_sticky(folder) { distrust_owner(folder) } else { distrust(folder) }
+}
+
+#[cfg(unix)]
+fn is_sticky(folder: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    folder.mode() & 0o1000 != 0
+}
+
+#[cfg(not(unix))]
+fn is_sticky(_: &Metadata) -> bool {
+    false
 }
 
 fn hex(prefix: &Prefix) -> String {

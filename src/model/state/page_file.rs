@@ -297,7 +297,7 @@ fn open(path: &Path) -> std::io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true);
     // Something else may be there by now.
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
     {
         use std::os::unix::fs::OpenOptionsExt;
         options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
@@ -332,9 +332,7 @@ pub(crate) fn distrust_owner(metadata: &Metadata) -> Option<String> {
     {
         use std::os::unix::fs::MetadataExt;
         let owner = metadata.uid();
-        // The owner of this process, where the system shows it.
-        let own = std::fs::metadata("/proc/self").map(|process| process.uid());
-        if own.is_ok_and(|own| owner != own && owner != 0) {
+        if owner != rustix::process::geteuid().as_raw() && owner != 0 {
             return Some(format!("which belongs to user {owner}"));
         }
     }

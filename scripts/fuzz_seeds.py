@@ -20,7 +20,7 @@ CORPUS = Path(sys.argv[1])
 
 
 def main() -> None:
-    """Writes a GGUF file and a checkpoint per family, packed checkpoints, a vocabulary with a string, sessions, and calls."""
+    """Writes GGUF files and checkpoints of every family, packed checkpoints, a vocabulary, sessions, and calls."""
     with tempfile.TemporaryDirectory() as folder:
         for original in mutations.files(Path(folder)):
             (data,) = original.files.values()

@@ -61,8 +61,8 @@ def read(path: Path) -> NativeModule:
         machine = str(binary.header.cpu_type)
         libraries = [library.name for library in binary.libraries if library.name != _own_name(binary)]
         names = [str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols]
-        build = binary.build_version
-        system = tuple(build.minos if build else binary.version_min.version)[:2]
+        build, earlier = binary.build_version, binary.version_min
+        system = tuple(build.minos if build else earlier.version if earlier else ())[:2]
     else:
         raise ValueError(f"{path.name}: not a shared library for Linux, Windows or macOS")
     debug = any(re.match(r"\.?(z?debug_|__debug)", str(section.name)) for section in binary.sections)

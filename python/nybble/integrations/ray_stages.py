@@ -44,7 +44,7 @@ class RayStages:
     """
 
     def __init__(self, source: str | None, units: Sequence[Units], threads: int) -> None:
-        self.count = len(units)
+        self.count: int = len(units)
         self._source, self._units = source, units
         self._actors: list[Any] = []
         self._options = LoadOptions()

@@ -56,7 +56,7 @@ class ThreadLink:
 
     def __init__(self, path: str, options: LoadOptions, units: Units) -> None:
         self._stage = load_stage(path, options, units)
-        self.info = StageInfo(**describe(self._stage))
+        self.info: StageInfo = StageInfo(**describe(self._stage))
         self._sent: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
 
     def send(self, plan: bytes, received: bytes) -> None:
@@ -83,7 +83,7 @@ class Relay:
     """
 
     def __init__(self, connect: Connect, units: Sequence[Units]) -> None:
-        self.count = len(units)
+        self.count: int = len(units)
         self._connect, self._units = connect, units
         self._options = LoadOptions()
         self._links: list[Link | None] = [None] * self.count

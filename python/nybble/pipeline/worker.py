@@ -84,7 +84,7 @@ class ProcessLink:
             found = json.loads(_read(cast("BinaryIO", self._process.stdout)))
             if "error" in found:
                 raise _ERRORS.get(found["kind"], RuntimeError)(found["error"])
-            self.info = StageInfo(**found)
+            self.info: StageInfo = StageInfo(**found)
         except (EOFError, BrokenPipeError):
             self.close()
             status = self._process.wait()

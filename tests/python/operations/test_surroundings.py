@@ -44,8 +44,9 @@ def test_the_first_process_of_a_container_ends_by_a_signal(command: str, number:
     }[command]
     # Calls of Python functions tell that the command has begun.
     script = textwrap.dedent("""
-        import sys
+        import signal, sys
         from nybble import cli
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and commands leave that so.
         run = cli._run
         cli._run = lambda arguments: (print("begun", flush=True), run(arguments))[1]
         sys.exit(cli.main(sys.argv[1:]))

@@ -62,7 +62,7 @@ def read(path: Path) -> NativeModule:
         libraries = [library.name for library in binary.libraries if library.name != _own_name(binary)]
         names = [str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols]
         build, earlier = binary.build_version, binary.version_min
-        system = tuple(build.minos if build else earlier.version if earlier else ())[:2]
+        system = tuple(build.minos if build else earlier.version if earlier else ())[:2] or None
     else:
         raise ValueError(f"{path.name}: not a shared library for Linux, Windows or macOS")
     debug = any(re.match(r"\.?(z?debug_|__debug)", str(section.name)) for section in binary.sections)

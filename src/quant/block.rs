@@ -96,7 +96,7 @@ impl BlockType {
         ALL.into_iter()
     }
 
-    /// The type with the id `id`: ggml's types, bitnet.cpp's [`I2_S`](BlockType::I2_S) and PrismML's [`PQ2_0`](BlockType::PQ2_0).
+    /// The type with the id `id`: ggml's types, bitnet.cpp's [`I2_S`] and PrismML's [`PQ2_0`].
     /// `None` for ids that are not assigned or that ggml has withdrawn.
     pub fn from_id(id: u32) -> Option<BlockType> {
         ALL.into_iter().find(|known| known.id() == id)

@@ -28,6 +28,7 @@ impl Model {
     ///
     /// # Errors
     /// Those of [`Model::load`]; [`Error::InvalidArgument`] for a model that does not generate text.
+    #[doc(hidden)]
     pub fn pipeline(
         path: impl AsRef<std::path::Path>,
         options: &LoadOptions,

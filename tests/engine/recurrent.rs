@@ -190,9 +190,14 @@ fn a_session_file_holds_the_states() {
                 );
             }
         }
-        model.session().save(&model, &[], &path).unwrap();
-        let (mut empty, _) = Session::load(&model, &path).unwrap();
-        assert!(feed(&model, &mut empty, &text) == expected, "{name}: an empty session");
+        let mut truncated = model.session();
+        feed(&model, &mut truncated, &text[..9]);
+        assert_eq!(truncated.truncate(0), 0);
+        for session in [model.session(), truncated] {
+            session.save(&model, &[], &path).unwrap();
+            let (mut empty, _) = Session::load(&model, &path).unwrap();
+            assert!(feed(&model, &mut empty, &text) == expected, "{name}: an empty session");
+        }
     }
     // A file that is shorter or longer than its state.
     let model = load("lfm2", None, 2);

@@ -151,7 +151,8 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
         page.clear_from(&session.shape, last);
         write(index, &page)?;
     }
-    if let Some(state) = session.state() {
+    // A session that was truncated to nothing may still have memory for its states.
+    if let Some(state) = session.state().filter(|_| session.len() > 0) {
         out.write_all(state.as_bytes())?;
     }
     let hash = out.hasher.finalize();

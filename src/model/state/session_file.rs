@@ -152,7 +152,7 @@ fn write(session: &Session, owner: &Owner<'_>, tokens: &[u32], file: &mut Atomic
         write(index, &page)?;
     }
     // A session that was truncated to nothing may still have memory for its states.
-    if let Some(state) = session.state().filter(|_| session.len() > 0) {
+    if let Some(state) = session.state().filter(|_| !session.is_empty()) {
         out.write_all(state.as_bytes())?;
     }
     let hash = out.hasher.finalize();

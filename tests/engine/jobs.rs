@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::tiny_model::{ODD, Shape, llama};
 use nybble::Error;
 use nybble::engine::sampler::{Sampled, SamplingOptions};
-use nybble::engine::{Scheduler, SchedulerOptions, Sequence, step};
+use nybble::engine::{Scheduler, SchedulerOptions, Sequence, Speculation, step};
 use nybble::model::{CacheType, LoadOptions, Model};
 use nybble::quant::block::BlockType;
 
@@ -127,6 +127,48 @@ pub(crate) fn finish_interrupted(
     }
     assert!(interruptions > 10);
     written
+}
+
+/// Options of schedulers that differ in what a step computes.
+pub(crate) fn kinds_of_options() -> [SchedulerOptions; 3] {
+    [(None, Speculation::Off, true), (Some(24), Speculation::On, true), (Some(7), Speculation::Auto, false)].map(
+        |(prefill_chunk, speculation, prefix_cache)| {
+            let options = SchedulerOptions::default().with_prefill_chunk(prefill_chunk);
+            options.with_speculation(speculation).with_prefix_cache(prefix_cache)
+        },
+    )
+}
+
+/// Submits a few jobs at each step, cancels every fifth halfway, and returns the tokens of each.
+pub(crate) fn run_and_cancel(model: &Arc<Model>, jobs: &[Job], options: SchedulerOptions) -> Vec<Vec<Sampled>> {
+    let mut scheduler = scheduler(model, options);
+    let mut ids = HashMap::new();
+    let mut left = jobs.iter().enumerate();
+    let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
+    loop {
+        for (i, job) in left.by_ref().take(5) {
+            ids.insert(scheduler.submit(job.sequence(model), job.limit).unwrap(), i);
+        }
+        if scheduler.is_idle() {
+            return written;
+        }
+        for event in scheduler.step(&|| false).unwrap() {
+            let i = ids[&event.id];
+            written[i].push(event.result.unwrap());
+            if i % 5 == 4 && written[i].len() > jobs[i].limit / 2 {
+                scheduler.cancel(event.id);
+            }
+        }
+    }
+}
+
+/// Checks that every job of [`run_and_cancel`] has its tokens in `expected`, and those that were cancelled the first of them.
+pub(crate) fn assert_cancelled_or_whole(found: &[Vec<Sampled>], expected: &[Vec<Sampled>], what: &str) {
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let is_whole = found.len() == expected.len();
+        assert!(is_whole || i % 5 == 4, "job {i} ended early, {what}");
+        assert!(*found == expected[..found.len()], "job {i}, {what}");
+    }
 }
 
 /// Runs all jobs together and checks that each gets the tokens that it gets alone.

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use crate::jobs::{
-    Job, PAGE, assert_same, finish, finish_interrupted, greedy, jobs, limited, load, load_as, scheduler, seeded, tokens,
+    Job, PAGE, assert_cancelled_or_whole, assert_same, finish, finish_interrupted, greedy, jobs, kinds_of_options,
+    limited, load, load_as, run_and_cancel, scheduler, seeded, tokens,
 };
 use crate::tiny_model::{ODD, Shape};
 use nybble::Error;
@@ -17,38 +18,9 @@ fn batching_and_cancelling_never_change_the_tokens_of_a_sequence() {
     for cache_type in [None, Some(CacheType::Int8)] {
         let model = load_as(&ODD, cache_type);
         let alone: Vec<_> = jobs.iter().map(|job| job.alone(&model)).collect();
-        for (prefill_chunk, speculation, prefix_cache) in
-            [(None, Speculation::Off, true), (Some(24), Speculation::On, true), (Some(7), Speculation::Auto, false)]
-        {
-            let options = SchedulerOptions::default()
-                .with_prefill_chunk(prefill_chunk)
-                .with_speculation(speculation)
-                .with_prefix_cache(prefix_cache);
-            let mut scheduler = scheduler(&model, options);
-            let mut ids = HashMap::new();
-            let mut left = jobs.iter().enumerate();
-            let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
-            // A few join at each step, and every fifth is cancelled halfway.
-            loop {
-                for (i, job) in left.by_ref().take(5) {
-                    ids.insert(scheduler.submit(job.sequence(&model), job.limit).unwrap(), i);
-                }
-                if scheduler.is_idle() {
-                    break;
-                }
-                for event in scheduler.step(&|| false).unwrap() {
-                    let i = ids[&event.id];
-                    written[i].push(event.result.unwrap());
-                    if i % 5 == 4 && written[i].len() > jobs[i].limit / 2 {
-                        scheduler.cancel(event.id);
-                    }
-                }
-            }
-            for (i, written) in written.iter().enumerate() {
-                let is_whole = written.len() == jobs[i].limit;
-                assert!(is_whole || i % 5 == 4, "job {i} ended early");
-                assert!(*written == alone[i][..written.len()], "job {i}, {speculation:?}, {cache_type:?}");
-            }
+        for options in kinds_of_options() {
+            let what = format!("{options:?}, {cache_type:?}");
+            assert_cancelled_or_whole(&run_and_cancel(&model, &jobs, options), &alone, &what);
         }
     }
 }

@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
-use crate::jobs::{Job, PAGE, assert_written, finish, greedy, jobs, scheduler, seeded, tokens};
+use crate::jobs::{
+    Job, PAGE, assert_cancelled_or_whole, assert_written, finish, greedy, jobs, kinds_of_options, run_and_cancel,
+    scheduler, seeded, tokens,
+};
 use crate::stages::{Fault, Here, pipeline};
 use crate::tiny_model::{ODD, Shape, llama};
 use nybble::Error;
@@ -74,36 +77,6 @@ fn every_family_has_the_same_logits_in_one_two_and_three_stages() {
     assert!(undivided.iter().all(|name| name.starts_with("gemma4")), "{undivided:?}");
 }
 
-/// Submits jobs as others end, cancels every fifth halfway, and returns the tokens of each.
-fn run(model: &Arc<Model>, jobs: &[Job], options: SchedulerOptions) -> Vec<Vec<Sampled>> {
-    let mut scheduler = scheduler(model, options);
-    let mut ids = HashMap::new();
-    let mut left = jobs.iter().enumerate();
-    let mut written: Vec<Vec<Sampled>> = vec![Vec::new(); jobs.len()];
-    loop {
-        for (i, job) in left.by_ref().take(5) {
-            ids.insert(scheduler.submit(job.sequence(model), job.limit).unwrap(), i);
-        }
-        if scheduler.is_idle() {
-            return written;
-        }
-        for event in scheduler.step(&|| false).unwrap() {
-            let i = ids[&event.id];
-            written[i].push(event.result.unwrap());
-            if i % 5 == 4 && written[i].len() > jobs[i].limit / 2 {
-                scheduler.cancel(event.id);
-            }
-        }
-    }
-}
-
-fn assert_same(found: &[Vec<Sampled>], expected: &[Vec<Sampled>], what: &str) {
-    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let is_whole = found.len() == expected.len();
-        assert!((is_whole || i % 5 == 4) && *found == expected[..found.len()], "job {i}, {what}");
-    }
-}
-
 #[test]
 fn every_family_generates_the_same_in_stages_with_many_requests() {
     for folder in goldens() {
@@ -124,8 +97,8 @@ fn every_family_generates_the_same_in_stages_with_many_requests() {
         let expected: Vec<_> = jobs.iter().map(|job| job.alone(&model)).collect();
         for (stages, speculation) in [(1, Speculation::On), (2, Speculation::Off), (3, Speculation::On)] {
             let (model, here) = pipeline(&folder, &options(), stages);
-            let found = run(&model, &jobs, SchedulerOptions::default().with_speculation(speculation));
-            assert_same(&found, &expected, &format!("{}, {stages} stages", folder.display()));
+            let found = run_and_cancel(&model, &jobs, SchedulerOptions::default().with_speculation(speculation));
+            assert_cancelled_or_whole(&found, &expected, &format!("{}, {stages} stages", folder.display()));
             assert_eq!((here.restarts(), here.left()), (0, 0), "{}", folder.display());
         }
     }
@@ -133,15 +106,18 @@ fn every_family_generates_the_same_in_stages_with_many_requests() {
 
 /// A model of several layers, a pipeline of it, and jobs with their tokens alone.
 fn deep(stages: usize, cache_type: Option<CacheType>) -> (Arc<Model>, Here, Vec<Job>, Vec<Vec<Sampled>>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = llama(folder.path(), &DEEP, BlockType::Q4_0);
-    // The stages open the file again when they are started again.
-    std::mem::forget(folder);
+    // Stages open the file again when they are started again.
+    static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipeline");
+        std::fs::create_dir_all(&folder).unwrap();
+        llama(&folder, &DEEP, BlockType::Q4_0)
+    });
+    let path = &*FILE;
     let options = options().with_cache_type(cache_type);
-    let whole = Arc::new(Model::load(&path, &options).unwrap());
+    let whole = Arc::new(Model::load(path, &options).unwrap());
     let jobs = jobs(40);
     let alone = jobs.iter().map(|job| job.alone(&whole)).collect();
-    let (model, here) = pipeline(&path, &options, stages);
+    let (model, here) = pipeline(path, &options, stages);
     (model, here, jobs, alone)
 }
 
@@ -149,15 +125,9 @@ fn deep(stages: usize, cache_type: Option<CacheType>) -> (Arc<Model>, Here, Vec<
 fn batching_and_cancelling_in_stages_never_change_the_tokens() {
     for (cache_type, stages) in [(None, 2), (Some(CacheType::Int8), 4), (None, 6)] {
         let (model, here, jobs, alone) = deep(stages, cache_type);
-        for (prefill_chunk, speculation, prefix_cache) in
-            [(None, Speculation::Off, true), (Some(24), Speculation::On, true), (Some(7), Speculation::Auto, false)]
-        {
-            let options = SchedulerOptions::default()
-                .with_prefill_chunk(prefill_chunk)
-                .with_speculation(speculation)
-                .with_prefix_cache(prefix_cache);
-            let found = run(&model, &jobs, options);
-            assert_same(&found, &alone, &format!("{stages} stages, {speculation:?}"));
+        for options in kinds_of_options() {
+            let what = format!("{stages} stages, {options:?}");
+            assert_cancelled_or_whole(&run_and_cancel(&model, &jobs, options), &alone, &what);
         }
         assert_eq!((here.restarts(), here.left()), (0, 0));
     }
@@ -172,7 +142,7 @@ fn no_answer_is_lost_when_stages_end() {
         }
         here.fault(35, Fault::Misses(stages - 1));
         let options = SchedulerOptions::default().with_speculation(Speculation::On);
-        assert_same(&run(&model, &jobs, options), &alone, "with stages that end");
+        assert_cancelled_or_whole(&run_and_cancel(&model, &jobs, options), &alone, "with stages that end");
         // Two of them end in the same step.
         assert!(here.restarts() >= 5, "{} restarts", here.restarts());
         assert_eq!(here.left(), 0);
@@ -189,7 +159,11 @@ fn a_stage_that_always_ends_is_an_error() {
     assert_eq!(here.restarts(), 3);
     // Another scheduler tries again.
     drop(failing);
-    assert_same(&run(&model, &jobs[..1], SchedulerOptions::default()), &alone[..1], "afterwards");
+    assert_cancelled_or_whole(
+        &run_and_cancel(&model, &jobs[..1], SchedulerOptions::default()),
+        &alone[..1],
+        "afterwards",
+    );
 }
 
 #[test]
@@ -198,7 +172,7 @@ fn sequences_are_computed_again_where_a_stage_has_no_memory() {
     for (n, plan) in [4, 9, 10, 40].into_iter().enumerate() {
         here.fault(plan, Fault::LacksMemory(n % 3));
     }
-    assert_same(&run(&model, &jobs, SchedulerOptions::default()), &alone, "without memory");
+    assert_cancelled_or_whole(&run_and_cancel(&model, &jobs, SchedulerOptions::default()), &alone, "without memory");
     assert_eq!((here.restarts(), here.left()), (0, 0));
 }
 

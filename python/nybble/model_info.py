@@ -37,7 +37,10 @@ class ModelInfo:
     cache_bytes_per_token: int
     """Bytes of KV cache per token. Tokens outside of a window take less."""
     cache_bytes: int
-    """Bytes of KV cache and recurrent states of a sequence that fills the context. A shorter sequence takes less."""
+    """Bytes of KV cache and recurrent states of a sequence that fills the context. A shorter sequence takes less.
+
+    A step of a model with recurrent states takes more for a moment: a copy of the states, and vectors of up to 16 rows.
+    """
     state_bytes: int = 0
     """Bytes of the recurrent states of a sequence, whatever its length. 0 for models of attention alone."""
     embedding_size: int = 0

@@ -15,7 +15,7 @@ and `ik-rtr=PROGRAM` the same with `-rtr 1`, which rearranges the weights when i
 Each runtime has its own process and keeps the model loaded. While one computes, the others are stopped, so that their
 spinning threads cost it nothing. Prints medians over the rounds, the ratios of each round's speeds (median, minimum and
 maximum), and the machine's limits measured in the same run: read bandwidth, which bounds decoding, and the rate of INT8
-dot products, which bounds prefill.
+dot products, which bounds prefill. A peer that cannot read a file is named and left out of its table.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ HERE = Path(__file__).resolve().parent
 
 PROGRAMS = ("llama-bench", "ik", "ik-rtr")
 """Peers that are programs and not packages."""
+
+
+class RuntimeEndedError(Exception):
+    """The process of a runtime has ended. Says which, and its last message."""
 
 
 class Runtime:
@@ -75,9 +79,8 @@ class Runtime:
             self.process.wait()
             self.stderr.seek(0)
             lines = self.stderr.read().strip().splitlines()
-            raise SystemExit(
-                f"{self.name} ended with {self.process.returncode}: {lines[-1] if lines else 'no message'}"
-            )
+            last = lines[-1] if lines else "no message"
+            raise RuntimeEndedError(f"{self.name} ended with {self.process.returncode}: {last}")
         self.process.send_signal(signal.SIGSTOP)
         return cast("dict[str, Any]", json.loads(line))
 
@@ -95,8 +98,15 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     runtimes: list[Runtime] = []
     try:
         for name, program, path in wanted:
-            runtimes.append(Runtime(name, program, path, options.threads, context))
+            try:
+                runtimes.append(Runtime(name, program, path, options.threads, context))
+            except RuntimeEndedError as error:
+                if not runtimes:
+                    raise SystemExit(str(error)) from None
+                print(f"{model.name}: left out, {error}", file=sys.stderr)
         return rounds(model, runtimes, options)
+    except RuntimeEndedError as error:
+        raise SystemExit(str(error)) from None
     finally:
         for runtime in runtimes:
             runtime.close()
@@ -157,7 +167,9 @@ def show(result: dict[str, Any]) -> None:
     """Prints the table of one file, with the speed of nybble relative to each peer."""
     print(f"{result['model']}: {result['threads']} threads, {result['rounds']} rounds, {result['cpu']}")
     own = result["runtimes"]["nybble"]
-    share = own["bytes_per_token"] * own["decode_tokens_per_second"] / (result["bandwidth_gb_s"] * 1e9)
+    # Recurrent states are read and written.
+    moved = own["bytes_per_token"] + 2 * own.get("state_bytes", 0)
+    share = moved * own["decode_tokens_per_second"] / (result["bandwidth_gb_s"] * 1e9)
     print(
         f"limits: {result['bandwidth_gb_s']:.1f} GB/s read (nybble decodes at {share:.0%}), "
         f"{result['int8_gops']:.0f} GOPS of INT8"
@@ -170,7 +182,7 @@ def show(result: dict[str, Any]) -> None:
             spread = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})"
             cells.append(f"{entry[f'{what}_tokens_per_second']:>{width}.1f} {'' if name == 'nybble' else spread:<20}")
         print("".join(cells).rstrip())
-    print()
+    print(flush=True)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -231,12 +243,15 @@ def main() -> int:
     if not options.models and not options.earlier:
         parser.error("expected a model to measure or --with FILE")
     results = [result for path in options.earlier for result in json.loads(path.read_text())]
-    results += [measure(model, options) for model in options.models]
-    if options.json:
-        print(json.dumps(results, indent=1))
-    else:
+    if not options.json:
         for result in results:
             show(result)
+    for model in options.models:
+        results.append(measure(model, options))
+        if not options.json:
+            show(results[-1])
+    if options.json:
+        print(json.dumps(results, indent=1))
     if options.png:
         draw(results, options.png)
     return 0

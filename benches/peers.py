@@ -44,6 +44,7 @@ def nybble(path: str, threads: int, context: int) -> tuple[Round, dict[str, Any]
         "version": _native.__version__,
         "kernel": info["kernel"],
         "bytes_per_token": info["bytes_per_token"],
+        "state_bytes": info["state_bytes"],
         "limits": model.machine_limits,
     }
 

@@ -134,6 +134,7 @@ impl Layout {
     }
 
     /// Cache lines of codes in one block of a panel.
+    #[inline]
     pub fn lines_per_block(&self) -> usize {
         match self.code {
             Code::F16 | Code::BF16 => 16,

@@ -151,7 +151,11 @@ impl Packed {
 
     /// Groups of columns, the number of scales per row. 0 for floats.
     pub fn groups(&self) -> usize {
-        if self.layout.is_integer() { (self.blocks() * BLOCK).div_ceil(self.layout.group) } else { 0 }
+        if !self.layout.is_integer() {
+            return 0;
+        }
+        // A group is a power of two. A division would take as long as several blocks of a product.
+        (self.blocks() * BLOCK + self.layout.group - 1) >> self.layout.group.trailing_zeros()
     }
 
     /// Bytes of codes, scales and minimums, which a product reads.
@@ -227,13 +231,14 @@ impl Packed {
     /// If `index >= self.panels()`.
     #[inline]
     pub fn panel(&self, index: usize) -> Panel<'_> {
-        let (lines, scale_lines, panels) = (self.panel_lines(), self.scale_lines(), self.panels());
+        let (lines, groups, panels) = (self.panel_lines(), self.groups(), self.panels());
+        let scale_lines = groups.div_ceil(2);
         let scales = panels * lines + index * scale_lines;
         let mins = if self.layout.min { scales + panels * scale_lines } else { 0 };
         Panel {
             codes: &self.memory[index * lines..][..lines],
-            scales: numbers(&self.memory[scales..][..scale_lines], self.groups()),
-            mins: numbers(&self.memory[mins..][..scale_lines], if self.layout.min { self.groups() } else { 0 }),
+            scales: numbers(&self.memory[scales..][..scale_lines], groups),
+            mins: numbers(&self.memory[mins..][..scale_lines], if self.layout.min { groups } else { 0 }),
         }
     }
 

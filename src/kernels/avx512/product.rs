@@ -95,10 +95,11 @@ fn few<const CODE: u8, const GROUP: usize, const MIN: bool, const P: usize>(
     let (w, panels, x) = (product.w, product.panels.clone(), product.x);
     for index in panels.clone().step_by(P) {
         let indices = indices::<P>(index, &panels);
+        let of_panels = indices.map(|index| w.panel(index));
         let weights = Weights {
             codes: indices.map(|index| w.codes_from(index)),
-            scales: indices.map(|index| w.panel(index).scales),
-            mins: indices.map(|index| w.panel(index).mins),
+            scales: of_panels.map(|panel| panel.scales),
+            mins: of_panels.map(|panel| panel.mins),
         };
         let written = index - panels.start..panels.len().min(index - panels.start + P);
         let mut job = Panels::<CODE, GROUP, MIN, P> { product: &mut product, weights, written, table };

@@ -17,6 +17,8 @@ pub(in crate::model) use rwkv::ChannelMix;
 pub(super) use rwkv::TimeMix;
 pub(super) use short_conv::ShortConvolution;
 
+use std::ops::Range;
+
 use super::context::MixerContext;
 use crate::error::Result;
 use crate::kernels::{Activation, Kernel};
@@ -24,9 +26,11 @@ use crate::model::batch::{Batch, Input};
 use crate::model::buffer::Buffer;
 use crate::model::config::{Config, RecurrentConfig};
 use crate::model::fingerprint::FingerprintHasher;
-use crate::model::pass::TASK_ROWS;
+use crate::model::pass::{TASK_ROWS, TASKS};
 use crate::model::state::recurrent::{LayerStep, Recurrent};
 use crate::model::weights::loader::Loader;
+use crate::quant::packed::PANEL;
+use crate::threads::Columns;
 
 /// Consecutive rows of one session.
 #[derive(Debug, Clone, Copy)]
@@ -162,27 +166,39 @@ impl Convolution {
     ) {
         let (kernel, channels, taps, layer) = (context.pass.kernel, self.channels, self.kernel(), context.layer);
         let sessions: &[Input<'_>] = context.inputs;
-        out.resize(context.batch.rows.len() * channels);
+        let rows = context.batch.rows.len();
+        out.resize(rows * channels);
+        let compute = |row: usize, own: Range<usize>, out: &mut [f32]| {
+            let run = runs[run_of(runs, row)];
+            let state = sessions[run.input].session.state();
+            // Not minus zero, so that products with zeros change nothing.
+            out.iter_mut().zip(&self.bias[own.clone()]).for_each(|(out, bias)| *out = bias + 0.0);
+            for (tap, weight) in self.weight.chunks_exact(channels).enumerate() {
+                let back = taps - 1 - tap;
+                let input = match (row - run.row).checked_sub(back) {
+                    Some(at) => Some(&inputs[(run.row + at) * stride + start..][..channels]),
+                    None => state.and_then(|state| state.earlier(layer, back - (row - run.row))),
+                };
+                if let Some(input) = input {
+                    kernel.add_product(out, &input[own.clone()], &weight[own.clone()]);
+                }
+            }
+            if let Some(activation) = self.activation {
+                kernel.activate(activation, out);
+            }
+        };
+        if rows < TASK_ROWS {
+            // Too few rows to share out: a task takes some channels of all.
+            let step = channels.div_ceil(TASKS * context.pass.threads).next_multiple_of(PANEL);
+            let mut all = Columns::whole(out, rows, channels);
+            context.pass.scope.for_each_columns(&mut all, step, |own, out| {
+                (0..rows).for_each(|row| compute(row, own.clone(), out.row_mut(row)));
+            });
+            return;
+        }
         context.pass.scope.for_each_chunk(out, TASK_ROWS * channels, |i, chunk| {
             for (r, out) in chunk.chunks_exact_mut(channels).enumerate() {
-                let row = i * TASK_ROWS + r;
-                let run = runs[run_of(runs, row)];
-                let state = sessions[run.input].session.state();
-                // Not minus zero, so that products with zeros change nothing.
-                out.iter_mut().zip(&self.bias).for_each(|(out, bias)| *out = bias + 0.0);
-                for (tap, weight) in self.weight.chunks_exact(channels).enumerate() {
-                    let back = taps - 1 - tap;
-                    let input = match (row - run.row).checked_sub(back) {
-                        Some(at) => Some(&inputs[(run.row + at) * stride + start..][..channels]),
-                        None => state.and_then(|state| state.earlier(layer, back - (row - run.row))),
-                    };
-                    if let Some(input) = input {
-                        kernel.add_product(out, input, weight);
-                    }
-                }
-                if let Some(activation) = self.activation {
-                    kernel.activate(activation, out);
-                }
+                compute(i * TASK_ROWS + r, 0..channels, out);
             }
         });
     }
@@ -208,6 +224,15 @@ fn advance_tail(
     let tail = step.tail.len() / channels;
     let pending = step.pending.count;
     let applied = if step.log.is_some() { 0 } else { len };
+    if pending == 0 && applied <= tail && step.source.is_none() {
+        // What stays moves to the front, and the rows of the step follow.
+        step.tail.copy_within(applied * channels.., 0);
+        for (i, to) in step.tail[(tail - applied) * channels..].chunks_exact_mut(channels).enumerate() {
+            to.copy_from_slice(row(i));
+        }
+        record(step, channels, row);
+        return;
+    }
     let before = step.source.map_or(&*step.tail, |[tail, _]| tail);
     buffer.clear();
     for i in 0..tail {
@@ -220,6 +245,11 @@ fn advance_tail(
         });
     }
     step.tail.copy_from_slice(buffer);
+    record(step, channels, row);
+}
+
+/// Records the inputs of rows that may be dropped again.
+fn record<'a>(step: &mut LayerStep<'_>, channels: usize, row: impl Fn(usize) -> &'a [f32]) {
     if let Some(log) = &mut step.log {
         for (i, raw) in log.raw.chunks_exact_mut(channels).enumerate() {
             raw.copy_from_slice(row(i));

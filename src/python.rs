@@ -31,7 +31,7 @@ mod _native {
     use super::gguf::{GgufFile, TensorInfo, check_output, convert, write_file};
     #[pymodule_export]
     use super::model::{
-        Model, Sequence, available_bytes, default_threads, kernels, model_needs, resident_bytes, tuning,
+        Model, Sequence, available_bytes, cpu_name, default_threads, kernels, model_needs, resident_bytes, tuning,
     };
     #[pymodule_export]
     use super::pipeline::{Stage, divide, pipeline};

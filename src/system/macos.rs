@@ -57,6 +57,20 @@ fn number(name: &CStr) -> Option<usize> {
     if result == 0 && size == size_of::<libc::c_int>() { usize::try_from(value).ok() } else { None }
 }
 
+/// A text that the system knows by name.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn text(name: &CStr) -> Option<String> {
+    let mut bytes = vec![0u8; 256];
+    let mut size = bytes.len();
+    // SAFETY: the name ends with a zero, `size` bytes are writable, and nothing is set.
+    let result = unsafe { libc::sysctlbyname(name.as_ptr(), bytes.as_mut_ptr().cast(), &raw mut size, null_mut(), 0) };
+    if result != 0 {
+        return None;
+    }
+    bytes.truncate(size);
+    String::from_utf8(bytes).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::system::cpu;
+
 /// How many times as fast as the first kernel another one must be to be chosen. Less may be noise.
 const MARGIN: f64 = 1.05;
 
@@ -53,7 +55,7 @@ struct Measurement {
 impl Record {
     /// A record without measurements.
     pub(super) fn new() -> Record {
-        Record { cpu: cpu(), version: env!("CARGO_PKG_VERSION").to_owned(), measurements: vec![] }
+        Record { cpu: cpu_model(), version: env!("CARGO_PKG_VERSION").to_owned(), measurements: vec![] }
     }
 
     /// The record of this CPU and version; one without measurements if there is none, or if it is damaged.
@@ -121,30 +123,19 @@ pub(super) fn fastest(gops: &[f64]) -> usize {
     if gops[best] > MARGIN * gops[0] { best } else { 0 }
 }
 
-/// The model of the CPU, as it calls itself.
-fn cpu() -> String {
+/// The model of the CPU and, where it has one, its stepping.
+fn cpu_model() -> String {
+    let name = cpu::name().unwrap_or_else(|| std::env::consts::ARCH.to_owned());
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::__cpuid;
         #[allow(unused_unsafe, reason = "reading a leaf was unsafe in earlier versions of Rust")]
-        // SAFETY: every CPU with 64-bit instructions has CPUID, and the leaves are read only if they exist.
-        let (words, stepping) = unsafe {
-            let mut words = vec![];
-            if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
-                for leaf in 0x8000_0002..=0x8000_0004 {
-                    let leaf = __cpuid(leaf);
-                    words.extend([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
-                }
-            }
-            (words, __cpuid(1).eax)
-        };
-        let name: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let name = String::from_utf8_lossy(&name);
-        format!("{} ({stepping:x})", name.trim_matches(|letter: char| letter.is_whitespace() || letter == '\0'))
+        // SAFETY: every CPU with 64-bit instructions has this leaf.
+        let stepping = unsafe { std::arch::x86_64::__cpuid(1).eax };
+        format!("{name} ({stepping:x})")
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        std::env::consts::ARCH.to_owned()
+        name
     }
 }
 
@@ -158,7 +149,8 @@ fn path() -> Option<PathBuf> {
     } else {
         folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))
     };
-    let name: String = cpu().chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).collect();
+    let name: String =
+        cpu_model().chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).collect();
     Some(caches?.join("nybble").join(format!("tuning-{}.json", name.to_ascii_lowercase())))
 }
 

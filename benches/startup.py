@@ -64,7 +64,7 @@ def main() -> int:
     options = parser.parse_args()
 
     path, text, threads = str(options.model), prompt(options.model), str(options.threads)
-    ours = [str(Path(sys.executable).with_name("nybble")), "run", path, text]
+    ours = [sys.executable, "-m", "nybble", "run", path, text]
     ours += ["--raw", "--max-tokens", "4", "--temperature", "0", "--threads", threads]
     theirs = [options.peer, "-c", PEER, path, text, threads]
     seconds: list[tuple[float, float]] = []

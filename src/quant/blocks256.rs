@@ -9,7 +9,7 @@ use bytemuck::AnyBitPattern;
 use super::blocks32::{Half, Iq4, Scales, Sequential, Stored};
 use super::decoder::{Block, Group};
 use super::layout::{Code, Layout};
-use super::panel::{Nibbles, Planes, nibbles};
+use super::panel::{Nibbles, Planes, Words, bytes, in_all, nibbles_of, words};
 
 /// `scale * code - min`, codes of 2 bits
 #[derive(Clone, Copy, AnyBitPattern)]
@@ -29,7 +29,7 @@ impl Block for Q2K {
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Planes<2, 0> {
-        Planes(two_bits(&self.codes, index))
+        Planes(bytes(two_bits(&self.codes, index)))
     }
 
     #[inline(always)]
@@ -46,8 +46,8 @@ impl Block for Q2K {
 /// The 2-bit codes of weights `32 * index..` of Q2_K and Q3_K. Each half of the block has 32 bytes, and each pair of bits in
 /// them belongs to another 32 weights.
 #[inline(always)]
-fn two_bits(codes: &[[u8; 32]; 2], index: usize) -> [u8; 32] {
-    codes[index / 4].map(|byte| byte >> (2 * (index % 4)) & 3)
+fn two_bits(codes: &[[u8; 32]; 2], index: usize) -> Words {
+    words(&codes[index / 4]).map(|word| word >> (2 * (index % 4)) & in_all(3))
 }
 
 /// `scale * (group scale - 32) * (code - 4)`, codes of 3 bits
@@ -71,8 +71,8 @@ impl Block for Q3K {
 
     #[inline(always)]
     fn codes(&self, index: usize) -> Planes<2, 1> {
-        let low = two_bits(&self.low, index);
-        Planes(from_fn(|i| low[i] | (self.third[i] >> index & 1) << 2))
+        let (low, third) = (two_bits(&self.low, index), words(&self.third));
+        Planes(bytes(from_fn(|i| low[i] | (third[i] >> index & in_all(1)) << 2)))
     }
 
     #[inline(always)]
@@ -126,8 +126,8 @@ impl Scales for SixBits {
 /// The 4-bit codes of weights `32 * index..` of Q4_K and Q5_K: each 32 bytes hold 32 weights in their low nibbles and the
 /// next 32 in their high ones.
 #[inline(always)]
-fn four_bits(codes: &[[u8; 32]; 4], index: usize) -> [u8; 32] {
-    codes[index / 2].map(|byte| byte >> (4 * (index % 2)) & 15)
+fn four_bits(codes: &[[u8; 32]; 4], index: usize) -> Words {
+    words(&codes[index / 2]).map(|word| word >> (4 * (index % 2)) & in_all(15))
 }
 
 /// `scale * code - min`, codes of 4 bits
@@ -148,8 +148,7 @@ impl Stored for FourBits {
 
     #[inline(always)]
     fn get(&self, index: usize) -> Nibbles {
-        let codes = four_bits(&self.0, index);
-        nibbles(|i| codes[i])
+        nibbles_of(four_bits(&self.0, index))
     }
 }
 
@@ -168,8 +167,8 @@ impl Stored for FiveBits {
 
     #[inline(always)]
     fn get(&self, index: usize) -> Planes<4, 1> {
-        let low = four_bits(&self.low, index);
-        Planes(from_fn(|i| low[i] | (self.fifth[i] >> index & 1) << 4))
+        let (low, fifth) = (four_bits(&self.low, index), words(&self.fifth));
+        Planes(bytes(from_fn(|i| low[i] | (fifth[i] >> index & in_all(1)) << 4)))
     }
 }
 
@@ -193,9 +192,8 @@ impl Block for Q6K {
     #[inline(always)]
     fn codes(&self, index: usize) -> Planes<4, 2> {
         let (half, quarter) = (index / 4, index % 4);
-        let low = &self.low[half][quarter % 2];
-        let high = two_bits(&self.high, index);
-        Planes(from_fn(|i| low[i] >> (4 * (quarter / 2)) & 15 | high[i] << 4))
+        let (low, high) = (words(&self.low[half][quarter % 2]), two_bits(&self.high, index));
+        Planes(bytes(from_fn(|i| low[i] >> (4 * (quarter / 2)) & in_all(15) | high[i] << 4)))
     }
 
     #[inline(always)]

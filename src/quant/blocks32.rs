@@ -5,7 +5,7 @@ use half::f16;
 
 use super::decoder::{Block, Codes, Group, Groups};
 use super::layout::{Code, Layout};
-use super::panel::{Bytes, Nibbles, Planes};
+use super::panel::{Bytes, Nibbles, Planes, bytes, words_of_bits, words_of_nibbles};
 
 /// The values of the codes of IQ4_NL and IQ4_XS.
 pub const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -201,12 +201,8 @@ impl Stored for FiveBits {
 
     #[inline(always)]
     fn get(&self, _index: usize) -> Planes<4, 1> {
-        let fifth = u32::from_le_bytes(self.fifth);
-        let mut codes = self.low.unpack().map(|code| code as u8);
-        for (i, code) in codes.iter_mut().enumerate() {
-            *code |= ((fifth >> i & 1) << 4) as u8;
-        }
-        Planes(codes)
+        let (low, fifth) = (words_of_nibbles(&self.low), words_of_bits(u32::from_le_bytes(self.fifth)));
+        Planes(bytes(std::array::from_fn(|i| low[i] | fifth[i] << 4)))
     }
 }
 

@@ -19,6 +19,50 @@ pub(super) fn nibbles(code: impl Fn(usize) -> u8) -> Nibbles {
     std::array::from_fn(|j| code(j) | code(j + 16) << 4)
 }
 
+/// 32 bytes as four words, which are shifted and masked at once. In each word, the first byte is the lowest.
+pub(super) type Words = [u64; BLOCK / 8];
+
+/// `byte` in all bytes of a word.
+#[inline(always)]
+pub(super) const fn in_all(byte: u8) -> u64 {
+    byte as u64 * 0x0101_0101_0101_0101
+}
+
+/// The words of 32 bytes.
+#[inline(always)]
+pub(super) fn words(bytes: &[u8; BLOCK]) -> Words {
+    let words: &[[u8; 8]; BLOCK / 8] = bytemuck::cast_ref(bytes);
+    words.map(u64::from_le_bytes)
+}
+
+/// The bytes of four words.
+#[inline(always)]
+pub(super) fn bytes(words: Words) -> [u8; BLOCK] {
+    bytemuck::cast(words.map(u64::to_le_bytes))
+}
+
+/// Words whose bytes are the bits of a number, the lowest first.
+#[inline(always)]
+pub(super) fn words_of_bits(bits: u32) -> Words {
+    // Each byte of a product keeps another bit, which carries into the highest one of its byte.
+    let spread = |byte: u8| ((in_all(byte) & 0x8040_2010_0804_0201) + in_all(0x7f)) >> 7 & in_all(1);
+    bits.to_le_bytes().map(spread)
+}
+
+/// The 4-bit codes of [`Nibbles`], one in a byte.
+#[inline(always)]
+pub(super) fn words_of_nibbles(nibbles: &Nibbles) -> Words {
+    let words: &[[u8; 8]; 2] = bytemuck::cast_ref(nibbles);
+    let [a, b] = words.map(u64::from_le_bytes);
+    [a, b, a >> 4, b >> 4].map(|word| word & in_all(15))
+}
+
+/// [`Nibbles`] of the 4-bit codes in the bytes of these words.
+#[inline(always)]
+pub(super) fn nibbles_of([a, b, c, d]: Words) -> Nibbles {
+    bytemuck::cast([a | c << 4, b | d << 4].map(u64::to_le_bytes))
+}
+
 /// The word of line `line` of a plane of `bits` bits for one row: the bits of its columns from bit `from` of their codes on. `codes` are
 /// the row's codes, four in a word.
 #[inline(always)]

@@ -1,30 +1,37 @@
-//! Codes as bytes: the step in which layouts differ.
+//! Codes as bytes, for this set's products.
 
 use std::arch::x86_64::*;
 
-use super::vector::load;
-use crate::kernels::generic::product::{INT2, INT3, INT5, INT6, INT8, TABLE4};
+use super::vector::{Avx2, load};
+use crate::kernels::generic::product::INT8;
+use crate::kernels::generic::unpack::codes;
 use crate::quant::packed::CacheLine;
 
-/// `x` shifted by `by` bits, to the left if it is positive. Bits cross from one byte of a pair into the other.
-///
-/// `by` is a constant where this is inlined.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn shifted(x: __m256i, by: i32) -> __m256i {
-    match by {
-        -6 => _mm256_srli_epi16::<6>(x),
-        -5 => _mm256_srli_epi16::<5>(x),
-        -4 => _mm256_srli_epi16::<4>(x),
-        -3 => _mm256_srli_epi16::<3>(x),
-        -2 => _mm256_srli_epi16::<2>(x),
-        -1 => _mm256_srli_epi16::<1>(x),
-        1 => _mm256_slli_epi16::<1>(x),
-        2 => _mm256_slli_epi16::<2>(x),
-        3 => _mm256_slli_epi16::<3>(x),
-        4 => _mm256_slli_epi16::<4>(x),
-        _ => x,
-    }
+/// Implements [`ByteVector`](crate::kernels::generic::unpack::ByteVector) with x86's intrinsics for registers of one width.
+macro_rules! x86_bytes {
+    (
+        $set:ident of $bytes:ident: |$line:ident, $part:ident| $load:expr;
+        $set1:ident, $and:ident, $or:ident, $shift_left:ident, $shift_right:ident, $shuffle:ident
+    ) => {
+        $crate::kernels::generic::unpack::byte_vector! {
+            $set of $bytes:
+            load_bytes($line: &CacheLine, $part: usize) = $load;
+            // A constant number of bits becomes part of the instruction.
+            shift(x: $bytes, by: i32) = match _mm_cvtsi32_si128(by.abs()) {
+                bits if by < 0 => $shift_right(x, bits),
+                bits => $shift_left(x, bits),
+            };
+            mask(x: $bytes, mask: u8) = $and(x, $set1(mask as i8));
+            or(a: $bytes, b: $bytes) = $or(a, b);
+            look_up(table: $bytes, indices: $bytes) = $shuffle(table, indices);
+        }
+    };
+}
+pub(in crate::kernels) use x86_bytes;
+
+x86_bytes! {
+    Avx2 of __m256i: |line, side| load(line, side);
+    _mm256_set1_epi8, _mm256_and_si256, _mm256_or_si256, _mm256_sll_epi16, _mm256_srl_epi16, _mm256_shuffle_epi8
 }
 
 /// Register `j` of 8 of a side of a block: columns `4 j .. 4 j + 4` of 8 rows.
@@ -40,22 +47,10 @@ pub(super) fn register<const CODE: u8>(
     unsigned: bool,
     table: __m256i,
 ) -> __m256i {
+    // SAFETY: the function runs only on CPUs with its features.
+    let codes = codes::<_, CODE>(unsafe { Avx2::new() }, lines, j, side, table);
     match CODE {
-        INT8 => _mm256_xor_si256(load(&lines[j], side), _mm256_set1_epi8(if unsigned { 0 } else { -128 })),
-        INT2 => plane::<2>(lines, j, side, 0),
-        INT3 => _mm256_or_si256(plane::<2>(lines, j, side, 0), plane::<1>(&lines[2..], j, side, 2)),
-        INT5 => _mm256_or_si256(plane::<4>(lines, j, side, 0), plane::<1>(&lines[4..], j, side, 4)),
-        INT6 => _mm256_or_si256(plane::<4>(lines, j, side, 0), plane::<2>(&lines[4..], j, side, 4)),
-        TABLE4 => _mm256_shuffle_epi8(table, plane::<4>(lines, j, side, 0)),
-        _ => plane::<4>(lines, j, side, 0),
+        INT8 => _mm256_xor_si256(codes, _mm256_set1_epi8(if unsigned { 0 } else { -128 })),
+        _ => codes,
     }
-}
-
-/// What register `j` takes from a plane of `BITS` bits, as bits `to ..` of the bytes.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn plane<const BITS: usize>(lines: &[CacheLine], j: usize, side: usize, to: i32) -> __m256i {
-    let in_line = 8 / BITS;
-    let from = (BITS * (j % in_line)) as i32;
-    _mm256_and_si256(shifted(load(&lines[j / in_line], side), to - from), _mm256_set1_epi8(((1 << BITS) - 1) << to))
 }

@@ -1,30 +1,16 @@
-//! Codes as unsigned bytes: the step in which layouts differ. Everything after it is the same for all of them.
+//! Codes as unsigned bytes, for this set's products.
 
 use std::arch::x86_64::*;
 
-use super::vector::{load, store_line};
+use super::vector::{Avx512, load, store_line};
+use crate::kernels::avx2::x86_bytes;
 use crate::kernels::generic::product::{INT2, INT3, INT5, INT6, INT8, TABLE4, block_lines, lines_of_block};
+use crate::kernels::generic::unpack::codes;
 use crate::quant::packed::CacheLine;
 
-/// `x` shifted by `by` bits, to the left if it is positive. Bits cross from one byte of a pair into the other.
-///
-/// `by` is a constant where this is inlined.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn shifted(x: __m512i, by: i32) -> __m512i {
-    match by {
-        -6 => _mm512_srli_epi16::<6>(x),
-        -5 => _mm512_srli_epi16::<5>(x),
-        -4 => _mm512_srli_epi16::<4>(x),
-        -3 => _mm512_srli_epi16::<3>(x),
-        -2 => _mm512_srli_epi16::<2>(x),
-        -1 => _mm512_srli_epi16::<1>(x),
-        1 => _mm512_slli_epi16::<1>(x),
-        2 => _mm512_slli_epi16::<2>(x),
-        3 => _mm512_slli_epi16::<3>(x),
-        4 => _mm512_slli_epi16::<4>(x),
-        _ => x,
-    }
+x86_bytes! {
+    Avx512 of __m512i: |line, _part| load(line);
+    _mm512_set1_epi8, _mm512_and_si512, _mm512_or_si512, _mm512_sll_epi16, _mm512_srl_epi16, _mm512_shuffle_epi8
 }
 
 /// Register `j` of 8 of a block: columns `4 j .. 4 j + 4` of the 16 rows. 8-bit codes and table values are 128 too high.
@@ -33,24 +19,8 @@ fn shifted(x: __m512i, by: i32) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn register<const CODE: u8>(lines: &[CacheLine], j: usize, table: __m512i) -> __m512i {
-    match CODE {
-        INT8 => load(&lines[j]),
-        INT2 => plane::<2>(lines, j, 0),
-        INT3 => _mm512_or_si512(plane::<2>(lines, j, 0), plane::<1>(&lines[2..], j, 2)),
-        INT5 => _mm512_or_si512(plane::<4>(lines, j, 0), plane::<1>(&lines[4..], j, 4)),
-        INT6 => _mm512_or_si512(plane::<4>(lines, j, 0), plane::<2>(&lines[4..], j, 4)),
-        TABLE4 => _mm512_shuffle_epi8(table, plane::<4>(lines, j, 0)),
-        _ => plane::<4>(lines, j, 0),
-    }
-}
-
-/// What register `j` takes from a plane of `BITS` bits, as bits `to ..` of the bytes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn plane<const BITS: usize>(lines: &[CacheLine], j: usize, to: i32) -> __m512i {
-    let in_line = 8 / BITS;
-    let from = (BITS * (j % in_line)) as i32;
-    _mm512_and_si512(shifted(load(&lines[j / in_line]), to - from), _mm512_set1_epi8(((1 << BITS) - 1) << to))
+    // SAFETY: the function runs only on CPUs with its features.
+    codes::<_, CODE>(unsafe { Avx512::new() }, lines, j, 0, table)
 }
 
 /// What 4-bit or 8-bit codes of the same weights are higher by, if codes are unpacked to them.

@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 use std::hint::black_box;
 
 pub(super) use product::{Adder, with_adder};
+pub(super) use unpack::expand;
 pub(super) use vector::{Avx2, LANES, prefetch, x86_vector};
 
 use super::operations::types::*;

@@ -11,4 +11,5 @@ pub(super) mod float;
 pub(super) mod math;
 pub(super) mod product;
 pub(super) mod recurrence;
+pub(super) mod sparse;
 pub(super) mod vector;

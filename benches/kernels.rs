@@ -17,10 +17,11 @@ use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Kernel, KvSlice
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
-/// The layouts of Q4_0, Q4_K, IQ4_NL, Q8_0, TQ2_0, Q2_K, Q3_K, Q5_0, Q5_K, Q6_K and F16, and whether each is measured in all
+/// The layouts of Q4_0, of Q4_0 with half of the weights zero, of Q4_K, IQ4_NL, Q8_0, TQ2_0, Q2_K, Q3_K, Q5_0, Q5_K, Q6_K and F16, and whether each is measured in all
 /// shapes. `int8 by 16` is for comparison with `int6`.
-const LAYOUTS: [(&str, Layout, bool); 12] = [
+const LAYOUTS: [(&str, Layout, bool); 13] = [
     ("int4", Layout { code: Code::Int4, group: 32, min: false }, true),
+    ("sparse int4", Layout { code: Code::SparseInt4, group: 32, min: false }, true),
     ("int4+min", Layout { code: Code::Int4, group: 32, min: true }, false),
     ("table4", Layout { code: Code::Table4(IQ4_NL), group: 32, min: false }, false),
     ("int8", Layout { code: Code::Int8, group: 32, min: false }, true),
@@ -65,6 +66,9 @@ fn random(state: &mut u64) -> u64 {
 }
 
 fn matrix((rows, columns): (usize, usize), layout: Layout) -> Packed {
+    if layout.code == Code::SparseInt4 {
+        return sparse_matrix((rows, columns), layout);
+    }
     let (mut w, mut state) = (Packed::zeroed(rows, columns, layout, 1.0), 1);
     for panel in w.panels_mut() {
         for number in bytemuck::cast_slice_mut::<CacheLine, u16>(panel.codes) {
@@ -77,6 +81,22 @@ fn matrix((rows, columns): (usize, usize), layout: Layout) -> Packed {
         }
     }
     w
+}
+
+/// A matrix of 4-bit codes. Half of them are zero.
+fn sparse_matrix(shape: (usize, usize), layout: Layout) -> Packed {
+    let (mut w, mut state) = (matrix(shape, Layout { code: Code::Int4, ..layout }), 3);
+    for panel in w.panels_mut() {
+        for byte in bytemuck::cast_slice_mut::<CacheLine, u8>(panel.codes) {
+            // Zeros are half of the nibbles, besides those that are zero by chance.
+            let [low, high] =
+                [0, 4].map(|shift| if random(&mut state).is_multiple_of(2) { 8 } else { *byte >> shift & 15 });
+            *byte = low | high << 4;
+        }
+    }
+    let pool = ThreadPool::new(1).expect("one thread is always available");
+    let sparse = pool.run(|scope| w.try_sparse(scope)).expect("there is memory for a small matrix");
+    sparse.expect("half of the weights are zero")
 }
 
 fn values(n: usize) -> Vec<f32> {

@@ -2,9 +2,10 @@
 
 use super::activations::Tile;
 use super::generic::product::{ByTile, by_tile};
+use super::generic::sparse::by_chunk;
 use super::operations::types::*;
 use super::operations::{Kernel, Table, operations, plain};
-use crate::quant::packed::{BLOCK, LONGEST_RUN, Layout, PANEL, Panel};
+use crate::quant::packed::{BLOCK, Code, LONGEST_RUN, Layout, PANEL, Panel, sparse};
 
 /// The scalar kernel.
 #[allow(unsafe_code, reason = "the promise that this CPU has the instruction set of the table")]
@@ -28,24 +29,39 @@ struct Panels<'a, 'c> {
 
 impl ByTile for Panels<'_, '_> {
     fn tile<const R: usize>(&mut self, row: usize) {
-        let (w, rows) = (self.w, R.min(self.x.rows() - row));
-        let x = self.x.tile::<R>(row);
         for (p, index) in self.panels.clone().enumerate() {
-            let panel = w.panel(index);
-            for r in 0..rows {
-                let out = &mut self.out.row_mut(row + r)[p * PANEL..];
-                for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
-                    let mut acc = 0.0f32;
-                    for group in 0..w.groups() {
-                        let weights = Group { layout: w.layout(), panel: &panel, group, lane };
-                        acc = if w.layout().group <= BLOCK {
-                            weights.add_narrow(&x, r, acc)
-                        } else {
-                            weights.add_wide(&x, r, acc)
-                        };
-                    }
-                    *out = acc * w.output_scale();
+            if self.w.is_sparse() {
+                by_chunk(self.w, index, sparse::expand, |panel, blocks| self.blocks::<R>(row, p, &panel, blocks));
+            } else {
+                self.blocks::<R>(row, p, &self.w.panel(index), 0..self.x.blocks());
+            }
+        }
+    }
+}
+
+impl Panels<'_, '_> {
+    /// The blocks of a panel times a tile. The sums of the blocks before wait in the output.
+    fn blocks<const R: usize>(&mut self, row: usize, p: usize, panel: &Panel<'_>, blocks: Range<usize>) {
+        let (w, rows) = (self.w, R.min(self.x.rows() - row));
+        let x = self.x.tile::<R>(row).blocks(blocks.clone());
+        let layout = match w.layout() {
+            Layout { code: Code::SparseInt4, group, min } => Layout { code: Code::Int4, group, min },
+            layout => layout,
+        };
+        let output_scale = if blocks.end == self.x.blocks() { w.output_scale() } else { 1.0 };
+        for r in 0..rows {
+            let out = &mut self.out.row_mut(row + r)[p * PANEL..];
+            for (lane, out) in out.iter_mut().take(PANEL).enumerate() {
+                let mut acc = if blocks.start > 0 { *out } else { 0.0 };
+                for group in 0..panel.scales.len() {
+                    let weights = Group { layout, panel, group, lane };
+                    acc = if layout.group <= BLOCK {
+                        weights.add_narrow(&x, r, acc)
+                    } else {
+                        weights.add_wide(&x, r, acc)
+                    };
                 }
+                *out = acc * output_scale;
             }
         }
     }

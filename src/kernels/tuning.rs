@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "a table of functions that only some CPUs can run")]
 
 mod record;
+mod sparse;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use std::time::Instant;
 
 pub use self::record::Choice;
 use self::record::{Record, fastest};
+pub(crate) use self::sparse::is_sparse_faster;
 use super::activations::Activations;
 use super::available::available;
 use super::operations::{Kernel, Table};
@@ -32,7 +34,7 @@ const PANELS: usize = 8;
 /// Rounds of a measurement. The fastest counts, because other work can only slow a round down.
 const ROUNDS: usize = 4;
 /// The names of integer codes.
-const CODES: [&str; 7] = ["int4", "table4", "int8", "int2", "int3", "int5", "int6"];
+const CODES: [&str; 8] = ["int4", "table4", "int8", "int2", "int3", "int5", "int6", "sparse int4"];
 /// Columns of groups.
 const GROUPS: [usize; 5] = [16, 32, 64, 128, 256];
 /// Integer layouts: codes, groups, with minimums and without.
@@ -78,6 +80,7 @@ fn index_of(layout: Layout) -> usize {
         Code::Int3 => 4,
         Code::Int5 => 5,
         Code::Int6 => 6,
+        Code::SparseInt4 => 7,
         Code::Int8 | Code::F32 | Code::F16 | Code::BF16 => 2,
     };
     let group = GROUPS.iter().position(|group| *group == layout.group).unwrap_or(0);

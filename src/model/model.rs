@@ -123,7 +123,8 @@ impl Model {
         let context = config.context_or_default(options.context)?;
         let held = held(&config);
         let (weights, source) = pool.run(|scope| {
-            let loader = Loader::new(scope, checkpoint, progress, &|name| held.may_need(name));
+            let is_faster = || kernels::tuning::is_sparse_faster(kernel, scope, pool.threads());
+            let loader = Loader::new(scope, checkpoint, progress, &|name| held.may_need(name)).with_sparse(&is_faster);
             let weights = load(&loader, &config, context, &held)?;
             let present = weights.linears().filter(|layer| !layer.is_hollow());
             kernels::tuning::tune(kernel, scope, pool.threads(), present.flat_map(|layer| layer.parts()));

@@ -13,8 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Target,
-    TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
+    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Sparsity,
+    Target, TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -27,6 +27,10 @@ pub(super) struct Options {
     chooses_format: bool,
     group_size: usize,
     bits_per_weight: Option<f64>,
+    #[pyo3(default)]
+    sparsity: Option<f32>,
+    #[pyo3(default)]
+    sparsity_pattern: Option<String>,
     output_type: String,
     #[pyo3(from_py_with = pairs)]
     keep: Vec<(String, String)>,
@@ -85,6 +89,11 @@ impl Options {
         })
     }
 
+    fn sparsity(&self) -> crate::Result<Option<Sparsity>> {
+        let pattern = self.sparsity_pattern.as_deref().unwrap_or("unstructured");
+        self.sparsity.map(|share| Sparsity::new(share, pattern)).transpose()
+    }
+
     fn budget(&self) -> crate::Result<Option<Duration>> {
         let Some(minutes) = self.budget else { return Ok(None) };
         let wrong = |_| Error::argument("budget", minutes, "a number of minutes");
@@ -115,6 +124,7 @@ pub(super) fn quantize(
     read: Vec<PathBuf>,
 ) -> PyResult<String> {
     let (recipe, mut formats, budget) = (options.recipe()?, options.formats()?, options.budget()?);
+    let sparsity = options.sparsity()?;
     let ids = |windows: Option<PyReadonlyArray2<'_, i32>>| windows.as_ref().map_or(Ok(Vec::new()), token_windows);
     let (windows, evaluation) = (ids(windows)?, ids(evaluation)?);
     let raised = Mutex::new(None);
@@ -154,10 +164,12 @@ pub(super) fn quantize(
             formats = formats.spend_bits(&context, bits)?;
         }
         match recipe {
-            Some((recipe, tuning)) => Ok(run(&context, &QuantizeOptions { recipe, tuning, formats })?.to_json()),
+            Some((recipe, tuning)) => {
+                Ok(run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json())
+            }
             None => {
                 let target = options.target.map_or_else(Target::default, Target::Perplexity);
-                let options = AutoOptions { formats, target, budget, seed: options.seed };
+                let options = AutoOptions { formats, target, budget, seed: options.seed, sparsity };
                 Ok(auto(&context, &options, &evaluation)?.to_json())
             }
         }

@@ -19,6 +19,8 @@ pub enum Code {
     Int3,
     /// 4 bits, `zero` is 8.
     Int4,
+    /// As [`Code::Int4`], but zeros are not stored. See [`sparse`](super::packed::sparse).
+    SparseInt4,
     /// 5 bits, `zero` is 16.
     Int5,
     /// 6 bits, `zero` is 32.
@@ -41,7 +43,7 @@ impl Code {
         Some(match self {
             Code::Int2 => 1,
             Code::Int3 => 4,
-            Code::Int4 => 8,
+            Code::Int4 | Code::SparseInt4 => 8,
             Code::Int5 => 16,
             Code::Int6 => 32,
             Code::Table4(_) | Code::Int8 | Code::F32 | Code::F16 | Code::BF16 => return None,
@@ -57,7 +59,7 @@ impl Code {
         match self {
             Code::Int2 => [2, 0],
             Code::Int3 => [2, 1],
-            Code::Int4 | Code::Table4(_) => [4, 0],
+            Code::Int4 | Code::SparseInt4 | Code::Table4(_) => [4, 0],
             Code::Int5 => [4, 1],
             Code::Int6 => [4, 2],
             Code::Int8 => [8, 0],
@@ -113,6 +115,7 @@ impl Layout {
             (Code::Int2, false) => matches!(self.group, 32 | 64 | 128 | 256),
             (Code::Int2, true) | (Code::Int3 | Code::Int6, false) => self.group == 16,
             (Code::Int4, _) => matches!(self.group, 16 | 32 | 64 | 128),
+            (Code::SparseInt4, min) => !min && matches!(self.group, 32 | 64 | 128),
             (Code::Int5, _) => self.group == 32,
             (Code::Int3 | Code::Int6, true) => false,
             _ => matches!(self.group, 16 | 32),

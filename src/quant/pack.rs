@@ -12,13 +12,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::block::BlockType;
 pub use super::blocks32::{IQ4_VALUES, MXFP4_VALUES};
 use super::decoder::{Decoder, PanelRow};
-use super::packed::{PANEL, Packed, PanelMut};
+use super::packed::{BLOCK, Code, Layout, PANEL, Packed, PanelMut};
 use crate::error::Error;
 use crate::system::arena::{Arena, ForEach};
 use crate::threads::Scope;
 
 /// Weights that are packed before the source may release what was read: enough for all threads, and 32 MiB of F32.
 const SLAB: usize = 8 << 20;
+
+/// Panels in which zeros are counted.
+const SAMPLES: usize = 4;
 
 /// The rows of a matrix, as blocks of a file's type.
 pub trait Rows: Sync {
@@ -72,11 +75,61 @@ impl PackJob<'_> {
     /// # Panics
     /// If the type is not [supported](BlockType::is_supported), or a row of the source has too few bytes: callers check both.
     pub fn run(&self, scope: &Scope<'_>) -> Result<Packed, PackError> {
-        let decoder = self.source.block_type().decoder().expect("callers check that the type is supported");
-        let slab = (SLAB / self.columns.max(1) / PANEL).max(1); // panels
         let for_each: ForEach<'_> = &|count, item| scope.for_each(count, item);
-        let packed = Packed::try_zeroed_in(self.arena, for_each, [self.rows, self.columns], decoder.layout);
+        let packed = Packed::try_zeroed_in(self.arena, for_each, [self.rows, self.columns], self.decoder().layout);
         let mut packed = packed.map_err(PackError::Memory)?;
+        self.pack(scope, &mut packed)?;
+        packed.shorten_in(self.arena);
+        Ok(packed)
+    }
+
+    /// As [`run`](Self::run), but the result has no zeros if that saves enough of its [bytes](super::packed::sparse).
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run).
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn run_sparse(&self, scope: &Scope<'_>) -> Result<Packed, PackError> {
+        let packed = Packed::try_zeroed(self.rows, self.columns, self.decoder().layout, 1.0);
+        let mut packed = packed.map_err(PackError::Memory)?;
+        self.pack(scope, &mut packed)?;
+        let sparse = packed.sparse_in(self.arena, scope).map_err(PackError::Memory)?;
+        Ok(sparse.unwrap_or(packed))
+    }
+
+    /// Whether some panels of the result, spread over it, have enough zeros for [`run_sparse`](Self::run_sparse) to save bytes.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn has_many_zeros(&self) -> bool {
+        let decoder = self.decoder();
+        if decoder.layout != Layout::scaled(Code::Int4, BLOCK) || self.rows == 0 || self.columns == 0 {
+            return false;
+        }
+        let (panels, mut zeros, mut codes) = (self.rows.div_ceil(PANEL), 0, 0);
+        for sample in 0..SAMPLES.min(panels) {
+            let first = sample * panels / SAMPLES.min(panels) * PANEL;
+            let Ok(mut packed) = Packed::try_zeroed(PANEL, self.columns, decoder.layout, 1.0) else { return false };
+            for panel in &mut packed.panels_mut() {
+                self.fill(decoder, 1.0, first, panel);
+                let bytes = panel.codes.iter().flat_map(|line| line.0);
+                zeros += bytes.map(|byte| usize::from(byte & 15 == 8) + usize::from(byte >> 4 == 8)).sum::<usize>();
+                codes += PANEL.min(self.rows - first) * self.columns;
+            }
+        }
+        // A mask saves bytes from a quarter on.
+        zeros > codes / 3
+    }
+
+    fn decoder(&self) -> &'static Decoder {
+        self.source.block_type().decoder().expect("callers check that the type is supported")
+    }
+
+    /// Packs the matrix into `packed`, which has its shape and the layout of its type.
+    fn pack(&self, scope: &Scope<'_>, packed: &mut Packed) -> Result<(), PackError> {
+        let decoder = self.decoder();
+        let slab = (SLAB / self.columns.max(1) / PANEL).max(1); // panels
         let output_scale = match decoder.bound {
             Some(bound) if self.columns > 0 => output_scale(self.bound(scope, slab, bound), decoder.is_one_scale),
             _ => 1.0,
@@ -99,8 +152,7 @@ impl PackJob<'_> {
             return Err(PackError::NotFinite(non_finite));
         }
         packed.merge_groups();
-        packed.shorten_in(self.arena);
-        Ok(packed)
+        Ok(())
     }
 
     /// Fills the panel of rows `first..` and returns the first row that is not finite.
@@ -140,7 +192,6 @@ fn output_scale(bound: f32, is_one_scale: bool) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::layout::{Code, Layout};
     use super::*;
     use crate::threads::ThreadPool;
 
@@ -266,6 +317,38 @@ mod tests {
                         "{block_type}: {weight}, not {value}, in {row}, {column}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn only_4_bit_weights_with_many_zeros_are_packed_without_them() {
+        let (rows, columns) = (70, 640);
+        let (pool, arena) = (ThreadPool::new(2).unwrap(), Arena::new(0));
+        for (block_type, zeros, expected) in [
+            (BlockType::Q4_0, 0, false),
+            (BlockType::Q4_0, 1, false),
+            (BlockType::Q4_0, 2, true),
+            (BlockType::Q4_1, 2, false),
+            (BlockType::Q8_0, 2, false),
+        ] {
+            let mut source = RandomBlocks::new(block_type, rows, columns);
+            // Of every four nibbles, this many are zero.
+            for block in source.bytes.chunks_exact_mut(block_type.block_bytes()) {
+                for (i, byte) in block[block_type.block_bytes() - 16..].iter_mut().enumerate() {
+                    let (low, high) = (if zeros > i % 2 * 2 { 8 } else { *byte & 15 }, *byte >> 4);
+                    *byte = low | if zeros > 1 + i % 2 * 2 { 8 } else { high } << 4;
+                }
+            }
+            let job = PackJob { source: &source, rows, columns, order: &|row| row, release: &|| (), arena: &arena };
+            assert_eq!(job.has_many_zeros(), expected, "{block_type}, {zeros}");
+            let (dense, sparse) = pool.run(|scope| (job.run(scope).unwrap(), job.run_sparse(scope).unwrap()));
+            assert_eq!(sparse.is_sparse(), expected, "{block_type}, {zeros}");
+            let (mut found, mut weights) = (vec![f32::NAN; columns], vec![0.0; columns]);
+            for row in 0..rows {
+                sparse.decode_row(row, &mut found);
+                dense.decode_row(row, &mut weights);
+                assert_eq!(found, weights, "{block_type}, row {row}");
             }
         }
     }

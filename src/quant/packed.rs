@@ -22,6 +22,7 @@
 //! group has 16 F16 scales, one per row, and perhaps 16 minimums. The last panel is padded with zero rows, the last block
 //! with zero columns.
 
+pub mod sparse;
 mod wide;
 
 use half::f16;
@@ -46,6 +47,8 @@ pub struct Packed {
     /// Codes `(panels, blocks, lines_per_block)`; scales `(panels, scale_lines)`, each panel `(groups, PANEL)` F16 and padding to
     /// a line; minimums as scales, if there are any.
     memory: AlignedBuf,
+    /// `(panels, chunks)`: the byte of the codes at which those of each [chunk](sparse::CHUNK) of a sparse matrix begin. Empty for others.
+    starts: Vec<usize>,
 }
 
 impl Packed {
@@ -57,7 +60,7 @@ impl Packed {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
     ///
     /// # Panics
-    /// If no kernel [knows](Layout::is_known) the layout.
+    /// If no kernel [knows](Layout::is_known) the layout, or it is [sparse](sparse), which is made from another one.
     pub fn try_zeroed(rows: usize, columns: usize, layout: Layout, output_scale: f32) -> Result<Self> {
         Packed::with_memory(rows, columns, layout, output_scale, |lines| AlignedBuf::try_zeroed(lines, PURPOSE))
     }
@@ -84,7 +87,7 @@ impl Packed {
     /// The shape of a matrix, without memory for its weights.
     pub(crate) fn hollow(rows: usize, columns: usize) -> Self {
         let layout = Layout::float(Code::F32);
-        Packed { rows, columns, layout, output_scale: 1.0, memory: AlignedBuf::default() }
+        Packed { rows, columns, layout, output_scale: 1.0, memory: AlignedBuf::default(), starts: vec![] }
     }
 
     fn with_memory(
@@ -94,8 +97,9 @@ impl Packed {
         output_scale: f32,
         memory: impl Fn(usize) -> Result<AlignedBuf>,
     ) -> Result<Self> {
-        assert!(!layout.is_integer() || layout.is_known(), "{layout:?}");
-        let mut packed = Packed { rows, columns, layout, output_scale, memory: AlignedBuf::default() };
+        let is_known = !layout.is_integer() || layout.is_known();
+        assert!(is_known && layout.code != Code::SparseInt4, "{layout:?}");
+        let mut packed = Packed { rows, columns, layout, output_scale, memory: AlignedBuf::default(), starts: vec![] };
         packed.memory = memory(Packed::bytes_needed(rows, columns, layout) / size_of::<CacheLine>())?;
         Ok(packed)
     }
@@ -172,6 +176,9 @@ impl Packed {
 
     /// Lines of all codes. 0 without memory for weights.
     fn code_lines(&self) -> usize {
+        if self.is_sparse() {
+            return self.memory.len() - self.panels() * self.scale_lines();
+        }
         (self.panels() * self.panel_lines()).min(self.memory.len())
     }
 
@@ -225,15 +232,19 @@ impl Packed {
         })
     }
 
-    /// The panel of rows `16 * index ..`.
+    /// The panel of rows `16 * index ..`. That of a sparse matrix has no codes, which [`sparse_blocks`](Self::sparse_blocks) returns.
     ///
     /// # Panics
     /// If `index >= self.panels()`.
     #[inline]
     pub fn panel(&self, index: usize) -> Panel<'_> {
-        let (lines, groups, panels) = (self.panel_lines(), self.groups(), self.panels());
+        let (groups, panels) = (self.groups(), self.panels());
         let scale_lines = groups.div_ceil(2);
-        let scales = panels * lines + index * scale_lines;
+        let (lines, codes) = match self.is_sparse() {
+            true => (0, self.code_lines()),
+            false => (self.panel_lines(), panels * self.panel_lines()),
+        };
+        let scales = codes + index * scale_lines;
         let mins = if self.layout.min { scales + panels * scale_lines } else { 0 };
         Panel {
             codes: &self.memory[index * lines..][..lines],
@@ -252,7 +263,11 @@ impl Packed {
     }
 
     /// All panels, to be filled in parallel.
+    ///
+    /// # Panics
+    /// If the matrix is sparse.
     pub fn panels_mut(&mut self) -> Vec<PanelMut<'_>> {
+        assert!(!self.is_sparse(), "the panels of a sparse matrix cannot be changed");
         let (lines, scale_lines, groups) = (self.panel_lines(), self.scale_lines(), self.groups());
         let (code_lines, all_scales) = (self.code_lines(), self.panels() * scale_lines);
         let (codes, rest) = self.memory.split_at_mut(code_lines);
@@ -277,6 +292,14 @@ impl Packed {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.columns, "length of the row");
         let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
+        if self.is_sparse() {
+            return self.for_each_sparse_block(row, |b, codes| {
+                let scale = panel.scales[b * BLOCK / self.layout.group][lane].to_f32();
+                for (out, code) in out[b * BLOCK..].iter_mut().zip(codes) {
+                    *out = self.layout.weight(i32::from(code), scale, 0.0) * self.output_scale;
+                }
+            });
+        }
         for (column, out) in out.iter_mut().enumerate() {
             *out = panel.weight(self.layout, lane, column) * self.output_scale;
         }

@@ -15,7 +15,7 @@ use super::eval::{Divergence, Evaluation, Reference};
 use super::format::Format;
 use super::overrides::TensorFormats;
 use super::pipeline::{self, QuantizeOptions, Report};
-use super::recipes::{GptqOptions, Recipe};
+use super::recipes::{GptqOptions, Recipe, Sparsity};
 use super::resume::{ResumeFiles, candidate_path};
 use super::tuning::TuningOptions;
 use crate::error::{Error, Result};
@@ -33,12 +33,14 @@ pub struct AutoOptions {
     pub budget: Option<Duration>,
     /// Seed of the order of windows in tuning.
     pub seed: u64,
+    /// How many weights of linear layers become zero; `None` prunes none.
+    pub sparsity: Option<Sparsity>,
 }
 
 impl AutoOptions {
     /// A search for the default target, without a limit of time.
     pub fn new(formats: TensorFormats) -> AutoOptions {
-        AutoOptions { formats, target: Target::default(), budget: None, seed: 0 }
+        AutoOptions { formats, target: Target::default(), budget: None, seed: 0, sparsity: None }
     }
 }
 
@@ -47,6 +49,7 @@ setters!(AutoOptions {
     with_target(target: Target),
     with_budget(budget: impl Into<Option<Duration>>),
     with_seed(seed: u64),
+    with_sparsity(sparsity: impl Into<Option<Sparsity>>),
 });
 
 /// The result of a search.
@@ -78,7 +81,8 @@ pub struct AutoReport {
 /// Those of [`quantize`](super::quantize) and of [`Reference`].
 pub fn auto(context: &RunContext<'_>, options: &AutoOptions, evaluation: &[Vec<u32>]) -> Result<AutoReport> {
     let started = Instant::now();
-    options.formats.check()?;
+    let AutoOptions { formats, sparsity, .. } = options;
+    QuantizeOptions::new(Recipe::Rtn { search: true }, formats.clone()).with_sparsity(*sparsity).check()?;
     context.check_out(&[ResumeFiles::next_to(context.out)])?;
     let can_tune = pipeline::can_tune(context, &options.formats)?;
     let mut search = Search::begin(context, options, evaluation, can_tune, started)?;
@@ -212,7 +216,9 @@ fn candidates(options: &AutoOptions, can_tune: bool) -> Vec<QuantizeOptions> {
         false => (Recipe::Awq(Some(gptq)), None),
     };
     let all = [(Recipe::Rtn { search: true }, None), (Recipe::Gptq(gptq), None), last];
-    all.map(|(recipe, tuning)| QuantizeOptions { recipe, tuning, formats: options.formats.clone() }).to_vec()
+    let AutoOptions { formats, sparsity, .. } = options;
+    all.map(|(recipe, tuning)| QuantizeOptions { recipe, tuning, formats: formats.clone(), sparsity: *sparsity })
+        .to_vec()
 }
 
 fn figures(report: &Report, measured: &Evaluation) -> Figures {

@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::format::{BLOCK, Format, GroupedFormat};
+use super::recipes::Sparsity;
 use crate::error::{Error, Result};
 
 /// A linear layer to quantize: its weights and the second moments of its inputs.
@@ -20,6 +21,8 @@ pub(super) struct LayerProblem<'a> {
     pub magnitude: &'a [f32],
     /// `(columns)`: the mean square of each input where only that is known. Otherwise empty.
     pub squares: &'a [f32],
+    /// How many weights become zero; `None` prunes none.
+    pub sparsity: Option<Sparsity>,
 }
 
 impl<'a> LayerProblem<'a> {
@@ -52,7 +55,7 @@ impl<'a> LayerProblem<'a> {
                 return Err(Error::argument(name, found, "finite numbers"));
             }
         }
-        Ok(LayerProblem { weights, rows, columns, hessian, magnitude, squares: &[] })
+        Ok(LayerProblem { weights, rows, columns, hessian, magnitude, squares: &[], sparsity: None })
     }
 
     /// Whether nothing is known about the inputs.

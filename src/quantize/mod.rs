@@ -51,7 +51,7 @@ pub use overrides::TensorFormats;
 #[doc(hidden)]
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
-pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
+pub use recipes::{Recipe, Sparsity};
 pub use tuning::TuningOptions;

@@ -37,7 +37,7 @@ use crate::model::layerwise::Layerwise;
 /// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of [`Gguf::open`],
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
-    options.formats.check()?;
+    options.check()?;
     let files = ResumeFiles::next_to(context.out);
     context.check_out(std::slice::from_ref(&files))?;
     let report = run(context, &files, options)?;
@@ -96,7 +96,7 @@ fn run_on(
     let (formats, exceptions) = exceptions::without_f16_scales(&run)?;
     let windows = if options.recipe.needs_text() { context.windows } else { &[] };
     let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
-    let key = run_key(checkpoint, (&options.recipe, &formats, importance.transpose()?), windows);
+    let key = run_key(checkpoint, (&options.recipe, &formats, options.sparsity, importance.transpose()?), windows);
     let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let run = OpenRun { formats: &formats, ..run };
     if options.tuning.is_some() {
@@ -106,7 +106,7 @@ fn run_on(
     if options.needs_text() {
         check_windows(layers, context.windows)?;
     }
-    let mut quantizer = Quantizer::new(run, options.recipe, &mut log);
+    let mut quantizer = Quantizer::new(run, options, &mut log);
     if options.recipe.needs_text() {
         calibrate(&mut quantizer, &run, windows, key)?;
     }

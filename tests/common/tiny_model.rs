@@ -91,6 +91,17 @@ pub fn tensors(shape: &Shape) -> Vec<(String, Vec<u64>)> {
 
 /// Writes a model whose matrices have `matrix_type`, or F32 if their rows are not whole blocks.
 pub fn write(path: &Path, metadata: &Metadata, tensors: &[(String, Vec<u64>)], matrix_type: BlockType) -> PathBuf {
+    write_sparse(path, metadata, tensors, matrix_type, 0.0)
+}
+
+/// As `write`, with this share of the weights of matrices set to zero, if the type has an encoder.
+pub fn write_sparse(
+    path: &Path,
+    metadata: &Metadata,
+    tensors: &[(String, Vec<u64>)],
+    matrix_type: BlockType,
+    zeros: f32,
+) -> PathBuf {
     let block_type = |dims: &[u64]| match dims {
         [columns, _, ..] if columns.is_multiple_of(matrix_type.block_len() as u64) => matrix_type,
         _ => BlockType::F32,
@@ -100,10 +111,14 @@ pub fn write(path: &Path, metadata: &Metadata, tensors: &[(String, Vec<u64>)], m
     let mut random = Random(7);
     for (name, dims) in tensors {
         let count = dims.iter().product::<u64>() as usize;
-        let values: Vec<f32> = match dims.len() {
+        let mut values: Vec<f32> = match dims.len() {
             1 => random.values(count, 0.3).iter().map(|x| x + 1.0).collect(),
             _ => random.values(count, 2.0 / (dims[0] as f32).sqrt()),
         };
+        if zeros > 0.0 && dims.len() > 1 {
+            let mut which = Random(9);
+            values.iter_mut().filter(|_| which.next() < 2.0 * zeros - 1.0).for_each(|value| *value = 0.0);
+        }
         if block_type(dims).can_encode() {
             writer.write_values(name, &values).unwrap();
         } else {

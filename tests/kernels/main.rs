@@ -8,4 +8,5 @@ mod product;
 mod quantize;
 mod random;
 mod recurrence;
+mod sparse;
 mod support;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::tiny_model::{ODD, Shape, llama, metadata, tensors, write};
+use crate::tiny_model::{ODD, Shape, llama, metadata, tensors, write, write_sparse};
 use nybble::kernels;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Session};
 use nybble::quant::block::BlockType;
@@ -90,6 +90,24 @@ fn every_kernel_has_the_bits_of_scalar_for_every_block_type() {
     for wanted in std::env::var("NYBBLE_REQUIRE_KERNELS").unwrap_or_default().split(',').filter(|name| !name.is_empty())
     {
         assert!(ran.contains(&wanted), "kernel {wanted} did not run");
+    }
+}
+
+#[test]
+fn every_kernel_has_the_bits_of_scalar_for_weights_with_many_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sparse.gguf");
+    write_sparse(&path, &metadata(&ODD), &tensors(&ODD), BlockType::Q4_0, 0.55);
+    let (tokens, scalar) = (tokens(97, 8), load(&path, "scalar", 1));
+    let expected = logits(&scalar, &tokens, 97);
+    for kernel in kernels::available() {
+        // Zeros are not stored where that was measured to be faster. No saved session may notice.
+        let model = load(&path, kernel.name(), 2);
+        println!("{}: {} of {} bytes", kernel.name(), model.weight_bytes(), scalar.weight_bytes());
+        assert_eq!(model.fingerprint(), scalar.fingerprint(), "{}", kernel.name());
+        for piece in [1, 33, 97] {
+            assert!(logits(&model, &tokens, piece) == expected, "{}, steps of {piece}", kernel.name());
+        }
     }
 }
 

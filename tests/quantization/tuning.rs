@@ -8,7 +8,7 @@ use nybble::Error;
 use nybble::format::gguf::Gguf;
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
-    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, Target, TensorFormats,
+    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, Sparsity, Target, TensorFormats,
     TuningOptions, auto, quantize,
 };
 
@@ -236,6 +236,74 @@ fn damaged_snapshots_and_those_of_other_runs_are_ignored() {
     result.unwrap();
     assert_eq!((stages, first), (vec!["tuning: full precision".to_owned(), "tuning".to_owned()], Some(0)));
     assert!(std::fs::read(&out).unwrap() != whole);
+}
+
+/// The codes of each row of each matrix of layers.
+fn rows_of_codes(file: &Path) -> Vec<Vec<u8>> {
+    let file = Gguf::open(file).unwrap();
+    let matrices = file.tensors().iter().filter(|tensor| tensor.name().starts_with("blk.") && tensor.dims().len() == 2);
+    matrices
+        .flat_map(|tensor| {
+            assert_eq!(tensor.block_type(), BlockType::Q4_0);
+            let bytes = file.data(tensor);
+            let row_bytes = tensor.dims()[0] as usize / 32 * 18;
+            let codes = |row: &[u8]| {
+                let blocks = row.chunks(18).map(|block| &block[2..]);
+                blocks.flat_map(|b| b.iter().map(|b| b & 15).chain(b.iter().map(|b| b >> 4))).collect::<Vec<u8>>()
+            };
+            bytes.chunks(row_bytes).map(codes).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[test]
+fn pruned_weights_stay_zero_through_gptq_and_tuning() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let wanted = logits(&source);
+    for pattern in ["unstructured", "2:4"] {
+        let sparsity = Sparsity::new(0.5, pattern).unwrap();
+        let [rounded, pruned, tuned] = ["rounded", "pruned", "tuned"].map(|name| {
+            let out = folder.path().join(format!("{name}-{}.gguf", &pattern[..1]));
+            let mut options = options((name == "tuned").then(tuning)).with_sparsity(sparsity);
+            if name == "rounded" {
+                options = options.with_recipe(Recipe::Rtn { search: true });
+            }
+            let report = run(&source, &out, &options).unwrap();
+            assert!((0.5..0.65).contains(&report.sparsity()), "{pattern}: {}", report.sparsity());
+            out
+        });
+        let codes = rows_of_codes(&pruned);
+        assert!(!codes.is_empty() && codes == rows_of_codes(&tuned), "tuning changes scales, not codes");
+        for row in codes {
+            let zeros = |codes: &[u8]| codes.iter().filter(|code| **code == 8).count();
+            assert!(2 * zeros(&row) >= row.len(), "{pattern}");
+            assert!(pattern != "2:4" || row.chunks(4).all(|four| zeros(four) >= 2));
+        }
+        let [rounded, pruned, tuned] = [&rounded, &pruned, &tuned].map(|file| divergence(&wanted, &logits(file)));
+        println!("{pattern}: {rounded:.5} by magnitude, {pruned:.5} with compensation, {tuned:.5} tuned");
+        assert!(pruned < rounded && tuned < pruned, "{pattern}: {rounded}, {pruned}, {tuned}");
+    }
+}
+
+#[test]
+fn formats_without_a_zero_cannot_be_pruned() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
+    let options = options(None).with_sparsity(Sparsity::new(0.5, "2:4").unwrap());
+    for format in [Format::Q4_1, Format::Iq4Nl] {
+        let formats = options.formats.clone().with_format(format);
+        let name = format.block_type().name();
+        let expected = format!(
+            "format: found {name} with sparsity, expected a format that has a code for zero: q4_0, q5_0 or q8_0"
+        );
+        let error = run(&source, &out, &options.clone().with_formats(formats.clone())).unwrap_err();
+        assert_eq!(error.to_string(), expected);
+        let (windows, auto_options) = (windows(), AutoOptions::new(formats).with_sparsity(options.sparsity));
+        let error = auto(&RunContext::new(&source, &out, &windows), &auto_options, &windows).unwrap_err();
+        assert_eq!(error.to_string(), expected);
+    }
+    assert!(!out.exists());
 }
 
 #[test]

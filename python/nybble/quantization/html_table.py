@@ -29,6 +29,8 @@ def report_rows(done: ReportData) -> dict[str, str]:
         "linear layers": f"{done.bits_per_weight:.2f} bits per weight, scales included",
         "matrices": ", ".join(report_page.matrices(done)),
     }
+    if done.sparsity > 0.25:
+        rows["zeros"] = f"{report_page.percent(done.sparsity)} of the weights of linear layers"
     if (chosen := done.chosen) is not None:
         rows["perplexity"] = report_page.number(chosen.perplexity, 4) + (
             f" (source: {report_page.number(done.reference_perplexity, 4)})" if done.reference_perplexity else ""

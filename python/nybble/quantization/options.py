@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from nybble.overrides import chosen, doc
-from nybble.quantization.spec import FORMATS, RECIPES, Format, Recipe
+from nybble.quantization.spec import FORMATS, PATTERNS, RECIPES, Format, Recipe, SparsityPattern
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,6 +87,23 @@ class QuantizeOptions:
 
     4.5 to 8.5, scales included.
     """
+    sparsity: float | None = field(
+        default=None,
+        metadata={**doc("Set this share of the weights of linear layers to zero, such as 0.5."), "metavar": "SHARE"},
+    )
+    """The share of the weights of linear layers that become zero.
+
+    The weights that change the outputs of their layer least are pruned. Needs the format q4_0, which has a code for
+    zero. nybble reads fewer bytes of such files.
+    """
+    sparsity_pattern: SparsityPattern | None = field(
+        default=None,
+        metadata={
+            **doc("Which weights may be zero: unstructured, or 2:4 for two of every four; unstructured if not given."),
+            "metavar": "PATTERN",
+        },
+    )
+    """Which weights may become zero: any of a row ("unstructured", the default), or two of every four ("2:4")."""
     output_type: str = field(
         default="q8_0", metadata={**doc("Block type of the embedding and the output."), "metavar": "TYPE"}
     )
@@ -154,6 +171,18 @@ class QuantizeOptions:
             raise ValueError(f"group: found {self.group}, expected a multiple of 32, or 0 for whole rows")
         if self.bits_per_weight is not None and not 4.5 <= self.bits_per_weight <= 8.5:
             raise ValueError(f"bits_per_weight: found {self.bits_per_weight}, expected 4.5 to 8.5, scales included")
+        if self.sparsity is not None and not 0 < self.sparsity <= 0.95:
+            raise ValueError(f"sparsity: found {self.sparsity}, expected a share above 0 and up to 0.95")
+        if self.sparsity is not None and self.block_format != "q4_0":
+            raise ValueError(f"format: found {self.block_format} with sparsity, expected q4_0, which has a zero")
+        if self.sparsity_pattern is not None:
+            if self.sparsity_pattern not in PATTERNS:
+                found = repr(self.sparsity_pattern)
+                raise ValueError(f"sparsity_pattern: found {found}, expected one of {', '.join(PATTERNS)}")
+            if self.sparsity is None:
+                raise ValueError(f"sparsity_pattern: found {self.sparsity_pattern}, expected it with sparsity only")
+            if self.sparsity_pattern == "2:4" and self.sparsity != 0.5:
+                raise ValueError(f"sparsity: found {self.sparsity}, expected 0.5 with the pattern 2:4")
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"target: found {self.target}, expected a share of the perplexity such as 0.01")
         if self.budget is not None and not self.budget > 0:
@@ -168,12 +197,13 @@ class QuantizeOptions:
     @property
     def block_format(self) -> Format:
         """The block format of linear layers."""
-        return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if self.recipe == "auto" else "q4_0")
+        is_dense_auto = self.recipe == "auto" and self.sparsity is None
+        return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if is_dense_auto else "q4_0")
 
     @property
     def chooses_format(self) -> bool:
         """Whether linear layers may differ in format: to be held exactly or, with "auto", for a smaller error."""
-        return self.format is None and self.symmetric is None
+        return self.format is None and self.symmetric is None and self.sparsity is None
 
     @property
     def group_size(self) -> int:
@@ -208,6 +238,8 @@ class QuantizeOverrides(TypedDict, total=False):
     symmetric: bool | None
     format: Format | None
     bits_per_weight: float | None
+    sparsity: float | None
+    sparsity_pattern: SparsityPattern | None
     output_type: str
     keep: Mapping[str, str] | None
     calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]

@@ -50,6 +50,7 @@ class Report(ReportData):
             candidates=tuple(_read(Candidate, {**default, **candidate}) for candidate in value.get("candidates") or ()),
             reference_perplexity=reference.get("perplexity"),
             kl_by_position=tuple(value.get("kl_by_position") or ()),
+            sparsity=value.get("sparsity", 0.0),
             experts=value.get("experts", 0),
             experts_unreached=value.get("experts_unreached", 0),
             experts_rounded=value.get("experts_rounded", 0),

@@ -61,6 +61,8 @@ class ReportData:
     """The perplexity of the source."""
     kl_by_position: tuple[float, ...] = ()
     """Mean divergence of the output at each scored position of a window, in nats."""
+    sparsity: float = 0.0
+    """Share of zeros among the weights of linear layers."""
     experts: int = 0
     """Experts that tokens choose among, over all layers, in a run with calibration."""
     experts_unreached: int = 0

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 
 Recipe = Literal["auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround"]
 Format = Literal["q4_0", "q4_1", "iq4_nl"]
+SparsityPattern = Literal["unstructured", "2:4"]
 
 RECIPES: tuple[str, ...] = get_args(Recipe)
 FORMATS: tuple[str, ...] = get_args(Format)
+PATTERNS: tuple[str, ...] = get_args(SparsityPattern)
 
 
 @dataclass(frozen=True)

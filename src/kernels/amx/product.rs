@@ -14,9 +14,9 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
-use crate::kernels::avx512::{Avx512, becomes_int4, load, load_f16, load_f32, load_table, store, unpack};
+use crate::kernels::avx512::{Avx512, becomes_int4, expand, load, load_f16, load_f32, load_table, store, unpack};
 use crate::kernels::generic::product::{ByLayout, ByTile, by_layout, by_tile, lines_of_block, run_of};
-use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel};
+use crate::quant::packed::{BLOCK, CacheLine, Code, Layout, PANEL, Packed, Panel, sparse};
 use crate::threads::Columns;
 
 /// The codes of a block of activations.
@@ -35,12 +35,13 @@ pub(super) trait Dots: fmt::Debug {
     fn dots(&self, x: &XCodes, w: &WCodes, part: usize, out: &mut Sums);
 }
 
-/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of the blocks of any group.
-const CHUNK: usize = 32;
+/// Blocks that are unpacked together: 16 KiB, half a first-level cache. A multiple of the blocks of any group, and of those whose sparse
+/// codes can be found.
+const CHUNK: usize = 2 * sparse::CHUNK;
 
 /// The integer product with `dots`.
 pub(super) fn with_dots<D: Dots>(
-    _: Avx512,
+    set: Avx512,
     dots: &D,
     w: &Packed,
     panels: Range<usize>,
@@ -48,19 +49,27 @@ pub(super) fn with_dots<D: Dots>(
     out: &mut Columns<'_>,
 ) {
     // SAFETY: an `Avx512` exists, so the CPU has every feature that `chunks` enables.
-    unsafe { chunks(dots, w, panels, x, out) }
+    unsafe { chunks(set, dots, w, panels, x, out) }
 }
 
 /// A chunk of blocks of all rows, which stays in the second-level cache, times every panel. The sums wait in `out` from
 /// one chunk to the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn chunks<D: Dots>(dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
+fn chunks<D: Dots>(set: Avx512, dots: &D, w: &Packed, panels: Range<usize>, x: &Activations, out: &mut Columns<'_>) {
     let mut unpacked = [[CacheLine([0; 64]); BLOCK / 4]; CHUNK];
     for first in (0..x.blocks()).step_by(CHUNK) {
         let blocks = first..x.blocks().min(first + CHUNK);
         for (p, index) in panels.clone().enumerate() {
             let panel = w.panel(index);
-            let codes = bytes(w.layout(), &panel, blocks.clone(), &mut unpacked);
+            let codes = if w.is_sparse() {
+                let unpacked = &mut unpacked[..blocks.len()];
+                for (i, out) in unpacked.chunks_mut(sparse::CHUNK).enumerate() {
+                    expand(set, w.sparse_blocks(index, first / sparse::CHUNK + i), out);
+                }
+                unpacked
+            } else {
+                bytes(w.layout(), &panel, blocks.clone(), &mut unpacked)
+            };
             let mut chunk = Chunk { dots, w, panel, codes, blocks: blocks.clone(), x, p, out };
             by_tile(x, 0..x.rows(), &mut chunk);
         }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "intrinsics that load and store, and functions with target features")]
 
 mod product;
+mod sparse;
 mod unpack;
 mod vector;
 
@@ -9,6 +10,7 @@ use std::arch::x86_64::*;
 use std::hint::black_box;
 
 pub(super) use product::{Adder, with_adder};
+pub(super) use sparse::expand;
 pub(super) use unpack::x86_bytes;
 pub(super) use vector::{Avx2, LANES, prefetch, x86_vector};
 

@@ -27,6 +27,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::sparse::expand;
 use super::unpack::register;
 use super::vector::{Avx2, Both, SIDES, load_f16, load_table, prefetch};
 use crate::kernels::activations::{Activations, Tile};
@@ -34,6 +35,7 @@ use crate::kernels::generic::product::{
     ByPanel, INT2, INT3, INT4, INT5, INT6, OnePanel, Product, block_lines, by_layout, is_unsigned, lines_of_block,
     zero_point,
 };
+use crate::quant::packed::sparse::{Int4Block, SparseBlocks};
 use crate::quant::packed::{CacheLine, Packed};
 use crate::threads::Columns;
 
@@ -95,18 +97,24 @@ impl<A: Adder> ByPanel for A {
         // SAFETY: the adder exists, so the CPU has every feature that `strips` enables.
         unsafe { if R < 4 { panel.strips::<R, SIDES>(row) } else { panel.strips::<R, 1>(row) } }
     }
+
+    #[inline(always)]
+    fn expand(self, blocks: SparseBlocks<'_>, out: &mut [Int4Block]) {
+        // SAFETY: the adder exists, so the CPU has every feature that `expand` enables.
+        unsafe { expand(blocks, out) }
+    }
 }
 
 impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, A, CODE, GROUP, MIN> {
     /// The rows of a tile times the panel, `T` sides at a time.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strips<const R: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips::<Avx2, R, R, T>(self.product.set.into(), row, |panel, x, [_, side], prefetched| {
-            panel.strip::<R, T>(x, side, prefetched)
+        self.by_strips::<Avx2, R, R, T>(self.product.set.into(), row, |panel, x, [_, side], prefetched, sums| {
+            panel.strip::<R, T>(x, side, prefetched, sums)
         });
     }
 
-    /// The rows of a tile times `T` sides of the panel, from `side` on. Prefetches the lines of `prefetched` ahead of their
+    /// Adds to `acc` the rows of a tile times `T` sides of the panel, from `side` on. Prefetches the lines of `prefetched` ahead of their
     /// use.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn strip<const R: usize, const T: usize>(
@@ -114,6 +122,7 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         x: &Tile<'_, R>,
         side: usize,
         prefetched: &[CacheLine],
+        mut acc: [[__m256; T]; R],
     ) -> [[__m256; T]; R] {
         let (panel, blocks) = (&self.panel, x.codes.len());
         let table = _mm256_xor_si256(load_table(&self.table), _mm256_set1_epi8(if A::UNSIGNED { -128 } else { 0 }));
@@ -122,7 +131,6 @@ impl<A: Adder, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_,
         let groups = Self::groups(blocks);
         let scales: &[Both<f16>] = &bytemuck::cast_slice(panel.scales)[..groups];
         let mins: &[Both<f16>] = if MIN { &bytemuck::cast_slice(panel.mins)[..groups] } else { scales };
-        let mut acc = [[_mm256_setzero_ps(); T]; R];
         // The sums of the blocks of a group.
         let mut parts = [[_mm256_setzero_ps(); T]; R];
         let mut dots = [[[[_mm256_setzero_si256(); R]; T]; 2]; CHUNK];

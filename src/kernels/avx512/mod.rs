@@ -2,12 +2,14 @@
 #![allow(unsafe_code, reason = "intrinsics that load and store, and functions with target features")]
 
 mod product;
+mod sparse;
 mod unpack;
 mod vector;
 
 use std::arch::x86_64::*;
 
 use self::product::product;
+pub(super) use sparse::expand;
 pub(super) use unpack::{becomes_int4, unpack};
 pub(super) use vector::{Avx512, load, load_f16, load_f32, load_table, store};
 

@@ -22,6 +22,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use half::f16;
 
+use super::sparse::{self, Expander};
 use super::unpack::{becomes_int4, register, unpack};
 use super::vector::{Avx512, load_f16, load_f32, load_table, store};
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
@@ -30,17 +31,19 @@ use crate::kernels::generic::product::{
     ByLayout, ByTile, INT4, INT8, Product, block_lines, by_layout, by_tile, is_unsigned, lines_of_block, run_of,
     zero_point,
 };
+use crate::quant;
 use crate::quant::packed::{BLOCK, CacheLine, PANEL, Packed};
 use crate::threads::Columns;
 
 /// Panels that a broadcast activation is multiplied by.
 const PAIR: usize = 2;
 /// Blocks between the prefetch of a line and its use when there is one tile, so that only memory limits the speed.
-const AHEAD: usize = 12;
+pub(super) const AHEAD: usize = 12;
 /// Rows up to which unpacking a panel once for all tiles is not faster.
 const FEW: usize = 32;
-/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of the blocks of any group.
-const CHUNK: usize = 16;
+/// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of the blocks of any group, and those whose sparse
+/// codes can be found.
+const CHUNK: usize = quant::packed::sparse::CHUNK;
 /// Rows that are multiplied by a chunk at most: 16 KiB of sums.
 const SLICE: usize = 128;
 /// Bytes of their activations, at most.
@@ -53,13 +56,23 @@ pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &m
     by_layout(w.layout(), Product { set, w, panels, x, out });
 }
 
-impl ByLayout for Product<'_, '_, Avx512> {
+/// A [`Product`] by AVX-512.
+pub(super) type Product512<'a, 'c> = Product<'a, 'c, Avx512>;
+
+impl ByLayout for Product512<'_, '_> {
     #[inline(always)]
     fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]) {
         // SAFETY: an `Avx512` exists, so the CPU has every feature that the functions enable.
         unsafe {
             // Table values are stored 128 too high, as 8-bit codes are, to be unsigned.
             let table = _mm512_xor_si512(_mm512_broadcast_i32x4(load_table(table)), _mm512_set1_epi8(-128));
+            if self.w.is_sparse() {
+                return match (self.x.rows(), Expander::new(self.set)) {
+                    (0, _) => {}
+                    (1..=MAX_TILE_ROWS, Some(expander)) => sparse::few_rows::<GROUP>(expander, self),
+                    _ => many::<INT4, INT4, GROUP, false>(self, table),
+                };
+            }
             match self.x.rows() {
                 0 => {}
                 1 => few::<CODE, GROUP, MIN, 1>(self, table),
@@ -163,7 +176,7 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
     product: Product<'_, '_, Avx512>,
     table: __m512i,
 ) {
-    let Product { w, panels, x, out, .. } = product;
+    let Product { set, w, panels, x, out } = product;
     let mut unpacked = Unpacked {
         codes: [[CacheLine([0; 64]); 8 * CHUNK]; PAIR],
         scales: [[[0.0; PANEL]; 2 * CHUNK]; PAIR],
@@ -185,7 +198,7 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
                     true => indices.map(|index| lines_of(w, index, chunk.end)),
                     false => following.map(|index| lines_of(w, index, 0)),
                 };
-                fill::<CODE, GROUP, MIN>(w, indices, chunk.clone(), table, &mut unpacked);
+                fill::<CODE, GROUP, MIN>(set, w, indices, chunk.clone(), table, &mut unpacked);
                 let codes = |p: usize| match CODE {
                     INT8 => lines_of(w, indices[p], first),
                     _ => &unpacked.codes[p][..],
@@ -228,6 +241,9 @@ fn many<const CODE: u8, const UNPACKED: u8, const GROUP: usize, const MIN: bool>
 
 /// The lines of the chunk of panel `index` that starts at block `first`.
 fn lines_of(w: &Packed, index: usize, first: usize) -> &[CacheLine] {
+    if w.is_sparse() {
+        return w.sparse_lines(index, first / CHUNK);
+    }
     let lines = w.layout().lines_per_block();
     &w.panel(index).codes[lines * first..lines * w.blocks().min(first + CHUNK)]
 }
@@ -235,6 +251,7 @@ fn lines_of(w: &Packed, index: usize, first: usize) -> &[CacheLine] {
 /// Unpacks a chunk of two panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn fill<const CODE: u8, const GROUP: usize, const MIN: bool>(
+    set: Avx512,
     w: &Packed,
     indices: [usize; PAIR],
     blocks: Range<usize>,
@@ -244,7 +261,10 @@ fn fill<const CODE: u8, const GROUP: usize, const MIN: bool>(
     let groups = blocks.start * BLOCK / GROUP..(blocks.end * BLOCK).div_ceil(GROUP);
     for (p, index) in indices.into_iter().enumerate() {
         let panel = w.panel(index);
-        if CODE != INT8 {
+        if w.is_sparse() {
+            let out = &mut unpacked.codes[p].as_chunks_mut::<8>().0[..blocks.len()];
+            sparse::expand(set, w.sparse_blocks(index, blocks.start / CHUNK), out);
+        } else if CODE != INT8 {
             let packed = &panel.codes[lines_of_block(CODE) * blocks.start..lines_of_block(CODE) * blocks.end];
             unpack::<CODE, MIN>(packed, table, unpacked.codes[p].as_chunks_mut::<8>().0);
         }

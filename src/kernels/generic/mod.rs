@@ -11,5 +11,6 @@ pub(super) mod float;
 pub(super) mod math;
 pub(super) mod product;
 pub(super) mod recurrence;
+pub(super) mod sparse;
 pub(super) mod unpack;
 pub(super) mod vector;

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use super::sparse::by_chunk;
 use super::vector::Vector;
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
+use crate::quant::packed::sparse::{Int4Block, SparseBlocks};
 use crate::quant::packed::{BLOCK, CacheLine, Code, LONGEST_RUN, Layout, PANEL, Packed, Panel};
 use crate::threads::Columns;
 
@@ -74,7 +76,8 @@ pub(in crate::kernels) trait ByLayout {
     fn run<const CODE: u8, const GROUP: usize, const MIN: bool>(self, table: &[i8; 16]);
 }
 
-/// Runs the code for `layout`, which must be a [known](Layout::is_known) one of integers.
+/// Runs the code for `layout`, which must be a [known](Layout::is_known) one of integers. Sparse codes count as [`INT4`], which they are
+/// expanded to.
 #[inline(always)]
 pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
     const NONE: [i8; 16] = [0; 16];
@@ -90,12 +93,12 @@ pub(in crate::kernels) fn by_layout(layout: Layout, code: impl ByLayout) {
         (Code::Int6, ..) => code.run::<INT6, 16, false>(&NONE),
         (Code::Int4, 16, false) => code.run::<INT4, 16, false>(&NONE),
         (Code::Int4, 16, true) => code.run::<INT4, 16, true>(&NONE),
-        (Code::Int4, 32, false) => code.run::<INT4, 32, false>(&NONE),
+        (Code::Int4 | Code::SparseInt4, 32, false) => code.run::<INT4, 32, false>(&NONE),
         (Code::Int4, 32, true) => code.run::<INT4, 32, true>(&NONE),
-        (Code::Int4, 64, false) => code.run::<INT4, 64, false>(&NONE),
+        (Code::Int4 | Code::SparseInt4, 64, false) => code.run::<INT4, 64, false>(&NONE),
         (Code::Int4, 64, true) => code.run::<INT4, 64, true>(&NONE),
-        (Code::Int4, _, false) => code.run::<INT4, 128, false>(&NONE),
-        (Code::Int4, _, true) => code.run::<INT4, 128, true>(&NONE),
+        (Code::Int4 | Code::SparseInt4, _, false) => code.run::<INT4, 128, false>(&NONE),
+        (Code::Int4 | Code::SparseInt4, _, true) => code.run::<INT4, 128, true>(&NONE),
         (Code::Table4(table), 16, false) => code.run::<TABLE4, 16, false>(&table),
         (Code::Table4(table), 16, true) => code.run::<TABLE4, 16, true>(&table),
         (Code::Table4(table), _, false) => code.run::<TABLE4, 32, false>(&table),
@@ -144,6 +147,9 @@ pub(in crate::kernels) trait ByPanel: Copy {
         panel: &mut OnePanel<'_, '_, '_, Self, CODE, GROUP, MIN>,
         row: usize,
     );
+
+    /// [Expands](crate::quant::packed::sparse::expand) blocks of sparse codes.
+    fn expand(self, blocks: SparseBlocks<'_>, out: &mut [Int4Block]);
 }
 
 /// Blocks whose sums are multiplied with the scale of their group together. Groups of more columns than [`LONGEST_RUN`] are summed in
@@ -155,13 +161,15 @@ pub(in crate::kernels) const fn run_of(group: usize) -> usize {
 /// One panel of a [`Product`].
 pub(in crate::kernels) struct OnePanel<'a, 'b, 'c, S, const CODE: u8, const GROUP: usize, const MIN: bool> {
     pub(in crate::kernels) product: &'a mut Product<'b, 'c, S>,
-    pub(in crate::kernels) panel: Panel<'b>,
+    /// The panel, or only `blocks` of it.
+    pub(in crate::kernels) panel: Panel<'a>,
+    pub(in crate::kernels) blocks: Range<usize>,
     /// The index of the panel in the output.
     pub(in crate::kernels) p: usize,
     /// The values of [`TABLE4`].
     pub(in crate::kernels) table: [i8; 16],
     /// The panel's codes and those after it, to be prefetched by the first tile.
-    pub(in crate::kernels) prefetched: &'b [CacheLine],
+    pub(in crate::kernels) prefetched: &'a [CacheLine],
 }
 
 impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, S, CODE, GROUP, MIN> {
@@ -183,27 +191,50 @@ impl<S, const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_
 
     /// Computes the tile of `R` rows at `row`, `ROWS` rows and `T` registers of the panel at a time, as registers are few.
     ///
-    /// `strip` returns the sums of the rows from its first number on and the registers from its second number on. It is
+    /// `strip` adds to the sums of the rows from its first number on and the registers from its second number on. It is
     /// given the lines that it should prefetch.
     #[inline(always)]
     pub(in crate::kernels) fn by_strips<V: Vector, const R: usize, const ROWS: usize, const T: usize>(
         &mut self,
         v: V,
         row: usize,
-        strip: impl Fn(&Self, &Tile<'_, R>, [usize; 2], &[CacheLine]) -> [[V::Register; T]; ROWS],
+        strip: impl Fn(&Self, &Tile<'_, R>, [usize; 2], &[CacheLine], [[V::Register; T]; ROWS]) -> [[V::Register; T]; ROWS],
     ) {
-        let x = self.product.x.tile::<R>(row);
-        let output_scale = v.splat(self.product.w.output_scale());
+        let x = self.product.x.tile::<R>(row).blocks(self.blocks.clone());
+        let is_last = self.blocks.end == self.product.x.blocks();
+        let output_scale = v.splat(if is_last { self.product.w.output_scale() } else { 1.0 });
         for part in (0..V::PARTS).step_by(T) {
             for first in (0..R).step_by(ROWS) {
                 let prefetched = if row == 0 && first == 0 && part == 0 { self.prefetched } else { &[] };
-                let sums = strip(self, &x, [first, part], prefetched);
+                let mut sums = [[v.splat(0.0); T]; ROWS];
+                if self.blocks.start > 0 {
+                    self.load_sums(v, [row + first, part], &mut sums);
+                }
+                let sums = strip(self, &x, [first, part], prefetched, sums);
                 let out = &mut *self.product.out;
                 for (r, sums) in sums.into_iter().enumerate().take(out.rows().saturating_sub(row + first)) {
                     let out = &mut out.row_mut(row + first + r)[self.p * PANEL..];
                     (0..T).for_each(|t| v.store_part(v.mul(sums[t], output_scale), part + t, out));
                 }
             }
+        }
+    }
+
+    /// Loads the sums of the blocks before, which wait in the output: those of the rows and registers from these on.
+    #[inline(always)]
+    fn load_sums<V: Vector, const ROWS: usize, const T: usize>(
+        &mut self,
+        v: V,
+        [row, part]: [usize; 2],
+        sums: &mut [[V::Register; T]; ROWS],
+    ) {
+        let out = &mut *self.product.out;
+        for (r, sums) in sums.iter_mut().enumerate().take(out.rows().saturating_sub(row)) {
+            let from = &out.row_mut(row + r)[self.p * PANEL..];
+            let mut lanes = [0.0; PANEL];
+            let count = PANEL.min(from.len());
+            lanes[..count].copy_from_slice(&from[..count]);
+            (0..T).for_each(|t| sums[t] = v.load(&lanes, part + t));
         }
     }
 }
@@ -223,12 +254,28 @@ impl<S: ByPanel> ByLayout for Product<'_, '_, S> {
         let (w, panels, x) = (self.w, self.panels.clone(), self.x);
         let row_bytes = (x.row_lines() * size_of::<CacheLine>()).max(1);
         let slice = (CACHE_BYTES / row_bytes).max(MAX_TILE_ROWS) / MAX_TILE_ROWS * MAX_TILE_ROWS;
+        let (set, all, table) = (self.set, 0..x.blocks(), *table);
         for first in (0..x.rows()).step_by(slice) {
             let rows = first..x.rows().min(first + slice);
             for (p, index) in panels.clone().enumerate() {
-                let (product, panel, prefetched) = (&mut self, w.panel(index), w.codes_from(index));
-                let mut panel = OnePanel::<S, CODE, GROUP, MIN> { product, panel, p, table: *table, prefetched };
-                by_tile(x, rows.clone(), &mut panel);
+                if !w.is_sparse() {
+                    let (product, panel, prefetched) = (&mut self, w.panel(index), w.codes_from(index));
+                    let blocks = all.clone();
+                    let mut panel = OnePanel::<S, CODE, GROUP, MIN> { product, panel, blocks, p, table, prefetched };
+                    by_tile(x, rows.clone(), &mut panel);
+                    continue;
+                }
+                by_chunk(
+                    w,
+                    index,
+                    |sparse, out| set.expand(sparse, out),
+                    |panel, blocks| {
+                        let product = &mut self;
+                        let mut panel =
+                            OnePanel::<S, CODE, GROUP, MIN> { product, panel, blocks, p, table, prefetched: &[] };
+                        by_tile(x, rows.clone(), &mut panel);
+                    },
+                );
             }
         }
     }

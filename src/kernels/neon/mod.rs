@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "intrinsics that load and store, and functions with target features")]
 
 mod product;
+mod sparse;
 mod unpack;
 mod vector;
 

@@ -16,10 +16,12 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::sparse::expand;
 use super::unpack::register;
 use super::vector::{Four, Neon, QUARTERS, load_f16, load_i8};
 use crate::kernels::activations::{Activations, Tile};
 use crate::kernels::generic::product::{ByPanel, OnePanel, Product, block_lines, by_layout, is_unsigned, zero_point};
+use crate::quant::packed::sparse::{Int4Block, SparseBlocks};
 use crate::quant::packed::{BLOCK, Packed};
 use crate::threads::Columns;
 
@@ -45,20 +47,27 @@ impl ByPanel for Neon {
             }
         }
     }
+
+    #[inline(always)]
+    fn expand(self, blocks: SparseBlocks<'_>, out: &mut [Int4Block]) {
+        // SAFETY: a `Neon` exists, so the CPU has every feature that `expand` enables.
+        unsafe { expand(blocks, out) }
+    }
 }
 
 impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, Neon, CODE, GROUP, MIN> {
     #[target_feature(enable = "neon,dotprod")]
     fn strips<const R: usize, const S: usize, const T: usize>(&mut self, row: usize) {
-        self.by_strips(self.product.set, row, |panel, x, at, _| panel.strip::<R, S, T>(x, at));
+        self.by_strips(self.product.set, row, |panel, x, at, _, sums| panel.strip::<R, S, T>(x, at, sums));
     }
 
-    /// `S` rows of a tile, from `first` on, times `T` quarters of the panel, from `quarter` on.
+    /// Adds to `acc` the products of `S` rows of a tile, from `first` on, with `T` quarters of the panel, from `quarter` on.
     #[target_feature(enable = "neon,dotprod")]
     fn strip<const R: usize, const S: usize, const T: usize>(
         &self,
         x: &Tile<'_, R>,
         [first, quarter]: [usize; 2],
+        mut acc: [[float32x4_t; T]; S],
     ) -> [[float32x4_t; T]; S] {
         assert!(first + S <= R && quarter + T <= QUARTERS);
         let (blocks, table) = (x.codes.len(), load_i8(&self.table));
@@ -68,7 +77,6 @@ impl<const CODE: u8, const GROUP: usize, const MIN: bool> OnePanel<'_, '_, '_, N
         let groups = Self::groups(blocks);
         let scales: &[Four<f16>] = &bytemuck::cast_slice(self.panel.scales)[..groups];
         let mins: &[Four<f16>] = if MIN { &bytemuck::cast_slice(self.panel.mins)[..scales.len()] } else { scales };
-        let mut acc = [[vdupq_n_f32(0.0); T]; S];
         // The sums of the blocks of a group.
         let mut parts = [[vdupq_n_f32(0.0); T]; S];
         for b in 0..blocks {

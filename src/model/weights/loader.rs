@@ -58,6 +58,8 @@ pub(in crate::model) struct Loader<'a> {
     is_hollow: Cell<bool>,
     /// Where matrices lie.
     arena: Arena,
+    /// Whether matrices with many zeros become sparse.
+    sparse: Option<&'a dyn Fn() -> bool>,
 }
 
 /// Rows that a task compares.
@@ -109,10 +111,26 @@ impl<'a> Loader<'a> {
         Loader { progress, total, arena: Arena::new(expected), ..Loader::separate(scope, checkpoint) }
     }
 
+    /// The loader, which does not store the zeros of matrices with many, if `is_faster` says so. It is asked only where there is such a
+    /// matrix.
+    pub(in crate::model) fn with_sparse(self, is_faster: &'a dyn Fn() -> bool) -> Loader<'a> {
+        Loader { sparse: Some(is_faster), ..self }
+    }
+
     /// A loader of matrices that are freed one by one.
     pub(in crate::model) fn separate(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
         let (done, used, arena) = (Cell::new(0), RefCell::default(), Arena::new(0));
-        Loader { scope, checkpoint, progress: None, done, total: 0, used, is_hollow: Cell::new(false), arena }
+        Loader {
+            scope,
+            checkpoint,
+            progress: None,
+            done,
+            total: 0,
+            used,
+            is_hollow: Cell::new(false),
+            arena,
+            sparse: None,
+        }
     }
 
     /// A loader that checks the names and the shapes of matrices without reading their weights.
@@ -461,7 +479,9 @@ impl Loader<'_> {
             release: &|| self.checkpoint.release(name),
             arena: &self.arena,
         };
-        job.run(self.scope).map_err(|error| match error {
+        let is_sparse = self.sparse.is_some_and(|is_faster| job.has_many_zeros() && is_faster());
+        let packed = if is_sparse { job.run_sparse(self.scope) } else { job.run(self.scope) };
+        packed.map_err(|error| match error {
             pack::PackError::Memory(error) => error,
             pack::PackError::NotFinite(row) => {
                 self.not_finite(name, format_args!("NaN or an infinity in row {}", order(row)))

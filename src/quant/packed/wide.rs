@@ -21,7 +21,7 @@ impl Packed {
     pub(crate) fn wide_layout(&self) -> Layout {
         let Layout { code, group, min } = self.layout();
         let code = match code {
-            Code::Int2 | Code::Int3 => Code::Int4,
+            Code::Int2 | Code::Int3 | Code::SparseInt4 => Code::Int4,
             Code::Int5 | Code::Int6 => Code::Int8,
             Code::Table4(table) if table != IQ4_VALUES && table != MXFP4_VALUES => Code::Int8,
             other => other,
@@ -64,6 +64,12 @@ impl Packed {
 
     /// The codes in the layout `wide`.
     fn wide_codes(&self, wide: Layout, update: &mut dyn FnMut(&[u8])) {
+        if self.is_sparse() {
+            for index in 0..self.panels() {
+                self.for_each_int4_block(index, |block| update(bytemuck::cast_slice(block)));
+            }
+            return;
+        }
         let code = self.layout().code;
         let [low, high] = code.planes();
         // What the wide form is higher by.

@@ -1,7 +1,9 @@
 //! The options of one run.
 
+use crate::error::{Error, Result};
+use crate::quantize::format::Format;
 use crate::quantize::overrides::TensorFormats;
-use crate::quantize::recipes::Recipe;
+use crate::quantize::recipes::{Recipe, Sparsity, prune};
 use crate::quantize::tuning::TuningOptions;
 
 /// How to quantize a checkpoint.
@@ -14,23 +16,43 @@ pub struct QuantizeOptions {
     pub tuning: Option<TuningOptions>,
     /// How each tensor is stored.
     pub formats: TensorFormats,
+    /// How many weights of linear layers become zero; `None` prunes none.
+    pub sparsity: Option<Sparsity>,
 }
 
 setters!(QuantizeOptions {
     with_recipe(recipe: Recipe),
     with_tuning(tuning: impl Into<Option<TuningOptions>>),
     with_formats(formats: TensorFormats),
+    with_sparsity(sparsity: impl Into<Option<Sparsity>>),
 });
 
 impl QuantizeOptions {
     /// Codes that `recipe` chooses, without tuning, in these formats.
     pub fn new(recipe: Recipe, formats: TensorFormats) -> QuantizeOptions {
-        QuantizeOptions { recipe, tuning: None, formats }
+        QuantizeOptions { recipe, tuning: None, formats, sparsity: None }
     }
 
     /// The name in reports and on the command line, such as `gptq+tune`.
     pub fn name(&self) -> String {
         format!("{}{}", self.recipe.name(), if self.tuning.is_some() { "+tune" } else { "" })
+    }
+
+    /// Checks that layers that are pruned have a format with a zero.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`]
+    pub(in crate::quantize) fn check(&self) -> Result<()> {
+        self.formats.check()?;
+        let overrides = self.formats.overrides.iter().filter_map(|(_, block_type)| Format::of(*block_type));
+        let without = overrides.chain([self.formats.format]).find(|format| !prune::holds_zeros(*format));
+        match without.filter(|_| self.sparsity.is_some()) {
+            Some(format) => {
+                let found = format_args!("{} with sparsity", format.block_type().name());
+                Err(Error::argument("format", found, "a format that has a code for zero: q4_0, q5_0 or q8_0"))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Whether a calibration text is needed.

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::options::QuantizeOptions;
 use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
 use crate::model::layerwise::Site;
@@ -13,7 +14,7 @@ use crate::quantize::context::OpenRun;
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::LayerProblem;
 use crate::quantize::overrides::Stored;
-use crate::quantize::recipes::{NormScaling, Recipe, awq, exact};
+use crate::quantize::recipes::{NormScaling, Recipe, Sparsity, awq, exact};
 use crate::quantize::resume::ResumeLog;
 
 /// The name of the recipe that takes over what the source has.
@@ -25,6 +26,7 @@ const UNITS: usize = 1000;
 pub(super) struct Quantizer<'a, 'l> {
     run: OpenRun<'a>,
     recipe: Recipe,
+    sparsity: Option<Sparsity>,
     log: &'l mut ResumeLog,
     compute: Compute<'a>,
     /// The source with the quantized weights of the current layer.
@@ -43,8 +45,16 @@ struct Piece {
 }
 
 impl<'a, 'l> Quantizer<'a, 'l> {
-    pub(super) fn new(run: OpenRun<'a>, recipe: Recipe, log: &'l mut ResumeLog) -> Quantizer<'a, 'l> {
-        Quantizer { run, recipe, log, compute: run.compute(), patched: PatchedCheckpoint::new(run.checkpoint) }
+    pub(super) fn new(run: OpenRun<'a>, options: &QuantizeOptions, log: &'l mut ResumeLog) -> Quantizer<'a, 'l> {
+        let QuantizeOptions { recipe, sparsity, .. } = *options;
+        Quantizer {
+            run,
+            recipe,
+            sparsity,
+            log,
+            compute: run.compute(),
+            patched: PatchedCheckpoint::new(run.checkpoint),
+        }
     }
 
     /// Whether the log has all of a layer.
@@ -124,7 +134,9 @@ impl<'a, 'l> Quantizer<'a, 'l> {
         let plain = LayerProblem::new(&weights, piece.rows, piece.columns, hessian, magnitude).map_err(fault)?;
         let importance = self.run.context.importance.filter(|_| known.is_none());
         let squares = importance.map_or(&[][..], |importance| importance.of(&piece.name, piece.part, piece.columns));
-        let plain = LayerProblem { squares, ..plain };
+        // An embedding is looked up, so that its zeros would save nothing.
+        let sparsity = self.sparsity.filter(|_| piece.name.starts_with("blk."));
+        let plain = LayerProblem { squares, sparsity, ..plain };
         let scaled =
             factors.map(|factors| (awq::scale_columns(&weights, factors), awq::scale_moments(&plain, factors)));
         let problem = match &scaled {
@@ -137,11 +149,13 @@ impl<'a, 'l> Quantizer<'a, 'l> {
             _ => self.recipe.name().to_owned(),
         };
         // Weights that are in few bits already and that the format holds are not rounded again.
-        let held = if factors.is_none() { exact::exact(tensor, piece.first, piece.rows, grouped) } else { None };
+        let is_changed = factors.is_some() || sparsity.is_some();
+        let held = if !is_changed { exact::exact(tensor, piece.first, piece.rows, grouped) } else { None };
         let name = if held.is_some() { EXACT.to_owned() } else { name };
         let solution = held.unwrap_or_else(|| self.recipe.solve(&problem, grouped, &self.compute));
         let decoded = solution.decode(grouped, piece.columns);
         let error = self.compute.error(&problem, &decoded);
+        let zeros = decoded.iter().filter(|weight| **weight == 0.0).count();
         // An interrupted computation returns a meaningless solution.
         self.run.check()?;
         let description = json!({
@@ -150,6 +164,7 @@ impl<'a, 'l> Quantizer<'a, 'l> {
             "recipe": name,
             "tokens": moments.map(|moments| moments.tokens),
             "relative_error": error,
+            "zeros": zeros,
             "seconds": started.elapsed().as_secs_f64(),
         });
         self.log.add(&piece.name, piece.part, description, &solution.encode(grouped, piece.columns))?;

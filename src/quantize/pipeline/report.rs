@@ -24,6 +24,8 @@ pub struct TensorReport {
     pub seconds: f64,
     /// Number of weights.
     pub weights: usize,
+    /// Number of those that are zero; 0 for encoded matrices.
+    pub zeros: usize,
     /// Whether it is a linear layer inside of a block of the model.
     pub linear: bool,
     /// Why it is stored in another type than was asked for.
@@ -92,6 +94,13 @@ impl Report {
         linear().map(bits).sum::<f64>() / linear().map(|tensor| tensor.weights).sum::<usize>().max(1) as f64
     }
 
+    /// The share of zeros among the weights of linear layers.
+    pub fn sparsity(&self) -> f64 {
+        let linear = || self.tensors.iter().filter(|tensor| tensor.linear);
+        let sum = |of: fn(&TensorReport) -> usize| linear().map(of).sum::<usize>();
+        sum(|tensor| tensor.zeros) as f64 / sum(|tensor| tensor.weights).max(1) as f64
+    }
+
     /// The report as JSON.
     pub fn to_json(&self) -> String {
         self.to_value().to_string()
@@ -115,6 +124,7 @@ impl Report {
             "recipe": self.recipe,
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight(),
+            "sparsity": self.sparsity(),
             "seconds": self.seconds,
             "experts": self.experts.all,
             "experts_unreached": self.experts.unreached,

@@ -105,6 +105,7 @@ fn tensor_report(run: &OpenRun<'_>, log: &ResumeLog, name: &str, tensor: &Tensor
         relative_error: (!parts.is_empty()).then(|| sum("relative_error") / parts.len() as f64),
         seconds: sum("seconds"),
         weights: tensor.dims.iter().product(),
+        zeros: parts.iter().filter_map(|part| part["zeros"].as_u64()).sum::<u64>() as usize,
         linear: is_linear(name.strip_suffix(".weight").unwrap_or(name)),
         note: run.formats.why_f16(name, &tensor.dims),
     }

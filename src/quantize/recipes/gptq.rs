@@ -5,6 +5,9 @@
 //! each group. A group's scale is fitted after all columns before it have passed on their errors, and groups stay contiguous
 //! in the file.
 
+use std::ops::Range;
+
+use super::prune::{self, Sparsity};
 use super::{refine, rtn};
 use crate::quantize::compute::{Compute, inverse_factor};
 use crate::quantize::format::GroupedFormat;
@@ -65,6 +68,7 @@ pub(in crate::quantize) fn solve(
         errors: Vec::new(),
         codes: vec![0; rows * columns],
         scales: vec![(0.0, 0.0); rows * grouped.groups(columns)],
+        pruned: prune::pruned(problem).chunks(columns).flat_map(|row| order.iter().map(|at| row[*at])).collect(),
     };
     for (to, from) in state.weights.chunks_mut(columns).zip(problem.weights.chunks(columns)) {
         to.iter_mut().zip(&order).for_each(|(to, column)| *to = from[*column]);
@@ -74,14 +78,18 @@ pub(in crate::quantize) fn solve(
         // Several whole groups, or a part of one.
         let end = if group < BLOCK { start + BLOCK / group * group } else { start + BLOCK.min(group - start % group) };
         let end = end.min(columns);
-        let block =
-            Block { start, end, upper: &upper, importance: &importance, columns, grouped, search: options.search };
+        let (upper, importance, order, sparsity) = (&*upper, &*importance, &*order, problem.sparsity);
+        let block = Block { start, end, upper, importance, order, columns, grouped, search: options.search, sparsity };
         block.round(&mut state, compute);
         block.pass_on(&mut state, compute);
         start = end;
     }
+    let mut pruned = vec![false; state.pruned.len()];
+    for (to, from) in pruned.chunks_mut(columns).zip(state.pruned.chunks(columns)) {
+        from.iter().zip(&order).for_each(|(from, column)| to[*column] = *from);
+    }
     let mut solution = state.finish(grouped, &order);
-    refine::refine(problem, grouped, options.passes, options.damping, &mut solution, compute);
+    refine::refine(problem, grouped, options.passes, options.damping, &pruned, &mut solution, compute);
     solution
 }
 
@@ -107,6 +115,17 @@ struct Rows {
     codes: Vec<u8>,
     /// `(rows, groups)`: scale and minimum.
     scales: Vec<(f32, f32)>,
+    /// `(rows, columns)`: the weights that become zero. Empty if none do.
+    pruned: Vec<bool>,
+}
+
+/// A row of [`Rows`].
+struct Row<'a> {
+    weights: &'a mut [f32],
+    errors: &'a mut [f32],
+    codes: &'a mut [u8],
+    scales: &'a mut [(f32, f32)],
+    pruned: &'a mut [bool],
 }
 
 /// Columns that are rounded before their errors are passed on.
@@ -116,9 +135,12 @@ struct Block<'a> {
     /// `(columns, columns)`: the upper triangular factor of the inverse moments.
     upper: &'a [f32],
     importance: &'a [f32],
+    /// The column of the file that each column is.
+    order: &'a [usize],
     columns: usize,
     grouped: &'a GroupedFormat,
     search: bool,
+    sparsity: Option<Sparsity>,
 }
 
 impl Block<'_> {
@@ -126,28 +148,44 @@ impl Block<'_> {
         let (width, columns, groups) = (self.end - self.start, self.columns, self.grouped.groups(self.columns));
         state.errors.clear();
         state.errors.resize(state.weights.len() / columns * width, 0.0);
+        let mut pruned = state.pruned.chunks_mut(columns);
         let mut tasks: Vec<_> = state
             .weights
             .chunks_mut(columns)
             .zip(state.errors.chunks_mut(width))
             .zip(state.codes.chunks_mut(columns).zip(state.scales.chunks_mut(groups)))
+            .map(|((weights, errors), (codes, scales))| Row {
+                weights,
+                errors,
+                codes,
+                scales,
+                pruned: pruned.next().unwrap_or_default(),
+            })
             .collect();
         compute.for_each_chunk(&mut tasks, TASK_ROWS, |_, rows| {
-            for ((weights, errors), (codes, scales)) in rows {
-                self.round_row(weights, errors, codes, scales);
-            }
+            rows.iter_mut().for_each(|row| self.round_row(row));
         });
     }
 
-    fn round_row(&self, weights: &mut [f32], errors: &mut [f32], codes: &mut [u8], scales: &mut [(f32, f32)]) {
+    fn round_row(&self, row: &mut Row<'_>) {
+        let Row { weights, errors, codes, scales, pruned } = row;
         let GroupedFormat { format, group } = *self.grouped;
         for column in self.start..self.end {
             if column % group == 0 {
                 let own = column..column + group;
-                scales[column / group] = rtn::fit(format, &weights[own.clone()], &self.importance[own], self.search);
+                let importance = &self.importance[own.clone()];
+                scales[column / group] = match self.sparsity {
+                    Some(sparsity) => {
+                        self.prune_group(sparsity, own.clone(), weights, pruned);
+                        let kept = prune::without(&weights[own.clone()], &pruned[own]);
+                        rtn::fit(format, &kept, importance, self.search)
+                    }
+                    None => rtn::fit(format, &weights[own], importance, self.search),
+                };
             }
             let (scale, min) = scales[column / group];
-            let code = format.code(weights[column], scale, min);
+            let is_pruned = pruned.get(column) == Some(&true);
+            let code = format.code(if is_pruned { 0.0 } else { weights[column] }, scale, min);
             codes[column] = code;
             let upper = &self.upper[column * self.columns..][..self.columns];
             let error = (weights[column] - format.value(code, scale, min)) / upper[column];
@@ -155,6 +193,20 @@ impl Block<'_> {
             let later = column + 1..self.end;
             weights[later.clone()].iter_mut().zip(&upper[later]).for_each(|(weight, u)| *weight -= error * u);
         }
+    }
+
+    /// Chooses anew which weights of a group are pruned, the same number as before.
+    fn prune_group(&self, sparsity: Sparsity, own: Range<usize>, weights: &[f32], pruned: &mut [bool]) {
+        // Patterns are of the file's columns.
+        let columns = &self.order[own.clone()];
+        let first = columns.iter().copied().min().unwrap_or(0);
+        let (mut costs, mut marks) = (vec![0.0; columns.len()], vec![false; columns.len()]);
+        for (at, column) in own.clone().zip(columns) {
+            costs[column - first] = weights[at] * weights[at] * self.importance[at];
+            marks[column - first] = pruned[at];
+        }
+        sparsity.mark_again(&costs, &mut marks);
+        own.zip(columns).for_each(|(at, column)| pruned[at] = marks[column - first]);
     }
 
     /// `weights[.., end..] -= errors * upper[start..end, end..]`
@@ -214,7 +266,7 @@ mod tests {
                 let options = GptqOptions { passes: 0, ..GptqOptions::default() };
                 let mut solution = solve(problem, &grouped, &options, compute);
                 let before = error_of(problem, &grouped, &solution);
-                refine::refine(problem, &grouped, 4, 0.003, &mut solution, compute);
+                refine::refine(problem, &grouped, 4, 0.003, &[], &mut solution, compute);
                 let after = error_of(problem, &grouped, &solution);
                 assert!(after < 0.95 * before, "{grouped:?}: from {before} to {after}");
             }

@@ -6,6 +6,7 @@ pub(super) mod exact;
 pub(super) mod fixtures;
 pub(super) mod gptq;
 mod norm_scaling;
+pub(super) mod prune;
 mod recipe;
 mod refine;
 pub(super) mod rtn;
@@ -13,5 +14,6 @@ mod signround;
 
 pub use gptq::GptqOptions;
 pub(super) use norm_scaling::NormScaling;
+pub use prune::Sparsity;
 pub use recipe::Recipe;
 pub use signround::SignroundOptions;

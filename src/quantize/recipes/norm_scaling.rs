@@ -61,6 +61,7 @@ impl<'a> NormScaling<'a> {
             hessian: &moments.hessian,
             magnitude: &moments.magnitude,
             squares: &[],
+            sparsity: None,
         };
         let problems: Vec<LayerProblem<'_>> = layers.iter().map(|(weights, _)| problem(weights)).collect();
         let factors = awq::factors(&problems, grouped, compute);

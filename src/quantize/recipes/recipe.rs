@@ -2,7 +2,7 @@
 
 use super::gptq::{self, GptqOptions};
 use super::signround::{self, SignroundOptions};
-use super::{awq, rtn};
+use super::{awq, prune, rtn};
 use crate::error::{Error, Result};
 use crate::quantize::compute::Compute;
 use crate::quantize::format::GroupedFormat;
@@ -71,6 +71,16 @@ impl Recipe {
         grouped: &GroupedFormat,
         compute: &Compute<'_>,
     ) -> Solution {
+        // Recipes that compensate for errors prune as they round.
+        let compensates = matches!(self, Recipe::Gptq(_) | Recipe::Awq(Some(_))) && !problem.hessian.is_empty();
+        if problem.sparsity.is_some() && !compensates {
+            let pruned = prune::pruned(problem);
+            let weights = prune::without(problem.weights, &pruned);
+            let mut solution =
+                self.solve(&LayerProblem { weights: &weights, sparsity: None, ..*problem }, grouped, compute);
+            prune::clear(&mut solution, grouped, &pruned);
+            return solution;
+        }
         match self {
             Recipe::Rtn { search } => rtn::solve(problem, grouped, *search, compute),
             Recipe::Gptq(options) | Recipe::Awq(Some(options)) => gptq::solve(problem, grouped, options, compute),

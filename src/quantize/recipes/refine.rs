@@ -12,7 +12,8 @@ use crate::quantize::layer::{LayerProblem, Solution};
 const TASK_ROWS: usize = 8;
 
 /// Improves `solution` in place. Codes and scales are visited up to `passes` times; a row that no longer changes ends earlier.
-/// `damping` is added to the mean squares of the inputs, in units of their mean. Without calibration nothing happens.
+/// `damping` is added to the mean squares of the inputs, in units of their mean. Codes of weights that are `pruned` stay: `(rows, columns)`, or
+/// empty. Without calibration nothing happens.
 ///
 /// # Panics
 /// If the solution has another format or size than the problem.
@@ -21,6 +22,7 @@ pub(in crate::quantize) fn refine(
     grouped: &GroupedFormat,
     passes: usize,
     damping: f32,
+    pruned: &[bool],
     solution: &mut Solution,
     compute: &Compute<'_>,
 ) {
@@ -37,12 +39,19 @@ pub(in crate::quantize) fn refine(
     gradient.iter_mut().zip(&missing).for_each(|(g, d)| *g += damped.extra * d);
 
     let mut mins = solution.mins.chunks_mut(groups);
+    let mut pruned = pruned.chunks(columns);
     let mut rows: Vec<Row<'_>> = solution
         .codes
         .chunks_mut(columns)
         .zip(solution.scales.chunks_mut(groups))
         .zip(gradient.chunks_mut(columns))
-        .map(|((codes, scales), gradient)| Row { codes, scales, mins: mins.next().unwrap_or_default(), gradient })
+        .map(|((codes, scales), gradient)| Row {
+            codes,
+            scales,
+            mins: mins.next().unwrap_or_default(),
+            gradient,
+            pruned: pruned.next().unwrap_or_default(),
+        })
         .collect();
     compute.for_each_chunk(&mut rows, TASK_ROWS, |_, rows| {
         for row in rows {
@@ -99,6 +108,8 @@ struct Row<'a> {
     mins: &'a mut [f32],
     /// `(columns)`: `(w - q) H`, half of the negative gradient.
     gradient: &'a mut [f32],
+    /// `(columns)` or empty
+    pruned: &'a [bool],
 }
 
 impl Row<'_> {
@@ -112,6 +123,9 @@ impl Row<'_> {
     fn fit_codes(&mut self, grouped: &GroupedFormat, damped: &Damped<'_>) -> bool {
         let mut any = false;
         for column in 0..self.codes.len() {
+            if self.pruned.get(column) == Some(&true) {
+                continue;
+            }
             let group = column / grouped.group;
             let (scale, min) = (self.scales[group], self.mins.get(group).copied().unwrap_or(0.0));
             let (code, diagonal, gradient) = (self.codes[column], damped.diagonal(column), self.gradient[column]);
@@ -229,7 +243,7 @@ mod tests {
                     let first = error_of(problem, &grouped, &solution);
                     let mut last = first;
                     for _ in 0..3 {
-                        refine(problem, &grouped, 1, 0.0, &mut solution, compute);
+                        refine(problem, &grouped, 1, 0.0, &[], &mut solution, compute);
                         let now = error_of(problem, &grouped, &solution);
                         assert!(now <= last * (1.0 + 1e-5), "{grouped:?}: from {last} to {now}");
                         last = now;
@@ -256,7 +270,7 @@ mod tests {
             let mut found = right.clone();
             // Only every fourth, so that moving the scale first is not worth it.
             found.codes.iter_mut().step_by(4).for_each(|code| *code += 1);
-            with_threads(1, |compute| refine(&problem, &grouped, 4, 0.003, &mut found, compute));
+            with_threads(1, |compute| refine(&problem, &grouped, 4, 0.003, &[], &mut found, compute));
             assert_eq!(found.decode(&grouped, 64), weights, "{format:?}");
         }
     }
@@ -270,7 +284,7 @@ mod tests {
             let grouped = GroupedFormat { format, group: 32 };
             let mut solution = with_threads(1, |compute| rtn::solve(&problem, &grouped, false, compute));
             with_threads(1, |compute| {
-                refine(&problem, &grouped, 50, 0.0, &mut solution, compute);
+                refine(&problem, &grouped, 50, 0.0, &[], &mut solution, compute);
             });
             let loss = |solution: &Solution| error_of(&problem, &grouped, solution);
             for (scale, min) in [(1.01, 1.0), (0.99, 1.0), (1.0, 1.01), (1.0, 0.99)] {
@@ -287,7 +301,7 @@ mod tests {
         let grouped = GroupedFormat { format: Format::Q4_1, group: 32 };
         assert_threads_change_nothing(|problem, compute| {
             let mut solution = rtn::solve(problem, &grouped, true, compute);
-            refine(problem, &grouped, 4, 0.003, &mut solution, compute);
+            refine(problem, &grouped, 4, 0.003, &[], &mut solution, compute);
             solution
         });
     }

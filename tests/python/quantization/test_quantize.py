@@ -47,6 +47,21 @@ def test_the_output_runs_and_the_report_describes_it(source: Path, tmp_path: Pat
         assert model.generate("x", max_tokens=4).usage.completion_tokens <= 4
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+def test_half_of_the_weights_can_be_zero(source: Path, tmp_path: Path, recipe: Any, pattern: Any) -> None:
+    out = tmp_path / "out.gguf"
+    report = quantize(source, out, recipe=recipe, sparsity=0.5, sparsity_pattern=pattern, calibration=[TEXT])
+    assert 0.5 <= report.sparsity < 0.65
+    assert Report.from_json(report.to_json()).sparsity == report.sparsity
+    assert "of the weights of linear layers" in report._repr_html_()
+    assert {tensor.type for tensor in report.tensors if tensor.name.startswith("blk.")} == {"Q4_0"}
+    dense = quantize(source, tmp_path / "dense.gguf", recipe=recipe, calibration=[TEXT])
+    assert dense.sparsity < 0.25
+    with Model.load(out) as model:
+        assert model.generate("x", max_tokens=4).usage.completion_tokens <= 4
+
+
 def test_an_evaluation_text_gives_figures(source: Path, tmp_path: Path) -> None:
     report = quantize(
         source, tmp_path / "out.gguf", recipe="gptq", group=64, symmetric=False, calibration=[TEXT], evaluation=[TEXT]
@@ -406,6 +421,11 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--group", "48"], "group: found 48"),
         (["--asymmetric", "--format", "q4_0"], "symmetric: found False"),
         (["--bits-per-weight", "3"], "bits_per_weight: found 3"),
+        (["--sparsity", "1.5"], "sparsity: found 1.5"),
+        (["--sparsity", "0.5", "--sparsity-pattern", "4:8"], "sparsity_pattern: found '4:8'"),
+        (["--sparsity", "0.6", "--sparsity-pattern", "2:4"], "sparsity: found 0.6"),
+        (["--sparsity-pattern", "2:4"], "sparsity_pattern: found 2:4"),
+        (["--sparsity", "0.5", "--format", "iq4_nl"], "format: found iq4_nl with sparsity"),
         (["--target", "often"], "--target: found 'often'"),
         (["--target", "200%"], "target: found 2.0"),
         (["--target", "1%", "--recipe", "gptq"], "target: found 0.01 with the recipe gptq"),

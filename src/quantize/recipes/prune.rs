@@ -1,0 +1,205 @@
+//! Pruning: which weights of a layer become zero.
+//!
+//! A weight counts as much as it changes the output: its square times the mean square of its input (Wanda, Sun et al. 2023,
+//! arXiv 2306.11695). In each row, or of each 4 columns, those that count least are pruned. Recipes that compensate for errors choose anew
+//! before they round a group, by the weights as they are then and by what later columns cannot compensate (SparseGPT, Frantar and Alistarh
+//! 2023, arXiv 2301.00774).
+
+use crate::error::{Error, Result};
+use crate::quantize::format::{Format, GroupedFormat};
+use crate::quantize::layer::{LayerProblem, Solution};
+
+/// Columns of a group of [`Pattern::TwoOfFour`], in which two weights stay.
+const FOUR: usize = 4;
+
+/// Which weights may be pruned together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pattern {
+    /// Any weights of a row.
+    Unstructured,
+    /// Two of every four adjacent weights of a row.
+    TwoOfFour,
+}
+
+/// How many weights of linear layers become zero.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sparsity {
+    share: f32,
+    pattern: Pattern,
+}
+
+impl Sparsity {
+    /// `share` of the weights of each row, by the pattern called `unstructured` or `2:4`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a share outside of 0 to 0.95, other names, and 2:4 with another share than a half.
+    pub fn new(share: f32, pattern: &str) -> Result<Sparsity> {
+        let pattern = match pattern {
+            "unstructured" => Pattern::Unstructured,
+            "2:4" => Pattern::TwoOfFour,
+            _ => return Err(Error::argument("sparsity_pattern", format_args!("{pattern:?}"), "unstructured or 2:4")),
+        };
+        if !(share > 0.0 && share <= 0.95) {
+            return Err(Error::argument("sparsity", share, "a share above 0 and up to 0.95"));
+        }
+        if pattern == Pattern::TwoOfFour && share != 0.5 {
+            return Err(Error::argument("sparsity", share, "0.5 with the pattern 2:4"));
+        }
+        Ok(Sparsity { share, pattern })
+    }
+
+    /// Marks the weights to prune of a row. `costs` are the costs of pruning each; the cheapest are pruned, of equal ones the first.
+    fn mark(&self, costs: &[f32], pruned: &mut [bool]) {
+        match self.pattern {
+            Pattern::Unstructured => {
+                mark_cheapest(costs, (self.share * costs.len() as f32).round() as usize, pruned);
+            }
+            Pattern::TwoOfFour => {
+                for (costs, pruned) in costs.chunks(FOUR).zip(pruned.chunks_mut(FOUR)) {
+                    mark_cheapest(costs, costs.len() / 2, pruned);
+                }
+            }
+        }
+    }
+
+    /// Marks other weights of a group in place of those that are marked, as many, by other costs.
+    pub(super) fn mark_again(&self, costs: &[f32], pruned: &mut [bool]) {
+        match self.pattern {
+            Pattern::Unstructured => {
+                let count = pruned.iter().filter(|pruned| **pruned).count();
+                mark_cheapest(costs, count, pruned);
+            }
+            Pattern::TwoOfFour => self.mark(costs, pruned),
+        }
+    }
+}
+
+fn mark_cheapest(costs: &[f32], count: usize, pruned: &mut [bool]) {
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by(|a, b| costs[*a].total_cmp(&costs[*b]));
+    pruned.fill(false);
+    order[..count].iter().for_each(|at| pruned[*at] = true);
+}
+
+/// The weights of a layer that are pruned, `(rows, columns)`. Empty if none are.
+pub(in crate::quantize) fn pruned(problem: &LayerProblem<'_>) -> Vec<bool> {
+    let Some(sparsity) = problem.sparsity else { return Vec::new() };
+    let importance = problem.importance();
+    let mut pruned = vec![false; problem.weights.len()];
+    let rows = problem.weights.chunks(problem.columns).zip(pruned.chunks_mut(problem.columns));
+    for (weights, pruned) in rows {
+        let costs: Vec<f32> = weights.iter().zip(&importance).map(|(weight, x)| weight * weight * x).collect();
+        sparsity.mark(&costs, pruned);
+    }
+    pruned
+}
+
+/// The weights of a layer without those that are pruned.
+pub(super) fn without(weights: &[f32], pruned: &[bool]) -> Vec<f32> {
+    weights.iter().zip(pruned).map(|(weight, pruned)| if *pruned { 0.0 } else { *weight }).collect()
+}
+
+/// Sets the codes of weights that are pruned to that of zero.
+pub(super) fn clear(solution: &mut Solution, grouped: &GroupedFormat, pruned: &[bool]) {
+    let zero = grouped.format.code(0.0, 0.0, 0.0);
+    solution.codes.iter_mut().zip(pruned).filter(|(_, pruned)| **pruned).for_each(|(code, _)| *code = zero);
+}
+
+/// Whether a format has a code for zero.
+pub(in crate::quantize) fn holds_zeros(format: Format) -> bool {
+    !format.has_min() && format.level(format.nearest(0.0)) == 0.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::recipes::fixtures::*;
+    use crate::quantize::recipes::{GptqOptions, Recipe, SignroundOptions};
+
+    fn recipes() -> [Recipe; 5] {
+        [
+            Recipe::Rtn { search: true },
+            Recipe::Gptq(GptqOptions::default()),
+            Recipe::Awq(None),
+            Recipe::Awq(Some(GptqOptions::default())),
+            Recipe::Signround(SignroundOptions::default()),
+        ]
+    }
+
+    #[test]
+    fn every_recipe_leaves_the_share_of_zeros_that_is_asked_for() {
+        let patterns = [(0.5, "unstructured"), (0.7, "unstructured"), (0.5, "2:4")];
+        with_layer(2, |problem, compute| {
+            for (share, pattern) in patterns {
+                let sparsity = Sparsity::new(share, pattern).unwrap();
+                let problem = LayerProblem { sparsity: Some(sparsity), ..*problem };
+                for recipe in recipes() {
+                    for format in [Format::Q4_0, Format::Q5_0, Format::Q8_0] {
+                        let grouped = GroupedFormat { format, group: 32 };
+                        let decoded = recipe.solve(&problem, &grouped, compute).decode(&grouped, problem.columns);
+                        for row in decoded.chunks(problem.columns) {
+                            let zeros = row.iter().filter(|weight| **weight == 0.0).count();
+                            let least = (share * row.len() as f32).round() as usize;
+                            assert!(zeros >= least, "{recipe:?}, {format:?}, {pattern}: {zeros} zeros, not {least}");
+                            assert!(zeros <= least + row.len() / 4, "{recipe:?}, {format:?}, {pattern}: {zeros} zeros");
+                        }
+                        if pattern == "2:4" {
+                            let fours = decoded.chunks(4).map(|four| four.iter().filter(|w| **w == 0.0).count());
+                            assert!(fours.min().is_some_and(|least| least >= 2), "{recipe:?}, {format:?}");
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn compensation_loses_less_than_pruning_alone() {
+        with_layer(2, |problem, compute| {
+            let grouped = GroupedFormat { format: Format::Q4_0, group: 32 };
+            for pattern in ["unstructured", "2:4"] {
+                let problem = LayerProblem { sparsity: Some(Sparsity::new(0.5, pattern).unwrap()), ..*problem };
+                let [plain, compensated] = [recipes()[0], recipes()[1]]
+                    .map(|recipe| error_of(&problem, &grouped, &recipe.solve(&problem, &grouped, compute)));
+                assert!(compensated < 0.7 * plain, "{pattern}: {compensated}, {plain} without compensation");
+            }
+        });
+    }
+
+    #[test]
+    fn the_cheapest_weights_of_each_row_are_pruned() {
+        let weights = [1.0, -4.0, 2.0, 3.0, 0.5, 0.1, -0.2, 9.0];
+        // Inputs so large that the least weights cost most.
+        let squares = [1.0, 1.0, 1.0, 1.0, 100.0, 100.0, 1e6, 1e-6];
+        let problem = LayerProblem::new(&weights, 1, 8, &[], &[]).unwrap();
+        let problem = |pattern| LayerProblem {
+            squares: &squares,
+            sparsity: Some(Sparsity::new(0.5, pattern).unwrap()),
+            ..problem
+        };
+        let at = |pruned: Vec<bool>| (0..8).filter(|i| pruned[*i]).collect::<Vec<_>>();
+        assert_eq!(at(pruned(&problem("unstructured"))), [0, 2, 5, 7]);
+        assert_eq!(at(pruned(&problem("2:4"))), [0, 2, 5, 7]);
+        let even = LayerProblem { squares: &[], ..problem("unstructured") };
+        assert_eq!(at(pruned(&even)), [0, 4, 5, 6]);
+    }
+
+    #[test]
+    fn only_formats_with_a_zero_can_be_sparse() {
+        let held: Vec<Format> = Format::ALL.into_iter().filter(|format| holds_zeros(*format)).collect();
+        assert_eq!(held, [Format::Q4_0, Format::Q5_0, Format::Q8_0]);
+    }
+
+    #[test]
+    fn other_shares_and_patterns_are_refused() {
+        for (share, pattern, expected) in [
+            (0.0, "unstructured", "sparsity: found 0, expected a share above 0 and up to 0.95"),
+            (f32::NAN, "unstructured", "sparsity: found NaN, expected a share above 0 and up to 0.95"),
+            (0.96, "unstructured", "sparsity: found 0.96, expected a share above 0 and up to 0.95"),
+            (0.6, "2:4", "sparsity: found 0.6, expected 0.5 with the pattern 2:4"),
+            (0.5, "4:8", "sparsity_pattern: found \"4:8\", expected unstructured or 2:4"),
+        ] {
+            assert_eq!(Sparsity::new(share, pattern).unwrap_err().to_string(), expected);
+        }
+    }
+}

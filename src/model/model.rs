@@ -8,6 +8,7 @@ use super::adapter::registry::Adapters;
 use super::batch::{Input, Logits};
 use super::config::Config;
 use super::convert::requantize::Quantized;
+use super::ffn::expert_use::ExpertUse;
 use super::fingerprint::Fingerprint;
 use super::forward::Workspace;
 use super::hf::HfFolder;
@@ -100,6 +101,18 @@ impl Model {
             model.head()?;
         }
         Ok(model)
+    }
+
+    /// As [`Model::load`], of the checkpoint that `change` makes of the one at `path`.
+    pub(crate) fn load_changed(
+        path: &Path,
+        options: &LoadOptions,
+        change: &dyn for<'a> Fn(&'a dyn Checkpoint) -> Result<Box<dyn Checkpoint + 'a>>,
+    ) -> Result<Model> {
+        open(path, options, |checkpoint| {
+            let changed = change(checkpoint)?;
+            Model::with_part(changed.as_ref(), options, None, |config| Held::whole(config.layers.len()))
+        })
     }
 
     /// Loads the part of a model that `held` chooses by its configuration.
@@ -454,6 +467,15 @@ impl Model {
     pub fn weight_bytes(&self) -> usize {
         let experts = self.experts.as_ref().map_or(0, |experts| experts.bytes());
         self.transformer.weights.bytes() + experts + self.head.head.get().map_or(0, Head::bytes)
+    }
+
+    /// What passes have chosen of the experts so far.
+    pub fn expert_use(&self) -> ExpertUse {
+        let [needed, read] = self.experts.as_ref().map_or([0, 0], |experts| experts.counts());
+        let layers = self.transformer.weights.layers.iter().filter_map(|layer| layer.ffn.experts());
+        let layers = layers.filter(|_| self.config().experts.skip.is_some()).map(|experts| experts.choices());
+        let (weight_shares, chosen) = layers.map(|choices| (choices.shares(), choices.experts())).unzip();
+        ExpertUse { needed, read, weight_shares, chosen }
     }
 
     /// Bytes of keys and values of a session that fills the context.

@@ -29,6 +29,7 @@ mod importance;
 mod layer;
 mod overrides;
 mod pipeline;
+mod pruning;
 mod recipes;
 mod resume;
 mod tuning;
@@ -51,6 +52,9 @@ pub use overrides::TensorFormats;
 #[doc(hidden)]
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+#[doc(hidden)]
+pub use pruning::Pruning;
+pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
 pub use recipes::{Recipe, Sparsity};

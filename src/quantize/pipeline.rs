@@ -23,7 +23,7 @@ use super::resume::{ResumeFiles, ResumeLog, SnapshotFile, run_key};
 use super::tuning;
 use crate::error::{Error, Place, Result};
 use crate::format::Checkpoint;
-use crate::format::gguf::{Gguf, Metadata};
+use crate::format::gguf::Metadata;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
 
@@ -34,7 +34,7 @@ use crate::model::layerwise::Layerwise;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for options, if the output exists and `force` is not set, and for too little text;
-/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of [`Gguf::open`],
+/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of [`Gguf::open`](crate::format::gguf::Gguf::open),
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.check()?;
@@ -57,19 +57,17 @@ pub(super) fn run(context: &RunContext<'_>, files: &ResumeFiles, options: &Quant
         is_stopped()
     };
     let context = &RunContext { interrupted: &interrupted, ..*context };
-    if context.source.is_dir() {
-        let folder = HfFolder::open(context.source)?;
-        let tokenizer = folder.tokenizer()?;
-        run_on(&folder, &tokenizer, context, files, options)
-    } else {
-        run_on(&Gguf::open(context.source)?, &Metadata::new(), context, files, options)
-    }
+    let metadata = match context.source.is_dir() {
+        true => HfFolder::open(context.source)?.tokenizer()?,
+        false => Metadata::new(),
+    };
+    context.with_checkpoint(|checkpoint| run_on(checkpoint, &metadata, context, files, options))
 }
 
 /// Whether a checkpoint can be tuned.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for overrides that match no tensor; those of [`Gguf::open`], [`HfFolder::open`] and
+/// [`Error::InvalidArgument`] for overrides that match no tensor; those of [`Gguf::open`](crate::format::gguf::Gguf::open), [`HfFolder::open`] and
 /// [`Model::load`](crate::model::Model::load).
 pub(super) fn can_tune(context: &RunContext<'_>, formats: &TensorFormats) -> Result<bool> {
     let check = |checkpoint: &dyn Checkpoint| {

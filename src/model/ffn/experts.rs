@@ -1,7 +1,7 @@
 //! Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): each row goes to a few of many networks.
 
 use super::dense::{self, Mlp};
-use super::router::{self, Choice, Router};
+use super::router::{self, Choice, ChoiceCounts, Router};
 use crate::error::Result;
 use crate::kernels;
 use crate::model::adapter::rows::RowPlan;
@@ -186,6 +186,11 @@ impl Experts {
         all.extend(self.mlps().flat_map(Mlp::linears));
         all.extend(self.shared.iter().filter_map(|shared| shared.gate.as_ref()));
         all
+    }
+
+    /// The experts that rows chose so far, if some may be left out.
+    pub(in crate::model) fn choices(&self) -> &ChoiceCounts {
+        self.router.choices()
     }
 
     /// Bytes of weights that a token reads, where it uses `used` experts.

@@ -3,6 +3,7 @@
 //! A kind is a file with its weights, its workspace and its computation, and an arm of [`FeedForward`].
 
 pub(super) mod dense;
+pub(super) mod expert_use;
 pub(super) mod experts;
 mod router;
 
@@ -170,6 +171,15 @@ impl FeedForward {
             FeedForward::Both(both) => {
                 both.dense.linears().into_iter().map(Linear::bytes).sum::<usize>() + both.experts.bytes_read(used)
             }
+        }
+    }
+
+    /// The experts, if there are any.
+    pub(super) fn experts(&self) -> Option<&Experts> {
+        match self {
+            FeedForward::Experts(experts) => Some(experts),
+            FeedForward::Both(both) => Some(&both.experts),
+            FeedForward::Dense(_) | FeedForward::ChannelMix(_) | FeedForward::None => None,
         }
     }
 

@@ -20,7 +20,7 @@ pub(in crate::model) type Choice = (usize, f32);
 const LEFT_OUT: usize = usize::MAX;
 
 /// Steps in which the shares of weights are counted: hundredths, and the largest one.
-pub(super) const SHARES: usize = 101;
+const SHARES: usize = 101;
 
 /// Chooses experts by the logits of all.
 #[derive(Debug)]
@@ -33,8 +33,8 @@ pub(super) struct Router {
     expert_scale: Vec<f32>,
     /// Of the residual stream, in routers that read it through a norm of their own.
     input_norm: Option<Norm>,
-    /// Where experts may be left out: the weights of those that were chosen.
-    shares: WeightShares,
+    /// Where experts may be left out: those that were chosen, and their weights.
+    choices: ChoiceCounts,
 }
 
 /// The workspace of a router.
@@ -75,12 +75,12 @@ impl Router {
                 bias: Vec::new(),
                 eps: config.norm_eps,
             }),
-            shares: WeightShares::default(),
+            choices: ChoiceCounts::new(count),
         })
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Router { logits, selection_bias, expert_scale, input_norm, shares: _ } = self;
+        let Router { logits, selection_bias, expert_scale, input_norm, choices: _ } = self;
         hasher.linear(logits);
         // Hashed only where they exist, so that models without them keep their fingerprints.
         for numbers in [selection_bias, expert_scale].into_iter().filter(|numbers| !numbers.is_empty()) {
@@ -176,7 +176,7 @@ impl Router {
     /// a row has two experts). Returns whether there are any.
     fn leave_out(&self, ratio: f32, chosen: &mut [Choice]) -> bool {
         let largest = chosen.iter().map(|(_, weight)| *weight).fold(0.0, f32::max);
-        self.shares.add(largest, chosen);
+        self.choices.add(largest, chosen);
         let mut has_skipped = false;
         for choice in chosen.iter_mut().filter(|(_, weight)| *weight < ratio * largest) {
             *choice = (LEFT_OUT, 0.0);
@@ -185,33 +185,44 @@ impl Router {
         has_skipped
     }
 
-    /// The shares of chosen experts in the largest weight of their row, counted so far.
-    pub(super) fn shares(&self) -> &WeightShares {
-        &self.shares
+    /// The experts that were chosen so far, where some may be left out.
+    pub(super) fn choices(&self) -> &ChoiceCounts {
+        &self.choices
     }
 }
 
-/// How many of the chosen experts have which weight, as a share of the largest one of their row.
+/// Counts the experts that rows choose.
 #[derive(Debug)]
-pub(super) struct WeightShares([AtomicU64; SHARES]);
-
-impl Default for WeightShares {
-    fn default() -> WeightShares {
-        WeightShares([const { AtomicU64::new(0) }; SHARES])
-    }
+pub(in crate::model) struct ChoiceCounts {
+    /// `(experts)`: rows that chose each.
+    experts: Vec<AtomicU64>,
+    /// Choices by their weights, as shares of the largest one of their row.
+    shares: Vec<AtomicU64>,
 }
 
-impl WeightShares {
+impl ChoiceCounts {
+    fn new(experts: usize) -> ChoiceCounts {
+        let zeros = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
+        ChoiceCounts { experts: zeros(experts), shares: zeros(SHARES) }
+    }
+
     fn add(&self, largest: f32, chosen: &[Choice]) {
-        for (_, weight) in chosen {
-            // The last one has the weight that is the largest.
+        for (expert, weight) in chosen {
+            // The last one is the largest weight itself.
             let share = (weight / largest * (SHARES - 1) as f32) as usize;
-            self.0[share.min(SHARES - 1)].fetch_add(1, Ordering::Relaxed);
+            self.shares[share.min(SHARES - 1)].fetch_add(1, Ordering::Relaxed);
+            self.experts[*expert].fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    pub(super) fn counts(&self) -> [u64; SHARES] {
-        std::array::from_fn(|share| self.0[share].load(Ordering::Relaxed))
+    /// `(experts)`: rows that chose each.
+    pub(in crate::model) fn experts(&self) -> Vec<u64> {
+        self.experts.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+    }
+
+    /// `(shares)`: choices with each share of the largest weight of their row.
+    pub(in crate::model) fn shares(&self) -> Vec<u64> {
+        self.shares.iter().map(|count| count.load(Ordering::Relaxed)).collect()
     }
 }
 

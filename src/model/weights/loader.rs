@@ -73,7 +73,7 @@ pub(in crate::model) struct Loader<'a> {
 const EQUAL_ROWS: usize = 256;
 
 /// The number of the layer that a tensor belongs to.
-pub(in crate::model) fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 

@@ -90,7 +90,8 @@ class LoadOptions:
     expert_memory: float | str | None = field(
         default=None,
         metadata=doc(
-            "Memory for the experts of a GGUF file, in gigabytes, or auto. Others are read when tokens choose them.", "GB"
+            "Memory for the experts of a GGUF file, in gigabytes, or auto. Others are read when tokens choose them.",
+            "GB",
         ),
     )
     """Memory for the experts of a model, in gigabytes: for mixtures of experts that do not fit into memory.

@@ -19,6 +19,7 @@ pub use report::{ExpertCounts, Report, TensorReport};
 use super::calibration::{Calibration, check_windows, read_rows};
 use super::context::{OpenRun, RunContext};
 use super::overrides::TensorFormats;
+use super::pruning::Pruning;
 use super::resume::{ResumeFiles, ResumeLog, SnapshotFile, run_key};
 use super::tuning;
 use crate::error::{Error, Place, Result};
@@ -95,6 +96,8 @@ fn run_on(
     let windows = if options.recipe.needs_text() { context.windows } else { &[] };
     let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
     let key = run_key(checkpoint, (&options.recipe, &formats, options.sparsity, importance.transpose()?), windows);
+    let key = run_key(checkpoint, (&options.recipe, &formats, importance.transpose()?), windows);
+    let key = key ^ context.pruning.map_or(0, Pruning::digest);
     let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let run = OpenRun { formats: &formats, ..run };
     if options.tuning.is_some() {

@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use super::context::RunContext;
 use super::eval::{Divergence, Reference};
 use crate::error::{Error, Place, Result};
@@ -69,8 +71,12 @@ impl Pruning {
         }
         let chosen = model.expert_use().chosen;
         let groups = model.config().experts.groups.map_or(1, |groups| groups.count);
-        let mut reference =
-            Reference::record(&model, &measured, &|done, _| progress(counted.len() + done, windows.len()), context.interrupted)?;
+        let mut reference = Reference::record(
+            &model,
+            &measured,
+            &|done, _| progress(counted.len() + done, windows.len()),
+            context.interrupted,
+        )?;
         drop(model);
         let layers = context.with_source(|checkpoint| Ok(layers(checkpoint)))?;
         if layers.len() != chosen.len() {
@@ -89,6 +95,25 @@ impl Pruning {
         let evaluation = reference.compare(&model, &|_, _| Ok(()), context.interrupted)?;
         let divergence = evaluation.divergence.expect("a comparison");
         Ok(Pruning { kept, experts: [before, count], left_out: 1.0 - stay as f64 / all.max(1) as f64, divergence })
+    }
+
+    /// A number that differs between choices of experts.
+    pub(super) fn digest(&self) -> u64 {
+        let hash = blake3::hash(format!("{:?}", self.kept).as_bytes());
+        u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap_or(&[0; 8]))
+    }
+
+    /// What was left out, and what that costs, as JSON.
+    pub fn to_value(&self) -> Value {
+        let [before, after] = self.experts;
+        json!({
+            "before": before,
+            "after": after,
+            "left_out": self.left_out,
+            "kl_mean": self.divergence.kl_mean.value,
+            "perplexity_ratio": self.divergence.ratio.value,
+            "top_agreement": self.divergence.top_agreement.value,
+        })
     }
 
     /// `checkpoint` with the experts that stay.

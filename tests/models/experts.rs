@@ -300,9 +300,8 @@ fn every_family_may_leave_out_experts() {
     for entry in std::fs::read_dir(all).unwrap() {
         let source = entry.unwrap().path();
         let name = source.file_name().unwrap().to_string_lossy().into_owned();
-        let load = |ratio: f32| {
-            Model::load(&source, &options(2).with_quantize(Quantize::Stored).with_expert_skip(ratio))
-        };
+        let load =
+            |ratio: f32| Model::load(&source, &options(2).with_quantize(Quantize::Stored).with_expert_skip(ratio));
         let (Ok(whole), Ok(model)) = (load(0.0), load(0.999)) else { continue };
         let vocabulary = whole.vocabulary() as u32;
         let tokens: Vec<u32> = tokens(12).into_iter().map(|token| token % vocabulary).collect();

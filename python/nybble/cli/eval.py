@@ -66,7 +66,10 @@ def evaluate(
             compared, other = source, load.replace(quantize=quantize, expert_skip=None)
         else:
             compared, other = reference, load.for_reference()
-        with load_model(compared, other, adapter if reference is None else None) as model, bar("evaluating the reference") as advance:
+        with (
+            load_model(compared, other, adapter if reference is None else None) as model,
+            bar("evaluating the reference") as advance,
+        ):
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
     with load_model(source, load.replace(quantize=quantize), adapter) as model, bar("evaluating") as advance:
         if recorded is None:

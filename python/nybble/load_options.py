@@ -96,10 +96,10 @@ class LoadOptions:
     )
     """Memory for the experts of a model, in gigabytes: for mixtures of experts that do not fit into memory.
 
-    The experts that tokens chose most lately stay in memory. The others are read from the GGUF file when a token chooses
-    them, which must stay and not change while the model is used. Results do not depend on the limit. `"auto"` limits
-    experts only if the model does not fit into the memory that is free, to three quarters of what other weights leave. None
-    keeps all in memory.
+    The experts that tokens chose most lately stay in memory. The others are read from the GGUF file when a token
+    chooses them, which must stay and not change while the model is used. Results do not depend on the limit. `"auto"`
+    limits experts only if the model does not fit into the memory that is free, to three quarters of what other weights
+    leave. None keeps all in memory.
     """
     expert_skip: float | None = field(
         default=None,
@@ -109,8 +109,8 @@ class LoadOptions:
     )
     """Leaves out the experts of a token whose weights are less than this share of the largest one's, from 0 to 1.
 
-    Fewer experts are faster and change results: `nybble eval` measures by how much. With 0, weights are only counted, for
-    `Model.expert_use`.
+    Fewer experts are faster and change results: `nybble eval` measures by how much. With 0, weights are only counted,
+    for `Model.expert_use`.
     """
     mmap: bool = field(
         default=True,

@@ -1,4 +1,4 @@
-"""`ModelInfo`: properties of a loaded model. `ExpertUse`: what its tokens chose. `kernels`: what it may compute with."""
+"""`ModelInfo`: properties of a loaded model. `ExpertUse`: what its tokens chose. `kernels`: instruction sets."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ impl FileRange {
         let OpenFile { path, file, len, modified } = &*self.file;
         let now = file.metadata().map_err(|error| Error::io(path, error))?;
         if now.len() != *len {
-            return Err(self.changed(format_args!("{} bytes, of which {len} were there before", now.len())));
+            return Err(self.changed(format_args!("{} bytes, and {len} before", now.len())));
         }
         if now.modified().ok() != *modified {
             return Err(self.changed("a file that was written to"));

@@ -1,4 +1,4 @@
-//! Experts of which only some are in memory, and experts that are left out.
+//! Limits of the memory for experts, and experts that are left out.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ fn experts(folder: &Path, block_type: BlockType) -> PathBuf {
     experts_of(&folder.join("experts.gguf"), block_type, USED)
 }
 
-/// Bytes of the experts in a file, about as many as in memory.
+/// Bytes of the experts in a file. In memory they take about the same.
 fn expert_bytes(path: &Path) -> usize {
     let file = Gguf::open(path).unwrap();
     let experts = file.tensors().iter().filter(|tensor| tensor.name().contains("_exps.weight"));

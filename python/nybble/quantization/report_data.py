@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The experts that were left out, and what that costs without any other quantization than that of loading the source."""
+    """The experts that were left out, and what that costs before quantization."""
 
     before: int
     """Experts of a layer of the source."""

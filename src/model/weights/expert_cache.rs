@@ -1,7 +1,7 @@
-//! Experts of which only some are in memory.
+//! A limit of the memory for experts.
 //!
 //! Each layer has places for as many experts as the limit allows. The others are read from the file and packed when a row chooses them.
-//! An expert takes the place of another one if it was chosen more often lately: of rows, each of which counts less the longer ago it was.
+//! An expert takes the place of another one if it was chosen more often lately: a row counts less the longer ago it was.
 //! Otherwise it stays only until the next one is read. Long prompts choose all experts of a layer, one after the other, and leave
 //! those that have places where they are.
 //!
@@ -118,7 +118,7 @@ struct LayerSize {
 }
 
 impl ExpertCache {
-    /// The cache for the experts of `layers`, of which `needs` accepts the tensors that are held. `None` if all experts fit or nothing
+    /// The cache for the experts of `layers`. `needs` accepts the tensors that are held. `None` if all experts fit or nothing
     /// limits them.
     ///
     /// # Errors
@@ -235,7 +235,7 @@ fn divide(sizes: &[LayerSize], bytes: usize, total: usize) -> BTreeMap<usize, us
     places
 }
 
-/// The experts of a layer, of which some are in memory.
+/// The experts of a layer. Some of them are in memory.
 #[derive(Debug)]
 pub(in crate::model) struct CachedExperts {
     cache: Arc<ExpertCache>,

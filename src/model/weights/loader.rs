@@ -172,7 +172,7 @@ impl Loader<'_> {
         Ok(Some(CachedExperts::new(Arc::clone(cache), index, count, files)))
     }
 
-    /// Calls `load`, which reads an expert of which not all are in memory.
+    /// Calls `load`, which reads an expert of a layer that may not keep all in memory.
     pub(in crate::model) fn load_expert<T>(&self, load: impl FnOnce(&Self) -> T) -> T {
         *self.expert_arena.borrow_mut() = self.experts.as_ref().map(|experts| experts.arena());
         let loaded = load(self);

@@ -41,6 +41,7 @@ pub struct RunContext<'a> {
     /// The importance of columns for tensors that are rounded without calibration.
     pub importance: Option<&'a Importance>,
     /// The experts that stay, if some are left out.
+    #[doc(hidden)]
     pub pruning: Option<&'a Pruning>,
     /// Called as the run proceeds.
     pub progress: StageProgress<'a>,

@@ -318,7 +318,7 @@ impl Experts {
         if let Some(lent) = &mut lent {
             let rows = own.choices.len() / used.max(1);
             let choices = own.choices.iter().map(|(expert, _)| *expert);
-            lent.choose(choices, rows, |expert| self.experts[expert].linears())?;
+            lent.choose(choices, rows, |expert| self.experts[expert].linears());
         }
         for (expert, mlp) in self.experts.iter().enumerate() {
             own.chosen.clear();

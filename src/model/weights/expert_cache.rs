@@ -296,15 +296,12 @@ pub(in crate::model) struct LentExperts<'a> {
 impl LentExperts<'_> {
     /// Notes the experts that the `rows` rows of a pass choose. Lets the system read those that are not in memory; `linears` returns the
     /// matrices of an expert, which have no memory.
-    ///
-    /// # Errors
-    /// [`Error::Malformed`] if some must be read and the file has changed.
     pub(in crate::model) fn choose<'b>(
         &mut self,
         choices: impl Iterator<Item = usize>,
         rows: usize,
         linears: impl Fn(usize) -> [&'b Linear; 2],
-    ) -> Result<()> {
+    ) {
         let CachedExperts { cache, layer, count, files, .. } = self.own;
         let own = Places::of(&mut self.state.layers, *layer, *count);
         own.chosen.fill(0);
@@ -315,23 +312,19 @@ impl LentExperts<'_> {
         for (score, chosen) in own.scores.iter_mut().zip(&own.chosen) {
             *score = *score * before + *chosen as f32 * each;
         }
-        let mut missing = (0..*count).filter(|expert| own.chosen[*expert] > 0 && own.experts[*expert].is_none());
-        if missing.next().is_some() {
-            files.check_unchanged()?;
-        }
+        let missing = (0..*count).filter(|expert| own.chosen[*expert] > 0 && own.experts[*expert].is_none());
         // The first one is read now. The others are read while it is packed and multiplied.
-        for expert in missing {
+        for expert in missing.skip(1) {
             linears(expert).into_iter().for_each(|linear| files.prefetch(linear));
         }
         let needed = own.chosen.iter().filter(|chosen| **chosen > 0).count() as u64;
         cache.counts[0].fetch_add(needed, Ordering::Relaxed);
-        Ok(())
     }
 
     /// The matrices of an expert. `linears` are the ones without memory.
     ///
     /// # Errors
-    /// Those of [`ExpertFiles::read`].
+    /// Those of [`ExpertFiles::check_unchanged`] and [`ExpertFiles::read`].
     pub(in crate::model) fn get(
         &mut self,
         scope: &Scope<'_>,
@@ -352,6 +345,7 @@ impl LentExperts<'_> {
             } else if !has_place && let Some((_, _, other)) = spare.take() {
                 put_back(arena, other);
             }
+            files.check_unchanged()?;
             let [up, down] = linears;
             let pair = [files.read(scope, arena, staging, up)?, files.read(scope, arena, staging, down)?];
             arena.trim(cache.largest);

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+import nybble
 from nybble import LoadOptions, Model, ModelError, SamplingOptions, _native, pipeline
 from nybble.cli import main
 
@@ -152,6 +153,41 @@ def test_options_of_experts_are_refused_where_they_have_no_effect(
     assert main(["run", str(small), "a", "--expert-memory", "much"]) != 0
     assert "a number of gigabytes or auto" in capsys.readouterr().err
     assert main(["run", str(small), "a", "--max-tokens", "1", "--expert-memory", "auto"]) == 0
+
+
+DOCUMENTS = ["".join(chr(32 + (i * i + n) % 90) for i in range(900)) for n in range(6)]
+
+
+def test_quantize_keeps_the_experts_that_tokens_choose_most(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned.gguf"
+    report = nybble.quantize(
+        small, out, recipe="rtn", prune_experts=5, calibration=DOCUMENTS, calibration_tokens=4096, progress=False
+    )
+    found = report.pruning
+    assert found is not None
+    assert (found.before, found.after) == (8, 5)
+    # Three of eight are left out, those that are chosen least.
+    assert 0 < found.left_out < 3 / 8
+    assert found.kl_mean > 0
+    assert 0 < found.top_agreement <= 1
+    assert nybble.Report.from_json(report.to_json()) == report
+    assert _native.GgufFile(out).metadata["llama.expert_count"] == 5
+    with Model.load(out, expert_skip=0, progress=False) as model, Model.load(small, progress=False) as whole:
+        model.generate([1, 2, 3], max_tokens=20, seed=1)
+        assert [len(layer) for layer in model.expert_use.chosen] == [5, 5, 5]
+        experts = 3 * 256 * 128 * 3 * 3
+        assert whole.info.parameters - model.info.parameters == experts + 3 * 3 * 128
+
+
+def test_numbers_of_experts_that_a_model_cannot_have_are_refused(small: Path, tiny_file: Path, tmp_path: Path) -> None:
+    for count in (2, 8):
+        with pytest.raises(ValueError, match=f"prune_experts: found {count}, expected 3 to 7"):
+            nybble.quantize(small, tmp_path / "out.gguf", recipe="rtn", prune_experts=count, calibration=DOCUMENTS)
+    with pytest.raises(ValueError, match="prune_experts: found 4 for a model without experts"):
+        nybble.quantize(tiny_file, tmp_path / "out.gguf", recipe="rtn", prune_experts=4, calibration=DOCUMENTS)
+    with pytest.raises(ValueError, match="prune_experts: found 0, expected a number of experts"):
+        nybble.QuantizeOptions(prune_experts=0)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_needs_count_the_memory_of_experts_up_to_the_limit(small: Path) -> None:

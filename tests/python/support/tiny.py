@@ -136,7 +136,7 @@ def write_experts(path: Path, layers: int, hidden: int, feed_forward: int, exper
     for layer in range(layers):
         tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
         tensors[f"blk.{layer}.ffn_norm.weight"] = norm(hidden)
-        router = dice.normal(0, 1, (experts, hidden)).astype(np.float32)
+        router = dice.normal(0, 2 / hidden**0.5, (experts, hidden)).astype(np.float32)
         tensors[f"blk.{layer}.ffn_gate_inp.weight"] = (F32, (hidden, experts), router.tobytes())
         for name, shape in layer_shapes(hidden, hidden // 2, feed_forward).items():
             stack = (experts,) if name.startswith("ffn_") else ()

@@ -141,7 +141,9 @@ def write_experts(path: Path, layers: int, hidden: int, feed_forward: int, exper
         for name, shape in layer_shapes(hidden, hidden // 2, feed_forward).items():
             stack = (experts,) if name.startswith("ffn_") else ()
             name = f"blk.{layer}.{name}{'_exps' if stack else ''}.weight"
-            tensors[name] = (Q8_0, (*shape, *stack), random_q8_0(dice, int(np.prod((*shape, *stack)))))
+            # Weights of a size with which experts change the results.
+            size = 0.02 / shape[0] ** 0.5
+            tensors[name] = (Q8_0, (*shape, *stack), random_q8_0(dice, int(np.prod((*shape, *stack))), size))
     write_gguf(path, values, tensors)
     return path
 
@@ -172,9 +174,9 @@ def q8_0(values: np.ndarray[Any, Any]) -> bytes:
     return b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, codes, strict=True))
 
 
-def random_q8_0(dice: np.random.Generator, count: int) -> bytes:
-    """Makes random Q8_0 data: blocks of 32 with an F16 scale and 32 signed bytes."""
-    scale = np.frombuffer(np.float16(0.0002).tobytes(), np.uint8)
+def random_q8_0(dice: np.random.Generator, count: int, size: float = 0.0002) -> bytes:
+    """Makes random Q8_0 data: blocks of 32 with the same F16 scale and 32 signed bytes."""
+    scale = np.frombuffer(np.float16(size).tobytes(), np.uint8)
     codes = np.frombuffer(dice.bytes(count), np.uint8).reshape(-1, BLOCK)
     return np.hstack([np.broadcast_to(scale, (len(codes), 2)), codes]).tobytes()
 

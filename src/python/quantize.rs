@@ -13,9 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Sparsity,
     AutoOptions, Format, GptqOptions, Importance, Pruning, QuantizeOptions, Recipe, RunContext, SignroundOptions,
-    Target, TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
+    Sparsity, Target, TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -168,19 +167,11 @@ pub(super) fn quantize(
         if let Some(bits) = options.bits_per_weight {
             formats = formats.spend_bits(&context, bits)?;
         }
-        match recipe {
-            Some((recipe, tuning)) => {
-                Ok(run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json())
-            }
+        let done = match recipe {
+            Some((recipe, tuning)) => run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json(),
             None => {
                 let target = options.target.map_or_else(Target::default, Target::Perplexity);
                 let options = AutoOptions { formats, target, budget, seed: options.seed, sparsity };
-                Ok(auto(&context, &options, &evaluation)?.to_json())
-        let done = match recipe {
-            Some((recipe, tuning)) => run(&context, &QuantizeOptions { recipe, tuning, formats })?.to_json(),
-            None => {
-                let target = options.target.map_or_else(Target::default, Target::Perplexity);
-                let options = AutoOptions { formats, target, budget, seed: options.seed };
                 auto(&context, &options, &evaluation)?.to_json()
             }
         };

@@ -54,7 +54,6 @@ pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
 #[doc(hidden)]
 pub use pruning::Pruning;
-pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
 pub use recipes::{Recipe, Sparsity};

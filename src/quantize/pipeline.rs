@@ -35,7 +35,8 @@ use crate::model::layerwise::Layerwise;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for options, if the output exists and `force` is not set, and for too little text;
-/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of [`Gguf::open`](crate::format::gguf::Gguf::open),
+/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of
+/// [`Gguf::open`](crate::format::gguf::Gguf::open),
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.check()?;
@@ -96,7 +97,6 @@ fn run_on(
     let windows = if options.recipe.needs_text() { context.windows } else { &[] };
     let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
     let key = run_key(checkpoint, (&options.recipe, &formats, options.sparsity, importance.transpose()?), windows);
-    let key = run_key(checkpoint, (&options.recipe, &formats, importance.transpose()?), windows);
     let key = key ^ context.pruning.map_or(0, Pruning::digest);
     let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let run = OpenRun { formats: &formats, ..run };

@@ -37,6 +37,8 @@ rust() (
     export CARGO_TARGET_DIR=$work
     export CARGO_TARGET_X86_64_PC_WINDOWS_GNU_LINKER=x86_64-w64-mingw32-gcc-win32
     export CARGO_TARGET_X86_64_PC_WINDOWS_GNU_RUNNER=$PWD/scripts/wine/run.sh
+    # Some tests run the examples.
+    "${CARGO:-cargo}" build --locked --profile test --examples 2>&1 | cat
     "${CARGO:-cargo}" test --locked --lib --tests "$@" 2>&1 | cat
 )
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests for Windows on any Debian machine under wine, for `make test-windows`: all Rust tests, then the Python
-# suite with the wheel of `make wheel-windows`. Installs what is missing and fails if it cannot.
+# suite with a wheel like that of `make wheel-windows`. Installs what is missing and fails if it cannot.
 #
 # scripts/test_windows.sh                       # everything
 # scripts/test_windows.sh rust [ARGUMENTS]      # arguments of `cargo test`
@@ -63,6 +63,7 @@ install_python() {
 
 python_suite() {
     local wheel
+    build_quickly
     scripts/wheel.sh windows
     wheel=$(ls -t target/wheels/nybble-*-win_amd64.whl | head -n 1)
     install_python "$wheel"

@@ -1,5 +1,8 @@
 # Functions of the scripts that build and test for other platforms. Sourced in the root of the repository.
 
+# Where Rust builds, as an absolute path.
+target_folder=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")
+
 # Installs the Debian packages named that are missing. `package:arm64` is one for another architecture.
 need() {
     local package missing=()

@@ -9,7 +9,7 @@ need rustc-web libstd-rust-web-dev libstd-rust-web-dev:arm64 gcc-aarch64-linux-g
 
 # Debian's compiler instead of rustup's, and a separate target folder.
 export RUSTC=/usr/bin/rustc
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/arm"
+export CARGO_TARGET_DIR=$target_folder/arm
 export CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 # The C library comes with the cross compiler. QEMU's CPU has every instruction, so the NEON kernel must run.

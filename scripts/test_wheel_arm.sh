@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/cross.sh
 
-work=$PWD/${CARGO_TARGET_DIR:-target}/arm-python
+work=$target_folder/arm-python
 root=$work/root
 need qemu-user
 # Python, and all that it depends on.

@@ -17,7 +17,7 @@ NUMPY=numpy==1.26.4
 
 part=${1:-all}
 shift || true
-work=$PWD/${CARGO_TARGET_DIR:-target}/windows
+work=$target_folder/windows
 need gcc-mingw-w64-x86-64-win32 wine wine64
 export WINEPREFIX=$work/wine WINEARCH=win64 WINEDEBUG=-all
 export NYBBLE_TUNING=off

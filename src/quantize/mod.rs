@@ -31,6 +31,7 @@ mod overrides;
 mod pipeline;
 mod recipes;
 mod resume;
+mod sparsity;
 mod tuning;
 
 #[doc(hidden)]
@@ -51,7 +52,8 @@ pub use overrides::TensorFormats;
 #[doc(hidden)]
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
-pub use recipes::{Recipe, Sparsity};
+pub use sparsity::Sparsity;
 pub use tuning::TuningOptions;

@@ -4,21 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(rustc-web libstd-rust-web-dev libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
-missing=()
-for package in "${packages[@]}"; do
-    [[ "$(dpkg-query --show --showformat='${db:Status-Abbrev}' "$package" 2>/dev/null)" == ii* ]] || missing+=("$package")
-done
-if ((${#missing[@]})); then
-    echo "installing ${missing[*]}"
-    dpkg --add-architecture arm64
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-fi
+source scripts/cross.sh
+need rustc-web libstd-rust-web-dev libstd-rust-web-dev:arm64 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 
 # Debian's compiler instead of rustup's, and a separate target folder.
 export RUSTC=/usr/bin/rustc
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/arm"
+export CARGO_TARGET_DIR=$target_folder/arm
 export CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 # The C library comes with the cross compiler. QEMU's CPU has every instruction, so the NEON kernel must run.

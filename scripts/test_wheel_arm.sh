@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/cross.sh
 
-work=$PWD/${CARGO_TARGET_DIR:-target}/arm-python
+work=$target_folder/arm-python
 root=$work/root
 need qemu-user
 # Python, and all that it depends on.
@@ -22,6 +22,7 @@ if [[ ! -e $root/.installed ]]; then
 fi
 version=$(basename "$(readlink -f "$root/usr/bin/python3")")
 
+build_quickly
 scripts/wheel.sh arm
 wheel=$(ls -t target/wheels/nybble-*-manylinux_2_28_aarch64.whl | head -n 1)
 stamp=$(sha256sum "$0" "$wheel" pyproject.toml | sha256sum)

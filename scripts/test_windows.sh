@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests for Windows on any Debian machine under wine, for `make test-windows`: all Rust tests, then the Python
-# suite with the wheel of `make wheel-windows`. Installs what is missing and fails if it cannot.
+# suite with a wheel like that of `make wheel-windows`. Installs what is missing and fails if it cannot.
 #
 # scripts/test_windows.sh                       # everything
 # scripts/test_windows.sh rust [ARGUMENTS]      # arguments of `cargo test`
@@ -17,7 +17,7 @@ NUMPY=numpy==1.26.4
 
 part=${1:-all}
 shift || true
-work=$PWD/${CARGO_TARGET_DIR:-target}/windows
+work=$target_folder/windows
 need gcc-mingw-w64-x86-64-win32 wine wine64
 export WINEPREFIX=$work/wine WINEARCH=win64 WINEDEBUG=-all
 export NYBBLE_TUNING=off
@@ -37,6 +37,8 @@ rust() (
     export CARGO_TARGET_DIR=$work
     export CARGO_TARGET_X86_64_PC_WINDOWS_GNU_LINKER=x86_64-w64-mingw32-gcc-win32
     export CARGO_TARGET_X86_64_PC_WINDOWS_GNU_RUNNER=$PWD/scripts/wine/run.sh
+    # Some tests run the examples.
+    "${CARGO:-cargo}" build --locked --profile test --examples 2>&1 | cat
     "${CARGO:-cargo}" test --locked --lib --tests "$@" 2>&1 | cat
 )
 
@@ -61,6 +63,7 @@ install_python() {
 
 python_suite() {
     local wheel
+    build_quickly
     scripts/wheel.sh windows
     wheel=$(ls -t target/wheels/nybble-*-win_amd64.whl | head -n 1)
     install_python "$wheel"

@@ -7,7 +7,7 @@ source scripts/cross.sh
 
 out=target/wheels
 # Separate from the folder of other builds, whose compiler may be another one.
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/cross"
+export CARGO_TARGET_DIR=$target_folder/cross
 
 # Builds the wheel for the target $1 with maturin's options that follow.
 build() (
@@ -24,7 +24,7 @@ macos() {
     mkdir -p "$tools"
     ln -sf "$(command -v llvm-objcopy)" "$tools/rust-objcopy"
     ln -sf "$(command -v llvm-strip)" "$tools/strip"
-    PATH="$PWD/$tools:$PATH" build "$1" --zig
+    PATH="$tools:$PATH" build "$1" --zig
 }
 
 for platform; do

@@ -42,7 +42,7 @@ pub(super) fn default_threads() -> usize {
 /// The name of the CPU's model. None where neither the CPU nor the system has one.
 #[pyfunction]
 pub(super) fn cpu_name() -> Option<String> {
-    crate::system::cpu::name()
+    crate::kernels::cpu::name()
 }
 
 /// Bytes of memory that this process can still use without swap. None where the system does not report it.

@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn only_4_bit_weights_with_many_zeros_are_packed_without_them() {
-        let (rows, columns) = (70, 640);
+        let (rows, columns) = (262, 640);
         let (pool, arena) = (ThreadPool::new(2).unwrap(), Arena::new(0));
         for (block_type, zeros, expected) in [
             (BlockType::Q4_0, 0, false),

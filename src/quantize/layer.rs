@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::format::{BLOCK, Format, GroupedFormat};
-use super::recipes::Sparsity;
+use super::sparsity::Sparsity;
 use crate::error::{Error, Result};
 
 /// A linear layer to quantize: its weights and the second moments of its inputs.

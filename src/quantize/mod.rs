@@ -32,6 +32,7 @@ mod pipeline;
 mod pruning;
 mod recipes;
 mod resume;
+mod sparsity;
 mod tuning;
 
 #[doc(hidden)]
@@ -52,9 +53,10 @@ pub use overrides::TensorFormats;
 #[doc(hidden)]
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
+pub use recipes::Recipe;
 #[doc(hidden)]
 pub use pruning::Pruning;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
-pub use recipes::{Recipe, Sparsity};
+pub use sparsity::Sparsity;
 pub use tuning::TuningOptions;

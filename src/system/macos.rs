@@ -59,7 +59,7 @@ fn number(name: &CStr) -> Option<usize> {
 
 /// A text that the system knows by name.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn text(name: &CStr) -> Option<String> {
+pub(crate) fn text(name: &CStr) -> Option<String> {
     let mut bytes = vec![0u8; 256];
     let mut size = bytes.len();
     // SAFETY: the name ends with a zero, `size` bytes are writable, and nothing is set.

@@ -7,7 +7,6 @@ pub(crate) mod arena;
 mod cache_line;
 #[cfg(any(target_os = "linux", test))]
 pub(crate) mod cgroup;
-pub(crate) mod cpu;
 #[cfg(any(all(windows, target_env = "gnu"), test))]
 mod fused;
 mod huge_pages;

@@ -168,6 +168,7 @@ def processes(
     load: LoadOptions | None = None,
     options: EngineOptions | None = None,
     draft: Model | None = None,
+    silent_seconds: float = worker.SILENT_SECONDS,
     **overrides: Unpack[EngineOverrides],
 ) -> Pipeline:
     """Starts a pipeline whose stages are processes of this machine.
@@ -180,6 +181,8 @@ def processes(
         load: How each stage loads its part; `threads` is the number of each. The defaults of `LoadOptions` if None.
         options: As in `Engine`.
         draft: As in `Engine`; it computes in this process.
+        silent_seconds: A stage sends a sign of life every second, also while it computes. A stage that is silent for
+            this long is killed and started again.
         **overrides: Single options of the engine by name.
 
     Raises:
@@ -195,7 +198,9 @@ def processes(
             print(engine.submit("Once upon a time", max_tokens=64).result())
         ```
     """
-    new_stages = lambda path, units: worker.processes(str(path), units)  # noqa: E731
+    if not silent_seconds > 0:
+        raise ValueError(f"silent_seconds: found {silent_seconds}, expected more than 0")
+    new_stages = lambda path, units: worker.processes(str(path), units, silent_seconds=silent_seconds)  # noqa: E731
     return open_pipeline(
         source,
         new_stages,

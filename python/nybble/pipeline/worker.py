@@ -1,6 +1,7 @@
 """A stage in a process of its own, and the link to it.
 
 Messages go through the standard input and output of the process, each with its length (U64, little-endian) before it.
+While the process lives, it also sends a beat every second: the greatest length, without a message.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, cast
 
 from nybble.load_options import LoadOptions
@@ -21,7 +24,11 @@ from nybble.pipeline.relay import Relay
 from nybble.pipeline.stages import StageInfo, Units, describe, load_stage
 
 _LENGTH = struct.Struct("<Q")
+_BEAT = (1 << 64) - 1
+_BEAT_SECONDS = 1.0
 _PIPE_BYTES = 1 << 20
+SILENT_SECONDS = 60.0
+"""How long a stage may send nothing before it counts as ended."""
 
 
 def _write(to: BinaryIO, *messages: bytes) -> None:
@@ -31,13 +38,14 @@ def _write(to: BinaryIO, *messages: bytes) -> None:
     to.flush()
 
 
-def _read(of: BinaryIO) -> bytes:
-    """Reads a message.
+def _read(of: BinaryIO, hear: Callable[[], None] = lambda: None) -> bytes:
+    """Reads a message. Calls `hear` after each beat before it.
 
     Raises:
         EOFError: The other process has ended.
     """
-    (length,) = _LENGTH.unpack(_read_exactly(of, _LENGTH.size))
+    while (length := _LENGTH.unpack(_read_exactly(of, _LENGTH.size))[0]) == _BEAT:
+        hear()
     return _read_exactly(of, length)
 
 
@@ -65,9 +73,17 @@ class ProcessLink:
         options: How to load it.
         units: The units of the stage.
         command: A command that runs the process, before the interpreter.
+        silent_seconds: The process is killed if it is to reply and sends nothing for as long.
     """
 
-    def __init__(self, path: str, options: LoadOptions, units: Units, command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str,
+        options: LoadOptions,
+        units: Units,
+        command: Sequence[str] = (),
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> None:
         python = [sys.executable, "-c", "from nybble.pipeline.worker import main; main()"]
         # The interpreter of this program, and the command of the caller.
         self._process = subprocess.Popen(  # noqa: S603
@@ -78,10 +94,16 @@ class ProcessLink:
         )
         for pipe in (self._process.stdin, self._process.stdout):
             _enlarge(cast("BinaryIO", pipe))
+        self._silent_seconds = silent_seconds
+        self._silent_beats = 0
+        """Beats of this process without one of the other."""
+        self._is_waiting = self._was_silent = False
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="nybble-stage-watch", daemon=True).start()
         try:
             setup = {"path": os.fspath(path), "options": dataclasses.asdict(options), "units": units}
             _write(cast("BinaryIO", self._process.stdin), json.dumps(setup).encode())
-            found = json.loads(_read(cast("BinaryIO", self._process.stdout)))
+            found = json.loads(self.receive())
             if "error" in found:
                 raise _ERRORS.get(found["kind"], RuntimeError)(found["error"])
             self.info: StageInfo = StageInfo(**found)
@@ -111,11 +133,35 @@ class ProcessLink:
 
         Raises:
             EOFError, OSError: The process has ended.
+            TimeoutError: It was silent for too long and was killed.
         """
-        return _read(cast("BinaryIO", self._process.stdout))
+        self._silent_beats, self._is_waiting = 0, True
+        try:
+            return _read(cast("BinaryIO", self._process.stdout), self._hear)
+        except EOFError:
+            if self._was_silent:
+                raise TimeoutError(f"sent nothing for {self._silent_seconds:g} seconds and was killed") from None
+            raise
+        finally:
+            self._is_waiting = False
+
+    def _hear(self) -> None:
+        self._silent_beats = 0
+
+    def _watch(self) -> None:
+        """In a thread: kills a process that is to reply and no longer beats.
+
+        It counts its own beats instead of seconds, so a pause of both processes, or of the machine, does not count.
+        """
+        while not self._closed.wait(_BEAT_SECONDS):
+            self._silent_beats += 1
+            if self._is_waiting and self._silent_beats * _BEAT_SECONDS > self._silent_seconds:
+                self._was_silent = True
+                self._process.kill()
 
     def close(self) -> None:
         """Ends the process."""
+        self._closed.set()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -125,9 +171,11 @@ class ProcessLink:
                     pipe.close()
 
 
-def processes(path: str, units: Sequence[Units], command: Sequence[str] = ()) -> Relay:
+def processes(
+    path: str, units: Sequence[Units], command: Sequence[str] = (), silent_seconds: float = SILENT_SECONDS
+) -> Relay:
     """Stages in processes of this machine."""
-    return Relay(lambda options, own: ProcessLink(path, options, own, command), units)
+    return Relay(lambda options, own: ProcessLink(path, options, own, command, silent_seconds), units)
 
 
 _ERRORS: dict[str, type[Exception]] = {
@@ -145,15 +193,31 @@ def main() -> None:
     # What anything else prints must not look like a message.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     setup = json.loads(_read(of))
+    lock = threading.Lock()
+
+    def reply(message: bytes) -> None:
+        with lock:
+            _write(to, message)
+
+    def beat() -> None:
+        # The end of the process ends this thread. The lock keeps a beat out of a message.
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                with lock:
+                    to.write(_LENGTH.pack(_BEAT))
+                    to.flush()
+                time.sleep(_BEAT_SECONDS)
+
+    threading.Thread(target=beat, name="nybble-beat", daemon=True).start()
     try:
         stage = load_stage(setup["path"], LoadOptions(**setup["options"]), tuple(setup["units"]))
     except Exception as error:
-        _write(to, json.dumps({"error": str(error), "kind": type(error).__name__}).encode())
+        reply(json.dumps({"error": str(error), "kind": type(error).__name__}).encode())
         return
-    _write(to, json.dumps(describe(stage)).encode())
+    reply(json.dumps(describe(stage)).encode())
     try:
         while True:
             plan, received = _read(of), _read(of)
-            _write(to, stage.run(plan, received))
+            reply(stage.run(plan, received))
     except (EOFError, BrokenPipeError):
         return

@@ -24,7 +24,7 @@ use half::f16;
 
 use super::sparse::{self, Expander};
 use super::unpack::{becomes_int4, register, unpack};
-use super::vector::{Avx512, load_f16, load_f32, load_table, store};
+use super::vector::{AHEAD, Avx512, load_f16, load_f32, load_table, store};
 use crate::kernels::activations::{Activations, MAX_TILE_ROWS, Tile};
 use crate::kernels::avx2::prefetch;
 use crate::kernels::generic::product::{
@@ -37,8 +37,6 @@ use crate::threads::Columns;
 
 /// Panels that a broadcast activation is multiplied by.
 const PAIR: usize = 2;
-/// Blocks between the prefetch of a line and its use when there is one tile, so that only memory limits the speed.
-pub(super) const AHEAD: usize = 12;
 /// Rows up to which unpacking a panel once for all tiles is not faster.
 const FEW: usize = 32;
 /// Blocks that are unpacked together at most: 16 KiB of codes for two panels. A multiple of the blocks of any group, and those whose sparse
@@ -57,7 +55,7 @@ pub(super) fn product(w: &Packed, panels: Range<usize>, x: &Activations, out: &m
 }
 
 /// A [`Product`] by AVX-512.
-pub(super) type Product512<'a, 'c> = Product<'a, 'c, Avx512>;
+type Product512<'a, 'c> = Product<'a, 'c, Avx512>;
 
 impl ByLayout for Product512<'_, '_> {
     #[inline(always)]

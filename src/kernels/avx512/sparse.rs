@@ -15,12 +15,11 @@
 
 use std::arch::x86_64::*;
 
-use super::product::{AHEAD, Product512};
 use super::unpack::unpack;
-use super::vector::{Avx512, load_f16, store, store_line};
+use super::vector::{AHEAD, Avx512, load_f16, store, store_line};
 use crate::kernels::activations::Tile;
 use crate::kernels::avx2::{self, prefetch};
-use crate::kernels::generic::product::{ByTile, INT4, by_tile, run_of};
+use crate::kernels::generic::product::{ByTile, INT4, Product, by_tile, run_of};
 use crate::quant::packed::sparse::{CHUNK, Int4Block, Mask, SparseBlocks, WORDS, code_bytes};
 use crate::quant::packed::{BLOCK, CacheLine, PANEL};
 
@@ -86,14 +85,14 @@ fn expand_by_shuffles(blocks: SparseBlocks<'_>, out: &mut [[CacheLine; 8]]) {
 
 /// The product of a sparse matrix with one tile of rows, at most.
 #[inline(always)]
-pub(super) fn few_rows<const GROUP: usize>(_: Expander, product: Product512<'_, '_>) {
+pub(super) fn few_rows<const GROUP: usize>(_: Expander, product: Product<'_, '_, Avx512>) {
     let x = product.x;
     by_tile(x, 0..x.rows(), &mut Panels::<GROUP> { product });
 }
 
 /// All panels times a tile.
 struct Panels<'a, 'c, const GROUP: usize> {
-    product: Product512<'a, 'c>,
+    product: Product<'a, 'c, Avx512>,
 }
 
 impl<const GROUP: usize> ByTile for Panels<'_, '_, GROUP> {
@@ -107,7 +106,7 @@ impl<const GROUP: usize> ByTile for Panels<'_, '_, GROUP> {
 impl<const GROUP: usize> Panels<'_, '_, GROUP> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi2,popcnt,avx2,fma,f16c")]
     fn one_tile<const R: usize>(&mut self, row: usize) {
-        let Product512 { w, panels, x, out, .. } = &mut self.product;
+        let Product { w, panels, x, out, .. } = &mut self.product;
         let (blocks, rows) = (w.blocks(), row..x.rows().min(row + R));
         let x = x.tile::<R>(row).blocks(0..blocks);
         let output_scale = _mm512_set1_ps(w.output_scale());

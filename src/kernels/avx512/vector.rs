@@ -8,6 +8,9 @@ use crate::kernels::avx2::x86_vector;
 use crate::kernels::generic::vector::Vector;
 use crate::quant::packed::{CacheLine, PANEL};
 
+/// Blocks between the prefetch of a line and its use when there is one tile, so that only memory limits the speed.
+pub(super) const AHEAD: usize = 12;
+
 /// Proof that the CPU has AVX-512 F, BW, VL and VNNI, and AVX2, FMA and F16C.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::kernels) struct Avx512(());

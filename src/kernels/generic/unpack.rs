@@ -3,7 +3,7 @@
 use super::product::{INT2, INT3, INT5, INT6, INT8, TABLE4};
 use crate::quant::packed::CacheLine;
 
-/// An instruction set that unpacks codes in registers of bytes, each of which holds a part of a cache line.
+/// An instruction set that unpacks codes in registers of bytes. A register holds a part of a cache line.
 ///
 /// What [`Vector`](super::vector::Vector) says of values of the type and of inlining holds here, too.
 pub(in crate::kernels) trait ByteVector: Copy {

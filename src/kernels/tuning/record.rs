@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::system::cpu;
+use crate::kernels::cpu;
 
 /// How many times as fast as the first kernel another one must be to be chosen. Less may be noise.
 const MARGIN: f64 = 1.05;

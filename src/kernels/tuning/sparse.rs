@@ -61,7 +61,7 @@ fn matrices(scope: &Scope<'_>) -> Option<(Packed, Packed)> {
         for word in panel.iter_mut().flat_map(|panel| bytemuck::cast_slice_mut::<CacheLine, u64>(panel.codes)) {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             // A bit for each code, spread to its four bits.
-            let zeros = (state >> 16 & 0x1111_1111_1111_1111) * 15;
+            let zeros = (state.rotate_right(16) & 0x1111_1111_1111_1111) * 15;
             *word = state & !zeros | 0x8888_8888_8888_8888 & zeros;
         }
         panel.iter_mut().for_each(|panel| panel.scales.fill([half::f16::ONE; PANEL]));

@@ -128,7 +128,7 @@ impl Packed {
         });
         let total = starts.iter_mut().fold(0, |total, length| total + std::mem::replace(length, total));
         let lines = panels * (blocks + scale_lines) + total.div_ceil(size_of::<CacheLine>());
-        if lines > self.memory.len() / 10 * 9 {
+        if 10 * lines > 9 * self.memory.len() {
             return Ok(None);
         }
         let mut memory = memory(lines, super::PURPOSE)?;

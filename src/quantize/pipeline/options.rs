@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use crate::quantize::format::Format;
 use crate::quantize::overrides::TensorFormats;
-use crate::quantize::recipes::{Recipe, Sparsity, prune};
+use crate::quantize::recipes::{Recipe, prune};
+use crate::quantize::sparsity::Sparsity;
 use crate::quantize::tuning::TuningOptions;
 
 /// How to quantize a checkpoint.

@@ -14,8 +14,9 @@ use crate::quantize::context::OpenRun;
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::LayerProblem;
 use crate::quantize::overrides::Stored;
-use crate::quantize::recipes::{NormScaling, Recipe, Sparsity, awq, exact};
+use crate::quantize::recipes::{NormScaling, Recipe, awq, exact};
 use crate::quantize::resume::ResumeLog;
+use crate::quantize::sparsity::Sparsity;
 
 /// The name of the recipe that takes over what the source has.
 pub(super) const EXACT: &str = "exact";

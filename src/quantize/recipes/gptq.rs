@@ -7,11 +7,12 @@
 
 use std::ops::Range;
 
-use super::prune::{self, Sparsity};
+use super::prune;
 use super::{refine, rtn};
 use crate::quantize::compute::{Compute, inverse_factor};
 use crate::quantize::format::GroupedFormat;
 use crate::quantize::layer::{LayerProblem, Solution};
+use crate::quantize::sparsity::Sparsity;
 
 /// Columns whose errors are passed on to later columns together.
 const BLOCK: usize = 128;

@@ -14,6 +14,5 @@ mod signround;
 
 pub use gptq::GptqOptions;
 pub(super) use norm_scaling::NormScaling;
-pub use prune::Sparsity;
 pub use recipe::Recipe;
 pub use signround::SignroundOptions;

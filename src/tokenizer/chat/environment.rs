@@ -111,10 +111,15 @@ mod tests {
         // A process cannot change its time zone safely while other threads run, so the test starts itself in this one.
         if std::env::var("TZ").as_deref() != Ok(ZONE) {
             let test = "tokenizer::chat::environment::tests::templates_see_the_local_time";
-            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-            let done = command.args([test, "--exact"]).env("TZ", ZONE).output().unwrap();
+            // `make test-arm` names an emulator, which cannot start programs like itself without it.
+            let emulator = std::env::var("NYBBLE_TEST_RUNNER").unwrap_or_default();
+            let program = std::env::current_exe().unwrap().into_os_string();
+            let mut words = emulator.split_whitespace().map(Into::into).chain([program]);
+            let mut command = std::process::Command::new(words.next().unwrap());
+            let done = command.args(words).args([test, "--exact"]).env("TZ", ZONE).output().unwrap();
             let printed = String::from_utf8_lossy(&done.stdout);
-            assert!(done.status.success() && printed.contains("1 passed"), "{printed}");
+            let errors = String::from_utf8_lossy(&done.stderr);
+            assert!(done.status.success() && printed.contains("1 passed"), "{}: {printed}{errors}", done.status);
             return;
         }
         let east = chrono::TimeDelta::minutes(5 * 60 + 45);

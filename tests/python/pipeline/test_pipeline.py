@@ -154,6 +154,32 @@ def test_no_answer_is_lost_when_stages_are_killed(deep_file: Path, expected: lis
         assert now.isdisjoint(killed)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops processes by a signal of POSIX")
+def test_no_answer_is_lost_when_a_stage_hangs(deep_file: Path, expected: list[str]) -> None:
+    options = LoadOptions(threads=1)
+    with pipeline.processes(deep_file, stages=3, load=options, silent_seconds=3) as engine:
+        stages = engine.model.stages
+        assert isinstance(stages, relay.Relay)
+        requests = [engine.submit(prompt, seed=n, **OPTIONS) for n, prompt in enumerate(PROMPTS)]
+        next(iter(requests[0]))
+        stopped = stages._links[1]
+        assert isinstance(stopped, ProcessLink)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert [request.result(timeout=300).text for request in requests] == expected
+        assert engine.failure is None
+        now = stages._links[1]
+        assert isinstance(now, ProcessLink)
+        assert now.pid != stopped.pid
+        assert stopped._was_silent
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops processes by a signal of POSIX")
+def test_a_stage_that_hangs_while_it_loads_is_an_error(deep_file: Path) -> None:
+    stop_itself = ["sh", "-c", "kill -STOP $$"]
+    with pytest.raises(TimeoutError, match="sent nothing for 2 seconds and was killed"):
+        ProcessLink(str(deep_file), LoadOptions(threads=1), (0, LAYERS + 1), stop_itself, silent_seconds=2)
+
+
 def test_the_server_answers_from_stages(deep_file: Path, whole: Model) -> None:
     turns = [{"role": "user", "content": "Hello"}]
     expected = whole.chat(turns, temperature=0, max_tokens=8).text

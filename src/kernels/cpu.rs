@@ -5,7 +5,7 @@ pub(crate) fn name() -> Option<String> {
     #[cfg(target_arch = "x86_64")]
     let found = Some(brand());
     #[cfg(all(target_os = "macos", not(target_arch = "x86_64")))]
-    let found = super::macos::text(c"machdep.cpu.brand_string");
+    let found = crate::system::macos::text(c"machdep.cpu.brand_string");
     #[cfg(not(any(target_arch = "x86_64", target_os = "macos")))]
     let found = None::<String>;
     let found = found?;

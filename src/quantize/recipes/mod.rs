@@ -7,6 +7,8 @@ pub(super) mod fixtures;
 pub(super) mod gptq;
 mod norm_scaling;
 pub(super) mod prune;
+#[cfg(test)]
+mod pruning_tests;
 mod recipe;
 mod refine;
 pub(super) mod rtn;

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nybble.generation.stream import TextStream
     from nybble.load_options import LoadOptions, LoadOverrides
     from nybble.model import Model
-    from nybble.model_info import ModelInfo, kernels
+    from nybble.model_info import ExpertUse, ModelInfo, kernels
     from nybble.progress import Progress, StageProgress
     from nybble.quantization.api import quantize
     from nybble.quantization.evaluation import Documents, Evaluation, Reference, evaluate
@@ -51,6 +51,7 @@ __all__ = [
     "EngineOverrides",
     "EngineStats",
     "Evaluation",
+    "ExpertUse",
     "FinishReason",
     "Format",
     "InternalError",
@@ -99,7 +100,7 @@ _MODULES = {
     "generation.stream": ("TextStream",),
     "load_options": ("LoadOptions", "LoadOverrides"),
     "model": ("Model",),
-    "model_info": ("ModelInfo", "kernels"),
+    "model_info": ("ExpertUse", "ModelInfo", "kernels"),
     "progress": ("Progress", "StageProgress"),
     "quantization.api": ("quantize",),
     "quantization.evaluation": ("Documents", "Evaluation", "Reference", "evaluate"),

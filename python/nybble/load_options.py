@@ -87,6 +87,31 @@ class LoadOptions:
     None loads it from the same file when an engine with `speculation="mtp"` or `"auto"` first needs it. False does not
     use it.
     """
+    expert_memory: float | str | None = field(
+        default=None,
+        metadata=doc(
+            "Memory for the experts of a GGUF file, in gigabytes, or auto. Others are read when tokens choose them.",
+            "GB",
+        ),
+    )
+    """Memory for the experts of a model, in gigabytes: for mixtures of experts that do not fit into memory.
+
+    The experts that tokens chose most lately stay in memory. The others are read from the GGUF file when a token
+    chooses them, which must stay and not change while the model is used. Results do not depend on the limit. `"auto"`
+    limits experts only if the model does not fit into the memory that is free, to three quarters of what other weights
+    leave. None keeps all in memory.
+    """
+    expert_skip: float | None = field(
+        default=None,
+        metadata=doc(
+            "Leave out experts of a token whose weights are below this share of its largest one, from 0 to 1.", "RATIO"
+        ),
+    )
+    """Leaves out the experts of a token whose weights are less than this share of the largest one's, from 0 to 1.
+
+    Fewer experts are faster and change results: `nybble eval` measures by how much. With 0, weights are only counted,
+    for `Model.expert_use`.
+    """
     mmap: bool = field(
         default=True,
         metadata=doc("Map files into memory while they load. --no-mmap reads them: safe if a file changes meanwhile."),
@@ -99,7 +124,17 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         texts = dict.fromkeys(("filename", "revision", "kernel", "quantize", "cache_type"), str)
-        check_types(self, {**texts, "threads": int, "context": int, "mtp": bool, "mmap": bool})
+        numbers = {"expert_memory": (int, float, str), "expert_skip": (int, float)}
+        check_types(self, {**texts, **numbers, "threads": int, "context": int, "mtp": bool, "mmap": bool})
+
+    def for_draft(self) -> LoadOptions:
+        """Returns a copy for a draft model, which may have no experts."""
+        expert_memory = None if self.expert_memory is None else "auto"
+        return dataclasses.replace(self, expert_memory=expert_memory, expert_skip=None)
+
+    def for_reference(self) -> LoadOptions:
+        """Returns a copy for another model that this one is compared with, whose weights stay as stored."""
+        return dataclasses.replace(self.for_draft(), filename=None, revision=None, quantize="stored")
 
     def replace(self, **overrides: Unpack[LoadOverrides]) -> LoadOptions:
         """Returns a copy with some options changed."""
@@ -117,6 +152,8 @@ class LoadOverrides(TypedDict, total=False):
     quantize: str | None
     cache_type: Literal["f16", "int8", "f32"] | None
     mtp: bool | None
+    expert_memory: float | str | None
+    expert_skip: float | None
     mmap: bool
 
 

@@ -17,7 +17,7 @@ from nybble.generation.chatting import Chatting
 from nybble.generation.request import as_prompts, prepare, token_ids
 from nybble.generation.stream import TextStream, generate
 from nybble.load_options import LoadOptions, LoadOverrides, merge_load_options
-from nybble.model_info import ModelInfo
+from nybble.model_info import ExpertUse, ModelInfo
 from nybble.overrides import keyword_only
 from nybble.progress import Progress, counts
 from nybble.sampling import SamplingOptions, SamplingOverrides, merge
@@ -164,6 +164,9 @@ class Model(Chatting):
         for name, count in (("threads", chosen.threads), ("context", chosen.context)):
             if isinstance(count, int) and not 0 <= count < 2**63:
                 raise ValueError(f"{name}: found {count}, expected 1 or more")
+        for name, number in (("expert_memory", chosen.expert_memory), ("expert_skip", chosen.expert_skip)):
+            if isinstance(number, (int, float)) and not 0 <= number < 1e9:
+                raise ValueError(f"{name}: found {number}, expected a number that is not negative")
         # Imports of what not every program needs come late: a program that imports nybble starts sooner.
         from nybble.models import hub
 
@@ -230,6 +233,13 @@ class Model(Chatting):
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that calls can choose."""
         return tuple(self._native.adapters())
+
+    @property
+    def expert_use(self) -> ExpertUse:
+        """What tokens have chosen of the experts so far, for models with `expert_memory` or `expert_skip`."""
+        used = self._native.expert_use()
+        counts = {name: tuple(map(tuple, used[name])) for name in ("weight_shares", "chosen")}
+        return ExpertUse(**{**used, **counts})
 
     @overload
     def generate(

@@ -1,4 +1,4 @@
-"""`ModelInfo`: properties of a loaded model. `kernels`: what it may compute with."""
+"""`ModelInfo`: properties of a loaded model. `ExpertUse`: what its tokens chose. `kernels`: instruction sets."""
 
 from __future__ import annotations
 
@@ -69,6 +69,38 @@ class ModelInfo:
         Linux only. Weights and large caches ask for huge pages, which speed up decoding; the system may refuse them.
         """
         return memory.huge_page_bytes()
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """What tokens have chosen of the experts of a model so far."""
+
+    needed: int
+    """Experts that steps needed; each counts once per layer and step. 0 if all experts are in memory."""
+    read: int
+    """Experts of these that were not in memory and were read from the file."""
+    weight_shares: tuple[tuple[int, ...], ...]
+    """For each layer with experts: how many of the chosen ones have which weight.
+
+    Weights are shares of the largest one of the token. The first hundred numbers count those of 0 to 1, 1 to 2, ...
+    hundredths, the last one those that are the largest. Empty unless the model has `LoadOptions.expert_skip`.
+    """
+    chosen: tuple[tuple[int, ...], ...]
+    """For each layer with experts: how many tokens chose each expert, also where it was left out.
+
+    Empty unless the model has `LoadOptions.expert_skip`.
+    """
+
+    def below(self, ratio: float) -> float:
+        """Returns the share of chosen experts that `expert_skip=ratio` leaves out, in steps of 0.01.
+
+        Raises:
+            ValueError: The model does not count weights, or nothing was computed yet.
+        """
+        total = sum(map(sum, self.weight_shares))
+        if total == 0:
+            raise ValueError("expert_use: found no counts, expected a model with expert_skip that has computed tokens")
+        return sum(sum(layer[: round(100 * ratio)]) for layer in self.weight_shares) / total
 
 
 def kernels() -> list[str]:

@@ -130,6 +130,7 @@ impl DiskCache {
     /// # Errors
     /// [`Error::InvalidArgument`] if something other than a folder is at `path`, or others may write to it; [`Error::Io`].
     pub(super) fn open(model: &Arc<Model>, path: &Path, limit: u64) -> Result<DiskCache> {
+        model.prepare_fingerprint()?;
         let folder = Folder::open(path, &model.first_prefix(None))?;
         let listed = folder.list();
         let index = Index { stored: listed.own, bytes: listed.bytes, written: 0 };

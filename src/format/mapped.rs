@@ -52,8 +52,12 @@ fn name_link(path: &Path, error: std::io::Error) -> std::io::Error {
 impl Bytes {
     /// Opens the file at `path` and maps or reads it.
     pub(super) fn open(path: &Path, mmap: bool) -> std::io::Result<Bytes> {
-        let mut file = open(path)?;
-        if mmap && let Some(map) = first_map(&file, [shared, private])? {
+        Bytes::of(&mut open(path)?, mmap)
+    }
+
+    /// Maps or reads an open file.
+    pub(super) fn of(file: &mut File, mmap: bool) -> std::io::Result<Bytes> {
+        if mmap && let Some(map) = first_map(file, [shared, private])? {
             return Ok(Bytes::Mapped(map));
         }
         let len = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);

@@ -1,6 +1,8 @@
 //! File formats: metadata and named tensors. Nothing here depends on models.
 
 pub(crate) mod atomic_file;
+#[doc(hidden)]
+pub mod file_range;
 pub mod gguf;
 pub(crate) mod json;
 pub(crate) mod mapped;
@@ -14,6 +16,7 @@ pub mod safetensors;
 use std::path::Path;
 
 use crate::quant::pack::Rows;
+use file_range::FileRange;
 use gguf::{Gguf, Metadata};
 
 /// A source of a model: metadata under GGUF keys and tensors under GGUF names.
@@ -34,6 +37,12 @@ pub trait Checkpoint: Sync {
     /// Whether the tensor called `name` is already quantized and must be kept exactly, even if its rows are floats.
     fn is_quantized(&self, _name: &str) -> bool {
         false
+    }
+
+    /// Where the bytes of the tensor called `name` are, whose rows follow one another in a file as they are computed with. `None` for
+    /// rows that are computed or come from several places.
+    fn location(&self, _name: &str) -> Option<FileRange> {
+        None
     }
 
     /// Why the head for multi-token prediction is left out, where there is a part of one.
@@ -102,6 +111,10 @@ impl Checkpoint for Gguf {
         // The reader has checked that every dimension and the number of bytes fit into the file.
         let dims: Vec<usize> = tensor.dims().iter().map(|dim| *dim as usize).collect();
         Some(Tensor::new(dims, self.rows(tensor)))
+    }
+
+    fn location(&self, name: &str) -> Option<FileRange> {
+        self.location(self.tensor(name)?)
     }
 
     fn names(&self) -> Vec<&str> {

@@ -6,6 +6,8 @@ use super::arch::{DEFAULT_QUIRKS, Gating, LayerKind, Quirks, Rotated};
 use super::config::{Config, ExpertsConfig, LayerConfig};
 use super::linear::Linear;
 use super::norm::{HeadNorm, Norm};
+use crate::error::{Error, Result};
+use crate::threads::ThreadPool;
 
 /// A BLAKE3 hash.
 pub(super) type Fingerprint = blake3::Hash;
@@ -14,24 +16,44 @@ pub(super) type Fingerprint = blake3::Hash;
 const VERSION: &[u8] = b"nybble model 1";
 
 /// Takes parts one after the other, each with its length before it, so that no two models give the same bytes.
-pub(super) struct FingerprintHasher(Hasher);
+pub(super) struct FingerprintHasher<'a> {
+    hasher: Hasher,
+    /// Packs weights that are not in memory.
+    pool: &'a ThreadPool,
+    /// Why some weights could not be read.
+    fault: Option<Error>,
+}
 
-impl FingerprintHasher {
+impl<'a> FingerprintHasher<'a> {
     /// A hasher that has taken the configuration, and `positions`, the text of what follows from it.
-    pub(super) fn new(config: &Config, positions: &str) -> FingerprintHasher {
-        let mut hasher = FingerprintHasher(Hasher::new());
+    pub(super) fn new(config: &Config, positions: &str, pool: &'a ThreadPool) -> FingerprintHasher<'a> {
+        let mut hasher = FingerprintHasher { hasher: Hasher::new(), pool, fault: None };
         hasher.bytes(VERSION);
         hasher.bytes(format!("{} {positions}", describe(config)).as_bytes());
         hasher
     }
 
-    pub(super) fn finish(self) -> Fingerprint {
-        self.0.finalize()
+    /// The hash.
+    ///
+    /// # Errors
+    /// What [`FingerprintHasher::fail`] was told.
+    pub(super) fn finish(self) -> Result<Fingerprint> {
+        self.fault.map_or_else(|| Ok(self.hasher.finalize()), Err)
+    }
+
+    /// Notes that weights could not be read.
+    pub(super) fn fail(&mut self, fault: Error) {
+        self.fault.get_or_insert(fault);
+    }
+
+    /// What packs weights that are not in memory.
+    pub(super) fn pool(&self) -> &'a ThreadPool {
+        self.pool
     }
 
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
-        self.0.update(&(bytes.len() as u64).to_le_bytes());
-        self.0.update(bytes);
+        self.hasher.update(&(bytes.len() as u64).to_le_bytes());
+        self.hasher.update(bytes);
     }
 
     pub(super) fn number(&mut self, number: usize) {
@@ -39,7 +61,7 @@ impl FingerprintHasher {
     }
 
     /// Whether a part exists, and the part.
-    pub(super) fn optional<T>(&mut self, part: Option<&T>, hash: impl FnOnce(&mut FingerprintHasher, &T)) {
+    pub(super) fn optional<T>(&mut self, part: Option<&T>, hash: impl FnOnce(&mut Self, &T)) {
         self.bytes(&[u8::from(part.is_some())]);
         if let Some(part) = part {
             hash(self, part);
@@ -67,8 +89,8 @@ impl FingerprintHasher {
                 format!("Layout {{ code: {:?}, group: {:?}, min: {:?} }}", layout.code, layout.group, layout.min);
             self.bytes(format!("{} {} {layout} {:?}", part.rows(), part.columns(), part.output_scale()).as_bytes());
             part.for_each_wide(|length, for_each| {
-                self.0.update(&(length as u64).to_le_bytes());
-                for_each(&mut |bytes| _ = self.0.update(bytes));
+                self.hasher.update(&(length as u64).to_le_bytes());
+                for_each(&mut |bytes| _ = self.hasher.update(bytes));
             });
         }
         self.bytes(bytemuck::cast_slice(linear.bias()));
@@ -159,6 +181,7 @@ fn describe(config: &Config) -> String {
         logit_cap: router_cap,
         tolerance,
         latent: narrow,
+        skip,
     } = experts;
     let mut experts =
         format!("Experts {{ count: {count:?}, used: {used:?}, normalized: {normalized:?}, scale: {scale:?} }}");
@@ -167,6 +190,9 @@ fn describe(config: &Config) -> String {
     }
     if let Some(width) = narrow {
         experts.push_str(&format!(" latent: {width:?}"));
+    }
+    if let Some(skip) = skip.filter(|skip| *skip > 0.0) {
+        experts.push_str(&format!(" skip: {skip:?}"));
     }
     let quirks = &family.quirks;
     let unrotated_period = match quirks.rotated {

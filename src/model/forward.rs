@@ -286,8 +286,8 @@ impl Transformer {
                 return Err(Error::Interrupted);
             }
             match &layer.streams {
-                Some(streams) => self.layer_of_streams(pass, layer, streams, index, w, inputs),
-                None => self.layer(pass, layer, index, w, inputs),
+                Some(streams) => self.layer_of_streams(pass, layer, streams, index, w, inputs)?,
+                None => self.layer(pass, layer, index, w, inputs)?,
             }
         }
         if let Some(streams) = self.weights.streams.as_ref().filter(|_| self.held.head) {
@@ -341,7 +341,14 @@ impl Transformer {
     }
 
     /// One layer: norm, mixer, join, norm, feed-forward, join. Replaces the residual stream `w.x`.
-    fn layer(&self, pass: &Pass<'_>, layer: &Layer, index: usize, w: &mut Workspace, inputs: &mut [Input<'_>]) {
+    fn layer(
+        &self,
+        pass: &Pass<'_>,
+        layer: &Layer,
+        index: usize,
+        w: &mut Workspace,
+        inputs: &mut [Input<'_>],
+    ) -> Result<()> {
         let (config, Layer { mixer_norms, mixer, ffn_norms, ffn, .. }) = (&self.config, layer);
 
         if !matches!(mixer, Mixer::None) {
@@ -373,7 +380,7 @@ impl Transformer {
                     MixerContext { pass, positions: &self.positions, batch: &w.batch, inputs, layer: index };
                 w.mixers.channel_mix(mix, &mut context, &mut w.input, &mut w.branch);
             } else {
-                ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+                ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch)?;
             }
             pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
 
@@ -393,6 +400,7 @@ impl Transformer {
         if let Some(scale) = layer.scale {
             w.x.iter_mut().for_each(|x| *x *= scale);
         }
+        Ok(())
     }
 
     /// One layer of several streams: predicts all, computes the active one, and corrects the others by it.
@@ -404,7 +412,7 @@ impl Transformer {
         index: usize,
         w: &mut Workspace,
         inputs: &mut [Input<'_>],
-    ) {
+    ) -> Result<()> {
         let Layer { mixer_norms, mixer, ffn_norms, ffn, per_layer, .. } = layer;
         let active = pass.config.streams.map_or(0, |streams| streams.active);
         let (size, hidden) = (w.x.len(), pass.config.hidden);
@@ -435,13 +443,13 @@ impl Transformer {
 
         // Feed-forward layer.
         pass.norm(&w.x, ffn_norms.input.as_ref(), &mut w.input);
-        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+        ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch)?;
         pass.norm_branch(&mut w.branch, ffn_norms.output.as_ref(), &mut w.rows);
         pass.join(&mut w.x, &w.branch);
 
         // Correction, and what the layer adds of its own vector to all streams but the first.
         own.correct(pass, &mut w.streams, active, &w.x);
-        let Some(per_layer) = per_layer else { return };
+        let Some(per_layer) = per_layer else { return Ok(()) };
         w.x.copy_from_slice(&w.streams.all[active * size..][..size]);
         for row in w.x.chunks_exact_mut(hidden) {
             pass.kernel.multiply(row, &own.correct_scale);
@@ -450,6 +458,7 @@ impl Transformer {
         for stream in w.streams.all.chunks_exact_mut(size).skip(1) {
             pass.join(stream, &w.branch);
         }
+        Ok(())
     }
 
     /// Writes the embeddings of the batch's tokens to the residual stream `w.x`.

@@ -1,6 +1,7 @@
 //! Linear layers: packed weights in parts that share an input, and their biases.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::buffer::Buffer;
@@ -22,7 +23,7 @@ pub(super) struct Linear {
     /// of the same number.
     order: Option<Vec<u32>>,
     /// Where the parts come from, if adapters may add to the product.
-    adaptable: Option<Adaptable>,
+    adaptable: Option<Arc<Adaptable>>,
     /// Where the parts have no memory: whether their weights would be F32.
     hollow: Option<bool>,
 }
@@ -184,7 +185,8 @@ impl Linear {
     /// are those of [`Pass::linear`](super::pass::Pass::linear).
     pub(super) fn with_sources(self, parts: Vec<PartSource>) -> Linear {
         static LAYERS: AtomicU64 = AtomicU64::new(0);
-        Linear { adaptable: Some(Adaptable { id: LAYERS.fetch_add(1, Ordering::Relaxed), parts }), ..self }
+        let adaptable = Adaptable { id: LAYERS.fetch_add(1, Ordering::Relaxed), parts };
+        Linear { adaptable: Some(Arc::new(adaptable)), ..self }
     }
 
     /// The layer without the names of its tensors: no adapter adds to its product.
@@ -195,6 +197,25 @@ impl Linear {
     /// The layer, whose parts have no memory. `is_f32` says whether their weights would be F32.
     pub(super) fn hollow(self, is_f32: bool) -> Linear {
         Linear { hollow: Some(is_f32), ..self }
+    }
+
+    /// Takes the memory of the parts. The layer is as [`Linear::hollow`] makes it then.
+    pub(super) fn take_parts(&mut self) -> Vec<Packed> {
+        self.hollow = Some(self.is_f32());
+        let hollow = self.parts.iter().map(|part| Packed::hollow(part.rows(), part.columns())).collect();
+        std::mem::replace(&mut self.parts, hollow)
+    }
+
+    /// The layer with parts that have memory, in the shapes of its own.
+    pub(super) fn with_parts(&self, parts: Vec<Packed>) -> Linear {
+        let Linear { parts: _, bias, starts, width, order, adaptable, hollow: _ } = self;
+        let (bias, starts, order) = (bias.clone(), starts.clone(), order.clone());
+        Linear { parts, bias, starts, width: *width, order, adaptable: adaptable.clone(), hollow: None }
+    }
+
+    /// The parts.
+    pub(super) fn into_parts(self) -> Vec<Packed> {
+        self.parts
     }
 
     /// Whether the parts have no memory.
@@ -209,7 +230,7 @@ impl Linear {
 
     /// Where the parts come from, if adapters may add to the product.
     pub(super) fn adaptable(&self) -> Option<&Adaptable> {
-        self.adaptable.as_ref()
+        self.adaptable.as_deref()
     }
 
     /// Width of an output row: every part rounded up to whole panels.

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::adapter::registry::Adapters;
 use super::batch::{Input, Logits};
 use super::config::Config;
 use super::convert::requantize::Quantized;
+use super::ffn::expert_use::ExpertUse;
 use super::fingerprint::Fingerprint;
 use super::forward::Workspace;
 use super::hf::HfFolder;
@@ -18,8 +19,8 @@ use super::pipeline::held::Held;
 use super::pipeline::remote::{Remote, mirrored};
 use super::state::cache::{CacheShape, CacheType};
 use super::state::session::Session;
-use super::state::session_file::{self, Owner};
 use super::transformer::{Transformer, Weights, Widths};
+use super::weights::expert_cache::ExpertCache;
 use super::weights::load_options::{LoadOptions, Quantize};
 use super::weights::loader::{Loader, Progress};
 use crate::error::{Error, Result};
@@ -27,6 +28,7 @@ use crate::format::Checkpoint;
 use crate::format::gguf::{Gguf, Metadata, OpenOptions, Value};
 use crate::kernels::{self, Kernel};
 use crate::quant::block::BlockType;
+use crate::quant::packed::Packed;
 use crate::threads::{PerProcess, Scope, ThreadPool, resolve_threads};
 use crate::tokenizer::{self, Limits, Tokenizer};
 
@@ -34,17 +36,17 @@ use crate::tokenizer::{self, Limits, Tokenizer};
 #[derive(Debug)]
 pub struct Model {
     /// Distinguishes the sessions of this model from those of others.
-    id: u64,
-    path: PathBuf,
+    pub(super) id: u64,
+    pub(super) path: PathBuf,
     /// The name in the file, or empty.
     name: String,
     pub(super) transformer: Transformer,
-    shape: CacheShape,
+    pub(super) shape: CacheShape,
     context: usize,
     /// Workspaces of passes that are not running.
     workspaces: PerProcess<Mutex<Vec<Workspace>>>,
     /// Computed on first use.
-    fingerprint: OnceLock<Fingerprint>,
+    pub(super) fingerprint: OnceLock<Fingerprint>,
     metadata: Metadata,
     /// Computed on first use.
     limits: OnceLock<Limits>,
@@ -52,6 +54,8 @@ pub struct Model {
     pub(super) adapters: Adapters,
     /// The stages of a pipeline, which have the layers.
     remote: Option<Remote>,
+    /// The experts that are in memory, where that is not all of them.
+    pub(super) experts: Option<Arc<ExpertCache>>,
 }
 
 /// The head for multi-token prediction, which is loaded on first use.
@@ -99,6 +103,18 @@ impl Model {
         Ok(model)
     }
 
+    /// As [`Model::load`], of the checkpoint that `change` makes of the one at `path`.
+    pub(crate) fn load_changed(
+        path: &Path,
+        options: &LoadOptions,
+        change: &dyn for<'a> Fn(&'a dyn Checkpoint) -> Result<Box<dyn Checkpoint + 'a>>,
+    ) -> Result<Model> {
+        open(path, options, |checkpoint| {
+            let changed = change(checkpoint)?;
+            Model::with_part(changed.as_ref(), options, None, |config| Held::whole(config.layers.len()))
+        })
+    }
+
     /// Loads the part of a model that `held` chooses by its configuration.
     pub(super) fn with_part(
         checkpoint: &dyn Checkpoint,
@@ -119,15 +135,23 @@ impl Model {
     ) -> Result<Model> {
         let kernel = kernels::choose(options.kernel.as_deref())?;
         let pool = ThreadPool::new(resolve_threads(options.threads)?)?;
-        let config = Config::read(checkpoint)?;
+        let mut config = Config::read(checkpoint)?;
+        config.experts.set_skip(options.expert_skip)?;
         let context = config.context_or_default(options.context)?;
         let held = held(&config);
+        let needs = |name: &str| held.may_need(name);
+        let experts = ExpertCache::new(checkpoint, options, &config, held.layers.clone(), &needs)?;
         let (weights, source) = pool.run(|scope| {
             let is_faster = || kernels::tuning::is_sparse_faster(kernel, scope, pool.threads());
-            let loader = Loader::new(scope, checkpoint, progress, &|name| held.may_need(name)).with_sparse(&is_faster);
+            let loader =
+                Loader::new(scope, checkpoint, progress, &needs).with_sparse(&is_faster).with_experts(experts.clone());
             let weights = load(&loader, &config, context, &held)?;
-            let present = weights.linears().filter(|layer| !layer.is_hollow());
-            kernels::tuning::tune(kernel, scope, pool.threads(), present.flat_map(|layer| layer.parts()));
+            let tune = |cached: &[&Packed]| {
+                let present = weights.linears().filter(|layer| !layer.is_hollow()).flat_map(|layer| layer.parts());
+                kernels::tuning::tune(kernel, scope, pool.threads(), present.chain(cached.iter().copied()));
+            };
+            experts.as_ref().inspect(|experts| experts.end_loading());
+            experts.as_ref().map_or_else(|| tune(&[]), |experts| experts.with_matrices(tune));
             let source = head_source(scope, checkpoint, &config, options, weights.vocabulary());
             Ok((weights, source))
         })?;
@@ -156,6 +180,7 @@ impl Model {
             head: LazyHead { source, options: options.clone(), head: OnceLock::new(), loading: Mutex::default() },
             adapters: Adapters::default(),
             remote: None,
+            experts,
         })
     }
 
@@ -440,7 +465,17 @@ impl Model {
 
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
-        self.transformer.weights.bytes() + self.head.head.get().map_or(0, Head::bytes)
+        let experts = self.experts.as_ref().map_or(0, |experts| experts.bytes());
+        self.transformer.weights.bytes() + experts + self.head.head.get().map_or(0, Head::bytes)
+    }
+
+    /// What passes have chosen of the experts so far.
+    pub fn expert_use(&self) -> ExpertUse {
+        let [needed, read] = self.experts.as_ref().map_or([0, 0], |experts| experts.counts());
+        let layers = self.transformer.weights.layers.iter().filter_map(|layer| layer.ffn.experts());
+        let layers = layers.filter(|_| self.config().experts.skip.is_some()).map(|experts| experts.choices());
+        let (weight_shares, chosen) = layers.map(|choices| (choices.shares(), choices.experts())).unzip();
+        ExpertUse { needed, read, weight_shares, chosen }
     }
 
     /// Bytes of keys and values of a session that fills the context.
@@ -451,28 +486,6 @@ impl Model {
     /// Bytes of packed weights that are read for one decoded token.
     pub fn bytes_per_token(&self) -> usize {
         self.transformer.weights.bytes_read(self.transformer.config.experts.used)
-    }
-
-    /// A hash of the configuration and of the packed weights. Models with the same one give the same bits, regardless of
-    /// file names, kernel and cache type.
-    ///
-    /// It is computed on first use, in about a second per 2 GB of weights.
-    pub fn fingerprint(&self) -> &[u8; 32] {
-        self.fingerprint.get_or_init(|| self.transformer.fingerprint()).as_bytes()
-    }
-
-    /// Calls `run` with the model and limits with which a session file must agree.
-    pub(super) fn with_owner<R>(&self, run: impl FnOnce(&Owner<'_>) -> R) -> R {
-        run(&Owner {
-            id: self.id,
-            path: &self.path,
-            fingerprint: &|| (*self.fingerprint()).into(),
-            shape: self.shape.clone(),
-            kernel: self.kernel(),
-            context: self.context,
-            vocabulary: self.vocabulary(),
-            adapters: &self.adapters,
-        })
     }
 }
 
@@ -530,42 +543,5 @@ fn head_source(
     {
         Ok(path) => HeadSource::File(path),
         Err(fault) => HeadSource::Fault(fault.to_string()),
-    }
-}
-
-impl Session {
-    /// Whether it is a session of `model`.
-    pub fn is_of(&self, model: &Model) -> bool {
-        self.model == model.id
-    }
-
-    /// Writes the session to a file, which appears under its name when it is complete and replaces an older one. Only the
-    /// user may read it, because it contains the conversation.
-    ///
-    /// `tokens` are those that the session has computed, followed by any that it has not computed yet.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
-    /// the session has computed; [`Error::OutOfMemory`] for a copy of recurrent states.
-    pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
-        model.check_whole("session")?;
-        if !self.has_recorded_rows() {
-            return model.with_owner(|owner| session_file::save(self, owner, tokens, path.as_ref()));
-        }
-        let mut settled = self.fork();
-        model.transformer.settle(&mut settled)?;
-        model.with_owner(|owner| session_file::save(&settled, owner, tokens, path.as_ref()))
-    }
-
-    /// Reads a session that [`save`](Session::save) wrote, and its tokens. It continues bit-identically to the saved
-    /// session, on any kernel and any number of threads. An INT8 session of a version that had one scale per head is converted;
-    /// it continues with other bits.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,
-    /// or belongs to another model, another cache type or a larger context; [`Error::OutOfMemory`].
-    pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<(Session, Vec<u32>)> {
-        model.check_whole("session")?;
-        model.with_owner(|owner| session_file::load(owner, path.as_ref()))
     }
 }

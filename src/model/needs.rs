@@ -5,18 +5,14 @@ use std::path::Path;
 use super::config::Config;
 use super::model::open;
 use super::state::cache::{CacheShape, CacheType};
+use super::weights::expert_cache;
 use super::weights::load_options::LoadOptions;
+use super::weights::sizes::{count, holds_experts, packed_bytes};
 use crate::error::Result;
-use crate::format::{Checkpoint, Tensor};
+use crate::format::Checkpoint;
 use crate::kernels;
 use crate::quant::block::BlockType;
-use crate::quant::packed::{Code, Layout, Packed};
 use crate::threads::resolve_threads;
-
-/// Columns to which rows are filled up. Layouts need less, but parts of a tensor may be packed one by one.
-const FILLED_COLUMNS: usize = 64;
-/// Tensors with as few columns are filters of convolutions and the like, which are not packed.
-const FILTER_COLUMNS: usize = 8;
 
 /// What a model needs once it is loaded. No weight is read to find out.
 #[derive(Debug, Clone)]
@@ -53,10 +49,12 @@ impl Needs {
         resolve_threads(options.threads)?;
         let config = Config::read(checkpoint)?;
         let context = config.context_or_default(options.context)?;
-        let (mut parameters, mut weight_bytes, mut in_layers, mut f32_in_layers) = (0usize, 0usize, 0usize, 0usize);
+        let (mut parameters, mut in_layers, mut f32_in_layers) = (0usize, 0usize, 0usize);
+        let (mut weight_bytes, mut expert_bytes) = (0usize, 0usize);
         for name in checkpoint.names() {
             let Some(tensor) = checkpoint.tensor(name) else { continue };
-            weight_bytes = weight_bytes.saturating_add(packed_bytes(name, &tensor));
+            let bytes = if holds_experts(name) { &mut expert_bytes } else { &mut weight_bytes };
+            *bytes = bytes.saturating_add(packed_bytes(name, &tensor));
             if tensor.dims.len() < 2 {
                 continue;
             }
@@ -69,6 +67,10 @@ impl Needs {
                 }
             }
         }
+        let expert_bytes = match expert_cache::wanted(options, &config, expert_bytes)? {
+            Some(limit) => limit.min(expert_bytes),
+            None => expert_bytes,
+        };
         // As the model chooses by its input projections, which make up a good part of the layers.
         let default_type = if f32_in_layers > in_layers / 2 { CacheType::F32 } else { CacheType::F16 };
         let shape = CacheShape::of(&config, options.cache_type.unwrap_or(default_type));
@@ -76,29 +78,10 @@ impl Needs {
             family: config.family.name,
             parameters,
             context,
-            weight_bytes,
+            weight_bytes: weight_bytes.saturating_add(expert_bytes),
             cache_bytes: shape.kept_bytes(context),
             cache_bytes_per_token: shape.page_bytes().div_ceil(kernels::PAGE),
             state_bytes: shape.state_bytes(),
         })
     }
-}
-
-/// Bytes of a tensor in memory, at most.
-pub(super) fn packed_bytes(name: &str, tensor: &Tensor<'_>) -> usize {
-    let columns = tensor.dims.first().copied().unwrap_or(0);
-    let is_plain = tensor.dims.len() == 1 && (name.contains("norm") || name.ends_with(".bias"));
-    if is_plain || columns <= FILTER_COLUMNS {
-        return count(&tensor.dims).saturating_mul(size_of::<f32>());
-    }
-    // Other vectors may be packed as matrices of one row.
-    let rows = tensor.dims.get(1).map_or(1, |rows| *rows);
-    let matrices = tensor.dims.get(2..).map_or(1, count);
-    let layout = tensor.rows.block_type().packed_layout().unwrap_or(Layout::float(Code::F32));
-    let columns = columns.checked_next_multiple_of(FILLED_COLUMNS).unwrap_or(usize::MAX);
-    Packed::bytes_needed(rows, columns, layout).saturating_mul(matrices)
-}
-
-fn count(dims: &[usize]) -> usize {
-    dims.iter().fold(1, |all: usize, dim| all.saturating_mul(*dim))
 }

@@ -497,8 +497,11 @@ impl Widths {
 
 impl Transformer {
     /// A hash of the configuration and the packed weights.
-    pub(super) fn fingerprint(&self) -> Fingerprint {
-        let mut hasher = FingerprintHasher::new(&self.config, &self.positions.describe());
+    ///
+    /// # Errors
+    /// Those of reading experts that are not in memory.
+    pub(super) fn fingerprint(&self) -> Result<Fingerprint> {
+        let mut hasher = FingerprintHasher::new(&self.config, &self.positions.describe(), &self.pool);
         self.weights.fingerprint(&mut hasher);
         hasher.finish()
     }

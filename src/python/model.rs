@@ -14,7 +14,7 @@ use super::processor::with_python_processor;
 use super::session::Session;
 use super::tokens::{Options, Sampled, TokenIds};
 use crate::engine;
-use crate::model::{self, Input, LoadOptions, Logits, Pooling};
+use crate::model::{self, ExpertMemory, Input, LoadOptions, Logits, Pooling};
 use crate::{Error, threads};
 
 /// The kernels that this CPU runs, best first.
@@ -84,15 +84,39 @@ pub(super) struct Loading {
     quantize: Option<String>,
     cache_type: Option<String>,
     mtp: Option<bool>,
+    expert_memory: Option<ExpertLimit>,
+    expert_skip: Option<f32>,
     mmap: bool,
+}
+
+/// A limit of the memory for experts: gigabytes, or `auto`.
+#[derive(FromPyObject)]
+enum ExpertLimit {
+    Gigabytes(f64),
+    Name(String),
+}
+
+impl ExpertLimit {
+    fn checked(self) -> crate::Result<ExpertMemory> {
+        let expected = "a number of gigabytes above 0, or \"auto\"";
+        match self {
+            ExpertLimit::Gigabytes(number) if number > 0.0 && number < 1e9 => {
+                Ok(ExpertMemory::Bytes((number * 1e9) as usize))
+            }
+            ExpertLimit::Gigabytes(number) => Err(Error::argument("expert_memory", number, expected)),
+            ExpertLimit::Name(name) if name == "auto" => Ok(ExpertMemory::Auto),
+            ExpertLimit::Name(name) => Err(Error::argument("expert_memory", format_args!("{name:?}"), expected)),
+        }
+    }
 }
 
 impl Loading {
     pub(super) fn options(self) -> crate::Result<LoadOptions> {
         let quantize = model::Quantize::by_name(self.quantize.as_deref().unwrap_or("stored"))?;
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
-        let (kernel, threads, context) = (self.kernel, self.threads, self.context);
-        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mtp: self.mtp, mmap: self.mmap })
+        let Loading { kernel, threads, context, mtp, expert_skip, mmap, .. } = self;
+        let expert_memory = self.expert_memory.map(ExpertLimit::checked).transpose()?;
+        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mtp, expert_memory, expert_skip, mmap })
     }
 }
 
@@ -299,6 +323,16 @@ impl Model {
     fn machine_limits(&self, py: Python<'_>) -> PyResult<(f64, f64)> {
         let limits = guarded(py, || Ok(crate::kernels::limits(self.0.pool(), self.0.kernel())))?;
         Ok((limits.bandwidth_gb_s, limits.int8_gops))
+    }
+
+    /// The fields of the package's `ExpertUse`, by name.
+    fn expert_use<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (found, dict) = (self.0.expert_use(), PyDict::new(py));
+        dict.set_item("needed", found.needed)?;
+        dict.set_item("read", found.read)?;
+        dict.set_item("weight_shares", found.weight_shares)?;
+        dict.set_item("chosen", found.chosen)?;
+        Ok(dict)
     }
 
     /// What loading has left out, a line each.

@@ -13,8 +13,8 @@ use super::evaluate::token_windows;
 use crate::Error;
 use crate::quant::block::BlockType;
 use crate::quantize::{
-    AutoOptions, Format, GptqOptions, Importance, QuantizeOptions, Recipe, RunContext, SignroundOptions, Sparsity,
-    Target, TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
+    AutoOptions, Format, GptqOptions, Importance, Pruning, QuantizeOptions, Recipe, RunContext, SignroundOptions,
+    Sparsity, Target, TensorFormats, TuningOptions, auto, choose_formats, quantize as run, write_importance,
 };
 
 /// The attributes of Python's `QuantizeOptions` that are used here.
@@ -41,6 +41,8 @@ pub(super) struct Options {
     threads: Option<usize>,
     #[pyo3(default)]
     imatrix: Option<PathBuf>,
+    #[pyo3(default)]
+    prune_experts: Option<usize>,
     force: bool,
 }
 
@@ -146,6 +148,8 @@ pub(super) fn quantize(
             interrupted: &stop,
             ..RunContext::new(&source, &out, &windows)
         };
+        let pruning = options.prune_experts.map(|count| Pruning::choose(&context, count)).transpose()?;
+        let context = RunContext { pruning: pruning.as_ref(), ..context };
         let importance = match &options.imatrix {
             Some(path) => {
                 if !path.exists() {
@@ -163,21 +167,30 @@ pub(super) fn quantize(
         if let Some(bits) = options.bits_per_weight {
             formats = formats.spend_bits(&context, bits)?;
         }
-        match recipe {
-            Some((recipe, tuning)) => {
-                Ok(run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json())
-            }
+        let done = match recipe {
+            Some((recipe, tuning)) => run(&context, &QuantizeOptions { recipe, tuning, formats, sparsity })?.to_json(),
             None => {
                 let target = options.target.map_or_else(Target::default, Target::Perplexity);
                 let options = AutoOptions { formats, target, budget, seed: options.seed, sparsity };
-                Ok(auto(&context, &options, &evaluation)?.to_json())
+                auto(&context, &options, &evaluation)?.to_json()
             }
-        }
+        };
+        Ok(match &pruning {
+            Some(pruning) => with_pruning(&done, pruning),
+            None => done,
+        })
     });
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(exception) => Err(exception),
         None => Ok(report?),
     }
+}
+
+/// A report with what was left out.
+fn with_pruning(report: &str, pruning: &Pruning) -> String {
+    let mut report: serde_json::Value = serde_json::from_str(report).unwrap_or_default();
+    report["pruning"] = pruning.to_value();
+    report.to_string()
 }
 
 /// Removes what a run has left that was killed when its output at `out` was complete.

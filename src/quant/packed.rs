@@ -223,6 +223,11 @@ impl Packed {
         arena.shorten(&mut self.memory, lines);
     }
 
+    /// The memory of the matrix.
+    pub(crate) fn into_memory(self) -> AlignedBuf {
+        self.memory
+    }
+
     /// Whether the scales and minimums of every `run` groups are bit-identical.
     fn runs_are_equal(&self, run: usize) -> bool {
         let bits = |numbers: &[f16; PANEL]| numbers.map(f16::to_bits);

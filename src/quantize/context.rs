@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::compute::Compute;
 use super::importance::Importance;
 use super::overrides::TensorFormats;
+use super::pruning::Pruning;
 use super::resume::ResumeFiles;
 use crate::error::{Error, Result};
 use crate::format::Checkpoint;
@@ -39,6 +40,9 @@ pub struct RunContext<'a> {
     pub force: bool,
     /// The importance of columns for tensors that are rounded without calibration.
     pub importance: Option<&'a Importance>,
+    /// The experts that stay, if some are left out.
+    #[doc(hidden)]
+    pub pruning: Option<&'a Pruning>,
     /// Called as the run proceeds.
     pub progress: StageProgress<'a>,
     /// Whether to stop.
@@ -64,6 +68,7 @@ impl<'a> RunContext<'a> {
             threads: None,
             force: false,
             importance: None,
+            pruning: None,
             progress,
             interrupted,
         }
@@ -79,6 +84,14 @@ impl<'a> RunContext<'a> {
     /// # Errors
     /// Those of `act`, [`Gguf::open`] and [`HfFolder::open`].
     pub(super) fn with_checkpoint<T>(&self, act: impl FnOnce(&dyn Checkpoint) -> Result<T>) -> Result<T> {
+        self.with_source(|source| match self.pruning {
+            Some(pruning) => act(pruning.apply(source)?.as_ref()),
+            None => act(source),
+        })
+    }
+
+    /// As [`RunContext::with_checkpoint`], with all experts.
+    pub(super) fn with_source<T>(&self, act: impl FnOnce(&dyn Checkpoint) -> Result<T>) -> Result<T> {
         if self.source.is_dir() { act(&HfFolder::open(self.source)?) } else { act(&Gguf::open(self.source)?) }
     }
 

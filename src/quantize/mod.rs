@@ -29,6 +29,7 @@ mod importance;
 mod layer;
 mod overrides;
 mod pipeline;
+mod pruning;
 mod recipes;
 mod resume;
 mod sparsity;
@@ -53,6 +54,8 @@ pub use overrides::TensorFormats;
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
 pub use recipes::Recipe;
+#[doc(hidden)]
+pub use pruning::Pruning;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
 pub use sparsity::Sparsity;

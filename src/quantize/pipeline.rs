@@ -19,11 +19,12 @@ pub use report::{ExpertCounts, Report, TensorReport};
 use super::calibration::{Calibration, check_windows, read_rows};
 use super::context::{OpenRun, RunContext};
 use super::overrides::TensorFormats;
+use super::pruning::Pruning;
 use super::resume::{ResumeFiles, ResumeLog, SnapshotFile, run_key};
 use super::tuning;
 use crate::error::{Error, Place, Result};
 use crate::format::Checkpoint;
-use crate::format::gguf::{Gguf, Metadata};
+use crate::format::gguf::Metadata;
 use crate::model::hf::HfFolder;
 use crate::model::layerwise::Layerwise;
 
@@ -34,7 +35,8 @@ use crate::model::layerwise::Layerwise;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for options, if the output exists and `force` is not set, and for too little text;
-/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of [`Gguf::open`],
+/// [`Error::Malformed`] for tensors with numbers that are not finite; [`Error::Interrupted`]; those of
+/// [`Gguf::open`](crate::format::gguf::Gguf::open),
 /// [`HfFolder::open`], [`HfFolder::tokenizer`], [`Model::load`](crate::model::Model::load), and of writing.
 pub fn quantize(context: &RunContext<'_>, options: &QuantizeOptions) -> Result<Report> {
     options.check()?;
@@ -57,19 +59,17 @@ pub(super) fn run(context: &RunContext<'_>, files: &ResumeFiles, options: &Quant
         is_stopped()
     };
     let context = &RunContext { interrupted: &interrupted, ..*context };
-    if context.source.is_dir() {
-        let folder = HfFolder::open(context.source)?;
-        let tokenizer = folder.tokenizer()?;
-        run_on(&folder, &tokenizer, context, files, options)
-    } else {
-        run_on(&Gguf::open(context.source)?, &Metadata::new(), context, files, options)
-    }
+    let metadata = match context.source.is_dir() {
+        true => HfFolder::open(context.source)?.tokenizer()?,
+        false => Metadata::new(),
+    };
+    context.with_checkpoint(|checkpoint| run_on(checkpoint, &metadata, context, files, options))
 }
 
 /// Whether a checkpoint can be tuned.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for overrides that match no tensor; those of [`Gguf::open`], [`HfFolder::open`] and
+/// [`Error::InvalidArgument`] for overrides that match no tensor; those of [`Gguf::open`](crate::format::gguf::Gguf::open), [`HfFolder::open`] and
 /// [`Model::load`](crate::model::Model::load).
 pub(super) fn can_tune(context: &RunContext<'_>, formats: &TensorFormats) -> Result<bool> {
     let check = |checkpoint: &dyn Checkpoint| {
@@ -97,6 +97,7 @@ fn run_on(
     let windows = if options.recipe.needs_text() { context.windows } else { &[] };
     let importance = context.importance.map(|importance| importance.check(checkpoint).map(|()| importance.digest()));
     let key = run_key(checkpoint, (&options.recipe, &formats, options.sparsity, importance.transpose()?), windows);
+    let key = key ^ context.pruning.map_or(0, Pruning::digest);
     let mut log = ResumeLog::open(&files.log(), context.out, key)?;
     let run = OpenRun { formats: &formats, ..run };
     if options.tuning.is_some() {

@@ -126,6 +126,15 @@ impl<T: Pod> AlignedBuf<T> {
         self.len = self.len.min(len);
     }
 
+    /// Changes the length to `len`, which fits without new memory. The contents are unspecified afterwards.
+    ///
+    /// # Panics
+    /// If `len` is more than the [capacity](Self::capacity).
+    pub(super) fn set_len(&mut self, len: usize) {
+        assert!(len <= self.capacity(), "{len} items of {}", self.capacity());
+        self.len = len;
+    }
+
     /// Changes the length to `len`. The contents are unspecified afterwards; memory is never given back.
     ///
     /// # Errors

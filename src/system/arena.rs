@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::aligned_buf::{AlignedBuf, CacheLine};
@@ -54,6 +54,8 @@ struct State {
     pages: Pages,
     /// Huge pages of maps that lie on ordinary ones.
     ordinary: Vec<(Weak<Region>, Range<usize>)>,
+    /// Buffers that were returned, where later ones get their memory.
+    returned: Option<Vec<AlignedBuf>>,
 }
 
 /// Which pages the maps of an arena ask for.
@@ -73,7 +75,38 @@ impl Arena {
     pub(crate) fn new(expected: usize) -> Arena {
         let pages = if expected >= SMALLEST_MODEL && are_wanted() { Pages::Huge } else { Pages::Separate };
         let map = (expected / MAPS).clamp(MAP, LARGEST_MAP);
-        Arena(Mutex::new(State { region: None, map, taken: 0, present: 0, pages, ordinary: vec![] }))
+        let (ordinary, returned) = (vec![], None);
+        Arena(Mutex::new(State { region: None, map, taken: 0, present: 0, pages, ordinary, returned }))
+    }
+
+    /// An arena as [`Arena::new`], whose buffers get the memory of those that were [returned](Arena::put_back).
+    pub(crate) fn recycling(expected: usize) -> Arena {
+        let arena = Arena::new(expected);
+        arena.state().returned = Some(Vec::new());
+        arena
+    }
+
+    /// Keeps the memory of `buffer` for a later one, if the arena recycles.
+    pub(crate) fn put_back(&self, buffer: AlignedBuf) {
+        if let Some(returned) = &mut self.state().returned {
+            returned.push(buffer);
+        }
+    }
+
+    /// Drops buffers that were returned, the smallest first, until the others have at most this many bytes.
+    pub(crate) fn trim(&self, bytes: usize) {
+        let Some(returned) = &mut self.state().returned else { return };
+        returned.sort_by_key(|buffer| std::cmp::Reverse(buffer.capacity()));
+        let (mut lines, most) = (0, bytes / size_of::<CacheLine>());
+        returned.retain(|buffer| {
+            let is_kept = lines + buffer.capacity() <= most;
+            lines += if is_kept { buffer.capacity() } else { 0 };
+            is_kept
+        });
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `lines` zeroed cache lines. `for_each` fetches their memory from the system.
@@ -81,7 +114,10 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] if the system or the process's cgroup does not have enough memory. It contains `purpose`.
     pub(crate) fn take(&self, lines: usize, purpose: &'static str, for_each: ForEach<'_>) -> Result<AlignedBuf> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if let Some(buffer) = state.recycled(lines, for_each) {
+            return Ok(buffer);
+        }
         if state.pages == Pages::Separate {
             return AlignedBuf::try_zeroed(lines, purpose);
         }
@@ -93,8 +129,10 @@ impl Arena {
 
     /// Shortens `buffer` to `lines` cache lines. Gives the rest to the next buffer if `buffer` is the last that was taken.
     pub(crate) fn shorten(&self, buffer: &mut AlignedBuf, lines: usize) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(piece) = buffer.piece_mut()
+        let mut state = self.state();
+        // A buffer that will be recycled keeps its memory: the next one may need all of it.
+        if state.returned.is_none()
+            && let Some(piece) = buffer.piece_mut()
             && let Some(region) = &state.region
             && Arc::ptr_eq(&piece.region, region)
             && piece.start + piece.len == state.taken
@@ -108,6 +146,23 @@ impl Arena {
 }
 
 impl State {
+    /// The smallest buffer of those that were returned that has `lines` cache lines, zeroed.
+    fn recycled(&mut self, lines: usize, for_each: ForEach<'_>) -> Option<AlignedBuf> {
+        /// Cache lines that a task zeroes.
+        const TASK: usize = 1 << 12;
+        let returned = self.returned.as_mut()?;
+        let fitting = returned.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= lines);
+        let (best, _) = fitting.min_by_key(|(_, buffer)| buffer.capacity())?;
+        let mut buffer = returned.swap_remove(best);
+        buffer.set_len(lines);
+        let tasks: Vec<Mutex<&mut [CacheLine]>> = buffer.chunks_mut(TASK).map(Mutex::new).collect();
+        for_each(tasks.len(), &|task| {
+            tasks[task].lock().unwrap_or_else(PoisonError::into_inner).fill(CacheLine([0; 64]));
+        });
+        drop(tasks);
+        Some(buffer)
+    }
+
     fn piece(&mut self, lines: usize, for_each: ForEach<'_>) -> Option<Piece> {
         let region = match &self.region {
             Some(region) if lines <= region.len() - self.taken => Arc::clone(region),
@@ -164,15 +219,23 @@ impl State {
     }
 }
 
-impl Drop for Arena {
-    /// Moves weights from ordinary pages to huge ones in the background.
-    fn drop(&mut self) {
-        let state = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+impl Arena {
+    /// Moves weights from ordinary pages to huge ones in the background. Later buffers have maps of their own.
+    pub(crate) fn settle(&self) {
+        let mut state = self.state();
+        state.pages = Pages::Separate;
         let ordinary = std::mem::take(&mut state.ordinary);
+        drop(state);
         if !ordinary.is_empty() {
             // Without a thread they stay where they are.
             let _ = std::thread::Builder::new().name("nybble-pages".to_owned()).spawn(|| collapse(ordinary));
         }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.settle();
     }
 }
 
@@ -260,6 +323,32 @@ mod tests {
         let clone = second.clone();
         drop((arena, first, second, third));
         assert!(clone.len() == 40 && clone.iter().all(|line| line.0 == [2; 64]));
+    }
+
+    #[test]
+    fn a_recycling_arena_hands_out_what_was_put_back() {
+        for expected in [0, SMALLEST_MODEL] {
+            let arena = Arena::recycling(expected);
+            let mut buffers = [100, 20_000, 300].map(|lines| take(&arena, lines));
+            for buffer in &mut buffers {
+                fill(buffer, 1);
+                arena.shorten(buffer, 50);
+                assert_eq!(buffer.len(), 50);
+            }
+            let starts = [0, 1, 2].map(|i| buffers[i].as_ptr());
+            buffers.into_iter().for_each(|buffer| arena.put_back(buffer));
+            // The smallest that is large enough, as long as it was before it was shortened.
+            for (lines, at) in [(200, 2), (19_000, 1), (60, 0)] {
+                let mut buffer = take(&arena, lines);
+                assert_eq!((buffer.as_ptr(), buffer.len()), (starts[at], lines));
+                fill(&mut buffer, 2);
+                arena.put_back(buffer);
+            }
+            arena.trim(20_350 * 64);
+            assert!(starts[1..].contains(&take(&arena, 10).as_ptr()));
+            arena.trim(0);
+            assert_eq!(take(&arena, 5).len(), 5);
+        }
     }
 
     #[test]

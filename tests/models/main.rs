@@ -15,6 +15,7 @@ mod adapters;
 mod bits;
 mod encoders;
 mod errors;
+mod experts;
 mod gguf_files;
 mod goldens;
 mod hf_convert;

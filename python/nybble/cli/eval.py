@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from nybble.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from nybble.model import Model
+    from nybble.model_info import ExpertUse
     from nybble.quantization.evaluation import Evaluation
 
 
@@ -51,31 +53,51 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model on a text and, with --reference, its divergence from another model.
 
-    The figures are defined as in llama.cpp's perplexity tool.
+    With --expert-skip and no reference, the model is compared with itself without it. The figures are defined as in
+    llama.cpp's perplexity tool.
     """
     from nybble.progress import bar
     from nybble.quantization import evaluation
 
     recorded = None
-    if reference is not None:
+    if reference is not None or load.expert_skip:
         # One model in memory at a time: the predictions of the reference go to a temporary file.
-        plain = dataclasses.replace(load, filename=None, revision=None, quantize="stored")
-        with load_model(reference, plain) as model, bar("evaluating the reference") as advance:
+        if reference is None:
+            compared, other = source, load.replace(quantize=quantize, expert_skip=None)
+        else:
+            compared, other = reference, load.for_reference()
+        with (
+            load_model(compared, other, adapter if reference is None else None) as model,
+            bar("evaluating the reference") as advance,
+        ):
             recorded = evaluation.Reference(model, text, window=window, max_tokens=max_tokens, progress=advance)
     with load_model(source, load.replace(quantize=quantize), adapter) as model, bar("evaluating") as advance:
         if recorded is None:
             measured = evaluation.evaluate(model, text, window=window, max_tokens=max_tokens, progress=advance)
         else:
             measured = recorded.compare(model, progress=advance)
+        experts = model.expert_use
     if as_json:
         figures = dataclasses.asdict(measured)
         del figures["kl_by_position"]  # Hundreds of numbers, which the Python API returns.
+        figures |= {f"experts_below_{ratio}": share for ratio, share in _shares(experts, load.expert_skip).items()}
         typer.echo(json.dumps({key: value for key, value in figures.items() if value is not None}))
     else:
-        _print(model, measured)
+        _print(model, measured, _shares(experts, load.expert_skip))
 
 
-def _print(model: Model, measured: Evaluation) -> None:
+_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Values of --expert-skip whose effects are shown."""
+
+
+def _shares(experts: ExpertUse, skip: float | None) -> dict[float, float]:
+    """The shares of chosen experts that different ratios leave out, the one of the command among them."""
+    if not experts.weight_shares or skip is None:
+        return {}
+    return {ratio: experts.below(ratio) for ratio in sorted({*_RATIOS, round(skip, 2)} - {0})}
+
+
+def _print(model: Model, measured: Evaluation, experts: Mapping[float, float]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -101,6 +123,8 @@ def _print(model: Model, measured: Evaluation) -> None:
     row("  99th percentile", measured.kl_p99, digits=6)
     row("same top token", measured.top_agreement, measured.top_agreement_error, percent=True, digits=3)
     row("RMS Δp", measured.rms_dp, measured.rms_dp_error, percent=True, digits=3)
+    for ratio, share in experts.items():
+        row(f"experts below {ratio:g} of the largest", share, percent=True, digits=1)
     console = terminal.console()
     console.print(terminal.printable(model.info.name or model.info.file.name), style="bold", soft_wrap=True)
     console.print(table)

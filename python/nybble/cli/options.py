@@ -127,14 +127,24 @@ def _text_or_file(name: str, text: str | None) -> str | None:
         raise ValueError(f"{name}: {file}: {error}, expected a text file") from None
 
 
+def _number_or_auto(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expert_memory: found {text!r}, expected a number of gigabytes or auto") from None
+
+
 _FORMS = {
+    "expert_memory": _Form(str | None, parse=_number_or_auto),
     "logit_bias": _Form(list[str], "ID=BIAS", _parse_biases, []),
     "stop": _Form(list[str], "TEXT", tuple, []),
     "schema": _Form(str | None, "TEXT|@FILE", functools.partial(_text_or_file, "schema")),
     "grammar": _Form(str | None, "TEXT|@FILE", functools.partial(_text_or_file, "grammar")),
     "max_tokens": _Form(int),  # A number larger than the context does the same as None.
 }
-"""The forms of the fields of `SamplingOptions` whose types have no equivalent on a command line."""
+"""The forms of the fields of options whose types have no equivalent on a command line."""
 
 _METAVARS = {int: "N", int | None: "N", float: "NUMBER", float | None: "NUMBER", str: "TEXT", str | None: "TEXT"}
 """Placeholders by type, where the field has none."""

@@ -101,7 +101,7 @@ def _one(
     from nybble.server import http_server
     from nybble.server.service import Service
 
-    draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load))
+    draft = None if options.draft is None else stack.enter_context(load_model(options.draft, load.for_draft()))
     engine: Engine
     if options.stages is not None:
         engine = stack.enter_context(_pipeline(source, options, load, draft))

@@ -39,6 +39,11 @@ def report_rows(done: ReportData) -> dict[str, str]:
             f"mean KL {report_page.number(chosen.kl_mean)}, median {report_page.number(chosen.kl_median)}"
         )
         rows["same top token"] = report_page.percent(chosen.top_agreement)
+    if (pruning := done.pruning) is not None:
+        rows["experts left out"] = (
+            f"{pruning.before - pruning.after} of {pruning.before} per layer, which tokens chose "
+            f"{report_page.percent(pruning.left_out)} of the time; mean KL {report_page.number(pruning.kl_mean)}"
+        )
     if done.experts_rounded:
         rows["experts"] = (
             f"{done.experts_rounded} of {done.experts} rounded without calibration, "

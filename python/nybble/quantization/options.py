@@ -110,6 +110,14 @@ class QuantizeOptions:
     """Block type of the embedding and the output."""
     keep: Mapping[str, str] | None = None
     """Block types of single tensors, by name or pattern: `{"blk.0.*": "q8_0"}`. The first matching pattern applies."""
+    prune_experts: int | None = field(
+        default=None,
+        metadata={
+            **doc("Keep this many experts of each layer: those that the calibration text uses most."),
+            "metavar": "N",
+        },
+    )
+    """Keep this many experts of each layer: those that most tokens of the calibration text choose."""
     calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]] = "sample"
     """The calibration text.
 
@@ -183,6 +191,8 @@ class QuantizeOptions:
                 raise ValueError(f"sparsity_pattern: found {self.sparsity_pattern}, expected it with sparsity only")
             if self.sparsity_pattern == "2:4" and self.sparsity != 0.5:
                 raise ValueError(f"sparsity: found {self.sparsity}, expected 0.5 with the pattern 2:4")
+        if self.prune_experts is not None and not 1 <= self.prune_experts < 2**32:
+            raise ValueError(f"prune_experts: found {self.prune_experts}, expected a number of experts")
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"target: found {self.target}, expected a share of the perplexity such as 0.01")
         if self.budget is not None and not self.budget > 0:
@@ -222,7 +232,8 @@ class QuantizeOptions:
         """Whether a calibration text is needed."""
         holds_out = self.measures and self.evaluation is None
         measures_importance = self.imatrix is not None and not Path(self.imatrix).exists()
-        return self.recipe != "rtn" or holds_out or self.bits_per_weight is not None or measures_importance
+        counts = self.bits_per_weight is not None or self.prune_experts is not None
+        return self.recipe != "rtn" or holds_out or counts or measures_importance
 
     def replace(self, **overrides: Unpack[QuantizeOverrides]) -> QuantizeOptions:
         """Returns a copy with some options changed."""
@@ -242,6 +253,7 @@ class QuantizeOverrides(TypedDict, total=False):
     sparsity_pattern: SparsityPattern | None
     output_type: str
     keep: Mapping[str, str] | None
+    prune_experts: int | None
     calibration: str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
     calibration_tokens: int
     imatrix: str | os.PathLike[str] | None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble import _native
-from nybble.quantization.report_data import Candidate, ReportData, TensorReport
+from nybble.quantization.report_data import Candidate, Pruning, ReportData, TensorReport
 
 __all__ = ["Candidate", "Report", "TensorReport"]
 
@@ -54,6 +54,7 @@ class Report(ReportData):
             experts=value.get("experts", 0),
             experts_unreached=value.get("experts_unreached", 0),
             experts_rounded=value.get("experts_rounded", 0),
+            pruning=_read(Pruning, value["pruning"]) if value.get("pruning") else None,
         )
 
     def to_json(self, *, indent: int | None = None) -> str:

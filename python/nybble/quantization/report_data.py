@@ -43,6 +43,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """The experts that were left out, and what that costs before quantization."""
+
+    before: int
+    """Experts of a layer of the source."""
+    after: int
+    """Experts of a layer of the output."""
+    left_out: float
+    """The share of the experts that tokens chose which are left out."""
+    kl_mean: float
+    """Mean Kullback-Leibler divergence from the source, in nats per token of the calibration text."""
+    perplexity_ratio: float
+    top_agreement: float
+    """Share of positions at which both predict the same token."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The values of a report."""
 
@@ -69,6 +86,8 @@ class ReportData:
     """Those of them that no token of the calibration text reached."""
     experts_rounded: int = 0
     """Those that too few tokens reached to calibrate them. The unreached ones are among them."""
+    pruning: Pruning | None = None
+    """The experts that were left out, with `prune_experts`."""
 
     @property
     def chosen(self) -> Candidate | None:

@@ -11,6 +11,7 @@ use super::split;
 use super::tensor::TensorInfo;
 use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
+use crate::format::file_range::FileRange;
 use crate::quant::block::BlockType;
 use crate::quant::pack::Rows;
 
@@ -261,6 +262,12 @@ impl Gguf {
             BlockType::I2_S => Box::new(TernaryRows::new(bytes, tensor.rows())),
             block_type => Box::new(Contiguous { block_type, bytes, row_bytes: bytes.len() / tensor.rows().max(1) }),
         }
+    }
+
+    /// Where the bytes of `tensor` are in its file. `None` for I2_S, whose rows share a scale that follows them.
+    pub(in crate::format) fn location(&self, tensor: &TensorInfo) -> Option<FileRange> {
+        let shard = self.shards.get(tensor.shard)?;
+        (tensor.block_type != BlockType::I2_S).then(|| FileRange::new(&shard.file, tensor.bytes.clone()))
     }
 
     /// Lets the system drop the pages of `tensor` from memory. The bytes can still be read, from the disk. Does nothing when

@@ -1,10 +1,12 @@
 //! One file of a model, and how to open it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::parse::{Parsed, parse};
 use crate::error::{Error, Result};
-use crate::format::mapped::Bytes;
+use crate::format::file_range::OpenFile;
+use crate::format::mapped::{self, Bytes};
 
 /// How to open a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,11 +31,15 @@ setters!(OpenOptions { with_mmap(mmap: bool) });
 pub(super) struct Shard {
     pub(super) path: PathBuf,
     pub(super) bytes: Bytes,
+    pub(super) file: Arc<OpenFile>,
 }
 
 /// Opens and parses the file with index `shard` in its model.
 pub(super) fn open(path: &Path, shard: usize, options: &OpenOptions) -> Result<(Shard, Parsed)> {
-    let bytes = Bytes::open(path, options.mmap).map_err(|source| Error::io(path, source))?;
+    let failed = |source| Error::io(path, source);
+    let mut file = mapped::open(path).map_err(failed)?;
+    let bytes = Bytes::of(&mut file, options.mmap).map_err(failed)?;
     let parsed = parse(path, &bytes, shard)?;
-    Ok((Shard { path: path.to_path_buf(), bytes }, parsed))
+    let file = Arc::new(OpenFile::new(path, file).map_err(failed)?);
+    Ok((Shard { path: path.to_path_buf(), bytes, file }, parsed))
 }

@@ -1,7 +1,7 @@
 //! The hyperparameters of experts and their router.
 
 use super::metadata::MetadataReader;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::gguf::Value;
 use crate::model::arch::{Family, Gating};
 
@@ -28,6 +28,27 @@ pub struct ExpertsConfig {
     pub tolerance: f32,
     /// The width that experts compute in, where it is not that of the residual stream.
     pub latent: Option<usize>,
+    /// Chosen experts are left out whose weights are less than this share of the largest one's. With 0, weights are only counted.
+    pub skip: Option<f32>,
+}
+
+impl ExpertsConfig {
+    /// Leaves out experts whose weights are less than this share of the largest one's.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for other numbers than 0 to 1, and for a model without experts.
+    pub(in crate::model) fn set_skip(&mut self, ratio: Option<f32>) -> Result<()> {
+        let Some(ratio) = ratio else { return Ok(()) };
+        if !(0.0..=1.0).contains(&ratio) {
+            return Err(Error::argument("expert_skip", ratio, "a number from 0 to 1"));
+        }
+        if self.count == 0 {
+            let found = format_args!("{ratio} for a model without experts");
+            return Err(Error::argument("expert_skip", found, "None, or a model with experts"));
+        }
+        self.skip = Some(ratio);
+        Ok(())
+    }
 }
 
 /// Groups of experts.
@@ -55,6 +76,7 @@ pub(super) fn read(keys: &MetadataReader<'_>, family: &Family) -> Result<Experts
         logit_cap: None,
         tolerance: 0.0,
         latent: None,
+        skip: None,
     };
     // Files of dense models may have a count of 0.
     if keys.get("expert_count").is_none_or(|count| count.as_u64() == Some(0)) {

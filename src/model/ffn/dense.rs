@@ -138,16 +138,32 @@ impl Mlp {
         workspace: &mut Workspace,
         out: &mut Buffer,
     ) {
-        self.inner(pass, input, workspace);
-        pass.linear(&self.down, input, out);
+        self.forward_with([&self.up, &self.down], pass, input, workspace, out);
+    }
+
+    /// As [`Mlp::forward`], with the weights of `up` and `down`, which may not be in memory as a part of the network.
+    pub(super) fn forward_with(
+        &self,
+        [up, down]: [&Linear; 2],
+        pass: &Pass<'_>,
+        input: &mut LinearInput,
+        workspace: &mut Workspace,
+        out: &mut Buffer,
+    ) {
+        self.inner_with(up, pass, input, workspace);
+        pass.linear(down, input, out);
     }
 
     /// Replaces `input (rows, hidden)` by the input of `down (rows, width)`: `activation(gate(input)) * up(input)`,
     /// `activation(up(input))` where there is no gate, or what else the family has between them.
     pub(in crate::model) fn inner(&self, pass: &Pass<'_>, input: &mut LinearInput, workspace: &mut Workspace) {
-        pass.linear(&self.up, input, &mut workspace.up);
-        let (width, stride) = (self.width, self.up.width());
-        let gated = self.up.parts().len() == 2;
+        self.inner_with(&self.up, pass, input, workspace);
+    }
+
+    fn inner_with(&self, weights: &Linear, pass: &Pass<'_>, input: &mut LinearInput, workspace: &mut Workspace) {
+        pass.linear(weights, input, &mut workspace.up);
+        let (width, stride) = (self.width, weights.width());
+        let gated = weights.parts().len() == 2;
         let Workspace { up, rows } = workspace;
         let up = &*up;
         input.resize(up.len() / stride, width);
@@ -158,7 +174,7 @@ impl Mlp {
                 if let Some(deviations) = self.sparsity {
                     sparsify(out, deviations);
                 }
-                let other = if gated { &row[self.up.start(1)..][..width] } else { &[] };
+                let other = if gated { &row[weights.start(1)..][..width] } else { &[] };
                 match self.inner {
                     Inner::Activation(activation) if gated => pass.kernel.gate(activation, out, other),
                     Inner::Activation(activation) => pass.kernel.activate(activation, out),
@@ -177,9 +193,18 @@ impl Mlp {
         [&self.up, &self.down]
     }
 
+    pub(super) fn linears_mut(&mut self) -> [&mut Linear; 2] {
+        [&mut self.up, &mut self.down]
+    }
+
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
+        self.fingerprint_with(self.linears(), hasher);
+    }
+
+    /// As [`Mlp::fingerprint`], with the weights of `up` and `down`, which may not be in memory as a part of the network.
+    pub(super) fn fingerprint_with(&self, [up, down]: [&Linear; 2], hasher: &mut FingerprintHasher) {
         // What is between them follows from the configuration.
-        let Mlp { up, down, width, inner: _, inner_norm, sparsity: _ } = self;
+        let Mlp { up: _, down: _, width, inner: _, inner_norm, sparsity: _ } = self;
         hasher.number(*width);
         hasher.linear(up);
         hasher.linear(down);

@@ -1,7 +1,7 @@
 //! Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): each row goes to a few of many networks.
 
 use super::dense::{self, Mlp};
-use super::router::{self, Choice, Router};
+use super::router::{self, Choice, ChoiceCounts, Router};
 use crate::error::Result;
 use crate::kernels;
 use crate::model::adapter::rows::RowPlan;
@@ -10,6 +10,7 @@ use crate::model::config::Config;
 use crate::model::fingerprint::FingerprintHasher;
 use crate::model::linear::{Linear, LinearInput};
 use crate::model::pass::Pass;
+use crate::model::weights::expert_cache::CachedExperts;
 use crate::model::weights::loader::{Loader, Part};
 use crate::quant::packed::PANEL;
 
@@ -19,8 +20,10 @@ pub(in crate::model) struct Experts {
     router: Router,
     /// The projections to and from the width that experts compute in, where that is not the stream's.
     latent: Option<Latent>,
-    /// `(experts)`
+    /// `(experts)`. Their matrices have no memory if `cached` has it.
     experts: Vec<Mlp>,
+    /// The matrices of the experts, where not all of them are in memory.
+    cached: Option<CachedExperts>,
     shared: Option<SharedExpert>,
 }
 
@@ -107,9 +110,20 @@ impl Experts {
         let count = config.experts.count;
         let latent = config.experts.latent.map(|width| Latent::load(loader, config, index, width)).transpose()?;
         let width = latent.as_ref().map_or(config.hidden, |latent| latent.width);
-        let experts =
-            (0..count).map(|expert| Mlp::load_of_width(loader, config, index, "_exps", Some((expert, count)), width));
-        let experts = experts.collect::<Result<Vec<_>>>()?;
+        let mut cached = loader.cached_experts(index, count)?;
+        let mut experts = Vec::with_capacity(count);
+        for expert in 0..count {
+            let load =
+                |loader: &Loader<'_>| Mlp::load_of_width(loader, config, index, "_exps", Some((expert, count)), width);
+            experts.push(match &mut cached {
+                None => load(loader)?,
+                Some(cached) => {
+                    let mut mlp = loader.load_expert(load)?;
+                    cached.take(expert, mlp.linears_mut());
+                    mlp
+                }
+            });
+        }
         for stack in ["gate", "up", "gate_up", "down"] {
             loader.release(&format!("blk.{index}.ffn_{stack}_exps.weight"));
         }
@@ -117,7 +131,7 @@ impl Experts {
             true => Some(SharedExpert::load(loader, config, index)?),
             false => None,
         };
-        Ok(Experts { router, latent, experts, shared })
+        Ok(Experts { router, latent, experts, cached, shared })
     }
 
     /// Reads the weights of an expert again, which may have changed: that of a number, or the shared one.
@@ -174,21 +188,40 @@ impl Experts {
         all
     }
 
-    /// Bytes of the experts that a token does not read, where it uses `used`.
-    pub(super) fn bytes_unused(&self, used: usize) -> usize {
-        let bytes: usize = self.experts.iter().flat_map(Mlp::linears).map(Linear::bytes).sum();
-        bytes / self.experts.len().max(1) * self.experts.len().saturating_sub(used)
+    /// The experts that rows chose so far, if some may be left out.
+    pub(in crate::model) fn choices(&self) -> &ChoiceCounts {
+        self.router.choices()
     }
 
-    pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Experts { router, latent, experts, shared } = self;
+    /// Bytes of weights that a token reads, where it uses `used` experts.
+    pub(super) fn bytes_read(&self, used: usize) -> usize {
+        let all: usize = self.linears().into_iter().map(Linear::bytes).sum();
+        match &self.cached {
+            None => {
+                let bytes: usize = self.experts.iter().flat_map(Mlp::linears).map(Linear::bytes).sum();
+                all - bytes / self.experts.len().max(1) * self.experts.len().saturating_sub(used)
+            }
+            Some(cached) => all + cached.bytes_each() * used,
+        }
+    }
+
+    pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher<'_>) {
+        let Experts { router, latent, experts, cached, shared } = self;
         router.fingerprint(hasher);
         // Hashed only where they exist, so that models without them keep their fingerprints.
         if let Some(Latent { width: _, down, up }) = latent {
             hasher.linear(down);
             hasher.linear(up);
         }
-        experts.iter().for_each(|mlp| mlp.fingerprint(hasher));
+        match cached {
+            None => experts.iter().for_each(|mlp| mlp.fingerprint(hasher)),
+            Some(cached) => experts.iter().enumerate().for_each(|(expert, mlp)| {
+                hasher.pool().run(|scope| match cached.lend().get(scope, mlp.linears(), expert) {
+                    Ok(linears) => mlp.fingerprint_with(linears, hasher),
+                    Err(fault) => hasher.fail(fault),
+                });
+            }),
+        }
         hasher.optional(shared.as_ref(), |hasher, SharedExpert { mlp, gate }| {
             mlp.fingerprint(hasher);
             hasher.optional(gate.as_ref(), FingerprintHasher::linear);
@@ -206,11 +239,11 @@ impl Experts {
         dense: &mut dense::Workspace,
         own: &mut Workspace,
         out: &mut Buffer,
-    ) {
+    ) -> Result<()> {
         // Every expert reads the input.
         own.source.copy_from(&input.values);
         self.router.route(pass, input, &mut own.out, &mut own.routing, &mut own.choices);
-        self.compute(pass, dense, own, out);
+        self.compute(pass, dense, own, out)
     }
 
     /// As [`Experts::forward`], where the router reads the residual stream `x (rows, hidden)` through a norm of its own.
@@ -222,23 +255,30 @@ impl Experts {
         dense: &mut dense::Workspace,
         own: &mut Workspace,
         out: &mut Buffer,
-    ) {
+    ) -> Result<()> {
         own.source.copy_from(&input.values);
         self.router.prepare(pass, x, input);
         self.router.route(pass, input, &mut own.out, &mut own.routing, &mut own.choices);
-        self.compute(pass, dense, own, out);
+        self.compute(pass, dense, own, out)
     }
 
     /// The weighted sum of the outputs of the experts that were chosen, which read `own.source (rows, hidden)`.
-    fn compute(&self, pass: &Pass<'_>, dense: &mut dense::Workspace, own: &mut Workspace, out: &mut Buffer) {
+    fn compute(
+        &self,
+        pass: &Pass<'_>,
+        dense: &mut dense::Workspace,
+        own: &mut Workspace,
+        out: &mut Buffer,
+    ) -> Result<()> {
         let (hidden, used) = (pass.config.hidden, pass.config.experts.used);
         let rows = own.source.len() / hidden;
         let width = hidden.next_multiple_of(PANEL);
         let weighted_input = pass.config.family.quirks.weighted_input;
         let Some(latent) = &self.latent else {
             out.resize(rows * width);
-            self.compute_chosen(pass, dense, own, [hidden, used], weighted_input, out);
-            return self.add_shared(pass, dense, own, out);
+            self.compute_chosen(pass, dense, own, [hidden, used], weighted_input, out)?;
+            self.add_shared(pass, dense, own, out);
+            return Ok(());
         };
         // Experts read and write a narrower vector.
         let [mut narrow, mut sum] = std::mem::take(&mut own.latent);
@@ -249,7 +289,7 @@ impl Experts {
             to.copy_from_slice(&from[..latent.width]);
         }
         std::mem::swap(&mut own.source, &mut narrow);
-        self.compute_chosen(pass, dense, own, [latent.width, used], weighted_input, &mut sum);
+        self.compute_chosen(pass, dense, own, [latent.width, used], weighted_input, &mut sum)?;
         std::mem::swap(&mut own.source, &mut narrow);
         own.input.resize(rows, latent.width);
         for (to, from) in own.input.values.chunks_exact_mut(latent.width).zip(sum.chunks_exact(latent.down.width())) {
@@ -258,6 +298,7 @@ impl Experts {
         pass.linear(&latent.up, &mut own.input, out);
         own.latent = [narrow, sum];
         self.add_shared(pass, dense, own, out);
+        Ok(())
     }
 
     /// `out (rows, hidden rounded up to panels)`: the weighted sum of the outputs of the experts that were chosen, which read
@@ -270,9 +311,15 @@ impl Experts {
         [hidden, used]: [usize; 2],
         weighted_input: bool,
         out: &mut Buffer,
-    ) {
+    ) -> Result<()> {
         let width = hidden.next_multiple_of(PANEL);
         out.fill(0.0);
+        let mut lent = self.cached.as_ref().map(CachedExperts::lend);
+        if let Some(lent) = &mut lent {
+            let rows = own.choices.len() / used.max(1);
+            let choices = own.choices.iter().map(|(expert, _)| *expert);
+            lent.choose(choices, rows, |expert| self.experts[expert].linears());
+        }
         for (expert, mlp) in self.experts.iter().enumerate() {
             own.chosen.clear();
             let choices = own.choices.iter().enumerate().filter(|(_, (chosen, _))| *chosen == expert);
@@ -290,11 +337,16 @@ impl Experts {
             }
             let rows = own.chosen.iter().map(|(row, _)| *row);
             let pass = &Pass { adapters: pass.adapters.select(rows, &mut own.plan), ..*pass };
-            mlp.forward(pass, &mut own.input, dense, &mut own.out);
+            let linears = match &mut lent {
+                None => mlp.linears(),
+                Some(lent) => lent.get(pass.scope, mlp.linears(), expert)?,
+            };
+            mlp.forward_with(linears, pass, &mut own.input, dense, &mut own.out);
             for ((row, weight), output) in own.chosen.iter().zip(own.out.chunks(width)) {
                 pass.kernel.add_scaled(&mut out[row * width..][..hidden], &output[..hidden], *weight);
             }
         }
+        Ok(())
     }
 
     /// Adds the weighted output of the expert that every row uses to `out (rows, hidden rounded up to panels)`.

@@ -3,6 +3,7 @@
 //! A kind is a file with its weights, its workspace and its computation, and an arm of [`FeedForward`].
 
 pub(super) mod dense;
+pub(super) mod expert_use;
 pub(super) mod experts;
 mod router;
 
@@ -121,6 +122,9 @@ impl FeedForward {
 
     /// `out (rows, hidden rounded up to panels) = ffn(input (rows, hidden))`, where `x` is the residual stream that the input
     /// is the norm of. Overwrites `input`.
+    ///
+    /// # Errors
+    /// Those of reading experts that are not in memory.
     pub(super) fn forward(
         &self,
         pass: &Pass<'_>,
@@ -128,21 +132,22 @@ impl FeedForward {
         input: &mut LinearInput,
         workspace: &mut Workspace,
         out: &mut Buffer,
-    ) {
+    ) -> Result<()> {
         match self {
             FeedForward::Dense(mlp) => mlp.forward(pass, input, &mut workspace.dense, out),
             FeedForward::Experts(experts) => {
-                experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out);
+                experts.forward(pass, input, &mut workspace.dense, &mut workspace.experts, out)?;
             }
             FeedForward::Both(layer) => {
                 let Workspace { dense, experts, both, rows } = workspace;
                 layer.dense.forward(pass, input, dense, out);
                 layer.expert_input(pass, x, input);
-                layer.experts.forward_routed_by(pass, x, input, dense, experts, both);
+                layer.experts.forward_routed_by(pass, x, input, dense, experts, both)?;
                 layer.join(pass, out, both, rows);
             }
             FeedForward::ChannelMix(_) | FeedForward::None => {}
         }
+        Ok(())
     }
 
     /// The linear layers.
@@ -158,11 +163,23 @@ impl FeedForward {
 
     /// Bytes of weights that one token reads, where it uses `used` experts.
     pub(super) fn bytes_read(&self, used: usize) -> usize {
-        let all = self.linears().into_iter().map(Linear::bytes).sum();
         match self {
-            FeedForward::Dense(_) | FeedForward::ChannelMix(_) | FeedForward::None => all,
-            FeedForward::Experts(experts) => all - experts.bytes_unused(used),
-            FeedForward::Both(both) => all - both.experts.bytes_unused(used),
+            FeedForward::Dense(_) | FeedForward::ChannelMix(_) | FeedForward::None => {
+                self.linears().into_iter().map(Linear::bytes).sum()
+            }
+            FeedForward::Experts(experts) => experts.bytes_read(used),
+            FeedForward::Both(both) => {
+                both.dense.linears().into_iter().map(Linear::bytes).sum::<usize>() + both.experts.bytes_read(used)
+            }
+        }
+    }
+
+    /// The experts, if there are any.
+    pub(super) fn experts(&self) -> Option<&Experts> {
+        match self {
+            FeedForward::Experts(experts) => Some(experts),
+            FeedForward::Both(both) => Some(&both.experts),
+            FeedForward::Dense(_) | FeedForward::ChannelMix(_) | FeedForward::None => None,
         }
     }
 

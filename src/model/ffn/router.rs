@@ -1,5 +1,7 @@
 //! Routers choose the experts for each row.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::error::Result;
 use crate::kernels::{self, Activation, Kernel};
 use crate::model::arch::Gating;
@@ -14,6 +16,12 @@ use crate::model::weights::loader::{Loader, Part};
 /// An expert that a row chose, and the weight of its output.
 pub(in crate::model) type Choice = (usize, f32);
 
+/// The number in place of an expert that is left out. Its weight is 0.
+const LEFT_OUT: usize = usize::MAX;
+
+/// Steps in which the shares of weights are counted: hundredths, and the largest one.
+const SHARES: usize = 101;
+
 /// Chooses experts by the logits of all.
 #[derive(Debug)]
 pub(super) struct Router {
@@ -25,6 +33,8 @@ pub(super) struct Router {
     expert_scale: Vec<f32>,
     /// Of the residual stream, in routers that read it through a norm of their own.
     input_norm: Option<Norm>,
+    /// Where experts may be left out: those that were chosen, and their weights.
+    choices: ChoiceCounts,
 }
 
 /// The workspace of a router.
@@ -65,11 +75,12 @@ impl Router {
                 bias: Vec::new(),
                 eps: config.norm_eps,
             }),
+            choices: ChoiceCounts::new(count),
         })
     }
 
     pub(super) fn fingerprint(&self, hasher: &mut FingerprintHasher) {
-        let Router { logits, selection_bias, expert_scale, input_norm } = self;
+        let Router { logits, selection_bias, expert_scale, input_norm, choices: _ } = self;
         hasher.linear(logits);
         // Hashed only where they exist, so that models without them keep their fingerprints.
         for numbers in [selection_bias, expert_scale].into_iter().filter(|numbers| !numbers.is_empty()) {
@@ -147,12 +158,71 @@ impl Router {
         if experts.gating == Gating::SoftmaxOfChosen {
             softmax(chosen);
         }
-        let normalized = experts.normalized && matches!(experts.gating, Gating::Softmax | Gating::Sigmoid);
+        let has_skipped = experts.skip.is_some_and(|ratio| self.leave_out(ratio, chosen));
+        let normalized = match experts.gating {
+            Gating::Softmax | Gating::Sigmoid => experts.normalized,
+            Gating::SoftmaxOfChosen => has_skipped,
+            Gating::SparseMixer => false,
+        };
         let total: f32 = if normalized { chosen.iter().map(|(_, weight)| weight).sum() } else { 1.0 };
         chosen.iter_mut().for_each(|(_, weight)| *weight *= experts.scale / total);
         if !self.expert_scale.is_empty() {
-            chosen.iter_mut().for_each(|(expert, weight)| *weight *= self.expert_scale[*expert]);
+            let chosen = chosen.iter_mut().filter(|(expert, _)| *expert != LEFT_OUT);
+            chosen.for_each(|(expert, weight)| *weight *= self.expert_scale[*expert]);
         }
+    }
+
+    /// Leaves out the experts of a row whose weights are below `ratio` of the largest one (Lu et al. 2024, arXiv 2402.14800, where
+    /// a row has two experts). Returns whether there are any.
+    fn leave_out(&self, ratio: f32, chosen: &mut [Choice]) -> bool {
+        let largest = chosen.iter().map(|(_, weight)| *weight).fold(0.0, f32::max);
+        self.choices.add(largest, chosen);
+        let mut has_skipped = false;
+        for choice in chosen.iter_mut().filter(|(_, weight)| *weight < ratio * largest) {
+            *choice = (LEFT_OUT, 0.0);
+            has_skipped = true;
+        }
+        has_skipped
+    }
+
+    /// The experts that were chosen so far, where some may be left out.
+    pub(super) fn choices(&self) -> &ChoiceCounts {
+        &self.choices
+    }
+}
+
+/// Counts the experts that rows choose.
+#[derive(Debug)]
+pub(in crate::model) struct ChoiceCounts {
+    /// `(experts)`: rows that chose each.
+    experts: Vec<AtomicU64>,
+    /// Choices by their weights, as shares of the largest one of their row.
+    shares: Vec<AtomicU64>,
+}
+
+impl ChoiceCounts {
+    fn new(experts: usize) -> ChoiceCounts {
+        let zeros = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
+        ChoiceCounts { experts: zeros(experts), shares: zeros(SHARES) }
+    }
+
+    fn add(&self, largest: f32, chosen: &[Choice]) {
+        for (expert, weight) in chosen {
+            // The last one is the largest weight itself.
+            let share = (weight / largest * (SHARES - 1) as f32) as usize;
+            self.shares[share.min(SHARES - 1)].fetch_add(1, Ordering::Relaxed);
+            self.experts[*expert].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// `(experts)`: rows that chose each.
+    pub(in crate::model) fn experts(&self) -> Vec<u64> {
+        self.experts.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+    }
+
+    /// `(shares)`: choices with each share of the largest weight of their row.
+    pub(in crate::model) fn shares(&self) -> Vec<u64> {
+        self.shares.iter().map(|count| count.load(Ordering::Relaxed)).collect()
     }
 }
 

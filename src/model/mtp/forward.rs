@@ -168,8 +168,8 @@ impl Transformer {
             self.in_head(head, pass, w, &mut inputs, |context, w| {
                 head.layer.mixer.forward(context, &mut w.input, &mut w.mixers, &mut w.branch);
             });
-            self.finish(head, pass, w, &lengths, logits);
-        });
+            self.finish(head, pass, w, &lengths, logits)
+        })?;
         let outputs = if head.input.normalized { &w.input.values } else { &w.x };
         for ((input, count), output) in inputs.iter_mut().zip(lengths).zip(outputs.chunks(config.hidden)) {
             if let Some(state) = &mut input.session.head {
@@ -236,7 +236,14 @@ impl Transformer {
 
     /// From the mixer's output `w.branch` to logits: the rest of the layer, for the last of each input's rows, `lengths` each. The
     /// head's outputs are `w.x`, and normalized `w.input`.
-    fn finish(&self, head: &Head, pass: &Pass<'_>, w: &mut Workspace, lengths: &[usize], logits: &mut Vec<f32>) {
+    fn finish(
+        &self,
+        head: &Head,
+        pass: &Pass<'_>,
+        w: &mut Workspace,
+        lengths: &[usize],
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
         let (hidden, layer) = (self.config.hidden, &head.layer);
         pass.norm_branch(&mut w.branch, layer.mixer_norms.output.as_ref(), &mut w.rows);
         pass.join(&mut w.x, &w.branch);
@@ -248,7 +255,7 @@ impl Transformer {
         w.x.resize(lengths.len() * hidden);
         pass.norm_stream(&mut w.x, layer.mixer_norms.stream.as_ref(), &mut w.input);
         pass.norm(&w.x, layer.ffn_norm(&head.config), &mut w.input);
-        layer.ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch);
+        layer.ffn.forward(pass, &w.x, &mut w.input, &mut w.ffn, &mut w.branch)?;
         pass.norm_branch(&mut w.branch, layer.ffn_norms.output.as_ref(), &mut w.rows);
         pass.join(&mut w.x, &w.branch);
         pass.norm_stream(&mut w.x, layer.ffn_norms.stream.as_ref(), &mut w.input);
@@ -258,5 +265,6 @@ impl Transformer {
         pass.norm(&w.x, head.norm.as_ref().or(self.weights.output_norm.as_ref()), &mut w.input);
         let output = head.output.as_ref().unwrap_or_else(|| self.weights.output());
         self.project(pass, w, output, logits);
+        Ok(())
     }
 }

@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 use crate::format::Checkpoint;
 use crate::model::config::Config;
 use crate::model::model::open;
-use crate::model::needs::packed_bytes;
 use crate::model::weights::load_options::LoadOptions;
 use crate::model::weights::loader::layer_of;
+use crate::model::weights::sizes::packed_bytes;
 
 /// The units of a model: its layers, and its output as the last one.
 #[derive(Debug, Clone)]

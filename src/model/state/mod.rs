@@ -6,6 +6,7 @@ mod counted;
 mod file_adapter;
 mod head;
 pub(super) mod journal;
+mod owner;
 pub(super) mod page_file;
 pub(super) mod recurrent;
 pub(super) mod session;

@@ -35,6 +35,17 @@ impl Quantize {
     }
 }
 
+/// How much memory the experts of a model may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpertMemory {
+    /// All experts are in memory if the model fits into the memory that is free. Otherwise they take three quarters of what
+    /// the other weights leave.
+    Auto,
+    /// At most this many bytes.
+    Bytes(usize),
+}
+
 /// Options of loading a model.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -53,6 +64,12 @@ pub struct LoadOptions {
     /// Whether the head for multi-token prediction is loaded with the model. `None` loads it when speculation first needs it,
     /// from the same file; with `false` there is none. Default: `None`.
     pub mtp: Option<bool>,
+    /// A limit of the memory for the experts of a GGUF file. Those that do not fit are read from the file when a token chooses them,
+    /// which must not change while the model is used. Results do not depend on it. Default: none.
+    pub expert_memory: Option<ExpertMemory>,
+    /// Leaves out the experts of a token whose weights are less than this share of the largest one's, from 0 to 1. That is
+    /// faster and changes results. Default: none are left out.
+    pub expert_skip: Option<f32>,
     /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
     /// a file changes while it loads. Default: true.
     pub mmap: bool,
@@ -67,6 +84,8 @@ impl Default for LoadOptions {
             quantize: Quantize::Auto,
             cache_type: None,
             mtp: None,
+            expert_memory: None,
+            expert_skip: None,
             mmap: true,
         }
     }
@@ -79,5 +98,7 @@ setters!(LoadOptions {
     with_quantize(quantize: Quantize),
     with_cache_type(cache_type: impl Into<Option<CacheType>>),
     with_mtp(mtp: impl Into<Option<bool>>),
+    with_expert_memory(expert_memory: impl Into<Option<ExpertMemory>>),
+    with_expert_skip(expert_skip: impl Into<Option<f32>>),
     with_mmap(mmap: bool),
 });

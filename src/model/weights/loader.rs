@@ -3,7 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
+use super::expert_cache::{CachedExperts, ExpertCache};
+use super::expert_files::ExpertFiles;
 use crate::error::{Error, Place, Result};
 use crate::format::{Checkpoint, Tensor};
 use crate::model::arch::NormKind;
@@ -60,13 +63,17 @@ pub(in crate::model) struct Loader<'a> {
     arena: Arena,
     /// Whether matrices with many zeros become sparse.
     sparse: Option<&'a dyn Fn() -> bool>,
+    /// The experts that are in memory, where that is not all of them.
+    experts: Option<Arc<ExpertCache>>,
+    /// Where the matrices of an expert lie, while they load.
+    expert_arena: RefCell<Option<Arc<Arena>>>,
 }
 
 /// Rows that a task compares.
 const EQUAL_ROWS: usize = 256;
 
 /// The number of the layer that a tensor belongs to.
-pub(in crate::model) fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
@@ -119,18 +126,24 @@ impl<'a> Loader<'a> {
 
     /// A loader of matrices that are freed one by one.
     pub(in crate::model) fn separate(scope: &'a Scope<'a>, checkpoint: &'a dyn Checkpoint) -> Loader<'a> {
-        let (done, used, arena) = (Cell::new(0), RefCell::default(), Arena::new(0));
         Loader {
             scope,
             checkpoint,
             progress: None,
-            done,
+            done: Cell::new(0),
             total: 0,
-            used,
+            used: RefCell::default(),
             is_hollow: Cell::new(false),
-            arena,
+            arena: Arena::new(0),
             sparse: None,
+            experts: None,
+            expert_arena: RefCell::default(),
         }
+    }
+
+    /// The loader, which leaves only some experts in memory.
+    pub(in crate::model) fn with_experts(self, experts: Option<Arc<ExpertCache>>) -> Loader<'a> {
+        Loader { experts, ..self }
     }
 
     /// A loader that checks the names and the shapes of matrices without reading their weights.
@@ -146,6 +159,24 @@ impl Loader<'_> {
         self.is_hollow.set(before || !wanted);
         let loaded = load(self);
         self.is_hollow.set(before);
+        loaded
+    }
+
+    /// The `count` experts of layer `index`, where only some of them stay in memory.
+    ///
+    /// # Errors
+    /// Those of [`ExpertFiles::locate`].
+    pub(in crate::model) fn cached_experts(&self, index: usize, count: usize) -> Result<Option<CachedExperts>> {
+        let Some(cache) = self.experts.as_ref().filter(|_| !self.is_hollow.get()) else { return Ok(None) };
+        let files = ExpertFiles::locate(self.checkpoint, index)?;
+        Ok(Some(CachedExperts::new(Arc::clone(cache), index, count, files)))
+    }
+
+    /// Calls `load`, which reads an expert of a layer that may not keep all in memory.
+    pub(in crate::model) fn load_expert<T>(&self, load: impl FnOnce(&Self) -> T) -> T {
+        *self.expert_arena.borrow_mut() = self.experts.as_ref().map(|experts| experts.arena());
+        let loaded = load(self);
+        *self.expert_arena.borrow_mut() = None;
         loaded
     }
 
@@ -471,15 +502,13 @@ impl Loader<'_> {
         }
         // The packed form is at most a panel and a block larger than the tensor, which the file has in full: this bounds
         // the memory that a small file can ask for.
-        let job = pack::PackJob {
-            source,
-            rows,
-            columns,
-            order,
-            release: &|| self.checkpoint.release(name),
-            arena: &self.arena,
-        };
-        let is_sparse = self.sparse.is_some_and(|is_faster| job.has_many_zeros() && is_faster());
+        let of_experts = self.expert_arena.borrow();
+        let arena = of_experts.as_deref().unwrap_or(&self.arena);
+        let release = &|| self.checkpoint.release(name);
+        let job = pack::PackJob { source, rows, columns, order, release, arena };
+        // Experts that take the places of others have the same layout.
+        let may_be_sparse = self.sparse.filter(|_| of_experts.is_none());
+        let is_sparse = may_be_sparse.is_some_and(|is_faster| job.has_many_zeros() && is_faster());
         let packed = if is_sparse { job.run_sparse(self.scope) } else { job.run(self.scope) };
         packed.map_err(|error| match error {
             pack::PackError::Memory(error) => error,

@@ -195,6 +195,8 @@ def test_an_engine_of_something_else_names_the_argument(tiny_model: Model) -> No
         ({"context": True}, r"context: found True \(bool\), expected int"),
         ({"quantize": 5}, r"quantize: found 5 \(int\), expected str"),
         ({"mmap": "no"}, r"mmap: found 'no' \(str\), expected bool"),
+        ({"expert_memory": True}, r"expert_memory: found True \(bool\), expected int or float or str"),
+        ({"expert_skip": "0.1"}, r"expert_skip: found '0.1' \(str\), expected int or float"),
         ({"options": {"threads": 4}}, "options: found dict, expected LoadOptions or single options by name"),
     ],
 )

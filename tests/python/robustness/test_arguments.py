@@ -94,6 +94,8 @@ def test_load_options_work_or_are_refused(tiny_file: Path, data: st.DataObject) 
         "quantize": st.sampled_from([None, "auto", "int4", "int8", "int4:g1", "stored", "", "int4:"]),
         "cache_type": st.sampled_from([None, "f16", "int8", "f32", "F16", "q4"]),
         "mmap": st.booleans(),
+        "expert_memory": st.one_of(st.sampled_from([None, "auto", "4", 0, 1.5]), integers),
+        "expert_skip": st.one_of(st.sampled_from([None, 0, 0.5, 1, 1.5]), integers),
     }
     names = data.draw(st.lists(st.sampled_from(sorted(strategies)), unique=True, max_size=3))
     arguments = {name: data.draw(st.one_of(strategies[name], anything), label=name) for name in names}

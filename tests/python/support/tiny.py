@@ -116,6 +116,38 @@ def write_large(path: Path, layers: int, hidden: int, feed_forward: int) -> Path
     return path
 
 
+def write_experts(path: Path, layers: int, hidden: int, feed_forward: int, experts: int, used: int = 2) -> Path:
+    """Writes a llama of experts, as Mixtral is one, with the tiny vocabulary and random weights in Q8_0."""
+    dice = np.random.default_rng(7)
+    sizes: dict[str, Any] = {"llama__block_count": layers, "llama__feed_forward_length": feed_forward}
+    heads = {
+        "llama__embedding_length": hidden,
+        "llama__attention__head_count": 4,
+        "llama__attention__head_count_kv": 2,
+        "llama__expert_count": experts,
+        "llama__expert_used_count": used,
+    }
+    values = metadata(**sizes, **heads, llama__rope__dimension_count=hidden // 4)
+    vocabulary = len(values["tokenizer.ggml.tokens"])
+    tensors: dict[str, tuple[int, tuple[int, ...], bytes]] = {
+        "token_embd.weight": (Q8_0, (hidden, vocabulary), q8_0(dice.normal(0, 0.2, (vocabulary, hidden)))),
+        "output_norm.weight": norm(hidden),
+    }
+    for layer in range(layers):
+        tensors[f"blk.{layer}.attn_norm.weight"] = norm(hidden)
+        tensors[f"blk.{layer}.ffn_norm.weight"] = norm(hidden)
+        router = dice.normal(0, 2 / hidden**0.5, (experts, hidden)).astype(np.float32)
+        tensors[f"blk.{layer}.ffn_gate_inp.weight"] = (F32, (hidden, experts), router.tobytes())
+        for name, shape in layer_shapes(hidden, hidden // 2, feed_forward).items():
+            stack = (experts,) if name.startswith("ffn_") else ()
+            name = f"blk.{layer}.{name}{'_exps' if stack else ''}.weight"
+            # Weights of a size with which experts change the results.
+            size = 0.02 / shape[0] ** 0.5
+            tensors[name] = (Q8_0, (*shape, *stack), random_q8_0(dice, int(np.prod((*shape, *stack))), size))
+    write_gguf(path, values, tensors)
+    return path
+
+
 def layer_shapes(hidden: int, kv: int, feed_forward: int) -> dict[str, tuple[int, int]]:
     """Returns the columns and rows of the matrices of a layer, by name."""
     return {
@@ -142,9 +174,9 @@ def q8_0(values: np.ndarray[Any, Any]) -> bytes:
     return b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, codes, strict=True))
 
 
-def random_q8_0(dice: np.random.Generator, count: int) -> bytes:
-    """Makes random Q8_0 data: blocks of 32 with an F16 scale and 32 signed bytes."""
-    scale = np.frombuffer(np.float16(0.0002).tobytes(), np.uint8)
+def random_q8_0(dice: np.random.Generator, count: int, size: float = 0.0002) -> bytes:
+    """Makes random Q8_0 data: blocks of 32 with the same F16 scale and 32 signed bytes."""
+    scale = np.frombuffer(np.float16(size).tobytes(), np.uint8)
     codes = np.frombuffer(dice.bytes(count), np.uint8).reshape(-1, BLOCK)
     return np.hstack([np.broadcast_to(scale, (len(codes), 2)), codes]).tobytes()
 

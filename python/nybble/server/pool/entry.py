@@ -212,7 +212,7 @@ def load(
             model.tokenizer.replace_chat_template(spec.chat_template)
         draft = None
         if spec.options.draft is not None:
-            draft = stack.enter_context(Model.load(spec.options.draft, spec.load, progress=job.report))
+            draft = stack.enter_context(Model.load(spec.options.draft, spec.load.for_draft(), progress=job.report))
         engine = Engine(model, spec.options.engine().replace(cache_bytes=needs.cache_bytes), draft=draft)
         stack.callback(engine.close)
         service = Service(engine, spec.name, settings, spec.aliases, shared)

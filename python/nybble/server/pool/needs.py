@@ -119,7 +119,7 @@ def read_needs(spec: ModelSpec, limits: Limits, progress: Progress = False) -> N
     header = _header(spec.source, spec.load, progress)
     weight_bytes = header.weight_bytes
     if spec.options.draft is not None:
-        draft = _header(spec.options.draft, spec.load, progress)
+        draft = _header(spec.options.draft, spec.load.for_draft(), progress)
         weight_bytes += draft.weight_bytes + draft.cache_bytes
     cache_bytes = spec.options.cache_bytes
     if cache_bytes is None:

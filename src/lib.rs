@@ -72,9 +72,7 @@ pub use engine::constraint::{Constraint, Grammar, Vocabulary};
 pub use engine::sampler::{Sampled, SamplingOptions};
 pub use engine::{Event, Scheduler, SchedulerOptions, Sequence, Speculation, step};
 pub use error::{Error, Place, Result};
-pub use model::{
-    CacheType, ExpertMemory, ExpertUse, Input, LoadOptions, Logits, Model, Pooling, Quantize, Session, TextTokens,
-};
+pub use model::{CacheType, Input, LoadOptions, Logits, Model, Pooling, Quantize, Session, TextTokens};
 pub use quant::block::BlockType;
 pub use quantize::{QuantizeOptions, Recipe, RunContext, TensorFormats, quantize};
 #[cfg(feature = "chat")]

@@ -55,6 +55,7 @@ pub use batch::{Input, Logits};
 pub use config::Pooling;
 #[doc(hidden)]
 pub use convert::requantize;
+#[doc(hidden)]
 pub use ffn::expert_use::ExpertUse;
 pub use model::Model;
 pub(crate) use mtp::HeadDraft;
@@ -69,6 +70,8 @@ pub(crate) use state::page_file::{PageFault, PageId, WeakPage, distrust, distrus
 pub use state::session::Session;
 #[doc(hidden)]
 pub use state::shared_page::SharedPage;
-pub use weights::load_options::{ExpertMemory, LoadOptions, Quantize};
+#[doc(hidden)]
+pub use weights::load_options::ExpertMemory;
+pub use weights::load_options::{LoadOptions, Quantize};
 pub use weights::loader::Progress;
 pub(crate) use weights::loader::layer_of;

@@ -32,6 +32,9 @@ use crate::quant::packed::Packed;
 use crate::threads::{PerProcess, Scope, ThreadPool, resolve_threads};
 use crate::tokenizer::{self, Limits, Tokenizer};
 
+/// Makes another checkpoint of one.
+type ChangeCheckpoint<'a> = &'a dyn for<'b> Fn(&'b dyn Checkpoint) -> Result<Box<dyn Checkpoint + 'b>>;
+
 /// A model in memory, ready to run. It does not change: any number of sessions and threads may use it.
 #[derive(Debug)]
 pub struct Model {
@@ -104,11 +107,7 @@ impl Model {
     }
 
     /// As [`Model::load`], of the checkpoint that `change` makes of the one at `path`.
-    pub(crate) fn load_changed(
-        path: &Path,
-        options: &LoadOptions,
-        change: &dyn for<'a> Fn(&'a dyn Checkpoint) -> Result<Box<dyn Checkpoint + 'a>>,
-    ) -> Result<Model> {
+    pub(crate) fn load_changed(path: &Path, options: &LoadOptions, change: ChangeCheckpoint<'_>) -> Result<Model> {
         open(path, options, |checkpoint| {
             let changed = change(checkpoint)?;
             Model::with_part(changed.as_ref(), options, None, |config| Held::whole(config.layers.len()))
@@ -470,6 +469,7 @@ impl Model {
     }
 
     /// What passes have chosen of the experts so far.
+    #[doc(hidden)]
     pub fn expert_use(&self) -> ExpertUse {
         let [needed, read] = self.experts.as_ref().map_or([0, 0], |experts| experts.counts());
         let layers = self.transformer.weights.layers.iter().filter_map(|layer| layer.ffn.experts());

@@ -35,6 +35,7 @@ pub struct AutoOptions {
     /// Seed of the order of windows in tuning.
     pub seed: u64,
     /// How many weights of linear layers become zero; `None` prunes none.
+    #[doc(hidden)]
     pub sparsity: Option<Sparsity>,
 }
 
@@ -43,6 +44,14 @@ impl AutoOptions {
     pub fn new(formats: TensorFormats) -> AutoOptions {
         AutoOptions { formats, target: Target::default(), budget: None, seed: 0, sparsity: None }
     }
+
+    /// Makes `share` of the weights of each row zero, by the pattern called `unstructured` or `2:4`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a share outside of 0 to 0.95, other names, and 2:4 with another share than a half.
+    pub fn with_sparsity(self, share: f32, pattern: &str) -> Result<AutoOptions> {
+        Ok(AutoOptions { sparsity: Some(Sparsity::new(share, pattern)?), ..self })
+    }
 }
 
 setters!(AutoOptions {
@@ -50,7 +59,6 @@ setters!(AutoOptions {
     with_target(target: Target),
     with_budget(budget: impl Into<Option<Duration>>),
     with_seed(seed: u64),
-    with_sparsity(sparsity: impl Into<Option<Sparsity>>),
 });
 
 /// The result of a search.
@@ -83,7 +91,8 @@ pub struct AutoReport {
 pub fn auto(context: &RunContext<'_>, options: &AutoOptions, evaluation: &[Vec<u32>]) -> Result<AutoReport> {
     let started = Instant::now();
     let AutoOptions { formats, sparsity, .. } = options;
-    QuantizeOptions::new(Recipe::Rtn { search: true }, formats.clone()).with_sparsity(*sparsity).check()?;
+    let plain = QuantizeOptions::new(Recipe::Rtn { search: true }, formats.clone());
+    QuantizeOptions { sparsity: *sparsity, ..plain }.check()?;
     context.check_out(&[ResumeFiles::next_to(context.out)])?;
     let can_tune = pipeline::can_tune(context, &options.formats)?;
     let mut search = Search::begin(context, options, evaluation, can_tune, started)?;

@@ -24,6 +24,7 @@ mod calibration;
 mod compute;
 mod context;
 pub mod eval;
+mod expert_choice;
 mod format;
 mod importance;
 mod layer;
@@ -53,10 +54,11 @@ pub use overrides::TensorFormats;
 #[doc(hidden)]
 pub use pipeline::ExpertCounts;
 pub use pipeline::{QuantizeOptions, Report, TensorReport, quantize};
-pub use recipes::Recipe;
 #[doc(hidden)]
 pub use pruning::Pruning;
+pub use recipes::Recipe;
 #[doc(hidden)]
 pub use recipes::{GptqOptions, SignroundOptions};
+#[doc(hidden)]
 pub use sparsity::Sparsity;
 pub use tuning::TuningOptions;

@@ -8,7 +8,7 @@ use nybble::Error;
 use nybble::format::gguf::Gguf;
 use nybble::quant::block::BlockType;
 use nybble::quantize::{
-    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, Sparsity, Target, TensorFormats,
+    AutoOptions, Format, GptqOptions, QuantizeOptions, Recipe, Report, RunContext, Target, TensorFormats,
     TuningOptions, auto, quantize,
 };
 
@@ -262,10 +262,9 @@ fn pruned_weights_stay_zero_through_gptq_and_tuning() {
     let source = source(&folder, "llama");
     let wanted = logits(&source);
     for pattern in ["unstructured", "2:4"] {
-        let sparsity = Sparsity::new(0.5, pattern).unwrap();
         let [rounded, pruned, tuned] = ["rounded", "pruned", "tuned"].map(|name| {
             let out = folder.path().join(format!("{name}-{}.gguf", &pattern[..1]));
-            let mut options = options((name == "tuned").then(tuning)).with_sparsity(sparsity);
+            let mut options = options((name == "tuned").then(tuning)).with_sparsity(0.5, pattern).unwrap();
             if name == "rounded" {
                 options = options.with_recipe(Recipe::Rtn { search: true });
             }
@@ -290,7 +289,7 @@ fn pruned_weights_stay_zero_through_gptq_and_tuning() {
 fn formats_without_a_zero_cannot_be_pruned() {
     let folder = tempfile::tempdir().unwrap();
     let (source, out) = (source(&folder, "llama"), folder.path().join("out.gguf"));
-    let options = options(None).with_sparsity(Sparsity::new(0.5, "2:4").unwrap());
+    let options = options(None).with_sparsity(0.5, "2:4").unwrap();
     for format in [Format::Q4_1, Format::Iq4Nl] {
         let formats = options.formats.clone().with_format(format);
         let name = format.block_type().name();
@@ -299,7 +298,7 @@ fn formats_without_a_zero_cannot_be_pruned() {
         );
         let error = run(&source, &out, &options.clone().with_formats(formats.clone())).unwrap_err();
         assert_eq!(error.to_string(), expected);
-        let (windows, auto_options) = (windows(), AutoOptions::new(formats).with_sparsity(options.sparsity));
+        let (windows, auto_options) = (windows(), AutoOptions::new(formats).with_sparsity(0.5, "2:4").unwrap());
         let error = auto(&RunContext::new(&source, &out, &windows), &auto_options, &windows).unwrap_err();
         assert_eq!(error.to_string(), expected);
     }

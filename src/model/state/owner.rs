@@ -22,7 +22,7 @@ impl Model {
     /// As [`Model::fingerprint`].
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Malformed`] if experts are not in memory and their file cannot be read or has changed.
+    /// [`Error::Io`](crate::Error::Io) and [`Error::Malformed`](crate::Error::Malformed) if experts are not in memory and their file cannot be read or has changed.
     pub fn try_fingerprint(&self) -> Result<&[u8; 32]> {
         if let Some(fingerprint) = self.fingerprint.get() {
             return Ok(fingerprint.as_bytes());
@@ -66,8 +66,8 @@ impl Session {
     /// `tokens` are those that the session has computed, followed by any that it has not computed yet.
     ///
     /// # Errors
-    /// [`Error::Io`] when the system refuses; [`Error::InvalidArgument`] for a session of another model, or fewer tokens than
-    /// the session has computed; [`Error::OutOfMemory`] for a copy of recurrent states.
+    /// [`Error::Io`](crate::Error::Io) when the system refuses; [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a session of another model, or fewer tokens than
+    /// the session has computed; [`Error::OutOfMemory`](crate::Error::OutOfMemory) for a copy of recurrent states.
     pub fn save(&self, model: &Model, tokens: &[u32], path: impl AsRef<Path>) -> Result<()> {
         model.check_whole("session")?;
         model.prepare_fingerprint()?;
@@ -84,8 +84,8 @@ impl Session {
     /// it continues with other bits.
     ///
     /// # Errors
-    /// [`Error::Io`] when the system refuses; [`Error::Malformed`] with the field when the file is not a session, is damaged,
-    /// or belongs to another model, another cache type or a larger context; [`Error::OutOfMemory`].
+    /// [`Error::Io`](crate::Error::Io) when the system refuses; [`Error::Malformed`](crate::Error::Malformed) with the field when the file is not a session, is damaged,
+    /// or belongs to another model, another cache type or a larger context; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn load(model: &Model, path: impl AsRef<Path>) -> Result<(Session, Vec<u32>)> {
         model.check_whole("session")?;
         model.prepare_fingerprint()?;

@@ -66,6 +66,7 @@ pub struct LoadOptions {
     pub mtp: Option<bool>,
     /// A limit of the memory for the experts of a GGUF file. Those that do not fit are read from the file when a token chooses them,
     /// which must not change while the model is used. Results do not depend on it. Default: none.
+    #[doc(hidden)]
     pub expert_memory: Option<ExpertMemory>,
     /// Leaves out the experts of a token whose weights are less than this share of the largest one's, from 0 to 1. That is
     /// faster and changes results. Default: none are left out.
@@ -91,6 +92,24 @@ impl Default for LoadOptions {
     }
 }
 
+impl LoadOptions {
+    /// Limits the memory for the experts of a GGUF file to this many bytes. Those that do not fit are read from the file when a token
+    /// chooses them, which must not change while the model is used. Results do not depend on it. Default: no limit.
+    #[must_use]
+    pub fn with_expert_memory(mut self, bytes: usize) -> Self {
+        self.expert_memory = Some(ExpertMemory::Bytes(bytes));
+        self
+    }
+
+    /// As [`with_expert_memory`](Self::with_expert_memory), with three quarters of what the other weights leave of the free memory, if
+    /// the model does not fit into it.
+    #[must_use]
+    pub fn with_free_memory_for_experts(mut self) -> Self {
+        self.expert_memory = Some(ExpertMemory::Auto);
+        self
+    }
+}
+
 setters!(LoadOptions {
     with_kernel(kernel: impl Into<Option<String>>),
     with_threads(threads: impl Into<Option<usize>>),
@@ -98,7 +117,6 @@ setters!(LoadOptions {
     with_quantize(quantize: Quantize),
     with_cache_type(cache_type: impl Into<Option<CacheType>>),
     with_mtp(mtp: impl Into<Option<bool>>),
-    with_expert_memory(expert_memory: impl Into<Option<ExpertMemory>>),
     with_expert_skip(expert_skip: impl Into<Option<f32>>),
     with_mmap(mmap: bool),
 });

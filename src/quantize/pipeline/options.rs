@@ -18,6 +18,7 @@ pub struct QuantizeOptions {
     /// How each tensor is stored.
     pub formats: TensorFormats,
     /// How many weights of linear layers become zero; `None` prunes none.
+    #[doc(hidden)]
     pub sparsity: Option<Sparsity>,
 }
 
@@ -25,13 +26,20 @@ setters!(QuantizeOptions {
     with_recipe(recipe: Recipe),
     with_tuning(tuning: impl Into<Option<TuningOptions>>),
     with_formats(formats: TensorFormats),
-    with_sparsity(sparsity: impl Into<Option<Sparsity>>),
 });
 
 impl QuantizeOptions {
     /// Codes that `recipe` chooses, without tuning, in these formats.
     pub fn new(recipe: Recipe, formats: TensorFormats) -> QuantizeOptions {
         QuantizeOptions { recipe, tuning: None, formats, sparsity: None }
+    }
+
+    /// Makes `share` of the weights of each row zero, by the pattern called `unstructured` or `2:4`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a share outside of 0 to 0.95, other names, and 2:4 with another share than a half.
+    pub fn with_sparsity(self, share: f32, pattern: &str) -> Result<QuantizeOptions> {
+        Ok(QuantizeOptions { sparsity: Some(Sparsity::new(share, pattern)?), ..self })
     }
 
     /// The name in reports and on the command line, such as `gptq+tune`.

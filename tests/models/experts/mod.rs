@@ -9,7 +9,7 @@ use nybble::format::gguf::{Gguf, Metadata};
 use nybble::kernels;
 use nybble::model::convert::convert;
 use nybble::model::hf::HfFolder;
-use nybble::model::{ExpertMemory, Input, LoadOptions, Logits, Model, Quantize, Session};
+use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
 use nybble::quant::block::BlockType;
 use nybble::{Error, Place};
 
@@ -59,7 +59,7 @@ fn options(threads: usize) -> LoadOptions {
 
 /// With this share of the experts in memory.
 fn limited(path: &Path, share: f64, options: LoadOptions) -> LoadOptions {
-    options.with_expert_memory(ExpertMemory::Bytes((expert_bytes(path) as f64 * share) as usize))
+    options.with_expert_memory((expert_bytes(path) as f64 * share) as usize)
 }
 
 fn tokens(count: u32) -> Vec<u32> {
@@ -124,8 +124,8 @@ fn a_limit_above_all_experts_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = experts(folder.path(), BlockType::Q4_0);
     let whole = Model::load(&path, &options(1)).unwrap();
-    for memory in [ExpertMemory::Bytes(1 << 40), ExpertMemory::Auto] {
-        let model = Model::load(&path, &options(1).with_expert_memory(memory)).unwrap();
+    for options in [options(1).with_expert_memory(1 << 40), options(1).with_free_memory_for_experts()] {
+        let model = Model::load(&path, &options).unwrap();
         logits(&model, &tokens(3), 3);
         assert_eq!((model.weight_bytes(), model.expert_use().needed), (whole.weight_bytes(), 0));
     }
@@ -233,13 +233,13 @@ fn refusal(path: &Path, options: &LoadOptions) -> String {
 fn limits_that_cannot_be_kept_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = experts(folder.path(), BlockType::Q4_0);
-    let one = options(1).with_expert_memory(ExpertMemory::Bytes(1));
+    let one = options(1).with_expert_memory(1);
     let text = refusal(&path, &one);
     assert!(text.starts_with("expert_memory: found 0.000000001 GB, expected at least 0.001 GB"), "{text}");
     let dense = crate::tiny_model::llama(folder.path(), &ODD, BlockType::Q4_0);
     let text = refusal(&dense, &one);
     assert!(text.starts_with("expert_memory: found 0.000000001 GB for a model without experts"), "{text}");
-    assert!(Model::load(&dense, &options(1).with_expert_memory(ExpertMemory::Auto)).is_ok());
+    assert!(Model::load(&dense, &options(1).with_free_memory_for_experts()).is_ok());
     let text = refusal(&dense, &options(1).with_expert_skip(0.2));
     assert!(text.starts_with("expert_skip: found 0.2 for a model without experts"), "{text}");
     for ratio in [-0.1, 1.1, f32::NAN] {

@@ -299,7 +299,7 @@ impl Model {
                 ));
             }
             HeadSource::None => {
-                let found = format_args!("\"mtp\" for {}, which has none", self.path.display());
+                let found = format!("\"mtp\" for {}, which has none", self.path.display());
                 return Err(Error::argument("speculation", found, expected));
             }
         };

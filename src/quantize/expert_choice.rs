@@ -28,7 +28,7 @@ impl Pruning {
         let windows = context.windows;
         let measured = (windows.len() / 4).min(MEASURED);
         if measured == 0 {
-            let found = format_args!("{} windows of text", windows.len());
+            let found = format!("{} windows of text", windows.len());
             return Err(Error::argument("prune_experts", found, "at least 4"));
         }
         let (counted, measured) = windows.split_at(windows.len() - measured);

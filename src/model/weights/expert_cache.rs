@@ -35,7 +35,7 @@ const DECAY: f32 = 0.98;
 pub(in crate::model) fn wanted(options: &LoadOptions, config: &Config, expert_bytes: usize) -> Result<Option<usize>> {
     let Some(ExpertMemory::Bytes(bytes)) = options.expert_memory else { return Ok(None) };
     if config.experts.count == 0 || expert_bytes == 0 {
-        let found = format_args!("{} GB for a model without experts", bytes as f64 / 1e9);
+        let found = format!("{} GB for a model without experts", bytes as f64 / 1e9);
         return Err(Error::argument("expert_memory", found, "None, or a model with experts"));
     }
     Ok(Some(bytes))
@@ -157,8 +157,8 @@ impl ExpertCache {
         // An expert without a place, the buffers for the next one, and what is read of the file.
         let least = largest.saturating_mul(2).saturating_add(staging);
         let Some(for_places) = limit.checked_sub(least) else {
-            let found = format_args!("{} GB", limit as f64 / 1e9);
-            let expected = format_args!("at least {} GB for the largest experts", (least as f64 / 1e6).ceil() / 1e3);
+            let found = format!("{} GB", limit as f64 / 1e9);
+            let expected = format!("at least {} GB for the largest experts", (least as f64 / 1e6).ceil() / 1e3);
             return Err(Error::argument("expert_memory", found, expected));
         };
         let state = State { arena: Arc::new(Arena::recycling(for_places)), ..State::default() };

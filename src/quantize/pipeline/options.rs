@@ -57,7 +57,7 @@ impl QuantizeOptions {
         let without = overrides.chain([self.formats.format]).find(|format| !prune::holds_zeros(*format));
         match without.filter(|_| self.sparsity.is_some()) {
             Some(format) => {
-                let found = format_args!("{} with sparsity", format.block_type().name());
+                let found = format!("{} with sparsity", format.block_type().name());
                 Err(Error::argument("format", found, "a format that has a code for zero: q4_0, q5_0 or q8_0"))
             }
             None => Ok(()),

@@ -376,7 +376,7 @@ fn mtp_kind(settings: &Settings, key: &str, [first, second]: [&str; 2]) -> Resul
         Some(Some(kind)) if kind == first => Ok(false),
         Some(Some(kind)) if kind == second => Ok(true),
         Some(other) => {
-            let found = format_args!("{:?}", other.unwrap_or_default());
+            let found = format!("{:?}", other.unwrap_or_default());
             Err(settings.unsupported(key, found, &format!("supported: {first}, {second}")))
         }
     }

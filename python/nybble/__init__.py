@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nybble.quantization.options import QuantizeOptions, QuantizeOverrides
     from nybble.quantization.report import Report
     from nybble.quantization.report_data import Candidate, TensorReport
-    from nybble.quantization.spec import Format, Recipe
+    from nybble.quantization.spec import Format, Recipe, SparsityPattern
     from nybble.sampling import SamplingOptions, SamplingOverrides
     from nybble.session import Session
     from nybble.tokenizer.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ __all__ = [
     "SamplingOptions",
     "SamplingOverrides",
     "Session",
+    "SparsityPattern",
     "StageProgress",
     "TensorReport",
     "TextStream",
@@ -107,7 +108,7 @@ _MODULES = {
     "quantization.options": ("QuantizeOptions", "QuantizeOverrides"),
     "quantization.report": ("Report",),
     "quantization.report_data": ("Candidate", "TensorReport"),
-    "quantization.spec": ("Format", "Recipe"),
+    "quantization.spec": ("Format", "Recipe", "SparsityPattern"),
     "sampling": ("SamplingOptions", "SamplingOverrides"),
     "session": ("Session",),
     "tokenizer.tokenizer": ("Tokenizer",),

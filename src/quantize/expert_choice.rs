@@ -42,6 +42,11 @@ impl Pruning {
             (context.progress)("measuring experts", done, total);
             Ok(())
         };
+        let layers = context.with_source(|checkpoint| Ok(layers(checkpoint)))?;
+        if layers.is_empty() {
+            let found = format!("{count} for a model without experts");
+            return Err(Error::argument("prune_experts", found, "None, or a model with experts"));
+        }
         let model = Model::load(context.source, &options.clone().with_expert_skip(0.0))?;
         let before = model.config().experts.count;
         check_count(&model, count)?;
@@ -60,7 +65,6 @@ impl Pruning {
             context.interrupted,
         )?;
         drop(model);
-        let layers = context.with_source(|checkpoint| Ok(layers(checkpoint)))?;
         if layers.len() != chosen.len() {
             return Err(Error::Unsupported {
                 path: context.source.to_path_buf(),
@@ -83,10 +87,6 @@ impl Pruning {
 /// Checks that layers of a model may have `count` experts.
 fn check_count(model: &Model, count: usize) -> Result<()> {
     let experts = &model.config().experts;
-    if experts.count == 0 {
-        let found = format_args!("{count} for a model without experts");
-        return Err(Error::argument("prune_experts", found, "None, or a model with experts"));
-    }
     let (groups, least) = experts.groups.map_or((1, experts.used), |groups| {
         (groups.count, (experts.used.div_ceil(groups.used)).max(groups.best) * groups.count)
     });

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nybble.quantization.evaluation import Documents, Evaluation, Reference, evaluate
     from nybble.quantization.options import QuantizeOptions, QuantizeOverrides
     from nybble.quantization.report import Report
-    from nybble.quantization.report_data import Candidate, TensorReport
+    from nybble.quantization.report_data import Candidate, Pruning, TensorReport
     from nybble.quantization.spec import Format, Recipe, SparsityPattern
     from nybble.sampling import SamplingOptions, SamplingOverrides
     from nybble.session import Session
@@ -66,6 +66,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "Prompts",
+    "Pruning",
     "QuantizeOptions",
     "QuantizeOverrides",
     "QueueFullError",
@@ -107,7 +108,7 @@ _MODULES = {
     "quantization.evaluation": ("Documents", "Evaluation", "Reference", "evaluate"),
     "quantization.options": ("QuantizeOptions", "QuantizeOverrides"),
     "quantization.report": ("Report",),
-    "quantization.report_data": ("Candidate", "TensorReport"),
+    "quantization.report_data": ("Candidate", "Pruning", "TensorReport"),
     "quantization.spec": ("Format", "Recipe", "SparsityPattern"),
     "sampling": ("SamplingOptions", "SamplingOverrides"),
     "session": ("Session",),

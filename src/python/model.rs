@@ -116,7 +116,19 @@ impl Loading {
         let cache_type = self.cache_type.as_deref().map(model::CacheType::by_name).transpose()?;
         let Loading { kernel, threads, context, mtp, expert_skip, mmap, .. } = self;
         let expert_memory = self.expert_memory.map(ExpertLimit::checked).transpose()?;
-        Ok(LoadOptions { kernel, threads, context, quantize, cache_type, mtp, expert_memory, expert_skip, mmap })
+        let sparse = None;
+        Ok(LoadOptions {
+            kernel,
+            threads,
+            context,
+            quantize,
+            cache_type,
+            mtp,
+            expert_memory,
+            expert_skip,
+            sparse,
+            mmap,
+        })
     }
 }
 

@@ -39,6 +39,30 @@ pub trait Rows: Sync {
     }
 }
 
+/// Rows that follow one another in memory.
+pub(crate) struct Contiguous<'a> {
+    block_type: BlockType,
+    bytes: &'a [u8],
+    row_bytes: usize,
+}
+
+impl<'a> Contiguous<'a> {
+    /// `rows` rows of equal length, which are all of `bytes`.
+    pub(crate) fn new(block_type: BlockType, bytes: &'a [u8], rows: usize) -> Self {
+        Contiguous { block_type, bytes, row_bytes: bytes.len() / rows.max(1) }
+    }
+}
+
+impl Rows for Contiguous<'_> {
+    fn block_type(&self) -> BlockType {
+        self.block_type
+    }
+
+    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        &self.bytes[index * self.row_bytes..][..self.row_bytes]
+    }
+}
+
 /// Why a matrix could not be packed.
 #[derive(Debug)]
 #[non_exhaustive]

@@ -73,3 +73,21 @@ fn mark_cheapest(costs: &[f32], count: usize, pruned: &mut [bool]) {
     pruned.fill(false);
     order[..count].iter().for_each(|at| pruned[*at] = true);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_shares_and_patterns_are_refused() {
+        for (share, pattern, expected) in [
+            (0.0, "unstructured", "sparsity: found 0, expected a share above 0 and up to 0.95"),
+            (f32::NAN, "unstructured", "sparsity: found NaN, expected a share above 0 and up to 0.95"),
+            (0.96, "unstructured", "sparsity: found 0.96, expected a share above 0 and up to 0.95"),
+            (0.6, "2:4", "sparsity: found 0.6, expected 0.5 with the pattern 2:4"),
+            (0.5, "4:8", "sparsity_pattern: found \"4:8\", expected unstructured or 2:4"),
+        ] {
+            assert_eq!(Sparsity::new(share, pattern).unwrap_err().to_string(), expected);
+        }
+    }
+}

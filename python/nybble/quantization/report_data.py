@@ -55,6 +55,7 @@ class Pruning:
     kl_mean: float
     """Mean Kullback-Leibler divergence from the source, in nats per token of the calibration text."""
     perplexity_ratio: float
+    """Perplexity on that text, divided by that of the source."""
     top_agreement: float
     """Share of positions at which both predict the same token."""
 

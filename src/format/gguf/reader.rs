@@ -13,7 +13,7 @@ use super::value::{Array, StringArray, Value};
 use crate::error::{Error, Place, Result};
 use crate::format::file_range::FileRange;
 use crate::quant::block::BlockType;
-use crate::quant::pack::Rows;
+use crate::quant::pack::{Contiguous, Rows};
 
 /// A GGUF model: its metadata, its tensors, and access to their bytes.
 ///
@@ -260,7 +260,7 @@ impl Gguf {
         let bytes = self.data(tensor);
         match tensor.block_type {
             BlockType::I2_S => Box::new(TernaryRows::new(bytes, tensor.rows())),
-            block_type => Box::new(Contiguous { block_type, bytes, row_bytes: bytes.len() / tensor.rows().max(1) }),
+            block_type => Box::new(Contiguous::new(block_type, bytes, tensor.rows())),
         }
     }
 
@@ -276,23 +276,6 @@ impl Gguf {
         if let Some(shard) = self.shards.get(tensor.shard) {
             shard.bytes.release(tensor.bytes.clone());
         }
-    }
-}
-
-/// Rows that are contiguous in memory.
-struct Contiguous<'a> {
-    block_type: BlockType,
-    bytes: &'a [u8],
-    row_bytes: usize,
-}
-
-impl Rows for Contiguous<'_> {
-    fn block_type(&self) -> BlockType {
-        self.block_type
-    }
-
-    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
-        &self.bytes[index * self.row_bytes..][..self.row_bytes]
     }
 }
 

@@ -18,11 +18,11 @@ const COLUMNS: usize = 4096;
 const ROWS: usize = 2 * BYTES[0] / COLUMNS / PANEL * PANEL;
 
 /// Whether `kernel` multiplies a matrix faster if half of its codes are zero and not stored. Measured once, unless `NYBBLE_TUNING` is `off`: then
-/// it is assumed where an instruction expands codes.
+/// it is not assumed.
 pub(crate) fn is_sparse_faster(kernel: &'static Kernel, scope: &Scope<'_>, threads: usize) -> bool {
     let wish = std::env::var("NYBBLE_TUNING").unwrap_or_default();
     if wish == "off" || kernel.name() == scalar::kernel().name() {
-        return has_expansion(kernel);
+        return false;
     }
     let mut known = KNOWN.get().lock().unwrap_or_else(PoisonError::into_inner);
     let record = known.get_or_insert_with(|| if wish == "retune" { Record::new() } else { Record::read() });
@@ -35,21 +35,6 @@ pub(crate) fn is_sparse_faster(kernel: &'static Kernel, scope: &Scope<'_>, threa
         Some(gops.to_vec())
     });
     speeds.is_some_and(|gops| fastest(&gops) == 1)
-}
-
-/// Whether the kernel has an instruction that expands codes.
-fn has_expansion(kernel: &Kernel) -> bool {
-    matches!(kernel.name(), "avx512" | "amx") && cpu_expands()
-}
-
-#[cfg(target_arch = "x86_64")]
-fn cpu_expands() -> bool {
-    is_x86_feature_detected!("avx512vbmi2")
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn cpu_expands() -> bool {
-    false
 }
 
 /// A matrix of random codes with its zeros, half of the codes, and without. `None` if there is no memory.

@@ -7,7 +7,7 @@ use crate::format::Checkpoint;
 use crate::format::file_range::FileRange;
 use crate::model::linear::{Linear, PartSource};
 use crate::quant::block::BlockType;
-use crate::quant::pack::{PackError, PackJob, Rows};
+use crate::quant::pack::{Contiguous, PackError, PackJob};
 use crate::system::aligned_buf::AlignedBuf;
 use crate::system::arena::Arena;
 use crate::threads::Scope;
@@ -104,7 +104,7 @@ impl ExpertFiles {
                 return Err(error);
             }
             let (rows, columns) = (source.count, source.dims[0]);
-            let staged = Staged { block_type: stack.block_type, bytes: staging, row_bytes: len / rows.max(1) };
+            let staged = Contiguous::new(stack.block_type, staging, rows);
             let job = PackJob { source: &staged, rows, columns, order: &|row| row, release: &|| (), arena };
             let packed = job.run(scope).map_err(|error| match error {
                 PackError::Memory(error) => error,
@@ -130,22 +130,5 @@ impl Stack {
     fn extent(&self, source: &PartSource) -> [usize; 2] {
         let row_bytes = self.range.len() / (source.dims[1] * source.dims[2]).max(1);
         [source.rows.source(0) * row_bytes, source.count * row_bytes]
-    }
-}
-
-/// Rows that were read from a file.
-struct Staged<'a> {
-    block_type: BlockType,
-    bytes: &'a [u8],
-    row_bytes: usize,
-}
-
-impl Rows for Staged<'_> {
-    fn block_type(&self) -> BlockType {
-        self.block_type
-    }
-
-    fn row<'a>(&'a self, index: usize, _scratch: &'a mut Vec<u8>) -> &'a [u8] {
-        &self.bytes[index * self.row_bytes..][..self.row_bytes]
     }
 }

@@ -71,6 +71,9 @@ pub struct LoadOptions {
     /// Leaves out the experts of a token whose weights are less than this share of the largest one's, from 0 to 1. That is
     /// faster and changes results. Default: none are left out.
     pub expert_skip: Option<f32>,
+    /// Whether the zeros of matrices with many are left out, for tests. Default: where that is measured to be faster.
+    #[doc(hidden)]
+    pub sparse: Option<bool>,
     /// Maps files instead of reading them into memory. Without it, loading takes memory for the files as well, and is safe if
     /// a file changes while it loads. Default: true.
     pub mmap: bool,
@@ -87,6 +90,7 @@ impl Default for LoadOptions {
             mtp: None,
             expert_memory: None,
             expert_skip: None,
+            sparse: None,
             mmap: true,
         }
     }

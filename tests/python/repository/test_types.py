@@ -137,13 +137,17 @@ def _names_in_signatures() -> Iterator[tuple[str, str]]:
         value = getattr(nybble, public)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
             continue
-        tree = ast.parse(Path(inspect.getsourcefile(value) or "").read_text(encoding="utf-8"))
-        known = _names_of_the_package(tree)
-        (node,) = (each for each in tree.body if getattr(each, "name", "") == public)
-        for annotation in _annotations(node):
-            for each in ast.walk(annotation):
-                if isinstance(each, ast.Name) and each.id in known:
-                    yield public, known[each.id]
+        # What a class inherits is public, too.
+        for part in value.__mro__ if inspect.isclass(value) else [value]:
+            if not part.__module__.startswith("nybble.") or part.__module__ == "nybble._native":
+                continue
+            tree = ast.parse(Path(inspect.getsourcefile(part) or "").read_text(encoding="utf-8"))
+            known = _names_of_the_package(tree)
+            (node,) = (each for each in tree.body if getattr(each, "name", "") == part.__name__)
+            for annotation in _annotations(node):
+                for each in ast.walk(annotation):
+                    if isinstance(each, ast.Name) and each.id in known:
+                        yield public, known[each.id]
 
 
 def _names_of_the_package(tree: ast.Module) -> Mapping[str, str]:

@@ -80,8 +80,9 @@ impl Options {
 
     fn formats(&self) -> crate::Result<TensorFormats> {
         let name = &self.block_format;
-        let format = Format::of(block_type("format", name)?)
-            .ok_or_else(|| Error::argument("format", format_args!("{name:?}"), "q4_0, q4_1, iq4_nl, q5_0 or q8_0"))?;
+        let format = Format::of(block_type("format", name)?).ok_or_else(|| {
+            Error::argument("format", format_args!("{name:?}"), "q2_0, q4_0, q4_1, iq4_nl, q5_0 or q8_0")
+        })?;
         let overrides = self.keep.iter().map(|(pattern, name)| Ok((pattern.clone(), block_type("keep", name)?)));
         Ok(TensorFormats {
             format,

@@ -45,6 +45,7 @@ impl ScaleRange {
     /// The largest level of a code, whose product with the scale is the largest weight.
     fn top_level(&self) -> f32 {
         match self.block_type {
+            BlockType::Q2_0 => 2.0,
             BlockType::Q4_0 => 8.0,
             BlockType::Q4_1 => 15.0,
             BlockType::Q5_0 => 16.0,

@@ -1,17 +1,19 @@
-//! The 4-, 5- and 8-bit formats that recipes write: the values of their codes, and how many weights share a scale.
+//! The 2-, 4-, 5- and 8-bit formats that recipes write: the values of their codes, and how many weights share a scale.
 
 use half::f16;
 
 use crate::quant::block::BlockType;
 use crate::quant::pack::IQ4_VALUES;
 
-/// Weights per block of a GGUF file.
+/// Weights per block of most formats in a GGUF file.
 pub(super) const BLOCK: usize = 32;
 
 /// The value of each code. Every format is a block type of GGUF files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {
+    /// `scale * (code - 1)`, codes 0 to 3.
+    Q2_0,
     /// `scale * (code - 8)`, codes 0 to 15.
     Q4_0,
     /// `scale * code + min`, codes 0 to 15.
@@ -26,7 +28,7 @@ pub enum Format {
 
 impl Format {
     /// Every format.
-    pub const ALL: [Format; 5] = [Format::Q4_0, Format::Q4_1, Format::Iq4Nl, Format::Q5_0, Format::Q8_0];
+    pub const ALL: [Format; 6] = [Format::Q2_0, Format::Q4_0, Format::Q4_1, Format::Iq4Nl, Format::Q5_0, Format::Q8_0];
 
     /// The format of a block type; `None` for block types that recipes do not write.
     pub fn of(block_type: BlockType) -> Option<Format> {
@@ -36,12 +38,18 @@ impl Format {
     /// The block type that stores this format.
     pub fn block_type(self) -> BlockType {
         match self {
+            Format::Q2_0 => BlockType::Q2_0,
             Format::Q4_0 => BlockType::Q4_0,
             Format::Q4_1 => BlockType::Q4_1,
             Format::Iq4Nl => BlockType::IQ4_NL,
             Format::Q5_0 => BlockType::Q5_0,
             Format::Q8_0 => BlockType::Q8_0,
         }
+    }
+
+    /// Weights per block: the smallest group.
+    pub(super) fn block(self) -> usize {
+        self.block_type().block_len()
     }
 
     /// Whether each group has a minimum as well as a scale.
@@ -54,6 +62,7 @@ impl Format {
     #[doc(hidden)]
     pub fn level(self, code: u8) -> f32 {
         match self {
+            Format::Q2_0 => f32::from(code) - 1.0,
             Format::Q4_0 => f32::from(code) - 8.0,
             Format::Q4_1 => f32::from(code),
             Format::Iq4Nl => f32::from(IQ4_VALUES[usize::from(code & 15)]),
@@ -66,6 +75,7 @@ impl Format {
     #[doc(hidden)]
     pub fn range(self) -> (f32, f32) {
         match self {
+            Format::Q2_0 => (-1.0, 2.0),
             Format::Q4_0 => (-8.0, 7.0),
             Format::Q4_1 => (0.0, 15.0),
             Format::Iq4Nl => (-127.0, 113.0),
@@ -86,6 +96,7 @@ impl Format {
     pub fn nearest(self, x: f32) -> u8 {
         match self {
             // A cast saturates, maps NaN to 0 and is one instruction; `round` is a call.
+            Format::Q2_0 => ((x + 1.5) as u8).min(3),
             Format::Q4_0 => ((x + 8.5) as u8).min(15),
             Format::Q4_1 => ((x + 0.5) as u8).min(15),
             Format::Iq4Nl => IQ4_CODES[usize::from(((x + 128.0) * 2.0) as u16).min(511)],
@@ -134,20 +145,21 @@ static IQ4_CODES: [u8; 512] = {
 pub struct GroupedFormat {
     /// The values of the codes.
     pub format: Format,
-    /// Columns that share a scale (and minimum): a multiple of 32 that divides the row.
+    /// Columns that share a scale (and minimum): a multiple of the block that divides the row.
     pub group: usize,
 }
 
 impl GroupedFormat {
     /// The format for rows of `columns` weights with `group` columns per scale, 0 for the whole row. The group is halved
-    /// until it divides the row. `None` if the row does not consist of whole blocks of 32.
+    /// until it divides the row. `None` if the row does not consist of whole blocks of the format.
     pub fn fitting(format: Format, group: usize, columns: usize) -> Option<GroupedFormat> {
-        if columns == 0 || !columns.is_multiple_of(BLOCK) {
+        let block = format.block();
+        if columns == 0 || !columns.is_multiple_of(block) {
             return None;
         }
-        let mut fitting = if group == 0 { columns } else { group.next_multiple_of(BLOCK) };
+        let mut fitting = if group == 0 { columns } else { group.next_multiple_of(block) };
         while !columns.is_multiple_of(fitting) {
-            fitting = (fitting / 2).next_multiple_of(BLOCK).max(BLOCK);
+            fitting = (fitting / 2).next_multiple_of(block).max(block);
         }
         Some(GroupedFormat { format, group: fitting })
     }
@@ -159,7 +171,7 @@ impl GroupedFormat {
 
     /// Bits per weight in a file, scales included.
     pub fn bits_stored(&self) -> f64 {
-        self.format.block_type().block_bytes() as f64 * 8.0 / BLOCK as f64
+        self.format.block_type().block_bytes() as f64 * 8.0 / self.format.block() as f64
     }
 }
 
@@ -179,6 +191,7 @@ pub(super) mod tests {
         match format {
             Format::Q8_0 => (-127i8..=127).map(|code| code as u8).collect(),
             Format::Q5_0 => (0..32).collect(),
+            Format::Q2_0 => (0..4).collect(),
             _ => (0..16).collect(),
         }
     }
@@ -210,6 +223,11 @@ pub(super) mod tests {
         assert_eq!(group(128, 96), Some(32));
         assert_eq!(group(32, 40), None);
         assert_eq!(group(32, 0), None);
+        let group = |group, columns| GroupedFormat::fitting(Format::Q2_0, group, columns).map(|fitting| fitting.group);
+        assert_eq!(group(32, 576), Some(64));
+        assert_eq!(group(128, 576), Some(64));
+        assert_eq!(group(128, 1536), Some(128));
+        assert_eq!(group(64, 96), None);
     }
 
     #[test]

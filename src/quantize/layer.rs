@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::format::{BLOCK, Format, GroupedFormat};
+use super::format::{Format, GroupedFormat};
 use super::sparsity::Sparsity;
 use crate::error::{Error, Result};
 
@@ -112,16 +112,21 @@ impl Solution {
     /// The blocks of a GGUF file, row by row. A group of several blocks repeats its scale in each.
     pub(super) fn encode(&self, grouped: &GroupedFormat, columns: usize) -> Vec<u8> {
         let block_bytes = grouped.format.block_type().block_bytes();
+        let block = grouped.format.block();
         debug_assert!(columns.is_multiple_of(grouped.group));
-        let mut out = Vec::with_capacity(self.codes.len() / BLOCK * block_bytes);
-        for (index, codes) in self.codes.as_chunks::<BLOCK>().0.iter().enumerate() {
-            let group = index * BLOCK / grouped.group;
+        let mut out = Vec::with_capacity(self.codes.len() / block * block_bytes);
+        for (index, codes) in self.codes.chunks_exact(block).enumerate() {
+            let group = index * block / grouped.group;
             out.extend(f16::from_f32(self.scales[group]).to_le_bytes());
             if let Some(min) = self.mins.get(group) {
                 out.extend(f16::from_f32(*min).to_le_bytes());
             }
             match grouped.format {
                 Format::Q8_0 => out.extend(codes),
+                Format::Q2_0 => {
+                    let quads = codes.as_chunks::<4>().0.iter();
+                    out.extend(quads.map(|codes| codes.iter().rev().fold(0, |byte, code| byte << 2 | code)));
+                }
                 Format::Q5_0 => {
                     let fifth = codes.iter().enumerate().fold(0u32, |bits, (i, code)| bits | u32::from(code >> 4) << i);
                     out.extend(fifth.to_le_bytes());
@@ -165,7 +170,7 @@ mod tests {
     #[test]
     fn encoded_blocks_decode_to_the_values_of_the_solution() {
         for format in Format::ALL {
-            for group in [32, 64, 96] {
+            for group in [32, 64, 96].into_iter().filter(|group| group % format.block() == 0) {
                 let grouped = GroupedFormat { format, group };
                 let mut solution = Solution::zeroed(&grouped, 5, 192);
                 let known = codes(format);

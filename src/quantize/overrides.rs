@@ -116,6 +116,11 @@ impl TensorFormats {
             _ if is_linear(stem) => (self.format.block_type(), self.group),
             _ => (self.output_type, 32),
         };
+        // The rows of few models fill blocks of 32 weights, but none of 64.
+        let wanted = match wanted {
+            BlockType::Q2_0 if !columns.is_multiple_of(wanted.block_len()) => BlockType::IQ4_NL,
+            wanted => wanted,
+        };
         match Format::of(wanted).filter(|format| *format != Format::Q8_0) {
             Some(format) => match GroupedFormat::fitting(format, group, columns) {
                 Some(grouped) => Stored::Solved(grouped),

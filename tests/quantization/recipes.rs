@@ -218,6 +218,30 @@ fn spare_bits_go_to_sensitive_tensors_within_the_budget() {
 }
 
 #[test]
+fn two_bits_are_left_to_the_least_sensitive_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = source(&folder, "llama");
+    let base = TensorFormats::new(Format::Q2_0);
+    let spend = |bits: f64| {
+        let (out, windows) = (folder.path().join("out.gguf"), windows());
+        base.spend_bits(&RunContext::new(&source, &out, &windows).with_threads(1), bits)
+    };
+    let refused = spend(2.0).unwrap_err().to_string();
+    assert!(refused.starts_with("bits_per_weight: found 2, expected at least "), "{refused}");
+    let mut last = f64::INFINITY;
+    for bits in [2.6, 3.2, 4.2] {
+        let out = folder.path().join(format!("{bits}.gguf"));
+        let report = run(&source, &out, &options(gptq()).with_formats(spend(bits).unwrap())).unwrap();
+        assert!(report.bits_per_weight() <= bits && report.bits_per_weight() > bits - 0.6, "{bits}: {report:?}");
+        let of = |block_type| report.tensors.iter().filter(|tensor| tensor.block_type == block_type).count();
+        assert!(of(BlockType::Q2_0) > 0 && of(BlockType::IQ4_NL) > 0, "{bits}: {report:?}");
+        let lost = distance(&logits(&out), &logits(&source));
+        assert!(lost < last, "{bits} bits: {lost}, with fewer {last}");
+        last = lost;
+    }
+}
+
+#[test]
 fn every_recipe_gives_the_same_bytes_on_one_and_two_threads() {
     let folder = tempfile::tempdir().unwrap();
     let source = source(&folder, "llama");

@@ -294,7 +294,7 @@ fn formats_without_a_zero_cannot_be_pruned() {
         let formats = options.formats.clone().with_format(format);
         let name = format.block_type().name();
         let expected = format!(
-            "format: found {name} with sparsity, expected a format that has a code for zero: q4_0, q5_0 or q8_0"
+            "format: found {name} with sparsity, expected a format that has a code for zero: q2_0, q4_0, q5_0 or q8_0"
         );
         let error = run(&source, &out, &options.clone().with_formats(formats.clone())).unwrap_err();
         assert_eq!(error.to_string(), expected);

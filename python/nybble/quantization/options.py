@@ -69,7 +69,8 @@ class QuantizeOptions:
         default=None,
         metadata={
             **doc(
-                "Block format of linear layers: q4_0, q4_1 or iq4_nl; q4_0 if not given, iq4_nl with the recipe auto."
+                "Block format of linear layers: q2_0, q4_0, q4_1 or iq4_nl; q4_0 if not given, iq4_nl with the recipe "
+                "auto, q2_0 with fewer than 4.5 --bits-per-weight."
             ),
             "metavar": "FORMAT",
         },
@@ -78,14 +79,19 @@ class QuantizeOptions:
 
     Without it and `symmetric` it is q4_0, and iq4_nl for "auto", with two exceptions: a layer that the source has in 4
     bits gets the format that holds it exactly, and "auto" gives each layer the format that changes its outputs least.
+    With fewer than 4.5 `bits_per_weight` it is q2_0. A layer whose rows do not fill q2_0's blocks of 64 weights is
+    stored in iq4_nl.
     """
     bits_per_weight: float | None = field(
         default=None,
-        metadata={**doc("Give the most sensitive layers 5 or 8 bits, up to this mean."), "metavar": "BITS"},
+        metadata={
+            **doc("Mean bits of the weights of linear layers, 2.25 to 8.5; the most sensitive layers get more."),
+            "metavar": "BITS",
+        },
     )
-    """Give the most sensitive layers 5 or 8 bits, up to this mean over all linear layers.
+    """Bits per weight, as a mean over all linear layers: 2.25 to 8.5, scales included.
 
-    4.5 to 8.5, scales included.
+    The most sensitive layers get 5 or 8 bits, the others 4. Below 4.5, they get 4, 5 or 8 bits, and the others 2.
     """
     sparsity: float | None = field(
         default=None,
@@ -177,8 +183,8 @@ class QuantizeOptions:
             )
         if self.group is not None and (self.group < 0 or self.group % 32):
             raise ValueError(f"group: found {self.group}, expected a multiple of 32, or 0 for whole rows")
-        if self.bits_per_weight is not None and not 4.5 <= self.bits_per_weight <= 8.5:
-            raise ValueError(f"bits_per_weight: found {self.bits_per_weight}, expected 4.5 to 8.5, scales included")
+        if self.bits_per_weight is not None and not 2.25 <= self.bits_per_weight <= 8.5:
+            raise ValueError(f"bits_per_weight: found {self.bits_per_weight}, expected 2.25 to 8.5, scales included")
         if self.sparsity is not None and not 0 < self.sparsity <= 0.95:
             raise ValueError(f"sparsity: found {self.sparsity}, expected a share above 0 and up to 0.95")
         if self.sparsity is not None and self.block_format != "q4_0":
@@ -207,13 +213,21 @@ class QuantizeOptions:
     @property
     def block_format(self) -> Format:
         """The block format of linear layers."""
-        is_dense_auto = self.recipe == "auto" and self.sparsity is None
-        return self.format or ("q4_1" if self.symmetric is False else "iq4_nl" if is_dense_auto else "q4_0")
+        if self.format is not None or self.symmetric is False:
+            return self.format or "q4_1"
+        if self._is_below_4_bits and self.symmetric is None:
+            return "q2_0"
+        return "iq4_nl" if self.recipe == "auto" and self.sparsity is None else "q4_0"
+
+    @property
+    def _is_below_4_bits(self) -> bool:
+        return self.bits_per_weight is not None and self.bits_per_weight < 4.5
 
     @property
     def chooses_format(self) -> bool:
         """Whether linear layers may differ in format: to be held exactly or, with "auto", for a smaller error."""
-        return self.format is None and self.symmetric is None and self.sparsity is None
+        is_open = self.format is None and self.symmetric is None
+        return is_open and self.sparsity is None and not self._is_below_4_bits
 
     @property
     def group_size(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Recipe = Literal["auto", "rtn", "gptq", "gptq+tune", "awq", "awq+gptq", "signround"]
-Format = Literal["q4_0", "q4_1", "iq4_nl"]
+Format = Literal["q2_0", "q4_0", "q4_1", "iq4_nl"]
 SparsityPattern = Literal["unstructured", "2:4"]
 
 RECIPES: tuple[str, ...] = get_args(Recipe)
@@ -47,7 +47,7 @@ class Spec:
 def _parse_part(part: str) -> tuple[str, Any]:
     if part in RECIPES and part != "auto":
         return "recipe", part
-    if part in (*FORMATS, "sym", "asym"):
+    if part in ("q4_0", "q4_1", "iq4_nl", "sym", "asym"):
         return "format", {"sym": "q4_0", "asym": "q4_1"}.get(part, part)
     if part[:1] == "g" and part[1:].isascii() and part[1:].isdigit() and int(part[1:]) % 32 == 0:
         return "group", int(part[1:])

@@ -15,8 +15,14 @@ use crate::quantize::overrides::{Stored, is_linear};
 use crate::quantize::recipes::rtn;
 use crate::quantize::resume::ResumeLog;
 
-/// Formats that a sensitive tensor may get instead.
-const FINER: [Format; 2] = [Format::Q5_0, Format::Q8_0];
+/// Formats that a sensitive tensor may get instead, those that are finer than its own.
+const FINER: [Format; 3] = [Format::Iq4Nl, Format::Q5_0, Format::Q8_0];
+
+/// The formats of [`FINER`] that take more bits than `format`.
+fn finer(format: Format) -> impl Iterator<Item = Format> {
+    let bits = |format: Format| GroupedFormat { format, group: format.block() }.bits_stored();
+    FINER.into_iter().filter(move |finer| bits(*finer) > bits(format))
+}
 
 /// Overrides for [`TensorFormats`](super::super::TensorFormats) with which the linear layers have at most `bits` per weight, scales included, and the model
 /// loses as little as possible.
@@ -167,7 +173,8 @@ fn sizes(run: &OpenRun<'_>) -> (usize, u64, u64, Option<(String, BlockType)>) {
 /// # Errors
 /// [`Error::InvalidArgument`] if they do not even suffice for the format of linear layers.
 fn has_spare_bits(run: &OpenRun<'_>, bits: f64) -> Result<bool> {
-    let (own, finer) = (run.formats.format.block_type(), FINER[0].block_type());
+    let own = run.formats.format.block_type();
+    let Some(finer) = finer(run.formats.format).next().map(Format::block_type) else { return Ok(false) };
     let of_layer = |index| quantized(run, index).map(|(_, tensor, _)| tensor.dims.iter().product());
     let sizes: Vec<usize> = (0..run.layers.config().layers.len()).flat_map(of_layer).collect();
     let budget = Budget::of(run, bits)?;
@@ -192,7 +199,9 @@ struct LinearLayer {
 impl LinearLayer {
     /// Its own format and the finer ones.
     fn formats(&self) -> Vec<GroupedFormat> {
-        std::iter::once(self.grouped).chain(FINER.map(|format| GroupedFormat { format, group: 32 })).collect()
+        std::iter::once(self.grouped)
+            .chain(finer(self.grouped.format).map(|format| GroupedFormat { format, group: 32 }))
+            .collect()
     }
 }
 

@@ -58,7 +58,7 @@ impl QuantizeOptions {
         match without.filter(|_| self.sparsity.is_some()) {
             Some(format) => {
                 let found = format!("{} with sparsity", format.block_type().name());
-                Err(Error::argument("format", found, "a format that has a code for zero: q4_0, q5_0 or q8_0"))
+                Err(Error::argument("format", found, "a format that has a code for zero: q2_0, q4_0, q5_0 or q8_0"))
             }
             None => Ok(()),
         }

@@ -22,7 +22,8 @@ pub(in crate::quantize) fn exact(
     rows: usize,
     grouped: &GroupedFormat,
 ) -> Option<Solution> {
-    let (source, columns) = (Format::of(tensor.rows.block_type())?, *tensor.dims.first()?);
+    let source = Format::of(tensor.rows.block_type()).filter(|source| source.block() == BLOCK)?;
+    let columns = *tensor.dims.first()?;
     let block_bytes = source.block_type().block_bytes();
     let per_group = grouped.group / BLOCK;
     let mut solution = Solution::zeroed(grouped, rows, columns);
@@ -170,7 +171,7 @@ mod tests {
             for same_scale in [false, true] {
                 let (values, tensor) = source(format, same_scale);
                 for target in Format::ALL {
-                    for group in [32, 64] {
+                    for group in [32, 64].into_iter().filter(|group| group % target.block() == 0) {
                         let grouped = GroupedFormat { format: target, group };
                         let expected = holders.contains(&target) && (group == 32 || same_scale);
                         assert_eq!(is_exact(&tensor, &grouped), expected, "{format:?} in {target:?} by {group}");

@@ -63,6 +63,6 @@ mod tests {
     #[test]
     fn only_formats_with_a_zero_can_be_sparse() {
         let held: Vec<Format> = Format::ALL.into_iter().filter(|format| holds_zeros(*format)).collect();
-        assert_eq!(held, [Format::Q4_0, Format::Q5_0, Format::Q8_0]);
+        assert_eq!(held, [Format::Q2_0, Format::Q4_0, Format::Q5_0, Format::Q8_0]);
     }
 }

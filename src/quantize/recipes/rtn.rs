@@ -80,7 +80,7 @@ fn snap(format: Format, x: f32) -> f32 {
 
 fn fit_scale(format: Format, values: &[f32], importance: &[f32], search: bool) -> f32 {
     let extreme = values.iter().fold(0.0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
-    let low = format.range().0;
+    let (low, high) = format.range();
     if extreme == 0.0 {
         return 0.0;
     }
@@ -105,7 +105,9 @@ fn fit_scale(format: Format, values: &[f32], importance: &[f32], search: bool) -
     let saved = |(with_value, squares): (f32, f32)| if squares > 0.0 { with_value * with_value / squares } else { 0.0 };
     // Candidates put the largest weight at an end of the range, before it, or beyond it.
     let steps: &[f32] = if format == Format::Q8_0 { &[1.0] } else { &REACHES };
-    let candidates = steps.iter().flat_map(|reach| [low * reach, -low * reach]);
+    // The other end is as far from zero in all formats but those of 2 bits.
+    let other = if high > -1.5 * low { high } else { -low };
+    let candidates = steps.iter().flat_map(|reach| [low * reach, other * reach]);
     let (mut best, mut most) = ((0.0, 0.0), 0.0);
     for candidate in candidates {
         let sums = sums(candidate / extreme);
@@ -216,7 +218,7 @@ mod tests {
         let weights = bell(16 * 384, 2);
         let problem = LayerProblem::new(&weights, 16, 384, &[], &[]).unwrap();
         for format in Format::ALL {
-            for group in [32, 64, 128, 384] {
+            for group in [32, 64, 128, 384].into_iter().filter(|group| group % format.block() == 0) {
                 let grouped = GroupedFormat { format, group };
                 let of = |search| error(&problem, &solved(&problem, &grouped, search, 1).decode(&grouped, 384));
                 let (plain, searched) = (of(false), of(true));

@@ -12,7 +12,7 @@ use super::weights::{block, scaled, tensor, tuned, untuned};
 use crate::error::Result;
 use crate::model::arch::Position;
 use crate::quantize::context::OpenRun;
-use crate::quantize::format::{BLOCK, Format, rounded};
+use crate::quantize::format::{Format, rounded};
 use crate::quantize::overrides::Stored;
 use crate::quantize::resume::{ResumeLog, SavePace, SnapshotFile, run_key};
 
@@ -225,7 +225,7 @@ fn store(run: &OpenRun<'_>, log: &mut ResumeLog, state: &TuningState, key: u64) 
             let block_type = run.formats.stored(&name, &tensor(run, &name)?.dims).block_type();
             let has_min = Format::of(block_type).is_some_and(Format::has_min);
             for (at, block) in blocks.chunks_mut(block_type.block_bytes()).enumerate() {
-                let factor = 1.0 + factors.deltas[at * BLOCK / group];
+                let factor = 1.0 + factors.deltas[at * block_type.block_len() / group];
                 for number in block.as_chunks_mut::<2>().0.iter_mut().take(if has_min { 2 } else { 1 }) {
                     let value = f16::from_le_bytes(*number).to_f32() * factor;
                     *number = f16::from_f32(rounded(value)).to_le_bytes();

@@ -301,7 +301,7 @@ def test_rows_that_do_not_fill_blocks_are_reported(tmp_path: Path, caplog: pytes
 
 @pytest.mark.parametrize("keep", [None, {"blk.0.ffn_down": "f16"}, {"*.attn_*": "q8_0"}])
 def test_the_bits_per_weight_are_met_or_refused(tmp_path: Path, keep: dict[str, str] | None) -> None:
-    for bits in (4.6, 5.5, 7.0):
+    for bits in (2.6, 4.0, 4.6, 5.5, 7.0):
         options: Any = {"recipe": "rtn", "bits_per_weight": bits, "keep": keep, "calibration_tokens": 1024}
         try:
             report = quantize(LLAMA, tmp_path / "q.gguf", threads=1, force=True, **options)

@@ -420,7 +420,7 @@ def test_the_command_prints_80_columns(source: Path, tmp_path: Path, capsys: pyt
         (["--recipe", "best"], "best"),
         (["--group", "48"], "group: found 48"),
         (["--asymmetric", "--format", "q4_0"], "symmetric: found False"),
-        (["--bits-per-weight", "3"], "bits_per_weight: found 3"),
+        (["--bits-per-weight", "2"], "bits_per_weight: found 2"),
         (["--sparsity", "1.5"], "sparsity: found 1.5"),
         (["--sparsity", "0.5", "--sparsity-pattern", "4:8"], "'4:8' is not one of"),
         (["--sparsity", "0.6", "--sparsity-pattern", "2:4"], "sparsity: found 0.6"),

@@ -116,7 +116,7 @@ impl TensorFormats {
             _ if is_linear(stem) => (self.format.block_type(), self.group),
             _ => (self.output_type, 32),
         };
-        // The rows of few models fill blocks of 32 weights, but none of 64.
+        // Rows may fill blocks of 32 weights, but not of 64.
         let wanted = match wanted {
             BlockType::Q2_0 if !columns.is_multiple_of(wanted.block_len()) => BlockType::IQ4_NL,
             wanted => wanted,

@@ -15,10 +15,10 @@ use crate::quantize::overrides::{Stored, is_linear};
 use crate::quantize::recipes::rtn;
 use crate::quantize::resume::ResumeLog;
 
-/// Formats that a sensitive tensor may get instead, those that are finer than its own.
+/// Formats that a sensitive tensor may get instead, if they are finer than its own.
 const FINER: [Format; 3] = [Format::Iq4Nl, Format::Q5_0, Format::Q8_0];
 
-/// The formats of [`FINER`] that take more bits than `format`.
+/// The formats of [`FINER`] that take more bits than `format`, fewest bits first.
 fn finer(format: Format) -> impl Iterator<Item = Format> {
     let bits = |format: Format| GroupedFormat { format, group: format.block() }.bits_stored();
     FINER.into_iter().filter(move |finer| bits(*finer) > bits(format))

@@ -7,7 +7,7 @@ use crate::quant::block::BlockType;
 use crate::quantize::format::{BLOCK, Format, GroupedFormat, rounded};
 use crate::quantize::layer::Solution;
 
-/// A block of a source: `scale * level + min`.
+/// A block of a source, or 32 weights of a larger one: `scale * level + min`.
 struct SourceBlock {
     scale: f32,
     min: Option<f32>,
@@ -15,15 +15,14 @@ struct SourceBlock {
 }
 
 /// The codes and scales with which a format holds every weight of the rows `first..first + rows` of a tensor exactly; `None`
-/// if it does not, or if the source is not in blocks of 32.
+/// if it does not, or if no recipe writes the source's type.
 pub(in crate::quantize) fn exact(
     tensor: &Tensor<'_>,
     first: usize,
     rows: usize,
     grouped: &GroupedFormat,
 ) -> Option<Solution> {
-    let source = Format::of(tensor.rows.block_type()).filter(|source| source.block() == BLOCK)?;
-    let columns = *tensor.dims.first()?;
+    let (source, columns) = (Format::of(tensor.rows.block_type())?, *tensor.dims.first()?);
     let block_bytes = source.block_type().block_bytes();
     let per_group = grouped.group / BLOCK;
     let mut solution = Solution::zeroed(grouped, rows, columns);
@@ -32,7 +31,9 @@ pub(in crate::quantize) fn exact(
         let bytes = tensor.rows.row(first + row, &mut scratch);
         let mut blocks = Vec::with_capacity(columns / BLOCK);
         for bytes in bytes.chunks_exact(block_bytes) {
-            blocks.push(read(source, bytes)?);
+            for first in (0..source.block()).step_by(BLOCK) {
+                blocks.push(read(source, bytes, first)?);
+            }
         }
         for (group, blocks) in blocks.chunks(per_group).enumerate() {
             let at = row * grouped.groups(columns) + group;
@@ -91,8 +92,8 @@ fn take(format: Format, blocks: &[SourceBlock], codes: &mut [u8]) -> Option<(f32
     Some((first.scale, min))
 }
 
-/// The block of a source in `bytes`; `None` if there are too few.
-fn read(format: Format, bytes: &[u8]) -> Option<SourceBlock> {
+/// The weights from number `first` on of the block of a source in `bytes`; `None` if there are too few.
+fn read(format: Format, bytes: &[u8], first: usize) -> Option<SourceBlock> {
     let number = |at: usize| Some(f16::from_le_bytes(*bytes.get(at..)?.first_chunk()?).to_f32());
     let (scale, mut at) = (number(0)?, 2);
     let min = if format.has_min() { Some(number(2)?) } else { None };
@@ -107,6 +108,7 @@ fn read(format: Format, bytes: &[u8]) -> Option<SourceBlock> {
     for (i, level) in levels.iter_mut().enumerate() {
         let code = match format {
             Format::Q8_0 => *codes.get(i)?,
+            Format::Q2_0 => codes.get((first + i) / 4)? >> (2 * (i % 4)) & 3,
             _ => {
                 let byte = *codes.get(i % 16)?;
                 let nibble = if i < 16 { byte & 15 } else { byte >> 4 };
@@ -137,13 +139,14 @@ mod tests {
 
     /// Two rows of 64 weights of a format with random codes, their decoded values, and the tensor.
     fn source(format: Format, same_scale: bool) -> (Vec<f32>, Tensor<'static>) {
-        let grouped = GroupedFormat { format, group: 32 };
+        let grouped = GroupedFormat { format, group: format.block() };
         let mut solution = Solution::zeroed(&grouped, 2, 64);
         let few = |i: usize| (i * 7 + i / 5) % 16;
         for (i, code) in solution.codes.iter_mut().enumerate() {
             *code = match format {
                 Format::Q8_0 => (few(i) as i8 - 8) as u8,
                 Format::Q5_0 => few(i) as u8 + 8,
+                Format::Q2_0 => few(i) as u8 % 4,
                 _ => few(i) as u8,
             };
         }
@@ -160,6 +163,7 @@ mod tests {
     fn a_format_takes_over_the_weights_that_it_holds() {
         use Format::*;
         let holds = [
+            (Q2_0, vec![Q2_0, Q4_0, Q4_1, Q5_0, Q8_0]),
             (Q4_0, vec![Q4_0, Q4_1, Q5_0, Q8_0]),
             (Q4_1, vec![Q4_1]),
             (Iq4Nl, vec![Iq4Nl, Q8_0]),
@@ -173,7 +177,7 @@ mod tests {
                 for target in Format::ALL {
                     for group in [32, 64].into_iter().filter(|group| group % target.block() == 0) {
                         let grouped = GroupedFormat { format: target, group };
-                        let expected = holders.contains(&target) && (group == 32 || same_scale);
+                        let expected = holders.contains(&target) && (group <= format.block() || same_scale);
                         assert_eq!(is_exact(&tensor, &grouped), expected, "{format:?} in {target:?} by {group}");
                         if let Some(solution) = exact(&tensor, 0, 2, &grouped) {
                             assert_eq!(solution.decode(&grouped, 64), values, "{format:?} in {target:?} by {group}");

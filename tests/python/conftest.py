@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import os
 import signal
 import tempfile
@@ -41,6 +43,24 @@ from nybble.models import hub  # noqa: E402
 
 if TYPE_CHECKING:
     from browser import Chat, Page
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from visiting all imported modules and thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def restored_loggers() -> Iterator[None]:
+    """Removes the handlers of commands that ran in this process: their standard error ends with the test."""
+    loggers = [logging.getLogger(name) for name in ("nybble", "nybble.server", "uvicorn", "asyncio")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture

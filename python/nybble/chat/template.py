@@ -53,10 +53,8 @@ class ChatTemplate:
         self._code = self._compile(source)
 
     def _compile(self, source: str) -> CodeType:
-        environment = _environment(self._limits)
         try:
-            check_source(environment, source, self._limits)
-            return environment.compile(source)
+            return _compiled(source, self._limits)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"{self._where}: line {error.lineno}: {error.message}") from error
         except Exception as error:  # Jinja and Python's compiler raise many kinds of errors on invalid input.
@@ -116,6 +114,14 @@ class ChatTemplate:
             raise ModelError(f"{self._where}: {error}") from error
         except Exception as error:  # A template may raise anything.
             raise ModelError(f"{self._where} fails: {type(error).__name__}: {_one_line(error)}") from error
+
+
+# Servers load the same models again and again, and Jinja takes up to 0.1 seconds for a long template.
+@functools.lru_cache(maxsize=128)
+def _compiled(source: str, limits: Limits) -> CodeType:
+    environment = _environment(limits)
+    check_source(environment, source, limits)
+    return environment.compile(source)
 
 
 class _Refused(jinja2.TemplateError):

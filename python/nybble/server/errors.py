@@ -296,8 +296,21 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
-    for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 503)
-}
-"""The errors that any route may return, for the OpenAPI description."""
+def error_responses(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The errors that any route may return, for the OpenAPI description.
+
+    Args:
+        body: The body of an error. No other model of the description may have its name.
+    """
+    # FastAPI builds a validator for each model of each route, which takes most of the time to start a server: the first
+    # response brings the model, and the others refer to it.
+    reference = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"description": HTTPStatus(status).phrase, "content": reference}
+        for status in (401, 403, 404, 405, 408, 413, 415, 429, 503)
+    }
+    return {400: {"description": HTTPStatus(400).phrase, "model": body}, **responses}
+
+
+RESPONSES = error_responses(ErrorBody)
+"""The errors of all routes but those of other APIs."""

@@ -7,20 +7,20 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from nybble.server.delivery import respond
-from nybble.server.errors import RESPONSES
+from nybble.server.errors import error_responses
 from nybble.server.pool.pool import Pool
 from nybble.server.protocols.anthropic.adapter import MessagesAdapter, chat_request
 from nybble.server.protocols.anthropic.schema import (
     AnsweredMessage,
     Conversation,
-    ErrorBody,
+    ErrorResponse,
     MessagesRequest,
     TokenCount,
 )
 from nybble.server.protocols.chat import ChatAdapter
 from nybble.server.protocols.counting import count_tokens
 
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {**each, "model": ErrorBody} for status, each in RESPONSES.items()}
+_ERRORS = error_responses(ErrorResponse)
 
 
 def add_messages_routes(app: FastAPI, pool: Pool, key: list[Any], stream: dict[str, Any]) -> None:

@@ -239,7 +239,7 @@ class ErrorDetail(BaseModel):
     message: str
 
 
-class ErrorBody(BaseModel):
+class ErrorResponse(BaseModel):
     """The body of every response that is not a success."""
 
     type: Literal["error"]

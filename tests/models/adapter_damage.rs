@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::hf_folder::ODD_VALUES;
 use crate::logits::load;
+use crate::rewrite::rewrite;
 use crate::tiny_model::Random;
 use nybble::model::{Input, Logits, Model, Quantize};
 use nybble::{Error, Place};
@@ -76,7 +77,7 @@ fn damaged_files_of_adapters_are_refused_or_compute() {
         let kind = case % 2;
         let mut bytes = original[kind].clone();
         damage(&mut random, &mut bytes, [700, 900][kind]);
-        fs::write([&matrices, &gguf][kind], &bytes).unwrap();
+        rewrite([&matrices, &gguf][kind], &bytes);
         let path = [folder.path(), &gguf][kind];
         loaded[kind] += usize::from(try_load(&model, path, &format!("case {case}")));
     }
@@ -94,13 +95,13 @@ fn every_setting_with_another_type_is_refused_or_without_influence() {
         for value in ODD_VALUES {
             let mut config = original.clone();
             config[key] = serde_json::from_str(value).unwrap();
-            fs::write(&path, config.to_string()).unwrap();
+            rewrite(&path, config.to_string());
             try_load(&model, folder.path(), &format!("{key}: {value}"));
         }
     }
     let text = original.to_string();
     for end in (0..text.len()).step_by(7) {
-        fs::write(&path, &text[..end]).unwrap();
+        rewrite(&path, &text[..end]);
         assert!(!try_load(&model, folder.path(), &format!("the first {end} bytes")));
     }
 }

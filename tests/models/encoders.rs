@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::goldens::converted;
 use crate::logits::{bits, distance, load};
+use crate::rewrite::rewrite;
 use nybble::format::gguf::{Gguf, NewTensor, Value, Writer};
 use nybble::kernels;
 use nybble::model::{CacheType, Input, LoadOptions, Logits, Model, Pooling, Quantize, Session};
@@ -304,7 +305,7 @@ fn damaged_files_are_refused_or_run_but_never_panic() {
                 let at = random(bytes.len() / 2);
                 bytes[at] = random(256) as u8;
             }
-            std::fs::write(&path, &bytes).unwrap();
+            rewrite(&path, &bytes);
             match Model::load(&path, &LoadOptions::default().with_threads(1)) {
                 Err(_) => refused += 1,
                 Ok(model) => {

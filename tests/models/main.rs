@@ -6,6 +6,8 @@ mod hf_folder;
 mod logits;
 #[path = "../common/mtp.rs"]
 mod mtp_goldens;
+#[path = "../common/rewrite.rs"]
+mod rewrite;
 #[path = "../common/tiny_model.rs"]
 mod tiny_model;
 

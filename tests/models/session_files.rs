@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::rewrite::rewrite;
 use crate::tiny_model::{ODD, Shape, llama, metadata, tensors, write};
 use nybble::engine::{Sequence, sampler::SamplingOptions, step};
 use nybble::kernels;
@@ -134,7 +135,7 @@ fn a_file_with_any_byte_changed_is_refused() {
         for at in 0..bytes.len() {
             let mut bytes = bytes.clone();
             bytes[at] ^= [1, 0x80, 0xff][at % 3];
-            fs::write(&path, &bytes).unwrap();
+            rewrite(&path, &bytes);
             let error = Session::load(&model, &path).unwrap_err();
             assert!(matches!(error, Error::Malformed { .. }), "byte {at}: {error}");
         }
@@ -147,7 +148,7 @@ fn a_file_of_another_length_is_refused_with_its_length() {
     let model = load(&file, CacheType::F16);
     let bytes = saved(&model, &path, 3);
     for length in 0..bytes.len() {
-        fs::write(&path, &bytes[..length]).unwrap();
+        rewrite(&path, &bytes[..length]);
         let (found, expected) = match length {
             0..64 => (format!("a file of {length} bytes"), "64 bytes for the header".to_owned()),
             _ => (format!("{length} bytes"), format!("{} bytes for 4 tokens, 3 of them in the cache", bytes.len())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import logging
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.server.errors import ApiError
@@ -18,8 +20,8 @@ from nybble.server.pool.pool import Pool
 
 _PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/ping"})
 """Paths that need no key. The page and its files hold no secret, and the page asks for the key itself."""
-
-
+_DISCARD_SECONDS = 5
+"""How long the rest of a body is read whose request is refused."""
 _LOGGED_CHARACTERS = 200
 """Characters of a path in the log."""
 
@@ -77,7 +79,7 @@ class Middleware:
             self._check_key(_own_path(scope), headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
-            await error.response(_own_path(scope))(scope, receive, send)
+            await _refuse(error.response(_own_path(scope)), scope, receive, send)
             return
         if body is not None:
             state = scope.setdefault("state", {})
@@ -135,6 +137,29 @@ class Middleware:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request whose body has not been read, then reads the rest of it.
+
+    A connection that is closed with unread data is reset, and a client that is still sending loses the answer
+    (RFC 9112, section 9.6).
+    """
+
+    async def send_without_end(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    await response(scope, receive, send_without_end)
+    # A client that expects 100 Continue sends no body without it.
+    if "expect" not in Headers(scope=scope):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), _DISCARD_SECONDS)
+    await send({"type": "http.response.body"})
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
 
 
 def _own_path(scope: Scope) -> str:

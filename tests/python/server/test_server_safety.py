@@ -384,6 +384,23 @@ def test_long_prompts_are_limited_by_tokens_not_by_body_size(engine: Engine) -> 
         assert ask(running, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
+def test_clients_that_are_still_sending_read_why_they_are_refused(engine: Engine) -> None:
+    body = {"prompt": "x" * 30_000_000}
+    with serving(engine, api_key="s3cret") as running:
+        for _ in range(3):
+            # urllib closes its connections: left unread, the body would reset this one.
+            assert code(ask(running, "/v1/completions", body, Authorization="Bearer wrong")) == (401, "invalid_api_key")
+            answer = ask(running, "/v1/completions", body, Authorization="Bearer s3cret")
+            assert code(answer) == (413, "body_too_large")
+        # Who expects 100 Continue sends nothing after an error.
+        with running.connection() as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {running.url[7:]}\r\nConnection: close\r\n"
+            connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 30000000\r\n\r\n".encode())
+            answer_bytes = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer_bytes.startswith(b"HTTP/1.1 401 ")
+        assert b"100 Continue" not in answer_bytes
+
+
 def test_an_empty_key_is_refused(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tiny_file), "--port", "0", "--api-key", ""]) == 2
     error = capsys.readouterr().err

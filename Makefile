@@ -53,19 +53,19 @@ check: $(VENV)/.installed-once $(VENV)/.check  ## In under a minute: format, lin
 
 test: lint test-rust test-python  ## Run every check and every test.
 
+# The last checks take one core each, and run at the same time.
 lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, types and language.
 	cargo fmt --all --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python scripts/check_language.py
 	cargo clippy --locked --all-targets --features python -- -D warnings
 	cargo clippy --locked --lib -- -D warnings
 	cargo clippy --locked --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
-	RUSTDOCFLAGS="-D warnings" $(BIN)/python scripts/public_api.py
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --features python --document-private-items
 	$(BIN)/mypy
-	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest nybble._native & \
+		$(BIN)/python scripts/check_language.py && RUSTDOCFLAGS="-D warnings" $(BIN)/python scripts/public_api.py && wait $$!
 
 # What runs a kernel directly or through a model's forward pass runs a second time on the scalar kernel, except tests that
 # choose kernels themselves (all of `bits`), which would be the same, and a slow one of reading experts, of which another
@@ -91,6 +91,8 @@ test-wheel-arm: $(VENV)/.wheel  ## Run the Python tests with the wheel for 64-bi
 test-amx:  ## Run the kernel and model tests on an emulated CPU with AMX, in an hour or two. Installs Debian packages.
 	scripts/test_amx.sh
 
+# Threads of NumPy's linear algebra wait for work by spinning.
+test-python: export OPENBLAS_NUM_THREADS = 1
 test-python: $(VENV)/.installed $(VENV)/.check  ## Run the Python tests on a release build.
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 

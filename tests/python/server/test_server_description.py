@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import requests
 import schemathesis
 from pydantic import BaseModel
 from schemathesis import GenerationMode
@@ -42,8 +43,17 @@ def running(tiny_model: Model) -> Iterator[Running]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    """Connections of all requests. Without it, each request makes its own, which takes longer than the request."""
+    with requests.Session() as session:
+        yield session
+
+
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_random_requests_match_the_openapi_description(running: Running, mode: GenerationMode) -> None:
+def test_random_requests_match_the_openapi_description(
+    running: Running, session: requests.Session, mode: GenerationMode
+) -> None:
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     # A string that is longer than the description allows may make the whole body too large.
     refused = schema.config.checks.negative_data_rejection
@@ -55,7 +65,7 @@ def test_random_requests_match_the_openapi_description(running: Running, mode: G
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
         @hypothesis.settings(max_examples=50, suppress_health_check=list(hypothesis.HealthCheck))
         def holds(case: Any) -> None:
-            case.call_and_validate(checks=CHECKS, timeout=60)
+            case.call_and_validate(session=session, checks=CHECKS, timeout=60)
 
         try:
             holds()

@@ -42,7 +42,8 @@ def rust_tests(paths: Iterable[str]) -> list[list[str]]:
                 binaries.add((folder, "" if path.stem == "main" else f"{path.stem}::"))
             case ("tests", file):
                 binaries.add((Path(file).stem, ""))
-    cargo = ["cargo", "test", "--locked", "--quiet"]
+    # After a change, level 1 compiles in a third of the time of level 2, on which all tests run faster.
+    cargo = ["cargo", "test", "--locked", "--quiet", "--config", "profile.test.opt-level=1"]
     commands = []
     for name in sorted({name for name, _ in binaries}):
         parts = sorted(part for binary, part in binaries if binary == name)

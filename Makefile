@@ -13,7 +13,7 @@ endif
 # Clients of other projects pin old versions of packages that nybble's own tools need.
 CLIENTS := .venv-clients
 RUST_SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
-# Processes that run the Python tests: one more than cores, as many tests wait for something.
+# Processes that run the Python tests. Some tests wait: three keep two cores busy.
 TEST_WORKERS ?= 3
 
 # Rust finds this Python and maturin this environment, whatever is active in the shell.

@@ -116,7 +116,7 @@ class ChatTemplate:
             raise ModelError(f"{self._where} fails: {type(error).__name__}: {_one_line(error)}") from error
 
 
-# Servers load the same models again and again, and Jinja takes up to 0.1 seconds for a long template.
+# Servers load the same models again and again, and Jinja takes tens of milliseconds to compile a long template.
 @functools.lru_cache(maxsize=128)
 def _compiled(source: str, limits: Limits) -> CodeType:
     environment = _environment(limits)

@@ -71,7 +71,10 @@ lint: $(VENV)/.installed $(VENV)/.check  ## Check format, lints, documentation, 
 # choose kernels themselves (all of `bits`), which would be the same, and a slow one of reading experts, of which another
 # one compares all kernels. The engine and quantization compute through the same calls, on a kernel that is ten times
 # slower. No test writes measurements of this machine to the cache folder of the user.
+# They write many small files, for which disks are slow. Containers often have little shared memory.
+SHM_KB = $(shell df --output=avail /dev/shm 2>/dev/null | tail -n 1)
 test-rust: export NYBBLE_TUNING = off
+test-rust: export TMPDIR := $(or $(TMPDIR),$(shell [ "$(SHM_KB)" -gt 2000000 ] 2>/dev/null && echo /dev/shm),/tmp)
 test-rust:  ## Run the Rust tests with this CPU's best kernel, then with the scalar one, and the benchmarks once.
 	cargo test --locked
 	NYBBLE_KERNEL=scalar cargo test --locked --lib --test kernels --test models --test no_allocation -- \

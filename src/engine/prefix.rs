@@ -189,6 +189,13 @@ impl Prefixes {
         freed
     }
 
+    /// Forgets the recurrent states of all blocks, also those that a sequence holds, and returns whether there were any.
+    pub(super) fn forget_states(&mut self) -> bool {
+        let freed: usize = self.blocks.values_mut().map(|block| block.page.forget_snapshot()).sum();
+        self.bytes -= freed;
+        freed > 0
+    }
+
     fn free(&mut self, bytes: usize) -> usize {
         let mut freed = 0;
         let unused = self.blocks.iter().filter(|(_, block)| !block.page.is_shared());

@@ -433,20 +433,20 @@ impl Scheduler {
         }
     }
 
-    /// Evicts and preempts until the step fits into the memory limit. Returns false after a preemption: then the step needs a
-    /// new plan.
+    /// Evicts, shortens and preempts until the step fits into the memory limit. Returns false after a preemption: then the step
+    /// needs a new plan.
     fn free_memory(&mut self, events: &mut Vec<Event>) -> bool {
-        let needed = self.running.iter().filter(|entry| entry.is_chosen).map(Entry::bytes_for_step);
-        let needed = needed.fold(0, usize::saturating_add);
-        let excess = |scheduler: &Scheduler| {
-            let bytes = scheduler.bytes(scheduler.prefixes.bytes());
-            bytes.saturating_add(needed).saturating_sub(scheduler.options.cache_bytes)
-        };
-        let bytes = excess(self);
-        if bytes > 0 {
-            self.prefixes.evict(bytes);
+        if self.excess() > 0 {
+            self.prefixes.evict(self.excess());
         }
-        if excess(self) == 0 {
+        if self.excess() > 0 && self.forget_snapshots() {
+            self.prefixes.evict(self.excess());
+        }
+        while self.excess() > 0
+            && let [entry] = &mut self.running[..]
+            && entry.shorten_step()
+        {}
+        if self.excess() == 0 {
             return true;
         }
         self.preempt(events, |entry| {
@@ -455,6 +455,22 @@ impl Scheduler {
             Error::OutOfMemory { what, bytes, left: None }
         });
         false
+    }
+
+    /// Bytes by which the step exceeds the memory limit.
+    fn excess(&self) -> usize {
+        let chosen = self.running.iter().filter(|entry| entry.is_chosen);
+        let needed = chosen.map(Entry::bytes_for_step).fold(0, usize::saturating_add);
+        let bytes = self.bytes(self.prefixes.bytes()).saturating_add(needed);
+        bytes.saturating_sub(self.options.cache_bytes)
+    }
+
+    /// Forgets recurrent states that sequences keep for truncation, and, for the only sequence, those of the prefix cache. Returns
+    /// whether there were any.
+    fn forget_snapshots(&mut self) -> bool {
+        let own = self.running.iter_mut().fold(false, |any, entry| entry.forget_snapshots() || any);
+        let shared = self.running.len() == 1 && self.prefixes.forget_states();
+        own || shared
     }
 
     /// Returns the youngest sequence to the queue, to be computed again. Fails it with `error` when it is the only one.

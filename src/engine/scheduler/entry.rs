@@ -300,6 +300,28 @@ impl Entry {
         self.truncate_draft_session();
     }
 
+    /// Forgets recurrent states that it does not need to continue, and returns whether there were any.
+    pub(super) fn forget_snapshots(&mut self) -> bool {
+        let beams = self.search.iter_mut().flat_map(BeamSearch::beams_mut).map(|beam| &mut beam.session);
+        let sessions = beams.chain([&mut self.sequence.session]);
+        sessions.fold(false, |any, session| session.forget_snapshots() || any)
+    }
+
+    /// Halves its step, or computes it without draft tokens. Returns false if it is a single row or that of a beam search.
+    pub(super) fn shorten_step(&mut self) -> bool {
+        if self.is_searching() {
+            return false;
+        }
+        if self.drafted > 0 {
+            self.forget_drafts();
+            self.rows = self.decoding_rows();
+            return true;
+        }
+        let is_divisible = self.rows > 1;
+        self.rows -= self.rows / 2;
+        is_divisible
+    }
+
     /// Appends draft tokens to the pending tokens.
     pub(super) fn add_drafts(&mut self, drafts: &[u32]) {
         self.sequence.pending.extend_from_slice(drafts);

@@ -165,9 +165,10 @@ impl Scheduler {
         }
     }
 
-    /// Frees memory after `error`: evicts the prefix cache, or else preempts the youngest sequence.
+    /// Frees memory after `error`: evicts the prefix cache, or else forgets recurrent states, or else preempts the youngest
+    /// sequence.
     fn make_place(&mut self, events: &mut Vec<Event>, error: Error) {
-        if self.prefixes.evict(usize::MAX) == 0 {
+        if self.prefixes.evict(usize::MAX) == 0 && !self.forget_snapshots() {
             self.preempt(events, |_| error);
         }
     }

@@ -244,6 +244,14 @@ impl Session {
         }
     }
 
+    /// Forgets all earlier recurrent states that it keeps, and returns whether there were any. Only [`Session::truncate`] needs
+    /// them.
+    pub(crate) fn forget_snapshots(&mut self) -> bool {
+        let kept: Vec<_> = (0..self.pages.len()).filter(|index| self.pages[*index].snapshot.is_some()).collect();
+        kept.iter().for_each(|index| self.forget_snapshot(*index));
+        !kept.is_empty()
+    }
+
     /// What [`Session::keep_unseen`] and [`Session::keep_state`] have set for the next step.
     pub(in crate::model) fn keeps(&self) -> [bool; 2] {
         [self.keeps_unseen, self.keeps_state]

@@ -51,6 +51,15 @@ impl SharedPage {
         freed
     }
 
+    /// Forgets the recurrent states after the page, also where a session holds them, and returns how many bytes they count.
+    pub(crate) fn forget_snapshot(&mut self) -> usize {
+        let Some(snapshot) = self.page.snapshot.take() else { return 0 };
+        self.mirror.iter().for_each(|mirror| {
+            mirror.record(Change::Free { page: mirror.id(), parts: Vec::new(), snapshot: true });
+        });
+        snapshot.bytes()
+    }
+
     /// Frees these parts, and the snapshot if `snapshot`.
     pub(in crate::model) fn free(&mut self, parts: &[usize], snapshot: bool) {
         let count = self.page.count();

@@ -13,7 +13,8 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
+use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues};
+use nybble::kernels::{Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
 
@@ -195,32 +196,20 @@ fn attention(criterion: &mut Criterion) {
     const HEAD: usize = 64;
     let wide = values(PAGE * HEAD);
     let half: Vec<f16> = wide.iter().copied().map(f16::from_f32).collect();
-    let codes: Vec<i8> = wide.iter().map(|x| (x * 127.0) as i8).collect();
-    let scales = [0.125; 2 * PAGE];
     let cases = [
-        ("3 queries, f16", 3, KvSlice::F16(&half), HEAD),
-        ("3 queries, int8", 3, KvSlice::Int8(&codes), INT8_GROUP),
-        ("8 queries, f32", 8, KvSlice::F32(&wide), HEAD),
-        ("128 queries, f32", 128, KvSlice::F32(&wide), HEAD),
+        ("3 queries, f16", 3, KvSlice::F16(&half)),
+        ("8 queries, f32", 8, KvSlice::F32(&wide)),
+        ("128 queries, f32", 128, KvSlice::F32(&wide)),
     ];
-    for (name, queries, page, by) in cases {
+    for (name, queries, page) in cases {
         let (q, ranges) = (values(queries * HEAD), vec![0..PAGE; queries]);
         let mut group = criterion.benchmark_group(format!("attention of {name}"));
         settings(&mut group);
         group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
-        let inputs = ScoreInputs { queries: &q, head_dim: HEAD, keys: page, group: by, scales: &scales };
+        let inputs = ScoreInputs { queries: &q, head_dim: HEAD, keys: page, scale: 0.125 };
         let (mut weights, mut expected) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
         scalar().scores(inputs, &mut weights, PAGE);
-        let factors = if by == HEAD { &[][..] } else { &scales };
-        let weighted = WeightedValues {
-            weights: &weights,
-            stride: PAGE,
-            ranges: &ranges,
-            values: page,
-            width: HEAD,
-            group: by,
-            scales: factors,
-        };
+        let weighted = WeightedValues { weights: &weights, stride: PAGE, ranges: &ranges, values: page, width: HEAD };
         scalar().weighted_sum(weighted, &mut expected);
         for kernel in compared() {
             let (mut scores, mut sums) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
@@ -233,6 +222,79 @@ fn attention(criterion: &mut Criterion) {
             });
             group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
                 b.iter(|| kernel.weighted_sum(weighted, &mut sums));
+            });
+        }
+        group.finish();
+    }
+}
+
+/// A page of an INT8 cache with heads of 64 values: packing it, and the queries of one token and of a prompt.
+fn attention_int8(criterion: &mut Criterion) {
+    const HEAD: usize = 64;
+    const GROUPS: usize = HEAD / INT8_GROUP;
+    let codes: Vec<i8> = values(PAGE * HEAD).iter().map(|x| (x * 127.0) as i8).collect();
+    let scales = [0.125; GROUPS * PAGE];
+    for queries in [3, 128] {
+        let mut group = criterion.benchmark_group(format!("attention of {queries} queries, int8"));
+        settings(&mut group);
+        group.throughput(Throughput::Elements(2 * (queries * HEAD * PAGE) as u64));
+        let (q, raw) = (values(queries * HEAD), values(queries * PAGE).iter().map(|x| x.abs()).collect::<Vec<_>>());
+        let compute = |kernel: &Kernel| {
+            let mut query_codes = vec![[0; 4]; queries * HEAD / 4];
+            let (mut factors, mut sums) = (vec![0.0; queries * GROUPS], vec![0; queries * GROUPS]);
+            let of_groups = factors.chunks_mut(GROUPS).zip(sums.chunks_mut(GROUPS));
+            for (i, (q, (factors, sums))) in q.chunks(HEAD).zip(of_groups).enumerate() {
+                let mut codes = [[0; 4]; HEAD / 4];
+                let groups = codes.as_flattened_mut().chunks_mut(INT8_GROUP).zip(factors.iter_mut().zip(sums));
+                for (x, (codes, (factor, sum))) in q.chunks(INT8_GROUP).zip(groups) {
+                    *factor = kernel.to_int8(x, codes);
+                    *sum = codes.iter().map(|code| i32::from(*code)).sum();
+                }
+                codes.iter().enumerate().for_each(|(d, code)| query_codes[d * queries + i] = *code);
+            }
+            let (mut keys, mut packed) =
+                ([CacheLine([0; 64]); PAGE * HEAD / 64], [CacheLine([0; 64]); HEAD / PANEL * (PAGE / 4 + 1)]);
+            kernel.pack_keys(&codes, HEAD, &mut keys);
+            kernel.pack_values(&codes, HEAD, &mut packed);
+            (query_codes, factors, sums, keys, packed)
+        };
+        let mut expected = None;
+        for kernel in std::iter::once(scalar()).chain(compared()) {
+            let (query_codes, factors, sums, mut keys, mut packed) = compute(kernel);
+            let own =
+                Int8Queries { head_dim: HEAD, codes: &query_codes, stride: queries, scales: &factors, sums: &sums };
+            let (mut scores, mut out) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
+            kernel.scores_int8(Int8ScoreInputs { queries: own, keys: &keys, scales: &scales }, &mut scores, PAGE);
+            let (mut weights, mut of_weights) = (vec![0; queries * GROUPS * PAGE], vec![0.0; queries * GROUPS]);
+            let mut quantize = || {
+                let (codes, factors) = (&mut weights, &mut of_weights);
+                kernel.quantize_weights(&raw, PAGE, &vec![0..PAGE; queries], &scales, codes, factors);
+            };
+            quantize();
+            let name = kernel.name();
+            let is_timed = expected.is_some();
+            if is_timed {
+                group.bench_function(BenchmarkId::new(name, "weights to codes"), |b| b.iter(&mut quantize));
+            }
+            let weighted = Int8WeightedValues { weights: &weights, scales: &of_weights, values: &packed, width: HEAD };
+            kernel.weighted_sum_int8(weighted, &mut out);
+            let found = (scores.clone(), out.clone());
+            assert_eq!(&found, expected.get_or_insert_with(|| found.clone()), "{name}");
+            if !is_timed {
+                continue;
+            }
+            let inputs = Int8ScoreInputs { queries: own, keys: &keys, scales: &scales };
+            group.bench_function(BenchmarkId::new(name, "scores"), |b| {
+                b.iter(|| kernel.scores_int8(inputs, &mut scores, PAGE));
+            });
+            group.bench_function(BenchmarkId::new(name, "weighted sum"), |b| {
+                b.iter(|| kernel.weighted_sum_int8(weighted, &mut out));
+            });
+            group.bench_function(BenchmarkId::new(name, "packing"), |b| {
+                b.iter(|| {
+                    kernel.pack_keys(&codes, HEAD, &mut keys);
+                    kernel.pack_values(&codes, HEAD, &mut packed);
+                });
             });
         }
         group.finish();
@@ -275,5 +337,5 @@ fn rows(criterion: &mut Criterion) {
     run("exp_segment", &|kernel, _, out| _ = kernel.exp_segment(out));
 }
 
-criterion_group!(benches, products, attention, rows);
+criterion_group!(benches, products, attention, attention_int8, rows);
 criterion_main!(benches);

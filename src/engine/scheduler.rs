@@ -468,9 +468,9 @@ impl Scheduler {
     /// Forgets recurrent states that sequences keep for truncation, and, for the only sequence, those of the prefix cache. Returns
     /// whether there were any.
     fn forget_snapshots(&mut self) -> bool {
-        let own = self.running.iter_mut().fold(false, |any, entry| entry.forget_snapshots() || any);
+        let own: usize = self.running.iter_mut().map(Entry::forget_snapshots).sum();
         let shared = self.running.len() == 1 && self.prefixes.forget_states();
-        own || shared
+        own > 0 || shared
     }
 
     /// Returns the youngest sequence to the queue, to be computed again. Fails it with `error` when it is the only one.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::quant::packed::PANEL;
+use crate::quant::packed::{CacheLine, PANEL};
 
 /// Positions in a page of the KV cache: four panels of 16 keys.
 pub const PAGE: usize = 64;
@@ -12,16 +12,13 @@ pub const PAGE: usize = 64;
 /// Numbers of a key or value that share a scale in an INT8 cache.
 pub const INT8_GROUP: usize = 32;
 
-/// Stored keys or values. INT8 codes have a scale per position and group of [`INT8_GROUP`] numbers, which the cache stores
-/// separately.
+/// Stored keys or values as floats.
 #[derive(Debug, Clone, Copy)]
 pub enum KvSlice<'a> {
     /// Single precision.
     F32(&'a [f32]),
     /// Half precision.
     F16(&'a [f16]),
-    /// Codes, without their scales.
-    Int8(&'a [i8]),
 }
 
 impl KvSlice<'_> {
@@ -30,7 +27,6 @@ impl KvSlice<'_> {
         match self {
             KvSlice::F32(x) => x[i],
             KvSlice::F16(x) => x[i].to_f32(),
-            KvSlice::Int8(x) => f32::from(x[i]),
         }
     }
 }
@@ -44,9 +40,33 @@ pub struct ScoreInputs<'a> {
     pub head_dim: usize,
     /// `(PAGE / 16, head_dim, 16)`
     pub keys: KvSlice<'a>,
-    /// Numbers of a key that share a factor; the last group may be smaller.
-    pub group: usize,
-    /// `(groups, PAGE)`: the factor of each group's part of a score.
+    /// A factor of all scores.
+    pub scale: f32,
+}
+
+/// Quantized queries. Groups are of [`INT8_GROUP`] numbers; the last one may be smaller.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8Queries<'a> {
+    /// Numbers in a query or key.
+    pub head_dim: usize,
+    /// `(head_dim / 4, stride)`, rounded up with zeros: the first `n` of each row are those of these queries.
+    pub codes: &'a [[i8; 4]],
+    /// Distance between four numbers of a query and the next four.
+    pub stride: usize,
+    /// `(n, groups)`
+    pub scales: &'a [f32],
+    /// `(n, groups)`: sums of the codes.
+    pub sums: &'a [i32],
+}
+
+/// Quantized queries and a page of keys of an INT8 cache.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8ScoreInputs<'a> {
+    /// The queries.
+    pub queries: Int8Queries<'a>,
+    /// `(head_dim / 4, PAGE / 16)`, rounded up: codes as the same kernel packs them.
+    pub keys: &'a [CacheLine],
+    /// `(groups, PAGE)`: scales of the keys, times a factor of all scores.
     pub scales: &'a [f32],
 }
 
@@ -63,10 +83,19 @@ pub struct WeightedValues<'a> {
     pub values: KvSlice<'a>,
     /// Numbers in a value, a multiple of 16.
     pub width: usize,
-    /// Numbers of a value that share a factor, a multiple of 16; the last group may be smaller.
-    pub group: usize,
-    /// `(groups, PAGE)`: the factor of each group of each value; or empty, for values without factors.
+}
+
+/// A page of values of an INT8 cache, and each query's weights of its positions, which include the scales of the values.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8WeightedValues<'a> {
+    /// `(groups, n, PAGE)`: codes of the same kernel, with groups of [`INT8_GROUP`] numbers of a value.
+    pub weights: &'a [u8],
+    /// `(groups, n)`: the factors of the codes.
     pub scales: &'a [f32],
+    /// `(width / 16, PAGE / 4 + 1)`: codes as the same kernel packs them.
+    pub values: &'a [CacheLine],
+    /// Numbers in a value, a multiple of 16.
+    pub width: usize,
 }
 
 /// Softmax over some positions for `n` queries, not yet divided by its sum.

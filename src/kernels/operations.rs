@@ -19,9 +19,10 @@ pub(super) mod types {
     pub(in crate::kernels) use crate::kernels::activations::{Activations, RowMut};
     pub(in crate::kernels) use crate::kernels::generic::math::Activation;
     pub(in crate::kernels) use crate::kernels::kv::{
-        KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
+        Int8ScoreInputs, Int8WeightedValues, KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut,
+        StateUpdate, WeightedValues, WkvStep,
     };
-    pub(in crate::kernels) use crate::quant::packed::{PANEL, Packed};
+    pub(in crate::kernels) use crate::quant::packed::{CacheLine, PANEL, Packed};
     pub(in crate::kernels) use crate::threads::Columns;
 }
 
@@ -54,13 +55,42 @@ macro_rules! operations {
                 fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out: &mut Columns<'_>) = float;
 
                 /// Dot products of queries with a page of keys into `scores[i * stride ..][.. PAGE]`. Over the numbers of a
-                /// group in order: `part = fma(key, query, part)`. Over the groups in order: the first `part * scale`, then
-                /// `score = fma(part, scale, score)`.
+                /// key in order: `score = fma(key, query, score)`; then `score *= scale`.
                 fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) = attention;
 
-                /// Adds to `out (n, width)` the values of the positions `ranges[i]`, weighted by `weights[i * stride ..]`,
-                /// times the scale of their group if there are scales, in order with fused multiply-add.
+                /// Adds to `out (n, width)` the values of the positions `ranges[i]`, weighted by `weights[i * stride ..]`, in
+                /// order with fused multiply-add.
                 fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) = attention;
+
+                /// Packs the codes of a page of keys `(PAGE / 16, head_dim, 16)` for [`Kernel::scores_int8`] of the same kernel
+                /// into `(head_dim / 4, PAGE / 16)`, rounded up.
+                fn pack_keys(keys: &[i8], head_dim: usize, out: &mut [CacheLine]) = attention_int8;
+
+                /// Packs the codes of a page of values `(PAGE, width)` for [`Kernel::weighted_sum_int8`] of the same kernel into
+                /// `(width / 16, PAGE / 4 + 1)`.
+                fn pack_values(values: &[i8], width: usize, out: &mut [CacheLine]) = attention_int8;
+
+                /// As [`Kernel::scores`], of quantized queries and keys. Over the groups in order, with the dot product of the
+                /// codes as an integer: the first `dot * query scale * key scale`, then
+                /// `score = fma(dot * query scale, key scale, score)`.
+                fn scores_int8(inputs: Int8ScoreInputs<'_>, scores: &mut [f32], stride: usize) = attention_int8;
+
+                /// Quantizes the weights of a page's positions, row `i` at `weights[i * stride ..]` and none of them negative, times
+                /// the scales of the values `(groups, PAGE)`, into `codes (groups, n, PAGE)` for [`Kernel::weighted_sum_int8`] of the
+                /// same kernel and `factors (groups, n)`, each `max(product) / 255`. Codes of positions that a query has not
+                /// `seen (n)` are those of 0. If a product is not finite, the factor is NaN.
+                fn quantize_weights(
+                    weights: &[f32],
+                    stride: usize,
+                    seen: &[Range<usize>],
+                    scales: &[f32],
+                    codes: &mut [u8],
+                    factors: &mut [f32],
+                ) = attention_int8;
+
+                /// As [`Kernel::weighted_sum`], of quantized weights and values: `out = fma(dot, scale, out)`, with the dot product
+                /// of the codes as an integer.
+                fn weighted_sum_int8(inputs: Int8WeightedValues<'_>, out: &mut [f32]) = attention_int8;
 
                 /// Converts numbers to single precision.
                 fn widen(numbers: KvSlice<'_>, out: &mut [f32]) = convert;

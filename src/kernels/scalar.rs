@@ -1,8 +1,10 @@
 //! The scalar kernel, which defines the results of all others: plain loops, no intrinsics. Runs on every CPU.
 
 use super::activations::Tile;
+use super::generic::int8;
 use super::generic::product::{ByTile, by_tile};
 use super::generic::sparse::by_chunk;
+use super::kv::INT8_GROUP;
 use super::operations::types::*;
 use super::operations::{Kernel, Table, operations, plain};
 use crate::quant::packed::{BLOCK, Code, LONGEST_RUN, Layout, PANEL, Panel, sparse};
@@ -153,34 +155,102 @@ fn product_float(w: &Packed, panels: Range<usize>, x: &[f32], stride: usize, out
 }
 
 fn scores(inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
-    let ScoreInputs { queries, head_dim, keys, group, scales } = inputs;
+    let ScoreInputs { queries, head_dim, keys, scale } = inputs;
     for (i, query) in queries.chunks_exact(head_dim).enumerate() {
         let scores = &mut scores[i * stride..][..PAGE];
         for (position, score) in scores.iter_mut().enumerate() {
-            for (g, query) in query.chunks(group).enumerate() {
-                let mut acc = 0.0f32;
-                for (d, q) in query.iter().enumerate() {
-                    let d = g * group + d;
-                    let key = keys.get((position / PANEL * head_dim + d) * PANEL + position % PANEL);
-                    acc = key.mul_add(*q, acc);
-                }
-                let scale = scales[g * PAGE + position];
-                *score = if g == 0 { acc * scale } else { acc.mul_add(scale, *score) };
+            let mut acc = 0.0f32;
+            for (d, q) in query.iter().enumerate() {
+                let key = keys.get((position / PANEL * head_dim + d) * PANEL + position % PANEL);
+                acc = key.mul_add(*q, acc);
             }
+            *score = acc * scale;
         }
     }
 }
 
 fn weighted_sum(inputs: WeightedValues<'_>, out: &mut [f32]) {
-    let WeightedValues { weights, stride, ranges, values, width, group, scales } = inputs;
+    let WeightedValues { weights, stride, ranges, values, width } = inputs;
     for (i, (out, range)) in out.chunks_exact_mut(width).zip(ranges).enumerate() {
         for position in range.clone() {
             let weight = weights[i * stride + position];
             for (column, out) in out.iter_mut().enumerate() {
-                let scale = scales.get(column / group * PAGE + position);
-                let weight = scale.map_or(weight, |scale| weight * scale);
                 *out = values.get(position * width + column).mul_add(weight, *out);
             }
+        }
+    }
+}
+
+/// Panels in a page.
+const PANELS: usize = PAGE / PANEL;
+
+/// Four codes for each of 16 lanes in a line: `(16, 4)`.
+fn pack_keys(keys: &[i8], head_dim: usize, out: &mut [CacheLine]) {
+    for (i, line) in out.iter_mut().enumerate() {
+        for (j, byte) in line.0.iter_mut().enumerate() {
+            let (panel, d, lane) = (i % PANELS, i / PANELS * 4 + j % 4, j / 4);
+            *byte = if d < head_dim { keys[(panel * head_dim + d) * PANEL + lane].max(-127) as u8 } else { 0 };
+        }
+    }
+}
+
+/// As [`pack_keys`], with a line of zeros after each panel.
+fn pack_values(values: &[i8], width: usize, out: &mut [CacheLine]) {
+    for (panel, lines) in out.chunks_exact_mut(PAGE / 4 + 1).enumerate() {
+        for (i, line) in lines.iter_mut().enumerate() {
+            for (j, byte) in line.0.iter_mut().enumerate() {
+                let (position, lane) = (j % 4 * PANEL + i, j / 4);
+                *byte = values
+                    .get(position * width + panel * PANEL + lane)
+                    .filter(|_| i < PANEL)
+                    .map_or(0, |code| (*code).max(-127) as u8);
+            }
+        }
+    }
+}
+
+fn quantize_weights(
+    weights: &[f32],
+    stride: usize,
+    seen: &[Range<usize>],
+    scales: &[f32],
+    codes: &mut [u8],
+    factors: &mut [f32],
+) {
+    int8::quantize_weights(weights, stride, seen, scales, codes, factors, 0);
+}
+
+fn scores_int8(inputs: Int8ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
+    let Int8ScoreInputs { queries, keys, scales } = inputs;
+    let groups = queries.head_dim.div_ceil(INT8_GROUP);
+    for i in 0..queries.scales.len() / groups {
+        let query = |d: usize| i32::from(queries.codes[d / 4 * queries.stride + i][d % 4]);
+        let scores = &mut scores[i * stride..][..PAGE];
+        for (position, score) in scores.iter_mut().enumerate() {
+            let (panel, lane) = (position / PANEL, position % PANEL);
+            for g in 0..groups {
+                let numbers = g * INT8_GROUP..((g + 1) * INT8_GROUP).min(queries.head_dim);
+                let key = |d: usize| i32::from(keys[d / 4 * PANELS + panel].0[lane * 4 + d % 4] as i8);
+                let dot = numbers.map(|d| query(d) * key(d)).sum::<i32>() as f32 * queries.scales[i * groups + g];
+                let scale = scales[g * PAGE + position];
+                *score = if g == 0 { dot * scale } else { dot.mul_add(scale, *score) };
+            }
+        }
+    }
+}
+
+fn weighted_sum_int8(inputs: Int8WeightedValues<'_>, out: &mut [f32]) {
+    let Int8WeightedValues { weights, scales, values, width } = inputs;
+    let n = scales.len() / width.div_ceil(INT8_GROUP);
+    for (i, out) in out.chunks_exact_mut(width).enumerate() {
+        for (column, out) in out.iter_mut().enumerate() {
+            let at = column / INT8_GROUP * n + i;
+            let lines = &values[column / PANEL * (PANEL + 1)..][..PANEL];
+            let products = weights[at * PAGE..][..PAGE]
+                .iter()
+                .enumerate()
+                .map(|(j, weight)| i32::from(*weight) * i32::from(lines[j / 4].0[column % PANEL * 4 + j % 4] as i8));
+            *out = (products.sum::<i32>() as f32).mul_add(scales[at], *out);
         }
     }
 }

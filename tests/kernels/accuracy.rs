@@ -46,6 +46,21 @@ fn exp_is_within_two_units_in_the_last_place() {
 }
 
 #[test]
+fn coarse_exp_is_within_five_millionths() {
+    let exp = |kernel: &Kernel, x: &mut [f32]| {
+        let (max, sum) = kernel.exp_segment_coarse(x);
+        let exact: f64 = x.iter().map(|x| f64::from(*x)).sum();
+        assert_eq!(max, 0.0);
+        assert_close(sum, exact, 1e-5 * exact, "sum");
+    };
+    for x in [sweep(-87.0, 0.0), sweep(-1.0, 0.0), sweep(-1e-3, 0.0)] {
+        check(&x, exp, libm::exp, |_, y| 5e-6 * y);
+    }
+    let far = [-87.4, -88.0, -104.0, -1e3, -1e30, f32::MIN, f32::NEG_INFINITY, 0.0];
+    check(&far, exp, |x| if x == 0.0 { 1.0 } else { 0.0 }, |_, _| 0.0);
+}
+
+#[test]
 fn tanh_is_within_two_ten_millionths() {
     let tanh = |kernel: &Kernel, x: &mut [f32]| kernel.soft_cap(x, 1.0);
     for x in [sweep(-12.0, 12.0), sweep(-0.01, 0.01)] {

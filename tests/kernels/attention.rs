@@ -16,17 +16,15 @@ const STRIDE: usize = PAGE + 3;
 struct Stored {
     f32: Vec<f32>,
     f16: Vec<f16>,
-    int8: Vec<i8>,
 }
 
 impl Stored {
     fn random(rng: &mut Rng, n: usize) -> Stored {
-        let codes = (0..n).map(|_| rng.next() as i8).collect();
-        Stored { f32: rng.values(n), f16: rng.halves(n), int8: codes }
+        Stored { f32: rng.values(n), f16: rng.halves(n) }
     }
 
-    fn all(&self) -> [(&'static str, KvSlice<'_>); 3] {
-        [("f32", KvSlice::F32(&self.f32)), ("f16", KvSlice::F16(&self.f16)), ("int8", KvSlice::Int8(&self.int8))]
+    fn all(&self) -> [(&'static str, KvSlice<'_>); 2] {
+        [("f32", KvSlice::F32(&self.f32)), ("f16", KvSlice::F16(&self.f16))]
     }
 }
 
@@ -35,34 +33,26 @@ fn get(numbers: KvSlice<'_>, i: usize) -> f64 {
     match numbers {
         KvSlice::F32(x) => f64::from(x[i]),
         KvSlice::F16(x) => f64::from(x[i].to_f32()),
-        KvSlice::Int8(x) => f64::from(x[i]),
     }
 }
 
-/// Factors of up to 5 groups `(groups, PAGE)`.
-fn scales(rng: &mut Rng) -> Vec<f32> {
-    (0..5 * PAGE).map(|_| rng.unit()).collect()
-}
-
-/// Numbers per group: all of them together, and fewer.
-fn groups(numbers: usize) -> [usize; 2] {
-    [numbers, numbers.div_ceil(4).next_multiple_of(16)]
-}
+/// A factor of scores.
+const SCALE: f32 = 0.3;
 
 #[test]
 fn scores_match_the_scalar_kernel_and_write_only_their_page() {
     let mut rng = Rng(40);
     for head_dim in [1, 16, 33, 64, 100, 128] {
-        let (keys, scales) = (Stored::random(&mut rng, PAGE * head_dim), scales(&mut rng));
+        let keys = Stored::random(&mut rng, PAGE * head_dim);
         for n in QUERIES {
             let queries = rng.values(n * head_dim);
             let guard = f32::from_bits(0x7fc0_4321);
-            for ((stored, keys), group) in keys.all().into_iter().flat_map(|keys| groups(head_dim).map(|g| (keys, g))) {
-                let inputs = ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales };
+            for (stored, keys) in keys.all() {
+                let inputs = ScoreInputs { queries: &queries, head_dim, keys, scale: SCALE };
                 let mut expected = vec![guard; n * STRIDE];
                 scalar().scores(inputs, &mut expected, STRIDE);
                 for kernel in available() {
-                    let what = format!("{}, {n} queries of {head_dim} by {group}, {stored}", kernel.name());
+                    let what = format!("{}, {n} queries of {head_dim}, {stored}", kernel.name());
                     let mut scores = vec![guard; n * STRIDE];
                     kernel.scores(inputs, &mut scores, STRIDE);
                     assert_same(&scores, &expected, &what);
@@ -79,18 +69,16 @@ fn scores_match_the_scalar_kernel_and_write_only_their_page() {
 fn scores_are_dot_products_of_queries_and_keys() {
     let mut rng = Rng(41);
     let (n, head_dim) = (3, 64);
-    let (queries, keys, scales) =
-        (rng.values(n * head_dim), Stored::random(&mut rng, PAGE * head_dim), scales(&mut rng));
+    let (queries, keys) = (rng.values(n * head_dim), Stored::random(&mut rng, PAGE * head_dim));
     for kernel in available() {
         for (stored, keys) in keys.all() {
             let mut scores = vec![f32::NAN; n * PAGE];
-            let group = 16;
-            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales }, &mut scores, PAGE);
+            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scale: SCALE }, &mut scores, PAGE);
             for (i, score) in scores.iter().enumerate() {
                 let (query, position) = (i / PAGE, i % PAGE);
                 let terms = (0..head_dim).map(|d| {
                     let key = get(keys, (position / PANEL * head_dim + d) * PANEL + position % PANEL);
-                    key * f64::from(queries[query * head_dim + d]) * f64::from(scales[d / group * PAGE + position])
+                    key * f64::from(queries[query * head_dim + d]) * f64::from(SCALE)
                 });
                 let magnitude: f64 = terms.clone().map(f64::abs).sum();
                 assert_close(*score, terms.sum(), 1e-6 * magnitude, format!("{}, {stored}", kernel.name()));
@@ -109,36 +97,31 @@ fn page(rng: &mut Rng, n: usize, width: usize) -> (Vec<f32>, Vec<Range<usize>>, 
     (rng.values(n * STRIDE), ranges, Stored::random(rng, PAGE * width))
 }
 
-/// A page, numbers of its queries, and scales.
+/// A page, and numbers of its queries.
 #[allow(clippy::type_complexity, reason = "taken apart at once")]
-fn case(seed: u64, n: usize, width: usize) -> ((Vec<f32>, Vec<Range<usize>>, Stored), Vec<f32>, Vec<f32>) {
+fn case(seed: u64, n: usize, width: usize) -> ((Vec<f32>, Vec<Range<usize>>, Stored), Vec<f32>) {
     let mut rng = Rng(seed);
-    (page(&mut rng, n, width), rng.values(n * width), scales(&mut rng))
+    (page(&mut rng, n, width), rng.values(n * width))
 }
 
 #[test]
 fn weighted_sums_match_the_scalar_kernel() {
     let mut rng = Rng(42);
-    let factors = scales(&mut rng);
     for width in [16, 32, 48, 64, 80, 112, 128, 576] {
         for n in QUERIES {
             let (weights, ranges, values) = page(&mut rng, n, width);
             let growing = (0..n).map(|i| i / 2..20 + i).collect();
             for ranges in [ranges, vec![0..PAGE; n], growing] {
                 let before = rng.values(n * width);
-                let all =
-                    values.all().into_iter().flat_map(|values| [&[][..], &factors].map(|scales| (values, scales)));
-                for ((stored, values), scales) in all {
-                    let (weights, group) = (&weights, groups(width)[1]);
-                    let inputs =
-                        WeightedValues { weights, stride: STRIDE, ranges: &ranges, values, width, group, scales };
+                for (stored, values) in values.all() {
+                    let weights = &weights;
+                    let inputs = WeightedValues { weights, stride: STRIDE, ranges: &ranges, values, width };
                     let mut expected = before.clone();
                     scalar().weighted_sum(inputs, &mut expected);
                     for kernel in available() {
                         let mut out = before.clone();
                         kernel.weighted_sum(inputs, &mut out);
-                        let scaled = if scales.is_empty() { "" } else { ", scaled" };
-                        let what = format!("{}, {n} queries of {width}, {stored}{scaled}, {ranges:?}", kernel.name());
+                        let what = format!("{}, {n} queries of {width}, {stored}, {ranges:?}", kernel.name());
                         assert_same(&out, &expected, what);
                     }
                 }
@@ -150,17 +133,16 @@ fn weighted_sums_match_the_scalar_kernel() {
 #[test]
 fn weighted_sums_are_added_to_the_output() {
     let (n, width) = (5, 48);
-    let ((weights, ranges, values), before, factors) = case(43, n, width);
+    let ((weights, ranges, values), before) = case(43, n, width);
     for kernel in available() {
         for (stored, values) in values.all() {
             let mut out = before.clone();
-            let (ranges, group, scales) = (&ranges, 32, &factors);
-            let inputs = WeightedValues { weights: &weights, stride: STRIDE, ranges, values, width, group, scales };
+            let ranges = &ranges;
+            let inputs = WeightedValues { weights: &weights, stride: STRIDE, ranges, values, width };
             kernel.weighted_sum(inputs, &mut out);
             for (i, found) in out.iter().enumerate() {
                 let (query, column) = (i / width, i % width);
-                let weight = |p| f64::from(weights[query * STRIDE + p]) * f64::from(factors[column / 32 * PAGE + p]);
-                let term = |p| weight(p) * get(values, p * width + column);
+                let term = |p| f64::from(weights[query * STRIDE + p]) * get(values, p * width + column);
                 let terms = ranges[query].clone().map(term);
                 let start = f64::from(before[i]);
                 let magnitude: f64 = start.abs() + terms.clone().map(f64::abs).sum::<f64>();
@@ -174,15 +156,14 @@ fn weighted_sums_are_added_to_the_output() {
 #[test]
 fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
     let (n, head_dim) = (13, 64);
-    let ((weights, ranges, values), queries, scales) = case(44, n, head_dim);
+    let ((weights, ranges, values), queries) = case(44, n, head_dim);
     for (stored, page) in values.all() {
         for kernel in available() {
             let (mut scores, mut sums) = (vec![f32::NAN; n * PAGE], vec![0.0; n * head_dim]);
-            let (group, scales) = (32, &scales[..]);
-            let inputs = ScoreInputs { queries: &queries, head_dim, keys: page, group, scales };
+            let inputs = ScoreInputs { queries: &queries, head_dim, keys: page, scale: SCALE };
             kernel.scores(inputs, &mut scores, PAGE);
             let (ranges, stride, width) = (&ranges[..], STRIDE, head_dim);
-            let values = WeightedValues { weights: &weights, stride, ranges, values: page, width, group, scales };
+            let values = WeightedValues { weights: &weights, stride, ranges, values: page, width };
             kernel.weighted_sum(values, &mut sums);
             for i in 0..n {
                 let (mut score, mut sum) = (vec![f32::NAN; PAGE], vec![0.0; head_dim]);
@@ -203,7 +184,7 @@ fn a_query_alone_gives_the_same_bits_as_in_a_batch() {
 fn widened_numbers_are_exact_and_give_the_same_bits() {
     let mut rng = Rng(45);
     let (n, head_dim) = (7, 40);
-    let (queries, scales) = (rng.values(n * head_dim), scales(&mut rng));
+    let queries = rng.values(n * head_dim);
     for kernel in available() {
         for count in [PAGE * head_dim, 1, 15, 16, 33] {
             let numbers = Stored::random(&mut rng, count);
@@ -214,7 +195,7 @@ fn widened_numbers_are_exact_and_give_the_same_bits() {
                 assert!(wide.iter().enumerate().all(|(i, x)| f64::from(*x) == get(numbers, i)), "{what}");
                 if count == PAGE * head_dim {
                     let mut scores = [vec![f32::NAN; n * PAGE], vec![f32::NAN; n * PAGE]];
-                    let inputs = ScoreInputs { queries: &queries, head_dim, keys: numbers, group: 32, scales: &scales };
+                    let inputs = ScoreInputs { queries: &queries, head_dim, keys: numbers, scale: SCALE };
                     kernel.scores(inputs, &mut scores[0], PAGE);
                     kernel.scores(ScoreInputs { keys: KvSlice::F32(&wide), ..inputs }, &mut scores[1], PAGE);
                     assert_same(&scores[0], &scores[1], what);
@@ -237,8 +218,8 @@ fn values_outside_the_range_of_a_query_do_not_affect_its_sum() {
             row[..3].fill(2.0);
         }
         let ranges = [0..3, 0..0, 0..1, 0..2, 1..3];
-        let (values, weights, scales) = (KvSlice::F16(&values), &weights, &[]);
-        let inputs = WeightedValues { weights, stride: PAGE, ranges: &ranges, values, width, group: width, scales };
+        let (values, weights) = (KvSlice::F16(&values), &weights);
+        let inputs = WeightedValues { weights, stride: PAGE, ranges: &ranges, values, width };
         kernel.weighted_sum(inputs, &mut out);
         for (row, expected) in out.chunks(width).zip([6.5, 0.5, 2.5, 4.5, 4.5]) {
             assert_same(row, &vec![expected; width], kernel.name());

@@ -117,6 +117,11 @@ fn exponentials_of_a_segment_match_the_scalar_kernel() {
         scores.extend([max, sum]);
         scores
     });
+    same_on_every_kernel("exp_segment_coarse", |kernel, [mut scores, ..]| {
+        let (max, sum) = kernel.exp_segment_coarse(&mut scores);
+        scores.extend([max, sum]);
+        scores
+    });
 }
 
 #[test]
@@ -313,6 +318,9 @@ fn nan_stays_nan() {
         let mut x = vec![1.0, f32::NAN, 2.0];
         let (_, sum) = kernel.exp_segment(&mut x);
         assert!(x[1].is_nan() && sum.is_nan(), "exp_segment, {}", kernel.name());
+        let mut x = vec![1.0, f32::NAN, 2.0];
+        let (_, sum) = kernel.exp_segment_coarse(&mut x);
+        assert!(x[1].is_nan() && sum.is_nan(), "exp_segment_coarse, {}", kernel.name());
         let mut out = vec![0.0; 3];
         kernel.rms_norm(&[1.0, f32::NAN, 2.0], &[1.0; 3], 1e-5, &mut out);
         assert!(out.iter().all(|x| x.is_nan()), "rms_norm, {}", kernel.name());

@@ -2,6 +2,7 @@
 
 mod accuracy;
 mod attention;
+mod attention_int8;
 mod choice;
 mod elementwise;
 mod product;

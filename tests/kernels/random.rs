@@ -1,11 +1,12 @@
 //! Random shapes and values on every kernel.
 
 use half::f16;
-use nybble::kernels::{KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
+use nybble::kernels::{INT8_GROUP, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, available};
 use nybble::quant::packed::PANEL;
 use nybble::threads::Columns;
 use proptest::prelude::*;
 
+use crate::attention_int8::Int8Case;
 use crate::support::*;
 
 /// Any F32, including subnormals, infinities and NaN with any payload.
@@ -106,7 +107,7 @@ proptest! {
     #[test]
     fn attention_is_bit_identical_on_every_kernel(
         (n, head_dim, columns) in (1usize..20, 1usize..140, 1usize..9),
-        (pad, group) in (0usize..20, 16usize..150),
+        pad in 0usize..20,
         seed in any::<u64>(),
         wild in any::<bool>(),
     ) {
@@ -114,7 +115,9 @@ proptest! {
         let mut values = |n| if wild { rng.wild_values(n) } else { rng.values(n) };
         let (queries, weights, before) = (values(n * head_dim), values(n * stride), values(n * width));
         let more = [values(n), values(n), values(n * width)];
-        let scales: Vec<f32> = values(9 * PAGE);
+        let key_scales: Vec<f32> = values(head_dim.div_ceil(INT8_GROUP) * PAGE);
+        let value_scales: Vec<f32> = values(width.div_ceil(INT8_GROUP) * PAGE);
+        let positive: Vec<f32> = weights.iter().map(|x| x.abs()).collect();
         let (keys, page) = (rng.halves(PAGE * head_dim), rng.halves(PAGE * width));
         let codes: Vec<i8> = (0..PAGE * head_dim.max(width)).map(|_| rng.next() as i8).collect();
         let range = |_| {
@@ -122,22 +125,32 @@ proptest! {
             rng.below(end + 1)..end
         };
         let ranges: Vec<_> = (0..n).map(range).collect();
-        let int8 = [&codes[..PAGE * head_dim], &codes[..PAGE * width]].map(KvSlice::Int8);
+        let int8 = Int8Case {
+            head_dim,
+            queries: &queries,
+            keys: &codes[..PAGE * head_dim],
+            key_scales: &key_scales,
+            weights: &positive,
+            stride,
+            seen: &ranges,
+            values: &codes[..PAGE * width],
+            value_scales: &value_scales,
+        };
         let all = |kernel: &nybble::kernels::Kernel| {
-            let mut outs = vec![];
-            let halves = [KvSlice::F16(&keys), KvSlice::F16(&page)];
-            for ([keys, page], group, factors) in [(halves, head_dim, &[][..]), (int8, group, &scales[..])] {
-                let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
-                kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, group, scales: &scales }, &mut scores, stride);
-                let (weights, ranges, group) = (&weights, &ranges, group.next_multiple_of(PANEL));
-                let inputs = WeightedValues { weights, stride, ranges, values: page, width, group, scales: factors };
-                kernel.weighted_sum(inputs, &mut out);
-                let (mut max, mut sum) = (weights[..n].to_vec(), queries[..n].to_vec());
-                let so_far = SoftmaxMut { max: &mut max, sum: &mut sum, values: &mut out };
-                let [more_max, more_sum, more_values] = &more;
-                kernel.join(so_far, Softmax { max: more_max, sum: more_sum, values: more_values });
-                outs.extend([scores, out, max, sum]);
-            }
+            let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
+            let keys = KvSlice::F16(&keys);
+            kernel.scores(ScoreInputs { queries: &queries, head_dim, keys, scale: 0.3 }, &mut scores, stride);
+            let (weights, ranges, values) = (&weights, &ranges, KvSlice::F16(&page));
+            kernel.weighted_sum(WeightedValues { weights, stride, ranges, values, width }, &mut out);
+            let mut outs = vec![scores, out];
+            let (mut scores, mut out) = (vec![7.0; n * stride], before.clone());
+            int8.compute(kernel, &mut scores, &mut out);
+            outs.extend([scores, out.clone()]);
+            let (mut max, mut sum) = (weights[..n].to_vec(), queries[..n].to_vec());
+            let so_far = SoftmaxMut { max: &mut max, sum: &mut sum, values: &mut out };
+            let [more_max, more_sum, more_values] = &more;
+            kernel.join(so_far, Softmax { max: more_max, sum: more_sum, values: more_values });
+            outs.extend([out, max, sum]);
             outs
         };
         let expected = all(scalar());

@@ -300,11 +300,11 @@ impl Entry {
         self.truncate_draft_session();
     }
 
-    /// Forgets recurrent states that it does not need to continue, and returns whether there were any.
-    pub(super) fn forget_snapshots(&mut self) -> bool {
+    /// Forgets recurrent states that it does not need to continue, and returns how many there were.
+    pub(super) fn forget_snapshots(&mut self) -> usize {
         let beams = self.search.iter_mut().flat_map(BeamSearch::beams_mut).map(|beam| &mut beam.session);
         let sessions = beams.chain([&mut self.sequence.session]);
-        sessions.fold(false, |any, session| session.forget_snapshots() || any)
+        sessions.map(Session::forget_snapshots).sum()
     }
 
     /// Halves its step, or computes it without draft tokens. Returns false if it is a single row or that of a beam search.

@@ -35,7 +35,8 @@ macro_rules! x86_vector {
         $set:ident: $registers:literal registers $register:ident of $lanes:ident;
         floats: $set1:ident, $load:ident, $store:ident, $mul:ident, $mul_add:ident, $as_floats:ident;
         halves: $load_half:ident, $store_half:ident, $from_f16:ident, $to_f16:ident;
-        integers: $load_quarter:ident, $from_u16:ident, $shift_left:ident, $from_i8:ident, $to_floats:ident;
+        integers: $integers:ident, $from_u16:ident, $shift_left:ident, $set1_integers:ident, $load_integers:ident, $to_floats:ident;
+        dots: $unsigned:literal, $add_dots:ident;
         $(also { $($other:item)* })?
     ) => {
         $crate::kernels::generic::vector::vector! {
@@ -45,11 +46,15 @@ macro_rules! x86_vector {
             load load_f16(x: f16) = $from_f16($load_half(x.as_ptr().cast()));
             // The upper halves of F32.
             load load_bf16(x: bf16) = $as_floats($shift_left::<16>($from_u16($load_half(x.as_ptr().cast()))));
-            load load_i8(x: i8) = $to_floats($from_i8($load_quarter(x.as_ptr().cast())));
             store store(x, out: f32) = $store(out.as_mut_ptr(), x);
             store store_f16(x, out: f16) = $store_half(out.as_mut_ptr().cast(), $to_f16::<_MM_FROUND_TO_NEAREST_INT>(x));
             compute mul(a, b) = $mul(a, b);
             compute mul_add(a, b, c) = $mul_add(a, b, c);
+            integers $integers, unsigned: $unsigned;
+            splat_integers(x) = $set1_integers(x);
+            load_bytes(x) = $load_integers(x.as_ptr().cast());
+            to_floats(x) = $to_floats(x);
+            add_dots(sums, a, b) = $add_dots(sums, a, b);
             also {
                 #[inline(always)]
                 fn prefetch<T>(self, x: &T) {
@@ -67,7 +72,17 @@ x86_vector! {
     Avx2: 16 registers __m256 of LANES;
     floats: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps, _mm256_fmadd_ps, _mm256_castsi256_ps;
     halves: _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph;
-    integers: _mm_loadl_epi64, _mm256_cvtepu16_epi32, _mm256_slli_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps;
+    integers: __m256i, _mm256_cvtepu16_epi32, _mm256_slli_epi32, _mm256_set1_epi32, _mm256_loadu_si256, _mm256_cvtepi32_ps;
+    dots: false, add_dots;
+}
+
+/// Adds to each lane the products of its four bytes of `a` with those of `b`, which are at least -127.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_dots(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    // Two products are at most 2 * 128 * 127, which 16 bits hold.
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+    _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// Prefetches the cache line in which `x` begins.

@@ -29,7 +29,8 @@ x86_vector! {
     Avx512: 32 registers __m512 of PANEL;
     floats: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps, _mm512_fmadd_ps, _mm512_castsi512_ps;
     halves: _mm256_loadu_si256, _mm256_storeu_si256, _mm512_cvtph_ps, _mm512_cvtps_ph;
-    integers: _mm_loadu_si128, _mm512_cvtepu16_epi32, _mm512_slli_epi32, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps;
+    integers: __m512i, _mm512_cvtepu16_epi32, _mm512_slli_epi32, _mm512_set1_epi32, _mm512_loadu_si512, _mm512_cvtepi32_ps;
+    dots: true, _mm512_dpbusd_epi32;
     also {
         #[inline(always)]
         fn store_panel(self, x: Self::Panel, out: &mut [f32]) {

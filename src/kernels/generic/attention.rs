@@ -1,4 +1,4 @@
-//! Attention over a page of the KV cache.
+//! Attention over a page of a KV cache of floats.
 //!
 //! Both operations work in tiles: the keys or values of `P` panels, loaded once for `Q` queries, whose sums stay in
 //! registers.
@@ -10,7 +10,7 @@ use crate::kernels::kv::{KvSlice, PAGE, ScoreInputs, WeightedValues};
 use crate::quant::packed::PANEL;
 
 /// Panels in a page.
-const PANELS: usize = PAGE / PANEL;
+pub(super) const PANELS: usize = PAGE / PANEL;
 
 #[inline(always)]
 pub(in crate::kernels) fn scores<V: Vector>(v: V, inputs: ScoreInputs<'_>, scores: &mut [f32], stride: usize) {
@@ -18,7 +18,6 @@ pub(in crate::kernels) fn scores<V: Vector>(v: V, inputs: ScoreInputs<'_>, score
     match inputs.keys {
         KvSlice::F32(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
         KvSlice::F16(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
-        KvSlice::Int8(keys) => over_tiles(&mut Scores { v, inputs, keys, scores, stride }, n),
     }
 }
 
@@ -28,12 +27,11 @@ pub(in crate::kernels) fn weighted_sum<V: Vector>(v: V, inputs: WeightedValues<'
     match inputs.values {
         KvSlice::F32(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
         KvSlice::F16(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
-        KvSlice::Int8(values) => over_tiles(&mut Sums { v, inputs, values, out }, n),
     }
 }
 
 /// Work that is done for `Q` queries and `P` panels at a time.
-trait Tiles {
+pub(super) trait Tiles {
     type Vector: Vector;
 
     /// Does the work for the `Q` queries from `first` on, and returns `Q`.
@@ -42,7 +40,7 @@ trait Tiles {
 
 /// Does the work for `n` queries.
 #[inline(always)]
-fn over_tiles<T: Tiles>(work: &mut T, n: usize) {
+pub(super) fn over_tiles<T: Tiles>(work: &mut T, n: usize) {
     // With many registers 24 sums, four keys and a query are nearly all of them. With few, at least four sums of two
     // registers or more hide the latency of FMA, and six leave registers for the keys and a query.
     let many = T::Vector::CAPACITY >= 32;
@@ -81,28 +79,19 @@ impl<V: Vector, T: Number> Tiles for Scores<'_, V, T> {
         let (v, head_dim) = (self.v, self.inputs.head_dim);
         let queries: [&[f32]; Q] = rows(&self.inputs.queries[first * head_dim..], head_dim, head_dim);
         let keys: &[[T; PANEL]] = self.keys.as_chunks().0;
-        let group = self.inputs.group;
+        let scale = v.splat(self.inputs.scale);
         for panel in (0..PANELS).step_by(P) {
             let keys: [&[[T; PANEL]]; P] = rows(&keys[panel * head_dim..], head_dim, head_dim);
-            for (g, start) in (0..head_dim).step_by(group).enumerate() {
-                let scales: &[[f32; PANEL]] = self.inputs.scales[g * PAGE..][..PAGE].as_chunks().0;
-                let mut sums = [[v.zeros(); P]; Q];
-                for d in start..(start + group).min(head_dim) {
-                    add_products(v, |p| &keys[p][d], |q| queries[q][d], &mut sums);
-                }
-                // Between groups the scores are in memory: in registers, they would take the place of the sums.
-                for q in 0..Q {
-                    let scores = &mut self.scores[(first + q) * self.stride..][..PAGE];
-                    let scores: &mut [[f32; PANEL]] = scores.as_chunks_mut().0;
-                    for p in 0..P {
-                        for part in 0..V::PARTS {
-                            let (sum, scale) = (sums[q][p][part], v.load(&scales[panel + p], part));
-                            let score = match g {
-                                0 => v.mul(sum, scale),
-                                _ => v.mul_add(sum, scale, v.load(&scores[panel + p], part)),
-                            };
-                            v.store(score, &mut scores[panel + p], part);
-                        }
+            let mut sums = [[v.zeros(); P]; Q];
+            for d in 0..head_dim {
+                add_products(v, |p| &keys[p][d], |q| queries[q][d], &mut sums);
+            }
+            for q in 0..Q {
+                let scores = &mut self.scores[(first + q) * self.stride..][..PAGE];
+                let scores: &mut [[f32; PANEL]] = scores.as_chunks_mut().0;
+                for p in 0..P {
+                    for part in 0..V::PARTS {
+                        v.store(v.mul(sums[q][p][part], scale), &mut scores[panel + p], part);
                     }
                 }
             }
@@ -147,43 +136,14 @@ impl<V: Vector, T: Number> Sums<'_, V, T> {
         if positions.is_empty() {
             return;
         }
-        let WeightedValues { weights, stride, width, group, scales, .. } = self.inputs;
-        let count = positions.len();
-        let weights: [&[f32]; Q] = rows(&weights[first * stride + positions.start..], stride, count);
-        if scales.is_empty() {
-            return self.panels::<Q, P>(first, positions, 0..width, &weights);
-        }
-        let mut scaled = [[0.0; PAGE]; Q];
-        for (g, start) in (0..width).step_by(group).enumerate() {
-            let scales = &scales[g * PAGE + positions.start..][..count];
-            for (scaled, weights) in scaled.iter_mut().zip(&weights) {
-                for ((scaled, weight), scale) in scaled.iter_mut().zip(*weights).zip(scales) {
-                    *scaled = weight * scale;
-                }
-            }
-            let mut weights = [&scaled[0][..count]; Q];
-            for (weights, scaled) in weights.iter_mut().zip(&scaled) {
-                *weights = &scaled[..count];
-            }
-            self.panels::<Q, P>(first, positions.clone(), start..(start + group).min(width), &weights);
-        }
-    }
-
-    /// Does so for some columns, with these weights of the positions.
-    #[inline(always)]
-    fn panels<const Q: usize, const P: usize>(
-        &mut self,
-        first: usize,
-        positions: Range<usize>,
-        columns: Range<usize>,
-        weights: &[&[f32]; Q],
-    ) {
-        let mut column = columns.start;
-        while column < columns.end {
-            column += match columns.end - column {
-                left if left >= P * PANEL => self.sum::<Q, P>(first, positions.clone(), column, weights),
-                left if P > 2 && left >= 2 * PANEL => self.sum::<Q, 2>(first, positions.clone(), column, weights),
-                _ => self.sum::<Q, 1>(first, positions.clone(), column, weights),
+        let WeightedValues { weights, stride, width, .. } = self.inputs;
+        let weights: [&[f32]; Q] = rows(&weights[first * stride + positions.start..], stride, positions.len());
+        let mut column = 0;
+        while column < width {
+            column += match width - column {
+                left if left >= P * PANEL => self.sum::<Q, P>(first, positions.clone(), column, &weights),
+                left if P > 2 && left >= 2 * PANEL => self.sum::<Q, 2>(first, positions.clone(), column, &weights),
+                _ => self.sum::<Q, 1>(first, positions.clone(), column, &weights),
             };
         }
     }

@@ -11,7 +11,6 @@ pub(in crate::kernels) fn widen<V: Vector>(v: V, numbers: KvSlice<'_>, out: &mut
     match numbers {
         KvSlice::F32(x) => out.copy_from_slice(&x[..out.len()]),
         KvSlice::F16(x) => widen_all(v, x, out),
-        KvSlice::Int8(x) => widen_all(v, x, out),
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::ops::Add;
 
-use super::math::{Activation, exp_of_difference, tanh};
+use super::math::{Activation, coarse_exp_of_difference, exp_of_difference, tanh};
 pub(in crate::kernels) use super::recurrence::{add_product, advance_state, selective_step, wkv_step};
 use crate::kernels::activations::RowMut;
 use crate::kernels::kv::{Softmax, SoftmaxMut};
@@ -34,6 +34,9 @@ macro_rules! elementwise_operations {
 
             /// Replaces scores by `exp(score - max)` and returns `(max, sum)`. Minus infinity counts as absent.
             fn exp_segment(scores: &mut [f32]) -> (f32, f32);
+
+            /// As [`Kernel::exp_segment`], with exponentials to within 5e-6 of themselves, for weights that become codes.
+            fn exp_segment_coarse(scores: &mut [f32]) -> (f32, f32);
 
             /// Joins softmax sums over `more` positions to those so far: with the larger maximum `m` of a query, both are
             /// multiplied by `exp(max - m)` and added.
@@ -297,6 +300,17 @@ pub(in crate::kernels) fn add_slope(scores: &mut [f32], slope: f32, distance: f3
 
 #[inline(always)]
 pub(in crate::kernels) fn exp_segment(scores: &mut [f32]) -> (f32, f32) {
+    exp_segment_by(scores, exp_of_difference)
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn exp_segment_coarse(scores: &mut [f32]) -> (f32, f32) {
+    exp_segment_by(scores, coarse_exp_of_difference)
+}
+
+/// Replaces scores by `exp(score - max)`, with `exp` of differences.
+#[inline(always)]
+fn exp_segment_by(scores: &mut [f32], exp_of_difference: impl Fn(f32) -> f32) -> (f32, f32) {
     // Not `f32::max`, which does not specify which zero is larger. A NaN is ignored here and becomes a NaN weight below.
     let larger = |x: f32, max: f32| if x > max { x } else { max };
     let max = reduce(scores, f32::NEG_INFINITY, larger, |a, b| larger(b, a));

@@ -5,7 +5,7 @@ use std::ops::IndexMut;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use crate::quant::packed::PANEL;
+use crate::quant::packed::{CacheLine, PANEL};
 
 /// An instruction set that computes with registers of F32. One or several of them make a panel of [`PANEL`] values.
 ///
@@ -17,11 +17,17 @@ pub(in crate::kernels) trait Vector: Copy {
     type Register: Copy;
     /// The registers of a panel: `[Register; PARTS]`.
     type Panel: Copy + IndexMut<usize, Output = Self::Register>;
+    /// A register of as many I32, or of four times as many bytes.
+    type Integers: Copy;
+    /// The registers of a panel of I32: `[Integers; PARTS]`.
+    type IntegerPanel: Copy + IndexMut<usize, Output = Self::Integers>;
 
     /// Registers per panel.
     const PARTS: usize;
     /// How many panels fit into all registers. Tile sizes depend on it.
     const CAPACITY: usize;
+    /// Whether the first bytes of dot products are unsigned.
+    const UNSIGNED: bool;
 
     /// A panel of zeros.
     fn zeros(self) -> Self::Panel;
@@ -30,13 +36,22 @@ pub(in crate::kernels) trait Vector: Copy {
     fn load(self, x: &[f32; PANEL], part: usize) -> Self::Register;
     fn load_f16(self, x: &[f16; PANEL], part: usize) -> Self::Register;
     fn load_bf16(self, x: &[bf16; PANEL], part: usize) -> Self::Register;
-    fn load_i8(self, x: &[i8; PANEL], part: usize) -> Self::Register;
     fn store(self, x: Self::Register, out: &mut [f32; PANEL], part: usize);
     /// Rounds to nearest even.
     fn store_f16(self, x: Self::Register, out: &mut [f16; PANEL], part: usize);
     fn mul(self, a: Self::Register, b: Self::Register) -> Self::Register;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::Register, b: Self::Register, c: Self::Register) -> Self::Register;
+
+    /// A panel that holds `x` in every lane.
+    fn integers(self, x: i32) -> Self::IntegerPanel;
+    /// A register that holds `x` in every lane.
+    fn splat_bytes(self, x: [i8; 4]) -> Self::Integers;
+    fn load_bytes(self, x: &CacheLine, part: usize) -> Self::Integers;
+    fn to_floats(self, x: Self::Integers) -> Self::Register;
+    /// Adds to each lane of `sums` the products of its four bytes of `a`, which may be [`UNSIGNED`](Vector::UNSIGNED), with those of
+    /// `b`, which are signed and at least -127.
+    fn add_dots(self, sums: Self::Integers, a: Self::Integers, b: Self::Integers) -> Self::Integers;
 
     /// Prefetches the cache line in which `x` begins, if the set has an instruction for it.
     #[inline(always)]
@@ -81,15 +96,23 @@ macro_rules! vector {
         $(load $load:ident($from:ident: $loaded:ident) = $load_body:expr;)*
         $(store $store:ident($stored:ident, $to:ident: $target:ident) = $store_body:expr;)*
         $(compute $compute:ident($($operand:ident),*) = $compute_body:expr;)*
+        integers $integers:ident, unsigned: $unsigned:literal;
+        splat_integers($integer:ident) = $splat_integers:expr;
+        load_bytes($bytes:ident) = $load_bytes:expr;
+        to_floats($converted:ident) = $to_floats:expr;
+        add_dots($sums:ident, $a:ident, $b:ident) = $add_dots:expr;
         $(also { $($other:item)* })?
     ) => {
         #[allow(clippy::macro_metavars_in_unsafe, reason = "the expressions are intrinsics, under the contract above")]
         impl Vector for $set {
             type Register = $register;
             type Panel = [$register; PANEL / $lanes];
+            type Integers = $integers;
+            type IntegerPanel = [$integers; PANEL / $lanes];
 
             const PARTS: usize = PANEL / $lanes;
             const CAPACITY: usize = $registers / Self::PARTS;
+            const UNSIGNED: bool = $unsigned;
 
             #[inline(always)]
             fn zeros(self) -> Self::Panel {
@@ -128,6 +151,36 @@ macro_rules! vector {
                 }
             )*
 
+            #[inline(always)]
+            fn integers(self, $integer: i32) -> Self::IntegerPanel {
+                // SAFETY: as in `splat`.
+                [unsafe { $splat_integers }; Self::PARTS]
+            }
+
+            #[inline(always)]
+            fn splat_bytes(self, bytes: [i8; 4]) -> $integers {
+                self.integers(bytemuck::cast(bytes))[0]
+            }
+
+            #[inline(always)]
+            fn load_bytes(self, line: &CacheLine, part: usize) -> $integers {
+                let $bytes = &line.0.as_chunks::<{ 4 * $lanes }>().0[part];
+                // SAFETY: as in `splat`. The reference is to the bytes of a register, and loads need no alignment.
+                unsafe { $load_bytes }
+            }
+
+            #[inline(always)]
+            fn to_floats(self, $converted: $integers) -> $register {
+                // SAFETY: as in `splat`.
+                unsafe { $to_floats }
+            }
+
+            #[inline(always)]
+            fn add_dots(self, $sums: $integers, $a: $integers, $b: $integers) -> $integers {
+                // SAFETY: as in `splat`.
+                unsafe { $add_dots }
+            }
+
             $($($other)*)?
         }
     };
@@ -152,7 +205,7 @@ macro_rules! numbers {
         )*
     };
 }
-numbers!(f32: load, f16: load_f16, bf16: load_bf16, i8: load_i8);
+numbers!(f32: load, f16: load_f16, bf16: load_bf16);
 
 /// `N` rows of `length` values, `stride` apart.
 #[inline(always)]

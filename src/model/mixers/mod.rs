@@ -5,6 +5,7 @@
 mod attention;
 mod context;
 mod heads;
+mod int8_pages;
 mod latent_attention;
 pub(super) mod positions;
 mod recurrent;

@@ -6,10 +6,12 @@
 
 use std::ops::Range;
 
-use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, exp};
+use super::int8_pages::Int8Workspace;
+use crate::kernels::{Kernel, KvSlice, PAGE, ScoreInputs, Softmax, SoftmaxMut, WeightedValues, exp};
 use crate::model::buffer::Buffer;
 use crate::model::config::Reach;
-use crate::model::state::cache::{LayerShape, PageHead};
+use crate::model::state::cache::LayerShape;
+use crate::model::state::page_head::PageHead;
 use crate::model::state::session::Session;
 
 /// Positions that are reduced together; part of the definition of the result.
@@ -69,8 +71,8 @@ struct TaskWorkspace {
     ranges: Vec<Range<usize>>,
     /// Keys `(PAGE / 16, head_dim, 16)` or values `(PAGE, width)` of a page in F32.
     wide: Buffer,
-    /// `(groups, PAGE)`: scales of keys or values of a page.
-    factors: Buffer,
+    /// What an INT8 cache needs.
+    int8: Int8Workspace,
     /// The softmax of a segment: see [`CacheAttention::sums`].
     part: Buffer,
     /// The softmax of all segments so far, likewise.
@@ -173,7 +175,10 @@ impl CacheAttention<'_> {
         for row in task.queries.chunks(task.stride).take(task.rows) {
             work.queries.extend_from_slice(&row[..width]);
         }
-        kernel.hadamard(&mut work.queries, self.shape.key_rotation());
+        if self.shape.is_int8() {
+            kernel.hadamard(&mut work.queries, self.shape.key_rotation());
+            work.int8.take_queries(kernel, &work.queries, self.shape.head_dim);
+        }
     }
 
     /// The first query that sees anything from `start` on. Rows are in order of position, so the later ones do, too.
@@ -215,26 +220,21 @@ impl CacheAttention<'_> {
             from + seen[from..].iter().take_while(|seen| seen.start < at + PAGE).count()
         };
 
-        for (at, from, PageHead { keys, scales, .. }) in pages.clone() {
+        for (at, from, page) in pages.clone() {
             let to = to(from, &work.seen, at);
-            let group = match scales {
-                Some([scales, _]) => {
-                    work.factors.resize(scales.len());
-                    // A power of two undoes the lengthening of queries and keys by the rotation.
-                    kernel.expand_scales(scales, self.scale / shape.key_rotation() as f32, &mut work.factors);
-                    INT8_GROUP
-                }
-                None => {
-                    work.factors.resize(PAGE);
-                    work.factors.fill(self.scale);
-                    dim
-                }
-            };
-            let keys = widened(kernel, keys, PAGE * dim, to - from, &mut work.wide);
             let scores = &mut all_scores[from * SEGMENT + at..];
-            let queries = &work.queries[from * dim..to * dim];
-            let inputs = ScoreInputs { queries, head_dim: dim, keys, group, scales: &work.factors };
-            kernel.scores(inputs, scores, SEGMENT);
+            match page {
+                PageHead::Floats { keys, .. } => {
+                    let keys = widened(kernel, keys, PAGE * dim, to - from, &mut work.wide);
+                    let queries = &work.queries[from * dim..to * dim];
+                    kernel.scores(ScoreInputs { queries, head_dim: dim, keys, scale: self.scale }, scores, SEGMENT);
+                }
+                PageHead::Int8(page) => {
+                    // A power of two undoes the lengthening of queries and keys by the rotation.
+                    let factor = self.scale / shape.key_rotation() as f32;
+                    work.int8.scores(kernel, &page, from..to, factor, scores, SEGMENT);
+                }
+            }
         }
         let (values, maxima) = part.split_at_mut(n * width);
         let (maxima, sums) = maxima.split_at_mut(n);
@@ -248,23 +248,24 @@ impl CacheAttention<'_> {
                 let distance = task.first + q / self.group - start - seen.start;
                 kernel.add_slope(scores, *slope, distance as f32);
             }
-            (maxima[q], sums[q]) = kernel.exp_segment(scores);
+            let is_int8 = shape.is_int8();
+            (maxima[q], sums[q]) = if is_int8 { kernel.exp_segment_coarse(scores) } else { kernel.exp_segment(scores) };
         }
         values[skip * width..].fill(0.0);
-        for (at, from, PageHead { values: stored, scales, .. }) in pages {
+        for (at, from, page) in pages {
             let to = to(from, &work.seen, at);
             work.ranges.clear();
             let range = |seen: &Range<usize>| seen.start.max(at) - at..seen.end.min(at + PAGE) - at;
             work.ranges.extend(work.seen[from..to].iter().map(range));
             let weights = &all_scores[from * SEGMENT + at..];
-            let scales = scales.map_or(&[][..], |[_, scales]| scales);
-            work.factors.resize(scales.len());
-            kernel.expand_scales(scales, 1.0, &mut work.factors);
-            let stored = widened(kernel, stored, PAGE * width, to - from, &mut work.wide);
-            let out = &mut values[from * width..to * width];
-            let (ranges, group, scales) = (&work.ranges, INT8_GROUP, &work.factors);
-            let inputs = WeightedValues { weights, stride: SEGMENT, ranges, values: stored, width, group, scales };
-            kernel.weighted_sum(inputs, out);
+            let (out, ranges) = (&mut values[from * width..to * width], &work.ranges);
+            match page {
+                PageHead::Floats { values, .. } => {
+                    let values = widened(kernel, values, PAGE * width, to - from, &mut work.wide);
+                    kernel.weighted_sum(WeightedValues { weights, stride: SEGMENT, ranges, values, width }, out);
+                }
+                PageHead::Int8(page) => work.int8.add_values(kernel, &page, weights, SEGMENT, ranges, out),
+            }
         }
     }
 

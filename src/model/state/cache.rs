@@ -9,6 +9,7 @@ use half::f16;
 
 pub use super::cache_type::CacheType;
 use super::counted::Counted;
+use super::page_head::{Int8Page, PageHead};
 use super::recurrent::{Snapshot, StateShape};
 use crate::error::Result;
 use crate::kernels::{INT8_GROUP, Kernel, KvSlice, PAGE};
@@ -52,6 +53,11 @@ impl LayerShape {
     /// Groups of a key or value that have a scale: none except in INT8.
     fn groups(&self, width: usize) -> usize {
         if self.cache_type == CacheType::Int8 { width.div_ceil(INT8_GROUP) } else { 0 }
+    }
+
+    /// Whether keys and values are codes.
+    pub(in crate::model) fn is_int8(&self) -> bool {
+        self.cache_type == CacheType::Int8
     }
 
     /// Numbers of a key that are rotated together before they become INT8: the largest power of two that divides
@@ -237,17 +243,6 @@ fn reach(config: &Config, index: usize) -> Reach {
     let own = config.layers[index].reach();
     let differs = |layer: &LayerConfig| layer.shares == Some(index) && layer.reach() != own;
     if config.causal && !config.layers.iter().any(differs) { own } else { Reach::default() }
-}
-
-/// The keys and values of one head of one layer in a page.
-#[derive(Debug, Clone, Copy)]
-pub(in crate::model) struct PageHead<'a> {
-    /// `(PAGE / 16, head_dim, 16)`, so that a register holds one dimension of 16 positions.
-    pub(in crate::model) keys: KvSlice<'a>,
-    /// `(PAGE, width)`
-    pub(in crate::model) values: KvSlice<'a>,
-    /// Scales of keys and of values, each `(groups, PAGE)` in BF16, for INT8.
-    pub(in crate::model) scales: Option<[&'a [u16]; 2]>,
 }
 
 /// Keys and values of 64 positions, of every layer and head. A clone shares its parts.
@@ -437,14 +432,23 @@ impl Page {
         let [keys, values, key_scales, _] = layer.head();
         let (keys, lines) = part[layer.lines(head)].split_at(keys);
         let (values, lines) = lines.split_at(values);
-        let slice = |lines| match layer.cache_type {
-            CacheType::F32 => KvSlice::F32(bytemuck::cast_slice(lines)),
-            CacheType::F16 => KvSlice::F16(bytemuck::cast_slice(lines)),
-            CacheType::Int8 => KvSlice::Int8(bytemuck::cast_slice(lines)),
-        };
         let (of_keys, of_values) = lines.split_at(key_scales);
-        let scales = (key_scales > 0).then(|| [of_keys, of_values].map(bytemuck::cast_slice));
-        PageHead { keys: slice(keys), values: slice(values), scales }
+        match layer.cache_type {
+            CacheType::F32 => PageHead::Floats {
+                keys: KvSlice::F32(bytemuck::cast_slice(keys)),
+                values: KvSlice::F32(bytemuck::cast_slice(values)),
+            },
+            CacheType::F16 => PageHead::Floats {
+                keys: KvSlice::F16(bytemuck::cast_slice(keys)),
+                values: KvSlice::F16(bytemuck::cast_slice(values)),
+            },
+            CacheType::Int8 => PageHead::Int8(Int8Page {
+                keys: bytemuck::cast_slice(keys),
+                values: bytemuck::cast_slice(values),
+                key_scales: bytemuck::cast_slice(of_keys),
+                value_scales: bytemuck::cast_slice(of_values),
+            }),
+        }
     }
 
     /// A layer of the page, to be written. Its part is there and not shared.

@@ -8,6 +8,7 @@ mod head;
 pub(super) mod journal;
 mod owner;
 pub(super) mod page_file;
+pub(super) mod page_head;
 pub(super) mod recurrent;
 pub(super) mod session;
 pub(super) mod session_file;

@@ -50,7 +50,7 @@ const FIELDS: [(&str, usize); 7] = [
     ("tokens", HEADER),
 ];
 /// Part of every prefix. Changes when the meaning of a byte in a page does.
-const VERSION: &[u8] = b"nybble prefix 1";
+const VERSION: &[u8] = b"nybble prefix 2";
 
 impl Model {
     /// The prefix of a first page of sequences whose adapter has this hash. It hashes the weights on first use.

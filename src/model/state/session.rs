@@ -244,12 +244,12 @@ impl Session {
         }
     }
 
-    /// Forgets all earlier recurrent states that it keeps, and returns whether there were any. Only [`Session::truncate`] needs
+    /// Forgets all earlier recurrent states that it keeps, and returns how many there were. Only [`Session::truncate`] needs
     /// them.
-    pub(crate) fn forget_snapshots(&mut self) -> bool {
+    pub(crate) fn forget_snapshots(&mut self) -> usize {
         let kept: Vec<_> = (0..self.pages.len()).filter(|index| self.pages[*index].snapshot.is_some()).collect();
         kept.iter().for_each(|index| self.forget_snapshot(*index));
-        !kept.is_empty()
+        kept.len()
     }
 
     /// What [`Session::keep_unseen`] and [`Session::keep_state`] have set for the next step.

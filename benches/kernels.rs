@@ -13,7 +13,9 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
-use nybble::kernels::{self, Activation, Activations, INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues};
+use nybble::kernels::{
+    self, Activation, Activations, INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Int8Weights,
+};
 use nybble::kernels::{Kernel, KvSlice, PAGE, ScoreInputs, WeightedValues};
 use nybble::quant::packed::{CacheLine, Code, Layout, PANEL, Packed};
 use nybble::threads::{Columns, ThreadPool};
@@ -266,9 +268,11 @@ fn attention_int8(criterion: &mut Criterion) {
             let (mut scores, mut out) = (vec![f32::NAN; queries * PAGE], vec![0.0; queries * HEAD]);
             kernel.scores_int8(Int8ScoreInputs { queries: own, keys: &keys, scales: &scales }, &mut scores, PAGE);
             let (mut weights, mut of_weights) = (vec![0; queries * GROUPS * PAGE], vec![0.0; queries * GROUPS]);
+            let seen = vec![0..PAGE; queries];
             let mut quantize = || {
                 let (codes, factors) = (&mut weights, &mut of_weights);
-                kernel.quantize_weights(&raw, PAGE, &vec![0..PAGE; queries], &scales, codes, factors);
+                let inputs = Int8Weights { weights: &raw, stride: PAGE, seen: &seen, scales: &scales };
+                kernel.quantize_weights(inputs, codes, factors);
             };
             quantize();
             let name = kernel.name();

@@ -85,6 +85,19 @@ pub struct WeightedValues<'a> {
     pub width: usize,
 }
 
+/// Weights of a page's positions, to be quantized together with the scales of an INT8 cache's values.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8Weights<'a> {
+    /// `(n, stride)`, none of them negative.
+    pub weights: &'a [f32],
+    /// Distance between the weights of one query and the next.
+    pub stride: usize,
+    /// `(n)`: the positions that each query sees.
+    pub seen: &'a [Range<usize>],
+    /// `(groups, PAGE)`: scales of the values.
+    pub scales: &'a [f32],
+}
+
 /// A page of values of an INT8 cache, and each query's weights of its positions, which include the scales of the values.
 #[derive(Debug, Clone, Copy)]
 pub struct Int8WeightedValues<'a> {

@@ -33,8 +33,8 @@ pub use generic::math::Activation;
 pub(crate) use generic::math::exp;
 #[doc(hidden)]
 pub use kv::{
-    INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax,
-    SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
+    INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Int8Weights, KvSlice, PAGE, ScoreInputs,
+    SelectiveStep, Softmax, SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
 };
 #[doc(hidden)]
 pub use limits::{Limits, limits};

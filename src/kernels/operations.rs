@@ -19,8 +19,8 @@ pub(super) mod types {
     pub(in crate::kernels) use crate::kernels::activations::{Activations, RowMut};
     pub(in crate::kernels) use crate::kernels::generic::math::Activation;
     pub(in crate::kernels) use crate::kernels::kv::{
-        Int8ScoreInputs, Int8WeightedValues, KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax, SoftmaxMut,
-        StateUpdate, WeightedValues, WkvStep,
+        Int8ScoreInputs, Int8WeightedValues, Int8Weights, KvSlice, PAGE, ScoreInputs, SelectiveStep, Softmax,
+        SoftmaxMut, StateUpdate, WeightedValues, WkvStep,
     };
     pub(in crate::kernels) use crate::quant::packed::{CacheLine, PANEL, Packed};
     pub(in crate::kernels) use crate::threads::Columns;
@@ -75,18 +75,10 @@ macro_rules! operations {
                 /// `score = fma(dot * query scale, key scale, score)`.
                 fn scores_int8(inputs: Int8ScoreInputs<'_>, scores: &mut [f32], stride: usize) = attention_int8;
 
-                /// Quantizes the weights of a page's positions, row `i` at `weights[i * stride ..]` and none of them negative, times
-                /// the scales of the values `(groups, PAGE)`, into `codes (groups, n, PAGE)` for [`Kernel::weighted_sum_int8`] of the
-                /// same kernel and `factors (groups, n)`, each `max(product) / 255`. Codes of positions that a query has not
-                /// `seen (n)` are those of 0. If a product is not finite, the factor is NaN.
-                fn quantize_weights(
-                    weights: &[f32],
-                    stride: usize,
-                    seen: &[Range<usize>],
-                    scales: &[f32],
-                    codes: &mut [u8],
-                    factors: &mut [f32],
-                ) = attention_int8;
+                /// Quantizes weights times the scales of the values into `codes (groups, n, PAGE)` for
+                /// [`Kernel::weighted_sum_int8`] of the same kernel and `factors (groups, n)`, each `max(product) / 255`. Codes of
+                /// positions that a query has not seen are those of 0. If a product is not finite, the factor is NaN.
+                fn quantize_weights(inputs: Int8Weights<'_>, codes: &mut [u8], factors: &mut [f32]) = attention_int8;
 
                 /// As [`Kernel::weighted_sum`], of quantized weights and values: `out = fma(dot, scale, out)`, with the dot product
                 /// of the codes as an integer.

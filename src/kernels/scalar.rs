@@ -209,15 +209,8 @@ fn pack_values(values: &[i8], width: usize, out: &mut [CacheLine]) {
     }
 }
 
-fn quantize_weights(
-    weights: &[f32],
-    stride: usize,
-    seen: &[Range<usize>],
-    scales: &[f32],
-    codes: &mut [u8],
-    factors: &mut [f32],
-) {
-    int8::quantize_weights(weights, stride, seen, scales, codes, factors, 0);
+fn quantize_weights(inputs: Int8Weights<'_>, codes: &mut [u8], factors: &mut [f32]) {
+    int8::quantize_weights(inputs, codes, factors, 0);
 }
 
 fn scores_int8(inputs: Int8ScoreInputs<'_>, scores: &mut [f32], stride: usize) {

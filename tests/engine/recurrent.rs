@@ -297,25 +297,6 @@ fn a_small_cache_changes_no_token() {
 }
 
 #[test]
-fn a_cache_that_holds_one_sequence_is_enough_for_it() {
-    for name in MODELS {
-        let model = load(name, None, 2);
-        let jobs = [Job::new(tokens(150, 1), greedy(), 100), Job::new(tokens(200, 2), seeded(1), 50)];
-        let session = model.session();
-        // Keys and values, a single state, and the rows that a short step records.
-        let rows = session.bytes_for(16) - session.bytes_for(1);
-        let least = session.bytes_for(250) + 2 * rows;
-        for (prefix_cache, speculation) in
-            [(true, Speculation::Off), (false, Speculation::Off), (false, Speculation::On)]
-        {
-            let options = SchedulerOptions::default().with_cache_bytes(least).with_prefix_cache(prefix_cache);
-            let mut scheduler = Scheduler::new(model.clone(), None, options.with_speculation(speculation)).unwrap();
-            assert_same(&model, &jobs, &mut scheduler);
-        }
-    }
-}
-
-#[test]
 fn every_model_generates_the_same_text_in_a_crowd() {
     for name in MODELS {
         let model = load(name, None, 2);

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use nybble::kernels::{INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Kernel, PAGE, available};
+use nybble::kernels::{
+    INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Int8Weights, Kernel, PAGE, available,
+};
 use nybble::quant::packed::{CacheLine, PANEL};
 
 use crate::support::*;
@@ -182,21 +184,16 @@ fn quantized(
 ) -> (Vec<u8>, Vec<f32>) {
     let n = seen.len();
     let (mut codes, mut factors) = (vec![99u8; n * scales.len()], vec![7.0; n * scales.len() / PAGE]);
-    kernel.quantize_weights(weights, stride, seen, scales, &mut codes, &mut factors);
+    kernel.quantize_weights(Int8Weights { weights, stride, seen, scales }, &mut codes, &mut factors);
     (codes, factors)
 }
 
 /// The code of a weight of 0.
 fn zero_weight(kernel: &Kernel) -> u8 {
     let (mut codes, mut factor) = ([7; PAGE], [7.0]);
-    kernel.quantize_weights(
-        &[0.0; PAGE],
-        PAGE,
-        std::slice::from_ref(&(0..PAGE)),
-        &[1.0; PAGE],
-        &mut codes,
-        &mut factor,
-    );
+    let (seen, scales) = (std::slice::from_ref(&(0..PAGE)), &[1.0; PAGE]);
+    let inputs = Int8Weights { weights: &[0.0; PAGE], stride: PAGE, seen, scales };
+    kernel.quantize_weights(inputs, &mut codes, &mut factor);
     assert!(factor == [0.0] && codes.iter().all(|code| *code == codes[0]) && [0, 128].contains(&codes[0]));
     codes[0]
 }

@@ -5,12 +5,10 @@
 //! that are multiplied is unsigned: 128 is added to keys. In the others it is signed: 128 is taken from weights. Either flips a bit,
 //! and the sums begin with what makes up for it.
 
-use std::ops::Range;
-
 use super::attention::{PANELS, Tiles, over_tiles};
 use super::int8;
 use super::vector::{Vector, rows};
-use crate::kernels::kv::{INT8_GROUP, Int8ScoreInputs, Int8WeightedValues, PAGE};
+use crate::kernels::kv::{INT8_GROUP, Int8ScoreInputs, Int8WeightedValues, Int8Weights, PAGE};
 use crate::quant::packed::{CacheLine, PANEL};
 
 /// Bytes that are multiplied together.
@@ -146,15 +144,12 @@ impl<V: Vector> Tiles for Scores<'_, V> {
 #[inline(always)]
 pub(in crate::kernels) fn quantize_weights<V: Vector>(
     _: V,
-    weights: &[f32],
-    stride: usize,
-    seen: &[Range<usize>],
-    scales: &[f32],
+    inputs: Int8Weights<'_>,
     codes: &mut [u8],
     factors: &mut [f32],
 ) {
     let flip = if V::UNSIGNED { 0 } else { SIGN };
-    int8::quantize_weights(weights, stride, seen, scales, codes, factors, flip);
+    int8::quantize_weights(inputs, codes, factors, flip);
 }
 
 #[inline(always)]

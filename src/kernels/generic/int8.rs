@@ -1,8 +1,6 @@
 //! Attention over an INT8 cache: how weights become codes, as plain Rust.
 
-use std::ops::Range;
-
-use crate::kernels::kv::PAGE;
+use crate::kernels::kv::{Int8Weights, PAGE};
 use crate::quant::packed::PANEL;
 
 /// The low bits of `x + ROUND` are `x` rounded to the nearest integer, ties to even.
@@ -14,15 +12,8 @@ const TINY: f32 = 1e-30;
 
 /// [`Kernel::quantize_weights`](crate::kernels::Kernel::quantize_weights), with the bits of `flip` flipped in all codes.
 #[inline(always)]
-pub(in crate::kernels) fn quantize_weights(
-    weights: &[f32],
-    stride: usize,
-    seen: &[Range<usize>],
-    scales: &[f32],
-    codes: &mut [u8],
-    factors: &mut [f32],
-    flip: u8,
-) {
+pub(in crate::kernels) fn quantize_weights(inputs: Int8Weights<'_>, codes: &mut [u8], factors: &mut [f32], flip: u8) {
+    let Int8Weights { weights, stride, seen, scales } = inputs;
     let codes: &mut [[[u8; 4]; PANEL]] = bytemuck::cast_slice_mut(codes);
     let groups = codes.chunks_exact_mut(seen.len().max(1)).zip(factors.chunks_exact_mut(seen.len().max(1)));
     for (scales, (codes, factors)) in scales.as_chunks::<PAGE>().0.iter().zip(groups) {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::kernels::{INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Kernel, PAGE};
+use crate::kernels::{INT8_GROUP, Int8Queries, Int8ScoreInputs, Int8WeightedValues, Int8Weights, Kernel, PAGE};
 use crate::model::buffer::Buffer;
 use crate::model::state::page_head::Int8Page;
 use crate::quant::packed::{CacheLine, PANEL};
@@ -102,7 +102,7 @@ impl Int8Workspace {
         self.weights.resize(n * of_page, 0);
         self.weight_factors.resize(n * of_page / PAGE, 0.0);
         let (codes, factors) = (&mut self.weights, &mut self.weight_factors);
-        kernel.quantize_weights(weights, stride, seen, &self.factors, codes, factors);
+        kernel.quantize_weights(Int8Weights { weights, stride, seen, scales: &self.factors }, codes, factors);
         self.lines.resize(width / PANEL * (PAGE / QUAD + 1), CacheLine([0; 64]));
         kernel.pack_values(page.values, width, &mut self.lines);
         let (weights, scales, values) = (&self.weights[..], &self.weight_factors[..], &self.lines[..]);

@@ -6,8 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::jobs::{Job, PAGE, assert_same, greedy, seeded};
+use crate::tiny_model::Random;
 use nybble::engine::{Scheduler, SchedulerOptions, Speculation};
+use nybble::format::gguf::{Metadata, NewTensor, Writer};
 use nybble::model::{Input, LoadOptions, Logits, Model, Quantize, Session};
+use nybble::quant::block::BlockType;
 use nybble::{Error, Place, kernels};
 
 /// One model for each kind of recurrent layer.
@@ -293,6 +296,79 @@ fn a_small_cache_changes_no_token() {
         let mut scheduler = Scheduler::new(model.clone(), None, options).unwrap();
         assert_same(&model, &jobs, &mut scheduler);
         assert!(scheduler.stats().cache_bytes <= states * model.state_bytes() * 2 + model.state_bytes());
+    }
+}
+
+/// A Mamba-2 model of one layer whose state is larger than three logs of a short step: larger than those of the other models.
+fn with_a_large_state(folder: &Path) -> Arc<Model> {
+    const HIDDEN: usize = 32;
+    const INNER: usize = 1024;
+    const STATE: usize = 256;
+    const HEADS: usize = 16;
+    const CHANNELS: usize = INNER + 2 * STATE;
+    let mut metadata = Metadata::new();
+    metadata
+        .set("general.architecture", "mamba2")
+        .set("mamba2.context_length", 2048u32)
+        .set("mamba2.embedding_length", HIDDEN as u32)
+        .set("mamba2.feed_forward_length", 0u32)
+        .set("mamba2.attention.head_count", 0u32)
+        .set("mamba2.block_count", 1u32)
+        .set("mamba2.ssm.conv_kernel", 4u32)
+        .set("mamba2.ssm.inner_size", INNER as u32)
+        .set("mamba2.ssm.state_size", STATE as u32)
+        .set("mamba2.ssm.time_step_rank", HEADS as u32)
+        .set("mamba2.ssm.group_count", 1u32)
+        .set("mamba2.attention.layer_norm_rms_epsilon", 1e-5f32);
+    // Values around the second number, as far from it as the third.
+    let tensors: [(&str, &[usize], f32, f32); 11] = [
+        ("token_embd.weight", &[HIDDEN, 300], 0.0, 1.0),
+        ("blk.0.attn_norm.weight", &[HIDDEN], 1.0, 0.3),
+        ("blk.0.ssm_in.weight", &[HIDDEN, INNER + CHANNELS + HEADS], 0.0, 0.3),
+        ("blk.0.ssm_conv1d.weight", &[4, CHANNELS], 0.0, 0.5),
+        ("blk.0.ssm_conv1d.bias", &[CHANNELS], 0.0, 0.1),
+        ("blk.0.ssm_dt.bias", &[HEADS], 0.0, 0.5),
+        ("blk.0.ssm_a", &[1, HEADS], -1.0, 0.9),
+        ("blk.0.ssm_d", &[1, HEADS], 0.0, 1.0),
+        ("blk.0.ssm_norm.weight", &[INNER, 1], 1.0, 0.3),
+        ("blk.0.ssm_out.weight", &[INNER, HIDDEN], 0.0, 0.1),
+        ("output_norm.weight", &[HIDDEN], 1.0, 0.3),
+    ];
+    let path = folder.join("large_state.gguf");
+    let dims = |dims: &[usize]| dims.iter().map(|dim| *dim as u64).collect::<Vec<_>>();
+    let infos = tensors.iter().map(|(name, shape, ..)| NewTensor::new(*name, BlockType::F32, dims(shape)));
+    let mut writer = Writer::create(&path, &metadata, infos).unwrap();
+    let mut random = Random(5);
+    for (name, shape, middle, distance) in tensors {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.next().mul_add(distance, middle)).collect();
+        writer.write_values(name, &values).unwrap();
+    }
+    writer.finish().unwrap();
+    Arc::new(Model::load(path, &LoadOptions::default().with_threads(2)).unwrap())
+}
+
+#[test]
+fn a_cache_that_holds_one_state_is_enough_for_one_sequence() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = with_a_large_state(folder.path());
+    let state = model.state_bytes();
+    let log = (model.session().bytes_for(16) - model.session().bytes_for(1)) / 15 * 16;
+    assert!(3 * log < state, "a limit below two states allows three logs: {log}, {state}");
+    // The states after 1,024 tokens are kept as long as there is memory.
+    let jobs = [Job::new(tokens(1100, 1), greedy(), 10), Job::new(tokens(1060, 2), seeded(1), 30)];
+    for (prefix_cache, speculation) in [(false, Speculation::Off), (true, Speculation::Off), (false, Speculation::On)] {
+        for (limit, is_enough) in [(2 * state - 1, true), (state, false)] {
+            let options = SchedulerOptions::default().with_cache_bytes(limit).with_prefix_cache(prefix_cache);
+            let mut scheduler = Scheduler::new(model.clone(), None, options.with_speculation(speculation)).unwrap();
+            if is_enough {
+                assert_same(&model, &jobs, &mut scheduler);
+                continue;
+            }
+            scheduler.submit(jobs[0].sequence(&model), 10).unwrap();
+            let events = scheduler.step(&|| false).unwrap();
+            assert!(matches!(events[0].result, Err(Error::OutOfMemory { .. })), "{events:?}");
+            assert!(scheduler.is_idle());
+        }
     }
 }
 
